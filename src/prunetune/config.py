@@ -1,0 +1,262 @@
+"""Every option, once: type, default, help and bounds stand on one field, and become YAML key, flag and check."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from prunetune.errors import ConfigError
+
+
+def option(default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
+    """A field with its help text and bounds: `low` and `high` are allowed themselves, `above` is not."""
+    return field(default=default, metadata={"help": help, "low": low, "high": high, "above": above})
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where examples come from and how they are split. A source is a file, a glob, a hub name, or `demo`."""
+
+    train: tuple[str, ...] = option((), "Sources to tune on; 'a.jsonl*2' weighs one double.")
+    search: tuple[str, ...] = option((), "Sources for the pruning decision; split off train where not given.")
+    valid: tuple[str, ...] = option((), "Sources watched during the run; split off train where not given.")
+    test: tuple[str, ...] = option((), "Sources for the reported scores; split off train where not given.")
+    root: str = option("", "Folder that relative sources start from; default: the working folder.")
+    search_share: float = option(0.1, "Share of train that goes to search where none is given.", above=0, high=0.5)
+    valid_share: float = option(0.05, "Share of train that goes to valid where none is given.", above=0, high=0.5)
+    test_share: float = option(0.1, "Share of train that goes to test where none is given.", above=0, high=0.5)
+    group: str = option("", "Row field that must not straddle splits (patient, category, document).")
+    template: Literal["auto", "chat", "raw"] = option("auto", "chat: the tokenizer's template; raw: prompt then completion; auto: chat for rows with messages.")
+    max_length: int = option(0, "Longest example in tokens; 0: the model's context.", low=0)
+    too_long: Literal["error", "truncate", "drop"] = option("error", "What happens to longer examples; truncate cuts the prompt from its beginning.")
+    overlap: Literal["error", "drop"] = option("error", "What happens to rows of train or search that also stand in valid or test.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """What may remain."""
+
+    keep: float = option(0.6, "Share of the prunable (attention and MLP) parameters that may remain.", above=0, high=1)
+    align: int = option(0, "MLP widths are multiples of this; 0: 128, or 32 where the MLP is narrower than 4,096.", low=0)
+    min_groups: int = option(0, "Fewest KV groups a layer keeps; a layer with none skips attention (per-layer layout).", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The tuning of the weights; names as in transformers' TrainingArguments where the meaning is equal."""
+
+    steps: int = option(700, "Tuning steps in all, the search included.", low=1)
+    batch_size: int = option(16, "Examples a step.", low=1)
+    micro_tokens: int = option(16384, "Most tokens, padding included, that one forward pass holds; larger batches are split.", low=1)
+    learning_rate: float = option(1e-3, "Peak learning rate of the adapters (AdamW).", above=0)
+    warmup: float = option(0.03, "Share of the steps with a rising learning rate.", low=0, high=1)
+    decay: Literal["cosine", "linear", "constant"] = option("cosine", "What the learning rate does after its warm-up.")
+    weight_decay: float = option(0.0, "Decoupled weight decay of the adapters.", low=0)
+    clip: float = option(1.0, "Largest gradient norm.", above=0)
+    checkpoint_every: int = option(100, "Steps between checkpoints; also written where a phase ends.", low=1)
+    validate_every: int = option(100, "Steps between validations of the decided sub-network.", low=1)
+    log_every: int = option(10, "Steps between lines of a plain log.", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """The adapters, on all linears of attention and MLP."""
+
+    rank: int = option(32, "Rank of the adapters.", low=1)
+    alpha: float = option(0.0, "Scale alpha / rank; 0: twice the rank.", low=0)
+    dropout: float = option(0.0, "Dropout on the adapters' input.", low=0, high=0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """The pruning-decision generator (ATP, section 3.2)."""
+
+    generator: Literal["transformer", "gru"] = option("transformer", "The network over the layer sequence.")
+    share: float = option(0.5, "Share of the steps in which decisions are searched.", above=0, high=1)
+    settle: float = option(0.1, "Share of the steps in which the frozen decision empties the adapters of removed units.", low=0, high=1)
+    learning_rate: float = option(1e-3, "Learning rate of the generator (AdamW).", above=0)
+    batch_size: int = option(16, "Examples a search step.", low=1)
+    ratio_weight: float = option(5.0, "Weight of |log(kept / target)| in the generator's loss.", above=0)
+    temperature: float = option(0.4, "Temperature of the Gumbel-sigmoid.", above=0)
+    offset: float = option(3.0, "Added to every logit, so that training starts dense.")
+    lasso: float = option(0.1, "Weight of the group lasso on the adapters of removed units.", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """The scores at the end of a run."""
+
+    limit: int = option(200, "Most test items a task; 0: all.", low=0)
+    generate_limit: int = option(50, "Most test items a task whose answer is generated (ROUGE-L, exact match, samples); 0: none.", low=0)
+    max_new_tokens: int = option(128, "Longest generated answer in tokens.", low=1)
+    max_tokens: int = option(16384, "Most tokens that one scoring pass holds.", low=1)
+    dense_tuned: bool = option(True, "Also tune the dense model (same data, steps, rank) for comparison; cached.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All of a run: model and data in, smaller model and report out."""
+
+    model: str = option("demo", "A folder, a hub name, a .gguf file, or 'demo' (SmolLM2-135M-Instruct from a package).")
+    out: str = option("runs/latest", "The run folder to make.")
+    seed: int = option(0, "Seed of everything random.", low=0)
+    layout: Literal["per-layer", "uniform"] = option("per-layer", "per-layer: widths differ by layer; uniform: one width, a stock architecture.")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "Arithmetic of the frozen weights; adapters stay float32.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model or data set.")
+    data: DataConfig = field(default_factory=DataConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        if self.search.share + self.search.settle > 1:
+            raise ConfigError(
+                f"search.share + search.settle is {self.search.share + self.search.settle:g}: "
+                "together they may be 1 at most; lower one of them"
+            )
+
+
+def to_mapping(config: RunConfig) -> dict[str, Any]:
+    """The config as plain, YAML-ready values; `from_mapping` reads it back."""
+    plain: dict[str, Any] = dataclasses.asdict(config, dict_factory=lambda pairs: {
+        key: list(value) if isinstance(value, tuple) else value for key, value in pairs
+    })
+    return plain
+
+
+def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """A YAML recipe with `overrides` (nested, as the recipe) on top; raises `ConfigError`."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as missing:
+        raise ConfigError(f"{path}: cannot read the recipe ({missing}); name a YAML file, see recipes/") from missing
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as broken:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(broken).split())}") from broken
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a recipe maps keys to values, this is a {type(values).__name__}; see recipes/")
+    return from_mapping(merged(values, overrides or {}), where=str(path))
+
+
+def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` over `base`, section by section."""
+    result = dict(base)
+    for key, value in top.items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return result
+
+
+def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> RunConfig:
+    """Check keys, types and bounds, and build the config; raises `ConfigError` with the offending key's path."""
+    config = _section(RunConfig, values, prefix="", where=where)
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def _section(cls: type[Any], values: Any, *, prefix: str, where: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: {prefix.rstrip('.')} is a section with keys of its own, got {values!r}")
+    kinds = typing.get_type_hints(cls)
+    for key in values:
+        if key not in kinds:
+            raise ConfigError(f"{where}: unknown key {prefix}{key}{_did_you_mean(prefix, str(key))}")
+    return cls(**{
+        item.name: _section(kinds[item.name], values[item.name], prefix=f"{prefix}{item.name}.", where=where)
+        if dataclasses.is_dataclass(kinds[item.name])
+        else _value(item, kinds[item.name], values[item.name], f"{where}: {prefix}{item.name}")
+        for item in dataclasses.fields(cls)
+        if item.name in values
+    })
+
+
+def _did_you_mean(prefix: str, key: str) -> str:
+    known = list(paths())
+    close = difflib.get_close_matches(prefix + key, known, n=1, cutoff=0.6)
+    close = close or [path for path in known if path.rpartition(".")[2] == key]
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+
+
+def paths(cls: type[Any] = RunConfig, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
+    """Every option's dotted path with its field."""
+    kinds = typing.get_type_hints(cls)
+    found: dict[str, dataclasses.Field[Any]] = {}
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(kinds[item.name]):
+            found |= paths(typing.cast(Any, kinds[item.name]), f"{prefix}{item.name}.")
+        else:
+            found[prefix + item.name] = item
+    return found
+
+
+def _value(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> Any:
+    if typing.get_origin(kind) is Literal:
+        return _choice(typing.get_args(kind), value, name)
+    if typing.get_origin(kind) is tuple:
+        return _sources(value, name)
+    if kind is float:
+        value = _number(value, name)
+    elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{name} must be {_named(kind)}, got {value!r}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        _bounded(item.metadata, value, name)
+    return value
+
+
+def _named(kind: type[Any] | types.UnionType) -> str:
+    return {int: "a whole number", str: "text", bool: "true or false"}.get(typing.cast(Any, kind), str(kind))
+
+
+def _choice(allowed: Sequence[str], value: Any, name: str) -> str:
+    if value in allowed:
+        return str(value)
+    close = difflib.get_close_matches(str(value), allowed, n=1)
+    raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{f'; did you mean {close[0]}?' if close else ''}")
+
+
+def _number(value: Any, name: str) -> float:
+    # YAML reads 1e-3 as text: a number is what Python reads as one.
+    try:
+        number = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ConfigError(f"{name} must be a finite number, got {value!r}")
+    return number
+
+
+def _bounded(bounds: Mapping[str, Any], value: float, name: str) -> None:
+    low, high, above = bounds["low"], bounds["high"], bounds["above"]
+    if (low is not None and value < low) or (high is not None and value > high) or (above is not None and value <= above):
+        left = f"[{low:g}" if low is not None else f"({above:g}" if above is not None else "(-inf"
+        right = f"{high:g}]" if high is not None else "inf)"
+        raise ConfigError(f"{name} must lie in {left}, {right}, got {value:g}")
+
+
+def _sources(value: Any, name: str) -> tuple[str, ...]:
+    entries = [value] if isinstance(value, str | Mapping) else value
+    if not isinstance(entries, Sequence):
+        raise ConfigError(f"{name} must be a source or a list of sources, got {value!r}")
+    return tuple(_source(entry, name) for entry in entries)
+
+
+def _source(entry: Any, name: str) -> str:
+    if isinstance(entry, str):
+        return entry
+    if isinstance(entry, Mapping) and set(entry) <= {"source", "weight"} and isinstance(entry.get("source"), str):
+        weight = _number(entry.get("weight", 1), f"{name}: weight")
+        return entry["source"] if weight == 1 else f"{entry['source']}*{weight:g}"
+    raise ConfigError(f"{name}: a source is text, or {{source: ..., weight: ...}}, got {entry!r}")

@@ -1,0 +1,103 @@
+"""The cut: rows and columns of removed units leave every linear layer, its bias and its adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from prunetune.model.masking import gates_of
+from prunetune.model.sites import Cut, Site, find_sites
+from prunetune.plan import Plan
+
+
+class NoAttention(nn.Module):
+    """Stands where a layer lost its last KV group: attends to nothing and adds nothing."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """[..., hidden] -> zeros of the same shape, and no attention weights."""
+        return torch.zeros_like(hidden_states), None
+
+
+def cut(model: nn.Module, plan: Plan, *, sites: Iterable[Site] | None = None) -> nn.Module:
+    """Merge the adapters and remove what `plan` does not keep, in place; returns the model.
+
+    One operation, because each half alone is wrong: an adapter merged into a masked weight un-prunes it. The result
+    equals `masked(model, plan)`. Raises `PlanError` where the plan was made for another model.
+    """
+    cut_linears(model, plan, sites=sites)
+    merge_adapters(model)
+    return model
+
+
+@torch.no_grad()
+def cut_linears(model: nn.Module, plan: Plan, *, sites: Iterable[Site] | None = None) -> None:
+    """Remove rows and columns in place; adapters stay adapters, so that tuning goes on with the smaller model."""
+    sites = tuple(find_sites(model) if sites is None else sites)
+    gates_of(plan, sites)  # refuses a plan of another model before anything is cut
+    for site in sites:
+        kept = plan.kept[site.name]
+        if len(kept) == site.units:
+            continue
+        if not kept:
+            parent, _, child = site.name.rpartition(".")
+            setattr(model.get_submodule(parent), child, NoAttention())
+            continue
+        for producer in site.producers:
+            _keep_rows(model.get_submodule(producer.module), indices(kept, producer))
+        _keep_columns(model.get_submodule(site.consumer.module), indices(kept, site.consumer))
+
+
+def indices(kept: Iterable[int], cut_: Cut) -> Tensor:
+    """The rows or columns that the kept units own."""
+    units = torch.tensor(tuple(kept), dtype=torch.long)
+    return (units[:, None] * cut_.per_unit + torch.arange(cut_.per_unit)).flatten()
+
+
+def _keep_rows(module: nn.Module, rows: Tensor) -> None:
+    if isinstance(module, LoraLayer):
+        for adapter in module.lora_B.values():
+            _shrink(adapter, rows, axis=0)
+        module.out_features = len(rows)
+        module = module.get_base_layer()
+    _shrink(module, rows, axis=0)
+
+
+def _keep_columns(module: nn.Module, columns: Tensor) -> None:
+    if isinstance(module, LoraLayer):
+        for adapter in module.lora_A.values():
+            _shrink(adapter, columns, axis=1)
+        module.in_features = len(columns)
+        module = module.get_base_layer()
+    _shrink(module, columns, axis=1)
+
+
+def _shrink(linear: Any, index: Tensor, *, axis: int) -> None:
+    index = index.to(linear.weight.device)
+    linear.weight = _selected(linear.weight, index, axis)
+    if axis == 0:
+        linear.out_features = len(index)
+        if linear.bias is not None:
+            linear.bias = _selected(linear.bias, index, 0)
+    else:
+        linear.in_features = len(index)
+
+
+def _selected(parameter: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().index_select(axis, index).contiguous(), requires_grad=parameter.requires_grad)
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module) -> None:
+    """Fold every LoRA adapter into its base weight (sum in float32, stored in the base's dtype), in place."""
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, LoraLayer):
+            continue
+        base: Any = module.get_base_layer()
+        delta = sum(module.get_delta_weight(adapter).float() for adapter in module.lora_A)  # type: ignore[operator]
+        base.weight = nn.Parameter((base.weight.float() + delta).to(base.weight.dtype), requires_grad=False)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, base)

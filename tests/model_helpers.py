@@ -1,0 +1,95 @@
+"""Tiny random models of every family, made in the test."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from prunetune import Plan, find_sites
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig,
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma3_text": Gemma3TextConfig,
+}
+VOCABULARY = 97
+
+
+def tiny_config(family: str, *, groups: int = 2, ratio: int = 2, layers: int = 3, **changes: Any) -> Any:
+    """A configuration of a few thousand parameters; hidden size divisible by every head count used."""
+    heads = groups * ratio
+    values: dict[str, Any] = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 48,
+        "intermediate_size": 96,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    if family == "gemma3_text":
+        values |= {"sliding_window": 8, "layer_types": [*(["sliding_attention"] * (layers - 1)), "full_attention"]}
+    return CONFIGS[family](**(values | changes))
+
+
+def tiny(family: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
+    """A random model whose biases and norms are random too, so that no term is trivially zero."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(family, **changes)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") or "norm" in name:
+            nn.init.normal_(parameter, std=0.5)
+        elif parameter.dim() == 2:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def with_lora(model: Any, *, seed: int = 1, rank: int = 4) -> Any:
+    """Random, non-zero adapters on all seven linears."""
+    torch.manual_seed(seed)
+    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def random_plan(model: Any, *, seed: int = 0, keep: float = 0.5) -> Plan:
+    """A random plan that respects every site's floor."""
+    rng = torch.Generator().manual_seed(seed)
+    kept = {}
+    for site in find_sites(model):
+        chosen = torch.rand(site.units, generator=rng) < keep
+        chosen[torch.randperm(site.units, generator=rng)[: site.floor]] = True
+        kept[site.name] = tuple(int(unit) for unit in chosen.nonzero().flatten())
+    return Plan(kept, {site.name: site.units for site in find_sites(model)})
+
+
+def tokens(*, batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
+    """[batch, length] random ids."""
+    return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference over largest magnitude."""
+    return float((found - expected).abs().max() / expected.abs().max())
