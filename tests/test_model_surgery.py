@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from model_helpers import FAMILIES, random_plan, relative, tiny, tokens, with_lora
 
+from model_helpers import FAMILIES, random_plan, relative, tiny, tokens, with_lora
 from prunetune import Plan, cut, find_sites, masked
 from prunetune.errors import PlanError, UnknownArchitecture
 from prunetune.model.masking import gates_of

@@ -1,9 +1,36 @@
 """Tune and structurally prune a language model for one domain, in one run."""
 
-from prunetune.config import RunConfig
-from prunetune.model.masking import masked
-from prunetune.model.sites import find_sites
-from prunetune.model.surgery import cut
-from prunetune.plan import Plan
+from __future__ import annotations
 
-__all__ = ["Plan", "RunConfig", "cut", "find_sites", "masked"]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prunetune.config import RunConfig
+    from prunetune.evaluate import evaluate
+    from prunetune.model.masking import masked
+    from prunetune.model.sites import find_sites
+    from prunetune.model.surgery import cut
+    from prunetune.plan import Plan
+    from prunetune.report import write_report
+    from prunetune.run import run
+
+__all__ = ["Plan", "RunConfig", "cut", "evaluate", "find_sites", "masked", "run", "write_report"]
+
+# Resolved on first use: `prunetune --help` must not wait for torch.
+_HOMES = {
+    "Plan": "prunetune.plan",
+    "RunConfig": "prunetune.config",
+    "cut": "prunetune.model.surgery",
+    "evaluate": "prunetune.evaluate",
+    "find_sites": "prunetune.model.sites",
+    "masked": "prunetune.model.masking",
+    "run": "prunetune.run",
+    "write_report": "prunetune.report",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'prunetune' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -17,7 +17,9 @@ import yaml
 from prunetune.errors import ConfigError
 
 
-def option(default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None) -> Any:
+def option(
+    default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None
+) -> Any:
     """A field with its help text and bounds: `low` and `high` are allowed themselves, `above` is not."""
     return field(default=default, metadata={"help": help, "low": low, "high": high, "above": above})
 
@@ -35,10 +37,16 @@ class DataConfig:
     valid_share: float = option(0.05, "Share of train that goes to valid where none is given.", above=0, high=0.5)
     test_share: float = option(0.1, "Share of train that goes to test where none is given.", above=0, high=0.5)
     group: str = option("", "Row field that must not straddle splits (patient, category, document).")
-    template: Literal["auto", "chat", "raw"] = option("auto", "chat: the tokenizer's template; raw: prompt then completion; auto: chat for rows with messages.")
+    template: Literal["auto", "chat", "raw"] = option(
+        "auto", "chat: the tokenizer's template; raw: prompt then completion; auto: chat for rows with messages."
+    )
     max_length: int = option(0, "Longest example in tokens; 0: the model's context.", low=0)
-    too_long: Literal["error", "truncate", "drop"] = option("error", "What happens to longer examples; truncate cuts the prompt from its beginning.")
-    overlap: Literal["error", "drop"] = option("error", "What happens to rows of train or search that also stand in valid or test.")
+    too_long: Literal["error", "truncate", "drop"] = option(
+        "error", "What happens to longer examples; truncate cuts the prompt from its beginning."
+    )
+    overlap: Literal["error", "drop"] = option(
+        "error", "What happens to rows of train or search that also stand in valid or test."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +54,12 @@ class BudgetConfig:
     """What may remain."""
 
     keep: float = option(0.6, "Share of the prunable (attention and MLP) parameters that may remain.", above=0, high=1)
-    align: int = option(0, "MLP widths are multiples of this; 0: 128, or 32 where the MLP is narrower than 4,096.", low=0)
-    min_groups: int = option(0, "Fewest KV groups a layer keeps; a layer with none skips attention (per-layer layout).", low=0)
+    align: int = option(
+        0, "MLP widths are multiples of this; 0: 128, or 32 where the MLP is narrower than 4,096.", low=0
+    )
+    min_groups: int = option(
+        0, "Fewest KV groups a layer keeps; a layer with none skips attention (per-layer layout).", low=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +68,9 @@ class TrainConfig:
 
     steps: int = option(700, "Tuning steps in all, the search included.", low=1)
     batch_size: int = option(16, "Examples a step.", low=1)
-    micro_tokens: int = option(16384, "Most tokens, padding included, that one forward pass holds; larger batches are split.", low=1)
+    micro_tokens: int = option(
+        16384, "Most tokens, padding included, that one forward pass holds; larger batches are split.", low=1
+    )
     learning_rate: float = option(1e-3, "Peak learning rate of the adapters (AdamW).", above=0)
     warmup: float = option(0.03, "Share of the steps with a rising learning rate.", low=0, high=1)
     decay: Literal["cosine", "linear", "constant"] = option("cosine", "What the learning rate does after its warm-up.")
@@ -81,13 +95,25 @@ class SearchConfig:
     """The pruning-decision generator (ATP, section 3.2)."""
 
     generator: Literal["transformer", "gru"] = option("transformer", "The network over the layer sequence.")
-    share: float = option(0.5, "Share of the steps in which decisions are searched.", above=0, high=1)
-    settle: float = option(0.1, "Share of the steps in which the frozen decision empties the adapters of removed units.", low=0, high=1)
+    gates: Literal["projected", "sampled"] = option(
+        "projected",
+        "projected: every decision meets the (annealed) budget; sampled: Gumbel draws with a budget loss, as in the paper.",
+    )
+    evidence: int = option(
+        16, "Batches whose gate gradients give the starting logits; 0: start from nothing, as in the paper.", low=0
+    )
+    share: float = option(0.4, "Share of the steps in which decisions are searched.", above=0, high=1)
+    anneal: float = option(
+        0.6, "Share of the search over which the budget falls from dense to its target (projected).", low=0, high=1
+    )
+    settle: float = option(
+        0.05, "Share of the steps in which the frozen decision empties the adapters of removed units.", low=0, high=1
+    )
     learning_rate: float = option(1e-3, "Learning rate of the generator (AdamW).", above=0)
     batch_size: int = option(16, "Examples a search step.", low=1)
-    ratio_weight: float = option(5.0, "Weight of |log(kept / target)| in the generator's loss.", above=0)
-    temperature: float = option(0.4, "Temperature of the Gumbel-sigmoid.", above=0)
-    offset: float = option(3.0, "Added to every logit, so that training starts dense.")
+    ratio_weight: float = option(5.0, "Weight of |log(kept / target)| in the generator's loss (sampled).", low=0)
+    temperature: float = option(0.4, "Temperature of the gates' sigmoid.", above=0)
+    offset: float = option(3.0, "Added to every logit, so that training starts dense (sampled).")
     lasso: float = option(0.1, "Weight of the group lasso on the adapters of removed units.", low=0)
 
 
@@ -96,7 +122,9 @@ class EvaluateConfig:
     """The scores at the end of a run."""
 
     limit: int = option(200, "Most test items a task; 0: all.", low=0)
-    generate_limit: int = option(50, "Most test items a task whose answer is generated (ROUGE-L, exact match, samples); 0: none.", low=0)
+    generate_limit: int = option(
+        50, "Most test items a task whose answer is generated (ROUGE-L, exact match, samples); 0: none.", low=0
+    )
     max_new_tokens: int = option(128, "Longest generated answer in tokens.", low=1)
     max_tokens: int = option(16384, "Most tokens that one scoring pass holds.", low=1)
     dense_tuned: bool = option(True, "Also tune the dense model (same data, steps, rank) for comparison; cached.")
@@ -109,9 +137,13 @@ class RunConfig:
     model: str = option("demo", "A folder, a hub name, a .gguf file, or 'demo' (SmolLM2-135M-Instruct from a package).")
     out: str = option("runs/latest", "The run folder to make.")
     seed: int = option(0, "Seed of everything random.", low=0)
-    layout: Literal["per-layer", "uniform"] = option("per-layer", "per-layer: widths differ by layer; uniform: one width, a stock architecture.")
+    layout: Literal["per-layer", "uniform"] = option(
+        "per-layer", "per-layer: widths differ by layer; uniform: one width, a stock architecture."
+    )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps.")
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option("auto", "Arithmetic of the frozen weights; adapters stay float32.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Arithmetic of the frozen weights; adapters stay float32."
+    )
     trust_remote_code: bool = option(False, "Run code that comes with the model or data set.")
     data: DataConfig = field(default_factory=DataConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -130,9 +162,10 @@ class RunConfig:
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:
     """The config as plain, YAML-ready values; `from_mapping` reads it back."""
-    plain: dict[str, Any] = dataclasses.asdict(config, dict_factory=lambda pairs: {
-        key: list(value) if isinstance(value, tuple) else value for key, value in pairs
-    })
+    plain: dict[str, Any] = dataclasses.asdict(
+        config,
+        dict_factory=lambda pairs: {key: list(value) if isinstance(value, tuple) else value for key, value in pairs},
+    )
     return plain
 
 
@@ -174,13 +207,15 @@ def _section(cls: type[Any], values: Any, *, prefix: str, where: str) -> Any:
     for key in values:
         if key not in kinds:
             raise ConfigError(f"{where}: unknown key {prefix}{key}{_did_you_mean(prefix, str(key))}")
-    return cls(**{
-        item.name: _section(kinds[item.name], values[item.name], prefix=f"{prefix}{item.name}.", where=where)
-        if dataclasses.is_dataclass(kinds[item.name])
-        else _value(item, kinds[item.name], values[item.name], f"{where}: {prefix}{item.name}")
-        for item in dataclasses.fields(cls)
-        if item.name in values
-    })
+    return cls(
+        **{
+            item.name: _section(kinds[item.name], values[item.name], prefix=f"{prefix}{item.name}.", where=where)
+            if dataclasses.is_dataclass(kinds[item.name])
+            else _value(item, kinds[item.name], values[item.name], f"{where}: {prefix}{item.name}")
+            for item in dataclasses.fields(cls)
+            if item.name in values
+        }
+    )
 
 
 def _did_you_mean(prefix: str, key: str) -> str:
@@ -224,7 +259,9 @@ def _choice(allowed: Sequence[str], value: Any, name: str) -> str:
     if value in allowed:
         return str(value)
     close = difflib.get_close_matches(str(value), allowed, n=1)
-    raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{f'; did you mean {close[0]}?' if close else ''}")
+    raise ConfigError(
+        f"{name} must be one of {', '.join(allowed)}, got {value!r}{f'; did you mean {close[0]}?' if close else ''}"
+    )
 
 
 def _number(value: Any, name: str) -> float:
@@ -240,7 +277,11 @@ def _number(value: Any, name: str) -> float:
 
 def _bounded(bounds: Mapping[str, Any], value: float, name: str) -> None:
     low, high, above = bounds["low"], bounds["high"], bounds["above"]
-    if (low is not None and value < low) or (high is not None and value > high) or (above is not None and value <= above):
+    if (
+        (low is not None and value < low)
+        or (high is not None and value > high)
+        or (above is not None and value <= above)
+    ):
         left = f"[{low:g}" if low is not None else f"({above:g}" if above is not None else "(-inf"
         right = f"{high:g}]" if high is not None else "inf)"
         raise ConfigError(f"{name} must lie in {left}, {right}, got {value:g}")

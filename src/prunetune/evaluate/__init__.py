@@ -1,0 +1,33 @@
+"""Scores of a model on records: choices by likelihood, generations, NLL and perplexity, with standard errors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from prunetune.evaluate.results import Evaluation, Item, Score, TaskResult, headline, higher_is_better, recovery
+from prunetune.evaluate.statistics import paired_difference
+
+if TYPE_CHECKING:
+    from prunetune.evaluate.suite import Progress, evaluate
+
+__all__ = [
+    "Evaluation",
+    "Item",
+    "Progress",
+    "Score",
+    "TaskResult",
+    "evaluate",
+    "headline",
+    "higher_is_better",
+    "paired_difference",
+    "recovery",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # Reading results must not wait for torch.
+    if name not in ("evaluate", "Progress"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from prunetune.evaluate import suite
+
+    return getattr(suite, name)

@@ -46,9 +46,7 @@ def coupling_of(model: nn.Module) -> Coupling:
     """Read the coupling off a causal language model of `transformers`; refuse rather than guess."""
     config = cast(Any, model).config
     if config.model_type not in TRIED:
-        raise UnknownArchitecture(
-            f"architecture {config.model_type!r} is not known; known are {', '.join(TRIED)}"
-        )
+        raise UnknownArchitecture(f"architecture {config.model_type!r} is not known; known are {', '.join(TRIED)}")
     tp_plan: Mapping[str, str] = config.base_model_tp_plan or {}
     blocks = _blocks(tp_plan)
     if set(blocks) != {"self_attn", "mlp"}:
@@ -80,4 +78,8 @@ def _blocks(tp_plan: Mapping[str, str]) -> dict[str, Block]:
         elif style == "rowwise":
             consumers[block] = inside
     keys = {block: next((name for name in names if name.endswith("k_proj")), "") for block, names in producers.items()}
-    return {block: Block(tuple(producers[block]), consumers[block], keys[block]) for block in producers if block in consumers}
+    return {
+        block: Block(tuple(producers[block]), consumers[block], keys[block])
+        for block in producers
+        if block in consumers
+    }

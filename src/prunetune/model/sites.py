@@ -74,9 +74,7 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _attention_site(
-    model: nn.Module, coupling: Coupling, prefix: str, layer: int, *, first_of_type: bool
-) -> Site:
+def _attention_site(model: nn.Module, coupling: Coupling, prefix: str, layer: int, *, first_of_type: bool) -> Site:
     consumer = f"{prefix}.{coupling.attention.consumer}"
     heads = _linear(model, consumer).in_features // coupling.head_dim
     groups = _linear(model, f"{prefix}.{coupling.attention.key}").out_features // coupling.head_dim
@@ -95,7 +93,14 @@ def _mlp_site(model: nn.Module, coupling: Coupling, prefix: str, layer: int) -> 
 
 
 def _site(
-    model: nn.Module, prefix: str, layer: int, kind: Kind, units: int, producers: Iterable[str], consumer: str, floor: int
+    model: nn.Module,
+    prefix: str,
+    layer: int,
+    kind: Kind,
+    units: int,
+    producers: Iterable[str],
+    consumer: str,
+    floor: int,
 ) -> Site:
     reads = _linear(model, consumer)
     params = reads.weight.numel() // units

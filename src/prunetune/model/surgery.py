@@ -87,7 +87,9 @@ def _shrink(linear: Any, index: Tensor, *, axis: int) -> None:
 
 
 def _selected(parameter: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().index_select(axis, index).contiguous(), requires_grad=parameter.requires_grad)
+    return nn.Parameter(
+        parameter.detach().index_select(axis, index).contiguous(), requires_grad=parameter.requires_grad
+    )
 
 
 @torch.no_grad()
@@ -97,7 +99,7 @@ def merge_adapters(model: nn.Module) -> None:
         if not isinstance(module, LoraLayer):
             continue
         base: Any = module.get_base_layer()
-        delta = sum(module.get_delta_weight(adapter).float() for adapter in module.lora_A)  # type: ignore[operator]
+        delta = sum(module.get_delta_weight(adapter).float() for adapter in module.lora_A)
         base.weight = nn.Parameter((base.weight.float() + delta).to(base.weight.dtype), requires_grad=False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)

@@ -1,0 +1,144 @@
+"""Variants of one recipe side by side in one process: quality of each, as a table and as JSON.
+
+    python benchmarks/quality/compare.py recipes/legal.yaml benchmarks/quality/first.yaml --root DATA --out OUT.json
+
+The second file maps a name to changes of the recipe (nested as a recipe); `dense: true` tunes without pruning,
+`untuned: true` scores the model as it comes. `--split valid` scores the valid sources instead of test: choices are
+made there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from prunetune.config import RunConfig, load_recipe, merged
+from prunetune.console import PlainConsole
+from prunetune.environment import describe
+from prunetune.evaluate.results import Evaluation
+from prunetune.evaluate.suite import evaluate
+from prunetune.model.sites import dense_plan, kept_params
+from prunetune.model.surgery import merge_adapters
+from prunetune.run import job_of
+from prunetune.setting import Setting, prepare, shape_of
+from prunetune.train.loop import tune_and_prune
+from prunetune.train.state import Forgetful
+
+
+def main() -> None:
+    options = arguments()
+    variants = yaml.safe_load(options.variants.read_text())
+    chosen = options.only.split(",") if options.only else list(variants)
+    base: Setting | None = None
+    rows: list[dict[str, Any]] = []
+    for name in chosen:
+        changes = dict(variants[name])
+        dense, untuned = changes.pop("dense", False), changes.pop("untuned", False)
+        config = configured(options, changes)
+        # Data and tokens are read once: variants differ in what comes after.
+        base = base or prepare(config, resume=False, console=PlainConsole(100))
+        setting = replace(base, config=config, shape=shape_of(config, base.sites, base.load(device=torch.device("cpu")).model.config))
+        rows.append(measured(name, setting, dense=dense, untuned=untuned, split=options.split, save=options.plans))
+        options.out.write_text(json.dumps({"about": about(options, base), "rows": rows}, indent=1))
+        print(table(rows), flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("variants", type=Path)
+    parser.add_argument("--root", required=True, help="folder of the data")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--split", choices=("valid", "test"), default="valid")
+    parser.add_argument("--only", default="", help="names of variants, comma-separated")
+    parser.add_argument("--limit", type=int, default=0)
+    parser.add_argument("--generate", type=int, default=0)
+    parser.add_argument("--plans", type=Path, help="folder to keep plans and evaluations in")
+    return parser.parse_args()
+
+
+def configured(options: argparse.Namespace, changes: dict[str, Any]) -> RunConfig:
+    fixed = {
+        "model": options.model,
+        "out": str(options.out.with_suffix(".unused")),
+        "data": {"root": options.root, "too_long": "truncate", "max_length": 2048},
+        "evaluate": {"limit": options.limit, "generate_limit": options.generate},
+    }
+    return load_recipe(options.recipe, merged(fixed, changes))
+
+
+def measured(name: str, setting: Setting, *, dense: bool, untuned: bool, split: str, save: Path | None) -> dict[str, Any]:
+    """Tune (and prune) one variant and score it."""
+    if setting.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    model, started, plan = setting.load().model, time.monotonic(), dense_plan(setting.sites)
+    observer = Curve()
+    if not untuned:
+        plan = tune_and_prune(job_of(setting, model, Forgetful(), observer, plan if dense else None))
+        merge_adapters(model)
+    trained = time.monotonic() - started
+    memory = torch.cuda.max_memory_allocated() / 1e6 if setting.device.type == "cuda" else 0.0
+    result = evaluate(model, setting.tokenizer, setting.splits.parts()[split], setting.config.data, setting.config.evaluate)  # type: ignore[index]
+    if save:
+        save.mkdir(parents=True, exist_ok=True)
+        (save / f"{name}.plan.json").write_text(plan.to_json())
+        (save / f"{name}.evaluation.json").write_text(result.to_json())
+    kept = kept_params(setting.sites, plan) / sum(site.params for site in setting.sites)
+    return {
+        "variant": name,
+        "kept": kept,
+        **headline(result),
+        "valid_nll": observer.valid[-1]["nll"] if observer.valid else None,
+        "train_seconds": trained,
+        "eval_seconds": time.monotonic() - started - trained,
+        "peak_mb": memory,
+        "curve": observer.valid,
+        "scores": {task: {m: [s.value, s.se] for m, s in r.scores.items()} for task, r in result.tasks.items()},
+    }
+
+
+def headline(result: Evaluation) -> dict[str, float]:
+    """Mean accuracy and NLL over tasks, mean ROUGE-L, and each text's perplexity."""
+    texts = {f"ppl {task}": r.scores["perplexity"].value for task, r in result.tasks.items() if "perplexity" in r.scores}
+    return {"acc": result.mean_accuracy(), "nll": result.mean_nll(), "rouge": result.mean("rouge_l").value, **texts}
+
+
+class Curve:
+    """Keeps what validation saw."""
+
+    def __init__(self) -> None:
+        self.valid: list[dict[str, Any]] = []
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Nothing to keep."""
+
+    def validation(self, record: dict[str, Any]) -> None:
+        self.valid.append(record)
+
+
+def about(options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {"recipe": str(options.recipe), "split": options.split, "device": describe(setting.device), "commit": commit,
+            "dtype": str(setting.dtype), "torch": torch.__version__}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    columns = [key for key in rows[0] if key not in ("curve", "scores")]
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    for row in rows:
+        cells = [row.get(key) for key in columns]
+        lines.append("| " + " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

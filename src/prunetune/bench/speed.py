@@ -1,0 +1,56 @@
+"""Prefill and decode speed of a model as transformers runs it."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second, median of several runs, with the spread (max - min over median)."""
+
+    prefill_tokens_per_s: float
+    decode_tokens_per_s: float
+    prefill_spread: float
+    decode_spread: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return asdict(self)
+
+
+@torch.inference_mode()
+def measure(model: Any, *, prompt: int = 256, batch: int = 2, new: int = 16, runs: int = 5) -> Speed:
+    """Prefill of [batch, prompt] random tokens, then `new` greedy decode steps at batch 1 after as long a prompt."""
+    device = next(model.parameters()).device
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, model.config.vocab_size, (batch, prompt), generator=rng).to(device)
+    prefill, decode = [], []
+    for run in range(runs + 1):  # the first warms up
+        started = _now(device)
+        model(tokens, use_cache=False, logits_to_keep=1)
+        middle = _now(device)
+        out = model(tokens[:1], use_cache=True, logits_to_keep=1)
+        begun = _now(device)
+        for _ in range(new):
+            out = model(out.logits[:, -1].argmax(-1, keepdim=True), past_key_values=out.past_key_values, use_cache=True)
+        ended = _now(device)
+        if run:
+            prefill.append(tokens.numel() / (middle - started))
+            decode.append(new / (ended - begun))
+    return Speed(statistics.median(prefill), statistics.median(decode), _spread(prefill), _spread(decode))
+
+
+def _spread(values: list[float]) -> float:
+    return (max(values) - min(values)) / statistics.median(values)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

@@ -1,0 +1,150 @@
+"""The command line: a command opens, calls, prints. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import signal
+import sys
+import typing
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from prunetune.config import RunConfig, load_recipe
+from prunetune.errors import PrunetuneError
+from prunetune.flags import given, optional_twin
+
+app = App(
+    name="prunetune",
+    help="Tune and structurally prune a language model for one domain, in one run.",
+    version_flags=["--version"],
+    help_on_error=False,
+)
+# Every option of a recipe as a flag, all optional: flags win over the recipe.
+Flags: typing.TypeAlias = optional_twin(RunConfig)  # type: ignore[valid-type]
+
+
+@app.command
+def run(
+    recipe: Path,
+    /,
+    *,
+    resume: Annotated[bool, Parameter(negative=(), help="Go on with a run that was stopped.")] = False,
+    flags: Annotated[Flags, Parameter(name="*")] = Flags(),
+) -> None:
+    """Tune, prune, cut, check, evaluate and report, into a run folder.
+
+    Parameters
+    ----------
+    recipe
+        A YAML file of options; see recipes/.
+    """
+    _run(load_recipe(recipe, given(flags)), resume=resume)
+
+
+@app.command
+def demo(
+    *,
+    resume: Annotated[bool, Parameter(negative=(), help="Go on with a demo that was stopped.")] = False,
+    flags: Annotated[Flags, Parameter(name="*")] = Flags(),
+) -> None:
+    """The same on a real small model and clinical coding terms that come as packages; no GPU needed."""
+    with resources.as_file(resources.files("prunetune") / "demo.yaml") as recipe:
+        config = load_recipe(recipe, given(flags))
+    _run(config, resume=resume)
+
+
+def _run(config: RunConfig, *, resume: bool) -> None:
+    from prunetune.run import run as whole_run
+    from prunetune.summary import of_run
+
+    folder = whole_run(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
+    print(of_run(folder))
+
+
+@app.command
+def sites(
+    model: str,
+    /,
+    *,
+    layout: Literal["per-layer", "uniform"] = "per-layer",
+    align: Annotated[int, Parameter(help="MLP widths are multiples of this; 0: chosen by size.")] = 0,
+    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """What can go: sites, units, share of parameters, legal shapes, smallest feasible keep; reads only the config.
+
+    Parameters
+    ----------
+    model
+        A folder, a hub name, a .gguf file, or 'demo'.
+    """
+    from prunetune.summary import of_sites
+
+    print(of_sites(model, layout=layout, align=align, trust_remote_code=trust_remote_code))
+
+
+@app.command
+def report(run: Path, /) -> None:
+    """Write a run's report.html again."""
+    from prunetune.report import write_report
+
+    print(write_report(run))
+
+
+def main() -> None:
+    """Entry point: exit 0 done, 1 a gate failed, 2 the user must correct something, 130 interrupted."""
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    for noisy in ("httpx", "transformers", "peft", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    # The run's own lines say what these bars and notes would; read by transformers when it is imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    sys.exit(_guarded())
+
+
+def _guarded() -> int:
+    try:
+        app(exit_on_error=False, print_error=False)
+    except CycloptsError as wrong:
+        return _say(" ".join(str(wrong).split()), 2)
+    except PrunetuneError as wrong:
+        return _say(str(wrong), wrong.exit_code)
+    except KeyboardInterrupt:
+        return _say("interrupted; go on with --resume", 130)
+    except Exception as error:
+        translated = _translated(error)
+        if translated is None:
+            raise
+        return _say(translated, 2)
+    return 0
+
+
+def _translated(error: Exception) -> str | None:
+    """A resource that ran out, in one line; None for a bug, which keeps its traceback."""
+    from prunetune.files import is_disk_full
+
+    if isinstance(error, OSError) and is_disk_full(error):
+        return f"the disk is full ({error.filename or 'run folder'}): free some room, then go on with --resume"
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    ):
+        return "out of memory: lower train.micro_tokens, then train.batch_size or data.max_length; then go on with --resume"
+    if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
+        return "the disk is full: free some room, then go on with --resume"
+    return None
+
+
+def _say(line: str, code: int) -> int:
+    print(f"prunetune: {line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What a run shows while it runs: a live bar in a terminal, plain lines elsewhere; both keep the records."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+class PlainConsole:
+    """Lines of a log, every `every` steps."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.total = 0
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage of so many steps begins."""
+        self.total = total
+        log.info("%s", name)
+
+    def step(self, record: Record) -> None:
+        """A tuning step is done."""
+        if record["step"] % self.every == 0 or record["step"] in (1, self.total):
+            log.info("step %d/%d %s", record["step"], self.total, summary(record))
+
+    def validation(self, record: Record) -> None:
+        """The decided sub-network was scored."""
+        log.info("step %d validation nll %.4f at %.1f%% kept", record["step"], record["nll"], 100 * record["kept"])
+
+    def passed(self, task: str, done: int, total: int) -> None:
+        """An evaluation has come so far."""
+        if done == total:
+            log.info("evaluated %s", task)
+
+
+class LiveConsole:
+    """A progress bar with the time left and the memory held."""
+
+    def __init__(self) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
+                   TextColumn("{task.fields[text]}"))  # fmt: skip
+        self.progress = Progress(*columns, console=RichConsole(stderr=True))
+        self.task: TaskID | None = None
+        self.note = ""
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage of so many steps begins."""
+        self._finish()
+        self.progress.start()
+        self.task = self.progress.add_task(name, total=total or None, text="")
+
+    def step(self, record: Record) -> None:
+        """A tuning step is done."""
+        self._update(record["step"], f"{summary(record)} {self.note}")
+
+    def validation(self, record: Record) -> None:
+        """The decided sub-network was scored."""
+        self.note = f"valid {record['nll']:.3f}"
+
+    def passed(self, task: str, done: int, total: int) -> None:
+        """An evaluation has come so far."""
+        self._update(done, task, total)
+
+    def close(self) -> None:
+        """Leave the terminal as it was."""
+        self._finish()
+        self.progress.stop()
+
+    def _update(self, done: int, text: str, total: int | None = None) -> None:
+        if self.task is not None:
+            known = {} if total is None else {"total": total}
+            self.progress.update(self.task, completed=done, text=text, **known)  # type: ignore[arg-type]
+
+    def _finish(self) -> None:
+        if self.task is not None:
+            total = self.progress.tasks[-1].total or 1
+            self.progress.update(self.task, total=total, completed=total)
+        self.task = None
+
+
+def summary(record: Record) -> str:
+    """One step in a few words."""
+    parts = [record["phase"], f"loss {record['loss']:.3f}", f"kept {100 * record['kept']:.1f}%"]
+    if "memory_mb" in record:
+        parts.append(f"{record['memory_mb'] / 1e3:.2f} GB")
+    if "tokens_per_s" in record:
+        parts.append(f"{record['tokens_per_s']:.0f} tok/s")
+    return " ".join(parts)
+
+
+def console_for(every: int) -> PlainConsole | LiveConsole:
+    """Live in a terminal, plain elsewhere."""
+    return LiveConsole() if sys.stderr.isatty() else PlainConsole(every)

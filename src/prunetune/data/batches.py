@@ -1,0 +1,135 @@
+"""Examples as padded tensors, and the order in which training sees them.
+
+Shapes: B examples of a batch, T tokens of the longest one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from prunetune.data.templates import Example
+from prunetune.errors import DataError
+
+IGNORED = -100  # the label that cross-entropy passes over
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples side by side, padded on the left. labels[b, t] is input_ids[b, t] where loss counts, else -100."""
+
+    input_ids: Tensor  # long [B, T]
+    attention_mask: Tensor  # long [B, T], 0 on padding
+    labels: Tensor  # long [B, T]; logits at t - 1 predict them
+    logits_to_keep: int  # logits of the last so many positions predict every label
+    tokens: int  # labels that count
+    ids: tuple[str, ...]
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device."""
+        return replace(
+            self,
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            labels=self.labels.to(device),
+        )
+
+
+def collate(examples: Sequence[Example], pad_id: int) -> Batch:
+    """One batch of all `examples`, which must not be empty."""
+    longest = max(len(example.ids) for example in examples)
+    answers = [len(example.ids) - example.answer_from for example in examples]
+    ids, mask, labels = [], [], []
+    for example, answer in zip(examples, answers, strict=True):
+        padding = longest - len(example.ids)
+        ids.append([pad_id] * padding + list(example.ids))
+        mask.append([0] * padding + [1] * len(example.ids))
+        labels.append([IGNORED] * (longest - answer) + list(example.ids[example.answer_from :]))
+    return Batch(
+        input_ids=torch.tensor(ids),
+        attention_mask=torch.tensor(mask),
+        labels=torch.tensor(labels),
+        # Padding stands on the left so that all answers end at the right edge, and few logits must be computed.
+        logits_to_keep=max(answers) + 1,
+        tokens=sum(answers),
+        ids=tuple(example.id for example in examples),
+    )
+
+
+def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
+    """Every example once, longest first, in lists of at most `max_tokens` with padding; one longer stands alone."""
+    batches: list[list[Example]] = []
+    for example in sorted(examples, key=lambda example: -len(example.ids)):
+        # The first of a list is its longest, so it sets the padded length.
+        if batches and len(batches[-1][0].ids) * (len(batches[-1]) + 1) <= max_tokens:
+            batches[-1].append(example)
+        else:
+            batches.append([example])
+    return batches
+
+
+class Stream:
+    """Endless batches, each a pure function of (seed, step): nothing to save for a resumed run.
+
+    Epochs are seeded permutations, laid end to end and cut into batches of exactly `batch_size`. An example of weight w
+    appears floor(w) times an epoch, and once more in a share w - floor(w) of the epochs. Raises `DataError` without
+    examples.
+    """
+
+    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:
+        if not examples:
+            raise DataError("no example to train on: none fits data.max_length; raise it or set data.too_long=truncate")
+        if batch_size < 1:
+            raise ValueError(f"batch size must be 1 or more, got {batch_size}")
+        self.examples = tuple(examples)
+        self.batch_size = batch_size
+        self.seed = seed
+        weights = torch.tensor([example.weight for example in self.examples], dtype=torch.float64)
+        self._whole = weights.floor().long()
+        self._part = weights - weights.floor()
+        # Where in its cycle of extra appearances an example starts.
+        self._phase = torch.rand(len(self.examples), generator=self._generator("phase"), dtype=torch.float64)
+
+    def batch(self, step: int) -> list[Example]:
+        """The examples of a step, counted from 0."""
+        position, end = step * self.batch_size, (step + 1) * self.batch_size
+        epoch = self._epoch_at(position)
+        chosen: list[Example] = []
+        while position < end:
+            order, start = self._order(epoch), self._before(epoch)
+            taken = order[position - start : end - start]
+            chosen += [self.examples[index] for index in taken]
+            position += len(taken)
+            epoch += 1
+        return chosen
+
+    def _before(self, epoch: int) -> int:
+        """Appearances in all epochs before this one."""
+        return int(self._appearances(epoch).sum())
+
+    def _appearances(self, epoch: int) -> Tensor:
+        return self._whole * epoch + (self._part * epoch + self._phase).floor().long()
+
+    def _order(self, epoch: int) -> list[int]:
+        counts = self._appearances(epoch + 1) - self._appearances(epoch)
+        indices = torch.arange(len(self.examples)).repeat_interleave(counts)
+        order: list[int] = indices[torch.randperm(len(indices), generator=self._generator(f"epoch {epoch}"))].tolist()
+        return order
+
+    def _epoch_at(self, position: int) -> int:
+        """The last epoch that starts at or before a position: bisection, since epochs differ in size."""
+        low, high = 0, 1
+        while self._before(high) <= position:
+            low, high = high, high * 2
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._before(middle) <= position else (low, middle)
+        return low
+
+    def _generator(self, purpose: str) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.seed} {purpose}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,0 +1,121 @@
+"""Rows out of files: JSON lines, JSON, CSV, Parquet. Each reader gives (line number, row) pairs."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prunetune.errors import DataError
+
+Rows = Iterator[tuple[int, Any]]
+NESTED = ("choices", "messages")  # CSV holds them as JSON
+
+
+def rows_of(path: Path) -> Rows:
+    """The rows of a data file, by its ending; raises `DataError` with file and line where it cannot be read."""
+    return READERS[path.suffix.lower()](path)
+
+
+def _text(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except OSError as broken:
+        raise DataError(f"{path}: cannot be read ({broken.strerror}); name a file that this user may open") from broken
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as broken:
+        line = data[: broken.start].count(b"\n") + 1
+        raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{data[broken.start]:02x}); save the file as UTF-8") from None
+
+
+def _parsed(text: str, where: str, wanted: str) -> Any:
+    try:
+        # Numbers past Python's limit on digits matter only where a field that is read holds one.
+        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 1000 else float(digits))
+    except json.JSONDecodeError as broken:
+        raise DataError(f"{where}: not valid JSON ({broken.msg}, column {broken.colno}); {wanted}") from None
+    except RecursionError:
+        raise DataError(f"{where}: JSON nested too deeply; {wanted}") from None
+
+
+def _json_lines(path: Path) -> Rows:
+    # Not splitlines: JSON texts may hold U+2028 and other characters that it takes for line ends.
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            yield number, _parsed(line, f"{path}:{number}", "each line holds one object")
+
+
+def _json(path: Path) -> Rows:
+    text = _text(path)
+    if not text.lstrip().startswith("["):
+        yield from _json_lines(path)
+        return
+    yield from enumerate(_parsed(text, str(path), "a .json file holds a list of objects, or one object a line"), 1)
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
+def _csv(path: Path) -> Rows:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True, delimiter=delimiter)
+    header: list[str] = []
+    last = 0
+    try:
+        while True:
+            with _long_fields():
+                cells = next(reader)
+            line, last = last + 1, reader.line_num
+            if not any(cells):
+                continue
+            if header:
+                yield line, _csv_row(header, cells, f"{path}:{line}")
+            header = header or cells
+    except StopIteration:
+        return
+    except csv.Error as broken:
+        advice = "quote texts with commas, quotes or line ends"
+        raise DataError(f"{path}:{last + 1}: not valid CSV ({broken}); {advice}") from None
+
+
+def _csv_row(header: list[str], cells: list[str], where: str) -> Mapping[str, Any]:
+    if len(cells) > len(header):
+        raise DataError(f"{where}: {len(cells)} cells under {len(header)} column names; quote texts with commas")
+    row: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
+    for name in NESTED:
+        if name in row:
+            row[name] = _parsed(row[name], f"{where}: column {name}", "in a table it holds a JSON list")
+    return row
+
+
+def _parquet(path: Path) -> Rows:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as broken:
+        reason = " ".join(str(broken).split())[:200]
+        raise DataError(f"{path}: not readable as Parquet ({reason}); write it again") from broken
+    yield from enumerate(rows, 1)
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": _csv,
+    ".tsv": _csv,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,191 @@
+"""One example in the only form the rest of prunetune knows, and how a row of any source becomes one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prunetune.errors import DataError
+
+Kind = Literal["completion", "chat", "text"]
+FORMS = "prompt + completion (or prompt + choices + answer), messages, or text"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One example; made by `record_of`, which checks what the fields promise."""
+
+    kind: Kind
+    prompt: str = ""  # empty for chat and text
+    completion: str = ""  # the answer; for text: all of it; for chat: the last assistant message
+    choices: tuple[str, ...] = ()
+    answer: int | None = None  # completion == choices[answer]
+    messages: tuple[tuple[str, str], ...] = ()  # chat: (role, content) of what comes before the last assistant message
+    task: str = ""
+    id: str = ""
+    group: str = ""  # records of one group never straddle splits
+    source: str = ""  # "file:line"
+    weight: float = 1.0  # of its source in a mixture
+
+    def key(self) -> str:
+        """The question's identity, as SHA-256: case, white space and the order of choices do not count."""
+        question = [part for message in self.messages for part in message] or [self.prompt]
+        question = [self.completion] if self.kind == "text" else question
+        plain = [[_plain(part) for part in question], sorted(_plain(choice) for choice in self.choices)]
+        return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+
+    def content(self) -> str:
+        """All that a model sees or is scored on, as one line; neither where it came from nor how much it weighs."""
+        return json.dumps(
+            [self.kind, self.prompt, self.completion, self.choices, self.answer, self.messages, self.task, self.group]
+        )
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.casefold().split())
+
+
+def record_of(
+    row: Any, *, source: str, id: str = "", task: str = "", weight: float = 1.0, group_field: str = ""
+) -> Record:
+    """The record in one row of a data set; `id` and `task` hold where the row names none.
+
+    Raises `DataError`, which begins with `source` ("file:line"), where the row lacks a field or has a wrong one.
+    """
+    try:
+        if not isinstance(row, Mapping):
+            raise DataError(f"row is {_shown(row)}; a row is an object with {FORMS}")
+        # Tables fill what a row does not have with nulls.
+        fields = {key: value for key, value in row.items() if value is not None}
+        return Record(
+            **_content(fields),
+            task=_name(fields, "task", task),
+            id=_name(fields, "id", id),
+            group=_group(fields, group_field),
+            source=source,
+            weight=weight,
+        )
+    except DataError as wrong:
+        raise DataError(f"{source}: {wrong}") from None
+
+
+def _content(fields: Mapping[str, Any]) -> dict[str, Any]:
+    if "messages" in fields:
+        return _chat(fields)
+    if "prompt" in fields and ({"completion", "choices"} & set(fields) or "text" not in fields):
+        return {"kind": "completion", "prompt": _text(fields["prompt"], "prompt"), **_answered(fields)}
+    if "text" in fields:
+        return {"kind": "text", "completion": _text(fields["text"], "text")}
+    found = _plain_line(", ".join(sorted(map(str, fields)))) or "no fields"
+    raise DataError(f"row has {found}; it needs {FORMS}")
+
+
+def _chat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    value = fields["messages"]
+    if not _is_list(value):
+        raise DataError(f"messages must be a list of {{role, content}}, got {_shown(value)}")
+    messages = [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
+    if len(messages) < 2 or messages[-1][0] != "assistant":
+        last = f"the last is from {messages[-1][0]!r}" if messages else "there is none"
+        raise DataError(f"messages must hold a question and end with an assistant's answer; of {len(messages)} {last}")
+    answered = _answered({**fields, "completion": messages[-1][1]})
+    return {"kind": "chat", "messages": tuple(messages[:-1]), **answered}
+
+
+def _message(value: Any, name: str) -> tuple[str, str]:
+    if not isinstance(value, Mapping) or not {"role", "content"} <= set(value):
+        raise DataError(f"{name} must have role and content, got {_shown(value)}")
+    return _text(value["role"], f"{name}.role"), _text(value["content"], f"{name}.content", empty=True)
+
+
+def _answered(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields `completion`, `choices` and `answer`: each follows from the others where it is not given."""
+    if "choices" not in fields:
+        if "completion" not in fields:
+            raise DataError(f"row has prompt but no completion; it needs {FORMS}")
+        return {"completion": _text(fields["completion"], "completion")}
+    choices = _choices(fields["choices"])
+    completion = _text(fields["completion"], "completion") if "completion" in fields else None
+    if "answer" in fields:
+        answer = _index(fields["answer"], choices)
+        if completion is not None and completion != choices[answer]:
+            raise DataError(
+                f"completion is {_shown(completion)} but choices[{answer}] is {_shown(choices[answer])}; "
+                "they must be equal: correct one, or leave completion out"
+            )
+    elif completion in choices:
+        answer = choices.index(completion)
+    else:
+        got = "no completion" if completion is None else f"completion {_shown(completion)}, which is none of them"
+        raise DataError(f"row has choices and {got}; add answer, the index of the right choice")
+    return {"completion": choices[answer], "choices": choices, "answer": answer}
+
+
+def _choices(value: Any) -> tuple[str, ...]:
+    if not _is_list(value) or len(value) < 2:
+        raise DataError(f"choices must be a list of two texts or more, got {_shown(value)}")
+    choices = tuple(_text(choice, f"choices[{index}]") for index, choice in enumerate(value))
+    twice = next((choice for index, choice in enumerate(choices) if choice in choices[:index]), None)
+    if twice is not None:
+        raise DataError(f"choices holds {_shown(twice)} twice; choices must differ")
+    return choices
+
+
+def _index(value: Any, choices: tuple[str, ...]) -> int:
+    """An index, or the text of a choice; tables without types hold an index as digits."""
+    if isinstance(value, str) and value in choices:
+        return choices.index(value)
+    number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 9 else value
+    if isinstance(number, int) and not isinstance(number, bool):
+        if 0 <= number < len(choices):
+            return number
+        raise DataError(f"answer {_shown(value)} lies outside choices, whose indices are 0..{len(choices) - 1}")
+    raise DataError(f"answer must be an index into choices, 0..{len(choices) - 1}, got {_shown(value)}")
+
+
+def _name(fields: Mapping[str, Any], key: str, default: str) -> str:
+    value = fields.get(key, default)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return (_text(value, key) if value != "" else default) if isinstance(value, str) else _text(value, key)
+
+
+def _group(fields: Mapping[str, Any], key: str) -> str:
+    if not key:
+        return ""
+    group = _name(fields, key, "")
+    if not group:
+        raise DataError(f"row has no {key}, which data.group names; add it, or set data.group to a field of every row")
+    return group
+
+
+def _text(value: Any, name: str, *, empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{name} must be text, got {_shown(value)}")
+    if not empty and not value.strip():
+        raise DataError(f"{name} is empty; fill it, or remove the row")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{name} holds half of a surrogate pair, which is no character; write it as UTF-8") from None
+    return value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return _plain_line(repr(value) if not isinstance(value, int) or value.bit_length() < 200 else "a huge number")
+    except ValueError:  # an int inside has more digits than Python writes
+        return f"a {type(value).__name__} with a huge number"
+
+
+def _plain_line(text: str) -> str:
+    # A row may hold a book, and the message is one line.
+    line = " ".join(text.split())
+    return line if len(line) <= 80 else f"{line[:77]}..."

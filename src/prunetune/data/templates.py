@@ -1,0 +1,181 @@
+"""Records as token ids. Prompt and answer are tokenised apart, so tuning and scoring see the same boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prunetune.config import DataConfig
+from prunetune.data.records import Record
+from prunetune.errors import DataError
+
+PROBE = "prunetune probe"  # an answer to look for in what a chat template renders
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids of one record. Loss counts from `answer_from` on, and 0 < answer_from < len(ids)."""
+
+    ids: tuple[int, ...]
+    answer_from: int
+    id: str = ""
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Examples that fit, and what the limit on length did."""
+
+    examples: tuple[Example, ...]
+    kept: tuple[int, ...]  # examples[i] is of record kept[i]
+    too_long: int  # how many were cut or dropped
+    longest: int  # tokens, before cutting
+
+
+def encode_prompt(record: Record, tokenizer: Any, template: str = "auto") -> list[int]:
+    """Token ids that an answer is generated from or scored after; for text rows the start token, if there is one."""
+    return _prompts([record], tokenizer, template)[0]
+
+
+def encode_answer(text: str, tokenizer: Any) -> list[int]:
+    """Token ids of an answer or a choice, without any special token."""
+    return _tokens([text], tokenizer, special=False)[0]
+
+
+def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, context: int) -> Encoded:
+    """Every record as an example of at most data.max_length and `context` tokens; "drop" may leave none.
+
+    Raises `DataError` where records are longer and data.too_long is "error", and for a tokenizer without what the
+    template or an end of text needs.
+    """
+    limit = min(config.max_length or context, context)
+    if limit < 2:
+        raise DataError(f"data.max_length is {limit}: an example needs 2 tokens at least; raise it")
+    examples = _whole(records, tokenizer, config.template)
+    lengths = [len(example.ids) for example in examples]
+    long = [index for index, length in enumerate(lengths) if length > limit]
+    if long and config.too_long == "error":
+        raise _too_long(records, lengths, long, limit, context)
+    kept = [index for index, length in enumerate(lengths) if length <= limit or config.too_long == "truncate"]
+    starts = {tokenizer.bos_token_id} - {None}
+    fitting = tuple(_cut(examples[index], limit, starts) for index in kept)
+    return Encoded(fitting, tuple(kept), len(long), max(lengths, default=0))
+
+
+def _whole(records: Sequence[Record], tokenizer: Any, template: str) -> list[Example]:
+    chats = [is_chat(record, template) for record in records]
+    prompts = _prompts(records, tokenizer, template)
+    answers = _tokens([record.completion for record in records], tokenizer, special=False)
+    end = [_end_of_text(tokenizer)]
+    turn_end = chat_end(tokenizer) if any(chats) else end
+    return [
+        Example((*prompt, *answer, *(turn_end if chat else end)), max(1, len(prompt)), record.id, record.weight)
+        for record, chat, prompt, answer in zip(records, chats, prompts, answers, strict=True)
+    ]
+
+
+def is_chat(record: Record, template: str) -> bool:
+    """Whether the tokenizer's chat template wraps this record."""
+    return record.kind != "text" and (template == "chat" or (template == "auto" and record.kind == "chat"))
+
+
+def _prompts(records: Sequence[Record], tokenizer: Any, template: str) -> list[list[int]]:
+    chats = [record for record in records if is_chat(record, template)]
+    raws = [record for record in records if not is_chat(record, template)]
+    # A chat template writes the special tokens itself.
+    rendered = iter(_tokens([_rendered(record, tokenizer) for record in chats], tokenizer, special=False))
+    plain = iter(_tokens([_raw(record) for record in raws], tokenizer, special=True))
+    adds_end = bool(raws) and _tokens(["a"], tokenizer, special=True)[0][-1] == tokenizer.eos_token_id
+    prompts = []
+    for record in records:
+        ids = next(rendered) if is_chat(record, template) else next(plain)[: -1 if adds_end else None]
+        # A prompt of no tokens leaves nothing that predicts the answer's first.
+        prompts.append(ids if ids or record.kind == "text" else [_start_of_text(tokenizer)])
+    return prompts
+
+
+def _raw(record: Record) -> str:
+    if record.kind != "chat":
+        return record.prompt
+    turns = [f"{role}: {content}\n" for role, content in record.messages]
+    return "".join([*turns, "assistant:"])
+
+
+def _rendered(record: Record, tokenizer: Any) -> str:
+    messages = record.messages or (("user", record.prompt),)
+    return _render(tokenizer, messages, record.source, generate=True)
+
+
+def _render(tokenizer: Any, messages: Sequence[tuple[str, str]], source: str, *, generate: bool) -> str:
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise DataError(
+            f"{source}: rows of messages need a chat template, and the tokenizer has none; "
+            "set data.template=raw, or name a model tuned for chat"
+        )
+    turns = [{"role": role, "content": content} for role, content in messages]
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate))
+    except (TemplateError, ValueError, TypeError) as refused:
+        reason = " ".join(str(refused).split())[:200]
+        raise DataError(
+            f"{source}: the tokenizer's chat template refuses these messages ({reason}); "
+            "correct the roles and their order, or set data.template=raw"
+        ) from refused
+
+
+def chat_end(tokenizer: Any) -> list[int]:
+    """Token ids that close an assistant's turn: what the chat template puts after it, else the end of text."""
+    turns = (("user", PROBE.title()), ("assistant", PROBE))
+    after = _render(tokenizer, turns, "data.template", generate=False).rpartition(PROBE)[2].rstrip()
+    ids = encode_answer(after, tokenizer) if after else []
+    end = _end_of_text(tokenizer)
+    return ids[: ids.index(end) + 1] if end in ids else ids or [end]
+
+
+def _end_of_text(tokenizer: Any) -> int:
+    if tokenizer.eos_token_id is None:
+        raise DataError("the tokenizer names no end-of-text token; set eos_token in its tokenizer_config.json")
+    return int(tokenizer.eos_token_id)
+
+
+def _start_of_text(tokenizer: Any) -> int:
+    start = tokenizer.bos_token_id
+    return _end_of_text(tokenizer) if start is None else int(start)
+
+
+def _tokens(texts: Sequence[str], tokenizer: Any, *, special: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    # verbose=False: the length is judged here, not by the tokenizer's own warning.
+    encoded = tokenizer(list(texts), add_special_tokens=special, verbose=False)
+    return [list(ids) for ids in encoded["input_ids"]]
+
+
+def _cut(example: Example, limit: int, starts: set[int]) -> Example:
+    """The example in `limit` tokens: what goes first is the beginning of the prompt, then the end of the answer."""
+    excess = len(example.ids) - limit
+    if excess <= 0:
+        return example
+    prompt, answer = example.ids[: example.answer_from], example.ids[example.answer_from :]
+    # Models that start every text with one token behave badly without it.
+    head = prompt[:1] if prompt[0] in starts and len(prompt) - excess >= 2 else ()
+    kept = max(1, len(prompt) - excess)
+    prompt = (*head, *prompt[len(prompt) - kept + len(head) :])
+    return Example((prompt + answer)[:limit], len(prompt), example.id, example.weight)
+
+
+def _too_long(
+    records: Sequence[Record], lengths: Sequence[int], long: Sequence[int], limit: int, context: int
+) -> DataError:
+    room = (
+        f"raise data.max_length (the model's context is {context})"
+        if limit < context
+        else f"take a model with more context (data.max_length cannot pass its {context})"
+    )
+    return DataError(
+        f"{len(long)} of {len(records)} rows have more than {limit} tokens (longest {max(lengths)}), "
+        f"first {records[long[0]].source}; set data.too_long=truncate or data.too_long=drop, or {room}"
+    )

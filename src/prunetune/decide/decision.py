@@ -1,0 +1,120 @@
+"""From the generator's logits to gates and, in the end, to the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunetune.config import RunConfig
+from prunetune.decide.evidence import quantile, to_logits
+from prunetune.decide.generator import Generator
+from prunetune.decide.sampling import gumbel_sigmoid, rounded, straight_through
+from prunetune.decide.select import Shape, select
+from prunetune.model.masking import gates_of
+from prunetune.model.sites import Site
+from prunetune.plan import Plan
+from prunetune.seeds import derive
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Hard gates for the adapters' half-step, and the plan once it is final."""
+
+    gates: Mapping[str, Tensor]  # {site: [U]} of 0 and 1
+    plan: Plan | None = None
+
+
+class Searcher:
+    """The generator, the logits it started from, and how logits become gates.
+
+    *sampled* gates are Gumbel draws that may hold any share; a budget loss pulls them to the target (ATP, section 3.2).
+    *projected* gates are the highest logits under the budget of the step, so that the adapters always see a legal plan;
+    their gradient is that of a sigmoid around the budget's quantile.
+    """
+
+    def __init__(
+        self,
+        sites: tuple[Site, ...],
+        shape: Shape,
+        config: RunConfig,
+        keep_at: Callable[[int], float],
+        device: torch.device,
+    ) -> None:
+        self.sites, self.shape, self.device = sites, shape, device
+        self.config, self.seed, self.keep = config.search, config.seed, config.budget.keep
+        self.keep_at = keep_at
+        self.generator = Generator(sites, kind=self.config.generator, seed=derive(config.seed, "generator")).to(device)
+        self.start = {site.name: torch.zeros(site.units, device=device) for site in sites}
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether gates are noisy draws, and the budget is a loss."""
+        return self.config.gates == "sampled"
+
+    def start_from(self, importance: Mapping[str, Tensor]) -> None:
+        """Take measured importance ({site: [U]}, any scale) as the starting logits."""
+        self.start = {name: logits.to(self.device) for name, logits in to_logits(importance, self.sites).items()}
+
+    def logits(self) -> dict[str, Tensor]:
+        """{site: [U]}, differentiable in the generator."""
+        return {name: self.start[name] + moved for name, moved in self.generator().items()}
+
+    def sample(self, step: int) -> dict[str, Tensor]:
+        """Hard gates of a search step, with a gradient."""
+        logits = self.logits()
+        if self.is_sampled:
+            return {name: rounded(soft) for name, soft in self._draw(logits, "search", step).items()}
+        keep = self.keep_at(step)
+        hard = gates_of(select(logits, self.sites, keep, self.shape), self.sites, self.device)
+        middle = quantile(logits, self.sites, keep)
+        return {
+            name: straight_through(torch.sigmoid((value - middle) / self.config.temperature), hard[name])
+            for name, value in logits.items()
+        }
+
+    @torch.no_grad()
+    def decide(self, step: int) -> Decision:
+        """The gates under which the adapters take their half-step."""
+        logits = self.logits()
+        if self.is_sampled:
+            return Decision({name: (soft > 0.5).float() for name, soft in self._draw(logits, "decide", step).items()})
+        return Decision(gates_of(select(logits, self.sites, self.keep_at(step), self.shape), self.sites, self.device))
+
+    @torch.no_grad()
+    def conclude(self) -> Decision:
+        """The final decision: no noise, exact budget, ties broken by index."""
+        return self.fixed(select(self.logits(), self.sites, self.keep, self.shape))
+
+    def fixed(self, plan: Plan) -> Decision:
+        """A given plan as a decision."""
+        return Decision(gates_of(plan, self.sites, self.device), plan)
+
+    def undecided(self) -> Decision:
+        """Everything stays."""
+        return Decision({site.name: torch.ones(site.units, device=self.device) for site in self.sites})
+
+    def _draw(self, logits: Mapping[str, Tensor], purpose: str, step: int) -> dict[str, Tensor]:
+        rng = torch.Generator().manual_seed(derive(self.seed, f"gates-{purpose}", step))
+        return {
+            name: gumbel_sigmoid(value, temperature=self.config.temperature, offset=self.config.offset, rng=rng)
+            for name, value in logits.items()
+        }
+
+    def parameter_names(self) -> list[str]:
+        """Names of the generator's parameters, in its optimiser's order."""
+        return [name for name, _ in self.generator.named_parameters()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights and starting logits, for a checkpoint."""
+        start = {f"start.{name}": logits for name, logits in self.start.items()}
+        return {**{f"net.{name}": weight for name, weight in self.generator.state_dict().items()}, **start}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put back what `tensors` took."""
+        self.generator.load_state_dict(
+            {name[4:]: weight for name, weight in tensors.items() if name.startswith("net.")}
+        )
+        self.start = {name[6:]: value.to(self.device) for name, value in tensors.items() if name.startswith("start.")}

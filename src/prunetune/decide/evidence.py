@@ -1,0 +1,36 @@
+"""From measured importance to starting logits, so that the search begins with what the pretrained weights say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from prunetune.model.sites import Site
+
+
+def to_logits(importance: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Normal scores of importance per parameter: {site: [U]}, mean about 0 and deviation about 1 over parameters.
+
+    Ranks instead of values, because importances span many orders of magnitude and only their order is trusted. A unit
+    counts as often as it has parameters, so that the budget's quantile of the logits is the budget.
+    """
+    names = [site.name for site in sites]
+    density = torch.cat([importance[site.name].double().cpu() / site.unit_params for site in sites])
+    prices = torch.cat([torch.full((site.units,), float(site.unit_params), dtype=torch.float64) for site in sites])
+    order = torch.argsort(density, stable=True)
+    below = torch.cumsum(prices[order], 0) - prices[order] / 2
+    logits = torch.empty_like(density)
+    logits[order] = torch.special.ndtri(below / prices.sum())
+    parts = torch.split(logits.float(), [site.units for site in sites])
+    return dict(zip(names, parts, strict=True))
+
+
+def quantile(logits: Mapping[str, Tensor], sites: Sequence[Site], keep: float) -> float:
+    """The logit above which units hold the share `keep` of the prunable parameters."""
+    values = torch.cat([logits[site.name].detach().double().cpu() for site in sites])
+    prices = torch.cat([torch.full((site.units,), float(site.unit_params), dtype=torch.float64) for site in sites])
+    order = torch.argsort(values, descending=True, stable=True)
+    held = torch.cumsum(prices[order], 0) / prices.sum()
+    return float(values[order][int((held < keep).sum().clamp(max=len(values) - 1))])

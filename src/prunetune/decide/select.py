@@ -1,0 +1,158 @@
+"""From scores to a plan: deterministic, on budget, and always a shape that can be written.
+
+A site's units are ranked by score (ties by index) and taken in blocks: one KV group, or `align` MLP channels. A plan
+is *maximal*: it is not above the target, and no further block fits under it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prunetune.budget.params import total
+from prunetune.errors import PlanError
+from prunetune.model.sites import Site
+from prunetune.plan import Plan
+
+Scores = Mapping[str, Tensor]  # site name -> one score per unit; higher stays
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a legal plan looks like."""
+
+    layout: str = "per-layer"
+    align: int = 128  # MLP widths are multiples of this (or the dense width)
+    min_groups: int = 0  # KV groups that every layer keeps
+    legal_groups: Callable[[int], bool] = lambda groups: True  # may all layers have this many? (uniform layout)
+
+
+def default_align(sites: Sequence[Site]) -> int:
+    """128 channels, the width that GPUs and 4-bit formats want; 32, the floor of both, for narrow models."""
+    widest = max(site.units for site in sites if site.kind == "mlp")
+    return 128 if widest >= 4096 else max(1, min(32, widest // 4))
+
+
+def select(scores: Scores, sites: Sequence[Site], keep: float, shape: Shape) -> Plan:
+    """The plan of the highest scores that keeps at most `keep` of the prunable parameters.
+
+    Raises `PlanError` with the smallest feasible keep where even the floors are above the target.
+    """
+    target = int(keep * total(sites) + 1e-9)
+    lowest = floor(sites, shape)
+    if target < lowest:
+        raise PlanError(
+            f"budget.keep {keep:g} is below what is feasible ({_rounded_up(lowest / total(sites))}) for layout {shape.layout} "
+            f"with budget.align {shape.align}: raise budget.keep, or lower budget.align or budget.min_groups"
+        )
+    ranked = {
+        site.name: torch.argsort(scores[site.name].detach().float().cpu(), descending=True, stable=True)
+        for site in sites
+    }
+    widths = (
+        _uniform(scores, ranked, sites, target, shape)
+        if shape.layout == "uniform"
+        else _free(scores, ranked, sites, target, shape)
+    )
+    return Plan(
+        {site.name: tuple(sorted(ranked[site.name][: widths[site.name]].tolist())) for site in sites},
+        {site.name: site.units for site in sites},
+    )
+
+
+def floor(sites: Sequence[Site], shape: Shape) -> int:
+    """Prunable parameters of the smallest legal plan."""
+    if shape.layout == "uniform":
+        layers = _layers(sites)
+        return layers * min(g * p_g + c * p_c for g, c, p_g, p_c in _uniform_shapes(sites, shape))
+    return sum(site.unit_params * floor_width(site, shape) for site in sites)
+
+
+def floor_width(site: Site, shape: Shape) -> int:
+    """Fewest units that a site keeps."""
+    if site.kind == "mlp":
+        return min(shape.align, site.units)
+    return min(max(site.floor, shape.min_groups), site.units)
+
+
+def feasible_keep(sites: Sequence[Site], shape: Shape) -> float:
+    """The smallest keep that some legal plan meets."""
+    return floor(sites, shape) / total(sites)
+
+
+def _rounded_up(share: float) -> str:
+    return f"{-(-share * 1000 // 1) / 1000:.3f}"
+
+
+def _block(site: Site, width: int, shape: Shape) -> int:
+    """Units in the next block above `width`; the last block of a site takes what is left."""
+    return min(shape.align if site.kind == "mlp" else 1, site.units - width)
+
+
+def _free(
+    scores: Scores, ranked: Mapping[str, Tensor], sites: Sequence[Site], target: int, shape: Shape
+) -> dict[str, int]:
+    widths = {site.name: floor_width(site, shape) for site in sites}
+    spent = sum(site.unit_params * widths[site.name] for site in sites)
+    offers = []
+    for order, site in enumerate(sites):
+        sorted_scores = scores[site.name].detach().double().cpu()[ranked[site.name]]
+        width = widths[site.name]
+        while width < site.units:
+            block = _block(site, width, shape)
+            offers.append((-float(sorted_scores[width : width + block].mean()), order, width, block))
+            width += block
+    # Blocks of one site come in descending score, so taking the best offers first never skips within a site ...
+    closed: set[str] = set()
+    for _, order, _, block in sorted(offers):
+        site = sites[order]
+        if site.name in closed:
+            continue
+        if spent + block * site.unit_params > target:
+            closed.add(site.name)  # ... and a site whose block did not fit takes no later, smaller one.
+            continue
+        widths[site.name] += block
+        spent += block * site.unit_params
+    return widths
+
+
+def _layers(sites: Sequence[Site]) -> int:
+    return len({site.layer for site in sites})
+
+
+def _uniform_shapes(sites: Sequence[Site], shape: Shape) -> list[tuple[int, int, int, int]]:
+    """All (groups, channels) that every layer may have, with the prices of one group and one channel."""
+    attention = next(site for site in sites if site.kind == "attention")
+    mlp = next(site for site in sites if site.kind == "mlp")
+    if len({(site.kind, site.units, site.unit_params) for site in sites}) > 2:
+        raise PlanError("layout uniform needs equal layers, and this model's differ: use layout per-layer")
+    fewest = max(1, shape.min_groups)
+    groups = [g for g in range(fewest, attention.units + 1) if shape.legal_groups(g)]
+    channels = [*range(floor_width(mlp, shape), mlp.units, shape.align), mlp.units]
+    return [(g, c, attention.unit_params, mlp.unit_params) for g in groups for c in channels]
+
+
+def _uniform(
+    scores: Scores, ranked: Mapping[str, Tensor], sites: Sequence[Site], target: int, shape: Shape
+) -> dict[str, int]:
+    """One width per kind for all layers: of the maximal shapes, the one that keeps the highest scores."""
+    layers = _layers(sites)
+    best: dict[int, tuple[int, int]] = {}  # groups -> (price, channels): the widest MLP that still fits
+    for g, c, p_g, p_c in _uniform_shapes(sites, shape):
+        price = layers * (g * p_g + c * p_c)
+        if price <= target and price > best.get(g, (0, 0))[0]:
+            best[g] = (price, c)
+
+    def worth(groups: int) -> tuple[float, int]:
+        value = 0.0
+        for site in sites:
+            width = groups if site.kind == "attention" else best[groups][1]
+            top = scores[site.name].detach().double().cpu()[ranked[site.name]][:width]
+            value += float(top.sum()) * site.unit_params
+        return value, best[groups][0]
+
+    chosen = max(best, key=worth)
+    return {site.name: chosen if site.kind == "attention" else best[chosen][1] for site in sites}

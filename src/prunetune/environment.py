@@ -1,0 +1,48 @@
+"""What a run ran on."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+PACKAGES = ("prunetune", "torch", "transformers", "peft", "accelerate", "safetensors")
+
+
+def facts(device: torch.device, dtype: torch.dtype, command: str, seed: int) -> dict[str, Any]:
+    """Command, versions, device and seed, for the manifest."""
+    return {
+        "command": command,
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "device": describe(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seeds": {"run": seed},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed as a package"
+
+
+def describe(device: torch.device) -> str:
+    """The device's name for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    return str(device)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory held so far: allocated on the GPU, resident on the CPU; in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

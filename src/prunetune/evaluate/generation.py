@@ -1,0 +1,64 @@
+"""Answers that a model writes by itself: the likeliest token each time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import GenerationConfig
+
+from prunetune.evaluate.packing import LOGITS, Tick, left_padded, packed, vocabulary
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    max_new_tokens: int,
+    max_tokens: int,
+    tick: Tick,
+) -> list[str]:
+    """The greedy answer to each prompt, without special tokens and outer white space, in the order given."""
+    found = [""] * len(prompts)
+    size = vocabulary(model)
+    groups = packed(
+        range(len(prompts)),
+        lambda index: len(prompts[index]),
+        lambda rows, width: rows * (width + max_new_tokens) <= max_tokens and rows * size <= LOGITS,
+    )
+    with greedy(model, tokenizer, pad_id, max_new_tokens) as settings:
+        for group in groups:
+            batch = left_padded([prompts[index] for index in group], pad_id, model.device)
+            ids = model.generate(batch.ids, attention_mask=batch.mask, generation_config=settings)
+            answers = tokenizer.batch_decode(ids[:, batch.ids.shape[1] :], skip_special_tokens=True)
+            for index, answer in zip(group, answers, strict=True):
+                found[index] = answer.strip()
+            tick(len(group))
+    return found
+
+
+@contextmanager
+def greedy(model: Any, tokenizer: Any, pad_id: int, max_new_tokens: int) -> Iterator[GenerationConfig]:
+    """Settings of plain greedy decoding; for the length of the block the checkpoint's own ones do not mix in."""
+    settings = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stop_ids(model, tokenizer) or None,
+        pad_token_id=pad_id,
+    )
+    own = model.generation_config
+    model.generation_config = GenerationConfig()
+    try:
+        yield settings
+    finally:
+        model.generation_config = own
+
+
+def stop_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends an answer: the tokenizer's and those of the checkpoint's generation settings."""
+    named = model.generation_config.eos_token_id
+    found = {tokenizer.eos_token_id, *(named if isinstance(named, list | tuple) else [named])}
+    return sorted(token for token in found if token is not None)

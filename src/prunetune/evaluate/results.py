@@ -1,0 +1,148 @@
+"""What an evaluation found: scores with their standard errors, and every item behind them. Round-trips through JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prunetune.errors import DataError
+
+FORMAT = "prunetune-evaluation-1"
+SHOWN = 2000  # characters of a prompt that the JSON keeps
+
+HEADLINES = ("accuracy", "rouge_l", "perplexity", "nll")
+LOWER_IS_BETTER = frozenset({"perplexity", "nll"})
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number in natural units (accuracy and ROUGE 0..1, NLL in nats per token), over `n` items."""
+
+    value: float
+    se: float  # standard error; nan where n < 2
+    n: int
+
+
+@dataclass(frozen=True)
+class Item:
+    """One test item: what was asked, what would do, what came."""
+
+    id: str
+    prompt: str
+    expected: str
+    got: str  # the chosen choice or the generated answer; "" where nothing was generated
+    correct: bool | None  # None where nothing was chosen or generated
+    scores: dict[str, float]  # this item's share of the task's scores; texts and answers also carry "tokens"
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """The scores of one task with its items."""
+
+    task: str
+    scores: dict[str, Score]
+    items: tuple[Item, ...]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Task name -> result."""
+
+    tasks: dict[str, TaskResult]
+
+    def mean(self, metric: str) -> Score:
+        """The mean over the tasks that have `metric`, each weighing the same; nan over no task. `n` counts tasks."""
+        scores = [result.scores[metric] for result in self.tasks.values() if metric in result.scores]
+        if not scores:
+            return Score(math.nan, math.nan, 0)
+        value = math.fsum(score.value for score in scores) / len(scores)
+        return Score(value, math.hypot(*(score.se for score in scores)) / len(scores), len(scores))
+
+    def mean_accuracy(self) -> float:
+        """Mean accuracy over the tasks that have choices; nan where none has."""
+        return self.mean("accuracy").value
+
+    def mean_nll(self) -> float:
+        """Mean NLL per answer token over the tasks that have answers; nan where none has."""
+        return self.mean("nll").value
+
+    def to_json(self) -> str:
+        """The evaluation as JSON text, stable to the byte: nan and inf become null, long prompts lose their end."""
+        tasks = {name: _plain(result) for name, result in self.tasks.items()}
+        return json.dumps({"format": FORMAT, "tasks": tasks}, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Evaluation:
+        """Read what `to_json` wrote (null becomes nan); raises `DataError` on anything else."""
+        try:
+            data: Any = json.loads(text)
+            if data["format"] != FORMAT:
+                raise DataError(f"evaluation has format {data['format']!r}; this version reads {FORMAT!r}")
+            return cls({name: _result(name, result) for name, result in data["tasks"].items()})
+        except (ValueError, KeyError, TypeError, AttributeError) as broken:
+            raise DataError(f"not an evaluation: {broken!r}; expected what `prunetune eval` writes") from broken
+
+
+def headline(result: TaskResult) -> str:
+    """The metric that stands for a task; "" where it has none of `HEADLINES`."""
+    return next((metric for metric in HEADLINES if metric in result.scores), "")
+
+
+def higher_is_better(metric: str) -> bool:
+    """False for perplexity and NLL."""
+    return metric not in LOWER_IS_BETTER
+
+
+def recovery(pruned: Score, dense: Score, metric: str) -> float:
+    """How much of the dense score is left, 1 = all: the ratio, upside down where lower is better; nan over zero."""
+    above, below = (pruned.value, dense.value) if higher_is_better(metric) else (dense.value, pruned.value)
+    return above / below if below else math.nan
+
+
+def _plain(result: TaskResult) -> dict[str, Any]:
+    return {
+        "scores": {
+            metric: {"value": _finite(score.value), "se": _finite(score.se), "n": score.n}
+            for metric, score in result.scores.items()
+        },
+        "items": [_plain_item(item) for item in result.items],
+    }
+
+
+def _plain_item(item: Item) -> dict[str, Any]:
+    scores = {metric: _finite(value) for metric, value in item.scores.items()}
+    return dataclasses.asdict(item) | {"prompt": item.prompt[:SHOWN], "scores": scores}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _result(task: str, data: Mapping[str, Any]) -> TaskResult:
+    return TaskResult(
+        task,
+        {
+            metric: Score(_number(score["value"]), _number(score["se"]), int(score["n"]))
+            for metric, score in data["scores"].items()
+        },
+        tuple(_item(item) for item in data["items"]),
+    )
+
+
+def _item(data: Mapping[str, Any]) -> Item:
+    return Item(
+        id=str(data["id"]),
+        prompt=str(data["prompt"]),
+        expected=str(data["expected"]),
+        got=str(data["got"]),
+        correct=data["correct"],
+        scores={metric: _number(value) for metric, value in data["scores"].items()},
+    )

@@ -1,0 +1,100 @@
+"""Scores out of items, with standard errors: of a mean in closed form, of a ratio or F1 by bootstrap over items."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunetune.errors import DataError
+from prunetune.evaluate.results import Item, Score, TaskResult
+
+RESAMPLES = 1000
+Array: TypeAlias = NDArray[np.float64]
+Statistic = Callable[[Array], Array]  # [resamples, n] weights of the items -> [resamples] values
+
+
+def summarise(items: Sequence[Item], metric: str) -> Score:
+    """The task's score out of its items (those that have it), nan where an item's is nan."""
+    if metric in _STATISTICS:
+        return _bootstrap([_STATISTICS[metric](items)], len(items))
+    return mean([item.scores[metric] for item in items])
+
+
+def mean(values: Sequence[float]) -> Score:
+    """Mean with standard error sd / sqrt(n)."""
+    n = len(values)
+    if n == 0:
+        return Score(math.nan, math.nan, 0)
+    sample = np.asarray(values, dtype=np.float64)
+    return Score(float(sample.mean()), float(sample.std(ddof=1) / math.sqrt(n)) if n > 1 else math.nan, n)
+
+
+def paired_difference(a: TaskResult, b: TaskResult, metric: str) -> Score:
+    """`a` minus `b` over the items that both scored, with the standard error of the difference.
+
+    Pairing takes the items' difficulty out of the error. Raises `DataError` where no item is common to both.
+    """
+    ours, theirs = _scored(a, metric), _scored(b, metric)
+    common = [name for name in ours if name in theirs]
+    if not common:
+        raise DataError(f"{a.task}: no item has {metric} in both results; compare evaluations of the same test rows")
+    left, right = [ours[name] for name in common], [theirs[name] for name in common]
+    if metric in _STATISTICS:
+        return _bootstrap([_STATISTICS[metric](left), _STATISTICS[metric](right)], len(common))
+    return mean([x.scores[metric] - y.scores[metric] for x, y in zip(left, right, strict=True)])
+
+
+def _scored(result: TaskResult, metric: str) -> Mapping[str, Item]:
+    evidence = {"perplexity": "nll", "macro_f1": "accuracy"}.get(metric, metric)
+    if metric not in result.scores:
+        return {}
+    return {item.id: item for item in result.items if evidence in item.scores}
+
+
+def _bootstrap(statistics: Sequence[Statistic], n: int) -> Score:
+    """The statistic, or the first minus the second; both see the same resamples, which are the same every time."""
+    if n == 0:
+        return Score(math.nan, math.nan, 0)
+    generator = np.random.default_rng(0)
+    resamples = generator.multinomial(n, np.full(n, 1 / n), size=RESAMPLES).astype(np.float64)
+    weights = np.concatenate([np.ones((1, n)), resamples])
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = statistics[0](weights) - (statistics[1](weights) if len(statistics) > 1 else 0.0)
+        error = float(values[1:].std(ddof=1)) if n > 1 else math.nan
+    return Score(float(values[0]), error, n)
+
+
+def _perplexity(items: Sequence[Item]) -> Statistic:
+    tokens = np.asarray([item.scores["tokens"] for item in items], dtype=np.float64)
+    totals = np.asarray([item.scores["nll"] for item in items], dtype=np.float64) * tokens
+    return lambda weights: np.exp((weights @ totals) / (weights @ tokens))
+
+
+def _macro_f1(items: Sequence[Item]) -> Statistic:
+    """Mean F1 over the labels that were expected or chosen in a resample."""
+    if any(math.isnan(item.scores["accuracy"]) for item in items):
+        return lambda weights: np.full(len(weights), math.nan)
+    labels = sorted({item.expected for item in items} | {item.got for item in items})
+    expected = _one_hot([item.expected for item in items], labels)
+    got = _one_hot([item.got for item in items], labels)
+
+    def statistic(weights: Array) -> Array:
+        hits = weights @ (expected * got)
+        named = weights @ expected + weights @ got
+        f1 = np.divide(2 * hits, named, out=np.zeros_like(hits), where=named > 0)
+        present: Array = f1.sum(axis=1) / (named > 0).sum(axis=1)
+        return present
+
+    return statistic
+
+
+def _one_hot(values: Sequence[str], labels: Sequence[str]) -> Array:
+    """[items, labels]"""
+    return np.array([[float(value == label) for label in labels] for value in values])
+
+
+_STATISTICS: Mapping[str, Callable[[Sequence[Item]], Statistic]] = {"perplexity": _perplexity, "macro_f1": _macro_f1}

@@ -1,0 +1,39 @@
+"""The model card that goes with a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prunetune.config import RunConfig
+from prunetune.model.sites import Site, kept_params
+from prunetune.plan import Plan
+
+
+def card_of(config: RunConfig, manifest: dict[str, Any], plan: Plan, sites: Sequence[Site]) -> str:
+    """README.md of the model folder: where it comes from, what was removed, how to open it."""
+    share = kept_params(sites, plan) / sum(site.params for site in sites)
+    hashes = "\n".join(f"- {split}: `{digest}`" for split, digest in manifest.get("data", {}).get("hashes", {}).items())
+    code = ", trust_remote_code=True" if config.layout == "per-layer" else ""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [prunetune, pruning, lora]
+---
+# {config.model}, tuned and pruned
+
+Made by [prunetune](https://pypi.org/project/prunetune/) from `{config.model}`: LoRA tuning and structural pruning in one run.
+{100 * share:.1f}% of the attention and MLP parameters remain (layout {config.layout}); `plan.json` names the units kept.
+The licence of the base model applies.
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("PATH"{code})
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```
+
+SHA-256 of the data:
+
+{hashes}
+"""

@@ -1,0 +1,131 @@
+"""Write a cut model as a checkpoint that stock runtimes open: uniform (a plain architecture) or per-layer."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunetune.errors import ModelError
+from prunetune.export.per_layer import PerLayer, per_layer_overrides, write_code
+from prunetune.export.shapes import has_bias
+from prunetune.files import new_folder
+from prunetune.model.sites import Site
+from prunetune.plan import Plan
+
+
+@dataclass(frozen=True)
+class Written:
+    """A finished checkpoint."""
+
+    folder: Path
+    architecture: str  # class that opens it
+    layout: str
+    needs_code: bool  # opens with trust_remote_code only
+    params: int
+    bytes: int
+    note: str = ""  # why another class than the original's
+
+
+def write(
+    model: Any, tokenizer: Any, plan: Plan, sites: Sequence[Site], folder: Path, *, layout: str, card: str
+) -> Written:
+    """Write `model`, already cut by `plan`, whole or not at all. Tensors keep their dtype."""
+    config, note = (
+        (uniform_config(model.config, plan, sites), "") if layout == "uniform" else (copy.deepcopy(model.config), "")
+    )
+    if type(config) is not type(model.config):
+        note = (
+            f"written as {config.architectures[0]}: {type(model.config).__name__} refuses {config.num_attention_heads} heads at "
+            f"hidden size {config.hidden_size}; tensors and arithmetic are the same"
+        )
+    with new_folder(folder) as partial:
+        if layout == "uniform":
+            target = _empty(config)
+            _fill(target, model)
+            target.generation_config = model.generation_config
+            target.save_pretrained(partial)
+        else:
+            layered = PerLayer.of(model)
+            model.save_pretrained(partial)
+            write_code(partial, layered)
+            _edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | layered.auto_map())
+        _add_old_rope_keys(partial / "config.json")
+        tokenizer.save_pretrained(partial)
+        (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
+        (partial / "README.md").write_text(card, encoding="utf-8")
+    files = [path for path in folder.rglob("*.safetensors")]
+    return Written(
+        folder=folder,
+        architecture=config.architectures[0] if layout == "uniform" else PerLayer.of(model).model_class,
+        layout=layout,
+        needs_code=layout != "uniform",
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        bytes=sum(path.stat().st_size for path in files),
+        note=note,
+    )
+
+
+def uniform_config(config: Any, plan: Plan, sites: Sequence[Site]) -> Any:
+    """The configuration of equal, smaller layers; Mistral's where Llama's refuses the head count."""
+    from transformers import MistralConfig
+
+    widths = {kind: {len(plan.kept[s.name]) for s in sites if s.kind == kind} for kind in ("attention", "mlp")}
+    if any(len(width) != 1 for width in widths.values()):
+        raise ModelError(f"plan has widths {widths} and layout uniform needs one of each kind: write it per-layer")
+    groups, channels = widths["attention"].pop(), widths["mlp"].pop()
+    heads = groups * (config.num_attention_heads // config.num_key_value_heads)
+    values = config.to_dict() | {
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "intermediate_size": channels,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    }
+    values.pop("transformers_version", None)
+    if config.model_type == "llama" and config.hidden_size % heads and not has_bias(config):
+        values |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+        return MistralConfig.from_dict(
+            {k: v for k, v in values.items() if k not in ("attention_bias", "mlp_bias", "pretraining_tp")}
+        )
+    return type(config).from_dict(values | {"architectures": [_causal_class(config)]})
+
+
+def _causal_class(config: Any) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
+
+
+def _empty(config: Any) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _fill(target: Any, model: Any) -> None:
+    """Hand the tensors over; a name or a shape that does not fit the configuration fails here, before a file exists."""
+    target.load_state_dict(model.state_dict(), assign=True)
+    target.tie_weights()
+
+
+def _edit_json(path: Path, changes: dict[str, Any]) -> None:
+    values = json.loads(path.read_text(encoding="utf-8")) | changes
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _add_old_rope_keys(path: Path) -> None:
+    """transformers 4 and others read `rope_theta`; without it they silently take 10,000 (transformers 5 writes neither)."""
+    rope = json.loads(path.read_text(encoding="utf-8")).get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        scaling = (
+            None
+            if rope.get("rope_type", "default") == "default"
+            else {k: v for k, v in rope.items() if k != "rope_theta"}
+        )
+        _edit_json(path, {"rope_theta": rope["rope_theta"], "rope_scaling": scaling})

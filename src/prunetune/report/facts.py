@@ -1,0 +1,98 @@
+"""Tables of what went in and what it ran on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prunetune.report import text
+from prunetune.report.folder import RunFiles, lookup, mapping, number
+
+SPLITS = ("train", "search", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of the data."""
+
+    name: str
+    count: str
+    sha256: str
+
+
+def splits(manifest: Mapping[str, Any]) -> list[Split]:
+    """The splits that the manifest names, in the order of their use."""
+    counts, hashes = mapping(manifest, "data", "counts"), mapping(manifest, "data", "hashes")
+    names = [name for name in SPLITS if name in counts or name in hashes]
+    names += sorted({str(name) for name in (*counts, *hashes)} - set(SPLITS))
+    return [Split(name, text.count(number(counts, name)), str(hashes.get(name, text.NOT_KNOWN))) for name in names]
+
+
+def data_notes(manifest: Mapping[str, Any]) -> list[str]:
+    """Rows that did not go in as they were."""
+    too_long, dropped = number(manifest, "data", "too_long"), number(manifest, "data", "dropped")
+    notes = []
+    if too_long is not None:
+        notes.append(f"{text.count(too_long)} rows were longer than the limit and were cut or dropped.")
+    if dropped is not None:
+        notes.append(f"{text.count(dropped)} rows of train or search also stood in valid or test and were dropped.")
+    return notes
+
+
+def environment(run: RunFiles) -> list[tuple[str, str]]:
+    """What ran on what, as (name, value)."""
+    manifest = run.manifest
+    memory = number(manifest, "peak_memory_mb")
+    if memory is None:
+        memory = max((value for line in run.metrics if (value := number(line, "memory_mb")) is not None), default=None)
+    found = {
+        "Model": lookup(manifest, "model", "name") or lookup(run.config, "model"),
+        "Result": _joined(lookup(manifest, "pruned", "class"), lookup(manifest, "pruned", "layout")),
+        "Device": lookup(manifest, "device"),
+        "Arithmetic": lookup(manifest, "dtype"),
+        "Seed": _plain(lookup(manifest, "seeds")) or _plain(lookup(run.config, "seed")),
+        "Peak memory": None if memory is None else f"{text.count(memory)} MB",
+        **{str(name): version for name, version in mapping(manifest, "versions").items()},
+    }
+    return [(name, _plain(value)) for name, value in found.items() if value not in (None, "")]
+
+
+def _joined(*parts: Any) -> str:
+    return ", ".join(str(part) for part in parts if part)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {each}" for key, each in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(str(each) for each in value)
+    return "" if value is None else str(value)
+
+
+def command(manifest: Mapping[str, Any]) -> str:
+    """The command line, as one string."""
+    found = lookup(manifest, "command")
+    return (
+        found
+        if isinstance(found, str)
+        else " ".join(_quoted(str(part)) for part in found)
+        if isinstance(found, list)
+        else ""
+    )
+
+
+def _quoted(part: str) -> str:
+    import shlex
+
+    return shlex.quote(part)
+
+
+def timings(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """How long each stage took, as (stage, duration), the total last."""
+    seconds = {str(stage): number(mapping(manifest, "timings"), stage) for stage in mapping(manifest, "timings")}
+    known = {stage: value for stage, value in seconds.items() if value is not None}
+    rows = [(stage, text.duration(value)) for stage, value in known.items()]
+    if len(known) > 1 and "total" not in known:
+        rows.append(("total", text.duration(sum(known.values()))))
+    return rows

@@ -1,0 +1,201 @@
+"""The pictures of the page, drawn with matplotlib. Sizes in inches; one width for all keeps type at one size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from markupsafe import Markup
+
+from prunetune.report import svg
+from prunetune.report.layers import Layer
+from prunetune.report.scores import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDTH = 5.0
+LONGEST_LABEL = 22  # characters
+MOST_POINTS = 300
+MOST_GROUPS = 32  # up to here every KV group is drawn
+MODEL_MARKS = {"dense": (svg.DENSE, "o"), "tuned": (svg.TUNED, "s"), "pruned": (svg.PRUNED, "D")}
+PHASE_COLOURS = {"search": svg.SEARCH, "settle": svg.SETTLE, "tune": svg.TUNE}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A quantity over steps."""
+
+    points: tuple[tuple[float, float], ...]  # (step, value), ascending
+    colour: str
+    noisy: bool = False  # draw a running mean over the raw line
+    marked: bool = False
+
+
+@dataclass(frozen=True)
+class Span:
+    """The steps of one phase."""
+
+    phase: str
+    first: float
+    last: float
+
+
+def scores_figure(label: str, rows: Sequence[Row]) -> Markup:
+    """One metric over its tasks: a mark for each model, a bar of one standard error to either side."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for position, row in enumerate(rows):
+            _score_marks(axes, position, row)
+        axes.set_yticks(range(len(rows)), [_shortened(row.task) for row in rows], color=svg.INK)
+        axes.set_ylim(len(rows) - 0.45, -0.55)
+        axes.grid(visible=True, axis="both")
+        axes.margins(x=0.06)
+        axes.set_xlabel(rows[0].label)
+
+    return svg.drawn(f"scores-{rows[0].metric}", label, WIDTH, 0.75 + 0.46 * len(rows), draw)
+
+
+def _score_marks(axes: Axes, position: int, row: Row) -> None:
+    for place, (name, (colour, marker)) in enumerate(MODEL_MARKS.items()):
+        score = row.scores.get(name)
+        if score is not None and math.isfinite(score.value):
+            axes.errorbar(
+                score.value, position + 0.22 * (place - 1), xerr=score.se if math.isfinite(score.se) else None,
+                fmt=marker, color=colour, markersize=5.5, elinewidth=1.6,
+            )  # fmt: skip
+
+
+def groups_figure(label: str, layers: Sequence[Layer]) -> Markup:
+    """KV groups by layer: a cell for each, filled where it stays; bars of the share where there are too many."""
+    most = max(layer.attention.units for layer in layers if layer.attention)
+    if most > MOST_GROUPS:
+        return _shares_figure("groups", label, [(y.index, y.attention.share) for y in layers if y.attention])
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        stays: list[tuple[int, int]] = []
+        goes: list[tuple[int, int]] = []
+        for layer in layers:
+            for unit in range(layer.attention.units) if layer.attention else ():
+                (stays if layer.attention and unit in layer.attention.kept else goes).append((layer.index, unit))
+        _cells(axes, stays, svg.PRUNED)
+        _cells(axes, goes, svg.GONE)
+        axes.set_ylim(most - 0.5, -0.5)
+        axes.set_yticks(range(0, most, 1 + most // 9))
+        axes.set_ylabel("KV group")
+        axes.grid(visible=False)
+        axes.spines["bottom"].set_visible(False)
+        _layer_axis(axes, [layer.index for layer in layers])
+
+    return svg.drawn("groups", label, WIDTH, max(1.9, 1.0 + 0.22 * min(most, 12)), draw)
+
+
+def _cells(axes: Axes, cells: Sequence[tuple[int, int]], colour: str) -> None:
+    from matplotlib.patches import PathPatch
+    from matplotlib.path import Path
+
+    half_x, half_y = 0.40, 0.42
+    corners = ((-half_x, -half_y), (half_x, -half_y), (half_x, half_y), (-half_x, half_y), (-half_x, -half_y))
+    squares = [Path([(x + dx, y + dy) for dx, dy in corners], closed=True) for x, y in cells]
+    if squares:
+        axes.add_patch(PathPatch(Path.make_compound_path(*squares), facecolor=colour, linewidth=0))
+
+
+def widths_figure(label: str, layers: Sequence[Layer]) -> Markup:
+    """Share of the MLP channels that stays, by layer, in front of the dense width."""
+    return _shares_figure("widths", label, [(layer.index, layer.mlp.share) for layer in layers if layer.mlp])
+
+
+def _shares_figure(name: str, label: str, shares: Sequence[tuple[int, float]]) -> Markup:
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        indices = [index for index, _ in shares]
+        axes.bar(indices, [1.0] * len(shares), color=svg.GONE, width=0.8)
+        axes.bar(indices, [value for _, value in shares], color=svg.PRUNED, width=0.8)
+        axes.set_ylim(0, 1)
+        _percent_axis(axes)
+        axes.grid(visible=False)
+        _layer_axis(axes, indices)
+
+    return svg.drawn(name, label, WIDTH, 1.9, draw)
+
+
+def _layer_axis(axes: Axes, indices: Sequence[int]) -> None:
+    first, last = min(indices), max(indices)
+    axes.set_xlim(first - 0.6, last + 0.6)
+    axes.set_xticks(range(first, last + 1, 1 + (last - first) // 8))
+    axes.set_xlabel("layer")
+
+
+def _percent_axis(axes: Axes) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def course_figure(
+    name: str, label: str, curves: Sequence[Curve], spans: Sequence[Span], *,
+    target: float | None = None, kind: Literal["plain", "share", "rate"] = "plain",
+) -> Markup:  # fmt: skip
+    """Quantities over the steps of the run, the phases shaded; `target` is a dashed line."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for span in spans:
+            axes.axvspan(span.first, span.last, color=PHASE_COLOURS.get(span.phase, svg.GRID), linewidth=0)
+        for curve in curves:
+            _line(axes, curve)
+        if target is not None:
+            axes.axhline(target, color=svg.INK, linewidth=1, linestyle=(0, (4, 3)))
+        _value_axis(axes, kind)
+        axes.set_xlabel("step")
+        axes.margins(x=0)
+
+    return svg.drawn(name, label, WIDTH, 2.2, draw)
+
+
+def _value_axis(axes: Axes, kind: Literal["plain", "share", "rate"]) -> None:
+    if kind == "share":
+        _percent_axis(axes)
+        axes.set_ylim(bottom=0)
+    if kind == "rate":
+        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=False)
+        axes.set_ylim(bottom=0)
+
+
+def _line(axes: Axes, curve: Curve) -> None:
+    points = thinned(curve.points)
+    steps, values = [step for step, _ in points], [value for _, value in points]
+    marker = "o" if curve.marked or len(points) == 1 else None
+    if not curve.noisy or len(points) < 15:
+        axes.plot(steps, values, color=curve.colour, marker=marker, clip_on=marker is None)
+        return
+    axes.plot(steps, values, color=curve.colour, linewidth=0.8, alpha=0.4)
+    axes.plot(steps, running_mean(values, len(values) // 15), color=curve.colour)
+
+
+def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most `MOST_POINTS` points: means of equal runs of neighbours."""
+    run = math.ceil(len(points) / MOST_POINTS)
+    parts = [points[start : start + run] for start in range(0, len(points), max(run, 1))]
+    return [(sum(step for step, _ in part) / len(part), sum(value for _, value in part) / len(part)) for part in parts]
+
+
+def running_mean(values: Sequence[float], reach: int) -> list[float]:
+    """Mean over `reach` neighbours to either side, fewer at the ends."""
+    windows = [values[max(0, centre - reach) : centre + reach + 1] for centre in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
+
+
+def _shortened(label: str) -> str:
+    return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…"
+
+
+def legend(names: Mapping[str, str]) -> list[tuple[str, str]]:
+    """(CSS colour, words) for a legend in HTML, from sentinel colours to words."""
+    return [(svg.PAGE_COLOURS[colour], words) for colour, words in names.items()]

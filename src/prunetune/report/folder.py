@@ -1,0 +1,137 @@
+"""What a run folder holds, read leniently: a page about half a run beats no page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from prunetune.errors import PrunetuneError, RunFolderError
+from prunetune.evaluate.results import Evaluation
+from prunetune.plan import Plan
+
+Parsed = TypeVar("Parsed")
+Line = Mapping[str, Any]
+
+MODELS = ("dense", "tuned", "pruned")
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """The files of one run; what is absent is None or empty, and `missing` says so in words."""
+
+    name: str
+    config_text: str
+    config: Mapping[str, Any]
+    plan: Plan | None
+    metrics: tuple[Line, ...]
+    validation: tuple[Line, ...]
+    evaluations: Mapping[str, Evaluation]  # by name in MODELS
+    manifest: Mapping[str, Any]
+    missing: tuple[str, ...]
+
+
+def read_run(folder: Path) -> RunFiles:
+    """Read a run folder; raises `RunFolderError` where the folder or its `config.yaml` is missing."""
+    if not folder.is_dir():
+        raise RunFolderError(f"{folder} is not a folder; name the run folder that `prunetune run` made")
+    try:
+        config_text = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    except OSError as unreadable:
+        raise RunFolderError(
+            f"{folder} holds no readable config.yaml; name the run folder that `prunetune run` made"
+        ) from unreadable
+    missing: list[str] = []
+    return RunFiles(
+        name=folder.resolve().name,
+        config_text=config_text,
+        config=_config(config_text, missing),
+        plan=_parsed(folder / "plan.json", Plan.from_json, missing, "the units kept are not shown"),
+        metrics=_lines(folder / "metrics.jsonl", missing, "the course of the run is not shown"),
+        validation=_lines(folder / "validation.jsonl", missing, "validation is not shown"),
+        evaluations=_evaluations(folder / "evaluation", missing),
+        manifest=_parsed(folder / "manifest.json", _mapping, missing, "sizes, speed and environment are not shown")
+        or {},
+        missing=tuple(missing),
+    )
+
+
+def number(values: Any, *path: str) -> float | None:
+    """The finite number at a path of nested mappings, or None."""
+    value = lookup(values, *path)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def lookup(values: Any, *path: str) -> Any:
+    """The value at a path of nested mappings, or None."""
+    for key in path:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values
+
+
+def mapping(values: Any, *path: str) -> Mapping[str, Any]:
+    """The mapping at a path of nested mappings, or an empty one."""
+    found = lookup(values, *path)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _config(text: str, missing: list[str]) -> Mapping[str, Any]:
+    try:
+        return mapping(yaml.safe_load(text))
+    except yaml.YAMLError:
+        missing.append("config.yaml is not valid YAML: it is shown as it stands")
+        return {}
+
+
+def _evaluations(folder: Path, missing: list[str]) -> dict[str, Evaluation]:
+    lost = {
+        "dense": "no scores of the untuned dense model",
+        "tuned": "no scores of the dense tuned model",
+        "pruned": "no scores of the pruned model",
+    }
+    found = {name: _parsed(folder / f"{name}.json", Evaluation.from_json, missing, lost[name]) for name in MODELS}
+    return {name: evaluation for name, evaluation in found.items() if evaluation is not None}
+
+
+def _parsed(path: Path, parse: Callable[[str], Parsed], missing: list[str], lost: str) -> Parsed | None:
+    shown = path.name if path.parent.name != "evaluation" else f"evaluation/{path.name}"
+    if not path.is_file():
+        missing.append(f"{shown} is missing: {lost}")
+        return None
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except (OSError, PrunetuneError, ValueError, KeyError, TypeError, AttributeError):
+        missing.append(f"{shown} cannot be read: {lost}")
+        return None
+
+
+def _mapping(text: str) -> Mapping[str, Any]:
+    values = json.loads(text)
+    if not isinstance(values, Mapping):
+        raise ValueError("not an object")
+    return values
+
+
+def _lines(path: Path, missing: list[str], lost: str) -> tuple[Line, ...]:
+    if not path.is_file():
+        missing.append(f"{path.name} is missing: {lost}")
+        return ()
+    lines: list[Line] = []
+    broken = 0
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(_mapping(text))
+        except ValueError:  # a run stopped in the middle of a line
+            broken += bool(text.strip())
+    if broken:
+        missing.append(f"{path.name} has {broken} line{'s' * (broken > 1)} that cannot be read: left out")
+    elif not lines:
+        missing.append(f"{path.name} is empty: {lost}")
+    return tuple(lines)

@@ -1,0 +1,130 @@
+"""The page: every part that the run's files allow, in one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from prunetune.evaluate.results import higher_is_better
+from prunetune.files import write_text
+from prunetune.report import course, facts, figures, layers, samples, scores, summary, svg, text
+from prunetune.report.folder import MODELS, RunFiles, lookup, number, read_run
+
+MODEL_NAMES = {"dense": "Dense, untuned", "tuned": "Dense, tuned", "pruned": "Pruned"}
+FLIP_NAMES = {
+    "lost": "right → wrong",
+    "gained": "wrong → right",
+    "right": "both right",
+    "wrong": "both wrong",
+    "open": "generated",
+}
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write `report.html` into a run folder from the files that are there, and return its path.
+
+    The same files give the same bytes; an earlier page is replaced at once or not at all.
+    Raises `RunFolderError` where the folder or its `config.yaml` is missing.
+    """
+    target = run_folder / "report.html"
+    write_text(target, render(read_run(run_folder)))
+    return target
+
+
+def render(run: RunFiles) -> str:
+    """The page as HTML text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    environment.filters |= {
+        "count": text.count, "decimal": text.decimal, "share": text.share, "runs": layers.runs,
+    }  # fmt: skip
+    return environment.get_template("template.html.j2").render(_content(run))
+
+
+def _content(run: RunFiles) -> dict[str, Any]:
+    headline = scores.headline(run.evaluations)
+    rows = scores.rows(run.evaluations)
+    kept = layers.layers_of(run.plan) if run.plan else ()
+    spans = course.spans_of(run.metrics)
+    return {
+        "run": run,
+        "model_name": str(lookup(run.manifest, "model", "name") or lookup(run.config, "model") or ""),
+        "verdict": summary.verdict(run, headline),
+        "tiles": summary.tiles(run, headline),
+        "headline": headline,
+        "models": [name for name in MODELS if name in run.evaluations],
+        "model_names": MODEL_NAMES,
+        "reference_name": scores.REFERENCE_NAMES.get(scores.reference_of(run.evaluations), ""),
+        "tasks": _by_task(rows),
+        "score_figures": _score_figures(rows),
+        "score_legend": figures.legend(
+            {figures.MODEL_MARKS[name][0]: MODEL_NAMES[name].lower() for name in MODELS if name in run.evaluations}
+        ),
+        "layers": kept,
+        "groups": layers.total(layer.attention for layer in kept),
+        "channels": layers.total(layer.mlp for layer in kept),
+        "kept_figures": _kept_figures(kept),
+        "kept_legend": figures.legend({svg.PRUNED: "kept", svg.GONE: "removed"}),
+        "course": course.figures(run),
+        "phases": course.phase_legend(spans),
+        "validation": _validation(run),
+        "samples": samples.choose(run.evaluations),
+        "flip_names": FLIP_NAMES,
+        "splits": facts.splits(run.manifest),
+        "data_notes": facts.data_notes(run.manifest),
+        "environment": facts.environment(run),
+        "command": facts.command(run.manifest),
+        "timings": facts.timings(run.manifest),
+    }
+
+
+def _by_task(rows: Sequence[scores.Row]) -> dict[str, list[scores.Row]]:
+    tasks: dict[str, list[scores.Row]] = {}
+    for row in rows:
+        tasks.setdefault(row.task, []).append(row)
+    return tasks
+
+
+def _score_figures(rows: Sequence[scores.Row]) -> list[course.Figure]:
+    """The headline metrics, one figure for each."""
+    metrics = dict.fromkeys(row.metric for row in rows if row.headline)
+    return [_score_figure([row for row in rows if row.headline and row.metric == metric]) for metric in metrics]
+
+
+def _score_figure(rows: Sequence[scores.Row]) -> course.Figure:
+    better = "Higher is better." if higher_is_better(rows[0].metric) else "Lower is better."
+    title = rows[0].label[:1].upper() + rows[0].label[1:]
+    label = f"{title} of each model by task; the numbers stand in the table above"
+    return course.Figure(title, figures.scores_figure(label, rows), note=f"{better} Bars: one standard error.")
+
+
+def _kept_figures(kept: Sequence[layers.Layer]) -> list[course.Figure]:
+    made = []
+    if any(layer.attention for layer in kept):
+        stay, units = layers.total(layer.attention for layer in kept)
+        label = f"KV groups kept by layer: {stay} of {units}; the numbers stand in the table below"
+        made.append(course.Figure("KV groups", figures.groups_figure(label, kept), note=f"{stay:,} of {units:,} stay."))
+    if any(layer.mlp for layer in kept):
+        stay, units = layers.total(layer.mlp for layer in kept)
+        label = f"Share of MLP channels kept by layer: {stay} of {units}; the numbers stand in the table below"
+        made.append(
+            course.Figure("MLP width", figures.widths_figure(label, kept), note=f"{stay:,} of {units:,} channels stay.")
+        )
+    return made
+
+
+def _validation(run: RunFiles) -> list[dict[str, str]]:
+    return [
+        {
+            "step": text.count(number(line, "step")),
+            "phase": str(line.get("phase", "")),
+            "nll": text.decimal(number(line, "nll")),
+            "kept": text.share(number(line, "kept"), 1),
+        }
+        for line in run.validation
+    ]

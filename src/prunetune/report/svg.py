@@ -1,0 +1,95 @@
+"""Inline SVG that follows the page: its text size, its fonts and its light and dark colours."""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup, escape
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Matplotlib writes plain colours only. These nearly black ones stand for the page's own and are exchanged afterwards.
+INK, MUTED, GRID, SURFACE = "#010101", "#010102", "#010103", "#010104"
+DENSE, TUNED, PRUNED, GONE = "#010105", "#010106", "#010107", "#010108"
+SEARCH, SETTLE, TUNE = "#010109", "#01010a", "#01010b"
+PAGE_COLOURS = {
+    INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--line)", SURFACE: "var(--surface)",
+    DENSE: "var(--dense)", TUNED: "var(--tuned)", PRUNED: "var(--pruned)", GONE: "var(--gone)",
+    SEARCH: "var(--search)", SETTLE: "var(--settle)", TUNE: "var(--tune)",
+}  # fmt: skip
+
+STYLE: dict[str, Any] = {
+    "axes.axisbelow": True,
+    "axes.edgecolor": MUTED,
+    "axes.facecolor": "none",
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 9,
+    "axes.linewidth": 0.6,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": "none",
+    "font.size": 9,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "svg.fonttype": "none",
+    "text.color": INK,
+    "text.parse_math": False,  # a dollar in a task's name is a dollar
+    "xtick.color": MUTED,
+    "xtick.labelcolor": MUTED,
+    "xtick.labelsize": 9,
+    "xtick.major.size": 3,
+    "xtick.major.width": 0.6,
+    "ytick.color": MUTED,
+    "ytick.labelcolor": MUTED,
+    "ytick.labelsize": 9,
+    "ytick.major.size": 0,
+}
+
+
+def drawn(name: str, label: str, width: float, height: float, draw: Callable[[Figure], None]) -> Markup:
+    """Let `draw` fill a figure of that size (inches) and return it as inline SVG.
+
+    `name` tells the figures of a page apart; `label` is what a screen reader says.
+    The same drawing gives the same bytes.
+    """
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    buffer = io.StringIO()
+    with (
+        matplotlib.style.context(["default", {**STYLE, "svg.hashsalt": f"prunetune-{name}"}]),
+        warnings.catch_warnings(),
+    ):
+        # Measured with matplotlib's font, set in the reader's: a glyph that the former lacks is no matter.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure)
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return Markup(_inlined(buffer.getvalue(), str(escape(label))))  # noqa: S704  # matplotlib escapes what it is given
+
+
+def _inlined(svg: str, label: str) -> str:
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    view_box = re.search(r'viewBox="([\d. ]+)"', svg)
+    assert view_box is not None, "matplotlib writes a viewBox"
+    svg = re.sub(
+        r"<svg[^>]*>", lambda _: f'<svg viewBox="{view_box[1]}" role="img" aria-label="{label}">', svg, count=1
+    )
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # figure_1, axes_1: the same in every figure of the page
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
+    # What is not painted in a page colour is painted by nobody: black by default, and invisible on dark.
+    svg = re.sub(r"(?<=(?:fill|roke): )#0101[0-9a-f]{2}", lambda colour: PAGE_COLOURS.get(colour[0], colour[0]), svg)
+    return re.sub(r"\n\s*", "\n", svg)

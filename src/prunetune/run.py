@@ -1,0 +1,220 @@
+"""A whole run: model and data in; plan, checkpoint, scores and report out.
+
+Each stage leaves one thing on disk (checkpoints, model/, evaluation/*.json, report.html) and is skipped where that is
+whole already: so a run that was stopped anywhere goes on from there.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunetune import environment
+from prunetune.bench.speed import measure
+from prunetune.config import RunConfig
+from prunetune.console import console_for
+from prunetune.data.batches import Stream
+from prunetune.data.records import Record
+from prunetune.data.templates import Example
+from prunetune.evaluate.results import Evaluation
+from prunetune.evaluate.suite import evaluate
+from prunetune.export.card import card_of
+from prunetune.export.selfcheck import check, logits_of
+from prunetune.export.write import write
+from prunetune.files import write_text
+from prunetune.folder import RunFolder, open_folder
+from prunetune.model.loading import load
+from prunetune.model.masking import masked
+from prunetune.model.sites import dense_plan, kept_params
+from prunetune.model.surgery import cut, merge_adapters
+from prunetune.plan import Plan
+from prunetune.report import write_report
+from prunetune.seeds import derive
+from prunetune.setting import Console, Setting, facts_of, prepare
+from prunetune.train.adapters import adapters, add_adapters, grow_state
+from prunetune.train.job import Job, Observer
+from prunetune.train.loop import tune_and_prune
+from prunetune.train.schedule import given_plan, schedule_of
+from prunetune.train.state import Checkpoints, Forgetful, Keeper, State
+
+
+def run(config: RunConfig, *, resume: bool = False, console: Console | None = None, command: str = "") -> Path:
+    """Tune, prune, cut, check, evaluate and report; returns the run folder. Raises `PrunetuneError`s, before writing where it can."""
+    setting = prepare(config, resume=resume, console=console or console_for(config.train.log_every))
+    folder = setting.folder
+    open_folder(folder, config)
+    folder.note(**environment.facts(setting.device, setting.dtype, command, config.seed), **facts_of(setting))
+    if not folder.model.exists():
+        with _timed(folder, "tune and prune"):
+            train(setting)
+        with _timed(folder, "cut and check"):
+            finish(setting)
+    with _timed(folder, "evaluate"):
+        evaluate_all(setting)
+    folder.note(peak_memory_mb=environment.peak_memory_mb(setting.device))
+    write_report(folder.path)
+    return folder.path
+
+
+@contextmanager
+def _timed(folder: RunFolder, stage: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    timings = folder.manifest().get("timings", {})
+    folder.note(timings=timings | {stage: timings.get(stage, 0) + time.monotonic() - started})
+
+
+# -- stages ----------------------------------------------------------------------------------------------------------
+
+
+def train(setting: Setting) -> None:
+    """Search, settle and tune; the last checkpoint holds the result."""
+    checkpoints = Checkpoints(setting.folder.checkpoints)
+    state = checkpoints.latest()
+    setting.folder.forget_after(state.step if state else 0)
+    setting.console.stage("tune and prune", setting.config.train.steps)
+    job = job_of(setting, setting.load().model, checkpoints, Recorder(setting))
+    tune_and_prune(job)
+
+
+@dataclass(frozen=True)
+class Recorder:
+    """Keeps the records of a run in its folder and passes them on to the console."""
+
+    setting: Setting
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A tuning step is done."""
+        record = record | {"memory_mb": environment.peak_memory_mb(self.setting.device)}
+        self.setting.folder.append("metrics.jsonl", record)
+        self.setting.console.step(record)
+
+    def validation(self, record: dict[str, Any]) -> None:
+        """The decided sub-network was scored."""
+        self.setting.folder.append("validation.jsonl", record)
+        self.setting.console.validation(record)
+
+
+def job_of(setting: Setting, model: Any, checkpoints: Keeper, observer: Observer, plan: Plan | None = None) -> Job:
+    """What the loop needs; with a plan given, it only tunes."""
+    from accelerate import Accelerator
+
+    config = setting.config
+    return Job(
+        model=model,
+        sites=setting.sites,
+        shape=setting.shape,
+        train=Stream(setting.encoded["train"].examples, config.train.batch_size, derive(config.seed, "train")),
+        search=Stream(setting.encoded["search"].examples, config.search.batch_size, derive(config.seed, "search")),
+        valid=watched(setting.encoded["valid"].examples),
+        pad_id=setting.tokenizer.pad_token_id,
+        config=config,
+        schedule=given_plan(config) if plan else schedule_of(config),
+        checkpoints=checkpoints,
+        observer=observer,
+        accelerator=Accelerator(cpu=setting.device.type == "cpu"),
+        plan=plan,
+    )
+
+
+def watched(examples: tuple[Example, ...], most: int = 64) -> tuple[Example, ...]:
+    """The validation examples scored during the run: spread evenly over the split."""
+    return examples[:: max(1, -(-len(examples) // most))]
+
+
+def finish(setting: Setting) -> None:
+    """Merge and cut in one operation, from the dense weights as they are stored; write; open again and compare."""
+    setting.console.stage("cut, write and check", 0)
+    state = Checkpoints(setting.folder.checkpoints).latest()
+    assert state is not None
+    assert state.plan is not None
+    loaded = setting.load(torch.float32, torch.device("cpu"))
+    gated = loaded.model
+    put_adapters(gated, setting, state)
+    merge_adapters(gated)
+    for parameter in gated.parameters():
+        # Rounded to what the file will hold, computed in float32: so the comparison is about the cut, not about rounding.
+        parameter.data = parameter.data.to(loaded.storage).float()
+    tokens = _check_tokens(setting)
+    with masked(gated, state.plan, sites=setting.sites):
+        expected = logits_of(gated, tokens)
+    small = cut(gated, state.plan, sites=setting.sites).to(loaded.storage)
+    write_text(setting.folder.plan, state.plan.to_json())
+    unchecked = setting.folder.path / "model.unchecked"
+    card = card_of(setting.config, setting.folder.manifest(), state.plan, setting.sites)
+    written = write(
+        small, setting.tokenizer, state.plan, setting.sites, unchecked, layout=setting.config.layout, card=card
+    )
+    found = check(written, tokens, expected)
+    setting.folder.note(
+        model=setting.folder.manifest()["model"] | {"bytes": setting.params * loaded.storage.itemsize},
+        pruned=asdict(written)
+        | {
+            "folder": "model",
+            "class": written.architecture,
+            "decoder_params": kept_params(setting.sites, state.plan),
+            "dtype": str(loaded.storage).removeprefix("torch."),
+        },
+        selfcheck=found.to_dict(),
+    )
+    unchecked.rename(setting.folder.model)  # from here on model/ exists, is whole, and has passed its check
+
+
+def put_adapters(model: Any, setting: Setting, state: State) -> None:
+    """A checkpoint's adapters on a dense model: those of removed units are zero."""
+    add_adapters(model, setting.sites, setting.config.lora, seed=0)
+    assert state.plan is not None
+    weights = state.tensors["adapters"]
+    shapes = {name: parameter.shape for name, parameter in adapters(model).items()}
+    grown = grow_state(weights, shapes, state.plan, setting.sites) if state.is_cut else weights
+    for name, parameter in adapters(model).items():
+        parameter.data = grown[name].to(parameter.device)
+
+
+def _check_tokens(setting: Setting) -> Tensor:
+    """[B, T] ids of real examples, at most 4 of 64 tokens, cut to equal length."""
+    examples = setting.encoded["test"].examples[:4]
+    length = min(64, *(len(example.ids) for example in examples)) if examples else 1
+    return torch.tensor([example.ids[:length] for example in examples])
+
+
+def evaluate_all(setting: Setting) -> None:
+    """Scores and speed of the dense, the dense tuned and the pruned model."""
+    speeds: dict[str, Any] = setting.folder.manifest().get("speed", {})
+    for name in ("pruned", "dense", *(["tuned"] if setting.config.evaluate.dense_tuned else [])):
+        if setting.folder.evaluation(name).exists():
+            continue
+        model = _model(setting, name)
+        setting.console.stage(f"evaluate {name}", 1)
+        result = score(setting, model, setting.splits.test)
+        if name != "tuned":
+            speeds |= {name: measure(model).to_dict()}
+            setting.folder.note(speed=speeds)
+        write_text(setting.folder.evaluation(name), result.to_json())
+
+
+def score(setting: Setting, model: Any, records: tuple[Record, ...]) -> Evaluation:
+    """The suite of the run on one model."""
+    return evaluate(
+        model, setting.tokenizer, records, setting.config.data, setting.config.evaluate, setting.console.passed
+    )
+
+
+def _model(setting: Setting, name: str) -> Any:
+    if name == "pruned":
+        # What runs here is code that this run generated and checked.
+        own = setting.config.layout == "per-layer"
+        return load(str(setting.folder.model), device=setting.device, dtype=setting.dtype, trust_remote_code=own).model
+    model = setting.load().model
+    if name == "tuned":
+        setting.console.stage("tune the dense model for comparison", setting.config.train.steps)
+        tune_and_prune(job_of(setting, model, Forgetful(), setting.console, dense_plan(setting.sites)))
+        merge_adapters(model)
+    return model

@@ -1,0 +1,124 @@
+"""All that is decided before training: opened, checked, and refused where it cannot work; nothing is written here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from prunetune.budget.params import total
+from prunetune.config import RunConfig
+from prunetune.data.sources import SplitName
+from prunetune.data.splits import Splits, load_splits
+from prunetune.data.templates import Encoded, encode
+from prunetune.decide.select import Shape, default_align, select
+from prunetune.evaluate.suite import context_of
+from prunetune.export.shapes import legal_groups
+from prunetune.files import need_space
+from prunetune.folder import RunFolder, check_folder
+from prunetune.model.loading import Loaded, ghost, load, load_tokenizer, pick_device, pick_dtype
+from prunetune.model.sites import Site, find_sites
+from prunetune.train.job import Observer
+
+log = logging.getLogger(__name__)
+
+
+class Console(Observer, Protocol):
+    """Hears of stages as well as of steps."""
+
+    def stage(self, name: str, total: int) -> None:
+        """A stage of so many steps begins."""
+
+    def passed(self, task: str, done: int, total: int) -> None:
+        """An evaluation has come so far."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """All that is decided before training: nothing in it changes afterwards."""
+
+    config: RunConfig
+    folder: RunFolder
+    device: torch.device
+    dtype: torch.dtype
+    sites: tuple[Site, ...]
+    shape: Shape
+    tokenizer: Any
+    splits: Splits
+    encoded: Mapping[SplitName, Encoded]
+    console: Console
+    params: int  # of the dense model
+
+    def load(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Loaded:
+        """The dense model, anew."""
+        trust = self.config.trust_remote_code
+        return load(self.config.model, device=device or self.device, dtype=dtype or self.dtype, trust_remote_code=trust)
+
+
+def prepare(config: RunConfig, *, resume: bool, console: Console) -> Setting:
+    """Open everything and refuse what cannot work; writes nothing."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # every stage has a line or a bar of our own
+    folder = check_folder(config, resume=resume)
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.dtype, device)
+    console.stage("reading model and data", 0)
+    structure = ghost(config.model, trust_remote_code=config.trust_remote_code)
+    sites = find_sites(structure)
+    shape = shape_of(config, sites, structure.config)
+    select({site.name: torch.zeros(site.units) for site in sites}, sites, config.budget.keep, shape)  # refuses in time
+    tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
+    splits = load_splits(config.data, config.seed)
+    context = context_of(structure)
+    encoded = {name: encode(records, tokenizer, config.data, context) for name, records in splits.parts().items()}
+    for name, part in encoded.items():
+        if part.too_long:
+            log.warning(
+                "%s: %d examples are longer than the limit (longest %d tokens): data.too_long=%s",
+                name,
+                part.too_long,
+                part.longest,
+                config.data.too_long,
+            )
+    params = sum(parameter.numel() for parameter in structure.parameters())
+    need_space(folder.path, _bytes_needed(structure, sites, config))
+    log.info("model %s on %s in %s, layout %s", config.model, device, str(dtype).removeprefix("torch."), config.layout)
+    return Setting(config, folder, device, dtype, sites, shape, tokenizer, splits, encoded, console, params)
+
+
+def shape_of(config: RunConfig, sites: tuple[Site, ...], model_config: Any) -> Shape:
+    """What a legal plan looks like for this model and layout."""
+    align = config.budget.align or default_align(sites)
+    return Shape(config.layout, align, config.budget.min_groups, legal_groups(model_config))
+
+
+def _bytes_needed(structure: Any, sites: tuple[Site, ...], config: RunConfig) -> int:
+    """Two checkpoints of adapters with their moments (and one being written), and the result with its old copy."""
+    rank = config.lora.rank
+    adapter: int = sum(rank * (linear.in_features + linear.out_features) for linear in _linears(structure, sites))
+    weights: int = sum(parameter.numel() for parameter in structure.parameters())
+    return 3 * 12 * adapter + 4 * weights + 64 * 2**20
+
+
+def _linears(structure: Any, sites: tuple[Site, ...]) -> Iterator[Any]:
+    for site in sites:
+        for part in (*site.producers, site.consumer):
+            yield structure.get_submodule(part.module)
+
+
+def facts_of(setting: Setting) -> dict[str, Any]:
+    """Data and dense model, for the manifest."""
+    parts = setting.splits.parts()
+    return {
+        "data": {
+            "hashes": setting.splits.hashes,
+            "counts": {name: len(records) for name, records in parts.items()},
+            "too_long": sum(part.too_long for part in setting.encoded.values()),
+            "dropped": setting.splits.dropped,
+        },
+        "model": {"name": setting.config.model, "params": setting.params, "decoder_params": total(setting.sites)},
+    }

@@ -1,0 +1,78 @@
+"""What commands print: a run's outcome, and what a model's sites allow."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from prunetune.evaluate.results import Evaluation, headline, recovery
+
+
+def of_run(folder: Path) -> str:
+    """Sizes, scores beside the dense model, and where to look."""
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    dense, pruned = manifest["model"], manifest["pruned"]
+    removed = 1 - pruned["decoder_params"] / dense["decoder_params"]
+    lines = [
+        f"decoder parameters  {dense['decoder_params'] / 1e6:,.1f} M -> {pruned['decoder_params'] / 1e6:,.1f} M  ({100 * removed:.1f}% removed)",
+        f"all parameters      {dense['params'] / 1e6:,.1f} M -> {pruned['params'] / 1e6:,.1f} M",
+        f"self-check          {manifest['selfcheck']['max_relative']:.1e} relative (limit {manifest['selfcheck']['limit']:.0e})",
+    ]
+    speed = manifest.get("speed", {})
+    if {"dense", "pruned"} <= set(speed):
+        for kind in ("prefill", "decode"):
+            before, after = (speed[name][f"{kind}_tokens_per_s"] for name in ("dense", "pruned"))
+            lines.append(f"{kind:<8} tokens/s   {before:,.0f} -> {after:,.0f}  (x{after / before:.2f})")
+    return "\n".join(
+        [*lines, "", *_scores(folder), "", f"checkpoint {folder / 'model'}", f"report     {folder / 'report.html'}"]
+    )
+
+
+def _scores(folder: Path) -> list[str]:
+    files = {name: folder / "evaluation" / f"{name}.json" for name in ("dense", "tuned", "pruned")}
+    found = {
+        name: Evaluation.from_json(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()
+    }
+    titles = {"dense": "dense", "tuned": "dense tuned", "pruned": "pruned"}
+    lines = [f"{'task':<20} {'metric':<11}" + "".join(f"{titles[name]:>18}" for name in found) + f"{'recovery':>10}"]
+    reference = found.get("tuned", found.get("dense"))
+    for task, result in found["pruned"].tasks.items():
+        metric = headline(result)
+        cells = "".join(
+            f"{scored.tasks[task].scores[metric].value:>10.3f} ±{scored.tasks[task].scores[metric].se:.3f}"
+            for scored in found.values()
+        )
+        share = recovery(result.scores[metric], reference.tasks[task].scores[metric], metric) if reference else 0.0
+        lines.append(f"{task:<20} {metric:<11} {cells} {100 * share:>8.0f}%")
+    return lines
+
+
+def of_sites(model: str, *, layout: str, align: int, trust_remote_code: bool) -> str:
+    """Sites, units, shares, legal shapes and the smallest feasible keep of a model, from its configuration."""
+    from prunetune.budget.params import total
+    from prunetune.decide.select import Shape, default_align, feasible_keep, floor_width
+    from prunetune.export.shapes import legal_groups
+    from prunetune.model.loading import ghost
+    from prunetune.model.sites import find_sites
+
+    structure = ghost(model, trust_remote_code=trust_remote_code)
+    sites = find_sites(structure)
+    shape = Shape(layout, align or default_align(sites), 0, legal_groups(structure.config))
+    everything = sum(parameter.numel() for parameter in structure.parameters())
+    lines = [
+        f"{model}: {structure.config.model_type}, {everything / 1e6:,.1f} M parameters, {total(sites) / 1e6:,.1f} M of them prunable",
+        "",
+        f"{'sites':>5}  {'kind':<10} {'units':>6}  {'parameters/unit':>15}  {'share':>6}  legal widths",
+    ]
+    kinds = Counter((site.kind, site.units, site.unit_params, floor_width(site, shape)) for site in sites)
+    for (kind, units, price, low), count in kinds.items():
+        if kind == "attention":
+            legal = [g for g in range(low, units + 1) if layout != "uniform" or shape.legal_groups(g)]
+            widths = f"{', '.join(map(str, legal))} KV groups"
+        else:
+            widths = f"multiples of {shape.align} from {low} to {units}"
+        lines.append(
+            f"{count:>5}  {kind:<10} {units:>6}  {price:>15,}  {100 * count * units * price / total(sites):>5.1f}%  {widths}"
+        )
+    return "\n".join([*lines, "", f"smallest feasible budget.keep, layout {layout}: {feasible_keep(sites, shape):.3f}"])

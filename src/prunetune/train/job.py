@@ -1,0 +1,48 @@
+"""What the loop works on, and who listens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+
+from prunetune.config import RunConfig
+from prunetune.data.batches import Stream
+from prunetune.data.templates import Example
+from prunetune.decide.select import Shape
+from prunetune.model.sites import Site
+from prunetune.plan import Plan
+from prunetune.train.schedule import Schedule
+from prunetune.train.state import Keeper
+
+Record = dict[str, Any]
+
+
+class Observer(Protocol):
+    """Hears of every step and validation."""
+
+    def step(self, record: Record) -> None:
+        """A tuning step is done."""
+
+    def validation(self, record: Record) -> None:
+        """The decided sub-network was scored."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything the loop is given."""
+
+    model: Any  # dense, on its device, frozen; adapters are added to it
+    sites: tuple[Site, ...]
+    shape: Shape
+    train: Stream
+    search: Stream
+    valid: tuple[Example, ...]
+    pad_id: int
+    config: RunConfig
+    schedule: Schedule
+    checkpoints: Keeper
+    observer: Observer
+    accelerator: Accelerator
+    plan: Plan | None = None  # given for baselines: no search, only cut and tune

@@ -1,0 +1,45 @@
+"""One-stage tuning and structural pruning (ATP, arXiv 2412.14426), from top to bottom.
+
+Every step of the *search* phase moves the pruning-decision generator on a calibration batch, then the adapters on a
+training batch under its decision. In the *settle* phase the decision stands, and group sparsity empties the adapters of
+removed units. In the *tune* phase the model has been cut, and tuning goes on with what is left.
+"""
+
+from __future__ import annotations
+
+from prunetune.plan import Plan
+from prunetune.seeds import derive
+from prunetune.train.adapters import add_adapters
+from prunetune.train.job import Job, Record
+from prunetune.train.players import Adapters, Search
+from prunetune.train.progress import Progress
+from prunetune.train.schedule import learning_rate
+
+
+def tune_and_prune(job: Job) -> Plan:
+    """Run the steps that are left. The model ends up cut and tuned, its adapters not yet merged; returns the plan."""
+    add_adapters(job.model, job.sites, job.config.lora, seed=derive(job.config.seed, "adapters"))
+    search, tuning = Search(job), Adapters(job)
+    progress = Progress(job, search, tuning)
+    decision = progress.resume()
+
+    for step in range(progress.step, job.schedule.steps):
+        phase = job.schedule.phase_at(step)
+        record: Record = {"step": step + 1, "phase": phase, "lr": learning_rate(step, job.config.train)}
+
+        if phase == "search":
+            record |= search.advance(step)  # generator, on calibration data; weights frozen, both branches gated
+            decision = search.decide(step)
+        elif decision.plan is None:
+            decision = search.conclude()  # no noise, exact budget
+        if phase == "tune" and decision.plan and not tuning.is_cut:
+            tuning.cut(decision.plan)  # exact: the gated model and the cut one are equal
+
+        record |= tuning.advance(step, decision)  # adapters, on training data; LoRA-aware while the decision is a mask
+        progress.done(record, decision)
+
+    plan = decision.plan or search.conclude().plan
+    assert plan is not None
+    if not tuning.is_cut:
+        tuning.cut(plan)
+    return plan

@@ -1,0 +1,77 @@
+"""Looking on while the loop runs: records, validation, checkpoints, and where to go on from."""
+
+from __future__ import annotations
+
+import time
+
+from prunetune.budget.params import kept_share
+from prunetune.decide.decision import Decision
+from prunetune.model.masking import masked
+from prunetune.model.surgery import cut_linears
+from prunetune.train.adapters import adapters
+from prunetune.train.job import Job, Record
+from prunetune.train.objectives import mean_loss
+from prunetune.train.players import Adapters, Search
+from prunetune.train.state import State, optimizer_tensors, restore_optimizer
+
+
+class Progress:
+    """Knows how far the run has come."""
+
+    def __init__(self, job: Job, search: Search, tuning: Adapters) -> None:
+        self.job, self.search, self.tuning = job, search, tuning
+        self.step = 0
+        self.last: Decision | None = None
+        self.started = time.monotonic()
+
+    def resume(self) -> Decision:
+        """Go back to the newest whole checkpoint, or to the start; returns the decision that stood there."""
+        searcher, state = self.search.searcher, self.job.checkpoints.latest()
+        plan = self.job.plan if state is None else state.plan
+        if state is not None:
+            if state.is_cut and plan is not None:
+                cut_linears(self.job.model, plan, sites=self.job.sites)
+                self.tuning.is_cut = True
+            self.tuning.load(state.tensors["adapters"], state.tensors["adapter_optimizer"])
+            searcher.load(state.tensors["generator"])
+            restore_optimizer(self.search.optimizer, searcher.parameter_names(), state.tensors["generator_optimizer"])
+            self.step = state.step
+        return searcher.fixed(plan) if plan else searcher.undecided()
+
+    def done(self, record: Record, decision: Decision) -> None:
+        """A step is done: tell the observer, validate and save where it is time to."""
+        job, self.step = self.job, record["step"]
+        record["kept"] = float(kept_share(decision.gates, job.sites))
+        record["seconds"] = time.monotonic() - self.started
+        if self.last is not None:
+            record["changed"] = self._changed(self.last, decision)
+        self.last = decision
+        job.observer.step(record)
+        if job.valid and (self.step % job.config.train.validate_every == 0 or self.step == job.schedule.steps):
+            kept, phase = record["kept"], record["phase"]
+            job.observer.validation({"step": self.step, "phase": phase, "kept": kept, "nll": self._validate(decision)})
+        if self.step % job.config.train.checkpoint_every == 0 or job.schedule.ends_phase(self.step - 1):
+            job.checkpoints.save(self._state(decision))
+
+    def _changed(self, before: Decision, after: Decision) -> float:
+        """Share of all units whose gate moved."""
+        moved = sum(int((after.gates[site.name] != before.gates[site.name]).sum()) for site in self.job.sites)
+        return moved / sum(site.units for site in self.job.sites)
+
+    def _validate(self, decision: Decision) -> float:
+        """Mean answer loss of the sub-network decided now, gated as it would be cut."""
+        job, micro_tokens = self.job, self.job.config.train.micro_tokens
+        if self.tuning.is_cut:
+            return mean_loss(job.model, job.valid, job.pad_id, micro_tokens)
+        with masked(job.model, decision.gates, sites=job.sites):
+            return mean_loss(job.model, job.valid, job.pad_id, micro_tokens)
+
+    def _state(self, decision: Decision) -> State:
+        named, searcher = adapters(self.job.model), self.search.searcher
+        tensors = {
+            "adapters": {name: parameter.detach() for name, parameter in named.items()},
+            "adapter_optimizer": optimizer_tensors(self.tuning.optimizer, list(named)),
+            "generator": searcher.tensors(),
+            "generator_optimizer": optimizer_tensors(self.search.optimizer, searcher.parameter_names()),
+        }
+        return State(self.step, decision.plan, self.tuning.is_cut, tensors)

@@ -1,0 +1,62 @@
+"""Which phase a step belongs to, how far the budget has come, and the learning rate."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from prunetune.config import RunConfig, TrainConfig
+
+Phase = Literal["search", "settle", "tune"]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps [0, search) search, [search, settle) settle, [settle, steps) tune the cut model."""
+
+    search: int
+    settle: int
+    steps: int
+    anneal: int  # steps over which the budget falls from dense to `keep`
+    keep: float
+
+    def phase_at(self, step: int) -> Phase:
+        """The phase of a step (steps count from 0)."""
+        if step < self.search:
+            return "search"
+        return "settle" if step < self.settle else "tune"
+
+    def keep_at(self, step: int) -> float:
+        """The budget at a step: a straight line from 1 to `keep`."""
+        done = min(1.0, (step + 1) / self.anneal) if self.anneal else 1.0
+        return 1 - (1 - self.keep) * done
+
+    def ends_phase(self, step: int) -> bool:
+        """Whether the next step, if any, belongs to another phase."""
+        return step + 1 in (self.search, self.settle, self.steps)
+
+
+def schedule_of(config: RunConfig) -> Schedule:
+    """The schedule of a one-stage run."""
+    steps = config.train.steps
+    search = max(1, round(steps * config.search.share))
+    settle = min(steps, search + round(steps * config.search.settle))
+    return Schedule(search, settle, steps, round(search * config.search.anneal), config.budget.keep)
+
+
+def given_plan(config: RunConfig) -> Schedule:
+    """The schedule of a run whose plan is given: nothing but tuning."""
+    return Schedule(0, 0, config.train.steps, 0, config.budget.keep)
+
+
+def learning_rate(step: int, config: TrainConfig) -> float:
+    """Warm-up, then decay to a tenth (cosine, linear) or not at all."""
+    warm = round(config.warmup * config.steps)
+    if step < warm:
+        return config.learning_rate * (step + 1) / (warm + 1)
+    done = (step - warm) / max(1, config.steps - warm)
+    if config.decay == "constant":
+        return config.learning_rate
+    left = (1 + math.cos(math.pi * done)) / 2 if config.decay == "cosine" else 1 - done
+    return config.learning_rate * (0.1 + 0.9 * left)

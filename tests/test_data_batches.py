@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from prunetune.data.batches import IGNORED, Stream, collate, micro_batches
+from prunetune.data.templates import Example
+from prunetune.errors import DataError
+
+PAD = 0
+
+
+def examples(count: int, seed: int = 0, weight: float = 1.0) -> list[Example]:
+    draw = random.Random(seed)
+    made = []
+    for index in range(count):
+        length = draw.randint(2, 30)
+        ids = tuple(draw.randint(1, 40) for _ in range(length))
+        made.append(Example(ids, draw.randint(1, length - 1), str(index), weight))
+    return made
+
+
+def tiny() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=41,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=64,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_collating_pads_left_and_labels_answers_only(seed: int) -> None:
+    given = examples(6, seed)
+    batch = collate(given, PAD)
+    longest = max(len(example.ids) for example in given)
+    assert batch.input_ids.shape == batch.attention_mask.shape == batch.labels.shape == (6, longest)
+    assert batch.ids == tuple(example.id for example in given)
+    for row, example in enumerate(given):
+        padding = longest - len(example.ids)
+        assert batch.input_ids[row].tolist() == [PAD] * padding + list(example.ids)
+        assert batch.attention_mask[row].tolist() == [0] * padding + [1] * len(example.ids)
+        quiet = padding + example.answer_from
+        assert batch.labels[row].tolist() == [IGNORED] * quiet + list(example.ids[example.answer_from :])
+    counted = (batch.labels != IGNORED).sum(dim=0)
+    assert batch.tokens == int(counted.sum())
+    # Tight: the first of the kept logits predicts the first column that holds a label.
+    assert batch.logits_to_keep == longest - int(counted.nonzero()[0]) + 1
+    assert 2 <= batch.logits_to_keep <= longest
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_kept_logits_give_the_loss_of_all_logits_and_of_each_example_alone(seed: int) -> None:
+    model, given = tiny(), examples(5, seed)
+    batch = collate(given, PAD).to("cpu")
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
+    with torch.no_grad():
+        whole = model(**inputs, labels=batch.labels).loss
+        kept = model(**inputs, logits_to_keep=batch.logits_to_keep).logits[:, :-1]
+        targets = batch.labels[:, 1 - batch.logits_to_keep :]
+        loss = cross_entropy(kept.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        alone = torch.tensor(0.0)
+        for example in given:
+            logits = model(input_ids=torch.tensor([example.ids])).logits[0, example.answer_from - 1 : -1]
+            alone += cross_entropy(logits, torch.tensor(example.ids[example.answer_from :]), reduction="sum")
+    torch.testing.assert_close(loss, whole)
+    torch.testing.assert_close(loss, alone / batch.tokens)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 10, 30, 64, 1000])
+def test_micro_batches_cover_exactly_and_fit(max_tokens: int) -> None:
+    given = examples(40)
+    batches = micro_batches(given, max_tokens)
+    assert sorted(id(example) for batch in batches for example in batch) == sorted(map(id, given))
+    for batch in batches:
+        assert batch
+        assert len(batch) == 1 or max(len(example.ids) for example in batch) * len(batch) <= max_tokens
+    assert batches == micro_batches(given, max_tokens)
+    assert micro_batches([], max_tokens) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 25])
+def test_every_example_appears_once_an_epoch(batch_size: int) -> None:
+    given = examples(10)
+    stream = Stream(given, batch_size, seed=3)
+    steps = 10 * batch_size
+    batches = [stream.batch(step) for step in range(steps)]
+    assert {len(batch) for batch in batches} == {batch_size}
+    drawn = [example.id for batch in batches for example in batch]
+    epochs = [drawn[start : start + 10] for start in range(0, len(drawn), 10)]
+    assert all(sorted(epoch) == sorted(example.id for example in given) for epoch in epochs)
+    assert len(epochs) == 1 or len(set(map(tuple, epochs))) > 1
+
+
+def test_a_batch_depends_on_seed_and_step_alone() -> None:
+    given = examples(50)
+    forward, backward = Stream(given, 8, seed=1), Stream(given, 8, seed=1)
+    ahead = [forward.batch(step) for step in range(40)]
+    assert [backward.batch(step) for step in reversed(range(40))] == ahead[::-1]
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    assert Stream(given, 8, seed=1).batch(17) == ahead[17]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert Stream(given, 8, seed=2).batch(17) != ahead[17]
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0, 2.0, 2.5, 0.01])
+def test_weights_hold_in_the_long_run_and_within_one_an_epoch(weight: float) -> None:
+    plain, weighed = examples(20), examples(20, weight=weight)
+    stream = Stream([*plain, *[Example(e.ids, e.answer_from, f"w{e.id}", weight) for e in weighed]], 1, seed=0)
+    epochs = 60
+    end = stream._before(epochs)
+    for epoch in range(epochs):
+        counts = Counter(stream.examples[index].id for index in stream._order(epoch))
+        assert all(counts[example.id] == 1 for example in plain)
+        assert all(int(weight) <= counts[f"w{example.id}"] <= int(weight) + (weight % 1 > 0) for example in weighed)
+    drawn = Counter(example.id for step in range(end) for example in stream.batch(step))
+    for example in weighed:
+        assert abs(drawn[f"w{example.id}"] - weight * epochs) < 1 + 1e-9
+
+
+def test_epochs_may_be_empty_where_all_weights_are_small() -> None:
+    stream = Stream(examples(2, weight=0.001), 3, seed=0)
+    assert [len(stream.batch(step)) for step in (0, 1, 1000)] == [3, 3, 3]
+
+
+def test_a_stream_needs_examples() -> None:
+    with pytest.raises(DataError, match="no example to train on"):
+        Stream([], 4, seed=0)
+    with pytest.raises(ValueError, match="batch size"):
+        Stream(examples(1), 0, seed=0)

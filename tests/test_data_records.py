@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from prunetune.data.records import record_of
+from prunetune.errors import DataError
+
+
+def made(**fields: Any) -> Any:
+    return record_of(fields, source="f.jsonl:7", id="f.jsonl:7", task="t")
+
+
+def test_each_form_becomes_a_record() -> None:
+    pair = made(prompt="p", completion="c", id=3, task="own")
+    assert (pair.kind, pair.prompt, pair.completion, pair.id, pair.task) == ("completion", "p", "c", "3", "own")
+    text = made(text="all of it")
+    assert (text.kind, text.completion, text.id, text.task) == ("text", "all of it", "f.jsonl:7", "t")
+    chat = made(messages=[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}])
+    assert (chat.kind, chat.messages, chat.completion) == ("chat", (("user", "hi"),), "yo")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"answer": 1}, {"answer": "b"}, {"answer": "1"}, {"completion": "b"}, {"completion": "b", "answer": 1}]
+)
+def test_completion_choices_and_answer_follow_from_each_other(fields: dict[str, Any]) -> None:
+    record = made(prompt="p", choices=["a", "b"], **fields)
+    assert record.completion == record.choices[record.answer] == "b"
+
+
+def test_the_text_of_a_choice_goes_before_its_index() -> None:
+    assert made(prompt="p", choices=["1", "0"], answer="0").answer == 1
+
+
+def test_nulls_are_absent_and_unused_fields_are_free() -> None:
+    record = made(prompt="p", completion="c", choices=None, answer=None, messages=None, score=float("nan"), n=10**5000)
+    assert record.kind == "completion"
+    assert record.choices == ()
+
+
+def test_keys_ignore_case_space_answer_and_order_of_choices() -> None:
+    assert made(prompt="A  b\n", completion="x").key() == made(prompt=" a B", completion="y").key()
+    asked = made(prompt="p", choices=["a", "b"], answer=0)
+    assert asked.key() == made(prompt="p", choices=["b", "a"], answer=0).key()
+    assert asked.key() != made(prompt="p", choices=["a", "c"], answer=0).key()
+    assert made(text="a").key() != made(text="b").key()
+
+
+WRONG = [
+    ({}, "no fields", "messages, or text"),
+    ({"question": "q", "reply": "r"}, "question, reply", "prompt + completion"),
+    ({"prompt": "p"}, "no completion", "prompt + choices + answer"),
+    ({"completion": "c"}, "row has completion", "prompt + completion"),
+    ({"prompt": 3, "completion": "c"}, "prompt must be text", "3"),
+    ({"prompt": "p", "completion": True}, "completion must be text", "True"),
+    ({"prompt": "p", "completion": float("nan")}, "completion must be text", "nan"),
+    ({"prompt": 10**5000, "completion": "c"}, "prompt must be text", "huge"),
+    ({"prompt": " ", "completion": "c"}, "prompt is empty", "remove the row"),
+    ({"prompt": "p", "completion": ""}, "completion is empty", "remove the row"),
+    ({"prompt": "\ud800", "completion": "c"}, "surrogate", "UTF-8"),
+    ({"text": ["a"]}, "text must be text", "['a']"),
+    ({"prompt": "p", "choices": "ab", "answer": 0}, "choices must be a list", "'ab'"),
+    ({"prompt": "p", "choices": ["a"], "answer": 0}, "two texts or more", "['a']"),
+    ({"prompt": "p", "choices": ["a", 2], "answer": 0}, "choices[1] must be text", "2"),
+    ({"prompt": "p", "choices": ["a", "a"], "answer": 0}, "'a' twice", "differ"),
+    ({"prompt": "p", "choices": ["a", "b"], "answer": 2}, "answer 2 lies outside", "0..1"),
+    ({"prompt": "p", "choices": ["a", "b"], "answer": -1}, "answer -1 lies outside", "0..1"),
+    ({"prompt": "p", "choices": ["a", "b"], "answer": True}, "must be an index", "True"),
+    ({"prompt": "p", "choices": ["a", "b"], "answer": 1.0}, "must be an index", "1.0"),
+    ({"prompt": "p", "choices": ["a", "b"], "answer": "B"}, "must be an index", "'B'"),
+    ({"prompt": "p", "choices": ["a", "b"], "answer": 10**5000}, "lies outside", "huge"),
+    ({"prompt": "p", "choices": ["a", "b"]}, "no completion", "add answer"),
+    ({"prompt": "p", "choices": ["a", "b"], "completion": "c"}, "'c', which is none", "add answer"),
+    ({"prompt": "p", "choices": ["a", "b"], "answer": 0, "completion": "b"}, "choices[0] is 'a'", "correct one"),
+    ({"messages": "hi"}, "must be a list", "'hi'"),
+    ({"messages": []}, "there is none", "assistant"),
+    ({"messages": [{"role": "assistant", "content": "a"}]}, "must hold a question", "assistant"),
+    ({"messages": [{"role": "user", "content": "a"}] * 2}, "from 'user'", "assistant"),
+    ({"messages": [{"role": "user"}]}, "messages[0] must have role and content", "user"),
+    ({"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "a"}]}, "messages[0].content", "1"),
+    ({"prompt": [10**5000], "completion": "c"}, "prompt must be text", "huge"),
+    ({"text": "a", "task": ["x"]}, "task must be text", "['x']"),
+    ({"text": "a", "id": 1.5}, "id must be text", "1.5"),
+]
+
+
+@pytest.mark.parametrize(("fields", "found", "advice"), WRONG)
+def test_wrong_rows_are_refused_in_one_line_that_names_them(fields: dict[str, Any], found: str, advice: str) -> None:
+    with pytest.raises(DataError) as refused:
+        made(**fields)
+    message = str(refused.value)
+    assert message.startswith("f.jsonl:7: ")
+    assert "\n" not in message
+    assert found in message
+    assert advice in message
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize("row", [3, "text", ["prompt"], None, float("inf")])
+def test_a_row_that_is_no_object_is_refused(row: Any) -> None:
+    with pytest.raises(DataError, match=r"^f:1: row is .*object"):
+        record_of(row, source="f:1")
+
+
+def test_a_named_group_must_stand_in_every_row() -> None:
+    assert record_of({"text": "a", "doc": 7}, source="f:1", group_field="doc").group == "7"
+    with pytest.raises(DataError, match=r"^f:1: row has no doc, which data.group names"):
+        record_of({"text": "a"}, source="f:1", group_field="doc")
+
+
+def test_messages_stay_one_line_whatever_the_row_holds() -> None:
+    with pytest.raises(DataError) as refused:
+        made(prompt=["line\nline"] * 1000, completion="c")
+    assert "\n" not in str(refused.value)
+    with pytest.raises(DataError) as refused:
+        made(**{"a\nb" * 3: 1})
+    assert "\n" not in str(refused.value)

@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data_helpers import pairs, write_lines
+from prunetune.config import DataConfig
+from prunetune.data.records import Record
+from prunetune.data.splits import Splits, load_splits
+from prunetune.errors import DataError
+
+
+def loaded(
+    folder: Path, seed: int = 0, *, options: dict[str, Any] | None = None, **rows: list[dict[str, Any]]
+) -> Splits:
+    """Splits of rows that are written to a file for each split that is given."""
+    sources = {name: (write_lines(folder / name / f"{name}.jsonl", *given),) for name, given in rows.items()}
+    return load_splits(DataConfig(**sources, **(options or {})), seed)
+
+
+def prompts(records: tuple[Record, ...]) -> set[str]:
+    return {record.prompt for record in records}
+
+
+def test_carved_splits_are_disjoint_and_hold_every_row(tmp_path: Path) -> None:
+    splits = loaded(tmp_path, train=pairs(200))
+    parts = splits.parts()
+    assert {name: len(part) for name, part in parts.items()} == {"train": 150, "search": 20, "valid": 10, "test": 20}
+    assert set().union(*map(prompts, parts.values())) == {row["prompt"] for row in pairs(200)}
+    assert splits.dropped == 0
+
+
+def test_carving_depends_on_the_seed_and_not_on_the_order_of_rows(tmp_path: Path) -> None:
+    rows = pairs(100)
+    first = loaded(tmp_path / "a", train=rows)
+    random.Random(1).shuffle(rows)
+    again, other = loaded(tmp_path / "b", train=rows), loaded(tmp_path / "c", seed=1, train=rows)
+    for name, part in first.parts().items():
+        assert prompts(part) == prompts(again.parts()[name])
+    assert prompts(first.test) != prompts(other.test)
+
+
+def test_equal_questions_stay_together(tmp_path: Path) -> None:
+    rows = [row | {"completion": answer} for row in pairs(40) for answer in ("a", "b", "c")]
+    parts = loaded(tmp_path, train=rows).parts()
+    for one, other in combinations(parts.values(), 2):
+        assert not prompts(one) & prompts(other)
+
+
+def test_groups_and_questions_that_link_them_stay_together(tmp_path: Path) -> None:
+    rows = [row | {"doc": f"d{index // 4}"} for index, row in enumerate(pairs(120))]
+    rows += [{"prompt": f"Shared {n}", "completion": "x", "doc": f"d{doc}"} for n in range(5) for doc in (n, 29 - n)]
+    parts = loaded(tmp_path, options={"group": "doc"}, train=rows).parts()
+    homes = defaultdict(set)
+    for name, part in parts.items():
+        assert part
+        for record in part:
+            homes[record.group].add(name)
+            homes[record.key()].add(name)
+    assert all(len(home) == 1 for home in homes.values())
+
+
+def test_a_split_takes_one_group_even_if_all_are_large(tmp_path: Path) -> None:
+    rows = [row | {"doc": f"d{index % 4}"} for index, row in enumerate(pairs(40))]
+    parts = loaded(tmp_path, options={"group": "doc"}, train=rows).parts()
+    assert [len(part) for part in parts.values()] == [10, 10, 10, 10]
+
+
+@pytest.mark.parametrize(("rows", "given"), [(3, {}), (1, {"valid": pairs(1, 90), "test": pairs(1, 91)})])
+def test_too_few_rows_to_carve_says_how_many_are_needed(rows: int, given: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"has {rows} different rows, too few .* {rows + 1} are needed"):
+        loaded(tmp_path, train=pairs(rows), **given)
+
+
+def test_four_rows_are_enough(tmp_path: Path) -> None:
+    assert [len(part) for part in loaded(tmp_path, train=pairs(4)).parts().values()] == [1, 1, 1, 1]
+
+
+def test_given_splits_stand_as_they_are(tmp_path: Path) -> None:
+    splits = loaded(tmp_path, train=pairs(10), search=pairs(2, 20), valid=pairs(3, 30), test=pairs(4, 40))
+    assert [len(part) for part in splits.parts().values()] == [10, 2, 3, 4]
+
+
+CLASHES = [("train", "test"), ("train", "valid"), ("train", "search"), ("search", "test"), ("search", "valid")]
+
+
+@pytest.mark.parametrize(("loser", "keeper"), [*CLASHES, ("valid", "test")])
+def test_overlap_is_refused_or_dropped_from_the_training_side(loser: str, keeper: str, tmp_path: Path) -> None:
+    rows = {"train": pairs(9), "search": pairs(9, 20), "valid": pairs(9, 40), "test": pairs(9, 60)}
+    rows[loser] += [{"prompt": rows[keeper][4]["prompt"].upper() + " ", "completion": "other"}] * 2
+    with pytest.raises(DataError) as refused:
+        loaded(tmp_path, **rows)
+    message = str(refused.value)
+    assert f"{loser}.jsonl:10 with the same question as {tmp_path / keeper / keeper}.jsonl:5" in message
+    assert f"2 of 11 rows of {loser}" in message
+    assert "data.overlap=drop" in message
+    splits = loaded(tmp_path, options={"overlap": "drop"}, **rows)
+    assert [len(part) for part in splits.parts().values()] == [9, 9, 9, 9]
+    assert splits.dropped == 2
+
+
+def test_a_group_in_two_given_splits_is_overlap(tmp_path: Path) -> None:
+    rows = {"train": pairs(20, doc="a") + pairs(20, 20, doc="b")}
+    rows |= {"test": pairs(1, 90, doc="a"), "valid": pairs(1, 91, doc="c")}
+    with pytest.raises(DataError, match=r"20 of 40 rows of train, first .* with group 'a' as"):
+        loaded(tmp_path, options={"group": "doc"}, **rows)
+    rows["train"] += pairs(1, 50, doc="e")
+    splits = loaded(tmp_path, options={"group": "doc", "overlap": "drop"}, **rows)
+    assert splits.dropped == 20
+    assert {record.group for record in splits.train + splits.search} == {"b", "e"}
+
+
+def test_rows_are_dropped_before_splits_are_carved(tmp_path: Path) -> None:
+    splits = loaded(tmp_path, options={"overlap": "drop"}, train=pairs(100), test=pairs(50))
+    assert splits.dropped == 50
+    assert not prompts(splits.test) & prompts(splits.train + splits.search + splits.valid)
+
+
+def test_a_split_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.train keeps no row"):
+        loaded(tmp_path, options={"overlap": "drop"}, train=pairs(5), test=pairs(5))
+
+
+def test_no_train_source_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data\.train names no source"):
+        load_splits(DataConfig(), 0)
+
+
+def test_hashes_follow_content_and_order_but_not_place_or_weight(tmp_path: Path) -> None:
+    rows = {"search": pairs(2, 20), "valid": pairs(2, 30), "test": pairs(2, 40)}
+    first = loaded(tmp_path / "a", train=pairs(5), **rows).hashes
+    assert first == loaded(tmp_path / "b", train=pairs(5), **rows).hashes
+    assert set(first) == {"train", "search", "valid", "test"}
+    for changed in (pairs(5)[::-1], pairs(6), pairs(4), [*pairs(4), {"prompt": "question 4", "completion": "else"}]):
+        other = loaded(tmp_path / "c", train=changed, **rows).hashes
+        assert other["train"] != first["train"]
+        assert other["test"] == first["test"]

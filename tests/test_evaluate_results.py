@@ -1,0 +1,181 @@
+"""Results round-trip, and their statistics agree with the textbook."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import statistics as textbook
+
+import pytest
+
+from prunetune.errors import DataError
+from prunetune.evaluate import (
+    Evaluation,
+    Item,
+    Score,
+    TaskResult,
+    headline,
+    higher_is_better,
+    paired_difference,
+    recovery,
+)
+from prunetune.evaluate.statistics import mean, summarise
+
+
+def item(name: str, expected: str = "a", got: str = "a", **scores: float) -> Item:
+    return Item(name, "prompt", expected, got, expected == got, scores)
+
+
+def chosen(count: int, *, wrong: int, labels: str = "ab") -> list[Item]:
+    """`count` items, the first `wrong` of them answered with the next label."""
+    made = []
+    for index in range(count):
+        expected = labels[index % len(labels)]
+        got = labels[(index + 1) % len(labels)] if index < wrong else expected
+        made.append(item(f"i{index}", expected, got, accuracy=float(expected == got)))
+    return made
+
+
+def result(items: list[Item], *metrics: str) -> TaskResult:
+    return TaskResult("task", {metric: summarise(items, metric) for metric in metrics}, tuple(items))
+
+
+def test_json_round_trips() -> None:
+    task = result(chosen(6, wrong=2), "accuracy", "macro_f1")
+    evaluation = Evaluation({"task": task, "other": TaskResult("other", {}, ())})
+    text = evaluation.to_json()
+    assert Evaluation.from_json(text) == evaluation
+    assert Evaluation.from_json(text).to_json() == text
+
+
+def test_json_is_valid_without_numbers() -> None:
+    broken = Item("i", "p", "e", "", None, {"accuracy": math.nan, "nll": math.inf})
+    evaluation = Evaluation({"t": TaskResult("t", {"accuracy": Score(math.nan, math.nan, 1)}, (broken,))})
+    text = evaluation.to_json()
+    json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    back = Evaluation.from_json(text).tasks["t"]
+    assert math.isnan(back.scores["accuracy"].value)
+    assert math.isnan(back.items[0].scores["nll"])
+    assert back.items[0].correct is None
+
+
+def test_json_keeps_the_beginning_of_long_prompts() -> None:
+    long = Item("i", "x" * 5000, "e" * 5000, "g", False, {})
+    back = Evaluation.from_json(Evaluation({"t": TaskResult("t", {}, (long,))}).to_json()).tasks["t"].items[0]
+    assert back.prompt == "x" * 2000
+    assert back.expected == long.expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"format": "other"}', '{"format": "prunetune-evaluation-1", "tasks": 3}']
+)
+def test_other_json_is_refused_in_one_line(text: str) -> None:
+    with pytest.raises(DataError) as refused:
+        Evaluation.from_json(text)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_mean_has_the_textbook_error() -> None:
+    values = [0.0, 1.0, 1.0, 0.5]
+    score = mean(values)
+    assert score.value == textbook.fmean(values)
+    assert score.se == pytest.approx(textbook.stdev(values) / 2)
+    assert math.isnan(mean([1.0]).se)
+    assert mean([]).n == 0
+
+
+def test_macro_f1_weighs_labels_alike() -> None:
+    items = [*(item(f"a{n}", "a", "a", accuracy=1.0) for n in range(8)), item("b", "b", "a", accuracy=0.0)]
+    assert summarise(items, "macro_f1").value == pytest.approx((16 / 17 + 0) / 2)
+    assert summarise(chosen(10, wrong=0), "macro_f1").value == 1.0
+
+
+def test_macro_f1_is_nan_where_an_item_is() -> None:
+    assert math.isnan(summarise([*chosen(4, wrong=1), item("n", got="", accuracy=math.nan)], "macro_f1").value)
+
+
+def test_macro_f1_error_is_near_that_of_accuracy_on_balanced_labels() -> None:
+    items = chosen(200, wrong=60)
+    assert summarise(items, "macro_f1").se == pytest.approx(summarise(items, "accuracy").se, rel=0.15)
+
+
+def test_perplexity_weighs_tokens_alike() -> None:
+    items = [item("a", nll=1.0, tokens=30.0), item("b", nll=2.0, tokens=10.0)]
+    assert summarise(items, "perplexity").value == pytest.approx(math.exp(50 / 40))
+    assert math.isnan(summarise(items[:1], "perplexity").se)
+
+
+def test_bootstrap_repeats_and_shrinks_with_more_documents() -> None:
+    rng = random.Random(0)
+    items = [item(str(n), nll=rng.gauss(2, 0.5), tokens=20.0) for n in range(400)]
+    assert summarise(items, "perplexity") == summarise(items, "perplexity")
+    few, many = summarise(items[:100], "perplexity"), summarise(items, "perplexity")
+    assert many.se == pytest.approx(few.se / 2, rel=0.3)
+    # By the delta method the error of exp(mean) is exp(mean) times the error of the mean.
+    assert many.se == pytest.approx(many.value * mean([one.scores["nll"] for one in items]).se, rel=0.15)
+
+
+def test_huge_losses_do_not_raise() -> None:
+    items = [item(str(n), nll=1e4, tokens=3.0) for n in range(3)]
+    assert summarise(items, "perplexity").value == math.inf
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "nll", "perplexity"])
+def test_a_result_does_not_differ_from_itself(metric: str) -> None:
+    items = [
+        Item(one.id, "", one.expected, one.got, one.correct, one.scores | {"nll": n / 7, "tokens": 3.0 + n})
+        for n, one in enumerate(chosen(9, wrong=3))
+    ]
+    same = result(items, "accuracy", "macro_f1", "nll", "perplexity")
+    difference = paired_difference(same, same, metric)
+    assert (difference.value, difference.se, difference.n) == (0.0, 0.0, 9)
+
+
+def test_pairing_removes_what_both_share() -> None:
+    rng = random.Random(0)
+    base = [rng.gauss(0, 1) for _ in range(50)]
+    a = result([item(str(n), nll=value + 0.5) for n, value in enumerate(base)], "nll")
+    b = result([item(str(n), nll=value) for n, value in reversed(list(enumerate(base)))], "nll")
+    difference = paired_difference(a, b, "nll")
+    assert difference.value == pytest.approx(0.5)
+    assert difference.se == pytest.approx(0, abs=1e-9)
+    assert a.scores["nll"].se > 0.1
+
+
+def test_only_common_items_are_paired() -> None:
+    a, b = result(chosen(6, wrong=2), "accuracy"), result(chosen(4, wrong=0), "accuracy")
+    assert paired_difference(a, b, "accuracy").n == 4
+    assert paired_difference(a, b, "accuracy").value == -0.5
+    with pytest.raises(DataError, match="no item has rouge_l"):
+        paired_difference(a, b, "rouge_l")
+
+
+def test_headlines_and_their_direction() -> None:
+    some = Score(0.5, 0.1, 4)
+    assert headline(TaskResult("t", {"nll": some, "accuracy": some}, ())) == "accuracy"
+    assert headline(TaskResult("t", {"nll": some, "rouge_l": some}, ())) == "rouge_l"
+    assert headline(TaskResult("t", {"nll": some}, ())) == "nll"
+    assert headline(TaskResult("t", {}, ())) == ""
+    assert all(map(higher_is_better, ("accuracy", "macro_f1", "rouge_l", "exact_match")))
+    assert not any(map(higher_is_better, ("perplexity", "nll")))
+
+
+def test_recovery_is_one_where_nothing_is_lost_and_less_where_something_is() -> None:
+    dense, worse = Score(0.8, 0, 1), Score(0.6, 0, 1)
+    assert recovery(dense, dense, "nll") == recovery(dense, dense, "accuracy") == 1
+    assert recovery(worse, dense, "accuracy") == pytest.approx(0.75)
+    assert recovery(dense, worse, "perplexity") == pytest.approx(0.75)
+    assert math.isnan(recovery(worse, Score(0.0, 0, 1), "accuracy"))
+
+
+def test_means_weigh_tasks_alike_and_skip_those_without() -> None:
+    tasks = {
+        "a": TaskResult("a", {"accuracy": Score(0.2, 0.3, 10), "nll": Score(1.0, 0.0, 10)}, ()),
+        "b": TaskResult("b", {"accuracy": Score(0.6, 0.4, 1000)}, ()),
+    }
+    evaluation = Evaluation(tasks)
+    assert evaluation.mean_accuracy() == pytest.approx(0.4)
+    assert evaluation.mean("accuracy").se == pytest.approx(0.25)
+    assert evaluation.mean_nll() == 1.0
+    assert math.isnan(evaluation.mean("rouge_l").value)

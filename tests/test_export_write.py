@@ -1,0 +1,115 @@
+"""Laws: what is written opens in a fresh process, equals the gated model, and has the plan's parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from data_helpers import tiny_tokenizer
+from model_helpers import FAMILIES, random_plan, relative, tiny, tokens, with_lora
+from prunetune import Plan, cut, find_sites, masked
+from prunetune.decide.select import Shape, select
+from prunetune.errors import SelfCheckFailed
+from prunetune.export.selfcheck import check, logits_of
+from prunetune.export.shapes import legal_groups
+from prunetune.export.write import write
+
+
+def uniform_plan(model: Any, keep: float) -> Plan:
+    sites = find_sites(model)
+    rng = torch.Generator().manual_seed(3)
+    scores = {site.name: torch.randn(site.units, generator=rng) for site in sites}
+    return select(scores, sites, keep, Shape("uniform", align=8, legal_groups=legal_groups(model.config)))
+
+
+def pruned(model: Any, plan: Plan) -> torch.Tensor:
+    """Cut in place; returns what the gated model said."""
+    with_lora(model)
+    with masked(model, plan):
+        expected = logits_of(model, tokens())
+    cut(model, plan)
+    return expected
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_written_equals_gated_in_a_fresh_process(family: str, layout: str, tmp_path: Path) -> None:
+    model = tiny(family, tie_word_embeddings=family in ("qwen2", "gemma3_text"))
+    sites = find_sites(model)
+    plan = uniform_plan(model, 0.6) if layout == "uniform" else random_plan(model)
+    expected = pruned(model, plan)
+    written = write(model, tiny_tokenizer(), plan, sites, tmp_path / "model", layout=layout, card="# card\n")
+    result = check(written, tokens(), expected)
+    assert result.max_relative <= 1e-5
+    assert written.needs_code == (layout == "per-layer")
+    assert Plan.load(tmp_path / "model" / "plan.json") == plan
+    assert "rope_theta" in (tmp_path / "model" / "config.json").read_text()
+
+
+def test_llama_with_heads_that_do_not_divide_becomes_mistral(tmp_path: Path) -> None:
+    model = tiny("llama", groups=6, ratio=1, hidden_size=48)
+    sites = find_sites(model)
+    widths = {site.name: range(5) if site.kind == "attention" else range(64) for site in sites}
+    plan = Plan({name: tuple(units) for name, units in widths.items()}, {site.name: site.units for site in sites})
+    expected = pruned(model, plan)
+    written = write(model, tiny_tokenizer(), plan, sites, tmp_path / "model", layout="uniform", card="")
+    assert written.architecture == "MistralForCausalLM"
+    assert "refuses 5 heads" in written.note
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["sliding_window"] is None
+    assert check(written, tokens(), expected).max_relative <= 1e-5
+
+
+def test_uniform_choices_stay_legal_where_no_sibling_exists() -> None:
+    model = tiny("gemma3_text", groups=6, ratio=1, hidden_size=48)
+    groups = len(uniform_plan(model, 0.9).kept["model.layers.0.self_attn"])
+    assert 48 % groups == 0
+
+
+def test_a_layer_without_attention_is_written_and_read(tmp_path: Path) -> None:
+    model = tiny("llama")
+    sites = find_sites(model)
+    plan = random_plan(model)
+    plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
+    expected = pruned(model, plan)
+    written = write(model, tiny_tokenizer(), plan, sites, tmp_path / "model", layout="per-layer", card="")
+    assert check(written, tokens(), expected).max_relative <= 1e-5
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["per_layer_config"]["01"]["skip"] == ["attention"]
+
+
+def test_the_self_check_fails_on_a_changed_weight(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = tiny("mistral")
+    plan = uniform_plan(model, 0.6)
+    sites = find_sites(model)
+    expected = pruned(model, plan)
+    written = write(model, tiny_tokenizer(), plan, sites, tmp_path / "model", layout="uniform", card="")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.down_proj.weight"][0] *= 1.5
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(SelfCheckFailed, match="differs from the gated model"):
+        check(written, tokens(), expected)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(SelfCheckFailed, match="does not open"):
+        check(written, tokens(), expected)
+
+
+def test_bfloat16_survives_to_the_bit(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = tiny("llama")
+    plan = uniform_plan(model, 0.7)
+    sites = find_sites(model)
+    pruned(model, plan)
+    model.to(torch.bfloat16)
+    write(model, tiny_tokenizer(), plan, sites, tmp_path / "model", layout="uniform", card="")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    assert relative(again(tokens()).logits.float(), model.float()(tokens()).logits) < 0.1

@@ -1,0 +1,153 @@
+"""Laws of the parts that the page is put together from."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from prunetune.evaluate.results import Evaluation, Item, Score, TaskResult
+from prunetune.plan import Plan
+from prunetune.report import text
+from prunetune.report.course import curve, spans_of
+from prunetune.report.figures import MOST_POINTS, running_mean, thinned
+from prunetune.report.layers import layers_of, runs, total
+from prunetune.report.samples import choose
+from prunetune.report.scores import headline, rows
+from report_helpers import evaluations
+
+
+def task(name: str, values: list[float], metric: str = "accuracy") -> TaskResult:
+    items = tuple(Item(f"{name}{i}", "?", "a", "a", value > 0.5, {metric: value}) for i, value in enumerate(values))
+    mean = sum(values) / len(values)
+    return TaskResult(name, {metric: Score(mean, math.sqrt(mean * (1 - mean) / (len(values) - 1)), len(values))}, items)
+
+
+def test_a_paired_change_has_the_smaller_error() -> None:
+    reference, pruned = task("t", [1, 0] * 50), task("t", [1, 0] * 49 + [0, 0])
+    (row,) = rows({"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})})
+    assert row.change == "−0.010 ± 0.010"
+    assert row.verdict == "within noise"
+    assert row.recovery == "98.0%"
+
+
+def test_other_items_are_not_paired() -> None:
+    reference, pruned = task("t", [1, 0] * 50), task("t", [1, 0] * 40)
+    (row,) = rows({"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})})
+    assert row.change == "0.000 ± 0.075"
+
+
+def test_the_headline_is_the_mean_over_common_tasks() -> None:
+    reference = Evaluation({"a": task("a", [1, 1, 1, 0]), "b": task("b", [1, 0])})
+    pruned = Evaluation({"a": task("a", [1, 1, 0, 0]), "c": task("c", [1, 1])})
+    found = headline({"tuned": reference, "pruned": pruned})
+    assert found is not None
+    assert (found.tasks, found.pruned, found.reference) == (1, 0.5, 0.75)
+    assert found.recovery == pytest.approx(2 / 3)
+
+
+def test_a_loss_has_no_headline_recovery() -> None:
+    results = {
+        name: Evaluation({"a": TaskResult("a", {"perplexity": Score(9.0, 0.1, 5)}, ())}) for name in ("dense", "pruned")
+    }
+    found = headline(results)
+    assert found is not None
+    assert (found.metric, found.recovery, found.reference_name) == ("perplexity", None, "dense untuned")
+
+
+def test_without_reference_or_result_there_is_no_headline() -> None:
+    one = Evaluation({"a": task("a", [1, 0])})
+    assert headline({"pruned": one}) is None
+    assert headline({"tuned": one, "dense": one}) is None
+    assert headline({}) is None
+
+
+def test_samples_show_flips_of_several_tasks_and_count_all() -> None:
+    results = evaluations()
+    samples = choose(results)
+    tuned, pruned = results["tuned"].tasks, results["pruned"].tasks
+    lost = sum(
+        bool(before.correct and not after.correct)
+        for name in ("bill_topic", "casehold", "mmlu_law", "overruling")
+        for before, after in zip(tuned[name].items, pruned[name].items, strict=True)
+    )
+    assert samples.counts["lost"] == lost
+    assert len(samples.shown) == 12
+    assert len({sample.task for sample in samples.shown if sample.flip == "lost"}) == 4
+    assert {sample.flip for sample in samples.shown} == {"lost", "gained", "right", "wrong", "open"}
+
+
+def test_a_generated_answer_has_its_overlap_and_no_verdict() -> None:
+    generated = [sample for sample in choose(evaluations()).shown if sample.task == "billsum"]
+    assert generated
+    assert all(
+        sample.pruned_mark.right is None and sample.pruned_mark.words.startswith("ROUGE-L") for sample in generated
+    )
+
+
+@pytest.mark.parametrize(("attention", "mlp"), [
+    ("model.layers.{}.self_attn", "model.layers.{}.mlp"),
+    ("transformer.h.{}.attn", "transformer.h.{}.mlp"),
+    ("gpt_neox.layers.{}.attention", "gpt_neox.layers.{}.mlp"),
+])  # fmt: skip
+def test_layers_are_read_off_site_names_in_number_order(attention: str, mlp: str) -> None:
+    sites = {name.format(layer): (0, 2) if name == mlp else () for layer in (10, 2) for name in (mlp, attention)}
+    layers = layers_of(Plan(sites, dict.fromkeys(sites, 4)))
+    assert [layer.index for layer in layers] == [2, 10]
+    assert total(layer.attention for layer in layers) == (0, 8)
+    assert total(layer.mlp for layer in layers) == (4, 8)
+
+
+def test_runs_of_indices() -> None:
+    assert runs((0, 1, 2, 5, 7, 8)) == "0–2, 5, 7–8"
+    assert runs(()) == ""
+
+
+def test_phases_join_where_the_next_begins() -> None:
+    spans = spans_of([{"step": s, "phase": p} for s, p in ((1, "search"), (5, "search"), (9, "tune"), (20, "tune"))])
+    assert [(span.phase, span.first, span.last) for span in spans] == [("search", 1, 9), ("tune", 9, 20)]
+
+
+def test_a_step_logged_twice_counts_once_and_nan_not_at_all() -> None:
+    lines = [
+        {"step": 2, "loss": 5.0},
+        {"step": 1, "loss": 9.0},
+        {"step": 2, "loss": 4.0},
+        {"step": 3, "loss": math.nan},
+    ]
+    line = curve(lines, "loss", "red")
+    assert line is not None
+    assert line.points == ((1, 9.0), (2, 4.0))
+    assert curve(lines, "lr", "red") is None
+
+
+@pytest.mark.parametrize("count", [0, 1, MOST_POINTS, MOST_POINTS + 1, 10 * MOST_POINTS])
+def test_thinning_keeps_the_mean(count: int) -> None:
+    few = thinned([(float(step), 3.0) for step in range(count)])
+    assert len(few) <= MOST_POINTS
+    assert bool(few) == bool(count)
+    assert all(value == pytest.approx(3.0) for _, value in few)
+
+
+def test_the_running_mean_of_a_constant_is_the_constant() -> None:
+    assert running_mean([2.0] * 9, 3) == [2.0] * 9
+
+
+@pytest.mark.parametrize(("shown", "wanted"), [
+    (text.count(1536), "1,536"),
+    (text.short(134_515_008), "134.5M"),
+    (text.short(999), "999"),
+    (text.size(269_060_552), "269.1 MB"),
+    (text.share(0.34), "34%"),
+    (text.share(-0.0001), "0%"),
+    (text.decimal(-0.25), "−0.250"),
+    (text.change(0.25), "+0.250"),
+    (text.duration(3725), "1 h 02 min"),
+    (text.duration(119.9), "1 min 59 s"),
+    (text.duration(3599.9), "1 h 00 min"),
+    (text.tiny(2.4e-6), "2.4e-6"),
+    (text.decimal(math.nan), text.NOT_KNOWN),
+    (text.share(None), text.NOT_KNOWN),
+])  # fmt: skip
+def test_numbers_read_well(shown: str, wanted: str) -> None:
+    assert shown == wanted
