@@ -41,40 +41,31 @@ def tiny() -> Any:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_collating_pads_left_and_labels_answers_only(seed: int) -> None:
+def test_collating_pads_right_and_labels_answers_only(seed: int) -> None:
     given = examples(6, seed)
     batch = collate(given, PAD)
     longest = max(len(example.ids) for example in given)
-    assert batch.input_ids.shape == batch.attention_mask.shape == batch.labels.shape == (6, longest)
+    assert batch.input_ids.shape == batch.labels.shape == batch.predicting.shape == (6, longest)
     assert batch.ids == tuple(example.id for example in given)
     for row, example in enumerate(given):
         padding = longest - len(example.ids)
-        assert batch.input_ids[row].tolist() == [PAD] * padding + list(example.ids)
-        assert batch.attention_mask[row].tolist() == [0] * padding + [1] * len(example.ids)
-        quiet = padding + example.answer_from
-        assert batch.labels[row].tolist() == [IGNORED] * quiet + list(example.ids[example.answer_from :])
-    counted = (batch.labels != IGNORED).sum(dim=0)
-    assert batch.tokens == int(counted.sum())
-    # Tight: the first of the kept logits predicts the first column that holds a label.
-    assert batch.logits_to_keep == longest - int(counted.nonzero()[0]) + 1
-    assert 2 <= batch.logits_to_keep <= longest
+        answer = list(example.ids[example.answer_from :])
+        assert batch.input_ids[row].tolist() == list(example.ids) + [PAD] * padding
+        assert batch.labels[row].tolist() == [IGNORED] * example.answer_from + answer + [IGNORED] * padding
+    assert batch.tokens == int((batch.labels != IGNORED).sum()) == int(batch.predicting.sum()) == len(batch.targets)
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_kept_logits_give_the_loss_of_all_logits_and_of_each_example_alone(seed: int) -> None:
+def test_padding_changes_no_loss(seed: int) -> None:
     model, given = tiny(), examples(5, seed)
     batch = collate(given, PAD).to("cpu")
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
     with torch.no_grad():
-        whole = model(**inputs, labels=batch.labels).loss
-        kept = model(**inputs, logits_to_keep=batch.logits_to_keep).logits[:, :-1]
-        targets = batch.labels[:, 1 - batch.logits_to_keep :]
-        loss = cross_entropy(kept.flatten(0, 1), targets.flatten(), ignore_index=IGNORED)
+        logits = model(input_ids=batch.input_ids).logits[batch.predicting]
+        loss = cross_entropy(logits, batch.targets)
         alone = torch.tensor(0.0)
         for example in given:
             logits = model(input_ids=torch.tensor([example.ids])).logits[0, example.answer_from - 1 : -1]
             alone += cross_entropy(logits, torch.tensor(example.ids[example.answer_from :]), reduction="sum")
-    torch.testing.assert_close(loss, whole)
     torch.testing.assert_close(loss, alone / batch.tokens)
 
 

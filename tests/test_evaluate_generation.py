@@ -9,7 +9,7 @@ import torch
 
 from evaluate_helpers import characters, speaker
 from model_helpers import FAMILIES
-from prunetune.evaluate.generation import generate, stop_ids
+from prunetune.evaluation.generation import generate, stop_ids
 
 PROMPTS = ["a", "what is it?", "hello", "xy"]
 

@@ -11,9 +11,9 @@ import torch
 
 from model_helpers import FAMILIES, random_plan, tiny
 from prunetune.data.templates import Example
-from prunetune.evaluate import likelihood
-from prunetune.evaluate.likelihood import Question, answer_nll, branches_of, choice_likelihoods
-from prunetune.evaluate.packing import packed
+from prunetune.evaluation import likelihood
+from prunetune.evaluation.likelihood import Question, answer_nll, branches_of, choice_likelihoods
+from prunetune.evaluation.packing import packed
 from prunetune.model.masking import masked
 from prunetune.model.sites import find_sites
 from prunetune.model.surgery import NoAttention, cut

@@ -10,7 +10,7 @@ import statistics as textbook
 import pytest
 
 from prunetune.errors import DataError
-from prunetune.evaluate import (
+from prunetune.evaluation import (
     Evaluation,
     Item,
     Score,
@@ -20,7 +20,7 @@ from prunetune.evaluate import (
     paired_difference,
     recovery,
 )
-from prunetune.evaluate.statistics import mean, summarise
+from prunetune.evaluation.statistics import mean, summarise
 
 
 def item(name: str, expected: str = "a", got: str = "a", **scores: float) -> Item:

@@ -14,8 +14,8 @@ from evaluate_helpers import characters, choice, question, speaker, text
 from prunetune.config import DataConfig, EvaluateConfig
 from prunetune.data.records import Record
 from prunetune.errors import DataError
-from prunetune.evaluate import Evaluation, evaluate
-from prunetune.evaluate.suite import best_of, sample, unique
+from prunetune.evaluation import Evaluation, evaluate
+from prunetune.evaluation.suite import best_of, sample, unique
 
 CONFIG = EvaluateConfig(max_new_tokens=6)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from prunetune.evaluate.text import exact_match, rouge_l
+from prunetune.evaluation.text import exact_match, rouge_l
 
 
 def test_case_and_white_space_do_not_matter() -> None:

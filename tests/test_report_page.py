@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from prunetune.errors import RunFolderError
-from prunetune.evaluate.results import Evaluation, Item, Score, TaskResult
+from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from prunetune.plan import Plan
 from prunetune.report import write_report
 from report_helpers import OPTIONAL_FILES, make_run, write_lines

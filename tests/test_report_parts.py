@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from prunetune.evaluate.results import Evaluation, Item, Score, TaskResult
+from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from prunetune.plan import Plan
 from prunetune.report import text
 from prunetune.report.course import curve, spans_of

@@ -23,11 +23,11 @@ import yaml
 from prunetune.config import RunConfig, load_recipe, merged
 from prunetune.console import PlainConsole
 from prunetune.environment import describe
-from prunetune.evaluate.results import Evaluation
-from prunetune.evaluate.suite import evaluate
+from prunetune.evaluation.results import Evaluation
+from prunetune.evaluation.suite import evaluate
 from prunetune.model.sites import dense_plan, kept_params
 from prunetune.model.surgery import merge_adapters
-from prunetune.run import job_of
+from prunetune.pipeline import job_of
 from prunetune.setting import Setting, prepare, shape_of
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.state import Forgetful

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunetune.config import RunConfig
-    from prunetune.evaluate import evaluate
+    from prunetune.evaluation.suite import evaluate
     from prunetune.model.masking import masked
     from prunetune.model.sites import find_sites
     from prunetune.model.surgery import cut
     from prunetune.plan import Plan
     from prunetune.report import write_report
-    from prunetune.run import run
+    from prunetune.pipeline import run
 
 __all__ = ["Plan", "RunConfig", "cut", "evaluate", "find_sites", "masked", "run", "write_report"]
 
@@ -22,10 +22,10 @@ _HOMES = {
     "Plan": "prunetune.plan",
     "RunConfig": "prunetune.config",
     "cut": "prunetune.model.surgery",
-    "evaluate": "prunetune.evaluate",
+    "evaluate": "prunetune.evaluation.suite",
     "find_sites": "prunetune.model.sites",
     "masked": "prunetune.model.masking",
-    "run": "prunetune.run",
+    "run": "prunetune.pipeline",
     "write_report": "prunetune.report",
 }
 

@@ -15,7 +15,7 @@ from prunetune.data.sources import SplitName
 from prunetune.data.splits import Splits, load_splits
 from prunetune.data.templates import Encoded, encode
 from prunetune.decide.select import Shape, default_align, select
-from prunetune.evaluate.suite import context_of
+from prunetune.evaluation.suite import context_of
 from prunetune.export.shapes import legal_groups
 from prunetune.files import need_space
 from prunetune.folder import RunFolder, check_folder

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from prunetune.evaluate.results import Evaluation, headline, recovery
+from prunetune.evaluation.results import Evaluation, headline, recovery
 
 
 def of_run(folder: Path) -> str:

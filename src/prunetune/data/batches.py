@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from prunetune.data.templates import Example
 from prunetune.errors import DataError
@@ -18,57 +19,69 @@ from prunetune.errors import DataError
 IGNORED = -100  # the label that cross-entropy passes over
 
 
+# Padding is free up to here: smaller passes cost their launches, not their tokens.
+SMALL = 1024
+
+
 @dataclass(frozen=True)
 class Batch:
-    """Examples side by side, padded on the left. labels[b, t] is input_ids[b, t] where loss counts, else -100."""
+    """Examples side by side, padded on the right. labels[b, t] is input_ids[b, t] where loss counts, else -100.
+
+    Under a causal mask nothing real ever reads padding that stands behind it, so no attention mask is needed: attention
+    takes its fastest path, and no row is wholly masked (which some kernels answer with NaN).
+    """
 
     input_ids: Tensor  # long [B, T]
-    attention_mask: Tensor  # long [B, T], 0 on padding
     labels: Tensor  # long [B, T]; logits at t - 1 predict them
-    logits_to_keep: int  # logits of the last so many positions predict every label
     tokens: int  # labels that count
     ids: tuple[str, ...]
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on a device."""
-        return replace(
-            self,
-            input_ids=self.input_ids.to(device),
-            attention_mask=self.attention_mask.to(device),
-            labels=self.labels.to(device),
-        )
+        return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device))
+
+    @property
+    def predicting(self) -> Tensor:
+        """Where logits are needed: bool [B, T], one position before each label."""
+        return F.pad(self.labels[:, 1:] != IGNORED, (0, 1))
+
+    @property
+    def targets(self) -> Tensor:
+        """The labels that count, in the order of `predicting`: long [N]."""
+        return self.labels[self.labels != IGNORED]
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """One batch of all `examples`, which must not be empty."""
     longest = max(len(example.ids) for example in examples)
-    answers = [len(example.ids) - example.answer_from for example in examples]
-    ids, mask, labels = [], [], []
-    for example, answer in zip(examples, answers, strict=True):
+    ids, labels = [], []
+    for example in examples:
         padding = longest - len(example.ids)
-        ids.append([pad_id] * padding + list(example.ids))
-        mask.append([0] * padding + [1] * len(example.ids))
-        labels.append([IGNORED] * (longest - answer) + list(example.ids[example.answer_from :]))
+        answer = example.ids[example.answer_from :]
+        ids.append([*example.ids, *[pad_id] * padding])
+        labels.append([*[IGNORED] * example.answer_from, *answer, *[IGNORED] * padding])
     return Batch(
         input_ids=torch.tensor(ids),
-        attention_mask=torch.tensor(mask),
         labels=torch.tensor(labels),
-        # Padding stands on the left so that all answers end at the right edge, and few logits must be computed.
-        logits_to_keep=max(answers) + 1,
-        tokens=sum(answers),
+        tokens=sum(len(example.ids) - example.answer_from for example in examples),
         ids=tuple(example.id for example in examples),
     )
 
 
 def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
-    """Every example once, longest first, in lists of at most `max_tokens` with padding; one longer stands alone."""
+    """Every example once, longest first, in lists of at most `max_tokens` with padding; one longer stands alone.
+
+    Examples of less than half the length of a list's longest start a new list, unless the list is small anyway.
+    """
     batches: list[list[Example]] = []
     for example in sorted(examples, key=lambda example: -len(example.ids)):
-        # The first of a list is its longest, so it sets the padded length.
-        if batches and len(batches[-1][0].ids) * (len(batches[-1]) + 1) <= max_tokens:
-            batches[-1].append(example)
-        else:
-            batches.append([example])
+        if batches:
+            longest = len(batches[-1][0].ids)
+            padded = longest * (len(batches[-1]) + 1)
+            if padded <= max_tokens and (padded <= SMALL or 2 * len(example.ids) >= longest):
+                batches[-1].append(example)
+                continue
+        batches.append([example])
     return batches
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import yaml
 
 from prunetune.errors import PrunetuneError, RunFolderError
-from prunetune.evaluate.results import Evaluation
+from prunetune.evaluation.results import Evaluation
 from prunetune.plan import Plan
 
 Parsed = TypeVar("Parsed")

@@ -8,7 +8,7 @@ from typing import Any
 
 import jinja2
 
-from prunetune.evaluate.results import higher_is_better
+from prunetune.evaluation.results import higher_is_better
 from prunetune.files import write_text
 from prunetune.report import course, facts, figures, layers, samples, scores, summary, svg, text
 from prunetune.report.folder import MODELS, RunFiles, lookup, number, read_run

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from prunetune.evaluate.results import Evaluation, Item
+from prunetune.evaluation.results import Evaluation, Item
 from prunetune.report import text
 from prunetune.report.scores import reference_of
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from prunetune.errors import DataError
-from prunetune.evaluate.results import HEADLINES, Evaluation, Score, TaskResult, higher_is_better, recovery
-from prunetune.evaluate.statistics import paired_difference
+from prunetune.evaluation.results import HEADLINES, Evaluation, Score, TaskResult, higher_is_better, recovery
+from prunetune.evaluation.statistics import paired_difference
 from prunetune.report import text
 
 LABELS = {

@@ -19,16 +19,11 @@ from prunetune.train.adapters import group_norms
 
 def answer_loss(model: Any, batch: Batch) -> Tensor:
     """Summed cross-entropy (nats) over the labelled tokens; the head runs only where labels are."""
-    keep = batch.logits_to_keep
-    labels = batch.labels[:, 1 - keep :]
-    labelled = F.pad(labels != -100, (0, 1))  # the last position predicts nothing
     # Adapters are float32 and compute in the base's dtype, as is usual for mixed precision.
-    mixed = torch.autocast(labels.device.type, model.dtype, enabled=model.dtype != torch.float32)
-    with mixed, head_reads(model, labelled):
-        logits = model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, logits_to_keep=keep, use_cache=False
-        ).logits
-    return F.cross_entropy(logits.float(), labels[labels != -100], reduction="sum")
+    mixed = torch.autocast(batch.labels.device.type, model.dtype, enabled=model.dtype != torch.float32)
+    with mixed, head_reads(model, batch.predicting):
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits
+    return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
 
 
 def backward(model: Any, examples: Sequence[Example], pad_id: int, micro_tokens: int) -> float:

@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig
 
-from prunetune.evaluate.packing import LOGITS, Tick, left_padded, packed, vocabulary
+from prunetune.evaluation.packing import LOGITS, Tick, left_padded, packed, vocabulary
 
 
 def generate(

@@ -11,18 +11,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunetune.config import DataConfig, EvaluateConfig
 from prunetune.data.records import Record
 from prunetune.data.templates import Example, encode, encode_answer
 from prunetune.errors import DataError
-from prunetune.evaluate import likelihood
-from prunetune.evaluate.generation import generate
-from prunetune.evaluate.packing import Tick
-from prunetune.evaluate.results import Evaluation, Item, TaskResult
-from prunetune.evaluate.statistics import summarise
-from prunetune.evaluate.text import exact_match, rouge_l
+from prunetune.evaluation import likelihood
+from prunetune.evaluation.generation import generate
+from prunetune.evaluation.packing import Tick
+from prunetune.evaluation.results import Evaluation, Item, TaskResult
+from prunetune.evaluation.statistics import summarise
+from prunetune.evaluation.text import exact_match, rouge_l
 from prunetune.model.head import head_reads
+
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 Progress = Callable[[str, int, int], None]  # task, passes done, passes in all
 
@@ -61,7 +64,8 @@ def evaluating(model: Any) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.inference_mode(), head_reads(model):
+        # cuDNN's attention answers a wholly masked row, as padding on the left makes them, with NaN.
+        with torch.inference_mode(), sdpa_kernel(KERNELS), head_reads(model):
             yield
     finally:
         for module in training:

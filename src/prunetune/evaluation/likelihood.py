@@ -12,7 +12,8 @@ from torch import Tensor
 
 from prunetune.data.batches import Batch, collate
 from prunetune.data.templates import Example
-from prunetune.evaluate.packing import LOGITS, SPREAD, Padded, Tick, left_padded, packed, positions, vocabulary
+from prunetune.evaluation.packing import LOGITS, SPREAD, Padded, Tick, left_padded, packed, positions, vocabulary
+from prunetune.model.head import head_reads
 
 Tokens = tuple[int, ...]
 _CHUNK = 2**24  # logits that are widened to float32 at once: 64 MiB
@@ -177,15 +178,8 @@ def answer_nll(
 
 
 def _batch_nll(model: Any, batch: Batch) -> tuple[list[float], list[int]]:
-    logits = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=positions(batch.attention_mask),
-        use_cache=False,
-        logits_to_keep=batch.logits_to_keep,
-    ).logits[:, :-1]
-    targets = batch.labels[:, batch.labels.shape[1] - logits.shape[1] :]
-    counted = targets >= 0
-    chosen = logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0].float()
-    losses = (log_normaliser(logits) - chosen).masked_fill(~counted, 0.0)
-    return losses.cpu().double().sum(-1).tolist(), counted.sum(-1).tolist()
+    with head_reads(model, batch.predicting):
+        logits = model(input_ids=batch.input_ids, use_cache=False).logits  # [N, vocabulary]
+    losses = log_normaliser(logits) - logits.gather(-1, batch.targets[:, None])[:, 0].float()
+    counts = batch.predicting.sum(-1).tolist()
+    return [float(part.double().sum()) for part in losses.cpu().split(counts)], counts

@@ -23,8 +23,8 @@ from prunetune.console import console_for
 from prunetune.data.batches import Stream
 from prunetune.data.records import Record
 from prunetune.data.templates import Example
-from prunetune.evaluate.results import Evaluation
-from prunetune.evaluate.suite import evaluate
+from prunetune.evaluation.results import Evaluation
+from prunetune.evaluation.suite import evaluate
 from prunetune.export.card import card_of
 from prunetune.export.selfcheck import check, logits_of
 from prunetune.export.write import write

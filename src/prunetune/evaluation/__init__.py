@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from prunetune.evaluate.results import Evaluation, Item, Score, TaskResult, headline, higher_is_better, recovery
-from prunetune.evaluate.statistics import paired_difference
+from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult, headline, higher_is_better, recovery
+from prunetune.evaluation.statistics import paired_difference
 
 if TYPE_CHECKING:
-    from prunetune.evaluate.suite import Progress, evaluate
+    from prunetune.evaluation.suite import Progress, evaluate
 
 __all__ = [
     "Evaluation",
@@ -28,6 +28,6 @@ def __getattr__(name: str) -> Any:
     # Reading results must not wait for torch.
     if name not in ("evaluate", "Progress"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from prunetune.evaluate import suite
+    from prunetune.evaluation import suite
 
     return getattr(suite, name)

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunetune.errors import DataError
-from prunetune.evaluate.results import Item, Score, TaskResult
+from prunetune.evaluation.results import Item, Score, TaskResult
 
 RESAMPLES = 1000
 Array: TypeAlias = NDArray[np.float64]
