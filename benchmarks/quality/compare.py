@@ -23,8 +23,10 @@ import yaml
 from prunetune.config import RunConfig, load_recipe, merged
 from prunetune.console import PlainConsole
 from prunetune.environment import describe
+from prunetune.errors import PrunetuneError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suite import evaluate
+from prunetune.model.loading import load_config
 from prunetune.model.sites import dense_plan, kept_params
 from prunetune.model.surgery import merge_adapters
 from prunetune.pipeline import job_of
@@ -45,8 +47,12 @@ def main() -> None:
         config = configured(options, changes)
         # Data and tokens are read once: variants differ in what comes after.
         base = base or prepare(config, resume=False, console=PlainConsole(100))
-        setting = replace(base, config=config, shape=shape_of(config, base.sites, base.load(device=torch.device("cpu")).model.config))
-        rows.append(measured(name, setting, dense=dense, untuned=untuned, split=options.split, save=options.plans))
+        setting = replace(base, config=config, shape=shape_of(config, base.sites, load_config(config.model)))
+        try:
+            row = measured(name, setting, dense=dense, untuned=untuned, split=options.split, save=options.plans)
+        except PrunetuneError as failed:
+            row = {"variant": name, "error": str(failed)}
+        rows.append(row)
         options.out.write_text(json.dumps({"about": about(options, base), "rows": rows}, indent=1))
         print(table(rows), flush=True)
 
@@ -76,7 +82,9 @@ def configured(options: argparse.Namespace, changes: dict[str, Any]) -> RunConfi
     return load_recipe(options.recipe, merged(fixed, changes))
 
 
-def measured(name: str, setting: Setting, *, dense: bool, untuned: bool, split: str, save: Path | None) -> dict[str, Any]:
+def measured(
+    name: str, setting: Setting, *, dense: bool, untuned: bool, split: str, save: Path | None
+) -> dict[str, Any]:
     """Tune (and prune) one variant and score it."""
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -87,7 +95,9 @@ def measured(name: str, setting: Setting, *, dense: bool, untuned: bool, split: 
         merge_adapters(model)
     trained = time.monotonic() - started
     memory = torch.cuda.max_memory_allocated() / 1e6 if setting.device.type == "cuda" else 0.0
-    result = evaluate(model, setting.tokenizer, setting.splits.parts()[split], setting.config.data, setting.config.evaluate)  # type: ignore[index]
+    result = evaluate(
+        model, setting.tokenizer, setting.splits.parts()[split], setting.config.data, setting.config.evaluate
+    )  # type: ignore[index]
     if save:
         save.mkdir(parents=True, exist_ok=True)
         (save / f"{name}.plan.json").write_text(plan.to_json())
@@ -108,7 +118,9 @@ def measured(name: str, setting: Setting, *, dense: bool, untuned: bool, split: 
 
 def headline(result: Evaluation) -> dict[str, float]:
     """Mean accuracy and NLL over tasks, mean ROUGE-L, and each text's perplexity."""
-    texts = {f"ppl {task}": r.scores["perplexity"].value for task, r in result.tasks.items() if "perplexity" in r.scores}
+    texts = {
+        f"ppl {task}": r.scores["perplexity"].value for task, r in result.tasks.items() if "perplexity" in r.scores
+    }
     return {"acc": result.mean_accuracy(), "nll": result.mean_nll(), "rouge": result.mean("rouge_l").value, **texts}
 
 
@@ -119,24 +131,37 @@ class Curve:
         self.valid: list[dict[str, Any]] = []
 
     def step(self, record: dict[str, Any]) -> None:
-        """Nothing to keep."""
+        if record["step"] % 50 == 0 or record["step"] == 1:
+            about = f"{record['phase']} loss {record['loss']:.3f} kept {record['kept']:.3f} {record['seconds']:.0f} s"
+            print(f"step {record['step']} {about} lasso {record.get('lasso', 0):.3f}", flush=True)
 
     def validation(self, record: dict[str, Any]) -> None:
         self.valid.append(record)
+        print(f"valid {record['nll']:.4f}", flush=True)
 
 
 def about(options: argparse.Namespace, setting: Setting) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {"recipe": str(options.recipe), "split": options.split, "device": describe(setting.device), "commit": commit,
-            "dtype": str(setting.dtype), "torch": torch.__version__}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "recipe": str(options.recipe),
+        "split": options.split,
+        "device": describe(setting.device),
+        "commit": commit,
+        "dtype": str(setting.dtype),
+        "torch": torch.__version__,
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    columns = [key for key in rows[0] if key not in ("curve", "scores")]
+    columns = list(dict.fromkeys(key for row in rows for key in row if key not in ("curve", "scores", "error")))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     for row in rows:
         cells = [row.get(key) for key in columns]
-        lines.append("| " + " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
+        lines.append(
+            "| " + " | ".join(f"{cell:.3f}" if isinstance(cell, float) else str(cell) for cell in cells) + " |"
+        )
     return "\n".join(lines)
 
 

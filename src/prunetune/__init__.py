@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from prunetune.model.masking import masked
     from prunetune.model.sites import find_sites
     from prunetune.model.surgery import cut
+    from prunetune.pipeline import run
     from prunetune.plan import Plan
     from prunetune.report import write_report
-    from prunetune.pipeline import run
 
 __all__ = ["Plan", "RunConfig", "cut", "evaluate", "find_sites", "masked", "run", "write_report"]
 

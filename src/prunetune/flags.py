@@ -19,8 +19,8 @@ def optional_twin(cls: type[Any]) -> type[Any]:
             fields.append((item.name, Optional[optional_twin(typing.cast(Any, kind))], None))  # noqa: UP045 - built at run time
         else:
             fields.append(
-                (item.name, Annotated[Optional[kind], Parameter(help=_help(item), negative=_negative(kind))], None)
-            )  # noqa: UP045
+                (item.name, Annotated[kind | None, Parameter(help=_help(item), negative=_negative(kind))], None)
+            )
     twin = dataclasses.make_dataclass(
         f"{cls.__name__}Flags", [(name, kind, dataclasses.field(default=default)) for name, kind, default in fields],
         frozen=True, kw_only=True,

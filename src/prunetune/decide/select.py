@@ -6,6 +6,7 @@ is *maximal*: it is not above the target, and no further block fits under it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,10 +49,8 @@ def select(scores: Scores, sites: Sequence[Site], keep: float, shape: Shape) -> 
             f"budget.keep {keep:g} is below what is feasible ({_rounded_up(lowest / total(sites))}) for layout {shape.layout} "
             f"with budget.align {shape.align}: raise budget.keep, or lower budget.align or budget.min_groups"
         )
-    ranked = {
-        site.name: torch.argsort(scores[site.name].detach().float().cpu(), descending=True, stable=True)
-        for site in sites
-    }
+    scores = {site.name: scores[site.name].detach().float().cpu() for site in sites}
+    ranked = {name: torch.argsort(score, descending=True, stable=True) for name, score in scores.items()}
     widths = (
         _uniform(scores, ranked, sites, target, shape)
         if shape.layout == "uniform"
@@ -87,24 +86,16 @@ def _rounded_up(share: float) -> str:
     return f"{-(-share * 1000 // 1) / 1000:.3f}"
 
 
-def _block(site: Site, width: int, shape: Shape) -> int:
-    """Units in the next block above `width`; the last block of a site takes what is left."""
-    return min(shape.align if site.kind == "mlp" else 1, site.units - width)
-
-
 def _free(
     scores: Scores, ranked: Mapping[str, Tensor], sites: Sequence[Site], target: int, shape: Shape
 ) -> dict[str, int]:
     widths = {site.name: floor_width(site, shape) for site in sites}
     spent = sum(site.unit_params * widths[site.name] for site in sites)
-    offers = []
-    for order, site in enumerate(sites):
-        sorted_scores = scores[site.name].detach().double().cpu()[ranked[site.name]]
-        width = widths[site.name]
-        while width < site.units:
-            block = _block(site, width, shape)
-            offers.append((-float(sorted_scores[width : width + block].mean()), order, width, block))
-            width += block
+    offers = [
+        (-score, order, width, block)
+        for order, site in enumerate(sites)
+        for score, width, block in _blocks(scores[site.name][ranked[site.name]], site, widths[site.name], shape)
+    ]
     # Blocks of one site come in descending score, so taking the best offers first never skips within a site ...
     closed: set[str] = set()
     for _, order, _, block in sorted(offers):
@@ -117,6 +108,17 @@ def _free(
         widths[site.name] += block
         spent += block * site.unit_params
     return widths
+
+
+def _blocks(ranked: Tensor, site: Site, width: int, shape: Shape) -> list[tuple[float, int, int]]:
+    """(mean score, width below, size) of each block above `width`; the last block takes what is left."""
+    size = shape.align if site.kind == "mlp" else 1
+    edges = [*range(width, site.units, size), site.units]
+    sums = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.double().cumsum(0)])[edges].tolist()
+    return [
+        ((sums[i + 1] - sums[i]) / (high - low), low, high - low)
+        for i, (low, high) in enumerate(itertools.pairwise(edges))
+    ]
 
 
 def _layers(sites: Sequence[Site]) -> int:
@@ -150,7 +152,7 @@ def _uniform(
         value = 0.0
         for site in sites:
             width = groups if site.kind == "attention" else best[groups][1]
-            top = scores[site.name].detach().double().cpu()[ranked[site.name]][:width]
+            top = scores[site.name].double()[ranked[site.name]][:width]
             value += float(top.sum()) * site.unit_params
         return value, best[groups][0]
 

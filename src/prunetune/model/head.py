@@ -20,7 +20,11 @@ def head_reads(model: Any, wanted: Tensor | None = None) -> Iterator[None]:
     def read(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         return (inputs[0].contiguous() if wanted is None else inputs[0][wanted],)
 
-    handle = model.get_output_embeddings().register_forward_pre_hook(read)
+    head = model.get_output_embeddings()
+    if head is None:  # a bare decoder has nothing to spare
+        yield
+        return
+    handle = head.register_forward_pre_hook(read)
     try:
         yield
     finally:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import torch
+
 from prunetune.budget.params import kept_share
 from prunetune.decide.decision import Decision
 from prunetune.model.masking import masked
@@ -22,6 +24,7 @@ class Progress:
         self.job, self.search, self.tuning = job, search, tuning
         self.step = 0
         self.last: Decision | None = None
+        self.kept = 1.0
         self.started = time.monotonic()
 
     def resume(self) -> Decision:
@@ -41,9 +44,11 @@ class Progress:
     def done(self, record: Record, decision: Decision) -> None:
         """A step is done: tell the observer, validate and save where it is time to."""
         job, self.step = self.job, record["step"]
-        record["kept"] = float(kept_share(decision.gates, job.sites))
+        if decision is not self.last:
+            self.kept = float(kept_share(decision.gates, job.sites))
+        record["kept"] = self.kept
         record["seconds"] = time.monotonic() - self.started
-        if self.last is not None:
+        if self.last is not None and self.last is not decision:
             record["changed"] = self._changed(self.last, decision)
         self.last = decision
         job.observer.step(record)
@@ -55,8 +60,8 @@ class Progress:
 
     def _changed(self, before: Decision, after: Decision) -> float:
         """Share of all units whose gate moved."""
-        moved = sum(int((after.gates[site.name] != before.gates[site.name]).sum()) for site in self.job.sites)
-        return moved / sum(site.units for site in self.job.sites)
+        moved = torch.cat([after.gates[site.name] != before.gates[site.name] for site in self.job.sites])
+        return float(moved.float().mean())
 
     def _validate(self, decision: Decision) -> float:
         """Mean answer loss of the sub-network decided now, gated as it would be cut."""
