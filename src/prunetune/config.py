@@ -102,7 +102,7 @@ class SearchConfig:
     evidence: int = option(
         16, "Batches whose gate gradients give the starting logits; 0: start from nothing, as in the paper.", low=0
     )
-    share: float = option(0.4, "Share of the steps in which decisions are searched.", above=0, high=1)
+    share: float = option(0.25, "Share of the steps in which decisions are searched.", above=0, high=1)
     anneal: float = option(
         0.6, "Share of the search over which the budget falls from dense to its target (projected).", low=0, high=1
     )

@@ -68,17 +68,17 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     )
 
 
-def micro_batches(examples: Sequence[Example], max_tokens: int) -> list[list[Example]]:
+def micro_batches(examples: Sequence[Example], max_tokens: int, small: int = SMALL) -> list[list[Example]]:
     """Every example once, longest first, in lists of at most `max_tokens` with padding; one longer stands alone.
 
-    Examples of less than half the length of a list's longest start a new list, unless the list is small anyway.
+    Examples of less than half the length of a list's longest start a new list, unless the list holds `small` or less.
     """
     batches: list[list[Example]] = []
     for example in sorted(examples, key=lambda example: -len(example.ids)):
         if batches:
             longest = len(batches[-1][0].ids)
             padded = longest * (len(batches[-1]) + 1)
-            if padded <= max_tokens and (padded <= SMALL or 2 * len(example.ids) >= longest):
+            if padded <= max_tokens and (padded <= small or 2 * len(example.ids) >= longest):
                 batches[-1].append(example)
                 continue
         batches.append([example])

@@ -29,15 +29,16 @@ class Generator(nn.Module):
         rng = torch.Generator().manual_seed(seed)
         layers = max(site.layer for site in sites) + 1
         self.register_buffer("layer_vectors", orthogonal(layers, EMBEDDING, rng))
-        self.mixer: nn.Module = (
-            _encoder() if kind == "transformer" else nn.GRU(EMBEDDING, HIDDEN // 2, bidirectional=True)
-        )
         width = EMBEDDING if kind == "transformer" else HIDDEN
-        self.norm = nn.LayerNorm(width)
-        self.heads = nn.ModuleList(nn.Linear(width, site.units) for site in sites)
+        with torch.random.fork_rng(devices=[]):  # modules draw from the global state as they are made
+            self.mixer: nn.Module = (
+                _encoder() if kind == "transformer" else nn.GRU(EMBEDDING, HIDDEN // 2, bidirectional=True)
+            )
+            self.norm = nn.LayerNorm(width)
+            self.heads = nn.ModuleList(nn.Linear(width, site.units) for site in sites)
         self.sites = tuple(sites)
-        for parameter in self.parameters():
-            _initialise(parameter, rng)
+        for name, parameter in self.named_parameters():
+            _initialise(name, parameter, rng)
 
     def forward(self) -> dict[str, Tensor]:
         mixed = self.mixer(self.get_buffer("layer_vectors")[:, None, :])  # [L, 1, E]
@@ -50,11 +51,13 @@ def _encoder() -> nn.TransformerEncoder:
     return nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
 
 
-def _initialise(parameter: nn.Parameter, rng: torch.Generator) -> None:
+def _initialise(name: str, parameter: nn.Parameter, rng: torch.Generator) -> None:
     """From the given generator alone, so that a run does not depend on global random state."""
-    if parameter.dim() < 2:
-        return  # norms start at one and biases near zero already
     with torch.no_grad():
+        if "bias" in name:
+            parameter.zero_()
+        if parameter.dim() < 2:
+            return  # norms start at one already
         bound = (6 / (parameter.shape[0] + parameter.shape[1])) ** 0.5
         parameter.uniform_(-bound, bound, generator=rng)
 

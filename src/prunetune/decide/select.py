@@ -42,7 +42,7 @@ def select(scores: Scores, sites: Sequence[Site], keep: float, shape: Shape) -> 
 
     Raises `PlanError` with the smallest feasible keep where even the floors are above the target.
     """
-    target = int(keep * total(sites) + 1e-9)
+    target = int(keep * total(sites) * (1 + 1e-12))  # a keep that was computed as a share may be short by rounding
     lowest = floor(sites, shape)
     if target < lowest:
         raise PlanError(
@@ -147,6 +147,8 @@ def _uniform(
         price = layers * (g * p_g + c * p_c)
         if price <= target and price > best.get(g, (0, 0))[0]:
             best[g] = (price, c)
+    # Maximal ones only: scores may be negative, and then a shape with room to spare would look worth more.
+    best = {g: fit for g, fit in best.items() if not any(w > g and best[w][1] >= fit[1] for w in best)}
 
     def worth(groups: int) -> tuple[float, int]:
         value = 0.0

@@ -1,0 +1,81 @@
+"""Write docs/recipes.md from the options themselves: `python docs/make_recipes.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from pathlib import Path
+from typing import Any
+
+from prunetune.config import RunConfig, paths
+
+TARGET = Path(__file__).with_name("recipes.md")
+INTRODUCTION = """\
+<!-- Written by docs/make_recipes.py from prunetune.config; change it there. -->
+# Recipes
+
+A recipe is a YAML file of options. Every option has a default, so a recipe holds only what differs:
+
+```yaml
+model: Qwen/Qwen3-0.6B
+out: runs/support
+data:
+  train: [support/tickets.jsonl, {source: support/manual.csv, weight: 0.5}]
+  test: support/test.jsonl
+budget:
+  keep: 0.6
+```
+
+Every option is a flag too, under its dotted name, and flags win over the recipe:
+`prunetune run recipe.yaml --budget.keep 0.5 --data.train a.jsonl --data.train b.csv` (a list repeats its flag;
+underscores may be written as hyphens). An unknown key is refused with the one that was meant, and a value outside its
+bounds with the bounds: both before anything is read or written. The run folder keeps the full recipe as `config.yaml`,
+which is a recipe itself. Recipes that come along: [recipes/](../recipes).
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    options = paths()
+    sections: dict[str, list[str]] = {}
+    for path in options:
+        sections.setdefault(path.rpartition(".")[0], []).append(path)
+    kinds = typing.get_type_hints(RunConfig)
+    parts = [INTRODUCTION]
+    for section, names in sections.items():
+        owner = kinds[section] if section else RunConfig
+        parts.append(f"## {f'`{section}`' if section else 'The run'}\n\n{_summary(owner)}\n")
+        rows = [_row(path, options[path], typing.get_type_hints(owner)[options[path].name]) for path in names]
+        parts.append("\n".join(["| option | values | default | what it does |", "|---|---|---|---|", *rows]) + "\n")
+    return "\n".join(parts)
+
+
+def _summary(owner: Any) -> str:
+    return " ".join((owner.__doc__ or "").split())
+
+
+def _row(path: str, field: dataclasses.Field[Any], kind: Any) -> str:
+    cells = (f"`{path}`", _values(kind, field.metadata), _default(field.default), field.metadata["help"])
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _values(kind: Any, bounds: typing.Mapping[str, Any]) -> str:
+    if typing.get_origin(kind) is typing.Literal:
+        return ", ".join(f"`{choice}`" for choice in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return "sources"
+    name = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`"}[kind]
+    low, high, above = bounds["low"], bounds["high"], bounds["above"]
+    limits = [f"above {above:g}"] if above is not None else [f"{low:g} or more"] if low is not None else []
+    limits += [f"{high:g} at most"] if high is not None else []
+    return ", ".join([name, *limits])
+
+
+def _default(value: Any) -> str:
+    if value == () or value == "":
+        return "none"
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+if __name__ == "__main__":
+    TARGET.write_text(page(), encoding="utf-8")
