@@ -60,7 +60,9 @@ def test_global_random_state_is_left_alone(kind: str) -> None:
 def test_every_weight_learns_and_layers_differ(kind: str) -> None:
     net = Generator(sites(), kind=kind, seed=0)
     logits = net()
-    torch.cat([value * torch.randn(len(value), generator=generator_of(1)) for value in logits.values()]).sum().backward()
+    torch.cat(
+        [value * torch.randn(len(value), generator=generator_of(1)) for value in logits.values()]
+    ).sum().backward()
     assert all(parameter.grad is not None for parameter in net.parameters())
     assert "layer_vectors" not in dict(net.named_parameters())
     mlps = [logits[site.name] for site in sites() if site.kind == "mlp"]

@@ -138,7 +138,8 @@ def blocks(site: Site, scores: Tensor, legal: Shape) -> list[tuple[float, int, i
     edges = [*range(floor_width(site, legal), site.units, size), site.units]
     ranked = scores.double().sort(descending=True).values
     return [
-        (float(ranked[low:high].mean()), high, (high - low) * site.unit_params) for low, high in itertools.pairwise(edges)
+        (float(ranked[low:high].mean()), high, (high - low) * site.unit_params)
+        for low, high in itertools.pairwise(edges)
     ]
 
 
@@ -149,7 +150,9 @@ def test_a_block_left_out_did_not_fit_beside_better_ones(name: str) -> None:
         offers = {site.name: blocks(site, scores[site.name], legal) for site in sites}
         widths = plan.widths()
         taken = [block for site, of_site in offers.items() for block in of_site if block[1] <= widths[site]]
-        following = [next((block for block in of_site if block[1] > widths[site]), None) for site, of_site in offers.items()]
+        following = [
+            next((block for block in of_site if block[1] > widths[site]), None) for site, of_site in offers.items()
+        ]
         for score, _, price in filter(None, following):
             better = sum(paid for mean, _, paid in taken if mean >= score - EPSILON)
             assert floor(sites, legal) + better + price > keep * total(sites)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from model_helpers import VOCABULARY, random_plan, tiny
+from model_helpers import random_plan, tiny
 from prunetune.budget.params import total
 from prunetune.config import RunConfig, from_mapping, merged
 from prunetune.data.batches import Stream
@@ -37,6 +37,15 @@ RECIPE: dict[str, Any] = {
     "lora": {"rank": 4},
     "search": {"share": 0.4, "settle": 0.3, "evidence": 2, "batch_size": 4},
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Models this small only lose by sharing work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def config_of(changes: dict[str, Any] | None = None) -> RunConfig:
@@ -68,7 +77,12 @@ class Notes:
 
 
 def job_of(
-    config: RunConfig, *, family: str = "llama", keeper: Keeper | None = None, plan: Plan | None = None, model: Any = None
+    config: RunConfig,
+    *,
+    family: str = "llama",
+    keeper: Keeper | None = None,
+    plan: Plan | None = None,
+    model: Any = None,
 ) -> Job:
     model = tiny(family) if model is None else model
     model.requires_grad_(False)
@@ -99,6 +113,11 @@ def identical(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def losses(job: Job) -> list[float]:
     return [record["loss"] for record in job.observer.steps]  # type: ignore[attr-defined]
+
+
+def search_losses(job: Job) -> list[float]:
+    """0 where the search is over."""
+    return [record.get("search_loss", 0.0) for record in job.observer.steps]  # type: ignore[attr-defined]
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------
@@ -225,6 +244,7 @@ def test_resumed_at_any_step_equals_uninterrupted(family: str, gates: str, tmp_p
         assert tune_and_prune(resumed) == plan
         assert identical(weights_of(resumed), weights_of(whole)), step
         assert losses(resumed) == losses(whole)[step:]
+        assert search_losses(resumed) == search_losses(whole)[step:]
 
 
 def test_only_the_newest_two_checkpoints_stay(tmp_path: Path) -> None:
@@ -253,8 +273,6 @@ def damage(file: Path, how: str) -> None:
 @pytest.mark.parametrize("how", ["cut short", "one bit", "empty", "missing"])
 @pytest.mark.parametrize("part", ["adapters.safetensors", "generator_optimizer.safetensors", "state.json"])
 def test_an_older_checkpoint_stands_in_for_a_damaged_one(part: str, how: str, tmp_path: Path) -> None:
-    if (part, how) == ("state.json", "one bit"):
-        pytest.skip("the last byte of the text is a bracket: the case 'cut short'")
     state = {name: {"w": torch.arange(4.0)} for name in ("adapters", "generator_optimizer")}
     checkpoints = Checkpoints(tmp_path)
     for step in (3, 6):
@@ -475,14 +493,9 @@ def test_the_loss_is_the_mean_over_answer_tokens() -> None:
     model, rows = tiny(), examples(5)
     summed, count = 0.0, 0
     for row in rows:
-        logits = model(torch.tensor([row.ids])).logits[0].log_softmax(-1)
+        logits = model(torch.tensor([row.ids])).logits[0].detach().log_softmax(-1)
         for place in range(row.answer_from, len(row.ids)):
             summed -= float(logits[place - 1, row.ids[place]])
             count += 1
     assert mean_loss(model, rows, 0, 16384) == pytest.approx(summed / count, rel=1e-5)
     assert mean_loss(model, rows, 0, 1) == pytest.approx(summed / count, rel=1e-5)
-
-
-def test_jobs_are_of_the_test_vocabulary() -> None:
-    assert max(token for row in examples() for token in row.ids) < VOCABULARY
-    assert dataclasses.is_dataclass(job_of(config_of()))

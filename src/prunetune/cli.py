@@ -26,6 +26,7 @@ app = App(
 )
 # Every option of a recipe as a flag, all optional: flags win over the recipe.
 Flags: typing.TypeAlias = optional_twin(RunConfig)  # type: ignore[valid-type]
+NO_FLAGS = Flags()
 
 
 @app.command
@@ -34,7 +35,7 @@ def run(
     /,
     *,
     resume: Annotated[bool, Parameter(negative=(), help="Go on with a run that was stopped.")] = False,
-    flags: Annotated[Flags, Parameter(name="*")] = Flags(),
+    flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
 ) -> None:
     """Tune, prune, cut, check, evaluate and report, into a run folder.
 
@@ -50,7 +51,7 @@ def run(
 def demo(
     *,
     resume: Annotated[bool, Parameter(negative=(), help="Go on with a demo that was stopped.")] = False,
-    flags: Annotated[Flags, Parameter(name="*")] = Flags(),
+    flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
 ) -> None:
     """The same on a real small model and clinical coding terms that come as packages; no GPU needed."""
     with resources.as_file(resources.files("prunetune") / "demo.yaml") as recipe:
@@ -135,7 +136,7 @@ def _translated(error: Exception) -> str | None:
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
     ):
-        return "out of memory: lower train.micro_tokens, then train.batch_size or data.max_length; then go on with --resume"
+        return "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then go on with --resume"
     if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
         return "the disk is full: free some room, then go on with --resume"
     return None

@@ -45,7 +45,7 @@ class DataConfig:
         "error", "What happens to longer examples; truncate cuts the prompt from its beginning."
     )
     overlap: Literal["error", "drop"] = option(
-        "error", "What happens to rows of train or search that also stand in valid or test."
+        "error", "What happens to rows that stand in two splits; drop keeps them in the one nearer to test."
     )
 
 
@@ -97,7 +97,7 @@ class SearchConfig:
     generator: Literal["transformer", "gru"] = option("transformer", "The network over the layer sequence.")
     gates: Literal["projected", "sampled"] = option(
         "projected",
-        "projected: every decision meets the (annealed) budget; sampled: Gumbel draws with a budget loss, as in the paper.",
+        "projected: decisions meet the (annealed) budget; sampled: Gumbel draws and a budget loss, as in the paper.",
     )
     evidence: int = option(
         16, "Batches whose gate gradients give the starting logits; 0: start from nothing, as in the paper.", low=0
@@ -127,7 +127,9 @@ class EvaluateConfig:
     )
     max_new_tokens: int = option(128, "Longest generated answer in tokens.", low=1)
     max_tokens: int = option(16384, "Most tokens that one scoring pass holds.", low=1)
-    dense_tuned: bool = option(True, "Also tune the dense model (same data, steps, rank) for comparison; cached.")
+    dense_tuned: bool = option(
+        True, "Also tune the dense model (same data, steps, rank) for comparison; kept in the run folder."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,7 @@ class RunConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Arithmetic of the frozen weights; adapters stay float32."
     )
-    trust_remote_code: bool = option(False, "Run code that comes with the model or data set.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
     data: DataConfig = field(default_factory=DataConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

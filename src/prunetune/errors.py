@@ -35,10 +35,6 @@ class MissingPackage(PrunetuneError):
     """An optional package that the job at hand needs."""
 
 
-class OutOfMemory(PrunetuneError):
-    """The device cannot hold the job."""
-
-
 class GateFailed(PrunetuneError):
     """The job ran, and its result broke a limit."""
 

@@ -100,7 +100,8 @@ def _same(recipe: Path, config: RunConfig) -> None:
     ]
     if changed:
         raise RunFolderError(
-            f"{recipe.parent} was started with another recipe: {'; '.join(changed)}: resume with the old values, or name another folder with --out"
+            f"{recipe.parent} was started with another recipe: {'; '.join(changed)}: "
+            "resume with the old values, or name another folder with --out"
         )
 
 

@@ -23,6 +23,7 @@ from prunetune.console import console_for
 from prunetune.data.batches import Stream
 from prunetune.data.records import Record
 from prunetune.data.templates import Example
+from prunetune.errors import RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suite import evaluate
 from prunetune.export.card import card_of
@@ -46,9 +47,14 @@ from prunetune.train.state import Checkpoints, Forgetful, Keeper, State
 
 
 def run(config: RunConfig, *, resume: bool = False, console: Console | None = None, command: str = "") -> Path:
-    """Tune, prune, cut, check, evaluate and report; returns the run folder. Raises `PrunetuneError`s, before writing where it can."""
+    """Tune, prune, cut, check, evaluate and report; returns the run folder.
+
+    Raises a `PrunetuneError` for what the user can mend, before anything is written where that can be known.
+    """
     setting = prepare(config, resume=resume, console=console or console_for(config.train.log_every))
     folder = setting.folder
+    if resume:
+        _same_data(setting)
     open_folder(folder, config)
     folder.note(**environment.facts(setting.device, setting.dtype, command, config.seed), **facts_of(setting))
     if not folder.model.exists():
@@ -61,6 +67,17 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     folder.note(peak_memory_mb=environment.peak_memory_mb(setting.device))
     write_report(folder.path)
     return folder.path
+
+
+def _same_data(setting: Setting) -> None:
+    """A run goes on only with the rows it began with; raises `RunFolderError`."""
+    before = setting.folder.manifest().get("data", {}).get("hashes", {})
+    changed = [name for name, digest in setting.splits.hashes.items() if before.get(name, digest) != digest]
+    if changed:
+        raise RunFolderError(
+            f"{setting.folder.path}: the data of {', '.join(changed)} changed since the run began: "
+            "put the old rows back, or start anew with another --out"
+        )
 
 
 @contextmanager
@@ -140,7 +157,7 @@ def finish(setting: Setting) -> None:
     put_adapters(gated, setting, state)
     merge_adapters(gated)
     for parameter in gated.parameters():
-        # Rounded to what the file will hold, computed in float32: so the comparison is about the cut, not about rounding.
+        # Rounded to what the file will hold, computed in float32: the comparison is about the cut, not the rounding.
         parameter.data = parameter.data.to(loaded.storage).float()
     tokens = _check_tokens(setting)
     with masked(gated, state.plan, sites=setting.sites):

@@ -49,7 +49,7 @@ class Plan:
                 kept={name: tuple(int(unit) for unit in site["kept"]) for name, site in sites.items()},
                 units={name: int(site["units"]) for name, site in sites.items()},
             )
-        except (ValueError, KeyError, TypeError) as broken:
+        except (ValueError, KeyError, TypeError, AttributeError) as broken:
             raise PlanError(f"not a plan: {broken!r}; expected the text of a plan.json") from broken
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from prunetune.evaluation.results import Evaluation, headline, recovery
 
@@ -12,12 +13,12 @@ from prunetune.evaluation.results import Evaluation, headline, recovery
 def of_run(folder: Path) -> str:
     """Sizes, scores beside the dense model, and where to look."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    dense, pruned = manifest["model"], manifest["pruned"]
+    dense, pruned, check = manifest["model"], manifest["pruned"], manifest["selfcheck"]
     removed = 1 - pruned["decoder_params"] / dense["decoder_params"]
     lines = [
-        f"decoder parameters  {dense['decoder_params'] / 1e6:,.1f} M -> {pruned['decoder_params'] / 1e6:,.1f} M  ({100 * removed:.1f}% removed)",
-        f"all parameters      {dense['params'] / 1e6:,.1f} M -> {pruned['params'] / 1e6:,.1f} M",
-        f"self-check          {manifest['selfcheck']['max_relative']:.1e} relative (limit {manifest['selfcheck']['limit']:.0e})",
+        f"decoder parameters  {_millions(dense, pruned, 'decoder_params')}  ({100 * removed:.1f}% removed)",
+        f"all parameters      {_millions(dense, pruned, 'params')}",
+        f"self-check          {check['max_relative']:.1e} relative (limit {check['limit']:.0e})",
     ]
     speed = manifest.get("speed", {})
     if {"dense", "pruned"} <= set(speed):
@@ -27,6 +28,10 @@ def of_run(folder: Path) -> str:
     return "\n".join(
         [*lines, "", *_scores(folder), "", f"checkpoint {folder / 'model'}", f"report     {folder / 'report.html'}"]
     )
+
+
+def _millions(dense: dict[str, Any], pruned: dict[str, Any], key: str) -> str:
+    return f"{dense[key] / 1e6:,.1f} M -> {pruned[key] / 1e6:,.1f} M"
 
 
 def _scores(folder: Path) -> list[str]:
@@ -61,7 +66,8 @@ def of_sites(model: str, *, layout: str, align: int, trust_remote_code: bool) ->
     shape = Shape(layout, align or default_align(sites), 0, legal_groups(structure.config))
     everything = sum(parameter.numel() for parameter in structure.parameters())
     lines = [
-        f"{model}: {structure.config.model_type}, {everything / 1e6:,.1f} M parameters, {total(sites) / 1e6:,.1f} M of them prunable",
+        f"{model}: {structure.config.model_type}, {everything / 1e6:,.1f} M parameters, "
+        f"{total(sites) / 1e6:,.1f} M of them prunable",
         "",
         f"{'sites':>5}  {'kind':<10} {'units':>6}  {'parameters/unit':>15}  {'share':>6}  legal widths",
     ]
@@ -73,6 +79,7 @@ def of_sites(model: str, *, layout: str, align: int, trust_remote_code: bool) ->
         else:
             widths = f"multiples of {shape.align} from {low} to {units}"
         lines.append(
-            f"{count:>5}  {kind:<10} {units:>6}  {price:>15,}  {100 * count * units * price / total(sites):>5.1f}%  {widths}"
+            f"{count:>5}  {kind:<10} {units:>6}  {price:>15,}  {100 * count * units * price / total(sites):>5.1f}%  "
+            f"{widths}"
         )
     return "\n".join([*lines, "", f"smallest feasible budget.keep, layout {layout}: {feasible_keep(sites, shape):.3f}"])

@@ -42,7 +42,7 @@ class Generator(nn.Module):
 
     def forward(self) -> dict[str, Tensor]:
         mixed = self.mixer(self.get_buffer("layer_vectors")[:, None, :])  # [L, 1, E]
-        features = self.norm(mixed[0] if isinstance(mixed, tuple) else mixed)[:, 0]
+        features: Tensor = self.norm(mixed[0] if isinstance(mixed, tuple) else mixed)[:, 0]
         return {site.name: head(features[site.layer]) for site, head in zip(self.sites, self.heads, strict=True)}
 
 
@@ -65,4 +65,5 @@ def _initialise(name: str, parameter: nn.Parameter, rng: torch.Generator) -> Non
 def orthogonal(rows: int, width: int, rng: torch.Generator) -> Tensor:
     """[rows, width] fixed vectors of norm sqrt(width): orthogonal while rows <= width, in blocks of that after."""
     blocks = [torch.linalg.qr(torch.randn(width, width, generator=rng))[0] for _ in range(-(-rows // width))]
-    return torch.cat(blocks)[:rows] * width**0.5
+    vectors: Tensor = torch.cat(blocks)[:rows] * width**0.5
+    return vectors

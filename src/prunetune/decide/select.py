@@ -46,8 +46,9 @@ def select(scores: Scores, sites: Sequence[Site], keep: float, shape: Shape) -> 
     lowest = floor(sites, shape)
     if target < lowest:
         raise PlanError(
-            f"budget.keep {keep:g} is below what is feasible ({_rounded_up(lowest / total(sites))}) for layout {shape.layout} "
-            f"with budget.align {shape.align}: raise budget.keep, or lower budget.align or budget.min_groups"
+            f"budget.keep {keep:g} is below what is feasible ({_rounded_up(lowest / total(sites))}) "
+            f"for layout {shape.layout} with budget.align {shape.align}: "
+            "raise budget.keep, or lower budget.align or budget.min_groups"
         )
     scores = {site.name: scores[site.name].detach().float().cpu() for site in sites}
     ranked = {name: torch.argsort(score, descending=True, stable=True) for name, score in scores.items()}

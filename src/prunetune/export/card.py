@@ -22,8 +22,9 @@ tags: [prunetune, pruning, lora]
 ---
 # {config.model}, tuned and pruned
 
-Made by [prunetune](https://pypi.org/project/prunetune/) from `{config.model}`: LoRA tuning and structural pruning in one run.
-{100 * share:.1f}% of the attention and MLP parameters remain (layout {config.layout}); `plan.json` names the units kept.
+Made by prunetune from `{config.model}`: LoRA tuning and structural pruning in one run.
+{100 * share:.1f}% of the attention and MLP parameters remain (layout {config.layout});
+`plan.json` names the units kept.
 The licence of the base model applies.
 
 ```python

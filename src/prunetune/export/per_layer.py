@@ -135,7 +135,8 @@ def write_code(folder: Path, names: PerLayer) -> None:
     """Write `configuration_pruned.py` and `modeling_pruned.py`."""
     values = {
         "config": names.config, "inner": names.inner, "causal": names.causal, "model_type": names.model_type,
-        "pruned_config": f"Pruned{names.config}", "pruned_inner": f"Pruned{names.inner}", "pruned_causal": names.model_class,
+        "pruned_config": f"Pruned{names.config}", "pruned_inner": f"Pruned{names.inner}",
+        "pruned_causal": names.model_class,
     }  # fmt: skip
     (folder / "configuration_pruned.py").write_text(CONFIGURATION.substitute(values), encoding="utf-8")
     (folder / "modeling_pruned.py").write_text(MODELING.substitute(values), encoding="utf-8")

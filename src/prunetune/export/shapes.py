@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 # Configurations that demand a hidden size divisible by the number of query heads, head_dim given or not
-# (transformers 5.23). Llama has a sibling without the rule: see `uniform.substitute`.
+# (transformers 5.23). Llama has a sibling without the rule: see `write.uniform_config`.
 DIVIDES_HIDDEN = ("gemma3_text",)
 
 

@@ -41,8 +41,9 @@ def write(
     )
     if type(config) is not type(model.config):
         note = (
-            f"written as {config.architectures[0]}: {type(model.config).__name__} refuses {config.num_attention_heads} heads at "
-            f"hidden size {config.hidden_size}; tensors and arithmetic are the same"
+            f"written as {config.architectures[0]}: {type(model.config).__name__} refuses "
+            f"{config.num_attention_heads} heads at hidden size {config.hidden_size}; "
+            "tensors and arithmetic are the same"
         )
     with new_folder(folder) as partial:
         if layout == "uniform":
@@ -59,7 +60,7 @@ def write(
         tokenizer.save_pretrained(partial)
         (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
-    files = [path for path in folder.rglob("*.safetensors")]
+    files = list(folder.rglob("*.safetensors"))
     return Written(
         folder=folder,
         architecture=config.architectures[0] if layout == "uniform" else PerLayer.of(model).model_class,
@@ -120,7 +121,7 @@ def _edit_json(path: Path, changes: dict[str, Any]) -> None:
 
 
 def _add_old_rope_keys(path: Path) -> None:
-    """transformers 4 and others read `rope_theta`; without it they silently take 10,000 (transformers 5 writes neither)."""
+    """transformers 4 and others read `rope_theta`, which 5 does not write; without it they silently take 10,000."""
     rope = json.loads(path.read_text(encoding="utf-8")).get("rope_parameters") or {}
     if "rope_theta" in rope:
         scaling = (

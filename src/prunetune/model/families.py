@@ -51,7 +51,8 @@ def coupling_of(model: nn.Module) -> Coupling:
     blocks = _blocks(tp_plan)
     if set(blocks) != {"self_attn", "mlp"}:
         raise UnknownArchitecture(
-            f"{config.model_type!r} names blocks {sorted(blocks)} in its tensor-parallel plan; self_attn and mlp are needed"
+            f"{config.model_type!r} names blocks {sorted(blocks)} in its tensor-parallel plan; "
+            "self_attn and mlp are needed"
         )
     layers = len(cast(Any, model).get_decoder().layers)
     base = f"{cast(Any, model).base_model_prefix}.layers"

@@ -27,9 +27,11 @@ def add_adapters(model: nn.Module, sites: Sequence[Site], settings: LoraSettings
     alpha = settings.alpha or 2 * settings.rank
     config = LoraConfig(r=settings.rank, lora_alpha=alpha, lora_dropout=settings.dropout, target_modules=targets)
     inject_adapter_in_model(config, model)
+    model.eval()  # new modules start in training mode, and their dropout would reach the search
     for site in sites:
         for cut in (*site.producers, site.consumer):
-            model.get_submodule(cut.module).cast_input_dtype_enabled = False  # autocast does it, see `objectives`
+            layer: Any = model.get_submodule(cut.module)
+            layer.cast_input_dtype_enabled = False  # autocast does it, see `objectives`
     rng = torch.Generator().manual_seed(seed)
     for name, parameter in adapters(model).items():
         parameter.data = parameter.data.float()
@@ -84,4 +86,5 @@ def group_norms(model: Any, site: Site) -> Tensor:
         squares = squares + rows.square().sum(1).view(site.units, cut.per_unit).sum(1)
     columns = model.get_submodule(site.consumer.module).lora_A[NAME].weight
     squares = squares + columns.square().sum(0).view(site.units, site.consumer.per_unit).sum(1)
-    return (squares + 1e-12).sqrt()
+    norms: Tensor = (squares + 1e-12).sqrt()
+    return norms

@@ -38,8 +38,10 @@ def tune_and_prune(job: Job) -> Plan:
         record |= tuning.advance(step, decision)  # adapters, on training data; LoRA-aware while the decision is a mask
         progress.done(record, decision)
 
-    plan = decision.plan or search.conclude().plan
-    assert plan is not None
-    if not tuning.is_cut:
-        tuning.cut(plan)
-    return plan
+    if decision.plan is None:
+        decision = search.conclude()
+    assert decision.plan is not None
+    if not tuning.is_cut:  # no step was left after the search or the settling
+        tuning.cut(decision.plan)
+        progress.save(decision)
+    return decision.plan

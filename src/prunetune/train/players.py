@@ -98,7 +98,8 @@ class Adapters:
         if not math.isfinite(loss):
             rows = ", ".join(example.id for example in batch[:3])
             raise ModelError(
-                f"the loss is {loss} at step {step + 1} (rows {rows}, ...): lower train.learning_rate, or set dtype float32"
+                f"the loss is {loss} at step {step + 1} (rows {rows}, ...): "
+                "lower train.learning_rate, or set dtype float32"
             )
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, job.config.train)

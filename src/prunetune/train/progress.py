@@ -56,7 +56,11 @@ class Progress:
             kept, phase = record["kept"], record["phase"]
             job.observer.validation({"step": self.step, "phase": phase, "kept": kept, "nll": self._validate(decision)})
         if self.step % job.config.train.checkpoint_every == 0 or job.schedule.ends_phase(self.step - 1):
-            job.checkpoints.save(self._state(decision))
+            self.save(decision)
+
+    def save(self, decision: Decision) -> None:
+        """Leave a checkpoint of where the run stands."""
+        self.job.checkpoints.save(self._state(decision))
 
     def _changed(self, before: Decision, after: Decision) -> float:
         """Share of all units whose gate moved."""

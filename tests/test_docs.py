@@ -1,0 +1,121 @@
+"""What the documents say is what the code does, as far as a test can read."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import runpy
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import prunetune
+from prunetune.cli import app
+from prunetune.config import from_mapping
+from prunetune.data.records import record_of
+from prunetune.model.families import TRIED
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(language: str) -> list[tuple[str, str]]:
+    """(page, text) of every fenced block in a language."""
+    return [
+        (page.name, text)
+        for page in PAGES
+        for found, text in FENCE.findall(page.read_text(encoding="utf-8"))
+        if found == language
+    ]
+
+
+def first_line(text: str) -> str:
+    """A name for a test."""
+    return text.split("\n")[0]
+
+
+def commands() -> list[str]:
+    """Every command in a bash block, comments taken off."""
+    lines = [line.partition("  #")[0] for _, text in blocks("bash") for line in text.splitlines()]
+    return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
+
+
+def test_the_list_of_options_is_up_to_date() -> None:
+    """Run `python docs/make_recipes.py` where it is not."""
+    made = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))["page"]()
+    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == made
+
+
+@pytest.mark.parametrize("command", [line for line in commands() if line.startswith("prunetune ")])
+def test_a_command_in_the_docs_is_understood(command: str) -> None:
+    app.parse_args(shlex.split(command)[1:], exit_on_error=False, print_error=False)
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("yaml"), ids=first_line)
+def test_a_recipe_in_the_docs_is_one(page: str, text: str) -> None:
+    assert from_mapping(yaml.safe_load(text), where=page).data.train
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("json"), ids=first_line)
+def test_rows_in_the_docs_are_rows(page: str, text: str) -> None:
+    for number, line in enumerate(text.splitlines(), 1):
+        assert record_of(json.loads(line), source=f"{page}:{number}").completion
+
+
+@pytest.mark.parametrize(("page", "text"), blocks("python"), ids=first_line)
+def test_names_in_the_docs_are_public(page: str, text: str) -> None:
+    imports = [node for node in ast.walk(ast.parse(text, page)) if isinstance(node, ast.ImportFrom)]
+    named = {alias.name for node in imports if node.module == "prunetune" for alias in node.names}
+    assert named <= set(prunetune.__all__)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
+    for target in targets:
+        file, _, heading = target.partition("#")
+        if "://" in file:
+            continue
+        place = page.parent / file if file else page
+        assert place.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", place.read_text(encoding="utf-8"), re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
+
+
+def test_readme_and_ci_set_up_and_test_in_the_same_way() -> None:
+    first, second = (text for page, text in blocks("bash") if page == "README.md" and "venv" in text)
+    *set_up, demo = map(str.strip, first.split("&&"))
+    *again, test = map(str.strip, second.split("&&"))
+    assert set_up == again
+    assert (demo, test) == ("prunetune demo", "python -m pytest")
+    steps = re.findall(r"^step (.+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    assert [step for step in steps if step.startswith("pip ")] == [step for step in set_up if step.startswith("pip ")]
+    assert steps[-1] == test
+
+
+def test_every_architecture_is_documented() -> None:
+    """An error sends users to this page for the list."""
+    text = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    assert [family for family in TRIED if f"`{family}`" not in text] == []
+
+
+def test_constraints_pin_what_the_package_asks_for() -> None:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    for wanted in map(Requirement, [*project["dependencies"], *extras["dev"], *extras["demo"]]):
+        assert wanted.specifier.contains(pins[canonicalize_name(wanted.name)]), wanted.name
+
+
+def test_the_version_has_its_changes() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

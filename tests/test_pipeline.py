@@ -1,0 +1,313 @@
+"""Laws of a whole run: all files are there, it repeats itself to the byte, and a kill at any moment costs only time."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_helpers import write_lines
+from evaluate_helpers import characters, speaker
+from prunetune.config import RunConfig, from_mapping, merged
+from prunetune.errors import ModelError, RunFolderError
+from prunetune.evaluation.results import Evaluation
+from prunetune.model.sites import find_sites, kept_params
+from prunetune.pipeline import run
+from prunetune.plan import Plan
+
+STEPS = 8  # 3 of search, 2 of settling, 3 of tuning
+RECIPE: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "budget": {"keep": 0.6, "align": 8},
+    "train": {"steps": STEPS, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 2, "validate_every": 4},
+    "lora": {"rank": 4, "dropout": 0.1},
+    "search": {"share": 0.4, "settle": 0.25, "evidence": 1, "batch_size": 4},
+    "evaluate": {"limit": 4, "generate_limit": 1, "max_new_tokens": 4, "dense_tuned": True},
+}
+LAYOUTS = ("per-layer", "uniform")
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Models this small only lose by sharing work; and the killed runs below count the same way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and data."""
+    folder = tmp_path_factory.mktemp("place")
+    save_model(folder / "dense")
+    rows = [{"prompt": f"Case {n}: ", "choices": ["yes", "no"], "answer": n % 2, "task": "choice"} for n in range(24)]
+    rows += [{"prompt": f"Repeat {n}: ", "completion": f"{n} {n}", "task": "open"} for n in range(24)]
+    write_lines(folder / "rows.jsonl", *rows)
+    return folder
+
+
+def save_model(folder: Path) -> None:
+    model = speaker()
+    model.save_pretrained(folder)
+    characters().save_pretrained(folder)
+
+
+def values_of(place: Path, out: Path, layout: str = "per-layer", **changes: Any) -> dict[str, Any]:
+    own = {
+        "model": str(place / "dense"), "out": str(out), "layout": layout, "data": {"train": [str(place / "rows.jsonl")]}
+    }  # fmt: skip
+    return merged(merged(RECIPE, own), changes)
+
+
+def config_of(place: Path, out: Path, layout: str = "per-layer", **changes: Any) -> RunConfig:
+    return from_mapping(values_of(place, out, layout, **changes))
+
+
+@pytest.fixture(scope="module")
+def done(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One uninterrupted run of each layout."""
+    folder = tmp_path_factory.mktemp("runs")
+    return {layout: run(config_of(place, folder / layout, layout), command="prunetune run") for layout in LAYOUTS}
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """What has to be equal to the byte."""
+    return {name: (folder / name).read_bytes() for name in ("plan.json", "model/model.safetensors", "model/plan.json")}
+
+
+def steps_in(file: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()]
+
+
+# -- what a run leaves -----------------------------------------------------------------------------------------------
+
+
+@layouts
+def test_all_files_of_a_run_are_there(layout: str, done: dict[str, Path]) -> None:
+    folder = done[layout]
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    expected = {"config.yaml", "plan.json", "metrics.jsonl", "validation.jsonl", "manifest.json", "report.html"}
+    expected |= {f"evaluation/{name}.json" for name in ("dense", "tuned", "pruned")}
+    expected |= {f"model/{name}" for name in ("config.json", "model.safetensors", "plan.json", "README.md")}
+    expected |= {"model/tokenizer.json", "model/tokenizer_config.json"}
+    assert expected <= found
+    assert not [name for name in found if ".partial" in name or ".unchecked" in name or ".old" in name]
+    assert steps_in(folder / "metrics.jsonl") == list(range(1, STEPS + 1))
+    assert steps_in(folder / "validation.jsonl") == [4, 8]
+    for name in ("dense", "tuned", "pruned"):
+        evaluation = Evaluation.from_json((folder / "evaluation" / f"{name}.json").read_text())
+        assert set(evaluation.tasks) <= {"choice", "open"}
+        assert evaluation.tasks
+
+
+@layouts
+def test_the_manifest_counts_what_is_there(layout: str, done: dict[str, Path]) -> None:
+    folder = done[layout]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    sites = find_sites(speaker())
+    plan = Plan.load(folder / "plan.json")
+    assert manifest["pruned"]["decoder_params"] == kept_params(sites, plan)
+    assert manifest["pruned"]["decoder_params"] <= 0.6 * manifest["model"]["decoder_params"]
+    assert manifest["selfcheck"]["ok"]
+    assert manifest["selfcheck"]["max_relative"] <= 1e-5
+    assert set(manifest["speed"]) == {"dense", "pruned"}
+    assert sum(manifest["data"]["counts"].values()) == 48
+
+
+@layouts
+def test_the_checkpoint_opens_and_has_the_plans_size(layout: str, done: dict[str, Path]) -> None:
+    folder = done[layout]
+    plan = Plan.load(folder / "plan.json")
+    own_code = layout == "per-layer"
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", trust_remote_code=own_code, dtype="auto")
+    dense = speaker()
+    sites = find_sites(dense)
+    gone = sum(site.params for site in sites) - kept_params(sites, plan)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    lost_norms = 0  # families with norms inside attention lose those of layers without it; llama has none
+    assert count == sum(parameter.numel() for parameter in dense.parameters()) - gone - lost_norms
+    assert sum(tensor.numel() for tensor in load_file(folder / "model" / "model.safetensors").values()) == count
+    if layout == "uniform":
+        assert type(model).__module__.startswith("transformers.")
+        assert not list((folder / "model").glob("*.py"))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    answer = model.generate(**tokenizer("Case 1: ", return_tensors="pt"), max_new_tokens=2, do_sample=False)
+    assert answer.shape[0] == 1
+
+
+@layouts
+def test_the_same_recipe_gives_the_same_bytes(layout: str, place: Path, done: dict[str, Path], tmp_path: Path) -> None:
+    torch.manual_seed(1234)
+    config = config_of(place, tmp_path / "again", layout, evaluate={"dense_tuned": False})
+    assert results(run(config)) == results(done[layout])
+    assert not (tmp_path / "again" / "evaluation" / "tuned.json").exists()
+
+
+# -- kills -----------------------------------------------------------------------------------------------------------
+
+RUNNER = """
+import json, os, signal, sys
+import torch
+torch.set_num_threads(1)
+values, moment = json.loads(sys.argv[1]), sys.argv[2]
+import prunetune.files, prunetune.folder, prunetune.pipeline, transformers
+from prunetune.config import from_mapping
+
+def after(owner, name, when):
+    plain = getattr(owner, name)
+    def deadly(*args, **kwargs):
+        result = plain(*args, **kwargs)
+        if when(*args):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(owner, name, deadly)
+
+if moment.startswith("step "):
+    step = int(moment[5:])
+    after(prunetune.folder.RunFolder, "append", lambda _, name, record: name == "metrics.jsonl" and record["step"] == step)
+elif moment == "checkpoint":
+    after(prunetune.files, "_sync", lambda path: "step-" in str(path) and path.suffix == ".safetensors")
+elif moment == "weights":
+    after(transformers.PreTrainedModel, "save_pretrained", lambda *_: True)
+elif moment == "renaming":
+    after(prunetune.files, "_sync", lambda path: path.name == "model.unchecked.partial")
+elif moment == "checked":
+    after(prunetune.pipeline, "check", lambda *_: True)
+elif moment == "evaluated":
+    after(prunetune.pipeline, "evaluate", lambda *_: True)
+prunetune.pipeline.run(from_mapping(values), resume=True)
+"""
+
+
+def killed(values: dict[str, Any], moment: str) -> None:
+    """Run in a process that is killed at a moment of the run; fails where the moment never comes."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-c", RUNNER, json.dumps(values), moment], capture_output=True, text=True, env=environment, check=False
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
+
+
+def assert_nothing_half_written(folder: Path) -> None:
+    """Whatever stands under its final name is whole."""
+    if (folder / "model").exists():
+        plan = Plan.load(folder / "model" / "plan.json")
+        held = sum(tensor.numel() for tensor in load_file(folder / "model" / "model.safetensors").values())
+        sites = find_sites(speaker())
+        dense = sum(parameter.numel() for parameter in speaker().parameters())
+        assert held == dense - sum(site.params for site in sites) + kept_params(sites, plan)
+    for file in folder.rglob("*.json"):
+        if not any(".partial" in part for part in file.parts):
+            json.loads(file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("layout", "moments"),
+    [
+        ("per-layer", ("step 3", "step 4", "step 7", "weights", "checked")),  # search, settle, tune, and the end
+        ("uniform", ("checkpoint", "renaming", "evaluated")),
+    ],
+)
+def test_killed_again_and_again_ends_as_if_never(
+    layout: str, moments: tuple[str, ...], place: Path, done: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    values = values_of(place, out, layout, evaluate={"dense_tuned": False})
+    for moment in moments:
+        killed(values, moment)
+        assert_nothing_half_written(out)
+        assert (out / "model").exists() == (moment == "evaluated")
+    assert results(run(from_mapping(values), resume=True)) == results(done[layout])
+    assert steps_in(out / "metrics.jsonl") == list(range(1, STEPS + 1))
+    assert steps_in(out / "validation.jsonl") == [4, 8]
+    left = [path.name for path in out.iterdir() if ".partial" in path.name or ".unchecked" in path.name]
+    assert left == []
+
+
+def test_a_finished_run_resumes_to_itself(place: Path, done: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(done["uniform"], out)
+    (out / "report.html").unlink()
+    before = results(out)
+    run(config_of(place, out, "uniform"), resume=True)
+    assert results(out) == before
+    assert (out / "report.html").exists()
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_another_recipe_does_not_resume(place: Path, done: dict[str, Path]) -> None:
+    before = files_of(done["uniform"])
+    other = config_of(place, done["uniform"], "uniform", budget={"keep": 0.7}, seed=3)
+    with pytest.raises(RunFolderError, match=r"budget\.keep was 0\.6 and is now 0\.7") as refused:
+        run(other, resume=True)
+    assert "seed was 0 and is now 3" in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert files_of(done["uniform"]) == before
+
+
+def test_an_existing_folder_is_not_overwritten(place: Path, done: dict[str, Path], tmp_path: Path) -> None:
+    before = files_of(done["uniform"])
+    with pytest.raises(RunFolderError, match="--resume"):
+        run(config_of(place, done["uniform"], "uniform"))
+    assert files_of(done["uniform"]) == before
+    (tmp_path / "notes.txt").write_text("mine")
+    for resume in (False, True):
+        with pytest.raises(RunFolderError, match="--out"):
+            run(config_of(place, tmp_path), resume=resume)
+    assert files_of(tmp_path) == {"notes.txt": b"mine"}
+    with pytest.raises(RunFolderError, match="is a file"):
+        run(config_of(place, tmp_path / "notes.txt"))
+
+
+def test_a_kill_while_the_folder_was_made_can_be_resumed(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.yaml.partial").write_text("mod")
+    run(config_of(place, out, evaluate={"dense_tuned": False}, train={"steps": 1}), resume=True)
+    assert (out / "report.html").exists()
+
+
+@pytest.mark.parametrize("how", ["cut short", "no file", "not safetensors"])
+def test_broken_weights_are_one_line(how: str, place: Path, tmp_path: Path) -> None:
+    shutil.copytree(place / "dense", tmp_path / "dense")
+    file = tmp_path / "dense" / "model.safetensors"
+    data = file.read_bytes()
+    file.unlink()
+    if how != "no file":
+        file.write_bytes(data[: len(data) // 2] if how == "cut short" else b"not weights")
+    with pytest.raises(ModelError, match="dense") as refused:
+        run(config_of(place, tmp_path / "run", model=str(tmp_path / "dense")))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_full_disk_is_refused_before_anything_is_written(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(RunFolderError, match="free some room") as refused:
+        run(config_of(place, tmp_path / "deep" / "run"))
+    assert "\n" not in str(refused.value)
+    assert not list(tmp_path.iterdir())
