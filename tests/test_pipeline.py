@@ -139,13 +139,12 @@ def test_the_checkpoint_opens_and_has_the_plans_size(layout: str, done: dict[str
     sites = find_sites(dense)
     gone = sum(site.params for site in sites) - kept_params(sites, plan)
     count = sum(parameter.numel() for parameter in model.parameters())
-    lost_norms = 0  # families with norms inside attention lose those of layers without it; llama has none
-    assert count == sum(parameter.numel() for parameter in dense.parameters()) - gone - lost_norms
+    assert count == sum(parameter.numel() for parameter in dense.parameters()) - gone
     assert sum(tensor.numel() for tensor in load_file(folder / "model" / "model.safetensors").values()) == count
     if layout == "uniform":
         assert type(model).__module__.startswith("transformers.")
         assert not list((folder / "model").glob("*.py"))
-    tokenizer = AutoTokenizer.from_pretrained(folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=own_code)
     answer = model.generate(**tokenizer("Case 1: ", return_tensors="pt"), max_new_tokens=2, do_sample=False)
     assert answer.shape[0] == 1
 
@@ -198,7 +197,11 @@ def killed(values: dict[str, Any], moment: str) -> None:
     """Run in a process that is killed at a moment of the run; fails where the moment never comes."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
-        [sys.executable, "-c", RUNNER, json.dumps(values), moment], capture_output=True, text=True, env=environment, check=False
+        [sys.executable, "-c", RUNNER, json.dumps(values), moment],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
     )
     assert ended.returncode == -signal.SIGKILL, ended.stderr[-2000:]
 
@@ -219,8 +222,8 @@ def assert_nothing_half_written(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("layout", "moments"),
     [
-        ("per-layer", ("step 3", "step 4", "step 7", "weights", "checked")),  # search, settle, tune, and the end
-        ("uniform", ("checkpoint", "renaming", "evaluated")),
+        ("per-layer", ("step 3", "step 4", "step 7", "weights")),  # search, settle, tune, and the end
+        ("uniform", ("checkpoint", "renaming", "checked", "evaluated")),
     ],
 )
 def test_killed_again_and_again_ends_as_if_never(

@@ -11,7 +11,7 @@ import yaml
 
 from prunetune.config import RunConfig, from_mapping, to_mapping
 from prunetune.errors import ConfigError, RunFolderError
-from prunetune.files import write_text
+from prunetune.files import PARTIAL, write_text
 
 Record = dict[str, Any]
 
@@ -78,13 +78,18 @@ def check_folder(config: RunConfig, *, resume: bool) -> RunFolder:
     if folder.path.exists() and not folder.path.is_dir():
         raise RunFolderError(f"{folder.path} is a file; name another folder with --out")
     if not resume:
-        if folder.path.exists() and any(folder.path.iterdir()):
+        if _occupied(folder.path):
             raise RunFolderError(f"{folder.path} exists already: go on with it by --resume, or name another with --out")
     elif recipe.exists():
         _same(recipe, config)
-    elif folder.path.exists() and any(folder.path.iterdir()):
+    elif _occupied(folder.path):
         raise RunFolderError(f"{folder.path} holds no config.yaml, so it is no run to resume; name another with --out")
     return folder
+
+
+def _occupied(path: Path) -> bool:
+    """Whether there is more than what a run that was killed as it began may leave."""
+    return path.exists() and any(child.suffix != PARTIAL for child in path.iterdir())
 
 
 def _same(recipe: Path, config: RunConfig) -> None:
@@ -114,10 +119,11 @@ def _flat(values: Record, prefix: str = "") -> Record:
 
 def open_folder(folder: RunFolder, config: RunConfig) -> None:
     """Make the folder and write the recipe, if it is new."""
-    (folder.path / "evaluation").mkdir(parents=True, exist_ok=True)
-    folder.checkpoints.mkdir(exist_ok=True)
-    if not (folder.path / "config.yaml").exists():
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if not (folder.path / "config.yaml").exists():  # first: it is what makes the folder one that can be resumed
         write_text(folder.path / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
+    (folder.path / "evaluation").mkdir(exist_ok=True)
+    folder.checkpoints.mkdir(exist_ok=True)
 
 
 def open_run(path: Path) -> tuple[RunFolder, RunConfig]:

@@ -1,0 +1,311 @@
+"""Laws of the command line: whatever a user gets wrong is one line that says what to do, exit 2, and nothing is written."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import SafetensorError
+
+import prunetune.pipeline
+from data_helpers import pairs, write_lines
+from evaluate_helpers import characters, speaker
+from prunetune import cli
+from prunetune.errors import GateFailed
+
+Said = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder."""
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    speaker().save_pretrained(folder)
+    characters().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
+    """Run the command line: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["prunetune", *arguments])
+        code = cli._guarded()
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def recipe(dense: Path, tmp_path: Path) -> Callable[..., str]:
+    """A recipe that would run but for the changes; the run folder is tmp_path/run."""
+
+    def write(**changes: Any) -> str:
+        rows = tmp_path / "rows.jsonl"
+        if not rows.exists():
+            write_lines(rows, *pairs(20))
+        values = {"model": str(dense), "out": str(tmp_path / "run"), "device": "cpu", "data": {"train": [str(rows)]}}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values | changes))
+        return str(tmp_path / "recipe.yaml")
+
+    return write
+
+
+def refused(outcome: tuple[int, str, str], *parts: str) -> None:
+    code, out, err = outcome
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("prunetune: ")
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_written(tmp_path: Path) -> Any:
+    yield
+    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+GOOD = {"prompt": "Which?", "choices": ["a", "b"], "answer": 0}
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("", ("empty",)),
+        ("\n\n", ("empty",)),
+        ('{"prompt": "x", ', ("bad.jsonl:1", "JSON")),
+        ("3", ("bad.jsonl:1",)),
+        (json.dumps({"prompt": "no answer"}), ("bad.jsonl:1", "completion")),
+        (json.dumps({"question": "x", "reply": "y"}), ("bad.jsonl:1", "prompt + completion")),
+        (json.dumps(GOOD | {"answer": 2}), ("bad.jsonl:1", "0..1")),
+        (json.dumps(GOOD | {"answer": -1}), ("bad.jsonl:1", "0..1")),
+        (json.dumps({"prompt": "", "completion": "b"}) + "\n", ("bad.jsonl:1", "empty")),
+        (json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"answer": 9}), ("bad.jsonl:2",)),
+    ],
+)
+def test_bad_rows(line: str, parts: tuple[str, ...], say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text(line)
+    refused(say("run", recipe(data={"train": [str(tmp_path / "bad.jsonl")]})), *parts)
+
+
+def test_not_utf8(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    refused(say("run", recipe(data={"train": [str(tmp_path / "bad.jsonl")]})), "bad.jsonl:1", "UTF-8")
+
+
+def test_missing_data(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    refused(say("run", recipe(data={"train": [str(tmp_path / "absent.jsonl")]})), "absent.jsonl", "no such file")
+    refused(say("run", recipe(data={"train": [str(tmp_path / "*.none")]})), "glob")
+    refused(say("run", recipe(data={})), "data.train")
+    refused(say("run", recipe(data={"train": [str(tmp_path)]})), "folder")
+
+
+def test_overlapping_splits(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    train = write_lines(tmp_path / "a.jsonl", *pairs(20))
+    test = write_lines(tmp_path / "b.jsonl", *pairs(5, start=19))
+    refused(say("run", recipe(data={"train": [train], "test": [test]})), "overlap", "a.jsonl:20", "b.jsonl:1", "drop")
+
+
+def test_too_few_rows(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    refused(say("run", recipe(data={"train": [write_lines(tmp_path / "a.jsonl", *pairs(2))]})), "too few")
+
+
+def test_a_prompt_longer_than_the_context(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    rows = [*pairs(20), {"prompt": "long " * 100, "completion": "x"}]
+    source = write_lines(tmp_path / "long.jsonl", *rows)
+    refused(say("run", recipe(data={"train": [source]})), "256", "long.jsonl:21", "data.too_long=truncate")
+
+
+# -- recipes and flags -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"budgte": {"keep": 0.5}}, ("unknown key budgte",)),
+        ({"budget": {"kep": 0.5}}, ("unknown key budget.kep", "did you mean budget.keep?")),
+        ({"keep": 0.5}, ("unknown key keep", "did you mean budget.keep?")),
+        ({"train": {"learning_rte": 1}}, ("did you mean train.learning_rate?",)),
+        ({"budget": {"keep": 0}}, ("budget.keep must lie in (0, 1], got 0",)),
+        ({"budget": {"keep": 1.5}}, ("budget.keep must lie in (0, 1], got 1.5",)),
+        ({"budget": {"keep": "half"}}, ("budget.keep must be a finite number",)),
+        ({"budget": {"keep": float("nan")}}, ("budget.keep must be a finite number",)),
+        ({"budget": 0.5}, ("budget is a section",)),
+        ({"train": {"steps": 1.5}}, ("train.steps must be a whole number",)),
+        ({"train": {"steps": True}}, ("train.steps must be a whole number",)),
+        ({"layout": "unifrom"}, ("did you mean uniform?",)),
+        ({"search": {"share": 0.9, "settle": 0.2}}, ("search.share + search.settle",)),
+    ],
+)
+def test_bad_options(changes: dict[str, Any], parts: tuple[str, ...], say: Said, recipe: Callable[..., str]) -> None:
+    refused(say("run", recipe(**changes)), *parts)
+
+
+@pytest.mark.parametrize("layout", ["per-layer", "uniform"])
+def test_a_budget_below_the_floor_names_the_floor(layout: str, say: Said, recipe: Callable[..., str]) -> None:
+    outcome = say("run", recipe(budget={"keep": 0.01}, layout=layout))
+    refused(outcome, "budget.keep 0.01", "below what is feasible (0.")
+    named = outcome[2].partition("feasible (")[2].partition(")")[0]
+    refused(say("run", recipe(budget={"keep": float(named) - 0.002}, layout=layout)), named)
+
+
+def test_flags_win_over_the_recipe(say: Said, recipe: Callable[..., str]) -> None:
+    refused(say("run", recipe(), "--budget.keep", "0.01"), "feasible")
+    refused(say("run", recipe(), "--budget.keep", "2"), "budget.keep must lie in")
+    refused(say("run", recipe(budget={"keep": 3}), "--budget.keep", "0.01"), "feasible")
+
+
+def test_missing_or_broken_recipe(say: Said, tmp_path: Path) -> None:
+    refused(say("run", str(tmp_path / "absent.yaml")), "absent.yaml", "recipes/")
+    refused(say("run", str(tmp_path)), "cannot read")
+    (tmp_path / "broken.yaml").write_text("a: [1\nb: }")
+    refused(say("run", str(tmp_path / "broken.yaml")), "not valid YAML")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    refused(say("run", str(tmp_path / "list.yaml")), "maps keys to values")
+
+
+def test_unknown_flags_and_commands(say: Said, recipe: Callable[..., str]) -> None:
+    refused(say("run", recipe(), "--budget.kep", "0.5"), "--budget.kep")
+    refused(say("run", recipe(), "--train.steps", "many"), "many")
+    refused(say("prune"), "prune")
+    refused(say("run"), "RECIPE")
+    refused(say("sites"), "MODEL")
+
+
+# -- models and devices ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "quantum", "cpu:x"])
+def test_bad_device(device: str, say: Said, recipe: Callable[..., str]) -> None:
+    refused(say("run", recipe(), "--device", device), f"device {device!r}", "use cpu, cuda or auto")
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "nonsense"])
+def test_unknown_architecture(kind: str, say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text(
+        json.dumps({"model_type": kind, "n_layer": 2, "n_embd": 8, "n_head": 2})
+    )
+    refused(say("run", recipe(model=str(tmp_path / "odd"))), kind)
+    refused(say("sites", str(tmp_path / "odd")), kind)
+
+
+def test_models_that_are_not_there(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    refused(say("run", recipe(model=str(tmp_path / "absent"))), "absent")
+    refused(say("run", recipe(model=str(tmp_path / "absent.gguf"))), "no such file")
+    (tmp_path / "hollow").mkdir()
+    refused(say("run", recipe(model=str(tmp_path / "hollow"))), "config.json")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text('{"model_type": "lla')
+    refused(say("run", recipe(model=str(tmp_path / "torn"))), "torn")
+
+
+def test_a_model_without_tokenizer(say: Said, recipe: Callable[..., str], dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "mute").mkdir()
+    (tmp_path / "mute" / "config.json").write_text((dense / "config.json").read_text())
+    refused(say("run", recipe(model=str(tmp_path / "mute"))), "tokenizer")
+
+
+# -- resources and endings -------------------------------------------------------------------------------------------
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def run(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(prunetune.pipeline, "run", run)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory(
+    error: Exception, say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raising(monkeypatch, error)
+    refused(say("run", recipe()), "out of memory", "train.micro_tokens", "--resume")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_disk_full(error: Exception, say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(monkeypatch, error)
+    refused(say("run", recipe()), "the disk is full", "--resume")
+
+
+def test_an_interruption_says_how_to_go_on(
+    say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raising(monkeypatch, KeyboardInterrupt())
+    code, _, err = say("run", recipe())
+    assert code == 130
+    assert err == "prunetune: interrupted; go on with --resume\n"
+
+
+def test_a_failed_gate_ends_with_one(say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(monkeypatch, GateFailed("the limit is broken"))
+    assert say("run", recipe())[::2] == (1, "prunetune: the limit is broken\n")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.EIO, "broken disk"), ZeroDivisionError()])
+def test_a_bug_keeps_its_traceback(
+    error: Exception, say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raising(monkeypatch, error)
+    with pytest.raises(type(error)):
+        say("run", recipe())
+
+
+# -- what works ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["per-layer", "uniform"])
+def test_sites_prints_the_floor(layout: str, say: Said, dense: Path, recipe: Callable[..., str]) -> None:
+    code, out, err = say("sites", str(dense), "--layout", layout, "--align", "8")
+    assert (code, err) == (0, "")
+    last = out.strip().splitlines()[-1]
+    assert last.startswith(f"smallest feasible budget.keep, layout {layout}: 0.")
+    floor = float(last.rpartition(" ")[2])
+    # Below the printed floor a run is refused with the same number, give or take its rounding.
+    outcome = say("run", recipe(budget={"keep": floor - 0.002, "align": 8}, layout=layout))
+    refused(outcome, "feasible")
+    assert float(outcome[2].partition("feasible (")[2].partition(")")[0]) == pytest.approx(floor, abs=0.0011)
+    assert "attention" in out
+    assert "mlp" in out
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("sites", "--help"), ("--version",)])
+def test_help(arguments: tuple[str, ...], say: Said) -> None:
+    code, out, err = say(*arguments)
+    assert (code, err) == (0, "")
+    assert out.strip()
+
+
+def test_report_of_what_is_no_run(say: Said, tmp_path: Path) -> None:
+    refused(say("report", str(tmp_path)), str(tmp_path))
+    refused(say("report", str(tmp_path / "absent")), "absent")
