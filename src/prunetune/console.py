@@ -48,6 +48,9 @@ class PlainConsole:
         if done == total:
             log.info("evaluated %s", task)
 
+    def close(self) -> None:
+        """Nothing to leave behind."""
+
 
 class LiveConsole:
     """A progress bar with the time left and the memory held."""

@@ -51,11 +51,21 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
 
     Raises a `PrunetuneError` for what the user can mend, before anything is written where that can be known.
     """
-    setting = prepare(config, resume=resume, console=console or console_for(config.train.log_every))
-    folder = setting.folder
-    if resume:
-        _same_data(setting)
-    open_folder(folder, config)
+    console = console or console_for(config.train.log_every)
+    try:
+        setting = prepare(config, resume=resume, console=console)
+        if resume:
+            _same_data(setting)
+        open_folder(setting.folder, config)
+        _stages(setting, command)
+    finally:
+        console.close()
+    write_report(setting.folder.path)
+    return setting.folder.path
+
+
+def _stages(setting: Setting, command: str) -> None:
+    config, folder = setting.config, setting.folder
     folder.note(**environment.facts(setting.device, setting.dtype, command, config.seed), **facts_of(setting))
     if not folder.model.exists():
         with _timed(folder, "tune and prune"):
@@ -65,8 +75,6 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     with _timed(folder, "evaluate"):
         evaluate_all(setting)
     folder.note(peak_memory_mb=environment.peak_memory_mb(setting.device))
-    write_report(folder.path)
-    return folder.path
 
 
 def _same_data(setting: Setting) -> None:

@@ -35,6 +35,9 @@ class Console(Observer, Protocol):
     def passed(self, task: str, done: int, total: int) -> None:
         """An evaluation has come so far."""
 
+    def close(self) -> None:
+        """Nothing more will come."""
+
 
 @dataclass(frozen=True)
 class Setting:
