@@ -1,6 +1,6 @@
 """A6: how long `prunetune --help` takes, as a whole process: median of several runs.
 
-    python benchmarks/startup.py
+python benchmarks/startup.py
 """
 
 import statistics

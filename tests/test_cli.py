@@ -1,4 +1,4 @@
-"""Laws of the command line: whatever a user gets wrong is one line that says what to do, exit 2, and nothing is written."""
+"""Laws of the command line: what a user gets wrong is one line that says what to do, exit 2, and nothing written."""
 
 from __future__ import annotations
 

@@ -260,7 +260,7 @@ def test_uniform_refuses_unequal_layers() -> None:
 
 def test_a_floor_of_any_size_is_feasible() -> None:
     legal = Shape("per-layer", 128)
-    for layers in range(2, 40):
+    for layers in range(2, 40, 4):
         sites = made(layers, 8, 5242880 + layers, 14336, 12288 + layers)
         scores = {site.name: torch.zeros(site.units) for site in sites}
         plan = select(scores, sites, feasible_keep(sites, legal), legal)

@@ -1,4 +1,4 @@
-"""Laws of the loop: it learns, ends on budget, repeats itself to the bit, and goes on from any checkpoint as if nothing was."""
+"""Laws of the loop: it learns, ends on budget, repeats itself to the bit, and resumes as if nothing had happened."""
 
 from __future__ import annotations
 
