@@ -17,7 +17,7 @@ run = sys.argv[1]
 said = json.load(open(f"{run}/manifest.json"))["pruned"]
 code = {"trust_remote_code": True} if said["needs_code"] else {}
 model = AutoModelForCausalLM.from_pretrained(f"{run}/model", **code)
-tokenizer = AutoTokenizer.from_pretrained(f"{run}/model")
+tokenizer = AutoTokenizer.from_pretrained(f"{run}/model", **code)
 tokens = tokenizer("Diagnosis: Acute bronchitis\nICD-10-CM chapter:", return_tensors="pt")
 answer = tokenizer.decode(model.generate(**tokens, max_new_tokens=4, do_sample=False)[0])
 count = sum(parameter.numel() for parameter in model.parameters())

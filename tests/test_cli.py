@@ -19,9 +19,6 @@ from evaluate_helpers import characters, speaker
 from prunetune import cli
 from prunetune.errors import GateFailed
 
-# cyclopts takes reading sys.argv under pytest for a slip; here it is what is tested.
-pytestmark = pytest.mark.filterwarnings("ignore:Cyclopts application invoked without tokens:UserWarning")
-
 Said = Callable[..., tuple[int, str, str]]
 
 
@@ -264,7 +261,6 @@ def test_disk_full(error: Exception, say: Said, recipe: Callable[..., str], monk
     refused(say("run", recipe()), "the disk is full", "--resume")
 
 
-@pytest.mark.xfail(strict=True, reason="cyclopts swallows the interruption: App(suppress_keyboard_interrupt=False)")
 def test_an_interruption_says_how_to_go_on(
     say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

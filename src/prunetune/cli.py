@@ -23,6 +23,7 @@ app = App(
     help="Tune and structurally prune a language model for one domain, in one run.",
     version_flags=["--version"],
     help_on_error=False,
+    suppress_keyboard_interrupt=False,  # `_guarded` says how to go on
 )
 # Every option of a recipe as a flag, all optional: flags win over the recipe.
 Flags: typing.TypeAlias = optional_twin(RunConfig)  # type: ignore[valid-type]
@@ -110,7 +111,7 @@ def main() -> None:
 
 def _guarded() -> int:
     try:
-        app(exit_on_error=False, print_error=False)
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
     except CycloptsError as wrong:
         return _say(" ".join(str(wrong).split()), 2)
     except PrunetuneError as wrong:
