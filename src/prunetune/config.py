@@ -71,6 +71,9 @@ class TrainConfig:
     micro_tokens: int = option(
         16384, "Most tokens, padding included, that one forward pass holds; larger batches are split.", low=1
     )
+    packing: Literal["auto", "off"] = option(
+        "auto", "Examples end to end, passes recorded as CUDA graphs, where GPU and model can; off pads and runs as is."
+    )
     learning_rate: float = option(1e-3, "Peak learning rate of the adapters (AdamW).", above=0)
     warmup: float = option(0.03, "Share of the steps with a rising learning rate.", low=0, high=1)
     decay: Literal["cosine", "linear", "constant"] = option("cosine", "What the learning rate does after its warm-up.")

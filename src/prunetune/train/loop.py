@@ -11,6 +11,7 @@ from prunetune.plan import Plan
 from prunetune.seeds import derive
 from prunetune.train.adapters import add_adapters
 from prunetune.train.job import Job, Record
+from prunetune.train.passes import passes_for
 from prunetune.train.players import Adapters, Search
 from prunetune.train.progress import Progress
 from prunetune.train.schedule import learning_rate
@@ -19,7 +20,8 @@ from prunetune.train.schedule import learning_rate
 def tune_and_prune(job: Job) -> Plan:
     """Run the steps that are left. The model ends up cut and tuned, its adapters not yet merged; returns the plan."""
     add_adapters(job.model, job.sites, job.config.lora, seed=derive(job.config.seed, "adapters"))
-    search, tuning = Search(job), Adapters(job)
+    passes = passes_for(job.model, job.sites, job.pad_id, job.config)
+    search, tuning = Search(job, passes), Adapters(job, passes)
     progress = Progress(job, search, tuning)
     decision = progress.resume()
 

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunetune.budget.params import kept_share, ratio_loss
 from prunetune.data.templates import Example
 from prunetune.decide.decision import Decision, Searcher
 from prunetune.errors import ModelError
-from prunetune.model.masking import masked
 from prunetune.model.surgery import cut_linears
 from prunetune.plan import Plan
 from prunetune.seeds import derive
 from prunetune.train.adapters import adapters, cut_state
 from prunetune.train.job import Job, Record
-from prunetune.train.objectives import backward, backward_to_gates, group_lasso
+from prunetune.train.passes import Passes
 from prunetune.train.schedule import learning_rate
 from prunetune.train.state import by_moment, optimizer_tensors, restore_optimizer
 
@@ -26,11 +26,11 @@ from prunetune.train.state import by_moment, optimizer_tensors, restore_optimize
 class Search:
     """Moves the pruning-decision generator; the model's weights stay as they are."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, passes: Passes) -> None:
+        self.job, self.passes = job, passes
         self.device = next(job.model.parameters()).device
         self.searcher = Searcher(job.sites, job.shape, job.config, job.schedule.keep_at, self.device)
-        self.optimizer = torch.optim.AdamW(self.searcher.generator.parameters(), lr=job.config.search.learning_rate)
+        self.optimizer = adamw(self.searcher.generator.parameters(), lr=job.config.search.learning_rate)
 
     def advance(self, step: int) -> Record:
         """One generator step on a calibration batch (ATP, section 3.2)."""
@@ -38,10 +38,10 @@ class Search:
         if step == 0 and job.config.search.evidence:
             self.searcher.start_from(self._importance())
         gates = self.searcher.sample(step)
-        loss, slopes = self._slopes(gates, job.search.batch(step))
+        loss, slopes = self.passes.slopes(job.search.batch(step), gates)
         ratio = ratio_loss(kept_share(gates, job.sites), job.schedule.keep) if self.searcher.is_sampled else None
         # The model's gradient stops at the gates; from there it flows on into the generator, with the budget's.
-        total = torch.stack([(gate * slopes[name]).sum() for name, gate in gates.items()]).sum()
+        total = torch.cat(list(gates.values())) @ torch.cat([slopes[name] for name in gates])
         if ratio is not None:
             total = total + job.config.search.ratio_weight * ratio
         job.accelerator.backward(total)
@@ -58,23 +58,12 @@ class Search:
         """The decision that stands."""
         return self.searcher.conclude()
 
-    def _slopes(self, gates: dict[str, Tensor], batch: list[Example]) -> tuple[float, dict[str, Tensor]]:
-        """Loss of the gated model and its gradient at each gate; adapters gated and frozen."""
-        job, frozen = self.job, list(adapters(self.job.model).values())
-        for parameter in frozen:
-            parameter.requires_grad_(False)
-        try:
-            return backward_to_gates(job.model, gates, job.sites, batch, job.pad_id, job.config.train.micro_tokens)
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
-
     def _importance(self) -> dict[str, Tensor]:
         """Mean squared gradient at each gate of the dense model: first-order, over batches (Molchanov et al. 2019)."""
         dense = {site.name: torch.ones(site.units, device=self.device) for site in self.job.sites}
         importance = {name: torch.zeros_like(gate) for name, gate in dense.items()}
         for index in range(self.job.config.search.evidence):
-            _, slopes = self._slopes(dense, self.job.search.batch(index))
+            _, slopes = self.passes.slopes(self.job.search.batch(index), dense)
             for name, slope in slopes.items():
                 importance[name] += slope.square()
         return importance
@@ -83,18 +72,16 @@ class Search:
 class Adapters:
     """Moves the LoRA adapters, and cuts the model when the decision has settled."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, passes: Passes) -> None:
+        self.job, self.passes = job, passes
         self.is_cut = False
         self.optimizer = self._fresh_optimizer()
 
     def advance(self, step: int, decision: Decision) -> Record:
         """One tuning step: LoRA-aware under the decision while it is a mask, plain once the model is cut."""
         job, batch, started = self.job, self.job.train.batch(step), time.monotonic()
-        job.model.train()
         torch.manual_seed(derive(job.config.seed, "dropout", step))
         loss, record = self._gradients(batch, decision)
-        job.model.eval()
         if not math.isfinite(loss):
             rows = ", ".join(example.id for example in batch[:3])
             raise ModelError(
@@ -105,24 +92,21 @@ class Adapters:
             group["lr"] = learning_rate(step, job.config.train)
         job.accelerator.clip_grad_norm_(adapters(job.model).values(), job.config.train.clip)
         self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad(set_to_none=False)  # recorded passes add to the same tensors every time
         tokens = sum(len(example.ids) for example in batch)
         return record | {"loss": loss, "tokens_per_s": tokens / (time.monotonic() - started)}
 
     def _gradients(self, batch: list[Example], decision: Decision) -> tuple[float, Record]:
-        job, micro_tokens = self.job, self.job.config.train.micro_tokens
         if self.is_cut:
-            return backward(job.model, batch, job.pad_id, micro_tokens), {}
-        with masked(job.model, decision.gates, adapters="free", sites=job.sites):
-            loss = backward(job.model, batch, job.pad_id, micro_tokens)
-        penalty = group_lasso(job.model, decision.gates, job.sites)
-        job.accelerator.backward(job.config.search.lasso * penalty)
-        return loss, {"lasso": float(penalty.detach())}
+            return self.passes.tune(batch, None), {}
+        loss = self.passes.tune(batch, decision.gates)
+        return loss, {"lasso": self.passes.shrink(decision.gates, self.job.config.search.lasso)}
 
     def cut(self, plan: Plan) -> None:
         """Cut the running model; the optimiser goes on with the moments of what stays."""
         moments = optimizer_tensors(self.optimizer, list(adapters(self.job.model)))
         cut_linears(self.job.model, plan, sites=self.job.sites)
+        self.passes.forget()
         self.is_cut = True
         self.optimizer = self._fresh_optimizer()
         stay = {
@@ -142,6 +126,12 @@ class Adapters:
 
     def _fresh_optimizer(self) -> torch.optim.AdamW:
         train = self.job.config.train
-        return torch.optim.AdamW(
-            adapters(self.job.model).values(), lr=train.learning_rate, weight_decay=train.weight_decay
-        )
+        weights = adapters(self.job.model).values()
+        return adamw(weights, lr=train.learning_rate, weight_decay=train.weight_decay)
+
+
+def adamw(weights: Iterable[nn.Parameter], *, lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:
+    """AdamW (Loshchilov and Hutter 2019), in few kernels on a GPU."""
+    listed = list(weights)
+    fused = bool(listed) and listed[0].is_cuda
+    return torch.optim.AdamW(listed, lr=lr, weight_decay=weight_decay, fused=fused or None)

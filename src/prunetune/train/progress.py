@@ -8,11 +8,9 @@ import torch
 
 from prunetune.budget.params import kept_share
 from prunetune.decide.decision import Decision
-from prunetune.model.masking import masked
 from prunetune.model.surgery import cut_linears
 from prunetune.train.adapters import adapters
 from prunetune.train.job import Job, Record
-from prunetune.train.objectives import mean_loss
 from prunetune.train.players import Adapters, Search
 from prunetune.train.state import State, optimizer_tensors, restore_optimizer
 
@@ -69,11 +67,7 @@ class Progress:
 
     def _validate(self, decision: Decision) -> float:
         """Mean answer loss of the sub-network decided now, gated as it would be cut."""
-        job, micro_tokens = self.job, self.job.config.train.micro_tokens
-        if self.tuning.is_cut:
-            return mean_loss(job.model, job.valid, job.pad_id, micro_tokens)
-        with masked(job.model, decision.gates, sites=job.sites):
-            return mean_loss(job.model, job.valid, job.pad_id, micro_tokens)
+        return self.tuning.passes.score(self.job.valid, None if self.tuning.is_cut else decision.gates)
 
     def _state(self, decision: Decision) -> State:
         named, searcher = adapters(self.job.model), self.search.searcher

@@ -51,8 +51,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
     for moment, values in by_moment(tensors).items():
         for name, parameter in parameters.items():
             if name in values:
-                # AdamW counts its steps on the CPU; its moments live beside their parameter.
-                device = "cpu" if moment == "step" else parameter.device
+                # Moments live beside their parameter, and so does the count of a fused optimiser's steps.
+                beside = moment != "step" or optimizer.defaults.get("fused")
+                device = parameter.device if beside else "cpu"
                 optimizer.state[parameter][moment] = values[name].to(device, copy=True)
 
 

@@ -1,0 +1,72 @@
+"""One step's arithmetic, recorded once and replayed: a GPU then waits for neither Python nor single launches.
+
+A small model's step is thousands of kernels of a few microseconds each; launching them one by one takes many times as
+long as their work (PyTorch documentation, "CUDA Graphs" in the notes on CUDA semantics).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunetune.errors import ModelError
+
+WARM_UPS = 2  # runs before recording, in which kernels are chosen and workspaces made
+Function = Callable[[Sequence[Tensor]], None]
+
+
+class Recorder:
+    """Functions of tensors as CUDA graphs: one for each key, recorded at its first call; on a CPU simply called."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
+        self._pool: Any = None
+
+    def run(self, key: Hashable, function: Function, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
+        """`function(inputs)`, which adds to `results` and to nothing else; `key` is all that its kernels depend on.
+
+        `inputs` may be on the CPU. Raises `ModelError` where the function cannot be recorded.
+        """
+        if self.device.type != "cuda":
+            function(inputs)
+            return
+        if key not in self._graphs:
+            self._graphs[key] = self._record(function, inputs, results)
+        graph, static = self._graphs[key]
+        for place, value in zip(static, inputs, strict=True):
+            place.copy_(value)
+        graph.replay()
+
+    def forget(self) -> None:
+        """Drop all recordings and their memory."""
+        self._graphs.clear()
+        self._pool = None
+
+    def _record(
+        self, function: Function, inputs: Sequence[Tensor], results: Sequence[Tensor]
+    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+        static = [value.to(self.device, copy=True) for value in inputs]
+        before = [result.clone() for result in results]
+        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UPS):
+                function(static)
+        torch.cuda.current_stream(self.device).wait_stream(side)
+        torch._foreach_copy_(list(results), before)
+        # Nothing that a graph makes outlives its replay, so all of them may use the same memory.
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                function(static)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as failed:
+            line = str(failed).strip().splitlines()[0]
+            raise ModelError(f"this model's pass cannot be recorded ({line}): set train.packing to off") from failed
+        return graph, static

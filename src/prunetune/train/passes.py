@@ -1,0 +1,232 @@
+"""Forward and backward passes of the two players: padded batches anywhere, packed and recorded ones on a GPU.
+
+Both give the same losses and gradients; see `tests/test_train_passes.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prunetune.config import RunConfig
+from prunetune.data.batches import IGNORED
+from prunetune.data.packs import Pack, pack, packable
+from prunetune.data.templates import Example
+from prunetune.model.head import head_reads
+from prunetune.model.masking import Adapters, masked
+from prunetune.model.packed import can_pack, packed_rows
+from prunetune.model.sites import Site
+from prunetune.train.adapters import adapters
+from prunetune.train.graphs import Function, Recorder
+from prunetune.train.objectives import backward, backward_to_gates, group_lasso, mean_loss
+
+Gates = Mapping[str, Tensor]
+
+
+class Passes(Protocol):
+    """What the players ask of the model. Losses are means over answer tokens, in nats."""
+
+    def tune(self, examples: Sequence[Example], gates: Gates | None) -> float:
+        """Loss of the LoRA-aware forward (or of the model as it is); adapters accumulate its gradient."""
+
+    def shrink(self, gates: Gates, weight: float) -> float:
+        """Group lasso under these gates; adapters accumulate `weight` times its gradient."""
+
+    def slopes(self, examples: Sequence[Example], gates: Gates) -> tuple[float, dict[str, Tensor]]:
+        """Loss of the gated model with frozen adapters, and its gradient at each gate: {site: [U]}."""
+
+    def score(self, examples: Sequence[Example], gates: Gates | None) -> float:
+        """Loss of the gated model (or of the model as it is), no gradient."""
+
+    def forget(self) -> None:
+        """The model has changed its shape."""
+
+
+def passes_for(model: Any, sites: Sequence[Site], pad_id: int, config: RunConfig) -> Passes:
+    """Packed passes where the GPU and the model can take them, else padded ones."""
+    device = next(model.parameters()).device
+    able = device.type == "cuda" and model.dtype != torch.float32 and can_pack(model) and not config.lora.dropout
+    if able and config.train.packing == "auto":
+        return Packed(model, sites, pad_id, config)
+    return Padded(model, sites, pad_id, config)
+
+
+class Padded:
+    """Examples side by side, run as they come."""
+
+    def __init__(self, model: Any, sites: Sequence[Site], pad_id: int, config: RunConfig) -> None:
+        self.model, self.sites, self.pad_id = model, sites, pad_id
+        self.micro_tokens = config.train.micro_tokens
+
+    def tune(self, examples: Sequence[Example], gates: Gates | None) -> float:
+        """See `Passes`."""
+        self.model.train()
+        try:
+            with self._gated(gates, "free"):
+                return backward(self.model, examples, self.pad_id, self.micro_tokens)
+        finally:
+            self.model.eval()
+
+    def shrink(self, gates: Gates, weight: float) -> float:
+        """See `Passes`."""
+        penalty = group_lasso(self.model, gates, self.sites)
+        (weight * penalty).backward()  # type: ignore[no-untyped-call]
+        return float(penalty.detach())
+
+    def slopes(self, examples: Sequence[Example], gates: Gates) -> tuple[float, dict[str, Tensor]]:
+        """See `Passes`."""
+        with frozen(self.model):
+            return backward_to_gates(self.model, gates, self.sites, examples, self.pad_id, self.micro_tokens)
+
+    def score(self, examples: Sequence[Example], gates: Gates | None) -> float:
+        """See `Passes`."""
+        with self._gated(gates, "gated"):
+            return mean_loss(self.model, examples, self.pad_id, self.micro_tokens)
+
+    def forget(self) -> None:
+        """See `Passes`."""
+
+    def _gated(self, gates: Gates | None, kind: Adapters) -> Any:
+        if gates is None:
+            return nullcontext()
+        return masked(self.model, gates, adapters=kind, sites=self.sites)
+
+
+class Packed:
+    """Examples end to end in one row (no padding), each shape of row recorded as one CUDA graph.
+
+    Recorded kernels know addresses, not names: gates, gradients and sums stay in the same tensors throughout.
+    """
+
+    def __init__(self, model: Any, sites: Sequence[Site], pad_id: int, config: RunConfig) -> None:
+        self.model, self.sites, self.pad_id = model, sites, pad_id
+        self.micro_tokens = config.train.micro_tokens
+        self.device = next(model.parameters()).device
+        self.recorder = Recorder(self.device)
+        self.loss = torch.zeros((), device=self.device)
+        self.gates = torch.zeros(sum(site.units for site in sites), device=self.device, requires_grad=True)
+        self.gates.grad = torch.zeros_like(self.gates)
+
+    def tune(self, examples: Sequence[Example], gates: Gates | None) -> float:
+        """See `Passes`."""
+        results = self._gradients()
+        if gates is None:
+            return self._over(examples, "tune", self._learn, results)
+        self._set(gates)
+        return self._over(examples, "tune gated", self._learn_gated, results)
+
+    def shrink(self, gates: Gates, weight: float) -> float:
+        """See `Passes`."""
+        self._set(gates)
+        self.loss.zero_()
+        self.recorder.run("shrink", self._shrink, [torch.tensor(weight)], [self.loss, *self._gradients()])
+        return float(self.loss)
+
+    def slopes(self, examples: Sequence[Example], gates: Gates) -> tuple[float, dict[str, Tensor]]:
+        """See `Passes`."""
+        assert self.gates.grad is not None
+        self._set(gates)
+        self.gates.grad.zero_()
+        loss = self._over(examples, "slopes", self._slopes, [self.gates.grad])
+        return loss, self._by_site(self.gates.grad.clone())
+
+    def score(self, examples: Sequence[Example], gates: Gates | None) -> float:
+        """See `Passes`."""
+        if gates is None:
+            return self._over(examples, "score", self._score, [])
+        self._set(gates)
+        return self._over(examples, "score gated", self._score_gated, [])
+
+    def forget(self) -> None:
+        """See `Passes`."""
+        self.recorder.forget()
+
+    def _over(self, examples: Sequence[Example], kind: str, function: Function, results: list[Tensor]) -> float:
+        """Run `function` on packs of all examples; the mean loss per answer token."""
+        parts = packable(examples, self.micro_tokens)
+        packs = [pack(part, self.pad_id, sequences=len(examples)) for part in parts]
+        share = torch.tensor(1 / max(1, sum(one.tokens for one in packs)))
+        self.loss.zero_()
+        for one in packs:
+            self.recorder.run((kind, *one.shape), function, [*one.tensors(), share], [self.loss, *results])
+        return float(self.loss)
+
+    def _learn(self, inputs: Sequence[Tensor]) -> None:
+        loss = packed_loss(self.model, inputs)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.loss += loss.detach()
+
+    def _learn_gated(self, inputs: Sequence[Tensor]) -> None:
+        with masked(self.model, self._by_site(self.gates.detach()), adapters="free", sites=self.sites):
+            self._learn(inputs)
+
+    def _shrink(self, inputs: Sequence[Tensor]) -> None:
+        penalty = group_lasso(self.model, self._by_site(self.gates.detach()), self.sites)
+        (penalty * inputs[0]).backward()  # type: ignore[no-untyped-call]
+        self.loss += penalty.detach()
+
+    def _slopes(self, inputs: Sequence[Tensor]) -> None:
+        with frozen(self.model), masked(self.model, self._by_site(self.gates), sites=self.sites):
+            self._learn(inputs)
+
+    @torch.no_grad()
+    def _score(self, inputs: Sequence[Tensor]) -> None:
+        self.loss += packed_loss(self.model, inputs)
+
+    def _score_gated(self, inputs: Sequence[Tensor]) -> None:
+        with masked(self.model, self._by_site(self.gates.detach()), sites=self.sites):
+            self._score(inputs)
+
+    def _set(self, gates: Gates) -> None:
+        self.gates.detach().copy_(torch.cat([gates[site.name].detach() for site in self.sites]))
+
+    def _by_site(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = torch.split(flat, [site.units for site in self.sites])
+        return {site.name: part for site, part in zip(self.sites, parts, strict=True)}
+
+    def _gradients(self) -> list[Tensor]:
+        """The adapters' gradients, made where there are none yet."""
+        gradients = []
+        for parameter in adapters(self.model).values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        return gradients
+
+
+def packed_loss(model: Any, inputs: Sequence[Tensor]) -> Tensor:
+    """Cross-entropy (nats) over the targets of a pack's tensors, times their last, the weight of a token; a scalar."""
+    row, share = Pack(*inputs[:-1]), inputs[-1]
+    longest = row.input_ids.shape[1]
+    mixed = torch.autocast(
+        row.targets.device.type, model.dtype, enabled=model.dtype != torch.float32, cache_enabled=False
+    )
+    with mixed, packed_rows(model), head_reads(model, row.predicting):
+        logits = model(
+            input_ids=row.input_ids,
+            position_ids=row.position_ids,
+            use_cache=False,
+            cu_seq_lens_q=row.bounds,
+            cu_seq_lens_k=row.bounds,
+            max_length_q=longest,
+            max_length_k=longest,
+        ).logits
+    return F.cross_entropy(logits.float(), row.targets, reduction="sum", ignore_index=IGNORED) * share
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """For the block, adapters need no gradient."""
+    weights = list(adapters(model).values())
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)

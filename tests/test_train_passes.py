@@ -1,0 +1,152 @@
+"""Laws of the passes: packed rows give the losses and gradients of padded batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_helpers import FAMILIES, random_plan, tiny, with_lora
+from prunetune.config import RunConfig, from_mapping
+from prunetune.data.packs import TOKENS, pack, packable, stepped
+from prunetune.data.templates import Example
+from prunetune.model.masking import gates_of
+from prunetune.model.packed import can_pack
+from prunetune.model.sites import find_sites
+from prunetune.model.surgery import cut_linears
+from prunetune.train.adapters import adapters
+from prunetune.train.passes import Packed, Padded, passes_for
+
+
+def examples(count: int = 7, longest: int = 20) -> list[Example]:
+    rng = torch.Generator().manual_seed(3)
+    lengths = torch.randint(3, longest, (count,), generator=rng).tolist()
+    return [
+        Example(tuple(torch.randint(3, 90, (n,), generator=rng).tolist()), 1 + index % (n - 2), f"row {index}")
+        for index, n in enumerate(lengths)
+    ]
+
+
+def config_of(micro_tokens: int = 10_000) -> RunConfig:
+    return from_mapping({"train": {"micro_tokens": micro_tokens}})
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    taken = {name: parameter.grad.clone() for name, parameter in adapters(model).items() if parameter.grad is not None}
+    for parameter in adapters(model).values():
+        parameter.grad = None
+    return taken
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(
+            other[name], value, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name} {text}"
+        )
+
+
+@pytest.fixture(params=FAMILIES)
+def setting(request: pytest.FixtureRequest) -> tuple[Any, tuple[Any, ...], dict[str, Tensor]]:
+    model = tiny(request.param, groups=2, ratio=2)
+    sites = tuple(find_sites(model))
+    gates = gates_of(random_plan(model), sites)
+    model.requires_grad_(False)
+    return with_lora(model), sites, gates
+
+
+@pytest.mark.parametrize("micro_tokens", [10_000, 25])
+def test_packed_equals_padded(setting: tuple[Any, Any, Any], micro_tokens: int) -> None:
+    model, sites, gates = setting
+    batch = examples()
+    padded, packed = (kind(model, sites, 0, config_of(micro_tokens)) for kind in (Padded, Packed))
+    for given in (None, gates):
+        assert packed.score(batch, given) == pytest.approx(padded.score(batch, given), rel=1e-5)
+        losses, grads = [], []
+        for passes in (padded, packed):
+            losses.append(passes.tune(batch, given))
+            grads.append(gradients(model))
+        assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+        assert_same(*grads)
+
+
+def test_slopes_and_lasso_are_equal(setting: tuple[Any, Any, Any]) -> None:
+    model, sites, gates = setting
+    padded, packed = (kind(model, sites, 0, config_of()) for kind in (Padded, Packed))
+    (loss, slopes), (again, others) = (passes.slopes(examples(), gates) for passes in (padded, packed))
+    assert again == pytest.approx(loss, rel=1e-5)
+    assert_same(slopes, others)
+    assert not gradients(model), "the search leaves no gradient at the adapters"
+    penalties, grads = [], []
+    for passes in (padded, packed):
+        penalties.append(passes.shrink(gates, 0.3))
+        grads.append(gradients(model))
+    assert penalties[0] == pytest.approx(penalties[1])
+    assert_same({name: grads[0].get(name, torch.zeros_like(value)) for name, value in grads[1].items()}, grads[1])
+
+
+def test_packed_equals_padded_once_cut(setting: tuple[Any, Any, Any]) -> None:
+    model, sites, _ = setting
+    cut_linears(model, random_plan(model), sites=sites)
+    padded, packed = (kind(model, sites, 0, config_of()) for kind in (Padded, Packed))
+    losses, grads = [], []
+    for passes in (padded, packed):
+        losses.append(passes.tune(examples(), None))
+        grads.append(gradients(model))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert_same({name: grads[0].get(name, torch.zeros_like(value)) for name, value in grads[1].items()}, grads[1])
+
+
+def test_packing_leaves_nothing_on_the_model() -> None:
+    model = with_lora(tiny())
+    before = model.config._attn_implementation
+    hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    Packed(model, tuple(find_sites(tiny())), 0, config_of()).score(examples(), None)
+    assert model.config._attn_implementation == before
+    assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == hooks
+
+
+def test_a_pack_holds_every_token_once() -> None:
+    batch = examples()
+    row = pack(batch, 0, sequences=9)
+    edges = row.bounds.tolist()
+    assert edges == sorted(edges)
+    assert edges[-1] == row.input_ids.numel()
+    assert len(edges) == 11
+    for example, start, end in zip(batch, edges, edges[1:], strict=False):
+        assert row.input_ids[0, start:end].tolist() == list(example.ids)
+        assert row.position_ids[0, start:end].tolist() == list(range(len(example.ids)))
+    targets = [token for example in batch for token in example.ids[example.answer_from :]]
+    assert row.targets[row.targets >= 0].tolist() == targets
+    assert row.tokens == len(targets)
+    read = row.input_ids[0, row.predicting[: row.tokens] + 1]
+    assert read.tolist() == targets
+
+
+@pytest.mark.parametrize("length", [1, TOKENS, TOKENS + 1, 5_000, 100_000])
+def test_rows_come_in_few_lengths(length: int) -> None:
+    width = stepped(length, TOKENS)
+    assert length <= width <= max(length + TOKENS, 1.125 * length)
+    assert stepped(width, TOKENS) == width
+
+
+def test_lists_hold_what_fits() -> None:
+    batch = examples(30)
+    for limit in (1, 25, 60, 10_000):
+        lists = packable(batch, limit)
+        assert [example for part in lists for example in part] == batch
+        assert all(len(part) == 1 or sum(len(example.ids) for example in part) <= limit for part in lists)
+
+
+def test_a_cpu_pads() -> None:
+    model = with_lora(tiny())
+    assert isinstance(passes_for(model, (), 0, config_of()), Padded)
+
+
+def test_soft_capped_attention_is_not_packed() -> None:
+    model = tiny()
+    assert can_pack(model)
+    model.config.attn_logit_softcapping = 50.0
+    assert not can_pack(model)
