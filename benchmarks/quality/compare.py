@@ -14,13 +14,14 @@ import json
 import subprocess
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
-from prunetune.config import RunConfig, load_recipe, merged
+from prunetune.config import RunConfig, load_recipe, merged, to_mapping
 from prunetune.console import PlainConsole
 from prunetune.environment import describe
 from prunetune.errors import PrunetuneError
@@ -29,7 +30,7 @@ from prunetune.evaluation.suite import evaluate
 from prunetune.model.loading import load_config
 from prunetune.model.sites import dense_plan, kept_params
 from prunetune.model.surgery import merge_adapters
-from prunetune.pipeline import job_of
+from prunetune.pipeline import job_of, teacher_of
 from prunetune.setting import Setting, prepare, shape_of
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.state import Forgetful
@@ -91,7 +92,9 @@ def measured(
     model, started, plan = setting.load().model, time.monotonic(), dense_plan(setting.sites)
     observer = Curve()
     if not untuned:
-        plan = tune_and_prune(job_of(setting, model, Forgetful(), observer, plan if dense else None))
+        teacher = None if dense else teacher_of(setting, lambda: dense_tuned(setting))
+        started = time.monotonic()
+        plan = tune_and_prune(job_of(setting, model, Forgetful(), observer, plan if dense else None, teacher))
         merge_adapters(model)
     trained = time.monotonic() - started
     memory = torch.cuda.max_memory_allocated() / 1e6 if setting.device.type == "cuda" else 0.0
@@ -114,6 +117,24 @@ def measured(
         "curve": observer.valid,
         "scores": {task: {m: [s.value, s.se] for m, s in r.scores.items()} for task, r in result.tasks.items()},
     }
+
+
+@cache
+def tuned_once(key: str) -> list[Any]:
+    """A place for the dense tuned model of one recipe."""
+    return []
+
+
+def dense_tuned(setting: Setting) -> Any:
+    """The dense model tuned with the recipe's data and steps, made once for all variants that learn from it."""
+    config = setting.config
+    place = tuned_once(json.dumps([to_mapping(config)["train"], to_mapping(config)["lora"], config.seed]))
+    if not place:
+        model = setting.load().model
+        tune_and_prune(job_of(setting, model, Forgetful(), Curve(), dense_plan(setting.sites)))
+        merge_adapters(model)
+        place.append(model)
+    return place[0]
 
 
 def headline(result: Evaluation) -> dict[str, float]:

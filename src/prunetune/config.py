@@ -94,6 +94,17 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A teacher that tuning and search stay close to, on every token of their examples."""
+
+    teacher: Literal["none", "base", "dense"] = option(
+        "none", "base: the model as it came; dense: the same, tuned with the same data and steps beforehand."
+    )
+    logits: float = option(1.0, "Weight of KL(teacher || student) of the next token, mean over tokens.", low=0)
+    hidden: float = option(1.0, "Weight of the layers' relative squared error, mean over layers and tokens.", low=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """The pruning-decision generator (ATP, section 3.2)."""
 
@@ -155,6 +166,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     search: SearchConfig = field(default_factory=SearchConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ whole already: so a run that was stopped anywhere goes on from there.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ from prunetune.setting import Console, Setting, facts_of, prepare
 from prunetune.train.adapters import adapters, add_adapters, grow_state
 from prunetune.train.job import Job, Observer
 from prunetune.train.loop import tune_and_prune
+from prunetune.train.objectives import Teacher
 from prunetune.train.schedule import given_plan, schedule_of
 from prunetune.train.state import Checkpoints, Forgetful, Keeper, State
 
@@ -127,7 +128,14 @@ class Recorder:
         self.setting.console.validation(record)
 
 
-def job_of(setting: Setting, model: Any, checkpoints: Keeper, observer: Observer, plan: Plan | None = None) -> Job:
+def job_of(
+    setting: Setting,
+    model: Any,
+    checkpoints: Keeper,
+    observer: Observer,
+    plan: Plan | None = None,
+    teacher: Teacher | None = None,
+) -> Job:
     """What the loop needs; with a plan given, it only tunes."""
     from accelerate import Accelerator
 
@@ -145,8 +153,18 @@ def job_of(setting: Setting, model: Any, checkpoints: Keeper, observer: Observer
         checkpoints=checkpoints,
         observer=observer,
         accelerator=Accelerator(cpu=setting.device.type == "cpu"),
+        teacher=teacher,
         plan=plan,
     )
+
+
+def teacher_of(setting: Setting, dense_tuned: Callable[[], Any]) -> Teacher | None:
+    """The teacher that the recipe names; `dense_tuned` gives the dense model tuned with the same data and steps."""
+    distill = setting.config.distill
+    if distill.teacher == "none":
+        return None
+    model = setting.load().model if distill.teacher == "base" else dense_tuned()
+    return Teacher(model.requires_grad_(False).eval(), distill.logits, distill.hidden)
 
 
 def watched(examples: tuple[Example, ...], most: int = 64) -> tuple[Example, ...]:

@@ -34,6 +34,7 @@ class Batch:
     input_ids: Tensor  # long [B, T]
     labels: Tensor  # long [B, T]; logits at t - 1 predict them
     tokens: int  # labels that count
+    lengths: tuple[int, ...]  # of each row without its padding
     ids: tuple[str, ...]
 
     def to(self, device: torch.device | str) -> Batch:
@@ -64,6 +65,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
         input_ids=torch.tensor(ids),
         labels=torch.tensor(labels),
         tokens=sum(len(example.ids) - example.answer_from for example in examples),
+        lengths=tuple(len(example.ids) for example in examples),
         ids=tuple(example.id for example in examples),
     )
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from prunetune.data.batches import IGNORED
 from prunetune.data.templates import Example
 
-TOKENS = 512  # N is a multiple of this, and of this times a power of two once rows are long
-LABELS = 512  # M is a multiple of this
+TOKENS = 1024  # N is a multiple of this, and of this times a power of two once rows are long
+LABELS = 1024  # M is a multiple of this
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Pack:
     input_ids: Tensor  # long [1, N]
     position_ids: Tensor  # long [1, N], 0 at each sequence's first token
     bounds: Tensor  # int32 [S + 2]: sequence s stands at bounds[s] : bounds[s + 1]; empty ones at the end
+    length: Tensor  # long scalar, tokens before the padding
     predicting: Tensor  # long [M], where in the row logits are needed
     targets: Tensor  # long [M], what they predict; -100 where M was rounded up
     tokens: int = field(default=0, kw_only=True)  # targets that count
@@ -36,7 +37,7 @@ class Pack:
 
     def tensors(self) -> list[Tensor]:
         """The tensors, in the order of the fields."""
-        return [self.input_ids, self.position_ids, self.bounds, self.predicting, self.targets]
+        return [self.input_ids, self.position_ids, self.bounds, self.length, self.predicting, self.targets]
 
 
 def pack(examples: Sequence[Example], pad_id: int, *, sequences: int) -> Pack:
@@ -59,6 +60,7 @@ def pack(examples: Sequence[Example], pad_id: int, *, sequences: int) -> Pack:
         input_ids=torch.tensor([ids + [pad_id] * spare]),
         position_ids=torch.tensor([positions + [0] * spare]),
         bounds=torch.tensor(bounds + [width] * (sequences + 2 - len(bounds)), dtype=torch.int32),
+        length=torch.tensor(len(ids)),
         predicting=torch.tensor(predicting + [0] * idle),
         targets=torch.tensor(targets + [IGNORED] * idle),
         tokens=tokens,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prunetune.errors import ModelError
 
-WARM_UPS = 2  # runs before recording, in which kernels are chosen and workspaces made
+WARM_UPS = 1  # runs before recording, in which kernels are chosen and workspaces made
 Function = Callable[[Sequence[Tensor]], None]
 
 

@@ -13,6 +13,7 @@ from prunetune.data.templates import Example
 from prunetune.decide.select import Shape
 from prunetune.model.sites import Site
 from prunetune.plan import Plan
+from prunetune.train.objectives import Teacher
 from prunetune.train.schedule import Schedule
 from prunetune.train.state import Keeper
 
@@ -45,4 +46,5 @@ class Job:
     checkpoints: Keeper
     observer: Observer
     accelerator: Accelerator
+    teacher: Teacher | None = None
     plan: Plan | None = None  # given for baselines: no search, only cut and tune

@@ -20,7 +20,7 @@ from prunetune.train.schedule import learning_rate
 def tune_and_prune(job: Job) -> Plan:
     """Run the steps that are left. The model ends up cut and tuned, its adapters not yet merged; returns the plan."""
     add_adapters(job.model, job.sites, job.config.lora, seed=derive(job.config.seed, "adapters"))
-    passes = passes_for(job.model, job.sites, job.pad_id, job.config)
+    passes = passes_for(job.model, job.sites, job.pad_id, job.config, job.teacher)
     search, tuning = Search(job, passes), Adapters(job, passes)
     progress = Progress(job, search, tuning)
     decision = progress.resume()

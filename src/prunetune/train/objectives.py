@@ -1,72 +1,169 @@
-"""What is minimised: the language-model loss on answers, and group sparsity of adapters under closed gates."""
+"""What is minimised: cross-entropy on answers, distance to a teacher, group sparsity of adapters under closed gates.
+
+Shapes: N tokens of a pass in all its rows, M of them with a label behind them, V vocabulary, H hidden size.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunetune.data.batches import SMALL, Batch, collate, micro_batches
+from prunetune.data.batches import IGNORED, SMALL, Batch, collate, micro_batches
+from prunetune.data.packs import Pack
 from prunetune.data.templates import Example
 from prunetune.model.head import head_reads
-from prunetune.model.masking import masked
 from prunetune.model.sites import Site
 from prunetune.train.adapters import group_norms
 
+LOGITS = 2**29  # most logits that distillation compares in one pass: 2 GiB in float32
 
-def answer_loss(model: Any, batch: Batch) -> Tensor:
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model of the same hidden size, and how much its logits and its layers' outputs weigh."""
+
+    model: Any
+    logits: float
+    hidden: float
+
+
+@dataclass(frozen=True)
+class Feed:
+    """One pass, whatever its layout; places count along the flattened rows."""
+
+    arguments: Mapping[str, Any]  # of the model's forward
+    predicting: Tensor  # long [M], where logits are needed
+    targets: Tensor  # long [M], what they predict; -100 does not count
+    real: Tensor  # bool [N], false at padding
+
+
+def feed_of_batch(batch: Batch) -> Feed:
+    """A padded batch."""
+    lengths = torch.tensor(batch.lengths, device=batch.input_ids.device)
+    real = torch.arange(batch.input_ids.shape[1], device=lengths.device)[None] < lengths[:, None]
+    predicting = batch.predicting.flatten().nonzero()[:, 0]
+    return Feed({"input_ids": batch.input_ids}, predicting, batch.targets, real.flatten())
+
+
+def feed_of_pack(row: Pack) -> Feed:
+    """A packed row, for a model under `packed_rows`."""
+    longest = row.input_ids.shape[1]
+    arguments = {
+        "input_ids": row.input_ids,
+        "position_ids": row.position_ids,
+        "cu_seq_lens_q": row.bounds,
+        "cu_seq_lens_k": row.bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    real = torch.arange(longest, device=row.length.device) < row.length
+    return Feed(arguments, row.predicting, row.targets, real)
+
+
+def answer_loss(model: Any, feed: Feed) -> Tensor:
     """Summed cross-entropy (nats) over the labelled tokens; the head runs only where labels are."""
-    # Adapters are float32 and compute in the base's dtype, as is usual for mixed precision.
-    mixed = torch.autocast(batch.labels.device.type, model.dtype, enabled=model.dtype != torch.float32)
-    with mixed, head_reads(model, batch.predicting):
-        logits = model(input_ids=batch.input_ids, use_cache=False).logits
-    return F.cross_entropy(logits.float(), batch.targets, reduction="sum")
+    return _cross_entropy(_forward(model, feed, feed.predicting)[0], feed.targets)
 
 
-def _batches(examples: Sequence[Example], pad_id: int, micro_tokens: int, device: torch.device) -> list[Batch]:
+def losses(model: Any, feed: Feed, teacher: Teacher | None) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy over the labelled tokens, and summed distance to the teacher over all real tokens.
+
+    Distance: KL(teacher || student) of the next token (Hinton et al. 2015) and the squared error of every layer's
+    output relative to the teacher's, mean over layers; weighed as the teacher says.
+    """
+    if teacher is None:
+        loss = answer_loss(model, feed)
+        return loss, torch.zeros_like(loss.detach())
+    places, stride = _places(model, feed) if teacher.logits else (feed.predicting[:0], 1)
+    wanted, deep, labelled = torch.cat([feed.predicting, places]), teacher.hidden > 0, len(feed.predicting)
+    logits, layers = _forward(model, feed, wanted, deep=deep)
+    with torch.no_grad():
+        aim, aims = _forward(teacher.model, feed, places, deep=deep)
+    distance = torch.zeros((), device=logits.device)
+    if teacher.logits:
+        apart = F.kl_div(
+            F.log_softmax(logits[labelled:].float(), -1),
+            F.log_softmax(aim.float(), -1),
+            reduction="none",
+            log_target=True,
+        )
+        distance = distance + teacher.logits * stride * (apart.sum(-1) * feed.real[places]).sum()
+    if deep:
+        errors = torch.stack([_relative_error(one, other) for one, other in zip(layers, aims, strict=True)])
+        distance = distance + teacher.hidden * (errors.mean(0) * feed.real).sum()
+    return _cross_entropy(logits[:labelled], feed.targets), distance
+
+
+def _forward(model: Any, feed: Feed, wanted: Tensor, *, deep: bool = False) -> tuple[Tensor, Sequence[Tensor]]:
+    """Logits [len(wanted), V], and every layer's output where asked for."""
+    # Adapters are float32 and compute in the base's dtype, as is usual for mixed precision. Without a cache of casts,
+    # which would outlive a recording of the pass.
+    mixed = torch.autocast(
+        wanted.device.type, model.dtype, enabled=model.dtype != torch.float32, cache_enabled=not wanted.is_cuda
+    )
+    with mixed, head_reads(model, wanted):
+        result = model(**feed.arguments, use_cache=False, output_hidden_states=deep)
+    return result.logits, result.hidden_states[1:] if deep else ()
+
+
+def _places(model: Any, feed: Feed) -> tuple[Tensor, int]:
+    """Where next-token distributions are compared: everywhere, or evenly spread where that were too many logits."""
+    count = feed.real.numel()
+    stride = -(-count * int(model.config.get_text_config().vocab_size) // LOGITS)
+    return torch.arange(0, count, stride, device=feed.real.device), stride
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORED)
+
+
+def _relative_error(output: Tensor, aim: Tensor) -> Tensor:
+    """[rows, T, H] twice -> [N]: squared distance over the aim's squared length, token by token.
+
+    Relative, because single tokens (the first above all) have outputs a thousand times as long as others'.
+    """
+    aim = aim.float().flatten(0, 1)
+    return (output.float().flatten(0, 1) - aim).square().sum(-1) / aim.square().sum(-1).clamp_min(1e-6)
+
+
+def feeds(
+    examples: Sequence[Example], pad_id: int, micro_tokens: int, device: torch.device
+) -> list[tuple[Batch, Feed]]:
+    """All examples in padded batches of at most `micro_tokens`."""
     # A GPU waits for launches, not for tokens: there, one padded pass is cheaper than two lean ones.
     small = SMALL if device.type == "cpu" else micro_tokens
-    return [collate(part, pad_id) for part in micro_batches(examples, micro_tokens, small)]
+    batches = [collate(part, pad_id) for part in micro_batches(examples, micro_tokens, small)]
+    return [(batch, feed_of_batch(batch.to(device))) for batch in batches]
 
 
-def backward(model: Any, examples: Sequence[Example], pad_id: int, micro_tokens: int) -> float:
-    """Accumulate gradients of the mean answer loss per token over `examples`; returns that loss."""
+def backward(
+    model: Any, examples: Sequence[Example], pad_id: int, micro_tokens: int, teacher: Teacher | None = None
+) -> tuple[float, float]:
+    """Accumulate gradients of the mean answer loss per label plus the mean distance per token; returns the two."""
     device = next(model.parameters()).device
-    batches = _batches(examples, pad_id, micro_tokens, device)
-    tokens = sum(batch.tokens for batch in batches)
-    loss = torch.zeros((), device=device)
-    for batch in batches:
-        part = answer_loss(model, batch.to(device)) / tokens
-        part.backward()  # type: ignore[no-untyped-call]
-        loss += part.detach()
-    return float(loss)
-
-
-def backward_to_gates(
-    model: Any,
-    gates: Mapping[str, Tensor],
-    sites: Sequence[Site],
-    examples: Sequence[Example],
-    pad_id: int,
-    micro_tokens: int,
-) -> tuple[float, dict[str, Tensor]]:
-    """The gated model's loss on `examples`, and its gradient at each gate: {site: [U]}."""
-    leaves = {name: gate.detach().clone().requires_grad_() for name, gate in gates.items()}
-    with masked(model, leaves, sites=sites):
-        loss = backward(model, examples, pad_id, micro_tokens)
-    return loss, {name: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for name, leaf in leaves.items()}
+    parts = feeds(examples, pad_id, micro_tokens, device)
+    labels = sum(batch.tokens for batch, _ in parts)
+    tokens = sum(len(example.ids) for example in examples)
+    loss, distance = torch.zeros((), device=device), torch.zeros((), device=device)
+    for _, feed in parts:
+        answers, apart = losses(model, feed, teacher)
+        (answers / labels + apart / tokens).backward()  # type: ignore[no-untyped-call]
+        loss += answers.detach() / labels
+        distance += apart.detach() / tokens
+    return float(loss), float(distance)
 
 
 @torch.no_grad()
 def mean_loss(model: Any, examples: Sequence[Example], pad_id: int, micro_tokens: int) -> float:
     """Mean answer loss per token over `examples`, nats."""
-    device = next(model.parameters()).device
-    batches = _batches(examples, pad_id, micro_tokens, device)
-    total = sum(float(answer_loss(model, batch.to(device))) for batch in batches)
-    return total / max(1, sum(batch.tokens for batch in batches))
+    parts = feeds(examples, pad_id, micro_tokens, next(model.parameters()).device)
+    total = sum(float(answer_loss(model, feed)) for _, feed in parts)
+    return total / max(1, sum(batch.tokens for batch, _ in parts))
 
 
 def group_lasso(model: Any, gates: Mapping[str, Tensor], sites: Sequence[Site]) -> Tensor:

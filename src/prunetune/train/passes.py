@@ -11,34 +11,35 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from prunetune.config import RunConfig
-from prunetune.data.batches import IGNORED
 from prunetune.data.packs import Pack, pack, packable
 from prunetune.data.templates import Example
-from prunetune.model.head import head_reads
 from prunetune.model.masking import Adapters, masked
 from prunetune.model.packed import can_pack, packed_rows
 from prunetune.model.sites import Site
 from prunetune.train.adapters import adapters
 from prunetune.train.graphs import Function, Recorder
-from prunetune.train.objectives import backward, backward_to_gates, group_lasso, mean_loss
+from prunetune.train.objectives import Teacher, answer_loss, backward, feed_of_pack, group_lasso, losses, mean_loss
 
 Gates = Mapping[str, Tensor]
+Losses = Mapping[str, float]  # "loss", and "distance" where there is a teacher
 
 
 class Passes(Protocol):
-    """What the players ask of the model. Losses are means over answer tokens, in nats."""
+    """What the players ask of the model.
 
-    def tune(self, examples: Sequence[Example], gates: Gates | None) -> float:
-        """Loss of the LoRA-aware forward (or of the model as it is); adapters accumulate its gradient."""
+    "loss" is a mean over answer tokens in nats, "distance" a mean over all tokens; gradients are of their sum.
+    """
+
+    def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
+        """Losses of the LoRA-aware forward (or of the model as it is); adapters accumulate their gradient."""
 
     def shrink(self, gates: Gates, weight: float) -> float:
         """Group lasso under these gates; adapters accumulate `weight` times its gradient."""
 
-    def slopes(self, examples: Sequence[Example], gates: Gates) -> tuple[float, dict[str, Tensor]]:
-        """Loss of the gated model with frozen adapters, and its gradient at each gate: {site: [U]}."""
+    def slopes(self, examples: Sequence[Example], gates: Gates) -> tuple[Losses, dict[str, Tensor]]:
+        """Losses of the gated model with frozen adapters, and their gradient at each gate: {site: [U]}."""
 
     def score(self, examples: Sequence[Example], gates: Gates | None) -> float:
         """Loss of the gated model (or of the model as it is), no gradient."""
@@ -47,28 +48,32 @@ class Passes(Protocol):
         """The model has changed its shape."""
 
 
-def passes_for(model: Any, sites: Sequence[Site], pad_id: int, config: RunConfig) -> Passes:
+def passes_for(
+    model: Any, sites: Sequence[Site], pad_id: int, config: RunConfig, teacher: Teacher | None = None
+) -> Passes:
     """Packed passes where the GPU and the model can take them, else padded ones."""
     device = next(model.parameters()).device
     able = device.type == "cuda" and model.dtype != torch.float32 and can_pack(model) and not config.lora.dropout
     if able and config.train.packing == "auto":
-        return Packed(model, sites, pad_id, config)
-    return Padded(model, sites, pad_id, config)
+        return Packed(model, sites, pad_id, config, teacher)
+    return Padded(model, sites, pad_id, config, teacher)
 
 
 class Padded:
     """Examples side by side, run as they come."""
 
-    def __init__(self, model: Any, sites: Sequence[Site], pad_id: int, config: RunConfig) -> None:
-        self.model, self.sites, self.pad_id = model, sites, pad_id
+    def __init__(
+        self, model: Any, sites: Sequence[Site], pad_id: int, config: RunConfig, teacher: Teacher | None = None
+    ) -> None:
+        self.model, self.sites, self.pad_id, self.teacher = model, sites, pad_id, teacher
         self.micro_tokens = config.train.micro_tokens
 
-    def tune(self, examples: Sequence[Example], gates: Gates | None) -> float:
+    def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
         """See `Passes`."""
         self.model.train()
         try:
             with self._gated(gates, "free"):
-                return backward(self.model, examples, self.pad_id, self.micro_tokens)
+                return self._backward(examples)
         finally:
             self.model.eval()
 
@@ -78,10 +83,14 @@ class Padded:
         (weight * penalty).backward()  # type: ignore[no-untyped-call]
         return float(penalty.detach())
 
-    def slopes(self, examples: Sequence[Example], gates: Gates) -> tuple[float, dict[str, Tensor]]:
+    def slopes(self, examples: Sequence[Example], gates: Gates) -> tuple[Losses, dict[str, Tensor]]:
         """See `Passes`."""
-        with frozen(self.model):
-            return backward_to_gates(self.model, gates, self.sites, examples, self.pad_id, self.micro_tokens)
+        leaves = {name: gate.detach().clone().requires_grad_() for name, gate in gates.items()}
+        with frozen(self.model), masked(self.model, leaves, sites=self.sites):
+            result = self._backward(examples)
+        return result, {
+            name: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for name, leaf in leaves.items()
+        }
 
     def score(self, examples: Sequence[Example], gates: Gates | None) -> float:
         """See `Passes`."""
@@ -90,6 +99,10 @@ class Padded:
 
     def forget(self) -> None:
         """See `Passes`."""
+
+    def _backward(self, examples: Sequence[Example]) -> Losses:
+        loss, distance = backward(self.model, examples, self.pad_id, self.micro_tokens, self.teacher)
+        return {"loss": loss, "distance": distance} if self.teacher else {"loss": loss}
 
     def _gated(self, gates: Gates | None, kind: Adapters) -> Any:
         if gates is None:
@@ -103,16 +116,18 @@ class Packed:
     Recorded kernels know addresses, not names: gates, gradients and sums stay in the same tensors throughout.
     """
 
-    def __init__(self, model: Any, sites: Sequence[Site], pad_id: int, config: RunConfig) -> None:
-        self.model, self.sites, self.pad_id = model, sites, pad_id
+    def __init__(
+        self, model: Any, sites: Sequence[Site], pad_id: int, config: RunConfig, teacher: Teacher | None = None
+    ) -> None:
+        self.model, self.sites, self.pad_id, self.teacher = model, sites, pad_id, teacher
         self.micro_tokens = config.train.micro_tokens
         self.device = next(model.parameters()).device
         self.recorder = Recorder(self.device)
-        self.loss = torch.zeros((), device=self.device)
+        self.sums = torch.zeros(2, device=self.device)  # answer loss and distance, or the lasso
         self.gates = torch.zeros(sum(site.units for site in sites), device=self.device, requires_grad=True)
         self.gates.grad = torch.zeros_like(self.gates)
 
-    def tune(self, examples: Sequence[Example], gates: Gates | None) -> float:
+    def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
         """See `Passes`."""
         results = self._gradients()
         if gates is None:
@@ -123,43 +138,47 @@ class Packed:
     def shrink(self, gates: Gates, weight: float) -> float:
         """See `Passes`."""
         self._set(gates)
-        self.loss.zero_()
-        self.recorder.run("shrink", self._shrink, [torch.tensor(weight)], [self.loss, *self._gradients()])
-        return float(self.loss)
+        self.sums.zero_()
+        self.recorder.run("shrink", self._shrink, [torch.tensor(weight)], [self.sums, *self._gradients()])
+        return float(self.sums[0])
 
-    def slopes(self, examples: Sequence[Example], gates: Gates) -> tuple[float, dict[str, Tensor]]:
+    def slopes(self, examples: Sequence[Example], gates: Gates) -> tuple[Losses, dict[str, Tensor]]:
         """See `Passes`."""
         assert self.gates.grad is not None
         self._set(gates)
         self.gates.grad.zero_()
-        loss = self._over(examples, "slopes", self._slopes, [self.gates.grad])
-        return loss, self._by_site(self.gates.grad.clone())
+        result = self._over(examples, "slopes", self._slopes, [self.gates.grad])
+        return result, self._by_site(self.gates.grad.clone())
 
     def score(self, examples: Sequence[Example], gates: Gates | None) -> float:
         """See `Passes`."""
         if gates is None:
-            return self._over(examples, "score", self._score, [])
+            return self._over(examples, "score", self._score, [])["loss"]
         self._set(gates)
-        return self._over(examples, "score gated", self._score_gated, [])
+        return self._over(examples, "score gated", self._score_gated, [])["loss"]
 
     def forget(self) -> None:
         """See `Passes`."""
         self.recorder.forget()
 
-    def _over(self, examples: Sequence[Example], kind: str, function: Function, results: list[Tensor]) -> float:
-        """Run `function` on packs of all examples; the mean loss per answer token."""
+    def _over(self, examples: Sequence[Example], kind: str, function: Function, results: list[Tensor]) -> Losses:
+        """Run `function` on packs of all examples; mean losses."""
         parts = packable(examples, self.micro_tokens)
         packs = [pack(part, self.pad_id, sequences=len(examples)) for part in parts]
-        share = torch.tensor(1 / max(1, sum(one.tokens for one in packs)))
-        self.loss.zero_()
+        labels, tokens = sum(one.tokens for one in packs), sum(len(example.ids) for example in examples)
+        shares = torch.tensor([1 / max(1, labels), 1 / max(1, tokens)])
+        self.sums.zero_()
         for one in packs:
-            self.recorder.run((kind, *one.shape), function, [*one.tensors(), share], [self.loss, *results])
-        return float(self.loss)
+            self.recorder.run((kind, *one.shape), function, [*one.tensors(), shares], [self.sums, *results])
+        loss, distance = self.sums.tolist()
+        return {"loss": loss, "distance": distance} if self.teacher else {"loss": loss}
 
     def _learn(self, inputs: Sequence[Tensor]) -> None:
-        loss = packed_loss(self.model, inputs)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.loss += loss.detach()
+        feed, shares = feed_of_pack(Pack(*inputs[:-1])), inputs[-1]
+        with packed_rows(self.model), packed_rows(self.teacher.model) if self.teacher else nullcontext():
+            parts = torch.stack(losses(self.model, feed, self.teacher)) * shares
+        parts.sum().backward()  # type: ignore[no-untyped-call]
+        self.sums += parts.detach()
 
     def _learn_gated(self, inputs: Sequence[Tensor]) -> None:
         with masked(self.model, self._by_site(self.gates.detach()), adapters="free", sites=self.sites):
@@ -168,7 +187,7 @@ class Packed:
     def _shrink(self, inputs: Sequence[Tensor]) -> None:
         penalty = group_lasso(self.model, self._by_site(self.gates.detach()), self.sites)
         (penalty * inputs[0]).backward()  # type: ignore[no-untyped-call]
-        self.loss += penalty.detach()
+        self.sums[0] += penalty.detach()
 
     def _slopes(self, inputs: Sequence[Tensor]) -> None:
         with frozen(self.model), masked(self.model, self._by_site(self.gates), sites=self.sites):
@@ -176,7 +195,8 @@ class Packed:
 
     @torch.no_grad()
     def _score(self, inputs: Sequence[Tensor]) -> None:
-        self.loss += packed_loss(self.model, inputs)
+        with packed_rows(self.model):
+            self.sums[0] += answer_loss(self.model, feed_of_pack(Pack(*inputs[:-1]))) * inputs[-1][0]
 
     def _score_gated(self, inputs: Sequence[Tensor]) -> None:
         with masked(self.model, self._by_site(self.gates.detach()), sites=self.sites):
@@ -197,26 +217,6 @@ class Packed:
                 parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
         return gradients
-
-
-def packed_loss(model: Any, inputs: Sequence[Tensor]) -> Tensor:
-    """Cross-entropy (nats) over the targets of a pack's tensors, times their last, the weight of a token; a scalar."""
-    row, share = Pack(*inputs[:-1]), inputs[-1]
-    longest = row.input_ids.shape[1]
-    mixed = torch.autocast(
-        row.targets.device.type, model.dtype, enabled=model.dtype != torch.float32, cache_enabled=False
-    )
-    with mixed, packed_rows(model), head_reads(model, row.predicting):
-        logits = model(
-            input_ids=row.input_ids,
-            position_ids=row.position_ids,
-            use_cache=False,
-            cu_seq_lens_q=row.bounds,
-            cu_seq_lens_k=row.bounds,
-            max_length_q=longest,
-            max_length_k=longest,
-        ).logits
-    return F.cross_entropy(logits.float(), row.targets, reduction="sum", ignore_index=IGNORED) * share
 
 
 @contextmanager

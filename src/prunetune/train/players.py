@@ -38,7 +38,7 @@ class Search:
         if step == 0 and job.config.search.evidence:
             self.searcher.start_from(self._importance())
         gates = self.searcher.sample(step)
-        loss, slopes = self.passes.slopes(job.search.batch(step), gates)
+        losses, slopes = self.passes.slopes(job.search.batch(step), gates)
         ratio = ratio_loss(kept_share(gates, job.sites), job.schedule.keep) if self.searcher.is_sampled else None
         # The model's gradient stops at the gates; from there it flows on into the generator, with the budget's.
         total = torch.cat(list(gates.values())) @ torch.cat([slopes[name] for name in gates])
@@ -48,7 +48,8 @@ class Search:
         job.accelerator.clip_grad_norm_(self.searcher.generator.parameters(), job.config.train.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return {"search_loss": loss} if ratio is None else {"search_loss": loss, "ratio_loss": float(ratio.detach())}
+        record = {f"search_{name}": loss for name, loss in losses.items()}
+        return record if ratio is None else record | {"ratio_loss": float(ratio.detach())}
 
     def decide(self, step: int) -> Decision:
         """The hard decision under which the adapters take their step."""
@@ -81,11 +82,11 @@ class Adapters:
         """One tuning step: LoRA-aware under the decision while it is a mask, plain once the model is cut."""
         job, batch, started = self.job, self.job.train.batch(step), time.monotonic()
         torch.manual_seed(derive(job.config.seed, "dropout", step))
-        loss, record = self._gradients(batch, decision)
-        if not math.isfinite(loss):
+        record = self._gradients(batch, decision)
+        if not math.isfinite(record["loss"]):
             rows = ", ".join(example.id for example in batch[:3])
             raise ModelError(
-                f"the loss is {loss} at step {step + 1} (rows {rows}, ...): "
+                f"the loss is {record['loss']} at step {step + 1} (rows {rows}, ...): "
                 "lower train.learning_rate, or set dtype float32"
             )
         for group in self.optimizer.param_groups:
@@ -94,13 +95,13 @@ class Adapters:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)  # recorded passes add to the same tensors every time
         tokens = sum(len(example.ids) for example in batch)
-        return record | {"loss": loss, "tokens_per_s": tokens / (time.monotonic() - started)}
+        return record | {"tokens_per_s": tokens / (time.monotonic() - started)}
 
-    def _gradients(self, batch: list[Example], decision: Decision) -> tuple[float, Record]:
+    def _gradients(self, batch: list[Example], decision: Decision) -> Record:
         if self.is_cut:
-            return self.passes.tune(batch, None), {}
-        loss = self.passes.tune(batch, decision.gates)
-        return loss, {"lasso": self.passes.shrink(decision.gates, self.job.config.search.lasso)}
+            return dict(self.passes.tune(batch, None))
+        losses = self.passes.tune(batch, decision.gates)
+        return {**losses, "lasso": self.passes.shrink(decision.gates, self.job.config.search.lasso)}
 
     def cut(self, plan: Plan) -> None:
         """Cut the running model; the optimiser goes on with the moments of what stays."""
