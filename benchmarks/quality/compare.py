@@ -89,12 +89,14 @@ def measured(
     """Tune (and prune) one variant and score it."""
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    model, started, plan = setting.load().model, time.monotonic(), dense_plan(setting.sites)
-    observer = Curve()
-    if not untuned:
-        teacher = None if dense else teacher_of(setting, lambda: dense_tuned(setting))
+    started, plan, observer = time.monotonic(), dense_plan(setting.sites), Curve()
+    if dense:
+        model = dense_tuned(setting)
+    else:
+        model, teacher = setting.load().model, teacher_of(setting, lambda: dense_tuned(setting))
+    if not (dense or untuned):
         started = time.monotonic()
-        plan = tune_and_prune(job_of(setting, model, Forgetful(), observer, plan if dense else None, teacher))
+        plan = tune_and_prune(job_of(setting, model, Forgetful(), observer, teacher=teacher))
         merge_adapters(model)
     trained = time.monotonic() - started
     memory = torch.cuda.max_memory_allocated() / 1e6 if setting.device.type == "cuda" else 0.0

@@ -48,6 +48,7 @@ class Searcher:
         self.keep_at = keep_at
         self.generator = Generator(sites, kind=self.config.generator, seed=derive(config.seed, "generator")).to(device)
         self.start = {site.name: torch.zeros(site.units, device=device) for site in sites}
+        self.legal: Mapping[str, Tensor] = {}  # hard gates of the last projected sample
 
     @property
     def is_sampled(self) -> bool:
@@ -68,21 +69,18 @@ class Searcher:
         if self.is_sampled:
             return {name: rounded(soft) for name, soft in self._draw(logits, "search", step).items()}
         keep, seen = self.keep_at(step), moved_to(logits, "cpu")
-        hard = self.fixed(select(seen, self.sites, keep, self.shape)).gates
-        middle = quantile(seen, self.sites, keep)
-        return {
-            name: straight_through(torch.sigmoid((value - middle) / self.config.temperature), hard[name])
-            for name, value in logits.items()
-        }
+        self.legal = self.fixed(select(seen, self.sites, keep, self.shape)).gates
+        values = torch.cat(list(logits.values()))
+        soft = torch.sigmoid((values - quantile(seen, self.sites, keep)) / self.config.temperature)
+        return split_as(logits, straight_through(soft, torch.cat(list(self.legal.values()))))
 
     @torch.no_grad()
     def decide(self, step: int) -> Decision:
-        """The gates under which the adapters take their half-step."""
-        logits = self.logits()
-        if self.is_sampled:
-            return Decision({name: (soft > 0.5).float() for name, soft in self._draw(logits, "decide", step).items()})
-        plan = select(moved_to(logits, "cpu"), self.sites, self.keep_at(step), self.shape)
-        return Decision(self.fixed(plan).gates)
+        """The gates under which the adapters take their half-step: a new draw, or those of the same step's `sample`."""
+        if not self.is_sampled:
+            return Decision(self.legal)
+        drawn = self._draw(self.logits(), "decide", step)
+        return Decision({name: (soft > 0.5).float() for name, soft in drawn.items()})
 
     @torch.no_grad()
     def conclude(self) -> Decision:
@@ -123,5 +121,9 @@ class Searcher:
 
 def moved_to(values: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
     """Detached copies on a device, in one transfer instead of one per site."""
-    joined = torch.cat([value.detach() for value in values.values()]).to(device)
+    return split_as(values, torch.cat([value.detach() for value in values.values()]).to(device))
+
+
+def split_as(values: Mapping[str, Tensor], joined: Tensor) -> dict[str, Tensor]:
+    """One long vector in the pieces of `values`."""
     return dict(zip(values, torch.split(joined, [len(value) for value in values.values()]), strict=True))
