@@ -315,3 +315,12 @@ def test_a_full_disk_is_refused_before_anything_is_written(
         run(config_of(place, tmp_path / "deep" / "run"))
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("teacher", ["base", "dense"])
+def test_a_teacher_is_heard(place: Path, tmp_path: Path, teacher: str) -> None:
+    values = values_of(place, tmp_path / "run", distill={"teacher": teacher}, evaluate={"dense_tuned": False})
+    folder = run(from_mapping(values))
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(record["distance"] >= 0 for record in records)
+    assert records[-1]["distance"] > 0

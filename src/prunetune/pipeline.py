@@ -105,8 +105,9 @@ def train(setting: Setting) -> None:
     checkpoints = Checkpoints(setting.folder.checkpoints)
     state = checkpoints.latest()
     setting.folder.forget_after(state.step if state else 0)
+    teacher = teacher_of(setting, lambda: _model(setting, "tuned"))
     setting.console.stage("tune and prune", setting.config.train.steps)
-    job = job_of(setting, setting.load().model, checkpoints, Recorder(setting))
+    job = job_of(setting, setting.load().model, checkpoints, Recorder(setting), teacher=teacher)
     tune_and_prune(job)
 
 
@@ -257,7 +258,7 @@ def _model(setting: Setting, name: str) -> Any:
         return load(str(setting.folder.model), device=setting.device, dtype=setting.dtype, trust_remote_code=own).model
     model = setting.load().model
     if name == "tuned":
-        setting.console.stage("tune the dense model for comparison", setting.config.train.steps)
+        setting.console.stage("tune the dense model", setting.config.train.steps)
         tune_and_prune(job_of(setting, model, Forgetful(), setting.console, dense_plan(setting.sites)))
         merge_adapters(model)
     return model
