@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +38,7 @@ RECIPE: dict[str, Any] = {
 }
 LAYOUTS = ("per-layer", "uniform")
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models this small only lose by sharing work; and the killed runs below count the same way."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")  # the killed runs below count the same way
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,7 @@ RECIPE: dict[str, Any] = {
     "lora": {"rank": 4},
     "search": {"share": 0.4, "settle": 0.3, "evidence": 2, "batch_size": 4},
 }
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Models this small only lose by sharing work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config_of(changes: dict[str, Any] | None = None) -> RunConfig:
