@@ -10,9 +10,14 @@ made there.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
+import threading
 import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -40,22 +45,36 @@ def main() -> None:
     options = arguments()
     variants = yaml.safe_load(options.variants.read_text())
     chosen = options.only.split(",") if options.only else list(variants)
-    base: Setting | None = None
+    base = prepare(configured(options, {}), resume=False, console=PlainConsole(100))
     rows: list[dict[str, Any]] = []
-    for name in chosen:
+    PLACES.append(base)
+    loaded("dense")
+
+    def cell(name: str) -> None:
         changes = dict(variants[name])
         dense, untuned = changes.pop("dense", False), changes.pop("untuned", False)
         config = configured(options, changes)
         # Data and tokens are read once: variants differ in what comes after.
-        base = base or prepare(config, resume=False, console=PlainConsole(100))
         setting = replace(base, config=config, shape=shape_of(config, base.sites, load_config(config.model)))
         try:
-            row = measured(name, setting, dense=dense, untuned=untuned, split=options.split, save=options.plans)
+            with torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext():
+                row = measured(
+                    name, setting, base, dense=dense, untuned=untuned, split=options.split, save=options.plans
+                )
         except PrunetuneError as failed:
             row = {"variant": name, "error": str(failed)}
+        except Exception as failed:
+            traceback.print_exc()
+            row = {"variant": name, "error": repr(failed)}
         rows.append(row)
         options.out.write_text(json.dumps({"about": about(options, base), "rows": rows}, indent=1))
         print(table(rows), flush=True)
+
+    first = [name for name in chosen if variants[name].get("dense")]
+    for name in first:
+        cell(name)
+    with ThreadPoolExecutor(options.jobs) as pool:
+        list(pool.map(cell, [name for name in chosen if name not in first]))
 
 
 def arguments() -> argparse.Namespace:
@@ -67,6 +86,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--split", choices=("valid", "test"), default="valid")
     parser.add_argument("--only", default="", help="names of variants, comma-separated")
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit", type=int, default=0)
     parser.add_argument("--generate", type=int, default=0)
     parser.add_argument("--plans", type=Path, help="folder to keep plans and evaluations in")
@@ -84,16 +104,16 @@ def configured(options: argparse.Namespace, changes: dict[str, Any]) -> RunConfi
 
 
 def measured(
-    name: str, setting: Setting, *, dense: bool, untuned: bool, split: str, save: Path | None
+    name: str, setting: Setting, base: Setting, *, dense: bool, untuned: bool, split: str, save: Path | None
 ) -> dict[str, Any]:
     """Tune (and prune) one variant and score it."""
     if setting.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     started, plan, observer = time.monotonic(), dense_plan(setting.sites), Curve()
     if dense:
-        model = dense_tuned(setting)
+        model = copy.deepcopy(dense_tuned(setting))
     else:
-        model, teacher = setting.load().model, teacher_of(setting, lambda: dense_tuned(setting))
+        model, teacher = fresh(base), teacher_of(setting, lambda: dense_tuned(base))
     if not (dense or untuned):
         started = time.monotonic()
         plan = tune_and_prune(job_of(setting, model, Forgetful(), observer, teacher=teacher))
@@ -121,21 +141,37 @@ def measured(
     }
 
 
+LOCK = threading.Lock()
+
+
 @cache
 def tuned_once(key: str) -> list[Any]:
     """A place for the dense tuned model of one recipe."""
     return []
 
 
+@cache
+def loaded(name: str) -> Any:
+    return PLACES[0].load().model
+
+
+PLACES: list[Setting] = []
+
+
+def fresh(setting: Setting) -> Any:
+    return copy.deepcopy(loaded("dense"))
+
+
 def dense_tuned(setting: Setting) -> Any:
     """The dense model tuned with the recipe's data and steps, made once for all variants that learn from it."""
     config = setting.config
     place = tuned_once(json.dumps([to_mapping(config)["train"], to_mapping(config)["lora"], config.seed]))
-    if not place:
-        model = setting.load().model
-        tune_and_prune(job_of(setting, model, Forgetful(), Curve(), dense_plan(setting.sites)))
-        merge_adapters(model)
-        place.append(model)
+    with LOCK:
+        if not place:
+            model = fresh(setting)
+            tune_and_prune(job_of(setting, model, Forgetful(), Curve(), dense_plan(setting.sites)))
+            merge_adapters(model)
+            place.append(model)
     return place[0]
 
 

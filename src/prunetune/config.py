@@ -32,6 +32,10 @@ class DataConfig:
     search: tuple[str, ...] = option((), "Sources for the pruning decision; split off train where not given.")
     valid: tuple[str, ...] = option((), "Sources watched during the run; split off train where not given.")
     test: tuple[str, ...] = option((), "Sources for the reported scores; split off train where not given.")
+    texts: tuple[str, ...] = option(
+        (), "Sources mixed into train and search on which only a teacher counts, so that what they stand for is kept."
+    )
+    texts_share: float = option(0.15, "Share of a batch's examples that are of data.texts.", above=0, high=0.9)
     root: str = option("", "Folder that relative sources start from; default: the working folder.")
     search_share: float = option(0.1, "Share of train that goes to search where none is given.", above=0, high=0.5)
     valid_share: float = option(0.05, "Share of train that goes to valid where none is given.", above=0, high=0.5)
@@ -170,6 +174,8 @@ class RunConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
+        if self.data.texts and self.distill.teacher == "none":
+            raise ConfigError("data.texts needs a teacher to stay close to: set distill.teacher to base or dense")
         if self.search.share + self.search.settle > 1:
             raise ConfigError(
                 f"search.share + search.settle is {self.search.share + self.search.settle:g}: "

@@ -37,6 +37,11 @@ class RunFolder:
         """States to resume from."""
         return self.path / "checkpoints"
 
+    @property
+    def tuned(self) -> Path:
+        """The same for the dense model that is tuned as a teacher or for comparison."""
+        return self.path / "tuned"
+
     def evaluation(self, name: str) -> Path:
         """Scores of `dense`, `tuned` or `pruned`."""
         return self.path / "evaluation" / f"{name}.json"

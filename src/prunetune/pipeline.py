@@ -20,8 +20,9 @@ from prunetune import environment
 from prunetune.bench.speed import measure
 from prunetune.config import RunConfig
 from prunetune.console import console_for
-from prunetune.data.batches import Stream
+from prunetune.data.batches import Stream, unlabelled
 from prunetune.data.records import Record
+from prunetune.data.sources import SplitName
 from prunetune.data.templates import Example
 from prunetune.errors import RunFolderError
 from prunetune.evaluation.results import Evaluation
@@ -44,7 +45,7 @@ from prunetune.train.job import Job, Observer
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher
 from prunetune.train.schedule import given_plan, schedule_of
-from prunetune.train.state import Checkpoints, Forgetful, Keeper, State
+from prunetune.train.state import Checkpoints, Keeper, State
 
 
 def run(config: RunConfig, *, resume: bool = False, console: Console | None = None, command: str = "") -> Path:
@@ -145,8 +146,8 @@ def job_of(
         model=model,
         sites=setting.sites,
         shape=setting.shape,
-        train=Stream(setting.encoded["train"].examples, config.train.batch_size, derive(config.seed, "train")),
-        search=Stream(setting.encoded["search"].examples, config.search.batch_size, derive(config.seed, "search")),
+        train=Stream(_mixed(setting, "train", teacher), config.train.batch_size, derive(config.seed, "train")),
+        search=Stream(_mixed(setting, "search", teacher), config.search.batch_size, derive(config.seed, "search")),
         valid=watched(setting.encoded["valid"].examples),
         pad_id=setting.tokenizer.pad_token_id,
         config=config,
@@ -157,6 +158,14 @@ def job_of(
         teacher=teacher,
         plan=plan,
     )
+
+
+def _mixed(setting: Setting, split: SplitName, teacher: Teacher | None) -> tuple[Example, ...]:
+    """The examples of a split and, where there is a teacher, the share of texts on which only it counts."""
+    examples = setting.encoded[split].examples
+    if teacher is None or "texts" not in setting.encoded:
+        return examples
+    return examples + unlabelled(setting.encoded["texts"].examples, examples, setting.config.data.texts_share)
 
 
 def teacher_of(setting: Setting, dense_tuned: Callable[[], Any]) -> Teacher | None:
@@ -259,6 +268,7 @@ def _model(setting: Setting, name: str) -> Any:
     model = setting.load().model
     if name == "tuned":
         setting.console.stage("tune the dense model", setting.config.train.steps)
-        tune_and_prune(job_of(setting, model, Forgetful(), setting.console, dense_plan(setting.sites)))
+        kept = Checkpoints(setting.folder.tuned)  # as a teacher and for comparison: tuned once, and gone on with
+        tune_and_prune(job_of(setting, model, kept, setting.console, dense_plan(setting.sites)))
         merge_adapters(model)
     return model

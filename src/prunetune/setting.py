@@ -100,11 +100,11 @@ def shape_of(config: RunConfig, sites: tuple[Site, ...], model_config: Any) -> S
 
 
 def _bytes_needed(structure: Any, sites: tuple[Site, ...], config: RunConfig) -> int:
-    """Two checkpoints of adapters with their moments (and one being written), and the result with its old copy."""
+    """Two checkpoints of adapters with their moments, and of the dense tuned model's, one being written; the result."""
     rank = config.lora.rank
     adapter: int = sum(rank * (linear.in_features + linear.out_features) for linear in _linears(structure, sites))
     weights: int = sum(parameter.numel() for parameter in structure.parameters())
-    return 3 * 12 * adapter + 4 * weights + 64 * 2**20
+    return 5 * 12 * adapter + 4 * weights + 64 * 2**20
 
 
 def _linears(structure: Any, sites: tuple[Site, ...]) -> Iterator[Any]:

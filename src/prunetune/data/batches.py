@@ -87,6 +87,13 @@ def micro_batches(examples: Sequence[Example], max_tokens: int, small: int = SMA
     return batches
 
 
+def unlabelled(texts: Sequence[Example], beside: Sequence[Example], share: float) -> tuple[Example, ...]:
+    """The texts without labels, weighing such that they are `share` of a stream that holds `beside` too."""
+    total = sum(example.weight for example in texts)
+    scale = share / (1 - share) * sum(example.weight for example in beside) / total
+    return tuple(replace(text, answer_from=len(text.ids), weight=text.weight * scale) for text in texts)
+
+
 class Stream:
     """Endless batches, each a pure function of (seed, step): nothing to save for a resumed run.
 

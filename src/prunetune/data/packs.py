@@ -14,7 +14,7 @@ from torch import Tensor
 from prunetune.data.batches import IGNORED
 from prunetune.data.templates import Example
 
-TOKENS = 1024  # N is a multiple of this, and of this times a power of two once rows are long
+TOKENS = 2048  # N is a multiple of this, and of this times a power of two once rows are long
 LABELS = 1024  # M is a multiple of this
 
 

@@ -17,13 +17,14 @@ from prunetune.data.formats import READERS, rows_of
 from prunetune.data.records import Record, record_of
 from prunetune.errors import DataError, MissingPackage
 
-SplitName = Literal["train", "search", "valid", "test"]
+SplitName = Literal["train", "search", "valid", "test", "texts"]
 
 HUB_SPLITS: dict[SplitName, tuple[str, ...]] = {
     "train": ("train",),
     "search": ("search", "train"),
     "valid": ("validation", "valid", "dev"),
     "test": ("test",),
+    "texts": ("train",),
 }
 SPLIT_STEM = re.compile(r"(train|search|valid|validation|val|dev|test|eval)(-\d+-of-\d+)?")
 WEIGHT = re.compile(r"(?P<path>.+)\*(?P<weight>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", re.IGNORECASE)

@@ -22,6 +22,8 @@ DISJOINT: tuple[tuple[SplitName, SplitName], ...] = (
     ("train", "test"),
     ("train", "valid"),
     ("train", "search"),
+    ("texts", "test"),
+    ("texts", "valid"),
 )
 
 
@@ -33,11 +35,14 @@ class Splits:
     search: tuple[Record, ...]
     valid: tuple[Record, ...]
     test: tuple[Record, ...]
+    texts: tuple[Record, ...] = ()  # beside train and search, for a teacher
     dropped: int = 0  # records left out because another split holds them too
 
     def parts(self) -> dict[SplitName, tuple[Record, ...]]:
-        """The records by the name of their split."""
-        return {"train": self.train, "search": self.search, "valid": self.valid, "test": self.test}
+        """The records by the name of their split; texts only where there are any."""
+        parts: dict[SplitName, tuple[Record, ...]]
+        parts = {"train": self.train, "search": self.search, "valid": self.valid, "test": self.test}
+        return parts | ({"texts": self.texts} if self.texts else {})
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -69,8 +74,8 @@ def _given(config: DataConfig) -> dict[SplitName, Sequence[str]]:
     }
     # The demo has splits of its own, cut so that no category straddles them.
     if all(Source.parse(source).path == "demo" for source in config.train):
-        return {name: sources or ("demo",) for name, sources in given.items()}
-    return {name: sources for name, sources in given.items() if sources}
+        given = {name: sources or ("demo",) for name, sources in given.items()}
+    return {name: sources for name, sources in {**given, "texts": config.texts}.items() if sources}
 
 
 def _disjoint(

@@ -15,7 +15,7 @@ PROBE = "prunetune probe"  # an answer to look for in what a chat template rende
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one record. Loss counts from `answer_from` on, and 0 < answer_from < len(ids)."""
+    """Token ids of one record. Loss counts from `answer_from` on; 0 < answer_from <= len(ids), where nothing counts."""
 
     ids: tuple[int, ...]
     answer_from: int

@@ -9,7 +9,7 @@ from typing import Any
 from prunetune.report import text
 from prunetune.report.folder import RunFiles, lookup, mapping, number
 
-SPLITS = ("train", "search", "valid", "test")
+SPLITS = ("train", "search", "texts", "valid", "test")
 
 
 @dataclass(frozen=True)

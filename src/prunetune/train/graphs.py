@@ -6,6 +6,7 @@ long as their work (PyTorch documentation, "CUDA Graphs" in the notes on CUDA se
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -14,17 +15,24 @@ from torch import Tensor
 
 from prunetune.errors import ModelError
 
+# Recording runs the model's Python under hooks and settings that are not made for two at once.
+RECORDING = threading.Lock()
 WARM_UPS = 1  # runs before recording, in which kernels are chosen and workspaces made
 Function = Callable[[Sequence[Tensor]], None]
 
 
 class Recorder:
-    """Functions of tensors as CUDA graphs: one for each key, recorded at its first call; on a CPU simply called."""
+    """Functions of tensors as CUDA graphs: one for each key, recorded at its first call; on a CPU simply called.
+
+    Several threads may each have a recorder, on a stream of their own: small graphs then share the GPU.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
         self._pool: Any = None
+        # Workspaces of matrix products belong to a stream: recorders that shared one would overwrite each other's.
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     def run(self, key: Hashable, function: Function, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
         """`function(inputs)`, which adds to `results` and to nothing else; `key` is all that its kernels depend on.
@@ -35,7 +43,8 @@ class Recorder:
             function(inputs)
             return
         if key not in self._graphs:
-            self._graphs[key] = self._record(function, inputs, results)
+            with RECORDING:
+                self._graphs[key] = self._record(function, inputs, results)
         graph, static = self._graphs[key]
         for place, value in zip(static, inputs, strict=True):
             place.copy_(value)
@@ -51,7 +60,8 @@ class Recorder:
     ) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
         static = [value.to(self.device, copy=True) for value in inputs]
         before = [result.clone() for result in results]
-        side = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        side = self._stream
+        assert side is not None
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
@@ -62,7 +72,7 @@ class Recorder:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 function(static)
         except torch.OutOfMemoryError:
             raise

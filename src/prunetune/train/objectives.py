@@ -20,7 +20,7 @@ from prunetune.model.head import head_reads
 from prunetune.model.sites import Site
 from prunetune.train.adapters import group_norms
 
-LOGITS = 2**29  # most logits that distillation compares in one pass: 2 GiB in float32
+LOGITS = 2**28  # most logits that distillation compares in one pass: 1 GiB in float32
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def backward(
     """Accumulate gradients of the mean answer loss per label plus the mean distance per token; returns the two."""
     device = next(model.parameters()).device
     parts = feeds(examples, pad_id, micro_tokens, device)
-    labels = sum(batch.tokens for batch, _ in parts)
+    labels = max(1, sum(batch.tokens for batch, _ in parts))
     tokens = sum(len(example.ids) for example in examples)
     loss, distance = torch.zeros((), device=device), torch.zeros((), device=device)
     for _, feed in parts:
