@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -15,11 +15,31 @@ from prunetune.plan import Plan
 
 
 class NoAttention(nn.Module):
-    """Stands where a layer lost its last KV group: attends to nothing and adds nothing."""
+    """Stands where a layer lost its last KV group: attends to nothing and adds nothing, or a constant [hidden]."""
+
+    def __init__(self, constant: Tensor | None = None) -> None:
+        super().__init__()
+        self.constant = None if constant is None else nn.Parameter(constant.detach().clone(), requires_grad=False)
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """[..., hidden] -> zeros of the same shape, and no attention weights."""
-        return torch.zeros_like(hidden_states), None
+        """[..., hidden] -> zeros of the same shape, or the constant at each place, and no attention weights."""
+        nothing = torch.zeros_like(hidden_states)
+        return (nothing if self.constant is None else nothing + self.constant.to(nothing.dtype)), None
+
+
+@torch.no_grad()
+def add_biases(model: nn.Module, biases: Mapping[str, Tensor]) -> None:
+    """Give linears a constant output in place, {module: [rows]}, added to a bias that is there; to call before the cut.
+
+    It is not trained and survives the cut, also of a layer's last KV group. For what removed columns added on average.
+    """
+    for name, bias in biases.items():
+        module: Any = model.get_submodule(name)
+        linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        total = bias.to(linear.weight.device, torch.float32)
+        if linear.bias is not None:
+            total = total + linear.bias.float()
+        linear.bias = nn.Parameter(total.to(linear.weight.dtype), requires_grad=False)
 
 
 def cut(model: nn.Module, plan: Plan, *, sites: Iterable[Site] | None = None) -> nn.Module:
@@ -44,7 +64,7 @@ def cut_linears(model: nn.Module, plan: Plan, *, sites: Iterable[Site] | None = 
             continue
         if not kept:
             parent, _, child = site.name.rpartition(".")
-            setattr(model.get_submodule(parent), child, NoAttention())
+            setattr(model.get_submodule(parent), child, NoAttention(_bias(model, site.consumer)))
             continue
         for producer in site.producers:
             _keep_rows(model.get_submodule(producer.module), indices(kept, producer))
@@ -55,6 +75,12 @@ def indices(kept: Iterable[int], cut_: Cut) -> Tensor:
     """The rows or columns that the kept units own."""
     units = torch.tensor(tuple(kept), dtype=torch.long)
     return (units[:, None] * cut_.per_unit + torch.arange(cut_.per_unit)).flatten()
+
+
+def _bias(model: nn.Module, consumer: Cut) -> Tensor | None:
+    module: Any = model.get_submodule(consumer.module)
+    bias: Tensor | None = (module.get_base_layer() if isinstance(module, LoraLayer) else module).bias
+    return bias
 
 
 def _keep_rows(module: nn.Module, rows: Tensor) -> None:
