@@ -28,13 +28,16 @@ import yaml
 
 from prunetune.config import RunConfig, load_recipe, merged, to_mapping
 from prunetune.console import PlainConsole
+from prunetune.data.batches import collate, micro_batches
+from prunetune.decide.baselines import BASELINES, Calibration, bias_compensation
+from prunetune.decide.select import select
 from prunetune.environment import describe
 from prunetune.errors import PrunetuneError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suite import evaluate
 from prunetune.model.loading import load_config
 from prunetune.model.sites import dense_plan, kept_params
-from prunetune.model.surgery import merge_adapters
+from prunetune.model.surgery import add_biases, merge_adapters
 from prunetune.pipeline import job_of, teacher_of
 from prunetune.setting import Setting, prepare, shape_of
 from prunetune.train.loop import tune_and_prune
@@ -52,14 +55,21 @@ def main() -> None:
 
     def cell(name: str) -> None:
         changes = dict(variants[name])
-        dense, untuned = changes.pop("dense", False), changes.pop("untuned", False)
+        dense, untuned, baseline = (changes.pop(key, "") for key in ("dense", "untuned", "two-stage"))
         config = configured(options, changes)
         # Data and tokens are read once: variants differ in what comes after.
         setting = replace(base, config=config, shape=shape_of(config, base.sites, load_config(config.model)))
         try:
             with torch.cuda.stream(torch.cuda.Stream()) if torch.cuda.is_available() else nullcontext():
                 row = measured(
-                    name, setting, base, dense=dense, untuned=untuned, split=options.split, save=options.plans
+                    name,
+                    setting,
+                    base,
+                    dense=dense,
+                    untuned=untuned,
+                    baseline=baseline,
+                    split=options.split,
+                    save=options.plans,
                 )
         except PrunetuneError as failed:
             row = {"variant": name, "error": str(failed)}
@@ -70,7 +80,7 @@ def main() -> None:
         options.out.write_text(json.dumps({"about": about(options, base), "rows": rows}, indent=1))
         print(table(rows), flush=True)
 
-    first = [name for name in chosen if variants[name].get("dense")]
+    first = [name for name in chosen if name == "dense"]
     for name in first:
         cell(name)
     with ThreadPoolExecutor(options.jobs) as pool:
@@ -84,7 +94,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--root", required=True, help="folder of the data")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--split", choices=("valid", "test"), default="valid")
+    parser.add_argument("--split", default="valid", help="valid, test, or valid+test")
     parser.add_argument("--only", default="", help="names of variants, comma-separated")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit", type=int, default=0)
@@ -104,7 +114,15 @@ def configured(options: argparse.Namespace, changes: dict[str, Any]) -> RunConfi
 
 
 def measured(
-    name: str, setting: Setting, base: Setting, *, dense: bool, untuned: bool, split: str, save: Path | None
+    name: str,
+    setting: Setting,
+    base: Setting,
+    *,
+    dense: bool,
+    untuned: bool,
+    baseline: str,
+    split: str,
+    save: Path | None,
 ) -> dict[str, Any]:
     """Tune (and prune) one variant and score it."""
     if setting.device.type == "cuda":
@@ -116,32 +134,52 @@ def measured(
         model, teacher = fresh(base), teacher_of(setting, lambda: dense_tuned(base))
     if not (dense or untuned):
         started = time.monotonic()
-        plan = tune_and_prune(job_of(setting, model, Forgetful(), observer, teacher=teacher))
+        given = baseline_plan(setting, model, baseline) if baseline else None
+        plan = tune_and_prune(job_of(setting, model, Forgetful(), observer, given, teacher))
         merge_adapters(model)
     trained = time.monotonic() - started
     memory = torch.cuda.max_memory_allocated() / 1e6 if setting.device.type == "cuda" else 0.0
-    result = evaluate(
-        model, setting.tokenizer, setting.splits.parts()[split], setting.config.data, setting.config.evaluate
-    )  # type: ignore[index]
+    found = {
+        one: evaluate(
+            model, setting.tokenizer, setting.splits.parts()[one], setting.config.data, setting.config.evaluate
+        )
+        for one in split.split("+")
+    }
     if save:
         save.mkdir(parents=True, exist_ok=True)
         (save / f"{name}.plan.json").write_text(plan.to_json())
-        (save / f"{name}.evaluation.json").write_text(result.to_json())
+        for one, result in found.items():
+            (save / f"{name}.{one}.json").write_text(result.to_json())
     kept = kept_params(setting.sites, plan) / sum(site.params for site in setting.sites)
     return {
         "variant": name,
         "kept": kept,
-        **headline(result),
+        **{f"{one} {key}": value for one, result in found.items() for key, value in headline(result).items()},
         "valid_nll": observer.valid[-1]["nll"] if observer.valid else None,
         "train_seconds": trained,
         "eval_seconds": time.monotonic() - started - trained,
         "peak_mb": memory,
         "curve": observer.valid,
-        "scores": {task: {m: [s.value, s.se] for m, s in r.scores.items()} for task, r in result.tasks.items()},
+        "scores": {
+            one: {task: {m: [s.value, s.se] for m, s in r.scores.items()} for task, r in result.tasks.items()}
+            for one, result in found.items()
+        },
     }
 
 
 LOCK = threading.Lock()
+
+
+def baseline_plan(setting: Setting, model: Any, name: str) -> Any:
+    """The plan of a two-stage baseline; FLAP's biases are put on the model."""
+    job = job_of(setting, model, Forgetful(), Curve())
+    examples = [one for index in range(16) for one in job.search.batch(index)]
+    batches = [collate(part, job.pad_id) for part in micro_batches(examples, 8192)]
+    calibration = Calibration(model, setting.sites, tuple(batches), setting.config.seed)
+    plan = select(BASELINES[name](calibration), setting.sites, setting.config.budget.keep, setting.shape)
+    if name == "flap":
+        add_biases(model, bias_compensation(calibration, plan))
+    return plan
 
 
 @cache

@@ -36,6 +36,7 @@ class Calibration:
 
 
 Baseline = Callable[[Calibration], Scores]
+AT_ONCE = 2**28  # parameters that `taylor` holds gradients of: 1 GiB in float32
 
 
 def random(calibration: Calibration) -> Scores:
@@ -97,28 +98,44 @@ def flap(calibration: Calibration) -> Scores:
 def taylor(calibration: Calibration) -> Scores:
     """|w dL/dw| per parameter of a unit, L the mean loss of all labels.
 
-    First order, element-wise, summed over the group: Ma et al. 2023 (LLM-Pruner, arXiv 2305.11627, section 3.2). One
-    site has gradients at a time: that costs passes, but no copy of the model.
+    First order, element-wise, summed over the group: Ma et al. 2023 (LLM-Pruner, arXiv 2305.11627, section 3.2). As
+    many sites at a time have gradients as hold `AT_ONCE` parameters: large models cost passes, not memory.
     """
-    labels = sum(batch.tokens for batch in calibration.batches)
-    found = {}
-    for site in calibration.sites:
-        weights = _parameters(calibration.model, site)
-        before = [weight.requires_grad for weight in weights]
-        sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
-        try:
-            for weight in weights:
-                weight.requires_grad_(True)
-            for batch in calibration.batches:
-                loss = _loss_sum(calibration.model, batch) / labels
-                for total, gradient in zip(sums, torch.autograd.grad(loss, weights), strict=True):
-                    total += gradient.float()
-        finally:
-            for weight, needed in zip(weights, before, strict=True):
-                weight.requires_grad_(needed)
-        products = [(total * weight.detach().float()).abs() for total, weight in zip(sums, weights, strict=True)]
-        found[site.name] = (_per_unit(products, site) / site.unit_params).float()
+    found: dict[str, Tensor] = {}
+    for sites in _portions(calibration.sites):
+        weights = {site.name: _parameters(calibration.model, site) for site in sites}
+        gradients = iter(_gradients(calibration, [one for owned in weights.values() for one in owned]))
+        for site in sites:
+            products = [(next(gradients) * weight.detach().float()).abs() for weight in weights[site.name]]
+            found[site.name] = (_per_unit(products, site) / site.unit_params).float()
     return found
+
+
+def _portions(sites: tuple[Site, ...]) -> list[list[Site]]:
+    portions: list[list[Site]] = [[]]
+    for site in sites:
+        if portions[-1] and sum(other.params for other in portions[-1]) + site.params > AT_ONCE:
+            portions.append([])
+        portions[-1].append(site)
+    return portions
+
+
+def _gradients(calibration: Calibration, weights: list[Tensor]) -> list[Tensor]:
+    """Of the mean loss of all labels, summed in float32; the weights are left as frozen as they were."""
+    labels = sum(batch.tokens for batch in calibration.batches)
+    before = [weight.requires_grad for weight in weights]
+    sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
+    try:
+        for weight in weights:
+            weight.requires_grad_(True)
+        for batch in calibration.batches:
+            loss = _loss_sum(calibration.model, batch) / labels
+            for total, gradient in zip(sums, torch.autograd.grad(loss, weights), strict=True):
+                total += gradient.float()
+    finally:
+        for weight, needed in zip(weights, before, strict=True):
+            weight.requires_grad_(needed)
+    return sums
 
 
 def fisher(calibration: Calibration) -> Scores:
