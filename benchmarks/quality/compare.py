@@ -38,7 +38,7 @@ from prunetune.evaluation.suite import evaluate
 from prunetune.model.loading import load_config
 from prunetune.model.sites import dense_plan, kept_params
 from prunetune.model.surgery import add_biases, merge_adapters
-from prunetune.pipeline import job_of, teacher_of
+from prunetune.pipeline import job_of, plainly, teacher_of
 from prunetune.setting import Setting, prepare, shape_of
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.state import Forgetful
@@ -207,7 +207,7 @@ def dense_tuned(setting: Setting) -> Any:
     with LOCK:
         if not place:
             model = fresh(setting)
-            tune_and_prune(job_of(setting, model, Forgetful(), Curve(), dense_plan(setting.sites)))
+            tune_and_prune(job_of(plainly(setting), model, Forgetful(), Curve(), dense_plan(setting.sites)))
             merge_adapters(model)
             place.append(model)
     return place[0]

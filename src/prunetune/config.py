@@ -92,9 +92,17 @@ class TrainConfig:
 class LoraSettings:
     """The adapters, on all linears of attention and MLP."""
 
-    rank: int = option(32, "Rank of the adapters.", low=1)
+    rank: int = option(128, "Rank of the adapters; what was cut away wants more of it than plain tuning does.", low=1)
     alpha: float = option(0.0, "Scale alpha / rank; 0: twice the rank.", low=0)
     dropout: float = option(0.0, "Dropout on the adapters' input.", low=0, high=0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig:
+    """The dense model tuned with the same data and steps: for comparison, and as a teacher. Kept in the run folder."""
+
+    rank: int = option(32, "Rank of its adapters; intact, it overfits sooner than what was pruned.", low=1)
+    learning_rate: float = option(0.0, "Its peak learning rate; 0: as train.learning_rate.", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,10 +110,10 @@ class DistillConfig:
     """A teacher that tuning and search stay close to, on every token of their examples."""
 
     teacher: Literal["none", "base", "dense"] = option(
-        "none", "base: the model as it came; dense: the same, tuned with the same data and steps beforehand."
+        "dense", "base: the model as it came; dense: the same, tuned with the same data and steps beforehand."
     )
-    logits: float = option(1.0, "Weight of KL(teacher || student) of the next token, mean over tokens.", low=0)
-    hidden: float = option(1.0, "Weight of the layers' relative squared error, mean over layers and tokens.", low=0)
+    logits: float = option(3.0, "Weight of KL(teacher || student) of the next token, mean over tokens.", low=0)
+    hidden: float = option(10.0, "Weight of the layers' relative squared error, mean over layers and tokens.", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +128,7 @@ class SearchConfig:
     evidence: int = option(
         16, "Batches whose gate gradients give the starting logits; 0: start from nothing, as in the paper.", low=0
     )
-    share: float = option(0.25, "Share of the steps in which decisions are searched.", above=0, high=1)
+    share: float = option(0.15, "Share of the steps in which decisions are searched.", above=0, high=1)
     anneal: float = option(
         0.6, "Share of the search over which the budget falls from dense to its target (projected).", low=0, high=1
     )
@@ -170,6 +178,7 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     search: SearchConfig = field(default_factory=SearchConfig)
+    dense: DenseConfig = field(default_factory=DenseConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 

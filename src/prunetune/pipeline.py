@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,16 @@ def job_of(
     )
 
 
+def plainly(setting: Setting) -> Setting:
+    """The setting in which the dense model is tuned: rank and learning rate of its own, nothing else changed."""
+    config = setting.config
+    rate = config.dense.learning_rate or config.train.learning_rate
+    changed = replace(
+        config, lora=replace(config.lora, rank=config.dense.rank), train=replace(config.train, learning_rate=rate)
+    )
+    return replace(setting, config=changed)
+
+
 def _mixed(setting: Setting, split: SplitName, teacher: Teacher | None) -> tuple[Example, ...]:
     """The examples of a split and, where there is a teacher, the share of texts on which only it counts."""
     examples = setting.encoded[split].examples
@@ -269,6 +279,6 @@ def _model(setting: Setting, name: str) -> Any:
     if name == "tuned":
         setting.console.stage("tune the dense model", setting.config.train.steps)
         kept = Checkpoints(setting.folder.tuned)  # as a teacher and for comparison: tuned once, and gone on with
-        tune_and_prune(job_of(setting, model, kept, setting.console, dense_plan(setting.sites)))
+        tune_and_prune(job_of(plainly(setting), model, kept, setting.console, dense_plan(setting.sites)))
         merge_adapters(model)
     return model
