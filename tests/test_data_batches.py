@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from prunetune.data.batches import IGNORED, Stream, collate, micro_batches
+from prunetune.data.batches import IGNORED, Stream, collate, micro_batches, unlabelled
 from prunetune.data.templates import Example
 from prunetune.errors import DataError
 
@@ -131,3 +132,18 @@ def test_a_stream_needs_examples() -> None:
         Stream([], 4, seed=0)
     with pytest.raises(ValueError, match="batch size"):
         Stream(examples(1), 0, seed=0)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_texts_have_their_share_and_no_labels(share: float) -> None:
+    beside, texts = examples(50, weight=2.0), examples(7, seed=1)
+    texts[0] = replace(texts[0], weight=3.0)
+    mixed = unlabelled(texts, beside, share)
+    assert collate(mixed, PAD).tokens == 0
+    seen = Counter(
+        example.answer_from == len(example.ids)
+        for step in range(2000)
+        for example in Stream([*beside, *mixed], 8, seed=0).batch(step)
+    )
+    assert seen[True] / seen.total() == pytest.approx(share, abs=0.02)
+    assert mixed[0].weight == pytest.approx(3 * mixed[1].weight)

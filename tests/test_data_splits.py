@@ -104,6 +104,17 @@ def test_overlap_is_refused_or_dropped_from_the_training_side(loser: str, keeper
     assert splits.dropped == 2
 
 
+@pytest.mark.parametrize("keeper", ["valid", "test"])
+def test_texts_keep_clear_of_what_is_scored(keeper: str, tmp_path: Path) -> None:
+    rows = {"train": pairs(40), "valid": pairs(4, 60), "test": pairs(4, 80)}
+    texts = [{"text": "A text."}, rows[keeper][0]]
+    with pytest.raises(DataError, match=f"texts.jsonl:2 with the same question as .*{keeper}.jsonl:1"):
+        loaded(tmp_path, texts=texts, **rows)
+    splits = loaded(tmp_path, options={"overlap": "drop"}, texts=texts, **rows)
+    assert [record.completion for record in splits.texts] == ["A text."]
+    assert set(splits.hashes) == {"train", "search", "valid", "test", "texts"}
+
+
 def test_a_group_in_two_given_splits_is_overlap(tmp_path: Path) -> None:
     rows = {"train": pairs(20, doc="a") + pairs(20, 20, doc="b")}
     rows |= {"test": pairs(1, 90, doc="a"), "valid": pairs(1, 91, doc="c")}

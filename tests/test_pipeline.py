@@ -19,12 +19,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_helpers import write_lines
 from evaluate_helpers import characters, speaker
+from prunetune import pipeline
 from prunetune.config import RunConfig, from_mapping, merged
-from prunetune.errors import ModelError, RunFolderError
+from prunetune.errors import ConfigError, ModelError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.model.sites import find_sites, kept_params
 from prunetune.pipeline import run
 from prunetune.plan import Plan
+from prunetune.train.loop import tune_and_prune
 
 STEPS = 8  # 3 of search, 2 of settling, 3 of tuning
 RECIPE: dict[str, Any] = {
@@ -315,3 +317,24 @@ def test_a_teacher_is_heard(place: Path, tmp_path: Path, teacher: str) -> None:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(record["distance"] >= 0 for record in records)
     assert records[-1]["distance"] > 0
+
+
+def test_texts_are_for_a_teacher_and_the_dense_model_is_tuned_once(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_lines(tmp_path / "texts.jsonl", *({"text": f"Some text, number {n}."} for n in range(5)))
+    seen: list[Any] = []
+    monkeypatch.setattr(pipeline, "tune_and_prune", lambda job: (seen.append(job), tune_and_prune(job))[1])
+    run(config_of(place, tmp_path / "run", data={"texts": [str(tmp_path / "texts.jsonl")], "texts_share": 0.5}))
+    dense, pruned, again = seen
+    assert [job.teacher is None for job in seen] == [True, False, True]
+    assert again.checkpoints.latest().step == STEPS, "the third has nothing left to do"
+    assert dense.config.lora.rank == dense.config.dense.rank != pruned.config.lora.rank
+    unlabelled = [one for step in range(50) for one in pruned.train.batch(step) if one.answer_from == len(one.ids)]
+    assert 0.4 < len(unlabelled) / (50 * pruned.config.train.batch_size) < 0.6
+    assert all(one.answer_from < len(one.ids) for one in dense.train.examples)
+
+
+def test_texts_without_a_teacher_are_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.texts needs a teacher .* set distill\.teacher"):
+        config_of(place, tmp_path / "run", data={"texts": ["a.jsonl"]}, distill={"teacher": "none"})

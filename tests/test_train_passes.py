@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def setting(request: pytest.FixtureRequest) -> Setting:
 @pytest.mark.parametrize("micro_tokens", [10_000, 25])
 def test_packed_equals_padded(setting: Setting, micro_tokens: int, weights: tuple[float, float] | None) -> None:
     model, sites, gates = setting
-    batch = examples()
+    batch = [*examples(), Example(tuple(range(3, 12)), 9, "a text without labels")]
     teacher = Teacher(tiny(model.config.model_type, seed=5), *weights) if weights else None
     padded, packed = (kind(model, sites, 0, config_of(micro_tokens), teacher) for kind in (Padded, Packed))
     for given in (None, gates):
@@ -164,3 +165,27 @@ def test_soft_capped_attention_is_not_packed() -> None:
     assert can_pack(model)
     model.config.attn_logit_softcapping = 50.0
     assert not can_pack(model)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_recorded_passes_equal_padded_ones_on_a_gpu_also_side_by_side() -> None:
+    def both(seed: int) -> list[tuple[float, dict[str, Tensor]]]:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            model = tiny(seed=seed).to("cuda", torch.bfloat16).requires_grad_(False)
+            sites, teacher = tuple(find_sites(model)), Teacher(tiny(seed=9).to("cuda", torch.bfloat16), 3.0, 10.0)
+            with_lora(model, seed=seed)
+            found = []
+            for kind in (Padded, Packed):
+                passes = kind(model, sites, 0, config_of(), teacher)
+                for _ in range(3):  # recorded at the first, replayed at the others
+                    loss = passes.tune(examples(), None)["loss"]
+                    found.append((loss, gradients(model)))
+            return found
+
+    with ThreadPoolExecutor(2) as pool:
+        for (loss, grads), *others in pool.map(both, (1, 2)):
+            for other, more in others:
+                assert other == pytest.approx(loss, rel=2e-2)
+                for name, value in grads.items():
+                    torch.testing.assert_close(more[name], value, rtol=0.1, atol=0.05 * float(value.abs().max()))
