@@ -1,13 +1,18 @@
-"""The output head reads only what is asked of it."""
+"""The output head reads only what is asked of it, and a loss goes through it in portions.
+
+Shapes: N places of a pass, H hidden size, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+PORTION = 2**26  # most logits at a time: a quarter of a GiB in float32
 
 
 @contextmanager
@@ -34,3 +39,65 @@ def head_reads(model: Any, wanted: Tensor | None = None) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def headless(model: Any) -> Iterator[list[Tensor]]:
+    """For the block, the head computes nothing; the list gets what it would have read, flattened: [N, H] a pass."""
+    seen: list[Tensor] = []
+
+    def catch(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
+        seen.append(inputs[0].flatten(0, 1))
+        return (seen[-1][:0],)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(catch)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def head_of(model: Any) -> Callable[[Tensor], Tensor]:
+    """From what the head reads to logits, [n, H] -> [n, V]: the head itself and what the family does to its output."""
+    head, text = model.get_output_embeddings(), model.config.get_text_config()
+    scale = float(getattr(text, "logit_scale", None) or 1) / float(getattr(text, "logits_scaling", None) or 1)
+    cap = getattr(text, "final_logit_softcapping", None)
+
+    def logits(hidden: Tensor) -> Tensor:
+        result: Tensor = head(hidden)
+        result = result if scale == 1 else result * scale
+        return result if cap is None else torch.tanh(result / cap) * cap
+
+    return logits
+
+
+def in_portions(hidden: Tensor, vocabulary: int, loss: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """The sum of `loss(hidden[places], places)` over portions of the N places, with its gradient at `hidden`: a scalar.
+
+    Logits of a whole pass are the largest tensors there are. The head is frozen, so a portion's gradient is taken at
+    once, and its logits are dropped (fused linear cross-entropy: Hsu et al. 2024, Liger Kernel, section 3).
+    """
+    result: Tensor = _InPortions.apply(hidden, max(1, PORTION // vocabulary), loss)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _InPortions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, size: int, loss: Callable[[Tensor, slice], Tensor]) -> Tensor:
+        total = torch.zeros((), device=hidden.device)
+        gradient = torch.zeros_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), size):
+            places = slice(start, start + size)
+            with torch.set_grad_enabled(gradient is not None):
+                portion = hidden[places].detach().requires_grad_(gradient is not None)
+                value = loss(portion, places)
+            if gradient is not None:
+                (gradient[places],) = torch.autograd.grad(value, portion)
+            total += value.detach()
+        ctx.save_for_backward(*(() if gradient is None else (gradient,)))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * upstream[0].to(gradient.dtype), None, None

@@ -16,11 +16,9 @@ from torch.nn import functional as F
 from prunetune.data.batches import IGNORED, SMALL, Batch, collate, micro_batches
 from prunetune.data.packs import Pack
 from prunetune.data.templates import Example
-from prunetune.model.head import head_reads
+from prunetune.model.head import head_of, headless, in_portions
 from prunetune.model.sites import Site
 from prunetune.train.adapters import group_norms
-
-LOGITS = 2**27  # most logits that distillation compares in one pass: 0.5 GiB in float32
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,8 @@ def feed_of_pack(row: Pack) -> Feed:
 
 def answer_loss(model: Any, feed: Feed) -> Tensor:
     """Summed cross-entropy (nats) over the labelled tokens; the head runs only where labels are."""
-    return _cross_entropy(_forward(model, feed, feed.predicting)[0], feed.targets)
+    with _mixed(model, feed):
+        return _cross_entropy(model, feed, _forward(model, feed)[0])
 
 
 def losses(model: Any, feed: Feed, teacher: Teacher | None) -> tuple[Tensor, Tensor]:
@@ -79,47 +78,61 @@ def losses(model: Any, feed: Feed, teacher: Teacher | None) -> tuple[Tensor, Ten
     if teacher is None:
         loss = answer_loss(model, feed)
         return loss, torch.zeros_like(loss.detach())
-    places, stride = _places(model, feed) if teacher.logits else (feed.predicting[:0], 1)
-    wanted, deep, labelled = torch.cat([feed.predicting, places]), teacher.hidden > 0, len(feed.predicting)
-    logits, layers = _forward(model, feed, wanted, deep=deep)
-    with torch.no_grad():
-        aim, aims = _forward(teacher.model, feed, places, deep=deep)
-    distance = torch.zeros((), device=logits.device)
-    if teacher.logits:
-        apart = F.kl_div(
-            F.log_softmax(logits[labelled:].float(), -1),
-            F.log_softmax(aim.float(), -1),
-            reduction="none",
-            log_target=True,
-        )
-        distance = distance + teacher.logits * stride * (apart.sum(-1) * feed.real[places]).sum()
-    if deep:
-        errors = torch.stack([_relative_error(one, other) for one, other in zip(layers, aims, strict=True)])
-        distance = distance + teacher.hidden * (errors.mean(0) * feed.real).sum()
-    return _cross_entropy(logits[:labelled], feed.targets), distance
+    deep = teacher.hidden > 0
+    with _mixed(model, feed):
+        hidden, layers = _forward(model, feed, deep=deep)
+        with torch.no_grad():
+            aim, aims = _forward(teacher.model, feed, deep=deep)
+        distance = torch.zeros((), device=hidden.device)
+        if teacher.logits:
+            distance = distance + teacher.logits * _divergence(model, hidden, teacher.model, aim, feed.real)
+        if deep:
+            errors = torch.stack([_relative_error(one, other) for one, other in zip(layers, aims, strict=True)])
+            distance = distance + teacher.hidden * (errors.mean(0) * feed.real).sum()
+        return _cross_entropy(model, feed, hidden), distance
 
 
-def _forward(model: Any, feed: Feed, wanted: Tensor, *, deep: bool = False) -> tuple[Tensor, Sequence[Tensor]]:
-    """Logits [len(wanted), V], and every layer's output where asked for."""
-    # Adapters are float32 and compute in the base's dtype, as is usual for mixed precision. Without a cache of casts,
-    # which would outlive a recording of the pass.
-    mixed = torch.autocast(
-        wanted.device.type, model.dtype, enabled=model.dtype != torch.float32, cache_enabled=not wanted.is_cuda
+def _mixed(model: Any, feed: Feed) -> Any:
+    """Adapters are float32 and compute in the base's dtype, as is usual for mixed precision."""
+    device = feed.real.device
+    # Without a cache of casts, which would outlive a recording of the pass.
+    return torch.autocast(
+        device.type, model.dtype, enabled=model.dtype != torch.float32, cache_enabled=device.type != "cuda"
     )
-    with mixed, head_reads(model, wanted):
+
+
+def _forward(model: Any, feed: Feed, *, deep: bool = False) -> tuple[Tensor, Sequence[Tensor]]:
+    """What the head would read, [N, H], and every layer's output where asked for."""
+    with headless(model) as seen:
         result = model(**feed.arguments, use_cache=False, output_hidden_states=deep)
-    return result.logits, result.hidden_states[1:] if deep else ()
+    return seen[0], result.hidden_states[1:] if deep else ()
 
 
-def _places(model: Any, feed: Feed) -> tuple[Tensor, int]:
-    """Where next-token distributions are compared: everywhere, or evenly spread where that were too many logits."""
-    count = feed.real.numel()
-    stride = -(-count * int(model.config.get_text_config().vocab_size) // LOGITS)
-    return torch.arange(0, count, stride, device=feed.real.device), stride
+def _cross_entropy(model: Any, feed: Feed, hidden: Tensor) -> Tensor:
+    head = head_of(model)
+
+    def loss(portion: Tensor, places: slice) -> Tensor:
+        return F.cross_entropy(head(portion).float(), feed.targets[places], reduction="sum", ignore_index=IGNORED)
+
+    return in_portions(hidden.index_select(0, feed.predicting), _vocabulary(model), loss)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORED)
+def _divergence(model: Any, hidden: Tensor, teacher: Any, aim: Tensor, real: Tensor) -> Tensor:
+    """KL(teacher || student) of the next token, summed over real tokens."""
+    head, other = head_of(model), head_of(teacher)
+
+    def loss(portion: Tensor, places: slice) -> Tensor:
+        with torch.no_grad():
+            wanted = F.log_softmax(other(aim[places]).float(), -1)
+        found = F.log_softmax(head(portion).float(), -1)
+        apart = F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+        return (apart * real[places]).sum()
+
+    return in_portions(hidden, _vocabulary(model), loss)
+
+
+def _vocabulary(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)
 
 
 def _relative_error(output: Tensor, aim: Tensor) -> Tensor:
