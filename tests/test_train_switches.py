@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 from model_helpers import random_plan, tiny, with_lora
 from prunetune.budget.params import total
-from prunetune.config import RunConfig, from_mapping, merged
+from prunetune.config import RunConfig, from_mapping, load_recipe, merged
 from prunetune.data import packs
 from prunetune.decide.decision import Searcher
 from prunetune.decide.generator import FreeLogits, generator_for
@@ -23,10 +24,13 @@ from prunetune.train.adapters import adapters, group_norms, soft_threshold
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import backward
 from prunetune.train.passes import Packed, Padded
+from prunetune.train.schedule import schedule_of
 from test_train_loop import KEEP, Every, config_of, examples, identical, job_of, losses, weights_of
 from test_train_passes import assert_same, gradients
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).parents[1]
+VARIANTS = yaml.safe_load((ROOT / "benchmarks" / "quality" / "paper.yaml").read_text(encoding="utf-8"))
 PAPER: dict[str, Any] = {
     "search": {"gates": "sampled", "evidence": 0, "share": 0.5, "settle": 0.5, "generator": "gru"},
     "train": {"warmup": 0.0, "decay": "constant"},
@@ -97,6 +101,26 @@ def test_records_say_which_player_had_a_pass_and_what_sparsity_there_was() -> No
         assert any("search_loss" in record for record in notes_of(job)) == search
         assert any("lasso" in record for record in notes_of(job)) == lasso
         assert all("ratio_loss" in record for record in notes_of(job) if record["phase"] == "search")
+
+
+# -- the paper's recipe ----------------------------------------------------------------------------------------------
+
+
+def test_the_paper_ends_its_second_epoch_with_the_cut() -> None:
+    schedule = schedule_of(load_recipe(ROOT / "recipes" / "paper.yaml"))
+    assert (schedule.search, schedule.settle, schedule.steps) == (750, 1500, 1500)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_ablation_is_a_recipe_of_its_own(name: str) -> None:
+    changes = {key: value for key, value in VARIANTS[name].items() if key != "dense"}
+    base = load_recipe(ROOT / "recipes" / "paper.yaml")
+    assert (load_recipe(ROOT / "recipes" / "paper.yaml", changes) == base) == (not changes)
+
+
+def test_off_needs_no_quotes() -> None:
+    for text in ("search: {sparsity: off}", "search: {sparsity: 'off'}"):
+        assert from_mapping(yaml.safe_load(text)).search.sparsity == "off"
 
 
 # -- one backward for both players -----------------------------------------------------------------------------------

@@ -295,6 +295,8 @@ def _named(kind: type[Any] | types.UnionType) -> str:
 
 
 def _choice(allowed: Sequence[str], value: Any, name: str) -> str:
+    if value is False and "off" in allowed:
+        return "off"  # how YAML reads a bare off
     if value in allowed:
         return str(value)
     close = difflib.get_close_matches(str(value), allowed, n=1)
