@@ -120,13 +120,23 @@ class DistillConfig:
 class SearchConfig:
     """The pruning-decision generator (ATP, section 3.2)."""
 
-    generator: Literal["transformer", "gru"] = option("transformer", "The network over the layer sequence.")
+    step: Literal["alternate", "joint"] = option(
+        "alternate",
+        "alternate: the generator learns on batches of its own; joint: from the adapters' pass, one backward.",
+    )
+    generator: Literal["transformer", "gru", "none"] = option(
+        "transformer", "The network over the layer sequence; none: one free logit a unit."
+    )
     gates: Literal["projected", "sampled"] = option(
         "projected",
         "projected: decisions meet the (annealed) budget; sampled: Gumbel draws and a budget loss, as in the paper.",
     )
     evidence: int = option(
         16, "Batches whose gate gradients give the starting logits; 0: start from nothing, as in the paper.", low=0
+    )
+    hard: bool = option(True, "Gates are rounded where the generator learns (straight-through), or soft values.")
+    lora_aware: bool = option(
+        True, "Adapters learn with y = gate * (W x) + B A x; false: under gates on both branches, as after the cut."
     )
     share: float = option(0.15, "Share of the steps in which decisions are searched.", above=0, high=1)
     anneal: float = option(
@@ -140,7 +150,13 @@ class SearchConfig:
     ratio_weight: float = option(5.0, "Weight of |log(kept / target)| in the generator's loss (sampled).", low=0)
     temperature: float = option(0.4, "Temperature of the gates' sigmoid.", above=0)
     offset: float = option(3.0, "Added to every logit, so that training starts dense (sampled).")
-    lasso: float = option(0.1, "Weight of the group lasso on the adapters of removed units.", low=0)
+    sparsity: Literal["lasso", "proximal", "off"] = option(
+        "lasso",
+        "Of removed units' adapters: a group lasso in the loss, group soft-thresholding after each step, or nothing.",
+    )
+    lasso: float = option(
+        0.1, "Weight of the group lasso; soft-thresholding takes learning rate * weight off each norm.", low=0
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +304,8 @@ def _named(kind: type[Any] | types.UnionType) -> str:
 
 
 def _choice(allowed: Sequence[str], value: Any, name: str) -> str:
+    if value is False and "off" in allowed:
+        return "off"  # how YAML reads a bare off
     if value in allowed:
         return str(value)
     close = difflib.get_close_matches(str(value), allowed, n=1)

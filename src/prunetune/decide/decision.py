@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prunetune.config import RunConfig
 from prunetune.decide.evidence import quantile, to_logits
-from prunetune.decide.generator import Generator
+from prunetune.decide.generator import generator_for
 from prunetune.decide.sampling import gumbel_sigmoid, rounded, straight_through
 from prunetune.decide.select import Shape, select
 from prunetune.model.masking import gates_of
@@ -46,9 +46,10 @@ class Searcher:
         self.sites, self.shape, self.device = sites, shape, device
         self.config, self.seed, self.keep = config.search, config.seed, config.budget.keep
         self.keep_at = keep_at
-        self.generator = Generator(sites, kind=self.config.generator, seed=derive(config.seed, "generator")).to(device)
+        seed = derive(config.seed, "generator")
+        self.generator = generator_for(sites, kind=self.config.generator, seed=seed).to(device)
         self.start = {site.name: torch.zeros(site.units, device=device) for site in sites}
-        self.legal: Mapping[str, Tensor] = {}  # hard gates of the last projected sample
+        self.last: Mapping[str, Tensor] = {}  # hard gates of the last sample
 
     @property
     def is_sampled(self) -> bool:
@@ -64,21 +65,27 @@ class Searcher:
         return {name: self.start[name] + moved for name, moved in self.generator().items()}
 
     def sample(self, step: int) -> dict[str, Tensor]:
-        """Hard gates of a search step, with a gradient."""
+        """Gates of a search step, with a gradient: rounded in the forward pass, or soft (`search.hard`)."""
         logits = self.logits()
         if self.is_sampled:
-            return {name: rounded(soft) for name, soft in self._draw(logits, "search", step).items()}
+            drawn = self._draw(logits, "search", step)
+            self.last = {name: (soft.detach() > 0.5).float() for name, soft in drawn.items()}
+            return {name: rounded(soft) for name, soft in drawn.items()} if self.config.hard else drawn
         keep, seen = self.keep_at(step), moved_to(logits, "cpu")
-        self.legal = self.fixed(select(seen, self.sites, keep, self.shape)).gates
+        self.last = self.fixed(select(seen, self.sites, keep, self.shape)).gates
         values = torch.cat(list(logits.values()))
         soft = torch.sigmoid((values - quantile(seen, self.sites, keep)) / self.config.temperature)
-        return split_as(logits, straight_through(soft, torch.cat(list(self.legal.values()))))
+        legal = torch.cat(list(self.last.values()))
+        return split_as(logits, straight_through(soft, legal) if self.config.hard else soft)
 
     @torch.no_grad()
     def decide(self, step: int) -> Decision:
-        """The gates under which the adapters take their half-step: a new draw, or those of the same step's `sample`."""
-        if not self.is_sampled:
-            return Decision(self.legal)
+        """The gates under which the adapters take their half-step.
+
+        A new draw; hard gates of the same step's `sample` where these are projected, or moved both players at once.
+        """
+        if not self.is_sampled or self.config.step == "joint":
+            return Decision(self.last)
         drawn = self._draw(self.logits(), "decide", step)
         return Decision({name: (soft > 0.5).float() for name, soft in drawn.items()})
 

@@ -46,6 +46,23 @@ class Generator(nn.Module):
         return {site.name: head(features[site.layer]) for site, head in zip(self.sites, self.heads, strict=True)}
 
 
+class FreeLogits(nn.Module):
+    """No network: one parameter a unit, zero at first. The ablation of the generator; called as `Generator` is."""
+
+    def __init__(self, sites: Sequence[Site]) -> None:
+        super().__init__()
+        self.sites = tuple(sites)
+        self.logits = nn.ParameterList(nn.Parameter(torch.zeros(site.units)) for site in sites)
+
+    def forward(self) -> dict[str, Tensor]:
+        return {site.name: logits for site, logits in zip(self.sites, self.logits, strict=True)}
+
+
+def generator_for(sites: Sequence[Site], *, kind: str, seed: int) -> nn.Module:
+    """What `search.generator` names: a network, or none."""
+    return FreeLogits(sites) if kind == "none" else Generator(sites, kind=kind, seed=seed)
+
+
 def _encoder() -> nn.TransformerEncoder:
     layer = nn.TransformerEncoderLayer(EMBEDDING, nhead=4, dim_feedforward=256, dropout=0.0)
     return nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,6 +44,19 @@ def add_adapters(model: nn.Module, sites: Sequence[Site], settings: LoraSettings
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
     """All adapter weights by name, in the model's order."""
     return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+
+
+@contextmanager
+def frozen(model: Any) -> Iterator[None]:
+    """For the block, adapters need no gradient."""
+    weights = list(adapters(model).values())
+    for weight in weights:
+        weight.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.requires_grad_(True)
 
 
 def cut_state(state: Mapping[str, Tensor], plan: Plan, sites: Iterable[Site]) -> dict[str, Tensor]:
@@ -88,3 +102,20 @@ def group_norms(model: Any, site: Site) -> Tensor:
     squares = squares + columns.square().sum(0).view(site.units, site.consumer.per_unit).sum(1)
     norms: Tensor = (squares + 1e-12).sqrt()
     return norms
+
+
+@torch.no_grad()
+def soft_threshold(model: Any, gates: Mapping[str, Tensor], sites: Iterable[Site], threshold: float) -> None:
+    """Take `threshold` off the norm of each closed unit's adapter parts, in place; none falls below zero.
+
+    The proximal step of the group lasso (Yuan and Lin 2006), on the groups of `group_norms`: the alternative to the
+    penalty of ATP, section 3.3. Parts of open units keep every bit.
+    """
+    for site in sites:
+        taken = (threshold / group_norms(model, site)).clamp(max=1)
+        scale = 1 - (1 - gates[site.name]) * taken
+        for cut in site.producers:
+            rows = model.get_submodule(cut.module).lora_B[NAME].weight
+            rows.mul_(scale.repeat_interleave(cut.per_unit)[:, None])
+        columns = model.get_submodule(site.consumer.module).lora_A[NAME].weight
+        columns.mul_(scale.repeat_interleave(site.consumer.per_unit))

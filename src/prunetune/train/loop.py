@@ -3,6 +3,8 @@
 Every step of the *search* phase moves the pruning-decision generator on a calibration batch, then the adapters on a
 training batch under its decision. In the *settle* phase the decision stands, and group sparsity empties the adapters of
 removed units. In the *tune* phase the model has been cut, and tuning goes on with what is left.
+
+With `search.step: joint` there is no calibration batch: one backward pass on the training batch moves both players.
 """
 
 from __future__ import annotations
@@ -29,7 +31,11 @@ def tune_and_prune(job: Job) -> Plan:
         phase = job.schedule.phase_at(step)
         record: Record = {"step": step + 1, "phase": phase, "lr": learning_rate(step, job.config.train)}
 
-        if phase == "search":
+        gates = None
+        if phase == "search" and job.config.search.step == "joint":
+            gates = search.propose(step)  # the adapters' pass below is the generator's, too
+            decision = search.decide(step)
+        elif phase == "search":
             record |= search.advance(step)  # generator, on calibration data; weights frozen, both branches gated
             decision = search.decide(step)
         elif decision.plan is None:
@@ -37,7 +43,10 @@ def tune_and_prune(job: Job) -> Plan:
         if phase == "tune" and decision.plan and not tuning.is_cut:
             tuning.cut(decision.plan)  # exact: the gated model and the cut one are equal
 
-        record |= tuning.advance(step, decision)  # adapters, on training data; LoRA-aware while the decision is a mask
+        # Adapters, on training data; LoRA-aware while the decision is a mask.
+        record |= tuning.advance(step, decision, gates)
+        if gates is not None:
+            record |= search.learn(gates, tuning.slopes)
         progress.done(record, decision)
 
     if decision.plan is None:

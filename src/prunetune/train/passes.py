@@ -5,8 +5,8 @@ Both give the same losses and gradients; see `tests/test_train_passes.py`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ from prunetune.data.templates import Example
 from prunetune.model.masking import Adapters, masked
 from prunetune.model.packed import can_pack, packed_rows
 from prunetune.model.sites import Site
-from prunetune.train.adapters import adapters
+from prunetune.train.adapters import adapters, frozen
 from prunetune.train.graphs import Function, Recorder
 from prunetune.train.objectives import Teacher, answer_loss, backward, feed_of_pack, group_lasso, losses, mean_loss
 
@@ -33,13 +33,19 @@ class Passes(Protocol):
     """
 
     def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
-        """Losses of the LoRA-aware forward (or of the model as it is); adapters accumulate their gradient."""
+        """Losses of the LoRA-aware forward (or of the model as it is); adapters accumulate their gradient.
+
+        Without `search.lora_aware`, those of the gated model.
+        """
 
     def shrink(self, gates: Gates, weight: float) -> float:
         """Group lasso under these gates; adapters accumulate `weight` times its gradient."""
 
     def slopes(self, examples: Sequence[Example], gates: Gates) -> tuple[Losses, dict[str, Tensor]]:
         """Losses of the gated model with frozen adapters, and their gradient at each gate: {site: [U]}."""
+
+    def both(self, examples: Sequence[Example], gates: Gates) -> tuple[Losses, dict[str, Tensor]]:
+        """`tune`, and the gradient at each gate from the same backward pass: {site: [U]}."""
 
     def score(self, examples: Sequence[Example], gates: Gates | None) -> float:
         """Loss of the gated model (or of the model as it is), no gradient."""
@@ -67,12 +73,13 @@ class Padded:
     ) -> None:
         self.model, self.sites, self.pad_id, self.teacher = model, sites, pad_id, teacher
         self.micro_tokens = config.train.micro_tokens
+        self.form: Adapters = "free" if config.search.lora_aware else "gated"
 
     def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
         """See `Passes`."""
         self.model.train()
         try:
-            with self._gated(gates, "free"):
+            with self._gated(gates, self.form):
                 return self._backward(examples)
         finally:
             self.model.eval()
@@ -85,12 +92,15 @@ class Padded:
 
     def slopes(self, examples: Sequence[Example], gates: Gates) -> tuple[Losses, dict[str, Tensor]]:
         """See `Passes`."""
-        leaves = {name: gate.detach().clone().requires_grad_() for name, gate in gates.items()}
+        leaves = _leaves(gates)
         with frozen(self.model), masked(self.model, leaves, sites=self.sites):
             result = self._backward(examples)
-        return result, {
-            name: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for name, leaf in leaves.items()
-        }
+        return result, _gradients_at(leaves)
+
+    def both(self, examples: Sequence[Example], gates: Gates) -> tuple[Losses, dict[str, Tensor]]:
+        """See `Passes`."""
+        leaves = _leaves(gates)
+        return self.tune(examples, leaves), _gradients_at(leaves)
 
     def score(self, examples: Sequence[Example], gates: Gates | None) -> float:
         """See `Passes`."""
@@ -121,6 +131,7 @@ class Packed:
     ) -> None:
         self.model, self.sites, self.pad_id, self.teacher = model, sites, pad_id, teacher
         self.micro_tokens = config.train.micro_tokens
+        self.form: Adapters = "free" if config.search.lora_aware else "gated"
         self.device = next(model.parameters()).device
         self.recorder = Recorder(self.device)
         self.sums = torch.zeros(2, device=self.device)  # answer loss and distance, or the lasso
@@ -148,6 +159,14 @@ class Packed:
         self._set(gates)
         self.gates.grad.zero_()
         result = self._over(examples, "slopes", self._slopes, [self.gates.grad])
+        return result, self._by_site(self.gates.grad.clone())
+
+    def both(self, examples: Sequence[Example], gates: Gates) -> tuple[Losses, dict[str, Tensor]]:
+        """See `Passes`."""
+        assert self.gates.grad is not None
+        self._set(gates)
+        self.gates.grad.zero_()
+        result = self._over(examples, "both", self._both, [self.gates.grad, *self._gradients()])
         return result, self._by_site(self.gates.grad.clone())
 
     def score(self, examples: Sequence[Example], gates: Gates | None) -> float:
@@ -181,7 +200,11 @@ class Packed:
         self.sums += parts.detach()
 
     def _learn_gated(self, inputs: Sequence[Tensor]) -> None:
-        with masked(self.model, self._by_site(self.gates.detach()), adapters="free", sites=self.sites):
+        with masked(self.model, self._by_site(self.gates.detach()), adapters=self.form, sites=self.sites):
+            self._learn(inputs)
+
+    def _both(self, inputs: Sequence[Tensor]) -> None:
+        with masked(self.model, self._by_site(self.gates), adapters=self.form, sites=self.sites):
             self._learn(inputs)
 
     def _shrink(self, inputs: Sequence[Tensor]) -> None:
@@ -219,14 +242,9 @@ class Packed:
         return gradients
 
 
-@contextmanager
-def frozen(model: Any) -> Iterator[None]:
-    """For the block, adapters need no gradient."""
-    weights = list(adapters(model).values())
-    for weight in weights:
-        weight.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for weight in weights:
-            weight.requires_grad_(True)
+def _leaves(gates: Gates) -> dict[str, Tensor]:
+    return {name: gate.detach().clone().requires_grad_() for name, gate in gates.items()}
+
+
+def _gradients_at(leaves: Gates) -> dict[str, Tensor]:
+    return {name: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for name, leaf in leaves.items()}

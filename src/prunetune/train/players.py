@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from prunetune.errors import ModelError
 from prunetune.model.surgery import cut_linears
 from prunetune.plan import Plan
 from prunetune.seeds import derive
-from prunetune.train.adapters import adapters, cut_state
+from prunetune.train.adapters import adapters, cut_state, soft_threshold
 from prunetune.train.job import Job, Record
 from prunetune.train.passes import Passes
 from prunetune.train.schedule import learning_rate
@@ -34,11 +34,19 @@ class Search:
 
     def advance(self, step: int) -> Record:
         """One generator step on a calibration batch (ATP, section 3.2)."""
-        job = self.job
-        if step == 0 and job.config.search.evidence:
+        gates = self.propose(step)
+        losses, slopes = self.passes.slopes(self.job.search.batch(step), gates)
+        return {f"search_{name}": loss for name, loss in losses.items()} | self.learn(gates, slopes)
+
+    def propose(self, step: int) -> dict[str, Tensor]:
+        """Gates of a step, with a gradient in the generator."""
+        if step == 0 and self.job.config.search.evidence:
             self.searcher.start_from(self._importance())
-        gates = self.searcher.sample(step)
-        losses, slopes = self.passes.slopes(job.search.batch(step), gates)
+        return self.searcher.sample(step)
+
+    def learn(self, gates: Mapping[str, Tensor], slopes: Mapping[str, Tensor]) -> Record:
+        """Move the generator by the model's gradient at the gates it proposed, and by the budget's."""
+        job = self.job
         ratio = ratio_loss(kept_share(gates, job.sites), job.schedule.keep) if self.searcher.is_sampled else None
         # The model's gradient stops at the gates; from there it flows on into the generator, with the budget's.
         total = torch.cat(list(gates.values())) @ torch.cat([slopes[name] for name in gates])
@@ -48,8 +56,7 @@ class Search:
         job.accelerator.clip_grad_norm_(self.searcher.generator.parameters(), job.config.train.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        record = {f"search_{name}": loss for name, loss in losses.items()}
-        return record if ratio is None else record | {"ratio_loss": float(ratio.detach())}
+        return {} if ratio is None else {"ratio_loss": float(ratio.detach())}
 
     def decide(self, step: int) -> Decision:
         """The hard decision under which the adapters take their step."""
@@ -77,12 +84,17 @@ class Adapters:
         self.job, self.passes = job, passes
         self.is_cut = False
         self.optimizer = self._fresh_optimizer()
+        self.slopes: Mapping[str, Tensor] = {}  # at the gates that `advance` was given
 
-    def advance(self, step: int, decision: Decision) -> Record:
-        """One tuning step: LoRA-aware under the decision while it is a mask, plain once the model is cut."""
+    def advance(self, step: int, decision: Decision, gates: Mapping[str, Tensor] | None = None) -> Record:
+        """One tuning step: LoRA-aware under the decision while it is a mask, plain once the model is cut.
+
+        Where the generator's own `gates` are given they take the decision's place in the pass, which then gives the
+        generator its `slopes`, too.
+        """
         job, batch, started = self.job, self.job.train.batch(step), time.monotonic()
         torch.manual_seed(derive(job.config.seed, "dropout", step))
-        record = self._gradients(batch, decision)
+        record = self._gradients(batch, decision, gates)
         if not math.isfinite(record["loss"]):
             rows = ", ".join(example.id for example in batch[:3])
             raise ModelError(
@@ -93,14 +105,22 @@ class Adapters:
             group["lr"] = learning_rate(step, job.config.train)
         job.accelerator.clip_grad_norm_(adapters(job.model).values(), job.config.train.clip)
         self.optimizer.step()
+        if job.config.search.sparsity == "proximal" and not self.is_cut:
+            threshold = learning_rate(step, job.config.train) * job.config.search.lasso
+            soft_threshold(job.model, decision.gates, job.sites, threshold)
         self.optimizer.zero_grad(set_to_none=False)  # recorded passes add to the same tensors every time
         tokens = sum(len(example.ids) for example in batch)
         return record | {"tokens_per_s": tokens / (time.monotonic() - started)}
 
-    def _gradients(self, batch: list[Example], decision: Decision) -> Record:
+    def _gradients(self, batch: list[Example], decision: Decision, gates: Mapping[str, Tensor] | None) -> Record:
         if self.is_cut:
             return dict(self.passes.tune(batch, None))
-        losses = self.passes.tune(batch, decision.gates)
+        if gates is None:
+            losses = self.passes.tune(batch, decision.gates)
+        else:
+            losses, self.slopes = self.passes.both(batch, gates)
+        if self.job.config.search.sparsity != "lasso":
+            return dict(losses)
         return {**losses, "lasso": self.passes.shrink(decision.gates, self.job.config.search.lasso)}
 
     def cut(self, plan: Plan) -> None:
