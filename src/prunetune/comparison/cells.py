@@ -136,10 +136,10 @@ class Shelf:
             )
         return result
 
-    def done(self, cell: Cell) -> bool:
-        """Whether a cell has been made; one that failed is tried again."""
+    def done(self, cell: Cell, *, choose: bool) -> bool:
+        """Whether a cell has been made, scored on valid too where it is one to choose from; a failed one is not."""
         result = self.get(cell)
-        return result is not None and "error" not in result
+        return result is not None and "error" not in result and ("valid_nll" in result or not choose)
 
     def all(self, cells: Iterable[Cell]) -> list[Result]:
         """The files that are there."""

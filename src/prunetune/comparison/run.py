@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch.nn.attention import sdpa_kernel
 
@@ -23,12 +24,14 @@ from prunetune.comparison.table import aggregate
 from prunetune.comparison.work import Stopped, Workshop
 from prunetune.config import RunConfig, to_mapping
 from prunetune.console import console_for
+from prunetune.decide.select import select
 from prunetune.errors import GateFailed, PrunetuneError
 from prunetune.evaluation.suite import KERNELS
 from prunetune.files import write_text
 from prunetune.folder import FREE
+from prunetune.model.loading import load_config
 from prunetune.pipeline import same_data
-from prunetune.setting import Console, Setting, facts_of, prepare
+from prunetune.setting import Console, Setting, facts_of, prepare, shape_of
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +51,22 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
         setting = prepare(config, resume=resume, console=console, free=GROWS)
         if resume:
             same_data(setting)
+        _refuse_in_time(setting, methods, grid)
         _open(setting, command)
         cells, rates = _Comparison(setting, methods, grid, Shelf(setting.folder.path)).run()
     finally:
         console.close()
     return _finish(setting, cells, rates)
+
+
+def _refuse_in_time(setting: Setting, methods: Sequence[Method], grid: Grid) -> None:
+    """Raises `PlanError` for a budget that no plan of a method meets, and `ConfigError` for options that clash."""
+    model_config = load_config(setting.config.model, trust_remote_code=setting.config.trust_remote_code)
+    scores = {site.name: torch.zeros(site.units) for site in setting.sites}
+    for method in methods:
+        for cell in grid.cells(method, grid.trials(method)[0].rate):
+            config = cell.config(setting.config)
+            select(scores, setting.sites, cell.keep, shape_of(config, setting.sites, model_config))
 
 
 def _open(setting: Setting, command: str) -> None:
@@ -87,30 +101,26 @@ class _Comparison:
 
     def run(self) -> tuple[list[Cell], dict[str, float]]:
         """All cells are there, or their errors; returns those the table is about, and each method's learning rate."""
-        console = self.setting.console
-        console.stage("loading the model", 0)
-        loaded = self.setting.load().model
-        shop = Workshop(
-            self.setting, loaded, loaded.config, self.setting.config.train.learning_rate, len(self.grid.rates) > 1
-        )
         dense = [method for method in self.methods if method.is_dense]
         others = [method for method in self.methods if not method.is_dense]
+        shop = Workshop(self.setting, self.setting.config.train.learning_rate)
+        jobs = self.setting.config.compare.jobs if self.setting.device.type == "cuda" else 1
         with one_kernel_choice():
-            self._make(shop, [cell for method in dense for cell in self.grid.trials(method)], jobs=1)
-            self._make(shop, [cell for method in dense for cell in self._cells(method)], jobs=1)
-            shop.dense_rate = next(
-                (rate for method in dense if method.name == DENSE for rate in [self._rate(method)]), shop.dense_rate
-            )
-            for seed, rate in list(shop.teachers):
-                if rate != shop.dense_rate:
-                    shop.forget(seed, rate)
-            jobs = self.setting.config.compare.jobs if self.setting.device.type == "cuda" else 1
-            self._make(shop, [cell for method in others for cell in self.grid.trials(method)], jobs=jobs)
-            self._make(shop, by_seed(cell for method in others for cell in self._cells(method)), jobs=jobs)
-        tried = [cell for method in self.methods for cell in self.grid.trials(method)]
-        every = [*tried, *(cell for method in self.methods for cell in self._cells(method))]
-        cells = list({cell.name: cell for cell in every}.values())
-        return cells, {method.name: self._rate(method) for method in self.methods}
+            self._make(shop, self._trials(dense), jobs=1, choose=True)
+            self._make(shop, self._cells(dense), jobs=1)
+            shop.teach(next((self._rate(method) for method in dense if method.name == DENSE), shop.dense_rate))
+            self._make(shop, self._trials(others), jobs=jobs, choose=True)
+            self._make(shop, by_seed(self._cells(others)), jobs=jobs)
+        cells = {cell.name: cell for cell in (*self._trials(self.methods), *self._cells(self.methods))}
+        return list(cells.values()), {method.name: self._rate(method) for method in self.methods}
+
+    def _trials(self, methods: Sequence[Method]) -> list[Cell]:
+        """The cells that learning rates are chosen by, of methods that have several."""
+        trials = [self.grid.trials(method) for method in methods]
+        return [cell for cells in trials if len(cells) > 1 for cell in cells]
+
+    def _cells(self, methods: Sequence[Method]) -> list[Cell]:
+        return [cell for method in methods for cell in self.grid.cells(method, self._rate(method))]
 
     def _rate(self, method: Method) -> float:
         trials = self.grid.trials(method)
@@ -118,30 +128,28 @@ class _Comparison:
             return trials[0].rate
         return best_rate(self.shelf.all(trials)) or trials[0].rate
 
-    def _cells(self, method: Method) -> list[Cell]:
-        return self.grid.cells(method, self._rate(method))
-
-    def _make(self, shop: Workshop, cells: Iterable[Cell], *, jobs: int) -> None:
+    def _make(self, shop: Workshop, cells: Sequence[Cell], *, jobs: int, choose: bool = False) -> None:
         """Make those that are not there, `jobs` at once; Ctrl-C ends those that run."""
-        left = [cell for cell in cells if not self.shelf.done(cell)]
-        shop.crowded = jobs > 1
-        pool = ThreadPoolExecutor(jobs)
-        try:
-            if jobs == 1:
-                for cell in left:
-                    self._one(shop, cell)
-            else:
-                for future in [pool.submit(self._one, shop, cell) for cell in left]:
+        left = [cell for cell in cells if not self.shelf.done(cell, choose=choose)]
+        if not left:
+            return
+        shop.open(crowded=jobs > 1)
+        if jobs == 1:
+            for cell in left:
+                self._one(shop, cell, choose)
+            return
+        with ThreadPoolExecutor(jobs) as pool:
+            try:
+                for future in [pool.submit(self._one, shop, cell, choose) for cell in left]:
                     future.result()
-        except BaseException:
-            shop.stop.set()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            except BaseException:
+                shop.stop.set()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
-    def _one(self, shop: Workshop, cell: Cell) -> None:
+    def _one(self, shop: Workshop, cell: Cell, choose: bool) -> None:
         try:
-            result = shop.make(cell)
+            result = shop.make(cell, choose=choose)
         except Stopped:
             return
         except PrunetuneError as failed:
@@ -171,6 +179,6 @@ def line_of(result: Result) -> str:
     """A cell in a line of the log."""
     if "error" in result:
         return f"{result['cell']}: failed: {result['error']}"
-    named: dict[str, Any] = {**result["headline"], "valid nll": result["valid_nll"]}
+    named: dict[str, Any] = {**result["headline"], "valid nll": result.get("valid_nll")}
     scores = ", ".join(f"{name} {value:.3f}" for name, value in named.items() if value is not None)
     return f"{result['cell']}: kept {100 * result['kept']:.1f}%, {scores}, {result['train_seconds']:.0f} s"

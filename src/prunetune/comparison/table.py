@@ -162,6 +162,8 @@ def _paired(group: Group, other: Group | None) -> tuple[Group, Group] | None:
     """Both over the seeds that they have in common; what has no seed of its own (untuned) goes with all."""
     if other is None:
         return None
+    if any("untuned" in one.cells[0]["changes"] for one in (group, other)):
+        return group, other
     common = [seed for seed in group.seeds if seed in other.seeds]
     return (group.over(common), other.over(common)) if common else None
 

@@ -14,6 +14,7 @@ import torch
 
 from prunetune import environment
 from prunetune.comparison.cells import Cell, Result, about, scores_of
+from prunetune.comparison.methods import BUILT_IN, DENSE
 from prunetune.config import RunConfig
 from prunetune.data.batches import Stream, collate, micro_batches
 from prunetune.data.records import Record
@@ -74,19 +75,32 @@ class Workshop:
     """What all cells share: data, tokens, the dense model, and the dense tuned models that teach."""
 
     setting: Setting
-    model: Any  # dense, as it came; only ever copied
-    model_config: Any
-    dense_rate: float
-    choose: bool  # several learning rates: cells are scored on valid as well
+    dense_rate: float  # of the dense tuned model that teaches
+    model: Any = None  # dense, as it came; only ever copied
     crowded: bool = False  # several cells run at once
     stop: threading.Event = field(default_factory=threading.Event)
     teachers: dict[tuple[int, float], Tuned] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
+    own: threading.local = field(default_factory=threading.local)  # each thread's stream
 
-    def make(self, cell: Cell) -> Result:
-        """The cell's file; raises what goes wrong."""
+    def open(self, *, crowded: bool) -> None:
+        """Load the model once, before any thread starts: loading changes settings of the whole process."""
+        if self.model is None:
+            self.setting.console.stage("loading the model", 0)
+            self.model = self.setting.load().model
+        if self.setting.device.type == "cuda":
+            torch.cuda.synchronize(self.setting.device)
+        self.crowded = crowded
+
+    def teach(self, rate: float) -> None:
+        """Dense models of this learning rate are the teachers; others are let go."""
+        self.dense_rate = rate
+        self.teachers = {key: tuned for key, tuned in self.teachers.items() if key[1] == rate}
+
+    def make(self, cell: Cell, *, choose: bool) -> Result:
+        """The cell's file, with the NLL on valid where it is one to choose from; raises what goes wrong."""
         with self._stream():
-            return self._make(cell)
+            return self._make(cell, choose=choose)
 
     def go_on(self) -> None:
         """Raises `Stopped` where the comparison has been interrupted."""
@@ -95,11 +109,13 @@ class Workshop:
 
     def _stream(self) -> AbstractContextManager[Any]:
         device = self.setting.device
-        if device.type != "cuda":
+        if device.type != "cuda" or not self.crowded:
             return nullcontext()
-        return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+        if not hasattr(self.own, "stream"):
+            self.own.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        return torch.cuda.stream(self.own.stream)
 
-    def _make(self, cell: Cell) -> Result:
+    def _make(self, cell: Cell, *, choose: bool) -> Result:
         setting = self.setting_of(cell)
         if not self.crowded:
             setting.console.stage(cell.name, 0 if cell.method.kind == "untuned" else setting.config.train.steps)
@@ -108,12 +124,11 @@ class Workshop:
         model, plan, facts = self._model(cell, setting)
         peak = torch.cuda.max_memory_allocated(setting.device) / 1e6 if setting.device.type == "cuda" else None
         started = time.monotonic()
-        scores, valid = self._scores(model, setting)
+        scores = self._scores(model, setting, choose=choose)
         everything = sum(site.params for site in setting.sites)
         return {
             **about(cell),
             **scores,
-            "valid_nll": valid,
             "kept": kept_params(setting.sites, plan) / everything,
             "widths": plan.widths(),
             **facts,
@@ -128,7 +143,7 @@ class Workshop:
     def setting_of(self, cell: Cell) -> Setting:
         """Data and tokens are read once: cells differ in what comes after."""
         config = cell.config(self.setting.config)
-        return replace(self.setting, config=config, shape=shape_of(config, self.setting.sites, self.model_config))
+        return replace(self.setting, config=config, shape=shape_of(config, self.setting.sites, self.model.config))
 
     # -- models ------------------------------------------------------------------------------------------------------
 
@@ -187,8 +202,6 @@ class Workshop:
         return place
 
     def _tune_dense(self, place: Tuned, seed: int, rate: float) -> None:
-        from prunetune.comparison.methods import BUILT_IN, DENSE
-
         setting = self.setting_of(Cell(BUILT_IN[DENSE], 1.0, seed, rate))
         model, watch, started = copy.deepcopy(self.model), Watch(self), time.monotonic()
         place.plan = tune_and_prune(job_of(setting, model, Forgetful(), watch, plan=dense_plan(setting.sites)))
@@ -197,10 +210,6 @@ class Workshop:
         place.seconds, place.curve = time.monotonic() - started, watch.curve
         place.model = model.requires_grad_(False).eval()
 
-    def forget(self, seed: int, rate: float) -> None:
-        """A dense model that nobody will ask for again."""
-        self.teachers.pop((seed, rate), None)
-
     def _settle(self) -> None:
         """What was launched on this stream is done: seconds count, and other streams may read."""
         if self.setting.device.type == "cuda":
@@ -208,18 +217,18 @@ class Workshop:
 
     # -- scores ------------------------------------------------------------------------------------------------------
 
-    def _scores(self, model: Any, setting: Setting) -> tuple[Result, float | None]:
-        """Scores on the split, and the NLL on valid where learning rates are chosen."""
+    def _scores(self, model: Any, setting: Setting, *, choose: bool) -> Result:
+        """Scores on the split, and the NLL on valid where a learning rate is chosen by it."""
         config, parts = setting.config, setting.splits.parts()
-        split = config.compare.split
-        found = self._evaluated(model, setting, parts[split])
-        if not self.choose:
-            return scores_of(found), None
-        if split == "valid":
-            return scores_of(found), watched_nll(found)
+        found = self._evaluated(model, setting, parts[config.compare.split])
+        if not choose:
+            return scores_of(found)
+        if config.compare.split == "valid":
+            return {**scores_of(found), "valid_nll": watched_nll(found)}
         quick = replace(setting, config=replace(config, evaluate=replace(config.evaluate, generate_limit=0)))
         answers = tuple(record for record in parts["valid"] if record.kind != "text")
-        return scores_of(found), watched_nll(self._evaluated(model, quick, answers or parts["valid"]))
+        valid = self._evaluated(model, quick, answers or parts["valid"])
+        return {**scores_of(found), "valid_nll": watched_nll(valid)}
 
     def _evaluated(self, model: Any, setting: Setting, records: tuple[Record, ...]) -> Evaluation:
         def progress(task: str, done: int, total: int) -> None:
