@@ -36,7 +36,7 @@ def _budget(found: Mapping[str, Any], keep: float) -> str:
 
 
 def _cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
-    cells = [row["method"], rate(row), str(len(row["seeds"])), text.share(row["kept"], 1)]
+    cells = [row["method"], rate(row), seeds(row), text.share(row["kept"], 1)]
     for metric in metrics:
         score = row["scores"].get(metric, {})
         cells += [number(score.get("value")), number(score.get("sd")), number(score.get("se")), difference(score)]
@@ -54,6 +54,11 @@ def _cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
 def rate(row: Mapping[str, Any]) -> str:
     """The learning rate that a row was tuned with."""
     return f"{row['learning_rate']:g}" if row["train_seconds"] else ABSENT
+
+
+def seeds(row: Mapping[str, Any]) -> str:
+    """How many seeds went in, and how many failed."""
+    return str(len(row["seeds"])) + (f" ({row['failed']} failed)" if row["failed"] else "")
 
 
 def number(value: float | None) -> str:

@@ -18,6 +18,11 @@ Cell = Mapping[str, Any]  # a cell's file
 METRICS = {"acc": "accuracy", "nll": "nll", "rouge_l": "rouge_l"}
 TEXT = "ppl "  # begins the name of a text's column
 FORMAT = "prunetune-comparison-1"
+COSTS = ("train_seconds", "teacher_seconds", "eval_seconds", "peak_mb")
+# A row of which every cell failed.
+NOTHING: Mapping[str, Any] = {
+    "kept": None, "scores": {}, "gap": None, "acc_of_dense": None, **dict.fromkeys(COSTS), "crowded": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,8 @@ def aggregate(cells: Sequence[Cell], chosen: Mapping[str, float], config: RunCon
 
     Plain values; what is not finite is None.
     """
-    whole = [cell for cell in cells if "error" not in cell]
     keeps = list(dict.fromkeys(config.compare.keeps or (config.budget.keep,)))
-    rows = [row for keep in keeps for row in _rows(whole, chosen, keep)]
+    rows = [row for keep in keeps for row in _rows(cells, chosen, keep)]
     return {
         "format": FORMAT,
         "model": config.model,
@@ -107,42 +111,46 @@ def _trials(cells: Sequence[Cell], chosen: Mapping[str, float]) -> list[dict[str
 
 
 def _rows(cells: Sequence[Cell], chosen: Mapping[str, float], keep: float) -> list[dict[str, Any]]:
-    groups = {}
+    """A row for each method at one budget; what is dense stands beside every budget."""
+    groups, failed = {}, {}
     for name in chosen:
         own = [cell for cell in cells if cell["method"] == name and cell["learning_rate"] == chosen[name]]
-        at = tuple(cell for cell in own if cell["keep"] == keep or "dense" in cell["changes"] or _untouched(cell))
-        if at:
-            groups[name] = Group(at)
-    return [_row(name, keep, group, groups) for name, group in groups.items()]
+        at = [cell for cell in own if cell["keep"] == keep or {"dense", "untuned"} & set(cell["changes"])]
+        groups[name] = Group(tuple(cell for cell in at if "error" not in cell))
+        failed[name] = sum("error" in cell for cell in at)
+    whole = {name: group for name, group in groups.items() if group.cells}
+    return [
+        {
+            "method": name,
+            "keep": keep,
+            "learning_rate": chosen[name],
+            "seeds": list(groups[name].seeds),
+            "failed": failed[name],
+            **(_found(name, whole) if name in whole else {**NOTHING}),
+        }
+        for name in chosen
+        if name in whole or failed[name]
+    ]
 
 
-def _untouched(cell: Cell) -> bool:
-    return "untuned" in cell["changes"]
-
-
-def _row(name: str, keep: float, group: Group, groups: Mapping[str, Group]) -> dict[str, Any]:
-    dense, reference = groups.get(DENSE), groups.get(REFERENCE)
+def _found(name: str, groups: Mapping[str, Group]) -> dict[str, Any]:
+    group, dense, reference = groups[name], groups.get(DENSE), groups.get(REFERENCE)
     scores = {}
     for metric in group.cells[0]["headline"]:
         values = group.values(metric)
-        if not values:
-            continue
-        scores[metric] = {
-            "value": _finite(mean(values)),
-            "sd": _finite(sd(values)),
-            "se": _finite(error(group.tasks(metric).values())),
-            **(difference(group, reference, metric) if reference and name != REFERENCE else {}),
-        }
+        if values:
+            scores[metric] = {
+                "value": _finite(mean(values)),
+                "sd": _finite(sd(values)),
+                "se": _finite(error(group.tasks(metric).values())),
+                **(difference(group, reference, metric) if reference and name != REFERENCE else {}),
+            }
     return {
-        "method": name,
-        "keep": keep,
         "kept": mean([cell["kept"] for cell in group.cells]),
-        "learning_rate": group.cells[0]["learning_rate"],
-        "seeds": list(group.seeds),
         "scores": scores,
         "gap": _over_dense(group, dense, "nll", ratio=False),
         "acc_of_dense": _over_dense(group, dense, "acc", ratio=True),
-        **{key: _mean_of(group, key) for key in ("train_seconds", "teacher_seconds", "eval_seconds", "peak_mb")},
+        **{key: _mean_of(group, key) for key in COSTS},
         "crowded": any(cell["crowded"] for cell in group.cells),
     }
 
