@@ -79,7 +79,10 @@ def realistic(methods: Sequence[str], keeps: Sequence[float], seeds: Sequence[in
                     )
                     for n in range(60)
                 ]
-                domain, general = ([item(f"t{n}", nll=base + scale * harm + rng.gauss(0, 0.1), tokens=400.0) for n in range(60)] for base, scale in ((2.7, 1.4), (3.3, 2.2)))  # fmt: skip
+                domain, general = (
+                    [item(f"t{n}", nll=base + far * harm + rng.gauss(0, 0.1), tokens=400.0) for n in range(60)]
+                    for base, far in ((2.7, 1.4), (3.3, 2.2))
+                )
                 tasks = (
                     task("holdings", answers, "accuracy", "nll"),
                     task("summaries", opens, "nll", "rouge_l"),

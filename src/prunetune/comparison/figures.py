@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 WIDTH = 5.0  # inches
 MARKS = ("s", "^", "v", "P", "X", "<", ">", "d")
-GLYPHS = dict(zip("s^vPX<>doD", "■▲▼✚✖◀▶◆●◆", strict=True))
+GLYPHS = dict(zip("s^vPX<>doD*", "■▲▼✚✖◀▶◆●◆★", strict=True))
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 WIDE = 4.0  # perplexities that lie farther apart than this get a logarithmic axis
 
@@ -33,6 +33,9 @@ class Look:
     marker: str
     dash: Any = "-"
     heavy: bool = False
+
+
+FIXED = {DENSE: Look(svg.DENSE, "D"), "untuned": Look(svg.MUTED, "*")}
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ def looks_of(methods: Sequence[str]) -> dict[str, Look]:
     for name in methods:
         if name == REFERENCE:
             looks[name] = Look(svg.PRUNED, "o", heavy=True)
-        elif name == DENSE:
-            looks[name] = Look(svg.DENSE, "D")
+        elif name in FIXED:
+            looks[name] = FIXED[name]
         else:
             turn, place = divmod(others, len(svg.SERIES))
             looks[name] = Look(svg.SERIES[place], MARKS[place], DASHES[turn % len(DASHES)])

@@ -25,10 +25,10 @@ def _budget(found: Mapping[str, Any], keep: float) -> str:
     if not rows:
         return ""
     metrics, versus = found["metrics"], found["reference"]
-    head = ["method", "lr", "seeds", "kept"]
+    head = ["method", "lr", "seeds", "kept", "gap", "acc of dense"]
     for metric in metrics:
         head += [metric, "sd", "se", f"- {versus}"]
-    head += ["gap", "acc of dense", "s", "teacher s", "MB"]
+    head += ["s", "teacher s", "MB"]
     lines = [_line(head), "|" + "---|" * len(head), *(_line(_cells(row, metrics)) for row in rows)]
     title = f"Keep {keep:g}, split {found['split']}: means over seeds; sd over seeds, se over items; "
     note = f"minus {versus} with its standard error over paired items; gap: nll minus dense."
@@ -36,19 +36,14 @@ def _budget(found: Mapping[str, Any], keep: float) -> str:
 
 
 def _cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
-    cells = [row["method"], rate(row), seeds(row), text.share(row["kept"], 1)]
+    share = row["acc_of_dense"]
+    cells = [row["method"], rate(row), seeds(row), text.share(row["kept"], 1), signed(row["gap"])]
+    cells.append(ABSENT if share is None else text.share(share, 1))
     for metric in metrics:
         score = row["scores"].get(metric, {})
         cells += [number(score.get("value")), number(score.get("sd")), number(score.get("se")), difference(score)]
-    share = row["acc_of_dense"]
-    return [
-        *cells,
-        signed(row["gap"]),
-        ABSENT if share is None else text.share(share, 1),
-        seconds(row["train_seconds"]),
-        seconds(row["teacher_seconds"]),
-        ABSENT if row["peak_mb"] is None else text.count(row["peak_mb"]),
-    ]
+    memory = ABSENT if row["peak_mb"] is None else text.count(row["peak_mb"])
+    return [*cells, seconds(row["train_seconds"]), seconds(row["teacher_seconds"]), memory]
 
 
 def rate(row: Mapping[str, Any]) -> str:

@@ -81,16 +81,16 @@ def label_of(metric: str) -> str:
 
 
 def verdict(found: Found) -> str:
-    """The smallest budget's finding in a sentence: one-stage and the best two-stage method over the dense model."""
+    """The smallest budget's finding in a sentence: one stage and the best two-stage method over the dense model."""
     for keep in sorted(found["keeps"]):
         rows = {row["method"]: row for row in found["rows"] if row["keep"] == keep and row["gap"] is not None}
-        rest = [row for row in rows.values() if row["kept"] < 1 and row["method"] != REFERENCE]
+        rest = [row for row in rows.values() if row["kind"] == "two-stage"]
         if REFERENCE in rows and DENSE in rows and rest:
             best = min(rest, key=lambda row: float(row["gap"]))
             ours = rows[REFERENCE]
             return (
                 f"{text.share(1 - ours['kept'])} removed: NLL {text.change(ours['gap'])} over dense with one stage, "
-                f"{text.change(best['gap'])} with {best['method']}, the best of the others"
+                f"{text.change(best['gap'])} with {best['method']}, the best two-stage"
             )
     methods = len({row["method"] for row in found["rows"]})
     return f"{methods} method{'s' if methods != 1 else ''} on {found['model']}"

@@ -112,16 +112,18 @@ def _trials(cells: Sequence[Cell], chosen: Mapping[str, float]) -> list[dict[str
 
 def _rows(cells: Sequence[Cell], chosen: Mapping[str, float], keep: float) -> list[dict[str, Any]]:
     """A row for each method at one budget; what is dense stands beside every budget."""
-    groups, failed = {}, {}
+    groups, failed, kinds = {}, {}, {}
     for name in chosen:
         own = [cell for cell in cells if cell["method"] == name and cell["learning_rate"] == chosen[name]]
-        at = [cell for cell in own if cell["keep"] == keep or {"dense", "untuned"} & set(cell["changes"])]
+        at = [cell for cell in own if cell["keep"] == keep or kind_of(cell) in ("dense", "untuned")]
         groups[name] = Group(tuple(cell for cell in at if "error" not in cell))
         failed[name] = sum("error" in cell for cell in at)
+        kinds[name] = kind_of(at[0]) if at else ""
     whole = {name: group for name, group in groups.items() if group.cells}
     return [
         {
             "method": name,
+            "kind": kinds[name],
             "keep": keep,
             "learning_rate": chosen[name],
             "seeds": list(groups[name].seeds),
@@ -131,6 +133,11 @@ def _rows(cells: Sequence[Cell], chosen: Mapping[str, float], keep: float) -> li
         for name in chosen
         if name in whole or failed[name]
     ]
+
+
+def kind_of(cell: Cell) -> str:
+    """How the cell's model came about."""
+    return next((kind for kind in ("dense", "untuned", "two-stage") if kind in cell["changes"]), "one-stage")
 
 
 def _found(name: str, groups: Mapping[str, Group]) -> dict[str, Any]:
@@ -170,7 +177,7 @@ def _paired(group: Group, other: Group | None) -> tuple[Group, Group] | None:
     """Both over the seeds that they have in common; what has no seed of its own (untuned) goes with all."""
     if other is None:
         return None
-    if any("untuned" in one.cells[0]["changes"] for one in (group, other)):
+    if any(kind_of(one.cells[0]) == "untuned" for one in (group, other)):
         return group, other
     common = [seed for seed in group.seeds if seed in other.seeds]
     return (group.over(common), other.over(common)) if common else None
