@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import prunetune.comparison.run
 import prunetune.comparison.work as work
 from data_helpers import write_lines
 from evaluate_helpers import characters, speaker
@@ -173,6 +174,18 @@ def test_a_variant_that_changed_under_its_name_is_refused(place: Path, tmp_path:
         compare(config_of(place, folder, compare=own), resume=True)
 
 
+def test_cells_at_once_are_the_same_cells(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = {"methods": ["dense", "taylor", "one-stage"], "seeds": [0, 1], "keeps": [0.8, 0.6]}
+    one = compare(config_of(place, tmp_path / "one", compare=own))
+    monkeypatch.setattr(prunetune.comparison.run, "jobs_of", lambda _: 3)
+    three = compare(config_of(place, tmp_path / "three", compare=own))
+    assert list(cells(three)) == list(cells(one))
+    for name, cell in cells(three).items():
+        for key in ("items", "widths", "curve"):
+            assert cell[key] == cells(one)[name][key]
+        assert cell["crowded"] == (cell["method"] != "dense")
+
+
 # -- failures --------------------------------------------------------------------------------------------------------
 
 
@@ -219,6 +232,21 @@ def test_an_interruption_keeps_what_is_done(
     assert list(cells(tmp_path / "run")) == ["magnitude-keep0.6-seed0-lr0.01"]
     compare(config, resume=True)
     assert len(counted) == 2
+
+
+def test_an_interruption_ends_what_runs_beside(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[int]
+) -> None:
+    def interrupt(_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prunetune.comparison.run, "jobs_of", lambda _: 2)
+    monkeypatch.setitem(BASELINES, "random", interrupt)
+    own = {"methods": ["random", "magnitude"], "seeds": [0, 1, 2]}
+    with pytest.raises(KeyboardInterrupt):
+        compare(config_of(place, tmp_path / "run", compare=own, train={"steps": 500}))
+    assert cells(tmp_path / "run") == {}
+    assert len(counted) <= 2
 
 
 @pytest.mark.parametrize(

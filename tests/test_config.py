@@ -334,7 +334,11 @@ def prunetune(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("--version",), (), ("run", "--help"), ("demo", "--help")], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [("--help",), ("--version",), (), ("run", "--help"), ("demo", "--help"), ("compare", "--help")],
+    ids=str,
+)
 def test_help_works_and_does_not_wait_for_torch(arguments: tuple[str, ...]) -> None:
     done = prunetune(*arguments)
     assert done.returncode == 0, done.stderr

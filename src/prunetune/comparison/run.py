@@ -104,7 +104,7 @@ class _Comparison:
         dense = [method for method in self.methods if method.is_dense]
         others = [method for method in self.methods if not method.is_dense]
         shop = Workshop(self.setting, self.setting.config.train.learning_rate)
-        jobs = self.setting.config.compare.jobs if self.setting.device.type == "cuda" else 1
+        jobs = jobs_of(self.setting)
         with one_kernel_choice():
             self._make(shop, self._trials(dense), jobs=1, choose=True)
             self._make(shop, self._cells(dense), jobs=1)
@@ -159,6 +159,11 @@ class _Comparison:
             result = {**about(cell), "error": f"{type(failed).__name__}: {' '.join(str(failed).split())[:500]}"}
         self.shelf.put(cell, result)
         log.info("%s", line_of(result))
+
+
+def jobs_of(setting: Setting) -> int:
+    """Cells at once: a GPU waits for small models' launches, a CPU has no core to spare."""
+    return setting.config.compare.jobs if setting.device.type == "cuda" else 1
 
 
 def by_seed(cells: Iterable[Cell]) -> list[Cell]:
