@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from prunetune.comparison.cells import scores_of
+from prunetune.comparison.scoring import scores_of
 from prunetune.evaluation.results import Evaluation, Item, TaskResult
 from prunetune.evaluation.statistics import summarise
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import prunetune.comparison.run
+import prunetune.comparison.scoring as scoring
 import prunetune.comparison.work as work
 from data_helpers import write_lines
 from evaluate_helpers import characters, speaker
@@ -291,16 +292,16 @@ def test_all_methods_and_variants(place: Path, tmp_path: Path) -> None:
 
 def test_a_learning_rate_is_chosen_on_valid_alone(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores on test are made to say the opposite of those on valid, and the choice does not care."""
-    real = work.evaluate
+    real = scoring.evaluate
 
     def evaluate(model: Any, tokenizer: Any, records: Any, *rest: Any) -> Any:
         seen.append(records)
         return real(model, tokenizer, records, *rest)
 
     seen: list[Any] = []
-    monkeypatch.setattr(work, "evaluate", evaluate)
+    monkeypatch.setattr(scoring, "evaluate", evaluate)
     scores = {1e-2: 3.0, 1e-3: 1.0, 1e-4: 2.0}
-    monkeypatch.setattr(work, "watched_nll", lambda _: scores[rates.pop(0)])
+    monkeypatch.setattr(scoring, "watched_nll", lambda _: scores[rates.pop(0)])
     rates = list(scores)
     own = {"methods": ["random"], "seeds": [0, 1], "keeps": [0.8, 0.6], "learning_rates": list(scores)}
     folder = compare(config_of(place, tmp_path / "run", compare=own))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 from prunetune.comparison.methods import Method, changed
 from prunetune.config import RunConfig
 from prunetune.errors import RunFolderError
-from prunetune.evaluation.results import Evaluation
 from prunetune.files import write_text
 
 Result = dict[str, Any]  # a cell's file
@@ -80,34 +78,6 @@ def grid_of(config: RunConfig) -> Grid:
 
 def _once(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(values))
-
-
-def scores_of(result: Evaluation) -> Result:
-    """Scores with standard errors, and what each item contributed: {task: {id: {metric: value}}}."""
-    return {
-        "headline": headline(result),
-        "scores": {
-            task: {metric: [_finite(s.value), _finite(s.se), s.n] for metric, s in found.scores.items()}
-            for task, found in result.tasks.items()
-        },
-        "items": {
-            task: {item.id: {metric: _finite(value) for metric, value in item.scores.items()} for item in found.items}
-            for task, found in result.tasks.items()
-        },
-    }
-
-
-def headline(result: Evaluation) -> dict[str, float | None]:
-    """Means over tasks of accuracy, NLL and ROUGE-L, and each text's perplexity."""
-    found = {"acc": result.mean_accuracy(), "nll": result.mean_nll(), "rouge_l": result.mean("rouge_l").value}
-    for task, scored in result.tasks.items():
-        if "perplexity" in scored.scores:
-            found[f"ppl {task}"] = scored.scores["perplexity"].value
-    return {name: _finite(value) for name, value in found.items()}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from torch.nn.attention import sdpa_kernel
 from prunetune import environment
 from prunetune.comparison.cells import Cell, Grid, Result, Shelf, about, best_rate, grid_of
 from prunetune.comparison.markdown import markdown
-from prunetune.comparison.methods import DENSE, Method, methods_of
+from prunetune.comparison.methods import DENSE, Method, changed, methods_of
 from prunetune.comparison.page import write_page
 from prunetune.comparison.table import aggregate
 from prunetune.comparison.work import Stopped, Workshop
@@ -32,6 +33,7 @@ from prunetune.folder import FREE
 from prunetune.model.loading import load_config
 from prunetune.pipeline import same_data
 from prunetune.setting import Console, Setting, facts_of, prepare, shape_of
+from prunetune.train.graphs import RECORDING
 
 log = logging.getLogger(__name__)
 
@@ -103,16 +105,21 @@ class _Comparison:
         """All cells are there, or their errors; returns those the table is about, and each method's learning rate."""
         dense = [method for method in self.methods if method.is_dense]
         others = [method for method in self.methods if not method.is_dense]
-        shop = Workshop(self.setting, self.setting.config.train.learning_rate)
+        rate = self.setting.config.train.learning_rate
+        shop = Workshop(self.setting, rate if rate in self.grid.rates else self.grid.rates[0])
         jobs = jobs_of(self.setting)
         with one_kernel_choice():
             self._make(shop, self._trials(dense), jobs=1, choose=True)
             self._make(shop, self._cells(dense), jobs=1)
-            shop.teach(next((self._rate(method) for method in dense if method.name == DENSE), shop.dense_rate))
+            rate = next((self._rate(method) for method in dense if method.name == DENSE), shop.dense_rate)
+            shop.teach(rate, wanted=any(self._is_taught_by_dense(method) for method in others))
             self._make(shop, self._trials(others), jobs=jobs, choose=True)
             self._make(shop, by_seed(self._cells(others)), jobs=jobs)
         cells = {cell.name: cell for cell in (*self._trials(self.methods), *self._cells(self.methods))}
         return list(cells.values()), {method.name: self._rate(method) for method in self.methods}
+
+    def _is_taught_by_dense(self, method: Method) -> bool:
+        return method.taught and changed(self.setting.config, method.changes).distill.teacher == "dense"
 
     def _trials(self, methods: Sequence[Method]) -> list[Cell]:
         """The cells that learning rates are chosen by, of methods that have several."""
@@ -157,6 +164,8 @@ class _Comparison:
         except Exception as failed:
             log.exception("%s failed", cell.name)
             result = {**about(cell), "error": f"{type(failed).__name__}: {' '.join(str(failed).split())[:500]}"}
+        with RECORDING:  # graphs are let go while none is made
+            gc.collect()
         self.shelf.put(cell, result)
         log.info("%s", line_of(result))
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from prunetune.comparison.methods import DENSE, REFERENCE
+from prunetune.comparison.scoring import finite
 from prunetune.config import RunConfig
 from prunetune.evaluation.results import Item, Score, TaskResult
 from prunetune.evaluation.statistics import paired_difference, summarise
@@ -147,9 +148,9 @@ def _found(name: str, groups: Mapping[str, Group]) -> dict[str, Any]:
         values = group.values(metric)
         if values:
             scores[metric] = {
-                "value": _finite(mean(values)),
-                "sd": _finite(sd(values)),
-                "se": _finite(error(group.tasks(metric).values())),
+                "value": finite(mean(values)),
+                "sd": finite(sd(values)),
+                "se": finite(error(group.tasks(metric).values())),
                 **(difference(group, reference, metric) if reference and name != REFERENCE else {}),
             }
     return {
@@ -169,8 +170,8 @@ def _over_dense(group: Group, dense: Group | None, metric: str, *, ratio: bool) 
         return None
     ours, theirs = (mean(one.values(metric)) for one in pair)
     if ratio:
-        return _finite(ours / theirs) if theirs else None
-    return _finite(ours - theirs)
+        return finite(ours / theirs) if theirs else None
+    return finite(ours - theirs)
 
 
 def _paired(group: Group, other: Group | None) -> tuple[Group, Group] | None:
@@ -194,8 +195,8 @@ def difference(group: Group, other: Group | None, metric: str) -> dict[str, floa
     found = [paired_difference(left[task], right[task], inner) for task in left if task in right]
     spread = math.hypot(*(one.se for one in found)) / len(found) if found else math.nan
     return {
-        "difference": _finite(mean(ours.values(metric)) - mean(theirs.values(metric))),
-        "difference_se": _finite(spread),
+        "difference": finite(mean(ours.values(metric)) - mean(theirs.values(metric))),
+        "difference_se": finite(spread),
     }
 
 
@@ -218,7 +219,3 @@ def sd(values: Sequence[float]) -> float:
 def _mean_of(group: Group, key: str) -> float | None:
     values = [cell[key] for cell in group.cells if cell.get(key) is not None]
     return mean(values) if values else None
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

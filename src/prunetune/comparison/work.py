@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import threading
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -13,15 +12,13 @@ from typing import Any
 import torch
 
 from prunetune import environment
-from prunetune.comparison.cells import Cell, Result, about, scores_of
+from prunetune.comparison.cells import Cell, Result, about
 from prunetune.comparison.methods import BUILT_IN, DENSE
+from prunetune.comparison.scoring import finite, scored
 from prunetune.config import RunConfig
 from prunetune.data.batches import Stream, collate, micro_batches
-from prunetune.data.records import Record
 from prunetune.decide.baselines import BASELINES, Calibration, bias_compensation
 from prunetune.decide.select import select
-from prunetune.evaluation.results import Evaluation
-from prunetune.evaluation.suite import evaluate
 from prunetune.model.sites import dense_plan, kept_params
 from prunetune.model.surgery import add_biases, merge_adapters
 from prunetune.pipeline import job_of
@@ -65,7 +62,7 @@ class Watch:
 
     def validation(self, record: dict[str, Any]) -> None:
         """The decided sub-network was scored."""
-        self.curve.append({"step": record["step"], "kept": record["kept"], "nll": _finite(record["nll"])})
+        self.curve.append({"step": record["step"], "kept": record["kept"], "nll": finite(record["nll"])})
         if not self.workshop.crowded:
             self.workshop.setting.console.validation(record)
 
@@ -92,10 +89,10 @@ class Workshop:
             torch.cuda.synchronize(self.setting.device)
         self.crowded = crowded
 
-    def teach(self, rate: float) -> None:
-        """Dense models of this learning rate are the teachers; others are let go."""
+    def teach(self, rate: float, *, wanted: bool) -> None:
+        """Dense models of this learning rate are the teachers, where there are pupils; others are let go."""
         self.dense_rate = rate
-        self.teachers = {key: tuned for key, tuned in self.teachers.items() if key[1] == rate}
+        self.teachers = {key: tuned for key, tuned in self.teachers.items() if wanted and key[1] == rate}
 
     def make(self, cell: Cell, *, choose: bool) -> Result:
         """The cell's file, with the NLL on valid where it is one to choose from; raises what goes wrong."""
@@ -124,7 +121,7 @@ class Workshop:
         model, plan, facts = self._model(cell, setting)
         peak = torch.cuda.max_memory_allocated(setting.device) / 1e6 if setting.device.type == "cuda" else None
         started = time.monotonic()
-        scores = self._scores(model, setting, choose=choose)
+        scores = scored(model, setting, self._passed, choose=choose)
         everything = sum(site.params for site in setting.sites)
         return {
             **about(cell),
@@ -210,46 +207,16 @@ class Workshop:
         place.seconds, place.curve = time.monotonic() - started, watch.curve
         place.model = model.requires_grad_(False).eval()
 
+    def _passed(self, task: str, done: int, total: int) -> None:
+        """An evaluation has come so far."""
+        self.go_on()
+        if not self.crowded:
+            self.setting.console.passed(task, done, total)
+
     def _settle(self) -> None:
         """What was launched on this stream is done: seconds count, and other streams may read."""
         if self.setting.device.type == "cuda":
             torch.cuda.current_stream(self.setting.device).synchronize()
-
-    # -- scores ------------------------------------------------------------------------------------------------------
-
-    def _scores(self, model: Any, setting: Setting, *, choose: bool) -> Result:
-        """Scores on the split, and the NLL on valid where a learning rate is chosen by it."""
-        config, parts = setting.config, setting.splits.parts()
-        found = self._evaluated(model, setting, parts[config.compare.split])
-        if not choose:
-            return scores_of(found)
-        if config.compare.split == "valid":
-            return {**scores_of(found), "valid_nll": watched_nll(found)}
-        quick = replace(setting, config=replace(config, evaluate=replace(config.evaluate, generate_limit=0)))
-        answers = tuple(record for record in parts["valid"] if record.kind != "text")
-        valid = self._evaluated(model, quick, answers or parts["valid"])
-        return {**scores_of(found), "valid_nll": watched_nll(valid)}
-
-    def _evaluated(self, model: Any, setting: Setting, records: tuple[Record, ...]) -> Evaluation:
-        def progress(task: str, done: int, total: int) -> None:
-            self.go_on()
-            if not self.crowded:
-                setting.console.passed(task, done, total)
-
-        return evaluate(model, setting.tokenizer, records, setting.config.data, setting.config.evaluate, progress)
-
-
-def watched_nll(found: Evaluation) -> float | None:
-    """Mean NLL over the tasks with answers; over texts where there are no answers; None where it is not finite."""
-    value = found.mean_nll()
-    texts = [result.scores["perplexity"].value for result in found.tasks.values() if "perplexity" in result.scores]
-    if math.isnan(value) and texts and all(text > 0 for text in texts):
-        value = math.fsum(math.log(text) for text in texts) / len(texts)
-    return _finite(value)
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def calibration_of(setting: Setting, model: Any) -> Calibration:
