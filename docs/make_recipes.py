@@ -63,7 +63,8 @@ def _values(kind: Any, bounds: typing.Mapping[str, Any]) -> str:
     if typing.get_origin(kind) is typing.Literal:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return "sources"
+        entry = typing.get_args(kind)[0]
+        return f"{bounds['each']}s" if entry is str else f"list: {_values(entry, bounds)}"
     name = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`"}[kind]
     low, high, above = bounds["low"], bounds["high"], bounds["above"]
     limits = [f"above {above:g}"] if above is not None else [f"{low:g} or more"] if low is not None else []
@@ -74,6 +75,8 @@ def _values(kind: Any, bounds: typing.Mapping[str, Any]) -> str:
 def _default(value: Any) -> str:
     if value == () or value == "":
         return "none"
+    if isinstance(value, tuple):
+        return ", ".join(_default(entry) for entry in value)
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

@@ -189,6 +189,15 @@ def test_unknown_flags_and_commands(say: Said, recipe: Callable[..., str]) -> No
     refused(say("sites"), "MODEL")
 
 
+def test_bad_comparisons(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    refused(say("compare", recipe(), "--compare.methods", "tailor"), "'tailor'", "did you mean taylor?")
+    refused(say("compare", recipe(compare={"kep": 0.5})), "unknown key compare.kep", "did you mean compare.keeps?")
+    refused(say("compare", recipe(), "--compare.keeps", "2"), "compare.keeps must lie in (0, 1], got 2")
+    refused(say("compare", recipe(), "--compare.keeps", "0.01"), "feasible")
+    refused(say("compare", recipe(compare={"seeds": ["a"]})), "compare.seeds must be a whole number")
+    refused(say("compare", recipe(), "--compare.variants", str(tmp_path)), "cannot read")
+
+
 # -- models and devices ----------------------------------------------------------------------------------------------
 
 
@@ -302,7 +311,9 @@ def test_sites_prints_the_floor(layout: str, say: Said, dense: Path, recipe: Cal
     assert "mlp" in out
 
 
-@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("sites", "--help"), ("--version",)])
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("run", "--help"), ("compare", "--help"), ("sites", "--help"), ("--version",)]
+)
 def test_help(arguments: tuple[str, ...], say: Said) -> None:
     code, out, err = say(*arguments)
     assert (code, err) == (0, "")

@@ -28,6 +28,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("environment", "folder", "console"),
     ("setting",),
     ("pipeline", "summary"),
+    ("comparison",),
     ("cli",),
 )
 HEIGHT = {name: height for height, storey in enumerate(STOREYS) for name in storey}

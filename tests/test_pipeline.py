@@ -329,7 +329,7 @@ def test_texts_are_for_a_teacher_and_the_dense_model_is_tuned_once(
     dense, pruned, again = seen
     assert [job.teacher is None for job in seen] == [True, False, True]
     assert again.checkpoints.latest().step == STEPS, "the third has nothing left to do"
-    assert dense.config.lora.rank == dense.config.dense.rank != pruned.config.lora.rank
+    assert dense.config.lora.rank == pruned.config.lora.dense_rank != pruned.config.lora.rank
     unlabelled = [one for step in range(50) for one in pruned.train.batch(step) if one.answer_from == len(one.ids)]
     assert 0.4 < len(unlabelled) / (50 * pruned.config.train.batch_size) < 0.6
     assert all(one.answer_from < len(one.ids) for one in dense.train.examples)

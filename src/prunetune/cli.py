@@ -69,6 +69,31 @@ def _run(config: RunConfig, *, resume: bool) -> None:
 
 
 @app.command
+def compare(
+    recipe: Path,
+    /,
+    *,
+    resume: Annotated[
+        bool, Parameter(negative=(), help="Go on with a comparison that was stopped, or grow it.")
+    ] = False,
+    flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
+) -> None:
+    """Dense, two-stage and one-stage side by side: same data, steps and budget, over budgets, seeds, learning rates.
+
+    Parameters
+    ----------
+    recipe
+        A YAML file of options; its section `compare` says what is compared.
+    """
+    from prunetune.comparison.run import compare as whole_comparison
+
+    config = load_recipe(recipe, given(flags))
+    folder = whole_comparison(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    print(f"page {folder / 'comparison.html'}")
+
+
+@app.command
 def sites(
     model: str,
     /,

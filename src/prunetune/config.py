@@ -18,10 +18,20 @@ from prunetune.errors import ConfigError
 
 
 def option(
-    default: Any, help: str, *, low: float | None = None, high: float | None = None, above: float | None = None
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    each: str = "source",
 ) -> Any:
-    """A field with its help text and bounds: `low` and `high` are allowed themselves, `above` is not."""
-    return field(default=default, metadata={"help": help, "low": low, "high": high, "above": above})
+    """A field with its help text and bounds: `low` and `high` are allowed themselves, `above` is not.
+
+    Bounds of a tuple are those of its entries; `each` is what one entry of a tuple of texts is called.
+    """
+    bounds = {"low": low, "high": high, "above": above}
+    return field(default=default, metadata={"help": help, "each": each, **bounds})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +103,13 @@ class LoraSettings:
     """The adapters, on all linears of attention and MLP."""
 
     rank: int = option(128, "Rank of the adapters; what was cut away wants more of it than plain tuning does.", low=1)
+    dense_rank: int = option(
+        32,
+        "The same where nothing has to be relearnt: for the dense model, tuned for comparison or as a teacher.",
+        low=1,
+    )
     alpha: float = option(0.0, "Scale alpha / rank; 0: twice the rank.", low=0)
     dropout: float = option(0.0, "Dropout on the adapters' input.", low=0, high=0.9)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DenseConfig:
-    """The dense model tuned with the same data and steps: for comparison, and as a teacher. Kept in the run folder."""
-
-    rank: int = option(32, "Rank of its adapters; intact, it overfits sooner than what was pruned.", low=1)
-    learning_rate: float = option(0.0, "Its peak learning rate; 0: as train.learning_rate.", low=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +182,30 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What `prunetune compare` holds side by side: same data, steps and budget for all."""
+
+    methods: tuple[str, ...] = option(
+        (
+            "dense", "random", "magnitude", "wanda-sp", "flap", "taylor", "fisher", "block-influence", "one-stage",
+        ),
+        "dense: tuned, not pruned; untuned: as it came; one-stage: the recipe; a baseline: its plan, then LoRA; or a "
+        "name of compare.variants (all of them where none is named).",
+        each="name",
+    )  # fmt: skip
+    keeps: tuple[float, ...] = option((), "Budgets; none: budget.keep alone.", above=0, high=1)
+    seeds: tuple[int, ...] = option((0,), "Seeds of tuning and search; splits stay those of the recipe's seed.", low=0)
+    learning_rates: tuple[float, ...] = option(
+        (),
+        "Learning rates; none: train.learning_rate alone. Of several, each method gets its own, chosen on valid.",
+        above=0,
+    )
+    split: Literal["test", "valid"] = option("test", "The split that is scored.")
+    variants: str = option("", "A YAML file of further methods: name -> changes of the recipe.")
+    jobs: int = option(1, "Cells that run at once, each on a CUDA stream of its own; 1 on other devices.", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """All of a run: model and data in, smaller model and report out."""
 
@@ -194,9 +225,9 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     search: SearchConfig = field(default_factory=SearchConfig)
-    dense: DenseConfig = field(default_factory=DenseConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
 
     def __post_init__(self) -> None:
         if self.data.texts and self.distill.teacher == "none":
@@ -289,7 +320,7 @@ def _value(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> An
     if typing.get_origin(kind) is Literal:
         return _choice(typing.get_args(kind), value, name)
     if typing.get_origin(kind) is tuple:
-        return _sources(value, name)
+        return _entries(item, typing.get_args(kind)[0], value, name)
     if kind is float:
         value = _number(value, name)
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
@@ -337,11 +368,16 @@ def _bounded(bounds: Mapping[str, Any], value: float, name: str) -> None:
         raise ConfigError(f"{name} must lie in {left}, {right}, got {value:g}")
 
 
-def _sources(value: Any, name: str) -> tuple[str, ...]:
-    entries = [value] if isinstance(value, str | Mapping) else value
+def _entries(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> tuple[Any, ...]:
+    """A list, or its only entry: of sources, or of what `kind` says."""
+    each = item.metadata["each"] if kind is str else "number"
+    single = isinstance(value, str | Mapping if kind is str else int | float | str)
+    entries = [value] if single else value
     if not isinstance(entries, Sequence):
-        raise ConfigError(f"{name} must be a source or a list of sources, got {value!r}")
-    return tuple(_source(entry, name) for entry in entries)
+        raise ConfigError(f"{name} must be a {each} or a list of {each}s, got {value!r}")
+    if each == "source":
+        return tuple(_source(entry, name) for entry in entries)
+    return tuple(_value(item, kind, entry, f"each {name}") for entry in entries)
 
 
 def _source(entry: Any, name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from prunetune.errors import ConfigError, RunFolderError
 from prunetune.files import PARTIAL, write_text
 
 Record = dict[str, Any]
+FREE = frozenset({"out"})  # what a resumed run may say otherwise
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,11 @@ def _step(line: str) -> int:
         return 0
 
 
-def check_folder(config: RunConfig, *, resume: bool) -> RunFolder:
-    """The folder of a new or resumed run; writes nothing. Raises `RunFolderError`."""
+def check_folder(config: RunConfig, *, resume: bool, free: Collection[str] = FREE) -> RunFolder:
+    """The folder of a new or resumed run, where only what is in `free` may differ; writes nothing.
+
+    Raises `RunFolderError`.
+    """
     folder = RunFolder(Path(config.out))
     recipe = folder.path / "config.yaml"
     if folder.path.exists() and not folder.path.is_dir():
@@ -86,7 +91,7 @@ def check_folder(config: RunConfig, *, resume: bool) -> RunFolder:
         if _occupied(folder.path):
             raise RunFolderError(f"{folder.path} exists already: go on with it by --resume, or name another with --out")
     elif recipe.exists():
-        _same(recipe, config)
+        _same(recipe, config, free)
     elif _occupied(folder.path):
         raise RunFolderError(f"{folder.path} holds no config.yaml, so it is no run to resume; name another with --out")
     return folder
@@ -97,7 +102,7 @@ def _occupied(path: Path) -> bool:
     return path.exists() and any(child.suffix != PARTIAL for child in path.iterdir())
 
 
-def _same(recipe: Path, config: RunConfig) -> None:
+def _same(recipe: Path, config: RunConfig, free: Collection[str]) -> None:
     try:
         before = _flat(
             to_mapping(from_mapping(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}, where=str(recipe)))
@@ -106,7 +111,9 @@ def _same(recipe: Path, config: RunConfig) -> None:
         raise RunFolderError(f"{recipe} cannot be read ({broken}): name another folder with --out") from broken
     now = _flat(to_mapping(config))
     changed = [
-        f"{key} was {before[key]!r} and is now {now[key]!r}" for key in now if before[key] != now[key] and key != "out"
+        f"{key} was {before[key]!r} and is now {now[key]!r}"
+        for key in now
+        if before[key] != now[key] and key not in free
     ]
     if changed:
         raise RunFolderError(

@@ -57,7 +57,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     try:
         setting = prepare(config, resume=resume, console=console)
         if resume:
-            _same_data(setting)
+            same_data(setting)
         open_folder(setting.folder, config)
         _stages(setting, command)
     finally:
@@ -79,7 +79,7 @@ def _stages(setting: Setting, command: str) -> None:
     folder.note(peak_memory_mb=environment.peak_memory_mb(setting.device))
 
 
-def _same_data(setting: Setting) -> None:
+def same_data(setting: Setting) -> None:
     """A run goes on only with the rows it began with; raises `RunFolderError`."""
     before = setting.folder.manifest().get("data", {}).get("hashes", {})
     changed = [name for name, digest in setting.splits.hashes.items() if before.get(name, digest) != digest]
@@ -161,13 +161,9 @@ def job_of(
 
 
 def plainly(setting: Setting) -> Setting:
-    """The setting in which the dense model is tuned: rank and learning rate of its own, nothing else changed."""
-    config = setting.config
-    rate = config.dense.learning_rate or config.train.learning_rate
-    changed = replace(
-        config, lora=replace(config.lora, rank=config.dense.rank), train=replace(config.train, learning_rate=rate)
-    )
-    return replace(setting, config=changed)
+    """The setting in which the dense model is tuned: its adapters have a rank of their own."""
+    lora = replace(setting.config.lora, rank=setting.config.lora.dense_rank)
+    return replace(setting, config=replace(setting.config, lora=lora))
 
 
 def _mixed(setting: Setting, split: SplitName, teacher: Teacher | None) -> tuple[Example, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from prunetune.decide.select import Shape, default_align, select
 from prunetune.evaluation.suite import context_of
 from prunetune.export.shapes import legal_groups
 from prunetune.files import need_space
-from prunetune.folder import RunFolder, check_folder
+from prunetune.folder import FREE, RunFolder, check_folder
 from prunetune.model.loading import Loaded, ghost, load, load_tokenizer, pick_device, pick_dtype
 from prunetune.model.sites import Site, find_sites
 from prunetune.train.job import Observer
@@ -61,12 +61,12 @@ class Setting:
         return load(self.config.model, device=device or self.device, dtype=dtype or self.dtype, trust_remote_code=trust)
 
 
-def prepare(config: RunConfig, *, resume: bool, console: Console) -> Setting:
-    """Open everything and refuse what cannot work; writes nothing."""
+def prepare(config: RunConfig, *, resume: bool, console: Console, free: Collection[str] = FREE) -> Setting:
+    """Open everything and refuse what cannot work; writes nothing. A resumed run may change what is in `free`."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # every stage has a line or a bar of our own
-    folder = check_folder(config, resume=resume)
+    folder = check_folder(config, resume=resume, free=free)
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     console.stage("reading model and data", 0)

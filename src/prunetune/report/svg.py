@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 INK, MUTED, GRID, SURFACE = "#010101", "#010102", "#010103", "#010104"
 DENSE, TUNED, PRUNED, GONE = "#010105", "#010106", "#010107", "#010108"
 SEARCH, SETTLE, TUNE = "#010109", "#01010a", "#01010b"
+SERIES = ("#010110", "#010111", "#010112", "#010113", "#010114", "#010115", "#010116", "#010117")  # of many methods
 PAGE_COLOURS = {
     INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--line)", SURFACE: "var(--surface)",
     DENSE: "var(--dense)", TUNED: "var(--tuned)", PRUNED: "var(--pruned)", GONE: "var(--gone)",
     SEARCH: "var(--search)", SETTLE: "var(--settle)", TUNE: "var(--tune)",
+    **{colour: f"var(--series-{place})" for place, colour in enumerate(SERIES)},
 }  # fmt: skip
 
 STYLE: dict[str, Any] = {
