@@ -1,17 +1,11 @@
-"""What several test files ask for by name."""
+"""For all tests."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
 
-import pytest
 import torch
 
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small only lose by sharing work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+# Tests run in two processes, on models that only lose by sharing work; what they start inherits it.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)

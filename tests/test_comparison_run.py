@@ -32,7 +32,6 @@ RECIPE: dict[str, Any] = {
     "distill": {"teacher": "dense"},
     "compare": {"methods": ["dense", "one-stage"], "seeds": [0, 1]},
 }
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

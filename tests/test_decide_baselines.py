@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model_helpers import FAMILIES, random_plan, relative, tiny, tokens
+from model_helpers import FAMILIES, random_plan, relative, tiny, tokens, with_lora
 from prunetune import Plan, find_sites
 from prunetune.data.batches import Batch, collate
 from prunetune.data.templates import Example
 from prunetune.decide.baselines import BASELINES, Calibration, bias_compensation
 from prunetune.decide.select import Shape, select
-from prunetune.model.surgery import NoAttention, add_biases, cut_linears
+from prunetune.model.masking import masked
+from prunetune.model.surgery import NoAttention, add_biases, cut, cut_linears
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 LENGTHS = (9, 6, 7)
 
 
@@ -96,6 +97,24 @@ def test_padding_does_not_count(name: str) -> None:
         torch.testing.assert_close(padded[site], score, rtol=1e-3, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", BASELINES)
+def test_half_precision_ranks_much_alike(name: str) -> None:
+    model = tiny("llama")
+    exact, half = BASELINES[name](calibration(model)), BASELINES[name](calibration(model.bfloat16()))
+    for site, score in exact.items():
+        assert half[site].dtype == torch.float32
+        torch.testing.assert_close(half[site], score, rtol=0.2, atol=0.1 * float(score.abs().max()))
+
+
+def test_random_is_a_stream_of_each_seed_and_site() -> None:
+    model = tiny("llama")
+    given = calibration(model)
+    draws = [BASELINES["random"](replace(given, seed=seed)) for seed in (0, 1)]
+    first = [tuple(draw[site.name][:2].tolist()) for draw in draws for site in given.sites]
+    assert len(set(first)) == len(first)
+    assert all(0 <= value < 1 for draw in draws for score in draw.values() for value in score.tolist())
+
+
 def test_magnitude_is_root_mean_square() -> None:
     model = tiny("qwen2")
     scores = BASELINES["magnitude"](calibration(model))
@@ -130,6 +149,15 @@ def test_flap_standardises_fluctuation() -> None:
         per = site.consumer.per_unit
         expected = torch.stack([z[u * per : (u + 1) * per].mean() for u in range(site.units)])
         torch.testing.assert_close(scores[site.name].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_flap_gives_nothing_to_a_site_whose_columns_do_not_differ() -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    scores = BASELINES["flap"](calibration(model))
+    assert not scores["model.layers.1.mlp"].any()
+    assert scores["model.layers.2.mlp"].any()
 
 
 def test_taylor_sums_weight_times_gradient() -> None:
@@ -191,6 +219,22 @@ def test_a_compensated_cut_of_constant_inputs_equals_the_dense_model(family: str
         cut_linears(model, plan)
         assert relative(model(tokens()).logits, dense) < 1e-4
     assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_adapters_come_after_compensation_and_the_bias_outlives_them() -> None:
+    model = tiny("llama")
+    given, plan = calibration(model), random_plan(model)
+    plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
+    biases = bias_compensation(given, plan)
+    add_biases(model, biases)
+    with_lora(model)
+    with torch.no_grad():
+        with masked(model, plan):
+            gated = model(tokens()).logits
+        cut(model, plan)
+        assert relative(model(tokens()).logits, gated) < 1e-4
+    torch.testing.assert_close(model.model.layers[1].self_attn.constant, biases["model.layers.1.self_attn.o_proj"])
+    assert not model.model.layers[0].mlp.down_proj.bias.requires_grad
 
 
 def test_a_bias_adds_to_one_that_is_there_and_bare_layers_have_no_state() -> None:

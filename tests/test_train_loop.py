@@ -36,7 +36,6 @@ RECIPE: dict[str, Any] = {
     "lora": {"rank": 4},
     "search": {"share": 0.4, "settle": 0.3, "evidence": 2, "batch_size": 4},
 }
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def config_of(changes: dict[str, Any] | None = None) -> RunConfig:

@@ -28,7 +28,6 @@ from prunetune.train.schedule import schedule_of
 from test_train_loop import KEEP, Every, config_of, examples, identical, job_of, losses, weights_of
 from test_train_passes import assert_same, gradients
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parents[1]
 VARIANTS = yaml.safe_load((ROOT / "benchmarks" / "quality" / "paper.yaml").read_text(encoding="utf-8"))
 PAPER: dict[str, Any] = {

@@ -68,6 +68,7 @@ def wanda_sp(calibration: Calibration) -> Scores:
 
     Weight score: Sun et al. 2024 (Wanda, arXiv 2306.11695, section 3); its structured form: An et al. 2024 (FLAP,
     arXiv 2312.11983, section 4), which prunes all layers alike. Shares of ranks inside a site make `select` do so.
+    Inputs are the dense model's; that release takes them from a model whose earlier layers are pruned already.
     """
     moments = input_moments(calibration.model, _consumers(calibration), calibration.batches)
     found = {}
@@ -84,7 +85,8 @@ def flap(calibration: Calibration) -> Scores:
 
     An et al. 2024 (FLAP, arXiv 2312.11983, section 3), variant AL-AM: z-scores within each layer and kind of module,
     one ranking over all. Standardised over columns before they are averaged, as in the authors' release: the deviation
-    of three groups would be noise. A site whose columns do not differ scores 0.
+    of three groups would be noise. A site whose columns do not differ scores 0. That release also squares attention's
+    metric first and leaves out a first sample's fluctuation; here both kinds follow the formula, over all tokens.
     """
     moments = input_moments(calibration.model, _consumers(calibration), calibration.batches)
     found = {}

@@ -32,6 +32,7 @@ def add_biases(model: nn.Module, biases: Mapping[str, Tensor]) -> None:
     """Give linears a constant output in place, {module: [rows]}, added to a bias that is there; to call before the cut.
 
     It is not trained and survives the cut, also of a layer's last KV group. For what removed columns added on average.
+    Not for export: the uniform layout refuses such a model, and a per-layer checkpoint of it fails its self-check.
     """
     for name, bias in biases.items():
         module: Any = model.get_submodule(name)
