@@ -30,7 +30,10 @@ class Search:
         self.job, self.passes = job, passes
         self.device = next(job.model.parameters()).device
         self.searcher = Searcher(job.sites, job.shape, job.config, job.schedule.keep_at, self.device)
-        self.optimizer = adamw(self.searcher.generator.parameters(), lr=job.config.search.learning_rate)
+        decay = 0.0 if job.config.search.generator == "none" else 0.01  # free logits would be drawn to zero
+        self.optimizer = adamw(
+            self.searcher.generator.parameters(), lr=job.config.search.learning_rate, weight_decay=decay
+        )
 
     def advance(self, step: int) -> Record:
         """One generator step on a calibration batch (ATP, section 3.2)."""
