@@ -186,6 +186,15 @@ def test_cells_at_once_are_the_same_cells(place: Path, tmp_path: Path, monkeypat
         assert cell["crowded"]
 
 
+def raising(error: BaseException) -> Any:
+    """A scoring function that goes wrong."""
+
+    def fail(_: Any) -> Any:
+        raise error
+
+    return fail
+
+
 # -- failures --------------------------------------------------------------------------------------------------------
 
 
@@ -193,12 +202,9 @@ def test_cells_at_once_are_the_same_cells(place: Path, tmp_path: Path, monkeypat
 def test_a_failing_cell_does_not_stop_others(
     error: Exception, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(_: Any) -> Any:
-        raise error
-
     config = config_of(place, tmp_path / "run", compare={"methods": ["random", "magnitude"], "seeds": [0]})
     with monkeypatch.context() as broken:
-        broken.setitem(BASELINES, "random", fail)
+        broken.setitem(BASELINES, "random", raising(error))
         folder = compare(config)
     assert str(error).split("\n")[0] in cells(folder)["random-keep0.6-seed0-lr0.01"]["error"]
     assert (row(folder, "random")["failed"], row(folder, "magnitude")["failed"]) == (1, 0)
@@ -210,10 +216,7 @@ def test_a_failing_cell_does_not_stop_others(
 
 
 def test_where_every_cell_failed_a_gate_failed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(_: Any) -> Any:
-        raise PlanError("no such plan")
-
-    monkeypatch.setitem(BASELINES, "random", fail)
+    monkeypatch.setitem(BASELINES, "random", raising(PlanError("no such plan")))
     with pytest.raises(GateFailed, match="no such plan"):
         compare(config_of(place, tmp_path / "run", compare={"methods": ["random"], "seeds": [0]}))
 
@@ -221,12 +224,9 @@ def test_where_every_cell_failed_a_gate_failed(place: Path, tmp_path: Path, monk
 def test_an_interruption_keeps_what_is_done(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[int]
 ) -> None:
-    def interrupt(_: Any) -> Any:
-        raise KeyboardInterrupt
-
     config = config_of(place, tmp_path / "run", compare={"methods": ["magnitude", "random"], "seeds": [0]})
     with monkeypatch.context() as broken:
-        broken.setitem(BASELINES, "random", interrupt)
+        broken.setitem(BASELINES, "random", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             compare(config)
     assert list(cells(tmp_path / "run")) == ["magnitude-keep0.6-seed0-lr0.01"]
@@ -237,11 +237,8 @@ def test_an_interruption_keeps_what_is_done(
 def test_an_interruption_ends_what_runs_beside(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[int]
 ) -> None:
-    def interrupt(_: Any) -> Any:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(prunetune.comparison.run, "jobs_of", lambda _: 2)
-    monkeypatch.setitem(BASELINES, "random", interrupt)
+    monkeypatch.setitem(BASELINES, "random", raising(KeyboardInterrupt()))
     own = {"methods": ["random", "magnitude"], "seeds": [0, 1, 2]}
     with pytest.raises(KeyboardInterrupt):
         compare(config_of(place, tmp_path / "run", compare=own, train={"steps": 500}))

@@ -147,3 +147,9 @@ def test_texts_have_their_share_and_no_labels(share: float) -> None:
     )
     assert seen[True] / seen.total() == pytest.approx(share, abs=0.02)
     assert mixed[0].weight == pytest.approx(3 * mixed[1].weight)
+
+
+def test_texts_need_a_text_and_company() -> None:
+    with pytest.raises(DataError, match=r"no text of data\.texts fits .*; raise it or set data\.too_long=truncate"):
+        unlabelled([], examples(3), 0.5)
+    assert unlabelled(examples(3), [], 0.5) == ()  # a stream of it says what is missing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from prunetune.plan import Plan
 from prunetune.train.adapters import adapters, add_adapters, cut_state, group_norms, grow_state
 from prunetune.train.job import Job
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.objectives import backward, group_lasso, mean_loss
+from prunetune.train.objectives import Teacher, backward, group_lasso, mean_loss
 from prunetune.train.schedule import given_plan, learning_rate, schedule_of
 from prunetune.train.state import Checkpoints, Forgetful, Keeper, State
 
@@ -460,6 +461,14 @@ def test_a_loss_that_is_not_a_number_names_step_and_rows() -> None:
     with pytest.raises(ModelError, match=r"loss is nan at step 1 \(rows row \d+, row \d+, row \d+") as refused:
         tune_and_prune(job)
     assert "\n" not in str(refused.value)
+
+
+def test_a_teacher_that_says_nan_stops_the_run() -> None:
+    model = tiny("llama", seed=5)
+    model.lm_head.weight.data[5] = math.nan
+    job = job_of(config_of({"search": {"evidence": 0}}))
+    with pytest.raises(ModelError, match=r"distance is nan at step 1 \(rows row"):
+        tune_and_prune(replace(job, teacher=Teacher(model, 1.0, 0.0)))
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 20, 40])

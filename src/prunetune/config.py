@@ -231,7 +231,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.data.texts and self.distill.teacher == "none":
-            raise ConfigError("data.texts needs a teacher to stay close to: set distill.teacher to base or dense")
+            raise ConfigError(
+                "data.texts needs a teacher to stay close to: "
+                "set distill.teacher to base or dense, or leave data.texts out"
+            )
         if self.search.share + self.search.settle > 1:
             raise ConfigError(
                 f"search.share + search.settle is {self.search.share + self.search.settle:g}: "

@@ -57,7 +57,8 @@ def looks_of(methods: Sequence[str]) -> dict[str, Look]:
             looks[name] = FIXED[name]
         else:
             turn, place = divmod(others, len(svg.SERIES))
-            looks[name] = Look(svg.SERIES[place], MARKS[place], DASHES[turn % len(DASHES)])
+            mark = MARKS[(place + 3 * turn) % len(MARKS)]  # the legend shows colour and mark, not dashes
+            looks[name] = Look(svg.SERIES[place], mark, DASHES[turn % len(DASHES)])
             others += 1
     return looks
 

@@ -31,7 +31,7 @@ def _budget(found: Mapping[str, Any], keep: float) -> str:
     head += ["s", "teacher s", "MB"]
     lines = [_line(head), "|" + "---|" * len(head), *(_line(_cells(row, metrics)) for row in rows)]
     title = f"Keep {keep:g}, split {found['split']}: means over seeds; sd over seeds, se over items; "
-    note = f"minus {versus} with its standard error over paired items; gap: nll minus dense."
+    note = f"minus {versus} with its standard error over paired items, * beyond two of them; gap: nll minus dense."
     return "\n".join([title + note, "", *lines])
 
 

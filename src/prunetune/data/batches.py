@@ -42,6 +42,12 @@ class Batch:
         return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device))
 
     @property
+    def real(self) -> Tensor:
+        """Where there is a token and no padding: bool [B, T]."""
+        lengths = torch.tensor(self.lengths, device=self.input_ids.device)
+        return torch.arange(self.input_ids.shape[1], device=lengths.device)[None] < lengths[:, None]
+
+    @property
     def predicting(self) -> Tensor:
         """Where logits are needed: bool [B, T], one position before each label."""
         return F.pad(self.labels[:, 1:] != IGNORED, (0, 1))
@@ -88,7 +94,14 @@ def micro_batches(examples: Sequence[Example], max_tokens: int, small: int = SMA
 
 
 def unlabelled(texts: Sequence[Example], beside: Sequence[Example], share: float) -> tuple[Example, ...]:
-    """The texts without labels, weighing such that they are `share` of a stream that holds `beside` too."""
+    """The texts without labels, weighing such that they are `share` of a stream that holds `beside` too.
+
+    Raises `DataError` where there is no text; where nothing stands beside them, texts alone are no stream: none.
+    """
+    if not texts:
+        raise DataError("no text of data.texts fits data.max_length; raise it or set data.too_long=truncate")
+    if not beside:
+        return ()
     total = sum(example.weight for example in texts)
     scale = share / (1 - share) * sum(example.weight for example in beside) / total
     return tuple(replace(text, answer_from=len(text.ids), weight=text.weight * scale) for text in texts)

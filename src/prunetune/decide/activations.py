@@ -88,19 +88,13 @@ def influences(model: Any, layers: Iterable[str], batches: Sequence[Batch]) -> d
     return {name: 1 - total / tokens for name, total in sums.items()}
 
 
-def real_tokens(batch: Batch) -> Tensor:
-    """True where a token is no padding: bool [B, T]."""
-    lengths = torch.tensor(batch.lengths, device=batch.input_ids.device)
-    return torch.arange(batch.input_ids.shape[1], device=lengths.device)[None] < lengths[:, None]
-
-
 @torch.no_grad()
 def _read(model: Any, batches: Sequence[Batch], real: list[Tensor]) -> None:
     """Forward every batch; `real` ends with the mask of the batch under way. The head reads one token only."""
     device = next(model.parameters()).device
     for batch in batches:
         placed = batch.to(device)
-        real.append(real_tokens(placed))
+        real.append(placed.real)
         with head_reads(model, torch.zeros(1, dtype=torch.long, device=device)):
             model(input_ids=placed.input_ids, use_cache=False)
 

@@ -75,7 +75,7 @@ def in_portions(hidden: Tensor, vocabulary: int, loss: Callable[[Tensor, slice],
     """The sum of `loss(hidden[places], places)` over portions of the N places, with its gradient at `hidden`: a scalar.
 
     Logits of a whole pass are the largest tensors there are. The head is frozen, so a portion's gradient is taken at
-    once, and its logits are dropped (fused linear cross-entropy: Hsu et al. 2024, Liger Kernel, section 3).
+    once, and its logits are dropped (fused linear cross-entropy: Hsu et al. 2024, Liger Kernel, arXiv 2410.10989).
     """
     result: Tensor = _InPortions.apply(hidden, max(1, PORTION // vocabulary), loss)  # type: ignore[no-untyped-call]
     return result

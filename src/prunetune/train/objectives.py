@@ -42,10 +42,8 @@ class Feed:
 
 def feed_of_batch(batch: Batch) -> Feed:
     """A padded batch."""
-    lengths = torch.tensor(batch.lengths, device=batch.input_ids.device)
-    real = torch.arange(batch.input_ids.shape[1], device=lengths.device)[None] < lengths[:, None]
     predicting = batch.predicting.flatten().nonzero()[:, 0]
-    return Feed({"input_ids": batch.input_ids}, predicting, batch.targets, real.flatten())
+    return Feed({"input_ids": batch.input_ids}, predicting, batch.targets, batch.real.flatten())
 
 
 def feed_of_pack(row: Pack) -> Feed:

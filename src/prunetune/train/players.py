@@ -98,10 +98,11 @@ class Adapters:
         job, batch, started = self.job, self.job.train.batch(step), time.monotonic()
         torch.manual_seed(derive(job.config.seed, "dropout", step))
         record = self._gradients(batch, decision, gates)
-        if not math.isfinite(record["loss"]):
+        worst = next((name for name in ("loss", "distance") if not math.isfinite(record.get(name, 0.0))), None)
+        if worst:
             rows = ", ".join(example.id for example in batch[:3])
             raise ModelError(
-                f"the loss is {record['loss']} at step {step + 1} (rows {rows}, ...): "
+                f"the {worst} is {record[worst]} at step {step + 1} (rows {rows}, ...): "
                 "lower train.learning_rate, or set dtype float32"
             )
         for group in self.optimizer.param_groups:
