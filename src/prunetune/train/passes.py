@@ -137,6 +137,7 @@ class Packed:
         self.sums = torch.zeros(2, device=self.device)  # answer loss and distance, or the lasso
         self.gates = torch.zeros(sum(site.units for site in sites), device=self.device, requires_grad=True)
         self.gates.grad = torch.zeros_like(self.gates)
+        self.places: dict[str, Tensor] = {}  # each adapter's gradient
 
     def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
         """See `Passes`."""
@@ -179,6 +180,7 @@ class Packed:
     def forget(self) -> None:
         """See `Passes`."""
         self.recorder.forget()
+        self.places.clear()
 
     def _over(self, examples: Sequence[Example], kind: str, function: Function, results: list[Tensor]) -> Losses:
         """Run `function` on packs of all examples; mean losses."""
@@ -233,11 +235,12 @@ class Packed:
         return {site.name: part for site, part in zip(self.sites, parts, strict=True)}
 
     def _gradients(self) -> list[Tensor]:
-        """The adapters' gradients, made where there are none yet."""
+        """The adapters' gradients; one that was let go begins at zero again, in the tensor that recordings know."""
         gradients = []
-        for parameter in adapters(self.model).values():
+        for name, parameter in adapters(self.model).items():
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+                parameter.grad = self.places.get(name, torch.empty_like(parameter)).zero_()
+            self.places[name] = parameter.grad
             gradients.append(parameter.grad)
         return gradients
 
