@@ -37,9 +37,11 @@ def config_of(micro_tokens: int = 10_000) -> RunConfig:
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
-    taken = {name: parameter.grad.clone() for name, parameter in adapters(model).items() if parameter.grad is not None}
-    for parameter in adapters(model).values():
-        parameter.grad = None
+    """What the adapters have accumulated; zeroed where it lies, as the players do: recordings know the place."""
+    held = {name: parameter.grad for name, parameter in adapters(model).items() if parameter.grad is not None}
+    taken = {name: grad.clone() for name, grad in held.items()}
+    for grad in held.values():
+        grad.zero_()
     return taken
 
 

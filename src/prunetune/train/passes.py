@@ -123,7 +123,8 @@ class Padded:
 class Packed:
     """Examples end to end in one row (no padding), each shape of row recorded as one CUDA graph.
 
-    Recorded kernels know addresses, not names: gates, gradients and sums stay in the same tensors throughout.
+    Recorded kernels know addresses, not names: gates, gradients and sums stay in the same tensors throughout. Whoever
+    clears the adapters' gradients zeroes them in place; one that is set to None is lost to the recordings.
     """
 
     def __init__(
@@ -137,7 +138,6 @@ class Packed:
         self.sums = torch.zeros(2, device=self.device)  # answer loss and distance, or the lasso
         self.gates = torch.zeros(sum(site.units for site in sites), device=self.device, requires_grad=True)
         self.gates.grad = torch.zeros_like(self.gates)
-        self.places: dict[str, Tensor] = {}  # each adapter's gradient
 
     def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
         """See `Passes`."""
@@ -180,7 +180,6 @@ class Packed:
     def forget(self) -> None:
         """See `Passes`."""
         self.recorder.forget()
-        self.places.clear()
 
     def _over(self, examples: Sequence[Example], kind: str, function: Function, results: list[Tensor]) -> Losses:
         """Run `function` on packs of all examples; mean losses."""
@@ -235,12 +234,11 @@ class Packed:
         return {site.name: part for site, part in zip(self.sites, parts, strict=True)}
 
     def _gradients(self) -> list[Tensor]:
-        """The adapters' gradients; one that was let go begins at zero again, in the tensor that recordings know."""
+        """The adapters' gradients, made where there are none yet."""
         gradients = []
-        for name, parameter in adapters(self.model).items():
+        for parameter in adapters(self.model).values():
             if parameter.grad is None:
-                parameter.grad = self.places.get(name, torch.empty_like(parameter)).zero_()
-            self.places[name] = parameter.grad
+                parameter.grad = torch.zeros_like(parameter)
             gradients.append(parameter.grad)
         return gradients
 
