@@ -76,5 +76,5 @@ def test_a_comparison_of_which_nothing_worked_has_a_page() -> None:
 
 def test_no_two_methods_look_alike() -> None:
     names = [*METHODS, *(f"variant-{n}" for n in range(20))]
-    looks = looks_of(names)
+    looks = looks_of(names, "one-stage")
     assert len({(look.colour, look.marker) for look in looks.values()}) == len(names)  # as the legend shows them

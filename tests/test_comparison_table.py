@@ -55,6 +55,23 @@ def test_means_deviations_and_paired_errors_by_hand() -> None:
     assert row(found, "one-stage")["teacher_seconds"] == 60
 
 
+def test_without_the_recipes_own_row_its_first_variant_is_the_reference() -> None:
+    cells = [
+        simple("random", 1.0, 3.0),
+        simple("faster", 1.0, 2.0, changes={"train": {"learning_rate": 2e-3}}),
+        simple("slower", 2.0, 2.0, changes={"train": {"learning_rate": 5e-4}}),
+    ]
+    rates = dict.fromkeys(("random", "faster", "slower"), 1e-3)
+    found = aggregate(cells, rates, CONFIG)
+    assert found["reference"] == "faster"
+    assert row(found, "random")["scores"]["nll"]["difference"] == pytest.approx(0.5)
+    assert row(found, "slower")["scores"]["nll"]["difference"] == pytest.approx(0.5)
+    assert "difference" not in row(found, "faster")["scores"]["nll"]
+    whole = aggregate([*cells, simple("one-stage", 1.0, 1.0)], rates | {"one-stage": 1e-3}, CONFIG)
+    assert whole["reference"] == "one-stage"
+    assert aggregate(cells[:1], {"random": 1e-3}, CONFIG)["reference"] == "one-stage"
+
+
 def test_tasks_weigh_the_same_and_perplexity_stands_alone() -> None:
     def made(method: str, shift: float) -> dict[str, Any]:
         few = [item(f"a{n}", nll=1.0 + n + shift, tokens=1.0, accuracy=1.0) for n in range(2)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from prunetune.comparison.methods import DENSE, REFERENCE
+from prunetune.comparison.methods import DENSE
 from prunetune.report import svg
 
 if TYPE_CHECKING:
@@ -47,11 +47,11 @@ class Picture:
     note: str
 
 
-def looks_of(methods: Sequence[str]) -> dict[str, Look]:
+def looks_of(methods: Sequence[str], reference: str) -> dict[str, Look]:
     """The reference stands out, the dense model is grey; the others differ in colour and mark, then in dashes."""
     looks, others = {}, 0
     for name in methods:
-        if name == REFERENCE:
+        if name == reference:
             looks[name] = Look(svg.PRUNED, "o", heavy=True)
         elif name in FIXED:
             looks[name] = FIXED[name]
@@ -117,7 +117,7 @@ def _dots(figure: Figure, metric: str, rows: Sequence[Row], looks: Mapping[str, 
     for position, row in enumerate(rows):
         value, error = _score(row, metric)
         look = looks[row["method"]]
-        if row["method"] in (DENSE, REFERENCE):
+        if row["method"] == DENSE or look.heavy:
             _level(axes, value, look, horizontal=False)
         axes.errorbar(
             value, position, xerr=error, fmt=look.marker, color=look.colour,

@@ -11,7 +11,7 @@ import jinja2
 
 from prunetune import report
 from prunetune.comparison import figures, markdown
-from prunetune.comparison.methods import DENSE, REFERENCE
+from prunetune.comparison.methods import DENSE
 from prunetune.files import write_text
 from prunetune.report import text
 from prunetune.report.folder import lookup, mapping
@@ -53,7 +53,7 @@ def render(found: Found, manifest: Mapping[str, Any], recipe: str, name: str) ->
 
 def _content(found: Found, manifest: Mapping[str, Any], recipe: str, name: str) -> dict[str, Any]:
     rows = found["rows"]
-    looks = figures.looks_of(list(dict.fromkeys(row["method"] for row in rows)))
+    looks = figures.looks_of(list(dict.fromkeys(row["method"] for row in rows)), found["reference"])
     labels = {metric: label_of(metric) for metric in found["metrics"]}
     drawn = [
         figures.picture(number, metric, label, rows, looks) for number, (metric, label) in enumerate(labels.items())
@@ -63,7 +63,7 @@ def _content(found: Found, manifest: Mapping[str, Any], recipe: str, name: str) 
         "found": found,
         "verdict": verdict(found),
         "labels": labels,
-        "reference": REFERENCE,
+        "reference": found["reference"],
         "budgets": {keep: [row for row in rows if row["keep"] == keep] for keep in found["keeps"]},
         "pictures": [one for one in drawn if one is not None],
         "legend": figures.legend(looks),
@@ -85,9 +85,9 @@ def verdict(found: Found) -> str:
     for keep in sorted(found["keeps"]):
         rows = {row["method"]: row for row in found["rows"] if row["keep"] == keep and row["gap"] is not None}
         rest = [row for row in rows.values() if row["kind"] == "two-stage"]
-        if REFERENCE in rows and DENSE in rows and rest:
+        if found["reference"] in rows and DENSE in rows and rest:
             best = min(rest, key=lambda row: float(row["gap"]))
-            ours = rows[REFERENCE]
+            ours = rows[found["reference"]]
             return (
                 f"{text.share(1 - ours['kept'])} removed: NLL {text.change(ours['gap'])} over dense with one stage, "
                 f"{text.change(best['gap'])} with {best['method']}, the best two-stage"

@@ -78,18 +78,26 @@ def aggregate(cells: Sequence[Cell], chosen: Mapping[str, float], config: RunCon
     Plain values; what is not finite is None.
     """
     keeps = list(dict.fromkeys(config.compare.keeps or (config.budget.keep,)))
-    rows = [row for keep in keeps for row in _rows(cells, chosen, keep)]
+    reference = reference_of(cells, chosen)
+    rows = [row for keep in keeps for row in _rows(cells, chosen, keep, reference)]
     return {
         "format": FORMAT,
         "model": config.model,
         "split": config.compare.split,
-        "reference": REFERENCE,
+        "reference": reference,
         "keeps": keeps,
         "metrics": list(dict.fromkeys(name for row in rows for name in row["scores"])),
         "rows": rows,
         "rates": _trials(cells, chosen),
         "errors": [{"cell": cell["cell"], "error": cell["error"]} for cell in cells if "error" in cell],
     }
+
+
+def reference_of(cells: Sequence[Cell], chosen: Mapping[str, float]) -> str:
+    """What the others are held against: the recipe's one stage, or the first variant of it where that is not there."""
+    kinds = {cell["method"]: kind_of(cell) for cell in cells}
+    own = [name for name in chosen if kinds.get(name) == "one-stage"]
+    return REFERENCE if REFERENCE in own or not own else own[0]
 
 
 def _trials(cells: Sequence[Cell], chosen: Mapping[str, float]) -> list[dict[str, Any]]:
@@ -111,7 +119,7 @@ def _trials(cells: Sequence[Cell], chosen: Mapping[str, float]) -> list[dict[str
     return found
 
 
-def _rows(cells: Sequence[Cell], chosen: Mapping[str, float], keep: float) -> list[dict[str, Any]]:
+def _rows(cells: Sequence[Cell], chosen: Mapping[str, float], keep: float, versus: str) -> list[dict[str, Any]]:
     """A row for each method at one budget; what is dense stands beside every budget."""
     groups, failed, kinds = {}, {}, {}
     for name in chosen:
@@ -129,7 +137,7 @@ def _rows(cells: Sequence[Cell], chosen: Mapping[str, float], keep: float) -> li
             "learning_rate": chosen[name],
             "seeds": list(groups[name].seeds),
             "failed": failed[name],
-            **(_found(name, whole) if name in whole else {**NOTHING}),
+            **(_found(name, whole, versus) if name in whole else {**NOTHING}),
         }
         for name in chosen
         if name in whole or failed[name]
@@ -141,8 +149,8 @@ def kind_of(cell: Cell) -> str:
     return next((kind for kind in ("dense", "untuned", "two-stage") if kind in cell["changes"]), "one-stage")
 
 
-def _found(name: str, groups: Mapping[str, Group]) -> dict[str, Any]:
-    group, dense, reference = groups[name], groups.get(DENSE), groups.get(REFERENCE)
+def _found(name: str, groups: Mapping[str, Group], versus: str) -> dict[str, Any]:
+    group, dense, reference = groups[name], groups.get(DENSE), groups.get(versus)
     scores = {}
     for metric in group.cells[0]["headline"]:
         values = group.values(metric)
@@ -151,7 +159,7 @@ def _found(name: str, groups: Mapping[str, Group]) -> dict[str, Any]:
                 "value": finite(mean(values)),
                 "sd": finite(sd(values)),
                 "se": finite(error(group.tasks(metric).values())),
-                **(difference(group, reference, metric) if reference and name != REFERENCE else {}),
+                **(difference(group, reference, metric) if reference and name != versus else {}),
             }
     return {
         "kept": mean([cell["kept"] for cell in group.cells]),

@@ -9,12 +9,16 @@ from prunetune.config import RunConfig
 from prunetune.model.sites import Site, kept_params
 from prunetune.plan import Plan
 
+OWN_CODE = """`trust_remote_code` runs `configuration_pruned.py` and `modeling_pruned.py` of this folder, some lines that give each
+layer its own widths. Read them first; a model of `layout: uniform` needs none."""
+
 
 def card_of(config: RunConfig, manifest: dict[str, Any], plan: Plan, sites: Sequence[Site]) -> str:
     """README.md of the model folder: where it comes from, what was removed, how to open it."""
     share = kept_params(sites, plan) / sum(site.params for site in sites)
     hashes = "\n".join(f"- {split}: `{digest}`" for split, digest in manifest.get("data", {}).get("hashes", {}).items())
     code = ", trust_remote_code=True" if config.layout == "per-layer" else ""
+    warning = f"\n{OWN_CODE}\n" if code else ""
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -33,7 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("PATH"{code})
 tokenizer = AutoTokenizer.from_pretrained("PATH"{code})
 ```
-
+{warning}
 SHA-256 of the data:
 
 {hashes}
