@@ -9,8 +9,8 @@ from prunetune.config import RunConfig
 from prunetune.model.sites import Site, kept_params
 from prunetune.plan import Plan
 
-OWN_CODE = """`trust_remote_code` runs `configuration_pruned.py` and `modeling_pruned.py` of this folder, some lines that give each
-layer its own widths. Read them first; a model of `layout: uniform` needs none."""
+OWN_CODE = """`trust_remote_code` runs `configuration_pruned.py` and `modeling_pruned.py` of this folder.
+They give each layer its own widths; read them first. A model of `layout: uniform` needs none."""
 
 
 def card_of(config: RunConfig, manifest: dict[str, Any], plan: Plan, sites: Sequence[Site]) -> str:
