@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -91,6 +91,13 @@ def prepare(config: RunConfig, *, resume: bool, console: Console, free: Collecti
     need_space(folder.path, _bytes_needed(structure, sites, config))
     log.info("model %s on %s in %s, layout %s", config.model, device, str(dtype).removeprefix("torch."), config.layout)
     return Setting(config, folder, device, dtype, sites, shape, tokenizer, splits, encoded, console, params)
+
+
+def with_texts(setting: Setting, context: int) -> Setting:
+    """The setting with the texts that its recipe names now; the other splits stay as they are."""
+    texts = load_splits(setting.config.data, setting.config.seed).texts
+    encoded = {**setting.encoded, "texts": encode(texts, setting.tokenizer, setting.config.data, context)}
+    return replace(setting, splits=replace(setting.splits, texts=texts), encoded=encoded)
 
 
 def shape_of(config: RunConfig, sites: tuple[Site, ...], model_config: Any) -> Shape:

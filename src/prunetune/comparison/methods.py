@@ -20,7 +20,7 @@ REFERENCE = "one-stage"  # what the others are held against
 DENSE = "dense"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # What a variant may change; the rest is read once, or is the same for all.
-FREE = ("search.", "train.", "lora.", "distill.", "budget.align", "budget.min_groups", "layout", "data.texts_share")
+FREE = ("search.", "train.", "lora.", "distill.", "budget.align", "budget.min_groups", "layout", "data.texts")
 
 
 @dataclass(frozen=True)

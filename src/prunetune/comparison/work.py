@@ -19,12 +19,13 @@ from prunetune.config import RunConfig
 from prunetune.data.batches import Stream, collate, micro_batches
 from prunetune.decide.baselines import BASELINES, Calibration, bias_compensation
 from prunetune.decide.select import select
+from prunetune.evaluation.suite import context_of
 from prunetune.model.sites import dense_plan, kept_params
 from prunetune.model.surgery import add_biases, merge_adapters
 from prunetune.pipeline import job_of, plainly
 from prunetune.plan import Plan
 from prunetune.seeds import derive
-from prunetune.setting import Setting, shape_of
+from prunetune.setting import Setting, shape_of, with_texts
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher
 from prunetune.train.state import Forgetful
@@ -138,9 +139,11 @@ class Workshop:
         }
 
     def setting_of(self, cell: Cell) -> Setting:
-        """Data and tokens are read once: cells differ in what comes after."""
+        """Data and tokens are read once: cells differ in what comes after, and in a teacher's texts."""
         config = cell.config(self.setting.config)
         setting = replace(self.setting, config=config, shape=shape_of(config, self.setting.sites, self.model.config))
+        if config.data.texts and config.data.texts != self.setting.config.data.texts:
+            setting = with_texts(setting, context_of(self.model))
         return setting if cell.method.taught else plainly(setting)
 
     # -- models ------------------------------------------------------------------------------------------------------
