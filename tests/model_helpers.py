@@ -7,26 +7,26 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from prunetune import Plan, find_sites
+from prunetune.model import families
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
-CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig,
-    "mistral": MistralConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "gemma3_text": Gemma3TextConfig,
-}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")  # for laws that take long
+ALL_FAMILIES = tuple(families.FAMILIES)
 VOCABULARY = 97
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+# What a family's configuration needs beside, or instead of, the values that all share.
+OWN: dict[str, dict[str, Any]] = {
+    "helium": {"head_dim": 12},
+    "stablelm": {"head_dim": None, "hidden_size": 64},
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 48, "dropout": 0.0},
+    "seed_oss": {"attention_dropout": 0.0, "residual_dropout": 0.0},
+    "falcon": {"head_dim": None, "ffn_hidden_size": 96},
+    "mixtral": EXPERTS,
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 32},
+    "qwen3_moe": EXPERTS,
+}
 
 
 def tiny_config(family: str, *, groups: int = 2, ratio: int = 2, layers: int = 3, **changes: Any) -> Any:
@@ -48,7 +48,10 @@ def tiny_config(family: str, *, groups: int = 2, ratio: int = 2, layers: int = 3
     }
     if family == "gemma3_text":
         values |= {"sliding_window": 8, "layer_types": [*(["sliding_attention"] * (layers - 1)), "full_attention"]}
-    return CONFIGS[family](**(values | changes))
+    values |= OWN.get(family, {}) | changes
+    return CONFIG_MAPPING[family](
+        **{name: value for name, value in values.items() if (name, value) != ("head_dim", None)}
+    )
 
 
 def tiny(family: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
@@ -64,9 +67,9 @@ def tiny(family: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
 
 
 def with_lora(model: Any, *, seed: int = 1, rank: int = 4) -> Any:
-    """Random, non-zero adapters on all seven linears."""
+    """Random, non-zero adapters on every producer and consumer."""
     torch.manual_seed(seed)
-    targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    targets = [cut.module for site in find_sites(model) for cut in (*site.producers, site.consumer)]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

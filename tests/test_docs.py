@@ -16,10 +16,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import prunetune
+from model_helpers import tiny
 from prunetune.cli import app
 from prunetune.config import from_mapping
 from prunetune.data.records import record_of
-from prunetune.model.families import TRIED
+from prunetune.model.families import FAMILIES, coupling_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -101,10 +102,18 @@ def test_readme_and_ci_set_up_and_test_in_the_same_way() -> None:
     assert steps[-1] == test
 
 
-def test_every_architecture_is_documented() -> None:
-    """An error sends users to this page for the list."""
-    text = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
-    assert [family for family in TRIED if f"`{family}`" not in text] == []
+def test_the_page_of_architectures_lists_the_table() -> None:
+    text = (ROOT / "docs" / "add-an-architecture.md").read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| (attention and MLP|MLP|attention) \| (.*) \|$", text, re.MULTILINE))
+    listed = {
+        kinds: re.findall(r"\w+", row.partition(";")[0].replace("(per-layer only)", "")) for kinds, row in rows.items()
+    }
+    found: dict[str, list[str]] = {kinds: [] for kinds in listed}
+    for family in sorted(FAMILIES):
+        whole = set(coupling_of(tiny(family)).whole)
+        found["attention" if whole == {"mlp"} else "MLP" if whole else "attention and MLP"].append(family)
+    assert listed == found
+    assert f"Models: {len(FAMILIES)}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_constraints_pin_what_the_package_asks_for() -> None:

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from data_helpers import subwords
-from model_helpers import FAMILIES, random_plan, tiny, tokens, with_lora
+from model_helpers import ALL_FAMILIES, FAMILIES, random_plan, relative, tiny, tokens, with_lora
 from prunetune import Plan, cut, find_sites, masked
 from prunetune.decide.select import Shape, select
-from prunetune.errors import SelfCheckFailed
+from prunetune.errors import PlanError, SelfCheckFailed
 from prunetune.export.selfcheck import check, logits_of
-from prunetune.export.shapes import legal_groups
+from prunetune.export.shapes import legal_groups, width_of
 from prunetune.export.write import write
 
 
@@ -48,6 +49,37 @@ def test_written_equals_gated_in_a_fresh_process(family: str, layout: str, tmp_p
     assert written.needs_code == (layout == "per-layer")
     assert Plan.load(tmp_path / "model" / "plan.json") == plan
     assert "rope_theta" in (tmp_path / "model" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_every_family_is_read_as_it_was_written(family: str, layout: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    sites = find_sites(model)
+    if (family, layout) == ("bloom", "uniform"):
+        with pytest.raises(PlanError, match="no option for the width of an MLP: use layout per-layer"):
+            width_of(model.config)
+        return
+    plan = uniform_plan(model, 0.6) if layout == "uniform" else random_plan(model)
+    expected = pruned(model, plan)
+    written = write(model, subwords(), plan, sites, tmp_path / family, layout=layout, card="")
+    again = AutoModelForCausalLM.from_pretrained(written.folder, trust_remote_code=written.needs_code).eval()
+    assert sum(parameter.numel() for parameter in again.parameters()) == written.params
+    assert relative(logits_of(again, tokens()), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["yarn", "llama3"])
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_scaled_positions_are_the_dense_model_s(kind: str, layout: str, tmp_path: Path) -> None:
+    rope = {"rope_type": kind, "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    model = tiny("llama", rope_parameters=rope)
+    sites = find_sites(model)
+    plan = uniform_plan(model, 0.6) if layout == "uniform" else random_plan(model)
+    expected = pruned(model, plan)
+    written = write(model, subwords(), plan, sites, tmp_path / kind, layout=layout, card="")
+    again = AutoModelForCausalLM.from_pretrained(written.folder, trust_remote_code=written.needs_code).eval()
+    assert relative(logits_of(again, tokens()), expected) <= 1e-5
 
 
 def test_llama_with_heads_that_do_not_divide_becomes_mistral(tmp_path: Path) -> None:

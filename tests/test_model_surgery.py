@@ -5,19 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from model_helpers import FAMILIES, random_plan, relative, tiny, tokens, with_lora
+from model_helpers import ALL_FAMILIES, random_plan, relative, tiny, tokens, with_lora
 from prunetune import Plan, cut, find_sites, masked
 from prunetune.errors import PlanError, UnknownArchitecture
 from prunetune.model.masking import gates_of
-from prunetune.model.sites import dense_plan, kept_params
+from prunetune.model.sites import dense_plan, kept_params, whole_blocks
 from prunetune.model.surgery import cut_linears
+from prunetune.train.adapters import adapters, cut_state, group_norms, grow_state
 
 TOLERANCE = 1e-5
 
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_masking_equals_cutting(family: str, tied: bool, lora: bool) -> None:
     model = tiny(family, tie_word_embeddings=tied)
     if lora:
@@ -30,6 +31,42 @@ def test_masking_equals_cutting(family: str, tied: bool, lora: bool) -> None:
         found = cut(model, plan)(tokens()).logits
     assert relative(found, expected) <= TOLERANCE
     assert relative(dense, expected) > 0.01, "the plan must matter"
+
+
+def test_norms_over_heads_keep_attention_whole() -> None:
+    assert set(whole_blocks(tiny("cohere", use_qk_norm=True))) == {"attention"}
+    assert not whole_blocks(tiny("cohere"))
+    assert {site.kind for site in find_sites(tiny("olmo2"))} == {"mlp"}
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_adapters_are_cut_and_grown_again(family: str) -> None:
+    model = with_lora(tiny(family))
+    sites, plan = find_sites(model), random_plan(model)
+    before = {name: weight.detach().clone() for name, weight in adapters(model).items()}
+    small = cut_state(before, plan, sites)
+    cut_linears(model, plan)
+    assert {name: weight.shape for name, weight in adapters(model).items()} == {n: w.shape for n, w in small.items()}
+    grown = grow_state(small, {name: weight.shape for name, weight in before.items()}, plan, sites)
+    again = cut_state(grown, plan, sites)
+    assert all(torch.equal(again[name], weight) for name, weight in small.items())
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "glm4"])
+def test_a_unit_s_norm_is_over_its_rows_and_columns(family: str) -> None:
+    model = with_lora(tiny(family))
+    for site in find_sites(model):
+        norms = group_norms(model, site).detach()
+        for unit in (0, site.units - 1):
+            squares = 0.0
+            for part in site.producers:
+                rows = part.indices([unit], site.units)
+                squares += float(model.get_submodule(part.module).lora_B["default"].weight.data[rows].square().sum())
+            columns = site.consumer.indices([unit], site.units)
+            squares += float(
+                model.get_submodule(site.consumer.module).lora_A["default"].weight.data[:, columns].square().sum()
+            )
+            assert float(norms[unit]) == pytest.approx(squares**0.5, rel=1e-5)
 
 
 @pytest.mark.parametrize(("groups", "ratio"), [(6, 1), (3, 2), (2, 3), (3, 4), (2, 8)])
@@ -54,7 +91,7 @@ def test_biases_leave_with_their_rows(changes: dict[str, bool]) -> None:
     assert relative(found, expected) <= TOLERANCE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_parameters_that_leave_are_those_counted(family: str) -> None:
     model = tiny(family)
     plan = random_plan(model)
@@ -101,9 +138,9 @@ def test_free_adapters_hear_a_removed_unit_and_gated_ones_do_not() -> None:
     plan = random_plan(model)
     off = next(unit for unit in range(96) if unit not in plan.kept["model.layers.0.mlp"])
     weight = model.get_submodule("model.layers.0.mlp.up_proj").lora_B["default"].weight
-    for adapters, hears in (("free", True), ("gated", False)):
+    for kind, hears in (("free", True), ("gated", False)):
         model.zero_grad()
-        with masked(model, plan, adapters=adapters):
+        with masked(model, plan, adapters=kind):
             model(tokens()).logits.square().sum().backward()
         assert bool(weight.grad[off].abs().sum() > 0) is hears
 

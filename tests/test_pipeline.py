@@ -90,6 +90,22 @@ def steps_in(file: Path) -> list[int]:
     return [json.loads(line)["step"] for line in file.read_text().splitlines()]
 
 
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    [("phi3", "per-layer"), ("phi3", "uniform"), ("glm4", "per-layer"), ("gpt_neox", "uniform"), ("opt", "per-layer"),
+     ("falcon", "uniform"), ("mixtral", "per-layer"), ("gemma2", "per-layer"), ("bloom", "per-layer")],
+)  # fmt: skip
+def test_a_run_of_other_families(family: str, layout: str, place: Path, tmp_path: Path) -> None:
+    model = speaker(family)
+    model.save_pretrained(tmp_path / "dense")
+    characters().save_pretrained(tmp_path / "dense")
+    changes = {"model": str(tmp_path / "dense"), "train": {"steps": 4}, "distill": {"teacher": "base"}}
+    folder = run(config_of(place, tmp_path / "run", layout, **changes))
+    plan = Plan.load(folder / "plan.json")
+    assert kept_params(find_sites(model), plan) <= 0.6 * sum(site.params for site in find_sites(model))
+    assert json.loads((folder / "manifest.json").read_text())["selfcheck"]["ok"]
+
+
 # -- what a run leaves -----------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,7 @@ from prunetune.data.splits import Splits, load_splits
 from prunetune.data.templates import Encoded, encode
 from prunetune.decide.select import Shape, default_align, select
 from prunetune.evaluation.suite import context_of
-from prunetune.export.shapes import legal_groups
+from prunetune.export.shapes import legal_groups, width_of
 from prunetune.files import need_space
 from prunetune.folder import FREE, RunFolder, check_folder
 from prunetune.model.loading import Loaded, ghost, load, load_tokenizer, pick_device, pick_dtype
@@ -102,6 +102,8 @@ def with_texts(setting: Setting, context: int) -> Setting:
 
 def shape_of(config: RunConfig, sites: tuple[Site, ...], model_config: Any) -> Shape:
     """What a legal plan looks like for this model and layout."""
+    if config.layout == "uniform":
+        width_of(model_config)  # refuses in time
     align = config.budget.align or default_align(sites)
     return Shape(config.layout, align, config.budget.min_groups, legal_groups(model_config))
 

@@ -57,12 +57,14 @@ def of_sites(model: str, *, layout: str, align: int, trust_remote_code: bool) ->
     """Sites, units, shares, legal shapes and the smallest feasible keep of a model, from its configuration."""
     from prunetune.budget.params import total
     from prunetune.decide.select import Shape, default_align, feasible_keep, floor_width
-    from prunetune.export.shapes import legal_groups
+    from prunetune.export.shapes import legal_groups, width_of
     from prunetune.model.loading import ghost
-    from prunetune.model.sites import find_sites
+    from prunetune.model.sites import find_sites, whole_blocks
 
     structure = ghost(model, trust_remote_code=trust_remote_code)
     sites = find_sites(structure)
+    if layout == "uniform":
+        width_of(structure.config)  # refuses where no file could say it
     shape = Shape(layout, align or default_align(sites), 0, legal_groups(structure.config))
     everything = sum(parameter.numel() for parameter in structure.parameters())
     lines = [
@@ -82,4 +84,5 @@ def of_sites(model: str, *, layout: str, align: int, trust_remote_code: bool) ->
             f"{count:>5}  {kind:<10} {units:>6}  {price:>15,}  {100 * count * units * price / total(sites):>5.1f}%  "
             f"{widths}"
         )
+    lines += [f"{'':>5}  {kind:<10} stays whole: {reason}" for kind, reason in whole_blocks(structure).items()]
     return "\n".join([*lines, "", f"smallest feasible budget.keep, layout {layout}: {feasible_keep(sites, shape):.3f}"])

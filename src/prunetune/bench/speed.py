@@ -26,8 +26,12 @@ class Speed:
 
 @torch.inference_mode()
 def measure(model: Any, *, prompt: int = 256, batch: int = 2, new: int = 16, runs: int = 5) -> Speed:
-    """Prefill of [batch, prompt] random tokens, then `new` greedy decode steps at batch 1 after as long a prompt."""
+    """Prefill of [batch, prompt] random tokens, then `new` greedy decode steps at batch 1 after as long a prompt.
+
+    A model of few positions gets a shorter prompt.
+    """
     device = next(model.parameters()).device
+    prompt = max(1, min(prompt, getattr(model.config, "max_position_embeddings", prompt + new) - new))
     rng = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, model.config.vocab_size, (batch, prompt), generator=rng).to(device)
     prefill, decode = [], []

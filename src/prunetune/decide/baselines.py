@@ -20,7 +20,6 @@ from prunetune.decide.select import Scores
 from prunetune.model.head import head_reads
 from prunetune.model.masking import masked
 from prunetune.model.sites import Site
-from prunetune.model.surgery import indices
 from prunetune.plan import Plan
 from prunetune.seeds import derive
 
@@ -58,7 +57,7 @@ def magnitude(calibration: Calibration) -> Scores:
     found = {}
     for site in calibration.sites:
         squares = [parameter.float().square() for parameter in _parameters(calibration.model, site)]
-        found[site.name] = (_per_unit(squares, site) / site.unit_params).sqrt().float()
+        found[site.name] = (_per_unit(calibration.model, squares, site) / site.unit_params).sqrt().float()
     return found
 
 
@@ -109,7 +108,7 @@ def taylor(calibration: Calibration) -> Scores:
         gradients = iter(_gradients(calibration, [one for owned in weights.values() for one in owned]))
         for site in sites:
             products = [(next(gradients) * weight.detach().float()).abs() for weight in weights[site.name]]
-            found[site.name] = (_per_unit(products, site) / site.unit_params).float()
+            found[site.name] = (_per_unit(calibration.model, products, site) / site.unit_params).float()
     return found
 
 
@@ -193,7 +192,7 @@ def bias_compensation(calibration: Calibration, plan: Plan) -> dict[str, Tensor]
     for site, name in zip(losing, names, strict=True):
         weight = calibration.model.get_submodule(name).weight
         mean = moments[name].average.float()
-        mean[indices(plan.kept[site.name], site.consumer)] = 0
+        mean[site.consumer.indices(plan.kept[site.name], site.units)] = 0
         biases[name] = (weight.float() @ mean.to(weight.device)).cpu()
     return biases
 
@@ -204,16 +203,21 @@ def _consumers(calibration: Calibration) -> list[str]:
 
 def _parameters(model: Any, site: Site) -> list[Tensor]:
     """Of a site: each producer's weight and bias (units along rows), then the consumer's weight (along columns)."""
-    makes = [model.get_submodule(producer.module) for producer in site.producers]
-    owned = [parameter for module in makes for parameter in (module.weight, module.bias) if parameter is not None]
+    owned = [parameter for cut in site.producers for parameter in _own(model.get_submodule(cut.module))]
     return [*owned, model.get_submodule(site.consumer.module).weight]
 
 
-def _per_unit(values: list[Tensor], site: Site) -> Tensor:
+def _own(module: Any) -> list[Tensor]:
+    return [parameter for parameter in (module.weight, module.bias) if parameter is not None]
+
+
+def _per_unit(model: Any, values: list[Tensor], site: Site) -> Tensor:
     """Sum over each unit's entries, laid out as by `_parameters`: float64 [U] on the CPU."""
-    *rows, columns = values
-    parts = [part.reshape(site.units, -1) for part in (*rows, columns.t())]
-    return sum((part.sum(1, dtype=torch.float64).cpu() for part in parts), torch.zeros(site.units).double())
+    cuts = [cut for cut in site.producers for _ in _own(model.get_submodule(cut.module))]
+    rows = [*values[:-1], values[-1].t()]
+    sums = [row.sum(1, dtype=torch.float64) if row.dim() > 1 else row.double() for row in rows]
+    parts = [cut.summed(part.cpu(), site.units) for cut, part in zip([*cuts, site.consumer], sums, strict=True)]
+    return sum(parts, torch.zeros(site.units).double())
 
 
 def _rank_share(values: Tensor) -> Tensor:

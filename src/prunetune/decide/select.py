@@ -33,7 +33,7 @@ class Shape:
 
 def default_align(sites: Sequence[Site]) -> int:
     """128 channels, the width that GPUs and 4-bit formats want; 32, the floor of both, for narrow models."""
-    widest = max(site.units for site in sites if site.kind == "mlp")
+    widest = max((site.units for site in sites if site.kind == "mlp"), default=1)
     return 128 if widest >= 4096 else max(1, min(32, widest // 4))
 
 
@@ -128,14 +128,17 @@ def _layers(sites: Sequence[Site]) -> int:
 
 def _uniform_shapes(sites: Sequence[Site], shape: Shape) -> list[tuple[int, int, int, int]]:
     """All (groups, channels) that every layer may have, with the prices of one group and one channel."""
-    attention = next(site for site in sites if site.kind == "attention")
-    mlp = next(site for site in sites if site.kind == "mlp")
-    if len({(site.kind, site.units, site.unit_params) for site in sites}) > 2:
+    found = {(site.kind, site.units, site.unit_params) for site in sites}
+    if len(found) > len({site.kind for site in sites}):
         raise PlanError("layout uniform needs equal layers, and this model's differ: use layout per-layer")
-    fewest = max(1, shape.min_groups)
-    groups = [g for g in range(fewest, attention.units + 1) if shape.legal_groups(g)]
-    channels = [*range(floor_width(mlp, shape), mlp.units, shape.align), mlp.units]
-    return [(g, c, attention.unit_params, mlp.unit_params) for g in groups for c in channels]
+    groups, channels, prices = [0], [0], {"attention": 0, "mlp": 0}  # of a kind that this architecture cannot lose
+    for kind, units, price in found:
+        prices[kind] = price
+        if kind == "attention":
+            groups = [g for g in range(max(1, shape.min_groups), units + 1) if shape.legal_groups(g)]
+        else:
+            channels = [*range(min(shape.align, units), units, shape.align), units]
+    return [(g, c, prices["attention"], prices["mlp"]) for g in groups for c in channels]
 
 
 def _uniform(

@@ -13,6 +13,7 @@ from string import Template
 from typing import Any
 
 from prunetune.errors import ModelError
+from prunetune.model.families import coupling_of, family_of
 from prunetune.model.sites import Site
 from prunetune.plan import Plan
 
@@ -36,16 +37,11 @@ import copy
 
 import torch
 from torch import nn
-from transformers import $causal, $inner
+from transformers import $causal, $base
 
 from .configuration_pruned import $pruned_config
 
-
-class NoAttention(nn.Module):
-    def forward(self, hidden_states, *args, **kwargs):
-        return torch.zeros_like(hidden_states), None
-
-
+$helpers
 def dense(config):
     plain = copy.copy(config)
     plain.per_layer_config = None
@@ -57,30 +53,21 @@ def resized(linear, rows=None, columns=None):
                      device=linear.weight.device, dtype=linear.weight.dtype)
 
 
-def resize(inner, config):
-    config._attn_implementation = inner.config._attn_implementation
-    inner.config = config
-    for layer, own in zip(inner.layers, config.per_layer_config):
-        attention, mlp = layer.self_attn, layer.mlp
-        heads, groups = own.num_attention_heads * own.head_dim, own.num_key_value_heads * own.head_dim
-        attention.config = config
-        attention.q_proj = resized(attention.q_proj, rows=heads)
-        attention.k_proj = resized(attention.k_proj, rows=groups)
-        attention.v_proj = resized(attention.v_proj, rows=groups)
-        attention.o_proj = resized(attention.o_proj, columns=heads)
-        if "attention" in own.skip:
-            layer.self_attn = NoAttention()
-        mlp.gate_proj = resized(mlp.gate_proj, rows=own.intermediate_size)
-        mlp.up_proj = resized(mlp.up_proj, rows=own.intermediate_size)
-        mlp.down_proj = resized(mlp.down_proj, columns=own.intermediate_size)
+def resize(model, layers, config):
+    for kernels in ("_attn_implementation", "_experts_implementation"):
+        setattr(config, kernels, getattr(model.config, kernels))
+    for module in model.modules():
+        if hasattr(module, "config") and "Rotary" not in type(module).__name__:  # angles are the dense model's
+            module.config = config
+    for layer, own in zip(layers, config.per_layer_config):
+$lines
 
-
-class $pruned_inner($inner):
+class $pruned_base($base):
     config_class = $pruned_config
 
     def __init__(self, config):
         super().__init__(dense(config))
-        resize(self, config)
+        resize(self, self.$layers, config)
 
 
 class $pruned_causal($causal):
@@ -88,29 +75,57 @@ class $pruned_causal($causal):
 
     def __init__(self, config):
         super().__init__(dense(config))
-        resize(self.model, config)
-        self.config = config
+        resize(self, self.$inner.$layers, config)
 ''')
+
+NO_ATTENTION = """
+class NoAttention(nn.Module):
+    def forward(self, hidden_states, *args, **kwargs):
+        return torch.zeros_like(hidden_states), None
+
+"""
+
+OWN_HEADS = """
+class OwnHeads:
+    def __init__(self, config, heads):
+        self.__dict__.update(shared=config, num_attention_heads=heads)
+
+    def __getattr__(self, name):
+        return getattr(self.shared, name)
+
+"""
 
 
 @dataclass(frozen=True)
 class PerLayer:
-    """Class names of the generated modules."""
+    """Class names of the generated modules, and where the layers are."""
 
     config: str
-    inner: str
+    base: str
     causal: str
+    inner: str  # the causal model's name for the base: "model"
+    layers: str  # the base's name for the layers: "layers", "decoder.layers"
     model_type: str
+    width: str  # the configuration's name for the channels of an MLP
 
     @classmethod
     def of(cls, model: Any) -> PerLayer:
         """The names for a stock `transformers` model; refuses classes that do not come with transformers."""
-        causal, inner = type(model), type(model.get_decoder())
+        causal, inner = type(model), model.base_model_prefix
         if not causal.__module__.startswith("transformers.models."):
             raise ModelError(
                 f"{causal.__name__} is not a class of transformers: per-layer code can subclass only those"
             )
-        return cls(type(model.config).__name__, inner.__name__, causal.__name__, f"pruned_{model.config.model_type}")
+        first = coupling_of(model).layer_prefixes[0]
+        return cls(
+            config=type(model.config).__name__,
+            base=type(getattr(model, inner)).__name__,
+            causal=causal.__name__,
+            inner=inner,
+            layers=first.removeprefix(f"{inner}.").rpartition(".")[0],
+            model_type=f"pruned_{model.config.model_type}",
+            width=family_of(model.config).width or "intermediate_size",
+        )
 
     @property
     def model_class(self) -> str:
@@ -125,35 +140,66 @@ class PerLayer:
             "architectures": [self.model_class],
             "auto_map": {
                 "AutoConfig": f"configuration_pruned.Pruned{self.config}",
-                "AutoModel": f"{modeling}Pruned{self.inner}",
+                "AutoModel": f"{modeling}Pruned{self.base}",
                 "AutoModelForCausalLM": modeling + self.model_class,
             },
         }
 
 
-def write_code(folder: Path, names: PerLayer) -> None:
+def write_code(folder: Path, names: PerLayer, sites: Sequence[Site]) -> None:
     """Write `configuration_pruned.py` and `modeling_pruned.py`."""
+    lines = [line for site in sites if site.layer == sites[0].layer for line in _lines(site, names)]
+    helpers = "".join(
+        text for text, name in ((NO_ATTENTION, "NoAttention("), (OWN_HEADS, "OwnHeads(")) if name in "".join(lines)
+    )
     values = {
-        "config": names.config, "inner": names.inner, "causal": names.causal, "model_type": names.model_type,
-        "pruned_config": f"Pruned{names.config}", "pruned_inner": f"Pruned{names.inner}",
+        "config": names.config, "base": names.base, "causal": names.causal, "model_type": names.model_type,
+        "inner": names.inner, "layers": names.layers, "helpers": helpers,
+        "lines": "".join(f"        {line}\n" for line in lines),
+        "pruned_config": f"Pruned{names.config}", "pruned_base": f"Pruned{names.base}",
         "pruned_causal": names.model_class,
     }  # fmt: skip
     (folder / "configuration_pruned.py").write_text(CONFIGURATION.substitute(values), encoding="utf-8")
     (folder / "modeling_pruned.py").write_text(MODELING.substitute(values), encoding="utf-8")
 
 
+def _lines(site: Site, names: PerLayer) -> list[str]:
+    """What `resize` does to one layer's block."""
+    layer = f"{names.inner}.{names.layers}.{site.layer}"
+    attends = site.kind == "attention"
+    units = "own.num_key_value_heads" if attends else f"own.{names.width}"
+    cuts = [*((cut, "rows") for cut in site.producers), (site.consumer, "columns")]
+    lines = []
+    for cut, side in cuts:
+        place = "layer" + cut.module.removeprefix(layer)
+        times = f" * {cut.per_unit}" if cut.per_unit > 1 else ""
+        lines.append(f"{place} = resized({place}, {side}={units}{times})")
+    if not attends:
+        return lines
+    block = "layer" + site.name.removeprefix(layer)
+    if any(len(cut.parts) > 1 for cut in site.producers):
+        lines += [
+            f"{block}.config = OwnHeads(config, own.num_attention_heads)",
+            f"{block}.num_key_value_heads = own.num_key_value_heads",
+        ]
+    return [*lines, 'if "attention" in own.skip:', f"    {block} = NoAttention()"]
+
+
 def per_layer_overrides(plan: Plan, sites: Sequence[Site], config: Any) -> dict[str, Any]:
     """`per_layer_config` for config.json, which else keeps the dense values; every layer is spelled out."""
-    ratio = config.num_attention_heads // config.num_key_value_heads
+    ratio = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    channels = family_of(config).width or "intermediate_size"
     layers: dict[str, dict[str, Any]] = {}
     for site in sites:
         width = len(plan.kept[site.name])
         layer = layers.setdefault(f"{site.layer:02d}", {})
         if site.kind == "mlp":
-            layer["intermediate_size"] = width
+            layer[channels] = width
         elif width:
             layer |= {"num_attention_heads": width * ratio, "num_key_value_heads": width}
         else:
             layer["skip"] = ["attention"]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return {"per_layer_config": layers, "head_dim": head_dim}
+    if any(site.kind == "attention" for site in sites):
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return {"per_layer_config": layers, "head_dim": size}
+    return {"per_layer_config": layers}

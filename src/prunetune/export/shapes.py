@@ -1,26 +1,87 @@
-"""Which shapes a stock configuration class accepts, decided before training so that no run ends in a refusal."""
+"""Which shapes a stock configuration class accepts, found out before training so that no run ends in a refusal."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
-# Configurations that demand a hidden size divisible by the number of query heads, head_dim given or not
-# (transformers 5.23). Llama has a sibling without the rule: see `write.uniform_config`.
-DIVIDES_HIDDEN = ("gemma3_text",)
+import torch
+
+from prunetune.errors import PlanError
+from prunetune.model.families import family_of
+from prunetune.model.sites import find_sites
 
 
 def legal_groups(config: Any) -> Callable[[int], bool]:
-    """Whether a uniform model of this architecture may keep so many KV groups in every layer."""
-    ratio = config.num_attention_heads // config.num_key_value_heads
-    strict = config.model_type in DIVIDES_HIDDEN or (config.model_type == "llama" and has_bias(config))
+    """Whether a uniform model of this architecture may keep so many KV groups in every layer.
 
+    Asked of the class itself: an empty model of that shape has to be made, and its heads to be as wide as before.
+    Some classes demand a hidden size divisible by the heads, others derive the head dimension from it.
+    """
+    dense = _query_columns(config)
+
+    @functools.cache
     def legal(groups: int) -> bool:
-        return groups >= 1 and (not strict or config.hidden_size % (groups * ratio) == 0)
+        if groups == dense[0] or groups < 1:
+            return groups >= 1
+        try:
+            found = _query_columns(uniform(config, groups, None))
+        except Exception:  # each class says no in its own way
+            return False
+        return found == (groups, dense[1])
 
     return legal
+
+
+def _query_columns(config: Any) -> tuple[int, int]:
+    """(KV groups, columns that one group's queries have); zeros where attention cannot be pruned."""
+    site = next((site for site in find_sites(empty(config)) if site.kind == "attention"), None)
+    return (site.units, site.consumer.per_unit) if site else (0, 0)
+
+
+def empty(config: Any) -> Any:
+    """A causal language model without weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def uniform(config: Any, groups: int | None, channels: int | None) -> Any:
+    """The configuration of equal, smaller layers, None leaving a width as it is; Mistral's where Llama's refuses."""
+    from transformers import MistralConfig
+
+    values, heads = config.to_dict(), config.num_attention_heads
+    values.pop("transformers_version", None)
+    if groups is not None:
+        heads = groups * (heads // (getattr(config, "num_key_value_heads", None) or heads))
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        values |= {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": size}
+    if channels is not None:
+        values[width_of(config)] = channels
+    if config.model_type == "llama" and config.hidden_size % heads and not has_bias(config):
+        values |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
+        return MistralConfig.from_dict(
+            {k: v for k, v in values.items() if k not in ("attention_bias", "mlp_bias", "pretraining_tp")}
+        )
+    return type(config).from_dict(values | {"architectures": [_causal_class(config)]})
+
+
+def width_of(config: Any) -> str:
+    """The configuration's name for the channels of an MLP; raises `PlanError` where it has none."""
+    width = family_of(config).width
+    if not width:
+        raise PlanError(f"{config.model_type} has no option for the width of an MLP: use layout per-layer")
+    return width
 
 
 def has_bias(config: Any) -> bool:
     """Llama's optional biases, which Mistral lacks."""
     return bool(getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False))
+
+
+def _causal_class(config: Any) -> str:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])

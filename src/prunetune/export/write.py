@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from prunetune.errors import ModelError
 from prunetune.export.per_layer import PerLayer, per_layer_overrides, write_code
-from prunetune.export.shapes import has_bias
+from prunetune.export.shapes import empty, uniform
 from prunetune.files import new_folder
 from prunetune.model.sites import Site
 from prunetune.plan import Plan
@@ -47,14 +45,15 @@ def write(
         )
     with new_folder(folder) as partial:
         if layout == "uniform":
-            target = _empty(config)
+            target = empty(config)
             _fill(target, model)
             target.generation_config = model.generation_config
             target.save_pretrained(partial)
         else:
             layered = PerLayer.of(model)
-            model.save_pretrained(partial)
-            write_code(partial, layered)
+            # Names as in memory: renaming on the way in goes by model_type, and this one is of our own.
+            model.save_pretrained(partial, save_original_format=False)
+            write_code(partial, layered, sites)
             _edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | layered.auto_map())
         _add_old_rope_keys(partial / "config.json")
         tokenizer.save_pretrained(partial)
@@ -73,40 +72,12 @@ def write(
 
 
 def uniform_config(config: Any, plan: Plan, sites: Sequence[Site]) -> Any:
-    """The configuration of equal, smaller layers; Mistral's where Llama's refuses the head count."""
-    from transformers import MistralConfig
-
+    """The configuration of a uniform plan; raises `ModelError` where its layers differ."""
     widths = {kind: {len(plan.kept[s.name]) for s in sites if s.kind == kind} for kind in ("attention", "mlp")}
-    if any(len(width) != 1 for width in widths.values()):
+    if any(len(width) > 1 for width in widths.values()):
         raise ModelError(f"plan has widths {widths} and layout uniform needs one of each kind: write it per-layer")
-    groups, channels = widths["attention"].pop(), widths["mlp"].pop()
-    heads = groups * (config.num_attention_heads // config.num_key_value_heads)
-    values = config.to_dict() | {
-        "num_attention_heads": heads,
-        "num_key_value_heads": groups,
-        "intermediate_size": channels,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-    }
-    values.pop("transformers_version", None)
-    if config.model_type == "llama" and config.hidden_size % heads and not has_bias(config):
-        values |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
-        return MistralConfig.from_dict(
-            {k: v for k, v in values.items() if k not in ("attention_bias", "mlp_bias", "pretraining_tp")}
-        )
-    return type(config).from_dict(values | {"architectures": [_causal_class(config)]})
-
-
-def _causal_class(config: Any) -> str:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type])
-
-
-def _empty(config: Any) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+    groups, channels = (next(iter(widths[kind]), None) for kind in ("attention", "mlp"))
+    return uniform(config, groups, channels)
 
 
 def _fill(target: Any, model: Any) -> None:

@@ -68,7 +68,7 @@ def _gate_consumer(model: nn.Module, site: Site, gate: Tensor, adapters: Adapter
     consumer = model.get_submodule(site.consumer.module)
     if adapters == "free":
         consumer = getattr(consumer, "base_layer", consumer)
-    return [consumer.register_forward_pre_hook(_scale_input(spread(gate, site.consumer.per_unit)))]
+    return [consumer.register_forward_pre_hook(_scale_input(site.consumer.spread(gate)))]
 
 
 def _gate_producers(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHandle]:
@@ -76,13 +76,8 @@ def _gate_producers(model: nn.Module, site: Site, gate: Tensor) -> list[Removabl
     for producer in site.producers:
         module = model.get_submodule(producer.module)
         base = getattr(module, "base_layer", module)
-        handles.append(base.register_forward_hook(_scale_output(spread(gate, producer.per_unit))))
+        handles.append(base.register_forward_hook(_scale_output(producer.spread(gate))))
     return handles
-
-
-def spread(gate: Tensor, per_unit: int) -> Tensor:
-    """One gate per row or column. Query heads of one KV group lie side by side, so a group covers one run of them."""
-    return gate if per_unit == 1 else gate.repeat_interleave(per_unit)
 
 
 def _scale_input(scale: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor]]:

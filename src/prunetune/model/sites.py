@@ -6,25 +6,51 @@ and the columns of o that read those query heads: rotary pairs stay whole, and g
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from prunetune.errors import UnknownArchitecture
-from prunetune.model.families import Coupling, coupling_of
+from prunetune.model.families import Coupling, Kind, coupling_of
 from prunetune.plan import Plan
-
-Kind = Literal["attention", "mlp"]
 
 
 @dataclass(frozen=True)
 class Cut:
-    """One linear layer's share in a unit: how many of its rows (producer) or columns (consumer) a unit owns."""
+    """One linear layer's share in the units of a site: which rows (producer) or columns (consumer) each of them owns.
+
+    The rows fall into parts that lie end to end, one for each of query, key and value or of gate and up where these
+    share a linear; in a part of p, unit u owns the p rows from u * p on.
+    """
 
     module: str  # "model.layers.3.self_attn.q_proj"
-    per_unit: int
+    parts: tuple[int, ...]  # rows of a unit in each part
+
+    @property
+    def per_unit(self) -> int:
+        """Rows that one unit owns."""
+        return sum(self.parts)
+
+    def indices(self, kept: Iterable[int], units: int) -> Tensor:
+        """The rows that the kept of so many units own, in order: long [len(kept) * per_unit]."""
+        chosen, start, found = torch.tensor(tuple(kept), dtype=torch.long), 0, []
+        for size in self.parts:
+            found.append((start + chosen[:, None] * size + torch.arange(size)).flatten())
+            start += units * size
+        return torch.cat(found)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One value per unit -> one per row. Query heads of a KV group lie side by side, so a group is one run."""
+        parts = [values if size == 1 else values.repeat_interleave(size) for size in self.parts]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def summed(self, rows: Tensor, units: int) -> Tensor:
+        """[rows, ...] -> [U]: the sum over what each unit owns, in the dtype of `rows`."""
+        rows = rows.flatten(1).sum(1) if rows.dim() > 1 else rows
+        parts = [part.view(units, -1).sum(1) for part in torch.split(rows, [units * size for size in self.parts])]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
 @dataclass(frozen=True)
@@ -58,9 +84,16 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     for layer, prefix in enumerate(coupling.layer_prefixes):
         first_of_type = coupling.layer_type(layer) not in seen_types
         seen_types.add(coupling.layer_type(layer))
-        sites.append(_attention_site(model, coupling, prefix, layer, first_of_type=first_of_type))
-        sites.append(_mlp_site(model, coupling, prefix, layer))
+        if "attention" in coupling.blocks:
+            sites.append(_attention_site(model, coupling, prefix, layer, first_of_type=first_of_type))
+        if "mlp" in coupling.blocks:
+            sites.append(_mlp_site(model, coupling, prefix, layer))
     return tuple(sites)
+
+
+def whole_blocks(model: nn.Module) -> dict[Kind, str]:
+    """The kinds of block that cannot be pruned in this architecture, with the reason."""
+    return dict(coupling_of(model).whole)
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
@@ -75,43 +108,46 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
 
 
 def _attention_site(model: nn.Module, coupling: Coupling, prefix: str, layer: int, *, first_of_type: bool) -> Site:
-    consumer = f"{prefix}.{coupling.attention.consumer}"
-    heads = _linear(model, consumer).in_features // coupling.head_dim
-    groups = _linear(model, f"{prefix}.{coupling.attention.key}").out_features // coupling.head_dim
-    if groups == 0 or heads % groups:
-        raise UnknownArchitecture(f"{prefix}: {heads} query heads do not divide over {groups} key-value heads")
+    block, heads, groups, size = coupling.blocks["attention"], coupling.heads, coupling.groups, coupling.head_dim
+    consumer = f"{prefix}.{block.consumer}"
+    if heads % groups or _linear(model, consumer).in_features != heads * size:
+        raise UnknownArchitecture(
+            f"{prefix}: {heads} query heads of {size} do not divide over {groups} key-value heads, "
+            f"or are not the {_linear(model, consumer).in_features} columns of {block.consumer}"
+        )
+    queries = heads // groups * size
+    cuts = []
+    for name in block.producers:
+        rows = _linear(model, f"{prefix}.{name}").out_features
+        fused = rows == groups * (queries + 2 * size)  # query, key, value in this order: Phi-3
+        cuts.append(Cut(f"{prefix}.{name}", (queries, size, size) if fused else (rows // groups,)))
     # The cache tells a sequence's length from the first layer of each type, so that layer has to attend; and an
     # output bias outlives its last group, which a layer without attention cannot express.
     floor = 1 if first_of_type or _linear(model, consumer).bias is not None else 0
-    return _site(model, prefix, layer, "attention", groups, coupling.attention.producers, consumer, floor)
+    return _site(model, layer, "attention", groups, cuts, Cut(consumer, (queries,)), floor)
 
 
 def _mlp_site(model: nn.Module, coupling: Coupling, prefix: str, layer: int) -> Site:
-    consumer = f"{prefix}.{coupling.mlp.consumer}"
+    block = coupling.blocks["mlp"]
+    consumer = f"{prefix}.{block.consumer}"
     units = _linear(model, consumer).in_features
-    return _site(model, prefix, layer, "mlp", units, coupling.mlp.producers, consumer, 1)
+    # Gate above up in one linear: Phi-3, GLM.
+    sizes = [_linear(model, f"{prefix}.{name}").out_features // units for name in block.producers]
+    cuts = [Cut(f"{prefix}.{name}", (1,) * size) for name, size in zip(block.producers, sizes, strict=True)]
+    return _site(model, layer, "mlp", units, cuts, Cut(consumer, (1,)), 1)
 
 
 def _site(
-    model: nn.Module,
-    prefix: str,
-    layer: int,
-    kind: Kind,
-    units: int,
-    producers: Iterable[str],
-    consumer: str,
-    floor: int,
+    model: nn.Module, layer: int, kind: Kind, units: int, producers: Sequence[Cut], consumer: Cut, floor: int
 ) -> Site:
-    reads = _linear(model, consumer)
-    params = reads.weight.numel() // units
-    cuts = []
-    for producer in producers:
-        makes = _linear(model, f"{prefix}.{producer}")
-        rows = makes.out_features // units
-        params += rows * (makes.in_features + (makes.bias is not None))
-        cuts.append(Cut(f"{prefix}.{producer}", rows))
-    name = consumer.rpartition(".")[0]
-    return Site(name, layer, kind, units, tuple(cuts), Cut(consumer, reads.in_features // units), params, floor)
+    params = _linear(model, consumer.module).weight.numel() // units
+    for cut in producers:
+        makes = _linear(model, cut.module)
+        if makes.out_features != units * cut.per_unit:
+            raise UnknownArchitecture(f"{cut.module}: {makes.out_features} rows are not of {units} units")
+        params += cut.per_unit * (makes.in_features + (makes.bias is not None))
+    name = consumer.module.rpartition(".")[0]
+    return Site(name, layer, kind, units, tuple(producers), consumer, params, floor)
 
 
 def dense_plan(sites: Iterable[Site]) -> Plan:

@@ -27,6 +27,18 @@ class NoAttention(nn.Module):
         return (nothing if self.constant is None else nothing + self.constant.to(nothing.dtype)), None
 
 
+class OwnNumbers:
+    """A configuration that differs for one layer; all else is the model's, as it is when asked."""
+
+    def __init__(self, config: Any, **own: Any) -> None:
+        self.__dict__.update(own, _shared=config)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_shared" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self._shared, name)
+
+
 @torch.no_grad()
 def add_biases(model: nn.Module, biases: Mapping[str, Tensor]) -> None:
     """Give linears a constant output in place, {module: [rows]}, added to a bias that is there; to call before the cut.
@@ -68,14 +80,17 @@ def cut_linears(model: nn.Module, plan: Plan, *, sites: Iterable[Site] | None = 
             setattr(model.get_submodule(parent), child, NoAttention(_bias(model, site.consumer)))
             continue
         for producer in site.producers:
-            _keep_rows(model.get_submodule(producer.module), indices(kept, producer))
-        _keep_columns(model.get_submodule(site.consumer.module), indices(kept, site.consumer))
+            _keep_rows(model.get_submodule(producer.module), producer.indices(kept, site.units))
+        _keep_columns(model.get_submodule(site.consumer.module), site.consumer.indices(kept, site.units))
+        if site.kind == "attention" and any(len(producer.parts) > 1 for producer in site.producers):
+            _tell_heads(model.get_submodule(site.name), site, len(kept))
 
 
-def indices(kept: Iterable[int], cut_: Cut) -> Tensor:
-    """The rows or columns that the kept units own."""
-    units = torch.tensor(tuple(kept), dtype=torch.long)
-    return (units[:, None] * cut_.per_unit + torch.arange(cut_.per_unit)).flatten()
+def _tell_heads(attention: Any, site: Site, groups: int) -> None:
+    """A fused projection is taken apart by the numbers of heads that the configuration names, see `modeling_phi3`."""
+    ratio = attention.config.num_attention_heads // site.units
+    attention.config = OwnNumbers(attention.config, num_attention_heads=groups * ratio)
+    attention.num_key_value_heads = groups
 
 
 def _bias(model: nn.Module, consumer: Cut) -> Tensor | None:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from prunetune.config import LoraSettings
 from prunetune.model.sites import Site
-from prunetune.model.surgery import indices
 from prunetune.plan import Plan
 
 NAME = "default"
@@ -70,7 +69,7 @@ def cut_state(state: Mapping[str, Tensor], plan: Plan, sites: Iterable[Site]) ->
                 for gone in ("lora_A", "lora_B"):
                     result.pop(f"{cut.module}.{gone}.{NAME}.weight", None)
             elif name in result:
-                index = indices(kept, cut).to(result[name].device)
+                index = cut.indices(kept, site.units).to(result[name].device)
                 result[name] = result[name].index_select(axis, index).contiguous()
     return result
 
@@ -85,7 +84,7 @@ def grow_state(
         for cut, part, axis in [*((cut, "lora_B", 0) for cut in site.producers), (site.consumer, "lora_A", 1)]:
             name = f"{cut.module}.{part}.{NAME}.weight"
             if kept and name in state:
-                result[name] = torch.zeros(shapes[name]).index_copy(axis, indices(kept, cut), state[name])
+                result[name] = torch.zeros(shapes[name]).index_copy(axis, cut.indices(kept, site.units), state[name])
     return result
 
 
@@ -97,9 +96,9 @@ def group_norms(model: Any, site: Site) -> Tensor:
     squares = torch.zeros((), device=next(model.parameters()).device)
     for cut in site.producers:
         rows = model.get_submodule(cut.module).lora_B[NAME].weight
-        squares = squares + rows.square().sum(1).view(site.units, cut.per_unit).sum(1)
+        squares = squares + cut.summed(rows.square(), site.units)
     columns = model.get_submodule(site.consumer.module).lora_A[NAME].weight
-    squares = squares + columns.square().sum(0).view(site.units, site.consumer.per_unit).sum(1)
+    squares = squares + site.consumer.summed(columns.square().sum(0), site.units)
     norms: Tensor = (squares + 1e-12).sqrt()
     return norms
 
@@ -116,6 +115,6 @@ def soft_threshold(model: Any, gates: Mapping[str, Tensor], sites: Iterable[Site
         scale = 1 - (1 - gates[site.name]) * taken
         for cut in site.producers:
             rows = model.get_submodule(cut.module).lora_B[NAME].weight
-            rows.mul_(scale.repeat_interleave(cut.per_unit)[:, None])
+            rows.mul_(cut.spread(scale)[:, None])
         columns = model.get_submodule(site.consumer.module).lora_A[NAME].weight
-        columns.mul_(scale.repeat_interleave(site.consumer.per_unit))
+        columns.mul_(site.consumer.spread(scale))
