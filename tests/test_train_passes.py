@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from model_helpers import ALL_FAMILIES, random_plan, tiny, with_lora
-from prunetune.config import RunConfig, from_mapping
+from prunetune.config import LoraSettings, RunConfig, from_mapping
 from prunetune.data import packs
 from prunetune.data.packs import pack, packable, stepped
 from prunetune.data.templates import Example
@@ -18,7 +18,7 @@ from prunetune.model.masking import gates_of
 from prunetune.model.packed import can_pack
 from prunetune.model.sites import find_sites
 from prunetune.model.surgery import cut_linears
-from prunetune.train.adapters import adapters
+from prunetune.train.adapters import adapters, add_adapters
 from prunetune.train.objectives import Teacher
 from prunetune.train.passes import Packed, Padded, passes_for
 
@@ -79,6 +79,13 @@ def test_what_can_be_packed_is_found_out(family: str) -> None:
     model = tiny(family).train()
     assert can_pack(model) is (family not in UNPACKED)
     assert model.training
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
+def test_half_precision_with_adapters_can_be_packed(family: str) -> None:
+    model = tiny(family).to(torch.bfloat16).requires_grad_(False)
+    add_adapters(model, find_sites(model), LoraSettings(rank=4), seed=0)
+    assert can_pack(model)
 
 
 @pytest.mark.parametrize("weights", [None, (1.0, 0.0), (0.0, 1.0), (0.5, 2.0)])

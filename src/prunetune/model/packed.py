@@ -26,18 +26,18 @@ def can_pack(model: Any) -> bool:
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     if capped or not getattr(model, "_supports_attention_backend", False):
         return False
-    training = model.training
+    training, half = model.training, model.dtype != torch.float32
+    device = next(model.parameters()).device
     try:
-        return _packs_as_apart(model.eval())
+        with torch.no_grad(), torch.autocast(device.type, model.dtype, enabled=half):  # adapters are float32
+            return _packs_as_apart(model.eval(), device, limit=0.05 if half else 1e-4)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError):
         return False
     finally:
         model.train(training)
 
 
-@torch.inference_mode()
-def _packs_as_apart(model: Any) -> bool:
-    device = next(model.parameters()).device
+def _packs_as_apart(model: Any, device: torch.device, *, limit: float) -> bool:
     ids = torch.arange(3, 3 + PROBE, device=device)[None] % model.config.get_text_config().vocab_size
     half = PROBE // 2
     bounds = torch.tensor([0, half, PROBE], dtype=torch.int32, device=device)
@@ -46,7 +46,6 @@ def _packs_as_apart(model: Any) -> bool:
     apart = torch.cat([model(part, use_cache=False).logits for part in (ids[:, :half], ids[:, half:])], dim=1).float()
     with packed_rows(model):
         found = model(ids, position_ids=positions, use_cache=False, **marks).logits.float()
-    limit = 1e-4 if model.dtype == torch.float32 else 0.05
     return bool((found - apart).abs().max() <= limit * apart.abs().max())
 
 
