@@ -15,6 +15,7 @@ from model_helpers import ALL_FAMILIES, FAMILIES, random_plan, relative, tiny, t
 from prunetune import Plan, cut, find_sites, masked
 from prunetune.decide.select import Shape, select
 from prunetune.errors import PlanError, SelfCheckFailed
+from prunetune.export import shapes
 from prunetune.export.selfcheck import check, logits_of
 from prunetune.export.shapes import legal_groups, width_of
 from prunetune.export.write import write
@@ -66,6 +67,15 @@ def test_every_family_is_read_as_it_was_written(family: str, layout: str, tmp_pa
     again = AutoModelForCausalLM.from_pretrained(written.folder, trust_remote_code=written.needs_code).eval()
     assert sum(parameter.numel() for parameter in again.parameters()) == written.params
     assert relative(logits_of(again, tokens()), expected) <= 1e-5
+
+
+def test_a_class_is_asked_once_for_each_width_and_only_when_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(shapes, "empty", lambda config: asked.append(config.num_key_value_heads) or tiny("qwen3"))
+    legal = legal_groups(tiny("qwen3", groups=4).config)
+    assert not asked
+    assert [legal(2), legal(2), legal(4), legal(0)] == [True, True, True, False]
+    assert asked == [2]
 
 
 @pytest.mark.parametrize("kind", ["yarn", "llama3"])

@@ -103,7 +103,15 @@ def test_a_run_of_other_families(family: str, layout: str, place: Path, tmp_path
     folder = run(config_of(place, tmp_path / "run", layout, **changes))
     plan = Plan.load(folder / "plan.json")
     assert kept_params(find_sites(model), plan) <= 0.6 * sum(site.params for site in find_sites(model))
-    assert json.loads((folder / "manifest.json").read_text())["selfcheck"]["ok"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["selfcheck"]["ok"]
+    dense, pruned = manifest["model"], manifest["pruned"]
+    assert dense["decoder_params"] - pruned["decoder_params"] == dense["params"] - pruned["params"]
+    blocks = {"gpt_neox": "MLP", "mixtral": "attention", "phi3": "attention and MLP"}
+    assert f"% of the {blocks.get(family, '')}" in (folder / "model" / "README.md").read_text()
+    if family in ("gpt_neox", "mixtral"):  # what stays whole is of the decoder, too
+        layers = model.get_decoder().layers
+        assert dense["decoder_params"] == sum(weight.numel() for weight in layers.parameters())
 
 
 # -- what a run leaves -----------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from prunetune.config import LoraSettings, RunConfig, from_mapping
 from prunetune.data import packs
 from prunetune.data.packs import pack, packable, stepped
 from prunetune.data.templates import Example
+from prunetune.model import packed
 from prunetune.model.masking import gates_of
 from prunetune.model.packed import can_pack
 from prunetune.model.sites import find_sites
@@ -79,6 +80,17 @@ def test_what_can_be_packed_is_found_out(family: str) -> None:
     model = tiny(family).train()
     assert can_pack(model) is (family not in UNPACKED)
     assert model.training
+
+
+def test_a_model_that_reads_across_sequences_cannot_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = packed._one_by_one
+
+    def across(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *rest: Any) -> Tensor:
+        return whole(query, key, value, bounds[[0, -1]], *rest)
+
+    assert can_pack(tiny())
+    monkeypatch.setattr(packed, "_one_by_one", across)
+    assert not can_pack(tiny())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])

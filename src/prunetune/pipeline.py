@@ -218,7 +218,7 @@ def finish(setting: Setting) -> None:
         | {
             "folder": "model",
             "class": written.architecture,
-            "decoder_params": kept_params(setting.sites, state.plan),
+            "decoder_params": kept_params(setting.sites, state.plan) + setting.whole,
             "dtype": str(loaded.storage).removeprefix("torch."),
         },
         selfcheck=found.to_dict(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from prunetune.export.shapes import legal_groups, width_of
 from prunetune.files import need_space
 from prunetune.folder import FREE, RunFolder, check_folder
 from prunetune.model.loading import Loaded, ghost, load, load_tokenizer, pick_device, pick_dtype
-from prunetune.model.sites import Site, find_sites
+from prunetune.model.sites import Site, find_sites, whole_params
 from prunetune.train.job import Observer
 
 log = logging.getLogger(__name__)
@@ -54,6 +54,9 @@ class Setting:
     encoded: Mapping[SplitName, Encoded]
     console: Console
     params: int  # of the dense model
+    whole: (
+        int  # of them in decoder layers, where a kind of block stays whole; so that what is removed is a share of both
+    )
 
     def load(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Loaded:
         """The dense model, anew."""
@@ -88,9 +91,10 @@ def prepare(config: RunConfig, *, resume: bool, console: Console, free: Collecti
                 config.data.too_long,
             )
     params = sum(parameter.numel() for parameter in structure.parameters())
+    whole = whole_params(structure)
     need_space(folder.path, _bytes_needed(structure, sites, config))
     log.info("model %s on %s in %s, layout %s", config.model, device, str(dtype).removeprefix("torch."), config.layout)
-    return Setting(config, folder, device, dtype, sites, shape, tokenizer, splits, encoded, console, params)
+    return Setting(config, folder, device, dtype, sites, shape, tokenizer, splits, encoded, console, params, whole)
 
 
 def with_texts(setting: Setting, context: int) -> Setting:
@@ -100,12 +104,14 @@ def with_texts(setting: Setting, context: int) -> Setting:
     return replace(setting, splits=replace(setting.splits, texts=texts), encoded=encoded)
 
 
-def shape_of(config: RunConfig, sites: tuple[Site, ...], model_config: Any) -> Shape:
-    """What a legal plan looks like for this model and layout."""
+def shape_of(
+    config: RunConfig, sites: tuple[Site, ...], model_config: Any, groups: Callable[[int], bool] | None = None
+) -> Shape:
+    """What a legal plan looks like for this model and layout; `groups`, where it is known which ones are legal."""
     if config.layout == "uniform":
         width_of(model_config)  # refuses in time
     align = config.budget.align or default_align(sites)
-    return Shape(config.layout, align, config.budget.min_groups, legal_groups(model_config))
+    return Shape(config.layout, align, config.budget.min_groups, groups or legal_groups(model_config))
 
 
 def _bytes_needed(structure: Any, sites: tuple[Site, ...], config: RunConfig) -> int:
@@ -124,7 +130,7 @@ def _linears(structure: Any, sites: tuple[Site, ...]) -> Iterator[Any]:
 
 def facts_of(setting: Setting) -> dict[str, Any]:
     """Data and dense model, for the manifest."""
-    parts = setting.splits.parts()
+    parts, decoder = setting.splits.parts(), total(setting.sites) + setting.whole
     return {
         "data": {
             "hashes": setting.splits.hashes,
@@ -132,5 +138,5 @@ def facts_of(setting: Setting) -> dict[str, Any]:
             "too_long": sum(part.too_long for part in setting.encoded.values()),
             "dropped": setting.splits.dropped,
         },
-        "model": {"name": setting.config.model, "params": setting.params, "decoder_params": total(setting.sites)},
+        "model": {"name": setting.config.model, "params": setting.params, "decoder_params": decoder},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,8 @@ def _scores(folder: Path) -> list[str]:
             for scored in found.values()
         )
         share = recovery(result.scores[metric], reference.tasks[task].scores[metric], metric) if reference else 0.0
-        lines.append(f"{task:<20} {metric:<11} {cells} {100 * share:>8.0f}%")
+        shown = f"{100 * share:.0f}%" if math.isfinite(share) else "–"  # of a reference of 0
+        lines.append(f"{task:<20} {metric:<11} {cells} {shown:>9}")
     return lines
 
 

@@ -68,7 +68,8 @@ def _refuse_in_time(setting: Setting, methods: Sequence[Method], grid: Grid) -> 
     for method in methods:
         for cell in grid.cells(method, grid.trials(method)[0].rate):
             config = cell.config(setting.config)
-            select(scores, setting.sites, cell.keep, shape_of(config, setting.sites, model_config))
+            shape = shape_of(config, setting.sites, model_config, setting.shape.legal_groups)
+            select(scores, setting.sites, cell.keep, shape)
 
 
 def _open(setting: Setting, command: str) -> None:

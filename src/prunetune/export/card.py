@@ -16,6 +16,8 @@ They give each layer its own widths; read them first. A model of `layout: unifor
 def card_of(config: RunConfig, manifest: dict[str, Any], plan: Plan, sites: Sequence[Site]) -> str:
     """README.md of the model folder: where it comes from, what was removed, how to open it."""
     share = kept_params(sites, plan) / sum(site.params for site in sites)
+    kinds = {site.kind for site in sites}  # others stay whole
+    blocks = " and ".join(name for kind, name in (("attention", "attention"), ("mlp", "MLP")) if kind in kinds)
     hashes = "\n".join(f"- {split}: `{digest}`" for split, digest in manifest.get("data", {}).get("hashes", {}).items())
     code = ", trust_remote_code=True" if config.layout == "per-layer" else ""
     warning = f"\n{OWN_CODE}\n" if code else ""
@@ -27,7 +29,7 @@ tags: [prunetune, pruning, lora]
 # {config.model}, tuned and pruned
 
 Made by prunetune from `{config.model}`: LoRA tuning and structural pruning in one run.
-{100 * share:.1f}% of the attention and MLP parameters remain (layout {config.layout});
+{100 * share:.1f}% of the {blocks} parameters remain (layout {config.layout});
 `plan.json` names the units kept.
 The licence of the base model applies.
 

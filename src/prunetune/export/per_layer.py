@@ -13,7 +13,7 @@ from string import Template
 from typing import Any
 
 from prunetune.errors import ModelError
-from prunetune.model.families import coupling_of, family_of
+from prunetune.model.families import coupling_of, family_of, heads_of
 from prunetune.model.sites import Site
 from prunetune.plan import Plan
 
@@ -124,7 +124,7 @@ class PerLayer:
             inner=inner,
             layers=first.removeprefix(f"{inner}.").rpartition(".")[0],
             model_type=f"pruned_{model.config.model_type}",
-            width=family_of(model.config).width or "intermediate_size",
+            width=channels_of(model.config),
         )
 
     @property
@@ -144,6 +144,11 @@ class PerLayer:
                 "AutoModelForCausalLM": modeling + self.model_class,
             },
         }
+
+
+def channels_of(config: Any) -> str:
+    """What a layer's own configuration calls the channels of its MLP, also where the dense one has no name for them."""
+    return family_of(config).width or "intermediate_size"
 
 
 def write_code(folder: Path, names: PerLayer, sites: Sequence[Site]) -> None:
@@ -187,8 +192,7 @@ def _lines(site: Site, names: PerLayer) -> list[str]:
 
 def per_layer_overrides(plan: Plan, sites: Sequence[Site], config: Any) -> dict[str, Any]:
     """`per_layer_config` for config.json, which else keeps the dense values; every layer is spelled out."""
-    ratio = config.num_attention_heads // (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-    channels = family_of(config).width or "intermediate_size"
+    heads, channels = heads_of(config), channels_of(config)
     layers: dict[str, dict[str, Any]] = {}
     for site in sites:
         width = len(plan.kept[site.name])
@@ -196,10 +200,9 @@ def per_layer_overrides(plan: Plan, sites: Sequence[Site], config: Any) -> dict[
         if site.kind == "mlp":
             layer[channels] = width
         elif width:
-            layer |= {"num_attention_heads": width * ratio, "num_key_value_heads": width}
+            layer |= {"num_attention_heads": width * heads.ratio, "num_key_value_heads": width}
         else:
             layer["skip"] = ["attention"]
     if any(site.kind == "attention" for site in sites):
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return {"per_layer_config": layers, "head_dim": size}
+        return {"per_layer_config": layers, "head_dim": heads.size}
     return {"per_layer_config": layers}

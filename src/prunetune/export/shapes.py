@@ -9,27 +9,28 @@ from typing import Any
 import torch
 
 from prunetune.errors import PlanError
-from prunetune.model.families import family_of
+from prunetune.model.families import family_of, heads_of
 from prunetune.model.sites import find_sites
 
 
 def legal_groups(config: Any) -> Callable[[int], bool]:
-    """Whether a uniform model of this architecture may keep so many KV groups in every layer.
+    """Whether a uniform model of this architecture may keep so many KV groups in every layer; remembers what it found.
 
     Asked of the class itself: an empty model of that shape has to be made, and its heads to be as wide as before.
-    Some classes demand a hidden size divisible by the heads, others derive the head dimension from it.
+    Some classes demand a hidden size divisible by the heads, others derive the head dimension from it. Making a model
+    changes settings of the whole process, so the first time is not for threads.
     """
-    dense = _query_columns(config)
+    heads = heads_of(config)
 
     @functools.cache
     def legal(groups: int) -> bool:
-        if groups == dense[0] or groups < 1:
+        if groups == heads.groups or groups < 1:
             return groups >= 1
         try:
             found = _query_columns(uniform(config, groups, None))
         except Exception:  # each class says no in its own way
             return False
-        return found == (groups, dense[1])
+        return found == (groups, heads.ratio * heads.size)
 
     return legal
 
@@ -52,12 +53,11 @@ def uniform(config: Any, groups: int | None, channels: int | None) -> Any:
     """The configuration of equal, smaller layers, None leaving a width as it is; Mistral's where Llama's refuses."""
     from transformers import MistralConfig
 
-    values, heads = config.to_dict(), config.num_attention_heads
+    values, dense = config.to_dict(), heads_of(config)
+    heads = dense.queries if groups is None else groups * dense.ratio
     values.pop("transformers_version", None)
     if groups is not None:
-        heads = groups * (heads // (getattr(config, "num_key_value_heads", None) or heads))
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        values |= {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": size}
+        values |= {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": dense.size}
     if channels is not None:
         values[width_of(config)] = channels
     if config.model_type == "llama" and config.hidden_size % heads and not has_bias(config):

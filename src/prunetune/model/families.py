@@ -41,7 +41,6 @@ class Family:
 
 
 DERIVED = "its head dimension is the hidden size divided by the heads, so no head can leave"
-FUSED_DERIVED = Family(whole={"attention": DERIVED})
 EXPERTS = "its channels are in experts, which cannot be pruned yet"
 SPANNING = "its norms of queries or keys hold more than one head's weights"
 MIXTURE = Family(whole={"mlp": EXPERTS})
@@ -59,7 +58,7 @@ FAMILIES: Mapping[str, Family] = {
     "mixtral": MIXTURE,
     "qwen2_moe": MIXTURE,
     "qwen3_moe": MIXTURE,
-    "gpt_neox": FUSED_DERIVED,
+    "gpt_neox": Family(whole={"attention": DERIVED}),
     "stablelm": Family(
         plan={"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"},
         whole={"attention": DERIVED},
@@ -77,13 +76,32 @@ FAMILIES: Mapping[str, Family] = {
 
 
 @dataclass(frozen=True)
+class Heads:
+    """The heads of every layer, as the configuration has them."""
+
+    queries: int
+    groups: int  # of query heads, each with one key-value head
+    size: int  # rows of a head
+
+    @property
+    def ratio(self) -> int:
+        """Query heads in a group."""
+        return self.queries // self.groups
+
+
+def heads_of(config: Any) -> Heads:
+    """Read off a configuration, with what `transformers` takes where it says nothing."""
+    queries = config.num_attention_heads
+    groups = getattr(config, "num_key_value_heads", None) or queries
+    return Heads(queries, groups, getattr(config, "head_dim", None) or config.hidden_size // queries)
+
+
+@dataclass(frozen=True)
 class Coupling:
     """All that `sites` needs to know of an architecture."""
 
     layer_prefixes: tuple[str, ...]  # "model.layers.0", ...
-    head_dim: int
-    heads: int
-    groups: int  # of key-value heads
+    heads: Heads
     blocks: Mapping[Kind, Block]  # a kind that cannot be pruned is not there ...
     whole: Mapping[Kind, str]  # ... but here, with the reason
     layer_types: tuple[str, ...]
@@ -110,8 +128,10 @@ def coupling_of(model: nn.Module) -> Coupling:
     family = family_of(config)
     found = _blocks(family.plan or _inside_layers(config.base_model_tp_plan or {}))
     prefixes, whole = _layers(model), dict(family.whole)
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if "attention" in found and _has_wide_norm(model.get_submodule(f"{prefixes[0]}.{found['attention'].module}"), size):
+    heads = heads_of(config)
+    if "attention" in found and _has_wide_norm(
+        model.get_submodule(f"{prefixes[0]}.{found['attention'].module}"), heads.size
+    ):
         whole["attention"] = SPANNING
     blocks = {kind: block for kind, block in found.items() if kind not in whole}
     missing = {"attention", "mlp"} - set(blocks) - set(whole)
@@ -122,9 +142,7 @@ def coupling_of(model: nn.Module) -> Coupling:
         )
     return Coupling(
         layer_prefixes=prefixes,
-        head_dim=size,
-        heads=config.num_attention_heads,
-        groups=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        heads=heads,
         blocks=blocks,
         whole=whole,
         layer_types=tuple(getattr(config, "layer_types", None) or ("full_attention",) * len(prefixes)),

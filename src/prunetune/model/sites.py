@@ -96,26 +96,36 @@ def whole_blocks(model: nn.Module) -> dict[Kind, str]:
     return dict(coupling_of(model).whole)
 
 
+def whole_params(model: nn.Module) -> int:
+    """Parameters of the decoder layers that no unit owns, where a kind of block stays whole; else 0."""
+    coupling = coupling_of(model)
+    if not coupling.whole:
+        return 0
+    layers = (model.get_submodule(prefix) for prefix in coupling.layer_prefixes)
+    everything = sum(weight.numel() for layer in layers for weight in layer.parameters())
+    return everything - sum(site.params for site in find_sites(model))
+
+
 def _linear(model: nn.Module, name: str) -> nn.Linear:
     module = model.get_submodule(name)
     module = getattr(module, "base_layer", module)  # under LoRA
     if not isinstance(module, nn.Linear):
         raise UnknownArchitecture(
             f"{name} is a {type(module).__name__}, and only nn.Linear can be cut: "
-            "load the model unquantised, or prune a family listed in docs/concepts.md"
+            "load the model unquantised, or prune a family listed in docs/add-an-architecture.md"
         )
     return module
 
 
 def _attention_site(model: nn.Module, coupling: Coupling, prefix: str, layer: int, *, first_of_type: bool) -> Site:
-    block, heads, groups, size = coupling.blocks["attention"], coupling.heads, coupling.groups, coupling.head_dim
+    block, heads = coupling.blocks["attention"], coupling.heads
+    groups, size, queries = heads.groups, heads.size, heads.ratio * heads.size
     consumer = f"{prefix}.{block.consumer}"
-    if heads % groups or _linear(model, consumer).in_features != heads * size:
+    if heads.queries % groups or _linear(model, consumer).in_features != heads.queries * size:
         raise UnknownArchitecture(
-            f"{prefix}: {heads} query heads of {size} do not divide over {groups} key-value heads, "
+            f"{prefix}: {heads.queries} query heads of {size} do not divide over {groups} key-value heads, "
             f"or are not the {_linear(model, consumer).in_features} columns of {block.consumer}"
         )
-    queries = heads // groups * size
     cuts = []
     for name in block.producers:
         rows = _linear(model, f"{prefix}.{name}").out_features

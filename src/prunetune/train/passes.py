@@ -5,6 +5,7 @@ Both give the same losses and gradients; see `tests/test_train_passes.py`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ from prunetune.model.sites import Site
 from prunetune.train.adapters import adapters, frozen
 from prunetune.train.graphs import Function, Recorder
 from prunetune.train.objectives import Teacher, answer_loss, backward, feed_of_pack, group_lasso, losses, mean_loss
+
+log = logging.getLogger(__name__)
 
 Gates = Mapping[str, Tensor]
 Losses = Mapping[str, float]  # "loss", and "distance" where there is a teacher
@@ -59,9 +62,11 @@ def passes_for(
 ) -> Passes:
     """Packed passes where the GPU and the model can take them, else padded ones."""
     device = next(model.parameters()).device
-    able = device.type == "cuda" and model.dtype != torch.float32 and can_pack(model) and not config.lora.dropout
-    if able and config.train.packing == "auto":
-        return Packed(model, sites, pad_id, config, teacher)
+    worth = device.type == "cuda" and model.dtype != torch.float32 and not config.lora.dropout
+    if worth and config.train.packing == "auto":
+        if can_pack(model):
+            return Packed(model, sites, pad_id, config, teacher)
+        log.info("%s cannot be packed: examples are padded, which is slower", model.config.model_type)
     return Padded(model, sites, pad_id, config, teacher)
 
 
