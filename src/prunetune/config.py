@@ -89,6 +89,12 @@ class TrainConfig:
         "auto", "Examples end to end, passes recorded as CUDA graphs, where GPU and model can; off pads and runs as is."
     )
     learning_rate: float = option(1e-3, "Peak learning rate of the adapters (AdamW).", above=0)
+    weights: Literal["adapters", "all"] = option(
+        "adapters", "What is tuned once the model is cut: the adapters, or all weights of its linears with them merged."
+    )
+    weights_rate: float = option(2e-4, "Peak learning rate where all weights are tuned.", above=0)
+    weights_optimizer: Literal["adamw", "muon"] = option("adamw", "Experiment.")
+    start: Literal["base", "teacher"] = option("base", "Experiment.")
     warmup: float = option(0.03, "Share of the steps with a rising learning rate.", low=0, high=1)
     decay: Literal["cosine", "linear", "constant"] = option("cosine", "What the learning rate does after its warm-up.")
     weight_decay: float = option(0.0, "Decoupled weight decay of the adapters.", low=0)
@@ -141,6 +147,7 @@ class SearchConfig:
     evidence: int = option(
         16, "Batches whose gate gradients give the starting logits; 0: start from nothing, as in the paper.", low=0
     )
+    by_example: bool = option(False, "Experiment.")
     hard: bool = option(True, "Gates are rounded where the generator learns (straight-through), or soft values.")
     lora_aware: bool = option(
         True, "Adapters learn with y = gate * (W x) + B A x; false: under gates on both branches, as after the cut."

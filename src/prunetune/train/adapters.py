@@ -42,7 +42,9 @@ def add_adapters(model: nn.Module, sites: Sequence[Site], settings: LoraSettings
 
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
     """All adapter weights by name, in the model's order."""
-    return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    named = dict(model.named_parameters())
+    found = {name: parameter for name, parameter in named.items() if ".lora_" in name}
+    return found or {name: parameter for name, parameter in named.items() if parameter.requires_grad}
 
 
 @contextmanager
