@@ -40,6 +40,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def good(self) -> Path:
+        """States within all gates, to go back to."""
+        return self.path / "good"
+
+    @property
     def tuned(self) -> Path:
         """The same for the dense model that is tuned as a teacher or for comparison."""
         return self.path / "tuned"
@@ -63,19 +68,22 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop lines of steps that will be done again, and a line that a kill cut short."""
+        """Drop records of steps that will be done again (-1: of all), and a line that a kill cut short."""
         for name in ("metrics.jsonl", "validation.jsonl"):
             file = self.path / name
             if file.exists():
-                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if 0 < _step(line) <= step]
+                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if 0 <= _step(line) <= step]
                 write_text(file, "".join(line + "\n" for line in kept))
+        for file in (self.path / "decisions").glob("step-*.json"):
+            if int(file.stem.removeprefix("step-")) > step:
+                file.unlink()
 
 
 def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return 0
+        return -1
 
 
 def check_folder(config: RunConfig, *, resume: bool, free: Collection[str] = FREE) -> RunFolder:

@@ -119,7 +119,8 @@ def _bytes_needed(structure: Any, sites: tuple[Site, ...], config: RunConfig) ->
     rank = config.lora.rank
     adapter: int = sum(rank * (linear.in_features + linear.out_features) for linear in _linears(structure, sites))
     weights: int = sum(parameter.numel() for parameter in structure.parameters())
-    return 5 * 12 * adapter + 4 * weights + 64 * 2**20
+    states = 8 if config.gates else 5  # gates may go back to two more
+    return states * 12 * adapter + 4 * weights + 64 * 2**20
 
 
 def _linears(structure: Any, sites: tuple[Site, ...]) -> Iterator[Any]:
