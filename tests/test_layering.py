@@ -27,7 +27,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("bench",),
     ("report",),
     ("environment", "folder", "console"),
-    ("history",),
+    ("history", "watch", "trackers"),
     ("setting",),
     ("watching",),
     ("pipeline", "summary"),

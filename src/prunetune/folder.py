@@ -112,12 +112,12 @@ def _occupied(path: Path) -> bool:
 
 def _same(recipe: Path, config: RunConfig, free: Collection[str]) -> None:
     try:
-        before = _flat(
+        before = flat(
             to_mapping(from_mapping(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}, where=str(recipe)))
         )
     except (yaml.YAMLError, ConfigError) as broken:
         raise RunFolderError(f"{recipe} cannot be read ({broken}): name another folder with --out") from broken
-    now = _flat(to_mapping(config))
+    now = flat(to_mapping(config))
     changed = [
         f"{key} was {before[key]!r} and is now {now[key]!r}"
         for key in now
@@ -130,11 +130,12 @@ def _same(recipe: Path, config: RunConfig, free: Collection[str]) -> None:
         )
 
 
-def _flat(values: Record, prefix: str = "") -> Record:
-    flat: Record = {}
+def flat(values: Record, prefix: str = "") -> Record:
+    """Nested options by their dotted names."""
+    found: Record = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def open_folder(folder: RunFolder, config: RunConfig) -> None:

@@ -40,6 +40,7 @@ from prunetune.plan import Plan
 from prunetune.report import write_report
 from prunetune.seeds import derive
 from prunetune.setting import Console, Setting, facts_of, prepare
+from prunetune.trackers import Trackers, require, tracking
 from prunetune.train.adapters import adapters, add_adapters, grow_state
 from prunetune.train.job import Job, Observer, Watch
 from prunetune.train.loop import tune_and_prune
@@ -55,6 +56,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
 
     Raises a `PrunetuneError` for what the user can mend, before anything is written where that can be known.
     """
+    require(config.track)
     console = console or console_for(config.train.log_every)
     try:
         setting = prepare(config, resume=resume, console=console)
@@ -74,8 +76,8 @@ def _stages(setting: Setting, watcher: Watcher, command: str) -> None:
     config, folder = setting.config, setting.folder
     folder.note(**environment.facts(setting.device, setting.dtype, command, config.seed), **facts_of(setting))
     if not folder.model.exists():
-        with _timed(folder, "tune and prune"):
-            train(setting, watcher)
+        with _timed(folder, "tune and prune"), tracking(config, folder, cpu=setting.device.type == "cpu") as trackers:
+            train(setting, watcher, trackers)
         folder.note(**outcome(setting, folder.manifest()["timings"]["tune and prune"]))
         with _timed(folder, "cut and check"):
             finish(setting)
@@ -90,6 +92,7 @@ def told(folder: RunFolder, config: RunConfig, command: str) -> Iterator[None]:
     with history.entered(folder, config, command):
         try:
             yield
+            folder.note(failed="")
         except GateFailed as failed:
             folder.note(failed=str(failed))
             raise
@@ -130,7 +133,7 @@ def _timed(folder: RunFolder, stage: str) -> Iterator[None]:
 # -- stages ----------------------------------------------------------------------------------------------------------
 
 
-def train(setting: Setting, watcher: Watcher | None = None) -> None:
+def train(setting: Setting, watcher: Watcher | None = None, trackers: Trackers | None = None) -> None:
     """Search, settle and tune; the last checkpoint holds the result. Where a gate goes back, a new model goes on."""
     checkpoints = Checkpoints(setting.folder.checkpoints)
     teacher = teacher_of(setting, lambda: _model(setting, "tuned"))
@@ -138,9 +141,9 @@ def train(setting: Setting, watcher: Watcher | None = None) -> None:
     while True:
         state = checkpoints.latest()
         setting.folder.forget_after(state.step if state else -1)
-        model = setting.load().model
+        model, recorder = setting.load().model, Recorder(setting, trackers or Trackers())
         try:
-            tune_and_prune(job_of(setting, model, checkpoints, Recorder(setting), teacher=teacher, watch=watcher))
+            tune_and_prune(job_of(setting, model, checkpoints, recorder, teacher=teacher, watch=watcher))
         except WentBack:
             continue
         return
@@ -148,20 +151,23 @@ def train(setting: Setting, watcher: Watcher | None = None) -> None:
 
 @dataclass(frozen=True)
 class Recorder:
-    """Keeps the records of a run in its folder and passes them on to the console."""
+    """Keeps the records of a run in its folder and passes them on to the console and to trackers."""
 
     setting: Setting
+    trackers: Trackers
 
     def step(self, record: dict[str, Any]) -> None:
         """A tuning step is done."""
         record = record | {"memory_mb": environment.peak_memory_mb(self.setting.device)}
         self.setting.folder.append("metrics.jsonl", record)
         self.setting.console.step(record)
+        self.trackers.log(record, "train")
 
     def validation(self, record: dict[str, Any]) -> None:
         """The decided sub-network was scored."""
         self.setting.folder.append("validation.jsonl", record)
         self.setting.console.validation(record)
+        self.trackers.log(record, "validation")
 
 
 def job_of(

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from prunetune.budget.params import total
 from prunetune.config import EvaluateConfig
 from prunetune.data.records import Record as Row
 from prunetune.errors import ConfigError, DataError
@@ -17,6 +18,7 @@ from prunetune.evaluation.results import Evaluation, Item
 from prunetune.evaluation.suite import evaluate
 from prunetune.files import write_text
 from prunetune.gates import Gate
+from prunetune.model.sites import kept_params
 from prunetune.plan import Plan
 from prunetune.setting import Setting
 from prunetune.train.job import Record
@@ -153,6 +155,6 @@ def outcome(setting: Setting, seconds: float) -> dict[str, Any]:
         "gates": {
             "limits": limits, "events": seen["events"],
             "keep_asked": config.budget.keep, "keep_allowed": seen["schedule"]["keep"],
-            "decided_early": seen["schedule"]["search"] != schedule_of(config).search,
+            "kept": kept_params(setting.sites, state.plan) / total(setting.sites) if state.plan else None,
         },
     }  # fmt: skip
