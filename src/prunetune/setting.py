@@ -121,7 +121,8 @@ def _bytes_needed(structure: Any, config: RunConfig) -> int:
     linears = [linear_of(structure, name) for name in tuned_linears(structure)]
     adapter: int = sum(rank * (size(linear, ROWS) + size(linear, COLUMNS)) for linear in linears)
     weights: int = sum(parameter.numel() for parameter in structure.parameters())
-    return 5 * 12 * adapter + 4 * weights + 64 * 2**20
+    states = 8 if config.gates else 5  # gates may go back to two more
+    return states * 12 * adapter + 4 * weights + 64 * 2**20
 
 
 def facts_of(setting: Setting) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Search:
     def learn(self, gates: Mapping[str, Tensor], slopes: Mapping[str, Tensor]) -> Record:
         """Move the generator by the model's gradient at the gates it proposed, and by the budget's."""
         job = self.job
-        ratio = ratio_loss(kept_share(gates, job.sites), job.schedule.keep) if self.searcher.is_sampled else None
+        ratio = ratio_loss(kept_share(gates, job.sites), self.searcher.keep) if self.searcher.is_sampled else None
         # The model's gradient stops at the gates; from there it flows on into the generator, with the budget's.
         total = torch.cat(list(gates.values())) @ torch.cat([slopes[name] for name in gates])
         if ratio is not None:
