@@ -48,7 +48,7 @@ class DataConfig:
     texts: tuple[str, ...] = option(
         (), "Sources mixed into train and search on which only a teacher counts, so that what they stand for is kept."
     )
-    texts_share: float = option(0.15, "Share of a batch's examples that are of data.texts.", above=0, high=0.9)
+    texts_share: float = option(0.25, "Share of a batch's examples that are of data.texts.", above=0, high=0.9)
     guard: tuple[str, ...] = option(
         (), "Sources of general knowledge watched during the run, never tuned on: texts, or rows with choices."
     )
@@ -94,13 +94,14 @@ class TrainConfig:
     packing: Literal["auto", "off"] = option(
         "auto", "Examples end to end, passes recorded as CUDA graphs, where GPU and model can; off pads and runs as is."
     )
-    learning_rate: float = option(1e-3, "Peak learning rate of the adapters (AdamW).", above=0)
-    weights: Literal["adapters", "all"] = option(
-        "adapters", "What is tuned once the model is cut: the adapters, or all weights of its linears with them merged."
+    learning_rate: float = option(1e-3, "Peak learning rate of the adapters.", above=0)
+    optimizer: Literal["adamw", "muon"] = option("adamw", "What moves the adapters; Muon wants twice AdamW's rate.")
+    weights: Literal["auto", "all", "adapters"] = option(
+        "auto",
+        "What is tuned once the model is cut: all weights of its linears (Muon, 12 bytes a weight), or the adapters; "
+        "auto: all of a model with fewer than 1e9 prunable parameters.",
     )
-    weights_rate: float = option(2e-4, "Peak learning rate where all weights are tuned.", above=0)
-    weights_optimizer: Literal["adamw", "muon"] = option("adamw", "Experiment.")
-    start: Literal["base", "teacher"] = option("base", "Experiment.")
+    weights_rate: float = option(1e-3, "Peak learning rate where all weights are tuned.", above=0)
     warmup: float = option(0.03, "Share of the steps with a rising learning rate.", low=0, high=1)
     decay: Literal["cosine", "linear", "constant"] = option("cosine", "What the learning rate does after its warm-up.")
     weight_decay: float = option(0.0, "Decoupled weight decay of the adapters.", low=0)
@@ -120,6 +121,7 @@ class LoraSettings:
         "The same where nothing has to be relearnt: for the dense model, tuned for comparison or as a teacher.",
         low=1,
     )
+    dense_learning_rate: float = option(5e-4, "Peak learning rate of the dense model's adapters.", above=0)
     alpha: float = option(0.0, "Scale alpha / rank; 0: twice the rank.", low=0)
     dropout: float = option(0.0, "Dropout on the adapters' input.", low=0, high=0.9)
 
@@ -153,7 +155,6 @@ class SearchConfig:
     evidence: int = option(
         16, "Batches whose gate gradients give the starting logits; 0: start from nothing, as in the paper.", low=0
     )
-    by_example: bool = option(False, "Experiment.")
     hard: bool = option(True, "Gates are rounded where the generator learns (straight-through), or soft values.")
     lora_aware: bool = option(
         True, "Adapters learn with y = gate * (W x) + B A x; false: under gates on both branches, as after the cut."
