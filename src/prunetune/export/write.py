@@ -54,8 +54,8 @@ def write(
             # Names as in memory: renaming on the way in goes by model_type, and this one is of our own.
             model.save_pretrained(partial, save_original_format=False)
             write_code(partial, layered, sites)
-            _edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | layered.auto_map())
-        _add_old_rope_keys(partial / "config.json")
+            edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | layered.auto_map())
+        add_old_rope_keys(partial / "config.json")
         tokenizer.save_pretrained(partial)
         (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -86,12 +86,13 @@ def _fill(target: Any, model: Any) -> None:
     target.tie_weights()
 
 
-def _edit_json(path: Path, changes: dict[str, Any]) -> None:
+def edit_json(path: Path, changes: dict[str, Any]) -> None:
+    """Change values of a configuration."""
     values = json.loads(path.read_text(encoding="utf-8")) | changes
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _add_old_rope_keys(path: Path) -> None:
+def add_old_rope_keys(path: Path) -> None:
     """transformers 4 and others read `rope_theta`, which 5 does not write; without it they silently take 10,000."""
     rope = json.loads(path.read_text(encoding="utf-8")).get("rope_parameters") or {}
     if "rope_theta" in rope:
@@ -100,4 +101,4 @@ def _add_old_rope_keys(path: Path) -> None:
             if rope.get("rope_type", "default") == "default"
             else {k: v for k, v in rope.items() if k != "rope_theta"}
         )
-        _edit_json(path, {"rope_theta": rope["rope_theta"], "rope_scaling": scaling})
+        edit_json(path, {"rope_theta": rope["rope_theta"], "rope_scaling": scaling})
