@@ -9,6 +9,7 @@ from pathlib import Path
 
 from prunetune.errors import ConfigError
 from prunetune.export import rewrite
+from prunetune.export.gguf import write as gguf
 from prunetune.export.result import Exported, ExportOptions
 from prunetune.export.source import Source
 from prunetune.files import PARTIAL
@@ -30,6 +31,7 @@ class Format:
 EXPORTERS: Mapping[str, Format] = {
     "uniform": Format(rewrite.uniform, ("", "f32", "bf16", "f16")),
     "per-layer": Format(rewrite.per_layer, ("", "f32", "bf16", "f16")),
+    "gguf": Format(gguf.to_gguf, gguf.DTYPES, ".gguf"),
 }
 
 
