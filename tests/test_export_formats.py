@@ -30,10 +30,10 @@ def opened(folder: Path, **how: Any) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
 def test_the_same_layout_is_written_again(layout: str, tmp_path: Path) -> None:
-    run, said = run_folder(tmp_path / "run", subwords(), layout=layout)
+    run, model = run_folder(tmp_path / "run", subwords(), layout=layout)
     done = export_run(run, layout)
     assert done.path == run / "exports" / layout
-    assert relative(opened(done.path, trust_remote_code=layout == "per-layer"), said) <= 1e-6
+    assert relative(opened(done.path, trust_remote_code=layout == "per-layer"), logits_of(model, IDS)) <= 1e-6
     half = export_run(run / "model", layout, options=ExportOptions(dtype="bf16"), trust_remote_code=True)
     assert half.path == run / f"model-{layout}-bf16"
     assert {tensor.dtype for tensor in load_file(half.path / "model.safetensors").values()} == {torch.bfloat16}
@@ -43,11 +43,11 @@ def test_the_same_layout_is_written_again(layout: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "phi3"])
 def test_padded_layers_say_the_same(family: str, tmp_path: Path) -> None:
-    run, said = run_folder(tmp_path / "run", subwords(), family)
+    run, model = run_folder(tmp_path / "run", subwords(), family)
     with pytest.raises(ModelError, match=r"--layout uniform, or export gguf or onnx, or .* times the size with --pad"):
         export_run(run, "uniform")
     done = export_run(run, "uniform", options=ExportOptions(pad=True))
-    assert relative(opened(done.path), said) <= 1e-5
+    assert relative(opened(done.path), logits_of(model, IDS)) <= 1e-5
     assert "times the parameters" in done.notes[0]
 
 
@@ -58,9 +58,9 @@ def test_a_skipped_attention_is_padded_too(tmp_path: Path) -> None:
 
     plan = random_plan(tiny("qwen3", **WIDE))
     plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
-    run, said = run_folder(tmp_path / "run", subwords(), "qwen3", plan=plan)
+    run, model = run_folder(tmp_path / "run", subwords(), "qwen3", plan=plan)
     done = export_run(run, "uniform", options=ExportOptions(pad=True))
-    assert relative(opened(done.path), said) <= 1e-5
+    assert relative(opened(done.path), logits_of(model, IDS)) <= 1e-5
 
 
 def test_nothing_is_overwritten_and_nothing_unchecked_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

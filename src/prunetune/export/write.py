@@ -11,7 +11,7 @@ from typing import Any
 
 from prunetune.errors import ModelError
 from prunetune.export.per_layer import PerLayer, per_layer_overrides, write_code
-from prunetune.export.shapes import empty, uniform
+from prunetune.export.shapes import empty, uniform, why_sibling
 from prunetune.files import new_folder
 from prunetune.model.sites import Site
 from prunetune.plan import Plan
@@ -34,15 +34,7 @@ def write(
     model: Any, tokenizer: Any, plan: Plan, sites: Sequence[Site], folder: Path, *, layout: str, card: str
 ) -> Written:
     """Write `model`, already cut by `plan`, whole or not at all. Tensors keep their dtype."""
-    config, note = (
-        (uniform_config(model.config, plan, sites), "") if layout == "uniform" else (copy.deepcopy(model.config), "")
-    )
-    if type(config) is not type(model.config):
-        note = (
-            f"written as {config.architectures[0]}: {type(model.config).__name__} refuses "
-            f"{config.num_attention_heads} heads at hidden size {config.hidden_size}; "
-            "tensors and arithmetic are the same"
-        )
+    config = uniform_config(model.config, plan, sites) if layout == "uniform" else copy.deepcopy(model.config)
     with new_folder(folder) as partial:
         if layout == "uniform":
             target = empty(config)
@@ -67,7 +59,7 @@ def write(
         needs_code=layout != "uniform",
         params=sum(parameter.numel() for parameter in model.parameters()),
         bytes=sum(path.stat().st_size for path in files),
-        note=note,
+        note=why_sibling(model.config, config),
     )
 
 
