@@ -20,6 +20,7 @@ from prunetune.export.shapes import empty, legal_groups
 from prunetune.export.shapes import uniform as uniform_config
 from prunetune.export.source import Source
 from prunetune.export.write import Written, add_old_rope_keys, edit_json
+from prunetune.files import write_sums
 from prunetune.model.sites import Cut, find_sites
 
 log = logging.getLogger(__name__)
@@ -134,6 +135,7 @@ def _checked(
     plain: bool = False,
 ) -> Exported:
     """Open it in a fresh process and compare; raises `SelfCheckFailed`."""
+    write_sums(place, "*.safetensors")
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
     code = source.layout == "per-layer" and not plain
     written = Written(place, architecture, source.layout, code, params, size)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from prunetune.errors import ModelError, PlanError
 from prunetune.export.per_layer import channels_of
 from prunetune.export.shapes import empty
+from prunetune.files import changed_file
 from prunetune.model.families import family_of, heads_of
 from prunetune.model.sites import Site, find_sites
 from prunetune.plan import Plan
@@ -206,6 +207,10 @@ def _look_over(source: Source) -> None:
             raise ModelError(f"{source.folder} holds no weights (*.safetensors); copy the folder again")
     except (SafetensorError, OSError) as torn:
         raise ModelError(f"{source.folder}: a .safetensors file is not whole ({torn}); copy the folder again") from torn
+    if changed := changed_file(source.folder):
+        raise ModelError(
+            f"{source.folder}: {changed} is not what was written (SHA-256): copy the folder again"
+        )
     if source.layout == "per-layer" and not source.runs_code:
         raise ModelError(
             f"{source.folder} opens with code of its own (modeling_pruned.py): read it, then say --trust-remote-code"

@@ -12,7 +12,7 @@ from typing import Any
 from prunetune.errors import ModelError
 from prunetune.export.per_layer import PerLayer, per_layer_overrides, write_code
 from prunetune.export.shapes import empty, uniform, why_sibling
-from prunetune.files import new_folder
+from prunetune.files import new_folder, write_sums
 from prunetune.model.sites import Site
 from prunetune.plan import Plan
 
@@ -51,6 +51,7 @@ def write(
         tokenizer.save_pretrained(partial)
         (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
+        write_sums(partial, "*.safetensors")
     files = list(folder.rglob("*.safetensors"))
     return Written(
         folder=folder,
