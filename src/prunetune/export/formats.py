@@ -12,7 +12,7 @@ from prunetune.export import rewrite
 from prunetune.export.gguf import write as gguf
 from prunetune.export.result import Exported, ExportOptions
 from prunetune.export.source import Source
-from prunetune.files import PARTIAL
+from prunetune.files import PARTIAL, need_space
 
 # Writes to the path given, checks what it wrote (raises `SelfCheckFailed`), and says so. The path is new, and is moved
 # to its place afterwards. What cannot be is refused before anything is written.
@@ -33,6 +33,9 @@ EXPORTERS: Mapping[str, Format] = {
     "per-layer": Format(rewrite.per_layer, ("", "f32", "bf16", "f16")),
     "gguf": Format(gguf.to_gguf, gguf.DTYPES, ".gguf"),
 }
+
+
+WIDTHS = {"f32": 4, "f16": 2, "bf16": 2}  # bytes of a weight
 
 
 def export_run(
@@ -59,6 +62,7 @@ def export_run(
     place = out or _place(source, to, options.dtype, chosen.suffix)
     if place.exists():
         raise ConfigError(f"{place} exists already: name another place with --out, or remove it")
+    need_space(place.parent, source.params * WIDTHS.get(options.dtype, source.dtype.itemsize))
     partial = place.with_name(place.name + PARTIAL)
     _clear(partial)
     place.parent.mkdir(parents=True, exist_ok=True)

@@ -208,9 +208,7 @@ def _look_over(source: Source) -> None:
     except (SafetensorError, OSError) as torn:
         raise ModelError(f"{source.folder}: a .safetensors file is not whole ({torn}); copy the folder again") from torn
     if changed := changed_file(source.folder):
-        raise ModelError(
-            f"{source.folder}: {changed} is not what was written (SHA-256): copy the folder again"
-        )
+        raise ModelError(f"{source.folder}: {changed} is not what was written (SHA-256): copy the folder again")
     if source.layout == "per-layer" and not source.runs_code:
         raise ModelError(
             f"{source.folder} opens with code of its own (modeling_pruned.py): read it, then say --trust-remote-code"
