@@ -51,6 +51,8 @@ def other(path: str) -> Any:
     if typing.get_origin(kind) is typing.Literal:
         return next(choice for choice in typing.get_args(kind) if choice != default)
     if typing.get_origin(kind) is tuple:
+        if typing.get_origin(typing.get_args(kind)[0]) is typing.Literal:
+            return list(typing.get_args(typing.get_args(kind)[0])[1:3])
         return {str: ["a.jsonl", "b/*.csv*2"], int: [3, 4], float: [0.5, 0.25]}[typing.get_args(kind)[0]]
     if kind is bool:
         return not default

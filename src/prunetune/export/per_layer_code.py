@@ -208,6 +208,8 @@ class _Lines:
         lines = []
         for part in site.slices:
             place = self._place(part.parameter)
+            if part.lanes > 1 and any(other.kind == "experts" for other in self.sites):
+                lines.append(f"{place} = shorter({place}, 0, own.{self.words['experts']})")
             lines.append(f"{place} = shorter({place}, {part.axis}, {self._count(site, part)})")
         return lines
 
