@@ -88,8 +88,7 @@ class BudgetConfig:
     )
     units: tuple[Unit, ...] = option(
         ("kv-groups", "mlp-channels"),
-        "Kinds of unit that may go: kv-groups, query-heads, mlp-channels, experts, expert-channels, attention-blocks, "
-        "mlp-blocks, layers.",
+        "Kinds of unit that may go; `prunetune sites` says which ones a model has.",
         each="name",
     )
     min_queries: int = option(1, "Fewest query heads a KV group keeps, where units has query-heads.", low=1)

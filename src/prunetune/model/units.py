@@ -228,3 +228,8 @@ def effective(gates: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, T
             gate = gate * around.repeat_interleave(site.units // named[site.within].units)
         found[site.name] = gate
     return found
+
+
+def layout_of(layout: str, sites: Sequence[Site]) -> str:
+    """A model that lost whole layers and nothing else is uniform, whatever was asked for."""
+    return "uniform" if all(site.kind == "layers" for site in sites) else layout
