@@ -166,7 +166,7 @@ def layer_lines(sites: Sequence[Site], names: PerLayer, model: Any) -> list[str]
     kinds: dict[int, set[str]] = {}
     for site in sites:
         kinds.setdefault(site.layer, set()).add(site.kind)
-    if len({frozenset(found) for found in kinds.values()}) > 1:
+    if len({frozenset(found) for found in kinds.values()}) > 1 or model.config.num_hidden_layers > len(kinds):
         raise ModelError("layout per-layer needs layers of the same make, and this model has MLPs beside mixtures")
     first = [site for site in sites if site.layer == sites[0].layer]
     return _Lines(first, words_of(model.config), f"{names.inner}.{names.layers}.{sites[0].layer}", model).all()
