@@ -78,8 +78,7 @@ SINGLE = [
 def test_each_kind_alone(family: str, kind: str, layout: str, tmp_path: Path) -> None:
     units, model = (kind,), tiny(family, layers=LAYERS)
     plan = uniform_plan(model, units, 0.85) if layout == "uniform" else random_plan(model, units=units, seed=1)
-    # Generated modules are cached by the folder's name.
-    read_again(model, plan, layout, tmp_path / f"{family}-{kind}", units)
+    read_again(model, plan, layout, tmp_path / "model", units)
 
 
 @pytest.mark.parametrize(
@@ -92,7 +91,7 @@ def test_each_kind_alone(family: str, kind: str, layout: str, tmp_path: Path) ->
 def test_in_a_fresh_process_and_it_generates(family: str, units: tuple[str, ...], layout: str, tmp_path: Path) -> None:
     model = tiny(family, layers=6)
     plan = uniform_plan(model, units) if layout == "uniform" else random_plan(model, units=units, seed=4, keep=0.7)
-    folder = tmp_path / f"{family}-generates"
+    folder = tmp_path / "model"
     found, expected = written(model, plan, layout, folder, units)
     assert check(found, tokens(), expected).max_relative <= 1e-5
     again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=found.needs_code).eval()
@@ -100,6 +99,13 @@ def test_in_a_fresh_process_and_it_generates(family: str, units: tuple[str, ...]
     said = [again.generate(tokens(length=10), use_cache=cache, **options) for cache in (True, False)]
     assert torch.equal(*said)
     assert torch.equal(said[0], model.generate(tokens(length=10), **options))
+
+
+def test_two_folders_of_one_name_have_their_own_code(tmp_path: Path) -> None:
+    """transformers keeps generated classes by the folder's name and the configuration's class."""
+    for units in (("mlp-channels",), ("kv-groups",)):
+        model = tiny("llama")
+        read_again(model, random_plan(model, units=units), "per-layer", tmp_path / units[0] / "model", units)
 
 
 def test_layers_alone_need_no_code_in_either_layout(tmp_path: Path) -> None:

@@ -111,10 +111,11 @@ class BudgetConfig:
         """The layers of `protect`; raises `ConfigError`."""
         layers: set[int] = set()
         for span in filter(None, (part.strip() for part in self.protect.split(","))):
-            first, _, last = span.partition("-")
-            if not (first.isdecimal() and (last or first).isdecimal() and int(first) <= int(last or first)):
+            first, dash, last = span.partition("-")
+            last = last if dash else first
+            if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
                 raise ConfigError(f"budget.protect: {span!r} is no layer and no span of layers: write 0-1,29")
-            layers |= set(range(int(first), int(last or first) + 1))
+            layers |= set(range(int(first), int(last) + 1))
         return frozenset(layers)
 
 
