@@ -74,7 +74,7 @@ FAMILIES: Mapping[str, Family] = {
         for name in (
             "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi",
             "phi3", "smollm3", "granite", "starcoder2", "olmo", "olmo2", "olmo3", "glm", "glm4", "cohere", "cohere2",
-            "seed_oss", "helium", "nemotron", "arcee", "exaone4", "ernie4_5", "apertus",
+            "seed_oss", "helium", "nemotron", "arcee", "exaone4", "ernie4_5", "apertus", "jais2",
         )
     },
     "mixtral": Family(mixture=Mixture(width="intermediate_size")),
