@@ -49,6 +49,15 @@ def test_masking_equals_cutting(family: str, units: tuple[str, ...], lora: bool)
     assert Plan.from_json(plan.to_json()) == plan
 
 
+@pytest.mark.parametrize("changes", [{"attention_bias": True}, {"mlp_bias": True}, {"tie_word_embeddings": True}])
+def test_biases_and_ties(changes: dict[str, bool]) -> None:
+    model = with_lora(tiny("llama", layers=LAYERS, **changes))
+    plan = random_plan(model, units=kinds_of("llama"), seed=1)
+    with masked(model, plan):
+        expected = said(model)
+    assert relative(said(cut(model, plan)), expected) <= TOLERANCE
+
+
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_adapters_stay_when_only_linears_are_cut_and_grow_back(family: str) -> None:
     """Masked, cut with adapters that stay, and merged: three ways to the same."""
