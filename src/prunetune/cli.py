@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from prunetune.config import RunConfig, load_recipe
+from prunetune.config import RunConfig, Unit, load_recipe
 from prunetune.errors import PrunetuneError
 from prunetune.flags import given, optional_twin
 
@@ -28,6 +28,7 @@ app = App(
 # Every option of a recipe as a flag, all optional: flags win over the recipe.
 Flags: typing.TypeAlias = optional_twin(RunConfig)  # type: ignore[valid-type]
 NO_FLAGS = Flags()
+USUAL: tuple[Unit, ...] = ("kv-groups", "mlp-channels")
 
 
 @app.command
@@ -100,6 +101,7 @@ def sites(
     *,
     layout: Literal["per-layer", "uniform"] = "per-layer",
     align: Annotated[int, Parameter(help="MLP widths are multiples of this; 0: chosen by size.")] = 0,
+    units: Annotated[tuple[Unit, ...], Parameter(help="Kinds of unit, see budget.units.", negative=())] = USUAL,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """What can go: sites, units, share of parameters, legal shapes, smallest feasible keep; reads only the config.
@@ -111,7 +113,7 @@ def sites(
     """
     from prunetune.summary import of_sites
 
-    print(of_sites(model, layout=layout, align=align, trust_remote_code=trust_remote_code))
+    print(of_sites(model, layout=layout, align=align, units=units, trust_remote_code=trust_remote_code))
 
 
 @app.command
