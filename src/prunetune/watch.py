@@ -108,16 +108,16 @@ def picture(now: Look) -> RenderableType:
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", min_width=12)
     rows.add_column()
-    rows.add_row("phase", _phase(now, last))
+    rows.add_row("phase", Text(_phase(now, last)))  # as it stands: a square bracket is no style
     rows.add_row("step", f"{now.step:,} of {now.steps:,}{_left(now)}")
+    rows.add_row("", ProgressBar(total=now.steps, completed=now.step, width=50))
     for key, name in (("loss", "tuning loss"), ("search_loss", "search loss"), ("kept", "kept")):
         values = [float(line[key]) for line in now.metrics if isinstance(line.get(key), int | float)]
         if values:
             shown = f"{values[-1]:.1%}" if key == "kept" else f"{values[-1]:.3f}"
             rows.add_row(name, f"{shown:<8} {spark(values)}")
     rows.add_row("speed", _speed(last))
-    bar = ProgressBar(total=now.steps, completed=now.step, width=60)
-    parts: list[RenderableType] = [bar, rows]
+    parts: list[RenderableType] = [rows]
     if now.validation:
         parts += [Text(""), _validations(now.validation[-5:])]
     return Panel(Group(*parts), title=Text(now.name), title_align="left", width=100)

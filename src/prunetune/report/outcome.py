@@ -86,7 +86,8 @@ def _as_good(run: RunFiles, headline: Headline | None, rows: Sequence[Row]) -> A
         return Answer(
             "As good?", "yes", f"In none of {count} worse than the {reference} model beyond two standard errors."
         )
-    named = ", ".join(worse[:3]) + (" …" if len(worse) > 3 else "")
+    named = ", ".join(text.shortened(task) for task in worse[:3])
+    named += f" and {len(worse) - 3} more" if len(worse) > 3 else ""
     words = f"In {len(worse)} of {count} worse than the {reference} model beyond two standard errors: {named}."
     return Answer("As good?", "no" if len(worse) == len(judged) else "partly", words)
 
