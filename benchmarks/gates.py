@@ -32,7 +32,7 @@ from prunetune.model.loading import load, load_tokenizer, pick_device, pick_dtyp
 from prunetune.pipeline import run
 from prunetune.watching import summed
 
-WATCHED, UNSEEN = 24, 48  # texts of the guard, and texts like it
+WATCHED, UNSEEN = 24, 24  # texts of the guard, and texts like it
 
 
 def main() -> None:
@@ -146,7 +146,7 @@ def guards(source: str, out: Path) -> tuple[Path, Path]:
     files = []
     for name, part in (("watched", texts[:WATCHED]), ("unseen", texts[WATCHED : WATCHED + UNSEEN])):
         files.append(out / f"{name}.jsonl")
-        files[-1].write_text("".join(json.dumps({"text": text}) + "\n" for text in part), encoding="utf-8")
+        files[-1].write_text("".join(json.dumps({"text": text[:800]}) + "\n" for text in part), encoding="utf-8")
     return files[0], files[1]
 
 
@@ -154,7 +154,7 @@ def topics() -> list[str]:
     """Prose of Python's language reference, from the standard library."""
     from pydoc_data.topics import topics as pages
 
-    found = [" ".join(pages[name].split())[:800] for name in sorted(pages) if len(pages[name]) > 400]
+    found = [" ".join(pages[name].split()) for name in sorted(pages) if len(pages[name]) > 400]
     return random.Random(0).sample(found, len(found))
 
 
