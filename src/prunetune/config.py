@@ -301,7 +301,9 @@ def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type
             raise ConfigError(f"{where}: unknown key {prefix}{key}{_did_you_mean(prefix, str(key), root)}")
     return cls(
         **{
-            item.name: _section(kinds[item.name], values[item.name], prefix=f"{prefix}{item.name}.", where=where, root=root)
+            item.name: _section(
+                kinds[item.name], values[item.name], prefix=f"{prefix}{item.name}.", where=where, root=root
+            )
             if dataclasses.is_dataclass(kinds[item.name])
             else _value(item, kinds[item.name], values[item.name], f"{where}: {prefix}{item.name}")
             for item in dataclasses.fields(cls)
