@@ -94,9 +94,7 @@ class Server:
                     if isinstance(reason, TimeoutError)
                     else f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
                 )
-        raise CannotAnswer(
-            f"endpoint {self.url}{path} does not answer ({failure}); is the server up, and its name right?"
-        )
+        raise CannotAnswer(f"endpoint {self.url}{path} does not answer ({failure}); is it up, and the address right?")
 
     def _send(self, path: str, body: Mapping[str, Any]) -> bytes:
         headers = {"Content-Type": "application/json"}
@@ -116,7 +114,7 @@ class Server:
 
     def _opener(self) -> urllib.request.OpenerDirector:
         # A proxy of the environment must not stand between this machine and itself.
-        proxies = {} if urlsplit(self.url).hostname in LOOPBACK else None
+        proxies: dict[str, str] | None = {} if urlsplit(self.url).hostname in LOOPBACK else None
         return urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
 
     def _key(self) -> str:
