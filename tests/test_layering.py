@@ -28,7 +28,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("environment", "folder", "console"),
     ("setting",),
-    ("pipeline", "summary"),
+    ("pipeline", "summary", "eval_flags"),
     ("comparison",),
     ("cli",),
 )

@@ -15,11 +15,14 @@ if TYPE_CHECKING:
     from prunetune.report import write_report
     from prunetune.suites.run import evaluate_suite
     from prunetune.suites.suite import load_suite
+    from prunetune.suites.verbs import check, evaluate
 
 __all__ = [
     "Plan",
     "RunConfig",
+    "check",
     "cut",
+    "evaluate",
     "evaluate_suite",
     "find_sites",
     "load_suite",
@@ -32,7 +35,9 @@ __all__ = [
 _HOMES = {
     "Plan": "prunetune.plan",
     "RunConfig": "prunetune.config",
+    "check": "prunetune.suites.verbs",
     "cut": "prunetune.model.surgery",
+    "evaluate": "prunetune.suites.verbs",
     "evaluate_suite": "prunetune.suites.run",
     "find_sites": "prunetune.model.sites",
     "load_suite": "prunetune.suites.suite",
