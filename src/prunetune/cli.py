@@ -146,7 +146,9 @@ def evaluate(
 
     verbs.writable(out, "--out")
     with target.watched() as progress:
-        found = verbs.evaluate(model, suite, options=target.options(), allow=target.allowed(), progress=progress)
+        found = verbs.evaluate(
+            model, target.suite(suite), options=target.options(), allow=target.allowed(), progress=progress
+        )
     if out is not None:
         write_text(out, verbs.to_json(found, model, str(suite)))
     print(tables.of_evaluation(found))
@@ -182,7 +184,9 @@ def check(
     verbs.writable(junit, "--junit")
     verbs.writable(json, "--json")
     with target.watched() as progress:
-        found = verbs.check(model, suite, against, options=target.options(), allow=target.allowed(), progress=progress)
+        found = verbs.check(
+            model, target.suite(suite), against, options=target.options(), allow=target.allowed(), progress=progress
+        )
     if junit is not None:
         write_text(junit, to_junit(found, f"prunetune check {model}"))
     if json is not None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 if TYPE_CHECKING:
+    from prunetune.suites.suite import Suite
     from prunetune.suites.targets import TargetOptions
 
 
@@ -17,6 +19,9 @@ if TYPE_CHECKING:
 class Target:
     """How the model is opened, and what a suite may do."""
 
+    root: Annotated[Path | None, Parameter(help="Where the suite's relative sources start; default: as it says.")] = (
+        None
+    )
     device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, mps.")] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     trust_remote_code: Annotated[bool, Parameter(negative=(), help="Run code that comes with the model.")] = False
@@ -31,6 +36,12 @@ class Target:
     allow_judge: Annotated[bool, Parameter(negative=(), help="Let the suite send answers to a judge's endpoint.")] = (
         False
     )
+
+    def suite(self, path: Path) -> Suite:
+        """The suite; a task that cannot be run keeps its fault."""
+        from prunetune.suites.suite import load_suite
+
+        return load_suite(path, strict=False, root=self.root)
 
     def options(self) -> TargetOptions:
         """The same for `prunetune.suites`."""

@@ -1,9 +1,9 @@
 """Is a model worse than another on the same items, or is it chance? Paired tests, and several of them at once.
 
 All p-values are two-sided. Where items are right or wrong: McNemar's test (Psychometrika 12, 1947) in its exact form.
-Otherwise approximate randomisation (Noreen 1989): under the null hypothesis it does not matter which of the two models
-gave which of an item's two answers, so they are swapped at random; this holds its level however few items there are. The
-interval of the difference is a bootstrap over items (Efron and Tibshirani 1993, chapter 13).
+Otherwise approximate randomisation (Noreen 1989): if the models are alike, it does not matter which of them gave which
+of an item's two answers, so they are swapped at random; this holds its level however few items there are. The interval
+of the difference is a bootstrap over items (Efron and Tibshirani 1993, chapter 13).
 """
 
 from __future__ import annotations

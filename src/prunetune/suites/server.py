@@ -133,6 +133,7 @@ class Server:
 
 def _told(refused: urllib.error.HTTPError) -> str:
     try:
-        return " ".join(refused.read(2000).decode("utf-8", "replace").split())[:200]
+        with refused:
+            return " ".join(refused.read(2000).decode("utf-8", "replace").split())[:200]
     except (OSError, http.client.HTTPException):
         return str(refused.reason)

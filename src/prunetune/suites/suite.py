@@ -99,8 +99,8 @@ class Suite:
         return tuple(limit for task in self.tasks for limit in task.limits)
 
 
-def load_suite(path: Path | str, *, strict: bool = True) -> Suite:
-    """Read and check a suite file; raises `ConfigError`.
+def load_suite(path: Path | str, *, strict: bool = True, root: Path | str | None = None) -> Suite:
+    """Read and check a suite file; `root` overrides its own. Raises `ConfigError`.
 
     With `strict` off, a task that cannot be run keeps what is wrong with it as its `fault`, and the others stand.
     """
@@ -111,6 +111,8 @@ def load_suite(path: Path | str, *, strict: bool = True) -> Suite:
         raise ConfigError(f"{path}: cannot read the suite ({missing}); name a YAML file, see suites/") from missing
     except (yaml.YAMLError, RecursionError) as broken:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(broken).split())}") from broken
+    if root is not None and isinstance(values, Mapping):
+        values = {**values, "root": str(Path(root).absolute())}
     suite = suite_of(values, where=str(path), folder=path.parent)
     faulty = next((task for task in suite.tasks if task.fault), None)
     if strict and faulty is not None:
