@@ -78,6 +78,9 @@ def check(found: Evaluation, reference: Evaluation | None, suite: Suite) -> Chec
     for name, result in (reference.tasks if reference else {}).items():
         if result.error and name not in errors:
             errors[name] = f"the reference: {result.error}"
+    for task in suite.tasks:
+        if not any(f"{name}/".startswith(f"{task.name}/") for name in found.tasks):
+            errors[task.name] = "not among the results; evaluate the suite again"
     verdicts: list[Verdict] = []
     for name, result in found.tasks.items():
         for limit in _limits(suite, name, result, reference) if name not in errors else ():

@@ -23,15 +23,24 @@ def harness_results(respondent: Respondent, task: Task) -> dict[str, TaskResult]
 
     Raises a `PrunetuneError` for a task that lm-eval does not know or cannot run, and for a model without weights here.
     """
-    tasks = require("lm_eval.tasks", extra="lm-eval", use=f"task {task.name}")
-    include = str(Path(task.root) / task.options.include) if task.options.include else None
-    manager = tasks.TaskManager(include_path=include)
-    named(task.options.lm_eval, manager.all_tasks, f"task {task.name}: lm_eval task")
-    found = _evaluated(respondent, task, manager)
+    found = _evaluated(respondent, task, _manager(task))
     results = {name: _result(name, found) for name in found["samples"]}
     if set(results) == {task.options.lm_eval}:
         return {task.name: TaskResult(task.name, *results[task.options.lm_eval])}
     return {f"{task.name}/{name}": TaskResult(f"{task.name}/{name}", *result) for name, result in results.items()}
+
+
+def _manager(task: Task) -> Any:
+    """lm-eval's index of tasks; of the thousands that come with it only where the folder of one's own has it not."""
+    tasks = require("lm_eval.tasks", extra="lm-eval", use=f"task {task.name}")
+    include = str(Path(task.root) / task.options.include) if task.options.include else None
+    if include:
+        manager = tasks.TaskManager(include_path=include, include_defaults=False)
+        if task.options.lm_eval in manager.all_tasks:
+            return manager
+    manager = tasks.TaskManager(include_path=include)
+    named(task.options.lm_eval, manager.all_tasks, f"task {task.name}: lm_eval task")
+    return manager
 
 
 def _evaluated(respondent: Respondent, task: Task, manager: Any) -> Any:
@@ -48,7 +57,7 @@ def _evaluated(respondent: Respondent, task: Task, manager: Any) -> Any:
             limit=task.options.limit or None,
             task_manager=manager,
             log_samples=True,
-            bootstrap_iters=0,
+            bootstrap_iters=100,  # only where there is no closed form
         )
     except PrunetuneError:
         raise

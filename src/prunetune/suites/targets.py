@@ -44,10 +44,12 @@ def open_target(name: str, options: TargetOptions, store: Store | None = None) -
     if path.suffix == ".json":
         return _kept(path)
     store = store or Store()
+    pick_device(options.device)  # refuses in time
     if path.suffix == ".gguf":
         return _remembered(_gguf(path, options, store), store, options)
     run = run_config(path)
     if run is None:
+        locate(name)  # refuses in time
         return _remembered(Checkpoint(name, options, store), store, options)
     folder = path / "model"
     if not folder.is_dir():
