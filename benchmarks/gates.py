@@ -4,7 +4,7 @@
 
 By default the demo's model and data, and as a guard the texts of Python's own language reference (pydoc topics), which
 every Python carries. Other models and data by `--model FOLDER --train FILE ... --guard FILE`; `--model small` trains a
-byte-level model of 4 layers on other pydoc topics first and tunes it to sums, in a few minutes on a CPU. Both runs are
+byte-level model of 3 layers on other pydoc topics first and tunes it to sums, in a minute on a CPU. Both runs are
 scored as they were written, by loading them again: on the guard that was watched, and on texts like it that no run saw.
 """
 
@@ -74,21 +74,21 @@ def small_model(folder: Path) -> Path:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4,
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3,
             num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
             pad_token_id=0, bos_token_id=1, eos_token_id=2,
         )
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     rng = torch.Generator().manual_seed(0)
-    for step in range(400):
-        starts = torch.randint(0, len(ids) - 128, (16,), generator=rng).tolist()
-        batch = torch.stack([ids[start : start + 128] for start in starts])
+    for step in range(300):
+        starts = torch.randint(0, len(ids) - 96, (16,), generator=rng).tolist()
+        batch = torch.stack([ids[start : start + 96] for start in starts])
         loss = model(input_ids=batch, labels=batch).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 50 == 0:
+        if step % 100 == 0 or step == 299:
             logging.info("small model, step %d: loss %.3f", step, float(loss.detach()))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

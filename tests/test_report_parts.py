@@ -181,11 +181,11 @@ def test_the_answers_of_a_good_run(tmp_path: Path) -> None:
     [
         ({"speed": {}}, "Faster?", "unknown", "was not measured"),
         ({"model": {}}, "Smaller?", "unknown", "not known"),
-        ({"gates": {}}, "Within limits?", "unknown", "No gate was set"),
+        ({"gates": {}}, "Within limits?", "none", "No gate was set"),
         ({"gates": {"limits": [{"gate": "g", "limit": 1, "found": 2, "held": False}]}}, "Within limits?", "no", "g: 2"),
         ({"gates": {"keep_asked": 0.5, "kept": 0.6}}, "Smaller?", "partly", "50% was to stay; a gate held 60%"),
         ({"failed": "stopped at step 4"}, "Within limits?", "no", "Stopped at step 4."),
-        ({"gates": {"limits": "odd", "events": [3]}, "validation": []}, "Within limits?", "unknown", "No gate"),
+        ({"gates": {"limits": "odd", "events": [3]}, "validation": []}, "Within limits?", "none", "No gate"),
     ],
 )
 def test_the_answers_follow_the_manifest(
@@ -194,6 +194,15 @@ def test_the_answers_follow_the_manifest(
     found = answered(tmp_path, **changes)[question]
     assert found.reading == reading
     assert words in found.words
+
+
+def test_better_than_an_untuned_model_is_not_as_good_as_a_tuned_one(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "evaluation" / "tuned.json").unlink()
+    run = read_run(folder)
+    answer = outcome.answers(run, headline(run.evaluations), rows(run.evaluations))[2]
+    assert answer.reading == "unknown"
+    assert "a dense tuned one was not scored" in answer.words
 
 
 def test_recovery_has_the_error_of_the_paired_change() -> None:
