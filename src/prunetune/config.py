@@ -370,16 +370,28 @@ def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> RunConf
     return config
 
 
-def _section(cls: type[Any], values: Any, *, prefix: str, where: str) -> Any:
+Options = typing.TypeVar("Options")
+
+
+def read_options(cls: type[Options], values: Any, *, where: str) -> Options:
+    """Any dataclass of options out of a mapping, by the same checks; raises `ConfigError` that begins with `where`."""
+    found = _section(cls, values, prefix="", where=where, root=cls)
+    assert isinstance(found, cls)
+    return found
+
+
+def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type[Any] = RunConfig) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: {prefix.rstrip('.')} is a section with keys of its own, got {values!r}")
     kinds = typing.get_type_hints(cls)
     for key in values:
         if key not in kinds:
-            raise ConfigError(f"{where}: unknown key {prefix}{key}{_did_you_mean(prefix, str(key))}")
+            raise ConfigError(f"{where}: unknown key {prefix}{key}{_did_you_mean(prefix, str(key), root)}")
     return cls(
         **{
-            item.name: _section(kinds[item.name], values[item.name], prefix=f"{prefix}{item.name}.", where=where)
+            item.name: _section(
+                kinds[item.name], values[item.name], prefix=f"{prefix}{item.name}.", where=where, root=root
+            )
             if dataclasses.is_dataclass(kinds[item.name])
             else _value(item, kinds[item.name], values[item.name], f"{where}: {prefix}{item.name}")
             for item in dataclasses.fields(cls)
@@ -388,8 +400,8 @@ def _section(cls: type[Any], values: Any, *, prefix: str, where: str) -> Any:
     )
 
 
-def _did_you_mean(prefix: str, key: str) -> str:
-    known = list(paths())
+def _did_you_mean(prefix: str, key: str, root: type[Any]) -> str:
+    known = list(paths(root))
     close = [path for path in known if path.rpartition(".")[2] == key]
     close = close or difflib.get_close_matches(prefix + key, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"

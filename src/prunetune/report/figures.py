@@ -12,6 +12,7 @@ from markupsafe import Markup
 from prunetune.report import svg
 from prunetune.report.layers import Kept, Layer
 from prunetune.report.scores import Row
+from prunetune.report.text import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 5.0
-LONGEST_LABEL = 22  # characters
 MOST_POINTS = 300
 MOST_GROUPS = 32  # up to here every KV group is drawn
 MODEL_MARKS = {"dense": (svg.DENSE, "o"), "tuned": (svg.TUNED, "s"), "pruned": (svg.PRUNED, "D")}
@@ -52,7 +52,7 @@ def scores_figure(label: str, rows: Sequence[Row]) -> Markup:
         axes = figure.subplots()
         for position, row in enumerate(rows):
             _score_marks(axes, position, row)
-        axes.set_yticks(range(len(rows)), [_shortened(row.task) for row in rows], color=svg.INK)
+        axes.set_yticks(range(len(rows)), [shortened(row.task) for row in rows], color=svg.INK)
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.grid(visible=True, axis="both")
         axes.margins(x=0.06)
@@ -82,7 +82,7 @@ def recovery_figure(label: str, rows: Sequence[tuple[str, float, float]]) -> Mar
                 fmt="D", color=svg.PRUNED, markersize=5.5, elinewidth=1.6,
             )  # fmt: skip
         axes.axvline(1.0, color=svg.INK, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_yticks(range(len(rows)), [_shortened(task) for task, _, _ in rows], color=svg.INK)
+        axes.set_yticks(range(len(rows)), [shortened(task) for task, _, _ in rows], color=svg.INK)
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.grid(visible=True, axis="both")
         axes.margins(x=0.08)
@@ -218,10 +218,6 @@ def running_mean(values: Sequence[float], reach: int) -> list[float]:
     """Mean over `reach` neighbours to either side, fewer at the ends."""
     windows = [values[max(0, centre - reach) : centre + reach + 1] for centre in range(len(values))]
     return [sum(window) / len(window) for window in windows]
-
-
-def _shortened(label: str) -> str:
-    return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…"
 
 
 def legend(names: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -63,7 +63,7 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "model_names": MODEL_NAMES,
         "reference_name": scores.REFERENCE_NAMES.get(scores.reference_of(run.evaluations), ""),
         "tasks": _by_task(rows),
-        "score_figures": [*_recovery_figures(rows), *_score_figures(rows)],
+        "score_figures": [*(_recovery_figures(rows) if "tuned" in run.evaluations else ()), *_score_figures(rows)],
         "score_legend": figures.legend(
             {figures.MODEL_MARKS[name][0]: MODEL_NAMES[name].lower() for name in MODELS if name in run.evaluations}
         ),
