@@ -17,11 +17,16 @@ def facts(device: torch.device, dtype: torch.dtype, command: str, seed: int) -> 
     """Command, versions, device and seed, for the manifest."""
     return {
         "command": command,
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
         "device": describe(device),
         "dtype": str(dtype).removeprefix("torch."),
         "seeds": {"run": seed},
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a result depends on."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str:
