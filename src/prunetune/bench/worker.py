@@ -39,7 +39,11 @@ class Worker:
         self.process = context.Process(target=_serve, args=(theirs, opener, model, options), daemon=True)
         self.process.start()
         theirs.close()  # so that the pipe ends with the process
-        self._facts: Facts = self._answer("opening")
+        try:
+            self._facts: Facts = self._answer("opening")
+        except BaseException:
+            self.close()
+            raise
 
     def facts(self) -> Facts:
         """See `Runner`."""
