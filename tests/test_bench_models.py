@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -117,6 +118,29 @@ def test_a_tied_table_is_read_and_experts_are_not_counted(tmp_path: Path) -> Non
     assert mixed.warm(1).decode_bytes is None
 
 
+COMPILED = dataclasses.replace(SMALL, compile=True)
+
+
+def test_what_is_compiled_meets_the_same_cache_again(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By address: another one would be compiled, or recorded, within the runs that count."""
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    runner = LocalRunner(Named("dense", str(dense)), COMPILED)
+    runner.warm(2)
+    where = [runner._run(2)[1].layers[0].keys.data_ptr() for _ in range(2)]
+    assert where[0] == where[1]
+    assert runner.facts().runtime.endswith(", decode compiled")
+
+
+def test_what_cannot_be_compiled_is_said(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise ValueError("no compiler\nmore")
+
+    monkeypatch.setattr(torch, "compile", lambda model, **_: failing)
+    runner = LocalRunner(Named("dense", str(dense)), COMPILED)
+    with pytest.raises(ModelError, match=r"model dense: cannot be compiled here \(no compiler\); leave --compile out"):
+        runner.warm(1)
+
+
 def test_running_out_of_memory_is_said(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = LocalRunner(Named("dense", str(dense)), SMALL)
 
@@ -125,7 +149,7 @@ def test_running_out_of_memory_is_said(dense: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(runner, "model", full)
     monkeypatch.setattr(runner, "_tokens", lambda _: torch.ones(1, 1))
-    monkeypatch.setattr(runner, "_cache", lambda: None)
+    monkeypatch.setattr(runner, "_cache", lambda _: None)
     with pytest.raises(OutOfMemory, match="batch 2 of dense: out of memory"):
         runner.run(2)
 

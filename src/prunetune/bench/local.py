@@ -40,7 +40,7 @@ class LocalRunner:
             opened = load(model.source, device=self.device, dtype=self.dtype, trust_remote_code=model.trust)
         self.model = opened.model
         self.load_s = clock.now(self.device) - begun
-        self.step = self.model
+        self.step, self.static = self.model, dict[int, Any]()
         if options.compile:
             self.step = torch.compile(self.model, mode="reduce-overhead" if self.device.type == "cuda" else None)
 
@@ -89,12 +89,17 @@ class LocalRunner:
         rng = torch.Generator().manual_seed(0)
         return torch.randint(size, (batch, self.options.prompt), generator=rng).to(self.device)
 
-    def _cache(self) -> Any:
+    def _cache(self, batch: int) -> Any:
+        """An empty cache. What was compiled knows its cache by address, so that of a batch size is used again."""
         from transformers import DynamicCache, StaticCache
 
-        if self.options.compile:
-            return StaticCache(self.model.config, max_cache_len=self.options.prompt + self.options.generate)
-        return DynamicCache(config=self.model.config)
+        if not self.options.compile:
+            return DynamicCache(config=self.model.config)
+        if batch not in self.static:
+            length = self.options.prompt + self.options.generate
+            self.static = {batch: StaticCache(self.model.config, max_cache_len=length)}
+        self.static[batch].reset()
+        return self.static[batch]
 
     @torch.no_grad()
     def _flops(self, batch: int) -> float:
@@ -107,7 +112,7 @@ class LocalRunner:
     def _run(self, batch: int) -> tuple[Sample, Any]:
         """The sample, and the cache as it is at the end."""
         with _fitting(f"batch {batch} of {self.named.label}"):
-            tokens, cache = self._tokens(batch), self._cache()
+            tokens, cache = self._tokens(batch), self._cache(batch)
             watched = clock.reset_peak(self.device)
             before = self._meter() if self._meter else 0.0
             begun = clock.now(self.device)
