@@ -4,10 +4,10 @@
 
 MODEL is a folder with a tokenizer; without one, a random model of SmolLM2-135M's shape and a tokenizer of bytes.
 Made-up rows of domain length: questions with four choices (likelihood), prompts to answer (32 new tokens) and texts
-(perplexity). Both ways run the same code, `LocalModel`; item by item means that one pass holds one item
-(max_tokens=1). Each is run once on 4 items to warm up, then timed once a task. Scores of both ways are compared:
-"largest_difference" is over items, in the units of accuracy, ROUGE-L, NLL. Needs torch, transformers, yaml, jinja2,
-numpy and no other package. Prints JSON.
+(perplexity). Both ways run the same code, `LocalModel`; item by item means that one pass holds one sequence, as batch
+size 1 does elsewhere (max_tokens=1). Each is run once on 4 items to warm up, then timed once a task. Scores of both
+ways are compared: "largest_difference" is over items, in the units of accuracy, ROUGE-L, NLL. Needs torch,
+transformers, yaml, jinja2, numpy and no other package. Prints JSON.
 """
 
 from __future__ import annotations
