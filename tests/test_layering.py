@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 # From bottom to top. A module imports what stands below it and, in a package, its own package; never a neighbour.
 STOREYS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("gates",),
     ("seeds", "files", "plan", "config", "flags"),
     ("model",),
     ("data",),
@@ -27,7 +28,9 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("bench",),
     ("report",),
     ("environment", "folder", "console"),
+    ("history", "watch", "trackers"),
     ("setting",),
+    ("watching",),
     ("pipeline", "summary", "eval_flags"),
     ("comparison",),
     ("cli",),
