@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 # From bottom to top. A module imports what stands below it and, in a package, its own package; never a neighbour.
 STOREYS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("gates",),
     ("seeds", "files", "plan", "config", "flags"),
     ("model",),
     ("data",),
@@ -22,12 +23,15 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("decide",),
     ("train",),
     ("evaluation",),
+    ("suites",),
     ("export",),
     ("bench",),
     ("report",),
     ("environment", "folder", "console"),
+    ("history", "watch", "trackers"),
     ("setting",),
-    ("pipeline", "summary"),
+    ("watching", "telling"),
+    ("pipeline", "summary", "eval_flags"),
     ("comparison",),
     ("cli",),
 )
@@ -37,10 +41,14 @@ HEIGHT = {name: height for height, storey in enumerate(STOREYS) for name in stor
 STRANGERS: dict[str, set[str]] = {
     "data": {"model"},
     "evaluation": {"budget", "decide", "train"},
-    "export": {"budget", "data", "decide", "train", "evaluation"},
-    "bench": {"budget", "data", "decide", "train", "evaluation", "export"},
+    "suites": {"budget", "decide", "train"},
+    "export": {"budget", "data", "decide", "train", "evaluation", "suites"},
+    "bench": {"budget", "data", "decide", "train", "evaluation", "suites", "export"},
     "report": {"budget", "data", "decide", "train", "export"},
     "folder": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
+    "history": {"model", "data", "budget", "decide", "train", "export", "bench", "report"},
+    "watch": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
+    "trackers": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
     "console": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
     "environment": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
 }

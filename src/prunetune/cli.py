@@ -15,7 +15,8 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from prunetune.config import RunConfig, Unit, load_recipe
-from prunetune.errors import PrunetuneError
+from prunetune.errors import DataError, GateFailed, PrunetuneError
+from prunetune.eval_flags import HERE, Target
 from prunetune.flags import given, optional_twin
 
 app = App(
@@ -117,6 +118,44 @@ def sites(
 
 
 @app.command
+def runs(
+    place: Path = Path("runs"),
+    /,
+    *,
+    model: Annotated[str, Parameter(help="Only runs whose model contains this.")] = "",
+    status: Annotated[str, Parameter(help="Only: done, running, interrupted, failed, 'gate failed' or gone.")] = "",
+    where: Annotated[tuple[str, ...], Parameter(negative=(), help="Only where 'accuracy >= 0.7' holds, say.")] = (),
+) -> None:
+    """List the runs of a folder, the newest first, from its runs.sqlite (of $PRUNETUNE_HOME, where that is set).
+
+    Parameters
+    ----------
+    place
+        The folder that holds the run folders.
+    """
+    from prunetune.history.listing import filtered, table
+    from prunetune.history.store import entries
+
+    print(table(filtered(entries(place), model=model, status=status, where=where)))
+
+
+@app.command(name="compare-runs")
+def compare_runs(first: Path, /, *others: Path) -> None:
+    """Set finished runs beside the first: options, scores, units kept in both, and items that flipped."""
+    from prunetune.history.versus import compared
+
+    print(compared([first, *others]))
+
+
+@app.command
+def watch(run: Path, /) -> None:
+    """Look on while a run goes on, in a terminal; ends when it does."""
+    from prunetune.watch import follow
+
+    follow(run)
+
+
+@app.command
 def report(run: Path, /) -> None:
     """Write a run's report.html again."""
     from prunetune.report import write_report
@@ -124,10 +163,112 @@ def report(run: Path, /) -> None:
     print(write_report(run))
 
 
+@app.command
+def export(
+    run: Path,
+    /,
+    *,
+    to: Literal["uniform", "per-layer", "gguf", "onnx"],
+    out: Annotated[Path | None, Parameter(help="Where; default: exports/ of the run folder.")] = None,
+    dtype: Annotated[str, Parameter(help="f32, f16, bf16; gguf also q8_0, q4_k_m, ...; default: the format's.")] = "",
+    pad: Annotated[
+        bool, Parameter(negative=(), help="uniform: fill narrower layers up with zeros; costs what was saved.")
+    ] = False,
+    trust_remote_code: Annotated[bool, Parameter(negative=(), help="Run code of a model folder.")] = False,
+) -> None:
+    """Write a finished run's model in another format, open it again and compare.
+
+    Parameters
+    ----------
+    run
+        A run folder, or a model folder that prunetune wrote.
+    """
+    from prunetune.export.formats import export_run
+    from prunetune.export.result import ExportOptions
+
+    options = ExportOptions(dtype=dtype, pad=pad)
+    print(export_run(run, to, out=out, options=options, trust_remote_code=trust_remote_code))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: str,
+    /,
+    *,
+    suite: Path,
+    out: Annotated[Path | None, Parameter(help="A JSON file for scores and items; check reads it too.")] = None,
+    target: Annotated[Target, Parameter(name="*")] = HERE,
+) -> None:
+    """The scores of a suite, of any model: each task with standard errors; what cannot be scored says why.
+
+    Parameters
+    ----------
+    model
+        A run, a model folder, a hub name, a .gguf file, or an OpenAI-compatible endpoint (http://host:port/v1).
+    suite
+        A YAML file of tasks; see suites/.
+    """
+    from prunetune.files import write_text
+    from prunetune.suites import tables, verbs
+
+    verbs.writable(out, "--out")
+    with target.watched() as progress:
+        found = verbs.evaluate(
+            model, target.suite(suite), options=target.options(), allow=target.allowed(), progress=progress
+        )
+    if out is not None:
+        write_text(out, verbs.to_json(found, model, str(suite)))
+    print(tables.of_evaluation(found))
+    unscored = [name for name, result in found.tasks.items() if result.error]
+    if unscored:
+        raise DataError(f"{len(unscored)} of {len(found.tasks)} tasks could not be scored: {', '.join(unscored)}")
+
+
+@app.command
+def check(
+    model: str,
+    /,
+    *,
+    suite: Path,
+    against: Annotated[str, Parameter(help="The reference, named as a model is; default: the run's dense model.")] = "",
+    junit: Annotated[Path | None, Parameter(help="A JUnit XML file for CI.")] = None,
+    json: Annotated[Path | None, Parameter(help="A JSON file with limits, scores and new failures.")] = None,
+    target: Annotated[Target, Parameter(name="*")] = HERE,
+) -> None:
+    """Regression gate: exit 1, with the items that went wrong, where a suite's limit is broken.
+
+    Parameters
+    ----------
+    model
+        What eval takes, or a JSON file that eval wrote.
+    suite
+        A YAML file of tasks with limits; see suites/.
+    """
+    from prunetune.files import write_text
+    from prunetune.suites import tables, verbs
+    from prunetune.suites.junit import junit as to_junit
+
+    verbs.writable(junit, "--junit")
+    verbs.writable(json, "--json")
+    with target.watched() as progress:
+        found = verbs.check(
+            model, target.suite(suite), against, options=target.options(), allow=target.allowed(), progress=progress
+        )
+    if junit is not None:
+        write_text(junit, to_junit(found, f"prunetune check {model}"))
+    if json is not None:
+        write_text(json, found.to_json())
+    print(tables.of_check(found))
+    if found.broken:
+        raise GateFailed(f"{len(found.broken)} of {len(found.verdicts)} limits broken: {found.broken[0].says}")
+    if found.errors:
+        raise DataError(f"{len(found.errors)} tasks could not be judged: {', '.join(found.errors)}")
+
+
 def main() -> None:
     """Entry point: exit 0 done, 1 a gate failed, 2 the user must correct something, 130 interrupted."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    for noisy in ("httpx", "transformers", "peft", "accelerate"):
+    for noisy in ("httpx", "transformers", "peft", "accelerate", "absl"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # The run's own lines say what these bars and notes would; read by transformers when it is imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -15,6 +15,9 @@ from typing import Any, Literal
 import yaml
 
 from prunetune.errors import ConfigError
+from prunetune.gates import gate_text
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 def option(
@@ -45,7 +48,10 @@ class DataConfig:
     texts: tuple[str, ...] = option(
         (), "Sources mixed into train and search on which only a teacher counts, so that what they stand for is kept."
     )
-    texts_share: float = option(0.15, "Share of a batch's examples that are of data.texts.", above=0, high=0.9)
+    texts_share: float = option(0.25, "Share of a batch's examples that are of data.texts.", above=0, high=0.9)
+    guard: tuple[str, ...] = option(
+        (), "Sources of general knowledge watched during the run, never tuned on: texts, or rows with choices."
+    )
     root: str = option("", "Folder that relative sources start from; default: the working folder.")
     search_share: float = option(0.1, "Share of train that goes to search where none is given.", above=0, high=0.5)
     valid_share: float = option(0.05, "Share of train that goes to valid where none is given.", above=0, high=0.5)
@@ -131,7 +137,14 @@ class TrainConfig:
     packing: Literal["auto", "off"] = option(
         "auto", "Examples end to end, passes recorded as CUDA graphs, where GPU and model can; off pads and runs as is."
     )
-    learning_rate: float = option(1e-3, "Peak learning rate of the adapters (AdamW).", above=0)
+    learning_rate: float = option(1e-3, "Peak learning rate of the adapters.", above=0)
+    optimizer: Literal["adamw", "muon"] = option("adamw", "What moves the adapters; Muon wants twice AdamW's rate.")
+    weights: Literal["auto", "all", "adapters"] = option(
+        "auto",
+        "What is tuned once the model is cut: all weights of its linears (Muon, 12 bytes a weight), or the adapters; "
+        "auto: all of a model with fewer than 1e9 prunable parameters.",
+    )
+    weights_rate: float = option(1e-3, "Peak learning rate where all weights are tuned.", above=0)
     warmup: float = option(0.03, "Share of the steps with a rising learning rate.", low=0, high=1)
     decay: Literal["cosine", "linear", "constant"] = option("cosine", "What the learning rate does after its warm-up.")
     weight_decay: float = option(0.0, "Decoupled weight decay of the adapters.", low=0)
@@ -151,6 +164,7 @@ class LoraSettings:
         "The same where nothing has to be relearnt: for the dense model, tuned for comparison or as a teacher.",
         low=1,
     )
+    dense_learning_rate: float = option(5e-4, "Peak learning rate of the dense model's adapters.", above=0)
     alpha: float = option(0.0, "Scale alpha / rank; 0: twice the rank.", low=0)
     dropout: float = option(0.0, "Dropout on the adapters' input.", low=0, high=0.9)
 
@@ -210,6 +224,22 @@ class SearchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """What is scored every train.validate_every steps: the sub-network decided then, as if it were cut."""
+
+    limit: int = option(64, "Most items of valid and of data.guard each that a validation scores.", low=1)
+    accuracy: bool = option(False, "Also score rows of valid that have choices by accuracy; a gate on it implies this.")
+    share: float = option(
+        1.0, "Largest share of the tuning time that validations may take; some are skipped then. 1: none.",
+        above=0, high=1,
+    )  # fmt: skip
+    back_off: float = option(0.05, "What a gate's back-off adds to the budget, each time.", above=0, high=1)
+    back_to: Literal["last", "best"] = option(
+        "last", "Where roll-back goes: the last validation within all gates, or of the smallest such the best on valid."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """The scores at the end of a run."""
 
@@ -263,12 +293,21 @@ class RunConfig:
         "auto", "Arithmetic of the frozen weights; adapters stay float32."
     )
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    gates: tuple[str, ...] = option(
+        (), "Limits at every validation and what a crossing does (stop, back-off, roll-back), such as "
+        "'guard.nll <= 1.2x -> roll-back'; x: times the dense model's.",
+        each="gate",
+    )  # fmt: skip
+    track: tuple[str, ...] = option(
+        (), "Trackers that hear of every step: tensorboard, wandb, mlflow, trackio; each is a package.", each="tracker"
+    )
     data: DataConfig = field(default_factory=DataConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     search: SearchConfig = field(default_factory=SearchConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
 
@@ -278,6 +317,12 @@ class RunConfig:
                 "data.texts needs a teacher to stay close to: "
                 "set distill.teacher to base or dense, or leave data.texts out"
             )
+        guards = [gate for gate in self.gates if gate.startswith("guard.")]
+        if guards and not self.data.guard:
+            raise ConfigError(f"gates: {guards[0]!r} needs something to watch: name texts or rows in data.guard")
+        odd = [name for name in self.track if name not in TRACKERS]
+        if odd:
+            raise ConfigError(f"track: unknown tracker {odd[0]!r}; known are {', '.join(TRACKERS)}")
         if self.search.share + self.search.settle > 1:
             raise ConfigError(
                 f"search.share + search.settle is {self.search.share + self.search.settle:g}: "
@@ -325,16 +370,28 @@ def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> RunConf
     return config
 
 
-def _section(cls: type[Any], values: Any, *, prefix: str, where: str) -> Any:
+Options = typing.TypeVar("Options")
+
+
+def read_options(cls: type[Options], values: Any, *, where: str) -> Options:
+    """Any dataclass of options out of a mapping, by the same checks; raises `ConfigError` that begins with `where`."""
+    found = _section(cls, values, prefix="", where=where, root=cls)
+    assert isinstance(found, cls)
+    return found
+
+
+def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type[Any] = RunConfig) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: {prefix.rstrip('.')} is a section with keys of its own, got {values!r}")
     kinds = typing.get_type_hints(cls)
     for key in values:
         if key not in kinds:
-            raise ConfigError(f"{where}: unknown key {prefix}{key}{_did_you_mean(prefix, str(key))}")
+            raise ConfigError(f"{where}: unknown key {prefix}{key}{_did_you_mean(prefix, str(key), root)}")
     return cls(
         **{
-            item.name: _section(kinds[item.name], values[item.name], prefix=f"{prefix}{item.name}.", where=where)
+            item.name: _section(
+                kinds[item.name], values[item.name], prefix=f"{prefix}{item.name}.", where=where, root=root
+            )
             if dataclasses.is_dataclass(kinds[item.name])
             else _value(item, kinds[item.name], values[item.name], f"{where}: {prefix}{item.name}")
             for item in dataclasses.fields(cls)
@@ -343,10 +400,10 @@ def _section(cls: type[Any], values: Any, *, prefix: str, where: str) -> Any:
     )
 
 
-def _did_you_mean(prefix: str, key: str) -> str:
-    known = list(paths())
-    close = difflib.get_close_matches(prefix + key, known, n=1, cutoff=0.6)
-    close = close or [path for path in known if path.rpartition(".")[2] == key]
+def _did_you_mean(prefix: str, key: str, root: type[Any]) -> str:
+    known = list(paths(root))
+    close = [path for path in known if path.rpartition(".")[2] == key]
+    close = close or difflib.get_close_matches(prefix + key, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
 
 
@@ -424,6 +481,8 @@ def _entries(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> 
         raise ConfigError(f"{name} must be a {each} or a list of {each}s, got {value!r}")
     if each == "source":
         return tuple(_source(entry, name) for entry in entries)
+    if each == "gate":
+        return tuple(gate_text(entry) for entry in entries)
     return tuple(_value(item, kind, entry, f"each {name}") for entry in entries)
 
 

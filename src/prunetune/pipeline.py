@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +37,18 @@ from prunetune.model.masking import masked
 from prunetune.model.sites import dense_plan, kept_params
 from prunetune.model.surgery import cut, merge_adapters
 from prunetune.plan import Plan
-from prunetune.report import write_report
 from prunetune.seeds import derive
 from prunetune.setting import Console, Setting, facts_of, prepare
-from prunetune.train.adapters import adapters, add_adapters, grow_state
-from prunetune.train.job import Job, Observer
+from prunetune.telling import Recorder, outside, told
+from prunetune.trackers import Trackers, require, tracking
+from prunetune.train.adapters import adapters, add_adapters, grow_state, grow_weights, tunes_all
+from prunetune.train.job import Job, Observer, Watch
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher
 from prunetune.train.schedule import given_plan, schedule_of
 from prunetune.train.state import Checkpoints, Keeper, State
+from prunetune.train.validation import WentBack
+from prunetune.watching import Watcher, outcome, watcher_of
 
 
 def run(config: RunConfig, *, resume: bool = False, console: Console | None = None, command: str = "") -> Path:
@@ -53,25 +56,29 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
 
     Raises a `PrunetuneError` for what the user can mend, before anything is written where that can be known.
     """
+    require(config.track)
     console = console or console_for(config.train.log_every)
     try:
         setting = prepare(config, resume=resume, console=console)
+        watcher = watcher_of(setting)
         if resume:
             same_data(setting)
         open_folder(setting.folder, config)
-        _stages(setting, command)
+        with told(setting.folder, config, command):
+            _stages(setting, watcher, command)
+            outside(setting)
     finally:
         console.close()
-    write_report(setting.folder.path)
     return setting.folder.path
 
 
-def _stages(setting: Setting, command: str) -> None:
+def _stages(setting: Setting, watcher: Watcher, command: str) -> None:
     config, folder = setting.config, setting.folder
     folder.note(**environment.facts(setting.device, setting.dtype, command, config.seed), **facts_of(setting))
     if not folder.model.exists():
-        with _timed(folder, "tune and prune"):
-            train(setting)
+        with _timed(folder, "tune and prune"), tracking(config, folder, cpu=setting.device.type == "cpu") as trackers:
+            train(setting, watcher, trackers)
+        folder.note(**outcome(setting, folder.manifest()["timings"]["tune and prune"]))
         with _timed(folder, "cut and check"):
             finish(setting)
     with _timed(folder, "evaluate"):
@@ -101,33 +108,20 @@ def _timed(folder: RunFolder, stage: str) -> Iterator[None]:
 # -- stages ----------------------------------------------------------------------------------------------------------
 
 
-def train(setting: Setting) -> None:
-    """Search, settle and tune; the last checkpoint holds the result."""
+def train(setting: Setting, watcher: Watcher | None = None, trackers: Trackers | None = None) -> None:
+    """Search, settle and tune; the last checkpoint holds the result. Where a gate goes back, a new model goes on."""
     checkpoints = Checkpoints(setting.folder.checkpoints)
-    state = checkpoints.latest()
-    setting.folder.forget_after(state.step if state else 0)
     teacher = teacher_of(setting, lambda: _model(setting, "tuned"))
     setting.console.stage("tune and prune", setting.config.train.steps)
-    job = job_of(setting, setting.load().model, checkpoints, Recorder(setting), teacher=teacher)
-    tune_and_prune(job)
-
-
-@dataclass(frozen=True)
-class Recorder:
-    """Keeps the records of a run in its folder and passes them on to the console."""
-
-    setting: Setting
-
-    def step(self, record: dict[str, Any]) -> None:
-        """A tuning step is done."""
-        record = record | {"memory_mb": environment.peak_memory_mb(self.setting.device)}
-        self.setting.folder.append("metrics.jsonl", record)
-        self.setting.console.step(record)
-
-    def validation(self, record: dict[str, Any]) -> None:
-        """The decided sub-network was scored."""
-        self.setting.folder.append("validation.jsonl", record)
-        self.setting.console.validation(record)
+    while True:
+        state = checkpoints.latest()
+        setting.folder.forget_after(state.step if state else -1)
+        model, recorder = setting.load().model, Recorder(setting, trackers or Trackers())
+        try:
+            tune_and_prune(job_of(setting, model, checkpoints, recorder, teacher=teacher, watch=watcher))
+        except WentBack:
+            continue
+        return
 
 
 def job_of(
@@ -137,6 +131,7 @@ def job_of(
     observer: Observer,
     plan: Plan | None = None,
     teacher: Teacher | None = None,
+    watch: Watch | None = None,
 ) -> Job:
     """What the loop needs; with a plan given, it only tunes."""
     from accelerate import Accelerator
@@ -148,7 +143,7 @@ def job_of(
         shape=setting.shape,
         train=Stream(_mixed(setting, "train", teacher), config.train.batch_size, derive(config.seed, "train")),
         search=Stream(_mixed(setting, "search", teacher), config.search.batch_size, derive(config.seed, "search")),
-        valid=watched(setting.encoded["valid"].examples),
+        valid=watched(setting.encoded["valid"].examples, config.validate.limit),
         pad_id=setting.tokenizer.pad_token_id,
         config=config,
         schedule=given_plan(config) if plan else schedule_of(config),
@@ -156,14 +151,23 @@ def job_of(
         observer=observer,
         accelerator=Accelerator(cpu=setting.device.type == "cpu"),
         teacher=teacher,
+        watch=watch,
         plan=plan,
     )
 
 
 def plainly(setting: Setting) -> Setting:
-    """The setting in which the dense model is tuned: its adapters have a rank of their own."""
+    """The setting of plain LoRA tuning: adapters of a rank of their own, moved by AdamW."""
     lora = replace(setting.config.lora, rank=setting.config.lora.dense_rank)
-    return replace(setting, config=replace(setting.config, lora=lora))
+    train = replace(setting.config.train, weights="adapters", optimizer="adamw")
+    return replace(setting, config=replace(setting.config, lora=lora, train=train))
+
+
+def densely(setting: Setting) -> Setting:
+    """The setting in which the dense model is tuned: the same, at a learning rate of its own."""
+    plain = plainly(setting)
+    train = replace(plain.config.train, learning_rate=plain.config.lora.dense_learning_rate)
+    return replace(plain, config=replace(plain.config, train=train))
 
 
 def _mixed(setting: Setting, split: SplitName, teacher: Teacher | None) -> tuple[Example, ...]:
@@ -183,7 +187,7 @@ def teacher_of(setting: Setting, dense_tuned: Callable[[], Any]) -> Teacher | No
     return Teacher(model.requires_grad_(False).eval(), distill.logits, distill.hidden)
 
 
-def watched(examples: tuple[Example, ...], most: int = 64) -> tuple[Example, ...]:
+def watched(examples: tuple[Example, ...], most: int) -> tuple[Example, ...]:
     """The validation examples scored during the run: spread evenly over the split."""
     return examples[:: max(1, -(-len(examples) // most))]
 
@@ -227,10 +231,13 @@ def finish(setting: Setting) -> None:
 
 
 def put_adapters(model: Any, setting: Setting, state: State) -> None:
-    """A checkpoint's adapters on a dense model: those of removed units are zero."""
-    add_adapters(model, setting.sites, setting.config.lora, seed=0)
+    """A checkpoint's adapters, or the weights they were merged into, on a dense model: zero for removed units."""
     assert state.plan is not None
     weights = state.tensors["adapters"]
+    if state.is_cut and tunes_all(setting.config.train, setting.sites):
+        grow_weights(model, weights, state.plan, setting.sites)
+        return
+    add_adapters(model, setting.sites, setting.config.lora, seed=0)
     shapes = {name: parameter.shape for name, parameter in adapters(model).items()}
     grown = grow_state(weights, shapes, state.plan, setting.sites) if state.is_cut else weights
     for name, parameter in adapters(model).items():
@@ -275,6 +282,6 @@ def _model(setting: Setting, name: str) -> Any:
     if name == "tuned":
         setting.console.stage("tune the dense model", setting.config.train.steps)
         kept = Checkpoints(setting.folder.tuned)  # as a teacher and for comparison: tuned once, and gone on with
-        tune_and_prune(job_of(plainly(setting), model, kept, setting.console, dense_plan(setting.sites)))
+        tune_and_prune(job_of(densely(setting), model, kept, setting.console, dense_plan(setting.sites)))
         merge_adapters(model)
     return model

@@ -24,6 +24,7 @@ from prunetune.folder import FREE, RunFolder, check_folder
 from prunetune.model.linears import COLUMNS, ROWS, linear_of, size
 from prunetune.model.loading import Loaded, ghost, load, load_tokenizer, pick_device, pick_dtype
 from prunetune.model.sites import Site, find_sites, tuned_linears, whole_params
+from prunetune.train.adapters import tunes_all
 from prunetune.train.job import Observer
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ def prepare(config: RunConfig, *, resume: bool, console: Console, free: Collecti
             )
     params = sum(parameter.numel() for parameter in structure.parameters())
     whole = whole_params(structure, config.budget.units)
-    need_space(folder.path, _bytes_needed(structure, config))
+    need_space(folder.path, _bytes_needed(structure, sites, config))
     log.info("model %s on %s in %s, layout %s", config.model, device, str(dtype).removeprefix("torch."), config.layout)
     return Setting(config, folder, device, dtype, sites, shape, tokenizer, splits, encoded, console, params, whole)
 
@@ -150,13 +151,16 @@ def _refuse(
             )
 
 
-def _bytes_needed(structure: Any, config: RunConfig) -> int:
-    """Two checkpoints of adapters with their moments, and of the dense tuned model's, one being written; the result."""
+def _bytes_needed(structure: Any, sites: tuple[Site, ...], config: RunConfig) -> int:
+    """Two checkpoints of what is tuned and its moments, and of the dense tuned model, one being written; the result."""
     rank = config.lora.rank
     linears = [linear_of(structure, name) for name in tuned_linears(structure)]
     adapter: int = sum(rank * (size(linear, ROWS) + size(linear, COLUMNS)) for linear in linears)
     weights: int = sum(parameter.numel() for parameter in structure.parameters())
-    return 5 * 12 * adapter + 4 * weights + 64 * 2**20
+    if tunes_all(config.train, sites):
+        adapter = max(adapter, total(sites))  # weights and momentum, 8 bytes each
+    states = 8 if config.gates else 5  # gates may go back to two more
+    return states * 12 * adapter + 4 * weights + 64 * 2**20
 
 
 def facts_of(setting: Setting) -> dict[str, Any]:

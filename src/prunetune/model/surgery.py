@@ -173,13 +173,17 @@ def _keep_slice(model: nn.Module, part: Slice, site: Site, kept: Sequence[int]) 
 
 
 @torch.no_grad()
-def merge_adapters(model: nn.Module) -> None:
-    """Fold every LoRA adapter into its base weight (sum in float32, stored in the base's dtype), in place."""
+def merge_adapters(model: nn.Module, *, trainable: bool = False) -> None:
+    """Fold every LoRA adapter into its base weight (sum in float32, stored in the base's dtype), in place.
+
+    `trainable`: the sum stays float32, as small updates need, and has a gradient from then on.
+    """
     for name, module in list(model.named_modules()):
         if not isinstance(module, LoraLayer):
             continue
         base: Any = module.get_base_layer()
         delta = sum(module.get_delta_weight(adapter).float() for adapter in module.lora_A)
-        base.weight = nn.Parameter((base.weight.float() + delta).to(base.weight.dtype), requires_grad=False)
+        dtype = torch.float32 if trainable else base.weight.dtype
+        base.weight = nn.Parameter((base.weight.float() + delta).to(dtype), requires_grad=trainable)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)

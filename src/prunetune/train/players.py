@@ -13,11 +13,12 @@ from prunetune.budget.params import kept_share, ratio_loss
 from prunetune.data.templates import Example
 from prunetune.decide.decision import Decision, Searcher
 from prunetune.errors import ModelError
-from prunetune.model.surgery import cut_linears
+from prunetune.model.surgery import cut_linears, merge_adapters
 from prunetune.plan import Plan
 from prunetune.seeds import derive
-from prunetune.train.adapters import adapters, cut_state, soft_threshold
+from prunetune.train.adapters import adapters, cut_state, soft_threshold, tunes_all
 from prunetune.train.job import Job, Record
+from prunetune.train.muon import Muon
 from prunetune.train.passes import Passes
 from prunetune.train.schedule import learning_rate
 from prunetune.train.state import by_moment, optimizer_tensors, restore_optimizer
@@ -50,7 +51,7 @@ class Search:
     def learn(self, gates: Mapping[str, Tensor], slopes: Mapping[str, Tensor]) -> Record:
         """Move the generator by the model's gradient at the gates it proposed, and by the budget's."""
         job = self.job
-        ratio = ratio_loss(kept_share(gates, job.sites), job.schedule.keep) if self.searcher.is_sampled else None
+        ratio = ratio_loss(kept_share(gates, job.sites), self.searcher.keep) if self.searcher.is_sampled else None
         # The model's gradient stops at the gates; from there it flows on into the generator, with the budget's.
         total = torch.cat(list(gates.values())) @ torch.cat([slopes[name] for name in gates])
         if ratio is not None:
@@ -81,11 +82,11 @@ class Search:
 
 
 class Adapters:
-    """Moves the LoRA adapters, and cuts the model when the decision has settled."""
+    """Moves the LoRA adapters; cuts the model when the decision has settled, and may then move all of its weights."""
 
     def __init__(self, job: Job, passes: Passes) -> None:
         self.job, self.passes = job, passes
-        self.is_cut = False
+        self.is_cut = self.is_merged = False
         self.optimizer = self._fresh_optimizer()
         self.slopes: Mapping[str, Tensor] = {}  # at the gates that `advance` was given
 
@@ -105,16 +106,16 @@ class Adapters:
                 f"the {worst} is {record[worst]} at step {step + 1} (rows {rows}, ...): "
                 "lower train.learning_rate, or set dtype float32"
             )
+        rate = learning_rate(step, job.config.train, job.config.train.weights_rate if self.is_merged else None)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, job.config.train)
+            group["lr"] = rate
         job.accelerator.clip_grad_norm_(adapters(job.model).values(), job.config.train.clip)
         self.optimizer.step()
         if job.config.search.sparsity == "proximal" and not self.is_cut:
-            threshold = learning_rate(step, job.config.train) * job.config.search.lasso
-            soft_threshold(job.model, decision.gates, job.sites, threshold)
+            soft_threshold(job.model, decision.gates, job.sites, rate * job.config.search.lasso)
         self.optimizer.zero_grad(set_to_none=False)  # recorded passes add to the same tensors every time
         tokens = sum(len(example.ids) for example in batch)
-        return record | {"tokens_per_s": tokens / (time.monotonic() - started)}
+        return record | {"lr": rate, "tokens_per_s": tokens / (time.monotonic() - started)}
 
     def _gradients(self, batch: list[Example], decision: Decision, gates: Mapping[str, Tensor] | None) -> Record:
         if self.is_cut:
@@ -128,12 +129,12 @@ class Adapters:
         return {**losses, "lasso": self.passes.shrink(decision.gates, self.job.config.search.lasso)}
 
     def cut(self, plan: Plan) -> None:
-        """Cut the running model; the optimiser goes on with the moments of what stays."""
+        """Cut the running model. The optimiser goes on with the moments of what stays, or anew with all weights."""
         moments = optimizer_tensors(self.optimizer, list(adapters(self.job.model)))
-        cut_linears(self.job.model, plan, sites=self.job.sites)
-        self.passes.forget()
-        self.is_cut = True
+        self.shrink(plan)
         self.optimizer = self._fresh_optimizer()
+        if self.is_merged:
+            return
         stay = {
             f"{name}#{moment}": tensor
             for moment, tensors in by_moment(moments).items()
@@ -141,17 +142,27 @@ class Adapters:
         }
         restore_optimizer(self.optimizer, list(adapters(self.job.model)), stay)
 
+    def shrink(self, plan: Plan) -> None:
+        """Give model and adapters their smaller shapes; where all weights are to be tuned, merge the two."""
+        cut_linears(self.job.model, plan, sites=self.job.sites)
+        self.passes.forget()
+        self.is_cut = True
+        if tunes_all(self.job.config.train, self.job.sites):
+            merge_adapters(self.job.model, trainable=True)
+            self.is_merged = True
+
     def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        """Put back weights and moments of a checkpoint; the model is cut already where they are."""
+        """Put back weights and moments of a checkpoint; the model has been shrunk where they are of a cut one."""
         named = adapters(self.job.model)
         for name, parameter in named.items():
             parameter.data = weights[name].to(parameter.device)
         self.optimizer = self._fresh_optimizer()
         restore_optimizer(self.optimizer, list(named), moments)
 
-    def _fresh_optimizer(self) -> torch.optim.AdamW:
-        train = self.job.config.train
-        weights = adapters(self.job.model).values()
+    def _fresh_optimizer(self) -> torch.optim.Optimizer:
+        train, weights = self.job.config.train, adapters(self.job.model).values()
+        if self.is_merged or train.optimizer == "muon":
+            return Muon(weights, lr=train.learning_rate)
         return adamw(weights, lr=train.learning_rate, weight_decay=train.weight_decay)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from prunetune.config import RunConfig, TrainConfig
@@ -32,6 +32,14 @@ class Schedule:
         done = min(1.0, (step + 1) / self.anneal) if self.anneal else 1.0
         return 1 - (1 - self.keep) * done
 
+    def with_keep(self, keep: float) -> Schedule:
+        """The same with another budget at its end."""
+        return replace(self, keep=keep)
+
+    def decided_at(self, step: int) -> Schedule:
+        """The search is over from here on; settling takes as many steps as it was to, as far as there are any."""
+        return replace(self, search=step, settle=min(self.steps, step + self.settle - self.search))
+
     def ends_phase(self, step: int) -> bool:
         """Whether the next step, if any, belongs to another phase."""
         return step + 1 in (self.search, self.settle, self.steps)
@@ -50,13 +58,14 @@ def given_plan(config: RunConfig) -> Schedule:
     return Schedule(0, 0, config.train.steps, 0, config.budget.keep)
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Warm-up, then decay to a tenth (cosine, linear) or not at all."""
+def learning_rate(step: int, config: TrainConfig, peak: float | None = None) -> float:
+    """Warm-up to `peak` (default: the adapters'), then decay to a tenth (cosine, linear) or not at all."""
+    peak = config.learning_rate if peak is None else peak
     warm = round(config.warmup * config.steps)
     if step < warm:
-        return config.learning_rate * (step + 1) / (warm + 1)
+        return peak * (step + 1) / (warm + 1)
     done = (step - warm) / max(1, config.steps - warm)
     if config.decay == "constant":
-        return config.learning_rate
+        return peak
     left = (1 + math.cos(math.pi * done)) / 2 if config.decay == "cosine" else 1 - done
-    return config.learning_rate * (0.1 + 0.9 * left)
+    return peak * (0.1 + 0.9 * left)
