@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunetune.bench.options import BenchOptions
-from prunetune.errors import ConfigError, ModelError
+from prunetune.errors import ConfigError
 from prunetune.evaluation.optional import require
 from prunetune.model.loading import load_config, locate
-from prunetune.suites.targets import run_config
+from prunetune.suites.targets import checkpoint_of, gguf_at, run_config
 
 
 @dataclass(frozen=True)
@@ -39,22 +39,10 @@ def named(models: Sequence[str], options: BenchOptions) -> tuple[Named, ...]:
 def _one(name: str, options: BenchOptions) -> Named:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
-        return _gguf(path)
-    run = run_config(path)
-    if run is None:
-        return Named(name, locate(name), trust=options.trust_remote_code)
-    folder = path / "model"
-    if not folder.is_dir():
-        raise ModelError(f"{path}: this run has no model yet; go on with it by prunetune run RECIPE --resume")
-    # What opens here is code that the run generated and checked.
-    return Named(name, str(folder), trust=options.trust_remote_code or run.layout == "per-layer")
-
-
-def _gguf(path: Path) -> Named:
-    if not path.is_file():
-        raise ModelError(f"model {path}: no such file; name a .gguf file, a model folder or a hub name")
-    require("xllamacpp", extra="llamacpp", use=f"model {path}")
-    return Named(str(path), str(path), llama_cpp=True)
+        require("xllamacpp", extra="llamacpp", use=f"model {gguf_at(path)}")
+        return Named(str(path), str(path), llama_cpp=True)
+    source, trust = checkpoint_of(name, trust_remote_code=options.trust_remote_code)
+    return Named(name, locate(source), trust=trust)
 
 
 def _dense(models: Sequence[str], options: BenchOptions) -> Iterator[Named]:
