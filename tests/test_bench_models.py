@@ -204,7 +204,9 @@ def test_a_gguf_file_in_llama_cpp(run: Path, tmp_path: Path) -> None:
     export_run(run, "gguf", out=file)
     assert context_of(file) == 128
     runner = LlamaCppRunner(Named("a", str(file), llama_cpp=True), SMALL)
-    runner.warm(1)
+    work = runner.warm(1)
+    assert runner.warm(2).prefill_flops == 2 * (work.prefill_flops or 0) > 0
+    assert 0 < (work.decode_bytes or 0) < file.stat().st_size
     one, two = runner.run(1), runner.run(2)
     assert one.prefill_s
     assert one.decode_s

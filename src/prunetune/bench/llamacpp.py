@@ -20,6 +20,7 @@ from prunetune.suites.server import Server
 
 CPU = torch.device("cpu")  # what the package is built for
 MILLI = 1e-3
+ERRORS = 1  # what llama.cpp logs; by default, several lines a reply
 PATIENCE = 600.0  # seconds for a reply
 
 
@@ -52,7 +53,7 @@ class LlamaCppRunner:
     def warm(self, batch: int) -> Work:
         """See `Runner`."""
         self.run(batch)
-        return Work()
+        return work_of(self.file, self.options.prompt * batch)
 
     def run(self, batch: int) -> Sample:
         """See `Runner`."""
@@ -75,6 +76,7 @@ class LlamaCppRunner:
         llama = require("xllamacpp", extra="llamacpp", use=f"model {self.file}")
         params = llama.CommonParams()
         params.model.path, params.n_gpu_layers = str(self.file), 0
+        params.verbosity = ERRORS
         params.n_parallel, params.n_ctx = slots, slots * (self.options.prompt + self.options.generate + 8)
         params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self.threads
         try:
@@ -108,6 +110,18 @@ def context_of(file: Path) -> int:
     architecture = reader.get_field("general.architecture")
     field = reader.get_field(f"{architecture.contents()}.context_length") if architecture else None
     return int(field.contents()) if field else 0
+
+
+def work_of(file: Path, tokens: int) -> Work:
+    """FLOPs of the blocks' matrices over so many tokens, and the bytes of all weights but a look-up table of its own;
+    attention between tokens and the cache are left out. Nothing where experts are chosen."""
+    tensors = {tensor.name: tensor for tensor in _reader(file).tensors}
+    if any("_exps." in name for name in tensors):
+        return Work()
+    blocks = sum(int(each.n_elements) for name, each in tensors.items() if "blk." in name and len(each.shape) > 1)
+    looked_up = {"token_embd.weight"} if "output.weight" in tensors else set()
+    read = sum(int(each.n_bytes) for name, each in tensors.items() if name not in looked_up)
+    return Work(2.0 * blocks * tokens, float(read))
 
 
 def _described(file: Path) -> tuple[int, int, str]:
