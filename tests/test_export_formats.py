@@ -55,7 +55,7 @@ def test_without_a_dtype_weights_stay_as_they_are(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_quick")
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2"])
 def test_padded_layers_say_the_same(family: str, tmp_path: Path) -> None:
     run, model = run_folder(tmp_path / "run", subwords(), family)
     with pytest.raises(ModelError, match=r"--layout uniform, or export gguf or onnx, or .* times the size with --pad"):

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from torch import nn
 
 from prunetune.errors import ModelError, PlanError
 from prunetune.files import changed_file
 from prunetune.model.families import family_of, heads_of
+from prunetune.model.linears import COLUMNS, stored_axis
 
 if TYPE_CHECKING:
     from prunetune.export.source import Source
@@ -63,8 +63,8 @@ def _fits(source: Source) -> None:
                 f"says {units}: the plan is of another model; put back the plan.json of this one"
             )
         module = site.consumer.module if site.consumer else ""
-        name, linear = f"{module}.weight", isinstance(source.skeleton.get_submodule(module), nn.Linear)
-        found = source.shape(name)[1] if linear and name in source.places else columns
+        name, axis = f"{module}.weight", stored_axis(source.skeleton.get_submodule(module), COLUMNS)
+        found = source.shape(name)[axis] if name in source.places else columns
         if found != columns:
             raise ModelError(
                 f"{source.folder}: {name} has {found} columns and config.json asks for {columns}: "
