@@ -83,6 +83,7 @@ def _picture(name: str, label: str, columns: Sequence[Column]) -> Markup:
                 cells(axes, members, svg.PRUNED, alpha=level / LEVELS)
         axes.set_ylim(max(layers) + 0.5, min(layers) - 0.5)
         axes.set_xlim(-0.6, len(columns) - 0.4)
+        axes.set_yticks(layers[:: 1 + len(layers) // 9])
         axes.set_ylabel("layer")
         axes.set_xlabel("step (last: the plan)")
         axes.grid(visible=False)
