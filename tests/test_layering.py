@@ -30,7 +30,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("environment", "folder", "console"),
     ("history", "watch", "trackers"),
     ("setting",),
-    ("watching",),
+    ("watching", "telling"),
     ("pipeline", "summary", "eval_flags"),
     ("comparison",),
     ("cli",),
@@ -46,6 +46,9 @@ STRANGERS: dict[str, set[str]] = {
     "bench": {"budget", "data", "decide", "train", "evaluation", "suites", "export"},
     "report": {"budget", "data", "decide", "train", "export"},
     "folder": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
+    "history": {"model", "data", "budget", "decide", "train", "export", "bench", "report"},
+    "watch": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
+    "trackers": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
     "console": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
     "environment": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
 }

@@ -69,6 +69,18 @@ class DataConfig:
     )
 
 
+Unit = Literal[
+    "kv-groups",
+    "query-heads",
+    "mlp-channels",
+    "experts",
+    "expert-channels",
+    "attention-blocks",
+    "mlp-blocks",
+    "layers",
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
     """What may remain."""
@@ -80,6 +92,37 @@ class BudgetConfig:
     min_groups: int = option(
         0, "Fewest KV groups a layer keeps; a layer with none skips attention (per-layer layout).", low=0
     )
+    units: tuple[Unit, ...] = option(
+        ("kv-groups", "mlp-channels"),
+        "Kinds of unit that may go; `prunetune sites` says which ones a model has.",
+        each="name",
+    )
+    min_queries: int = option(1, "Fewest query heads a KV group keeps, where units has query-heads.", low=1)
+    min_experts: int = option(
+        0, "Fewest experts a layer keeps, where units has experts; never fewer than a token goes to.", low=0
+    )
+    min_share: float = option(
+        0.0,
+        "Share of its units that every place keeps at least: of a layer's KV groups, channels, experts.",
+        low=0,
+        high=1,
+    )
+    protect: str = option("", "Layers that keep everything, counted from 0: 0-1,29. With uniform: that stay.")
+
+    def __post_init__(self) -> None:
+        if not self.units:
+            raise ConfigError("budget.units names no kind of unit, and nothing could go: leave it out, or name some")
+
+    def protected(self) -> frozenset[int]:
+        """The layers of `protect`; raises `ConfigError`."""
+        layers: set[int] = set()
+        for span in filter(None, (part.strip() for part in self.protect.split(","))):
+            first, dash, last = span.partition("-")
+            last = last if dash else first
+            if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+                raise ConfigError(f"budget.protect: {span!r} is no layer and no span of layers: write 0-1,29")
+            layers |= set(range(int(first), int(last) + 1))
+        return frozenset(layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,8 +473,9 @@ def _bounded(bounds: Mapping[str, Any], value: float, name: str) -> None:
 
 def _entries(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> tuple[Any, ...]:
     """A list, or its only entry: of sources, or of what `kind` says."""
-    each = item.metadata["each"] if kind is str else "number"
-    single = isinstance(value, str | Mapping if kind is str else int | float | str)
+    words = kind is str or typing.get_origin(kind) is Literal
+    each = item.metadata["each"] if words else "number"
+    single = isinstance(value, str | Mapping if words else int | float | str)
     entries = [value] if single else value
     if not isinstance(entries, Sequence):
         raise ConfigError(f"{name} must be a {each} or a list of {each}s, got {value!r}")

@@ -12,9 +12,9 @@ from typing import Any
 from prunetune.errors import ModelError
 from prunetune.export.per_layer import PerLayer, per_layer_overrides
 from prunetune.export.per_layer_code import write_code
-from prunetune.export.shapes import empty, uniform
-from prunetune.files import new_folder
-from prunetune.model.units import Site, surviving_layers
+from prunetune.export.shapes import empty, uniform, why_sibling
+from prunetune.files import new_folder, write_sums
+from prunetune.model.units import Site, layout_of, surviving_layers
 from prunetune.plan import Plan
 
 
@@ -36,15 +36,7 @@ def write(
 ) -> Written:
     """Write `model`, already cut by `plan`, whole or not at all. Tensors keep their dtype."""
     layout = layout_of(layout, sites)
-    config, note = (
-        (uniform_config(model.config, plan, sites), "") if layout == "uniform" else (copy.deepcopy(model.config), "")
-    )
-    if type(config) is not type(model.config):
-        note = (
-            f"written as {config.architectures[0]}: {type(model.config).__name__} refuses "
-            f"{config.num_attention_heads} heads at hidden size {config.hidden_size}; "
-            "tensors and arithmetic are the same"
-        )
+    config = uniform_config(model.config, plan, sites) if layout == "uniform" else copy.deepcopy(model.config)
     with new_folder(folder) as partial:
         if layout == "uniform":
             target = empty(config)
@@ -56,11 +48,12 @@ def write(
             # Names as in memory: renaming on the way in goes by model_type, and this one is of our own.
             model.save_pretrained(partial, save_original_format=False)
             write_code(partial, layered, sites, model)
-            _edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | layered.auto_map())
-        _add_old_rope_keys(partial / "config.json")
+            edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | layered.auto_map())
+        add_old_rope_keys(partial / "config.json")
         tokenizer.save_pretrained(partial)
         (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
+        write_sums(partial, "*.safetensors")
     files = list(folder.rglob("*.safetensors"))
     return Written(
         folder=folder,
@@ -69,13 +62,8 @@ def write(
         needs_code=layout != "uniform",
         params=sum(parameter.numel() for parameter in model.parameters()),
         bytes=sum(path.stat().st_size for path in files),
-        note=note,
+        note=why_sibling(model.config, config),
     )
-
-
-def layout_of(layout: str, sites: Sequence[Site]) -> str:
-    """A model that lost whole layers and nothing else is uniform, whatever was asked for."""
-    return "uniform" if all(site.kind == "layers" for site in sites) else layout
 
 
 def uniform_config(config: Any, plan: Plan, sites: Sequence[Site]) -> Any:
@@ -105,12 +93,13 @@ def _fill(target: Any, model: Any) -> None:
     target.tie_weights()
 
 
-def _edit_json(path: Path, changes: dict[str, Any]) -> None:
+def edit_json(path: Path, changes: dict[str, Any]) -> None:
+    """Change values of a configuration."""
     values = json.loads(path.read_text(encoding="utf-8")) | changes
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _add_old_rope_keys(path: Path) -> None:
+def add_old_rope_keys(path: Path) -> None:
     """transformers 4 and others read `rope_theta`, which 5 does not write; without it they silently take 10,000."""
     rope = json.loads(path.read_text(encoding="utf-8")).get("rope_parameters") or {}
     if "rope_theta" in rope:
@@ -119,4 +108,4 @@ def _add_old_rope_keys(path: Path) -> None:
             if rope.get("rope_type", "default") == "default"
             else {k: v for k, v in rope.items() if k != "rope_theta"}
         )
-        _edit_json(path, {"rope_theta": rope["rope_theta"], "rope_scaling": scaling})
+        edit_json(path, {"rope_theta": rope["rope_theta"], "rope_scaling": scaling})

@@ -124,7 +124,7 @@ class Adapters:
             losses = self.passes.tune(batch, decision.gates)
         else:
             losses, self.slopes = self.passes.both(batch, gates)
-        if self.job.config.search.sparsity != "lasso":
+        if self.job.config.search.sparsity != "lasso" or not any(site.is_sliced for site in self.job.sites):
             return dict(losses)
         return {**losses, "lasso": self.passes.shrink(decision.gates, self.job.config.search.lasso)}
 
