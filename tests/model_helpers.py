@@ -31,7 +31,7 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 32},
     "qwen3_moe": EXPERTS,
     "gpt_oss": EXPERTS | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    "gpt2": {"head_dim": None, "n_inner": 96},
+    "gpt2": {"head_dim": None, "n_inner": 96, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
 
 
