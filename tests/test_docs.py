@@ -21,6 +21,7 @@ from prunetune.cli import app
 from prunetune.config import from_mapping
 from prunetune.data.records import record_of
 from prunetune.model.families import FAMILIES, coupling_of
+from prunetune.suites import suite_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -60,8 +61,12 @@ def test_a_command_in_the_docs_is_understood(command: str) -> None:
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("yaml"), ids=first_line)
-def test_a_recipe_in_the_docs_is_one(page: str, text: str) -> None:
-    assert from_mapping(yaml.safe_load(text), where=page).data.train
+def test_a_recipe_or_a_suite_in_the_docs_is_one(page: str, text: str) -> None:
+    values = yaml.safe_load(text)
+    if "tasks" in values:  # a suite
+        assert not [task.fault for task in suite_of(values, where=page).tasks if task.fault]
+    else:
+        assert from_mapping(values, where=page).data.train
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("json"), ids=first_line)
@@ -104,14 +109,14 @@ def test_readme_and_ci_set_up_and_test_in_the_same_way() -> None:
 
 def test_the_page_of_architectures_lists_the_table() -> None:
     text = (ROOT / "docs" / "add-an-architecture.md").read_text(encoding="utf-8")
-    rows = dict(re.findall(r"^\| (attention and MLP|MLP|attention) \| (.*) \|$", text, re.MULTILINE))
+    rows = dict(re.findall(r"^\| (attention and MLP|MLP|attention and experts) \| (.*) \|$", text, re.MULTILINE))
     listed = {
         kinds: re.findall(r"\w+", row.partition(";")[0].replace("(per-layer only)", "")) for kinds, row in rows.items()
     }
     found: dict[str, list[str]] = {kinds: [] for kinds in listed}
     for family in sorted(FAMILIES):
-        whole = set(coupling_of(tiny(family)).whole)
-        found["attention" if whole == {"mlp"} else "MLP" if whole else "attention and MLP"].append(family)
+        whole = set(coupling_of(tiny(family)).whole) & {"attention", "mlp"}
+        found["attention and experts" if whole == {"mlp"} else "MLP" if whole else "attention and MLP"].append(family)
     assert listed == found
     assert f"Models: {len(FAMILIES)}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunetune.config import RunConfig
+    from prunetune.export.formats import export_run
     from prunetune.model.masking import masked
     from prunetune.model.sites import find_sites
     from prunetune.model.surgery import cut
@@ -24,6 +25,7 @@ __all__ = [
     "cut",
     "evaluate",
     "evaluate_suite",
+    "export_run",
     "find_sites",
     "load_suite",
     "masked",
@@ -39,6 +41,7 @@ _HOMES = {
     "cut": "prunetune.model.surgery",
     "evaluate": "prunetune.suites.verbs",
     "evaluate_suite": "prunetune.suites.run",
+    "export_run": "prunetune.export.formats",
     "find_sites": "prunetune.model.sites",
     "load_suite": "prunetune.suites.suite",
     "masked": "prunetune.model.masking",

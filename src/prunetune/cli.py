@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from prunetune.config import RunConfig, load_recipe
+from prunetune.config import RunConfig, Unit, load_recipe
 from prunetune.errors import DataError, GateFailed, PrunetuneError
 from prunetune.eval_flags import HERE, Target
 from prunetune.flags import given, optional_twin
@@ -29,6 +29,7 @@ app = App(
 # Every option of a recipe as a flag, all optional: flags win over the recipe.
 Flags: typing.TypeAlias = optional_twin(RunConfig)  # type: ignore[valid-type]
 NO_FLAGS = Flags()
+USUAL: tuple[Unit, ...] = ("kv-groups", "mlp-channels")
 
 
 @app.command
@@ -101,6 +102,7 @@ def sites(
     *,
     layout: Literal["per-layer", "uniform"] = "per-layer",
     align: Annotated[int, Parameter(help="MLP widths are multiples of this; 0: chosen by size.")] = 0,
+    units: Annotated[tuple[Unit, ...], Parameter(help="Kinds of unit, see budget.units.", negative=())] = USUAL,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """What can go: sites, units, share of parameters, legal shapes, smallest feasible keep; reads only the config.
@@ -112,7 +114,7 @@ def sites(
     """
     from prunetune.summary import of_sites
 
-    print(of_sites(model, layout=layout, align=align, trust_remote_code=trust_remote_code))
+    print(of_sites(model, layout=layout, align=align, units=units, trust_remote_code=trust_remote_code))
 
 
 @app.command
@@ -159,6 +161,33 @@ def report(run: Path, /) -> None:
     from prunetune.report import write_report
 
     print(write_report(run))
+
+
+@app.command
+def export(
+    run: Path,
+    /,
+    *,
+    to: Literal["uniform", "per-layer", "gguf", "onnx"],
+    out: Annotated[Path | None, Parameter(help="Where; default: exports/ of the run folder.")] = None,
+    dtype: Annotated[str, Parameter(help="f32, f16, bf16; gguf also q8_0, q4_k_m, ...; default: the format's.")] = "",
+    pad: Annotated[
+        bool, Parameter(negative=(), help="uniform: fill narrower layers up with zeros; costs what was saved.")
+    ] = False,
+    trust_remote_code: Annotated[bool, Parameter(negative=(), help="Run code of a model folder.")] = False,
+) -> None:
+    """Write a finished run's model in another format, open it again and compare.
+
+    Parameters
+    ----------
+    run
+        A run folder, or a model folder that prunetune wrote.
+    """
+    from prunetune.export.formats import export_run
+    from prunetune.export.result import ExportOptions
+
+    options = ExportOptions(dtype=dtype, pad=pad)
+    print(export_run(run, to, out=out, options=options, trust_remote_code=trust_remote_code))
 
 
 @app.command(name="eval")
@@ -276,7 +305,10 @@ def _translated(error: Exception) -> str | None:
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
     ):
-        return "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then go on with --resume"
+        return (
+            "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then go on with --resume; "
+            "in eval and check lower --max-tokens"
+        )
     if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
         return "the disk is full: free some room, then go on with --resume"
     return None

@@ -48,7 +48,7 @@ class DataConfig:
     texts: tuple[str, ...] = option(
         (), "Sources mixed into train and search on which only a teacher counts, so that what they stand for is kept."
     )
-    texts_share: float = option(0.15, "Share of a batch's examples that are of data.texts.", above=0, high=0.9)
+    texts_share: float = option(0.25, "Share of a batch's examples that are of data.texts.", above=0, high=0.9)
     guard: tuple[str, ...] = option(
         (), "Sources of general knowledge watched during the run, never tuned on: texts, or rows with choices."
     )
@@ -69,6 +69,18 @@ class DataConfig:
     )
 
 
+Unit = Literal[
+    "kv-groups",
+    "query-heads",
+    "mlp-channels",
+    "experts",
+    "expert-channels",
+    "attention-blocks",
+    "mlp-blocks",
+    "layers",
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
     """What may remain."""
@@ -80,6 +92,37 @@ class BudgetConfig:
     min_groups: int = option(
         0, "Fewest KV groups a layer keeps; a layer with none skips attention (per-layer layout).", low=0
     )
+    units: tuple[Unit, ...] = option(
+        ("kv-groups", "mlp-channels"),
+        "Kinds of unit that may go; `prunetune sites` says which ones a model has.",
+        each="name",
+    )
+    min_queries: int = option(1, "Fewest query heads a KV group keeps, where units has query-heads.", low=1)
+    min_experts: int = option(
+        0, "Fewest experts a layer keeps, where units has experts; never fewer than a token goes to.", low=0
+    )
+    min_share: float = option(
+        0.0,
+        "Share of its units that every place keeps at least: of a layer's KV groups, channels, experts.",
+        low=0,
+        high=1,
+    )
+    protect: str = option("", "Layers that keep everything, counted from 0: 0-1,29. With uniform: that stay.")
+
+    def __post_init__(self) -> None:
+        if not self.units:
+            raise ConfigError("budget.units names no kind of unit, and nothing could go: leave it out, or name some")
+
+    def protected(self) -> frozenset[int]:
+        """The layers of `protect`; raises `ConfigError`."""
+        layers: set[int] = set()
+        for span in filter(None, (part.strip() for part in self.protect.split(","))):
+            first, dash, last = span.partition("-")
+            last = last if dash else first
+            if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+                raise ConfigError(f"budget.protect: {span!r} is no layer and no span of layers: write 0-1,29")
+            layers |= set(range(int(first), int(last) + 1))
+        return frozenset(layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +137,21 @@ class TrainConfig:
     packing: Literal["auto", "off"] = option(
         "auto", "Examples end to end, passes recorded as CUDA graphs, where GPU and model can; off pads and runs as is."
     )
-    learning_rate: float = option(1e-3, "Peak learning rate of the adapters (AdamW).", above=0)
+    learning_rate: float = option(1e-3, "Peak learning rate of the adapters.", above=0)
+    optimizer: Literal["adamw", "muon"] = option("adamw", "What moves the adapters; Muon wants twice AdamW's rate.")
+    weights: Literal["auto", "all", "adapters"] = option(
+        "auto",
+        "What is tuned once the model is cut: all weights of its linears (Muon, 12 bytes a weight), or the adapters; "
+        "auto: all of a model with fewer than 1e9 prunable parameters.",
+    )
+    weights_rate: float = option(1e-3, "Peak learning rate where all weights are tuned.", above=0)
     warmup: float = option(0.03, "Share of the steps with a rising learning rate.", low=0, high=1)
     decay: Literal["cosine", "linear", "constant"] = option("cosine", "What the learning rate does after its warm-up.")
     weight_decay: float = option(0.0, "Decoupled weight decay of the adapters.", low=0)
     clip: float = option(1.0, "Largest gradient norm.", above=0)
+    max_skipped: int = option(
+        5, "Batches without a finite loss and gradient that are left out, each halving the learning rates.", low=0
+    )
     checkpoint_every: int = option(100, "Steps between checkpoints; also written where a phase ends.", low=1)
     validate_every: int = option(100, "Steps between validations of the decided sub-network.", low=1)
     log_every: int = option(10, "Steps between lines of a plain log.", low=1)
@@ -114,6 +167,7 @@ class LoraSettings:
         "The same where nothing has to be relearnt: for the dense model, tuned for comparison or as a teacher.",
         low=1,
     )
+    dense_learning_rate: float = option(5e-4, "Peak learning rate of the dense model's adapters.", above=0)
     alpha: float = option(0.0, "Scale alpha / rank; 0: twice the rank.", low=0)
     dropout: float = option(0.0, "Dropout on the adapters' input.", low=0, high=0.9)
 
@@ -422,8 +476,9 @@ def _bounded(bounds: Mapping[str, Any], value: float, name: str) -> None:
 
 def _entries(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> tuple[Any, ...]:
     """A list, or its only entry: of sources, or of what `kind` says."""
-    each = item.metadata["each"] if kind is str else "number"
-    single = isinstance(value, str | Mapping if kind is str else int | float | str)
+    words = kind is str or typing.get_origin(kind) is Literal
+    each = item.metadata["each"] if words else "number"
+    single = isinstance(value, str | Mapping if words else int | float | str)
     entries = [value] if single else value
     if not isinstance(entries, Sequence):
         raise ConfigError(f"{name} must be a {each} or a list of {each}s, got {value!r}")

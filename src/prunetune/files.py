@@ -65,6 +65,26 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+SUMS = "SHA256SUMS"
+
+
+def write_sums(folder: Path, pattern: str) -> None:
+    """Keep the digests of the files of a folder in it; `sha256sum -c` reads them, too."""
+    lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(folder.glob(pattern))]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def changed_file(folder: Path) -> str:
+    """The first file that is not what `write_sums` saw; "" where all are, or nothing was kept."""
+    sums = folder / SUMS
+    lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []
+    for line in lines:
+        digest, _, name = line.partition("  ")
+        if not (folder / name).is_file() or sha256(folder / name) != digest:
+            return name
+    return ""
+
+
 def need_space(folder: Path, needed: int) -> None:
     """Refuse before anything is written where the disk cannot hold `needed` bytes; raises `RunFolderError`."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())

@@ -42,7 +42,7 @@ from prunetune.seeds import derive
 from prunetune.setting import Console, Setting, facts_of, prepare
 from prunetune.telling import Recorder, outside, told
 from prunetune.trackers import Trackers, require, tracking
-from prunetune.train.adapters import adapters, add_adapters, grow_state
+from prunetune.train.adapters import adapters, add_adapters, grow_state, grow_weights, tunes_all
 from prunetune.train.job import Job, Observer, Watch
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher
@@ -165,9 +165,17 @@ def job_of(
 
 
 def plainly(setting: Setting) -> Setting:
-    """The setting in which the dense model is tuned: its adapters have a rank of their own."""
+    """The setting of plain LoRA tuning: adapters of a rank of their own, moved by AdamW."""
     lora = replace(setting.config.lora, rank=setting.config.lora.dense_rank)
-    return replace(setting, config=replace(setting.config, lora=lora))
+    train = replace(setting.config.train, weights="adapters", optimizer="adamw")
+    return replace(setting, config=replace(setting.config, lora=lora, train=train))
+
+
+def densely(setting: Setting) -> Setting:
+    """The setting in which the dense model is tuned: the same, at a learning rate of its own."""
+    plain = plainly(setting)
+    train = replace(plain.config.train, learning_rate=plain.config.lora.dense_learning_rate)
+    return replace(plain, config=replace(plain.config, train=train))
 
 
 def _mixed(setting: Setting, split: SplitName, teacher: Teacher | None) -> tuple[Example, ...]:
@@ -231,10 +239,13 @@ def finish(setting: Setting) -> None:
 
 
 def put_adapters(model: Any, setting: Setting, state: State) -> None:
-    """A checkpoint's adapters on a dense model: those of removed units are zero."""
-    add_adapters(model, setting.sites, setting.config.lora, seed=0)
+    """A checkpoint's adapters, or the weights they were merged into, on a dense model: zero for removed units."""
     assert state.plan is not None
     weights = state.tensors["adapters"]
+    if state.is_cut and tunes_all(setting.config.train, setting.sites):
+        grow_weights(model, weights, state.plan, setting.sites)
+        return
+    add_adapters(model, setting.sites, setting.config.lora, seed=0)
     shapes = {name: parameter.shape for name, parameter in adapters(model).items()}
     grown = grow_state(weights, shapes, state.plan, setting.sites) if state.is_cut else weights
     for name, parameter in adapters(model).items():
@@ -279,6 +290,6 @@ def _model(setting: Setting, name: str) -> Any:
     if name == "tuned":
         setting.console.stage("tune the dense model", setting.config.train.steps)
         kept = Checkpoints(setting.folder.tuned)  # as a teacher and for comparison: tuned once, and gone on with
-        tune_and_prune(job_of(plainly(setting), model, kept, setting.console, dense_plan(setting.sites)))
+        tune_and_prune(job_of(densely(setting), model, kept, setting.console, dense_plan(setting.sites)))
         merge_adapters(model)
     return model

@@ -165,6 +165,7 @@ class Workshop:
         plan = self._plan(cell, setting, model)
         plan = tune_and_prune(job_of(setting, model, Forgetful(), watch, plan=plan, teacher=teacher))
         merge_adapters(model)
+        model.requires_grad_(False).to(setting.dtype)  # as it would be written
         self._settle()
         facts = {"train_seconds": time.monotonic() - started, "teacher_seconds": cost, "curve": watch.curve}
         return model, plan, facts

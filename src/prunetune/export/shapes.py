@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from prunetune.errors import PlanError
-from prunetune.model.families import family_of, heads_of
+from prunetune.model.families import experts_of, family_of, heads_of
 from prunetune.model.sites import find_sites
 
 
-def legal_groups(config: Any) -> Callable[[int], bool]:
-    """Whether a uniform model of this architecture may keep so many KV groups in every layer; remembers what it found.
+def legal_groups(config: Any) -> Callable[..., bool]:
+    """Whether a uniform model of this architecture may keep so many KV groups, of so many query heads, in every layer.
 
     Asked of the class itself: an empty model of that shape has to be made, and its heads to be as wide as before.
     Some classes demand a hidden size divisible by the heads, others derive the head dimension from it. Making a model
-    changes settings of the whole process, so the first time is not for threads.
+    changes settings of the whole process, so the first time is not for threads. What was found is remembered.
     """
     heads = heads_of(config)
 
     @functools.cache
-    def legal(groups: int) -> bool:
-        if groups == heads.groups or groups < 1:
+    def legal(groups: int, ratio: int = heads.ratio) -> bool:
+        if (groups, ratio) == (heads.groups, heads.ratio) or groups < 1:
             return groups >= 1
         try:
-            found = _query_columns(uniform(config, groups, None))
+            found = _query_columns(uniform(config, groups, None, ratio=ratio))
         except Exception:  # each class says no in its own way
             return False
-        return found == (groups, heads.ratio * heads.size)
+        return found == (groups, ratio * heads.size)
 
     return legal
 
@@ -38,7 +39,7 @@ def legal_groups(config: Any) -> Callable[[int], bool]:
 def _query_columns(config: Any) -> tuple[int, int]:
     """(KV groups, columns that one group's queries have); zeros where attention cannot be pruned."""
     site = next((site for site in find_sites(empty(config)) if site.kind == "attention"), None)
-    return (site.units, site.consumer.per_unit) if site else (0, 0)
+    return (site.units, site.consumer.per_unit) if site and site.consumer else (0, 0)
 
 
 def empty(config: Any) -> Any:
@@ -49,23 +50,88 @@ def empty(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def uniform(config: Any, groups: int | None, channels: int | None) -> Any:
-    """The configuration of equal, smaller layers, None leaving a width as it is; Mistral's where Llama's refuses."""
-    from transformers import MistralConfig
+def uniform(
+    config: Any,
+    groups: int | None,
+    channels: int | None,
+    *,
+    ratio: int | None = None,
+    experts: int | None = None,
+    expert_channels: int | None = None,
+) -> Any:
+    """The configuration of equal, smaller layers, None leaving a width as it is; a sibling's where its own fails.
+
+    `ratio` is the query heads of a KV group.
+    """
+    from transformers import CONFIG_MAPPING
 
     values, dense = config.to_dict(), heads_of(config)
-    heads = dense.queries if groups is None else groups * dense.ratio
+    heads = (dense.groups if groups is None else groups) * (ratio or dense.ratio)
     values.pop("transformers_version", None)
-    if groups is not None:
-        values |= {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": dense.size}
+    if groups is not None or ratio is not None:
+        kept = dense.groups if groups is None else groups
+        values |= {"num_attention_heads": heads, "num_key_value_heads": kept, "head_dim": dense.size}
+    if experts is not None:
+        values[experts_of(config)] = experts
+    if expert_channels is not None:
+        values[family_of(config).mixture.width] = expert_channels  # type: ignore[union-attr]
     if channels is not None:
         values[width_of(config)] = channels
-    if config.model_type == "llama" and config.hidden_size % heads and not has_bias(config):
-        values |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
-        return MistralConfig.from_dict(
-            {k: v for k, v in values.items() if k not in ("attention_bias", "mlp_bias", "pretraining_tp")}
-        )
-    return type(config).from_dict(values | {"architectures": [_causal_class(config)]})
+    sibling = SIBLINGS.get(config.model_type)
+    if sibling is None or not sibling.needed(config, heads, dense.size):
+        return type(config).from_dict(values | {"architectures": [_causal_class(config)]})
+    shared = {name: value for name, value in values.items() if name not in sibling.without}
+    shared |= {"model_type": sibling.model_type, **sibling.values}
+    changed = CONFIG_MAPPING[sibling.model_type].from_dict(shared)
+    changed.architectures = [_causal_class(changed)]
+    return changed
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """A family with the same tensors and arithmetic, for head counts that a family's own configuration cannot carry."""
+
+    model_type: str
+    needed: Callable[[Any, int, int], bool]  # configuration, query heads, rows of a head
+    why: str
+    without: tuple[str, ...]  # options that it lacks
+    values: Mapping[str, Any]
+
+
+def _does_not_divide(config: Any, heads: int, _: int) -> bool:
+    biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+    return bool(config.hidden_size % heads) and not biased  # Mistral has no biases
+
+
+def _is_not_square(config: Any, heads: int, size: int) -> bool:
+    return bool(heads * size != config.hidden_size) and not config.use_sliding_window
+
+
+SIBLINGS: Mapping[str, Sibling] = {
+    "llama": Sibling(
+        model_type="mistral",
+        needed=_does_not_divide,
+        why="refuses {heads} heads at hidden size {hidden}",
+        without=("attention_bias", "mlp_bias", "pretraining_tp"),
+        values={"sliding_window": None},
+    ),
+    "qwen2": Sibling(
+        model_type="seed_oss",
+        needed=_is_not_square,
+        why="means heads of {hidden} / {heads} in vLLM, llama.cpp and mlx-lm, and these have {size} rows",
+        without=("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+        values={"attention_bias": True, "attention_out_bias": False, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    ),
+}
+
+
+def why_sibling(config: Any, written: Any) -> str:
+    """Why `written` is of another class than `config`; "" where it is of the same."""
+    if type(config) is type(written):
+        return ""
+    heads = heads_of(written)
+    why = SIBLINGS[config.model_type].why.format(heads=heads.queries, size=heads.size, hidden=config.hidden_size)
+    return f"written as {written.architectures[0]}: {type(config).__name__} {why}; tensors and arithmetic are the same"
 
 
 def width_of(config: Any) -> str:
@@ -74,11 +140,6 @@ def width_of(config: Any) -> str:
     if not width:
         raise PlanError(f"{config.model_type} has no option for the width of an MLP: use layout per-layer")
     return width
-
-
-def has_bias(config: Any) -> bool:
-    """Llama's optional biases, which Mistral lacks."""
-    return bool(getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False))
 
 
 def _causal_class(config: Any) -> str:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.errors import ModelError
-from prunetune.export.per_layer import PerLayer, per_layer_overrides, write_code
-from prunetune.export.shapes import empty, uniform
-from prunetune.files import new_folder
-from prunetune.model.sites import Site
+from prunetune.export.per_layer import PerLayer, per_layer_overrides
+from prunetune.export.per_layer_code import write_code
+from prunetune.export.shapes import empty, uniform, why_sibling
+from prunetune.files import new_folder, write_sums
+from prunetune.model.units import Site, layout_of, surviving_layers
 from prunetune.plan import Plan
 
 
@@ -34,15 +35,8 @@ def write(
     model: Any, tokenizer: Any, plan: Plan, sites: Sequence[Site], folder: Path, *, layout: str, card: str
 ) -> Written:
     """Write `model`, already cut by `plan`, whole or not at all. Tensors keep their dtype."""
-    config, note = (
-        (uniform_config(model.config, plan, sites), "") if layout == "uniform" else (copy.deepcopy(model.config), "")
-    )
-    if type(config) is not type(model.config):
-        note = (
-            f"written as {config.architectures[0]}: {type(model.config).__name__} refuses "
-            f"{config.num_attention_heads} heads at hidden size {config.hidden_size}; "
-            "tensors and arithmetic are the same"
-        )
+    layout = layout_of(layout, sites)
+    config = uniform_config(model.config, plan, sites) if layout == "uniform" else copy.deepcopy(model.config)
     with new_folder(folder) as partial:
         if layout == "uniform":
             target = empty(config)
@@ -53,12 +47,13 @@ def write(
             layered = PerLayer.of(model)
             # Names as in memory: renaming on the way in goes by model_type, and this one is of our own.
             model.save_pretrained(partial, save_original_format=False)
-            write_code(partial, layered, sites)
-            _edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | layered.auto_map())
-        _add_old_rope_keys(partial / "config.json")
+            write_code(partial, layered, sites, model)
+            edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | layered.auto_map())
+        add_old_rope_keys(partial / "config.json")
         tokenizer.save_pretrained(partial)
         (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
+        write_sums(partial, "*.safetensors")
     files = list(folder.rglob("*.safetensors"))
     return Written(
         folder=folder,
@@ -67,17 +62,29 @@ def write(
         needs_code=layout != "uniform",
         params=sum(parameter.numel() for parameter in model.parameters()),
         bytes=sum(path.stat().st_size for path in files),
-        note=note,
+        note=why_sibling(model.config, config),
     )
 
 
 def uniform_config(config: Any, plan: Plan, sites: Sequence[Site]) -> Any:
     """The configuration of a uniform plan; raises `ModelError` where its layers differ."""
-    widths = {kind: {len(plan.kept[s.name]) for s in sites if s.kind == kind} for kind in ("attention", "mlp")}
-    if any(len(width) > 1 for width in widths.values()):
+    widths: dict[str, set[int]] = {}
+    left = set(surviving_layers(plan, sites))
+    for site in sites:
+        if site.layer in left and site.kind != "layers":
+            lanes = len({unit // site.length for unit in plan.kept[site.name]}) if site.lanes > 1 else 1
+            widths.setdefault(site.kind, set()).add(len(plan.kept[site.name]) // max(1, lanes))
+    if any(len(width) > 1 or 0 in width for width in widths.values()):
         raise ModelError(f"plan has widths {widths} and layout uniform needs one of each kind: write it per-layer")
-    groups, channels = (next(iter(widths[kind]), None) for kind in ("attention", "mlp"))
-    return uniform(config, groups, channels)
+    found = {kind: next(iter(width)) for kind, width in widths.items()}
+    return uniform(
+        config,
+        found.get("attention"),
+        found.get("mlp"),
+        ratio=found.get("query-heads"),
+        experts=found.get("experts"),
+        expert_channels=found.get("expert-channels"),
+    )
 
 
 def _fill(target: Any, model: Any) -> None:
@@ -86,12 +93,13 @@ def _fill(target: Any, model: Any) -> None:
     target.tie_weights()
 
 
-def _edit_json(path: Path, changes: dict[str, Any]) -> None:
+def edit_json(path: Path, changes: dict[str, Any]) -> None:
+    """Change values of a configuration."""
     values = json.loads(path.read_text(encoding="utf-8")) | changes
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _add_old_rope_keys(path: Path) -> None:
+def add_old_rope_keys(path: Path) -> None:
     """transformers 4 and others read `rope_theta`, which 5 does not write; without it they silently take 10,000."""
     rope = json.loads(path.read_text(encoding="utf-8")).get("rope_parameters") or {}
     if "rope_theta" in rope:
@@ -100,4 +108,4 @@ def _add_old_rope_keys(path: Path) -> None:
             if rope.get("rope_type", "default") == "default"
             else {k: v for k, v in rope.items() if k != "rope_theta"}
         )
-        _edit_json(path, {"rope_theta": rope["rope_theta"], "rope_scaling": scaling})
+        edit_json(path, {"rope_theta": rope["rope_theta"], "rope_scaling": scaling})

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from markupsafe import Markup
 
 from prunetune.report import svg
-from prunetune.report.layers import Layer
+from prunetune.report.layers import Kept, Layer
 from prunetune.report.scores import Row
 from prunetune.report.text import shortened
 
@@ -132,6 +132,11 @@ def cells(axes: Axes, cells: Sequence[tuple[int, int]], colour: str, alpha: floa
 def widths_figure(label: str, layers: Sequence[Layer]) -> Markup:
     """Share of the MLP channels that stays, by layer, in front of the dense width."""
     return _shares_figure("widths", label, [(layer.index, layer.mlp.share) for layer in layers if layer.mlp])
+
+
+def others_figure(kind: str, label: str, kept: Mapping[int, Kept]) -> Markup:
+    """Share of the units of another kind that stays, by layer."""
+    return _shares_figure(kind, label, [(index, part.share) for index, part in sorted(kept.items())])
 
 
 def _shares_figure(name: str, label: str, shares: Sequence[tuple[int, float]]) -> Markup:
