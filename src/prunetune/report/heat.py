@@ -47,7 +47,8 @@ def figures(run: RunFiles) -> list[Figure]:
 
 def columns_of(metrics: Sequence[Line], plan: Plan, *, is_attention: bool) -> list[Column]:
     """The moments that were logged, thinned, and the plan."""
-    places = {site: at[0] for site in plan.units if (at := layer_of(site)) is not None and at[1] == is_attention}
+    plain = [site for site in plan.units if ":" not in site]  # others are units inside these, see `layers`
+    places = {site: at[0] for site in plain if (at := layer_of(site)) is not None and at[1] == is_attention}
     moments = []
     for line in metrics:
         step, widths = number(line, "step"), line.get("widths")
