@@ -305,7 +305,10 @@ def _translated(error: Exception) -> str | None:
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
     ):
-        return "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then go on with --resume"
+        return (
+            "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then go on with --resume; "
+            "in eval and check lower --max-tokens"
+        )
     if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
         return "the disk is full: free some room, then go on with --resume"
     return None

@@ -6,6 +6,7 @@ whole already: so a run that was stopped anywhere goes on from there.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -113,15 +114,22 @@ def train(setting: Setting, watcher: Watcher | None = None, trackers: Trackers |
     checkpoints = Checkpoints(setting.folder.checkpoints)
     teacher = teacher_of(setting, lambda: _model(setting, "tuned"))
     setting.console.stage("tune and prune", setting.config.train.steps)
-    while True:
-        state = checkpoints.latest()
-        setting.folder.forget_after(state.step if state else -1)
-        model, recorder = setting.load().model, Recorder(setting, trackers or Trackers())
-        try:
-            tune_and_prune(job_of(setting, model, checkpoints, recorder, teacher=teacher, watch=watcher))
-        except WentBack:
-            continue
-        return
+    while not _tuned(setting, checkpoints, teacher, watcher, Recorder(setting, trackers or Trackers())):
+        gc.collect()  # the model that went back lets go of its memory before another is loaded
+
+
+def _tuned(
+    setting: Setting, checkpoints: Checkpoints, teacher: Teacher | None, watcher: Watcher | None, recorder: Recorder
+) -> bool:
+    """Go on from the newest checkpoint; false where a gate went back on the way."""
+    state = checkpoints.latest()
+    setting.folder.forget_after(state.step if state else -1)
+    try:
+        job = job_of(setting, setting.load().model, checkpoints, recorder, teacher=teacher, watch=watcher)
+        tune_and_prune(job)
+    except WentBack:
+        return False
+    return True
 
 
 def job_of(
