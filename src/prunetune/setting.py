@@ -111,7 +111,8 @@ def shape_of(
     if config.layout == "uniform":
         width_of(model_config)  # refuses in time
     align = config.budget.align or default_align(sites)
-    return Shape(config.layout, align, config.budget.min_groups, groups or legal_groups(model_config))
+    budget, legal = config.budget, groups or legal_groups(model_config)
+    return Shape(config.layout, align, budget.min_groups, legal, budget.tensor_parallel)
 
 
 def _bytes_needed(structure: Any, sites: tuple[Site, ...], config: RunConfig) -> int:

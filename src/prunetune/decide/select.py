@@ -7,6 +7,7 @@ is *maximal*: it is not above the target, and no further block fits under it.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -29,6 +30,11 @@ class Shape:
     align: int = 128  # MLP widths are multiples of this (or the dense width)
     min_groups: int = 0  # KV groups that every layer keeps
     legal_groups: Callable[[int], bool] = lambda groups: True  # may all layers have this many? (uniform layout)
+    tensor_parallel: int = 1  # every width is a multiple of this, so that so many devices share each layer
+
+    def block(self, site: Site) -> int:
+        """Units that come and go together."""
+        return math.lcm(self.align, self.tensor_parallel) if site.kind == "mlp" else self.tensor_parallel
 
 
 def default_align(sites: Sequence[Site]) -> int:
@@ -43,6 +49,7 @@ def select(scores: Scores, sites: Sequence[Site], keep: float, shape: Shape) -> 
     Raises `PlanError` with the smallest feasible keep where even the floors are above the target.
     """
     target = int(keep * total(sites) * (1 + 1e-12))  # a keep that was computed as a share may be short by rounding
+    _check_parallel(sites, shape)
     lowest = floor(sites, shape)
     if target < lowest:
         raise PlanError(
@@ -63,6 +70,18 @@ def select(scores: Scores, sites: Sequence[Site], keep: float, shape: Shape) -> 
     )
 
 
+def _check_parallel(sites: Sequence[Site], shape: Shape) -> None:
+    """Refuse a number of devices that the dense model itself does not divide over."""
+    odd = next((site for site in sites if site.units % shape.tensor_parallel), None)
+    if odd:
+        units = "KV groups" if odd.kind == "attention" else "MLP channels"
+        fitting = math.gcd(*(site.units for site in sites))
+        raise PlanError(
+            f"budget.tensor_parallel {shape.tensor_parallel} does not divide the {odd.units} {units} of {odd.name}: "
+            f"use a divisor of {fitting}"
+        )
+
+
 def floor(sites: Sequence[Site], shape: Shape) -> int:
     """Prunable parameters of the smallest legal plan."""
     if shape.layout == "uniform":
@@ -73,9 +92,10 @@ def floor(sites: Sequence[Site], shape: Shape) -> int:
 
 def floor_width(site: Site, shape: Shape) -> int:
     """Fewest units that a site keeps."""
+    block = shape.block(site)
     if site.kind == "mlp":
-        return min(shape.align, site.units)
-    return min(max(site.floor, shape.min_groups), site.units)
+        return min(block, site.units)
+    return min(-(-max(site.floor, shape.min_groups) // block) * block, site.units)
 
 
 def feasible_keep(sites: Sequence[Site], shape: Shape) -> float:
@@ -113,7 +133,7 @@ def _free(
 
 def _blocks(ranked: Tensor, site: Site, width: int, shape: Shape) -> list[tuple[float, int, int]]:
     """(mean score, width below, size) of each block above `width`; the last block takes what is left."""
-    size = shape.align if site.kind == "mlp" else 1
+    size = shape.block(site)
     edges = [*range(width, site.units, size), site.units]
     sums = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.double().cumsum(0)])[edges].tolist()
     return [
@@ -135,9 +155,11 @@ def _uniform_shapes(sites: Sequence[Site], shape: Shape) -> list[tuple[int, int,
     for kind, units, price in found:
         prices[kind] = price
         if kind == "attention":
-            groups = [g for g in range(max(1, shape.min_groups), units + 1) if shape.legal_groups(g)]
+            lowest, size = min(max(1, shape.min_groups), units), shape.tensor_parallel
+            groups = [g for g in range(lowest, units + 1) if g % size == 0 and shape.legal_groups(g)]
         else:
-            channels = [*range(min(shape.align, units), units, shape.align), units]
+            size = math.lcm(shape.align, shape.tensor_parallel)
+            channels = [*range(min(size, units), units, size), units]
     return [(g, c, prices["attention"], prices["mlp"]) for g in groups for c in channels]
 
 
