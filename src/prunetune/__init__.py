@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from prunetune.config import RunConfig
     from prunetune.evaluation.suite import evaluate
+    from prunetune.export.formats import export_run
     from prunetune.model.masking import masked
     from prunetune.model.sites import find_sites
     from prunetune.model.surgery import cut
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from prunetune.plan import Plan
     from prunetune.report import write_report
 
-__all__ = ["Plan", "RunConfig", "cut", "evaluate", "find_sites", "masked", "run", "write_report"]
+__all__ = ["Plan", "RunConfig", "cut", "evaluate", "export_run", "find_sites", "masked", "run", "write_report"]
 
 # Resolved on first use: `prunetune --help` must not wait for torch.
 _HOMES = {
@@ -23,6 +24,7 @@ _HOMES = {
     "RunConfig": "prunetune.config",
     "cut": "prunetune.model.surgery",
     "evaluate": "prunetune.evaluation.suite",
+    "export_run": "prunetune.export.formats",
     "find_sites": "prunetune.model.sites",
     "masked": "prunetune.model.masking",
     "run": "prunetune.pipeline",

@@ -122,6 +122,33 @@ def report(run: Path, /) -> None:
     print(write_report(run))
 
 
+@app.command
+def export(
+    run: Path,
+    /,
+    *,
+    to: Literal["uniform", "per-layer", "gguf", "onnx"],
+    out: Annotated[Path | None, Parameter(help="Where; default: exports/ of the run folder.")] = None,
+    dtype: Annotated[str, Parameter(help="f32, f16, bf16; gguf also q8_0, q4_k_m, ...; default: the format's.")] = "",
+    pad: Annotated[
+        bool, Parameter(negative=(), help="uniform: fill narrower layers up with zeros; costs what was saved.")
+    ] = False,
+    trust_remote_code: Annotated[bool, Parameter(negative=(), help="Run code of a model folder.")] = False,
+) -> None:
+    """Write a finished run's model in another format, open it again and compare.
+
+    Parameters
+    ----------
+    run
+        A run folder, or a model folder that prunetune wrote.
+    """
+    from prunetune.export.formats import export_run
+    from prunetune.export.result import ExportOptions
+
+    options = ExportOptions(dtype=dtype, pad=pad)
+    print(export_run(run, to, out=out, options=options, trust_remote_code=trust_remote_code))
+
+
 def main() -> None:
     """Entry point: exit 0 done, 1 a gate failed, 2 the user must correct something, 130 interrupted."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ def empty(config: Any) -> Any:
 
 
 def uniform(config: Any, groups: int | None, channels: int | None) -> Any:
-    """The configuration of equal, smaller layers, None leaving a width as it is; Mistral's where Llama's refuses."""
-    from transformers import MistralConfig
+    """The configuration of equal, smaller layers, None leaving a width as it is; a sibling's where its own fails."""
+    from transformers import CONFIG_MAPPING
 
     values, dense = config.to_dict(), heads_of(config)
     heads = dense.queries if groups is None else groups * dense.ratio
@@ -60,12 +61,62 @@ def uniform(config: Any, groups: int | None, channels: int | None) -> Any:
         values |= {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": dense.size}
     if channels is not None:
         values[width_of(config)] = channels
-    if config.model_type == "llama" and config.hidden_size % heads and not has_bias(config):
-        values |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None}
-        return MistralConfig.from_dict(
-            {k: v for k, v in values.items() if k not in ("attention_bias", "mlp_bias", "pretraining_tp")}
-        )
-    return type(config).from_dict(values | {"architectures": [_causal_class(config)]})
+    sibling = SIBLINGS.get(config.model_type)
+    if sibling is None or not sibling.needed(config, heads, dense.size):
+        return type(config).from_dict(values | {"architectures": [_causal_class(config)]})
+    kept = {name: value for name, value in values.items() if name not in sibling.without}
+    changed = CONFIG_MAPPING[sibling.model_type].from_dict(
+        kept | dict(sibling.values) | {"model_type": sibling.model_type}
+    )
+    changed.architectures = [_causal_class(changed)]
+    return changed
+
+
+@dataclass(frozen=True)
+class Sibling:
+    """A family with the same tensors and arithmetic, for head counts that a family's own configuration cannot carry."""
+
+    model_type: str
+    needed: Callable[[Any, int, int], bool]  # configuration, query heads, rows of a head
+    why: str
+    without: tuple[str, ...]  # options that it lacks
+    values: Mapping[str, Any]
+
+
+def _does_not_divide(config: Any, heads: int, _: int) -> bool:
+    biased = getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False)
+    return bool(config.hidden_size % heads) and not biased  # Mistral has no biases
+
+
+def _is_not_square(config: Any, heads: int, size: int) -> bool:
+    return bool(heads * size != config.hidden_size) and not config.use_sliding_window
+
+
+SIBLINGS: Mapping[str, Sibling] = {
+    "llama": Sibling(
+        model_type="mistral",
+        needed=_does_not_divide,
+        why="refuses {heads} heads at hidden size {hidden}",
+        without=("attention_bias", "mlp_bias", "pretraining_tp"),
+        values={"sliding_window": None},
+    ),
+    "qwen2": Sibling(
+        model_type="seed_oss",
+        needed=_is_not_square,
+        why="means heads of {hidden} / {heads} in vLLM, llama.cpp and mlx-lm, and these have {size} rows",
+        without=("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+        values={"attention_bias": True, "attention_out_bias": False, "attention_dropout": 0.0, "residual_dropout": 0.0},
+    ),
+}
+
+
+def why_sibling(config: Any, written: Any) -> str:
+    """Why `written` is of another class than `config`; "" where it is of the same."""
+    if type(config) is type(written):
+        return ""
+    heads = heads_of(written)
+    why = SIBLINGS[config.model_type].why.format(heads=heads.queries, size=heads.size, hidden=config.hidden_size)
+    return f"written as {written.architectures[0]}: {type(config).__name__} {why}; tensors and arithmetic are the same"
 
 
 def width_of(config: Any) -> str:
@@ -74,11 +125,6 @@ def width_of(config: Any) -> str:
     if not width:
         raise PlanError(f"{config.model_type} has no option for the width of an MLP: use layout per-layer")
     return width
-
-
-def has_bias(config: Any) -> bool:
-    """Llama's optional biases, which Mistral lacks."""
-    return bool(getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False))
 
 
 def _causal_class(config: Any) -> str:

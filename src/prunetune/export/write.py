@@ -11,7 +11,7 @@ from typing import Any
 
 from prunetune.errors import ModelError
 from prunetune.export.per_layer import PerLayer, per_layer_overrides, write_code
-from prunetune.export.shapes import empty, uniform
+from prunetune.export.shapes import empty, uniform, why_sibling
 from prunetune.files import new_folder
 from prunetune.model.sites import Site
 from prunetune.plan import Plan
@@ -34,15 +34,7 @@ def write(
     model: Any, tokenizer: Any, plan: Plan, sites: Sequence[Site], folder: Path, *, layout: str, card: str
 ) -> Written:
     """Write `model`, already cut by `plan`, whole or not at all. Tensors keep their dtype."""
-    config, note = (
-        (uniform_config(model.config, plan, sites), "") if layout == "uniform" else (copy.deepcopy(model.config), "")
-    )
-    if type(config) is not type(model.config):
-        note = (
-            f"written as {config.architectures[0]}: {type(model.config).__name__} refuses "
-            f"{config.num_attention_heads} heads at hidden size {config.hidden_size}; "
-            "tensors and arithmetic are the same"
-        )
+    config = uniform_config(model.config, plan, sites) if layout == "uniform" else copy.deepcopy(model.config)
     with new_folder(folder) as partial:
         if layout == "uniform":
             target = empty(config)
@@ -54,8 +46,8 @@ def write(
             # Names as in memory: renaming on the way in goes by model_type, and this one is of our own.
             model.save_pretrained(partial, save_original_format=False)
             write_code(partial, layered, sites)
-            _edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | layered.auto_map())
-        _add_old_rope_keys(partial / "config.json")
+            edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | layered.auto_map())
+        add_old_rope_keys(partial / "config.json")
         tokenizer.save_pretrained(partial)
         (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -67,7 +59,7 @@ def write(
         needs_code=layout != "uniform",
         params=sum(parameter.numel() for parameter in model.parameters()),
         bytes=sum(path.stat().st_size for path in files),
-        note=note,
+        note=why_sibling(model.config, config),
     )
 
 
@@ -86,12 +78,13 @@ def _fill(target: Any, model: Any) -> None:
     target.tie_weights()
 
 
-def _edit_json(path: Path, changes: dict[str, Any]) -> None:
+def edit_json(path: Path, changes: dict[str, Any]) -> None:
+    """Change values of a configuration."""
     values = json.loads(path.read_text(encoding="utf-8")) | changes
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _add_old_rope_keys(path: Path) -> None:
+def add_old_rope_keys(path: Path) -> None:
     """transformers 4 and others read `rope_theta`, which 5 does not write; without it they silently take 10,000."""
     rope = json.loads(path.read_text(encoding="utf-8")).get("rope_parameters") or {}
     if "rope_theta" in rope:
@@ -100,4 +93,4 @@ def _add_old_rope_keys(path: Path) -> None:
             if rope.get("rope_type", "default") == "default"
             else {k: v for k, v in rope.items() if k != "rope_theta"}
         )
-        _edit_json(path, {"rope_theta": rope["rope_theta"], "rope_scaling": scaling})
+        edit_json(path, {"rope_theta": rope["rope_theta"], "rope_scaling": scaling})

@@ -26,18 +26,23 @@ class Loaded:
     storage: torch.dtype
 
 
+def gguf_file(name: str) -> Path | None:
+    """The .gguf file that a model's name stands for; None where it is a folder or a hub name."""
+    path = _demo_file() if name == DEMO else Path(name).expanduser()
+    return path if path.suffix == ".gguf" else None
+
+
 def locate(name: str) -> str:
     """What `from_pretrained` opens: a folder or a hub name; raises `ModelError` where a path leads nowhere.
 
     A .gguf file is dequantised once, into a folder of the cache.
     """
-    if name == DEMO:
-        return str(dequantised(_demo_file()))
-    path = Path(name).expanduser()
-    if path.suffix == ".gguf":
-        if not path.is_file():
+    file = gguf_file(name)
+    if file is not None:
+        if not file.is_file():
             raise ModelError(f"model {name}: no such file; name a .gguf file, a model folder or a hub name")
-        return str(dequantised(path))
+        return str(dequantised(file))
+    path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model {name}: the folder has no config.json; name the folder that save_pretrained wrote")

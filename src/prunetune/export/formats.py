@@ -1,0 +1,83 @@
+"""The formats that a finished run can be written in: one function each, in one table."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from prunetune.errors import ConfigError
+from prunetune.export import rewrite
+from prunetune.export.gguf import write as gguf
+from prunetune.export.result import Exported, ExportOptions
+from prunetune.export.source import Source
+from prunetune.files import PARTIAL
+
+# Writes to the path given, checks what it wrote (raises `SelfCheckFailed`), and says so. The path is new, and is moved
+# to its place afterwards. What cannot be is refused before anything is written.
+Exporter = Callable[[Source, Path, ExportOptions], Exported]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One entry of the table."""
+
+    write: Exporter
+    dtypes: tuple[str, ...]  # the first is what is taken where none is named; "": as stored
+    suffix: str = ""  # of the file; "": a folder
+
+
+EXPORTERS: Mapping[str, Format] = {
+    "uniform": Format(rewrite.uniform, ("", "f32", "bf16", "f16")),
+    "per-layer": Format(rewrite.per_layer, ("", "f32", "bf16", "f16")),
+    "gguf": Format(gguf.to_gguf, gguf.DTYPES, ".gguf"),
+}
+
+
+def export_run(
+    path: Path,
+    to: str,
+    *,
+    out: Path | None = None,
+    options: ExportOptions | None = None,
+    trust_remote_code: bool = False,
+) -> Exported:
+    """Write a run's model (a run folder, or its model folder) in another format, and check what was written.
+
+    Without `out` the result stands in the run folder, in exports/, or beside a model folder. Nothing is overwritten,
+    and the name exists only once the check has passed. Raises a `PrunetuneError`.
+    """
+    options = options or ExportOptions()
+    if to not in EXPORTERS:
+        raise ConfigError(f"format {to!r} is not known; known are {', '.join(EXPORTERS)}")
+    chosen = EXPORTERS[to]
+    options = replace(options, dtype=options.dtype or chosen.dtypes[0])
+    if options.dtype not in chosen.dtypes:
+        raise ConfigError(f"{to} takes no dtype {options.dtype!r}; use one of {', '.join(filter(None, chosen.dtypes))}")
+    source = Source.open(path, trust_remote_code=trust_remote_code)
+    place = out or _place(source, to, options.dtype, chosen.suffix)
+    if place.exists():
+        raise ConfigError(f"{place} exists already: name another place with --out, or remove it")
+    partial = place.with_name(place.name + PARTIAL)
+    _clear(partial)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        done = chosen.write(source, partial, options)
+        partial.rename(place)
+    finally:
+        _clear(partial)
+    return replace(done, path=place)
+
+
+def _place(source: Source, to: str, dtype: str, suffix: str) -> Path:
+    parts = "-".join(filter(None, (to, dtype)))
+    if source.run:
+        return source.run / "exports" / f"{parts}{suffix}"
+    return source.folder.with_name(f"{source.name}-{parts}{suffix}")
+
+
+def _clear(partial: Path) -> None:
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    partial.unlink(missing_ok=True)

@@ -1,0 +1,72 @@
+"""The keys of a GGUF file that say what the model is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gguf
+
+from prunetune.export.gguf.architectures import Architecture, ropes_of
+from prunetune.export.source import Source
+from prunetune.model.families import heads_of
+
+FILE_TYPES = {
+    "f32": gguf.LlamaFileType.ALL_F32,
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+
+
+def add_keys(writer: gguf.GGUFWriter, source: Source, arch: Architecture, dtype: str) -> None:
+    """Sizes, positions and scales; the tokenizer's keys are another matter."""
+    config, heads = source.config, heads_of(source.config)
+    writer.add_name(source.name)
+    writer.add_file_type(FILE_TYPES[dtype])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(_one_or_all(arch, [layer.channels for layer in source.widths]))
+    writer.add_head_count(_one_or_all(arch, [layer.queries for layer in source.widths]))
+    writer.add_head_count_kv(_one_or_all(arch, [layer.groups for layer in source.widths]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_key_length(heads.size)
+    writer.add_value_length(heads.size)
+    writer.add_rope_dimension_count(heads.size)
+    writer.add_vocab_size(config.vocab_size)
+    for key, name in arch.floats.items():
+        value = getattr(config, name, None)
+        if value is not None:
+            writer.add_float32(f"{arch.name}.{key}", float(value))
+    _add_rope(writer, ropes_of(config))
+    if arch.window and config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
+        writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
+
+
+def _one_or_all(arch: Architecture, widths: list[int]) -> int | list[int]:
+    return widths if arch.layered else widths[0]
+
+
+def _add_rope(writer: gguf.GGUFWriter, ropes: Any) -> None:
+    rope = ropes["full_attention"]
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if "sliding_attention" in ropes:
+        writer.add_rope_freq_base_swa(float(ropes["sliding_attention"]["rope_theta"]))
+    kind = rope.get("rope_type", "default")
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+    if kind == "yarn":
+        writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
+
+
+def notes_of(source: Source, arch: Architecture) -> tuple[str, ...]:
+    """What the file does not hold as the checkpoint does."""
+    config = source.config
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    notes = [f"written as {arch.name}"] if arch.name != config.model_type else []
+    if window and not arch.window and window < config.max_position_embeddings:
+        notes.append(f"llama.cpp's {arch.name} has no window of {window} tokens: longer texts are read differently")
+    return tuple(notes)

@@ -1,0 +1,144 @@
+"""The tokenizer's keys: taken over from the base model's GGUF where there is one, else made from tokenizer.json.
+
+llama.cpp does not read the pattern that splits a text before merging; it has a list of names. So the pattern is looked
+up, and one that is not in the table is refused: a wrong name is a tokenizer that is almost right.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from prunetune.errors import ModelError
+from prunetune.export.source import Source
+from prunetune.model.loading import gguf_file
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+DIGIT = r"\p{N}"
+CL100K = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+%s"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*%s"
+    r"|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+# The patterns that split one after the other, and whether whole words are looked up before merging
+# -> tokenizer.ggml.pre.
+SPLITS: Mapping[tuple[tuple[str, ...], bool], str] = {
+    ((GPT2,), False): "gpt-2",
+    ((DIGIT, GPT2), False): "smollm",  # also StarCoder 2, Granite 3, Command R
+    ((CL100K % "{1,3}",), True): "llama-bpe",  # Llama 3, SmolLM3
+    ((CL100K % "{1,3}",), False): "dbrx",  # OLMo 2, Phi-4
+    ((CL100K % "",), False): "qwen2",  # Qwen 2 and 3
+    ((O200K % ("", "", ""),), True): "tekken",  # Mistral NeMo
+    ((O200K % (SHORT, SHORT, "{1,3}"),), False): "gpt-4o",
+}
+
+
+def add_tokenizer(writer: gguf.GGUFWriter, source: Source) -> str:
+    """Write the keys; returns where they are from. Raises `ModelError` for a tokenizer that llama.cpp does not know."""
+    base = gguf_file(source.base) if source.base else None
+    if base is not None and base.is_file():
+        _copy(writer, source, base)
+        return f"tokenizer keys of {base.name}"
+    return _made(writer, source)
+
+
+def _copy(writer: gguf.GGUFWriter, source: Source, base: Path) -> None:
+    """All keys of the tokenizer, as they stand in the file that the run began with."""
+    reader = gguf.GGUFReader(base)
+    fields = {name: field for name, field in reader.fields.items() if name.startswith("tokenizer.")}
+    tokens = len(fields["tokenizer.ggml.tokens"].data)
+    if tokens != source.config.vocab_size:
+        raise ModelError(f"{base} has {tokens} tokens and the model {source.config.vocab_size}: name the right base")
+    for name, field in fields.items():
+        writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+
+
+def _made(writer: gguf.GGUFWriter, source: Source) -> str:
+    file = source.folder / "tokenizer.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as broken:
+        raise ModelError(f"{file} cannot be read, and GGUF needs it: save a fast tokenizer into the folder") from broken
+    if values["model"]["type"] != "BPE":
+        raise ModelError(f"{file}: a {values['model']['type']} tokenizer cannot be written as GGUF: export onnx")
+    pieces = bool(values["model"].get("byte_fallback"))  # SentencePiece's, ▁ for a space
+    pre = "default" if pieces else split_name(values, file)
+    writer.add_tokenizer_model("llama" if pieces else "gpt2")
+    writer.add_tokenizer_pre(pre)
+    tokens, types = _tokens(source, values, pieces=pieces)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if pieces:
+        writer.add_token_scores(_scores(values, tokens))
+        writer.add_add_space_prefix(_has_prefix(values))
+    gguf.SpecialVocab(source.folder, load_merges=not pieces, n_vocab=len(tokens)).add_to_gguf(writer, quiet=True)
+    return f"tokenizer keys made from tokenizer.json, pre-tokenizer {pre}"
+
+
+def split_name(values: Mapping[str, Any], file: Path) -> str:
+    """llama.cpp's name for the way a byte-level tokenizer splits texts; raises `ModelError` where it has none."""
+    step = values.get("pre_tokenizer") or {}
+    steps = step.get("pretokenizers", [step])
+    patterns = tuple(pattern for part in steps for pattern in _patterns(part))
+    name = SPLITS.get((patterns, bool(values["model"].get("ignore_merges"))))
+    if name is None:
+        raise ModelError(
+            f"{file} splits texts by {patterns or 'nothing'}, for which llama.cpp has no name known here: "
+            "begin the run from the model's GGUF, whose tokenizer keys are taken over, or export onnx"
+        )
+    return name
+
+
+def _patterns(step: Mapping[str, Any]) -> tuple[str, ...]:
+    """The patterns of one step; one that this cannot tell stands for itself, and is not found in the table."""
+    kind = step.get("type")
+    if kind == "ByteLevel" and not step.get("add_prefix_space"):
+        return (GPT2,) if step.get("use_regex", True) else ()
+    if kind == "Digits" and step.get("individual_digits"):
+        return (DIGIT,)
+    if kind == "Split" and step.get("behavior") == "Isolated" and not step.get("invert"):
+        return (str(step["pattern"].get("Regex", step["pattern"])),)
+    return (str(kind),)
+
+
+def _tokens(source: Source, values: Mapping[str, Any], *, pieces: bool) -> tuple[list[str], list[int]]:
+    """One entry for each row of the embedding."""
+    rows = source.config.vocab_size
+    tokens, types = [f"[PAD{index}]" for index in range(rows)], [int(gguf.TokenType.UNUSED)] * rows
+    added = {token["id"]: token for token in values.get("added_tokens", ())}
+    vocabulary = {index: token for token, index in values["model"]["vocab"].items()}
+    vocabulary |= {index: token["content"] for index, token in added.items()}
+    if max(vocabulary) >= rows:
+        raise ModelError(f"{source.folder}: the tokenizer has {max(vocabulary) + 1} tokens, the embedding {rows} rows")
+    for index, token in vocabulary.items():
+        tokens[index] = token
+        types[index] = int(gguf.TokenType.NORMAL)
+        if pieces and len(token) == 6 and token.startswith("<0x"):
+            types[index] = int(gguf.TokenType.BYTE)
+        if index in added:
+            special = added[index]["special"]
+            types[index] = int(gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED)
+    return tokens, types
+
+
+def _scores(values: Mapping[str, Any], tokens: list[str]) -> list[float]:
+    """SentencePiece merges the pair of best score first; ranks of merges are those scores in order."""
+    ranks: dict[str, int] = {}
+    for rank, merge in enumerate(values["model"]["merges"]):
+        ranks.setdefault("".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1), rank)
+    return [-float(ranks.get(token, len(ranks))) for token in tokens]
+
+
+def _has_prefix(values: Mapping[str, Any]) -> bool:
+    """Whether a space is put before a text."""
+    parts = json.dumps([values.get("normalizer"), values.get("pre_tokenizer")])
+    return '"Prepend"' in parts or '"prepend_scheme": "first"' in parts or '"prepend_scheme": "always"' in parts

@@ -1,0 +1,109 @@
+"""Write a model as one GGUF file, tensor by tensor, read it back, and ask llama.cpp."""
+
+from __future__ import annotations
+
+import logging
+from importlib.metadata import version
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from prunetune.errors import SelfCheckFailed
+from prunetune.export.gguf import kquants, llamacpp
+from prunetune.export.gguf.architectures import architecture_of
+from prunetune.export.gguf.keys import add_keys, notes_of
+from prunetune.export.gguf.tensors import Made, Stream, tensors_of
+from prunetune.export.gguf.tokenizer import add_tokenizer
+from prunetune.export.result import Check, Exported, ExportOptions
+from prunetune.export.source import Source
+
+DTYPES = ("f16", "f32", "bf16", "q8_0", *kquants.NAMES)
+EXACT = ("f32", "f16")  # in which llama.cpp has to say what transformers says in float32
+
+# It logs every key and tensor at INFO, and warns of what is meant.
+logging.getLogger("gguf").setLevel(logging.ERROR)
+
+
+def to_gguf(source: Source, place: Path, options: ExportOptions) -> Exported:
+    """One file for llama.cpp; of unequal layers where it has an architecture for them. Raises a `PrunetuneError`."""
+    arch = architecture_of(source)
+    mixes = options.dtype in kquants.NAMES
+    dtype = kquants.exact(source.dtype) if mixes else options.dtype
+    if mixes:
+        kquants.need()
+    written = place.with_name(place.name + ".exact") if mixes else place
+    try:
+        made, tokenizer = write(source, written, dtype)
+        read_back(source, written, made)
+        if mixes:
+            kquants.quantize(written, place, options.dtype)
+    finally:
+        if mixes:
+            written.unlink(missing_ok=True)
+    read = Check(f"gguf {version('gguf')}", f"{len(made)} tensors read back, equal to the bit")
+    return Exported(
+        path=place,
+        format=f"GGUF, architecture {arch.name}",
+        dtype=options.dtype,
+        params=source.params,
+        bytes=place.stat().st_size,
+        checks=(read, in_llamacpp(source, place, exact=options.dtype in EXACT)),
+        notes=(*notes_of(source, arch), *odd_types(made, dtype), tokenizer),
+    )
+
+
+def write(source: Source, place: Path, dtype: str) -> tuple[tuple[Made, ...], str]:
+    """Write the file once through: keys, tokenizer, tensors. Returns the tensors, and where the tokenizer is from."""
+    arch = architecture_of(source)
+    made = tensors_of(source, arch, dtype)
+    writer = gguf.GGUFWriter(place, arch.name)
+    try:
+        add_keys(writer, source, arch, dtype)
+        tokenizer = add_tokenizer(writer, source)
+        for tensor in made:
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in made:
+            writer.write_tensor_data(Stream(tensor, source))
+    finally:
+        writer.close()
+    return made, tokenizer
+
+
+def read_back(source: Source, place: Path, made: tuple[Made, ...]) -> None:
+    """Every tensor of the file, to the bit; raises `SelfCheckFailed`."""
+    stored = {tensor.name: tensor for tensor in gguf.GGUFReader(place).tensors}
+    if set(stored) != {tensor.name for tensor in made}:
+        raise SelfCheckFailed(f"{place} holds other tensors than were written")
+    for tensor in made:
+        found, start = stored[tensor.name].data.reshape(-1).view(np.uint8), 0
+        for block in tensor.blocks(source):
+            wanted = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+            if not np.array_equal(found[start : start + wanted.size], wanted):
+                raise SelfCheckFailed(f"{place}: {tensor.name} is not what was written; try again on another disk")
+            start += wanted.size
+        if start != found.size:
+            raise SelfCheckFailed(f"{place}: {tensor.name} is longer than what was written")
+
+
+def in_llamacpp(source: Source, place: Path, *, exact: bool) -> Check:
+    """Next tokens in llama.cpp; raises `SelfCheckFailed` where they have to be those of transformers and are not."""
+    runtime = llamacpp.installed()
+    if not runtime:
+        return Check("llama.cpp", "install it with pip install 'prunetune[llamacpp]'", ran=False)
+    prompts = llamacpp.prompts_of(source)
+    found = llamacpp.agreement(place, source, prompts, llamacpp.reference(source, prompts))
+    if exact and not found.holds:
+        raise SelfCheckFailed(f"{place}: {runtime} differs from transformers: {found}; please report this")
+    return Check(runtime, str(found))
+
+
+def odd_types(made: tuple[Made, ...], dtype: str) -> tuple[str, ...]:
+    """Says so where rows did not divide into the type's blocks."""
+    odd = [tensor for tensor in made if len(tensor.shape) > 1 and tensor.type.name.lower() != dtype]
+    if not odd:
+        return ()
+    return (f"{len(odd)} tensors stay f16: their rows do not divide into blocks of {dtype} (budget.align 32 would do)",)

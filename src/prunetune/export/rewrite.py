@@ -1,0 +1,146 @@
+"""A run's checkpoint once more: the same layout in another dtype, or layers of different width padded to equal ones."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from prunetune.errors import ModelError
+from prunetune.export.result import Check, Exported, ExportOptions
+from prunetune.export.selfcheck import check, logits_of
+from prunetune.export.shapes import empty, legal_groups
+from prunetune.export.shapes import uniform as uniform_config
+from prunetune.export.source import Source
+from prunetune.export.write import Written, add_old_rope_keys, edit_json
+from prunetune.model.sites import Cut, find_sites
+
+log = logging.getLogger(__name__)
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+
+def uniform(source: Source, place: Path, options: ExportOptions) -> Exported:
+    """A folder that a stock class opens; of layers that differ in width only with `pad`, which costs parameters."""
+    dtype = DTYPES.get(options.dtype, source.dtype)
+    if source.layout == "uniform":
+        return _copied(source, place, dtype)
+    target = empty(padded_config(source))
+    more = sum(parameter.numel() for parameter in target.parameters()) / source.params
+    if not options.pad:
+        raise ModelError(
+            f"{source.folder}: its layers differ in width, and no stock class builds such: run again with "
+            f"--layout uniform, or export gguf or onnx, or fill up with zeros to {more:.2f} times the size with --pad"
+        )
+    note = f"narrower layers are filled up with zeros: {more:.2f} times the parameters of the per-layer model"
+    log.info(note)
+    return _padded(source, target, place, dtype, note)
+
+
+def per_layer(source: Source, place: Path, options: ExportOptions) -> Exported:
+    """A folder with code of its own, for layers that differ in width."""
+    if source.layout == "uniform":
+        raise ModelError(f"{source.folder}: its layers are equal, so a stock class opens it: export --to uniform")
+    return _copied(source, place, DTYPES.get(options.dtype, source.dtype))
+
+
+def _copied(source: Source, place: Path, dtype: torch.dtype) -> Exported:
+    """File by file, so that no more than one shard is in memory."""
+    model = _rounded(source, dtype)
+    expected, params = logits_of(model, source.probe()), sum(weight.numel() for weight in model.parameters())
+    del model
+    place.mkdir()
+    for file in sorted(source.folder.iterdir()):
+        if file.suffix == ".safetensors":
+            with safe_open(file, framework="pt") as stored:
+                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
+                kept = stored.metadata()
+            save_file({name: _cast(tensor, dtype) for name, tensor in tensors.items()}, place / file.name, kept)
+        elif file.is_file():
+            shutil.copyfile(file, place / file.name)
+    edit_json(place / "config.json", {"dtype": _name(dtype)})
+    return _checked(source, place, dtype, params, expected, str(source.values["architectures"][0]))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def padded_config(source: Source) -> Any:
+    """Every layer as wide as the widest, or as the next width that the stock class takes."""
+    kinds, config = {site.kind for site in source.sites}, source.config
+    groups = max(layer.groups for layer in source.widths)
+    while "attention" in kinds and not legal_groups(config)(groups):
+        groups += 1  # the dense width is legal
+    channels = max(layer.channels for layer in source.widths)
+    return uniform_config(config, groups if "attention" in kinds else None, channels if "mlp" in kinds else None)
+
+
+def _padded(source: Source, target: Any, place: Path, dtype: torch.dtype, note: str) -> Exported:
+    expected = logits_of(_rounded(source, dtype), source.probe())
+    shapes = {name: tensor.shape for name, tensor in target.state_dict().items()}
+    state = {name: source.tensor(name).to(dtype) for name in shapes if name in source.places}
+    for site in find_sites(target):
+        layer = source.widths[site.layer]
+        wide = layer.groups if site.kind == "attention" else layer.channels
+        for cut, side in (*((cut, 0) for cut in site.producers), (site.consumer, 1)):
+            for name in (f"{cut.module}.weight", f"{cut.module}.bias"):
+                if name in shapes and not (side == 1 and name.endswith("bias")):
+                    state[name] = _filled(state.get(name), shapes[name], cut, wide, site.units, side).to(dtype)
+        if not wide:  # what else such a block has (norms of its heads) is multiplied by nothing
+            state |= {n: torch.zeros(s, dtype=dtype) for n, s in shapes.items() if n.startswith(f"{site.name}.")}
+    missing, _ = target.load_state_dict(state, assign=True, strict=False)
+    target.tie_weights()
+    if lost := [name for name in missing if target.get_parameter(name).is_meta]:
+        raise ModelError(f"{source.folder}: {lost[0]} is missing; write the model again")
+    target.save_pretrained(place)
+    add_old_rope_keys(place / "config.json")
+    source.tokenizer.save_pretrained(place)
+    params = sum(weight.numel() for weight in target.parameters())
+    done = _checked(source, place, dtype, params, expected, type(target).__name__, plain=True)
+    return Exported(**{**vars(done), "notes": (note,)})
+
+
+def _filled(stored: Tensor | None, shape: torch.Size, cut: Cut, kept: int, units: int, side: int) -> Tensor:
+    """Zeros of `shape` with what is stored in the first `kept` of so many units, along rows (0) or columns (1)."""
+    full = torch.zeros(shape, dtype=stored.dtype if stored is not None else torch.float32)
+    if stored is not None:
+        full.index_copy_(side, cut.indices(range(kept), units), stored)
+    return full
+
+
+def _rounded(source: Source, dtype: torch.dtype) -> Any:
+    """The model in float32 with weights as the file will hold them."""
+    model = source.model()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
+    return model
+
+
+def _checked(
+    source: Source,
+    place: Path,
+    dtype: torch.dtype,
+    params: int,
+    expected: Tensor,
+    architecture: str,
+    *,
+    plain: bool = False,
+) -> Exported:
+    """Open it in a fresh process and compare; raises `SelfCheckFailed`."""
+    size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
+    code = source.layout == "per-layer" and not plain
+    written = Written(place, architecture, source.layout, code, params, size)
+    found = check(written, source.probe(), expected)
+    checks = (Check(f"transformers {transformers.__version__}", f"logits within {found.max_relative:.1e}"),)
+    return Exported(place, architecture, _name(dtype), params, size, checks)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

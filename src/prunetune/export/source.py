@@ -1,0 +1,238 @@
+"""What is exported: a finished run's model, or a model folder that prunetune wrote, opened and looked over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+
+from prunetune.errors import ModelError, PlanError
+from prunetune.export.per_layer import channels_of
+from prunetune.export.shapes import empty
+from prunetune.model.families import family_of, heads_of
+from prunetune.model.sites import Site, find_sites
+from prunetune.plan import Plan
+
+Layout = Literal["uniform", "per-layer"]
+# Not of the stock class: the per-layer schema, and rotary keys that only older releases read.
+NOT_STOCK = ("per_layer_config", "auto_map", "architectures", "transformers_version", "rope_theta", "rope_scaling")
+PROBE = 32  # ids of a self-check's row
+
+
+@dataclass(frozen=True)
+class Source:
+    """A finished model folder: what an exporter may ask. Weights, tokenizer and configuration are read on demand."""
+
+    folder: Path  # config.json, *.safetensors, the tokenizer
+    run: Path | None  # the run folder around it
+    base: str  # what the run's recipe calls the model that it began with; "" where unknown
+    trust_remote_code: bool = False  # for a per-layer folder that no run folder is around
+
+    @classmethod
+    def open(cls, path: Path, *, trust_remote_code: bool = False) -> Source:
+        """A run folder or a model folder; raises `ModelError` or `PlanError` where a part is missing or odd."""
+        recipe = path / "config.yaml"
+        if recipe.is_file():
+            if not (path / "model").is_dir():
+                raise ModelError(f"{path}: the run is not finished (no model/): go on with `prunetune run --resume`")
+            values = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+            source = cls(path / "model", path, str(values.get("model", "")))
+        elif (path / "config.json").is_file():
+            source = cls(path, None, "", trust_remote_code)
+        else:
+            raise ModelError(f"{path} is no run folder (no config.yaml) and no model folder (no config.json)")
+        _look_over(source)
+        return source
+
+    @property
+    def name(self) -> str:
+        """What files made of it are called."""
+        return (self.run or self.folder).absolute().name
+
+    @cached_property
+    def values(self) -> dict[str, Any]:
+        """config.json as it stands."""
+        try:
+            found = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as broken:
+            raise ModelError(f"{self.folder}/config.json cannot be read: {broken}; write the model again") from broken
+        if not isinstance(found, dict) or "model_type" not in found:
+            raise ModelError(f"{self.folder}/config.json names no model_type; it is not a model's configuration")
+        return found
+
+    @property
+    def layout(self) -> Layout:
+        """uniform: a stock class opens it; per-layer: its layers differ in width."""
+        return "per-layer" if "per_layer_config" in self.values else "uniform"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """How the weights are stored."""
+        name = self.values.get("dtype") or self.values.get("torch_dtype") or "float32"
+        return getattr(torch, str(name))  # type: ignore[no-any-return]
+
+    @cached_property
+    def config(self) -> Any:
+        """The stock class's configuration; of a per-layer model the dense one, for `widths` tells the rest."""
+        from transformers import CONFIG_MAPPING
+
+        family = self.values["model_type"].removeprefix("pruned_")
+        if family not in CONFIG_MAPPING:
+            raise ModelError(f"{self.folder}: {family} is no architecture of transformers; export needs one that is")
+        values = {key: value for key, value in self.values.items() if key not in NOT_STOCK}
+        try:
+            return CONFIG_MAPPING[family].from_dict(values | {"model_type": family})
+        except (ValueError, TypeError, KeyError) as wrong:
+            reason = " ".join(str(wrong).split())
+            raise ModelError(f"{self.folder}/config.json does not fit {family}: {reason}") from wrong
+
+    @cached_property
+    def widths(self) -> tuple[Widths, ...]:
+        """What each layer keeps."""
+        heads, name = heads_of(self.config), channels_of(self.config)
+        whole = {name: getattr(self.config, name, 0), "num_attention_heads": heads.queries}
+        whole |= {"num_key_value_heads": heads.groups}
+        own = self.values.get("per_layer_config") or {}
+        layers = (whole | own.get(f"{index:02d}", {}) for index in range(self.config.num_hidden_layers))
+        return tuple(_widths_of(layer, name) for layer in layers)
+
+    @cached_property
+    def sites(self) -> tuple[Site, ...]:
+        """The sites of the stock configuration (of a per-layer model: the dense ones)."""
+        return find_sites(empty(self.config))
+
+    @cached_property
+    def plan(self) -> Plan | None:
+        """The units that were kept, where the folder says."""
+        file = self.folder / "plan.json"
+        return Plan.load(file) if file.is_file() else None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """As saved beside the model."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, config=self.config)
+        except (OSError, ValueError, KeyError) as broken:
+            reason = " ".join(str(broken).split())
+            raise ModelError(f"{self.folder}: no tokenizer found: {reason}; save it into the folder") from broken
+
+    def model(self, dtype: torch.dtype = torch.float32) -> Any:
+        """The model, opened as its user would, in `dtype` on the CPU."""
+        from transformers import AutoModelForCausalLM
+
+        try:
+            loaded = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, trust_remote_code=self.runs_code)
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as broken:
+            reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
+            raise ModelError(f"{self.folder} cannot be opened: {reason}; write the model again") from broken
+        return loaded.eval().requires_grad_(False)
+
+    @property
+    def runs_code(self) -> bool:
+        """Whether the folder's own modules may run: of a run folder they were generated here."""
+        return self.layout == "per-layer" and (self.run is not None or self.trust_remote_code)
+
+    @cached_property
+    def places(self) -> dict[str, Path]:
+        """Tensor name -> the .safetensors file that holds it."""
+        found: dict[str, Path] = {}
+        for file in sorted(self.folder.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                found |= dict.fromkeys(tensors.keys(), file)
+        return found
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a stored tensor, without reading it."""
+        with safe_open(self.places[name], framework="pt") as tensors:
+            return tuple(tensors.get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """One stored tensor, mapped from its file: memory is taken only while it is used."""
+        with safe_open(self.places[name], framework="pt") as tensors:
+            return tensors.get_tensor(name)  # type: ignore[no-any-return]
+
+    @property
+    def params(self) -> int:
+        """Stored parameters; tied ones count once."""
+        return sum(torch.Size(self.shape(name)).numel() for name in self.places)
+
+    def probe(self) -> torch.Tensor:
+        """[2, 32] ids for a self-check: spread over the vocabulary, always the same."""
+        rng = torch.Generator().manual_seed(0)
+        return torch.randint(self.config.vocab_size, (2, PROBE), generator=rng)
+
+
+@dataclass(frozen=True)
+class Widths:
+    """What one layer keeps."""
+
+    queries: int  # query heads; 0: the layer skips attention
+    groups: int  # key-value heads
+    channels: int  # of the MLP
+
+
+def _widths_of(layer: dict[str, Any], channels: str) -> Widths:
+    skipped = layer.get("skip", ())
+    queries, groups = (layer[f"num_{name}_heads"] for name in ("attention", "key_value"))
+    return Widths(
+        0 if "attention" in skipped else queries,
+        0 if "attention" in skipped else groups,
+        0 if "mlp" in skipped else layer[channels],
+    )
+
+
+def _look_over(source: Source) -> None:
+    """Refuse what cannot be whole: shards that are missing or torn, code that may not run, a plan of another model."""
+    missing = sorted(set(_indexed(source.folder)) - {file.name for file in source.folder.glob("*.safetensors")})
+    if missing:
+        raise ModelError(f"{source.folder}: {missing[0]} is missing; copy the folder again, or write the model again")
+    try:
+        if not source.places:
+            raise ModelError(f"{source.folder} holds no weights (*.safetensors); copy the folder again")
+    except (SafetensorError, OSError) as torn:
+        raise ModelError(f"{source.folder}: a .safetensors file is not whole ({torn}); copy the folder again") from torn
+    if source.layout == "per-layer" and not source.runs_code:
+        raise ModelError(
+            f"{source.folder} opens with code of its own (modeling_pruned.py): read it, then say --trust-remote-code"
+        )
+    family_of(source.config)  # refuses
+    _fits(source)
+
+
+def _indexed(folder: Path) -> Iterator[str]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            yield from json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        except (ValueError, KeyError, AttributeError) as broken:
+            raise ModelError(f"{index} cannot be read; copy the folder again") from broken
+
+
+def _fits(source: Source) -> None:
+    """The plan's widths, the configuration's and the tensors' are the same."""
+    plan = source.plan
+    if plan is None:
+        return
+    for site in source.sites:
+        widths = source.widths[site.layer]
+        wide = widths.groups if site.kind == "attention" else widths.channels
+        if len(plan.kept.get(site.name, ())) != wide:
+            raise PlanError(
+                f"{source.folder}/plan.json keeps {len(plan.kept.get(site.name, ()))} units at {site.name} and "
+                f"config.json says {wide}: the plan is of another model; put back the plan.json of this one"
+            )
+        name = f"{site.consumer.module}.weight"
+        if name in source.places and source.shape(name)[1] != wide * site.consumer.per_unit:
+            raise ModelError(
+                f"{source.folder}: {name} has {source.shape(name)[1]} columns and config.json asks for "
+                f"{wide * site.consumer.per_unit}: weights and configuration do not belong together; copy them again"
+            )
