@@ -25,7 +25,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("export",),
     ("bench",),
     ("report",),
-    ("environment", "folder", "console"),
+    ("environment", "folder", "console", "hub"),
     ("setting",),
     ("pipeline", "summary"),
     ("comparison",),

@@ -17,6 +17,7 @@ from prunetune.model.families import coupling_of, family_of, heads_of
 from prunetune.model.sites import Site
 from prunetune.plan import Plan
 
+PREFIX = "pruned_"  # of a model_type
 CONFIGURATION = Template('''\
 """Configuration of a model whose layers differ in width. Written by prunetune; needs transformers >= 5.14."""
 
@@ -26,7 +27,7 @@ from transformers import $config
 class $pruned_config($config):
     model_type = "$model_type"
 
-    def validate_architecture(self):
+    def validate(self):  # on saving, of numbers that all layers would share
         """Widths are checked layer by layer when the model is built."""
 ''')
 
@@ -123,7 +124,7 @@ class PerLayer:
             causal=causal.__name__,
             inner=inner,
             layers=first.removeprefix(f"{inner}.").rpartition(".")[0],
-            model_type=f"pruned_{model.config.model_type}",
+            model_type=PREFIX + model.config.model_type,
             width=channels_of(model.config),
         )
 
@@ -153,6 +154,13 @@ def channels_of(config: Any) -> str:
 
 def write_code(folder: Path, names: PerLayer, sites: Sequence[Site]) -> None:
     """Write `configuration_pruned.py` and `modeling_pruned.py`."""
+    configuration, modeling = code_of(names, sites)
+    (folder / "configuration_pruned.py").write_text(configuration, encoding="utf-8")
+    (folder / "modeling_pruned.py").write_text(modeling, encoding="utf-8")
+
+
+def code_of(names: PerLayer, sites: Sequence[Site]) -> tuple[str, str]:
+    """The text of both modules; `hub` runs it, too."""
     lines = [line for site in sites if site.layer == sites[0].layer for line in _lines(site, names)]
     helpers = "".join(
         text for text, name in ((NO_ATTENTION, "NoAttention("), (OWN_HEADS, "OwnHeads(")) if name in "".join(lines)
@@ -164,8 +172,7 @@ def write_code(folder: Path, names: PerLayer, sites: Sequence[Site]) -> None:
         "pruned_config": f"Pruned{names.config}", "pruned_base": f"Pruned{names.base}",
         "pruned_causal": names.model_class,
     }  # fmt: skip
-    (folder / "configuration_pruned.py").write_text(CONFIGURATION.substitute(values), encoding="utf-8")
-    (folder / "modeling_pruned.py").write_text(MODELING.substitute(values), encoding="utf-8")
+    return CONFIGURATION.substitute(values), MODELING.substitute(values)
 
 
 def _lines(site: Site, names: PerLayer) -> list[str]:
