@@ -10,6 +10,7 @@ from pathlib import Path
 from prunetune.errors import ConfigError
 from prunetune.export import rewrite
 from prunetune.export.gguf import write as gguf
+from prunetune.export.onnx import to_onnx
 from prunetune.export.result import Exported, ExportOptions
 from prunetune.export.source import Source
 from prunetune.files import PARTIAL
@@ -32,6 +33,7 @@ EXPORTERS: Mapping[str, Format] = {
     "uniform": Format(rewrite.uniform, ("", "f32", "bf16", "f16")),
     "per-layer": Format(rewrite.per_layer, ("", "f32", "bf16", "f16")),
     "gguf": Format(gguf.to_gguf, gguf.DTYPES, ".gguf"),
+    "onnx": Format(to_onnx, ("f32",)),
 }
 
 
