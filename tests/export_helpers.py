@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,28 @@ import torch
 
 from model_helpers import random_plan, tiny
 from prunetune import Plan, cut, find_sites
+from prunetune.export.gguf import llamacpp
+from prunetune.export.source import Source
 from prunetune.export.write import write
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompt: Sequence[int]) -> llamacpp.Answer:
+    """What `llamacpp.reference` finds, without a process of its own."""
+    tokens, gaps = [], []
+    for _ in range(llamacpp.STEPS):
+        logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, -1]
+        best = logits.topk(2)
+        tokens.append(int(best.indices[0]))
+        gaps.append(float((best.values[0] - best.values[1]) / logits.abs().max()))
+    return llamacpp.Answer(tuple(tokens), tuple(gaps))
+
+
+def reference_here(source: Source, prompts: Sequence[Sequence[int]]) -> list[llamacpp.Answer]:
+    """The reference in this process: a fresh one takes seconds to begin."""
+    model = source.model()
+    return [greedy(model, prompt) for prompt in prompts]
+
 
 WIDE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
 

@@ -8,13 +8,14 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from data_helpers import subwords
-from export_helpers import WIDE, plan_of, run_folder
+from export_helpers import WIDE, greedy, plan_of, reference_here, run_folder
 from model_helpers import random_plan, tiny
 from prunetune import Plan, export_run
-from prunetune.errors import ModelError, SelfCheckFailed
-from prunetune.export.gguf import llamacpp, tensors
+from prunetune.errors import MissingPackage, ModelError, SelfCheckFailed
+from prunetune.export.gguf import kquants, llamacpp, tensors
 from prunetune.export.gguf.architectures import UNIFORM, architecture_of
 from prunetune.export.gguf.write import read_back, write
 from prunetune.export.result import ExportOptions
@@ -58,15 +59,9 @@ def made(case: str, folder: Path) -> tuple[Path, Any]:
     return run_folder(folder, subwords(), family, layout=layout, plan=plan, **changes)
 
 
-def greedy(model: Any, prompt: list[int]) -> llamacpp.Answer:
-    """As the reference in its own process does it."""
-    tokens, gaps = [], []
-    for _ in range(llamacpp.STEPS):
-        logits = model(torch.tensor([prompt + tokens])).logits[0, -1]
-        best = logits.topk(2)
-        tokens.append(int(best.indices[0]))
-        gaps.append(float((best.values[0] - best.values[1]) / logits.abs().max()))
-    return llamacpp.Answer(tuple(tokens), tuple(gaps))
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llamacpp, "reference", reference_here)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -84,3 +79,149 @@ def test_llama_cpp_says_what_the_model_says(case: str, tmp_path: Path) -> None:
         found = llamacpp.agreement(file, source, prompts, [greedy(model, prompt) for prompt in prompts], threads=1)
         assert found.holds, str(found)
         assert found.texts == len(llamacpp.TEXTS)
+
+
+def test_what_is_written_is_what_was_stored(tmp_path: Path) -> None:
+    """Whether or not llama.cpp is there: names, shapes, rows and values, read by gguf-py alone."""
+    run, model = run_folder(tmp_path / "run", subwords(), "qwen3", tie_word_embeddings=True)
+    source, file = Source.open(run), tmp_path / "model.gguf"
+    write(source, file, "f32")
+    reader = gguf.GGUFReader(file)
+    found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    weights = model.state_dict()
+    for layer, widths in enumerate(source.widths):
+        names = [f"model.layers.{layer}.self_attn.{name}_proj.weight" for name in "qkv"]
+        fused = found[f"blk.{layer}.attn_qkv.weight"]
+        assert torch.equal(fused, torch.cat([weights[name] for name in names]))
+        assert len(fused) == (widths.queries + 2 * widths.groups) * 16
+    assert reader.fields["openelm.attention.head_count"].contents() == [widths.queries for widths in source.widths]
+    assert reader.fields["openelm.feed_forward_length"].contents() == [widths.channels for widths in source.widths]
+    assert "output.weight" not in found
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_halves_of_heads_are_interleaved(heads: int) -> None:
+    rows = torch.arange(heads * 6 * 2).view(heads * 6, 2)
+    swapped = tensors.interleaved(rows, heads)
+    for head in range(heads):
+        for pair in range(3):
+            first, second = swapped[head * 6 + 2 * pair], swapped[head * 6 + 2 * pair + 1]
+            assert torch.equal(first, rows[head * 6 + pair])
+            assert torch.equal(second, rows[head * 6 + pair + 3])
+    assert torch.equal(tensors.interleaved(rows[:, 0], heads), swapped[:, 0])
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+def test_every_type_is_read_back_within_its_rounding(dtype: str, tmp_path: Path) -> None:
+    run, model = run_folder(tmp_path / "run", subwords(), "mistral", layout="uniform", dtype=torch.bfloat16)
+    source, file = Source.open(run), tmp_path / "model.gguf"
+    made, _ = write(source, file, dtype)
+    read_back(source, file, made)
+    limit = {"f32": 0.0, "f16": 1e-3, "bf16": 0.0, "q8_0": 1 / 127}[dtype]
+    weights = model.state_dict()
+    for tensor in gguf.GGUFReader(file).tensors:
+        if tensor.name.endswith(("down.weight", "token_embd.weight", "norm.weight")):
+            name = tensor.name.replace("blk.", "model.layers.").replace("ffn_down", "mlp.down_proj")
+            name = name.replace("attn_norm", "input_layernorm").replace("ffn_norm", "post_attention_layernorm")
+            name = name.replace("token_embd", "model.embed_tokens").replace("output_norm", "model.norm")
+            values = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+            assert float((values - weights[name]).abs().max() / weights[name].abs().max()) <= limit
+
+
+@pytest.mark.usefixtures("_quick")
+def test_rows_that_do_not_divide_stay_float16_and_are_told(tmp_path: Path) -> None:
+    plan = plan_of(tiny("llama", **WIDE), 2, 72)
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform", plan=plan)
+    done = export_run(run, "gguf", options=ExportOptions(dtype="q8_0"))
+    assert "3 tensors stay f16: their rows do not divide into blocks of q8_0 (budget.align 32 would do)" in done.notes
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(done.path).tensors}
+    assert types["blk.0.ffn_down.weight"] == "F16"
+    assert types["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+def test_the_whole_way(tmp_path: Path) -> None:
+    """A layer without attention, in deci."""
+    plan = random_plan(tiny("llama", **WIDE))
+    plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
+    run, _ = run_folder(tmp_path / "run", subwords(), plan=plan)
+    done = export_run(run, "gguf")
+    assert done.path == run / "exports" / "gguf-f16.gguf"
+    assert done.bytes == done.path.stat().st_size
+    assert [check.ran for check in done.checks] == [True, bool(llamacpp.installed())]
+    names = {tensor.name for tensor in gguf.GGUFReader(done.path).tensors}
+    assert not {"blk.1.attn_norm.weight", "blk.1.attn_q.weight"} & names
+
+
+def test_without_llama_cpp_the_result_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
+    monkeypatch.setattr(llamacpp, "find_spec", lambda name: None)
+    done = export_run(run, "gguf")
+    assert "not run in llama.cpp: install it with pip install 'prunetune[llamacpp]'" in str(done)
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_file_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xllamacpp", reason="pip install 'prunetune[llamacpp]'")
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
+    monkeypatch.setattr(tensors, "interleaved", lambda rows, heads: rows)
+    with pytest.raises(SelfCheckFailed, match="differs from transformers"):
+        export_run(run, "gguf")
+    assert not list(run.rglob("*.gguf*"))
+
+
+def test_a_changed_byte_is_found(tmp_path: Path) -> None:
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
+    source, file = Source.open(run), tmp_path / "model.gguf"
+    made, _ = write(source, file, "f16")
+    data = bytearray(file.read_bytes())
+    data[-40] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(SelfCheckFailed, match="is not what was written"):
+        read_back(source, file, made)
+
+
+REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "gemma, layers": ("gemma3_text", "per-layer", {}, "no architecture for gemma3_text in this layout"),
+    "untied qwen3, layers": ("qwen3", "per-layer", {}, "its output head is the embedding, the model's is not"),
+    "phi3, heads": ("phi3", "uniform", {}, "it wants heads of 64 rows in all, these have 32"),
+    "gemma3 scale": ("gemma3_text", "uniform", {}, "takes another query_pre_attn_scalar for granted"),
+    "glm": ("glm", "uniform", {}, "no architecture for glm"),
+    "activation": ("llama", "uniform", {"hidden_act": "relu"}, "its activation is silu, the model's relu"),
+    "bias": ("qwen3", "uniform", {"attention_bias": True}, "it has no bias at o_proj"),
+    "dynamic": ("llama", "uniform", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+                "it does not scale positions by dynamic"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_llama_cpp_cannot_hold_is_refused(case: str, tmp_path: Path) -> None:
+    family, layout, changes, match = REFUSED[case]
+    run, _ = run_folder(tmp_path / "run", subwords(), family, layout=layout, **changes)
+    with pytest.raises(ModelError, match=match) as refusal:
+        export_run(run, "gguf")
+    assert "export onnx" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not (run / "exports").exists() or not list((run / "exports").iterdir())
+
+
+@pytest.mark.usefixtures("_quick")
+def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
+    file = run / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.0.mlp.up_proj.weight"][3, 3] = 1e5
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(ModelError, match=r"blk.0.ffn_up.weight holds values beyond float16: export with --dtype bf16"):
+        export_run(run, "gguf")
+    assert not list(run.rglob("*.gguf*"))
+
+
+def test_k_quants_need_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
+    monkeypatch.setattr(kquants, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackage, match="pip install llama-cpp-python"):
+        export_run(run, "gguf", options=ExportOptions(dtype="q4_k_m"))
+
+
+def test_every_family_of_the_table_is_tried() -> None:
+    assert {family for family, *_ in CASES.values()} | {"seed_oss", "mistral"} == set(UNIFORM)

@@ -52,14 +52,14 @@ params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_gpu_layers, params.warmup = file, asked["context"], 0, False
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = asked["threads"]
 server = xllamacpp.Server(params)
-def best(ids):
-    said = server.handle_completions({"prompt": ids, "n_predict": 1, "temperature": 0, "n_probs": 1})
-    return said["choices"][0]["logprobs"]["content"][0]["top_logprobs"][0]["id"]
-def pieces(text):
-    body = json.dumps({"content": text, "add_special": False}).encode()
+def ask(path, **body):
     kind = {"Content-Type": "application/json"}
-    return json.load(urllib.request.urlopen(urllib.request.Request(server.listening_address + "/tokenize", body, kind)))
-said = {"next": [best(ids) for ids in asked["ids"]], "pieces": [pieces(text)["tokens"] for text in asked["texts"]]}
+    request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), kind)
+    return json.load(urllib.request.urlopen(request))["tokens"]
+said = {
+    "next": [ask("/completion", prompt=ids, n_predict=1, temperature=0, return_tokens=True)[0] for ids in asked["ids"]],
+    "pieces": [ask("/tokenize", content=text, add_special=False) for text in asked["texts"]],
+}
 json.dump(said, open(found, "w"))
 """
 

@@ -1,0 +1,203 @@
+"""C2: which runtimes open a run's model and say what it says, with their releases.
+
+    python benchmarks/deploy.py RUN [RUN ...] [--docs docs/deploy.md] [--python transformers4=/venv/bin/python ...]
+
+The reference is the run's checkpoint in stock transformers, float32: 16 greedy tokens after each of two texts. Every
+runtime is asked for the next token after each of those 32 beginnings. Runtimes that need packages of their own run in
+the Python that --python names for them; what is not there is skipped with its reason. With --docs the table replaces
+the one between the two marks of that page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import transformers
+
+from prunetune.errors import PrunetuneError
+from prunetune.export.gguf import llamacpp
+from prunetune.export.gguf.architectures import architecture_of
+from prunetune.export.gguf.write import read_back, write
+from prunetune.export.source import Source
+
+MARKS = ("<!-- measured by benchmarks/deploy.py -->", "<!-- end -->")
+
+
+class Skipped(Exception):
+    """Why a runtime was not tried."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run, and what its checkpoint says in the reference."""
+
+    source: Source
+    prompts: Sequence[Sequence[int]]
+    answers: Sequence[llamacpp.Answer]
+    pythons: Mapping[str, str]  # runtime -> interpreter
+    work: Path  # for exports
+
+    @property
+    def beginnings(self) -> list[list[int]]:
+        """Everything after which a token is asked for."""
+        pairs = zip(self.prompts, self.answers, strict=True)
+        return [[*prompt, *answer.tokens[:step]] for prompt, answer in pairs for step in range(len(answer.tokens))]
+
+    def counted(self, tokens: Sequence[int]) -> str:
+        """How many next tokens are the reference's."""
+        wanted = [token for answer in self.answers for token in answer.tokens]
+        gaps = [gap for answer in self.answers for gap in answer.gaps]
+        differ = [place for place, token in enumerate(tokens) if token != wanted[place]]
+        ties = sum(gaps[place] < llamacpp.TIE for place in differ)
+        return f"{len(wanted) - len(differ)}/{len(wanted)}" + (f" ({ties} of the others are ties)" if differ else "")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    runtime: str
+    opened: str  # what was opened
+    found: str
+
+
+def transformers_5(case: Case) -> Iterator[Row]:
+    """The reference itself: how near it is to the gated model was found when the run wrote it."""
+    if case.source.run is None:
+        raise Skipped("a model folder has no manifest")
+    found = json.loads((case.source.run / "manifest.json").read_text(encoding="utf-8"))["selfcheck"]
+    how = "folder" if case.source.layout == "uniform" else "folder, trust_remote_code"
+    yield Row(f"transformers {transformers.__version__}", how, f"logits within {found['max_relative']:.1e}")
+
+
+NEXT = """
+import json, sys
+folder, wanted, found = sys.argv[1:]
+asked = json.load(open(wanted))
+{body}
+json.dump({{"version": version, "next": [best(ids) for ids in asked]}}, open(found, "w"))
+"""
+IN_TRANSFORMERS = """
+import torch, transformers
+version = transformers.__version__
+model = transformers.AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+@torch.inference_mode()
+def best(ids):
+    return int(model(torch.tensor([ids])).logits[0, -1].argmax())
+"""
+IN_MLX = """
+import mlx.core as mx, mlx_lm
+version = mlx_lm.__version__
+model, _ = mlx_lm.load(folder)
+model.set_dtype(mx.float32)
+def best(ids):
+    return int(model(mx.array([ids]))[0, -1].argmax())
+"""
+
+
+def transformers_4(case: Case) -> Iterator[Row]:
+    """The same folder in the last release of transformers 4."""
+    if case.source.layout != "uniform":
+        raise Skipped("per_layer_config came with transformers 5.14")
+    release, tokens = elsewhere(case, "transformers4", IN_TRANSFORMERS)
+    yield Row(f"transformers {release}", "folder", case.counted(tokens))
+
+
+def mlx_lm(case: Case) -> Iterator[Row]:
+    """The same folder in mlx-lm, float32."""
+    if case.source.layout != "uniform":
+        raise Skipped("mlx-lm builds equal layers only")
+    release, tokens = elsewhere(case, "mlx", IN_MLX)
+    yield Row(f"mlx-lm {release}", "folder", case.counted(tokens))
+
+
+def llama_cpp(case: Case) -> Iterator[Row]:
+    """Exports to GGUF, each type."""
+    runtime = llamacpp.installed()
+    if not runtime:
+        raise Skipped("xllamacpp is not installed")
+    try:
+        arch = architecture_of(case.source).name
+    except PrunetuneError as refused:
+        raise Skipped(str(refused).partition(": ")[2]) from refused
+    for dtype in ("f32", "f16", "bf16", "q8_0"):
+        file = case.work / f"{dtype}.gguf"
+        made, _ = write(case.source, file, dtype)
+        read_back(case.source, file, made)
+        found = llamacpp.agreement(file, case.source, case.prompts, case.answers)
+        ties = f" ({found.ties} of the others are ties)" if found.equal < found.steps else ""
+        texts = f"; {found.texts}/{len(llamacpp.TEXTS)} texts in the same tokens"
+        yield Row(runtime, f"{dtype.upper()}, {arch}", f"{found.equal}/{found.steps}{ties}{texts}")
+        file.unlink()
+
+
+RUNTIMES: Mapping[str, Callable[[Case], Iterator[Row]]] = {
+    "transformers 5": transformers_5,
+    "transformers 4": transformers_4,
+    "llama.cpp": llama_cpp,
+    "mlx-lm": mlx_lm,
+}
+
+
+def elsewhere(case: Case, name: str, body: str) -> tuple[str, list[int]]:
+    """The release of a runtime in a Python of its own, and the next token after every beginning."""
+    python = case.pythons.get(name)
+    if python is None:
+        raise Skipped(f"no Python named for it (--python {name}=...)")
+    wanted, found = case.work / "wanted.json", case.work / "found.json"
+    wanted.write_text(json.dumps(case.beginnings))
+    script = NEXT.format(body=body)
+    command = [python, "-c", script, str(case.source.folder.absolute()), str(wanted), str(found)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if not found.is_file():
+        raise Skipped(f"failed: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+    said = json.loads(found.read_text())
+    found.unlink()
+    return said["version"], said["next"]
+
+
+def table(runs: Sequence[Path], pythons: Mapping[str, str]) -> str:
+    """Markdown."""
+    lines = ["| model | runtime | what it opened | against transformers, float32 |", "|---|---|---|---|"]
+    for run in runs:
+        source = Source.open(run)
+        prompts = llamacpp.prompts_of(source)
+        with tempfile.TemporaryDirectory() as work:
+            case = Case(source, prompts, llamacpp.reference(source, prompts), pythons, Path(work))
+            for name, runtime in RUNTIMES.items():
+                try:
+                    rows = list(runtime(case))
+                except Skipped as reason:
+                    rows = [Row(name, "–", f"not run: {reason}")]
+                for row in rows:
+                    lines.append(f"| {source.name} | {row.runtime} | {row.opened} | {row.found} |")
+                    print(lines[-1], file=sys.stderr, flush=True)
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--docs", type=Path)
+    parser.add_argument("--python", action="append", default=[], metavar="RUNTIME=PATH")
+    options = parser.parse_args()
+    made = table(options.runs, dict(named.split("=", 1) for named in options.python))
+    made = f"torch {version('torch')}, gguf {version('gguf')}; `python benchmarks/deploy.py`:\n\n{made}"
+    if options.docs is None:
+        print(made)
+        return
+    before, _, rest = options.docs.read_text(encoding="utf-8").partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    options.docs.write_text(f"{before}{MARKS[0]}\n{made}{MARKS[1]}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
