@@ -33,8 +33,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 def to_onnx(source: Source, place: Path, options: ExportOptions) -> Exported:
     """Trace, write `model.onnx` and its weights with the tokenizer, run it in onnxruntime and compare."""
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
+    if missing := missing_packages():
         raise MissingPackage(f"onnx export needs {', '.join(missing)}; run: pip install 'prunetune[onnx]'")
     model = source.model()
     place.mkdir()
@@ -48,6 +47,11 @@ def to_onnx(source: Source, place: Path, options: ExportOptions) -> Exported:
     params = sum(parameter.numel() for parameter in model.parameters())
     size = sum(file.stat().st_size for file in place.glob(f"{GRAPH}*"))
     return Exported(place, f"onnx: {type(model).__name__}", "float32", params, size, (check(model, place / GRAPH),))
+
+
+def missing_packages() -> list[str]:
+    """What `prunetune[onnx]` would install and is not there."""
+    return [name for name in PACKAGES if find_spec(name) is None]
 
 
 class _Logits(nn.Module):
