@@ -4,9 +4,9 @@
 
 The reference is the run's checkpoint in stock transformers, float32: 16 greedy tokens after each of two texts. Every
 runtime is asked for the next token after each of those 32 beginnings. Runtimes that need packages of their own run in
-the Python that --python names for them (transformers4, mlx, vllm; the last with `pip install --no-deps` of this package);
-what is not there is skipped with its reason. With --docs the table replaces
-the one between the two marks of that page.
+the Python that --python names for them: transformers4, mlx, and vllm, where this package is installed by
+`pip install --no-deps` beside it. What is not there is skipped with its reason. With --docs the table replaces the one
+between the two marks of that page.
 """
 
 from __future__ import annotations

@@ -180,18 +180,20 @@ def _guarded() -> int:
 
 def _translated(error: Exception) -> str | None:
     """A resource that ran out, in one line; None for a bug, which keeps its traceback."""
-    from prunetune.files import is_disk_full
+    from prunetune.files import is_disk_full, is_forbidden
 
-    if isinstance(error, OSError) and is_disk_full(error):
-        return f"the disk is full ({error.filename or 'run folder'}): free some room, then go on with --resume"
+    if is_disk_full(error):
+        place = getattr(error, "filename", None) or "run folder"
+        return f"the disk is full ({place}): free some room, then go on with --resume"
+    if is_forbidden(error):
+        place = getattr(error, "filename", None) or "run folder"
+        return f"no permission to read or write {place}: change its permissions, or name another folder with --out"
     if (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
     ):
         return "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then go on with --resume"
-    if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
-        return "the disk is full: free some room, then go on with --resume"
     return None
 
 

@@ -29,12 +29,16 @@ def write_text(path: Path, text: str) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path` that becomes `path` when the block ends well.
 
-    A killed process leaves at most a `.partial` folder, which the next attempt clears.
+    A block that fails leaves nothing; a killed process at most a `.partial` folder, which the next attempt clears.
     """
     partial = path.with_name(path.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     for file in sorted(partial.rglob("*")):
         if file.is_file():
             _sync(file)
@@ -76,6 +80,30 @@ def need_space(folder: Path, needed: int) -> None:
         )
 
 
-def is_disk_full(error: OSError) -> bool:
-    """No space, or no quota."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+def is_disk_full(error: Exception) -> bool:
+    """No space, or no quota; as Python says it, or safetensors."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return type(error).__name__ == "SafetensorError" and "No space left" in str(error)
+
+
+def is_forbidden(error: Exception) -> bool:
+    """No permission, or a file system that is only read."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    return type(error).__name__ == "SafetensorError" and "Permission denied" in str(error)
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Say in one line what keeps a block from writing to `place`; raises `RunFolderError`."""
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            reason, remedy = "the disk is full", "free some room, or name another place with --out"
+        elif is_forbidden(error):
+            reason, remedy = "no permission to write there", "change its permissions, or name another place with --out"
+        else:
+            raise
+        raise RunFolderError(f"{place}: {reason}, and nothing was kept: {remedy}") from error

@@ -28,6 +28,7 @@ from prunetune.errors import RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suite import evaluate
 from prunetune.export.card import card_of
+from prunetune.export.integrity import verify
 from prunetune.export.selfcheck import check, logits_of
 from prunetune.export.write import write
 from prunetune.files import write_text
@@ -270,6 +271,7 @@ def _model(setting: Setting, name: str) -> Any:
     if name == "pruned":
         # What runs here is code that this run generated and checked.
         own = setting.config.layout == "per-layer"
+        verify(setting.folder.model)
         return load(str(setting.folder.model), device=setting.device, dtype=setting.dtype, trust_remote_code=own).model
     model = setting.load().model
     if name == "tuned":

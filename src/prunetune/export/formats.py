@@ -10,10 +10,11 @@ from pathlib import Path
 from prunetune.errors import ConfigError
 from prunetune.export import rewrite
 from prunetune.export.gguf import write as gguf
+from prunetune.export.integrity import seal
 from prunetune.export.onnx import to_onnx
 from prunetune.export.result import Exported, ExportOptions
 from prunetune.export.source import Source
-from prunetune.files import PARTIAL
+from prunetune.files import PARTIAL, writing
 
 # Writes to the path given, checks what it wrote (raises `SelfCheckFailed`), and says so. The path is new, and is moved
 # to its place afterwards. What cannot be is refused before anything is written.
@@ -50,6 +51,9 @@ def export_run(
     Without `out` the result stands in the run folder, in exports/, or beside a model folder. Nothing is overwritten,
     and the name exists only once the check has passed. Raises a `PrunetuneError`.
     """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # what was found is said in lines of our own
     options = options or ExportOptions()
     if to not in EXPORTERS:
         raise ConfigError(f"format {to!r} is not known; known are {', '.join(EXPORTERS)}")
@@ -62,13 +66,16 @@ def export_run(
     if place.exists():
         raise ConfigError(f"{place} exists already: name another place with --out, or remove it")
     partial = place.with_name(place.name + PARTIAL)
-    _clear(partial)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        done = chosen.write(source, partial, options)
-        partial.rename(place)
-    finally:
+    with writing(place):
         _clear(partial)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            done = chosen.write(source, partial, options)
+            if partial.is_dir():
+                seal(partial)
+            partial.rename(place)
+        finally:
+            _clear(partial)
     return replace(done, path=place)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,12 +15,14 @@ import yaml
 from safetensors import SafetensorError, safe_open
 
 from prunetune.errors import ModelError, PlanError
+from prunetune.export.integrity import SUMS, verify
 from prunetune.export.per_layer import channels_of
 from prunetune.export.shapes import empty
 from prunetune.model.families import family_of, heads_of
 from prunetune.model.sites import Site, find_sites
 from prunetune.plan import Plan
 
+log = logging.getLogger(__name__)
 Layout = Literal["uniform", "per-layer"]
 # Not of the stock class: the per-layer schema, and rotary keys that only older releases read.
 NOT_STOCK = ("per_layer_config", "auto_map", "architectures", "transformers_version", "rope_theta", "rope_scaling")
@@ -206,6 +209,8 @@ def _look_over(source: Source) -> None:
         )
     family_of(source.config)  # refuses
     _fits(source)
+    if not verify(source.folder):
+        log.info("%s holds no %s, so its files are taken as they are", source.folder, SUMS)
 
 
 def _indexed(folder: Path) -> Iterator[str]:

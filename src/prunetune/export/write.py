@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.errors import ModelError
+from prunetune.export.integrity import seal
 from prunetune.export.per_layer import PerLayer, per_layer_overrides, write_code
 from prunetune.export.shapes import empty, uniform, why_sibling
 from prunetune.files import new_folder
@@ -51,6 +52,7 @@ def write(
         tokenizer.save_pretrained(partial)
         (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
+        seal(partial)
     files = list(folder.rglob("*.safetensors"))
     return Written(
         folder=folder,
