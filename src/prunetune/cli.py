@@ -127,7 +127,12 @@ def export(
     run: Path,
     /,
     *,
-    to: Literal["uniform", "per-layer", "gguf", "onnx"],
+    to: Annotated[
+        Literal["uniform", "per-layer", "gguf", "onnx"] | None, Parameter(help="Default: the layout it has.")
+    ] = None,
+    quantize: Annotated[
+        Literal["int8", "int4"] | None, Parameter(help="Weight-only; opens with torchao, or bitsandbytes (int4).")
+    ] = None,
     out: Annotated[Path | None, Parameter(help="Where; default: exports/ of the run folder.")] = None,
     dtype: Annotated[str, Parameter(help="f32, f16, bf16; gguf also q8_0, q4_k_m, ...; default: the format's.")] = "",
     pad: Annotated[
@@ -145,8 +150,8 @@ def export(
     from prunetune.export.formats import export_run
     from prunetune.export.result import ExportOptions
 
-    options = ExportOptions(dtype=dtype, pad=pad)
-    print(export_run(run, to, out=out, options=options, trust_remote_code=trust_remote_code))
+    options = ExportOptions(dtype=dtype, pad=pad, quantize=quantize or "")
+    print(export_run(run, to or "", out=out, options=options, trust_remote_code=trust_remote_code))
 
 
 def main() -> None:

@@ -111,17 +111,18 @@ def quantised(source: Source, place: Path, kind: str) -> Exported:
 
 
 def _write(source: Source, place: Path, scheme: Scheme, fitting: Fit) -> None:
-    model = source.model(source.dtype, quantization_config=scheme.config([*_kept_whole(source), *fitting.left], source.dtype))
+    config = scheme.config([*_head(source), *fitting.left], source.dtype)
+    model = source.model(source.dtype, quantization_config=config)
     # Names as in memory, as per-layer folders have them; a stock class renames by itself.
     model.save_pretrained(place, save_original_format=source.layout == "uniform")
     said = model.config.quantization_config
     for file in sorted(source.folder.iterdir()):
-        if file.is_file() and not file.name.startswith("model.safetensors") and file.suffix != ".safetensors":
+        if file.is_file() and file.suffix not in (".safetensors", ".index.json") and not (place / file.name).exists():
             shutil.copyfile(file, place / file.name)
     edit_json(place / "config.json", {"quantization_config": said if isinstance(said, dict) else said.to_dict()})
 
 
-def _kept_whole(source: Source) -> list[str]:
+def _head(source: Source) -> list[str]:
     """The head, which transformers would leave out by itself were no other named."""
     model = empty(source.config)
     head = model.get_output_embeddings()

@@ -165,6 +165,12 @@ class Source:
         with safe_open(self.places[name], framework="pt") as tensors:
             return tensors.get_tensor(name)  # type: ignore[no-any-return]
 
+    def rows(self, name: str, most: int) -> Iterator[torch.Tensor]:
+        """The same, so many rows at a time: mapped pages of a large tensor would count as memory until it is let go."""
+        for start in range(0, self.shape(name)[0], most):
+            with safe_open(self.places[name], framework="pt") as tensors:
+                yield tensors.get_slice(name)[start : start + most]
+
     @property
     def params(self) -> int:
         """Stored parameters; tied ones count once."""

@@ -43,13 +43,12 @@ class Made:
 
     def blocks(self, source: Source) -> Iterator[NDArray[Any]]:
         """The bytes of the file, some rows at a time."""
-        for part in self.parts or ("",):
-            tensor = source.tensor(part) if self.given is None else self.given
-            if self.heads:
-                tensor = interleaved(tensor, self.heads)
-            rows = tensor if tensor.dim() > 1 else tensor[None]
-            for block in torch.split(rows, max(1, BLOCK // rows.shape[1])):
-                yield quantized(block.float() + self.offset, self.type, self.name)
+        most = max(1, BLOCK // self.shape[-1])
+        for part in self.parts:
+            for rows in source.rows(part, most) if not self.heads else [interleaved(source.tensor(part), self.heads)]:
+                yield quantized(rows.float() + self.offset, self.type, self.name)
+        if self.given is not None:
+            yield quantized(self.given, self.type, self.name)
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ def interleaved(rows: Tensor, heads: int) -> Tensor:
 
 
 def quantized(rows: Tensor, type: Type, name: str) -> NDArray[Any]:
-    """[R, C] float32 -> the same in the file's type; raises `ModelError` where float16 is too narrow."""
+    """[R, C] or [C] float32 -> the same in the file's type; raises `ModelError` where float16 is too narrow."""
     if type is Type.F16 and not bool((rows.abs() <= torch.finfo(torch.float16).max).all()):
         raise ModelError(f"{name} holds values beyond float16: export with --dtype bf16 or f32")
     made: NDArray[Any] = gguf.quants.quantize(rows.contiguous().numpy(), type)
