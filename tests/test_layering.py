@@ -26,7 +26,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("bench",),
     ("report",),
     ("environment", "folder", "console", "hub"),
-    ("setting",),
+    ("setting", "provenance"),
     ("pipeline", "summary"),
     ("comparison",),
     ("cli",),

@@ -27,7 +27,6 @@ from prunetune.data.templates import Example
 from prunetune.errors import RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suite import evaluate
-from prunetune.export.card import card_of
 from prunetune.export.integrity import verify
 from prunetune.export.selfcheck import check, logits_of
 from prunetune.export.write import write
@@ -38,6 +37,7 @@ from prunetune.model.masking import masked
 from prunetune.model.sites import dense_plan, kept_params
 from prunetune.model.surgery import cut, merge_adapters
 from prunetune.plan import Plan
+from prunetune.provenance import card, rewrite_card
 from prunetune.report import write_report
 from prunetune.seeds import derive
 from prunetune.setting import Console, Setting, facts_of, prepare
@@ -208,9 +208,9 @@ def finish(setting: Setting) -> None:
     small = cut(gated, state.plan, sites=setting.sites).to(loaded.storage)
     write_text(setting.folder.plan, state.plan.to_json())
     unchecked = setting.folder.path / "model.unchecked"
-    card = card_of(setting.config, setting.folder.manifest(), state.plan, setting.sites)
+    text = card(setting.folder, setting.config, state.plan, setting.sites)
     written = write(
-        small, setting.tokenizer, state.plan, setting.sites, unchecked, layout=setting.config.layout, card=card
+        small, setting.tokenizer, state.plan, setting.sites, unchecked, layout=setting.config.layout, card=text
     )
     found = check(written, tokens, expected)
     setting.folder.note(
@@ -258,6 +258,7 @@ def evaluate_all(setting: Setting) -> None:
             speeds |= {name: measure(model).to_dict()}
             setting.folder.note(speed=speeds)
         write_text(setting.folder.evaluation(name), result.to_json())
+    rewrite_card(setting.folder, setting.config, setting.sites)
 
 
 def score(setting: Setting, model: Any, records: tuple[Record, ...]) -> Evaluation:
