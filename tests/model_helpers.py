@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -11,6 +12,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from prunetune import Plan, find_sites
 from prunetune.model import families
+from prunetune.model.sites import tuned_linears
+from prunetune.model.units import USUAL
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")  # for laws that take long
 ALL_FAMILIES = tuple(families.FAMILIES)
@@ -26,6 +29,8 @@ OWN: dict[str, dict[str, Any]] = {
     "mixtral": EXPERTS,
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 32},
     "qwen3_moe": EXPERTS,
+    "gpt_oss": EXPERTS | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    "gpt2": {"head_dim": None, "n_inner": 96},
 }
 
 
@@ -61,7 +66,7 @@ def tiny(family: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
     for name, parameter in model.named_parameters():
         if name.endswith("bias") or "norm" in name:
             nn.init.normal_(parameter, std=0.5)
-        elif parameter.dim() == 2:
+        elif parameter.dim() >= 2:
             nn.init.normal_(parameter, std=0.2)
     return model
 
@@ -69,23 +74,32 @@ def tiny(family: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
 def with_lora(model: Any, *, seed: int = 1, rank: int = 4) -> Any:
     """Random, non-zero adapters on every producer and consumer."""
     torch.manual_seed(seed)
-    targets = [cut.module for site in find_sites(model) for cut in (*site.producers, site.consumer)]
-    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets), model)
+    targets = tuned_linears(model)
+    transposed = model.config.model_type == "gpt2"
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, fan_in_fan_out=transposed)
+    inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
     return model
 
 
-def random_plan(model: Any, *, seed: int = 0, keep: float = 0.5) -> Plan:
-    """A random plan that respects every site's floor."""
+def random_plan(model: Any, *, seed: int = 0, keep: float = 0.5, units: Collection[str] = USUAL) -> Plan:
+    """A random plan that respects floors and nesting, and that removes something."""
     rng = torch.Generator().manual_seed(seed)
-    kept = {}
-    for site in find_sites(model):
-        chosen = torch.rand(site.units, generator=rng) < keep
-        chosen[torch.randperm(site.units, generator=rng)[: site.floor]] = True
-        kept[site.name] = tuple(int(unit) for unit in chosen.nonzero().flatten())
-    return Plan(kept, {site.name: site.units for site in find_sites(model)})
+    sites = {site.name: site for site in find_sites(model, units)}
+    kept: dict[str, tuple[int, ...]] = {}
+    for site in sites.values():
+        outer = sites.get(site.within)
+        open_lanes = site.owned_lanes(kept[outer.name] if outer else None, outer.units if outer else 1)
+        count = max(site.floor, int((torch.rand(site.length, generator=rng) < keep).sum()))
+        if not any(len(kept[name]) < sites[name].units for name in kept):
+            count = max(site.floor, min(count, site.length - 1))
+        if site.kind == "expert-channels":  # grouped kernels want rows of 16 bytes
+            count = max(8, count - count % 8)
+        order = torch.rand(site.lanes, site.length, generator=rng).argsort(1)[:, :count].tolist()
+        kept[site.name] = tuple(sorted(lane * site.length + unit for lane in open_lanes for unit in order[lane]))
+    return Plan(kept, {name: site.units for name, site in sites.items()})
 
 
 def tokens(*, batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:

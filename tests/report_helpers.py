@@ -102,8 +102,19 @@ def _logged(step: int, config: RunConfig, rng: random.Random) -> dict[str, objec
             "ratio_loss": 0.02,
             "changed": 0.08 * math.exp(-step / 120) + 0.002,
             "lasso": 0.3,
+            "widths": _widths(step),
         }
     return line
+
+
+def _widths(step: int) -> dict[str, int]:
+    """Units under open gates at a step of the search, middle layers falling first."""
+    left = max(0.0, 1 - step / 350)
+    return {
+        f"model.layers.{layer}.{block}": round(of * (left + (1 - left) * (0.95 if layer < 4 else 0.5 + layer / 90)))
+        for layer in range(LAYERS)
+        for block, of in (("self_attn", GROUPS), ("mlp", CHANNELS))
+    }
 
 
 def validation() -> list[dict[str, object]]:
@@ -115,8 +126,11 @@ def validation() -> list[dict[str, object]]:
             "phase": "search" if i < 3 else "settle" if i == 3 else "tune",
             "nll": value,
             "kept": 0.6,
+            "guard.perplexity": perplexity,
+            "guard.accuracy": 0.4,
         }
-        for i, value in enumerate(nll)
+        | ({"broken": ["guard.perplexity <= 1.5x -> roll-back"]} if i == 1 else {})
+        for i, (value, perplexity) in enumerate(zip(nll, (21.0, 33.0, 29.0, 27.0, 26.0, 25.5, 25.3), strict=True))
     ]
 
 
@@ -192,4 +206,19 @@ def manifest() -> dict[str, object]:
         },
         "timings": {"load": 3.2, "train": 562.1, "cut": 1.9, "evaluate": 141.0, "export": 8.8, "bench": 35.0},
         "peak_memory_mb": 11_240,
+        "validation": {
+            "every": 100, "seconds": 21.4, "share": 0.038,
+            "dense": {"valid.nll": 3.1, "guard.perplexity": 20.1},
+            "last": {"valid.nll": 1.69, "guard.perplexity": 25.3},
+        },
+        "gates": {
+            "limits": [
+                {"gate": "guard.perplexity <= 1.5x -> roll-back", "limit": 30.15, "found": 25.3, "held": True},
+            ],
+            "events": [
+                {"step": 200, "gates": ["guard.perplexity <= 1.5x -> roll-back"], "did": "rolled back to step 100"},
+            ],
+            "keep_asked": 0.6, "keep_allowed": 0.6, "kept": 0.6,
+        },
+        "failed": "",
     }  # fmt: skip

@@ -45,11 +45,16 @@ def value_at(values: Any, path: str) -> Any:
     return values
 
 
+OWN_WORDS = {"gates": ["valid.nll <= 2 -> stop", "valid.accuracy >= 0.9x -> roll-back"], "track": ["wandb", "mlflow"]}
+
+
 def other(path: str) -> Any:
     """A legal value that is not the default."""
     kind, default, bounds = kind_of(path), OPTIONS[path].default, OPTIONS[path].metadata
     if typing.get_origin(kind) is typing.Literal:
         return next(choice for choice in typing.get_args(kind) if choice != default)
+    if path in OWN_WORDS:
+        return OWN_WORDS[path]
     if typing.get_origin(kind) is tuple:
         return {str: ["a.jsonl", "b/*.csv*2"], int: [3, 4], float: [0.5, 0.25]}[typing.get_args(kind)[0]]
     if kind is bool:

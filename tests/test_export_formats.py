@@ -76,9 +76,9 @@ def test_a_skipped_attention_is_padded_too(tmp_path: Path) -> None:
 
 def test_nothing_is_overwritten_and_nothing_unchecked_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
-    done = export_run(run, "uniform", out=tmp_path / "deep" / "here")
+    (tmp_path / "deep").mkdir()
     with pytest.raises(ConfigError, match="exists already"):
-        export_run(run, "uniform", out=done.path)
+        export_run(run, "uniform", out=tmp_path / "deep")
     monkeypatch.setattr(rewrite, "_cast", lambda tensor, dtype: (tensor * 1.5).to(dtype))
     with pytest.raises(SelfCheckFailed, match="differs"):
         export_run(run, "uniform", out=tmp_path / "there")

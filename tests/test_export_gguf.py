@@ -226,3 +226,32 @@ def test_k_quants_need_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_every_family_of_the_table_is_tried() -> None:
     assert {family for family, *_ in CASES.values()} | {"seed_oss", "mistral"} == set(UNIFORM)
+
+
+STAND_IN = """
+import shutil
+from types import SimpleNamespace as llama_model_quantize_default_params
+def llama_model_quantize(source, target, params):
+    if params.ftype != {kind}:
+        return 1
+    shutil.copyfile(source.decode(), target.decode())
+    return 0
+"""
+
+
+@pytest.mark.usefixtures("_quick")
+def test_k_quants_are_made_by_llama_cpp_of_the_exact_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for llama-cpp-python, which is built for minutes: it copies, and knows one type."""
+    (tmp_path / "site").mkdir()
+    kind = int(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    (tmp_path / "site" / "llama_cpp.py").write_text(STAND_IN.replace("{kind}", str(kind)))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform", dtype=torch.bfloat16)
+    done = export_run(run, "gguf", options=ExportOptions(dtype="q4_k_m"))
+    assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(done.path).tensors} == {"F32", "BF16"}
+    assert "rows of 23 tensors do not divide by 256: llama.cpp gave them a larger type than q4_k_m" in done.notes
+    assert [path.name for path in done.path.parent.iterdir()] == ["gguf-q4_k_m.gguf"]
+    with pytest.raises(ModelError, match=r"could not quantise to q5_k_m .*; take --dtype q8_0"):
+        export_run(run, "gguf", options=ExportOptions(dtype="q5_k_m"))
+    assert [path.name for path in done.path.parent.iterdir()] == ["gguf-q4_k_m.gguf"]

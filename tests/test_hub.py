@@ -17,8 +17,19 @@ from model_helpers import random_plan, relative, tiny, tokens
 from prunetune import Plan, cut, find_sites, hub
 from prunetune.export.selfcheck import logits_of
 from prunetune.export.write import write
+from prunetune.model.units import USUAL
 
-FAMILIES = ("llama", "qwen2", "gemma3_text", "phi3", "opt", "gpt_neox", "bloom", "mixtral", "cohere2")
+# Name of the folder -> family, and the kinds of unit that were pruned.
+CASES = {
+    **{
+        name: (name, USUAL) for name in ("llama", "qwen2", "gemma3_text", "phi3", "opt", "gpt_neox", "bloom", "cohere2")
+    },
+    "llama-heads": ("llama", ("kv-groups", "query-heads", "mlp-channels")),
+    "llama-blocks": ("llama", ("attention-blocks", "mlp-blocks", "mlp-channels")),
+    "llama-mlp": ("llama", ("mlp-channels",)),
+    "gpt2": ("gpt2", USUAL),
+    "qwen3_moe": ("qwen3_moe", ("kv-groups", "experts", "expert-channels")),
+}
 
 # Registering is for the whole process, so it happens in one of its own.
 READER = """
@@ -46,25 +57,25 @@ for folder in map(Path, sys.argv[1:]):
 
 def test_every_family_opens_without_its_own_code(tmp_path: Path) -> None:
     expected = {}
-    for family in FAMILIES:
-        model = tiny(family, layers=2 if family != "gemma3_text" else 3)
-        sites, plan = find_sites(model), random_plan(model)
-        if family == "llama":  # a layer without attention
+    for name, (family, units) in CASES.items():
+        model = tiny(family)
+        sites, plan = find_sites(model, units), random_plan(model, units=units)
+        if name == "llama":  # a layer without attention
             plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
-        cut(model, plan)
-        write(model, subwords(), plan, sites, tmp_path / family, layout="per-layer", card="")
-        for file in (tmp_path / family).glob("*.py"):
+        cut(model, plan, sites=sites)
+        write(model, subwords(), plan, sites, tmp_path / name, layout="per-layer", card="")
+        for file in (tmp_path / name).glob("*.py"):
             file.write_text("raise SystemExit('this must not run')\n")
-        save_file({"tokens": tokens()}, tmp_path / family / "tokens.st")
-        expected[family] = logits_of(model, tokens())
+        save_file({"tokens": tokens()}, tmp_path / name / "tokens.st")
+        expected[name] = logits_of(model, tokens())
     ran = subprocess.run(
-        [sys.executable, "-c", READER, *(str(tmp_path / family) for family in FAMILIES)],
+        [sys.executable, "-c", READER, *(str(tmp_path / name) for name in CASES)],
         capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-2000:]
-    for family in FAMILIES:
-        found = load_file(tmp_path / family / "logits.st")["logits"]
-        assert relative(found, expected[family]) <= 1e-5, family
+    for name in CASES:
+        found = load_file(tmp_path / name / "logits.st")["logits"]
+        assert relative(found, expected[name]) <= 1e-5, name
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "opt"])

@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 # From bottom to top. A module imports what stands below it and, in a package, its own package; never a neighbour.
 STOREYS: tuple[tuple[str, ...], ...] = (
     ("errors",),
+    ("gates",),
     ("seeds", "files", "plan", "config", "flags"),
     ("model",),
     ("data",),
@@ -26,7 +27,9 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("bench",),
     ("report",),
     ("environment", "folder", "console", "hub"),
+    ("history", "watch", "trackers"),
     ("setting", "provenance"),
+    ("watching",),
     ("pipeline", "summary"),
     ("comparison",),
     ("cli",),

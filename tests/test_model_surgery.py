@@ -180,10 +180,11 @@ def test_a_plan_of_another_model_is_refused_before_anything_is_cut() -> None:
 
 
 def test_unknown_architectures_are_refused_by_name() -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
+    from transformers import GPTJConfig, GPTJForCausalLM
 
-    model = GPT2LMHeadModel(GPT2Config(n_embd=16, n_head=2, n_layer=1, vocab_size=20, bos_token_id=0, eos_token_id=0))
-    with pytest.raises(UnknownArchitecture, match=r"'gpt2' is not known; known are llama, mistral"):
+    sizes = {"n_embd": 16, "n_head": 2, "n_layer": 1, "rotary_dim": 4, "vocab_size": 20}
+    model = GPTJForCausalLM(GPTJConfig(**sizes, bos_token_id=0, eos_token_id=0))
+    with pytest.raises(UnknownArchitecture, match=r"'gptj' is not known; known are llama, mistral"):
         find_sites(model)
 
 

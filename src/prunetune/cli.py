@@ -115,6 +115,44 @@ def sites(
 
 
 @app.command
+def runs(
+    place: Path = Path("runs"),
+    /,
+    *,
+    model: Annotated[str, Parameter(help="Only runs whose model contains this.")] = "",
+    status: Annotated[str, Parameter(help="Only: done, running, interrupted, failed, 'gate failed' or gone.")] = "",
+    where: Annotated[tuple[str, ...], Parameter(negative=(), help="Only where 'accuracy >= 0.7' holds, say.")] = (),
+) -> None:
+    """List the runs of a folder, the newest first, from its runs.sqlite (of $PRUNETUNE_HOME, where that is set).
+
+    Parameters
+    ----------
+    place
+        The folder that holds the run folders.
+    """
+    from prunetune.history.listing import filtered, table
+    from prunetune.history.store import entries
+
+    print(table(filtered(entries(place), model=model, status=status, where=where)))
+
+
+@app.command(name="compare-runs")
+def compare_runs(first: Path, /, *others: Path) -> None:
+    """Set finished runs beside the first: options, scores, units kept in both, and items that flipped."""
+    from prunetune.history.versus import compared
+
+    print(compared([first, *others]))
+
+
+@app.command
+def watch(run: Path, /) -> None:
+    """Look on while a run goes on, in a terminal; ends when it does."""
+    from prunetune.watch import follow
+
+    follow(run)
+
+
+@app.command
 def report(run: Path, /) -> None:
     """Write a run's report.html again."""
     from prunetune.report import write_report

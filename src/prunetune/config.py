@@ -15,6 +15,9 @@ from typing import Any, Literal
 import yaml
 
 from prunetune.errors import ConfigError
+from prunetune.gates import gate_text
+
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 def option(
@@ -46,6 +49,9 @@ class DataConfig:
         (), "Sources mixed into train and search on which only a teacher counts, so that what they stand for is kept."
     )
     texts_share: float = option(0.15, "Share of a batch's examples that are of data.texts.", above=0, high=0.9)
+    guard: tuple[str, ...] = option(
+        (), "Sources of general knowledge watched during the run, never tuned on: texts, or rows with choices."
+    )
     root: str = option("", "Folder that relative sources start from; default: the working folder.")
     search_share: float = option(0.1, "Share of train that goes to search where none is given.", above=0, high=0.5)
     valid_share: float = option(0.05, "Share of train that goes to valid where none is given.", above=0, high=0.5)
@@ -92,6 +98,12 @@ class TrainConfig:
         "auto", "Examples end to end, passes recorded as CUDA graphs, where GPU and model can; off pads and runs as is."
     )
     learning_rate: float = option(1e-3, "Peak learning rate of the adapters (AdamW).", above=0)
+    weights: Literal["adapters", "all"] = option(
+        "adapters", "What is tuned once the model is cut: the adapters, or all weights of its linears with them merged."
+    )
+    weights_rate: float = option(2e-4, "Peak learning rate where all weights are tuned.", above=0)
+    weights_optimizer: Literal["adamw", "muon"] = option("adamw", "Experiment.")
+    start: Literal["base", "teacher"] = option("base", "Experiment.")
     warmup: float = option(0.03, "Share of the steps with a rising learning rate.", low=0, high=1)
     decay: Literal["cosine", "linear", "constant"] = option("cosine", "What the learning rate does after its warm-up.")
     weight_decay: float = option(0.0, "Decoupled weight decay of the adapters.", low=0)
@@ -144,6 +156,7 @@ class SearchConfig:
     evidence: int = option(
         16, "Batches whose gate gradients give the starting logits; 0: start from nothing, as in the paper.", low=0
     )
+    by_example: bool = option(False, "Experiment.")
     hard: bool = option(True, "Gates are rounded where the generator learns (straight-through), or soft values.")
     lora_aware: bool = option(
         True, "Adapters learn with y = gate * (W x) + B A x; false: under gates on both branches, as after the cut."
@@ -166,6 +179,22 @@ class SearchConfig:
     )
     lasso: float = option(
         0.1, "Weight of the group lasso; soft-thresholding takes learning rate * weight off each norm.", low=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """What is scored every train.validate_every steps: the sub-network decided then, as if it were cut."""
+
+    limit: int = option(64, "Most items of valid and of data.guard each that a validation scores.", low=1)
+    accuracy: bool = option(False, "Also score rows of valid that have choices by accuracy; a gate on it implies this.")
+    share: float = option(
+        1.0, "Largest share of the tuning time that validations may take; some are skipped then. 1: none.",
+        above=0, high=1,
+    )  # fmt: skip
+    back_off: float = option(0.05, "What a gate's back-off adds to the budget, each time.", above=0, high=1)
+    back_to: Literal["last", "best"] = option(
+        "last", "Where roll-back goes: the last validation within all gates, or of the smallest such the best on valid."
     )
 
 
@@ -223,12 +252,21 @@ class RunConfig:
         "auto", "Arithmetic of the frozen weights; adapters stay float32."
     )
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    gates: tuple[str, ...] = option(
+        (), "Limits at every validation and what a crossing does (stop, back-off, roll-back), such as "
+        "'guard.nll <= 1.2x -> roll-back'; x: times the dense model's.",
+        each="gate",
+    )  # fmt: skip
+    track: tuple[str, ...] = option(
+        (), "Trackers that hear of every step: tensorboard, wandb, mlflow, trackio; each is a package.", each="tracker"
+    )
     data: DataConfig = field(default_factory=DataConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     search: SearchConfig = field(default_factory=SearchConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
 
@@ -238,6 +276,12 @@ class RunConfig:
                 "data.texts needs a teacher to stay close to: "
                 "set distill.teacher to base or dense, or leave data.texts out"
             )
+        guards = [gate for gate in self.gates if gate.startswith("guard.")]
+        if guards and not self.data.guard:
+            raise ConfigError(f"gates: {guards[0]!r} needs something to watch: name texts or rows in data.guard")
+        odd = [name for name in self.track if name not in TRACKERS]
+        if odd:
+            raise ConfigError(f"track: unknown tracker {odd[0]!r}; known are {', '.join(TRACKERS)}")
         if self.search.share + self.search.settle > 1:
             raise ConfigError(
                 f"search.share + search.settle is {self.search.share + self.search.settle:g}: "
@@ -305,8 +349,8 @@ def _section(cls: type[Any], values: Any, *, prefix: str, where: str) -> Any:
 
 def _did_you_mean(prefix: str, key: str) -> str:
     known = list(paths())
-    close = difflib.get_close_matches(prefix + key, known, n=1, cutoff=0.6)
-    close = close or [path for path in known if path.rpartition(".")[2] == key]
+    close = [path for path in known if path.rpartition(".")[2] == key]
+    close = close or difflib.get_close_matches(prefix + key, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
 
 
@@ -383,6 +427,8 @@ def _entries(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> 
         raise ConfigError(f"{name} must be a {each} or a list of {each}s, got {value!r}")
     if each == "source":
         return tuple(_source(entry, name) for entry in entries)
+    if each == "gate":
+        return tuple(gate_text(entry) for entry in entries)
     return tuple(_value(item, kind, entry, f"each {name}") for entry in entries)
 
 

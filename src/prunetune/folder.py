@@ -40,6 +40,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def good(self) -> Path:
+        """States within all gates, to go back to."""
+        return self.path / "good"
+
+    @property
     def tuned(self) -> Path:
         """The same for the dense model that is tuned as a teacher or for comparison."""
         return self.path / "tuned"
@@ -63,19 +68,22 @@ class RunFolder:
             file.write(json.dumps(record) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop lines of steps that will be done again, and a line that a kill cut short."""
+        """Drop records of steps that will be done again (-1: of all), and a line that a kill cut short."""
         for name in ("metrics.jsonl", "validation.jsonl"):
             file = self.path / name
             if file.exists():
-                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if 0 < _step(line) <= step]
+                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if 0 <= _step(line) <= step]
                 write_text(file, "".join(line + "\n" for line in kept))
+        for file in (self.path / "decisions").glob("step-*.json"):
+            if int(file.stem.removeprefix("step-")) > step:
+                file.unlink()
 
 
 def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return 0
+        return -1
 
 
 def check_folder(config: RunConfig, *, resume: bool, free: Collection[str] = FREE) -> RunFolder:
@@ -104,12 +112,12 @@ def _occupied(path: Path) -> bool:
 
 def _same(recipe: Path, config: RunConfig, free: Collection[str]) -> None:
     try:
-        before = _flat(
+        before = flat(
             to_mapping(from_mapping(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}, where=str(recipe)))
         )
     except (yaml.YAMLError, ConfigError) as broken:
         raise RunFolderError(f"{recipe} cannot be read ({broken}): name another folder with --out") from broken
-    now = _flat(to_mapping(config))
+    now = flat(to_mapping(config))
     changed = [
         f"{key} was {before[key]!r} and is now {now[key]!r}"
         for key in now
@@ -122,11 +130,12 @@ def _same(recipe: Path, config: RunConfig, free: Collection[str]) -> None:
         )
 
 
-def _flat(values: Record, prefix: str = "") -> Record:
-    flat: Record = {}
+def flat(values: Record, prefix: str = "") -> Record:
+    """Nested options by their dotted names."""
+    found: Record = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
 
 
 def open_folder(folder: RunFolder, config: RunConfig) -> None:

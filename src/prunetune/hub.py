@@ -14,10 +14,12 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from prunetune.export.per_layer import CONFIGURATION, PREFIX, PerLayer, code_of
+from prunetune.export.per_layer import PREFIX, PerLayer
+from prunetune.export.per_layer_code import CONFIGURATION, code_of
 from prunetune.export.shapes import empty
-from prunetune.model.families import FAMILIES
+from prunetune.model.families import FAMILIES, coupling_of
 from prunetune.model.sites import find_sites
+from prunetune.model.units import KINDS
 
 VLLM = "vllm.model_executor.models.transformers:"  # its backend for models that it has no code of its own for
 OWN = ("per_layer_config", "auto_map", "architectures", "model_type", "transformers_version")
@@ -41,7 +43,7 @@ def register() -> None:
 def _tell_vllm(family: str, name: str) -> None:
     from vllm import ModelRegistry
 
-    backend = "TransformersMoEForCausalLM" if "mlp" in FAMILIES[family].whole else "TransformersForCausalLM"
+    backend = "TransformersMoEForCausalLM" if FAMILIES[family].mixture else "TransformersForCausalLM"
     if name not in ModelRegistry.get_supported_archs():
         ModelRegistry.register_model(name, VLLM + backend)
 
@@ -86,7 +88,9 @@ def _generated(config: Any) -> tuple[PerLayer, dict[str, Any]]:
     values = {key: value for key, value in config.to_dict().items() if key not in OWN}
     model = empty(CONFIG_MAPPING[family].from_dict(values))
     names = PerLayer.of(model)
-    _, modeling = code_of(names, find_sites(model))
+    # Every kind of unit that it could lose: what was not pruned says its dense width, and is resized to that.
+    units = [name for name, kind in KINDS.items() if kind != "layers" and kind not in coupling_of(model).whole]
+    _, modeling = code_of(names, find_sites(model, units), model)
     package = f"{__name__}.{names.model_type}"
     beside = ModuleType(f"{package}.configuration_pruned")  # what the generated import finds
     vars(beside)[f"Pruned{names.config}"] = type(config)

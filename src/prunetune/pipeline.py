@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunetune import environment
+from prunetune import environment, history
 from prunetune.bench.speed import measure
 from prunetune.config import RunConfig
 from prunetune.console import console_for
@@ -24,7 +24,7 @@ from prunetune.data.batches import Stream, unlabelled
 from prunetune.data.records import Record
 from prunetune.data.sources import SplitName
 from prunetune.data.templates import Example
-from prunetune.errors import RunFolderError
+from prunetune.errors import GateFailed, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suite import evaluate
 from prunetune.export.integrity import verify
@@ -41,12 +41,15 @@ from prunetune.provenance import card, rewrite_card
 from prunetune.report import write_report
 from prunetune.seeds import derive
 from prunetune.setting import Console, Setting, facts_of, prepare
+from prunetune.trackers import Trackers, require, tracking
 from prunetune.train.adapters import adapters, add_adapters, grow_state
-from prunetune.train.job import Job, Observer
+from prunetune.train.job import Job, Observer, Watch
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher
 from prunetune.train.schedule import given_plan, schedule_of
 from prunetune.train.state import Checkpoints, Keeper, State
+from prunetune.train.validation import WentBack
+from prunetune.watching import Watcher, outcome, watcher_of
 
 
 def run(config: RunConfig, *, resume: bool = False, console: Console | None = None, command: str = "") -> Path:
@@ -54,30 +57,59 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
 
     Raises a `PrunetuneError` for what the user can mend, before anything is written where that can be known.
     """
+    require(config.track)
     console = console or console_for(config.train.log_every)
     try:
         setting = prepare(config, resume=resume, console=console)
+        watcher = watcher_of(setting)
         if resume:
             same_data(setting)
         open_folder(setting.folder, config)
-        _stages(setting, command)
+        with told(setting.folder, config, command):
+            _stages(setting, watcher, command)
+            outside(setting)
     finally:
         console.close()
-    write_report(setting.folder.path)
     return setting.folder.path
 
 
-def _stages(setting: Setting, command: str) -> None:
+def _stages(setting: Setting, watcher: Watcher, command: str) -> None:
     config, folder = setting.config, setting.folder
     folder.note(**environment.facts(setting.device, setting.dtype, command, config.seed), **facts_of(setting))
     if not folder.model.exists():
-        with _timed(folder, "tune and prune"):
-            train(setting)
+        with _timed(folder, "tune and prune"), tracking(config, folder, cpu=setting.device.type == "cpu") as trackers:
+            train(setting, watcher, trackers)
+        folder.note(**outcome(setting, folder.manifest()["timings"]["tune and prune"]))
         with _timed(folder, "cut and check"):
             finish(setting)
     with _timed(folder, "evaluate"):
         evaluate_all(setting)
     folder.note(peak_memory_mb=environment.peak_memory_mb(setting.device))
+
+
+@contextmanager
+def told(folder: RunFolder, config: RunConfig, command: str) -> Iterator[None]:
+    """However the block ends, the report and the history say so."""
+    with history.entered(folder, config, command):
+        try:
+            yield
+            folder.note(failed="")
+        except GateFailed as failed:
+            folder.note(failed=str(failed))
+            raise
+        finally:
+            write_report(folder.path)
+
+
+def outside(setting: Setting) -> None:
+    """Raises `GateFailed` where the run ended outside a gate; what it made is there."""
+    limits = setting.folder.manifest().get("gates", {}).get("limits", [])
+    broken = [limit for limit in limits if not limit["held"]]
+    if broken:
+        raise GateFailed(
+            f"{setting.folder.path} ended outside a gate: {broken[0]['gate']}, limit {broken[0]['limit']:.4g}, "
+            f"found {broken[0]['found']:.4g}; model and report are there, to look at before they are used"
+        )
 
 
 def same_data(setting: Setting) -> None:
@@ -102,33 +134,41 @@ def _timed(folder: RunFolder, stage: str) -> Iterator[None]:
 # -- stages ----------------------------------------------------------------------------------------------------------
 
 
-def train(setting: Setting) -> None:
-    """Search, settle and tune; the last checkpoint holds the result."""
+def train(setting: Setting, watcher: Watcher | None = None, trackers: Trackers | None = None) -> None:
+    """Search, settle and tune; the last checkpoint holds the result. Where a gate goes back, a new model goes on."""
     checkpoints = Checkpoints(setting.folder.checkpoints)
-    state = checkpoints.latest()
-    setting.folder.forget_after(state.step if state else 0)
     teacher = teacher_of(setting, lambda: _model(setting, "tuned"))
     setting.console.stage("tune and prune", setting.config.train.steps)
-    job = job_of(setting, setting.load().model, checkpoints, Recorder(setting), teacher=teacher)
-    tune_and_prune(job)
+    while True:
+        state = checkpoints.latest()
+        setting.folder.forget_after(state.step if state else -1)
+        model, recorder = setting.load().model, Recorder(setting, trackers or Trackers())
+        try:
+            tune_and_prune(job_of(setting, model, checkpoints, recorder, teacher=teacher, watch=watcher))
+        except WentBack:
+            continue
+        return
 
 
 @dataclass(frozen=True)
 class Recorder:
-    """Keeps the records of a run in its folder and passes them on to the console."""
+    """Keeps the records of a run in its folder and passes them on to the console and to trackers."""
 
     setting: Setting
+    trackers: Trackers
 
     def step(self, record: dict[str, Any]) -> None:
         """A tuning step is done."""
         record = record | {"memory_mb": environment.peak_memory_mb(self.setting.device)}
         self.setting.folder.append("metrics.jsonl", record)
         self.setting.console.step(record)
+        self.trackers.log(record, "train")
 
     def validation(self, record: dict[str, Any]) -> None:
         """The decided sub-network was scored."""
         self.setting.folder.append("validation.jsonl", record)
         self.setting.console.validation(record)
+        self.trackers.log(record, "validation")
 
 
 def job_of(
@@ -138,6 +178,7 @@ def job_of(
     observer: Observer,
     plan: Plan | None = None,
     teacher: Teacher | None = None,
+    watch: Watch | None = None,
 ) -> Job:
     """What the loop needs; with a plan given, it only tunes."""
     from accelerate import Accelerator
@@ -149,7 +190,7 @@ def job_of(
         shape=setting.shape,
         train=Stream(_mixed(setting, "train", teacher), config.train.batch_size, derive(config.seed, "train")),
         search=Stream(_mixed(setting, "search", teacher), config.search.batch_size, derive(config.seed, "search")),
-        valid=watched(setting.encoded["valid"].examples),
+        valid=watched(setting.encoded["valid"].examples, config.validate.limit),
         pad_id=setting.tokenizer.pad_token_id,
         config=config,
         schedule=given_plan(config) if plan else schedule_of(config),
@@ -157,6 +198,7 @@ def job_of(
         observer=observer,
         accelerator=Accelerator(cpu=setting.device.type == "cpu"),
         teacher=teacher,
+        watch=watch,
         plan=plan,
     )
 
@@ -184,7 +226,7 @@ def teacher_of(setting: Setting, dense_tuned: Callable[[], Any]) -> Teacher | No
     return Teacher(model.requires_grad_(False).eval(), distill.logits, distill.hidden)
 
 
-def watched(examples: tuple[Example, ...], most: int = 64) -> tuple[Example, ...]:
+def watched(examples: tuple[Example, ...], most: int) -> tuple[Example, ...]:
     """The validation examples scored during the run: spread evenly over the split."""
     return examples[:: max(1, -(-len(examples) // most))]
 

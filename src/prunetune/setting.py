@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -19,8 +19,9 @@ from prunetune.evaluation.suite import context_of
 from prunetune.export.shapes import legal_groups, width_of
 from prunetune.files import need_space
 from prunetune.folder import FREE, RunFolder, check_folder
+from prunetune.model.linears import COLUMNS, ROWS, linear_of, size
 from prunetune.model.loading import Loaded, ghost, load, load_tokenizer, pick_device, pick_dtype
-from prunetune.model.sites import Site, find_sites, whole_params
+from prunetune.model.sites import Site, find_sites, tuned_linears, whole_params
 from prunetune.train.job import Observer
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def prepare(config: RunConfig, *, resume: bool, console: Console, free: Collecti
             )
     params = sum(parameter.numel() for parameter in structure.parameters())
     whole = whole_params(structure)
-    need_space(folder.path, _bytes_needed(structure, sites, config))
+    need_space(folder.path, _bytes_needed(structure, config))
     log.info("model %s on %s in %s, layout %s", config.model, device, str(dtype).removeprefix("torch."), config.layout)
     return Setting(config, folder, device, dtype, sites, shape, tokenizer, splits, encoded, console, params, whole)
 
@@ -115,18 +116,14 @@ def shape_of(
     return Shape(config.layout, align, budget.min_groups, legal, budget.tensor_parallel)
 
 
-def _bytes_needed(structure: Any, sites: tuple[Site, ...], config: RunConfig) -> int:
+def _bytes_needed(structure: Any, config: RunConfig) -> int:
     """Two checkpoints of adapters with their moments, and of the dense tuned model's, one being written; the result."""
     rank = config.lora.rank
-    adapter: int = sum(rank * (linear.in_features + linear.out_features) for linear in _linears(structure, sites))
+    linears = [linear_of(structure, name) for name in tuned_linears(structure)]
+    adapter: int = sum(rank * (size(linear, ROWS) + size(linear, COLUMNS)) for linear in linears)
     weights: int = sum(parameter.numel() for parameter in structure.parameters())
-    return 5 * 12 * adapter + 4 * weights + 64 * 2**20
-
-
-def _linears(structure: Any, sites: tuple[Site, ...]) -> Iterator[Any]:
-    for site in sites:
-        for part in (*site.producers, site.consumer):
-            yield structure.get_submodule(part.module)
+    states = 8 if config.gates else 5  # gates may go back to two more
+    return states * 12 * adapter + 4 * weights + 64 * 2**20
 
 
 def facts_of(setting: Setting) -> dict[str, Any]:

@@ -20,6 +20,7 @@ def of_run(folder: Path) -> str:
         f"decoder parameters  {_millions(dense, pruned, 'decoder_params')}  ({100 * removed:.1f}% removed)",
         f"all parameters      {_millions(dense, pruned, 'params')}",
         f"self-check          {check['max_relative']:.1e} relative (limit {check['limit']:.0e})",
+        *_gates(manifest.get("gates", {}), manifest.get("validation", {})),
     ]
     speed = manifest.get("speed", {})
     if {"dense", "pruned"} <= set(speed):
@@ -29,6 +30,28 @@ def of_run(folder: Path) -> str:
     return "\n".join(
         [*lines, "", *_scores(folder), "", f"checkpoint {folder / 'model'}", f"report     {folder / 'report.html'}"]
     )
+
+
+def _gates(gates: dict[str, Any], validation: dict[str, Any]) -> list[str]:
+    """What gates did, what the budget became, and what watching cost."""
+    lines = [
+        f"gate                step {event['step']}: {event['did']} ({event['gates'][0]})"
+        for event in gates.get("events", [])
+    ]
+    lines += [
+        f"gate                {limit['gate']}: {limit['found']:.4g}, limit {limit['limit']:.4g}"
+        f"{'' if limit['held'] else ', OUTSIDE'}"
+        for limit in gates.get("limits", [])
+    ]
+    if gates and (gates["kept"] or 0) > gates["keep_asked"]:
+        lines.append(
+            f"budget              {gates['kept']:.1%} remains, {gates['keep_asked']:.0%} was asked for: a gate held it"
+        )
+    if validation.get("share") is not None:
+        lines.append(
+            f"validation          every {validation['every']} steps, {validation['share']:.1%} of the tuning time"
+        )
+    return lines
 
 
 def _millions(dense: dict[str, Any], pruned: dict[str, Any], key: str) -> str:

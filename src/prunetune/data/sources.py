@@ -17,7 +17,7 @@ from prunetune.data.formats import READERS, rows_of
 from prunetune.data.records import Record, record_of
 from prunetune.errors import DataError, MissingPackage
 
-SplitName = Literal["train", "search", "valid", "test", "texts"]
+SplitName = Literal["train", "search", "valid", "test", "texts", "guard"]
 
 HUB_SPLITS: dict[SplitName, tuple[str, ...]] = {
     "train": ("train",),
@@ -25,6 +25,7 @@ HUB_SPLITS: dict[SplitName, tuple[str, ...]] = {
     "valid": ("validation", "valid", "dev"),
     "test": ("test",),
     "texts": ("train",),
+    "guard": ("validation", "valid", "dev", "test"),
 }
 SPLIT_STEM = re.compile(r"(train|search|valid|validation|val|dev|test|eval)(-\d+-of-\d+)?")
 WEIGHT = re.compile(r"(?P<path>.+)\*(?P<weight>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", re.IGNORECASE)

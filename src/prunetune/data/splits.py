@@ -24,6 +24,10 @@ DISJOINT: tuple[tuple[SplitName, SplitName], ...] = (
     ("train", "search"),
     ("texts", "test"),
     ("texts", "valid"),
+    ("guard", "test"),  # a gate chooses by the guard, so nothing of it is reported
+    ("train", "guard"),
+    ("search", "guard"),
+    ("texts", "guard"),
 )
 
 
@@ -36,13 +40,15 @@ class Splits:
     valid: tuple[Record, ...]
     test: tuple[Record, ...]
     texts: tuple[Record, ...] = ()  # beside train and search, for a teacher
+    guard: tuple[Record, ...] = ()  # watched during the run
     dropped: int = 0  # records left out because another split holds them too
 
     def parts(self) -> dict[SplitName, tuple[Record, ...]]:
-        """The records by the name of their split; texts only where there are any."""
+        """The records by the name of their split; texts and guard only where there are any."""
         parts: dict[SplitName, tuple[Record, ...]]
         parts = {"train": self.train, "search": self.search, "valid": self.valid, "test": self.test}
-        return parts | ({"texts": self.texts} if self.texts else {})
+        beside: dict[SplitName, tuple[Record, ...]] = {"texts": self.texts, "guard": self.guard}
+        return parts | {name: records for name, records in beside.items() if records}
 
     @property
     def hashes(self) -> dict[str, str]:
@@ -75,7 +81,9 @@ def _given(config: DataConfig) -> dict[SplitName, Sequence[str]]:
     # The demo has splits of its own, cut so that no category straddles them.
     if all(Source.parse(source).path == "demo" for source in config.train):
         given = {name: sources or ("demo",) for name, sources in given.items()}
-    return {name: sources for name, sources in {**given, "texts": config.texts}.items() if sources}
+    return {
+        name: sources for name, sources in {**given, "texts": config.texts, "guard": config.guard}.items() if sources
+    }
 
 
 def _disjoint(

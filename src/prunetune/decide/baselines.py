@@ -6,7 +6,7 @@ ranks the scores over all sites. Shapes: U units of a site, C columns of its con
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,12 @@ from torch.nn import functional as F
 from prunetune.data.batches import IGNORED, Batch
 from prunetune.decide.activations import influences, input_moments
 from prunetune.decide.select import Scores
+from prunetune.errors import ConfigError
 from prunetune.model.head import head_reads
+from prunetune.model.linears import as_rows, linear_of
 from prunetune.model.masking import masked
-from prunetune.model.sites import Site
+from prunetune.model.owned import owned_weights
+from prunetune.model.units import NAMES, Site
 from prunetune.plan import Plan
 from prunetune.seeds import derive
 
@@ -56,8 +59,9 @@ def magnitude(calibration: Calibration) -> Scores:
     """
     found = {}
     for site in calibration.sites:
-        squares = [parameter.float().square() for parameter in _parameters(calibration.model, site)]
-        found[site.name] = (_per_unit(calibration.model, squares, site) / site.unit_params).sqrt().float()
+        owned = owned_weights(calibration.model, site)
+        squares = [weight.per_unit(weight.parameter.float().square()) for weight in owned]
+        found[site.name] = (_total(squares, site) / site.price).sqrt().float()
     return found
 
 
@@ -72,8 +76,9 @@ def wanda_sp(calibration: Calibration) -> Scores:
     moments = input_moments(calibration.model, _consumers(calibration), calibration.batches)
     found = {}
     for site in calibration.sites:
-        weight = calibration.model.get_submodule(site.consumer.module).weight
-        columns = weight.float().abs().sum(0).double().cpu() * moments[site.consumer.module].norm
+        consumer = _consumer(site)
+        weight = _weight(calibration.model, consumer)
+        columns = weight.float().abs().sum(0).double().cpu() * moments[consumer].norm
         found[site.name] = _rank_share(columns.view(site.units, -1).sum(1))
     return found
 
@@ -90,8 +95,9 @@ def flap(calibration: Calibration) -> Scores:
     moments = input_moments(calibration.model, _consumers(calibration), calibration.batches)
     found = {}
     for site in calibration.sites:
-        weight = calibration.model.get_submodule(site.consumer.module).weight
-        columns = weight.float().square().sum(0).double().cpu() * moments[site.consumer.module].variance
+        consumer = _consumer(site)
+        weight = _weight(calibration.model, consumer)
+        columns = weight.float().square().sum(0).double().cpu() * moments[consumer].variance
         found[site.name] = _standardised(columns).view(site.units, -1).mean(1).float()
     return found
 
@@ -104,18 +110,24 @@ def taylor(calibration: Calibration) -> Scores:
     """
     found: dict[str, Tensor] = {}
     for sites in _portions(calibration.sites):
-        weights = {site.name: _parameters(calibration.model, site) for site in sites}
-        gradients = iter(_gradients(calibration, [one for owned in weights.values() for one in owned]))
+        weights = {site.name: owned_weights(calibration.model, site) for site in sites}
+        gradients = iter(_gradients(calibration, [one.parameter for owned in weights.values() for one in owned]))
         for site in sites:
-            products = [(next(gradients) * weight.detach().float()).abs() for weight in weights[site.name]]
-            found[site.name] = (_per_unit(calibration.model, products, site) / site.unit_params).float()
+            products = [
+                weight.per_unit((next(gradients) * weight.parameter.detach().float()).abs())
+                for weight in weights[site.name]
+            ]
+            found[site.name] = (_total(products, site) / site.price).float()
     return found
 
 
 def _portions(sites: tuple[Site, ...]) -> list[list[Site]]:
     portions: list[list[Site]] = [[]]
     for site in sites:
-        if portions[-1] and sum(other.params for other in portions[-1]) + site.params > AT_ONCE:
+        if (
+            portions[-1]
+            and sum(other.units * other.price for other in portions[-1]) + site.units * site.price > AT_ONCE
+        ):
             portions.append([])
         portions[-1].append(site)
     return portions
@@ -155,7 +167,7 @@ def fisher(calibration: Calibration) -> Scores:
         gradients = torch.autograd.grad(loss, list(gates.values()))
         for name, gradient in zip(gates, gradients, strict=True):
             sums[name] += gradient.double().square().cpu()
-    return {site.name: (sums[site.name] / max(len(rows), 1) / site.unit_params).float() for site in sites}
+    return {site.name: (sums[site.name] / max(len(rows), 1) / site.price).float() for site in sites}
 
 
 def block_influence(calibration: Calibration) -> Scores:
@@ -163,9 +175,9 @@ def block_influence(calibration: Calibration) -> Scores:
 
     Men et al. 2024 (ShortGPT, arXiv 2403.03853, section 3). Floors of the plan's shape stay, ties go by index.
     """
-    layers = {site.name: site.name.rpartition(".")[0] for site in calibration.sites}
-    found = influences(calibration.model, dict.fromkeys(layers.values()), calibration.batches)
-    return {site.name: torch.full((site.units,), found[layers[site.name]]) for site in calibration.sites}
+    layers = dict.fromkeys(site.prefix for site in calibration.sites)
+    found = influences(calibration.model, layers, calibration.batches)
+    return {site.name: torch.full((site.units,), found[site.prefix]) for site in calibration.sites}
 
 
 BASELINES: dict[str, Baseline] = {
@@ -185,38 +197,38 @@ def bias_compensation(calibration: Calibration, plan: Plan) -> dict[str, Tensor]
 
     The baseline bias of FLAP (An et al. 2024, arXiv 2312.11983, section 3); `surgery.add_biases` takes it.
     """
-    losing = [site for site in calibration.sites if len(plan.kept[site.name]) < site.units]
-    names = [site.consumer.module for site in losing]
+    losing = [site for site in calibration.sites if len(plan.kept[site.name]) < site.units and site.consumer]
+    names = [_consumer(site) for site in losing]
     moments = input_moments(calibration.model, names, calibration.batches)
     biases = {}
     for site, name in zip(losing, names, strict=True):
-        weight = calibration.model.get_submodule(name).weight
+        weight, consumer = _weight(calibration.model, name), site.consumer
+        assert consumer is not None
         mean = moments[name].average.float()
-        mean[site.consumer.indices(plan.kept[site.name], site.units)] = 0
+        mean[consumer.indices(plan.kept[site.name], site.units)] = 0
         biases[name] = (weight.float() @ mean.to(weight.device)).cpu()
     return biases
 
 
 def _consumers(calibration: Calibration) -> list[str]:
-    return [site.consumer.module for site in calibration.sites]
+    return [_consumer(site) for site in calibration.sites]
 
 
-def _parameters(model: Any, site: Site) -> list[Tensor]:
-    """Of a site: each producer's weight and bias (units along rows), then the consumer's weight (along columns)."""
-    owned = [parameter for cut in site.producers for parameter in _own(model.get_submodule(cut.module))]
-    return [*owned, model.get_submodule(site.consumer.module).weight]
+def _consumer(site: Site) -> str:
+    if site.consumer is None:
+        raise ConfigError(
+            f"this baseline looks at what a linear reads, and {NAMES[site.kind]} have none of their own: leave "
+            "wanda-sp and flap out of compare.methods, or take kv-groups, query-heads and mlp-channels as budget.units"
+        )
+    return site.consumer.module
 
 
-def _own(module: Any) -> list[Tensor]:
-    return [parameter for parameter in (module.weight, module.bias) if parameter is not None]
+def _weight(model: Any, name: str) -> Tensor:
+    linear = linear_of(model, name)
+    return as_rows(linear, linear.weight)
 
 
-def _per_unit(model: Any, values: list[Tensor], site: Site) -> Tensor:
-    """Sum over each unit's entries, laid out as by `_parameters`: float64 [U] on the CPU."""
-    cuts = [cut for cut in site.producers for _ in _own(model.get_submodule(cut.module))]
-    rows = [*values[:-1], values[-1].t()]
-    sums = [row.sum(1, dtype=torch.float64) if row.dim() > 1 else row.double() for row in rows]
-    parts = [cut.summed(part.cpu(), site.units) for cut, part in zip([*cuts, site.consumer], sums, strict=True)]
+def _total(parts: Sequence[Tensor], site: Site) -> Tensor:
     return sum(parts, torch.zeros(site.units).double())
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prunetune.budget.params import kept_share
 from prunetune.config import RunConfig
 from prunetune.decide.evidence import quantile, to_logits
 from prunetune.decide.generator import generator_for
 from prunetune.decide.sampling import gumbel_sigmoid, rounded, straight_through
-from prunetune.decide.select import Shape, select
+from prunetune.decide.select import Shape, feasible_keep, select
 from prunetune.model.masking import gates_of
 from prunetune.model.sites import Site
 from prunetune.plan import Plan
@@ -94,6 +95,18 @@ class Searcher:
         """The final decision: no noise, exact budget, ties broken by index."""
         return self.fixed(select(moved_to(self.logits(), "cpu"), self.sites, self.keep, self.shape))
 
+    @torch.no_grad()
+    def legal(self, decision: Decision) -> Decision:
+        """An open decision with its plan; of a noisy draw, the plan of the highest logits that is about as large."""
+        if not self.is_sampled:
+            return Decision(decision.gates, plan_of(decision.gates))
+        lowest, share = feasible_keep(self.sites, self.shape), float(kept_share(decision.gates, self.sites))
+        return self.fixed(select(moved_to(self.logits(), "cpu"), self.sites, max(lowest, share), self.shape))
+
+    def follow(self, keep_at: Callable[[int], float], keep: float) -> None:
+        """Another budget from here on: at each step, and at the end."""
+        self.keep_at, self.keep = keep_at, keep
+
     def fixed(self, plan: Plan) -> Decision:
         """A given plan as a decision."""
         return Decision(moved_to(gates_of(plan, self.sites), self.device), plan)
@@ -124,6 +137,12 @@ class Searcher:
             {name[4:]: weight for name, weight in tensors.items() if name.startswith("net.")}
         )
         self.start = {name[6:]: value.to(self.device) for name, value in tensors.items() if name.startswith("start.")}
+
+
+def plan_of(gates: Mapping[str, Tensor]) -> Plan:
+    """The units under open gates."""
+    kept = {name: tuple(gate.nonzero()[:, 0].tolist()) for name, gate in moved_to(gates, "cpu").items()}
+    return Plan(kept, {name: len(gate) for name, gate in gates.items()})
 
 
 def moved_to(values: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:

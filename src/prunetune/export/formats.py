@@ -15,7 +15,7 @@ from prunetune.export.onnx import to_onnx
 from prunetune.export.quantize import SCHEMES, quantised
 from prunetune.export.result import Exported, ExportOptions
 from prunetune.export.source import Source
-from prunetune.files import PARTIAL, writing
+from prunetune.files import PARTIAL, need_space, writing
 
 # Writes to the path given, checks what it wrote (raises `SelfCheckFailed`), and says so. The path is new, and is moved
 # to its place afterwards. What cannot be is refused before anything is written.
@@ -37,6 +37,9 @@ EXPORTERS: Mapping[str, Format] = {
     "gguf": Format(gguf.to_gguf, gguf.DTYPES, ".gguf"),
     "onnx": Format(to_onnx, ("f32",)),
 }
+
+
+WIDTHS = {"f32": 4, "f16": 2, "bf16": 2}  # bytes of a weight
 
 
 def export_run(
@@ -66,6 +69,7 @@ def export_run(
     place = out or _place(source, to, options.quantize or options.dtype, EXPORTERS[to].suffix)
     if place.exists():
         raise ConfigError(f"{place} exists already: name another place with --out, or remove it")
+    need_space(place.parent, source.params * WIDTHS.get(options.dtype, source.dtype.itemsize))
     partial = place.with_name(place.name + PARTIAL)
     with writing(place):
         _clear(partial)

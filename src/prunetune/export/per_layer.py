@@ -8,93 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from string import Template
 from typing import Any
 
 from prunetune.errors import ModelError
-from prunetune.model.families import coupling_of, family_of, heads_of
-from prunetune.model.sites import Site
+from prunetune.model.families import coupling_of, experts_of, family_of, heads_of
+from prunetune.model.units import Site, surviving_layers
 from prunetune.plan import Plan
 
 PREFIX = "pruned_"  # of a model_type
-CONFIGURATION = Template('''\
-"""Configuration of a model whose layers differ in width. Written by prunetune; needs transformers >= 5.14."""
-
-from transformers import $config
-
-
-class $pruned_config($config):
-    model_type = "$model_type"
-
-    def validate(self):  # on saving, of numbers that all layers would share
-        """Widths are checked layer by layer when the model is built."""
-''')
-
-MODELING = Template('''\
-"""A $causal whose layers differ in width. Written by prunetune; needs transformers >= 5.14."""
-
-import copy
-
-import torch
-from torch import nn
-from transformers import $causal, $base
-
-from .configuration_pruned import $pruned_config
-
-$helpers
-def dense(config):
-    plain = copy.copy(config)
-    plain.per_layer_config = None
-    return plain
-
-
-def resized(linear, rows=None, columns=None):
-    return nn.Linear(columns or linear.in_features, rows or linear.out_features, bias=linear.bias is not None,
-                     device=linear.weight.device, dtype=linear.weight.dtype)
-
-
-def resize(model, layers, config):
-    for kernels in ("_attn_implementation", "_experts_implementation"):
-        setattr(config, kernels, getattr(model.config, kernels))
-    for module in model.modules():
-        if hasattr(module, "config") and "Rotary" not in type(module).__name__:  # angles are the dense model's
-            module.config = config
-    for layer, own in zip(layers, config.per_layer_config):
-$lines
-
-class $pruned_base($base):
-    config_class = $pruned_config
-
-    def __init__(self, config):
-        super().__init__(dense(config))
-        resize(self, self.$layers, config)
-
-
-class $pruned_causal($causal):
-    config_class = $pruned_config
-
-    def __init__(self, config):
-        super().__init__(dense(config))
-        resize(self, self.$inner.$layers, config)
-''')
-
-NO_ATTENTION = """
-class NoAttention(nn.Module):
-    def forward(self, hidden_states, *args, **kwargs):
-        return torch.zeros_like(hidden_states), None
-
-"""
-
-OWN_HEADS = """
-class OwnHeads:
-    def __init__(self, config, heads):
-        self.__dict__.update(shared=config, num_attention_heads=heads)
-
-    def __getattr__(self, name):
-        return getattr(self.shared, name)
-
-"""
 
 
 @dataclass(frozen=True)
@@ -107,7 +28,6 @@ class PerLayer:
     inner: str  # the causal model's name for the base: "model"
     layers: str  # the base's name for the layers: "layers", "decoder.layers"
     model_type: str
-    width: str  # the configuration's name for the channels of an MLP
 
     @classmethod
     def of(cls, model: Any) -> PerLayer:
@@ -125,7 +45,6 @@ class PerLayer:
             inner=inner,
             layers=first.removeprefix(f"{inner}.").rpartition(".")[0],
             model_type=PREFIX + model.config.model_type,
-            width=channels_of(model.config),
         )
 
     @property
@@ -147,69 +66,50 @@ class PerLayer:
         }
 
 
-def channels_of(config: Any) -> str:
-    """What a layer's own configuration calls the channels of its MLP, also where the dense one has no name for them."""
-    return family_of(config).width or "intermediate_size"
+SKIPS = {"attention": "attention", "attention-blocks": "attention", "mlp-blocks": "mlp"}
 
 
-def write_code(folder: Path, names: PerLayer, sites: Sequence[Site]) -> None:
-    """Write `configuration_pruned.py` and `modeling_pruned.py`."""
-    configuration, modeling = code_of(names, sites)
-    (folder / "configuration_pruned.py").write_text(configuration, encoding="utf-8")
-    (folder / "modeling_pruned.py").write_text(modeling, encoding="utf-8")
-
-
-def code_of(names: PerLayer, sites: Sequence[Site]) -> tuple[str, str]:
-    """The text of both modules; `hub` runs it, too."""
-    lines = [line for site in sites if site.layer == sites[0].layer for line in _lines(site, names)]
-    helpers = "".join(
-        text for text, name in ((NO_ATTENTION, "NoAttention("), (OWN_HEADS, "OwnHeads(")) if name in "".join(lines)
-    )
-    values = {
-        "config": names.config, "base": names.base, "causal": names.causal, "model_type": names.model_type,
-        "inner": names.inner, "layers": names.layers, "helpers": helpers,
-        "lines": "".join(f"        {line}\n" for line in lines),
-        "pruned_config": f"Pruned{names.config}", "pruned_base": f"Pruned{names.base}",
-        "pruned_causal": names.model_class,
-    }  # fmt: skip
-    return CONFIGURATION.substitute(values), MODELING.substitute(values)
-
-
-def _lines(site: Site, names: PerLayer) -> list[str]:
-    """What `resize` does to one layer's block."""
-    layer = f"{names.inner}.{names.layers}.{site.layer}"
-    attends = site.kind == "attention"
-    units = "own.num_key_value_heads" if attends else f"own.{names.width}"
-    cuts = [*((cut, "rows") for cut in site.producers), (site.consumer, "columns")]
-    lines = []
-    for cut, side in cuts:
-        place = "layer" + cut.module.removeprefix(layer)
-        times = f" * {cut.per_unit}" if cut.per_unit > 1 else ""
-        lines.append(f"{place} = resized({place}, {side}={units}{times})")
-    if not attends:
-        return lines
-    block = "layer" + site.name.removeprefix(layer)
-    if any(len(cut.parts) > 1 for cut in site.producers):
-        lines += [
-            f"{block}.config = OwnHeads(config, own.num_attention_heads)",
-            f"{block}.num_key_value_heads = own.num_key_value_heads",
-        ]
-    return [*lines, 'if "attention" in own.skip:', f"    {block} = NoAttention()"]
+def words_of(config: Any) -> dict[str, str]:
+    """What a layer's own configuration calls the number of units of a kind, also where the dense one has no name."""
+    family = family_of(config)
+    words = {
+        "attention": "num_key_value_heads",
+        "query-heads": "num_attention_heads",
+        "mlp": family.width or "intermediate_size",
+    }
+    if family.mixture:
+        words |= {"experts": experts_of(config), "expert-channels": family.mixture.width}
+    return words
 
 
 def per_layer_overrides(plan: Plan, sites: Sequence[Site], config: Any) -> dict[str, Any]:
     """`per_layer_config` for config.json, which else keeps the dense values; every layer is spelled out."""
-    heads, channels = heads_of(config), channels_of(config)
-    layers: dict[str, dict[str, Any]] = {}
+    heads, words = heads_of(config), words_of(config)
+    places = {layer: place for place, layer in enumerate(surviving_layers(plan, sites))}
+    layers: dict[str, dict[str, Any]] = {f"{place:02d}": {} for place in places.values()}
     for site in sites:
-        width = len(plan.kept[site.name])
-        layer = layers.setdefault(f"{site.layer:02d}", {})
-        if site.kind == "mlp":
-            layer[channels] = width
-        elif width:
+        if site.layer not in places or site.kind == "layers":
+            continue
+        layer, width = layers[f"{places[site.layer]:02d}"], len(plan.kept[site.name])
+        if site.kind == "attention" and width:
             layer |= {"num_attention_heads": width * heads.ratio, "num_key_value_heads": width}
+        elif site.kind in SKIPS:
+            if not width:
+                layer.setdefault("skip", []).append(SKIPS[site.kind])
+        elif site.kind == "query-heads":
+            layer |= {"num_attention_heads": width} if width else {}
+        elif width:
+            per_lane = site.lanes if site.kind != "expert-channels" else len(_open_lanes(site, plan))
+            layer[words[site.kind]] = width // per_lane
         else:
-            layer["skip"] = ["attention"]
-    if any(site.kind == "attention" for site in sites):
+            layer[words[site.kind]] = site.length  # of a block that is not there: as in the dense model
+    for layer in layers.values():
+        if "skip" in layer:
+            layer["skip"] = sorted(set(layer["skip"]))
+    if any(site.kind in ("attention", "query-heads") for site in sites):
         return {"per_layer_config": layers, "head_dim": heads.size}
     return {"per_layer_config": layers}
+
+
+def _open_lanes(site: Site, plan: Plan) -> set[int]:
+    return {unit // site.length for unit in plan.kept[site.name]}

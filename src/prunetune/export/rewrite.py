@@ -14,15 +14,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunetune.errors import ModelError
+from prunetune.export.per_layer import words_of
 from prunetune.export.result import Check, Exported, ExportOptions
 from prunetune.export.selfcheck import check, logits_of
 from prunetune.export.shapes import empty, legal_groups
 from prunetune.export.shapes import uniform as uniform_config
 from prunetune.export.source import Source
 from prunetune.export.write import Written, add_old_rope_keys, edit_json
-from prunetune.model.sites import Cut, find_sites
+from prunetune.model.families import heads_of
+from prunetune.model.sites import find_sites
+from prunetune.model.units import Cut
 
 log = logging.getLogger(__name__)
+PADDED = {"num_attention_heads", "num_key_value_heads", "skip"}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
@@ -75,6 +79,13 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def padded_config(source: Source) -> Any:
     """Every layer as wide as the widest, or as the next width that the stock class takes."""
     kinds, config = {site.kind for site in source.sites}, source.config
+    ratio = heads_of(config).ratio
+    others = {name for own in source.values["per_layer_config"].values() for name in own} - PADDED
+    if others - {words_of(config)["mlp"]} or any(layer.queries != ratio * layer.groups for layer in source.widths):
+        raise ModelError(
+            f"{source.folder}: only KV groups and MLP channels can be filled up with zeros, and this model lost other "
+            "units, too: run again with --layout uniform, or export onnx"
+        )
     groups = max(layer.groups for layer in source.widths)
     while "attention" in kinds and not legal_groups(config)(groups):
         groups += 1  # the dense width is legal
@@ -89,6 +100,7 @@ def _padded(source: Source, target: Any, place: Path, dtype: torch.dtype, note: 
     for site in find_sites(target):
         layer = source.widths[site.layer]
         wide = layer.groups if site.kind == "attention" else layer.channels
+        assert site.consumer is not None  # of these two kinds
         for cut, side in (*((cut, 0) for cut in site.producers), (site.consumer, 1)):
             for name in (f"{cut.module}.weight", f"{cut.module}.bias"):
                 if name in shapes and not (side == 1 and name.endswith("bias")):

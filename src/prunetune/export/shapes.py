@@ -10,28 +10,28 @@ from typing import Any
 import torch
 
 from prunetune.errors import PlanError
-from prunetune.model.families import family_of, heads_of
+from prunetune.model.families import experts_of, family_of, heads_of
 from prunetune.model.sites import find_sites
 
 
-def legal_groups(config: Any) -> Callable[[int], bool]:
-    """Whether a uniform model of this architecture may keep so many KV groups in every layer; remembers what it found.
+def legal_groups(config: Any) -> Callable[..., bool]:
+    """Whether a uniform model of this architecture may keep so many KV groups, of so many query heads, in every layer.
 
     Asked of the class itself: an empty model of that shape has to be made, and its heads to be as wide as before.
     Some classes demand a hidden size divisible by the heads, others derive the head dimension from it. Making a model
-    changes settings of the whole process, so the first time is not for threads.
+    changes settings of the whole process, so the first time is not for threads. What was found is remembered.
     """
     heads = heads_of(config)
 
     @functools.cache
-    def legal(groups: int) -> bool:
-        if groups == heads.groups or groups < 1:
+    def legal(groups: int, ratio: int = heads.ratio) -> bool:
+        if (groups, ratio) == (heads.groups, heads.ratio) or groups < 1:
             return groups >= 1
         try:
-            found = _query_columns(uniform(config, groups, None))
+            found = _query_columns(uniform(config, groups, None, ratio=ratio))
         except Exception:  # each class says no in its own way
             return False
-        return found == (groups, heads.ratio * heads.size)
+        return found == (groups, ratio * heads.size)
 
     return legal
 
@@ -39,7 +39,7 @@ def legal_groups(config: Any) -> Callable[[int], bool]:
 def _query_columns(config: Any) -> tuple[int, int]:
     """(KV groups, columns that one group's queries have); zeros where attention cannot be pruned."""
     site = next((site for site in find_sites(empty(config)) if site.kind == "attention"), None)
-    return (site.units, site.consumer.per_unit) if site else (0, 0)
+    return (site.units, site.consumer.per_unit) if site and site.consumer else (0, 0)
 
 
 def empty(config: Any) -> Any:
@@ -50,24 +50,39 @@ def empty(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def uniform(config: Any, groups: int | None, channels: int | None) -> Any:
-    """The configuration of equal, smaller layers, None leaving a width as it is; a sibling's where its own fails."""
+def uniform(
+    config: Any,
+    groups: int | None,
+    channels: int | None,
+    *,
+    ratio: int | None = None,
+    experts: int | None = None,
+    expert_channels: int | None = None,
+) -> Any:
+    """The configuration of equal, smaller layers, None leaving a width as it is; a sibling's where its own fails.
+
+    `ratio` is the query heads of a KV group.
+    """
     from transformers import CONFIG_MAPPING
 
     values, dense = config.to_dict(), heads_of(config)
-    heads = dense.queries if groups is None else groups * dense.ratio
+    heads = (dense.groups if groups is None else groups) * (ratio or dense.ratio)
     values.pop("transformers_version", None)
-    if groups is not None:
-        values |= {"num_attention_heads": heads, "num_key_value_heads": groups, "head_dim": dense.size}
+    if groups is not None or ratio is not None:
+        kept = dense.groups if groups is None else groups
+        values |= {"num_attention_heads": heads, "num_key_value_heads": kept, "head_dim": dense.size}
+    if experts is not None:
+        values[experts_of(config)] = experts
+    if expert_channels is not None:
+        values[family_of(config).mixture.width] = expert_channels  # type: ignore[union-attr]
     if channels is not None:
         values[width_of(config)] = channels
     sibling = SIBLINGS.get(config.model_type)
     if sibling is None or not sibling.needed(config, heads, dense.size):
         return type(config).from_dict(values | {"architectures": [_causal_class(config)]})
-    kept = {name: value for name, value in values.items() if name not in sibling.without}
-    changed = CONFIG_MAPPING[sibling.model_type].from_dict(
-        kept | dict(sibling.values) | {"model_type": sibling.model_type}
-    )
+    shared = {name: value for name, value in values.items() if name not in sibling.without}
+    shared |= {"model_type": sibling.model_type, **sibling.values}
+    changed = CONFIG_MAPPING[sibling.model_type].from_dict(shared)
     changed.architectures = [_causal_class(changed)]
     return changed
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,15 +13,15 @@ import torch
 import yaml
 from safetensors import SafetensorError, safe_open
 
-from prunetune.errors import ModelError, PlanError
-from prunetune.export.integrity import SUMS, verify
-from prunetune.export.per_layer import channels_of
+from prunetune.errors import ModelError
+from prunetune.export.per_layer import words_of
 from prunetune.export.shapes import empty
-from prunetune.model.families import family_of, heads_of
-from prunetune.model.sites import Site, find_sites
+from prunetune.export.soundness import look_over
+from prunetune.model.families import heads_of
+from prunetune.model.sites import find_sites
+from prunetune.model.units import Site
 from prunetune.plan import Plan
 
-log = logging.getLogger(__name__)
 Layout = Literal["uniform", "per-layer"]
 # Not of the stock class: the per-layer schema, and rotary keys that only older releases read.
 NOT_STOCK = ("per_layer_config", "auto_map", "architectures", "transformers_version", "rope_theta", "rope_scaling")
@@ -51,7 +50,7 @@ class Source:
             source = cls(path, None, "", trust_remote_code)
         else:
             raise ModelError(f"{path} is no run folder (no config.yaml) and no model folder (no config.json)")
-        _look_over(source)
+        look_over(source)
         return source
 
     @property
@@ -99,7 +98,7 @@ class Source:
     @cached_property
     def widths(self) -> tuple[Widths, ...]:
         """What each layer keeps."""
-        heads, name = heads_of(self.config), channels_of(self.config)
+        heads, name = heads_of(self.config), words_of(self.config)["mlp"]
         whole = {name: getattr(self.config, name, 0), "num_attention_heads": heads.queries}
         whole |= {"num_key_value_heads": heads.groups}
         own = self.values.get("per_layer_config") or {}
@@ -107,9 +106,14 @@ class Source:
         return tuple(_widths_of(layer, name) for layer in layers)
 
     @cached_property
+    def skeleton(self) -> Any:
+        """The stock configuration's model without weights (of a per-layer model: the dense one)."""
+        return empty(self.config)
+
+    @cached_property
     def sites(self) -> tuple[Site, ...]:
-        """The sites of the stock configuration (of a per-layer model: the dense ones)."""
-        return find_sites(empty(self.config))
+        """KV groups and MLP channels of the skeleton."""
+        return find_sites(self.skeleton)
 
     @cached_property
     def plan(self) -> Plan | None:
@@ -199,53 +203,3 @@ def _widths_of(layer: dict[str, Any], channels: str) -> Widths:
         0 if "attention" in skipped else groups,
         0 if "mlp" in skipped else layer[channels],
     )
-
-
-def _look_over(source: Source) -> None:
-    """Refuse what cannot be whole: shards that are missing or torn, code that may not run, a plan of another model."""
-    missing = sorted(set(_indexed(source.folder)) - {file.name for file in source.folder.glob("*.safetensors")})
-    if missing:
-        raise ModelError(f"{source.folder}: {missing[0]} is missing; copy the folder again, or write the model again")
-    try:
-        if not source.places:
-            raise ModelError(f"{source.folder} holds no weights (*.safetensors); copy the folder again")
-    except (SafetensorError, OSError) as torn:
-        raise ModelError(f"{source.folder}: a .safetensors file is not whole ({torn}); copy the folder again") from torn
-    if source.layout == "per-layer" and not source.runs_code:
-        raise ModelError(
-            f"{source.folder} opens with code of its own (modeling_pruned.py): read it, then say --trust-remote-code"
-        )
-    family_of(source.config)  # refuses
-    _fits(source)
-    if not verify(source.folder):
-        log.info("%s holds no %s, so its files are taken as they are", source.folder, SUMS)
-
-
-def _indexed(folder: Path) -> Iterator[str]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            yield from json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        except (ValueError, KeyError, AttributeError) as broken:
-            raise ModelError(f"{index} cannot be read; copy the folder again") from broken
-
-
-def _fits(source: Source) -> None:
-    """The plan's widths, the configuration's and the tensors' are the same."""
-    plan = source.plan
-    if plan is None:
-        return
-    for site in source.sites:
-        widths = source.widths[site.layer]
-        wide = widths.groups if site.kind == "attention" else widths.channels
-        if len(plan.kept.get(site.name, ())) != wide:
-            raise PlanError(
-                f"{source.folder}/plan.json keeps {len(plan.kept.get(site.name, ()))} units at {site.name} and "
-                f"config.json says {wide}: the plan is of another model; put back the plan.json of this one"
-            )
-        name = f"{site.consumer.module}.weight"
-        if name in source.places and source.shape(name)[1] != wide * site.consumer.per_unit:
-            raise ModelError(
-                f"{source.folder}: {name} has {source.shape(name)[1]} columns and config.json asks for "
-                f"{wide * site.consumer.per_unit}: weights and configuration do not belong together; copy them again"
-            )

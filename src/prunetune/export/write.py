@@ -11,10 +11,11 @@ from typing import Any
 
 from prunetune.errors import ModelError
 from prunetune.export.integrity import seal
-from prunetune.export.per_layer import PerLayer, per_layer_overrides, write_code
+from prunetune.export.per_layer import PerLayer, per_layer_overrides
+from prunetune.export.per_layer_code import write_code
 from prunetune.export.shapes import empty, uniform, why_sibling
 from prunetune.files import new_folder
-from prunetune.model.sites import Site
+from prunetune.model.units import Site, surviving_layers
 from prunetune.plan import Plan
 
 
@@ -35,6 +36,7 @@ def write(
     model: Any, tokenizer: Any, plan: Plan, sites: Sequence[Site], folder: Path, *, layout: str, card: str
 ) -> Written:
     """Write `model`, already cut by `plan`, whole or not at all. Tensors keep their dtype."""
+    layout = layout_of(layout, sites)
     config = uniform_config(model.config, plan, sites) if layout == "uniform" else copy.deepcopy(model.config)
     with new_folder(folder) as partial:
         if layout == "uniform":
@@ -46,7 +48,7 @@ def write(
             layered = PerLayer.of(model)
             # Names as in memory: renaming on the way in goes by model_type, and this one is of our own.
             model.save_pretrained(partial, save_original_format=False)
-            write_code(partial, layered, sites)
+            write_code(partial, layered, sites, model)
             edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | layered.auto_map())
         add_old_rope_keys(partial / "config.json")
         tokenizer.save_pretrained(partial)
@@ -65,13 +67,30 @@ def write(
     )
 
 
+def layout_of(layout: str, sites: Sequence[Site]) -> str:
+    """A model that lost whole layers and nothing else is uniform, whatever was asked for."""
+    return "uniform" if all(site.kind == "layers" for site in sites) else layout
+
+
 def uniform_config(config: Any, plan: Plan, sites: Sequence[Site]) -> Any:
     """The configuration of a uniform plan; raises `ModelError` where its layers differ."""
-    widths = {kind: {len(plan.kept[s.name]) for s in sites if s.kind == kind} for kind in ("attention", "mlp")}
-    if any(len(width) > 1 for width in widths.values()):
+    widths: dict[str, set[int]] = {}
+    left = set(surviving_layers(plan, sites))
+    for site in sites:
+        if site.layer in left and site.kind != "layers":
+            lanes = len({unit // site.length for unit in plan.kept[site.name]}) if site.lanes > 1 else 1
+            widths.setdefault(site.kind, set()).add(len(plan.kept[site.name]) // max(1, lanes))
+    if any(len(width) > 1 or 0 in width for width in widths.values()):
         raise ModelError(f"plan has widths {widths} and layout uniform needs one of each kind: write it per-layer")
-    groups, channels = (next(iter(widths[kind]), None) for kind in ("attention", "mlp"))
-    return uniform(config, groups, channels)
+    found = {kind: next(iter(width)) for kind, width in widths.items()}
+    return uniform(
+        config,
+        found.get("attention"),
+        found.get("mlp"),
+        ratio=found.get("query-heads"),
+        experts=found.get("experts"),
+        expert_channels=found.get("expert-channels"),
+    )
 
 
 def _fill(target: Any, model: Any) -> None:

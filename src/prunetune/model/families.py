@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch import nn
 
 from prunetune.errors import UnknownArchitecture
-
-Kind = Literal["attention", "mlp"]
+from prunetune.model.linears import unwrapped
+from prunetune.model.units import Kind
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,40 @@ class Block:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Experts in fused parameters, [E, ...] each, and the router that picks some of them for every token."""
+
+    router: str = "mlp.gate"
+    width: str = "moe_intermediate_size"  # the configuration's name for the channels of an expert
+    transposed: bool = False  # weights as [E, in, out]
+    interleaved: bool = False  # gate and up side by side, channel by channel, not one above the other
+    returns_scores: bool = False  # the block gives (output, router scores)
+
+    block: str = "mlp"
+    experts: str = "mlp.experts"
+
+
+@dataclass(frozen=True)
 class Family:
     """One architecture: what its configuration cannot tell."""
 
     plan: Mapping[str, str] = field(default_factory=dict)  # as base_model_tp_plan, where the configuration has none
     width: str = "intermediate_size"  # the configuration's name for the channels of an MLP; "" where it has none
     whole: Mapping[Kind, str] = field(default_factory=dict)  # blocks that cannot be pruned, and why
+    mixture: Mixture | None = None
+    sinks: str = ""  # one learnt logit for each query head, beside the projections
+    adds_residual: bool = False  # its attention is handed the residual and gives it back
 
 
 DERIVED = "its head dimension is the hidden size divided by the heads, so no head can leave"
-EXPERTS = "its channels are in experts, which cannot be pruned yet"
+EXPERTS = "its channels are in experts: see experts and expert-channels"
 SPANNING = "its norms of queries or keys hold more than one head's weights"
-MIXTURE = Family(whole={"mlp": EXPERTS})
+RESIDUAL = "its attention adds the residual itself, so that its output is more than its own"
+LAST_NORM = "it normalises after the residual, so that an empty layer would change what passes"
+BY_DEPTH = "scale_attn_by_inverse_layer_idx ties a layer's weights to its place in the stack"
+SINGLE = "every KV group has one query head"
+NO_EXPERTS = "it is no mixture of experts"
+ATTENTION_PLAN = {f"self_attn.{name}_proj": "colwise" for name in "qkv"} | {"self_attn.o_proj": "rowwise"}
 
 # Families whose sites were cut and compared with their masked form; the law tests run over each of them.
 FAMILIES: Mapping[str, Family] = {
@@ -55,9 +77,19 @@ FAMILIES: Mapping[str, Family] = {
             "seed_oss", "helium", "nemotron", "arcee", "exaone4", "ernie4_5", "apertus",
         )
     },
-    "mixtral": MIXTURE,
-    "qwen2_moe": MIXTURE,
-    "qwen3_moe": MIXTURE,
+    "mixtral": Family(mixture=Mixture(width="intermediate_size")),
+    "qwen2_moe": Family(mixture=Mixture()),
+    "qwen3_moe": Family(mixture=Mixture()),
+    "gpt_oss": Family(
+        plan=ATTENTION_PLAN,
+        sinks="self_attn.sinks",
+        mixture=Mixture(
+            router="mlp.router", width="intermediate_size", transposed=True, interleaved=True, returns_scores=True
+        ),
+    ),
+    "gpt2": Family(
+        plan={"mlp.c_fc": "colwise", "mlp.c_proj": "rowwise"}, width="n_inner", whole={"attention": DERIVED}
+    ),
     "gpt_neox": Family(whole={"attention": DERIVED}),
     "stablelm": Family(
         plan={"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"},
@@ -70,7 +102,10 @@ FAMILIES: Mapping[str, Family] = {
         whole={"attention": DERIVED},
     ),
     "bloom": Family(
-        plan={"mlp.dense_h_to_4h": "colwise", "mlp.dense_4h_to_h": "rowwise"}, width="", whole={"attention": DERIVED}
+        plan={"mlp.dense_h_to_4h": "colwise", "mlp.dense_4h_to_h": "rowwise"},
+        width="",
+        whole={"attention": DERIVED, "attention-blocks": RESIDUAL},
+        adds_residual=True,
     ),
 }  # fmt: skip
 
@@ -96,15 +131,23 @@ def heads_of(config: Any) -> Heads:
     return Heads(queries, groups, getattr(config, "head_dim", None) or config.hidden_size // queries)
 
 
+def experts_of(config: Any) -> str:
+    """The configuration's own name for the number of experts."""
+    return str(config.attribute_map.get("num_experts", "num_experts"))
+
+
 @dataclass(frozen=True)
 class Coupling:
     """All that `sites` needs to know of an architecture."""
 
     layer_prefixes: tuple[str, ...]  # "model.layers.0", ...
     heads: Heads
-    blocks: Mapping[Kind, Block]  # a kind that cannot be pruned is not there ...
-    whole: Mapping[Kind, str]  # ... but here, with the reason
+    blocks: Mapping[Kind, Block]  # attention and MLP; one that cannot be sliced is not there ...
+    whole: Mapping[Kind, str]  # ... but here: kinds that cannot be pruned, with the reason
     layer_types: tuple[str, ...]
+    attention: str  # the attention module, as named inside a layer
+    family: Family
+    picked: int  # experts that a token goes to
 
     def layer_type(self, layer: int) -> str:
         """The attention type of a layer: "full_attention", "sliding_attention"."""
@@ -127,13 +170,15 @@ def coupling_of(model: nn.Module) -> Coupling:
     config = cast(Any, model).config
     family = family_of(config)
     found = _blocks(family.plan or _inside_layers(config.base_model_tp_plan or {}))
-    prefixes, whole = _layers(model), dict(family.whole)
-    heads = heads_of(config)
-    if "attention" in found and _has_wide_norm(
-        model.get_submodule(f"{prefixes[0]}.{found['attention'].module}"), heads.size
-    ):
+    prefixes, heads = _layers(model), heads_of(config)
+    attention = _attention(model.get_submodule(prefixes[0]), prefixes[0])
+    whole = _refusals(config, family, heads) | dict(family.whole)
+    if "attention" in found and _has_wide_norm(model.get_submodule(f"{prefixes[0]}.{attention}"), heads.size):
         whole["attention"] = SPANNING
-    blocks = {kind: block for kind, block in found.items() if kind not in whole}
+    if "attention" in whole:
+        whole["query-heads"] = whole["attention"]
+    # Some layers of a mixture may have a plain MLP.
+    blocks = {kind: block for kind, block in found.items() if kind not in whole or whole[kind] == EXPERTS}
     missing = {"attention", "mlp"} - set(blocks) - set(whole)
     if missing:
         raise UnknownArchitecture(
@@ -146,12 +191,38 @@ def coupling_of(model: nn.Module) -> Coupling:
         blocks=blocks,
         whole=whole,
         layer_types=tuple(getattr(config, "layer_types", None) or ("full_attention",) * len(prefixes)),
+        attention=attention,
+        family=family,
+        picked=config.num_experts_per_tok if family.mixture else 0,
     )
+
+
+def _refusals(config: Any, family: Family, heads: Heads) -> dict[Kind, str]:
+    """Kinds of unit that this configuration rules out."""
+    found: dict[Kind, str] = {}
+    if family.mixture is None:
+        found |= {"experts": NO_EXPERTS, "expert-channels": NO_EXPERTS}
+    else:
+        found["mlp"] = EXPERTS
+    if heads.ratio < 2:
+        found["query-heads"] = SINGLE
+    if not getattr(config, "do_layer_norm_before", True):
+        found |= {"layers": LAST_NORM}
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        found["layers"] = BY_DEPTH
+    return found
+
+
+def _attention(layer: nn.Module, prefix: str) -> str:
+    found = [name for name, child in layer.named_children() if "Attention" in type(child).__name__]
+    if len(found) != 1:
+        raise UnknownArchitecture(f"{prefix} has {len(found)} attention modules, and one is needed")
+    return found[0]
 
 
 def _has_wide_norm(attention: nn.Module, head_dim: int) -> bool:
     """Whether a part that is no linear has weights for more than one head: OLMo 2, Cohere with use_qk_norm."""
-    parts = (part for part in attention.children() if not isinstance(getattr(part, "base_layer", part), nn.Linear))
+    parts = (part for part in attention.children() if not isinstance(unwrapped(part), nn.Linear))
     return any(weight.numel() > head_dim for part in parts for weight in part.parameters())
 
 

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from prunetune.model.families import heads_of
+from prunetune.model.linears import ROWS, linear_of, set_size, stored_axis
 from prunetune.model.masking import gates_of
-from prunetune.model.sites import Cut, Site, find_sites
+from prunetune.model.sites import sites_of
+from prunetune.model.stack import NoAttention, leave_out, take_out_layers
+from prunetune.model.units import Cut, Site, Slice, kept_lines
 from prunetune.plan import Plan
-
-
-class NoAttention(nn.Module):
-    """Stands where a layer lost its last KV group: attends to nothing and adds nothing, or a constant [hidden]."""
-
-    def __init__(self, constant: Tensor | None = None) -> None:
-        super().__init__()
-        self.constant = None if constant is None else nn.Parameter(constant.detach().clone(), requires_grad=False)
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """[..., hidden] -> zeros of the same shape, or the constant at each place, and no attention weights."""
-        nothing = torch.zeros_like(hidden_states)
-        return (nothing if self.constant is None else nothing + self.constant.to(nothing.dtype)), None
 
 
 class OwnNumbers:
@@ -47,8 +38,7 @@ def add_biases(model: nn.Module, biases: Mapping[str, Tensor]) -> None:
     Not for export: the uniform layout refuses such a model, and a per-layer checkpoint of it fails its self-check.
     """
     for name, bias in biases.items():
-        module: Any = model.get_submodule(name)
-        linear = module.get_base_layer() if isinstance(module, LoraLayer) else module
+        linear = linear_of(model, name)
         total = bias.to(linear.weight.device, torch.float32)
         if linear.bias is not None:
             total = total + linear.bias.float()
@@ -59,73 +49,103 @@ def cut(model: nn.Module, plan: Plan, *, sites: Iterable[Site] | None = None) ->
     """Merge the adapters and remove what `plan` does not keep, in place; returns the model.
 
     One operation, because each half alone is wrong: an adapter merged into a masked weight un-prunes it. The result
-    equals `masked(model, plan)`. Raises `PlanError` where the plan was made for another model.
+    equals `masked(model, plan)`. Layers that go leave the stack, and the configuration says how many are left.
+    Raises `PlanError` where the plan was made for another model.
     """
+    sites = tuple(sites_of(model, plan) if sites is None else sites)
     cut_linears(model, plan, sites=sites)
     merge_adapters(model)
+    take_out_layers(model, plan, sites)
     return model
 
 
 @torch.no_grad()
 def cut_linears(model: nn.Module, plan: Plan, *, sites: Iterable[Site] | None = None) -> None:
-    """Remove rows and columns in place; adapters stay adapters, so that tuning goes on with the smaller model."""
-    sites = tuple(find_sites(model) if sites is None else sites)
+    """Remove rows and columns in place; adapters stay adapters, so that tuning goes on with the smaller model.
+
+    Names stay, too: a layer that goes is emptied and passes on what it is given.
+    """
+    sites = tuple(sites_of(model, plan) if sites is None else sites)
     gates_of(plan, sites)  # refuses a plan of another model before anything is cut
+    closed: set[str] = set()
+    for site in sites:  # outer ones first
+        if site.within in closed:
+            closed.add(site.name)
+        elif not plan.kept[site.name]:
+            closed.add(site.name)
+            if site.is_whole:
+                leave_out(model, site)
+            else:
+                parent, _, child = site.name.rpartition(".")
+                setattr(model.get_submodule(parent), child, NoAttention(_bias(model, site.consumer)))
+    left = [site for site in sites if site.name not in closed]
+    for (name, axis), index in kept_lines(plan, left).items():
+        _keep(model.get_submodule(name), index, axis)
+    for site in reversed(left):  # inner ones first, whose lanes are counted as in the dense model
+        for part in site.slices:
+            _keep_slice(model, part, site, plan.kept[site.name])
+    for layer in {site.layer for site in left}:
+        _tell_heads(model, [site for site in left if site.layer == layer], plan)
+        _tell_experts(model, [site for site in left if site.layer == layer], plan)
+
+
+def _tell_heads(model: Any, sites: Sequence[Site], plan: Plan) -> None:
+    """Attention that was told its numbers of heads is told the new ones."""
+    found = {site.kind: site for site in sites if site.kind in ("attention", "query-heads")}
+    if not found:
+        return
+    dense, site = heads_of(model.config), next(iter(found.values()))
+    groups = len(plan.kept[found["attention"].name]) if "attention" in found else dense.groups
+    queries = len(plan.kept[found["query-heads"].name]) if "query-heads" in found else groups * dense.ratio
+    attention = model.get_submodule(site.name.partition(":")[0])
+    if queries != groups * dense.ratio:
+        attention.num_key_value_groups = queries // groups
+    cuts = [cut for site in found.values() for cut in site.producers]
+    if (groups, queries) != (dense.groups, dense.queries) and any(len(cut.parts) > 1 or cut.rows for cut in cuts):
+        # A fused projection is taken apart by the numbers of heads that the configuration names, see `modeling_phi3`.
+        attention.config = OwnNumbers(attention.config, num_attention_heads=queries)
+        attention.num_key_value_heads = groups
+
+
+def _tell_experts(model: nn.Module, sites: Sequence[Site], plan: Plan) -> None:
+    """Routers and fused experts know how many there are, and how wide."""
     for site in sites:
-        kept = plan.kept[site.name]
-        if len(kept) == site.units:
-            continue
-        if not kept:
-            parent, _, child = site.name.rpartition(".")
-            setattr(model.get_submodule(parent), child, NoAttention(_bias(model, site.consumer)))
-            continue
-        for producer in site.producers:
-            _keep_rows(model.get_submodule(producer.module), producer.indices(kept, site.units))
-        _keep_columns(model.get_submodule(site.consumer.module), site.consumer.indices(kept, site.units))
-        if site.kind == "attention" and any(len(producer.parts) > 1 for producer in site.producers):
-            _tell_heads(model.get_submodule(site.name), site, len(kept))
+        if site.kind == "experts":
+            places = {part.parameter.rpartition(".")[0] for part in site.slices}
+            for place in places:
+                told: Any = model.get_submodule(place)
+                told.num_experts = len(plan.kept[site.name])
+        elif site.kind == "expert-channels":
+            experts: Any = model.get_submodule(site.module)
+            part = next(part for part in site.slices if part.parameter.endswith(".down_proj"))
+            experts.num_experts, width = experts.down_proj.shape[0], experts.down_proj.shape[part.axis]
+            for name in ("intermediate_dim", "intermediate_size"):
+                if hasattr(experts, name):
+                    setattr(experts, name, width)
 
 
-def _tell_heads(attention: Any, site: Site, groups: int) -> None:
-    """A fused projection is taken apart by the numbers of heads that the configuration names, see `modeling_phi3`."""
-    ratio = attention.config.num_attention_heads // site.units
-    attention.config = OwnNumbers(attention.config, num_attention_heads=groups * ratio)
-    attention.num_key_value_heads = groups
-
-
-def _bias(model: nn.Module, consumer: Cut) -> Tensor | None:
-    module: Any = model.get_submodule(consumer.module)
-    bias: Tensor | None = (module.get_base_layer() if isinstance(module, LoraLayer) else module).bias
+def _bias(model: nn.Module, consumer: Cut | None) -> Tensor | None:
+    assert consumer is not None
+    bias: Tensor | None = linear_of(model, consumer.module).bias
     return bias
 
 
-def _keep_rows(module: nn.Module, rows: Tensor) -> None:
+def _keep(module: nn.Module, lines: Tensor, axis: int) -> None:
+    """Rows (axis 0) or columns (axis 1) of a linear, and of what an adapter holds for them."""
     if isinstance(module, LoraLayer):
-        for adapter in module.lora_B.values():
-            _shrink(adapter, rows, axis=0)
-        module.out_features = len(rows)
+        for adapter in (module.lora_B if axis == ROWS else module.lora_A).values():
+            _shrink(adapter, lines, axis)
+        setattr(module, "out_features" if axis == ROWS else "in_features", len(lines))
         module = module.get_base_layer()
-    _shrink(module, rows, axis=0)
+    _shrink(module, lines, axis)
 
 
-def _keep_columns(module: nn.Module, columns: Tensor) -> None:
-    if isinstance(module, LoraLayer):
-        for adapter in module.lora_A.values():
-            _shrink(adapter, columns, axis=1)
-        module.in_features = len(columns)
-        module = module.get_base_layer()
-    _shrink(module, columns, axis=1)
-
-
-def _shrink(linear: Any, index: Tensor, *, axis: int) -> None:
+def _shrink(linear: Any, index: Tensor, axis: int) -> None:
     index = index.to(linear.weight.device)
-    linear.weight = _selected(linear.weight, index, axis)
-    if axis == 0:
-        linear.out_features = len(index)
-        if linear.bias is not None:
-            linear.bias = _selected(linear.bias, index, 0)
-    else:
-        linear.in_features = len(index)
+    linear.weight = _selected(linear.weight, index, stored_axis(linear, axis))
+    if axis == ROWS and linear.bias is not None:
+        linear.bias = _selected(linear.bias, index, 0)
+    set_size(linear, axis, len(index))
 
 
 def _selected(parameter: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter:
@@ -134,14 +154,33 @@ def _selected(parameter: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter
     )
 
 
+def _keep_slice(model: nn.Module, part: Slice, site: Site, kept: Sequence[int]) -> None:
+    place, _, name = part.parameter.rpartition(".")
+    module: Any = model.get_submodule(place)
+    parameter = getattr(module, name)
+    if part.lanes == 1:
+        index = part.indices(kept, site.units).to(parameter.device)
+        setattr(module, name, _selected(parameter, index, part.axis))
+        return
+    lanes: dict[int, list[int]] = {}
+    for unit in kept:
+        lanes.setdefault(unit // site.length, []).append(unit % site.length)
+    parts = [
+        parameter.detach()[lane].index_select(part.axis - 1, part.indices(own, site.length).to(parameter.device))
+        for lane, own in lanes.items()
+    ]
+    setattr(module, name, nn.Parameter(torch.stack(parts), requires_grad=parameter.requires_grad))
+
+
 @torch.no_grad()
-def merge_adapters(model: nn.Module) -> None:
+def merge_adapters(model: nn.Module, *, trainable: bool = False) -> None:
     """Fold every LoRA adapter into its base weight (sum in float32, stored in the base's dtype), in place."""
     for name, module in list(model.named_modules()):
         if not isinstance(module, LoraLayer):
             continue
         base: Any = module.get_base_layer()
         delta = sum(module.get_delta_weight(adapter).float() for adapter in module.lora_A)
-        base.weight = nn.Parameter((base.weight.float() + delta).to(base.weight.dtype), requires_grad=False)
+        dtype = torch.float32 if trainable else base.weight.dtype
+        base.weight = nn.Parameter((base.weight.float() + delta).to(dtype), requires_grad=trainable)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)

@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from prunetune.report import svg
 from prunetune.report.figures import Curve, Span, course_figure, legend
-from prunetune.report.folder import Line, RunFiles, number
+from prunetune.report.folder import Line, RunFiles, lookup, number
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def curve(lines: Sequence[Line], key: str, colour: str, *, noisy: bool = False, 
 def figures(run: RunFiles) -> list[Figure]:
     """The pictures that the log has data for."""
     target = number(run.config, "budget", "keep")
-    log, validation = run.metrics, run.validation
+    log = run.metrics
     made = [
         _losses(run),
         _figure(
@@ -62,10 +62,7 @@ def figures(run: RunFiles) -> list[Figure]:
             run, "changed", "Decisions changed", [curve(log, "changed", svg.PRUNED)], kind="share",
             note="Share of the units whose fate changed since the line before.",
         ),
-        _figure(
-            run, "validation", "Validation loss", [curve(validation, "nll", svg.TUNED, marked=True)],
-            note="NLL per token of the decided sub-network on the validation split.",
-        ),
+        *_validations(run),
         _figure(run, "rate", "Learning rate", [curve(log, "lr", svg.DENSE)], kind="rate", note="Of the adapters."),
         _figure(
             run, "speed", "Training speed", [curve(log, "tokens_per_s", svg.DENSE)],
@@ -73,6 +70,34 @@ def figures(run: RunFiles) -> list[Figure]:
         ),
     ]  # fmt: skip
     return [figure for figure in made if figure is not None]
+
+
+WATCHED = {
+    "nll": ("Validation loss", "valid.nll", "NLL per token of the decided sub-network on the validation split"),
+    "valid.accuracy": ("Validation accuracy", "valid.accuracy", "By likelihood, on rows of the validation split"),
+    "guard.perplexity": ("Guard: perplexity", "guard.perplexity", "Of general texts that are never tuned on"),
+    "guard.accuracy": ("Guard: accuracy", "guard.accuracy", "By likelihood, on general rows that are never tuned on"),
+}
+
+
+def _validations(run: RunFiles) -> list[Figure | None]:
+    """Each metric that validations scored; the dashed line is the limit of a gate on it."""
+    made: list[Figure | None] = []
+    for key, (title, metric, words) in WATCHED.items():
+        limit = _limit(run, metric)
+        note = f"{words}; the dashed line is the limit of a gate." if limit is not None else f"{words}."
+        line = curve(run.validation, key, svg.TUNED, marked=True)
+        name = f"validation-{key.replace('.', '-')}"
+        made.append(_figure(run, name, title, [line], note=note, target=limit))
+    return made
+
+
+def _limit(run: RunFiles, metric: str) -> float | None:
+    listed = lookup(run.manifest, "gates", "limits")
+    found = (
+        [one for one in listed if str(lookup(one, "gate")).startswith(f"{metric} ")] if isinstance(listed, list) else []
+    )
+    return number(found[0], "limit") if found else None
 
 
 def _losses(run: RunFiles) -> Figure | None:

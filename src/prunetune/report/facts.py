@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from prunetune.report import text
 from prunetune.report.folder import RunFiles, lookup, mapping, number
 
-SPLITS = ("train", "search", "texts", "valid", "test")
+SPLITS = ("train", "search", "texts", "guard", "valid", "test")
 
 
 @dataclass(frozen=True)
@@ -96,3 +96,44 @@ def timings(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     if len(known) > 1 and "total" not in known:
         rows.append(("total", text.duration(sum(known.values()))))
     return rows
+
+
+def speeds(manifest: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """(what, dense, pruned, ratio) of latency and memory."""
+    decode, prefill = (_both(manifest, "speed", kind) for kind in ("decode_tokens_per_s", "prefill_tokens_per_s"))
+    waits = tuple(1000 / speed if speed else None for speed in decode)
+    weights = tuple(number(manifest, model, "bytes") for model in ("model", "pruned"))
+    params = tuple(number(manifest, model, "params") for model in ("model", "pruned"))
+    rows: list[tuple[str, tuple[float | None, ...], Callable[[float | None], str]]] = [
+        ("Decode, tokens a second", decode, text.count),
+        ("Decode, ms a token", waits, text.decimal),
+        ("Prefill, tokens a second", prefill, text.count),
+        ("Weights", weights, text.size),
+        ("Parameters", params, text.short),
+    ]
+    return [
+        (name, shown(dense), shown(pruned), text.ratio(pruned / dense))
+        for name, (dense, pruned), shown in rows
+        if dense and pruned
+    ]
+
+
+def _both(manifest: Mapping[str, Any], section: str, key: str) -> tuple[float | None, ...]:
+    return tuple(number(manifest, section, model, key) for model in ("dense", "pruned"))
+
+
+def cost(run: RunFiles) -> list[tuple[str, str]]:
+    """What the run itself took, as (what, how much)."""
+    manifest, validation = run.manifest, mapping(run.manifest, "validation")
+    paces = sorted(value for line in run.metrics if (value := number(line, "tokens_per_s")) is not None)
+    steps = [value for line in run.metrics if (value := number(line, "step")) is not None]
+    share, seconds = number(validation, "share"), number(validation, "seconds")
+    memory = number(manifest, "peak_memory_mb")
+    found = {
+        "Tuning steps": text.count(max(steps)) if steps else "",
+        "Tuning speed": f"{text.count(paces[len(paces) // 2])} tokens a second (median)" if paces else "",
+        "Validation": f"every {text.count(number(validation, 'every'))} steps, {text.duration(seconds)} in all, "
+        f"{text.share(share, 1)} of the tuning time" if share is not None else "",
+        "Peak memory": f"{text.count(memory)} MB" if memory is not None else "",
+    }  # fmt: skip
+    return [(name, words) for name, words in found.items() if words]

@@ -15,6 +15,7 @@ from prunetune.report.scores import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 WIDTH = 5.0
@@ -70,6 +71,27 @@ def _score_marks(axes: Axes, position: int, row: Row) -> None:
             )  # fmt: skip
 
 
+def recovery_figure(label: str, rows: Sequence[tuple[str, float, float]]) -> Markup:
+    """(task, share of the reference that is left, its standard error): a mark and a bar each, all of it dashed."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        for position, (_, share, error) in enumerate(rows):
+            axes.errorbar(
+                share, position, xerr=error if math.isfinite(error) else None,
+                fmt="D", color=svg.PRUNED, markersize=5.5, elinewidth=1.6,
+            )  # fmt: skip
+        axes.axvline(1.0, color=svg.INK, linewidth=1, linestyle=(0, (4, 3)))
+        axes.set_yticks(range(len(rows)), [_shortened(task) for task, _, _ in rows], color=svg.INK)
+        axes.set_ylim(len(rows) - 0.45, -0.55)
+        axes.grid(visible=True, axis="both")
+        axes.margins(x=0.08)
+        _percent_axis(axes.xaxis)
+        axes.set_xlabel("of the reference's score")
+
+    return svg.drawn("recovery", label, WIDTH, 0.8 + 0.3 * len(rows), draw)
+
+
 def groups_figure(label: str, layers: Sequence[Layer]) -> Markup:
     """KV groups by layer: a cell for each, filled where it stays; bars of the share where there are too many."""
     most = max(layer.attention.units for layer in layers if layer.attention)
@@ -83,8 +105,8 @@ def groups_figure(label: str, layers: Sequence[Layer]) -> Markup:
         for layer in layers:
             for unit in range(layer.attention.units) if layer.attention else ():
                 (stays if layer.attention and unit in layer.attention.kept else goes).append((layer.index, unit))
-        _cells(axes, stays, svg.PRUNED)
-        _cells(axes, goes, svg.GONE)
+        cells(axes, stays, svg.PRUNED)
+        cells(axes, goes, svg.GONE)
         axes.set_ylim(most - 0.5, -0.5)
         axes.set_yticks(range(0, most, 1 + most // 9))
         axes.set_ylabel("KV group")
@@ -95,7 +117,8 @@ def groups_figure(label: str, layers: Sequence[Layer]) -> Markup:
     return svg.drawn("groups", label, WIDTH, max(1.9, 1.0 + 0.22 * min(most, 12)), draw)
 
 
-def _cells(axes: Axes, cells: Sequence[tuple[int, int]], colour: str) -> None:
+def cells(axes: Axes, cells: Sequence[tuple[int, int]], colour: str, alpha: float | None = None) -> None:
+    """Squares at (x, y), all of one colour."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
 
@@ -103,7 +126,7 @@ def _cells(axes: Axes, cells: Sequence[tuple[int, int]], colour: str) -> None:
     corners = ((-half_x, -half_y), (half_x, -half_y), (half_x, half_y), (-half_x, half_y), (-half_x, -half_y))
     squares = [Path([(x + dx, y + dy) for dx, dy in corners], closed=True) for x, y in cells]
     if squares:
-        axes.add_patch(PathPatch(Path.make_compound_path(*squares), facecolor=colour, linewidth=0))
+        axes.add_patch(PathPatch(Path.make_compound_path(*squares), facecolor=colour, linewidth=0, alpha=alpha))
 
 
 def widths_figure(label: str, layers: Sequence[Layer]) -> Markup:
@@ -118,7 +141,7 @@ def _shares_figure(name: str, label: str, shares: Sequence[tuple[int, float]]) -
         axes.bar(indices, [1.0] * len(shares), color=svg.GONE, width=0.8)
         axes.bar(indices, [value for _, value in shares], color=svg.PRUNED, width=0.8)
         axes.set_ylim(0, 1)
-        _percent_axis(axes)
+        _percent_axis(axes.yaxis)
         axes.grid(visible=False)
         _layer_axis(axes, indices)
 
@@ -132,10 +155,10 @@ def _layer_axis(axes: Axes, indices: Sequence[int]) -> None:
     axes.set_xlabel("layer")
 
 
-def _percent_axis(axes: Axes) -> None:
+def _percent_axis(axis: Axis) -> None:
     from matplotlib.ticker import PercentFormatter
 
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 def course_figure(
@@ -161,7 +184,7 @@ def course_figure(
 
 def _value_axis(axes: Axes, kind: Literal["plain", "share", "rate"]) -> None:
     if kind == "share":
-        _percent_axis(axes)
+        _percent_axis(axes.yaxis)
         axes.set_ylim(bottom=0)
     if kind == "rate":
         axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=False)

@@ -33,13 +33,19 @@ class Layer:
     mlp: Kept | None
 
 
+def layer_of(site: str) -> tuple[int, bool] | None:
+    """The layer's number, and whether the site is attention; None for a name of another form."""
+    match = re.match(r"(?:.*?\.)?(\d+)(?:\.(.*))?$", site)
+    return (int(match[1]), ATTENTION_WORD in (match[2] or "")) if match else None
+
+
 def layers_of(plan: Plan) -> tuple[Layer, ...]:
     """The plan's layers in order; a site is "<any>.<layer number>[.<block>]", others are left out."""
     found: dict[int, dict[bool, Kept]] = {}
     for site, kept in plan.kept.items():
-        if match := re.match(r"(?:.*?\.)?(\d+)(?:\.(.*))?$", site):
-            is_attention = ATTENTION_WORD in (match[2] or "")
-            found.setdefault(int(match[1]), {})[is_attention] = Kept(plan.units[site], kept)
+        if (place := layer_of(site)) is not None:
+            layer, is_attention = place
+            found.setdefault(layer, {})[is_attention] = Kept(plan.units[site], kept)
     return tuple(Layer(index, found[index].get(True), found[index].get(False)) for index in sorted(found))
 
 

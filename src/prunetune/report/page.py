@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import jinja2
 
 from prunetune.evaluation.results import higher_is_better
 from prunetune.files import write_text
-from prunetune.report import course, facts, figures, layers, samples, scores, summary, svg, text
+from prunetune.report import course, facts, figures, heat, layers, outcome, samples, scores, summary, svg, text
 from prunetune.report.folder import MODELS, RunFiles, lookup, number, read_run
 
 MODEL_NAMES = {"dense": "Dense, untuned", "tuned": "Dense, tuned", "pruned": "Pruned"}
@@ -55,13 +56,14 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "run": run,
         "model_name": str(lookup(run.manifest, "model", "name") or lookup(run.config, "model") or ""),
         "verdict": summary.verdict(run, headline),
+        "answers": outcome.answers(run, headline, rows),
         "tiles": summary.tiles(run, headline),
         "headline": headline,
         "models": [name for name in MODELS if name in run.evaluations],
         "model_names": MODEL_NAMES,
         "reference_name": scores.REFERENCE_NAMES.get(scores.reference_of(run.evaluations), ""),
         "tasks": _by_task(rows),
-        "score_figures": _score_figures(rows),
+        "score_figures": [*_recovery_figures(rows), *_score_figures(rows)],
         "score_legend": figures.legend(
             {figures.MODEL_MARKS[name][0]: MODEL_NAMES[name].lower() for name in MODELS if name in run.evaluations}
         ),
@@ -69,10 +71,16 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "groups": layers.total(layer.attention for layer in kept),
         "channels": layers.total(layer.mlp for layer in kept),
         "kept_figures": _kept_figures(kept),
+        "heat": heat.figures(run),
+        "limits": outcome.limits(run.manifest),
+        "events": outcome.events(run.manifest),
+        "watched": outcome.watched(run.manifest),
+        "gates_failed": str(lookup(run.manifest, "failed") or ""),
         "kept_legend": figures.legend({svg.PRUNED: "kept", svg.GONE: "removed"}),
         "course": course.figures(run),
         "phases": course.phase_legend(spans),
         "validation": _validation(run),
+        "watched_names": [name for name in WATCHED if any(number(line, name) is not None for line in run.validation)],
         "samples": samples.choose(run.evaluations),
         "flip_names": FLIP_NAMES,
         "splits": facts.splits(run.manifest),
@@ -80,6 +88,8 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "environment": facts.environment(run),
         "command": facts.command(run.manifest),
         "timings": facts.timings(run.manifest),
+        "speeds": facts.speeds(run.manifest),
+        "cost": facts.cost(run),
     }
 
 
@@ -88,6 +98,16 @@ def _by_task(rows: Sequence[scores.Row]) -> dict[str, list[scores.Row]]:
     for row in rows:
         tasks.setdefault(row.task, []).append(row)
     return tasks
+
+
+def _recovery_figures(rows: Sequence[scores.Row]) -> list[course.Figure]:
+    """How much of the reference is left in each task, by the metric that stands for it."""
+    shares = [(row.task, *row.left) for row in rows if row.headline and math.isfinite(row.left[0])]
+    if not shares:
+        return []
+    label = "Recovery by task; the numbers stand in the table above"
+    note = "Of the reference's score, upside down for perplexity. Bars: one standard error of the paired difference."
+    return [course.Figure("Recovery", figures.recovery_figure(label, shares), note=note)]
 
 
 def _score_figures(rows: Sequence[scores.Row]) -> list[course.Figure]:
@@ -118,6 +138,9 @@ def _kept_figures(kept: Sequence[layers.Layer]) -> list[course.Figure]:
     return made
 
 
+WATCHED = ("valid.accuracy", "guard.perplexity", "guard.accuracy")
+
+
 def _validation(run: RunFiles) -> list[dict[str, str]]:
     return [
         {
@@ -125,6 +148,8 @@ def _validation(run: RunFiles) -> list[dict[str, str]]:
             "phase": str(line.get("phase", "")),
             "nll": text.decimal(number(line, "nll")),
             "kept": text.share(number(line, "kept"), 1),
+            **{name: text.decimal(number(line, name)) for name in WATCHED},
+            "broken": "; ".join(map(str, broken)) if isinstance(broken := line.get("broken"), list) else "",
         }
         for line in run.validation
     ]

@@ -35,6 +35,7 @@ class Row:
     recovery: str  # share of the reference that is left
     change: str  # pruned minus reference, with its standard error
     verdict: str  # "worse", "better", "within noise", or "" where that is not known
+    left: tuple[float, float] = (math.nan, math.nan)  # recovery as a number, and its standard error
 
     @property
     def label(self) -> str:
@@ -100,13 +101,15 @@ def _metrics(evaluations: Mapping[str, Evaluation], task: str) -> list[str]:
 def _row(task: str, metric: str, results: Mapping[str, TaskResult], reference: str, *, first: bool) -> Row:
     scores = {name: result.scores[metric] for name, result in results.items() if metric in result.scores}
     left = change = verdict = ""
+    share = (math.nan, math.nan)
     if "pruned" in scores and reference in scores:
         difference, error = _difference(results["pruned"], results[reference], metric)
         left = _recovery(metric, scores["pruned"], scores[reference])
         change = text.change(difference) + (f" ± {text.decimal(error)}" if math.isfinite(error) else "")
         verdict = _verdict(metric, difference, error)
+        share = _share(metric, scores["pruned"], scores[reference], error)
     n = max(score.n for score in scores.values())
-    return Row(task, metric, scores, n, first, left, change, verdict)
+    return Row(task, metric, scores, n, first, left, change, verdict, share)
 
 
 def _recovery(metric: str, pruned: Score, reference: Score) -> str:
@@ -122,6 +125,13 @@ def _verdict(metric: str, difference: float, error: float) -> str:
     if abs(difference) <= 2 * error:
         return "within noise"
     return "better" if (difference > 0) == higher_is_better(metric) else "worse"
+
+
+def _share(metric: str, pruned: Score, reference: Score, error: float) -> tuple[float, float]:
+    """Recovery, and its error to first order: that of the paired difference, over the score that is divided by."""
+    ratio = recovery(pruned, reference, metric)
+    below = reference.value if higher_is_better(metric) else pruned.value
+    return ratio, error * (1.0 if higher_is_better(metric) else ratio) / below if below > 0 else math.nan
 
 
 def _difference(pruned: TaskResult, reference: TaskResult, metric: str) -> tuple[float, float]:

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from prunetune.config import LoraSettings
-from prunetune.model.sites import Site
+from prunetune.model.linears import COLUMNS, ROWS, is_transposed, linear_of
+from prunetune.model.sites import tuned_linears
+from prunetune.model.units import Site, gone_linears, kept_lines
 from prunetune.plan import Plan
 
 NAME = "default"
@@ -23,15 +25,19 @@ def add_adapters(model: nn.Module, sites: Sequence[Site], settings: LoraSettings
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    targets = [cut.module for site in sites for cut in (*site.producers, site.consumer)]
-    alpha = settings.alpha or 2 * settings.rank
-    config = LoraConfig(r=settings.rank, lora_alpha=alpha, lora_dropout=settings.dropout, target_modules=targets)
+    targets = tuned_linears(model)
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha or 2 * settings.rank,
+        lora_dropout=settings.dropout,
+        target_modules=targets,
+        fan_in_fan_out=is_transposed(linear_of(model, targets[0])),
+    )
     inject_adapter_in_model(config, model)
     model.eval()  # new modules start in training mode, and their dropout would reach the search
-    for site in sites:
-        for cut in (*site.producers, site.consumer):
-            layer: Any = model.get_submodule(cut.module)
-            layer.cast_input_dtype_enabled = False  # autocast does it, see `objectives`
+    for name in targets:
+        layer: Any = model.get_submodule(name)
+        layer.cast_input_dtype_enabled = False  # autocast does it, see `objectives`
     rng = torch.Generator().manual_seed(seed)
     for name, parameter in adapters(model).items():
         parameter.data = parameter.data.float()
@@ -42,7 +48,9 @@ def add_adapters(model: nn.Module, sites: Sequence[Site], settings: LoraSettings
 
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
     """All adapter weights by name, in the model's order."""
-    return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
+    named = dict(model.named_parameters())
+    found = {name: parameter for name, parameter in named.items() if ".lora_" in name}
+    return found or {name: parameter for name, parameter in named.items() if parameter.requires_grad}
 
 
 @contextmanager
@@ -60,17 +68,14 @@ def frozen(model: Any) -> Iterator[None]:
 
 def cut_state(state: Mapping[str, Tensor], plan: Plan, sites: Iterable[Site]) -> dict[str, Tensor]:
     """Adapter-shaped tensors {adapter name: tensor} as the cut leaves them; those of vanished blocks are dropped."""
-    result = dict(state)
-    for site in sites:
-        kept = plan.kept[site.name]
-        for cut, part, axis in [*((cut, "lora_B", 0) for cut in site.producers), (site.consumer, "lora_A", 1)]:
-            name = f"{cut.module}.{part}.{NAME}.weight"
-            if not kept:
-                for gone in ("lora_A", "lora_B"):
-                    result.pop(f"{cut.module}.{gone}.{NAME}.weight", None)
-            elif name in result:
-                index = cut.indices(kept, site.units).to(result[name].device)
-                result[name] = result[name].index_select(axis, index).contiguous()
+    sites, result = tuple(sites), dict(state)
+    for (module, axis), index in kept_lines(plan, sites).items():
+        name = _name(module, axis)
+        if name in result:
+            result[name] = result[name].index_select(axis, index.to(result[name].device)).contiguous()
+    for module in gone_linears(plan, sites):
+        for axis in (ROWS, COLUMNS):
+            result.pop(_name(module, axis), None)
     return result
 
 
@@ -79,13 +84,22 @@ def grow_state(
 ) -> dict[str, Tensor]:
     """The inverse of `cut_state`: dense shapes again, zero where a unit is gone."""
     result = {name: state.get(name, torch.zeros(shape)) for name, shape in shapes.items()}
-    for site in sites:
-        kept = plan.kept[site.name]
-        for cut, part, axis in [*((cut, "lora_B", 0) for cut in site.producers), (site.consumer, "lora_A", 1)]:
-            name = f"{cut.module}.{part}.{NAME}.weight"
-            if kept and name in state:
-                result[name] = torch.zeros(shapes[name]).index_copy(axis, cut.indices(kept, site.units), state[name])
+    for (module, axis), index in kept_lines(plan, sites).items():
+        name = _name(module, axis)
+        if name in state:
+            result[name] = torch.zeros(shapes[name]).index_copy(axis, index, state[name])
     return result
+
+
+def _name(module: str, axis: int) -> str:
+    """The adapter weight that rows (B) or columns (A) of a linear are of."""
+    return f"{module}.{'lora_B' if axis == ROWS else 'lora_A'}.{NAME}.weight"
+
+
+def _lines(model: Any, module: str, axis: int) -> Tensor:
+    """That weight, with its rows or columns first."""
+    weight: Tensor = model.get_parameter(_name(module, axis))
+    return weight if axis == ROWS else weight.t()
 
 
 def group_norms(model: Any, site: Site) -> Tensor:
@@ -94,11 +108,9 @@ def group_norms(model: Any, site: Site) -> Tensor:
     Rows of B where the unit is produced, columns of A where it is consumed (ATP, section 3.3).
     """
     squares = torch.zeros((), device=next(model.parameters()).device)
-    for cut in site.producers:
-        rows = model.get_submodule(cut.module).lora_B[NAME].weight
-        squares = squares + cut.summed(rows.square(), site.units)
-    columns = model.get_submodule(site.consumer.module).lora_A[NAME].weight
-    squares = squares + site.consumer.summed(columns.square().sum(0), site.units)
+    for cut, axis in site.cuts():
+        lines = _lines(model, cut.module, axis)
+        squares = squares + cut.summed(lines.square() if axis == ROWS else lines.t().square().sum(0), site.units)
     norms: Tensor = (squares + 1e-12).sqrt()
     return norms
 
@@ -111,10 +123,9 @@ def soft_threshold(model: Any, gates: Mapping[str, Tensor], sites: Iterable[Site
     penalty of ATP, section 3.3. Parts of open units keep every bit.
     """
     for site in sites:
+        if not site.is_sliced:
+            continue
         taken = (threshold / group_norms(model, site)).clamp(max=1)
         scale = 1 - (1 - gates[site.name]) * taken
-        for cut in site.producers:
-            rows = model.get_submodule(cut.module).lora_B[NAME].weight
-            rows.mul_(cut.spread(scale)[:, None])
-        columns = model.get_submodule(site.consumer.module).lora_A[NAME].weight
-        columns.mul_(site.consumer.spread(scale))
+        for cut, axis in site.cuts():
+            _lines(model, cut.module, axis).mul_(cut.spread(scale)[:, None])

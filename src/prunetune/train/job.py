@@ -11,6 +11,7 @@ from prunetune.config import RunConfig
 from prunetune.data.batches import Stream
 from prunetune.data.templates import Example
 from prunetune.decide.select import Shape
+from prunetune.gates import Gate
 from prunetune.model.sites import Site
 from prunetune.plan import Plan
 from prunetune.train.objectives import Teacher
@@ -30,6 +31,28 @@ class Observer(Protocol):
         """The decided sub-network was scored."""
 
 
+class Watch(Protocol):
+    """Looks at the sub-network decided now from outside the loop: what a validation scores beside the loss on valid."""
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        """Limits on the scores."""
+
+    @property
+    def reference(self) -> bool:
+        """Whether the dense model is scored before the first step."""
+
+    @property
+    def good(self) -> Keeper:
+        """Of the states that a gate can go back to."""
+
+    def scores(self, model: Any) -> dict[str, float]:
+        """Metrics by name, of the model as it is: gated by whoever calls, or cut."""
+
+    def decided(self, record: Record, plan: Plan) -> None:
+        """This plan was validated, with this outcome."""
+
+
 @dataclass(frozen=True)
 class Job:
     """Everything the loop is given."""
@@ -47,4 +70,5 @@ class Job:
     observer: Observer
     accelerator: Accelerator
     teacher: Teacher | None = None
+    watch: Watch | None = None
     plan: Plan | None = None  # given for baselines: no search, only cut and tune

@@ -20,7 +20,11 @@ from prunetune.train.schedule import learning_rate
 
 
 def tune_and_prune(job: Job) -> Plan:
-    """Run the steps that are left. The model ends up cut and tuned, its adapters not yet merged; returns the plan."""
+    """Run the steps that are left. The model ends up cut and tuned, its adapters not yet merged; returns the plan.
+
+    Raises `WentBack` where a gate went back to an earlier state: it is the newest checkpoint, to go on from with a new
+    model; and `GateFailed` where a gate stopped the run.
+    """
     add_adapters(job.model, job.sites, job.config.lora, seed=derive(job.config.seed, "adapters"))
     passes = passes_for(job.model, job.sites, job.pad_id, job.config, job.teacher)
     search, tuning = Search(job, passes), Adapters(job, passes)
@@ -28,7 +32,7 @@ def tune_and_prune(job: Job) -> Plan:
     decision = progress.resume()
 
     for step in range(progress.step, job.schedule.steps):
-        phase = job.schedule.phase_at(step)
+        phase = progress.schedule.phase_at(step)
         record: Record = {"step": step + 1, "phase": phase, "lr": learning_rate(step, job.config.train)}
 
         gates = None
@@ -47,7 +51,10 @@ def tune_and_prune(job: Job) -> Plan:
         record |= tuning.advance(step, decision, gates)
         if gates is not None:
             record |= search.learn(gates, tuning.slopes)
+
         progress.done(record, decision)
+        decision = progress.validate(record, decision)  # a gate may widen the budget, go back to what was, or stop
+        progress.save_where_due(decision)
 
     if decision.plan is None:
         decision = search.conclude()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,12 @@ from prunetune.budget.params import kept_share, ratio_loss
 from prunetune.data.templates import Example
 from prunetune.decide.decision import Decision, Searcher
 from prunetune.errors import ModelError
-from prunetune.model.surgery import cut_linears
+from prunetune.model.surgery import cut_linears, merge_adapters
 from prunetune.plan import Plan
 from prunetune.seeds import derive
 from prunetune.train.adapters import adapters, cut_state, soft_threshold
 from prunetune.train.job import Job, Record
+from prunetune.train.muon import Muon
 from prunetune.train.passes import Passes
 from prunetune.train.schedule import learning_rate
 from prunetune.train.state import by_moment, optimizer_tensors, restore_optimizer
@@ -50,7 +52,7 @@ class Search:
     def learn(self, gates: Mapping[str, Tensor], slopes: Mapping[str, Tensor]) -> Record:
         """Move the generator by the model's gradient at the gates it proposed, and by the budget's."""
         job = self.job
-        ratio = ratio_loss(kept_share(gates, job.sites), job.schedule.keep) if self.searcher.is_sampled else None
+        ratio = ratio_loss(kept_share(gates, job.sites), self.searcher.keep) if self.searcher.is_sampled else None
         # The model's gradient stops at the gates; from there it flows on into the generator, with the budget's.
         total = torch.cat(list(gates.values())) @ torch.cat([slopes[name] for name in gates])
         if ratio is not None:
@@ -74,10 +76,21 @@ class Search:
         dense = {site.name: torch.ones(site.units, device=self.device) for site in self.job.sites}
         importance = {name: torch.zeros_like(gate) for name, gate in dense.items()}
         for index in range(self.job.config.search.evidence):
-            _, slopes = self.passes.slopes(self.job.search.batch(index), dense)
-            for name, slope in slopes.items():
-                importance[name] += slope.square()
+            batch = self.job.search.batch(index)
+            if not self.job.config.search.by_example:
+                self._add(importance, self.passes.slopes(batch, dense)[1])
+                continue
+            teacher, self.passes.teacher = self.passes.teacher, None
+            for example in batch:
+                whole = replace(example, answer_from=1) if example.answer_from >= len(example.ids) else example
+                self._add(importance, self.passes.slopes([whole], dense)[1])
+            self.passes.teacher = teacher
+        self.passes.forget()
         return importance
+
+    def _add(self, importance, slopes):
+        for name, slope in slopes.items():
+            importance[name] += slope.square()
 
 
 class Adapters:
@@ -86,6 +99,7 @@ class Adapters:
     def __init__(self, job: Job, passes: Passes) -> None:
         self.job, self.passes = job, passes
         self.is_cut = False
+        self.whole: int | None = None
         self.optimizer = self._fresh_optimizer()
         self.slopes: Mapping[str, Tensor] = {}  # at the gates that `advance` was given
 
@@ -105,8 +119,12 @@ class Adapters:
                 f"the {worst} is {record[worst]} at step {step + 1} (rows {rows}, ...): "
                 "lower train.learning_rate, or set dtype float32"
             )
+        rate = learning_rate(step, job.config.train)
+        if self.whole is not None:
+            self.whole += 1
+            rate *= job.config.train.weights_rate / job.config.train.learning_rate * min(1, self.whole / 20)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(step, job.config.train)
+            group["lr"] = rate
         job.accelerator.clip_grad_norm_(adapters(job.model).values(), job.config.train.clip)
         self.optimizer.step()
         if job.config.search.sparsity == "proximal" and not self.is_cut:
@@ -133,7 +151,13 @@ class Adapters:
         cut_linears(self.job.model, plan, sites=self.job.sites)
         self.passes.forget()
         self.is_cut = True
+        if self.job.config.train.weights == "all":
+            self.job.model.requires_grad_(False)
+            merge_adapters(self.job.model, trainable=True)
+            self.whole = 0
         self.optimizer = self._fresh_optimizer()
+        if self.whole is not None:
+            return
         stay = {
             f"{name}#{moment}": tensor
             for moment, tensors in by_moment(moments).items()
@@ -152,6 +176,8 @@ class Adapters:
     def _fresh_optimizer(self) -> torch.optim.AdamW:
         train = self.job.config.train
         weights = adapters(self.job.model).values()
+        if train.weights_optimizer == "muon" and (self.whole is not None or train.weights == "adapters"):
+            return Muon(weights, lr=train.learning_rate)  # type: ignore[return-value]
         return adamw(weights, lr=train.learning_rate, weight_decay=train.weight_decay)
 
 

@@ -12,7 +12,9 @@ from prunetune.model.surgery import cut_linears
 from prunetune.train.adapters import adapters
 from prunetune.train.job import Job, Record
 from prunetune.train.players import Adapters, Search
+from prunetune.train.schedule import Schedule
 from prunetune.train.state import State, optimizer_tensors, restore_optimizer
+from prunetune.train.validation import Validation
 
 
 class Progress:
@@ -20,10 +22,16 @@ class Progress:
 
     def __init__(self, job: Job, search: Search, tuning: Adapters) -> None:
         self.job, self.search, self.tuning = job, search, tuning
+        self.validation = Validation(job, search, tuning)
         self.step = 0
         self.last: Decision | None = None
         self.kept = 1.0
         self.started = time.monotonic()
+
+    @property
+    def schedule(self) -> Schedule:
+        """The job's own, until a gate moves it."""
+        return self.validation.seen.schedule
 
     def resume(self) -> Decision:
         """Go back to the newest whole checkpoint, or to the start; returns the decision that stood there."""
@@ -37,10 +45,11 @@ class Progress:
             searcher.load(state.tensors["generator"])
             restore_optimizer(self.search.optimizer, searcher.parameter_names(), state.tensors["generator_optimizer"])
             self.step = state.step
+        self.validation.resume(state)
         return searcher.fixed(plan) if plan else searcher.undecided()
 
     def done(self, record: Record, decision: Decision) -> None:
-        """A step is done: tell the observer, validate and save where it is time to."""
+        """A step is done: complete its record and tell the observer."""
         job, self.step = self.job, record["step"]
         if decision is not self.last:
             self.kept = float(kept_share(decision.gates, job.sites))
@@ -49,11 +58,17 @@ class Progress:
         if self.last is not None and self.last is not decision:
             record["changed"] = self._changed(self.last, decision)
         self.last = decision
+        if self._is_worth_widths(record):
+            record["widths"] = self._widths(decision)
         job.observer.step(record)
-        if job.valid and (self.step % job.config.train.validate_every == 0 or self.step == job.schedule.steps):
-            kept, phase = record["kept"], record["phase"]
-            job.observer.validation({"step": self.step, "phase": phase, "kept": kept, "nll": self._validate(decision)})
-        if self.step % job.config.train.checkpoint_every == 0 or job.schedule.ends_phase(self.step - 1):
+
+    def validate(self, record: Record, decision: Decision) -> Decision:
+        """Score the sub-network decided now, where it is time to; a gate may change what holds from here on."""
+        return self.validation.look(record, decision, self._state)
+
+    def save_where_due(self, decision: Decision) -> None:
+        """Leave a checkpoint every so often, and where a phase ends."""
+        if self.step % self.job.config.train.checkpoint_every == 0 or self.schedule.ends_phase(self.step - 1):
             self.save(decision)
 
     def save(self, decision: Decision) -> None:
@@ -65,9 +80,14 @@ class Progress:
         moved = torch.cat([after.gates[site.name] != before.gates[site.name] for site in self.job.sites])
         return float(moved.float().mean())
 
-    def _validate(self, decision: Decision) -> float:
-        """Mean answer loss of the sub-network decided now, gated as it would be cut."""
-        return self.tuning.passes.score(self.job.valid, None if self.tuning.is_cut else decision.gates)
+    def _is_worth_widths(self, record: Record) -> bool:
+        """While decisions move, every few steps: what a picture of them over time needs."""
+        return record["phase"] == "search" and (self.step == 1 or self.step % self.job.config.train.log_every == 0)
+
+    def _widths(self, decision: Decision) -> dict[str, int]:
+        """Units under open gates at each site, by one transfer."""
+        counts = torch.stack([gate.sum() for gate in decision.gates.values()]).tolist()
+        return {name: round(count) for name, count in zip(decision.gates, counts, strict=True)}
 
     def _state(self, decision: Decision) -> State:
         named, searcher = adapters(self.job.model), self.search.searcher
@@ -77,4 +97,4 @@ class Progress:
             "generator": searcher.tensors(),
             "generator_optimizer": optimizer_tensors(self.search.optimizer, searcher.parameter_names()),
         }
-        return State(self.step, decision.plan, self.tuning.is_cut, tensors)
+        return State(self.step, decision.plan, self.tuning.is_cut, tensors, self.validation.seen.to_dict())

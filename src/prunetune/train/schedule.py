@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from prunetune.config import RunConfig, TrainConfig
@@ -31,6 +31,14 @@ class Schedule:
         """The budget at a step: a straight line from 1 to `keep`."""
         done = min(1.0, (step + 1) / self.anneal) if self.anneal else 1.0
         return 1 - (1 - self.keep) * done
+
+    def with_keep(self, keep: float) -> Schedule:
+        """The same with another budget at its end."""
+        return replace(self, keep=keep)
+
+    def decided_at(self, step: int) -> Schedule:
+        """The search is over from here on; settling takes as many steps as it was to, as far as there are any."""
+        return replace(self, search=step, settle=min(self.steps, step + self.settle - self.search))
 
     def ends_phase(self, step: int) -> bool:
         """Whether the next step, if any, belongs to another phase."""

@@ -33,6 +33,7 @@ class State:
     plan: Plan | None = None  # decided at the end of the search
     is_cut: bool = False  # adapters have the cut model's shapes
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # "adapters", "generator", "..._optimizer"
+    seen: dict[str, Any] = field(default_factory=dict)  # what validations have found and changed, see `validation`
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -91,7 +92,7 @@ class Checkpoints:
                 save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
                 hashes[file.name] = sha256(file)
             plan = json.loads(state.plan.to_json()) if state.plan else None
-            about = {"step": state.step, "is_cut": state.is_cut, "plan": plan, "sha256": hashes}
+            about = {"step": state.step, "is_cut": state.is_cut, "plan": plan, "sha256": hashes, "seen": state.seen}
             write_text(folder / "state.json", json.dumps(about))
         for old in self._all()[:-KEPT]:
             shutil.rmtree(old)
@@ -128,4 +129,4 @@ def _read(folder: Path) -> State | None:
     except (OSError, ValueError, KeyError, SafetensorError):
         return None
     plan = Plan.from_json(json.dumps(about["plan"])) if about["plan"] else None
-    return State(about["step"], plan, about["is_cut"], tensors)
+    return State(about["step"], plan, about["is_cut"], tensors, about.get("seen", {}))

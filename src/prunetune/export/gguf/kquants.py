@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import torch
 
 from prunetune.errors import MissingPackage, ModelError
 
+BLOCK = 256  # values of a row that a k-quant takes together
 NAMES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_k_s", "q4_k_m", "q5_0", "q5_k_s", "q5_k_m", "q6_k")
 
 
@@ -27,11 +30,26 @@ def need() -> None:
         )
 
 
-def quantize(file: Path, place: Path, name: str) -> None:
-    """Rows that do not divide into a type's blocks get another one: llama.cpp chooses it. Raises `ModelError`."""
-    import llama_cpp
+# In a process of its own: llama.cpp writes much, and ends the process where it cannot go on.
+QUANTIZE = """
+import sys, llama_cpp
+source, target, kind = sys.argv[1:]
+params = llama_cpp.llama_model_quantize_default_params()
+params.ftype = int(kind)
+sys.exit(llama_cpp.llama_model_quantize(source.encode(), target.encode(), params))
+"""
 
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = int(gguf.LlamaFileType[f"MOSTLY_{name.upper()}"])
-    if llama_cpp.llama_model_quantize(str(file).encode(), str(place).encode(), params):
-        raise ModelError(f"{place}: llama.cpp could not quantise to {name}; take --dtype q8_0")
+
+def quantize(file: Path, place: Path, name: str) -> tuple[str, ...]:
+    """Make the type's mix of the exact file; returns what is to be told. Raises `ModelError`."""
+    kind = int(gguf.LlamaFileType[f"MOSTLY_{name.upper()}"])
+    done = subprocess.run(  # noqa: S603 - our own interpreter and text
+        [sys.executable, "-c", QUANTIZE, str(file), str(place), str(kind)], capture_output=True, text=True, check=False
+    )
+    if done.returncode or not place.is_file():
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise ModelError(f"{place}: llama.cpp could not quantise to {name} ({last}); take --dtype q8_0")
+    odd = sum(len(tensor.shape) > 1 and tensor.shape[0] % BLOCK != 0 for tensor in gguf.GGUFReader(place).tensors)
+    if not odd:
+        return ()
+    return (f"rows of {odd} tensors do not divide by {BLOCK}: llama.cpp gave them a larger type than {name}",)

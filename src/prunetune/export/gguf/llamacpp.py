@@ -115,7 +115,7 @@ def reference(source: Source, prompts: Sequence[Sequence[int]], steps: int = STE
 
 
 def agreement(
-    file: Path, source: Source, prompts: Sequence[Sequence[int]], answers: Sequence[Answer], threads: int = 2
+    file: Path, source: Source, prompts: Sequence[Sequence[int]], answers: Sequence[Answer], threads: int = 0
 ) -> Agreement:
     """Ask llama.cpp for the next token after every beginning of the reference's answers, and for the texts' tokens."""
     ids = [
@@ -123,6 +123,7 @@ def agreement(
         for prompt, answer in zip(prompts, answers, strict=True)
         for step in range(len(answer.tokens))
     ]
+    threads = threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     asked = {"ids": ids, "texts": TEXTS, "context": 8 + max(map(len, ids)), "threads": threads}
     said = _process(RUNNER, [str(file.absolute())], asked, f"{file} in llama.cpp")
     wanted = [token for answer in answers for token in answer.tokens]

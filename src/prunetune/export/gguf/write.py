@@ -36,12 +36,11 @@ def to_gguf(source: Source, place: Path, options: ExportOptions) -> Exported:
     try:
         made, tokenizer = write(source, written, dtype)
         read_back(source, written, made)
-        if mixes:
-            kquants.quantize(written, place, options.dtype)
+        mixed = kquants.quantize(written, place, options.dtype) if mixes else ()
     finally:
         if mixes:
             written.unlink(missing_ok=True)
-    read = Check(f"gguf {version('gguf')}", f"{len(made)} tensors read back, equal to the bit")
+    read = Check(f"gguf {version('gguf')}", f"{len(made)} tensors of {dtype} read back, equal to the bit")
     return Exported(
         path=place,
         format=f"GGUF, architecture {arch.name}",
@@ -49,7 +48,7 @@ def to_gguf(source: Source, place: Path, options: ExportOptions) -> Exported:
         params=source.params,
         bytes=place.stat().st_size,
         checks=(read, in_llamacpp(source, place, exact=options.dtype in EXACT)),
-        notes=(*notes_of(source, arch), *odd_types(made, dtype), tokenizer),
+        notes=(*notes_of(source, arch), *odd_types(made, dtype), *mixed, tokenizer),
     )
 
 

@@ -1,0 +1,138 @@
+"""A guard's limit is crossed: the same run with and without a gate, and both results scored anew (bar D2).
+
+    python benchmarks/gates.py [--limit 1.5x] [--out runs/gates]
+
+By default the demo's model and data, and as a guard the texts of Python's own language reference (pydoc topics), which
+every Python carries. Other models and data by `--model FOLDER --train FILE ... --guard FILE`. Both runs are scored as
+they were written, by loading them again: on the guard that was watched, and on texts like it that no run has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunetune.config import DataConfig, EvaluateConfig, RunConfig, from_mapping
+from prunetune.data.records import Record
+from prunetune.data.sources import read
+from prunetune.environment import describe
+from prunetune.errors import GateFailed
+from prunetune.evaluation.suite import evaluate
+from prunetune.model.loading import load, load_tokenizer, pick_device, pick_dtype
+from prunetune.pipeline import run
+from prunetune.watching import summed
+
+WATCHED, UNSEEN = 24, 48  # texts of the guard, and texts like it
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--train", nargs="+", default=["demo"])
+    parser.add_argument("--guard", default="", help="a file of texts")
+    parser.add_argument("--out", type=Path, default=Path("runs/gates"))
+    parser.add_argument("--limit", default="1.5x", help="of the guard's perplexity; x: times the dense model's")
+    parser.add_argument("--action", choices=("roll-back", "back-off"), default="roll-back")
+    parser.add_argument("--keep", type=float, default=0.5)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--every", type=int, default=4)
+    parser.add_argument("--max-length", type=int, default=256)
+    options = parser.parse_args()
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    options.out.mkdir(parents=True, exist_ok=True)
+    watched, unseen = guards(options.guard, options.out)
+    folders = {}
+    for name, gates in (("free", []), ("gated", [f"guard.perplexity <= {options.limit} -> {options.action}"])):
+        config = config_of(options, options.out / name, watched, gates)
+        try:
+            folders[name] = run(config, resume=(options.out / name).exists(), command=" ".join(["gates.py", name]))
+        except GateFailed as outside:
+            logging.warning("%s: %s", name, outside)
+            folders[name] = options.out / name
+    print(json.dumps(outcome(config, folders, {"watched": watched, "unseen": unseen}), indent=1))
+
+
+def config_of(options: argparse.Namespace, out: Path, guard: Path, gates: list[str]) -> RunConfig:
+    """The recipe of either run; only the gates differ."""
+    return from_mapping(
+        {
+            "model": options.model,
+            "out": str(out),
+            "data": {
+                "train": options.train, "guard": [str(guard)], "template": "raw", "too_long": "truncate",
+                "max_length": options.max_length,
+            },
+            "budget": {"keep": options.keep},
+            "train": {
+                "steps": options.steps, "batch_size": 8, "validate_every": options.every,
+                "checkpoint_every": options.steps, "log_every": options.every,
+            },
+            "lora": {"rank": 16},
+            "search": {"evidence": 4, "share": 0.5, "batch_size": 8, "anneal": 1.0},
+            "distill": {"teacher": "none"},
+            "validate": {"limit": WATCHED},
+            "gates": gates,
+            "evaluate": {"limit": 100, "generate_limit": 0, "dense_tuned": False},
+        }
+    )  # fmt: skip
+
+
+def guards(source: str, out: Path) -> tuple[Path, Path]:
+    """Two files of texts with nothing in common: to be watched, and to be scored on only."""
+    texts = [row.completion for row in read([source], DataConfig(), "guard")] if source else topics()
+    files = []
+    for name, part in (("watched", texts[::2][:WATCHED]), ("unseen", texts[1::2][:UNSEEN])):
+        files.append(out / f"{name}.jsonl")
+        files[-1].write_text("".join(json.dumps({"text": text}) + "\n" for text in part), encoding="utf-8")
+    return files[0], files[1]
+
+
+def topics() -> list[str]:
+    """Prose of Python's language reference, from the standard library."""
+    from pydoc_data.topics import topics as pages
+
+    return [" ".join(pages[name].split())[:800] for name in sorted(pages) if len(pages[name]) > 800]
+
+
+def outcome(config: RunConfig, folders: dict[str, Path], files: dict[str, Path]) -> dict[str, Any]:
+    """Perplexities of the dense model and of both results on both files, each as a ratio to the dense model's."""
+    device = pick_device("auto")
+    records = {name: read([str(file)], config.data, "guard") for name, file in files.items()}
+    models = {"dense": config.model, **{name: str(folder / "model") for name, folder in folders.items()}}
+    found = {
+        name: {part: scored(config, model, rows, device, name != "dense") for part, rows in records.items()}
+        for name, model in models.items()
+    }
+    manifests = {name: json.loads((folder / "manifest.json").read_text()) for name, folder in folders.items()}
+    return {
+        "device": describe(device),
+        "perplexity": found,
+        "ratio": {
+            name: {part: scores[part] / found["dense"][part] for part in files}
+            for name, scores in found.items() if name != "dense"
+        },
+        "kept": {name: manifest["gates"]["kept"] for name, manifest in manifests.items()},
+        "gates": manifests["gated"]["gates"],
+        "validation_share": {name: manifest["validation"]["share"] for name, manifest in manifests.items()},
+        "tune_and_prune_seconds": {name: manifest["timings"]["tune and prune"] for name, manifest in manifests.items()},
+    }  # fmt: skip
+
+
+def scored(config: RunConfig, model: str, rows: tuple[Record, ...], device: torch.device, own: bool) -> float:
+    """Perplexity of a model as it lies on disk."""
+    loaded = load(model, device=device, dtype=pick_dtype("auto", device), trust_remote_code=own).model
+    tokenizer = load_tokenizer(config.model, trust_remote_code=False)
+    settings = EvaluateConfig(limit=0, generate_limit=0)
+    value = summed(evaluate(loaded, tokenizer, rows, config.data, settings))["perplexity"]
+    assert math.isfinite(value)
+    return value
+
+
+if __name__ == "__main__":
+    main()

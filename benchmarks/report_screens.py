@@ -1,0 +1,188 @@
+"""A run's report in headless Chromium: no console message, no request, no script, nothing wider than the page (bar D5).
+
+    python benchmarks/report_screens.py runs/demo --out screens
+
+Needs Chromium (Debian: `apt-get install chromium`), no driver: it is spoken to over a pipe, by its DevTools protocol.
+Each of 1280 and 390 px, light and dark, leaves a PNG. The same is done with a copy of the run in which the answers, ids,
+tasks, data and the command are HTML and script; on that page, nothing of it may have become an element or have run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prunetune.report import write_report
+
+WIDTHS, SCHEMES = (1280, 390), ("light", "dark")
+ATTACK = "</pre></div><script>window.stolen=1</script><img src=http://127.0.0.1:9/x onerror=window.stolen=1>\"'&"
+PROBE = """JSON.stringify({
+  wide: document.documentElement.scrollWidth, height: document.documentElement.scrollHeight,
+  stolen: typeof window.stolen, title: document.title,
+  foreign: document.querySelectorAll('script, img, iframe, object, embed, link, form').length,
+  landmarks: ['header', 'nav', 'main', 'footer'].every(name => document.querySelector(name)),
+})"""
+
+
+class Browser:
+    """A Chromium on a pipe; keeps every event that it sends."""
+
+    def __init__(self, program: str, profile: str) -> None:
+        to_us, from_browser = os.pipe()
+        to_browser, from_us = os.pipe()
+        self.reader, self.writer = os.fdopen(to_us, "rb"), os.fdopen(from_us, "wb")
+        self.buffer, self.count, self.events = b"", 0, []  # type: ignore[var-annotated]
+        # Chromium reads file descriptor 3 and writes to 4.
+        shell = f'exec "$0" "$@" 3<&{to_browser} 4>&{from_browser}'
+        flags = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--remote-debugging-pipe")
+        self.process = subprocess.Popen(
+            ["/bin/bash", "-c", shell, program, *flags, f"--user-data-dir={profile}", "about:blank"],
+            pass_fds=(to_browser, from_browser), stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        os.close(to_browser)
+        os.close(from_browser)
+
+    def ask(self, method: str, session: str | None = None, **params: Any) -> dict[str, Any]:
+        """Call a method and wait for its answer."""
+        self.count += 1
+        message = {"id": self.count, "method": method, "params": params} | ({"sessionId": session} if session else {})
+        self.writer.write(json.dumps(message).encode() + b"\0")
+        self.writer.flush()
+        while True:
+            heard = self._read()
+            if heard.get("id") == self.count:
+                if "error" in heard:
+                    raise RuntimeError(f"{method}: {heard['error']}")
+                return heard["result"]  # type: ignore[no-any-return]
+            self.events.append(heard)
+
+    def wait_for(self, method: str) -> None:
+        """Until such an event has come."""
+        while not any(event.get("method") == method for event in self.events):
+            self.events.append(self._read())
+
+    def _read(self) -> dict[str, Any]:
+        while b"\0" not in self.buffer:
+            part = os.read(self.reader.fileno(), 2**16)
+            if not part:
+                raise RuntimeError("the browser has gone")
+            self.buffer += part
+        line, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(line)  # type: ignore[no-any-return]
+
+
+@contextmanager
+def browser(program: str) -> Iterator[Browser]:
+    """A browser with a profile of its own, for the length of the block."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        made = Browser(program, profile)
+        try:
+            yield made
+        finally:
+            made.process.terminate()
+            made.process.wait()
+
+
+def look(chromium: Browser, page: Path, width: int, scheme: str, picture: Path) -> dict[str, Any]:
+    """Open a page as a reader of that screen would; what it did, and its picture."""
+    chromium.events.clear()
+    target = chromium.ask("Target.createTarget", url="about:blank")["targetId"]
+    session = chromium.ask("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+    for domain in ("Page", "Runtime", "Log", "Network", "Security"):
+        chromium.ask(f"{domain}.enable", session)
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+    chromium.ask("Emulation.setDeviceMetricsOverride", session, **size)
+    features = [{"name": "prefers-color-scheme", "value": scheme}]
+    chromium.ask("Emulation.setEmulatedMedia", session, features=features)
+    chromium.events.clear()
+    chromium.ask("Page.navigate", session, url=page.absolute().as_uri())
+    chromium.wait_for("Page.loadEventFired")
+    found = json.loads(chromium.ask("Runtime.evaluate", session, expression=PROBE)["result"]["value"])
+    shot = chromium.ask("Page.captureScreenshot", session, format="png", captureBeyondViewport=True, clip={
+        "x": 0, "y": 0, "width": width, "height": min(found["height"], 16000), "scale": 1,
+    })  # fmt: skip
+    picture.write_bytes(base64.b64decode(shot["data"]))
+    chromium.ask("Target.closeTarget", targetId=target)
+    return found | {"console": said(chromium.events), "requests": asked(chromium.events, page)}
+
+
+def said(events: list[dict[str, Any]]) -> list[str]:
+    """Everything on the console, dialogs included."""
+    kinds = {"Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded", "Page.javascriptDialogOpening"}
+    return [json.dumps(event["params"])[:300] for event in events if event.get("method") in kinds]
+
+
+def asked(events: list[dict[str, Any]], page: Path) -> list[str]:
+    """Every address but the page's own."""
+    sent = [event["params"]["request"]["url"] for event in events if event.get("method") == "Network.requestWillBeSent"]
+    return [url for url in sent if url != page.absolute().as_uri()]
+
+
+def hostile(run: Path, place: Path) -> Path:
+    """A copy of a run whose words, all of them, are an attack."""
+    folder = shutil.copytree(
+        run, place / "hostile", ignore=shutil.ignore_patterns("model*", "checkpoints", "good", "tuned")
+    )
+    for file in [*sorted((folder / "evaluation").glob("*.json")), folder / "manifest.json"]:
+        file.write_text(json.dumps(attacked(json.loads(file.read_text()), "")), encoding="utf-8")
+    with (folder / "config.yaml").open("a", encoding="utf-8") as config:
+        config.write(f"# {ATTACK}\n")
+    return folder
+
+
+def attacked(value: Any, key: str) -> Any:
+    """The same structure with every text an attack, but for what keeps a file readable."""
+    if isinstance(value, dict):
+        return {(f"{name} {ATTACK}" if key == "tasks" else name): attacked(each, name) for name, each in value.items()}
+    if isinstance(value, list):
+        return [attacked(each, f"{key}[]") for each in value]
+    if not isinstance(value, str) or key == "format":
+        return value
+    return f"{value} {ATTACK}" if key == "id" else f"{ATTACK} {value}"
+
+
+def faults(name: str, width: int, page: Path, found: dict[str, Any]) -> list[str]:
+    """What is wrong with a page, in words."""
+    wrong = [f"console: {line}" for line in found["console"]] + [f"request: {url}" for url in found["requests"]]
+    wrong += [f"wider than the screen: {found['wide']} px"] if found["wide"] > width else []
+    wrong += ["a script ran"] if found["stolen"] != "undefined" else []
+    wrong += [f"{found['foreign']} foreign elements"] if found["foreign"] else []
+    wrong += [] if found["landmarks"] else ["a landmark is missing"]
+    wrong += [f"{page.stat().st_size:,} bytes"] if page.stat().st_size > 3_000_000 else []
+    return [f"{name} {width}: {line}" for line in wrong]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--out", type=Path, default=Path("screens"))
+    parser.add_argument("--chromium", default="chromium")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    wrong: list[str] = []
+    with tempfile.TemporaryDirectory() as scratch, browser(options.chromium) as chromium:
+        version = chromium.ask("Browser.getVersion")["product"]
+        for name, folder in (("report", options.run), ("hostile", hostile(options.run, Path(scratch)))):
+            page = write_report(folder)
+            for width in WIDTHS:
+                for scheme in SCHEMES:
+                    picture = options.out / f"{name}-{width}-{scheme}.png"
+                    found = look(chromium, page, width, scheme, picture)
+                    wrong += faults(f"{name} {scheme}", width, page, found)
+                    print(json.dumps({"page": name, "width": width, "scheme": scheme, "png": str(picture), **found}))
+            print(f"{name}: {page.stat().st_size:,} bytes")
+    print(f"{version}: {len(wrong)} faults")
+    raise SystemExit("\n".join(wrong) if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""Linear layers as the cut sees them: rows are outputs and columns inputs, also where weights are stored transposed.
+
+GPT-2's `Conv1D` holds [in, out] instead of [out, in]; it is asked for by its two attributes `nx` and `nf`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from prunetune.errors import UnknownArchitecture
+
+ROWS, COLUMNS = 0, 1  # axes of a weight, seen as [out, in]
+
+
+def unwrapped(module: nn.Module) -> Any:
+    """The linear itself, where an adapter is around it."""
+    return getattr(module, "base_layer", module)
+
+
+def linear_of(model: nn.Module, name: str) -> Any:
+    """The linear of that name without its adapter; raises `UnknownArchitecture` where it cannot be cut."""
+    module = unwrapped(model.get_submodule(name))
+    if not isinstance(module, nn.Linear | Conv1D):
+        raise UnknownArchitecture(
+            f"{name} is a {type(module).__name__}, and only nn.Linear and Conv1D can be cut: "
+            "load the model unquantised, or prune a family listed in docs/add-an-architecture.md"
+        )
+    return module
+
+
+def is_transposed(linear: nn.Module) -> bool:
+    """Whether the weight is stored [in, out]."""
+    return isinstance(linear, Conv1D)
+
+
+def size(linear: Any, axis: int) -> int:
+    """Outputs (axis 0) or inputs (axis 1)."""
+    if is_transposed(linear):
+        return int((linear.nf, linear.nx)[axis])
+    return int((linear.out_features, linear.in_features)[axis])
+
+
+def set_size(linear: Any, axis: int, count: int) -> None:
+    """Tell the linear how many outputs or inputs it has now."""
+    names = ("nf", "nx") if is_transposed(linear) else ("out_features", "in_features")
+    setattr(linear, names[axis], count)
+
+
+def stored_axis(linear: nn.Module, axis: int) -> int:
+    """The axis of the stored weight that holds outputs (axis 0) or inputs (axis 1)."""
+    return 1 - axis if is_transposed(linear) else axis
+
+
+def as_rows(linear: nn.Module, weight: Tensor) -> Tensor:
+    """A tensor of the weight's shape as [out, in]."""
+    return weight.t() if is_transposed(linear) and weight.dim() > 1 else weight

@@ -1,0 +1,146 @@
+"""Four questions answered first: smaller, faster, as good, within limits? And what gates did on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from prunetune.report import text
+from prunetune.report.folder import RunFiles, lookup, mapping, number
+from prunetune.report.scores import REFERENCE_NAMES, Headline, Row, reference_of
+
+Reading = Literal["yes", "no", "partly", "unknown"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One question with its answer in a word and in a sentence."""
+
+    question: str
+    reading: Reading
+    words: str
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A gate and how it stood when the run ended."""
+
+    gate: str
+    limit: str
+    found: str
+    held: bool
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that a gate did."""
+
+    step: str
+    did: str
+    gates: str
+
+
+def answers(run: RunFiles, headline: Headline | None, rows: Sequence[Row]) -> list[Answer]:
+    """The answers that the files allow; the rest is not known."""
+    return [_smaller(run.manifest), _faster(run.manifest), _as_good(run, headline, rows), _within(run.manifest)]
+
+
+def _smaller(manifest: Mapping[str, Any]) -> Answer:
+    dense, pruned = number(manifest, "model", "decoder_params"), number(manifest, "pruned", "decoder_params")
+    if not dense or pruned is None:
+        return Answer("Smaller?", "unknown", "Sizes are not known.")
+    kept = pruned / dense
+    words = f"{text.share(1 - kept)} of the decoder's parameters are gone: {text.short(dense)} → {text.short(pruned)}."
+    asked, allowed = number(manifest, "gates", "keep_asked"), number(manifest, "gates", "kept")
+    if asked is not None and allowed is not None and allowed > asked:
+        words += f" {text.share(asked)} was to stay; a gate held {text.share(allowed)}."
+        return Answer("Smaller?", "partly", words)
+    return Answer("Smaller?", "yes" if kept < 1 else "no", words)
+
+
+def _faster(manifest: Mapping[str, Any]) -> Answer:
+    ratios = {
+        kind: pruned / dense
+        for kind in ("decode", "prefill")
+        if (dense := number(manifest, "speed", "dense", f"{kind}_tokens_per_s"))
+        and (pruned := number(manifest, "speed", "pruned", f"{kind}_tokens_per_s")) is not None
+    }
+    if not ratios:
+        return Answer("Faster?", "unknown", "Speed was not measured.")
+    words = ", ".join(f"{kind} {text.ratio(ratio)}" for kind, ratio in ratios.items()) + " of the dense model's speed."
+    faster = [ratio > 1 for ratio in ratios.values()]
+    return Answer("Faster?", "yes" if all(faster) else "partly" if any(faster) else "no", words.capitalize())
+
+
+def _as_good(run: RunFiles, headline: Headline | None, rows: Sequence[Row]) -> Answer:
+    if headline is None:
+        return Answer("As good?", "unknown", "There are no scores to compare.")
+    judged = [row for row in rows if row.headline and row.verdict]
+    worse = [row.task for row in judged if row.verdict == "worse"]
+    reference = REFERENCE_NAMES[reference_of(run.evaluations)]
+    count = f"{len(judged)} task{'s' * (len(judged) != 1)}"
+    if not judged:
+        return Answer("As good?", "unknown", f"No task says so beyond doubt; {reference} is the reference.")
+    if not worse:
+        return Answer(
+            "As good?", "yes", f"In none of {count} worse than the {reference} model beyond two standard errors."
+        )
+    named = ", ".join(worse[:3]) + (" …" if len(worse) > 3 else "")
+    words = f"In {len(worse)} of {count} worse than the {reference} model beyond two standard errors: {named}."
+    return Answer("As good?", "no" if len(worse) == len(judged) else "partly", words)
+
+
+def _within(manifest: Mapping[str, Any]) -> Answer:
+    failed = lookup(manifest, "failed")
+    if isinstance(failed, str) and failed:
+        return Answer("Within limits?", "no", f"{failed[:1].upper()}{failed[1:]}.")
+    found = limits(manifest)
+    if not found:
+        return Answer("Within limits?", "unknown", "No gate was set.")
+    outside = [limit for limit in found if not limit.held]
+    if outside:
+        return Answer("Within limits?", "no", f"{outside[0].gate}: {outside[0].found}, limit {outside[0].limit}.")
+    acted = len(events(manifest))
+    words = f"{'The gate' if len(found) == 1 else f'All {len(found)} gates'} held at the end"
+    return Answer("Within limits?", "yes", words + (f", after acting {_times(acted)}." if acted else "."))
+
+
+def _times(count: int) -> str:
+    return {1: "once", 2: "twice"}.get(count, f"{count} times")
+
+
+def limits(manifest: Mapping[str, Any]) -> list[Limit]:
+    """The gates of a run."""
+    listed = lookup(manifest, "gates", "limits")
+    return [
+        Limit(
+            str(one.get("gate", "")),
+            text.decimal(number(one, "limit")),
+            text.decimal(number(one, "found")),
+            one.get("held") is True,
+        )
+        for one in (listed if isinstance(listed, list) else [])
+        if isinstance(one, Mapping)
+    ]
+
+
+def events(manifest: Mapping[str, Any]) -> list[Event]:
+    """What gates did, in order."""
+    listed = lookup(manifest, "gates", "events")
+    return [
+        Event(text.count(number(one, "step")), str(one.get("did", "")), _joined(one.get("gates")))
+        for one in (listed if isinstance(listed, list) else [])
+        if isinstance(one, Mapping)
+    ]
+
+
+def _joined(value: Any) -> str:
+    return "; ".join(map(str, value)) if isinstance(value, list) else str(value or "")
+
+
+def watched(manifest: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(metric, of the dense model as the run began, of what the run ended with)."""
+    dense, last = mapping(manifest, "validation", "dense"), mapping(manifest, "validation", "last")
+    names = [str(name) for name in (*dense, *(name for name in last if name not in dense))] if dense else []
+    return [(name, text.decimal(number(dense, name)), text.decimal(number(last, name))) for name in names]

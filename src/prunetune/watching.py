@@ -1,0 +1,160 @@
+"""What a run watches beside its own loss: general knowledge, and rows with choices; and the decisions it validates."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prunetune.budget.params import total
+from prunetune.config import EvaluateConfig
+from prunetune.data.records import Record as Row
+from prunetune.errors import ConfigError, DataError
+from prunetune.evaluation.results import Evaluation, Item
+from prunetune.evaluation.suite import evaluate
+from prunetune.files import write_text
+from prunetune.gates import Gate
+from prunetune.model.sites import kept_params
+from prunetune.plan import Plan
+from prunetune.setting import Setting
+from prunetune.train.job import Record
+from prunetune.train.schedule import schedule_of
+from prunetune.train.state import Checkpoints, Keeper
+from prunetune.train.validation import perplexity
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """Scores the model as the loop hands it over, and keeps what was decided in the run folder."""
+
+    setting: Setting
+    gates: tuple[Gate, ...]
+    good: Keeper
+    chosen: tuple[Row, ...]  # rows of valid with choices, where their accuracy is wanted
+
+    @property
+    def reference(self) -> bool:
+        """The dense model is scored first where something is held against it."""
+        return bool(self.gates or self.chosen or self.setting.splits.guard)
+
+    def scores(self, model: Any) -> dict[str, float]:
+        """Accuracy on valid, and NLL, perplexity and accuracy on the guard, as far as there are rows for them."""
+        found = {f"valid.{name}": value for name, value in self._scored(model, self.chosen) if name == "accuracy"}
+        return found | {f"guard.{name}": value for name, value in self._scored(model, self.setting.splits.guard)}
+
+    def decided(self, record: Record, plan: Plan) -> None:
+        """Keep the plan with its scores: `decisions/step-0000040.json`."""
+        folder = self.setting.folder.path / "decisions"
+        folder.mkdir(exist_ok=True)
+        write_text(
+            folder / f"step-{record['step']:07d}.json", json.dumps({**record, "kept_units": packed(plan)}) + "\n"
+        )
+
+    def _scored(self, model: Any, rows: Sequence[Row]) -> list[tuple[str, float]]:
+        if not rows:
+            return []
+        config = EvaluateConfig(
+            limit=self.setting.config.validate.limit,
+            generate_limit=0,
+            max_tokens=self.setting.config.evaluate.max_tokens,
+        )
+        # Adapters are float32 and compute in the base's dtype, as in training.
+        mixed = torch.autocast(self.setting.device.type, model.dtype, enabled=model.dtype != torch.float32)
+        with mixed:
+            return list(summed(evaluate(model, self.setting.tokenizer, rows, self.setting.config.data, config)).items())
+
+
+def summed(evaluation: Evaluation) -> dict[str, float]:
+    """One number a metric over all items: accuracy of those with choices; NLL per token of the others, or of all."""
+    items = [item for result in evaluation.tasks.values() for item in result.items]
+    asked, others = _split(items)
+    found = {"accuracy": math.fsum(item.scores["accuracy"] for item in asked) / len(asked)} if asked else {}
+    weighed = others or asked
+    tokens = math.fsum(item.scores["tokens"] for item in weighed)
+    nll = math.fsum(item.scores["nll"] * item.scores["tokens"] for item in weighed) / tokens
+    return found | {"nll": nll, "perplexity": perplexity(nll)}
+
+
+def _split(items: Iterable[Item]) -> tuple[list[Item], list[Item]]:
+    listed = list(items)
+    return (
+        [item for item in listed if "accuracy" in item.scores],
+        [item for item in listed if "accuracy" not in item.scores],
+    )
+
+
+def watcher_of(setting: Setting) -> Watcher:
+    """The watcher of a run; raises `ConfigError` or `DataError` where a gate could never act."""
+    gates = tuple(Gate.parse(text) for text in setting.config.gates)
+    rows = tuple(row for row in setting.splits.valid if row.choices)
+    wanted = setting.config.validate.accuracy or any(gate.metric == "valid.accuracy" for gate in gates)
+    if wanted and not rows:
+        raise DataError("validate.accuracy and gates on valid.accuracy need rows with choices in valid: there are none")
+    if setting.config.data.guard and not setting.splits.guard:
+        raise DataError("data.guard has no row of its own in these sources: name others")
+    if any(gate.metric == "guard.accuracy" for gate in gates) and not any(row.choices for row in setting.splits.guard):
+        raise DataError("a gate on guard.accuracy needs rows with choices in data.guard: there are none")
+    _refuse_idle(setting, gates)
+    return Watcher(setting, gates, Checkpoints(setting.folder.good), rows if wanted else ())
+
+
+def _refuse_idle(setting: Setting, gates: Sequence[Gate]) -> None:
+    every, search = setting.config.train.validate_every, schedule_of(setting.config).search
+    if every > search and any(gate.action != "stop" for gate in gates):
+        raise ConfigError(
+            f"gates: no validation comes before the search ends at step {search}, so there is nothing to go back to; "
+            f"lower train.validate_every ({every}) below it"
+        )
+
+
+# -- decisions in few bytes --------------------------------------------------------------------------------------------
+
+
+def packed(plan: Plan) -> dict[str, dict[str, Any]]:
+    """A plan as one hexadecimal number a site: bit i is set where unit i stays."""
+    return {
+        site: {"units": plan.units[site], "mask": f"{sum(1 << unit for unit in kept):x}"}
+        for site, kept in plan.kept.items()
+    }
+
+
+def unpacked(sites: dict[str, dict[str, Any]]) -> Plan:
+    """Read what `packed` wrote."""
+    masks = {site: int(value["mask"], 16) for site, value in sites.items()}
+    units = {site: int(value["units"]) for site, value in sites.items()}
+    return Plan({site: tuple(u for u in range(units[site]) if mask >> u & 1) for site, mask in masks.items()}, units)
+
+
+# -- what a manifest says ----------------------------------------------------------------------------------------------
+
+
+def outcome(setting: Setting, seconds: float) -> dict[str, Any]:
+    """Validation and gates of a run that is tuned, for the manifest; `seconds` of tuning in all."""
+    state = Checkpoints(setting.folder.checkpoints).latest()
+    if state is None or not state.seen:
+        return {}
+    seen, config = state.seen, setting.config
+    gates = [Gate.parse(text) for text in config.gates]
+    limits = [
+        {
+            "gate": str(gate), "limit": gate.limit(seen["dense"]), "found": seen["last"].get(gate.metric),
+            "held": gate.holds(seen["last"], seen["dense"]),
+        }
+        for gate in gates if seen["last"]
+    ]  # fmt: skip
+    return {
+        "validation": {
+            "every": config.train.validate_every * max(1, seen["stride"]),
+            "seconds": seen["seconds"], "share": seen["seconds"] / seconds if seconds else None,
+            "dense": seen["dense"], "last": seen["last"],
+        },
+        "gates": {
+            "limits": limits, "events": seen["events"],
+            "keep_asked": config.budget.keep, "keep_allowed": seen["schedule"]["keep"],
+            "kept": kept_params(setting.sites, state.plan) / total(setting.sites) if state.plan else None,
+        },
+    }  # fmt: skip
