@@ -3,8 +3,9 @@
     python benchmarks/gates.py [--limit 1.5x] [--out runs/gates]
 
 By default the demo's model and data, and as a guard the texts of Python's own language reference (pydoc topics), which
-every Python carries. Other models and data by `--model FOLDER --train FILE ... --guard FILE`. Both runs are scored as
-they were written, by loading them again: on the guard that was watched, and on texts like it that no run has seen.
+every Python carries. Other models and data by `--model FOLDER --train FILE ... --guard FILE`; `--model small` trains a
+byte-level model of 3 layers on other pydoc topics first and tunes it to sums, in a minute on a CPU. Both runs are
+scored as they were written, by loading them again: on the guard that was watched, and on texts like it that no run saw.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import argparse
 import json
 import logging
 import math
+import random
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prunetune.config import DataConfig, EvaluateConfig, RunConfig, from_mapping
 from prunetune.data.records import Record
@@ -28,7 +32,7 @@ from prunetune.model.loading import load, load_tokenizer, pick_device, pick_dtyp
 from prunetune.pipeline import run
 from prunetune.watching import summed
 
-WATCHED, UNSEEN = 24, 48  # texts of the guard, and texts like it
+WATCHED, UNSEEN = 24, 24  # texts of the guard, and texts like it
 
 
 def main() -> None:
@@ -47,6 +51,8 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     options.out.mkdir(parents=True, exist_ok=True)
     watched, unseen = guards(options.guard, options.out)
+    if options.model == "small":
+        options.model, options.train = str(small_model(options.out / "small")), [str(sums(options.out / "sums.jsonl"))]
     folders = {}
     for name, gates in (("free", []), ("gated", [f"guard.perplexity <= {options.limit} -> {options.action}"])):
         config = config_of(options, options.out / name, watched, gates)
@@ -56,6 +62,57 @@ def main() -> None:
             logging.warning("%s: %s", name, outside)
             folders[name] = options.out / name
     print(json.dumps(outcome(config, folders, {"watched": watched, "unseen": unseen}), indent=1))
+
+
+def small_model(folder: Path) -> Path:
+    """A byte-level Llama that knows some English: trained on the pydoc topics that are no guard."""
+    if folder.exists():
+        return folder
+    tokenizer = bytes_tokenizer()
+    text = " ".join(topics()[WATCHED + UNSEEN :])
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=64, intermediate_size=192, num_hidden_layers=3,
+            num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )
+    )  # fmt: skip
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    rng = torch.Generator().manual_seed(0)
+    for step in range(300):
+        starts = torch.randint(0, len(ids) - 96, (16,), generator=rng).tolist()
+        batch = torch.stack([ids[start : start + 96] for start in starts])
+        loss = model(input_ids=batch, labels=batch).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 100 == 0 or step == 299:
+            logging.info("small model, step %d: loss %.3f", step, float(loss.detach()))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def bytes_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte, <s> in front."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<s>", "</s>", *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def sums(file: Path) -> Path:
+    """A domain of its own: small sums, with their answer."""
+    rows = [
+        {"prompt": f"{a} plus {b} is", "completion": f" {a + b}.", "task": "sums"} for a in range(30) for b in range(30)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file
 
 
 def config_of(options: argparse.Namespace, out: Path, guard: Path, gates: list[str]) -> RunConfig:
@@ -87,9 +144,9 @@ def guards(source: str, out: Path) -> tuple[Path, Path]:
     """Two files of texts with nothing in common: to be watched, and to be scored on only."""
     texts = [row.completion for row in read([source], DataConfig(), "guard")] if source else topics()
     files = []
-    for name, part in (("watched", texts[::2][:WATCHED]), ("unseen", texts[1::2][:UNSEEN])):
+    for name, part in (("watched", texts[:WATCHED]), ("unseen", texts[WATCHED : WATCHED + UNSEEN])):
         files.append(out / f"{name}.jsonl")
-        files[-1].write_text("".join(json.dumps({"text": text}) + "\n" for text in part), encoding="utf-8")
+        files[-1].write_text("".join(json.dumps({"text": text[:800]}) + "\n" for text in part), encoding="utf-8")
     return files[0], files[1]
 
 
@@ -97,17 +154,18 @@ def topics() -> list[str]:
     """Prose of Python's language reference, from the standard library."""
     from pydoc_data.topics import topics as pages
 
-    return [" ".join(pages[name].split())[:800] for name in sorted(pages) if len(pages[name]) > 800]
+    found = [" ".join(pages[name].split()) for name in sorted(pages) if len(pages[name]) > 400]
+    return random.Random(0).sample(found, len(found))
 
 
 def outcome(config: RunConfig, folders: dict[str, Path], files: dict[str, Path]) -> dict[str, Any]:
     """Perplexities of the dense model and of both results on both files, each as a ratio to the dense model's."""
     device = pick_device("auto")
     records = {name: read([str(file)], config.data, "guard") for name, file in files.items()}
-    models = {"dense": config.model, **{name: str(folder / "model") for name, folder in folders.items()}}
+    places = {"dense": config.model, **{name: str(folder / "model") for name, folder in folders.items()}}
     found = {
         name: {part: scored(config, model, rows, device, name != "dense") for part, rows in records.items()}
-        for name, model in models.items()
+        for name, model in places.items()
     }
     manifests = {name: json.loads((folder / "manifest.json").read_text()) for name, folder in folders.items()}
     return {

@@ -3,7 +3,7 @@
     python benchmarks/report_screens.py runs/demo --out screens
 
 Needs Chromium (Debian: `apt-get install chromium`), no driver: it is spoken to over a pipe, by its DevTools protocol.
-Each of 1280 and 390 px, light and dark, leaves a PNG. The same is done with a copy of the run in which the answers, ids,
+Each of 1280 and 390 px, light and dark, leaves a PNG. The same is done with a copy of the run in which answers, ids,
 tasks, data and the command are HTML and script; on that page, nothing of it may have become an element or have run.
 """
 

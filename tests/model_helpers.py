@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,8 +13,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from prunetune import Plan, find_sites
 from prunetune.model import families
-from prunetune.model.sites import tuned_linears
-from prunetune.model.units import USUAL
+from prunetune.model.sites import tuned_linears, whole_blocks
+from prunetune.model.units import KINDS, USUAL
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")  # for laws that take long
 ALL_FAMILIES = tuple(families.FAMILIES)
@@ -30,7 +31,7 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 32},
     "qwen3_moe": EXPERTS,
     "gpt_oss": EXPERTS | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    "gpt2": {"head_dim": None, "n_inner": 96},
+    "gpt2": {"head_dim": None, "n_inner": 96, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
 
 
@@ -82,6 +83,15 @@ def with_lora(model: Any, *, seed: int = 1, rank: int = 4) -> Any:
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.2)
     return model
+
+
+@cache
+def kinds_of(family: str) -> tuple[str, ...]:
+    """The kinds of unit that a tiny model of this family can lose, as recipes name them, outer ones first."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config(family))
+    whole = whole_blocks(model, tuple(KINDS))
+    return tuple(name for name, kind in KINDS.items() if kind not in whole)
 
 
 def random_plan(model: Any, *, seed: int = 0, keep: float = 0.5, units: Collection[str] = USUAL) -> Plan:

@@ -56,6 +56,8 @@ def other(path: str) -> Any:
     if path in OWN_WORDS:
         return OWN_WORDS[path]
     if typing.get_origin(kind) is tuple:
+        if typing.get_origin(typing.get_args(kind)[0]) is typing.Literal:
+            return list(typing.get_args(typing.get_args(kind)[0])[1:3])
         return {str: ["a.jsonl", "b/*.csv*2"], int: [3, 4], float: [0.5, 0.25]}[typing.get_args(kind)[0]]
     if kind is bool:
         return not default

@@ -9,8 +9,10 @@ import torch
 
 from prunetune.budget.params import total
 from prunetune.decide.select import Shape, feasible_keep, select
+from prunetune.decide.shape import step
 from prunetune.errors import PlanError
-from prunetune.model.sites import Cut, Site, dense_plan, kept_params
+from prunetune.model.sites import dense_plan
+from prunetune.model.units import Cut, Site, kept_params
 
 RATIO = 4  # query heads in a group
 
@@ -57,7 +59,7 @@ def test_no_further_block_of_all_devices_fits(devices: int, align: int) -> None:
     for sites, shape, keep, plan in cases(devices, "per-layer", align):
         room = keep * total(sites) - kept_params(sites, plan)
         for site in sites:
-            block = min(shape.block(site), site.units - len(plan.kept[site.name]))
+            block = min(step(site, shape), site.units - len(plan.kept[site.name]))
             assert not block or block * site.unit_params > room
 
 

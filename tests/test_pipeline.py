@@ -114,6 +114,37 @@ def test_a_run_of_other_families(family: str, layout: str, place: Path, tmp_path
         assert dense["decoder_params"] == sum(weight.numel() for weight in layers.parameters())
 
 
+@pytest.mark.parametrize(
+    ("family", "layout", "units"),
+    [
+        ("mixtral", "per-layer", ["kv-groups", "experts", "expert-channels"]),
+        ("llama", "uniform", ["layers", "kv-groups", "query-heads", "mlp-channels"]),
+        ("qwen3", "per-layer", ["layers", "attention-blocks", "mlp-blocks", "query-heads", "mlp-channels"]),
+    ],
+)
+def test_a_run_of_other_units(family: str, layout: str, units: list[str], place: Path, tmp_path: Path) -> None:
+    model = speaker(family, layers=4)
+    model.save_pretrained(tmp_path / "dense")
+    characters().save_pretrained(tmp_path / "dense")
+    changes = {"model": str(tmp_path / "dense"), "train": {"steps": 6}, "distill": {"teacher": "base"}}
+    changes |= {
+        "evaluate": {"dense_tuned": False},
+        "budget": {"units": units, "protect": "2" if len(units) > 3 else ""},
+    }
+    folder = run(config_of(place, tmp_path / "run", layout, **changes))
+    plan, sites = Plan.load(folder / "plan.json"), find_sites(model, units)
+    assert kept_params(sites, plan) <= 0.6 * sum(site.params for site in sites)
+    assert plan.kept.get("model.layers.2:layers", (0,)) == (0,)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    dense, pruned = manifest["model"], manifest["pruned"]
+    assert dense["decoder_params"] - pruned["decoder_params"] == dense["params"] - pruned["params"]
+    assert manifest["selfcheck"]["max_relative"] <= 1e-5
+    page = (folder / "report.html").read_text()
+    assert all(
+        kind.replace("-", " ").capitalize() in page for kind in units if kind not in ("kv-groups", "mlp-channels")
+    )
+
+
 # -- what a run leaves -----------------------------------------------------------------------------------------------
 
 

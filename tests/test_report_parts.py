@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from prunetune.plan import Plan
-from prunetune.report import text
+from prunetune.report import heat, outcome, text
 from prunetune.report.course import curve, spans_of
 from prunetune.report.figures import MOST_POINTS, running_mean, thinned
+from prunetune.report.folder import read_run
 from prunetune.report.layers import layers_of, runs, total
 from prunetune.report.samples import choose
 from prunetune.report.scores import headline, rows
-from report_helpers import evaluations
+from report_helpers import evaluations, make_run
 
 
 def task(name: str, values: list[float], metric: str = "accuracy") -> TaskResult:
@@ -151,3 +155,69 @@ def test_the_running_mean_of_a_constant_is_the_constant() -> None:
 ])  # fmt: skip
 def test_numbers_read_well(shown: str, wanted: str) -> None:
     assert shown == wanted
+
+
+# -- the four answers ------------------------------------------------------------------------------------------------
+
+
+def answered(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    folder = make_run(tmp_path / "run")
+    manifest = json.loads((folder / "manifest.json").read_text()) | changes
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    run = read_run(folder)
+    found = outcome.answers(run, headline(run.evaluations), rows(run.evaluations))
+    return {answer.question: answer for answer in found}
+
+
+def test_the_answers_of_a_good_run(tmp_path: Path) -> None:
+    found = answered(tmp_path)
+    assert [answer.reading for answer in found.values()] == ["yes", "yes", "partly", "yes"]
+    assert "106.2M → 63.7M" in found["Smaller?"].words
+    assert "after acting once" in found["Within limits?"].words
+
+
+@pytest.mark.parametrize(
+    ("changes", "question", "reading", "words"),
+    [
+        ({"speed": {}}, "Faster?", "unknown", "was not measured"),
+        ({"model": {}}, "Smaller?", "unknown", "not known"),
+        ({"gates": {}}, "Within limits?", "none", "No gate was set"),
+        ({"gates": {"limits": [{"gate": "g", "limit": 1, "found": 2, "held": False}]}}, "Within limits?", "no", "g: 2"),
+        ({"gates": {"keep_asked": 0.5, "kept": 0.6}}, "Smaller?", "partly", "50% was to stay; a gate held 60%"),
+        ({"failed": "stopped at step 4"}, "Within limits?", "no", "Stopped at step 4."),
+        ({"gates": {"limits": "odd", "events": [3]}, "validation": []}, "Within limits?", "none", "No gate"),
+    ],
+)
+def test_the_answers_follow_the_manifest(
+    changes: dict[str, Any], question: str, reading: str, words: str, tmp_path: Path
+) -> None:
+    found = answered(tmp_path, **changes)[question]
+    assert found.reading == reading
+    assert words in found.words
+
+
+def test_better_than_an_untuned_model_is_not_as_good_as_a_tuned_one(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "evaluation" / "tuned.json").unlink()
+    run = read_run(folder)
+    answer = outcome.answers(run, headline(run.evaluations), rows(run.evaluations))[2]
+    assert answer.reading == "unknown"
+    assert "a dense tuned one was not scored" in answer.words
+
+
+def test_recovery_has_the_error_of_the_paired_change() -> None:
+    reference, pruned = task("t", [1, 0] * 50), task("t", [1, 0] * 49 + [0, 0])
+    (row,) = rows({"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})})
+    assert row.left == pytest.approx((0.98, 0.02))
+
+
+def test_the_heat_map_ends_with_the_plan(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run"))
+    assert run.plan is not None
+    columns = heat.columns_of(run.metrics, run.plan, is_attention=False)
+    assert 2 < len(columns) <= heat.MOST_COLUMNS + 1
+    assert columns[-1].step == 700
+    assert columns[-1].shares[0] == len(run.plan.kept["model.layers.0.mlp"]) / 1536
+    assert heat.columns_of([], run.plan, is_attention=False) == []
+    odd = [{"step": 1, "widths": {"model.layers.0.mlp": "x", "other": 3}}, {"step": None, "widths": {}}, {"widths": 3}]
+    assert heat.columns_of(odd, run.plan, is_attention=False)[0].shares == {}

@@ -61,8 +61,8 @@ def _short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packs, "LABELS", 32)
 
 
-# Soft-capped scores; keyword arguments that end before attention; attention of their own.
-UNPACKED = ("gemma2", "nemotron", "stablelm", "falcon", "bloom")
+# Soft-capped scores; keyword arguments that end before attention; attention of their own; sinks.
+UNPACKED = ("gemma2", "nemotron", "stablelm", "falcon", "bloom", "gpt_oss")
 Setting = tuple[Any, tuple[Any, ...], dict[str, Tensor]]
 
 

@@ -180,15 +180,14 @@ class Mortal(Notes):
             raise Killed
 
 
-@sampled
-@pytest.mark.parametrize("gate", [BACK, "guard.nll <= 0.4 -> back-off"])
+@pytest.mark.parametrize(("gate", "gates"), [(BACK, "projected"), ("guard.nll <= 0.4 -> back-off", "sampled")])
 def test_resumed_after_any_step_equals_uninterrupted(gate: str, gates: str, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"search": {"gates": gates, "offset": 1.0}, "lora": {"dropout": 0.1}}
     config = config_of(**changes, train={"checkpoint_every": 3})
     whole = drive(config, tmp_path / "whole", gate)
     assert whole.seen["events"]
     first = whole.seen["events"][0]["step"]
-    for step in sorted({1, first - 1, first, first + 1, 11}):
+    for step in (first - 1, first, first + 1):
         folder = tmp_path / f"{step}"
         while True:  # killed once at that step, whatever went back before
             mortal = Mortal(step)

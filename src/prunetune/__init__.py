@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunetune.config import RunConfig
-    from prunetune.evaluation.suite import evaluate
     from prunetune.export.formats import export_run
     from prunetune.model.masking import masked
     from prunetune.model.sites import find_sites
@@ -15,17 +14,36 @@ if TYPE_CHECKING:
     from prunetune.pipeline import run
     from prunetune.plan import Plan
     from prunetune.report import write_report
+    from prunetune.suites.run import evaluate_suite
+    from prunetune.suites.suite import load_suite
+    from prunetune.suites.verbs import check, evaluate
 
-__all__ = ["Plan", "RunConfig", "cut", "evaluate", "export_run", "find_sites", "masked", "run", "write_report"]
+__all__ = [
+    "Plan",
+    "RunConfig",
+    "check",
+    "cut",
+    "evaluate",
+    "evaluate_suite",
+    "export_run",
+    "find_sites",
+    "load_suite",
+    "masked",
+    "run",
+    "write_report",
+]
 
 # Resolved on first use: `prunetune --help` must not wait for torch.
 _HOMES = {
     "Plan": "prunetune.plan",
     "RunConfig": "prunetune.config",
+    "check": "prunetune.suites.verbs",
     "cut": "prunetune.model.surgery",
-    "evaluate": "prunetune.evaluation.suite",
+    "evaluate": "prunetune.suites.verbs",
+    "evaluate_suite": "prunetune.suites.run",
     "export_run": "prunetune.export.formats",
     "find_sites": "prunetune.model.sites",
+    "load_suite": "prunetune.suites.suite",
     "masked": "prunetune.model.masking",
     "run": "prunetune.pipeline",
     "write_report": "prunetune.report",

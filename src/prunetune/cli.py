@@ -14,8 +14,9 @@ from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from prunetune.config import RunConfig, load_recipe
-from prunetune.errors import PrunetuneError
+from prunetune.config import RunConfig, Unit, load_recipe
+from prunetune.errors import DataError, GateFailed, PrunetuneError
+from prunetune.eval_flags import HERE, Target
 from prunetune.flags import given, optional_twin
 
 app = App(
@@ -28,6 +29,7 @@ app = App(
 # Every option of a recipe as a flag, all optional: flags win over the recipe.
 Flags: typing.TypeAlias = optional_twin(RunConfig)  # type: ignore[valid-type]
 NO_FLAGS = Flags()
+USUAL: tuple[Unit, ...] = ("kv-groups", "mlp-channels")
 
 
 @app.command
@@ -100,6 +102,7 @@ def sites(
     *,
     layout: Literal["per-layer", "uniform"] = "per-layer",
     align: Annotated[int, Parameter(help="MLP widths are multiples of this; 0: chosen by size.")] = 0,
+    units: Annotated[tuple[Unit, ...], Parameter(help="Kinds of unit, see budget.units.", negative=())] = USUAL,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
     """What can go: sites, units, share of parameters, legal shapes, smallest feasible keep; reads only the config.
@@ -111,7 +114,7 @@ def sites(
     """
     from prunetune.summary import of_sites
 
-    print(of_sites(model, layout=layout, align=align, trust_remote_code=trust_remote_code))
+    print(of_sites(model, layout=layout, align=align, units=units, trust_remote_code=trust_remote_code))
 
 
 @app.command
@@ -192,10 +195,85 @@ def export(
     print(export_run(run, to or "", out=out, options=options, trust_remote_code=trust_remote_code))
 
 
+@app.command(name="eval")
+def evaluate(
+    model: str,
+    /,
+    *,
+    suite: Path,
+    out: Annotated[Path | None, Parameter(help="A JSON file for scores and items; check reads it too.")] = None,
+    target: Annotated[Target, Parameter(name="*")] = HERE,
+) -> None:
+    """The scores of a suite, of any model: each task with standard errors; what cannot be scored says why.
+
+    Parameters
+    ----------
+    model
+        A run, a model folder, a hub name, a .gguf file, or an OpenAI-compatible endpoint (http://host:port/v1).
+    suite
+        A YAML file of tasks; see suites/.
+    """
+    from prunetune.files import write_text
+    from prunetune.suites import tables, verbs
+
+    verbs.writable(out, "--out")
+    with target.watched() as progress:
+        found = verbs.evaluate(
+            model, target.suite(suite), options=target.options(), allow=target.allowed(), progress=progress
+        )
+    if out is not None:
+        write_text(out, verbs.to_json(found, model, str(suite)))
+    print(tables.of_evaluation(found))
+    unscored = [name for name, result in found.tasks.items() if result.error]
+    if unscored:
+        raise DataError(f"{len(unscored)} of {len(found.tasks)} tasks could not be scored: {', '.join(unscored)}")
+
+
+@app.command
+def check(
+    model: str,
+    /,
+    *,
+    suite: Path,
+    against: Annotated[str, Parameter(help="The reference, named as a model is; default: the run's dense model.")] = "",
+    junit: Annotated[Path | None, Parameter(help="A JUnit XML file for CI.")] = None,
+    json: Annotated[Path | None, Parameter(help="A JSON file with limits, scores and new failures.")] = None,
+    target: Annotated[Target, Parameter(name="*")] = HERE,
+) -> None:
+    """Regression gate: exit 1, with the items that went wrong, where a suite's limit is broken.
+
+    Parameters
+    ----------
+    model
+        What eval takes, or a JSON file that eval wrote.
+    suite
+        A YAML file of tasks with limits; see suites/.
+    """
+    from prunetune.files import write_text
+    from prunetune.suites import tables, verbs
+    from prunetune.suites.junit import junit as to_junit
+
+    verbs.writable(junit, "--junit")
+    verbs.writable(json, "--json")
+    with target.watched() as progress:
+        found = verbs.check(
+            model, target.suite(suite), against, options=target.options(), allow=target.allowed(), progress=progress
+        )
+    if junit is not None:
+        write_text(junit, to_junit(found, f"prunetune check {model}"))
+    if json is not None:
+        write_text(json, found.to_json())
+    print(tables.of_check(found))
+    if found.broken:
+        raise GateFailed(f"{len(found.broken)} of {len(found.verdicts)} limits broken: {found.broken[0].says}")
+    if found.errors:
+        raise DataError(f"{len(found.errors)} tasks could not be judged: {', '.join(found.errors)}")
+
+
 def main() -> None:
     """Entry point: exit 0 done, 1 a gate failed, 2 the user must correct something, 130 interrupted."""
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    for noisy in ("httpx", "transformers", "peft", "accelerate"):
+    for noisy in ("httpx", "transformers", "peft", "accelerate", "absl"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # The run's own lines say what these bars and notes would; read by transformers when it is imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

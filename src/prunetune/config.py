@@ -48,7 +48,7 @@ class DataConfig:
     texts: tuple[str, ...] = option(
         (), "Sources mixed into train and search on which only a teacher counts, so that what they stand for is kept."
     )
-    texts_share: float = option(0.15, "Share of a batch's examples that are of data.texts.", above=0, high=0.9)
+    texts_share: float = option(0.25, "Share of a batch's examples that are of data.texts.", above=0, high=0.9)
     guard: tuple[str, ...] = option(
         (), "Sources of general knowledge watched during the run, never tuned on: texts, or rows with choices."
     )
@@ -69,6 +69,18 @@ class DataConfig:
     )
 
 
+Unit = Literal[
+    "kv-groups",
+    "query-heads",
+    "mlp-channels",
+    "experts",
+    "expert-channels",
+    "attention-blocks",
+    "mlp-blocks",
+    "layers",
+]
+
+
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
     """What may remain."""
@@ -83,6 +95,37 @@ class BudgetConfig:
     tensor_parallel: int = option(
         1, "Devices that will share each layer: KV groups, heads and MLP widths are multiples of it.", low=1
     )
+    units: tuple[Unit, ...] = option(
+        ("kv-groups", "mlp-channels"),
+        "Kinds of unit that may go; `prunetune sites` says which ones a model has.",
+        each="name",
+    )
+    min_queries: int = option(1, "Fewest query heads a KV group keeps, where units has query-heads.", low=1)
+    min_experts: int = option(
+        0, "Fewest experts a layer keeps, where units has experts; never fewer than a token goes to.", low=0
+    )
+    min_share: float = option(
+        0.0,
+        "Share of its units that every place keeps at least: of a layer's KV groups, channels, experts.",
+        low=0,
+        high=1,
+    )
+    protect: str = option("", "Layers that keep everything, counted from 0: 0-1,29. With uniform: that stay.")
+
+    def __post_init__(self) -> None:
+        if not self.units:
+            raise ConfigError("budget.units names no kind of unit, and nothing could go: leave it out, or name some")
+
+    def protected(self) -> frozenset[int]:
+        """The layers of `protect`; raises `ConfigError`."""
+        layers: set[int] = set()
+        for span in filter(None, (part.strip() for part in self.protect.split(","))):
+            first, dash, last = span.partition("-")
+            last = last if dash else first
+            if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+                raise ConfigError(f"budget.protect: {span!r} is no layer and no span of layers: write 0-1,29")
+            layers |= set(range(int(first), int(last) + 1))
+        return frozenset(layers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,13 +140,14 @@ class TrainConfig:
     packing: Literal["auto", "off"] = option(
         "auto", "Examples end to end, passes recorded as CUDA graphs, where GPU and model can; off pads and runs as is."
     )
-    learning_rate: float = option(1e-3, "Peak learning rate of the adapters (AdamW).", above=0)
-    weights: Literal["adapters", "all"] = option(
-        "adapters", "What is tuned once the model is cut: the adapters, or all weights of its linears with them merged."
+    learning_rate: float = option(1e-3, "Peak learning rate of the adapters.", above=0)
+    optimizer: Literal["adamw", "muon"] = option("adamw", "What moves the adapters; Muon wants twice AdamW's rate.")
+    weights: Literal["auto", "all", "adapters"] = option(
+        "auto",
+        "What is tuned once the model is cut: all weights of its linears (Muon, 12 bytes a weight), or the adapters; "
+        "auto: all of a model with fewer than 1e9 prunable parameters.",
     )
-    weights_rate: float = option(2e-4, "Peak learning rate where all weights are tuned.", above=0)
-    weights_optimizer: Literal["adamw", "muon"] = option("adamw", "Experiment.")
-    start: Literal["base", "teacher"] = option("base", "Experiment.")
+    weights_rate: float = option(1e-3, "Peak learning rate where all weights are tuned.", above=0)
     warmup: float = option(0.03, "Share of the steps with a rising learning rate.", low=0, high=1)
     decay: Literal["cosine", "linear", "constant"] = option("cosine", "What the learning rate does after its warm-up.")
     weight_decay: float = option(0.0, "Decoupled weight decay of the adapters.", low=0)
@@ -123,6 +167,7 @@ class LoraSettings:
         "The same where nothing has to be relearnt: for the dense model, tuned for comparison or as a teacher.",
         low=1,
     )
+    dense_learning_rate: float = option(5e-4, "Peak learning rate of the dense model's adapters.", above=0)
     alpha: float = option(0.0, "Scale alpha / rank; 0: twice the rank.", low=0)
     dropout: float = option(0.0, "Dropout on the adapters' input.", low=0, high=0.9)
 
@@ -156,7 +201,6 @@ class SearchConfig:
     evidence: int = option(
         16, "Batches whose gate gradients give the starting logits; 0: start from nothing, as in the paper.", low=0
     )
-    by_example: bool = option(False, "Experiment.")
     hard: bool = option(True, "Gates are rounded where the generator learns (straight-through), or soft values.")
     lora_aware: bool = option(
         True, "Adapters learn with y = gate * (W x) + B A x; false: under gates on both branches, as after the cut."
@@ -329,16 +373,28 @@ def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> RunConf
     return config
 
 
-def _section(cls: type[Any], values: Any, *, prefix: str, where: str) -> Any:
+Options = typing.TypeVar("Options")
+
+
+def read_options(cls: type[Options], values: Any, *, where: str) -> Options:
+    """Any dataclass of options out of a mapping, by the same checks; raises `ConfigError` that begins with `where`."""
+    found = _section(cls, values, prefix="", where=where, root=cls)
+    assert isinstance(found, cls)
+    return found
+
+
+def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type[Any] = RunConfig) -> Any:
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: {prefix.rstrip('.')} is a section with keys of its own, got {values!r}")
     kinds = typing.get_type_hints(cls)
     for key in values:
         if key not in kinds:
-            raise ConfigError(f"{where}: unknown key {prefix}{key}{_did_you_mean(prefix, str(key))}")
+            raise ConfigError(f"{where}: unknown key {prefix}{key}{_did_you_mean(prefix, str(key), root)}")
     return cls(
         **{
-            item.name: _section(kinds[item.name], values[item.name], prefix=f"{prefix}{item.name}.", where=where)
+            item.name: _section(
+                kinds[item.name], values[item.name], prefix=f"{prefix}{item.name}.", where=where, root=root
+            )
             if dataclasses.is_dataclass(kinds[item.name])
             else _value(item, kinds[item.name], values[item.name], f"{where}: {prefix}{item.name}")
             for item in dataclasses.fields(cls)
@@ -347,8 +403,8 @@ def _section(cls: type[Any], values: Any, *, prefix: str, where: str) -> Any:
     )
 
 
-def _did_you_mean(prefix: str, key: str) -> str:
-    known = list(paths())
+def _did_you_mean(prefix: str, key: str, root: type[Any]) -> str:
+    known = list(paths(root))
     close = [path for path in known if path.rpartition(".")[2] == key]
     close = close or difflib.get_close_matches(prefix + key, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
@@ -420,8 +476,9 @@ def _bounded(bounds: Mapping[str, Any], value: float, name: str) -> None:
 
 def _entries(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> tuple[Any, ...]:
     """A list, or its only entry: of sources, or of what `kind` says."""
-    each = item.metadata["each"] if kind is str else "number"
-    single = isinstance(value, str | Mapping if kind is str else int | float | str)
+    words = kind is str or typing.get_origin(kind) is Literal
+    each = item.metadata["each"] if words else "number"
+    single = isinstance(value, str | Mapping if words else int | float | str)
     entries = [value] if single else value
     if not isinstance(entries, Sequence):
         raise ConfigError(f"{name} must be a {each} or a list of {each}s, got {value!r}")

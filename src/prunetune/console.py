@@ -41,7 +41,8 @@ class PlainConsole:
 
     def validation(self, record: Record) -> None:
         """The decided sub-network was scored."""
-        log.info("step %d validation nll %.4f at %.1f%% kept", record["step"], record["nll"], 100 * record["kept"])
+        kept = 100 * record["kept"]
+        log.info("step %d validation nll %.4f%s at %.1f%% kept", record["step"], record["nll"], watched(record), kept)
 
     def passed(self, task: str, done: int, total: int) -> None:
         """An evaluation has come so far."""
@@ -80,7 +81,7 @@ class LiveConsole:
 
     def validation(self, record: Record) -> None:
         """The decided sub-network was scored."""
-        self.note = f"valid {record['nll']:.3f}"
+        self.note = f"valid {record['nll']:.3f}{watched(record)}"
 
     def passed(self, task: str, done: int, total: int) -> None:
         """An evaluation has come so far."""
@@ -111,6 +112,12 @@ def summary(record: Record) -> str:
     if "tokens_per_s" in record:
         parts.append(f"{record['tokens_per_s']:.0f} tok/s")
     return " ".join(parts)
+
+
+def watched(record: Record) -> str:
+    """What a validation scored beside the loss on valid, in a few words."""
+    names = ("valid.accuracy", "guard.perplexity", "guard.accuracy")
+    return "".join(f", {name} {record[name]:.4g}" for name in names if name in record)
 
 
 def console_for(every: int) -> PlainConsole | LiveConsole:

@@ -15,7 +15,7 @@ from prunetune.errors import ConfigError, RunFolderError
 from prunetune.files import PARTIAL, write_text
 
 Record = dict[str, Any]
-FREE = frozenset({"out"})  # what a resumed run may say otherwise
+FREE = frozenset({"out", "track"})  # what a resumed run may say otherwise
 
 
 @dataclass(frozen=True)

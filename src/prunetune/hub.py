@@ -57,7 +57,9 @@ def classes_of(family: str) -> tuple[Any, Any, Any]:
 
     dense: Any = CONFIG_MAPPING[family]
     name = f"Pruned{dense.__name__}"
-    text = CONFIGURATION.substitute(config=dense.__name__, pruned_config=name, model_type=PREFIX + family)
+    text = CONFIGURATION.substitute(
+        config=dense.__name__, pruned_config=name, model_type=PREFIX + family, digest="registered by prunetune"
+    )
     config = _run(text, __name__)[name]
     base = getattr(transformers, MODEL_MAPPING_NAMES[family])
     causal = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])

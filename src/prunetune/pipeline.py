@@ -9,14 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunetune import environment, history
+from prunetune import environment
 from prunetune.bench.speed import measure
 from prunetune.config import RunConfig
 from prunetune.console import console_for
@@ -24,7 +24,7 @@ from prunetune.data.batches import Stream, unlabelled
 from prunetune.data.records import Record
 from prunetune.data.sources import SplitName
 from prunetune.data.templates import Example
-from prunetune.errors import GateFailed, RunFolderError
+from prunetune.errors import RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suite import evaluate
 from prunetune.export.integrity import verify
@@ -38,11 +38,11 @@ from prunetune.model.sites import dense_plan, kept_params
 from prunetune.model.surgery import cut, merge_adapters
 from prunetune.plan import Plan
 from prunetune.provenance import card, rewrite_card
-from prunetune.report import write_report
 from prunetune.seeds import derive
 from prunetune.setting import Console, Setting, facts_of, prepare
+from prunetune.telling import Recorder, outside, told
 from prunetune.trackers import Trackers, require, tracking
-from prunetune.train.adapters import adapters, add_adapters, grow_state
+from prunetune.train.adapters import adapters, add_adapters, grow_state, grow_weights, tunes_all
 from prunetune.train.job import Job, Observer, Watch
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher
@@ -87,31 +87,6 @@ def _stages(setting: Setting, watcher: Watcher, command: str) -> None:
     folder.note(peak_memory_mb=environment.peak_memory_mb(setting.device))
 
 
-@contextmanager
-def told(folder: RunFolder, config: RunConfig, command: str) -> Iterator[None]:
-    """However the block ends, the report and the history say so."""
-    with history.entered(folder, config, command):
-        try:
-            yield
-            folder.note(failed="")
-        except GateFailed as failed:
-            folder.note(failed=str(failed))
-            raise
-        finally:
-            write_report(folder.path)
-
-
-def outside(setting: Setting) -> None:
-    """Raises `GateFailed` where the run ended outside a gate; what it made is there."""
-    limits = setting.folder.manifest().get("gates", {}).get("limits", [])
-    broken = [limit for limit in limits if not limit["held"]]
-    if broken:
-        raise GateFailed(
-            f"{setting.folder.path} ended outside a gate: {broken[0]['gate']}, limit {broken[0]['limit']:.4g}, "
-            f"found {broken[0]['found']:.4g}; model and report are there, to look at before they are used"
-        )
-
-
 def same_data(setting: Setting) -> None:
     """A run goes on only with the rows it began with; raises `RunFolderError`."""
     before = setting.folder.manifest().get("data", {}).get("hashes", {})
@@ -150,27 +125,6 @@ def train(setting: Setting, watcher: Watcher | None = None, trackers: Trackers |
         return
 
 
-@dataclass(frozen=True)
-class Recorder:
-    """Keeps the records of a run in its folder and passes them on to the console and to trackers."""
-
-    setting: Setting
-    trackers: Trackers
-
-    def step(self, record: dict[str, Any]) -> None:
-        """A tuning step is done."""
-        record = record | {"memory_mb": environment.peak_memory_mb(self.setting.device)}
-        self.setting.folder.append("metrics.jsonl", record)
-        self.setting.console.step(record)
-        self.trackers.log(record, "train")
-
-    def validation(self, record: dict[str, Any]) -> None:
-        """The decided sub-network was scored."""
-        self.setting.folder.append("validation.jsonl", record)
-        self.setting.console.validation(record)
-        self.trackers.log(record, "validation")
-
-
 def job_of(
     setting: Setting,
     model: Any,
@@ -204,9 +158,17 @@ def job_of(
 
 
 def plainly(setting: Setting) -> Setting:
-    """The setting in which the dense model is tuned: its adapters have a rank of their own."""
+    """The setting of plain LoRA tuning: adapters of a rank of their own, moved by AdamW."""
     lora = replace(setting.config.lora, rank=setting.config.lora.dense_rank)
-    return replace(setting, config=replace(setting.config, lora=lora))
+    train = replace(setting.config.train, weights="adapters", optimizer="adamw")
+    return replace(setting, config=replace(setting.config, lora=lora, train=train))
+
+
+def densely(setting: Setting) -> Setting:
+    """The setting in which the dense model is tuned: the same, at a learning rate of its own."""
+    plain = plainly(setting)
+    train = replace(plain.config.train, learning_rate=plain.config.lora.dense_learning_rate)
+    return replace(plain, config=replace(plain.config, train=train))
 
 
 def _mixed(setting: Setting, split: SplitName, teacher: Teacher | None) -> tuple[Example, ...]:
@@ -270,10 +232,13 @@ def finish(setting: Setting) -> None:
 
 
 def put_adapters(model: Any, setting: Setting, state: State) -> None:
-    """A checkpoint's adapters on a dense model: those of removed units are zero."""
-    add_adapters(model, setting.sites, setting.config.lora, seed=0)
+    """A checkpoint's adapters, or the weights they were merged into, on a dense model: zero for removed units."""
     assert state.plan is not None
     weights = state.tensors["adapters"]
+    if state.is_cut and tunes_all(setting.config.train, setting.sites):
+        grow_weights(model, weights, state.plan, setting.sites)
+        return
+    add_adapters(model, setting.sites, setting.config.lora, seed=0)
     shapes = {name: parameter.shape for name, parameter in adapters(model).items()}
     grown = grow_state(weights, shapes, state.plan, setting.sites) if state.is_cut else weights
     for name, parameter in adapters(model).items():
@@ -320,6 +285,6 @@ def _model(setting: Setting, name: str) -> Any:
     if name == "tuned":
         setting.console.stage("tune the dense model", setting.config.train.steps)
         kept = Checkpoints(setting.folder.tuned)  # as a teacher and for comparison: tuned once, and gone on with
-        tune_and_prune(job_of(plainly(setting), model, kept, setting.console, dense_plan(setting.sites)))
+        tune_and_prune(job_of(densely(setting), model, kept, setting.console, dense_plan(setting.sites)))
         merge_adapters(model)
     return model

@@ -15,6 +15,8 @@ from prunetune.data.sources import SplitName
 from prunetune.data.splits import Splits, load_splits
 from prunetune.data.templates import Encoded, encode
 from prunetune.decide.select import Shape, default_align, select
+from prunetune.decide.shape import GROUPED
+from prunetune.errors import ConfigError
 from prunetune.evaluation.suite import context_of
 from prunetune.export.shapes import legal_groups, width_of
 from prunetune.files import need_space
@@ -22,6 +24,7 @@ from prunetune.folder import FREE, RunFolder, check_folder
 from prunetune.model.linears import COLUMNS, ROWS, linear_of, size
 from prunetune.model.loading import Loaded, ghost, load, load_tokenizer, pick_device, pick_dtype
 from prunetune.model.sites import Site, find_sites, tuned_linears, whole_params
+from prunetune.train.adapters import tunes_all
 from prunetune.train.job import Observer
 
 log = logging.getLogger(__name__)
@@ -75,7 +78,7 @@ def prepare(config: RunConfig, *, resume: bool, console: Console, free: Collecti
     dtype = pick_dtype(config.dtype, device)
     console.stage("reading model and data", 0)
     structure = ghost(config.model, trust_remote_code=config.trust_remote_code)
-    sites = find_sites(structure)
+    sites = find_sites(structure, config.budget.units)
     shape = shape_of(config, sites, structure.config)
     select({site.name: torch.zeros(site.units) for site in sites}, sites, config.budget.keep, shape)  # refuses in time
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
@@ -92,8 +95,8 @@ def prepare(config: RunConfig, *, resume: bool, console: Console, free: Collecti
                 config.data.too_long,
             )
     params = sum(parameter.numel() for parameter in structure.parameters())
-    whole = whole_params(structure)
-    need_space(folder.path, _bytes_needed(structure, config))
+    whole = whole_params(structure, config.budget.units)
+    need_space(folder.path, _bytes_needed(structure, sites, config))
     log.info("model %s on %s in %s, layout %s", config.model, device, str(dtype).removeprefix("torch."), config.layout)
     return Setting(config, folder, device, dtype, sites, shape, tokenizer, splits, encoded, console, params, whole)
 
@@ -109,19 +112,54 @@ def shape_of(
     config: RunConfig, sites: tuple[Site, ...], model_config: Any, groups: Callable[[int], bool] | None = None
 ) -> Shape:
     """What a legal plan looks like for this model and layout; `groups`, where it is known which ones are legal."""
+    budget = config.budget
+    align, protected = budget.align or default_align(sites), budget.protected()
+    _refuse(config, sites, align, protected, model_config)
+    return Shape(
+        config.layout,
+        align,
+        budget.min_groups,
+        groups or legal_groups(model_config),
+        min_share=budget.min_share,
+        min_experts=budget.min_experts,
+        min_queries=budget.min_queries,
+        protected=protected,
+        tensor_parallel=budget.tensor_parallel,
+    )
+
+
+def _refuse(
+    config: RunConfig, sites: tuple[Site, ...], align: int, protected: frozenset[int], model_config: Any
+) -> None:
+    """What no checkpoint could hold, in time."""
+    layers, kinds = {site.layer for site in sites}, {site.kind for site in sites}
+    if protected - layers:
+        raise ConfigError(
+            f"budget.protect names layer {min(protected - layers)}, and there are {len(layers)}, from 0 on"
+        )
+    if "expert-channels" in kinds and align % GROUPED:
+        raise ConfigError(
+            f"budget.align {align} does not do for expert-channels, whose kernels want multiples of {GROUPED}: "
+            f"set it to {max(GROUPED, align - align % GROUPED)}"
+        )
     if config.layout == "uniform":
-        width_of(model_config)  # refuses in time
-    align = config.budget.align or default_align(sites)
-    budget, legal = config.budget, groups or legal_groups(model_config)
-    return Shape(config.layout, align, budget.min_groups, legal, budget.tensor_parallel)
+        if "mlp" in kinds:
+            width_of(model_config)
+        if protected and "layers" not in kinds:
+            raise ConfigError(
+                "budget.protect with layout uniform says which layers stay, since all are equally wide: "
+                "add layers to budget.units, or use layout per-layer"
+            )
 
 
-def _bytes_needed(structure: Any, config: RunConfig) -> int:
-    """Two checkpoints of adapters with their moments, and of the dense tuned model's, one being written; the result."""
+def _bytes_needed(structure: Any, sites: tuple[Site, ...], config: RunConfig) -> int:
+    """Two checkpoints of what is tuned and its moments, and of the dense tuned model, one being written; the result."""
     rank = config.lora.rank
     linears = [linear_of(structure, name) for name in tuned_linears(structure)]
     adapter: int = sum(rank * (size(linear, ROWS) + size(linear, COLUMNS)) for linear in linears)
     weights: int = sum(parameter.numel() for parameter in structure.parameters())
+    if tunes_all(config.train, sites):
+        adapter = max(adapter, total(sites))  # weights and momentum, 8 bytes each
     states = 8 if config.gates else 5  # gates may go back to two more
     return states * 12 * adapter + 4 * weights + 64 * 2**20
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,17 +79,24 @@ def _scores(folder: Path) -> list[str]:
     return lines
 
 
-def of_sites(model: str, *, layout: str, align: int, trust_remote_code: bool) -> str:
+def of_sites(
+    model: str,
+    *,
+    layout: str,
+    align: int,
+    trust_remote_code: bool,
+    units: Sequence[str] = ("kv-groups", "mlp-channels"),
+) -> str:
     """Sites, units, shares, legal shapes and the smallest feasible keep of a model, from its configuration."""
     from prunetune.budget.params import total
-    from prunetune.decide.select import Shape, default_align, feasible_keep, floor_width
+    from prunetune.decide.select import Shape, default_align, feasible_keep
     from prunetune.export.shapes import legal_groups, width_of
     from prunetune.model.loading import ghost
-    from prunetune.model.sites import find_sites, whole_blocks
+    from prunetune.model.sites import find_sites
 
     structure = ghost(model, trust_remote_code=trust_remote_code)
-    sites = find_sites(structure)
-    if layout == "uniform":
+    sites = find_sites(structure, units)
+    if layout == "uniform" and any(site.kind == "mlp" for site in sites):
         width_of(structure.config)  # refuses where no file could say it
     shape = Shape(layout, align or default_align(sites), 0, legal_groups(structure.config))
     everything = sum(parameter.numel() for parameter in structure.parameters())
@@ -96,18 +104,47 @@ def of_sites(model: str, *, layout: str, align: int, trust_remote_code: bool) ->
         f"{model}: {structure.config.model_type}, {everything / 1e6:,.1f} M parameters, "
         f"{total(sites) / 1e6:,.1f} M of them prunable",
         "",
-        f"{'sites':>5}  {'kind':<10} {'units':>6}  {'parameters/unit':>15}  {'share':>6}  legal widths",
+        f"{'sites':>5}  {'kind':<16} {'units':>6}  {'parameters/unit':>15}  {'share':>6}  legal widths",
+        *_site_rows(sites, shape),
+        *_other_kinds(structure, units),
     ]
-    kinds = Counter((site.kind, site.units, site.unit_params, floor_width(site, shape)) for site in sites)
-    for (kind, units, price, low), count in kinds.items():
-        if kind == "attention":
-            legal = [g for g in range(low, units + 1) if layout != "uniform" or shape.legal_groups(g)]
-            widths = f"{', '.join(map(str, legal))} KV groups"
-        else:
-            widths = f"multiples of {shape.align} from {low} to {units}"
-        lines.append(
-            f"{count:>5}  {kind:<10} {units:>6}  {price:>15,}  {100 * count * units * price / total(sites):>5.1f}%  "
-            f"{widths}"
-        )
-    lines += [f"{'':>5}  {kind:<10} stays whole: {reason}" for kind, reason in whole_blocks(structure).items()]
     return "\n".join([*lines, "", f"smallest feasible budget.keep, layout {layout}: {feasible_keep(sites, shape):.3f}"])
+
+
+def _site_rows(sites: Sequence[Any], shape: Any) -> list[str]:
+    """One row for all sites that are alike."""
+    from prunetune.budget.params import total
+    from prunetune.decide.select import floor_width
+
+    alike = Counter((site.kind, site.length, site.lanes, site.unit_params, floor_width(site, shape)) for site in sites)
+    return [
+        f"{count:>5}  {kind:<16} {length * lanes:>6}  {price:>15,}  "
+        f"{100 * count * length * lanes * price / total(sites):>5.1f}%  {_legal(kind, low, length, lanes, shape)}"
+        for (kind, length, lanes, price, low), count in alike.items()
+    ]
+
+
+def _legal(kind: str, low: int, length: int, lanes: int, shape: Any) -> str:
+    """The numbers of units that a site may keep."""
+    if kind == "attention":
+        is_free = shape.layout != "uniform"
+        return f"{', '.join(str(g) for g in range(low, length + 1) if is_free or shape.legal_groups(g))} KV groups"
+    if kind in ("mlp", "expert-channels"):
+        each = f" in each of {lanes} experts" if kind == "expert-channels" else ""
+        return f"multiples of {shape.align} from {low} to {length}{each}"
+    if kind == "query-heads":
+        return f"{low} to {length} in each of {lanes} KV groups"
+    if kind == "experts":
+        return f"{low} to {length} experts"
+    return "stays" if low else "stays or goes"
+
+
+def _other_kinds(structure: Any, units: Sequence[str]) -> list[str]:
+    """What `units` could name, and what this model cannot lose."""
+    from prunetune.model.sites import whole_blocks
+    from prunetune.model.units import KINDS
+
+    whole = whole_blocks(structure, tuple(KINDS))
+    lines = [f"{'':>5}  {kind:<16} stays whole: {reason}" for kind, reason in whole.items()]
+    further = [name for name, kind in KINDS.items() if name not in units and kind not in whole]
+    return [*lines, *(["", f"budget.units may name too: {', '.join(further)}"] if further else [])]

@@ -108,18 +108,20 @@ def picture(now: Look) -> RenderableType:
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", min_width=12)
     rows.add_column()
-    rows.add_row("phase", _phase(now, last))
+    rows.add_row("phase", Text(_phase(now, last)))  # as it stands: a square bracket is no style
     rows.add_row("step", f"{now.step:,} of {now.steps:,}{_left(now)}")
+    rows.add_row("", ProgressBar(total=now.steps, completed=now.step, width=50))
     for key, name in (("loss", "tuning loss"), ("search_loss", "search loss"), ("kept", "kept")):
         values = [float(line[key]) for line in now.metrics if isinstance(line.get(key), int | float)]
         if values:
             shown = f"{values[-1]:.1%}" if key == "kept" else f"{values[-1]:.3f}"
             rows.add_row(name, f"{shown:<8} {spark(values)}")
     rows.add_row("speed", _speed(last))
-    bar = ProgressBar(total=now.steps, completed=now.step, width=60)
-    parts: list[RenderableType] = [bar, rows]
+    parts: list[RenderableType] = [rows]
     if now.validation:
         parts += [Text(""), _validations(now.validation[-5:])]
+    for line in [line for line in now.validation if line.get("broken")][-3:]:
+        parts.append(Text(f"step {line['step']}, outside: {'; '.join(map(str, line['broken']))}", style="red"))
     return Panel(Group(*parts), title=Text(now.name), title_align="left", width=100)
 
 
@@ -149,20 +151,15 @@ def _speed(last: Line) -> str:
 
 
 def _validations(lines: Sequence[Line]) -> Table:
-    names = [
-        name for name in ("valid.accuracy", "guard.perplexity", "guard.nll", "guard.accuracy") if name in lines[-1]
-    ]
+    wanted = ("valid.accuracy", "guard.perplexity", "guard.nll", "guard.accuracy")
+    names = [name for name in wanted if name in lines[-1]]
     table = Table(box=None, padding=(0, 2), header_style="dim")
-    for name in ("validation", "phase", "kept", "valid.nll", *names, ""):
-        table.add_column(name, justify="left" if name in ("phase", "") else "right")
+    for name in ("validation", "phase", "kept", "valid.nll", *names):
+        table.add_column(name, justify="left" if name == "phase" else "right")
     for line in lines:
         scores = [f"{line[name]:.4g}" if isinstance(line.get(name), int | float) else "–" for name in ("nll", *names)]
-        broken = (
-            Text("outside: " + "; ".join(map(str, line["broken"])), style="red") if line.get("broken") else Text("")
-        )
-        table.add_row(
-            str(line["step"]), Text(str(line.get("phase", ""))), f"{line.get('kept', 0):.1%}", *scores, broken
-        )
+        about = (str(line["step"]), Text(str(line.get("phase", ""))), f"{line.get('kept', 0):.1%}")
+        table.add_row(*about, *scores)
     return table
 
 

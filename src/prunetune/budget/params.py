@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from prunetune.model.sites import Site
+from prunetune.model.units import Site, effective
 
 
 def total(sites: Iterable[Site]) -> int:
@@ -18,6 +18,7 @@ def total(sites: Iterable[Site]) -> int:
 def kept_share(gates: Mapping[str, Tensor], sites: Iterable[Site]) -> Tensor:
     """Share of the prunable parameters under open gates; differentiable, a scalar in [0, 1]."""
     sites = tuple(sites)
+    gates = effective(gates, sites)
     kept = torch.stack([gates[site.name].sum() * site.unit_params for site in sites]).sum()
     return kept / total(sites)
 

@@ -161,13 +161,11 @@ class Workshop:
             facts = {"train_seconds": tuned.seconds, "teacher_seconds": 0.0, "curve": tuned.curve}
             return copy.deepcopy(tuned.model), tuned.plan, facts
         teacher, cost = self._teacher(cell, setting.config)
-        taught = setting.config.train.start == "teacher" and teacher is not None
-        model = copy.deepcopy(teacher.model if taught and teacher else self.model)
-        watch, started = Watch(self), time.monotonic()
+        model, watch, started = copy.deepcopy(self.model), Watch(self), time.monotonic()
         plan = self._plan(cell, setting, model)
         plan = tune_and_prune(job_of(setting, model, Forgetful(), watch, plan=plan, teacher=teacher))
         merge_adapters(model)
-        model.requires_grad_(False).to(setting.dtype)
+        model.requires_grad_(False).to(setting.dtype)  # as it would be written
         self._settle()
         facts = {"train_seconds": time.monotonic() - started, "teacher_seconds": cost, "curve": watch.curve}
         return model, plan, facts

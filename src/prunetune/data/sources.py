@@ -51,24 +51,62 @@ class Source:
         return cls(path, weight)
 
 
+@dataclass(frozen=True)
+class Row:
+    """One row as its source holds it, and what it is called where it does not say so itself."""
+
+    fields: Any
+    source: str  # "file:line"
+    id: str
+    task: str
+    weight: float = 1.0
+
+    def record(self, group_field: str = "") -> Record:
+        """The row as a record; raises `DataError`."""
+        return record_of(
+            self.fields, source=self.source, id=self.id, task=self.task, weight=self.weight, group_field=group_field
+        )
+
+
 def read(sources: Sequence[str], config: DataConfig, split: SplitName) -> tuple[Record, ...]:
     """The records of all sources, in order; `split` says which part of `demo` or of a hub data set is meant.
 
     Raises `DataError` for a source or a row that cannot be used, and `MissingPackage` where one needs a package.
     """
+    found = _found(sources, config, split)
+    return tuple(row if isinstance(row, Record) else row.record(config.group) for row in found)
+
+
+def read_rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> tuple[Row, ...]:
+    """The same as rows that nothing has been asked of yet."""
+    return tuple(
+        Row(_fields(row), row.source, row.id, row.task, row.weight) if isinstance(row, Record) else row
+        for row in _found(sources, config, split)
+    )
+
+
+def _found(sources: Sequence[str], config: DataConfig, split: SplitName) -> Iterator[Row | Record]:
     parsed = [Source.parse(source) for source in sources]
     files = {source: _files(source.path, config) for source in parsed if source.path != "demo"}
     tasks = _task_names({path for found in files.values() for path in found})
-    records: list[Record] = []
     for source in parsed:
         if source.path == "demo":
-            records += read_demo(split, source.weight)
+            yield from read_demo(split, source.weight)
         elif found := files[source]:
             for path in found:
-                records += _of_file(path, tasks[path], source.weight, config)
+                yield from _of_file(path, tasks[path], source.weight)
         else:
-            records += _of_hub(source, split, config)
-    return tuple(records)
+            yield from _of_hub(source, split)
+
+
+def _fields(record: Record) -> dict[str, Any]:
+    """A record of the demo as the row it would have been in a file."""
+    return {
+        "prompt": record.prompt,
+        "completion": record.completion,
+        "choices": list(record.choices),
+        "answer": record.answer,
+    }
 
 
 def _files(path: str, config: DataConfig) -> tuple[Path, ...]:
@@ -104,43 +142,27 @@ def _task_parts(path: Path) -> tuple[str, str]:
     return (folder.name, folder.parent.name) if SPLIT_STEM.fullmatch(path.stem) else (path.stem, folder.name)
 
 
-def _of_file(path: Path, task: str, weight: float, config: DataConfig) -> list[Record]:
-    records = [
-        record_of(
-            row,
-            source=f"{path}:{line}",
-            id=f"{task}/{path.name}:{line}",
-            task=task,
-            weight=weight,
-            group_field=config.group,
-        )
-        for line, row in rows_of(path)
-    ]
-    if not records:
+def _of_file(path: Path, task: str, weight: float) -> Iterator[Row]:
+    empty = True
+    for line, row in rows_of(path):
+        empty = False
+        yield Row(row, f"{path}:{line}", f"{task}/{path.name}:{line}", task, weight)
+    if empty:
         raise DataError(f"{path}: empty; a data file needs at least one row")
-    return records
 
 
-def _of_hub(source: Source, split: SplitName, config: DataConfig) -> list[Record]:
+def _of_hub(source: Source, split: SplitName) -> Iterator[Row]:
     match = HUB_NAME.fullmatch(source.path)
     assert match is not None, source.path
     named = match["split"]
     part, rows = _loaded(match["name"], match["config"], (named,) if named else HUB_SPLITS[split], source.path)
     where, task = f"{source.path.partition('@')[0]}@{part}", match["name"].rpartition("/")[2]
-    records = [
-        record_of(
-            row,
-            source=f"{where}:{number}",
-            id=f"{where}:{number}",
-            task=task,
-            weight=source.weight,
-            group_field=config.group,
-        )
-        for number, row in enumerate(rows, 1)
-    ]
-    if not records:
+    empty = True
+    for number, row in enumerate(rows, 1):
+        empty = False
+        yield Row(row, f"{where}:{number}", f"{where}:{number}", task, source.weight)
+    if empty:
         raise DataError(f"{where}: empty; a data set needs at least one row")
-    return records
 
 
 def _loaded(name: str, config: str | None, splits: tuple[str, ...], written: str) -> tuple[str, Iterator[Any]]:

@@ -43,6 +43,16 @@ def encode_answer(text: str, tokenizer: Any) -> list[int]:
     return _tokens([text], tokenizer, special=False)[0]
 
 
+def encode_prompts(records: Sequence[Record], tokenizer: Any, template: str = "auto") -> list[list[int]]:
+    """`encode_prompt` of many at once."""
+    return _prompts(records, tokenizer, template)
+
+
+def encode_answers(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
+    """`encode_answer` of many at once."""
+    return _tokens(texts, tokenizer, special=False)
+
+
 def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, context: int) -> Encoded:
     """Every record as an example of at most data.max_length and `context` tokens; "drop" may leave none.
 

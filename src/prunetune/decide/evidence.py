@@ -17,11 +17,12 @@ def to_logits(importance: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[s
     counts as often as it has parameters, so that the budget's quantile of the logits is the budget.
     """
     names = [site.name for site in sites]
-    density = torch.cat([importance[site.name].double().cpu() / site.unit_params for site in sites])
+    density = torch.cat([importance[site.name].double().cpu() / site.price for site in sites])
     prices = torch.cat([torch.full((site.units,), float(site.unit_params), dtype=torch.float64) for site in sites])
     order = torch.argsort(density, stable=True)
     below = torch.cumsum(prices[order], 0) - prices[order] / 2
     logits = torch.empty_like(density)
+    below = below.clamp(0.5, float(prices.sum()) - 0.5)  # of units without weights of their own
     logits[order] = torch.special.ndtri(below / prices.sum())
     parts = torch.split(logits.float(), [site.units for site in sites])
     return dict(zip(names, parts, strict=True))

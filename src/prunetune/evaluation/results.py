@@ -14,8 +14,8 @@ from prunetune.errors import DataError
 FORMAT = "prunetune-evaluation-1"
 SHOWN = 2000  # characters of a prompt that the JSON keeps
 
-HEADLINES = ("accuracy", "rouge_l", "perplexity", "nll")
-LOWER_IS_BETTER = frozenset({"perplexity", "nll"})
+HEADLINES = ("accuracy", "rouge_l", "exact_match", "perplexity", "nll")
+LOWER_IS_BETTER = frozenset({"perplexity", "nll", "bits_per_byte", "word_perplexity", "byte_perplexity"})
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class TaskResult:
     task: str
     scores: dict[str, Score]
     items: tuple[Item, ...]
+    error: str = ""  # why there are no scores
 
 
 @dataclass(frozen=True)
@@ -88,12 +89,12 @@ class Evaluation:
 
 
 def headline(result: TaskResult) -> str:
-    """The metric that stands for a task; "" where it has none of `HEADLINES`."""
-    return next((metric for metric in HEADLINES if metric in result.scores), "")
+    """The metric that stands for a task: one of `HEADLINES`, else its first; "" where it has none."""
+    return next((metric for metric in (*HEADLINES, *result.scores) if metric in result.scores), "")
 
 
 def higher_is_better(metric: str) -> bool:
-    """False for perplexity and NLL."""
+    """False for perplexity, NLL and bits per byte."""
     return metric not in LOWER_IS_BETTER
 
 
@@ -110,6 +111,7 @@ def _plain(result: TaskResult) -> dict[str, Any]:
             for metric, score in result.scores.items()
         },
         "items": [_plain_item(item) for item in result.items],
+        **({"error": result.error} if result.error else {}),
     }
 
 
@@ -134,6 +136,7 @@ def _result(task: str, data: Mapping[str, Any]) -> TaskResult:
             for metric, score in data["scores"].items()
         },
         tuple(_item(item) for item in data["items"]),
+        str(data.get("error", "")),
     )
 
 

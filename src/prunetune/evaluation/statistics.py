@@ -11,16 +11,19 @@ from numpy.typing import NDArray
 
 from prunetune.errors import DataError
 from prunetune.evaluation.results import Item, Score, TaskResult
+from prunetune.evaluation.text import normalised
 
 RESAMPLES = 1000
+# What an item must have been scored on to count for a metric that is no mean over items.
+EVIDENCE = {"perplexity": "nll", "bits_per_byte": "nll", "macro_f1": "accuracy"}
 Array: TypeAlias = NDArray[np.float64]
 Statistic = Callable[[Array], Array]  # [resamples, n] weights of the items -> [resamples] values
 
 
 def summarise(items: Sequence[Item], metric: str) -> Score:
     """The task's score out of its items (those that have it), nan where an item's is nan."""
-    if metric in _STATISTICS:
-        return _bootstrap([_STATISTICS[metric](items)], len(items))
+    if (statistic := statistic_of(metric)) is not None:
+        return _bootstrap([statistic(items)], len(items))
     return mean([item.scores[metric] for item in items])
 
 
@@ -38,18 +41,23 @@ def paired_difference(a: TaskResult, b: TaskResult, metric: str) -> Score:
 
     Pairing takes the items' difficulty out of the error. Raises `DataError` where no item is common to both.
     """
+    left, right = paired_items(a, b, metric)
+    if (statistic := statistic_of(metric)) is not None:
+        return _bootstrap([statistic(left), statistic(right)], len(left))
+    return mean([x.scores[metric] - y.scores[metric] for x, y in zip(left, right, strict=True)])
+
+
+def paired_items(a: TaskResult, b: TaskResult, metric: str) -> tuple[list[Item], list[Item]]:
+    """The items that both scored, in the same order; raises `DataError` where there is none."""
     ours, theirs = _scored(a, metric), _scored(b, metric)
     common = [name for name in ours if name in theirs]
     if not common:
         raise DataError(f"{a.task}: no item has {metric} in both results; compare evaluations of the same test rows")
-    left, right = [ours[name] for name in common], [theirs[name] for name in common]
-    if metric in _STATISTICS:
-        return _bootstrap([_STATISTICS[metric](left), _STATISTICS[metric](right)], len(common))
-    return mean([x.scores[metric] - y.scores[metric] for x, y in zip(left, right, strict=True)])
+    return [ours[name] for name in common], [theirs[name] for name in common]
 
 
 def _scored(result: TaskResult, metric: str) -> Mapping[str, Item]:
-    evidence = {"perplexity": "nll", "macro_f1": "accuracy"}.get(metric, metric)
+    evidence = EVIDENCE.get(metric, metric)
     if metric not in result.scores:
         return {}
     return {item.id: item for item in result.items if evidence in item.scores}
@@ -74,13 +82,27 @@ def _perplexity(items: Sequence[Item]) -> Statistic:
     return lambda weights: np.exp((weights @ totals) / (weights @ tokens))
 
 
+def _bits_per_byte(items: Sequence[Item]) -> Statistic:
+    totals = np.asarray([item.scores["nll"] * item.scores["tokens"] for item in items], dtype=np.float64)
+    sizes = np.asarray([item.scores["bytes"] for item in items], dtype=np.float64)
+    return lambda weights: (weights @ totals) / (weights @ sizes) / math.log(2)
+
+
 def _macro_f1(items: Sequence[Item]) -> Statistic:
-    """Mean F1 over the labels that were expected or chosen in a resample."""
     if any(math.isnan(item.scores["accuracy"]) for item in items):
         return lambda weights: np.full(len(weights), math.nan)
-    labels = sorted({item.expected for item in items} | {item.got for item in items})
-    expected = _one_hot([item.expected for item in items], labels)
-    got = _one_hot([item.got for item in items], labels)
+    return _mean_f1([item.expected for item in items], [item.got for item in items])
+
+
+def _label_f1(items: Sequence[Item]) -> Statistic:
+    """Of written labels, whose case and white space do not count."""
+    return _mean_f1([normalised(item.expected) for item in items], [normalised(item.got) for item in items])
+
+
+def _mean_f1(wanted: Sequence[str], answered: Sequence[str]) -> Statistic:
+    """Mean F1 over the labels that were expected or chosen in a resample."""
+    labels = sorted({*wanted, *answered})
+    expected, got = _one_hot(wanted, labels), _one_hot(answered, labels)
 
     def statistic(weights: Array) -> Array:
         hits = weights @ (expected * got)
@@ -97,4 +119,18 @@ def _one_hot(values: Sequence[str], labels: Sequence[str]) -> Array:
     return np.array([[float(value == label) for label in labels] for value in values])
 
 
-_STATISTICS: Mapping[str, Callable[[Sequence[Item]], Statistic]] = {"perplexity": _perplexity, "macro_f1": _macro_f1}
+_STATISTICS: Mapping[str, Callable[[Sequence[Item]], Statistic]] = {
+    "perplexity": _perplexity,
+    "bits_per_byte": _bits_per_byte,
+    "macro_f1": _macro_f1,
+    "label_f1": _label_f1,
+}
+
+
+def statistic_of(metric: str) -> Callable[[Sequence[Item]], Statistic] | None:
+    """How a metric that is no mean over items comes out of them; None for a mean."""
+    if metric in ("bleu", "chrf"):
+        from prunetune.evaluation import corpus  # knows this module
+
+        return {"bleu": corpus.corpus_bleu, "chrf": corpus.corpus_chrf}[metric]
+    return _STATISTICS.get(metric)

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -72,7 +72,17 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = True
 
 
-def sample(records: Sequence[Record], limit: int) -> list[Record]:
+class Identified(Protocol):
+    """What has a name of its own."""
+
+    @property
+    def id(self) -> str: ...
+
+
+Named = TypeVar("Named", bound=Identified)
+
+
+def sample(records: Sequence[Named], limit: int) -> list[Named]:
     """The first `limit` (0: all) in an order that depends on nothing but ids: more data does not reshuffle the rest."""
     shuffled = sorted(records, key=lambda record: hashlib.sha256(record.id.encode()).digest())
     return shuffled[:limit] if limit else shuffled

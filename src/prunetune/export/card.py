@@ -11,13 +11,23 @@ import yaml
 
 from prunetune.config import RunConfig, paths
 from prunetune.model.licence import Licence
-from prunetune.model.sites import Site, kept_params
+from prunetune.model.units import Site, kept_params, layout_of
 from prunetune.plan import Plan
 
 OWN_CODE = """`trust_remote_code` runs `configuration_pruned.py` and `modeling_pruned.py` of this folder.
 They give each layer its own widths; read them first. Where prunetune is installed, `prunetune.hub.register()` opens the
 folder without them, and vLLM does so by itself. A model of `layout: uniform` needs none of this."""
 TITLES = {"dense": "dense", "tuned": "dense, tuned", "pruned": "this model"}
+WORDS = {
+    "layers": "layer",
+    "attention-blocks": "attention block",
+    "attention": "attention",
+    "query-heads": "query head",
+    "mlp-blocks": "MLP block",
+    "mlp": "MLP",
+    "experts": "expert",
+    "expert-channels": "expert channel",
+}
 UNKNOWN = Licence()
 PRIVATE = ("out", "device", "data.root")  # of the place where it ran, not of the model
 
@@ -48,7 +58,7 @@ def card_of(origin: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
         _front(origin),
         f"# {origin.config.model}, tuned and pruned",
         _made(origin, plan, sites),
-        _opening(origin.config),
+        _opening(layout_of(origin.config.layout, sites)),
         _sizes(origin.manifest),
         _scores(origin.scores),
         _provenance(origin),
@@ -71,7 +81,7 @@ def _front(origin: Provenance) -> str:
 def _made(origin: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
     share = kept_params(sites, plan) / sum(site.params for site in sites)
     kinds = {site.kind for site in sites}  # others stay whole
-    blocks = " and ".join(name for kind, name in (("attention", "attention"), ("mlp", "MLP")) if kind in kinds)
+    blocks = " and ".join(name for kind, name in WORDS.items() if kind in kinds)
     return (
         f"Made by prunetune from `{origin.config.model}`: LoRA tuning and structural pruning in one run.\n"
         f"{100 * share:.1f}% of the {blocks} parameters remain (layout {origin.config.layout});\n"
@@ -79,8 +89,8 @@ def _made(origin: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
     )
 
 
-def _opening(config: RunConfig) -> str:
-    code = ", trust_remote_code=True" if config.layout == "per-layer" else ""
+def _opening(layout: str) -> str:
+    code = ", trust_remote_code=True" if layout == "per-layer" else ""
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from prunetune.model.units import Site, Slice
 
 CONFIGURATION = Template('''\
 """Configuration of a model whose layers differ in width. Written by prunetune; needs transformers >= 5.14."""
+
+# Of $digest. A process that opens two such folders of one name takes the first one's classes for both, unless these
+# files differ, too.
 
 from transformers import $config
 
@@ -164,7 +168,9 @@ def code_of(names: PerLayer, sites: Sequence[Site], model: Any) -> tuple[str, st
         "pruned_config": f"Pruned{names.config}", "pruned_base": f"Pruned{names.base}",
         "pruned_causal": names.model_class,
     }  # fmt: skip
-    return CONFIGURATION.substitute(values), MODELING.substitute(values)
+    modeling = MODELING.substitute(values)
+    values["digest"] = f"modeling_pruned.py {hashlib.sha256(modeling.encode()).hexdigest()[:12]}"
+    return CONFIGURATION.substitute(values), modeling
 
 
 def layer_lines(sites: Sequence[Site], names: PerLayer, model: Any) -> list[str]:
@@ -172,7 +178,7 @@ def layer_lines(sites: Sequence[Site], names: PerLayer, model: Any) -> list[str]
     kinds: dict[int, set[str]] = {}
     for site in sites:
         kinds.setdefault(site.layer, set()).add(site.kind)
-    if len({frozenset(found) for found in kinds.values()}) > 1:
+    if len({frozenset(found) for found in kinds.values()}) > 1 or model.config.num_hidden_layers > len(kinds):
         raise ModelError("layout per-layer needs layers of the same make, and this model has MLPs beside mixtures")
     first = [site for site in sites if site.layer == sites[0].layer]
     return _Lines(first, words_of(model.config), f"{names.inner}.{names.layers}.{sites[0].layer}", model).all()
@@ -214,6 +220,8 @@ class _Lines:
         lines = []
         for part in site.slices:
             place = self._place(part.parameter)
+            if part.lanes > 1 and any(other.kind == "experts" for other in self.sites):
+                lines.append(f"{place} = shorter({place}, 0, own.{self.words['experts']})")
             lines.append(f"{place} = shorter({place}, {part.axis}, {self._count(site, part)})")
         return lines
 

@@ -15,7 +15,7 @@ from prunetune.export.per_layer import PerLayer, per_layer_overrides
 from prunetune.export.per_layer_code import write_code
 from prunetune.export.shapes import empty, uniform, why_sibling
 from prunetune.files import new_folder
-from prunetune.model.units import Site, surviving_layers
+from prunetune.model.units import Site, layout_of, surviving_layers
 from prunetune.plan import Plan
 
 
@@ -65,11 +65,6 @@ def write(
         bytes=sum(path.stat().st_size for path in files),
         note=why_sibling(model.config, config),
     )
-
-
-def layout_of(layout: str, sites: Sequence[Site]) -> str:
-    """A model that lost whole layers and nothing else is uniform, whatever was asked for."""
-    return "uniform" if all(site.kind == "layers" for site in sites) else layout
 
 
 def uniform_config(config: Any, plan: Plan, sites: Sequence[Site]) -> Any:

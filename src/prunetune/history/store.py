@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import socket
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -190,14 +191,9 @@ def _unregistered(place: Path, known: set[str]) -> Iterator[dict[str, Any]]:
         when = datetime.fromtimestamp(recipe.stat().st_mtime, UTC).isoformat(timespec="seconds")
         status = "done" if folder.evaluation("pruned").exists() else "interrupted"
         status = "gate failed" if manifest.get("failed") else status
-        yield {
-            **facts,
-            "status": status,
-            "started": when,
-            "ended": "",
-            "command": manifest.get("command", ""),
-            "process": "",
-        }
+        command = manifest.get("command", "")
+        own = {"status": status, "started": when, "ended": "", "process": ""}
+        yield {**facts, **own, "command": command if isinstance(command, str) else shlex.join(map(str, command))}
 
 
 def _entry(row: Mapping[str, Any]) -> Entry:

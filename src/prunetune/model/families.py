@@ -74,7 +74,7 @@ FAMILIES: Mapping[str, Family] = {
         for name in (
             "llama", "mistral", "ministral", "ministral3", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi",
             "phi3", "smollm3", "granite", "starcoder2", "olmo", "olmo2", "olmo3", "glm", "glm4", "cohere", "cohere2",
-            "seed_oss", "helium", "nemotron", "arcee", "exaone4", "ernie4_5", "apertus",
+            "seed_oss", "helium", "nemotron", "arcee", "exaone4", "ernie4_5", "apertus", "jais2",
         )
     },
     "mixtral": Family(mixture=Mixture(width="intermediate_size")),
@@ -146,6 +146,7 @@ class Coupling:
     whole: Mapping[Kind, str]  # ... but here: kinds that cannot be pruned, with the reason
     layer_types: tuple[str, ...]
     attention: str  # the attention module, as named inside a layer
+    mlp: Block | None  # the linears of a plain MLP, also of one that only goes as a whole: in some layers of a mixture
     family: Family
     picked: int  # experts that a token goes to
 
@@ -177,8 +178,7 @@ def coupling_of(model: nn.Module) -> Coupling:
         whole["attention"] = SPANNING
     if "attention" in whole:
         whole["query-heads"] = whole["attention"]
-    # Some layers of a mixture may have a plain MLP.
-    blocks = {kind: block for kind, block in found.items() if kind not in whole or whole[kind] == EXPERTS}
+    blocks = {kind: block for kind, block in found.items() if kind not in whole}
     missing = {"attention", "mlp"} - set(blocks) - set(whole)
     if missing:
         raise UnknownArchitecture(
@@ -192,6 +192,7 @@ def coupling_of(model: nn.Module) -> Coupling:
         whole=whole,
         layer_types=tuple(getattr(config, "layer_types", None) or ("full_attention",) * len(prefixes)),
         attention=attention,
+        mlp=found.get("mlp"),
         family=family,
         picked=config.num_experts_per_tok if family.mixture else 0,
     )

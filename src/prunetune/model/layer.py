@@ -139,18 +139,18 @@ class Layer:
 
     def _linears_of_mlp(self) -> tuple[str, ...]:
         """Of a plain MLP; a mixture goes as one module."""
-        block = self.coupling.blocks.get("mlp")
+        block = self.coupling.mlp
         if block is None or self._has_experts():
             return ()
         return tuple(f"{self.prefix}.{name}" for name in (*block.producers, block.consumer))
 
     def _mlp(self, around: str) -> list[Site]:
-        mixture, block = self.coupling.family.mixture, self.coupling.blocks.get("mlp")
+        mixture, block = self.coupling.family.mixture, self.coupling.mlp
         place = mixture.block if mixture and self._has_experts() else block.module if block else ""
         whole = self._name(place, "mlp-blocks") if "mlp-blocks" in self.wanted else ""
         if self._has_experts():
             inner = self._experts(whole or around)
-        elif block and "mlp" in self.wanted:
+        elif block and "mlp" in self.wanted & set(self.coupling.blocks):
             inner = [self._channels(block, whole or around)]
         else:
             inner = []

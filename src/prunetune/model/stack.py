@@ -72,7 +72,8 @@ def leave_out(model: Any, site: Site) -> None:
     if mixture and hasattr(layer.get_submodule(mixture.block), mixture.experts.rpartition(".")[2]):
         _put(model, f"{prefix}.{mixture.block}", NoMixture(scores=mixture.returns_scores))
         return
-    block = coupling.blocks["mlp"]
+    block = coupling.mlp
+    assert block is not None
     for name in block.producers:
         _put(model, f"{prefix}.{name}", NoLinear(0))
     consumer = f"{prefix}.{block.consumer}"

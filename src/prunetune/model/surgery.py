@@ -174,7 +174,10 @@ def _keep_slice(model: nn.Module, part: Slice, site: Site, kept: Sequence[int]) 
 
 @torch.no_grad()
 def merge_adapters(model: nn.Module, *, trainable: bool = False) -> None:
-    """Fold every LoRA adapter into its base weight (sum in float32, stored in the base's dtype), in place."""
+    """Fold every LoRA adapter into its base weight (sum in float32, stored in the base's dtype), in place.
+
+    `trainable`: the sum stays float32, as small updates need, and has a gradient from then on.
+    """
     for name, module in list(model.named_modules()):
         if not isinstance(module, LoraLayer):
             continue

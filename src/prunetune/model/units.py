@@ -206,3 +206,30 @@ def surviving_layers(plan: Plan, sites: Iterable[Site]) -> Iterator[int]:
     sites = tuple(sites)
     gone = {site.layer for site in sites if site.kind == "layers" and not plan.kept[site.name]}
     yield from sorted({site.layer for site in sites} - gone)
+
+
+def inner_sites(sites: Iterable[Site]) -> dict[str, list[Site]]:
+    """{site: the sites right inside it}."""
+    found: dict[str, list[Site]] = {}
+    for site in sites:
+        if site.within:
+            found.setdefault(site.within, []).append(site)
+    return found
+
+
+def effective(gates: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
+    """Each gate times those around it: what is in a closed unit is closed."""
+    found: dict[str, Tensor] = {}
+    named = {site.name: site for site in sites}
+    for site in sites:
+        gate = gates[site.name]
+        if site.within:
+            around = found[site.within]
+            gate = gate * around.repeat_interleave(site.units // named[site.within].units)
+        found[site.name] = gate
+    return found
+
+
+def layout_of(layout: str, sites: Sequence[Site]) -> str:
+    """A model that lost whole layers and nothing else is uniform, whatever was asked for."""
+    return "uniform" if all(site.kind == "layers" for site in sites) else layout

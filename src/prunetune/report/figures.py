@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from markupsafe import Markup
 
 from prunetune.report import svg
-from prunetune.report.layers import Layer
+from prunetune.report.layers import Kept, Layer
 from prunetune.report.scores import Row
+from prunetune.report.text import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 5.0
-LONGEST_LABEL = 22  # characters
 MOST_POINTS = 300
 MOST_GROUPS = 32  # up to here every KV group is drawn
 MODEL_MARKS = {"dense": (svg.DENSE, "o"), "tuned": (svg.TUNED, "s"), "pruned": (svg.PRUNED, "D")}
@@ -52,7 +52,7 @@ def scores_figure(label: str, rows: Sequence[Row]) -> Markup:
         axes = figure.subplots()
         for position, row in enumerate(rows):
             _score_marks(axes, position, row)
-        axes.set_yticks(range(len(rows)), [_shortened(row.task) for row in rows], color=svg.INK)
+        axes.set_yticks(range(len(rows)), [shortened(row.task) for row in rows], color=svg.INK)
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.grid(visible=True, axis="both")
         axes.margins(x=0.06)
@@ -82,7 +82,7 @@ def recovery_figure(label: str, rows: Sequence[tuple[str, float, float]]) -> Mar
                 fmt="D", color=svg.PRUNED, markersize=5.5, elinewidth=1.6,
             )  # fmt: skip
         axes.axvline(1.0, color=svg.INK, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_yticks(range(len(rows)), [_shortened(task) for task, _, _ in rows], color=svg.INK)
+        axes.set_yticks(range(len(rows)), [shortened(task) for task, _, _ in rows], color=svg.INK)
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.grid(visible=True, axis="both")
         axes.margins(x=0.08)
@@ -132,6 +132,11 @@ def cells(axes: Axes, cells: Sequence[tuple[int, int]], colour: str, alpha: floa
 def widths_figure(label: str, layers: Sequence[Layer]) -> Markup:
     """Share of the MLP channels that stays, by layer, in front of the dense width."""
     return _shares_figure("widths", label, [(layer.index, layer.mlp.share) for layer in layers if layer.mlp])
+
+
+def others_figure(kind: str, label: str, kept: Mapping[int, Kept]) -> Markup:
+    """Share of the units of another kind that stays, by layer."""
+    return _shares_figure(kind, label, [(index, part.share) for index, part in sorted(kept.items())])
 
 
 def _shares_figure(name: str, label: str, shares: Sequence[tuple[int, float]]) -> Markup:
@@ -213,10 +218,6 @@ def running_mean(values: Sequence[float], reach: int) -> list[float]:
     """Mean over `reach` neighbours to either side, fewer at the ends."""
     windows = [values[max(0, centre - reach) : centre + reach + 1] for centre in range(len(values))]
     return [sum(window) / len(window) for window in windows]
-
-
-def _shortened(label: str) -> str:
-    return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 1]}…"
 
 
 def legend(names: Mapping[str, str]) -> list[tuple[str, str]]:

@@ -47,14 +47,15 @@ def read_run(folder: Path) -> RunFiles:
             f"{folder} holds no readable config.yaml; name the run folder that `prunetune run` made"
         ) from unreadable
     missing: list[str] = []
+    config = _config(config_text, missing)
     return RunFiles(
         name=folder.resolve().name,
         config_text=config_text,
-        config=_config(config_text, missing),
+        config=config,
         plan=_parsed(folder / "plan.json", Plan.from_json, missing, "the units kept are not shown"),
         metrics=_lines(folder / "metrics.jsonl", missing, "the course of the run is not shown"),
         validation=_lines(folder / "validation.jsonl", missing, "validation is not shown"),
-        evaluations=_evaluations(folder / "evaluation", missing),
+        evaluations=_evaluations(folder / "evaluation", config, missing),
         manifest=_parsed(folder / "manifest.json", _mapping, missing, "sizes, speed and environment are not shown")
         or {},
         missing=tuple(missing),
@@ -90,13 +91,17 @@ def _config(text: str, missing: list[str]) -> Mapping[str, Any]:
         return {}
 
 
-def _evaluations(folder: Path, missing: list[str]) -> dict[str, Evaluation]:
+def _evaluations(folder: Path, config: Mapping[str, Any], missing: list[str]) -> dict[str, Evaluation]:
     lost = {
         "dense": "no scores of the untuned dense model",
         "tuned": "no scores of the dense tuned model",
         "pruned": "no scores of the pruned model",
     }
-    found = {name: _parsed(folder / f"{name}.json", Evaluation.from_json, missing, lost[name]) for name in MODELS}
+    if lookup(config, "evaluate", "dense_tuned") is False and not (folder / "tuned.json").exists():
+        del lost["tuned"]  # was never to be there
+    found = {
+        name: _parsed(folder / f"{name}.json", Evaluation.from_json, missing, words) for name, words in lost.items()
+    }
     return {name: evaluation for name, evaluation in found.items() if evaluation is not None}
 
 

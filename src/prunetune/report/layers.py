@@ -43,10 +43,20 @@ def layers_of(plan: Plan) -> tuple[Layer, ...]:
     """The plan's layers in order; a site is "<any>.<layer number>[.<block>]", others are left out."""
     found: dict[int, dict[bool, Kept]] = {}
     for site, kept in plan.kept.items():
-        if (place := layer_of(site)) is not None:
+        if ":" not in site and (place := layer_of(site)) is not None:  # others are of another kind, see `others_of`
             layer, is_attention = place
             found.setdefault(layer, {})[is_attention] = Kept(plan.units[site], kept)
     return tuple(Layer(index, found[index].get(True), found[index].get(False)) for index in sorted(found))
+
+
+def others_of(plan: Plan) -> dict[str, dict[int, Kept]]:
+    """{kind of unit: {layer: kept}} of sites that name their kind: "<any>.<layer number>[.<block>]:<kind>"."""
+    found: dict[str, dict[int, Kept]] = {}
+    for site, kept in plan.kept.items():
+        place, _, kind = site.partition(":")
+        if kind and (match := re.match(r"(?:.*?\.)?(\d+)(?:\.|$)", place)):
+            found.setdefault(kind, {})[int(match[1])] = Kept(plan.units[site], kept)
+    return found
 
 
 def total(parts: Iterable[Kept | None]) -> tuple[int, int]:

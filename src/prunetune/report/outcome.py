@@ -10,7 +10,7 @@ from prunetune.report import text
 from prunetune.report.folder import RunFiles, lookup, mapping, number
 from prunetune.report.scores import REFERENCE_NAMES, Headline, Row, reference_of
 
-Reading = Literal["yes", "no", "partly", "unknown"]
+Reading = Literal["yes", "no", "partly", "unknown", "none"]
 
 
 @dataclass(frozen=True)
@@ -78,15 +78,18 @@ def _as_good(run: RunFiles, headline: Headline | None, rows: Sequence[Row]) -> A
         return Answer("As good?", "unknown", "There are no scores to compare.")
     judged = [row for row in rows if row.headline and row.verdict]
     worse = [row.task for row in judged if row.verdict == "worse"]
-    reference = REFERENCE_NAMES[reference_of(run.evaluations)]
-    count = f"{len(judged)} task{'s' * (len(judged) != 1)}"
+    name = reference_of(run.evaluations)
+    reference, count = REFERENCE_NAMES[name], f"{len(judged)} task{'s' * (len(judged) != 1)}"
     if not judged:
         return Answer("As good?", "unknown", f"No task says so beyond doubt; {reference} is the reference.")
+    if not worse and name != "tuned":  # that says that tuning helped, not that pruning did no harm
+        return Answer("As good?", "unknown", "Not worse than the untuned model; a dense tuned one was not scored.")
     if not worse:
         return Answer(
-            "As good?", "yes", f"In none of {count} worse than the {reference} model beyond two standard errors."
+            "As good?", "yes", f"Not worse than the {reference} model, beyond two standard errors, in {count}."
         )
-    named = ", ".join(worse[:3]) + (" …" if len(worse) > 3 else "")
+    named = ", ".join(text.shortened(task) for task in worse[:3])
+    named += f" and {len(worse) - 3} more" if len(worse) > 3 else ""
     words = f"In {len(worse)} of {count} worse than the {reference} model beyond two standard errors: {named}."
     return Answer("As good?", "no" if len(worse) == len(judged) else "partly", words)
 
@@ -97,7 +100,7 @@ def _within(manifest: Mapping[str, Any]) -> Answer:
         return Answer("Within limits?", "no", f"{failed[:1].upper()}{failed[1:]}.")
     found = limits(manifest)
     if not found:
-        return Answer("Within limits?", "unknown", "No gate was set.")
+        return Answer("Within limits?", "none", "No gate was set.")
     outside = [limit for limit in found if not limit.held]
     if outside:
         return Answer("Within limits?", "no", f"{outside[0].gate}: {outside[0].found}, limit {outside[0].limit}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,14 +63,14 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "model_names": MODEL_NAMES,
         "reference_name": scores.REFERENCE_NAMES.get(scores.reference_of(run.evaluations), ""),
         "tasks": _by_task(rows),
-        "score_figures": [*_recovery_figures(rows), *_score_figures(rows)],
+        "score_figures": [*(_recovery_figures(rows) if "tuned" in run.evaluations else ()), *_score_figures(rows)],
         "score_legend": figures.legend(
             {figures.MODEL_MARKS[name][0]: MODEL_NAMES[name].lower() for name in MODELS if name in run.evaluations}
         ),
         "layers": kept,
         "groups": layers.total(layer.attention for layer in kept),
         "channels": layers.total(layer.mlp for layer in kept),
-        "kept_figures": _kept_figures(kept),
+        "kept_figures": _kept_figures(kept) + (_other_figures(layers.others_of(run.plan)) if run.plan else []),
         "heat": heat.figures(run),
         "limits": outcome.limits(run.manifest),
         "events": outcome.events(run.manifest),
@@ -135,6 +135,17 @@ def _kept_figures(kept: Sequence[layers.Layer]) -> list[course.Figure]:
         made.append(
             course.Figure("MLP width", figures.widths_figure(label, kept), note=f"{stay:,} of {units:,} channels stay.")
         )
+    return made
+
+
+def _other_figures(others: Mapping[str, Mapping[int, layers.Kept]]) -> list[course.Figure]:
+    made = []
+    for kind, kept in others.items():
+        stay, units = layers.total(kept.values())
+        name = kind.replace("-", " ")
+        label = f"Share of {name} kept by layer: {stay} of {units}"
+        note = f"{stay:,} of {units:,} stay."
+        made.append(course.Figure(name.capitalize(), figures.others_figure(kind, label, kept), note=note))
     return made
 
 

@@ -78,6 +78,11 @@ def duration(seconds: float | None) -> str:
     )
 
 
+def shortened(label: str, longest: int = 22) -> str:
+    """At most `longest` characters."""
+    return label if len(label) <= longest else f"{label[: longest - 1]}…"
+
+
 def signed(text: str) -> str:
     """A typographic minus in front of a negative number, and none in front of a zero."""
     if text.startswith("-"):

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunetune.config import LoraSettings
-from prunetune.model.linears import COLUMNS, ROWS, is_transposed, linear_of
+from prunetune.budget.params import total
+from prunetune.config import LoraSettings, TrainConfig
+from prunetune.model.linears import COLUMNS, ROWS, is_transposed, linear_of, stored_axis
 from prunetune.model.sites import tuned_linears
 from prunetune.model.units import Site, gone_linears, kept_lines
 from prunetune.plan import Plan
 
 NAME = "default"
+LARGE = 10**9  # prunable parameters from which `train.weights: auto` leaves it at adapters
 
 
 def add_adapters(model: nn.Module, sites: Sequence[Site], settings: LoraSettings, *, seed: int) -> None:
@@ -47,10 +49,15 @@ def add_adapters(model: nn.Module, sites: Sequence[Site], settings: LoraSettings
 
 
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """All adapter weights by name, in the model's order."""
+    """What is tuned, by name, in the model's order: all adapter weights; once merged, all that has a gradient."""
     named = dict(model.named_parameters())
     found = {name: parameter for name, parameter in named.items() if ".lora_" in name}
     return found or {name: parameter for name, parameter in named.items() if parameter.requires_grad}
+
+
+def tunes_all(train: TrainConfig, sites: Iterable[Site]) -> bool:
+    """Whether all weights are tuned once the model is cut. A matter of the model's size, never of the machine."""
+    return train.weights == "all" or (train.weights == "auto" and total(sites) < LARGE)
 
 
 @contextmanager
@@ -89,6 +96,20 @@ def grow_state(
         if name in state:
             result[name] = torch.zeros(shapes[name]).index_copy(axis, index, state[name])
     return result
+
+
+def grow_weights(model: nn.Module, state: Mapping[str, Tensor], plan: Plan, sites: Iterable[Site]) -> None:
+    """Put weights of a cut model into the dense one, in place; what belongs to removed units becomes zero."""
+    lines = kept_lines(plan, sites)
+    for name, weight in state.items():
+        linear = linear_of(model, name.removesuffix(".weight"))
+        for axis in (ROWS, COLUMNS):
+            index = lines.get((name.removesuffix(".weight"), axis))
+            if index is not None:
+                place = stored_axis(linear, axis)
+                shape = [*weight.shape[:place], linear.weight.shape[place], *weight.shape[place + 1 :]]
+                weight = torch.zeros(shape, dtype=weight.dtype).index_copy(place, index, weight)
+        linear.weight.data = weight.to(linear.weight)
 
 
 def _name(module: str, axis: int) -> str:

@@ -16,11 +16,10 @@ from prunetune.train.job import Job, Record
 from prunetune.train.passes import passes_for
 from prunetune.train.players import Adapters, Search
 from prunetune.train.progress import Progress
-from prunetune.train.schedule import learning_rate
 
 
 def tune_and_prune(job: Job) -> Plan:
-    """Run the steps that are left. The model ends up cut and tuned, its adapters not yet merged; returns the plan.
+    """Run the steps that are left. The model ends up cut and tuned, adapters not yet merged; returns the plan.
 
     Raises `WentBack` where a gate went back to an earlier state: it is the newest checkpoint, to go on from with a new
     model; and `GateFailed` where a gate stopped the run.
@@ -33,7 +32,7 @@ def tune_and_prune(job: Job) -> Plan:
 
     for step in range(progress.step, job.schedule.steps):
         phase = progress.schedule.phase_at(step)
-        record: Record = {"step": step + 1, "phase": phase, "lr": learning_rate(step, job.config.train)}
+        record: Record = {"step": step + 1, "phase": phase}
 
         gates = None
         if phase == "search" and job.config.search.step == "joint":
@@ -47,7 +46,7 @@ def tune_and_prune(job: Job) -> Plan:
         if phase == "tune" and decision.plan and not tuning.is_cut:
             tuning.cut(decision.plan)  # exact: the gated model and the cut one are equal
 
-        # Adapters, on training data; LoRA-aware while the decision is a mask.
+        # Adapters, on training data; LoRA-aware while the decision is a mask. All weights once the model is cut.
         record |= tuning.advance(step, decision, gates)
         if gates is not None:
             record |= search.learn(gates, tuning.slopes)

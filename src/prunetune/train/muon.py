@@ -1,7 +1,9 @@
 """Muon: momentum whose matrices are made orthogonal before they are applied (Jordan et al. 2024).
 
 The update has the root mean square of an AdamW step (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that learning
-rates mean the same.
+rates mean the same. As `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` and no weight decay, but matrices of
+one shape go together, and on a GPU an update is one recorded graph: there are hundreds of small matrices, and products
+of so few numbers are launches, not work.
 """
 
 from __future__ import annotations
@@ -17,10 +19,11 @@ from prunetune.train.graphs import Recorder
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration
 MOMENTUM = 0.95
 MATCHED = 0.2  # root mean square of AdamW's updates
+WARMUP = 20  # updates: momentum starts from nothing
 
 
 class Muon(torch.optim.Optimizer):
-    """Of matrices only. On a GPU an update is one recorded graph: hundreds of small products are launches, not work."""
+    """Of matrices only, each of which has a gradient at every update."""
 
     def __init__(self, weights: Iterable[nn.Parameter], *, lr: float) -> None:
         super().__init__(list(weights), {"lr": lr})
@@ -29,14 +32,23 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every weight; all of them have gradients."""
-        buffers = [self.state[weight].setdefault("momentum", torch.zeros_like(weight)) for weight in self._weights]
-        rate = torch.tensor(self.param_groups[0]["lr"])
-        self._recorder.run("step", self._move, [rate], [*self._weights, *buffers])
+        """One update of every weight."""
+        states = [self._state_of(weight) for weight in self._weights]
+        for state in states:
+            state["step"] += 1
+        rate = torch.tensor(self.param_groups[0]["lr"] * min(1.0, float(states[0]["step"]) / WARMUP))
+        buffers = [state["momentum"] for state in states]
+        self._recorder.run("update", self._update, [rate], [*self._weights, *buffers])
+
+    def _state_of(self, weight: nn.Parameter) -> dict[str, Tensor]:
+        state: dict[str, Tensor] = self.state[weight]
+        if not state:
+            state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(weight)}
+        return state
 
     @torch.no_grad()
-    def _move(self, inputs: Sequence[Tensor]) -> None:
-        shapes: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    def _update(self, inputs: Sequence[Tensor]) -> None:
+        shapes: dict[tuple[int, ...], list[Tensor]] = {}
         for weight in self._weights:
             shapes.setdefault(tuple(weight.shape), []).append(weight)
         for (rows, columns), alike in shapes.items():
@@ -51,10 +63,10 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
     """[n, rows, columns] -> the same singular vectors with singular values near one, in bfloat16."""
     a, b, c = COEFFICIENTS
-    x = matrices.bfloat16()
+    x: Tensor = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(iterations):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x

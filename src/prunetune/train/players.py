@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from prunetune.errors import ModelError
 from prunetune.model.surgery import cut_linears, merge_adapters
 from prunetune.plan import Plan
 from prunetune.seeds import derive
-from prunetune.train.adapters import adapters, cut_state, soft_threshold
+from prunetune.train.adapters import adapters, cut_state, soft_threshold, tunes_all
 from prunetune.train.job import Job, Record
 from prunetune.train.muon import Muon
 from prunetune.train.passes import Passes
@@ -76,30 +75,18 @@ class Search:
         dense = {site.name: torch.ones(site.units, device=self.device) for site in self.job.sites}
         importance = {name: torch.zeros_like(gate) for name, gate in dense.items()}
         for index in range(self.job.config.search.evidence):
-            batch = self.job.search.batch(index)
-            if not self.job.config.search.by_example:
-                self._add(importance, self.passes.slopes(batch, dense)[1])
-                continue
-            teacher, self.passes.teacher = self.passes.teacher, None
-            for example in batch:
-                whole = replace(example, answer_from=1) if example.answer_from >= len(example.ids) else example
-                self._add(importance, self.passes.slopes([whole], dense)[1])
-            self.passes.teacher = teacher
-        self.passes.forget()
+            _, slopes = self.passes.slopes(self.job.search.batch(index), dense)
+            for name, slope in slopes.items():
+                importance[name] += slope.square()
         return importance
-
-    def _add(self, importance, slopes):
-        for name, slope in slopes.items():
-            importance[name] += slope.square()
 
 
 class Adapters:
-    """Moves the LoRA adapters, and cuts the model when the decision has settled."""
+    """Moves the LoRA adapters; cuts the model when the decision has settled, and may then move all of its weights."""
 
     def __init__(self, job: Job, passes: Passes) -> None:
         self.job, self.passes = job, passes
-        self.is_cut = False
-        self.whole: int | None = None
+        self.is_cut = self.is_merged = False
         self.optimizer = self._fresh_optimizer()
         self.slopes: Mapping[str, Tensor] = {}  # at the gates that `advance` was given
 
@@ -119,20 +106,16 @@ class Adapters:
                 f"the {worst} is {record[worst]} at step {step + 1} (rows {rows}, ...): "
                 "lower train.learning_rate, or set dtype float32"
             )
-        rate = learning_rate(step, job.config.train)
-        if self.whole is not None:
-            self.whole += 1
-            rate *= job.config.train.weights_rate / job.config.train.learning_rate * min(1, self.whole / 20)
+        rate = learning_rate(step, job.config.train, job.config.train.weights_rate if self.is_merged else None)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         job.accelerator.clip_grad_norm_(adapters(job.model).values(), job.config.train.clip)
         self.optimizer.step()
         if job.config.search.sparsity == "proximal" and not self.is_cut:
-            threshold = learning_rate(step, job.config.train) * job.config.search.lasso
-            soft_threshold(job.model, decision.gates, job.sites, threshold)
+            soft_threshold(job.model, decision.gates, job.sites, rate * job.config.search.lasso)
         self.optimizer.zero_grad(set_to_none=False)  # recorded passes add to the same tensors every time
         tokens = sum(len(example.ids) for example in batch)
-        return record | {"tokens_per_s": tokens / (time.monotonic() - started)}
+        return record | {"lr": rate, "tokens_per_s": tokens / (time.monotonic() - started)}
 
     def _gradients(self, batch: list[Example], decision: Decision, gates: Mapping[str, Tensor] | None) -> Record:
         if self.is_cut:
@@ -141,22 +124,16 @@ class Adapters:
             losses = self.passes.tune(batch, decision.gates)
         else:
             losses, self.slopes = self.passes.both(batch, gates)
-        if self.job.config.search.sparsity != "lasso":
+        if self.job.config.search.sparsity != "lasso" or not any(site.is_sliced for site in self.job.sites):
             return dict(losses)
         return {**losses, "lasso": self.passes.shrink(decision.gates, self.job.config.search.lasso)}
 
     def cut(self, plan: Plan) -> None:
-        """Cut the running model; the optimiser goes on with the moments of what stays."""
+        """Cut the running model. The optimiser goes on with the moments of what stays, or anew with all weights."""
         moments = optimizer_tensors(self.optimizer, list(adapters(self.job.model)))
-        cut_linears(self.job.model, plan, sites=self.job.sites)
-        self.passes.forget()
-        self.is_cut = True
-        if self.job.config.train.weights == "all":
-            self.job.model.requires_grad_(False)
-            merge_adapters(self.job.model, trainable=True)
-            self.whole = 0
+        self.shrink(plan)
         self.optimizer = self._fresh_optimizer()
-        if self.whole is not None:
+        if self.is_merged:
             return
         stay = {
             f"{name}#{moment}": tensor
@@ -165,19 +142,27 @@ class Adapters:
         }
         restore_optimizer(self.optimizer, list(adapters(self.job.model)), stay)
 
+    def shrink(self, plan: Plan) -> None:
+        """Give model and adapters their smaller shapes; where all weights are to be tuned, merge the two."""
+        cut_linears(self.job.model, plan, sites=self.job.sites)
+        self.passes.forget()
+        self.is_cut = True
+        if tunes_all(self.job.config.train, self.job.sites):
+            merge_adapters(self.job.model, trainable=True)
+            self.is_merged = True
+
     def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        """Put back weights and moments of a checkpoint; the model is cut already where they are."""
+        """Put back weights and moments of a checkpoint; the model has been shrunk where they are of a cut one."""
         named = adapters(self.job.model)
         for name, parameter in named.items():
             parameter.data = weights[name].to(parameter.device)
         self.optimizer = self._fresh_optimizer()
         restore_optimizer(self.optimizer, list(named), moments)
 
-    def _fresh_optimizer(self) -> torch.optim.AdamW:
-        train = self.job.config.train
-        weights = adapters(self.job.model).values()
-        if train.weights_optimizer == "muon" and (self.whole is not None or train.weights == "adapters"):
-            return Muon(weights, lr=train.learning_rate)  # type: ignore[return-value]
+    def _fresh_optimizer(self) -> torch.optim.Optimizer:
+        train, weights = self.job.config.train, adapters(self.job.model).values()
+        if self.is_merged or train.optimizer == "muon":
+            return Muon(weights, lr=train.learning_rate)
         return adamw(weights, lr=train.learning_rate, weight_decay=train.weight_decay)
 
 

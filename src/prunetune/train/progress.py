@@ -8,7 +8,6 @@ import torch
 
 from prunetune.budget.params import kept_share
 from prunetune.decide.decision import Decision
-from prunetune.model.surgery import cut_linears
 from prunetune.train.adapters import adapters
 from prunetune.train.job import Job, Record
 from prunetune.train.players import Adapters, Search
@@ -39,8 +38,7 @@ class Progress:
         plan = self.job.plan if state is None else state.plan
         if state is not None:
             if state.is_cut and plan is not None:
-                cut_linears(self.job.model, plan, sites=self.job.sites)
-                self.tuning.is_cut = True
+                self.tuning.shrink(plan)
             self.tuning.load(state.tensors["adapters"], state.tensors["adapter_optimizer"])
             searcher.load(state.tensors["generator"])
             restore_optimizer(self.search.optimizer, searcher.parameter_names(), state.tensors["generator_optimizer"])

@@ -58,13 +58,14 @@ def given_plan(config: RunConfig) -> Schedule:
     return Schedule(0, 0, config.train.steps, 0, config.budget.keep)
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Warm-up, then decay to a tenth (cosine, linear) or not at all."""
+def learning_rate(step: int, config: TrainConfig, peak: float | None = None) -> float:
+    """Warm-up to `peak` (default: the adapters'), then decay to a tenth (cosine, linear) or not at all."""
+    peak = config.learning_rate if peak is None else peak
     warm = round(config.warmup * config.steps)
     if step < warm:
-        return config.learning_rate * (step + 1) / (warm + 1)
+        return peak * (step + 1) / (warm + 1)
     done = (step - warm) / max(1, config.steps - warm)
     if config.decay == "constant":
-        return config.learning_rate
+        return peak
     left = (1 + math.cos(math.pi * done)) / 2 if config.decay == "cosine" else 1 - done
-    return config.learning_rate * (0.1 + 0.9 * left)
+    return peak * (0.1 + 0.9 * left)

@@ -1,0 +1,73 @@
+"""Plans of sites that lie in one another: their price under given widths, and the units that these widths keep.
+
+A width is the number of units that each open lane of a site keeps; a lane is open where the unit around it stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from prunetune.model.units import Site, inner_sites
+from prunetune.plan import Plan
+
+Widths = Mapping[str, int]  # site name -> units that a lane keeps
+
+
+class Nest:
+    """Sites with the sites inside them, and their units ranked by score in each lane; ties go by index."""
+
+    def __init__(self, sites: Sequence[Site], scores: Mapping[str, Tensor] | None = None) -> None:
+        self.sites = tuple(sites)
+        self.named = {site.name: site for site in sites}
+        self.inner = inner_sites(sites)
+        scores = scores or {}
+        self.scores = {
+            name: scores[name].detach().float().cpu().view(site.lanes, -1)
+            for name, site in self.named.items()
+            if name in scores
+        }
+        self.order = {name: lanes.argsort(dim=1, descending=True, stable=True) for name, lanes in self.scores.items()}
+
+    def outer(self, site: Site) -> Site | None:
+        """The site around this one."""
+        return self.named[site.within] if site.within else None
+
+    def ranked(self, site: Site) -> Tensor:
+        """Scores by rank, the best first, as a mean over lanes: [units of a lane]."""
+        lanes = self.scores[site.name].gather(1, self.order[site.name])
+        return lanes[0] if site.lanes == 1 else lanes.mean(0)
+
+    def span(self, site: Site, widths: Widths) -> int:
+        """Parameters of one unit with what it keeps inside."""
+        return site.unit_params + sum(
+            widths[inner.name] * (inner.lanes // site.units) * self.span(inner, widths)
+            for inner in self.inner.get(site.name, ())
+        )
+
+    def open_lanes(self, site: Site, widths: Widths) -> int:
+        """Lanes whose surroundings stay."""
+        outer = self.outer(site)
+        if outer is None:
+            return site.lanes
+        return widths[outer.name] * self.open_lanes(outer, widths) * (site.lanes // outer.units)
+
+    def price(self, widths: Widths) -> int:
+        """Parameters under these widths."""
+        roots = (site for site in self.sites if not site.within)
+        return sum(widths[site.name] * site.lanes * self.span(site, widths) for site in roots)
+
+    def plan(self, widths: Widths) -> Plan:
+        """The best units of every open lane."""
+        kept: dict[str, tuple[int, ...]] = {}
+        for site in self.sites:  # outer ones first
+            outer = self.outer(site)
+            lanes = site.owned_lanes(kept[outer.name] if outer else None, outer.units if outer else 1)
+            best = self.order[site.name][:, : widths[site.name]].tolist()
+            kept[site.name] = tuple(sorted(lane * site.length + unit for lane in lanes for unit in best[lane]))
+        return Plan(kept, {site.name: site.units for site in self.sites})
+
+    def best(self, site: Site) -> float:
+        """Score of the unit that comes first."""
+        return float(self.ranked(site)[0])

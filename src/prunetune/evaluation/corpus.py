@@ -1,0 +1,50 @@
+"""BLEU and chrF (sacrebleu), which are no means over items: of one pair, of a corpus, and of its resamples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from prunetune.evaluation.optional import require
+from prunetune.evaluation.results import Item
+from prunetune.evaluation.statistics import Array, Statistic
+
+
+def _metric(name: str, **options: Any) -> Any:
+    return getattr(require("sacrebleu.metrics", extra="eval", use=f"scorer {name.lower()}"), name)(**options)
+
+
+def sentence_bleu(expected: Sequence[str], got: Sequence[str]) -> list[float]:
+    """BLEU of each pair, 0..100; the order of n-grams ends where a text does."""
+    bleu = _metric("BLEU", effective_order=True)
+    return [float(bleu.sentence_score(have, [want]).score) for want, have in zip(expected, got, strict=True)]
+
+
+def sentence_chrf(expected: Sequence[str], got: Sequence[str]) -> list[float]:
+    """chrF2 of each pair, 0..100."""
+    chrf = _metric("CHRF")
+    return [float(chrf.sentence_score(have, [want]).score) for want, have in zip(expected, got, strict=True)]
+
+
+def _statistic(name: str) -> Callable[[Sequence[Item]], Statistic]:
+    def of_items(items: Sequence[Item]) -> Statistic:
+        metric = _metric(name)
+        # What sacrebleu itself resamples for its confidence intervals: n-gram counts, which add up over pairs.
+        counts = np.asarray(
+            metric._extract_corpus_statistics([item.got for item in items], [[item.expected for item in items]]),
+            dtype=np.float64,
+        )
+
+        def statistic(weights: Array) -> Array:
+            sums = np.rint(weights @ counts).astype(np.int64).tolist()
+            return np.array([metric._compute_score_from_stats(row).score for row in sums])
+
+        return statistic
+
+    return of_items
+
+
+corpus_bleu = _statistic("BLEU")
+corpus_chrf = _statistic("CHRF")

@@ -1,0 +1,120 @@
+"""Is a model worse than another on the same items, or is it chance? Paired tests, and several of them at once.
+
+All p-values are two-sided. Where items are right or wrong: McNemar's test (Psychometrika 12, 1947) in its exact form.
+Otherwise approximate randomisation (Noreen 1989): if the models are alike, it does not matter which of them gave which
+of an item's two answers, so they are swapped at random; this holds its level however few items there are. The interval
+of the difference is a bootstrap over items (Efron and Tibshirani 1993, chapter 13).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from prunetune.evaluation.results import Item, TaskResult
+from prunetune.evaluation.statistics import Array, Statistic, paired_items, statistic_of
+
+RESAMPLES = 9999
+INTERVAL = (0.025, 0.975)
+PART = 2**22  # resampled weights held at once: 32 MiB
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A score against another's on the same items."""
+
+    difference: float  # first minus second
+    low: float  # 95% bootstrap interval of the difference; nan for fewer than 2 items
+    high: float
+    p: float  # two-sided; nan where a score is
+    items: int
+    test: str  # "McNemar" or "randomisation"
+
+
+def compare(a: TaskResult, b: TaskResult, metric: str, *, seed: int = 0) -> Paired:
+    """`a` against `b`; raises `DataError` where no item is common to both."""
+    left, right = paired_items(a, b, metric)
+    n, statistic = len(left), _joint(left, right, metric)
+
+    def gap(first: Array) -> Array:
+        """[resamples, n] how often each item's own answers count -> [resamples] `a` minus `b`."""
+        none = np.zeros_like(first)
+        return statistic(np.hstack([first, none])) - statistic(np.hstack([none, first]))
+
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        found = float(gap(np.ones((1, n)))[0])
+        if not math.isfinite(found):
+            return Paired(found, math.nan, math.nan, math.nan, n, "randomisation")
+        low, high = _interval(gap, n, seed)
+        if statistic_of(metric) is None and _binary([*left, *right], metric):
+            lost = sum(x.scores[metric] < y.scores[metric] for x, y in zip(left, right, strict=True))
+            won = sum(x.scores[metric] > y.scores[metric] for x, y in zip(left, right, strict=True))
+            return Paired(found, low, high, mcnemar(lost, won), n, "McNemar")
+        return Paired(found, low, high, _randomised(statistic, found, n, seed), n, "randomisation")
+
+
+def _joint(left: Sequence[Item], right: Sequence[Item], metric: str) -> Statistic:
+    """The metric over both models' items, `left` first: what it gives depends on whose items have weight."""
+    items, make = [*left, *right], statistic_of(metric)
+    if make is not None:
+        return make(items)
+    values = np.asarray([item.scores[metric] for item in items], dtype=np.float64)
+    if np.isnan(values).any():
+        return lambda weights: np.full(len(weights), math.nan)
+    return lambda weights: (weights @ values) / weights.sum(axis=1)
+
+
+def _binary(items: Sequence[Item], metric: str) -> bool:
+    return all(item.scores[metric] in (0.0, 1.0) for item in items)
+
+
+def _interval(gap: Callable[[Array], Array], n: int, seed: int) -> tuple[float, float]:
+    if n < 2:
+        return math.nan, math.nan
+    generator = np.random.default_rng(seed)
+    shares = np.full(n, 1 / n)
+    drawn = [gap(generator.multinomial(n, shares, size=rows).astype(np.float64)) for rows in _parts(n)]
+    low, high = np.quantile(np.concatenate(drawn), INTERVAL)
+    return float(low), float(high)
+
+
+def _randomised(statistic: Statistic, found: float, n: int, seed: int) -> float:
+    """The share of random swaps that put the models as far apart as they are."""
+    generator = np.random.default_rng(seed)
+    far = 0
+    for rows in _parts(n):
+        own = generator.integers(0, 2, size=(rows, n)).astype(np.float64)
+        gaps = statistic(np.hstack([own, 1 - own])) - statistic(np.hstack([1 - own, own]))
+        # A hair of slack: equal differences must not part by rounding.
+        far += int((np.abs(gaps) >= abs(found) * (1 - 1e-9)).sum())
+    return (1 + far) / (1 + RESAMPLES)
+
+
+def _parts(n: int) -> Iterator[int]:
+    left, size = RESAMPLES, max(1, PART // (2 * n))
+    while left > 0:
+        yield min(left, size)
+        left -= size
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """The chance of a split at least as uneven among the items that changed, if either change is as likely."""
+    changed, few = lost + won, min(lost, won)
+    log_terms = [
+        math.lgamma(changed + 1) - math.lgamma(k + 1) - math.lgamma(changed - k + 1) - changed * math.log(2)
+        for k in range(few + 1)
+    ]
+    return min(1.0, 2 * math.fsum(math.exp(term) for term in log_terms))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """P-values such that the chance of any false alarm among them stays at the level (Holm 1979); nan stays nan."""
+    order = sorted((value, index) for index, value in enumerate(values) if not math.isnan(value))
+    adjusted, highest = list(values), 0.0
+    for rank, (value, index) in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * value))
+        adjusted[index] = highest
+    return adjusted

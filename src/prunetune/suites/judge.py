@@ -1,0 +1,68 @@
+"""A language model as judge, behind any OpenAI-compatible endpoint. Runs only where the caller allows a judge."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from prunetune.errors import ConfigError
+from prunetune.suites.asking import Answered, CannotAnswer
+from prunetune.suites.server import Server
+from prunetune.suites.written import Options, Values
+
+PROMPT = """\
+Grade an answer.
+
+Question:
+{{ prompt }}
+
+{% if expected %}Reference answer:
+{{ expected }}
+
+{% endif %}Answer to grade:
+{{ got }}
+
+Say how good the answer is on a scale from {{ low }} (useless) to {{ high }} (perfect). Reply with the number only."""
+
+OPTIONS: dict[str, Any] = {
+    "url": "",  # http://127.0.0.1:8000/v1
+    "model": "",
+    "prompt": PROMPT,
+    "low": 1.0,
+    "high": 5.0,
+    "key_env": "",  # the environment variable that holds the key
+    "timeout": 60.0,
+}
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+
+
+def judged(answers: Sequence[Answered], options: Options) -> Values:
+    """The judge's mark of each answer, as a share of the scale: 0 is `low`, 1 is `high`."""
+    from prunetune.suites.rendering import template_of
+
+    low, high = float(options["low"]), float(options["high"])
+    if not low < high:
+        raise ConfigError(f"judge: low is {low:g} and high {high:g}; the scale has to rise")
+    server = Server(options["url"], key_env=options["key_env"], timeout=options["timeout"])
+    template = template_of(options["prompt"], "judge: prompt")
+
+    def mark(answer: Answered) -> float:
+        record = answer.posed.record
+        asked = record.prompt or "\n".join(content for _, content in record.messages)
+        known = {"prompt": asked, "expected": answer.posed.expected, "got": answer.got, "low": f"{low:g}"}
+        text = template({**answer.posed.fields, **known, "high": f"{high:g}"}, record.source)
+        reply = server.chat(options["model"], [{"role": "user", "content": text}], max_tokens=64)
+        return (_mark(reply, low, high, record.id) - low) / (high - low)
+
+    return {"judge": server.each(answers, mark)}
+
+
+def _mark(reply: str, low: float, high: float, item: str) -> float:
+    numbers = [float(found) for found in NUMBER.findall(reply)]
+    within = [number for number in numbers if low <= number <= high]
+    if not within:
+        raise CannotAnswer(
+            f"judge: no number from {low:g} to {high:g} in its reply on item {item}: {' '.join(reply.split())[:80]!r}"
+        )
+    return within[-1]

@@ -1,0 +1,62 @@
+"""Rows through Jinja2, in a sandbox: a suite is a file, and a file must not run code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+from prunetune.errors import ConfigError, DataError
+
+Render = Callable[[Mapping[str, Any], str], Any]  # fields of a row, "file:line" -> what stands there
+
+
+@cache
+def _environment() -> Any:
+    from jinja2 import StrictUndefined
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+
+
+def template_of(text: str, where: str) -> Render:
+    """A text with `{{ field }}`; raises `ConfigError` where it is no template."""
+    from jinja2 import TemplateError
+
+    try:
+        compiled = _environment().from_string(text)
+    except TemplateError as broken:
+        raise ConfigError(f"{where} is not a Jinja2 template ({_line(broken)})") from broken
+    return _guarded(lambda fields: compiled.render(fields), where)
+
+
+def expression_of(text: str, where: str) -> Render:
+    """An expression over fields, whose value keeps its type: `options.text`; raises `ConfigError`."""
+    from jinja2 import TemplateError
+
+    try:
+        compiled = _environment().compile_expression(text, undefined_to_none=False)
+    except TemplateError as broken:
+        raise ConfigError(f"{where} is not a Jinja2 expression ({_line(broken)})") from broken
+    return _guarded(lambda fields: _defined(compiled(**fields)), where)
+
+
+def _guarded(call: Callable[[Mapping[str, Any]], Any], where: str) -> Render:
+    def render(fields: Mapping[str, Any], source: str) -> Any:
+        try:
+            return call(fields)
+        # Whatever an expression does to a row of the wrong shape: the user must see which row.
+        except Exception as broken:
+            known = ", ".join(sorted(map(str, fields)))
+            raise DataError(f"{source}: {where}: {_line(broken)}; the row has {known}") from broken
+
+    return render
+
+
+def _defined(value: Any) -> Any:
+    str(value)  # an undefined field says so here
+    return value
+
+
+def _line(error: Exception) -> str:
+    return " ".join(f"{error}".split())[:200] or type(error).__name__

@@ -1,0 +1,63 @@
+"""`prunetune eval` and `prunetune check` as functions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+
+from prunetune.errors import ConfigError
+from prunetune.evaluation.results import Evaluation
+from prunetune.suites.check import Check
+from prunetune.suites.check import check as held
+from prunetune.suites.run import ALLOWED, Progress, evaluate_suite
+from prunetune.suites.scorers import Permission
+from prunetune.suites.suite import Suite, load_suite
+from prunetune.suites.targets import TargetOptions, open_target, reference_of
+
+DEFAULTS = TargetOptions()
+
+
+def evaluate(
+    model: str,
+    suite: Suite | Path | str,
+    *,
+    options: TargetOptions = DEFAULTS,
+    allow: Collection[Permission] = ALLOWED,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """The suite's scores of a run, checkpoint, hub name, .gguf file or endpoint; kept results come back as they are.
+
+    A task that fails has its `error` instead of scores. Raises a `PrunetuneError` where there is nothing to ask.
+    """
+    suite = suite if isinstance(suite, Suite) else load_suite(suite, strict=False)
+    target = open_target(model, options)
+    return target if isinstance(target, Evaluation) else evaluate_suite(target, suite, allow=allow, progress=progress)
+
+
+def check(
+    model: str,
+    suite: Suite | Path | str,
+    against: str = "",
+    *,
+    options: TargetOptions = DEFAULTS,
+    allow: Collection[Permission] = ALLOWED,
+    progress: Progress | None = None,
+) -> Check:
+    """Hold a model against the suite's limits and against another model; of a run, by default its dense model."""
+    suite = suite if isinstance(suite, Suite) else load_suite(suite, strict=False)
+    against = against or reference_of(model)
+    found = evaluate(model, suite, options=options, allow=allow, progress=progress)
+    reference = evaluate(against, suite, options=options, allow=allow, progress=progress)
+    return held(found, reference, suite)
+
+
+def to_json(found: Evaluation, model: str, suite: str) -> str:
+    """The evaluation with what it is of; `Evaluation.from_json` reads it."""
+    return json.dumps({**json.loads(found.to_json()), "model": model, "suite": suite}, ensure_ascii=False) + "\n"
+
+
+def writable(path: Path | None, flag: str) -> None:
+    """Refuse a file that cannot be written before anything is computed; raises `ConfigError`."""
+    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise ConfigError(f"{flag} {path}: name a file in a folder that exists")

@@ -1,0 +1,89 @@
+"""A small OpenAI-compatible server on this machine that can also misbehave."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+Reply = dict[str, Any] | bytes | int  # JSON, raw bytes, or a status
+Answer = Callable[[str, dict[str, Any]], Reply]  # path, request
+
+
+class Heard:
+    """Where the server is, and what it was asked."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.requests: list[tuple[str, dict[str, Any], dict[str, str]]] = []
+
+
+@contextmanager
+def serving(answer: Answer, *, wait: float = 0.0, drip: float = 0.0) -> Iterator[Heard]:
+    """Answer every request by `answer`, after `wait` seconds, and `drip` seconds between bytes."""
+    gone = threading.Event()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            heard.requests.append((self.path, body, dict(self.headers)))
+            gone.wait(wait)
+            reply = answer(self.path, body)
+            data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+            try:
+                self.send_response(reply if isinstance(reply, int) else 200)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                for part in [data] if not drip else [data[n : n + 1] for n in range(len(data))]:
+                    self.wfile.write(part)
+                    self.wfile.flush()
+                    gone.wait(drip)
+            except OSError:
+                pass  # the other side has had enough
+
+        def log_message(self, *_: Any) -> None:
+            """Nothing."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    heard = Heard(f"http://127.0.0.1:{server.server_port}/v1")
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    try:
+        yield heard
+    finally:
+        gone.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def unused_port() -> int:
+    """A port on which nobody listens."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    port = server.server_port
+    server.server_close()
+    return port
+
+
+def characters_model(path: str, body: dict[str, Any], *, echo: bool = True) -> Reply:
+    """Tokens are characters; each has log-probability -(code point % 7) / 10, and the first of a text has none."""
+    if path.endswith("/chat/completions"):
+        return {"choices": [{"message": {"role": "assistant", "content": f"re: {body['messages'][-1]['content']}"}}]}
+    if not body.get("echo"):
+        return {"choices": [{"text": f" to {body['prompt']}"}]}
+    text = body["prompt"] + "!"
+    logprobs = {
+        "token_logprobs": [None, *(-(ord(letter) % 7) / 10 for letter in text[1:])],
+        "text_offset": list(range(len(text))),
+    }
+    return {"choices": [{"text": text, "logprobs": logprobs} if echo else {"text": "!"}]}
+
+
+def now() -> float:
+    """Seconds."""
+    return time.monotonic()

@@ -1,0 +1,125 @@
+"""Paired tests hold their level, find what is there, and agree with tests made another way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from prunetune.errors import DataError
+from prunetune.evaluation.paired import compare, holm, mcnemar
+from prunetune.evaluation.results import Item, TaskResult
+from prunetune.evaluation.statistics import summarise
+
+LEVEL = 0.05
+Scores = np.ndarray
+
+
+def task(values: Scores, metric: str, name: str = "t") -> TaskResult:
+    """Items with these scores; labels of two kinds, of which a score of 1 says that the right one was given."""
+    items = tuple(
+        Item(
+            str(index), "", "ab"[index % 2], "ab"[(index + (value < 1)) % 2], bool(value == 1),
+            {"accuracy": float(value), "rouge_l": float(value), "nll": float(value), "tokens": 1.0 + index % 7},
+        )
+        for index, value in enumerate(values)
+    )  # fmt: skip
+    return TaskResult(name, {metric: summarise(items, metric)}, items)
+
+
+@pytest.mark.parametrize(("lost", "won"), [(0, 0), (1, 0), (0, 5), (3, 9), (9, 3), (40, 60), (700, 800), (1500, 1501)])
+def test_mcnemar_is_the_exact_binomial_test(lost: int, won: int) -> None:
+    theirs = stats.binomtest(lost, lost + won).pvalue if lost + won else 1.0
+    assert mcnemar(lost, won) == pytest.approx(theirs, rel=1e-8)
+
+
+def test_randomisation_agrees_with_every_swap() -> None:
+    rng = np.random.default_rng(3)
+    a, b = rng.random(9), rng.random(9)
+    theirs = stats.permutation_test((a, b), lambda x, y: np.mean(x - y), permutation_type="samples").pvalue
+    assert compare(task(a, "rouge_l"), task(b, "rouge_l"), "rouge_l").p == pytest.approx(theirs, abs=0.02)
+
+
+def test_the_interval_is_that_of_the_differences() -> None:
+    rng = np.random.default_rng(4)
+    a = rng.random(300)
+    b = np.clip(a + rng.normal(0.05, 0.1, 300), 0.01, 0.99)
+    found = compare(task(b, "rouge_l"), task(a, "rouge_l"), "rouge_l")
+    gains = b - a
+    half = 1.96 * gains.std(ddof=1) / math.sqrt(300)
+    assert found.difference == pytest.approx(gains.mean())
+    assert (found.low, found.high) == pytest.approx((gains.mean() - half, gains.mean() + half), abs=0.003)
+
+
+Kind = Callable[[np.random.Generator], Scores]
+KINDS: dict[str, Kind] = {
+    "accuracy": lambda rng: (rng.random(120) < 0.6).astype(float),
+    "macro_f1": lambda rng: (rng.random(120) < 0.6).astype(float),
+    "rouge_l": lambda rng: rng.beta(0.5, 1.5, 40),
+    "perplexity": lambda rng: rng.gamma(2.0, 1.0, 12),
+}
+
+
+@pytest.mark.parametrize("metric", KINDS)
+def test_a_model_against_its_own_bootstrap_rarely_alarms(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """200 comparisons of a model's items with the same items drawn anew; an alarm is: worse, and p within the level."""
+    monkeypatch.setattr("prunetune.evaluation.paired.RESAMPLES", 799)
+    rng = np.random.default_rng(7)
+    alarms = 0
+    for _ in range(200):
+        scores = KINDS[metric](rng)
+        first, second = (task(rng.choice(scores, len(scores)), metric) for _ in range(2))
+        found = compare(first, second, metric)
+        worse = found.difference > 0 if metric == "perplexity" else found.difference < 0
+        alarms += worse and found.p <= LEVEL
+    assert alarms <= LEVEL * 200
+
+
+@pytest.mark.parametrize("metric", KINDS)
+def test_a_real_loss_is_found(metric: str) -> None:
+    rng = np.random.default_rng(8)
+    scores = KINDS[metric](rng)
+    if metric == "perplexity":
+        worse = scores + 0.5
+    elif metric == "rouge_l":
+        worse = scores * 0.7
+    else:
+        worse = np.where(rng.random(len(scores)) < 0.3, 0.0, scores)
+    found = compare(task(worse, metric), task(scores, metric), metric)
+    assert found.p < 0.001
+    assert (found.low > 0) if metric == "perplexity" else (found.high < 0)
+
+
+@pytest.mark.parametrize("metric", KINDS)
+def test_a_model_equals_itself(metric: str) -> None:
+    same = task(KINDS[metric](np.random.default_rng(9)), metric)
+    found = compare(same, same, metric)
+    assert (found.difference, found.p) == (0.0, 1.0)
+    assert compare(same, same, metric) == found
+
+
+def test_nan_stays_nan_and_strangers_are_refused() -> None:
+    known, unknown = task(np.array([0.1, 0.2, 0.3]), "rouge_l"), task(np.array([0.1, math.nan, 0.3]), "rouge_l")
+    assert math.isnan(compare(unknown, known, "rouge_l").p)
+    assert math.isnan(compare(known, unknown, "rouge_l").difference)
+    with pytest.raises(DataError, match="no item has accuracy in both"):
+        compare(known, known, "accuracy")
+    one = task(np.array([0.5]), "rouge_l")
+    assert math.isnan(compare(one, one, "rouge_l").low)
+
+
+def test_holm_keeps_the_order_and_never_lowers() -> None:
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([]) == []
+    assert holm([0.6, 0.9]) == [1.0, 1.0]
+    mixed = holm([math.nan, 0.02])
+    assert math.isnan(mixed[0])
+    assert mixed[1] == 0.02
+    rng = np.random.default_rng(0)
+    for values in rng.random((50, 6)):
+        adjusted = holm(list(values))
+        assert all(after >= before for before, after in zip(values, adjusted, strict=True))
+        assert [adjusted[index] for index in np.argsort(values)] == sorted(adjusted)

@@ -1,0 +1,277 @@
+"""A check breaks where a limit does, lists the right items, and never passes what it could not judge."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from prunetune import cli
+from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
+from prunetune.suites import evaluate_suite, suite_of
+from prunetune.suites.check import Check, check
+from prunetune.suites.junit import junit
+from prunetune.suites.tables import of_check, of_evaluation
+from suite_helpers import Told, model_folder, suite_file, suite_in
+
+DATA: dict[str, Any] = {"data": "x.jsonl", "scorer": "accuracy"}
+
+
+def answers(right: str, metric: str = "accuracy", task: str = "t") -> TaskResult:
+    """An item a letter: "1" is right, "0" is wrong."""
+    items = tuple(
+        Item(f"i{index}", f"ask {index}", "yes", "yes" if sign == "1" else "no", sign == "1", {metric: float(sign)})
+        for index, sign in enumerate(right)
+    )
+    share = right.count("1") / len(right)
+    return TaskResult(task, {metric: Score(share, 0.1, len(right))}, items)
+
+
+def graded(values: list[float], metric: str = "rouge_l") -> TaskResult:
+    items = tuple(
+        Item(f"i{index}", "ask", "want", f"{value}", None, {metric: value, "nll": value, "tokens": 2.0})
+        for index, value in enumerate(values)
+    )
+    return TaskResult("t", {metric: Score(sum(values) / len(values), 0.1, len(values))}, items)
+
+
+def held(mine: TaskResult, theirs: TaskResult | None, limits: Any = None, **keys: Any) -> Check:
+    told = {**DATA, "scorer": "rouge"} if "rouge_l" in mine.scores else DATA
+    suite = suite_of({"tasks": {"t": {**told, **({"limits": limits} if limits else {})}}, **keys})
+    return check(Evaluation({"t": mine}), Evaluation({"t": theirs}) if theirs else None, suite)
+
+
+@pytest.mark.parametrize(
+    ("limits", "breaks"),
+    [
+        ({"min": 0.5}, False),
+        ({"min": 0.51}, True),
+        ({"max": 0.5}, False),
+        ({"max": 0.49}, True),
+        ({"relative": 0.6}, False),
+        ({"relative": 0.7}, True),
+        ({"drop": 0.3}, False),
+        ({"drop": 0.2}, True),
+        ({"statistical": True}, False),  # 2 of 8 is no evidence
+        ({"min": 0.1, "relative": 0.9}, True),
+    ],
+)
+def test_a_limit_holds_up_to_its_bound(limits: dict[str, Any], breaks: bool) -> None:
+    found = held(answers("11110000"), answers("11111100"), limits)
+    assert bool(found.broken) is breaks
+    assert found.exit_code == int(breaks)
+
+
+def test_lower_is_better_where_it_is() -> None:
+    worse, better = (
+        TaskResult("t", {"perplexity": Score(value, 0.1, 3)}, graded([math.log(value)] * 3).items)
+        for value in (20.0, 10.0)
+    )
+    suite = suite_of({"tasks": {"t": {"data": "x", "scorer": "perplexity", "limits": {"relative": 0.6, "drop": 9}}}})
+    first, second = Evaluation({"t": worse}), Evaluation({"t": better})
+    assert [verdict.broken for verdict in check(first, second, suite).verdicts] == [True, True]
+    assert [verdict.broken for verdict in check(second, first, suite).verdicts] == [False, False]
+
+
+def test_without_limits_a_task_must_not_be_significantly_worse() -> None:
+    assert held(answers("1" * 20 + "0" * 20), answers("1" * 40)).broken
+    assert not held(answers("1" * 39 + "0"), answers("1" * 40)).broken
+    assert not held(answers("1" * 40), answers("1" * 20 + "0" * 20)).broken  # better is not worse
+
+
+def test_many_tests_are_corrected_for_each_other() -> None:
+    """Seven lost of seven: p = 0.016, which one test alone would call significant, and the first of ten would not."""
+    worse, same = answers("0" * 7 + "1" * 30), answers("1" * 37)
+    tasks = {f"t{index}": DATA for index in range(10)}
+    mine = Evaluation({name: replace(same, task=name) for name in tasks} | {"t0": replace(worse, task="t0")})
+    theirs = Evaluation({name: replace(same, task=name) for name in tasks})
+    assert not check(mine, theirs, suite_of({"tasks": tasks})).broken
+    (broken,) = check(mine, theirs, suite_of({"tasks": tasks, "correction": "none"})).broken
+    assert broken.p == pytest.approx(2 * 0.5**7)
+    assert check(Evaluation({"t0": mine.tasks["t0"]}), theirs, suite_of({"tasks": tasks})).broken
+
+
+def test_new_failures_are_those_that_were_right_before() -> None:
+    found = held(answers("0110"), answers("1101"))
+    assert [failure.id for failure in found.failures] == ["i0", "i3"]
+    first = found.failures[0]
+    assert (first.prompt, first.expected, first.before, first.after, first.lost) == ("ask 0", "yes", "yes", "no", 1.0)
+    assert held(answers("1111"), answers("0000")).failures == ()
+
+
+def test_of_graded_items_the_worst_are_listed() -> None:
+    found = held(graded([0.5, 0.1, 0.9, 0.3]), graded([0.5, 0.9, 0.8, 0.4]))
+    assert [failure.id for failure in found.failures] == ["i1", "i3"]
+    assert found.failures[0].lost == pytest.approx(0.8)
+    many = held(graded([0.0] * 30), graded([n / 30 for n in range(30)]))
+    assert len(many.failures) == 10
+    assert many.failures[0].id == "i29"
+
+
+def test_what_cannot_be_judged_does_not_pass() -> None:
+    fine = answers("1111")
+    failed = TaskResult("t", {}, (), error="the server is down")
+    assert held(failed, fine).exit_code == 2
+    assert held(fine, failed).errors == {"t": "the reference: the server is down"}
+    assert "needs a reference" in held(fine, None, {"relative": 0.9}).errors["t"]
+    assert held(fine, None, {"min": 0.5}).exit_code == 0
+    nothing = check(Evaluation({}), Evaluation({}), suite_of({"tasks": {"t": {**DATA, "limits": {"min": 0.5}}}}))
+    assert nothing.exit_code == 2
+    others = TaskResult("t", fine.scores, tuple(replace(item, id=f"x{item.id}") for item in fine.items))
+    assert "no item has accuracy in both" in held(fine, others, {"statistical": True}).errors["t"]
+    nan = TaskResult("t", {"accuracy": Score(math.nan, math.nan, 4)}, fine.items)
+    for limits in ({"min": 0.5}, {"statistical": True}, {"relative": 0.5}):
+        assert held(nan, fine, limits).exit_code == 1
+    broken_reference = held(fine, nan, {"relative": 0.5})
+    assert broken_reference.exit_code != 0
+
+
+def test_limits_of_a_group_hold_for_its_tasks() -> None:
+    suite = suite_of({"tasks": {"g": {"lm_eval": "group", "limits": {"accuracy": {"min": 0.5}}}}})
+    found = check(Evaluation({"g/a": answers("1", task="g/a"), "g/b": answers("0", task="g/b")}), None, suite)
+    assert [verdict.broken for verdict in found.verdicts] == [False, True]
+
+
+def test_junit_says_what_ci_shows() -> None:
+    mine = answers("0" * 20)
+    odd = replace(mine, items=(replace(mine.items[0], got="\x00\x1b[31m <b>&\ud800"), *mine.items[1:]))
+    found = held(odd, answers("1" * 20), {"min": 0.5, "max": 2})
+    root = ElementTree.fromstring(junit(found))
+    assert (root.get("tests"), root.get("failures"), root.get("errors")) == ("2", "1", "0")
+    cases = root.findall(".//testcase")
+    assert [case.get("name") for case in cases] == ["accuracy min 0.5", "accuracy max 2"]
+    (failure,) = root.findall(".//failure")
+    assert failure.text is not None
+    assert failure.text.startswith("20 new failures\ni0\n  asked: ask 0\n  expected: yes\n  before: yes\n  after: ")
+    assert "<b>&" in failure.text
+    errors = ElementTree.fromstring(junit(held(TaskResult("t", {}, (), error="down"), answers("1"))))
+    assert [case.find("error") is not None for case in errors.findall(".//testcase")] == [True]
+
+
+def test_json_holds_everything_and_no_nan() -> None:
+    found = held(answers("0" * 20), answers("1" * 20), {"min": 0.5})
+    data = json.loads(found.to_json(), parse_constant=lambda name: pytest.fail(name))
+    assert (data["format"], data["ok"], len(data["failures"])) == ("prunetune-check-1", False, 20)
+    assert data["verdicts"][0]["limit"] == {"task": "t", "metric": "accuracy", "kind": "min", "bound": 0.5}
+    assert "BROKEN  t: accuracy is 0, at least 0.5 is wanted" in of_check(found)
+
+
+def test_a_planted_regression_is_caught_with_its_items(tmp_path: Path) -> None:
+    suite = suite_in(tmp_path, {"organ": {"data": "chosen.jsonl", "scorer": "accuracy"}})
+    wrong = [f"c{n}" for n in range(7)]
+    found = check(evaluate_suite(Told(wrong=wrong), suite), evaluate_suite(Told(), suite), suite)
+    assert found.exit_code == 1
+    assert {failure.id for failure in found.failures} == set(wrong)
+
+
+# -- the command line ----------------------------------------------------------------------------------------------
+
+Said = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Said:
+    monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["prunetune", *map(str, arguments)])
+        try:
+            code = cli._guarded()
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+TASKS: dict[str, Any] = {"organ": {"data": "chosen.jsonl", "scorer": "accuracy", "limits": {"relative": 1.0}}}
+
+
+def test_a_model_passes_against_itself_and_against_what_it_wrote(tmp_path: Path, say: Said) -> None:
+    model, suite = model_folder(tmp_path / "model"), suite_file(tmp_path, TASKS)
+    code, out, _ = say("eval", model, "--suite", suite, "--out", tmp_path / "kept.json", "--device", "cpu")
+    assert code == 0
+    assert "organ" in out
+    assert json.loads((tmp_path / "kept.json").read_text())["model"] == str(model)
+    for against in (model, tmp_path / "kept.json"):
+        code, out, _ = say("check", model, "--suite", suite, "--against", against, "--device", "cpu")
+        assert (code, "holds" in out) == (0, True)
+
+
+def test_a_worse_model_exits_1_with_reports(tmp_path: Path, say: Said) -> None:
+    suite = suite_file(tmp_path, TASKS)
+    for name, told in (("old", Told()), ("new", Told(wrong=["c3"]))):
+        (tmp_path / f"{name}.json").write_text(evaluate_suite(told, suite_in(tmp_path, TASKS)).to_json())
+    flags = ("--junit", tmp_path / "c.xml", "--json", tmp_path / "c.json")
+    code, out, err = say("check", tmp_path / "new.json", "--suite", suite, "--against", tmp_path / "old.json", *flags)
+    assert code == 1
+    assert "organ / c3" in out
+    assert "1 of 1 limits broken" in err
+    assert ElementTree.parse(tmp_path / "c.xml").getroot().get("failures") == "1"
+    assert [failure["id"] for failure in json.loads((tmp_path / "c.json").read_text())["failures"]] == ["c3"]
+
+
+def test_a_run_is_checked_against_the_model_it_began_with(tmp_path: Path, say: Said) -> None:
+    dense, run = model_folder(tmp_path / "dense"), tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": str(dense), "layout": "uniform"}))
+    suite = suite_file(tmp_path, TASKS)
+    code, _, err = say("check", run, "--suite", suite, "--device", "cpu")
+    assert (code, "has no model yet" in err) == (2, True)
+    model_folder(run / "model")
+    assert say("check", run, "--suite", suite, "--device", "cpu")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("eval", "{model}", "--suite", "{tmp}/none.yaml"), "cannot read the suite"),
+        (("eval", "{tmp}/none", "--suite", "{suite}"), "not a model folder"),
+        (("eval", "{tmp}/none.gguf", "--suite", "{suite}"), "no such file"),
+        (("eval", "{model}", "--suite", "{suite}", "--out", "{tmp}/no/where.json"), "in a folder that exists"),
+        (("check", "{model}", "--suite", "{suite}"), "has to be named with --against"),
+        (("check", "{tmp}/none.json", "--suite", "{suite}", "--against", "{model}"), "cannot be read"),
+        (("check", "{suite}.json", "--suite", "{suite}", "--against", "{model}"), "evaluation has format 3"),
+        (("eval", "http:///v1", "--suite", "{suite}"), "is no address"),
+        (("eval", "{model}", "--suite", "{suite}", "--device", "warp"), "device 'warp' is not there"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, say: Said, arguments: tuple[str, ...], said: str) -> None:
+    suite = suite_file(tmp_path, TASKS)
+    Path(f"{suite}.json").write_text('{"format": 3}')
+    names = {"model": model_folder(tmp_path / "model"), "tmp": tmp_path, "suite": suite}
+    code, out, err = say(*(argument.format(**names) for argument in arguments))
+    assert (code, out) == (2, "")
+    assert said in err.splitlines()[-1]
+
+
+def test_the_other_tasks_are_reported_where_one_fails(tmp_path: Path, say: Said) -> None:
+    suite = suite_file(tmp_path, {**TASKS, "bad": {"data": "nowhere.jsonl", "scorer": "accuracy"}})
+    code, out, err = say("eval", model_folder(tmp_path / "model"), "--suite", suite, "--device", "cpu")
+    assert code == 2
+    assert "accuracy" in out
+    assert "no such file" in out
+    assert err.strip().endswith("1 of 2 tasks could not be scored: bad")
+
+
+def test_a_suite_finds_its_data_elsewhere(tmp_path: Path, say: Said) -> None:
+    (tmp_path / "data").mkdir()
+    suite_file(tmp_path / "data", TASKS)
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(yaml.safe_dump({"tasks": TASKS}))
+    model = model_folder(tmp_path / "model")
+    assert say("eval", model, "--suite", suite, "--device", "cpu")[0] == 2
+    assert say("eval", model, "--suite", suite, "--device", "cpu", "--root", tmp_path / "data")[0] == 0
+
+
+def test_an_evaluation_as_lines() -> None:
+    text = of_evaluation(Evaluation({"t": answers("10"), "bad": TaskResult("bad", {}, (), error="why")}))
+    assert "bad                      not scored: why" in text
