@@ -206,7 +206,7 @@ def test_bad_device(device: str, say: Said, recipe: Callable[..., str]) -> None:
     refused(say("run", recipe(), "--device", device), f"device {device!r}", "use cpu, cuda or auto")
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "nonsense"])
+@pytest.mark.parametrize("kind", ["mamba", "nonsense"])
 def test_unknown_architecture(kind: str, say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text(
@@ -214,6 +214,14 @@ def test_unknown_architecture(kind: str, say: Said, recipe: Callable[..., str], 
     )
     refused(say("run", recipe(model=str(tmp_path / "odd"))), kind)
     refused(say("sites", str(tmp_path / "odd")), kind)
+
+
+def test_a_model_without_its_tokenizer(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "dumb").mkdir()
+    (tmp_path / "dumb" / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2})
+    )
+    refused(say("run", recipe(model=str(tmp_path / "dumb"))), "tokenizer")
 
 
 def test_models_that_are_not_there(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:

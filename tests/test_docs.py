@@ -21,6 +21,7 @@ from prunetune.cli import app
 from prunetune.config import from_mapping
 from prunetune.data.records import record_of
 from prunetune.model.families import FAMILIES, coupling_of
+from prunetune.suites import suite_of
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
@@ -60,8 +61,12 @@ def test_a_command_in_the_docs_is_understood(command: str) -> None:
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("yaml"), ids=first_line)
-def test_a_recipe_in_the_docs_is_one(page: str, text: str) -> None:
-    assert from_mapping(yaml.safe_load(text), where=page).data.train
+def test_a_recipe_or_a_suite_in_the_docs_is_one(page: str, text: str) -> None:
+    values = yaml.safe_load(text)
+    if "tasks" in values:  # a suite
+        assert not [task.fault for task in suite_of(values, where=page).tasks if task.fault]
+    else:
+        assert from_mapping(values, where=page).data.train
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("json"), ids=first_line)

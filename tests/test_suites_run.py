@@ -187,7 +187,7 @@ def test_a_window_goes_on_where_the_last_ended() -> None:
     assert windows[1].ids[0] == windows[0].ids[-1]
 
 
-def test_a_long_prompt_keeps_its_end_and_its_start_token() -> None:
+def test_a_long_prompt_keeps_its_end_and_its_start_token(caplog: pytest.LogCaptureFixture) -> None:
     local = LocalModel(speaker(max_position_embeddings=32), characters())
     record = Record(kind="completion", prompt="x" * 100 + "yz", completion="a", choices=("a", "bcd"), answer=0)
     ((first, *_, last),) = local._prompts([record], [3], Manner())
@@ -195,6 +195,7 @@ def test_a_long_prompt_keeps_its_end_and_its_start_token() -> None:
     assert characters().decode([last]) == "z"
     answers = local.answers("choose", [record], Manner(), lambda _: None)
     assert [tokens for _, tokens in answers[0]] == [1, 3]
+    assert "1 prompts lost their beginning: the model's context is 32" in caplog.text
 
 
 def test_an_answer_ends_before_its_first_stop() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
+import struct
 from pathlib import Path
 
 import torch
@@ -37,7 +39,7 @@ def _convert(file: Path, folder: Path) -> None:
     try:
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    except (OSError, ValueError, RuntimeError, KeyError, IndexError) as broken:
+    except (OSError, ValueError, RuntimeError, KeyError, IndexError, struct.error) as broken:
         reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
         raise ModelError(
             f"model {file}: cannot be read as GGUF: {reason}; check the file or fetch it again"
@@ -46,6 +48,13 @@ def _convert(file: Path, folder: Path) -> None:
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
-    with new_folder(folder) as partial:
+    own = folder.with_name(f"{folder.name}-{os.getpid()}")
+    with new_folder(own) as partial:
         model.to(STORAGE).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+    try:
+        own.rename(folder)
+    except OSError:  # another process was first, with the same weights
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(own)

@@ -134,6 +134,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         raise ModelError(
             f"model {name}: no tokenizer found: {_first_line(broken)}; save the tokenizer into the model's folder"
         ) from broken
+    if not tokenizer("a")["input_ids"]:  # made from a configuration alone
+        raise ModelError(
+            f"model {name}: its tokenizer has no vocabulary: save tokenizer.json and what belongs to it into its folder"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -63,7 +63,7 @@ def figures(run: RunFiles) -> list[Figure]:
             note="Share of the units whose fate changed since the line before.",
         ),
         *_validations(run),
-        _figure(run, "rate", "Learning rate", [curve(log, "lr", svg.DENSE)], kind="rate", note="Of the adapters."),
+        _figure(run, "rate", "Learning rate", [curve(log, "lr", svg.DENSE)], kind="rate", note="Of the adapters, then of all weights where these are tuned."),
         _figure(
             run, "speed", "Training speed", [curve(log, "tokens_per_s", svg.DENSE)],
             note="Tokens a second of the tuning steps.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from prunetune.evaluation.likelihood import Question, answer_nll, choice_likelih
 from prunetune.evaluation.suite import context_of, evaluating
 from prunetune.suites.asking import Ask, Manner, Tick
 
+log = logging.getLogger(__name__)
 MAX_TOKENS = 16384  # of one scoring pass
 
 
@@ -63,7 +65,8 @@ class LocalModel:
         return [ended(answer, manner.stop) for answer in found]
 
     def _weigh(self, records: Sequence[Record], manner: Manner, tick: Tick) -> list[Any]:
-        parts = [self._windows(record) if record.kind == "text" else self._answer(record, manner) for record in records]
+        answers = iter(self._examples([record for record in records if record.kind != "text"], manner))
+        parts = [self._windows(record) if record.kind == "text" else [next(answers)] for record in records]
         flat = [part for example in parts for part in example]
         found = iter(answer_nll(self.model, flat, **self._passes, tick=lambda _: None))
         tick(len(records))
@@ -73,9 +76,12 @@ class LocalModel:
             for spans, record in zip(summed, records, strict=True)
         ]
 
-    def _answer(self, record: Record, manner: Manner) -> list[Example]:
+    def _examples(self, records: Sequence[Record], manner: Manner) -> Sequence[Example]:
+        """Prompts with their right answers, ends included, as a run scores them."""
         config = DataConfig(template=manner.template, too_long="truncate")
-        return list(encode([record], self.tokenizer, config, context_of(self.model)).examples)
+        encoded = encode(records, self.tokenizer, config, context_of(self.model))
+        self._tell_cut(encoded.too_long)
+        return encoded.examples
 
     def _windows(self, record: Record) -> list[Example]:
         """The whole text, every token predicted once: from the start token, then from the last token before it."""
@@ -90,7 +96,13 @@ class LocalModel:
         """Token ids that leave room for so many more, but keep half the context at least."""
         context = context_of(self.model)
         whole = encode_prompts(records, self.tokenizer, manner.template)
-        return [self._cut(ids, max(context - room, context // 2)) for ids, room in zip(whole, rooms, strict=True)]
+        limits = [max(context - room, context // 2) for room in rooms]
+        self._tell_cut(sum(len(ids) > limit for ids, limit in zip(whole, limits, strict=True)))
+        return [self._cut(ids, limit) for ids, limit in zip(whole, limits, strict=True)]
+
+    def _tell_cut(self, count: int) -> None:
+        if count:
+            log.warning("%d prompts lost their beginning: the model's context is %d", count, context_of(self.model))
 
     def _cut(self, ids: Sequence[int], limit: int) -> tuple[int, ...]:
         if len(ids) <= limit:

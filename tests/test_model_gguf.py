@@ -1,0 +1,52 @@
+"""Laws of the dequantised copy of a .gguf file: whole, made once, and no matter how many processes ask at a time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evaluate_helpers import characters, speaker
+from prunetune.errors import ModelError
+from prunetune.model import gguf
+
+
+def quantised() -> Any:
+    model = speaker()
+    model.config.quantization_config = {"quant_method": "gguf"}
+    return model
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", lambda *_, **__: quantised())
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: characters())
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    return tmp_path / "model.gguf"
+
+
+def test_made_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = gguf.dequantised(file)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
+    assert gguf.dequantised(file) == folder
+
+
+@pytest.mark.parametrize("content", [b"", b"GGUF", b"no GGUF at all, but long enough for a header"])
+def test_a_torn_file_is_refused_in_a_line(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "torn.gguf").write_bytes(content)
+    with pytest.raises(ModelError, match="cannot be read as GGUF"):
+        gguf.dequantised(tmp_path / "torn.gguf")
+
+
+def test_two_processes_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = gguf.dequantised(file)
+    monkeypatch.setattr(os, "getpid", lambda: 12345)
+    gguf._convert(file, first)  # the other process had not seen the folder yet
+    assert gguf.dequantised(file) == first
+    assert [path.name for path in first.parent.iterdir()] == [first.name]
