@@ -78,6 +78,7 @@ def _resizing(stock: Any, config_class: Any) -> Any:
         base = getattr(self, names.inner, self)
         code["resize"](self, base.get_submodule(names.layers), config)
 
+    init.__annotations__.clear()  # vLLM holds arguments against annotations, which have to be classes then
     members = {"config_class": config_class, "__init__": init, "__module__": __name__}
     return type(f"Pruned{stock.__name__}", (stock,), members)
 
