@@ -12,6 +12,8 @@ from prunetune.report import svg
 from prunetune.report.figures import Curve, Span, course_figure, legend
 from prunetune.report.folder import Line, RunFiles, lookup, number
 
+RATE = "Of the adapters; of all weights once these are tuned."
+
 
 @dataclass(frozen=True)
 class Figure:
@@ -63,7 +65,7 @@ def figures(run: RunFiles) -> list[Figure]:
             note="Share of the units whose fate changed since the line before.",
         ),
         *_validations(run),
-        _figure(run, "rate", "Learning rate", [curve(log, "lr", svg.DENSE)], kind="rate", note="Of the adapters, then of all weights where these are tuned."),
+        _figure(run, "rate", "Learning rate", [curve(log, "lr", svg.DENSE)], kind="rate", note=RATE),
         _figure(
             run, "speed", "Training speed", [curve(log, "tokens_per_s", svg.DENSE)],
             note="Tokens a second of the tuning steps.",

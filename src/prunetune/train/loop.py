@@ -2,8 +2,8 @@
 
 Every step of the *search* phase moves the pruning-decision generator on a calibration batch, then the adapters on a
 training batch under its decision. In the *settle* phase the decision stands, and group sparsity empties the adapters of
-removed units. In the *tune* phase the model has been cut, and tuning goes on with what is left: with the adapters, or with
-all of its weights once these are merged (`train.weights`).
+removed units. In the *tune* phase the model has been cut, and tuning goes on with what is left: with the adapters, or
+with all of its weights once these are merged (`train.weights`).
 
 With `search.step: joint` there is no calibration batch: one backward pass on the training batch moves both players.
 """
