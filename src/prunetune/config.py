@@ -152,6 +152,9 @@ class TrainConfig:
     decay: Literal["cosine", "linear", "constant"] = option("cosine", "What the learning rate does after its warm-up.")
     weight_decay: float = option(0.0, "Decoupled weight decay of the adapters.", low=0)
     clip: float = option(1.0, "Largest gradient norm.", above=0)
+    max_skipped: int = option(
+        5, "Batches without a finite loss and gradient that are left out, each halving the learning rates.", low=0
+    )
     checkpoint_every: int = option(100, "Steps between checkpoints; also written where a phase ends.", low=1)
     validate_every: int = option(100, "Steps between validations of the decided sub-network.", low=1)
     log_every: int = option(10, "Steps between lines of a plain log.", low=1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from prunetune.plan import Plan
 from prunetune.seeds import derive
 from prunetune.train.adapters import add_adapters
+from prunetune.train.faults import Faults
 from prunetune.train.job import Job, Record
 from prunetune.train.passes import passes_for
 from prunetune.train.players import Adapters, Search
@@ -27,8 +28,9 @@ def tune_and_prune(job: Job) -> Plan:
     """
     add_adapters(job.model, job.sites, job.config.lora, seed=derive(job.config.seed, "adapters"))
     passes = passes_for(job.model, job.sites, job.pad_id, job.config, job.teacher)
-    search, tuning = Search(job, passes), Adapters(job, passes)
-    progress = Progress(job, search, tuning)
+    faults = Faults(passes, job.config.train.max_skipped)
+    search, tuning = Search(job, passes, faults), Adapters(job, passes, faults)
+    progress = Progress(job, search, tuning, faults)
     decision = progress.resume()
 
     for step in range(progress.step, job.schedule.steps):
@@ -50,7 +52,7 @@ def tune_and_prune(job: Job) -> Plan:
         # Adapters, on training data; LoRA-aware while the decision is a mask. All weights once the model is cut.
         record |= tuning.advance(step, decision, gates)
         if gates is not None:
-            record |= search.learn(gates, tuning.slopes)
+            record |= search.learn(step, gates, tuning.slopes)
 
         progress.done(record, decision)
         decision = progress.validate(record, decision)  # a gate may widen the budget, go back to what was, or stop

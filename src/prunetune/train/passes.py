@@ -35,6 +35,8 @@ class Passes(Protocol):
     "loss" is a mean over answer tokens in nats, "distance" a mean over all tokens; gradients are of their sum.
     """
 
+    micro_tokens: int  # most tokens of one pass
+
     def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
         """Losses of the LoRA-aware forward (or of the model as it is); adapters accumulate their gradient.
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +11,11 @@ from torch import Tensor, nn
 from prunetune.budget.params import kept_share, ratio_loss
 from prunetune.data.templates import Example
 from prunetune.decide.decision import Decision, Searcher
-from prunetune.errors import ModelError
 from prunetune.model.surgery import cut_linears, merge_adapters
 from prunetune.plan import Plan
 from prunetune.seeds import derive
 from prunetune.train.adapters import adapters, cut_state, soft_threshold, tunes_all
+from prunetune.train.faults import Faults
 from prunetune.train.job import Job, Record
 from prunetune.train.muon import Muon
 from prunetune.train.passes import Passes
@@ -27,8 +26,8 @@ from prunetune.train.state import by_moment, optimizer_tensors, restore_optimize
 class Search:
     """Moves the pruning-decision generator; the model's weights stay as they are."""
 
-    def __init__(self, job: Job, passes: Passes) -> None:
-        self.job, self.passes = job, passes
+    def __init__(self, job: Job, passes: Passes, faults: Faults) -> None:
+        self.job, self.passes, self.faults = job, passes, faults
         self.device = next(job.model.parameters()).device
         self.searcher = Searcher(job.sites, job.shape, job.config, job.schedule.keep_at, self.device)
         decay = 0.0 if job.config.search.generator == "none" else 0.01  # free logits would be drawn to zero
@@ -38,9 +37,9 @@ class Search:
 
     def advance(self, step: int) -> Record:
         """One generator step on a calibration batch (ATP, section 3.2)."""
-        gates = self.propose(step)
-        losses, slopes = self.passes.slopes(self.job.search.batch(step), gates)
-        return {f"search_{name}": loss for name, loss in losses.items()} | self.learn(gates, slopes)
+        gates, batch = self.propose(step), self.job.search.batch(step)
+        losses, slopes = self._slopes(batch, gates)
+        return {f"search_{name}": loss for name, loss in losses.items()} | self.learn(step, gates, slopes, batch)
 
     def propose(self, step: int) -> dict[str, Tensor]:
         """Gates of a step, with a gradient in the generator."""
@@ -48,7 +47,9 @@ class Search:
             self.searcher.start_from(self._importance())
         return self.searcher.sample(step)
 
-    def learn(self, gates: Mapping[str, Tensor], slopes: Mapping[str, Tensor]) -> Record:
+    def learn(
+        self, step: int, gates: Mapping[str, Tensor], slopes: Mapping[str, Tensor], batch: Sequence[Example] = ()
+    ) -> Record:
         """Move the generator by the model's gradient at the gates it proposed, and by the budget's."""
         job = self.job
         ratio = ratio_loss(kept_share(gates, job.sites), self.searcher.keep) if self.searcher.is_sampled else None
@@ -57,8 +58,10 @@ class Search:
         if ratio is not None:
             total = total + job.config.search.ratio_weight * ratio
         job.accelerator.backward(total)
-        job.accelerator.clip_grad_norm_(self.searcher.generator.parameters(), job.config.train.clip)
-        self.optimizer.step()
+        norm = job.accelerator.clip_grad_norm_(self.searcher.generator.parameters(), job.config.train.clip)
+        if not self.faults.leaves_out(step, {"generator's gradient": float(norm)}, batch):
+            self.optimizer.param_groups[0]["lr"] = job.config.search.learning_rate * self.faults.ease
+            self.optimizer.step()
         self.optimizer.zero_grad()
         return {} if ratio is None else {"ratio_loss": float(ratio.detach())}
 
@@ -70,12 +73,17 @@ class Search:
         """The decision that stands."""
         return self.searcher.conclude()
 
+    def _slopes(
+        self, batch: Sequence[Example], gates: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, float], dict[str, Tensor]]:
+        return self.faults.within_memory(batch, lambda: self.passes.slopes(batch, gates), lambda: None)
+
     def _importance(self) -> dict[str, Tensor]:
         """Mean squared gradient at each gate of the dense model: first-order, over batches (Molchanov et al. 2019)."""
         dense = {site.name: torch.ones(site.units, device=self.device) for site in self.job.sites}
         importance = {name: torch.zeros_like(gate) for name, gate in dense.items()}
         for index in range(self.job.config.search.evidence):
-            _, slopes = self.passes.slopes(self.job.search.batch(index), dense)
+            _, slopes = self._slopes(self.job.search.batch(index), dense)
             for name, slope in slopes.items():
                 importance[name] += slope.square()
         return importance
@@ -84,8 +92,8 @@ class Search:
 class Adapters:
     """Moves the LoRA adapters; cuts the model when the decision has settled, and may then move all of its weights."""
 
-    def __init__(self, job: Job, passes: Passes) -> None:
-        self.job, self.passes = job, passes
+    def __init__(self, job: Job, passes: Passes, faults: Faults) -> None:
+        self.job, self.passes, self.faults = job, passes, faults
         self.is_cut = self.is_merged = False
         self.optimizer = self._fresh_optimizer()
         self.slopes: Mapping[str, Tensor] = {}  # at the gates that `advance` was given
@@ -98,24 +106,26 @@ class Adapters:
         """
         job, batch, started = self.job, self.job.train.batch(step), time.monotonic()
         torch.manual_seed(derive(job.config.seed, "dropout", step))
-        record = self._gradients(batch, decision, gates)
-        worst = next((name for name in ("loss", "distance") if not math.isfinite(record.get(name, 0.0))), None)
-        if worst:
-            rows = ", ".join(example.id for example in batch[:3])
-            raise ModelError(
-                f"the {worst} is {record[worst]} at step {step + 1} (rows {rows}, ...): "
-                "lower train.learning_rate, or set dtype float32"
-            )
+        record = self.faults.within_memory(batch, lambda: self._gradients(batch, decision, gates), self._forget)
+        norm = job.accelerator.clip_grad_norm_(adapters(job.model).values(), job.config.train.clip)
         rate = learning_rate(step, job.config.train, job.config.train.weights_rate if self.is_merged else None)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        job.accelerator.clip_grad_norm_(adapters(job.model).values(), job.config.train.clip)
-        self.optimizer.step()
-        if job.config.search.sparsity == "proximal" and not self.is_cut:
-            soft_threshold(job.model, decision.gates, job.sites, rate * job.config.search.lasso)
-        self.optimizer.zero_grad(set_to_none=False)  # recorded passes add to the same tensors every time
+        if not self.faults.leaves_out(step, {**record, "gradient": float(norm)}, batch):
+            rate *= self.faults.ease
+            self._move(rate, decision)
+        self._forget()
         tokens = sum(len(example.ids) for example in batch)
         return record | {"lr": rate, "tokens_per_s": tokens / (time.monotonic() - started)}
+
+    def _move(self, rate: float, decision: Decision) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        if self.job.config.search.sparsity == "proximal" and not self.is_cut:
+            soft_threshold(self.job.model, decision.gates, self.job.sites, rate * self.job.config.search.lasso)
+
+    def _forget(self) -> None:
+        """Gradients are zeroed, not dropped: recorded passes add to the same tensors every time."""
+        self.optimizer.zero_grad(set_to_none=False)
 
     def _gradients(self, batch: list[Example], decision: Decision, gates: Mapping[str, Tensor] | None) -> Record:
         if self.is_cut:

@@ -9,6 +9,7 @@ import torch
 from prunetune.budget.params import kept_share
 from prunetune.decide.decision import Decision
 from prunetune.train.adapters import adapters
+from prunetune.train.faults import Faults
 from prunetune.train.job import Job, Record
 from prunetune.train.players import Adapters, Search
 from prunetune.train.schedule import Schedule
@@ -19,8 +20,8 @@ from prunetune.train.validation import Validation
 class Progress:
     """Knows how far the run has come."""
 
-    def __init__(self, job: Job, search: Search, tuning: Adapters) -> None:
-        self.job, self.search, self.tuning = job, search, tuning
+    def __init__(self, job: Job, search: Search, tuning: Adapters, faults: Faults) -> None:
+        self.job, self.search, self.tuning, self.faults = job, search, tuning, faults
         self.validation = Validation(job, search, tuning)
         self.step = 0
         self.last: Decision | None = None
@@ -42,6 +43,7 @@ class Progress:
             self.tuning.load(state.tensors["adapters"], state.tensors["adapter_optimizer"])
             searcher.load(state.tensors["generator"])
             restore_optimizer(self.search.optimizer, searcher.parameter_names(), state.tensors["generator_optimizer"])
+            self.faults.restore(state.faults)
             self.step = state.step
         self.validation.resume(state)
         return searcher.fixed(plan) if plan else searcher.undecided()
@@ -95,4 +97,5 @@ class Progress:
             "generator": searcher.tensors(),
             "generator_optimizer": optimizer_tensors(self.search.optimizer, searcher.parameter_names()),
         }
-        return State(self.step, decision.plan, self.tuning.is_cut, tensors, self.validation.seen.to_dict())
+        seen, faults = self.validation.seen.to_dict(), self.faults.to_dict()
+        return State(self.step, decision.plan, self.tuning.is_cut, tensors, seen, faults)

@@ -1,0 +1,127 @@
+"""Kills a run at random moments, goes on with --resume each time, and compares plan and weights to the bit (E4).
+
+    python benchmarks/kills.py [--kills 30] [--seed 0] [--device cpu]
+
+The run is whole (teacher, search, cut, all weights, export, evaluation, report), on a small random model made here. A
+kill is SIGKILL to the process, uniformly over the time that an uninterrupted run took; runs that end before they are
+killed are compared, and another one begins until the kills are used up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from evaluate_helpers import characters, speaker
+
+RECIPE = """
+model: {folder}/dense
+device: {device}
+dtype: {dtype}
+data: {{train: [{folder}/rows.jsonl], test_share: 0.25, valid_share: 0.2}}
+budget: {{keep: 0.6, align: 8}}
+train: {{steps: 120, batch_size: 4, checkpoint_every: 3, validate_every: 5}}
+lora: {{rank: 4, dense_rank: 4}}
+search: {{share: 0.4, settle: 0.2, evidence: 2, batch_size: 4}}
+evaluate: {{limit: 5, generate_limit: 2, max_new_tokens: 4}}
+"""
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("--kills", type=int, default=30)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--device", default="cpu")
+    given = options.parse_args()
+    rng = random.Random(given.seed)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        prepare(folder, given.device)
+        started = time.monotonic()
+        command(folder, "whole", resume=False).wait()
+        whole, expected = time.monotonic() - started, digest(folder / "whole")
+        print(f"uninterrupted: {whole:.1f} s, {expected[:16]}", file=sys.stderr, flush=True)
+        places, equal, runs = Counter[str](), 0, 0
+        while sum(places.values()) < given.kills:
+            name, runs = f"killed-{runs}", runs + 1
+            left = given.kills - sum(places.values())
+            places += killed(folder, name, min(left, 10), whole, rng)
+            same = digest(folder / name) == expected
+            equal += same
+            print(f"{name}: {'equal' if same else 'DIFFERENT'} after {dict(places)}", file=sys.stderr, flush=True)
+    print(json.dumps({"kills": sum(places.values()), "runs": runs, "equal": equal, "at": dict(places)}))
+    sys.exit(0 if equal == runs else 1)
+
+
+def prepare(folder: Path, device: str) -> None:
+    """Model, rows and recipe."""
+    speaker().save_pretrained(folder / "dense")
+    characters().save_pretrained(folder / "dense")
+    rows = [{"prompt": f"Case {n}: ", "choices": ["yes", "no"], "answer": n % 2, "task": "choice"} for n in range(40)]
+    rows += [{"prompt": f"Repeat {n}: ", "completion": f"{n} {n}", "task": "open"} for n in range(40)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    dtype = "float32" if device == "cpu" else "bfloat16"
+    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, device=device, dtype=dtype), encoding="utf-8")
+
+
+def command(folder: Path, name: str, *, resume: bool) -> subprocess.Popen[bytes]:
+    """The run as a user would start it."""
+    words = [sys.executable, "-m", "prunetune.cli", "run", str(folder / "recipe.yaml"), "--out", str(folder / name)]
+    log = (folder / f"{name}.log").open("ab")
+    return subprocess.Popen([*words, *(["--resume"] if resume else [])], stdout=log, stderr=log)
+
+
+def killed(folder: Path, name: str, kills: int, whole: float, rng: random.Random) -> Counter[str]:
+    """One run to its end, killed so many times on the way; where it stood each time."""
+    places = Counter[str]()
+    while True:
+        process = command(folder, name, resume=(folder / name / "config.yaml").exists())
+        try:
+            # Uniform over a whole run at first; later ones are shorter, and half of it reaches into each stage.
+            process.wait(rng.uniform(0, whole) if sum(places.values()) < kills else None)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            places[stage(folder / name)] += 1
+            continue
+        if process.returncode:
+            raise SystemExit(f"{name} ended with {process.returncode}: {(folder / f'{name}.log').read_text()[-2000:]}")
+        return places
+
+
+def stage(run: Path) -> str:
+    """How far a run had come when it was killed."""
+    if not (run / "config.yaml").exists():
+        return "before it began"
+    if (run / "model").exists():
+        return "evaluation"
+    if (run / "model.unchecked").exists() or (run / "plan.json").exists():
+        return "export"
+    if any(run.rglob("*.partial")):
+        return "writing a checkpoint"
+    states = sorted((run / "checkpoints").glob("step-*"))
+    if not states:
+        return "teacher" if (run / "tuned").exists() else "start"
+    about = json.loads((states[-1] / "state.json").read_text(encoding="utf-8"))
+    return "tune" if about["is_cut"] else "settle" if about["plan"] else "search"
+
+
+def digest(run: Path) -> str:
+    """Of the plan and of all weights."""
+    files = [run / "plan.json", *sorted((run / "model").glob("*.safetensors"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Laws of faults: what is left out moves nothing, smaller passes are the same step, a resumed run remembers both."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prunetune.errors import ModelError
+from prunetune.train.adapters import adapters
+from prunetune.train.loop import tune_and_prune
+from prunetune.train.passes import Padded
+from prunetune.train.schedule import learning_rate
+from test_train_loop import Every, config_of, identical, job_of, losses, weights_of
+
+Tune = Callable[..., Any]
+
+
+def spoiled(monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], *, gradient: bool = False) -> None:
+    """Tuning passes of these numbers (from 1) give NaN, as the loss or in the gradient alone."""
+    genuine, count = Padded.tune, [0]
+
+    def tune(self: Padded, *arguments: Any) -> Any:
+        found = genuine(self, *arguments)
+        count[0] += 1
+        if count[0] in calls:
+            next(iter(adapters(self.model).values())).grad.fill_(math.nan)  # type: ignore[union-attr]
+            return found if gradient else {**found, "loss": math.nan}
+        return found
+
+    monkeypatch.setattr(Padded, "tune", tune)
+
+
+def rates(job: Any) -> list[float]:
+    return [record["lr"] for record in job.observer.steps]
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("at", [1, 6, 9])  # in each phase
+def test_a_batch_without_numbers_is_left_out(
+    gradient: bool, at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoiled(monkeypatch, [at], gradient=gradient)
+    job = job_of(config_of())
+    with caplog.at_level(logging.WARNING):
+        tune_and_prune(job)
+    assert all(weight.isfinite().all() for weight in weights_of(job).values())
+    train = job.config.train
+    assert rates(job) == [learning_rate(step, train) * (0.5 if step + 1 > at else 1) for step in range(10)]
+    assert f"at step {at} (rows row" in caplog.text
+
+
+def test_too_many_end_the_run_with_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoiled(monkeypatch, range(1, 11))
+    with pytest.raises(
+        ModelError, match=r"loss is nan at step 3 \(rows row .*2 batches were left out before.*--resume"
+    ):
+        tune_and_prune(job_of(config_of({"train": {"max_skipped": 2}})))
+
+
+def test_a_search_without_numbers_leaves_the_generator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine = Padded.slopes
+
+    def slopes(self: Padded, *arguments: Any) -> Any:
+        found, slopes = genuine(self, *arguments)
+        return found, {name: slope * math.nan for name, slope in slopes.items()}
+
+    monkeypatch.setattr(Padded, "slopes", slopes)
+    job = job_of(config_of({"search": {"evidence": 0}}))
+    tune_and_prune(job)
+    assert all(weight.isfinite().all() for weight in weights_of(job).values())
+
+
+def test_what_was_left_out_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    every = Every(tmp_path)
+    with monkeypatch.context() as patched:
+        spoiled(patched, [2])
+        whole = job_of(config_of(), keeper=every)
+        plan = tune_and_prune(whole)
+    for step in (2, 5, 8):
+        resumed = job_of(config_of(), keeper=every.at(step))
+        assert tune_and_prune(resumed) == plan
+        assert identical(weights_of(resumed), weights_of(whole))
+        assert rates(resumed) == rates(whole)[step:]
+
+
+def cramped(monkeypatch: pytest.MonkeyPatch, room: int, at: int = 1) -> None:
+    """From tuning pass `at` on, one of more than so many tokens is too much, having added to the gradients."""
+    genuine, count = Padded.tune, [0]
+
+    def tune(self: Padded, *arguments: Any) -> Any:
+        count[0] += 1
+        found = genuine(self, *arguments)
+        if count[0] >= at and self.micro_tokens > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    monkeypatch.setattr(Padded, "tune", tune)
+
+
+def test_smaller_passes_are_the_same_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = {"train": {"micro_tokens": 16}, "search": {"evidence": 0}}
+    whole, every = job_of(config_of(small)), Every(tmp_path)
+    plan = tune_and_prune(whole)
+    cramped(monkeypatch, room=16)
+    job = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"evidence": 0}}), keeper=every)
+    with caplog.at_level(logging.WARNING):
+        assert tune_and_prune(job) == plan
+    assert "passes of 16 tokens" in caplog.text
+    for name, weight in weights_of(job).items():
+        torch.testing.assert_close(weight, weights_of(whole)[name], rtol=1e-3, atol=1e-4)
+    resumed = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"evidence": 0}}), keeper=every.at(5))
+    monkeypatch.undo()
+    assert tune_and_prune(resumed) == plan
+    assert identical(weights_of(resumed), weights_of(job))
+    assert losses(resumed) == losses(job)[5:]
+
+
+def test_one_example_that_is_too_large_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    cramped(monkeypatch, room=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        tune_and_prune(job_of(config_of()))
