@@ -15,7 +15,8 @@ from types import ModuleType
 from typing import Any
 
 from prunetune.export.per_layer import PREFIX, PerLayer
-from prunetune.export.per_layer_code import CONFIGURATION, code_of
+from prunetune.export.per_layer_code import code_of
+from prunetune.export.per_layer_text import CONFIGURATION
 from prunetune.export.shapes import empty
 from prunetune.model.families import FAMILIES, coupling_of
 from prunetune.model.sites import find_sites
