@@ -28,7 +28,7 @@ from prunetune.data.templates import Example
 from prunetune.errors import RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suite import evaluate
-from prunetune.export.card import card_of
+from prunetune.export.integrity import verify
 from prunetune.export.selfcheck import check, logits_of
 from prunetune.export.write import write
 from prunetune.files import write_text
@@ -38,6 +38,7 @@ from prunetune.model.masking import masked
 from prunetune.model.sites import dense_plan, kept_params
 from prunetune.model.surgery import cut, merge_adapters
 from prunetune.plan import Plan
+from prunetune.provenance import card, rewrite_card
 from prunetune.seeds import derive
 from prunetune.setting import Console, Setting, facts_of, prepare
 from prunetune.telling import Recorder, outside, told
@@ -219,9 +220,9 @@ def finish(setting: Setting) -> None:
     small = cut(gated, state.plan, sites=setting.sites).to(loaded.storage)
     write_text(setting.folder.plan, state.plan.to_json())
     unchecked = setting.folder.path / "model.unchecked"
-    card = card_of(setting.config, setting.folder.manifest(), state.plan, setting.sites)
+    text = card(setting.folder, setting.config, state.plan, setting.sites)
     written = write(
-        small, setting.tokenizer, state.plan, setting.sites, unchecked, layout=setting.config.layout, card=card
+        small, setting.tokenizer, state.plan, setting.sites, unchecked, layout=setting.config.layout, card=text
     )
     found = check(written, tokens, expected)
     setting.folder.note(
@@ -272,6 +273,7 @@ def evaluate_all(setting: Setting) -> None:
             speeds |= {name: measure(model).to_dict()}
             setting.folder.note(speed=speeds)
         write_text(setting.folder.evaluation(name), result.to_json())
+    rewrite_card(setting.folder, setting.config, setting.sites)
 
 
 def score(setting: Setting, model: Any, records: tuple[Record, ...]) -> Evaluation:
@@ -285,6 +287,7 @@ def _model(setting: Setting, name: str) -> Any:
     if name == "pruned":
         # What runs here is code that this run generated and checked.
         own = setting.config.layout == "per-layer"
+        verify(setting.folder.model)
         return load(str(setting.folder.model), device=setting.device, dtype=setting.dtype, trust_remote_code=own).model
     model = setting.load().model
     if name == "tuned":

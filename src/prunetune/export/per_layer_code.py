@@ -29,6 +29,13 @@ from prunetune.model.units import Site, Slice
 
 def write_code(folder: Path, names: PerLayer, sites: Sequence[Site], model: Any) -> None:
     """Write `configuration_pruned.py` and `modeling_pruned.py`."""
+    configuration, modeling = code_of(names, sites, model)
+    (folder / "configuration_pruned.py").write_text(configuration, encoding="utf-8")
+    (folder / "modeling_pruned.py").write_text(modeling, encoding="utf-8")
+
+
+def code_of(names: PerLayer, sites: Sequence[Site], model: Any) -> tuple[str, str]:
+    """The text of both modules; `hub` runs it, too."""
     lines = layer_lines(sites, names, model)
     text = "".join(lines)
     mixture = family_of(model.config).mixture
@@ -51,8 +58,7 @@ def write_code(folder: Path, names: PerLayer, sites: Sequence[Site], model: Any)
     }  # fmt: skip
     modeling = MODELING.substitute(values)
     values["digest"] = f"modeling_pruned.py {hashlib.sha256(modeling.encode()).hexdigest()[:12]}"
-    (folder / "configuration_pruned.py").write_text(CONFIGURATION.substitute(values), encoding="utf-8")
-    (folder / "modeling_pruned.py").write_text(modeling, encoding="utf-8")
+    return CONFIGURATION.substitute(values), modeling
 
 
 def layer_lines(sites: Sequence[Site], names: PerLayer, model: Any) -> list[str]:

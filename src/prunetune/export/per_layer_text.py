@@ -16,7 +16,7 @@ from transformers import $config
 class $pruned_config($config):
     model_type = "$model_type"
 
-    def validate_architecture(self):
+    def validate(self):  # on saving, of numbers that all layers would share
         """Widths are checked layer by layer when the model is built."""
 ''')
 

@@ -22,7 +22,6 @@ from prunetune.export.shapes import empty, legal_groups
 from prunetune.export.shapes import uniform as uniform_config
 from prunetune.export.source import Source
 from prunetune.export.write import Written, add_old_rope_keys, edit_json
-from prunetune.files import write_sums
 from prunetune.model.families import heads_of
 from prunetune.model.linears import COLUMNS, ROWS, stored_axis
 from prunetune.model.sites import find_sites
@@ -150,7 +149,6 @@ def _checked(
     plain: bool = False,
 ) -> Exported:
     """Open it in a fresh process and compare; raises `SelfCheckFailed`."""
-    write_sums(place, "*.safetensors")
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
     code = source.layout == "per-layer" and not plain
     written = Written(place, architecture, source.layout, code, params, size)
