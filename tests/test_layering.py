@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 STOREYS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("gates",),
-    ("seeds", "files", "plan", "config", "flags"),
+    ("seeds", "files", "plan", "config", "flags", "environment"),
     ("model",),
     ("data",),
     ("budget",),
@@ -27,7 +27,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("export",),
     ("bench",),
     ("report",),
-    ("environment", "folder", "console", "hub"),
+    ("folder", "console", "hub"),
     ("history", "watch", "trackers"),
     ("setting", "provenance"),
     ("watching", "telling"),
@@ -43,14 +43,13 @@ STRANGERS: dict[str, set[str]] = {
     "evaluation": {"budget", "decide", "train"},
     "suites": {"budget", "decide", "train"},
     "export": {"budget", "data", "decide", "train", "evaluation", "suites"},
-    "bench": {"budget", "data", "decide", "train", "evaluation", "suites", "export"},
+    "bench": {"budget", "data", "decide", "train", "export"},
     "report": {"budget", "data", "decide", "train", "export"},
     "folder": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
     "history": {"model", "data", "budget", "decide", "train", "export", "bench", "report"},
     "watch": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
     "trackers": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
     "console": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
-    "environment": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
 }
 
 

@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from prunetune.bench.verb import measure_models
     from prunetune.config import RunConfig
     from prunetune.export.formats import export_run
     from prunetune.model.masking import masked
@@ -29,6 +30,7 @@ __all__ = [
     "find_sites",
     "load_suite",
     "masked",
+    "measure_models",
     "run",
     "write_report",
 ]
@@ -45,6 +47,7 @@ _HOMES = {
     "find_sites": "prunetune.model.sites",
     "load_suite": "prunetune.suites.suite",
     "masked": "prunetune.model.masking",
+    "measure_models": "prunetune.bench.verb",
     "run": "prunetune.pipeline",
     "write_report": "prunetune.report",
 }

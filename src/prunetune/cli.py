@@ -14,7 +14,8 @@ from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 
-from prunetune.config import RunConfig, Unit, load_recipe
+from prunetune.bench.options import BenchOptions
+from prunetune.config import RunConfig, Unit, load_recipe, read_options
 from prunetune.errors import DataError, GateFailed, PrunetuneError
 from prunetune.eval_flags import HERE, Target
 from prunetune.flags import given, optional_twin
@@ -29,6 +30,8 @@ app = App(
 # Every option of a recipe as a flag, all optional: flags win over the recipe.
 Flags: typing.TypeAlias = optional_twin(RunConfig)  # type: ignore[valid-type]
 NO_FLAGS = Flags()
+BenchFlags: typing.TypeAlias = optional_twin(BenchOptions)  # type: ignore[valid-type]
+NO_BENCH_FLAGS = BenchFlags()
 USUAL: tuple[Unit, ...] = ("kv-groups", "mlp-channels")
 
 
@@ -268,6 +271,38 @@ def check(
         raise GateFailed(f"{len(found.broken)} of {len(found.verdicts)} limits broken: {found.broken[0].says}")
     if found.errors:
         raise DataError(f"{len(found.errors)} tasks could not be judged: {', '.join(found.errors)}")
+
+
+@app.command
+def bench(
+    first: str,
+    /,
+    *others: str,
+    json: Annotated[Path | None, Parameter(help="A JSON file with settings, device, versions and figures.")] = None,
+    flags: Annotated[BenchFlags, Parameter(name="*")] = NO_BENCH_FLAGS,
+) -> None:
+    """Latency, throughput, memory and file size, models taking turns; ratios to the first, a run's dense model.
+
+    Parameters
+    ----------
+    first
+        A run, a model folder, a hub name, or a .gguf file (through llama.cpp).
+    others
+        More of these.
+    """
+    from json import dumps
+
+    from prunetune.bench.table import of_bench
+    from prunetune.bench.verb import measure_models
+    from prunetune.files import write_text
+    from prunetune.suites.verbs import writable
+
+    options = read_options(BenchOptions, given(flags), where="bench")
+    writable(json, "--json")
+    found = measure_models([first, *others], options)
+    if json is not None:
+        write_text(json, dumps(found.to_dict(), indent=2) + "\n")
+    print(of_bench(found))
 
 
 def main() -> None:

@@ -22,11 +22,16 @@ def facts(device: torch.device, dtype: torch.dtype, command: str, seed: int) -> 
     return {
         "command": command,
         "commit": commit(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
         "device": describe(device),
         "dtype": str(dtype).removeprefix("torch."),
         "seeds": {"run": seed},
     }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a result depends on."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def commit() -> str:

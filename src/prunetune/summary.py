@@ -108,7 +108,25 @@ def of_sites(
         *_site_rows(sites, shape),
         *_other_kinds(structure, units),
     ]
-    return "\n".join([*lines, "", f"smallest feasible budget.keep, layout {layout}: {feasible_keep(sites, shape):.3f}"])
+    least = feasible_keep(sites, shape)
+    lines += ["", *_previews(structure, total(sites), everything, least)]
+    return "\n".join([*lines, "", f"smallest feasible budget.keep, layout {layout}: {least:.3f}"])
+
+
+def _previews(structure: Any, prunable: int, everything: int, least: float) -> list[str]:
+    """What some budgets would mean; no gain in time of mixtures, where a token's experts are what counts."""
+    from prunetune.budget.preview import SHOWN, Holdings, preview
+
+    table, head = structure.get_input_embeddings().weight, structure.get_output_embeddings().weight
+    dense = Holdings(everything, prunable, 0 if head is table else table.numel(), head.numel())
+    mixture = any(".experts." in name for name, _ in structure.named_parameters())
+    lines = [f"{'keep':>5}  {'parameters':>11}  {'in 16 bits':>10}" + ("" if mixture else "  at best: prefill  decode")]
+    for keep in SHOWN:
+        found = preview(dense, keep)
+        times = "" if mixture else f"            x{found.prefill:.2f}   x{found.decode:.2f}"
+        sizes = f"{found.parameters / 1e6:>9,.1f} M  {found.weight_bytes / 1e9:>7.2f} GB{times}"
+        lines.append(f"{keep:>5.2f}  {'not feasible' if keep < least else sizes}")
+    return lines
 
 
 def _site_rows(sites: Sequence[Any], shape: Any) -> list[str]:

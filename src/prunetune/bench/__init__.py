@@ -1,1 +1,1 @@
-"""How fast a model answers."""
+"""How fast a model answers: `prunetune bench` and the short measure of a run."""

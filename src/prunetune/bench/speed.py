@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import statistics
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+
+from prunetune.bench.clock import now
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,14 @@ def measure(model: Any, *, prompt: int = 256, batch: int = 2, new: int = 16, run
     tokens = torch.randint(3, model.config.vocab_size, (batch, prompt), generator=rng).to(device)
     prefill, decode = [], []
     for run in range(runs + 1):  # the first warms up
-        started = _now(device)
+        started = now(device)
         model(tokens, use_cache=False, logits_to_keep=1)
-        middle = _now(device)
+        middle = now(device)
         out = model(tokens[:1], use_cache=True, logits_to_keep=1)
-        begun = _now(device)
+        begun = now(device)
         for _ in range(new):
             out = model(out.logits[:, -1].argmax(-1, keepdim=True), past_key_values=out.past_key_values, use_cache=True)
-        ended = _now(device)
+        ended = now(device)
         if run:
             prefill.append(tokens.numel() / (middle - started))
             decode.append(new / (ended - begun))
@@ -52,9 +53,3 @@ def measure(model: Any, *, prompt: int = 256, batch: int = 2, new: int = 16, run
 
 def _spread(values: list[float]) -> float:
     return (max(values) - min(values)) / statistics.median(values)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()

@@ -47,16 +47,29 @@ def open_target(name: str, options: TargetOptions, store: Store | None = None) -
     pick_device(options.device)  # refuses in time
     if path.suffix == ".gguf":
         return _remembered(_gguf(path, options, store), store, options)
+    source, trust = checkpoint_of(name, trust_remote_code=options.trust_remote_code)
+    return _remembered(Checkpoint(source, options, store, trust=trust), store, options)
+
+
+def checkpoint_of(name: str, *, trust_remote_code: bool) -> tuple[str, bool]:
+    """The folder or hub name that a run or a name stands for, and whether code in it may run; raises `ModelError`."""
+    path = Path(name).expanduser()
     run = run_config(path)
     if run is None:
         locate(name)  # refuses in time
-        return _remembered(Checkpoint(name, options, store), store, options)
+        return name, trust_remote_code
     folder = path / "model"
     if not folder.is_dir():
         raise ModelError(f"{path}: this run has no model yet; go on with it by prunetune run RECIPE --resume")
     # What opens here is code that the run generated and checked.
-    trust = options.trust_remote_code or run.layout == "per-layer"
-    return _remembered(Checkpoint(str(folder), options, store, trust=trust), store, options)
+    return str(folder), trust_remote_code or run.layout == "per-layer"
+
+
+def gguf_at(path: Path) -> Path:
+    """A .gguf file that is there; raises `ModelError`."""
+    if not path.is_file():
+        raise ModelError(f"model {path}: no such file; name a .gguf file, a model folder or a hub name")
+    return path
 
 
 def reference_of(name: str) -> str:
@@ -83,9 +96,7 @@ def _kept(path: Path) -> Evaluation:
 
 
 def _gguf(path: Path, options: TargetOptions, store: Store) -> LlamaCpp:
-    if not path.is_file():
-        raise ModelError(f"model {path}: no such file; name a .gguf file, a model folder or a hub name")
-    return LlamaCpp(path, f"llama.cpp {files_hash([path], store)}", timeout=max(options.timeout, 600.0))
+    return LlamaCpp(gguf_at(path), f"llama.cpp {files_hash([path], store)}", timeout=max(options.timeout, 600.0))
 
 
 def _remembered(respondent: Respondent, store: Store, options: TargetOptions) -> Respondent:

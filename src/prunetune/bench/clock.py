@@ -1,0 +1,42 @@
+"""Time and memory as a device has them."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"  # to CLEAR: the high-water mark begins again (man 5 proc)
+
+
+def now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return time.perf_counter()
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Let the peak of memory begin again from what is held now; False where the device or system cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
+    if device.type != "cpu":
+        return False
+    try:
+        CLEAR.write_text(RESET_PEAK, encoding="ascii")
+    except OSError:  # not Linux, or a container that forbids it
+        return False
+    return True
+
+
+def peak(device: torch.device) -> int:
+    """Most bytes since a reset that worked: allocated on CUDA, resident in this process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,127 @@
+"""A .gguf file as llama.cpp runs it, by the server in the package xllamacpp and its own clocks."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunetune.bench import clock
+from prunetune.bench.named import Named
+from prunetune.bench.options import BenchOptions
+from prunetune.bench.runner import Facts, Sample, Work
+from prunetune.errors import ModelError
+from prunetune.evaluation.optional import require
+from prunetune.suites.server import Server
+
+CPU = torch.device("cpu")  # what the package is built for
+MILLI = 1e-3
+PATIENCE = 600.0  # seconds for a reply
+
+
+class LlamaCppRunner:
+    """One prompt is timed by llama.cpp itself. Several are sent at once, and only their whole is timed: the server
+    mixes one's prefill with another's steps."""
+
+    def __init__(self, model: Named, options: BenchOptions) -> None:
+        self.named, self.options, self.file = model, options, Path(model.source)
+        self.parameters, self.vocabulary, self.kind = _described(self.file)
+        self.threads = options.threads or torch.get_num_threads()
+        begun = time.perf_counter()
+        self.server = self._opened(max(options.batches))
+        self.load_s = time.perf_counter() - begun
+        self.asked = Server(self.server.listening_address, timeout=PATIENCE, at_once=max(options.batches))
+
+    def facts(self) -> Facts:
+        """See `Runner`."""
+        return Facts(
+            runtime=f"llama.cpp (xllamacpp {version('xllamacpp')})",
+            device=f"{self.threads} CPU threads",
+            dtype=self.kind,
+            parameters=self.parameters,
+            file_bytes=self.file.stat().st_size,
+            load_s=self.load_s,
+        )
+
+    def warm(self, batch: int) -> Work:
+        """See `Runner`."""
+        self.run(batch)
+        return Work()
+
+    def run(self, batch: int) -> Sample:
+        """See `Runner`."""
+        watched = clock.reset_peak(CPU)
+        begun = time.perf_counter()
+        with ThreadPoolExecutor(batch) as pool:
+            told = list(pool.map(self._ask, range(batch)))
+        total = time.perf_counter() - begun
+        peak = clock.peak(CPU) if watched else None
+        if batch > 1:
+            return Sample(total, peak_bytes=peak)
+        prefill, steps = told[0]["prompt_ms"] * MILLI, told[0]["predicted_ms"] * MILLI
+        # llama.cpp counts the steps' time from the first token on.
+        return Sample(total, prefill, steps / (self.options.generate - 1), peak)
+
+    def close(self) -> None:
+        """See `Runner`: the process ends."""
+
+    def _opened(self, slots: int) -> Any:
+        llama = require("xllamacpp", extra="llamacpp", use=f"model {self.file}")
+        params = llama.CommonParams()
+        params.model.path, params.n_gpu_layers = str(self.file), 0
+        params.n_parallel, params.n_ctx = slots, slots * (self.options.prompt + self.options.generate + 8)
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self.threads
+        try:
+            return llama.Server(params)
+        except Exception as broken:  # llama.cpp's errors have no type of their own
+            reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
+            raise ModelError(f"model {self.file}: llama.cpp cannot open it ({reason}); check the file") from broken
+
+    def _ask(self, seed: int) -> dict[str, Any]:
+        rng = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(self.vocabulary, (self.options.prompt,), generator=rng).tolist()
+        body = {
+            "prompt": tokens,
+            "n_predict": self.options.generate,
+            "temperature": 0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
+        timings: dict[str, Any] = self.asked.post("/completion", body)["timings"]
+        if timings["prompt_n"] != self.options.prompt or timings["predicted_n"] != self.options.generate:
+            raise ModelError(
+                f"model {self.file}: llama.cpp read {timings['prompt_n']} tokens and wrote {timings['predicted_n']}, "
+                f"not {self.options.prompt} and {self.options.generate}; lower --prompt or --batch"
+            )
+        return timings
+
+
+def context_of(file: Path) -> int:
+    """Positions that a file's model knows; 0 where it says none. Raises `ModelError` for what is no GGUF."""
+    reader = _reader(file)
+    architecture = reader.get_field("general.architecture")
+    field = reader.get_field(f"{architecture.contents()}.context_length") if architecture else None
+    return int(field.contents()) if field else 0
+
+
+def _described(file: Path) -> tuple[int, int, str]:
+    """Parameters, size of the vocabulary, and the type that most weights have."""
+    reader = _reader(file)
+    held: dict[str, int] = {}
+    for tensor in reader.tensors:
+        held[tensor.tensor_type.name] = held.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
+    tokens = reader.get_field("tokenizer.ggml.tokens")
+    return sum(held.values()), len(tokens.data), max(held, key=lambda kind: held[kind]).lower()
+
+
+def _reader(file: Path) -> Any:
+    from gguf import GGUFReader
+
+    try:
+        return GGUFReader(file)
+    except (ValueError, IndexError, OSError) as broken:
+        raise ModelError(f"model {file}: cannot be read as GGUF: {broken}; check the file") from broken

@@ -1,0 +1,170 @@
+"""A model as transformers runs it: prefill, then greedy steps with a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from prunetune import environment
+from prunetune.bench import clock, energy
+from prunetune.bench.named import Named
+from prunetune.bench.options import BenchOptions
+from prunetune.bench.runner import Facts, OutOfMemory, Sample, Work
+from prunetune.errors import ModelError
+from prunetune.model.loading import load, pick_device, pick_dtype
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the first that a folder has
+
+
+class LocalRunner:
+    """Opened at once. Tokens are random: arithmetic does not read them. No end of text stops a run early."""
+
+    def __init__(self, model: Named, options: BenchOptions) -> None:
+        self.named, self.options = model, options
+        self.device = pick_device(options.device)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        self.dtype = pick_dtype(options.dtype, self.device)
+        import_module("transformers.modeling_utils")  # its import is not the model's loading
+        begun = clock.now(self.device)
+        with _fitting(f"the weights of {model.label}"):
+            opened = load(model.source, device=self.device, dtype=self.dtype, trust_remote_code=model.trust)
+        self.model = opened.model
+        self.load_s = clock.now(self.device) - begun
+        self.step, self.static = self.model, dict[int, Any]()
+        if options.compile:
+            self.step = torch.compile(self.model, mode="reduce-overhead" if self.device.type == "cuda" else None)
+
+    def facts(self) -> Facts:
+        """See `Runner`."""
+        compiled = ", decode compiled" if self.options.compile else ""
+        return Facts(
+            runtime=f"transformers {version('transformers')}{compiled}",
+            device=environment.describe(self.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            parameters=sum(weight.numel() for weight in self.model.parameters()),
+            file_bytes=weight_bytes(self.named.source),
+            load_s=self.load_s,
+        )
+
+    def warm(self, batch: int) -> Work:
+        """See `Runner`."""
+        try:
+            flops = self._flops(batch)
+            cache = self._run(batch)[1]
+        except OutOfMemory:
+            raise
+        except Exception as broken:
+            if not self.options.compile:
+                raise
+            reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
+            raise ModelError(
+                f"model {self.named.label}: cannot be compiled here ({reason}); leave --compile out"
+            ) from broken
+        return Work(flops, decode_bytes(self.model, cache))
+
+    def run(self, batch: int) -> Sample:
+        """See `Runner`."""
+        return self._run(batch)[0]
+
+    def close(self) -> None:
+        """See `Runner`: the process ends."""
+
+    @cached_property
+    def _meter(self) -> Any:
+        return energy.meter(self.device)
+
+    def _tokens(self, batch: int) -> Tensor:
+        """[B, T] ids, the same every time."""
+        size = self.model.config.get_text_config().vocab_size
+        rng = torch.Generator().manual_seed(0)
+        return torch.randint(size, (batch, self.options.prompt), generator=rng).to(self.device)
+
+    def _cache(self, batch: int) -> Any:
+        """An empty cache. What was compiled knows its cache by address, so that of a batch size is used again."""
+        from transformers import DynamicCache, StaticCache
+
+        if not self.options.compile:
+            return DynamicCache(config=self.model.config)
+        if batch not in self.static:
+            length = self.options.prompt + self.options.generate
+            self.static = {batch: StaticCache(self.model.config, max_cache_len=length)}
+        self.static[batch].reset()
+        return self.static[batch]
+
+    @torch.no_grad()
+    def _flops(self, batch: int) -> float:
+        """Of the prefill, as operators report them."""
+        with _fitting(f"batch {batch} of {self.named.label}"), FlopCounterMode(display=False) as counter:
+            self.model(self._tokens(batch), use_cache=False, logits_to_keep=1)
+        return float(counter.get_total_flops())
+
+    @torch.no_grad()
+    def _run(self, batch: int) -> tuple[Sample, Any]:
+        """The sample, and the cache as it is at the end."""
+        with _fitting(f"batch {batch} of {self.named.label}"):
+            tokens, cache = self._tokens(batch), self._cache(batch)
+            watched = clock.reset_peak(self.device)
+            before = self._meter() if self._meter else 0.0
+            begun = clock.now(self.device)
+            out = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            first = clock.now(self.device)
+            for _ in range(self.options.generate - 1):
+                out = self.step(token, past_key_values=cache, use_cache=True)
+                # A recorded step writes its next result over this one.
+                token = out.logits[:, -1].argmax(-1, keepdim=True).clone()
+            ended = clock.now(self.device)
+        sample = Sample(
+            total_s=ended - begun,
+            prefill_s=first - begun,
+            decode_s=(ended - first) / (self.options.generate - 1),
+            peak_bytes=clock.peak(self.device) if watched else None,
+            joules=self._meter() - before if self._meter else None,
+        )
+        return sample, cache
+
+
+def weight_bytes(source: str) -> int:
+    """Size of the files with the weights of a folder, a .gguf file or a fetched hub name; 0 where none are found."""
+    place = Path(source)
+    if place.is_file():
+        return place.stat().st_size
+    if not place.is_dir():
+        from transformers.utils import cached_file
+
+        place = Path(cached_file(source, "config.json")).parent
+    sizes = [[file.stat().st_size for file in place.glob(pattern)] for pattern in WEIGHTS]
+    return next((sum(found) for found in sizes if found), 0)
+
+
+def decode_bytes(model: Any, cache: Any) -> float | None:
+    """What a step reads: all weights but a look-up table of its own, and the cache; None where experts are chosen."""
+    names = [name for name, _ in model.named_parameters()]
+    if any(".experts." in name for name in names):
+        return None
+    weights = sum(weight.nbytes for weight in model.parameters())
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not table.weight:
+        weights -= table.weight.nbytes
+    return float(weights + sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values)))
+
+
+@contextmanager
+def _fitting(what: str) -> Iterator[None]:
+    """Say what does not fit into memory; every other error passes."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as failed:  # PyTorch's are runtime errors, on the CPU by their words alone
+        if not isinstance(failed, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(failed):
+            raise
+        raise OutOfMemory(f"{what}: out of memory; lower --batch or --prompt, or name fewer models") from failed

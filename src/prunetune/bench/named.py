@@ -1,0 +1,72 @@
+"""What `prunetune bench` is given: runs, checkpoints, hub names, .gguf files; and the dense models they began with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prunetune.bench.options import BenchOptions
+from prunetune.errors import ConfigError
+from prunetune.evaluation.optional import require
+from prunetune.model.loading import load_config, locate
+from prunetune.suites.targets import checkpoint_of, gguf_at, run_config
+
+
+@dataclass(frozen=True)
+class Named:
+    """A model by its name, not opened."""
+
+    label: str  # as the user would call it
+    source: str  # a folder, a hub name, or a .gguf file for llama.cpp
+    llama_cpp: bool = False
+    trust: bool = False  # run code that comes with it
+
+
+def named(models: Sequence[str], options: BenchOptions) -> tuple[Named, ...]:
+    """Every model once; a run's dense model stands first, so that it is what all are compared with.
+
+    Raises a `PrunetuneError` where a name leads nowhere, a package is missing, or the prompt does not fit.
+    """
+    given = [_one(name, options) for name in models]
+    dense = list(_dense(models, options)) if options.dense else []
+    found = tuple({one.source: one for one in [*dense, *given]}.values())
+    for one in found:
+        _fits(one, options)
+    return found
+
+
+def _one(name: str, options: BenchOptions) -> Named:
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        require("xllamacpp", extra="llamacpp", use=f"model {gguf_at(path)}")
+        return Named(str(path), str(path), llama_cpp=True)
+    source, trust = checkpoint_of(name, trust_remote_code=options.trust_remote_code)
+    return Named(name, locate(source), trust=trust)
+
+
+def _dense(models: Sequence[str], options: BenchOptions) -> Iterator[Named]:
+    """The models that runs began with; a .gguf file among them is opened as the run did, dequantised."""
+    for name in models:
+        run = run_config(Path(name).expanduser())
+        if run is not None:
+            yield Named(f"{run.model} (dense)", locate(run.model), trust=options.trust_remote_code)
+
+
+def _fits(model: Named, options: BenchOptions) -> None:
+    context, wanted = _context(model), options.prompt + options.generate
+    if context and wanted > context:
+        raise ConfigError(
+            f"model {model.label}: --prompt {options.prompt} and --generate {options.generate} make {wanted} tokens, "
+            f"its context has {context}; lower one of them"
+        )
+
+
+def _context(model: Named) -> int:
+    """Positions that the model knows; 0 where it says none."""
+    if model.llama_cpp:
+        from prunetune.bench.llamacpp import context_of
+
+        return context_of(Path(model.source))
+    config = load_config(model.source, trust_remote_code=model.trust).get_text_config()
+    return int(getattr(config, "max_position_embeddings", 0) or 0)

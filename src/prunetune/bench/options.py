@@ -1,0 +1,35 @@
+"""What `prunetune bench` is told; nothing heavy is imported."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prunetune.config import option
+from prunetune.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchOptions:
+    """How models are opened and what they are asked. Flags of the command come from here."""
+
+    prompt: int = option(512, "Tokens of the prompt.", low=1)
+    generate: int = option(64, "Tokens to write; the first comes from the prefill.", low=2)
+    batch: str = option("1,8", "Batch sizes, by commas.")
+    runs: int = option(5, "Measured rounds of a batch size, after one to warm up.", low=1)
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "Of every model that transformers opens; auto: bfloat16 where the hardware has it, else float32."
+    )
+    threads: int = option(0, "CPU threads; 0: what PyTorch takes.", low=0)
+    compile: bool = option(False, "Compile the decode step (torch.compile, static cache), as generate can.")
+    dense: bool = option(True, "Measure a run's dense model as well, before it.")
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes in the order given, each once; raises `ConfigError`."""
+        parts = [part.strip() for part in self.batch.split(",")]
+        if not all(part.isdecimal() and int(part) for part in parts):
+            raise ConfigError(f"batch {self.batch!r}: name sizes of at least 1 by commas, such as 1,8")
+        return tuple(dict.fromkeys(map(int, parts)))
