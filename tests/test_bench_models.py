@@ -249,7 +249,7 @@ def test_a_run_beside_its_dense_model(say: Said, run: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("arguments", "part"),
     [
-        ((), "FIRST"),
+        ((), "bench needs a model"),
         (("--batch", "0"), "batch '0'"),
         (("--runs", "0"), "runs"),
         (("--generate", "1"), "generate"),

@@ -275,9 +275,7 @@ def check(
 
 @app.command
 def bench(
-    first: str,
-    /,
-    *others: str,
+    *models: str,
     json: Annotated[Path | None, Parameter(help="A JSON file with settings, device, versions and figures.")] = None,
     flags: Annotated[BenchFlags, Parameter(name="*")] = NO_BENCH_FLAGS,
 ) -> None:
@@ -285,10 +283,8 @@ def bench(
 
     Parameters
     ----------
-    first
-        A run, a model folder, a hub name, or a .gguf file (through llama.cpp).
-    others
-        More of these.
+    models
+        Runs, model folders, hub names, or .gguf files (through llama.cpp).
     """
     from json import dumps
 
@@ -299,7 +295,7 @@ def bench(
 
     options = read_options(BenchOptions, given(flags), where="bench")
     writable(json, "--json")
-    found = measure_models([first, *others], options)
+    found = measure_models(models, options)
     if json is not None:
         write_text(json, dumps(found.to_dict(), indent=2) + "\n")
     print(of_bench(found))

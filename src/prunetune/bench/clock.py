@@ -34,9 +34,16 @@ def reset_peak(device: torch.device) -> bool:
     return True
 
 
+def held(device: torch.device) -> int:
+    """Bytes held now, where `reset_peak` works: before a model is opened, those that are not the model's."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
+
+
 def peak(device: torch.device) -> int:
     """Most bytes since a reset that worked: allocated on CUDA, resident in this process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
+
+
+def _status(key: str) -> int:
+    line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith(f"{key}:"))
     return int(line.split()[1]) * 1024

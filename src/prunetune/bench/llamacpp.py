@@ -31,6 +31,8 @@ class LlamaCppRunner:
         self.named, self.options, self.file = model, options, Path(model.source)
         self.parameters, self.vocabulary, self.kind = _described(self.file)
         self.threads = options.threads or torch.get_num_threads()
+        require("xllamacpp", extra="llamacpp", use=f"model {self.file}")
+        self.before = clock.held(CPU) if clock.reset_peak(CPU) else 0
         begun = time.perf_counter()
         self.server = self._opened(max(options.batches))
         self.load_s = time.perf_counter() - begun
@@ -59,7 +61,7 @@ class LlamaCppRunner:
         with ThreadPoolExecutor(batch) as pool:
             told = list(pool.map(self._ask, range(batch)))
         total = time.perf_counter() - begun
-        peak = clock.peak(CPU) if watched else None
+        peak = clock.peak(CPU) - self.before if watched else None
         if batch > 1:
             return Sample(total, peak_bytes=peak)
         prefill, steps = told[0]["prompt_ms"] * MILLI, told[0]["predicted_ms"] * MILLI

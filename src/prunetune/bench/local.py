@@ -35,6 +35,7 @@ class LocalRunner:
             torch.set_num_threads(options.threads)
         self.dtype = pick_dtype(options.dtype, self.device)
         import_module("transformers.modeling_utils")  # its import is not the model's loading
+        self.before = clock.held(self.device) if clock.reset_peak(self.device) else 0
         begun = clock.now(self.device)
         with _fitting(f"the weights of {model.label}"):
             opened = load(model.source, device=self.device, dtype=self.dtype, trust_remote_code=model.trust)
@@ -128,7 +129,7 @@ class LocalRunner:
             total_s=ended - begun,
             prefill_s=first - begun,
             decode_s=(ended - first) / (self.options.generate - 1),
-            peak_bytes=clock.peak(self.device) if watched else None,
+            peak_bytes=clock.peak(self.device) - self.before if watched else None,
             joules=self._meter() - before if self._meter else None,
         )
         return sample, cache

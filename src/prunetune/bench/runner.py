@@ -39,7 +39,7 @@ class Sample:
     total_s: float
     prefill_s: float | None = None  # the time to the first token
     decode_s: float | None = None  # a step, which writes one token of every sequence
-    peak_bytes: int | None = None
+    peak_bytes: int | None = None  # beyond what the process held before it opened the model
     joules: float | None = None
 
 
