@@ -4,14 +4,16 @@
 
 The reference is the run's checkpoint in stock transformers, float32: 16 greedy tokens after each of two texts. Every
 runtime is asked for the next token after each of those 32 beginnings. Runtimes that need packages of their own run in
-the Python that --python names for them; what is not there is skipped with its reason. With --docs the table replaces
-the one between the two marks of that page.
+the Python that --python names for them: transformers4, mlx, and vllm, where this package is installed by
+`pip install --no-deps` beside it. What is not there is skipped with its reason. With --docs the table replaces the one
+between the two marks of that page.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,12 +22,15 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 import transformers
 
 from prunetune.errors import PrunetuneError
 from prunetune.export.gguf import llamacpp
 from prunetune.export.gguf.architectures import architecture_of
 from prunetune.export.gguf.write import read_back, write
+from prunetune.export.onnx import missing_packages, to_onnx
+from prunetune.export.result import ExportOptions
 from prunetune.export.source import Source
 
 MARKS = ("<!-- measured by benchmarks/deploy.py -->", "<!-- end -->")
@@ -101,6 +106,17 @@ model.set_dtype(mx.float32)
 def best(ids):
     return int(model(mx.array([ids]))[0, -1].argmax())
 """
+IN_VLLM = """
+import os
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_NO_USAGE_STATS": "1",
+               "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_PLUGINS": "prunetune", "HF_HUB_OFFLINE": "1"}
+import vllm
+version = vllm.__version__
+model = vllm.LLM(folder, dtype="float32", max_model_len=256, enforce_eager=True)
+greedy = vllm.SamplingParams(temperature=0, max_tokens=1)
+def best(ids):
+    return model.generate([{"prompt_token_ids": ids}], greedy, use_tqdm=False)[0].outputs[0].token_ids[0]
+"""
 
 
 def transformers_4(case: Case) -> Iterator[Row]:
@@ -139,10 +155,36 @@ def llama_cpp(case: Case) -> Iterator[Row]:
         file.unlink()
 
 
+def onnxruntime(case: Case) -> Iterator[Row]:
+    """The export to ONNX, float32."""
+    if missing := missing_packages():
+        raise Skipped(f"{', '.join(missing)} is not installed")
+    import onnxruntime as runtime
+
+    folder = case.work / "onnx"
+    done = to_onnx(case.source, folder, ExportOptions())
+    session = runtime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    tokens = []
+    for ids in case.beginnings:
+        row = torch.tensor([ids])
+        feed = {"input_ids": row.numpy(), "attention_mask": torch.ones_like(row).numpy()}
+        tokens.append(int(session.run(["logits"], feed)[0][0, -1].argmax()))
+    shutil.rmtree(folder)
+    yield Row(f"onnxruntime {runtime.__version__}", "onnx, F32", f"{case.counted(tokens)}; {done.checks[0].found}")
+
+
+def vllm(case: Case) -> Iterator[Row]:
+    """The same folder in vLLM, float32; a per-layer one without a trust flag, by the entry point."""
+    release, tokens = elsewhere(case, "vllm", IN_VLLM)
+    yield Row(f"vLLM {release}", "folder, no trust flag", case.counted(tokens))
+
+
 RUNTIMES: Mapping[str, Callable[[Case], Iterator[Row]]] = {
     "transformers 5": transformers_5,
     "transformers 4": transformers_4,
     "llama.cpp": llama_cpp,
+    "onnxruntime": onnxruntime,
+    "vLLM": vllm,
     "mlx-lm": mlx_lm,
 }
 

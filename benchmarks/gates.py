@@ -1,6 +1,6 @@
 """A guard's limit is crossed: the same run with and without a gate, and both results scored anew (bar D2).
 
-    python benchmarks/gates.py [--limit 1.5x] [--out runs/gates]
+    python benchmarks/gates.py [--model small] [--limit 1.5] [--gate 1.4x] [--out runs/gates]
 
 By default the demo's model and data, and as a guard the texts of Python's own language reference (pydoc topics), which
 every Python carries. Other models and data by `--model FOLDER --train FILE ... --guard FILE`; `--model small` trains a
@@ -32,6 +32,11 @@ from prunetune.model.loading import load, load_tokenizer, pick_device, pick_dtyp
 from prunetune.pipeline import run
 from prunetune.watching import summed
 
+# The same proof by command: `prunetune check OUT/gated --suite OUT/guard.yaml --against MODEL`, and OUT/free.
+SUITE = """tasks:
+  watched: {{data: watched.jsonl, scorer: perplexity, limits: {{relative: {least:.6f}}}}}
+  unseen: {{data: unseen.jsonl, scorer: perplexity, limits: {{relative: {least:.6f}}}}}
+"""
 WATCHED, UNSEEN = 24, 24  # texts of the guard, and texts like it
 
 
@@ -41,7 +46,8 @@ def main() -> None:
     parser.add_argument("--train", nargs="+", default=["demo"])
     parser.add_argument("--guard", default="", help="a file of texts")
     parser.add_argument("--out", type=Path, default=Path("runs/gates"))
-    parser.add_argument("--limit", default="1.5x", help="of the guard's perplexity; x: times the dense model's")
+    parser.add_argument("--limit", type=float, default=1.5, help="times the dense model's perplexity: what has to hold")
+    parser.add_argument("--gate", default="1.4x", help="set lower: the guard that is watched is a few texts")
     parser.add_argument("--action", choices=("roll-back", "back-off"), default="roll-back")
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--steps", type=int, default=40)
@@ -50,18 +56,19 @@ def main() -> None:
     options = parser.parse_args()
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     options.out.mkdir(parents=True, exist_ok=True)
-    watched, unseen = guards(options.guard, options.out)
+    watched, unseen = guards(options.guard, options.out, 240 if options.model == "small" else 800)
+    (options.out / "guard.yaml").write_text(SUITE.format(least=1 / options.limit))
     if options.model == "small":
         options.model, options.train = str(small_model(options.out / "small")), [str(sums(options.out / "sums.jsonl"))]
     folders = {}
-    for name, gates in (("free", []), ("gated", [f"guard.perplexity <= {options.limit} -> {options.action}"])):
+    for name, gates in (("free", []), ("gated", [f"guard.perplexity <= {options.gate} -> {options.action}"])):
         config = config_of(options, options.out / name, watched, gates)
         try:
             folders[name] = run(config, resume=(options.out / name).exists(), command=" ".join(["gates.py", name]))
         except GateFailed as outside:
             logging.warning("%s: %s", name, outside)
             folders[name] = options.out / name
-    print(json.dumps(outcome(config, folders, {"watched": watched, "unseen": unseen}), indent=1))
+    print(json.dumps(outcome(config, folders, {"watched": watched, "unseen": unseen}, options.limit), indent=1))
 
 
 def small_model(folder: Path) -> Path:
@@ -140,13 +147,13 @@ def config_of(options: argparse.Namespace, out: Path, guard: Path, gates: list[s
     )  # fmt: skip
 
 
-def guards(source: str, out: Path) -> tuple[Path, Path]:
-    """Two files of texts with nothing in common: to be watched, and to be scored on only."""
+def guards(source: str, out: Path, longest: int) -> tuple[Path, Path]:
+    """Two files of texts with nothing in common, cut to `longest` characters: to be watched, and to be scored only."""
     texts = [row.completion for row in read([source], DataConfig(), "guard")] if source else topics()
     files = []
     for name, part in (("watched", texts[:WATCHED]), ("unseen", texts[WATCHED : WATCHED + UNSEEN])):
         files.append(out / f"{name}.jsonl")
-        files[-1].write_text("".join(json.dumps({"text": text[:800]}) + "\n" for text in part), encoding="utf-8")
+        files[-1].write_text("".join(json.dumps({"text": text[:longest]}) + "\n" for text in part), encoding="utf-8")
     return files[0], files[1]
 
 
@@ -158,7 +165,7 @@ def topics() -> list[str]:
     return random.Random(0).sample(found, len(found))
 
 
-def outcome(config: RunConfig, folders: dict[str, Path], files: dict[str, Path]) -> dict[str, Any]:
+def outcome(config: RunConfig, folders: dict[str, Path], files: dict[str, Path], limit: float) -> dict[str, Any]:
     """Perplexities of the dense model and of both results on both files, each as a ratio to the dense model's."""
     device = pick_device("auto")
     records = {name: read([str(file)], config.data, "guard") for name, file in files.items()}
@@ -171,6 +178,7 @@ def outcome(config: RunConfig, folders: dict[str, Path], files: dict[str, Path])
     return {
         "device": describe(device),
         "perplexity": found,
+        "limit": limit,
         "ratio": {
             name: {part: scores[part] / found["dense"][part] for part in files}
             for name, scores in found.items() if name != "dense"

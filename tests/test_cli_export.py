@@ -56,7 +56,6 @@ def test_it_says_what_it_wrote_and_where(say: Said, run: Path, tmp_path: Path) -
         (("--to", "tar"), "tar"),
         (("--to", "gguf", "--dtype", "f8"), "takes no dtype 'f8'; use one of f16, f32, bf16, q8_0"),
         (("--to", "per-layer"), "a stock class opens it: export --to uniform"),
-        ((), "--to"),
     ],
 )
 def test_what_cannot_be_ends_with_two_and_one_line(

@@ -17,10 +17,10 @@ from model_helpers import random_plan, relative, tiny
 from prunetune import Plan, export_run
 from prunetune.errors import ConfigError, ModelError, PlanError, SelfCheckFailed
 from prunetune.export import rewrite
+from prunetune.export.integrity import seal, verify
 from prunetune.export.result import ExportOptions
 from prunetune.export.selfcheck import SelfCheck, logits_of
 from prunetune.export.source import Source
-from prunetune.files import changed_file, write_sums
 
 IDS = torch.arange(32)[None]
 
@@ -51,11 +51,11 @@ def test_without_a_dtype_weights_stay_as_they_are(tmp_path: Path) -> None:
     done = export_run(run, "uniform")
     assert done.path == run / "exports" / "uniform"
     assert torch.equal(opened(done.path), logits_of(model, IDS))
-    assert changed_file(done.path) == ""
+    assert verify(done.path)
 
 
 @pytest.mark.usefixtures("_quick")
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2"])
 def test_padded_layers_say_the_same(family: str, tmp_path: Path) -> None:
     run, model = run_folder(tmp_path / "run", subwords(), family)
     with pytest.raises(ModelError, match=r"--layout uniform, or export gguf or onnx, or .* times the size with --pad"):
@@ -109,7 +109,7 @@ def change_weights(run: Path) -> None:
     weights = load_file(file)
     weights["model.layers.0.mlp.down_proj.weight"] = weights["model.layers.0.mlp.down_proj.weight"][:, 1:].contiguous()
     save_file(weights, file, {"format": "pt"})
-    write_sums(run / "model", "*.safetensors")
+    seal(run / "model")
 
 
 def change_a_byte(run: Path) -> None:
@@ -137,7 +137,7 @@ BROKEN = {
         "model-00002-of-00002.safetensors is missing",
     ),
     "other weights": (change_weights, ModelError, "do not belong together"),
-    "a changed byte": (change_a_byte, ModelError, r"model.safetensors is not what was written \(SHA-256\)"),
+    "a changed byte": (change_a_byte, ModelError, "model.safetensors is not what was written"),
     "another plan": (change_plan, PlanError, "keeps 1 units at model.layers.1.mlp .* another model"),
     "no plan": (lambda run: (run / "model" / "plan.json").write_text("{}"), PlanError, "not a plan"),
     "no configuration": (lambda run: cut_short(run / "model" / "config.json"), ModelError, "cannot be read"),

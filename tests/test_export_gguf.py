@@ -190,6 +190,9 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "bias": ("qwen3", "uniform", {"attention_bias": True}, "it has no bias at o_proj"),
     "dynamic": ("llama", "uniform", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
                 "it does not scale positions by dynamic"),
+    "yarn's own": ("qwen3", "uniform", {"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32, "beta_fast": 16
+    }}, "it takes beta_fast of the positions for granted"),
 }  # fmt: skip
 
 

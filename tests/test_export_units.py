@@ -65,12 +65,11 @@ def test_all_kinds_at_once_uniform(family: str, tmp_path: Path) -> None:
     read_again(model, uniform_plan(model, units), "uniform", tmp_path / family, units)
 
 
-SINGLE = [
-    (family, kind, layout)
+SINGLE = [(family, kind, "per-layer") for family in ALL_FAMILIES for kind in kinds_of(family)]
+SINGLE += [
+    (family, kind, "uniform")
     for family in ("qwen3", "phi3", "gpt2", "bloom", "mixtral", "gpt_oss")
-    for kind in kinds_of(family)
-    for layout in ("per-layer", "uniform")
-    if layout == "per-layer" or kind in uniform_kinds(family)
+    for kind in uniform_kinds(family)
 ]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,15 @@ import torch
 from data_helpers import write_lines
 from evaluate_helpers import characters, speaker
 from prunetune.config import RunConfig, from_mapping, merged, to_mapping
+from prunetune.console import PlainConsole
 from prunetune.errors import ConfigError, DataError, GateFailed
 from prunetune.gates import Gate, gate_text
 from prunetune.history import entries
 from prunetune.pipeline import run
 from prunetune.plan import Plan
+from prunetune.setting import prepare
 from prunetune.summary import of_run
-from prunetune.watching import packed, unpacked
+from prunetune.watching import packed, unpacked, watcher_of
 
 RECIPE: dict[str, Any] = {
     "device": "cpu",
@@ -153,6 +156,15 @@ def test_a_run_that_ends_outside_keeps_its_model_and_exits_one(place: Path, tmp_
         run(config_of(place, tmp_path / "run", "guard.nll <= 0 -> roll-back"))
     assert "\n" not in str(failed.value)
     assert (tmp_path / "run" / "model").exists()
+
+
+def test_a_validation_scores_so_many_items_in_all(place: Path, tmp_path: Path) -> None:
+    rows = [{"text": f"The {n}th fox.", "task": f"task {n % 5}"} for n in range(30)]
+    config = config_of(place, tmp_path / "run", data={"guard": [write_lines(tmp_path / "guard.jsonl", *rows)]})
+    setting = prepare(
+        replace(config, validate=replace(config.validate, limit=7)), resume=False, console=PlainConsole(1)
+    )
+    assert len(watcher_of(setting).guard) == 7
 
 
 # -- what a gate is --------------------------------------------------------------------------------------------------

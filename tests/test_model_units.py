@@ -9,12 +9,13 @@ import torch
 
 from model_helpers import ALL_FAMILIES, kinds_of, random_plan, relative, tiny, tokens, with_lora
 from prunetune import Plan, cut, find_sites, masked
-from prunetune.errors import ConfigError, PlanError
+from prunetune.config import LoraSettings
+from prunetune.errors import ConfigError, ModelError, PlanError
 from prunetune.model.masking import gates_of
 from prunetune.model.sites import dense_plan, kept_params, sites_of, whole_blocks
 from prunetune.model.surgery import cut_linears
 from prunetune.model.units import KINDS
-from prunetune.train.adapters import adapters, cut_state, grow_state
+from prunetune.train.adapters import adapters, add_adapters, cut_state, grow_state
 
 TOLERANCE = 1e-5
 LAYERS = 4  # enough for gaps in the stack
@@ -212,6 +213,12 @@ def test_a_kind_that_is_not_there_is_refused_with_its_reason(family: str, unit: 
     with pytest.raises(ConfigError, match=reason):
         find_sites(tiny(family), ["mlp-channels", unit])
     assert reason in whole_blocks(tiny(family), [unit])[KINDS[unit]]
+
+
+def test_a_model_without_a_linear_to_tune_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prunetune.train.adapters.tuned_linears", lambda model: [])
+    with pytest.raises(ModelError, match="no linear of this model can be tuned"):
+        add_adapters(tiny("mixtral"), (), LoraSettings(), seed=0)
 
 
 def test_what_a_configuration_rules_out() -> None:

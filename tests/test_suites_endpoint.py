@@ -14,6 +14,8 @@ from prunetune.suites import evaluate_suite
 from prunetune.suites.asking import CannotAnswer, Manner
 from prunetune.suites.endpoint import Endpoint
 from prunetune.suites.server import Server
+from prunetune.suites.targets import TargetOptions
+from prunetune.suites.verbs import evaluate
 from suite_helpers import ALL, Told, suite_in
 
 RECORD = Record(kind="completion", prompt="Where? ", completion="heart", choices=("heart", "head"), answer=0)
@@ -72,6 +74,13 @@ def test_a_server_without_echo_still_writes(tmp_path: Path) -> None:
     assert "likelihoods are not possible here" in found.tasks["organ"].error
     assert "likelihoods are not possible here" in found.tasks["prose"].error
     assert found.tasks["open"].scores["rouge_l"].n == 6
+
+
+def test_an_endpoint_by_its_address(tmp_path: Path) -> None:
+    with serving(characters_model) as heard:
+        found = evaluate(heard.url, suite_in(tmp_path, ALL), options=TargetOptions(model_name="mine"))
+    assert [result.error for result in found.tasks.values()] == [""] * len(ALL)
+    assert {body["model"] for _, body, _ in heard.requests} == {"mine"}
 
 
 def test_likelihoods_of_chats_and_lm_eval_tasks_are_refused() -> None:

@@ -54,9 +54,9 @@ def test_texts_chats_and_lm_eval_are_refused(tmp_path: Path) -> None:
 def test_a_real_file_answers_as_its_weights_do(tmp_path: Path) -> None:
     """llama.cpp rounds what 4-bit weights are multiplied with: likelihoods agree to some tenths of a nat."""
     pytest.importorskip("xllamacpp")
-    from prunetune.model.loading import _demo_file, load
+    from prunetune.model.loading import demo_file, load
 
-    model = open_target(str(_demo_file()), TargetOptions(cache=False))
+    model = open_target(str(demo_file()), TargetOptions(cache=False))
     dense = load("demo", device=torch.device("cpu"), dtype=torch.float32)
     local = LocalModel(dense.model, dense.tokenizer)
     ours = model.answers("choose", RECORDS, Manner(), lambda _: None)
@@ -72,7 +72,7 @@ def test_a_real_file_answers_as_its_weights_do(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_answers_of_a_file_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp")
-    from prunetune.model.loading import _demo_file
+    from prunetune.model.loading import demo_file
 
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path))
     write_lines(
@@ -81,7 +81,7 @@ def test_answers_of_a_file_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     suite = suite_of({"tasks": {"t": {"data": "a.jsonl", "scorer": "accuracy"}}}, folder=tmp_path)
     asked = []
     for _ in range(2):
-        model = open_target(str(_demo_file()), TargetOptions())
+        model = open_target(str(demo_file()), TargetOptions())
         assert isinstance(model, Remembered)
         assert evaluate_suite(model, suite).tasks["t"].scores["accuracy"].value == 1.0
         asked.append(model.asked)

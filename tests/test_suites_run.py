@@ -81,6 +81,24 @@ def test_only_what_is_new_is_asked(tmp_path: Path) -> None:
     assert told.calls == 10
 
 
+def test_what_was_answered_before_a_stop_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prunetune.suites.cache.KEPT_EVERY", 2)
+    told, store = Told(), Store(tmp_path / "a.sqlite")
+    records = [Record(kind="completion", prompt=f"p{n}", completion="c") for n in range(5)]
+
+    def stop(record: Record) -> str:
+        if record.prompt == "p3":
+            raise KeyboardInterrupt
+        return record.completion
+
+    told.write = stop
+    with pytest.raises(KeyboardInterrupt):
+        Remembered(told, store).answers("write", records, Manner(), lambda _: None)
+    told.write, told.calls = (lambda record: record.completion), 0
+    assert Remembered(told, store).answers("write", records, Manner(), lambda _: None) == ["c"] * 5
+    assert told.calls == 3
+
+
 def test_a_folder_s_hash_follows_its_contents(tmp_path: Path) -> None:
     folder, store = model_folder(tmp_path / "model"), Store(tmp_path / "a.sqlite")
     before = folder_hash(folder, store)

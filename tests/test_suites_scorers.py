@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -246,6 +248,14 @@ def test_a_function_of_ones_own() -> None:
         values("python", told, function=f"{here}:broken")
 
 
+def test_a_function_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "prunetune_own_scorer.py").write_text("def long(got, expected, row): return len(got) > 2\n")
+    monkeypatch.chdir(tmp_path)
+    told = [answered("", "abc"), answered("", "a")]
+    assert values("python", told, function="prunetune_own_scorer:long") == {"python": [1.0, 0.0]}
+    assert str(tmp_path) not in sys.path
+
+
 def test_a_scorer_twice_needs_two_names() -> None:
     uses = uses_of([{"regex": {"pattern": "a", "name": "one"}}, {"regex": {"pattern": "b", "name": "two"}}], "test")
     assert [use.metrics for use in uses] == [("one",), ("two",)]
@@ -253,8 +263,6 @@ def test_a_scorer_twice_needs_two_names() -> None:
 
 
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     for module, scorer, options in (
         ("sacrebleu", "bleu", {}),
         ("jsonschema", "json_schema", {"schema": {"type": "null"}}),

@@ -45,7 +45,7 @@ def test_every_validated_decision_is_kept_with_its_plan(tmp_path: Path) -> None:
         assert record["kept"] == pytest.approx(share, abs=1e-6)
 
 
-@sampled
+@pytest.mark.parametrize("gates", ["sampled"])
 def test_roll_back_ends_inside_the_limit_where_the_same_run_ends_outside(gates: str, tmp_path: Path) -> None:
     config = config_of(search={"gates": gates, "offset": 1.0})
     free = drive(config, tmp_path / "free", "guard.nll <= 99 -> stop")
@@ -187,7 +187,7 @@ def test_resumed_after_any_step_equals_uninterrupted(gate: str, gates: str, tmp_
     whole = drive(config, tmp_path / "whole", gate)
     assert whole.seen["events"]
     first = whole.seen["events"][0]["step"]
-    for step in (first - 1, first, first + 1):
+    for step in (first - 1, first):
         folder = tmp_path / f"{step}"
         while True:  # killed once at that step, whatever went back before
             mortal = Mortal(step)

@@ -171,7 +171,12 @@ def export(
     run: Path,
     /,
     *,
-    to: Literal["uniform", "per-layer", "gguf", "onnx"],
+    to: Annotated[
+        Literal["uniform", "per-layer", "gguf", "onnx"] | None, Parameter(help="Default: the layout it has.")
+    ] = None,
+    quantize: Annotated[
+        Literal["int8", "int4"] | None, Parameter(help="Weight-only; opens with torchao, or bitsandbytes (int4).")
+    ] = None,
     out: Annotated[Path | None, Parameter(help="Where; default: exports/ of the run folder.")] = None,
     dtype: Annotated[str, Parameter(help="f32, f16, bf16; gguf also q8_0, q4_k_m, ...; default: the format's.")] = "",
     pad: Annotated[
@@ -189,8 +194,8 @@ def export(
     from prunetune.export.formats import export_run
     from prunetune.export.result import ExportOptions
 
-    options = ExportOptions(dtype=dtype, pad=pad)
-    print(export_run(run, to, out=out, options=options, trust_remote_code=trust_remote_code))
+    options = ExportOptions(dtype=dtype, pad=pad, quantize=quantize or "")
+    print(export_run(run, to or "", out=out, options=options, trust_remote_code=trust_remote_code))
 
 
 @app.command(name="eval")
@@ -327,18 +332,23 @@ def _guarded() -> int:
 
 def _translated(error: Exception) -> str | None:
     """A resource that ran out, in one line; None for a bug, which keeps its traceback."""
-    from prunetune.files import is_disk_full
+    from prunetune.files import is_disk_full, is_forbidden
 
-    if isinstance(error, OSError) and is_disk_full(error):
-        return f"the disk is full ({error.filename or 'run folder'}): free some room, then go on with --resume"
+    if is_disk_full(error):
+        place = getattr(error, "filename", None) or "run folder"
+        return f"the disk is full ({place}): free some room, then go on with --resume"
+    if is_forbidden(error):
+        place = getattr(error, "filename", None) or "run folder"
+        return f"no permission to read or write {place}: change its permissions, or name another folder with --out"
     if (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
     ):
-        return "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then go on with --resume"
-    if type(error).__name__ == "SafetensorError" and "No space left" in str(error):
-        return "the disk is full: free some room, then go on with --resume"
+        return (
+            "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then go on with --resume; "
+            "in eval and check lower --max-tokens"
+        )
     return None
 
 

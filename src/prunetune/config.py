@@ -92,6 +92,9 @@ class BudgetConfig:
     min_groups: int = option(
         0, "Fewest KV groups a layer keeps; a layer with none skips attention (per-layer layout).", low=0
     )
+    tensor_parallel: int = option(
+        1, "Devices that will share each layer: KV groups, heads and MLP widths are multiples of it.", low=1
+    )
     units: tuple[Unit, ...] = option(
         ("kv-groups", "mlp-channels"),
         "Kinds of unit that may go; `prunetune sites` says which ones a model has.",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import resource
+import shutil
+import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +21,7 @@ def facts(device: torch.device, dtype: torch.dtype, command: str, seed: int) -> 
     """Command, versions, device and seed, for the manifest."""
     return {
         "command": command,
+        "commit": commit(),
         "versions": versions(),
         "device": describe(device),
         "dtype": str(dtype).removeprefix("torch."),
@@ -27,6 +32,22 @@ def facts(device: torch.device, dtype: torch.dtype, command: str, seed: int) -> 
 def versions() -> dict[str, str]:
     """Of Python and the packages that a result depends on."""
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def commit() -> str:
+    """The commit that prunetune was installed from or runs in; "" where that is not known."""
+    try:
+        origin = json.loads(distribution("prunetune").read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        origin = {}
+    if found := origin.get("vcs_info", {}).get("commit_id"):
+        return str(found)
+    root = Path(__file__).parents[2]
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():  # of another project, or installed
+        return ""
+    asked = subprocess.run([git, "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S603
+    return asked.stdout.strip()
 
 
 def _version(package: str) -> str:

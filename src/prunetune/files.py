@@ -29,12 +29,16 @@ def write_text(path: Path, text: str) -> None:
 def new_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path` that becomes `path` when the block ends well.
 
-    A killed process leaves at most a `.partial` folder, which the next attempt clears.
+    A block that fails leaves nothing; a killed process at most a `.partial` folder, which the next attempt clears.
     """
     partial = path.with_name(path.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    yield partial
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     for file in sorted(partial.rglob("*")):
         if file.is_file():
             _sync(file)
@@ -65,26 +69,6 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-SUMS = "SHA256SUMS"
-
-
-def write_sums(folder: Path, pattern: str) -> None:
-    """Keep the digests of the files of a folder in it; `sha256sum -c` reads them, too."""
-    lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(folder.glob(pattern))]
-    (folder / SUMS).write_text("".join(lines), encoding="utf-8")
-
-
-def changed_file(folder: Path) -> str:
-    """The first file that is not what `write_sums` saw; "" where all are, or nothing was kept."""
-    sums = folder / SUMS
-    lines = sums.read_text(encoding="utf-8").splitlines() if sums.is_file() else []
-    for line in lines:
-        digest, _, name = line.partition("  ")
-        if not (folder / name).is_file() or sha256(folder / name) != digest:
-            return name
-    return ""
-
-
 def need_space(folder: Path, needed: int) -> None:
     """Refuse before anything is written where the disk cannot hold `needed` bytes; raises `RunFolderError`."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
@@ -96,6 +80,30 @@ def need_space(folder: Path, needed: int) -> None:
         )
 
 
-def is_disk_full(error: OSError) -> bool:
-    """No space, or no quota."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+def is_disk_full(error: Exception) -> bool:
+    """No space, or no quota; as Python says it, or safetensors."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return type(error).__name__ == "SafetensorError" and "No space left" in str(error)
+
+
+def is_forbidden(error: Exception) -> bool:
+    """No permission, or a file system that is only read."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    return type(error).__name__ == "SafetensorError" and "Permission denied" in str(error)
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Say in one line what keeps a block from writing to `place`; raises `RunFolderError`."""
+    try:
+        yield
+    except Exception as error:
+        if is_disk_full(error):
+            reason, remedy = "the disk is full", "free some room, or name another place with --out"
+        elif is_forbidden(error):
+            reason, remedy = "no permission to write there", "change its permissions, or name another place with --out"
+        else:
+            raise
+        raise RunFolderError(f"{place}: {reason}, and nothing was kept: {remedy}") from error

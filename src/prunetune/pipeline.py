@@ -6,6 +6,7 @@ whole already: so a run that was stopped anywhere goes on from there.
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ from prunetune.data.templates import Example
 from prunetune.errors import RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suite import evaluate
-from prunetune.export.card import card_of
+from prunetune.export.integrity import verify
 from prunetune.export.selfcheck import check, logits_of
 from prunetune.export.write import write
 from prunetune.files import write_text
@@ -37,6 +38,7 @@ from prunetune.model.masking import masked
 from prunetune.model.sites import dense_plan, kept_params
 from prunetune.model.surgery import cut, merge_adapters
 from prunetune.plan import Plan
+from prunetune.provenance import card, rewrite_card
 from prunetune.seeds import derive
 from prunetune.setting import Console, Setting, facts_of, prepare
 from prunetune.telling import Recorder, outside, told
@@ -113,15 +115,22 @@ def train(setting: Setting, watcher: Watcher | None = None, trackers: Trackers |
     checkpoints = Checkpoints(setting.folder.checkpoints)
     teacher = teacher_of(setting, lambda: _model(setting, "tuned"))
     setting.console.stage("tune and prune", setting.config.train.steps)
-    while True:
-        state = checkpoints.latest()
-        setting.folder.forget_after(state.step if state else -1)
-        model, recorder = setting.load().model, Recorder(setting, trackers or Trackers())
-        try:
-            tune_and_prune(job_of(setting, model, checkpoints, recorder, teacher=teacher, watch=watcher))
-        except WentBack:
-            continue
-        return
+    while not _tuned(setting, checkpoints, teacher, watcher, Recorder(setting, trackers or Trackers())):
+        gc.collect()  # the model that went back lets go of its memory before another is loaded
+
+
+def _tuned(
+    setting: Setting, checkpoints: Checkpoints, teacher: Teacher | None, watcher: Watcher | None, recorder: Recorder
+) -> bool:
+    """Go on from the newest checkpoint; false where a gate went back on the way."""
+    state = checkpoints.latest()
+    setting.folder.forget_after(state.step if state else -1)
+    try:
+        job = job_of(setting, setting.load().model, checkpoints, recorder, teacher=teacher, watch=watcher)
+        tune_and_prune(job)
+    except WentBack:
+        return False
+    return True
 
 
 def job_of(
@@ -211,9 +220,9 @@ def finish(setting: Setting) -> None:
     small = cut(gated, state.plan, sites=setting.sites).to(loaded.storage)
     write_text(setting.folder.plan, state.plan.to_json())
     unchecked = setting.folder.path / "model.unchecked"
-    card = card_of(setting.config, setting.folder.manifest(), state.plan, setting.sites)
+    text = card(setting.folder, setting.config, state.plan, setting.sites)
     written = write(
-        small, setting.tokenizer, state.plan, setting.sites, unchecked, layout=setting.config.layout, card=card
+        small, setting.tokenizer, state.plan, setting.sites, unchecked, layout=setting.config.layout, card=text
     )
     found = check(written, tokens, expected)
     setting.folder.note(
@@ -264,6 +273,7 @@ def evaluate_all(setting: Setting) -> None:
             speeds |= {name: measure(model).to_dict()}
             setting.folder.note(speed=speeds)
         write_text(setting.folder.evaluation(name), result.to_json())
+    rewrite_card(setting.folder, setting.config, setting.sites)
 
 
 def score(setting: Setting, model: Any, records: tuple[Record, ...]) -> Evaluation:
@@ -277,6 +287,7 @@ def _model(setting: Setting, name: str) -> Any:
     if name == "pruned":
         # What runs here is code that this run generated and checked.
         own = setting.config.layout == "per-layer"
+        verify(setting.folder.model)
         return load(str(setting.folder.model), device=setting.device, dtype=setting.dtype, trust_remote_code=own).model
     model = setting.load().model
     if name == "tuned":

@@ -124,6 +124,7 @@ def shape_of(
         min_experts=budget.min_experts,
         min_queries=budget.min_queries,
         protected=protected,
+        tensor_parallel=budget.tensor_parallel,
     )
 
 

@@ -151,7 +151,7 @@ def _speed(last: Line) -> str:
 
 
 def _validations(lines: Sequence[Line]) -> Table:
-    wanted = ("valid.accuracy", "guard.perplexity", "guard.nll", "guard.accuracy")
+    wanted = ("valid.accuracy", "guard.perplexity", "guard.accuracy")
     names = [name for name in wanted if name in lines[-1]]
     table = Table(box=None, padding=(0, 2), header_style="dim")
     for name in ("validation", "phase", "kept", "valid.nll", *names):

@@ -15,7 +15,7 @@ from prunetune.config import EvaluateConfig
 from prunetune.data.records import Record as Row
 from prunetune.errors import ConfigError, DataError
 from prunetune.evaluation.results import Evaluation, Item
-from prunetune.evaluation.suite import evaluate
+from prunetune.evaluation.suite import evaluate, sample
 from prunetune.files import write_text
 from prunetune.gates import Gate
 from prunetune.model.sites import kept_params
@@ -35,16 +35,17 @@ class Watcher:
     gates: tuple[Gate, ...]
     good: Keeper
     chosen: tuple[Row, ...]  # rows of valid with choices, where their accuracy is wanted
+    guard: tuple[Row, ...]
 
     @property
     def reference(self) -> bool:
         """The dense model is scored first where something is held against it."""
-        return bool(self.gates or self.chosen or self.setting.splits.guard)
+        return bool(self.gates or self.chosen or self.guard)
 
     def scores(self, model: Any) -> dict[str, float]:
         """Accuracy on valid, and NLL, perplexity and accuracy on the guard, as far as there are rows for them."""
         found = {f"valid.{name}": value for name, value in self._scored(model, self.chosen) if name == "accuracy"}
-        return found | {f"guard.{name}": value for name, value in self._scored(model, self.setting.splits.guard)}
+        return found | {f"guard.{name}": value for name, value in self._scored(model, self.guard)}
 
     def decided(self, record: Record, plan: Plan) -> None:
         """Keep the plan with its scores: `decisions/step-0000040.json`."""
@@ -57,11 +58,7 @@ class Watcher:
     def _scored(self, model: Any, rows: Sequence[Row]) -> list[tuple[str, float]]:
         if not rows:
             return []
-        config = EvaluateConfig(
-            limit=self.setting.config.validate.limit,
-            generate_limit=0,
-            max_tokens=self.setting.config.evaluate.max_tokens,
-        )
+        config = EvaluateConfig(limit=0, generate_limit=0, max_tokens=self.setting.config.evaluate.max_tokens)
         # Adapters are float32 and compute in the base's dtype, as in training.
         mixed = torch.autocast(self.setting.device.type, model.dtype, enabled=model.dtype != torch.float32)
         with mixed:
@@ -99,7 +96,9 @@ def watcher_of(setting: Setting) -> Watcher:
     if any(gate.metric == "guard.accuracy" for gate in gates) and not any(row.choices for row in setting.splits.guard):
         raise DataError("a gate on guard.accuracy needs rows with choices in data.guard: there are none")
     _refuse_idle(setting, gates)
-    return Watcher(setting, gates, Checkpoints(setting.folder.good), rows if wanted else ())
+    most = setting.config.validate.limit
+    chosen, guard = sample(rows if wanted else (), most), sample(setting.splits.guard, most)
+    return Watcher(setting, gates, Checkpoints(setting.folder.good), tuple(chosen), tuple(guard))
 
 
 def _refuse_idle(setting: Setting, gates: Sequence[Gate]) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunetune.budget.params import total
 from prunetune.decide.nest import Nest
-from prunetune.decide.shape import Shape, default_align, floor_width, step
+from prunetune.decide.shape import Shape, default_align, floor_width, refuse_devices, step
 from prunetune.decide.uniform import uniform_floor, uniform_widths
 from prunetune.errors import PlanError
 from prunetune.model.units import Site
@@ -33,6 +33,7 @@ def select(scores: Scores, sites: Sequence[Site], keep: float, shape: Shape) -> 
     Raises `PlanError` with the smallest feasible keep where even the floors are above the target.
     """
     target = int(keep * total(sites) * (1 + 1e-12))  # a keep that was computed as a share may be short by rounding
+    refuse_devices(sites, shape)
     lowest = floor(sites, shape)
     if target < lowest:
         raise PlanError(

@@ -67,6 +67,8 @@ class Uniform:
                     yield Counts(number, groups, queries, experts)
 
     def _is_legal(self, groups: int, queries: int) -> bool:
+        if groups % self.shape.tensor_parallel:
+            return False
         if "query-heads" in self.template:
             return self.shape.legal_groups(groups or self.template["query-heads"].lanes, queries)
         return self.shape.legal_groups(groups) if groups else True

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from prunetune.config import RunConfig
+import yaml
+
+from prunetune.config import RunConfig, paths
+from prunetune.model.licence import Licence
 from prunetune.model.units import Site, kept_params, layout_of
 from prunetune.plan import Plan
 
 OWN_CODE = """`trust_remote_code` runs `configuration_pruned.py` and `modeling_pruned.py` of this folder.
-They give each layer its own widths; read them first. A model of `layout: uniform` needs none."""
-
-
+They give each layer its own widths; read them first. Where prunetune is installed, `prunetune.hub.register()` opens the
+folder without them, and vLLM does so by itself. A model of `layout: uniform` needs none of this."""
+TITLES = {"dense": "dense", "tuned": "dense, tuned", "pruned": "this model"}
 WORDS = {
     "layers": "layer",
     "attention-blocks": "attention block",
@@ -23,36 +28,142 @@ WORDS = {
     "experts": "expert",
     "expert-channels": "expert channel",
 }
+UNKNOWN = Licence()
+PRIVATE = ("out", "device", "data.root")  # of the place where it ran, not of the model
 
 
-def card_of(config: RunConfig, manifest: dict[str, Any], plan: Plan, sites: Sequence[Site]) -> str:
-    """README.md of the model folder: where it comes from, what was removed, how to open it."""
+@dataclass(frozen=True)
+class ScoreRow:
+    """One metric of one task: model name (`dense`, `tuned`, `pruned`) -> (value, standard error, items)."""
+
+    task: str
+    metric: str
+    found: Mapping[str, tuple[float, float, int]]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a card tells beside the plan: where the base comes from, and what was found so far."""
+
+    config: RunConfig
+    manifest: Mapping[str, Any]
+    licence: Licence = UNKNOWN
+    scores: Sequence[ScoreRow] = ()
+    recipe_sha256: str = ""  # of the run's config.yaml
+
+
+def card_of(origin: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
+    """README.md of the model folder: where it comes from, what was removed, what it scores, how to open it."""
+    parts = [
+        _front(origin),
+        f"# {origin.config.model}, tuned and pruned",
+        _made(origin, plan, sites),
+        _opening(layout_of(origin.config.layout, sites)),
+        _sizes(origin.manifest),
+        _scores(origin.scores),
+        _provenance(origin),
+        _licence(origin.licence),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _front(origin: Provenance) -> str:
+    values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if origin.config.model.count("/") == 1 and origin.config.model[0] not in "./~":
+        values["base_model"] = origin.config.model
+    if origin.licence.id:
+        named = {"license": origin.licence.id, "license_name": origin.licence.name, "license_link": origin.licence.link}
+        values |= {key: value for key, value in named.items() if value}
+    text: str = yaml.safe_dump(values | {"tags": ["prunetune", "pruning", "lora"]}, sort_keys=False)
+    return f"---\n{text}---"
+
+
+def _made(origin: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
     share = kept_params(sites, plan) / sum(site.params for site in sites)
     kinds = {site.kind for site in sites}  # others stay whole
     blocks = " and ".join(name for kind, name in WORDS.items() if kind in kinds)
-    hashes = "\n".join(f"- {split}: `{digest}`" for split, digest in manifest.get("data", {}).get("hashes", {}).items())
-    code = ", trust_remote_code=True" if layout_of(config.layout, sites) == "per-layer" else ""
-    warning = f"\n{OWN_CODE}\n" if code else ""
-    return f"""---
-library_name: transformers
-pipeline_tag: text-generation
-tags: [prunetune, pruning, lora]
----
-# {config.model}, tuned and pruned
+    return (
+        f"Made by prunetune from `{origin.config.model}`: LoRA tuning and structural pruning in one run.\n"
+        f"{100 * share:.1f}% of the {blocks} parameters remain (layout {origin.config.layout});\n"
+        "`plan.json` names the units kept, `SHA256SUMS` the files as they were written."
+    )
 
-Made by prunetune from `{config.model}`: LoRA tuning and structural pruning in one run.
-{100 * share:.1f}% of the {blocks} parameters remain (layout {config.layout});
-`plan.json` names the units kept.
-The licence of the base model applies.
 
-```python
+def _opening(layout: str) -> str:
+    code = ", trust_remote_code=True" if layout == "per-layer" else ""
+    return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH"{code})
 tokenizer = AutoTokenizer.from_pretrained("PATH"{code})
-```
-{warning}
-SHA-256 of the data:
+```{f"{chr(10)}{chr(10)}{OWN_CODE}" if code else ""}"""
 
-{hashes}
-"""
+
+def _sizes(manifest: Mapping[str, Any]) -> str:
+    dense, pruned = manifest.get("model", {}), manifest.get("pruned", {})
+    if "bytes" not in dense or "bytes" not in pruned:
+        return ""
+    rows = [("parameters", "params", 1e6, "M"), ("of them in the decoder", "decoder_params", 1e6, "M")]
+    rows.append((f"weights on disk, {pruned.get('dtype', '')}", "bytes", 1e6, "MB"))
+    lines = [
+        f"| {title} | {dense[key] / unit:,.1f} {sign} | {pruned[key] / unit:,.1f} {sign} |"
+        for title, key, unit, sign in rows
+    ]
+    return "\n".join(["## Size", "", "| | dense | this model |", "|---|---:|---:|", *lines])
+
+
+def _scores(scores: Sequence[ScoreRow]) -> str:
+    if not scores:
+        return ""
+    names = [name for name in TITLES if any(name in row.found for row in scores)]
+    head = ["| task | metric | items |" + "".join(f" {TITLES[name]} |" for name in names)]
+    head.append("|---|---|---:|" + "---:|" * len(names))
+    lines = [
+        f"| {row.task} | {row.metric} | {max(n for *_, n in row.found.values())} |"
+        + "".join(f" {_cell(row.found.get(name))} |" for name in names)
+        for row in scores
+    ]
+    return "\n".join(["## Scores", "", "On the run's test split, ± standard error.", "", *head, *lines])
+
+
+def _cell(found: tuple[float, float, int] | None) -> str:
+    if found is None or math.isnan(found[0]):
+        return "–"
+    return f"{found[0]:.3f}" + ("" if math.isnan(found[1]) else f" ± {found[1]:.3f}")
+
+
+def _provenance(origin: Provenance) -> str:
+    versions = origin.manifest.get("versions", {})
+    commit = origin.manifest.get("commit", "")
+    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    hashes = origin.manifest.get("data", {}).get("hashes", {})
+    lines = ["## Provenance", ""]
+    lines += [f"- made with {told}{f'; prunetune at commit `{commit}`' if commit else ''}"] if told else []
+    lines += [f"- recipe, where it is not the default: {_recipe(origin.config)}"]
+    lines += [f"- SHA-256 of the run's config.yaml: `{origin.recipe_sha256}`"] if origin.recipe_sha256 else []
+    lines += [f"- SHA-256 of the data, {split}: `{digest}`" for split, digest in hashes.items()]
+    return "\n".join(lines)
+
+
+def _recipe(config: RunConfig) -> str:
+    said, plain = _flat(config), _flat(RunConfig())
+    changed = [f"`{name}: {value}`" for name, value in said.items() if value != plain[name] and name not in PRIVATE]
+    return ", ".join(changed) or "all of it is"
+
+
+def _flat(config: RunConfig) -> dict[str, Any]:
+    found = {}
+    for path in paths():
+        value: Any = config
+        for name in path.split("."):
+            value = getattr(value, name)
+        found[path] = list(value) if isinstance(value, tuple) else value
+    return found
+
+
+def _licence(licence: Licence) -> str:
+    if not licence.id:
+        return "## Licence\n\nThe licence of the base model applies; the base does not name one where it was read."
+    name = f" ({licence.name})" if licence.name else ""
+    link = f", {licence.link}" if licence.link else ""
+    return f"## Licence\n\nThat of the base model applies: {licence.id}{name}{link}, as {licence.where} says."

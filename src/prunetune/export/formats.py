@@ -10,9 +10,12 @@ from pathlib import Path
 from prunetune.errors import ConfigError
 from prunetune.export import rewrite
 from prunetune.export.gguf import write as gguf
+from prunetune.export.integrity import seal
+from prunetune.export.onnx import to_onnx
+from prunetune.export.quantize import SCHEMES, quantised
 from prunetune.export.result import Exported, ExportOptions
 from prunetune.export.source import Source
-from prunetune.files import PARTIAL, need_space
+from prunetune.files import PARTIAL, need_space, writing
 
 # Writes to the path given, checks what it wrote (raises `SelfCheckFailed`), and says so. The path is new, and is moved
 # to its place afterwards. What cannot be is refused before anything is written.
@@ -32,6 +35,7 @@ EXPORTERS: Mapping[str, Format] = {
     "uniform": Format(rewrite.uniform, ("", "f32", "bf16", "f16")),
     "per-layer": Format(rewrite.per_layer, ("", "f32", "bf16", "f16")),
     "gguf": Format(gguf.to_gguf, gguf.DTYPES, ".gguf"),
+    "onnx": Format(to_onnx, ("f32",)),
 }
 
 
@@ -40,7 +44,7 @@ WIDTHS = {"f32": 4, "f16": 2, "bf16": 2}  # bytes of a weight
 
 def export_run(
     path: Path,
-    to: str,
+    to: str = "",
     *,
     out: Path | None = None,
     options: ExportOptions | None = None,
@@ -48,30 +52,56 @@ def export_run(
 ) -> Exported:
     """Write a run's model (a run folder, or its model folder) in another format, and check what was written.
 
-    Without `out` the result stands in the run folder, in exports/, or beside a model folder. Nothing is overwritten,
-    and the name exists only once the check has passed. Raises a `PrunetuneError`.
+    Where `to` names no format, the model keeps its layout. Without `out` the result stands in the run folder, in
+    exports/, or beside a model folder. Nothing is overwritten, and the name exists only once the check has passed.
+    Raises a `PrunetuneError`.
     """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()  # what was found is said in lines of our own
     options = options or ExportOptions()
-    if to not in EXPORTERS:
+    if to and to not in EXPORTERS:
         raise ConfigError(f"format {to!r} is not known; known are {', '.join(EXPORTERS)}")
-    chosen = EXPORTERS[to]
-    options = replace(options, dtype=options.dtype or chosen.dtypes[0])
-    if options.dtype not in chosen.dtypes:
-        raise ConfigError(f"{to} takes no dtype {options.dtype!r}; use one of {', '.join(filter(None, chosen.dtypes))}")
     source = Source.open(path, trust_remote_code=trust_remote_code)
-    place = out or _place(source, to, options.dtype, chosen.suffix)
+    to = to or source.layout
+    options = replace(options, dtype=options.dtype or EXPORTERS[to].dtypes[0])
+    _means_something(to, source, options)
+    place = out or _place(source, to, options.quantize or options.dtype, EXPORTERS[to].suffix)
     if place.exists():
         raise ConfigError(f"{place} exists already: name another place with --out, or remove it")
     need_space(place.parent, source.params * WIDTHS.get(options.dtype, source.dtype.itemsize))
     partial = place.with_name(place.name + PARTIAL)
-    _clear(partial)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        done = chosen.write(source, partial, options)
-        partial.rename(place)
-    finally:
+    with writing(place):
         _clear(partial)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            if options.quantize:
+                done = quantised(source, partial, options.quantize)
+            else:
+                done = EXPORTERS[to].write(source, partial, options)
+            if partial.is_dir():
+                seal(partial)
+            partial.rename(place)
+        finally:
+            _clear(partial)
     return replace(done, path=place)
+
+
+def _means_something(to: str, source: Source, options: ExportOptions) -> None:
+    """Refuse options that a format, or this model in it, cannot have; raises `ConfigError`."""
+    dtypes = EXPORTERS[to].dtypes
+    if options.dtype not in dtypes:
+        raise ConfigError(f"{to} takes no dtype {options.dtype!r}; use one of {', '.join(filter(None, dtypes))}")
+    if not options.quantize:
+        return
+    if options.quantize not in SCHEMES:
+        raise ConfigError(f"quantize {options.quantize!r} is not known; known are {', '.join(SCHEMES)}")
+    if to == "gguf":
+        raise ConfigError("gguf has quantised types of its own: leave out --quantize and say --dtype q8_0")
+    if to != source.layout or options.pad or options.dtype:
+        raise ConfigError(
+            f"--quantize keeps the layout ({source.layout}) and has types of its own: leave out --to, --dtype and --pad"
+        )
 
 
 def _place(source: Source, to: str, dtype: str, suffix: str) -> Path:

@@ -15,6 +15,8 @@ from prunetune.model.families import coupling_of, experts_of, family_of, heads_o
 from prunetune.model.units import Site, surviving_layers
 from prunetune.plan import Plan
 
+PREFIX = "pruned_"  # of a model_type
+
 
 @dataclass(frozen=True)
 class PerLayer:
@@ -42,7 +44,7 @@ class PerLayer:
             causal=causal.__name__,
             inner=inner,
             layers=first.removeprefix(f"{inner}.").rpartition(".")[0],
-            model_type=f"pruned_{model.config.model_type}",
+            model_type=PREFIX + model.config.model_type,
         )
 
     @property

@@ -6,141 +6,36 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
 from typing import Any
 
 from prunetune.errors import ModelError
 from prunetune.export.per_layer import PerLayer, words_of
+from prunetune.export.per_layer_text import (
+    CONFIGURATION,
+    MODELING,
+    NO_ATTENTION,
+    NO_LINEAR,
+    NO_MIXTURE,
+    NO_MIXTURE_WITH_SCORES,
+    OWN_HEADS,
+    RESIZED,
+    RESIZED_TRANSPOSED,
+    SHORTER,
+)
 from prunetune.model.families import family_of
+from prunetune.model.linears import is_transposed
 from prunetune.model.units import Site, Slice
-
-CONFIGURATION = Template('''\
-"""Configuration of a model whose layers differ in width. Written by prunetune; needs transformers >= 5.14."""
-
-# Of $digest. A process that opens two such folders of one name takes the first one's classes for both, unless these
-# files differ, too.
-
-from transformers import $config
-
-
-class $pruned_config($config):
-    model_type = "$model_type"
-
-    def validate_architecture(self):
-        """Widths are checked layer by layer when the model is built."""
-''')
-
-MODELING = Template('''\
-"""A $causal whose layers differ in width. Written by prunetune; needs transformers >= 5.14."""
-
-import copy
-
-import torch
-from torch import nn
-from transformers import $causal, $base
-$conv
-from .configuration_pruned import $pruned_config
-
-$helpers
-def dense(config):
-    plain = copy.copy(config)
-    plain.per_layer_config = None
-    return plain
-
-
-$resizers
-
-def resize(model, layers, config):
-    for kernels in ("_attn_implementation", "_experts_implementation"):
-        setattr(config, kernels, getattr(model.config, kernels))
-    for module in model.modules():
-        if hasattr(module, "config") and "Rotary" not in type(module).__name__:  # angles are the dense model's
-            module.config = config
-    for layer, own in zip(layers, config.per_layer_config):
-$lines
-
-class $pruned_base($base):
-    config_class = $pruned_config
-
-    def __init__(self, config):
-        super().__init__(dense(config))
-        resize(self, self.$layers, config)
-
-
-class $pruned_causal($causal):
-    config_class = $pruned_config
-
-    def __init__(self, config):
-        super().__init__(dense(config))
-        resize(self, self.$inner.$layers, config)
-''')
-
-NO_ATTENTION = """
-class NoAttention(nn.Module):
-    def forward(self, hidden_states, *args, **kwargs):
-        return torch.zeros_like(hidden_states), None
-
-"""
-
-RESIZED = """\
-def resized(linear, rows=None, columns=None):
-    return nn.Linear(columns or linear.in_features, rows or linear.out_features, bias=linear.bias is not None,
-                     device=linear.weight.device, dtype=linear.weight.dtype)
-
-"""
-
-RESIZED_TRANSPOSED = """\
-def resized(linear, rows=None, columns=None):
-    with linear.weight.device:
-        return Conv1D(rows or linear.nf, columns or linear.nx).to(linear.weight.dtype)
-
-"""
-
-SHORTER = """
-def shorter(parameter, axis, size):
-    shape = [*parameter.shape[:axis], size, *parameter.shape[axis + 1:]]
-    return nn.Parameter(torch.empty(shape, device=parameter.device, dtype=parameter.dtype))
-
-"""
-
-NO_LINEAR = """
-class NoLinear(nn.Module):
-    def __init__(self, rows):
-        super().__init__()
-        self.rows = rows
-
-    def forward(self, hidden_states):
-        return hidden_states.new_zeros(*hidden_states.shape[:-1], self.rows)
-
-"""
-
-NO_MIXTURE = """
-class NoMixture(nn.Module):
-    def forward(self, hidden_states):
-        return torch.zeros_like(hidden_states)
-
-"""
-
-NO_MIXTURE_WITH_SCORES = """
-class NoMixture(nn.Module):
-    def forward(self, hidden_states):
-        return torch.zeros_like(hidden_states), None
-
-"""
-
-OWN_HEADS = """
-class OwnHeads:
-    def __init__(self, config, heads):
-        self.__dict__.update(shared=config, num_attention_heads=heads)
-
-    def __getattr__(self, name):
-        return getattr(self.shared, name)
-
-"""
 
 
 def write_code(folder: Path, names: PerLayer, sites: Sequence[Site], model: Any) -> None:
     """Write `configuration_pruned.py` and `modeling_pruned.py`."""
+    configuration, modeling = code_of(names, sites, model)
+    (folder / "configuration_pruned.py").write_text(configuration, encoding="utf-8")
+    (folder / "modeling_pruned.py").write_text(modeling, encoding="utf-8")
+
+
+def code_of(names: PerLayer, sites: Sequence[Site], model: Any) -> tuple[str, str]:
+    """The text of both modules; `hub` runs it, too."""
     lines = layer_lines(sites, names, model)
     text = "".join(lines)
     mixture = family_of(model.config).mixture
@@ -150,7 +45,7 @@ def write_code(folder: Path, names: PerLayer, sites: Sequence[Site], model: Any)
         "NoMixture(": NO_MIXTURE_WITH_SCORES if mixture and mixture.returns_scores else NO_MIXTURE,
         "OwnHeads(": OWN_HEADS,
     }
-    transposed = model.config.model_type == "gpt2"
+    transposed = any(is_transposed(module) for module in model.modules())
     values = {
         "config": names.config, "base": names.base, "causal": names.causal, "model_type": names.model_type,
         "inner": names.inner, "layers": names.layers,
@@ -163,8 +58,7 @@ def write_code(folder: Path, names: PerLayer, sites: Sequence[Site], model: Any)
     }  # fmt: skip
     modeling = MODELING.substitute(values)
     values["digest"] = f"modeling_pruned.py {hashlib.sha256(modeling.encode()).hexdigest()[:12]}"
-    (folder / "configuration_pruned.py").write_text(CONFIGURATION.substitute(values), encoding="utf-8")
-    (folder / "modeling_pruned.py").write_text(modeling, encoding="utf-8")
+    return CONFIGURATION.substitute(values), modeling
 
 
 def layer_lines(sites: Sequence[Site], names: PerLayer, model: Any) -> list[str]:

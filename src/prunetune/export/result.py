@@ -12,6 +12,7 @@ class ExportOptions:
 
     dtype: str = ""  # of the weights: f32, f16, bf16, q8_0, ...; "": the format's own choice
     pad: bool = False  # uniform: fill narrower layers up with zeros
+    quantize: str = ""  # int8, int4: of uniform and per-layer folders
 
 
 @dataclass(frozen=True)

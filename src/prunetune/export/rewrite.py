@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ from prunetune.export.shapes import empty, legal_groups
 from prunetune.export.shapes import uniform as uniform_config
 from prunetune.export.source import Source
 from prunetune.export.write import Written, add_old_rope_keys, edit_json
-from prunetune.files import write_sums
 from prunetune.model.families import heads_of
+from prunetune.model.linears import COLUMNS, ROWS, stored_axis
 from prunetune.model.sites import find_sites
 from prunetune.model.units import Cut
 
@@ -102,10 +103,11 @@ def _padded(source: Source, target: Any, place: Path, dtype: torch.dtype, note: 
         layer = source.widths[site.layer]
         wide = layer.groups if site.kind == "attention" else layer.channels
         assert site.consumer is not None  # of these two kinds
-        for cut, side in (*((cut, 0) for cut in site.producers), (site.consumer, 1)):
+        for cut, side in (*((cut, ROWS) for cut in site.producers), (site.consumer, COLUMNS)):
             for name in (f"{cut.module}.weight", f"{cut.module}.bias"):
-                if name in shapes and not (side == 1 and name.endswith("bias")):
-                    state[name] = _filled(state.get(name), shapes[name], cut, wide, site.units, side).to(dtype)
+                if name in shapes and not (side == COLUMNS and name.endswith("bias")):
+                    axis = stored_axis(target.get_submodule(cut.module), side) if name.endswith("weight") else ROWS
+                    state[name] = _filled(state.get(name), shapes[name], cut, wide, site.units, axis).to(dtype)
         if not wide:  # what else such a block has (norms of its heads) is multiplied by nothing
             state |= {n: torch.zeros(s, dtype=dtype) for n, s in shapes.items() if n.startswith(f"{site.name}.")}
     missing, _ = target.load_state_dict(state, assign=True, strict=False)
@@ -117,14 +119,14 @@ def _padded(source: Source, target: Any, place: Path, dtype: torch.dtype, note: 
     source.tokenizer.save_pretrained(place)
     params = sum(weight.numel() for weight in target.parameters())
     done = _checked(source, place, dtype, params, expected, type(target).__name__, plain=True)
-    return Exported(**{**vars(done), "notes": (note,)})
+    return replace(done, notes=(note,))
 
 
-def _filled(stored: Tensor | None, shape: torch.Size, cut: Cut, kept: int, units: int, side: int) -> Tensor:
-    """Zeros of `shape` with what is stored in the first `kept` of so many units, along rows (0) or columns (1)."""
+def _filled(stored: Tensor | None, shape: torch.Size, cut: Cut, kept: int, units: int, axis: int) -> Tensor:
+    """Zeros of `shape` with what is stored in the first `kept` of so many units, along an axis."""
     full = torch.zeros(shape, dtype=stored.dtype if stored is not None else torch.float32)
     if stored is not None:
-        full.index_copy_(side, cut.indices(range(kept), units), stored)
+        full.index_copy_(axis, cut.indices(range(kept), units), stored)
     return full
 
 
@@ -147,7 +149,6 @@ def _checked(
     plain: bool = False,
 ) -> Exported:
     """Open it in a fresh process and compare; raises `SelfCheckFailed`."""
-    write_sums(place, "*.safetensors")
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
     code = source.layout == "per-layer" and not plain
     written = Written(place, architecture, source.layout, code, params, size)

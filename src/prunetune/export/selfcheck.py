@@ -55,7 +55,7 @@ def logits_of(model: Any, tokens: Tensor) -> Tensor:
 
 def check(written: Written, tokens: Tensor, expected: Tensor) -> SelfCheck:
     """Compare; raises `SelfCheckFailed` above 1e-4 relative, or where the parameter count differs."""
-    found = _reload(written, tokens)
+    found = reopened(written, tokens)
     count = int(found["params"])
     if count != written.params:
         raise SelfCheckFailed(
@@ -70,7 +70,8 @@ def check(written: Written, tokens: Tensor, expected: Tensor) -> SelfCheck:
     return SelfCheck(difference, tokens.numel())
 
 
-def _reload(written: Written, tokens: Tensor) -> dict[str, Tensor]:
+def reopened(written: Written, tokens: Tensor) -> dict[str, Tensor]:
+    """What a fresh process finds, in float32: `logits` and the number of `params`; raises `SelfCheckFailed`."""
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
         save_file({"tokens": tokens.contiguous()}, inputs)

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
-from torch import nn
 
 from prunetune.errors import ModelError, PlanError
-from prunetune.files import changed_file
+from prunetune.export.integrity import SUMS, verify
 from prunetune.model.families import family_of, heads_of
+from prunetune.model.linears import COLUMNS, stored_axis
 
 if TYPE_CHECKING:
     from prunetune.export.source import Source
+
+log = logging.getLogger(__name__)
 
 
 def look_over(source: Source) -> None:
@@ -28,14 +31,14 @@ def look_over(source: Source) -> None:
             raise ModelError(f"{source.folder} holds no weights (*.safetensors); copy the folder again")
     except (SafetensorError, OSError) as torn:
         raise ModelError(f"{source.folder}: a .safetensors file is not whole ({torn}); copy the folder again") from torn
-    if changed := changed_file(source.folder):
-        raise ModelError(f"{source.folder}: {changed} is not what was written (SHA-256): copy the folder again")
     if source.layout == "per-layer" and not source.runs_code:
         raise ModelError(
             f"{source.folder} opens with code of its own (modeling_pruned.py): read it, then say --trust-remote-code"
         )
     family_of(source.config)  # refuses
     _fits(source)
+    if not verify(source.folder):
+        log.info("%s holds no %s, so its files are taken as they are", source.folder, SUMS)
 
 
 def _indexed(folder: Path) -> Iterator[str]:
@@ -63,8 +66,8 @@ def _fits(source: Source) -> None:
                 f"says {units}: the plan is of another model; put back the plan.json of this one"
             )
         module = site.consumer.module if site.consumer else ""
-        name, linear = f"{module}.weight", isinstance(source.skeleton.get_submodule(module), nn.Linear)
-        found = source.shape(name)[1] if linear and name in source.places else columns
+        name, axis = f"{module}.weight", stored_axis(source.skeleton.get_submodule(module), COLUMNS)
+        found = source.shape(name)[axis] if name in source.places else columns
         if found != columns:
             raise ModelError(
                 f"{source.folder}: {name} has {found} columns and config.json asks for {columns}: "

@@ -132,16 +132,18 @@ class Source:
             reason = " ".join(str(broken).split())
             raise ModelError(f"{self.folder}: no tokenizer found: {reason}; save it into the folder") from broken
 
-    def model(self, dtype: torch.dtype = torch.float32) -> Any:
-        """The model, opened as its user would, in `dtype` on the CPU."""
+    def model(self, dtype: torch.dtype = torch.float32, **how: Any) -> Any:
+        """The model, opened as its user would, in `dtype` on the CPU; `how` goes to `from_pretrained`."""
         from transformers import AutoModelForCausalLM
 
         try:
-            loaded = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, trust_remote_code=self.runs_code)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                self.folder, dtype=dtype, trust_remote_code=self.runs_code, **how
+            )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as broken:
             reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
             raise ModelError(f"{self.folder} cannot be opened: {reason}; write the model again") from broken
-        return loaded.eval().requires_grad_(False)
+        return (loaded if how else loaded.requires_grad_(False)).eval()
 
     @property
     def runs_code(self) -> bool:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.errors import ModelError
+from prunetune.export.integrity import seal
 from prunetune.export.per_layer import PerLayer, per_layer_overrides
 from prunetune.export.per_layer_code import write_code
 from prunetune.export.shapes import empty, uniform, why_sibling
-from prunetune.files import new_folder, write_sums
+from prunetune.files import new_folder
 from prunetune.model.units import Site, layout_of, surviving_layers
 from prunetune.plan import Plan
 
@@ -53,7 +54,7 @@ def write(
         tokenizer.save_pretrained(partial)
         (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
-        write_sums(partial, "*.safetensors")
+        seal(partial)
     files = list(folder.rglob("*.safetensors"))
     return Written(
         folder=folder,

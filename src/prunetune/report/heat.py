@@ -47,7 +47,8 @@ def figures(run: RunFiles) -> list[Figure]:
 
 def columns_of(metrics: Sequence[Line], plan: Plan, *, is_attention: bool) -> list[Column]:
     """The moments that were logged, thinned, and the plan."""
-    places = {site: at[0] for site in plan.units if (at := layer_of(site)) is not None and at[1] == is_attention}
+    plain = [site for site in plan.units if ":" not in site]  # others are units inside these, see `layers`
+    places = {site: at[0] for site in plain if (at := layer_of(site)) is not None and at[1] == is_attention}
     moments = []
     for line in metrics:
         step, widths = number(line, "step"), line.get("widths")
@@ -83,6 +84,7 @@ def _picture(name: str, label: str, columns: Sequence[Column]) -> Markup:
                 cells(axes, members, svg.PRUNED, alpha=level / LEVELS)
         axes.set_ylim(max(layers) + 0.5, min(layers) - 0.5)
         axes.set_xlim(-0.6, len(columns) - 0.4)
+        axes.set_yticks(layers[:: 1 + len(layers) // 9])
         axes.set_ylabel("layer")
         axes.set_xlabel("step (last: the plan)")
         axes.grid(visible=False)

@@ -36,7 +36,7 @@ class Limit:
 class Event:
     """Something that a gate did."""
 
-    step: str
+    steps: tuple[str, ...]
     did: str
     gates: str
 
@@ -104,7 +104,7 @@ def _within(manifest: Mapping[str, Any]) -> Answer:
     outside = [limit for limit in found if not limit.held]
     if outside:
         return Answer("Within limits?", "no", f"{outside[0].gate}: {outside[0].found}, limit {outside[0].limit}.")
-    acted = len(events(manifest))
+    acted = len(_acts(manifest))
     words = f"{'The gate' if len(found) == 1 else f'All {len(found)} gates'} held at the end"
     return Answer("Within limits?", "yes", words + (f", after acting {_times(acted)}." if acted else "."))
 
@@ -129,13 +129,20 @@ def limits(manifest: Mapping[str, Any]) -> list[Limit]:
 
 
 def events(manifest: Mapping[str, Any]) -> list[Event]:
-    """What gates did, in order."""
+    """What gates did, in order; what was done again and again is one event."""
+    made: list[Event] = []
+    for one in _acts(manifest):
+        event = Event((text.count(number(one, "step")),), str(one.get("did", "")), _joined(one.get("gates")))
+        if made and (made[-1].did, made[-1].gates) == (event.did, event.gates):
+            made[-1] = Event((*made[-1].steps, *event.steps), event.did, event.gates)
+        else:
+            made.append(event)
+    return made
+
+
+def _acts(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     listed = lookup(manifest, "gates", "events")
-    return [
-        Event(text.count(number(one, "step")), str(one.get("did", "")), _joined(one.get("gates")))
-        for one in (listed if isinstance(listed, list) else [])
-        if isinstance(one, Mapping)
-    ]
+    return [one for one in (listed if isinstance(listed, list) else []) if isinstance(one, Mapping)]
 
 
 def _joined(value: Any) -> str:

@@ -23,6 +23,7 @@ TABLES = (
     "CREATE TABLE IF NOT EXISTS files (stamp TEXT PRIMARY KEY, digest TEXT NOT NULL) WITHOUT ROWID",
 )
 AT_ONCE = 500  # keys of one query
+KEPT_EVERY = 1000  # answers; what a stopped evaluation loses at most
 
 
 @dataclass
@@ -97,9 +98,10 @@ class Remembered:
         tick(sum(key in found for key in keys))
         missing = [index for index, key in enumerate(keys) if key not in found]
         self.asked += len(missing)
-        if missing:
-            fresh = self.respondent.answers(ask, [records[index] for index in missing], manner, tick)
-            new = {keys[index]: answer for index, answer in zip(missing, fresh, strict=True)}
+        for start in range(0, len(missing), KEPT_EVERY):
+            part = missing[start : start + KEPT_EVERY]
+            fresh = self.respondent.answers(ask, [records[index] for index in part], manner, tick)
+            new = {keys[index]: answer for index, answer in zip(part, fresh, strict=True)}
             self.store.put("answers", [(key, json.dumps(answer)) for key, answer in new.items()])
             found |= new
         return [found[key] for key in keys]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -24,12 +27,23 @@ def python(answers: Sequence[Answered], options: Options) -> Values:
 def _function(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
-        function = getattr(import_module(module), attribute)
+        with _from_here():
+            function = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as missing:
         raise ConfigError(f"python: {name} cannot be imported ({missing}); write it as module:function") from missing
     if not callable(function):
         raise ConfigError(f"python: {name} is a {type(function).__name__}; name a function")
     return function  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _from_here() -> Iterator[None]:
+    """Modules of the working folder, which a console command does not see by itself, can be imported."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path.pop(0)
 
 
 def _value(function: Callable[..., Any], name: str, answer: Answered) -> float:

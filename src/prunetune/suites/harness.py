@@ -10,6 +10,7 @@ from typing import Any
 from prunetune.errors import DataError, PrunetuneError
 from prunetune.evaluation.optional import require
 from prunetune.evaluation.results import Item, Score, TaskResult
+from prunetune.evaluation.suite import evaluating
 from prunetune.suites.asking import Respondent
 from prunetune.suites.naming import named
 from prunetune.suites.suite import Task
@@ -50,15 +51,16 @@ def _evaluated(respondent: Respondent, task: Task, manager: Any) -> Any:
         pretrained=model, tokenizer=tokenizer, batch_size=BATCH
     )
     try:
-        return harness.simple_evaluate(
-            model=wrapped,
-            tasks=[task.options.lm_eval],
-            num_fewshot=task.options.fewshot or None,
-            limit=task.options.limit or None,
-            task_manager=manager,
-            log_samples=True,
-            bootstrap_iters=100,  # only where there is no closed form
-        )
+        with evaluating(model):
+            return harness.simple_evaluate(
+                model=wrapped,
+                tasks=[task.options.lm_eval],
+                num_fewshot=task.options.fewshot or None,
+                limit=task.options.limit or None,
+                task_manager=manager,
+                log_samples=True,
+                bootstrap_iters=100,  # only where there is no closed form
+            )
     except PrunetuneError:
         raise
     except Exception as broken:  # a task file, a data set or the hub: lm-eval has no errors of its own

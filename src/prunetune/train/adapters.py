@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prunetune.budget.params import total
 from prunetune.config import LoraSettings, TrainConfig
+from prunetune.errors import ModelError
 from prunetune.model.linears import COLUMNS, ROWS, is_transposed, linear_of, stored_axis
 from prunetune.model.sites import tuned_linears
 from prunetune.model.units import Site, gone_linears, kept_lines
@@ -28,6 +29,8 @@ def add_adapters(model: nn.Module, sites: Sequence[Site], settings: LoraSettings
     from peft import LoraConfig, inject_adapter_in_model
 
     targets = tuned_linears(model)
+    if not targets:
+        raise ModelError("no linear of this model can be tuned: its attention stays whole, and its experts are frozen")
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha or 2 * settings.rank,

@@ -94,7 +94,7 @@ class Validation:
         about = {name: record[name] for name in ("step", "phase", "kept")}
         self._tell(about | ({"broken": [str(gate) for gate in broken]} if broken else {}), scores, seconds, legal.plan)
         if broken:
-            return self._act(record, broken, decision)
+            return self._act(record, broken, decision, state_of)
         self._remember(record, legal, scores, state_of)
         return decision
 
@@ -154,7 +154,7 @@ class Validation:
         self.seen = replace(self.seen, good=found)
         self.job.watch.good.save(state_of(legal))
 
-    def _act(self, record: Record, broken: list[Gate], decision: Decision) -> Decision:
+    def _act(self, record: Record, broken: list[Gate], decision: Decision, state_of: StateOf) -> Decision:
         step, why = record["step"], broken[0].words(self.seen.last, self.seen.dense)
         actions = {gate.action for gate in broken}
         if "stop" in actions:
@@ -169,7 +169,7 @@ class Validation:
             self._note(step, broken, "nothing to go back to")
             log.warning("step %d: %s, and no earlier validation was within all gates: the run goes on", step, why)
             return decision
-        self._go_back(step, broken, good, why)
+        self._go_back(step, broken, replace(good, faults=state_of(decision).faults), why)
         raise WentBack
 
     def _back_off(self, step: int, broken: list[Gate], decision: Decision, why: str) -> Decision:

@@ -16,6 +16,10 @@ from prunetune.model.families import heads_of
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})
 ALL = QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}
+# Options of positions that llama.cpp does not read, with what it computes for them; None: from the factor.
+POSITIONS: Mapping[str, Any] = {
+    "attention_factor": None, "mscale": None, "mscale_all_dim": None, "beta_fast": 32, "beta_slow": 1, "truncate": True,
+}  # fmt: skip
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
@@ -133,11 +137,13 @@ def refusal(arch: Architecture, source: Source) -> str:
     ropes = {str(rope.get("rope_type", "default")) for rope in ropes_of(config).values()}
     biased = {name.split(".")[-2] for name in source.places if name.endswith(".bias")} - arch.biased
     odd = [name for name, value in arch.same.items() if getattr(config, name, None) != value(config)]
+    tuned = {key for rope in ropes_of(config).values() for key in rope if rope[key] != POSITIONS.get(key, rope[key])}
     narrow = [i for i, layer in enumerate(source.widths) if not layer.channels]
     bare = [i for i, layer in enumerate(source.widths) if not layer.queries]
     rules = (
         (act != arch.act, f"its activation is {arch.act}, the model's {act}"),
         (bool(ropes - arch.ropes), f"it does not scale positions by {', '.join(sorted(ropes))}"),
+        (bool(tuned), f"it takes {', '.join(sorted(tuned))} of the positions for granted"),
         (getattr(config, "partial_rotary_factor", None) not in (None, 1.0), "it turns whole heads"),
         (bool(biased), f"it has no bias at {', '.join(sorted(biased))}"),
         (bool(odd), f"it takes another {', '.join(odd)} for granted"),
@@ -146,8 +152,8 @@ def refusal(arch: Architecture, source: Source) -> str:
             arch.square and heads.queries * heads.size != config.hidden_size,
             f"it wants heads of {config.hidden_size} rows in all, these have {heads.queries * heads.size}",
         ),
-        (bool(narrow), f"layer {narrow[:1]} has no MLP"),
-        (bool(bare) and not arch.headless, f"layer {bare[:1]} has no attention"),
+        (bool(narrow), f"layer {', '.join(map(str, narrow))} has no MLP"),
+        (bool(bare) and not arch.headless, f"layer {', '.join(map(str, bare))} has no attention"),
     )
     return next((why for wrong, why in rules if wrong), "")
 

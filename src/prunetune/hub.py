@@ -1,0 +1,109 @@
+"""Per-layer checkpoints without `trust_remote_code`: their classes, made by the installed package.
+
+A per-layer folder carries two generated modules, which only run where they are trusted. After `register()`,
+transformers takes this package's classes for such a folder instead and leaves its modules alone; vLLM calls `register`
+by itself, through the entry point `vllm.general_plugins`. The code of a model is generated again from its
+configuration, by the same templates, so that both ways build the same model.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+from prunetune.export.per_layer import PREFIX, PerLayer
+from prunetune.export.per_layer_code import code_of
+from prunetune.export.per_layer_text import CONFIGURATION
+from prunetune.export.shapes import empty
+from prunetune.model.families import FAMILIES, coupling_of
+from prunetune.model.sites import find_sites
+from prunetune.model.units import KINDS
+
+VLLM = "vllm.model_executor.models.transformers:"  # its backend for models that it has no code of its own for
+OWN = ("per_layer_config", "auto_map", "architectures", "model_type", "transformers_version")
+
+
+def register() -> None:
+    """Tell transformers, and vLLM where it is installed, the per-layer classes of every family; again does no harm."""
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel, AutoModelForCausalLM
+
+    for family in FAMILIES:
+        if family not in CONFIG_MAPPING:  # of a later transformers
+            continue
+        config, base, causal = classes_of(family)
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModel.register(config, base, exist_ok=True)
+        AutoModelForCausalLM.register(config, causal, exist_ok=True)
+        if "vllm" in sys.modules or find_spec("vllm"):
+            _tell_vllm(family, causal.__name__)
+
+
+def _tell_vllm(family: str, name: str) -> None:
+    from vllm import ModelRegistry
+
+    backend = "TransformersMoEForCausalLM" if FAMILIES[family].mixture else "TransformersForCausalLM"
+    if name not in ModelRegistry.get_supported_archs():
+        ModelRegistry.register_model(name, VLLM + backend)
+
+
+@cache
+def classes_of(family: str) -> tuple[Any, Any, Any]:
+    """Configuration, base model and causal model of a family's per-layer checkpoints."""
+    import transformers
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_MAPPING_NAMES
+
+    dense: Any = CONFIG_MAPPING[family]
+    name = f"Pruned{dense.__name__}"
+    text = CONFIGURATION.substitute(
+        config=dense.__name__, pruned_config=name, model_type=PREFIX + family, digest="registered by prunetune"
+    )
+    config = _run(text, __name__)[name]
+    base = getattr(transformers, MODEL_MAPPING_NAMES[family])
+    causal = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
+    made = (config, _resizing(base, config), _resizing(causal, config))
+    for new in made:
+        setattr(sys.modules[__name__], new.__name__, new)  # where pickle looks for them
+    return made
+
+
+def _resizing(stock: Any, config_class: Any) -> Any:
+    """A subclass that is built dense and then takes the widths of its configuration."""
+
+    def init(self: Any, config: Any) -> None:
+        names, code = _generated(config)
+        stock.__init__(self, code["dense"](config))
+        base = getattr(self, names.inner, self)
+        code["resize"](self, base.get_submodule(names.layers), config)
+
+    init.__annotations__.clear()  # vLLM holds arguments against annotations, which have to be classes then
+    members = {"config_class": config_class, "__init__": init, "__module__": __name__}
+    return type(f"Pruned{stock.__name__}", (stock,), members)
+
+
+def _generated(config: Any) -> tuple[PerLayer, dict[str, Any]]:
+    """What the modules beside a checkpoint of this configuration define."""
+    from transformers import CONFIG_MAPPING
+
+    family = config.model_type.removeprefix(PREFIX)
+    values = {key: value for key, value in config.to_dict().items() if key not in OWN}
+    model = empty(CONFIG_MAPPING[family].from_dict(values))
+    names = PerLayer.of(model)
+    # Every kind of unit that it could lose: what was not pruned says its dense width, and is resized to that.
+    units = [name for name, kind in KINDS.items() if kind != "layers" and kind not in coupling_of(model).whole]
+    _, modeling = code_of(names, find_sites(model, units), model)
+    package = f"{__name__}.{names.model_type}"
+    beside = ModuleType(f"{package}.configuration_pruned")  # what the generated import finds
+    vars(beside)[f"Pruned{names.config}"] = type(config)
+    sys.modules |= {package: ModuleType(package), beside.__name__: beside}
+    return names, _run(modeling, f"{package}.modeling_pruned", package)
+
+
+def _run(text: str, name: str, package: str = "") -> dict[str, Any]:
+    """What a text of our own templates defines."""
+    defined: dict[str, Any] = {"__name__": name, "__package__": package}
+    exec(compile(text, f"<{name}>", "exec"), defined)  # noqa: S102
+    return defined

@@ -1,0 +1,76 @@
+"""The licence that a base model states, in its card's front matter or the keys of a .gguf file. Nothing is fetched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from prunetune.errors import PrunetuneError
+from prunetune.model.loading import DEMO, demo_file
+
+FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
+
+
+@dataclass(frozen=True)
+class Licence:
+    """What the base says of itself; all empty where it says nothing."""
+
+    id: str = ""  # "apache-2.0", "llama3.2", "other"
+    name: str = ""
+    link: str = ""
+    where: str = ""  # "its model card", "its LICENSE file"
+
+
+def licence_of(model: str) -> Licence:
+    """Look where the model is: a folder, a .gguf file, `demo`, or a hub name whose card is in the cache."""
+    path = Path(model).expanduser()
+    try:
+        if model == DEMO or path.suffix == ".gguf":
+            return _of_gguf(demo_file() if model == DEMO else path)
+        card = path / "README.md" if path.is_dir() else _cached(model)
+        found = _of_card(card) if card and card.is_file() else Licence()
+        beside = next((name for name in FILES if (path / name).is_file()), "")
+        return found if found.id or not beside else Licence(id="other", where=f"its file {beside}")
+    except (OSError, ValueError, LookupError, PrunetuneError):  # a card can be written without
+        return Licence()
+
+
+def _of_card(card: Path) -> Licence:
+    """Hugging Face's keys `license`, `license_name`, `license_link`."""
+    head, begin, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    front, end, _ = rest.partition("\n---")
+    if head.strip() or not begin or not end:
+        return Licence()
+    try:
+        values: Any = yaml.safe_load(front)
+    except yaml.YAMLError:
+        return Licence()
+    return _said(values, "license", "_", "its model card") if isinstance(values, dict) else Licence()
+
+
+def _of_gguf(file: Path) -> Licence:
+    """The keys `general.license`, `general.license.name`, `general.license.link`."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(file).fields
+    values = {key: fields[key].contents() for key in fields if key.startswith("general.license")}
+    return _said(values, "general.license", ".", "its .gguf file")
+
+
+def _said(values: dict[str, Any], key: str, joint: str, where: str) -> Licence:
+    found = values.get(key)
+    first = found[0] if isinstance(found, list) and found else found
+    if not first:
+        return Licence()
+    name, link = (str(values.get(f"{key}{joint}{part}") or "") for part in ("name", "link"))
+    return Licence(str(first), name, link, where)
+
+
+def _cached(name: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "README.md")
+    return Path(found) if isinstance(found, str) else None
