@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -331,3 +333,19 @@ def test_help(arguments: tuple[str, ...], say: Said) -> None:
 def test_report_of_what_is_no_run(say: Said, tmp_path: Path) -> None:
     refused(say("report", str(tmp_path)), str(tmp_path))
     refused(say("report", str(tmp_path / "absent")), "absent")
+
+
+STOPPED = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+import prunetune.cli
+prunetune.cli.app = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+sys.argv = ["prunetune", *sys.argv[1:]]
+prunetune.cli.main()
+"""
+
+
+@pytest.mark.parametrize(("command", "line"), [("run", "interrupted; go on with --resume"), ("bench", "interrupted")])
+def test_sigterm_ends_a_run_wherever_it_was_started(command: str, line: str) -> None:
+    ended = subprocess.run([sys.executable, "-c", STOPPED, command], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, f"prunetune: {line}\n")

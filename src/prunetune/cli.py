@@ -309,8 +309,13 @@ def main() -> None:
     # The run's own lines say what these bars and notes would; read by transformers when it is imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    signal.signal(signal.SIGTERM, _interrupted)
     sys.exit(_guarded())
+
+
+def _interrupted(*_: object) -> None:
+    """As Ctrl-C, also where that is ignored: in the background of a script."""
+    raise KeyboardInterrupt
 
 
 def _guarded() -> int:
@@ -321,7 +326,8 @@ def _guarded() -> int:
     except PrunetuneError as wrong:
         return _say(str(wrong), wrong.exit_code)
     except KeyboardInterrupt:
-        return _say("interrupted; go on with --resume", 130)
+        resumable = sys.argv[1:2] in (["run"], ["demo"], ["compare"])
+        return _say("interrupted; go on with --resume" if resumable else "interrupted", 130)
     except Exception as error:
         translated = _translated(error)
         if translated is None:
