@@ -1,6 +1,6 @@
 """Kills a run at random moments, goes on with --resume each time, and compares plan and weights to the bit (E4).
 
-    python benchmarks/kills.py [--kills 30] [--seed 0] [--device cpu]
+    python benchmarks/kills.py [--kills 30] [--seed 0] [--steps 400] [--device cpu]
 
 The run is whole (teacher, search, cut, all weights, export, evaluation, report), on a small random model made here. A
 kill is SIGKILL to the process, uniformly over the time that an uninterrupted run took; runs that end before they are
@@ -31,7 +31,7 @@ device: {device}
 dtype: {dtype}
 data: {{train: [{folder}/rows.jsonl], test_share: 0.25, valid_share: 0.2}}
 budget: {{keep: 0.6, align: 8}}
-train: {{steps: 120, batch_size: 4, checkpoint_every: 3, validate_every: 5}}
+train: {{steps: {steps}, batch_size: 4, checkpoint_every: 3, validate_every: 5}}
 lora: {{rank: 4, dense_rank: 4}}
 search: {{share: 0.4, settle: 0.2, evidence: 2, batch_size: 4}}
 evaluate: {{limit: 5, generate_limit: 2, max_new_tokens: 4}}
@@ -42,12 +42,13 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--kills", type=int, default=30)
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--steps", type=int, default=400, help="tuning steps: the more, the more kills fall into them")
     options.add_argument("--device", default="cpu")
     given = options.parse_args()
     rng = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        prepare(folder, given.device)
+        prepare(folder, given.device, given.steps)
         started = time.monotonic()
         command(folder, "whole", resume=False).wait()
         whole, expected = time.monotonic() - started, digest(folder / "whole")
@@ -64,7 +65,7 @@ def main() -> None:
     sys.exit(0 if equal == runs else 1)
 
 
-def prepare(folder: Path, device: str) -> None:
+def prepare(folder: Path, device: str, steps: int) -> None:
     """Model, rows and recipe."""
     speaker().save_pretrained(folder / "dense")
     characters().save_pretrained(folder / "dense")
@@ -72,7 +73,9 @@ def prepare(folder: Path, device: str) -> None:
     rows += [{"prompt": f"Repeat {n}: ", "completion": f"{n} {n}", "task": "open"} for n in range(40)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     dtype = "float32" if device == "cpu" else "bfloat16"
-    (folder / "recipe.yaml").write_text(RECIPE.format(folder=folder, device=device, dtype=dtype), encoding="utf-8")
+    (folder / "recipe.yaml").write_text(
+        RECIPE.format(folder=folder, device=device, dtype=dtype, steps=steps), encoding="utf-8"
+    )
 
 
 def command(folder: Path, name: str, *, resume: bool) -> subprocess.Popen[bytes]:
