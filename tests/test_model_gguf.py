@@ -45,8 +45,17 @@ def test_a_torn_file_is_refused_in_a_line(content: bytes, tmp_path: Path, monkey
 
 
 def test_two_processes_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = gguf.dequantised(file)
-    monkeypatch.setattr(os, "getpid", lambda: 12345)
-    gguf._convert(file, first)  # the other process had not seen the folder yet
-    assert gguf.dequantised(file) == first
-    assert [path.name for path in first.parent.iterdir()] == [first.name]
+    class Slow:
+        """A tokenizer while whose writing another process begins and ends."""
+
+        def save_pretrained(self, folder: Path) -> None:
+            monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: characters())
+            with monkeypatch.context() as other:
+                other.setattr(os, "getpid", lambda: 12345)
+                gguf.dequantised(file)
+            characters().save_pretrained(folder)
+
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: Slow())
+    folder = gguf.dequantised(file)
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]

@@ -63,7 +63,7 @@ def test_too_many_end_the_run_with_their_rows(monkeypatch: pytest.MonkeyPatch) -
         tune_and_prune(job_of(config_of({"train": {"max_skipped": 2}})))
 
 
-def test_a_search_without_numbers_leaves_the_generator_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_without_numbers_leaves_the_generator_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     genuine = Padded.slopes
 
     def slopes(self: Padded, *arguments: Any) -> Any:
@@ -71,9 +71,15 @@ def test_a_search_without_numbers_leaves_the_generator_alone(monkeypatch: pytest
         return found, {name: slope * math.nan for name, slope in slopes.items()}
 
     monkeypatch.setattr(Padded, "slopes", slopes)
-    job = job_of(config_of({"search": {"evidence": 0}}))
+    every = Every(tmp_path)
+    job = job_of(config_of({"search": {"evidence": 0}}), keeper=every)
     tune_and_prune(job)
-    assert all(weight.isfinite().all() for weight in weights_of(job).values())
+    first, last = every.at(1).latest(), every.at(10).latest()
+    assert first is not None
+    assert last is not None
+    assert identical(first.tensors["generator"], last.tensors["generator"])
+    assert all(weight.isfinite().all() for weight in last.tensors["generator"].values())
+    assert last.faults["skipped"] == 4
 
 
 def test_what_was_left_out_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
