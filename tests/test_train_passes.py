@@ -199,7 +199,10 @@ def test_soft_capped_attention_is_not_packed() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_recorded_passes_equal_padded_ones_on_a_gpu_also_side_by_side() -> None:
+@pytest.mark.parametrize("compile", ["off", "on"])
+def test_recorded_passes_equal_padded_ones_on_a_gpu_also_side_by_side(compile: str) -> None:
+    config = from_mapping({"train": {"compile": compile}})
+
     def both(seed: int) -> list[tuple[float, dict[str, Tensor]]]:
         with torch.cuda.stream(torch.cuda.Stream()):
             model = tiny(seed=seed).to("cuda", torch.bfloat16).requires_grad_(False)
@@ -207,7 +210,7 @@ def test_recorded_passes_equal_padded_ones_on_a_gpu_also_side_by_side() -> None:
             with_lora(model, seed=seed)
             found = []
             for kind in (Padded, Packed):
-                passes = kind(model, sites, 0, config_of(), teacher)
+                passes = kind(model, sites, 0, config, teacher)
                 for _ in range(3):  # recorded at the first, replayed at the others
                     loss = passes.tune(examples(), None)["loss"]
                     found.append((loss, gradients(model)))

@@ -140,6 +140,9 @@ class TrainConfig:
     packing: Literal["auto", "off"] = option(
         "auto", "Examples end to end, passes recorded as CUDA graphs, where GPU and model can; off pads and runs as is."
     )
+    compile: Literal["auto", "on", "off"] = option(
+        "auto", "Layers and losses of recorded passes compiled into few kernels; auto: in runs of 1,000 steps or more."
+    )
     learning_rate: float = option(1e-3, "Peak learning rate of the adapters.", above=0)
     optimizer: Literal["adamw", "muon"] = option("adamw", "What moves the adapters; Muon wants twice AdamW's rate.")
     weights: Literal["auto", "all", "adapters"] = option(

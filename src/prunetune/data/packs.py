@@ -6,7 +6,7 @@ Shapes: N tokens of a row, S sequences in it, M places where the loss counts.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from torch import Tensor
 from prunetune.data.batches import IGNORED
 from prunetune.data.templates import Example
 
-TOKENS = 2048  # N is a multiple of this, and of this times a power of two once rows are long
-LABELS = 1024  # M is a multiple of this
+TOKENS = 1024  # N is a multiple of this, and of this times a power of two once rows are long
+LABELS = 512  # M is a multiple of this
+LONGEST = 512  # what attention is told of the longest sequence is this times a power of two
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,22 @@ class Pack:
     length: Tensor  # long scalar, tokens before the padding
     predicting: Tensor  # long [M], where in the row logits are needed
     targets: Tensor  # long [M], what they predict; -100 where M was rounded up
-    tokens: int = field(default=0, kw_only=True)  # targets that count
+    tokens: int = field(kw_only=True)  # targets that count
+    longest: int = field(kw_only=True)  # no sequence of the row, padding included, is longer
 
     @property
     def shape(self) -> tuple[int, ...]:
         """All that a graph of kernels depends on."""
-        return (self.input_ids.numel(), self.bounds.numel(), self.predicting.numel())
+        return (self.input_ids.numel(), self.bounds.numel(), self.predicting.numel(), self.longest)
 
     def tensors(self) -> list[Tensor]:
         """The tensors, in the order of the fields."""
         return [self.input_ids, self.position_ids, self.bounds, self.length, self.predicting, self.targets]
+
+    def holding(self, tensors: Sequence[Tensor]) -> Pack:
+        """The same with other tensors, in the order of `tensors()`."""
+        names = ("input_ids", "position_ids", "bounds", "length", "predicting", "targets")
+        return replace(self, **dict(zip(names, tensors, strict=True)))  # type: ignore[arg-type]
 
 
 def pack(examples: Sequence[Example], pad_id: int, *, sequences: int) -> Pack:
@@ -64,7 +71,13 @@ def pack(examples: Sequence[Example], pad_id: int, *, sequences: int) -> Pack:
         predicting=torch.tensor(predicting + [0] * idle),
         targets=torch.tensor(targets + [IGNORED] * idle),
         tokens=tokens,
+        longest=_doubled(max(spare, *(len(example.ids) for example in examples)), LONGEST),
     )
+
+
+def _doubled(length: int, least: int) -> int:
+    """The first of `least`, twice `least`, four times ... that is not below `length`."""
+    return least if length <= least else _doubled(length, 2 * least)
 
 
 def stepped(length: int, step: int) -> int:

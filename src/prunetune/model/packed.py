@@ -5,6 +5,7 @@ transformers hands `cu_seq_lens_q` and `max_length_q` down to whatever attention
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,12 @@ from torch.nn import functional as F
 
 NAME = "prunetune_packed"
 PROBE = 32  # tokens
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # before PyTorch 2.10: nothing is packed there
+    varlen_attn = None  # type: ignore[assignment]
+# Whether query heads may share key-value heads, else these are repeated.
+TAKES_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def can_pack(model: Any) -> bool:
@@ -81,9 +88,6 @@ def packed_attention(
 
     `cu_seq_lens_q` int32 [S + 1] holds the bounds; `max_length_q` is at least the longest sequence's length.
     """
-    ratio = query.shape[1] // key.shape[1]
-    if ratio > 1:
-        key, value = key.repeat_interleave(ratio, dim=1), value.repeat_interleave(ratio, dim=1)
     rows = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
     attend = _flash if query.is_cuda else _one_by_one
     return attend(*rows, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None
@@ -92,10 +96,13 @@ def packed_attention(
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn
-
-    left = -1 if window is None else window - 1
-    result = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(left, 0))
+    ratio, left = query.shape[1] // key.shape[1], -1 if window is None else window - 1
+    grouped: dict[str, Any] = {"enable_gqa": True} if TAKES_GROUPS else {}
+    if ratio > 1 and not TAKES_GROUPS:
+        key, value = key.repeat_interleave(ratio, dim=1), value.repeat_interleave(ratio, dim=1)
+    result = varlen_attn(
+        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(left, 0), **grouped
+    )
     assert isinstance(result, Tensor)
     return result
 
@@ -109,5 +116,6 @@ def _one_by_one(
         q, k, v = (part[start:end].transpose(0, 1) for part in (query, key, value))
         back = torch.arange(end - start)[:, None] - torch.arange(end - start)[None, :]
         seen = (back >= 0) & (back < (window or end - start + 1))
-        parts.append(F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(0, 1))
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=True)
+        parts.append(mixed.transpose(0, 1))
     return torch.cat(parts)

@@ -69,5 +69,6 @@ def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(iterations):
         square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
+        even = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, even, x, beta=a)
     return x.mT if tall else x

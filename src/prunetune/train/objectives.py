@@ -5,7 +5,8 @@ Shapes: N tokens of a pass in all its rows, M of them with a label behind them, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,33 +49,71 @@ def feed_of_batch(batch: Batch) -> Feed:
 
 def feed_of_pack(row: Pack) -> Feed:
     """A packed row, for a model under `packed_rows`."""
-    longest = row.input_ids.shape[1]
     arguments = {
         "input_ids": row.input_ids,
         "position_ids": row.position_ids,
         "cu_seq_lens_q": row.bounds,
         "cu_seq_lens_k": row.bounds,
-        "max_length_q": longest,
-        "max_length_k": longest,
+        "max_length_q": row.longest,
+        "max_length_k": row.longest,
     }
-    real = torch.arange(longest, device=row.length.device) < row.length
+    real = torch.arange(row.input_ids.shape[1], device=row.length.device) < row.length
     return Feed(arguments, row.predicting, row.targets, real)
 
 
-def answer_loss(model: Any, feed: Feed) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """[n, V] logits and long [n] targets -> their cross-entropy summed, nats; a target of -100 does not count."""
+    return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORED)
+
+
+def divergence(found: Tensor, wanted: Tensor, real: Tensor) -> Tensor:
+    """[n, V] logits twice -> KL(wanted || found) of the next token, summed over the places of bool [n] `real`."""
+    found, wanted = F.log_softmax(found.float(), -1), F.log_softmax(wanted.float(), -1)
+    apart = F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+    return (apart * real).sum()
+
+
+def relative_error(output: Tensor, aim: Tensor) -> Tensor:
+    """[rows, T, H] twice -> [N]: squared distance over the aim's squared length, token by token.
+
+    Relative, because single tokens (the first above all) have outputs a thousand times as long as others'.
+    """
+    aim = aim.float().flatten(0, 1)
+    return (output.float().flatten(0, 1) - aim).square().sum(-1) / aim.square().sum(-1).clamp_min(1e-6)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What the losses are made of: functions of tensors, as they are or compiled."""
+
+    cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+    divergence: Callable[[Tensor, Tensor, Tensor], Tensor] = divergence
+    relative_error: Callable[[Tensor, Tensor], Tensor] = relative_error
+
+
+PLAIN = Terms()
+
+
+@functools.cache
+def compiled_terms() -> Terms:
+    """The same, each compiled at its first call: logits are then read and written once, not a dozen times."""
+    return Terms(*(torch.compile(term, dynamic=True) for term in (cross_entropy, divergence, relative_error)))
+
+
+def answer_loss(model: Any, feed: Feed, terms: Terms = PLAIN) -> Tensor:
     """Summed cross-entropy (nats) over the labelled tokens; the head runs only where labels are."""
     with _mixed(model, feed):
-        return _cross_entropy(model, feed, _forward(model, feed)[0])
+        return _answers(model, feed, _forward(model, feed)[0], terms)
 
 
-def losses(model: Any, feed: Feed, teacher: Teacher | None) -> tuple[Tensor, Tensor]:
+def losses(model: Any, feed: Feed, teacher: Teacher | None, terms: Terms = PLAIN) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy over the labelled tokens, and summed distance to the teacher over all real tokens.
 
     Distance: KL(teacher || student) of the next token (Hinton et al. 2015) and the squared error of every layer's
     output relative to the teacher's, mean over layers; weighed as the teacher says.
     """
     if teacher is None:
-        loss = answer_loss(model, feed)
+        loss = answer_loss(model, feed, terms)
         return loss, torch.zeros_like(loss.detach())
     deep = teacher.hidden > 0
     with _mixed(model, feed):
@@ -83,11 +122,11 @@ def losses(model: Any, feed: Feed, teacher: Teacher | None) -> tuple[Tensor, Ten
             aim, aims = _forward(teacher.model, feed, deep=deep)
         distance = torch.zeros((), device=hidden.device)
         if teacher.logits:
-            distance = distance + teacher.logits * _divergence(model, hidden, teacher.model, aim, feed.real)
+            distance = distance + teacher.logits * _apart(model, hidden, teacher.model, aim, feed.real, terms)
         if deep:
-            errors = torch.stack([_relative_error(one, other) for one, other in zip(layers, aims, strict=True)])
+            errors = torch.stack([terms.relative_error(one, other) for one, other in zip(layers, aims, strict=True)])
             distance = distance + teacher.hidden * (errors.mean(0) * feed.real).sum()
-        return _cross_entropy(model, feed, hidden), distance
+        return _answers(model, feed, hidden, terms), distance
 
 
 def _mixed(model: Any, feed: Feed) -> Any:
@@ -106,40 +145,30 @@ def _forward(model: Any, feed: Feed, *, deep: bool = False) -> tuple[Tensor, Seq
     return seen[0], result.hidden_states[1:] if deep else ()
 
 
-def _cross_entropy(model: Any, feed: Feed, hidden: Tensor) -> Tensor:
+def _answers(model: Any, feed: Feed, hidden: Tensor, terms: Terms) -> Tensor:
+    """Cross-entropy of all labels, from what the head would read."""
     head = head_of(model)
 
     def loss(portion: Tensor, places: slice) -> Tensor:
-        return F.cross_entropy(head(portion).float(), feed.targets[places], reduction="sum", ignore_index=IGNORED)
+        return terms.cross_entropy(head(portion), feed.targets[places])
 
     return in_portions(hidden.index_select(0, feed.predicting), _vocabulary(model), loss)
 
 
-def _divergence(model: Any, hidden: Tensor, teacher: Any, aim: Tensor, real: Tensor) -> Tensor:
+def _apart(model: Any, hidden: Tensor, teacher: Any, aim: Tensor, real: Tensor, terms: Terms) -> Tensor:
     """KL(teacher || student) of the next token, summed over real tokens."""
     head, other = head_of(model), head_of(teacher)
 
     def loss(portion: Tensor, places: slice) -> Tensor:
         with torch.no_grad():
-            wanted = F.log_softmax(other(aim[places]).float(), -1)
-        found = F.log_softmax(head(portion).float(), -1)
-        apart = F.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
-        return (apart * real[places]).sum()
+            wanted = other(aim[places])
+        return terms.divergence(head(portion), wanted, real[places])
 
     return in_portions(hidden, _vocabulary(model), loss)
 
 
 def _vocabulary(model: Any) -> int:
     return int(model.config.get_text_config().vocab_size)
-
-
-def _relative_error(output: Tensor, aim: Tensor) -> Tensor:
-    """[rows, T, H] twice -> [N]: squared distance over the aim's squared length, token by token.
-
-    Relative, because single tokens (the first above all) have outputs a thousand times as long as others'.
-    """
-    aim = aim.float().flatten(0, 1)
-    return (output.float().flatten(0, 1) - aim).square().sum(-1) / aim.square().sum(-1).clamp_min(1e-6)
 
 
 def feeds(

@@ -6,27 +6,40 @@ Both give the same losses and gradients; see `tests/test_train_passes.py`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from prunetune.config import RunConfig
+from prunetune.config import RunConfig, TrainConfig
 from prunetune.data.packs import Pack, pack, packable
 from prunetune.data.templates import Example
+from prunetune.model.fusing import fused
 from prunetune.model.masking import Adapters, masked
 from prunetune.model.packed import can_pack, packed_rows
 from prunetune.model.sites import Site
 from prunetune.train.adapters import adapters, frozen
-from prunetune.train.graphs import Function, Recorder
-from prunetune.train.objectives import Teacher, answer_loss, backward, feed_of_pack, group_lasso, losses, mean_loss
+from prunetune.train.graphs import Recorder
+from prunetune.train.objectives import (
+    PLAIN,
+    Teacher,
+    answer_loss,
+    backward,
+    compiled_terms,
+    feed_of_pack,
+    group_lasso,
+    losses,
+    mean_loss,
+)
 
 log = logging.getLogger(__name__)
 
+LONG = 1000  # steps from which compiling pays
 Gates = Mapping[str, Tensor]
 Losses = Mapping[str, float]  # "loss", and "distance" where there is a teacher
+Pass = Callable[[Pack, Tensor], None]  # over a row; the second holds the share of one label, and of one token
 
 
 class Passes(Protocol):
@@ -70,6 +83,11 @@ def passes_for(
             return Packed(model, sites, pad_id, config, teacher)
         log.info("%s cannot be packed: examples are padded, which is slower", model.config.model_type)
     return Padded(model, sites, pad_id, config, teacher)
+
+
+def worth_compiling(train: TrainConfig) -> bool:
+    """Compiling takes half a minute or more, which short runs would not get back."""
+    return train.compile == "on" or (train.compile == "auto" and train.steps >= LONG)
 
 
 class Padded:
@@ -142,6 +160,7 @@ class Packed:
         self.form: Adapters = "free" if config.search.lora_aware else "gated"
         self.device = next(model.parameters()).device
         self.recorder = Recorder(self.device)
+        self.compiles = worth_compiling(config.train)
         self.sums = torch.zeros(2, device=self.device)  # answer loss and distance, or the lasso
         self.gates = torch.zeros(sum(site.units for site in sites), device=self.device, requires_grad=True)
         self.gates.grad = torch.zeros_like(self.gates)
@@ -188,7 +207,7 @@ class Packed:
         """See `Passes`."""
         self.recorder.forget()
 
-    def _over(self, examples: Sequence[Example], kind: str, function: Function, results: list[Tensor]) -> Losses:
+    def _over(self, examples: Sequence[Example], kind: str, function: Pass, results: list[Tensor]) -> Losses:
         """Run `function` on packs of all examples; mean losses."""
         parts = packable(examples, self.micro_tokens)
         packs = [pack(part, self.pad_id, sequences=len(examples)) for part in parts]
@@ -196,42 +215,56 @@ class Packed:
         shares = torch.tensor([1 / max(1, labels), 1 / max(1, tokens)])
         self.sums.zero_()
         for one in packs:
-            self.recorder.run((kind, *one.shape), function, [*one.tensors(), shares], [self.sums, *results])
+
+            def run(inputs: Sequence[Tensor], one: Pack = one) -> None:
+                function(one.holding(inputs[:-1]), inputs[-1])
+
+            self.recorder.run((kind, *one.shape), run, [*one.tensors(), shares], [self.sums, *results])
         loss, distance = self.sums.tolist()
         return {"loss": loss, "distance": distance} if self.teacher else {"loss": loss}
 
-    def _learn(self, inputs: Sequence[Tensor]) -> None:
-        feed, shares = feed_of_pack(Pack(*inputs[:-1])), inputs[-1]
-        with packed_rows(self.model), packed_rows(self.teacher.model) if self.teacher else nullcontext():
-            parts = torch.stack(losses(self.model, feed, self.teacher)) * shares
+    def _learn(self, row: Pack, shares: Tensor) -> None:
+        terms = compiled_terms() if self.compiles else PLAIN
+        with self._packed():
+            parts = torch.stack(losses(self.model, feed_of_pack(row), self.teacher, terms)) * shares
         parts.sum().backward()  # type: ignore[no-untyped-call]
         self.sums += parts.detach()
 
-    def _learn_gated(self, inputs: Sequence[Tensor]) -> None:
-        with masked(self.model, self._by_site(self.gates.detach()), adapters=self.form, sites=self.sites):
-            self._learn(inputs)
+    @contextmanager
+    def _packed(self) -> Iterator[None]:
+        models = [self.model, *([self.teacher.model] if self.teacher else [])]
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(packed_rows(model))
+            if self.compiles:
+                stack.enter_context(fused(*models))
+            yield
 
-    def _both(self, inputs: Sequence[Tensor]) -> None:
+    def _learn_gated(self, row: Pack, shares: Tensor) -> None:
+        with masked(self.model, self._by_site(self.gates.detach()), adapters=self.form, sites=self.sites):
+            self._learn(row, shares)
+
+    def _both(self, row: Pack, shares: Tensor) -> None:
         with masked(self.model, self._by_site(self.gates), adapters=self.form, sites=self.sites):
-            self._learn(inputs)
+            self._learn(row, shares)
 
     def _shrink(self, inputs: Sequence[Tensor]) -> None:
         penalty = group_lasso(self.model, self._by_site(self.gates.detach()), self.sites)
         (penalty * inputs[0]).backward()  # type: ignore[no-untyped-call]
         self.sums[0] += penalty.detach()
 
-    def _slopes(self, inputs: Sequence[Tensor]) -> None:
+    def _slopes(self, row: Pack, shares: Tensor) -> None:
         with frozen(self.model), masked(self.model, self._by_site(self.gates), sites=self.sites):
-            self._learn(inputs)
+            self._learn(row, shares)
 
     @torch.no_grad()
-    def _score(self, inputs: Sequence[Tensor]) -> None:
-        with packed_rows(self.model):
-            self.sums[0] += answer_loss(self.model, feed_of_pack(Pack(*inputs[:-1]))) * inputs[-1][0]
+    def _score(self, row: Pack, shares: Tensor) -> None:
+        with self._packed():
+            self.sums[0] += answer_loss(self.model, feed_of_pack(row)) * shares[0]
 
-    def _score_gated(self, inputs: Sequence[Tensor]) -> None:
+    def _score_gated(self, row: Pack, shares: Tensor) -> None:
         with masked(self.model, self._by_site(self.gates.detach()), sites=self.sites):
-            self._score(inputs)
+            self._score(row, shares)
 
     def _set(self, gates: Gates) -> None:
         self.gates.detach().copy_(torch.cat([gates[site.name].detach() for site in self.sites]))
