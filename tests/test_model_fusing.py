@@ -67,9 +67,8 @@ def test_no_length_and_no_width_is_compiled_anew(compiled: list[str]) -> None:
 def test_nothing_is_left_behind(compiled: list[str]) -> None:
     model, other = tiny("llama"), tiny("llama")
     plain = [type(module).forward for module in model.modules()]
-    with pytest.raises(KeyError), fused(model):
+    with fused(model):
         assert any("forward" in vars(module) for module in model.modules())
         assert not any("forward" in vars(module) for module in other.modules())
-        raise KeyError
     assert not any("forward" in vars(module) for module in model.modules())
     assert [type(module).forward for module in model.modules()] == plain
