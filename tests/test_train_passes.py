@@ -199,6 +199,7 @@ def test_soft_capped_attention_is_not_packed() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*Online softmax:UserWarning")
 @pytest.mark.parametrize("compile", ["off", "on"])
 def test_recorded_passes_equal_padded_ones_on_a_gpu_also_side_by_side(compile: str) -> None:
     config = from_mapping({"train": {"compile": compile}})
@@ -211,7 +212,7 @@ def test_recorded_passes_equal_padded_ones_on_a_gpu_also_side_by_side(compile: s
             found = []
             for kind in (Padded, Packed):
                 passes = kind(model, sites, 0, config, teacher)
-                for _ in range(3):  # recorded at the first, replayed at the others
+                for _ in range(3):  # run as is, recorded, replayed
                     loss = passes.tune(examples(), None)["loss"]
                     found.append((loss, gradients(model)))
             return found

@@ -16,7 +16,7 @@ from prunetune.data.templates import Example
 
 TOKENS = 1024  # N is a multiple of this, and of this times a power of two once rows are long
 LABELS = 512  # M is a multiple of this
-LONGEST = 512  # what attention is told of the longest sequence is this times a power of two
+LONGEST = 512  # what attention is told of the longest sequence is this times a power of four
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ def pack(examples: Sequence[Example], pad_id: int, *, sequences: int) -> Pack:
         predicting=torch.tensor(predicting + [0] * idle),
         targets=torch.tensor(targets + [IGNORED] * idle),
         tokens=tokens,
-        longest=_doubled(max(spare, *(len(example.ids) for example in examples)), LONGEST),
+        longest=_grown(max(spare, *(len(example.ids) for example in examples)), LONGEST),
     )
 
 
-def _doubled(length: int, least: int) -> int:
-    """The first of `least`, twice `least`, four times ... that is not below `length`."""
-    return least if length <= least else _doubled(length, 2 * least)
+def _grown(length: int, least: int) -> int:
+    """The first of `least`, four times `least`, sixteen times ... that is not below `length`."""
+    return least if length <= least else _grown(length, 4 * least)
 
 
 def stepped(length: int, step: int) -> int:

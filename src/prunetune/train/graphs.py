@@ -17,34 +17,43 @@ from prunetune.errors import ModelError
 
 # Recording runs the model's Python under hooks and settings that are not made for two at once.
 RECORDING = threading.Lock()
-WARM_UPS = 1  # runs before recording, in which kernels are chosen and workspaces made
 Function = Callable[[Sequence[Tensor]], None]
 
 
 class Recorder:
-    """Functions of tensors as CUDA graphs: one for each key, recorded at its first call; on a CPU simply called.
+    """Functions of tensors as CUDA graphs: one for each key, recorded at its second call; on a CPU simply called.
 
-    Several threads may each have a recorder, on a stream of their own: small graphs then share the GPU.
+    The first call runs as is: it chooses kernels and makes workspaces, which a recording cannot, and a key that never
+    comes again is not worth recording. Several threads may each have a recorder, on a stream of their own: small graphs
+    then share the GPU.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
         self._pool: Any = None
         # Workspaces of matrix products belong to a stream: recorders that shared one would overwrite each other's.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    def run(self, key: Hashable, function: Function, inputs: Sequence[Tensor], results: Sequence[Tensor]) -> None:
-        """`function(inputs)`, which adds to `results` and to nothing else; `key` is all that its kernels depend on.
+    def run(self, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> None:
+        """`function(inputs)`, whose results stay in the same tensors; `key` is all that its kernels depend on.
 
         `inputs` may be on the CPU. Raises `ModelError` where the function cannot be recorded.
         """
         if self.device.type != "cuda":
             function(inputs)
             return
+        if key not in self._seen:
+            beside = self._beside()
+            with RECORDING, torch.cuda.stream(beside):
+                function([value.to(self.device) for value in inputs])
+            torch.cuda.current_stream(self.device).wait_stream(beside)
+            self._seen.add(key)
+            return
         if key not in self._graphs:
             with RECORDING:
-                self._graphs[key] = self._record(function, inputs, results)
+                self._graphs[key] = self._record(function, inputs)
         graph, static = self._graphs[key]
         for place, value in zip(static, inputs, strict=True):
             place.copy_(value)
@@ -52,27 +61,24 @@ class Recorder:
 
     def forget(self) -> None:
         """Drop all recordings and their memory."""
+        self._seen.clear()
         self._graphs.clear()
         self._pool = None
 
-    def _record(
-        self, function: Function, inputs: Sequence[Tensor], results: Sequence[Tensor]
-    ) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    def _beside(self) -> torch.cuda.Stream:
+        """The recorder's stream, behind all that has been asked of the current one."""
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        return self._stream
+
+    def _record(self, function: Function, inputs: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
         static = [value.to(self.device, copy=True) for value in inputs]
-        before = [result.clone() for result in results]
-        side = self._stream
-        assert side is not None
-        side.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(side):
-            for _ in range(WARM_UPS):
-                function(static)
-        torch.cuda.current_stream(self.device).wait_stream(side)
-        torch._foreach_copy_(list(results), before)
         # Nothing that a graph makes outlives its replay, so all of them may use the same memory.
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
+            beside = self._beside()
+            with torch.cuda.graph(graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"):
                 function(static)
         except torch.OutOfMemoryError:
             raise

@@ -37,8 +37,7 @@ class Muon(torch.optim.Optimizer):
         for state in states:
             state["step"] += 1
         rate = torch.tensor(self.param_groups[0]["lr"] * min(1.0, float(states[0]["step"]) / WARMUP))
-        buffers = [state["momentum"] for state in states]
-        self._recorder.run("update", self._update, [rate], [*self._weights, *buffers])
+        self._recorder.run("update", self._update, [rate])
 
     def _state_of(self, weight: nn.Parameter) -> dict[str, Tensor]:
         state: dict[str, Tensor] = self.state[weight]

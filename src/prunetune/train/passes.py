@@ -167,17 +167,18 @@ class Packed:
 
     def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
         """See `Passes`."""
-        results = self._gradients()
+        self._make_gradients()
         if gates is None:
-            return self._over(examples, "tune", self._learn, results)
+            return self._over(examples, "tune", self._learn)
         self._set(gates)
-        return self._over(examples, "tune gated", self._learn_gated, results)
+        return self._over(examples, "tune gated", self._learn_gated)
 
     def shrink(self, gates: Gates, weight: float) -> float:
         """See `Passes`."""
         self._set(gates)
         self.sums.zero_()
-        self.recorder.run("shrink", self._shrink, [torch.tensor(weight)], [self.sums, *self._gradients()])
+        self._make_gradients()
+        self.recorder.run("shrink", self._shrink, [torch.tensor(weight)])
         return float(self.sums[0])
 
     def slopes(self, examples: Sequence[Example], gates: Gates) -> tuple[Losses, dict[str, Tensor]]:
@@ -185,7 +186,7 @@ class Packed:
         assert self.gates.grad is not None
         self._set(gates)
         self.gates.grad.zero_()
-        result = self._over(examples, "slopes", self._slopes, [self.gates.grad])
+        result = self._over(examples, "slopes", self._slopes)
         return result, self._by_site(self.gates.grad.clone())
 
     def both(self, examples: Sequence[Example], gates: Gates) -> tuple[Losses, dict[str, Tensor]]:
@@ -193,21 +194,22 @@ class Packed:
         assert self.gates.grad is not None
         self._set(gates)
         self.gates.grad.zero_()
-        result = self._over(examples, "both", self._both, [self.gates.grad, *self._gradients()])
+        self._make_gradients()
+        result = self._over(examples, "both", self._both)
         return result, self._by_site(self.gates.grad.clone())
 
     def score(self, examples: Sequence[Example], gates: Gates | None) -> float:
         """See `Passes`."""
         if gates is None:
-            return self._over(examples, "score", self._score, [])["loss"]
+            return self._over(examples, "score", self._score)["loss"]
         self._set(gates)
-        return self._over(examples, "score gated", self._score_gated, [])["loss"]
+        return self._over(examples, "score gated", self._score_gated)["loss"]
 
     def forget(self) -> None:
         """See `Passes`."""
         self.recorder.forget()
 
-    def _over(self, examples: Sequence[Example], kind: str, function: Pass, results: list[Tensor]) -> Losses:
+    def _over(self, examples: Sequence[Example], kind: str, function: Pass) -> Losses:
         """Run `function` on packs of all examples; mean losses."""
         parts = packable(examples, self.micro_tokens)
         packs = [pack(part, self.pad_id, sequences=len(examples)) for part in parts]
@@ -219,7 +221,7 @@ class Packed:
             def run(inputs: Sequence[Tensor], one: Pack = one) -> None:
                 function(one.holding(inputs[:-1]), inputs[-1])
 
-            self.recorder.run((kind, *one.shape), run, [*one.tensors(), shares], [self.sums, *results])
+            self.recorder.run((kind, *one.shape), run, [*one.tensors(), shares])
         loss, distance = self.sums.tolist()
         return {"loss": loss, "distance": distance} if self.teacher else {"loss": loss}
 
@@ -273,14 +275,11 @@ class Packed:
         parts = torch.split(flat, [site.units for site in self.sites])
         return {site.name: part for site, part in zip(self.sites, parts, strict=True)}
 
-    def _gradients(self) -> list[Tensor]:
-        """The adapters' gradients, made where there are none yet."""
-        gradients = []
+    def _make_gradients(self) -> None:
+        """Every adapter has a gradient before a pass is recorded, which then adds to it."""
         for parameter in adapters(self.model).values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
-        return gradients
 
 
 def _leaves(gates: Gates) -> dict[str, Tensor]:
