@@ -1,0 +1,229 @@
+"""E1 and E2: what a one-stage run costs beside plain LoRA tuning of the dense model by transformers' Trainer and peft.
+
+    python benchmarks/training_cost.py [--geometry smollm2-135m] [--sequence 512] [--batch 16] [--steps 60] [--keep 0.6]
+        [--runs trainer dense one-stage taught] [--compile on|off|auto] [--repeats 1] [--device cuda]
+
+Random weights in a known shape, random tokens, the last third of a sequence is its answer; every run sees the same
+batches in the same order, with AdamW of one learning rate. `trainer`: Trainer and peft, eager, bfloat16; `dense`: our loop on
+the same; `one-stage`: search, settling, cut and tuning without a teacher; `taught`: the same with the untuned model as
+teacher. Runs take turns. Prints JSON: seconds and tokens a second of the steps after the first fifth (which records and
+compiles), seconds of the whole, peak memory, losses, model FLOPs utilisation, and ratios to `trainer`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from geometries import GEOMETRIES, made
+from peft import LoraConfig, get_peft_model
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from prunetune.budget.params import total
+from prunetune.config import RunConfig, from_mapping
+from prunetune.data.batches import Stream
+from prunetune.data.templates import Example
+from prunetune.decide.select import Shape, default_align
+from prunetune.environment import describe, peak_memory_mb
+from prunetune.model.sites import dense_plan
+from prunetune.train.job import Job
+from prunetune.train.loop import tune_and_prune
+from prunetune.train.objectives import Teacher
+from prunetune.train.schedule import schedule_of
+from prunetune.train.state import Forgetful
+
+PEAK = {"H100": 989e12, "H200": 989e12}  # bfloat16 operations a second, dense, by data sheet
+RANK, RATE = 32, 5e-4
+
+
+class Clock:
+    """Hears of steps; keeps when they ended, and their losses."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.ends: list[float] = []
+        self.losses: list[float] = []
+        self.began = self._now()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def step(self, record: dict[str, Any]) -> None:
+        self.ends.append(self._now())
+        self.losses.append(record["loss"])
+
+    def validation(self, record: dict[str, Any]) -> None:
+        pass
+
+    def told(self, tokens: int) -> dict[str, Any]:
+        """`tokens` of a step."""
+        first = len(self.ends) // 5
+        steady = (self.ends[-1] - self.ends[first]) / (len(self.ends) - 1 - first)
+        return {
+            "step_ms": round(steady * 1e3, 2),
+            "tokens_a_second": round(tokens / steady),
+            "whole_s": round(self.ends[-1] - self.began, 2),
+            "peak_gb": round(peak_memory_mb(self.device) / 1e3, 3),
+            "losses": [round(loss, 4) for loss in self.losses],
+        }
+
+
+class Rows(Dataset[dict[str, list[int]]]):
+    """The batches of a stream as rows, in order."""
+
+    def __init__(self, stream: Stream, steps: int) -> None:
+        self.examples = [example for step in range(steps) for example in stream.batch(step)]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        one = self.examples[index]
+        return {"input_ids": list(one.ids), "labels": [-100] * one.answer_from + list(one.ids[one.answer_from :])}
+
+
+class InOrder(Trainer):  # type: ignore[misc]
+    """Batches as they stand."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
+
+
+class Hears(TrainerCallback):  # type: ignore[misc]
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if logs and "loss" in logs:
+            self.clock.step({"loss": float(logs["loss"])})
+
+
+def trainer(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Clock:
+    model, _ = made(asked.geometry, device, dtype, layers=asked.layers)
+    linears = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    tuned = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=linears))
+    arguments = TrainingArguments(
+        "trainer-out", per_device_train_batch_size=asked.batch, max_steps=asked.steps, learning_rate=RATE,
+        lr_scheduler_type="constant", bf16=dtype == torch.bfloat16, logging_steps=1, save_strategy="no",
+        report_to=[], disable_tqdm=True, dataloader_pin_memory=False, use_cpu=device.type == "cpu",
+    )  # fmt: skip
+    clock = Clock(device)
+    rows = Rows(stream_of(asked, model.config.vocab_size), asked.steps)
+    InOrder(tuned, arguments, train_dataset=rows, data_collator=side_by_side, callbacks=[Hears(clock)]).train()
+    return clock
+
+
+def side_by_side(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+    return {name: torch.tensor([row[name] for row in rows]) for name in ("input_ids", "labels")}
+
+
+def ours(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype, kind: str) -> Clock:
+    model, sites = made(asked.geometry, device, dtype, layers=asked.layers)
+    config = config_of(asked)
+    teacher = None
+    if kind == "taught":
+        teacher = Teacher(made(asked.geometry, device, dtype, layers=asked.layers)[0], 3.0, 10.0)
+    stream, clock = stream_of(asked, model.config.vocab_size), Clock(device)
+    tune_and_prune(Job(
+        model=model, sites=sites, shape=Shape("per-layer", default_align(sites)), train=stream, search=stream,
+        valid=(), pad_id=0, config=config, schedule=schedule_of(config), checkpoints=Forgetful(), observer=clock,
+        accelerator=Accelerator(cpu=device.type == "cpu"), teacher=teacher,
+        plan=dense_plan(sites) if kind == "dense" else None,
+    ))  # fmt: skip
+    return clock
+
+
+def config_of(asked: argparse.Namespace) -> RunConfig:
+    return from_mapping({
+        "budget": {"keep": asked.keep},
+        "train": {
+            "steps": asked.steps, "batch_size": asked.batch, "learning_rate": RATE, "warmup": 0, "decay": "constant",
+            "validate_every": 10**6, "checkpoint_every": 10**6, "compile": asked.compile, "weights": asked.weights,
+            "micro_tokens": max(16384, asked.sequence),
+        },
+        "lora": {"rank": RANK}, "search": {"batch_size": asked.batch, "evidence": 4},
+    })  # fmt: skip
+
+
+def stream_of(asked: argparse.Namespace, vocabulary: int) -> Stream:
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, vocabulary, (4 * asked.batch, asked.sequence), generator=rng).tolist()
+    answers = 2 * asked.sequence // 3
+    return Stream([Example(tuple(row), answers, f"row {index}") for index, row in enumerate(rows)], asked.batch, 0)
+
+
+RUNS: dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype], Clock]] = {
+    "trainer": trainer,
+    "dense": lambda *given: ours(*given, "dense"),
+    "one-stage": lambda *given: ours(*given, "one-stage"),
+    "taught": lambda *given: ours(*given, "taught"),
+}
+
+
+def measured(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
+    for _ in range(asked.repeats):
+        for name in asked.runs:
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats()
+            clock = RUNS[name](asked, device, dtype)
+            yield name, clock.told(asked.batch * asked.sequence)
+            del clock
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--geometry", default="smollm2-135m", choices=GEOMETRIES)
+    parser.add_argument("--layers", type=int, default=0, help="0: all of them")
+    parser.add_argument("--sequence", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--keep", type=float, default=0.6)
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS)
+    parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
+    parser.add_argument("--weights", default="auto", choices=["auto", "all", "adapters"])
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    asked = parser.parse_args()
+    device = torch.device(asked.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    told: dict[str, list[dict[str, Any]]] = {name: [] for name in asked.runs}
+    for name, found in measured(asked, device, dtype):
+        told[name].append(found)
+        print(json.dumps({name: {key: value for key, value in found.items() if key != "losses"}}), flush=True)
+    print(json.dumps(summary(asked, told, device), indent=1))
+
+
+def summary(asked: argparse.Namespace, told: dict[str, list[dict[str, Any]]], device: torch.device) -> dict[str, Any]:
+    def median(name: str, key: str) -> float:
+        return statistics.median(float(one[key]) for one in told[name])
+
+    result: dict[str, Any] = {**vars(asked), "device": describe(device), "torch": torch.__version__, "told": told}
+    if "trainer" in told:
+        result["ratios to trainer"] = {
+            name: {key: round(median(name, key) / median("trainer", key), 3) for key in ("tokens_a_second", "whole_s", "peak_gb")}
+            for name in told
+        }
+    peak = next((value for name, value in PEAK.items() if name in describe(device)), None)
+    if peak:
+        structure, sites = made(asked.geometry, torch.device("meta"), torch.bfloat16, layers=asked.layers)
+        head = structure.config.vocab_size * structure.config.hidden_size
+        # Forward 2 and backward 2 a weight and token (frozen: no gradient of weights); the head where labels are.
+        work = 4 * (total(sites) + head / 3)
+        result["mfu"] = {name: round(work * median(name, "tokens_a_second") / peak, 3) for name in told if name in ("trainer", "dense")}
+    return result
+
+
+if __name__ == "__main__":
+    main()
