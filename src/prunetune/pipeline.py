@@ -20,7 +20,7 @@ from torch import Tensor
 from prunetune import environment
 from prunetune.bench.speed import measure
 from prunetune.config import RunConfig
-from prunetune.console import console_for
+from prunetune.console import Quiet, console_for
 from prunetune.data.batches import Stream, unlabelled
 from prunetune.data.records import Record
 from prunetune.data.sources import SplitName
@@ -33,7 +33,7 @@ from prunetune.export.selfcheck import check, logits_of
 from prunetune.export.write import write
 from prunetune.files import write_text
 from prunetune.folder import RunFolder, open_folder
-from prunetune.model.loading import load
+from prunetune.model.loading import load, pick_device
 from prunetune.model.masking import masked
 from prunetune.model.sites import dense_plan, kept_params
 from prunetune.model.surgery import cut, merge_adapters
@@ -44,11 +44,14 @@ from prunetune.setting import Console, Setting, facts_of, prepare
 from prunetune.telling import Recorder, outside, told
 from prunetune.trackers import Trackers, require, tracking
 from prunetune.train.adapters import adapters, add_adapters, grow_state, grow_weights, tunes_all
+from prunetune.train.distributed import ALONE, join
 from prunetune.train.job import Job, Observer, Watch
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher
 from prunetune.train.schedule import given_plan, schedule_of
+from prunetune.train.sharding import spread
 from prunetune.train.state import Checkpoints, Keeper, State
+from prunetune.train.together import shared
 from prunetune.train.validation import WentBack
 from prunetune.watching import Watcher, outcome, watcher_of
 
@@ -59,12 +62,18 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     Raises a `PrunetuneError` for what the user can mend, before anything is written where that can be known.
     """
     require(config.track)
-    console = console or console_for(config.train.log_every)
+    ranks = join(pick_device(config.device))
+    console = console or (console_for(config.train.log_every) if ranks.is_main else Quiet())
     try:
-        setting = prepare(config, resume=resume, console=console)
+        with ranks.main_first():
+            setting = prepare(config, resume=resume, console=console, ranks=ranks)
         watcher = watcher_of(setting)
         if resume:
             same_data(setting)
+        ranks.wait()  # until all have looked at the folder as it was
+        if not ranks.is_main:
+            _beside(setting, watcher)
+            return setting.folder.path
         open_folder(setting.folder, config)
         with told(setting.folder, config, command):
             _stages(setting, watcher, command)
@@ -77,15 +86,30 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
 def _stages(setting: Setting, watcher: Watcher, command: str) -> None:
     config, folder = setting.config, setting.folder
     folder.note(**environment.facts(setting.device, setting.dtype, command, config.seed), **facts_of(setting))
-    if not folder.model.exists():
+    if setting.ranks.agree(not folder.model.exists()):
         with _timed(folder, "tune and prune"), tracking(config, folder, cpu=setting.device.type == "cpu") as trackers:
             train(setting, watcher, trackers)
+        setting = _alone(setting)
         folder.note(**outcome(setting, folder.manifest()["timings"]["tune and prune"]))
         with _timed(folder, "cut and check"):
             finish(setting)
+    setting = _alone(setting)
     with _timed(folder, "evaluate"):
         evaluate_all(setting)
     folder.note(peak_memory_mb=environment.peak_memory_mb(setting.device))
+
+
+def _beside(setting: Setting, watcher: Watcher) -> None:
+    """What the other ranks do: they tune. What comes after is rank 0's."""
+    if setting.ranks.agree(False):
+        train(setting, watcher)
+    _alone(setting)
+
+
+def _alone(setting: Setting) -> Setting:
+    """The other ranks may leave; the setting of what rank 0 does without them."""
+    setting.ranks.leave()
+    return replace(setting, ranks=ALONE)
 
 
 def same_data(setting: Setting) -> None:
@@ -112,21 +136,25 @@ def _timed(folder: RunFolder, stage: str) -> Iterator[None]:
 
 def train(setting: Setting, watcher: Watcher | None = None, trackers: Trackers | None = None) -> None:
     """Search, settle and tune; the last checkpoint holds the result. Where a gate goes back, a new model goes on."""
-    checkpoints = Checkpoints(setting.folder.checkpoints)
+    checkpoints = shared(Checkpoints(setting.folder.checkpoints), setting.ranks)
+    observer = Recorder(setting, trackers or Trackers()) if setting.ranks.is_main else setting.console
     teacher = teacher_of(setting, lambda: _model(setting, "tuned"))
     setting.console.stage("tune and prune", setting.config.train.steps)
-    while not _tuned(setting, checkpoints, teacher, watcher, Recorder(setting, trackers or Trackers())):
+    while not _tuned(setting, checkpoints, teacher, watcher, observer):
         gc.collect()  # the model that went back lets go of its memory before another is loaded
+    if setting.ranks.world > 1 and setting.config.evaluate.dense_tuned and setting.config.distill.teacher != "dense":
+        _model(setting, "tuned")  # while all ranks are here
 
 
 def _tuned(
-    setting: Setting, checkpoints: Checkpoints, teacher: Teacher | None, watcher: Watcher | None, recorder: Recorder
+    setting: Setting, checkpoints: Keeper, teacher: Teacher | None, watcher: Watcher | None, observer: Observer
 ) -> bool:
     """Go on from the newest checkpoint; false where a gate went back on the way."""
     state = checkpoints.latest()
-    setting.folder.forget_after(state.step if state else -1)
+    if setting.ranks.is_main:
+        setting.folder.forget_after(state.step if state else -1)
     try:
-        job = job_of(setting, setting.load().model, checkpoints, recorder, teacher=teacher, watch=watcher)
+        job = job_of(setting, setting.to_train(), checkpoints, observer, teacher=teacher, watch=watcher)
         tune_and_prune(job)
     except WentBack:
         return False
@@ -161,6 +189,7 @@ def job_of(
         accelerator=Accelerator(cpu=setting.device.type == "cpu"),
         teacher=teacher,
         watch=watch,
+        ranks=setting.ranks,
         plan=plan,
     )
 
@@ -192,7 +221,11 @@ def teacher_of(setting: Setting, dense_tuned: Callable[[], Any]) -> Teacher | No
     distill = setting.config.distill
     if distill.teacher == "none":
         return None
-    model = setting.load().model if distill.teacher == "base" else dense_tuned()
+    if distill.teacher == "base":
+        model = setting.to_train()
+        spread(model, setting.ranks)
+    else:
+        model = dense_tuned()
     return Teacher(model.requires_grad_(False).eval(), distill.logits, distill.hidden)
 
 
@@ -289,10 +322,12 @@ def _model(setting: Setting, name: str) -> Any:
         own = setting.config.layout == "per-layer"
         verify(setting.folder.model)
         return load(str(setting.folder.model), device=setting.device, dtype=setting.dtype, trust_remote_code=own).model
-    model = setting.load().model
+    model = setting.to_train()
     if name == "tuned":
         setting.console.stage("tune the dense model", setting.config.train.steps)
-        kept = Checkpoints(setting.folder.tuned)  # as a teacher and for comparison: tuned once, and gone on with
+        # As a teacher and for comparison: tuned once, and gone on with.
+        kept = shared(Checkpoints(setting.folder.tuned), setting.ranks)
         tune_and_prune(job_of(densely(setting), model, kept, setting.console, dense_plan(setting.sites)))
-        merge_adapters(model)
+        if not setting.ranks.shards:  # sharded weights stay as they are, adapters beside them
+            merge_adapters(model)
     return model
