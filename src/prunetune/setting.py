@@ -69,7 +69,6 @@ class Setting:
         trust = self.config.trust_remote_code
         return load(self.config.model, device=device or self.device, dtype=dtype or self.dtype, trust_remote_code=trust)
 
-
     def to_train(self) -> Any:
         """The dense model for the loop; where it will be sharded, in rank 0's memory, and on others its structure."""
         if not self.ranks.shards:
@@ -112,12 +111,14 @@ def prepare(
     whole = whole_params(structure, config.budget.units)
     if ranks.shards and tunes_all(config.train, sites):
         raise ConfigError(
-            "train.weights: sharded weights are frozen, and all of those of a small model would be tuned once it is cut: "
+            "train.weights: sharded weights are frozen, and once cut a small model would be tuned in all of its weights: "
             "set train.weights to adapters, or launch without --use_fsdp"
         )
     need_space(folder.path, _bytes_needed(structure, sites, config))
     log.info("model %s on %s in %s, layout %s", config.model, device, str(dtype).removeprefix("torch."), config.layout)
-    return Setting(config, folder, device, dtype, sites, shape, tokenizer, splits, encoded, console, params, whole, ranks)
+    return Setting(
+        config, folder, device, dtype, sites, shape, tokenizer, splits, encoded, console, params, whole, ranks
+    )
 
 
 def with_texts(setting: Setting, context: int) -> Setting:

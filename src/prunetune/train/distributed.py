@@ -1,7 +1,7 @@
-"""Several processes that make one run (`accelerate launch`): each takes its share of every batch, all hold the same after.
+"""Several processes that make one run: each takes its share of every batch, and all hold the same afterwards.
 
-A batch is a function of seed and step, so every rank knows all of it and takes its part. Losses are divided by the counts
-of the whole batch, gradients are summed over ranks: the arithmetic of one process, but for the order of its sums.
+A batch is a function of seed and step, so every rank knows all of it and takes its part. Losses are divided by the
+counts of the whole batch, gradients are summed over ranks: the arithmetic of one process, but for the order of sums.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import distributed as dist
 
 from prunetune.data.templates import Example
 from prunetune.errors import ConfigError, ModelError
+from prunetune.launch import launched
 
 T = TypeVar("T")
 PATIENCE = timedelta(minutes=10)  # how long a rank waits for the others before it gives them up
@@ -111,11 +112,6 @@ class Ranks:
 
 
 ALONE = Ranks()
-
-
-def launched() -> tuple[int, int]:
-    """This process's rank and how many there are, as the launcher says."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join(device: torch.device) -> Ranks:

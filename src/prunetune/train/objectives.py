@@ -195,9 +195,7 @@ def backward(
 
 
 @torch.no_grad()
-def mean_loss(
-    model: Any, examples: Sequence[Example], pad_id: int, micro_tokens: int, ranks: Ranks = ALONE
-) -> float:
+def mean_loss(model: Any, examples: Sequence[Example], pad_id: int, micro_tokens: int, ranks: Ranks = ALONE) -> float:
     """Mean answer loss per token over `examples`, nats; of several ranks each has its share, which add up."""
     parts = feeds(examples, pad_id, micro_tokens, next(model.parameters()).device, ranks) if examples else []
     return sum(float(answer_loss(model, feed)) for feed in parts) / labels_of(examples)

@@ -1,7 +1,7 @@
-"""Where frozen weights are: whole on every rank, or sharded over the ranks by FSDP2 (Zhao et al. 2023, arXiv 2304.11277).
+"""Where frozen weights are: whole on every rank, or sharded by FSDP2 (Zhao et al. 2023, arXiv 2304.11277).
 
-Sharded is each decoder layer, and the embedding where it is not the head's. Every rank has adapters, norms between layers
-and the head whole: the adapters are what optimiser and cut work on, the head is read outside the model's forward.
+Sharded is each decoder layer, and the embedding where it is not the head's. Every rank has adapters, norms between
+layers and the head whole: adapters are what optimiser and cut work on, the head is read outside the model's forward.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def _fill(new: nn.Module, old: nn.Module) -> None:
     for name, module in old.named_modules():
         for kept, wanted in zip(_stores(module), _stores(new.get_submodule(name)), strict=True):
             for key, one in kept.items():
-                wanted[key] = _like(one, one.detach().full_tensor()) if isinstance(one, DTensor) else one
+                wanted[key] = _like(one, one.full_tensor().detach()) if isinstance(one, DTensor) else one
 
 
 def _like(before: Tensor, after: Tensor) -> Tensor:
