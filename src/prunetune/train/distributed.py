@@ -124,7 +124,7 @@ def join(device: torch.device) -> Ranks:
     from accelerate import PartialState
 
     state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
-    return Ranks(rank, world, state.device, shards)
+    return Ranks(rank, world, CPU if device.type == "cpu" else state.device, shards)
 
 
 def _refuse(device: torch.device, world: int, shards: bool) -> None:
