@@ -10,12 +10,9 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from prunetune import environment
 from prunetune.bench.speed import measure
@@ -29,28 +26,25 @@ from prunetune.errors import RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suite import evaluate
 from prunetune.export.integrity import verify
-from prunetune.export.selfcheck import check, logits_of
-from prunetune.export.write import write
 from prunetune.files import write_text
+from prunetune.finishing import finish
 from prunetune.folder import RunFolder, open_folder
 from prunetune.model.loading import load, pick_device
-from prunetune.model.masking import masked
-from prunetune.model.sites import dense_plan, kept_params
-from prunetune.model.surgery import cut, merge_adapters
+from prunetune.model.sites import dense_plan
+from prunetune.model.surgery import merge_adapters
 from prunetune.plan import Plan
-from prunetune.provenance import card, rewrite_card
+from prunetune.provenance import rewrite_card
 from prunetune.seeds import derive
 from prunetune.setting import Console, Setting, facts_of, prepare
 from prunetune.telling import Recorder, outside, told
 from prunetune.trackers import Trackers, require, tracking
-from prunetune.train.adapters import adapters, add_adapters, grow_state, grow_weights, tunes_all
 from prunetune.train.distributed import ALONE, join
 from prunetune.train.job import Job, Observer, Watch
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher
 from prunetune.train.schedule import given_plan, schedule_of
 from prunetune.train.sharding import spread
-from prunetune.train.state import Checkpoints, Keeper, State
+from prunetune.train.state import Checkpoints, Keeper
 from prunetune.train.together import shared
 from prunetune.train.validation import WentBack
 from prunetune.watching import Watcher, outcome, watcher_of
@@ -89,10 +83,10 @@ def _stages(setting: Setting, watcher: Watcher, command: str) -> None:
     if setting.ranks.agree(not folder.model.exists()):
         with _timed(folder, "tune and prune"), tracking(config, folder, cpu=setting.device.type == "cpu") as trackers:
             train(setting, watcher, trackers)
-        setting = _alone(setting)
+        sharded, setting = setting.ranks.shards, _alone(setting)
         folder.note(**outcome(setting, folder.manifest()["timings"]["tune and prune"]))
         with _timed(folder, "cut and check"):
-            finish(setting)
+            finish(setting, streamed=sharded)
     setting = _alone(setting)
     with _timed(folder, "evaluate"):
         evaluate_all(setting)
@@ -232,65 +226,6 @@ def teacher_of(setting: Setting, dense_tuned: Callable[[], Any]) -> Teacher | No
 def watched(examples: tuple[Example, ...], most: int) -> tuple[Example, ...]:
     """The validation examples scored during the run: spread evenly over the split."""
     return examples[:: max(1, -(-len(examples) // most))]
-
-
-def finish(setting: Setting) -> None:
-    """Merge and cut in one operation, from the dense weights as they are stored; write; open again and compare."""
-    setting.console.stage("cut, write and check", 0)
-    state = Checkpoints(setting.folder.checkpoints).latest()
-    assert state is not None
-    assert state.plan is not None
-    loaded = setting.load(torch.float32, torch.device("cpu"))
-    gated = loaded.model
-    put_adapters(gated, setting, state)
-    merge_adapters(gated)
-    for parameter in gated.parameters():
-        # Rounded to what the file will hold, computed in float32: the comparison is about the cut, not the rounding.
-        parameter.data = parameter.data.to(loaded.storage).float()
-    tokens = _check_tokens(setting)
-    with masked(gated, state.plan, sites=setting.sites):
-        expected = logits_of(gated, tokens)
-    small = cut(gated, state.plan, sites=setting.sites).to(loaded.storage)
-    write_text(setting.folder.plan, state.plan.to_json())
-    unchecked = setting.folder.path / "model.unchecked"
-    text = card(setting.folder, setting.config, state.plan, setting.sites)
-    written = write(
-        small, setting.tokenizer, state.plan, setting.sites, unchecked, layout=setting.config.layout, card=text
-    )
-    found = check(written, tokens, expected)
-    setting.folder.note(
-        model=setting.folder.manifest()["model"] | {"bytes": setting.params * loaded.storage.itemsize},
-        pruned=asdict(written)
-        | {
-            "folder": "model",
-            "class": written.architecture,
-            "decoder_params": kept_params(setting.sites, state.plan) + setting.whole,
-            "dtype": str(loaded.storage).removeprefix("torch."),
-        },
-        selfcheck=found.to_dict(),
-    )
-    unchecked.rename(setting.folder.model)  # from here on model/ exists, is whole, and has passed its check
-
-
-def put_adapters(model: Any, setting: Setting, state: State) -> None:
-    """A checkpoint's adapters, or the weights they were merged into, on a dense model: zero for removed units."""
-    assert state.plan is not None
-    weights = state.tensors["adapters"]
-    if state.is_cut and tunes_all(setting.config.train, setting.sites):
-        grow_weights(model, weights, state.plan, setting.sites)
-        return
-    add_adapters(model, setting.sites, setting.config.lora, seed=0)
-    shapes = {name: parameter.shape for name, parameter in adapters(model).items()}
-    grown = grow_state(weights, shapes, state.plan, setting.sites) if state.is_cut else weights
-    for name, parameter in adapters(model).items():
-        parameter.data = grown[name].to(parameter.device)
-
-
-def _check_tokens(setting: Setting) -> Tensor:
-    """[B, T] ids of real examples, at most 4 of 64 tokens, cut to equal length."""
-    examples = setting.encoded["test"].examples[:4]
-    length = min(64, *(len(example.ids) for example in examples)) if examples else 1
-    return torch.tensor([example.ids[:length] for example in examples])
 
 
 def evaluate_all(setting: Setting) -> None:

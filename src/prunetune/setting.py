@@ -111,7 +111,7 @@ def prepare(
     whole = whole_params(structure, config.budget.units)
     if ranks.shards and tunes_all(config.train, sites):
         raise ConfigError(
-            "train.weights: sharded weights are frozen, and once cut a small model would be tuned in all of its weights: "
+            "train.weights: sharded weights are frozen, and a model of this size is tuned in all of its weights: "
             "set train.weights to adapters, or launch without --use_fsdp"
         )
     need_space(folder.path, _bytes_needed(structure, sites, config))
