@@ -16,18 +16,21 @@ import torch
 import yaml
 
 from data_helpers import write_lines
-from distributed_worker import STOP, result
+from distributed_worker import STEPS, STOP, result
 from evaluate_helpers import characters, speaker
 from prunetune.config import from_mapping
+from prunetune.console import Quiet
 from prunetune.data.templates import Example
 from prunetune.errors import ConfigError
+from prunetune.folder import RunFolder, open_folder
 from prunetune.launch import launched, lost, refusal
-from prunetune.pipeline import run
+from prunetune.pipeline import train
+from prunetune.setting import prepare
 from prunetune.train.distributed import ALONE, Ranks, fingerprint, join
 from prunetune.train.state import Checkpoints
 
 HERE = Path(__file__).parent
-CLOSE = 1e-5  # of a loss after 50 steps
+CLOSE = 1e-5
 RECIPE: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
@@ -94,7 +97,7 @@ def close(one: dict[str, Any], other: dict[str, Any]) -> None:
 
 def test_two_ranks_are_one(found: dict[str, Any], alone: dict[str, Any]) -> None:
     """Batches of 5 and 3 for two ranks: shares are uneven, and every label counts the same."""
-    assert len(alone["loss"]) == 50
+    assert len(alone["loss"]) == STEPS
     close(found["ddp"], alone)
 
 
@@ -104,7 +107,7 @@ def test_sharded_weights_are_the_same_weights(found: dict[str, Any]) -> None:
 
 
 def test_two_go_on_with_what_one_left(found: dict[str, Any], alone: dict[str, Any]) -> None:
-    assert len(found["one to two"]["loss"]) < 50
+    assert len(found["one to two"]["loss"]) < STEPS
     close(found["one to two"], alone)
 
 
@@ -124,13 +127,21 @@ def test_decisions_that_differ_end_the_run(found: dict[str, Any]) -> None:
 
 
 def test_a_whole_run_by_sharded_ranks(found: dict[str, Any], place: Path) -> None:
-    """Rank 0 wrote the folder; one process comes to the same plan and, but for rounding, the same scores."""
-    there = place / "run"
-    config = from_mapping(RECIPE | yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8")))
-    assert json.loads((there / "manifest.json").read_text(encoding="utf-8"))["selfcheck"]["ok"]
-    again = run(from_mapping(yaml.safe_load((there / "config.yaml").read_text()) | {"out": str(place / "again")}))
-    assert (again / "plan.json").read_bytes() == (there / "plan.json").read_bytes()
-    assert config.out == str(there)
+    """Rank 0 wrote the folder, layer by layer; one process decides and cuts the same, but for rounding."""
+    there, here = RunFolder(place / "run"), RunFolder(place / "again")
+    assert there.manifest()["selfcheck"]["ok"]
+    assert len(list(there.model.glob("*.safetensors"))) == 4  # three layers, and what is outside
+    config = from_mapping(yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8")) | {"out": str(here.path)})
+    setting = prepare(config, resume=False, console=Quiet())
+    open_folder(here, config)
+    train(setting)
+    state = Checkpoints(here.checkpoints).latest()
+    assert state is not None
+    assert state.plan is not None
+    assert state.plan.to_json() == there.plan.read_text(encoding="utf-8")
+    lines = [(folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for folder in (here, there)]
+    losses = [[json.loads(line)["loss"] for line in part] for part in lines]
+    assert losses[0] == pytest.approx(losses[1], abs=CLOSE)
 
 
 # -- without a launch ------------------------------------------------------------------------------------------------

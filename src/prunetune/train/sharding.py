@@ -7,7 +7,6 @@ layers and the head whole: adapters are what optimiser and cut work on, the head
 from __future__ import annotations
 
 import copy
-import gc
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -83,7 +82,6 @@ class Sharded:
             _fill(new.get_submodule(within), old.get_submodule(within))
             place, _, child = within.rpartition(".")
             setattr(old.get_submodule(place), child, nn.Identity())
-            gc.collect()  # module and hooks hold each other, and the weights
             cut_linears(self.model, plan, sites=[site for site in listed if site.layer == index])
             self._shard(self.model.get_submodule(name))
         _fill(new, old)
@@ -136,13 +134,16 @@ def _blueprint(model: Any, module: nn.Module) -> nn.Module:
 
 
 def _fill(new: nn.Module, old: nn.Module) -> None:
-    """Give a module the weights and buffers of another, by name; sharded ones are gathered."""
+    """Give a module the weights and buffers of another, by name; sharded ones are gathered, and the old shards freed."""
     from torch.distributed.tensor import DTensor
 
     for name, module in old.named_modules():
         for kept, wanted in zip(_stores(module), _stores(new.get_submodule(name)), strict=True):
             for key, one in kept.items():
-                wanted[key] = _like(one, one.full_tensor().detach()) if isinstance(one, DTensor) else one
+                wanted[key] = one
+                if isinstance(one, DTensor):
+                    wanted[key] = _like(one, one.full_tensor().detach())
+                    one.to_local().untyped_storage().resize_(0)  # module and hooks hold each other, and this
 
 
 def _like(before: Tensor, after: Tensor) -> Tensor:
