@@ -332,7 +332,8 @@ def _guarded() -> int:
         return _say(str(wrong), wrong.exit_code)
     except KeyboardInterrupt:
         resumable = sys.argv[1:2] in (["run"], ["demo"], ["compare"])
-        return _say("interrupted; go on with --resume" if resumable else "interrupted", 130)
+        what = "told to stop, as when another rank ends" if launched()[1] > 1 else "interrupted"
+        return _say(f"{what}; go on with --resume" if resumable else what, 130)
     except Exception as error:
         translated = lost(error) or _translated(error)
         if translated is None:

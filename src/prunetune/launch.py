@@ -77,5 +77,6 @@ def _answer(inlet: int) -> None:
     while os.read(inlet, 1)[0] not in (signal.SIGTERM, signal.SIGINT):
         pass
     time.sleep(GRACE)
-    print(f"prunetune: {who()}told to stop, for another rank ended; go on with --resume", file=sys.stderr, flush=True)  # noqa: T201
+    sys.stderr.write(f"prunetune: {who()}told to stop, as when another rank ends; go on with --resume\n")
+    sys.stderr.flush()
     os._exit(130)

@@ -92,14 +92,15 @@ class Sharded:
         return decoder
 
     def _complete(self) -> None:
-        from torch.distributed.fsdp import share_comm_ctx
+        from torch.distributed import fsdp
 
         shards = [self.model.get_submodule(name) for name in self.names]
         embedding, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
         if head is None or embedding.weight is not head.weight:
             self._shard(embedding)
             shards.append(embedding)
-        share_comm_ctx(shards)  # one set of streams, so that they also share the memory of what they gather
+        if hasattr(fsdp, "share_comm_ctx"):  # newer torch: one set of streams, and of memory
+            fsdp.share_comm_ctx(shards)
 
     def _shard(self, module: nn.Module) -> None:
         from torch.distributed.fsdp import fully_shard
@@ -134,7 +135,7 @@ def _blueprint(model: Any, module: nn.Module) -> nn.Module:
 
 
 def _fill(new: nn.Module, old: nn.Module) -> None:
-    """Give a module the weights and buffers of another, by name; sharded ones are gathered, and the old shards freed."""
+    """Give a module the weights and buffers of another, by name; gathers what is sharded, and frees the old shards."""
     from torch.distributed.tensor import DTensor
 
     for name, module in old.named_modules():
