@@ -180,7 +180,7 @@ def job_of(
         schedule=given_plan(config) if plan else schedule_of(config),
         checkpoints=checkpoints,
         observer=observer,
-        accelerator=Accelerator(cpu=setting.device.type == "cpu"),
+        accelerator=Accelerator(cpu=setting.device.type == "cpu", mixed_precision="no"),  # passes see to it
         teacher=teacher,
         watch=watch,
         ranks=setting.ranks,

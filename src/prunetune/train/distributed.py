@@ -22,7 +22,7 @@ from prunetune.errors import ConfigError, ModelError
 from prunetune.launch import launched
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=10)  # how long a rank waits for the others before it gives them up
+PATIENCE = timedelta(minutes=30)  # how long a rank waits for the others before it gives them up
 BUCKET = 2**25  # numbers that are summed over ranks at a time
 CPU = torch.device("cpu")
 
