@@ -89,7 +89,7 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
 
 def test_it_opens_a_layer_at_a_time(tmp_path: Path) -> None:
     """In a fresh process, by code of its own."""
-    dense = tiny()
+    dense = tiny(tie_word_embeddings=True)
     dense.save_pretrained(tmp_path / "dense")
     plan, sites = random_plan(dense), tuple(find_sites(dense))
     streamed = Streamed(skeleton(str(tmp_path / "dense")), Stored.of(str(tmp_path / "dense")), double)

@@ -25,13 +25,15 @@ import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 folder, tokens, logits, code, scratch = sys.argv[1:]
+# With a scratch folder: weights stay in their files, and are read as they are needed.
 how = {"device_map": {"": "disk"}, "offload_folder": scratch} if scratch else {}
 model = AutoModelForCausalLM.from_pretrained(
     folder, dtype=torch.float32, trust_remote_code=code == "code", **how
 ).eval()
 with torch.inference_mode():
     found = model(load_file(tokens)["tokens"]).logits
-params = torch.tensor(sum(p.numel() for p in model.parameters()))
+tied = getattr(model, "all_tied_weights_keys", None) or {}  # weights that stay in files are not one and the same
+params = torch.tensor(sum(p.numel() for name, p in model.named_parameters() if name not in tied))
 save_file({"logits": found.contiguous(), "params": params}, logits)
 """
 
