@@ -14,17 +14,20 @@ import torch
 import yaml
 
 from model_helpers import tiny
-from prunetune.config import from_mapping
+from prunetune.config import from_mapping, merged
 from prunetune.data.templates import Example
 from prunetune.errors import PrunetuneError
 from prunetune.export import selfcheck
 from prunetune.export.write import Written
 from prunetune.model.loading import load
+from prunetune.model.sites import find_sites
+from prunetune.model.units import USUAL
 from prunetune.pipeline import run
+from prunetune.train import loop
 from prunetune.train.distributed import ALONE, Ranks, join
 from prunetune.train.faults import Faults
-from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher
+from prunetune.train.passes import Packed
 from prunetune.train.sharding import spread
 from prunetune.train.state import Checkpoints, Forgetful, Keeper
 from prunetune.train.together import shared, together
@@ -38,17 +41,38 @@ CHANGES: dict[str, Any] = {
 }
 
 
+# More of what a run may be, 6 steps each: (whether weights are sharded, what is said of the run).
+OTHERS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "all weights": (False, {"train": {"steps": 6, "weights": "all"}}),
+    "few examples": (True, {"train": {"steps": 6, "batch_size": 1}, "search": {"batch_size": 1}}),
+    "joint": (False, {"train": {"steps": 6}, "search": {"step": "joint"}}),
+    "layers": (True, {"train": {"steps": 6}, "units": ("layers", *USUAL)}),
+    "tied": (True, {"train": {"steps": 6}, "family": "gpt2"}),
+}
+
+
 class Stopped(Exception):
     """The run is stopped from outside."""
 
 
-def result(ranks: Ranks, keeper: Keeper | None = None, *, stop: int = 0, distil: bool = False) -> dict[str, Any]:
+def result(
+    ranks: Ranks,
+    keeper: Keeper | None = None,
+    *,
+    stop: int = 0,
+    distil: bool = False,
+    family: str = "llama",
+    units: tuple[str, ...] = USUAL,
+    **changes: Any,
+) -> dict[str, Any]:
     """Plan, losses and validations of a run of the loop; stopped after `stop` steps, where that is said."""
-    job = replace(job_of(config_of(CHANGES), keeper=shared(keeper or Forgetful(), ranks)), ranks=ranks)
+    config, model = config_of(merged(CHANGES, changes)), tiny(family, tie_word_embeddings=family == "gpt2")
+    job = job_of(config, keeper=shared(keeper or Forgetful(), ranks), model=model)
+    job = replace(job, ranks=ranks, sites=find_sites(model, units))
     if distil:
-        model = tiny(seed=3).requires_grad_(False)
-        spread(model, ranks)
-        job = replace(job, teacher=Teacher(model, 1.0, 1.0))
+        teacher = tiny(seed=3).requires_grad_(False)
+        spread(teacher, ranks)
+        job = replace(job, teacher=Teacher(teacher, 1.0, 1.0))
     if stop:
         observer: Any = job.observer
         told = observer.step
@@ -60,7 +84,7 @@ def result(ranks: Ranks, keeper: Keeper | None = None, *, stop: int = 0, distil:
 
         observer.step = step
     try:
-        plan = tune_and_prune(job).to_json()
+        plan = loop.tune_and_prune(job).to_json()
     except Stopped:
         plan = ""
     told_of: Any = job.observer
@@ -69,6 +93,16 @@ def result(ranks: Ranks, keeper: Keeper | None = None, *, stop: int = 0, distil:
         "loss": [record["loss"] for record in told_of.steps],
         "valid": [record["nll"] for record in told_of.validations],
     }
+
+
+def packed(ranks: Ranks) -> dict[str, Any]:
+    """The same by passes that a GPU takes."""
+    before = loop.passes_for
+    loop.passes_for = Packed  # type: ignore[assignment]
+    try:
+        return result(ranks, train={"steps": 6})
+    finally:
+        loop.passes_for = before
 
 
 class Full:
@@ -114,7 +148,9 @@ def opened(written: Written, tokens: torch.Tensor, *, streamed: bool) -> dict[st
 def scenarios(ranks: Ranks, place: Path) -> dict[str, Any]:
     """All that two ranks are asked."""
     sharded = replace(ranks, shards=True)
-    found = {
+    found = {name: result(sharded if shards else ranks, **how) for name, (shards, how) in OTHERS.items()}
+    found |= {
+        "packed": packed(ranks),
         "ddp": result(ranks),
         "fsdp": result(sharded, distil=True),
         "one to two": result(sharded, Checkpoints(place / "one")),

@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from data_helpers import write_lines
-from distributed_worker import STEPS, STOP, result
+from distributed_worker import OTHERS, STEPS, STOP, result
 from evaluate_helpers import characters, speaker
 from prunetune.config import from_mapping
 from prunetune.console import Quiet
@@ -104,6 +104,16 @@ def test_two_ranks_are_one(found: dict[str, Any], alone: dict[str, Any]) -> None
 def test_sharded_weights_are_the_same_weights(found: dict[str, Any]) -> None:
     """With a teacher, also sharded; the model is cut while it is sharded."""
     close(found["fsdp"], result(ALONE, distil=True))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_whatever_a_run_is(name: str, found: dict[str, Any]) -> None:
+    """With fewer examples than ranks, one of them passes over nothing."""
+    close(found[name], result(ALONE, **OTHERS[name][1]))
+
+
+def test_packed_rows_are_shared_alike(found: dict[str, Any]) -> None:
+    close(found["packed"], result(ALONE, train={"steps": 6}))
 
 
 def test_two_go_on_with_what_one_left(found: dict[str, Any], alone: dict[str, Any]) -> None:
