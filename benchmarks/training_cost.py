@@ -4,9 +4,9 @@
         [--runs trainer dense one-stage taught] [--compile on|off|auto] [--repeats 1] [--device cuda]
 
 Random weights in a known shape, random tokens, the last third of a sequence is its answer; every run sees the same
-batches in the same order, with AdamW of one learning rate. `trainer`: Trainer and peft, eager, bfloat16; `dense`: our loop on
-the same; `one-stage`: search, settling, cut and tuning without a teacher; `taught`: the same with the untuned model as
-teacher. Runs take turns. Prints JSON: seconds and tokens a second of the steps after the first fifth (which records and
+batches in the same order, with AdamW of one learning rate. `trainer`: Trainer and peft, eager, bfloat16; `dense`: our
+loop on the same; `one-stage`: search, settling, cut and tuning without a teacher; `taught`: the same with the untuned
+model as teacher. Runs take turns. Prints JSON: seconds and tokens a second of the steps after the first fifth (which records and
 compiles), seconds of the whole, peak memory, losses, model FLOPs utilisation, and ratios to `trainer`.
 """
 
@@ -170,7 +170,9 @@ RUNS: dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype], Clock]
 }
 
 
-def measured(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
+def measured(
+    asked: argparse.Namespace, device: torch.device, dtype: torch.dtype
+) -> Iterator[tuple[str, dict[str, Any]]]:
     for _ in range(asked.repeats):
         for name in asked.runs:
             gc.collect()
@@ -212,7 +214,10 @@ def summary(asked: argparse.Namespace, told: dict[str, list[dict[str, Any]]], de
     result: dict[str, Any] = {**vars(asked), "device": describe(device), "torch": torch.__version__, "told": told}
     if "trainer" in told:
         result["ratios to trainer"] = {
-            name: {key: round(median(name, key) / median("trainer", key), 3) for key in ("tokens_a_second", "whole_s", "peak_gb")}
+            name: {
+                key: round(median(name, key) / median("trainer", key), 3)
+                for key in ("tokens_a_second", "whole_s", "peak_gb")
+            }
             for name in told
         }
     peak = next((value for name, value in PEAK.items() if name in describe(device)), None)
@@ -221,7 +226,11 @@ def summary(asked: argparse.Namespace, told: dict[str, list[dict[str, Any]]], de
         head = structure.config.vocab_size * structure.config.hidden_size
         # Forward 2 and backward 2 a weight and token (frozen: no gradient of weights); the head where labels are.
         work = 4 * (total(sites) + head / 3)
-        result["mfu"] = {name: round(work * median(name, "tokens_a_second") / peak, 3) for name in told if name in ("trainer", "dense")}
+        result["mfu"] = {
+            name: round(work * median(name, "tokens_a_second") / peak, 3)
+            for name in told
+            if name in ("trainer", "dense")
+        }
     return result
 
 

@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 
 # From bottom to top. A module imports what stands below it and, in a package, its own package; never a neighbour.
 STOREYS: tuple[tuple[str, ...], ...] = (
-    ("errors",),
+    ("errors", "launch"),
     ("gates",),
     ("seeds", "files", "plan", "config", "flags", "environment"),
     ("model",),
@@ -30,7 +30,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("folder", "console", "hub"),
     ("history", "watch", "trackers"),
     ("setting", "provenance"),
-    ("watching", "telling"),
+    ("watching", "telling", "finishing"),
     ("pipeline", "summary", "eval_flags"),
     ("comparison",),
     ("cli",),

@@ -19,6 +19,7 @@ from prunetune.config import RunConfig, Unit, load_recipe, read_options
 from prunetune.errors import DataError, GateFailed, PrunetuneError
 from prunetune.eval_flags import HERE, Target
 from prunetune.flags import given, optional_twin
+from prunetune.launch import end, launched, lost, refusal, who
 
 app = App(
     name="prunetune",
@@ -70,7 +71,8 @@ def _run(config: RunConfig, *, resume: bool) -> None:
     from prunetune.summary import of_run
 
     folder = whole_run(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
-    print(of_run(folder))
+    if not launched()[0]:
+        print(of_run(folder))
 
 
 @app.command
@@ -303,14 +305,15 @@ def bench(
 
 def main() -> None:
     """Entry point: exit 0 done, 1 a gate failed, 2 the user must correct something, 130 interrupted."""
-    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    level = logging.ERROR if launched()[0] else logging.INFO  # rank 0 speaks for all
+    logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
     for noisy in ("httpx", "transformers", "peft", "accelerate", "absl"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # The run's own lines say what these bars and notes would; read by transformers when it is imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     signal.signal(signal.SIGTERM, _interrupted)
-    sys.exit(_guarded())
+    sys.exit(end(_guarded))
 
 
 def _interrupted(*_: object) -> None:
@@ -319,6 +322,8 @@ def _interrupted(*_: object) -> None:
 
 
 def _guarded() -> int:
+    if single := refusal(next(iter(sys.argv[1:]), "")):
+        return _say(single, 2)
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
     except CycloptsError as wrong:
@@ -327,9 +332,10 @@ def _guarded() -> int:
         return _say(str(wrong), wrong.exit_code)
     except KeyboardInterrupt:
         resumable = sys.argv[1:2] in (["run"], ["demo"], ["compare"])
-        return _say("interrupted; go on with --resume" if resumable else "interrupted", 130)
+        what = "told to stop, as when another rank ends" if launched()[1] > 1 else "interrupted"
+        return _say(f"{what}; go on with --resume" if resumable else what, 130)
     except Exception as error:
-        translated = _translated(error)
+        translated = lost(error) or _translated(error)
         if translated is None:
             raise
         return _say(translated, 2)
@@ -359,7 +365,7 @@ def _translated(error: Exception) -> str | None:
 
 
 def _say(line: str, code: int) -> int:
-    print(f"prunetune: {line}", file=sys.stderr)
+    print(f"prunetune: {who()}{line}", file=sys.stderr)
     return code
 
 

@@ -53,6 +53,25 @@ class PlainConsole:
         """Nothing to leave behind."""
 
 
+class Quiet:
+    """Says nothing: rank 0 speaks for all."""
+
+    def stage(self, name: str, total: int) -> None:
+        """Nothing."""
+
+    def step(self, record: Record) -> None:
+        """Nothing."""
+
+    def validation(self, record: Record) -> None:
+        """Nothing."""
+
+    def passed(self, task: str, done: int, total: int) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing."""
+
+
 class LiveConsole:
     """A progress bar with the time left and the memory held."""
 

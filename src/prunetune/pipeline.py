@@ -10,17 +10,14 @@ import gc
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from prunetune import environment
 from prunetune.bench.speed import measure
 from prunetune.config import RunConfig
-from prunetune.console import console_for
+from prunetune.console import Quiet, console_for
 from prunetune.data.batches import Stream, unlabelled
 from prunetune.data.records import Record
 from prunetune.data.sources import SplitName
@@ -29,26 +26,26 @@ from prunetune.errors import RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suite import evaluate
 from prunetune.export.integrity import verify
-from prunetune.export.selfcheck import check, logits_of
-from prunetune.export.write import write
 from prunetune.files import write_text
+from prunetune.finishing import finish
 from prunetune.folder import RunFolder, open_folder
-from prunetune.model.loading import load
-from prunetune.model.masking import masked
-from prunetune.model.sites import dense_plan, kept_params
-from prunetune.model.surgery import cut, merge_adapters
+from prunetune.model.loading import load, pick_device
+from prunetune.model.sites import dense_plan
+from prunetune.model.surgery import merge_adapters
 from prunetune.plan import Plan
-from prunetune.provenance import card, rewrite_card
+from prunetune.provenance import rewrite_card
 from prunetune.seeds import derive
 from prunetune.setting import Console, Setting, facts_of, prepare
 from prunetune.telling import Recorder, outside, told
 from prunetune.trackers import Trackers, require, tracking
-from prunetune.train.adapters import adapters, add_adapters, grow_state, grow_weights, tunes_all
+from prunetune.train.distributed import ALONE, join
 from prunetune.train.job import Job, Observer, Watch
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher
 from prunetune.train.schedule import given_plan, schedule_of
-from prunetune.train.state import Checkpoints, Keeper, State
+from prunetune.train.sharding import spread
+from prunetune.train.state import Checkpoints, Keeper
+from prunetune.train.together import shared
 from prunetune.train.validation import WentBack
 from prunetune.watching import Watcher, outcome, watcher_of
 
@@ -59,12 +56,18 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     Raises a `PrunetuneError` for what the user can mend, before anything is written where that can be known.
     """
     require(config.track)
-    console = console or console_for(config.train.log_every)
+    ranks = join(pick_device(config.device))
+    console = console or (console_for(config.train.log_every) if ranks.is_main else Quiet())
     try:
-        setting = prepare(config, resume=resume, console=console)
+        with ranks.main_first():
+            setting = prepare(config, resume=resume, console=console, ranks=ranks)
         watcher = watcher_of(setting)
         if resume:
             same_data(setting)
+        ranks.wait()  # until all have looked at the folder as it was
+        if not ranks.is_main:
+            _beside(setting, watcher)
+            return setting.folder.path
         open_folder(setting.folder, config)
         with told(setting.folder, config, command):
             _stages(setting, watcher, command)
@@ -77,15 +80,30 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
 def _stages(setting: Setting, watcher: Watcher, command: str) -> None:
     config, folder = setting.config, setting.folder
     folder.note(**environment.facts(setting.device, setting.dtype, command, config.seed), **facts_of(setting))
-    if not folder.model.exists():
+    if setting.ranks.agree(not folder.model.exists()):
         with _timed(folder, "tune and prune"), tracking(config, folder, cpu=setting.device.type == "cpu") as trackers:
             train(setting, watcher, trackers)
+        sharded, setting = setting.ranks.shards, _alone(setting)
         folder.note(**outcome(setting, folder.manifest()["timings"]["tune and prune"]))
         with _timed(folder, "cut and check"):
-            finish(setting)
+            finish(setting, streamed=sharded)
+    setting = _alone(setting)
     with _timed(folder, "evaluate"):
         evaluate_all(setting)
     folder.note(peak_memory_mb=environment.peak_memory_mb(setting.device))
+
+
+def _beside(setting: Setting, watcher: Watcher) -> None:
+    """What the other ranks do: they tune. What comes after is rank 0's."""
+    if setting.ranks.agree(False):
+        train(setting, watcher)
+    _alone(setting)
+
+
+def _alone(setting: Setting) -> Setting:
+    """The other ranks may leave; the setting of what rank 0 does without them."""
+    setting.ranks.leave()
+    return replace(setting, ranks=ALONE)
 
 
 def same_data(setting: Setting) -> None:
@@ -112,21 +130,25 @@ def _timed(folder: RunFolder, stage: str) -> Iterator[None]:
 
 def train(setting: Setting, watcher: Watcher | None = None, trackers: Trackers | None = None) -> None:
     """Search, settle and tune; the last checkpoint holds the result. Where a gate goes back, a new model goes on."""
-    checkpoints = Checkpoints(setting.folder.checkpoints)
+    checkpoints = shared(Checkpoints(setting.folder.checkpoints), setting.ranks)
+    observer = Recorder(setting, trackers or Trackers()) if setting.ranks.is_main else setting.console
     teacher = teacher_of(setting, lambda: _model(setting, "tuned"))
     setting.console.stage("tune and prune", setting.config.train.steps)
-    while not _tuned(setting, checkpoints, teacher, watcher, Recorder(setting, trackers or Trackers())):
+    while not _tuned(setting, checkpoints, teacher, watcher, observer):
         gc.collect()  # the model that went back lets go of its memory before another is loaded
+    if setting.ranks.world > 1 and setting.config.evaluate.dense_tuned and setting.config.distill.teacher != "dense":
+        _model(setting, "tuned")  # while all ranks are here
 
 
 def _tuned(
-    setting: Setting, checkpoints: Checkpoints, teacher: Teacher | None, watcher: Watcher | None, recorder: Recorder
+    setting: Setting, checkpoints: Keeper, teacher: Teacher | None, watcher: Watcher | None, observer: Observer
 ) -> bool:
     """Go on from the newest checkpoint; false where a gate went back on the way."""
     state = checkpoints.latest()
-    setting.folder.forget_after(state.step if state else -1)
+    if setting.ranks.is_main:
+        setting.folder.forget_after(state.step if state else -1)
     try:
-        job = job_of(setting, setting.load().model, checkpoints, recorder, teacher=teacher, watch=watcher)
+        job = job_of(setting, setting.to_train(), checkpoints, observer, teacher=teacher, watch=watcher)
         tune_and_prune(job)
     except WentBack:
         return False
@@ -158,9 +180,10 @@ def job_of(
         schedule=given_plan(config) if plan else schedule_of(config),
         checkpoints=checkpoints,
         observer=observer,
-        accelerator=Accelerator(cpu=setting.device.type == "cpu"),
+        accelerator=Accelerator(cpu=setting.device.type == "cpu", mixed_precision="no"),  # passes see to it
         teacher=teacher,
         watch=watch,
+        ranks=setting.ranks,
         plan=plan,
     )
 
@@ -192,72 +215,17 @@ def teacher_of(setting: Setting, dense_tuned: Callable[[], Any]) -> Teacher | No
     distill = setting.config.distill
     if distill.teacher == "none":
         return None
-    model = setting.load().model if distill.teacher == "base" else dense_tuned()
+    if distill.teacher == "base":
+        model = setting.to_train()
+        spread(model, setting.ranks)
+    else:
+        model = dense_tuned()
     return Teacher(model.requires_grad_(False).eval(), distill.logits, distill.hidden)
 
 
 def watched(examples: tuple[Example, ...], most: int) -> tuple[Example, ...]:
     """The validation examples scored during the run: spread evenly over the split."""
     return examples[:: max(1, -(-len(examples) // most))]
-
-
-def finish(setting: Setting) -> None:
-    """Merge and cut in one operation, from the dense weights as they are stored; write; open again and compare."""
-    setting.console.stage("cut, write and check", 0)
-    state = Checkpoints(setting.folder.checkpoints).latest()
-    assert state is not None
-    assert state.plan is not None
-    loaded = setting.load(torch.float32, torch.device("cpu"))
-    gated = loaded.model
-    put_adapters(gated, setting, state)
-    merge_adapters(gated)
-    for parameter in gated.parameters():
-        # Rounded to what the file will hold, computed in float32: the comparison is about the cut, not the rounding.
-        parameter.data = parameter.data.to(loaded.storage).float()
-    tokens = _check_tokens(setting)
-    with masked(gated, state.plan, sites=setting.sites):
-        expected = logits_of(gated, tokens)
-    small = cut(gated, state.plan, sites=setting.sites).to(loaded.storage)
-    write_text(setting.folder.plan, state.plan.to_json())
-    unchecked = setting.folder.path / "model.unchecked"
-    text = card(setting.folder, setting.config, state.plan, setting.sites)
-    written = write(
-        small, setting.tokenizer, state.plan, setting.sites, unchecked, layout=setting.config.layout, card=text
-    )
-    found = check(written, tokens, expected)
-    setting.folder.note(
-        model=setting.folder.manifest()["model"] | {"bytes": setting.params * loaded.storage.itemsize},
-        pruned=asdict(written)
-        | {
-            "folder": "model",
-            "class": written.architecture,
-            "decoder_params": kept_params(setting.sites, state.plan) + setting.whole,
-            "dtype": str(loaded.storage).removeprefix("torch."),
-        },
-        selfcheck=found.to_dict(),
-    )
-    unchecked.rename(setting.folder.model)  # from here on model/ exists, is whole, and has passed its check
-
-
-def put_adapters(model: Any, setting: Setting, state: State) -> None:
-    """A checkpoint's adapters, or the weights they were merged into, on a dense model: zero for removed units."""
-    assert state.plan is not None
-    weights = state.tensors["adapters"]
-    if state.is_cut and tunes_all(setting.config.train, setting.sites):
-        grow_weights(model, weights, state.plan, setting.sites)
-        return
-    add_adapters(model, setting.sites, setting.config.lora, seed=0)
-    shapes = {name: parameter.shape for name, parameter in adapters(model).items()}
-    grown = grow_state(weights, shapes, state.plan, setting.sites) if state.is_cut else weights
-    for name, parameter in adapters(model).items():
-        parameter.data = grown[name].to(parameter.device)
-
-
-def _check_tokens(setting: Setting) -> Tensor:
-    """[B, T] ids of real examples, at most 4 of 64 tokens, cut to equal length."""
-    examples = setting.encoded["test"].examples[:4]
-    length = min(64, *(len(example.ids) for example in examples)) if examples else 1
-    return torch.tensor([example.ids[:length] for example in examples])
 
 
 def evaluate_all(setting: Setting) -> None:
@@ -289,10 +257,12 @@ def _model(setting: Setting, name: str) -> Any:
         own = setting.config.layout == "per-layer"
         verify(setting.folder.model)
         return load(str(setting.folder.model), device=setting.device, dtype=setting.dtype, trust_remote_code=own).model
-    model = setting.load().model
+    model = setting.to_train()
     if name == "tuned":
         setting.console.stage("tune the dense model", setting.config.train.steps)
-        kept = Checkpoints(setting.folder.tuned)  # as a teacher and for comparison: tuned once, and gone on with
+        # As a teacher and for comparison: tuned once, and gone on with.
+        kept = shared(Checkpoints(setting.folder.tuned), setting.ranks)
         tune_and_prune(job_of(densely(setting), model, kept, setting.console, dense_plan(setting.sites)))
-        merge_adapters(model)
+        if not setting.ranks.shards:  # sharded weights stay as they are, adapters beside them
+            merge_adapters(model)
     return model

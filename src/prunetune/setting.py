@@ -25,6 +25,7 @@ from prunetune.model.linears import COLUMNS, ROWS, linear_of, size
 from prunetune.model.loading import Loaded, ghost, load, load_tokenizer, pick_device, pick_dtype
 from prunetune.model.sites import Site, find_sites, tuned_linears, whole_params
 from prunetune.train.adapters import tunes_all
+from prunetune.train.distributed import ALONE, Ranks
 from prunetune.train.job import Observer
 
 log = logging.getLogger(__name__)
@@ -61,20 +62,32 @@ class Setting:
     whole: (
         int  # of them in decoder layers, where a kind of block stays whole; so that what is removed is a share of both
     )
+    ranks: Ranks = ALONE
 
     def load(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Loaded:
         """The dense model, anew."""
         trust = self.config.trust_remote_code
         return load(self.config.model, device=device or self.device, dtype=dtype or self.dtype, trust_remote_code=trust)
 
+    def to_train(self) -> Any:
+        """The dense model for the loop; where it will be sharded, in rank 0's memory, and on others its structure."""
+        if not self.ranks.shards:
+            return self.load().model
+        if self.ranks.is_main:
+            return self.load(device=torch.device("cpu")).model
+        trust = self.config.trust_remote_code
+        return ghost(self.config.model, trust_remote_code=trust).eval().requires_grad_(False)
 
-def prepare(config: RunConfig, *, resume: bool, console: Console, free: Collection[str] = FREE) -> Setting:
+
+def prepare(
+    config: RunConfig, *, resume: bool, console: Console, free: Collection[str] = FREE, ranks: Ranks = ALONE
+) -> Setting:
     """Open everything and refuse what cannot work; writes nothing. A resumed run may change what is in `free`."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # every stage has a line or a bar of our own
     folder = check_folder(config, resume=resume, free=free)
-    device = pick_device(config.device)
+    device = pick_device(config.device) if ranks.world == 1 else ranks.device
     dtype = pick_dtype(config.dtype, device)
     console.stage("reading model and data", 0)
     structure = ghost(config.model, trust_remote_code=config.trust_remote_code)
@@ -96,9 +109,16 @@ def prepare(config: RunConfig, *, resume: bool, console: Console, free: Collecti
             )
     params = sum(parameter.numel() for parameter in structure.parameters())
     whole = whole_params(structure, config.budget.units)
+    if ranks.shards and tunes_all(config.train, sites):
+        raise ConfigError(
+            "train.weights: sharded weights are frozen, and a model of this size is tuned in all of its weights: "
+            "set train.weights to adapters, or launch without --use_fsdp"
+        )
     need_space(folder.path, _bytes_needed(structure, sites, config))
     log.info("model %s on %s in %s, layout %s", config.model, device, str(dtype).removeprefix("torch."), config.layout)
-    return Setting(config, folder, device, dtype, sites, shape, tokenizer, splits, encoded, console, params, whole)
+    return Setting(
+        config, folder, device, dtype, sites, shape, tokenizer, splits, encoded, console, params, whole, ranks
+    )
 
 
 def with_texts(setting: Setting, context: int) -> Setting:

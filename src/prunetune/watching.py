@@ -24,6 +24,7 @@ from prunetune.setting import Setting
 from prunetune.train.job import Record
 from prunetune.train.schedule import schedule_of
 from prunetune.train.state import Checkpoints, Keeper
+from prunetune.train.together import shared
 from prunetune.train.validation import perplexity
 
 
@@ -49,6 +50,8 @@ class Watcher:
 
     def decided(self, record: Record, plan: Plan) -> None:
         """Keep the plan with its scores: `decisions/step-0000040.json`."""
+        if not self.setting.ranks.is_main:
+            return
         folder = self.setting.folder.path / "decisions"
         folder.mkdir(exist_ok=True)
         write_text(
@@ -98,7 +101,8 @@ def watcher_of(setting: Setting) -> Watcher:
     _refuse_idle(setting, gates)
     most = setting.config.validate.limit
     chosen, guard = sample(rows if wanted else (), most), sample(setting.splits.guard, most)
-    return Watcher(setting, gates, Checkpoints(setting.folder.good), tuple(chosen), tuple(guard))
+    good = shared(Checkpoints(setting.folder.good), setting.ranks)
+    return Watcher(setting, gates, good, tuple(chosen), tuple(guard))
 
 
 def _refuse_idle(setting: Setting, gates: Sequence[Gate]) -> None:

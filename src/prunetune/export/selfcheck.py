@@ -24,11 +24,16 @@ READER = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-folder, tokens, logits, code = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=code == "code").eval()
+folder, tokens, logits, code, scratch = sys.argv[1:]
+# With a scratch folder: weights stay in their files, and are read as they are needed.
+how = {"device_map": {"": "disk"}, "offload_folder": scratch} if scratch else {}
+model = AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, trust_remote_code=code == "code", **how
+).eval()
 with torch.inference_mode():
     found = model(load_file(tokens)["tokens"]).logits
-params = torch.tensor(sum(p.numel() for p in model.parameters()))
+tied = getattr(model, "all_tied_weights_keys", None) or {}  # weights that stay in files are not one and the same
+params = torch.tensor(sum(p.numel() for name, p in model.named_parameters() if name not in tied))
 save_file({"logits": found.contiguous(), "params": params}, logits)
 """
 
@@ -53,9 +58,12 @@ def logits_of(model: Any, tokens: Tensor) -> Tensor:
     return model(tokens.to(next(model.parameters()).device)).logits.float().cpu()  # type: ignore[no-any-return]
 
 
-def check(written: Written, tokens: Tensor, expected: Tensor) -> SelfCheck:
-    """Compare; raises `SelfCheckFailed` above 1e-4 relative, or where the parameter count differs."""
-    found = reopened(written, tokens)
+def check(written: Written, tokens: Tensor, expected: Tensor, *, streamed: bool = False) -> SelfCheck:
+    """Compare; raises `SelfCheckFailed` above 1e-4 relative, or where the parameter count differs.
+
+    `streamed`: the fresh process has one layer in memory at a time.
+    """
+    found = reopened(written, tokens, streamed=streamed)
     count = int(found["params"])
     if count != written.params:
         raise SelfCheckFailed(
@@ -70,16 +78,16 @@ def check(written: Written, tokens: Tensor, expected: Tensor) -> SelfCheck:
     return SelfCheck(difference, tokens.numel())
 
 
-def reopened(written: Written, tokens: Tensor) -> dict[str, Tensor]:
+def reopened(written: Written, tokens: Tensor, *, streamed: bool = False) -> dict[str, Tensor]:
     """What a fresh process finds, in float32: `logits` and the number of `params`; raises `SelfCheckFailed`."""
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"
         save_file({"tokens": tokens.contiguous()}, inputs)
-        code = "code" if written.needs_code else "plain"
+        code, spill = "code" if written.needs_code else "plain", scratch if streamed else ""
         # Generated modules are cached by folder name; a scratch cache keeps an older run's code out.
         environment = os.environ | {"HF_MODULES_CACHE": scratch, "TOKENIZERS_PARALLELISM": "false"}
         reader = subprocess.run(  # noqa: S603 - our own interpreter and text
-            [sys.executable, "-c", READER, str(written.folder.absolute()), str(inputs), str(outputs), code],
+            [sys.executable, "-c", READER, str(written.folder.absolute()), str(inputs), str(outputs), code, spill],
             capture_output=True, text=True, env=environment, cwd=scratch, check=False,
         )  # fmt: skip
         if reader.returncode:

@@ -33,9 +33,20 @@ class Written:
 
 
 def write(
-    model: Any, tokenizer: Any, plan: Plan, sites: Sequence[Site], folder: Path, *, layout: str, card: str
+    model: Any,
+    tokenizer: Any,
+    plan: Plan,
+    sites: Sequence[Site],
+    folder: Path,
+    *,
+    layout: str,
+    card: str,
+    shards: Path | None = None,
 ) -> Written:
-    """Write `model`, already cut by `plan`, whole or not at all. Tensors keep their dtype."""
+    """Write `model`, already cut by `plan`, whole or not at all. Tensors keep their dtype.
+
+    Where a folder of finished `shards` is given, these are its weights, and `model` has none.
+    """
     layout = layout_of(layout, sites)
     config = uniform_config(model.config, plan, sites) if layout == "uniform" else copy.deepcopy(model.config)
     with new_folder(folder) as partial:
@@ -43,11 +54,11 @@ def write(
             target = empty(config)
             _fill(target, model)
             target.generation_config = model.generation_config
-            target.save_pretrained(partial)
+            _save(target, partial, shards)
         else:
             layered = PerLayer.of(model)
             # Names as in memory: renaming on the way in goes by model_type, and this one is of our own.
-            model.save_pretrained(partial, save_original_format=False)
+            _save(model, partial, shards, save_original_format=False)
             write_code(partial, layered, sites, model)
             edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | layered.auto_map())
         add_old_rope_keys(partial / "config.json")
@@ -92,6 +103,19 @@ def _fill(target: Any, model: Any) -> None:
     """Hand the tensors over; a name or a shape that does not fit the configuration fails here, before a file exists."""
     target.load_state_dict(model.state_dict(), assign=True)
     target.tie_weights()
+
+
+def _save(model: Any, folder: Path, shards: Path | None, **how: Any) -> None:
+    if shards is None:
+        model.save_pretrained(folder, **how)
+        return
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    model.generation_config.save_pretrained(folder)
+    for file in sorted(shards.iterdir()):
+        file.rename(folder / file.name)
+    shards.rmdir()
 
 
 def edit_json(path: Path, changes: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from prunetune.decide.select import Shape
 from prunetune.gates import Gate
 from prunetune.model.sites import Site
 from prunetune.plan import Plan
+from prunetune.train.distributed import ALONE, Ranks
 from prunetune.train.objectives import Teacher
 from prunetune.train.schedule import Schedule
 from prunetune.train.state import Keeper
@@ -71,4 +72,5 @@ class Job:
     accelerator: Accelerator
     teacher: Teacher | None = None
     watch: Watch | None = None
+    ranks: Ranks = ALONE
     plan: Plan | None = None  # given for baselines: no search, only cut and tune

@@ -18,6 +18,8 @@ from prunetune.train.job import Job, Record
 from prunetune.train.passes import passes_for
 from prunetune.train.players import Adapters, Search
 from prunetune.train.progress import Progress
+from prunetune.train.sharding import spread
+from prunetune.train.together import together
 
 
 def tune_and_prune(job: Job) -> Plan:
@@ -27,9 +29,11 @@ def tune_and_prune(job: Job) -> Plan:
     model; and `GateFailed` where a gate stopped the run.
     """
     add_adapters(job.model, job.sites, job.config.lora, seed=derive(job.config.seed, "adapters"))
-    passes = passes_for(job.model, job.sites, job.pad_id, job.config, job.teacher)
+    layers = spread(job.model, job.ranks)  # over ranks, where there are several and they are to share the weights
+    passes = passes_for(job.model, job.sites, job.pad_id, job.config, job.teacher, job.ranks)
+    passes = together(passes, job.model, job.ranks)  # from here on, losses and gradients are of whole batches
     faults = Faults(passes, job.config.train.max_skipped)
-    search, tuning = Search(job, passes, faults), Adapters(job, passes, faults)
+    search, tuning = Search(job, passes, faults), Adapters(job, passes, faults, layers)
     progress = Progress(job, search, tuning, faults)
     decision = progress.resume()
 

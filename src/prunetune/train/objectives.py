@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from prunetune.data.templates import Example
 from prunetune.model.head import head_of, headless, in_portions
 from prunetune.model.units import Site
 from prunetune.train.adapters import group_norms
+from prunetune.train.distributed import ALONE, Ranks
 
 
 @dataclass(frozen=True)
@@ -172,25 +173,49 @@ def _vocabulary(model: Any) -> int:
 
 
 def feeds(
-    examples: Sequence[Example], pad_id: int, micro_tokens: int, device: torch.device
-) -> list[tuple[Batch, Feed]]:
-    """All examples in padded batches of at most `micro_tokens`."""
+    examples: Sequence[Example], pad_id: int, micro_tokens: int, device: torch.device, ranks: Ranks = ALONE
+) -> list[Feed]:
+    """This rank's share of all examples in padded batches of at most `micro_tokens`.
+
+    Ranks that exchange weights in every pass take equally many: the last may count for nothing.
+    """
     # A GPU waits for launches, not for tokens: there, one padded pass is cheaper than two lean ones.
     small = SMALL if device.type == "cpu" else micro_tokens
-    batches = [collate(part, pad_id) for part in micro_batches(examples, micro_tokens, small)]
-    return [(batch, feed_of_batch(batch.to(device))) for batch in batches]
+    shares = [micro_batches(share, micro_tokens, small) for share in ranks.shares(examples)]
+    found = [feed_of_batch(collate(part, pad_id).to(device)) for part in shares[ranks.rank]]
+    if ranks.shards:
+        found += [_idle(examples[0], pad_id, device)] * (max(map(len, shares)) - len(found))
+    return found
+
+
+def _idle(example: Example, pad_id: int, device: torch.device) -> Feed:
+    """A pass of which nothing counts."""
+    feed = feed_of_batch(collate([replace(example, answer_from=len(example.ids))], pad_id).to(device))
+    return replace(feed, real=torch.zeros_like(feed.real))
+
+
+def labels_of(examples: Sequence[Example]) -> int:
+    """Labels that count, at least 1: what a sum of losses is divided by."""
+    return max(1, sum(len(example.ids) - example.answer_from for example in examples))
 
 
 def backward(
-    model: Any, examples: Sequence[Example], pad_id: int, micro_tokens: int, teacher: Teacher | None = None
+    model: Any,
+    examples: Sequence[Example],
+    pad_id: int,
+    micro_tokens: int,
+    teacher: Teacher | None = None,
+    ranks: Ranks = ALONE,
 ) -> tuple[float, float]:
-    """Accumulate gradients of the mean answer loss per label plus the mean distance per token; returns the two."""
+    """Accumulate gradients of the mean answer loss per label plus the mean distance per token; returns the two.
+
+    Of several ranks each has its share of both, which add up.
+    """
     device = next(model.parameters()).device
-    parts = feeds(examples, pad_id, micro_tokens, device)
-    labels = max(1, sum(batch.tokens for batch, _ in parts))
+    labels = labels_of(examples)
     tokens = sum(len(example.ids) for example in examples)
     loss, distance = torch.zeros((), device=device), torch.zeros((), device=device)
-    for _, feed in parts:
+    for feed in feeds(examples, pad_id, micro_tokens, device, ranks):
         answers, apart = losses(model, feed, teacher)
         (answers / labels + apart / tokens).backward()  # type: ignore[no-untyped-call]
         loss += answers.detach() / labels
@@ -199,11 +224,10 @@ def backward(
 
 
 @torch.no_grad()
-def mean_loss(model: Any, examples: Sequence[Example], pad_id: int, micro_tokens: int) -> float:
-    """Mean answer loss per token over `examples`, nats."""
-    parts = feeds(examples, pad_id, micro_tokens, next(model.parameters()).device)
-    total = sum(float(answer_loss(model, feed)) for _, feed in parts)
-    return total / max(1, sum(batch.tokens for batch, _ in parts))
+def mean_loss(model: Any, examples: Sequence[Example], pad_id: int, micro_tokens: int, ranks: Ranks = ALONE) -> float:
+    """Mean answer loss per token over `examples`, nats; of several ranks each has its share, which add up."""
+    parts = feeds(examples, pad_id, micro_tokens, next(model.parameters()).device, ranks) if examples else []
+    return sum(float(answer_loss(model, feed)) for feed in parts) / labels_of(examples)
 
 
 def group_lasso(model: Any, gates: Mapping[str, Tensor], sites: Sequence[Site]) -> Tensor:

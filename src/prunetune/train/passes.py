@@ -21,6 +21,7 @@ from prunetune.model.masking import Adapters, masked
 from prunetune.model.packed import can_pack, packed_rows
 from prunetune.model.sites import Site
 from prunetune.train.adapters import adapters, frozen
+from prunetune.train.distributed import ALONE, Ranks
 from prunetune.train.graphs import Recorder
 from prunetune.train.objectives import (
     PLAIN,
@@ -30,6 +31,7 @@ from prunetune.train.objectives import (
     compiled_terms,
     feed_of_pack,
     group_lasso,
+    labels_of,
     losses,
     mean_loss,
 )
@@ -73,16 +75,22 @@ class Passes(Protocol):
 
 
 def passes_for(
-    model: Any, sites: Sequence[Site], pad_id: int, config: RunConfig, teacher: Teacher | None = None
+    model: Any,
+    sites: Sequence[Site],
+    pad_id: int,
+    config: RunConfig,
+    teacher: Teacher | None = None,
+    ranks: Ranks = ALONE,
 ) -> Passes:
-    """Packed passes where the GPU and the model can take them, else padded ones."""
+    """Packed passes where the GPU and the model can take them, else padded ones; over this rank's share of examples."""
     device = next(model.parameters()).device
     worth = device.type == "cuda" and model.dtype != torch.float32 and not config.lora.dropout
+    worth = worth and not ranks.shards  # a recording cannot hold the exchange of weights
     if worth and config.train.packing == "auto":
         if can_pack(model):
-            return Packed(model, sites, pad_id, config, teacher)
+            return Packed(model, sites, pad_id, config, teacher, ranks)
         log.info("%s cannot be packed: examples are padded, which is slower", model.config.model_type)
-    return Padded(model, sites, pad_id, config, teacher)
+    return Padded(model, sites, pad_id, config, teacher, ranks)
 
 
 def worth_compiling(train: TrainConfig) -> bool:
@@ -94,9 +102,15 @@ class Padded:
     """Examples side by side, run as they come."""
 
     def __init__(
-        self, model: Any, sites: Sequence[Site], pad_id: int, config: RunConfig, teacher: Teacher | None = None
+        self,
+        model: Any,
+        sites: Sequence[Site],
+        pad_id: int,
+        config: RunConfig,
+        teacher: Teacher | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model, self.sites, self.pad_id, self.teacher = model, sites, pad_id, teacher
+        self.model, self.sites, self.pad_id, self.teacher, self.ranks = model, sites, pad_id, teacher, ranks
         self.micro_tokens = config.train.micro_tokens
         self.form: Adapters = "free" if config.search.lora_aware else "gated"
 
@@ -130,13 +144,13 @@ class Padded:
     def score(self, examples: Sequence[Example], gates: Gates | None) -> float:
         """See `Passes`."""
         with self._gated(gates, "gated"):
-            return mean_loss(self.model, examples, self.pad_id, self.micro_tokens)
+            return mean_loss(self.model, examples, self.pad_id, self.micro_tokens, self.ranks)
 
     def forget(self) -> None:
         """See `Passes`."""
 
     def _backward(self, examples: Sequence[Example]) -> Losses:
-        loss, distance = backward(self.model, examples, self.pad_id, self.micro_tokens, self.teacher)
+        loss, distance = backward(self.model, examples, self.pad_id, self.micro_tokens, self.teacher, self.ranks)
         return {"loss": loss, "distance": distance} if self.teacher else {"loss": loss}
 
     def _gated(self, gates: Gates | None, kind: Adapters) -> Any:
@@ -153,9 +167,15 @@ class Packed:
     """
 
     def __init__(
-        self, model: Any, sites: Sequence[Site], pad_id: int, config: RunConfig, teacher: Teacher | None = None
+        self,
+        model: Any,
+        sites: Sequence[Site],
+        pad_id: int,
+        config: RunConfig,
+        teacher: Teacher | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.model, self.sites, self.pad_id, self.teacher = model, sites, pad_id, teacher
+        self.model, self.sites, self.pad_id, self.teacher, self.ranks = model, sites, pad_id, teacher, ranks
         self.micro_tokens = config.train.micro_tokens
         self.form: Adapters = "free" if config.search.lora_aware else "gated"
         self.device = next(model.parameters()).device
@@ -211,10 +231,10 @@ class Packed:
 
     def _over(self, examples: Sequence[Example], kind: str, function: Pass) -> Losses:
         """Run `function` on packs of all examples; mean losses."""
-        parts = packable(examples, self.micro_tokens)
+        parts = packable(self.ranks.share(examples), self.micro_tokens)
         packs = [pack(part, self.pad_id, sequences=len(examples)) for part in parts]
-        labels, tokens = sum(one.tokens for one in packs), sum(len(example.ids) for example in examples)
-        shares = torch.tensor([1 / max(1, labels), 1 / max(1, tokens)])
+        tokens = sum(len(example.ids) for example in examples)
+        shares = torch.tensor([1 / labels_of(examples), 1 / max(1, tokens)])
         self.sums.zero_()
         for one in packs:
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prunetune.budget.params import kept_share, ratio_loss
 from prunetune.data.templates import Example
 from prunetune.decide.decision import Decision, Searcher
-from prunetune.model.surgery import cut_linears, merge_adapters
+from prunetune.model.surgery import merge_adapters
 from prunetune.plan import Plan
 from prunetune.seeds import derive
 from prunetune.train.adapters import adapters, cut_state, soft_threshold, tunes_all
@@ -20,6 +20,7 @@ from prunetune.train.job import Job, Record
 from prunetune.train.muon import Muon
 from prunetune.train.passes import Passes
 from prunetune.train.schedule import learning_rate
+from prunetune.train.sharding import Layers
 from prunetune.train.state import by_moment, optimizer_tensors, restore_optimizer
 
 
@@ -92,8 +93,8 @@ class Search:
 class Adapters:
     """Moves the LoRA adapters; cuts the model when the decision has settled, and may then move all of its weights."""
 
-    def __init__(self, job: Job, passes: Passes, faults: Faults) -> None:
-        self.job, self.passes, self.faults = job, passes, faults
+    def __init__(self, job: Job, passes: Passes, faults: Faults, layers: Layers) -> None:
+        self.job, self.passes, self.faults, self.layers = job, passes, faults, layers
         self.is_cut = self.is_merged = False
         self.optimizer = self._fresh_optimizer()
         self.slopes: Mapping[str, Tensor] = {}  # at the gates that `advance` was given
@@ -105,7 +106,7 @@ class Adapters:
         generator its `slopes`, too.
         """
         job, batch, started = self.job, self.job.train.batch(step), time.monotonic()
-        torch.manual_seed(derive(job.config.seed, "dropout", step))
+        torch.manual_seed(derive(job.config.seed, "dropout", step) + job.ranks.rank)
         record = self.faults.within_memory(batch, lambda: self._gradients(batch, decision, gates), self._forget)
         norm = job.accelerator.clip_grad_norm_(adapters(job.model).values(), job.config.train.clip)
         rate = learning_rate(step, job.config.train, job.config.train.weights_rate if self.is_merged else None)
@@ -154,7 +155,7 @@ class Adapters:
 
     def shrink(self, plan: Plan) -> None:
         """Give model and adapters their smaller shapes; where all weights are to be tuned, merge the two."""
-        cut_linears(self.job.model, plan, sites=self.job.sites)
+        self.layers.cut(plan, self.job.sites)
         self.passes.forget()
         self.is_cut = True
         if tunes_all(self.job.config.train, self.job.sites):

@@ -115,7 +115,7 @@ class Validation:
         _, cost = self._timed(None if self.tuning.is_cut else self._legal(decision))
         share, every = self.job.config.validate.share, self.job.config.train.validate_every
         # share = cost / (cost + steps * pace), solved for the steps from one validation to the next
-        stride = max(1, math.ceil(cost * (1 - share) / (share * pace) / every))
+        stride = self.job.ranks.agree(max(1, math.ceil(cost * (1 - share) / (share * pace) / every)))
         self.seen = replace(self.seen, stride=stride)
         log.info("a validation takes %.2f s, a step %.2f s: one takes place every %d steps", cost, pace, stride * every)
 
@@ -134,7 +134,8 @@ class Validation:
         seconds = time.monotonic() - started
         self.spent += seconds
         self.seen = replace(self.seen, seconds=self.seen.seconds + seconds)
-        return {"valid.nll": nll, "valid.perplexity": perplexity(nll), **beside}, seconds
+        scores = {"valid.nll": nll, "valid.perplexity": perplexity(nll), **beside}
+        return self.job.ranks.agree(scores), seconds  # what gates see is the same everywhere, to the bit
 
     def _tell(self, about: Record, scores: Mapping[str, float], seconds: float, plan: Plan | None = None) -> None:
         record = {**about, "nll": scores["valid.nll"], **scores, "seconds": seconds}

@@ -1,0 +1,70 @@
+"""A model's weights as they lie in its files, one at a time: for models that are never in one memory as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from prunetune.model.loading import load_config, locate
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Tensor name -> the .safetensors file that holds it."""
+
+    places: dict[str, Path]
+    dtype: torch.dtype  # as the configuration says
+
+    @classmethod
+    def of(cls, name: str, *, trust_remote_code: bool = False) -> Stored:
+        """Of a model's name; empty where its files are not of this kind."""
+        from transformers.utils import cached_file
+
+        config = load_config(name, trust_remote_code=trust_remote_code)
+        folder = Path(str(cached_file(locate(name), "config.json"))).parent
+        places: dict[str, Path] = {}
+        for file in sorted(folder.glob("*.safetensors")):
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    places |= dict.fromkeys(tensors.keys(), file)
+            except (SafetensorError, OSError):
+                return cls({}, torch.float32)
+        return cls(places, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+
+    def has(self, names: Iterable[str]) -> bool:
+        """Whether all of these are stored under these names."""
+        return all(name in self.places for name in names)
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, as stored."""
+        with safe_open(self.places[name], framework="pt") as tensors:
+            found: Tensor = tensors.get_tensor(name)
+        return found
+
+
+def skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
+    """The model without its weights, which are on the meta device; for arithmetic in float32."""
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Another tensor in place of a weight or a buffer."""
+    place, _, own = name.rpartition(".")
+    holder = module.get_submodule(place)
+    if own in holder._parameters:
+        holder._parameters[own] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        holder._buffers[own] = tensor
