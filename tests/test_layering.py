@@ -30,7 +30,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("folder", "console", "hub"),
     ("history", "watch", "trackers"),
     ("setting", "provenance"),
-    ("watching", "telling"),
+    ("watching", "telling", "quantised"),
     ("pipeline", "summary", "eval_flags"),
     ("comparison",),
     ("cli",),

@@ -173,6 +173,9 @@ class LoraSettings:
     dense_learning_rate: float = option(5e-4, "Peak learning rate of the dense model's adapters.", above=0)
     alpha: float = option(0.0, "Scale alpha / rank; 0: twice the rank.", low=0)
     dropout: float = option(0.0, "Dropout on the adapters' input.", low=0, high=0.9)
+    quantize: Literal["off", "nf4"] = option(
+        "off", "How the linears under the adapters are held: as they are, or in 4 bits (QLoRA; needs bitsandbytes)."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -33,12 +33,14 @@ from prunetune.export.selfcheck import check, logits_of
 from prunetune.export.write import write
 from prunetune.files import write_text
 from prunetune.folder import RunFolder, open_folder
+from prunetune.model.four_bit import round_to_four_bits
 from prunetune.model.loading import load
 from prunetune.model.masking import masked
 from prunetune.model.sites import dense_plan, kept_params
-from prunetune.model.surgery import cut, merge_adapters
+from prunetune.model.surgery import cut, merge_adapters, settle_adapters
 from prunetune.plan import Plan
 from prunetune.provenance import card, rewrite_card
+from prunetune.quantised import compared, tuned_beside
 from prunetune.seeds import derive
 from prunetune.setting import Console, Setting, facts_of, prepare
 from prunetune.telling import Recorder, outside, told
@@ -126,7 +128,7 @@ def _tuned(
     state = checkpoints.latest()
     setting.folder.forget_after(state.step if state else -1)
     try:
-        job = job_of(setting, setting.load().model, checkpoints, recorder, teacher=teacher, watch=watcher)
+        job = job_of(setting, setting.load_base(), checkpoints, recorder, teacher=teacher, watch=watcher)
         tune_and_prune(job)
     except WentBack:
         return False
@@ -192,7 +194,7 @@ def teacher_of(setting: Setting, dense_tuned: Callable[[], Any]) -> Teacher | No
     distill = setting.config.distill
     if distill.teacher == "none":
         return None
-    model = setting.load().model if distill.teacher == "base" else dense_tuned()
+    model = setting.load_base() if distill.teacher == "base" else dense_tuned()
     return Teacher(model.requires_grad_(False).eval(), distill.logits, distill.hidden)
 
 
@@ -209,6 +211,9 @@ def finish(setting: Setting) -> None:
     assert state.plan is not None
     loaded = setting.load(torch.float32, torch.device("cpu"))
     gated = loaded.model
+    beside = tuned_beside(setting, state)
+    if beside:  # merged is what was tuned: adapters know the rounded weights only
+        round_to_four_bits(gated, setting.sites, dtype=setting.dtype, device=setting.device)
     put_adapters(gated, setting, state)
     merge_adapters(gated)
     for parameter in gated.parameters():
@@ -217,6 +222,10 @@ def finish(setting: Setting) -> None:
     tokens = _check_tokens(setting)
     with masked(gated, state.plan, sites=setting.sites):
         expected = logits_of(gated, tokens)
+    if beside:
+        base = setting.load_base()
+        put_adapters(base, setting, state)
+        setting.folder.note(quantised=compared(base, state.plan, setting, tokens, expected))
     small = cut(gated, state.plan, sites=setting.sites).to(loaded.storage)
     write_text(setting.folder.plan, state.plan.to_json())
     unchecked = setting.folder.path / "model.unchecked"
@@ -289,10 +298,11 @@ def _model(setting: Setting, name: str) -> Any:
         own = setting.config.layout == "per-layer"
         verify(setting.folder.model)
         return load(str(setting.folder.model), device=setting.device, dtype=setting.dtype, trust_remote_code=own).model
-    model = setting.load().model
     if name == "tuned":
+        model = setting.load_base()
         setting.console.stage("tune the dense model", setting.config.train.steps)
         kept = Checkpoints(setting.folder.tuned)  # as a teacher and for comparison: tuned once, and gone on with
         tune_and_prune(job_of(densely(setting), model, kept, setting.console, dense_plan(setting.sites)))
-        merge_adapters(model)
-    return model
+        settle_adapters(model)
+        return model
+    return setting.load().model

@@ -21,6 +21,7 @@ from prunetune.evaluation.suite import context_of
 from prunetune.export.shapes import legal_groups, width_of
 from prunetune.files import need_space
 from prunetune.folder import FREE, RunFolder, check_folder
+from prunetune.model.four_bit import hold_in_four_bits, require_nf4
 from prunetune.model.linears import COLUMNS, ROWS, linear_of, size
 from prunetune.model.loading import Loaded, ghost, load, load_tokenizer, pick_device, pick_dtype
 from prunetune.model.sites import Site, find_sites, tuned_linears, whole_params
@@ -67,6 +68,14 @@ class Setting:
         trust = self.config.trust_remote_code
         return load(self.config.model, device=device or self.device, dtype=dtype or self.dtype, trust_remote_code=trust)
 
+    def load_base(self) -> Any:
+        """The dense model anew, as adapters are put on it: its linears in 4 bits where `lora.quantize` says so."""
+        if self.config.lora.quantize == "off":
+            return self.load().model
+        model = self.load(device=torch.device("cpu")).model  # the device holds no dense linear but one at a time
+        hold_in_four_bits(model, self.sites, dtype=self.dtype, device=self.device)
+        return model.to(self.device)
+
 
 def prepare(config: RunConfig, *, resume: bool, console: Console, free: Collection[str] = FREE) -> Setting:
     """Open everything and refuse what cannot work; writes nothing. A resumed run may change what is in `free`."""
@@ -74,6 +83,8 @@ def prepare(config: RunConfig, *, resume: bool, console: Console, free: Collecti
 
     transformers_logging.disable_progress_bar()  # every stage has a line or a bar of our own
     folder = check_folder(config, resume=resume, free=free)
+    if config.lora.quantize != "off":
+        require_nf4()
     device = pick_device(config.device)
     dtype = pick_dtype(config.dtype, device)
     console.stage("reading model and data", 0)

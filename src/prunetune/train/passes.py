@@ -65,6 +65,7 @@ def passes_for(
     """Packed passes where the GPU and the model can take them, else padded ones."""
     device = next(model.parameters()).device
     worth = device.type == "cuda" and model.dtype != torch.float32 and not config.lora.dropout
+    worth = worth and config.lora.quantize == "off"  # a large model's steps do not wait for launches
     if worth and config.train.packing == "auto":
         if can_pack(model):
             return Packed(model, sites, pad_id, config, teacher)
