@@ -95,7 +95,7 @@ def test_a_teacher_is_held_so_too_and_the_error_in_sixteen_bits_is_said(
     monkeypatch.setattr(pipeline, "tune_and_prune", watched)
     changes = {"distill": {"teacher": "dense"}, "evaluate": {"dense_tuned": True}, "train": {"steps": 4}}
     folder = run(config_of(place, tmp_path / "run", layout="uniform", dtype="bfloat16", **changes))
-    assert len(held) == 3 and all(held)  # the teacher, its pupil, and the teacher again to be scored
+    assert held == [True] * 3  # the teacher, its pupil, and the teacher again to be scored
     assert 0 < manifest(folder)["quantised"]["error"] < 0.05
 
 

@@ -2,7 +2,7 @@
 
 nf4 rounds blocks of 64 weights, each by a scale of its own. Here no block crosses a line that a cut takes out: blocks
 run along the inputs of what produces units (it loses rows) and along the outputs of what consumes them (it loses
-columns). So a unit leaves with whole blocks, what stays keeps every bit, and the cut of a quantised model is exact, too.
+columns). So a unit leaves with whole blocks, what stays keeps every bit, and the cut of a quantised model is exact.
 """
 
 from __future__ import annotations
