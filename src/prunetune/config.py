@@ -140,6 +140,11 @@ class TrainConfig:
     packing: Literal["auto", "off"] = option(
         "auto", "Examples end to end, passes recorded as CUDA graphs, where GPU and model can; off pads and runs as is."
     )
+    checkpointing: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Layers keep their inputs alone and are computed again for the backward pass: a third slower, far less memory; "
+        "auto: with lora.quantize, and where a single example runs out of GPU memory.",
+    )
     learning_rate: float = option(1e-3, "Peak learning rate of the adapters.", above=0)
     optimizer: Literal["adamw", "muon"] = option("adamw", "What moves the adapters; Muon wants twice AdamW's rate.")
     weights: Literal["auto", "all", "adapters"] = option(

@@ -28,7 +28,7 @@ def tune_and_prune(job: Job) -> Plan:
     """
     add_adapters(job.model, job.sites, job.config.lora, seed=derive(job.config.seed, "adapters"))
     passes = passes_for(job.model, job.sites, job.pad_id, job.config, job.teacher)
-    faults = Faults(passes, job.config.train.max_skipped)
+    faults = Faults(passes, job.config.train.max_skipped, job.config.train.checkpointing != "off")
     search, tuning = Search(job, passes, faults), Adapters(job, passes, faults)
     progress = Progress(job, search, tuning, faults)
     decision = progress.resume()

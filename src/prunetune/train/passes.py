@@ -18,6 +18,7 @@ from prunetune.data.packs import Pack, pack, packable
 from prunetune.data.templates import Example
 from prunetune.model.masking import Adapters, masked
 from prunetune.model.packed import can_pack, packed_rows
+from prunetune.model.recompute import recomputed
 from prunetune.model.sites import Site
 from prunetune.train.adapters import adapters, frozen
 from prunetune.train.graphs import Function, Recorder
@@ -36,6 +37,7 @@ class Passes(Protocol):
     """
 
     micro_tokens: int  # most tokens of one pass
+    recompute: bool  # layers are computed again for the backward pass, see `model.recompute`
 
     def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
         """Losses of the LoRA-aware forward (or of the model as it is); adapters accumulate their gradient.
@@ -73,6 +75,12 @@ def passes_for(
     return Padded(model, sites, pad_id, config, teacher)
 
 
+def recomputes(config: RunConfig) -> bool:
+    """Whether layers are computed again for the backward pass from the start."""
+    wanted = config.train.checkpointing
+    return wanted == "on" or (wanted == "auto" and config.lora.quantize != "off")
+
+
 class Padded:
     """Examples side by side, run as they come."""
 
@@ -81,6 +89,7 @@ class Padded:
     ) -> None:
         self.model, self.sites, self.pad_id, self.teacher = model, sites, pad_id, teacher
         self.micro_tokens = config.train.micro_tokens
+        self.recompute = recomputes(config)
         self.form: Adapters = "free" if config.search.lora_aware else "gated"
 
     def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
@@ -119,7 +128,8 @@ class Padded:
         """See `Passes`."""
 
     def _backward(self, examples: Sequence[Example]) -> Losses:
-        loss, distance = backward(self.model, examples, self.pad_id, self.micro_tokens, self.teacher)
+        with recomputed(self.model) if self.recompute else nullcontext():
+            loss, distance = backward(self.model, examples, self.pad_id, self.micro_tokens, self.teacher)
         return {"loss": loss, "distance": distance} if self.teacher else {"loss": loss}
 
     def _gated(self, gates: Gates | None, kind: Adapters) -> Any:
@@ -140,6 +150,7 @@ class Packed:
     ) -> None:
         self.model, self.sites, self.pad_id, self.teacher = model, sites, pad_id, teacher
         self.micro_tokens = config.train.micro_tokens
+        self.recompute = recomputes(config)
         self.form: Adapters = "free" if config.search.lora_aware else "gated"
         self.device = next(model.parameters()).device
         self.recorder = Recorder(self.device)
@@ -203,9 +214,10 @@ class Packed:
 
     def _learn(self, inputs: Sequence[Tensor]) -> None:
         feed, shares = feed_of_pack(Pack(*inputs[:-1])), inputs[-1]
-        with packed_rows(self.model), packed_rows(self.teacher.model) if self.teacher else nullcontext():
+        again = recomputed(self.model) if self.recompute else nullcontext()
+        with packed_rows(self.model), packed_rows(self.teacher.model) if self.teacher else nullcontext(), again:
             parts = torch.stack(losses(self.model, feed, self.teacher)) * shares
-        parts.sum().backward()  # type: ignore[no-untyped-call]
+            parts.sum().backward()  # type: ignore[no-untyped-call]
         self.sums += parts.detach()
 
     def _learn_gated(self, inputs: Sequence[Tensor]) -> None:
