@@ -219,6 +219,6 @@ def _add_adapters(linear: Any, layer: Any) -> None:
         total = weight[rows].float()
         for name, a in layer.lora_A.items():
             a, b = a.weight.float(), layer.lora_B[name].weight.float()
-            added = a[:, rows].t() @ b.t() if is_transposed(linear) else b[rows] @ a
-            total += layer.scaling[name] * added
+            left, right = (a[:, rows].t(), b.t()) if is_transposed(linear) else (b[rows], a)
+            total = torch.addmm(total, left, right, alpha=layer.scaling[name])
         weight[rows] = total.to(weight.dtype)
