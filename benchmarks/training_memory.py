@@ -4,7 +4,7 @@
         [--rank 128] [--checkpointing auto|on|off] [--teacher none|base] [--layers 0] [--micro-tokens N] [--device cuda]
 
 The loop of a run (`tune_and_prune`): evidence, `--steps` search steps, one to settle, the cut, as many to
-tune, on random weights and tokens; a third of a sequence is its answer. An nf4 model never stands in GPU memory in full.
+tune, on random weights and tokens; a third of a sequence is its answer. An nf4 model never stands in memory in full.
 Prints JSON: peak bytes and median seconds a step by phase, beside what `budget.memory` computes. On a CPU it tries the
 code alone (`--geometry tiny`): memory there is the whole process's.
 """

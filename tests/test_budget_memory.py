@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
+import re
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,6 +23,7 @@ from prunetune.decide.generator import generator_for
 from prunetune.model.four_bit import hold_in_four_bits
 from prunetune.model.sites import find_sites
 from prunetune.model.surgery import merge_adapters
+from prunetune.setting import peak_of, say_memory
 from prunetune.train.adapters import adapters, add_adapters
 from prunetune.train.objectives import Teacher
 from prunetune.train.passes import Padded
@@ -156,3 +159,19 @@ def test_tokens_of_a_pass_are_those_of_the_recipe() -> None:
     config = from_mapping({"train": {"batch_size": 4, "micro_tokens": 1000}})
     lengths = {longest: setup_of(config, torch.bfloat16, longest=longest).tokens for longest in (100, 400, 3000)}
     assert lengths == {100: 400, 400: 1000, 3000: 3000}  # a longer example stands alone
+
+
+def test_a_run_says_what_it_will_hold(caplog: pytest.LogCaptureFixture) -> None:
+    structure = tiny(**SIZES)
+    sites = find_sites(structure)
+    config = from_mapping({"train": {"weights": "all"}, "lora": {"rank": 4}, "distill": {"teacher": "none"}})
+    found = peak_of(structure, sites, config, torch.bfloat16, longest=LENGTH)
+    setup = setup_of(config, torch.bfloat16, longest=LENGTH, all_weights=True)
+    shapes = shapes_of(structure, sites)
+    assert found.total == max(memory(shapes, setup, phase=phase).total for phase in ("search", "tune"))
+    with caplog.at_level(logging.INFO):
+        say_memory(replace(found, weights=2 * 10**9), 80 * 10**9)
+        assert re.fullmatch(r"memory: about 2\.\d GB of 80\.0 \(weights 2\.0.*\)", caplog.messages[-1])
+        say_memory(replace(found, weights=90 * 10**9), 80 * 10**9)
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO", "WARNING"]
+    assert "lora.quantize nf4" in caplog.messages[-1]

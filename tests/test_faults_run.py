@@ -1,4 +1,4 @@
-"""Laws of a run whose disk fills up or whose tracker is down: one line, nothing lost, and a resumed run ends the same."""
+"""Laws of a run whose disk fills up or whose tracker goes down: nothing is lost, and a resumed run ends the same."""
 
 from __future__ import annotations
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
+from prunetune.budget.memory import Memory, memory, setup_of, shapes_of
 from prunetune.budget.params import total
 from prunetune.config import RunConfig
 from prunetune.data.sources import SplitName
@@ -109,7 +110,31 @@ def prepare(config: RunConfig, *, resume: bool, console: Console, free: Collecti
     whole = whole_params(structure, config.budget.units)
     need_space(folder.path, _bytes_needed(structure, sites, config))
     log.info("model %s on %s in %s, layout %s", config.model, device, str(dtype).removeprefix("torch."), config.layout)
+    if device.type == "cuda":
+        longest = max((len(example.ids) for part in encoded.values() for example in part.examples), default=1)
+        room = torch.cuda.get_device_properties(device).total_memory
+        say_memory(peak_of(structure, sites, config, dtype, longest=longest), room)
     return Setting(config, folder, device, dtype, sites, shape, tokenizer, splits, encoded, console, params, whole)
+
+
+def peak_of(structure: Any, sites: tuple[Site, ...], config: RunConfig, dtype: torch.dtype, *, longest: int) -> Memory:
+    """The fuller of the two phases, see `budget.memory`; `longest`: tokens of the longest example."""
+    shapes = shapes_of(structure, sites)
+    setup = setup_of(config, dtype, longest=longest, all_weights=tunes_all(config.train, sites))
+    return max(
+        memory(shapes, setup, phase="search"), memory(shapes, setup, phase="tune"), key=lambda found: found.total
+    )
+
+
+def say_memory(found: Memory, room: int) -> None:
+    """What a run will hold of a GPU's `room`, in bytes; a warning where that is not enough."""
+    parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in asdict(found).items() if value >= 5e7)
+    log.info("memory: about %.1f GB of %.1f (%s)", found.total / 1e9, room / 1e9, parts)
+    if found.total > room:
+        log.warning(
+            "memory: more than there is; passes are made smaller where they do not fit. Lower train.micro_tokens, "
+            "set train.checkpointing on, distill.teacher none, or lora.quantize nf4"
+        )
 
 
 def with_texts(setting: Setting, context: int) -> Setting:
