@@ -128,7 +128,7 @@ def _tuned(
     state = checkpoints.latest()
     setting.folder.forget_after(state.step if state else -1)
     try:
-        job = job_of(setting, setting.load_base(), checkpoints, recorder, teacher=teacher, watch=watcher)
+        job = job_of(setting, setting.to_train(), checkpoints, recorder, teacher=teacher, watch=watcher)
         tune_and_prune(job)
     except WentBack:
         return False
@@ -194,7 +194,7 @@ def teacher_of(setting: Setting, dense_tuned: Callable[[], Any]) -> Teacher | No
     distill = setting.config.distill
     if distill.teacher == "none":
         return None
-    model = setting.load_base() if distill.teacher == "base" else dense_tuned()
+    model = setting.to_train() if distill.teacher == "base" else dense_tuned()
     return Teacher(model.requires_grad_(False).eval(), distill.logits, distill.hidden)
 
 
@@ -223,7 +223,7 @@ def finish(setting: Setting) -> None:
     with masked(gated, state.plan, sites=setting.sites):
         expected = logits_of(gated, tokens)
     if beside:
-        base = setting.load_base()
+        base = setting.to_train()
         put_adapters(base, setting, state)
         setting.folder.note(quantised=compared(base, state.plan, setting, tokens, expected))
     small = cut(gated, state.plan, sites=setting.sites).to(loaded.storage)
@@ -299,7 +299,7 @@ def _model(setting: Setting, name: str) -> Any:
         verify(setting.folder.model)
         return load(str(setting.folder.model), device=setting.device, dtype=setting.dtype, trust_remote_code=own).model
     if name == "tuned":
-        model = setting.load_base()
+        model = setting.to_train()
         setting.console.stage("tune the dense model", setting.config.train.steps)
         kept = Checkpoints(setting.folder.tuned)  # as a teacher and for comparison: tuned once, and gone on with
         tune_and_prune(job_of(densely(setting), model, kept, setting.console, dense_plan(setting.sites)))

@@ -69,7 +69,7 @@ class Setting:
         trust = self.config.trust_remote_code
         return load(self.config.model, device=device or self.device, dtype=dtype or self.dtype, trust_remote_code=trust)
 
-    def load_base(self) -> Any:
+    def to_train(self) -> Any:
         """The dense model anew, as adapters are put on it: its linears in 4 bits where `lora.quantize` says so."""
         if self.config.lora.quantize == "off":
             return self.load().model
