@@ -10,8 +10,8 @@ without it the full disk is left out. Faults, each through the command line in a
 * tracker down: MLflow (where it is installed) told of a server that refuses, and of one that never answers;
 * data breaks off: a hub data set that fails after some rows, and a file that lost its second half between two starts;
 * no numbers: the weights of one step's gradient become NaN; every step's do, until the run ends;
-* out of memory: passes above 32 tokens fail as CUDA's allocator does. (Where memory really runs out: `training_memory.py`
-  with more `--micro-tokens` than the GPU has room for.)
+* out of memory: passes above 32 tokens fail as CUDA's allocator does. (Where memory really
+  runs out: `training_memory.py` with more `--micro-tokens` than the GPU has room for.)
 
 "same": the resumed run's model is that of a run without faults, to the byte. Prints one JSON object a fault.
 """

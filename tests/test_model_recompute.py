@@ -15,11 +15,11 @@ from prunetune.config import RunConfig, from_mapping
 from prunetune.data import packs
 from prunetune.data.templates import Example
 from prunetune.model.masking import gates_of
-from prunetune.model.recompute import recomputed
+from prunetune.model.recompute import recomputed, recomputes
 from prunetune.model.sites import find_sites
 from prunetune.train.adapters import adapters
 from prunetune.train.objectives import Teacher
-from prunetune.train.passes import Packed, Padded, passes_for, recomputes
+from prunetune.train.passes import Packed, Padded, passes_for
 
 USUAL = ("kv-groups", "mlp-channels")
 CASES: list[tuple[str, Collection[str]]] = [

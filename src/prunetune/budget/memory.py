@@ -17,6 +17,7 @@ from prunetune.config import RunConfig
 from prunetune.model.four_bit import BLOCK, SCALE, lines_of
 from prunetune.model.head import PORTION
 from prunetune.model.linears import COLUMNS, ROWS, linear_of, size
+from prunetune.model.recompute import recomputes
 from prunetune.model.units import Site
 
 FULL = 4  # bytes of what is tuned, its gradient and each of its moments: float32
@@ -120,14 +121,13 @@ def shapes_of(structure: Any, sites: Iterable[Site]) -> Shapes:
 def setup_of(config: RunConfig, dtype: torch.dtype, *, longest: int, all_weights: bool = False) -> Setup:
     """Of a recipe; `longest`: tokens of the longest example."""
     batch = config.train.batch_size * longest
-    wanted = config.train.checkpointing
     return Setup(
         width=dtype.itemsize,
         tokens=min(batch, max(longest, config.train.micro_tokens)),
         rank=config.lora.rank,
         keep=config.budget.keep,
         quantize=config.lora.quantize,
-        recompute=wanted == "on" or (wanted == "auto" and config.lora.quantize != "off"),
+        recompute=recomputes(config),
         all_weights=all_weights,
         joint=config.search.step == "joint",
         teacher=config.distill.teacher != "none",

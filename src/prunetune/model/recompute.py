@@ -15,7 +15,14 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from prunetune.config import RunConfig
 from prunetune.model.families import coupling_of
+
+
+def recomputes(config: RunConfig) -> bool:
+    """Whether a recipe has it so from the first step on."""
+    wanted = config.train.checkpointing
+    return wanted == "on" or (wanted == "auto" and config.lora.quantize != "off")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from prunetune.data.packs import Pack, pack, packable
 from prunetune.data.templates import Example
 from prunetune.model.masking import Adapters, masked
 from prunetune.model.packed import can_pack, packed_rows
-from prunetune.model.recompute import recomputed
+from prunetune.model.recompute import recomputed, recomputes
 from prunetune.model.sites import Site
 from prunetune.train.adapters import adapters, frozen
 from prunetune.train.graphs import Function, Recorder
@@ -73,12 +73,6 @@ def passes_for(
             return Packed(model, sites, pad_id, config, teacher)
         log.info("%s cannot be packed: examples are padded, which is slower", model.config.model_type)
     return Padded(model, sites, pad_id, config, teacher)
-
-
-def recomputes(config: RunConfig) -> bool:
-    """Whether layers are computed again for the backward pass from the start."""
-    wanted = config.train.checkpointing
-    return wanted == "on" or (wanted == "auto" and config.lora.quantize != "off")
 
 
 class Padded:
