@@ -13,6 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from prunetune import Plan, find_sites
 from prunetune.model import families
+from prunetune.model.linears import is_transposed, linear_of
 from prunetune.model.sites import tuned_linears, whole_blocks
 from prunetune.model.units import KINDS, USUAL
 
@@ -76,7 +77,7 @@ def with_lora(model: Any, *, seed: int = 1, rank: int = 4) -> Any:
     """Random, non-zero adapters on every producer and consumer."""
     torch.manual_seed(seed)
     targets = tuned_linears(model)
-    transposed = model.config.model_type == "gpt2"
+    transposed = is_transposed(linear_of(model, targets[0]))
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, fan_in_fan_out=transposed)
     inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -190,6 +191,19 @@ def test_hub_failures_say_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(DataError, match=r"no such file, and not to be had from the hub .*ConnectionError: no network"):
         read(["owner/name"], DataConfig(), "valid")
     assert len(hub.calls) == 1
+
+
+def test_a_hub_stream_that_breaks_off_is_no_smaller_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows() -> Iterator[Any]:
+        yield from pairs(3)
+        raise ConnectionError("closed\nby the server")
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: rows()))
+    with pytest.raises(
+        DataError, match=r"owner/name@train: broke off after 3 rows: ConnectionError: closed"
+    ) as refused:
+        read(["owner/name"], DataConfig(), "train")
+    assert "\n" not in str(refused.value)
 
 
 def test_without_the_package_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

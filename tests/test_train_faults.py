@@ -129,7 +129,34 @@ def test_smaller_passes_are_the_same_steps(
     assert losses(resumed) == losses(job)[5:]
 
 
-def test_one_example_that_is_too_large_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_example_that_is_too_large_is_computed_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, every = job_of(config_of()), Every(tmp_path)
+    plan = tune_and_prune(whole)
+    genuine = Padded.tune
+
+    def tune(self: Padded, *arguments: Any) -> Any:
+        found = genuine(self, *arguments)
+        if not self.recompute:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    monkeypatch.setattr(Padded, "tune", tune)
+    job = job_of(config_of(), keeper=every)
+    with caplog.at_level(logging.WARNING):
+        assert tune_and_prune(job) == plan
+    assert caplog.text.count("computed twice") == 1
+    for name, weight in weights_of(job).items():
+        torch.testing.assert_close(weight, weights_of(whole)[name], rtol=1e-3, atol=1e-4)
+    resumed = job_of(config_of(), keeper=every.at(5))
+    assert tune_and_prune(resumed) == plan
+    assert identical(weights_of(resumed), weights_of(job))
+    with pytest.raises(torch.OutOfMemoryError):
+        tune_and_prune(job_of(config_of({"train": {"checkpointing": "off"}})))
+
+
+def test_one_example_that_is_too_large_even_so_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     cramped(monkeypatch, room=0)
     with pytest.raises(torch.OutOfMemoryError):
         tune_and_prune(job_of(config_of()))

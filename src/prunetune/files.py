@@ -18,10 +18,14 @@ PARTIAL = ".partial"
 def write_text(path: Path, text: str) -> None:
     """Replace a file in one step."""
     partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:
+        partial.unlink(missing_ok=True)  # room that a full disk has use for
+        raise
     partial.replace(path)
 
 

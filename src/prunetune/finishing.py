@@ -16,12 +16,14 @@ from prunetune.export.selfcheck import check, logits_of
 from prunetune.export.streamed import Merge, Streamed, cut_streamed
 from prunetune.export.write import write
 from prunetune.files import write_text
+from prunetune.model.four_bit import round_to_four_bits
 from prunetune.model.linears import COLUMNS, ROWS, is_transposed, linear_of, size
 from prunetune.model.masking import masked
 from prunetune.model.sites import kept_params, tuned_linears
 from prunetune.model.stored import Stored, skeleton
 from prunetune.model.surgery import cut, merge_adapters
 from prunetune.provenance import card
+from prunetune.quantised import compared, tuned_beside
 from prunetune.setting import Setting
 from prunetune.train.adapters import NAME, adapters, add_adapters, grow_state, grow_weights, tunes_all
 from prunetune.train.state import Checkpoints, State
@@ -78,6 +80,9 @@ def _whole(setting: Setting, state: State, tokens: Tensor) -> Cut:
     assert state.plan is not None
     loaded = setting.load(torch.float32, torch.device("cpu"))
     gated = loaded.model
+    beside = tuned_beside(setting, state)
+    if beside:  # merged is what was tuned: adapters know the rounded weights only
+        round_to_four_bits(gated, setting.sites, dtype=setting.dtype, device=setting.device)
     _put_adapters(gated, setting, state)
     merge_adapters(gated)
     for parameter in gated.parameters():
@@ -85,6 +90,10 @@ def _whole(setting: Setting, state: State, tokens: Tensor) -> Cut:
         parameter.data = parameter.data.to(loaded.storage).float()
     with masked(gated, state.plan, sites=setting.sites):
         expected = logits_of(gated, tokens)
+    if beside:
+        base = setting.to_train()
+        _put_adapters(base, setting, state)
+        setting.folder.note(quantised=compared(base, state.plan, setting, tokens, expected))
     return Cut(cut(gated, state.plan, sites=setting.sites).to(loaded.storage), loaded.storage, expected)
 
 

@@ -31,7 +31,7 @@ from prunetune.finishing import finish
 from prunetune.folder import RunFolder, open_folder
 from prunetune.model.loading import load, pick_device
 from prunetune.model.sites import dense_plan
-from prunetune.model.surgery import merge_adapters
+from prunetune.model.surgery import settle_adapters
 from prunetune.plan import Plan
 from prunetune.provenance import rewrite_card
 from prunetune.seeds import derive
@@ -257,12 +257,13 @@ def _model(setting: Setting, name: str) -> Any:
         own = setting.config.layout == "per-layer"
         verify(setting.folder.model)
         return load(str(setting.folder.model), device=setting.device, dtype=setting.dtype, trust_remote_code=own).model
-    model = setting.to_train()
     if name == "tuned":
+        model = setting.to_train()
         setting.console.stage("tune the dense model", setting.config.train.steps)
         # As a teacher and for comparison: tuned once, and gone on with.
         kept = shared(Checkpoints(setting.folder.tuned), setting.ranks)
         tune_and_prune(job_of(densely(setting), model, kept, setting.console, dense_plan(setting.sites)))
         if not setting.ranks.shards:  # sharded weights stay as they are, adapters beside them
-            merge_adapters(model)
-    return model
+            settle_adapters(model)
+        return model
+    return setting.load().model

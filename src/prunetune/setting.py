@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
+from prunetune.budget.memory import Memory, memory, setup_of, shapes_of
 from prunetune.budget.params import total
 from prunetune.config import RunConfig
 from prunetune.data.sources import SplitName
@@ -21,6 +22,7 @@ from prunetune.evaluation.suite import context_of
 from prunetune.export.shapes import legal_groups, width_of
 from prunetune.files import need_space
 from prunetune.folder import FREE, RunFolder, check_folder
+from prunetune.model.four_bit import hold_in_four_bits, require_nf4
 from prunetune.model.linears import COLUMNS, ROWS, linear_of, size
 from prunetune.model.loading import Loaded, ghost, load, load_tokenizer, pick_device, pick_dtype
 from prunetune.model.sites import Site, find_sites, tuned_linears, whole_params
@@ -70,13 +72,20 @@ class Setting:
         return load(self.config.model, device=device or self.device, dtype=dtype or self.dtype, trust_remote_code=trust)
 
     def to_train(self) -> Any:
-        """The dense model for the loop; where it will be sharded, in rank 0's memory, and on others its structure."""
-        if not self.ranks.shards:
+        """The dense model anew for the loop: its linears in 4 bits where `lora.quantize` says so.
+
+        Where it will be sharded, it is in rank 0's memory, and on others its structure.
+        """
+        if self.ranks.shards and not self.ranks.is_main:
+            trust = self.config.trust_remote_code
+            return ghost(self.config.model, trust_remote_code=trust).eval().requires_grad_(False)
+        if not self.ranks.shards and self.config.lora.quantize == "off":
             return self.load().model
-        if self.ranks.is_main:
-            return self.load(device=torch.device("cpu")).model
-        trust = self.config.trust_remote_code
-        return ghost(self.config.model, trust_remote_code=trust).eval().requires_grad_(False)
+        model = self.load(device=torch.device("cpu")).model  # the device holds no dense linear but one at a time
+        if self.ranks.shards:
+            return model
+        hold_in_four_bits(model, self.sites, dtype=self.dtype, device=self.device)
+        return model.to(self.device)
 
 
 def prepare(
@@ -87,6 +96,8 @@ def prepare(
 
     transformers_logging.disable_progress_bar()  # every stage has a line or a bar of our own
     folder = check_folder(config, resume=resume, free=free)
+    if config.lora.quantize != "off":
+        require_nf4()
     device = pick_device(config.device) if ranks.world == 1 else ranks.device
     dtype = pick_dtype(config.dtype, device)
     console.stage("reading model and data", 0)
@@ -114,11 +125,37 @@ def prepare(
             "train.weights: sharded weights are frozen, and a model of this size is tuned in all of its weights: "
             "set train.weights to adapters, or launch without --use_fsdp"
         )
+    if ranks.shards and config.lora.quantize != "off":
+        raise ConfigError("lora.quantize: a base in 4 bits is not sharded; leave it off, or launch without --use_fsdp")
     need_space(folder.path, _bytes_needed(structure, sites, config))
     log.info("model %s on %s in %s, layout %s", config.model, device, str(dtype).removeprefix("torch."), config.layout)
+    if device.type == "cuda":
+        longest = max((len(example.ids) for part in encoded.values() for example in part.examples), default=1)
+        room = torch.cuda.get_device_properties(device).total_memory
+        say_memory(peak_of(structure, sites, config, dtype, longest=longest), room)
     return Setting(
         config, folder, device, dtype, sites, shape, tokenizer, splits, encoded, console, params, whole, ranks
     )
+
+
+def peak_of(structure: Any, sites: tuple[Site, ...], config: RunConfig, dtype: torch.dtype, *, longest: int) -> Memory:
+    """The fuller of the two phases, see `budget.memory`; `longest`: tokens of the longest example."""
+    shapes = shapes_of(structure, sites)
+    setup = setup_of(config, dtype, longest=longest, all_weights=tunes_all(config.train, sites))
+    return max(
+        memory(shapes, setup, phase="search"), memory(shapes, setup, phase="tune"), key=lambda found: found.total
+    )
+
+
+def say_memory(found: Memory, room: int) -> None:
+    """What a run will hold of a GPU's `room`, in bytes; a warning where that is not enough."""
+    parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in asdict(found).items() if value >= 5e7)
+    log.info("memory: about %.1f GB of %.1f (%s)", found.total / 1e9, room / 1e9, parts)
+    if found.total > room:
+        log.warning(
+            "memory: more than there is; passes are made smaller where they do not fit. Lower train.micro_tokens, "
+            "set train.checkpointing on, distill.teacher none, or lora.quantize nf4"
+        )
 
 
 def with_texts(setting: Setting, context: int) -> Setting:

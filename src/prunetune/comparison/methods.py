@@ -16,6 +16,7 @@ from prunetune.decide.baselines import BASELINES
 from prunetune.errors import ConfigError
 
 Kind = Literal["untuned", "dense", "two-stage", "one-stage"]
+NO_QUANTIZE = "models of a comparison share one dense model in memory, unquantised; leave lora.quantize out"
 REFERENCE = "one-stage"  # what the others are held against
 DENSE = "dense"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -55,6 +56,8 @@ BUILT_IN = {
 
 def methods_of(config: RunConfig) -> tuple[Method, ...]:
     """The methods that the recipe names, and its variants; raises `ConfigError`."""
+    if config.lora.quantize != "off":
+        raise ConfigError(f"compare: {NO_QUANTIZE}")
     variants = read_variants(Path(config.compare.variants), config) if config.compare.variants else {}
     known = {**BUILT_IN, **variants}
     names = dict.fromkeys(config.compare.methods)
@@ -102,6 +105,8 @@ def _variant(name: str, changes: Any, where: str, config: RunConfig) -> Method:
     for key in _leaves(rest):
         if not key.startswith(FREE):
             raise ConfigError(f"{where}: {key} is the same for all methods; a variant may change {', '.join(FREE)}")
+        if key == "lora.quantize":
+            raise ConfigError(f"{where}: {NO_QUANTIZE}")
     return method
 
 

@@ -157,12 +157,27 @@ def _of_hub(source: Source, split: SplitName) -> Iterator[Row]:
     named = match["split"]
     part, rows = _loaded(match["name"], match["config"], (named,) if named else HUB_SPLITS[split], source.path)
     where, task = f"{source.path.partition('@')[0]}@{part}", match["name"].rpartition("/")[2]
-    empty = True
-    for number, row in enumerate(rows, 1):
-        empty = False
+    number = 0
+    for number, row in enumerate(_to_the_end(rows, where), 1):
         yield Row(row, f"{where}:{number}", f"{where}:{number}", task, source.weight)
-    if empty:
+    if not number:
         raise DataError(f"{where}: empty; a data set needs at least one row")
+
+
+def _to_the_end(rows: Iterator[Any], where: str) -> Iterator[Any]:
+    """All rows; raises `DataError` where they break off: a part of a data set is another data set."""
+    number = 0
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except Exception as broken:  # the hub, the network or a parser
+            raise DataError(
+                f"{where}: broke off after {number} rows: {_one_line(broken)}; run it again, a resumed run goes on"
+            ) from broken
+        number += 1
+        yield row
 
 
 def _loaded(name: str, config: str | None, splits: tuple[str, ...], written: str) -> tuple[str, Iterator[Any]]:

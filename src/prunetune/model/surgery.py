@@ -10,12 +10,15 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from prunetune.model.families import heads_of
-from prunetune.model.linears import ROWS, linear_of, set_size, stored_axis
+from prunetune.model.four_bit import FourBitLinear, is_four_bit
+from prunetune.model.linears import ROWS, is_transposed, linear_of, set_size, stored_axis
 from prunetune.model.masking import gates_of
 from prunetune.model.sites import sites_of
 from prunetune.model.stack import NoAttention, leave_out, take_out_layers
 from prunetune.model.units import Cut, Site, Slice, kept_lines
 from prunetune.plan import Plan
+
+PORTION = 2**22  # weights that a merge holds in float32 at a time: 16 MiB each
 
 
 class OwnNumbers:
@@ -141,6 +144,9 @@ def _keep(module: nn.Module, lines: Tensor, axis: int) -> None:
 
 
 def _shrink(linear: Any, index: Tensor, axis: int) -> None:
+    if isinstance(linear, FourBitLinear):
+        linear.keep(index.to(linear.packed.device), axis)
+        return
     index = index.to(linear.weight.device)
     linear.weight = _selected(linear.weight, index, stored_axis(linear, axis))
     if axis == ROWS and linear.bias is not None:
@@ -176,14 +182,43 @@ def _keep_slice(model: nn.Module, part: Slice, site: Site, kept: Sequence[int]) 
 def merge_adapters(model: nn.Module, *, trainable: bool = False) -> None:
     """Fold every LoRA adapter into its base weight (sum in float32, stored in the base's dtype), in place.
 
-    `trainable`: the sum stays float32, as small updates need, and has a gradient from then on.
+    `trainable`: the sum stays float32, as small updates need, and has a gradient from then on. A base in 4 bits becomes
+    an ordinary linear: a sum has no place there.
     """
     for name, module in list(model.named_modules()):
         if not isinstance(module, LoraLayer):
             continue
         base: Any = module.get_base_layer()
-        delta = sum(module.get_delta_weight(adapter).float() for adapter in module.lora_A)
-        dtype = torch.float32 if trainable else base.weight.dtype
-        base.weight = nn.Parameter((base.weight.float() + delta).to(dtype), requires_grad=trainable)
+        base = base.plain() if isinstance(base, FourBitLinear) else base
+        if trainable:
+            base.weight = nn.Parameter(base.weight.float(), requires_grad=True)
+        _add_adapters(base, module)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)
+
+
+def settle_adapters(model: Any) -> None:
+    """Make adapters part of a model that is only read from now on, in place: merged, or beside a base in 4 bits.
+
+    Beside it they are held in the dtype of the model's arithmetic, and need no autocast any more.
+    """
+    if not is_four_bit(model):
+        merge_adapters(model)
+        return
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            parameter.data = parameter.data.to(model.dtype)
+
+
+def _add_adapters(linear: Any, layer: Any) -> None:
+    """Add scale * B A to the stored weight, in place, a portion at a time: no second weight is ever held."""
+    weight = linear.weight.data
+    step = max(1, PORTION // max(1, weight.shape[1]))
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        total = weight[rows].float()
+        for name, a in layer.lora_A.items():
+            a, b = a.weight.float(), layer.lora_B[name].weight.float()
+            left, right = (a[:, rows].t(), b.t()) if is_transposed(linear) else (b[rows], a)
+            total = torch.addmm(total, left, right, alpha=layer.scaling[name])
+        weight[rows] = total.to(weight.dtype)

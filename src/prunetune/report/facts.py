@@ -51,11 +51,23 @@ def environment(run: RunFiles) -> list[tuple[str, str]]:
         "Result": _joined(lookup(manifest, "pruned", "class"), lookup(manifest, "pruned", "layout")),
         "Device": lookup(manifest, "device"),
         "Arithmetic": lookup(manifest, "dtype"),
+        "Base": _base(manifest),
         "Seed": _plain(lookup(manifest, "seeds")) or _plain(lookup(run.config, "seed")),
         "Peak memory": None if memory is None else f"{text.count(memory)} MB",
         **{str(name): version for name, version in mapping(manifest, "versions").items()},
     }
     return [(name, _plain(value)) for name, value in found.items() if value not in (None, "")]
+
+
+def _base(manifest: Mapping[str, Any]) -> str:
+    """How the tuned linears were held, and how far the written model is from what was tuned so."""
+    error, same = number(manifest, "quantised", "error"), number(manifest, "quantised", "same")
+    if error is None or same is None:
+        return ""
+    return (
+        f"{lookup(manifest, 'quantised', 'scheme')}; merged differs from it by {text.share(error, 2)} "
+        f"(root mean square of logits), {text.share(same)} of most likely tokens equal"
+    )
 
 
 def _joined(*parts: Any) -> str:

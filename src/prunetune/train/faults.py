@@ -28,6 +28,7 @@ class Faults:
 
     passes: Passes
     most: int  # batches that may be left out
+    may_recompute: bool = True  # where a single example is too large
     skipped: int = 0
 
     @property
@@ -37,12 +38,13 @@ class Faults:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `restore` reads it back."""
-        return {"skipped": self.skipped, "micro_tokens": self.passes.micro_tokens}
+        return {"skipped": self.skipped, "micro_tokens": self.passes.micro_tokens, "recompute": self.passes.recompute}
 
     def restore(self, values: Mapping[str, Any]) -> None:
         """Go on with what a checkpoint had met."""
         self.skipped = int(values.get("skipped", 0))
         self.passes.micro_tokens = int(values.get("micro_tokens", self.passes.micro_tokens))
+        self.passes.recompute = bool(values.get("recompute", self.passes.recompute))
 
     def leaves_out(self, step: int, found: Mapping[str, float], batch: Sequence[Example]) -> bool:
         """Whether the step's update is to be left out, which is counted and told; False where all is finite.
@@ -66,18 +68,24 @@ class Faults:
     def within_memory(self, examples: Sequence[Example], work: Callable[[], T], undo: Callable[[], None]) -> T:
         """`work()`, in passes half as large where a GPU's memory runs out, `undo()` first; examples stay the same.
 
-        Raises torch's error where a single example is too large.
+        Where a single example is too large, layers are computed twice from then on. Raises torch's error where it
+        still is.
         """
         while True:
             try:
                 return work()
             except torch.OutOfMemoryError:
                 smaller = self.passes.micro_tokens // 2
-                if smaller < max(len(example.ids) for example in examples):
+                fits = smaller >= max(len(example.ids) for example in examples)
+                if not fits and (self.passes.recompute or not self.may_recompute):
                     raise
             # Out of the handler, whose traceback held the tensors of the pass.
-            log.warning("out of GPU memory: passes of %d tokens from here on, of the same examples", smaller)
-            self.passes.micro_tokens = smaller
+            if fits:
+                log.warning("out of GPU memory: passes of %d tokens from here on, of the same examples", smaller)
+                self.passes.micro_tokens = smaller
+            else:
+                log.warning("out of GPU memory with one example: activations are computed twice from here on (slower)")
+                self.passes.recompute = True
             self.passes.forget()
             undo()
             if torch.cuda.is_available():

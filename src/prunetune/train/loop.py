@@ -32,7 +32,7 @@ def tune_and_prune(job: Job) -> Plan:
     layers = spread(job.model, job.ranks)  # over ranks, where there are several and they are to share the weights
     passes = passes_for(job.model, job.sites, job.pad_id, job.config, job.teacher, job.ranks)
     passes = together(passes, job.model, job.ranks)  # from here on, losses and gradients are of whole batches
-    faults = Faults(passes, job.config.train.max_skipped)
+    faults = Faults(passes, job.config.train.max_skipped, job.config.train.checkpointing != "off")
     search, tuning = Search(job, passes, faults), Adapters(job, passes, faults, layers)
     progress = Progress(job, search, tuning, faults)
     decision = progress.resume()

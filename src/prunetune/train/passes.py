@@ -19,6 +19,7 @@ from prunetune.data.templates import Example
 from prunetune.model.fusing import fused
 from prunetune.model.masking import Adapters, masked
 from prunetune.model.packed import can_pack, packed_rows
+from prunetune.model.recompute import recomputed, recomputes
 from prunetune.model.sites import Site
 from prunetune.train.adapters import adapters, frozen
 from prunetune.train.distributed import ALONE, Ranks
@@ -51,6 +52,7 @@ class Passes(Protocol):
     """
 
     micro_tokens: int  # most tokens of one pass
+    recompute: bool  # layers are computed again for the backward pass, see `model.recompute`
 
     def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
         """Losses of the LoRA-aware forward (or of the model as it is); adapters accumulate their gradient.
@@ -86,6 +88,7 @@ def passes_for(
     device = next(model.parameters()).device
     worth = device.type == "cuda" and model.dtype != torch.float32 and not config.lora.dropout
     worth = worth and not ranks.shards  # a recording cannot hold the exchange of weights
+    worth = worth and config.lora.quantize == "off"  # a large model's steps do not wait for launches
     if worth and config.train.packing == "auto":
         if can_pack(model):
             return Packed(model, sites, pad_id, config, teacher, ranks)
@@ -112,6 +115,7 @@ class Padded:
     ) -> None:
         self.model, self.sites, self.pad_id, self.teacher, self.ranks = model, sites, pad_id, teacher, ranks
         self.micro_tokens = config.train.micro_tokens
+        self.recompute = recomputes(config)
         self.form: Adapters = "free" if config.search.lora_aware else "gated"
 
     def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
@@ -150,7 +154,8 @@ class Padded:
         """See `Passes`."""
 
     def _backward(self, examples: Sequence[Example]) -> Losses:
-        loss, distance = backward(self.model, examples, self.pad_id, self.micro_tokens, self.teacher, self.ranks)
+        with recomputed(self.model) if self.recompute else nullcontext():
+            loss, distance = backward(self.model, examples, self.pad_id, self.micro_tokens, self.teacher, self.ranks)
         return {"loss": loss, "distance": distance} if self.teacher else {"loss": loss}
 
     def _gated(self, gates: Gates | None, kind: Adapters) -> Any:
@@ -177,6 +182,7 @@ class Packed:
     ) -> None:
         self.model, self.sites, self.pad_id, self.teacher, self.ranks = model, sites, pad_id, teacher, ranks
         self.micro_tokens = config.train.micro_tokens
+        self.recompute = recomputes(config)
         self.form: Adapters = "free" if config.search.lora_aware else "gated"
         self.device = next(model.parameters()).device
         self.recorder = Recorder(self.device)
@@ -247,9 +253,9 @@ class Packed:
 
     def _learn(self, row: Pack, shares: Tensor) -> None:
         terms = compiled_terms() if self.compiles else PLAIN
-        with self._packed():
+        with self._packed(), recomputed(self.model) if self.recompute else nullcontext():
             parts = torch.stack(losses(self.model, feed_of_pack(row), self.teacher, terms)) * shares
-        parts.sum().backward()  # type: ignore[no-untyped-call]
+            parts.sum().backward()  # type: ignore[no-untyped-call]
         self.sums += parts.detach()
 
     @contextmanager

@@ -38,6 +38,15 @@ class Together:
     def micro_tokens(self, tokens: int) -> None:
         self.passes.micro_tokens = tokens
 
+    @property
+    def recompute(self) -> bool:
+        """Whether layers are computed again for the backward pass."""
+        return self.passes.recompute
+
+    @recompute.setter
+    def recompute(self, wanted: bool) -> None:
+        self.passes.recompute = wanted
+
     def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
         """See `Passes`."""
         losses = self._at_once(lambda: self.passes.tune(examples, gates), gates)

@@ -1,0 +1,118 @@
+"""The computed tables of docs/scaling.md, as Markdown: memory and operations by model, precision, rank and sequence.
+
+    python benchmarks/scaling_table.py [--measured FILE]
+
+Nothing is measured here: `budget.memory` and `budget.work` on shapes. With a file of lines that `training_memory.py`
+printed, each line becomes a row that sets the measurement beside the formula.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from geometries import GEOMETRIES, made
+
+from prunetune.budget.memory import Memory, Setup, Shapes, memory, shapes_of
+from prunetune.budget.work import operations
+
+NAMES = ("smollm2-135m", "smollm2-1.7b", "llama-3-8b", "llama-3-70b")
+PARTS = ("weights", "tuned", "generator", "activations", "passing", "teacher")
+BASE = Setup(width=2, tokens=1024, rank=128, keep=0.6)
+
+
+def shapes(name: str) -> Shapes:
+    return shapes_of(*made(name, torch.device("meta"), torch.bfloat16))
+
+
+def row(*cells: Any) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def head(*cells: str) -> str:
+    return row(*cells) + "\n" + "|" + "---|" * len(cells)
+
+
+def gb(value: float) -> str:
+    return f"{value / 1e9:.1f}"
+
+
+def in_parts(found: Memory) -> list[str]:
+    return [gb(getattr(found, part)) for part in PARTS]
+
+
+VARIANTS = (("off", False, 128), ("off", True, 128), ("nf4", True, 128), ("nf4", True, 32))
+
+
+def memory_table() -> None:
+    print(head("model", "base", "rank", "recomputed", *PARTS, "search", "tune", "with a teacher"))
+    for name in NAMES:
+        model = shapes(name)
+        for quantize, recompute, rank in VARIANTS:
+            setup = replace(BASE, quantize=quantize, recompute=recompute, rank=rank)
+            found, tune = memory(model, setup, phase="search"), memory(model, setup, phase="tune")
+            taught = memory(model, replace(setup, teacher=True, deep=True), phase="search")
+            print(row(
+                name, "nf4" if quantize == "nf4" else "bf16", rank, "yes" if recompute else "no", *in_parts(found),
+                gb(found.total), gb(tune.total), gb(taught.total),
+            ))  # fmt: skip
+
+
+def sequence_table() -> None:
+    lengths = (512, 1024, 2048, 4096, 8192)
+    print(head("model", "base", "recomputed", *(f"{length} tokens a pass" for length in lengths)))
+    for name in ("llama-3-8b", "llama-3-70b"):
+        model = shapes(name)
+        for quantize, recompute in (("off", False), ("off", True), ("nf4", True)):
+            setup = replace(BASE, quantize=quantize, recompute=recompute)
+            totals = [gb(memory(model, replace(setup, tokens=length), phase="search").total) for length in lengths]
+            print(row(name, "nf4" if quantize == "nf4" else "bf16", "yes" if recompute else "no", *totals))
+
+
+def work_table() -> None:
+    print(head("model", "recomputed", "search step", "tuning step, 60% kept", "the same with a teacher"))
+    for name in NAMES:
+        model = shapes(name)
+        for recompute in (False, True):
+            setup = replace(BASE, recompute=recompute)
+            found = [
+                operations(model, one, phase=phase, tokens=1000, length=1024, answers=0.33) / 1e12
+                for one, phase in ((setup, "search"), (setup, "tune"), (replace(setup, teacher=True), "tune"))
+            ]
+            print(row(name, "yes" if recompute else "no", *(f"{each:.2f}" for each in found)))
+
+
+def measured_table(file: Path) -> None:
+    print(head("model", "base", "rank", "tokens", "recomputed", "teacher", "search: measured", "computed",
+               "tune: measured", "computed", "s a search step", "s a tuning step", "device"))  # fmt: skip
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("{"):
+            continue
+        one = json.loads(line)
+        peaks, computed, seconds = one["peak_gb"], one["computed_gb"], one["seconds"]
+        print(row(
+            one["geometry"], one["precision"], one["rank"], one["sequence"] * one["batch"], one["checkpointing"],
+            one["teacher"], peaks.get("search", "-"), computed["search"]["total"], peaks.get("tune", "-"),
+            computed["tune"]["total"], seconds.get("search", "-"), seconds.get("tune", "-"), one["device"],
+        ))  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--measured", type=Path)
+    args = parser.parse_args()
+    assert set(NAMES) <= set(GEOMETRIES)
+    if args.measured:
+        measured_table(args.measured)
+        return
+    for table in (memory_table, sequence_table, work_table):
+        table()
+        print()
+
+
+if __name__ == "__main__":
+    main()

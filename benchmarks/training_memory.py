@@ -1,0 +1,155 @@
+"""E3: the most memory that each phase of a one-stage run holds, and the time of its steps, by geometry and precision.
+
+    python benchmarks/training_memory.py [--geometry llama-3-8b] [--precision nf4|bf16] [--sequence 1024] [--batch 1]
+        [--rank 128] [--checkpointing auto|on|off] [--teacher none|base] [--layers 0] [--micro-tokens N] [--device cuda]
+
+The loop of a run (`tune_and_prune`): evidence, `--steps` search steps, one to settle, the cut, as many to
+tune, on random weights and tokens; a third of a sequence is its answer. An nf4 model never stands in memory in full.
+Prints JSON: peak bytes and median seconds a step by phase, beside what `budget.memory` computes. On a CPU it tries the
+code alone (`--geometry tiny`): memory there is the whole process's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from geometries import GEOMETRIES, made
+
+from prunetune.budget.memory import memory, setup_of, shapes_of
+from prunetune.config import RunConfig, from_mapping
+from prunetune.data.batches import Stream
+from prunetune.data.templates import Example
+from prunetune.decide.select import Shape, default_align
+from prunetune.environment import describe, peak_memory_mb
+from prunetune.model.sites import kept_params
+from prunetune.train import loop
+from prunetune.train.job import Job
+from prunetune.train.objectives import Teacher
+from prunetune.train.players import Adapters
+from prunetune.train.schedule import schedule_of
+from prunetune.train.state import Forgetful
+
+
+class Phases:
+    """Hears of steps; keeps the peak and the seconds of each phase."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.peaks: dict[str, float] = {}
+        self.seconds: dict[str, list[float]] = {}
+        self.losses: list[float] = []
+        self.started = time.perf_counter()
+
+    def mark(self, phase: str) -> None:
+        """What was held since the last mark counts for `phase`."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.peaks[phase] = max(self.peaks.get(phase, 0), peak_memory_mb(self.device) / 1e3)
+        self.seconds.setdefault(phase, []).append(now - self.started)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        self.started = time.perf_counter()
+
+    def step(self, record: dict[str, Any]) -> None:
+        self.losses.append(record["loss"])
+        self.mark(record["phase"] if record["step"] > 1 else "first step, evidence included")
+
+    def validation(self, record: dict[str, Any]) -> None:
+        self.mark("validation")
+
+
+def config_of(args: argparse.Namespace) -> RunConfig:
+    steps = 2 * args.steps + 1
+    return from_mapping({
+        "budget": {"keep": args.keep},
+        "train": {
+            "steps": steps, "batch_size": args.batch, "micro_tokens": args.micro_tokens or args.sequence,
+            "checkpointing": args.checkpointing, "weights": args.weights, "validate_every": 10**6,
+            "packing": args.packing,
+        },
+        "lora": {"rank": args.rank, "quantize": "nf4" if args.precision == "nf4" else "off"},
+        "search": {
+            "share": args.steps / steps, "settle": 1 / steps, "evidence": 1, "batch_size": args.batch,
+            "step": args.search_step,
+        },
+        "distill": {"teacher": args.teacher},
+    })  # fmt: skip
+
+
+def examples(vocabulary: int, length: int, count: int = 8) -> tuple[Example, ...]:
+    rng = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, vocabulary, (count, length), generator=rng).tolist()
+    return tuple(Example(tuple(row), 2 * length // 3, f"row {index}") for index, row in enumerate(rows))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--geometry", default="llama-3-8b", choices=GEOMETRIES)
+    parser.add_argument("--precision", default="nf4", choices=["nf4", "bf16", "f32"])
+    parser.add_argument("--sequence", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--micro-tokens", type=int, default=0, help="0: one sequence")
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--keep", type=float, default=0.6)
+    parser.add_argument("--steps", type=int, default=4, help="of search, and of tuning")
+    parser.add_argument("--layers", type=int, default=0, help="0: all of them")
+    parser.add_argument("--checkpointing", default="auto", choices=["auto", "on", "off"])
+    parser.add_argument("--packing", default="auto", choices=["auto", "off"])
+    parser.add_argument("--weights", default="auto", choices=["auto", "all", "adapters"])
+    parser.add_argument("--search-step", default="alternate", choices=["alternate", "joint"])
+    parser.add_argument("--teacher", default="none", choices=["none", "base"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    device, config = torch.device(args.device), config_of(args)
+    dtype = torch.float32 if args.precision == "f32" else torch.bfloat16
+    phases, began = Phases(device), time.perf_counter()
+    model, sites = made(args.geometry, device, dtype, layers=args.layers, quantize=config.lora.quantize)
+    structure, _ = made(args.geometry, torch.device("meta"), dtype, layers=args.layers)
+    shapes, setup = shapes_of(structure, sites), setup_of(config, dtype, longest=args.sequence)
+    teacher = None
+    if args.teacher == "base":
+        other, _ = made(args.geometry, device, dtype, layers=args.layers, quantize=config.lora.quantize)
+        teacher = Teacher(other, config.distill.logits, config.distill.hidden)
+    phases.mark("load")
+    stream = Stream(examples(shapes.vocabulary, args.sequence), args.batch, 0)
+    job = Job(
+        model=model, sites=sites, shape=Shape("per-layer", default_align(sites)), train=stream, search=stream,
+        valid=(), pad_id=0, config=config, schedule=schedule_of(config), checkpoints=Forgetful(), observer=phases,
+        accelerator=Accelerator(cpu=device.type == "cpu"), teacher=teacher,
+    )  # fmt: skip
+    genuine = Adapters.cut
+
+    def cut(self: Adapters, plan: Any) -> None:
+        phases.mark("before the cut")
+        genuine(self, plan)
+        phases.mark("cut")
+
+    Adapters.cut = cut  # type: ignore[method-assign]  # to tell its memory from that of the steps
+    plan = loop.tune_and_prune(job)
+    computed = {name: memory(shapes, setup, phase=name) for name in ("search", "tune")}
+    print(json.dumps({
+        "geometry": args.geometry, "precision": args.precision, "layers": shapes.layers, "sequence": args.sequence,
+        "batch": args.batch, "rank": args.rank, "checkpointing": config.train.checkpointing, "teacher": args.teacher,
+        "search_step": args.search_step, "device": describe(device), "torch": torch.__version__,
+        "kept": kept_params(sites, plan) / sum(site.params for site in sites),
+        "peak_gb": {name: round(value, 3) for name, value in phases.peaks.items()},
+        "peak_gib": round(max(phases.peaks.values()) * 1e9 / 2**30, 3),
+        "seconds": {name: round(statistics.median(found), 3) for name, found in phases.seconds.items()},
+        "computed_gb": {
+            name: {part: round(value / 1e9, 3) for part, value in asdict(found).items()}
+            | {"total": round(found.total / 1e9, 3)} for name, found in computed.items()
+        },
+        "losses": [round(loss, 3) for loss in phases.losses], "wall_s": round(time.perf_counter() - began, 1),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
