@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 # From bottom to top. A module imports what stands below it and, in a package, its own package; never a neighbour.
 STOREYS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("gates",),
+    ("gates", "amounts"),
     ("seeds", "files", "plan", "config", "flags", "environment"),
     ("model",),
     ("data",),
@@ -27,7 +27,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("export",),
     ("bench",),
     ("report",),
-    ("folder", "console", "hub"),
+    ("folder", "console", "hub", "timing"),
     ("history", "watch", "trackers"),
     ("setting", "provenance"),
     ("watching", "telling"),
@@ -46,6 +46,7 @@ STRANGERS: dict[str, set[str]] = {
     "bench": {"budget", "data", "decide", "train", "export"},
     "report": {"budget", "data", "decide", "train", "export"},
     "folder": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
+    "timing": {"data", "decide", "train", "export", "report", "suites", "evaluation"},
     "history": {"model", "data", "budget", "decide", "train", "export", "bench", "report"},
     "watch": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
     "trackers": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},

@@ -9,11 +9,16 @@ from typing import Any, Protocol
 
 import torch
 
+from prunetune.budget.anatomy import anatomy_of
+from prunetune.budget.costs import total as total_cost
+from prunetune.budget.kinds import TIMED, caps_of
+from prunetune.budget.limits import Limits
 from prunetune.budget.params import total
 from prunetune.config import RunConfig
 from prunetune.data.sources import SplitName
 from prunetune.data.splits import Splits, load_splits
 from prunetune.data.templates import Encoded, encode
+from prunetune.decide.budgets import even, limited
 from prunetune.decide.select import Shape, default_align, select
 from prunetune.decide.shape import GROUPED
 from prunetune.errors import ConfigError
@@ -24,6 +29,8 @@ from prunetune.folder import FREE, RunFolder, check_folder
 from prunetune.model.linears import COLUMNS, ROWS, linear_of, size
 from prunetune.model.loading import Loaded, ghost, load, load_tokenizer, pick_device, pick_dtype
 from prunetune.model.sites import Site, find_sites, tuned_linears, whole_params
+from prunetune.plan import Plan
+from prunetune.timing.tables import table_for
 from prunetune.train.adapters import tunes_all
 from prunetune.train.job import Observer
 
@@ -80,6 +87,7 @@ def prepare(config: RunConfig, *, resume: bool, console: Console, free: Collecti
     structure = ghost(config.model, trust_remote_code=config.trust_remote_code)
     sites = find_sites(structure, config.budget.units)
     shape = shape_of(config, sites, structure.config)
+    config, shape = budgeted(config, sites, shape, structure, device)
     select({site.name: torch.zeros(site.units) for site in sites}, sites, config.budget.keep, shape)  # refuses in time
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     splits = load_splits(config.data, config.seed)
@@ -99,6 +107,40 @@ def prepare(config: RunConfig, *, resume: bool, console: Console, free: Collecti
     need_space(folder.path, _bytes_needed(structure, sites, config))
     log.info("model %s on %s in %s, layout %s", config.model, device, str(dtype).removeprefix("torch."), config.layout)
     return Setting(config, folder, device, dtype, sites, shape, tokenizer, splits, encoded, console, params, whole)
+
+
+def budgeted(
+    config: RunConfig, sites: tuple[Site, ...], shape: Shape, structure: Any, device: torch.device
+) -> tuple[RunConfig, Shape]:
+    """Budgets beside `budget.keep` become part of the shape, and `budget.keep` the share that they leave about.
+
+    Raises a `PrunetuneError` for one that cannot be met or measured.
+    """
+    amounts = config.budget.amounts()
+    if not amounts:
+        return config, shape
+    anatomy, workload = anatomy_of(structure, sites), config.workload
+    table = None
+    if any(kind in TIMED for kind in amounts):
+        table = table_for(structure.config, sites, workload, device, shape.align, config.budget.table)
+    shape = limited(shape, sites, caps_of(amounts, anatomy, workload, table), config.budget.keep)
+    assert shape.limits is not None
+    for line in told(shape.limits, select(even(sites), sites, shape.limits.keep, shape)):
+        log.info(line)
+    return replace(config, budget=replace(config.budget, keep=shape.limits.keep)), shape
+
+
+def told(limits: Limits, plan: Plan) -> list[str]:
+    """What a plan takes of every budget, for people."""
+    lines = []
+    for cap in limits.caps:
+        cost = total_cost(cap.cost, plan.widths())
+        below = f", {1 - cost / cap.limit:.1%} below: its widths are that coarse" if cost < 0.99 * cap.limit else ""
+        slack = " (the dense model meets it)" if cap.is_slack else below
+        lines.append(
+            f"budget.{cap.kind} {cap.words(cap.limit)}: an even plan takes {cap.words(cost)} of {cap.words(cap.dense)}{slack}"
+        )
+    return lines
 
 
 def with_texts(setting: Setting, context: int) -> Setting:
