@@ -29,6 +29,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("report",),
     ("folder", "console", "hub", "timing"),
     ("history", "watch", "trackers"),
+    ("outlook",),
     ("setting", "provenance"),
     ("watching", "telling"),
     ("pipeline", "summary", "eval_flags"),

@@ -33,7 +33,7 @@ from prunetune.export.selfcheck import check, logits_of
 from prunetune.export.write import write
 from prunetune.files import write_text
 from prunetune.folder import RunFolder, open_folder
-from prunetune.model.loading import load
+from prunetune.model.loading import DTYPES, load
 from prunetune.model.masking import masked
 from prunetune.model.sites import dense_plan, kept_params
 from prunetune.model.surgery import cut, merge_adapters
@@ -42,6 +42,7 @@ from prunetune.provenance import card, rewrite_card
 from prunetune.seeds import derive
 from prunetune.setting import Console, Setting, facts_of, prepare
 from prunetune.telling import Recorder, outside, told
+from prunetune.timing.proof import proved
 from prunetune.trackers import Trackers, require, tracking
 from prunetune.train.adapters import adapters, add_adapters, grow_state, grow_weights, tunes_all
 from prunetune.train.job import Job, Observer, Watch
@@ -85,6 +86,7 @@ def _stages(setting: Setting, watcher: Watcher, command: str) -> None:
             finish(setting)
     with _timed(folder, "evaluate"):
         evaluate_all(setting)
+    prove_budgets(setting)
     folder.note(peak_memory_mb=environment.peak_memory_mb(setting.device))
 
 
@@ -274,6 +276,20 @@ def evaluate_all(setting: Setting) -> None:
             setting.folder.note(speed=speeds)
         write_text(setting.folder.evaluation(name), result.to_json())
     rewrite_card(setting.folder, setting.config, setting.sites)
+
+
+def prove_budgets(setting: Setting) -> None:
+    """What the finished model takes of budgets beside `budget.keep`, timed where they are times."""
+    limits, workload, folder = setting.shape.limits, setting.config.workload, setting.folder
+    if limits is None or "budgets" in folder.manifest():
+        return
+
+    def opened() -> Any:
+        own = setting.config.layout == "per-layer"
+        dtype = DTYPES[workload.dtype]
+        return load(str(folder.model), device=setting.device, dtype=dtype, trust_remote_code=own).model
+
+    folder.note(budgets=proved(limits, Plan.load(folder.plan), workload, opened))
 
 
 def score(setting: Setting, model: Any, records: tuple[Record, ...]) -> Evaluation:

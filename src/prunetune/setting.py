@@ -10,9 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from prunetune.budget.anatomy import anatomy_of
-from prunetune.budget.costs import total as total_cost
 from prunetune.budget.kinds import TIMED, caps_of
-from prunetune.budget.limits import Limits
 from prunetune.budget.params import total
 from prunetune.config import RunConfig
 from prunetune.data.sources import SplitName
@@ -29,7 +27,7 @@ from prunetune.folder import FREE, RunFolder, check_folder
 from prunetune.model.linears import COLUMNS, ROWS, linear_of, size
 from prunetune.model.loading import Loaded, ghost, load, load_tokenizer, pick_device, pick_dtype
 from prunetune.model.sites import Site, find_sites, tuned_linears, whole_params
-from prunetune.plan import Plan
+from prunetune.outlook import limit_lines
 from prunetune.timing.tables import table_for
 from prunetune.train.adapters import tunes_all
 from prunetune.train.job import Observer
@@ -125,22 +123,9 @@ def budgeted(
         table = table_for(structure.config, sites, workload, device, shape.align, config.budget.table)
     shape = limited(shape, sites, caps_of(amounts, anatomy, workload, table), config.budget.keep)
     assert shape.limits is not None
-    for line in told(shape.limits, select(even(sites), sites, shape.limits.keep, shape)):
+    for line in limit_lines(shape.limits, select(even(sites), sites, shape.limits.keep, shape)):
         log.info(line)
     return replace(config, budget=replace(config.budget, keep=shape.limits.keep)), shape
-
-
-def told(limits: Limits, plan: Plan) -> list[str]:
-    """What a plan takes of every budget, for people."""
-    lines = []
-    for cap in limits.caps:
-        cost = total_cost(cap.cost, plan.widths())
-        below = f", {1 - cost / cap.limit:.1%} below: its widths are that coarse" if cost < 0.99 * cap.limit else ""
-        slack = " (the dense model meets it)" if cap.is_slack else below
-        lines.append(
-            f"budget.{cap.kind} {cap.words(cap.limit)}: an even plan takes {cap.words(cost)} of {cap.words(cap.dense)}{slack}"
-        )
-    return lines
 
 
 def with_texts(setting: Setting, context: int) -> Setting:
