@@ -26,6 +26,7 @@ from prunetune.timing.stacks import depth, narrowed, stack
 
 log = logging.getLogger(__name__)
 RUNS = 5  # of which the median counts, after one to warm up
+NOISY = 0.1
 POINTS = 32  # most widths of an MLP
 Seconds = Mapping[str, float]  # by phase
 Timer = Callable[[Sequence[Any], WorkloadConfig, int], Sequence[Seconds]]
@@ -121,6 +122,9 @@ class Meter:
                 for phase in PHASES:
                     found[phase][site.kind].append((units, (seconds[phase] - base[phase]) / count))
         dense = {phase: statistics.median(base[phase] for base in bases) for phase in PHASES}
+        spread = max((max(base[phase] for base in bases) / dense[phase] - 1 for phase in PHASES), default=0.0)
+        if spread > NOISY:
+            log.warning("one model's time varies by %.0f%% here, so the table will, too: quiet the machine", 100 * spread)
         return dense, {
             phase: {kind: tuple(sorted(of.get(kind, ()))) for kind in ("attention", "mlp")} for phase, of in found.items()
         }
