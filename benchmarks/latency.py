@@ -69,7 +69,7 @@ def compared(
     config: LlamaConfig, workload: WorkloadConfig, device: torch.device, table: Table, plans: int, runs: int
 ) -> Iterator[dict[str, Any]]:
     """Predicted and measured seconds of the dense model and of every plan, by phase."""
-    rng = random.Random(0)  # noqa: S311 - no secret
+    rng = random.Random(0)
     dense = stack(config, range(config.num_hidden_layers), workload, device)
     sites = find_sites(dense)
     anatomy = anatomy_of(dense, sites)

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from prunetune.amounts import UNITS, Amount, within
+from prunetune.amounts import UNITS, Amount
 from prunetune.budget.anatomy import Anatomy, anatomy_of
 from prunetune.budget.costs import WIDTH, total
 from prunetune.budget.kinds import cap_of, cost_of
@@ -199,10 +199,12 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         good = tally.outcomes["met within 1%"] + tally.outcomes["refused"]
         asked = options.targets * len(options.models)
         case = (
-            f"{kind}, layout {options.layout}, {options.targets} random targets for each of {', '.join(options.models)}, "
+            f"{kind}, layout {options.layout}, {options.targets} random targets for each of "
+            f"{', '.join(options.models)}, "
             f"batch {options.batch}, {options.context or 640} tokens cached: met within 1% "
             f"{tally.outcomes['met within 1%']}, refused with the nearest value "
-            f"{tally.outcomes['refused']}, further below {asked - good - len(tally.wrong)} (most {100 * tally.worst:.1f}%), "
+            f"{tally.outcomes['refused']}, further below {asked - good - len(tally.wrong)} "
+            f"(most {100 * tally.worst:.1f}%), "
             f"wrong {len(tally.wrong)}"
         )
         print(*tally.wrong[:3], sep="\n", file=sys.stderr)

@@ -40,7 +40,9 @@ class Amount:
         value = float(match["number"]) if match else math.nan
         scale = _scale(match["unit"], kind) if match else None
         if scale is None or not math.isfinite(value * scale[0]) or value <= 0:
-            raise ConfigError(f"budget.{kind}: {text!r} is no amount above 0; write {EXAMPLES[kind]}, or {_share(kind)}")
+            raise ConfigError(
+                f"budget.{kind}: {text!r} is no amount above 0; write {EXAMPLES[kind]}, or {_share(kind)}"
+            )
         if scale[1] and (value * scale[0] > 1) != (kind == "throughput") and value * scale[0] != 1:
             raise ConfigError(
                 f"budget.{kind}: {text!r} is no share of the dense model's that makes it smaller or faster: "

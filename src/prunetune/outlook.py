@@ -48,8 +48,8 @@ def budget_lines(
         table, why = None, str(untimed)
     plans = _plans(sites, shape)
     lines = [
-        f"budgets of {workload.batch} x {workload.prompt} + {workload.generate} tokens, {workload.cached} in the cache, "
-        f"{workload.dtype}, weights {workload.weights}, layout {shape.layout} (even plans):",
+        f"budgets of {workload.batch} x {workload.prompt} + {workload.generate} tokens, {workload.cached} in the "
+        f"cache, {workload.dtype}, weights {workload.weights}, layout {shape.layout} (even plans):",
         f"{'budget':<11}" + "".join(f"{name:>11}" for name in plans),
     ]
     return [*lines, *(_row(kind, anatomy, workload, table, plans, why) for kind in BUDGETS)]
@@ -106,7 +106,8 @@ def limit_lines(limits: Limits, plan: Plan) -> Iterator[str]:
         cost = total(cap.cost, plan.widths())
         below = cost < 0.99 * cap.limit and not cap.is_slack
         yield (
-            f"budget.{cap.kind} {cap.words(cap.limit)}: an even plan takes {cap.words(cost)}, dense {cap.words(cap.dense)}"
+            f"budget.{cap.kind} {cap.words(cap.limit)}: an even plan takes {cap.words(cost)}, "
+            f"dense {cap.words(cap.dense)}"
             + (f"; {1 - cost / cap.limit:.1%} below, its widths are that coarse" if below else "")
             + ("; the dense model meets it" if cap.is_slack else "")
         )

@@ -42,7 +42,9 @@ class Table:
 
     def to_json(self) -> str:
         """As text; `from_json` reads it back."""
-        layers = {phase: {str(index): asdict(timed) for index, timed in of.items()} for phase, of in self.layers.items()}
+        layers = {
+            phase: {str(index): asdict(timed) for index, timed in of.items()} for phase, of in self.layers.items()
+        }
         return json.dumps(
             {"format": FORMAT, "header": dict(self.header), "rest": dict(self.rest), "layers": layers}, indent=1
         )

@@ -15,9 +15,7 @@ def total(sites: Iterable[Site]) -> int:
     return sum(site.params for site in sites)
 
 
-def kept_share(
-    gates: Mapping[str, Tensor], sites: Iterable[Site], prices: Mapping[str, float] | None = None
-) -> Tensor:
+def kept_share(gates: Mapping[str, Tensor], sites: Iterable[Site], prices: Mapping[str, float] | None = None) -> Tensor:
     """Share of the prunable parameters, or of the units' `prices`, under open gates; differentiable, in [0, 1]."""
     sites = tuple(sites)
     gates = effective(gates, sites)

@@ -36,13 +36,10 @@ def limited(shape: Shape, sites: Sequence[Site], caps: Sequence[Cap], told: floa
     for cap in caps:
         _refuse(cap, total(cap.cost, lowest), shape)
     if told >= 1 and all(cap.is_slack for cap in caps):
-        cap = caps[0]
+        cap, rate = caps[0], caps[0].kind == "throughput"
         raise PlanError(
             f"budget.{cap.kind} {cap.words(cap.limit)} is met by the dense model ({cap.words(cap.dense)}), so nothing "
-            f"would have to go: state less than {within(cap.amount(cap.dense), cap.kind)}"
-            if cap.kind != "throughput"
-            else f"budget.{cap.kind} {cap.words(cap.limit)} is met by the dense model ({cap.words(cap.dense)}), so "
-            f"nothing would have to go: state more than that"
+            f"would have to go: state {'more' if rate else 'less'} than that"
         )
     spans = _spans(nest, shape, caps)
     prices = _own(sites, spans)
@@ -105,8 +102,7 @@ def _own(sites: Sequence[Site], spans: Mapping[str, float]) -> dict[str, float]:
     inner = inner_sites(sites)
     return {
         site.name: max(
-            spans[site.name]
-            - sum(one.units // site.units * spans[one.name] for one in inner.get(site.name, ())),
+            spans[site.name] - sum(one.units // site.units * spans[one.name] for one in inner.get(site.name, ())),
             LEAST,
         )
         for site in sites

@@ -59,7 +59,10 @@ class Searcher:
 
     def start_from(self, importance: Mapping[str, Tensor]) -> None:
         """Take measured importance ({site: [U]}, any scale) as the starting logits."""
-        self.start = {name: logits.to(self.device) for name, logits in to_logits(importance, self.sites, self.shape.limits).items()}
+        self.start = {
+            name: logits.to(self.device)
+            for name, logits in to_logits(importance, self.sites, self.shape.limits).items()
+        }
 
     def logits(self) -> dict[str, Tensor]:
         """{site: [U]}, differentiable in the generator."""

@@ -39,9 +39,7 @@ def _prices(sites: Sequence[Site], limits: Limits | None) -> Tensor:
     return torch.cat([torch.full((site.units,), each[site.name], dtype=torch.float64) for site in sites])
 
 
-def quantile(
-    logits: Mapping[str, Tensor], sites: Sequence[Site], keep: float, limits: Limits | None = None
-) -> float:
+def quantile(logits: Mapping[str, Tensor], sites: Sequence[Site], keep: float, limits: Limits | None = None) -> float:
     """The logit above which units hold the share `keep` of the prunable parameters, or what limits make of it."""
     keep = limits.share_at(keep) if limits else keep
     values = torch.cat([logits[site.name].detach().double().cpu() for site in sites])

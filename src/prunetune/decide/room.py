@@ -25,9 +25,7 @@ class Room:
     def open(self, widths: Mapping[str, int]) -> None:
         """Start from these widths."""
         counts = self.nest.counts(widths, self.nest.sites)
-        self.costs = [
-            {layer: cost.of_layer(layer, counts) for layer in cost.anatomy.layers} for cost, _ in self.caps
-        ]
+        self.costs = [{layer: cost.of_layer(layer, counts) for layer in cost.anatomy.layers} for cost, _ in self.caps]
         self.spent = [cost.fixed + sum(of.values()) for (cost, _), of in zip(self.caps, self.costs, strict=True)]
 
     def takes(self, site: Site, block: int, widths: Mapping[str, int]) -> bool:
@@ -36,9 +34,7 @@ class Room:
             return True
         counts = self.nest.counts({**widths, site.name: widths[site.name] + block}, self.by_layer[site.layer])
         new = [cost.of_layer(site.layer, counts) for cost, _ in self.caps]
-        spent = [
-            before - of[site.layer] + now for before, of, now in zip(self.spent, self.costs, new, strict=True)
-        ]
+        spent = [before - of[site.layer] + now for before, of, now in zip(self.spent, self.costs, new, strict=True)]
         if any(value > limit * (1 + TINY) for value, (_, limit) in zip(spent, self.caps, strict=True)):
             return False
         self.spent = spent

@@ -12,7 +12,6 @@ from prunetune.decide.shape import CHANNELS, Shape, floor_width, step
 from prunetune.errors import PlanError
 from prunetune.model.units import NAMES, Kind, Site
 
-
 Holds = Callable[[Mapping[str, int]], bool]  # whether widths by site are within all further budgets
 
 
@@ -120,14 +119,15 @@ class Uniform:
                 self.price(counts, widths[0] + 1) - self.price(counts, widths[0]),
             )
             fits = [width for width in widths if low + (width - widths[0]) * slope <= target]
-            fits = fits if holds is None else self._holding(counts, fits, holds)
+            if holds is not None:
+                fits = fits[: self._holding(counts, fits, holds)]
             if fits:
                 found[counts] = (low + (fits[-1] - widths[0]) * slope, fits[-1])
         return {counts: fit for counts, fit in found.items() if not self._is_below(counts, fit[1], found)}
 
-    def _holding(self, counts: Counts, widths: Sequence[int], holds: Holds) -> Sequence[int]:
-        """Those within further budgets: wider ones cost no less, so that a bisection finds the last."""
-        return widths[: bisect.bisect_left(widths, True, key=lambda width: not holds(self.by_site(counts, width)))]
+    def _holding(self, counts: Counts, widths: Sequence[int], holds: Holds) -> int:
+        """How many are within further budgets: wider ones cost no less, so that a bisection finds the last."""
+        return bisect.bisect_left(widths, True, key=lambda width: not holds(self.by_site(counts, width)))
 
     def _is_below(self, counts: Counts, channels: int, found: Mapping[Counts, tuple[int, int]]) -> bool:
         """Whether a shape that is nowhere less and somewhere more fits too; widths fall as counts rise, so that the
@@ -142,9 +142,7 @@ class Uniform:
         """Those that have to stay, then the best."""
         if not self.layers:
             return {site.layer for site in self.nest.sites}
-        ranked = sorted(
-            self.layers, key=lambda site: (-floor_width(site, self.shape), -self._best(site), site.layer)
-        )
+        ranked = sorted(self.layers, key=lambda site: (-floor_width(site, self.shape), -self._best(site), site.layer))
         return {site.layer for site in ranked[:number]}
 
     def _best(self, site: Site) -> float:

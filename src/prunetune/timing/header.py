@@ -54,7 +54,7 @@ def driver(device: torch.device) -> str:
         found = re.search(r"\b\d+\.\d+(\.\d+)?\b", NVIDIA.read_text(encoding="ascii", errors="replace"))
     except OSError:
         found = None
-    return found.group() if found else f"CUDA {torch._C._cuda_getDriverVersion()}"
+    return found.group() if found else f"CUDA {torch.version.cuda}"
 
 
 def place_of(header: dict[str, Any]) -> Path:

@@ -82,9 +82,9 @@ class Meter:
         for layer in sorted(set(like.values())):
             log.info("measuring latency: layers like %d, %d at a time", layer, count + 1)
             shorts[layer], curves[layer] = self._kind(dense, layer, count)
-        layers = list(like)
-        layers *= -(-2 * (count + 1) // len(layers))  # at least twice as deep, to tell layers from the rest
-        whole, layers = self._deep(layers)
+        times = -(-2 * (count + 1) // len(like))  # at least twice as deep, to tell layers from the rest
+        layers: Sequence[int] = list(like) * times
+        whole, layers = self._deep(layers, count + 1)
         numbers = {layer: sum(like[one] == layer for one in layers) for layer in shorts}
         rest = {phase: _rest(shorts, whole, numbers, count + 1, phase) for phase in PHASES}
         timed = {
@@ -104,9 +104,7 @@ class Meter:
         counts = anatomy.dense()
         return 2.0 * sum(layer.params(counts) for layer in anatomy.layers.values()) / len(anatomy.layers)
 
-    def _kind(
-        self, anatomy: Anatomy, layer: int, count: int
-    ) -> tuple[Seconds, dict[str, dict[str, Curve]]]:
+    def _kind(self, anatomy: Anatomy, layer: int, count: int) -> tuple[Seconds, dict[str, dict[str, Curve]]]:
         """Seconds of the dense short model, and of every width beyond it, for each layer."""
         model = stack(self.config, [layer] * (count + 1), self.workload, self.device)
         sites = anatomy.layers[layer].sites
@@ -124,9 +122,12 @@ class Meter:
         dense = {phase: statistics.median(base[phase] for base in bases) for phase in PHASES}
         spread = max((max(base[phase] for base in bases) / dense[phase] - 1 for phase in PHASES), default=0.0)
         if spread > NOISY:
-            log.warning("one model's time varies by %.0f%% here, so the table will, too: quiet the machine", 100 * spread)
+            log.warning(
+                "one model's time varies by %.0f%% here, so the table will, too: quiet the machine", 100 * spread
+            )
         return dense, {
-            phase: {kind: tuple(sorted(of.get(kind, ()))) for kind in ("attention", "mlp")} for phase, of in found.items()
+            phase: {kind: tuple(sorted(of.get(kind, ()))) for kind in ("attention", "mlp")}
+            for phase, of in found.items()
         }
 
     def _widths(self, kind: str, units: int) -> list[int]:
@@ -137,8 +138,8 @@ class Meter:
         step = self.align * -(-units // (self.align * self.points))
         return [*([0] if self.whole else []), *sorted({self.align, *range(step, units, step)} - {units})]
 
-    def _deep(self, layers: Sequence[int]) -> tuple[dict[str, float], Sequence[int]]:
-        """Seconds of the whole depth, or of as much of it as the device holds."""
+    def _deep(self, layers: Sequence[int], short: int) -> tuple[dict[str, float], Sequence[int]]:
+        """Seconds of the whole depth, or of as much of it as the device holds; never about as deep as a short model."""
         while True:
             try:
                 whole = stack(self.config, layers, self.workload, self.device)
@@ -146,14 +147,13 @@ class Meter:
             except torch.OutOfMemoryError:
                 if len(layers) < 2:
                     raise
-                layers = layers[: len(layers) // 2]
+                half = len(layers) // 2
+                layers = layers[: half if half >= 1.5 * short or half < short else short // 2]
             gc.collect()
             torch.cuda.empty_cache()
 
 
-def _rest(
-    shorts: Mapping[int, Seconds], whole: Seconds, numbers: Mapping[int, int], count: int, phase: str
-) -> float:
+def _rest(shorts: Mapping[int, Seconds], whole: Seconds, numbers: Mapping[int, int], count: int, phase: str) -> float:
     """What is outside the layers: short models are rest + count * layer, and the deep one rest + the sum of its own."""
     apart = sum(numbers[layer] / count * seconds[phase] for layer, seconds in shorts.items())
     return (apart - whole[phase]) / (sum(numbers.values()) / count - 1)

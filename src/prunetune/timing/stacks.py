@@ -52,6 +52,7 @@ def narrowed(model: Any, kind: str, units: int, *, whole: bool = False) -> Any:
     for site in sites:
         width = site.units
         if site.layer:
-            width = units if site.kind == kind else int(not whole or units > 0) if site.kind == "mlp-blocks" else width
+            gone = kind == "mlp" and not units and site.kind == "mlp-blocks"
+            width = units if site.kind == kind else 0 if gone else width
         kept[site.name] = tuple(range(width))
     return cut(copy.deepcopy(model), Plan(kept, {site.name: site.units for site in sites}), sites=sites)
