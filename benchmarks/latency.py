@@ -25,16 +25,17 @@ import torch
 from transformers import LlamaConfig
 
 from prunetune.budget.anatomy import Anatomy, anatomy_of
-from prunetune.budget.costs import total
-from prunetune.budget.latency import PHASES, Latency, Table
+from prunetune.budget.costs import most
+from prunetune.budget.latency import PHASES, Table, latencies
 from prunetune.config import WorkloadConfig
 from prunetune.environment import commit, describe
 from prunetune.model.loading import pick_device
 from prunetune.model.sites import Site, find_sites
 from prunetune.model.surgery import cut
 from prunetune.plan import Plan
+from prunetune.timing.clocks import seconds_of
 from prunetune.timing.header import header_of
-from prunetune.timing.measure import Meter, seconds_of
+from prunetune.timing.measure import Meter
 from prunetune.timing.stacks import stack
 
 LLAMA_8B = {
@@ -91,7 +92,7 @@ def _errors(
     anatomy: Anatomy, counts: dict[str, int], model: Any, workload: WorkloadConfig, table: Table, runs: int
 ) -> dict[str, Any]:
     measured = seconds_of([model], workload, runs)[0]
-    predicted = {phase: total(Latency(anatomy, workload, table, phase), counts) for phase in PHASES}
+    predicted = {phase: most(latencies(anatomy, workload, table, phase), counts) for phase in PHASES}
     return {
         "predicted_ms": {phase: 1e3 * seconds for phase, seconds in predicted.items()},
         "measured_ms": {phase: 1e3 * seconds for phase, seconds in measured.items()},
@@ -104,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--prompt", type=int, default=2048)
-    parser.add_argument("--generate", type=int, default=24)
+    parser.add_argument("--generate", type=int, default=9)
     parser.add_argument("--runtime", choices=["eager", "recorded"], default="eager")
     parser.add_argument("--points", type=int, default=16, help="widths of an MLP; half as many above batch 8")
     parser.add_argument("--runs", type=int, default=3)

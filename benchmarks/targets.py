@@ -25,9 +25,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from prunetune.amounts import UNITS, Amount
 from prunetune.budget.anatomy import Anatomy, anatomy_of
-from prunetune.budget.costs import WIDTH, total
-from prunetune.budget.kinds import cap_of, cost_of
-from prunetune.budget.latency import PHASES, Table, Timed, alike
+from prunetune.budget.costs import WIDTH, most
+from prunetune.budget.kinds import cap_of, costs_of
+from prunetune.budget.latency import TRACKS, Table, Timed, alike
 from prunetune.budget.limits import Cap
 from prunetune.config import WorkloadConfig
 from prunetune.decide.budgets import limited
@@ -124,25 +124,25 @@ class Bench:
             return
         assert shape.limits is not None
         plan = select(scores, self.sites, shape.limits.keep, shape)
-        nearest = max(total(cap.cost, plan.widths()) / cap.limit for cap in caps)
+        nearest = max(cap.cost(plan.widths()) / cap.limit for cap in caps)
         self._note(nearest, 1.0, tally)
         if counted:
             self._count(plan, tally)
 
     def _cap(self, kind: str, place: float) -> Cap:
-        cost = cost_of(kind, self.anatomy, self.workload, self.table)
-        least, dense = total(cost, self.least), total(cost, self.anatomy.dense())
+        costs = costs_of(kind, self.anatomy, self.workload, self.table)
+        least, dense = most(costs, self.least), most(costs, self.anatomy.dense())
         limit = least + place * (dense - least) if place > 0 else least * (1 + place)
         tokens = self.workload.batch * self.workload.generate
-        return cap_of(kind, Amount(tokens / limit if kind == "throughput" else limit, False), cost, self.workload)
+        return cap_of(kind, Amount(tokens / limit if kind == "throughput" else limit, False), costs, self.workload)
 
     def _again(self, caps: list[Cap], refused: str, tally: Tally) -> None:
         """Ask with the values that refusals name, one after the other, until it is accepted."""
         for _ in caps:
             kind = refused.partition("budget.")[2].split()[0]
             nearest = refused.partition("feasible (")[2].partition(";")[0]
-            cost = next(cap.cost for cap in caps if cap.kind == kind)
-            asked = cap_of(kind, Amount.parse(nearest, kind), cost, self.workload)
+            costs = next(cap.costs for cap in caps if cap.kind == kind)
+            asked = cap_of(kind, Amount.parse(nearest, kind), costs, self.workload)
             caps = [asked if cap.kind == kind else cap for cap in caps]
             try:
                 shape = limited(self.shape, self.sites, caps, 1.0)
@@ -167,7 +167,7 @@ class Bench:
         small = cut(copy.deepcopy(self.model), plan, sites=self.sites)
         params = sum(weight.numel() for weight in small.parameters())
         plain = WIDTH[self.workload.dtype] * params
-        counted = total(cost_of("file", self.anatomy, self.workload), plan.widths())
+        counted = most(costs_of("file", self.anatomy, self.workload), plan.widths())
         if self.anatomy.params(plan.widths()) != params or counted != plain:
             tally.wrong.append(f"{params} parameters, and {self.anatomy.params(plan.widths())} were counted")
 
@@ -181,7 +181,9 @@ def made_up(anatomy: Anatomy) -> Table:
         mlp = [(width, 1e-7 * (-(-width // 256) - channels // 256)) for width in range(32, channels + 1, 32)]
         attention = [(width, 3e-7 * (width - groups)) for width in range(groups + 1)]
         layers[layer] = Timed(4e-7 * groups + 1e-7 * (channels // 256) + 2e-7, tuple(attention), tuple(mlp))
-    return Table({"device": "made up"}, dict.fromkeys(PHASES, 1e-6), dict.fromkeys(PHASES, layers))
+    idle = {layer: Timed(1e-7, (), ()) for layer in layers}  # a host that never keeps the device waiting
+    tracks = {track: layers if track.endswith("device") else idle for track in TRACKS}
+    return Table({"device": "made up"}, dict.fromkeys(TRACKS, 1e-6), tracks)
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -14,7 +14,7 @@ from transformers import DynamicCache, StaticCache
 from model_helpers import ALL_FAMILIES, FAMILIES, kinds_of, random_plan, tiny, tokens
 from prunetune.budget.anatomy import anatomy_of
 from prunetune.budget.costs import Flops, Memory, Weights, total
-from prunetune.budget.kinds import cost_of
+from prunetune.budget.kinds import costs_of
 from prunetune.config import WorkloadConfig
 from prunetune.errors import ConfigError
 from prunetune.model.sites import find_sites
@@ -119,7 +119,7 @@ def test_more_units_never_cost_less(kind: str, family: str) -> None:
     model = tiny(family)
     sites = find_sites(model)
     anatomy = anatomy_of(model, sites)
-    cost = cost_of(kind, anatomy, WORKLOAD)
+    (cost,) = costs_of(kind, anatomy, WORKLOAD)
     counts = dict.fromkeys(anatomy.dense(), 0)
     before = total(cost, counts)
     for site in sites:

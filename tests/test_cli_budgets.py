@@ -13,7 +13,7 @@ import yaml
 from data_helpers import pairs, write_lines
 from evaluate_helpers import characters, speaker
 from prunetune import cli
-from prunetune.budget.latency import PHASES, Table
+from prunetune.budget.latency import PHASES, TRACKS, Table
 from prunetune.comparison.run import compare
 from prunetune.config import from_mapping
 from prunetune.errors import ConfigError
@@ -41,6 +41,12 @@ def sizes(models: Sequence[Any], workload: Any, runs: int) -> list[dict[str, flo
     return [dict.fromkeys(PHASES, 1e-6 * count) for count in counts]
 
 
+def tracks(models: Sequence[Any], workload: Any, runs: int) -> list[dict[str, float]]:
+    """All of it the device's."""
+    found = sizes(models, workload, runs)
+    return [dict.fromkeys(TRACKS, 0.0) | {f"{phase}.device": one[phase] for phase in PHASES} for one in found]
+
+
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "dense"
@@ -53,7 +59,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _a_device_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("prunetune.timing.stacks.CPU_CACHE", 1)
-    monkeypatch.setattr(tables, "Meter", lambda *args: Meter(*args, timer=sizes))
+    monkeypatch.setattr(tables, "Meter", lambda *args: Meter(*args, tracks=tracks, seconds=sizes))
     monkeypatch.setattr("prunetune.timing.proof.seconds_of", sizes)
 
 

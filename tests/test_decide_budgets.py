@@ -12,9 +12,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from model_helpers import tiny
 from prunetune.amounts import Amount
 from prunetune.budget.anatomy import Anatomy, anatomy_of
-from prunetune.budget.costs import total
-from prunetune.budget.kinds import TIMED, cap_of, caps_of, cost_of
-from prunetune.budget.latency import PHASES, Latency, Table, Timed, alike
+from prunetune.budget.costs import most
+from prunetune.budget.kinds import TIMED, cap_of, caps_of, costs_of
+from prunetune.budget.latency import TRACKS, Latency, Table, Timed, alike
 from prunetune.budget.limits import Cap, Limits
 from prunetune.budget.params import kept_share
 from prunetune.config import WorkloadConfig, from_mapping
@@ -62,7 +62,9 @@ def table_of(anatomy: Anatomy, tile: int = 256) -> Table:
         mlp = [(width, STEP * (-(-width // tile) - units["mlp"] // tile)) for width in range(8, units["mlp"] + 1, 8)]
         attention = [(count, STEP * (count - units["attention"])) for count in range(units["attention"] + 1)]
         layers[layer] = Timed(STEP * (1 + units["attention"] + units["mlp"] // tile), tuple(attention), tuple(mlp))
-    return Table({}, dict.fromkeys(PHASES, 1e-6), dict.fromkeys(PHASES, layers))
+    host = {layer: Timed(STEP, ((0, -STEP), (1, 0.0)), ()) for layer in layers}  # that waits for attention alone
+    tracks = {track: layers if track.endswith("device") else host for track in TRACKS}
+    return Table({}, dict.fromkeys(TRACKS, 1e-6), tracks)
 
 
 def scores_of(sites: tuple[Site, ...], seed: int) -> dict[str, torch.Tensor]:
@@ -73,12 +75,12 @@ def scores_of(sites: tuple[Site, ...], seed: int) -> dict[str, torch.Tensor]:
 def cap(kind: str, name: str, place: float, workload: WorkloadConfig = WORKLOAD) -> Cap:
     """A budget between what is feasible (0) and the dense model (1); below 0 it is not feasible."""
     sites, anatomy, shape = geometry(name)
-    cost, nest = cost_of(kind, anatomy, workload, table_of(anatomy)), Nest(sites)
-    least = total(cost, nest.counts(floor_widths(nest, shape), sites))
-    dense = total(cost, anatomy.dense())
+    costs, nest = costs_of(kind, anatomy, workload, table_of(anatomy)), Nest(sites)
+    least = most(costs, nest.counts(floor_widths(nest, shape), sites))
+    dense = most(costs, anatomy.dense())
     limit = least + place * (dense - least) if place > 0 else least * (1 + place)
     tokens = workload.batch * workload.generate
-    return cap_of(kind, Amount(tokens / limit if kind == "throughput" else limit, False), cost, workload)
+    return cap_of(kind, Amount(tokens / limit if kind == "throughput" else limit, False), costs, workload)
 
 
 def limits_of(shape: Shape) -> Limits:
@@ -98,7 +100,7 @@ def test_a_budget_is_met_from_below_within_a_hundredth(name: str, kind: str) -> 
         wanted = cap(kind, name, place)
         found = limited(shape, sites, [wanted], 1.0)
         plan = select(scores_of(sites, seed), sites, limits_of(found).keep, found)
-        below = 1 - total(wanted.cost, plan.widths()) / wanted.limit
+        below = 1 - wanted.cost(plan.widths()) / wanted.limit
         coarse = WORKLOAD.generate * STEP / wanted.limit if kind in TIMED else 0.0  # one step of the made-up table
         assert -1e-9 <= below <= max(0.01, coarse)
 
@@ -113,7 +115,7 @@ def test_the_nearest_value_is_named_and_accepted(name: str, kind: str) -> None:
     nearest = str(refused.value).partition("feasible (")[2].partition(";")[0]
     again = caps_of({kind: Amount.parse(nearest, kind)}, anatomy, WORKLOAD, table_of(anatomy))
     plan = select(scores_of(sites, 0), sites, 0.0, limited(shape, sites, again, 1.0))
-    assert total(again[0].cost, plan.widths()) <= again[0].limit * (1 + 1e-9)
+    assert again[0].cost(plan.widths()) <= again[0].limit * (1 + 1e-9)
 
 
 @everywhere
@@ -123,7 +125,7 @@ def test_several_budgets_hold_together(name: str) -> None:
     found = limited(shape, sites, caps, 0.7)
     plan = select(scores_of(sites, 3), sites, limits_of(found).keep, found)
     assert kept_params(sites, plan) <= 0.7 * sum(site.params for site in sites)
-    shares = [total(one.cost, plan.widths()) / one.limit for one in caps]
+    shares = [one.cost(plan.widths()) / one.limit for one in caps]
     assert max(shares) <= 1 + 1e-9
     assert max(shares) > 0.98  # and one of them binds
 
@@ -135,10 +137,10 @@ def test_no_further_block_fits(name: str) -> None:
     found = limited(shape, sites, [wanted], 1.0)
     plan = select(scores_of(sites, 1), sites, limits_of(found).keep, found)
     counts = plan.widths()
-    spent = total(wanted.cost, counts)
+    spent = wanted.cost(counts)
     for site in sites:
         block = min(shape.align if site.kind == "mlp" else 1, site.units - counts[site.name])
-        more = total(wanted.cost, {**counts, site.name: counts[site.name] + block})
+        more = wanted.cost({**counts, site.name: counts[site.name] + block})
         assert not block or more > wanted.limit
         assert more >= spent
 
@@ -150,7 +152,7 @@ def test_a_uniform_plan_meets_budgets_too() -> None:
     found = limited(uniform, sites, caps, 1.0)
     plan = select(scores_of(sites, 0), sites, limits_of(found).keep, found)
     assert len({(site.kind, len(plan.kept[site.name])) for site in sites}) == 2
-    assert 0.98 < max(total(one.cost, plan.widths()) / one.limit for one in caps) <= 1 + 1e-9
+    assert 0.98 < max(one.cost(plan.widths()) / one.limit for one in caps) <= 1 + 1e-9
 
 
 def test_what_nothing_has_to_go_for_is_refused() -> None:
@@ -196,7 +198,7 @@ def test_limits_fall_in_a_straight_line_from_the_dense_model() -> None:
     wanted = cap("memory", "llama3-8b", 0.4)
     found = limited(shape, sites, [wanted], 1.0)
     limits = limits_of(found)
-    assert limits.at(1.0) == ((wanted.cost, wanted.dense),)
+    assert limits.at(1.0) == ((wanted.costs[0], wanted.dense),)
     assert limits.at(limits.keep)[0][1] == pytest.approx(wanted.limit)
     middle = limits.at((1 + limits.keep) / 2)[0][1]
     assert middle == pytest.approx((wanted.dense + wanted.limit) / 2)
@@ -222,7 +224,7 @@ def test_a_search_meets_the_budget(gates: str) -> None:
     assert torch.isfinite(searcher.budget_loss(drawn))
     plan = searcher.conclude().plan
     assert plan is not None
-    assert 0.9 * caps[0].limit < total(caps[0].cost, plan.widths()) <= caps[0].limit * (1 + 1e-9)
+    assert 0.9 * caps[0].limit < caps[0].cost(plan.widths()) <= caps[0].limit * (1 + 1e-9)
     even_plan = select(even(sites), sites, limits_of(found).keep, found)
     share = kept_share(gates_of(even_plan, sites), sites, limits_of(found).prices)
     assert float(share) == pytest.approx(limits_of(found).share, rel=1e-5)
@@ -250,14 +252,14 @@ def test_units_of_every_kind_are_priced() -> None:
         caps = caps_of({kind: Amount.parse("0.7", kind)}, anatomy, WORKLOAD)
         found = limited(shape, sites, caps, 1.0)
         plan = select(scores_of(sites, 0), sites, limits_of(found).keep, found)
-        assert total(caps[0].cost, plan.widths()) <= caps[0].limit * (1 + 1e-9)
+        assert caps[0].cost(plan.widths()) <= caps[0].limit * (1 + 1e-9)
         assert all(price > 0 for price in (limits_of(found).prices or {}).values())
 
 
 def test_the_free_channels_of_a_tile_are_taken() -> None:
     """Aligned to 32 where a tile has 256: a plan under a latency has no half tile, where more fits for nothing."""
     sites, anatomy, shape = geometry("smollm")
-    assert isinstance(cap("latency", "smollm", 0.5).cost, Latency)
+    assert all(isinstance(cost, Latency) for cost in cap("latency", "smollm", 0.5).costs)
     found = limited(shape, sites, [cap("latency", "smollm", 0.5)], 1.0)
     plan = select(scores_of(sites, 0), sites, limits_of(found).keep, found)
     widths = [len(plan.kept[site.name]) for site in sites if site.kind == "mlp"]

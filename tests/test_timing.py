@@ -16,9 +16,9 @@ from model_helpers import tiny, tiny_config
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.recorded import Recorded
 from prunetune.budget.anatomy import anatomy_of
-from prunetune.budget.costs import total
+from prunetune.budget.costs import most
 from prunetune.budget.kinds import caps_of
-from prunetune.budget.latency import PHASES, Latency, Table, Timed, at
+from prunetune.budget.latency import PHASES, TRACKS, Table, Timed, at, latencies
 from prunetune.budget.limits import Limits
 from prunetune.config import WorkloadConfig, from_mapping
 from prunetune.decide.select import Shape
@@ -28,8 +28,9 @@ from prunetune.model.surgery import cut
 from prunetune.plan import Plan
 from prunetune.setting import budgeted
 from prunetune.timing import measure, tables
+from prunetune.timing.clocks import seconds_of
 from prunetune.timing.header import driver, header_of, place_of
-from prunetune.timing.measure import Meter, seconds_of
+from prunetune.timing.measure import Meter
 from prunetune.timing.proof import proved
 from prunetune.timing.stacks import narrowed, stack
 
@@ -55,8 +56,22 @@ def tiles(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[di
     return found
 
 
+def tracks(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
+    """The same as host and device: one binds the prefill, the other decoding."""
+    found = tiles(models, workload, runs)
+    return [
+        {
+            "prefill.device": one["prefill"],
+            "prefill.host": len(model.model.layers),
+            "decode.device": 0.01,
+            "decode.host": one["decode"],
+        }
+        for model, one in zip(models, found, strict=True)
+    ]
+
+
 def meter(config: Any, **changes: Any) -> Meter:
-    return Meter(config, WORKLOAD, CPU, 8, timer=tiles, **changes)
+    return Meter(config, WORKLOAD, CPU, 8, tracks=tracks, seconds=tiles, **changes)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2"])
@@ -79,9 +94,10 @@ def test_an_additive_device_is_told_exactly(family: str) -> None:
         small = cut(copy.deepcopy(model), plan, sites=sites)
         seconds = tiles([small], WORKLOAD, 1)[0]
         for phase in PHASES:
-            assert total(Latency(anatomy, WORKLOAD, table, phase), plan.widths()) == pytest.approx(seconds[phase])
+            found = most(latencies(anatomy, WORKLOAD, table, phase), plan.widths())
+            assert found == pytest.approx(seconds[phase])
         whole = seconds["prefill"] + (WORKLOAD.generate - 1) * seconds["decode"]
-        assert total(Latency(anatomy, WORKLOAD, table, "mix"), plan.widths()) == pytest.approx(whole)
+        assert most(latencies(anatomy, WORKLOAD, table, "mix"), plan.widths()) == pytest.approx(whole)
 
 
 def test_a_table_is_read_back() -> None:
@@ -118,8 +134,8 @@ def test_a_deep_model_that_does_not_fit_is_halved(most: int) -> None:
             raise torch.OutOfMemoryError
         return tiles(models, workload, runs)
 
-    small = dataclasses.replace(meter(tiny_config("llama", layers=24)), timer=tight, points=2)
-    assert small.table({}).rest["prefill"] == pytest.approx(0.5)
+    small = dataclasses.replace(meter(tiny_config("llama", layers=24)), seconds=tight, points=2)
+    assert small.table({}).rest["prefill.device"] == pytest.approx(0.5)
 
 
 # -- what a table is about -------------------------------------------------------------------------------------------
@@ -128,7 +144,7 @@ def test_a_deep_model_that_does_not_fit_is_halved(most: int) -> None:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tables, "Meter", lambda *args: Meter(*args, timer=tiles))
+    monkeypatch.setattr(tables, "Meter", lambda *args: Meter(*args, tracks=tracks, seconds=tiles))
     return tmp_path / "cache"
 
 
@@ -156,7 +172,7 @@ def test_a_broken_file_in_the_cache_is_measured_again(cache: Path, caplog: pytes
 def test_a_table_of_something_else_is_refused(cache: Path, tmp_path: Path, name: str) -> None:
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))
     header = tables.checked_header(config, sites, WORKLOAD, CPU, 8)
-    other = Table({**header, name: "another"}, dict.fromkeys(PHASES, 0.0), {phase: {} for phase in PHASES})
+    other = Table({**header, name: "another"}, dict.fromkeys(TRACKS, 0.0), {track: {} for track in TRACKS})
     file = tmp_path / "table.json"
     file.write_text(other.to_json(), encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"budget\.table .*{name} 'another', and here") as refused:
@@ -179,7 +195,7 @@ def test_what_is_no_table_is_refused(cache: Path, tmp_path: Path, text: str) -> 
 
 def test_widths_that_do_not_ascend_are_no_table() -> None:
     timed = Timed(1.0, ((2, 0.0), (1, 0.0)), ())
-    text = Table({}, dict.fromkeys(PHASES, 0.0), {phase: {0: timed} for phase in PHASES}).to_json()
+    text = Table({}, dict.fromkeys(TRACKS, 0.0), {track: {0: timed} for track in TRACKS}).to_json()
     with pytest.raises(ConfigError, match="ascend"):
         Table.from_json(text, "here")
 
@@ -252,8 +268,8 @@ def test_a_noisy_machine_is_told(caplog: pytest.LogCaptureFixture) -> None:
     clock = iter(range(1, 10**6))
 
     def drifting(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
-        return [{phase: float(next(clock)) for phase in PHASES} for _ in models]
+        return [{track: float(next(clock)) for track in TRACKS} for _ in models]
 
-    dataclasses.replace(meter(tiny_config("llama", layers=2)), timer=drifting).table({})
+    dataclasses.replace(meter(tiny_config("llama", layers=2)), tracks=drifting).table({})
     assert "quiet the machine" in caplog.text
     assert measure.NOISY < 0.5

@@ -9,8 +9,8 @@ import torch
 
 from prunetune.amounts import shown, within
 from prunetune.budget.anatomy import Anatomy, anatomy_of
-from prunetune.budget.costs import total
-from prunetune.budget.kinds import TIMED, cost_of
+from prunetune.budget.costs import most
+from prunetune.budget.kinds import TIMED, costs_of
 from prunetune.budget.latency import Table
 from prunetune.budget.limits import Limits
 from prunetune.budget.preview import SHOWN
@@ -85,7 +85,7 @@ def _row(
     if kind in TIMED and table is None:
         return f"{kind:<11}  {why}"
     try:
-        cost = cost_of(kind, anatomy, workload, table)
+        costs = costs_of(kind, anatomy, workload, table)
     except ConfigError as uncounted:
         return f"{kind:<11}  {uncounted}"
     tokens = workload.batch * workload.generate
@@ -93,7 +93,7 @@ def _row(
     def words(heading: str, counts: dict[str, int] | None) -> str:
         if counts is None:
             return LEVEL
-        found = total(cost, counts)
+        found = most(costs, counts)
         found = tokens / found if kind == "throughput" else found
         return within(found, kind) if heading == "least" else shown(found, kind)
 
@@ -103,7 +103,7 @@ def _row(
 def limit_lines(limits: Limits, plan: Plan) -> Iterator[str]:
     """What a plan takes of every budget that a run was given."""
     for cap in limits.caps:
-        cost = total(cap.cost, plan.widths())
+        cost = cap.cost(plan.widths())
         below = cost < 0.99 * cap.limit and not cap.is_slack
         yield (
             f"budget.{cap.kind} {cap.words(cap.limit)}: an even plan takes {cap.words(cost)}, "

@@ -40,6 +40,14 @@ def total(cost: Cost, counts: Counts) -> float:
     return cost.fixed + sum(cost.of_layer(layer, counts) for layer in cost.anatomy.layers)
 
 
+Costs = tuple[Cost, ...]  # of which the largest counts
+
+
+def most(costs: Costs, counts: Counts) -> float:
+    """The largest cost of a whole plan."""
+    return max(total(cost, counts) for cost in costs)
+
+
 @dataclass(frozen=True)
 class Flops:
     """Of one request, as PyTorch's counter has them: matrices and attention, its full square in the prefill.

@@ -1,15 +1,17 @@
 """Seconds of a plan, from a table that was measured width by width on one device.
 
 A layer takes `dense` seconds, plus what its attention and its MLP take less than in the dense layer; widths between
-two measured ones are interpolated. A table is about one device, driver, set of versions and workload: its header.
+two measured ones are interpolated. Host and device are tracks of their own: each is a sum over layers, and a phase
+takes the longer. A table is about one device, driver, set of versions and workload: its header.
 """
 
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,30 +22,46 @@ from prunetune.errors import ConfigError
 
 FORMAT = "prunetune-latency-1"
 PHASES = ("prefill", "decode")
+TRACKS = tuple(f"{phase}.{part}" for phase in PHASES for part in ("host", "device"))
 Curve = tuple[tuple[int, float], ...]  # (units, seconds beyond the dense layer's), ascending
 
 
 @dataclass(frozen=True)
 class Timed:
-    """One kind of layer in one phase."""
+    """One kind of layer on one track."""
 
     dense: float  # seconds of the dense layer
     attention: Curve
     mlp: Curve
 
+    def scaled(self, factor: float) -> Timed:
+        """All of it times a factor."""
+        attention, mlp = (
+            tuple((units, factor * seconds) for units, seconds in curve) for curve in (self.attention, self.mlp)
+        )
+        return Timed(factor * self.dense, attention, mlp)
+
 
 @dataclass(frozen=True)
 class Table:
-    """What was measured, in seconds: {phase: {layer that stands for those alike: Timed}}."""
+    """What was measured, in seconds: {track: {layer that stands for those alike: Timed}}."""
 
     header: Mapping[str, Any]
-    rest: Mapping[str, float]  # phase -> seconds outside the layers
+    rest: Mapping[str, float]  # track -> seconds outside the layers
     layers: Mapping[str, Mapping[int, Timed]] = field(default_factory=dict)
+
+    def scaled(self, factors: Mapping[str, float]) -> Table:
+        """Every track times a factor of its own."""
+        layers = {
+            track: {index: timed.scaled(factors[track]) for index, timed in of.items()}
+            for track, of in self.layers.items()
+        }
+        return replace(self, rest={track: factors[track] * rest for track, rest in self.rest.items()}, layers=layers)
 
     def to_json(self) -> str:
         """As text; `from_json` reads it back."""
         layers = {
-            phase: {str(index): asdict(timed) for index, timed in of.items()} for phase, of in self.layers.items()
+            track: {str(index): asdict(timed) for index, timed in of.items()} for track, of in self.layers.items()
         }
         return json.dumps(
             {"format": FORMAT, "header": dict(self.header), "rest": dict(self.rest), "layers": layers}, indent=1
@@ -57,9 +75,9 @@ class Table:
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']!r}, and this version reads {FORMAT}")
             layers = {
-                phase: {int(index): _timed(timed) for index, timed in data["layers"][phase].items()} for phase in PHASES
+                track: {int(index): _timed(timed) for index, timed in data["layers"][track].items()} for track in TRACKS
             }
-            return cls(dict(data["header"]), {phase: float(data["rest"][phase]) for phase in PHASES}, layers)
+            return cls(dict(data["header"]), {track: float(data["rest"][track]) for track in TRACKS}, layers)
         except (ValueError, KeyError, TypeError, AttributeError) as broken:
             raise ConfigError(
                 f"{where}: no latency table ({broken}); leave budget.table out, and one is measured"
@@ -96,17 +114,16 @@ def _timed(values: Mapping[str, Any]) -> Timed:
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of the workload's phase: the whole request, the prefill, or a step (a batch of them each)."""
+    """Seconds of some tracks, each so many times."""
 
     anatomy: Anatomy
-    workload: WorkloadConfig
     table: Table
-    phase: str  # mix, prefill, decode
+    tracks: tuple[tuple[str, float], ...]
 
     @property
     def fixed(self) -> float:
         """Embeddings, head, and what the runtime takes by itself."""
-        return sum(times * self.table.rest[phase] for phase, times in self._phases)
+        return sum(times * self.table.rest[track] for track, times in self.tracks)
 
     def of_layer(self, layer: int, counts: Counts) -> float:
         """Zero for a layer that left the stack."""
@@ -117,20 +134,32 @@ class Latency:
         groups = part.heads(counts)[0]
         channels = own.get("mlp") if own.get("mlp-blocks", 1) else 0
         found = 0.0
-        for phase, times in self._phases:
-            timed = self.table.layers[phase][self._like[layer]]
+        for track, times in self.tracks:
+            timed = self.table.layers[track][self._like[layer]]
             found += times * (timed.dense + at(timed.attention, groups) + at(timed.mlp, channels))
         return max(0.0, found)
-
-    @property
-    def _phases(self) -> tuple[tuple[str, float], ...]:
-        if self.phase == "mix":
-            return (("prefill", 1.0), ("decode", self.workload.generate - 1.0))
-        return ((self.phase, 1.0),)
 
     @cached_property
     def _like(self) -> Mapping[int, int]:
         return alike(self.anatomy)
+
+
+def latencies(anatomy: Anatomy, workload: WorkloadConfig, table: Table, phase: str) -> tuple[Latency, ...]:
+    """Sums whose largest is the seconds of a batch of requests ("mix"), of its "prefill", or of a "decode" step.
+
+    A table without a host's track (all zero) has one sum.
+    """
+    phases = {"prefill": 1.0, "decode": workload.generate - 1.0} if phase == "mix" else {phase: 1.0}
+    choices = []
+    for name, times in phases.items():
+        tracks = [track for track in TRACKS if track.startswith(name)]
+        told = [track for track in tracks if track.endswith("device") or _is_told(table, track)]
+        choices.append([(track, times) for track in told])
+    return tuple(Latency(anatomy, table, tracks) for tracks in itertools.product(*choices))
+
+
+def _is_told(table: Table, track: str) -> bool:
+    return bool(table.rest[track]) or any(timed.dense for timed in table.layers[track].values())
 
 
 def at(curve: Curve, units: int | None) -> float:

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prunetune.amounts import shown
-from prunetune.budget.costs import Cost
+from prunetune.budget.anatomy import Counts
+from prunetune.budget.costs import Cost, Costs, most
 
 
 @dataclass(frozen=True)
@@ -18,7 +19,7 @@ class Cap:
     """One budget."""
 
     kind: str  # of amounts.UNITS, which says in which unit
-    cost: Cost
+    costs: Costs  # of which the largest counts
     limit: float  # on the cost, which is seconds for a throughput, too
     dense: float
     tokens: float = 0.0  # of a batch of requests, where the kind is a throughput
@@ -27,6 +28,10 @@ class Cap:
     def is_slack(self) -> bool:
         """Whether the dense model meets it."""
         return self.dense <= self.limit
+
+    def cost(self, counts: Counts) -> float:
+        """Of a plan with so many units at each site."""
+        return most(self.costs, counts)
 
     def relaxed(self, done: float) -> float:
         """The limit where the way from the dense model has come so far."""
@@ -59,7 +64,7 @@ class Limits:
     def at(self, keep: float) -> tuple[tuple[Cost, float], ...]:
         """What holds at this coordinate."""
         done = self.done(keep)
-        return tuple((cap.cost, cap.relaxed(done)) for cap in self.caps)
+        return tuple((cost, cap.relaxed(done)) for cap in self.caps for cost in cap.costs)
 
     def params_at(self, keep: float) -> float:
         """Share of the prunable parameters that may remain at this coordinate."""

@@ -34,7 +34,7 @@ def limited(shape: Shape, sites: Sequence[Site], caps: Sequence[Cap], told: floa
     nest = Nest(sites)
     lowest = nest.counts(floor_widths(nest, shape), nest.sites)
     for cap in caps:
-        _refuse(cap, total(cap.cost, lowest), shape)
+        _refuse(cap, cap.cost(lowest), shape)
     if told >= 1 and all(cap.is_slack for cap in caps):
         cap, rate = caps[0], caps[0].kind == "throughput"
         raise PlanError(
@@ -78,7 +78,8 @@ def _spans(nest: Nest, shape: Shape, caps: Sequence[Cap]) -> dict[str, float]:
     found = {site.name: 0.0 for site in nest.sites}
     everything = sum(site.params for site in nest.sites)
     for cap, goal in zip(caps, goals, strict=True):
-        each = {site.name: _slope(nest, site, shape, cap.cost) for site in nest.sites}
+        longest = max(cap.costs, key=lambda cost: total(cost, cost.anatomy.dense()))
+        each = {site.name: _slope(nest, site, shape, longest) for site in nest.sites}
         whole = sum(site.units * each[site.name] for site in nest.sites if not site.within)
         for name, slope in each.items():
             found[name] += goal / sum(goals) * slope * everything / whole if whole else 0.0

@@ -6,12 +6,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from prunetune.budget.costs import total
 from prunetune.budget.kinds import TIMED
 from prunetune.budget.limits import Cap, Limits
 from prunetune.config import WorkloadConfig
 from prunetune.plan import Plan
-from prunetune.timing.measure import RUNS, seconds_of
+from prunetune.timing.clocks import RUNS, seconds_of
 
 log = logging.getLogger(__name__)
 TRUSTED = 0.05  # largest share that a table may be off
@@ -24,7 +23,7 @@ def proved(
     rows: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
     for cap in limits.caps:
-        counted = total(cap.cost, plan.widths())
+        counted = cap.cost(plan.widths())
         row = {
             "budget": cap.kind, "limit": cap.amount(cap.limit), "dense": cap.amount(cap.dense),
             "counted": cap.amount(counted), "words": f"{cap.words(counted)} of at most {cap.words(cap.limit)}",

@@ -14,8 +14,9 @@ from prunetune.config import WorkloadConfig
 from prunetune.errors import ConfigError
 from prunetune.files import write_text
 from prunetune.model.units import KINDS, Site
+from prunetune.timing.clocks import RUNS
 from prunetune.timing.header import header_of, place_of
-from prunetune.timing.measure import POINTS, RUNS, Meter
+from prunetune.timing.measure import POINTS, Meter
 
 log = logging.getLogger(__name__)
 KNOWN = ("attention", "mlp", "attention-blocks", "mlp-blocks", "layers")  # kinds of unit that a table can price
