@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +12,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 
+from data_helpers import subwords
+from export_helpers import WIDE, plan_of, run_folder
 from model_helpers import ALL_FAMILIES, FAMILIES, kinds_of, random_plan, tiny, tokens
 from prunetune.budget.anatomy import anatomy_of
 from prunetune.budget.costs import Flops, Memory, Weights, total
 from prunetune.budget.kinds import costs_of
 from prunetune.config import WorkloadConfig
 from prunetune.errors import ConfigError
+from prunetune.export.gguf.architectures import architecture_of
+from prunetune.export.gguf.tensors import tensors_of
+from prunetune.export.source import Source
 from prunetune.model.sites import find_sites
 from prunetune.model.surgery import cut
 from prunetune.model.units import USUAL
@@ -94,7 +100,7 @@ def test_quantised_bytes_are_those_of_the_linears(weights: Any) -> None:
 
     def row(columns: int) -> float:
         if weights == "int8":
-            return columns + 2
+            return columns + 5  # a float32 and an int8
         if weights == "int4":
             return columns * 4.5 / 8 if columns % 64 == 0 else 2 * columns
         return columns * 34 / 32 if columns % 32 == 0 else 2 * columns
@@ -111,6 +117,17 @@ def test_quantised_bytes_are_those_of_the_linears(weights: Any) -> None:
         expected = sum(matrix.shape[0] * row(matrix.shape[1]) for matrix in matrices)
         others = params(small) - sum(matrix.numel() for matrix in matrices)
         assert total(Weights(anatomy, workload), plan.widths()) == expected + others * (4 if weights == "q8_0" else 2)
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_q8_0_is_what_a_gguf_file_holds(layout: str, tmp_path: Path) -> None:
+    model = tiny("llama", **WIDE)
+    plan = plan_of(model, 1, 64)
+    folder, _ = run_folder(tmp_path / "run", subwords(), layout=layout, plan=plan)
+    source = Source.open(folder)
+    written = sum(made.nbytes for made in tensors_of(source, architecture_of(source), "q8_0"))
+    workload = dataclasses.replace(WORKLOAD, weights="q8_0")
+    assert total(Weights(anatomy_of(model, find_sites(model)), workload), plan.widths()) == written
 
 
 @pytest.mark.parametrize("kind", ["flops", "memory", "file"])

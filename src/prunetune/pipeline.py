@@ -67,7 +67,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
         if resume:
             same_data(setting)
         open_folder(setting.folder, config)
-        with told(setting.folder, config, command):
+        with told(setting.folder, setting.config, command):
             _stages(setting, watcher, command)
             outside(setting)
     finally:

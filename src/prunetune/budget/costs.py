@@ -15,6 +15,7 @@ from prunetune.config import WorkloadConfig
 from prunetune.errors import ConfigError
 
 WIDTH = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
+INT8_ROW = 5  # bytes of a row's scale and zero point (torchao 0.18)
 SCALE = 4  # bytes of a scale of int4
 INT4_BLOCK = 64  # weights under one scale
 Q8_BLOCK, Q8_BYTES = 32, 34  # weights of a block, and its bytes
@@ -139,7 +140,7 @@ class Weights:
         """Bytes of one row of a matrix in a layer."""
         width, scheme = WIDTH[self.workload.dtype], self.workload.weights
         if scheme == "int8":
-            return columns + width if columns else 0.0
+            return columns + INT8_ROW if columns else 0.0
         if scheme == "int4" and columns % INT4_BLOCK == 0:
             return columns / 2 + columns / INT4_BLOCK * SCALE
         if scheme == "q8_0":
