@@ -29,7 +29,6 @@ from prunetune.model.units import USUAL
 
 WORKLOAD = WorkloadConfig(prompt=10, generate=3, batch=2, dtype="float32")
 DERIVED = {family: {"head_dim": 12} for family in ("gpt_neox", "opt", "bloom")}  # what these make of 48 over 4 heads
-DENSE = [family for family in ALL_FAMILIES if family not in ("mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss")]
 
 
 def cases(family: str, **changes: Any) -> Any:
@@ -46,30 +45,30 @@ def params(model: Any) -> int:
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_parameters_and_bytes_are_those_of_the_cut_model(family: str) -> None:
+def test_parameters_bytes_and_flops_are_those_of_the_cut_model(family: str) -> None:
     for anatomy, plan, small in cases(family):
         counts = plan.widths()
         assert anatomy.params(counts) == params(small)
         assert total(Weights(anatomy, WORKLOAD), counts) == 4 * params(small)
+        if not anatomy.is_mixture:
+            assert total(Flops(anatomy, WORKLOAD), counts) == flops(small)
+
+
+def flops(model: Any) -> int:
+    """Of one request, by PyTorch's counter; the CPU's fused attention is not known to it."""
+    model.set_attn_implementation("eager")
+    cache, ids = DynamicCache(config=model.config), tokens(batch=1, length=WORKLOAD.prompt)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        out = model(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        for _ in range(WORKLOAD.generate - 1):
+            out = model(out.logits[:, -1].argmax(-1, keepdim=True), past_key_values=cache, use_cache=True)
+    return int(counter.get_total_flops())
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_tied_weights_count_once(tied: bool) -> None:
     for anatomy, plan, small in cases("llama", tie_word_embeddings=tied):
         assert total(Weights(anatomy, WORKLOAD), plan.widths()) == 4 * params(small)
-
-
-@pytest.mark.parametrize("family", DENSE)
-def test_flops_are_those_of_the_operators(family: str) -> None:
-    for anatomy, plan, small in cases(family):
-        small.set_attn_implementation("eager")  # the CPU's fused attention is not known to the counter
-        cache, ids = DynamicCache(config=small.config), tokens(batch=1, length=WORKLOAD.prompt)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            out = small(ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            for _ in range(WORKLOAD.generate - 1):
-                out = small(out.logits[:, -1].argmax(-1, keepdim=True), past_key_values=cache, use_cache=True)
-        found = total(Flops(anatomy, WORKLOAD), plan.widths())
-        assert found == counter.get_total_flops()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,7 +130,7 @@ def test_q8_0_is_what_a_gguf_file_holds(layout: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["flops", "memory", "file"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_more_units_never_cost_less(kind: str, family: str) -> None:
     model = tiny(family)
     sites = find_sites(model)

@@ -39,10 +39,10 @@ KIND_NAMES = ("flops", "memory", "file", "latency", "throughput")
 def geometry(name: str) -> tuple[tuple[Site, ...], Anatomy, Shape]:
     """Real shapes on the meta device, with half or fewer of the layers: the laws do not count them."""
     family, hidden, width, layers, heads, groups, size, vocabulary, align = {
-        "smollm": ("llama", 576, 1536, 15, 9, 3, 64, 49152, 32),
-        "llama3-8b": ("llama", 4096, 14336, 8, 32, 8, 128, 128256, 128),
-        "qwen3-4b": ("qwen3", 2560, 9728, 9, 32, 8, 128, 151936, 128),
-        "gemma3-270m": ("gemma3_text", 640, 2048, 18, 4, 1, 256, 262144, 32),
+        "smollm": ("llama", 576, 1536, 10, 9, 3, 64, 49152, 32),
+        "llama3-8b": ("llama", 4096, 14336, 4, 32, 8, 128, 128256, 128),
+        "qwen3-4b": ("qwen3", 2560, 9728, 4, 32, 8, 128, 151936, 128),
+        "gemma3-270m": ("gemma3_text", 640, 2048, 12, 4, 1, 256, 262144, 32),
     }[name]
     config = CONFIG_MAPPING[family](
         hidden_size=hidden, intermediate_size=width, num_hidden_layers=layers, num_attention_heads=heads,
@@ -96,7 +96,7 @@ kinds = pytest.mark.parametrize("kind", KIND_NAMES)
 @kinds
 def test_a_budget_is_met_from_below_within_a_hundredth(name: str, kind: str) -> None:
     sites, _, shape = geometry(name)
-    for seed, place in enumerate((0.03, 0.37, 0.81)):
+    for seed, place in enumerate((0.13, 0.71)):
         wanted = cap(kind, name, place)
         found = limited(shape, sites, [wanted], 1.0)
         plan = select(scores_of(sites, seed), sites, limits_of(found).keep, found)

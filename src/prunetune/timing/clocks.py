@@ -23,7 +23,8 @@ from prunetune.config import WorkloadConfig
 RUNS = 5  # of which the median counts, after one to warm up
 STEPS = 8  # decode steps that are timed on the device, in the middle of the answer
 CYCLES = 2e9  # a second of a GPU's clock at most
-AHEAD = 3  # times the host's part that the device idles, so that all is launched by then
+AHEAD = 3  # times the host's part that the device idles, so that all is launched by then ...
+LONGEST = 0.5  # ... in seconds at most: a first pass also loads kernels
 
 Found = dict[str, float]
 Asked = Callable[[], Found]
@@ -107,7 +108,7 @@ class Tracker:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         torch.cuda.synchronize(tokens.device)
         if ahead:
-            torch.cuda._sleep(int(AHEAD * ahead * CYCLES))  # type: ignore[no-untyped-call]
+            torch.cuda._sleep(int(min(LONGEST, AHEAD * ahead) * CYCLES))  # type: ignore[no-untyped-call]
         begun = time.perf_counter()
         start.record()
         out = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
