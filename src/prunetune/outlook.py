@@ -25,7 +25,7 @@ from prunetune.plan import Plan
 from prunetune.timing.tables import checked_header, in_cache, measured
 
 UNTIMED = "no table for this device yet: --measure makes one, in a minute or two on a GPU"
-LEVEL = "-"
+NOT_FEASIBLE = "-"
 
 
 def budget_lines(
@@ -92,7 +92,7 @@ def _row(
 
     def words(heading: str, counts: dict[str, int] | None) -> str:
         if counts is None:
-            return LEVEL
+            return NOT_FEASIBLE
         found = most(costs, counts)
         found = tokens / found if kind == "throughput" else found
         return within(found, kind) if heading == "least" else shown(found, kind)

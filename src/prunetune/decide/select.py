@@ -31,6 +31,7 @@ Scores = Mapping[str, Tensor]  # site name -> one score per unit; higher stays
 def select(scores: Scores, sites: Sequence[Site], keep: float, shape: Shape) -> Plan:
     """The plan of the highest scores that keeps at most `keep` of the prunable parameters.
 
+    Under `shape.limits`, `keep` says how far these have come (`budget.limits`), and the plan is within all of them.
     Raises `PlanError` with the smallest feasible keep where even the floors are above the target.
     """
     caps = shape.limits.at(keep) if shape.limits else ()
@@ -46,7 +47,7 @@ def select(scores: Scores, sites: Sequence[Site], keep: float, shape: Shape) -> 
         )
     nest = Nest(sites, scores)
     room = Room(nest, caps)
-    if not room.holds(floor_widths(nest, shape)):
+    if caps and not room.holds(floor_widths(nest, shape)):
         raise PlanError(
             f"not even the smallest plan of layout {shape.layout} with budget.align {shape.align} is within all "
             "budgets: raise one of them, or lower budget.align, budget.min_groups or budget.min_share"
