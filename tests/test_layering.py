@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 # From bottom to top. A module imports what stands below it and, in a package, its own package; never a neighbour.
 STOREYS: tuple[tuple[str, ...], ...] = (
     ("errors", "launch"),
-    ("gates",),
+    ("gates", "amounts"),
     ("seeds", "files", "plan", "config", "flags", "environment"),
     ("model",),
     ("data",),
@@ -27,8 +27,9 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("export",),
     ("bench",),
     ("report",),
-    ("folder", "console", "hub"),
+    ("folder", "console", "hub", "timing"),
     ("history", "watch", "trackers"),
+    ("outlook",),
     ("setting", "provenance"),
     ("watching", "telling", "quantised"),
     ("finishing",),
@@ -47,6 +48,7 @@ STRANGERS: dict[str, set[str]] = {
     "bench": {"budget", "data", "decide", "train", "export"},
     "report": {"budget", "data", "decide", "train", "export"},
     "folder": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
+    "timing": {"data", "decide", "train", "export", "report", "suites", "evaluation"},
     "history": {"model", "data", "budget", "decide", "train", "export", "bench", "report"},
     "watch": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},
     "trackers": {"model", "data", "budget", "decide", "train", "evaluation", "export", "bench", "report"},

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from prunetune.bench.options import BenchOptions
-from prunetune.config import RunConfig, Unit, load_recipe, read_options
+from prunetune.config import RunConfig, Unit, WorkloadConfig, load_recipe, read_options
 from prunetune.errors import DataError, GateFailed, PrunetuneError
 from prunetune.eval_flags import HERE, Target
 from prunetune.flags import given, optional_twin
@@ -33,6 +33,8 @@ Flags: typing.TypeAlias = optional_twin(RunConfig)  # type: ignore[valid-type]
 NO_FLAGS = Flags()
 BenchFlags: typing.TypeAlias = optional_twin(BenchOptions)  # type: ignore[valid-type]
 NO_BENCH_FLAGS = BenchFlags()
+WorkloadFlags: typing.TypeAlias = optional_twin(WorkloadConfig)  # type: ignore[valid-type]
+NO_WORKLOAD_FLAGS = WorkloadFlags()
 USUAL: tuple[Unit, ...] = ("kv-groups", "mlp-channels")
 
 
@@ -42,6 +44,9 @@ def run(
     /,
     *,
     resume: Annotated[bool, Parameter(negative=(), help="Go on with a run that was stopped.")] = False,
+    dry_run: Annotated[
+        bool, Parameter(negative=(), help="Check model, data and budgets, say what they would mean, and write nothing.")
+    ] = False,
     flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
 ) -> None:
     """Tune, prune, cut, check, evaluate and report, into a run folder.
@@ -51,7 +56,13 @@ def run(
     recipe
         A YAML file of options; see recipes/.
     """
-    _run(load_recipe(recipe, given(flags)), resume=resume)
+    config = load_recipe(recipe, given(flags))
+    if dry_run:
+        from prunetune.summary import of_dry_run
+
+        print(of_dry_run(config, resume=resume))
+        return
+    _run(config, resume=resume)
 
 
 @app.command
@@ -108,9 +119,14 @@ def sites(
     layout: Literal["per-layer", "uniform"] = "per-layer",
     align: Annotated[int, Parameter(help="MLP widths are multiples of this; 0: chosen by size.")] = 0,
     units: Annotated[tuple[Unit, ...], Parameter(help="Kinds of unit, see budget.units.", negative=())] = USUAL,
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, mps; times are of this one.")] = "auto",
+    measure: Annotated[
+        bool, Parameter(negative=(), help="Time this device for latency, where no table is kept yet.")
+    ] = False,
+    workload: Annotated[WorkloadFlags, Parameter(name="*")] = NO_WORKLOAD_FLAGS,
     trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
 ) -> None:
-    """What can go: sites, units, share of parameters, legal shapes, smallest feasible keep; reads only the config.
+    """What can go: sites, units, legal shapes, and what budgets would mean in bytes and time; reads only the config.
 
     Parameters
     ----------
@@ -119,7 +135,13 @@ def sites(
     """
     from prunetune.summary import of_sites
 
-    print(of_sites(model, layout=layout, align=align, units=units, trust_remote_code=trust_remote_code))
+    asked = read_options(WorkloadConfig, given(workload), where="sites")
+    print(
+        of_sites(
+            model, layout=layout, align=align, units=units, trust_remote_code=trust_remote_code,
+            workload=asked, device=device, measure=measure,
+        )
+    )  # fmt: skip
 
 
 @app.command

@@ -14,9 +14,11 @@ from typing import Any, Literal
 
 import yaml
 
+from prunetune.amounts import Amount
 from prunetune.errors import ConfigError
 from prunetune.gates import gate_text
 
+BUDGETS = ("flops", "memory", "file", "latency", "throughput")  # beside keep
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -28,13 +30,19 @@ def option(
     high: float | None = None,
     above: float | None = None,
     each: str = "source",
+    number: bool = False,
 ) -> Any:
     """A field with its help text and bounds: `low` and `high` are allowed themselves, `above` is not.
 
-    Bounds of a tuple are those of its entries; `each` is what one entry of a tuple of texts is called.
+    Bounds of a tuple are those of its entries; `each` is what one entry of a tuple of texts is called; `number` lets
+    a text be written as a number.
     """
     bounds = {"low": low, "high": high, "above": above}
-    return field(default=default, metadata={"help": help, "each": each, **bounds})
+    return field(default=default, metadata={"help": help, "each": each, "number": number, **bounds})
+
+
+class Untold(float):
+    """A default that is told from the same number where that was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +93,20 @@ Unit = Literal[
 class BudgetConfig:
     """What may remain."""
 
-    keep: float = option(0.6, "Share of the prunable (attention and MLP) parameters that may remain.", above=0, high=1)
+    keep: float = option(
+        Untold(0.6),
+        "Share of the prunable (attention and MLP) parameters that may remain; 1 where only another budget is given.",
+        above=0,
+        high=1,
+    )
+    flops: str = option("", "Most FLOPs of one request of the workload: 0.6 or 60% (of dense), or 1.2T.", number=True)
+    memory: str = option("", "Most memory of weights and KV cache under the workload: 0.6 or 1.5GB.", number=True)
+    file: str = option("", "Largest file of the weights, as workload.weights stores them: 0.6 or 800MB.", number=True)
+    latency: str = option(
+        "", "Longest time of the workload's phase on this device, by a measured table: 0.8 or 25ms.", number=True
+    )
+    throughput: str = option("", "Fewest tokens a second that all requests write together: 1.3x or 300/s.", number=True)
+    table: str = option("", "File with the latency table of this device; default: the cache, measured where missing.")
     align: int = option(
         0, "MLP widths are multiples of this; 0: 128, or 32 where the MLP is narrower than 4,096.", low=0
     )
@@ -115,6 +136,13 @@ class BudgetConfig:
     def __post_init__(self) -> None:
         if not self.units:
             raise ConfigError("budget.units names no kind of unit, and nothing could go: leave it out, or name some")
+        if isinstance(self.keep, Untold):
+            object.__setattr__(self, "keep", 1.0 if self.amounts() else float(self.keep))
+
+    def amounts(self) -> dict[str, Amount]:
+        """The budgets that are given beside `keep`; raises `ConfigError`."""
+        given = {kind: getattr(self, kind) for kind in BUDGETS}
+        return {kind: Amount.parse(text, kind) for kind, text in given.items() if text}
 
     def protected(self) -> frozenset[int]:
         """The layers of `protect`; raises `ConfigError`."""
@@ -126,6 +154,31 @@ class BudgetConfig:
                 raise ConfigError(f"budget.protect: {span!r} is no layer and no span of layers: write 0-1,29")
             layers |= set(range(int(first), int(last) + 1))
         return frozenset(layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadConfig:
+    """What the model will be asked in use; budgets other than keep go by it."""
+
+    prompt: int = option(512, "Tokens of a prompt.", low=1)
+    generate: int = option(128, "Tokens written for a prompt; the first comes from the prefill.", low=2)
+    batch: int = option(1, "Requests at a time.", low=1)
+    context: int = option(0, "Tokens of a request that the KV cache holds; 0: prompt + generate.", low=0)
+    dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "Of weights and KV cache.")
+    weights: Literal["plain", "int8", "int4", "q8_0"] = option(
+        "plain", "How weights are held: as dtype, by --quantize int8 or int4 of export, or as a .gguf file in q8_0."
+    )
+    phase: Literal["mix", "prefill", "decode"] = option(
+        "mix", "What budget.latency times: the whole request, the time to its first token, or a step after it."
+    )
+    runtime: Literal["eager", "recorded"] = option(
+        "eager", "How transformers runs a step: as it is, or replayed from a CUDA graph over a static cache."
+    )
+
+    @property
+    def cached(self) -> int:
+        """Tokens of a request in the cache at its end."""
+        return self.context or self.prompt + self.generate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,8 +195,8 @@ class TrainConfig:
     )
     compile: Literal["auto", "on", "off"] = option(
         "auto",
-        "Norms, rotary embeddings and losses of recorded passes compiled to single kernels: half a minute more, a third "
-        "less a step; auto: in runs of 1,000 steps or more.",
+        "Norms, rotary embeddings and losses of recorded passes compiled to single kernels: half a minute more, a "
+        "third less a step; auto: in runs of 1,000 steps or more.",
     )
     checkpointing: Literal["auto", "on", "off"] = option(
         "auto",
@@ -322,6 +375,7 @@ class RunConfig:
     )
     data: DataConfig = field(default_factory=DataConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     lora: LoraSettings = field(default_factory=LoraSettings)
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -443,6 +497,8 @@ def _value(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> An
         return _choice(typing.get_args(kind), value, name)
     if typing.get_origin(kind) is tuple:
         return _entries(item, typing.get_args(kind)[0], value, name)
+    if item.metadata.get("number") and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
     if kind is float:
         value = _number(value, name)
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):

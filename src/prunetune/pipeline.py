@@ -29,7 +29,7 @@ from prunetune.export.integrity import verify
 from prunetune.files import write_text
 from prunetune.finishing import finish
 from prunetune.folder import RunFolder, open_folder
-from prunetune.model.loading import load, pick_device
+from prunetune.model.loading import DTYPES, load, pick_device
 from prunetune.model.sites import dense_plan
 from prunetune.model.surgery import settle_adapters
 from prunetune.plan import Plan
@@ -37,6 +37,7 @@ from prunetune.provenance import rewrite_card
 from prunetune.seeds import derive
 from prunetune.setting import Console, Setting, facts_of, prepare
 from prunetune.telling import Recorder, outside, told
+from prunetune.timing.proof import proved
 from prunetune.trackers import Trackers, require, tracking
 from prunetune.train.distributed import ALONE, join
 from prunetune.train.job import Job, Observer, Watch
@@ -69,7 +70,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
             _beside(setting, watcher)
             return setting.folder.path
         open_folder(setting.folder, config)
-        with told(setting.folder, config, command):
+        with told(setting.folder, setting.config, command):
             _stages(setting, watcher, command)
             outside(setting)
     finally:
@@ -90,6 +91,7 @@ def _stages(setting: Setting, watcher: Watcher, command: str) -> None:
     setting = _alone(setting)
     with _timed(folder, "evaluate"):
         evaluate_all(setting)
+    prove_budgets(setting)
     folder.note(peak_memory_mb=environment.peak_memory_mb(setting.device))
 
 
@@ -242,6 +244,20 @@ def evaluate_all(setting: Setting) -> None:
             setting.folder.note(speed=speeds)
         write_text(setting.folder.evaluation(name), result.to_json())
     rewrite_card(setting.folder, setting.config, setting.sites)
+
+
+def prove_budgets(setting: Setting) -> None:
+    """What the finished model takes of budgets beside `budget.keep`, timed where they are times."""
+    limits, workload, folder = setting.shape.limits, setting.config.workload, setting.folder
+    if limits is None or "budgets" in folder.manifest():
+        return
+
+    def opened() -> Any:
+        own = setting.config.layout == "per-layer"
+        dtype = DTYPES[workload.dtype]
+        return load(str(folder.model), device=setting.device, dtype=dtype, trust_remote_code=own).model
+
+    folder.note(budgets=proved(limits, Plan.load(folder.plan), workload, opened))
 
 
 def score(setting: Setting, model: Any, records: tuple[Record, ...]) -> Evaluation:

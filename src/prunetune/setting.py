@@ -9,12 +9,15 @@ from typing import Any, Protocol
 
 import torch
 
+from prunetune.budget.anatomy import anatomy_of
+from prunetune.budget.kinds import TIMED, caps_of
 from prunetune.budget.memory import Memory, memory, setup_of, shapes_of
 from prunetune.budget.params import total
 from prunetune.config import RunConfig
 from prunetune.data.sources import SplitName
 from prunetune.data.splits import Splits, load_splits
 from prunetune.data.templates import Encoded, encode
+from prunetune.decide.budgets import even, limited
 from prunetune.decide.select import Shape, default_align, select
 from prunetune.decide.shape import GROUPED
 from prunetune.errors import ConfigError
@@ -26,6 +29,8 @@ from prunetune.model.four_bit import hold_in_four_bits, require_nf4
 from prunetune.model.linears import COLUMNS, ROWS, linear_of, size
 from prunetune.model.loading import Loaded, ghost, load, load_tokenizer, pick_device, pick_dtype
 from prunetune.model.sites import Site, find_sites, tuned_linears, whole_params
+from prunetune.outlook import limit_lines
+from prunetune.timing.tables import table_for
 from prunetune.train.adapters import tunes_all
 from prunetune.train.distributed import ALONE, Ranks
 from prunetune.train.job import Observer
@@ -104,6 +109,7 @@ def prepare(
     structure = ghost(config.model, trust_remote_code=config.trust_remote_code)
     sites = find_sites(structure, config.budget.units)
     shape = shape_of(config, sites, structure.config)
+    config, shape = budgeted(config, sites, shape, structure, device)
     select({site.name: torch.zeros(site.units) for site in sites}, sites, config.budget.keep, shape)  # refuses in time
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     splits = load_splits(config.data, config.seed)
@@ -156,6 +162,27 @@ def say_memory(found: Memory, room: int) -> None:
             "memory: more than there is; passes are made smaller where they do not fit. Lower train.micro_tokens, "
             "set train.checkpointing on, distill.teacher none, or lora.quantize nf4"
         )
+
+
+def budgeted(
+    config: RunConfig, sites: tuple[Site, ...], shape: Shape, structure: Any, device: torch.device
+) -> tuple[RunConfig, Shape]:
+    """Budgets beside `budget.keep` become part of the shape, and `budget.keep` the share that they leave about.
+
+    Raises a `PrunetuneError` for one that cannot be met or measured.
+    """
+    amounts = config.budget.amounts()
+    if not amounts:
+        return config, shape
+    anatomy, workload = anatomy_of(structure, sites), config.workload
+    table = None
+    if any(kind in TIMED for kind in amounts):
+        table = table_for(structure.config, sites, workload, device, shape.align, config.budget.table)
+    shape = limited(shape, sites, caps_of(amounts, anatomy, workload, table), config.budget.keep)
+    assert shape.limits is not None
+    for line in limit_lines(shape.limits, select(even(sites), sites, shape.limits.keep, shape)):
+        log.info(line)
+    return replace(config, budget=replace(config.budget, keep=shape.limits.keep)), shape
 
 
 def with_texts(setting: Setting, context: int) -> Setting:

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prunetune.config import RunConfig, WorkloadConfig
 from prunetune.evaluation.results import Evaluation, headline, recovery
+
+WORKLOAD = WorkloadConfig()
 
 
 def of_run(folder: Path) -> str:
@@ -21,6 +24,7 @@ def of_run(folder: Path) -> str:
         f"decoder parameters  {_millions(dense, pruned, 'decoder_params')}  ({100 * removed:.1f}% removed)",
         f"all parameters      {_millions(dense, pruned, 'params')}",
         f"self-check          {check['max_relative']:.1e} relative (limit {check['limit']:.0e})",
+        *_budgets(manifest.get("budgets", [])),
         *_gates(manifest.get("gates", {}), manifest.get("validation", {})),
     ]
     speed = manifest.get("speed", {})
@@ -31,6 +35,14 @@ def of_run(folder: Path) -> str:
     return "\n".join(
         [*lines, "", *_scores(folder), "", f"checkpoint {folder / 'model'}", f"report     {folder / 'report.html'}"]
     )
+
+
+def _budgets(budgets: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"{budget['budget']:<19} {budget['words']}"
+        + (f"; measured {100 * budget['error']:+.1f}% off that" if "error" in budget else "")
+        for budget in budgets
+    ]
 
 
 def _gates(gates: dict[str, Any], validation: dict[str, Any]) -> list[str]:
@@ -86,13 +98,20 @@ def of_sites(
     align: int,
     trust_remote_code: bool,
     units: Sequence[str] = ("kv-groups", "mlp-channels"),
+    workload: WorkloadConfig = WORKLOAD,
+    device: str = "auto",
+    measure: bool = False,
 ) -> str:
-    """Sites, units, shares, legal shapes and the smallest feasible keep of a model, from its configuration."""
+    """Sites, units, shares, legal shapes, and what budgets would mean for a model, from its configuration.
+
+    `measure` times the device for a latency table, where none is kept.
+    """
     from prunetune.budget.params import total
     from prunetune.decide.select import Shape, default_align, feasible_keep
     from prunetune.export.shapes import legal_groups, width_of
-    from prunetune.model.loading import ghost
+    from prunetune.model.loading import ghost, pick_device
     from prunetune.model.sites import find_sites
+    from prunetune.outlook import budget_lines
 
     structure = ghost(model, trust_remote_code=trust_remote_code)
     sites = find_sites(structure, units)
@@ -110,7 +129,38 @@ def of_sites(
     ]
     least = feasible_keep(sites, shape)
     lines += ["", *_previews(structure, total(sites), everything, least)]
+    place = pick_device(device)
+    lines += ["", *budget_lines(structure, sites, shape, workload, place, measure=measure)]
     return "\n".join([*lines, "", f"smallest feasible budget.keep, layout {layout}: {least:.3f}"])
+
+
+def of_dry_run(config: RunConfig, *, resume: bool = False) -> str:
+    """Open model and data as a run would, refuse what it would refuse, and say what the budgets mean; writes nothing
+    but a latency table into the cache, where a budget needs one."""
+    from prunetune.console import console_for
+    from prunetune.decide.budgets import even
+    from prunetune.decide.select import select
+    from prunetune.model.loading import ghost
+    from prunetune.model.sites import kept_params
+    from prunetune.outlook import budget_lines, limit_lines
+    from prunetune.setting import prepare
+
+    console = console_for(config.train.log_every)
+    try:
+        setting = prepare(config, resume=resume, console=console)
+    finally:
+        console.close()
+    plan = select(even(setting.sites), setting.sites, setting.config.budget.keep, setting.shape)
+    gone = sum(site.params for site in setting.sites) - kept_params(setting.sites, plan)
+    structure = ghost(config.model, trust_remote_code=config.trust_remote_code)
+    lines = [
+        f"{config.model}: {setting.params / 1e6:,.1f} M parameters -> {(setting.params - gone) / 1e6:,.1f} M "
+        f"with an even plan of layout {config.layout}",
+        *(limit_lines(setting.shape.limits, plan) if setting.shape.limits else ()),
+        "",
+        *budget_lines(structure, setting.sites, setting.shape, config.workload, setting.device),
+    ]
+    return "\n".join([*lines, "", f"nothing was written; the run would go to {config.out}"])
 
 
 def _previews(structure: Any, prunable: int, everything: int, least: float) -> list[str]:

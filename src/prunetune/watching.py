@@ -149,6 +149,9 @@ def outcome(setting: Setting, seconds: float) -> dict[str, Any]:
         }
         for gate in gates if seen["last"]
     ]  # fmt: skip
+    kept = kept_params(setting.sites, state.plan) / total(setting.sites) if state.plan else None
+    # Under budgets of another kind, no share of parameters was asked for: only a gate can have raised it.
+    asked = kept if setting.shape.limits and not seen["events"] else config.budget.keep
     return {
         "validation": {
             "every": config.train.validate_every * max(1, seen["stride"]),
@@ -157,7 +160,6 @@ def outcome(setting: Setting, seconds: float) -> dict[str, Any]:
         },
         "gates": {
             "limits": limits, "events": seen["events"],
-            "keep_asked": config.budget.keep, "keep_allowed": seen["schedule"]["keep"],
-            "kept": kept_params(setting.sites, state.plan) / total(setting.sites) if state.plan else None,
+            "keep_asked": asked, "keep_allowed": seen["schedule"]["keep"], "kept": kept,
         },
     }  # fmt: skip

@@ -18,6 +18,8 @@ from prunetune import environment
 from prunetune.bench import clock, energy
 from prunetune.bench.named import Named
 from prunetune.bench.options import BenchOptions
+from prunetune.bench.recorded import Recorded
+from prunetune.bench.request import answered, tokens_for
 from prunetune.bench.runner import Facts, OutOfMemory, Sample, Work
 from prunetune.errors import ModelError
 from prunetune.model.loading import load, pick_device, pick_dtype
@@ -42,12 +44,14 @@ class LocalRunner:
         self.model = opened.model
         self.load_s = clock.now(self.device) - begun
         self.step, self.static = self.model, dict[int, Any]()
-        if options.compile:
+        if options.record:
+            self.step = Recorded(self.model)
+        elif options.compile:
             self.step = torch.compile(self.model, mode="reduce-overhead" if self.device.type == "cuda" else None)
 
     def facts(self) -> Facts:
         """See `Runner`."""
-        compiled = ", decode compiled" if self.options.compile else ""
+        compiled = ", decode recorded" if self.options.record else ", decode compiled" if self.options.compile else ""
         return Facts(
             runtime=f"transformers {version('transformers')}{compiled}",
             device=environment.describe(self.device),
@@ -85,16 +89,13 @@ class LocalRunner:
         return energy.meter(self.device)
 
     def _tokens(self, batch: int) -> Tensor:
-        """[B, T] ids, the same every time."""
-        size = self.model.config.get_text_config().vocab_size
-        rng = torch.Generator().manual_seed(0)
-        return torch.randint(size, (batch, self.options.prompt), generator=rng).to(self.device)
+        return tokens_for(self.model, batch, self.options.prompt)
 
     def _cache(self, batch: int) -> Any:
         """An empty cache. What was compiled knows its cache by address, so that of a batch size is used again."""
         from transformers import DynamicCache, StaticCache
 
-        if not self.options.compile:
+        if not (self.options.compile or self.options.record):
             return DynamicCache(config=self.model.config)
         if batch not in self.static:
             length = self.options.prompt + self.options.generate
@@ -116,19 +117,11 @@ class LocalRunner:
             tokens, cache = self._tokens(batch), self._cache(batch)
             watched = clock.reset_peak(self.device)
             before = self._meter() if self._meter else 0.0
-            begun = clock.now(self.device)
-            out = self.model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            token = out.logits[:, -1].argmax(-1, keepdim=True)
-            first = clock.now(self.device)
-            for _ in range(self.options.generate - 1):
-                out = self.step(token, past_key_values=cache, use_cache=True)
-                # A recorded step writes its next result over this one.
-                token = out.logits[:, -1].argmax(-1, keepdim=True).clone()
-            ended = clock.now(self.device)
+            times = answered(self.model, tokens, cache, self.options.generate, self.step)
         sample = Sample(
-            total_s=ended - begun,
-            prefill_s=first - begun,
-            decode_s=(ended - first) / (self.options.generate - 1),
+            total_s=times.total,
+            prefill_s=times.prefill,
+            decode_s=times.decode,
             peak_bytes=clock.peak(self.device) - self.before if watched else None,
             joules=self._meter() - before if self._meter else None,
         )

@@ -23,8 +23,13 @@ class BenchOptions:
     )
     threads: int = option(0, "CPU threads; 0: what PyTorch takes.", low=0)
     compile: bool = option(False, "Compile the decode step (torch.compile, static cache), as generate can.")
+    record: bool = option(False, "Replay the decode step from a CUDA graph (static cache), as serving runtimes do.")
     dense: bool = option(True, "Measure a run's dense model as well, before it.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
+
+    def __post_init__(self) -> None:
+        if self.compile and self.record:
+            raise ConfigError("bench: --compile and --record are two ways to run a step; name one")
 
     @property
     def batches(self) -> tuple[int, ...]:

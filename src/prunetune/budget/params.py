@@ -15,12 +15,13 @@ def total(sites: Iterable[Site]) -> int:
     return sum(site.params for site in sites)
 
 
-def kept_share(gates: Mapping[str, Tensor], sites: Iterable[Site]) -> Tensor:
-    """Share of the prunable parameters under open gates; differentiable, a scalar in [0, 1]."""
+def kept_share(gates: Mapping[str, Tensor], sites: Iterable[Site], prices: Mapping[str, float] | None = None) -> Tensor:
+    """Share of the prunable parameters, or of the units' `prices`, under open gates; differentiable, in [0, 1]."""
     sites = tuple(sites)
     gates = effective(gates, sites)
-    kept = torch.stack([gates[site.name].sum() * site.unit_params for site in sites]).sum()
-    return kept / total(sites)
+    each = {site.name: site.unit_params if prices is None else prices[site.name] for site in sites}
+    kept = torch.stack([gates[site.name].sum() * each[site.name] for site in sites]).sum()
+    return kept / sum(site.units * each[site.name] for site in sites)
 
 
 def ratio_loss(share: Tensor, target: float) -> Tensor:

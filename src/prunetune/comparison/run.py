@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from prunetune.comparison.work import Stopped, Workshop
 from prunetune.config import RunConfig, to_mapping
 from prunetune.console import console_for
 from prunetune.decide.select import select
-from prunetune.errors import GateFailed, PrunetuneError
+from prunetune.errors import ConfigError, GateFailed, PrunetuneError
 from prunetune.evaluation.suite import KERNELS
 from prunetune.files import write_text
 from prunetune.folder import FREE
@@ -47,14 +47,19 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
     Raises a `PrunetuneError` for what the user can mend, before anything is written where that can be known; what goes
     wrong in one cell stands in its file. `GateFailed` where every cell went wrong.
     """
-    methods, grid = methods_of(config), grid_of(config)
+    methods = methods_of(config)
+    if config.compare.keeps and config.budget.amounts():
+        raise ConfigError(
+            "compare.keeps are shares of parameters, and budget names another amount: leave one of the two out"
+        )
     console = console or console_for(config.train.log_every)
     try:
         setting = prepare(config, resume=resume, console=console, free=GROWS)
+        grid = grid_of(setting.config)  # a budget of another kind has become a share of the parameters
         if resume:
             same_data(setting)
         _refuse_in_time(setting, methods, grid)
-        _open(setting, command)
+        _open(setting, config, command)
         cells, rates = _Comparison(setting, methods, grid, Shelf(setting.folder.path)).run()
     finally:
         console.close()
@@ -69,14 +74,14 @@ def _refuse_in_time(setting: Setting, methods: Sequence[Method], grid: Grid) -> 
         for cell in grid.cells(method, grid.trials(method)[0].rate):
             config = cell.config(setting.config)
             shape = shape_of(config, setting.sites, model_config, setting.shape.legal_groups)
-            select(scores, setting.sites, cell.keep, shape)
+            select(scores, setting.sites, cell.keep, replace(shape, limits=setting.shape.limits))
 
 
-def _open(setting: Setting, command: str) -> None:
+def _open(setting: Setting, config: RunConfig, command: str) -> None:
     """Make the folder and write the recipe."""
     path = setting.folder.path
     (path / "cells").mkdir(parents=True, exist_ok=True)
-    write_text(path / "config.yaml", yaml.safe_dump(to_mapping(setting.config), sort_keys=False))
+    write_text(path / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
     facts = environment.facts(setting.device, setting.dtype, command, setting.config.seed)
     setting.folder.note(**facts, **facts_of(setting))
 

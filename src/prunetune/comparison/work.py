@@ -142,7 +142,7 @@ class Workshop:
         """Data and tokens are read once: cells differ in what comes after, and in a teacher's texts."""
         config = cell.config(self.setting.config)
         shape = shape_of(config, self.setting.sites, self.model.config, self.setting.shape.legal_groups)
-        setting = replace(self.setting, config=config, shape=shape)
+        setting = replace(self.setting, config=config, shape=replace(shape, limits=self.setting.shape.limits))
         if config.data.texts and config.data.texts != self.setting.config.data.texts:
             setting = with_texts(setting, context_of(self.model))
         return setting if cell.method.taught else plainly(setting)

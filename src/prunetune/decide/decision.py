@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prunetune.budget.params import kept_share
+from prunetune.budget.params import kept_share, ratio_loss
 from prunetune.config import RunConfig
 from prunetune.decide.evidence import quantile, to_logits
 from prunetune.decide.generator import generator_for
@@ -59,7 +59,10 @@ class Searcher:
 
     def start_from(self, importance: Mapping[str, Tensor]) -> None:
         """Take measured importance ({site: [U]}, any scale) as the starting logits."""
-        self.start = {name: logits.to(self.device) for name, logits in to_logits(importance, self.sites).items()}
+        self.start = {
+            name: logits.to(self.device)
+            for name, logits in to_logits(importance, self.sites, self.shape.limits).items()
+        }
 
     def logits(self) -> dict[str, Tensor]:
         """{site: [U]}, differentiable in the generator."""
@@ -75,9 +78,18 @@ class Searcher:
         keep, seen = self.keep_at(step), moved_to(logits, "cpu")
         self.last = self.fixed(select(seen, self.sites, keep, self.shape)).gates
         values = torch.cat(list(logits.values()))
-        soft = torch.sigmoid((values - quantile(seen, self.sites, keep)) / self.config.temperature)
+        soft = torch.sigmoid((values - self._quantile(seen, keep)) / self.config.temperature)
         legal = torch.cat(list(self.last.values()))
         return split_as(logits, straight_through(soft, legal) if self.config.hard else soft)
+
+    def _quantile(self, seen: Mapping[str, Tensor], keep: float) -> float:
+        return quantile(seen, self.sites, keep, self.shape.limits)
+
+    def budget_loss(self, gates: Mapping[str, Tensor]) -> Tensor:
+        """How far sampled gates are from the budget: of parameters, or of what limits price."""
+        limits = self.shape.limits
+        target = limits.share_at(self.keep) if limits else self.keep
+        return ratio_loss(kept_share(gates, self.sites, limits.prices if limits else None), target)
 
     @torch.no_grad()
     def decide(self, step: int) -> Decision:

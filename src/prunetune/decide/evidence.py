@@ -7,18 +7,23 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from prunetune.budget.limits import Limits
 from prunetune.model.sites import Site
 
 
-def to_logits(importance: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
+def to_logits(
+    importance: Mapping[str, Tensor], sites: Sequence[Site], limits: Limits | None = None
+) -> dict[str, Tensor]:
     """Normal scores of importance per parameter: {site: [U]}, mean about 0 and deviation about 1 over parameters.
 
     Ranks instead of values, because importances span many orders of magnitude and only their order is trusted. A unit
-    counts as often as it has parameters, so that the budget's quantile of the logits is the budget.
+    counts as often as it has parameters, so that the budget's quantile of the logits is the budget. Under limits, their
+    prices stand in for parameters.
     """
     names = [site.name for site in sites]
-    density = torch.cat([importance[site.name].double().cpu() / site.price for site in sites])
-    prices = torch.cat([torch.full((site.units,), float(site.unit_params), dtype=torch.float64) for site in sites])
+    spans = limits.spans if limits and limits.spans else {site.name: site.price for site in sites}
+    density = torch.cat([importance[site.name].double().cpu() / spans[site.name] for site in sites])
+    prices = _prices(sites, limits)
     order = torch.argsort(density, stable=True)
     below = torch.cumsum(prices[order], 0) - prices[order] / 2
     logits = torch.empty_like(density)
@@ -28,10 +33,17 @@ def to_logits(importance: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[s
     return dict(zip(names, parts, strict=True))
 
 
-def quantile(logits: Mapping[str, Tensor], sites: Sequence[Site], keep: float) -> float:
-    """The logit above which units hold the share `keep` of the prunable parameters."""
+def _prices(sites: Sequence[Site], limits: Limits | None) -> Tensor:
+    """Of every unit, site after site."""
+    each = limits.prices if limits and limits.prices else {site.name: float(site.unit_params) for site in sites}
+    return torch.cat([torch.full((site.units,), each[site.name], dtype=torch.float64) for site in sites])
+
+
+def quantile(logits: Mapping[str, Tensor], sites: Sequence[Site], keep: float, limits: Limits | None = None) -> float:
+    """The logit above which units hold the share `keep` of the prunable parameters, or what limits make of it."""
+    keep = limits.share_at(keep) if limits else keep
     values = torch.cat([logits[site.name].detach().double().cpu() for site in sites])
-    prices = torch.cat([torch.full((site.units,), float(site.unit_params), dtype=torch.float64) for site in sites])
+    prices = _prices(sites, limits)
     order = torch.argsort(values, descending=True, stable=True)
     held = torch.cumsum(prices[order], 0) / prices.sum()
     return float(values[order][int((held < keep).sum().clamp(max=len(values) - 1))])

@@ -58,6 +58,10 @@ class Nest:
         roots = (site for site in self.sites if not site.within)
         return sum(widths[site.name] * site.lanes * self.span(site, widths) for site in roots)
 
+    def counts(self, widths: Widths, sites: Sequence[Site]) -> dict[str, int]:
+        """Units that these sites keep in all."""
+        return {site.name: widths[site.name] * self.open_lanes(site, widths) for site in sites}
+
     def plan(self, widths: Widths) -> Plan:
         """The best units of every open lane."""
         kept: dict[str, tuple[int, ...]] = {}

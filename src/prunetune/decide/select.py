@@ -16,13 +16,14 @@ from torch import Tensor
 
 from prunetune.budget.params import total
 from prunetune.decide.nest import Nest
+from prunetune.decide.room import Room
 from prunetune.decide.shape import Shape, default_align, floor_width, refuse_devices, step
 from prunetune.decide.uniform import uniform_floor, uniform_widths
 from prunetune.errors import PlanError
 from prunetune.model.units import Site
 from prunetune.plan import Plan
 
-__all__ = ["Scores", "Shape", "default_align", "feasible_keep", "floor", "floor_width", "select"]
+__all__ = ["Scores", "Shape", "default_align", "feasible_keep", "floor", "floor_width", "floor_widths", "select"]
 
 Scores = Mapping[str, Tensor]  # site name -> one score per unit; higher stays
 
@@ -30,8 +31,11 @@ Scores = Mapping[str, Tensor]  # site name -> one score per unit; higher stays
 def select(scores: Scores, sites: Sequence[Site], keep: float, shape: Shape) -> Plan:
     """The plan of the highest scores that keeps at most `keep` of the prunable parameters.
 
+    Under `shape.limits`, `keep` says how far these have come (`budget.limits`), and the plan is within all of them.
     Raises `PlanError` with the smallest feasible keep where even the floors are above the target.
     """
+    caps = shape.limits.at(keep) if shape.limits else ()
+    keep = shape.limits.params_at(keep) if shape.limits else keep
     target = int(keep * total(sites) * (1 + 1e-12))  # a keep that was computed as a share may be short by rounding
     refuse_devices(sites, shape)
     lowest = floor(sites, shape)
@@ -42,15 +46,28 @@ def select(scores: Scores, sites: Sequence[Site], keep: float, shape: Shape) -> 
             "raise budget.keep, or lower budget.align or budget.min_groups"
         )
     nest = Nest(sites, scores)
-    return nest.plan(uniform_widths(nest, target, shape) if shape.layout == "uniform" else _free(nest, target, shape))
+    room = Room(nest, caps)
+    if caps and not room.holds(floor_widths(nest, shape)):
+        raise PlanError(
+            f"not even the smallest plan of layout {shape.layout} with budget.align {shape.align} is within all "
+            "budgets: raise one of them, or lower budget.align, budget.min_groups or budget.min_share"
+        )
+    if shape.layout == "uniform":
+        return nest.plan(uniform_widths(nest, target, shape, room.holds if caps else None))
+    return nest.plan(_free(nest, target, shape, room))
 
 
 def floor(sites: Sequence[Site], shape: Shape) -> int:
     """Prunable parameters of the smallest legal plan."""
     nest = Nest(sites)
+    return nest.price(floor_widths(nest, shape))
+
+
+def floor_widths(nest: Nest, shape: Shape) -> dict[str, int]:
+    """Of the smallest legal plan."""
     if shape.layout == "uniform":
         return uniform_floor(nest, shape)
-    return nest.price({site.name: floor_width(site, shape) for site in sites})
+    return {site.name: floor_width(site, shape) for site in nest.sites}
 
 
 def feasible_keep(sites: Sequence[Site], shape: Shape) -> float:
@@ -62,9 +79,10 @@ def _rounded_up(share: float) -> str:
     return f"{-(-share * 1000 // 1) / 1000:.3f}"
 
 
-def _free(nest: Nest, target: int, shape: Shape) -> dict[str, int]:
-    widths = {site.name: floor_width(site, shape) for site in nest.sites}
+def _free(nest: Nest, target: int, shape: Shape, room: Room) -> dict[str, int]:
+    widths = floor_widths(nest, shape)
     spent = nest.price(widths)
+    room.open(widths)
     offers = [
         (-min(score, _cap(nest, site, widths)), order, width, block)
         for order, site in enumerate(nest.sites)
@@ -72,14 +90,19 @@ def _free(nest: Nest, target: int, shape: Shape) -> dict[str, int]:
     ]
     # Blocks of one site come in descending score, so taking the best offers first never skips within a site ...
     closed: set[str] = set()
+    waiting: dict[str, int] = {}
     for _, order, _, block in sorted(offers):
         site = nest.sites[order]
         if site.name in closed:
             continue
+        block += waiting.pop(site.name, 0)
         # Prices only rise as more is opened around or inside, and room only falls: what is closed stays so.
         price = block * nest.open_lanes(site, widths) * nest.span(site, widths)
         if not price or spent + price > target:
             closed.add(site.name)  # ... and a site whose block did not fit takes no later, smaller one.
+            continue
+        if not room.takes(site, block, widths):
+            waiting[site.name] = block  # More may cost no more where hardware works in tiles: asked with the next.
             continue
         widths[site.name] += block
         spent += price

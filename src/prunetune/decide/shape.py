@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from prunetune.budget.limits import Limits
 from prunetune.errors import PlanError
 from prunetune.model.units import Site
 
@@ -26,6 +27,7 @@ class Shape:
     min_experts: int = 0  # that every layer keeps
     min_queries: int = 1  # query heads that every KV group keeps
     protected: frozenset[int] = frozenset()  # layers that keep everything
+    limits: Limits | None = None  # budgets beside the share of parameters
     tensor_parallel: int = 1  # KV groups and MLP widths are multiples of this, so that so many devices share a layer
 
 

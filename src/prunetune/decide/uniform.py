@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from prunetune.decide.nest import Nest
 from prunetune.decide.shape import CHANNELS, Shape, floor_width, step
 from prunetune.errors import PlanError
 from prunetune.model.units import NAMES, Kind, Site
+
+Holds = Callable[[Mapping[str, int]], bool]  # whether widths by site are within all further budgets
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,14 @@ class Uniform:
             "mlp": channels, "expert-channels": channels,
         }  # fmt: skip
 
+    def by_site(self, counts: Counts, channels: int) -> dict[str, int]:
+        """The same by site: of layers, those that stay."""
+        by_kind, left = self.widths(counts, channels), self.kept_layers(counts.layers)
+        return {
+            site.name: int(site.layer in left) if site.kind == "layers" else by_kind[site.kind]
+            for site in self.nest.sites
+        }
+
     def price(self, counts: Counts, channels: int) -> int:
         """Parameters of so many such layers."""
         by_kind = self.widths(counts, channels)
@@ -95,7 +106,7 @@ class Uniform:
         roots = (site for site in self.template.values() if not site.within)
         return counts.layers * sum(widths[site.name] * site.lanes * self.nest.span(site, widths) for site in roots)
 
-    def fitting(self, target: int) -> dict[Counts, tuple[int, int]]:
+    def fitting(self, target: int, holds: Holds | None) -> dict[Counts, tuple[int, int]]:
         """{counts: (price, channels)}: the widest channels that still fit; maximal ones only.
 
         Scores may be negative, and then a shape with room to spare would look worth more.
@@ -107,10 +118,16 @@ class Uniform:
                 self.price(counts, widths[0]),
                 self.price(counts, widths[0] + 1) - self.price(counts, widths[0]),
             )
-            fit = max((width for width in widths if low + (width - widths[0]) * slope <= target), default=None)
-            if fit is not None:
-                found[counts] = (low + (fit - widths[0]) * slope, fit)
+            fits = [width for width in widths if low + (width - widths[0]) * slope <= target]
+            if holds is not None:
+                fits = fits[: self._holding(counts, fits, holds)]
+            if fits:
+                found[counts] = (low + (fits[-1] - widths[0]) * slope, fits[-1])
         return {counts: fit for counts, fit in found.items() if not self._is_below(counts, fit[1], found)}
+
+    def _holding(self, counts: Counts, widths: Sequence[int], holds: Holds) -> int:
+        """How many are within further budgets: wider ones cost no less, so that a bisection finds the last."""
+        return bisect.bisect_left(widths, True, key=lambda width: not holds(self.by_site(counts, width)))
 
     def _is_below(self, counts: Counts, channels: int, found: Mapping[Counts, tuple[int, int]]) -> bool:
         """Whether a shape that is nowhere less and somewhere more fits too; widths fall as counts rise, so that the
@@ -125,10 +142,11 @@ class Uniform:
         """Those that have to stay, then the best."""
         if not self.layers:
             return {site.layer for site in self.nest.sites}
-        ranked = sorted(
-            self.layers, key=lambda site: (-floor_width(site, self.shape), -self.nest.best(site), site.layer)
-        )
+        ranked = sorted(self.layers, key=lambda site: (-floor_width(site, self.shape), -self._best(site), site.layer))
         return {site.layer for site in ranked[:number]}
+
+    def _best(self, site: Site) -> float:
+        return self.nest.best(site) if self.nest.scores else 0.0
 
     def worth(self, counts: Counts, channels: int) -> float:
         """Scores of all that stays, each times its parameters."""
@@ -160,22 +178,23 @@ class Uniform:
         return float((top[0] if len(top) == 1 else top).sum()) if top.numel() else 0.0
 
 
-def uniform_widths(nest: Nest, target: int, shape: Shape) -> dict[str, int]:
+def uniform_widths(nest: Nest, target: int, shape: Shape, holds: Holds | None) -> dict[str, int]:
     """One width per kind for all layers: of the maximal shapes, the one that keeps the highest scores."""
     uniform = Uniform(nest, shape)
-    best = uniform.fitting(target)
+    best = uniform.fitting(target, holds)
+    if not best:
+        raise PlanError("no uniform shape meets all budgets at once: use layout per-layer, or raise one of them")
 
     def worth(counts: Counts) -> tuple[float, int]:
         price, channels = best[counts]
         return uniform.worth(counts, channels), price
 
     chosen = max(best, key=worth)
-    by_kind, left = uniform.widths(chosen, best[chosen][1]), uniform.kept_layers(chosen.layers)
-    return {site.name: int(site.layer in left) if site.kind == "layers" else by_kind[site.kind] for site in nest.sites}
+    return uniform.by_site(chosen, best[chosen][1])
 
 
-def uniform_floor(nest: Nest, shape: Shape) -> int:
-    """Prunable parameters of the smallest shape."""
+def uniform_floor(nest: Nest, shape: Shape) -> dict[str, int]:
+    """Widths of the smallest shape."""
     uniform = Uniform(nest, shape)
     lowest = uniform.channels()[0]
-    return min(uniform.price(counts, lowest) for counts in uniform.counts())
+    return uniform.by_site(min(uniform.counts(), key=lambda counts: uniform.price(counts, lowest)), lowest)

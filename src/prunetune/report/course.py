@@ -51,7 +51,8 @@ def curve(lines: Sequence[Line], key: str, colour: str, *, noisy: bool = False, 
 
 def figures(run: RunFiles) -> list[Figure]:
     """The pictures that the log has data for."""
-    target = number(run.config, "budget", "keep")
+    asked = number(run.manifest, "gates", "keep_asked")  # of another budget, what it leaves of the parameters
+    target = number(run.config, "budget", "keep") if asked is None else asked
     log = run.metrics
     made = [
         _losses(run),

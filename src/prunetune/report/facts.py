@@ -53,6 +53,7 @@ def environment(run: RunFiles) -> list[tuple[str, str]]:
         "Arithmetic": lookup(manifest, "dtype"),
         "Base": _base(manifest),
         "Seed": _plain(lookup(manifest, "seeds")) or _plain(lookup(run.config, "seed")),
+        "Budgets": "; ".join(f"{row['budget']} {row['words']}" for row in lookup(manifest, "budgets") or ()),
         "Peak memory": None if memory is None else f"{text.count(memory)} MB",
         **{str(name): version for name, version in mapping(manifest, "versions").items()},
     }

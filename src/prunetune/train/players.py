@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from prunetune.budget.params import kept_share, ratio_loss
 from prunetune.data.templates import Example
 from prunetune.decide.decision import Decision, Searcher
 from prunetune.model.surgery import merge_adapters
@@ -53,7 +52,7 @@ class Search:
     ) -> Record:
         """Move the generator by the model's gradient at the gates it proposed, and by the budget's."""
         job = self.job
-        ratio = ratio_loss(kept_share(gates, job.sites), self.searcher.keep) if self.searcher.is_sampled else None
+        ratio = self.searcher.budget_loss(gates) if self.searcher.is_sampled else None
         # The model's gradient stops at the gates; from there it flows on into the generator, with the budget's.
         total = torch.cat(list(gates.values())) @ torch.cat([slopes[name] for name in gates])
         if ratio is not None:

@@ -1,0 +1,86 @@
+"""How much a model may be: a share of the dense model's, or an amount with its unit.
+
+Written as text, so that a budget is one flag or one entry of a recipe: `0.6`, `60%`, `1.5GB`, `25ms`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from prunetune.errors import ConfigError
+
+FORM = re.compile(r"(?P<number>\d+\.?\d*(?:e[-+]?\d+)?|\.\d+)\s*(?P<unit>[\w/%]*)", re.IGNORECASE)
+BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+FLOPS = {"M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "MFLOPs": 1e6, "GFLOPs": 1e9, "TFLOPs": 1e12, "PFLOPs": 1e15}
+UNITS: Mapping[str, Mapping[str, float]] = {
+    "flops": FLOPS,
+    "memory": BYTES,
+    "file": BYTES,
+    "latency": {"s": 1.0, "ms": 1e-3, "us": 1e-6},
+    "throughput": {"tokens/s": 1.0, "/s": 1.0},
+}
+EXAMPLES = {"flops": "1.2T", "memory": "1.5GB", "file": "800MB", "latency": "25ms", "throughput": "300/s"}
+SHOWN = {"flops": ("P", "T", "G", "M"), "memory": ("GB", "MB", "kB", "B"), "latency": ("s", "ms", "us")}
+
+
+@dataclass(frozen=True)
+class Amount:
+    """`value` in FLOPs, bytes, seconds or tokens a second; or that share of the dense model's."""
+
+    value: float
+    is_share: bool
+
+    @classmethod
+    def parse(cls, text: str, kind: str) -> Amount:
+        """Read one; raises `ConfigError`. A number alone is a share."""
+        match = FORM.fullmatch(text.strip())
+        value = float(match["number"]) if match else math.nan
+        scale = _scale(match["unit"], kind) if match else None
+        if scale is None or not math.isfinite(value * scale[0]) or value <= 0:
+            raise ConfigError(
+                f"budget.{kind}: {text!r} is no amount above 0; write {EXAMPLES[kind]}, or {_share(kind)}"
+            )
+        if scale[1] and (value * scale[0] > 1) != (kind == "throughput") and value * scale[0] != 1:
+            raise ConfigError(
+                f"budget.{kind}: {text!r} is no share of the dense model's that makes it smaller or faster: "
+                f"write {_share(kind)}, or give a unit, as in {EXAMPLES[kind]}"
+            )
+        return cls(value * scale[0], scale[1])
+
+    def of(self, dense: float) -> float:
+        """The amount itself."""
+        return self.value * dense if self.is_share else self.value
+
+
+def _scale(unit: str, kind: str) -> tuple[float, bool] | None:
+    """What a number in this unit is worth, and whether it is a share; None for a unit of something else."""
+    if unit in ("", "x", "%"):
+        return (0.01 if unit == "%" else 1.0), True
+    found = {name.lower(): scale for name, scale in UNITS[kind].items()}.get(unit.lower())
+    return None if found is None else (found, False)
+
+
+def _share(kind: str) -> str:
+    return "1.5x, of the dense model's" if kind == "throughput" else "0.6 or 60%, of the dense model's"
+
+
+def shown(value: float, kind: str, digits: int = 4) -> str:
+    """An amount for people, in a unit that `Amount.parse` reads."""
+    if kind == "throughput":
+        return f"{value:.{digits}g}/s"
+    names = SHOWN.get(kind, SHOWN["memory"])
+    name = next((name for name in names if value >= UNITS[kind][name]), names[-1])
+    return f"{value / UNITS[kind][name]:.{digits}g}{name}"
+
+
+def within(value: float, kind: str) -> str:
+    """The same, rounded to the side where the amount itself would do: down for a rate, up for all else."""
+    names = ("/s",) if kind == "throughput" else SHOWN.get(kind, SHOWN["memory"])
+    name = next((name for name in names if value >= UNITS[kind][name]), names[-1])
+    number = value / UNITS[kind][name]
+    step = 10.0 ** (math.floor(math.log10(number)) - 4) if number > 0 else 1.0
+    whole = math.floor(number / step * (1 - 1e-9)) if kind == "throughput" else math.ceil(number / step * (1 + 1e-9))
+    return f"{whole * step:.10g}{name}"

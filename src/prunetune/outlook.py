@@ -1,0 +1,113 @@
+"""What budgets would mean, before anything is trained: dense, at some shares of the parameters, and at the least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from prunetune.amounts import shown, within
+from prunetune.budget.anatomy import Anatomy, anatomy_of
+from prunetune.budget.costs import most
+from prunetune.budget.kinds import TIMED, costs_of
+from prunetune.budget.latency import Table
+from prunetune.budget.limits import Limits
+from prunetune.budget.preview import SHOWN
+from prunetune.config import BUDGETS, WorkloadConfig
+from prunetune.decide.budgets import even
+from prunetune.decide.nest import Nest
+from prunetune.decide.select import feasible_keep, floor_widths, select
+from prunetune.decide.shape import Shape
+from prunetune.errors import ConfigError
+from prunetune.model.units import Site
+from prunetune.plan import Plan
+from prunetune.timing.tables import checked_header, in_cache, measured
+
+UNTIMED = "no table for this device yet: --measure makes one, in a minute or two on a GPU"
+NOT_FEASIBLE = "-"
+
+
+def budget_lines(
+    structure: Any,
+    sites: tuple[Site, ...],
+    shape: Shape,
+    workload: WorkloadConfig,
+    device: torch.device,
+    *,
+    measure: bool = False,
+) -> list[str]:
+    """A table of every kind of budget under this workload; `measure` times the device where no table is kept."""
+    anatomy = anatomy_of(structure, sites)
+    try:
+        table: Table | None = _table(structure.config, sites, workload, device, shape.align, measure=measure)
+        why = UNTIMED
+    except ConfigError as untimed:
+        if measure:
+            raise
+        table, why = None, str(untimed)
+    plans = _plans(sites, shape)
+    lines = [
+        f"budgets of {workload.batch} x {workload.prompt} + {workload.generate} tokens, {workload.cached} in the "
+        f"cache, {workload.dtype}, weights {workload.weights}, layout {shape.layout} (even plans):",
+        f"{'budget':<11}" + "".join(f"{name:>11}" for name in plans),
+    ]
+    return [*lines, *(_row(kind, anatomy, workload, table, plans, why) for kind in BUDGETS)]
+
+
+def _table(
+    config: Any, sites: tuple[Site, ...], workload: WorkloadConfig, device: torch.device, align: int, *, measure: bool
+) -> Table | None:
+    header = checked_header(config, sites, workload, device, align)
+    found = in_cache(header)
+    return measured(config, sites, workload, device, align, header) if found is None and measure else found
+
+
+def _plans(sites: Sequence[Site], shape: Shape) -> dict[str, dict[str, int] | None]:
+    """{heading: units kept by site}; None where that is not feasible."""
+    nest = Nest(sites)
+    least = feasible_keep(sites, shape)
+    found: dict[str, dict[str, int] | None] = {"dense": {site.name: site.units for site in sites}}
+    for keep in SHOWN:
+        feasible = keep >= least
+        found[f"keep {keep:.2f}"] = select(even(sites), sites, keep, shape).widths() if feasible else None
+    return found | {"least": nest.counts(floor_widths(nest, shape), nest.sites)}
+
+
+def _row(
+    kind: str,
+    anatomy: Anatomy,
+    workload: WorkloadConfig,
+    table: Table | None,
+    plans: dict[str, dict[str, int] | None],
+    why: str,
+) -> str:
+    if kind in TIMED and table is None:
+        return f"{kind:<11}  {why}"
+    try:
+        costs = costs_of(kind, anatomy, workload, table)
+    except ConfigError as uncounted:
+        return f"{kind:<11}  {uncounted}"
+    tokens = workload.batch * workload.generate
+
+    def words(heading: str, counts: dict[str, int] | None) -> str:
+        if counts is None:
+            return NOT_FEASIBLE
+        found = most(costs, counts)
+        found = tokens / found if kind == "throughput" else found
+        return within(found, kind) if heading == "least" else shown(found, kind)
+
+    return f"{kind:<11}" + "".join(f"{words(heading, counts):>11}" for heading, counts in plans.items())
+
+
+def limit_lines(limits: Limits, plan: Plan) -> Iterator[str]:
+    """What a plan takes of every budget that a run was given."""
+    for cap in limits.caps:
+        cost = cap.cost(plan.widths())
+        below = cost < 0.99 * cap.limit and not cap.is_slack
+        yield (
+            f"budget.{cap.kind} {cap.words(cap.limit)}: an even plan takes {cap.words(cost)}, "
+            f"dense {cap.words(cap.dense)}"
+            + (f"; {1 - cost / cap.limit:.1%} below, its widths are that coarse" if below else "")
+            + ("; the dense model meets it" if cap.is_slack else "")
+        )

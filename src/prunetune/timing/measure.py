@@ -1,0 +1,142 @@
+"""Measure a latency table from short models that differ in one width.
+
+With n layers of a width, one dense layer in front and everything else equal, the width's seconds are the difference to
+the dense short model over n; the two take turns, so that a clock that drifts is both's. What is outside the layers
+follows from a short model twice as deep. Then the dense model's whole request is timed as `prunetune bench` does, and
+the track that binds is scaled to it: a device that is busy for long runs slower than in short bursts.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from prunetune.budget.anatomy import Anatomy, anatomy_of
+from prunetune.budget.latency import PHASES, TRACKS, Curve, Table, Timed, alike
+from prunetune.config import WorkloadConfig
+from prunetune.model.sites import find_sites
+from prunetune.timing.clocks import RUNS, seconds_of, tracks_of
+from prunetune.timing.stacks import depth, narrowed, stack
+
+log = logging.getLogger(__name__)
+POINTS = 32  # most widths of an MLP
+NOISY = 0.1
+Seconds = Mapping[str, float]  # by track, or by phase
+Timer = Callable[[Sequence[Any], WorkloadConfig, int], Sequence[Seconds]]
+Curves = Mapping[str, Mapping[str, Curve]]  # by track and kind
+
+
+@dataclass(frozen=True)
+class Meter:
+    """One model's table in the making."""
+
+    config: Any
+    workload: WorkloadConfig
+    device: torch.device
+    align: int
+    points: int = POINTS
+    runs: int = RUNS
+    whole: bool = False  # a width of zero channels, too
+    tracks: Timer = tracks_of
+    seconds: Timer = seconds_of
+
+    def table(self, header: Mapping[str, Any]) -> Table:
+        """Everything, which takes about a second a width on a GPU."""
+        dense = self._ghost()
+        like = alike(dense)
+        count = depth(self._layer_bytes(dense), self.device)
+        rests: list[Seconds] = []
+        layers: dict[str, dict[int, Timed]] = {track: {} for track in TRACKS}
+        for layer in sorted(set(like.values())):
+            log.info("measuring latency: layers like %d, %d at a time", layer, count + 1)
+            short, deep, curves = self._kind(dense, layer, count)
+            rests.append({track: 2 * short[track] - deep[track] for track in TRACKS})
+            for track in TRACKS:
+                each = (deep[track] - short[track]) / (count + 1)
+                layers[track][layer] = Timed(each, **curves[track])
+        rest = {track: statistics.median(rest[track] for rest in rests) for track in TRACKS}
+        return self._scaled(Table(dict(header), rest, layers), list(like.values()))
+
+    def _ghost(self) -> Anatomy:
+        model = stack(self.config, range(self.config.num_hidden_layers), self.workload, torch.device("meta"))
+        return anatomy_of(model, find_sites(model))
+
+    def _layer_bytes(self, anatomy: Anatomy) -> float:
+        counts = anatomy.dense()
+        return 2.0 * sum(layer.params(counts) for layer in anatomy.layers.values()) / len(anatomy.layers)
+
+    def _kind(self, anatomy: Anatomy, layer: int, count: int) -> tuple[Seconds, Seconds, Curves]:
+        """Seconds of a dense short model and of one twice as deep; of every width beyond dense, for each layer."""
+        model = stack(self.config, [layer] * (count + 1), self.workload, self.device)
+        twice = stack(self.config, [layer] * 2 * (count + 1), self.workload, self.device)
+        short, deep = self.tracks([model, twice], self.workload, self.runs)
+        del twice
+        sites, bases = anatomy.layers[layer].sites, [short]
+        found: dict[str, dict[str, list[tuple[int, float]]]] = {
+            track: {site.kind: [(site.units, 0.0)] for site in sites} for track in TRACKS
+        }
+        for site in sites:
+            for units in self._widths(site.kind, site.units):
+                small = narrowed(model, site.kind, units, whole=self.whole)
+                base, seconds = self.tracks([model, small], self.workload, self.runs)
+                bases.append(base)
+                for track in TRACKS:
+                    found[track][site.kind].append((units, (seconds[track] - base[track]) / count))
+        self._warn(bases)
+        return short, deep, {
+            track: {kind: tuple(sorted(of.get(kind, ()))) for kind in ("attention", "mlp")}
+            for track, of in found.items()
+        }  # fmt: skip
+
+    def _warn(self, bases: Sequence[Seconds]) -> None:
+        for phase in PHASES:
+            found = sorted(base[f"{phase}.device"] for base in bases)
+            middle, wide = statistics.median(found), found[len(found) * 9 // 10] - found[len(found) // 10]
+            if wide > NOISY * middle:
+                log.warning(
+                    "%s of one and the same model varies by %.0f%% here, so the table will, too: quiet the machine",
+                    phase, 100 * wide / middle,
+                )  # fmt: skip
+
+    def _widths(self, kind: str, units: int) -> list[int]:
+        """Those that are measured, below the dense one."""
+        if kind == "attention":
+            step = -(-units // self.points)
+            return list(range(0, units, step))
+        step = self.align * -(-units // (self.align * self.points))
+        return [*([0] if self.whole else []), *sorted({self.align, *range(step, units, step)} - {units})]
+
+    def _scaled(self, table: Table, like: Sequence[int]) -> Table:
+        """The table whose longer track is what the dense model takes."""
+        seconds, like = self._deep(like)
+        factors = dict.fromkeys(TRACKS, 1.0)
+        for phase in PHASES:
+            told = {
+                track: table.rest[track] + sum(table.layers[track][layer].dense for layer in like)
+                for track in TRACKS
+                if track.startswith(phase)
+            }
+            longer = max(told, key=lambda track: told[track])
+            if told[longer] > 0:
+                factors[longer] = seconds[phase] / told[longer]
+        log.info("scaled to the dense model: %s", {track: round(factor, 3) for track, factor in factors.items()})
+        return table.scaled(factors)
+
+    def _deep(self, layers: Sequence[int]) -> tuple[Seconds, Sequence[int]]:
+        """Seconds of a request by the dense model, or by as many of its layers as the device holds."""
+        while True:
+            try:
+                whole = stack(self.config, layers, self.workload, self.device)
+                return self.seconds([whole], self.workload, self.runs)[0], layers
+            except torch.OutOfMemoryError:
+                if len(layers) < 2:
+                    raise
+                layers = layers[: len(layers) // 2]
+            gc.collect()
+            torch.cuda.empty_cache()
