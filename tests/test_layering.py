@@ -30,8 +30,9 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("folder", "console", "hub"),
     ("history", "watch", "trackers"),
     ("setting", "provenance"),
-    ("watching", "telling"),
+    ("watching", "telling", "gain"),
     ("pipeline", "summary", "eval_flags"),
+    ("sizes",),
     ("comparison",),
     ("cli",),
 )

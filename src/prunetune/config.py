@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import types
 import typing
@@ -28,13 +29,15 @@ def option(
     high: float | None = None,
     above: float | None = None,
     each: str = "source",
+    written: type[Any] | None = None,
 ) -> Any:
     """A field with its help text and bounds: `low` and `high` are allowed themselves, `above` is not.
 
-    Bounds of a tuple are those of its entries; `each` is what one entry of a tuple of texts is called.
+    Bounds of a tuple are those of its entries; `each` is what one entry of a tuple of texts is called; `written` is
+    the type of the flag, where it is read as more than the field's own.
     """
     bounds = {"low": low, "high": high, "above": above}
-    return field(default=default, metadata={"help": help, "each": each, **bounds})
+    return field(default=default, metadata={"help": help, "each": each, "written": written, **bounds})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,17 @@ Unit = Literal[
 class BudgetConfig:
     """What may remain."""
 
-    keep: float = option(0.6, "Share of the prunable (attention and MLP) parameters that may remain.", above=0, high=1)
+    keep: float = option(
+        0.6,
+        "Share of the prunable (attention and MLP) parameters that may remain; several, 0.8,0.6,0.4, give several "
+        "models from one run (the largest is then budget.keep, the others are budget.sizes).",
+        above=0,
+        high=1,
+        written=str,
+    )
+    sizes: tuple[float, ...] = option(
+        (), "Smaller budgets of the same run, each inside the one before; budget.keep may name all.", above=0, high=1
+    )
     align: int = option(
         0, "MLP widths are multiples of this; 0: 128, or 32 where the MLP is narrower than 4,096.", low=0
     )
@@ -115,6 +128,16 @@ class BudgetConfig:
     def __post_init__(self) -> None:
         if not self.units:
             raise ConfigError("budget.units names no kind of unit, and nothing could go: leave it out, or name some")
+        if any(larger <= smaller for larger, smaller in itertools.pairwise(self.keeps)):
+            raise ConfigError(
+                f"budget.sizes {list(self.sizes)} have to fall from budget.keep {self.keep:g} on, each below the one "
+                "before: list them so, or leave out what stands twice"
+            )
+
+    @property
+    def keeps(self) -> tuple[float, ...]:
+        """All budgets, the largest first."""
+        return (self.keep, *self.sizes)
 
     def protected(self) -> frozenset[int]:
         """The layers of `protect`; raises `ConfigError`."""
@@ -140,6 +163,12 @@ class TrainConfig:
     packing: Literal["auto", "off"] = option(
         "auto", "Examples end to end, passes recorded as CUDA graphs, where GPU and model can; off pads and runs as is."
     )
+    size_share: tuple[float, ...] = option(
+        (0.4,),
+        "Of several sizes (budget.sizes): share of the steps that each is tuned for once it is cut; one number, or "
+        "one for each, the largest first.",
+        above=0, high=1,
+    )  # fmt: skip
     learning_rate: float = option(1e-3, "Peak learning rate of the adapters.", above=0)
     optimizer: Literal["adamw", "muon"] = option("adamw", "What moves the adapters; Muon wants twice AdamW's rate.")
     weights: Literal["auto", "all", "adapters"] = option(
@@ -212,6 +241,12 @@ class SearchConfig:
     anneal: float = option(
         0.6, "Share of the search over which the budget falls from dense to its target (projected).", low=0, high=1
     )
+    keep: float = option(
+        0.0,
+        "Budget that the search falls to (projected); 0: budget.keep, of several sizes the smallest.",
+        low=0,
+        high=1,
+    )
     settle: float = option(
         0.05, "Share of the steps in which the frozen decision empties the adapters of removed units.", low=0, high=1
     )
@@ -258,6 +293,30 @@ class EvaluateConfig:
     dense_tuned: bool = option(
         True, "Also tune the dense model (same data, steps, rank) for comparison; kept in the run folder."
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GainConfig:
+    """What a run has to gain, measured beside the dense model in turns; one that gains less fails: exit code 1."""
+
+    smaller: float = option(
+        0.0, "Share of all parameters that has to be gone, embeddings counted; 0: not asked.", low=0, high=1
+    )
+    faster: float = option(
+        0.0, "Times the dense model's speed that the pruned one has to reach at least; 0: not asked.", low=0
+    )
+    speed: Literal["throughput", "prefill", "decode"] = option(
+        "throughput", "What is meant by speed: tokens a second over prompt and answer, or one of the two."
+    )
+    prompt: int = option(512, "Tokens of the prompt; fewer where the model's context is shorter.", low=1)
+    generate: int = option(64, "Tokens written.", low=2)
+    batch: int = option(1, "Prompts at once.", low=1)
+    runs: int = option(7, "Measured rounds, after one to warm up.", low=1)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a run can fail by it."""
+        return bool(self.smaller or self.faster)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,6 +374,7 @@ class RunConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    gain: GainConfig = field(default_factory=GainConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
 
     def __post_init__(self) -> None:
@@ -333,6 +393,20 @@ class RunConfig:
             raise ConfigError(
                 f"search.share + search.settle is {self.search.share + self.search.settle:g}: "
                 "together they may be 1 at most; lower one of them"
+            )
+        if self.budget.sizes:
+            self._refuse_sizes()
+
+    def _refuse_sizes(self) -> None:
+        """What does not go with several sizes."""
+        count, shares = len(self.budget.keeps), self.train.size_share
+        if len(shares) not in (1, count):
+            raise ConfigError(f"train.size_share has {len(shares)} numbers for {count} sizes: give one, or {count}")
+        moving = [gate for gate in self.gates if not gate.endswith("-> stop")]
+        if moving:
+            raise ConfigError(
+                f"gates: {moving[0]!r} would move the budget, and several sizes (budget.sizes) fix it: "
+                "let it stop, or name one size"
             )
 
 
@@ -371,9 +445,23 @@ def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> RunConfig:
     """Check keys, types and bounds, and build the config; raises `ConfigError` with the offending key's path."""
-    config = _section(RunConfig, values, prefix="", where=where)
+    config = _section(RunConfig, _with_sizes(values, where), prefix="", where=where)
     assert isinstance(config, RunConfig)
     return config
+
+
+def _with_sizes(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Several budgets under `budget.keep`, as a list or by commas: the largest stays there, the others are `sizes`."""
+    budget = values.get("budget") if isinstance(values, Mapping) else None
+    keep = budget.get("keep") if isinstance(budget, Mapping) else None
+    listed = [part.strip() for part in keep.split(",")] if isinstance(keep, str) else keep
+    if not isinstance(budget, Mapping) or not isinstance(listed, list):
+        return values
+    if not listed:
+        raise ConfigError(f"{where}: budget.keep is an empty list: name one share or several, such as 0.8,0.6")
+    keeps = sorted((_number(entry, f"{where}: each budget.keep") for entry in listed), reverse=True)
+    # One flag over a recipe with several is one size; several say all there is to say.
+    return {**values, "budget": {**budget, "keep": keeps[0], "sizes": keeps[1:]}}
 
 
 Options = typing.TypeVar("Options")

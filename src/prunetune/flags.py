@@ -14,7 +14,7 @@ def optional_twin(cls: type[Any]) -> type[Any]:
     kinds = typing.get_type_hints(cls)
     fields: list[tuple[str, Any, Any]] = []
     for item in dataclasses.fields(cls):
-        kind = kinds[item.name]
+        kind = item.metadata.get("written") or kinds[item.name]
         if dataclasses.is_dataclass(kind):
             fields.append((item.name, Optional[optional_twin(typing.cast(Any, kind))], None))  # noqa: UP045 - built at run time
         else:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from prunetune.data.batches import Stream, unlabelled
 from prunetune.data.records import Record
 from prunetune.data.sources import SplitName
 from prunetune.data.templates import Example
-from prunetune.errors import RunFolderError
+from prunetune.errors import ConfigError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suite import evaluate
 from prunetune.export.integrity import verify
@@ -33,6 +33,7 @@ from prunetune.export.selfcheck import check, logits_of
 from prunetune.export.write import write
 from prunetune.files import write_text
 from prunetune.folder import RunFolder, open_folder
+from prunetune.gain import gained
 from prunetune.model.loading import load
 from prunetune.model.masking import masked
 from prunetune.model.sites import dense_plan, kept_params
@@ -43,7 +44,7 @@ from prunetune.seeds import derive
 from prunetune.setting import Console, Setting, facts_of, prepare
 from prunetune.telling import Recorder, outside, told
 from prunetune.trackers import Trackers, require, tracking
-from prunetune.train.adapters import adapters, add_adapters, grow_state, grow_weights, tunes_all
+from prunetune.train.adapters import add_adapters, put_back, tunes_all
 from prunetune.train.job import Job, Observer, Watch
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher
@@ -58,6 +59,8 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
 
     Raises a `PrunetuneError` for what the user can mend, before anything is written where that can be known.
     """
+    if config.budget.sizes:
+        raise ConfigError("budget.keep names several sizes: call prunetune.run, which makes each of them")
     require(config.track)
     console = console or console_for(config.train.log_every)
     try:
@@ -78,12 +81,22 @@ def _stages(setting: Setting, watcher: Watcher, command: str) -> None:
     config, folder = setting.config, setting.folder
     folder.note(**environment.facts(setting.device, setting.dtype, command, config.seed), **facts_of(setting))
     if not folder.model.exists():
-        with _timed(folder, "tune and prune"), tracking(config, folder, cpu=setting.device.type == "cpu") as trackers:
+        with timed(folder, "tune and prune"), tracking(config, folder, cpu=setting.device.type == "cpu") as trackers:
             train(setting, watcher, trackers)
-        folder.note(**outcome(setting, folder.manifest()["timings"]["tune and prune"]))
-        with _timed(folder, "cut and check"):
+    conclude(setting)
+    if config.gain.is_asked and "gain" not in folder.manifest():
+        with timed(folder, "bench"):
+            gained(setting.folder, [setting.folder], setting)
+
+
+def conclude(setting: Setting) -> None:
+    """Cut, write, check and evaluate what is tuned, as far as it is not done."""
+    folder = setting.folder
+    if not folder.model.exists():
+        folder.note(**outcome(setting, folder.manifest().get("timings", {}).get("tune and prune", 0.0)))
+        with timed(folder, "cut and check"):
             finish(setting)
-    with _timed(folder, "evaluate"):
+    with timed(folder, "evaluate"):
         evaluate_all(setting)
     folder.note(peak_memory_mb=environment.peak_memory_mb(setting.device))
 
@@ -100,7 +113,8 @@ def same_data(setting: Setting) -> None:
 
 
 @contextmanager
-def _timed(folder: RunFolder, stage: str) -> Iterator[None]:
+def timed(folder: RunFolder, stage: str) -> Iterator[None]:
+    """The manifest says how long the block took, with what earlier processes took for it."""
     started = time.monotonic()
     yield
     timings = folder.manifest().get("timings", {})
@@ -112,22 +126,38 @@ def _timed(folder: RunFolder, stage: str) -> Iterator[None]:
 
 def train(setting: Setting, watcher: Watcher | None = None, trackers: Trackers | None = None) -> None:
     """Search, settle and tune; the last checkpoint holds the result. Where a gate goes back, a new model goes on."""
-    checkpoints = Checkpoints(setting.folder.checkpoints)
-    teacher = teacher_of(setting, lambda: _model(setting, "tuned"))
+    teacher = teacher_of(setting, lambda: model_of(setting, "tuned"))
     setting.console.stage("tune and prune", setting.config.train.steps)
-    while not _tuned(setting, checkpoints, teacher, watcher, Recorder(setting, trackers or Trackers())):
+    tune(setting, teacher, watcher, trackers)
+
+
+def tune(
+    setting: Setting,
+    teacher: Teacher | None,
+    watcher: Watcher | None = None,
+    trackers: Trackers | None = None,
+    shaped: Callable[[Job], Job] = lambda job: job,
+) -> None:
+    """`train` with a teacher that is there; `shaped` gives the job another form."""
+    recorder = Recorder(setting, trackers or Trackers())
+    while not _tuned(setting, teacher, watcher, recorder, shaped):
         gc.collect()  # the model that went back lets go of its memory before another is loaded
 
 
 def _tuned(
-    setting: Setting, checkpoints: Checkpoints, teacher: Teacher | None, watcher: Watcher | None, recorder: Recorder
+    setting: Setting,
+    teacher: Teacher | None,
+    watcher: Watcher | None,
+    recorder: Recorder,
+    shaped: Callable[[Job], Job],
 ) -> bool:
     """Go on from the newest checkpoint; false where a gate went back on the way."""
+    checkpoints = Checkpoints(setting.folder.checkpoints)
     state = checkpoints.latest()
     setting.folder.forget_after(state.step if state else -1)
     try:
         job = job_of(setting, setting.load().model, checkpoints, recorder, teacher=teacher, watch=watcher)
-        tune_and_prune(job)
+        tune_and_prune(shaped(job))
     except WentBack:
         return False
     return True
@@ -241,16 +271,9 @@ def finish(setting: Setting) -> None:
 
 def put_adapters(model: Any, setting: Setting, state: State) -> None:
     """A checkpoint's adapters, or the weights they were merged into, on a dense model: zero for removed units."""
-    assert state.plan is not None
-    weights = state.tensors["adapters"]
-    if state.is_cut and tunes_all(setting.config.train, setting.sites):
-        grow_weights(model, weights, state.plan, setting.sites)
-        return
-    add_adapters(model, setting.sites, setting.config.lora, seed=0)
-    shapes = {name: parameter.shape for name, parameter in adapters(model).items()}
-    grown = grow_state(weights, shapes, state.plan, setting.sites) if state.is_cut else weights
-    for name, parameter in adapters(model).items():
-        parameter.data = grown[name].to(parameter.device)
+    if not (state.is_cut and tunes_all(setting.config.train, setting.sites)):
+        add_adapters(model, setting.sites, setting.config.lora, seed=0)
+    put_back(model, state, setting.sites, setting.config.train)
 
 
 def _check_tokens(setting: Setting) -> Tensor:
@@ -262,18 +285,28 @@ def _check_tokens(setting: Setting) -> Tensor:
 
 def evaluate_all(setting: Setting) -> None:
     """Scores and speed of the dense, the dense tuned and the pruned model."""
+    evaluate_these(setting, ("pruned", *dense_models(setting.config)))
+    rewrite_card(setting.folder, setting.config, setting.sites)
+
+
+def dense_models(config: RunConfig) -> tuple[str, ...]:
+    """What a pruned model is scored beside."""
+    return ("dense", "tuned") if config.evaluate.dense_tuned else ("dense",)
+
+
+def evaluate_these(setting: Setting, names: Sequence[str]) -> None:
+    """Scores, and speed of all but the dense tuned model; what has scores is left as it is."""
     speeds: dict[str, Any] = setting.folder.manifest().get("speed", {})
-    for name in ("pruned", "dense", *(["tuned"] if setting.config.evaluate.dense_tuned else [])):
+    for name in names:
         if setting.folder.evaluation(name).exists():
             continue
-        model = _model(setting, name)
+        model = model_of(setting, name)
         setting.console.stage(f"evaluate {name}", 1)
         result = score(setting, model, setting.splits.test)
         if name != "tuned":
             speeds |= {name: measure(model).to_dict()}
             setting.folder.note(speed=speeds)
         write_text(setting.folder.evaluation(name), result.to_json())
-    rewrite_card(setting.folder, setting.config, setting.sites)
 
 
 def score(setting: Setting, model: Any, records: tuple[Record, ...]) -> Evaluation:
@@ -283,7 +316,8 @@ def score(setting: Setting, model: Any, records: tuple[Record, ...]) -> Evaluati
     )
 
 
-def _model(setting: Setting, name: str) -> Any:
+def model_of(setting: Setting, name: str) -> Any:
+    """The "pruned" model as it is opened again, the "dense" one, or the "tuned" dense one."""
     if name == "pruned":
         # What runs here is code that this run generated and checked.
         own = setting.config.layout == "per-layer"

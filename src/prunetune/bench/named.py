@@ -54,7 +54,7 @@ def _dense(models: Sequence[str], options: BenchOptions) -> Iterator[Named]:
 
 
 def _fits(model: Named, options: BenchOptions) -> None:
-    context, wanted = _context(model), options.prompt + options.generate
+    context, wanted = _positions(model), options.prompt + options.generate
     if context and wanted > context:
         raise ConfigError(
             f"model {model.label}: --prompt {options.prompt} and --generate {options.generate} make {wanted} tokens, "
@@ -62,11 +62,15 @@ def _fits(model: Named, options: BenchOptions) -> None:
         )
 
 
-def _context(model: Named) -> int:
-    """Positions that the model knows; 0 where it says none."""
+def _positions(model: Named) -> int:
     if model.llama_cpp:
-        from prunetune.bench.llamacpp import context_of
+        from prunetune.bench.llamacpp import context_of as gguf_context
 
-        return context_of(Path(model.source))
-    config = load_config(model.source, trust_remote_code=model.trust).get_text_config()
+        return gguf_context(Path(model.source))
+    return context_of(model.source, trust_remote_code=model.trust)
+
+
+def context_of(source: str, *, trust_remote_code: bool) -> int:
+    """Positions that a model for transformers knows; 0 where it says none."""
+    config = load_config(source, trust_remote_code=trust_remote_code).get_text_config()
     return int(getattr(config, "max_position_embeddings", 0) or 0)

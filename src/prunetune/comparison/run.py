@@ -26,7 +26,7 @@ from prunetune.comparison.work import Stopped, Workshop
 from prunetune.config import RunConfig, to_mapping
 from prunetune.console import console_for
 from prunetune.decide.select import select
-from prunetune.errors import GateFailed, PrunetuneError
+from prunetune.errors import ConfigError, GateFailed, PrunetuneError
 from prunetune.evaluation.suite import KERNELS
 from prunetune.files import write_text
 from prunetune.folder import FREE
@@ -47,6 +47,8 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
     Raises a `PrunetuneError` for what the user can mend, before anything is written where that can be known; what goes
     wrong in one cell stands in its file. `GateFailed` where every cell went wrong.
     """
+    if config.budget.sizes:
+        raise ConfigError("budget.keep names several sizes of one run: name budgets to compare in compare.keeps")
     methods, grid = methods_of(config), grid_of(config)
     console = console or console_for(config.train.log_every)
     try:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from prunetune.plan import Plan
 from prunetune.seeds import derive
-from prunetune.train.adapters import add_adapters
+from prunetune.train.adapters import add_adapters, put_back
 from prunetune.train.faults import Faults
 from prunetune.train.job import Job, Record
 from prunetune.train.passes import passes_for
@@ -27,6 +27,8 @@ def tune_and_prune(job: Job) -> Plan:
     model; and `GateFailed` where a gate stopped the run.
     """
     add_adapters(job.model, job.sites, job.config.lora, seed=derive(job.config.seed, "adapters"))
+    if job.start is not None:
+        put_back(job.model, job.start, job.sites, job.config.train)
     passes = passes_for(job.model, job.sites, job.pad_id, job.config, job.teacher)
     faults = Faults(passes, job.config.train.max_skipped)
     search, tuning = Search(job, passes, faults), Adapters(job, passes, faults)
