@@ -60,9 +60,3 @@ def done(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def of(run: Path, keep: float) -> Path:
     return run / "sizes" / f"{keep:g}"
-
-
-def test_smoke(done):
-    print(sorted(str(p.relative_to(done)) for p in done.rglob("*") if p.is_file()))
-    print((done/"manifest.json").read_text())
-    print((of(done,.6)/"manifest.json").read_text())

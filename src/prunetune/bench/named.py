@@ -10,7 +10,7 @@ from prunetune.bench.options import BenchOptions
 from prunetune.errors import ConfigError
 from prunetune.evaluation.optional import require
 from prunetune.model.loading import load_config, locate
-from prunetune.suites.targets import checkpoint_of, gguf_at, run_config
+from prunetune.suites.targets import checkpoint_of, gguf_at, run_config, sizes_in
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,19 @@ def named(models: Sequence[str], options: BenchOptions) -> tuple[Named, ...]:
 
     Raises a `PrunetuneError` where a name leads nowhere, a package is missing, or the prompt does not fit.
     """
+    models = [each for name in models for each in _sizes(name)]
     given = [_one(name, options) for name in models]
     dense = list(_dense(models, options)) if options.dense else []
     found = tuple({one.source: one for one in [*dense, *given]}.values())
     for one in found:
         _fits(one, options)
     return found
+
+
+def _sizes(name: str) -> list[str]:
+    """All sizes of a run of several; else what is named."""
+    run = Path(name).expanduser()
+    return list(map(str, sizes_in(run))) if run_config(run) is not None and sizes_in(run) else [name]
 
 
 def _one(name: str, options: BenchOptions) -> Named:

@@ -1,4 +1,4 @@
-"""Which widths of a pruned model keep it from being faster: kernels work in tiles, and the last one may be near empty."""
+"""Which widths of a pruned model keep it from being faster: kernels work in tiles, and the last may be near empty."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ class Uneven:
         return 1 - self.width / tiles
 
     def __str__(self) -> str:
-        return f"{self.what} width of layer {self.layer} is {self.width}, not a multiple of {2 * self.even}"
+        multiples = str(TILE) if self.even == TILE // 2 else f"{TILE // 2} or {TILE}"
+        return f"{self.what} width of layer {self.layer} is {self.width}, no multiple of {multiples}"
 
 
 def uneven(plan: Plan, sites: Iterable[Site]) -> list[Uneven]:
