@@ -31,7 +31,7 @@ class Row:
     name: str
     run: RunFiles
     headline: Headline | None
-    on_front: bool = False  # no other size is as good and as fast, and better in one of the two
+    on_front: bool = False  # no other size is as good, as fast and as small, and better in one of them
 
     @property
     def quality(self) -> float | None:
@@ -80,11 +80,12 @@ def _is_on_front(row: Row, rows: Sequence[Row]) -> bool:
     return not any(all(a >= b for a, b in zip(other, mine, strict=True)) and other != mine for other in others)
 
 
-def _merits(row: Row) -> tuple[float, float] | None:
-    speed = row.times()
-    if row.headline is None or row.quality is None or speed is None:
+def _merits(row: Row) -> tuple[float, float, float] | None:
+    """Quality, speed and smallness; more is better."""
+    speed, params = row.times(), row.params
+    if row.headline is None or row.quality is None or speed is None or params is None:
         return None
-    return (row.quality if higher_is_better(row.headline.metric) else -row.quality), speed
+    return (row.quality if higher_is_better(row.headline.metric) else -row.quality), speed, -params
 
 
 def content(folder: Path, run: RunFiles) -> dict[str, Any]:
@@ -163,7 +164,9 @@ def _cells(row: Row) -> dict[str, Any]:
 
 def _times(manifest: Mapping[str, Any], name: str) -> str:
     middle, low, high = (number(manifest, "gain", "speed", name, end) for end in ("median", "min", "max"))
-    return text.NOT_KNOWN if middle is None else f"{text.ratio(middle)} ({text.decimal(low)} to {text.decimal(high)})"
+    if middle is None or low is None or high is None:
+        return text.NOT_KNOWN
+    return f"{text.ratio(middle)} ({low:.2f} to {high:.2f})"
 
 
 def _quality(headline: Headline | None) -> Score | None:
