@@ -78,12 +78,15 @@ def test_inside_the_dense_plan_nothing_changes(layout: str) -> None:
         assert select(scores, sites, 0.6, shape_for(layout), within=dense_plan(sites)) == plain
 
 
-def test_inside_holds_also_where_scores_would_choose_otherwise() -> None:
+@everywhere
+@both
+def test_inside_holds_also_where_scores_would_choose_otherwise(family: str, layout: str) -> None:
     """A larger plan of other scores: what it lacks does not come back."""
-    sites = sites_of("qwen3", False)
-    larger = select(random_scores(sites, 1), sites, 0.7, shape_for("per-layer"))
-    smaller = select(random_scores(sites, 2), sites, 0.5, shape_for("per-layer"), within=larger)
-    assert_nested(sites, [(0.7, larger), (0.5, smaller)])
+    sites, shape = sites_of(family, layout == "uniform"), shape_for(layout)
+    for seed in range(SEEDS):
+        larger = select(random_scores(sites, seed), sites, 0.7, shape)
+        smaller = select(random_scores(sites, seed + 100), sites, 0.5, shape, within=larger)
+        assert_nested(sites, [(0.7, larger), (0.5, smaller)])
 
 
 def test_ranks_of_what_is_gone_come_last() -> None:

@@ -21,6 +21,7 @@ from prunetune.bench.widths import uneven
 from prunetune.budget.params import total
 from prunetune.comparison.run import compare
 from prunetune.config import RunConfig, from_mapping, merged, to_mapping
+from prunetune.decide.select import select
 from prunetune.errors import ConfigError, GateFailed, ModelError, PlanError
 from prunetune.export.source import Source
 from prunetune.folder import RunFolder, open_run
@@ -194,12 +195,22 @@ def test_killed_in_any_size_it_ends_as_if_never(
         assert all(set(smaller.kept[name]) <= set(larger.kept[name]) for name in larger.kept)
 
 
-def test_steps_and_phases_of_every_size(place: Path, tmp_path: Path, only_tuning: None) -> None:
+def test_steps_and_phases_of_every_size(
+    place: Path, tmp_path: Path, only_tuning: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float, Plan]] = []
+
+    def noted(scores: Any, sites: Any, keep: float, shape: Any, *, within: Plan) -> Plan:
+        asked.append((keep, within))
+        return select(scores, sites, keep, shape, within=within)
+
+    monkeypatch.setattr(sizes, "select", noted)
     run = sizes.run(config_of(place, tmp_path / "run", train={"size_share": [0.2, 0.3, 0.5]}))
     phases = {keep: [line["phase"] for line in lines(of(run, keep) / "metrics.jsonl")] for keep in KEEPS}
     assert phases == {0.8: ["search"] * 3 + ["settle"] + ["tune"] * 2, 0.6: ["tune"] * 3, 0.45: ["tune"] * 5}
     kept = [line["kept"] for line in lines(of(run, 0.8) / "metrics.jsonl")]
     assert kept[2] <= KEEPS[-1] < kept[3] <= 0.8  # the search went down to the smallest, and the largest was cut
+    assert asked == [(0.6, last_state(run, 0.8).plan), (0.45, last_state(run, 0.6).plan)]
     own = {keep: open_run(of(run, keep))[1] for keep in KEEPS}
     assert [config.train.steps for config in own.values()] == [6, 3, 5]
 
