@@ -30,14 +30,16 @@ def option(
     above: float | None = None,
     each: str = "source",
     written: type[Any] | None = None,
+    short: str | None = None,
 ) -> Any:
     """A field with its help text and bounds: `low` and `high` are allowed themselves, `above` is not.
 
     Bounds of a tuple are those of its entries; `each` is what one entry of a tuple of texts is called; `written` is
-    the type of the flag, where it is read as more than the field's own.
+    the type of the flag, where it is read as more than the field's own; `short` is a second name of the flag.
     """
     bounds = {"low": low, "high": high, "above": above}
-    return field(default=default, metadata={"help": help, "each": each, "written": written, **bounds})
+    flag = {"written": written, "short": short}
+    return field(default=default, metadata={"help": help, "each": each, **flag, **bounds})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,7 @@ class BudgetConfig:
         above=0,
         high=1,
         written=str,
+        short="--keep",
     )
     sizes: tuple[float, ...] = option(
         (), "Smaller budgets of the same run, each inside the one before; budget.keep may name all.", above=0, high=1
@@ -164,9 +167,9 @@ class TrainConfig:
         "auto", "Examples end to end, passes recorded as CUDA graphs, where GPU and model can; off pads and runs as is."
     )
     size_share: tuple[float, ...] = option(
-        (0.4,),
-        "Of several sizes (budget.sizes): share of the steps that each is tuned for once it is cut; one number, or "
-        "one for each, the largest first.",
+        (0.5, 0.3),
+        "Of several sizes (budget.sizes), the largest first: share of the steps that each is tuned for once it is cut; "
+        "the last number holds for all that follow.",
         above=0, high=1,
     )  # fmt: skip
     learning_rate: float = option(1e-3, "Peak learning rate of the adapters.", above=0)
@@ -400,8 +403,8 @@ class RunConfig:
     def _refuse_sizes(self) -> None:
         """What does not go with several sizes."""
         count, shares = len(self.budget.keeps), self.train.size_share
-        if len(shares) not in (1, count):
-            raise ConfigError(f"train.size_share has {len(shares)} numbers for {count} sizes: give one, or {count}")
+        if not 0 < len(shares) <= count:
+            raise ConfigError(f"train.size_share has {len(shares)} numbers for {count} sizes: give 1 to {count}")
         moving = [gate for gate in self.gates if not gate.endswith("-> stop")]
         if moving:
             raise ConfigError(
@@ -459,7 +462,8 @@ def _with_sizes(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         return values
     if not listed:
         raise ConfigError(f"{where}: budget.keep is an empty list: name one share or several, such as 0.8,0.6")
-    keeps = sorted((_number(entry, f"{where}: each budget.keep") for entry in listed), reverse=True)
+    name = f"{where}: {'each ' if len(listed) > 1 else ''}budget.keep"
+    keeps = sorted((_number(entry, name) for entry in listed), reverse=True)
     # One flag over a recipe with several is one size; several say all there is to say.
     return {**values, "budget": {**budget, "keep": keeps[0], "sizes": keeps[1:]}}
 

@@ -101,7 +101,7 @@ def sizes_of(setting: Setting) -> tuple[Size, ...]:
 def config_of(config: RunConfig, number: int, out: Path) -> RunConfig:
     """The recipe of one size. The first is searched, settled and tuned; the others are tuned alone."""
     keeps, shares, whole = config.budget.keeps, config.train.size_share, schedule_of(config)
-    own = max(1, round(config.train.steps * (shares[number] if len(shares) > 1 else shares[0])))
+    own = max(1, round(config.train.steps * shares[min(number, len(shares) - 1)]))
     before = 0 if number else whole.settle
     steps = before + own
     search = config.search
