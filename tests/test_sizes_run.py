@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from prunetune.budget.params import total
 from prunetune.comparison.run import compare
 from prunetune.config import RunConfig, from_mapping, merged, to_mapping
 from prunetune.decide.select import select
-from prunetune.errors import ConfigError, GateFailed, ModelError, PlanError
+from prunetune.errors import ConfigError, GateFailed, ModelError, PlanError, RunFolderError
 from prunetune.export.source import Source
 from prunetune.folder import RunFolder, open_run
 from prunetune.history.store import entries
@@ -125,8 +126,10 @@ def test_every_size_is_a_run_folder(done: Path) -> None:
 def test_the_run_holds_what_they_share(done: Path) -> None:
     assert json.loads((done / "manifest.json").read_text())["sizes"] == ["sizes/0.8", "sizes/0.5"]
     assert {file.name for file in (done / "evaluation").iterdir()} == {"dense.json"}
-    bench = json.loads((done / "bench.json").read_text())
-    assert len(bench["models"]) == 3
+    benches = json.loads((done / "bench.json").read_text())
+    assert [[model["name"] for model in bench["models"]][1:] for bench in benches] == [
+        [str(of(done, keep))] for keep in (0.8, 0.5)
+    ]
     page = (done / "report.html").read_text()
     assert all(f'href="sizes/{name}/report.html"' in page for name in ("0.8", "0.5"))
     table = of_run(done)
@@ -232,6 +235,19 @@ def test_a_gate_that_stops_a_size_leaves_the_larger_ones(
     assert not of(tmp_path / "run", 0.6).exists()
     assert "stopped at step 2" in (tmp_path / "run" / "report.html").read_text()
     assert "not made" in of_run(tmp_path / "run")
+
+
+def test_a_size_goes_on_only_with_its_run(place: Path, tmp_path: Path, only_tuning: None) -> None:
+    run = sizes.run(config_of(place, tmp_path / "run"))
+    with pytest.raises(RunFolderError, match="go on with the run around it"):
+        sizes.run(open_run(of(run, 0.6))[1], resume=True)
+    newest = max(of(run, 0.8).glob("checkpoints/step-*"))
+    (newest / "adapters.safetensors").write_bytes(b"damaged")
+    (of(run, 0.8) / "model").mkdir()
+    for folder in of(run, 0.6).glob("checkpoints/*"):
+        shutil.rmtree(folder)
+    with pytest.raises(RunFolderError, match="cannot be read, and the next one goes on from it"):
+        sizes.run(config_of(place, tmp_path / "run"), resume=True)
 
 
 # -- one size, and what is refused -----------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The gain as a gate: a run says how much smaller and faster its model has to be, and it is measured before it ends.
 
-Dense and pruned models take turns in this process (`bench`), so that what slows the machine slows all of them. Where a
-margin is missed, the words say what is to blame: widths, or what was never pruned.
+The dense and a pruned model take turns in this process (`bench`), so that what slows the machine slows both; of several
+sizes one pair after the other, which needs no more memory than tuning did. Where a margin is missed, the words say what
+is to blame: widths, or what was never pruned.
 """
 
 from __future__ import annotations
@@ -30,16 +31,18 @@ Record = dict[str, Any]
 
 
 def gained(place: RunFolder, folders: Sequence[RunFolder], setting: Setting) -> None:
-    """Measure the models of run folders beside their dense model; each manifest gets its `gain`, `place` the bench."""
-    gc.collect()
-    if setting.device.type == "cuda":
-        torch.cuda.empty_cache()
-    setting.console.stage("bench: dense and pruned in turns", 0)
-    found = measure_here([str(folder.path) for folder in folders], options_for(setting.config))
-    dense = found.models[0]
-    for folder, model in zip(folders, found.models[-len(folders) :], strict=True):
-        folder.note(gain=judged(dense, model, setting.config.gain, Plan.load(folder.plan), setting.sites))
-    write_text(place.bench, json.dumps(found.to_dict(), indent=2) + "\n")
+    """Measure the models of run folders beside their dense model; each manifest gets its `gain`, `place` all runs."""
+    benches, options = [], options_for(setting.config)
+    for folder in folders:
+        setting.console.stage(f"bench: dense and {folder.path.name} in turns", 0)
+        gc.collect()  # what ran before gives its memory back
+        if setting.device.type == "cuda":
+            torch.cuda.empty_cache()
+        found = measure_here([str(folder.path)], options)
+        benches.append(found.to_dict())
+        plan = Plan.load(folder.plan)
+        folder.note(gain=judged(found.models[0], found.models[-1], setting.config.gain, plan, setting.sites))
+    write_text(place.bench, json.dumps(benches, indent=2) + "\n")
 
 
 def options_for(config: RunConfig) -> BenchOptions:

@@ -65,6 +65,8 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     console = console or console_for(config.train.log_every)
     try:
         setting = prepare(config, resume=resume, console=console)
+        if "size" in setting.folder.manifest():
+            raise RunFolderError(f"{setting.folder.path} is one size of a run: go on with the run around it")
         watcher = watcher_of(setting)
         if resume:
             same_data(setting)

@@ -20,7 +20,7 @@ from prunetune.console import console_for
 from prunetune.data.batches import Stream
 from prunetune.decide.decision import Searcher, moved_to
 from prunetune.decide.select import Scores, select
-from prunetune.errors import GateFailed, SelfCheckFailed
+from prunetune.errors import GateFailed, RunFolderError, SelfCheckFailed
 from prunetune.folder import RunFolder, open_folder
 from prunetune.gain import gained
 from prunetune.seeds import derive
@@ -209,8 +209,13 @@ class _Chain:
         """The first size's job as it is; a smaller one's goes on where the larger one ended, with other examples."""
         if not size.number:
             return job
-        start = self.sizes[size.number - 1].state
-        assert start is not None
+        larger = self.sizes[size.number - 1]
+        start = larger.state
+        if start is None or start.step < larger.config.train.steps:
+            raise RunFolderError(
+                f"{larger.folder.checkpoints}: the last state of this size cannot be read, and the next one goes on "
+                "from it: put it back, or start anew with another --out"
+            )
         seed = derive(size.config.seed, "train", size.number)
         return replace(
             job,

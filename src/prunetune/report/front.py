@@ -216,7 +216,9 @@ def _settings(run: RunFiles) -> str:
     """How speed was measured."""
     gain = mapping(run.config, "gain")
     prompt, generate, batch = (text.count(number(gain, key)) for key in ("prompt", "generate", "batch"))
-    return f"prompts of up to {prompt} tokens, {generate} written, batch {batch}, all models in turns"
+    return (
+        f"prompts of up to {prompt} tokens, {generate} written, batch {batch}, the dense model and each size in turns"
+    )
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
