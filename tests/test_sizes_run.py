@@ -38,7 +38,14 @@ RECIPE: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
     "budget": {"keep": "0.45, 0.8, 0.6", "align": 8},
-    "train": {"steps": 10, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 2, "validate_every": 2},
+    "train": {
+        "steps": 10,
+        "size_share": 0.3,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "checkpoint_every": 2,
+        "validate_every": 2,
+    },
     "lora": {"rank": 4, "dropout": 0.1},
     "search": {"share": 0.3, "settle": 0.1, "evidence": 1, "batch_size": 4},
     "distill": {"teacher": "base"},
@@ -168,7 +175,7 @@ def test_killed_in_any_size_it_ends_as_if_never(
         return config_of(place, tmp_path / name, train={"weights": weights})
 
     whole = sizes.run(config("whole"))
-    plain, left = RunFolder.append, [("0.8", 2), ("0.8", 6), ("0.6", 1), ("0.45", 3)]
+    plain, left = RunFolder.append, [("0.8", 2), ("0.8", 6), ("0.6", 1), ("0.45", 2)]
 
     def deadly(folder: RunFolder, name: str, record: dict[str, Any]) -> None:
         plain(folder, name, record)
@@ -208,14 +215,23 @@ def test_steps_and_phases_of_every_size(
         return select(scores, sites, keep, shape, within=within)
 
     monkeypatch.setattr(sizes, "select", noted)
-    run = sizes.run(config_of(place, tmp_path / "run", train={"size_share": [0.2, 0.3, 0.5]}))
+    run = sizes.run(config_of(place, tmp_path / "run", train={"size_share": [0.3, 0.5]}))
     phases = {keep: [line["phase"] for line in lines(of(run, keep) / "metrics.jsonl")] for keep in KEEPS}
-    assert phases == {0.8: ["search"] * 3 + ["settle"] + ["tune"] * 2, 0.6: ["tune"] * 3, 0.45: ["tune"] * 5}
-    kept = [line["kept"] for line in lines(of(run, 0.8) / "metrics.jsonl")]
-    assert kept[2] <= KEEPS[-1] < kept[3] <= 0.8  # the search went down to the smallest, and the largest was cut
+    assert phases == {0.8: ["search"] * 3 + ["settle"] + ["tune"] * 6, 0.6: ["tune"] * 3, 0.45: ["tune"] * 5}
     assert asked == [(0.6, last_state(run, 0.8).plan), (0.45, last_state(run, 0.6).plan)]
     own = {keep: open_run(of(run, keep))[1] for keep in KEEPS}
-    assert [config.train.steps for config in own.values()] == [6, 3, 5]
+    assert [config.train.steps for config in own.values()] == [10, 3, 5]
+
+
+def test_the_largest_is_the_plain_run_to_the_bit(place: Path, tmp_path: Path, only_tuning: None) -> None:
+    several = last_state(sizes.run(config_of(place, tmp_path / "several")), 0.8)
+    plain = sizes.run(config_of(place, tmp_path / "plain", budget={"keep": 0.8}))
+    state = Checkpoints(plain / "checkpoints").latest()
+    assert state is not None
+    assert (state.step, state.plan) == (several.step, several.plan)
+    for part, tensors in state.tensors.items():
+        assert tensors.keys() == several.tensors[part].keys()
+        assert all(torch.equal(tensor, several.tensors[part][name]) for name, tensor in tensors.items())
 
 
 def test_a_gate_that_stops_a_size_leaves_the_larger_ones(
@@ -279,7 +295,7 @@ def test_budgets_are_read_from_lists_and_flags() -> None:
         ({"budget": {"keep": [0.8, 0.0]}}, r"must lie in \(0, 1\]"),
         ({"budget": {"keep": [0.8, float("nan")]}}, "finite number"),
         ({"budget": {"keep": 0.5, "sizes": [0.6]}}, "have to fall"),
-        ({"budget": {"keep": [0.8, 0.5]}, "train": {"size_share": [0.1, 0.2, 0.3]}}, "3 numbers for 2 sizes"),
+        ({"budget": {"keep": [0.8, 0.5]}, "train": {"size_share": [0.1, 0.2, 0.3]}}, "3 numbers for 1 further sizes"),
         ({"budget": {"keep": [0.8, 0.5]}, "gates": ["valid.nll <= 2x -> roll-back"]}, "would move the budget"),
     ],
 )

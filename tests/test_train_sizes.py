@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +16,6 @@ from prunetune.train.adapters import add_adapters, grow_weights, put_back, tunes
 from prunetune.train.job import Job
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import mean_loss
-from prunetune.train.schedule import Schedule, schedule_of
 from prunetune.train.state import State
 from test_train_loop import config_of, identical, job_of, losses, weights_of
 
@@ -108,20 +106,3 @@ def test_weights_go_on_in_the_precision_they_were_tuned_in() -> None:
     }
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
     assert identical(grown, found)
-
-
-def test_the_search_falls_below_what_is_cut() -> None:
-    config = config_of({"search": {"keep": 0.3}, "budget": {"keep": 0.7}})
-    schedule = schedule_of(config)
-    falling = [schedule.keep_at(step) for step in range(schedule.search)]
-    assert all(later <= earlier for earlier, later in itertools.pairwise(falling))
-    assert falling[-1] == pytest.approx(0.3)
-    assert schedule.keep == 0.7
-    job = job_of(config)
-    tune_and_prune(job)
-    kept = [record["kept"] for record in job.observer.steps]  # type: ignore[attr-defined]
-    assert kept[schedule.search - 1] <= 0.3 < kept[schedule.search] <= 0.7
-
-
-def test_schedules_of_older_checkpoints_are_read() -> None:
-    assert Schedule(3, 4, 10, 2, 0.6).keep_at(2) == pytest.approx(0.6)

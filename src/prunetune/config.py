@@ -167,11 +167,12 @@ class TrainConfig:
         "auto", "Examples end to end, passes recorded as CUDA graphs, where GPU and model can; off pads and runs as is."
     )
     size_share: tuple[float, ...] = option(
-        (0.5, 0.3),
-        "Of several sizes (budget.sizes), the largest first: share of the steps that each is tuned for once it is cut; "
-        "the last number holds for all that follow.",
-        above=0, high=1,
-    )  # fmt: skip
+        (0.16,),
+        "Of several sizes (budget.sizes): share of the steps, added to them, for which each size after the first is "
+        "tuned; the last number holds for all that follow.",
+        above=0,
+        high=1,
+    )
     learning_rate: float = option(1e-3, "Peak learning rate of the adapters.", above=0)
     optimizer: Literal["adamw", "muon"] = option("adamw", "What moves the adapters; Muon wants twice AdamW's rate.")
     weights: Literal["auto", "all", "adapters"] = option(
@@ -243,12 +244,6 @@ class SearchConfig:
     share: float = option(0.15, "Share of the steps in which decisions are searched.", above=0, high=1)
     anneal: float = option(
         0.6, "Share of the search over which the budget falls from dense to its target (projected).", low=0, high=1
-    )
-    keep: float = option(
-        0.0,
-        "Budget that the search falls to (projected); 0: budget.keep, of several sizes the smallest.",
-        low=0,
-        high=1,
     )
     settle: float = option(
         0.05, "Share of the steps in which the frozen decision empties the adapters of removed units.", low=0, high=1
@@ -402,9 +397,11 @@ class RunConfig:
 
     def _refuse_sizes(self) -> None:
         """What does not go with several sizes."""
-        count, shares = len(self.budget.keeps), self.train.size_share
+        count, shares = len(self.budget.sizes), self.train.size_share
         if not 0 < len(shares) <= count:
-            raise ConfigError(f"train.size_share has {len(shares)} numbers for {count} sizes: give 1 to {count}")
+            raise ConfigError(
+                f"train.size_share has {len(shares)} numbers for {count} further sizes: give 1 to {count}"
+            )
         moving = [gate for gate in self.gates if not gate.endswith("-> stop")]
         if moving:
             raise ConfigError(

@@ -80,7 +80,7 @@ def prepare(config: RunConfig, *, resume: bool, console: Console, free: Collecti
     structure = ghost(config.model, trust_remote_code=config.trust_remote_code)
     sites = find_sites(structure, config.budget.units)
     shape = shape_of(config, sites, structure.config)
-    for keep in filter(None, (*config.budget.keeps, config.search.keep)):  # refuses in time
+    for keep in config.budget.keeps:  # refuses in time
         select({site.name: torch.zeros(site.units) for site in sites}, sites, keep, shape)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     splits = load_splits(config.data, config.seed)

@@ -1,8 +1,9 @@
-"""Runs of several sizes: one search, then each size cut out of the tuned one before it and tuned on.
+"""Runs of several sizes: the largest is a plain run; each smaller one is cut out of the tuned one before it, and tuned.
 
-The plans are nested and come from the same final scores. Every size has a run folder of its own, `sizes/0.6`, with
-checkpoints, model, scores and report; the run's own folder holds what they share: the teacher, the dense models'
-scores, the speed of all in turns, and a report of the front. A run that was stopped goes on in the size it was in.
+The plans are nested and come from the scores that the one search ended with. Every size has a run folder of its own,
+`sizes/0.6`, with checkpoints, model, scores and report; the run's own folder holds what they share: the teacher, the
+dense models' scores, the speed of all beside the dense model, and a report of the front. A run that was stopped goes on
+in the size it was in.
 """
 
 from __future__ import annotations
@@ -99,23 +100,12 @@ def sizes_of(setting: Setting) -> tuple[Size, ...]:
 
 
 def config_of(config: RunConfig, number: int, out: Path) -> RunConfig:
-    """The recipe of one size. The first is searched, settled and tuned; the others are tuned alone."""
-    keeps, shares, whole = config.budget.keeps, config.train.size_share, schedule_of(config)
-    own = max(1, round(config.train.steps * shares[min(number, len(shares) - 1)]))
-    before = 0 if number else whole.settle
-    steps = before + own
-    search = config.search
-    if not number:
-        settle = whole.settle - whole.search
-        lowest = search.keep or keeps[-1]
-        search = replace(search, share=whole.search / steps, settle=settle / steps, keep=lowest)
-    return replace(
-        config,
-        out=str(out),
-        budget=replace(config.budget, keep=keeps[number], sizes=()),
-        train=replace(config.train, steps=steps),
-        search=search,
-    )
+    """The recipe of one size: for the first that of a plain run, for the others of tuning alone."""
+    shares, steps = config.train.size_share, config.train.steps
+    if number:
+        steps = max(1, round(steps * shares[min(number, len(shares)) - 1]))
+    budget = replace(config.budget, keep=config.budget.keeps[number], sizes=())
+    return replace(config, out=str(out), budget=budget, train=replace(config.train, steps=steps))
 
 
 # -- the chain -------------------------------------------------------------------------------------------------------

@@ -20,7 +20,6 @@ class Schedule:
     steps: int
     anneal: int  # steps over which the budget falls from dense to `keep`
     keep: float
-    searched: float = 0.0  # what the budget falls to while decisions are searched; 0: `keep`
 
     def phase_at(self, step: int) -> Phase:
         """The phase of a step (steps count from 0)."""
@@ -29,9 +28,9 @@ class Schedule:
         return "settle" if step < self.settle else "tune"
 
     def keep_at(self, step: int) -> float:
-        """The budget at a step of the search: a straight line from 1 to `searched`, or to `keep`."""
+        """The budget at a step: a straight line from 1 to `keep`."""
         done = min(1.0, (step + 1) / self.anneal) if self.anneal else 1.0
-        return 1 - (1 - (self.searched or self.keep)) * done
+        return 1 - (1 - self.keep) * done
 
     def with_keep(self, keep: float) -> Schedule:
         """The same with another budget at its end."""
@@ -51,8 +50,7 @@ def schedule_of(config: RunConfig) -> Schedule:
     steps = config.train.steps
     search = max(1, round(steps * config.search.share))
     settle = min(steps, search + round(steps * config.search.settle))
-    anneal = round(search * config.search.anneal)
-    return Schedule(search, settle, steps, anneal, config.budget.keep, config.search.keep)
+    return Schedule(search, settle, steps, round(search * config.search.anneal), config.budget.keep)
 
 
 def given_plan(config: RunConfig) -> Schedule:
