@@ -2,14 +2,16 @@
 
     python benchmarks/sizes.py recipes/legal.yaml --out runs/sizes -- --data.root DATA --model MODEL.gguf
 
-makes OUT/several and OUT/0.8, OUT/0.6, ... (`--keeps`) by `prunetune run`, as far as they are not there, and prints a
-table as JSON (OUT/sizes.json, too). What stands after `--` goes to every run. `--read` makes nothing. `--small` needs
-no recipe: a byte-level model that is trained in a minute on a CPU (benchmarks/gates.py) and tuned to sums.
+makes OUT/several and OUT/0.8, OUT/0.6, ... (`--keeps`), as far as they are not there and where they were stopped, and
+prints a table as JSON (OUT/sizes.json, too). What stands after `--` goes to every run. The teacher and the dense
+models' scores are the same for all, so the dedicated runs are lent those of OUT/several. `--only 0.6` makes one folder,
+`--read` none. `--small` needs no recipe: a byte-level model that is trained in a minute on a CPU (benchmarks/gates.py)
+and tuned to sums.
 
-Cost is seconds: `loop` of search, settling and tuning alone, from the log; `train` with all that tuning needs, the
-teacher included; `all` of the whole run. A difference of scores is several minus dedicated, by task and as a mean over
-tasks, with the standard error over items paired between the two; `within` says whether it is worse by one such error at
-most.
+Cost is seconds: `loop` of search, settling and tuning alone, from the log; `train` of all that is needed to tune,
+with the teacher's, once for every run; `write` of that and of cutting, writing and checking. A difference of scores is
+several minus dedicated, by task and as a mean over tasks, with the standard error over items paired between the two;
+`within` says whether it is worse by one such error at most.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import itertools
 import json
 import logging
 import math
-import subprocess
+import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,8 +30,13 @@ from typing import Any
 
 import yaml
 
+from prunetune.cli import app
+from prunetune.config import load_recipe
 from prunetune.evaluation.results import Evaluation, headline, higher_is_better
 from prunetune.evaluation.statistics import paired_difference
+from prunetune.flags import given
+from prunetune.folder import RunFolder, open_folder
+from prunetune.sizes import run
 
 METRICS = ("accuracy", "rouge_l", "nll", "perplexity")
 SMALL: dict[str, Any] = {
@@ -46,42 +54,48 @@ def main() -> None:
     parser.add_argument("recipe", nargs="?", default="", help="or none, for --small")
     parser.add_argument("--keeps", default="0.8,0.6,0.5,0.4")
     parser.add_argument("--out", type=Path, default=Path("runs/sizes"))
+    parser.add_argument("--only", default="", help="several, or one of the keeps")
     parser.add_argument("--small", action="store_true", help="a byte-level model on a CPU")
     parser.add_argument("--read", action="store_true", help="make nothing, read what is there")
     words = sys.argv[1:]
     own, flags = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     options = parser.parse_args(own)
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
     keeps = sorted((float(keep) for keep in options.keeps.split(",")), reverse=True)
-    if options.small:
-        options.recipe = str(small(options.out))
     if not options.read:
-        make(options.recipe, options.out / "several", ",".join(f"{keep:g}" for keep in keeps), flags)
-        for keep in keeps:
-            make(options.recipe, options.out / f"{keep:g}", f"{keep:g}", flags)
-    table = json.dumps(compared(options.out, keeps), indent=1)
-    (options.out / "sizes.json").write_text(table + "\n", encoding="utf-8")
-    print(table)
+        recipe = small(options.out) if options.small else Path(options.recipe)
+        places = {"several": options.keeps, **{f"{keep:g}": f"{keep:g}" for keep in keeps}}
+        for name, keep in places.items():
+            if options.only in ("", name):
+                make(recipe, options.out / name, keep, flags, None if name == "several" else options.out / "several")
+    if not options.only:
+        table = json.dumps(compared(options.out, keeps), indent=1)
+        (options.out / "sizes.json").write_text(table + "\n", encoding="utf-8")
+        print(table)
 
 
-def make(recipe: str, out: Path, keep: str, flags: Sequence[str]) -> None:
-    """One run by its command; gone on with where it was stopped, and left alone where it is done."""
+def make(recipe: Path, out: Path, keep: str, flags: Sequence[str], lender: Path | None) -> None:
+    """One run; gone on with where it was stopped, and left alone where it is done."""
     manifest = json.loads((out / "manifest.json").read_text()) if (out / "manifest.json").is_file() else {}
-    if (
-        (out / "report.html").is_file()
-        and ("selfcheck" in manifest or "sizes" in manifest)
-        and not manifest.get("failed")
-    ):
+    if (out / "report.html").is_file() and manifest.get("failed") == "":
         return
-    command = [sys.executable, "-m", "prunetune.cli", "run", recipe, "--keep", keep, "--out", str(out), *flags]
-    print(" ".join(command), file=sys.stderr, flush=True)
-    subprocess.run([*command, *(["--resume"] if out.exists() else [])], check=True, stdout=sys.stderr)
+    words = ["--keep", keep, "--out", str(out), *flags]
+    found = app.parse_args(["run", str(recipe), *words], exit_on_error=False, print_error=False)[1]
+    config = load_recipe(recipe, given(found.arguments["flags"]))
+    folder = RunFolder(out)
+    if lender and not out.exists():
+        open_folder(folder, config)
+        shutil.copytree(lender / "tuned", folder.tuned)
+        for file in (lender / "evaluation").glob("*.json"):
+            shutil.copyfile(file, out / "evaluation" / file.name)
+        folder.note(speed=RunFolder(lender).manifest()["speed"])
+    run(config, resume=out.exists(), command=shlex.join(["prunetune", "run", str(recipe), *words]))
 
 
 def small(out: Path) -> Path:
     """A recipe with a model and data of its own."""
     import gates
 
-    logging.basicConfig(format="%(message)s", level=logging.INFO)
     out.mkdir(parents=True, exist_ok=True)
     recipe = out / "small.yaml"
     model, rows = gates.small_model(out / "small"), gates.sums(out / "sums.jsonl")
@@ -96,30 +110,31 @@ def small(out: Path) -> Path:
 def compared(out: Path, keeps: Sequence[float]) -> dict[str, Any]:
     """Cost and scores of both ways."""
     several = out / "several"
-    dedicated = {f"{keep:g}": cost(out / f"{keep:g}", [out / f"{keep:g}"]) for keep in keeps}
-    ours = cost(several, [several / "sizes" / f"{keep:g}" for keep in keeps])
+    teacher = RunFolder(several).manifest()["timings"]["teacher"]
+    dedicated = {f"{keep:g}": cost([out / f"{keep:g}"], teacher) for keep in keeps}
+    ours = cost([several / "sizes" / f"{keep:g}" for keep in keeps], teacher)
     ratios = {}
-    for kind in ("loop", "train", "all"):
+    for kind in ("loop", "train", "write"):
         each = {name: ours[kind] / found[kind] for name, found in dedicated.items()}
         mean = ours[kind] * len(dedicated) / sum(found[kind] for found in dedicated.values())
         ratios[kind] = {"to_mean": mean, **{f"to_{name}": ratio for name, ratio in each.items()}}
-    manifest = json.loads((several / "manifest.json").read_text())
+    manifest = RunFolder(several).manifest()
     return {
         "device": manifest["device"],
         "commit": manifest.get("commit"),
         "cost_ratio": ratios,
-        "seconds": {"several": ours, "dedicated": dedicated},
+        "seconds": {"teacher": teacher, "several": ours, "dedicated": dedicated},
         "sizes": {f"{keep:g}": quality(several / "sizes" / f"{keep:g}", out / f"{keep:g}") for keep in keeps},
     }
 
 
-def cost(run: Path, sizes: Sequence[Path]) -> dict[str, Any]:
-    """Seconds of a run and of its sizes, one or several."""
-    timings = [json.loads((place / "manifest.json").read_text())["timings"] for place in dict.fromkeys([run, *sizes])]
-    total = sum(sum(each.values()) for each in timings)
-    train = sum(each.get("tune and prune", 0.0) + each.get("teacher", 0.0) for each in timings)
+def cost(sizes: Sequence[Path], teacher: float) -> dict[str, Any]:
+    """Seconds of all sizes of a run, one or several."""
+    timings = [RunFolder(size).manifest()["timings"] for size in sizes]
+    train = teacher + sum(each["tune and prune"] for each in timings)
     loops = {size.name: loop(size / "metrics.jsonl") for size in sizes}
-    return {"loop": sum(loops.values()), "train": train, "all": total, "loops": loops}
+    write = train + sum(each["cut and check"] for each in timings)
+    return {"loop": sum(loops.values()), "train": train, "write": write, "loops": loops}
 
 
 def loop(file: Path) -> float:
