@@ -25,13 +25,14 @@ from prunetune.config import RunConfig, from_mapping, merged, to_mapping
 from prunetune.decide.select import select
 from prunetune.errors import ConfigError, GateFailed, ModelError, PlanError, RunFolderError
 from prunetune.export.source import Source
-from prunetune.folder import RunFolder, open_run
+from prunetune.folder import RunFolder, open_folder, open_run
 from prunetune.history.store import entries
 from prunetune.model.sites import find_sites, kept_params
 from prunetune.plan import Plan
 from prunetune.suites.targets import checkpoint_of
 from prunetune.summary import of_run
 from prunetune.train.state import Checkpoints, State
+from prunetune.watch import current
 
 KEEPS = (0.8, 0.6, 0.45)
 RECIPE: dict[str, Any] = {
@@ -232,6 +233,25 @@ def test_the_largest_is_the_plain_run_to_the_bit(place: Path, tmp_path: Path, on
     for part, tensors in state.tensors.items():
         assert tensors.keys() == several.tensors[part].keys()
         assert all(torch.equal(tensor, several.tensors[part][name]) for name, tensor in tensors.items())
+
+
+def test_gates_of_every_size_refer_to_the_same_dense_model(place: Path, tmp_path: Path, only_tuning: None) -> None:
+    run = sizes.run(config_of(place, tmp_path / "run", gates=["valid.nll <= 100x -> stop"]))
+    dense = last_state(run, 0.8).seen["dense"]
+    assert dense["valid.nll"] > 0
+    assert all(last_state(run, keep).seen["dense"] == dense for keep in KEEPS)
+    scored = {keep: [line["step"] for line in lines(of(run, keep) / "validation.jsonl")] for keep in KEEPS}
+    assert [0 in steps for steps in scored.values()] == [True, False, False]
+
+
+def test_watching_follows_the_size_that_is_made(place: Path, tmp_path: Path) -> None:
+    config = config_of(place, tmp_path / "run")
+    open_folder(RunFolder(tmp_path / "run"), config)
+    assert current(tmp_path / "run")[0].path == tmp_path / "run"
+    open_folder(RunFolder(of(tmp_path / "run", 0.8)), config)
+    assert current(tmp_path / "run")[0].path == of(tmp_path / "run", 0.8)
+    (tmp_path / "run" / "report.html").write_text("all are done")
+    assert current(tmp_path / "run")[0].path == tmp_path / "run"
 
 
 def test_a_gate_that_stops_a_size_leaves_the_larger_ones(
