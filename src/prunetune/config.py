@@ -167,7 +167,7 @@ class TrainConfig:
         "auto", "Examples end to end, passes recorded as CUDA graphs, where GPU and model can; off pads and runs as is."
     )
     size_share: tuple[float, ...] = option(
-        (0.16,),
+        (0.18,),
         "Of several sizes (budget.sizes): share of the steps, added to them, for which each size after the first is "
         "tuned; the last number holds for all that follow.",
         above=0,
