@@ -222,3 +222,43 @@ def manifest() -> dict[str, object]:
         },
         "failed": "",
     }  # fmt: skip
+
+
+def make_sizes(folder: Path, keeps: tuple[float, ...] = (0.8, 0.6, 0.4)) -> Path:
+    """A run of several sizes: each a made-up run folder, the last of them slower than was asked."""
+    config = from_mapping({"model": MODEL, "budget": {"keep": list(keeps)}, "gain": {"faster": 1.2}})
+    for place, keep in enumerate(keeps):
+        own = make_run(folder / "sizes" / f"{keep:g}")
+        about = json.loads((own / "manifest.json").read_text())
+        removed = round((1 - keep) * about["model"]["decoder_params"])
+        about["pruned"] |= {
+            "params": about["model"]["params"] - removed,
+            "decoder_params": about["model"]["decoder_params"] - removed,
+            "bytes": 2 * (about["model"]["params"] - removed),
+        }
+        ratio = 1 + 0.7 * (1 - keep) if keep != keeps[-1] else 1.1
+        missed = f"gain.faster >= 1.2: throughput is {ratio:.2f} times the dense model's; MLP width of layer 7 is 613"
+        limit = {"gate": "gain.faster >= 1.2", "limit": 1.2, "found": ratio, "held": ratio >= 1.2}
+        about["gain"] = {
+            "smaller": removed / about["model"]["params"],
+            "speed": {"throughput": {"median": ratio, "min": ratio - 0.03, "max": ratio + 0.04}},
+            "figures": {
+                "prefill": {"dense": 0.021, "pruned": 0.021 / ratio},
+                "decode": {"dense": 0.018, "pruned": 0.017},
+            },
+            "limits": [limit | ({} if limit["held"] else {"says": missed})],
+            "uneven": ["MLP width of layer 7 is 613, no multiple of 64 or 128"],
+        }
+        about |= {"gates": {}, "timings": {"tune and prune": 80.0 + place, "cut and check": 9.0, "evaluate": 31.0}}
+        about["failed"] = "" if limit["held"] else f"{own} ended outside a gate: {missed}"
+        (own / "manifest.json").write_text(json.dumps(about))
+        pruned = evaluations() | {"pruned": Evaluation({**_choice_tasks("pruned" if keep > 0.5 else "dense")})}
+        (own / "evaluation" / "pruned.json").write_text(pruned["pruned"].to_json())
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_mapping(config), sort_keys=False))
+    shared = {name: value for name, value in manifest().items() if name not in ("pruned", "gates", "selfcheck")}
+    shared |= {
+        "sizes": [f"sizes/{keep:g}" for keep in keeps],
+        "timings": {"teacher": 61.0, "evaluate": 44.0, "bench": 35.0},
+    }
+    (folder / "manifest.json").write_text(json.dumps(shared))
+    return folder

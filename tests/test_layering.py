@@ -31,9 +31,10 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("history", "watch", "trackers"),
     ("outlook",),
     ("setting", "provenance"),
-    ("watching", "telling", "quantised"),
+    ("watching", "telling", "quantised", "gain"),
     ("finishing",),
     ("pipeline", "summary", "eval_flags"),
+    ("sizes",),
     ("comparison",),
     ("cli",),
 )

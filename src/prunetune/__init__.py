@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from prunetune.model.masking import masked
     from prunetune.model.sites import find_sites
     from prunetune.model.surgery import cut
-    from prunetune.pipeline import run
     from prunetune.plan import Plan
     from prunetune.report import write_report
+    from prunetune.sizes import run
     from prunetune.suites.run import evaluate_suite
     from prunetune.suites.suite import load_suite
     from prunetune.suites.verbs import check, evaluate
@@ -48,7 +48,7 @@ _HOMES = {
     "load_suite": "prunetune.suites.suite",
     "masked": "prunetune.model.masking",
     "measure_models": "prunetune.bench.verb",
-    "run": "prunetune.pipeline",
+    "run": "prunetune.sizes",
     "write_report": "prunetune.report",
 }
 

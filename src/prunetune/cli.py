@@ -78,7 +78,7 @@ def demo(
 
 
 def _run(config: RunConfig, *, resume: bool) -> None:
-    from prunetune.pipeline import run as whole_run
+    from prunetune.sizes import run as whole_run
     from prunetune.summary import of_run
 
     folder = whole_run(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))

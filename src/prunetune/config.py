@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import types
 import typing
@@ -31,14 +32,18 @@ def option(
     above: float | None = None,
     each: str = "source",
     number: bool = False,
+    written: type[Any] | None = None,
+    short: str | None = None,
 ) -> Any:
     """A field with its help text and bounds: `low` and `high` are allowed themselves, `above` is not.
 
     Bounds of a tuple are those of its entries; `each` is what one entry of a tuple of texts is called; `number` lets
-    a text be written as a number.
+    a text be written as a number; `written` is the type of the flag, where it is read as more than the field's own;
+    `short` is a second name of the flag.
     """
     bounds = {"low": low, "high": high, "above": above}
-    return field(default=default, metadata={"help": help, "each": each, "number": number, **bounds})
+    flag = {"written": written, "short": short}
+    return field(default=default, metadata={"help": help, "each": each, "number": number, **flag, **bounds})
 
 
 class Untold(float):
@@ -95,9 +100,16 @@ class BudgetConfig:
 
     keep: float = option(
         Untold(0.6),
-        "Share of the prunable (attention and MLP) parameters that may remain; 1 where only another budget is given.",
+        "Share of the prunable (attention and MLP) parameters that may remain, 1 where only another budget is given; "
+        "several, 0.8,0.6,0.4, give several models from one run (the largest is then budget.keep, the others are "
+        "budget.sizes).",
         above=0,
         high=1,
+        written=str,
+        short="--keep",
+    )
+    sizes: tuple[float, ...] = option(
+        (), "Smaller budgets of the same run, each inside the one before; budget.keep may name all.", above=0, high=1
     )
     flops: str = option("", "Most FLOPs of one request of the workload: 0.6 or 60% (of dense), or 1.2T.", number=True)
     memory: str = option("", "Most memory of weights and KV cache under the workload: 0.6 or 1.5GB.", number=True)
@@ -138,11 +150,25 @@ class BudgetConfig:
             raise ConfigError("budget.units names no kind of unit, and nothing could go: leave it out, or name some")
         if isinstance(self.keep, Untold):
             object.__setattr__(self, "keep", 1.0 if self.amounts() else float(self.keep))
+        if self.sizes and self.amounts():
+            raise ConfigError(
+                "budget.sizes are shares of parameters, and budget names another amount: leave one of the two out"
+            )
+        if any(larger <= smaller for larger, smaller in itertools.pairwise(self.keeps)):
+            raise ConfigError(
+                f"budget.sizes {list(self.sizes)} have to fall from budget.keep {self.keep:g} on, each below the one "
+                "before: list them so, or leave out what stands twice"
+            )
 
     def amounts(self) -> dict[str, Amount]:
         """The budgets that are given beside `keep`; raises `ConfigError`."""
         given = {kind: getattr(self, kind) for kind in BUDGETS}
         return {kind: Amount.parse(text, kind) for kind, text in given.items() if text}
+
+    @property
+    def keeps(self) -> tuple[float, ...]:
+        """All budgets of parameters, the largest first."""
+        return (self.keep, *self.sizes)
 
     def protected(self) -> frozenset[int]:
         """The layers of `protect`; raises `ConfigError`."""
@@ -202,6 +228,13 @@ class TrainConfig:
         "auto",
         "Layers keep their inputs alone and are computed again for the backward pass: a third slower, far less memory; "
         "auto: with lora.quantize, and where a single example runs out of GPU memory.",
+    )
+    size_share: tuple[float, ...] = option(
+        (0.18,),
+        "Of several sizes (budget.sizes): share of the steps, added to them, for which each size after the first is "
+        "tuned; the last number holds for all that follow.",
+        above=0,
+        high=1,
     )
     learning_rate: float = option(1e-3, "Peak learning rate of the adapters.", above=0)
     optimizer: Literal["adamw", "muon"] = option("adamw", "What moves the adapters; Muon wants twice AdamW's rate.")
@@ -327,6 +360,30 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GainConfig:
+    """What a run has to gain, measured beside the dense model in turns; one that gains less fails: exit code 1."""
+
+    smaller: float = option(
+        0.0, "Share of all parameters that has to be gone, embeddings counted; 0: not asked.", low=0, high=1
+    )
+    faster: float = option(
+        0.0, "Times the dense model's speed that the pruned one has to reach at least; 0: not asked.", low=0
+    )
+    speed: Literal["throughput", "prefill", "decode"] = option(
+        "throughput", "What is meant by speed: tokens a second over prompt and answer, or one of the two."
+    )
+    prompt: int = option(512, "Tokens of the prompt; fewer where the model's context is shorter.", low=1)
+    generate: int = option(64, "Tokens written.", low=2)
+    batch: int = option(1, "Prompts at once.", low=1)
+    runs: int = option(7, "Measured rounds, after one to warm up.", low=1)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a run can fail by it."""
+        return bool(self.smaller or self.faster)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareConfig:
     """What `prunetune compare` holds side by side: same data, steps and budget for all."""
 
@@ -382,6 +439,7 @@ class RunConfig:
     distill: DistillConfig = field(default_factory=DistillConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    gain: GainConfig = field(default_factory=GainConfig)
     compare: CompareConfig = field(default_factory=CompareConfig)
 
     def __post_init__(self) -> None:
@@ -400,6 +458,22 @@ class RunConfig:
             raise ConfigError(
                 f"search.share + search.settle is {self.search.share + self.search.settle:g}: "
                 "together they may be 1 at most; lower one of them"
+            )
+        if self.budget.sizes:
+            self._refuse_sizes()
+
+    def _refuse_sizes(self) -> None:
+        """What does not go with several sizes."""
+        count, shares = len(self.budget.sizes), self.train.size_share
+        if not 0 < len(shares) <= count:
+            raise ConfigError(
+                f"train.size_share has {len(shares)} numbers for {count} further sizes: give 1 to {count}"
+            )
+        moving = [gate for gate in self.gates if not gate.endswith("-> stop")]
+        if moving:
+            raise ConfigError(
+                f"gates: {moving[0]!r} would move the budget, and several sizes (budget.sizes) fix it: "
+                "let it stop, or name one size"
             )
 
 
@@ -438,9 +512,24 @@ def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
 
 def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> RunConfig:
     """Check keys, types and bounds, and build the config; raises `ConfigError` with the offending key's path."""
-    config = _section(RunConfig, values, prefix="", where=where)
+    config = _section(RunConfig, _with_sizes(values, where), prefix="", where=where)
     assert isinstance(config, RunConfig)
     return config
+
+
+def _with_sizes(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Several budgets under `budget.keep`, as a list or by commas: the largest stays there, the others are `sizes`."""
+    budget = values.get("budget") if isinstance(values, Mapping) else None
+    keep = budget.get("keep") if isinstance(budget, Mapping) else None
+    listed = [part.strip() for part in keep.split(",")] if isinstance(keep, str) else keep
+    if not isinstance(budget, Mapping) or not isinstance(listed, list):
+        return values
+    if not listed:
+        raise ConfigError(f"{where}: budget.keep is an empty list: name one share or several, such as 0.8,0.6")
+    name = f"{where}: {'each ' if len(listed) > 1 else ''}budget.keep"
+    keeps = sorted((_number(entry, name) for entry in listed), reverse=True)
+    # One flag over a recipe with several is one size; several say all there is to say.
+    return {**values, "budget": {**budget, "keep": keeps[0], "sizes": keeps[1:]}}
 
 
 Options = typing.TypeVar("Options")

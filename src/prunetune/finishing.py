@@ -25,7 +25,7 @@ from prunetune.model.surgery import cut, merge_adapters
 from prunetune.provenance import card
 from prunetune.quantised import compared, tuned_beside
 from prunetune.setting import Setting
-from prunetune.train.adapters import NAME, adapters, add_adapters, grow_state, grow_weights, tunes_all
+from prunetune.train.adapters import NAME, add_adapters, grow_state, put_back, tunes_all
 from prunetune.train.state import Checkpoints, State
 
 log = logging.getLogger(__name__)
@@ -99,16 +99,9 @@ def _whole(setting: Setting, state: State, tokens: Tensor) -> Cut:
 
 def _put_adapters(model: Any, setting: Setting, state: State) -> None:
     """A checkpoint's adapters, or the weights they were merged into, on a dense model: zero for removed units."""
-    assert state.plan is not None
-    weights = state.tensors["adapters"]
-    if state.is_cut and tunes_all(setting.config.train, setting.sites):
-        grow_weights(model, weights, state.plan, setting.sites)
-        return
-    add_adapters(model, setting.sites, setting.config.lora, seed=0)
-    shapes = {name: parameter.shape for name, parameter in adapters(model).items()}
-    grown = grow_state(weights, shapes, state.plan, setting.sites) if state.is_cut else weights
-    for name, parameter in adapters(model).items():
-        parameter.data = grown[name].to(parameter.device)
+    if not (state.is_cut and tunes_all(setting.config.train, setting.sites)):
+        add_adapters(model, setting.sites, setting.config.lora, seed=0)
+    put_back(model, state, setting.sites, setting.config.train)
 
 
 # -- layer by layer ----------------------------------------------------------------------------------------------------

@@ -14,19 +14,21 @@ def optional_twin(cls: type[Any]) -> type[Any]:
     kinds = typing.get_type_hints(cls)
     fields: list[tuple[str, Any, Any]] = []
     for item in dataclasses.fields(cls):
-        kind = kinds[item.name]
+        kind = item.metadata.get("written") or kinds[item.name]
         if dataclasses.is_dataclass(kind):
             fields.append((item.name, Optional[optional_twin(typing.cast(Any, kind))], None))  # noqa: UP045 - built at run time
         else:
-            fields.append(
-                (item.name, Annotated[kind | None, Parameter(help=_help(item), negative=_negative(kind))], None)
-            )
+            fields.append((item.name, Annotated[kind | None, _flag(item, kind)], None))
     twin = dataclasses.make_dataclass(
         f"{cls.__name__}Flags", [(name, kind, dataclasses.field(default=default)) for name, kind, default in fields],
         frozen=True, kw_only=True,
     )  # fmt: skip
     twin.__module__ = __name__  # cyclopts looks inside classes of modules it does not take for built-in
     return twin
+
+
+def _flag(item: Any, kind: Any) -> Parameter:
+    return Parameter(help=_help(item), negative=_negative(kind), alias=item.metadata.get("short"))
 
 
 def _negative(kind: Any) -> tuple[str, ...] | None:

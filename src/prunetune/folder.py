@@ -49,6 +49,15 @@ class RunFolder:
         """The same for the dense model that is tuned as a teacher or for comparison."""
         return self.path / "tuned"
 
+    @property
+    def bench(self) -> Path:
+        """Speed beside the dense model, measured in turns."""
+        return self.path / "bench.json"
+
+    def size(self, keep: float) -> RunFolder:
+        """The folder of one of several sizes; a run folder, too."""
+        return RunFolder(self.path / "sizes" / f"{keep:g}")
+
     def evaluation(self, name: str) -> Path:
         """Scores of `dense`, `tuned` or `pruned`."""
         return self.path / "evaluation" / f"{name}.json"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +22,14 @@ from prunetune.data.batches import Stream, unlabelled
 from prunetune.data.records import Record
 from prunetune.data.sources import SplitName
 from prunetune.data.templates import Example
-from prunetune.errors import RunFolderError
+from prunetune.errors import ConfigError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suite import evaluate
 from prunetune.export.integrity import verify
 from prunetune.files import write_text
 from prunetune.finishing import finish
 from prunetune.folder import RunFolder, open_folder
+from prunetune.gain import gained
 from prunetune.model.loading import DTYPES, load, pick_device
 from prunetune.model.sites import dense_plan
 from prunetune.model.surgery import settle_adapters
@@ -56,12 +57,16 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
 
     Raises a `PrunetuneError` for what the user can mend, before anything is written where that can be known.
     """
+    if config.budget.sizes:
+        raise ConfigError("budget.keep names several sizes: call prunetune.run, which makes each of them")
     require(config.track)
     ranks = join(pick_device(config.device))
     console = console or (console_for(config.train.log_every) if ranks.is_main else Quiet())
     try:
         with ranks.main_first():
             setting = prepare(config, resume=resume, console=console, ranks=ranks)
+        if "size" in setting.folder.manifest():
+            raise RunFolderError(f"{setting.folder.path} is one size of a run: go on with the run around it")
         watcher = watcher_of(setting)
         if resume:
             same_data(setting)
@@ -82,14 +87,23 @@ def _stages(setting: Setting, watcher: Watcher, command: str) -> None:
     config, folder = setting.config, setting.folder
     folder.note(**environment.facts(setting.device, setting.dtype, command, config.seed), **facts_of(setting))
     if setting.ranks.agree(not folder.model.exists()):
-        with _timed(folder, "tune and prune"), tracking(config, folder, cpu=setting.device.type == "cpu") as trackers:
+        with timed(folder, "tune and prune"), tracking(config, folder, cpu=setting.device.type == "cpu") as trackers:
             train(setting, watcher, trackers)
-        sharded, setting = setting.ranks.shards, _alone(setting)
-        folder.note(**outcome(setting, folder.manifest()["timings"]["tune and prune"]))
-        with _timed(folder, "cut and check"):
-            finish(setting, streamed=sharded)
-    setting = _alone(setting)
-    with _timed(folder, "evaluate"):
+    sharded = setting.ranks.shards
+    conclude(_alone(setting), streamed=sharded)
+    if config.gain.is_asked and "gain" not in folder.manifest():
+        with timed(folder, "bench"):
+            gained(folder, [folder], setting)
+
+
+def conclude(setting: Setting, *, streamed: bool = False) -> None:
+    """Cut, write, check and evaluate what is tuned, as far as it is not done; `streamed`: cut layer by layer."""
+    folder = setting.folder
+    if not folder.model.exists():
+        folder.note(**outcome(setting, folder.manifest().get("timings", {}).get("tune and prune", 0.0)))
+        with timed(folder, "cut and check"):
+            finish(setting, streamed=streamed)
+    with timed(folder, "evaluate"):
         evaluate_all(setting)
     prove_budgets(setting)
     folder.note(peak_memory_mb=environment.peak_memory_mb(setting.device))
@@ -120,7 +134,8 @@ def same_data(setting: Setting) -> None:
 
 
 @contextmanager
-def _timed(folder: RunFolder, stage: str) -> Iterator[None]:
+def timed(folder: RunFolder, stage: str) -> Iterator[None]:
+    """The manifest says how long the block took, with what earlier processes took for it."""
     started = time.monotonic()
     yield
     timings = folder.manifest().get("timings", {})
@@ -132,26 +147,41 @@ def _timed(folder: RunFolder, stage: str) -> Iterator[None]:
 
 def train(setting: Setting, watcher: Watcher | None = None, trackers: Trackers | None = None) -> None:
     """Search, settle and tune; the last checkpoint holds the result. Where a gate goes back, a new model goes on."""
-    checkpoints = shared(Checkpoints(setting.folder.checkpoints), setting.ranks)
-    observer = Recorder(setting, trackers or Trackers()) if setting.ranks.is_main else setting.console
-    teacher = teacher_of(setting, lambda: _model(setting, "tuned"))
+    teacher = teacher_of(setting, lambda: model_of(setting, "tuned"))
     setting.console.stage("tune and prune", setting.config.train.steps)
-    while not _tuned(setting, checkpoints, teacher, watcher, observer):
-        gc.collect()  # the model that went back lets go of its memory before another is loaded
+    tune(setting, teacher, watcher, trackers)
     if setting.ranks.world > 1 and setting.config.evaluate.dense_tuned and setting.config.distill.teacher != "dense":
-        _model(setting, "tuned")  # while all ranks are here
+        model_of(setting, "tuned")  # while all ranks are here
+
+
+def tune(
+    setting: Setting,
+    teacher: Teacher | None,
+    watcher: Watcher | None = None,
+    trackers: Trackers | None = None,
+    shaped: Callable[[Job], Job] = lambda job: job,
+) -> None:
+    """`train` with a teacher that is there; `shaped` gives the job another form."""
+    observer = Recorder(setting, trackers or Trackers()) if setting.ranks.is_main else setting.console
+    while not _tuned(setting, teacher, watcher, observer, shaped):
+        gc.collect()  # the model that went back lets go of its memory before another is loaded
 
 
 def _tuned(
-    setting: Setting, checkpoints: Keeper, teacher: Teacher | None, watcher: Watcher | None, observer: Observer
+    setting: Setting,
+    teacher: Teacher | None,
+    watcher: Watcher | None,
+    observer: Observer,
+    shaped: Callable[[Job], Job],
 ) -> bool:
     """Go on from the newest checkpoint; false where a gate went back on the way."""
+    checkpoints = shared(Checkpoints(setting.folder.checkpoints), setting.ranks)
     state = checkpoints.latest()
     if setting.ranks.is_main:
         setting.folder.forget_after(state.step if state else -1)
     try:
         job = job_of(setting, setting.to_train(), checkpoints, observer, teacher=teacher, watch=watcher)
-        tune_and_prune(job)
+        tune_and_prune(shaped(job))
     except WentBack:
         return False
     return True
@@ -232,18 +262,28 @@ def watched(examples: tuple[Example, ...], most: int) -> tuple[Example, ...]:
 
 def evaluate_all(setting: Setting) -> None:
     """Scores and speed of the dense, the dense tuned and the pruned model."""
+    evaluate_these(setting, ("pruned", *dense_models(setting.config)))
+    rewrite_card(setting.folder, setting.config, setting.sites)
+
+
+def dense_models(config: RunConfig) -> tuple[str, ...]:
+    """What a pruned model is scored beside."""
+    return ("dense", "tuned") if config.evaluate.dense_tuned else ("dense",)
+
+
+def evaluate_these(setting: Setting, names: Sequence[str]) -> None:
+    """Scores, and speed of all but the dense tuned model; what has scores is left as it is."""
     speeds: dict[str, Any] = setting.folder.manifest().get("speed", {})
-    for name in ("pruned", "dense", *(["tuned"] if setting.config.evaluate.dense_tuned else [])):
+    for name in names:
         if setting.folder.evaluation(name).exists():
             continue
-        model = _model(setting, name)
+        model = model_of(setting, name)
         setting.console.stage(f"evaluate {name}", 1)
         result = score(setting, model, setting.splits.test)
         if name != "tuned":
             speeds |= {name: measure(model).to_dict()}
             setting.folder.note(speed=speeds)
         write_text(setting.folder.evaluation(name), result.to_json())
-    rewrite_card(setting.folder, setting.config, setting.sites)
 
 
 def prove_budgets(setting: Setting) -> None:
@@ -267,7 +307,8 @@ def score(setting: Setting, model: Any, records: tuple[Record, ...]) -> Evaluati
     )
 
 
-def _model(setting: Setting, name: str) -> Any:
+def model_of(setting: Setting, name: str) -> Any:
+    """The "pruned" model as it is opened again, the "dense" one, or the "tuned" dense one."""
     if name == "pruned":
         # What runs here is code that this run generated and checked.
         own = setting.config.layout == "per-layer"

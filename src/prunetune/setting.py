@@ -110,7 +110,8 @@ def prepare(
     sites = find_sites(structure, config.budget.units)
     shape = shape_of(config, sites, structure.config)
     config, shape = budgeted(config, sites, shape, structure, device)
-    select({site.name: torch.zeros(site.units) for site in sites}, sites, config.budget.keep, shape)  # refuses in time
+    for keep in config.budget.keeps:  # refuses in time
+        select({site.name: torch.zeros(site.units) for site in sites}, sites, keep, shape)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     splits = load_splits(config.data, config.seed)
     context = context_of(structure)
@@ -245,7 +246,7 @@ def _bytes_needed(structure: Any, sites: tuple[Site, ...], config: RunConfig) ->
     if tunes_all(config.train, sites):
         adapter = max(adapter, total(sites))  # weights and momentum, 8 bytes each
     states = 8 if config.gates else 5  # gates may go back to two more
-    return states * 12 * adapter + 4 * weights + 64 * 2**20
+    return len(config.budget.keeps) * (states * 12 * adapter + 4 * weights) + 64 * 2**20
 
 
 def facts_of(setting: Setting) -> dict[str, Any]:

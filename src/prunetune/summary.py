@@ -18,6 +18,8 @@ WORKLOAD = WorkloadConfig()
 def of_run(folder: Path) -> str:
     """Sizes, scores beside the dense model, and where to look."""
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    if "sizes" in manifest:
+        return _of_sizes(folder, manifest)
     dense, pruned, check = manifest["model"], manifest["pruned"], manifest["selfcheck"]
     removed = 1 - pruned["decoder_params"] / dense["decoder_params"]
     lines = [
@@ -26,6 +28,7 @@ def of_run(folder: Path) -> str:
         f"self-check          {check['max_relative']:.1e} relative (limit {check['limit']:.0e})",
         *_budgets(manifest.get("budgets", [])),
         *_gates(manifest.get("gates", {}), manifest.get("validation", {})),
+        *_limits(manifest.get("gain", {})),
     ]
     speed = manifest.get("speed", {})
     if {"dense", "pruned"} <= set(speed):
@@ -51,11 +54,7 @@ def _gates(gates: dict[str, Any], validation: dict[str, Any]) -> list[str]:
         f"gate                step {event['step']}: {event['did']} ({event['gates'][0]})"
         for event in gates.get("events", [])
     ]
-    lines += [
-        f"gate                {limit['gate']}: {limit['found']:.4g}, limit {limit['limit']:.4g}"
-        f"{'' if limit['held'] else ', OUTSIDE'}"
-        for limit in gates.get("limits", [])
-    ]
+    lines += _limits(gates)
     if gates and (gates["kept"] or 0) > gates["keep_asked"]:
         lines.append(
             f"budget              {gates['kept']:.1%} remains, {gates['keep_asked']:.0%} was asked for: a gate held it"
@@ -65,6 +64,39 @@ def _gates(gates: dict[str, Any], validation: dict[str, Any]) -> list[str]:
             f"validation          every {validation['every']} steps, {validation['share']:.1%} of the tuning time"
         )
     return lines
+
+
+def _limits(gates: dict[str, Any]) -> list[str]:
+    return [
+        f"gate                {limit['gate']}: {limit['found']:.4g}, limit {limit['limit']:.4g}"
+        f"{'' if limit['held'] else ', OUTSIDE'}"
+        for limit in gates.get("limits", [])
+        if limit["found"] is not None
+    ]
+
+
+def _of_sizes(folder: Path, manifest: dict[str, Any]) -> str:
+    """A line a size: what it keeps, its mean scores, its speed beside the dense model's."""
+    lines = [f"{'keep':>6}  {'parameters':>11}  {'speed':>7}  {'scores (means over tasks)':<40}  checkpoint"]
+    for place in manifest["sizes"]:
+        file = folder / place / "manifest.json"
+        own = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        if "pruned" not in own:
+            lines.append(f"{Path(place).name:>6}  not made")
+            continue
+        speed = own.get("gain", {}).get("speed", {}).get("throughput", {}).get("median")
+        shown = "–" if speed is None else f"x{speed:.2f}"
+        params = f"{own['pruned']['params'] / 1e6:,.1f} M"
+        scores = _means(folder / place / "evaluation" / "pruned.json")
+        lines.append(f"{Path(place).name:>6}  {params:>11}  {shown:>7}  {scores:<40}  {folder / place / 'model'}")
+    return "\n".join([*lines, "", f"report     {folder / 'report.html'}"])
+
+
+def _means(file: Path) -> str:
+    found = Evaluation.from_json(file.read_text(encoding="utf-8"))
+    metrics = dict.fromkeys(headline(result) for result in found.tasks.values())
+    scores = {metric: found.mean(metric) for metric in metrics}
+    return ", ".join(f"{metric} {score.value:.3f} ±{score.se:.3f}" for metric, score in scores.items())
 
 
 def _millions(dense: dict[str, Any], pruned: dict[str, Any], key: str) -> str:

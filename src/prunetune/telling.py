@@ -53,10 +53,15 @@ def told(folder: RunFolder, config: RunConfig, command: str) -> Iterator[None]:
 
 def outside(setting: Setting) -> None:
     """Raises `GateFailed` where the run ended outside a gate; what it made is there."""
-    limits = setting.folder.manifest().get("gates", {}).get("limits", [])
+    manifest = setting.folder.manifest()
+    limits = [limit for part in ("gates", "gain") for limit in manifest.get(part, {}).get("limits", [])]
     broken = [limit for limit in limits if not limit["held"]]
     if broken:
+        words = "; and ".join(
+            limit.get("says") or f"{limit['gate']}, limit {limit['limit']:.4g}, found {limit['found']:.4g}"
+            for limit in broken
+        )
         raise GateFailed(
-            f"{setting.folder.path} ended outside a gate: {broken[0]['gate']}, limit {broken[0]['limit']:.4g}, "
-            f"found {broken[0]['found']:.4g}; model and report are there, to look at before they are used"
+            f"{setting.folder.path} ended outside a gate: {words}; "
+            "model and report are there, to look at before they are used"
         )

@@ -91,15 +91,23 @@ def _lines(file: Path) -> tuple[Line, ...]:
 
 def follow(path: Path, *, console: Console | None = None, every: float = EVERY) -> None:
     """Show a run until it has ended or has been silent for a quarter of an hour; raises `RunFolderError` for none."""
-    folder, config = open_run(path)
+    open_run(path)
     console = console or Console(file=sys.stdout)
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
-            now = look(folder, config)
+            now = look(*current(path))
             live.update(picture(now), refresh=True)
             if now.ended or now.silent > QUIET:
                 return
             time.sleep(every)
+
+
+def current(path: Path) -> tuple[RunFolder, RunConfig]:
+    """The run; of several sizes the one that was begun last, until all are done."""
+    sizes = [recipe.parent for recipe in path.glob("sizes/*/config.yaml")]
+    if not sizes or look(*open_run(path)).ended:
+        return open_run(path)
+    return open_run(max(sizes, key=lambda place: (place / "config.yaml").stat().st_mtime))
 
 
 def picture(now: Look) -> RenderableType:

@@ -10,7 +10,7 @@ from prunetune.bench.options import BenchOptions
 from prunetune.errors import ConfigError
 from prunetune.evaluation.optional import require
 from prunetune.model.loading import load_config, locate
-from prunetune.suites.targets import checkpoint_of, gguf_at, run_config
+from prunetune.suites.targets import checkpoint_of, gguf_at, run_config, sizes_in
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,19 @@ def named(models: Sequence[str], options: BenchOptions) -> tuple[Named, ...]:
 
     Raises a `PrunetuneError` where a name leads nowhere, a package is missing, or the prompt does not fit.
     """
+    models = [each for name in models for each in _sizes(name)]
     given = [_one(name, options) for name in models]
     dense = list(_dense(models, options)) if options.dense else []
     found = tuple({one.source: one for one in [*dense, *given]}.values())
     for one in found:
         _fits(one, options)
     return found
+
+
+def _sizes(name: str) -> list[str]:
+    """All sizes of a run of several; else what is named."""
+    run = Path(name).expanduser()
+    return list(map(str, sizes_in(run))) if run_config(run) is not None and sizes_in(run) else [name]
 
 
 def _one(name: str, options: BenchOptions) -> Named:
@@ -54,7 +61,7 @@ def _dense(models: Sequence[str], options: BenchOptions) -> Iterator[Named]:
 
 
 def _fits(model: Named, options: BenchOptions) -> None:
-    context, wanted = _context(model), options.prompt + options.generate
+    context, wanted = _positions(model), options.prompt + options.generate
     if context and wanted > context:
         raise ConfigError(
             f"model {model.label}: --prompt {options.prompt} and --generate {options.generate} make {wanted} tokens, "
@@ -62,11 +69,15 @@ def _fits(model: Named, options: BenchOptions) -> None:
         )
 
 
-def _context(model: Named) -> int:
-    """Positions that the model knows; 0 where it says none."""
+def _positions(model: Named) -> int:
     if model.llama_cpp:
-        from prunetune.bench.llamacpp import context_of
+        from prunetune.bench.llamacpp import context_of as gguf_context
 
-        return context_of(Path(model.source))
-    config = load_config(model.source, trust_remote_code=model.trust).get_text_config()
+        return gguf_context(Path(model.source))
+    return context_of(model.source, trust_remote_code=model.trust)
+
+
+def context_of(source: str, *, trust_remote_code: bool) -> int:
+    """Positions that a model for transformers knows; 0 where it says none."""
+    config = load_config(source, trust_remote_code=trust_remote_code).get_text_config()
     return int(getattr(config, "max_position_embeddings", 0) or 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from prunetune import environment
 from prunetune.bench.named import named
@@ -42,3 +43,15 @@ def measure_models(models: Sequence[str], options: BenchOptions = DEFAULTS, *, o
     return summarised(
         [model.label for model in given], facts, measured, options=options, versions=environment.versions()
     )
+
+
+def measure_here(models: Sequence[str], options: BenchOptions = DEFAULTS, *, opener: Opener = opened) -> Bench:
+    """The same in this process: nothing is started, and there is no peak of memory that would be one model's own."""
+    batches = options.batches
+    given = named(models, options)
+    runners = [opener(model, options) for model in given]
+    measured = take_turns(runners, batches, options.runs)
+    for cell in (cell for cells in measured for cell in cells):
+        cell.samples = [replace(sample, peak_bytes=None) for sample in cell.samples]
+    labels, facts = [model.label for model in given], [runner.facts() for runner in runners]
+    return summarised(labels, facts, measured, options=options, versions=environment.versions())

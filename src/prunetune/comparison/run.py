@@ -47,6 +47,8 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
     Raises a `PrunetuneError` for what the user can mend, before anything is written where that can be known; what goes
     wrong in one cell stands in its file. `GateFailed` where every cell went wrong.
     """
+    if config.budget.sizes:
+        raise ConfigError("budget.keep names several sizes of one run: name budgets to compare in compare.keeps")
     methods = methods_of(config)
     if config.compare.keeps and config.budget.amounts():
         raise ConfigError(

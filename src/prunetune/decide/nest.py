@@ -5,8 +5,10 @@ A width is the number of units that each open lane of a site keeps; a lane is op
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from prunetune.model.units import Site, inner_sites
@@ -16,9 +18,14 @@ Widths = Mapping[str, int]  # site name -> units that a lane keeps
 
 
 class Nest:
-    """Sites with the sites inside them, and their units ranked by score in each lane; ties go by index."""
+    """Sites with the sites inside them, and their units ranked by score in each lane; ties go by index.
 
-    def __init__(self, sites: Sequence[Site], scores: Mapping[str, Tensor] | None = None) -> None:
+    With `within`, what that plan does not keep ranks last, and `most` says how many there are before it.
+    """
+
+    def __init__(
+        self, sites: Sequence[Site], scores: Mapping[str, Tensor] | None = None, within: Plan | None = None
+    ) -> None:
         self.sites = tuple(sites)
         self.named = {site.name: site for site in sites}
         self.inner = inner_sites(sites)
@@ -29,10 +36,17 @@ class Nest:
             if name in scores
         }
         self.order = {name: lanes.argsort(dim=1, descending=True, stable=True) for name, lanes in self.scores.items()}
+        if within is not None:
+            self.order = {name: kept_first(order, within.kept[name]) for name, order in self.order.items()}
+        self.limits = {site.name: _longest_lane(site, within.kept[site.name]) for site in sites} if within else {}
 
     def outer(self, site: Site) -> Site | None:
         """The site around this one."""
         return self.named[site.within] if site.within else None
+
+    def most(self, site: Site) -> int:
+        """Most units that a lane may keep."""
+        return self.limits.get(site.name, site.length)
 
     def ranked(self, site: Site) -> Tensor:
         """Scores by rank, the best first, as a mean over lanes: [units of a lane]."""
@@ -75,3 +89,14 @@ class Nest:
     def best(self, site: Site) -> float:
         """Score of the unit that comes first."""
         return float(self.ranked(site)[0])
+
+
+def kept_first(order: Tensor, kept: Sequence[int]) -> Tensor:
+    """[lanes, units of a lane] indices by rank, those of kept units before all others; else as they were."""
+    gone = torch.ones(order.shape, dtype=torch.bool)
+    gone.view(-1)[list(kept)] = False
+    return order.gather(1, gone.gather(1, order).long().argsort(dim=1, stable=True))
+
+
+def _longest_lane(site: Site, kept: Sequence[int]) -> int:
+    return max(Counter(unit // site.length for unit in kept).values(), default=0)

@@ -28,10 +28,11 @@ __all__ = ["Scores", "Shape", "default_align", "feasible_keep", "floor", "floor_
 Scores = Mapping[str, Tensor]  # site name -> one score per unit; higher stays
 
 
-def select(scores: Scores, sites: Sequence[Site], keep: float, shape: Shape) -> Plan:
+def select(scores: Scores, sites: Sequence[Site], keep: float, shape: Shape, *, within: Plan | None = None) -> Plan:
     """The plan of the highest scores that keeps at most `keep` of the prunable parameters.
 
     Under `shape.limits`, `keep` says how far these have come (`budget.limits`), and the plan is within all of them.
+    `within` is a larger plan of the same shape: only what it keeps may stay, and a plan is maximal inside it.
     Raises `PlanError` with the smallest feasible keep where even the floors are above the target.
     """
     caps = shape.limits.at(keep) if shape.limits else ()
@@ -45,7 +46,7 @@ def select(scores: Scores, sites: Sequence[Site], keep: float, shape: Shape) -> 
             f"for layout {shape.layout} with budget.align {shape.align}: "
             "raise budget.keep, or lower budget.align or budget.min_groups"
         )
-    nest = Nest(sites, scores)
+    nest = Nest(sites, scores, within)
     room = Room(nest, caps)
     if caps and not room.holds(floor_widths(nest, shape)):
         raise PlanError(
@@ -86,7 +87,7 @@ def _free(nest: Nest, target: int, shape: Shape, room: Room) -> dict[str, int]:
     offers = [
         (-min(score, _cap(nest, site, widths)), order, width, block)
         for order, site in enumerate(nest.sites)
-        for score, width, block in _blocks(nest.ranked(site), site, widths[site.name], shape)
+        for score, width, block in _blocks(nest.ranked(site)[: nest.most(site)], site, widths[site.name], shape)
     ]
     # Blocks of one site come in descending score, so taking the best offers first never skips within a site ...
     closed: set[str] = set()
@@ -119,7 +120,7 @@ def _cap(nest: Nest, site: Site, widths: Mapping[str, int]) -> float:
 
 def _blocks(ranked: Tensor, site: Site, width: int, shape: Shape) -> list[tuple[float, int, int]]:
     """(mean score, width below, size) of each block above `width`; the last block takes what is left."""
-    edges = [*range(width, site.length, step(site, shape)), site.length]
+    edges = [*range(width, len(ranked), step(site, shape)), len(ranked)]
     sums = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.double().cumsum(0)])[edges].tolist()
     return [
         ((sums[i + 1] - sums[i]) / (high - low), low, high - low)

@@ -40,7 +40,8 @@ class Uniform:
         self.nest, self.shape = nest, shape
         self.free = replace(shape, protected=frozenset())  # a layer that stays may be as narrow as all
         self.layers = tuple(site for site in nest.sites if site.kind == "layers")
-        self.count = len({site.layer for site in nest.sites})
+        whole = [site.name for site in self.layers if nest.most(site)]
+        self.count = len(whole) if self.layers else len({site.layer for site in nest.sites})
         first = nest.sites[0].layer
         self.template: dict[Kind, Site] = {site.kind: site for site in nest.sites if site.layer == first}
         self._refuse()
@@ -58,7 +59,11 @@ class Uniform:
 
     def _range(self, kind: Kind, *, least: int = 1) -> range:
         site = self.template.get(kind)
-        return range(max(least, floor_width(site, self.free)), site.length + 1) if site else range(1)
+        return range(max(least, floor_width(site, self.free)), self._most(kind) + 1) if site else range(1)
+
+    def _most(self, kind: Kind) -> int:
+        """Most units that a lane of any layer may keep."""
+        return max(self.nest.most(site) for site in self.nest.sites if site.kind == kind)
 
     def counts(self) -> Iterator[Counts]:
         """All that are legal."""
@@ -81,8 +86,8 @@ class Uniform:
         site = next((self.template[kind] for kind in CHANNELS if kind in self.template), None)
         if site is None:
             return [0]
-        size = step(site, self.free)
-        return [*range(floor_width(site, self.free), site.length, size), site.length]
+        size, most = step(site, self.free), self._most(site.kind)
+        return [*range(floor_width(site, self.free), most, size), most]
 
     def widths(self, counts: Counts, channels: int) -> dict[Kind, int]:
         """Units that a lane keeps, by kind."""
@@ -142,7 +147,10 @@ class Uniform:
         """Those that have to stay, then the best."""
         if not self.layers:
             return {site.layer for site in self.nest.sites}
-        ranked = sorted(self.layers, key=lambda site: (-floor_width(site, self.shape), -self._best(site), site.layer))
+        ranked = sorted(
+            self.layers,
+            key=lambda site: (-floor_width(site, self.shape), -self.nest.most(site), -self._best(site), site.layer),
+        )
         return {site.layer for site in ranked[:number]}
 
     def _best(self, site: Site) -> float:

@@ -42,6 +42,9 @@ class Source:
         """A run folder or a model folder; raises `ModelError` or `PlanError` where a part is missing or odd."""
         recipe = path / "config.yaml"
         if recipe.is_file():
+            sizes = sorted(map(str, (path / "sizes").glob("*")))
+            if sizes:
+                raise ModelError(f"{path}: the run has several sizes: export one of {', '.join(sizes)}")
             if not (path / "model").is_dir():
                 raise ModelError(f"{path}: the run is not finished (no model/): go on with `prunetune run --resume`")
             values = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}

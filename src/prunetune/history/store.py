@@ -189,7 +189,8 @@ def _unregistered(place: Path, known: set[str]) -> Iterator[dict[str, Any]]:
         except (PrunetuneError, OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
             continue  # no run folder of this version
         when = datetime.fromtimestamp(recipe.stat().st_mtime, UTC).isoformat(timespec="seconds")
-        status = "done" if folder.evaluation("pruned").exists() else "interrupted"
+        whole = folder.evaluation("pruned").exists() or ("sizes" in manifest and folder.bench.exists())
+        status = "done" if whole else "interrupted"
         status = "gate failed" if manifest.get("failed") else status
         command = manifest.get("command", "")
         own = {"status": status, "started": when, "ended": "", "process": ""}

@@ -60,7 +60,12 @@ def _smaller(manifest: Mapping[str, Any]) -> Answer:
 
 
 def _faster(manifest: Mapping[str, Any]) -> Answer:
+    """As measured in turns where the run did that, else one after the other."""
     ratios = {
+        kind: ratio
+        for kind in ("throughput", "decode", "prefill")
+        if (ratio := number(manifest, "gain", "speed", kind, "median")) is not None
+    } or {
         kind: pruned / dense
         for kind in ("decode", "prefill")
         if (dense := number(manifest, "speed", "dense", f"{kind}_tokens_per_s"))
@@ -114,8 +119,8 @@ def _times(count: int) -> str:
 
 
 def limits(manifest: Mapping[str, Any]) -> list[Limit]:
-    """The gates of a run."""
-    listed = lookup(manifest, "gates", "limits")
+    """The gates of a run, and the margins that its gain had to reach."""
+    listed = [one for part in ("gates", "gain") for one in _listed(manifest, part, "limits")]
     return [
         Limit(
             str(one.get("gate", "")),
@@ -123,9 +128,20 @@ def limits(manifest: Mapping[str, Any]) -> list[Limit]:
             text.decimal(number(one, "found")),
             one.get("held") is True,
         )
-        for one in (listed if isinstance(listed, list) else [])
+        for one in listed
         if isinstance(one, Mapping)
     ]
+
+
+def uneven(manifest: Mapping[str, Any]) -> list[str]:
+    """Widths that keep a model from the margin it missed; none where it reached it."""
+    missed = any(isinstance(one, Mapping) and one.get("held") is False for one in _listed(manifest, "gain", "limits"))
+    return [str(words) for words in _listed(manifest, "gain", "uneven")] if missed else []
+
+
+def _listed(manifest: Mapping[str, Any], *path: str) -> list[Any]:
+    found = lookup(manifest, *path)
+    return found if isinstance(found, list) else []
 
 
 def events(manifest: Mapping[str, Any]) -> list[Event]:
@@ -141,8 +157,7 @@ def events(manifest: Mapping[str, Any]) -> list[Event]:
 
 
 def _acts(manifest: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    listed = lookup(manifest, "gates", "events")
-    return [one for one in (listed if isinstance(listed, list) else []) if isinstance(one, Mapping)]
+    return [one for one in _listed(manifest, "gates", "events") if isinstance(one, Mapping)]
 
 
 def _joined(value: Any) -> str:

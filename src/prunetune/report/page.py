@@ -11,7 +11,7 @@ import jinja2
 
 from prunetune.evaluation.results import higher_is_better
 from prunetune.files import write_text
-from prunetune.report import course, facts, figures, heat, layers, outcome, samples, scores, summary, svg, text
+from prunetune.report import course, facts, figures, front, heat, layers, outcome, samples, scores, summary, svg, text
 from prunetune.report.folder import MODELS, RunFiles, lookup, number, read_run
 
 MODEL_NAMES = {"dense": "Dense, untuned", "tuned": "Dense, tuned", "pruned": "Pruned"}
@@ -30,13 +30,20 @@ def write_report(run_folder: Path) -> Path:
     The same files give the same bytes; an earlier page is replaced at once or not at all.
     Raises `RunFolderError` where the folder or its `config.yaml` is missing.
     """
-    target = run_folder / "report.html"
-    write_text(target, render(read_run(run_folder)))
+    target, run = run_folder / "report.html", read_run(run_folder)
+    if front.is_of_sizes(run):
+        write_text(target, _rendered("front.html.j2", front.content(run_folder, run)))
+    else:
+        write_text(target, render(run))
     return target
 
 
 def render(run: RunFiles) -> str:
-    """The page as HTML text."""
+    """The page of one size as HTML text."""
+    return _rendered("template.html.j2", _content(run))
+
+
+def _rendered(template: str, content: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
@@ -44,7 +51,7 @@ def render(run: RunFiles) -> str:
     environment.filters |= {
         "count": text.count, "decimal": text.decimal, "share": text.share, "runs": layers.runs,
     }  # fmt: skip
-    return environment.get_template("template.html.j2").render(_content(run))
+    return environment.get_template(template).render(content)
 
 
 def _content(run: RunFiles) -> dict[str, Any]:
@@ -76,6 +83,7 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "events": outcome.events(run.manifest),
         "watched": outcome.watched(run.manifest),
         "gates_failed": str(lookup(run.manifest, "failed") or ""),
+        "uneven": outcome.uneven(run.manifest),
         "kept_legend": figures.legend({svg.PRUNED: "kept", svg.GONE: "removed"}),
         "course": course.figures(run),
         "phases": course.phase_legend(spans),

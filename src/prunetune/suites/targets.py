@@ -59,6 +59,8 @@ def checkpoint_of(name: str, *, trust_remote_code: bool) -> tuple[str, bool]:
         locate(name)  # refuses in time
         return name, trust_remote_code
     folder = path / "model"
+    if not folder.is_dir() and sizes_in(path):
+        raise ModelError(f"{path}: this run has several sizes; name one of {', '.join(map(str, sizes_in(path)))}")
     if not folder.is_dir():
         raise ModelError(f"{path}: this run has no model yet; go on with it by prunetune run RECIPE --resume")
     # What opens here is code that the run generated and checked.
@@ -86,6 +88,12 @@ def run_config(path: Path) -> RunConfig | None:
     if not recipe.is_file() or (path / "config.json").exists():
         return None
     return from_mapping(yaml.safe_load(recipe.read_text(encoding="utf-8")), where=str(recipe))
+
+
+def sizes_in(run: Path) -> list[Path]:
+    """The folders of a run of several sizes that have a model, the largest first; each is a run folder itself."""
+    found = [place for place in (run / "sizes").glob("*") if (place / "model").is_dir()]
+    return sorted(found, key=lambda place: place.name, reverse=True)  # "0.8", "0.65": shares
 
 
 def _kept(path: Path) -> Evaluation:

@@ -16,6 +16,7 @@ from prunetune.model.linears import COLUMNS, ROWS, is_transposed, linear_of, sto
 from prunetune.model.sites import tuned_linears
 from prunetune.model.units import Site, gone_linears, kept_lines
 from prunetune.plan import Plan
+from prunetune.train.state import State
 
 NAME = "default"
 LARGE = 10**9  # prunable parameters from which `train.weights: auto` leaves it at adapters
@@ -101,8 +102,36 @@ def grow_state(
     return result
 
 
-def grow_weights(model: nn.Module, state: Mapping[str, Tensor], plan: Plan, sites: Iterable[Site]) -> None:
-    """Put weights of a cut model into the dense one, in place; what belongs to removed units becomes zero."""
+def put_back(model: nn.Module, state: State, sites: Sequence[Site], train: TrainConfig) -> None:
+    """Put what a state holds on the dense model with its adapters, in place; zero for removed units.
+
+    Weights that adapters were merged into take the dense ones' place in float32, as they were tuned, and the adapters
+    stay empty.
+    """
+    weights = state.tensors["adapters"]
+    if state.is_cut and tunes_all(train, sites):
+        assert state.plan is not None
+        grow_weights(model, weights, state.plan, sites, torch.float32)
+        return
+    named = adapters(model)
+    if state.is_cut:
+        assert state.plan is not None
+        weights = grow_state(weights, {name: each.shape for name, each in named.items()}, state.plan, sites)
+    for name, parameter in named.items():
+        parameter.data = weights[name].to(parameter.device)
+
+
+def grow_weights(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    plan: Plan,
+    sites: Iterable[Site],
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Put weights of a cut model into the dense one, in place; what belongs to removed units becomes zero.
+
+    They are stored in the dense model's dtype where no other is given.
+    """
     lines = kept_lines(plan, sites)
     for name, weight in state.items():
         linear = linear_of(model, name.removesuffix(".weight"))
@@ -112,7 +141,7 @@ def grow_weights(model: nn.Module, state: Mapping[str, Tensor], plan: Plan, site
                 place = stored_axis(linear, axis)
                 shape = [*weight.shape[:place], linear.weight.shape[place], *weight.shape[place + 1 :]]
                 weight = torch.zeros(shape, dtype=weight.dtype).index_copy(place, index, weight)
-        linear.weight.data = weight.to(linear.weight)
+        linear.weight.data = weight.to(linear.weight.device, dtype or linear.weight.dtype)
 
 
 def _name(module: str, axis: int) -> str:

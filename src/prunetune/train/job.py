@@ -17,7 +17,7 @@ from prunetune.plan import Plan
 from prunetune.train.distributed import ALONE, Ranks
 from prunetune.train.objectives import Teacher
 from prunetune.train.schedule import Schedule
-from prunetune.train.state import Keeper
+from prunetune.train.state import Keeper, State
 
 Record = dict[str, Any]
 
@@ -73,4 +73,5 @@ class Job:
     teacher: Teacher | None = None
     watch: Watch | None = None
     ranks: Ranks = ALONE
-    plan: Plan | None = None  # given for baselines: no search, only cut and tune
+    plan: Plan | None = None  # given for baselines and for further sizes: no search, only cut and tune
+    start: State | None = None  # of a larger size, whose weights are gone on with

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from prunetune.plan import Plan
 from prunetune.seeds import derive
-from prunetune.train.adapters import add_adapters
+from prunetune.train.adapters import add_adapters, put_back
 from prunetune.train.faults import Faults
 from prunetune.train.job import Job, Record
 from prunetune.train.passes import passes_for
@@ -29,6 +29,8 @@ def tune_and_prune(job: Job) -> Plan:
     model; and `GateFailed` where a gate stopped the run.
     """
     add_adapters(job.model, job.sites, job.config.lora, seed=derive(job.config.seed, "adapters"))
+    if job.start is not None:
+        put_back(job.model, job.start, job.sites, job.config.train)
     layers = spread(job.model, job.ranks)  # over ranks, where there are several and they are to share the weights
     passes = passes_for(job.model, job.sites, job.pad_id, job.config, job.teacher, job.ranks)
     passes = together(passes, job.model, job.ranks)  # from here on, losses and gradients are of whole batches

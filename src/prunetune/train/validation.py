@@ -71,6 +71,9 @@ class Validation:
         if state is not None:
             self.first = state.step
             self.seen = Seen.from_dict(state.seen) if state.seen else self.seen
+        elif self.job.start is not None and self.job.start.seen:  # the dense model was scored when the run began
+            dense = Seen.from_dict(self.job.start.seen).dense
+            self.seen = replace(self.seen, dense=dense, last=dense)
         elif self.job.watch and self.job.watch.reference and self.job.valid:
             scores, seconds = self._timed(None)
             self.seen = replace(self.seen, dense=scores, last=scores)

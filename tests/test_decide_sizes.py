@@ -1,0 +1,103 @@
+"""Laws of nested plans: each is inside the one before, on its own budget, and no block of the larger still fits."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from prunetune.budget.params import total
+from prunetune.decide.nest import kept_first
+from prunetune.decide.select import Shape, feasible_keep, floor_width, select
+from prunetune.decide.shape import step
+from prunetune.errors import PlanError
+from prunetune.model.masking import gates_of
+from prunetune.model.sites import dense_plan, kept_params
+from prunetune.model.units import Site
+from prunetune.plan import Plan
+from test_decide_nested import both, everywhere, random_scores, shape_for, sites_of
+from test_decide_select import GEOMETRIES, geometry
+
+SEEDS = 8
+
+
+def chain(sites: tuple[Site, ...], shape: Shape, seed: int, count: int = 4) -> list[tuple[float, Plan]]:
+    """Plans from near dense down to the smallest feasible one."""
+    scores, low = random_scores(sites, seed), feasible_keep(sites, shape)
+    plans: list[tuple[float, Plan]] = []
+    for place in range(count):
+        keep = low + (0.95 - low) * (1 - place / (count - 1)) ** 1.5
+        plans.append((keep, select(scores, sites, keep, shape, within=plans[-1][1] if plans else None)))
+    return plans
+
+
+def assert_nested(sites: tuple[Site, ...], plans: list[tuple[float, Plan]]) -> None:
+    for (_, larger), (_, smaller) in itertools.pairwise(plans):
+        assert all(set(smaller.kept[site.name]) <= set(larger.kept[site.name]) for site in sites)
+    for keep, plan in plans:
+        assert kept_params(sites, plan) <= keep * total(sites) * (1 + 1e-12)
+        gates_of(plan, sites)  # a shape that can be cut
+
+
+@everywhere
+@both
+def test_each_is_inside_the_one_before(family: str, layout: str) -> None:
+    sites = sites_of(family, layout == "uniform")
+    for seed in range(SEEDS):
+        assert_nested(sites, chain(sites, shape_for(layout), seed))
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@both
+def test_each_is_as_large_as_its_budget_lets_it_be(name: str, layout: str) -> None:
+    sites, align, legal = geometry(name)
+    shape = Shape(layout, align, 0, lambda groups: groups in legal)
+    for seed in range(SEEDS):
+        plans = chain(sites, shape, seed)
+        assert_nested(sites, plans)
+        if layout == "per-layer":
+            for (_, larger), (keep, smaller) in itertools.pairwise(plans):
+                assert_no_block_fits(sites, shape, larger, smaller, int(keep * total(sites) * (1 + 1e-12)))
+
+
+def assert_no_block_fits(sites: tuple[Site, ...], shape: Shape, larger: Plan, smaller: Plan, target: int) -> None:
+    left = target - kept_params(sites, smaller)
+    for site in sites:
+        more = len(larger.kept[site.name]) - len(smaller.kept[site.name])
+        assert not more or min(more, step(site, shape)) * site.unit_params > left
+        assert len(smaller.kept[site.name]) >= floor_width(site, shape)
+
+
+@both
+def test_inside_the_dense_plan_nothing_changes(layout: str) -> None:
+    sites = sites_of("qwen3", layout == "uniform")
+    for seed in range(SEEDS):
+        scores = random_scores(sites, seed)
+        plain = select(scores, sites, 0.6, shape_for(layout))
+        assert select(scores, sites, 0.6, shape_for(layout), within=dense_plan(sites)) == plain
+
+
+@everywhere
+@both
+def test_inside_holds_also_where_scores_would_choose_otherwise(family: str, layout: str) -> None:
+    """A larger plan of other scores: what it lacks does not come back."""
+    sites, shape = sites_of(family, layout == "uniform"), shape_for(layout)
+    for seed in range(SEEDS):
+        larger = select(random_scores(sites, seed), sites, 0.7, shape)
+        smaller = select(random_scores(sites, seed + 100), sites, 0.5, shape, within=larger)
+        assert_nested(sites, [(0.7, larger), (0.5, smaller)])
+
+
+def test_ranks_of_what_is_gone_come_last() -> None:
+    order = torch.tensor([[2, 0, 1], [0, 1, 2]])
+    assert kept_first(order, (1, 5)).tolist() == [[1, 2, 0], [2, 0, 1]]
+    assert kept_first(order, ()).tolist() == order.tolist()
+
+
+def test_below_the_floors_is_refused() -> None:
+    sites = sites_of("qwen3", False)
+    scores, shape = random_scores(sites, 0), shape_for("per-layer")
+    larger = select(scores, sites, 0.5, shape)
+    with pytest.raises(PlanError, match="below what is feasible"):
+        select(scores, sites, 0.9 * feasible_keep(sites, shape), shape, within=larger)

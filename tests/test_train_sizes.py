@@ -1,0 +1,108 @@
+"""Laws of going on with a larger size: its tuned weights, cut further, are what the first step sees."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from model_helpers import tiny
+from prunetune.decide.select import select
+from prunetune.model.masking import masked
+from prunetune.plan import Plan
+from prunetune.train.adapters import add_adapters, grow_weights, put_back, tunes_all
+from prunetune.train.job import Job
+from prunetune.train.loop import tune_and_prune
+from prunetune.train.objectives import mean_loss
+from prunetune.train.state import State
+from test_train_loop import config_of, identical, job_of, losses, weights_of
+
+both = pytest.mark.parametrize("weights", ["all", "adapters"])
+families = pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+
+
+class Keeps:
+    """Holds the newest state, as a folder would."""
+
+    def __init__(self) -> None:
+        self.state: State | None = None
+
+    def save(self, state: State) -> None:
+        self.state = replace(state, tensors={k: {n: t.clone() for n, t in v.items()} for k, v in state.tensors.items()})
+
+    def latest(self) -> State | None:
+        return self.state
+
+
+def larger(weights: str, family: str) -> State:
+    """A size that was searched, cut and tuned."""
+    keeper = Keeps()
+    tune_and_prune(job_of(config_of({"train": {"weights": weights}}), family=family, keeper=keeper))
+    assert keeper.state is not None
+    return keeper.state
+
+
+def smaller(state: State, weights: str, family: str, **train: Any) -> tuple[Job, Plan]:
+    """The job of a size inside it."""
+    config = config_of({"budget": {"keep": 0.4}, "train": {"weights": weights, "steps": 3, **train}})
+    job = job_of(config, family=family)
+    rng = torch.Generator().manual_seed(5)
+    scores = {site.name: torch.randn(site.units, generator=rng) for site in job.sites}
+    plan = select(scores, job.sites, 0.4, job.shape, within=state.plan)
+    return replace(job_of(config, family=family, plan=plan), start=state), plan
+
+
+@both
+@families
+def test_the_first_step_sees_the_tuned_weights_cut_further(weights: str, family: str) -> None:
+    state = larger(weights, family)
+    job, plan = smaller(state, weights, family)
+    assert plan != state.plan
+    dense = tiny(family)
+    if weights == "adapters":
+        add_adapters(dense, job.sites, job.config.lora, seed=9)
+    put_back(dense, state, job.sites, job.config.train)
+    with masked(dense, plan, sites=job.sites):
+        expected = mean_loss(dense, job.train.batch(0), job.pad_id, job.config.train.micro_tokens)
+    assert tune_and_prune(job) == plan
+    assert losses(job)[0] == pytest.approx(expected, rel=1e-5)
+    assert [record["phase"] for record in job.observer.steps] == ["tune"] * 3  # type: ignore[attr-defined]
+
+
+@both
+def test_without_a_step_it_is_the_larger_ones_lines(weights: str) -> None:
+    """At a learning rate of next to nothing, each weight is the larger size's at the rows and columns that stay."""
+    state = larger(weights, "llama")
+    still: dict[str, Any] = {"learning_rate": 1e-30, "weights_rate": 1e-30}
+    job, plan = smaller(state, weights, "llama", **still)
+    tune_and_prune(job)
+    assert state.plan is not None
+    held = state.tensors["adapters"]
+    for name, weight in weights_of(job).items():
+        index = [
+            [place for place, unit in enumerate(state.plan.kept[site.name]) if unit in set(plan.kept[site.name])]
+            for site in job.sites
+            if name.startswith(f"{site.name}.") and "down_proj" in name and "lora_B" not in name
+        ]
+        if index:
+            assert torch.equal(weight, held[name][:, index[0]])
+
+
+def test_weights_go_on_in_the_precision_they_were_tuned_in() -> None:
+    state = larger("all", "llama")
+    half = tiny("llama").to(torch.bfloat16)
+    job, _ = smaller(state, "all", "llama")
+    add_adapters(half, job.sites, job.config.lora, seed=0)
+    put_back(half, state, job.sites, job.config.train)
+    again = tiny("llama")
+    assert state.plan is not None
+    grow_weights(again, state.tensors["adapters"], state.plan, job.sites)
+    assert tunes_all(job.config.train, job.sites)
+    grown = {name: tensor for name, tensor in again.state_dict().items() if name in state.tensors["adapters"]}
+    found = {
+        name: half.get_submodule(name.removesuffix(".weight")).get_parameter("base_layer.weight") for name in grown
+    }
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    assert identical(grown, found)
