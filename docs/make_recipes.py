@@ -7,7 +7,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from prunetune.config import RunConfig, paths
+from prunetune.config import RunConfig
+from prunetune.options import paths
 
 TARGET = Path(__file__).with_name("recipes.md")
 INTRODUCTION = """\
@@ -36,7 +37,7 @@ which is a recipe itself. Recipes that come along: [recipes/](../recipes).
 
 def page() -> str:
     """The whole page."""
-    options = paths()
+    options = paths(RunConfig)
     sections: dict[str, list[str]] = {}
     for path in options:
         sections.setdefault(path.rpartition(".")[0], []).append(path)

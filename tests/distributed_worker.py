@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from model_helpers import tiny
-from prunetune.config import from_mapping, merged
+from prunetune.config import from_mapping
 from prunetune.data.templates import Example
 from prunetune.errors import PrunetuneError
 from prunetune.export import selfcheck
@@ -22,6 +22,7 @@ from prunetune.export.write import Written
 from prunetune.model.loading import load
 from prunetune.model.sites import find_sites
 from prunetune.model.units import USUAL
+from prunetune.options import merged
 from prunetune.pipeline import run
 from prunetune.train import loop
 from prunetune.train.distributed import ALONE, Ranks, join

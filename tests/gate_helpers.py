@@ -12,12 +12,13 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from model_helpers import tiny
-from prunetune.config import RunConfig, from_mapping, merged
+from prunetune.config import RunConfig, from_mapping
 from prunetune.data.batches import Stream
 from prunetune.data.templates import Example
 from prunetune.decide.select import Shape
 from prunetune.gates import Gate
 from prunetune.model.sites import find_sites
+from prunetune.options import merged
 from prunetune.plan import Plan
 from prunetune.train.adapters import adapters
 from prunetune.train.job import Job

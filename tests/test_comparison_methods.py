@@ -10,9 +10,10 @@ import yaml
 
 from prunetune.comparison.cells import Cell, best_rate, grid_of
 from prunetune.comparison.methods import BUILT_IN, methods_of
-from prunetune.config import RunConfig, from_mapping, merged
+from prunetune.config import RunConfig, from_mapping
 from prunetune.decide.baselines import BASELINES
 from prunetune.errors import ConfigError
+from prunetune.options import merged
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,9 +15,10 @@ import prunetune.comparison.work as work
 from data_helpers import write_lines
 from evaluate_helpers import characters, speaker
 from prunetune.comparison.run import compare
-from prunetune.config import RunConfig, from_mapping, merged
+from prunetune.config import RunConfig, from_mapping
 from prunetune.decide.baselines import BASELINES
 from prunetune.errors import ConfigError, GateFailed, PlanError, PrunetuneError, RunFolderError
+from prunetune.options import merged
 from prunetune.train.loop import tune_and_prune
 
 RECIPE: dict[str, Any] = {

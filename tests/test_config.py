@@ -14,13 +14,14 @@ import pytest
 import yaml
 
 from prunetune.cli import app
-from prunetune.config import RunConfig, from_mapping, load_recipe, merged, paths, to_mapping
+from prunetune.config import RunConfig, from_mapping, load_recipe, to_mapping
 from prunetune.errors import ConfigError
 from prunetune.flags import given, optional_twin
+from prunetune.options import merged, paths
 
 ROOT = Path(__file__).parents[1]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-OPTIONS = paths()
+OPTIONS = paths(RunConfig)
 
 
 def kind_of(path: str) -> Any:

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from data_helpers import write_lines
 from evaluate_helpers import characters, speaker
 from prunetune import files, telling, trackers
-from prunetune.config import RunConfig, from_mapping, merged
+from prunetune.config import RunConfig, from_mapping
 from prunetune.files import is_disk_full, write_text
+from prunetune.options import merged
 from prunetune.pipeline import run
 from prunetune.train import state
 from prunetune.train.state import Checkpoints

@@ -12,11 +12,12 @@ import torch
 
 from data_helpers import write_lines
 from evaluate_helpers import characters, speaker
-from prunetune.config import RunConfig, from_mapping, merged, to_mapping
+from prunetune.config import RunConfig, from_mapping, to_mapping
 from prunetune.console import PlainConsole
 from prunetune.errors import ConfigError, DataError, GateFailed
 from prunetune.gates import Gate, gate_text
 from prunetune.history import entries
+from prunetune.options import merged
 from prunetune.pipeline import run
 from prunetune.plan import Plan
 from prunetune.setting import prepare

@@ -16,6 +16,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 STOREYS: tuple[tuple[str, ...], ...] = (
     ("errors", "launch"),
     ("gates", "amounts"),
+    ("options",),
     ("seeds", "files", "plan", "config", "flags", "environment"),
     ("model",),
     ("data",),

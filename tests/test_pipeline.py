@@ -20,10 +20,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data_helpers import write_lines
 from evaluate_helpers import characters, speaker
 from prunetune import pipeline
-from prunetune.config import RunConfig, from_mapping, merged
+from prunetune.config import RunConfig, from_mapping
 from prunetune.errors import ConfigError, ModelError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.model.sites import find_sites, kept_params
+from prunetune.options import merged
 from prunetune.pipeline import run
 from prunetune.plan import Plan
 from prunetune.train.loop import tune_and_prune

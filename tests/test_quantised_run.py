@@ -16,11 +16,12 @@ from evaluate_helpers import characters, speaker
 from model_helpers import tiny
 from prunetune import pipeline, quantised
 from prunetune.comparison.methods import methods_of, read_variants
-from prunetune.config import RunConfig, from_mapping, merged
+from prunetune.config import RunConfig, from_mapping
 from prunetune.errors import ConfigError, MissingPackage, SelfCheckFailed
 from prunetune.model import four_bit
 from prunetune.model.four_bit import hold_in_four_bits, is_four_bit
 from prunetune.model.sites import find_sites, tuned_linears
+from prunetune.options import merged
 from prunetune.pipeline import run
 from prunetune.train.loop import tune_and_prune
 from test_train_loop import config_of as loop_config

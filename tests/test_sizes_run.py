@@ -21,13 +21,14 @@ from prunetune.bench.options import BenchOptions
 from prunetune.bench.widths import uneven
 from prunetune.budget.params import total
 from prunetune.comparison.run import compare
-from prunetune.config import RunConfig, from_mapping, merged, to_mapping
+from prunetune.config import RunConfig, from_mapping, to_mapping
 from prunetune.decide.select import select
 from prunetune.errors import ConfigError, GateFailed, ModelError, PlanError, RunFolderError
 from prunetune.export.source import Source
 from prunetune.folder import RunFolder, open_folder, open_run
 from prunetune.history.store import entries
 from prunetune.model.sites import find_sites, kept_params
+from prunetune.options import merged
 from prunetune.plan import Plan
 from prunetune.suites.targets import checkpoint_of
 from prunetune.summary import of_run

@@ -15,13 +15,14 @@ from torch import Tensor
 
 from model_helpers import random_plan, tiny
 from prunetune.budget.params import total
-from prunetune.config import RunConfig, from_mapping, merged
+from prunetune.config import RunConfig, from_mapping
 from prunetune.data.batches import Stream
 from prunetune.data.templates import Example
 from prunetune.decide.select import Shape
 from prunetune.errors import ModelError
 from prunetune.model.masking import gates_of
 from prunetune.model.sites import dense_plan, find_sites, kept_params
+from prunetune.options import merged
 from prunetune.plan import Plan
 from prunetune.train.adapters import (
     adapters,

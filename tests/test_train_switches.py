@@ -13,13 +13,14 @@ from torch import Tensor
 
 from model_helpers import random_plan, tiny, with_lora
 from prunetune.budget.params import total
-from prunetune.config import RunConfig, from_mapping, load_recipe, merged
+from prunetune.config import RunConfig, from_mapping, load_recipe
 from prunetune.data import packs
 from prunetune.decide.decision import Searcher
 from prunetune.decide.generator import FreeLogits, generator_for
 from prunetune.decide.select import Shape
 from prunetune.model.masking import gates_of, masked
 from prunetune.model.sites import find_sites, kept_params
+from prunetune.options import merged
 from prunetune.train.adapters import adapters, group_norms, soft_threshold
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import backward

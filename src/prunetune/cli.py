@@ -15,11 +15,12 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from prunetune.bench.options import BenchOptions
-from prunetune.config import RunConfig, Unit, WorkloadConfig, load_recipe, read_options
+from prunetune.config import RunConfig, Unit, WorkloadConfig, load_recipe
 from prunetune.errors import DataError, GateFailed, PrunetuneError
 from prunetune.eval_flags import HERE, Target
 from prunetune.flags import given, optional_twin
 from prunetune.launch import end, launched, lost, refusal, who
+from prunetune.options import read_options
 
 app = App(
     name="prunetune",

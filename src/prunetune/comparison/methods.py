@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import yaml
 
-from prunetune.config import RunConfig, from_mapping, merged, paths, to_mapping
+from prunetune.config import RunConfig, from_mapping, to_mapping
 from prunetune.decide.baselines import BASELINES
 from prunetune.errors import ConfigError
+from prunetune.options import merged, paths
 
 Kind = Literal["untuned", "dense", "two-stage", "one-stage"]
 NO_QUANTIZE = "models of a comparison share one dense model in memory, unquantised; leave lora.quantize out"
@@ -115,7 +116,7 @@ def _built_in() -> str:
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    options = paths()
+    options = paths(RunConfig)
     return [
         leaf
         for key, value in values.items()

@@ -9,9 +9,10 @@ from typing import Any
 
 import yaml
 
-from prunetune.config import RunConfig, paths
+from prunetune.config import RunConfig
 from prunetune.model.licence import Licence
 from prunetune.model.units import Site, kept_params, layout_of
+from prunetune.options import paths
 from prunetune.plan import Plan
 
 OWN_CODE = """`trust_remote_code` runs `configuration_pruned.py` and `modeling_pruned.py` of this folder.
@@ -153,7 +154,7 @@ def _recipe(config: RunConfig) -> str:
 
 def _flat(config: RunConfig) -> dict[str, Any]:
     found = {}
-    for path in paths():
+    for path in paths(RunConfig):
         value: Any = config
         for name in path.split("."):
             value = getattr(value, name)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prunetune.config import option, read_options
 from prunetune.errors import ConfigError
+from prunetune.options import option, read_options
 from prunetune.suites.naming import named
 
 UNSET = float("-inf")  # YAML cannot say it, so it never stands for a wish

@@ -20,8 +20,8 @@ from typing import Any, Literal
 
 import yaml
 
-from prunetune.config import merged, option, read_options
 from prunetune.errors import ConfigError, PrunetuneError
+from prunetune.options import merged, option, read_options
 from prunetune.suites.asking import Manner
 from prunetune.suites.limits import LEVEL, Limit, limits_of
 from prunetune.suites.naming import named
