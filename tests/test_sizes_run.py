@@ -150,8 +150,9 @@ def test_verbs_take_a_size_and_say_so(done: Path) -> None:
     with pytest.raises(ModelError, match="several sizes; name one of") as refused:
         checkpoint_of(str(done), trust_remote_code=False)
     assert all(name in str(refused.value) for name in own)
-    with pytest.raises(ModelError, match="several sizes: export one of"):
+    with pytest.raises(ModelError, match="several sizes: export one of") as refused:
         Source.open(done)
+    assert str(refused.value).endswith(", ".join(own))
     found = named([str(done)], BenchOptions(prompt=4, generate=2))  # a bench takes all of them
     assert [one.label for one in found[1:]] == own
 

@@ -42,7 +42,7 @@ class Source:
         """A run folder or a model folder; raises `ModelError` or `PlanError` where a part is missing or odd."""
         recipe = path / "config.yaml"
         if recipe.is_file():
-            sizes = sorted(map(str, (path / "sizes").glob("*")))
+            sizes = sorted((str(model.parent) for model in path.glob("sizes/*/model")), reverse=True)
             if sizes:
                 raise ModelError(f"{path}: the run has several sizes: export one of {', '.join(sizes)}")
             if not (path / "model").is_dir():
