@@ -15,7 +15,7 @@ import yaml
 
 from data_helpers import write_lines
 from evaluate_helpers import characters, speaker
-from prunetune import cli, pipeline, sizes, telling
+from prunetune import cli, finishing, pipeline, sizes, telling
 from prunetune.bench.named import named
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.widths import uneven
@@ -85,7 +85,7 @@ def done(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def only_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is written, scored or timed: what tuning left in the checkpoints is looked at."""
     for place, name in ((pipeline, "conclude"), (pipeline, "evaluate_these"), (sizes, "_share_dense")):
-        monkeypatch.setattr(place, name, lambda *_: None)
+        monkeypatch.setattr(place, name, lambda *_, **__: None)
     monkeypatch.setattr(sizes, "gained", lambda *_: None)
     monkeypatch.setattr(telling, "write_report", lambda _: None)
 
@@ -93,7 +93,7 @@ def only_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """No process opens what was written; other tests have that."""
-    monkeypatch.setattr(pipeline, "check", lambda *_: SOUND)
+    monkeypatch.setattr(finishing, "check", lambda *_, **__: SOUND)
 
 
 def of(run: Path, keep: float) -> Path:

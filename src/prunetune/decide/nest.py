@@ -81,9 +81,9 @@ class Nest:
         kept: dict[str, tuple[int, ...]] = {}
         for site in self.sites:  # outer ones first
             outer = self.outer(site)
-            lanes = site.owned_lanes(kept[outer.name] if outer else None, outer.units if outer else 1)
-            best = self.order[site.name][:, : widths[site.name]].tolist()
-            kept[site.name] = tuple(sorted(lane * site.length + unit for lane in lanes for unit in best[lane]))
+            lanes = torch.tensor(site.owned_lanes(kept[outer.name] if outer else None, outer.units if outer else 1))
+            best = self.order[site.name][lanes.long(), : widths[site.name]] + lanes.long()[:, None] * site.length
+            kept[site.name] = tuple(best.flatten().sort().values.tolist())
         return Plan(kept, {site.name: site.units for site in self.sites})
 
     def best(self, site: Site) -> float:
