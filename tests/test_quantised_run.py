@@ -14,7 +14,7 @@ import torch
 from data_helpers import write_lines
 from evaluate_helpers import characters, speaker
 from model_helpers import tiny
-from prunetune import pipeline, quantised
+from prunetune import finishing, pipeline, quantised
 from prunetune.comparison.methods import methods_of, read_variants
 from prunetune.config import RunConfig, from_mapping
 from prunetune.errors import ConfigError, MissingPackage, SelfCheckFailed
@@ -141,7 +141,7 @@ def weights_of_linears(model: Any) -> list[Any]:
 def test_a_merged_model_that_is_another_is_refused(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "round_to_four_bits", lambda *_, **__: None)  # merged into weights never tuned on
+    monkeypatch.setattr(finishing, "round_to_four_bits", lambda *_, **__: None)  # merged into weights never tuned on
     monkeypatch.setattr(quantised, "LIMIT", 1e-4)
     with pytest.raises(SelfCheckFailed, match="not the one that was tuned in 4 bits"):
         run(config_of(place, tmp_path / "run"))
