@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import give
 from transformers import LlamaConfig
 
 from prunetune.budget.anatomy import Anatomy, anatomy_of
@@ -134,7 +135,7 @@ def main() -> None:
         print(f"batch {batch}: table {built:.0f} s, all {time.monotonic() - begun:.0f} s", file=sys.stderr)
         for phase in PHASES:
             worst = max(abs(row["error"][phase]) for row in found)
-            line = json.dumps({
+            give({
                 "bar": "F2",
                 "case": f"{phase} of {'a tiny shape' if options.tiny else 'Llama-3-8B'}, prompt {workload.prompt}, "
                 f"{workload.generate} written, batch {workload.batch}, {options.runtime}: largest error of the table "
@@ -145,12 +146,7 @@ def main() -> None:
                 "value": round(worst, 4), "target": f"<= {TARGET}", "met": worst <= TARGET, "unit": "share",
                 "device": describe(device), "command": " ".join(["python", "benchmarks/latency.py", *sys.argv[1:]]),
                 "commit": commit()[:7],
-            })  # fmt: skip
-            if options.out:
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(line + "\n")
-            else:
-                print(line)
+            }, options.out)  # fmt: skip
 
 
 if __name__ == "__main__":

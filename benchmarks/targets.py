@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import give
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from prunetune.amounts import UNITS, Amount
@@ -234,12 +234,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="append rows to this file")
     options = parser.parse_args()
     for row in rows(options):
-        line = json.dumps(row, ensure_ascii=False)
-        if options.out:
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        else:
-            print(line)
+        give(row, options.out)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 
+import pytest
 import torch
 
 # Tests run in two processes, on models that only lose by sharing work; what they start inherits it.
@@ -14,3 +16,20 @@ torch.set_num_threads(1)
 # Code that tests generate is imported from here, not from the user's cache; set before transformers is imported.
 MODULES = tempfile.TemporaryDirectory(prefix="prunetune-modules-")
 os.environ["HF_MODULES_CACHE"] = MODULES.name
+
+
+@pytest.fixture
+def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run the command line: (exit code, stdout, stderr) of these arguments."""
+    from prunetune import cli
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()  # what was said before
+        monkeypatch.setattr("sys.argv", ["prunetune", *map(str, arguments)])
+        try:
+            code = cli._guarded()
+        except SystemExit as ended:  # how cyclopts ends a command that went well
+            code = int(ended.code or 0)
+        return (code, *capsys.readouterr())
+
+    return run

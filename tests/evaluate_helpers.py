@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from data_helpers import write_lines
 from model_helpers import tiny
 from prunetune.data.records import Record
 
@@ -27,6 +29,18 @@ def characters() -> Any:
 def speaker(family: str = "llama", **changes: Any) -> Any:
     """A tiny model with `characters`' vocabulary."""
     return tiny(family, **({"vocab_size": len(SPECIAL) + len(ALPHABET), "max_position_embeddings": 256} | changes))
+
+
+def furnished(folder: Path, count: int, *more: dict[str, Any]) -> Path:
+    """A model folder `dense`, and `rows.jsonl` of so many choices, as many open questions, and what is given."""
+    speaker().save_pretrained(folder / "dense")
+    characters().save_pretrained(folder / "dense")
+    rows = [
+        {"prompt": f"Case {n}: ", "choices": ["yes", "no"], "answer": n % 2, "task": "choice"} for n in range(count)
+    ]
+    rows += [{"prompt": f"Repeat {n}: ", "completion": f"{n} {n}", "task": "open"} for n in range(count)]
+    write_lines(folder / "rows.jsonl", *rows, *more)
+    return folder
 
 
 def choice(index: int, *, choices: tuple[str, ...] = ("heart", "head", "lung", "x"), **changes: Any) -> Record:

@@ -14,7 +14,6 @@ import torch
 import bench_helpers
 from data_helpers import subwords
 from export_helpers import run_folder
-from prunetune import cli
 from prunetune.bench import clock, energy
 from prunetune.bench.llamacpp import LlamaCppRunner, context_of
 from prunetune.bench.local import LocalRunner
@@ -221,19 +220,9 @@ def test_a_gguf_file_in_llama_cpp(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
-    """Run the command line: (exit code, stdout, stderr)."""
-
-    def told(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr("sys.argv", ["prunetune", "bench", *arguments])
-        try:
-            code = cli._guarded()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        return (code, *capsys.readouterr())
-
-    return told
+def say(say: Said) -> Said:
+    """`prunetune bench` with these arguments."""
+    return lambda *arguments: say("bench", *arguments)
 
 
 def test_a_run_beside_its_dense_model(say: Said, run: Path, tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from safetensors import SafetensorError
 import prunetune.pipeline
 from data_helpers import pairs, write_lines
 from evaluate_helpers import characters, speaker
-from prunetune import cli
 from prunetune.errors import GateFailed
 
 Said = Callable[..., tuple[int, str, str]]
@@ -31,22 +30,6 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
     speaker().save_pretrained(folder)
     characters().save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
-    """Run the command line: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["prunetune", *arguments])
-        try:
-            code = cli._guarded()
-        except SystemExit as ended:  # how cyclopts ends a command that went well
-            code = int(ended.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import yaml
 
 from data_helpers import pairs, write_lines
 from evaluate_helpers import characters, speaker
-from prunetune import cli
 from prunetune.budget.latency import PHASES, TRACKS, Table
 from prunetune.comparison.run import compare
 from prunetune.config import from_mapping
@@ -61,22 +60,6 @@ def _a_device_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prunetune.timing.stacks.CPU_CACHE", 1)
     monkeypatch.setattr(tables, "Meter", lambda *args: Meter(*args, tracks=tracks, seconds=sizes))
     monkeypatch.setattr("prunetune.timing.proof.seconds_of", sizes)
-
-
-@pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
-    """Run the command line: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr("sys.argv", ["prunetune", *arguments])
-        try:
-            code = cli._guarded()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        return (code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import pytest
 
 from data_helpers import subwords
 from export_helpers import reference_here, run_folder
-from prunetune import cli
 from prunetune.export import formats
 from prunetune.export.gguf import llamacpp, tensors
 from prunetune.export.gguf import write as gguf_write
@@ -19,20 +18,10 @@ Said = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Said:
-    """Run the command line: (exit code, stdout, stderr)."""
+def say(say: Said, monkeypatch: pytest.MonkeyPatch) -> Said:
+    """`prunetune export` with these arguments."""
     monkeypatch.setattr(llamacpp, "reference", reference_here)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr("sys.argv", ["prunetune", "export", *arguments])
-        try:
-            code = cli._guarded()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        return (code, *capsys.readouterr())
-
-    return run
+    return lambda *arguments: say("export", *arguments)
 
 
 @pytest.fixture(scope="module")

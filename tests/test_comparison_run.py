@@ -13,7 +13,7 @@ import prunetune.comparison.run
 import prunetune.comparison.scoring as scoring
 import prunetune.comparison.work as work
 from data_helpers import write_lines
-from evaluate_helpers import characters, speaker
+from evaluate_helpers import furnished
 from prunetune.comparison.run import compare
 from prunetune.config import RunConfig, from_mapping
 from prunetune.decide.baselines import BASELINES
@@ -38,14 +38,8 @@ RECIPE: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and data."""
-    folder = tmp_path_factory.mktemp("place")
-    speaker().save_pretrained(folder / "dense")
-    characters().save_pretrained(folder / "dense")
-    rows = [{"prompt": f"Case {n}: ", "choices": ["yes", "no"], "answer": n % 2, "task": "choice"} for n in range(20)]
-    rows += [{"prompt": f"Repeat {n}: ", "completion": f"{n} {n}", "task": "open"} for n in range(20)]
-    rows += [{"text": f"the quick fox {n} jumps", "task": "prose"} for n in range(20)]
-    write_lines(folder / "rows.jsonl", *rows)
-    return folder
+    prose = ({"text": f"the quick fox {n} jumps", "task": "prose"} for n in range(20))
+    return furnished(tmp_path_factory.mktemp("place"), 20, *prose)
 
 
 def config_of(place: Path, out: Path, **changes: Any) -> RunConfig:

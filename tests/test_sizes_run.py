@@ -13,8 +13,7 @@ import pytest
 import torch
 import yaml
 
-from data_helpers import write_lines
-from evaluate_helpers import characters, speaker
+from evaluate_helpers import furnished, speaker
 from prunetune import cli, finishing, pipeline, sizes, telling
 from prunetune.bench.named import named
 from prunetune.bench.options import BenchOptions
@@ -60,13 +59,7 @@ SOUND = SimpleNamespace(to_dict=lambda: {"ok": True, "max_relative": 0.0, "limit
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and data."""
-    folder = tmp_path_factory.mktemp("place")
-    speaker().save_pretrained(folder / "dense")
-    characters().save_pretrained(folder / "dense")
-    rows = [{"prompt": f"Case {n}: ", "choices": ["yes", "no"], "answer": n % 2, "task": "choice"} for n in range(24)]
-    rows += [{"prompt": f"Repeat {n}: ", "completion": f"{n} {n}", "task": "open"} for n in range(24)]
-    write_lines(folder / "rows.jsonl", *rows)
-    return folder
+    return furnished(tmp_path_factory.mktemp("place"), 24)
 
 
 def config_of(place: Path, out: Path, **changes: Any) -> RunConfig:

@@ -13,7 +13,6 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
-from prunetune import cli
 from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from prunetune.suites import evaluate_suite, suite_of
 from prunetune.suites.check import Check, check
@@ -177,19 +176,10 @@ Said = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Said:
+def say(say: Said, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Said:
+    """The command line, with a cache of its own."""
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["prunetune", *map(str, arguments)])
-        try:
-            code = cli._guarded()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+    return say
 
 
 TASKS: dict[str, Any] = {"organ": {"data": "chosen.jsonl", "scorer": "accuracy", "limits": {"relative": 1.0}}}

@@ -445,39 +445,7 @@ def test_settling_empties_the_adapters_of_removed_units(tmp_path: Path) -> None:
     assert removed_after / kept_after < 0.5 * removed_before / kept_before
 
 
-# -- schedule and losses ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("share", "settle"), [(0.4, 0.05), (1.0, 0.0), (0.01, 0.0), (0.5, 0.5)])
-@pytest.mark.parametrize("steps", [1, 2, 7, 100])
-def test_phases_come_in_order(steps: int, share: float, settle: float) -> None:
-    schedule = schedule_of(config_of({"train": {"steps": steps}, "search": {"share": share, "settle": settle}}))
-    order = ("search", "settle", "tune")
-    phases = [schedule.phase_at(step) for step in range(steps)]
-    assert phases[0] == "search"
-    assert phases == sorted(phases, key=order.index)
-    ends = [step for step in range(steps) if schedule.ends_phase(step)]
-    assert ends[-1] == steps - 1
-    changes = {step for step in range(steps - 1) if phases[step] != phases[step + 1]}
-    assert changes | {steps - 1} == set(ends)
-    keeps = [schedule.keep_at(step) for step in range(steps)]
-    assert keeps == sorted(keeps, reverse=True)
-    assert all(KEEP - 1e-12 <= keep <= 1 for keep in keeps)
-    assert schedule.keep_at(schedule.search - 1) == pytest.approx(KEEP)
-
-
-@pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
-@pytest.mark.parametrize("warmup", [0.0, 0.1, 1.0])
-def test_learning_rate_rises_then_falls(decay: str, warmup: float) -> None:
-    train = config_of({"train": {"steps": 50, "decay": decay, "warmup": warmup, "learning_rate": 2.0}}).train
-    rates = [learning_rate(step, train) for step in range(50)]
-    warm = round(50 * warmup)
-    assert all(0 < rate <= 2.0 for rate in rates)
-    assert rates[:warm] == sorted(rates[:warm])
-    assert rates[warm:] == sorted(rates[warm:], reverse=True)
-    if warm < 50:
-        assert rates[warm] == 2.0
-        assert learning_rate(50, train) == pytest.approx(2.0 if decay == "constant" else 0.2)
+# -- losses ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_loss_that_is_not_a_number_names_step_and_rows() -> None:

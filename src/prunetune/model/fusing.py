@@ -1,8 +1,8 @@
 """A model's norms and rotary embeddings as single kernels: compiled by PyTorch, for the length of a block.
 
-A small model's step is thousands of kernels of some microseconds each, and these two alone are half of them. Whole
-layers would fuse further, but compiling one that may have any width takes minutes; these take seconds, and no gate or
-adapter ever hangs on them.
+A small model's step is thousands of kernels of some microseconds each, and many of them are these two's. Whole layers
+would fuse further, but compiling one that may have any width takes minutes; these take seconds, and no gate or adapter
+ever hangs on them.
 """
 
 from __future__ import annotations
