@@ -101,7 +101,7 @@ def stopped(command: list[str], run: Path, step: int, *, kill_rank: bool = False
     while process.poll() is None and done(run) < step:
         time.sleep(0.1)
     if process.poll() is not None:
-        raise SystemExit(f"it ended before it could be stopped: {process.communicate()[1][-2000:]}")
+        raise SystemExit(f"it ended before it could be stopped: {process.communicate()[1][-6000:]}")
     started = time.monotonic()
     if kill_rank:
         os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)

@@ -5,10 +5,10 @@
 
 Random weights in a known shape, random tokens, the last third of a sequence is its answer; every run sees the same
 batches in the same order, with AdamW of one learning rate. `trainer`: Trainer and peft, eager, bfloat16; `dense`: our
-loop on the same adapters of the same model; `one-stage`: search, settling, cut and tuning without a teacher; `taught`: the same with the untuned
-model as teacher. Runs take turns. Prints JSON: time and tokens a second of the steps after the first fifth (in which
-passes are recorded and compiled), seconds of the whole, peak memory, losses, use of the device's arithmetic (MFU), and
-ratios to `trainer`.
+loop on the same adapters of the same model; `one-stage`: search, settling, cut and tuning without a teacher; `taught`:
+the same with the untuned model as teacher. Runs take turns. Prints JSON: time and tokens a second of the steps after
+the first fifth (in which passes are recorded and compiled), seconds of the whole, peak memory, losses, use of the
+device's arithmetic (MFU), and ratios to `trainer`.
 """
 
 from __future__ import annotations
