@@ -30,6 +30,7 @@ class Teacher:
     model: Any
     logits: float
     hidden: float
+    lends: bool = False  # its weights are the student's, see `model.shared`
 
 
 @dataclass(frozen=True)
