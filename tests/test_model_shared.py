@@ -2,36 +2,38 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model_helpers import ALL_FAMILIES, random_plan, relative, tiny, tokens, with_lora
+from model_helpers import ALL_FAMILIES, FAMILIES, random_plan, relative, tiny, tokens, with_lora
+from prunetune import Plan
 from prunetune.errors import PlanError
-from prunetune.model.four_bit import hold_in_four_bits
+from prunetune.model.four_bit import FourBitLinear, hold_in_four_bits
 from prunetune.model.masking import masked
-from prunetune.model.shared import cut_beside, let_go, twin
+from prunetune.model.shared import can_lend, cut_beside, let_go, twin
 from prunetune.model.sites import dense_plan, find_sites
 from prunetune.model.surgery import add_biases, cut_linears, merge_adapters
-from prunetune.model.units import USUAL
+from prunetune.model.units import USUAL, Site
 from prunetune.train.adapters import adapters
 from test_budget_memory import Live
+from test_model_four_bit import needs_nf4
 
-CPU = torch.device("cpu")
-FUSED = ("phi3", "glm", "glm4", "gpt_neox", "falcon", "bloom", "gpt_oss")  # all or some of their sites are copied
+TOLERANCE = 1e-6  # of what is the same terms in another order, in float32
 
 
-def held(*models: Any, but: str = "\0") -> int:
-    """Bytes of all storages of the weights and buffers of these models, each counted once."""
+def held(*models: Any) -> int:
+    """Bytes of all storages of weights and buffers, each counted once; without adapters."""
     tensors: Iterable[tuple[str, Tensor]] = (
         pair for model in models for pair in (*model.named_parameters(), *model.named_buffers())
     )
-    storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for name, one in tensors if but not in name}
-    return sum(storages.values())
+    storages = (one.untyped_storage() for name, one in tensors if ".lora_" not in name)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def says(model: Any) -> Tensor:
@@ -40,27 +42,31 @@ def says(model: Any) -> Tensor:
     return logits
 
 
-def shared(model: Any, other: Any) -> bool:
-    mine, others = dict(model.named_parameters()), dict(other.named_parameters())
-    return mine.keys() == others.keys() and all(
-        one.data_ptr() == others[name].data_ptr() and one is not others[name] for name, one in mine.items()
-    )
+def beside(family: str = "llama", *, four_bits: bool = False, **changes: Any) -> tuple[Any, Any, tuple[Site, ...]]:
+    """A student with adapters, its teacher, and the sites."""
+    model = tiny(family, **changes).requires_grad_(False)
+    sites = find_sites(model)
+    if four_bits:
+        hold_in_four_bits(model, sites, dtype=torch.float32, device=torch.device("cpu"))
+    teacher = twin(model)
+    return with_lora(model), teacher, sites
 
 
 # -- before the cut --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_a_twin_says_the_same_and_holds_nothing(family: str, tied: bool) -> None:
-    model = tiny(family, tie_word_embeddings=tied).requires_grad_(False)
-    before, size = says(model), held(model)
+def test_a_twin_says_the_same_and_holds_nothing(family: str) -> None:
+    model = tiny(family, tie_word_embeddings=family in FAMILIES).requires_grad_(False)
+    before, size, sites, plan = says(model), held(model), find_sites(model), random_plan(model)
     teacher = twin(model)
-    assert shared(model, teacher)
+    mine, others = dict(model.named_parameters()), dict(teacher.named_parameters())
+    assert mine.keys() == others.keys()
+    assert all(one.data_ptr() == others[name].data_ptr() and one is not others[name] for name, one in mine.items())
     assert held(model, teacher) == size
     with_lora(model)
-    assert not adapters(model).keys() & dict(teacher.named_parameters()).keys()
-    with masked(model, random_plan(tiny(family)), sites=find_sites(tiny(family))):
+    assert not any("lora" in name for name, _ in teacher.named_parameters())
+    with masked(model, plan, sites=sites):
         assert not torch.equal(says(model), before)
         assert torch.equal(says(teacher), before)
     assert teacher.config is not model.config
@@ -68,16 +74,17 @@ def test_a_twin_says_the_same_and_holds_nothing(family: str, tied: bool) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_all_weights_that_move_leave_the_twin_alone(dtype: torch.dtype) -> None:
+def test_weights_that_are_tuned_are_the_student_s_alone(dtype: torch.dtype) -> None:
     model = tiny("qwen2").to(dtype).requires_grad_(False)
     sites, plan, teacher = find_sites(model), random_plan(model), twin(model)
+    plan = Plan({**plan.kept, sites[1].name: tuple(range(sites[1].units))}, plan.units)  # one is not cut at all
     before = says(teacher)
     with_lora(model)
     cut_linears(model, plan, sites=sites)
     merge_adapters(model, trainable=True)
+    add_biases(model, {f"{sites[0].name}.o_proj": torch.ones(48)})
     for weight in adapters(model).values():
         weight.data.mul_(2)
-    add_biases(model, {})
     assert torch.equal(says(teacher), before)
 
 
@@ -86,22 +93,100 @@ def test_all_weights_that_move_leave_the_twin_alone(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_a_cut_beside_its_teacher_is_the_cut(family: str) -> None:
-    model, apart = (with_lora(tiny(family).requires_grad_(False)) for _ in range(2))
-    plain = tiny(family).requires_grad_(False)
-    sites, plan, before = find_sites(plain), random_plan(plain), says(plain)
-    student = twin(plain)
-    with_lora(student)
+    (student, teacher, sites), apart = beside(family), with_lora(tiny(family).requires_grad_(False))
+    plan, before, size = random_plan(tiny(family)), says(teacher), held(teacher)
     cut_linears(apart, plan, sites=sites)
-    cut_beside(student, plain, plan, sites=sites)
-    del model
-    assert relative(says(plain), before) < 1e-5  # the same terms in another order
-    assert relative(says(student), says(apart)) < 1e-6
-    mine, theirs = adapters(student), adapters(apart)
-    assert all(torch.equal(one, theirs[name]) for name, one in mine.items())
-    for (name, one), (other_name, other) in zip(student.named_parameters(), apart.named_parameters(), strict=True):
-        assert name == other_name
-        assert torch.equal(one, other), name
-    if family not in FUSED:
-        assert held(plain, student, but=".lora_") <= held(plain) + sum(
-            one.nbytes for name, one in student.named_parameters() if name.endswith("bias")
-        )
+    cut_beside(student, teacher, plan, sites=sites)
+    assert relative(says(teacher), before) < TOLERANCE
+    assert relative(says(student), says(apart)) < TOLERANCE
+    for (name, one), (other, expected) in zip(student.named_parameters(), apart.named_parameters(), strict=True):
+        assert (name, one.requires_grad) == (other, expected.requires_grad)
+        assert torch.equal(one, expected), name
+    copied = {part.module for site in sites if not can_lend(site) for part, _ in site.cuts()}
+    own = sum(
+        one.nbytes
+        for name, one in apart.named_parameters()
+        if name.endswith("bias") or any(name.startswith(f"{module}.") for module in copied)
+    )
+    assert size <= held(student, teacher) <= size + own
+
+
+def test_who_lends() -> None:
+    def lends(family: str, units: tuple[str, ...] = USUAL) -> set[str]:
+        return {site.kind for site in find_sites(tiny(family), units) if can_lend(site)}
+
+    assert lends("llama") == lends("qwen2") == lends("gemma3_text") == {"attention", "mlp"}
+    assert lends("gpt2") == {"mlp"}
+    assert lends("phi3") == lends("qwen3_moe", ("experts", "expert-channels")) == set()
+    assert lends("llama", ("kv-groups", "query-heads", "mlp-channels", "layers")) == {"mlp"}
+
+
+@needs_nf4
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_the_same_in_four_bits(family: str) -> None:
+    (student, teacher, sites), (apart, _, _) = (beside(family, four_bits=True) for _ in range(2))
+    plan, before, size = random_plan(tiny(family)), says(teacher), held(teacher)
+    assert held(student, teacher) == size
+    cut_linears(apart, plan, sites=sites)
+    cut_beside(student, teacher, plan, sites=sites)
+    assert relative(says(teacher), before) < TOLERANCE
+    assert torch.equal(says(student), says(apart))
+    biases = sum(one.bias.nbytes for one in apart.modules() if isinstance(one, FourBitLinear) and one.bias is not None)
+    assert size <= held(student, teacher) <= size + biases
+
+
+def test_units_that_nest_are_cut_beside_a_teacher_too() -> None:
+    units = ("layers", "attention-blocks", "query-heads", "mlp-channels")
+    model, apart = (tiny().requires_grad_(False) for _ in range(2))
+    sites, plan = find_sites(model, units), random_plan(model, units=units)
+    teacher, before = twin(model), says(model)
+    cut_linears(apart, plan, sites=sites)
+    cut_beside(model, teacher, plan, sites=sites)
+    assert relative(says(model), says(apart)) < TOLERANCE
+    assert relative(says(teacher), before) < TOLERANCE
+
+
+def test_no_more_than_a_layer_is_held_on_the_way() -> None:
+    student, teacher, sites = beside(layers=6)
+    plan = random_plan(tiny(layers=6), keep=0.9)
+    layer = sum(one.nbytes for one in teacher.model.layers[0].parameters())
+    adapter = sum(one.nbytes for one in adapters(student).values())
+    with Live() as live:
+        cut_beside(student, teacher, plan, sites=sites)
+    assert live.peak <= layer + adapter + 2**14  # indices
+
+
+def test_what_is_another_model_s_is_copied() -> None:
+    """A teacher that does not hold the student's weights keeps its own."""
+    student, _, sites = beside()
+    other = tiny(seed=3).requires_grad_(False)
+    before, size = says(other), held(other)
+    cut_beside(student, other, random_plan(tiny()), sites=sites)
+    assert torch.equal(says(other), before)
+    assert held(student, other) > size + 1000
+
+
+def test_a_plan_of_another_model_is_refused_before_anything_is_cut() -> None:
+    student, teacher, sites = beside()
+    before = says(student)
+    with pytest.raises(PlanError, match="fits only the dense model"):
+        cut_beside(student, teacher, random_plan(tiny(intermediate_size=64)), sites=sites)
+    assert torch.equal(says(student), before)
+    cut_beside(student, teacher, dense_plan(sites), sites=sites)  # a plan that keeps all does nothing
+    assert torch.equal(says(student), before)
+    assert held(student, teacher) == held(teacher)
+
+
+def test_what_lets_go_has_memory_of_its_own_and_can_be_stored(tmp_path: Path) -> None:
+    student, teacher, sites = beside()
+    cut_beside(student, teacher, random_plan(tiny()), sites=sites)
+    before = says(student)
+    let_go(student)
+    assert torch.equal(says(student), before)
+    for name, one in student.named_parameters():
+        assert one.is_contiguous()
+        assert one.untyped_storage().nbytes() == one.nbytes, name
+    merge_adapters(student)
+    save_file(dict(student.named_parameters()), tmp_path / "model.safetensors")
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[name], one) for name, one in student.named_parameters())

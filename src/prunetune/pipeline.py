@@ -52,7 +52,6 @@ from prunetune.train.together import shared
 from prunetune.train.validation import WentBack
 from prunetune.watching import Watcher, outcome, watcher_of
 
-
 Teaching = Callable[[Any], Teacher | None]  # from a dense student, without adapters yet, to its teacher
 
 
@@ -248,10 +247,10 @@ def _mixed(setting: Setting, split: SplitName, teacher: Teacher | None) -> tuple
 
 
 def teaching_of(setting: Setting, dense_tuned: Callable[[], Any]) -> Teaching:
-    """The way to the teacher that the recipe names; `dense_tuned` gives the dense model tuned with the same data and steps.
+    """The way to the teacher that the recipe names; `dense_tuned` gives the dense one, tuned with the same data and steps.
 
-    The untuned model teaches a student in the student's own memory, so each student has a teacher of its own; not where
-    weights are sharded, which are no two models'. Any other teacher is made here, once.
+    The untuned model teaches a student in the student's own memory, so each student has a teacher of its own; but not
+    where weights are sharded: those are one model's only. Any other teacher is made here, once.
     """
     distill = setting.config.distill
     if distill.teacher == "base" and not setting.ranks.shards:

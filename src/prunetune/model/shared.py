@@ -57,12 +57,18 @@ def cut_beside(model: nn.Module, lender: nn.Module, plan: Plan, *, sites: Iterab
     gates_of(plan, sites)  # refuses before anything is cut
     for layer in dict.fromkeys(site.layer for site in sites):
         here = [site for site in sites if site.layer == layer]
-        lent = [site for site in here if 0 < len(plan.kept[site.name]) < site.units and _is_lent(model, lender, site)]
+        lent = [site for site in here if 0 < len(plan.kept[site.name]) < site.units and _lends(lender, model, site)]
         cut_linears(model, plan, sites=here)
         for site in lent:
             for part, axis in site.cuts():
                 order = _order(part, plan.kept[site.name], site.units)
                 _lend(linear_of(lender, part.module), linear_of(model, part.module), order, axis)
+
+
+def can_lend(site: Site) -> bool:
+    """Whether what stays of a site can be the first lines of its dense weights, whatever stays."""
+    plain = site.kind in ("attention", "mlp") and not site.slices and not site.lends_columns
+    return plain and not any(len(part.parts) > 1 or part.rows for part, _ in site.cuts())
 
 
 @torch.no_grad()
@@ -73,13 +79,10 @@ def let_go(model: nn.Module) -> None:
             tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
-def _is_lent(model: nn.Module, lender: nn.Module, site: Site) -> bool:
-    """Whether what stays of a site can be first lines of the lender's weights, and these are the model's."""
-    plain = site.kind in ("attention", "mlp") and not site.slices and not site.lends_columns
-    if not plain or any(len(part.parts) > 1 or part.rows for part, _ in site.cuts()):
-        return False
+def _lends(lender: nn.Module, model: nn.Module, site: Site) -> bool:
+    """Whether the lender's weights at a site are the model's, and can be put in order."""
     pairs = [(linear_of(model, part.module), linear_of(lender, part.module)) for part, _ in site.cuts()]
-    return all(
+    return can_lend(site) and all(
         getattr(mine, name).data_ptr() == getattr(whole, name).data_ptr()
         for mine, whole in pairs
         for name in _names(mine)
