@@ -247,7 +247,7 @@ def _mixed(setting: Setting, split: SplitName, teacher: Teacher | None) -> tuple
 
 
 def teaching_of(setting: Setting, dense_tuned: Callable[[], Any]) -> Teaching:
-    """The way to the teacher that the recipe names; `dense_tuned` gives the dense one, tuned with the same data and steps.
+    """The way to the recipe's teacher; `dense_tuned` gives the dense model tuned with the same data and steps.
 
     The untuned model teaches a student in the student's own memory, so each student has a teacher of its own; but not
     where weights are sharded: those are one model's only. Any other teacher is made here, once.
