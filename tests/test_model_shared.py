@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from model_helpers import ALL_FAMILIES, FAMILIES, random_plan, relative, tiny, tokens, with_lora
 from prunetune import Plan
+from prunetune.budget.memory import memory, setup_of, shapes_of
 from prunetune.errors import PlanError
 from prunetune.model.four_bit import FourBitLinear, hold_in_four_bits
 from prunetune.model.masking import masked
@@ -21,7 +23,7 @@ from prunetune.model.sites import dense_plan, find_sites
 from prunetune.model.surgery import add_biases, cut_linears, merge_adapters
 from prunetune.model.units import USUAL, Site
 from prunetune.train.adapters import adapters
-from test_budget_memory import Live
+from test_budget_memory import SIZES, Live, config_of, needs
 from test_model_four_bit import needs_nf4
 
 TOLERANCE = 1e-6  # of what is the same terms in another order, in float32
@@ -133,6 +135,34 @@ def test_the_same_in_four_bits(family: str) -> None:
     assert torch.equal(says(student), says(apart))
     biases = sum(one.bias.nbytes for one in apart.modules() if isinstance(one, FourBitLinear) and one.bias is not None)
     assert size <= held(student, teacher) <= size + biases
+
+
+@pytest.mark.parametrize("quantize", ["off", "nf4"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_what_is_computed_is_what_is_held(family: str, quantize: str) -> None:
+    needs(quantize)
+    values: Any = {"teacher": "base", "quantize": quantize}
+    structure, config = tiny(family, **SIZES), config_of(**values)
+    sites = find_sites(structure)
+    shapes = shapes_of(structure, sites)
+    setup = replace(setup_of(config, torch.float32, longest=1), deep=False, keep=0.5)
+
+    def found(phase: Literal["search", "tune"], **changes: Any) -> int:
+        computed = memory(shapes, replace(setup, **changes), phase=phase)
+        return computed.weights + computed.teacher
+
+    student, teacher, sites = beside(family, four_bits=quantize != "off", **SIZES)
+    rest = sum(one.nbytes for name, one in teacher.named_buffers() if "inv_freq" in name)
+    assert found("search") == held(student, teacher) - rest
+    assert found("search", shared=False) == 2 * found("search")
+    plan = Plan(
+        {site.name: tuple(range(1, site.units, 2)) for site in sites}, {site.name: site.units for site in sites}
+    )
+    cut_beside(student, teacher, plan, sites=sites)
+    assert found("tune") == held(student, teacher) - rest
+    merge_adapters(student, trainable=True)
+    tuned = sum(one.nbytes for one in adapters(student).values())
+    assert found("tune", all_weights=True) == held(student, teacher) - rest - tuned
 
 
 def test_units_that_nest_are_cut_beside_a_teacher_too() -> None:

@@ -15,7 +15,6 @@ from prunetune.config import DistillConfig, RunConfig
 from prunetune.data import packs
 from prunetune.model.masking import masked
 from prunetune.model.shared import can_lend, let_go
-from prunetune.model.sites import find_sites
 from prunetune.model.surgery import merge_adapters
 from prunetune.train import loop
 from prunetune.train.adapters import add_adapters, put_back
@@ -31,7 +30,7 @@ from test_train_loop import Every, Notes, config_of, identical, job_of, losses, 
 CUT = 7  # steps before it
 DISTILL = DistillConfig(logits=1.0, hidden=1.0)
 both = pytest.mark.parametrize("weights", ["adapters", "all"])
-families = pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2"])
+families = pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3"])
 
 
 def recipe(weights: str) -> RunConfig:
@@ -69,7 +68,7 @@ def test_resumed_at_any_step_equals_uninterrupted(weights: str, tmp_path: Path) 
     config, every = recipe(weights), Every(tmp_path)
     whole = taught(config, "qwen2", keeper=every)
     plan = tune_and_prune(whole)
-    for step in (2, 5, CUT, 8, 10):
+    for step in (5, CUT, 8):
         resumed = taught(config, "qwen2", keeper=every.at(step))
         assert tune_and_prune(resumed) == plan
         assert identical(weights_of(resumed), weights_of(whole)), step
@@ -145,7 +144,3 @@ def test_a_lean_error_is_the_error(dtype: torch.dtype) -> None:
     assert torch.equal(lean, plain)
     slopes = [torch.autograd.grad((error * share).sum(), output)[0] for error in (lean, plain)]
     assert torch.equal(*slopes)
-
-
-def test_sites_of_a_family_without_lending_are_cut_as_ever() -> None:
-    assert not any(map(can_lend, find_sites(tiny("phi3"))))
