@@ -26,6 +26,7 @@ from prunetune.train.state import Checkpoints, Keeper
 from prunetune.train.teaching import untuned
 from test_model_shared import held
 from test_train_loop import Every, Notes, config_of, identical, job_of, losses, search_losses, weights_of
+from test_train_sizes import larger, smaller
 
 CUT = 7  # steps before it
 DISTILL = DistillConfig(logits=1.0, hidden=1.0)
@@ -73,6 +74,20 @@ def test_resumed_at_any_step_equals_uninterrupted(weights: str, tmp_path: Path) 
         assert tune_and_prune(resumed) == plan
         assert identical(weights_of(resumed), weights_of(whole)), step
         assert losses(resumed) == losses(whole)[step:]
+
+
+@both
+def test_a_smaller_size_goes_on_beside_its_teacher(weights: str) -> None:
+    (job, plan), (apart, _) = (smaller(larger(weights, "llama"), weights, "llama") for _ in range(2))
+    job = replace(job, teacher=untuned(job.model, DISTILL))
+    apart = replace(apart, teacher=Teacher(tiny("llama").requires_grad_(False), DISTILL.logits, DISTILL.hidden))
+    assert tune_and_prune(job) == tune_and_prune(apart) == plan
+    assert losses(job) == pytest.approx(losses(apart), rel=1e-5)
+    assert job.teacher is not None
+    if weights == "all":  # whose weights took the place of the student's, and were tuned
+        assert identical(tiny("llama").state_dict(), job.teacher.model.state_dict())
+    else:
+        assert held(job.model, job.teacher.model) == held(job.teacher.model)
 
 
 @both
