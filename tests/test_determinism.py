@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,18 @@ from prunetune.determinism import CUBLAS, FIXED, deterministic
 from prunetune.errors import ConfigError, ModelError
 
 CPU = torch.device("cpu")
+# In a process of its own: what is set has to be set before CUDA multiplies matrices.
+SUMS = """
+import torch
+from prunetune.determinism import deterministic
+device = torch.device("cuda")
+with deterministic(True, device):
+    values, places = torch.randn(10**6, device=device), torch.randint(0, 8, (10**6,), device=device)
+    sums = [torch.zeros(8, device=device).scatter_add(0, places, values) for _ in range(5)]
+    values.view(1000, 1000) @ values.view(1000, 1000)
+assert all(torch.equal(sums[0], one) for one in sums)
+assert not torch.are_deterministic_algorithms_enabled()
+"""
 Settings = tuple[bool, bool, bool, str | None]
 
 
@@ -92,6 +106,13 @@ def test_a_run_is_made_in_the_block(
         run(RunConfig(deterministic=wanted, device="cpu"))
     assert seen == [wanted]
     assert settings() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sums_on_a_gpu_come_in_one_order() -> None:
+    done = subprocess.run([sys.executable, "-c", SUMS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_value_that_is_no_bool_is_one_line(tmp_path: Path, say: Callable[..., tuple[int, str, str]]) -> None:
