@@ -15,15 +15,16 @@ from prunetune.config import DistillConfig, RunConfig
 from prunetune.data import packs
 from prunetune.model.masking import masked
 from prunetune.model.shared import can_lend, let_go
+from prunetune.model.sites import find_sites
 from prunetune.model.surgery import merge_adapters
 from prunetune.train import loop
-from prunetune.train.adapters import add_adapters, put_back
+from prunetune.train.adapters import LARGE, add_adapters, put_back
 from prunetune.train.job import Job
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher, lean_relative_error, relative_error
 from prunetune.train.passes import Packed
 from prunetune.train.state import Checkpoints, Keeper
-from prunetune.train.teaching import untuned
+from prunetune.train.teaching import untuned, with_teacher
 from test_model_shared import held
 from test_train_loop import Every, Notes, config_of, identical, job_of, losses, search_losses, weights_of
 from test_train_sizes import larger, smaller
@@ -159,3 +160,14 @@ def test_a_lean_error_is_the_error(dtype: torch.dtype) -> None:
     assert torch.equal(lean, plain)
     slopes = [torch.autograd.grad((error * share).sum(), output)[0] for error in (lean, plain)]
     assert torch.equal(*slopes)
+
+
+def test_who_teaches_is_a_matter_of_size() -> None:
+    sites = tuple(find_sites(tiny("llama")))
+    large = tuple(replace(site, unit_params=LARGE) for site in sites)
+    config = config_of({"distill": {"teacher": "auto"}})
+    assert with_teacher(config, sites).distill.teacher == "dense"
+    assert with_teacher(config, large).distill.teacher == "base"
+    for wanted in ("none", "base", "dense"):
+        told = config_of({"distill": {"teacher": wanted}})
+        assert with_teacher(told, sites) == with_teacher(told, large) == told

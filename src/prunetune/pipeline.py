@@ -16,7 +16,7 @@ from typing import Any
 
 from prunetune import environment
 from prunetune.bench.speed import measure
-from prunetune.config import RunConfig
+from prunetune.config import DistillConfig, RunConfig
 from prunetune.console import Quiet, console_for
 from prunetune.data.batches import Stream, unlabelled
 from prunetune.data.records import Record
@@ -48,7 +48,7 @@ from prunetune.train.objectives import Teacher
 from prunetune.train.schedule import given_plan, schedule_of
 from prunetune.train.sharding import spread
 from prunetune.train.state import Checkpoints, Keeper
-from prunetune.train.teaching import untuned
+from prunetune.train.teaching import untuned, with_teacher
 from prunetune.train.together import shared
 from prunetune.train.validation import WentBack
 from prunetune.watching import Watcher, outcome, watcher_of
@@ -153,7 +153,8 @@ def train(setting: Setting, watcher: Watcher | None = None, trackers: Trackers |
     teaching = teaching_of(setting, lambda: model_of(setting, "tuned"))
     setting.console.stage("tune and prune", setting.config.train.steps)
     tune(setting, teaching, watcher, trackers)
-    if setting.ranks.world > 1 and setting.config.evaluate.dense_tuned and setting.config.distill.teacher != "dense":
+    teacher = with_teacher(setting.config, setting.sites).distill.teacher
+    if setting.ranks.world > 1 and setting.config.evaluate.dense_tuned and teacher != "dense":
         model_of(setting, "tuned")  # while all ranks are here
 
 
@@ -252,15 +253,14 @@ def teaching_of(setting: Setting, dense_tuned: Callable[[], Any]) -> Teaching:
     The untuned model teaches a student in the student's own memory, so each student has a teacher of its own; but not
     where weights are sharded: those are one model's only. Any other teacher is made here, once.
     """
-    distill = setting.config.distill
+    distill = with_teacher(setting.config, setting.sites).distill
     if distill.teacher == "base" and not setting.ranks.shards:
         return lambda student: untuned(student, distill)
-    teacher = _teacher_apart(setting, dense_tuned)
+    teacher = _teacher_apart(setting, distill, dense_tuned)
     return lambda _: teacher
 
 
-def _teacher_apart(setting: Setting, dense_tuned: Callable[[], Any]) -> Teacher | None:
-    distill = setting.config.distill
+def _teacher_apart(setting: Setting, distill: DistillConfig, dense_tuned: Callable[[], Any]) -> Teacher | None:
     if distill.teacher == "none":
         return None
     if distill.teacher == "base":

@@ -1,14 +1,25 @@
-"""The untuned model as a teacher, in the memory of its student."""
+"""Who teaches; and the untuned model as a teacher, in the memory of its student."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
-from prunetune.config import DistillConfig
+from prunetune.budget.params import total
+from prunetune.config import DistillConfig, RunConfig
 from prunetune.model.shared import twin
-from prunetune.train.adapters import tunes_all
+from prunetune.model.units import Site
+from prunetune.train.adapters import LARGE, tunes_all
 from prunetune.train.job import Job
 from prunetune.train.objectives import Teacher
+
+
+def with_teacher(config: RunConfig, sites: Iterable[Site]) -> RunConfig:
+    """The recipe with `distill.teacher: auto` decided. A matter of the model's size, never of the machine."""
+    if config.distill.teacher != "auto":
+        return config
+    return replace(config, distill=replace(config.distill, teacher="dense" if total(sites) < LARGE else "base"))
 
 
 def untuned(model: Any, distill: DistillConfig) -> Teacher:
