@@ -1,6 +1,6 @@
 """Several processes against one: E5 (the same plan and losses), G1 (throughput) and G2 (memory).
 
-    python benchmarks/distributed.py law                     # 50 steps on the CPU, 1 and 2 processes, DDP and FSDP2
+    python benchmarks/distributed.py law [--device cuda]     # 50 steps, tiny; 1 and 2 processes, DDP and FSDP2
     python benchmarks/distributed.py scale [--gpus 2]        # 8B geometry, random weights; --tiny on the CPU
 
 `scale` starts four jobs, one after another: one GPU and N GPUs by DDP with the same global batch (G1); one GPU without
@@ -96,7 +96,7 @@ def examples(count: int, length: int, vocabulary: int, *, equal: bool) -> tuple[
 
 def work(options: argparse.Namespace) -> dict[str, Any]:
     """One rank's part of a job; what rank 0 found."""
-    device = torch.device("cpu" if options.tiny or not torch.cuda.is_available() else "cuda")
+    device = torch.device(options.device)
     ranks = join(device)
     if ranks.world == 1:
         ranks = Ranks(device=device)
@@ -177,9 +177,10 @@ def launch(world: int, *arguments: str, shards: bool = False) -> dict[str, Any]:
     return found
 
 
-def law() -> None:
-    """E5."""
+def law(device: str) -> None:
+    """E5; on GPUs, of G1."""
     arguments = ("--tiny", "--steps", "50", "--batch", "7", "--length", "48", "--rank", "8", "--uneven")
+    arguments += ("--device", device)
     for name, weights, shards in (("DDP", "adapters", False), ("DDP", "all", False), ("FSDP2", "adapters", True)):
         one = launch(1, *arguments, "--weights", weights)
         two = launch(2, *arguments, "--weights", weights, shards=shards)
@@ -190,6 +191,7 @@ def law() -> None:
                 {
                     "bar": "E5",
                     "case": f"{name}, {weights}",
+                    "device": one["device"],
                     "loss": one["loss"][-1],
                     "same plan": same,
                     "last": apart[-1],
@@ -203,6 +205,7 @@ def scale(options: argparse.Namespace) -> None:
     """G1 and G2."""
     common = ["--steps", str(options.steps), "--length", str(options.length), "--rank", str(options.rank)]
     common += ["--micro-tokens", str(options.micro_tokens), *(["--tiny"] if options.tiny else [])]
+    common += ["--device", "cpu" if options.tiny or not torch.cuda.is_available() else "cuda"]
     whole, half = ["--batch", str(options.batch)], ["--batch", str(options.batch // 2)]
     found = {}
     for name, world, shards, own in (
@@ -233,6 +236,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--only", nargs="+", default=["one", "ddp", "fsdp"])
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
+    parser.add_argument("--device", default="cpu", help="of law; scale takes GPUs where there are some")
     parser.add_argument("--uneven", action="store_true", help="rows of different lengths")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--batch", type=int, default=16, help="examples of a step, over all ranks")
@@ -248,7 +252,7 @@ def main() -> None:
         if found:
             options.out.write_text(json.dumps(found), encoding="utf-8")
     elif options.verb == "law":
-        law()
+        law(options.device)
     else:
         scale(options)
 

@@ -100,6 +100,8 @@ def stopped(command: list[str], run: Path, step: int, *, kill_rank: bool = False
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     while process.poll() is None and done(run) < step:
         time.sleep(0.1)
+    if process.poll() is not None:
+        raise SystemExit(f"it ended before it could be stopped: {process.communicate()[1][-6000:]}")
     started = time.monotonic()
     if kill_rank:
         os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
@@ -116,17 +118,32 @@ def done(run: Path) -> int:
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """Process ids of the launcher's ranks, in order."""
-    found = {}
+    """Process ids of the launcher's ranks, in order; a launcher may stand behind another process (a shell, say)."""
+    parents, numbers = {}, {}
     for place in Path("/proc").glob("[0-9]*"):
         try:
             environment = (place / "environ").read_bytes().split(b"\0")
-            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+            parents[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError):
             continue
-        if parent == launcher:
-            found |= {int(one[5:]): int(place.name) for one in environment if one.startswith(b"RANK=")}
-    return [found[rank] for rank in sorted(found)]
+        numbers |= {int(place.name): int(one[5:]) for one in environment if one.startswith(b"RANK=")}
+    first: dict[int, int] = {}
+    for process in sorted(numbers, key=lambda one: _depth(one, parents), reverse=True):
+        if launcher in _above(process, parents):
+            first[numbers[process]] = process  # the highest of its family: a rank's own children inherit its number
+    return [first[rank] for rank in sorted(first)]
+
+
+def _above(process: int, parents: dict[int, int]) -> list[int]:
+    found = []
+    while process in parents:
+        process = parents[process]
+        found.append(process)
+    return found
+
+
+def _depth(process: int, parents: dict[int, int]) -> int:
+    return len(_above(process, parents))
 
 
 if __name__ == "__main__":

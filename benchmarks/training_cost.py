@@ -5,10 +5,10 @@
 
 Random weights in a known shape, random tokens, the last third of a sequence is its answer; every run sees the same
 batches in the same order, with AdamW of one learning rate. `trainer`: Trainer and peft, eager, bfloat16; `dense`: our
-loop on the same; `one-stage`: search, settling, cut and tuning without a teacher; `taught`: the same with the untuned
-model as teacher. Runs take turns. Prints JSON: time and tokens a second of the steps after the first fifth (in which
-passes are recorded and compiled), seconds of the whole, peak memory, losses, use of the device's arithmetic (MFU), and
-ratios to `trainer`.
+loop on the same adapters of the same model; `one-stage`: search, settling, cut and tuning without a teacher; `taught`:
+the same with the untuned model as teacher. Runs take turns. Prints JSON: time and tokens a second of the steps after
+the first fifth (in which passes are recorded and compiled), seconds of the whole, peak memory, losses, use of the
+device's arithmetic (MFU), and ratios to `trainer`.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def side_by_side(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor
 
 def ours(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype, kind: str) -> Clock:
     model, sites = made(asked.geometry, device, dtype, layers=asked.layers)
-    config = config_of(asked)
+    config = config_of(asked, kind)
     teacher = None
     if kind == "taught":
         teacher = Teacher(made(asked.geometry, device, dtype, layers=asked.layers)[0], 3.0, 10.0)
@@ -144,12 +144,13 @@ def ours(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype, ki
     return clock
 
 
-def config_of(asked: argparse.Namespace) -> RunConfig:
+def config_of(asked: argparse.Namespace, kind: str) -> RunConfig:
     return from_mapping({
         "budget": {"keep": asked.keep},
         "train": {
             "steps": asked.steps, "batch_size": asked.batch, "learning_rate": RATE, "warmup": 0, "decay": "constant",
-            "validate_every": 10**6, "checkpoint_every": 10**6, "compile": asked.compile, "weights": asked.weights,
+            "validate_every": 10**6, "checkpoint_every": 10**6, "compile": asked.compile,
+            "weights": "adapters" if kind == "dense" else asked.weights,
             "micro_tokens": max(16384, asked.sequence),
         },
         "lora": {"rank": RANK}, "search": {"batch_size": asked.batch, "evidence": 4},

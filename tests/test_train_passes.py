@@ -199,7 +199,11 @@ def test_soft_capped_attention_is_not_packed() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*Online softmax:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.*:DeprecationWarning",
+    "ignore:.*Online softmax:UserWarning",
+    "ignore:.*is not a leaf:UserWarning",
+)
 @pytest.mark.parametrize("compile", ["off", "on"])
 def test_recorded_passes_equal_padded_ones_on_a_gpu_also_side_by_side(compile: str) -> None:
     config = from_mapping({"train": {"compile": compile}})

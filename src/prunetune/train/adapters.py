@@ -16,6 +16,7 @@ from prunetune.model.linears import COLUMNS, ROWS, is_transposed, linear_of, sto
 from prunetune.model.sites import tuned_linears
 from prunetune.model.units import Site, gone_linears, kept_lines
 from prunetune.plan import Plan
+from prunetune.train.lora import simplify
 from prunetune.train.state import State
 
 NAME = "default"
@@ -44,6 +45,7 @@ def add_adapters(model: nn.Module, sites: Sequence[Site], settings: LoraSettings
     for name in targets:
         layer: Any = model.get_submodule(name)
         layer.cast_input_dtype_enabled = False  # autocast does it, see `objectives`
+        simplify(layer, NAME)
     rng = torch.Generator().manual_seed(seed)
     for name, parameter in adapters(model).items():
         parameter.data = parameter.data.float()

@@ -58,12 +58,21 @@ class Search:
         if ratio is not None:
             total = total + job.config.search.ratio_weight * ratio
         job.accelerator.backward(total)
+        self._average()
         norm = job.accelerator.clip_grad_norm_(self.searcher.generator.parameters(), job.config.train.clip)
         if not self.faults.leaves_out(step, {"generator's gradient": float(norm)}, batch):
             self.optimizer.param_groups[0]["lr"] = job.config.search.learning_rate * self.faults.ease
             self.optimizer.step()
         self.optimizer.zero_grad()
         return {} if ratio is None else {"ratio_loss": float(ratio.detach())}
+
+    def _average(self) -> None:
+        """Over ranks: they hold the same gradients but for kernels that add in no fixed order (a GRU's, on a GPU)."""
+        if self.job.ranks.world == 1:
+            return
+        gradients = [each.grad for each in self.searcher.generator.parameters() if each.grad is not None]
+        self.job.ranks.sum_(gradients)
+        torch._foreach_div_(gradients, self.job.ranks.world)
 
     def decide(self, step: int) -> Decision:
         """The hard decision under which the adapters take their step."""
