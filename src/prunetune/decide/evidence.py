@@ -46,4 +46,4 @@ def quantile(logits: Mapping[str, Tensor], sites: Sequence[Site], keep: float, l
     values = torch.cat([logits[site.name].detach().float().cpu() for site in sites])
     prices, order = _prices(sites, limits), best_first(values)
     held = torch.cumsum(prices[order], 0) / prices.sum()
-    return float(values[order][int((held < keep).sum().clamp(max=len(values) - 1))])
+    return float(values[order[(held < keep).sum().clamp(max=len(values) - 1)]])
