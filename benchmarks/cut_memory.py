@@ -1,11 +1,13 @@
 """E6: time and extra memory of cutting a model in memory, its adapters merged on the way.
 
     python benchmarks/cut_memory.py [--geometry llama-3-8b] [--layers 32] [--rank 16] [--keep 0.6] [--device cuda]
+        [--quantize nf4] [--beside]
 
 Random weights in the geometry of the model named, made in place layer by layer; a per-layer plan that keeps `--keep` of
 every site's units, spread over it. The extra memory is the peak during the cut over what the model held before: on CUDA
 of allocated bytes, on a CPU of the resident set (the kernel's high-water mark). Bars: 30 s, one layer of the model.
-`--rank 0`: no adapters, so nothing is merged. `--quantize nf4`: a base in 4 bits, cut and left so.
+`--rank 0`: no adapters, so nothing is merged. `--quantize nf4`: a base in 4 bits, cut and left so. `--beside`: adapters
+stay, and a teacher that has shared the model's weights lends it what stays.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from geometries import GEOMETRIES, made
 
 from prunetune.config import LoraSettings
 from prunetune.environment import describe
+from prunetune.model.shared import cut_beside, twin
 from prunetune.model.sites import Site
 from prunetune.model.surgery import cut, cut_linears
 from prunetune.plan import Plan
@@ -72,11 +75,13 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--keep", type=float, default=0.6)
     parser.add_argument("--quantize", default="off", choices=["off", "nf4"])
+    parser.add_argument("--beside", action="store_true", help="a teacher that shares the model's weights")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = torch.device(args.device)
     model, sites = made(args.geometry, device, torch.bfloat16, layers=args.layers, quantize=args.quantize)
     layer_bytes = _layer_bytes(model)
+    lender = twin(model) if args.beside else None
     if args.rank:
         add_adapters(model, sites, LoraSettings(rank=args.rank), seed=0)
         for name, weight in adapters(model).items():
@@ -84,14 +89,17 @@ def main() -> None:
                 torch.nn.init.normal_(weight, std=0.01)
     plan, gauge = plan_of(sites, args.keep), Gauge(device)
     before, started = gauge.reset(), time.perf_counter()
-    if args.quantize == "off":
+    if lender is not None:
+        cut_beside(model, lender, plan, sites=sites)
+    elif args.quantize == "off":
         cut(model, plan, sites=sites)
     else:
         cut_linears(model, plan, sites=sites)
     peak, seconds = gauge.peak(), time.perf_counter() - started
     print(json.dumps({
         "geometry": args.geometry, "layers": model.config.num_hidden_layers, "quantize": args.quantize,
-        "rank": args.rank, "keep": args.keep, "device": describe(device), "torch": torch.__version__,
+        "rank": args.rank, "keep": args.keep, "beside": args.beside, "device": describe(device),
+        "torch": torch.__version__,
         "seconds": round(seconds, 2), "before_gb": before / 1e9, "after_gb": gauge.now() / 1e9,
         "extra_mb": (peak - before) / 1e6, "layer_mb": layer_bytes / 1e6,
         "extra_in_layers": round((peak - before) / layer_bytes, 3),

@@ -21,7 +21,7 @@ from prunetune.budget.memory import Memory, Setup, Shapes, memory, shapes_of
 from prunetune.budget.work import operations
 
 NAMES = ("smollm2-135m", "smollm2-1.7b", "llama-3-8b", "llama-3-70b")
-PARTS = ("weights", "tuned", "generator", "activations", "passing", "teacher")
+PARTS = ("weights", "tuned", "generator", "activations", "passing")
 BASE = Setup(width=2, tokens=1024, rank=128, keep=0.6)
 
 
@@ -45,20 +45,25 @@ def in_parts(found: Memory) -> list[str]:
     return [gb(getattr(found, part)) for part in PARTS]
 
 
+def peak(model: Shapes, setup: Setup) -> int:
+    return max(memory(model, setup, phase="search").total, memory(model, setup, phase="tune").total)
+
+
 VARIANTS = (("off", False, 128), ("off", True, 128), ("nf4", True, 128), ("nf4", True, 32))
 
 
 def memory_table() -> None:
-    print(head("model", "base", "rank", "recomputed", *PARTS, "search", "tune", "with a teacher"))
+    print(head("model", "base", "rank", "recomputed", *PARTS, "search", "tune", "teacher: base", "teacher: dense"))
     for name in NAMES:
         model = shapes(name)
         for quantize, recompute, rank in VARIANTS:
             setup = replace(BASE, quantize=quantize, recompute=recompute, rank=rank)
             found, tune = memory(model, setup, phase="search"), memory(model, setup, phase="tune")
-            taught = memory(model, replace(setup, teacher=True, deep=True), phase="search")
+            taught = replace(setup, teacher=True, deep=True)
+            peaks = [peak(model, replace(taught, shared=shared)) for shared in (True, False)]
             print(row(
                 name, "nf4" if quantize == "nf4" else "bf16", rank, "yes" if recompute else "no", *in_parts(found),
-                gb(found.total), gb(tune.total), gb(taught.total),
+                *map(gb, (found.total, tune.total, *peaks)),
             ))  # fmt: skip
 
 

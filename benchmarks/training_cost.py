@@ -37,9 +37,9 @@ from prunetune.environment import describe, peak_memory_mb
 from prunetune.model.sites import dense_plan
 from prunetune.train.job import Job
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.objectives import Teacher
 from prunetune.train.schedule import schedule_of
 from prunetune.train.state import Forgetful
+from prunetune.train.teaching import untuned
 
 PEAK = {"H100": 989e12, "H200": 989e12}  # bfloat16 operations a second, dense, by data sheet
 RANK, RATE = 32, 5e-4
@@ -131,9 +131,7 @@ def side_by_side(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor
 def ours(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype, kind: str) -> Clock:
     model, sites = made(asked.geometry, device, dtype, layers=asked.layers)
     config = config_of(asked, kind)
-    teacher = None
-    if kind == "taught":
-        teacher = Teacher(made(asked.geometry, device, dtype, layers=asked.layers)[0], 3.0, 10.0)
+    teacher = untuned(model, config.distill) if kind == "taught" else None
     stream, clock = stream_of(asked, model.config.vocab_size), Clock(device)
     tune_and_prune(Job(
         model=model, sites=sites, shape=Shape("per-layer", default_align(sites)), train=stream, search=stream,

@@ -31,10 +31,10 @@ from prunetune.environment import describe, peak_memory_mb
 from prunetune.model.sites import kept_params
 from prunetune.train import loop
 from prunetune.train.job import Job
-from prunetune.train.objectives import Teacher
 from prunetune.train.players import Adapters
 from prunetune.train.schedule import schedule_of
 from prunetune.train.state import Forgetful
+from prunetune.train.teaching import untuned
 
 
 class Phases:
@@ -114,10 +114,7 @@ def main() -> None:
     model, sites = made(args.geometry, device, dtype, layers=args.layers, quantize=config.lora.quantize)
     structure, _ = made(args.geometry, torch.device("meta"), dtype, layers=args.layers)
     shapes, setup = shapes_of(structure, sites), setup_of(config, dtype, longest=args.sequence)
-    teacher = None
-    if args.teacher == "base":
-        other, _ = made(args.geometry, device, dtype, layers=args.layers, quantize=config.lora.quantize)
-        teacher = Teacher(other, config.distill.logits, config.distill.hidden)
+    teacher = untuned(model, config.distill) if args.teacher == "base" else None
     phases.mark("load")
     stream = Stream(examples(shapes.vocabulary, args.sequence), args.batch, 0)
     job = Job(

@@ -12,6 +12,7 @@ import torch
 
 from data_helpers import write_lines
 from evaluate_helpers import characters, speaker
+from prunetune import pipeline
 from prunetune.config import RunConfig, from_mapping, to_mapping
 from prunetune.console import PlainConsole
 from prunetune.errors import ConfigError, DataError, GateFailed
@@ -128,6 +129,24 @@ def test_roll_back_is_said_everywhere_and_the_run_ends_inside(place: Path, free:
     assert "rolled back to step" in (folder / "report.html").read_text()
     (entry,) = entries(tmp_path)
     assert entry.status == "done"
+
+
+def test_a_model_that_goes_back_has_its_teacher_in_its_own_memory(
+    place: Path, free: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads: list[tuple[int, int]] = []
+    genuine = pipeline.tune_and_prune
+
+    def watched(job: Any) -> Plan:
+        heads.append((job.model.lm_head.weight.data_ptr(), job.teacher.model.lm_head.weight.data_ptr()))
+        return genuine(job)
+
+    monkeypatch.setattr(pipeline, "tune_and_prune", watched)
+    changes: dict[str, Any] = {"distill": {"teacher": "base"}, "train": {"weights": "adapters"}}
+    folder = run(config_of(place, tmp_path / "run", f"guard.nll <= {limit_between(free):.6f} -> roll-back", **changes))
+    assert json.loads((folder / "manifest.json").read_text())["gates"]["events"]
+    assert len(heads) > 1
+    assert all(mine == other for mine, other in heads)
 
 
 def test_back_off_says_what_the_budget_became(place: Path, free: Path, tmp_path: Path) -> None:

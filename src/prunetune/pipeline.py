@@ -47,9 +47,12 @@ from prunetune.train.objectives import Teacher
 from prunetune.train.schedule import given_plan, schedule_of
 from prunetune.train.sharding import spread
 from prunetune.train.state import Checkpoints, Keeper
+from prunetune.train.teaching import untuned
 from prunetune.train.together import shared
 from prunetune.train.validation import WentBack
 from prunetune.watching import Watcher, outcome, watcher_of
+
+Teaching = Callable[[Any], Teacher | None]  # from a dense student, without adapters yet, to its teacher
 
 
 def run(config: RunConfig, *, resume: bool = False, console: Console | None = None, command: str = "") -> Path:
@@ -147,29 +150,29 @@ def timed(folder: RunFolder, stage: str) -> Iterator[None]:
 
 def train(setting: Setting, watcher: Watcher | None = None, trackers: Trackers | None = None) -> None:
     """Search, settle and tune; the last checkpoint holds the result. Where a gate goes back, a new model goes on."""
-    teacher = teacher_of(setting, lambda: model_of(setting, "tuned"))
+    teaching = teaching_of(setting, lambda: model_of(setting, "tuned"))
     setting.console.stage("tune and prune", setting.config.train.steps)
-    tune(setting, teacher, watcher, trackers)
+    tune(setting, teaching, watcher, trackers)
     if setting.ranks.world > 1 and setting.config.evaluate.dense_tuned and setting.config.distill.teacher != "dense":
         model_of(setting, "tuned")  # while all ranks are here
 
 
 def tune(
     setting: Setting,
-    teacher: Teacher | None,
+    teaching: Teaching,
     watcher: Watcher | None = None,
     trackers: Trackers | None = None,
     shaped: Callable[[Job], Job] = lambda job: job,
 ) -> None:
-    """`train` with a teacher that is there; `shaped` gives the job another form."""
+    """`train` with a way to a teacher; `shaped` gives the job another form."""
     observer = Recorder(setting, trackers or Trackers()) if setting.ranks.is_main else setting.console
-    while not _tuned(setting, teacher, watcher, observer, shaped):
+    while not _tuned(setting, teaching, watcher, observer, shaped):
         gc.collect()  # the model that went back lets go of its memory before another is loaded
 
 
 def _tuned(
     setting: Setting,
-    teacher: Teacher | None,
+    teaching: Teaching,
     watcher: Watcher | None,
     observer: Observer,
     shaped: Callable[[Job], Job],
@@ -180,7 +183,8 @@ def _tuned(
     if setting.ranks.is_main:
         setting.folder.forget_after(state.step if state else -1)
     try:
-        job = job_of(setting, setting.to_train(), checkpoints, observer, teacher=teacher, watch=watcher)
+        model = setting.to_train()
+        job = job_of(setting, model, checkpoints, observer, teacher=teaching(model), watch=watcher)
         tune_and_prune(shaped(job))
     except WentBack:
         return False
@@ -242,8 +246,20 @@ def _mixed(setting: Setting, split: SplitName, teacher: Teacher | None) -> tuple
     return examples + unlabelled(setting.encoded["texts"].examples, examples, setting.config.data.texts_share)
 
 
-def teacher_of(setting: Setting, dense_tuned: Callable[[], Any]) -> Teacher | None:
-    """The teacher that the recipe names; `dense_tuned` gives the dense model tuned with the same data and steps."""
+def teaching_of(setting: Setting, dense_tuned: Callable[[], Any]) -> Teaching:
+    """The way to the recipe's teacher; `dense_tuned` gives the dense model tuned with the same data and steps.
+
+    The untuned model teaches a student in the student's own memory, so each student has a teacher of its own; but not
+    where weights are sharded: those are one model's only. Any other teacher is made here, once.
+    """
+    distill = setting.config.distill
+    if distill.teacher == "base" and not setting.ranks.shards:
+        return lambda student: untuned(student, distill)
+    teacher = _teacher_apart(setting, dense_tuned)
+    return lambda _: teacher
+
+
+def _teacher_apart(setting: Setting, dense_tuned: Callable[[], Any]) -> Teacher | None:
     distill = setting.config.distill
     if distill.teacher == "none":
         return None

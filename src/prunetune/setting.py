@@ -161,7 +161,7 @@ def say_memory(found: Memory, room: int) -> None:
     if found.total > room:
         log.warning(
             "memory: more than there is; passes are made smaller where they do not fit. Lower train.micro_tokens, "
-            "set train.checkpointing on, distill.teacher none, or lora.quantize nf4"
+            "set train.checkpointing on, distill.teacher base or none, or lora.quantize nf4"
         )
 
 

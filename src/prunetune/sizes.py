@@ -30,7 +30,6 @@ from prunetune.setting import Console, Setting, facts_of, prepare
 from prunetune.telling import outside, told
 from prunetune.trackers import require, tracking
 from prunetune.train.job import Job
-from prunetune.train.objectives import Teacher
 from prunetune.train.schedule import given_plan, schedule_of
 from prunetune.train.state import Checkpoints, State
 from prunetune.watching import Watcher, watcher_of
@@ -183,7 +182,7 @@ class _Chain:
     def _tune(self, size: Size) -> None:
         setting, folder = size.setting, size.folder
         open_folder(folder, size.config)
-        teacher = self._teacher
+        teaching = self._teaching
         facts = environment.facts(setting.device, setting.dtype, self.command, setting.config.seed)
         larger = self.sizes[size.number - 1].config.budget.keep if size.number else None
         folder.note(**facts, **facts_of(setting), size={"keep": size.config.budget.keep, "larger": larger})
@@ -192,13 +191,13 @@ class _Chain:
             pipeline.timed(folder, "tune and prune"),
             tracking(setting.config, folder, cpu=setting.device.type == "cpu") as trackers,
         ):
-            pipeline.tune(setting, teacher, size.watcher, trackers, lambda job: self._shaped(job, size))
+            pipeline.tune(setting, teaching, size.watcher, trackers, lambda job: self._shaped(job, size))
 
     @cached_property
-    def _teacher(self) -> Teacher | None:
-        """One for all sizes, tuned by the run's own recipe."""
+    def _teaching(self) -> pipeline.Teaching:
+        """One for all sizes, tuned by the run's own recipe; or the untuned model, which each has in its own memory."""
         with pipeline.timed(self.setting.folder, "teacher"):
-            return pipeline.teacher_of(self.setting, lambda: pipeline.model_of(self.setting, "tuned"))
+            return pipeline.teaching_of(self.setting, lambda: pipeline.model_of(self.setting, "tuned"))
 
     def _shaped(self, job: Job, size: Size) -> Job:
         """The first size's job as it is; a smaller one's goes on where the larger one ended, with other examples."""

@@ -18,6 +18,7 @@ from prunetune.model.four_bit import BLOCK, SCALE, lines_of
 from prunetune.model.head import PORTION
 from prunetune.model.linears import COLUMNS, ROWS, linear_of, size
 from prunetune.model.recompute import recomputes
+from prunetune.model.shared import can_lend
 from prunetune.model.units import Site
 
 FULL = 4  # bytes of what is tuned, its gradient and each of its moments: float32
@@ -32,6 +33,7 @@ class Linear:
     rows: int
     columns: int
     lines: int
+    lent: bool = True  # whether what stays can be a teacher's first lines, see `model.shared`
 
     @property
     def weights(self) -> int:
@@ -78,6 +80,7 @@ class Setup:
     all_weights: bool = False  # once the model is cut
     joint: bool = False  # search.step
     teacher: bool = False
+    shared: bool = False  # it is the untuned model, in its student's memory
     deep: bool = False  # the teacher's layers are followed, too
     generator: str = "transformer"
 
@@ -91,7 +94,7 @@ class Memory:
     generator: int  # the same of it
     activations: int  # that a pass keeps for its gradient
     passing: int  # that come and go: a portion's logits, or a layer computed again, and a linear out of 4 bits
-    teacher: int  # and the layers' outputs that are compared
+    teacher: int  # what it does not share with the model that is tuned, and the layers' outputs that are compared
 
     @property
     def total(self) -> int:
@@ -102,10 +105,11 @@ class Memory:
 def shapes_of(structure: Any, sites: Iterable[Site]) -> Shapes:
     """Read off a plain model, which may stand on the meta device."""
     sites, text = tuple(sites), structure.config.get_text_config()
+    lent = {part.module for site in sites if can_lend(site) for part, _ in site.cuts()}
     linears = []
     for name, lines in lines_of(structure, sites).items():
         linear = linear_of(structure, name)
-        linears.append(Linear(size(linear, ROWS), size(linear, COLUMNS), lines))
+        linears.append(Linear(size(linear, ROWS), size(linear, COLUMNS), lines, name in lent))
     everything = sum(parameter.numel() for parameter in structure.parameters())
     return Shapes(
         layers=text.num_hidden_layers,
@@ -131,6 +135,7 @@ def setup_of(config: RunConfig, dtype: torch.dtype, *, longest: int, all_weights
         all_weights=all_weights,
         joint=config.search.step == "joint",
         teacher=config.distill.teacher != "none",
+        shared=config.distill.teacher == "base",
         deep=config.distill.teacher != "none" and config.distill.hidden > 0,
         generator=config.search.generator,
     )
@@ -138,8 +143,7 @@ def setup_of(config: RunConfig, dtype: torch.dtype, *, longest: int, all_weights
 
 def memory(shapes: Shapes, setup: Setup, *, phase: Literal["search", "tune"]) -> Memory:
     """Of the dense model while it is searched, or of the cut one while it is tuned."""
-    dense = sum(linear.held(setup.width, setup.quantize) for linear in shapes.linears)
-    teacher = (dense + setup.width * shapes.others) * setup.teacher
+    teacher = _teacher(shapes, setup, phase)
     if phase == "tune":
         shapes = replace(
             shapes,
@@ -158,8 +162,19 @@ def memory(shapes: Shapes, setup: Setup, *, phase: Literal["search", "tune"]) ->
         generator=4 * FULL * heads,
         activations=kept,
         passing=linear + max(layer, _logits(shapes, setup)),
-        teacher=teacher + (setup.tokens * shapes.layers * shapes.hidden * (2 * setup.width + 2 * FULL)) * setup.deep,
+        teacher=teacher + 2 * setup.tokens * shapes.layers * shapes.hidden * setup.width * setup.deep,
     )
+
+
+def _teacher(shapes: Shapes, setup: Setup, phase: Literal["search", "tune"]) -> int:
+    """Bytes of a teacher's weights that are not the student's, too."""
+    if not setup.teacher or (setup.shared and phase == "search"):
+        return 0
+    dense = sum(linear.held(setup.width, setup.quantize) for linear in shapes.linears)
+    if not setup.shared:
+        return dense + setup.width * shapes.others
+    lent = (linear.cut(setup.keep) for linear in shapes.linears if linear.lent and not setup.all_weights)
+    return dense - sum(linear.held(setup.width, setup.quantize) for linear in lent)
 
 
 def _activations(shapes: Shapes, setup: Setup, *, merged: bool, gated: bool) -> tuple[int, int, int]:

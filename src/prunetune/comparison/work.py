@@ -20,15 +20,17 @@ from prunetune.data.batches import Stream, collate, micro_batches
 from prunetune.decide.baselines import BASELINES, Calibration, bias_compensation
 from prunetune.decide.select import select
 from prunetune.evaluation.suite import context_of
+from prunetune.model.shared import let_go
 from prunetune.model.sites import dense_plan, kept_params
 from prunetune.model.surgery import add_biases, merge_adapters
-from prunetune.pipeline import job_of, plainly
+from prunetune.pipeline import Teaching, job_of, plainly
 from prunetune.plan import Plan
 from prunetune.seeds import derive
 from prunetune.setting import Setting, shape_of, with_texts
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher
 from prunetune.train.state import Forgetful
+from prunetune.train.teaching import untuned
 
 BATCHES = 16  # of calibration, where the recipe's search.evidence is 0
 
@@ -160,10 +162,12 @@ class Workshop:
             # A copy: what teaches in other threads is not to be hooked by an evaluation.
             facts = {"train_seconds": tuned.seconds, "teacher_seconds": 0.0, "curve": tuned.curve}
             return copy.deepcopy(tuned.model), tuned.plan, facts
-        teacher, cost = self._teacher(cell, setting.config)
+        teaching, cost = self._teaching(cell, setting.config)
         model, watch, started = copy.deepcopy(self.model), Watch(self), time.monotonic()
+        teacher = teaching(model)
         plan = self._plan(cell, setting, model)
         plan = tune_and_prune(job_of(setting, model, Forgetful(), watch, plan=plan, teacher=teacher))
+        let_go(model)  # of its teacher's memory
         merge_adapters(model)
         model.requires_grad_(False).to(setting.dtype)  # as it would be written
         self._settle()
@@ -183,17 +187,18 @@ class Workshop:
             add_biases(model, bias_compensation(calibration, plan))
         return plan
 
-    def _teacher(self, cell: Cell, config: RunConfig) -> tuple[Teacher | None, float]:
-        """Who teaches the cell, and the seconds that the teacher's own tuning took."""
+    def _teaching(self, cell: Cell, config: RunConfig) -> tuple[Teaching, float]:
+        """The way to whoever teaches the cell's model, and the seconds that the teacher's own tuning took."""
         distill = config.distill
         if not cell.method.taught or distill.teacher == "none":
-            return None, 0.0
-        source, cost = self.model, 0.0
-        if distill.teacher == "dense":
-            tuned = self.tuned(cell.seed, self.dense_rate)
-            source, cost = tuned.model, tuned.seconds
+            return lambda _: None, 0.0
+        if distill.teacher == "base":
+            return lambda student: untuned(student, distill), 0.0
+        tuned = self.tuned(cell.seed, self.dense_rate)
         # Padded passes hook the teacher's head: it is nobody else's.
-        return Teacher(copy.deepcopy(source).requires_grad_(False).eval(), distill.logits, distill.hidden), cost
+        model = copy.deepcopy(tuned.model).requires_grad_(False).eval()
+        teacher = Teacher(model, distill.logits, distill.hidden)
+        return lambda _: teacher, tuned.seconds
 
     def tuned(self, seed: int, rate: float) -> Tuned:
         """The dense model tuned as the recipe says, once for each seed and learning rate; only ever copied."""

@@ -191,7 +191,8 @@ def merge_adapters(model: nn.Module, *, trainable: bool = False) -> None:
         base: Any = module.get_base_layer()
         base = base.plain() if isinstance(base, FourBitLinear) else base
         if trainable:
-            base.weight = nn.Parameter(base.weight.float(), requires_grad=True)
+            # A copy where it is float32 already: the weight may be a teacher's, too, see `shared`.
+            base.weight = nn.Parameter(base.weight.to(torch.float32, copy=True), requires_grad=True)
         _add_adapters(base, module)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, base)

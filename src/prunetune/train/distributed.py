@@ -92,8 +92,11 @@ class Ranks:
         return bool(found)
 
     def wait(self) -> None:
-        """Until all ranks are here."""
-        self.agree(None)
+        """Until all ranks are here. A broadcast would not do: its sender goes on at once."""
+        if self.world > 1:
+            here = torch.zeros((), device=self.device)
+            dist.all_reduce(here)
+            here.item()  # a GPU's kernels are only queued so far
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

@@ -19,6 +19,7 @@ from prunetune.train.passes import passes_for
 from prunetune.train.players import Adapters, Search
 from prunetune.train.progress import Progress
 from prunetune.train.sharding import spread
+from prunetune.train.teaching import lender_of
 from prunetune.train.together import together
 
 
@@ -31,7 +32,8 @@ def tune_and_prune(job: Job) -> Plan:
     add_adapters(job.model, job.sites, job.config.lora, seed=derive(job.config.seed, "adapters"))
     if job.start is not None:
         put_back(job.model, job.start, job.sites, job.config.train)
-    layers = spread(job.model, job.ranks)  # over ranks, where there are several and they are to share the weights
+    # Over ranks, where there are several and they are to share the weights.
+    layers = spread(job.model, job.ranks, lender_of(job))
     passes = passes_for(job.model, job.sites, job.pad_id, job.config, job.teacher, job.ranks)
     passes = together(passes, job.model, job.ranks)  # from here on, losses and gradients are of whole batches
     faults = Faults(passes, job.config.train.max_skipped, job.config.train.checkpointing != "off")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from prunetune.data.batches import IGNORED, SMALL, Batch, collate, micro_batches
 from prunetune.data.packs import Pack
@@ -30,6 +31,7 @@ class Teacher:
     model: Any
     logits: float
     hidden: float
+    lends: bool = False  # its weights are the student's, see `model.shared`
 
 
 @dataclass(frozen=True)
@@ -83,13 +85,19 @@ def relative_error(output: Tensor, aim: Tensor) -> Tensor:
     return (output.float().flatten(0, 1) - aim).square().sum(-1) / aim.square().sum(-1).clamp_min(1e-6)
 
 
+def lean_relative_error(output: Tensor, aim: Tensor) -> Tensor:
+    """The same to the bit, of which autograd keeps the two inputs and no float32 copies: a layer's are made again."""
+    error: Tensor = checkpoint(relative_error, output, aim, use_reentrant=False, preserve_rng_state=False)
+    return error
+
+
 @dataclass(frozen=True)
 class Terms:
     """What the losses are made of: functions of tensors, as they are or compiled."""
 
     cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy
     divergence: Callable[[Tensor, Tensor, Tensor], Tensor] = divergence
-    relative_error: Callable[[Tensor, Tensor], Tensor] = relative_error
+    relative_error: Callable[[Tensor, Tensor], Tensor] = lean_relative_error  # compiled, it keeps no more by itself
 
 
 PLAIN = Terms()

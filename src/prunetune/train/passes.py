@@ -92,7 +92,7 @@ def passes_for(
     if worth and config.train.packing == "auto":
         if can_pack(model):
             return Packed(model, sites, pad_id, config, teacher, ranks)
-        log.info("%s cannot be packed: examples are padded, which is slower", model.config.model_type)
+        log.warning("%s cannot be packed: examples are padded, which is several times slower", model.config.model_type)
     return Padded(model, sites, pad_id, config, teacher, ranks)
 
 

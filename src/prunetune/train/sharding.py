@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from prunetune.model.families import coupling_of
+from prunetune.model.shared import cut_beside
 from prunetune.model.surgery import cut_linears
 from prunetune.model.units import Site
 from prunetune.plan import Plan
@@ -34,19 +35,23 @@ class Whole:
     """All weights on this rank."""
 
     model: Any
+    lender: Any = None  # who goes on holding the dense weights, where they are another's, too
 
     def cut(self, plan: Plan, sites: Iterable[Site]) -> None:
         """See `Layers`."""
-        cut_linears(self.model, plan, sites=sites)
+        if self.lender is None:
+            cut_linears(self.model, plan, sites=sites)
+        else:
+            cut_beside(self.model, self.lender, plan, sites=sites)
 
 
-def spread(model: Any, ranks: Ranks) -> Layers:
+def spread(model: Any, ranks: Ranks, lender: Any = None) -> Layers:
     """Shard the frozen weights where the launch says so, in place.
 
-    Only rank 0 needs them before: on the others the model may be on the meta device.
+    Only rank 0 needs them before: on the others the model may be on the meta device. What is sharded has no `lender`.
     """
     if not ranks.shards:
-        return Whole(model)
+        return Whole(model, lender)
     return Sharded(model, ranks)
 
 
