@@ -58,7 +58,7 @@ class Cut:
 
     def indices(self, kept: Iterable[int], units: int) -> Tensor:
         """The rows that the kept of so many units own, in order: long [len(kept) * per_unit]."""
-        chosen, start, found = torch.tensor(tuple(kept), dtype=torch.long), self.start, []
+        chosen, start, found = torch.from_numpy(np.array(tuple(kept), dtype=np.int64)), self.start, []
         for size in self.parts:
             found.append((start + chosen[:, None] * size + torch.arange(size)).flatten())
             start += units * size
