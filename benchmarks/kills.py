@@ -1,10 +1,12 @@
 """Kills a run at random moments, goes on with --resume each time, and compares plan and weights to the bit (E4).
 
-    python benchmarks/kills.py [--kills 30] [--seed 0] [--steps 400] [--device cpu]
+    python benchmarks/kills.py [--kills 30] [--seed 0] [--steps 400] [--device cpu] [--jobs 1]
 
 The run is whole (teacher, search, cut, all weights, export, evaluation, report), on a small random model made here. A
 kill is SIGKILL to the process, uniformly over the time that an uninterrupted run took; runs that end before they are
-killed are compared, and another one begins until the kills are used up.
+killed are compared, and another one begins until the kills are used up. On a GPU, runs are `deterministic`: without it
+bits differ, killed or not. With `--jobs N`, N runs go on side by side, each with a seed and a share of the kills of its
+own; N uninterrupted ones, which have to be equal, then say how long a run takes in such company.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -29,6 +32,7 @@ RECIPE = """
 model: {folder}/dense
 device: {device}
 dtype: {dtype}
+deterministic: {deterministic}
 data: {{train: [{folder}/rows.jsonl], test_share: 0.25, valid_share: 0.2}}
 budget: {{keep: 0.6, align: 8}}
 train: {{steps: {steps}, batch_size: 4, checkpoint_every: 3, validate_every: 5}}
@@ -44,25 +48,45 @@ def main() -> None:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--steps", type=int, default=400, help="tuning steps: the more, the more kills fall into them")
     options.add_argument("--device", default="cpu")
+    options.add_argument("--jobs", type=int, default=1, help="runs side by side")
     given = options.parse_args()
-    rng = random.Random(given.seed)
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(given.jobs) as pool:
         folder = Path(scratch)
         prepare(folder, given.device, given.steps)
-        started = time.monotonic()
-        command(folder, "whole", resume=False).wait()
-        whole, expected = time.monotonic() - started, digest(folder / "whole")
-        print(f"uninterrupted: {whole:.1f} s, {expected[:16]}", file=sys.stderr, flush=True)
-        places, equal, runs = Counter[str](), 0, 0
-        while sum(places.values()) < given.kills:
-            name, runs = f"killed-{runs}", runs + 1
-            left = given.kills - sum(places.values())
-            places += killed(folder, name, min(left, 10), whole, rng)
-            same = digest(folder / name) == expected
-            equal += same
-            print(f"{name}: {'equal' if same else 'DIFFERENT'} after {dict(places)}", file=sys.stderr, flush=True)
-    print(json.dumps({"kills": sum(places.values()), "runs": runs, "equal": equal, "at": dict(places)}))
-    sys.exit(0 if equal == runs else 1)
+        seconds, digests = zip(*pool.map(lambda job: uninterrupted(folder, job), range(given.jobs)), strict=True)
+        whole, expected = min(seconds), digests[0]
+        print(f"uninterrupted: {whole:.1f} s, {sorted({one[:16] for one in digests})}", file=sys.stderr, flush=True)
+        found = list(pool.map(lambda job: course(folder, job, given, whole, expected), range(given.jobs)))
+    places = sum((each for each, _ in found), Counter[str]())
+    same = [one for _, equal in found for one in equal]
+    print(json.dumps({
+        "kills": sum(places.values()), "runs": len(same), "equal": sum(same), "at": dict(places),
+        "uninterrupted": len(digests), "of them equal": digests.count(expected),
+    }))  # fmt: skip
+    sys.exit(0 if all(same) and len(set(digests)) == 1 else 1)
+
+
+def uninterrupted(folder: Path, job: int) -> tuple[float, str]:
+    """Seconds, and what came out."""
+    started = time.monotonic()
+    killed(folder, f"whole-{job}", 0, 0.0, random.Random())
+    return time.monotonic() - started, digest(folder / f"whole-{job}")
+
+
+def course(
+    folder: Path, job: int, given: argparse.Namespace, whole: float, expected: str
+) -> tuple[Counter[str], list[bool]]:
+    """One run after the other until this job's kills are used up: where they fell, and whether each run ended equal."""
+    rng, kills = random.Random(f"{given.seed}/{job}"), len(range(job, given.kills, given.jobs))
+    places, same = Counter[str](), list[bool]()
+    while sum(places.values()) < kills:
+        name, started = f"killed-{job}-{len(same)}", time.monotonic()
+        found = killed(folder, name, min(kills - sum(places.values()), 10), whole, rng)
+        whole = whole if found else min(whole, time.monotonic() - started)  # the machine is less busy than it was
+        places += found
+        same.append(digest(folder / name) == expected)
+        print(f"{name}: {'equal' if same[-1] else 'DIFFERENT'} after {dict(places)}", file=sys.stderr, flush=True)
+    return places, same
 
 
 def prepare(folder: Path, device: str, steps: int) -> None:
@@ -72,17 +96,16 @@ def prepare(folder: Path, device: str, steps: int) -> None:
     rows = [{"prompt": f"Case {n}: ", "choices": ["yes", "no"], "answer": n % 2, "task": "choice"} for n in range(40)]
     rows += [{"prompt": f"Repeat {n}: ", "completion": f"{n} {n}", "task": "open"} for n in range(40)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    dtype = "float32" if device == "cpu" else "bfloat16"
-    (folder / "recipe.yaml").write_text(
-        RECIPE.format(folder=folder, device=device, dtype=dtype, steps=steps), encoding="utf-8"
-    )
+    dtype, fixed = ("float32", "false") if device == "cpu" else ("bfloat16", "true")
+    recipe = RECIPE.format(folder=folder, device=device, dtype=dtype, deterministic=fixed, steps=steps)
+    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
 
 
 def command(folder: Path, name: str, *, resume: bool) -> subprocess.Popen[bytes]:
     """The run as a user would start it."""
     words = [sys.executable, "-m", "prunetune.cli", "run", str(folder / "recipe.yaml"), "--out", str(folder / name)]
-    log = (folder / f"{name}.log").open("ab")
-    return subprocess.Popen([*words, *(["--resume"] if resume else [])], stdout=log, stderr=log)
+    with (folder / f"{name}.log").open("ab") as log:
+        return subprocess.Popen([*words, *(["--resume"] if resume else [])], stdout=log, stderr=log)
 
 
 def killed(folder: Path, name: str, kills: int, whole: float, rng: random.Random) -> Counter[str]:

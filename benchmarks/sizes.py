@@ -85,11 +85,19 @@ def make(recipe: Path, out: Path, keep: str, flags: Sequence[str], lender: Path 
     folder = RunFolder(out)
     if lender and not out.exists():
         open_folder(folder, config)
-        shutil.copytree(lender / "tuned", folder.tuned)
-        for file in (lender / "evaluation").glob("*.json"):
-            shutil.copyfile(file, out / "evaluation" / file.name)
-        folder.note(speed=RunFolder(lender).manifest()["speed"])
+        lend(RunFolder(lender), folder)
     run(config, resume=out.exists(), command=shlex.join(["prunetune", "run", str(recipe), *words]))
+
+
+def lend(lender: RunFolder, folder: RunFolder) -> None:
+    """The dense tuned model and the dense models' scores and speed, as far as they are there."""
+    if lender.tuned.is_dir():
+        shutil.copytree(lender.tuned, folder.tuned)
+    for name in ("dense", "tuned"):
+        if lender.evaluation(name).exists():
+            shutil.copyfile(lender.evaluation(name), folder.evaluation(name))
+    speed = lender.manifest().get("speed", {})
+    folder.note(speed={name: found for name, found in speed.items() if name == "dense"})
 
 
 def small(out: Path) -> Path:

@@ -17,7 +17,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("errors", "launch"),
     ("gates", "amounts"),
     ("options",),
-    ("seeds", "files", "plan", "config", "flags", "environment"),
+    ("seeds", "files", "plan", "config", "flags", "environment", "determinism"),
     ("model",),
     ("data",),
     ("budget",),

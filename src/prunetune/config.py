@@ -387,6 +387,10 @@ class RunConfig:
     model: str = option("demo", "A folder, a hub name, a .gguf file, or 'demo' (SmolLM2-135M-Instruct from a package).")
     out: str = option("runs/latest", "The run folder to make.")
     seed: int = option(0, "Seed of everything random.", low=0)
+    deterministic: bool = option(
+        False,
+        "Kernels that always add in the same order: same seed, same machine, same bits on a GPU, too; slower.",
+    )
     layout: Literal["per-layer", "uniform"] = option(
         "per-layer", "per-layer: widths differ by layer; uniform: one width, a stock architecture."
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from prunetune.data.batches import Stream, unlabelled
 from prunetune.data.records import Record
 from prunetune.data.sources import SplitName
 from prunetune.data.templates import Example
+from prunetune.determinism import deterministic
 from prunetune.errors import ConfigError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suite import evaluate
@@ -64,8 +65,9 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
         raise ConfigError("budget.keep names several sizes: call prunetune.run, which makes each of them")
     require(config.track)
     ranks = join(pick_device(config.device))
+    device = pick_device(config.device) if ranks.world == 1 else ranks.device
     console = console or (console_for(config.train.log_every) if ranks.is_main else Quiet())
-    try:
+    with closing(console), deterministic(config.deterministic, device):
         with ranks.main_first():
             setting = prepare(config, resume=resume, console=console, ranks=ranks)
         if "size" in setting.folder.manifest():
@@ -81,8 +83,6 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
         with told(setting.folder, setting.config, command):
             _stages(setting, watcher, command)
             outside(setting)
-    finally:
-        console.close()
     return setting.folder.path
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,10 +22,12 @@ from prunetune.console import console_for
 from prunetune.data.batches import Stream
 from prunetune.decide.decision import Searcher, moved_to
 from prunetune.decide.select import Scores, select
+from prunetune.determinism import deterministic
 from prunetune.errors import ConfigError, GateFailed, RunFolderError, SelfCheckFailed
 from prunetune.folder import RunFolder, open_folder
 from prunetune.gain import gained
 from prunetune.launch import launched
+from prunetune.model.loading import pick_device
 from prunetune.seeds import derive
 from prunetune.setting import Console, Setting, facts_of, prepare
 from prunetune.telling import outside, told
@@ -48,7 +51,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
         )
     require(config.track)
     console = console or console_for(config.train.log_every)
-    try:
+    with closing(console), deterministic(config.deterministic, pick_device(config.device)):
         setting = prepare(config, resume=resume, console=console)
         sizes = sizes_of(setting)
         if resume:
@@ -56,8 +59,6 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
         open_folder(setting.folder, config)
         with told(setting.folder, config, command):
             _stages(setting, sizes, command)
-    finally:
-        console.close()
     return setting.folder.path
 
 

@@ -40,14 +40,16 @@ class LocalRunner:
         self.before = clock.held(self.device) if clock.reset_peak(self.device) else 0
         begun = clock.now(self.device)
         with _fitting(f"the weights of {model.label}"):
-            opened = load(model.source, device=self.device, dtype=self.dtype, trust_remote_code=model.trust)
-        self.model = opened.model
+            self.model = self._opened()
         self.load_s = clock.now(self.device) - begun
         self.step, self.static = self.model, dict[int, Any]()
         if options.record:
             self.step = Recorded(self.model)
         elif options.compile:
             self.step = torch.compile(self.model, mode="reduce-overhead" if self.device.type == "cuda" else None)
+
+    def _opened(self) -> Any:
+        return load(self.named.source, device=self.device, dtype=self.dtype, trust_remote_code=self.named.trust).model
 
     def facts(self) -> Facts:
         """See `Runner`."""

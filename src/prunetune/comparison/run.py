@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,12 @@ from prunetune.comparison.work import Stopped, Workshop
 from prunetune.config import RunConfig, to_mapping
 from prunetune.console import console_for
 from prunetune.decide.select import select
+from prunetune.determinism import deterministic
 from prunetune.errors import ConfigError, GateFailed, PrunetuneError
 from prunetune.evaluation.suite import KERNELS
 from prunetune.files import write_text
 from prunetune.folder import FREE
-from prunetune.model.loading import load_config
+from prunetune.model.loading import load_config, pick_device
 from prunetune.pipeline import same_data
 from prunetune.setting import Console, Setting, facts_of, prepare, shape_of
 from prunetune.train.graphs import RECORDING
@@ -55,7 +56,7 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
             "compare.keeps are shares of parameters, and budget names another amount: leave one of the two out"
         )
     console = console or console_for(config.train.log_every)
-    try:
+    with closing(console), deterministic(config.deterministic, pick_device(config.device)):
         setting = prepare(config, resume=resume, console=console, free=GROWS)
         grid = grid_of(setting.config)  # a budget of another kind has become a share of the parameters
         if resume:
@@ -63,8 +64,6 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
         _refuse_in_time(setting, methods, grid)
         _open(setting, config, command)
         cells, rates = _Comparison(setting, methods, grid, Shelf(setting.folder.path)).run()
-    finally:
-        console.close()
     return _finish(setting, cells, rates)
 
 

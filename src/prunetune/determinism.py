@@ -1,0 +1,62 @@
+"""Same seed, same machine, same bits: on a GPU, too, where kernels otherwise add in the order that threads arrive."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from prunetune.errors import ConfigError, ModelError
+
+CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
+FIXED = (":4096:8", ":16:8")  # workspaces with which cuBLAS repeats itself (PyTorch's note on reproducibility)
+
+
+@contextmanager
+def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
+    """For the block, operations have deterministic kernels or are refused; all settings are put back afterwards.
+
+    Raises `ConfigError` where CUDA's matrix products were in use in this process before, and `ModelError` for an
+    operation that has no such kernel on this device.
+    """
+    if not wanted:
+        yield
+        return
+    mode, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory, workspace = torch.utils.deterministic, os.environ.get(CUBLAS)
+    fills = memory.fill_uninitialized_memory  # type: ignore[attr-defined]
+    if workspace not in FIXED:
+        os.environ[CUBLAS] = FIXED[0]
+    memory.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
+    try:
+        if device.type == "cuda":
+            torch.mm(torch.zeros(1, 1, device=device), torch.zeros(1, 1, device=device))  # refused now, or never
+        yield
+    except RuntimeError as refused:
+        _say(refused)
+        raise
+    finally:
+        torch.use_deterministic_algorithms(mode, warn_only=warns)
+        memory.fill_uninitialized_memory = fills  # type: ignore[attr-defined]
+        if workspace is None:
+            del os.environ[CUBLAS]
+        else:
+            os.environ[CUBLAS] = workspace
+
+
+def _say(refused: RuntimeError) -> None:
+    """Raise what PyTorch says of this mode as an error of ours; return where it says something else."""
+    words = str(refused)
+    if CUBLAS in words:
+        raise ConfigError(
+            f"deterministic: this process has used CUDA before, without {CUBLAS}: set it to {FIXED[0]} before Python "
+            "starts, or make the run in a process of its own"
+        ) from refused
+    if "does not have a deterministic implementation" in words:
+        raise ModelError(
+            f"deterministic: {words.split()[0]} has no deterministic form on this device, and this model needs it: "
+            "leave deterministic out"
+        ) from refused
