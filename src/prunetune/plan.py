@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import lt
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ class Plan:
             odd = sorted(set(self.kept) ^ set(self.units))[0]
             raise PlanError(f"plan names {odd} only once: every site needs both its kept units and its unit count")
         for site, kept in self.kept.items():
-            if list(kept) != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < self.units[site]):
+            if not all(map(lt, kept, kept[1:])) or (kept and not 0 <= kept[0] <= kept[-1] < self.units[site]):
                 raise PlanError(f"plan at {site}: kept units must ascend within 0..{self.units[site] - 1}")
 
     def widths(self) -> dict[str, int]:

@@ -12,8 +12,9 @@ from prunetune.budget.params import kept_share, ratio_loss
 from prunetune.config import RunConfig
 from prunetune.decide.evidence import quantile, to_logits
 from prunetune.decide.generator import generator_for
+from prunetune.decide.nest import plan_of
 from prunetune.decide.sampling import gumbel_sigmoid, rounded, straight_through
-from prunetune.decide.select import Shape, feasible_keep, select
+from prunetune.decide.select import Shape, best_units, feasible_keep, select
 from prunetune.model.masking import gates_of
 from prunetune.model.sites import Site
 from prunetune.plan import Plan
@@ -76,7 +77,8 @@ class Searcher:
             self.last = {name: (soft.detach() > 0.5).float() for name, soft in drawn.items()}
             return {name: rounded(soft) for name, soft in drawn.items()} if self.config.hard else drawn
         keep, seen = self.keep_at(step), moved_to(logits, "cpu")
-        self.last = self.fixed(select(seen, self.sites, keep, self.shape)).gates
+        best = best_units(seen, self.sites, keep, self.shape)
+        self.last = moved_to({name: stays.float() for name, stays in best.items()}, self.device)
         values = torch.cat(list(logits.values()))
         soft = torch.sigmoid((values - self._quantile(seen, keep)) / self.config.temperature)
         legal = torch.cat(list(self.last.values()))
@@ -111,7 +113,7 @@ class Searcher:
     def legal(self, decision: Decision) -> Decision:
         """An open decision with its plan; of a noisy draw, the plan of the highest logits that is about as large."""
         if not self.is_sampled:
-            return Decision(decision.gates, plan_of(decision.gates))
+            return Decision(decision.gates, plan_of(moved_to(decision.gates, "cpu")))
         lowest, share = feasible_keep(self.sites, self.shape), float(kept_share(decision.gates, self.sites))
         return self.fixed(select(moved_to(self.logits(), "cpu"), self.sites, max(lowest, share), self.shape))
 
@@ -149,12 +151,6 @@ class Searcher:
             {name[4:]: weight for name, weight in tensors.items() if name.startswith("net.")}
         )
         self.start = {name[6:]: value.to(self.device) for name, value in tensors.items() if name.startswith("start.")}
-
-
-def plan_of(gates: Mapping[str, Tensor]) -> Plan:
-    """The units under open gates."""
-    kept = {name: tuple(gate.nonzero()[:, 0].tolist()) for name, gate in moved_to(gates, "cpu").items()}
-    return Plan(kept, {name: len(gate) for name, gate in gates.items()})
 
 
 def moved_to(values: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prunetune.budget.limits import Limits
+from prunetune.decide.order import best_first
 from prunetune.model.sites import Site
 
 
@@ -42,8 +43,7 @@ def _prices(sites: Sequence[Site], limits: Limits | None) -> Tensor:
 def quantile(logits: Mapping[str, Tensor], sites: Sequence[Site], keep: float, limits: Limits | None = None) -> float:
     """The logit above which units hold the share `keep` of the prunable parameters, or what limits make of it."""
     keep = limits.share_at(keep) if limits else keep
-    values = torch.cat([logits[site.name].detach().double().cpu() for site in sites])
-    prices = _prices(sites, limits)
-    order = torch.argsort(values, descending=True, stable=True)
+    values = torch.cat([logits[site.name].detach().float().cpu() for site in sites])
+    prices, order = _prices(sites, limits), best_first(values)
     held = torch.cumsum(prices[order], 0) / prices.sum()
-    return float(values[order][int((held < keep).sum().clamp(max=len(values) - 1))])
+    return float(values[order[(held < keep).sum().clamp(max=len(values) - 1)]])

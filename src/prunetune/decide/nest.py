@@ -5,13 +5,13 @@ A width is the number of units that each open lane of a site keeps; a lane is op
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from prunetune.model.units import Site, inner_sites
+from prunetune.decide.order import best_first
+from prunetune.model.units import Site, inner_sites, open_units
 from prunetune.plan import Plan
 
 Widths = Mapping[str, int]  # site name -> units that a lane keeps
@@ -35,7 +35,7 @@ class Nest:
             for name, site in self.named.items()
             if name in scores
         }
-        self.order = {name: lanes.argsort(dim=1, descending=True, stable=True) for name, lanes in self.scores.items()}
+        self.order = orders(self.scores)
         if within is not None:
             self.order = {name: kept_first(order, within.kept[name]) for name, order in self.order.items()}
         self.limits = {site.name: _longest_lane(site, within.kept[site.name]) for site in sites} if within else {}
@@ -76,27 +76,45 @@ class Nest:
         """Units that these sites keep in all."""
         return {site.name: widths[site.name] * self.open_lanes(site, widths) for site in sites}
 
-    def plan(self, widths: Widths) -> Plan:
-        """The best units of every open lane."""
-        kept: dict[str, tuple[int, ...]] = {}
+    def best_units(self, widths: Widths) -> dict[str, Tensor]:
+        """The best units of every open lane: {site: bool [U]}, true where one stays."""
+        found: dict[str, Tensor] = {}
         for site in self.sites:  # outer ones first
-            outer = self.outer(site)
-            lanes = torch.tensor(site.owned_lanes(kept[outer.name] if outer else None, outer.units if outer else 1))
-            best = self.order[site.name][lanes.long(), : widths[site.name]] + lanes.long()[:, None] * site.length
-            kept[site.name] = tuple(best.flatten().sort().values.tolist())
-        return Plan(kept, {site.name: site.units for site in self.sites})
+            outer, order = self.outer(site), self.order[site.name]
+            stays = torch.zeros(order.shape, dtype=torch.bool).scatter_(1, order[:, : widths[site.name]], True)
+            if outer:
+                stays &= found[outer.name].repeat_interleave(site.lanes // outer.units)[:, None]
+            found[site.name] = stays.flatten()
+        return found
 
     def best(self, site: Site) -> float:
         """Score of the unit that comes first."""
         return float(self.ranked(site)[0])
 
 
+def orders(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """{site: [lanes, units of a lane]} scores -> indices by rank in each lane, of all sites by one sort."""
+    if not scores:
+        return {}
+    sizes = torch.tensor([values.shape[1] for values in scores.values() for _ in values])
+    lane = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(sizes)
+    order = best_first(torch.cat([values.flatten() for values in scores.values()]))
+    order = order[lane[order].argsort(stable=True)] - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    parts = torch.split(order, [values.numel() for values in scores.values()])
+    return {name: part.view(values.shape) for (name, values), part in zip(scores.items(), parts, strict=True)}
+
+
 def kept_first(order: Tensor, kept: Sequence[int]) -> Tensor:
     """[lanes, units of a lane] indices by rank, those of kept units before all others; else as they were."""
-    gone = torch.ones(order.shape, dtype=torch.bool)
-    gone.view(-1)[list(kept)] = False
+    gone = ~open_units(kept, order.numel()).view(order.shape)
     return order.gather(1, gone.gather(1, order).long().argsort(dim=1, stable=True))
 
 
 def _longest_lane(site: Site, kept: Sequence[int]) -> int:
-    return max(Counter(unit // site.length for unit in kept).values(), default=0)
+    return int(open_units(kept, site.units).view(site.lanes, -1).sum(1).max())
+
+
+def plan_of(gates: Mapping[str, Tensor]) -> Plan:
+    """The units under open gates, bool or of 0 and 1."""
+    kept = {name: tuple(gate.nonzero()[:, 0].tolist()) for name, gate in gates.items()}
+    return Plan(kept, {name: len(gate) for name, gate in gates.items()})

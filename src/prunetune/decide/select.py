@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prunetune.budget.params import total
-from prunetune.decide.nest import Nest
+from prunetune.decide.nest import Nest, plan_of
 from prunetune.decide.room import Room
 from prunetune.decide.shape import Shape, default_align, floor_width, refuse_devices, step
 from prunetune.decide.uniform import uniform_floor, uniform_widths
@@ -29,7 +29,14 @@ Scores = Mapping[str, Tensor]  # site name -> one score per unit; higher stays
 
 
 def select(scores: Scores, sites: Sequence[Site], keep: float, shape: Shape, *, within: Plan | None = None) -> Plan:
-    """The plan of the highest scores that keeps at most `keep` of the prunable parameters.
+    """The plan of the highest scores that keeps at most `keep` of the prunable parameters; see `best_units`."""
+    return plan_of(best_units(scores, sites, keep, shape, within=within))
+
+
+def best_units(
+    scores: Scores, sites: Sequence[Site], keep: float, shape: Shape, *, within: Plan | None = None
+) -> dict[str, Tensor]:
+    """The units of highest scores that hold at most `keep` of the prunable parameters: {site: bool [U]}.
 
     Under `shape.limits`, `keep` says how far these have come (`budget.limits`), and the plan is within all of them.
     `within` is a larger plan of the same shape: only what it keeps may stay, and a plan is maximal inside it.
@@ -54,8 +61,8 @@ def select(scores: Scores, sites: Sequence[Site], keep: float, shape: Shape, *, 
             "budgets: raise one of them, or lower budget.align, budget.min_groups or budget.min_share"
         )
     if shape.layout == "uniform":
-        return nest.plan(uniform_widths(nest, target, shape, room.holds if caps else None))
-    return nest.plan(_free(nest, target, shape, room))
+        return nest.best_units(uniform_widths(nest, target, shape, room.holds if caps else None))
+    return nest.best_units(_free(nest, target, shape, room))
 
 
 def floor(sites: Sequence[Site], shape: Shape) -> int:

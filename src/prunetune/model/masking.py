@@ -17,7 +17,7 @@ from prunetune.errors import PlanError
 from prunetune.model.linears import unwrapped
 from prunetune.model.mixtures import gate_expert_columns, gate_router
 from prunetune.model.sites import sites_of
-from prunetune.model.units import Site
+from prunetune.model.units import Site, open_units
 from prunetune.plan import Plan
 
 Gates = Mapping[str, Tensor]  # site name -> one gate per unit, in [0, 1]
@@ -34,21 +34,18 @@ def gates_of(plan: Plan, sites: Iterable[Site], device: torch.device | str = "cp
                 f"plan has {plan.units.get(site.name, 'no')} units at {site.name}, the model has {site.units}: "
                 "a plan fits only the dense model it was made for"
             )
-        _check_lanes(plan, site, seen.get(site.within))
+        stays = open_units(plan.kept[site.name], site.units)
+        _check_lanes(plan, site, seen.get(site.within), stays)
         seen[site.name] = site
-        gate = torch.zeros(site.units, device=device)
-        gate[list(plan.kept[site.name])] = 1.0
-        gates[site.name] = gate
+        gates[site.name] = stays.to(device, torch.float32)
     return gates
 
 
-def _check_lanes(plan: Plan, site: Site, outer: Site | None) -> None:
+def _check_lanes(plan: Plan, site: Site, outer: Site | None, stays: Tensor) -> None:
     """Lanes of open units keep the same number, others nothing."""
     if site.lanes == 1 and outer is None:
         return
-    counts = [0] * site.lanes
-    for unit in plan.kept[site.name]:
-        counts[unit // site.length] += 1
+    counts = stays.view(site.lanes, -1).sum(1).tolist()
     is_open = set(site.owned_lanes(plan.kept[outer.name] if outer else None, outer.units if outer else 1))
     if len({counts[lane] for lane in is_open}) > 1 or any(counts[lane] for lane in set(range(site.lanes)) - is_open):
         raise PlanError(

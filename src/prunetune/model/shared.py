@@ -14,7 +14,7 @@ Shapes: a weight W [out, in], of which a cut keeps k lines: W[:k] of what produc
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from prunetune.model.four_bit import FourBitLinear
 from prunetune.model.linears import ROWS, linear_of, stored_axis
 from prunetune.model.masking import gates_of
 from prunetune.model.surgery import cut_linears
-from prunetune.model.units import Cut, Site
+from prunetune.model.units import Cut, Site, open_units
 from prunetune.plan import Plan
 
 
@@ -89,11 +89,10 @@ def _lends(lender: nn.Module, model: nn.Module, site: Site) -> bool:
     )
 
 
-def _order(part: Cut, kept: Iterable[int], units: int) -> Tensor:
+def _order(part: Cut, kept: Sequence[int], units: int) -> Tensor:
     """Lines of all units, those that stay first: long [units * lines of a unit]."""
-    kept = tuple(kept)
-    gone = sorted(set(range(units)) - set(kept))
-    return part.indices((*kept, *gone), units)
+    gone = (~open_units(kept, units)).nonzero().flatten()
+    return part.indices((*kept, *gone.tolist()), units)
 
 
 def _names(linear: Any) -> tuple[str, ...]:

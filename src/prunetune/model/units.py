@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -57,7 +58,7 @@ class Cut:
 
     def indices(self, kept: Iterable[int], units: int) -> Tensor:
         """The rows that the kept of so many units own, in order: long [len(kept) * per_unit]."""
-        chosen, start, found = torch.tensor(tuple(kept), dtype=torch.long), self.start, []
+        chosen, start, found = torch.from_numpy(np.array(tuple(kept), dtype=np.int64)), self.start, []
         for size in self.parts:
             found.append((start + chosen[:, None] * size + torch.arange(size)).flatten())
             start += units * size
@@ -178,6 +179,13 @@ def kept_params(sites: Iterable[Site], plan: Plan) -> int:
     return sum(site.unit_params * len(plan.kept[site.name]) for site in sites)
 
 
+def open_units(kept: Sequence[int], units: int) -> Tensor:
+    """Which of so many units are kept: bool [U]. By NumPy, which reads many Python numbers in a fifth of the time."""
+    found = np.zeros(units, dtype=bool)
+    found[np.array(kept, dtype=np.int64)] = True
+    return torch.from_numpy(found)
+
+
 def kept_lines(plan: Plan, sites: Iterable[Site]) -> dict[tuple[str, int], Tensor]:
     """Rows (axis 0) and columns (axis 1) that stay, {(linear, axis): ascending long}, of linears that lose some.
 
@@ -188,11 +196,10 @@ def kept_lines(plan: Plan, sites: Iterable[Site]) -> dict[tuple[str, int], Tenso
         kept = plan.kept[site.name]
         if not kept or len(kept) == site.units:
             continue
+        stays = open_units(kept, site.units)
         for cut, axis in site.cuts():
-            total = cut.rows or site.units * cut.per_unit
-            mask = masks.setdefault((cut.module, axis), torch.ones(total, dtype=torch.bool))
-            mask[cut.indices(range(site.units), site.units)] = False
-            mask[cut.indices(kept, site.units)] = True
+            lines, key = cut.spread(stays), (cut.module, axis)
+            masks[key] = masks[key] & lines if key in masks else lines
     return {key: mask.nonzero().flatten() for key, mask in masks.items()}
 
 

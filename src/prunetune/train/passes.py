@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from prunetune.config import RunConfig, TrainConfig
 from prunetune.data.packs import Pack, pack, packable
@@ -187,6 +187,7 @@ class Packed:
         self.device = next(model.parameters()).device
         self.recorder = Recorder(self.device)
         self.compiles = worth_compiling(config.train)
+        self.tuned: list[nn.Parameter] = []  # looked up once for all passes: a walk over a large model takes long
         self.sums = torch.zeros(2, device=self.device)  # answer loss and distance, or the lasso
         self.gates = torch.zeros(sum(site.units for site in sites), device=self.device, requires_grad=True)
         self.gates.grad = torch.zeros_like(self.gates)
@@ -234,6 +235,7 @@ class Packed:
     def forget(self) -> None:
         """See `Passes`."""
         self.recorder.forget()
+        self.tuned = []
 
     def _over(self, examples: Sequence[Example], kind: str, function: Pass) -> Losses:
         """Run `function` on packs of all examples; mean losses."""
@@ -303,7 +305,8 @@ class Packed:
 
     def _make_gradients(self) -> None:
         """Every adapter has a gradient before a pass is recorded, which then adds to it."""
-        for parameter in adapters(self.model).values():
+        self.tuned = self.tuned or list(adapters(self.model).values())
+        for parameter in self.tuned:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
 

@@ -116,7 +116,7 @@ class Adapters:
         job, batch, started = self.job, self.job.train.batch(step), time.monotonic()
         torch.manual_seed(derive(job.config.seed, "dropout", step) + job.ranks.rank)
         record = self.faults.within_memory(batch, lambda: self._gradients(batch, decision, gates), self._forget)
-        norm = job.accelerator.clip_grad_norm_(adapters(job.model).values(), job.config.train.clip)
+        norm = job.accelerator.clip_grad_norm_(self.weights, job.config.train.clip)
         rate = learning_rate(step, job.config.train, job.config.train.weights_rate if self.is_merged else None)
         if not self.faults.leaves_out(step, {**record, "gradient": float(norm)}, batch):
             rate *= self.faults.ease
@@ -179,10 +179,10 @@ class Adapters:
         restore_optimizer(self.optimizer, list(named), moments)
 
     def _fresh_optimizer(self) -> torch.optim.Optimizer:
-        train, weights = self.job.config.train, adapters(self.job.model).values()
+        train, self.weights = self.job.config.train, list(adapters(self.job.model).values())
         if self.is_merged or train.optimizer == "muon":
-            return Muon(weights, lr=train.learning_rate)
-        return adamw(weights, lr=train.learning_rate, weight_decay=train.weight_decay)
+            return Muon(self.weights, lr=train.learning_rate)
+        return adamw(self.weights, lr=train.learning_rate, weight_decay=train.weight_decay)
 
 
 def adamw(weights: Iterable[nn.Parameter], *, lr: float, weight_decay: float = 0.01) -> torch.optim.AdamW:

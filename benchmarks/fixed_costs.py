@@ -1,0 +1,59 @@
+"""CPU seconds of what a run does outside its passes, in a large model's geometry: no weights, no GPU.
+
+OMP_NUM_THREADS=1 python benchmarks/fixed_costs.py [--geometry llama-3-8b] [--repeats 9]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from geometries import config_of
+from transformers import AutoModelForCausalLM
+
+from prunetune.config import LoraSettings, from_mapping
+from prunetune.decide.decision import Searcher
+from prunetune.decide.select import Shape, select
+from prunetune.model.sites import find_sites
+from prunetune.model.units import kept_lines
+from prunetune.train.adapters import adapters, add_adapters, cut_state
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--geometry", default="llama-3-8b")
+    parser.add_argument("--repeats", type=int, default=9)
+    options = parser.parse_args()
+    with init_empty_weights():
+        model: Any = AutoModelForCausalLM.from_config(config_of(options.geometry))
+        sites = find_sites(model)
+        add_adapters(model, sites, LoraSettings(rank=1), seed=0)
+    searcher = Searcher(sites, Shape(), from_mapping({}), lambda step: 0.5, torch.device("cpu"))
+    logits = {name: values.detach() for name, values in searcher.logits().items()}
+    plan = select(logits, sites, 0.5, Shape())
+    state = {name: torch.zeros(weight.shape) for name, weight in adapters(model).items()}
+    calls: dict[str, Callable[[], object]] = {
+        "sample": lambda: searcher.sample(1),
+        "select": lambda: select(logits, sites, 0.5, Shape()),
+        "fixed": lambda: searcher.fixed(plan),
+        "kept_lines": lambda: kept_lines(plan, sites),
+        "cut_state": lambda: cut_state(state, plan, sites),
+        "adapters": lambda: adapters(model),
+    }
+    best = {name: min(timed(call) for _ in range(options.repeats)) for name, call in calls.items()}
+    print(json.dumps({name: round(seconds, 4) for name, seconds in best.items()}))
+
+
+def timed(call: Callable[[], object]) -> float:
+    started = time.process_time()
+    call()
+    return time.process_time() - started
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Laws: what is quick on masks and bits gives what plain sorts and lists of numbers give, to the bit."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from model_helpers import ALL_FAMILIES, kinds_of, random_plan, tiny
+from prunetune.config import from_mapping
+from prunetune.decide.decision import Searcher
+from prunetune.decide.evidence import quantile
+from prunetune.decide.nest import Nest, orders, plan_of
+from prunetune.decide.order import best_first
+from prunetune.decide.select import Shape, select
+from prunetune.model.masking import gates_of
+from prunetune.model.sites import Site, dense_plan, find_sites
+from prunetune.model.units import KINDS, kept_lines
+from prunetune.plan import Plan
+
+UNITS = ["layers", "kv-groups", "query-heads", "experts", "expert-channels"]
+
+
+def drawn(sites: tuple[Site, ...], seed: int) -> dict[str, Tensor]:
+    """Random scores, with ties where the seed is odd."""
+    rng = torch.Generator().manual_seed(seed)
+    scores = {site.name: torch.randn(site.units, generator=rng) for site in sites}
+    return {name: values.round() if seed % 2 else values for name, values in scores.items()}
+
+
+@pytest.mark.parametrize("count", [0, 1, 100, 40_000])  # torch sorts long integers by radix, short ones otherwise
+def test_best_first_is_a_stable_sort(count: int) -> None:
+    rng = torch.Generator().manual_seed(count)
+    for scores in (torch.randn(count, generator=rng), torch.randint(-3, 3, (count,), generator=rng).float()):
+        assert torch.equal(best_first(scores), scores.argsort(descending=True, stable=True))
+
+
+def test_best_first_knows_every_float() -> None:
+    nan, inf = torch.tensor([torch.nan, -torch.nan]), torch.tensor([torch.inf, -torch.inf])
+    scores = torch.cat([torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, -0.0, 0.0, 3e38, -3e38]), -nan, nan, inf])
+    assert torch.equal(best_first(scores), scores.argsort(descending=True, stable=True))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_each_lane_is_ranked_on_its_own(seed: int) -> None:
+    sites = find_sites(tiny("qwen3_moe"), UNITS)
+    for name, order in Nest(sites, drawn(sites, seed)).order.items():
+        site = next(site for site in sites if site.name == name)
+        lanes = drawn(sites, seed)[name].view(site.lanes, -1)
+        assert torch.equal(order, lanes.argsort(dim=1, descending=True, stable=True))
+    assert orders({}) == {}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("keep", [0.3, 0.8, 1.0])
+def test_the_quantile_is_where_the_sorted_prices_reach_the_share(seed: int, keep: float) -> None:
+    sites = find_sites(tiny("llama"))
+    scores = drawn(sites, seed)
+    units = sorted((-float(score), site.unit_params) for site in sites for score in scores[site.name])
+    held, limit = itertools.accumulate(price for _, price in units), keep * sum(price for _, price in units)
+    first = next(place for place, share in enumerate(held) if share >= limit)
+    assert quantile(scores, sites, keep) == -units[first][0]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_gates_of_a_step_are_those_of_the_selected_plan(seed: int) -> None:
+    sites = find_sites(tiny("qwen3_moe"), UNITS)
+    searcher = Searcher(sites, Shape(align=8), from_mapping({"seed": seed}), lambda step: 0.6, torch.device("cpu"))
+    searcher.start_from({name: scores.exp() for name, scores in drawn(sites, seed).items()})
+    sampled, found = searcher.sample(1), searcher.decide(1).gates
+    plan = select({name: logits.detach() for name, logits in searcher.logits().items()}, sites, 0.6, Shape(align=8))
+    for name, gate in gates_of(plan, sites).items():
+        assert torch.equal(found[name], gate)
+        assert torch.allclose(sampled[name].detach(), gate)
+        assert gate.dtype == found[name].dtype == torch.float32
+    assert plan_of(found) == plan
+
+
+def lines_by_lists(plan: Plan, sites: tuple[Site, ...]) -> dict[tuple[str, int], list[int]]:
+    """`kept_lines`, line by line: those of a unit that goes leave."""
+    gone: dict[tuple[str, int], set[int]] = {}
+    totals: dict[tuple[str, int], int] = {}
+    for site in sites:
+        kept = plan.kept[site.name]
+        if 0 < len(kept) < site.units:
+            for cut, axis in site.cuts():
+                key = (cut.module, axis)
+                totals[key] = cut.rows or site.units * cut.per_unit
+                others = [unit for unit in range(site.units) if unit not in kept]
+                gone.setdefault(key, set()).update(cut.indices(others, site.units).tolist())
+    return {key: [line for line in range(totals[key]) if line not in lost] for key, lost in gone.items()}
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_lines_that_stay_are_all_but_those_of_units_that_go(family: str) -> None:
+    model = tiny(family)
+    for units in ([*KINDS], ["kv-groups", "mlp-channels"], ["layers", "kv-groups", "query-heads"]):
+        units = [unit for unit in units if unit in kinds_of(family)]
+        sites, plan = find_sites(model, units), random_plan(model, units=units)
+        found = kept_lines(plan, sites)
+        assert {key: lines.tolist() for key, lines in found.items()} == lines_by_lists(plan, sites)
+        assert all(lines.dtype == torch.long for lines in found.values())
+        assert kept_lines(dense_plan(sites), sites) == {}
