@@ -16,6 +16,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from prunetune.bench.options import BenchOptions
 from prunetune.config import RunConfig, Unit, WorkloadConfig, load_recipe
+from prunetune.cores import share_threads
 from prunetune.errors import DataError, GateFailed, PrunetuneError
 from prunetune.eval_flags import HERE, Target
 from prunetune.flags import given, optional_twin
@@ -335,6 +336,7 @@ def main() -> None:
     # The run's own lines say what these bars and notes would; read by transformers when it is imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    share_threads(os.environ)  # read by torch when it is imported
     signal.signal(signal.SIGTERM, _interrupted)
     sys.exit(end(_guarded))
 
