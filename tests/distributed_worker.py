@@ -117,15 +117,19 @@ class Full:
             raise torch.OutOfMemoryError("full")
         return 1.0
 
+    def shrink(self, gates: Any, weight: float) -> float:
+        return self.score((), gates)
+
     def forget(self) -> None:
         pass
 
 
-def room(ranks: Ranks) -> int:
-    """The size of passes that all ranks end up with."""
+def room(ranks: Ranks, *, what: str = "score") -> int:
+    """The size of passes that all ranks end up with: of a rank that went on alone, the others would wait for ever."""
     passes: Any = together(Full(ranks), None, ranks)  # type: ignore[arg-type]
+    work = {"score": lambda: passes.score((), {}), "shrink": lambda: passes.shrink({}, 0.0)}[what]
     faults = Faults(passes, 0)
-    faults.within_memory([Example((1, 2), 1)], lambda: passes.score((), None), lambda: None)
+    faults.within_memory([Example((1, 2), 1)], work, lambda: None)
     return int(ranks.agree(faults.passes.micro_tokens))
 
 
@@ -156,7 +160,7 @@ def scenarios(ranks: Ranks, place: Path) -> dict[str, Any]:
         "fsdp": result(sharded, distil=True),
         "one to two": result(sharded, Checkpoints(place / "one")),
         "two to one": result(ranks, Checkpoints(place / "two"), stop=STOP),
-        "room": room(ranks),
+        "room": [room(ranks), room(ranks, what="shrink")],
         "differ": refused(lambda: ranks.any(False, "gates", [torch.tensor([1.0, float(ranks.rank)])])),
     }
     selfcheck.reopened = opened  # type: ignore[assignment]

@@ -21,13 +21,15 @@ from evaluate_helpers import characters, speaker
 from prunetune.config import from_mapping
 from prunetune.console import Quiet
 from prunetune.data.templates import Example
-from prunetune.errors import ConfigError
+from prunetune.errors import ConfigError, ModelError
 from prunetune.folder import RunFolder, open_folder
 from prunetune.launch import launched, lost, refusal
 from prunetune.pipeline import train
 from prunetune.setting import prepare
 from prunetune.train.distributed import ALONE, Ranks, fingerprint, join
+from prunetune.train.faults import Faults
 from prunetune.train.state import Checkpoints
+from prunetune.train.together import together
 
 HERE = Path(__file__).parent
 CLOSE = 1e-5
@@ -128,7 +130,38 @@ def test_one_goes_on_with_what_two_left(found: dict[str, Any], alone: dict[str, 
 
 
 def test_memory_that_runs_out_on_one_rank_does_on_all(found: dict[str, Any]) -> None:
-    assert found["room"] == 16
+    assert found["room"] == [16, 16]
+
+
+class Full:
+    """Passes of one number, or none where memory has run out."""
+
+    def __init__(self, *, full: bool) -> None:
+        self.full = full
+
+    def score(self, examples: object, gates: object) -> float:
+        if self.full:
+            raise torch.OutOfMemoryError("full")
+        return 1.0
+
+
+class Cramped(Ranks):
+    """Two ranks, of which this one has no room to sum in."""
+
+    def any(self, *arguments: Any) -> bool:
+        return False
+
+    def sum_(self, tensors: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+
+@pytest.mark.parametrize("shards", [True, False])
+def test_memory_that_runs_out_in_an_exchange_ends_the_run(shards: bool) -> None:
+    """Nobody takes the step again alone: what the others wait for would be another exchange."""
+    passes: Any = Full(full=shards)
+    several = together(passes, None, Cramped(world=2, shards=shards))
+    with pytest.raises(ModelError, match="out of GPU memory while ranks exchange"):
+        Faults(several, 0).within_memory((), lambda: several.score((), {}), lambda: None)
 
 
 def test_decisions_that_differ_end_the_run(found: dict[str, Any]) -> None:

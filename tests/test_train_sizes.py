@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from model_helpers import tiny
 from prunetune.decide.select import select
+from prunetune.model.four_bit import hold_in_four_bits, is_four_bit
 from prunetune.model.masking import masked
 from prunetune.plan import Plan
 from prunetune.train.adapters import add_adapters, grow_weights, put_back, tunes_all
@@ -106,3 +108,18 @@ def test_weights_go_on_in_the_precision_they_were_tuned_in() -> None:
     }
     assert all(tensor.dtype == torch.float32 for tensor in found.values())
     assert identical(grown, found)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_tuned_weights_take_the_place_of_those_in_four_bits(wrapped: bool) -> None:
+    """These are read anew from their packed form, so that what is written into them is lost."""
+    state, whole, packed = larger("all", "llama"), tiny("llama"), tiny("llama")
+    job, _ = smaller(state, "all", "llama")
+    hold_in_four_bits(packed, job.sites, dtype=torch.float32, device=torch.device("cpu"))
+    for model in (whole, packed):
+        if wrapped:
+            add_adapters(model, job.sites, job.config.lora, seed=0)
+        put_back(model, state, job.sites, job.config.train)
+    assert not is_four_bit(packed)
+    assert identical(dict(whole.named_parameters()), dict(packed.named_parameters()))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prunetune.budget.params import total
 from prunetune.config import LoraSettings, TrainConfig
 from prunetune.errors import ModelError
+from prunetune.model.four_bit import FourBitLinear
 from prunetune.model.linears import COLUMNS, ROWS, is_transposed, linear_of, stored_axis
 from prunetune.model.sites import tuned_linears
 from prunetune.model.units import Site, gone_linears, kept_lines
@@ -136,11 +137,11 @@ def grow_weights(
 ) -> None:
     """Put weights of a cut model into the dense one, in place; what belongs to removed units becomes zero.
 
-    They are stored in the dense model's dtype where no other is given.
+    They are stored in the dense model's dtype where no other is given. Linears in 4 bits become ordinary ones.
     """
     lines = kept_lines(plan, sites)
     for name, weight in state.items():
-        linear = linear_of(model, name.removesuffix(".weight"))
+        linear = _writable(model, name.removesuffix(".weight"))
         for axis in (ROWS, COLUMNS):
             index = lines.get((name.removesuffix(".weight"), axis))
             if index is not None:
@@ -148,6 +149,18 @@ def grow_weights(
                 shape = [*weight.shape[:place], linear.weight.shape[place], *weight.shape[place + 1 :]]
                 weight = torch.zeros(shape, dtype=weight.dtype).index_copy(place, index, weight)
         linear.weight.data = weight.to(linear.weight.device, dtype or linear.weight.dtype)
+
+
+def _writable(model: nn.Module, name: str) -> Any:
+    """The linear of that name, an ordinary one: the weights of one in 4 bits cannot be set."""
+    linear = linear_of(model, name)
+    if not isinstance(linear, FourBitLinear):
+        return linear
+    wrapped = hasattr(model.get_submodule(name), "base_layer")
+    parent, _, child = (f"{name}.base_layer" if wrapped else name).rpartition(".")
+    plain = linear.plain()
+    setattr(model.get_submodule(parent), child, plain)
+    return plain
 
 
 def _name(module: str, axis: int) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prunetune.data.templates import Example
+from prunetune.errors import ModelError
 from prunetune.train.adapters import adapters
 from prunetune.train.distributed import Ranks
 from prunetune.train.passes import Gates, Losses, Passes
@@ -50,26 +52,26 @@ class Together:
     def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
         """See `Passes`."""
         losses = self._at_once(lambda: self.passes.tune(examples, gates), gates)
-        return self._summed(losses, self._gradients())
+        return self._summed(losses, self._gradients)
 
     def shrink(self, gates: Gates, weight: float) -> float:
         """See `Passes`; of no example, so that every rank has the whole of it."""
-        return self.passes.shrink(gates, weight)
+        return self._at_once(lambda: self.passes.shrink(gates, weight), None)
 
     def slopes(self, examples: Sequence[Example], gates: Gates) -> tuple[Losses, dict[str, Tensor]]:
         """See `Passes`."""
         losses, slopes = self._at_once(lambda: self.passes.slopes(examples, gates), gates)
-        return self._summed(losses, slopes.values()), slopes
+        return self._summed(losses, slopes.values), slopes
 
     def both(self, examples: Sequence[Example], gates: Gates) -> tuple[Losses, dict[str, Tensor]]:
         """See `Passes`."""
         losses, slopes = self._at_once(lambda: self.passes.both(examples, gates), gates)
-        return self._summed(losses, [*slopes.values(), *self._gradients()]), slopes
+        return self._summed(losses, lambda: [*slopes.values(), *self._gradients()]), slopes
 
     def score(self, examples: Sequence[Example], gates: Gates | None) -> float:
         """See `Passes`."""
         loss = self._at_once(lambda: self.passes.score(examples, gates), gates)
-        return self._summed({"loss": loss}, ())["loss"]
+        return self._summed({"loss": loss}, list)["loss"]
 
     def forget(self) -> None:
         """See `Passes`."""
@@ -80,19 +82,19 @@ class Together:
         result: T | None = None
         failed: torch.OutOfMemoryError | None = None
         try:
-            result = work()
+            with _exchanging() if self.ranks.shards else nullcontext():
+                result = work()
         except torch.OutOfMemoryError as error:
-            if self.ranks.shards:
-                raise  # in the middle of an exchange of weights, which the others still wait for
             failed = error.with_traceback(None)  # which held the tensors of the pass
         seen = () if gates is None else [gates[name] for name in sorted(gates)]
         if self.ranks.any(failed is not None, "gates", seen):
             raise failed or torch.OutOfMemoryError("out of memory on another rank")
         return result  # type: ignore[return-value]
 
-    def _summed(self, losses: Losses, gradients: Iterable[Tensor]) -> Losses:
-        values = torch.tensor(list(losses.values()), dtype=torch.float32, device=self.ranks.device)
-        self.ranks.sum_([values, *gradients])
+    def _summed(self, losses: Losses, gradients: Callable[[], Iterable[Tensor]]) -> Losses:
+        with _exchanging():
+            values = torch.tensor(list(losses.values()), dtype=torch.float32, device=self.ranks.device)
+            self.ranks.sum_([values, *gradients()])
         return dict(zip(losses, values.tolist(), strict=True))
 
     def _gradients(self) -> list[Tensor]:
@@ -103,6 +105,18 @@ class Together:
                 parameter.grad = torch.zeros_like(parameter)
             found.append(parameter.grad)
         return found
+
+
+@contextmanager
+def _exchanging() -> Iterator[None]:
+    """Memory that runs out in the block ends the run: the others wait in an exchange, and a second try is no part of it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            "out of GPU memory while ranks exchange weights or gradients, where passes cannot be made smaller: "
+            "lower train.micro_tokens or set train.checkpointing on, then go on with --resume"
+        ) from error
 
 
 @dataclass(frozen=True)
