@@ -27,6 +27,7 @@ from prunetune.pipeline import Teaching, job_of, plainly
 from prunetune.plan import Plan
 from prunetune.seeds import derive
 from prunetune.setting import Setting, shape_of, with_texts
+from prunetune.train.graphs import own_stream
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher
 from prunetune.train.state import Forgetful
@@ -112,7 +113,7 @@ class Workshop:
         if device.type != "cuda" or not self.crowded:
             return nullcontext()
         if not hasattr(self.own, "stream"):
-            self.own.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self.own.stream = own_stream(device)
         return torch.cuda.stream(self.own.stream)
 
     def _make(self, cell: Cell, *, choose: bool) -> Result:

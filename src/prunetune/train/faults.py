@@ -15,6 +15,7 @@ import torch
 
 from prunetune.data.templates import Example
 from prunetune.errors import ModelError
+from prunetune.train.graphs import RECORDING
 from prunetune.train.passes import Passes
 
 log = logging.getLogger(__name__)
@@ -89,4 +90,5 @@ class Faults:
             self.passes.forget()
             undo()
             if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+                with RECORDING:  # a recording of another thread's would be lost
+                    torch.cuda.empty_cache()

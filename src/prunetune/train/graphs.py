@@ -7,6 +7,7 @@ long as their work (PyTorch documentation, "CUDA Graphs" in the notes on CUDA se
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -17,7 +18,22 @@ from prunetune.errors import ModelError
 
 # Recording runs the model's Python under hooks and settings that are not made for two at once.
 RECORDING = threading.Lock()
+HELD: weakref.WeakValueDictionary[int, torch.cuda.Stream] = weakref.WeakValueDictionary()  # by handle
+POOL = 32  # streams that PyTorch hands out, over and over
 Function = Callable[[Sequence[Tensor]], None]
+
+
+def own_stream(device: torch.device) -> torch.cuda.Stream:
+    """One that nobody else who asked here still holds, as long as there is any.
+
+    Workspaces of matrix products belong to a stream: two threads on one stream overwrite each other's.
+    """
+    with RECORDING:
+        for _ in range(POOL):
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            if HELD.setdefault(stream.cuda_stream, stream) is stream:
+                break
+    return stream
 
 
 class Recorder:
@@ -33,8 +49,7 @@ class Recorder:
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
         self._pool: Any = None
-        # Workspaces of matrix products belong to a stream: recorders that shared one would overwrite each other's.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._stream = own_stream(device) if device.type == "cuda" else None
 
     def run(self, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> None:
         """`function(inputs)`, whose results stay in the same tensors; `key` is all that its kernels depend on.
@@ -45,10 +60,12 @@ class Recorder:
             function(inputs)
             return
         if key not in self._seen:
-            beside = self._beside()
-            with RECORDING, torch.cuda.stream(beside):
-                function([value.to(self.device) for value in inputs])
-            torch.cuda.current_stream(self.device).wait_stream(beside)
+            beside, current = self._beside(), torch.cuda.current_stream(self.device)
+            try:
+                with RECORDING, torch.cuda.stream(beside):
+                    function([value.to(self.device) for value in inputs])
+            finally:  # also where memory ran out: what was launched still adds to gradients
+                current.wait_stream(beside)
             self._seen.add(key)
             return
         if key not in self._graphs:
@@ -61,9 +78,10 @@ class Recorder:
 
     def forget(self) -> None:
         """Drop all recordings and their memory."""
-        self._seen.clear()
-        self._graphs.clear()
-        self._pool = None
+        with RECORDING:  # none is let go while another is made
+            self._seen.clear()
+            self._graphs.clear()
+            self._pool = None
 
     def _beside(self) -> torch.cuda.Stream:
         """The recorder's stream, behind all that has been asked of the current one."""
@@ -83,6 +101,18 @@ class Recorder:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as failed:
-            line = str(failed).strip().splitlines()[0]
-            raise ModelError(f"this model's pass cannot be recorded ({line}): set train.packing to off") from failed
-        return graph, static
+            line = (str(failed).strip().splitlines() or [type(failed).__name__])[0]
+            if not _lacks_memory(failed):
+                raise ModelError(f"this model's pass cannot be recorded ({line}): set train.packing to off") from failed
+        else:
+            return graph, static
+        raise torch.OutOfMemoryError(line)  # out of the handler, whose traceback holds the tensors of the pass
+
+
+def _lacks_memory(failed: BaseException | None) -> bool:
+    """Whether that is why: CUDA says so in words, and the end of a recording may fail on top of it."""
+    while failed is not None and not isinstance(failed, torch.OutOfMemoryError):
+        if "out of memory" in str(failed):
+            return True
+        failed = failed.__context__
+    return failed is not None

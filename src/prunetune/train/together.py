@@ -109,7 +109,7 @@ class Together:
 
 @contextmanager
 def _exchanging() -> Iterator[None]:
-    """Memory that runs out in the block ends the run: the others wait in an exchange, and a second try is no part of it."""
+    """Memory that runs out in the block ends the run: others wait in an exchange, and a second try is no part of it."""
     try:
         yield
     except torch.OutOfMemoryError as error:
