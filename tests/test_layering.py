@@ -17,6 +17,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("errors", "launch", "cores"),
     ("gates", "amounts"),
     ("options",),
+    ("config_training",),
     ("seeds", "files", "plan", "config", "flags", "environment", "determinism"),
     ("model",),
     ("data",),
