@@ -23,9 +23,7 @@ from prunetune.errors import ModelError
 from prunetune.model.sites import dense_plan, find_sites, kept_params
 from prunetune.options import merged
 from prunetune.plan import Plan
-from prunetune.train.adapters import (
-    adapters,
-)
+from prunetune.train.adapters import adapters, add_adapters
 from prunetune.train.job import Job
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher, backward, mean_loss
