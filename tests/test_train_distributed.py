@@ -21,7 +21,7 @@ from evaluate_helpers import characters, speaker
 from prunetune.config import from_mapping
 from prunetune.console import Quiet
 from prunetune.data.templates import Example
-from prunetune.errors import ConfigError, ModelError
+from prunetune.errors import ConfigError, GateFailed, ModelError
 from prunetune.folder import RunFolder, open_folder
 from prunetune.launch import launched, lost, refusal
 from prunetune.pipeline import train
@@ -153,6 +153,22 @@ class Cramped(Ranks):
 
     def sum_(self, tensors: object) -> None:
         raise torch.OutOfMemoryError("full")
+
+
+@pytest.mark.parametrize(
+    ("world", "joined", "error", "waits"),
+    [(2, True, GateFailed, 1), (2, False, GateFailed, 0), (1, False, GateFailed, 0), (2, True, ModelError, 0)],
+)
+def test_a_gate_that_stops_the_run_is_told_of_before_any_rank_ends(
+    world: int, joined: bool, error: type[Exception], waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not where the others are gone, nor for what goes wrong on one rank alone."""
+    found: list[Ranks] = []
+    monkeypatch.setattr(Ranks, "wait", lambda self: found.append(self))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: joined)
+    with pytest.raises(error), Ranks(world=world).stopped():
+        raise error
+    assert len(found) == waits
 
 
 @pytest.mark.parametrize("shards", [True, False])

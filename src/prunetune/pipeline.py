@@ -77,10 +77,11 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
             same_data(setting)
         ranks.wait()  # until all have looked at the folder as it was
         if not ranks.is_main:
-            _beside(setting, watcher)
+            with ranks.stopped():
+                _beside(setting, watcher)
             return setting.folder.path
         open_folder(setting.folder, config)
-        with told(setting.folder, setting.config, command):
+        with ranks.stopped(), told(setting.folder, setting.config, command):
             _stages(setting, watcher, command)
             outside(setting)
     return setting.folder.path

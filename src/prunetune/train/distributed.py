@@ -18,7 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from prunetune.data.templates import Example
-from prunetune.errors import ConfigError, ModelError
+from prunetune.errors import ConfigError, GateFailed, ModelError
 from prunetune.launch import launched
 
 T = TypeVar("T")
@@ -106,6 +106,19 @@ class Ranks:
         yield
         if self.is_main:
             self.wait()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Where a gate stops the block, it does on all ranks: none ends before rank 0 has told of it.
+
+        A launcher stops all processes as soon as one has failed.
+        """
+        try:
+            yield
+        except GateFailed:
+            if self.world > 1 and dist.is_initialized():
+                self.wait()
+            raise
 
     def leave(self) -> None:
         """What follows is no work for several."""
