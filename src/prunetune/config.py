@@ -289,6 +289,12 @@ class SearchConfig:
     anneal: float = option(
         0.6, "Share of the search over which the budget falls from dense to its target (projected).", low=0, high=1
     )
+    still: float = option(
+        0.0,
+        "The search ends early once no more than this share of all units changed in each of ten steps after the budget "
+        "has fallen; 0: it takes all of its share.",
+        low=0, high=1,
+    )  # fmt: skip
     settle: float = option(
         0.05, "Share of the steps in which the frozen decision empties the adapters of removed units.", low=0, high=1
     )
