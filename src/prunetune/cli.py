@@ -356,7 +356,7 @@ def _guarded() -> int:
     except PrunetuneError as wrong:
         return _say(str(wrong), wrong.exit_code)
     except KeyboardInterrupt:
-        resumable = sys.argv[1:2] in (["run"], ["demo"], ["compare"])
+        resumable = sys.argv[1:2] in (["run"], ["demo"], ["compare"]) and "--dry-run" not in sys.argv
         what = "told to stop, as when another rank ends" if launched()[1] > 1 else "interrupted"
         return _say(f"{what}; go on with --resume" if resumable else what, 130)
     except Exception as error:
