@@ -115,7 +115,9 @@ def drowned(manifest: Mapping[str, Any], kind: str) -> bool:
     """Whether runs of one model spread further than the dense and the pruned model's "decode" or "prefill" differ."""
     dense, pruned = _both(manifest, "speed", f"{kind}_tokens_per_s")
     spreads = [spread for spread in _both(manifest, "speed", f"{kind}_spread") if spread is not None]
-    return bool(dense and pruned and spreads) and max(spreads) > max(dense, pruned) / min(dense, pruned) - 1
+    if not dense or not pruned or not spreads:
+        return False
+    return max(spreads) > max(dense, pruned) / min(dense, pruned) - 1
 
 
 def speeds(manifest: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
