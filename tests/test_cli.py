@@ -15,6 +15,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
+import prunetune.cli
 import prunetune.pipeline
 from data_helpers import pairs, write_lines
 from evaluate_helpers import characters, speaker
@@ -345,3 +346,11 @@ def test_a_plain_log_says_the_time_left(monkeypatch: pytest.MonkeyPatch, caplog:
             plain.step({"step": step, "phase": "search", "loss": 1.0, "kept": 1.0})
             now[0] += 6
     assert [line.partition(", ")[2] for line in caplog.messages] == ["", "", "about 69 min left", "about 68 min left"]
+
+
+def test_a_switch_that_is_given_a_word_says_how(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["prunetune", "run", "none.yaml", "--evaluate.dense_tuned", "false"])
+    assert prunetune.cli._guarded() == 2
+    assert "false: belongs to no option; a switch takes its value by =" in capsys.readouterr().err
