@@ -32,7 +32,8 @@ Every option is a flag too, under its dotted name, and flags win over the recipe
 a switch takes `=true` or `=false`; underscores may be written as hyphens). An unknown key is refused with the one
 that was meant, and a value outside its bounds with the bounds: both before anything is read or written. The run
 folder keeps the full recipe as `config.yaml`, which is a recipe itself. Recipes that come along:
-[recipes/](../recipes). """
+[recipes/](../recipes).
+"""
 
 
 def page() -> str:
