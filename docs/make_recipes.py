@@ -29,9 +29,10 @@ budget:
 
 Every option is a flag too, under its dotted name, and flags win over the recipe:
 `prunetune run recipe.yaml --budget.keep 0.5 --data.train a.jsonl --data.train b.csv` (a list repeats its flag;
-underscores may be written as hyphens). An unknown key is refused with the one that was meant, and a value outside its
-bounds with the bounds: both before anything is read or written. The run folder keeps the full recipe as `config.yaml`,
-which is a recipe itself. Recipes that come along: [recipes/](../recipes).
+a switch takes `=true` or `=false`; underscores may be written as hyphens). An unknown key is refused with the one
+that was meant, and a value outside its bounds with the bounds: both before anything is read or written. The run
+folder keeps the full recipe as `config.yaml`, which is a recipe itself. Recipes that come along:
+[recipes/](../recipes).
 """
 
 

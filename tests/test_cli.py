@@ -15,9 +15,11 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
+import prunetune.cli
 import prunetune.pipeline
 from data_helpers import pairs, write_lines
 from evaluate_helpers import characters, speaker
+from prunetune import console
 from prunetune.errors import GateFailed
 
 Said = Callable[..., tuple[int, str, str]]
@@ -332,3 +334,23 @@ prunetune.cli.main()
 def test_sigterm_ends_a_run_wherever_it_was_started(command: str, line: str) -> None:
     ended = subprocess.run([sys.executable, "-c", STOPPED, command], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (130, f"prunetune: {line}\n")
+
+
+def test_a_plain_log_says_the_time_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    plain = console.PlainConsole(10)
+    with caplog.at_level("INFO"):
+        plain.stage("tune", 700)
+        for step in range(1, 21):
+            plain.step({"step": step, "phase": "search", "loss": 1.0, "kept": 1.0})
+            now[0] += 6
+    assert [line.partition(", ")[2] for line in caplog.messages] == ["", "", "about 69 min left", "about 68 min left"]
+
+
+def test_a_switch_that_is_given_a_word_says_how(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["prunetune", "run", "none.yaml", "--evaluate.dense_tuned", "false"])
+    assert prunetune.cli._guarded() == 2
+    assert "false: belongs to no option; a switch takes its value by =" in capsys.readouterr().err

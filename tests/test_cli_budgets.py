@@ -121,6 +121,7 @@ def test_a_dry_run_writes_nothing(say: Said, recipe: Callable[..., str], tmp_pat
     code, out, _ = say("run", recipe(memory=0.8), "--dry-run")
     assert code == 0
     assert "an even plan takes" in out
+    assert "times the rows of train" in out
     assert "nothing was written" in out
     assert not (tmp_path / "run").exists()
 

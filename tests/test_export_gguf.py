@@ -258,3 +258,10 @@ def test_k_quants_are_made_by_llama_cpp_of_the_exact_file(tmp_path: Path, monkey
     with pytest.raises(ModelError, match=r"could not quantise to q5_k_m .*; take --dtype q8_0"):
         export_run(run, "gguf", options=ExportOptions(dtype="q5_k_m"))
     assert [path.name for path in done.path.parent.iterdir()] == ["gguf-q4_k_m.gguf"]
+
+
+def test_llama_cpp_has_the_first_word_on_what_it_cannot_load() -> None:
+    said = "E error loading model: no merges\nE failed to load\nRuntimeError: Failed to init server"
+    assert llamacpp._reason(said) == "no merges"
+    assert llamacpp._reason("odd\nRuntimeError: worse") == "RuntimeError: worse"
+    assert llamacpp._reason("") == ""

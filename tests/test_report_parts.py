@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from prunetune.report.folder import read_run
 from prunetune.report.layers import layers_of, runs, total
 from prunetune.report.samples import choose
 from prunetune.report.scores import headline, rows
+from prunetune.report.summary import tiles
 from report_helpers import evaluations, make_run
 
 
@@ -203,6 +205,33 @@ def test_better_than_an_untuned_model_is_not_as_good_as_a_tuned_one(tmp_path: Pa
     answer = outcome.answers(run, headline(run.evaluations), rows(run.evaluations))[2]
     assert answer.reading == "unknown"
     assert "a dense tuned one was not scored" in answer.words
+
+
+NOISY = {
+    "dense": {"decode_tokens_per_s": 166, "decode_spread": 0.35, "prefill_tokens_per_s": 100, "prefill_spread": 0.01},
+    "pruned": {"decode_tokens_per_s": 150, "decode_spread": 0.21, "prefill_tokens_per_s": 130, "prefill_spread": 0.02},
+}
+
+
+def test_speeds_that_differ_less_than_their_runs_answer_nothing(tmp_path: Path) -> None:
+    found = answered(tmp_path / "both", speed=NOISY)["Faster?"]
+    assert found.reading == "yes"  # of prefill, which is clear
+    assert "Runs of decode differ more than the models" in found.words
+    assert "prunetune bench" in found.words
+    decode = {model: {key: value for key, value in speed.items() if "decode" in key} for model, speed in NOISY.items()}
+    assert answered(tmp_path / "one", speed=decode)["Faster?"].reading == "unknown"
+    (tile,) = (tile for tile in tiles(read_run(tmp_path / "one" / "run"), None) if tile.label == "Decode speed")
+    assert tile.tone == "plain"
+
+
+@pytest.mark.parametrize(("count", "reading"), [(5, "unknown"), (500, "yes")])
+def test_too_few_items_do_not_make_a_model_as_good(count: int, reading: str, tmp_path: Path) -> None:
+    reference, pruned = task("t", [1, 0, 1, 1] * count), task("t", [1, 1, 0, 1] * count)
+    scored = {"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})}
+    run = replace(read_run(make_run(tmp_path / "run")), evaluations=scored)
+    answer = outcome.answers(run, headline(scored), rows(scored))[2]
+    assert answer.reading == reading
+    assert ("with 20 items" in answer.words) == (count == 5)
 
 
 def test_recovery_has_the_error_of_the_paired_change() -> None:

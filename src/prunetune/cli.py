@@ -12,7 +12,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from prunetune.bench.options import BenchOptions
 from prunetune.config import RunConfig, Unit, WorkloadConfig, load_recipe
@@ -351,12 +351,15 @@ def _guarded() -> int:
         return _say(single, 2)
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
+    except UnusedCliTokensError as wrong:
+        given = " ".join(wrong.unused_tokens or ())
+        return _say(f"{given}: belongs to no option; a switch takes its value by =, such as --deterministic=true", 2)
     except CycloptsError as wrong:
         return _say(" ".join(str(wrong).split()), 2)
     except PrunetuneError as wrong:
         return _say(str(wrong), wrong.exit_code)
     except KeyboardInterrupt:
-        resumable = sys.argv[1:2] in (["run"], ["demo"], ["compare"])
+        resumable = sys.argv[1:2] in (["run"], ["demo"], ["compare"]) and "--dry-run" not in sys.argv
         what = "told to stop, as when another rank ends" if launched()[1] > 1 else "interrupted"
         return _say(f"{what}; go on with --resume" if resumable else what, 130)
     except Exception as error:

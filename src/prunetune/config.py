@@ -214,7 +214,7 @@ class EvaluateConfig:
     max_new_tokens: int = option(128, "Longest generated answer in tokens.", low=1)
     max_tokens: int = option(16384, "Most tokens that one scoring pass holds.", low=1)
     dense_tuned: bool = option(
-        True, "Also tune the dense model (same data, steps, rank) for comparison; kept in the run folder."
+        True, "Also tune the dense model (same data and steps, lora.dense_rank) for comparison; kept in the run folder."
     )
 
 

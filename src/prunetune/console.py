@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import time
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -28,16 +29,25 @@ class PlainConsole:
     def __init__(self, every: int) -> None:
         self.every = every
         self.total = 0
+        self.begun: tuple[int, float] | None = None  # the first step of the stage that was seen, and when
 
     def stage(self, name: str, total: int) -> None:
         """A stage of so many steps begins."""
-        self.total = total
+        self.total, self.begun = total, None
         log.info("%s", name)
 
     def step(self, record: Record) -> None:
         """A tuning step is done."""
-        if record["step"] % self.every == 0 or record["step"] in (1, self.total):
-            log.info("step %d/%d %s", record["step"], self.total, summary(record))
+        step, now = record["step"], time.monotonic()
+        self.begun = self.begun or (step, now)
+        if step % self.every == 0 or step in (1, self.total):
+            log.info("step %d/%d %s%s", step, self.total, summary(record), self._left(step, now))
+
+    def _left(self, step: int, now: float) -> str:
+        """The time left at the mean pace so far, from a minute on."""
+        first, since = self.begun or (step, now)
+        left = (now - since) / max(1, step - first) * (self.total - step)
+        return f", about {left / 60:.0f} min left" if left >= 60 else ""
 
     def validation(self, record: Record) -> None:
         """The decided sub-network was scored."""

@@ -25,7 +25,7 @@ from prunetune.plan import Plan
 from prunetune.timing.tables import checked_header, in_cache, measured
 
 UNTIMED = "no table for this device yet: --measure makes one, in a minute or two on a GPU"
-NOT_FEASIBLE = "-"
+NOT_FEASIBLE = "-"  # or not known: a time that noise in the table made nothing, or less
 
 
 def budget_lines(
@@ -94,6 +94,8 @@ def _row(
         if counts is None:
             return NOT_FEASIBLE
         found = most(costs, counts)
+        if not found > 0:
+            return NOT_FEASIBLE
         found = tokens / found if kind == "throughput" else found
         return within(found, kind) if heading == "least" else shown(found, kind)
 

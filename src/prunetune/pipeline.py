@@ -334,8 +334,8 @@ def model_of(setting: Setting, name: str) -> Any:
         return load(str(setting.folder.model), device=setting.device, dtype=setting.dtype, trust_remote_code=own).model
     if name == "tuned":
         model = setting.to_train()
-        setting.console.stage("tune the dense model", setting.config.train.steps)
         # As a teacher and for comparison: tuned once, and gone on with.
+        setting.console.stage("tune the dense model (once: what is done is kept)", setting.config.train.steps)
         kept = shared(Checkpoints(setting.folder.tuned), setting.ranks)
         tune_and_prune(job_of(densely(setting), model, kept, setting.console, dense_plan(setting.sites)))
         if not setting.ranks.shards:  # sharded weights stay as they are, adapters beside them

@@ -189,10 +189,22 @@ def of_dry_run(config: RunConfig, *, resume: bool = False) -> str:
         f"{config.model}: {setting.params / 1e6:,.1f} M parameters -> {(setting.params - gone) / 1e6:,.1f} M "
         f"with an even plan of layout {config.layout}",
         *(limit_lines(setting.shape.limits, plan) if setting.shape.limits else ()),
+        *_data_lines(setting),
         "",
         *budget_lines(structure, setting.sites, setting.shape, config.workload, setting.device),
     ]
     return "\n".join([*lines, "", f"nothing was written; the run would go to {config.out}"])
+
+
+def _data_lines(setting: Any) -> list[str]:
+    """Rows by split, the longest of them, and how often the steps go through train."""
+    counts = {name: len(part.examples) for name, part in setting.encoded.items()}
+    longest = max(part.longest for part in setting.encoded.values())
+    steps, size = setting.config.train.steps, setting.config.train.batch_size
+    return [
+        f"rows: {', '.join(f'{count:,} {name}' for name, count in counts.items())}; the longest has {longest:,} tokens",
+        f"{steps:,} steps of {size} examples: {steps * size / max(1, counts['train']):.1f} times the rows of train",
+    ]
 
 
 def _previews(structure: Any, prunable: int, everything: int, least: float) -> list[str]:

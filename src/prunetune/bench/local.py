@@ -152,7 +152,8 @@ def decode_bytes(model: Any, cache: Any) -> float | None:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is not table.weight:
         weights -= table.weight.nbytes
-    return float(weights + sum(part.nbytes for layer in cache.layers for part in (layer.keys, layer.values)))
+    held = (part for layer in cache.layers for part in (layer.keys, layer.values))
+    return float(weights + sum(part.nbytes for part in held if part is not None))  # none where attention is gone
 
 
 @contextmanager

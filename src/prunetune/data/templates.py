@@ -122,7 +122,7 @@ def _render(tokenizer: Any, messages: Sequence[tuple[str, str]], source: str, *,
 
     if not tokenizer.chat_template:
         raise DataError(
-            f"{source}: rows of messages need a chat template, and the tokenizer has none; "
+            f"{source}: rows of messages (of data.template=chat all) need a chat template, and the tokenizer has none; "
             "set data.template=raw, or name a model tuned for chat"
         )
     turns = [{"role": role, "content": content} for role, content in messages]

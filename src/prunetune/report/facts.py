@@ -111,6 +111,15 @@ def timings(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def drowned(manifest: Mapping[str, Any], kind: str) -> bool:
+    """Whether runs of one model spread further than the dense and the pruned model's "decode" or "prefill" differ."""
+    dense, pruned = _both(manifest, "speed", f"{kind}_tokens_per_s")
+    spreads = [spread for spread in _both(manifest, "speed", f"{kind}_spread") if spread is not None]
+    if not dense or not pruned or not spreads:
+        return False
+    return max(spreads) > max(dense, pruned) / min(dense, pruned) - 1
+
+
 def speeds(manifest: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """(what, dense, pruned, ratio) of latency and memory."""
     decode, prefill = (_both(manifest, "speed", kind) for kind in ("decode_tokens_per_s", "prefill_tokens_per_s"))

@@ -249,6 +249,7 @@ def _picture(name: str, label: str, points: Sequence[tuple[Row, float]], known: 
 
     def draw(drawing: Drawing) -> None:
         axes = drawing.subplots()
+        axes.locator_params(axis="x", nbins=5)  # sizes that are nearly equal have long numbers
         shown = [(x, row.headline.pruned, row.headline.pruned_se, row.name) for row, x in points if row.headline]
         axes.plot([x for x, *_ in shown], [quality for _, quality, *_ in shown], color=svg.PRUNED, linewidth=1)
         for x, quality, error, size in shown:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prunetune.report import text
+from prunetune.report.facts import drowned
 from prunetune.report.folder import RunFiles, lookup, mapping, number
 from prunetune.report.scores import REFERENCE_NAMES, Headline, Row, reference_of
 
 Reading = Literal["yes", "no", "partly", "unknown", "none"]
+HIDDEN = 0.1  # a share of the reference's score: noise that could hide a larger loss answers nothing
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,13 @@ def _smaller(manifest: Mapping[str, Any]) -> Answer:
 
 
 def _faster(manifest: Mapping[str, Any]) -> Answer:
-    """As measured in turns where the run did that, else one after the other."""
-    ratios = {
+    """As measured in turns where the run did that, else one after the other: no answer where noise is the larger."""
+    in_turns = {
         kind: ratio
         for kind in ("throughput", "decode", "prefill")
         if (ratio := number(manifest, "gain", "speed", kind, "median")) is not None
-    } or {
+    }
+    ratios = in_turns or {
         kind: pruned / dense
         for kind in ("decode", "prefill")
         if (dense := number(manifest, "speed", "dense", f"{kind}_tokens_per_s"))
@@ -74,8 +77,14 @@ def _faster(manifest: Mapping[str, Any]) -> Answer:
     if not ratios:
         return Answer("Faster?", "unknown", "Speed was not measured.")
     words = ", ".join(f"{kind} {text.ratio(ratio)}" for kind, ratio in ratios.items()) + " of the dense model's speed."
-    faster = [ratio > 1 for ratio in ratios.values()]
-    return Answer("Faster?", "yes" if all(faster) else "partly" if any(faster) else "no", words.capitalize())
+    clear = {kind: ratio for kind, ratio in ratios.items() if in_turns or not drowned(manifest, kind)}
+    if len(clear) < len(ratios):
+        noisy = " and ".join(kind for kind in ratios if kind not in clear)
+        words += f" Runs of {noisy} differ more than the models: `prunetune bench` measures them in turns."
+    if not clear:
+        return Answer("Faster?", "unknown", words[:1].upper() + words[1:])
+    faster = [ratio > 1 for ratio in clear.values()]
+    return Answer("Faster?", "yes" if all(faster) else "partly" if any(faster) else "no", words[:1].upper() + words[1:])
 
 
 def _as_good(run: RunFiles, headline: Headline | None, rows: Sequence[Row]) -> Answer:
@@ -89,6 +98,8 @@ def _as_good(run: RunFiles, headline: Headline | None, rows: Sequence[Row]) -> A
         return Answer("As good?", "unknown", f"No task says so beyond doubt; {reference} is the reference.")
     if not worse and name != "tuned":  # that says that tuning helped, not that pruning did no harm
         return Answer("As good?", "unknown", "Not worse than the untuned model; a dense tuned one was not scored.")
+    if not worse and (hidden := _hidden(judged)):
+        return Answer("As good?", "unknown", hidden)
     if not worse:
         return Answer(
             "As good?", "yes", f"Not worse than the {reference} model, beyond two standard errors, in {count}."
@@ -97,6 +108,19 @@ def _as_good(run: RunFiles, headline: Headline | None, rows: Sequence[Row]) -> A
     named += f" and {len(worse) - 3} more" if len(worse) > 3 else ""
     words = f"In {len(worse)} of {count} worse than the {reference} model beyond two standard errors: {named}."
     return Answer("As good?", "no" if len(worse) == len(judged) else "partly", words)
+
+
+def _hidden(judged: Sequence[Row]) -> str:
+    """The largest loss that noise could hide, where that is too much to call a model as good; else empty."""
+    losses = [(1 - row.left[0] + 2 * row.left[1], row) for row in judged if row.verdict == "within noise"]
+    loss, row = max(losses, key=lambda pair: pair[0], default=(0.0, None))
+    if row is None or not loss > HIDDEN:
+        return ""
+    items = f"{text.count(row.n)} item{'s' * (row.n != 1)}"
+    return (
+        f"Not worse beyond two standard errors, but these are wide: with {items}, up to "
+        f"{text.share(min(1.0, loss))} of {text.shortened(row.task)} may be lost. Score more (evaluate.limit)."
+    )
 
 
 def _within(manifest: Mapping[str, Any]) -> Answer:

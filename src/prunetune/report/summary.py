@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prunetune.report import text
+from prunetune.report.facts import drowned
 from prunetune.report.folder import RunFiles, lookup, mapping, number
 from prunetune.report.layers import layers_of, total
 from prunetune.report.scores import Headline
@@ -59,8 +60,8 @@ def tiles(run: RunFiles, headline: Headline | None) -> list[Tile]:
         _size_tile(run.manifest, "decoder_params", "Decoder parameters", text.short),
         _size_tile(run.manifest, "params", "All parameters", text.short),
         _size_tile(run.manifest, "bytes", "Checkpoint", text.size),
-        _speed_tile(run.manifest, "decode_tokens_per_s", "Decode speed"),
-        _speed_tile(run.manifest, "prefill_tokens_per_s", "Prefill speed"),
+        _speed_tile(run.manifest, "decode", "Decode speed"),
+        _speed_tile(run.manifest, "prefill", "Prefill speed"),
         _check_tile(mapping(run.manifest, "selfcheck")),
         _time_tile(run.manifest),
     ]
@@ -95,14 +96,16 @@ def _size_tile(manifest: Mapping[str, Any], key: str, label: str, shown: Any) ->
     )
 
 
-def _speed_tile(manifest: Mapping[str, Any], key: str, label: str) -> Tile | None:
+def _speed_tile(manifest: Mapping[str, Any], kind: str, label: str) -> Tile | None:
+    key = f"{kind}_tokens_per_s"
     dense, pruned = number(manifest, "speed", "dense", key), number(manifest, "speed", "pruned", key)
     if not dense or pruned is None:
         return None
-    spread = number(manifest, "speed", "pruned", key.replace("tokens_per_s", "spread"))
+    spread = number(manifest, "speed", "pruned", f"{kind}_spread")
     detail = f"{text.count(dense)} → {text.count(pruned)} tokens/s"
     detail += f", spread {text.share(spread)}" if spread is not None else ""
-    return Tile(label, text.ratio(pruned / dense), detail, "bad" if pruned < dense else "plain")
+    is_slower = pruned < dense and not drowned(manifest, kind)
+    return Tile(label, text.ratio(pruned / dense), detail, "bad" if is_slower else "plain")
 
 
 def _time_tile(manifest: Mapping[str, Any]) -> Tile | None:

@@ -138,6 +138,13 @@ def agreement(
     )
 
 
+def _reason(said: str) -> str:
+    """The line that says why: llama.cpp's own, which stands before what Python makes of it, or the last error."""
+    lines = said.splitlines()
+    own = [line.partition("error loading model:")[2] for line in lines if "error loading model:" in line]
+    return (own or ([line for line in lines if "error" in line.lower()] or lines or [""])[-1:])[0].strip()
+
+
 def _process(script: str, arguments: list[str], asked: Any, what: str) -> Any:
     """Run a script that reads and writes JSON; raises `SelfCheckFailed` where it ends badly."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -149,6 +156,5 @@ def _process(script: str, arguments: list[str], asked: Any, what: str) -> Any:
             env=os.environ | {"HF_MODULES_CACHE": scratch, "TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
         if not found.is_file():
-            lines = [line for line in done.stderr.splitlines() if "error" in line.lower()] or done.stderr.splitlines()
-            raise SelfCheckFailed(f"{what} does not run: {lines[-1].strip() if lines else done.returncode}")
+            raise SelfCheckFailed(f"{what} does not run: {_reason(done.stderr) or done.returncode}")
         return json.loads(found.read_text())
