@@ -39,6 +39,7 @@ STOREYS: tuple[tuple[str, ...], ...] = (
     ("sizes",),
     ("comparison",),
     ("cli",),
+    ("__main__",),
 )
 HEIGHT = {name: height for height, storey in enumerate(STOREYS) for name in storey}
 

@@ -1,0 +1,5 @@
+"""`python -m prunetune`."""
+
+from prunetune.cli import main
+
+main()
