@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import pytest
 import torch
 
 from model_helpers import random_plan, tiny
+from prunetune.config import LoraSettings
 from prunetune.model.masking import gates_of
 from prunetune.model.sites import dense_plan, find_sites
 from prunetune.train.adapters import (
@@ -124,3 +128,20 @@ def test_settling_empties_the_adapters_of_removed_units(tmp_path: Path) -> None:
     removed_after, kept_after = held(job.schedule.settle)
     assert removed_after < 0.5 * removed_before
     assert removed_after / kept_after < 0.5 * removed_before / kept_before
+
+
+def test_threads_add_adapters_side_by_side() -> None:
+    """Nothing that all modules share is changed meanwhile, or left changed (by peft's way to make shapes only, say)."""
+    before = torch.nn.Module.register_parameter
+    models, start = [tiny(seed=seed) for seed in range(4)], Barrier(4)
+
+    def add(model: Any) -> None:
+        start.wait()
+        add_adapters(model, find_sites(model), LoraSettings(rank=2), seed=0)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, models))
+    assert torch.nn.Module.register_parameter is before
+    assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
+    for model in models:
+        assert all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in adapters(model).values())

@@ -40,23 +40,21 @@ def add_adapters(model: nn.Module, sites: Sequence[Site], settings: LoraSettings
         lora_dropout=settings.dropout,
         target_modules=targets,
         fan_in_fan_out=is_transposed(linear_of(model, targets[0])),
+        init_lora_weights=False,  # drawn below
     )
-    inject_adapter_in_model(config, model, low_cpu_mem_usage=True)  # as shapes: peft's values would be drawn in vain
+    inject_adapter_in_model(config, model)
     model.eval()  # new modules start in training mode, and their dropout would reach the search
-    device = next(model.parameters()).device
     for name in targets:
         layer: Any = model.get_submodule(name)
         layer.cast_input_dtype_enabled = False  # autocast does it, see `objectives`
-        layer.lora_A.to_empty(device=device)
-        layer.lora_B.to_empty(device=device)
         simplify(layer, NAME)
     rng = torch.Generator().manual_seed(seed)
     for name, parameter in adapters(model).items():
+        values = torch.zeros(parameter.shape)
         if ".lora_A." in name:  # peft's initialisation, from a generator of our own
             bound = parameter.shape[1] ** -0.5
-            parameter.data.copy_(torch.empty(parameter.shape).uniform_(-bound, bound, generator=rng))
-        else:
-            parameter.data.zero_()
+            values.uniform_(-bound, bound, generator=rng)
+        parameter.data = values.to(parameter.device)
 
 
 def adapters(model: nn.Module) -> dict[str, nn.Parameter]:
