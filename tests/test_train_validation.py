@@ -82,7 +82,8 @@ def test_roll_back_brings_weights_and_moments_of_that_step_back(tmp_path: Path) 
     target = int(event["did"].rpartition(" ")[2])
     then = next(state for state in keeper.saved if state.step == target)
     back = next(state for state in keeper.saved if state.step == event["step"])
-    assert all(identical(tensors, back.tensors[part]) for part, tensors in then.tensors.items())
+    assert all(identical(then.tensors[part], tensors) for part, tensors in back.tensors.items())
+    assert set(then.tensors) - set(back.tensors) == {"decision"}, "which stands by now, as a plan"
     assert back.plan == held.plan
     assert back.seen["last"]["guard.nll"] <= 0.4
 
