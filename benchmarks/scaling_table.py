@@ -1,6 +1,6 @@
 """The computed tables of docs/scaling.md, as Markdown: memory and operations by model, precision, rank and sequence.
 
-    python benchmarks/scaling_table.py [--measured FILE]
+    python benchmarks/scaling_table.py [--measured FILE] [--several]
 
 Nothing is measured here: `budget.memory` and `budget.work` on shapes. With a file of lines that `training_memory.py`
 printed, each line becomes a row that sets the measurement beside the formula.
@@ -91,6 +91,26 @@ def work_table() -> None:
             print(row(name, "yes" if recompute else "no", *(f"{each:.2f}" for each in found)))
 
 
+def several_table(ranks: int = 2) -> None:
+    """What `distributed.py scale` does, on one GPU and sharded over `ranks`; operations of its steps."""
+    model, batch, length = shapes("llama-3-8b"), 16, 768
+    setup = replace(BASE, rank=32, tokens=batch * length // 2)
+    one = memory(model, setup, phase="search")
+    here = memory(model, replace(setup, tokens=setup.tokens // ranks), phase="search")
+    layers = setup.width * sum(linear.weights for linear in model.linears)
+    head = setup.width * model.vocabulary * model.hidden
+    parts = {
+        "layers and embedding": (layers + head) / ranks, "head": head, "two layers gathered": 2 * layers / model.layers,
+        "adapters": here.tuned, "generator": here.generator, "activations": here.activations, "logits": here.passing,
+    }  # fmt: skip
+    total = sum(parts.values())
+    words = ", ".join(f"{name} {gb(value)}" for name, value in parts.items())
+    print(f"{words}; in all {gb(total)} of {gb(one.total)} GB: {total / one.total:.2f}")
+    for phase in ("search", "tune"):
+        work = operations(model, setup, phase=phase, tokens=batch * length, length=length, answers=0.25)
+        print(f"{phase}: {work / 1e12:.0f}e12 operations a step")
+
+
 def measured_table(file: Path) -> None:
     print(head("model", "base", "rank", "tokens", "recomputed", "teacher", "search: measured", "computed",
                "tune: measured", "computed", "s a search step", "s a tuning step", "device"))  # fmt: skip
@@ -109,10 +129,14 @@ def measured_table(file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--measured", type=Path)
+    parser.add_argument("--several", action="store_true", help="of several GPUs, beside distributed.py")
     args = parser.parse_args()
     assert set(NAMES) <= set(GEOMETRIES)
     if args.measured:
         measured_table(args.measured)
+        return
+    if args.several:
+        several_table()
         return
     for table in (memory_table, sequence_table, work_table):
         table()

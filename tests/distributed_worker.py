@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
 import yaml
+from torch import distributed as dist
 
 from model_helpers import tiny
 from prunetune.config import from_mapping
@@ -133,6 +136,30 @@ def room(ranks: Ranks, *, what: str = "score") -> int:
     return int(ranks.agree(faults.passes.micro_tokens))
 
 
+def waits(ranks: Ranks, place: Path) -> bool:
+    """Whether rank 0, once it has waited, finds what the late rank 1 left before.
+
+    As with NCCL, where who sends a broadcast goes on at once; gloo's would wait.
+    """
+    mark, before, sent = place / "mark", dist.broadcast_object_list, list[Thread]()
+
+    def send(*given: Any, **named: Any) -> None:
+        sent.append(Thread(target=before, args=given, kwargs=named))
+        sent[-1].start()
+
+    if ranks.is_main:
+        dist.broadcast_object_list = send
+    else:
+        time.sleep(1)
+        mark.touch()
+    ranks.wait()
+    found = mark.exists()
+    dist.broadcast_object_list = before
+    for thread in sent:
+        thread.join()
+    return found
+
+
 def refused(work: Callable[[], object]) -> str:
     """What the error says."""
     try:
@@ -161,6 +188,7 @@ def scenarios(ranks: Ranks, place: Path) -> dict[str, Any]:
         "one to two": result(sharded, Checkpoints(place / "one")),
         "two to one": result(ranks, Checkpoints(place / "two"), stop=STOP),
         "room": [room(ranks), room(ranks, what="shrink")],
+        "waits": waits(ranks, place),
         "differ": refused(lambda: ranks.any(False, "gates", [torch.tensor([1.0, float(ranks.rank)])])),
     }
     selfcheck.reopened = opened  # type: ignore[assignment]

@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,8 +30,10 @@ from prunetune.pipeline import train
 from prunetune.setting import prepare
 from prunetune.train.distributed import ALONE, Ranks, fingerprint, join
 from prunetune.train.faults import Faults
+from prunetune.train.players import Search
 from prunetune.train.state import Checkpoints
 from prunetune.train.together import together
+from test_train_loop import config_of, job_of
 
 HERE = Path(__file__).parent
 CLOSE = 1e-5
@@ -178,6 +182,30 @@ def test_memory_that_runs_out_in_an_exchange_ends_the_run(shards: bool) -> None:
     several = together(passes, None, Cramped(world=2, shards=shards))
     with pytest.raises(ModelError, match="out of GPU memory while ranks exchange"):
         Faults(several, 0).within_memory((), lambda: several.score((), {}), lambda: None)
+
+
+def test_nobody_goes_on_before_all_are_there(found: dict[str, Any]) -> None:
+    assert found["waits"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_generator_moves_by_the_mean_over_ranks(world: int) -> None:
+    """Ranks hold the same gradients here, as they do but for the order in which kernels add."""
+
+    class Alike(Ranks):
+        def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
+            for tensor in tensors:
+                tensor.mul_(self.world)
+
+    search = Search(replace(job_of(config_of()), ranks=Alike(world=world)), cast(Any, None), cast(Any, None))
+    generator = search.searcher.generator
+    torch.stack([logits.square().sum() for logits in generator().values()]).sum().backward()
+    before = [parameter.grad.clone() for parameter in generator.parameters() if parameter.grad is not None]
+    search._average()
+    after = [parameter.grad for parameter in generator.parameters() if parameter.grad is not None]
+    assert len(before) == len(after) > 0
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_decisions_that_differ_end_the_run(found: dict[str, Any]) -> None:

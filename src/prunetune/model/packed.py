@@ -48,7 +48,7 @@ def can_pack(model: Any) -> bool:
 def _packs_as_apart(model: Any, device: torch.device, *, rounded: bool) -> bool:
     """Whether a packed row gives what its parts give; in 16 bits, at least far more so than one long sequence does.
 
-    There single logits may be a fifth of the largest apart by rounding alone, so their mean counts.
+    There rounding alone may put single logits far apart, so their mean counts.
     """
     vocabulary, half = model.config.get_text_config().vocab_size, PROBE // 2
     ids = (3 + 7919 * torch.arange(PROBE, device=device))[None] % vocabulary
