@@ -80,7 +80,7 @@ def _faster(manifest: Mapping[str, Any]) -> Answer:
     clear = {kind: ratio for kind, ratio in ratios.items() if in_turns or not drowned(manifest, kind)}
     if len(clear) < len(ratios):
         noisy = " and ".join(kind for kind in ratios if kind not in clear)
-        words += f" Runs of {noisy} differ more than the models: `prunetune bench` measures them in turns."
+        words += f" Runs of {noisy} differ more than the models: prunetune bench measures them in turns."
     if not clear:
         return Answer("Faster?", "unknown", words[:1].upper() + words[1:])
     faster = [ratio > 1 for ratio in clear.values()]
