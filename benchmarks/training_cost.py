@@ -37,7 +37,7 @@ from prunetune.environment import describe, peak_memory_mb
 from prunetune.model.sites import dense_plan
 from prunetune.train.job import Job
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.schedule import schedule_of
+from prunetune.train.schedule import given_plan, schedule_of
 from prunetune.train.state import Forgetful
 from prunetune.train.teaching import untuned
 
@@ -130,14 +130,15 @@ def side_by_side(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor
 
 def ours(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype, kind: str) -> Clock:
     model, sites = made(asked.geometry, device, dtype, layers=asked.layers)
-    config = config_of(asked, kind)
+    config, dense = config_of(asked, kind), kind == "dense"
     teacher = untuned(model, config.distill) if kind == "taught" else None
     stream, clock = stream_of(asked, model.config.vocab_size), Clock(device)
     tune_and_prune(Job(
         model=model, sites=sites, shape=Shape("per-layer", default_align(sites)), train=stream, search=stream,
-        valid=(), pad_id=0, config=config, schedule=schedule_of(config), checkpoints=Forgetful(), observer=clock,
+        valid=(), pad_id=0, config=config, checkpoints=Forgetful(), observer=clock,
+        schedule=given_plan(config) if dense else schedule_of(config),
         accelerator=Accelerator(cpu=device.type == "cpu"), teacher=teacher,
-        plan=dense_plan(sites) if kind == "dense" else None,
+        plan=dense_plan(sites) if dense else None,
     ))  # fmt: skip
     return clock
 

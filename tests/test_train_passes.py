@@ -235,7 +235,7 @@ def test_soft_capped_attention_is_not_packed() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.filterwarnings(
     "ignore:.*torch.jit.*:DeprecationWarning",
-    "ignore:.*Online softmax:UserWarning",
+    "ignore:\\s*Online softmax:UserWarning",
     "ignore:.*is not a leaf:UserWarning",
 )
 @pytest.mark.parametrize("compile", ["off", "on"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import import_module
@@ -24,6 +24,23 @@ from prunetune.bench.runner import Facts, OutOfMemory, Sample, Work
 from prunetune.errors import ModelError
 from prunetune.model.loading import load, pick_device, pick_dtype
 
+_aten = torch.ops.aten
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Of both products, for queries (batch, heads, tokens, width), the causal half included; keys and values may have
+    fewer heads than queries, which the formula of PyTorch before 2.13 refuses."""
+    return 2 * query[0] * query[1] * query[2] * key[2] * (query[3] + value[3])
+
+
+ATTENTION = dict.fromkeys(
+    (
+        _aten._scaled_dot_product_flash_attention,
+        _aten._scaled_dot_product_efficient_attention,
+        _aten._scaled_dot_product_cudnn_attention,
+    ),
+    _attention_flops,
+)
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the first that a folder has
 
 
@@ -108,7 +125,8 @@ class LocalRunner:
     @torch.no_grad()
     def _flops(self, batch: int) -> float:
         """Of the prefill, as operators report them."""
-        with _fitting(f"batch {batch} of {self.named.label}"), FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+        with _fitting(f"batch {batch} of {self.named.label}"), counter:
             self.model(self._tokens(batch), use_cache=False, logits_to_keep=1)
         return float(counter.get_total_flops())
 
