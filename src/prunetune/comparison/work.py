@@ -112,9 +112,9 @@ class Workshop:
         device = self.setting.device
         if device.type != "cuda" or not self.crowded:
             return nullcontext()
-        if not hasattr(self.own, "stream"):
-            self.own.stream = own_stream(device)
-        return torch.cuda.stream(self.own.stream)
+        if not hasattr(self.own, "held"):
+            self.own.held = own_stream(device)
+        return torch.cuda.stream(self.own.held.stream)
 
     def _make(self, cell: Cell, *, choose: bool) -> Result:
         setting = self.setting_of(cell)

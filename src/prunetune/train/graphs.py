@@ -16,24 +16,36 @@ from torch import Tensor
 
 from prunetune.errors import ModelError
 
+
+class OwnStream:
+    """A stream of CUDA that is its holder's as long as this object lives.
+
+    It stands between for the sake of weak references: PyTorch 2.10 to 2.12 leaves those to a freed stream itself
+    dangling, and Python then crashes at its end (pytorch/pytorch pull request 183403).
+    """
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+
+
 # Recording runs the model's Python under hooks and settings that are not made for two at once.
 RECORDING = threading.Lock()
-HELD: weakref.WeakValueDictionary[int, torch.cuda.Stream] = weakref.WeakValueDictionary()  # by handle
+HELD: weakref.WeakValueDictionary[int, OwnStream] = weakref.WeakValueDictionary()  # by handle
 POOL = 32  # streams that PyTorch hands out, over and over
 Function = Callable[[Sequence[Tensor]], None]
 
 
-def own_stream(device: torch.device) -> torch.cuda.Stream:
-    """One that nobody else who asked here still holds, as long as there is any.
+def own_stream(device: torch.device) -> OwnStream:
+    """A stream that nobody else who asked here still holds, as long as there is any.
 
     Workspaces of matrix products belong to a stream: two threads on one stream overwrite each other's.
     """
     with RECORDING:
         for _ in range(POOL):
-            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            if HELD.setdefault(stream.cuda_stream, stream) is stream:
+            own = OwnStream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+            if HELD.setdefault(own.stream.cuda_stream, own) is own:
                 break
-    return stream
+    return own
 
 
 class Recorder:
@@ -49,7 +61,7 @@ class Recorder:
         self._seen: set[Hashable] = set()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
         self._pool: Any = None
-        self._stream = own_stream(device) if device.type == "cuda" else None
+        self._own = own_stream(device) if device.type == "cuda" else None
 
     def run(self, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> None:
         """`function(inputs)`, whose results stay in the same tensors; `key` is all that its kernels depend on.
@@ -85,9 +97,9 @@ class Recorder:
 
     def _beside(self) -> torch.cuda.Stream:
         """The recorder's stream, behind all that has been asked of the current one."""
-        assert self._stream is not None
-        self._stream.wait_stream(torch.cuda.current_stream(self.device))
-        return self._stream
+        assert self._own is not None
+        self._own.stream.wait_stream(torch.cuda.current_stream(self.device))
+        return self._own.stream
 
     def _record(self, function: Function, inputs: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
         static = [value.to(self.device, copy=True) for value in inputs]
