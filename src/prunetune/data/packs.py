@@ -5,11 +5,14 @@ Shapes: N tokens of a row, S sequences in it, M places where the loss counts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, chain, pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from prunetune.data.batches import IGNORED
 from prunetune.data.templates import Example
@@ -50,30 +53,30 @@ class Pack:
 
 def pack(examples: Sequence[Example], pad_id: int, *, sequences: int) -> Pack:
     """All `examples`, at most `sequences` of them, in one row."""
-    ids: list[int] = []
-    positions: list[int] = []
-    bounds = [0]
-    predicting: list[int] = []
-    targets: list[int] = []
-    for example in examples:
-        start = len(ids)
-        ids += example.ids
-        positions += range(len(example.ids))
-        bounds.append(len(ids))
-        predicting += range(start + example.answer_from - 1, start + len(example.ids) - 1)
-        targets += example.ids[example.answer_from :]
-    width, tokens = stepped(len(ids), TOKENS), len(targets)
+    lengths = [len(example.ids) for example in examples]
+    bounds = [0, *accumulate(lengths)]
+    labels = [
+        torch.arange(start + example.answer_from, end)
+        for example, (start, end) in zip(examples, pairwise(bounds), strict=True)
+    ]
+    ids, labelled = _row(chain.from_iterable(example.ids for example in examples)), torch.cat(labels)
+    width, tokens = stepped(len(ids), TOKENS), len(labelled)
     spare, idle = width - len(ids), -(-max(1, tokens) // LABELS) * LABELS - tokens
     return Pack(
-        input_ids=torch.tensor([ids + [pad_id] * spare]),
-        position_ids=torch.tensor([positions + [0] * spare]),
+        input_ids=F.pad(ids, (0, spare), value=pad_id)[None],
+        position_ids=F.pad(torch.cat([torch.arange(length) for length in lengths]), (0, spare))[None],
         bounds=torch.tensor(bounds + [width] * (sequences + 2 - len(bounds)), dtype=torch.int32),
         length=torch.tensor(len(ids)),
-        predicting=torch.tensor(predicting + [0] * idle),
-        targets=torch.tensor(targets + [IGNORED] * idle),
+        predicting=F.pad(labelled - 1, (0, idle)),
+        targets=F.pad(ids[labelled], (0, idle), value=IGNORED),
         tokens=tokens,
-        longest=_grown(max(spare, *(len(example.ids) for example in examples)), LONGEST),
+        longest=_grown(max(spare, *lengths), LONGEST),
     )
+
+
+def _row(ids: Iterable[int]) -> Tensor:
+    """Long [N]; several times as fast as from a list, while a GPU waits."""
+    return torch.from_numpy(np.fromiter(ids, np.int64))
 
 
 def _grown(length: int, least: int) -> int:

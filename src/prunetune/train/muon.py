@@ -34,8 +34,7 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every weight."""
         states = [self._state_of(weight) for weight in self._weights]
-        for state in states:
-            state["step"] += 1
+        torch._foreach_add_([state["step"] for state in states], 1)
         rate = torch.tensor(self.param_groups[0]["lr"] * min(1.0, float(states[0]["step"]) / WARMUP))
         self._recorder.run("update", self._update, [rate])
 
