@@ -52,9 +52,13 @@ def _twice(layer: nn.Module) -> Callable[..., Any]:
     def run(*inputs: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*inputs, **options)
-        # Dropout draws the same numbers again; out of training mode there is none, and none is drawn while recording.
+        # Dropout draws the same numbers again; where there is none, as always while recording, none are saved.
         return checkpoint(
-            partial(forward, **options), *inputs, use_reentrant=False, preserve_rng_state=layer.training
+            partial(forward, **options), *inputs, use_reentrant=False, preserve_rng_state=_draws(layer)
         )  # fmt: skip
 
     return run
+
+
+def _draws(layer: nn.Module) -> bool:
+    return any(isinstance(module, nn.Dropout) and module.training for module in layer.modules())

@@ -33,9 +33,9 @@ def data_notes(manifest: Mapping[str, Any]) -> list[str]:
     """Rows that did not go in as they were."""
     too_long, dropped = number(manifest, "data", "too_long"), number(manifest, "data", "dropped")
     notes = []
-    if too_long is not None:
+    if too_long:
         notes.append(f"{text.count(too_long)} rows were longer than the limit and were cut or dropped.")
-    if dropped is not None:
+    if dropped:
         notes.append(f"{text.count(dropped)} rows of train or search also stood in valid or test and were dropped.")
     return notes
 

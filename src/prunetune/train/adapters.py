@@ -70,6 +70,19 @@ def tunes_all(train: TrainConfig, sites: Iterable[Site]) -> bool:
 
 
 @contextmanager
+def dropping(model: nn.Module) -> Iterator[None]:
+    """For the block, adapters' inputs are dropped out as `lora.dropout` says; a model's own dropout stays off."""
+    layers = [module for name, module in model.named_modules() if name.endswith(f".lora_dropout.{NAME}")]
+    for layer in layers:
+        layer.train()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.eval()
+
+
+@contextmanager
 def frozen(model: Any) -> Iterator[None]:
     """For the block, adapters need no gradient."""
     weights = list(adapters(model).values())

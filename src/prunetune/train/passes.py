@@ -21,7 +21,7 @@ from prunetune.model.masking import Adapters, masked
 from prunetune.model.packed import can_pack, packed_rows
 from prunetune.model.recompute import recomputed, recomputes
 from prunetune.model.sites import Site
-from prunetune.train.adapters import adapters, frozen
+from prunetune.train.adapters import adapters, dropping, frozen
 from prunetune.train.distributed import ALONE, Ranks
 from prunetune.train.graphs import Recorder
 from prunetune.train.objectives import (
@@ -121,12 +121,8 @@ class Padded:
 
     def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
         """See `Passes`."""
-        self.model.train()
-        try:
-            with self._gated(gates, self.form):
-                return self._backward(examples)
-        finally:
-            self.model.eval()
+        with dropping(self.model), self._gated(gates, self.form):
+            return self._backward(examples)
 
     def shrink(self, gates: Gates, weight: float) -> float:
         """See `Passes`."""
