@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench_helpers
 from data_helpers import subwords
 from export_helpers import run_folder
 from prunetune.bench import clock, energy
 from prunetune.bench.llamacpp import LlamaCppRunner, context_of
-from prunetune.bench.local import LocalRunner
+from prunetune.bench.local import ATTENTION, LocalRunner
 from prunetune.bench.named import Named, named
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.runner import OutOfMemory
@@ -82,6 +83,21 @@ def test_a_prompt_beyond_the_context_is_refused(dense: Path) -> None:
     assert named([str(dense)], BenchOptions(prompt=250, generate=6))
     with pytest.raises(ConfigError, match="make 257 tokens, its context has 256"):
         named([str(dense)], BenchOptions(prompt=251, generate=6))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_attention_counts_as_if_each_query_head_had_keys_of_its_own(heads: int) -> None:
+    """By PyTorch's count of the two products."""
+    query, key, value = (
+        torch.empty(3, *shape, device="meta", dtype=torch.bfloat16)
+        for shape in ((8, 5, 4), (heads, 7, 4), (heads, 7, 6))
+    )
+    with FlopCounterMode(display=False) as products:
+        apart = (torch.empty(24, *each.shape[2:], device="meta", dtype=each.dtype) for each in (query, key, value))
+        query_apart, key_apart, value_apart = apart
+        torch.bmm(torch.bmm(query_apart, key_apart.mT), value_apart)
+    for operation, formula in ATTENTION.items():
+        assert formula(query.shape, key.shape, value.shape) == products.get_total_flops(), operation
 
 
 # -- transformers ----------------------------------------------------------------------------------------------------

@@ -103,7 +103,8 @@ def test_readme_and_ci_set_up_and_test_in_the_same_way() -> None:
     assert set_up == again
     assert (demo, test) == ("prunetune demo", "python -m pytest")
     steps = re.findall(r"^step (.+)$", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
-    as_told = steps[: steps.index(test)]  # then come libraries that the set-up leaves out
+    as_told, after = steps[: steps.index(test)], steps[steps.index(test) + 1 :]
+    assert [step.rpartition(" ")[2] for step in after if step.startswith("pip ")] == ["'.[quant]'"]
     assert [step for step in as_told if step.startswith("pip ")] == [step for step in set_up if step.startswith("pip ")]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from prunetune.plan import Plan
-from prunetune.report import heat, outcome, text
+from prunetune.report import facts, heat, outcome, text
 from prunetune.report.course import curve, spans_of
 from prunetune.report.figures import MOST_POINTS, running_mean, thinned
 from prunetune.report.folder import read_run
@@ -250,3 +250,10 @@ def test_the_heat_map_ends_with_the_plan(tmp_path: Path) -> None:
     assert heat.columns_of([], run.plan, is_attention=False) == []
     odd = [{"step": 1, "widths": {"model.layers.0.mlp": "x", "other": 3}}, {"step": None, "widths": {}}, {"widths": 3}]
     assert heat.columns_of(odd, run.plan, is_attention=False)[0].shares == {}
+
+
+@pytest.mark.parametrize(("count", "said"), [(None, 0), (0, 0), (3, 2)])
+def test_rows_that_were_left_out_are_told_of_where_there_are_any(count: int | None, said: int) -> None:
+    notes = facts.data_notes({"data": {"too_long": count, "dropped": count}})
+    assert len(notes) == said
+    assert all(note.startswith("3 rows") for note in notes)

@@ -132,6 +132,21 @@ def test_packed_equals_padded(setting: Setting, micro_tokens: int, weights: tupl
         assert_same(*grads)
 
 
+@pytest.mark.parametrize("family", ["llama", "opt"])
+def test_a_model_s_own_dropout_stays_off_while_the_adapters_have_theirs(family: str) -> None:
+    own = {"attention_dropout": 0.9} | ({"dropout": 0.9} if family == "opt" else {})
+    model = with_lora(tiny(family, **own)).eval()
+    padded, packed = (kind(model, tuple(find_sites(model)), 0, config_of()) for kind in (Padded, Packed))
+    plain = padded.tune(examples(), None)["loss"]
+    assert plain == pytest.approx(packed.tune(examples(), None)["loss"], rel=1e-5)
+    assert plain == pytest.approx(padded.score(examples(), None), rel=1e-5)
+    for name, module in model.named_modules():
+        if name.endswith("lora_dropout"):
+            module["default"] = torch.nn.Dropout(0.9).eval()
+    assert abs(padded.tune(examples(), None)["loss"] / plain - 1) > 1e-3
+    assert padded.score(examples(), None) == pytest.approx(plain, rel=1e-5)
+
+
 @pytest.mark.parametrize("kind", [Padded, Packed])
 @pytest.mark.parametrize("micro_tokens", [10_000, 25])
 def test_texts_have_a_teacher_of_their_own(kind: type[Passes], micro_tokens: int) -> None:

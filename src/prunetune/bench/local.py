@@ -28,8 +28,10 @@ _aten = torch.ops.aten
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of both products, for queries (batch, heads, tokens, width), the causal half included; keys and values may have
-    fewer heads than queries, which the formula of PyTorch before 2.13 refuses."""
+    """Of both products for shapes [batch, heads, tokens, width], as if nothing were masked.
+
+    Keys and values may have fewer heads than queries, which PyTorch 2.11's own formula refuses.
+    """
     return 2 * query[0] * query[1] * query[2] * key[2] * (query[3] + value[3])
 
 

@@ -20,8 +20,8 @@ from prunetune.errors import ModelError
 class OwnStream:
     """A stream of CUDA that is its holder's as long as this object lives.
 
-    It stands between for the sake of weak references: PyTorch 2.10 to 2.12 leaves those to a freed stream itself
-    dangling, and Python then crashes at its end (pytorch/pytorch pull request 183403).
+    It stands between for the sake of weak references: those to a freed stream itself dangle before pull request 183403
+    of pytorch/pytorch (seen with 2.11), and Python then crashes at its end.
     """
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
