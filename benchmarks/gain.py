@@ -7,7 +7,7 @@ Weights are random. One plan is uniform, the other per-layer, by random scores t
 differ; both keep 0.6 of the decoder's parameters, in multiples of 128 channels. The peak of memory of each model is
 taken when it is made, before the next one: what was there before is not its own. Speeds are those that `prunetune
 bench` times, and so are the promises. The bar asks for decode steps without Python: those that it launches are said on
-the standard error alone.
+the standard error alone. `--runtimes compiled --batch 1`: prefill and step compiled whole, minutes for 8B.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ class Standing(LocalRunner):
 
     def facts(self) -> Facts:
         """Nothing was read."""
-        words = "decode recorded" if self.options.record else "eager"
         parameters = sum(weight.numel() for weight in self.model.parameters())
+        words = runtime_of(self.options)
         return Facts(words, environment.describe(self.device), self.options.dtype, parameters, 0, 0.0)
 
 
@@ -106,6 +106,7 @@ def ways(options: argparse.Namespace) -> list[BenchOptions]:
         BenchOptions(
             prompt=options.prompt, generate=options.generate, batch=str(batch), device=options.device,
             runs=min(FEW, options.runs) if batch > LARGE else options.runs, record=runtime == "recorded",
+            compile=runtime == "compiled",
             dtype="float32" if pick_device(options.device).type == "cpu" else "bfloat16",
         )
         for runtime in options.runtimes
@@ -114,9 +115,9 @@ def ways(options: argparse.Namespace) -> list[BenchOptions]:
 
 
 def peaks_of(name: str, model: Any, before: int, asked: Sequence[BenchOptions]) -> Peaks:
-    """Of prefill and decode with cache, when a step has been recorded."""
+    """Of prefill and decode with cache, when a step has been recorded. What is compiled keeps memory of its own."""
     found: Peaks = {}
-    for options in asked:
+    for options in (each for each in asked if not each.compile):
         runner, batch = Standing(name, model, options, before), options.batches[0]
         samples = [runner.run(batch) for _ in range(1 + options.record)]
         # On the CPU it is the process's, of all that was there before, too.
@@ -128,7 +129,7 @@ def peaks_of(name: str, model: Any, before: int, asked: Sequence[BenchOptions]) 
 
 def runtime_of(options: BenchOptions) -> str:
     """As rows call it."""
-    return "recorded" if options.record else "eager"
+    return "recorded" if options.record else "compiled" if options.compile else "eager"
 
 
 def emptied() -> None:
@@ -144,7 +145,7 @@ def in_turns(models: Mapping[str, Any], peaks: Peaks, options: BenchOptions) -> 
     runners = [Standing(name, model, options) for name, model in models.items()]
     measured = take_turns(runners, options.batches, options.runs)
     for name, (cell,) in zip(models, measured, strict=True):
-        peak = peaks[name, runtime_of(options), cell.batch]
+        peak = peaks.get((name, runtime_of(options), cell.batch))
         cell.samples = [replace(sample, peak_bytes=peak) for sample in cell.samples]
         if cell.failed:
             raise SystemExit(f"{name}, batch {cell.batch}: {cell.failed}")
@@ -165,13 +166,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--prompt", type=int, default=2048)
     parser.add_argument("--generate", type=int, default=16)
-    parser.add_argument("--runtimes", nargs="+", choices=["eager", "recorded"])
+    parser.add_argument("--runtimes", nargs="+", choices=["eager", "recorded", "compiled"])
     parser.add_argument("--runs", type=int, default=5, help=f"rounds; {FEW} at most above batch {LARGE}")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--tiny", action="store_true", help="a small shape, short prompts, batch 1 and 2")
     parser.add_argument("--out", type=Path, help="append rows to this file")
     told = parser.parse_args()
     device = pick_device(told.device)
+    torch._dynamo.config.recompile_limit = 64  # type: ignore[attr-defined]  # three models, two shapes
     if told.tiny:
         told.geometry, told.batch, told.prompt, told.generate = "tiny", [1, 2], 32, 4
     told.runtimes = told.runtimes or (["recorded", "eager"] if device.type == "cuda" else ["eager"])
@@ -194,7 +196,7 @@ def main() -> None:
                 "command": shlex.join(["python", "benchmarks/gain.py", *sys.argv[1:]]),
                 "commit": environment.commit()[:7],
             }  # fmt: skip
-            if ": decode ratio" in row["case"] and not options.record:
+            if ": decode ratio" in row["case"] and runtime_of(options) == "eager":
                 say(row)
             else:
                 give(row, told.out)

@@ -1,8 +1,8 @@
 """G1 on real data: a run on N GPUs beside runs on one with the same batches, and with other seeds.
 
-    python benchmarks/ranks_quality.py RECIPE --out OUT [--gpus 2] [--seeds 0 1 2] -- --data.root DATA --model MODEL
+    python benchmarks/ranks_quality.py RECIPE --out OUT [--gpus 2] [--seeds 0 1 2] [--jobs 3] -- --data.root DATA
 
-Words after `--` go to every run. Runs on one GPU share the GPUs, as many at a time as there are; then the first seed
+Words after `--` go to every run. Runs on one GPU share the GPUs, `--jobs` at a time; then the first seed
 runs on all of them by DDP. Prints JSON: loss on valid at the end of each, and which share of the units that one plan
 keeps another keeps, too. In bfloat16 the order of a sum changes bits, so no two runs on other GPUs decide alike to the
 last unit; what another seed changes says how much of a difference is noise. `--device cpu` tries it.
@@ -31,12 +31,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--gpus", type=int, default=2)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=0, help="runs on one GPU at a time; 0: as many as GPUs")
     parser.add_argument("--device", default="auto")
     told, others = parser.parse_known_args()
     others = [word for word in others if word != "--"]
     words = ["-m", "prunetune.cli", "run", told.recipe, "--device", told.device, *others]
     told.out.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(told.gpus) as pool:
+    with ThreadPoolExecutor(told.jobs or told.gpus) as pool:
         places = [told.out / f"seed-{seed}" for seed in told.seeds]
         seconds = list(pool.map(
             lambda at: run([sys.executable, *words], at[1], at[2], gpu=at[0] % told.gpus),

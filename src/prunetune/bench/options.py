@@ -22,7 +22,9 @@ class BenchOptions:
         "auto", "Of every model that transformers opens; auto: bfloat16 where the hardware has it, else float32."
     )
     threads: int = option(0, "CPU threads; 0: what PyTorch takes.", low=0)
-    compile: bool = option(False, "Compile the decode step (torch.compile, static cache), as generate can.")
+    compile: bool = option(
+        False, "Compile prefill and decode step (torch.compile, static cache): minutes for a large model."
+    )
     record: bool = option(False, "Replay the decode step from a CUDA graph (static cache), as serving runtimes do.")
     dense: bool = option(True, "Measure a run's dense model as well, before it.")
     trust_remote_code: bool = option(False, "Run code that comes with the model.")

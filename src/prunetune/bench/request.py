@@ -31,7 +31,7 @@ def tokens_for(model: Any, batch: int, prompt: int) -> Tensor:
 @torch.no_grad()
 def answered(model: Any, tokens: Tensor, cache: Any, generate: int, step: Callable[..., Any] | None = None) -> Times:
     """Prompts [B, T] and `generate` tokens for each; `step` runs the decode steps in the model's place."""
-    step = step or model
+    step = model if step is None else step  # a compiled one has no truth value
     begun = clock.now(tokens.device)
     out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
     token = out.logits[:, -1].argmax(-1, keepdim=True)
