@@ -3,10 +3,11 @@
     python benchmarks/kills.py [--kills 30] [--seed 0] [--steps 400] [--device cpu] [--jobs 1]
 
 The run is whole (teacher, search, cut, all weights, export, evaluation, report), on a small random model made here. A
-kill is SIGKILL to the process, uniformly over the time that an uninterrupted run took; runs that end before they are
-killed are compared, and another one begins until the kills are used up. On a GPU, runs are `deterministic`: without it
-bits differ, killed or not. With `--jobs N`, N runs go on side by side, each with a seed and a share of the kills of its
-own; N uninterrupted ones, which have to be equal, then say how long a run takes in such company.
+kill is SIGKILL to the process: a stage is drawn among those that the run has not passed, and up to half a second after
+the run got there it is killed; while it writes a checkpoint, at once. Runs that end are compared, and another begins
+until the kills are used up. On a GPU, runs are `deterministic`: without it bits differ, killed or not. With `--jobs N`,
+N runs go on side by side, each with a seed and a share of the kills of its own, beside N uninterrupted ones, which have
+to be equal.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
@@ -41,6 +43,10 @@ search: {{share: 0.4, settle: 0.2, evidence: 2, batch_size: 4}}
 evaluate: {{limit: 5, generate_limit: 2, max_new_tokens: 4}}
 """
 
+STAGES = ("before it began", "start", "teacher", "search", "settle", "tune", "export", "evaluation")
+WRITING = "writing a checkpoint"
+LATER = 0.5  # seconds
+
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -53,39 +59,34 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(given.jobs) as pool:
         folder = Path(scratch)
         prepare(folder, given.device, given.steps)
-        seconds, digests = zip(*pool.map(lambda job: uninterrupted(folder, job), range(given.jobs)), strict=True)
-        whole, expected = min(seconds), digests[0]
-        print(f"uninterrupted: {whole:.1f} s, {sorted({one[:16] for one in digests})}", file=sys.stderr, flush=True)
-        found = list(pool.map(lambda job: course(folder, job, given, whole, expected), range(given.jobs)))
+        digests = list(pool.map(lambda job: uninterrupted(folder, job), range(given.jobs)))
+        print(f"uninterrupted: {sorted({one[:16] for one in digests})}", file=sys.stderr, flush=True)
+        found = list(pool.map(lambda job: course(folder, job, given, digests[0]), range(given.jobs)))
     places = sum((each for each, _ in found), Counter[str]())
     same = [one for _, equal in found for one in equal]
     print(json.dumps({
         "kills": sum(places.values()), "runs": len(same), "equal": sum(same), "at": dict(places),
-        "uninterrupted": len(digests), "of them equal": digests.count(expected),
+        "uninterrupted": len(digests), "of them equal": digests.count(digests[0]),
     }))  # fmt: skip
     sys.exit(0 if all(same) and len(set(digests)) == 1 else 1)
 
 
-def uninterrupted(folder: Path, job: int) -> tuple[float, str]:
-    """Seconds, and what came out."""
-    started = time.monotonic()
-    killed(folder, f"whole-{job}", 0, 0.0, random.Random())
-    return time.monotonic() - started, digest(folder / f"whole-{job}")
+def uninterrupted(folder: Path, job: int) -> str:
+    """What came out."""
+    killed(folder, f"whole-{job}", 0, random.Random())
+    return digest(folder / f"whole-{job}")
 
 
-def course(
-    folder: Path, job: int, given: argparse.Namespace, whole: float, expected: str
-) -> tuple[Counter[str], list[bool]]:
+def course(folder: Path, job: int, given: argparse.Namespace, expected: str) -> tuple[Counter[str], list[bool]]:
     """One run after the other until this job's kills are used up: where they fell, and whether each run ended equal."""
     rng, kills = random.Random(f"{given.seed}/{job}"), len(range(job, given.kills, given.jobs))
     places, same = Counter[str](), list[bool]()
     while sum(places.values()) < kills:
-        name, started = f"killed-{job}-{len(same)}", time.monotonic()
-        found = killed(folder, name, min(kills - sum(places.values()), 10), whole, rng)
-        whole = whole if found else min(whole, time.monotonic() - started)  # the machine is less busy than it was
+        name = f"killed-{job}-{len(same)}"
+        found = killed(folder, name, kills - sum(places.values()), rng)
         places += found
         same.append(digest(folder / name) == expected)
-        print(f"{name}: {'equal' if same[-1] else 'DIFFERENT'} after {dict(places)}", file=sys.stderr, flush=True)
+        print(f"{name}: {'equal' if same[-1] else 'DIFFERENT'} after {dict(found)}", file=sys.stderr, flush=True)
     return places, same
 
 
@@ -108,38 +109,61 @@ def command(folder: Path, name: str, *, resume: bool) -> subprocess.Popen[bytes]
         return subprocess.Popen([*words, *(["--resume"] if resume else [])], stdout=log, stderr=log)
 
 
-def killed(folder: Path, name: str, kills: int, whole: float, rng: random.Random) -> Counter[str]:
-    """One run to its end, killed so many times on the way; where it stood each time."""
-    places = Counter[str]()
+def killed(folder: Path, name: str, kills: int, rng: random.Random) -> Counter[str]:
+    """One run to its end, killed at most so many times on the way; where it stood each time."""
+    places, run = Counter[str](), folder / name
     while True:
-        process = command(folder, name, resume=(folder / name / "config.yaml").exists())
-        try:
-            # Uniform over a whole run at first; later ones are shorter, and half of it reaches into each stage.
-            process.wait(rng.uniform(0, whole) if sum(places.values()) < kills else None)
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            places[stage(folder / name)] += 1
+        targets = ahead_of(stage(run)) if sum(places.values()) < kills else ()
+        process = command(folder, name, resume=(run / "config.yaml").exists())
+        if targets and (where := strike(process, run, rng.choice(targets), rng)):
+            places[where] += 1
             continue
-        if process.returncode:
+        if process.wait():
             raise SystemExit(f"{name} ended with {process.returncode}: {(folder / f'{name}.log').read_text()[-2000:]}")
         return places
 
 
+def ahead_of(where: str) -> tuple[str, ...]:
+    """What the run has not passed."""
+    left = STAGES[STAGES.index(where) :]
+    return (*left, WRITING) if "tune" in left else left
+
+
+def strike(process: subprocess.Popen[bytes], run: Path, target: str, rng: random.Random) -> str:
+    """Kill the run at a stage; says where it stood, nothing where it ended before."""
+    while process.poll() is None:
+        if not (writes(run) if target == WRITING else stage(run) == target):
+            time.sleep(0.002)
+            continue
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(0 if target == WRITING else rng.uniform(0, LATER))
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        return WRITING if writes(run) else stage(run)
+    return ""
+
+
+def writes(run: Path) -> bool:
+    """Whether a checkpoint is not whole yet."""
+    return any((run / "checkpoints").glob("*.partial"))
+
+
 def stage(run: Path) -> str:
-    """How far a run had come when it was killed."""
+    """How far a run has come."""
     if not (run / "config.yaml").exists():
         return "before it began"
     if (run / "model").exists():
         return "evaluation"
     if (run / "model.unchecked").exists() or (run / "plan.json").exists():
         return "export"
-    if any(run.rglob("*.partial")):
-        return "writing a checkpoint"
-    states = sorted((run / "checkpoints").glob("step-*"))
-    if not states:
+    try:
+        states = sorted(path for path in (run / "checkpoints").glob("step-*") if path.suffix != ".partial")
+        about = json.loads((states[-1] / "state.json").read_text(encoding="utf-8")) if states else None
+    except FileNotFoundError:  # an old one, just let go
+        return stage(run)
+    if about is None:
         return "teacher" if (run / "tuned").exists() else "start"
-    about = json.loads((states[-1] / "state.json").read_text(encoding="utf-8"))
     return "tune" if about["is_cut"] else "settle" if about["plan"] else "search"
 
 

@@ -92,8 +92,11 @@ def step(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def timed(call: Callable[[list[Example]], object], repeats: int) -> dict[str, float]:
-    """Milliseconds of `call` over different batches, after one round over them: median, and the first round's mean."""
+def timed(call: Callable[[list[Example]], object], repeats: int) -> dict[str, Any]:
+    """Milliseconds of `call`: the first calls of one batch, as it is, recorded and replayed, and memory asked of the
+    device in each; the first round over different batches, its mean, and the second's median.
+    """
+    begun = [first_call(call, batch(repeats)) for _ in range(3)]
     batches = [batch(seed) for seed in range(repeats)]
     started = time.perf_counter()
     for one in batches:
@@ -104,7 +107,22 @@ def timed(call: Callable[[list[Example]], object], repeats: int) -> dict[str, fl
         started = time.perf_counter()
         call(one)
         times.append((time.perf_counter() - started) * 1e3)
-    return {"median_ms": round(statistics.median(times), 1), "first_round_ms": round(first, 1)}
+    return {
+        "median_ms": round(statistics.median(times), 1), "first_round_ms": round(first, 1),
+        "first_calls_ms": [took for took, _ in begun], "allocations": [count for _, count in begun],
+    }  # fmt: skip
+
+
+def first_call(call: Callable[[list[Example]], object], one: list[Example]) -> tuple[float, int]:
+    """Milliseconds, and how often the allocator asked the device for memory."""
+    before, started = asked_for(), time.perf_counter()
+    call(one)
+    return round((time.perf_counter() - started) * 1e3, 1), asked_for() - before
+
+
+def asked_for() -> int:
+    """So far."""
+    return int(torch.cuda.memory_stats().get("num_device_alloc", 0)) if torch.cuda.is_available() else 0
 
 
 if __name__ == "__main__":

@@ -53,6 +53,7 @@ class Clock:
         self.device = device
         self.ends: list[float] = []
         self.losses: list[float] = []
+        self.phases: list[str] = []
         self.began = self._now()
 
     def _now(self) -> float:
@@ -63,6 +64,7 @@ class Clock:
     def step(self, record: dict[str, Any]) -> None:
         self.ends.append(self._now())
         self.losses.append(record["loss"])
+        self.phases.append(record.get("phase", "tune"))
 
     def validation(self, record: dict[str, Any]) -> None:
         pass
@@ -75,9 +77,23 @@ class Clock:
             "step_ms": round(steady * 1e3, 2),
             "tokens_a_second": round(tokens / steady),
             "whole_s": round(self.ends[-1] - self.began, 2),
+            "phases": self._by_phase(),
             "peak_gb": round(peak_memory_mb(self.device) / 1e3, 3),
             "losses": [round(loss, 4) for loss in self.losses],
         }
+
+    def _by_phase(self) -> dict[str, dict[str, float]]:
+        """Seconds of each phase, its first step among them, and the median step's."""
+        took: dict[str, list[float]] = {}
+        for phase, end, before in zip(self.phases, self.ends, [self.began, *self.ends], strict=False):
+            took.setdefault(phase, []).append(end - before)
+        return {
+            phase: {
+                "steps": len(each), "s": round(sum(each), 2), "first_s": round(each[0], 2),
+                "median_ms": round(1e3 * statistics.median(each), 1),
+            }
+            for phase, each in took.items()
+        }  # fmt: skip
 
 
 class Rows(Dataset[dict[str, list[int]]]):
