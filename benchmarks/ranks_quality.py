@@ -5,7 +5,8 @@
 Words after `--` go to every run. Runs on one GPU share the GPUs, `--jobs` at a time; then the first seed
 runs on all of them by DDP. Prints JSON: loss on valid at the end of each, and which share of the units that one plan
 keeps another keeps, too. In bfloat16 the order of a sum changes bits, so no two runs on other GPUs decide alike to the
-last unit; what another seed changes says how much of a difference is noise. `--device cpu` tries it.
+last unit. Two things say how much of a difference is noise: another seed, and `parts`, the first seed on one GPU whose
+passes hold fewer tokens, so that sums are taken in as many parts as by several GPUs. `--device cpu` tries it.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 
 from prunetune.plan import Plan
 
+PART = 3072  # tokens: about half of a batch of the recipes for legal and healthcare data
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -37,11 +40,13 @@ def main() -> None:
     others = [word for word in others if word != "--"]
     words = ["-m", "prunetune.cli", "run", told.recipe, "--device", told.device, *others]
     told.out.mkdir(parents=True, exist_ok=True)
+    parts = ["--train.micro-tokens", str(PART)]
+    alone = [(f"seed-{seed}", seed, list[str]()) for seed in told.seeds] + [("parts", told.seeds[0], parts)]
+    places = [told.out / name for name, *_ in alone]
     with ThreadPoolExecutor(told.jobs or told.gpus) as pool:
-        places = [told.out / f"seed-{seed}" for seed in told.seeds]
         seconds = list(pool.map(
-            lambda at: run([sys.executable, *words], at[1], at[2], gpu=at[0] % told.gpus),
-            zip(range(len(places)), places, told.seeds, strict=True),
+            lambda at: run([sys.executable, *words, *alone[at][2]], places[at], alone[at][1], gpu=at % told.gpus),
+            range(len(alone)),
         ))  # fmt: skip
     several = told.out / f"gpus-{told.gpus}"
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(told.gpus)]
@@ -65,10 +70,10 @@ def run(command: Sequence[str], place: Path, seed: int, *, gpu: int | None) -> f
 
 
 def summary(places: Sequence[Path], seconds: Sequence[float], words: Sequence[str]) -> dict[str, Any]:
-    """The last of `places` against the first, and the others, seeds on one GPU, against the first."""
+    """All against the first; the last is that of several GPUs, the one before that in parts, all others are seeds."""
     plans = [Plan.load(place / "plan.json") for place in places]
     losses = [final(place) for place in places]
-    alone = losses[:-1]
+    alone = losses[:-2]
     return {
         "bar": "G1", "words": list(words), "runs": [place.name for place in places], "seconds": list(seconds),
         "valid loss": losses,
@@ -76,6 +81,7 @@ def summary(places: Sequence[Path], seconds: Sequence[float], words: Sequence[st
         "sd": statistics.stdev(alone) if len(alone) > 1 else None,
         "spread": max(alone) - min(alone),
         "several, from the same seed's": losses[-1] - losses[0],
+        "in parts, from the same seed's": losses[-2] - losses[0],
         "units in common with the first": [round(common(plans[0], plan), 4) for plan in plans],
     }  # fmt: skip
 
