@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import prunetune.comparison.run
 import prunetune.comparison.scoring as scoring
@@ -227,6 +228,26 @@ def test_a_failing_cell_does_not_stop_others(
     compare(config, resume=True)  # what failed is tried again
     assert row(folder, "random")["failed"] == 0
     assert found(folder)["errors"] == []
+
+
+def test_a_cell_that_found_no_memory_beside_others_is_made_alone(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    crowd, make = [0], work.Workshop.make
+
+    def crowded(shop: work.Workshop, cell: Any, **options: Any) -> Any:
+        crowd[0] += 1
+        if cell.method.name == "random" and crowd[0] <= 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make(shop, cell, **options)
+
+    monkeypatch.setattr(work.Workshop, "make", crowded)
+    monkeypatch.setattr(prunetune.comparison.run, "jobs_of", lambda _: 2)
+    own = {"methods": ["random", "magnitude"], "seeds": [0]}
+    folder = compare(config_of(place, tmp_path / "run", compare=own))
+    assert found(folder)["errors"] == []
+    assert "random-keep0.6-seed0-lr0.01: out of memory beside others" in caplog.text
+    assert crowd[0] == 3
 
 
 def test_where_every_cell_failed_a_gate_failed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

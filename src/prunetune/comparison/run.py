@@ -145,7 +145,10 @@ class _Comparison:
         return best_rate(self.shelf.all(trials)) or trials[0].rate
 
     def _make(self, shop: Workshop, cells: Sequence[Cell], *, jobs: int, choose: bool = False) -> None:
-        """Make those that are not there, `jobs` at once; Ctrl-C ends those that run."""
+        """Make those that are not there, `jobs` at once, and alone where memory ran out beside others.
+
+        Ctrl-C ends those that run.
+        """
         left = [cell for cell in cells if not self.shelf.done(cell, choose=choose)]
         if not left:
             return
@@ -156,27 +159,34 @@ class _Comparison:
             return
         with ThreadPoolExecutor(jobs) as pool:
             try:
-                for future in [pool.submit(self._one, shop, cell, choose) for cell in left]:
-                    future.result()
+                futures = {cell.name: pool.submit(self._one, shop, cell, choose) for cell in left}
+                again = [cell for cell in left if futures[cell.name].result()]
             except BaseException:
                 shop.stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        for cell in again:
+            log.warning("%s: out of memory beside others, so it is made once more, alone", cell.name)
+            self._one(shop, cell, choose)
 
-    def _one(self, shop: Workshop, cell: Cell, choose: bool) -> None:
+    def _one(self, shop: Workshop, cell: Cell, choose: bool) -> bool:
+        """Make a cell and keep it, or what went wrong; whether that was a lack of memory."""
+        lacks = False
         try:
             result = shop.make(cell, choose=choose)
         except Stopped:
-            return
+            return False
         except PrunetuneError as failed:
             result = {**about(cell), "error": str(failed)}
         except Exception as failed:
+            lacks = isinstance(failed, torch.OutOfMemoryError)
             log.exception("%s failed", cell.name)
             result = {**about(cell), "error": f"{type(failed).__name__}: {' '.join(str(failed).split())[:500]}"}
         with RECORDING:  # graphs are let go while none is made
             gc.collect()
         self.shelf.put(cell, result)
         log.info("%s", line_of(result))
+        return lacks
 
 
 def jobs_of(setting: Setting) -> int:
