@@ -151,9 +151,10 @@ def test_what_cannot_be_compiled_is_said(dense: Path, monkeypatch: pytest.Monkey
     def failing(*_: object, **__: object) -> None:
         raise ValueError("no compiler\nmore")
 
-    monkeypatch.setattr(torch, "compile", lambda model, **_: failing)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=failing))
     runner = LocalRunner(Named("dense", str(dense)), COMPILED)
-    with pytest.raises(ModelError, match=r"model dense: cannot be compiled here \(no compiler\); leave --compile out"):
+    reason = r"model dense: cannot be compiled here \(ValueError: no compiler\); leave --compile out"
+    with pytest.raises(ModelError, match=reason):
         runner.warm(1)
 
 

@@ -201,6 +201,21 @@ def test_cells_at_once_are_the_same_cells(place: Path, tmp_path: Path, monkeypat
         assert cell["crowded"]
 
 
+@pytest.mark.parametrize("where", ["recipe", "variant"])
+def test_cells_at_once_do_not_share_draws_of_dropout(
+    where: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "variants.yaml").write_text("mine: {two-stage: random, lora: {dropout: 0.1}}")
+    changes: dict[str, Any] = {
+        "recipe": {"compare": {"methods": ["random"]}, "lora": {"dropout": 0.1}},
+        "variant": {"compare": {"methods": ["random", "mine"], "variants": str(tmp_path / "variants.yaml")}},
+    }
+    monkeypatch.setattr(prunetune.comparison.run, "jobs_of", lambda _: 2)
+    with pytest.raises(ConfigError, match=r"compare\.jobs 2 with lora\.dropout .* set compare\.jobs 1"):
+        compare(config_of(place, tmp_path / "run", **changes[where]))
+    assert not (tmp_path / "run").exists()
+
+
 def raising(error: BaseException) -> Any:
     """A scoring function that goes wrong."""
 

@@ -25,7 +25,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llamacpp, "reference", reference_here)
 
 
-def byte_level(pattern: str | None, *, digits: bool = False, whole: bool = False) -> Any:
+def byte_level(pattern: str | None, *, digits: bool = False, whole: bool = False, tokens: int = 320) -> Any:
     """A byte-level tokenizer that splits texts by a pattern first."""
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     steps += [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
@@ -34,7 +34,7 @@ def byte_level(pattern: str | None, *, digits: bool = False, whole: bool = False
     made.pre_tokenizer = pre_tokenizers.Sequence(steps)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made.train_from_iterator(CORPUS, trainers.BpeTrainer(
-        vocab_size=320, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+        vocab_size=tokens, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     ))  # fmt: skip
     return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
@@ -99,6 +99,15 @@ def test_what_llama_cpp_has_no_name_for_is_refused(tmp_path: Path) -> None:
         export_run(run, "gguf")
     (run / "model" / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"tokenizer.json is missing"):
+        export_run(run, "gguf")
+
+
+def test_a_tokenizer_without_merges_is_refused_before_a_tensor_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = run_folder(tmp_path / "run", byte_level(None, tokens=len(SPECIAL) + 256), layout="uniform")
+    monkeypatch.setattr(gguf.GGUFWriter, "open_output_file", lambda *_: pytest.fail("a file was begun"))
+    with pytest.raises(ModelError, match=r"tokenizer\.json has no merges"):
         export_run(run, "gguf")
 
 

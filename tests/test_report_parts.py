@@ -12,7 +12,7 @@ import pytest
 
 from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from prunetune.plan import Plan
-from prunetune.report import facts, heat, outcome, text
+from prunetune.report import facts, heat, outcome, text, write_report
 from prunetune.report.course import curve, spans_of
 from prunetune.report.figures import MOST_POINTS, running_mean, thinned
 from prunetune.report.folder import read_run
@@ -20,7 +20,8 @@ from prunetune.report.layers import layers_of, runs, total
 from prunetune.report.samples import choose
 from prunetune.report.scores import headline, rows
 from prunetune.report.summary import tiles
-from report_helpers import evaluations, make_run
+from prunetune.summary import of_run
+from report_helpers import evaluations, make_run, make_sizes
 
 
 def task(name: str, values: list[float], metric: str = "accuracy") -> TaskResult:
@@ -218,10 +219,26 @@ def test_speeds_that_differ_less_than_their_runs_answer_nothing(tmp_path: Path) 
     assert found.reading == "yes"  # of prefill, which is clear
     assert "Runs of decode differ more than the models" in found.words
     assert "prunetune bench" in found.words
+    assert "Decode 0.90× (runs differ by 35%), prefill 1.30× (runs differ by 2%)" in found.words
     decode = {model: {key: value for key, value in speed.items() if "decode" in key} for model, speed in NOISY.items()}
     assert answered(tmp_path / "one", speed=decode)["Faster?"].reading == "unknown"
     (tile,) = (tile for tile in tiles(read_run(tmp_path / "one" / "run"), None) if tile.label == "Decode speed")
     assert tile.tone == "plain"
+
+
+def test_a_speed_is_told_with_its_spread_wherever_it_is_told(tmp_path: Path) -> None:
+    folder = make_sizes(tmp_path / "run")
+    own = folder / "sizes" / "0.8"
+    turns, alone = "1.14× (1.11 to 1.18)", "1.29× (runs differ by 3%)"
+    assert turns in of_run(folder)
+    said = of_run(own)
+    assert turns in said
+    assert alone in said
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert f"<td>{turns}</td>" in page
+    page = write_report(own).read_text(encoding="utf-8")
+    assert f"Throughput {turns} of the dense model" in page
+    assert f"<td>{alone}</td>" in page
 
 
 @pytest.mark.parametrize(("count", "reading"), [(5, "unknown"), (500, "yes")])

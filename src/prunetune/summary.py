@@ -11,6 +11,7 @@ from typing import Any
 
 from prunetune.config import RunConfig, WorkloadConfig
 from prunetune.evaluation.results import Evaluation, headline, recovery
+from prunetune.report.speed import in_turns, one_by_one
 
 WORKLOAD = WorkloadConfig()
 
@@ -29,15 +30,22 @@ def of_run(folder: Path) -> str:
         *_budgets(manifest.get("budgets", [])),
         *_gates(manifest.get("gates", {}), manifest.get("validation", {})),
         *_limits(manifest.get("gain", {})),
+        *_speeds(manifest),
     ]
-    speed = manifest.get("speed", {})
-    if {"dense", "pruned"} <= set(speed):
-        for kind in ("prefill", "decode"):
-            before, after = (speed[name][f"{kind}_tokens_per_s"] for name in ("dense", "pruned"))
-            lines.append(f"{kind:<8} tokens/s   {before:,.0f} -> {after:,.0f}  (x{after / before:.2f})")
     return "\n".join(
         [*lines, "", *_scores(folder), "", f"checkpoint {folder / 'model'}", f"report     {folder / 'report.html'}"]
     )
+
+
+def _speeds(manifest: dict[str, Any]) -> list[str]:
+    """Beside the dense model: measured in turns where the run did that, and one by one."""
+    turns = {kind: in_turns(manifest, kind) for kind in ("throughput", "prefill", "decode")}
+    lines = [f"{f'{kind} in turns':<19} {times}" for kind, times in turns.items() if times]
+    for kind in ("prefill", "decode"):
+        if times := one_by_one(manifest, kind):
+            before, after = (manifest["speed"][name][f"{kind}_tokens_per_s"] for name in ("dense", "pruned"))
+            lines.append(f"{kind:<8} tokens/s   {before:,.0f} -> {after:,.0f}  {times}")
+    return lines
 
 
 def _budgets(budgets: list[dict[str, Any]]) -> list[str]:
@@ -77,18 +85,17 @@ def _limits(gates: dict[str, Any]) -> list[str]:
 
 def _of_sizes(folder: Path, manifest: dict[str, Any]) -> str:
     """A line a size: what it keeps, its mean scores, its speed beside the dense model's."""
-    lines = [f"{'keep':>6}  {'parameters':>11}  {'speed':>7}  {'scores (means over tasks)':<40}  checkpoint"]
+    lines = [f"{'keep':>6}  {'parameters':>11}  {'speed':>20}  {'scores (means over tasks)':<40}  checkpoint"]
     for place in manifest["sizes"]:
         file = folder / place / "manifest.json"
         own = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         if "pruned" not in own:
             lines.append(f"{Path(place).name:>6}  not made")
             continue
-        speed = own.get("gain", {}).get("speed", {}).get("throughput", {}).get("median")
-        shown = "–" if speed is None else f"x{speed:.2f}"
+        speed = str(in_turns(own, "throughput") or "–")
         params = f"{own['pruned']['params'] / 1e6:,.1f} M"
         scores = _means(folder / place / "evaluation" / "pruned.json")
-        lines.append(f"{Path(place).name:>6}  {params:>11}  {shown:>7}  {scores:<40}  {folder / place / 'model'}")
+        lines.append(f"{Path(place).name:>6}  {params:>11}  {speed:>20}  {scores:<40}  {folder / place / 'model'}")
     return "\n".join([*lines, "", f"report     {folder / 'report.html'}"])
 
 

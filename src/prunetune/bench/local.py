@@ -93,7 +93,8 @@ class LocalRunner:
         except Exception as broken:
             if not self.options.compile:
                 raise
-            reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
+            lines = (line for line in str(broken).splitlines() if line.strip() and not line.endswith(" raised:"))
+            reason = next(lines, type(broken).__name__)  # what a backend raised stands below that it did
             raise ModelError(
                 f"model {self.named.label}: cannot be compiled here ({reason}); leave --compile out"
             ) from broken

@@ -75,6 +75,11 @@ def _refuse_in_time(setting: Setting, methods: Sequence[Method], grid: Grid) -> 
     for method in methods:
         for cell in grid.cells(method, grid.trials(method)[0].rate):
             config = cell.config(setting.config)
+            if jobs_of(setting) > 1 and (config.lora.dropout or setting.config.lora.dropout):  # or its teacher's
+                raise ConfigError(
+                    f"compare.jobs {jobs_of(setting)} with lora.dropout ({method.name}): cells at once draw from one "
+                    "generator, and would not come out the same again; set compare.jobs 1 or lora.dropout 0"
+                )
             shape = shape_of(config, setting.sites, model_config, setting.shape.legal_groups)
             select(scores, setting.sites, cell.keep, replace(shape, limits=setting.shape.limits))
 

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from prunetune.errors import PrunetuneError
-from prunetune.model.loading import DEMO, demo_file
+from prunetune.model.loading import DEMO, demo_file, fetched
 
 FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
 
@@ -30,7 +30,7 @@ def licence_of(model: str) -> Licence:
     try:
         if model == DEMO or path.suffix == ".gguf":
             return _of_gguf(demo_file() if model == DEMO else path)
-        card = path / "README.md" if path.is_dir() else _cached(model)
+        card = path / "README.md" if path.is_dir() else fetched(model, "README.md")
         found = _of_card(card) if card and card.is_file() else Licence()
         beside = next((name for name in FILES if (path / name).is_file()), "")
         return found if found.id or not beside else Licence(id="other", where=f"its file {beside}")
@@ -67,10 +67,3 @@ def _said(values: dict[str, Any], key: str, joint: str, where: str) -> Licence:
         return Licence()
     name, link = (str(values.get(f"{key}{joint}{part}") or "") for part in ("name", "link"))
     return Licence(str(first), name, link, where)
-
-
-def _cached(name: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(name, "README.md")
-    return Path(found) if isinstance(found, str) else None

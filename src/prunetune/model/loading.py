@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,8 +51,32 @@ def locate(name: str) -> str:
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
             f"model {name}: not a model folder; name a folder, a .gguf file or a hub name such as owner/name"
+            + _alike(path)
+        )
+    if path.parent != Path() and path.parent.is_dir() and not fetched(name, "config.json"):
+        raise ModelError(
+            f"model {name}: no such folder in {path.parent} (a hub model opens after: hf download {name}){_alike(path)}"
         )
     return name
+
+
+def _alike(path: Path) -> str:
+    """What was probably meant: folders and .gguf files beside it, of a like name."""
+    beside = [each.name for each in path.parent.glob("*") if each.is_dir() or each.suffix == ".gguf"]
+    close = difflib.get_close_matches(path.name, beside)
+    return f"; did you mean {' or '.join(str(path.with_name(one)) for one in close)}?" if close else ""
+
+
+def fetched(name: str, file: str) -> Path | None:
+    """A file of a hub model, where the cache has it; the hub is not asked: without a network, that takes long."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, file)
+    except HFValidationError:  # no name that the hub could have
+        return None
+    return Path(found) if isinstance(found, str) else None
 
 
 def demo_file() -> Path:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,39 +109,6 @@ def timings(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
     if len(known) > 1 and "total" not in known:
         rows.append(("total", text.duration(sum(known.values()))))
     return rows
-
-
-def drowned(manifest: Mapping[str, Any], kind: str) -> bool:
-    """Whether runs of one model spread further than the dense and the pruned model's "decode" or "prefill" differ."""
-    dense, pruned = _both(manifest, "speed", f"{kind}_tokens_per_s")
-    spreads = [spread for spread in _both(manifest, "speed", f"{kind}_spread") if spread is not None]
-    if not dense or not pruned or not spreads:
-        return False
-    return max(spreads) > max(dense, pruned) / min(dense, pruned) - 1
-
-
-def speeds(manifest: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(what, dense, pruned, ratio) of latency and memory."""
-    decode, prefill = (_both(manifest, "speed", kind) for kind in ("decode_tokens_per_s", "prefill_tokens_per_s"))
-    waits = tuple(1000 / speed if speed else None for speed in decode)
-    weights = tuple(number(manifest, model, "bytes") for model in ("model", "pruned"))
-    params = tuple(number(manifest, model, "params") for model in ("model", "pruned"))
-    rows: list[tuple[str, tuple[float | None, ...], Callable[[float | None], str]]] = [
-        ("Decode, tokens a second", decode, text.count),
-        ("Decode, ms a token", waits, text.decimal),
-        ("Prefill, tokens a second", prefill, text.count),
-        ("Weights", weights, text.size),
-        ("Parameters", params, text.short),
-    ]
-    return [
-        (name, shown(dense), shown(pruned), text.ratio(pruned / dense))
-        for name, (dense, pruned), shown in rows
-        if dense and pruned
-    ]
-
-
-def _both(manifest: Mapping[str, Any], section: str, key: str) -> tuple[float | None, ...]:
-    return tuple(number(manifest, section, model, key) for model in ("dense", "pruned"))
 
 
 def cost(run: RunFiles) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +17,7 @@ from prunetune.report.course import Figure
 from prunetune.report.figures import WIDTH, legend
 from prunetune.report.folder import RunFiles, lookup, mapping, number, read_run
 from prunetune.report.scores import Headline
+from prunetune.report.speed import in_turns
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -45,7 +46,8 @@ class Row:
 
     def times(self, speed: str = "throughput") -> float | None:
         """How many times the dense model's speed."""
-        return number(self.run.manifest, "gain", "speed", speed, "median")
+        found = in_turns(self.run.manifest, speed)
+        return found.ratio if found else None
 
     @property
     def failed(self) -> str:
@@ -153,20 +155,13 @@ def _cells(row: Row) -> dict[str, Any]:
         "bytes": text.size(number(manifest, "pruned", "bytes")),
         "quality": _quality(row.headline),
         "recovery": text.share(row.headline.recovery, 1) if row.headline and row.headline.recovery is not None else "–",
-        "speed": _times(manifest, "throughput"),
+        "speed": str(in_turns(manifest, "throughput") or text.NOT_KNOWN),
         "prefill": text.decimal(None if prefill is None else 1000 * prefill),
         "decode": text.decimal(None if decode is None else 1000 * decode),
         "front": row.on_front,
         "passed": not row.failed,
         "report": f"sizes/{row.name}/report.html",
     }
-
-
-def _times(manifest: Mapping[str, Any], name: str) -> str:
-    middle, low, high = (number(manifest, "gain", "speed", name, end) for end in ("median", "min", "max"))
-    if middle is None or low is None or high is None:
-        return text.NOT_KNOWN
-    return f"{text.ratio(middle)} ({low:.2f} to {high:.2f})"
 
 
 def _quality(headline: Headline | None) -> Score | None:

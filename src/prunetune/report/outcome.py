@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prunetune.report import text
-from prunetune.report.facts import drowned
 from prunetune.report.folder import RunFiles, lookup, mapping, number
 from prunetune.report.scores import REFERENCE_NAMES, Headline, Row, reference_of
+from prunetune.report.speed import in_turns, one_by_one
 
 Reading = Literal["yes", "no", "partly", "unknown", "none"]
 HIDDEN = 0.1  # a share of the reference's score: noise that could hide a larger loss answers nothing
@@ -63,23 +63,15 @@ def _smaller(manifest: Mapping[str, Any]) -> Answer:
 
 def _faster(manifest: Mapping[str, Any]) -> Answer:
     """As measured in turns where the run did that, else one after the other: no answer where noise is the larger."""
-    in_turns = {
-        kind: ratio
-        for kind in ("throughput", "decode", "prefill")
-        if (ratio := number(manifest, "gain", "speed", kind, "median")) is not None
-    }
-    ratios = in_turns or {
-        kind: pruned / dense
-        for kind in ("decode", "prefill")
-        if (dense := number(manifest, "speed", "dense", f"{kind}_tokens_per_s"))
-        and (pruned := number(manifest, "speed", "pruned", f"{kind}_tokens_per_s")) is not None
-    }
-    if not ratios:
+    kinds = ("throughput", "decode", "prefill")
+    found = {kind: times for kind in kinds if (times := in_turns(manifest, kind))}
+    found = found or {kind: times for kind in kinds if (times := one_by_one(manifest, kind))}
+    if not found:
         return Answer("Faster?", "unknown", "Speed was not measured.")
-    words = ", ".join(f"{kind} {text.ratio(ratio)}" for kind, ratio in ratios.items()) + " of the dense model's speed."
-    clear = {kind: ratio for kind, ratio in ratios.items() if in_turns or not drowned(manifest, kind)}
-    if len(clear) < len(ratios):
-        noisy = " and ".join(kind for kind in ratios if kind not in clear)
+    words = ", ".join(f"{kind} {times}" for kind, times in found.items()) + " of the dense model's speed."
+    clear = {kind: times.ratio for kind, times in found.items() if times.clear}
+    if len(clear) < len(found):
+        noisy = " and ".join(kind for kind in found if kind not in clear)
         words += f" Runs of {noisy} differ more than the models: prunetune bench measures them in turns."
     if not clear:
         return Answer("Faster?", "unknown", words[:1].upper() + words[1:])

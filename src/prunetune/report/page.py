@@ -13,6 +13,7 @@ from prunetune.evaluation.results import higher_is_better
 from prunetune.files import write_text
 from prunetune.report import course, facts, figures, front, heat, layers, outcome, samples, scores, summary, svg, text
 from prunetune.report.folder import MODELS, RunFiles, lookup, number, read_run
+from prunetune.report.speed import speeds
 
 MODEL_NAMES = {"dense": "Dense, untuned", "tuned": "Dense, tuned", "pruned": "Pruned"}
 FLIP_NAMES = {
@@ -96,7 +97,7 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "environment": facts.environment(run),
         "command": facts.command(run.manifest),
         "timings": facts.timings(run.manifest),
-        "speeds": facts.speeds(run.manifest),
+        "speeds": speeds(run.manifest),
         "cost": facts.cost(run),
     }
 

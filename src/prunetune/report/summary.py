@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prunetune.report import text
-from prunetune.report.facts import drowned
 from prunetune.report.folder import RunFiles, lookup, mapping, number
 from prunetune.report.layers import layers_of, total
 from prunetune.report.scores import Headline
+from prunetune.report.speed import one_by_one
 
 
 @dataclass(frozen=True)
@@ -97,15 +97,12 @@ def _size_tile(manifest: Mapping[str, Any], key: str, label: str, shown: Any) ->
 
 
 def _speed_tile(manifest: Mapping[str, Any], kind: str, label: str) -> Tile | None:
-    key = f"{kind}_tokens_per_s"
-    dense, pruned = number(manifest, "speed", "dense", key), number(manifest, "speed", "pruned", key)
-    if not dense or pruned is None:
+    found = one_by_one(manifest, kind)
+    if found is None:
         return None
-    spread = number(manifest, "speed", "pruned", f"{kind}_spread")
-    detail = f"{text.count(dense)} → {text.count(pruned)} tokens/s"
-    detail += f", spread {text.share(spread)}" if spread is not None else ""
-    is_slower = pruned < dense and not drowned(manifest, kind)
-    return Tile(label, text.ratio(pruned / dense), detail, "bad" if is_slower else "plain")
+    dense, pruned = (number(manifest, "speed", model, f"{kind}_tokens_per_s") for model in ("dense", "pruned"))
+    detail = f"{text.count(dense)} → {text.count(pruned)} tokens/s" + (f", {found.spread}" if found.spread else "")
+    return Tile(label, text.ratio(found.ratio), detail, "bad" if found.ratio < 1 and found.clear else "plain")
 
 
 def _time_tile(manifest: Mapping[str, Any]) -> Tile | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import InitVar, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -102,22 +103,25 @@ def worth_compiling(train: TrainConfig) -> bool:
     return train.compile == "on" or (train.compile == "auto" and train.steps >= LONG)
 
 
-class Padded:
-    """Examples side by side, run as they come."""
+@dataclass(eq=False)
+class _Given:
+    """What both kinds of passes are given, and what the recipe says of it."""
 
-    def __init__(
-        self,
-        model: Any,
-        sites: Sequence[Site],
-        pad_id: int,
-        config: RunConfig,
-        teacher: Teacher | None = None,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self.model, self.sites, self.pad_id, self.teacher, self.ranks = model, sites, pad_id, teacher, ranks
+    model: Any
+    sites: Sequence[Site]
+    pad_id: int
+    config: InitVar[RunConfig]
+    teacher: Teacher | None = None
+    ranks: Ranks = ALONE
+
+    def __post_init__(self, config: RunConfig) -> None:
         self.micro_tokens = config.train.micro_tokens
         self.recompute = recomputes(config)
         self.form: Adapters = "free" if config.search.lora_aware else "gated"
+
+
+class Padded(_Given):
+    """Examples side by side, run as they come."""
 
     def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
         """See `Passes`."""
@@ -161,32 +165,21 @@ class Padded:
         return masked(self.model, gates, adapters=kind, sites=self.sites)
 
 
-class Packed:
+class Packed(_Given):
     """Examples end to end in one row (no padding), each shape of row recorded as one CUDA graph.
 
     Recorded kernels know addresses, not names: gates, gradients and sums stay in the same tensors throughout. Whoever
     clears the adapters' gradients zeroes them in place; one that is set to None is lost to the recordings.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        sites: Sequence[Site],
-        pad_id: int,
-        config: RunConfig,
-        teacher: Teacher | None = None,
-        ranks: Ranks = ALONE,
-    ) -> None:
-        self.model, self.sites, self.pad_id, self.teacher, self.ranks = model, sites, pad_id, teacher, ranks
-        self.micro_tokens = config.train.micro_tokens
-        self.recompute = recomputes(config)
-        self.form: Adapters = "free" if config.search.lora_aware else "gated"
-        self.device = next(model.parameters()).device
+    def __post_init__(self, config: RunConfig) -> None:
+        super().__post_init__(config)
+        self.device = next(self.model.parameters()).device
         self.recorder = Recorder(self.device)
         self.compiles = worth_compiling(config.train)
         self.tuned: list[nn.Parameter] = []  # looked up once for all passes: a walk over a large model takes long
         self.sums = torch.zeros(2, device=self.device)  # answer loss and distance, or the lasso
-        self.gates = torch.zeros(sum(site.units for site in sites), device=self.device, requires_grad=True)
+        self.gates = torch.zeros(sum(site.units for site in self.sites), device=self.device, requires_grad=True)
         self.gates.grad = torch.zeros_like(self.gates)
 
     def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:

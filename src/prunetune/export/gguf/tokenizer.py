@@ -80,7 +80,13 @@ def _made(writer: gguf.GGUFWriter, source: Source) -> str:
     if pieces:
         writer.add_token_scores(_scores(values, tokens))
         writer.add_add_space_prefix(_has_prefix(values))
-    gguf.SpecialVocab(source.folder, load_merges=not pieces, n_vocab=len(tokens)).add_to_gguf(writer, quiet=True)
+    special = gguf.SpecialVocab(source.folder, load_merges=not pieces, n_vocab=len(tokens))
+    if not pieces and not special.merges:
+        raise ModelError(
+            f"{file} has no merges, and llama.cpp opens no byte-level tokenizer without: save one that has them "
+            "into the folder, or export onnx"
+        )
+    special.add_to_gguf(writer, quiet=True)
     return f"tokenizer keys made from tokenizer.json, pre-tokenizer {pre}"
 
 

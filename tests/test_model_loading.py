@@ -1,0 +1,62 @@
+"""What a model's name stands for: a folder, a name of the hub's, or a path with a slip in it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+from prunetune.errors import ModelError
+from prunetune.model.loading import load_config, locate
+from suite_helpers import model_folder
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub's, which nothing is fetched into; works in a folder that has one of runs."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "runs" / "support").mkdir(parents=True)
+    (tmp_path / "runs" / "summary.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("runs/suport", "did you mean runs/support?"),
+        ("runs/sumary", "did you mean runs/summary.gguf?"),
+        ("runs/other", "no such folder in runs (a hub model opens after: hf download runs/other)"),
+        ("runs/no name of a hub's", "no such folder in runs"),
+        ("./runs/suport", "did you mean runs/support?"),
+        ("runs/support/modle", "not a model folder"),
+    ],
+)
+@pytest.mark.usefixtures("offline")
+def test_a_slip_in_a_path_is_told_at_once(name: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the owner in a name is a folder here, the hub is not asked."""
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(ModelError) as refused:
+        load_config(name)
+    assert meant in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.usefixtures("offline")
+def test_other_names_are_the_hubs() -> None:
+    assert [locate(name) for name in ("owner/name", "gpt2")] == ["owner/name", "gpt2"]
+
+
+def test_a_fetched_model_opens_beside_a_folder_of_its_owners_name(offline: Path) -> None:
+    stored = offline / "models--runs--suport"
+    model_folder(stored / "snapshots" / "0123")
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("0123", encoding="utf-8")
+    assert load_config("runs/suport").model_type == "llama"
+    shutil.rmtree(stored)
+    with pytest.raises(ModelError, match="did you mean"):
+        load_config("runs/suport")
