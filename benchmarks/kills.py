@@ -3,7 +3,7 @@
     python benchmarks/kills.py [--kills 30] [--seed 0] [--steps 400] [--device cpu] [--jobs 1]
 
 The run is whole (teacher, search, cut, all weights, export, evaluation, report), on a small random model made here. A
-kill is SIGKILL to the process: a stage is drawn among those that the run has not passed, and up to half a second after
+kill is SIGKILL to the process: a stage is drawn among those that the run has not reached, and up to half a second after
 the run got there it is killed; while it writes a checkpoint, at once. Runs that end are compared, and another begins
 until the kills are used up. On a GPU, runs are `deterministic`: without it bits differ, killed or not. With `--jobs N`,
 N runs go on side by side, each with a seed and a share of the kills of its own, beside N uninterrupted ones, which have
@@ -43,7 +43,7 @@ search: {{share: 0.4, settle: 0.2, evidence: 2, batch_size: 4}}
 evaluate: {{limit: 5, generate_limit: 2, max_new_tokens: 4}}
 """
 
-STAGES = ("before it began", "start", "teacher", "search", "settle", "tune", "export", "evaluation")
+STAGES = ("", "before it began", "start", "teacher", "search", "settle", "tune", "export", "evaluation")
 WRITING = "writing a checkpoint"
 LATER = 0.5  # seconds
 
@@ -113,7 +113,7 @@ def killed(folder: Path, name: str, kills: int, rng: random.Random) -> Counter[s
     """One run to its end, killed at most so many times on the way; where it stood each time."""
     places, run = Counter[str](), folder / name
     while True:
-        targets = ahead_of(stage(run)) if sum(places.values()) < kills else ()
+        targets = ahead_of(stage(run) if places else "") if sum(places.values()) < kills else ()
         process = command(folder, name, resume=(run / "config.yaml").exists())
         if targets and (where := strike(process, run, rng.choice(targets), rng)):
             places[where] += 1
@@ -124,8 +124,8 @@ def killed(folder: Path, name: str, kills: int, rng: random.Random) -> Counter[s
 
 
 def ahead_of(where: str) -> tuple[str, ...]:
-    """What the run has not passed."""
-    left = STAGES[STAGES.index(where) :]
+    """What the run has not reached."""
+    left = STAGES[STAGES.index(where) + 1 :]
     return (*left, WRITING) if "tune" in left else left
 
 
