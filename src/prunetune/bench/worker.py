@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import traceback
@@ -31,7 +30,13 @@ def opened(model: Named, options: BenchOptions) -> Runner:
 
 
 # Not one of multiprocessing's processes: these run the caller's script once more, and a short one would start again.
-START = "import sys; sys.path[:] = sys.argv[2:]; from prunetune.bench.worker import serve; serve(int(sys.argv[1]))"
+START = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which closes the pipe
+sys.path[:] = sys.argv[2:]
+from prunetune.bench.worker import serve
+serve(int(sys.argv[1]))
+"""
 
 
 class Worker:
@@ -94,7 +99,6 @@ class Worker:
 
 def serve(handle: int) -> None:
     """Open the model that the pipe names and do as it says, until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which closes the pipe
     pipe = Connection(handle)
     try:
         opener, model, options = pipe.recv()
