@@ -45,7 +45,7 @@ def to_onnx(source: Source, place: Path, options: ExportOptions) -> Exported:
     for name in ("config.json", "generation_config.json", "plan.json", "README.md"):
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, place / name)
-    # No code stands here: a tokenizer would ask whether to run it, and note an old key of a class that it does not know.
+    # No code stands here: a tokenizer would ask whether to run it, and note an old key of a class that it knows not.
     edit_json(place / "config.json", {}, without=("auto_map", "rope_scaling"))
     params = sum(parameter.numel() for parameter in model.parameters())
     size = sum(file.stat().st_size for file in place.glob(f"{GRAPH}*"))
