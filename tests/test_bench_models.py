@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -201,6 +202,23 @@ def test_a_process_answers_fails_and_dies_in_words() -> None:
         worker.run(2)
     worker.close()
     worker.close()
+
+
+SCRIPT = """
+import sys
+from prunetune import measure_models
+from prunetune.bench.options import BenchOptions
+found = measure_models([sys.argv[1]], BenchOptions(batch="1", prompt=8, generate=2, runs=1, device="cpu"))
+print(found.models[1].cells[0].ratios["decode"].median)
+"""
+
+
+def test_a_script_without_a_guard_can_measure(run: Path, tmp_path: Path) -> None:
+    """As docs/bench.md has it: nothing runs the script a second time."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, tmp_path / "script.py", run], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0
 
 
 def test_a_bug_keeps_its_traceback_and_a_mistake_its_line() -> None:

@@ -336,6 +336,24 @@ def test_sigterm_ends_a_run_wherever_it_was_started(command: str, line: str) -> 
     assert (ended.returncode, ended.stderr) == (130, f"prunetune: {line}\n")
 
 
+HEARD = """
+import logging, sys
+import prunetune.cli
+def app(*_, **__):
+    logging.getLogger("onnxscript.rewriter").info("what a library does")
+    logging.getLogger("onnxscript.rewriter").warning("what a library warns of")
+    logging.getLogger("prunetune.console").info("step 1")
+prunetune.cli.app = app
+sys.argv = ["prunetune", "export", "runs/a"]
+prunetune.cli.main()
+"""
+
+
+def test_the_log_tells_of_the_run_and_not_of_libraries() -> None:
+    ended = subprocess.run([sys.executable, "-c", HEARD], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "what a library warns of\nstep 1\n")
+
+
 def test_a_plain_log_says_the_time_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])

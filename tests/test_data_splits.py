@@ -126,6 +126,17 @@ def test_a_group_in_two_given_splits_is_overlap(tmp_path: Path) -> None:
     assert {record.group for record in splits.train + splits.search} == {"b", "e"}
 
 
+def test_texts_and_guard_may_lack_the_group_and_are_held_to_it_where_they_do_not(tmp_path: Path) -> None:
+    rows = {"train": [row | {"doc": f"d{index // 4}"} for index, row in enumerate(pairs(80))]}
+    general = [{"text": "What a general corpus says."}]
+    splits = loaded(tmp_path, options={"group": "doc"}, texts=general, guard=[{"text": "Another one."}], **rows)
+    assert (len(splits.texts), len(splits.guard)) == (1, 1)
+    with pytest.raises(DataError, match=r"data\.train and data\.guard overlap.* with group 'd1' as"):
+        loaded(tmp_path, options={"group": "doc"}, guard=[{"text": "Another one.", "doc": "d1"}], **rows)
+    with pytest.raises(DataError, match="row has no doc"):
+        loaded(tmp_path, options={"group": "doc"}, test=pairs(1, 200), **rows)
+
+
 def test_rows_are_dropped_before_splits_are_carved(tmp_path: Path) -> None:
     splits = loaded(tmp_path, options={"overlap": "drop"}, train=pairs(100), test=pairs(50))
     assert splits.dropped == 50

@@ -21,6 +21,7 @@ from prunetune.export.integrity import seal, verify
 from prunetune.export.result import ExportOptions
 from prunetune.export.selfcheck import SelfCheck, logits_of
 from prunetune.export.source import Source
+from prunetune.model.loading import load_config
 
 IDS = torch.arange(32)[None]
 
@@ -101,6 +102,8 @@ def test_own_code_of_a_bare_folder_is_asked_for(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords())
     with pytest.raises(ModelError, match="read it, then say --trust-remote-code"):
         Source.open(run / "model")
+    with pytest.raises(ModelError, match="read it, then say --trust-remote-code"):  # eval, check, bench
+        load_config(str(run / "model"))
     assert Source.open(run / "model", trust_remote_code=True).layout == "per-layer"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from data_helpers import subwords
 from export_helpers import WIDE, run_folder
@@ -66,8 +67,10 @@ def test_a_row_says_the_same_whether_it_is_padded_or_not(case: tuple[Exported, A
 
 
 @needs_onnx
-def test_what_stands_beside_the_graph(case: tuple[Exported, Any]) -> None:
+def test_what_stands_beside_the_graph(case: tuple[Exported, Any], capsys: pytest.CaptureFixture[str]) -> None:
     done, model = case
+    AutoTokenizer.from_pretrained(done.path)
+    assert capsys.readouterr().out == ""  # it does not ask whether to run code
     assert done.path.name == "onnx-f32"
     assert {"model.onnx", "model.onnx.data", "tokenizer.json", "config.json"} <= {f.name for f in done.path.iterdir()}
     assert done.params == sum(parameter.numel() for parameter in model.parameters())

@@ -108,7 +108,11 @@ def test_filters(tmp_path: Path) -> None:
     assert names(status="done", where=["seed >= 1"]) == {"b"}
     assert names(where=["accuracy > 0.99"]) == set()
     assert names(where=["casehold.accuracy>0.1", "kept < 0.61"]) == {"a", "b", "c"}
-    assert names(where=["no_such > 0"]) == set()
+    assert names(status="interrupted") == set()
+    with pytest.raises(ConfigError, match="--where 'acuracy' is not known; did you mean accuracy"):
+        names(where=["acuracy > 0"])
+    with pytest.raises(ConfigError, match="--status 'finished' is not known; known are running, done"):
+        names(status="finished")
     for wrong in ("accuracy", "accuracy > high", ""):
         with pytest.raises(ConfigError, match="is no condition; write one such as"):
             names(where=[wrong])

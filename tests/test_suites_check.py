@@ -13,7 +13,12 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from data_helpers import subwords, write_lines
+from export_helpers import WIDE, plan_of, run_folder
+from model_helpers import tiny
 from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
+from prunetune.export.gguf.write import write as write_gguf
+from prunetune.export.source import Source
 from prunetune.suites import evaluate_suite, suite_of
 from prunetune.suites.check import Check, check
 from prunetune.suites.junit import junit
@@ -218,6 +223,19 @@ def test_a_run_is_checked_against_the_model_it_began_with(tmp_path: Path, say: S
     assert (code, "has no model yet" in err) == (2, True)
     model_folder(run / "model")
     assert say("check", run, "--suite", suite, "--device", "cpu")[0] == 0
+
+
+def test_a_run_of_a_gguf_file_is_checked_against_it_as_it_was_opened(tmp_path: Path, say: Said) -> None:
+    """In transformers, dequantised: llama.cpp would give no likelihood of texts."""
+    run, _ = run_folder(
+        tmp_path / "run", subwords(), layout="uniform", plan=plan_of(tiny("llama", **WIDE), groups=2, channels=64)
+    )
+    write_gguf(Source.open(run), tmp_path / "base.gguf", "f32")
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": str(tmp_path / "base.gguf"), "layout": "uniform"}))
+    write_lines(tmp_path / "texts.jsonl", {"text": "the patient has a fever"}, {"text": "answer yes no maybe"})
+    suite = suite_file(tmp_path, {"t": {"data": "texts.jsonl", "scorer": "nll", "limits": {"drop": 0.001}}})
+    code, out, err = say("check", run, "--suite", suite, "--device", "cpu")
+    assert (code, "ERROR" in out) == (0, False), err
 
 
 @pytest.mark.parametrize(

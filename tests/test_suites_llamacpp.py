@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_helpers import write_lines
+from data_helpers import subwords, write_lines
+from export_helpers import run_folder
 from prunetune.data.records import Record
 from prunetune.errors import MissingPackage, ModelError
+from prunetune.export.gguf.write import write
+from prunetune.export.source import Source
 from prunetune.suites import LocalModel, evaluate_suite, suite_of
 from prunetune.suites.asking import CannotAnswer, Manner
 from prunetune.suites.cache import Remembered
@@ -48,6 +51,24 @@ def test_texts_chats_and_lm_eval_are_refused(tmp_path: Path) -> None:
         model.answers("choose", RECORDS, Manner(template="chat"), lambda _: None)
     with pytest.raises(CannotAnswer, match="need the weights"):
         model.loaded()
+
+
+def test_a_small_file_answers_as_its_weights_do_and_says_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("xllamacpp")
+    run, dense = run_folder(tmp_path / "run", subwords())
+    write(Source.open(run), tmp_path / "a.gguf", "f32")
+    model, local = LlamaCpp(tmp_path / "a.gguf", ""), LocalModel(dense, subwords())
+    manner = Manner(max_new_tokens=4)
+    capfd.readouterr()
+    ours = model.answers("choose", RECORDS, manner, lambda _: None)
+    written = model.answers("write", RECORDS, manner, lambda _: None)
+    assert capfd.readouterr() == ("", "")
+    for mine, other in zip(ours, local.answers("choose", RECORDS, manner, lambda _: None), strict=True):
+        assert [tokens for _, tokens in mine] == [tokens for _, tokens in other]
+        assert [value for value, _ in mine] == pytest.approx([value for value, _ in other], rel=0.001)
+    assert written == local.answers("write", RECORDS, manner, lambda _: None)
 
 
 @pytest.mark.slow

@@ -329,8 +329,9 @@ def bench(
 
 def main() -> None:
     """Entry point: exit 0 done, 1 a gate failed, 2 the user must correct something, 130 interrupted."""
-    level = logging.ERROR if launched()[0] else logging.INFO  # rank 0 speaks for all
-    logging.basicConfig(format="%(message)s", level=level, stream=sys.stderr)
+    own, others = (logging.ERROR, logging.ERROR) if launched()[0] else (logging.INFO, logging.WARNING)  # rank 0 speaks
+    logging.basicConfig(format="%(message)s", level=others, stream=sys.stderr)
+    logging.getLogger("prunetune").setLevel(own)
     for noisy in ("httpx", "transformers", "peft", "accelerate", "absl"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # The run's own lines say what these bars and notes would; read by transformers when it is imported.

@@ -49,7 +49,9 @@ class DataConfig:
     search_share: float = option(0.1, "Share of train that goes to search where none is given.", above=0, high=0.5)
     valid_share: float = option(0.05, "Share of train that goes to valid where none is given.", above=0, high=0.5)
     test_share: float = option(0.1, "Share of train that goes to test where none is given.", above=0, high=0.5)
-    group: str = option("", "Row field that must not straddle splits (patient, category, document).")
+    group: str = option(
+        "", "Row field that must not straddle splits (patient, category, document); only texts and guard may lack it."
+    )
     template: Literal["auto", "chat", "raw"] = option(
         "auto", "chat: the tokenizer's template; raw: prompt then completion; auto: chat for rows with messages."
     )

@@ -16,11 +16,11 @@ from prunetune.bench.options import BenchOptions
 from prunetune.bench.runner import Facts, Sample, Work
 from prunetune.errors import ModelError
 from prunetune.evaluation.optional import require
+from prunetune.suites.llamacpp import served
 from prunetune.suites.server import Server
 
 CPU = torch.device("cpu")  # what the package is built for
 MILLI = 1e-3
-ERRORS = 1  # what llama.cpp logs; by default, several lines a reply
 PATIENCE = 600.0  # seconds for a reply
 
 
@@ -35,7 +35,8 @@ class LlamaCppRunner:
         require("xllamacpp", extra="llamacpp", use=f"model {self.file}")
         self.before = clock.held(CPU) if clock.reset_peak(CPU) else 0
         begun = time.perf_counter()
-        self.server = self._opened(max(options.batches))
+        slots, length = max(options.batches), options.prompt + options.generate + 8
+        self.server = served(self.file, context=slots * length, slots=slots, threads=self.threads, on_cpu=True)
         self.load_s = time.perf_counter() - begun
         self.asked = Server(self.server.listening_address, timeout=PATIENCE, at_once=max(options.batches))
 
@@ -71,19 +72,6 @@ class LlamaCppRunner:
 
     def close(self) -> None:
         """See `Runner`: the process ends."""
-
-    def _opened(self, slots: int) -> Any:
-        llama = require("xllamacpp", extra="llamacpp", use=f"model {self.file}")
-        params = llama.CommonParams()
-        params.model.path, params.n_gpu_layers = str(self.file), 0
-        params.verbosity = ERRORS
-        params.n_parallel, params.n_ctx = slots, slots * (self.options.prompt + self.options.generate + 8)
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = self.threads
-        try:
-            return llama.Server(params)
-        except Exception as broken:  # llama.cpp's errors have no type of their own
-            reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
-            raise ModelError(f"model {self.file}: llama.cpp cannot open it ({reason}); check the file") from broken
 
     def _ask(self, seed: int) -> dict[str, Any]:
         rng = torch.Generator().manual_seed(seed)

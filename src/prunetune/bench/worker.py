@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from prunetune.bench.named import Named
@@ -29,18 +29,29 @@ def opened(model: Named, options: BenchOptions) -> Runner:
     return LocalRunner(model, options)
 
 
+# Not one of multiprocessing's processes: these run the caller's script once more, and a short one would start again.
+START = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which closes the pipe
+sys.path[:] = sys.argv[2:]
+from prunetune.bench.worker import serve
+serve(int(sys.argv[1]))
+"""
+
+
 class Worker:
     """A `Runner` in a fresh process. Its `PrunetuneError`s are raised here, its bugs with their traceback."""
 
     def __init__(self, model: Named, options: BenchOptions, opener: Opener = opened) -> None:
         self.label = model.label
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, opener, model, options), daemon=True)
-        self.process.start()
+        self.pipe, theirs = Pipe()
+        self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and text
+            [sys.executable, "-c", START, str(theirs.fileno()), *sys.path],
+            pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL,
+        )  # fmt: skip
         theirs.close()  # so that the pipe ends with the process
         try:
-            self._facts: Facts = self._answer("opening")
+            self._facts: Facts = self._ask((opener, model, options), "opening")
         except BaseException:
             self.close()
             raise
@@ -51,30 +62,24 @@ class Worker:
 
     def warm(self, batch: int) -> Work:
         """See `Runner`."""
-        return self._ask("warm", batch)  # type: ignore[no-any-return]
+        return self._ask(("warm", batch), f"batch {batch}")  # type: ignore[no-any-return]
 
     def run(self, batch: int) -> Sample:
         """See `Runner`."""
-        return self._ask("run", batch)  # type: ignore[no-any-return]
+        return self._ask(("run", batch), f"batch {batch}")  # type: ignore[no-any-return]
 
     def close(self) -> None:
         """See `Runner`."""
         self.pipe.close()
-        self.process.join(PATIENCE)
-        self.process.kill()
-        self.process.join()
+        self._end()
 
-    def _ask(self, what: str, batch: int) -> Any:
-        self.pipe.send((what, batch))
-        return self._answer(f"batch {batch}")
-
-    def _answer(self, during: str) -> Any:
+    def _ask(self, request: tuple[Any, ...], during: str) -> Any:
         try:
+            self.pipe.send(request)
             kind, value = self.pipe.recv()
-        except (EOFError, ConnectionResetError) as gone:
-            self.process.join(PATIENCE)
+        except (EOFError, ConnectionResetError, BrokenPipeError) as gone:
             raise ModelError(
-                f"model {self.label}: its process ended at {during} (exit code {self.process.exitcode}; -9 is mostly "
+                f"model {self.label}: its process ended at {during} (exit code {self._end()}; -9 is mostly "
                 "the system out of memory); lower --batch or --prompt, or name fewer models"
             ) from gone
         if kind == "mistake":
@@ -83,11 +88,20 @@ class Worker:
             raise RuntimeError(f"in the process of {self.label}:\n{value}")
         return value
 
+    def _end(self) -> int:
+        """The exit code of the process, which is killed where it does not end by itself."""
+        try:
+            return self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
 
-def _serve(pipe: Connection, opener: Opener, model: Named, options: BenchOptions) -> None:
-    """Open the model and do as the pipe says, until it is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which closes the pipe
+
+def serve(handle: int) -> None:
+    """Open the model that the pipe names and do as it says, until it is closed."""
+    pipe = Connection(handle)
     try:
+        opener, model, options = pipe.recv()
         runner = opener(model, options)
         pipe.send(("fine", runner.facts()))
         while True:

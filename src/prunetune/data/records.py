@@ -49,9 +49,17 @@ def _plain(text: str) -> str:
 
 
 def record_of(
-    row: Any, *, source: str, id: str = "", task: str = "", weight: float = 1.0, group_field: str = ""
+    row: Any,
+    *,
+    source: str,
+    id: str = "",
+    task: str = "",
+    weight: float = 1.0,
+    group_field: str = "",
+    grouped: bool = True,
 ) -> Record:
-    """The record in one row of a data set; `id` and `task` hold where the row names none.
+    """The record in one row of a data set; `id` and `task` hold where the row names none. Where it need not be
+    `grouped`, it may lack the group's field.
 
     Raises `DataError`, which begins with `source` ("file:line"), where the row lacks a field or has a wrong one.
     """
@@ -64,7 +72,7 @@ def record_of(
             **_content(fields),
             task=_name(fields, "task", task),
             id=_name(fields, "id", id),
-            group=_group(fields, group_field),
+            group=_group(fields, group_field, needed=grouped),
             source=source,
             weight=weight,
         )
@@ -153,11 +161,9 @@ def _name(fields: Mapping[str, Any], key: str, default: str) -> str:
     return (_text(value, key) if value != "" else default) if isinstance(value, str) else _text(value, key)
 
 
-def _group(fields: Mapping[str, Any], key: str) -> str:
-    if not key:
-        return ""
-    group = _name(fields, key, "")
-    if not group:
+def _group(fields: Mapping[str, Any], key: str, *, needed: bool) -> str:
+    group = _name(fields, key, "") if key else ""
+    if key and needed and not group:
         raise DataError(f"row has no {key}, which data.group names; add it, or set data.group to a field of every row")
     return group
 

@@ -18,6 +18,7 @@ from prunetune.data.records import Record, record_of
 from prunetune.errors import DataError, MissingPackage
 
 SplitName = Literal["train", "search", "valid", "test", "texts", "guard"]
+BESIDE: tuple[SplitName, ...] = ("texts", "guard")  # often of another origin, whose rows know nothing of data.group
 
 HUB_SPLITS: dict[SplitName, tuple[str, ...]] = {
     "train": ("train",),
@@ -61,11 +62,12 @@ class Row:
     task: str
     weight: float = 1.0
 
-    def record(self, group_field: str = "") -> Record:
+    def record(self, group_field: str = "", *, grouped: bool = True) -> Record:
         """The row as a record; raises `DataError`."""
         return record_of(
-            self.fields, source=self.source, id=self.id, task=self.task, weight=self.weight, group_field=group_field
-        )
+            self.fields, source=self.source, id=self.id, task=self.task, weight=self.weight,
+            group_field=group_field, grouped=grouped,
+        )  # fmt: skip
 
 
 def read(sources: Sequence[str], config: DataConfig, split: SplitName) -> tuple[Record, ...]:
@@ -74,7 +76,8 @@ def read(sources: Sequence[str], config: DataConfig, split: SplitName) -> tuple[
     Raises `DataError` for a source or a row that cannot be used, and `MissingPackage` where one needs a package.
     """
     found = _found(sources, config, split)
-    return tuple(row if isinstance(row, Record) else row.record(config.group) for row in found)
+    grouped = split not in BESIDE
+    return tuple(row if isinstance(row, Record) else row.record(config.group, grouped=grouped) for row in found)
 
 
 def read_rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> tuple[Row, ...]:

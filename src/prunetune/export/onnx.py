@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from prunetune.errors import MissingPackage, ModelError, SelfCheckFailed
 from prunetune.export.result import Check, Exported, ExportOptions
 from prunetune.export.source import Source
+from prunetune.export.write import edit_json
 
 GRAPH = "model.onnx"
 LIMIT = 1e-3  # largest relative difference of logits, float32
@@ -44,6 +45,8 @@ def to_onnx(source: Source, place: Path, options: ExportOptions) -> Exported:
     for name in ("config.json", "generation_config.json", "plan.json", "README.md"):
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, place / name)
+    # No code stands here: a tokenizer would ask whether to run it, and note an old key of a class that it knows not.
+    edit_json(place / "config.json", {}, without=("auto_map", "rope_scaling"))
     params = sum(parameter.numel() for parameter in model.parameters())
     size = sum(file.stat().st_size for file in place.glob(f"{GRAPH}*"))
     return Exported(place, f"onnx: {type(model).__name__}", "float32", params, size, (check(model, place / GRAPH),))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,9 +118,10 @@ def _save(model: Any, folder: Path, shards: Path | None, **how: Any) -> None:
     shards.rmdir()
 
 
-def edit_json(path: Path, changes: dict[str, Any]) -> None:
-    """Change values of a configuration."""
+def edit_json(path: Path, changes: dict[str, Any], *, without: Collection[str] = ()) -> None:
+    """Change values of a configuration, and leave some out."""
     values = json.loads(path.read_text(encoding="utf-8")) | changes
+    values = {key: value for key, value in values.items() if key not in without}
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -5,25 +5,36 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from prunetune.errors import ConfigError
 from prunetune.evaluation.results import HEADLINES
-from prunetune.history.store import Entry
+from prunetune.history.store import STATUSES, Entry
+from prunetune.suites.naming import named
 
 CONDITION = re.compile(r"\s*(?P<name>[^<>=!]+?)\s*(?P<sign><=|>=|<|>|=)\s*(?P<value>[-+\d.e]+)\s*")
 SIGNS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "=": operator.eq,
 }  # fmt: skip
 
+OWN: dict[str, Callable[[Entry], float | None]] = {
+    "kept": lambda entry: entry.kept,
+    "keep": lambda entry: entry.asked,
+    "seed": lambda entry: float(entry.seed),
+}
+
 
 def filtered(entries: Sequence[Entry], *, model: str = "", status: str = "", where: Sequence[str] = ()) -> list[Entry]:
     """Runs whose model contains `model`, with that status, and for which every condition holds.
 
     A condition is on `kept`, `keep`, `seed`, or a metric: `accuracy >= 0.7`, `TASK.accuracy > 0.5`. A run that lacks
-    the value is left out. Raises `ConfigError` for a condition that cannot be read.
+    the value is left out. Raises `ConfigError` for a condition that cannot be read, and for a status or a name that
+    there is not.
     """
-    conditions = [_condition(text) for text in where]
+    if status:
+        named(status, STATUSES, "--status")
+    known = dict.fromkeys([*OWN, *HEADLINES, *(name for entry in entries for name in entry.metrics)])
+    conditions = [_condition(text, known) for text in where]
     return [
         entry
         for entry in entries
@@ -33,7 +44,7 @@ def filtered(entries: Sequence[Entry], *, model: str = "", status: str = "", whe
     ]
 
 
-def _condition(text: str) -> Callable[[Entry], bool]:
+def _condition(text: str, known: Iterable[str]) -> Callable[[Entry], bool]:
     match = CONDITION.fullmatch(text)
     try:
         value = float(match["value"]) if match else math.nan
@@ -41,7 +52,7 @@ def _condition(text: str) -> Callable[[Entry], bool]:
         value = math.nan
     if match is None or math.isnan(value):
         raise ConfigError(f"--where {text!r} is no condition; write one such as 'accuracy >= 0.7' or 'kept < 0.6'")
-    sign, name = SIGNS[match["sign"]], match["name"]
+    sign, name = SIGNS[match["sign"]], named(match["name"], known, "--where")
 
     def holds(entry: Entry) -> bool:
         found = value_of(entry, name)
@@ -52,8 +63,7 @@ def _condition(text: str) -> Callable[[Entry], bool]:
 
 def value_of(entry: Entry, name: str) -> float | None:
     """A number of a run by name, or None where it has none."""
-    own = {"kept": entry.kept, "keep": entry.asked, "seed": float(entry.seed)}
-    return own[name] if name in own else entry.metrics.get(name)
+    return OWN[name](entry) if name in OWN else entry.metrics.get(name)
 
 
 def table(entries: Sequence[Entry]) -> str:

@@ -33,6 +33,7 @@ TABLE = """create table if not exists runs (
     path text primary key, status text not null, started text, ended text, model text, layout text, seed integer,
     asked real, kept real, metrics text not null default '{}', command text, process text
 )"""
+STATUSES = ("running", "done", "failed", "interrupted", "gate failed", "gone")  # gone: its folder is
 COLUMNS = ("path", "status", "started", "ended", "model", "layout", "seed", "asked", "kept", "metrics", "command")
 
 
@@ -41,7 +42,7 @@ class Entry:
     """One run as the history knows it."""
 
     path: Path
-    status: str  # running, done, failed, interrupted, gate failed; "gone" where the folder is
+    status: str  # of STATUSES
     started: str  # ISO 8601, UTC
     ended: str
     model: str

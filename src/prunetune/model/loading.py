@@ -144,6 +144,10 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
             f"model {name}: architecture {unknown} is not known to transformers; upgrade it"
         ) from unknown
     except (OSError, ValueError) as broken:
+        if "trust_remote_code" in str(broken):
+            raise ModelError(
+                f"model {name} opens with code of its own: read it, then say --trust-remote-code"
+            ) from broken
         raise ModelError(
             f"model {name}: no configuration found: {_first_line(broken)}; name a folder, a .gguf file or a hub name"
         ) from broken

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from prunetune.data.records import Record
 from prunetune.data.templates import is_chat
 from prunetune.errors import ModelError
@@ -16,7 +18,25 @@ from prunetune.suites.asking import Ask, CannotAnswer, Manner, Tick
 from prunetune.suites.endpoint import Endpoint
 from prunetune.suites.server import Server
 
+ERRORS = 1  # what llama.cpp logs; by default, several lines a reply
 FORCED = 1e4  # added to the logit of the token that has to come; the reported log-probability is that without it
+
+
+def served(file: Path, *, context: int = 0, slots: int = 1, threads: int = 0, on_cpu: bool = False) -> Any:
+    """llama.cpp's server of a file. `context`: tokens of all slots together, 0: the model's own; `threads`, 0: as many
+    as PyTorch takes, since llama.cpp counts the machine's cores and not the container's. Raises `ModelError`."""
+    llama = require("xllamacpp", extra="llamacpp", use=f"model {file}")
+    params = llama.CommonParams()
+    params.model.path, params.verbosity = str(file), ERRORS
+    params.n_ctx, params.n_parallel = context, slots
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or torch.get_num_threads()
+    if on_cpu:
+        params.n_gpu_layers = 0
+    try:
+        return llama.Server(params)
+    except Exception as broken:  # llama.cpp's errors have no type of their own
+        reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
+        raise ModelError(f"model {file}: llama.cpp cannot open it ({reason}); check the file") from broken
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,7 @@ class LlamaCpp:
     def answers(self, ask: Ask, records: Sequence[Record], manner: Manner, tick: Tick) -> list[Any]:
         """See `Respondent`."""
         if ask == "write":
-            return Endpoint(self._served, "").answers(ask, records, manner, tick)
+            return Endpoint(self._completions, "").answers(ask, records, manner, tick)
         found = []
         for record in records:
             if record.kind == "text" or is_chat(record, manner.template):
@@ -55,18 +75,10 @@ class LlamaCpp:
 
     @cached_property
     def _server(self) -> Any:
-        llama = require("xllamacpp", extra="llamacpp", use=f"model {self.file}")
-        options = llama.CommonParams()
-        options.model.path = str(self.file)
-        options.n_ctx, options.n_parallel = self.context, 1
-        try:
-            return llama.Server(options)
-        except Exception as broken:  # llama.cpp's errors have no type of their own
-            reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
-            raise ModelError(f"model {self.file}: llama.cpp cannot open it ({reason}); check the file") from broken
+        return served(self.file, context=self.context)
 
     @property
-    def _served(self) -> Server:
+    def _completions(self) -> Server:
         return Server(f"{self._server.listening_address}/v1", timeout=self.timeout, at_once=1)
 
     def _choose(self, record: Record) -> list[list[float]]:

@@ -75,11 +75,11 @@ def gguf_at(path: Path) -> Path:
 
 
 def reference_of(name: str) -> str:
-    """The dense model that a run began with; raises `ModelError` for what is no run."""
+    """The dense model that a run began with, a .gguf file dequantised, as the run opened it; raises `ModelError`."""
     run = run_config(Path(name).expanduser())
     if run is None:
         raise ModelError(f"{name} is no run folder, so what to check it against has to be named with --against")
-    return run.model
+    return locate(run.model)
 
 
 def run_config(path: Path) -> RunConfig | None:
