@@ -372,3 +372,17 @@ def test_a_switch_that_is_given_a_word_says_how(
     monkeypatch.setattr(sys, "argv", ["prunetune", "run", "none.yaml", "--evaluate.dense_tuned", "false"])
     assert prunetune.cli._guarded() == 2
     assert "false: belongs to no option; a switch takes its value by =" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("verb", "code"), [("runs", prunetune.cli.UNREAD), ("--help", 1)])  # 1: how rich ends so
+def test_what_nobody_reads_ends_without_a_word(verb: str, code: int, tmp_path: Path) -> None:
+    """As behind `| head`, which has seen enough."""
+    words = [verb, str(tmp_path)] if verb == "runs" else [verb]
+    with subprocess.Popen(
+        [sys.executable, "-m", "prunetune.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == code

@@ -41,6 +41,16 @@ def test_a_finished_run_is_shown_once_and_that_is_all(tmp_path: Path) -> None:
     assert "60.0%" in said
 
 
+def test_what_has_no_steps_of_its_own_shows_none(tmp_path: Path) -> None:
+    """A run of several sizes, once it has ended: steps are in the folders of the sizes."""
+    folder = make_run(tmp_path / "run")
+    (folder / "metrics.jsonl").unlink()
+    write_report(folder)
+    said = shown(folder)
+    assert "ended; the report is written" in said
+    assert "of 700" not in said
+
+
 def test_a_run_under_way(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     lines = (folder / "metrics.jsonl").read_text().splitlines()[:30]

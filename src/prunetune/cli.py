@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import shlex
 import signal
 import sys
@@ -32,6 +33,7 @@ app = App(
 )
 # Every option of a recipe as a flag, all optional: flags win over the recipe.
 Flags: typing.TypeAlias = optional_twin(RunConfig)  # type: ignore[valid-type]
+UNREAD = 141  # exit code where nobody reads what is printed: a shell's for SIGPIPE
 NO_FLAGS = Flags()
 BenchFlags: typing.TypeAlias = optional_twin(BenchOptions)  # type: ignore[valid-type]
 NO_BENCH_FLAGS = BenchFlags()
@@ -328,7 +330,7 @@ def bench(
 
 
 def main() -> None:
-    """Entry point: exit 0 done, 1 a gate failed, 2 the user must correct something, 130 interrupted."""
+    """Entry point: exit 0 done, 1 a gate failed, 2 the user must correct something, 130 interrupted, 141 unread."""
     own, others = (logging.ERROR, logging.ERROR) if launched()[0] else (logging.INFO, logging.WARNING)  # rank 0 speaks
     logging.basicConfig(format="%(message)s", level=others, stream=sys.stderr)
     logging.getLogger("prunetune").setLevel(own)
@@ -352,6 +354,7 @@ def _guarded() -> int:
         return _say(single, 2)
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
+        sys.stdout.flush()
     except UnusedCliTokensError as wrong:
         given = " ".join(wrong.unused_tokens or ())
         return _say(f"{given}: belongs to no option; a switch takes its value by =, such as --deterministic=true", 2)
@@ -363,12 +366,26 @@ def _guarded() -> int:
         resumable = sys.argv[1:2] in (["run"], ["demo"], ["compare"]) and "--dry-run" not in sys.argv
         what = "told to stop, as when another rank ends" if launched()[1] > 1 else "interrupted"
         return _say(f"{what}; go on with --resume" if resumable else what, 130)
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        return UNREAD
     except Exception as error:
         translated = lost(error) or _translated(error)
         if translated is None:
             raise
         return _say(translated, 2)
     return 0
+
+
+def _is_unread() -> bool:
+    """Whether nobody reads what is printed any more, as behind `| head`; what is left of it then goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), select.POLLOUT)
+    unread = any(event & select.POLLERR for _, event in output.poll(0))
+    if unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return unread
 
 
 def _translated(error: Exception) -> str | None:

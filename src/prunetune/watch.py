@@ -117,8 +117,9 @@ def picture(now: Look) -> RenderableType:
     rows.add_column(style="dim", min_width=12)
     rows.add_column()
     rows.add_row("phase", Text(_phase(now, last)))  # as it stands: a square bracket is no style
-    rows.add_row("step", f"{now.step:,} of {now.steps:,}{_left(now)}")
-    rows.add_row("", ProgressBar(total=now.steps, completed=now.step, width=50))
+    if now.metrics or not now.ended:  # the steps of a run of several sizes are in the folders of these
+        rows.add_row("step", f"{now.step:,} of {now.steps:,}{_left(now)}")
+        rows.add_row("", ProgressBar(total=now.steps, completed=now.step, width=50))
     for key, name in (("loss", "tuning loss"), ("search_loss", "search loss"), ("kept", "kept")):
         values = [float(line[key]) for line in now.metrics if isinstance(line.get(key), int | float)]
         if values:

@@ -125,7 +125,8 @@ class Meter:
             longer = max(told, key=lambda track: told[track])
             if told[longer] > 0:
                 factors[longer] = seconds[phase] / told[longer]
-        log.info("scaled to the dense model: %s", {track: round(factor, 3) for track, factor in factors.items()})
+        scales = ", ".join(f"{track} {factor:.3f}" for track, factor in factors.items())
+        log.info("scaled to the dense model: %s", scales)
         return table.scaled(factors)
 
     def _deep(self, layers: Sequence[int]) -> tuple[Seconds, Sequence[int]]:
