@@ -238,7 +238,7 @@ def test_a_speed_is_told_with_its_spread_wherever_it_is_told(tmp_path: Path) -> 
     assert f"<td>{turns}</td>" in page
     page = write_report(own).read_text(encoding="utf-8")
     assert f"Throughput {turns} of the dense model" in page
-    assert f"<td>{alone}</td>" in page
+    assert f'<td class="wrapped">{alone}</td>' in page
 
 
 @pytest.mark.parametrize(("count", "reading"), [(5, "unknown"), (500, "yes")])
