@@ -20,6 +20,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "runs" / "support").mkdir(parents=True)
+    (tmp_path / "runs" / "support" / "config.yaml").touch()
     (tmp_path / "runs" / "summary.gguf").touch()
     monkeypatch.chdir(tmp_path)
     return cache
@@ -30,15 +31,15 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         ("runs/suport", "did you mean runs/support?"),
         ("runs/sumary", "did you mean runs/summary.gguf?"),
-        ("runs/other", "no such folder in runs (a hub model opens after: hf download runs/other)"),
-        ("runs/no name of a hub's", "no such folder in runs"),
+        ("runs/other", "no such folder beside the runs in runs (a hub model opens after: hf download runs/other)"),
+        ("runs/no name of a hub's", "no such folder beside the runs in runs"),
         ("./runs/suport", "did you mean runs/support?"),
         ("runs/support/modle", "not a model folder"),
     ],
 )
 @pytest.mark.usefixtures("offline")
 def test_a_slip_in_a_path_is_told_at_once(name: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the owner in a name is a folder here, the hub is not asked."""
+    """Where the owner in a name is a folder of runs here, the hub is not asked."""
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(ModelError) as refused:
         load_config(name)
@@ -46,8 +47,9 @@ def test_a_slip_in_a_path_is_told_at_once(name: str, meant: str, monkeypatch: py
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.usefixtures("offline")
-def test_other_names_are_the_hubs() -> None:
+def test_other_names_are_the_hubs(offline: Path) -> None:
+    """Also where a folder of models has the name of the owner."""
+    (offline.parent / "owner" / "fetched-by-hand").mkdir(parents=True)
     assert [locate(name) for name in ("owner/name", "gpt2")] == ["owner/name", "gpt2"]
 
 

@@ -53,9 +53,10 @@ def locate(name: str) -> str:
             f"model {name}: not a model folder; name a folder, a .gguf file or a hub name such as owner/name"
             + _alike(path)
         )
-    if path.parent != Path() and path.parent.is_dir() and not fetched(name, "config.json"):
+    if path.parent != Path() and any(path.parent.glob("*/config.yaml")) and not fetched(name, "config.json"):
         raise ModelError(
-            f"model {name}: no such folder in {path.parent} (a hub model opens after: hf download {name}){_alike(path)}"
+            f"model {name}: no such folder beside the runs in {path.parent} (a hub model opens after: hf download {name})"
+            + _alike(path)
         )
     return name
 
