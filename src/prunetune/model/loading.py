@@ -55,8 +55,8 @@ def locate(name: str) -> str:
         )
     if path.parent != Path() and any(path.parent.glob("*/config.yaml")) and not fetched(name, "config.json"):
         raise ModelError(
-            f"model {name}: no such folder beside the runs in {path.parent} (a hub model opens after: hf download {name})"
-            + _alike(path)
+            f"model {name}: no such folder beside the runs in {path.parent} "
+            f"(a hub model opens after: hf download {name}){_alike(path)}"
         )
     return name
 
