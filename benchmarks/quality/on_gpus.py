@@ -2,10 +2,10 @@
 
     python benchmarks/quality/on_gpus.py benchmarks/quality/general.yaml --data DATA --model MODEL.gguf --out OUT \
         --split valid --groups one-stage-1e-3,joint still-5e-3,share-10 [--keeps 0.6] [--seeds 0] [--seconds 540]
-        [--domains legal healthcare] [--jobs 4] [-- WORDS OF EVERY COMPARISON]
+        [--domains legal healthcare] [--jobs 4] [--gpus 0 1] [--no-dense] [-- WORDS OF EVERY COMPARISON]
 
 Starts `prunetune compare` for every domain and group of methods (OUT/legal-0, ...), spread over the GPUs, all at once;
-each makes its own dense model, which teaches. What does not end in time is interrupted, and goes on when the same
+each makes its own dense model, which teaches (`--no-dense` where none is taught). What does not end in time is interrupted, and goes on when the same
 command is given again. On valid the recipes are `benchmarks/quality/DOMAIN-valid.yaml`, else `recipes/DOMAIN.yaml`.
 Prints a line for each cell that is there.
 """
@@ -41,24 +41,26 @@ def main() -> None:
     parser.add_argument("--domains", nargs="+", default=["legal", "healthcare"])
     parser.add_argument("--dense-rate", default="5e-4")
     parser.add_argument("--jobs", default="4", help="cells at once in each process")
+    parser.add_argument("--gpus", nargs="+", type=int, help="their numbers; all of them")
+    parser.add_argument("--no-dense", action="store_true", help="do not score the dense model")
     parser.add_argument("--seconds", type=float, default=1e9, help="until all are interrupted")
     words = sys.argv[1:]
     own, others = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     told = parser.parse_args(own)
     ends = time.monotonic() + told.seconds
-    running = [start(told, *each, others) for each in spread(told, max(1, torch.cuda.device_count()))]
+    running = [start(told, *each, others) for each in spread(told, told.gpus or list(range(torch.cuda.device_count())) or [0])]
     for process in running:
         ended(process, ends)
     for line in cells(told.out):
         print(line)
 
 
-def spread(told: argparse.Namespace, gpus: int) -> Iterator[tuple[str, int, int]]:
+def spread(told: argparse.Namespace, gpus: Sequence[int]) -> Iterator[tuple[str, int, int]]:
     """(domain, number of the group, GPU): a domain's groups share a GPU where there are as many domains as GPUs."""
     for number in range(len(told.groups)):
         for place, domain in enumerate(told.domains):
-            turn = place if len(told.domains) >= gpus else place + number * len(told.domains)
-            yield domain, number, turn % gpus
+            turn = place if len(told.domains) >= len(gpus) else place + number * len(told.domains)
+            yield domain, number, gpus[turn % len(gpus)]
 
 
 def start(
@@ -67,7 +69,7 @@ def start(
     """One comparison, its words in OUT/DOMAIN-NUMBER.log."""
     out = told.out / f"{domain}-{number}"
     recipe = f"benchmarks/quality/{domain}-valid.yaml" if told.split == "valid" else f"recipes/{domain}.yaml"
-    methods = ["dense", *told.groups[number].split(",")]
+    methods = [*([] if told.no_dense else ["dense"]), *told.groups[number].split(",")]
     words = [sys.executable, "-m", "prunetune.cli", "compare", recipe, "--out", str(out), "--data.root", told.data]
     words += ["--model", told.model, "--compare.variants", str(told.variants), "--compare.split", told.split]
     words += ["--compare.learning-rates", told.dense_rate, "--compare.jobs", told.jobs]
