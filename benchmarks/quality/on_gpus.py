@@ -5,8 +5,9 @@
         [--domains legal healthcare] [--jobs 4] [--gpus 0 1] [--no-dense] [-- WORDS OF EVERY COMPARISON]
 
 Starts `prunetune compare` for every domain and group of methods (OUT/legal-0, ...), spread over the GPUs, all at once;
-each makes its own dense model, which teaches (`--no-dense` where none is taught). What does not end in time is interrupted, and goes on when the same
-command is given again. On valid the recipes are `benchmarks/quality/DOMAIN-valid.yaml`, else `recipes/DOMAIN.yaml`.
+each makes its own dense model, which teaches (`--no-dense` where none is taught). What does not end in time is
+interrupted, and goes on when the same command is given again. On valid the recipes are
+`benchmarks/quality/DOMAIN-valid.yaml`, else `recipes/DOMAIN.yaml`.
 Prints a line for each cell that is there.
 """
 
@@ -48,7 +49,8 @@ def main() -> None:
     own, others = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     told = parser.parse_args(own)
     ends = time.monotonic() + told.seconds
-    running = [start(told, *each, others) for each in spread(told, told.gpus or list(range(torch.cuda.device_count())) or [0])]
+    gpus = told.gpus or list(range(torch.cuda.device_count())) or [0]
+    running = [start(told, *each, others) for each in spread(told, gpus)]
     for process in running:
         ended(process, ends)
     for line in cells(told.out):
