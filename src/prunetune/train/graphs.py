@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -107,9 +106,9 @@ class Recorder:
         # Nothing that a graph makes outlives its replay, so all of them may use the same memory.
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        self._make_room()
         try:
-            with torch.cuda.stream(self._beside()), _capture(graph, self._pool):
+            beside = self._beside()
+            with torch.cuda.graph(graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"):
                 function(static)
         except torch.OutOfMemoryError:
             raise
@@ -120,26 +119,6 @@ class Recorder:
         else:
             return graph, static
         raise torch.OutOfMemoryError(line)  # out of the handler, whose traceback holds the tensors of the pass
-
-    def _make_room(self) -> None:
-        """A recording takes as much memory as the pass before it, and cannot take back what that one left unused.
-
-        `torch.cuda.graph` waits for the device and gives all unused memory back before every recording; passes then
-        ask for it piece by piece again, which takes longer than they do.
-        """
-        unused = torch.cuda.memory_reserved(self.device) - torch.cuda.memory_allocated(self.device)
-        if torch.cuda.mem_get_info(self.device)[0] < unused:
-            torch.cuda.empty_cache()
-
-
-@contextmanager
-def _capture(graph: torch.cuda.CUDAGraph, pool: Any) -> Iterator[None]:
-    """What is launched on the current stream becomes the graph; other threads' work goes on."""
-    graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-    try:
-        yield
-    finally:
-        graph.capture_end()
 
 
 def _lacks_memory(failed: BaseException | None) -> bool:
