@@ -153,8 +153,6 @@ def test_it_grows_and_shrinks_with_what_it_is_made_of() -> None:
     assert total(quantize="nf4") < total() < total(rank=64)
     assert total(tokens=1024) > total()
     assert total("tune", all_weights=True) > total("tune")
-    assert total(teacher=True, texts=True) == total(teacher=True)
-    assert total("tune", teacher=True, texts=True) > total("tune", teacher=True)
 
 
 def test_tokens_of_a_pass_are_those_of_the_recipe() -> None:

@@ -21,7 +21,7 @@ from prunetune.model.sites import find_sites
 from prunetune.model.surgery import cut_linears
 from prunetune.train.adapters import adapters, add_adapters
 from prunetune.train.objectives import Teacher
-from prunetune.train.passes import Packed, Padded, Passes, passes_for
+from prunetune.train.passes import Packed, Padded, passes_for
 
 
 def examples(count: int = 7, longest: int = 20) -> list[Example]:
@@ -145,25 +145,6 @@ def test_a_model_s_own_dropout_stays_off_while_the_adapters_have_theirs(family: 
             module["default"] = torch.nn.Dropout(0.9).eval()
     assert abs(padded.tune(examples(), None)["loss"] / plain - 1) > 1e-3
     assert padded.score(examples(), None) == pytest.approx(plain, rel=1e-5)
-
-
-@pytest.mark.parametrize("kind", [Padded, Packed])
-@pytest.mark.parametrize("micro_tokens", [10_000, 25])
-def test_texts_have_a_teacher_of_their_own(kind: type[Passes], micro_tokens: int) -> None:
-    """The distance is that of the labelled to the one, and that of the texts to the other."""
-    model, (one, other) = with_lora(tiny()), (tiny(seed=5), tiny(seed=6))
-    sites, labelled = tuple(find_sites(tiny())), examples()
-    texts = [Example(tuple(range(3, 12)), 9, "a text"), Example(tuple(range(20, 33)), 13, "another")]
-    batch = [*labelled[:3], texts[0], *labelled[3:], texts[1]]
-
-    def told(teacher: Teacher, part: list[Example]) -> tuple[float, dict[str, Tensor]]:
-        losses = kind(model, sites, 0, config_of(micro_tokens), teacher).tune(part, None)
-        return losses["distance"] * sum(len(example.ids) for example in part), gradients(model)
-
-    both, _ = told(Teacher(one, 0.5, 2.0, texts=other), batch)
-    apart = [told(Teacher(one, 0.5, 2.0), labelled)[0], told(Teacher(other, 0.5, 2.0), texts)[0]]
-    assert both == pytest.approx(sum(apart), rel=1e-5)
-    assert told(Teacher(one, 0.5, 2.0, texts=one), batch)[0] == pytest.approx(told(Teacher(one, 0.5, 2.0), batch)[0])
 
 
 def test_slopes_and_lasso_are_equal(setting: Setting) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from model_helpers import tiny
 from prunetune.config import DistillConfig, RunConfig
 from prunetune.data import packs
-from prunetune.data.batches import Stream
 from prunetune.model.masking import masked
 from prunetune.model.shared import can_lend, let_go
 from prunetune.model.sites import find_sites
@@ -25,9 +24,9 @@ from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher, lean_relative_error, relative_error
 from prunetune.train.passes import Packed
 from prunetune.train.state import Checkpoints, Keeper
-from prunetune.train.teaching import untuned, with_base, with_teacher
+from prunetune.train.teaching import untuned, with_teacher
 from test_model_shared import held
-from test_train_loop import Every, Notes, config_of, examples, identical, job_of, losses, search_losses, weights_of
+from test_train_loop import Every, Notes, config_of, identical, job_of, losses, search_losses, weights_of
 from test_train_sizes import larger, smaller
 
 CUT = 7  # steps before it
@@ -172,24 +171,3 @@ def test_who_teaches_is_a_matter_of_size() -> None:
     for wanted in ("none", "base", "dense"):
         told = config_of({"distill": {"teacher": wanted}})
         assert with_teacher(told, sites) == with_teacher(told, large) == told
-
-
-@both
-def test_beside_a_dense_teacher_the_untuned_model_stays_as_it_was(weights: str) -> None:
-    config, dense = recipe(weights), Teacher(tiny(seed=5).requires_grad_(False), DISTILL.logits, DISTILL.hidden)
-    job = job_of(config)
-    guide = with_base(dense, job.model, replace(DISTILL, texts="base"))
-    assert guide is not None
-    assert with_base(dense, job.model, DISTILL) is dense
-    texts = tuple(replace(example, answer_from=len(example.ids)) for example in examples(4, seed=3))
-    job = replace(job, teacher=guide, train=Stream((*examples(), *texts), config.train.batch_size, 1))
-    before = tiny().state_dict()
-    plan = tune_and_prune(job)
-    assert identical(before, guide.texts.state_dict())
-    apart = replace(guide, texts=tiny().requires_grad_(False))
-    again = replace(job_of(config), teacher=apart, train=job.train)
-    assert tune_and_prune(again) == plan
-    assert losses(again) == losses(job)
-    other = replace(job_of(config), teacher=dense, train=job.train)
-    tune_and_prune(other)
-    assert losses(other) != losses(job)

@@ -84,9 +84,6 @@ class DistillConfig:
         "base: the model as it came; dense: the same, tuned with the same data and steps beforehand. auto: dense for "
         "models of fewer than 1e9 prunable parameters, else base, which costs neither time to tune nor memory.",
     )
-    texts: Literal["same", "base"] = option(
-        "same", "Who teaches on data.texts beside a dense teacher: the same; base: the model as it came."
-    )
     logits: float = option(3.0, "Weight of KL(teacher || student) of the next token, mean over tokens.", low=0)
     hidden: float = option(10.0, "Weight of the layers' relative squared error, mean over layers and tokens.", low=0)
 
@@ -113,16 +110,10 @@ class SearchConfig:
     lora_aware: bool = option(
         True, "Adapters learn with y = gate * (W x) + B A x; false: under gates on both branches, as after the cut."
     )
-    share: float = option(0.15, "Share of the steps in which decisions are searched.", above=0, high=1)
+    share: float = option(0.1, "Share of the steps in which decisions are searched.", above=0, high=1)
     anneal: float = option(
         0.6, "Share of the search over which the budget falls from dense to its target (projected).", low=0, high=1
     )
-    still: float = option(
-        0.0,
-        "The search ends early once no more than this share of all units changed in each of ten steps after the budget "
-        "has fallen; 0: it takes all of its share.",
-        low=0, high=1,
-    )  # fmt: skip
     settle: float = option(
         0.05, "Share of the steps in which the frozen decision empties the adapters of removed units.", low=0, high=1
     )

@@ -48,7 +48,7 @@ from prunetune.train.objectives import Teacher
 from prunetune.train.schedule import given_plan, schedule_of
 from prunetune.train.sharding import spread
 from prunetune.train.state import Checkpoints, Keeper
-from prunetune.train.teaching import untuned, with_base, with_teacher
+from prunetune.train.teaching import untuned, with_teacher
 from prunetune.train.together import shared
 from prunetune.train.validation import WentBack
 from prunetune.watching import Watcher, outcome, watcher_of
@@ -258,8 +258,7 @@ def teaching_of(setting: Setting, dense_tuned: Callable[[], Any]) -> Teaching:
     if distill.teacher == "base" and not setting.ranks.shards:
         return lambda student: untuned(student, distill)
     teacher = _teacher_apart(setting, distill, dense_tuned)
-    alone = setting.ranks.shards or "texts" not in setting.encoded
-    return lambda student: teacher if alone else with_base(teacher, student, distill)
+    return lambda _: teacher
 
 
 def _teacher_apart(setting: Setting, distill: DistillConfig, dense_tuned: Callable[[], Any]) -> Teacher | None:

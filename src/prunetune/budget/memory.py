@@ -82,7 +82,6 @@ class Setup:
     teacher: bool = False
     shared: bool = False  # it is the untuned model, in its student's memory
     deep: bool = False  # the teacher's layers are followed, too
-    texts: bool = False  # the untuned model teaches beside it, in its student's memory until the cut
     generator: str = "transformer"
 
 
@@ -138,7 +137,6 @@ def setup_of(config: RunConfig, dtype: torch.dtype, *, longest: int, all_weights
         teacher=config.distill.teacher != "none",
         shared=config.distill.teacher == "base",
         deep=config.distill.teacher != "none" and config.distill.hidden > 0,
-        texts=bool(config.data.texts) and config.distill.teacher == "dense" and config.distill.texts == "base",
         generator=config.search.generator,
     )
 
@@ -174,7 +172,7 @@ def _teacher(shapes: Shapes, setup: Setup, phase: Literal["search", "tune"]) -> 
         return 0
     dense = sum(linear.held(setup.width, setup.quantize) for linear in shapes.linears)
     if not setup.shared:
-        return dense + setup.width * shapes.others + dense * (setup.texts and phase == "tune")
+        return dense + setup.width * shapes.others
     lent = (linear.cut(setup.keep) for linear in shapes.linears if linear.lent and not setup.all_weights)
     return dense - sum(linear.held(setup.width, setup.quantize) for linear in lent)
 

@@ -31,7 +31,7 @@ from prunetune.train.graphs import own_stream
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher
 from prunetune.train.state import Forgetful
-from prunetune.train.teaching import untuned, with_base, with_teacher
+from prunetune.train.teaching import untuned, with_teacher
 
 BATCHES = 16  # of calibration, where the recipe's search.evidence is 0
 
@@ -199,7 +199,7 @@ class Workshop:
         # Padded passes hook the teacher's head: it is nobody else's.
         model = copy.deepcopy(tuned.model).requires_grad_(False).eval()
         teacher = Teacher(model, distill.logits, distill.hidden)
-        return lambda student: with_base(teacher, student, distill), tuned.seconds
+        return lambda _: teacher, tuned.seconds
 
     def tuned(self, seed: int, rate: float) -> Tuned:
         """The dense model tuned as the recipe says, once for each seed and learning rate; only ever copied."""

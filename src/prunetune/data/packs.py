@@ -38,8 +38,7 @@ class Pack:
     @property
     def shape(self) -> tuple[int, ...]:
         """All that a graph of kernels depends on."""
-        sizes = (self.input_ids.numel(), self.bounds.numel(), self.predicting.numel())
-        return (*sizes, self.longest, int(self.tokens > 0))
+        return (self.input_ids.numel(), self.bounds.numel(), self.predicting.numel(), self.longest)
 
     def tensors(self) -> list[Tensor]:
         """The tensors, in the order of the fields."""

@@ -32,16 +32,6 @@ class Teacher:
     logits: float
     hidden: float
     lends: bool = False  # its weights are the student's, see `model.shared`
-    texts: Any = None  # who teaches in passes without a label; None: the same
-
-    @property
-    def models(self) -> tuple[Any, ...]:
-        """All that teach."""
-        return (self.model,) if self.texts is None else (self.model, self.texts)
-
-    def on(self, feed: Feed) -> Any:
-        """Who teaches in this pass."""
-        return self.model if feed.labelled or self.texts is None else self.texts
 
 
 @dataclass(frozen=True)
@@ -52,15 +42,12 @@ class Feed:
     predicting: Tensor  # long [M], where logits are needed
     targets: Tensor  # long [M], what they predict; -100 does not count
     real: Tensor  # bool [N], false at padding
-    labelled: bool = True
 
 
 def feed_of_batch(batch: Batch) -> Feed:
     """A padded batch."""
     predicting = batch.predicting.flatten().nonzero()[:, 0]
-    return Feed(
-        {"input_ids": batch.input_ids}, predicting, batch.targets, batch.real.flatten(), labelled=batch.tokens > 0
-    )
+    return Feed({"input_ids": batch.input_ids}, predicting, batch.targets, batch.real.flatten())
 
 
 def feed_of_pack(row: Pack) -> Feed:
@@ -74,7 +61,7 @@ def feed_of_pack(row: Pack) -> Feed:
         "max_length_k": row.longest,
     }
     real = torch.arange(row.input_ids.shape[1], device=row.length.device) < row.length
-    return Feed(arguments, row.predicting, row.targets, real, labelled=row.tokens > 0)
+    return Feed(arguments, row.predicting, row.targets, real)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -137,14 +124,14 @@ def losses(model: Any, feed: Feed, teacher: Teacher | None, terms: Terms = PLAIN
     if teacher is None:
         loss = answer_loss(model, feed, terms)
         return loss, torch.zeros_like(loss.detach())
-    deep, guide = teacher.hidden > 0, teacher.on(feed)
+    deep = teacher.hidden > 0
     with _mixed(model, feed):
         hidden, layers = _forward(model, feed, deep=deep)
         with torch.no_grad():
-            aim, aims = _forward(guide, feed, deep=deep)
+            aim, aims = _forward(teacher.model, feed, deep=deep)
         distance = torch.zeros((), device=hidden.device)
         if teacher.logits:
-            distance = distance + teacher.logits * _apart(model, hidden, guide, aim, feed.real, terms)
+            distance = distance + teacher.logits * _apart(model, hidden, teacher.model, aim, feed.real, terms)
         if deep:
             errors = torch.stack([terms.relative_error(one, other) for one, other in zip(layers, aims, strict=True)])
             distance = distance + teacher.hidden * (errors.mean(0) * feed.real).sum()
@@ -194,23 +181,15 @@ def _vocabulary(model: Any) -> int:
 
 
 def feeds(
-    examples: Sequence[Example],
-    pad_id: int,
-    micro_tokens: int,
-    device: torch.device,
-    ranks: Ranks = ALONE,
-    teacher: Teacher | None = None,
+    examples: Sequence[Example], pad_id: int, micro_tokens: int, device: torch.device, ranks: Ranks = ALONE
 ) -> list[Feed]:
-    """This rank's share of all examples in padded batches of at most `micro_tokens`; each has one model for a teacher.
+    """This rank's share of all examples in padded batches of at most `micro_tokens`.
 
     Ranks that exchange weights in every pass take equally many: the last may count for nothing.
     """
     # A GPU waits for launches, not for tokens: there, one padded pass is cheaper than two lean ones.
     small = SMALL if device.type == "cpu" else micro_tokens
-    shares = [
-        [part for kind in kinds(share, teacher) for part in micro_batches(kind, micro_tokens, small)]
-        for share in ranks.shares(examples)
-    ]
+    shares = [micro_batches(share, micro_tokens, small) for share in ranks.shares(examples)]
     found = [feed_of_batch(collate(part, pad_id).to(device)) for part in shares[ranks.rank]]
     if ranks.shards:
         found += [_idle(examples[0], pad_id, device)] * (max(map(len, shares)) - len(found))
@@ -221,14 +200,6 @@ def _idle(example: Example, pad_id: int, device: torch.device) -> Feed:
     """A pass of which nothing counts."""
     feed = feed_of_batch(collate([replace(example, answer_from=len(example.ids))], pad_id).to(device))
     return replace(feed, real=torch.zeros_like(feed.real))
-
-
-def kinds(examples: Sequence[Example], teacher: Teacher | None) -> list[Sequence[Example]]:
-    """The examples in lists that one model teaches each: with labels and without, where that is another one."""
-    if teacher is None or teacher.texts is None:
-        return [examples]
-    labelled = [example for example in examples if len(example.ids) > example.answer_from]
-    return [labelled, [example for example in examples if len(example.ids) <= example.answer_from]]
 
 
 def labels_of(examples: Sequence[Example]) -> int:
@@ -252,7 +223,7 @@ def backward(
     labels = labels_of(examples)
     tokens = sum(len(example.ids) for example in examples)
     loss, distance = torch.zeros((), device=device), torch.zeros((), device=device)
-    for feed in feeds(examples, pad_id, micro_tokens, device, ranks, teacher):
+    for feed in feeds(examples, pad_id, micro_tokens, device, ranks):
         answers, apart = losses(model, feed, teacher)
         (answers / labels + apart / tokens).backward()  # type: ignore[no-untyped-call]
         loss += answers.detach() / labels

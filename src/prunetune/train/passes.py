@@ -33,7 +33,6 @@ from prunetune.train.objectives import (
     compiled_terms,
     feed_of_pack,
     group_lasso,
-    kinds,
     labels_of,
     losses,
     mean_loss,
@@ -229,8 +228,7 @@ class Packed(_Given):
 
     def _over(self, examples: Sequence[Example], kind: str, function: Pass) -> Losses:
         """Run `function` on packs of all examples; mean losses."""
-        apart = kinds(self.ranks.share(examples), self.teacher)
-        parts = [part for kind in apart for part in packable(kind, self.micro_tokens)]
+        parts = packable(self.ranks.share(examples), self.micro_tokens)
         packs = [pack(part, self.pad_id, sequences=len(examples)) for part in parts]
         tokens = sum(len(example.ids) for example in examples)
         shares = torch.tensor([1 / labels_of(examples), 1 / max(1, tokens)])
@@ -253,7 +251,7 @@ class Packed(_Given):
 
     @contextmanager
     def _packed(self) -> Iterator[None]:
-        models = [self.model, *(self.teacher.models if self.teacher else ())]
+        models = [self.model, *([self.teacher.model] if self.teacher else [])]
         with ExitStack() as stack:
             for model in models:
                 stack.enter_context(packed_rows(model))

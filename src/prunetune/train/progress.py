@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 
 import torch
 
@@ -16,8 +15,6 @@ from prunetune.train.players import Adapters, Search
 from prunetune.train.schedule import Schedule
 from prunetune.train.state import State, optimizer_tensors, restore_optimizer
 from prunetune.train.validation import Validation
-
-CALM = 10  # steps without a move after which the search may end, see `search.still`
 
 
 class Progress:
@@ -63,8 +60,6 @@ class Progress:
         if self.last is not None and self.last is not decision:
             record["changed"] = self._changed(self.last, decision)
         self.last = decision
-        if record["phase"] == "search":
-            self._end_search_once_still(record)
         if self._is_worth_widths(record):
             record["widths"] = self._widths(decision)
         job.observer.step(record)
@@ -86,16 +81,6 @@ class Progress:
         """Share of all units whose gate moved."""
         moved = torch.cat([after.gates[site.name] != before.gates[site.name] for site in self.job.sites])
         return float(moved.float().mean())
-
-    def _end_search_once_still(self, record: Record) -> None:
-        """A decision that no longer moves is settled: what is left of the search goes to tuning."""
-        seen, limit = self.validation.seen, self.job.config.search.still
-        if not limit or self.step <= seen.schedule.anneal:
-            return
-        calm = seen.calm + 1 if record.get("changed", 1.0) <= limit else 0
-        over = calm >= CALM and self.step < seen.schedule.search
-        schedule = seen.schedule.decided_at(self.step) if over else seen.schedule
-        self.validation.seen = replace(seen, calm=calm, schedule=schedule)
 
     def _is_worth_widths(self, record: Record) -> bool:
         """While decisions move, every few steps: what a picture of them over time needs."""

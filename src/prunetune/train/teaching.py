@@ -27,16 +27,6 @@ def untuned(model: Any, distill: DistillConfig) -> Teacher:
     return Teacher(twin(model), distill.logits, distill.hidden, lends=True)
 
 
-def with_base(teacher: Teacher | None, student: Any, distill: DistillConfig) -> Teacher | None:
-    """A dense tuned teacher, and the untuned model where this is to teach on texts: before tuning, it knew them better.
-
-    The untuned model is over the student's tensors; to be asked for before adapters are added to it.
-    """
-    if teacher is None or distill.texts == "same":
-        return teacher
-    return replace(teacher, texts=twin(student))
-
-
 def lender_of(job: Job) -> Any | None:
     """Whose weights the student keeps after the cut: the teacher's, where the two share them and these stay frozen."""
     lends = job.teacher is not None and job.teacher.lends and not tunes_all(job.config.train, job.sites)

@@ -45,7 +45,6 @@ class Seen:
     events: tuple[Record, ...] = ()  # what gates did
     stride: int = 0  # every how many due validations one takes place; 0: not known yet
     seconds: float = 0.0  # spent on validations
-    calm: int = 0  # steps of the search, up to now, in which decisions stood still
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` reads it back."""
