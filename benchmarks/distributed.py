@@ -238,7 +238,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--device", default="cpu", help="of law; scale takes GPUs where there are some")
     parser.add_argument("--uneven", action="store_true", help="rows of different lengths")
-    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16, help="examples of a step, over all ranks")
     parser.add_argument("--length", type=int, default=768)
     parser.add_argument("--micro-tokens", type=int, default=6144)
