@@ -1,5 +1,8 @@
 """Examples end to end in one row, so that no arithmetic goes to padding; shapes in steps, so that few of them occur.
 
+Each shape is recorded once for each kind of pass, half a second of a small model's time; steps are as wide as that pays
+for (`benchmarks/shapes.py`): labels and the longest sequence cost little where they are rounded up, tokens their share.
+
 Shapes: N tokens of a row, S sequences in it, M places where the loss counts.
 """
 
@@ -18,8 +21,8 @@ from prunetune.data.batches import IGNORED
 from prunetune.data.templates import Example
 
 TOKENS = 1024  # N is a multiple of this, and of this times a power of two once rows are long
-LABELS = 512  # M is a multiple of this
-LONGEST = 512  # what attention is told of the longest sequence is this times a power of four
+LABELS = 1024  # M in steps as N
+LONGEST = 2048  # what attention is told of the longest sequence is this times a power of four
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def pack(examples: Sequence[Example], pad_id: int, *, sequences: int) -> Pack:
     ]
     ids, labelled = _row(chain.from_iterable(example.ids for example in examples)), torch.cat(labels)
     width, tokens = stepped(len(ids), TOKENS), len(labelled)
-    spare, idle = width - len(ids), -(-max(1, tokens) // LABELS) * LABELS - tokens
+    spare, idle = width - len(ids), stepped(max(1, tokens), LABELS) - tokens
     return Pack(
         input_ids=F.pad(ids, (0, spare), value=pad_id)[None],
         position_ids=F.pad(torch.cat([torch.arange(length) for length in lengths]), (0, spare))[None],
