@@ -241,6 +241,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines"),
+        torch.AcceleratorError("CUDA error: out of memory\nmore lines"),
         MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     ],
@@ -250,6 +251,17 @@ def test_out_of_memory(
 ) -> None:
     raising(monkeypatch, error)
     refused(say("run", recipe()), "out of memory", "train.micro_tokens", "--resume")
+
+
+def test_a_gpu_that_gave_up_says_where_and_how_to_go_on(
+    say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raising(monkeypatch, torch.AcceleratorError("CUDA error: unspecified launch failure\nmore lines"))
+    code, _, err = say("run", recipe())
+    assert code == 2
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("prunetune: the GPU gave up (CUDA error: unspecified launch failure)")
+    assert "--resume" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,23 @@ def test_a_cell_that_found_no_memory_beside_others_is_made_alone(
     assert crowd[0] == 3
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_gpu_that_gave_up_ends_the_comparison_and_no_cell_is_to_blame(
+    jobs: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(place, tmp_path / "run", compare={"methods": ["magnitude", "random", "fisher"], "seeds": [0]})
+    monkeypatch.setattr(prunetune.comparison.run, "jobs_of", lambda _: jobs)
+    with monkeypatch.context() as broken:
+        broken.setitem(BASELINES, "random", raising(torch.AcceleratorError("CUDA error: unspecified launch failure")))
+        with pytest.raises(torch.AcceleratorError):
+            compare(config)
+    assert not [cell for cell in cells(tmp_path / "run").values() if "error" in cell]
+    done = len(cells(tmp_path / "run"))
+    folder = compare(config, resume=True)
+    assert found(folder)["errors"] == []
+    assert len(cells(folder)) == 3 > done
+
+
 def test_where_every_cell_failed_a_gate_failed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BASELINES, "random", raising(PlanError("no such plan")))
     with pytest.raises(GateFailed, match="no such plan"):

@@ -8,6 +8,7 @@ import select
 import shlex
 import signal
 import sys
+import traceback
 import typing
 from importlib import resources
 from pathlib import Path
@@ -18,7 +19,7 @@ from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 from prunetune.bench.options import BenchOptions
 from prunetune.config import RunConfig, Unit, WorkloadConfig, load_recipe
 from prunetune.cores import share_threads
-from prunetune.errors import DataError, GateFailed, PrunetuneError
+from prunetune.errors import DataError, GateFailed, PrunetuneError, device_fault
 from prunetune.eval_flags import HERE, Target
 from prunetune.flags import given, optional_twin
 from prunetune.launch import end, launched, lost, refusal, who
@@ -372,6 +373,8 @@ def _guarded() -> int:
         return UNREAD
     except Exception as error:
         translated = lost(error) or _translated(error)
+        if device_fault(error):  # of the driver, the card or a kernel: where it was matters, too
+            traceback.print_exception(error)
         if translated is None:
             raise
         return _say(translated, 2)
@@ -402,11 +405,14 @@ def _translated(error: Exception) -> str | None:
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
         or "can't allocate memory" in str(error)
+        or "CUDA error: out of memory" in str(error)
     ):
         return (
             "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then go on with --resume; "
             "in eval and check lower --max-tokens"
         )
+    if said := device_fault(error):
+        return f"the GPU gave up ({said}): go on with --resume; if it comes again, see the kernel's log (dmesg) for Xid"
     return None
 
 

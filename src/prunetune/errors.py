@@ -43,3 +43,9 @@ class GateFailed(PrunetuneError):
 
 class SelfCheckFailed(GateFailed):
     """The written checkpoint does not equal the model that was trained."""
+
+
+def device_fault(error: BaseException) -> str:
+    """What a GPU said as it gave up: nothing more can be computed in its process. "" for any other error."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return first if type(error).__name__ == "AcceleratorError" and "out of memory" not in first else ""

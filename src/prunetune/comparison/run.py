@@ -27,7 +27,7 @@ from prunetune.config import RunConfig, to_mapping
 from prunetune.console import console_for
 from prunetune.decide.select import select
 from prunetune.determinism import deterministic
-from prunetune.errors import ConfigError, GateFailed, PrunetuneError
+from prunetune.errors import ConfigError, GateFailed, PrunetuneError, device_fault
 from prunetune.evaluation.suite import KERNELS
 from prunetune.files import write_text
 from prunetune.folder import FREE
@@ -175,7 +175,10 @@ class _Comparison:
             self._one(shop, cell, choose)
 
     def _one(self, shop: Workshop, cell: Cell, choose: bool) -> bool:
-        """Make a cell and keep it, or what went wrong; whether that was a lack of memory."""
+        """Make a cell and keep it, or what went wrong; whether that was a lack of memory.
+
+        Raises the error of a GPU that gave up.
+        """
         lacks = False
         try:
             result = shop.make(cell, choose=choose)
@@ -184,6 +187,8 @@ class _Comparison:
         except PrunetuneError as failed:
             result = {**about(cell), "error": str(failed)}
         except Exception as failed:
+            if device_fault(failed):  # of all cells that run: none of them is to blame
+                raise
             lacks = isinstance(failed, torch.OutOfMemoryError)
             log.exception("%s failed", cell.name)
             result = {**about(cell), "error": f"{type(failed).__name__}: {' '.join(str(failed).split())[:500]}"}
