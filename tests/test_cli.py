@@ -266,12 +266,26 @@ def test_disk_full(error: Exception, say: Said, recipe: Callable[..., str], monk
 
 
 def test_an_interruption_says_how_to_go_on(
-    say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+    say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     raising(monkeypatch, KeyboardInterrupt())
     code, _, err = say("run", recipe())
     assert code == 130
-    assert err == "prunetune: interrupted; go on with --resume\n"
+    assert err == f"prunetune: interrupted before {tmp_path / 'run'} was begun\n"  # and --resume would be refused
+    (tmp_path / "run").mkdir()
+    assert say("run", recipe())[::2] == (130, "prunetune: interrupted; go on with --resume\n")
+    (tmp_path / "run").rmdir()
+
+
+def test_resume_goes_on_with_a_run_and_begins_none(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    for dry in ((), ("--dry-run",)):
+        refused(say("run", recipe(), "--resume", *dry), f"{tmp_path / 'run'} does not exist", "leave --resume out")
+    refused(say("compare", recipe(), "--resume"), "does not exist")
+    for name in ("rum", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    refused(say("run", recipe(), "--resume"), f"(of a like name: {tmp_path / 'rum'})")
+    refused(say("run", recipe(out=str(tmp_path / "x")), "--resume"), "(newest beside it: ", str(tmp_path / "other"))
 
 
 def test_a_failed_gate_ends_with_one(say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:

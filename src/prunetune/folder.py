@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from prunetune.config import RunConfig, from_mapping, to_mapping
 from prunetune.errors import ConfigError, RunFolderError
 from prunetune.files import PARTIAL, write_text
 
+log = logging.getLogger(__name__)
 Record = dict[str, Any]
 FREE = frozenset({"out", "track"})  # what a resumed run may say otherwise
 
@@ -111,7 +114,23 @@ def check_folder(config: RunConfig, *, resume: bool, free: Collection[str] = FRE
         _same(recipe, config, free)
     elif _occupied(folder.path):
         raise RunFolderError(f"{folder.path} holds no config.yaml, so it is no run to resume; name another with --out")
+    elif not folder.path.exists():
+        raise RunFolderError(
+            f"{folder.path} does not exist, so there is no run to go on with{_others(folder.path)}: "
+            "name the folder of the run with --out, or leave --resume out to begin one"
+        )
+    else:  # killed while the folder was made
+        log.info("%s holds nothing to go on with: the run begins", folder.path)
     return folder
+
+
+def _others(path: Path) -> str:
+    """Runs beside a folder that is not there: those of a like name, else the newest."""
+    recipes = sorted(path.parent.glob("*/config.yaml"), key=lambda recipe: recipe.stat().st_mtime, reverse=True)
+    names = [recipe.parent.name for recipe in recipes]
+    close = difflib.get_close_matches(path.name, names)
+    shown = ", ".join(str(path.with_name(name)) for name in close or names[:3])
+    return f" ({'of a like name' if close else 'newest beside it'}: {shown})" if shown else ""
 
 
 def _occupied(path: Path) -> bool:
