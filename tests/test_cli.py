@@ -288,6 +288,22 @@ def test_resume_goes_on_with_a_run_and_begins_none(say: Said, recipe: Callable[.
     refused(say("run", recipe(out=str(tmp_path / "x")), "--resume"), "(newest beside it: ", str(tmp_path / "other"))
 
 
+@pytest.mark.parametrize("written", [b"{{{", b"\xff\xfe", b"seed: 1\nseed: 2\n", b"seed: [\n", b"sed: 1\n"])
+def test_a_run_whose_recipe_is_broken(written: bytes, say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    (broken / "model").mkdir(parents=True)
+    (broken / "config.yaml").write_bytes(written)
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("tasks: {a: {data: rows.jsonl, scorer: nll}}")
+    told = str(broken / "config.yaml")
+    refused(say("watch", broken), told)
+    refused(say("compare-runs", broken, broken), told)
+    refused(say("run", recipe(out=str(broken)), "--resume"), told, "--out")
+    code, _, err = say("check", broken, "--suite", suite, "--device", "cpu")
+    assert code == 2
+    assert told in err.splitlines()[-1]
+
+
 def test_a_failed_gate_ends_with_one(say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     raising(monkeypatch, GateFailed("the limit is broken"))
     assert say("run", recipe())[::2] == (1, "prunetune: the limit is broken\n")

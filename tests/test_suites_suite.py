@@ -105,7 +105,8 @@ def test_a_suite_that_is_none_is_refused(values: Any, said: str) -> None:
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("tasks: [")
     (tmp_path / "latin.yaml").write_bytes(b"tasks: \xe9")
-    for name in ("missing.yaml", "broken.yaml", "latin.yaml"):
+    (tmp_path / "twice.yaml").write_text("tasks:\n  t: {data: x}\n  t: {data: y}\n")  # one would be lost
+    for name in ("missing.yaml", "broken.yaml", "latin.yaml", "twice.yaml"):
         with pytest.raises(ConfigError) as refused:
             load_suite(tmp_path / name)
         assert "\n" not in str(refused.value)

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from prunetune.config import RunConfig, from_mapping, to_mapping
+from prunetune.config import RunConfig, kept_recipe, to_mapping
 from prunetune.errors import ConfigError, RunFolderError
 from prunetune.files import PARTIAL, write_text
 
@@ -140,10 +140,8 @@ def _occupied(path: Path) -> bool:
 
 def _same(recipe: Path, config: RunConfig, free: Collection[str]) -> None:
     try:
-        before = flat(
-            to_mapping(from_mapping(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}, where=str(recipe)))
-        )
-    except (yaml.YAMLError, ConfigError) as broken:
+        before = flat(to_mapping(kept_recipe(recipe)))
+    except ConfigError as broken:
         raise RunFolderError(f"{recipe} cannot be read ({broken}): name another folder with --out") from broken
     now = flat(to_mapping(config))
     changed = [
@@ -180,4 +178,4 @@ def open_run(path: Path) -> tuple[RunFolder, RunConfig]:
     recipe = path / "config.yaml"
     if not recipe.is_file():
         raise RunFolderError(f"{path} is no run folder (no config.yaml); name one that `prunetune run` made")
-    return RunFolder(path), from_mapping(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}, where=str(recipe))
+    return RunFolder(path), kept_recipe(recipe)

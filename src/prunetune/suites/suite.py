@@ -18,14 +18,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from prunetune.errors import ConfigError, PrunetuneError
 from prunetune.options import merged, option, read_options
 from prunetune.suites.asking import Manner
 from prunetune.suites.limits import LEVEL, Limit, limits_of
 from prunetune.suites.naming import named
 from prunetune.suites.scorers import Use, reference_free, uses_of
+from prunetune.yamls import read_yaml
 
 SUITE_KEYS = ("tasks", "defaults", "root", "level", "correction")
 OWN = ("name", "scorer", "limits")  # keys of a task that are no plain options
@@ -105,12 +104,7 @@ def load_suite(path: Path | str, *, strict: bool = True, root: Path | str | None
     With `strict` off, a task that cannot be run keeps what is wrong with it as its `fault`, and the others stand.
     """
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as missing:
-        raise ConfigError(f"{path}: cannot read the suite ({missing}); name a YAML file, see suites/") from missing
-    except (yaml.YAMLError, RecursionError) as broken:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(broken).split())}") from broken
+    values = read_yaml(path, "the suite", "name a YAML file, see suites/")
     if root is not None and isinstance(values, Mapping):
         values = {**values, "root": str(Path(root).absolute())}
     suite = suite_of(values, where=str(path), folder=path.parent)
