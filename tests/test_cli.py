@@ -288,6 +288,37 @@ def test_resume_goes_on_with_a_run_and_begins_none(say: Said, recipe: Callable[.
     refused(say("run", recipe(out=str(tmp_path / "x")), "--resume"), "(newest beside it: ", str(tmp_path / "other"))
 
 
+@pytest.mark.parametrize(
+    ("out", "parts"),
+    [
+        ("{tmp}/rows.jsonl/run", ("rows.jsonl is a file", "--out")),
+        ("{tmp}/" + "x" * 300, ("cannot be opened (File name too long)", "--out")),
+        ("", ("out '' names no folder", "--out")),
+        ("a\0b", ("names no folder",)),
+    ],
+)
+def test_a_place_where_no_folder_can_be(
+    out: str, parts: tuple[str, ...], say: Said, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    for dry in ((), ("--dry-run",), ("--resume",)):
+        refused(say("run", recipe(out=out.format(tmp=tmp_path)), *dry), *parts)
+
+
+def test_a_folder_that_may_not_be_written_to(
+    say: Said, recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda place, _: Path(place) != tmp_path)  # root may write anywhere
+    refused(say("run", recipe(), "--dry-run"), f"{tmp_path} cannot be written to", "--out")
+
+
+def test_out_is_a_path_as_a_shell_has_it(
+    say: Said, recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").touch()
+    refused(say("run", recipe(out="~/mine")), f"{tmp_path / 'mine'} is a file")
+
+
 @pytest.mark.parametrize("written", [b"{{{", b"\xff\xfe", b"seed: 1\nseed: 2\n", b"seed: [\n", b"sed: 1\n"])
 def test_a_run_whose_recipe_is_broken(written: bytes, say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
     broken = tmp_path / "broken"

@@ -99,7 +99,7 @@ def _interruptible(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        if not Path(config.out).exists():
+        if not Path(config.out).expanduser().exists():
             raise KeyboardInterrupt(f"before {config.out} was begun") from None
         raise
 

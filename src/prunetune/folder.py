@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,10 +104,9 @@ def check_folder(config: RunConfig, *, resume: bool, free: Collection[str] = FRE
 
     Raises `RunFolderError`.
     """
-    folder = RunFolder(Path(config.out))
+    folder = RunFolder(place_of(config))
     recipe = folder.path / "config.yaml"
-    if folder.path.exists() and not folder.path.is_dir():
-        raise RunFolderError(f"{folder.path} is a file; name another folder with --out")
+    _refuse_place(folder.path)
     if not resume:
         if _occupied(folder.path):
             raise RunFolderError(f"{folder.path} exists already: go on with it by --resume, or name another with --out")
@@ -131,6 +131,25 @@ def _others(path: Path) -> str:
     close = difflib.get_close_matches(path.name, names)
     shown = ", ".join(str(path.with_name(name)) for name in close or names[:3])
     return f" ({'of a like name' if close else 'newest beside it'}: {shown})" if shown else ""
+
+
+def place_of(config: RunConfig) -> Path:
+    """Where the run goes; raises `RunFolderError` for what names no folder."""
+    if not config.out.strip() or "\0" in config.out:
+        raise RunFolderError(f"out {config.out!r} names no folder: name one with --out, such as runs/support")
+    return Path(config.out).expanduser()
+
+
+def _refuse_place(path: Path) -> None:
+    """Where no folder can be made, or written to."""
+    try:
+        there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    except OSError as wrong:
+        raise RunFolderError(f"{path} cannot be opened ({wrong.strerror}): name another folder with --out") from wrong
+    if not there.is_dir():
+        raise RunFolderError(f"{there} is a file; name another folder with --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunFolderError(f"{there} cannot be written to: change its permissions, or name another folder with --out")
 
 
 def _occupied(path: Path) -> bool:
