@@ -319,6 +319,13 @@ def test_out_is_a_path_as_a_shell_has_it(
     refused(say("run", recipe(out="~/mine")), f"{tmp_path / 'mine'} is a file")
 
 
+def test_a_dry_run_refuses_gates_and_trackers_as_the_run_does(say: Said, recipe: Callable[..., str]) -> None:
+    for changes in ({"gates": ["valid.accuracy >= 0.5 -> stop"]}, {"track": ["mlflow"]}):
+        refusals = [say("run", recipe(**changes), *dry) for dry in ((), ("--dry-run",))]
+        refused(refusals[0])
+        assert refusals[0] == refusals[1]
+
+
 @pytest.mark.parametrize("written", [b"{{{", b"\xff\xfe", b"seed: 1\nseed: 2\n", b"seed: [\n", b"sed: 1\n"])
 def test_a_run_whose_recipe_is_broken(written: bytes, say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
     broken = tmp_path / "broken"
