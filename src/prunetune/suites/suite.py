@@ -123,6 +123,8 @@ def suite_of(values: Any, *, where: str = "suite", folder: Path = Path()) -> Sui
     level, root = _level(values.get("level", LEVEL), where), str(folder / str(values.get("root") or "").strip())
     correction: Any = named(str(values.get("correction", "holm")), ("holm", "none"), f"{where}: correction")
     defaults = values.get("defaults") or {}
+    if not isinstance(defaults, Mapping):
+        raise ConfigError(f"{where}: defaults map options of every task to values, got {defaults!r}")
     tasks = tuple(_task(name, task, defaults, root, level, where) for name, task in _entries(values["tasks"], where))
     names = [task.name for task in tasks]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -153,13 +155,15 @@ def _level(value: Any, where: str) -> float:
 def _task(name: str, value: Any, defaults: Any, root: str, level: float, where: str) -> Task:
     where = f"{where}: task {name}"
     try:
-        if not isinstance(value, Mapping) or not isinstance(defaults, Mapping):
-            raise ConfigError(f"{where}: a task, and defaults, map options to values, got {value!r}")
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: a task maps options to values, got {value!r}")
         told = merged(defaults, value)
         plain = {key: item for key, item in told.items() if key not in OWN}
         options = read_options(TaskOptions, plain, where=where)
         if options.lm_eval:
             return Task(name, options, (), limits_of(told.get("limits"), name, (), level, where), root)
+        if "" in options.stop:
+            raise ConfigError(f"{where}: stop has an empty text, which would end every answer at once; leave it out")
         if not options.data:
             raise ConfigError(f"{where} names no data; give a file, a glob, a hub data set, or lm_eval")
         if "scorer" not in told:
