@@ -117,6 +117,11 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a CPU computes in this type by way of another, and slowly."""
+    return device.type == "cpu" and dtype != torch.float32 and pick_dtype("auto", device) == torch.float32
+
+
 def load(name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded:
     """Load model and tokenizer, frozen; one-line errors for what a user can mend."""
     from transformers import AutoModelForCausalLM
