@@ -258,7 +258,10 @@ def test_a_run_of_a_gguf_file_is_checked_against_it_as_it_was_opened(tmp_path: P
         (("eval", "{model}", "--suite", "{suite}", "--out", "{tmp}/no/where.json"), "in a folder that exists"),
         (("check", "{model}", "--suite", "{suite}"), "has to be named with --against"),
         (("check", "{tmp}/none.json", "--suite", "{suite}", "--against", "{model}"), "cannot be read"),
-        (("check", "{suite}.json", "--suite", "{suite}", "--against", "{model}"), "evaluation has format 3"),
+        (
+            ("check", "{suite}.json", "--suite", "{suite}", "--against", "{model}"),
+            "suite.yaml.json: evaluation has format 3",
+        ),
         (("eval", "http:///v1", "--suite", "{suite}"), "is no address"),
         (("eval", "{model}", "--suite", "{suite}", "--device", "warp"), "device 'warp' is not there"),
     ],

@@ -99,6 +99,8 @@ def _kept(path: Path) -> Evaluation:
         return Evaluation.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as missing:
         raise DataError(f"{path}: cannot be read ({missing}); name what prunetune eval --out wrote") from missing
+    except DataError as odd:
+        raise DataError(f"{path}: {odd}") from odd
 
 
 def _gguf(path: Path, options: TargetOptions, store: Store) -> LlamaCpp:
