@@ -235,7 +235,19 @@ def test_sources_are_texts_or_weighted(written: Any, read: tuple[str, ...]) -> N
 
 
 @pytest.mark.parametrize(
-    "text", ["- a\n- b\n", "just text", "model: [", "model: a\n  b: c: d\n", "\x00", "budget:\n\tkeep: 1\n"]
+    "text",
+    [
+        "- a\n- b\n",
+        "just text",
+        "model: [",
+        "model: a\n  b: c: d\n",
+        "\x00",
+        "budget:\n\tkeep: 1\n",
+        "out: 2026-06-31\n",
+        "[" * 5000,
+        "seed: 1\nmodel: a\nseed: 2\n",
+        "budget: {keep: 0.5, align: 8, keep: 0.6}\n",
+    ],
 )
 def test_a_file_that_is_no_recipe_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     recipe = tmp_path / "r.yaml"
@@ -244,6 +256,18 @@ def test_a_file_that_is_no_recipe_is_refused_in_one_line(tmp_path: Path, text: s
         load_recipe(recipe)
     assert str(refused.value).startswith(str(recipe))
     assert "\n" not in str(refused.value)
+
+
+def test_a_key_that_is_said_twice_is_named(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("budget: {keep: 0.5}\nseed: 1\nbudget: {align: 8}\n")
+    with pytest.raises(ConfigError, match="line 3 says budget a second time"):
+        load_recipe(recipe)
+    recipe.write_text("train: &a {steps: 3}\nsearch: &b {batch_size: 4}\nlora: {<<: *b, <<: *b}\n")
+    with pytest.raises(ConfigError, match="line 3 says << a second time"):
+        load_recipe(recipe)
+    recipe.write_text("train: &a {batch_size: 4}\nsearch: {<<: *a, batch_size: 8}\n")  # merged, and then overridden
+    assert load_recipe(recipe).search.batch_size == 8
 
 
 def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:

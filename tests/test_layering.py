@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / PACKAGE
 # From bottom to top. A module imports what stands below it and, in a package, its own package; never a neighbour.
 STOREYS: tuple[tuple[str, ...], ...] = (
     ("errors", "launch", "cores"),
+    ("yamls",),
     ("gates", "amounts"),
     ("options",),
     ("config_training",),

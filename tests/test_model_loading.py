@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
 
 from prunetune.errors import ModelError
-from prunetune.model.loading import load_config, locate
+from prunetune.model.loading import ghost, load_config, locate
 from suite_helpers import model_folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers has to be 1 or more"),
+        ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
+        ({"hidden_size": -4}, "negative dimension"),
+        ({"hidden_act": "zzz"}, "KeyError: 'zzz'"),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_one_line(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ModelError) as refused:
+        ghost(str(folder))
+    assert said in str(refused.value)
+    assert "config.json" in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 @pytest.fixture

@@ -242,7 +242,7 @@ elif moment == "checked":
     after(prunetune.pipeline, "check", lambda *_: True)
 elif moment == "evaluated":
     after(prunetune.pipeline, "evaluate", lambda *_: True)
-prunetune.pipeline.run(from_mapping(values), resume=True)
+prunetune.pipeline.run(from_mapping(values), resume=os.path.exists(values["out"]))
 """
 
 
@@ -336,12 +336,16 @@ def test_an_existing_folder_is_not_overwritten(place: Path, done: dict[str, Path
         run(config_of(place, tmp_path / "notes.txt"))
 
 
-def test_a_kill_while_the_folder_was_made_can_be_resumed(place: Path, tmp_path: Path) -> None:
+def test_a_kill_while_the_folder_was_made_can_be_resumed(
+    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "prunetune")
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.yaml.partial").write_text("mod")
     run(config_of(place, out, evaluate={"dense_tuned": False}, train={"steps": 1}), resume=True)
     assert (out / "report.html").exists()
+    assert f"{out} holds nothing to go on with: the run begins" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["cut short", "no file", "not safetensors"])

@@ -119,6 +119,17 @@ def test_of_graded_items_the_worst_are_listed() -> None:
     assert many.failures[0].id == "i29"
 
 
+def test_of_graded_items_both_scores_are_listed() -> None:
+    found = held(graded([0.5, 0.125]), graded([0.5, 0.75]))
+    (failure,) = found.failures
+    assert (failure.metric, failure.score_before, failure.score_after) == ("rouge_l", 0.75, 0.125)
+    for listed in (of_check(found), junit(found)):
+        assert "rouge_l 0.75 before, 0.125 after" in listed
+    (text,) = held(graded([3.5], "perplexity"), graded([1.5], "perplexity")).failures
+    assert text.scored == "nll 1.5 before, 3.5 after"  # an item has no perplexity of its own
+    assert "scored" not in of_check(held(answers("0"), answers("1")))  # its two answers say it
+
+
 def test_what_cannot_be_judged_does_not_pass() -> None:
     fine = answers("1111")
     failed = TaskResult("t", {}, (), error="the server is down")
@@ -247,7 +258,10 @@ def test_a_run_of_a_gguf_file_is_checked_against_it_as_it_was_opened(tmp_path: P
         (("eval", "{model}", "--suite", "{suite}", "--out", "{tmp}/no/where.json"), "in a folder that exists"),
         (("check", "{model}", "--suite", "{suite}"), "has to be named with --against"),
         (("check", "{tmp}/none.json", "--suite", "{suite}", "--against", "{model}"), "cannot be read"),
-        (("check", "{suite}.json", "--suite", "{suite}", "--against", "{model}"), "evaluation has format 3"),
+        (
+            ("check", "{suite}.json", "--suite", "{suite}", "--against", "{model}"),
+            "suite.yaml.json: evaluation has format 3",
+        ),
         (("eval", "http:///v1", "--suite", "{suite}"), "is no address"),
         (("eval", "{model}", "--suite", "{suite}", "--device", "warp"), "device 'warp' is not there"),
     ],

@@ -74,6 +74,9 @@ def test_an_unknown_task_is_said_and_asks_nothing(tmp_path: Path, monkeypatch: p
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=lambda **_: index))
     found = scored(tmp_path, monkeypatch, wrong={"lm_eval": "arc_eazy"})
     assert "lm_eval task 'arc_eazy' is not known; did you mean arc_easy?" in found.tasks["wrong"].error
+    index.all_tasks = [f"task_{number}" for number in range(2000)]
+    found = scored(tmp_path, monkeypatch, wrong={"lm_eval": "zzz"})
+    assert "2,000 are known, and none has a name like it" in found.tasks["wrong"].error
 
 
 def test_without_lm_eval_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,8 @@ def test_a_limit_is_one_bound_on_one_metric() -> None:
         ({"data": "x", "scorer": {"regex": {"pattern": 3}}}, "pattern must be text, got 3"),
         ({"data": "x", "scorer": {"accuracy": {"mean": True}}}, "scorer accuracy has no options"),
         ({"data": "x", "scorer": ["rouge", "rouge"]}, "two scorers give rouge_l"),
-        ("accuracy", "map options to values"),
+        ({"data": "x", "scorer": "rouge", "stop": ["\n", ""]}, "stop has an empty text"),
+        ("accuracy", "maps options to values"),
         ({"lm_eval": "arc_easy", "limits": {"min": 0.5}}, "name their metric"),
     ],
 )
@@ -91,6 +92,7 @@ def test_what_is_wrong_is_said_and_the_other_tasks_stand(task: Any, said: str) -
         ([], "has the key tasks"),
         ({"tasks": {}}, "has the key tasks"),
         ({"tasks": "accuracy"}, "tasks is a list or a mapping"),
+        ({"tasks": {"t": FINE}, "defaults": 3}, "defaults map options of every task to values, got 3"),
         ({"taks": {}, "tasks": {"t": FINE}}, "key 'taks' is not known; did you mean tasks"),
         ({"tasks": {"t": FINE}, "level": 5}, r"level must lie in \(0, 0.5\]"),
         ({"tasks": {"t": FINE}, "correction": "bonferoni"}, "correction 'bonferoni' is not known"),
@@ -105,7 +107,8 @@ def test_a_suite_that_is_none_is_refused(values: Any, said: str) -> None:
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("tasks: [")
     (tmp_path / "latin.yaml").write_bytes(b"tasks: \xe9")
-    for name in ("missing.yaml", "broken.yaml", "latin.yaml"):
+    (tmp_path / "twice.yaml").write_text("tasks:\n  t: {data: x}\n  t: {data: y}\n")  # one would be lost
+    for name in ("missing.yaml", "broken.yaml", "latin.yaml", "twice.yaml"):
         with pytest.raises(ConfigError) as refused:
             load_suite(tmp_path / name)
         assert "\n" not in str(refused.value)

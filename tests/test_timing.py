@@ -27,16 +27,17 @@ from prunetune.model.sites import find_sites
 from prunetune.model.surgery import cut
 from prunetune.plan import Plan
 from prunetune.setting import budgeted
-from prunetune.timing import measure, tables
-from prunetune.timing.clocks import seconds_of
+from prunetune.timing import clocks, measure, tables
+from prunetune.timing.clocks import seconds_of, tracks_of
 from prunetune.timing.header import driver, header_of, place_of
-from prunetune.timing.measure import Meter
+from prunetune.timing.measure import Meter, Timer
 from prunetune.timing.proof import proved
 from prunetune.timing.stacks import narrowed, stack
 
 CPU = torch.device("cpu")
 WORKLOAD = WorkloadConfig(prompt=6, generate=3, dtype="float32")
 TILE = 500
+SHORT = 5  # layers of a short model here
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +126,88 @@ def test_times_are_real_and_by_phase() -> None:
     found = seconds_of([tiny("llama")], WORKLOAD, 1)
     assert set(found[0]) == set(PHASES)
     assert all(seconds > 0 for seconds in found[0].values())
+
+
+class Slow:
+    """A device on which a short model's request takes so many seconds by a clock of its own; runs are noted."""
+
+    def __init__(self, seconds: float, told: Timer = tracks) -> None:
+        self.seconds, self.told, self.now = seconds, told, 0.0
+        self.asked: list[int] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def tracks(self, models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
+        layers = sum(len(model.model.layers) for model in models)
+        self.now += self.seconds * layers / SHORT * (runs + 1)
+        self.asked.append(runs)
+        return self.told(models, workload, runs)
+
+
+def test_slow_requests_are_timed_fewer_times_and_then_at_fewer_widths(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "prunetune")
+    config = tiny_config("llama", layers=2, intermediate_size=512)
+    found = {}
+    for seconds in (0.01, 0.4, 0.6, 10.0):
+        slow = Slow(seconds)
+        changed = dataclasses.replace(meter(config), tracks=slow.tracks, clock=slow.clock)
+        table = changed.table({})
+        (timed, *_) = table.layers["prefill.device"].values()
+        found[seconds] = (slow.asked[-1], len(timed.mlp), len(timed.attention))
+        line = next(line for line in reversed(caplog.messages) if "about" in line)
+        told = float(line.rpartition("about ")[2].removesuffix(" s"))
+        assert told == pytest.approx(max(1, slow.now - 4 * seconds), abs=1)  # less what it took to find out
+        assert told <= measure.LONGEST or found[seconds][0] == 1
+    assert found == {0.01: (5, 33, 3), 0.4: (5, 33, 3), 0.6: (3, 33, 3), 10.0: (1, 9, 3)}  # with the dense width
+
+
+def test_fewer_widths_tell_the_same_of_an_even_device() -> None:
+    """What is a line between widths is told exactly from few of them."""
+    config = tiny_config("llama", layers=2, intermediate_size=512)
+
+    def even(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
+        counts = [sum(weight.numel() for weight in model.parameters()) for model in models]
+        return [dict.fromkeys(TRACKS, float(count)) for count in counts]
+
+    curves = []
+    for slow in (Slow(0.01, even), Slow(10.0, even)):
+        table = dataclasses.replace(meter(config), tracks=slow.tracks, clock=slow.clock).table({})
+        curves.append(table.layers["prefill.host"][0].mlp)
+    many, few = curves
+    assert len(few) < len(many)
+    assert [at(few, units) for units, _ in many] == pytest.approx([value for _, value in many])
+
+
+def test_steps_in_the_middle_see_the_mean_context() -> None:
+    seen: list[tuple[int, int]] = []
+    model = tiny("llama")
+
+    def look(_: Any, args: Any, kwargs: Any) -> None:
+        seen.append((args[0].shape[1], kwargs["past_key_values"].get_seq_length()))
+
+    model.register_forward_pre_hook(look, with_kwargs=True)
+    for generate in (60, 3, 2):
+        workload = dataclasses.replace(WORKLOAD, generate=generate)
+        contexts = []
+        for timer in (tracks_of, seconds_of):
+            seen.clear()
+            timer([model], workload, 1)
+            steps = [context for width, context in seen if width == 1]
+            contexts.append(sum(steps) / len(steps))
+        sampled, whole = contexts
+        assert sampled == pytest.approx(whole, abs=0.5)
+
+
+def test_whole_requests_that_take_long_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    model = tiny("llama")
+    model.register_forward_pre_hook(lambda *_: asked.append("pass"))
+    for patience, runs in ((1e9, 5), (0.0, 1)):
+        asked.clear()
+        monkeypatch.setattr(clocks, "PATIENCE", patience)
+        seconds_of([model], WORKLOAD, 5)
+        assert len(asked) == (runs + 1) * WORKLOAD.generate
 
 
 @pytest.mark.parametrize("most", [12, 8, 5])

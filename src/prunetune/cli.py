@@ -10,6 +10,8 @@ import signal
 import sys
 import traceback
 import typing
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
@@ -86,9 +88,21 @@ def _run(config: RunConfig, *, resume: bool) -> None:
     from prunetune.sizes import run as whole_run
     from prunetune.summary import of_run
 
-    folder = whole_run(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
+    with _interruptible(config):
+        folder = whole_run(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
     if not launched()[0]:
         print(of_run(folder))
+
+
+@contextmanager
+def _interruptible(config: RunConfig) -> Iterator[None]:
+    """An interruption before the folder is there says that there is nothing to go on with."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not Path(config.out).expanduser().exists():
+            raise KeyboardInterrupt(f"before {config.out} was begun") from None
+        raise
 
 
 @app.command
@@ -111,7 +125,8 @@ def compare(
     from prunetune.comparison.run import compare as whole_comparison
 
     config = load_recipe(recipe, given(flags))
-    folder = whole_comparison(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
+    with _interruptible(config):
+        folder = whole_comparison(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"page {folder / 'comparison.html'}")
 
@@ -363,10 +378,11 @@ def _guarded() -> int:
         return _say(" ".join(str(wrong).split()), 2)
     except PrunetuneError as wrong:
         return _say(str(wrong), wrong.exit_code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         resumable = sys.argv[1:2] in (["run"], ["demo"], ["compare"]) and "--dry-run" not in sys.argv
         what = "told to stop, as when another rank ends" if launched()[1] > 1 else "interrupted"
-        return _say(f"{what}; go on with --resume" if resumable else what, 130)
+        how = f" {stop}" if stop.args else "; go on with --resume" if resumable else ""
+        return _say(f"{what}{how}", 130)
     except BrokenPipeError:
         if not _is_unread():
             raise

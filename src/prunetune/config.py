@@ -9,17 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from prunetune.amounts import Amount
 from prunetune.config_training import DistillConfig, LoraSettings, SearchConfig, TrainConfig
 from prunetune.errors import ConfigError
 from prunetune.options import merged, number, option, read_options
+from prunetune.yamls import read_yaml
 
 __all__ = [
     "BUDGETS", "TRACKERS", "BudgetConfig", "CompareConfig", "DataConfig", "DistillConfig", "EvaluateConfig",
     "GainConfig", "LoraSettings", "RunConfig", "SearchConfig", "TrainConfig", "Unit", "ValidateConfig",
-    "WorkloadConfig", "from_mapping", "load_recipe", "to_mapping",
+    "WorkloadConfig", "from_mapping", "kept_recipe", "load_recipe", "to_mapping",
 ]  # fmt: skip
 
 BUDGETS = ("flops", "memory", "file", "latency", "throughput")  # beside keep
@@ -353,17 +352,15 @@ def to_mapping(config: RunConfig) -> dict[str, Any]:
 
 def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
     """A YAML recipe with `overrides` (nested, as the recipe) on top; raises `ConfigError`."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as missing:
-        raise ConfigError(f"{path}: cannot read the recipe ({missing}); name a YAML file, see recipes/") from missing
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as broken:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(broken).split())}") from broken
+    values = read_yaml(path, "the recipe", "name a YAML file, see recipes/") or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe maps keys to values, this is a {type(values).__name__}; see recipes/")
     return from_mapping(merged(values, overrides or {}), where=str(path))
+
+
+def kept_recipe(file: Path) -> RunConfig:
+    """The recipe that a run folder keeps; raises `ConfigError`."""
+    return from_mapping(read_yaml(file, "this run's recipe", "put it back, or name another run") or {}, where=str(file))
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> RunConfig:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import logging
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +13,11 @@ from typing import Any
 
 import yaml
 
-from prunetune.config import RunConfig, from_mapping, to_mapping
+from prunetune.config import RunConfig, kept_recipe, to_mapping
 from prunetune.errors import ConfigError, RunFolderError
 from prunetune.files import PARTIAL, write_text
 
+log = logging.getLogger(__name__)
 Record = dict[str, Any]
 FREE = frozenset({"out", "track"})  # what a resumed run may say otherwise
 
@@ -100,10 +104,9 @@ def check_folder(config: RunConfig, *, resume: bool, free: Collection[str] = FRE
 
     Raises `RunFolderError`.
     """
-    folder = RunFolder(Path(config.out))
+    folder = RunFolder(place_of(config))
     recipe = folder.path / "config.yaml"
-    if folder.path.exists() and not folder.path.is_dir():
-        raise RunFolderError(f"{folder.path} is a file; name another folder with --out")
+    _refuse_place(folder.path)
     if not resume:
         if _occupied(folder.path):
             raise RunFolderError(f"{folder.path} exists already: go on with it by --resume, or name another with --out")
@@ -111,7 +114,42 @@ def check_folder(config: RunConfig, *, resume: bool, free: Collection[str] = FRE
         _same(recipe, config, free)
     elif _occupied(folder.path):
         raise RunFolderError(f"{folder.path} holds no config.yaml, so it is no run to resume; name another with --out")
+    elif not folder.path.exists():
+        raise RunFolderError(
+            f"{folder.path} does not exist, so there is no run to go on with{_others(folder.path)}: "
+            "name the folder of the run with --out, or leave --resume out to begin one"
+        )
+    else:  # killed while the folder was made
+        log.info("%s holds nothing to go on with: the run begins", folder.path)
     return folder
+
+
+def _others(path: Path) -> str:
+    """Runs beside a folder that is not there: those of a like name, else the newest."""
+    recipes = sorted(path.parent.glob("*/config.yaml"), key=lambda recipe: recipe.stat().st_mtime, reverse=True)
+    names = [recipe.parent.name for recipe in recipes]
+    close = difflib.get_close_matches(path.name, names)
+    shown = ", ".join(str(path.with_name(name)) for name in close or names[:3])
+    return f" ({'of a like name' if close else 'newest beside it'}: {shown})" if shown else ""
+
+
+def place_of(config: RunConfig) -> Path:
+    """Where the run goes; raises `RunFolderError` for what names no folder."""
+    if not config.out.strip() or "\0" in config.out:
+        raise RunFolderError(f"out {config.out!r} names no folder: name one with --out, such as runs/support")
+    return Path(config.out).expanduser()
+
+
+def _refuse_place(path: Path) -> None:
+    """Where no folder can be made, or written to."""
+    try:
+        there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    except OSError as wrong:
+        raise RunFolderError(f"{path} cannot be opened ({wrong.strerror}): name another folder with --out") from wrong
+    if not there.is_dir():
+        raise RunFolderError(f"{there} is a file; name another folder with --out")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunFolderError(f"{there} cannot be written to: change its permissions, or name another folder with --out")
 
 
 def _occupied(path: Path) -> bool:
@@ -121,10 +159,8 @@ def _occupied(path: Path) -> bool:
 
 def _same(recipe: Path, config: RunConfig, free: Collection[str]) -> None:
     try:
-        before = flat(
-            to_mapping(from_mapping(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}, where=str(recipe)))
-        )
-    except (yaml.YAMLError, ConfigError) as broken:
+        before = flat(to_mapping(kept_recipe(recipe)))
+    except ConfigError as broken:
         raise RunFolderError(f"{recipe} cannot be read ({broken}): name another folder with --out") from broken
     now = flat(to_mapping(config))
     changed = [
@@ -161,4 +197,4 @@ def open_run(path: Path) -> tuple[RunFolder, RunConfig]:
     recipe = path / "config.yaml"
     if not recipe.is_file():
         raise RunFolderError(f"{path} is no run folder (no config.yaml); name one that `prunetune run` made")
-    return RunFolder(path), from_mapping(yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}, where=str(recipe))
+    return RunFolder(path), kept_recipe(recipe)

@@ -183,10 +183,14 @@ def of_dry_run(config: RunConfig, *, resume: bool = False) -> str:
     from prunetune.model.sites import kept_params
     from prunetune.outlook import budget_lines, limit_lines
     from prunetune.setting import prepare
+    from prunetune.trackers import require
+    from prunetune.watching import watcher_of
 
+    require(config.track)
     console = console_for(config.train.log_every)
     try:
         setting = prepare(config, resume=resume, console=console)
+        watcher_of(setting)  # refuses gates that could never act
     finally:
         console.close()
     plan = select(even(setting.sites), setting.sites, setting.config.budget.keep, setting.shape)

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from prunetune.config import RunConfig, from_mapping, to_mapping
 from prunetune.decide.baselines import BASELINES
 from prunetune.errors import ConfigError
 from prunetune.options import merged, paths
+from prunetune.yamls import read_yaml
 
 Kind = Literal["untuned", "dense", "two-stage", "one-stage"]
 NO_QUANTIZE = "models of a comparison share one dense model in memory, unquantised; leave lora.quantize out"
@@ -76,12 +75,7 @@ def methods_of(config: RunConfig) -> tuple[Method, ...]:
 
 def read_variants(path: Path, config: RunConfig) -> dict[str, Method]:
     """Name -> method of a YAML file of variants, each checked; raises `ConfigError`."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError) as missing:
-        raise ConfigError(f"compare.variants: cannot read {path} ({missing}); name a YAML file") from missing
-    except yaml.YAMLError as broken:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(broken).split())}") from broken
+    values = read_yaml(path, "what compare.variants names", "name a YAML file") or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: variants map names to changes of the recipe, this is a {type(values).__name__}")
     return {str(name): _variant(str(name), changes, f"{path}: {name}", config) for name, changes in values.items()}

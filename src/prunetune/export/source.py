@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 
 from prunetune.errors import ModelError
@@ -21,6 +20,7 @@ from prunetune.model.families import heads_of
 from prunetune.model.sites import find_sites
 from prunetune.model.units import Site
 from prunetune.plan import Plan
+from prunetune.yamls import read_yaml
 
 Layout = Literal["uniform", "per-layer"]
 # Not of the stock class: the per-layer schema, and rotary keys that only older releases read.
@@ -47,7 +47,7 @@ class Source:
                 raise ModelError(f"{path}: the run has several sizes: export one of {', '.join(sizes)}")
             if not (path / "model").is_dir():
                 raise ModelError(f"{path}: the run is not finished (no model/): go on with `prunetune run --resume`")
-            values = yaml.safe_load(recipe.read_text(encoding="utf-8")) or {}
+            values = read_yaml(recipe, "this run's recipe", "put it back, or name another run") or {}
             source = cls(path / "model", path, str(values.get("model", "")))
         elif (path / "config.json").is_file():
             source = cls(path, None, "", trust_remote_code)

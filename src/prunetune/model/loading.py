@@ -117,6 +117,11 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     return torch.float32
 
 
+def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a CPU computes in this type by way of another, and slowly."""
+    return device.type == "cpu" and dtype != torch.float32 and pick_dtype("auto", device) == torch.float32
+
+
 def load(name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded:
     """Load model and tokenizer, frozen; one-line errors for what a user can mend."""
     from transformers import AutoModelForCausalLM
@@ -136,6 +141,7 @@ def load(name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_co
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     """The model's configuration alone."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
@@ -144,6 +150,8 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
         raise UnknownArchitecture(
             f"model {name}: architecture {unknown} is not known to transformers; upgrade it"
         ) from unknown
+    except StrictDataclassError as odd:
+        raise ModelError(f"model {name}: config.json: {' '.join(str(odd).split())}; correct it") from odd
     except (OSError, ValueError) as broken:
         if "trust_remote_code" in str(broken):
             raise ModelError(
@@ -178,8 +186,15 @@ def ghost(name: str, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = load_config(name, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
+        raise ModelError(f"model {name}: config.json: num_hidden_layers has to be 1 or more; correct it")
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (RuntimeError, KeyError, TypeError, ZeroDivisionError) as odd:
+        raise ModelError(
+            f"model {name}: its config.json describes no model: {type(odd).__name__}: {_first_line(odd)}; correct it"
+        ) from odd
 
 
 def _first_line(error: BaseException) -> str:

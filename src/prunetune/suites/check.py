@@ -41,7 +41,18 @@ class Failure:
     expected: str
     before: str  # the reference's answer
     after: str
-    lost: float  # of the task's first metric, in its unit; positive is worse
+    metric: str  # what the item is scored by: the task's first, or what stands for it in one item (perplexity: nll)
+    score_before: float  # nan where the item has no such score
+    score_after: float
+    lost: float  # positive is worse
+
+    @property
+    def scored(self) -> str:
+        """Both scores of a graded item; "" where the answers say as much: right before, wrong now."""
+        before, after = self.score_before, self.score_after
+        if math.isnan(before) or (before, after) == (1, 0):
+            return ""
+        return f"{self.metric} {before:.4g} before, {after:.4g} after"
 
 
 @dataclass(frozen=True)
@@ -182,21 +193,18 @@ def new_failures(mine: TaskResult, theirs: TaskResult) -> list[Failure]:
     pairs = [(item, before[item.id]) for item in mine.items if item.id in before]
     metric = next(iter(mine.scores), "")
     if any(old.correct is not None for _, old in pairs):
-        gone = [(now, old) for now, old in pairs if old.correct and not now.correct]
-        return [_failure(mine.task, now, old, _lost(now, old, metric)) for now, old in gone]
-    graded = [(_lost(now, old, metric), now, old) for now, old in pairs]
-    graded = sorted((entry for entry in graded if entry[0] > 0), key=lambda entry: (-entry[0], entry[1].id))
-    return [_failure(mine.task, now, old, lost) for lost, now, old in graded[:WORST]]
+        return [_failure(mine.task, now, old, metric) for now, old in pairs if old.correct and not now.correct]
+    graded = [_failure(mine.task, now, old, metric) for now, old in pairs]
+    graded = sorted((each for each in graded if each.lost > 0), key=lambda each: (-each.lost, each.id))
+    return graded[:WORST]
 
 
-def _lost(now: Item, old: Item, metric: str) -> float:
+def _failure(task: str, now: Item, old: Item, metric: str) -> Failure:
     evidence = EVIDENCE.get(metric, metric)
     before, after = old.scores.get(evidence, math.nan), now.scores.get(evidence, math.nan)
-    return _worse(after - before, evidence)
-
-
-def _failure(task: str, now: Item, old: Item, lost: float) -> Failure:
-    return Failure(task, now.id, now.prompt[:SHOWN], now.expected, old.got, now.got, lost)
+    lost = _worse(after - before, evidence)
+    prompt = now.prompt[:SHOWN]
+    return Failure(task, now.id, prompt, now.expected, old.got, now.got, evidence, before, after, lost)
 
 
 def _pairs(

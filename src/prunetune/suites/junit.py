@@ -63,7 +63,7 @@ def _case(element: ElementTree.Element, verdict: Verdict, failures: list[Failure
 def _listing(failures: list[Failure]) -> str:
     lines = [
         f"{each.id}\n  asked: {each.prompt}\n  expected: {each.expected}\n  before: {each.before}\n"
-        f"  after: {each.after}"
+        f"  after: {each.after}" + (f"\n  scored: {each.scored}" if each.scored else "")
         for each in failures[:LISTED]
     ]
     more = len(failures) - LISTED

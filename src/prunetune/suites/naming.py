@@ -7,6 +7,8 @@ from collections.abc import Iterable
 
 from prunetune.errors import ConfigError
 
+LISTED = 50  # most names that an error lists
+
 
 def named(name: str, known: Iterable[str], what: str) -> str:
     """`name`, where it is known; raises `ConfigError`, with `what` in front, where it is not."""
@@ -14,6 +16,10 @@ def named(name: str, known: Iterable[str], what: str) -> str:
     if name in choices:
         return name
     close = difflib.get_close_matches(name, choices, n=1)
-    raise ConfigError(
-        f"{what} {name!r} is not known; {f'did you mean {close[0]}?' if close else 'known are ' + ', '.join(choices)}"
-    )
+    raise ConfigError(f"{what} {name!r} is not known; {f'did you mean {close[0]}?' if close else _listed(choices)}")
+
+
+def _listed(choices: list[str]) -> str:
+    if len(choices) <= LISTED:
+        return f"known are {', '.join(choices)}"
+    return f"{len(choices):,} are known, and none has a name like it"

@@ -18,14 +18,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from prunetune.errors import ConfigError, PrunetuneError
 from prunetune.options import merged, option, read_options
 from prunetune.suites.asking import Manner
 from prunetune.suites.limits import LEVEL, Limit, limits_of
 from prunetune.suites.naming import named
 from prunetune.suites.scorers import Use, reference_free, uses_of
+from prunetune.yamls import read_yaml
 
 SUITE_KEYS = ("tasks", "defaults", "root", "level", "correction")
 OWN = ("name", "scorer", "limits")  # keys of a task that are no plain options
@@ -105,12 +104,7 @@ def load_suite(path: Path | str, *, strict: bool = True, root: Path | str | None
     With `strict` off, a task that cannot be run keeps what is wrong with it as its `fault`, and the others stand.
     """
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as missing:
-        raise ConfigError(f"{path}: cannot read the suite ({missing}); name a YAML file, see suites/") from missing
-    except (yaml.YAMLError, RecursionError) as broken:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(broken).split())}") from broken
+    values = read_yaml(path, "the suite", "name a YAML file, see suites/")
     if root is not None and isinstance(values, Mapping):
         values = {**values, "root": str(Path(root).absolute())}
     suite = suite_of(values, where=str(path), folder=path.parent)
@@ -129,6 +123,8 @@ def suite_of(values: Any, *, where: str = "suite", folder: Path = Path()) -> Sui
     level, root = _level(values.get("level", LEVEL), where), str(folder / str(values.get("root") or "").strip())
     correction: Any = named(str(values.get("correction", "holm")), ("holm", "none"), f"{where}: correction")
     defaults = values.get("defaults") or {}
+    if not isinstance(defaults, Mapping):
+        raise ConfigError(f"{where}: defaults map options of every task to values, got {defaults!r}")
     tasks = tuple(_task(name, task, defaults, root, level, where) for name, task in _entries(values["tasks"], where))
     names = [task.name for task in tasks]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -159,13 +155,15 @@ def _level(value: Any, where: str) -> float:
 def _task(name: str, value: Any, defaults: Any, root: str, level: float, where: str) -> Task:
     where = f"{where}: task {name}"
     try:
-        if not isinstance(value, Mapping) or not isinstance(defaults, Mapping):
-            raise ConfigError(f"{where}: a task, and defaults, map options to values, got {value!r}")
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: a task maps options to values, got {value!r}")
         told = merged(defaults, value)
         plain = {key: item for key, item in told.items() if key not in OWN}
         options = read_options(TaskOptions, plain, where=where)
         if options.lm_eval:
             return Task(name, options, (), limits_of(told.get("limits"), name, (), level, where), root)
+        if "" in options.stop:
+            raise ConfigError(f"{where}: stop has an empty text, which would end every answer at once; leave it out")
         if not options.data:
             raise ConfigError(f"{where} names no data; give a file, a glob, a hub data set, or lm_eval")
         if "scorer" not in told:

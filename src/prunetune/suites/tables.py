@@ -47,7 +47,10 @@ def of_check(check: Check) -> str:
 
 
 def _failure(failure: Failure) -> str:
-    told = {"asked": failure.prompt, "expected": failure.expected, "before": failure.before, "after": failure.after}
+    told = {
+        "asked": failure.prompt, "expected": failure.expected, "before": failure.before, "after": failure.after,
+        "scored": failure.scored,
+    }  # fmt: skip
     shown = [f"    {name:<9} {_short(text, last=name == 'asked')}" for name, text in told.items() if text]
     return "\n".join([f"  {failure.task} / {failure.id}", *shown])
 

@@ -8,9 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from prunetune.config import RunConfig, from_mapping
+from prunetune.config import RunConfig, kept_recipe
 from prunetune.errors import DataError, ModelError
 from prunetune.evaluation.results import Evaluation
 from prunetune.model.loading import load, locate, pick_device, pick_dtype
@@ -87,7 +85,7 @@ def run_config(path: Path) -> RunConfig | None:
     recipe = path / "config.yaml"
     if not recipe.is_file() or (path / "config.json").exists():
         return None
-    return from_mapping(yaml.safe_load(recipe.read_text(encoding="utf-8")), where=str(recipe))
+    return kept_recipe(recipe)
 
 
 def sizes_in(run: Path) -> list[Path]:
@@ -101,6 +99,8 @@ def _kept(path: Path) -> Evaluation:
         return Evaluation.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as missing:
         raise DataError(f"{path}: cannot be read ({missing}); name what prunetune eval --out wrote") from missing
+    except DataError as odd:
+        raise DataError(f"{path}: {odd}") from odd
 
 
 def _gguf(path: Path, options: TargetOptions, store: Store) -> LlamaCpp:

@@ -7,6 +7,8 @@ device's is that between two events, while a kernel that idles before the first 
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,12 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunetune.bench import clock
 from prunetune.bench.recorded import Recorded
 from prunetune.bench.request import answered, tokens_for
 from prunetune.budget.latency import PHASES, TRACKS
 from prunetune.config import WorkloadConfig
 
 RUNS = 5  # of which the median counts, after one to warm up
+PATIENCE = 60.0  # seconds that runs of whole requests may take together; at least one is done
+SAMPLED = 32  # decode steps that are timed where there is no CUDA, in the middle of the answer
 STEPS = 8  # decode steps that are timed on the device, in the middle of the answer
 CYCLES = 2e9  # a second of a GPU's clock at most
 AHEAD = 3  # times the host's part that the device idles, so that all is launched by then ...
@@ -31,20 +36,27 @@ Asked = Callable[[], Found]
 
 
 def seconds_of(models: Sequence[Any], workload: WorkloadConfig, runs: int = RUNS) -> list[Found]:
-    """{phase: median seconds} of a batch of the workload's requests, for each model; they take turns, run by run."""
-    return _in_turns([_request(model, workload) for model in models], PHASES, runs)
+    """{phase: median seconds} of a batch of the workload's requests, for each model; they take turns, run by run.
+
+    Slow ones are run fewer times: no more often than `PATIENCE` has room for.
+    """
+    return _in_turns([_request(model, workload) for model in models], PHASES, runs, PATIENCE)
 
 
 def tracks_of(models: Sequence[Any], workload: WorkloadConfig, runs: int = RUNS) -> list[Found]:
     """{track: median seconds}: where there is no CUDA, all is the device's."""
     if next(models[0].parameters()).device.type != "cuda":
-        found = seconds_of(models, workload, runs)
+        found = _in_turns([_sampled(model, workload) for model in models], PHASES, runs)
         return [dict.fromkeys(TRACKS, 0.0) | {f"{phase}.device": one[phase] for phase in PHASES} for one in found]
     return _in_turns([Tracker(model, workload) for model in models], TRACKS, runs)
 
 
-def _in_turns(asked: Sequence[Asked], names: Sequence[str], runs: int) -> list[Found]:
-    found = [[ask() for ask in asked] for _ in range(runs + 1)][1:]  # the first warms up
+def _in_turns(asked: Sequence[Asked], names: Sequence[str], runs: int, patience: float = math.inf) -> list[Found]:
+    begun = time.monotonic()
+    for ask in asked:  # warms up
+        ask()
+    room = patience / max(1e-9, time.monotonic() - begun)
+    found = [[ask() for ask in asked] for _ in range(max(1, int(min(runs, room))))]
     return [
         {name: statistics.median(turn[place][name] for turn in found) for name in names} for place in range(len(asked))
     ]
@@ -58,6 +70,32 @@ def _request(model: Any, workload: WorkloadConfig) -> Asked:
     def ask() -> Found:
         times = answered(model, tokens, fresh(), workload.generate, step)
         return {"prefill": times.prefill, "decode": times.decode}
+
+    return ask
+
+
+def _sampled(model: Any, workload: WorkloadConfig) -> Asked:
+    """A prefill and some decode steps: those in the middle see as long a context as all of them in the mean."""
+    steps = min(workload.generate - 1, SAMPLED)
+    before = (workload.generate - 1 - steps) // 2
+    tokens, fresh = tokens_for(model, workload.batch, workload.prompt), _caches(model, workload)
+    between = tokens_for(model, workload.batch, before) if before else None
+
+    @torch.no_grad()
+    def ask() -> Found:
+        cache, begun = fresh(), clock.now(tokens.device)
+        out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token = out.logits[:, -1].argmax(-1, keepdim=True)
+        prefill = clock.now(tokens.device) - begun
+        if between is not None:
+            model(between, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        times = [clock.now(tokens.device)]
+        for _ in range(steps):
+            out = model(token, past_key_values=cache, use_cache=True)
+            token = out.logits[:, -1].argmax(-1, keepdim=True)
+            times.append(clock.now(tokens.device))
+        each = [after - before for before, after in itertools.pairwise(times)]
+        return {"prefill": prefill, "decode": statistics.median(each)}  # what else runs here slows some steps
 
     return ask
 

@@ -4,6 +4,9 @@ With n layers of a width, one dense layer in front and everything else equal, th
 the dense short model over n; the two take turns, so that a clock that drifts is both's. What is outside the layers
 follows from a short model twice as deep. Then the dense model's whole request is timed as `prunetune bench` does, and
 the track that binds is scaled to it: a device that is busy for long runs slower than in short bursts.
+
+Where one request takes long, as on a CPU that has no fast bfloat16, it is timed fewer times, then at fewer widths, so
+that a table takes minutes and no hour.
 """
 
 from __future__ import annotations
@@ -11,8 +14,9 @@ from __future__ import annotations
 import gc
 import logging
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,13 +24,17 @@ import torch
 from prunetune.budget.anatomy import Anatomy, anatomy_of
 from prunetune.budget.latency import PHASES, TRACKS, Curve, Table, Timed, alike
 from prunetune.config import WorkloadConfig
+from prunetune.model.loading import DTYPES, is_emulated
 from prunetune.model.sites import find_sites
+from prunetune.model.units import Site
 from prunetune.timing.clocks import RUNS, seconds_of, tracks_of
 from prunetune.timing.stacks import depth, narrowed, stack
 
 log = logging.getLogger(__name__)
 POINTS = 32  # most widths of an MLP
 NOISY = 0.1
+LONGEST = 180.0  # seconds that all widths may take together, as far as runs and widths can be fewer:
+FEW, SPARSE = 3, 8  # first so many runs, then so many widths of an MLP, then one run
 Seconds = Mapping[str, float]  # by track, or by phase
 Timer = Callable[[Sequence[Any], WorkloadConfig, int], Sequence[Seconds]]
 Curves = Mapping[str, Mapping[str, Curve]]  # by track and kind
@@ -45,6 +53,7 @@ class Meter:
     whole: bool = False  # a width of zero channels, too
     tracks: Timer = tracks_of
     seconds: Timer = seconds_of
+    clock: Callable[[], float] = time.monotonic
 
     def table(self, header: Mapping[str, Any]) -> Table:
         """Everything, which takes about a second a width on a GPU."""
@@ -53,9 +62,10 @@ class Meter:
         count = depth(self._layer_bytes(dense), self.device)
         rests: list[Seconds] = []
         layers: dict[str, dict[int, Timed]] = {track: {} for track in TRACKS}
-        for layer in sorted(set(like.values())):
+        kinds = sorted(set(like.values()))
+        for layer in kinds:
             log.info("measuring latency: layers like %d, %d at a time", layer, count + 1)
-            short, deep, curves = self._kind(dense, layer, count)
+            short, deep, curves = self._kind(dense, layer, count, LONGEST / len(kinds))
             rests.append({track: 2 * short[track] - deep[track] for track in TRACKS})
             for track in TRACKS:
                 each = (deep[track] - short[track]) / (count + 1)
@@ -71,20 +81,22 @@ class Meter:
         counts = anatomy.dense()
         return 2.0 * sum(layer.params(counts) for layer in anatomy.layers.values()) / len(anatomy.layers)
 
-    def _kind(self, anatomy: Anatomy, layer: int, count: int) -> tuple[Seconds, Seconds, Curves]:
+    def _kind(self, anatomy: Anatomy, layer: int, count: int, allowed: float) -> tuple[Seconds, Seconds, Curves]:
         """Seconds of a dense short model and of one twice as deep; of every width beyond dense, for each layer."""
         model = stack(self.config, [layer] * (count + 1), self.workload, self.device)
+        sites = anatomy.layers[layer].sites
+        paced = self._paced(model, sites, allowed)
         twice = stack(self.config, [layer] * 2 * (count + 1), self.workload, self.device)
-        short, deep = self.tracks([model, twice], self.workload, self.runs)
+        short, deep = self.tracks([model, twice], self.workload, paced.runs)
         del twice
-        sites, bases = anatomy.layers[layer].sites, [short]
+        bases = [short]
         found: dict[str, dict[str, list[tuple[int, float]]]] = {
             track: {site.kind: [(site.units, 0.0)] for site in sites} for track in TRACKS
         }
         for site in sites:
-            for units in self._widths(site.kind, site.units):
+            for units in paced.widths(site.kind, site.units):
                 small = narrowed(model, site.kind, units, whole=self.whole)
-                base, seconds = self.tracks([model, small], self.workload, self.runs)
+                base, seconds = self.tracks([model, small], self.workload, paced.runs)
                 bases.append(base)
                 for track in TRACKS:
                     found[track][site.kind].append((units, (seconds[track] - base[track]) / count))
@@ -93,6 +105,33 @@ class Meter:
             track: {kind: tuple(sorted(of.get(kind, ()))) for kind in ("attention", "mlp")}
             for track, of in found.items()
         }  # fmt: skip
+
+    def _paced(self, model: Any, sites: Sequence[Site], allowed: float) -> Meter:
+        """This meter, or one of fewer runs and widths, so that all take no longer than allowed; says how long."""
+        one = min(self._turn(model) for _ in range(2))  # the first also loads kernels
+        for paced in self._slower():
+            widths = sum(len(paced.widths(site.kind, site.units)) for site in sites)
+            seconds = (3 + 2 * widths) * (paced.runs + 1) * one
+            if seconds <= allowed:
+                break
+        log.info("measuring latency: %d widths, each timed %d times: about %.0f s", widths, paced.runs, max(1, seconds))
+        if paced != self and is_emulated(DTYPES[self.workload.dtype], self.device):
+            log.info(
+                "this CPU has no fast %s: where the model will run in float32, say so by workload.dtype float32",
+                self.workload.dtype,
+            )
+        return paced
+
+    def _turn(self, model: Any) -> float:
+        begun = self.clock()
+        self.tracks([model], self.workload, 1)
+        return (self.clock() - begun) / 2  # with the one that warms up
+
+    def _slower(self) -> Iterator[Meter]:
+        few, sparse = min(FEW, self.runs), min(SPARSE, self.points)
+        yield from (replace(self, runs=runs) for runs in range(self.runs, few - 1, -1))
+        yield from (replace(self, runs=few, points=points) for points in range(self.points - 1, sparse - 1, -1))
+        yield from (replace(self, runs=runs, points=sparse) for runs in range(few - 1, 0, -1))
 
     def _warn(self, bases: Sequence[Seconds]) -> None:
         for phase in PHASES:
@@ -104,8 +143,8 @@ class Meter:
                     phase, 100 * wide / middle,
                 )  # fmt: skip
 
-    def _widths(self, kind: str, units: int) -> list[int]:
-        """Those that are measured, below the dense one."""
+    def widths(self, kind: str, units: int) -> list[int]:
+        """The widths that are measured, below the dense one."""
         if kind == "attention":
             step = -(-units // self.points)
             return list(range(0, units, step))
