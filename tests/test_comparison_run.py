@@ -319,7 +319,7 @@ def test_an_interruption_ends_what_runs_beside(
         ({"compare": {"methods": ["oen-stage"]}}, ConfigError, "unknown method 'oen-stage'; did you mean one-stage?"),
         ({"compare": {"methods": []}}, ConfigError, "compare.methods is empty"),
         ({"compare": {"keeps": [0.6, 0.001]}}, PlanError, "0.001 is below what is feasible"),
-        ({"compare": {"variants": "absent.yaml"}}, ConfigError, "cannot read absent.yaml"),
+        ({"compare": {"variants": "absent.yaml"}}, ConfigError, "absent.yaml: cannot read"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(

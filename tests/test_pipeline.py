@@ -242,7 +242,7 @@ elif moment == "checked":
     after(prunetune.pipeline, "check", lambda *_: True)
 elif moment == "evaluated":
     after(prunetune.pipeline, "evaluate", lambda *_: True)
-prunetune.pipeline.run(from_mapping(values), resume=os.path.exists(values["out"]))
+prunetune.pipeline.run(from_mapping(values), resume=True)
 """
 
 
@@ -339,13 +339,14 @@ def test_an_existing_folder_is_not_overwritten(place: Path, done: dict[str, Path
 def test_a_kill_while_the_folder_was_made_can_be_resumed(
     place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO", "prunetune")
+    (tmp_path / "rum").mkdir()
+    (tmp_path / "rum" / "config.yaml").touch()
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.yaml.partial").write_text("mod")
     run(config_of(place, out, evaluate={"dense_tuned": False}, train={"steps": 1}), resume=True)
     assert (out / "report.html").exists()
-    assert f"{out} holds nothing to go on with: the run begins" in caplog.text
+    assert f"{out} holds no run to go on with (of a like name: {tmp_path / 'rum'}): one begins" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["cut short", "no file", "not safetensors"])

@@ -10,8 +10,6 @@ import signal
 import sys
 import traceback
 import typing
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Literal
@@ -88,21 +86,9 @@ def _run(config: RunConfig, *, resume: bool) -> None:
     from prunetune.sizes import run as whole_run
     from prunetune.summary import of_run
 
-    with _interruptible(config):
-        folder = whole_run(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
+    folder = whole_run(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
     if not launched()[0]:
         print(of_run(folder))
-
-
-@contextmanager
-def _interruptible(config: RunConfig) -> Iterator[None]:
-    """An interruption before the folder is there says that there is nothing to go on with."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if not Path(config.out).expanduser().exists():
-            raise KeyboardInterrupt(f"before {config.out} was begun") from None
-        raise
 
 
 @app.command
@@ -125,8 +111,7 @@ def compare(
     from prunetune.comparison.run import compare as whole_comparison
 
     config = load_recipe(recipe, given(flags))
-    with _interruptible(config):
-        folder = whole_comparison(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
+    folder = whole_comparison(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"page {folder / 'comparison.html'}")
 
@@ -378,11 +363,10 @@ def _guarded() -> int:
         return _say(" ".join(str(wrong).split()), 2)
     except PrunetuneError as wrong:
         return _say(str(wrong), wrong.exit_code)
-    except KeyboardInterrupt as stop:
+    except KeyboardInterrupt:
         resumable = sys.argv[1:2] in (["run"], ["demo"], ["compare"]) and "--dry-run" not in sys.argv
         what = "told to stop, as when another rank ends" if launched()[1] > 1 else "interrupted"
-        how = f" {stop}" if stop.args else "; go on with --resume" if resumable else ""
-        return _say(f"{what}{how}", 130)
+        return _say(f"{what}; go on with --resume" if resumable else what, 130)
     except BrokenPipeError:
         if not _is_unread():
             raise

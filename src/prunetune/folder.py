@@ -114,23 +114,16 @@ def check_folder(config: RunConfig, *, resume: bool, free: Collection[str] = FRE
         _same(recipe, config, free)
     elif _occupied(folder.path):
         raise RunFolderError(f"{folder.path} holds no config.yaml, so it is no run to resume; name another with --out")
-    elif not folder.path.exists():
-        raise RunFolderError(
-            f"{folder.path} does not exist, so there is no run to go on with{_others(folder.path)}: "
-            "name the folder of the run with --out, or leave --resume out to begin one"
-        )
-    else:  # killed while the folder was made
-        log.info("%s holds nothing to go on with: the run begins", folder.path)
+    else:
+        log.warning("%s holds no run to go on with%s: one begins", folder.path, _others(folder.path))
     return folder
 
 
 def _others(path: Path) -> str:
-    """Runs beside a folder that is not there: those of a like name, else the newest."""
-    recipes = sorted(path.parent.glob("*/config.yaml"), key=lambda recipe: recipe.stat().st_mtime, reverse=True)
-    names = [recipe.parent.name for recipe in recipes]
-    close = difflib.get_close_matches(path.name, names)
-    shown = ", ".join(str(path.with_name(name)) for name in close or names[:3])
-    return f" ({'of a like name' if close else 'newest beside it'}: {shown})" if shown else ""
+    """Runs of a like name beside a folder that is not there."""
+    names = [recipe.parent.name for recipe in path.parent.glob("*/config.yaml")]
+    close = ", ".join(str(path.with_name(name)) for name in difflib.get_close_matches(path.name, names))
+    return f" (of a like name: {close})" if close else ""
 
 
 def place_of(config: RunConfig) -> Path:

@@ -5,8 +5,8 @@ the dense short model over n; the two take turns, so that a clock that drifts is
 follows from a short model twice as deep. Then the dense model's whole request is timed as `prunetune bench` does, and
 the track that binds is scaled to it: a device that is busy for long runs slower than in short bursts.
 
-Where one request takes long, as on a CPU that has no fast bfloat16, it is timed fewer times, then at fewer widths, so
-that a table takes minutes and no hour.
+Where a request takes long on a CPU, as on one that has no fast bfloat16, it is timed fewer times, then at fewer widths,
+so that a table takes minutes and no hour.
 """
 
 from __future__ import annotations
@@ -107,7 +107,9 @@ class Meter:
         }  # fmt: skip
 
     def _paced(self, model: Any, sites: Sequence[Site], allowed: float) -> Meter:
-        """This meter, or one of fewer runs and widths, so that all take no longer than allowed; says how long."""
+        """This meter, or on a CPU one of fewer runs and widths, so that all take no longer than allowed."""
+        if self.device.type != "cpu":
+            return self
         one = min(self._turn(model) for _ in range(2))  # the first also loads kernels
         for paced in self._slower():
             widths = sum(len(paced.widths(site.kind, site.units)) for site in sites)
