@@ -286,6 +286,60 @@ def test_an_interruption_says_how_to_go_on(
     assert err == "prunetune: interrupted; go on with --resume\n"
 
 
+@pytest.mark.parametrize(
+    ("out", "parts"),
+    [
+        ("{tmp}/rows.jsonl/run", ("rows.jsonl is a file", "--out")),
+        ("{tmp}/" + "x" * 300, ("cannot be opened (File name too long)", "--out")),
+        ("", ("out '' names no folder", "--out")),
+        ("a\0b", ("names no folder",)),
+    ],
+)
+def test_a_place_where_no_folder_can_be(
+    out: str, parts: tuple[str, ...], say: Said, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    for dry in ((), ("--dry-run",), ("--resume",)):
+        refused(say("run", recipe(out=out.format(tmp=tmp_path)), *dry), *parts)
+
+
+def test_a_folder_that_may_not_be_written_to(
+    say: Said, recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda place, _: Path(place) != tmp_path)  # root may write anywhere
+    refused(say("run", recipe(), "--dry-run"), f"{tmp_path} cannot be written to", "--out")
+
+
+def test_out_is_a_path_as_a_shell_has_it(
+    say: Said, recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").touch()
+    refused(say("run", recipe(out="~/mine")), f"{tmp_path / 'mine'} is a file")
+
+
+def test_a_dry_run_refuses_gates_and_trackers_as_the_run_does(say: Said, recipe: Callable[..., str]) -> None:
+    for changes in ({"gates": ["valid.accuracy >= 0.5 -> stop"]}, {"track": ["mlflow"]}):
+        refusals = [say("run", recipe(**changes), *dry) for dry in ((), ("--dry-run",))]
+        refused(refusals[0])
+        assert refusals[0] == refusals[1]
+
+
+@pytest.mark.parametrize("written", [b"{{{", b"\xff\xfe", b"seed: 1\nseed: 2\n", b"seed: [\n", b"sed: 1\n"])
+def test_a_run_whose_recipe_is_broken(written: bytes, say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    (broken / "model").mkdir(parents=True)
+    (broken / "config.yaml").write_bytes(written)
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("tasks: {a: {data: rows.jsonl, scorer: nll}}")
+    told = str(broken / "config.yaml")
+    refused(say("watch", broken), told)
+    refused(say("compare-runs", broken, broken), told)
+    refused(say("run", recipe(out=str(broken)), "--resume"), told, "--out")
+    code, _, err = say("check", broken, "--suite", suite, "--device", "cpu")
+    assert code == 2
+    assert told in err.splitlines()[-1]
+
+
 def test_a_failed_gate_ends_with_one(say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     raising(monkeypatch, GateFailed("the limit is broken"))
     assert say("run", recipe())[::2] == (1, "prunetune: the limit is broken\n")

@@ -239,7 +239,7 @@ def test_logits_rank_by_importance_per_price() -> None:
     plain, priced = to_logits(importance, sites), to_logits(importance, sites, limits)
     group, channel = sites[0].name, sites[1].name
     assert plain[group].mean() - plain[channel].mean() > priced[group].mean() - priced[channel].mean()
-    held = quantile(priced, sites, limits.keep, limits)
+    held = quantile(Nest(sites, priced), limits.keep, limits)
     assert float(torch.cat(list(priced.values())).min()) <= held <= float(torch.cat(list(priced.values())).max())
 
 

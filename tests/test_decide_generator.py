@@ -11,6 +11,7 @@ from model_helpers import tiny
 from prunetune.budget.params import kept_share, ratio_loss, total
 from prunetune.decide.evidence import quantile, to_logits
 from prunetune.decide.generator import EMBEDDING, Generator, orthogonal
+from prunetune.decide.nest import Nest
 from prunetune.decide.sampling import gumbel_sigmoid, rounded, straight_through
 from prunetune.model.sites import Site, find_sites
 
@@ -180,7 +181,7 @@ def test_no_evidence_at_all_is_finite() -> None:
 @pytest.mark.parametrize("keep", [0.05, 0.3, 0.6, 0.95, 1.0])
 def test_units_above_the_quantile_hold_the_budget(keep: float) -> None:
     logits = to_logits(importance(), sites())
-    middle = quantile(logits, sites(), keep)
+    middle = quantile(Nest(sites(), logits), keep)
     open_ = {name: (value.double() >= middle).float() for name, value in logits.items()}
     largest = max(site.unit_params for site in sites()) / total(sites())
     assert keep - 1e-6 <= float(kept_share(open_, sites())) <= keep + largest + 1e-6

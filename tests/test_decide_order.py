@@ -12,7 +12,7 @@ from model_helpers import ALL_FAMILIES, kinds_of, random_plan, tiny
 from prunetune.config import from_mapping
 from prunetune.decide.decision import Searcher
 from prunetune.decide.evidence import quantile
-from prunetune.decide.nest import Nest, orders, plan_of
+from prunetune.decide.nest import Nest, plan_of
 from prunetune.decide.order import best_first
 from prunetune.decide.select import Shape, select
 from prunetune.model.masking import gates_of
@@ -46,11 +46,13 @@ def test_best_first_knows_every_float() -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_each_lane_is_ranked_on_its_own(seed: int) -> None:
     sites = find_sites(tiny("qwen3_moe"), UNITS)
-    for name, order in Nest(sites, drawn(sites, seed)).order.items():
-        site = next(site for site in sites if site.name == name)
-        lanes = drawn(sites, seed)[name].view(site.lanes, -1)
-        assert torch.equal(order, lanes.argsort(dim=1, descending=True, stable=True))
-    assert orders({}) == {}
+    nest = Nest(sites, drawn(sites, seed))
+    for site in sites:
+        lanes = drawn(sites, seed)[site.name].view(site.lanes, -1)
+        order = lanes.argsort(dim=1, descending=True, stable=True)
+        starts = nest.first[site.name] + site.length * torch.arange(site.lanes)[:, None]
+        assert torch.equal(nest.lanes[site.name], starts + order)
+        assert torch.equal(nest.ranked[site.name], lanes.gather(1, order).double())
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -61,7 +63,7 @@ def test_the_quantile_is_where_the_sorted_prices_reach_the_share(seed: int, keep
     units = sorted((-float(score), site.unit_params) for site in sites for score in scores[site.name])
     held, limit = itertools.accumulate(price for _, price in units), keep * sum(price for _, price in units)
     first = next(place for place, share in enumerate(held) if share >= limit)
-    assert quantile(scores, sites, keep) == -units[first][0]
+    assert quantile(Nest(sites, scores), keep) == -units[first][0]
 
 
 @pytest.mark.parametrize("seed", range(2))

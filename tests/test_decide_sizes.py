@@ -7,13 +7,14 @@ import itertools
 import pytest
 import torch
 
+from model_helpers import tiny
 from prunetune.budget.params import total
-from prunetune.decide.nest import kept_first
+from prunetune.decide.nest import Nest
 from prunetune.decide.select import Shape, feasible_keep, floor_width, select
 from prunetune.decide.shape import step
 from prunetune.errors import PlanError
 from prunetune.model.masking import gates_of
-from prunetune.model.sites import dense_plan, kept_params
+from prunetune.model.sites import dense_plan, find_sites, kept_params
 from prunetune.model.units import Site
 from prunetune.plan import Plan
 from test_decide_nested import both, everywhere, random_scores, shape_for, sites_of
@@ -90,9 +91,11 @@ def test_inside_holds_also_where_scores_would_choose_otherwise(family: str, layo
 
 
 def test_ranks_of_what_is_gone_come_last() -> None:
-    order = torch.tensor([[2, 0, 1], [0, 1, 2]])
-    assert kept_first(order, (1, 5)).tolist() == [[1, 2, 0], [2, 0, 1]]
-    assert kept_first(order, ()).tolist() == order.tolist()
+    site = find_sites(tiny("qwen3", groups=2, ratio=3, layers=1, hidden_size=48), ["query-heads"])
+    scores = {site[0].name: torch.tensor([2.0, 1.0, 3.0, 6.0, 5.0, 4.0])}
+    for kept, order in (((1, 5), [[1, 2, 0], [5, 3, 4]]), ((), [[2, 0, 1], [3, 4, 5]])):
+        nest = Nest(site, scores, Plan({site[0].name: kept}, {site[0].name: 6}))
+        assert nest.lanes[site[0].name].tolist() == order
 
 
 def test_below_the_floors_is_refused() -> None:

@@ -12,7 +12,7 @@ from prunetune.budget.params import kept_share, ratio_loss
 from prunetune.config import RunConfig
 from prunetune.decide.evidence import quantile, to_logits
 from prunetune.decide.generator import generator_for
-from prunetune.decide.nest import plan_of
+from prunetune.decide.nest import Nest, plan_of
 from prunetune.decide.sampling import gumbel_sigmoid, rounded, straight_through
 from prunetune.decide.select import Shape, best_units, feasible_keep, select
 from prunetune.model.masking import gates_of
@@ -76,16 +76,13 @@ class Searcher:
             drawn = self._draw(logits, "search", step)
             self.last = {name: (soft.detach() > 0.5).float() for name, soft in drawn.items()}
             return {name: rounded(soft) for name, soft in drawn.items()} if self.config.hard else drawn
-        keep, seen = self.keep_at(step), moved_to(logits, "cpu")
-        best = best_units(seen, self.sites, keep, self.shape)
-        self.last = moved_to({name: stays.float() for name, stays in best.items()}, self.device)
-        values = torch.cat(list(logits.values()))
-        soft = torch.sigmoid((values - self._quantile(seen, keep)) / self.config.temperature)
-        legal = torch.cat(list(self.last.values()))
+        keep, nest = self.keep_at(step), Nest(self.sites, moved_to(logits, "cpu"))
+        best = best_units(nest, keep, self.shape)
+        legal = torch.cat(list(best.values())).to(self.device).float()
+        self.last = split_as(best, legal)
+        middle = quantile(nest, keep, self.shape.limits)
+        soft = torch.sigmoid((torch.cat(list(logits.values())) - middle) / self.config.temperature)
         return split_as(logits, straight_through(soft, legal) if self.config.hard else soft)
-
-    def _quantile(self, seen: Mapping[str, Tensor], keep: float) -> float:
-        return quantile(seen, self.sites, keep, self.shape.limits)
 
     def budget_loss(self, gates: Mapping[str, Tensor]) -> Tensor:
         """How far sampled gates are from the budget: of parameters, or of what limits price."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prunetune.budget.limits import Limits
-from prunetune.decide.order import best_first
+from prunetune.decide.nest import Nest
 from prunetune.model.sites import Site
 
 
@@ -37,13 +37,13 @@ def to_logits(
 def _prices(sites: Sequence[Site], limits: Limits | None) -> Tensor:
     """Of every unit, site after site."""
     each = limits.prices if limits and limits.prices else {site.name: float(site.unit_params) for site in sites}
-    return torch.cat([torch.full((site.units,), each[site.name], dtype=torch.float64) for site in sites])
+    prices = torch.tensor([each[site.name] for site in sites], dtype=torch.float64)
+    return prices.repeat_interleave(torch.tensor([site.units for site in sites]))
 
 
-def quantile(logits: Mapping[str, Tensor], sites: Sequence[Site], keep: float, limits: Limits | None = None) -> float:
-    """The logit above which units hold the share `keep` of the prunable parameters, or what limits make of it."""
+def quantile(nest: Nest, keep: float, limits: Limits | None = None) -> float:
+    """The score above which units hold the share `keep` of the prunable parameters, or what limits make of it."""
     keep = limits.share_at(keep) if limits else keep
-    values = torch.cat([logits[site.name].detach().float().cpu() for site in sites])
-    prices, order = _prices(sites, limits), best_first(values)
-    held = torch.cumsum(prices[order], 0) / prices.sum()
-    return float(values[order[(held < keep).sum().clamp(max=len(values) - 1)]])
+    prices = _prices(nest.sites, limits)
+    held = torch.cumsum(prices.index_select(0, nest.order), 0) / prices.sum()
+    return float(nest.scores[nest.order[torch.searchsorted(held, keep).clamp(max=len(held) - 1)]])

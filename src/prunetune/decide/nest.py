@@ -5,6 +5,7 @@ A width is the number of units that each open lane of a site keeps; a lane is op
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -23,22 +24,41 @@ class Nest:
     With `within`, what that plan does not keep ranks last, and `most` says how many there are before it.
     """
 
+    # Where scores are given; units are counted through, site after site.
+    scores: Tensor  # of all units
+    order: Tensor  # all units, the one of the highest score first
+    lanes: Mapping[str, Tensor]  # {site: [lanes, units of a lane]}: the same in each lane
+    ranked: Mapping[str, Tensor] = {}  # the scores of these, in double precision
+
     def __init__(
         self, sites: Sequence[Site], scores: Mapping[str, Tensor] | None = None, within: Plan | None = None
     ) -> None:
         self.sites = tuple(sites)
         self.named = {site.name: site for site in sites}
         self.inner = inner_sites(sites)
-        scores = scores or {}
-        self.scores = {
-            name: scores[name].detach().float().cpu().view(site.lanes, -1)
-            for name, site in self.named.items()
-            if name in scores
-        }
-        self.order = orders(self.scores)
-        if within is not None:
-            self.order = {name: kept_first(order, within.kept[name]) for name, order in self.order.items()}
+        starts = itertools.accumulate((site.units for site in sites), initial=0)
+        self.first = dict(zip(self.named, starts, strict=False))  # unit of a site, counted through
         self.limits = {site.name: _longest_lane(site, within.kept[site.name]) for site in sites} if within else {}
+        if scores is not None:
+            self.scores = torch.cat([scores[site.name].detach() for site in sites]).float().cpu()
+            self.order = best_first(self.scores)
+            order = self._lane_by_lane(within)
+            self.lanes, self.ranked = self._split(order), self._split(self.scores.index_select(0, order).double())
+
+    def _lane_by_lane(self, within: Plan | None) -> Tensor:
+        """Indices by rank in the first lane, then in the next; what `within` keeps before all others."""
+        lengths = torch.tensor([site.length for site in self.sites for _ in range(site.lanes)])
+        places = 2 * len(lengths)
+        small = next(kind for kind in (torch.uint8, torch.int16, torch.int32) if places <= torch.iinfo(kind).max)
+        place = torch.arange(0, places, 2, dtype=small).repeat_interleave(lengths)  # sorted by radix, byte by byte
+        if within is not None:
+            place += ~torch.cat([open_units(within.kept[site.name], site.units) for site in self.sites])
+        return self.order.index_select(0, place.index_select(0, self.order).argsort(stable=True))
+
+    def _split(self, values: Tensor) -> dict[str, Tensor]:
+        """[units] -> {site: [lanes, units of a lane]}."""
+        parts = torch.split(values, [site.units for site in self.sites])
+        return {site.name: part.view(site.lanes, -1) for site, part in zip(self.sites, parts, strict=True)}
 
     def outer(self, site: Site) -> Site | None:
         """The site around this one."""
@@ -48,17 +68,17 @@ class Nest:
         """Most units that a lane may keep."""
         return self.limits.get(site.name, site.length)
 
-    def ranked(self, site: Site) -> Tensor:
+    def mean(self, site: Site) -> Tensor:
         """Scores by rank, the best first, as a mean over lanes: [units of a lane]."""
-        lanes = self.scores[site.name].gather(1, self.order[site.name])
-        return lanes[0] if site.lanes == 1 else lanes.mean(0)
+        lanes = self.ranked[site.name]
+        return lanes[0] if site.lanes == 1 else lanes.float().mean(0).double()
 
     def span(self, site: Site, widths: Widths) -> int:
         """Parameters of one unit with what it keeps inside."""
-        return site.unit_params + sum(
-            widths[inner.name] * (inner.lanes // site.units) * self.span(inner, widths)
-            for inner in self.inner.get(site.name, ())
-        )
+        price = site.unit_params
+        for inner in self.inner.get(site.name, ()):
+            price += widths[inner.name] * (inner.lanes // site.units) * self.span(inner, widths)
+        return price
 
     def open_lanes(self, site: Site, widths: Widths) -> int:
         """Lanes whose surroundings stay."""
@@ -78,36 +98,16 @@ class Nest:
 
     def best_units(self, widths: Widths) -> dict[str, Tensor]:
         """The best units of every open lane: {site: bool [U]}, true where one stays."""
-        found: dict[str, Tensor] = {}
+        best = torch.cat([self.lanes[site.name][:, : widths[site.name]].flatten() for site in self.sites])
+        found = self._split(torch.zeros(len(self.order), dtype=torch.bool).index_fill_(0, best, True))
         for site in self.sites:  # outer ones first
-            outer, order = self.outer(site), self.order[site.name]
-            stays = torch.zeros(order.shape, dtype=torch.bool).scatter_(1, order[:, : widths[site.name]], True)
-            if outer:
-                stays &= found[outer.name].repeat_interleave(site.lanes // outer.units)[:, None]
-            found[site.name] = stays.flatten()
-        return found
+            if outer := self.outer(site):
+                found[site.name] &= found[outer.name].flatten().repeat_interleave(site.lanes // outer.units)[:, None]
+        return {name: stays.flatten() for name, stays in found.items()}
 
     def best(self, site: Site) -> float:
         """Score of the unit that comes first."""
-        return float(self.ranked(site)[0])
-
-
-def orders(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{site: [lanes, units of a lane]} scores -> indices by rank in each lane, of all sites by one sort."""
-    if not scores:
-        return {}
-    sizes = torch.tensor([values.shape[1] for values in scores.values() for _ in values])
-    lane = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(sizes)
-    order = best_first(torch.cat([values.flatten() for values in scores.values()]))
-    order = order[lane[order].argsort(stable=True)] - (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
-    parts = torch.split(order, [values.numel() for values in scores.values()])
-    return {name: part.view(values.shape) for (name, values), part in zip(scores.items(), parts, strict=True)}
-
-
-def kept_first(order: Tensor, kept: Sequence[int]) -> Tensor:
-    """[lanes, units of a lane] indices by rank, those of kept units before all others; else as they were."""
-    gone = ~open_units(kept, order.numel()).view(order.shape)
-    return order.gather(1, gone.gather(1, order).long().argsort(dim=1, stable=True))
+        return float(self.mean(site)[0])
 
 
 def _longest_lane(site: Site, kept: Sequence[int]) -> int:

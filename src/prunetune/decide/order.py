@@ -12,7 +12,7 @@ def best_first(scores: Tensor) -> Tensor:
     As `argsort(descending=True, stable=True)` in a tenth of the time: torch sorts integers by radix, and the bits of a
     float are in order once those of negative ones are turned round.
     """
-    one_zero = (scores + 0.0).masked_fill(scores.isnan(), torch.nan)  # there are two, and NaN of either sign
+    one_zero = (scores + 0.0).nan_to_num(torch.nan, torch.inf, -torch.inf)  # there are two, and NaN of either sign
     bits = one_zero.view(torch.int32)
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (~ascending).argsort(stable=True)

@@ -7,7 +7,6 @@ it is not above the target, and no further block fits under it.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 
@@ -30,18 +29,17 @@ Scores = Mapping[str, Tensor]  # site name -> one score per unit; higher stays
 
 def select(scores: Scores, sites: Sequence[Site], keep: float, shape: Shape, *, within: Plan | None = None) -> Plan:
     """The plan of the highest scores that keeps at most `keep` of the prunable parameters; see `best_units`."""
-    return plan_of(best_units(scores, sites, keep, shape, within=within))
+    return plan_of(best_units(Nest(sites, scores, within), keep, shape))
 
 
-def best_units(
-    scores: Scores, sites: Sequence[Site], keep: float, shape: Shape, *, within: Plan | None = None
-) -> dict[str, Tensor]:
+def best_units(nest: Nest, keep: float, shape: Shape) -> dict[str, Tensor]:
     """The units of highest scores that hold at most `keep` of the prunable parameters: {site: bool [U]}.
 
     Under `shape.limits`, `keep` says how far these have come (`budget.limits`), and the plan is within all of them.
-    `within` is a larger plan of the same shape: only what it keeps may stay, and a plan is maximal inside it.
+    A nest may lie within a larger plan of the same shape, and then a plan is maximal inside that.
     Raises `PlanError` with the smallest feasible keep where even the floors are above the target.
     """
+    sites = nest.sites
     caps = shape.limits.at(keep) if shape.limits else ()
     keep = shape.limits.params_at(keep) if shape.limits else keep
     target = int(keep * total(sites) * (1 + 1e-12))  # a keep that was computed as a share may be short by rounding
@@ -53,7 +51,6 @@ def best_units(
             f"for layout {shape.layout} with budget.align {shape.align}: "
             "raise budget.keep, or lower budget.align or budget.min_groups"
         )
-    nest = Nest(sites, scores, within)
     room = Room(nest, caps)
     if caps and not room.holds(floor_widths(nest, shape)):
         raise PlanError(
@@ -91,16 +88,11 @@ def _free(nest: Nest, target: int, shape: Shape, room: Room) -> dict[str, int]:
     widths = floor_widths(nest, shape)
     spent = nest.price(widths)
     room.open(widths)
-    offers = [
-        (-min(score, _cap(nest, site, widths)), order, width, block)
-        for order, site in enumerate(nest.sites)
-        for score, width, block in _blocks(nest.ranked(site)[: nest.most(site)], site, widths[site.name], shape)
-    ]
     # Blocks of one site come in descending score, so taking the best offers first never skips within a site ...
     closed: set[str] = set()
     waiting: dict[str, int] = {}
-    for _, order, _, block in sorted(offers):
-        site = nest.sites[order]
+    for _, place, _, block in _offers(nest, widths, shape):
+        site = nest.sites[place]
         if site.name in closed:
             continue
         block += waiting.pop(site.name, 0)
@@ -125,11 +117,19 @@ def _cap(nest: Nest, site: Site, widths: Mapping[str, int]) -> float:
     return min(math.inf if widths[outer.name] else nest.best(outer), _cap(nest, outer, widths))
 
 
-def _blocks(ranked: Tensor, site: Site, width: int, shape: Shape) -> list[tuple[float, int, int]]:
-    """(mean score, width below, size) of each block above `width`; the last block takes what is left."""
-    edges = [*range(width, len(ranked), step(site, shape)), len(ranked)]
-    sums = torch.cat([torch.zeros(1, dtype=torch.float64), ranked.double().cumsum(0)])[edges].tolist()
-    return [
-        ((sums[i + 1] - sums[i]) / (high - low), low, high - low)
-        for i, (low, high) in enumerate(itertools.pairwise(edges))
-    ]
+def _offers(nest: Nest, widths: Mapping[str, int], shape: Shape) -> list[tuple[float, int, int, int]]:
+    """(minus mean score, place of the site, width below, size) of each block above `widths`, the best one first.
+
+    The last block of a site takes what is left.
+    """
+    offers = []
+    for place, site in enumerate(nest.sites):
+        most, width, size, cap = nest.most(site), widths[site.name], step(site, shape), _cap(nest, site, widths)
+        held = torch.zeros(most + 1, dtype=torch.float64)
+        torch.cumsum(nest.mean(site)[:most], 0, out=held[1:])
+        edges, sums = [*range(width, most, size), most], [*held[width:-1:size].tolist(), float(held[-1])]
+        offers += [
+            (-min((after - before) / (high - low), cap), place, low, high - low)
+            for low, high, before, after in zip(edges, edges[1:], sums, sums[1:], strict=False)
+        ]
+    return sorted(offers)

@@ -154,7 +154,7 @@ class Uniform:
         return {site.layer for site in ranked[:number]}
 
     def _best(self, site: Site) -> float:
-        return self.nest.best(site) if self.nest.scores else 0.0
+        return self.nest.best(site) if self.nest.ranked else 0.0
 
     def worth(self, counts: Counts, channels: int) -> float:
         """Scores of all that stays, each times its parameters."""
@@ -175,10 +175,10 @@ class Uniform:
 
     def _summed(self, site: Site, width: int, around: int) -> float:
         outer = self.nest.outer(site)
-        ranked = self.nest.scores[site.name].double().gather(1, self.nest.order[site.name])
+        ranked = self.nest.ranked[site.name]
         if outer and outer.kind != "layers":
-            units = self.nest.order[outer.name][0][:around].tolist()
-            ranked = ranked[site.owned_lanes(units, outer.units)]
+            units = self.nest.lanes[outer.name][0][:around] - self.nest.first[outer.name]
+            ranked = ranked[site.owned_lanes(units.tolist(), outer.units)]
         if self.layers:
             layer = next(one for one in self.layers if one.layer == site.layer)
             ranked = ranked.clamp(max=self.nest.best(layer))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from prunetune.budget.params import kept_share
-from prunetune.decide.decision import Decision
+from prunetune.decide.decision import Decision, moved_to
 from prunetune.train.adapters import adapters
 from prunetune.train.faults import Faults
 from prunetune.train.job import Job, Record
@@ -25,6 +27,7 @@ class Progress:
         self.validation = Validation(job, search, tuning)
         self.step = 0
         self.last: Decision | None = None
+        self.gates: Mapping[str, Tensor] = {}  # of the last decision, on the CPU
         self.kept = 1.0
         self.started = time.monotonic()
 
@@ -46,22 +49,23 @@ class Progress:
             self.faults.restore(state.faults)
             self.step = state.step
             if opened := state.tensors.get("decision"):
-                self.last = Decision({name: gate.float().to(self.search.device) for name, gate in opened.items()})
+                self.gates = {name: gate.float() for name, gate in opened.items()}
         self.validation.resume(state)
         return searcher.fixed(plan) if plan else searcher.undecided()
 
     def done(self, record: Record, decision: Decision) -> None:
         """A step is done: complete its record and tell the observer."""
-        job, self.step = self.job, record["step"]
-        if decision is not self.last:
-            self.kept = float(kept_share(decision.gates, job.sites))
+        job, self.step, before, is_new = self.job, record["step"], self.gates, decision is not self.last
+        if is_new:
+            self.gates = moved_to(decision.gates, "cpu")  # by one transfer, where a GPU would wait for many small sums
+            self.kept = float(kept_share(self.gates, job.sites))
         record["kept"] = self.kept
         record["seconds"] = time.monotonic() - self.started
-        if self.last is not None and self.last is not decision:
-            record["changed"] = self._changed(self.last, decision)
+        if before and is_new:
+            record["changed"] = self._changed(before)
         self.last = decision
         if self._is_worth_widths(record):
-            record["widths"] = self._widths(decision)
+            record["widths"] = {name: int(gate.sum()) for name, gate in self.gates.items()}
         job.observer.step(record)
 
     def validate(self, record: Record, decision: Decision) -> Decision:
@@ -77,19 +81,14 @@ class Progress:
         """Leave a checkpoint of where the run stands."""
         self.job.checkpoints.save(self._state(decision))
 
-    def _changed(self, before: Decision, after: Decision) -> float:
+    def _changed(self, before: Mapping[str, Tensor]) -> float:
         """Share of all units whose gate moved."""
-        moved = torch.cat([after.gates[site.name] != before.gates[site.name] for site in self.job.sites])
+        moved = torch.cat([self.gates[site.name] != before[site.name] for site in self.job.sites])
         return float(moved.float().mean())
 
     def _is_worth_widths(self, record: Record) -> bool:
         """While decisions move, every few steps: what a picture of them over time needs."""
         return record["phase"] == "search" and (self.step == 1 or self.step % self.job.config.train.log_every == 0)
-
-    def _widths(self, decision: Decision) -> dict[str, int]:
-        """Units under open gates at each site, by one transfer."""
-        counts = torch.stack([gate.sum() for gate in decision.gates.values()]).tolist()
-        return {name: round(count) for name, count in zip(decision.gates, counts, strict=True)}
 
     def _state(self, decision: Decision) -> State:
         named, searcher = adapters(self.job.model), self.search.searcher
@@ -99,7 +98,7 @@ class Progress:
             "generator": searcher.tensors(),
             "generator_optimizer": optimizer_tensors(self.search.optimizer, searcher.parameter_names()),
         }
-        if self.last is not None and decision.plan is None:
-            tensors["decision"] = {name: gate.bool() for name, gate in self.last.gates.items()}
+        if self.gates and decision.plan is None:
+            tensors["decision"] = {name: gate.bool() for name, gate in self.gates.items()}
         seen, faults = self.validation.seen.to_dict(), self.faults.to_dict()
         return State(self.step, decision.plan, self.tuning.is_cut, tensors, seen, faults)
