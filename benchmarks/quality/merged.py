@@ -1,0 +1,57 @@
+"""One table of the cells of several comparisons, as `prunetune compare` makes of its own: the files beside this one.
+
+    python benchmarks/quality/merged.py TABLE.json RECIPE FOLDER [FOLDER ...] [--split test] [--keeps 0.6] [--seeds 0 1 2]
+
+A folder is a comparison's, such as `on_gpus.py` leaves them (OUT/legal-0). Of cells with one name the first folder's
+counts. Writes the table with all standard errors and paired differences, and prints it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from prunetune.comparison.markdown import markdown
+from prunetune.comparison.table import aggregate
+from prunetune.config import load_recipe
+from prunetune.files import write_text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", type=Path)
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--keeps", nargs="+", type=float)
+    parser.add_argument("--seeds", nargs="+", type=int)
+    told = parser.parse_args()
+    cells = [cell for cell in cells_of(told.folders) if not told.seeds or cell["seed"] in told.seeds]
+    compared = {
+        "methods": list(dict.fromkeys(cell["method"] for cell in cells)),
+        "keeps": told.keeps or sorted({cell["keep"] for cell in cells if cell["keep"] < 1}, reverse=True),
+        "seeds": sorted({cell["seed"] for cell in cells}),
+        "split": told.split,
+    }
+    config = load_recipe(told.recipe, {"compare": compared})
+    found = aggregate(cells, {cell["method"]: cell["learning_rate"] for cell in cells}, config)
+    write_text(told.table, json.dumps(found, indent=1, allow_nan=False) + "\n")
+    print(markdown(found))
+
+
+def cells_of(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Each cell once."""
+    found: dict[str, dict[str, Any]] = {}
+    for folder in folders:
+        for file in sorted((folder / "cells").glob("*.json")):
+            cell = json.loads(file.read_text(encoding="utf-8"))
+            if "error" not in cell:
+                found.setdefault(cell["cell"], cell)
+    return list(found.values())
+
+
+if __name__ == "__main__":
+    main()
