@@ -1,6 +1,6 @@
 """One table of the cells of several comparisons, as `prunetune compare` makes of its own: the files beside this one.
 
-    python benchmarks/quality/merged.py TABLE.json RECIPE FOLDER [FOLDER ...] [--split test] [--keeps 0.6] [--seeds 0 1 2]
+    python benchmarks/quality/merged.py TABLE.json RECIPE FOLDER [FOLDER ...] [--split test] [--keeps 0.6] [--seeds 0]
 
 A folder is a comparison's, such as `on_gpus.py` leaves them (OUT/legal-0). Of cells with one name the first folder's
 counts. Writes the table with all standard errors and paired differences, and prints it.
