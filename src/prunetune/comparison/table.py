@@ -77,7 +77,7 @@ def aggregate(cells: Sequence[Cell], chosen: Mapping[str, float], config: RunCon
 
     Plain values; what is not finite is None.
     """
-    keeps = list(dict.fromkeys(config.compare.keeps or (config.budget.keep,)))
+    keeps = sorted(set(config.compare.keeps or (config.budget.keep,)), reverse=True)
     reference = reference_of(cells, chosen)
     rows = [row for keep in keeps for row in _rows(cells, chosen, keep, reference)]
     return {
