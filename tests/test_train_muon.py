@@ -56,6 +56,13 @@ def test_singular_values_come_near_one_whatever_the_scale(shape: tuple[int, int]
     assert values.max() < 1.3
 
 
+def test_a_cpu_multiplies_in_float32() -> None:
+    """Most have no fast bfloat16, in which a step takes longer than its passes."""
+    matrix = torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(1))
+    assert orthogonal(matrix).dtype == torch.float32
+    assert torch.equal(orthogonal(matrix), orthogonal(matrix.double()))
+
+
 def test_no_gradient_moves_nothing() -> None:
     listed = weights()
     optimizer = Muon(listed, lr=1.0)

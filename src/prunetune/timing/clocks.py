@@ -24,7 +24,7 @@ from prunetune.budget.latency import PHASES, TRACKS
 from prunetune.config import WorkloadConfig
 
 RUNS = 5  # of which the median counts, after one to warm up
-PATIENCE = 60.0  # seconds that runs of whole requests may take together; at least one is done
+PATIENCE = 60.0  # seconds that runs of whole requests may take together on a CPU; at least one is done
 SAMPLED = 32  # decode steps that are timed where there is no CUDA, in the middle of the answer
 STEPS = 8  # decode steps that are timed on the device, in the middle of the answer
 CYCLES = 2e9  # a second of a GPU's clock at most
@@ -38,9 +38,10 @@ Asked = Callable[[], Found]
 def seconds_of(models: Sequence[Any], workload: WorkloadConfig, runs: int = RUNS) -> list[Found]:
     """{phase: median seconds} of a batch of the workload's requests, for each model; they take turns, run by run.
 
-    Slow ones are run fewer times: no more often than `PATIENCE` has room for.
+    On a CPU slow ones are run fewer times: no more often than `PATIENCE` has room for.
     """
-    return _in_turns([_request(model, workload) for model in models], PHASES, runs, PATIENCE)
+    patience = PATIENCE if next(models[0].parameters()).device.type == "cpu" else math.inf
+    return _in_turns([_request(model, workload) for model in models], PHASES, runs, patience)
 
 
 def tracks_of(models: Sequence[Any], workload: WorkloadConfig, runs: int = RUNS) -> list[Found]:
