@@ -32,8 +32,10 @@ def test_phases_come_in_order(steps: int, share: float, settle: float) -> None:
 
 @pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize("warmup", [0.0, 0.1, 1.0])
-def test_learning_rate_rises_then_falls(decay: str, warmup: float) -> None:
-    train = from_mapping({"train": {"steps": 50, "decay": decay, "warmup": warmup, "learning_rate": 2.0}}).train
+@pytest.mark.parametrize("left", [0.0, 0.1, 1.0])
+def test_learning_rate_rises_then_falls(decay: str, warmup: float, left: float) -> None:
+    given = {"steps": 50, "decay": decay, "decay_to": left, "warmup": warmup, "learning_rate": 2.0}
+    train = from_mapping({"train": given}).train
     rates = [learning_rate(step, train) for step in range(50)]
     warm = round(50 * warmup)
     assert all(0 < rate <= 2.0 for rate in rates)
@@ -41,4 +43,4 @@ def test_learning_rate_rises_then_falls(decay: str, warmup: float) -> None:
     assert rates[warm:] == sorted(rates[warm:], reverse=True)
     if warm < 50:
         assert rates[warm] == 2.0
-        assert learning_rate(50, train) == pytest.approx(2.0 if decay == "constant" else 0.2)
+        assert learning_rate(50, train) == pytest.approx(2.0 if decay == "constant" else 2.0 * left)

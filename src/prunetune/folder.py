@@ -115,7 +115,7 @@ def check_folder(config: RunConfig, *, resume: bool, free: Collection[str] = FRE
     elif _occupied(folder.path):
         raise RunFolderError(f"{folder.path} holds no config.yaml, so it is no run to resume; name another with --out")
     else:
-        log.warning("%s holds no run to go on with%s: one begins", folder.path, _others(folder.path))
+        log.warning("%s holds no run to go on with%s: a run begins anew", folder.path, _others(folder.path))
     return folder
 
 

@@ -59,7 +59,7 @@ def given_plan(config: RunConfig) -> Schedule:
 
 
 def learning_rate(step: int, config: TrainConfig, peak: float | None = None) -> float:
-    """Warm-up to `peak` (default: the adapters'), then decay to a tenth (cosine, linear) or not at all."""
+    """Warm-up to `peak` (default: the adapters'), then decay to a share of it (cosine, linear) or not at all."""
     peak = config.learning_rate if peak is None else peak
     warm = round(config.warmup * config.steps)
     if step < warm:
@@ -68,4 +68,4 @@ def learning_rate(step: int, config: TrainConfig, peak: float | None = None) -> 
     if config.decay == "constant":
         return peak
     left = (1 + math.cos(math.pi * done)) / 2 if config.decay == "cosine" else 1 - done
-    return peak * (0.1 + 0.9 * left)
+    return peak * (config.decay_to + (1 - config.decay_to) * left)
