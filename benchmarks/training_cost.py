@@ -1,15 +1,15 @@
 """E1 and E2: what a one-stage run costs beside plain LoRA tuning of the dense model by transformers' Trainer and peft.
 
     python benchmarks/training_cost.py [--geometry smollm2-135m] [--sequence 512] [--batch 16] [--steps 60] [--keep 0.6]
-        [--runs trainer dense one-stage taught brief] [--compile on|off|auto] [--repeats 1] [--device cuda]
+        [--runs trainer dense one-stage taught joint] [--compile on|off|auto] [--repeats 1] [--device cuda]
 
 Random weights in a known shape, random tokens, the last third of a sequence is its answer; every run sees the same
 batches in the same order, with AdamW of one learning rate. `trainer`: Trainer and peft, eager, bfloat16; `dense`: our
 loop on the same adapters of the same model; `one-stage`: search, settling, cut and tuning without a teacher; `taught`:
-the same with the untuned model as teacher; `brief`: with it and a cheaper search, a tenth of the steps on half of the
-examples. Runs take turns. Prints JSON: time and tokens a second of the steps after
-the first fifth (in which passes are recorded and compiled), seconds of the whole, peak memory, losses, use of the
-device's arithmetic (MFU), and ratios to `trainer`.
+the same with the untuned model as teacher; `joint`: with it, and one pass for both players in a step of the search
+(gates on both branches). Runs take turns. Prints JSON: time and tokens a second of the steps after the first fifth (in
+which passes are recorded and compiled), seconds of the whole, peak memory, losses, use of the device's arithmetic
+(MFU), and ratios to `trainer`.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def side_by_side(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor
 def ours(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype, kind: str) -> Clock:
     model, sites = made(asked.geometry, device, dtype, layers=asked.layers)
     config, dense = config_of(asked, kind), kind == "dense"
-    teacher = untuned(model, config.distill) if kind in ("taught", "brief") else None
+    teacher = untuned(model, config.distill) if kind in ("taught", "joint") else None
     stream, clock = stream_of(asked, model.config.vocab_size), Clock(device)
     tune_and_prune(Job(
         model=model, sites=sites, shape=Shape("per-layer", default_align(sites)), train=stream, search=stream,
@@ -161,7 +161,7 @@ def ours(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype, ki
 
 
 def config_of(asked: argparse.Namespace, kind: str) -> RunConfig:
-    brief = {"share": 0.1, "batch_size": max(1, asked.batch // 2)}
+    joint = {"step": "joint", "lora_aware": False}
     return from_mapping({
         "budget": {"keep": asked.keep},
         "train": {
@@ -171,7 +171,7 @@ def config_of(asked: argparse.Namespace, kind: str) -> RunConfig:
             "micro_tokens": max(16384, asked.sequence),
         },
         "lora": {"rank": RANK},
-        "search": {"batch_size": asked.batch, "evidence": 4} | (brief if kind == "brief" else {}),
+        "search": {"batch_size": asked.batch, "evidence": 4} | (joint if kind == "joint" else {}),
     })  # fmt: skip
 
 
@@ -187,7 +187,7 @@ RUNS: dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype], Clock]
     "dense": lambda *given: ours(*given, "dense"),
     "one-stage": lambda *given: ours(*given, "one-stage"),
     "taught": lambda *given: ours(*given, "taught"),
-    "brief": lambda *given: ours(*given, "brief"),
+    "joint": lambda *given: ours(*given, "joint"),
 }
 
 
