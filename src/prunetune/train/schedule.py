@@ -59,7 +59,7 @@ def given_plan(config: RunConfig) -> Schedule:
 
 
 def learning_rate(step: int, config: TrainConfig, peak: float | None = None) -> float:
-    """Warm-up to `peak` (default: the adapters'), then decay to a share of it (cosine, linear) or not at all."""
+    """Warm-up to `peak` (default: the adapters'), then decay to `decay_to` of it (cosine, linear) or not at all."""
     peak = config.learning_rate if peak is None else peak
     warm = round(config.warmup * config.steps)
     if step < warm:
