@@ -1,7 +1,7 @@
 """E1 and E2: what a one-stage run costs beside plain LoRA tuning of the dense model by transformers' Trainer and peft.
 
     python benchmarks/training_cost.py [--geometry smollm2-135m] [--sequence 512] [--batch 16] [--steps 60] [--keep 0.6]
-        [--runs trainer dense one-stage taught joint] [--compile on|off|auto] [--repeats 1] [--device cuda]
+        [--runs trainer dense one-stage taught joint] [--teacher-share 1] [--compile on|off|auto] [--repeats 1]
 
 Random weights in a known shape, random tokens, the last third of a sequence is its answer; every run sees the same
 batches in the same order, with AdamW of one learning rate. `trainer`: Trainer and peft, eager, bfloat16; `dense`: our
@@ -171,6 +171,7 @@ def config_of(asked: argparse.Namespace, kind: str) -> RunConfig:
             "micro_tokens": max(16384, asked.sequence),
         },
         "lora": {"rank": RANK},
+        "distill": {"share": asked.teacher_share},
         "search": {"batch_size": asked.batch, "evidence": 4} | (joint if kind == "joint" else {}),
     })  # fmt: skip
 
@@ -214,6 +215,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--keep", type=float, default=0.6)
     parser.add_argument("--runs", nargs="+", default=list(RUNS)[:4], choices=RUNS)
+    parser.add_argument("--teacher-share", type=float, default=1.0, help="of a batch's examples, `distill.share`")
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--weights", default="auto", choices=["auto", "all", "adapters"])
     parser.add_argument("--repeats", type=int, default=1)

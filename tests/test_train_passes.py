@@ -115,9 +115,9 @@ def test_rounding_of_a_sharp_model_is_no_reading_across(seed: int, monkeypatch: 
     assert not can_pack(model)
 
 
-@pytest.mark.parametrize("weights", [None, (1.0, 0.0), (0.0, 1.0), (0.5, 2.0)])
+@pytest.mark.parametrize("weights", [None, (1.0, 0.0), (0.0, 1.0), (0.5, 2.0), (0.5, 2.0, False, 0.4)])
 @pytest.mark.parametrize("micro_tokens", [10_000, 25])
-def test_packed_equals_padded(setting: Setting, micro_tokens: int, weights: tuple[float, float] | None) -> None:
+def test_packed_equals_padded(setting: Setting, micro_tokens: int, weights: tuple[Any, ...] | None) -> None:
     model, sites, gates = setting
     batch = [*examples(), Example(tuple(range(3, 12)), 9, "a text without labels")]
     teacher = Teacher(tiny(model.config.model_type, seed=5), *weights) if weights else None
@@ -145,6 +145,24 @@ def test_a_model_s_own_dropout_stays_off_while_the_adapters_have_theirs(family: 
             module["default"] = torch.nn.Dropout(0.9).eval()
     assert abs(padded.tune(examples(), None)["loss"] / plain - 1) > 1e-3
     assert padded.score(examples(), None) == pytest.approx(plain, rel=1e-5)
+
+
+def test_a_teacher_sees_its_share_and_all_that_has_no_label() -> None:
+    model, teacher = with_lora(tiny()), tiny(seed=5)
+    bare = [Example(tuple(range(3, 9 + index)), 6 + index, f"text {index}") for index in range(2)]
+    batch = [*examples(), *bare]
+    for share, seen in ((0.1, bare), (0.3, [*bare, batch[0]]), (1.0, batch)):
+        passes = Padded(model, find_sites(tiny()), 0, config_of(), Teacher(teacher, 1.0, 1.0, share=share))
+        losses, grads = passes.tune(batch, None), gradients(model)
+        alone = Padded(model, find_sites(tiny()), 0, config_of(), Teacher(teacher, 1.0, 1.0))
+        assert losses["distance"] == pytest.approx(alone.tune(seen, None)["distance"], rel=1e-5)
+        of_seen = gradients(model)
+        labels = Padded(model, find_sites(tiny()), 0, config_of())
+        labels.tune(seen, None)
+        of_their_labels = gradients(model)
+        assert losses["loss"] == pytest.approx(labels.tune(batch, None)["loss"], rel=1e-5)
+        whole = gradients(model)
+        assert_same({name: whole[name] + of_seen[name] - of_their_labels[name] for name in grads}, grads)
 
 
 def test_slopes_and_lasso_are_equal(setting: Setting) -> None:

@@ -87,6 +87,9 @@ class DistillConfig:
     )
     logits: float = option(10.0, "Weight of KL(teacher || student) of the next token, mean over tokens.", low=0)
     hidden: float = option(10.0, "Weight of the layers' relative squared error, mean over layers and tokens.", low=0)
+    share: float = option(
+        1.0, "Share of a batch's examples that the teacher sees, those without a label first.", above=0, high=1
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

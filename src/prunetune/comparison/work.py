@@ -198,7 +198,7 @@ class Workshop:
         tuned = self.tuned(cell.seed, self.dense_rate)
         # Padded passes hook the teacher's head: it is nobody else's.
         model = copy.deepcopy(tuned.model).requires_grad_(False).eval()
-        teacher = Teacher(model, distill.logits, distill.hidden)
+        teacher = Teacher(model, distill.logits, distill.hidden, share=distill.share)
         return lambda _: teacher, tuned.seconds
 
     def tuned(self, seed: int, rate: float) -> Tuned:

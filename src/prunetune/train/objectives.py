@@ -6,6 +6,7 @@ Shapes: N tokens of a pass in all its rows, M of them with a label behind them, 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -32,6 +33,21 @@ class Teacher:
     logits: float
     hidden: float
     lends: bool = False  # its weights are the student's, see `model.shared`
+    share: float = 1.0  # of a batch's examples that it sees
+
+
+def lessons(examples: Sequence[Example], teacher: Teacher | None) -> list[tuple[Teacher | None, Sequence[Example]]]:
+    """A batch by who teaches: (the teacher, those it sees), (None, the others); none of the parts is empty.
+
+    It sees its share, rounded up, and first what has no label: nothing else would teach that, so all of it is seen.
+    """
+    if teacher is None or teacher.share == 1:
+        return [(teacher, examples)] if examples else []
+    ordered = sorted(examples, key=lambda example: example.answer_from < len(example.ids))
+    bare = sum(example.answer_from == len(example.ids) for example in examples)
+    seen = max(bare, math.ceil(teacher.share * len(examples)))
+    parts = [(teacher, ordered[:seen]), (None, ordered[seen:])]
+    return [(each, part) for each, part in parts if part]
 
 
 @dataclass(frozen=True)
@@ -207,6 +223,11 @@ def labels_of(examples: Sequence[Example]) -> int:
     return max(1, sum(len(example.ids) - example.answer_from for example in examples))
 
 
+def tokens_of(examples: Sequence[Example]) -> int:
+    """Tokens, at least 1: what a sum of distances is divided by."""
+    return max(1, sum(len(example.ids) for example in examples))
+
+
 def backward(
     model: Any,
     examples: Sequence[Example],
@@ -215,19 +236,20 @@ def backward(
     teacher: Teacher | None = None,
     ranks: Ranks = ALONE,
 ) -> tuple[float, float]:
-    """Accumulate gradients of the mean answer loss per label plus the mean distance per token; returns the two.
+    """Accumulate gradients of the mean answer loss per label plus the mean distance per token seen; returns the two.
 
     Of several ranks each has its share of both, which add up.
     """
     device = next(model.parameters()).device
     labels = labels_of(examples)
-    tokens = sum(len(example.ids) for example in examples)
     loss, distance = torch.zeros((), device=device), torch.zeros((), device=device)
-    for feed in feeds(examples, pad_id, micro_tokens, device, ranks):
-        answers, apart = losses(model, feed, teacher)
-        (answers / labels + apart / tokens).backward()  # type: ignore[no-untyped-call]
-        loss += answers.detach() / labels
-        distance += apart.detach() / tokens
+    for who, part in lessons(examples, teacher):
+        tokens = tokens_of(part)
+        for feed in feeds(part, pad_id, micro_tokens, device, ranks):
+            answers, apart = losses(model, feed, who)
+            (answers / labels + apart / tokens).backward()  # type: ignore[no-untyped-call]
+            loss += answers.detach() / labels
+            distance += apart.detach() / tokens
     return float(loss), float(distance)
 
 

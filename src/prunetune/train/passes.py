@@ -34,8 +34,10 @@ from prunetune.train.objectives import (
     feed_of_pack,
     group_lasso,
     labels_of,
+    lessons,
     losses,
     mean_loss,
+    tokens_of,
 )
 
 log = logging.getLogger(__name__)
@@ -43,13 +45,14 @@ log = logging.getLogger(__name__)
 LONG = 1000  # steps from which compiling pays
 Gates = Mapping[str, Tensor]
 Losses = Mapping[str, float]  # "loss", and "distance" where there is a teacher
-Pass = Callable[[Pack, Tensor], None]  # over a row; the second holds the share of one label, and of one token
+# Over a row, with its teacher; the second holds the share of one label, and of one token that a teacher sees.
+Pass = Callable[[Pack, Tensor, Teacher | None], None]
 
 
 class Passes(Protocol):
     """What the players ask of the model.
 
-    "loss" is a mean over answer tokens in nats, "distance" a mean over all tokens; gradients are of their sum.
+    "loss" is a mean over answer tokens in nats, "distance" over the teacher's tokens; gradients are of their sum.
     """
 
     micro_tokens: int  # most tokens of one pass
@@ -185,9 +188,9 @@ class Packed(_Given):
         """See `Passes`."""
         self._make_gradients()
         if gates is None:
-            return self._over(examples, "tune", self._learn)
+            return self._over(examples, "tune", self._learn, self.teacher)
         self._set(gates)
-        return self._over(examples, "tune gated", self._learn_gated)
+        return self._over(examples, "tune gated", self._learn_gated, self.teacher)
 
     def shrink(self, gates: Gates, weight: float) -> float:
         """See `Passes`."""
@@ -202,7 +205,7 @@ class Packed(_Given):
         assert self.gates.grad is not None
         self._set(gates)
         self.gates.grad.zero_()
-        result = self._over(examples, "slopes", self._slopes)
+        result = self._over(examples, "slopes", self._slopes, self.teacher)
         return result, self._by_site(self.gates.grad.clone())
 
     def both(self, examples: Sequence[Example], gates: Gates) -> tuple[Losses, dict[str, Tensor]]:
@@ -211,7 +214,7 @@ class Packed(_Given):
         self._set(gates)
         self.gates.grad.zero_()
         self._make_gradients()
-        result = self._over(examples, "both", self._both)
+        result = self._over(examples, "both", self._both, self.teacher)
         return result, self._by_site(self.gates.grad.clone())
 
     def score(self, examples: Sequence[Example], gates: Gates | None) -> float:
@@ -226,26 +229,25 @@ class Packed(_Given):
         self.recorder.forget()
         self.tuned = []
 
-    def _over(self, examples: Sequence[Example], kind: str, function: Pass) -> Losses:
+    def _over(self, examples: Sequence[Example], kind: str, function: Pass, teacher: Teacher | None = None) -> Losses:
         """Run `function` on packs of all examples; mean losses."""
-        parts = packable(self.ranks.share(examples), self.micro_tokens)
-        packs = [pack(part, self.pad_id, sequences=len(examples)) for part in parts]
-        tokens = sum(len(example.ids) for example in examples)
-        shares = torch.tensor([1 / labels_of(examples), 1 / max(1, tokens)])
         self.sums.zero_()
-        for one in packs:
+        for who, part in lessons(examples, teacher):
+            shares = torch.tensor([1 / labels_of(examples), 1 / tokens_of(part)])
+            for some in packable(self.ranks.share(part), self.micro_tokens):
+                one = pack(some, self.pad_id, sequences=len(examples))
 
-            def run(inputs: Sequence[Tensor], one: Pack = one) -> None:
-                function(one.holding(inputs[:-1]), inputs[-1])
+                def run(inputs: Sequence[Tensor], one: Pack = one, who: Teacher | None = who) -> None:
+                    function(one.holding(inputs[:-1]), inputs[-1], who)
 
-            self.recorder.run((kind, *one.shape), run, [*one.tensors(), shares])
+                self.recorder.run((kind, who is None, *one.shape), run, [*one.tensors(), shares])
         loss, distance = self.sums.tolist()
-        return {"loss": loss, "distance": distance} if self.teacher else {"loss": loss}
+        return {"loss": loss, "distance": distance} if teacher else {"loss": loss}
 
-    def _learn(self, row: Pack, shares: Tensor) -> None:
+    def _learn(self, row: Pack, shares: Tensor, teacher: Teacher | None) -> None:
         terms = compiled_terms() if self.compiles else PLAIN
         with self._packed(), recomputed(self.model) if self.recompute else nullcontext():
-            parts = torch.stack(losses(self.model, feed_of_pack(row), self.teacher, terms)) * shares
+            parts = torch.stack(losses(self.model, feed_of_pack(row), teacher, terms)) * shares
             parts.sum().backward()  # type: ignore[no-untyped-call]
         self.sums += parts.detach()
 
@@ -259,29 +261,29 @@ class Packed(_Given):
                 stack.enter_context(fused(*models))
             yield
 
-    def _learn_gated(self, row: Pack, shares: Tensor) -> None:
+    def _learn_gated(self, row: Pack, shares: Tensor, teacher: Teacher | None) -> None:
         with masked(self.model, self._by_site(self.gates.detach()), adapters=self.form, sites=self.sites):
-            self._learn(row, shares)
+            self._learn(row, shares, teacher)
 
-    def _both(self, row: Pack, shares: Tensor) -> None:
+    def _both(self, row: Pack, shares: Tensor, teacher: Teacher | None) -> None:
         with masked(self.model, self._by_site(self.gates), adapters=self.form, sites=self.sites):
-            self._learn(row, shares)
+            self._learn(row, shares, teacher)
 
     def _shrink(self, inputs: Sequence[Tensor]) -> None:
         penalty = group_lasso(self.model, self._by_site(self.gates.detach()), self.sites)
         (penalty * inputs[0]).backward()  # type: ignore[no-untyped-call]
         self.sums[0] += penalty.detach()
 
-    def _slopes(self, row: Pack, shares: Tensor) -> None:
+    def _slopes(self, row: Pack, shares: Tensor, teacher: Teacher | None) -> None:
         with frozen(self.model), masked(self.model, self._by_site(self.gates), sites=self.sites):
-            self._learn(row, shares)
+            self._learn(row, shares, teacher)
 
     @torch.no_grad()
-    def _score(self, row: Pack, shares: Tensor) -> None:
+    def _score(self, row: Pack, shares: Tensor, _: Teacher | None = None) -> None:
         with self._packed():
             self.sums[0] += answer_loss(self.model, feed_of_pack(row)) * shares[0]
 
-    def _score_gated(self, row: Pack, shares: Tensor) -> None:
+    def _score_gated(self, row: Pack, shares: Tensor, _: Teacher | None = None) -> None:
         with masked(self.model, self._by_site(self.gates.detach()), sites=self.sites):
             self._score(row, shares)
 

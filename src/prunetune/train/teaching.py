@@ -24,7 +24,7 @@ def with_teacher(config: RunConfig, sites: Iterable[Site]) -> RunConfig:
 
 def untuned(model: Any, distill: DistillConfig) -> Teacher:
     """The model as it is now, over the same tensors; to be asked for before adapters are added to it."""
-    return Teacher(twin(model), distill.logits, distill.hidden, lends=True)
+    return Teacher(twin(model), distill.logits, distill.hidden, lends=True, share=distill.share)
 
 
 def lender_of(job: Job) -> Any | None:
