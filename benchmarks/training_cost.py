@@ -1,7 +1,7 @@
 """E1 and E2: what a one-stage run costs beside plain LoRA tuning of the dense model by transformers' Trainer and peft.
 
     python benchmarks/training_cost.py [--geometry smollm2-135m] [--sequence 512] [--batch 16] [--steps 60] [--keep 0.6]
-        [--runs trainer dense one-stage taught joint] [--teacher-share 1] [--compile on|off|auto] [--repeats 1]
+        [--runs trainer dense one-stage taught joint] [--teacher-share 0] [--compile on|off|auto] [--repeats 1]
 
 Random weights in a known shape, random tokens, the last third of a sequence is its answer; every run sees the same
 batches in the same order, with AdamW of one learning rate. `trainer`: Trainer and peft, eager, bfloat16; `dense`: our
@@ -40,7 +40,7 @@ from prunetune.train.job import Job
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.schedule import given_plan, schedule_of
 from prunetune.train.state import Forgetful
-from prunetune.train.teaching import untuned
+from prunetune.train.teaching import untuned, with_teacher
 
 PEAK = {"H100": 989e12, "H200": 989e12}  # bfloat16 operations a second, dense, by data sheet
 RANK, RATE = 32, 5e-4
@@ -148,7 +148,7 @@ def side_by_side(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor
 def ours(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype, kind: str) -> Clock:
     model, sites = made(asked.geometry, device, dtype, layers=asked.layers)
     config, dense = config_of(asked, kind), kind == "dense"
-    teacher = untuned(model, config.distill) if kind in ("taught", "joint") else None
+    teacher = untuned(model, with_teacher(config, sites).distill) if kind in ("taught", "joint") else None
     stream, clock = stream_of(asked, model.config.vocab_size), Clock(device)
     tune_and_prune(Job(
         model=model, sites=sites, shape=Shape("per-layer", default_align(sites)), train=stream, search=stream,
@@ -215,7 +215,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--keep", type=float, default=0.6)
     parser.add_argument("--runs", nargs="+", default=list(RUNS)[:4], choices=RUNS)
-    parser.add_argument("--teacher-share", type=float, default=1.0, help="of a batch's examples, `distill.share`")
+    parser.add_argument("--teacher-share", type=float, default=0, help="`distill.share`; 0: by the model's size")
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--weights", default="auto", choices=["auto", "all", "adapters"])
     parser.add_argument("--repeats", type=int, default=1)

@@ -34,7 +34,7 @@ from prunetune.train.job import Job
 from prunetune.train.players import Adapters
 from prunetune.train.schedule import schedule_of
 from prunetune.train.state import Forgetful
-from prunetune.train.teaching import untuned
+from prunetune.train.teaching import untuned, with_teacher
 
 
 class Phases:
@@ -114,7 +114,7 @@ def main() -> None:
     model, sites = made(args.geometry, device, dtype, layers=args.layers, quantize=config.lora.quantize)
     structure, _ = made(args.geometry, torch.device("meta"), dtype, layers=args.layers)
     shapes, setup = shapes_of(structure, sites), setup_of(config, dtype, longest=args.sequence)
-    teacher = untuned(model, config.distill) if args.teacher == "base" else None
+    teacher = untuned(model, with_teacher(config, sites).distill) if args.teacher == "base" else None
     phases.mark("load")
     stream = Stream(examples(shapes.vocabulary, args.sequence), args.batch, 0)
     job = Job(

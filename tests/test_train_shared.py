@@ -30,7 +30,7 @@ from test_train_loop import Every, Notes, config_of, identical, job_of, losses, 
 from test_train_sizes import larger, smaller
 
 CUT = 7  # steps before it
-DISTILL = DistillConfig(logits=1.0, hidden=1.0)
+DISTILL = DistillConfig(logits=1.0, hidden=1.0, share=1.0)
 both = pytest.mark.parametrize("weights", ["adapters", "all"])
 families = pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3"])
 
@@ -168,6 +168,7 @@ def test_who_teaches_is_a_matter_of_size() -> None:
     config = config_of({"distill": {"teacher": "auto"}})
     assert with_teacher(config, sites).distill.teacher == "dense"
     assert with_teacher(config, large).distill.teacher == "base"
+    assert [with_teacher(config, each).distill.share for each in (sites, large)] == [1, 0.5]
     for wanted in ("none", "base", "dense"):
-        told = config_of({"distill": {"teacher": wanted}})
+        told = config_of({"distill": {"teacher": wanted, "share": 0.3}})
         assert with_teacher(told, sites) == with_teacher(told, large) == told

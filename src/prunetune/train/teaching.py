@@ -16,14 +16,18 @@ from prunetune.train.objectives import Teacher
 
 
 def with_teacher(config: RunConfig, sites: Iterable[Site]) -> RunConfig:
-    """The recipe with `distill.teacher: auto` decided. A matter of the model's size, never of the machine."""
-    if config.distill.teacher != "auto":
-        return config
-    return replace(config, distill=replace(config.distill, teacher="dense" if total(sites) < LARGE else "base"))
+    """The recipe with who teaches, and how much, decided. A matter of the model's size, never of the machine."""
+    distill, large = config.distill, total(sites) >= LARGE
+    if distill.teacher == "auto":
+        distill = replace(distill, teacher="base" if large else "dense")
+    return replace(config, distill=replace(distill, share=distill.share or (0.5 if large else 1.0)))
 
 
 def untuned(model: Any, distill: DistillConfig) -> Teacher:
-    """The model as it is now, over the same tensors; to be asked for before adapters are added to it."""
+    """The model as it is now, over the same tensors; to be asked for before adapters are added to it.
+
+    Of a recipe in which `with_teacher` has decided.
+    """
     return Teacher(twin(model), distill.logits, distill.hidden, lends=True, share=distill.share)
 
 
