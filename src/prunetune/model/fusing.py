@@ -1,6 +1,6 @@
-"""A model's norms and rotary embeddings as single kernels: compiled by PyTorch, for the length of a block.
+"""A model's norms, rotary embeddings and gated activations as single kernels: compiled by PyTorch, for a block.
 
-A small model's step is thousands of kernels of some microseconds each, and many of them are these two's. Whole layers
+A small model's step is thousands of kernels of some microseconds each, and many of them are these three's. Whole layers
 would fuse further, but compiling one that may have any width takes minutes; these take seconds, and no gate or adapter
 ever hangs on them.
 """
@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 ROTARY = "apply_rotary_pos_emb"  # what transformers calls it in every modelling file that has it
 
@@ -39,6 +39,8 @@ def _faster(kind: type[nn.Module]) -> Callable[..., Any] | None:
         return _compiled(forward)
     if isinstance(forward, types.FunctionType) and ROTARY in forward.__code__.co_names:
         return _seeing(forward, {ROTARY: _compiled(forward.__globals__[ROTARY])})
+    if _is_usual_mlp(forward):
+        return _mlp_with(_compiled(_gated))
     return None
 
 
@@ -54,3 +56,36 @@ def _seeing(function: types.FunctionType, names: dict[str, Any]) -> types.Functi
     anew = types.FunctionType(function.__code__, around, function.__name__, function.__defaults__, function.__closure__)
     anew.__kwdefaults__ = function.__kwdefaults__
     return anew
+
+
+def _gated(activation: Callable[[Tensor], Tensor], gate: Tensor, up: Tensor) -> Tensor:
+    return activation(gate) * up
+
+
+def _mlp_with(gated: Callable[..., Tensor]) -> Callable[..., Any]:
+    """The usual MLP's forward, whose linears are called as ever: gates and adapters hang on them."""
+
+    def forward(self: Any, x: Tensor) -> Any:
+        return self.down_proj(gated(self.act_fn, self.gate_proj(x), self.up_proj(x)))
+
+    return forward
+
+
+def _is_usual_mlp(forward: Any) -> bool:
+    """Whether a forward is, instruction by instruction, one of the two ways in which transformers writes it."""
+    return isinstance(forward, types.FunctionType) and _read(forward) in (_read(_mlp), _read(_mlp_in_two))
+
+
+def _mlp(self: Any, x: Tensor) -> Any:
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _mlp_in_two(self: Any, x: Tensor) -> Any:
+    down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return down_proj  # noqa: RET504
+
+
+def _read(function: Any) -> tuple[object, ...]:
+    """All that a function says which has no constants in it."""
+    code = function.__code__
+    return code.co_code, code.co_names, code.co_varnames, code.co_argcount
