@@ -40,7 +40,7 @@ class DataConfig:
     texts: tuple[str, ...] = option(
         (), "Sources mixed into train and search on which only a teacher counts, so that what they stand for is kept."
     )
-    texts_share: float = option(0.25, "Share of a batch's examples that are of data.texts.", above=0, high=0.9)
+    texts_share: float = option(0.3, "Share of a batch's examples that are of data.texts.", above=0, high=0.9)
     guard: tuple[str, ...] = option(
         (), "Sources of general knowledge watched during the run, never tuned on: texts, or rows with choices."
     )

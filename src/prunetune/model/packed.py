@@ -22,8 +22,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # before PyTorch 2.10: nothing is packed there
     varlen_attn = None  # type: ignore[assignment]
-# Whether query heads may share key-value heads, else these are repeated.
-TAKES_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
+# Query heads may share key-value heads: once silently (seen with 2.11), since then where it is said.
+ASKS_FOR_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
 def can_pack(model: Any) -> bool:
@@ -105,10 +105,8 @@ def packed_attention(
 def _flash(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None
 ) -> Tensor:
-    ratio, left = query.shape[1] // key.shape[1], -1 if window is None else window - 1
-    grouped: dict[str, Any] = {"enable_gqa": True} if TAKES_GROUPS else {}
-    if ratio > 1 and not TAKES_GROUPS:
-        key, value = key.repeat_interleave(ratio, dim=1), value.repeat_interleave(ratio, dim=1)
+    left = -1 if window is None else window - 1
+    grouped: dict[str, Any] = {"enable_gqa": True} if ASKS_FOR_GROUPS else {}
     result = varlen_attn(
         query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(left, 0), **grouped
     )
