@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from data_helpers import subwords
 from evaluate_helpers import characters, speaker
 from prunetune.errors import ModelError
 from prunetune.model import gguf
@@ -44,9 +47,28 @@ def test_a_torn_file_is_refused_in_a_line(content: bytes, tmp_path: Path, monkey
         gguf.dequantised(tmp_path / "torn.gguf")
 
 
+def test_a_tokenizer_that_reads_words_letter_by_letter_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5.17 on Gemma's."""
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: subwords())
+    assert gguf.dequantised(file).is_dir()
+    os.utime(file, ns=(1, 1))
+    state = json.loads(subwords().backend_tokenizer.to_str())
+    state["model"]["merges"] = []
+    monkeypatch.setattr(
+        AutoTokenizer,
+        "from_pretrained",
+        lambda *_, **__: PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state))),
+    )
+    with pytest.raises(ModelError, match="reads its tokenizer wrongly"):
+        gguf.dequantised(file)
+
+
 def test_two_processes_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow:
         """A tokenizer while whose writing another process begins and ends."""
+
+        def __len__(self) -> int:
+            return 0
 
         def save_pretrained(self, folder: Path) -> None:
             monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: characters())

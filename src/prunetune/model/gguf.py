@@ -7,6 +7,7 @@ import os
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +16,7 @@ from prunetune.files import new_folder
 
 # Wide enough for what 4 to 8 bits held, and the width that users serve.
 STORAGE = torch.bfloat16
+SAMPLED = 2000  # tokens of a vocabulary that are looked at
 
 
 def cache_folder() -> Path:
@@ -34,6 +36,7 @@ def dequantised(file: Path) -> Path:
 
 
 def _convert(file: Path, folder: Path) -> None:
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -44,6 +47,11 @@ def _convert(file: Path, folder: Path) -> None:
         raise ModelError(
             f"model {file}: cannot be read as GGUF: {reason}; check the file or fetch it again"
         ) from broken
+    if not _knows_its_words(tokenizer):
+        raise ModelError(
+            f"model {file}: transformers {transformers.__version__} reads its tokenizer wrongly: words of the "
+            "vocabulary come out in pieces; upgrade transformers, or name a folder with the model's own tokenizer"
+        )
     # A model that remembers being quantised refuses to be saved, though its weights are plain again.
     del model.config.quantization_config
     model.hf_quantizer = None
@@ -58,3 +66,14 @@ def _convert(file: Path, folder: Path) -> None:
         if not folder.is_dir():
             raise
         shutil.rmtree(own)
+
+
+def _knows_its_words(tokenizer: Any) -> bool:
+    """Whether most words that are one token of the vocabulary are one when read as text.
+
+    transformers 5.17 takes Gemma's for another kind and reads it letter by letter, without a word.
+    """
+    pieces = (tokenizer.decode([token]) for token in range(0, len(tokenizer), max(1, len(tokenizer) // SAMPLED)))
+    words = [piece for piece in pieces if piece.strip().isascii() and piece.strip().isalpha() and len(piece) > 4]
+    whole = sum(len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1 for word in words)
+    return 2 * whole >= len(words)
