@@ -172,7 +172,7 @@ def config_of(asked: argparse.Namespace, kind: str) -> RunConfig:
         },
         "lora": {"rank": RANK},
         "distill": {"share": asked.teacher_share},
-        "search": {"batch_size": asked.batch, "evidence": 4} | (joint if kind == "joint" else {}),
+        "search": {"batch_size": asked.batch} | (joint if kind == "joint" else {}),
     })  # fmt: skip
 
 
