@@ -104,6 +104,9 @@ def failing_at_its_end(*_: Any, **__: Any) -> Iterator[None]:
         (RuntimeError("operation not permitted when stream is capturing\nmore"), False, ModelError),
         (RuntimeError("operation not permitted when stream is capturing"), True, ModelError),
         (RuntimeError(""), False, ModelError),
+        (torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing"), True, ModelError),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), False, torch.AcceleratorError),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), True, torch.AcceleratorError),
     ],
 )
 def test_lack_of_memory_is_told_from_what_cannot_be_recorded(

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prunetune.errors import ModelError
+from prunetune.errors import ModelError, device_fault
 
 
 class OwnStream:
@@ -114,6 +114,9 @@ class Recorder:
             raise
         except RuntimeError as failed:
             line = (str(failed).strip().splitlines() or [type(failed).__name__])[0]
+            for each in _behind(failed):
+                if device_fault(each) and "captur" not in str(each):  # no matter of recording
+                    raise each from None
             if not _lacks_memory(failed):
                 raise ModelError(f"this model's pass cannot be recorded ({line}): set train.packing to off") from failed
         else:
@@ -121,10 +124,13 @@ class Recorder:
         raise torch.OutOfMemoryError(line)  # out of the handler, whose traceback holds the tensors of the pass
 
 
-def _lacks_memory(failed: BaseException | None) -> bool:
-    """Whether that is why: CUDA says so in words, and the end of a recording may fail on top of it."""
-    while failed is not None and not isinstance(failed, torch.OutOfMemoryError):
-        if "out of memory" in str(failed):
-            return True
+def _lacks_memory(failed: BaseException) -> bool:
+    """Whether that is why: CUDA says so in words."""
+    return any(isinstance(each, torch.OutOfMemoryError) or "out of memory" in str(each) for each in _behind(failed))
+
+
+def _behind(failed: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those that it came on top of: the end of a recording fails after any in it."""
+    while failed is not None:
+        yield failed
         failed = failed.__context__
-    return failed is not None
