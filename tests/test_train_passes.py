@@ -115,7 +115,7 @@ def test_rounding_of_a_sharp_model_is_no_reading_across(seed: int, monkeypatch: 
     assert not can_pack(model)
 
 
-@pytest.mark.parametrize("weights", [None, (1.0, 0.0), (0.0, 1.0), (0.5, 2.0), (0.5, 2.0, False, 0.4)])
+@pytest.mark.parametrize("weights", [None, (1.0, 0.0), (0.0, 1.0), (0.5, 2.0), (0.5, 2.0, False, False, 0.4)])
 @pytest.mark.parametrize("micro_tokens", [10_000, 25])
 def test_packed_equals_padded(setting: Setting, micro_tokens: int, weights: tuple[Any, ...] | None) -> None:
     model, sites, gates = setting
@@ -163,6 +163,29 @@ def test_a_teacher_sees_its_share_and_all_that_has_no_label() -> None:
         assert losses["loss"] == pytest.approx(labels.tune(batch, None)["loss"], rel=1e-5)
         whole = gradients(model)
         assert_same({name: whole[name] + of_seen[name] - of_their_labels[name] for name in grads}, grads)
+
+
+@pytest.mark.parametrize("kind", [Padded, Packed])
+def test_a_teacher_that_does_not_know_the_task_has_no_say_where_labels_are(kind: Any) -> None:
+    batch = [*examples(), Example(tuple(range(3, 9)), 6, "text")]
+    student, teacher = tiny(seed=5), tiny(seed=6)
+    tokens = sum(len(example.ids) for example in batch)
+    expected = 0.0
+    for example in batch:
+        ids = torch.tensor([example.ids])
+        with torch.no_grad():
+            found, wanted = (model(ids, output_hidden_states=True) for model in (student, teacher))
+        logs = [result.logits[0].log_softmax(-1) for result in (found, wanted)]
+        apart = torch.nn.functional.kl_div(*logs, reduction="none", log_target=True).sum(-1)
+        pairs = zip(found.hidden_states[1:], wanted.hidden_states[1:], strict=True)
+        errors = [(one - other)[0].square().sum(-1) / other[0].square().sum(-1) for one, other in pairs]
+        heard = [at for at in range(len(example.ids)) if not example.answer_from <= at + 1 < len(example.ids)]
+        expected += float((0.5 * apart + 2 * torch.stack(errors).mean(0))[heard].sum()) / tokens
+    passes = kind(with_lora(student), find_sites(tiny()), 0, config_of(), Teacher(teacher, 0.5, 2.0, tuned=False))
+    for name, parameter in adapters(passes.model).items():
+        if ".lora_B." in name:
+            parameter.data.zero_()
+    assert passes.tune(batch, None)["distance"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_slopes_and_lasso_are_equal(setting: Setting) -> None:

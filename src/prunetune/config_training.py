@@ -82,8 +82,9 @@ class DistillConfig:
 
     teacher: Literal["auto", "none", "base", "dense"] = option(
         "auto",
-        "base: the model as it came; dense: the same, tuned with the same data and steps beforehand. auto: dense for "
-        "models of fewer than 1e9 prunable parameters, else base, which costs neither time to tune nor memory.",
+        "base: the model as it came, heard where no label stands; dense: the same, tuned with the same data and steps "
+        "beforehand. auto: dense for models of fewer than 1e9 prunable parameters, else base, which costs neither time "
+        "to tune nor memory.",
     )
     logits: float = option(10.0, "Weight of KL(teacher || student) of the next token, mean over tokens.", low=0)
     hidden: float = option(10.0, "Weight of the layers' relative squared error, mean over layers and tokens.", low=0)

@@ -269,7 +269,8 @@ def _teacher_apart(setting: Setting, distill: DistillConfig, dense_tuned: Callab
         spread(model, setting.ranks)
     else:
         model = dense_tuned()
-    return Teacher(model.requires_grad_(False).eval(), distill.logits, distill.hidden, share=distill.share)
+    model, tuned = model.requires_grad_(False).eval(), distill.teacher != "base"
+    return Teacher(model, distill.logits, distill.hidden, tuned=tuned, share=distill.share)
 
 
 def watched(examples: tuple[Example, ...], most: int) -> tuple[Example, ...]:

@@ -32,6 +32,7 @@ class Teacher:
     model: Any
     logits: float
     hidden: float
+    tuned: bool = True  # knows the task; one that does not is heard only where there is no label
     lends: bool = False  # its weights are the student's, see `model.shared`
     share: float = 1.0  # of a batch's examples that it sees, in (0, 1]
 
@@ -81,6 +82,13 @@ def feed_of_pack(row: Pack) -> Feed:
     }
     real = torch.arange(row.input_ids.shape[1], device=row.length.device) < row.length
     return Feed(arguments, row.predicting, row.targets, real)
+
+
+def without_label(feed: Feed) -> Tensor:
+    """Bool [N]: real tokens behind which no label stands."""
+    labels = torch.zeros_like(feed.real, dtype=torch.int32)
+    labels = labels.index_add(0, feed.predicting, (feed.targets != IGNORED).to(torch.int32))
+    return feed.real & (labels == 0)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -135,7 +143,7 @@ def answer_loss(model: Any, feed: Feed, terms: Terms = PLAIN) -> Tensor:
 
 
 def losses(model: Any, feed: Feed, teacher: Teacher | None, terms: Terms = PLAIN) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy over the labelled tokens, and summed distance to the teacher over all real tokens.
+    """Summed cross-entropy over the labelled tokens, and summed distance to the teacher over all tokens it is heard on.
 
     Distance: KL(teacher || student) of the next token (Hinton et al. 2015) and the squared error of every layer's
     output relative to the teacher's, mean over layers; weighed as the teacher says.
@@ -143,17 +151,17 @@ def losses(model: Any, feed: Feed, teacher: Teacher | None, terms: Terms = PLAIN
     if teacher is None:
         loss = answer_loss(model, feed, terms)
         return loss, torch.zeros_like(loss.detach())
-    deep = teacher.hidden > 0
+    deep, heard = teacher.hidden > 0, feed.real if teacher.tuned else without_label(feed)
     with _mixed(model, feed):
         hidden, layers = _forward(model, feed, deep=deep)
         with torch.no_grad():
             aim, aims = _forward(teacher.model, feed, deep=deep)
         distance = torch.zeros((), device=hidden.device)
         if teacher.logits:
-            distance = distance + teacher.logits * _apart(model, hidden, teacher.model, aim, feed.real, terms)
+            distance = distance + teacher.logits * _apart(model, hidden, teacher.model, aim, heard, terms)
         if deep:
             errors = torch.stack([terms.relative_error(one, other) for one, other in zip(layers, aims, strict=True)])
-            distance = distance + teacher.hidden * (errors.mean(0) * feed.real).sum()
+            distance = distance + teacher.hidden * (errors.mean(0) * heard).sum()
         return _answers(model, feed, hidden, terms), distance
 
 
@@ -183,14 +191,14 @@ def _answers(model: Any, feed: Feed, hidden: Tensor, terms: Terms) -> Tensor:
     return in_portions(hidden.index_select(0, feed.predicting), _vocabulary(model), loss)
 
 
-def _apart(model: Any, hidden: Tensor, teacher: Any, aim: Tensor, real: Tensor, terms: Terms) -> Tensor:
-    """KL(teacher || student) of the next token, summed over real tokens."""
+def _apart(model: Any, hidden: Tensor, teacher: Any, aim: Tensor, heard: Tensor, terms: Terms) -> Tensor:
+    """KL(teacher || student) of the next token, summed over the tokens that bool [N] `heard` marks."""
     head, other = head_of(model), head_of(teacher)
 
     def loss(portion: Tensor, places: slice) -> Tensor:
         with torch.no_grad():
             wanted = other(aim[places])
-        return terms.divergence(head(portion), wanted, real[places])
+        return terms.divergence(head(portion), wanted, heard[places])
 
     return in_portions(hidden, _vocabulary(model), loss)
 

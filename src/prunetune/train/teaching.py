@@ -28,7 +28,7 @@ def untuned(model: Any, distill: DistillConfig) -> Teacher:
 
     Of a recipe in which `with_teacher` has decided.
     """
-    return Teacher(twin(model), distill.logits, distill.hidden, lends=True, share=distill.share)
+    return Teacher(twin(model), distill.logits, distill.hidden, tuned=False, lends=True, share=distill.share)
 
 
 def lender_of(job: Job) -> Any | None:
