@@ -76,7 +76,7 @@ def result(
     if distil:
         teacher = tiny(seed=3).requires_grad_(False)
         spread(teacher, ranks)
-        job = replace(job, teacher=Teacher(teacher, 1.0, 1.0))
+        job = replace(job, teacher=Teacher(teacher, 1.0, 1.0, tuned=False, share=0.5))
     if stop:
         observer: Any = job.observer
         told = observer.step
