@@ -78,7 +78,7 @@ class LoraSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """A teacher that tuning and search stay close to, on every token of their examples."""
+    """A teacher that tuning and search stay close to, token by token."""
 
     teacher: Literal["auto", "none", "base", "dense"] = option(
         "auto",
