@@ -27,8 +27,9 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if func._overloadpacket in flop_registry:
-            self.total += flop_registry[func._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        product = getattr(torch.ops.aten, func._overloadpacket.__name__.removesuffix("_"), None)  # addmm_ is one, too
+        if product in flop_registry:
+            self.total += flop_registry[product](*args, **(kwargs or {}), out_val=result)
         return result
 
 

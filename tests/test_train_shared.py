@@ -50,7 +50,9 @@ def taught(config: RunConfig, family: str = "llama", *, keeper: Keeper | None = 
 def test_the_run_is_that_of_a_teacher_apart(family: str, weights: str) -> None:
     config = recipe(weights)
     together, apart = taught(config, family), job_of(config, family=family)
-    apart = replace(apart, teacher=Teacher(tiny(family).requires_grad_(False), DISTILL.logits, DISTILL.hidden))
+    apart = replace(
+        apart, teacher=Teacher(tiny(family).requires_grad_(False), DISTILL.logits, DISTILL.hidden, tuned=False)
+    )
     before = tiny(family).state_dict()
     assert tune_and_prune(together) == tune_and_prune(apart)
     assert search_losses(together) == search_losses(apart)
@@ -81,7 +83,9 @@ def test_resumed_at_any_step_equals_uninterrupted(weights: str, tmp_path: Path) 
 def test_a_smaller_size_goes_on_beside_its_teacher(weights: str) -> None:
     (job, plan), (apart, _) = (smaller(larger(weights, "llama"), weights, "llama") for _ in range(2))
     job = replace(job, teacher=untuned(job.model, DISTILL))
-    apart = replace(apart, teacher=Teacher(tiny("llama").requires_grad_(False), DISTILL.logits, DISTILL.hidden))
+    apart = replace(
+        apart, teacher=Teacher(tiny("llama").requires_grad_(False), DISTILL.logits, DISTILL.hidden, tuned=False)
+    )
     assert tune_and_prune(job) == tune_and_prune(apart) == plan
     assert losses(job) == pytest.approx(losses(apart), rel=1e-5)
     assert job.teacher is not None

@@ -79,7 +79,7 @@ class Setup:
     recompute: bool = False  # train.checkpointing
     all_weights: bool = False  # once the model is cut
     joint: bool = False  # search.step
-    teacher: bool = False
+    teacher: bool = False  # taken to see whole passes, whatever `distill.share`
     shared: bool = False  # it is the untuned model, in its student's memory
     deep: bool = False  # the teacher's layers are followed, too
     generator: str = "transformer"
