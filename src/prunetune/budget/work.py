@@ -17,8 +17,8 @@ def operations(
 ) -> int:
     """Of one step on `tokens` in examples of `length`; a search step's generator sees as many again.
 
-    `answers`: the share of tokens that are labels, which the head reads; with a teacher, taken to see the whole batch, it
-    reads all. With `search.step: joint` there is one pass for both players.
+    `answers`: the share of tokens that are labels, which the head reads; with a teacher, taken to see the whole batch,
+    it reads all. With `search.step: joint` there is one pass for both players.
     """
     linears = [linear.cut(setup.keep) for linear in shapes.linears] if phase == "tune" else list(shapes.linears)
     merged = phase == "tune" and setup.all_weights
