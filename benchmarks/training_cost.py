@@ -2,6 +2,7 @@
 
     python benchmarks/training_cost.py [--geometry smollm2-135m] [--sequence 512] [--batch 16] [--steps 60] [--keep 0.6]
         [--runs trainer dense one-stage taught joint] [--teacher-share 0] [--compile on|off|auto] [--repeats 1]
+        [--device cuda]
 
 Random weights in a known shape, random tokens, the last third of a sequence is its answer; every run sees the same
 batches in the same order, with AdamW of one learning rate. `trainer`: Trainer and peft, eager, bfloat16; `dense`: our

@@ -91,7 +91,8 @@ class DistillConfig:
     share: float = option(
         0.0,
         "Share of a batch's examples that the teacher sees, those without a label first. 0: all of them for models of "
-        "fewer than 1e9 prunable parameters, else half, with which a step costs less than the dense model's.",
+        "fewer than 1e9 prunable parameters, else half, so that a step after the cut costs less than one of the dense "
+        "model.",
         low=0,
         high=1,
     )
