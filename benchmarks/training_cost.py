@@ -1,16 +1,15 @@
 """E1 and E2: what a one-stage run costs beside plain LoRA tuning of the dense model by transformers' Trainer and peft.
 
     python benchmarks/training_cost.py [--geometry smollm2-135m] [--sequence 512] [--batch 16] [--steps 60] [--keep 0.6]
-        [--runs trainer dense one-stage taught joint] [--teacher-share 0] [--compile on|off|auto] [--repeats 1]
-        [--device cuda]
+        [--runs trainer dense one-stage taught] [--teacher-share 0] [--search-step auto|alternate|joint]
+        [--compile on|off|auto] [--repeats 1] [--device cuda]
 
 Random weights in a known shape, random tokens, the last third of a sequence is its answer; every run sees the same
 batches in the same order, with AdamW of one learning rate. `trainer`: Trainer and peft, eager, bfloat16; `dense`: our
 loop on the same adapters of the same model; `one-stage`: search, settling, cut and tuning without a teacher; `taught`:
-the same with the untuned model as teacher; `joint`: with it, and one pass for both players in a step of the search
-(gates on both branches). Runs take turns. Prints JSON: time and tokens a second of the steps after the first fifth (in
-which passes are recorded and compiled), seconds of the whole, peak memory, losses, use of the device's arithmetic
-(MFU), and ratios to `trainer`.
+the same with the untuned model as teacher. Runs take turns. Prints JSON: time and tokens a second of the steps after
+the first fifth (in which passes are recorded and compiled), seconds of the whole, peak memory, losses, use of the
+device's arithmetic (MFU), and ratios to `trainer`.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from prunetune.train.job import Job
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.schedule import given_plan, schedule_of
 from prunetune.train.state import Forgetful
-from prunetune.train.teaching import untuned, with_teacher
+from prunetune.train.teaching import by_size, untuned
 
 PEAK = {"H100": 989e12, "H200": 989e12}  # bfloat16 operations a second, dense, by data sheet
 RANK, RATE = 32, 5e-4
@@ -148,8 +147,8 @@ def side_by_side(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor
 
 def ours(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype, kind: str) -> Clock:
     model, sites = made(asked.geometry, device, dtype, layers=asked.layers)
-    config, dense = config_of(asked, kind), kind == "dense"
-    teacher = untuned(model, with_teacher(config, sites).distill) if kind in ("taught", "joint") else None
+    config, dense = by_size(config_of(asked, kind), sites), kind == "dense"
+    teacher = untuned(model, config.distill) if kind == "taught" else None
     stream, clock = stream_of(asked, model.config.vocab_size), Clock(device)
     tune_and_prune(Job(
         model=model, sites=sites, shape=Shape("per-layer", default_align(sites)), train=stream, search=stream,
@@ -162,7 +161,6 @@ def ours(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype, ki
 
 
 def config_of(asked: argparse.Namespace, kind: str) -> RunConfig:
-    joint = {"step": "joint", "lora_aware": False}
     return from_mapping({
         "budget": {"keep": asked.keep},
         "train": {
@@ -173,7 +171,7 @@ def config_of(asked: argparse.Namespace, kind: str) -> RunConfig:
         },
         "lora": {"rank": RANK},
         "distill": {"share": asked.teacher_share},
-        "search": {"batch_size": asked.batch} | (joint if kind == "joint" else {}),
+        "search": {"batch_size": asked.batch, "step": asked.search_step, "lora_aware": asked.search_step != "joint"},
     })  # fmt: skip
 
 
@@ -189,7 +187,6 @@ RUNS: dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype], Clock]
     "dense": lambda *given: ours(*given, "dense"),
     "one-stage": lambda *given: ours(*given, "one-stage"),
     "taught": lambda *given: ours(*given, "taught"),
-    "joint": lambda *given: ours(*given, "joint"),
 }
 
 
@@ -215,8 +212,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--keep", type=float, default=0.6)
-    parser.add_argument("--runs", nargs="+", default=list(RUNS)[:4], choices=RUNS)
+    parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS)
     parser.add_argument("--teacher-share", type=float, default=0, help="`distill.share`; 0: by the model's size")
+    parser.add_argument("--search-step", default="auto", choices=["auto", "alternate", "joint"])
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--weights", default="auto", choices=["auto", "all", "adapters"])
     parser.add_argument("--repeats", type=int, default=1)

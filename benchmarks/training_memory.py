@@ -34,7 +34,7 @@ from prunetune.train.job import Job
 from prunetune.train.players import Adapters
 from prunetune.train.schedule import schedule_of
 from prunetune.train.state import Forgetful
-from prunetune.train.teaching import untuned, with_teacher
+from prunetune.train.teaching import by_size, untuned
 
 
 class Phases:
@@ -104,17 +104,18 @@ def main() -> None:
     parser.add_argument("--checkpointing", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--packing", default="auto", choices=["auto", "off"])
     parser.add_argument("--weights", default="auto", choices=["auto", "all", "adapters"])
-    parser.add_argument("--search-step", default="alternate", choices=["alternate", "joint"])
+    parser.add_argument("--search-step", default="auto", choices=["auto", "alternate", "joint"])
     parser.add_argument("--teacher", default="none", choices=["none", "base"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    device, config = torch.device(args.device), config_of(args)
+    device = torch.device(args.device)
     dtype = torch.float32 if args.precision == "f32" else torch.bfloat16
     phases, began = Phases(device), time.perf_counter()
-    model, sites = made(args.geometry, device, dtype, layers=args.layers, quantize=config.lora.quantize)
+    model, sites = made(args.geometry, device, dtype, layers=args.layers, quantize=config_of(args).lora.quantize)
+    config = by_size(config_of(args), sites)
     structure, _ = made(args.geometry, torch.device("meta"), dtype, layers=args.layers)
     shapes, setup = shapes_of(structure, sites), setup_of(config, dtype, longest=args.sequence)
-    teacher = untuned(model, with_teacher(config, sites).distill) if args.teacher == "base" else None
+    teacher = untuned(model, config.distill) if args.teacher == "base" else None
     phases.mark("load")
     stream = Stream(examples(shapes.vocabulary, args.sequence), args.batch, 0)
     job = Job(
@@ -135,7 +136,7 @@ def main() -> None:
     print(json.dumps({
         "geometry": args.geometry, "precision": args.precision, "layers": shapes.layers, "sequence": args.sequence,
         "batch": args.batch, "rank": args.rank, "checkpointing": config.train.checkpointing, "teacher": args.teacher,
-        "search_step": args.search_step, "device": describe(device), "torch": torch.__version__,
+        "search_step": config.search.step, "device": describe(device), "torch": torch.__version__,
         "kept": kept_params(sites, plan) / sum(site.params for site in sites),
         "peak_gb": {name: round(value, 3) for name, value in phases.peaks.items()},
         "peak_gib": round(max(phases.peaks.values()) * 1e9 / 2**30, 3),

@@ -24,7 +24,7 @@ from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher, lean_relative_error, relative_error
 from prunetune.train.passes import Packed
 from prunetune.train.state import Checkpoints, Keeper
-from prunetune.train.teaching import untuned, with_teacher
+from prunetune.train.teaching import by_size, untuned
 from test_model_shared import held
 from test_train_loop import Every, Notes, config_of, identical, job_of, losses, search_losses, weights_of
 from test_train_sizes import larger, smaller
@@ -166,13 +166,15 @@ def test_a_lean_error_is_the_error(dtype: torch.dtype) -> None:
     assert torch.equal(*slopes)
 
 
-def test_who_teaches_is_a_matter_of_size() -> None:
+def test_who_teaches_and_how_the_search_steps_is_a_matter_of_size() -> None:
     sites = tuple(find_sites(tiny("llama")))
     large = tuple(replace(site, unit_params=LARGE) for site in sites)
     config = config_of({"distill": {"teacher": "auto"}})
-    assert with_teacher(config, sites).distill.teacher == "dense"
-    assert with_teacher(config, large).distill.teacher == "base"
-    assert [with_teacher(config, each).distill.share for each in (sites, large)] == [1, 0.5]
-    for wanted in ("none", "base", "dense"):
-        told = config_of({"distill": {"teacher": wanted, "share": 0.3}})
-        assert with_teacher(told, sites) == with_teacher(told, large) == told
+    assert by_size(config, sites).distill.teacher == "dense"
+    assert by_size(config, large).distill.teacher == "base"
+    assert [by_size(config, each).distill.share for each in (sites, large)] == [1, 0.5]
+    assert [by_size(config, each).search.step for each in (sites, large)] == ["alternate", "joint"]
+    assert [by_size(config, each).search.lora_aware for each in (sites, large)] == [True, False]
+    for wanted, step in (("none", "joint"), ("base", "alternate"), ("dense", "joint")):
+        told = config_of({"distill": {"teacher": wanted, "share": 0.3}, "search": {"step": step}})
+        assert by_size(told, sites) == by_size(told, large) == told

@@ -412,7 +412,10 @@ def _translated(error: Exception) -> str | None:
             "in eval and check lower --max-tokens"
         )
     if said := device_fault(error):
-        return f"the GPU gave up ({said}): go on with --resume; if it comes again, see the kernel's log (dmesg) for Xid"
+        return (
+            f"the GPU gave up ({said}): go on with --resume; if it comes again, let no other process use this GPU, or "
+            "see the kernel's log (dmesg) for Xid"
+        )
     return None
 
 

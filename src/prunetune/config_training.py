@@ -102,9 +102,10 @@ class DistillConfig:
 class SearchConfig:
     """The pruning-decision generator (ATP, section 3.2)."""
 
-    step: Literal["alternate", "joint"] = option(
-        "alternate",
-        "alternate: the generator learns on batches of its own; joint: from the adapters' pass, one backward.",
+    step: Literal["auto", "alternate", "joint"] = option(
+        "auto",
+        "alternate: the generator learns on batches of its own; joint: from the adapters' pass, one backward. "
+        "auto: alternate, but joint with lora_aware false from 1e9 prunable parameters on.",
     )
     generator: Literal["transformer", "gru", "none"] = option(
         "transformer", "The network over the layer sequence; none: one free logit a unit."

@@ -48,7 +48,7 @@ from prunetune.train.objectives import Teacher
 from prunetune.train.schedule import given_plan, schedule_of
 from prunetune.train.sharding import spread
 from prunetune.train.state import Checkpoints, Keeper
-from prunetune.train.teaching import untuned, with_teacher
+from prunetune.train.teaching import by_size, untuned
 from prunetune.train.together import shared
 from prunetune.train.validation import WentBack
 from prunetune.watching import Watcher, outcome, watcher_of
@@ -154,7 +154,7 @@ def train(setting: Setting, watcher: Watcher | None = None, trackers: Trackers |
     teaching = teaching_of(setting, lambda: model_of(setting, "tuned"))
     setting.console.stage("tune and prune", setting.config.train.steps)
     tune(setting, teaching, watcher, trackers)
-    teacher = with_teacher(setting.config, setting.sites).distill.teacher
+    teacher = by_size(setting.config, setting.sites).distill.teacher
     if setting.ranks.world > 1 and setting.config.evaluate.dense_tuned and teacher != "dense":
         model_of(setting, "tuned")  # while all ranks are here
 
@@ -205,7 +205,7 @@ def job_of(
     """What the loop needs; with a plan given, it only tunes."""
     from accelerate import Accelerator
 
-    config = setting.config
+    config = by_size(setting.config, setting.sites)
     return Job(
         model=model,
         sites=setting.sites,
@@ -254,7 +254,7 @@ def teaching_of(setting: Setting, dense_tuned: Callable[[], Any]) -> Teaching:
     The untuned model teaches a student in the student's own memory, so each student has a teacher of its own; but not
     where weights are sharded: those are one model's only. Any other teacher is made here, once.
     """
-    distill = with_teacher(setting.config, setting.sites).distill
+    distill = by_size(setting.config, setting.sites).distill
     if distill.teacher == "base" and not setting.ranks.shards:
         return lambda student: untuned(student, distill)
     teacher = _teacher_apart(setting, distill, dense_tuned)

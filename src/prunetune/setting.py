@@ -34,7 +34,7 @@ from prunetune.timing.tables import table_for
 from prunetune.train.adapters import tunes_all
 from prunetune.train.distributed import ALONE, Ranks
 from prunetune.train.job import Observer
-from prunetune.train.teaching import with_teacher
+from prunetune.train.teaching import by_size
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def prepare(
 
 def peak_of(structure: Any, sites: tuple[Site, ...], config: RunConfig, dtype: torch.dtype, *, longest: int) -> Memory:
     """The fuller of the two phases, see `budget.memory`; `longest`: tokens of the longest example."""
-    shapes, config = shapes_of(structure, sites), with_teacher(config, sites)
+    shapes, config = shapes_of(structure, sites), by_size(config, sites)
     setup = setup_of(config, dtype, longest=longest, all_weights=tunes_all(config.train, sites))
     return max(
         memory(shapes, setup, phase="search"), memory(shapes, setup, phase="tune"), key=lambda found: found.total

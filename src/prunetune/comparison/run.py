@@ -35,7 +35,7 @@ from prunetune.model.loading import load_config, pick_device
 from prunetune.pipeline import same_data
 from prunetune.setting import Console, Setting, facts_of, prepare, shape_of
 from prunetune.train.graphs import RECORDING
-from prunetune.train.teaching import with_teacher
+from prunetune.train.teaching import by_size
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +132,7 @@ class _Comparison:
         return list(cells.values()), {method.name: self._rate(method) for method in self.methods}
 
     def _is_taught_by_dense(self, method: Method) -> bool:
-        config = with_teacher(changed(self.setting.config, method.changes), self.setting.sites)
+        config = by_size(changed(self.setting.config, method.changes), self.setting.sites)
         return method.taught and config.distill.teacher == "dense"
 
     def _trials(self, methods: Sequence[Method]) -> list[Cell]:

@@ -31,7 +31,7 @@ from prunetune.train.graphs import own_stream
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import Teacher
 from prunetune.train.state import Forgetful
-from prunetune.train.teaching import untuned, with_teacher
+from prunetune.train.teaching import by_size, untuned
 
 BATCHES = 16  # of calibration, where the recipe's search.evidence is 0
 
@@ -190,7 +190,7 @@ class Workshop:
 
     def _teaching(self, cell: Cell, config: RunConfig) -> tuple[Teaching, float]:
         """The way to whoever teaches the cell's model, and the seconds that the teacher's own tuning took."""
-        distill = with_teacher(config, self.setting.sites).distill
+        distill = by_size(config, self.setting.sites).distill
         if not cell.method.taught or distill.teacher == "none":
             return lambda _: None, 0.0
         if distill.teacher == "base":

@@ -5,7 +5,8 @@ training batch under its decision. In the *settle* phase the decision stands, an
 removed units. In the *tune* phase the model has been cut, and tuning goes on with what is left: with the adapters, or
 with all of its weights once these are merged (`train.weights`).
 
-With `search.step: joint` there is no calibration batch: one backward pass on the training batch moves both players.
+With `search.step: joint`, a large model's default, there is no calibration batch: one backward pass on the training
+batch moves both players.
 """
 
 from __future__ import annotations

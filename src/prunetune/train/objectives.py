@@ -37,7 +37,7 @@ class Teacher:
     share: float = 1.0  # of a batch's examples that it sees, in (0, 1]
 
     def __post_init__(self) -> None:
-        assert 0 < self.share <= 1, "`with_teacher` decides what 0 means"
+        assert 0 < self.share <= 1, "`by_size` decides what 0 means"
 
 
 def lessons(examples: Sequence[Example], teacher: Teacher | None) -> list[tuple[Teacher | None, Sequence[Example]]]:

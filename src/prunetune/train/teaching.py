@@ -1,4 +1,4 @@
-"""Who teaches; and the untuned model as a teacher, in the memory of its student."""
+"""What a recipe leaves to the model's size; and the untuned model as a teacher, in the memory of its student."""
 
 from __future__ import annotations
 
@@ -15,18 +15,24 @@ from prunetune.train.job import Job
 from prunetune.train.objectives import Teacher
 
 
-def with_teacher(config: RunConfig, sites: Iterable[Site]) -> RunConfig:
-    """The recipe with who teaches, and how much, decided. A matter of the model's size, never of the machine."""
-    distill, large = config.distill, total(sites) >= LARGE
+def by_size(config: RunConfig, sites: Iterable[Site]) -> RunConfig:
+    """The recipe with what it leaves to the model's size decided: who teaches, how much, and the search's step.
+
+    From 1e9 prunable parameters on, a step must not cost more than LoRA on the dense model does.
+    """
+    distill, search, large = config.distill, config.search, total(sites) >= LARGE
     if distill.teacher == "auto":
         distill = replace(distill, teacher="base" if large else "dense")
-    return replace(config, distill=replace(distill, share=distill.share or (0.5 if large else 1.0)))
+    distill = replace(distill, share=distill.share or (0.5 if large else 1.0))
+    if search.step == "auto":
+        search = replace(search, step="joint", lora_aware=False) if large else replace(search, step="alternate")
+    return replace(config, distill=distill, search=search)
 
 
 def untuned(model: Any, distill: DistillConfig) -> Teacher:
     """The model as it is now, over the same tensors; to be asked for before adapters are added to it.
 
-    Of a recipe in which `with_teacher` has decided.
+    Of a recipe in which `by_size` has decided.
     """
     return Teacher(twin(model), distill.logits, distill.hidden, tuned=False, lends=True, share=distill.share)
 
