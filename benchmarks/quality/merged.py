@@ -1,6 +1,7 @@
 """One table of the cells of several comparisons, as `prunetune compare` makes of its own: the files beside this one.
 
     python benchmarks/quality/merged.py TABLE.json RECIPE FOLDER [FOLDER ...] [--split test] [--keeps 0.6] [--seeds 0]
+        [--model NAME]
 
 A folder is a comparison's, such as `on_gpus.py` leaves them (OUT/legal-0). Of cells with one name the first folder's
 counts. Writes the table with all standard errors and paired differences, and prints it.
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--keeps", nargs="+", type=float)
     parser.add_argument("--seeds", nargs="+", type=int)
+    parser.add_argument("--model", help="where it was not the recipe's")
     told = parser.parse_args()
     cells = [cell for cell in cells_of(told.folders) if not told.seeds or cell["seed"] in told.seeds]
     compared = {
@@ -36,7 +38,7 @@ def main() -> None:
         "seeds": sorted({cell["seed"] for cell in cells}),
         "split": told.split,
     }
-    config = load_recipe(told.recipe, {"compare": compared})
+    config = load_recipe(told.recipe, {"compare": compared} | ({"model": told.model} if told.model else {}))
     found = aggregate(cells, {cell["method"]: cell["learning_rate"] for cell in cells}, config)
     write_text(told.table, json.dumps(found, indent=1, allow_nan=False) + "\n")
     print(markdown(found))
