@@ -79,6 +79,22 @@ def test_nothing_is_left_behind(compiled: list[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is not a leaf:UserWarning")
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+def test_no_form_is_given_up(family: str, compiled: list[str]) -> None:
+    # A teacher, a search and the tuning of all weights, of models with one KV group left and with several.
+    whole, cut = tiny(family, groups=2, ratio=2), tiny(family, groups=1, ratio=2)
+    for model in (whole, cut):
+        with fused(model):
+            logits(model, 9)
+            for tuned in (False, True):
+                model.requires_grad_(tuned)
+                model.get_input_embeddings().weight.requires_grad_()
+                model(tokens(), use_cache=False).logits.sum().backward()
+    assert compiled
+
+
+@pytest.mark.filterwarnings("ignore:.*is not a leaf:UserWarning")
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("form", ["gated", "free"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

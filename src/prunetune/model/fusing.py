@@ -36,9 +36,9 @@ def _faster(kind: type[nn.Module]) -> Callable[..., Any] | None:
     """The forward of a class with its slow part compiled, where it has one."""
     forward = kind.forward
     if kind.__name__.endswith("RMSNorm") and not issubclass(kind, nn.RMSNorm):  # PyTorch's own is one kernel already
-        return _compiled(forward)
+        return _by_rank(forward)
     if isinstance(forward, types.FunctionType) and ROTARY in forward.__code__.co_names:
-        return _seeing(forward, {ROTARY: _compiled(forward.__globals__[ROTARY])})
+        return _again(forward, {ROTARY: _compiled(forward.__globals__[ROTARY])})
     if _is_usual_mlp(forward):
         return _mlp_with(_compiled(_gated))
     return None
@@ -50,10 +50,30 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
-def _seeing(function: types.FunctionType, names: dict[str, Any]) -> types.FunctionType:
-    """The same function, to which these global names mean something else."""
-    around = {**function.__globals__, **names}
-    anew = types.FunctionType(function.__code__, around, function.__name__, function.__defaults__, function.__closure__)
+def _by_rank(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A norm's forward, compiled apart for rows [B, T, H] and for heads [B, n, T, D].
+
+    PyTorch gives a function up after eight forms, and each of the two comes with and without gradients, with frozen and
+    with tuned weights, heads also where one is left.
+    """
+    if not isinstance(forward, types.FunctionType):
+        return _compiled(forward)
+    of_rows, of_heads = (_compiled(_again(forward, name=f"{forward.__name__}_of_{what}")) for what in ("rows", "heads"))
+
+    def norm(self: nn.Module, *given: Any, **named: Any) -> Any:
+        compiled = of_heads if given and given[0].dim() == 4 else of_rows
+        return compiled(self, *given, **named)
+
+    return norm
+
+
+def _again(function: types.FunctionType, names: dict[str, Any] | None = None, name: str = "") -> types.FunctionType:
+    """The same function, to which these global names mean something else; another one to PyTorch if it has a name."""
+    around, code = (
+        {**function.__globals__, **(names or {})},
+        function.__code__.replace(co_name=name or function.__name__),
+    )
+    anew = types.FunctionType(code, around, name or function.__name__, function.__defaults__, function.__closure__)
     anew.__kwdefaults__ = function.__kwdefaults__
     return anew
 
