@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -66,9 +68,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(place: Path) -> dict[str, Any]:
     """What two ranks found: the only launch of this file."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = free_port()
     ranks = [
         subprocess.Popen(
             [sys.executable, HERE / "distributed_worker.py", place],
@@ -84,6 +84,15 @@ def found(place: Path) -> dict[str, Any]:
     assert [rank.returncode for rank in ranks] == [0, 0], said
     values: dict[str, Any] = json.loads((place / "found.json").read_text(encoding="utf-8"))
     return values
+
+
+def free_port() -> str:
+    """Below those that systems hand out by themselves: nobody else is given it until the ranks listen."""
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return str(port)
+    raise OSError("no port between 20000 and 32000 is free")
 
 
 @pytest.fixture(scope="module")
