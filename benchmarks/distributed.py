@@ -106,7 +106,13 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
             "train": {"steps": options.steps, "batch_size": options.batch, "weights": options.weights, "warmup": 0.1}
             | {"micro_tokens": options.micro_tokens, "packing": options.packing},
             "lora": {"rank": options.rank},
-            "search": {"share": 0.5, "settle": 0.25, "evidence": 1, "batch_size": options.batch},
+            "search": {
+                "share": 0.5,
+                "settle": 0.25,
+                "evidence": 1,
+                "batch_size": options.batch,
+                "step": "alternate",
+            },
             "budget": {"keep": 0.6},
         }
     )

@@ -19,14 +19,18 @@ from geometries import GEOMETRIES, made
 
 from prunetune.budget.memory import Memory, Setup, Shapes, memory, shapes_of
 from prunetune.budget.work import operations
+from prunetune.config import from_mapping
+from prunetune.train.teaching import by_size
 
 NAMES = ("smollm2-135m", "smollm2-1.7b", "llama-3-8b", "llama-3-70b")
 PARTS = ("weights", "tuned", "generator", "activations", "passing")
 BASE = Setup(width=2, tokens=1024, rank=128, keep=0.6)
 
 
-def shapes(name: str) -> Shapes:
-    return shapes_of(*made(name, torch.device("meta"), torch.bfloat16))
+def usual(name: str) -> tuple[Shapes, Setup]:
+    """A model and how it is tuned by default: from a size on, both players move in one pass."""
+    structure, sites = made(name, torch.device("meta"), torch.bfloat16)
+    return shapes_of(structure, sites), replace(BASE, joint=by_size(from_mapping({}), sites).search.step == "joint")
 
 
 def row(*cells: Any) -> str:
@@ -55,9 +59,9 @@ VARIANTS = (("off", False, 128), ("off", True, 128), ("nf4", True, 128), ("nf4",
 def memory_table() -> None:
     print(head("model", "base", "rank", "recomputed", *PARTS, "search", "tune", "teacher: base", "teacher: dense"))
     for name in NAMES:
-        model = shapes(name)
+        model, base = usual(name)
         for quantize, recompute, rank in VARIANTS:
-            setup = replace(BASE, quantize=quantize, recompute=recompute, rank=rank)
+            setup = replace(base, quantize=quantize, recompute=recompute, rank=rank)
             found, tune = memory(model, setup, phase="search"), memory(model, setup, phase="tune")
             taught = replace(setup, teacher=True, deep=True)
             peaks = [peak(model, replace(taught, shared=shared)) for shared in (True, False)]
@@ -71,9 +75,9 @@ def sequence_table() -> None:
     lengths = (512, 1024, 2048, 4096, 8192)
     print(head("model", "base", "recomputed", *(f"{length} tokens a pass" for length in lengths)))
     for name in ("llama-3-8b", "llama-3-70b"):
-        model = shapes(name)
+        model, base = usual(name)
         for quantize, recompute in (("off", False), ("off", True), ("nf4", True)):
-            setup = replace(BASE, quantize=quantize, recompute=recompute)
+            setup = replace(base, quantize=quantize, recompute=recompute)
             totals = [gb(memory(model, replace(setup, tokens=length), phase="search").total) for length in lengths]
             print(row(name, "nf4" if quantize == "nf4" else "bf16", "yes" if recompute else "no", *totals))
 
@@ -81,9 +85,9 @@ def sequence_table() -> None:
 def work_table() -> None:
     print(head("model", "recomputed", "search step", "tuning step, 60% kept", "the same with a teacher"))
     for name in NAMES:
-        model = shapes(name)
+        model, base = usual(name)
         for recompute in (False, True):
-            setup = replace(BASE, recompute=recompute)
+            setup = replace(base, recompute=recompute)
             found = [
                 operations(model, one, phase=phase, tokens=1000, length=1024, answers=0.33) / 1e12
                 for one, phase in ((setup, "search"), (setup, "tune"), (replace(setup, teacher=True), "tune"))
@@ -93,8 +97,8 @@ def work_table() -> None:
 
 def several_table(ranks: int = 2) -> None:
     """What `distributed.py scale` does, on one GPU and sharded over `ranks`; operations of its steps."""
-    model, batch, length = shapes("llama-3-8b"), 16, 768
-    setup = replace(BASE, rank=32, tokens=batch * length // 2)
+    (model, base), batch, length = usual("llama-3-8b"), 16, 768
+    setup = replace(base, rank=32, tokens=batch * length // 2, joint=False)
     one = memory(model, setup, phase="search")
     here = memory(model, replace(setup, tokens=setup.tokens // ranks), phase="search")
     layers = setup.width * sum(linear.weights for linear in model.linears)
