@@ -28,9 +28,10 @@ BASE = Setup(width=2, tokens=1024, rank=128, keep=0.6)
 
 
 def usual(name: str) -> tuple[Shapes, Setup]:
-    """A model and how it is tuned by default: from a size on, both players move in one pass."""
+    """A model and how it is tuned by default: from a size on both players share a pass, and a teacher sees half."""
     structure, sites = made(name, torch.device("meta"), torch.bfloat16)
-    return shapes_of(structure, sites), replace(BASE, joint=by_size(from_mapping({}), sites).search.step == "joint")
+    config = by_size(from_mapping({}), sites)
+    return shapes_of(structure, sites), replace(BASE, joint=config.search.step == "joint", share=config.distill.share)
 
 
 def row(*cells: Any) -> str:

@@ -64,7 +64,8 @@ def config_of(**changes: Any) -> RunConfig:
     return from_mapping({
         "train": train, "lora": lora, "budget": {"keep": 1.0},
         "search": {"step": changes.pop("step", "alternate")},
-        "distill": {"teacher": changes.pop("teacher", "none"), "logits": 1.0, "hidden": 1.0},
+        "distill": {"teacher": changes.pop("teacher", "none"), "logits": 1.0, "hidden": 1.0}
+        | {"share": float(changes.pop("share", 0))},
     })  # fmt: skip
 
 
@@ -159,6 +160,9 @@ def test_tokens_of_a_pass_are_those_of_the_recipe() -> None:
     config = from_mapping({"train": {"batch_size": 4, "micro_tokens": 1000}})
     lengths = {longest: setup_of(config, torch.bfloat16, longest=longest).tokens for longest in (100, 400, 3000)}
     assert lengths == {100: 400, 400: 1000, 3000: 3000}  # a longer example stands alone
+    for share, tokens in ((0.5, 200), (0.7, 300), (0.2, 300), (1, 400)):  # whom a teacher sees passes apart
+        config = from_mapping({"train": {"batch_size": 4}, "distill": {"share": share}})
+        assert setup_of(config, torch.bfloat16, longest=100).tokens == tokens
 
 
 def test_a_run_says_what_it_will_hold(caplog: pytest.LogCaptureFixture) -> None:

@@ -35,19 +35,28 @@ class Counted(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"checkpointing": "on"}, {"teacher": "base"}, {"step": "joint"}, {"weights": "all"}, {"quantize": "nf4"}],
+    [
+        {},
+        {"checkpointing": "on"},
+        {"teacher": "base"},
+        {"teacher": "base", "share": "0.5"},
+        {"step": "joint"},
+        {"weights": "all"},
+        {"quantize": "nf4"},
+    ],
 )
 def test_a_step_is_what_torch_counts(changes: dict[str, str]) -> None:
     needs(changes.get("quantize", "off"))
     merged = changes.get("weights") == "all"
     config = config_of(**{name: value for name, value in changes.items() if name != "weights"})
     structure, (model, sites) = tiny(**SIZES), built(config, torch.float32)
-    teacher = Teacher(built(config, torch.float32)[0], 1.0, 1.0) if "teacher" in changes else None
+    share = float(changes.get("share", 1))
+    teacher = Teacher(built(config, torch.float32)[0], 1.0, 1.0, share=share) if "teacher" in changes else None
     add_adapters(model, sites, config.lora, seed=0)
     if merged:
         merge_adapters(model, trainable=True)
     passes, gates = Padded(model, sites, 0, config, teacher), {site.name: torch.ones(site.units) for site in sites}
-    half = [Example(tuple(range(3, 3 + LENGTH)), LENGTH // 2, "row")]
+    half = [Example(tuple(range(3, 3 + LENGTH)), LENGTH // 2, "row")] * 2
 
     def step() -> Any:
         if merged:
@@ -61,7 +70,7 @@ def test_a_step_is_what_torch_counts(changes: dict[str, str]) -> None:
         step()
     setup = setup_of(config, torch.float32, longest=LENGTH, all_weights=merged)
     found = operations(
-        shapes_of(structure, find_sites(structure)), setup, phase="tune" if merged else "search", tokens=LENGTH,
+        shapes_of(structure, find_sites(structure)), setup, phase="tune" if merged else "search", tokens=2 * LENGTH,
         length=0, answers=0.5,  # torch does not count attention on a CPU
     )  # fmt: skip
     assert found == pytest.approx(counted.total, rel=0.03)

@@ -7,6 +7,7 @@ slack and the context of a CUDA process (about half a GB) are not in it. `docs/s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass, replace
 from typing import Any, Literal
@@ -79,7 +80,8 @@ class Setup:
     recompute: bool = False  # train.checkpointing
     all_weights: bool = False  # once the model is cut
     joint: bool = False  # search.step
-    teacher: bool = False  # taken to see whole passes, whatever `distill.share`
+    teacher: bool = False
+    share: float = 1.0  # of a batch that the teacher sees: in passes of its own
     shared: bool = False  # it is the untuned model, in its student's memory
     deep: bool = False  # the teacher's layers are followed, too
     generator: str = "transformer"
@@ -124,19 +126,22 @@ def shapes_of(structure: Any, sites: Iterable[Site]) -> Shapes:
 
 def setup_of(config: RunConfig, dtype: torch.dtype, *, longest: int, all_weights: bool = False) -> Setup:
     """Of a recipe; `longest`: tokens of the longest example."""
-    batch = config.train.batch_size * longest
+    batch, teacher = config.train.batch_size, config.distill.teacher != "none"
+    share = (config.distill.share or 1.0) if teacher else 1.0
+    seen = math.ceil(share * batch)
     return Setup(
         width=dtype.itemsize,
-        tokens=min(batch, max(longest, config.train.micro_tokens)),
+        tokens=min(max(seen, batch - seen) * longest, max(longest, config.train.micro_tokens)),
         rank=config.lora.rank,
         keep=config.budget.keep,
         quantize=config.lora.quantize,
         recompute=recomputes(config),
         all_weights=all_weights,
         joint=config.search.step == "joint",
-        teacher=config.distill.teacher != "none",
+        teacher=teacher,
+        share=share,
         shared=config.distill.teacher == "base",
-        deep=config.distill.teacher != "none" and config.distill.hidden > 0,
+        deep=teacher and config.distill.hidden > 0,
         generator=config.search.generator,
     )
 

@@ -17,8 +17,8 @@ def operations(
 ) -> int:
     """Of one step on `tokens` in examples of `length`; a search step's generator sees as many again.
 
-    `answers`: the share of tokens that are labels, which the head reads; with a teacher, taken to see the whole batch,
-    it reads all. With `search.step: joint` there is one pass for both players.
+    `answers`: the share of tokens that are labels, which the head reads; of what a teacher sees it reads all, once
+    more. With `search.step: joint` there is one pass for both players.
     """
     linears = [linear.cut(setup.keep) for linear in shapes.linears] if phase == "tune" else list(shapes.linears)
     merged = phase == "tune" and setup.all_weights
@@ -30,9 +30,9 @@ def operations(
     read = shapes.vocabulary * shapes.hidden
     forward = 2 * (weights + adapters) + attended
     backward = 2 * (weights * (2 if merged else 1) + 2 * adapters) + 2 * attended
-    passes = forward + backward + (forward if setup.recompute else 0) + 4 * read * (1 if setup.teacher else answers)
-    if setup.teacher:
-        passes += 2 * sum(linear.weights for linear in shapes.linears) + attended + 2 * read + 4 * read * answers
+    seen = setup.share if setup.teacher else 0.0
+    taught = 2 * sum(linear.weights for linear in shapes.linears) + attended + 2 * read  # the teacher's own pass
+    passes = forward + backward + (forward if setup.recompute else 0) + 4 * read * (answers + seen) + seen * taught
     players = 2 if phase == "search" and not setup.joint else 1
     slopes = 2 * adapters if players == 2 else 0  # frozen adapters have no gradient of their own
     return round(tokens * (players * passes - slopes))
