@@ -27,6 +27,7 @@ from prunetune.model.sites import find_sites, kept_params
 from prunetune.options import merged
 from prunetune.pipeline import run
 from prunetune.plan import Plan
+from prunetune.train import teaching
 from prunetune.train.loop import tune_and_prune
 
 STEPS = 8  # 3 of search, 2 of settling, 3 of tuning
@@ -380,6 +381,14 @@ def test_a_teacher_is_heard(place: Path, tmp_path: Path) -> None:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(record["distance"] >= 0 for record in records)
     assert records[-1]["distance"] > 0
+
+
+def test_a_large_model_is_run_as_its_size_says(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"distill": {"teacher": "base", "share": 0.5}, "search": {"step": "joint", "lora_aware": False}}
+    wanted = run(config_of(place, tmp_path / "told", **told))
+    monkeypatch.setattr(teaching, "LARGE", 1)
+    found = run(config_of(place, tmp_path / "large", distill={"teacher": "auto"}))
+    assert results(found) == results(wanted)
 
 
 def test_texts_are_for_a_teacher_and_the_dense_model_is_tuned_once(

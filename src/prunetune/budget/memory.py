@@ -81,7 +81,7 @@ class Setup:
     all_weights: bool = False  # once the model is cut
     joint: bool = False  # search.step
     teacher: bool = False
-    share: float = 1.0  # of a batch that the teacher sees: in passes of its own
+    share: float = 1.0  # of a batch that the teacher sees, in passes of their own; texts may be more, and are all seen
     shared: bool = False  # it is the untuned model, in its student's memory
     deep: bool = False  # the teacher's layers are followed, too
     generator: str = "transformer"

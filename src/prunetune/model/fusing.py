@@ -69,11 +69,9 @@ def _by_rank(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def _again(function: types.FunctionType, names: dict[str, Any] | None = None, name: str = "") -> types.FunctionType:
     """The same function, to which these global names mean something else; another one to PyTorch if it has a name."""
-    around, code = (
-        {**function.__globals__, **(names or {})},
-        function.__code__.replace(co_name=name or function.__name__),
-    )
-    anew = types.FunctionType(code, around, name or function.__name__, function.__defaults__, function.__closure__)
+    name = name or function.__name__
+    around, code = {**function.__globals__, **(names or {})}, function.__code__.replace(co_name=name)
+    anew = types.FunctionType(code, around, name, function.__defaults__, function.__closure__)
     anew.__kwdefaults__ = function.__kwdefaults__
     return anew
 

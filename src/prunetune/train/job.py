@@ -65,7 +65,7 @@ class Job:
     search: Stream
     valid: tuple[Example, ...]
     pad_id: int
-    config: RunConfig
+    config: RunConfig  # in which `teaching.by_size` has decided
     schedule: Schedule
     checkpoints: Keeper
     observer: Observer
