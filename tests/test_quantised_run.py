@@ -24,6 +24,7 @@ from prunetune.model.sites import find_sites, tuned_linears
 from prunetune.options import merged
 from prunetune.pipeline import run
 from prunetune.train.loop import tune_and_prune
+from test_export_streamed import tensors_of
 from test_train_loop import config_of as loop_config
 from test_train_loop import job_of
 
@@ -161,3 +162,25 @@ def test_what_cannot_be_is_refused_in_one_line(place: Path, tmp_path: Path, monk
     file.write_text("small: {lora: {quantize: nf4}}")
     with pytest.raises(ConfigError, match=r"small: .*leave lora.quantize out"):
         read_variants(file, config_of(place, tmp_path / "run", lora={"quantize": "off"}))
+
+
+@pytest.mark.parametrize(
+    ("quantize", "dtype"),
+    [
+        ("off", "float32"),
+        pytest.param("nf4", "float32", marks=needs_nf4),
+        pytest.param("nf4", "bfloat16", marks=needs_nf4),
+    ],
+)
+def test_a_large_model_is_merged_and_cut_layer_by_layer_to_the_same(
+    quantize: str, dtype: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"dtype": dtype, "lora": {"quantize": quantize}}
+    once = run(config_of(place, tmp_path / "once", **changes))
+    monkeypatch.setattr(finishing, "LARGE", 0)
+    monkeypatch.setattr(finishing, "merge_adapters", None)  # of whole models
+    found = run(config_of(place, tmp_path / "layers", **changes))
+    one, other = tensors_of(once / "model"), tensors_of(found / "model")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert manifest(found).get("quantised") == manifest(once).get("quantised")

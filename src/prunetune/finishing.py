@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from prunetune.budget.params import total
 from prunetune.export.selfcheck import check, logits_of
 from prunetune.export.streamed import Merge, Streamed, cut_streamed
 from prunetune.export.write import write
 from prunetune.files import write_text
-from prunetune.model.four_bit import round_to_four_bits
+from prunetune.model.four_bit import lines_of, round_to_four_bits, rounded
 from prunetune.model.linears import COLUMNS, ROWS, is_transposed, linear_of, size
 from prunetune.model.masking import masked
 from prunetune.model.sites import kept_params, tuned_linears
@@ -25,7 +26,7 @@ from prunetune.model.surgery import cut, merge_adapters
 from prunetune.provenance import card
 from prunetune.quantised import compared, tuned_beside
 from prunetune.setting import Setting
-from prunetune.train.adapters import NAME, add_adapters, grow_state, put_back, tunes_all
+from prunetune.train.adapters import LARGE, NAME, add_adapters, grow_state, put_back, tunes_all
 from prunetune.train.state import Checkpoints, State
 
 log = logging.getLogger(__name__)
@@ -41,14 +42,22 @@ class Cut(NamedTuple):
 
 
 def finish(setting: Setting, *, streamed: bool = False) -> None:
-    """Cut from the dense weights as they are stored; `streamed`: with one layer in memory at a time."""
+    """Cut from the dense weights as they are stored, a large model's with one layer in memory at a time.
+
+    `streamed`: any model's.
+    """
     setting.console.stage("cut, write and check", 0)
     state = Checkpoints(setting.folder.checkpoints).latest()
     assert state is not None
     assert state.plan is not None
     tokens = _check_tokens(setting)
-    streamer = _streamer(setting, state) if streamed else None
+    streamer = _streamer(setting, state) if streamed or _is_large(setting) else None
     small = _whole(setting, state, tokens) if streamer is None else _streamed(setting, streamer, state, tokens)
+    if tuned_beside(setting, state):
+        base = setting.to_train()
+        _put_adapters(base, setting, state)
+        setting.folder.note(quantised=compared(base, state.plan, setting, tokens, small.expected))
+        del base
     write_text(setting.folder.plan, state.plan.to_json())
     unchecked = setting.folder.path / "model.unchecked"
     written = write(
@@ -76,12 +85,16 @@ def finish(setting: Setting, *, streamed: bool = False) -> None:
     unchecked.rename(setting.folder.model)  # from here on model/ exists, is whole, and has passed its check
 
 
+def _is_large(setting: Setting) -> bool:
+    """Whether weights would fill a computer's memory, and what was learnt about them is in adapters."""
+    return total(setting.sites) >= LARGE and not tunes_all(setting.config.train, setting.sites)
+
+
 def _whole(setting: Setting, state: State, tokens: Tensor) -> Cut:
     assert state.plan is not None
     loaded = setting.load(torch.float32, torch.device("cpu"))
     gated = loaded.model
-    beside = tuned_beside(setting, state)
-    if beside:  # merged is what was tuned: adapters know the rounded weights only
+    if tuned_beside(setting, state):  # merged is what was tuned: adapters know the rounded weights only
         round_to_four_bits(gated, setting.sites, dtype=setting.dtype, device=setting.device)
     _put_adapters(gated, setting, state)
     merge_adapters(gated)
@@ -90,10 +103,6 @@ def _whole(setting: Setting, state: State, tokens: Tensor) -> Cut:
         parameter.data = parameter.data.to(loaded.storage).float()
     with masked(gated, state.plan, sites=setting.sites):
         expected = logits_of(gated, tokens)
-    if beside:
-        base = setting.to_train()
-        _put_adapters(base, setting, state)
-        setting.folder.note(quantised=compared(base, state.plan, setting, tokens, expected))
     return Cut(cut(gated, state.plan, sites=setting.sites).to(loaded.storage), loaded.storage, expected)
 
 
@@ -136,11 +145,15 @@ def _merge(model: Any, setting: Setting, state: State) -> Merge:
     weights: Mapping[str, Tensor] = state.tensors["adapters"]
     grown = grow_state(weights, shapes, state.plan, setting.sites) if state.is_cut else weights
     scale = (settings.alpha or 2 * rank) / rank
+    held = lines_of(model, setting.sites) if tuned_beside(setting, state) else {}
 
     def merged(name: str, weight: Tensor) -> Tensor:
         linear = name.removesuffix(".weight")
         if linear not in linears or not name.endswith(".weight"):
             return weight
+        if linear in held:
+            how: Any = {"lines": held[linear], "dtype": setting.dtype, "device": setting.device}
+            weight = rounded(linears[linear], weight, **how).to(weight)
         delta = grown[f"{linear}.lora_B.{NAME}.weight"] @ grown[f"{linear}.lora_A.{NAME}.weight"] * scale
         return weight + (delta.t() if is_transposed(linears[linear]) else delta)
 

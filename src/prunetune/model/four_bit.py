@@ -143,8 +143,13 @@ def round_to_four_bits(model: nn.Module, sites: Iterable[Site], *, dtype: torch.
     """
     for name, lines in lines_of(model, sites).items():
         linear = linear_of(model, name)
-        held = FourBitLinear.of(linear, lines=lines, dtype=dtype, device=device)
-        linear.weight.copy_(as_rows(linear, held.weight))
+        linear.weight.copy_(rounded(linear, linear.weight, lines=lines, dtype=dtype, device=device))
+
+
+def rounded(linear: nn.Module, weight: Tensor, *, lines: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What 4 bits hold of a weight that this linear has, or will have: of its shape, in `dtype` on `device`."""
+    held = FourBitLinear(as_rows(linear, weight.detach()).to(device, dtype), None, lines=lines, dtype=dtype)
+    return as_rows(linear, held.weight)
 
 
 def is_four_bit(model: nn.Module) -> bool:
