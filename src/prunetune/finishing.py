@@ -54,10 +54,7 @@ def finish(setting: Setting, *, streamed: bool = False) -> None:
     streamer = _streamer(setting, state) if streamed or _is_large(setting) else None
     small = _whole(setting, state, tokens) if streamer is None else _streamed(setting, streamer, state, tokens)
     if tuned_beside(setting, state):
-        base = setting.to_train()
-        _put_adapters(base, setting, state)
-        setting.folder.note(quantised=compared(base, state.plan, setting, tokens, small.expected))
-        del base
+        setting.folder.note(quantised=_against_tuned(setting, state, tokens, small.expected))
     write_text(setting.folder.plan, state.plan.to_json())
     unchecked = setting.folder.path / "model.unchecked"
     written = write(
@@ -83,6 +80,14 @@ def finish(setting: Setting, *, streamed: bool = False) -> None:
         selfcheck=found.to_dict(),
     )
     unchecked.rename(setting.folder.model)  # from here on model/ exists, is whole, and has passed its check
+
+
+def _against_tuned(setting: Setting, state: State, tokens: Tensor, expected: Tensor) -> dict[str, Any]:
+    """The model as it was tuned, in 4 bits, against what the merged one says."""
+    assert state.plan is not None
+    base = setting.to_train()
+    _put_adapters(base, setting, state)
+    return compared(base, state.plan, setting, tokens, expected)
 
 
 def _is_large(setting: Setting) -> bool:
