@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from prunetune.model.sites import find_sites, kept_params
 from prunetune.options import merged
 from prunetune.pipeline import run
 from prunetune.plan import Plan
+from prunetune.summary import of_dry_run
 from prunetune.train import teaching
 from prunetune.train.loop import tune_and_prune
 
@@ -311,6 +313,19 @@ def test_a_finished_run_resumes_to_itself(place: Path, done: dict[str, Path], tm
 
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("asked", [run, of_dry_run])
+def test_other_rows_do_not_resume(asked: Callable[..., Any], done: dict[str, Path], place: Path) -> None:
+    file, before = place / "rows.jsonl", files_of(done["uniform"])
+    rows = file.read_text()
+    try:
+        file.write_text(rows.replace("Case 3", "Case three"))
+        with pytest.raises(RunFolderError, match=r"the data of .+ changed since the run began: put the old rows back"):
+            asked(config_of(place, done["uniform"], "uniform"), resume=True)
+    finally:
+        file.write_text(rows)
+    assert files_of(done["uniform"]) == before
 
 
 def test_another_recipe_does_not_resume(place: Path, done: dict[str, Path]) -> None:

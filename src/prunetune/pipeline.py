@@ -73,8 +73,6 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
         if "size" in setting.folder.manifest():
             raise RunFolderError(f"{setting.folder.path} is one size of a run: go on with the run around it")
         watcher = watcher_of(setting)
-        if resume:
-            same_data(setting)
         ranks.wait()  # until all have looked at the folder as it was
         if not ranks.is_main:
             with ranks.stopped():
@@ -124,17 +122,6 @@ def _alone(setting: Setting) -> Setting:
     """The other ranks may leave; the setting of what rank 0 does without them."""
     setting.ranks.leave()
     return replace(setting, ranks=ALONE)
-
-
-def same_data(setting: Setting) -> None:
-    """A run goes on only with the rows it began with; raises `RunFolderError`."""
-    before = setting.folder.manifest().get("data", {}).get("hashes", {})
-    changed = [name for name, digest in setting.splits.hashes.items() if before.get(name, digest) != digest]
-    if changed:
-        raise RunFolderError(
-            f"{setting.folder.path}: the data of {', '.join(changed)} changed since the run began: "
-            "put the old rows back, or start anew with another --out"
-        )
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from prunetune.data.templates import Encoded, encode
 from prunetune.decide.budgets import even, limited
 from prunetune.decide.select import Shape, default_align, select
 from prunetune.decide.shape import GROUPED
-from prunetune.errors import ConfigError
+from prunetune.errors import ConfigError, RunFolderError
 from prunetune.evaluation.suite import context_of
 from prunetune.export.shapes import legal_groups, width_of
 from prunetune.files import need_space
@@ -115,6 +115,8 @@ def prepare(
         select({site.name: torch.zeros(site.units) for site in sites}, sites, keep, shape)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     splits = load_splits(config.data, config.seed)
+    if resume:
+        _same_data(folder, splits)
     context = context_of(structure)
     encoded = {name: encode(records, tokenizer, config.data, context) for name, records in splits.parts().items()}
     for name, part in encoded.items():
@@ -144,6 +146,17 @@ def prepare(
     return Setting(
         config, folder, device, dtype, sites, shape, tokenizer, splits, encoded, console, params, whole, ranks
     )
+
+
+def _same_data(folder: RunFolder, splits: Splits) -> None:
+    """A run goes on only with the rows it began with; raises `RunFolderError`."""
+    before = folder.manifest().get("data", {}).get("hashes", {})
+    changed = [name for name, digest in splits.hashes.items() if before.get(name, digest) != digest]
+    if changed:
+        raise RunFolderError(
+            f"{folder.path}: the data of {', '.join(changed)} changed since the run began: "
+            "put the old rows back, or start anew with another --out"
+        )
 
 
 def peak_of(structure: Any, sites: tuple[Site, ...], config: RunConfig, dtype: torch.dtype, *, longest: int) -> Memory:

@@ -54,8 +54,6 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     with closing(console), deterministic(config.deterministic, pick_device(config.device)):
         setting = prepare(config, resume=resume, console=console)
         sizes = sizes_of(setting)
-        if resume:
-            pipeline.same_data(setting)
         open_folder(setting.folder, config)
         with told(setting.folder, config, command):
             _stages(setting, sizes, command)

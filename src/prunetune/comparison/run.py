@@ -32,7 +32,6 @@ from prunetune.evaluation.suite import KERNELS
 from prunetune.files import write_text
 from prunetune.folder import FREE
 from prunetune.model.loading import load_config, pick_device
-from prunetune.pipeline import same_data
 from prunetune.setting import Console, Setting, facts_of, prepare, shape_of
 from prunetune.train.graphs import RECORDING
 from prunetune.train.teaching import by_size
@@ -60,8 +59,6 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
     with closing(console), deterministic(config.deterministic, pick_device(config.device)):
         setting = prepare(config, resume=resume, console=console, free=GROWS)
         grid = grid_of(setting.config)  # a budget of another kind has become a share of the parameters
-        if resume:
-            same_data(setting)
         _refuse_in_time(setting, methods, grid)
         _open(setting, config, command)
         cells, rates = _Comparison(setting, methods, grid, Shelf(setting.folder.path)).run()
