@@ -64,10 +64,12 @@ def test_a_variant_that_cannot_be_used_is_one_line(variants: Any, line: str, tmp
 
 
 def test_a_cell_follows_the_recipe_but_for_its_place_and_changes(tmp_path: Path) -> None:
-    config = config_of(tmp_path, {"a": {"search": {"share": 0.5}, "distill": {"teacher": "none"}}})
+    changes = {"search": {"share": 0.5}, "distill": {"teacher": "none"}, "train": {"weights_rate": 4e-3}}
+    config = config_of(tmp_path, {"a": changes})
     (method,) = (one for one in methods_of(config) if one.name == "a")
     made = Cell(method, 0.7, 5, 2e-3).config(config)
-    expected = {"seed": 5, "budget": {"keep": 0.7}, "train": {"learning_rate": 2e-3}, "search": {"share": 0.5}}
+    rates = {"learning_rate": 2e-3, "weights_rate": 8e-3}  # the recipe's 1e-3 doubled, and so both
+    expected = {"seed": 5, "budget": {"keep": 0.7}, "train": rates, "search": {"share": 0.5}}
     own = {"compare": {"variants": config.compare.variants}, "distill": {"teacher": "none"}}
     assert made == from_mapping(merged(expected, own))  # and without a teacher there are no texts for it
 

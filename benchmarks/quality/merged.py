@@ -4,7 +4,8 @@
         [--model NAME]
 
 A folder is a comparison's, such as `on_gpus.py` leaves them (OUT/legal-0). Of cells with one name the first folder's
-counts. Writes the table with all standard errors and paired differences, and prints it.
+counts; of a method's learning rates, that which is best on valid. Writes the table with all standard errors and paired
+differences, and prints it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from prunetune.comparison.cells import best_rate
 from prunetune.comparison.markdown import markdown
 from prunetune.comparison.table import aggregate
 from prunetune.config import load_recipe
@@ -39,9 +41,15 @@ def main() -> None:
         "split": told.split,
     }
     config = load_recipe(told.recipe, {"compare": compared} | ({"model": told.model} if told.model else {}))
-    found = aggregate(cells, {cell["method"]: cell["learning_rate"] for cell in cells}, config)
+    found = aggregate(cells, {name: rate_of(name, cells) for name in compared["methods"]}, config)
     write_text(told.table, json.dumps(found, indent=1, allow_nan=False) + "\n")
     print(markdown(found))
+
+
+def rate_of(method: str, cells: Sequence[dict[str, Any]]) -> float:
+    """The best on valid of those tried there; or the only one there is."""
+    own = [cell for cell in cells if cell["method"] == method]
+    return best_rate(own) or float(own[-1]["learning_rate"])
 
 
 def cells_of(folders: Sequence[Path]) -> list[dict[str, Any]]:

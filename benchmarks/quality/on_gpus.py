@@ -2,12 +2,13 @@
 
     python benchmarks/quality/on_gpus.py benchmarks/quality/general.yaml --data DATA --model MODEL.gguf --out OUT \
         --split valid --groups one-stage-1e-3,joint still-5e-3,share-10 [--keeps 0.6] [--seeds 0] [--seconds 540]
-        [--domains legal healthcare] [--jobs 4] [--gpus 0 1] [--no-dense] [-- WORDS OF EVERY COMPARISON]
+        [--domains legal healthcare] [--rates 5e-4] [--jobs 4] [--gpus 0 1] [--no-dense] [-- WORDS OF EVERY COMPARISON]
 
 Starts `prunetune compare` for every domain and group of methods (OUT/legal-0, ...), spread over the GPUs, all at once;
 each makes its own dense model, which teaches (`--no-dense` where none is taught). What does not end in time is
 interrupted, and goes on when the same command is given again. On valid the recipes are
-`benchmarks/quality/DOMAIN-valid.yaml`, else `recipes/DOMAIN.yaml`.
+`benchmarks/quality/DOMAIN-valid.yaml`, else `recipes/DOMAIN.yaml`. Of several rates each method that brings none along
+gets its own, chosen on valid.
 Prints a line for each cell that is there.
 """
 
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", default=["0"])
     parser.add_argument("--groups", nargs="+", required=True, help="methods by commas")
     parser.add_argument("--domains", nargs="+", default=["legal", "healthcare"])
-    parser.add_argument("--dense-rate", default="5e-4")
+    parser.add_argument("--rates", nargs="+", default=["5e-4"], help="of dense, and of all that bring none along")
     parser.add_argument("--jobs", default="4", help="cells at once in each process")
     parser.add_argument("--gpus", nargs="+", type=int, help="their numbers; all of them")
     parser.add_argument("--no-dense", action="store_true", help="do not score the dense model")
@@ -74,8 +75,9 @@ def start(
     methods = [*([] if told.no_dense else ["dense"]), *told.groups[number].split(",")]
     words = [sys.executable, "-m", "prunetune.cli", "compare", recipe, "--out", str(out), "--data.root", told.data]
     words += ["--model", told.model, "--compare.variants", str(told.variants), "--compare.split", told.split]
-    words += ["--compare.learning-rates", told.dense_rate, "--compare.jobs", told.jobs]
-    for name, values in (("methods", methods), ("keeps", told.keeps), ("seeds", told.seeds)):
+    words += ["--compare.jobs", told.jobs]
+    values_of = {"methods": methods, "keeps": told.keeps, "seeds": told.seeds, "learning-rates": told.rates}
+    for name, values in values_of.items():
         words += [word for value in values for word in (f"--compare.{name}", value)]
     words += ["--resume"] if out.exists() else []
     told.out.mkdir(parents=True, exist_ok=True)

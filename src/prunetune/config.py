@@ -259,7 +259,8 @@ class CompareConfig:
     seeds: tuple[int, ...] = option((0,), "Seeds of tuning and search; splits stay those of the recipe's seed.", low=0)
     learning_rates: tuple[float, ...] = option(
         (),
-        "Learning rates; none: train.learning_rate alone. Of several, each method gets its own, chosen on valid.",
+        "Learning rates; none: train.learning_rate alone. Of several, each method gets its own, chosen on valid; "
+        "train.weights_rate is changed by the same factor.",
         above=0,
     )
     split: Literal["test", "valid"] = option("test", "The split that is scored.")

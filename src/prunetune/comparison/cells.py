@@ -31,11 +31,11 @@ class Cell:
         return f"{self.method.name}-keep{self.keep:g}-seed{self.seed}-lr{self.rate:g}"
 
     def config(self, recipe: RunConfig) -> RunConfig:
-        """The recipe as this cell follows it."""
-        return changed(changed(recipe, self.method.changes), self._place())
-
-    def _place(self) -> dict[str, Any]:
-        return {"seed": self.seed, "budget": {"keep": self.keep}, "train": {"learning_rate": self.rate}}
+        """The recipe as this cell follows it; another learning rate takes that of the cut model's weights along."""
+        config = changed(recipe, self.method.changes)
+        factor = self.rate / config.train.learning_rate
+        rates = {"learning_rate": self.rate, "weights_rate": config.train.weights_rate * factor}
+        return changed(config, {"seed": self.seed, "budget": {"keep": self.keep}, "train": rates})
 
 
 @dataclass(frozen=True)
