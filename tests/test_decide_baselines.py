@@ -72,7 +72,7 @@ def slices(model: Any, site: Any, unit: int, values: dict[str, Tensor]) -> list[
 
 
 @pytest.mark.parametrize("name", BASELINES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "opt"])
 def test_scores_of_every_family_repeat_and_leave_the_model_alone(family: str, name: str) -> None:
     model = tiny(family)
     given = calibration(model)

@@ -106,6 +106,14 @@ def test_no_further_block_fits(name: str) -> None:
             assert not block or block * site.unit_params > room
 
 
+def test_a_unit_that_costs_nothing_shuts_nothing_in() -> None:
+    """OLMo's norms have no weights, so that a layer whose blocks are gone has none."""
+    sites = find_sites(tiny("olmo"), ("layers", "kv-groups", "mlp-blocks", "mlp-channels"))
+    for keep in (1.0, 0.8, 0.6, 0.4):
+        plan = select(random_scores(sites, 0), sites, keep, Shape(align=8))
+        assert keep - 0.05 < kept_params(sites, plan) / total(sites) <= keep
+
+
 @everywhere
 def test_no_further_unit_in_all_layers_fits(name: str) -> None:
     sites, align, legal = geometry(name)

@@ -237,10 +237,25 @@ def test_a_gate_that_could_never_act_is_refused_before_anything_is_written(place
     blind = config_of(place, tmp_path / "run", "guard.accuracy >= 0.5 -> stop")
     with pytest.raises(DataError, match=r"needs rows with choices in data\.guard"):
         run(blind)
+    write_lines(tmp_path / "long.jsonl", {"prompt": "long " * 50, "choices": ["yes", "no"], "answer": 0})
+    short = {"valid": [str(tmp_path / "long.jsonl")], "max_length": 40, "too_long": "drop"}
+    idle = config_of(place, tmp_path / "run", "valid.nll <= 9 -> stop", data=short)
+    with pytest.raises(DataError, match=r"no row of valid is there or fits"):
+        run(idle)
+    (tmp_path / "long.jsonl").unlink()
     same = config_of(place, tmp_path / "run", data={"guard": [str(place / "rows.jsonl")]})
     with pytest.raises(DataError, match=r"data\.train and data\.guard overlap"):
         run(same)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("gates", ["projected", "sampled"])
+def test_what_is_validated_last_is_what_is_cut(gates: str, place: Path, tmp_path: Path) -> None:
+    """Even where the search lasts to the last step."""
+    search = {"share": 1.0, "settle": 0, "gates": gates, "learning_rate": 0.05}
+    folder = run(config_of(place, tmp_path / "run", "valid.nll <= 9x -> stop", search=search))
+    last = json.loads((folder / "decisions" / "step-0000008.json").read_text())
+    assert unpacked(last["kept_units"]) == Plan.load(folder / "plan.json")
 
 
 def test_a_packed_plan_is_unpacked() -> None:

@@ -50,6 +50,18 @@ def test_masking_equals_cutting(family: str, units: tuple[str, ...], lora: bool)
     assert Plan.from_json(plan.to_json()) == plan
 
 
+@pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if "layers" in kinds_of(family)])
+def test_a_closed_layer_hands_on_what_it_got_in_every_pass(family: str) -> None:
+    """A teacher compares hidden states, which transformers collects by hooks of its own from the first pass on."""
+    model = tiny(family, layers=LAYERS)
+    sites = find_sites(model, ("layers",))
+    gates = {site.name: torch.tensor([float(site.layer != 1)]) for site in sites}
+    for _ in range(2):
+        with torch.no_grad(), masked(model, gates, sites=sites):
+            states = model(tokens(), use_cache=False, output_hidden_states=True).hidden_states
+        assert torch.equal(states[1], states[2])
+
+
 @pytest.mark.parametrize("changes", [{"attention_bias": True}, {"mlp_bias": True}, {"tie_word_embeddings": True}])
 def test_biases_and_ties(changes: dict[str, bool]) -> None:
     model = with_lora(tiny("llama", layers=LAYERS, **changes))

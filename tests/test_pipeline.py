@@ -22,7 +22,7 @@ from data_helpers import write_lines
 from evaluate_helpers import characters, speaker
 from prunetune import pipeline
 from prunetune.config import RunConfig, from_mapping
-from prunetune.errors import ConfigError, ModelError, RunFolderError
+from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.model.sites import find_sites, kept_params
 from prunetune.options import merged
@@ -43,6 +43,7 @@ RECIPE: dict[str, Any] = {
     "evaluate": {"limit": 4, "generate_limit": 1, "max_new_tokens": 4, "dense_tuned": True},
 }
 LAYOUTS = ("per-layer", "uniform")
+NONE = {"teacher": "none"}
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
@@ -388,6 +389,48 @@ def test_a_full_disk_is_refused_before_anything_is_written(
         run(config_of(place, tmp_path / "deep" / "run"))
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("asked", [run, of_dry_run])
+def test_a_split_of_which_nothing_fits_is_refused(
+    asked: Callable[..., Any], split: str, place: Path, tmp_path: Path
+) -> None:
+    write_lines(tmp_path / "long.jsonl", *({"text": f"{n} is far too long. " * 9} for n in range(20)))
+    data = {split: [str(tmp_path / "long.jsonl")], "max_length": 60, "too_long": "drop"}
+    with pytest.raises(DataError, match=rf"no example of {split} fits the limit .* raise data\.max_length"):
+        asked(config_of(place, tmp_path / "run", data=data))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model(place: Path, tmp_path: Path) -> None:
+    """One that only pads is as good as any other; one that rows hold is refused."""
+    folder = tmp_path / "dense"
+    shutil.copytree(place / "dense", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    config = config_of(place, tmp_path / "run", model=str(folder), evaluate={"dense_tuned": False}, distill=NONE)
+    assert (run(config) / "model").is_dir()
+    tokenizer.add_tokens(["Case"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(
+        ModelError, match=r"gives token \d+ \(\w+\), and its embedding has \d+ rows; resize it"
+    ) as refused:
+        run(config_of(place, tmp_path / "other", model=str(folder)))
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "other").exists()
+
+
+def test_weights_are_written_as_they_were_stored(place: Path, tmp_path: Path) -> None:
+    """Also where the configuration does not say how."""
+    folder = tmp_path / "dense"
+    shutil.copytree(place / "dense", folder)
+    AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    said = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({key: said[key] for key in said if "dtype" not in key}))
+    done = run(config_of(place, tmp_path / "run", model=str(folder), evaluate={"dense_tuned": False}, distill=NONE))
+    assert {tensor.dtype for tensor in load_file(done / "model" / "model.safetensors").values()} == {torch.bfloat16}
 
 
 def test_a_teacher_is_heard(place: Path, tmp_path: Path) -> None:

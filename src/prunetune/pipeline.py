@@ -18,7 +18,7 @@ from prunetune import environment
 from prunetune.bench.speed import measure
 from prunetune.config import DistillConfig, RunConfig
 from prunetune.console import Quiet, console_for
-from prunetune.data.batches import Stream, unlabelled
+from prunetune.data.batches import Stream, padding_id, unlabelled
 from prunetune.data.records import Record
 from prunetune.data.sources import SplitName
 from prunetune.data.templates import Example
@@ -200,7 +200,7 @@ def job_of(
         train=Stream(_mixed(setting, "train", teacher), config.train.batch_size, derive(config.seed, "train")),
         search=Stream(_mixed(setting, "search", teacher), config.search.batch_size, derive(config.seed, "search")),
         valid=watched(setting.encoded["valid"].examples, config.validate.limit),
-        pad_id=setting.tokenizer.pad_token_id,
+        pad_id=padding_id(setting.tokenizer),
         config=config,
         schedule=given_plan(config) if plan else schedule_of(config),
         checkpoints=checkpoints,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from prunetune.data.templates import Encoded, encode
 from prunetune.decide.budgets import even, limited
 from prunetune.decide.select import Shape, default_align, select
 from prunetune.decide.shape import GROUPED
-from prunetune.errors import ConfigError, RunFolderError
+from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
 from prunetune.evaluation.suite import context_of
 from prunetune.export.shapes import legal_groups, width_of
 from prunetune.files import need_space
@@ -117,17 +118,7 @@ def prepare(
     splits = load_splits(config.data, config.seed)
     if resume:
         _same_data(folder, splits)
-    context = context_of(structure)
-    encoded = {name: encode(records, tokenizer, config.data, context) for name, records in splits.parts().items()}
-    for name, part in encoded.items():
-        if part.too_long:
-            log.warning(
-                "%s: %d examples are longer than the limit (longest %d tokens): data.too_long=%s",
-                name,
-                part.too_long,
-                part.longest,
-                config.data.too_long,
-            )
+    encoded = _encoded(splits, tokenizer, structure, config)
     params = sum(parameter.numel() for parameter in structure.parameters())
     whole = whole_params(structure, config.budget.units)
     if ranks.shards and tunes_all(config.train, sites):
@@ -146,6 +137,37 @@ def prepare(
     return Setting(
         config, folder, device, dtype, sites, shape, tokenizer, splits, encoded, console, params, whole, ranks
     )
+
+
+def _encoded(splits: Splits, tokenizer: Any, structure: Any, config: RunConfig) -> dict[SplitName, Encoded]:
+    """All splits as tokens; raises a `PrunetuneError` where a run could not use them."""
+    context, rows = context_of(structure), getattr(structure.config.get_text_config(), "vocab_size", math.inf)
+    encoded = {name: encode(records, tokenizer, config.data, context) for name, records in splits.parts().items()}
+    for name, part in encoded.items():
+        if part.too_long:
+            log.warning(
+                "%s: %d examples are longer than the limit (longest %d tokens): data.too_long=%s",
+                name,
+                part.too_long,
+                part.longest,
+                config.data.too_long,
+            )
+        _refuse_unusable(name, part, rows, config.model)
+    return encoded
+
+
+def _refuse_unusable(name: SplitName, part: Encoded, rows: float, model: str) -> None:
+    if part.too_long and not part.examples and name in ("train", "search", "test"):
+        raise DataError(
+            f"no example of {name} fits the limit (longest {part.longest} tokens): raise data.max_length, "
+            "or set data.too_long=truncate"
+        )
+    highest = max((max(example.ids, default=0) for example in part.examples), default=0)
+    if highest >= rows:
+        raise ModelError(
+            f"model {model}: its tokenizer gives token {highest} ({name}), and its embedding has {rows} rows; "
+            "resize it (model.resize_token_embeddings(len(tokenizer))) and save both"
+        )
 
 
 def _same_data(folder: RunFolder, splits: Splits) -> None:

@@ -91,6 +91,11 @@ def watcher_of(setting: Setting) -> Watcher:
     """The watcher of a run; raises `ConfigError` or `DataError` where a gate could never act."""
     gates = tuple(Gate.parse(text) for text in setting.config.gates)
     rows = tuple(row for row in setting.splits.valid if row.choices)
+    if gates and not setting.encoded["valid"].examples:
+        raise DataError(
+            "gates are looked at where valid is scored, and no row of valid is there or fits data.max_length: "
+            "name data.valid or a data.valid_share, raise the length or set data.too_long=truncate"
+        )
     wanted = setting.config.validate.accuracy or any(gate.metric == "valid.accuracy" for gate in gates)
     if wanted and not rows:
         raise DataError("validate.accuracy and gates on valid.accuracy need rows with choices in valid: there are none")

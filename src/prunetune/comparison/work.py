@@ -16,7 +16,7 @@ from prunetune.comparison.cells import Cell, Result, about
 from prunetune.comparison.methods import BUILT_IN, DENSE
 from prunetune.comparison.scoring import finite, scored
 from prunetune.config import RunConfig
-from prunetune.data.batches import Stream, collate, micro_batches
+from prunetune.data.batches import Stream, collate, micro_batches, padding_id
 from prunetune.decide.baselines import BASELINES, Calibration, bias_compensation
 from prunetune.decide.select import select
 from prunetune.evaluation.suite import context_of
@@ -233,7 +233,7 @@ class Workshop:
 
 def calibration_of(setting: Setting, model: Any) -> Calibration:
     """The batches of the search that a baseline may look at."""
-    config, pad = setting.config, setting.tokenizer.pad_token_id
+    config, pad = setting.config, padding_id(setting.tokenizer)
     stream = Stream(setting.encoded["search"].examples, config.search.batch_size, derive(config.seed, "search"))
     batches = [
         collate(part, pad)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,6 +57,12 @@ class Batch:
     def targets(self) -> Tensor:
         """The labels that count, in the order of `predicting`: long [N]."""
         return self.labels[self.labels != IGNORED]
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills up rows; which one it is has no effect."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(token for token in known if token is not None))
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:

@@ -59,7 +59,8 @@ def input_moments(model: Any, modules: Iterable[str], batches: Sequence[Batch]) 
     real: list[Tensor] = []
 
     def listen(moments: Moments) -> Any:
-        return lambda _, inputs: moments.add(inputs[0][real[-1]])
+        # [B, T, C], or [B * T, C] where a family flattens
+        return lambda _, inputs: moments.add(inputs[0].flatten(0, -2)[real[-1].flatten()])
 
     handles = [model.get_submodule(name).register_forward_pre_hook(listen(found[name])) for name in found]
     with _removed(handles):

@@ -97,8 +97,9 @@ def _free(nest: Nest, target: int, shape: Shape, room: Room) -> dict[str, int]:
             continue
         block += waiting.pop(site.name, 0)
         # Prices only rise as more is opened around or inside, and room only falls: what is closed stays so.
-        price = block * nest.open_lanes(site, widths) * nest.span(site, widths)
-        if not price or spent + price > target:
+        lanes = nest.open_lanes(site, widths)
+        price = block * lanes * nest.span(site, widths)
+        if not lanes or spent + price > target:
             closed.add(site.name)  # ... and a site whose block did not fit takes no later, smaller one.
             continue
         if not room.takes(site, block, widths):

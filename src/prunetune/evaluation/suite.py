@@ -14,6 +14,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunetune.config import DataConfig, EvaluateConfig
+from prunetune.data.batches import padding_id
 from prunetune.data.records import Record
 from prunetune.data.templates import Example, encode, encode_answer
 from prunetune.errors import DataError
@@ -150,7 +151,7 @@ class _Task:
         found = likelihood.choice_likelihoods(
             self.model,
             [self._question(draft) for draft in drafts],
-            pad_id=self._pad_id(),
+            pad_id=padding_id(self.tokenizer),
             max_tokens=self.config.max_tokens,
             tick=tick,
         )
@@ -182,7 +183,7 @@ class _Task:
         found = likelihood.answer_nll(
             self.model,
             [draft.example for draft in drafts],
-            pad_id=self._pad_id(),
+            pad_id=padding_id(self.tokenizer),
             max_tokens=self.config.max_tokens,
             tick=tick,
         )
@@ -194,7 +195,7 @@ class _Task:
             self.model,
             self.tokenizer,
             [self._prompt(draft, room=self.config.max_new_tokens) for draft in drafts],
-            pad_id=self._pad_id(),
+            pad_id=padding_id(self.tokenizer),
             max_new_tokens=min(self.config.max_new_tokens, context_of(self.model) // 2),
             max_tokens=self.config.max_tokens,
             tick=tick,
@@ -203,10 +204,6 @@ class _Task:
         for draft, answer, overlap in zip(drafts, answers, overlaps, strict=True):
             draft.got, draft.correct = answer, exact_match(draft.record.completion, answer)
             draft.scores |= {"rouge_l": overlap, "exact_match": float(draft.correct)}
-
-    def _pad_id(self) -> int:
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return int(next(token for token in known if token is not None))
 
     def _summary(self, drafts: Sequence[_Draft]) -> TaskResult:
         names = unique([draft.record.id for draft in drafts])

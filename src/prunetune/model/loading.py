@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import math
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from prunetune.errors import ConfigError, MissingPackage, ModelError, UnknownArchitecture
 from prunetune.model.gguf import dequantised
 
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HEADER = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as .safetensors files name them
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,6 @@ def load(name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_co
     from transformers import AutoModelForCausalLM
 
     path = locate(name)
-    stored = load_config(name, trust_remote_code=trust_remote_code).dtype
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as broken:
@@ -136,7 +138,29 @@ def load(name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_co
         ) from broken
     model.to(device).eval().requires_grad_(False)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    return Loaded(model, tokenizer, stored if isinstance(stored, torch.dtype) else torch.float32)
+    return Loaded(model, tokenizer, stored_dtype(name, trust_remote_code=trust_remote_code))
+
+
+def stored_dtype(name: str, *, trust_remote_code: bool = False) -> torch.dtype:
+    """Of a checkpoint's weights: as its configuration says, or the first of them; float32 where neither tells."""
+    config = load_config(name, trust_remote_code=trust_remote_code)
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    with suppress(SafetensorError, OSError):
+        for file in weight_files(name):
+            with safe_open(file, framework="pt") as tensors:
+                for tensor in tensors.keys():  # noqa: SIM118 - no mapping
+                    found = HEADER.get(tensors.get_slice(tensor).get_dtype())
+                    if found is not None:
+                        return found
+    return torch.float32
+
+
+def weight_files(name: str) -> list[Path]:
+    """The .safetensors files that are there: of a hub model, those in the cache."""
+    from transformers.utils import cached_file
+
+    return sorted(Path(str(cached_file(locate(name), "config.json"))).parent.glob("*.safetensors"))
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
@@ -163,7 +187,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The tokenizer, with a padding token."""
+    """The tokenizer, with a padding token that the model knows."""
     from transformers import AutoTokenizer
 
     try:
@@ -176,7 +200,8 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         raise ModelError(
             f"model {name}: its tokenizer has no vocabulary: save tokenizer.json and what belongs to it into its folder"
         )
-    if tokenizer.pad_token_id is None:
+    rows = getattr(load_config(name, trust_remote_code=trust_remote_code).get_text_config(), "vocab_size", math.inf)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= rows:  # added, and the model never resized
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

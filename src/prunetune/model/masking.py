@@ -126,13 +126,16 @@ def _gate_block(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHan
 
 
 def _gate_layer(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHandle]:
-    """From the layer's input (gate 0) to its output (gate 1), exact at both ends."""
+    """From the layer's input (gate 0) to its output (gate 1), exact at both ends.
+
+    Before all other hooks: those by which transformers collects hidden states come once and stay, and are to see this.
+    """
 
     def hear(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
         before = inputs[0] if inputs else options["hidden_states"]
         return _first(output, lambda after: torch.lerp(before, after, gate.to(after.dtype)))
 
-    return [model.get_submodule(site.module).register_forward_hook(hear, with_kwargs=True)]
+    return [model.get_submodule(site.module).register_forward_hook(hear, with_kwargs=True, prepend=True)]
 
 
 GATES: Mapping[str, Gate] = {

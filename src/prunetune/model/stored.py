@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from prunetune.model.loading import load_config, locate
+from prunetune.model.loading import load_config, stored_dtype, weight_files
 
 
 @dataclass(frozen=True)
@@ -19,23 +19,19 @@ class Stored:
     """Tensor name -> the .safetensors file that holds it."""
 
     places: dict[str, Path]
-    dtype: torch.dtype  # as the configuration says
+    dtype: torch.dtype
 
     @classmethod
     def of(cls, name: str, *, trust_remote_code: bool = False) -> Stored:
         """Of a model's name; empty where its files are not of this kind."""
-        from transformers.utils import cached_file
-
-        config = load_config(name, trust_remote_code=trust_remote_code)
-        folder = Path(str(cached_file(locate(name), "config.json"))).parent
         places: dict[str, Path] = {}
-        for file in sorted(folder.glob("*.safetensors")):
+        for file in weight_files(name):
             try:
                 with safe_open(file, framework="pt") as tensors:
                     places |= dict.fromkeys(tensors.keys(), file)
             except (SafetensorError, OSError):
                 return cls({}, torch.float32)
-        return cls(places, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
+        return cls(places, stored_dtype(name, trust_remote_code=trust_remote_code))
 
     def has(self, names: Iterable[str]) -> bool:
         """Whether all of these are stored under these names."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prunetune.config import DataConfig
+from prunetune.data.batches import padding_id
 from prunetune.data.records import Record
 from prunetune.data.templates import Example, encode, encode_answers, encode_prompts
 from prunetune.errors import DataError
@@ -40,8 +41,7 @@ class LocalModel:
 
     @property
     def _passes(self) -> dict[str, Any]:
-        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return {"pad_id": next(token for token in known if token is not None), "max_tokens": self.max_tokens}
+        return {"pad_id": padding_id(self.tokenizer), "max_tokens": self.max_tokens}
 
     def _choose(self, records: Sequence[Record], manner: Manner, tick: Tick) -> list[Any]:
         flat = iter(encode_answers([choice for record in records for choice in record.choices], self.tokenizer))

@@ -63,11 +63,13 @@ def tune_and_prune(job: Job) -> Plan:
         if gates is not None:
             record |= search.learn(step, gates, tuning.slopes)
 
+        if decision.plan is None and step + 1 == job.schedule.steps:
+            decision = search.conclude()  # the search lasts to the end: validated is what will be cut
         progress.done(record, decision)
         decision = progress.validate(record, decision)  # a gate may widen the budget, go back to what was, or stop
         progress.save_where_due(decision)
 
-    if decision.plan is None:
+    if decision.plan is None:  # a gate widened the budget at the last step
         decision = search.conclude()
     assert decision.plan is not None
     if not tuning.is_cut:  # no step was left after the search or the settling
