@@ -107,6 +107,11 @@ def test_sites_measures_where_it_is_asked_to(say: Said, dense: Path) -> None:
     assert row(again, "latency") == row(out, "latency")
 
 
+def test_shares_of_parameters_are_that_whatever_the_budget_is(say: Said, recipe: Callable[..., str]) -> None:
+    plain, limited = (say("run", recipe(**budget), "--dry-run")[1] for budget in ({}, {"memory": 0.8}))
+    assert row(limited, "file") == row(plain, "file")
+
+
 def test_what_is_not_counted_says_why(say: Said, dense: Path) -> None:
     code, out, _ = say("sites", str(dense), *ALIGN, "--units", "query-heads", "--units", "mlp-channels")
     assert code == 0

@@ -44,6 +44,7 @@ def test_it_says_what_it_wrote_and_where(say: Said, run: Path, tmp_path: Path) -
     [
         (("--to", "tar"), "tar"),
         (("--to", "gguf", "--dtype", "f8"), "takes no dtype 'f8'; use one of f16, f32, bf16, q8_0"),
+        (("--to", "onnx", "--pad"), "onnx has no use for it: leave it out"),
         (("--to", "per-layer"), "a stock class opens it: export --to uniform"),
     ],
 )

@@ -168,6 +168,20 @@ def test_a_comparison_grows(place: Path, tmp_path: Path, counted: list[int]) -> 
     assert row(folder, "magnitude")["seeds"] == [0, 2]
 
 
+def test_a_row_has_one_teacher(place: Path, tmp_path: Path) -> None:
+    """With more learning rates another dense model may teach: what the first one taught is made anew."""
+    variants = tmp_path / "variants.yaml"
+    variants.write_text("mine: {train: {learning_rate: 0.01}}\n")
+    grid = {"methods": ["dense", "mine"], "learning_rates": [1e-5], "variants": str(variants), "seeds": [0]}
+    folder = compare(config_of(place, tmp_path / "run", compare=grid))
+    assert cells(folder)["mine-keep0.6-seed0-lr0.01"]["teacher_rate"] == 1e-5
+    grid |= {"learning_rates": [1e-5, 1e-2], "seeds": [0, 1]}
+    compare(config_of(place, folder, compare=grid), resume=True)
+    best = row(folder, "dense")["learning_rate"]
+    assert {cell["teacher_rate"] for cell in cells(folder).values() if cell["method"] == "mine"} == {best}
+    assert best == 1e-2
+
+
 def test_another_recipe_or_other_data_does_not_go_on(place: Path, done: Path) -> None:
     before = {str(path): path.read_bytes() for path in done.rglob("*.json")}
     with pytest.raises(RunFolderError, match=r"train\.steps was 3 and is now 4"):

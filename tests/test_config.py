@@ -175,9 +175,17 @@ def test_a_refusal_names_the_key_and_what_would_do(values: dict[str, Any], line:
     assert str(refused.value) == line
 
 
-def test_a_key_like_no_other_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match=r"unknown key zzzzzz; known are model, out, .*evaluate\.dense_tuned"):
-        from_mapping({"zzzzzz": 1})
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"zzzzzz": 1}, r"unknown key zzzzzz; known are model, out, .*, train, lora, .*compare$"),
+        ({"lora": {"zzzzzz": 1}}, r"unknown key lora\.zzzzzz; known are lora\.rank, .*lora\.quantize"),
+        ({"data.train": "x.jsonl"}, r"unknown key data\.train; write train under data:$"),
+    ],
+)
+def test_an_unknown_key_says_what_would_do(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        from_mapping(values)
 
 
 @pytest.mark.parametrize("path", BOUNDED)

@@ -13,7 +13,7 @@ import pytest
 
 from prunetune.config import from_mapping
 from prunetune.errors import ConfigError, GateFailed, ModelError, RunFolderError
-from prunetune.folder import RunFolder, open_folder
+from prunetune.folder import RunFolder, held, open_folder
 from prunetune.history import entered, entries
 from prunetune.history.listing import filtered, table
 from prunetune.history.store import NAME
@@ -78,8 +78,11 @@ def test_how_a_run_ended_is_known(error: BaseException, status: str, tmp_path: P
     open_folder(folder, config)
     registering = entered(folder, config, "")
     registering.__enter__()
-    (running,) = entries(tmp_path)
-    assert running.status == "running"
+    with held(folder):
+        (running,) = entries(tmp_path)
+        assert running.status == "running"
+    (killed,) = entries(tmp_path)
+    assert killed.status == "interrupted", "no process works on it"
     assert not registering.__exit__(type(error), error, None), "the error goes on"
     (ended,) = entries(tmp_path)
     assert ended.status == status

@@ -24,6 +24,7 @@ from prunetune import pipeline
 from prunetune.config import RunConfig, from_mapping
 from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
 from prunetune.evaluation.results import Evaluation
+from prunetune.folder import RunFolder, held
 from prunetune.model.sites import find_sites, kept_params
 from prunetune.options import merged
 from prunetune.pipeline import run
@@ -351,6 +352,15 @@ def test_an_existing_folder_is_not_overwritten(place: Path, done: dict[str, Path
     assert files_of(tmp_path) == {"notes.txt": b"mine"}
     with pytest.raises(RunFolderError, match="is a file"):
         run(config_of(place, tmp_path / "notes.txt"))
+
+
+def test_two_processes_do_not_work_on_one_run(place: Path, done: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(done["uniform"], out)
+    with held(RunFolder(out)), pytest.raises(RunFolderError, match="another process works on this run") as refused:
+        run(config_of(place, out, "uniform"), resume=True)
+    assert "\n" not in str(refused.value)
+    assert results(run(config_of(place, out, "uniform"), resume=True)) == results(done["uniform"])
 
 
 def test_a_kill_while_the_folder_was_made_can_be_resumed(

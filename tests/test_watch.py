@@ -15,7 +15,7 @@ from rich.console import Console
 from prunetune.errors import RunFolderError
 from prunetune.folder import open_run
 from prunetune.report import write_report
-from prunetune.watch import QUIET, follow, look, picture, spark
+from prunetune.watch import LAPSE, QUIET, follow, look, picture, spark
 from report_helpers import make_run
 
 
@@ -85,6 +85,16 @@ def test_one_that_was_killed_is_not_waited_for(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=110)
     follow(folder, console=console)
     assert "--resume` goes on" in plain(console)
+
+
+def test_one_that_no_process_works_on_is_not_waited_for(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    while_ago = time.time() - LAPSE - 5
+    for file in folder.rglob("*"):
+        os.utime(file, (while_ago, while_ago))
+    console = Console(file=io.StringIO(), width=110)
+    follow(folder, console=console)
+    assert "stopped: no process works on it; `prunetune run ... --resume` goes on" in plain(console)
 
 
 def test_how_it_failed_is_said(tmp_path: Path) -> None:

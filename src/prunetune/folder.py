@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import fcntl
 import json
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -183,6 +185,46 @@ def open_folder(folder: RunFolder, config: RunConfig) -> None:
         write_text(folder.path / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
     (folder.path / "evaluation").mkdir(exist_ok=True)
     folder.checkpoints.mkdir(exist_ok=True)
+
+
+@contextmanager
+def held(folder: RunFolder) -> Iterator[None]:
+    """No other process may work on the run meanwhile; raises `RunFolderError` where one does.
+
+    The lock is on the folder itself and ends with the process, however it ends. File systems without locks have none.
+    """
+    handle = os.open(folder.path, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            if not _locked(handle, fcntl.LOCK_EX):
+                raise RunFolderError(
+                    f"{folder.path}: another process works on this run: wait until it ends, or stop it first"
+                )
+        yield
+    finally:
+        os.close(handle)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process of this computer works on the run."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return not _locked(handle, fcntl.LOCK_SH)
+    except OSError:  # no locks here: nothing is known
+        return True
+    finally:
+        os.close(handle)
+
+
+def _locked(handle: int, how: int) -> bool:
+    try:
+        fcntl.flock(handle, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def open_run(path: Path) -> tuple[RunFolder, RunConfig]:

@@ -98,12 +98,14 @@ def _missed(limit: Record, dense: Benched, model: Benched, plan: Plan, sites: Se
         return _not_smaller(limit, dense, plan, sites)
     if limit["found"] is None:
         return f"{limit['gate']}: {limit['figure']} could not be measured ({model.cells[0].failed or 'no figure'})"
-    words = f"{limit['gate']}: {limit['figure']} is {limit['found']:.2f} times the dense model's"
-    blamed = uneven(plan, sites)
+    found = limit["found"]
+    times = f"{found:.2f}" if round(found, 2) < limit["limit"] else f"{found:.4g}"
+    words = f"{limit['gate']}: {limit['figure']} is {times} times the dense model's"
+    blamed, promised = uneven(plan, sites), _promised(model.cells[0].counted)
     if blamed:
         more = f" and {len(blamed) - SHOWN} more" if len(blamed) > SHOWN else ""
-        return f"{words}; {'; '.join(map(str, blamed[:SHOWN]))}{more}: set budget.align to {TILE}"
-    return f"{words}; all widths are multiples of {TILE}, so none is to blame{_promised(model.cells[0].counted)}"
+        return f"{words}; {'; '.join(map(str, blamed[:SHOWN]))}{more}: set budget.align to {TILE}{promised}"
+    return f"{words}; all widths are multiples of {TILE}, so none is to blame{promised}"
 
 
 def _promised(counted: Mapping[str, float]) -> str:

@@ -72,7 +72,12 @@ def _did_you_mean(prefix: str, key: str, root: type[Any]) -> str:
     known = list(paths(root))
     close = [path for path in known if path.rpartition(".")[2] == key]
     close = close or difflib.get_close_matches(prefix + key, known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(known)}"
+    if close and close[0] == key:
+        return f"; write {key.rpartition('.')[2]} under {key.rpartition('.')[0]}:"
+    if close:
+        return f"; did you mean {close[0]}?"
+    beside = dict.fromkeys(path.removeprefix(prefix).split(".")[0] for path in known if path.startswith(prefix))
+    return f"; known are {', '.join(prefix + name for name in beside)}"
 
 
 def paths(cls: type[Any], prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
@@ -154,7 +159,7 @@ def _entries(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> 
         return tuple(_source(entry, name) for entry in entries)
     if each == "gate":
         return tuple(gate_text(entry) for entry in entries)
-    return tuple(_value(item, kind, entry, f"each {name}") for entry in entries)
+    return tuple(_value(item, kind, entry, name) for entry in entries)
 
 
 def _source(entry: Any, name: str) -> str:

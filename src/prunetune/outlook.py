@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -64,8 +65,8 @@ def _table(
 
 
 def _plans(sites: Sequence[Site], shape: Shape) -> dict[str, dict[str, int] | None]:
-    """{heading: units kept by site}; None where that is not feasible."""
-    nest = Nest(sites)
+    """{heading: units kept by site}; None where that is not feasible. Shares of parameters, whatever the budget is."""
+    nest, shape = Nest(sites), replace(shape, limits=None)
     least = feasible_keep(sites, shape)
     found: dict[str, dict[str, int] | None] = {"dense": {site.name: site.units for site in sites}}
     for keep in SHOWN:
@@ -110,6 +111,6 @@ def limit_lines(limits: Limits, plan: Plan) -> Iterator[str]:
         yield (
             f"budget.{cap.kind} {cap.words(cap.limit)}: an even plan takes {cap.words(cost)}, "
             f"dense {cap.words(cap.dense)}"
-            + (f"; {1 - cost / cap.limit:.1%} below, its widths are that coarse" if below else "")
+            + (f"; {1 - cost / cap.limit:.1%} within, its widths are that coarse" if below else "")
             + ("; the dense model meets it" if cap.is_slack else "")
         )

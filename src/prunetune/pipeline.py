@@ -128,9 +128,11 @@ def _alone(setting: Setting) -> Setting:
 def timed(folder: RunFolder, stage: str) -> Iterator[None]:
     """The manifest says how long the block took, with what earlier processes took for it."""
     started = time.monotonic()
-    yield
-    timings = folder.manifest().get("timings", {})
-    folder.note(timings=timings | {stage: timings.get(stage, 0) + time.monotonic() - started})
+    try:
+        yield
+    finally:
+        timings = folder.manifest().get("timings", {})
+        folder.note(timings=timings | {stage: timings.get(stage, 0) + time.monotonic() - started})
 
 
 # -- stages ----------------------------------------------------------------------------------------------------------

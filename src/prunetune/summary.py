@@ -116,7 +116,8 @@ def _scores(folder: Path) -> list[str]:
         name: Evaluation.from_json(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()
     }
     titles = {"dense": "dense", "tuned": "dense tuned", "pruned": "pruned"}
-    lines = [f"{'task':<20} {'metric':<11}" + "".join(f"{titles[name]:>18}" for name in found) + f"{'recovery':>10}"]
+    recovered = "recovery" if "tuned" in found else "of dense"
+    lines = [f"{'task':<20} {'metric':<11}" + "".join(f"{titles[name]:>18}" for name in found) + f"{recovered:>10}"]
     reference = found.get("tuned", found.get("dense"))
     for task, result in found["pruned"].tasks.items():
         metric = headline(result)

@@ -10,7 +10,7 @@ from typing import Any
 from prunetune import environment, history
 from prunetune.config import RunConfig
 from prunetune.errors import GateFailed
-from prunetune.folder import RunFolder
+from prunetune.folder import RunFolder, held
 from prunetune.report import write_report
 from prunetune.setting import Setting
 from prunetune.trackers import Trackers
@@ -39,8 +39,8 @@ class Recorder:
 
 @contextmanager
 def told(folder: RunFolder, config: RunConfig, command: str) -> Iterator[None]:
-    """However the block ends, the report and the history say so."""
-    with history.entered(folder, config, command):
+    """However the block ends, the report and the history say so. No other process works on the run meanwhile."""
+    with held(folder), history.entered(folder, config, command):
         try:
             yield
             folder.note(failed="")

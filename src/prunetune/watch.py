@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from prunetune.config import RunConfig
-from prunetune.folder import RunFolder, open_run
+from prunetune.folder import RunFolder, is_held, open_run
 
 EVERY = 1.0  # seconds between looks
+LAPSE = 30.0  # seconds of silence after which it is asked whether a process works on the run
 QUIET = 900.0  # seconds without a sign of life after which a run counts as stopped
 BARS = "▁▂▃▄▅▆▇█"
 Line = Mapping[str, Any]
@@ -37,6 +38,7 @@ class Look:
     manifest: Mapping[str, Any]
     silent: float  # seconds since a file was last written
     ended: bool
+    stopped: bool = False  # no process works on it
 
     @property
     def step(self) -> int:
@@ -90,16 +92,22 @@ def _lines(file: Path) -> tuple[Line, ...]:
 
 
 def follow(path: Path, *, console: Console | None = None, every: float = EVERY) -> None:
-    """Show a run until it has ended or has been silent for a quarter of an hour; raises `RunFolderError` for none."""
+    """Show a run until it ends, is stopped, or is silent for a quarter of an hour; raises `RunFolderError` for none."""
     open_run(path)
     console = console or Console(file=sys.stdout)
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
             now = look(*current(path))
+            now = replace(now, stopped=not now.ended and now.silent > LAPSE and not _is_worked_on(path))
             live.update(picture(now), refresh=True)
-            if now.ended or now.silent > QUIET:
+            if now.ended or now.stopped or now.silent > QUIET:
                 return
             time.sleep(every)
+
+
+def _is_worked_on(path: Path) -> bool:
+    """The run, or the one of several sizes that it is a size of."""
+    return is_held(path) or is_held(path.absolute().parent.parent)
 
 
 def current(path: Path) -> tuple[RunFolder, RunConfig]:
@@ -139,6 +147,8 @@ def _phase(now: Look, last: Line) -> str:
         return f"ended: {now.manifest['failed']}"
     if now.ended:
         return "ended; the report is written"
+    if now.stopped:
+        return "stopped: no process works on it; `prunetune run ... --resume` goes on"
     if now.silent > QUIET:
         return f"silent for {now.silent / 60:.0f} minutes: stopped, it seems; `prunetune run ... --resume` goes on"
     if now.step >= now.steps:

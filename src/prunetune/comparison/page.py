@@ -99,7 +99,7 @@ def verdict(found: Found) -> str:
 def tone(score: Mapping[str, Any], metric: str) -> str:
     """Better or worse than the reference by more than two standard errors; "" else."""
     change, error = score.get("difference"), score.get("difference_se")
-    if change is None or not error or abs(change) <= 2 * error:
+    if change is None or error is None or abs(change) <= 2 * error:
         return ""
     return "better" if (change > 0) == (metric in ("acc", "rouge_l")) else "worse"
 

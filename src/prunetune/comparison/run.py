@@ -30,7 +30,7 @@ from prunetune.determinism import deterministic
 from prunetune.errors import ConfigError, GateFailed, PrunetuneError, device_fault
 from prunetune.evaluation.suite import KERNELS
 from prunetune.files import write_text
-from prunetune.folder import FREE
+from prunetune.folder import FREE, held
 from prunetune.model.loading import load_config, pick_device
 from prunetune.setting import Console, Setting, facts_of, prepare, shape_of
 from prunetune.train.graphs import RECORDING
@@ -60,8 +60,10 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
         setting = prepare(config, resume=resume, console=console, free=GROWS)
         grid = grid_of(setting.config)  # a budget of another kind has become a share of the parameters
         _refuse_in_time(setting, methods, grid)
-        _open(setting, config, command)
-        cells, rates = _Comparison(setting, methods, grid, Shelf(setting.folder.path)).run()
+        setting.folder.path.mkdir(parents=True, exist_ok=True)
+        with held(setting.folder):
+            _open(setting, config, command)
+            cells, rates = _Comparison(setting, methods, grid, Shelf(setting.folder.path)).run()
     return _finish(setting, cells, rates)
 
 
@@ -151,7 +153,7 @@ class _Comparison:
 
         Ctrl-C ends those that run.
         """
-        left = [cell for cell in cells if not self.shelf.done(cell, choose=choose)]
+        left = [cell for cell in cells if not self._is_done(shop, cell, choose)]
         if not left:
             return
         shop.open(crowded=jobs > 1)
@@ -170,6 +172,11 @@ class _Comparison:
         for cell in again:
             log.warning("%s: out of memory beside others, so it is made once more, alone", cell.name)
             self._one(shop, cell, choose)
+
+    def _is_done(self, shop: Workshop, cell: Cell, choose: bool) -> bool:
+        """Whether a cell is there, taught by this teacher: with more learning rates, dense may be another."""
+        result = self.shelf.get(cell) or {}
+        return self.shelf.done(cell, choose=choose) and result.get("teacher_rate") in (None, shop.dense_rate)
 
     def _one(self, shop: Workshop, cell: Cell, choose: bool) -> bool:
         """Make a cell and keep it, or what went wrong; whether that was a lack of memory.

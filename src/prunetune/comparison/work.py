@@ -173,7 +173,8 @@ class Workshop:
         model.requires_grad_(False).to(setting.dtype)  # as it would be written
         self._settle()
         facts = {"train_seconds": time.monotonic() - started, "teacher_seconds": cost, "curve": watch.curve}
-        return model, plan, facts
+        taught = teacher is not None and by_size(setting.config, setting.sites).distill.teacher == "dense"
+        return model, plan, facts | ({"teacher_rate": self.dense_rate} if taught else {})
 
     def _plan(self, cell: Cell, setting: Setting, model: Any) -> Plan | None:
         """The plan that is given beforehand; FLAP's also gives the model its biases."""

@@ -61,7 +61,7 @@ def card_of(origin: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
         _made(origin, plan, sites),
         _opening(layout_of(origin.config.layout, sites)),
         _sizes(origin.manifest),
-        _scores(origin.scores),
+        _scores(origin.scores, origin.manifest),
         _provenance(origin),
         _licence(origin.licence),
     ]
@@ -113,7 +113,7 @@ def _sizes(manifest: Mapping[str, Any]) -> str:
     return "\n".join(["## Size", "", "| | dense | this model |", "|---|---:|---:|", *lines])
 
 
-def _scores(scores: Sequence[ScoreRow]) -> str:
+def _scores(scores: Sequence[ScoreRow], manifest: Mapping[str, Any]) -> str:
     if not scores:
         return ""
     names = [name for name in TITLES if any(name in row.found for row in scores)]
@@ -124,7 +124,8 @@ def _scores(scores: Sequence[ScoreRow]) -> str:
         + "".join(f" {_cell(row.found.get(name))} |" for name in names)
         for row in scores
     ]
-    return "\n".join(["## Scores", "", "On the run's test split, ± standard error.", "", *head, *lines])
+    computed = f", computed in {manifest['dtype']}" if "dtype" in manifest else ""
+    return "\n".join(["## Scores", "", f"On the run's test split{computed}, ± standard error.", "", *head, *lines])
 
 
 def _cell(found: tuple[float, float, int] | None) -> str:

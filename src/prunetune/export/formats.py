@@ -92,6 +92,8 @@ def _means_something(to: str, source: Source, options: ExportOptions) -> None:
     dtypes = EXPORTERS[to].dtypes
     if options.dtype not in dtypes:
         raise ConfigError(f"{to} takes no dtype {options.dtype!r}; use one of {', '.join(filter(None, dtypes))}")
+    if options.pad and to != "uniform":
+        raise ConfigError(f"--pad makes layers of one width, for --to uniform; {to} has no use for it: leave it out")
     if not options.quantize:
         return
     if options.quantize not in SCHEMES:

@@ -23,7 +23,7 @@ import yaml
 
 from prunetune.config import RunConfig
 from prunetune.errors import ConfigError, PrunetuneError
-from prunetune.folder import RunFolder, open_run
+from prunetune.folder import RunFolder, is_held, open_run
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,20 @@ TABLE = """create table if not exists runs (
     asked real, kept real, metrics text not null default '{}', command text, process text
 )"""
 STATUSES = ("running", "done", "failed", "interrupted", "gate failed", "gone")  # gone: its folder is
-COLUMNS = ("path", "status", "started", "ended", "model", "layout", "seed", "asked", "kept", "metrics", "command")
+COLUMNS = (
+    "path",
+    "status",
+    "started",
+    "ended",
+    "model",
+    "layout",
+    "seed",
+    "asked",
+    "kept",
+    "metrics",
+    "command",
+    "process",
+)
 
 
 @dataclass(frozen=True)
@@ -202,7 +215,7 @@ def _entry(row: Mapping[str, Any]) -> Entry:
     path = Path(row["path"])
     return Entry(
         path=path,
-        status=row["status"] if path.exists() else "gone",
+        status=_status(path, row["status"], row["process"] or ""),
         started=row["started"] or "",
         ended=row["ended"] or "",
         model=row["model"] or "",
@@ -213,6 +226,14 @@ def _entry(row: Mapping[str, Any]) -> Entry:
         metrics=json.loads(row["metrics"]),
         command=row["command"] or "",
     )
+
+
+def _status(path: Path, noted: str, process: str) -> str:
+    """As noted, unless the folder is gone, or the process was killed and could note nothing."""
+    if not path.exists():
+        return "gone"
+    here = process.split(" ")[0] == socket.gethostname()
+    return "interrupted" if noted == "running" and here and not is_held(path) else noted
 
 
 def _now() -> str:

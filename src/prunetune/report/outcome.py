@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -105,7 +106,8 @@ def _as_good(run: RunFiles, headline: Headline | None, rows: Sequence[Row]) -> A
 def _hidden(judged: Sequence[Row]) -> str:
     """The largest loss that noise could hide, where that is too much to call a model as good; else empty."""
     losses = [(1 - row.left[0] + 2 * row.left[1], row) for row in judged if row.verdict == "within noise"]
-    loss, row = max(losses, key=lambda pair: pair[0], default=(0.0, None))
+    known = [pair for pair in losses if not math.isnan(pair[0])]  # of a score of 0 there is no share
+    loss, row = max(known, key=lambda pair: pair[0], default=(0.0, None))
     if row is None or not loss > HIDDEN:
         return ""
     items = f"{text.count(row.n)} item{'s' * (row.n != 1)}"

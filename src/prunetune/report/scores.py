@@ -120,7 +120,7 @@ def _recovery(metric: str, pruned: Score, reference: Score) -> str:
 
 
 def _verdict(metric: str, difference: float, error: float) -> str:
-    if metric not in LABELS or not math.isfinite(difference) or not error > 0:
+    if metric not in LABELS or not math.isfinite(difference) or not error >= 0:
         return ""
     if abs(difference) <= 2 * error:
         return "within noise"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Collection
 from pathlib import Path
 
@@ -59,5 +60,9 @@ def to_json(found: Evaluation, model: str, suite: str) -> str:
 
 def writable(path: Path | None, flag: str) -> None:
     """Refuse a file that cannot be written before anything is computed; raises `ConfigError`."""
-    if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+    if path is None:
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir():
         raise ConfigError(f"{flag} {path}: name a file in a folder that exists")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {path}: its folder cannot be written to; name a file in another one")
