@@ -22,6 +22,7 @@ from prunetune.export.source import Source
 from prunetune.suites import evaluate_suite, suite_of
 from prunetune.suites.check import Check, check
 from prunetune.suites.junit import junit
+from prunetune.suites.suite import Suite
 from prunetune.suites.tables import of_check, of_evaluation
 from suite_helpers import Told, model_folder, suite_file, suite_in
 
@@ -146,6 +147,38 @@ def test_what_cannot_be_judged_does_not_pass() -> None:
         assert held(nan, fine, limits).exit_code == 1
     broken_reference = held(fine, nan, {"relative": 0.5})
     assert broken_reference.exit_code != 0
+
+
+def inserted(suite: Suite, path: Path, *, at: int) -> tuple[Evaluation, Evaluation]:
+    """Kept results of 40 rows without an id, and those after a row was inserted."""
+    rows = [{"prompt": f"case {n}", "choices": ["yes", "no"], "answer": n % 3 % 2} for n in range(40)]
+    write_lines(path, *rows)
+    kept = Evaluation.from_json(evaluate_suite(Told(), suite).to_json())
+    write_lines(path, *rows[:at], {"prompt": "case 1000", "choices": ["yes", "no"], "answer": 0}, *rows[at:])
+    return evaluate_suite(Told(), suite), kept
+
+
+@pytest.mark.parametrize("limits", [None, {"statistical": True}, {"relative": 0.9}, {"drop": 0.5}])
+def test_a_reference_of_moved_rows_judges_nothing(tmp_path: Path, limits: Any) -> None:
+    told = {"data": "rows.jsonl", "scorer": "accuracy", **({"limits": limits} if limits else {})}
+    suite = suite_in(tmp_path, {"t": told})
+    now, kept = inserted(suite, tmp_path / "rows.jsonl", at=0)
+    found = check(now, kept, suite)
+    assert (found.exit_code, found.verdicts, found.failures) == (2, (), ())
+    assert "evaluate the reference anew, and give rows an" in found.errors["t"]
+    assert "\n" not in found.errors["t"]
+
+
+def test_moved_rows_are_no_new_failures(tmp_path: Path) -> None:
+    """Right before and wrong now counts for the same question alone; a least score needs no reference at all."""
+    suite = suite_in(tmp_path, {"t": {"data": "rows.jsonl", "scorer": "accuracy", "limits": {"min": 0.5}}})
+    now, kept = inserted(suite, tmp_path / "rows.jsonl", at=30)
+    wrong = replace(now.tasks["t"], items=tuple(replace(item, correct=False) for item in now.tasks["t"].items))
+    found = check(Evaluation({"t": wrong}), kept, suite)
+    assert found.exit_code == 0
+    before = {item.id: item.prompt for item in kept.tasks["t"].items}
+    assert {(failure.id, failure.prompt) for failure in found.failures} <= set(before.items())
+    assert len(found.failures) == 30
 
 
 def test_limits_of_a_group_hold_for_its_tasks() -> None:

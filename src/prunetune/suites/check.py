@@ -11,7 +11,7 @@ from typing import Any
 from prunetune.errors import PrunetuneError
 from prunetune.evaluation.paired import Paired, compare, holm
 from prunetune.evaluation.results import SHOWN, Evaluation, Item, Score, TaskResult, higher_is_better, recovery
-from prunetune.evaluation.statistics import EVIDENCE
+from prunetune.evaluation.statistics import EVIDENCE, same_question, same_questions
 from prunetune.suites.limits import Limit
 from prunetune.suites.suite import Suite
 
@@ -126,6 +126,8 @@ def _verdict(limit: Limit, mine: TaskResult, theirs: TaskResult | None) -> Verdi
     other = theirs.scores[limit.metric] if theirs and limit.metric in theirs.scores else Score(math.nan, math.nan, 0)
     if math.isnan(value):
         return Verdict(limit, True, value, other.value, f"{_named(limit)} is not a number")
+    if limit.kind not in ("min", "max") and theirs is not None:
+        same_questions(limit.task, _common(mine, theirs))  # a score of other rows is no reference
     if limit.kind == "statistical":
         assert theirs is not None
         return _tested(limit, value, other.value, compare(mine, theirs, limit.metric))
@@ -188,15 +190,22 @@ def _named(limit: Limit) -> str:
 
 
 def new_failures(mine: TaskResult, theirs: TaskResult) -> list[Failure]:
-    """Items right before and wrong now; where items are graded, the `WORST` that lost most of the first metric."""
-    before = {item.id: item for item in theirs.items}
-    pairs = [(item, before[item.id]) for item in mine.items if item.id in before]
+    """Items right before and wrong now; where items are graded, the `WORST` that lost most of the first metric.
+
+    Items of the same id that ask something else do not count.
+    """
+    pairs = [pair for pair in _common(mine, theirs) if same_question(*pair)]
     metric = next(iter(mine.scores), "")
     if any(old.correct is not None for _, old in pairs):
         return [_failure(mine.task, now, old, metric) for now, old in pairs if old.correct and not now.correct]
     graded = [_failure(mine.task, now, old, metric) for now, old in pairs]
     graded = sorted((each for each in graded if each.lost > 0), key=lambda each: (-each.lost, each.id))
     return graded[:WORST]
+
+
+def _common(mine: TaskResult, theirs: TaskResult) -> list[tuple[Item, Item]]:
+    before = {item.id: item for item in theirs.items}
+    return [(item, before[item.id]) for item in mine.items if item.id in before]
 
 
 def _failure(task: str, now: Item, old: Item, metric: str) -> Failure:
