@@ -187,6 +187,29 @@ def test_limits_of_a_group_hold_for_its_tasks() -> None:
     assert [verdict.broken for verdict in found.verdicts] == [False, True]
 
 
+def test_limits_of_a_task_hold_for_no_other() -> None:
+    """Not for one whose name begins with its name and a slash, and such a one does not stand in for it."""
+
+    def limited(least: float, **told: Any) -> dict[str, Any]:
+        return {**(told or DATA), "limits": {"accuracy": {"min": least}}}
+
+    own = suite_of({"tasks": {"legal": limited(0.9), "legal/hard": limited(0.3)}})
+    easy, hard = answers("1", task="legal"), answers("10", task="legal/hard")
+    found = check(Evaluation({"legal": easy, "legal/hard": hard}), None, own)
+    assert [(each.limit.task, each.limit.bound) for each in found.verdicts] == [("legal", 0.9), ("legal/hard", 0.3)]
+    assert found.exit_code == 0
+    assert "not among the results" in check(Evaluation({"legal/hard": hard}), None, own).errors["legal"]
+    groups = suite_of(
+        {"tasks": {"g": limited(0.9, lm_eval="g"), "g/own": limited(0.3), "g/h": limited(0.2, lm_eval="h")}}
+    )
+    names = ("g/a", "g/own", "g/h/a")
+    found = check(Evaluation({name: answers("1", task=name) for name in names}), None, groups)
+    assert [(each.limit.task, each.limit.bound) for each in found.verdicts] == list(
+        zip(names, (0.9, 0.3, 0.2), strict=True)
+    )
+    assert not found.errors
+
+
 def test_junit_says_what_ci_shows() -> None:
     mine = answers("0" * 20)
     odd = replace(mine, items=(replace(mine.items[0], got="\x00\x1b[31m <b>&\ud800"), *mine.items[1:]))

@@ -13,7 +13,7 @@ from prunetune.evaluation.paired import Paired, compare, holm
 from prunetune.evaluation.results import SHOWN, Evaluation, Item, Score, TaskResult, higher_is_better, recovery
 from prunetune.evaluation.statistics import EVIDENCE, same_question, same_questions
 from prunetune.suites.limits import Limit
-from prunetune.suites.suite import Suite
+from prunetune.suites.suite import Suite, Task
 
 FORMAT = "prunetune-check-1"
 WORST = 10  # items listed of a task whose items are neither right nor wrong
@@ -90,8 +90,8 @@ def check(found: Evaluation, reference: Evaluation | None, suite: Suite) -> Chec
         if result.error and name not in errors:
             errors[name] = f"the reference: {result.error}"
     for task in suite.tasks:
-        if not any(f"{name}/".startswith(f"{task.name}/") for name in found.tasks):
-            errors[task.name] = "not among the results; evaluate the suite again"
+        if not any(_task(suite, name) is task for name in found.tasks):
+            errors[task.name] = task.fault or "not among the results; evaluate the suite again"
     verdicts: list[Verdict] = []
     for name, result in found.tasks.items():
         for limit in _limits(suite, name, result, reference) if name not in errors else ():
@@ -109,9 +109,18 @@ class Unjudged(PrunetuneError):
     """A limit that cannot be held against anything."""
 
 
+def _task(suite: Suite, name: str) -> Task | None:
+    """The task that a result is of: that of its name, or the group of lm-eval that it belongs to, "group/task"."""
+    fits = [
+        task for task in suite.tasks if task.name == name or (task.options.lm_eval and name.startswith(f"{task.name}/"))
+    ]
+    return max(fits, key=lambda task: len(task.name), default=None)
+
+
 def _limits(suite: Suite, name: str, result: TaskResult, reference: Evaluation | None) -> list[Limit]:
-    """The limits of a task; those of a group of lm-eval hold for each of its tasks, named "group/task"."""
-    told = [replace(limit, task=name) for limit in suite.limits if f"{name}/".startswith(f"{limit.task}/")]
+    """The limits of a task; those of a group of lm-eval hold for each of its tasks."""
+    task = _task(suite, name)
+    told = [replace(limit, task=name) for limit in task.limits] if task else []
     if told or reference is None or not result.scores:
         return told
     return [Limit(name, next(iter(result.scores)), "statistical", suite.level)]
