@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -329,6 +330,31 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, say: Said, arguments: 
     code, out, err = say(*(argument.format(**names) for argument in arguments))
     assert (code, out) == (2, "")
     assert said in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("against", "said"),
+    [
+        ("{tmp}/typo", "not a model folder"),
+        ("{tmp}/typo.gguf", "no such file"),
+        ("{tmp}/typo.json", "cannot be read"),
+        ("no-such-model", "model no-such-model: no configuration found"),
+        ("{tmp}/bare", "no tokenizer found|its tokenizer has no vocabulary"),
+        ("{tmp}/void", "the folder has no config.json"),
+        ("http:///v1", "is no address"),
+    ],
+)
+def test_a_reference_that_cannot_be_opened_is_refused_before_the_model_is_scored(
+    tmp_path: Path, say: Said, monkeypatch: pytest.MonkeyPatch, against: str, said: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("prunetune.suites.verbs.evaluate_suite", lambda *_, **__: pytest.fail("it was scored"))
+    model, suite = model_folder(tmp_path / "model"), suite_file(tmp_path, TASKS)
+    tiny("llama").save_pretrained(tmp_path / "bare")
+    (tmp_path / "void").mkdir()
+    code, out, err = say("check", model, "--suite", suite, "--against", against.format(tmp=tmp_path), "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert re.search(said, err.splitlines()[-1])
 
 
 def test_the_other_tasks_are_reported_where_one_fails(tmp_path: Path, say: Said) -> None:
