@@ -35,7 +35,7 @@ def step_by_step(model: Any, prompt: str, max_new_tokens: int = 8) -> str:
         ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
         if ids[-1] == tokenizer.eos_token_id:
             break
-    return tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
+    return tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

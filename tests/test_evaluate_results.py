@@ -6,6 +6,7 @@ import json
 import math
 import random
 import statistics as textbook
+from dataclasses import replace
 
 import pytest
 
@@ -20,6 +21,7 @@ from prunetune.evaluation import (
     paired_difference,
     recovery,
 )
+from prunetune.evaluation.results import SHOWN
 from prunetune.evaluation.statistics import mean, summarise
 
 
@@ -149,6 +151,28 @@ def test_only_common_items_are_paired() -> None:
     assert paired_difference(a, b, "accuracy").value == -0.5
     with pytest.raises(DataError, match="no item has rouge_l"):
         paired_difference(a, b, "rouge_l")
+
+
+def test_items_of_one_id_that_ask_something_else_are_no_pair() -> None:
+    """An id is a line of a file where rows have none of their own, and lines move."""
+    asked = [replace(one, prompt=f"{n} " + "x" * SHOWN) for n, one in enumerate(chosen(8, wrong=2))]
+    a = result(asked, "accuracy")
+    for change in ({"prompt": "other"}, {"expected": "other"}):
+        b = result([replace(one, **change) if n < 4 else one for n, one in enumerate(asked)], "accuracy")
+        assert paired_difference(a, b, "accuracy").n == 4
+        c = result([replace(one, **change) if n < 5 else one for n, one in enumerate(asked)], "accuracy")
+        with pytest.raises(DataError, match="of 8 items with the same id in both results only 3 ask the same") as moved:
+            paired_difference(a, c, "accuracy")
+        assert "\n" not in str(moved.value)
+
+
+def test_what_is_not_kept_of_a_question_does_not_part_a_pair() -> None:
+    long = [replace(one, prompt=f"{n} " + "x" * 2 * SHOWN) for n, one in enumerate(chosen(4, wrong=1))]
+    a = result(long, "accuracy")
+    kept = Evaluation.from_json(Evaluation({"task": a}).to_json()).tasks["task"]
+    bare = result([replace(one, prompt="", expected="") for one in long], "accuracy")
+    for other in (kept, bare):
+        assert paired_difference(a, other, "accuracy").n == paired_difference(other, a, "accuracy").n == 4
 
 
 def test_headlines_and_their_direction() -> None:

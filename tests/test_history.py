@@ -233,6 +233,20 @@ def test_a_run_that_lacks_things_is_said(tmp_path: Path) -> None:
         assert "\n" not in str(refused.value)
 
 
+def test_runs_of_other_rows_are_not_paired(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    data = json.loads((second / "evaluation" / "pruned.json").read_text())
+    items = data["tasks"]["casehold"]["items"]
+    for item, other in zip(items, [items[-1]["prompt"], *(item["prompt"] for item in items[:-1])], strict=True):
+        item["prompt"], item["correct"] = f"moved: {other}", not item["correct"]
+    (second / "evaluation" / "pruned.json").write_text(json.dumps(data))
+    said = compared([first, second])
+    (row,) = (line for line in said.splitlines() if line.startswith("casehold accuracy"))
+    assert row.endswith("–")
+    assert f"casehold: of {len(items)} items with the same id in both results only 0 ask the same" in said
+    assert "0 lost and 0 gained" in said
+
+
 def test_control_characters_of_a_model_do_not_reach_the_terminal(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     data = json.loads((second / "evaluation" / "pruned.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from prunetune.export.source import Source
 from prunetune.suites import evaluate_suite, suite_of
 from prunetune.suites.check import Check, check
 from prunetune.suites.junit import junit
+from prunetune.suites.suite import Suite
 from prunetune.suites.tables import of_check, of_evaluation
 from suite_helpers import Told, model_folder, suite_file, suite_in
 
@@ -148,10 +150,65 @@ def test_what_cannot_be_judged_does_not_pass() -> None:
     assert broken_reference.exit_code != 0
 
 
+def inserted(suite: Suite, path: Path, *, at: int) -> tuple[Evaluation, Evaluation]:
+    """Kept results of 40 rows without an id, and those after a row was inserted."""
+    rows = [{"prompt": f"case {n}", "choices": ["yes", "no"], "answer": n % 3 % 2} for n in range(40)]
+    write_lines(path, *rows)
+    kept = Evaluation.from_json(evaluate_suite(Told(), suite).to_json())
+    write_lines(path, *rows[:at], {"prompt": "case 1000", "choices": ["yes", "no"], "answer": 0}, *rows[at:])
+    return evaluate_suite(Told(), suite), kept
+
+
+@pytest.mark.parametrize("limits", [None, {"statistical": True}, {"relative": 0.9}, {"drop": 0.5}])
+def test_a_reference_of_moved_rows_judges_nothing(tmp_path: Path, limits: Any) -> None:
+    told = {"data": "rows.jsonl", "scorer": "accuracy", **({"limits": limits} if limits else {})}
+    suite = suite_in(tmp_path, {"t": told})
+    now, kept = inserted(suite, tmp_path / "rows.jsonl", at=0)
+    found = check(now, kept, suite)
+    assert (found.exit_code, found.verdicts, found.failures) == (2, (), ())
+    assert "evaluate the reference anew, and give rows an" in found.errors["t"]
+    assert "\n" not in found.errors["t"]
+
+
+def test_moved_rows_are_no_new_failures(tmp_path: Path) -> None:
+    """Right before and wrong now counts for the same question alone; a least score needs no reference at all."""
+    suite = suite_in(tmp_path, {"t": {"data": "rows.jsonl", "scorer": "accuracy", "limits": {"min": 0.5}}})
+    now, kept = inserted(suite, tmp_path / "rows.jsonl", at=30)
+    wrong = replace(now.tasks["t"], items=tuple(replace(item, correct=False) for item in now.tasks["t"].items))
+    found = check(Evaluation({"t": wrong}), kept, suite)
+    assert found.exit_code == 0
+    before = {item.id: item.prompt for item in kept.tasks["t"].items}
+    assert {(failure.id, failure.prompt) for failure in found.failures} <= set(before.items())
+    assert len(found.failures) == 30
+
+
 def test_limits_of_a_group_hold_for_its_tasks() -> None:
     suite = suite_of({"tasks": {"g": {"lm_eval": "group", "limits": {"accuracy": {"min": 0.5}}}}})
     found = check(Evaluation({"g/a": answers("1", task="g/a"), "g/b": answers("0", task="g/b")}), None, suite)
     assert [verdict.broken for verdict in found.verdicts] == [False, True]
+
+
+def test_limits_of_a_task_hold_for_no_other() -> None:
+    """Not for one whose name begins with its name and a slash, and such a one does not stand in for it."""
+
+    def limited(least: float, **told: Any) -> dict[str, Any]:
+        return {**(told or DATA), "limits": {"accuracy": {"min": least}}}
+
+    own = suite_of({"tasks": {"legal": limited(0.9), "legal/hard": limited(0.3)}})
+    easy, hard = answers("1", task="legal"), answers("10", task="legal/hard")
+    found = check(Evaluation({"legal": easy, "legal/hard": hard}), None, own)
+    assert [(each.limit.task, each.limit.bound) for each in found.verdicts] == [("legal", 0.9), ("legal/hard", 0.3)]
+    assert found.exit_code == 0
+    assert "not among the results" in check(Evaluation({"legal/hard": hard}), None, own).errors["legal"]
+    groups = suite_of(
+        {"tasks": {"g": limited(0.9, lm_eval="g"), "g/own": limited(0.3), "g/h": limited(0.2, lm_eval="h")}}
+    )
+    names = ("g/a", "g/own", "g/h/a")
+    found = check(Evaluation({name: answers("1", task=name) for name in names}), None, groups)
+    assert [(each.limit.task, each.limit.bound) for each in found.verdicts] == list(
+        zip(names, (0.9, 0.3, 0.2), strict=True)
+    )
+    assert not found.errors
 
 
 def test_junit_says_what_ci_shows() -> None:
@@ -273,6 +330,31 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, say: Said, arguments: 
     code, out, err = say(*(argument.format(**names) for argument in arguments))
     assert (code, out) == (2, "")
     assert said in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("against", "said"),
+    [
+        ("{tmp}/typo", "not a model folder"),
+        ("{tmp}/typo.gguf", "no such file"),
+        ("{tmp}/typo.json", "cannot be read"),
+        ("no-such-model", "model no-such-model: no configuration found"),
+        ("{tmp}/bare", "no tokenizer found|its tokenizer has no vocabulary"),
+        ("{tmp}/void", "the folder has no config.json"),
+        ("http:///v1", "is no address"),
+    ],
+)
+def test_a_reference_that_cannot_be_opened_is_refused_before_the_model_is_scored(
+    tmp_path: Path, say: Said, monkeypatch: pytest.MonkeyPatch, against: str, said: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("prunetune.suites.verbs.evaluate_suite", lambda *_, **__: pytest.fail("it was scored"))
+    model, suite = model_folder(tmp_path / "model"), suite_file(tmp_path, TASKS)
+    tiny("llama").save_pretrained(tmp_path / "bare")
+    (tmp_path / "void").mkdir()
+    code, out, err = say("check", model, "--suite", suite, "--against", against.format(tmp=tmp_path), "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert re.search(said, err.splitlines()[-1])
 
 
 def test_the_other_tasks_are_reported_where_one_fails(tmp_path: Path, say: Said) -> None:

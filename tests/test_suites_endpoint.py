@@ -13,6 +13,7 @@ from prunetune.errors import ConfigError
 from prunetune.suites import evaluate_suite
 from prunetune.suites.asking import CannotAnswer, Manner
 from prunetune.suites.endpoint import Endpoint
+from prunetune.suites.judge import _mark
 from prunetune.suites.server import Server
 from prunetune.suites.targets import TargetOptions
 from prunetune.suites.verbs import evaluate
@@ -188,3 +189,59 @@ def test_a_judge_that_does_not_judge_is_said(tmp_path: Path) -> None:
         assert "no number from 1 to 5 in its reply" in judged(tmp_path, heard.url).error
         assert "the scale has to rise" in judged(tmp_path, heard.url, low=5.0, high=5.0).error
     assert "is it up" in judged(tmp_path, f"http://127.0.0.1:{unused_port()}/v1", timeout=1.0).error
+
+
+@pytest.mark.parametrize(
+    ("reply", "mark"),
+    [
+        ("4", 4),
+        (" 3.5\n", 3.5),
+        ("**4**", 4),
+        ("I give it 2.", 2),
+        ("Mark: 4. So: 4.0", 4),
+        ("It is 77 years old: 3", 3),  # a number off the scale is no mark
+        ("4/5", 4),
+        ("4 / 5", 4),
+        ("**4**/5", 4),
+        ("5/5", 5),
+        ("Score: 2/5.", 2),
+        ("3 out of 5", 3),
+        ("3.5 out of 5.0 points", 3.5),
+        ("I say 2 of 5", 2),
+        ("2 (on a scale from 1 to 5)", 2),
+        ("On a scale of 1 to 5, I say 2.", 2),
+        ("On a scale of 1-5: 3", 3),
+        ("From 1 to 5: 3", 3),
+        ("between 1 and 5, a 4", 4),
+        ("2 on a 1-5 scale", 2),
+        ("On the 1 to 5 scale: 4", 4),
+        ("4 on a 5-point scale", 4),
+        ("Scale: 1-5. Score: 4/5", 4),
+    ],
+)
+def test_a_mark_is_read_beside_its_scale(reply: str, mark: float) -> None:
+    assert _mark(reply, 1, 5, "i") == mark
+
+
+def test_every_mark_of_every_scale_is_read_in_every_form() -> None:
+    for low, high in ((0, 1), (1, 5), (0, 10), (1, 100), (-1, 1)):
+        for form in ("{}", "{}/{high}", "{} out of {high}", "{} (from {low} to {high})", "{} on a {low}-{high} scale"):
+            for mark in (low, (low + high) / 2, high):
+                assert _mark(form.format(mark, low=low, high=high), low, high, "i") == mark
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ("2 points are right. I say 4", "2 numbers from 1 to 5 in its reply on item i"),
+        ("between 3 and 4", "no number"),
+        ("3-4", "2 numbers"),
+        ("3/10", "no number"),  # a mark of another scale
+        ("from 1 to 5", "no number"),
+        ("none", "no number"),
+    ],
+)
+def test_no_mark_and_several_marks_are_none(reply: str, said: str) -> None:
+    with pytest.raises(CannotAnswer, match=said) as refused:
+        _mark(reply, 1, 5, "i")
+    assert "\n" not in str(refused.value)

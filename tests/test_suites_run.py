@@ -11,13 +11,16 @@ import pytest
 import torch
 
 from data_helpers import write_lines
+from endpoint_helpers import Reply, serving
 from evaluate_helpers import characters, speaker
 from prunetune.data.records import Record
 from prunetune.evaluation.results import Evaluation
 from prunetune.suites import LocalModel, evaluate_suite, read_questions, suite_of
 from prunetune.suites.asking import Manner
 from prunetune.suites.cache import Remembered, Store, folder_hash
+from prunetune.suites.endpoint import Endpoint
 from prunetune.suites.local import ended
+from prunetune.suites.server import Server
 from prunetune.suites.targets import Checkpoint, TargetOptions
 from suite_helpers import ALL, Told, model_folder, suite_in
 
@@ -220,6 +223,26 @@ def test_an_answer_ends_before_its_first_stop() -> None:
     assert ended("yes\nno. end", ("\n", "end")) == "yes"
     assert ended("yes", ("\n",)) == "yes"
     assert ended(" yes ", ()) == "yes"
+    assert ended("\n\nParis\n\nQ", ("\n\n",)) == ""
+
+
+@pytest.mark.parametrize("text", ["\n\nParis\n\nQ", "Paris\n\nQ", " Paris\n", "\n\n"])
+@pytest.mark.parametrize("stop", [(), ("\n\n",), ("\n", "Q")])
+def test_a_model_here_ends_its_answer_as_a_server_does(text: str, stop: tuple[str, ...]) -> None:
+    """A stop in front of an answer ends it, before white space is taken off."""
+    model, tokenizer = speaker(), characters()
+    said = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    model.generate = lambda ids, **_: torch.cat([ids, said], dim=1)
+    record, manner = Record(kind="completion", prompt="Capital?", completion="Paris"), Manner(stop=stop)
+    (here,) = LocalModel(model, tokenizer).answers("write", [record], manner, lambda _: None)
+
+    def served(path: str, body: dict[str, Any]) -> Reply:
+        cut = min([text.find(each) for each in body.get("stop", []) if each in text], default=len(text))
+        return {"choices": [{"text": text[:cut]}]}
+
+    with serving(served) as heard:
+        endpoint = Endpoint(Server(heard.url), "m")
+        assert endpoint.answers("write", [record], manner, lambda _: None) == [here]
 
 
 def test_chats_are_asked_as_chats(tmp_path: Path) -> None:

@@ -89,14 +89,23 @@ def as_items(metric: str, found: list[float]) -> list[Item]:
 
 
 @pytest.mark.parametrize("stemmer", [False, True])
-def test_rouge_equals_rouge_score(stemmer: bool) -> None:
+def test_rouge_of_ascii_equals_rouge_score(stemmer: bool) -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
+    plain = [each for each in ANSWERS if (each.posed.expected + each.got).isascii()]
+    assert len(plain) > 50
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=stemmer)
-    theirs = [scorer.score(want, have) for want, have in zip(EXPECTED, GOT, strict=True)]
-    ours = values("rouge", stemmer=stemmer)
+    theirs = [scorer.score(each.posed.expected, each.got) for each in plain]
+    ours = values("rouge", plain, stemmer=stemmer)
     for metric, name in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")):
         assert ours[metric] == [scores[name].fmeasure for scores in theirs]
+
+
+def test_rouge_sees_other_scripts() -> None:
+    chinese = [answered("答案是北京", "答案是北京"), answered("答案是北京", "答案是南京")]
+    found = values("rouge", chinese)
+    assert {found[metric][0] for metric in found} == {1.0}
+    assert found["rouge_1"][1] == found["rouge_l"][1] == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("metric", ["bleu", "chrf"])

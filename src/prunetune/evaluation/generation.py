@@ -21,7 +21,7 @@ def generate(
     max_tokens: int,
     tick: Tick,
 ) -> list[str]:
-    """The greedy answer to each prompt, without special tokens and outer white space, in the order given."""
+    """The greedy answer to each prompt without special tokens, in the order given; its outer white space is kept."""
     found = [""] * len(prompts)
     size = vocabulary(model)
     groups = packed(
@@ -35,7 +35,7 @@ def generate(
             ids = model.generate(batch.ids, attention_mask=batch.mask, generation_config=settings)
             answers = tokenizer.batch_decode(ids[:, batch.ids.shape[1] :], skip_special_tokens=True)
             for index, answer in zip(group, answers, strict=True):
-                found[index] = answer.strip()
+                found[index] = answer
             tick(len(group))
     return found
 

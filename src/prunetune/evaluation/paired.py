@@ -35,7 +35,7 @@ class Paired:
 
 
 def compare(a: TaskResult, b: TaskResult, metric: str, *, seed: int = 0) -> Paired:
-    """`a` against `b`; raises `DataError` where no item is common to both."""
+    """`a` against `b`; raises `DataError` where the two do not have enough items in common."""
     left, right = paired_items(a, b, metric)
     n, statistic = len(left), _joint(left, right, metric)
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunetune.errors import DataError
-from prunetune.evaluation.results import Item, Score, TaskResult
+from prunetune.evaluation.results import SHOWN, Item, Score, TaskResult
 from prunetune.evaluation.text import normalised
 
 RESAMPLES = 1000
@@ -39,7 +39,7 @@ def mean(values: Sequence[float]) -> Score:
 def paired_difference(a: TaskResult, b: TaskResult, metric: str) -> Score:
     """`a` minus `b` over the items that both scored, with the standard error of the difference.
 
-    Pairing takes the items' difficulty out of the error. Raises `DataError` where no item is common to both.
+    Pairing takes the items' difficulty out of the error. Raises `DataError` as `paired_items` does.
     """
     left, right = paired_items(a, b, metric)
     if (statistic := statistic_of(metric)) is not None:
@@ -48,12 +48,36 @@ def paired_difference(a: TaskResult, b: TaskResult, metric: str) -> Score:
 
 
 def paired_items(a: TaskResult, b: TaskResult, metric: str) -> tuple[list[Item], list[Item]]:
-    """The items that both scored, in the same order; raises `DataError` where there is none."""
+    """The items that both scored, in the same order; raises `DataError` where there is none.
+
+    Items of the same id that ask something else are left out; see `same_questions`.
+    """
     ours, theirs = _scored(a, metric), _scored(b, metric)
     common = [name for name in ours if name in theirs]
     if not common:
         raise DataError(f"{a.task}: no item has {metric} in both results; compare evaluations of the same test rows")
-    return [ours[name] for name in common], [theirs[name] for name in common]
+    pairs = same_questions(a.task, [(ours[name], theirs[name]) for name in common])
+    return [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
+
+
+def same_questions(task: str, pairs: Sequence[tuple[Item, Item]]) -> list[tuple[Item, Item]]:
+    """The pairs that ask the same: an id may be a line of a file, and lines move.
+
+    Raises `DataError` where they are fewer than half: then the results are of other rows.
+    """
+    same = [pair for pair in pairs if same_question(*pair)]
+    if 2 * len(same) < len(pairs):
+        raise DataError(
+            f"{task}: of {len(pairs)} items with the same id in both results only {len(same)} ask the same, so rows "
+            'have moved or changed; evaluate the reference anew, and give rows an "id" that outlives that'
+        )
+    return same
+
+
+def same_question(a: Item, b: Item) -> bool:
+    """Whether prompt and right answer agree, as far as both are known: kept results have the beginning of a prompt."""
+    known = ((a.prompt[:SHOWN], b.prompt[:SHOWN]), (a.expected, b.expected))
+    return all(ours == theirs or not (ours and theirs) for ours, theirs in known)
 
 
 def _scored(result: TaskResult, metric: str) -> Mapping[str, Item]:

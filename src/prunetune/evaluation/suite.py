@@ -191,7 +191,7 @@ class _Task:
             draft.scores |= {"nll": total / tokens, "tokens": float(tokens)}
 
     def _write(self, drafts: Sequence[_Draft], tick: Tick) -> None:
-        answers = generate(
+        written = generate(
             self.model,
             self.tokenizer,
             [self._prompt(draft, room=self.config.max_new_tokens) for draft in drafts],
@@ -200,6 +200,7 @@ class _Task:
             max_tokens=self.config.max_tokens,
             tick=tick,
         )
+        answers = [answer.strip() for answer in written]
         overlaps = rouge_l([draft.record.completion for draft in drafts], answers)
         for draft, answer, overlap in zip(drafts, answers, overlaps, strict=True):
             draft.got, draft.correct = answer, exact_match(draft.record.completion, answer)

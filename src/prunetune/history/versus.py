@@ -12,7 +12,7 @@ from typing import Any
 from prunetune.config import to_mapping
 from prunetune.errors import DataError, PlanError, RunFolderError
 from prunetune.evaluation.results import Evaluation, Item, Score
-from prunetune.evaluation.statistics import paired_difference
+from prunetune.evaluation.statistics import paired_difference, same_question, same_questions
 from prunetune.folder import flat, open_run
 from prunetune.plan import Plan
 
@@ -93,7 +93,7 @@ def _scores(sides: Sequence[Side]) -> str:
             lines.append(
                 f"{task + ' ' + metric:<28}" + "".join(cells) + f"{_change(sides[0], sides[-1], task, metric):>28}"
             )
-    return "\n".join(lines)
+    return "\n".join([*lines, *_other_rows(sides[0], sides[-1])])
 
 
 def _cell(side: Side, task: str, metric: str) -> str:
@@ -110,6 +110,20 @@ def _change(first: Side, last: Side, task: str, metric: str) -> str:
     except (AssertionError, DataError, KeyError):
         return "–"
     return f"{found.value:+.3f} ± {found.se:.3f}" if math.isfinite(found.value) else "–"
+
+
+def _other_rows(first: Side, last: Side) -> list[str]:
+    """Why tasks of both are not paired: their rows are others."""
+    tasks = first.scores.tasks if first.scores else {}
+    others = last.scores.tasks if last.scores else {}
+    found = []
+    for task in (name for name in tasks if name in others):
+        items = {item.id: item for item in tasks[task].items}
+        try:
+            same_questions(task, [(items[item.id], item) for item in others[task].items if item.id in items])
+        except DataError as moved:
+            found.append(str(moved))
+    return found
 
 
 def _overlap(first: Side, other: Side) -> str:
@@ -150,12 +164,12 @@ def _flips(first: Side, other: Side) -> str:
 
 
 def flipped(first: Evaluation, other: Evaluation) -> tuple[list[Flip], int]:
-    """Items that one got right and the other wrong, and how many both answered."""
+    """Items that one got right and the other wrong, and how many both answered: of the same question, not just id."""
     flips, common = [], 0
     for task in (name for name in first.tasks if name in other.tasks):
         before = {item.id: item for item in first.tasks[task].items if item.correct is not None}
         for item in other.tasks[task].items:
-            if item.correct is not None and item.id in before:
+            if item.correct is not None and item.id in before and same_question(before[item.id], item):
                 common += 1
                 flips += _flip(task, before[item.id], item)
     return flips, common

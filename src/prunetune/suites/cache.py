@@ -17,7 +17,7 @@ from prunetune.model.gguf import cache_folder
 from prunetune.suites.asking import Ask, Manner, Respondent, Tick
 
 log = logging.getLogger(__name__)
-VERSION = 1  # rises when answers are made otherwise
+VERSIONS: Mapping[Ask, int] = {"choose": 1, "write": 2, "weigh": 1}  # rise when answers are made otherwise
 TABLES = (
     "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS files (stamp TEXT PRIMARY KEY, digest TEXT NOT NULL) WITHOUT ROWID",
@@ -117,7 +117,7 @@ def key_of(fingerprint: str, ask: Ask, record: Record, manner: Manner) -> str:
     ]
     if ask == "write":
         asked = [*asked[:3], manner.max_new_tokens, manner.stop]
-    return _digest([VERSION, fingerprint, ask, manner.template, asked])
+    return _digest([VERSIONS[ask], fingerprint, ask, manner.template, asked])
 
 
 def folder_hash(folder: Path, store: Store) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 from prunetune.errors import PrunetuneError
 from prunetune.evaluation.paired import Paired, compare, holm
 from prunetune.evaluation.results import SHOWN, Evaluation, Item, Score, TaskResult, higher_is_better, recovery
-from prunetune.evaluation.statistics import EVIDENCE
+from prunetune.evaluation.statistics import EVIDENCE, same_question, same_questions
 from prunetune.suites.limits import Limit
-from prunetune.suites.suite import Suite
+from prunetune.suites.suite import Suite, Task
 
 FORMAT = "prunetune-check-1"
 WORST = 10  # items listed of a task whose items are neither right nor wrong
@@ -90,8 +90,8 @@ def check(found: Evaluation, reference: Evaluation | None, suite: Suite) -> Chec
         if result.error and name not in errors:
             errors[name] = f"the reference: {result.error}"
     for task in suite.tasks:
-        if not any(f"{name}/".startswith(f"{task.name}/") for name in found.tasks):
-            errors[task.name] = "not among the results; evaluate the suite again"
+        if not any(_task(suite, name) is task for name in found.tasks):
+            errors[task.name] = task.fault or "not among the results; evaluate the suite again"
     verdicts: list[Verdict] = []
     for name, result in found.tasks.items():
         for limit in _limits(suite, name, result, reference) if name not in errors else ():
@@ -109,9 +109,18 @@ class Unjudged(PrunetuneError):
     """A limit that cannot be held against anything."""
 
 
+def _task(suite: Suite, name: str) -> Task | None:
+    """The task that a result is of: that of its name, or the group of lm-eval that it belongs to, "group/task"."""
+    fits = [
+        task for task in suite.tasks if task.name == name or (task.options.lm_eval and name.startswith(f"{task.name}/"))
+    ]
+    return max(fits, key=lambda task: len(task.name), default=None)
+
+
 def _limits(suite: Suite, name: str, result: TaskResult, reference: Evaluation | None) -> list[Limit]:
-    """The limits of a task; those of a group of lm-eval hold for each of its tasks, named "group/task"."""
-    told = [replace(limit, task=name) for limit in suite.limits if f"{name}/".startswith(f"{limit.task}/")]
+    """The limits of a task; those of a group of lm-eval hold for each of its tasks."""
+    task = _task(suite, name)
+    told = [replace(limit, task=name) for limit in task.limits] if task else []
     if told or reference is None or not result.scores:
         return told
     return [Limit(name, next(iter(result.scores)), "statistical", suite.level)]
@@ -126,6 +135,8 @@ def _verdict(limit: Limit, mine: TaskResult, theirs: TaskResult | None) -> Verdi
     other = theirs.scores[limit.metric] if theirs and limit.metric in theirs.scores else Score(math.nan, math.nan, 0)
     if math.isnan(value):
         return Verdict(limit, True, value, other.value, f"{_named(limit)} is not a number")
+    if limit.kind not in ("min", "max") and theirs is not None:
+        same_questions(limit.task, _common(mine, theirs))  # a score of other rows is no reference
     if limit.kind == "statistical":
         assert theirs is not None
         return _tested(limit, value, other.value, compare(mine, theirs, limit.metric))
@@ -188,15 +199,22 @@ def _named(limit: Limit) -> str:
 
 
 def new_failures(mine: TaskResult, theirs: TaskResult) -> list[Failure]:
-    """Items right before and wrong now; where items are graded, the `WORST` that lost most of the first metric."""
-    before = {item.id: item for item in theirs.items}
-    pairs = [(item, before[item.id]) for item in mine.items if item.id in before]
+    """Items right before and wrong now; where items are graded, the `WORST` that lost most of the first metric.
+
+    Items of the same id that ask something else do not count.
+    """
+    pairs = [pair for pair in _common(mine, theirs) if same_question(*pair)]
     metric = next(iter(mine.scores), "")
     if any(old.correct is not None for _, old in pairs):
         return [_failure(mine.task, now, old, metric) for now, old in pairs if old.correct and not now.correct]
     graded = [_failure(mine.task, now, old, metric) for now, old in pairs]
     graded = sorted((each for each in graded if each.lost > 0), key=lambda each: (-each.lost, each.id))
     return graded[:WORST]
+
+
+def _common(mine: TaskResult, theirs: TaskResult) -> list[tuple[Item, Item]]:
+    before = {item.id: item for item in theirs.items}
+    return [(item, before[item.id]) for item in mine.items if item.id in before]
 
 
 def _failure(task: str, now: Item, old: Item, metric: str) -> Failure:

@@ -34,7 +34,15 @@ OPTIONS: dict[str, Any] = {
     "key_env": "",  # the environment variable that holds the key
     "timeout": 60.0,
 }
-NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
+ONE = r"(?:(?<!\w)-)?\d+(?:\.\d+)?"
+NUMBER = re.compile(ONE)
+OF = re.compile(rf"({ONE})\W*?(/|\bout\s+of\b|\bof\b)\W*?({ONE})", re.IGNORECASE)  # 4/5, 3 out of 5, **4** / 5
+_SPAN = rf"{ONE}\s*(?:-|–|—|\bto\b|\band\b)\s*{ONE}"
+SCALE = re.compile(
+    rf"\b(?:from|between)\s+{_SPAN}|{_SPAN}[\s-]+(?:point\s+)?(?:scale|range)\b|{ONE}[\s-]*point\s+scale\b"
+    rf"|\b(?:scale|range)\s*(?:of|from|is|:)?\s*\(?(?:{_SPAN}|{ONE})",
+    re.IGNORECASE,
+)  # from 1 to 5, a 1-5 scale, a 5-point scale, on a scale of 1 to 5
 
 
 def judged(answers: Sequence[Answered], options: Options) -> Values:
@@ -59,10 +67,21 @@ def judged(answers: Sequence[Answered], options: Options) -> Values:
 
 
 def _mark(reply: str, low: float, high: float, item: str) -> float:
-    numbers = [float(found) for found in NUMBER.findall(reply)]
-    within = [number for number in numbers if low <= number <= high]
-    if not within:
-        raise CannotAnswer(
-            f"judge: no number from {low:g} to {high:g} in its reply on item {item}: {' '.join(reply.split())[:80]!r}"
-        )
-    return within[-1]
+    """The one number of the scale in a reply that may name the scale, too; raises `CannotAnswer`."""
+    plain = OF.sub(lambda found: _share(found, high), SCALE.sub(" ", reply))
+    within = {number for found in NUMBER.findall(plain) if low <= (number := float(found)) <= high}
+    if len(within) == 1:
+        return within.pop()
+    several = f"{len(within)} numbers" if within else "no number"
+    raise CannotAnswer(
+        f"judge: {several} from {low:g} to {high:g} in its reply on item {item}: {' '.join(reply.split())[:80]!r}; "
+        "have its prompt ask for one number and nothing else"
+    )
+
+
+def _share(found: re.Match[str], high: float) -> str:
+    """The mark in "4/5"; one out of another scale is no mark, and "2 of 3" may be anything."""
+    mark, by, whole = found.groups()
+    if float(whole) == high:
+        return f" {mark} "
+    return found[0] if by.lower() == "of" else " "

@@ -113,6 +113,6 @@ class LocalModel:
 
 
 def ended(answer: str, stops: Sequence[str]) -> str:
-    """The answer up to the first of `stops`, without outer white space."""
+    """The answer as it came up to the first of `stops`, as servers end it; then without outer white space."""
     cuts = [place for stop in stops if (place := answer.find(stop)) >= 0]
     return answer[: min(cuts, default=len(answer))].strip()

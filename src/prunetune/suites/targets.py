@@ -11,7 +11,7 @@ from typing import Any
 from prunetune.config import RunConfig, kept_recipe
 from prunetune.errors import DataError, ModelError
 from prunetune.evaluation.results import Evaluation
-from prunetune.model.loading import load, locate, pick_device, pick_dtype
+from prunetune.model.loading import load, load_config, load_tokenizer, locate, pick_device, pick_dtype
 from prunetune.suites.asking import Ask, Manner, Respondent, Tick
 from prunetune.suites.cache import Remembered, Store, files_hash, folder_hash
 from prunetune.suites.endpoint import Endpoint
@@ -47,6 +47,15 @@ def open_target(name: str, options: TargetOptions, store: Store | None = None) -
         return _remembered(_gguf(path, options, store), store, options)
     source, trust = checkpoint_of(name, trust_remote_code=options.trust_remote_code)
     return _remembered(Checkpoint(source, options, store, trust=trust), store, options)
+
+
+def refuse_unopenable(name: str, options: TargetOptions) -> None:
+    """Raise now what opening a name would raise later, as far as is known before weights are read and servers asked."""
+    target = open_target(name, options)
+    found = target.respondent if isinstance(target, Remembered) else target
+    if isinstance(found, Checkpoint):
+        load_config(found.name, trust_remote_code=found.trusted)
+        load_tokenizer(found.name, trust_remote_code=found.trusted)
 
 
 def checkpoint_of(name: str, *, trust_remote_code: bool) -> tuple[str, bool]:
@@ -120,6 +129,11 @@ class Checkpoint:
     store: Store
     trust: bool | None = None
 
+    @property
+    def trusted(self) -> bool:
+        """Whether code in its folder may run."""
+        return self.options.trust_remote_code if self.trust is None else self.trust
+
     @cached_property
     def _folder(self) -> Path:
         """Where its files are: a hub name's lie together once they are fetched."""
@@ -143,8 +157,7 @@ class Checkpoint:
     def _local(self) -> LocalModel:
         device = pick_device(self.options.device)
         dtype = pick_dtype(self.options.dtype, device)
-        trust = self.options.trust_remote_code if self.trust is None else self.trust
-        opened = load(self.name, device=device, dtype=dtype, trust_remote_code=trust)
+        opened = load(self.name, device=device, dtype=dtype, trust_remote_code=self.trusted)
         return LocalModel(opened.model, opened.tokenizer, name=self.name, max_tokens=self.options.max_tokens)
 
     def loaded(self) -> tuple[Any, Any]:

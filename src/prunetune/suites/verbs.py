@@ -14,7 +14,7 @@ from prunetune.suites.check import check as held
 from prunetune.suites.run import ALLOWED, Progress, evaluate_suite
 from prunetune.suites.scorers import Permission
 from prunetune.suites.suite import Suite, load_suite
-from prunetune.suites.targets import TargetOptions, open_target, reference_of
+from prunetune.suites.targets import TargetOptions, open_target, reference_of, refuse_unopenable
 
 DEFAULTS = TargetOptions()
 
@@ -48,6 +48,7 @@ def check(
     """Hold a model against the suite's limits and against another model; of a run, by default its dense model."""
     suite = suite if isinstance(suite, Suite) else load_suite(suite, strict=False)
     against = against or reference_of(model)
+    refuse_unopenable(against, options)  # before the model is scored for nothing
     found = evaluate(model, suite, options=options, allow=allow, progress=progress)
     reference = evaluate(against, suite, options=options, allow=allow, progress=progress)
     return held(found, reference, suite)

@@ -12,8 +12,8 @@ from typing import Any
 from prunetune.errors import ConfigError
 from prunetune.evaluation.corpus import sentence_bleu, sentence_chrf
 from prunetune.evaluation.optional import require
+from prunetune.evaluation.text import Words, normalised
 from prunetune.evaluation.text import exact_match as equal
-from prunetune.evaluation.text import normalised
 from prunetune.suites.asking import Answered
 
 Options = Mapping[str, Any]
@@ -108,9 +108,9 @@ def words(text: str) -> list[str]:
 
 
 def rouge(answers: Sequence[Answered], options: Options) -> Values:
-    """ROUGE-1, -2 and -L F1 in 0..1 (rouge_score); it sees only a-z and 0-9."""
+    """ROUGE-1, -2 and -L F1 in 0..1 (rouge_score) over `Words`; 0 where a side has none."""
     rouge_scorer = require("rouge_score.rouge_scorer", extra="eval", use="scorer rouge")
-    scorer = rouge_scorer.RougeScorer(list(ROUGE.values()), use_stemmer=options["stemmer"])
+    scorer = rouge_scorer.RougeScorer(list(ROUGE.values()), tokenizer=Words(stemmer=options["stemmer"]))
     found = [scorer.score(answer.posed.expected, answer.got) for answer in answers]
     return {metric: [float(scores[name].fmeasure) for scores in found] for metric, name in ROUGE.items()}
 
