@@ -205,6 +205,7 @@ def test_a_judge_that_does_not_judge_is_said(tmp_path: Path) -> None:
         ("**4**/5", 4),
         ("5/5", 5),
         ("Score: 2/5.", 2),
+        ("Of 3 findings, 2 are right.\nScore: 4", 4),
         ("3 out of 5", 3),
         ("3.5 out of 5.0 points", 3.5),
         ("I say 2 of 5", 2),

@@ -67,16 +67,25 @@ def judged(answers: Sequence[Answered], options: Options) -> Values:
 
 
 def _mark(reply: str, low: float, high: float, item: str) -> float:
-    """The one number of the scale in a reply that may name the scale, too; raises `CannotAnswer`."""
-    plain = OF.sub(lambda found: _share(found, high), SCALE.sub(" ", reply))
-    within = {number for found in NUMBER.findall(plain) if low <= (number := float(found)) <= high}
-    if len(within) == 1:
-        return within.pop()
+    """The one number of the scale in a reply that may name the scale, too; else in its last line, after reasons.
+
+    Raises `CannotAnswer`.
+    """
+    within = _within(reply, low, high)
+    last = _within(reply.strip().rpartition("\n")[2], low, high)
+    for marks in (within, last):
+        if len(marks) == 1:
+            return marks.pop()
     several = f"{len(within)} numbers" if within else "no number"
     raise CannotAnswer(
         f"judge: {several} from {low:g} to {high:g} in its reply on item {item}: {' '.join(reply.split())[:80]!r}; "
         "have its prompt ask for one number and nothing else"
     )
+
+
+def _within(words: str, low: float, high: float) -> set[float]:
+    plain = OF.sub(lambda found: _share(found, high), SCALE.sub(" ", words))
+    return {number for found in NUMBER.findall(plain) if low <= (number := float(found)) <= high}
 
 
 def _share(found: re.Match[str], high: float) -> str:
