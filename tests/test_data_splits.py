@@ -115,6 +115,29 @@ def test_texts_keep_clear_of_what_is_scored(keeper: str, tmp_path: Path) -> None
     assert set(splits.hashes) == {"train", "search", "valid", "test", "texts"}
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_texts_and_guard_keep_clear_of_what_is_carved(seed: int, tmp_path: Path) -> None:
+    rows = [row | {"doc": f"d{index // 2}"} for index, row in enumerate(pairs(80))]
+    texts = [*pairs(10), *({"text": f"A note of document {n}.", "doc": f"d{n}"} for n in range(40)), {"text": "Free."}]
+    guard = [{"text": "Guarded.", "doc": "g"}, rows[30], {"text": "Another.", "doc": "d20"}]
+    splits = loaded(tmp_path, seed, options={"group": "doc", "overlap": "drop"}, train=rows, texts=texts, guard=guard)
+    scored = splits.test + splits.valid + splits.search
+    for beside in (splits.texts, splits.guard):
+        assert not {record.key() for record in scored} & {record.key() for record in beside}
+        assert not {record.group for record in scored} & {record.group for record in beside}
+    free = {record.group for record in splits.train}
+    assert {record.group for record in splits.texts} - {""} == free
+    left = sum(map(len, splits.parts().values()))
+    assert splits.dropped == len(rows) + len(texts) + len(guard) - left > 0
+
+
+def test_texts_of_which_nothing_is_left_are_refused(tmp_path: Path) -> None:
+    whole = loaded(tmp_path / "a", train=pairs(40))
+    texts = [{"text": record.prompt} for record in whole.test]
+    with pytest.raises(DataError, match=r"data\.texts keeps no row: all 4 share .* name more texts, or sources for"):
+        loaded(tmp_path / "b", train=pairs(40), texts=texts)
+
+
 def test_a_group_in_two_given_splits_is_overlap(tmp_path: Path) -> None:
     rows = {"train": pairs(20, doc="a") + pairs(20, 20, doc="b")}
     rows |= {"test": pairs(1, 90, doc="a"), "valid": pairs(1, 91, doc="c")}

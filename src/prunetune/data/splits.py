@@ -68,7 +68,27 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
     parts, dropped = _disjoint(parts, drop=config.overlap == "drop")
     shares = {"search": config.search_share, "valid": config.valid_share, "test": config.test_share}
     wanted = {name: shares[name] for name in CARVED if name not in parts}
-    return Splits(**{**parts, **carve(parts["train"], wanted, seed)}, dropped=dropped)
+    parts |= carve(parts["train"], wanted, seed)
+    if "texts" in parts:
+        before = len(parts["texts"])
+        parts["texts"] = _clear(parts["texts"], [parts[name] for name in wanted])
+        dropped += before - len(parts["texts"])
+    return Splits(**parts, dropped=dropped)
+
+
+def _clear(texts: Sequence[Record], carved: Iterable[Sequence[Record]]) -> tuple[Record, ...]:
+    """The texts that share neither a question nor a group with what was carved off train; train itself they may repeat.
+
+    The guard needs no such care: train was held clear of it before anything was carved off.
+    """
+    held = {mark for part in carved for record in part for mark in _marks(record)}
+    clear = tuple(record for record in texts if held.isdisjoint(_marks(record)))
+    if not clear:
+        raise DataError(
+            f"data.texts keeps no row: all {len(texts)} share a question or group with what is carved off data.train; "
+            "name more texts, or sources for data.test, data.valid and data.search"
+        )
+    return clear
 
 
 def _given(config: DataConfig) -> dict[SplitName, Sequence[str]]:
