@@ -30,12 +30,24 @@ class Record:
     source: str = ""  # "file:line"
     weight: float = 1.0  # of its source in a mixture
 
-    def key(self) -> str:
-        """The question's identity, as SHA-256: case, white space and the order of choices do not count."""
-        question = [part for message in self.messages for part in message] or [self.prompt]
-        question = [self.completion] if self.kind == "text" else question
-        plain = [[_plain(part) for part in question], sorted(_plain(choice) for choice in self.choices)]
-        return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+    def key(self, *, choices: bool = True) -> str:
+        """The question's identity, as SHA-256: case, white space and the order of choices do not count, nor whether a
+        prompt is written as a user's only message. Without `choices`, what is asked alone."""
+        alone = len(self.messages) == 1 and _plain(self.messages[0][0]) == "user"
+        return self._hash(self.messages[0][1:] if alone else self._asked(), choices=choices)
+
+    def rank(self) -> str:
+        """The key with a role before every message: carving sorts by it, so splits of a seed stay as they are."""
+        return self._hash(self._asked(), choices=True)
+
+    def _asked(self) -> Sequence[str]:
+        if self.kind == "text":
+            return [self.completion]
+        return [part for message in self.messages for part in message] or [self.prompt]
+
+    def _hash(self, question: Sequence[str], *, choices: bool) -> str:
+        listed = sorted(_plain(choice) for choice in self.choices) if choices else []
+        return hashlib.sha256(json.dumps([[_plain(part) for part in question], listed]).encode()).hexdigest()
 
     def content(self) -> str:
         """All that a model sees or is scored on, as one line; neither where it came from nor how much it weighs."""
