@@ -69,9 +69,10 @@ def record_of(
     weight: float = 1.0,
     group_field: str = "",
     grouped: bool = True,
+    typed: bool = True,
 ) -> Record:
     """The record in one row of a data set; `id` and `task` hold where the row names none. Where it need not be
-    `grouped`, it may lack the group's field.
+    `grouped`, it may lack the group's field; where it is not `typed`, 1 and "1" are the same to its source.
 
     Raises `DataError`, which begins with `source` ("file:line"), where the row lacks a field or has a wrong one.
     """
@@ -80,6 +81,8 @@ def record_of(
             raise DataError(f"row is {_shown(row)}; a row is an object with {FORMS}")
         # Tables fill what a row does not have with nulls.
         fields = {key: value for key, value in row.items() if value is not None}
+        if not typed:
+            _one_meaning(fields)
         return Record(
             **_content(fields),
             task=_name(fields, "task", task),
@@ -158,12 +161,31 @@ def _index(value: Any, choices: tuple[str, ...]) -> int:
     """An index, or the text of a choice; tables without types hold an index as digits."""
     if isinstance(value, str) and value in choices:
         return choices.index(value)
-    number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 9 else value
+    number = int(value) if isinstance(value, str) and _is_digits(value) else value
     if isinstance(number, int) and not isinstance(number, bool):
         if 0 <= number < len(choices):
             return number
         raise DataError(f"answer {_shown(value)} lies outside choices, whose indices are 0..{len(choices) - 1}")
     raise DataError(f"answer must be an index into choices, 0..{len(choices) - 1}, got {_shown(value)}")
+
+
+def _one_meaning(fields: Mapping[str, Any]) -> None:
+    """Raises where digits are the text of one choice and the index of another, and nothing else says which is meant."""
+    value: Any = fields.get("answer")
+    choices: Any = fields.get("choices")
+    told = not isinstance(value, str) or not _is_digits(value) or {"completion", "messages"} & set(fields)
+    if told or not _is_list(choices) or value not in choices or int(value) >= len(choices):
+        return
+    if choices[int(value)] != value:
+        raise DataError(
+            f"answer {value} is the text of choices[{choices.index(value)}] and the index of choices[{int(value)}], "
+            "and a table cannot say which; name the right choice's text in a column completion instead of answer, or "
+            'write JSON lines, where 1 is an index and "1" a text'
+        )
+
+
+def _is_digits(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 9
 
 
 def _name(fields: Mapping[str, Any], key: str, default: str) -> str:
