@@ -68,8 +68,7 @@ def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, contex
     if long and config.too_long == "error":
         raise _too_long(records, lengths, long, limit, context)
     kept = [index for index, length in enumerate(lengths) if length <= limit or config.too_long == "truncate"]
-    starts = {tokenizer.bos_token_id} - {None}
-    fitting = tuple(_cut(examples[index], limit, starts) for index in kept)
+    fitting = tuple(_cut(examples[index], limit, tokenizer.bos_token_id) for index in kept)
     return Encoded(fitting, tuple(kept), len(long), max(lengths, default=0))
 
 
@@ -164,17 +163,23 @@ def _tokens(texts: Sequence[str], tokenizer: Any, *, special: bool) -> list[list
     return [list(ids) for ids in encoded["input_ids"]]
 
 
-def _cut(example: Example, limit: int, starts: set[int]) -> Example:
+def _cut(example: Example, limit: int, start: int | None) -> Example:
     """The example in `limit` tokens: what goes first is the beginning of the prompt, then the end of the answer."""
     excess = len(example.ids) - limit
     if excess <= 0:
         return example
     prompt, answer = example.ids[: example.answer_from], example.ids[example.answer_from :]
-    # Models that start every text with one token behave badly without it.
-    head = prompt[:1] if prompt[0] in starts and len(prompt) - excess >= 2 else ()
-    kept = max(1, len(prompt) - excess)
-    prompt = (*head, *prompt[len(prompt) - kept + len(head) :])
+    prompt = end_of(prompt, max(1, len(prompt) - excess), start)
     return Example((prompt + answer)[:limit], len(prompt), example.id, example.weight)
+
+
+def end_of(prompt: Sequence[int], size: int, start: int | None) -> tuple[int, ...]:
+    """The last `size` ids of a prompt; where it begins with the `start` token, that one stays and another goes."""
+    if len(prompt) <= size:
+        return tuple(prompt)
+    # Models that start every text with one token behave badly without it.
+    head = prompt[:1] if prompt[0] == start and size >= 2 else ()
+    return (*head, *prompt[len(prompt) - size + len(head) :])
 
 
 def _too_long(
