@@ -137,11 +137,21 @@ def _render(tokenizer: Any, messages: Sequence[tuple[str, str]], source: str, *,
 
 def chat_end(tokenizer: Any) -> list[int]:
     """Token ids that close an assistant's turn: what the chat template puts after it, else the end of text."""
+    ids, end = _after_turn(tokenizer), _end_of_text(tokenizer)
+    return ids[: ids.index(end) + 1] if end in ids else ids or [end]
+
+
+def chat_stop(tokenizer: Any) -> int | None:
+    """The special token that closes an assistant's turn, where a written answer is over; None where there is none."""
+    added, named = tokenizer.added_tokens_decoder, tokenizer.all_special_ids
+    special = {*named, *(token for token, about in added.items() if about.special)}
+    return next((token for token in _after_turn(tokenizer) if token in special), None)
+
+
+def _after_turn(tokenizer: Any) -> list[int]:
     turns = (("user", PROBE.title()), ("assistant", PROBE))
     after = _render(tokenizer, turns, "data.template", generate=False).rpartition(PROBE)[2].rstrip()
-    ids = encode_answer(after, tokenizer) if after else []
-    end = _end_of_text(tokenizer)
-    return ids[: ids.index(end) + 1] if end in ids else ids or [end]
+    return encode_answer(after, tokenizer) if after else []
 
 
 def _end_of_text(tokenizer: Any) -> int:

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from prunetune.config import DataConfig, EvaluateConfig
 from prunetune.data.batches import padding_id
 from prunetune.data.records import Record
-from prunetune.data.templates import Example, encode, encode_answer, end_of
+from prunetune.data.templates import Example, encode, encode_answer, end_of, is_chat
 from prunetune.errors import DataError
 from prunetune.evaluation import likelihood
 from prunetune.evaluation.generation import generate
@@ -195,6 +195,7 @@ class _Task:
             self.model,
             self.tokenizer,
             [self._prompt(draft, room=self.config.max_new_tokens) for draft in drafts],
+            chats=[is_chat(draft.record, self.data.template) for draft in drafts],
             pad_id=padding_id(self.tokenizer),
             max_new_tokens=min(self.config.max_new_tokens, context_of(self.model) // 2),
             max_tokens=self.config.max_tokens,

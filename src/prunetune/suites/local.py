@@ -9,7 +9,7 @@ from typing import Any
 from prunetune.config import DataConfig
 from prunetune.data.batches import padding_id
 from prunetune.data.records import Record
-from prunetune.data.templates import Example, encode, encode_answers, encode_prompts, end_of
+from prunetune.data.templates import Example, encode, encode_answers, encode_prompts, end_of, is_chat
 from prunetune.errors import DataError
 from prunetune.evaluation.generation import generate
 from prunetune.evaluation.likelihood import Question, answer_nll, choice_likelihoods
@@ -61,7 +61,8 @@ class LocalModel:
     def _write(self, records: Sequence[Record], manner: Manner, tick: Tick) -> list[Any]:
         longest = min(manner.max_new_tokens, context_of(self.model) // 2)
         prompts = self._prompts(records, [longest] * len(records), manner)
-        found = generate(self.model, self.tokenizer, prompts, **self._passes, max_new_tokens=longest, tick=tick)
+        how = {**self._passes, "chats": [is_chat(record, manner.template) for record in records]}
+        found = generate(self.model, self.tokenizer, prompts, **how, max_new_tokens=longest, tick=tick)
         return [ended(answer, manner.stop) for answer in found]
 
     def _weigh(self, records: Sequence[Record], manner: Manner, tick: Tick) -> list[Any]:
