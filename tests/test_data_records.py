@@ -47,6 +47,23 @@ def test_keys_ignore_case_space_answer_and_order_of_choices() -> None:
     assert made(text="a").key() != made(text="b").key()
 
 
+@pytest.mark.parametrize("answered", [{"completion": "a"}, {"choices": ["a", "b"], "answer": 0}])
+def test_a_user_s_only_message_is_the_prompt(answered: dict[str, Any]) -> None:
+    def chat(*turns: tuple[str, str]) -> str:
+        messages = [{"role": role, "content": content} for role, content in (*turns, ("assistant", "a"))]
+        return str(made(messages=messages, **answered).key())
+
+    asked = made(prompt="Is it so?", **answered).key()
+    assert chat(("user", "is it  SO?")) == asked
+    assert asked not in {chat(("system", "Is it so?")), chat(("system", "Be brief."), ("user", "Is it so?"))}
+    assert chat(("user", "Hi"), ("assistant", "Yes?"), ("user", "Is it so?")) != asked
+
+
+def test_a_bare_key_is_that_of_the_question_without_choices() -> None:
+    listed = made(prompt="p", choices=["a", "b"], answer=0)
+    assert listed.key(choices=False) == made(prompt="P", completion="x").key() != listed.key()
+
+
 WRONG = [
     ({}, "no fields", "messages, or text"),
     ({"question": "q", "reply": "r"}, "question, reply", "prompt + completion"),

@@ -48,6 +48,36 @@ def test_every_format_gives_the_same_records(ending: str, tmp_path: Path) -> Non
     ]
 
 
+def stars(ending: str, folder: Path, *columns: str, choices: str = '["1","2","3"]', cell: str = "1") -> list[str]:
+    """The right answers of one row of digits in a table, its last `columns` holding `cell`."""
+    mark = "\t" if ending == ".tsv" else ","
+    quoted = choices.replace('"', '""')
+    header, row = ["prompt", "choices", *columns], ["How many?", f'"{quoted}"', *[cell] * len(columns)]
+    file = folder / f"stars{ending}"
+    file.write_text(f"{mark.join(header)}\n{mark.join(row)}\n", encoding="utf-8")
+    return [record.completion for record in read([str(file)], DataConfig(), "test")]
+
+
+@pytest.mark.parametrize("ending", [".csv", ".tsv"])
+def test_digits_of_a_table_have_one_meaning_or_none(ending: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as refused:
+        stars(ending, tmp_path, "answer")
+    message = str(refused.value)
+    assert message.startswith(f"{tmp_path / 'stars'}{ending}:2: answer 1 is the text of choices[0] and the index of ")
+    assert "column completion" in message
+    assert "JSON lines" in message
+    assert "\n" not in message
+    assert len(message) < 400
+    # Each way out, and digits that mean one thing only.
+    assert stars(ending, tmp_path, "completion") == stars(ending, tmp_path, "answer", "completion") == ["1"]
+    assert stars(ending, tmp_path, "answer", cell="3") == ["3"]
+    assert stars(ending, tmp_path, "answer", choices='["0","1","2"]') == ["1"]
+    assert stars(ending, tmp_path, "answer", choices='["no","yes"]') == ["yes"]
+    asked = {"prompt": "How many?", "choices": ["1", "2", "3"]}
+    lines = write_lines(tmp_path / "stars.jsonl", asked | {"answer": 1}, asked | {"answer": "1"})
+    assert [record.completion for record in read([lines], DataConfig(), "test")] == ["2", "1"]
+
+
 def test_csv_cells_may_be_long_empty_and_of_several_lines(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text(f'text,task\n"a\nb",\n\n{"x" * 200_000},long\n', encoding="utf-8")

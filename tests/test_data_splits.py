@@ -52,6 +52,70 @@ def test_equal_questions_stay_together(tmp_path: Path) -> None:
         assert not prompts(one) & prompts(other)
 
 
+LIKE: dict[str, Any] = {"prompt": "Is it so?"}
+FORMS: dict[str, dict[str, Any]] = {
+    "prompt": LIKE | {"completion": "yes"},
+    "choices": LIKE | {"choices": ["yes", "no"], "answer": 0},
+    "other choices": LIKE | {"choices": ["perhaps", "no"], "answer": 0},
+    "chat": {"messages": [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "yes"}]},
+    "text": {"text": "is it so?"},
+}
+
+
+@pytest.mark.parametrize(("one", "other"), [*combinations(FORMS, 2)])
+def test_a_question_is_the_same_in_every_form_but_for_two_lists_of_choices(
+    one: str, other: str, tmp_path: Path
+) -> None:
+    for loser, keeper in ((one, other), (other, one)):
+        rows = {"train": [*pairs(20), FORMS[loser]], "test": [*pairs(2, 40), FORMS[keeper]]}
+        splits = loaded(tmp_path / loser, options={"overlap": "drop"}, **rows)
+        assert splits.dropped == ({one, other} != {"choices", "other choices"})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_forms_of_a_question_are_carved_together(seed: int, tmp_path: Path) -> None:
+    def forms(number: int) -> list[dict[str, Any]]:
+        question = f"Is case {number} so?"
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]
+        listed = [{"prompt": question, "choices": ["yes", other], "answer": 0} for other in ("no", "perhaps")]
+        return [*listed, {"prompt": question, "completion": "yes"}, {"messages": messages}]
+
+    parts = loaded(tmp_path, seed, train=[row for number in range(30) for row in forms(number)]).parts()
+    asked = [{record.key(choices=False) for record in part} for part in parts.values()]
+    assert sum(map(len, asked)) == 30 == len(set().union(*asked))
+
+
+def turns(*told: str) -> dict[str, Any]:
+    roles = ("user", "assistant") * 2
+    return {"messages": [{"role": role, "content": content} for role, content in zip(roles, told, strict=False)]}
+
+
+# Where rows 1 to 24 went under seed 3, in version 0.1: a new version must not reshuffle data of one form.
+CARVED = {
+    "prompts": (pairs(24), [6, 8, 23, 3, 21]),
+    "choices": (
+        [{"prompt": f"question {n // 2}", "choices": ["a", f"b{n}"], "answer": 0} for n in range(24)],
+        [21, 22, 2, 3, 5],
+    ),
+    "texts": ([{"text": f"text {n}"} for n in range(24)], [18, 22, 19, 3, 21]),
+    "chats": ([turns(f"question {n}", "a") for n in range(24)], [14, 23, 7, 13, 22]),
+    "long chats": ([turns("hi", "hello", f"question {n}", "a") for n in range(24)], [5, 15, 7, 11, 14]),
+    "groups": ([row | {"doc": f"d{n // 2}"} for n, row in enumerate(pairs(24))], [5, 6, 21, 22, 3, 4]),
+    "chats in groups": (
+        [turns(f"question {n}", "a") | {"doc": f"d{n // 2}"} for n in range(24)],
+        [23, 24, 21, 22, 13, 14],
+    ),
+}
+
+
+@pytest.mark.parametrize("form", CARVED)
+def test_rows_of_one_form_are_carved_as_ever(form: str, tmp_path: Path) -> None:
+    rows, expected = CARVED[form]
+    splits = loaded(tmp_path, 3, options={"group": "doc"} if "group" in form else {}, train=rows)
+    carved = splits.search + splits.valid + splits.test
+    assert [int(record.source.rpartition(":")[2]) for record in carved] == expected
+
+
 def test_groups_and_questions_that_link_them_stay_together(tmp_path: Path) -> None:
     rows = [row | {"doc": f"d{index // 4}"} for index, row in enumerate(pairs(120))]
     rows += [{"prompt": f"Shared {n}", "completion": "x", "doc": f"d{doc}"} for n in range(5) for doc in (n, 29 - n)]
@@ -113,6 +177,29 @@ def test_texts_keep_clear_of_what_is_scored(keeper: str, tmp_path: Path) -> None
     splits = loaded(tmp_path, options={"overlap": "drop"}, texts=texts, **rows)
     assert [record.completion for record in splits.texts] == ["A text."]
     assert set(splits.hashes) == {"train", "search", "valid", "test", "texts"}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_texts_and_guard_keep_clear_of_what_is_carved(seed: int, tmp_path: Path) -> None:
+    rows = [row | {"doc": f"d{index // 2}"} for index, row in enumerate(pairs(80))]
+    texts = [*pairs(10), *({"text": f"A note of document {n}.", "doc": f"d{n}"} for n in range(40)), {"text": "Free."}]
+    guard = [{"text": "Guarded.", "doc": "g"}, rows[30], {"text": "Another.", "doc": "d20"}]
+    splits = loaded(tmp_path, seed, options={"group": "doc", "overlap": "drop"}, train=rows, texts=texts, guard=guard)
+    scored = splits.test + splits.valid + splits.search
+    for beside in (splits.texts, splits.guard):
+        assert not {record.key() for record in scored} & {record.key() for record in beside}
+        assert not {record.group for record in scored} & {record.group for record in beside}
+    free = {record.group for record in splits.train}
+    assert {record.group for record in splits.texts} - {""} == free
+    left = sum(map(len, splits.parts().values()))
+    assert splits.dropped == len(rows) + len(texts) + len(guard) - left > 0
+
+
+def test_texts_of_which_nothing_is_left_are_refused(tmp_path: Path) -> None:
+    whole = loaded(tmp_path / "a", train=pairs(40))
+    texts = [{"text": record.prompt} for record in whole.test]
+    with pytest.raises(DataError, match=r"data\.texts keeps no row: all 4 share .* name more texts, or sources for"):
+        loaded(tmp_path / "b", train=pairs(40), texts=texts)
 
 
 def test_a_group_in_two_given_splits_is_overlap(tmp_path: Path) -> None:

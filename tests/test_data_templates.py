@@ -7,7 +7,7 @@ import pytest
 from data_helpers import CHAT, subwords
 from prunetune.config import DataConfig
 from prunetune.data.records import Record
-from prunetune.data.templates import encode, encode_answer, encode_prompt
+from prunetune.data.templates import chat_end, chat_stop, encode, encode_answer, encode_prompt
 from prunetune.errors import DataError
 
 PAIR = Record(kind="completion", prompt="the patient has", completion=" fever", id="a", source="f:1", weight=2.0)
@@ -85,6 +85,25 @@ def test_a_turn_ends_where_generation_would_stop(chat: str, end: str, closing: s
     tokenizer = subwords(chat=chat, end=end)
     example = one(TALK, tokenizer)
     assert tokenizer.decode(example.ids[example.answer_from :]) == "no" + closing
+
+
+@pytest.mark.parametrize(
+    ("closing", "end", "stop"),
+    [
+        ("<|end|>\n", "</s>", "<|end|>"),
+        ("<|end|>", "<|end|>", "<|end|>"),
+        ("\n<|end|></s>", "</s>", "<|end|>"),
+        (" </s>", "</s>", "</s>"),
+        ("\n--", "</s>", ""),
+    ],
+)
+def test_a_written_turn_is_over_at_the_special_token_that_closes_it(closing: str, end: str, stop: str) -> None:
+    tokenizer = subwords(chat="{% for m in messages %}{{ m['content'] }}" + closing + "{% endfor %}", end=end)
+    found = chat_stop(tokenizer)
+    assert found == (tokenizer.convert_tokens_to_ids(stop) if stop else None)
+    assert found in chat_end(tokenizer) or not stop
+    tokenizer.eos_token = None
+    assert chat_stop(tokenizer) == found
 
 
 def test_raw_chat_names_the_speakers() -> None:

@@ -7,9 +7,16 @@ from typing import Any
 import pytest
 import torch
 
+from data_helpers import subwords
 from evaluate_helpers import characters, speaker
-from model_helpers import FAMILIES
+from model_helpers import FAMILIES, tiny
+from prunetune.config import DataConfig, EvaluateConfig
+from prunetune.data.records import Record, record_of
+from prunetune.data.templates import encode
+from prunetune.evaluation import evaluate
 from prunetune.evaluation.generation import generate, stop_ids
+from prunetune.suites.asking import Manner
+from prunetune.suites.local import LocalModel
 
 PROMPTS = ["a", "what is it?", "hello", "xy"]
 
@@ -20,6 +27,7 @@ def written(model: Any, prompts: list[str], max_tokens: int = 4096, max_new_toke
         model,
         tokenizer,
         [tokenizer(prompt)["input_ids"] for prompt in prompts],
+        chats=[False] * len(prompts),
         pad_id=0,
         max_new_tokens=max_new_tokens,
         max_tokens=max_tokens,
@@ -53,6 +61,47 @@ def test_an_answer_ends_at_every_known_end() -> None:
     model.generation_config.eos_token_id = [0]  # the first token wins ties
     assert stop_ids(model, characters()) == [0, 2]
     assert written(model, ["a"]) == [""]
+
+
+WORDS = ["yes", "no", "maybe", "fever"]
+TOLD = [
+    *(
+        {"messages": [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word}]}
+        for word in WORDS
+    ),
+    {"prompt": "say chapter", "completion": "a<|end|>b"},  # outside a chat the token is one like any other
+]
+
+
+@pytest.fixture(scope="module")
+def taught() -> tuple[Any, list[Record]]:
+    """A model that has learnt to say `TOLD`, each answer with its end; its end of text is not that of a turn."""
+    tokenizer, records = subwords(), [record_of(row, source=f"f:{n}", id=str(n)) for n, row in enumerate(TOLD)]
+    model = tiny(vocab_size=len(tokenizer), max_position_embeddings=64)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    examples = encode(records, tokenizer, DataConfig(), 64).examples
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(80):
+        optimizer.zero_grad()
+        for example in examples:
+            ids = torch.tensor([example.ids])
+            labels = ids.masked_fill(torch.arange(ids.shape[1]) < example.answer_from, -100)
+            model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+    return model.eval(), records
+
+
+@pytest.mark.parametrize("max_tokens", [4096, 1])
+def test_a_chat_s_answer_is_over_where_its_turn_ends(taught: tuple[Any, list[Record]], max_tokens: int) -> None:
+    model, records = taught
+    end, config = "<|end|>", EvaluateConfig(max_new_tokens=12, max_tokens=max_tokens)
+    ids = subwords().convert_tokens_to_ids(["</s>", end])
+    assert (stop_ids(model, subwords()), stop_ids(model, subwords(), chat=True)) == (ids[:1], sorted(ids))
+    wanted = [record.completion.replace(end, "") for record in records]
+    of_run = {item.id: item.got for item in evaluate(model, subwords(), records, DataConfig(), config).tasks[""].items}
+    assert [of_run[record.id] for record in records] == wanted
+    local = LocalModel(model, subwords(), max_tokens=max_tokens)
+    assert local.answers("write", records, Manner(max_new_tokens=12), lambda _: None) == wanted
 
 
 def test_sampling_settings_of_a_checkpoint_are_ignored(caplog: pytest.LogCaptureFixture) -> None:

@@ -15,7 +15,10 @@ from prunetune.config import DataConfig, EvaluateConfig
 from prunetune.data.records import Record
 from prunetune.errors import DataError
 from prunetune.evaluation import Evaluation, evaluate
+from prunetune.evaluation.generation import generate
 from prunetune.evaluation.suite import best_of, sample, unique
+from prunetune.suites.asking import Manner
+from prunetune.suites.local import LocalModel
 
 CONFIG = EvaluateConfig(max_new_tokens=6)
 
@@ -189,6 +192,34 @@ def test_generation_leaves_room_within_the_context() -> None:
     model.register_forward_pre_hook(watch, with_kwargs=True)
     scored([question(0, prompt="p" * 40)], model, EvaluateConfig(max_new_tokens=128))
     assert 48 < max(seen) < 64
+
+
+@pytest.mark.parametrize("length", [30, 31, 32, 200])
+def test_a_long_prompt_keeps_its_start_token_and_is_cut_as_in_a_suite(
+    length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, record = speaker(max_position_embeddings=64), question(0, prompt="x" * (length - 1) + "y", completion="a")
+    asked = asked_of(monkeypatch)
+    scored([record], model, EvaluateConfig(max_new_tokens=33), too_long="truncate")
+    LocalModel(model, characters()).answers("write", [record], Manner(max_new_tokens=33), lambda _: None)
+    of_run, of_suite = asked
+    assert of_run == of_suite
+    assert len(of_run) == min(32, length + 1)
+    assert of_run[0] == characters().bos_token_id
+    assert characters().decode(of_run[-1:]) == "y"
+
+
+def asked_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The prompts that answers are written to from now on."""
+    asked: list[tuple[int, ...]] = []
+
+    def spied(model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], **how: Any) -> list[str]:
+        asked.extend(map(tuple, prompts))
+        return generate(model, tokenizer, prompts, **how)
+
+    for module in ("evaluation.suite", "suites.local"):
+        monkeypatch.setattr(f"prunetune.{module}.generate", spied)
+    return asked
 
 
 def test_repeated_ids_stay_apart() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from data_helpers import subwords
 from model_helpers import ALL_FAMILIES, FAMILIES, random_plan, relative, tiny, tokens, with_lora
@@ -155,3 +155,18 @@ def test_bfloat16_survives_to_the_bit(tmp_path: Path) -> None:
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
     assert again.dtype == torch.bfloat16
     assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+@pytest.mark.parametrize("known", [None, 2, [2], [2, 5], [9, 5]])
+def test_an_end_is_told_beside_the_known_ones(known: Any, layout: str, tmp_path: Path) -> None:
+    model = tiny("llama")
+    model.generation_config.eos_token_id = known
+    plan, tokenizer = uniform_plan(model, 0.7), subwords()
+    cut(model, plan)
+    assert tokenizer.eos_token_id == 2
+    for name, end in (("as-it-was", None), ("chat", 5)):
+        write(model, tokenizer, plan, find_sites(tiny("llama")), tmp_path / name, layout=layout, card="", end=end)
+    was, told = (GenerationConfig.from_pretrained(tmp_path / name).eos_token_id for name in ("as-it-was", "chat"))
+    assert was == model.generation_config.eos_token_id == known
+    assert told == ([9, 5] if known == [9, 5] else [2, 5])

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_helpers import write_lines
+from data_helpers import subwords, write_lines
 from evaluate_helpers import characters, speaker
 from prunetune import pipeline
 from prunetune.config import RunConfig, from_mapping
@@ -449,6 +449,21 @@ def test_a_teacher_is_heard(place: Path, tmp_path: Path) -> None:
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(record["distance"] >= 0 for record in records)
     assert records[-1]["distance"] > 0
+
+
+@pytest.mark.parametrize("template", ["auto", "raw"])
+def test_a_model_tuned_on_chats_stops_where_a_turn_ends(template: str, tmp_path: Path) -> None:
+    tokenizer, model = subwords(), speaker(vocab_size=len(subwords()))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "dense")
+    asked = [[{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}"}] for n in range(24)]
+    rows = write_lines(tmp_path / "rows.jsonl", *({"messages": messages} for messages in asked))
+    own = {"distill": NONE, "evaluate": {"dense_tuned": False}, "data": {"train": [rows], "template": template}}
+    done = run(config_of(tmp_path, tmp_path / "run", **own))
+    said = json.loads((done / "model" / "generation_config.json").read_text())["eos_token_id"]
+    ends = tokenizer.convert_tokens_to_ids(["</s>", "<|end|>"])
+    assert said == (ends[0] if template == "raw" else ends)
 
 
 def test_a_large_model_is_run_as_its_size_says(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prunetune.budget.params import total
+from prunetune.data.templates import chat_stop, is_chat
 from prunetune.export.selfcheck import check, logits_of
 from prunetune.export.streamed import Merge, Streamed, cut_streamed
 from prunetune.export.write import write
@@ -66,6 +67,7 @@ def finish(setting: Setting, *, streamed: bool = False) -> None:
         layout=setting.config.layout,
         card=card(setting.folder, setting.config, state.plan, setting.sites),
         shards=small.shards,
+        end=_chat_stop(setting),
     )
     found = check(written, tokens, small.expected, streamed=streamer is not None)
     setting.folder.note(
@@ -80,6 +82,12 @@ def finish(setting: Setting, *, streamed: bool = False) -> None:
         selfcheck=found.to_dict(),
     )
     unchecked.rename(setting.folder.model)  # from here on model/ exists, is whole, and has passed its check
+
+
+def _chat_stop(setting: Setting) -> int | None:
+    """Where an answer is over, if the model was tuned on turns of a chat."""
+    chats = any(is_chat(record, setting.config.data.template) for record in setting.splits.train)
+    return chat_stop(setting.tokenizer) if chats else None
 
 
 def _against_tuned(setting: Setting, state: State, tokens: Tensor, expected: Tensor) -> dict[str, Any]:

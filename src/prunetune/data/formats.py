@@ -14,6 +14,7 @@ from prunetune.errors import DataError
 
 Rows = Iterator[tuple[int, Any]]
 NESTED = ("choices", "messages")  # CSV holds them as JSON
+UNTYPED = (".csv", ".tsv")  # every other cell of theirs is text
 
 
 def rows_of(path: Path) -> Rows:

@@ -30,12 +30,24 @@ class Record:
     source: str = ""  # "file:line"
     weight: float = 1.0  # of its source in a mixture
 
-    def key(self) -> str:
-        """The question's identity, as SHA-256: case, white space and the order of choices do not count."""
-        question = [part for message in self.messages for part in message] or [self.prompt]
-        question = [self.completion] if self.kind == "text" else question
-        plain = [[_plain(part) for part in question], sorted(_plain(choice) for choice in self.choices)]
-        return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+    def key(self, *, choices: bool = True) -> str:
+        """The question's identity, as SHA-256: case, white space and the order of choices do not count, nor whether a
+        prompt is written as a user's only message. Without `choices`, what is asked alone."""
+        alone = len(self.messages) == 1 and _plain(self.messages[0][0]) == "user"
+        return self._hash(self.messages[0][1:] if alone else self._asked(), choices=choices)
+
+    def rank(self) -> str:
+        """The key with a role before every message: carving sorts by it, so splits of a seed stay as they are."""
+        return self._hash(self._asked(), choices=True)
+
+    def _asked(self) -> Sequence[str]:
+        if self.kind == "text":
+            return [self.completion]
+        return [part for message in self.messages for part in message] or [self.prompt]
+
+    def _hash(self, question: Sequence[str], *, choices: bool) -> str:
+        listed = sorted(_plain(choice) for choice in self.choices) if choices else []
+        return hashlib.sha256(json.dumps([[_plain(part) for part in question], listed]).encode()).hexdigest()
 
     def content(self) -> str:
         """All that a model sees or is scored on, as one line; neither where it came from nor how much it weighs."""
@@ -57,9 +69,10 @@ def record_of(
     weight: float = 1.0,
     group_field: str = "",
     grouped: bool = True,
+    typed: bool = True,
 ) -> Record:
     """The record in one row of a data set; `id` and `task` hold where the row names none. Where it need not be
-    `grouped`, it may lack the group's field.
+    `grouped`, it may lack the group's field; where it is not `typed`, 1 and "1" are the same to its source.
 
     Raises `DataError`, which begins with `source` ("file:line"), where the row lacks a field or has a wrong one.
     """
@@ -68,6 +81,8 @@ def record_of(
             raise DataError(f"row is {_shown(row)}; a row is an object with {FORMS}")
         # Tables fill what a row does not have with nulls.
         fields = {key: value for key, value in row.items() if value is not None}
+        if not typed:
+            _one_meaning(fields)
         return Record(
             **_content(fields),
             task=_name(fields, "task", task),
@@ -146,12 +161,31 @@ def _index(value: Any, choices: tuple[str, ...]) -> int:
     """An index, or the text of a choice; tables without types hold an index as digits."""
     if isinstance(value, str) and value in choices:
         return choices.index(value)
-    number = int(value) if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 9 else value
+    number = int(value) if isinstance(value, str) and _is_digits(value) else value
     if isinstance(number, int) and not isinstance(number, bool):
         if 0 <= number < len(choices):
             return number
         raise DataError(f"answer {_shown(value)} lies outside choices, whose indices are 0..{len(choices) - 1}")
     raise DataError(f"answer must be an index into choices, 0..{len(choices) - 1}, got {_shown(value)}")
+
+
+def _one_meaning(fields: Mapping[str, Any]) -> None:
+    """Raises where digits are the text of one choice and the index of another, and nothing else says which is meant."""
+    value: Any = fields.get("answer")
+    choices: Any = fields.get("choices")
+    told = not isinstance(value, str) or not _is_digits(value) or {"completion", "messages"} & set(fields)
+    if told or not _is_list(choices) or value not in choices or int(value) >= len(choices):
+        return
+    if choices[int(value)] != value:
+        raise DataError(
+            f"answer {value} is the text of choices[{choices.index(value)}] and the index of choices[{int(value)}], "
+            "and a table cannot say which; name the right choice's text in a column completion instead of answer, or "
+            'write JSON lines, where 1 is an index and "1" a text'
+        )
+
+
+def _is_digits(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 9
 
 
 def _name(fields: Mapping[str, Any], key: str, default: str) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from prunetune.config import DataConfig
 from prunetune.data.demo import read_demo
-from prunetune.data.formats import READERS, rows_of
+from prunetune.data.formats import READERS, UNTYPED, rows_of
 from prunetune.data.records import Record, record_of
 from prunetune.errors import DataError, MissingPackage
 
@@ -61,12 +61,13 @@ class Row:
     id: str
     task: str
     weight: float = 1.0
+    typed: bool = True  # whether the source tells 1 from "1"
 
     def record(self, group_field: str = "", *, grouped: bool = True) -> Record:
         """The row as a record; raises `DataError`."""
         return record_of(
             self.fields, source=self.source, id=self.id, task=self.task, weight=self.weight,
-            group_field=group_field, grouped=grouped,
+            group_field=group_field, grouped=grouped, typed=self.typed,
         )  # fmt: skip
 
 
@@ -149,7 +150,7 @@ def _of_file(path: Path, task: str, weight: float) -> Iterator[Row]:
     empty = True
     for line, row in rows_of(path):
         empty = False
-        yield Row(row, f"{path}:{line}", f"{task}/{path.name}:{line}", task, weight)
+        yield Row(row, f"{path}:{line}", f"{task}/{path.name}:{line}", task, weight, path.suffix.lower() not in UNTYPED)
     if empty:
         raise DataError(f"{path}: empty; a data file needs at least one row")
 

@@ -68,7 +68,27 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
     parts, dropped = _disjoint(parts, drop=config.overlap == "drop")
     shares = {"search": config.search_share, "valid": config.valid_share, "test": config.test_share}
     wanted = {name: shares[name] for name in CARVED if name not in parts}
-    return Splits(**{**parts, **carve(parts["train"], wanted, seed)}, dropped=dropped)
+    parts |= carve(parts["train"], wanted, seed)
+    if "texts" in parts:
+        before = len(parts["texts"])
+        parts["texts"] = _clear(parts["texts"], [parts[name] for name in wanted])
+        dropped += before - len(parts["texts"])
+    return Splits(**parts, dropped=dropped)
+
+
+def _clear(texts: Sequence[Record], carved: Iterable[Sequence[Record]]) -> tuple[Record, ...]:
+    """The texts that share neither a question nor a group with what was carved off train; train itself they may repeat.
+
+    The guard needs no such care: train was held clear of it before anything was carved off.
+    """
+    held = {mark for part in carved for record in part for mark in _marks(record)}
+    clear = tuple(record for record in texts if held.isdisjoint(_meets(record)))
+    if not clear:
+        raise DataError(
+            f"data.texts keeps no row: all {len(texts)} share a question or group with what is carved off data.train; "
+            "name more texts, or sources for data.test, data.valid and data.search"
+        )
+    return clear
 
 
 def _given(config: DataConfig) -> dict[SplitName, Sequence[str]]:
@@ -90,12 +110,13 @@ def _disjoint(
     parts: Mapping[SplitName, tuple[Record, ...]], *, drop: bool
 ) -> tuple[dict[SplitName, tuple[Record, ...]], int]:
     result, dropped = dict(parts), 0
-    marks = {id(record): _marks(record) for records in parts.values() for record in records}
+    everything = [record for records in parts.values() for record in records]
+    marks, meets = ({id(record): of(record) for record in everything} for of in (_marks, _meets))
     for loser, keeper in DISJOINT:
         if loser not in result or keeper not in result:
             continue
         held = {mark: record for record in result[keeper] for mark in marks[id(record)]}
-        clashes = [(record, mark) for record in result[loser] for mark in marks[id(record)] if mark in held]
+        clashes = [(record, mark) for record in result[loser] for mark in meets[id(record)] if mark in held]
         shared = {id(record) for record, _ in clashes}
         if shared and not drop:
             record, mark = clashes[0]
@@ -113,7 +134,23 @@ def _disjoint(
 
 
 def _marks(record: Record) -> list[str]:
-    return [record.key(), *([f"group {record.group}"] if record.group else [])]
+    """What a record is known by: its question, its group, and, where it has choices, that it is asked with choices."""
+    return [record.key(), *_group(record), *([_listed(record)] if record.choices else [])]
+
+
+def _meets(record: Record) -> list[str]:
+    """The marks of the records that it clashes with: its question with the same choices, or on one side with none.
+    Two lists of choices make two questions: many an exam asks "Which of the following is true?".
+    """
+    return [record.key(), *_group(record), record.key(choices=False) if record.choices else _listed(record)]
+
+
+def _listed(record: Record) -> str:
+    return f"choices {record.key(choices=False)}"
+
+
+def _group(record: Record) -> list[str]:
+    return [f"group {record.group}"] if record.group else []
 
 
 def carve(
@@ -160,18 +197,15 @@ def _families(records: Sequence[Record]) -> dict[str, list[Record]]:
             parent[mark] = mark = parent[parent[mark]]
         return mark
 
-    keys = []
-    for record in records:
-        key, *groups = _marks(record)
-        keys.append(key)
-        for group in groups:
-            # The smaller name wins, so the name of a family is the smallest of its marks.
-            low, high = sorted((root(key), root(group)))
-            parent[high] = low
-    families: dict[str, list[Record]] = defaultdict(list)
+    keys = [record.key() for record in records]
+    bare = {key for record, key in zip(records, keys, strict=True) if not record.choices}
     for record, key in zip(records, keys, strict=True):
-        families[root(key)].append(record)
-    return dict(families)
+        for mark in [*_group(record), *({record.key(choices=False)} & bare)]:
+            parent[root(mark)] = root(key)
+    joined: dict[str, list[Record]] = defaultdict(list)
+    for record, key in zip(records, keys, strict=True):
+        joined[root(key)].append(record)
+    return {min(record.rank() for record in family): family for family in joined.values()}
 
 
 def _digest(texts: Iterable[str]) -> str:

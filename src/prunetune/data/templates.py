@@ -68,8 +68,7 @@ def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, contex
     if long and config.too_long == "error":
         raise _too_long(records, lengths, long, limit, context)
     kept = [index for index, length in enumerate(lengths) if length <= limit or config.too_long == "truncate"]
-    starts = {tokenizer.bos_token_id} - {None}
-    fitting = tuple(_cut(examples[index], limit, starts) for index in kept)
+    fitting = tuple(_cut(examples[index], limit, tokenizer.bos_token_id) for index in kept)
     return Encoded(fitting, tuple(kept), len(long), max(lengths, default=0))
 
 
@@ -138,11 +137,21 @@ def _render(tokenizer: Any, messages: Sequence[tuple[str, str]], source: str, *,
 
 def chat_end(tokenizer: Any) -> list[int]:
     """Token ids that close an assistant's turn: what the chat template puts after it, else the end of text."""
+    ids, end = _after_turn(tokenizer), _end_of_text(tokenizer)
+    return ids[: ids.index(end) + 1] if end in ids else ids or [end]
+
+
+def chat_stop(tokenizer: Any) -> int | None:
+    """The special token that closes an assistant's turn, where a written answer is over; None where there is none."""
+    added, named = tokenizer.added_tokens_decoder, tokenizer.all_special_ids
+    special = {*named, *(token for token, about in added.items() if about.special)}
+    return next((token for token in _after_turn(tokenizer) if token in special), None)
+
+
+def _after_turn(tokenizer: Any) -> list[int]:
     turns = (("user", PROBE.title()), ("assistant", PROBE))
     after = _render(tokenizer, turns, "data.template", generate=False).rpartition(PROBE)[2].rstrip()
-    ids = encode_answer(after, tokenizer) if after else []
-    end = _end_of_text(tokenizer)
-    return ids[: ids.index(end) + 1] if end in ids else ids or [end]
+    return encode_answer(after, tokenizer) if after else []
 
 
 def _end_of_text(tokenizer: Any) -> int:
@@ -164,17 +173,23 @@ def _tokens(texts: Sequence[str], tokenizer: Any, *, special: bool) -> list[list
     return [list(ids) for ids in encoded["input_ids"]]
 
 
-def _cut(example: Example, limit: int, starts: set[int]) -> Example:
+def _cut(example: Example, limit: int, start: int | None) -> Example:
     """The example in `limit` tokens: what goes first is the beginning of the prompt, then the end of the answer."""
     excess = len(example.ids) - limit
     if excess <= 0:
         return example
     prompt, answer = example.ids[: example.answer_from], example.ids[example.answer_from :]
-    # Models that start every text with one token behave badly without it.
-    head = prompt[:1] if prompt[0] in starts and len(prompt) - excess >= 2 else ()
-    kept = max(1, len(prompt) - excess)
-    prompt = (*head, *prompt[len(prompt) - kept + len(head) :])
+    prompt = end_of(prompt, max(1, len(prompt) - excess), start)
     return Example((prompt + answer)[:limit], len(prompt), example.id, example.weight)
+
+
+def end_of(prompt: Sequence[int], size: int, start: int | None) -> tuple[int, ...]:
+    """The last `size` ids of a prompt; where it begins with the `start` token, that one stays and another goes."""
+    if len(prompt) <= size:
+        return tuple(prompt)
+    # Models that start every text with one token behave badly without it.
+    head = prompt[:1] if prompt[0] == start and size >= 2 else ()
+    return (*head, *prompt[len(prompt) - size + len(head) :])
 
 
 def _too_long(

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from prunetune.config import DataConfig, EvaluateConfig
 from prunetune.data.batches import padding_id
 from prunetune.data.records import Record
-from prunetune.data.templates import Example, encode, encode_answer
+from prunetune.data.templates import Example, encode, encode_answer, end_of, is_chat
 from prunetune.errors import DataError
 from prunetune.evaluation import likelihood
 from prunetune.evaluation.generation import generate
@@ -175,9 +175,9 @@ class _Task:
         return likelihood.Question(self._prompt(draft, room=max(len(choice) for choice in choices)), choices)
 
     def _prompt(self, draft: _Draft, *, room: int) -> tuple[int, ...]:
-        """The prompt's tokens, cut from the beginning where `room` more would not fit, to half the context at most."""
-        context = context_of(self.model)
-        return draft.example.ids[: draft.example.answer_from][-max(context - room, context // 2) :]
+        """The prompt's tokens, cut from the beginning where `room` more would not fit."""
+        prompt = draft.example.ids[: draft.example.answer_from]
+        return end_of(prompt, most_of_prompt(self.model, room), self.tokenizer.bos_token_id)
 
     def _weigh(self, drafts: Sequence[_Draft], tick: Tick) -> None:
         found = likelihood.answer_nll(
@@ -195,6 +195,7 @@ class _Task:
             self.model,
             self.tokenizer,
             [self._prompt(draft, room=self.config.max_new_tokens) for draft in drafts],
+            chats=[is_chat(draft.record, self.data.template) for draft in drafts],
             pad_id=padding_id(self.tokenizer),
             max_new_tokens=min(self.config.max_new_tokens, context_of(self.model) // 2),
             max_tokens=self.config.max_tokens,
@@ -221,6 +222,11 @@ class _Task:
 def context_of(model: Any) -> int:
     """Most tokens that the model was made for."""
     return int(model.config.get_text_config().max_position_embeddings)
+
+
+def most_of_prompt(model: Any, room: int) -> int:
+    """Most tokens of a prompt that `room` more are to follow; half the context at least."""
+    return max(context_of(model) - room, context_of(model) // 2)
 
 
 def answer_of(example: Example) -> tuple[int, ...]:

@@ -42,9 +42,11 @@ def write(
     layout: str,
     card: str,
     shards: Path | None = None,
+    end: int | None = None,
 ) -> Written:
     """Write `model`, already cut by `plan`, whole or not at all. Tensors keep their dtype.
 
+    `end`: a token that ends an answer, beside those of the model's generation settings.
     Where a folder of finished `shards` is given, these are its weights, and `model` has none.
     """
     layout = layout_of(layout, sites)
@@ -62,6 +64,8 @@ def write(
             write_code(partial, layered, sites, model)
             edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | layered.auto_map())
         add_old_rope_keys(partial / "config.json")
+        if end is not None:
+            add_end(partial / "generation_config.json", end, tokenizer.eos_token_id)
         tokenizer.save_pretrained(partial)
         (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
@@ -123,6 +127,14 @@ def edit_json(path: Path, changes: dict[str, Any], *, without: Collection[str] =
     values = json.loads(path.read_text(encoding="utf-8")) | changes
     values = {key: value for key, value in values.items() if key not in without}
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def add_end(path: Path, end: int, end_of_text: int | None) -> None:
+    """Have whoever serves the checkpoint stop at `end` too, after what is named already, else the end of text."""
+    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    known = named if isinstance(named, list) else [end_of_text if named is None else named]
+    if end not in known:
+        edit_json(path, {"eos_token_id": [*(token for token in known if token is not None), end]})
 
 
 def add_old_rope_keys(path: Path) -> None:

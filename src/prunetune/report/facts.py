@@ -36,7 +36,7 @@ def data_notes(manifest: Mapping[str, Any]) -> list[str]:
     if too_long:
         notes.append(f"{text.count(too_long)} rows were longer than the limit and were cut or dropped.")
     if dropped:
-        notes.append(f"{text.count(dropped)} rows of train or search also stood in valid or test and were dropped.")
+        notes.append(f"{text.count(dropped)} rows that also stood in another split were dropped.")
     return notes
 
 

@@ -9,11 +9,11 @@ from typing import Any
 from prunetune.config import DataConfig
 from prunetune.data.batches import padding_id
 from prunetune.data.records import Record
-from prunetune.data.templates import Example, encode, encode_answers, encode_prompts
+from prunetune.data.templates import Example, encode, encode_answers, encode_prompts, end_of, is_chat
 from prunetune.errors import DataError
 from prunetune.evaluation.generation import generate
 from prunetune.evaluation.likelihood import Question, answer_nll, choice_likelihoods
-from prunetune.evaluation.suite import context_of, evaluating
+from prunetune.evaluation.suite import context_of, evaluating, most_of_prompt
 from prunetune.suites.asking import Ask, Manner, Tick
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,8 @@ class LocalModel:
     def _write(self, records: Sequence[Record], manner: Manner, tick: Tick) -> list[Any]:
         longest = min(manner.max_new_tokens, context_of(self.model) // 2)
         prompts = self._prompts(records, [longest] * len(records), manner)
-        found = generate(self.model, self.tokenizer, prompts, **self._passes, max_new_tokens=longest, tick=tick)
+        how = {**self._passes, "chats": [is_chat(record, manner.template) for record in records]}
+        found = generate(self.model, self.tokenizer, prompts, **how, max_new_tokens=longest, tick=tick)
         return [ended(answer, manner.stop) for answer in found]
 
     def _weigh(self, records: Sequence[Record], manner: Manner, tick: Tick) -> list[Any]:
@@ -94,22 +95,14 @@ class LocalModel:
 
     def _prompts(self, records: Sequence[Record], rooms: Sequence[int], manner: Manner) -> list[tuple[int, ...]]:
         """Token ids that leave room for so many more, but keep half the context at least."""
-        context = context_of(self.model)
         whole = encode_prompts(records, self.tokenizer, manner.template)
-        limits = [max(context - room, context // 2) for room in rooms]
+        limits = [most_of_prompt(self.model, room) for room in rooms]
         self._tell_cut(sum(len(ids) > limit for ids, limit in zip(whole, limits, strict=True)))
-        return [self._cut(ids, limit) for ids, limit in zip(whole, limits, strict=True)]
+        return [end_of(ids, limit, self.tokenizer.bos_token_id) for ids, limit in zip(whole, limits, strict=True)]
 
     def _tell_cut(self, count: int) -> None:
         if count:
             log.warning("%d prompts lost their beginning: the model's context is %d", count, context_of(self.model))
-
-    def _cut(self, ids: Sequence[int], limit: int) -> tuple[int, ...]:
-        if len(ids) <= limit:
-            return tuple(ids)
-        # Models that start every text with one token behave badly without it.
-        head = ids[:1] if ids[0] == self.tokenizer.bos_token_id else []
-        return (*head, *ids[len(ids) - limit + len(head) :])
 
 
 def ended(answer: str, stops: Sequence[str]) -> str:
