@@ -238,6 +238,11 @@ def test_a_gate_that_could_never_act_is_refused_before_anything_is_written(place
     with pytest.raises(DataError, match=r"needs rows with choices in data\.guard"):
         run(blind)
     write_lines(tmp_path / "long.jsonl", {"prompt": "long " * 50, "choices": ["yes", "no"], "answer": 0})
+    small = config_of(place, tmp_path / "run", gain={"smaller": 0.9})
+    with pytest.raises(
+        ConfigError, match=r"under budget\.keep 0\.5 at most \d\d\.\d% of all parameters can go .*: lower one"
+    ):
+        run(small)
     short = {"valid": [str(tmp_path / "long.jsonl")], "max_length": 40, "too_long": "drop"}
     idle = config_of(place, tmp_path / "run", "valid.nll <= 9 -> stop", data=short)
     with pytest.raises(DataError, match=r"no row of valid is there or fits"):

@@ -13,6 +13,9 @@ import torch
 from prunetune.budget.params import total
 from prunetune.config import EvaluateConfig
 from prunetune.data.records import Record as Row
+from prunetune.decide.nest import Nest
+from prunetune.decide.select import floor
+from prunetune.decide.shape import step
 from prunetune.errors import ConfigError, DataError
 from prunetune.evaluation.results import Evaluation, Item
 from prunetune.evaluation.suite import evaluate, sample
@@ -104,6 +107,7 @@ def watcher_of(setting: Setting) -> Watcher:
     if any(gate.metric == "guard.accuracy" for gate in gates) and not any(row.choices for row in setting.splits.guard):
         raise DataError("a gate on guard.accuracy needs rows with choices in data.guard: there are none")
     _refuse_idle(setting, gates)
+    _refuse_out_of_reach(setting)
     most = setting.config.validate.limit
     chosen, guard = sample(rows if wanted else (), most), sample(setting.splits.guard, most)
     good = shared(Checkpoints(setting.folder.good), setting.ranks)
@@ -116,6 +120,24 @@ def _refuse_idle(setting: Setting, gates: Sequence[Gate]) -> None:
         raise ConfigError(
             f"gates: no validation comes before the search ends at step {search}, so there is nothing to go back to; "
             f"lower train.validate_every ({every}) below it"
+        )
+
+
+def _refuse_out_of_reach(setting: Setting) -> None:
+    """Raises `ConfigError` where no plan of this budget is as much smaller as `gain.smaller` asks."""
+    asked, keep, shape = setting.config.gain.smaller, setting.config.budget.keep, setting.shape
+    if not asked or shape.limits:  # other budgets say nothing of the share that stays
+        return
+    prunable, nest = total(setting.sites), Nest(setting.sites)
+    whole = {site.name: site.units for site in setting.sites}
+    block = max(step(site, shape) * nest.span(site, whole) for site in setting.sites)
+    if shape.layout == "uniform":  # a step is taken in all layers
+        block *= len({site.layer for site in setting.sites})
+    most = (prunable - max(floor(setting.sites, shape), keep * prunable - block)) / setting.params
+    if most < asked:
+        raise ConfigError(
+            f"gain.smaller {asked:g}: under budget.keep {keep:g} at most {most:.1%} of all parameters can go "
+            f"({1 - prunable / setting.params:.0%} are embeddings, head and norms, which stay): lower one of the two"
         )
 
 

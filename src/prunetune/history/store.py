@@ -187,6 +187,10 @@ def entries(place: Path) -> list[Entry]:
                 _put(store, found)
             rows = store.execute(f"select {', '.join(COLUMNS)} from runs order by started desc, path").fetchall()  # noqa: S608
     except (OSError, sqlite3.Error) as broken:
+        if not file.exists():
+            raise ConfigError(
+                f"{file} cannot be made ({broken}); let PRUNETUNE_HOME name a folder that can be written to"
+            ) from broken
         raise ConfigError(f"{file} cannot be read ({broken}); try again, or remove it: it is made anew") from broken
     return [_entry(dict(zip(COLUMNS, row, strict=True))) for row in rows]
 

@@ -103,9 +103,9 @@ def pick_device(wanted: str) -> torch.device:
         device = torch.device(wanted)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as absent:
-        raise ConfigError(
-            f"device {wanted!r} is not there ({str(absent).splitlines()[0]}); use cpu, cuda or auto"
-        ) from absent
+        odd = str(absent).startswith("Expected one of")  # and every device that PyTorch knows
+        why = "" if odd else f" ({str(absent).splitlines()[0]})"
+        raise ConfigError(f"device {wanted!r} is not there{why}; use cpu, cuda or auto") from absent
     return device
 
 
