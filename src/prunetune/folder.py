@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -196,13 +197,19 @@ def held(folder: RunFolder) -> Iterator[None]:
     handle = os.open(folder.path, os.O_RDONLY)
     try:
         with suppress(OSError):
-            if not _locked(handle, fcntl.LOCK_EX):
+            if not (_locked(handle, fcntl.LOCK_EX) or _locked_soon(handle)):
                 raise RunFolderError(
                     f"{folder.path}: another process works on this run: wait until it ends, or stop it first"
                 )
         yield
     finally:
         os.close(handle)
+
+
+def _locked_soon(handle: int) -> bool:
+    """`is_held` may have looked at this very moment."""
+    time.sleep(0.2)
+    return _locked(handle, fcntl.LOCK_EX)
 
 
 def is_held(path: Path) -> bool:
