@@ -46,7 +46,7 @@ def test_a_number_alone_is_a_share(text: str) -> None:
     [
         ("memory", "15"), ("memory", "-1GB"), ("memory", "0"), ("memory", "0GB"), ("memory", "nan"),
         ("memory", "1.5 s"), ("memory", "much"), ("memory", "1e999GB"), ("flops", "1.2GB"), ("latency", "5"),
-        ("throughput", "0.5"), ("throughput", "0/s"), ("file", "1,5GB"), ("latency", "120%"),
+        ("throughput", "0.5"), ("throughput", "300"), ("throughput", "0/s"), ("file", "1,5GB"), ("latency", "120%"),
     ],
 )  # fmt: skip
 def test_anything_else_is_refused_in_one_line(kind: str, text: str) -> None:

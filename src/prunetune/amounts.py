@@ -23,6 +23,7 @@ UNITS: Mapping[str, Mapping[str, float]] = {
     "throughput": {"tokens/s": 1.0, "/s": 1.0},
 }
 EXAMPLES = {"flops": "1.2T", "memory": "1.5GB", "file": "800MB", "latency": "25ms", "throughput": "300/s"}
+FASTEST = 20.0  # times the dense model's: a number alone that is larger was meant as tokens a second
 SHOWN = {"flops": ("P", "T", "G", "M"), "memory": ("GB", "MB", "kB", "B"), "latency": ("s", "ms", "us")}
 
 
@@ -47,6 +48,11 @@ class Amount:
             raise ConfigError(
                 f"budget.{kind}: {text!r} is no share of the dense model's that makes it smaller or faster: "
                 f"write {_share(kind)}, or give a unit, as in {EXAMPLES[kind]}"
+            )
+        if match and not match["unit"] and value > FASTEST:
+            raise ConfigError(
+                f"budget.{kind}: {text!r} alone would be {value:g} times the dense model's: "
+                f"write {value:g}/s for tokens a second, or {value:g}x"
             )
         return cls(value * scale[0], scale[1])
 
