@@ -190,7 +190,9 @@ def test_bad_comparisons(say: Said, recipe: Callable[..., str], tmp_path: Path) 
 
 @pytest.mark.parametrize("device", ["cuda:99", "quantum", "cpu:x"])
 def test_bad_device(device: str, say: Said, recipe: Callable[..., str]) -> None:
-    refused(say("run", recipe(), "--device", device), f"device {device!r}", "use cpu, cuda or auto")
+    found = say("run", recipe(), "--device", device)
+    refused(found, f"device {device!r}", "use cpu, cuda or auto")
+    assert "mkldnn" not in found[2], "no list of all that PyTorch knows"
 
 
 @pytest.mark.parametrize("kind", ["mamba", "nonsense"])

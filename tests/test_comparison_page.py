@@ -11,7 +11,7 @@ import pytest
 
 from comparison_helpers import failed, realistic
 from prunetune.comparison.figures import looks_of
-from prunetune.comparison.page import render, write_page
+from prunetune.comparison.page import render, tone, write_page
 from prunetune.comparison.table import aggregate
 from prunetune.config import from_mapping
 from test_report_page import ATTACK, Outline
@@ -72,6 +72,21 @@ def test_a_comparison_of_which_nothing_worked_has_a_page() -> None:
     page = render(nothing, {}, "", "empty")
     Outline(page)
     assert "no memory" in page
+
+
+@pytest.mark.parametrize(
+    ("score", "wanted"),
+    [
+        ({"difference": -0.1, "difference_se": 0.04}, "worse"),
+        ({"difference": -0.1, "difference_se": 0.06}, ""),
+        ({"difference": -0.1, "difference_se": 0.0}, "worse"),
+        ({"difference": 0.0, "difference_se": 0.0}, ""),
+        ({"difference": -0.1, "difference_se": None}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_difference_is_told_beyond_two_standard_errors(score: dict[str, Any], wanted: str) -> None:
+    assert tone(score, "acc") == wanted
 
 
 def test_no_two_methods_look_alike() -> None:

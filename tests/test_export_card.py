@@ -63,6 +63,8 @@ def test_scores_stand_with_their_errors() -> None:
     assert "| task | metric | items | dense, tuned | this model |" in text
     assert "| topic | accuracy | 200 | 0.800 ± 0.020 | 0.750 |" in text
     assert "± nan" not in text
+    assert "On the run's test split, ± standard error." in text
+    assert "test split, computed in bfloat16, ±" in made(scores=rows, manifest={**MANIFEST, "dtype": "bfloat16"})
 
 
 def test_what_is_not_known_is_left_out() -> None:

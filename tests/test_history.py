@@ -176,6 +176,9 @@ def test_a_place_that_cannot_be_written_costs_a_line(
     with caplog.at_level(logging.WARNING):
         registered(tmp_path, "a")
     assert "the run goes on without" in caplog.text
+    with pytest.raises(ConfigError, match=r"cannot be made .* let PRUNETUNE_HOME name a folder") as refused:
+        entries(tmp_path)
+    assert "\n" not in str(refused.value)
 
 
 def test_a_deleted_file_is_made_again(tmp_path: Path) -> None:

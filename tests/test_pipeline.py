@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +353,17 @@ def test_an_existing_folder_is_not_overwritten(place: Path, done: dict[str, Path
     assert files_of(tmp_path) == {"notes.txt": b"mine"}
     with pytest.raises(RunFolderError, match="is a file"):
         run(config_of(place, tmp_path / "notes.txt"))
+
+
+def test_timings_hold_what_ended_early_too(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for error in (KeyboardInterrupt, ModelError):
+        with suppress(error), pipeline.timed(folder, "tune and prune"):
+            raise error
+    first = folder.manifest()["timings"]["tune and prune"]
+    with pipeline.timed(folder, "tune and prune"):
+        pass
+    assert folder.manifest()["timings"]["tune and prune"] > first > 0
 
 
 def test_two_processes_do_not_work_on_one_run(place: Path, done: dict[str, Path], tmp_path: Path) -> None:

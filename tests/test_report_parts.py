@@ -251,6 +251,33 @@ def test_too_few_items_do_not_make_a_model_as_good(count: int, reading: str, tmp
     assert ("with 20 items" in answer.words) == (count == 5)
 
 
+def test_a_change_without_any_spread_has_a_verdict() -> None:
+    for ours, verdict in ((0, "worse"), (1, "within noise")):
+        reference, pruned = task("t", [1] * 50), task("t", [ours] * 50)
+        (row,) = rows({"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})})
+        assert row.verdict == verdict
+
+
+@pytest.mark.parametrize("order", [("zero", "wide"), ("wide", "zero")])
+def test_a_task_without_a_share_hides_no_other_loss(order: tuple[str, str], tmp_path: Path) -> None:
+    """Of a score of 0 there is no recovery; the other task's possible loss counts wherever it stands."""
+    results = {"zero": (task("zero", [0] * 20), task("zero", [0] * 20))}
+    results["wide"] = (task("wide", [1, 0, 1, 1] * 5), task("wide", [1, 1, 0, 1] * 5))
+    scored = {who: Evaluation({name: results[name][n] for name in order}) for n, who in enumerate(("tuned", "pruned"))}
+    run = replace(read_run(make_run(tmp_path / "run")), evaluations=scored)
+    answer = outcome.answers(run, headline(scored), rows(scored))[2]
+    assert answer.reading == "unknown"
+    assert "of wide may be lost" in answer.words
+
+
+def test_the_last_column_says_of_what_the_share_is(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    assert "recovery" in of_run(folder)
+    (folder / "evaluation" / "tuned.json").unlink()
+    assert "of dense" in of_run(folder)
+    assert "recovery" not in of_run(folder)
+
+
 def test_recovery_has_the_error_of_the_paired_change() -> None:
     reference, pruned = task("t", [1, 0] * 50), task("t", [1, 0] * 49 + [0, 0])
     (row,) = rows({"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})})

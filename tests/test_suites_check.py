@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -267,6 +268,16 @@ def test_a_model_passes_against_itself_and_against_what_it_wrote(tmp_path: Path,
     for against in (model, tmp_path / "kept.json"):
         code, out, _ = say("check", model, "--suite", suite, "--against", against, "--device", "cpu")
         assert (code, "holds" in out) == (0, True)
+
+
+def test_a_file_that_cannot_be_written_is_known_before_anything_is_scored(
+    tmp_path: Path, say: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    suite = suite_file(tmp_path, TASKS)
+    code, out, err = say("eval", tmp_path / "no-model", "--suite", suite, "--out", tmp_path / "kept.json")
+    assert (code, out) == (2, "")
+    assert "kept.json: its folder cannot be written to; name a file in another one" in err
 
 
 def test_a_worse_model_exits_1_with_reports(tmp_path: Path, say: Said) -> None:

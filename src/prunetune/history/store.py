@@ -35,19 +35,8 @@ TABLE = """create table if not exists runs (
 )"""
 STATUSES = ("running", "done", "failed", "interrupted", "gate failed", "gone")  # gone: its folder is
 COLUMNS = (
-    "path",
-    "status",
-    "started",
-    "ended",
-    "model",
-    "layout",
-    "seed",
-    "asked",
-    "kept",
-    "metrics",
-    "command",
-    "process",
-)
+    "path", "status", "started", "ended", "model", "layout", "seed", "asked", "kept", "metrics", "command", "process",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
