@@ -88,6 +88,12 @@ def test_widths_are_named_the_worst_first() -> None:
     assert "set budget.align to 128; by FLOPs the prefill can gain" in says
 
 
+@pytest.mark.parametrize(("limit", "shown"), [(1.2, "1.01"), (1.01, "1.0096"), (1.00961, "1.0096")])
+def test_a_miss_is_never_rounded_away(limit: float, shown: str) -> None:
+    pair = models(Sample(1 / 1.0096, 0.25, 0.05))
+    assert f"throughput is {shown} times" in verdict(plan_of(4, 512, 2, 256), pair, faster=limit)["limits"][0]["says"]
+
+
 def test_what_is_whole_gone_or_even_is_not_to_blame() -> None:
     assert uneven(plan_of(8, 1000, 0, 128), SITES) == []  # 1000 is the dense model's own width
     assert uneven(dense_plan(SITES), SITES) == []

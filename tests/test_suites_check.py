@@ -201,6 +201,8 @@ def test_limits_of_a_task_hold_for_no_other() -> None:
     assert [(each.limit.task, each.limit.bound) for each in found.verdicts] == [("legal", 0.9), ("legal/hard", 0.3)]
     assert found.exit_code == 0
     assert "not among the results" in check(Evaluation({"legal/hard": hard}), None, own).errors["legal"]
+    alone = suite_of({"tasks": {"legal": limited(0.9)}})  # and results hold a task of another suite
+    assert len(check(Evaluation({"legal": easy, "legal/hard": hard}), None, alone).verdicts) == 1
     groups = suite_of(
         {"tasks": {"g": limited(0.9, lm_eval="g"), "g/own": limited(0.3), "g/h": limited(0.2, lm_eval="h")}}
     )

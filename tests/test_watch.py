@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from prunetune.errors import RunFolderError
-from prunetune.folder import open_run
+from prunetune.folder import RunFolder, held, open_run
 from prunetune.report import write_report
 from prunetune.watch import LAPSE, QUIET, follow, look, picture, spark
 from report_helpers import make_run
@@ -95,6 +95,27 @@ def test_one_that_no_process_works_on_is_not_waited_for(tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=110)
     follow(folder, console=console)
     assert "stopped: no process works on it; `prunetune run ... --resume` goes on" in plain(console)
+
+
+def test_one_that_a_process_works_on_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it is silent, until it ends; a size is worked on with the run around it."""
+    folder = make_run(tmp_path / "run")
+    size = make_run(folder / "sizes" / "0.6")
+    for place in (folder, size):
+        looks: list[int] = []
+
+        def ends(seconds: float, looks: list[int] = looks) -> None:
+            looks.append(1)
+            if len(looks) == 3:
+                raise InterruptedError
+
+        monkeypatch.setattr("prunetune.watch.time.sleep", ends)
+        long_ago = time.time() - LAPSE - 5
+        for file in folder.rglob("*"):
+            os.utime(file, (long_ago, long_ago))
+        with held(RunFolder(folder)), pytest.raises(InterruptedError):
+            follow(place, console=Console(file=io.StringIO(), width=110))
+        assert len(looks) == 3
 
 
 def test_how_it_failed_is_said(tmp_path: Path) -> None:

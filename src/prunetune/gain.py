@@ -98,14 +98,18 @@ def _missed(limit: Record, dense: Benched, model: Benched, plan: Plan, sites: Se
         return _not_smaller(limit, dense, plan, sites)
     if limit["found"] is None:
         return f"{limit['gate']}: {limit['figure']} could not be measured ({model.cells[0].failed or 'no figure'})"
-    found = limit["found"]
-    times = f"{found:.2f}" if round(found, 2) < limit["limit"] else f"{found:.4g}"
-    words = f"{limit['gate']}: {limit['figure']} is {times} times the dense model's"
+    words = f"{limit['gate']}: {limit['figure']} is {_below(limit['found'], limit['limit'])} times the dense model's"
     blamed, promised = uneven(plan, sites), _promised(model.cells[0].counted)
     if blamed:
         more = f" and {len(blamed) - SHOWN} more" if len(blamed) > SHOWN else ""
         return f"{words}; {'; '.join(map(str, blamed[:SHOWN]))}{more}: set budget.align to {TILE}{promised}"
     return f"{words}; all widths are multiples of {TILE}, so none is to blame{promised}"
+
+
+def _below(found: float, limit: float) -> str:
+    """With as many digits, two or more, as show that it is less."""
+    digits = next(digits for digits in range(2, 20) if round(found, digits) < limit or digits == 19)
+    return f"{found:.{digits}f}"
 
 
 def _promised(counted: Mapping[str, float]) -> str:
