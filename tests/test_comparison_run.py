@@ -19,6 +19,7 @@ from prunetune.comparison.run import compare
 from prunetune.config import RunConfig, from_mapping
 from prunetune.decide.baselines import BASELINES
 from prunetune.errors import ConfigError, GateFailed, PlanError, PrunetuneError, RunFolderError
+from prunetune.folder import RunFolder, held
 from prunetune.options import merged
 from prunetune.train.loop import tune_and_prune
 
@@ -166,6 +167,11 @@ def test_a_comparison_grows(place: Path, tmp_path: Path, counted: list[int]) -> 
     compare(config_of(place, folder, compare={"methods": ["random", "magnitude"], "seeds": [0, 2]}), resume=True)
     assert counted == [0, 0, 2, 2]
     assert row(folder, "magnitude")["seeds"] == [0, 2]
+
+
+def test_two_processes_do_not_work_on_one_comparison(place: Path, done: Path) -> None:
+    with held(RunFolder(done)), pytest.raises(RunFolderError, match="another process works on this run"):
+        compare(config_of(place, done), resume=True)
 
 
 def test_a_row_has_one_teacher(place: Path, tmp_path: Path) -> None:
