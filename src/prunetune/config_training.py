@@ -86,7 +86,7 @@ class DistillConfig:
         "beforehand. auto: dense for models of fewer than 1e9 prunable parameters, else base, which costs neither time "
         "to tune nor memory.",
     )
-    logits: float = option(10.0, "Weight of KL(teacher || student) of the next token, mean over tokens.", low=0)
+    logits: float = option(20.0, "Weight of KL(teacher || student) of the next token, mean over tokens.", low=0)
     hidden: float = option(10.0, "Weight of the layers' relative squared error, mean over layers and tokens.", low=0)
     share: float = option(
         0.0,
