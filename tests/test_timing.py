@@ -251,6 +251,14 @@ def test_a_broken_file_in_the_cache_is_measured_again(cache: Path, caplog: pytes
     assert "measured again" in caplog.text
 
 
+def test_a_table_that_cannot_be_kept_is_measured_all_the_same(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config, sites = tiny_config("llama"), find_sites(tiny("llama"))
+    cache.write_text("no folder", encoding="utf-8")
+    table = tables.table_for(config, sites, WORKLOAD, CPU, 8)
+    assert table.header == tables.checked_header(config, sites, WORKLOAD, CPU, 8)
+    assert "set PRUNETUNE_CACHE" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["device", "driver", "torch", "runtime", "prompt", "batch", "geometry", "blocks"])
 def test_a_table_of_something_else_is_refused(cache: Path, tmp_path: Path, name: str) -> None:
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))

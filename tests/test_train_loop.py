@@ -257,6 +257,20 @@ def test_resumed_at_any_step_equals_uninterrupted(
         assert search_losses(resumed) == search_losses(whole)[step:]
 
 
+def test_seconds_of_a_resumed_run_go_on(tmp_path: Path) -> None:
+    every, config = Every(tmp_path), config_of()
+    tune_and_prune(job_of(config, keeper=every))
+    state = every.at(3).latest()
+    assert state is not None
+    assert state.seconds > 0
+    every.at(3).save(replace(state, seconds=1000.0))
+    resumed = job_of(config, keeper=every.at(3))
+    tune_and_prune(resumed)
+    seconds = [record["seconds"] for record in resumed.observer.steps]  # type: ignore[attr-defined]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 1000
+
+
 def test_only_the_newest_two_checkpoints_stay(tmp_path: Path) -> None:
     tune_and_prune(job_of(config_of(), keeper=Checkpoints(tmp_path)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000009", "step-0000010"]

@@ -69,12 +69,18 @@ def measured(
     points: int = POINTS,
     runs: int = RUNS,
 ) -> Table:
-    """Measure now, and keep it in the cache."""
+    """Measure now, and keep it in the cache; where that cannot be written, the minutes that it took are not lost."""
     whole = any(site.kind == "mlp-blocks" for site in sites)
     begun = time.monotonic()
     table = Meter(config, workload, device, align, points, runs, whole).table(header)
-    place = place_of(header)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    write_text(place, table.to_json() + "\n")
-    log.info("measured latency in %.0f s; the table is kept in %s", time.monotonic() - begun, place)
+    place, seconds = place_of(header), time.monotonic() - begun
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_text(place, table.to_json() + "\n")
+    except OSError as broken:
+        log.warning(
+            "measured latency in %.0f s; not kept in %s (%s): set PRUNETUNE_CACHE", seconds, place, broken.strerror
+        )
+    else:
+        log.info("measured latency in %.0f s; the table is kept in %s", seconds, place)
     return table

@@ -47,7 +47,7 @@ class Progress:
             searcher.load(state.tensors["generator"])
             restore_optimizer(self.search.optimizer, searcher.parameter_names(), state.tensors["generator_optimizer"])
             self.faults.restore(state.faults)
-            self.step = state.step
+            self.step, self.started = state.step, self.started - state.seconds
             if opened := state.tensors.get("decision"):
                 self.gates = {name: gate.float() for name, gate in opened.items()}
         self.validation.resume(state)
@@ -60,7 +60,7 @@ class Progress:
             self.gates = moved_to(decision.gates, "cpu")  # by one transfer, where a GPU would wait for many small sums
             self.kept = float(kept_share(self.gates, job.sites))
         record["kept"] = self.kept
-        record["seconds"] = time.monotonic() - self.started
+        record["seconds"] = self._seconds()
         if before and is_new:
             record["changed"] = self._changed(before)
         self.last = decision
@@ -80,6 +80,10 @@ class Progress:
     def save(self, decision: Decision) -> None:
         """Leave a checkpoint of where the run stands."""
         self.job.checkpoints.save(self._state(decision))
+
+    def _seconds(self) -> float:
+        """Of this run's steps and what stood between them, those before a resumption too."""
+        return time.monotonic() - self.started
 
     def _changed(self, before: Mapping[str, Tensor]) -> float:
         """Share of all units whose gate moved."""
@@ -101,4 +105,4 @@ class Progress:
         if self.gates and decision.plan is None:
             tensors["decision"] = {name: gate.bool() for name, gate in self.gates.items()}
         seen, faults = self.validation.seen.to_dict(), self.faults.to_dict()
-        return State(self.step, decision.plan, self.tuning.is_cut, tensors, seen, faults)
+        return State(self.step, decision.plan, self.tuning.is_cut, tensors, seen, faults, self._seconds())

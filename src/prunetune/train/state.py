@@ -35,6 +35,7 @@ class State:
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # "adapters", "generator", "..._optimizer"
     seen: dict[str, Any] = field(default_factory=dict)  # what validations have found and changed, see `validation`
     faults: dict[str, Any] = field(default_factory=dict)  # what went wrong and was survived, see `faults`
+    seconds: float = 0.0  # that these steps took, over all processes
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: list[str]) -> dict[str, Tensor]:
@@ -94,7 +95,7 @@ class Checkpoints:
                 hashes[file.name] = sha256(file)
             plan = json.loads(state.plan.to_json()) if state.plan else None
             about = {"step": state.step, "is_cut": state.is_cut, "plan": plan, "sha256": hashes, "seen": state.seen}
-            about |= {"faults": state.faults}
+            about |= {"faults": state.faults, "seconds": state.seconds}
             write_text(folder / "state.json", json.dumps(about))
         for old in self._all()[:-KEPT]:
             shutil.rmtree(old)
@@ -131,4 +132,5 @@ def _read(folder: Path) -> State | None:
     except (OSError, ValueError, KeyError, SafetensorError):
         return None
     plan = Plan.from_json(json.dumps(about["plan"])) if about["plan"] else None
-    return State(about["step"], plan, about["is_cut"], tensors, about.get("seen", {}), about.get("faults", {}))
+    later = {name: about[name] for name in ("seen", "faults", "seconds") if name in about}  # what older ones may lack
+    return State(about["step"], plan, about["is_cut"], tensors, **later)

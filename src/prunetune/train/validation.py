@@ -64,12 +64,12 @@ class Validation:
         self.gates = job.watch.gates if job.watch else ()
         self.returns = any(gate.action != "stop" for gate in self.gates)
         self.seen = Seen(job.schedule)
-        self.first, self.spent = 0, 0.0  # steps done before this process, and its seconds spent here
+        self.first, self.spent = 0, 0.0  # steps and seconds before this process, and seconds spent here since
 
     def resume(self, state: State | None) -> None:
         """Go on with what a checkpoint has seen; before the first step the dense model is scored for reference."""
         if state is not None:
-            self.first = state.step
+            self.first, self.spent = state.step, state.seconds
             self.seen = Seen.from_dict(state.seen) if state.seen else self.seen
         elif self.job.start is not None and self.job.start.seen:  # the dense model was scored when the run began
             dense = Seen.from_dict(self.job.start.seen).dense
