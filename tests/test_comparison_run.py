@@ -15,7 +15,9 @@ import prunetune.comparison.scoring as scoring
 import prunetune.comparison.work as work
 from data_helpers import write_lines
 from evaluate_helpers import furnished
+from prunetune.comparison.cells import Cell
 from prunetune.comparison.run import compare
+from prunetune.comparison.work import Workshop
 from prunetune.config import RunConfig, from_mapping
 from prunetune.decide.baselines import BASELINES
 from prunetune.errors import ConfigError, GateFailed, PlanError, PrunetuneError, RunFolderError
@@ -371,6 +373,26 @@ def test_all_methods_and_variants(place: Path, tmp_path: Path) -> None:
         True, True, False, False, False,
     ]  # fmt: skip
     assert rows["untuned", 0.6] == {**rows["untuned", 0.8], "keep": 0.6, "scores": rows["untuned", 0.6]["scores"]}
+
+
+def test_a_dense_variant_is_tuned_as_it_says(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, RunConfig] = {}
+    genuine = Workshop.setting_of
+
+    def setting_of(self: Workshop, cell: Cell) -> Any:
+        setting = genuine(self, cell)
+        seen[cell.method.name] = setting.config
+        return setting
+
+    monkeypatch.setattr(Workshop, "setting_of", setting_of)
+    (tmp_path / "v.yaml").write_text(
+        "all: {dense: true, lora: {rank: 8}, train: {weights: all}}\nplain: {dense: true}\n"
+    )
+    own = {"methods": ["all", "plain"], "variants": str(tmp_path / "v.yaml")}
+    folder = compare(config_of(place, tmp_path / "run", compare=own, lora={"rank": 16, "dense_rank": 4, "alpha": 8}))
+    assert found(folder)["errors"] == []
+    assert (seen["all"].lora.rank, seen["all"].train.weights) == (8, "all")
+    assert (seen["plain"].lora.rank, seen["plain"].lora.alpha, seen["plain"].train.weights) == (4, 2, "adapters")
 
 
 def test_a_learning_rate_is_chosen_on_valid_alone(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from model_helpers import FAMILIES, random_plan, relative, tiny, tokens, with_lora
 from prunetune import Plan, find_sites
+from prunetune.budget.limits import Limits
 from prunetune.data.batches import Batch, collate
 from prunetune.data.templates import Example
 from prunetune.decide.baselines import BASELINES, Calibration, bias_compensation
@@ -122,6 +123,27 @@ def test_magnitude_is_root_mean_square() -> None:
         entries = torch.cat([part.flatten() for part in slices(model, site, 1, dict(model.named_parameters()))])
         assert len(entries) == site.unit_params
         assert float(scores[site.name][1]) == pytest.approx(float(entries.square().mean().sqrt()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "taylor"])
+@pytest.mark.parametrize(
+    ("family", "outer", "inner"), [("mixtral", "experts", "expert-channels"), ("qwen3", "kv-groups", "query-heads")]
+)
+def test_a_unit_s_score_holds_the_units_inside(name: str, family: str, outer: str, inner: str) -> None:
+    model = tiny(family)
+    alone, both = (replace(calibration(model), sites=find_sites(model, kinds)) for kinds in ([outer], [outer, inner]))
+    scores = BASELINES[name](both)
+    for site, values in BASELINES[name](alone).items():
+        torch.testing.assert_close(scores[site], values)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "taylor", "fisher"])
+def test_a_unit_s_price_under_other_budgets_is_theirs(name: str) -> None:
+    plain = calibration(tiny())
+    spans = {site.name: 4.0 * site.price for site in plain.sites}
+    other = BASELINES[name](replace(plain, limits=Limits((), spans=spans)))
+    for site, values in BASELINES[name](plain).items():
+        torch.testing.assert_close(other[site], values / (2 if name == "magnitude" else 4))
 
 
 def test_wanda_ranks_weight_times_input() -> None:

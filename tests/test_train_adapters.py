@@ -21,6 +21,7 @@ from prunetune.train.adapters import (
     cut_state,
     group_norms,
     grow_state,
+    soft_threshold,
 )
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.objectives import group_lasso
@@ -103,6 +104,30 @@ def test_group_lasso_leaves_open_units_alone_and_is_smooth_at_zero() -> None:
         parameter.grad = None
     group_lasso(model, gates_of(plan, sites), sites).backward()  # type: ignore[no-untyped-call]
     assert all(p.grad is None or p.grad.isfinite().all() for p in adapters(model).values())
+
+
+def test_what_is_in_a_closed_block_rests_with_it() -> None:
+    sites = find_sites(tiny(), ["attention-blocks", "kv-groups", "query-heads", "mlp-blocks", "mlp-channels"])
+    model = tuned(tiny())
+    gates = {site.name: torch.ones(site.units) for site in sites}
+    block = next(site for site in sites if site.kind == "mlp-blocks")
+    channels, heads = (next(s for s in sites if s.kind == kind) for kind in ("mlp", "query-heads"))
+    for site in (block, channels, next(site for site in sites if site.kind == "attention")):
+        gates[site.name][0] = 0
+    before = {name: parameter.detach().clone() for name, parameter in adapters(model).items()}
+    group_lasso(model, gates, sites).backward()  # type: ignore[no-untyped-call]
+    for linear in channels.linears():
+        for part in ("lora_A", "lora_B"):
+            slope = model.get_submodule(linear).get_submodule(part)["default"].weight.grad
+            assert slope is None or not slope.any()
+    (queries,) = heads.producers  # of a closed group, which is not gated with its adapters
+    assert model.get_submodule(queries.module).lora_B["default"].weight.grad[: queries.per_unit].any()
+    soft_threshold(model, gates, sites, 0.1)
+    after = adapters(model)
+    assert all(
+        torch.equal(after[name], before[name]) for name in before if any(one in name for one in channels.linears())
+    )
+    assert not identical(after, before)
 
 
 def test_settling_empties_the_adapters_of_removed_units(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from prunetune.decide.decision import Searcher
 from prunetune.errors import ModelError
 from prunetune.train.adapters import adapters
 from prunetune.train.loop import tune_and_prune
@@ -80,6 +81,42 @@ def test_a_search_without_numbers_leaves_the_generator_alone(monkeypatch: pytest
     assert identical(first.tensors["generator"], last.tensors["generator"])
     assert all(weight.isfinite().all() for weight in last.tensors["generator"].values())
     assert last.faults["skipped"] == 4
+
+
+def test_evidence_without_numbers_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    genuine, heard, started = Padded.slopes, [], []
+
+    def slopes(self: Padded, *arguments: Any) -> Any:
+        found, slopes = genuine(self, *arguments)
+        heard.append({name: slope.clone() for name, slope in slopes.items()})
+        return found, {name: slope * (math.nan if len(heard) == 2 else 1) for name, slope in slopes.items()}
+
+    monkeypatch.setattr(Padded, "slopes", slopes)
+    monkeypatch.setattr(Searcher, "start_from", lambda _, importance: started.append(importance))
+    job = job_of(config_of({"search": {"evidence": 3}}))
+    with caplog.at_level(logging.WARNING):
+        tune_and_prune(job)
+    ((importance,), (one, _, other)) = started, heard[:3]
+    assert all(torch.equal(importance[name], one[name].square() + other[name].square()) for name in importance)
+    assert "the evidence is nan at step 1 (rows row" in caplog.text
+
+
+def test_a_joint_batch_without_numbers_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine, count = Padded.both, [0]
+
+    def both(self: Padded, *arguments: Any) -> Any:
+        losses, slopes = genuine(self, *arguments)
+        count[0] += 1
+        factor = math.nan if count[0] == 2 else 1.0
+        return {**losses, "loss": losses["loss"] * factor}, {name: slope * factor for name, slope in slopes.items()}
+
+    monkeypatch.setattr(Padded, "both", both)
+    job = job_of(config_of({"search": {"step": "joint"}}))
+    tune_and_prune(job)
+    train = job.config.train
+    assert rates(job) == [learning_rate(step, train) * (0.5 if step >= 2 else 1) for step in range(10)]
 
 
 def test_what_was_left_out_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -93,6 +93,15 @@ def test_a_model_that_reads_across_sequences_cannot_be_packed(monkeypatch: pytes
     assert not can_pack(tiny())
 
 
+def test_attention_sinks_are_not_packed_however_weak_they_are() -> None:
+    model = tiny("gpt_oss")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks"):
+                parameter.fill_(-4.0)
+    assert not can_pack(model.to(torch.bfloat16))
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
 def test_half_precision_with_adapters_can_be_packed(family: str) -> None:
     model = tiny(family).to(torch.bfloat16).requires_grad_(False)

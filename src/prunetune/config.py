@@ -284,7 +284,9 @@ class RunConfig:
     )
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
-        "auto", "Arithmetic of the frozen weights; adapters stay float32."
+        "auto",
+        "Arithmetic of the frozen weights; adapters stay float32. In float16 small gradients of large batches "
+        "vanish: losses are not scaled.",
     )
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
     gates: tuple[str, ...] = option(

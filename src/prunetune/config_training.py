@@ -48,7 +48,7 @@ class TrainConfig:
     warmup: float = option(0.03, "Share of the steps with a rising learning rate.", low=0, high=1)
     decay: Literal["cosine", "linear", "constant"] = option("cosine", "What the learning rate does after its warm-up.")
     decay_to: float = option(0.1, "What a decay leaves of the learning rate, as a share of its peak.", low=0, high=1)
-    weight_decay: float = option(0.0, "Decoupled weight decay of the adapters.", low=0)
+    weight_decay: float = option(0.0, "Decoupled weight decay of the adapters by AdamW; Muon's is none.", low=0)
     clip: float = option(1.0, "Largest gradient norm.", above=0)
     max_skipped: int = option(
         5, "Batches without a finite loss and gradient that are left out, each halving the learning rates.", low=0

@@ -216,8 +216,9 @@ def job_of(
 
 
 def plainly(setting: Setting) -> Setting:
-    """The setting of plain LoRA tuning: adapters of a rank of their own, moved by AdamW."""
-    lora = replace(setting.config.lora, rank=setting.config.lora.dense_rank)
+    """The setting of plain LoRA tuning: adapters of a rank of their own at the same scale, moved by AdamW."""
+    lora = setting.config.lora
+    lora = replace(lora, rank=lora.dense_rank, alpha=lora.alpha * lora.dense_rank / lora.rank)
     train = replace(setting.config.train, weights="adapters", optimizer="adamw")
     return replace(setting, config=replace(setting.config, lora=lora, train=train))
 

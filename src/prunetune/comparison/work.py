@@ -13,7 +13,7 @@ import torch
 
 from prunetune import environment
 from prunetune.comparison.cells import Cell, Result, about
-from prunetune.comparison.methods import BUILT_IN, DENSE
+from prunetune.comparison.methods import BUILT_IN, DENSE, changed
 from prunetune.comparison.scoring import finite, scored
 from prunetune.config import RunConfig
 from prunetune.data.batches import Stream, collate, micro_batches, padding_id
@@ -148,7 +148,10 @@ class Workshop:
         setting = replace(self.setting, config=config, shape=replace(shape, limits=self.setting.shape.limits))
         if config.data.texts and config.data.texts != self.setting.config.data.texts:
             setting = with_texts(setting, context_of(self.model))
-        return setting if cell.method.taught else plainly(setting)
+        if cell.method.taught:
+            return setting
+        plain = plainly(setting)  # but where a variant says otherwise
+        return replace(plain, config=changed(plain.config, cell.method.changes))
 
     # -- models ------------------------------------------------------------------------------------------------------
 
@@ -241,4 +244,4 @@ def calibration_of(setting: Setting, model: Any) -> Calibration:
         for step in range(config.search.evidence or BATCHES)
         for part in micro_batches(stream.batch(step), config.train.micro_tokens)
     ]
-    return Calibration(model, setting.sites, tuple(batches), config.seed)
+    return Calibration(model, setting.sites, tuple(batches), config.seed, setting.shape.limits)

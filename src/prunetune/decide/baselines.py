@@ -6,7 +6,7 @@ ranks the scores over all sites. Shapes: U units of a site, C columns of its con
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from prunetune.budget.limits import Limits
 from prunetune.data.batches import IGNORED, Batch
 from prunetune.decide.activations import influences, input_moments
 from prunetune.decide.select import Scores
@@ -35,6 +36,11 @@ class Calibration:
     sites: tuple[Site, ...]
     batches: tuple[Batch, ...]  # padded on the right; on the CPU or the model's device
     seed: int = 0
+    limits: Limits | None = None  # budgets of another kind than parameters
+
+    def price(self, site: Site) -> float:
+        """What a unit takes of the budget with all that is inside it: parameters, or what its limits count."""
+        return self.limits.spans[site.name] if self.limits and self.limits.spans else site.price
 
 
 Baseline = Callable[[Calibration], Scores]
@@ -57,12 +63,11 @@ def magnitude(calibration: Calibration) -> Scores:
 
     Norms of whole filters: Li et al. 2017 (arXiv 1608.08710, section 3.1); of weights: Han et al. 2015.
     """
-    found = {}
+    totals = {}
     for site in calibration.sites:
         owned = owned_weights(calibration.model, site)
-        squares = [weight.per_unit(weight.parameter.float().square()) for weight in owned]
-        found[site.name] = (_total(squares, site) / site.price).sqrt().float()
-    return found
+        totals[site.name] = _total([weight.per_unit(weight.parameter.float().square()) for weight in owned], site)
+    return {name: mean.sqrt() for name, mean in _per_price(totals, calibration).items()}
 
 
 @torch.no_grad()
@@ -108,7 +113,7 @@ def taylor(calibration: Calibration) -> Scores:
     First order, element-wise, summed over the group: Ma et al. 2023 (LLM-Pruner, arXiv 2305.11627, section 3.2). As
     many sites at a time have gradients as hold `AT_ONCE` parameters: large models cost passes, not memory.
     """
-    found: dict[str, Tensor] = {}
+    totals: dict[str, Tensor] = {}
     for sites in _portions(calibration.sites):
         weights = {site.name: owned_weights(calibration.model, site) for site in sites}
         gradients = iter(_gradients(calibration, [one.parameter for owned in weights.values() for one in owned]))
@@ -117,8 +122,8 @@ def taylor(calibration: Calibration) -> Scores:
                 weight.per_unit((next(gradients) * weight.parameter.detach().float()).abs())
                 for weight in weights[site.name]
             ]
-            found[site.name] = (_total(products, site) / site.price).float()
-    return found
+            totals[site.name] = _total(products, site)
+    return _per_price(totals, calibration)
 
 
 def _portions(sites: tuple[Site, ...]) -> list[list[Site]]:
@@ -167,7 +172,7 @@ def fisher(calibration: Calibration) -> Scores:
         gradients = torch.autograd.grad(loss, list(gates.values()))
         for name, gradient in zip(gates, gradients, strict=True):
             sums[name] += gradient.double().square().cpu()
-    return {site.name: (sums[site.name] / max(len(rows), 1) / site.price).float() for site in sites}
+    return {site.name: (sums[site.name] / max(len(rows), 1) / calibration.price(site)).float() for site in sites}
 
 
 def block_influence(calibration: Calibration) -> Scores:
@@ -230,6 +235,16 @@ def _weight(model: Any, name: str) -> Tensor:
 
 def _total(parts: Sequence[Tensor], site: Site) -> Tensor:
     return sum(parts, torch.zeros(site.units).double())
+
+
+def _per_price(totals: Mapping[str, Tensor], calibration: Calibration) -> Scores:
+    """Sums over what a unit alone owns -> sums over all that leaves with it, over its price; float32."""
+    named, sums = {site.name: site for site in calibration.sites}, dict(totals)
+    for site in calibration.sites:
+        outer = named.get(site.within)
+        if outer is not None and not outer.is_whole:  # a whole block's total is of all its weights already
+            sums[outer.name] = sums[outer.name] + totals[site.name].view(outer.units, -1).sum(1)
+    return {name: (total / calibration.price(named[name])).float() for name, total in sums.items()}
 
 
 def _rank_share(values: Tensor) -> Tensor:

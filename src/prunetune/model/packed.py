@@ -29,7 +29,8 @@ ASKS_FOR_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(
 def can_pack(model: Any) -> bool:
     """Whether two sequences in one row are to this model what they are apart: tried, not every class hands all down.
 
-    No where its attention has what the kernel lacks (soft-capped scores), or positions that are not of `position_ids`.
+    No where its attention has what the kernel lacks (soft-capped scores, sinks), or positions that are not of
+    `position_ids`.
     """
     capped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     if capped or not getattr(model, "_supports_attention_backend", False):
@@ -91,12 +92,15 @@ def packed_attention(
     max_length_q: int,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention inside each sequence: query [1, H, N, D], key and value [1, G, N, D] -> [1, N, H, D].
 
     `cu_seq_lens_q` int32 [S + 1] holds the bounds; `max_length_q` is at least the longest sequence's length.
     """
+    if s_aux is not None:
+        raise TypeError("attention sinks: the kernel has none")
     rows = (query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1))
     attend = _flash if query.is_cuda else _one_by_one
     return attend(*rows, cu_seq_lens_q, max_length_q, scaling, sliding_window)[None], None

@@ -237,6 +237,13 @@ def effective(gates: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, T
     return found
 
 
+def closed(gates: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
+    """1 - gate of all that is closed in open blocks and layers; what is in a closed block rests with it: 0."""
+    whole = {site.name: gates[site.name] if site.is_whole else torch.ones_like(gates[site.name]) for site in sites}
+    blocks, units = effective(whole, sites), effective(gates, sites)
+    return {site.name: blocks[site.name] - units[site.name] for site in sites}
+
+
 def layout_of(layout: str, sites: Sequence[Site]) -> str:
     """A model that lost whole layers and nothing else is uniform, whatever was asked for."""
     return "uniform" if all(site.kind == "layers" for site in sites) else layout

@@ -15,7 +15,7 @@ from prunetune.errors import ModelError
 from prunetune.model.four_bit import FourBitLinear
 from prunetune.model.linears import COLUMNS, ROWS, is_transposed, linear_of, stored_axis
 from prunetune.model.sites import tuned_linears
-from prunetune.model.units import Site, gone_linears, kept_lines
+from prunetune.model.units import Site, closed, gone_linears, kept_lines
 from prunetune.plan import Plan
 from prunetune.train.lora import simplify
 from prunetune.train.state import State
@@ -199,16 +199,17 @@ def group_norms(model: Any, site: Site) -> Tensor:
 
 
 @torch.no_grad()
-def soft_threshold(model: Any, gates: Mapping[str, Tensor], sites: Iterable[Site], threshold: float) -> None:
+def soft_threshold(model: Any, gates: Mapping[str, Tensor], sites: Sequence[Site], threshold: float) -> None:
     """Take `threshold` off the norm of each closed unit's adapter parts, in place; none falls below zero.
 
     The proximal step of the group lasso (Yuan and Lin 2006), on the groups of `group_norms`: the alternative to the
     penalty of ATP, section 3.3. Parts of open units keep every bit.
     """
+    shut = closed(gates, sites)
     for site in sites:
         if not site.is_sliced:
             continue
         taken = (threshold / group_norms(model, site)).clamp(max=1)
-        scale = 1 - (1 - gates[site.name]) * taken
+        scale = 1 - shut[site.name] * taken
         for cut, axis in site.cuts():
             _lines(model, cut.module, axis).mul_(cut.spread(scale)[:, None])

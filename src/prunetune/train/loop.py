@@ -60,7 +60,7 @@ def tune_and_prune(job: Job) -> Plan:
 
         # Adapters, on training data; LoRA-aware while the decision is a mask. All weights once the model is cut.
         record |= tuning.advance(step, decision, gates)
-        if gates is not None:
+        if gates is not None and tuning.slopes:
             record |= search.learn(step, gates, tuning.slopes)
 
         if decision.plan is None and step + 1 == job.schedule.steps:

@@ -20,7 +20,7 @@ from prunetune.data.batches import IGNORED, SMALL, Batch, collate, micro_batches
 from prunetune.data.packs import Pack
 from prunetune.data.templates import Example
 from prunetune.model.head import head_of, headless, in_portions
-from prunetune.model.units import Site
+from prunetune.model.units import Site, closed
 from prunetune.train.adapters import group_norms
 from prunetune.train.distributed import ALONE, Ranks
 
@@ -276,6 +276,5 @@ def group_lasso(model: Any, gates: Mapping[str, Tensor], sites: Sequence[Site]) 
 
     Drives what adapters hold for removed units to zero, so that cutting it changes nothing.
     """
-    sliced = (site for site in sites if site.is_sliced)
-    closed = [(group_norms(model, site) * (1 - gates[site.name])).sum() for site in sliced]
-    return torch.stack(closed).mean()
+    shut = closed(gates, sites)
+    return torch.stack([(group_norms(model, site) * shut[site.name]).sum() for site in sites if site.is_sliced]).mean()

@@ -92,9 +92,12 @@ class Search:
         dense = {site.name: torch.ones(site.units, device=self.device) for site in self.job.sites}
         importance = {name: torch.zeros_like(gate) for name, gate in dense.items()}
         for index in range(self.job.config.search.evidence):
-            _, slopes = self._slopes(self.job.search.batch(index), dense)
-            for name, slope in slopes.items():
-                importance[name] += slope.square()
+            batch = self.job.search.batch(index)
+            _, slopes = self._slopes(batch, dense)
+            largest = torch.cat(list(slopes.values())).abs().amax()
+            if not self.faults.leaves_out(0, {"evidence": float(largest)}, batch):
+                for name, slope in slopes.items():
+                    importance[name] += slope.square()
         return importance
 
 
@@ -105,7 +108,7 @@ class Adapters:
         self.job, self.passes, self.faults, self.layers = job, passes, faults, layers
         self.is_cut = self.is_merged = False
         self.optimizer = self._fresh_optimizer()
-        self.slopes: Mapping[str, Tensor] = {}  # at the gates that `advance` was given
+        self.slopes: Mapping[str, Tensor] = {}  # at the gates that `advance` was given; none of a batch left out
 
     def advance(self, step: int, decision: Decision, gates: Mapping[str, Tensor] | None = None) -> Record:
         """One tuning step: LoRA-aware under the decision while it is a mask, plain once the model is cut.
@@ -118,7 +121,9 @@ class Adapters:
         record = self.faults.within_memory(batch, lambda: self._gradients(batch, decision, gates), self._forget)
         norm = job.accelerator.clip_grad_norm_(self.weights, job.config.train.clip)
         rate = learning_rate(step, job.config.train, job.config.train.weights_rate if self.is_merged else None)
-        if not self.faults.leaves_out(step, {**record, "gradient": float(norm)}, batch):
+        if self.faults.leaves_out(step, {**record, "gradient": float(norm)}, batch):
+            self.slopes = {}
+        else:
             rate *= self.faults.ease
             self._move(rate, decision)
         self._forget()
