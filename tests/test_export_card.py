@@ -13,7 +13,7 @@ from model_helpers import random_plan, tiny
 from prunetune.config import from_mapping
 from prunetune.errors import MissingPackage
 from prunetune.evaluation.results import Evaluation, Score, TaskResult
-from prunetune.export.card import Provenance, ScoreRow, card_of
+from prunetune.export.card import Provenance, ScoreRow, card_again, card_of
 from prunetune.folder import RunFolder
 from prunetune.model import licence
 from prunetune.model.licence import Licence, licence_of
@@ -65,6 +65,18 @@ def test_scores_stand_with_their_errors() -> None:
     assert "± nan" not in text
     assert "On the run's test split, ± standard error." in text
     assert "test split, computed in bfloat16, ±" in made(scores=rows, manifest={**MANIFEST, "dtype": "bfloat16"})
+
+
+def test_an_export_s_card_opens_the_export() -> None:
+    rows = [ScoreRow("topic", "accuracy", {"pruned": (0.75, 0.02, 200)})]
+    text = card_again(made(scores=rows), "onnx", "onnx, float32, 0.7 MB")
+    assert "This is an export: onnx, float32, 0.7 MB." in text
+    assert "trust_remote_code" not in text
+    assert text.count("```python") == 1
+    assert "InferenceSession" in text
+    assert "| topic | accuracy | 200 | 0.750 ± 0.020 |" in text
+    assert front(text) == front(made())
+    assert 'from_pretrained("PATH", trust_remote_code=True)' in card_again(text, "per-layer", "bfloat16")
 
 
 def test_what_is_not_known_is_left_out() -> None:

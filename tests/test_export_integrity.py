@@ -48,6 +48,7 @@ def test_every_file_but_the_card_is_sealed_as_sha256sum_reads_it(run: Path) -> N
     if shutil.which("sha256sum"):
         subprocess.run(["sha256sum", "--quiet", "-c", SUMS], cwd=run / "model", check=True)
     assert verify(run / "model")
+    assert len({file.stat().st_mode for file in (run / "model").iterdir() if file.name != "README.md"}) == 1
 
 
 def flip(file: Path, place: int = -1) -> None:

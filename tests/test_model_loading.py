@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from prunetune.errors import ModelError
-from prunetune.model.loading import ghost, load_config, locate
+from prunetune.model.loading import ghost, load, load_config, locate
 from suite_helpers import model_folder
 
 
@@ -33,6 +37,36 @@ def test_a_configuration_that_makes_no_model_is_one_line(changes: dict[str, Any]
     assert said in str(refused.value)
     assert "config.json" in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def spoiled(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> str:
+    """A tiny checkpoint whose tensors were changed."""
+    file = model_folder(folder) / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    return str(folder)
+
+
+def test_weights_that_are_not_there_or_no_numbers_are_refused(tmp_path: Path) -> None:
+    def lose(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = math.nan
+
+    how: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+    with pytest.raises(ModelError, match=r"lack 1 of the weights .* model\.layers\.1\.mlp\.up_proj\.weight first"):
+        load(spoiled(tmp_path / "a", lose), **how)
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values that are no numbers"):
+        load(spoiled(tmp_path / "b", spoil), **how)
+
+
+def test_a_file_that_was_cut_short_is_told_before_weights_are_read(tmp_path: Path) -> None:
+    file = model_folder(tmp_path / "model") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read: .*; fetch it again"):
+        ghost(str(tmp_path / "model"))
 
 
 @pytest.fixture

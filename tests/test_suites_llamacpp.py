@@ -63,11 +63,14 @@ def test_a_small_file_answers_as_its_weights_do_and_says_nothing(
     manner = Manner(max_new_tokens=4)
     capfd.readouterr()
     ours = model.answers("choose", RECORDS, manner, lambda _: None)
+    weighed = model.answers("weigh", RECORDS, manner, lambda _: None)
     written = model.answers("write", RECORDS, manner, lambda _: None)
     assert capfd.readouterr() == ("", "")
     for mine, other in zip(ours, local.answers("choose", RECORDS, manner, lambda _: None), strict=True):
         assert [tokens for _, tokens in mine] == [tokens for _, tokens in other]
         assert [value for value, _ in mine] == pytest.approx([value for value, _ in other], rel=0.001)
+    for mine, other in zip(weighed, local.answers("weigh", RECORDS, manner, lambda _: None), strict=True):
+        assert mine == pytest.approx(other, rel=0.001)
     assert written == local.answers("write", RECORDS, manner, lambda _: None)
 
 

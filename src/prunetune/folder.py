@@ -22,6 +22,7 @@ from prunetune.files import PARTIAL, write_text
 
 log = logging.getLogger(__name__)
 Record = dict[str, Any]
+TUNING = "tune and prune"  # a stage, in the manifest's timings
 FREE = frozenset({"out", "track"})  # what a resumed run may say otherwise
 
 

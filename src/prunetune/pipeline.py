@@ -29,7 +29,7 @@ from prunetune.evaluation.suite import evaluate
 from prunetune.export.integrity import verify
 from prunetune.files import write_text
 from prunetune.finishing import finish
-from prunetune.folder import RunFolder, open_folder
+from prunetune.folder import TUNING, RunFolder, open_folder
 from prunetune.gain import gained
 from prunetune.model.loading import DTYPES, load, pick_device
 from prunetune.model.sites import dense_plan
@@ -89,7 +89,7 @@ def _stages(setting: Setting, watcher: Watcher, command: str) -> None:
     config, folder = setting.config, setting.folder
     folder.note(**environment.facts(setting.device, setting.dtype, command, config.seed), **facts_of(setting))
     if setting.ranks.agree(not folder.model.exists()):
-        with timed(folder, "tune and prune"), tracking(config, folder, cpu=setting.device.type == "cpu") as trackers:
+        with timed(folder, TUNING), tracking(config, folder, cpu=setting.device.type == "cpu") as trackers:
             train(setting, watcher, trackers)
     sharded = setting.ranks.shards
     conclude(_alone(setting), streamed=sharded)
@@ -102,7 +102,7 @@ def conclude(setting: Setting, *, streamed: bool = False) -> None:
     """Cut, write, check and evaluate what is tuned, as far as it is not done; `streamed`: cut layer by layer."""
     folder = setting.folder
     if not folder.model.exists():
-        folder.note(**outcome(setting, folder.manifest().get("timings", {}).get("tune and prune", 0.0)))
+        folder.note(**outcome(setting))
         with timed(folder, "cut and check"):
             finish(setting, streamed=streamed)
     with timed(folder, "evaluate"):
@@ -141,7 +141,7 @@ def timed(folder: RunFolder, stage: str) -> Iterator[None]:
 def train(setting: Setting, watcher: Watcher | None = None, trackers: Trackers | None = None) -> None:
     """Search, settle and tune; the last checkpoint holds the result. Where a gate goes back, a new model goes on."""
     teaching = teaching_of(setting, lambda: model_of(setting, "tuned"))
-    setting.console.stage("tune and prune", setting.config.train.steps)
+    setting.console.stage(TUNING, setting.config.train.steps)
     tune(setting, teaching, watcher, trackers)
     teacher = by_size(setting.config, setting.sites).distill.teacher
     if setting.ranks.world > 1 and setting.config.evaluate.dense_tuned and teacher != "dense":

@@ -108,6 +108,7 @@ def prepare(
     device = pick_device(config.device) if ranks.world == 1 else ranks.device
     dtype = pick_dtype(config.dtype, device)
     console.stage("reading model and data", 0)
+    splits = load_splits(config.data, config.seed)
     structure = ghost(config.model, trust_remote_code=config.trust_remote_code)
     sites = find_sites(structure, config.budget.units)
     shape = shape_of(config, sites, structure.config)
@@ -115,7 +116,6 @@ def prepare(
     for keep in config.budget.keeps:  # refuses in time
         select({site.name: torch.zeros(site.units) for site in sites}, sites, keep, shape)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
-    splits = load_splits(config.data, config.seed)
     if resume:
         _same_data(folder, splits)
     encoded = _encoded(splits, tokenizer, structure, config)

@@ -24,7 +24,7 @@ from prunetune.decide.decision import Searcher, moved_to
 from prunetune.decide.select import Scores, select
 from prunetune.determinism import deterministic
 from prunetune.errors import ConfigError, GateFailed, RunFolderError, SelfCheckFailed
-from prunetune.folder import RunFolder, open_folder
+from prunetune.folder import TUNING, RunFolder, open_folder
 from prunetune.gain import gained
 from prunetune.launch import launched
 from prunetune.model.loading import pick_device
@@ -187,7 +187,7 @@ class _Chain:
         folder.note(**facts, **facts_of(setting), size={"keep": size.config.budget.keep, "larger": larger})
         setting.console.stage(f"tune and prune, size {size.config.budget.keep:g}", size.config.train.steps)
         with (
-            pipeline.timed(folder, "tune and prune"),
+            pipeline.timed(folder, TUNING),
             tracking(setting.config, folder, cpu=setting.device.type == "cpu") as trackers,
         ):
             pipeline.tune(setting, teaching, size.watcher, trackers, lambda job: self._shaped(job, size))

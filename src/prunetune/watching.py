@@ -20,6 +20,7 @@ from prunetune.errors import ConfigError, DataError
 from prunetune.evaluation.results import Evaluation, Item
 from prunetune.evaluation.suite import evaluate, sample
 from prunetune.files import write_text
+from prunetune.folder import TUNING
 from prunetune.gates import Gate
 from prunetune.model.sites import kept_params
 from prunetune.plan import Plan
@@ -162,11 +163,15 @@ def unpacked(sites: dict[str, dict[str, Any]]) -> Plan:
 # -- what a manifest says ----------------------------------------------------------------------------------------------
 
 
-def outcome(setting: Setting, seconds: float) -> dict[str, Any]:
-    """Validation and gates of a run that is tuned, for the manifest; `seconds` of tuning in all."""
-    state = Checkpoints(setting.folder.checkpoints).latest()
-    if state is None or not state.seen:
+def outcome(setting: Setting) -> dict[str, Any]:
+    """Time, validation and gates of a run that is tuned, for the manifest."""
+    state, timings = Checkpoints(setting.folder.checkpoints).latest(), setting.folder.manifest().get("timings", {})
+    if state is None:
         return {}
+    seconds = max(timings.get(TUNING, 0.0), state.seconds)  # a process that was killed noted none
+    timed = {"timings": timings | {TUNING: seconds}}
+    if not state.seen:
+        return timed
     seen, config = state.seen, setting.config
     gates = [Gate.parse(text) for text in config.gates]
     limits = [
@@ -179,7 +184,7 @@ def outcome(setting: Setting, seconds: float) -> dict[str, Any]:
     kept = kept_params(setting.sites, state.plan) / total(setting.sites) if state.plan else None
     # Under budgets of another kind, no share of parameters was asked for: only a gate can have raised it.
     asked = kept if setting.shape.limits and not seen["events"] else config.budget.keep
-    return {
+    return timed | {
         "validation": {
             "every": config.train.validate_every * max(1, seen["stride"]),
             "seconds": seen["seconds"], "share": seen["seconds"] / seconds if seconds else None,

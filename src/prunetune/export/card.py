@@ -18,6 +18,13 @@ from prunetune.plan import Plan
 OWN_CODE = """`trust_remote_code` runs `configuration_pruned.py` and `modeling_pruned.py` of this folder.
 They give each layer its own widths; read them first. Where prunetune is installed, `prunetune.hub.register()` opens the
 folder without them, and vLLM does so by itself. A model of `layout: uniform` needs none of this."""
+ONNX = """```python
+import onnxruntime
+from transformers import AutoTokenizer
+
+session = onnxruntime.InferenceSession("PATH/model.onnx")
+tokenizer = AutoTokenizer.from_pretrained("PATH")
+```"""
 TITLES = {"dense": "dense", "tuned": "dense, tuned", "pruned": "this model"}
 WORDS = {
     "layers": "layer",
@@ -66,6 +73,14 @@ def card_of(origin: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
         _licence(origin.licence),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def card_again(card: str, layout: str, what: str) -> str:
+    """A model's card for an export of it, which is opened in its own way; sizes and scores stay those of the model."""
+    head, mark, rest = card.partition("\n\n## ")
+    head = head.partition("\n\n```python")[0]
+    note = f"This is an export: {what}. Sizes and scores below are of the model that it was made from."
+    return f"{head}\n\n{note}\n\n{ONNX if layout == 'onnx' else _opening(layout)}{mark}{rest}"
 
 
 def _front(origin: Provenance) -> str:

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from prunetune.errors import ConfigError
 from prunetune.export import rewrite
+from prunetune.export.card import card_again
 from prunetune.export.gguf import write as gguf
 from prunetune.export.integrity import seal
 from prunetune.export.onnx import to_onnx
 from prunetune.export.quantize import SCHEMES, quantised
 from prunetune.export.result import Exported, ExportOptions
 from prunetune.export.source import Source
-from prunetune.files import PARTIAL, need_space, writing
+from prunetune.files import PARTIAL, need_space, write_text, writing
 
 # Writes to the path given, checks what it wrote (raises `SelfCheckFailed`), and says so. The path is new, and is moved
 # to its place afterwards. What cannot be is refused before anything is written.
@@ -80,6 +81,7 @@ def export_run(
             else:
                 done = EXPORTERS[to].write(source, partial, options)
             if partial.is_dir():
+                _carry_card(source, partial, to, done)
                 seal(partial)
             partial.rename(place)
         finally:
@@ -104,6 +106,13 @@ def _means_something(to: str, source: Source, options: ExportOptions) -> None:
         raise ConfigError(
             f"--quantize keeps the layout ({source.layout}) and has types of its own: leave out --to, --dtype and --pad"
         )
+
+
+def _carry_card(source: Source, partial: Path, to: str, done: Exported) -> None:
+    card = source.folder / "README.md"
+    if card.is_file():
+        what = f"{to}, {done.dtype}, {done.bytes / 1e6:,.1f} MB"
+        write_text(partial / card.name, card_again(card.read_text(encoding="utf-8"), to, what))
 
 
 def _place(source: Source, to: str, dtype: str, suffix: str) -> Path:

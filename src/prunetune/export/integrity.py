@@ -12,9 +12,11 @@ FREE = (SUMS, "README.md")  # the card may be written again, by a person as well
 
 
 def seal(folder: Path) -> None:
-    """Write the digest of every file of a finished folder."""
+    """Write the digest of every file of a finished folder, all as readable: safetensors writes for the owner alone."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in FREE)
     write_text(folder / SUMS, "".join(f"{sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files))
+    for file in folder.rglob("*.safetensors"):
+        file.chmod((folder / SUMS).stat().st_mode)
 
 
 def verify(folder: Path) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from prunetune.export.source import Source
 from prunetune.export.write import edit_json
 
 GRAPH = "model.onnx"
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal
 LIMIT = 1e-3  # largest relative difference of logits, float32
 SHAPES = ((1, 1), (1, 17), (3, 12), (2, 33))  # batch and length of what is compared, none of them the traced one
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -42,7 +44,7 @@ def to_onnx(source: Source, place: Path, options: ExportOptions) -> Exported:
     program.save(str(place / GRAPH), external_data=True)
     del program
     source.tokenizer.save_pretrained(place)
-    for name in ("config.json", "generation_config.json", "plan.json", "README.md"):
+    for name in ("config.json", "generation_config.json", "plan.json"):
         if (source.folder / name).is_file():
             shutil.copyfile(source.folder / name, place / name)
     # No code stands here: a tokenizer would ask whether to run it, and note an old key of a class that it knows not.
@@ -82,9 +84,11 @@ def _traced(model: Any, vocabulary: int) -> Any:
                 dynamic_shapes=dict.fromkeys(names, free),
             )  # fmt: skip
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as failed:
-            reason = (str(failed).strip().splitlines() or [type(failed).__name__])[0]
+            cause = failed.__cause__ or failed
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise ModelError(
-                f"{type(model).__name__} cannot be traced for ONNX ({reason}); try --to gguf, or use the folder itself"
+                f"{type(model).__name__} cannot be traced for ONNX ({COLOURS.sub('', reason)}); "
+                "use the folder itself, or see whether llama.cpp knows it with --to gguf"
             ) from failed
 
 

@@ -131,14 +131,28 @@ def load(name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_co
 
     path = locate(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust_remote_code)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as broken:
         raise ModelError(
             f"model {name}: cannot be loaded: {_first_line(broken)}; check the files or fetch them again"
         ) from broken
+    if absent := sorted(found["missing_keys"]):  # which transformers fills with random numbers
+        raise ModelError(
+            f"model {name}: its files lack {len(absent)} of the weights that its config.json describes, "
+            f"{absent[0]} first; fetch it again, or save it whole"
+        )
     model.to(device).eval().requires_grad_(False)
+    _check_numbers(model, name)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     return Loaded(model, tokenizer, stored_dtype(name, trust_remote_code=trust_remote_code))
+
+
+def _check_numbers(model: Any, name: str) -> None:
+    odd = next((which for which, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if odd is not None:
+        raise ModelError(f"model {name}: {odd} holds values that are no numbers (NaN or infinite); fetch it again")
 
 
 def stored_dtype(name: str, *, trust_remote_code: bool = False) -> torch.dtype:
@@ -207,10 +221,17 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def ghost(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The model's structure on the meta device: no weights are read."""
+    """The model's structure on the meta device: of the weights, only the files' headers are read."""
     from transformers import AutoModelForCausalLM
 
     config = load_config(name, trust_remote_code=trust_remote_code)
+    for file in weight_files(name):
+        try:
+            safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as broken:
+            raise ModelError(
+                f"model {name}: {file.name} cannot be read: {_first_line(broken)}; fetch it again"
+            ) from broken
     if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
         raise ModelError(f"model {name}: config.json: num_hidden_layers has to be 1 or more; correct it")
     try:

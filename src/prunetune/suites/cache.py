@@ -17,7 +17,7 @@ from prunetune.model.gguf import cache_folder
 from prunetune.suites.asking import Ask, Manner, Respondent, Tick
 
 log = logging.getLogger(__name__)
-VERSIONS: Mapping[Ask, int] = {"choose": 1, "write": 2, "weigh": 1}  # rise when answers are made otherwise
+VERSIONS: Mapping[Ask, int] = {"choose": 1, "write": 2, "weigh": 2}  # rise when answers are made otherwise
 TABLES = (
     "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS files (stamp TEXT PRIMARY KEY, digest TEXT NOT NULL) WITHOUT ROWID",

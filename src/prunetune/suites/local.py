@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from prunetune.config import DataConfig
 from prunetune.data.batches import padding_id
 from prunetune.data.records import Record
-from prunetune.data.templates import Example, encode, encode_answers, encode_prompts, end_of, is_chat
+from prunetune.data.templates import Example, chat_end, encode, encode_answers, encode_prompts, end_of, is_chat
 from prunetune.errors import DataError
 from prunetune.evaluation.generation import generate
 from prunetune.evaluation.likelihood import Question, answer_nll, choice_likelihoods
@@ -78,11 +79,13 @@ class LocalModel:
         ]
 
     def _examples(self, records: Sequence[Record], manner: Manner) -> Sequence[Example]:
-        """Prompts with their right answers, ends included, as a run scores them."""
+        """Prompts with their right answers, without the end of text or turn, which no server would score."""
         config = DataConfig(template=manner.template, too_long="truncate")
         encoded = encode(records, self.tokenizer, config, context_of(self.model))
         self._tell_cut(encoded.too_long)
-        return encoded.examples
+        turn_end = chat_end(self.tokenizer) if any(is_chat(record, manner.template) for record in records) else ()
+        ends = [len(turn_end) if is_chat(record, manner.template) else 1 for record in records]
+        return [replace(each, ids=each.ids[:-end]) for each, end in zip(encoded.examples, ends, strict=True)]
 
     def _windows(self, record: Record) -> list[Example]:
         """The whole text, every token predicted once: from the start token, then from the last token before it."""

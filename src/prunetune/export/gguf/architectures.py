@@ -12,7 +12,7 @@ from typing import Any
 
 from prunetune.errors import ModelError
 from prunetune.export.source import Source
-from prunetune.model.families import heads_of
+from prunetune.model.families import FAMILIES, heads_of
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})
 ALL = QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}
@@ -126,8 +126,10 @@ def architecture_of(source: Source) -> Architecture:
             return candidate
         reasons.append(f"{candidate.name}: {reason}")
     found = "; ".join(reasons) or f"it has no architecture for {family} in this layout"
-    way = "run again with --layout uniform, or export onnx" if source.layout == "per-layer" else "export onnx"
-    raise ModelError(f"{source.folder}: llama.cpp cannot hold this model ({found}): {way}")
+    ways = ["run again with --layout uniform"] if source.layout == "per-layer" and family in UNIFORM else []
+    mixed = family in FAMILIES and FAMILIES[family].mixture
+    ways += ["use the folder itself" if mixed else "export onnx"]
+    raise ModelError(f"{source.folder}: llama.cpp cannot hold this model ({found}): {', or '.join(ways)}")
 
 
 def refusal(arch: Architecture, source: Source) -> str:
