@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from prunetune.errors import ModelError
@@ -15,8 +16,9 @@ def seal(folder: Path) -> None:
     """Write the digest of every file of a finished folder, all as readable: safetensors writes for the owner alone."""
     files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in FREE)
     write_text(folder / SUMS, "".join(f"{sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files))
-    for file in folder.rglob("*.safetensors"):
-        file.chmod((folder / SUMS).stat().st_mode)
+    with suppress(OSError):  # of a file system without modes
+        for file in folder.rglob("*.safetensors"):
+            file.chmod((folder / SUMS).stat().st_mode)
 
 
 def verify(folder: Path) -> bool:

@@ -150,7 +150,8 @@ def load(name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_co
 
 
 def _check_numbers(model: Any, name: str) -> None:
-    odd = next((which for which, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    weights = ((which, weight) for which, weight in model.named_parameters() if weight.dtype in DTYPES.values())
+    odd = next((which for which, weight in weights if not weight.isfinite().all()), None)
     if odd is not None:
         raise ModelError(f"model {name}: {odd} holds values that are no numbers (NaN or infinite); fetch it again")
 
