@@ -10,9 +10,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +24,7 @@ from prunetune import pipeline
 from prunetune.config import RunConfig, from_mapping
 from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
 from prunetune.evaluation.results import Evaluation
-from prunetune.folder import TUNING, RunFolder, held
+from prunetune.folder import RunFolder, held
 from prunetune.model.sites import find_sites, kept_params
 from prunetune.options import merged
 from prunetune.pipeline import run
@@ -34,8 +32,6 @@ from prunetune.plan import Plan
 from prunetune.summary import of_dry_run
 from prunetune.train import teaching
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.state import Checkpoints, State
-from prunetune.watching import outcome
 
 STEPS = 8  # 3 of search, 2 of settling, 3 of tuning
 RECIPE: dict[str, Any] = {
@@ -356,24 +352,6 @@ def test_an_existing_folder_is_not_overwritten(place: Path, done: dict[str, Path
     assert files_of(tmp_path) == {"notes.txt": b"mine"}
     with pytest.raises(RunFolderError, match="is a file"):
         run(config_of(place, tmp_path / "notes.txt"))
-
-
-def test_timings_hold_what_ended_early_too(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    for error in (KeyboardInterrupt, ModelError):
-        with suppress(error), pipeline.timed(folder, "tune and prune"):
-            raise error
-    first = folder.manifest()["timings"]["tune and prune"]
-    with pipeline.timed(folder, "tune and prune"):
-        pass
-    assert folder.manifest()["timings"]["tune and prune"] > first > 0
-
-
-def test_a_killed_process_s_seconds_are_those_of_its_checkpoint(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    folder.note(timings={TUNING: 1.5, "evaluate": 2.0})
-    Checkpoints(folder.checkpoints).save(State(3, seconds=7.0))
-    assert outcome(SimpleNamespace(folder=folder)) == {"timings": {TUNING: 7.0, "evaluate": 2.0}}  # type: ignore[arg-type]
 
 
 def test_two_processes_do_not_work_on_one_run(place: Path, done: dict[str, Path], tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def effective(gates: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, T
 
 
 def closed(gates: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
-    """1 - gate of all that is closed in open blocks and layers; what is in a closed block rests with it: 0."""
+    """{site: [U]}: 1 - gate of what is in open blocks and layers; what is in a closed one rests with it: 0."""
     whole = {site.name: gates[site.name] if site.is_whole else torch.ones_like(gates[site.name]) for site in sites}
     blocks, units = effective(whole, sites), effective(gates, sites)
     return {site.name: blocks[site.name] - units[site.name] for site in sites}
