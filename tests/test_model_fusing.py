@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -46,6 +47,14 @@ def logits(model: nn.Module, length: int) -> torch.Tensor:
     return found
 
 
+def with_float_norms(model: Any) -> Any:
+    """The model, with the weights of its norms in float32."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.grad, parameter.data = None, parameter.data.float()
+    return model
+
+
 @pytest.mark.parametrize("family", SOME)
 def test_a_fused_model_gives_the_same_numbers(family: str, compiled: list[str]) -> None:
     model = tiny(family)
@@ -79,13 +88,14 @@ def test_nothing_is_left_behind(compiled: list[str]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is not a leaf:UserWarning")
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3", "phi3", "gpt_neox"])
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def test_no_form_is_given_up(family: str, compiled: list[str]) -> None:
-    # A teacher, a search and the tuning of all weights, of models with one KV group left and with several.
-    whole, cut = tiny(family, groups=2, ratio=2), tiny(family, groups=1, ratio=2)
-    for model in (whole, cut):
-        with fused(model):
+    # A teacher, a search and the tuning of all weights, of models with one KV group left and with several, whose norms
+    # are held in the dtype of the model and in float32.
+    whole, cut = (tiny(family, groups=groups, ratio=2).bfloat16() for groups in (2, 1))
+    for change, model in itertools.product((nn.Identity(), with_float_norms), (whole, cut)):
+        with torch.autocast("cpu", torch.bfloat16), fused(change(model)):
             logits(model, 9)
             for tuned in (False, True):
                 model.requires_grad_(tuned)

@@ -36,7 +36,7 @@ def _faster(kind: type[nn.Module]) -> Callable[..., Any] | None:
     """The forward of a class with its slow part compiled, where it has one."""
     forward = kind.forward
     if kind.__name__.endswith("RMSNorm") and not issubclass(kind, nn.RMSNorm):  # PyTorch's own is one kernel already
-        return _by_rank(forward)
+        return _by_form(forward)
     if isinstance(forward, types.FunctionType) and ROTARY in forward.__code__.co_names:
         return _again(forward, {ROTARY: _compiled(forward.__globals__[ROTARY])})
     if _is_usual_mlp(forward):
@@ -50,19 +50,21 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return compiled
 
 
-def _by_rank(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A norm's forward, compiled apart for rows [B, T, H] and for heads [B, n, T, D].
+def _by_form(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A norm's forward, compiled apart for rows [B, T, H], for heads [B, n, T, D] or [B, T, n, D], and for one head.
 
-    PyTorch gives a function up after eight forms, and each of the two comes with and without gradients, with frozen and
-    with tuned weights, heads also where one is left.
+    PyTorch gives a function up after eight forms, and each of the three comes with and without gradients, with frozen
+    and with tuned weights, in the dtype of the model and in float32.
     """
     if not isinstance(forward, types.FunctionType):
         return _compiled(forward)
-    of_rows, of_heads = (_compiled(_again(forward, name=f"{forward.__name__}_of_{what}")) for what in ("rows", "heads"))
+    forms = ("rows", "heads", "head")
+    by_form = {form: _compiled(_again(forward, name=f"{forward.__name__}_of_{form}")) for form in forms}
 
     def norm(self: nn.Module, *given: Any, **named: Any) -> Any:
-        compiled = of_heads if given and given[0].dim() == 4 else of_rows
-        return compiled(self, *given, **named)
+        shape = given[0].shape if given else ()
+        form = "rows" if len(shape) != 4 else "head" if 1 in shape[1:3] else "heads"
+        return by_form[form](self, *given, **named)
 
     return norm
 
