@@ -63,7 +63,7 @@ def _smaller(manifest: Mapping[str, Any]) -> Answer:
 
 
 def _faster(manifest: Mapping[str, Any]) -> Answer:
-    """As measured in turns where the run did that, else one after the other: no answer where noise is the larger."""
+    """As measured in turns where the run did that, else one after the other: no plain yes where noise is the larger."""
     kinds = ("throughput", "decode", "prefill")
     found = {kind: times for kind in kinds if (times := in_turns(manifest, kind))}
     found = found or {kind: times for kind in kinds if (times := one_by_one(manifest, kind))}
@@ -76,7 +76,7 @@ def _faster(manifest: Mapping[str, Any]) -> Answer:
         words += f" Runs of {noisy} differ more than the models: prunetune bench measures them in turns."
     if not clear:
         return Answer("Faster?", "unknown", words[:1].upper() + words[1:])
-    faster = [ratio > 1 for ratio in clear.values()]
+    faster = [kind in clear and clear[kind] > 1 for kind in found]
     return Answer("Faster?", "yes" if all(faster) else "partly" if any(faster) else "no", words[:1].upper() + words[1:])
 
 
