@@ -53,6 +53,8 @@ def test_variants_are_added_all_or_by_name(tmp_path: Path) -> None:
         ({"a": {"two-stage": "tailor"}}, "two-stage must be one of"),
         ({"a": {"two-stage": "taylor", "dense": True}}, "exclude each other"),
         ("- a\n", "map names to changes"),
+        ("", "holds no variant"),
+        ({}, "holds no variant"),
         ("a: [", "not valid YAML"),
     ],
 )

@@ -214,7 +214,7 @@ NOISY = {
 }
 
 
-def test_speeds_that_differ_less_than_their_runs_answer_nothing(tmp_path: Path) -> None:
+def test_speeds_that_differ_less_than_their_runs_are_no_plain_yes(tmp_path: Path) -> None:
     found = answered(tmp_path / "both", speed=NOISY)["Faster?"]
     assert found.reading == "partly"  # prefill, which is clear
     assert "Runs of decode differ more than the models" in found.words

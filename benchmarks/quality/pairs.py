@@ -35,13 +35,16 @@ def main() -> None:
                     print(folder.name, f"{ahead} - {behind}, seed {seed}:", told_of({k: [v] for k, v in one.items()}))
                     for name, value in one.items():
                         found.setdefault(name, []).append(value)
+    if not found:
+        parser.error(f"no cells of {' or '.join(told.methods)} with one seed and keep {told.keep:g} in these folders")
     print("mean (standard error):", told_of(found))
 
 
 def headlines(folder: Path, keep: float) -> dict[tuple[str, int], Headline]:
-    """Scores of a comparison's cells by method and seed."""
+    """Scores of a comparison's cells by method and seed; none of cells that failed."""
     cells = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("cells/*.json"))]
-    return {(cell["method"], cell["seed"]): cell["headline"] for cell in cells if cell["keep"] == keep}
+    whole = [cell for cell in cells if cell["keep"] == keep and "error" not in cell]
+    return {(cell["method"], cell["seed"]): cell["headline"] for cell in whole}
 
 
 def difference(one: Headline, other: Headline) -> Headline:

@@ -75,7 +75,9 @@ def methods_of(config: RunConfig) -> tuple[Method, ...]:
 
 def read_variants(path: Path, config: RunConfig) -> dict[str, Method]:
     """Name -> method of a YAML file of variants, each checked; raises `ConfigError`."""
-    values = read_yaml(path, "what compare.variants names", "name a YAML file") or {}
+    values = read_yaml(path, "what compare.variants names", "name a YAML file")
+    if not values:
+        raise ConfigError(f"{path}: holds no variant; a line such as 'small-rank: {{lora: {{rank: 8}}}}' is one")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: variants map names to changes of the recipe, this is a {type(values).__name__}")
     return {str(name): _variant(str(name), changes, f"{path}: {name}", config) for name, changes in values.items()}
