@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from geometries import GEOMETRIES, made
 
-from prunetune.config import LoraSettings
-from prunetune.environment import describe
-from prunetune.model.shared import cut_beside, twin
-from prunetune.model.sites import Site
-from prunetune.model.surgery import cut, cut_linears
+from prunetune.config.recipe import LoraSettings
 from prunetune.plan import Plan
+from prunetune.pruning.cut import cut, cut_linears
+from prunetune.pruning.shared_weights import cut_beside, twin
+from prunetune.pruning.sites import Site
 from prunetune.train.adapters import adapters, add_adapters
+from prunetune.utils.environment import describe
 
 
 def plan_of(sites: tuple[Site, ...], keep: float) -> Plan:

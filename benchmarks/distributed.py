@@ -26,17 +26,17 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from prunetune.config import from_mapping
+from prunetune.config.recipe import from_mapping
 from prunetune.data.batches import Stream
 from prunetune.data.templates import Example
-from prunetune.decide.select import Shape
-from prunetune.environment import describe
-from prunetune.model.sites import find_sites
-from prunetune.train.distributed import Ranks, join
+from prunetune.pruning.sites import find_sites
+from prunetune.search.select import Shape
+from prunetune.train.checkpoints import Forgetful
 from prunetune.train.job import Job
 from prunetune.train.loop import tune_and_prune
+from prunetune.train.parallel.ranks import Ranks, join
 from prunetune.train.schedule import schedule_of
-from prunetune.train.state import Forgetful
+from prunetune.utils.environment import describe
 
 TINY = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,

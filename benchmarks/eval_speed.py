@@ -26,9 +26,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 from prunetune.evaluation.results import TaskResult
-from prunetune.suites.local import LocalModel
-from prunetune.suites.run import evaluate_suite
-from prunetune.suites.suite import Suite, load_suite
+from prunetune.evaluation.suites.local import LocalModel
+from prunetune.evaluation.suites.run import evaluate_suite
+from prunetune.evaluation.suites.suite import Suite, load_suite
 
 WORDS = [
     "the",

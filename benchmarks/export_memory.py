@@ -19,9 +19,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prunetune.export.write import write
-from prunetune.model.sites import find_sites
-from prunetune.model.surgery import cut
 from prunetune.plan import Plan
+from prunetune.pruning.cut import cut
+from prunetune.pruning.sites import find_sites
 
 
 def resident(field: str) -> int:

@@ -22,10 +22,10 @@ import torch
 from export_memory import resident
 from geometries import GEOMETRIES, made
 
-from prunetune import finishing, pipeline
-from prunetune.config import RunConfig, from_mapping
+from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.model.loading import load_tokenizer
-from prunetune.setting import Setting
+from prunetune.pipeline import finish, stages
+from prunetune.pipeline.prepare import Setting
 
 
 class Measured(Exception):
@@ -64,7 +64,7 @@ def measured(setting: Setting, **how: Any) -> None:
     """In place of the stage."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts anew
     before, began = resident("VmRSS"), time.perf_counter()
-    finishing.finish(setting, **how)
+    finish.finish(setting, **how)
     found = {
         "before_gb": before / 1e9,
         "peak_gb": resident("VmHWM") / 1e9,
@@ -83,12 +83,12 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="the whole model in memory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    finishing.LARGE = math.inf if args.whole else 0
-    pipeline.finish = measured
+    finish.LARGE = math.inf if args.whole else 0
+    stages.finish = measured
     with tempfile.TemporaryDirectory() as scratch:
         prepared(Path(scratch), args)
         try:
-            pipeline.run(config_of(Path(scratch), args))
+            stages.run(config_of(Path(scratch), args))
         except Measured as found:
             print(json.dumps(vars(args) | json.loads(str(found))))
 

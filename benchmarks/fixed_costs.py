@@ -16,11 +16,11 @@ from accelerate import init_empty_weights
 from geometries import config_of
 from transformers import AutoModelForCausalLM
 
-from prunetune.config import LoraSettings, from_mapping
-from prunetune.decide.decision import Searcher
-from prunetune.decide.select import Shape, select
-from prunetune.model.sites import find_sites
-from prunetune.model.units import kept_lines
+from prunetune.config.recipe import LoraSettings, from_mapping
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import kept_lines
+from prunetune.search.searcher import Searcher
+from prunetune.search.select import Shape, select
 from prunetune.train.adapters import adapters, add_adapters, cut_state
 
 

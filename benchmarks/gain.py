@@ -28,20 +28,20 @@ from geometries import made
 from inference import rows
 from rows import give
 
-from prunetune import environment
 from prunetune.bench import clock
+from prunetune.bench.interleaved import take_turns
 from prunetune.bench.local import LocalRunner
-from prunetune.bench.named import Named
+from prunetune.bench.models import Named
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.result import summarised
 from prunetune.bench.runner import Facts
-from prunetune.bench.turns import take_turns
-from prunetune.decide.select import Shape, default_align, select
 from prunetune.export.shapes import legal_groups
 from prunetune.model.loading import pick_device
-from prunetune.model.sites import Site, kept_params
-from prunetune.model.surgery import cut
 from prunetune.plan import Plan
+from prunetune.pruning.cut import cut
+from prunetune.pruning.sites import Site, kept_params
+from prunetune.search.select import Shape, default_align, select
+from prunetune.utils import environment
 
 FALL, APART = 1.5, 0.3  # of scores from the first layer to the last, and by site: in deviations of a unit's own
 LARGE, FEW = 8, 3  # from this batch on, so many rounds

@@ -22,15 +22,15 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prunetune.config import DataConfig, EvaluateConfig, RunConfig, from_mapping
+from prunetune.config.recipe import DataConfig, EvaluateConfig, RunConfig, from_mapping
 from prunetune.data.records import Record
 from prunetune.data.sources import read
-from prunetune.environment import describe
 from prunetune.errors import GateFailed
-from prunetune.evaluation.suite import evaluate
+from prunetune.evaluation.score_records import evaluate
 from prunetune.model.loading import load, load_tokenizer, pick_device, pick_dtype
-from prunetune.pipeline import run
-from prunetune.watching import summed
+from prunetune.pipeline.monitor import summed
+from prunetune.pipeline.stages import run
+from prunetune.utils.environment import describe
 
 # The same proof by command: `prunetune check OUT/gated --suite OUT/guard.yaml --against MODEL`, and OUT/free.
 SUITE = """tasks:

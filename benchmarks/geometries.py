@@ -11,8 +11,8 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from prunetune.model.four_bit import FourBitLinear, lines_of
-from prunetune.model.sites import Site, find_sites
+from prunetune.pruning.nf4 import FourBitLinear, lines_of
+from prunetune.pruning.sites import Site, find_sites
 
 GEOMETRIES: Mapping[str, dict[str, Any]] = {
     "smollm2-135m": {

@@ -96,8 +96,8 @@ def write_tasks(folder: Path) -> None:
 def compare(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
+    from prunetune.evaluation.suites import LocalModel, evaluate_suite, suite_of
     from prunetune.model.loading import load
-    from prunetune.suites import LocalModel, evaluate_suite, suite_of
 
     def ours(data: str, likelihood: str, shape: dict[str, str]) -> dict[str, Any]:
         return {"data": f"{data}.jsonl", "limit": 0, "scorer": "accuracy", "likelihood": likelihood, **shape}

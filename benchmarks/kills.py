@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from evaluate_helpers import characters, speaker
+from support.evaluation import characters, speaker
 
 RECIPE = """
 model: {folder}/dense

@@ -25,19 +25,19 @@ import torch
 from rows import give
 from transformers import LlamaConfig
 
-from prunetune.budget.anatomy import Anatomy, anatomy_of
-from prunetune.budget.costs import most
-from prunetune.budget.latency import PHASES, Table, latencies
-from prunetune.config import WorkloadConfig
-from prunetune.environment import commit, describe
+from prunetune.bench.latency.header import header_of
+from prunetune.bench.latency.measure import Meter
+from prunetune.bench.latency.request_timing import seconds_of
+from prunetune.bench.latency.short_models import stack
+from prunetune.config.recipe import WorkloadConfig
+from prunetune.cost.deployment import most
+from prunetune.cost.latency_table import PHASES, Table, latencies
+from prunetune.cost.layer_shapes import Anatomy, anatomy_of
 from prunetune.model.loading import pick_device
-from prunetune.model.sites import Site, find_sites
-from prunetune.model.surgery import cut
 from prunetune.plan import Plan
-from prunetune.timing.clocks import seconds_of
-from prunetune.timing.header import header_of
-from prunetune.timing.measure import Meter
-from prunetune.timing.stacks import stack
+from prunetune.pruning.cut import cut
+from prunetune.pruning.sites import Site, find_sites
+from prunetune.utils.environment import commit, describe
 
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,

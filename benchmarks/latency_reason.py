@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from prunetune.budget.anatomy import Anatomy, anatomy_of
-from prunetune.budget.costs import Costs, total
-from prunetune.budget.kinds import costs_of
-from prunetune.config import RunConfig
-from prunetune.decide.select import Shape, select
+from prunetune.bench.latency.tables import table_for
+from prunetune.config.recipe import RunConfig
+from prunetune.cost.deployment import Costs, total
+from prunetune.cost.layer_shapes import Anatomy, anatomy_of
+from prunetune.cost.limits import costs_of
 from prunetune.model.loading import ghost
-from prunetune.model.sites import Site, find_sites
+from prunetune.pipeline.prepare import shape_of
 from prunetune.plan import Plan
-from prunetune.setting import shape_of
-from prunetune.timing.tables import table_for
+from prunetune.pruning.sites import Site, find_sites
+from prunetune.search.select import Shape, select
 
 TRIES = 200  # random plans of as many parameters
 

@@ -30,17 +30,17 @@ from latency_reason import Place, of_time, reason, widths
 from rows import give
 from sizes import make, mean
 
-from prunetune import environment
-from prunetune.bench.spread import paired_ratios, spread
-from prunetune.config import WorkloadConfig, load_recipe
+from prunetune.bench.interleaved import paired_ratios, spread
+from prunetune.bench.latency.request_timing import seconds_of
+from prunetune.config.recipe import WorkloadConfig, load_recipe
 from prunetune.data.splits import load_splits
 from prunetune.evaluation.results import Evaluation
+from prunetune.evaluation.score_records import evaluate
 from prunetune.evaluation.statistics import paired_difference
-from prunetune.evaluation.suite import evaluate
-from prunetune.folder import RunFolder
 from prunetune.model.loading import DTYPES, load, load_tokenizer, pick_device, pick_dtype
 from prunetune.plan import Plan
-from prunetune.timing.clocks import seconds_of
+from prunetune.runs.folder import RunFolder
+from prunetune.utils import environment
 
 NAMES = ("keep", "latency")
 EQUAL = 0.01  # share that the second model may be slower and still count as equally fast

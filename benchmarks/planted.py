@@ -28,21 +28,21 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prunetune.config import DataConfig
+from prunetune.baselines.scores import Calibration, wanda_sp
+from prunetune.config.recipe import DataConfig
 from prunetune.data.batches import collate
 from prunetune.data.sources import read
 from prunetune.data.templates import encode
-from prunetune.decide.baselines import Calibration, wanda_sp
 from prunetune.evaluation.results import Evaluation, TaskResult
+from prunetune.evaluation.score_records import context_of
 from prunetune.evaluation.statistics import summarise
-from prunetune.evaluation.suite import context_of
+from prunetune.evaluation.suites import load_suite
+from prunetune.evaluation.suites.check import check
 from prunetune.export.write import write
 from prunetune.model.loading import load
-from prunetune.model.sites import find_sites
-from prunetune.model.surgery import cut
 from prunetune.plan import Plan
-from prunetune.suites import load_suite
-from prunetune.suites.check import check
+from prunetune.pruning.cut import cut
+from prunetune.pruning.sites import find_sites
 
 COMPARISONS = 200
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from geometries import GEOMETRIES, made
 
-from prunetune.budget.memory import Memory, Setup, Shapes, memory, shapes_of
-from prunetune.budget.work import operations
-from prunetune.config import from_mapping
-from prunetune.train.teaching import by_size
+from prunetune.config.recipe import from_mapping
+from prunetune.cost.training_flops import operations
+from prunetune.cost.training_memory import Memory, Setup, Shapes, memory, shapes_of
+from prunetune.train.teacher import by_size
 
 NAMES = ("smollm2-135m", "smollm2-1.7b", "llama-3-8b", "llama-3-70b")
 PARTS = ("weights", "tuned", "generator", "activations", "passing")

@@ -16,14 +16,14 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from prunetune.config import RunConfig, load_recipe
-from prunetune.console import console_for
+from prunetune.config.recipe import RunConfig, load_recipe
 from prunetune.data.batches import Stream, unlabelled
 from prunetune.data.packs import Pack, pack, packable
 from prunetune.data.templates import Example
-from prunetune.seeds import derive
-from prunetune.setting import Setting, prepare
+from prunetune.pipeline.prepare import Setting, prepare
 from prunetune.train.schedule import schedule_of
+from prunetune.utils.console import console_for
+from prunetune.utils.seeds import derive
 
 
 def main() -> None:

@@ -30,13 +30,13 @@ from typing import Any
 
 import yaml
 
-from prunetune.cli import app
-from prunetune.config import load_recipe
+from prunetune.cli.app import app
+from prunetune.cli.flags import given
+from prunetune.config.recipe import load_recipe
 from prunetune.evaluation.results import Evaluation, headline, higher_is_better
 from prunetune.evaluation.statistics import paired_difference
-from prunetune.flags import given
-from prunetune.folder import RunFolder, open_folder
-from prunetune.sizes import run
+from prunetune.pipeline.multi_size import run
+from prunetune.runs.folder import RunFolder, open_folder
 
 METRICS = ("accuracy", "rouge_l", "nll", "perplexity")
 SMALL: dict[str, Any] = {

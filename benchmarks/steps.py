@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from prunetune.config import LoraSettings, from_mapping
+from prunetune.config.recipe import LoraSettings, from_mapping
 from prunetune.data.templates import Example
-from prunetune.environment import describe
-from prunetune.model.sites import find_sites
+from prunetune.pruning.sites import find_sites
 from prunetune.train.adapters import adapters, add_adapters
 from prunetune.train.passes import Packed, Padded, Passes
+from prunetune.utils.environment import describe
 
 
 def main() -> None:

@@ -23,22 +23,21 @@ import torch
 from rows import give
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from prunetune.amounts import UNITS, Amount
-from prunetune.budget.anatomy import Anatomy, anatomy_of
-from prunetune.budget.costs import WIDTH, most
-from prunetune.budget.kinds import cap_of, costs_of
-from prunetune.budget.latency import TRACKS, Table, Timed, alike
-from prunetune.budget.limits import Cap
-from prunetune.config import WorkloadConfig
-from prunetune.decide.budgets import limited
-from prunetune.decide.nest import Nest
-from prunetune.decide.select import Shape, default_align, feasible_keep, floor_widths, select
-from prunetune.environment import commit
+from prunetune.config.quantities import UNITS, Amount
+from prunetune.config.recipe import WorkloadConfig
+from prunetune.cost.deployment import WIDTH, most
+from prunetune.cost.latency_table import TRACKS, Table, Timed, alike
+from prunetune.cost.layer_shapes import Anatomy, anatomy_of
+from prunetune.cost.limits import Cap, cap_of, costs_of
 from prunetune.errors import PlanError
 from prunetune.export.shapes import legal_groups
-from prunetune.model.sites import find_sites, kept_params
-from prunetune.model.surgery import cut
 from prunetune.plan import Plan
+from prunetune.pruning.cut import cut
+from prunetune.pruning.sites import find_sites, kept_params
+from prunetune.search.feasibility import limited
+from prunetune.search.nested_sites import Nest
+from prunetune.search.select import Shape, default_align, feasible_keep, floor_widths, select
+from prunetune.utils.environment import commit
 
 GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "SmolLM2-135M": ("llama", {

@@ -29,18 +29,18 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from prunetune.budget.params import total
-from prunetune.config import RunConfig, from_mapping
+from prunetune.config.recipe import RunConfig, from_mapping
+from prunetune.cost.parameters import total
 from prunetune.data.batches import Stream
 from prunetune.data.templates import Example
-from prunetune.decide.select import Shape, default_align
-from prunetune.environment import describe, peak_memory_mb
-from prunetune.model.sites import dense_plan
+from prunetune.pruning.sites import dense_plan
+from prunetune.search.select import Shape, default_align
+from prunetune.train.checkpoints import Forgetful
 from prunetune.train.job import Job
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.schedule import given_plan, schedule_of
-from prunetune.train.state import Forgetful
-from prunetune.train.teaching import by_size, untuned
+from prunetune.train.teacher import by_size, untuned
+from prunetune.utils.environment import describe, peak_memory_mb
 
 PEAK = {"H100": 989e12, "H200": 989e12}  # bfloat16 operations a second, dense, by data sheet
 RANK, RATE = 32, 5e-4

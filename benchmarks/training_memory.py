@@ -22,19 +22,19 @@ import torch
 from accelerate import Accelerator
 from geometries import GEOMETRIES, made
 
-from prunetune.budget.memory import memory, setup_of, shapes_of
-from prunetune.config import RunConfig, from_mapping
+from prunetune.config.recipe import RunConfig, from_mapping
+from prunetune.cost.training_memory import memory, setup_of, shapes_of
 from prunetune.data.batches import Stream
 from prunetune.data.templates import Example
-from prunetune.decide.select import Shape, default_align
-from prunetune.environment import describe, peak_memory_mb
-from prunetune.model.sites import kept_params
+from prunetune.pruning.sites import kept_params
+from prunetune.search.select import Shape, default_align
 from prunetune.train import loop
+from prunetune.train.checkpoints import Forgetful
 from prunetune.train.job import Job
 from prunetune.train.players import Adapters
 from prunetune.train.schedule import schedule_of
-from prunetune.train.state import Forgetful
-from prunetune.train.teaching import by_size, untuned
+from prunetune.train.teacher import by_size, untuned
+from prunetune.utils.environment import describe, peak_memory_mb
 
 
 class Phases:

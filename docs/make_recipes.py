@@ -7,12 +7,12 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from prunetune.config import RunConfig
-from prunetune.options import paths
+from prunetune.config.fields import paths
+from prunetune.config.recipe import RunConfig
 
 TARGET = Path(__file__).with_name("recipes.md")
 INTRODUCTION = """\
-<!-- Written by docs/make_recipes.py from prunetune.config; change it there. -->
+<!-- Written by docs/make_recipes.py from prunetune.config.recipe; change it there. -->
 # Recipes
 
 A recipe is a YAML file of options. Every option has a default, so a recipe holds only what differs:

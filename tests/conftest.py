@@ -21,13 +21,13 @@ os.environ["HF_MODULES_CACHE"] = MODULES.name
 @pytest.fixture
 def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run the command line: (exit code, stdout, stderr) of these arguments."""
-    from prunetune import cli
+    from prunetune.cli import app
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capsys.readouterr()  # what was said before
         monkeypatch.setattr("sys.argv", ["prunetune", *map(str, arguments)])
         try:
-            code = cli._guarded()
+            code = app._guarded()
         except SystemExit as ended:  # how cyclopts ends a command that went well
             code = int(ended.code or 0)
         return (code, *capsys.readouterr())

@@ -16,12 +16,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import prunetune
-from model_helpers import tiny
-from prunetune.cli import app
-from prunetune.config import from_mapping
+from prunetune.cli.app import app
+from prunetune.config.recipe import from_mapping
 from prunetune.data.records import record_of
-from prunetune.model.families import FAMILIES, coupling_of
-from prunetune.suites import suite_of
+from prunetune.evaluation.suites import suite_of
+from prunetune.pruning.families import FAMILIES, coupling_of
+from support.models import tiny
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]

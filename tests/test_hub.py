@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from data_helpers import subwords
-from model_helpers import random_plan, relative, tiny, tokens
 from prunetune import Plan, cut, find_sites, hub
 from prunetune.export.selfcheck import logits_of
 from prunetune.export.write import write
-from prunetune.model.units import USUAL
+from prunetune.pruning.units import USUAL
+from support.data import subwords
+from support.models import random_plan, relative, tiny, tokens
 
 # Name of the folder -> family, and the kinds of unit that were pruned.
 CASES = {

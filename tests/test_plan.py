@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from model_helpers import random_plan, tiny
 from prunetune import Plan
 from prunetune.errors import PlanError
 from prunetune.plan import FORMAT
+from support.models import random_plan, tiny
 
 SITE = "model.layers.0.mlp"
 

@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunetune.comparison.cells import best_rate
-from prunetune.comparison.markdown import markdown
-from prunetune.comparison.table import aggregate
-from prunetune.config import load_recipe
-from prunetune.files import write_text
+from prunetune.compare.grid import best_rate
+from prunetune.compare.markdown import markdown
+from prunetune.compare.table import aggregate
+from prunetune.config.recipe import load_recipe
+from prunetune.utils.files import write_text
 
 
 def main() -> None:

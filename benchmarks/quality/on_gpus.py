@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from prunetune.comparison.run import line_of
+from prunetune.compare.run import line_of
 
 
 def main() -> None:

@@ -6,18 +6,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prunetune.bench.verb import measure_models
-    from prunetune.config import RunConfig
+    from prunetune.bench.api import measure_models
+    from prunetune.config.recipe import RunConfig
+    from prunetune.evaluation.suites.api import check, evaluate
+    from prunetune.evaluation.suites.run import evaluate_suite
+    from prunetune.evaluation.suites.suite import load_suite
     from prunetune.export.formats import export_run
-    from prunetune.model.masking import masked
-    from prunetune.model.sites import find_sites
-    from prunetune.model.surgery import cut
+    from prunetune.pipeline.multi_size import run
     from prunetune.plan import Plan
+    from prunetune.pruning.cut import cut
+    from prunetune.pruning.masking import masked
+    from prunetune.pruning.sites import find_sites
     from prunetune.report import write_report
-    from prunetune.sizes import run
-    from prunetune.suites.run import evaluate_suite
-    from prunetune.suites.suite import load_suite
-    from prunetune.suites.verbs import check, evaluate
 
 __all__ = [
     "Plan",
@@ -38,17 +38,17 @@ __all__ = [
 # Resolved on first use: `prunetune --help` must not wait for torch.
 _HOMES = {
     "Plan": "prunetune.plan",
-    "RunConfig": "prunetune.config",
-    "check": "prunetune.suites.verbs",
-    "cut": "prunetune.model.surgery",
-    "evaluate": "prunetune.suites.verbs",
-    "evaluate_suite": "prunetune.suites.run",
+    "RunConfig": "prunetune.config.recipe",
+    "check": "prunetune.evaluation.suites.api",
+    "cut": "prunetune.pruning.cut",
+    "evaluate": "prunetune.evaluation.suites.api",
+    "evaluate_suite": "prunetune.evaluation.suites.run",
     "export_run": "prunetune.export.formats",
-    "find_sites": "prunetune.model.sites",
-    "load_suite": "prunetune.suites.suite",
-    "masked": "prunetune.model.masking",
-    "measure_models": "prunetune.bench.verb",
-    "run": "prunetune.sizes",
+    "find_sites": "prunetune.pruning.sites",
+    "load_suite": "prunetune.evaluation.suites.suite",
+    "masked": "prunetune.pruning.masking",
+    "measure_models": "prunetune.bench.api",
+    "run": "prunetune.pipeline.multi_size",
     "write_report": "prunetune.report",
 }
 

@@ -1,5 +1,5 @@
 """`python -m prunetune`."""
 
-from prunetune.cli import main
+from prunetune.cli.app import main
 
 main()

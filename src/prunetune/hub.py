@@ -18,9 +18,9 @@ from prunetune.export.per_layer import PREFIX, PerLayer
 from prunetune.export.per_layer_code import code_of
 from prunetune.export.per_layer_text import CONFIGURATION
 from prunetune.export.shapes import empty
-from prunetune.model.families import FAMILIES, coupling_of
-from prunetune.model.sites import find_sites
-from prunetune.model.units import KINDS
+from prunetune.pruning.families import FAMILIES, coupling_of
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import KINDS
 
 VLLM = "vllm.model_executor.models.transformers:"  # its backend for models that it has no code of its own for
 OWN = ("per_layer_config", "auto_map", "architectures", "model_type", "transformers_version")

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from prunetune.bench import clock
-from prunetune.bench.named import Named
+from prunetune.bench.models import Named
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.runner import Facts, Sample, Work
 from prunetune.errors import ModelError
-from prunetune.evaluation.optional import require
-from prunetune.suites.llamacpp import served
-from prunetune.suites.server import Server
+from prunetune.evaluation.suites.http_client import Server
+from prunetune.evaluation.suites.llamacpp import served
+from prunetune.utils.optional import require
 
 CPU = torch.device("cpu")  # what the package is built for
 MILLI = 1e-3

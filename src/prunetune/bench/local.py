@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from prunetune import environment
-from prunetune.bench import clock, energy
-from prunetune.bench.named import Named
+from prunetune.bench import clock
+from prunetune.bench.models import Named
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.recorded import Recorded
-from prunetune.bench.request import answered, tokens_for
 from prunetune.bench.runner import Facts, OutOfMemory, Sample, Work
+from prunetune.bench.timed_request import answered, tokens_for
 from prunetune.errors import ModelError
 from prunetune.model.loading import load, pick_device, pick_dtype
+from prunetune.utils import environment
 
 _aten = torch.ops.aten
 
@@ -109,7 +109,7 @@ class LocalRunner:
 
     @cached_property
     def _meter(self) -> Any:
-        return energy.meter(self.device)
+        return clock.meter(self.device)
 
     def _tokens(self, batch: int) -> Tensor:
         return tokens_for(self.model, batch, self.options.prompt)

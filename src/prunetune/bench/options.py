@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from prunetune.config.fields import option
 from prunetune.errors import ConfigError
-from prunetune.options import option
 
 
 @dataclass(frozen=True, kw_only=True)

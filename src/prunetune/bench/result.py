@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from prunetune.bench.interleaved import Measured, Spread, paired_ratios, spread
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.runner import Facts, Sample, Work
-from prunetune.bench.spread import Spread, paired_ratios, spread
-from prunetune.bench.turns import Measured
 
 
 @dataclass(frozen=True)

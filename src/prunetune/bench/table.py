@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from prunetune.bench.interleaved import Spread
 from prunetune.bench.result import Bench, Benched, Cell
-from prunetune.bench.spread import Spread
 
 SHOWN: dict[str, tuple[str, float, int]] = {  # figure -> heading, what its unit is multiplied by, decimals
     "prefill": ("first token, ms", 1e3, 1),

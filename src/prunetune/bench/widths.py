@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from prunetune.model.units import Site
 from prunetune.plan import Plan
+from prunetune.pruning.units import Site
 
 TILE = 128  # columns that matrix kernels of GPUs take at once, and groups of 4-bit formats
 SHOWN = 5

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from prunetune.bench.named import Named
+from prunetune.bench.models import Named
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.runner import Facts, Runner, Sample, Work
 from prunetune.errors import ModelError, PrunetuneError

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prunetune.config import DataConfig
+from prunetune.config.recipe import DataConfig
 from prunetune.data.demo import read_demo
 from prunetune.data.formats import READERS, UNTYPED, rows_of
 from prunetune.data.records import Record, record_of

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from prunetune.config import DataConfig
+from prunetune.config.recipe import DataConfig
 from prunetune.data.records import Record
 from prunetune.data.sources import Source, SplitName, read
 from prunetune.errors import DataError

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prunetune.config import DataConfig
+from prunetune.config.recipe import DataConfig
 from prunetune.data.records import Record
 from prunetune.errors import DataError
 

@@ -8,7 +8,7 @@ from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult, he
 from prunetune.evaluation.statistics import paired_difference
 
 if TYPE_CHECKING:
-    from prunetune.evaluation.suite import Progress, evaluate
+    from prunetune.evaluation.score_records import Progress, evaluate
 
 __all__ = [
     "Evaluation",
@@ -28,6 +28,6 @@ def __getattr__(name: str) -> Any:
     # Reading results must not wait for torch.
     if name not in ("evaluate", "Progress"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from prunetune.evaluation import suite
+    from prunetune.evaluation import score_records
 
-    return getattr(suite, name)
+    return getattr(score_records, name)

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from prunetune.evaluation.optional import require
 from prunetune.evaluation.results import Item
 from prunetune.evaluation.statistics import Array, Statistic
+from prunetune.utils.optional import require
 
 
 def _metric(name: str, **options: Any) -> Any:

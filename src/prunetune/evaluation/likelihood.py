@@ -13,7 +13,7 @@ from torch import Tensor
 from prunetune.data.batches import Batch, collate
 from prunetune.data.templates import Example
 from prunetune.evaluation.packing import LOGITS, SPREAD, Padded, Tick, left_padded, packed, positions, vocabulary
-from prunetune.model.head import head_reads
+from prunetune.model.lm_head import head_reads
 
 Tokens = tuple[int, ...]
 _CHUNK = 2**24  # logits that are widened to float32 at once: 64 MiB

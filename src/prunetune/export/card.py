@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from prunetune.config import RunConfig
-from prunetune.model.licence import Licence
-from prunetune.model.units import Site, kept_params, layout_of
-from prunetune.options import paths
+from prunetune.config.fields import paths
+from prunetune.config.recipe import RunConfig
+from prunetune.model.license import Licence
 from prunetune.plan import Plan
+from prunetune.pruning.units import Site, kept_params, layout_of
 
 OWN_CODE = """`trust_remote_code` runs `configuration_pruned.py` and `modeling_pruned.py` of this folder.
 They give each layer its own widths; read them first. Where prunetune is installed, `prunetune.hub.register()` opens the

@@ -16,7 +16,7 @@ from prunetune.export.onnx import to_onnx
 from prunetune.export.quantize import SCHEMES, quantised
 from prunetune.export.result import Exported, ExportOptions
 from prunetune.export.source import Source
-from prunetune.files import PARTIAL, need_space, write_text, writing
+from prunetune.utils.files import PARTIAL, need_space, write_text, writing
 
 # Writes to the path given, checks what it wrote (raises `SelfCheckFailed`), and says so. The path is new, and is moved
 # to its place afterwards. What cannot be is refused before anything is written.

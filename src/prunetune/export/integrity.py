@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from prunetune.errors import ModelError
-from prunetune.files import sha256, write_text
+from prunetune.utils.files import sha256, write_text
 
 SUMS = "SHA256SUMS"
 FREE = (SUMS, "README.md")  # the card may be written again, by a person as well

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunetune.errors import ModelError
-from prunetune.model.families import coupling_of, experts_of, family_of, heads_of
-from prunetune.model.units import Site, surviving_layers
 from prunetune.plan import Plan
+from prunetune.pruning.families import coupling_of, experts_of, family_of, heads_of
+from prunetune.pruning.units import Site, surviving_layers
 
 PREFIX = "pruned_"  # of a model_type
 

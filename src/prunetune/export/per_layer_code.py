@@ -22,9 +22,9 @@ from prunetune.export.per_layer_text import (
     RESIZED_TRANSPOSED,
     SHORTER,
 )
-from prunetune.model.families import family_of
-from prunetune.model.linears import is_transposed
-from prunetune.model.units import Site, Slice
+from prunetune.pruning.families import family_of
+from prunetune.pruning.linears import is_transposed
+from prunetune.pruning.units import Site, Slice
 
 
 def write_code(folder: Path, names: PerLayer, sites: Sequence[Site], model: Any) -> None:

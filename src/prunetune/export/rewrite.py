@@ -22,10 +22,10 @@ from prunetune.export.shapes import empty, legal_groups
 from prunetune.export.shapes import uniform as uniform_config
 from prunetune.export.source import Source
 from prunetune.export.write import Written, add_old_rope_keys, edit_json
-from prunetune.model.families import heads_of
-from prunetune.model.linears import COLUMNS, ROWS, stored_axis
-from prunetune.model.sites import find_sites
-from prunetune.model.units import Cut
+from prunetune.pruning.families import heads_of
+from prunetune.pruning.linears import COLUMNS, ROWS, stored_axis
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import Cut
 
 log = logging.getLogger(__name__)
 PADDED = {"num_attention_heads", "num_key_value_heads", "skip"}

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from prunetune.errors import PlanError
-from prunetune.model.families import experts_of, family_of, heads_of
-from prunetune.model.sites import find_sites
+from prunetune.pruning.families import experts_of, family_of, heads_of
+from prunetune.pruning.sites import find_sites
 
 
 def legal_groups(config: Any) -> Callable[..., bool]:

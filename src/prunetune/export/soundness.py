@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 
 from prunetune.errors import ModelError, PlanError
 from prunetune.export.integrity import SUMS, verify
-from prunetune.model.families import family_of, heads_of
-from prunetune.model.linears import COLUMNS, stored_axis
+from prunetune.pruning.families import family_of, heads_of
+from prunetune.pruning.linears import COLUMNS, stored_axis
 
 if TYPE_CHECKING:
     from prunetune.export.source import Source

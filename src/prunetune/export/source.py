@@ -12,15 +12,15 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError, safe_open
 
+from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ModelError
 from prunetune.export.per_layer import words_of
 from prunetune.export.shapes import empty
 from prunetune.export.soundness import look_over
-from prunetune.model.families import heads_of
-from prunetune.model.sites import find_sites
-from prunetune.model.units import Site
 from prunetune.plan import Plan
-from prunetune.yamls import read_yaml
+from prunetune.pruning.families import heads_of
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import Site
 
 Layout = Literal["uniform", "per-layer"]
 # Not of the stock class: the per-layer schema, and rotary keys that only older releases read.

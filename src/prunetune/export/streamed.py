@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from prunetune.export.selfcheck import logits_of
-from prunetune.model.families import coupling_of
-from prunetune.model.masking import masked
-from prunetune.model.stack import take_out_layers
-from prunetune.model.stored import Stored, put
-from prunetune.model.surgery import cut_linears
-from prunetune.model.units import Site, surviving_layers
+from prunetune.model.safetensors_reader import Stored, put
 from prunetune.plan import Plan
+from prunetune.pruning.cut import cut_linears
+from prunetune.pruning.families import coupling_of
+from prunetune.pruning.masking import masked
+from prunetune.pruning.units import Site, surviving_layers
+from prunetune.pruning.whole_blocks import take_out_layers
 
 INDEX = "model.safetensors.index.json"
 Merge = Callable[[str, Tensor], Tensor]  # a weight's name, float32 -> with what its adapter adds

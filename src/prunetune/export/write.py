@@ -14,9 +14,9 @@ from prunetune.export.integrity import seal
 from prunetune.export.per_layer import PerLayer, per_layer_overrides
 from prunetune.export.per_layer_code import write_code
 from prunetune.export.shapes import empty, uniform, why_sibling
-from prunetune.files import new_folder
-from prunetune.model.units import Site, layout_of, surviving_layers
 from prunetune.plan import Plan
+from prunetune.pruning.units import Site, layout_of, surviving_layers
+from prunetune.utils.files import new_folder
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Opening models, and what makes their passes faster or smaller."""

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from prunetune.errors import ConfigError, MissingPackage, ModelError, UnknownArchitecture
-from prunetune.model.gguf import dequantised
+from prunetune.model.gguf_import import dequantised
 
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunetune.report import text
-from prunetune.report.folder import RunFiles, lookup, mapping, number
+from prunetune.report.run_folder import RunFiles, lookup, mapping, number
 
 SPLITS = ("train", "search", "texts", "guard", "valid", "test")
 

@@ -10,10 +10,23 @@ from typing import Any
 import jinja2
 
 from prunetune.evaluation.results import higher_is_better
-from prunetune.files import write_text
-from prunetune.report import course, facts, figures, front, heat, layers, outcome, samples, scores, summary, svg, text
-from prunetune.report.folder import MODELS, RunFiles, lookup, number, read_run
+from prunetune.report import (
+    decision_heatmap,
+    facts,
+    figures,
+    layers,
+    samples,
+    scores,
+    size_frontier,
+    summary,
+    svg,
+    text,
+    training_curves,
+    verdicts,
+)
+from prunetune.report.run_folder import MODELS, RunFiles, lookup, number, read_run
 from prunetune.report.speed import speeds
+from prunetune.utils.files import write_text
 
 MODEL_NAMES = {"dense": "Dense, untuned", "tuned": "Dense, tuned", "pruned": "Pruned"}
 FLIP_NAMES = {
@@ -32,8 +45,8 @@ def write_report(run_folder: Path) -> Path:
     Raises `RunFolderError` where the folder or its `config.yaml` is missing.
     """
     target, run = run_folder / "report.html", read_run(run_folder)
-    if front.is_of_sizes(run):
-        write_text(target, _rendered("front.html.j2", front.content(run_folder, run)))
+    if size_frontier.is_of_sizes(run):
+        write_text(target, _rendered("size_frontier.html.j2", size_frontier.content(run_folder, run)))
     else:
         write_text(target, render(run))
     return target
@@ -59,12 +72,12 @@ def _content(run: RunFiles) -> dict[str, Any]:
     headline = scores.headline(run.evaluations)
     rows = scores.rows(run.evaluations)
     kept = layers.layers_of(run.plan) if run.plan else ()
-    spans = course.spans_of(run.metrics)
+    spans = training_curves.spans_of(run.metrics)
     return {
         "run": run,
         "model_name": str(lookup(run.manifest, "model", "name") or lookup(run.config, "model") or ""),
         "verdict": summary.verdict(run, headline),
-        "answers": outcome.answers(run, headline, rows),
+        "answers": verdicts.answers(run, headline, rows),
         "tiles": summary.tiles(run, headline),
         "headline": headline,
         "models": [name for name in MODELS if name in run.evaluations],
@@ -79,15 +92,15 @@ def _content(run: RunFiles) -> dict[str, Any]:
         "groups": layers.total(layer.attention for layer in kept),
         "channels": layers.total(layer.mlp for layer in kept),
         "kept_figures": _kept_figures(kept) + (_other_figures(layers.others_of(run.plan)) if run.plan else []),
-        "heat": heat.figures(run),
-        "limits": outcome.limits(run.manifest),
-        "events": outcome.events(run.manifest),
-        "watched": outcome.watched(run.manifest),
+        "heat": decision_heatmap.figures(run),
+        "limits": verdicts.limits(run.manifest),
+        "events": verdicts.events(run.manifest),
+        "watched": verdicts.watched(run.manifest),
         "gates_failed": str(lookup(run.manifest, "failed") or ""),
-        "uneven": outcome.uneven(run.manifest),
+        "uneven": verdicts.uneven(run.manifest),
         "kept_legend": figures.legend({svg.PRUNED: "kept", svg.GONE: "removed"}),
-        "course": course.figures(run),
-        "phases": course.phase_legend(spans),
+        "course": training_curves.figures(run),
+        "phases": training_curves.phase_legend(spans),
         "validation": _validation(run),
         "watched_names": [name for name in WATCHED if any(number(line, name) is not None for line in run.validation)],
         "samples": samples.choose(run.evaluations),
@@ -109,52 +122,56 @@ def _by_task(rows: Sequence[scores.Row]) -> dict[str, list[scores.Row]]:
     return tasks
 
 
-def _recovery_figures(rows: Sequence[scores.Row]) -> list[course.Figure]:
+def _recovery_figures(rows: Sequence[scores.Row]) -> list[training_curves.Figure]:
     """How much of the reference is left in each task, by the metric that stands for it."""
     shares = [(row.task, *row.left) for row in rows if row.headline and math.isfinite(row.left[0])]
     if not shares:
         return []
     label = "Recovery by task; the numbers stand in the table above"
     note = "Of the reference's score, upside down for perplexity. Bars: one standard error of the paired difference."
-    return [course.Figure("Recovery", figures.recovery_figure(label, shares), note=note)]
+    return [training_curves.Figure("Recovery", figures.recovery_figure(label, shares), note=note)]
 
 
-def _score_figures(rows: Sequence[scores.Row]) -> list[course.Figure]:
+def _score_figures(rows: Sequence[scores.Row]) -> list[training_curves.Figure]:
     """The headline metrics, one figure for each."""
     metrics = dict.fromkeys(row.metric for row in rows if row.headline)
     return [_score_figure([row for row in rows if row.headline and row.metric == metric]) for metric in metrics]
 
 
-def _score_figure(rows: Sequence[scores.Row]) -> course.Figure:
+def _score_figure(rows: Sequence[scores.Row]) -> training_curves.Figure:
     better = "Higher is better." if higher_is_better(rows[0].metric) else "Lower is better."
     title = rows[0].label[:1].upper() + rows[0].label[1:]
     label = f"{title} of each model by task; the numbers stand in the table above"
-    return course.Figure(title, figures.scores_figure(label, rows), note=f"{better} Bars: one standard error.")
+    return training_curves.Figure(title, figures.scores_figure(label, rows), note=f"{better} Bars: one standard error.")
 
 
-def _kept_figures(kept: Sequence[layers.Layer]) -> list[course.Figure]:
+def _kept_figures(kept: Sequence[layers.Layer]) -> list[training_curves.Figure]:
     made = []
     if any(layer.attention for layer in kept):
         stay, units = layers.total(layer.attention for layer in kept)
         label = f"KV groups kept by layer: {stay} of {units}; the numbers stand in the table below"
-        made.append(course.Figure("KV groups", figures.groups_figure(label, kept), note=f"{stay:,} of {units:,} stay."))
+        made.append(
+            training_curves.Figure("KV groups", figures.groups_figure(label, kept), note=f"{stay:,} of {units:,} stay.")
+        )
     if any(layer.mlp for layer in kept):
         stay, units = layers.total(layer.mlp for layer in kept)
         label = f"Share of MLP channels kept by layer: {stay} of {units}; the numbers stand in the table below"
         made.append(
-            course.Figure("MLP width", figures.widths_figure(label, kept), note=f"{stay:,} of {units:,} channels stay.")
+            training_curves.Figure(
+                "MLP width", figures.widths_figure(label, kept), note=f"{stay:,} of {units:,} channels stay."
+            )
         )
     return made
 
 
-def _other_figures(others: Mapping[str, Mapping[int, layers.Kept]]) -> list[course.Figure]:
+def _other_figures(others: Mapping[str, Mapping[int, layers.Kept]]) -> list[training_curves.Figure]:
     made = []
     for kind, kept in others.items():
         stay, units = layers.total(kept.values())
         name = kind.replace("-", " ")
         label = f"Share of {name} kept by layer: {stay} of {units}"
         note = f"{stay:,} of {units:,} stay."
-        made.append(course.Figure(name.capitalize(), figures.others_figure(kind, label, kept), note=note))
+        made.append(training_curves.Figure(name.capitalize(), figures.others_figure(kind, label, kept), note=note))
     return made
 
 

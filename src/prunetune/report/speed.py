@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunetune.report import text
-from prunetune.report.folder import number
+from prunetune.report.run_folder import number
 
 
 @dataclass(frozen=True)

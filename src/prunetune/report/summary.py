@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prunetune.report import text
-from prunetune.report.folder import RunFiles, lookup, mapping, number
 from prunetune.report.layers import layers_of, total
+from prunetune.report.run_folder import RunFiles, lookup, mapping, number
 from prunetune.report.scores import Headline
 from prunetune.report.speed import one_by_one
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunetune.budget.params import total
-from prunetune.config import LoraSettings, TrainConfig
+from prunetune.config.recipe import LoraSettings, TrainConfig
+from prunetune.cost.parameters import total
 from prunetune.errors import ModelError
-from prunetune.model.four_bit import FourBitLinear
-from prunetune.model.linears import COLUMNS, ROWS, is_transposed, linear_of, stored_axis
-from prunetune.model.sites import tuned_linears
-from prunetune.model.units import Site, closed, gone_linears, kept_lines
 from prunetune.plan import Plan
-from prunetune.train.lora import simplify
-from prunetune.train.state import State
+from prunetune.pruning.linears import COLUMNS, ROWS, is_transposed, linear_of, stored_axis
+from prunetune.pruning.nf4 import FourBitLinear
+from prunetune.pruning.sites import tuned_linears
+from prunetune.pruning.units import Site, closed, gone_linears, kept_lines
+from prunetune.train.checkpoints import State
+from prunetune.train.lora_forward import simplify
 
 NAME = "default"
 LARGE = 10**9  # prunable parameters from which `train.weights: auto` leaves it at adapters

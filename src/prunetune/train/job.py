@@ -7,17 +7,17 @@ from typing import Any, Protocol
 
 from accelerate import Accelerator
 
-from prunetune.config import RunConfig
+from prunetune.config.limits import Gate
+from prunetune.config.recipe import RunConfig
 from prunetune.data.batches import Stream
 from prunetune.data.templates import Example
-from prunetune.decide.select import Shape
-from prunetune.gates import Gate
-from prunetune.model.sites import Site
 from prunetune.plan import Plan
-from prunetune.train.distributed import ALONE, Ranks
-from prunetune.train.objectives import Teacher
+from prunetune.pruning.sites import Site
+from prunetune.search.select import Shape
+from prunetune.train.checkpoints import Keeper, State
+from prunetune.train.losses import Teacher
+from prunetune.train.parallel.ranks import ALONE, Ranks
 from prunetune.train.schedule import Schedule
-from prunetune.train.state import Keeper, State
 
 Record = dict[str, Any]
 

@@ -12,16 +12,16 @@ batch moves both players.
 from __future__ import annotations
 
 from prunetune.plan import Plan
-from prunetune.seeds import derive
 from prunetune.train.adapters import add_adapters, put_back
-from prunetune.train.faults import Faults
 from prunetune.train.job import Job, Record
+from prunetune.train.parallel.distributed_passes import together
+from prunetune.train.parallel.sharding import spread
 from prunetune.train.passes import passes_for
 from prunetune.train.players import Adapters, Search
 from prunetune.train.progress import Progress
-from prunetune.train.sharding import spread
-from prunetune.train.teaching import lender_of
-from prunetune.train.together import together
+from prunetune.train.recovery import Faults
+from prunetune.train.teacher import lender_of
+from prunetune.utils.seeds import derive
 
 
 def tune_and_prune(job: Job) -> Plan:

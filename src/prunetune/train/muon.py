@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunetune.train.graphs import Recorder
+from prunetune.train.cuda_graphs import Recorder
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration
 MOMENTUM = 0.95

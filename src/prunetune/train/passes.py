@@ -14,18 +14,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from prunetune.config import RunConfig, TrainConfig
+from prunetune.config.recipe import RunConfig, TrainConfig
 from prunetune.data.packs import Pack, pack, packable
 from prunetune.data.templates import Example
-from prunetune.model.fusing import fused
-from prunetune.model.masking import Adapters, masked
-from prunetune.model.packed import can_pack, packed_rows
-from prunetune.model.recompute import recomputed, recomputes
-from prunetune.model.sites import Site
+from prunetune.model.activation_checkpointing import recomputed, recomputes
+from prunetune.model.compiled_kernels import fused
+from prunetune.model.sequence_packing import can_pack, packed_rows
+from prunetune.pruning.masking import Adapters, masked
+from prunetune.pruning.sites import Site
 from prunetune.train.adapters import adapters, dropping, frozen
-from prunetune.train.distributed import ALONE, Ranks
-from prunetune.train.graphs import Recorder
-from prunetune.train.objectives import (
+from prunetune.train.cuda_graphs import Recorder
+from prunetune.train.losses import (
     PLAIN,
     Teacher,
     answer_loss,
@@ -39,6 +38,7 @@ from prunetune.train.objectives import (
     mean_loss,
     tokens_of,
 )
+from prunetune.train.parallel.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 

@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from prunetune.data.templates import Example
-from prunetune.decide.decision import Decision, Searcher
-from prunetune.model.surgery import merge_adapters
 from prunetune.plan import Plan
-from prunetune.seeds import derive
+from prunetune.pruning.cut import merge_adapters
+from prunetune.search.searcher import Decision, Searcher
 from prunetune.train.adapters import adapters, cut_state, soft_threshold, tunes_all
-from prunetune.train.faults import Faults
+from prunetune.train.checkpoints import by_moment, optimizer_tensors, restore_optimizer
 from prunetune.train.job import Job, Record
 from prunetune.train.muon import Muon
+from prunetune.train.parallel.sharding import Layers
 from prunetune.train.passes import Passes
+from prunetune.train.recovery import Faults
 from prunetune.train.schedule import learning_rate
-from prunetune.train.sharding import Layers
-from prunetune.train.state import by_moment, optimizer_tensors, restore_optimizer
+from prunetune.utils.seeds import derive
 
 
 class Search:

@@ -8,14 +8,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from prunetune.budget.params import kept_share
-from prunetune.decide.decision import Decision, moved_to
+from prunetune.cost.parameters import kept_share
+from prunetune.search.searcher import Decision, moved_to
 from prunetune.train.adapters import adapters
-from prunetune.train.faults import Faults
+from prunetune.train.checkpoints import State, optimizer_tensors, restore_optimizer
 from prunetune.train.job import Job, Record
 from prunetune.train.players import Adapters, Search
+from prunetune.train.recovery import Faults
 from prunetune.train.schedule import Schedule
-from prunetune.train.state import State, optimizer_tensors, restore_optimizer
 from prunetune.train.validation import Validation
 
 

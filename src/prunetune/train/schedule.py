@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from prunetune.config import RunConfig, TrainConfig
+from prunetune.config.recipe import RunConfig, TrainConfig
 
 Phase = Literal["search", "settle", "tune"]
 

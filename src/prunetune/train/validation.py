@@ -15,15 +15,15 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from prunetune.decide.decision import Decision
+from prunetune.config.limits import Gate
 from prunetune.errors import GateFailed
-from prunetune.gates import Gate
-from prunetune.model.masking import masked
 from prunetune.plan import Plan
+from prunetune.pruning.masking import masked
+from prunetune.search.searcher import Decision
+from prunetune.train.checkpoints import State
 from prunetune.train.job import Job, Record
 from prunetune.train.players import Adapters, Search
 from prunetune.train.schedule import Schedule
-from prunetune.train.state import State
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from prunetune.errors import ModelError
 from prunetune.export.source import Source
-from prunetune.model.families import FAMILIES, heads_of
+from prunetune.pruning.families import FAMILIES, heads_of
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})
 ALL = QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}

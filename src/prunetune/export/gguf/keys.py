@@ -8,7 +8,7 @@ import gguf
 
 from prunetune.export.gguf.architectures import Architecture, ropes_of
 from prunetune.export.source import Source
-from prunetune.model.families import heads_of
+from prunetune.pruning.families import heads_of
 
 FILE_TYPES = {
     "f32": gguf.LlamaFileType.ALL_F32,

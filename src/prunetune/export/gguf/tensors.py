@@ -17,7 +17,7 @@ from torch import Tensor
 from prunetune.errors import ModelError
 from prunetune.export.gguf.architectures import Architecture, ropes_of
 from prunetune.export.source import Source
-from prunetune.model.families import heads_of
+from prunetune.pruning.families import heads_of
 
 TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
 BLOCK = 2**22  # most values of a tensor that are converted at a time: 16 MiB in float32

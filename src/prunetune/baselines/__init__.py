@@ -1,0 +1,1 @@
+"""Two-stage methods: one scoring function each."""

@@ -1,0 +1,57 @@
+"""`prunetune bench` as a function."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+
+from prunetune.bench.interleaved import take_turns
+from prunetune.bench.models import named
+from prunetune.bench.options import BenchOptions
+from prunetune.bench.result import Bench, summarised
+from prunetune.bench.worker import Opener, Worker, opened
+from prunetune.errors import ConfigError
+from prunetune.model.loading import pick_device
+from prunetune.utils import environment
+
+log = logging.getLogger(__name__)
+DEFAULTS = BenchOptions()
+
+
+def measure_models(models: Sequence[str], options: BenchOptions = DEFAULTS, *, opener: Opener = opened) -> Bench:
+    """Latency, throughput and memory of runs, checkpoints, hub names and .gguf files, in turns.
+
+    All stay open at once, each in a process of its own. Raises a `PrunetuneError` before anything is opened where a
+    name leads nowhere or the prompt does not fit.
+    """
+    if not models:
+        raise ConfigError("bench needs a model: name a run, a model folder, a hub name or a .gguf file")
+    batches = options.batches
+    pick_device(options.device)  # refuses in time
+    given = named(models, options)
+    with ExitStack() as stack:
+        workers = []
+        for model in given:
+            worker = Worker(model, options, opener)
+            stack.callback(worker.close)
+            workers.append(worker)
+            log.info("opened %s in %.1f s", model.label, worker.facts().load_s)
+        measured = take_turns(workers, batches, options.runs)
+        facts = [worker.facts() for worker in workers]
+    return summarised(
+        [model.label for model in given], facts, measured, options=options, versions=environment.versions()
+    )
+
+
+def measure_here(models: Sequence[str], options: BenchOptions = DEFAULTS, *, opener: Opener = opened) -> Bench:
+    """The same in this process: nothing is started, and there is no peak of memory that would be one model's own."""
+    batches = options.batches
+    given = named(models, options)
+    runners = [opener(model, options) for model in given]
+    measured = take_turns(runners, batches, options.runs)
+    for cell in (cell for cells in measured for cell in cells):
+        cell.samples = [replace(sample, peak_bytes=None) for sample in cell.samples]
+    labels, facts = [model.label for model in given], [runner.facts() for runner in runners]
+    return summarised(labels, facts, measured, options=options, versions=environment.versions())

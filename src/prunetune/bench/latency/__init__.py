@@ -1,0 +1,1 @@
+"""Latency tables: what layers of each width take on this device."""

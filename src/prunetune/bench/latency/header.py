@@ -1,0 +1,66 @@
+"""What a latency table is about: device, driver, versions, workload and the model's geometry."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunetune.config.recipe import WorkloadConfig
+from prunetune.errors import ConfigError
+from prunetune.model.gguf_import import cache_folder
+from prunetune.utils import environment
+
+NVIDIA = Path("/proc/driver/nvidia/version")
+# Of a configuration: what says nothing about sizes.
+NAMES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+
+
+def header_of(config: Any, workload: WorkloadConfig, device: torch.device, align: int) -> dict[str, Any]:
+    """All that a measured time depends on; raises `ConfigError` for a workload that is not timed."""
+    if workload.weights != "plain":
+        raise ConfigError(
+            f"workload.weights {workload.weights}: latency is measured with plain weights; set it to plain, "
+            "or leave budget.latency and budget.throughput out"
+        )
+    if workload.runtime == "recorded" and device.type != "cuda":
+        raise ConfigError(f"workload.runtime recorded needs a CUDA device, and this is {device}: set it to eager")
+    versions = environment.versions()
+    return {
+        "device": environment.describe(device),
+        "driver": driver(device),
+        "torch": versions["torch"],
+        "transformers": versions["transformers"],
+        "runtime": workload.runtime,
+        "dtype": workload.dtype,
+        "prompt": workload.prompt,
+        "generate": workload.generate,
+        "batch": workload.batch,
+        "align": align,
+        "model": config.model_type,
+        "geometry": _digest({name: value for name, value in config.to_dict().items() if name not in NAMES}),
+    }
+
+
+def driver(device: torch.device) -> str:
+    """The driver's version; "" where there is none to speak of."""
+    if device.type != "cuda":
+        return ""
+    try:
+        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", NVIDIA.read_text(encoding="ascii", errors="replace"))
+    except OSError:
+        found = None
+    return found.group() if found else f"CUDA {torch.version.cuda}"
+
+
+def place_of(header: dict[str, Any]) -> Path:
+    """Where a table with this header is kept."""
+    return cache_folder() / "latency" / f"{header['model']}-{_digest(header)}.json"
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,58 @@
+"""Models of random weights that stand for a plan: a few layers of one kind, cut to a width, or the whole depth.
+
+A short model is long enough that its weights do not all fit into the device's cache, as those of the whole would not.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from prunetune.config.recipe import WorkloadConfig
+from prunetune.model.loading import DTYPES
+from prunetune.plan import Plan
+from prunetune.pruning.cut import cut
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import USUAL
+from prunetune.pruning.whole_blocks import shorten
+
+CPU_CACHE = 32 * 2**20  # bytes, of a usual processor
+LEAST = 4  # layers cut to a width
+
+
+def stack(config: Any, layers: Sequence[int], workload: WorkloadConfig, device: torch.device) -> Any:
+    """A causal language model of these layers of a configuration, one after the other; weights are random."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)
+    shorten(config, layers)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[workload.dtype])
+    return model.eval().requires_grad_(False)
+
+
+def depth(layer_bytes: float, device: torch.device) -> int:
+    """Layers of a short model that are cut: with them, twice the device's cache."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CPU_CACHE
+    return min(32, max(LEAST, math.ceil(2 * cache / max(1.0, layer_bytes))))
+
+
+def narrowed(model: Any, kind: str, units: int, *, whole: bool = False) -> Any:
+    """A copy in which every layer but the first keeps so many KV groups ("attention") or channels ("mlp").
+
+    With `whole`, zero channels take the block along.
+    """
+    names = (*USUAL, "mlp-blocks") if whole else USUAL
+    sites = find_sites(model, names)
+    kept = {}
+    for site in sites:
+        width = site.units
+        if site.layer:
+            gone = kind == "mlp" and not units and site.kind == "mlp-blocks"
+            width = units if site.kind == kind else 0 if gone else width
+        kept[site.name] = tuple(range(width))
+    return cut(copy.deepcopy(model), Plan(kept, {site.name: site.units for site in sites}), sites=sites)

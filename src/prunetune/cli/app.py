@@ -1,0 +1,428 @@
+"""The command line: a command opens, calls, prints. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import shlex
+import signal
+import sys
+import traceback
+import typing
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
+
+from prunetune.bench.options import BenchOptions
+from prunetune.cli.eval_flags import HERE, Target
+from prunetune.cli.flags import given, optional_twin
+from prunetune.config.fields import read_options
+from prunetune.config.recipe import RunConfig, Unit, WorkloadConfig, load_recipe
+from prunetune.errors import DataError, GateFailed, PrunetuneError, device_fault
+from prunetune.utils.launch import end, launched, lost, refusal, who
+from prunetune.utils.threads import share_threads
+
+app = App(
+    name="prunetune",
+    help="Tune and structurally prune a language model for one domain, in one run.",
+    version_flags=["--version"],
+    help_on_error=False,
+    suppress_keyboard_interrupt=False,  # `_guarded` says how to go on
+)
+# Every option of a recipe as a flag, all optional: flags win over the recipe.
+Flags: typing.TypeAlias = optional_twin(RunConfig)  # type: ignore[valid-type]
+UNREAD = 141  # exit code where nobody reads what is printed: a shell's for SIGPIPE
+NO_FLAGS = Flags()
+BenchFlags: typing.TypeAlias = optional_twin(BenchOptions)  # type: ignore[valid-type]
+NO_BENCH_FLAGS = BenchFlags()
+WorkloadFlags: typing.TypeAlias = optional_twin(WorkloadConfig)  # type: ignore[valid-type]
+NO_WORKLOAD_FLAGS = WorkloadFlags()
+USUAL: tuple[Unit, ...] = ("kv-groups", "mlp-channels")
+
+
+@app.command
+def run(
+    recipe: Path,
+    /,
+    *,
+    resume: Annotated[bool, Parameter(negative=(), help="Go on with a run that was stopped.")] = False,
+    dry_run: Annotated[
+        bool, Parameter(negative=(), help="Check model, data and budgets, say what they would mean, and write nothing.")
+    ] = False,
+    flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
+) -> None:
+    """Tune, prune, cut, check, evaluate and report, into a run folder.
+
+    Parameters
+    ----------
+    recipe
+        A YAML file of options; see recipes/.
+    """
+    config = load_recipe(recipe, given(flags))
+    if dry_run:
+        from prunetune.cli.output import of_dry_run
+
+        print(of_dry_run(config, resume=resume))
+        return
+    _run(config, resume=resume)
+
+
+@app.command
+def demo(
+    *,
+    resume: Annotated[bool, Parameter(negative=(), help="Go on with a demo that was stopped.")] = False,
+    flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
+) -> None:
+    """The same on a real small model and clinical coding terms that come as packages; no GPU needed."""
+    with resources.as_file(resources.files("prunetune") / "demo.yaml") as recipe:
+        config = load_recipe(recipe, given(flags))
+    _run(config, resume=resume)
+
+
+def _run(config: RunConfig, *, resume: bool) -> None:
+    from prunetune.cli.output import of_run
+    from prunetune.pipeline.multi_size import run as whole_run
+
+    folder = whole_run(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
+    if not launched()[0]:
+        print(of_run(folder))
+
+
+@app.command
+def compare(
+    recipe: Path,
+    /,
+    *,
+    resume: Annotated[
+        bool, Parameter(negative=(), help="Go on with a comparison that was stopped, or grow it.")
+    ] = False,
+    flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
+) -> None:
+    """Dense, two-stage and one-stage side by side: same data, steps and budget, over budgets, seeds, learning rates.
+
+    Parameters
+    ----------
+    recipe
+        A YAML file of options; its section `compare` says what is compared.
+    """
+    from prunetune.compare.run import compare as whole_comparison
+
+    config = load_recipe(recipe, given(flags))
+    folder = whole_comparison(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
+    print((folder / "table.md").read_text(encoding="utf-8"))
+    print(f"page {folder / 'comparison.html'}")
+
+
+@app.command
+def sites(
+    model: str,
+    /,
+    *,
+    layout: Literal["per-layer", "uniform"] = "per-layer",
+    align: Annotated[int, Parameter(help="MLP widths are multiples of this; 0: chosen by size.")] = 0,
+    units: Annotated[tuple[Unit, ...], Parameter(help="Kinds of unit, see budget.units.", negative=())] = USUAL,
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, mps; times are of this one.")] = "auto",
+    measure: Annotated[
+        bool, Parameter(negative=(), help="Time this device for latency, where no table is kept yet.")
+    ] = False,
+    workload: Annotated[WorkloadFlags, Parameter(name="*")] = NO_WORKLOAD_FLAGS,
+    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """What can go: sites, units, legal shapes, and what budgets would mean in bytes and time; reads only the config.
+
+    Parameters
+    ----------
+    model
+        A folder, a hub name, a .gguf file, or 'demo'.
+    """
+    from prunetune.cli.output import of_sites
+
+    asked = read_options(WorkloadConfig, given(workload), where="sites")
+    print(
+        of_sites(
+            model, layout=layout, align=align, units=units, trust_remote_code=trust_remote_code,
+            workload=asked, device=device, measure=measure,
+        )
+    )  # fmt: skip
+
+
+@app.command
+def runs(
+    place: Path = Path("runs"),
+    /,
+    *,
+    model: Annotated[str, Parameter(help="Only runs whose model contains this.")] = "",
+    status: Annotated[str, Parameter(help="Only: done, running, interrupted, failed, 'gate failed' or gone.")] = "",
+    where: Annotated[tuple[str, ...], Parameter(negative=(), help="Only where 'accuracy >= 0.7' holds, say.")] = (),
+) -> None:
+    """List the runs of a folder, the newest first, from its runs.sqlite (of $PRUNETUNE_HOME, where that is set).
+
+    Parameters
+    ----------
+    place
+        The folder that holds the run folders.
+    """
+    from prunetune.runs.history import entries
+    from prunetune.runs.listing import filtered, table
+
+    print(table(filtered(entries(place), model=model, status=status, where=where)))
+
+
+@app.command(name="compare-runs")
+def compare_runs(first: Path, /, *others: Path) -> None:
+    """Set finished runs beside the first: options, scores, units kept in both, and items that flipped."""
+    from prunetune.runs.diff import compared
+
+    print(compared([first, *others]))
+
+
+@app.command
+def watch(run: Path, /) -> None:
+    """Look on while a run goes on, in a terminal; ends when it does."""
+    from prunetune.runs.watch import follow
+
+    follow(run)
+
+
+@app.command
+def report(run: Path, /) -> None:
+    """Write a run's report.html again."""
+    from prunetune.report import write_report
+
+    print(write_report(run))
+
+
+@app.command
+def export(
+    run: Path,
+    /,
+    *,
+    to: Annotated[
+        Literal["uniform", "per-layer", "gguf", "onnx"] | None, Parameter(help="Default: the layout it has.")
+    ] = None,
+    quantize: Annotated[
+        Literal["int8", "int4"] | None, Parameter(help="Weight-only; opens with torchao, or bitsandbytes (int4).")
+    ] = None,
+    out: Annotated[Path | None, Parameter(help="Where; default: exports/ of the run folder.")] = None,
+    dtype: Annotated[str, Parameter(help="f32, f16, bf16; gguf also q8_0, q4_k_m, ...; default: the format's.")] = "",
+    pad: Annotated[
+        bool, Parameter(negative=(), help="uniform: fill narrower layers up with zeros; costs what was saved.")
+    ] = False,
+    trust_remote_code: Annotated[bool, Parameter(negative=(), help="Run code of a model folder.")] = False,
+) -> None:
+    """Write a finished run's model in another format, open it again and compare.
+
+    Parameters
+    ----------
+    run
+        A run folder, or a model folder that prunetune wrote.
+    """
+    from prunetune.export.formats import export_run
+    from prunetune.export.result import ExportOptions
+
+    options = ExportOptions(dtype=dtype, pad=pad, quantize=quantize or "")
+    print(export_run(run, to or "", out=out, options=options, trust_remote_code=trust_remote_code))
+
+
+@app.command(name="eval")
+def evaluate(
+    model: str,
+    /,
+    *,
+    suite: Path,
+    out: Annotated[Path | None, Parameter(help="A JSON file for scores and items; check reads it too.")] = None,
+    target: Annotated[Target, Parameter(name="*")] = HERE,
+) -> None:
+    """The scores of a suite, of any model: each task with standard errors; what cannot be scored says why.
+
+    Parameters
+    ----------
+    model
+        A run, a model folder, a hub name, a .gguf file, or an OpenAI-compatible endpoint (http://host:port/v1).
+    suite
+        A YAML file of tasks; see suites/.
+    """
+    from prunetune.evaluation.suites import api, output
+    from prunetune.utils.files import write_text
+
+    api.writable(out, "--out")
+    with target.watched() as progress:
+        found = api.evaluate(
+            model, target.suite(suite), options=target.options(), allow=target.allowed(), progress=progress
+        )
+    if out is not None:
+        write_text(out, api.to_json(found, model, str(suite)))
+    print(output.of_evaluation(found))
+    unscored = [name for name, result in found.tasks.items() if result.error]
+    if unscored:
+        raise DataError(f"{len(unscored)} of {len(found.tasks)} tasks could not be scored: {', '.join(unscored)}")
+
+
+@app.command
+def check(
+    model: str,
+    /,
+    *,
+    suite: Path,
+    against: Annotated[str, Parameter(help="The reference, named as a model is; default: the run's dense model.")] = "",
+    junit: Annotated[Path | None, Parameter(help="A JUnit XML file for CI.")] = None,
+    json: Annotated[Path | None, Parameter(help="A JSON file with limits, scores and new failures.")] = None,
+    target: Annotated[Target, Parameter(name="*")] = HERE,
+) -> None:
+    """Regression gate: exit 1, with the items that went wrong, where a suite's limit is broken.
+
+    Parameters
+    ----------
+    model
+        What eval takes, or a JSON file that eval wrote.
+    suite
+        A YAML file of tasks with limits; see suites/.
+    """
+    from prunetune.evaluation.suites import api, output
+    from prunetune.evaluation.suites.junit import junit as to_junit
+    from prunetune.utils.files import write_text
+
+    api.writable(junit, "--junit")
+    api.writable(json, "--json")
+    with target.watched() as progress:
+        found = api.check(
+            model, target.suite(suite), against, options=target.options(), allow=target.allowed(), progress=progress
+        )
+    if junit is not None:
+        write_text(junit, to_junit(found, f"prunetune check {model}"))
+    if json is not None:
+        write_text(json, found.to_json())
+    print(output.of_check(found))
+    if found.broken:
+        raise GateFailed(f"{len(found.broken)} of {len(found.verdicts)} limits broken: {found.broken[0].says}")
+    if found.errors:
+        raise DataError(f"{len(found.errors)} tasks could not be judged: {', '.join(found.errors)}")
+
+
+@app.command
+def bench(
+    *models: str,
+    json: Annotated[Path | None, Parameter(help="A JSON file with settings, device, versions and figures.")] = None,
+    flags: Annotated[BenchFlags, Parameter(name="*")] = NO_BENCH_FLAGS,
+) -> None:
+    """Latency, throughput, memory and file size, models taking turns; ratios to the first, a run's dense model.
+
+    Parameters
+    ----------
+    models
+        Runs, model folders, hub names, or .gguf files (through llama.cpp).
+    """
+    from json import dumps
+
+    from prunetune.bench.api import measure_models
+    from prunetune.bench.table import of_bench
+    from prunetune.evaluation.suites.api import writable
+    from prunetune.utils.files import write_text
+
+    options = read_options(BenchOptions, given(flags), where="bench")
+    writable(json, "--json")
+    found = measure_models(models, options)
+    if json is not None:
+        write_text(json, dumps(found.to_dict(), indent=2) + "\n")
+    print(of_bench(found))
+
+
+def main() -> None:
+    """Entry point: exit 0 done, 1 a gate failed, 2 the user must correct something, 130 interrupted, 141 unread."""
+    own, others = (logging.ERROR, logging.ERROR) if launched()[0] else (logging.INFO, logging.WARNING)  # rank 0 speaks
+    logging.basicConfig(format="%(message)s", level=others, stream=sys.stderr)
+    logging.getLogger("prunetune").setLevel(own)
+    for noisy in ("httpx", "transformers", "peft", "accelerate", "absl"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    # The run's own lines say what these bars and notes would; read by transformers when it is imported.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    share_threads(os.environ)  # read by torch when it is imported
+    signal.signal(signal.SIGTERM, _interrupted)
+    sys.exit(end(_guarded))
+
+
+def _interrupted(*_: object) -> None:
+    """As Ctrl-C, also where that is ignored: in the background of a script."""
+    raise KeyboardInterrupt
+
+
+def _guarded() -> int:
+    if single := refusal(next(iter(sys.argv[1:]), "")):
+        return _say(single, 2)
+    try:
+        app(sys.argv[1:], exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+    except UnusedCliTokensError as wrong:
+        given = " ".join(wrong.unused_tokens or ())
+        return _say(f"{given}: belongs to no option; a switch takes its value by =, such as --deterministic=true", 2)
+    except CycloptsError as wrong:
+        return _say(" ".join(str(wrong).split()), 2)
+    except PrunetuneError as wrong:
+        return _say(str(wrong), wrong.exit_code)
+    except KeyboardInterrupt:
+        resumable = sys.argv[1:2] in (["run"], ["demo"], ["compare"]) and "--dry-run" not in sys.argv
+        what = "told to stop, as when another rank ends" if launched()[1] > 1 else "interrupted"
+        return _say(f"{what}; go on with --resume" if resumable else what, 130)
+    except BrokenPipeError:
+        if not _is_unread():
+            raise
+        return UNREAD
+    except Exception as error:
+        translated = lost(error) or _translated(error)
+        if device_fault(error):  # of the driver, the card or a kernel: where it was matters, too
+            traceback.print_exception(error)
+        if translated is None:
+            raise
+        return _say(translated, 2)
+    return 0
+
+
+def _is_unread() -> bool:
+    """Whether nobody reads what is printed any more, as behind `| head`; what is left of it then goes nowhere."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), select.POLLOUT)
+    unread = any(event & select.POLLERR for _, event in output.poll(0))
+    if unread:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return unread
+
+
+def _translated(error: Exception) -> str | None:
+    """A resource that ran out, in one line; None for a bug, which keeps its traceback."""
+    from prunetune.utils.files import is_disk_full, is_forbidden
+
+    if is_disk_full(error):
+        place = getattr(error, "filename", None) or "run folder"
+        return f"the disk is full ({place}): free some room, then go on with --resume"
+    if is_forbidden(error):
+        place = getattr(error, "filename", None) or "run folder"
+        return f"no permission to read or write {place}: change its permissions, or name another folder with --out"
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+        or "CUDA error: out of memory" in str(error)
+    ):
+        return (
+            "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then go on with --resume; "
+            "in eval and check lower --max-tokens"
+        )
+    if said := device_fault(error):
+        return (
+            f"the GPU gave up ({said}): go on with --resume; if it comes again, let no other process use this GPU, or "
+            "see the kernel's log (dmesg) for Xid"
+        )
+    return None
+
+
+def _say(line: str, code: int) -> int:
+    print(f"prunetune: {who()}{line}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Cells of a comparison: one method at one budget, seed and learning rate, each a file of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prunetune.compare.methods import Method, changed
+from prunetune.config.recipe import RunConfig
+from prunetune.errors import RunFolderError
+from prunetune.utils.files import write_text
+
+Result = dict[str, Any]  # a cell's file
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One model to make and to score."""
+
+    method: Method
+    keep: float  # 1 where nothing is removed
+    seed: int
+    rate: float
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return f"{self.method.name}-keep{self.keep:g}-seed{self.seed}-lr{self.rate:g}"
+
+    def config(self, recipe: RunConfig) -> RunConfig:
+        """The recipe as this cell follows it; another learning rate takes that of the cut model's weights along."""
+        config = changed(recipe, self.method.changes)
+        factor = self.rate / config.train.learning_rate
+        rates = {"learning_rate": self.rate, "weights_rate": config.train.weights_rate * factor}
+        return changed(config, {"seed": self.seed, "budget": {"keep": self.keep}, "train": rates})
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which budgets, seeds and learning rates there are."""
+
+    keeps: tuple[float, ...]
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]
+
+    def trials(self, method: Method) -> list[Cell]:
+        """The learning rates to choose from, at the first seed and the first budget."""
+        return [self._cell(method, self.keeps[0], self.seeds[0], rate) for rate in self._rates(method)]
+
+    def cells(self, method: Method, rate: float) -> list[Cell]:
+        """All budgets and seeds at one learning rate."""
+        if method.kind == "untuned":
+            return [self._cell(method, 1.0, self.seeds[0], rate)]
+        keeps = (1.0,) if method.is_dense else self.keeps
+        return [self._cell(method, keep, seed, rate) for seed in self.seeds for keep in keeps]
+
+    def _rates(self, method: Method) -> tuple[float, ...]:
+        if method.own_rate is not None:
+            return (float(method.own_rate),)
+        return self.rates[:1] if method.kind == "untuned" else self.rates
+
+    def _cell(self, method: Method, keep: float, seed: int, rate: float) -> Cell:
+        return Cell(method, 1.0 if method.is_dense else keep, seed, rate)
+
+
+def grid_of(config: RunConfig) -> Grid:
+    """The recipe's grid; what it does not name is one value."""
+    compare = config.compare
+    return Grid(
+        _once(compare.keeps) or (config.budget.keep,),
+        _once(compare.seeds) or (config.seed,),
+        _once(compare.learning_rates) or (config.train.learning_rate,),
+    )
+
+
+def _once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(dict.fromkeys(values))
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """The files of cells in a comparison's folder."""
+
+    folder: Path
+
+    def put(self, cell: Cell, result: Result) -> None:
+        """Write a cell's file whole."""
+        write_text(self._file(cell), json.dumps(result, allow_nan=False) + "\n")
+
+    def get(self, cell: Cell) -> Result | None:
+        """A cell's file, if there is one; raises `RunFolderError` where it is of another method."""
+        file = self._file(cell)
+        if not file.exists():
+            return None
+        try:
+            result: Result = json.loads(file.read_text(encoding="utf-8"))
+            same = result["changes"] == about(cell)["changes"]
+        except (ValueError, KeyError, TypeError) as broken:
+            raise RunFolderError(f"{file} cannot be read ({broken!r}): remove it, then go on with --resume") from broken
+        if not same:
+            raise RunFolderError(
+                f"{file} was made by another variant of the same name: rename the variant, or name another --out"
+            )
+        return result
+
+    def done(self, cell: Cell, *, choose: bool) -> bool:
+        """Whether a cell has been made, scored on valid too where it is one to choose from; a failed one is not."""
+        result = self.get(cell)
+        return result is not None and "error" not in result and ("valid_nll" in result or not choose)
+
+    def all(self, cells: Iterable[Cell]) -> list[Result]:
+        """The files that are there."""
+        return [result for cell in cells if (result := self.get(cell)) is not None]
+
+    def _file(self, cell: Cell) -> Path:
+        return self.folder / "cells" / f"{cell.name}.json"
+
+
+def about(cell: Cell) -> Result:
+    """What a cell's file begins with."""
+    method = cell.method
+    special = {method.kind: method.baseline or True} if method.kind != "one-stage" else {}
+    return {
+        "cell": cell.name,
+        "method": method.name,
+        "keep": cell.keep,
+        "seed": cell.seed,
+        "learning_rate": cell.rate,
+        "changes": json.loads(json.dumps({**special, **method.changes})),
+    }
+
+
+def best_rate(trials: Sequence[Result]) -> float | None:
+    """The learning rate of the lowest NLL on valid, the first of equals; None where no trial has one."""
+    known = [trial for trial in trials if _valid(trial) is not None]
+    return float(min(known, key=lambda trial: trial["valid_nll"])["learning_rate"]) if known else None
+
+
+def _valid(trial: Mapping[str, Any]) -> float | None:
+    value = trial.get("valid_nll")
+    return float(value) if isinstance(value, int | float) else None

@@ -1,0 +1,180 @@
+"""Dataclasses of options: type, default, help and bounds stand on one field; values are read and checked by them."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import field
+from typing import Any, Literal
+
+from prunetune.config.limits import gate_text
+from prunetune.errors import ConfigError
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    each: str = "source",
+    number: bool = False,
+    written: type[Any] | None = None,
+    short: str | None = None,
+) -> Any:
+    """A field with its help text and bounds: `low` and `high` are allowed themselves, `above` is not.
+
+    Bounds of a tuple are those of its entries; `each` is what one entry of a tuple of texts is called; `number` lets
+    a text be written as a number; `written` is the type of the flag, where it is read as more than the field's own;
+    `short` is a second name of the flag.
+    """
+    bounds = {"low": low, "high": high, "above": above}
+    flag = {"written": written, "short": short}
+    return field(default=default, metadata={"help": help, "each": each, "number": number, **flag, **bounds})
+
+
+Options = typing.TypeVar("Options")
+
+
+def read_options(cls: type[Options], values: Any, *, where: str) -> Options:
+    """Any dataclass of options out of a mapping, by the same checks; raises `ConfigError` that begins with `where`."""
+    found = _section(cls, values, prefix="", where=where, root=cls)
+    assert isinstance(found, cls)
+    return found
+
+
+def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type[Any]) -> Any:
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where}: {prefix.rstrip('.')} is a section with keys of its own, got {values!r}")
+    kinds = typing.get_type_hints(cls)
+    for key in values:
+        if key not in kinds:
+            raise ConfigError(f"{where}: unknown key {prefix}{key}{_did_you_mean(prefix, str(key), root)}")
+    return cls(
+        **{
+            item.name: _section(
+                kinds[item.name], values[item.name], prefix=f"{prefix}{item.name}.", where=where, root=root
+            )
+            if dataclasses.is_dataclass(kinds[item.name])
+            else _value(item, kinds[item.name], values[item.name], f"{where}: {prefix}{item.name}")
+            for item in dataclasses.fields(cls)
+            if item.name in values
+        }
+    )
+
+
+def _did_you_mean(prefix: str, key: str, root: type[Any]) -> str:
+    known = list(paths(root))
+    close = [path for path in known if path.rpartition(".")[2] == key]
+    close = close or difflib.get_close_matches(prefix + key, known, n=1, cutoff=0.6)
+    if close and close[0] == key:
+        return f"; write {key.rpartition('.')[2]} under {key.rpartition('.')[0]}:"
+    if close:
+        return f"; did you mean {close[0]}?"
+    beside = dict.fromkeys(path.removeprefix(prefix).split(".")[0] for path in known if path.startswith(prefix))
+    return f"; known are {', '.join(prefix + name for name in beside)}"
+
+
+def paths(cls: type[Any], prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
+    """Every option's dotted path with its field."""
+    kinds = typing.get_type_hints(cls)
+    found: dict[str, dataclasses.Field[Any]] = {}
+    for item in dataclasses.fields(cls):
+        if dataclasses.is_dataclass(kinds[item.name]):
+            found |= paths(typing.cast(Any, kinds[item.name]), f"{prefix}{item.name}.")
+        else:
+            found[prefix + item.name] = item
+    return found
+
+
+def _value(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> Any:
+    if typing.get_origin(kind) is Literal:
+        return _choice(typing.get_args(kind), value, name)
+    if typing.get_origin(kind) is tuple:
+        return _entries(item, typing.get_args(kind)[0], value, name)
+    if item.metadata.get("number") and isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if kind is float:
+        value = number(value, name)
+    elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{name} must be {_named(kind)}, got {value!r}")
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        _bounded(item.metadata, value, name)
+    return value
+
+
+def _named(kind: type[Any] | types.UnionType) -> str:
+    return {int: "a whole number", str: "text", bool: "true or false"}.get(typing.cast(Any, kind), str(kind))
+
+
+def _choice(allowed: Sequence[str], value: Any, name: str) -> str:
+    if value is False and "off" in allowed:
+        return "off"  # how YAML reads a bare off
+    if value in allowed:
+        return str(value)
+    close = difflib.get_close_matches(str(value), allowed, n=1)
+    raise ConfigError(
+        f"{name} must be one of {', '.join(allowed)}, got {value!r}{f'; did you mean {close[0]}?' if close else ''}"
+    )
+
+
+def number(value: Any, name: str) -> float:
+    """A finite number, also one that stands as text; raises `ConfigError` that begins with `name`."""
+    # YAML reads 1e-3 as text: a number is what Python reads as one.
+    try:
+        found = float(value) if not isinstance(value, bool) else math.nan
+    except (TypeError, ValueError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise ConfigError(f"{name} must be a finite number, got {value!r}")
+    return found
+
+
+def _bounded(bounds: Mapping[str, Any], value: float, name: str) -> None:
+    low, high, above = bounds["low"], bounds["high"], bounds["above"]
+    if (
+        (low is not None and value < low)
+        or (high is not None and value > high)
+        or (above is not None and value <= above)
+    ):
+        left = f"[{low:g}" if low is not None else f"({above:g}" if above is not None else "(-inf"
+        right = f"{high:g}]" if high is not None else "inf)"
+        raise ConfigError(f"{name} must lie in {left}, {right}, got {value:g}")
+
+
+def _entries(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> tuple[Any, ...]:
+    """A list, or its only entry: of sources, or of what `kind` says."""
+    words = kind is str or typing.get_origin(kind) is Literal
+    each = item.metadata["each"] if words else "number"
+    single = isinstance(value, str | Mapping if words else int | float | str)
+    entries = [value] if single else value
+    if not isinstance(entries, Sequence):
+        raise ConfigError(f"{name} must be a {each} or a list of {each}s, got {value!r}")
+    if each == "source":
+        return tuple(_source(entry, name) for entry in entries)
+    if each == "gate":
+        return tuple(gate_text(entry) for entry in entries)
+    return tuple(_value(item, kind, entry, name) for entry in entries)
+
+
+def _source(entry: Any, name: str) -> str:
+    if isinstance(entry, str):
+        return entry
+    if isinstance(entry, Mapping) and set(entry) <= {"source", "weight"} and isinstance(entry.get("source"), str):
+        weight = number(entry.get("weight", 1), f"{name}: weight")
+        return entry["source"] if weight == 1 else f"{entry['source']}*{weight:g}"
+    raise ConfigError(f"{name}: a source is text, or {{source: ..., weight: ...}}, got {entry!r}")
+
+
+def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+    """`top` over `base`, section by section."""
+    result = dict(base)
+    for key, value in top.items():
+        below = result.get(key)
+        result[key] = merged(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return result

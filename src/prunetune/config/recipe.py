@@ -1,0 +1,386 @@
+"""Every option of a run, once: on one field, which becomes YAML key, flag and check."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from prunetune.config.fields import merged, number, option, read_options
+from prunetune.config.quantities import Amount
+from prunetune.config.training import DistillConfig, LoraSettings, SearchConfig, TrainConfig
+from prunetune.config.yaml_file import read_yaml
+from prunetune.errors import ConfigError
+
+__all__ = [
+    "BUDGETS", "TRACKERS", "BudgetConfig", "CompareConfig", "DataConfig", "DistillConfig", "EvaluateConfig",
+    "GainConfig", "LoraSettings", "RunConfig", "SearchConfig", "TrainConfig", "Unit", "ValidateConfig",
+    "WorkloadConfig", "from_mapping", "kept_recipe", "load_recipe", "to_mapping",
+]  # fmt: skip
+
+BUDGETS = ("flops", "memory", "file", "latency", "throughput")  # beside keep
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
+
+
+class Untold(float):
+    """A default that is told from the same number where that was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where examples come from and how they are split. A source is a file, a glob, a hub name, or `demo`."""
+
+    train: tuple[str, ...] = option((), "Sources to tune on; 'a.jsonl*2' weighs one double.")
+    search: tuple[str, ...] = option((), "Sources for the pruning decision; split off train where not given.")
+    valid: tuple[str, ...] = option((), "Sources watched during the run; split off train where not given.")
+    test: tuple[str, ...] = option((), "Sources for the reported scores; split off train where not given.")
+    texts: tuple[str, ...] = option(
+        (), "Sources mixed into train and search on which only a teacher counts, so that what they stand for is kept."
+    )
+    texts_share: float = option(0.3, "Share of a batch's examples that are of data.texts.", above=0, high=0.9)
+    guard: tuple[str, ...] = option(
+        (), "Sources of general knowledge watched during the run, never tuned on: texts, or rows with choices."
+    )
+    root: str = option("", "Folder that relative sources start from; default: the working folder.")
+    search_share: float = option(0.1, "Share of train that goes to search where none is given.", above=0, high=0.5)
+    valid_share: float = option(0.05, "Share of train that goes to valid where none is given.", above=0, high=0.5)
+    test_share: float = option(0.1, "Share of train that goes to test where none is given.", above=0, high=0.5)
+    group: str = option(
+        "", "Row field that must not straddle splits (patient, category, document); only texts and guard may lack it."
+    )
+    template: Literal["auto", "chat", "raw"] = option(
+        "auto", "chat: the tokenizer's template; raw: prompt then completion; auto: chat for rows with messages."
+    )
+    max_length: int = option(0, "Longest example in tokens; 0: the model's context.", low=0)
+    too_long: Literal["error", "truncate", "drop"] = option(
+        "error", "What happens to longer examples; truncate cuts the prompt from its beginning."
+    )
+    overlap: Literal["error", "drop"] = option(
+        "error", "What happens to rows that stand in two splits; drop keeps them in the one nearer to test."
+    )
+
+
+Unit = Literal[
+    "kv-groups",
+    "query-heads",
+    "mlp-channels",
+    "experts",
+    "expert-channels",
+    "attention-blocks",
+    "mlp-blocks",
+    "layers",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BudgetConfig:
+    """What may remain."""
+
+    keep: float = option(
+        Untold(0.6),
+        "Share of the prunable (attention and MLP) parameters that may remain, 1 where only another budget is given; "
+        "several, 0.8,0.6,0.4, give several models from one run (the largest is then budget.keep, the others are "
+        "budget.sizes).",
+        above=0,
+        high=1,
+        written=str,
+        short="--keep",
+    )
+    sizes: tuple[float, ...] = option(
+        (), "Smaller budgets of the same run, each inside the one before; budget.keep may name all.", above=0, high=1
+    )
+    flops: str = option("", "Most FLOPs of one request of the workload: 0.6 or 60% (of dense), or 1.2T.", number=True)
+    memory: str = option("", "Most memory of weights and KV cache under the workload: 0.6 or 1.5GB.", number=True)
+    file: str = option("", "Largest file of the weights, as workload.weights stores them: 0.6 or 800MB.", number=True)
+    latency: str = option(
+        "", "Longest time of the workload's phase on this device, by a measured table: 0.8 or 25ms.", number=True
+    )
+    throughput: str = option("", "Fewest tokens a second that all requests write together: 1.3x or 300/s.", number=True)
+    table: str = option("", "File with the latency table of this device; default: the cache, measured where missing.")
+    align: int = option(
+        0, "MLP widths are multiples of this; 0: 128, or 32 where the MLP is narrower than 4,096.", low=0
+    )
+    min_groups: int = option(
+        0, "Fewest KV groups a layer keeps; a layer with none skips attention (per-layer layout).", low=0
+    )
+    tensor_parallel: int = option(
+        1, "Devices that will share each layer: KV groups, heads and MLP widths are multiples of it.", low=1
+    )
+    units: tuple[Unit, ...] = option(
+        ("kv-groups", "mlp-channels"),
+        "Kinds of unit that may go; `prunetune sites` says which ones a model has.",
+        each="name",
+    )
+    min_queries: int = option(1, "Fewest query heads a KV group keeps, where units has query-heads.", low=1)
+    min_experts: int = option(
+        0, "Fewest experts a layer keeps, where units has experts; never fewer than a token goes to.", low=0
+    )
+    min_share: float = option(
+        0.0,
+        "Share of its units that every place keeps at least: of a layer's KV groups, channels, experts.",
+        low=0,
+        high=1,
+    )
+    protect: str = option("", "Layers that keep everything, counted from 0: 0-1,29. With uniform: that stay.")
+
+    def __post_init__(self) -> None:
+        if not self.units:
+            raise ConfigError("budget.units names no kind of unit, and nothing could go: leave it out, or name some")
+        if isinstance(self.keep, Untold):
+            object.__setattr__(self, "keep", 1.0 if self.amounts() else float(self.keep))
+        if self.sizes and self.amounts():
+            raise ConfigError(
+                "budget.sizes are shares of parameters, and budget names another amount: leave one of the two out"
+            )
+        if any(larger <= smaller for larger, smaller in itertools.pairwise(self.keeps)):
+            raise ConfigError(
+                f"budget.sizes {list(self.sizes)} have to fall from budget.keep {self.keep:g} on, each below the one "
+                "before: list them so, or leave out what stands twice"
+            )
+
+    def amounts(self) -> dict[str, Amount]:
+        """The budgets that are given beside `keep`; raises `ConfigError`."""
+        given = {kind: getattr(self, kind) for kind in BUDGETS}
+        return {kind: Amount.parse(text, kind) for kind, text in given.items() if text}
+
+    @property
+    def keeps(self) -> tuple[float, ...]:
+        """All budgets of parameters, the largest first."""
+        return (self.keep, *self.sizes)
+
+    def protected(self) -> frozenset[int]:
+        """The layers of `protect`; raises `ConfigError`."""
+        layers: set[int] = set()
+        for span in filter(None, (part.strip() for part in self.protect.split(","))):
+            first, dash, last = span.partition("-")
+            last = last if dash else first
+            if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
+                raise ConfigError(f"budget.protect: {span!r} is no layer and no span of layers: write 0-1,29")
+            layers |= set(range(int(first), int(last) + 1))
+        return frozenset(layers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkloadConfig:
+    """What the model will be asked in use; budgets other than keep go by it."""
+
+    prompt: int = option(512, "Tokens of a prompt.", low=1)
+    generate: int = option(128, "Tokens written for a prompt; the first comes from the prefill.", low=2)
+    batch: int = option(1, "Requests at a time.", low=1)
+    context: int = option(0, "Tokens of a request that the KV cache holds; 0: prompt + generate.", low=0)
+    dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "Of weights and KV cache.")
+    weights: Literal["plain", "int8", "int4", "q8_0"] = option(
+        "plain", "How weights are held: as dtype, by --quantize int8 or int4 of export, or as a .gguf file in q8_0."
+    )
+    phase: Literal["mix", "prefill", "decode"] = option(
+        "mix", "What budget.latency times: the whole request, the time to its first token, or a step after it."
+    )
+    runtime: Literal["eager", "recorded"] = option(
+        "eager", "How transformers runs a step: as it is, or replayed from a CUDA graph over a static cache."
+    )
+
+    @property
+    def cached(self) -> int:
+        """Tokens of a request in the cache at its end."""
+        return self.context or self.prompt + self.generate
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """What is scored every train.validate_every steps: the sub-network decided then, as if it were cut."""
+
+    limit: int = option(64, "Most items of valid and of data.guard each that a validation scores.", low=1)
+    accuracy: bool = option(False, "Also score rows of valid that have choices by accuracy; a gate on it implies this.")
+    share: float = option(
+        1.0, "Largest share of the tuning time that validations may take; some are skipped then. 1: none.",
+        above=0, high=1,
+    )  # fmt: skip
+    back_off: float = option(0.05, "What a gate's back-off adds to the budget, each time.", above=0, high=1)
+    back_to: Literal["last", "best"] = option(
+        "last", "Where roll-back goes: the last validation within all gates, or of the smallest such the best on valid."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """The scores at the end of a run."""
+
+    limit: int = option(200, "Most test items a task; 0: all.", low=0)
+    generate_limit: int = option(
+        50, "Most test items a task whose answer is generated (ROUGE-L, exact match, samples); 0: none.", low=0
+    )
+    max_new_tokens: int = option(128, "Longest generated answer in tokens.", low=1)
+    max_tokens: int = option(16384, "Most tokens that one scoring pass holds.", low=1)
+    dense_tuned: bool = option(
+        True, "Also tune the dense model (same data and steps, lora.dense_rank) for comparison; kept in the run folder."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GainConfig:
+    """What a run has to gain, measured beside the dense model in turns; one that gains less fails: exit code 1."""
+
+    smaller: float = option(
+        0.0, "Share of all parameters that has to be gone, embeddings counted; 0: not asked.", low=0, high=1
+    )
+    faster: float = option(
+        0.0, "Times the dense model's speed that the pruned one has to reach at least; 0: not asked.", low=0
+    )
+    speed: Literal["throughput", "prefill", "decode"] = option(
+        "throughput", "What is meant by speed: tokens a second over prompt and answer, or one of the two."
+    )
+    prompt: int = option(512, "Tokens of the prompt; fewer where the model's context is shorter.", low=1)
+    generate: int = option(64, "Tokens written.", low=2)
+    batch: int = option(1, "Prompts at once.", low=1)
+    runs: int = option(7, "Measured rounds, after one to warm up.", low=1)
+
+    @property
+    def is_asked(self) -> bool:
+        """Whether a run can fail by it."""
+        return bool(self.smaller or self.faster)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """What `prunetune compare` holds side by side: same data, steps and budget for all."""
+
+    methods: tuple[str, ...] = option(
+        (
+            "dense", "random", "magnitude", "wanda-sp", "flap", "taylor", "fisher", "block-influence", "one-stage",
+        ),
+        "dense: tuned, not pruned; untuned: as it came; one-stage: the recipe; a baseline: its plan, then LoRA; or a "
+        "name of compare.variants (all of them where none is named).",
+        each="name",
+    )  # fmt: skip
+    keeps: tuple[float, ...] = option((), "Budgets; none: budget.keep alone.", above=0, high=1)
+    seeds: tuple[int, ...] = option((0,), "Seeds of tuning and search; splits stay those of the recipe's seed.", low=0)
+    learning_rates: tuple[float, ...] = option(
+        (),
+        "Learning rates; none: train.learning_rate alone. Of several, each method gets its own, chosen on valid; "
+        "train.weights_rate is changed by the same factor.",
+        above=0,
+    )
+    split: Literal["test", "valid"] = option("test", "The split that is scored.")
+    variants: str = option("", "A YAML file of further methods: name -> changes of the recipe.")
+    jobs: int = option(1, "Cells that run at once, each on a CUDA stream of its own; 1 on other devices.", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """All of a run: model and data in, smaller model and report out."""
+
+    model: str = option("demo", "A folder, a hub name, a .gguf file, or 'demo' (SmolLM2-135M-Instruct from a package).")
+    out: str = option("runs/latest", "The run folder to make.")
+    seed: int = option(0, "Seed of everything random.", low=0)
+    deterministic: bool = option(
+        False,
+        "Kernels that always add in the same order: same seed, same machine, same bits on a GPU, too; slower.",
+    )
+    layout: Literal["per-layer", "uniform"] = option(
+        "per-layer", "per-layer: widths differ by layer; uniform: one width, a stock architecture."
+    )
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto",
+        "Arithmetic of the frozen weights; adapters stay float32. In float16 small gradients of large batches "
+        "vanish: losses are not scaled.",
+    )
+    trust_remote_code: bool = option(False, "Run code that comes with the model.")
+    gates: tuple[str, ...] = option(
+        (), "Limits at every validation and what a crossing does (stop, back-off, roll-back), such as "
+        "'guard.nll <= 1.2x -> roll-back'; x: times the dense model's.",
+        each="gate",
+    )  # fmt: skip
+    track: tuple[str, ...] = option(
+        (), "Trackers that hear of every step: tensorboard, wandb, mlflow, trackio; each is a package.", each="tracker"
+    )
+    data: DataConfig = field(default_factory=DataConfig)
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    gain: GainConfig = field(default_factory=GainConfig)
+    compare: CompareConfig = field(default_factory=CompareConfig)
+
+    def __post_init__(self) -> None:
+        if self.data.texts and self.distill.teacher == "none":
+            raise ConfigError(
+                "data.texts needs a teacher to stay close to: "
+                "set distill.teacher to base or dense, or leave data.texts out"
+            )
+        guards = [gate for gate in self.gates if gate.startswith("guard.")]
+        if guards and not self.data.guard:
+            raise ConfigError(f"gates: {guards[0]!r} needs something to watch: name texts or rows in data.guard")
+        odd = [name for name in self.track if name not in TRACKERS]
+        if odd:
+            raise ConfigError(f"track: unknown tracker {odd[0]!r}; known are {', '.join(TRACKERS)}")
+        if self.search.share + self.search.settle > 1:
+            raise ConfigError(
+                f"search.share + search.settle is {self.search.share + self.search.settle:g}: "
+                "together they may be 1 at most; lower one of them"
+            )
+        if self.budget.sizes:
+            self._refuse_sizes()
+
+    def _refuse_sizes(self) -> None:
+        """What does not go with several sizes."""
+        count, shares = len(self.budget.sizes), self.train.size_share
+        if not 0 < len(shares) <= count:
+            raise ConfigError(
+                f"train.size_share has {len(shares)} numbers for {count} further sizes: give 1 to {count}"
+            )
+        moving = [gate for gate in self.gates if not gate.endswith("-> stop")]
+        if moving:
+            raise ConfigError(
+                f"gates: {moving[0]!r} would move the budget, and several sizes (budget.sizes) fix it: "
+                "let it stop, or name one size"
+            )
+
+
+def to_mapping(config: RunConfig) -> dict[str, Any]:
+    """The config as plain, YAML-ready values; `from_mapping` reads it back."""
+    plain: dict[str, Any] = dataclasses.asdict(
+        config,
+        dict_factory=lambda pairs: {key: list(value) if isinstance(value, tuple) else value for key, value in pairs},
+    )
+    return plain
+
+
+def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """A YAML recipe with `overrides` (nested, as the recipe) on top; raises `ConfigError`."""
+    values = read_yaml(path, "the recipe", "name a YAML file, see recipes/") or {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: a recipe maps keys to values, this is a {type(values).__name__}; see recipes/")
+    return from_mapping(merged(values, overrides or {}), where=str(path))
+
+
+def kept_recipe(file: Path) -> RunConfig:
+    """The recipe that a run folder keeps; raises `ConfigError`."""
+    return from_mapping(read_yaml(file, "this run's recipe", "put it back, or name another run") or {}, where=str(file))
+
+
+def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> RunConfig:
+    """Check keys, types and bounds, and build the config; raises `ConfigError` with the offending key's path."""
+    return read_options(RunConfig, _with_sizes(values, where), where=where)
+
+
+def _with_sizes(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """Several budgets under `budget.keep`, as a list or by commas: the largest stays there, the others are `sizes`."""
+    budget = values.get("budget") if isinstance(values, Mapping) else None
+    keep = budget.get("keep") if isinstance(budget, Mapping) else None
+    listed = [part.strip() for part in keep.split(",")] if isinstance(keep, str) else keep
+    if not isinstance(budget, Mapping) or not isinstance(listed, list):
+        return values
+    if not listed:
+        raise ConfigError(f"{where}: budget.keep is an empty list: name one share or several, such as 0.8,0.6")
+    name = f"{where}: {'each ' if len(listed) > 1 else ''}budget.keep"
+    keeps = sorted((number(entry, name) for entry in listed), reverse=True)
+    # One flag over a recipe with several is one size; several say all there is to say.
+    return {**values, "budget": {**budget, "keep": keeps[0], "sizes": keeps[1:]}}

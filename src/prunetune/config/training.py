@@ -1,0 +1,142 @@
+"""The options of tuning and search; `config` holds all others, and a run's as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from prunetune.config.fields import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The tuning of the weights; names as in transformers' TrainingArguments where the meaning is equal."""
+
+    steps: int = option(700, "Tuning steps in all, the search included.", low=1)
+    batch_size: int = option(16, "Examples a step.", low=1)
+    micro_tokens: int = option(
+        16384, "Most tokens, padding included, that one forward pass holds; larger batches are split.", low=1
+    )
+    packing: Literal["auto", "off"] = option(
+        "auto", "Examples end to end, passes recorded as CUDA graphs, where GPU and model can; off pads and runs as is."
+    )
+    compile: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Norms, rotary embeddings and losses of recorded passes compiled to single kernels: half a minute more, a "
+        "third less a step; auto: in runs of 1,000 steps or more.",
+    )
+    checkpointing: Literal["auto", "on", "off"] = option(
+        "auto",
+        "Layers keep their inputs alone and are computed again for the backward pass: a third slower, far less memory; "
+        "auto: with lora.quantize, and where a single example runs out of GPU memory.",
+    )
+    size_share: tuple[float, ...] = option(
+        (0.18,),
+        "Of several sizes (budget.sizes): share of the steps, added to them, for which each size after the first is "
+        "tuned; the last number holds for all that follow.",
+        above=0,
+        high=1,
+    )
+    learning_rate: float = option(1e-3, "Peak learning rate of the adapters.", above=0)
+    optimizer: Literal["adamw", "muon"] = option("adamw", "What moves the adapters; Muon wants twice AdamW's rate.")
+    weights: Literal["auto", "all", "adapters"] = option(
+        "auto",
+        "What is tuned once the model is cut: all weights of its linears (Muon, 12 bytes a weight), or the adapters; "
+        "auto: all of a model with fewer than 1e9 prunable parameters.",
+    )
+    weights_rate: float = option(1e-3, "Peak learning rate where all weights are tuned.", above=0)
+    warmup: float = option(0.03, "Share of the steps with a rising learning rate.", low=0, high=1)
+    decay: Literal["cosine", "linear", "constant"] = option("cosine", "What the learning rate does after its warm-up.")
+    decay_to: float = option(0.1, "What a decay leaves of the learning rate, as a share of its peak.", low=0, high=1)
+    weight_decay: float = option(0.0, "Decoupled weight decay of the adapters by AdamW; Muon's is none.", low=0)
+    clip: float = option(1.0, "Largest gradient norm.", above=0)
+    max_skipped: int = option(
+        5, "Batches without a finite loss and gradient that are left out, each halving the learning rates.", low=0
+    )
+    checkpoint_every: int = option(100, "Steps between checkpoints; also written where a phase ends.", low=1)
+    validate_every: int = option(100, "Steps between validations of the decided sub-network.", low=1)
+    log_every: int = option(10, "Steps between lines of a plain log.", low=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """The adapters, on all linears of attention and MLP."""
+
+    rank: int = option(128, "Rank of the adapters; what was cut away wants more of it than plain tuning does.", low=1)
+    dense_rank: int = option(
+        32,
+        "The same where nothing has to be relearnt: for the dense model, tuned for comparison or as a teacher.",
+        low=1,
+    )
+    dense_learning_rate: float = option(5e-4, "Peak learning rate of the dense model's adapters.", above=0)
+    alpha: float = option(0.0, "Scale alpha / rank; 0: twice the rank.", low=0)
+    dropout: float = option(0.0, "Dropout on the adapters' input.", low=0, high=0.9)
+    quantize: Literal["off", "nf4"] = option(
+        "off", "How the linears under the adapters are held: as they are, or in 4 bits (QLoRA; needs bitsandbytes)."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """A teacher that tuning and search stay close to, token by token."""
+
+    teacher: Literal["auto", "none", "base", "dense"] = option(
+        "auto",
+        "base: the model as it came, heard where no label stands; dense: the same, tuned with the same data and steps "
+        "beforehand. auto: dense for models of fewer than 1e9 prunable parameters, else base, which costs neither time "
+        "to tune nor memory.",
+    )
+    logits: float = option(20.0, "Weight of KL(teacher || student) of the next token, mean over tokens.", low=0)
+    hidden: float = option(10.0, "Weight of the layers' relative squared error, mean over layers and tokens.", low=0)
+    share: float = option(
+        0.0,
+        "Share of a batch's examples that the teacher sees, those without a label first. 0: all of them for models of "
+        "fewer than 1e9 prunable parameters, else half, so that a step after the cut costs less than one of the dense "
+        "model.",
+        low=0,
+        high=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """The pruning-decision generator (ATP, section 3.2)."""
+
+    step: Literal["auto", "alternate", "joint"] = option(
+        "auto",
+        "alternate: the generator learns on batches of its own; joint: from the adapters' pass, one backward. "
+        "auto: alternate, but joint with lora_aware false from 1e9 prunable parameters on.",
+    )
+    generator: Literal["transformer", "gru", "none"] = option(
+        "transformer", "The network over the layer sequence; none: one free logit a unit."
+    )
+    gates: Literal["projected", "sampled"] = option(
+        "projected",
+        "projected: decisions meet the (annealed) budget; sampled: Gumbel draws and a budget loss, as in the paper.",
+    )
+    evidence: int = option(
+        16, "Batches whose gate gradients give the starting logits; 0: start from nothing, as in the paper.", low=0
+    )
+    hard: bool = option(True, "Gates are rounded where the generator learns (straight-through), or soft values.")
+    lora_aware: bool = option(
+        True, "Adapters learn with y = gate * (W x) + B A x; false: under gates on both branches, as after the cut."
+    )
+    share: float = option(0.1, "Share of the steps in which decisions are searched.", above=0, high=1)
+    anneal: float = option(
+        0.6, "Share of the search over which the budget falls from dense to its target (projected).", low=0, high=1
+    )
+    settle: float = option(
+        0.05, "Share of the steps in which the frozen decision empties the adapters of removed units.", low=0, high=1
+    )
+    learning_rate: float = option(1e-3, "Learning rate of the generator (AdamW).", above=0)
+    batch_size: int = option(16, "Examples a search step.", low=1)
+    ratio_weight: float = option(5.0, "Weight of |log(kept / target)| in the generator's loss (sampled).", low=0)
+    temperature: float = option(0.4, "Temperature of the gates' sigmoid.", above=0)
+    offset: float = option(3.0, "Added to every logit, so that training starts dense (sampled).")
+    sparsity: Literal["lasso", "proximal", "off"] = option(
+        "lasso",
+        "Of removed units' adapters: a group lasso in the loss, group soft-thresholding after each step, or nothing.",
+    )
+    lasso: float = option(
+        0.1, "Weight of the group lasso; soft-thresholding takes learning rate * weight off each norm.", low=0
+    )

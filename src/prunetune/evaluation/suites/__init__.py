@@ -1,0 +1,30 @@
+"""Suites: tasks with data, prompts, scorers and limits in one file, on any model that can be asked."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prunetune.evaluation.suites.local import LocalModel
+    from prunetune.evaluation.suites.run import evaluate_suite, read_questions
+    from prunetune.evaluation.suites.suite import Suite, Task, load_suite, suite_of
+
+__all__ = ["LocalModel", "Suite", "Task", "evaluate_suite", "load_suite", "read_questions", "suite_of"]
+
+# Reading a suite must not wait for torch.
+_HOMES = {
+    "LocalModel": "local",
+    "Suite": "suite",
+    "Task": "suite",
+    "evaluate_suite": "run",
+    "load_suite": "suite",
+    "read_questions": "run",
+    "suite_of": "suite",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"prunetune.evaluation.suites.{_HOMES[name]}"), name)

@@ -1,0 +1,69 @@
+"""`prunetune eval` and `prunetune check` as functions."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from pathlib import Path
+
+from prunetune.errors import ConfigError
+from prunetune.evaluation.results import Evaluation
+from prunetune.evaluation.suites.check import Check
+from prunetune.evaluation.suites.check import check as held
+from prunetune.evaluation.suites.open_model import TargetOptions, open_target, reference_of, refuse_unopenable
+from prunetune.evaluation.suites.run import ALLOWED, Progress, evaluate_suite
+from prunetune.evaluation.suites.scorers import Permission
+from prunetune.evaluation.suites.suite import Suite, load_suite
+
+DEFAULTS = TargetOptions()
+
+
+def evaluate(
+    model: str,
+    suite: Suite | Path | str,
+    *,
+    options: TargetOptions = DEFAULTS,
+    allow: Collection[Permission] = ALLOWED,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """The suite's scores of a run, checkpoint, hub name, .gguf file or endpoint; kept results come back as they are.
+
+    A task that fails has its `error` instead of scores. Raises a `PrunetuneError` where there is nothing to ask.
+    """
+    suite = suite if isinstance(suite, Suite) else load_suite(suite, strict=False)
+    target = open_target(model, options)
+    return target if isinstance(target, Evaluation) else evaluate_suite(target, suite, allow=allow, progress=progress)
+
+
+def check(
+    model: str,
+    suite: Suite | Path | str,
+    against: str = "",
+    *,
+    options: TargetOptions = DEFAULTS,
+    allow: Collection[Permission] = ALLOWED,
+    progress: Progress | None = None,
+) -> Check:
+    """Hold a model against the suite's limits and against another model; of a run, by default its dense model."""
+    suite = suite if isinstance(suite, Suite) else load_suite(suite, strict=False)
+    against = against or reference_of(model)
+    refuse_unopenable(against, options)  # before the model is scored for nothing
+    found = evaluate(model, suite, options=options, allow=allow, progress=progress)
+    reference = evaluate(against, suite, options=options, allow=allow, progress=progress)
+    return held(found, reference, suite)
+
+
+def to_json(found: Evaluation, model: str, suite: str) -> str:
+    """The evaluation with what it is of; `Evaluation.from_json` reads it."""
+    return json.dumps({**json.loads(found.to_json()), "model": model, "suite": suite}, ensure_ascii=False) + "\n"
+
+
+def writable(path: Path | None, flag: str) -> None:
+    """Refuse a file that cannot be written before anything is computed; raises `ConfigError`."""
+    if path is None:
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(f"{flag} {path}: name a file in a folder that exists")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {path}: its folder cannot be written to; name a file in another one")

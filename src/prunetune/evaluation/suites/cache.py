@@ -1,0 +1,159 @@
+"""Answers that were given before, by what gave them and what was asked: an SQLite file in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prunetune.data.records import Record
+from prunetune.evaluation.suites.protocol import Ask, Manner, Respondent, Tick
+from prunetune.model.gguf_import import cache_folder
+
+log = logging.getLogger(__name__)
+VERSIONS: Mapping[Ask, int] = {"choose": 1, "write": 2, "weigh": 2}  # rise when answers are made otherwise
+TABLES = (
+    "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL) WITHOUT ROWID",
+    "CREATE TABLE IF NOT EXISTS files (stamp TEXT PRIMARY KEY, digest TEXT NOT NULL) WITHOUT ROWID",
+)
+AT_ONCE = 500  # keys of one query
+KEPT_EVERY = 1000  # answers; what a stopped evaluation loses at most
+
+
+@dataclass
+class Store:
+    """Two tables of texts. A file that cannot be used costs its answers, not the evaluation."""
+
+    path: Path = field(default_factory=lambda: cache_folder() / "answers.sqlite")
+
+    def get(self, table: str, keys: Sequence[str]) -> dict[str, str]:
+        """What is known under these keys."""
+        found: dict[str, str] = {}
+        try:
+            with closing(self._open()) as base:
+                for start in range(0, len(keys), AT_ONCE):
+                    part = keys[start : start + AT_ONCE]
+                    marks = ",".join("?" * len(part))
+                    found |= dict(base.execute(f"SELECT * FROM {table} WHERE {_KEYS[table]} IN ({marks})", part))  # noqa: S608 - table names are ours
+        except (sqlite3.Error, OSError) as broken:
+            log.warning("cache %s: cannot be read (%s); remove it to have one again", self.path, broken)
+        return found
+
+    def put(self, table: str, pairs: Iterable[tuple[str, str]]) -> None:
+        """Keep these."""
+        try:
+            with closing(self._open()) as base, base:
+                base.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", pairs)  # noqa: S608 - table names are ours
+        except (sqlite3.Error, OSError) as broken:
+            log.warning("cache %s: cannot be written (%s)", self.path, broken)
+
+    def _open(self) -> sqlite3.Connection:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        base = sqlite3.connect(self.path, timeout=30)
+        for table in TABLES:
+            base.execute(table)
+        return base
+
+
+_KEYS = {"answers": "key", "files": "stamp"}
+
+
+@dataclass
+class Remembered:
+    """A respondent that is asked only what it was not asked before."""
+
+    respondent: Respondent
+    store: Store
+    known: int = 0  # answers that came from the store
+    asked: int = 0
+
+    @property
+    def name(self) -> str:
+        """See `Respondent`."""
+        return self.respondent.name
+
+    @property
+    def fingerprint(self) -> str:
+        """See `Respondent`."""
+        return self.respondent.fingerprint
+
+    def loaded(self) -> tuple[Any, Any]:
+        """See `Respondent`."""
+        return self.respondent.loaded()
+
+    def answers(self, ask: Ask, records: Sequence[Record], manner: Manner, tick: Tick) -> list[Any]:
+        """See `Respondent`."""
+        if not self.fingerprint:
+            self.asked += len(records)
+            return self.respondent.answers(ask, records, manner, tick)
+        keys = [key_of(self.fingerprint, ask, record, manner) for record in records]
+        found = {key: json.loads(text) for key, text in self.store.get("answers", list(dict.fromkeys(keys))).items()}
+        self.known += sum(key in found for key in keys)
+        tick(sum(key in found for key in keys))
+        missing = [index for index, key in enumerate(keys) if key not in found]
+        self.asked += len(missing)
+        for start in range(0, len(missing), KEPT_EVERY):
+            part = missing[start : start + KEPT_EVERY]
+            fresh = self.respondent.answers(ask, [records[index] for index in part], manner, tick)
+            new = {keys[index]: answer for index, answer in zip(part, fresh, strict=True)}
+            self.store.put("answers", [(key, json.dumps(answer)) for key, answer in new.items()])
+            found |= new
+        return [found[key] for key in keys]
+
+
+def key_of(fingerprint: str, ask: Ask, record: Record, manner: Manner) -> str:
+    """All that an answer depends on, as SHA-256."""
+    asked: list[Any] = [
+        record.kind,
+        record.prompt,
+        record.messages,
+        record.choices if ask == "choose" else record.completion,
+    ]
+    if ask == "write":
+        asked = [*asked[:3], manner.max_new_tokens, manner.stop]
+    return _digest([VERSIONS[ask], fingerprint, ask, manner.template, asked])
+
+
+def folder_hash(folder: Path, store: Store) -> str:
+    """SHA-256 over weights, configuration, tokenizer and code of a model folder.
+
+    A file is read once: later its place, size and times stand for its contents.
+    """
+    # The card may say otherwise of the same model.
+    return files_hash(sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md"), store)
+
+
+def files_hash(files: Sequence[Path], store: Store) -> str:
+    """The same over files of different names."""
+    stamps = {path.name: _stamp(path) for path in files}
+    known: Mapping[str, str] = store.get("files", list(stamps.values()))
+    digests, fresh = {}, []
+    for path in files:
+        stamp = stamps[path.name]
+        if stamp not in known:
+            fresh.append((stamp, _contents(path)))
+        digests[path.name] = known.get(stamp) or fresh[-1][1]
+    if fresh:
+        store.put("files", fresh)
+    return _digest(sorted(digests.items()))
+
+
+def _stamp(path: Path) -> str:
+    status = path.stat()
+    # The time of change cannot be set back by the tools that copy a file's other times.
+    return f"{path.resolve()}/{status.st_size}/{status.st_mtime_ns}/{status.st_ctime_ns}/{status.st_ino}"
+
+
+def _contents(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -1,0 +1,253 @@
+"""A model held against its limits and against a reference: which are broken, and which items went wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from prunetune.errors import PrunetuneError
+from prunetune.evaluation.paired import Paired, compare, holm
+from prunetune.evaluation.results import SHOWN, Evaluation, Item, Score, TaskResult, higher_is_better, recovery
+from prunetune.evaluation.statistics import EVIDENCE, same_question, same_questions
+from prunetune.evaluation.suites.limits import Limit
+from prunetune.evaluation.suites.suite import Suite, Task
+
+FORMAT = "prunetune-check-1"
+WORST = 10  # items listed of a task whose items are neither right nor wrong
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One limit, and whether it holds."""
+
+    limit: Limit
+    broken: bool
+    value: float
+    reference: float  # nan where there is none
+    says: str  # one line for people
+    p: float = math.nan  # corrected, of statistical limits
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An item that the reference got right and the model does not; or, of graded scores, one that lost the most."""
+
+    task: str
+    id: str
+    prompt: str
+    expected: str
+    before: str  # the reference's answer
+    after: str
+    metric: str  # what the item is scored by: the task's first, or what stands for it in one item (perplexity: nll)
+    score_before: float  # nan where the item has no such score
+    score_after: float
+    lost: float  # positive is worse
+
+    @property
+    def scored(self) -> str:
+        """Both scores of a graded item; "" where the answers say as much: right before, wrong now."""
+        before, after = self.score_before, self.score_after
+        if math.isnan(before) or (before, after) == (1, 0):
+            return ""
+        return f"{self.metric} {before:.4g} before, {after:.4g} after"
+
+
+@dataclass(frozen=True)
+class Check:
+    """What a check found."""
+
+    verdicts: tuple[Verdict, ...]
+    failures: tuple[Failure, ...]
+    errors: dict[str, str]  # task -> why it could not be judged
+    scores: dict[str, dict[str, tuple[float, float]]]  # task -> metric -> the model's and the reference's
+
+    @property
+    def broken(self) -> tuple[Verdict, ...]:
+        """The limits that do not hold."""
+        return tuple(verdict for verdict in self.verdicts if verdict.broken)
+
+    @property
+    def exit_code(self) -> int:
+        """1 where a limit is broken, else 2 where a task could not be judged, else 0."""
+        return 1 if self.broken else 2 if self.errors else 0
+
+    def to_json(self) -> str:
+        """All of it as JSON text; nan and inf become null."""
+        plain = {"format": FORMAT, "ok": self.exit_code == 0, **asdict(self)}
+        return json.dumps(_finite(plain), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def check(found: Evaluation, reference: Evaluation | None, suite: Suite) -> Check:
+    """Hold `found` against the suite's limits; a task without any is held to be no worse than the reference.
+
+    Without a reference only the limits `min` and `max` can be judged; the others are errors of their tasks.
+    """
+    errors = {name: result.error for name, result in found.tasks.items() if result.error}
+    for name, result in (reference.tasks if reference else {}).items():
+        if result.error and name not in errors:
+            errors[name] = f"the reference: {result.error}"
+    for task in suite.tasks:
+        if not any(_task(suite, name) is task for name in found.tasks):
+            errors[task.name] = task.fault or "not among the results; evaluate the suite again"
+    verdicts: list[Verdict] = []
+    for name, result in found.tasks.items():
+        for limit in _limits(suite, name, result, reference) if name not in errors else ():
+            try:
+                verdicts.append(_verdict(limit, result, reference.tasks.get(name) if reference else None))
+            except PrunetuneError as wrong:
+                errors[name] = str(wrong)
+    pairs = _pairs(found, reference, errors)
+    failures = tuple(failure for mine, theirs in pairs for failure in new_failures(mine, theirs))
+    scores = {mine.task: _side_by_side(mine, theirs) for mine, theirs in _all(found, reference)}
+    return Check(tuple(_corrected(verdicts, suite.correction)), failures, errors, scores)
+
+
+class Unjudged(PrunetuneError):
+    """A limit that cannot be held against anything."""
+
+
+def _task(suite: Suite, name: str) -> Task | None:
+    """The task that a result is of: that of its name, or the group of lm-eval that it belongs to, "group/task"."""
+    fits = [
+        task for task in suite.tasks if task.name == name or (task.options.lm_eval and name.startswith(f"{task.name}/"))
+    ]
+    return max(fits, key=lambda task: len(task.name), default=None)
+
+
+def _limits(suite: Suite, name: str, result: TaskResult, reference: Evaluation | None) -> list[Limit]:
+    """The limits of a task; those of a group of lm-eval hold for each of its tasks."""
+    task = _task(suite, name)
+    told = [replace(limit, task=name) for limit in task.limits] if task else []
+    if told or reference is None or not result.scores:
+        return told
+    return [Limit(name, next(iter(result.scores)), "statistical", suite.level)]
+
+
+def _verdict(limit: Limit, mine: TaskResult, theirs: TaskResult | None) -> Verdict:
+    if limit.metric not in mine.scores:
+        raise Unjudged(f"task {limit.task} has no {limit.metric}; it has {', '.join(mine.scores) or 'no scores'}")
+    if limit.kind not in ("min", "max") and (theirs is None or limit.metric not in theirs.scores):
+        raise Unjudged(f"task {limit.task}: a {limit.kind} limit on {limit.metric} needs a reference that has it")
+    value = mine.scores[limit.metric].value
+    other = theirs.scores[limit.metric] if theirs and limit.metric in theirs.scores else Score(math.nan, math.nan, 0)
+    if math.isnan(value):
+        return Verdict(limit, True, value, other.value, f"{_named(limit)} is not a number")
+    if limit.kind not in ("min", "max") and theirs is not None:
+        same_questions(limit.task, _common(mine, theirs))  # a score of other rows is no reference
+    if limit.kind == "statistical":
+        assert theirs is not None
+        return _tested(limit, value, other.value, compare(mine, theirs, limit.metric))
+    holds, bound = _held(limit, mine.scores[limit.metric], other)
+    return Verdict(limit, not holds, value, other.value, f"{_named(limit)} is {value:.4g}, {bound}")
+
+
+def _held(limit: Limit, value: Score, other: Score) -> tuple[bool, str]:
+    if limit.kind == "min":
+        return value.value >= limit.bound, f"at least {limit.bound:.4g} is wanted"
+    if limit.kind == "max":
+        return value.value <= limit.bound, f"at most {limit.bound:.4g} is wanted"
+    if limit.kind == "relative":
+        share = recovery(value, other, limit.metric)
+        # A reference of nothing leaves nothing to lose.
+        holds = share >= limit.bound or (math.isnan(share) and other.value == 0)
+        return holds, f"{100 * share:.1f}% of the reference's {other.value:.4g}; {100 * limit.bound:g}% are wanted"
+    lost = _worse(value.value - other.value, limit.metric)
+    return (
+        lost <= limit.bound,
+        f"{lost:.4g} worse than the reference's {other.value:.4g}; {limit.bound:.4g} may be lost",
+    )
+
+
+def _worse(difference: float, metric: str) -> float:
+    """A difference such that positive is worse."""
+    return -difference if higher_is_better(metric) else difference
+
+
+def _tested(limit: Limit, value: float, other: float, paired: Paired) -> Verdict:
+    """Not judged yet: p-values are corrected for each other first."""
+    says = (
+        f"{_named(limit)} is {value:.4g}, the reference's {other:.4g} ({paired.test}, {paired.items} items, "
+        f"difference {paired.difference:+.4g}, 95% {paired.low:+.4g} to {paired.high:+.4g}"
+    )
+    worse = _worse(paired.difference, limit.metric) > 0
+    return Verdict(limit, worse or math.isnan(paired.difference), value, other, says, paired.p)
+
+
+def _corrected(verdicts: Sequence[Verdict], correction: str) -> list[Verdict]:
+    """Statistical limits break where the model is worse and the corrected p does not pass the level."""
+    tested = [i for i, each in enumerate(verdicts) if each.limit.kind == "statistical" and not math.isnan(each.value)]
+    raw = [verdicts[index].p for index in tested]
+    values = holm(raw) if correction == "holm" else raw
+    result = list(verdicts)
+    for index, p in zip(tested, values, strict=True):
+        verdict = verdicts[index]
+        significant = not p > verdict.limit.bound
+        says = f"{verdict.says}, p {_shown(p)}{' after Holm' if correction == 'holm' else ''})"
+        result[index] = replace(verdict, broken=verdict.broken and significant, says=says, p=p)
+    return result
+
+
+def _shown(p: float) -> str:
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
+
+
+def _named(limit: Limit) -> str:
+    return f"{limit.task}: {limit.metric}"
+
+
+def new_failures(mine: TaskResult, theirs: TaskResult) -> list[Failure]:
+    """Items right before and wrong now; where items are graded, the `WORST` that lost most of the first metric.
+
+    Items of the same id that ask something else do not count.
+    """
+    pairs = [pair for pair in _common(mine, theirs) if same_question(*pair)]
+    metric = next(iter(mine.scores), "")
+    if any(old.correct is not None for _, old in pairs):
+        return [_failure(mine.task, now, old, metric) for now, old in pairs if old.correct and not now.correct]
+    graded = [_failure(mine.task, now, old, metric) for now, old in pairs]
+    graded = sorted((each for each in graded if each.lost > 0), key=lambda each: (-each.lost, each.id))
+    return graded[:WORST]
+
+
+def _common(mine: TaskResult, theirs: TaskResult) -> list[tuple[Item, Item]]:
+    before = {item.id: item for item in theirs.items}
+    return [(item, before[item.id]) for item in mine.items if item.id in before]
+
+
+def _failure(task: str, now: Item, old: Item, metric: str) -> Failure:
+    evidence = EVIDENCE.get(metric, metric)
+    before, after = old.scores.get(evidence, math.nan), now.scores.get(evidence, math.nan)
+    lost = _worse(after - before, evidence)
+    prompt = now.prompt[:SHOWN]
+    return Failure(task, now.id, prompt, now.expected, old.got, now.got, evidence, before, after, lost)
+
+
+def _pairs(
+    found: Evaluation, reference: Evaluation | None, errors: dict[str, str]
+) -> list[tuple[TaskResult, TaskResult]]:
+    return [(mine, theirs) for mine, theirs in _all(found, reference) if theirs and mine.task not in errors]
+
+
+def _all(found: Evaluation, reference: Evaluation | None) -> list[tuple[TaskResult, TaskResult | None]]:
+    return [(mine, reference.tasks.get(name) if reference else None) for name, mine in found.tasks.items()]
+
+
+def _side_by_side(mine: TaskResult, theirs: TaskResult | None) -> dict[str, tuple[float, float]]:
+    others = theirs.scores if theirs else {}
+    return {
+        metric: (score.value, others[metric].value if metric in others else math.nan)
+        for metric, score in mine.scores.items()
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value

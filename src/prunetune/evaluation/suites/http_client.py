@@ -1,0 +1,139 @@
+"""An OpenAI-compatible endpoint: requests with a deadline, a few tries, and one-line errors."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from prunetune.errors import ConfigError
+from prunetune.evaluation.suites.protocol import CannotAnswer
+
+T = TypeVar("T")
+R = TypeVar("R")
+AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+LARGEST = 64 * 2**20  # bytes of a reply
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where requests go. A request takes at most `tries` times `timeout`, and the pauses between."""
+
+    url: str  # http://127.0.0.1:8000/v1
+    key_env: str = ""  # the environment variable with the key
+    timeout: float = 60.0  # seconds for one whole reply
+    tries: int = 3
+    pause: float = 0.5  # seconds before the second try; doubles
+    at_once: int = 4
+
+    def __post_init__(self) -> None:
+        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
+            raise ConfigError(f"endpoint {self.url!r} is no address; write it as http://host:port/v1")
+        if not self.timeout > 0:
+            raise ConfigError(f"the timeout must be above 0 seconds, got {self.timeout:g}")
+
+    def chat(self, model: str, messages: Sequence[Mapping[str, str]], *, max_tokens: int, **options: Any) -> str:
+        """The text that follows these messages, by the likeliest token each time."""
+        body = {"model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0, **options}
+        return self._read(self.post("/chat/completions", body), lambda choice: choice["message"]["content"] or "")
+
+    def complete(self, model: str, prompt: str, *, max_tokens: int, **options: Any) -> str:
+        """The text that follows a prompt, by the likeliest token each time."""
+        body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **options}
+        return self._read(self.post("/completions", body), lambda choice: choice["text"])
+
+    def _read(self, reply: Any, text: Callable[[Any], Any]) -> str:
+        try:
+            found = text(reply["choices"][0])
+        except (KeyError, IndexError, TypeError) as missing:
+            raise self._odd(reply) from missing
+        if not isinstance(found, str):
+            raise self._odd(reply)
+        return found
+
+    def _odd(self, reply: Any) -> CannotAnswer:
+        shown = " ".join(json.dumps(reply, default=str).split())[:120]
+        return CannotAnswer(f"endpoint {self.url} replied with something else than a completion: {shown}")
+
+    def each(self, things: Sequence[T], call: Callable[[T], R]) -> list[R]:
+        """`call` of every thing, a few at once, in order; the first failure stops the rest."""
+        with ThreadPoolExecutor(self.at_once) as pool:
+            try:
+                return list(pool.map(call, things))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def post(self, path: str, body: Mapping[str, Any]) -> Any:
+        """The JSON that comes back; raises `CannotAnswer` after the last try."""
+        failure = ""
+        for attempt in range(self.tries):
+            if attempt:
+                time.sleep(self.pause * 2 ** (attempt - 1))
+            try:
+                return self._decoded(self._send(path, body))
+            except urllib.error.HTTPError as refused:
+                failure = f"HTTP {refused.code}: {_told(refused)}"
+                if refused.code not in AGAIN:
+                    break
+            except TimeoutError:
+                failure = f"no whole reply within {self.timeout:g} s"
+            except (OSError, http.client.HTTPException) as broken:
+                reason = getattr(broken, "reason", broken)
+                failure = (
+                    f"no whole reply within {self.timeout:g} s"
+                    if isinstance(reason, TimeoutError)
+                    else f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
+                )
+        raise CannotAnswer(f"endpoint {self.url}{path} does not answer ({failure}); is it up, and the address right?")
+
+    def _send(self, path: str, body: Mapping[str, Any]) -> bytes:
+        headers = {"Content-Type": "application/json"}
+        if self.key_env:
+            headers["Authorization"] = f"Bearer {self._key()}"
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(self.url.rstrip("/") + path, data, headers, method="POST")  # noqa: S310 - http(s), see above
+        deadline = time.monotonic() + self.timeout
+        chunks: list[bytes] = []
+        with self._opener().open(request, timeout=self.timeout) as reply:
+            # Each read has its own timeout: a server that drips would hold us for ever.
+            while chunk := reply.read1(2**16):
+                chunks.append(chunk)
+                if time.monotonic() > deadline or sum(map(len, chunks)) > LARGEST:
+                    raise TimeoutError
+        return b"".join(chunks)
+
+    def _opener(self) -> urllib.request.OpenerDirector:
+        # A proxy of the environment must not stand between this machine and itself.
+        proxies: dict[str, str] | None = {} if urlsplit(self.url).hostname in LOOPBACK else None
+        return urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
+
+    def _key(self) -> str:
+        key = os.environ.get(self.key_env, "")
+        if not key:
+            raise CannotAnswer(f"endpoint {self.url}: the environment variable {self.key_env} is not set")
+        return key
+
+    def _decoded(self, data: bytes) -> Any:
+        try:
+            return json.loads(data.decode("utf-8"))
+        except (ValueError, RecursionError) as garbage:
+            shown = " ".join(data[:80].decode("utf-8", "replace").split())
+            raise CannotAnswer(f"endpoint {self.url} replied with something else than JSON: {shown!r}") from garbage
+
+
+def _told(refused: urllib.error.HTTPError) -> str:
+    try:
+        with refused:
+            return " ".join(refused.read(2000).decode("utf-8", "replace").split())[:200]
+    except (OSError, http.client.HTTPException):
+        return str(refused.reason)

@@ -1,0 +1,96 @@
+"""A language model as judge, behind any OpenAI-compatible endpoint. Runs only where the caller allows a judge."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from prunetune.errors import ConfigError
+from prunetune.evaluation.suites.http_client import Server
+from prunetune.evaluation.suites.protocol import Answered, CannotAnswer
+from prunetune.evaluation.suites.text_scorers import Options, Values
+
+PROMPT = """\
+Grade an answer.
+
+Question:
+{{ prompt }}
+
+{% if expected %}Reference answer:
+{{ expected }}
+
+{% endif %}Answer to grade:
+{{ got }}
+
+Say how good the answer is on a scale from {{ low }} (useless) to {{ high }} (perfect). Reply with the number only."""
+
+OPTIONS: dict[str, Any] = {
+    "url": "",  # http://127.0.0.1:8000/v1
+    "model": "",
+    "prompt": PROMPT,
+    "low": 1.0,
+    "high": 5.0,
+    "key_env": "",  # the environment variable that holds the key
+    "timeout": 60.0,
+}
+ONE = r"(?:(?<!\w)-)?\d+(?:\.\d+)?"
+NUMBER = re.compile(ONE)
+OF = re.compile(rf"({ONE})\W*?(/|\bout\s+of\b|\bof\b)\W*?({ONE})", re.IGNORECASE)  # 4/5, 3 out of 5, **4** / 5
+_SPAN = rf"{ONE}\s*(?:-|–|—|\bto\b|\band\b)\s*{ONE}"
+SCALE = re.compile(
+    rf"\b(?:from|between)\s+{_SPAN}|{_SPAN}[\s-]+(?:point\s+)?(?:scale|range)\b|{ONE}[\s-]*point\s+scale\b"
+    rf"|\b(?:scale|range)\s*(?:of|from|is|:)?\s*\(?(?:{_SPAN}|{ONE})",
+    re.IGNORECASE,
+)  # from 1 to 5, a 1-5 scale, a 5-point scale, on a scale of 1 to 5
+
+
+def judged(answers: Sequence[Answered], options: Options) -> Values:
+    """The judge's mark of each answer, as a share of the scale: 0 is `low`, 1 is `high`."""
+    from prunetune.evaluation.suites.templates import template_of
+
+    low, high = float(options["low"]), float(options["high"])
+    if not low < high:
+        raise ConfigError(f"judge: low is {low:g} and high {high:g}; the scale has to rise")
+    server = Server(options["url"], key_env=options["key_env"], timeout=options["timeout"])
+    template = template_of(options["prompt"], "judge: prompt")
+
+    def mark(answer: Answered) -> float:
+        record = answer.posed.record
+        asked = record.prompt or "\n".join(content for _, content in record.messages)
+        known = {"prompt": asked, "expected": answer.posed.expected, "got": answer.got, "low": f"{low:g}"}
+        text = template({**answer.posed.fields, **known, "high": f"{high:g}"}, record.source)
+        reply = server.chat(options["model"], [{"role": "user", "content": text}], max_tokens=64)
+        return (_mark(reply, low, high, record.id) - low) / (high - low)
+
+    return {"judge": server.each(answers, mark)}
+
+
+def _mark(reply: str, low: float, high: float, item: str) -> float:
+    """The one number of the scale in a reply that may name the scale, too; else in its last line, after reasons.
+
+    Raises `CannotAnswer`.
+    """
+    within = _within(reply, low, high)
+    last = _within(reply.strip().rpartition("\n")[2], low, high)
+    for marks in (within, last):
+        if len(marks) == 1:
+            return marks.pop()
+    several = f"{len(within)} numbers" if within else "no number"
+    raise CannotAnswer(
+        f"judge: {several} from {low:g} to {high:g} in its reply on item {item}: {' '.join(reply.split())[:80]!r}; "
+        "have its prompt ask for one number and nothing else"
+    )
+
+
+def _within(words: str, low: float, high: float) -> set[float]:
+    plain = OF.sub(lambda found: _share(found, high), SCALE.sub(" ", words))
+    return {number for found in NUMBER.findall(plain) if low <= (number := float(found)) <= high}
+
+
+def _share(found: re.Match[str], high: float) -> str:
+    """The mark in "4/5"; one out of another scale is no mark, and "2 of 3" may be anything."""
+    mark, by, whole = found.groups()
+    if float(whole) == high:
+        return f" {mark} "
+    return found[0] if by.lower() == "of" else " "

@@ -1,0 +1,74 @@
+"""A check as JUnit XML: a suite a task, a case a limit, so that CI shows what broke and on which items."""
+
+from __future__ import annotations
+
+import re
+from xml.etree import ElementTree
+
+from prunetune.evaluation.suites.check import Check, Failure, Verdict
+
+# XML 1.0 has no way to write these, and a model may well say them.
+UNWRITABLE = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+LISTED = 50  # new failures of a task that are written out
+
+
+def junit(check: Check, name: str = "prunetune check") -> str:
+    """The document as text."""
+    tasks = list(dict.fromkeys([*check.scores, *check.errors, *(verdict.limit.task for verdict in check.verdicts)]))
+    total = len(check.verdicts) + len(check.errors)
+    root = ElementTree.Element(
+        "testsuites",
+        name=_plain(name),
+        tests=str(total),
+        failures=str(len(check.broken)),
+        errors=str(len(check.errors)),
+    )
+    for task in tasks:
+        _suite(root, task, check)
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+def _suite(root: ElementTree.Element, task: str, check: Check) -> None:
+    verdicts = [verdict for verdict in check.verdicts if verdict.limit.task == task]
+    failures = [failure for failure in check.failures if failure.task == task]
+    error = check.errors.get(task)
+    element = ElementTree.SubElement(
+        root,
+        "testsuite",
+        name=_plain(task),
+        tests=str(len(verdicts) + bool(error)),
+        failures=str(sum(verdict.broken for verdict in verdicts)),
+        errors=str(int(bool(error))),
+    )
+    for verdict in verdicts:
+        _case(element, verdict, failures)
+    if error:
+        case = ElementTree.SubElement(element, "testcase", classname=_plain(task), name="scored")
+        ElementTree.SubElement(case, "error", message=_plain(error))
+    if failures:
+        ElementTree.SubElement(element, "system-out").text = _listing(failures)
+
+
+def _case(element: ElementTree.Element, verdict: Verdict, failures: list[Failure]) -> None:
+    limit = verdict.limit
+    case = ElementTree.SubElement(
+        element, "testcase", classname=_plain(limit.task), name=_plain(f"{limit.metric} {limit.kind} {limit.bound:g}")
+    )
+    if verdict.broken:
+        failure = ElementTree.SubElement(case, "failure", message=_plain(verdict.says), type=limit.kind)
+        failure.text = _listing(failures)
+
+
+def _listing(failures: list[Failure]) -> str:
+    lines = [
+        f"{each.id}\n  asked: {each.prompt}\n  expected: {each.expected}\n  before: {each.before}\n"
+        f"  after: {each.after}" + (f"\n  scored: {each.scored}" if each.scored else "")
+        for each in failures[:LISTED]
+    ]
+    more = len(failures) - LISTED
+    return _plain("\n".join([f"{len(failures)} new failures", *lines, *([f"and {more} more"] if more > 0 else [])]))
+
+
+def _plain(text: str) -> str:
+    return UNWRITABLE.sub("\ufffd", text)

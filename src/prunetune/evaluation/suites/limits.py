@@ -1,0 +1,73 @@
+"""What a score may not fall below: by itself, beside a reference, or by a test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prunetune.config.fields import option, read_options
+from prunetune.errors import ConfigError
+from prunetune.utils.suggest import named
+
+UNSET = float("-inf")  # YAML cannot say it, so it never stands for a wish
+LEVEL = 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The limits on one metric, as a suite writes them."""
+
+    min: float = option(UNSET, "The least that will do.")
+    max: float = option(UNSET, "The most that will do (perplexity, bits per byte).")
+    relative: float = option(UNSET, "Least share of the reference's score; upside down where lower is better.", above=0)
+    drop: float = option(UNSET, "Most that may be lost against the reference, in the metric's own unit.", low=0)
+    statistical: float = option(UNSET, "Level at which worse than the reference is too bad.", above=0, high=0.5)
+
+
+@dataclass(frozen=True)
+class Limit:
+    """One limit on one metric of one task."""
+
+    task: str
+    metric: str
+    kind: str  # min, max, relative, drop, statistical
+    bound: float  # for statistical: the level
+
+
+def limits_of(value: Any, task: str, metrics: Sequence[str], level: float, where: str) -> tuple[Limit, ...]:
+    """The limits in a task's `limits`: bounds of its first metric, or metric -> bounds; raises `ConfigError`.
+
+    `metrics` are those that the task's scorers give; with none known (lm-eval's), any name will do.
+    """
+    if value is None:
+        return ()
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: limits maps min, max, relative, drop or statistical to a bound, got {value!r}")
+    if any(isinstance(bounds, Mapping) for bounds in value.values()):
+        by_metric = dict(value)
+    elif metrics:
+        by_metric = {metrics[0]: value}
+    else:
+        raise ConfigError(f"{where}: limits of an lm_eval task name their metric, such as acc: {{relative: 0.95}}")
+    return tuple(
+        limit
+        for metric, bounds in by_metric.items()
+        for limit in _bounds(bounds, task, _metric(metric, metrics, where), level, f"{where}: limits.{metric}")
+    )
+
+
+def _metric(name: Any, metrics: Sequence[str], where: str) -> str:
+    return named(str(name), metrics, f"{where}: limits: metric") if metrics else str(name)
+
+
+def _bounds(value: Any, task: str, metric: str, level: float, where: str) -> list[Limit]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} maps min, max, relative, drop or statistical to a bound, got {value!r}")
+    told = dict(value)
+    if told.get("statistical") is True:
+        told["statistical"] = level
+    elif told.get("statistical") is False:
+        del told["statistical"]
+    bounds = vars(read_options(Bounds, told, where=where))
+    return [Limit(task, metric, kind, bound) for kind, bound in bounds.items() if bound != UNSET]

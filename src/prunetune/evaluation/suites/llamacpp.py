@@ -1,0 +1,126 @@
+"""A .gguf file through llama.cpp, by the server that comes with the package xllamacpp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunetune.data.records import Record
+from prunetune.data.templates import is_chat
+from prunetune.errors import ModelError
+from prunetune.evaluation.suites.endpoint import Endpoint
+from prunetune.evaluation.suites.http_client import Server
+from prunetune.evaluation.suites.protocol import Ask, CannotAnswer, Manner, Tick
+from prunetune.utils.optional import require
+
+ERRORS = 1  # what llama.cpp logs; by default, several lines a reply
+FORCED = 1e4  # added to the logit of the token that has to come; the reported log-probability is that without it
+
+
+def served(file: Path, *, context: int = 0, slots: int = 1, threads: int = 0, on_cpu: bool = False) -> Any:
+    """llama.cpp's server of a file. `context`: tokens of all slots together, 0: the model's own; `threads`, 0: as many
+    as PyTorch takes, since llama.cpp counts the machine's cores and not the container's. Raises `ModelError`."""
+    llama = require("xllamacpp", extra="llamacpp", use=f"model {file}")
+    params = llama.CommonParams()
+    params.model.path, params.verbosity = str(file), ERRORS
+    params.n_ctx, params.n_parallel = context, slots
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or torch.get_num_threads()
+    if on_cpu:
+        params.n_gpu_layers = 0
+    try:
+        return llama.Server(params)
+    except Exception as broken:  # llama.cpp's errors have no type of their own
+        reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
+        raise ModelError(f"model {file}: llama.cpp cannot open it ({reason}); check the file") from broken
+
+
+@dataclass(frozen=True)
+class LlamaCpp:
+    """Opened at the first question. Choices are scored token by token: the server forgets a prompt's log-probabilities,
+    but tells that of a token which it is made to write."""
+
+    file: Path
+    fingerprint: str
+    context: int = 0  # tokens; 0: the model's own
+    timeout: float = 600.0
+
+    @property
+    def name(self) -> str:
+        """The file."""
+        return str(self.file)
+
+    def loaded(self) -> tuple[Any, Any]:
+        """Never: llama.cpp holds the weights."""
+        raise CannotAnswer(f"{self.name}: lm-eval tasks need the weights in this process; name a model folder")
+
+    def answers(self, ask: Ask, records: Sequence[Record], manner: Manner, tick: Tick) -> list[Any]:
+        """See `Respondent`."""
+        if ask == "write":
+            return Endpoint(self._completions, "").answers(ask, records, manner, tick)
+        found = []
+        for record in records:
+            if record.kind == "text" or is_chat(record, manner.template):
+                raise CannotAnswer(
+                    f"{self.name}: llama.cpp's server gives no likelihood of texts and chats; "
+                    "test the folder that the file was made of, or use scorers of written answers"
+                )
+            found.append(self._choose(record) if ask == "choose" else self._weigh(record))
+            tick(1)
+        return found
+
+    @cached_property
+    def _server(self) -> Any:
+        return served(self.file, context=self.context)
+
+    @property
+    def _completions(self) -> Server:
+        return Server(f"{self._server.listening_address}/v1", timeout=self.timeout, at_once=1)
+
+    def _choose(self, record: Record) -> list[list[float]]:
+        prompt = self._tokens(record.prompt, special=True)
+        return [[-nats, tokens] for nats, tokens in (self._forced(prompt, choice) for choice in record.choices)]
+
+    def _weigh(self, record: Record) -> list[float]:
+        nats, tokens = self._forced(self._tokens(record.prompt, special=True), record.completion)
+        return [nats, tokens, len(record.completion.encode())]
+
+    def _tokens(self, text: str, *, special: bool) -> list[int]:
+        reply = self._bare.post("/tokenize", {"content": text, "add_special": special})
+        return [int(token) for token in reply["tokens"]]
+
+    @property
+    def _bare(self) -> Server:
+        return Server(self._server.listening_address, timeout=self.timeout, at_once=1)
+
+    def _forced(self, prompt: Sequence[int], text: str) -> tuple[float, int]:
+        """NLL in nats and tokens of a text, written one forced token at a time."""
+        written: list[int] = []
+        total = 0.0
+        for token in self._tokens(text, special=False):
+            reply = self._bare.post(
+                "/completion",
+                {
+                    "prompt": [*prompt, *written],
+                    "n_predict": 1,
+                    "temperature": 0,
+                    "n_probs": 1,
+                    "logit_bias": [[token, FORCED]],
+                    "cache_prompt": True,
+                },
+            )
+            try:
+                told = reply["completion_probabilities"][0]
+                total -= float(told["logprob"])
+            except (KeyError, IndexError, TypeError) as missing:
+                raise CannotAnswer(f"{self.name}: llama.cpp's server gives no log-probabilities") from missing
+            if told.get("id") != token:
+                raise CannotAnswer(f"{self.name}: llama.cpp's server wrote another token than the one asked for")
+            written.append(token)
+        if not written:
+            raise CannotAnswer(f"{self.name}: choice {text[:40]!r} has no tokens")
+        return total, len(written)

@@ -1,0 +1,113 @@
+"""Any installed lm-eval task by its name, scored by lm-eval itself on a model of this process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunetune.errors import DataError, PrunetuneError
+from prunetune.evaluation.results import Item, Score, TaskResult
+from prunetune.evaluation.score_records import evaluating
+from prunetune.evaluation.suites.protocol import Respondent
+from prunetune.evaluation.suites.suite import Task
+from prunetune.utils.optional import require
+from prunetune.utils.suggest import named
+
+BATCH = 16
+RIGHT = ("acc", "exact_match")  # metrics by which an item is right or wrong
+
+
+def harness_results(respondent: Respondent, task: Task) -> dict[str, TaskResult]:
+    """lm-eval's own numbers, standard errors and items; the tasks of a group by their own names behind the task's.
+
+    Raises a `PrunetuneError` for a task that lm-eval does not know or cannot run, and for a model without weights here.
+    """
+    found = _evaluated(respondent, task, _manager(task))
+    results = {name: _result(name, found) for name in found["samples"]}
+    if set(results) == {task.options.lm_eval}:
+        return {task.name: TaskResult(task.name, *results[task.options.lm_eval])}
+    return {f"{task.name}/{name}": TaskResult(f"{task.name}/{name}", *result) for name, result in results.items()}
+
+
+def _manager(task: Task) -> Any:
+    """lm-eval's index of tasks; of the thousands that come with it only where the folder of one's own has it not."""
+    tasks = require("lm_eval.tasks", extra="lm-eval", use=f"task {task.name}")
+    include = str(Path(task.root) / task.options.include) if task.options.include else None
+    if include:
+        manager = tasks.TaskManager(include_path=include, include_defaults=False)
+        if task.options.lm_eval in manager.all_tasks:
+            return manager
+    manager = tasks.TaskManager(include_path=include)
+    named(task.options.lm_eval, manager.all_tasks, f"task {task.name}: lm_eval task")
+    return manager
+
+
+def _evaluated(respondent: Respondent, task: Task, manager: Any) -> Any:
+    model, tokenizer = respondent.loaded()
+    harness = require("lm_eval", extra="lm-eval", use=f"task {task.name}")
+    wrapped = require("lm_eval.models.huggingface", extra="lm-eval", use=f"task {task.name}").HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=BATCH
+    )
+    try:
+        with evaluating(model):
+            return harness.simple_evaluate(
+                model=wrapped,
+                tasks=[task.options.lm_eval],
+                num_fewshot=task.options.fewshot or None,
+                limit=task.options.limit or None,
+                task_manager=manager,
+                log_samples=True,
+                bootstrap_iters=100,  # only where there is no closed form
+            )
+    except PrunetuneError:
+        raise
+    except Exception as broken:  # a task file, a data set or the hub: lm-eval has no errors of its own
+        reason = f"{type(broken).__name__}: {' '.join(str(broken).split())[:200]}"
+        raise DataError(f"task {task.name}: lm-eval cannot run {task.options.lm_eval} ({reason})") from broken
+
+
+def _result(name: str, found: Mapping[str, Any]) -> tuple[dict[str, Score], tuple[Item, ...]]:
+    samples = found["samples"][name]
+    scores = {}
+    for key, value in found["results"][name].items():
+        metric, _, filter_name = key.partition(",")
+        if filter_name and not metric.endswith("_stderr") and isinstance(value, int | float):
+            error = found["results"][name].get(f"{metric}_stderr,{filter_name}")
+            n = sum(sample.get("filter", filter_name) == filter_name for sample in samples)
+            scores[metric] = Score(float(value), float(error) if isinstance(error, int | float) else math.nan, n)
+    first = samples[0].get("filter") if samples else None
+    return scores, tuple(_item(sample, list(scores)) for sample in samples if sample.get("filter") == first)
+
+
+def _item(sample: Mapping[str, Any], metrics: Sequence[str]) -> Item:
+    values = {metric: float(sample[metric]) for metric in metrics if isinstance(sample.get(metric), int | float)}
+    right = next((values[metric] for metric in RIGHT if metric in values), None)
+    return Item(
+        id=str(sample["doc_id"]),
+        prompt=_prompt(sample),
+        expected=str(sample.get("target", "")),
+        got=_got(sample),
+        correct=None if right is None else right == 1.0,
+        scores=values,
+    )
+
+
+def _prompt(sample: Mapping[str, Any]) -> str:
+    arguments = sample.get("arguments")
+    if isinstance(arguments, Mapping):
+        arguments = [list(call.values()) for call in arguments.values()]
+    return str(arguments[0][0]) if arguments else ""
+
+
+def _got(sample: Mapping[str, Any]) -> str:
+    """The written answer; of choices, the likeliest."""
+    replies = sample.get("filtered_resps") or []
+    if replies and isinstance(replies[0], str):
+        return replies[0]
+    try:
+        likelihoods = [float(reply[0]) for reply in replies]
+    except (TypeError, ValueError, IndexError):
+        return ""
+    return str(likelihoods.index(max(likelihoods))) if likelihoods else ""

@@ -1,0 +1,63 @@
+"""Evaluations and checks as lines for a terminal."""
+
+from __future__ import annotations
+
+import math
+
+from prunetune.evaluation.results import Evaluation
+from prunetune.evaluation.suites.check import Check, Failure
+
+LISTED = 20  # new failures that are shown; --json and --junit hold all
+WIDE = 100  # characters of a text
+
+
+def of_evaluation(found: Evaluation) -> str:
+    """Every task's scores with their standard errors, or why it has none."""
+    lines = [f"{'task':<24} {'metric':<16} {'score':>10} {'± SE':>9} {'items':>7}"]
+    for name, result in found.tasks.items():
+        lines += [
+            f"{name:<24} {metric:<16} {score.value:>10.4f} {_error(score.se):>9} {score.n:>7}"
+            for metric, score in result.scores.items()
+        ]
+        if result.error:
+            lines.append(f"{name:<24} not scored: {result.error}")
+    return "\n".join(lines)
+
+
+def _error(value: float) -> str:
+    return f"{value:.4f}" if math.isfinite(value) else "–"
+
+
+def of_check(check: Check) -> str:
+    """Scores side by side, limits, new failures with both answers, and what could not be judged."""
+    lines = [f"{'task':<24} {'metric':<16} {'model':>10} {'reference':>10}"]
+    lines += [
+        f"{task:<24} {metric:<16} {mine:>10.4f} {theirs:>10.4f}"
+        for task, metrics in check.scores.items()
+        for metric, (mine, theirs) in metrics.items()
+    ]
+    lines += ["", *(f"{'BROKEN' if verdict.broken else 'holds '}  {verdict.says}" for verdict in check.verdicts)]
+    lines += [f"ERROR   {task}: {error}" for task, error in check.errors.items()]
+    if check.failures:
+        lines += ["", f"new failures: {len(check.failures)}"]
+        lines += [_failure(failure) for failure in check.failures[:LISTED]]
+        if len(check.failures) > LISTED:
+            lines.append(f"and {len(check.failures) - LISTED} more: --json or --junit lists all")
+    return "\n".join(lines)
+
+
+def _failure(failure: Failure) -> str:
+    told = {
+        "asked": failure.prompt, "expected": failure.expected, "before": failure.before, "after": failure.after,
+        "scored": failure.scored,
+    }  # fmt: skip
+    shown = [f"    {name:<9} {_short(text, last=name == 'asked')}" for name, text in told.items() if text]
+    return "\n".join([f"  {failure.task} / {failure.id}", *shown])
+
+
+def _short(text: str, *, last: bool) -> str:
+    """One line; of a prompt its end, which holds the question."""
+    line = " ".join(text.split())
+    if len(line) <= WIDE:
+        return line
+    return f"...{line[-WIDE:]}" if last else f"{line[:WIDE]}..."

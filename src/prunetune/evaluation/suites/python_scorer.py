@@ -1,0 +1,57 @@
+"""A scorer of the user's own: any function of answer and row. Runs only where the caller allows code."""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from prunetune.errors import ConfigError, DataError
+from prunetune.evaluation.suites.protocol import Answered
+from prunetune.evaluation.suites.text_scorers import Options, Values
+
+
+def python(answers: Sequence[Answered], options: Options) -> Values:
+    """What `module:function` gives for each answer: a number, or true or false.
+
+    It is called with the answer, the reference, and the row as a mapping.
+    """
+    function = _function(options["function"])
+    return {"python": [_value(function, options["function"], answer) for answer in answers]}
+
+
+def _function(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    try:
+        with _from_here():
+            function = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as missing:
+        raise ConfigError(f"python: {name} cannot be imported ({missing}); write it as module:function") from missing
+    if not callable(function):
+        raise ConfigError(f"python: {name} is a {type(function).__name__}; name a function")
+    return function  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _from_here() -> Iterator[None]:
+    """Modules of the working folder, which a console command does not see by itself, can be imported."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path.pop(0)
+
+
+def _value(function: Callable[..., Any], name: str, answer: Answered) -> float:
+    try:
+        value = function(answer.got, answer.posed.expected, answer.posed.fields)
+    except Exception as broken:  # the user's code: which item, and why
+        reason = f"{type(broken).__name__}: {' '.join(str(broken).split())[:200]}"
+        raise DataError(f"python: {name} failed on item {answer.posed.record.id}: {reason}") from broken
+    if not isinstance(value, bool | int | float) or math.isinf(value):
+        raise DataError(f"python: {name} gave {value!r} for item {answer.posed.record.id}; it has to give a number")
+    return float(value)

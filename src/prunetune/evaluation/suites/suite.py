@@ -1,0 +1,174 @@
+"""The suite file: tasks with their data, prompt, scorers and limits.
+
+```yaml
+root: data                      # where relative sources start; default: the suite's own folder
+defaults: {limit: 200}          # of every task
+tasks:
+  overruling:
+    data: legal/overruling/test.jsonl
+    scorer: accuracy
+    limits: {relative: 0.95, statistical: true}
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from prunetune.config.fields import merged, option, read_options
+from prunetune.config.yaml_file import read_yaml
+from prunetune.errors import ConfigError, PrunetuneError
+from prunetune.evaluation.suites.limits import LEVEL, Limit, limits_of
+from prunetune.evaluation.suites.protocol import Manner
+from prunetune.evaluation.suites.scorers import Use, reference_free, uses_of
+from prunetune.utils.suggest import named
+
+SUITE_KEYS = ("tasks", "defaults", "root", "level", "correction")
+OWN = ("name", "scorer", "limits")  # keys of a task that are no plain options
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """The options of one task; each is a key in its mapping, beside `scorer` and `limits`."""
+
+    data: tuple[str, ...] = option((), "Sources of the rows: a file, a glob, a hub name, or `demo`.")
+    split: Literal["test", "valid", "search", "train"] = option("test", "The part of a hub data set or of the demo.")
+    limit: int = option(200, "Most rows, a fixed sample; 0: all.", low=0)
+    template: Literal["auto", "chat", "raw"] = option("auto", "As data.template of a recipe.")
+    prompt: str = option("", "Jinja2 template of the prompt over a row's fields; default: its field prompt.")
+    completion: str = option("", "The same of the right answer.")
+    text: str = option("", "The same of a text to be weighed.")
+    choices: str = option("", "Jinja2 expression of the list of choices, such as options.text.")
+    answer: str = option("", "The same of the right choice: its index or its text.")
+    likelihood: Literal["mean", "sum", "characters"] = option(
+        "mean", "How choices are compared: log-likelihood per token, in all, or per character."
+    )
+    lettered: bool = option(False, "List the choices in the prompt and ask for a letter.")
+    before: str = option("", "With lettered: the end of the prompt that the list goes in front of; default: behind it.")
+    heading: str = option("", "With lettered: a line above the list.")
+    max_new_tokens: int = option(128, "Longest written answer in tokens.", low=1)
+    stop: tuple[str, ...] = option((), "Texts that end a written answer.", each="text")
+    lm_eval: str = option("", "A task of lm-eval by its name, instead of data and scorer.")
+    fewshot: int = option(0, "With lm_eval: solved examples in the prompt.", low=0)
+    include: str = option("", "With lm_eval: a folder with task files of one's own.")
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a suite, checked; or what is wrong with it."""
+
+    name: str
+    options: TaskOptions = field(default_factory=TaskOptions)
+    uses: tuple[Use, ...] = ()
+    limits: tuple[Limit, ...] = ()
+    root: str = ""
+    fault: str = ""  # why it cannot be run
+
+    @property
+    def manner(self) -> Manner:
+        """How its records are asked."""
+        return Manner(self.options.template, self.options.max_new_tokens, self.options.stop)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What its scorers give, the one that stands for it first; none is known of an lm-eval task."""
+        return tuple(metric for use in self.uses for metric in use.metrics)
+
+    @property
+    def reference_free(self) -> bool:
+        """Whether its rows may go without a right answer."""
+        return all(reference_free(use) for use in self.uses)
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks in the order of their file."""
+
+    tasks: tuple[Task, ...]
+    level: float = LEVEL  # of all statistical limits together
+    correction: Literal["holm", "none"] = "holm"
+    source: str = ""
+
+    @property
+    def limits(self) -> tuple[Limit, ...]:
+        """The limits of all tasks."""
+        return tuple(limit for task in self.tasks for limit in task.limits)
+
+
+def load_suite(path: Path | str, *, strict: bool = True, root: Path | str | None = None) -> Suite:
+    """Read and check a suite file; `root` overrides its own. Raises `ConfigError`.
+
+    With `strict` off, a task that cannot be run keeps what is wrong with it as its `fault`, and the others stand.
+    """
+    path = Path(path)
+    values = read_yaml(path, "the suite", "name a YAML file, see suites/")
+    if root is not None and isinstance(values, Mapping):
+        values = {**values, "root": str(Path(root).absolute())}
+    suite = suite_of(values, where=str(path), folder=path.parent)
+    faulty = next((task for task in suite.tasks if task.fault), None)
+    if strict and faulty is not None:
+        raise ConfigError(faulty.fault)
+    return suite
+
+
+def suite_of(values: Any, *, where: str = "suite", folder: Path = Path()) -> Suite:
+    """The suite in a mapping; a task that cannot be run keeps its fault. Raises `ConfigError` for all else."""
+    if not isinstance(values, Mapping) or not values.get("tasks"):
+        raise ConfigError(f"{where}: a suite has the key tasks, a list or a mapping of tasks; see suites/")
+    for key in values:
+        named(str(key), SUITE_KEYS, f"{where}: key")
+    level, root = _level(values.get("level", LEVEL), where), str(folder / str(values.get("root") or "").strip())
+    correction: Any = named(str(values.get("correction", "holm")), ("holm", "none"), f"{where}: correction")
+    defaults = values.get("defaults") or {}
+    if not isinstance(defaults, Mapping):
+        raise ConfigError(f"{where}: defaults map options of every task to values, got {defaults!r}")
+    tasks = tuple(_task(name, task, defaults, root, level, where) for name, task in _entries(values["tasks"], where))
+    names = [task.name for task in tasks]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{where}: two tasks are called {twice}; give one another name")
+    return Suite(tasks, level, correction, where)
+
+
+def _entries(tasks: Any, where: str) -> list[tuple[str, Any]]:
+    if isinstance(tasks, Mapping):
+        return [(str(name), task) for name, task in tasks.items()]
+    if not isinstance(tasks, Sequence) or isinstance(tasks, str):
+        raise ConfigError(f"{where}: tasks is a list or a mapping of tasks, got {tasks!r}")
+    return [(_name(task, index), task) for index, task in enumerate(tasks, 1)]
+
+
+def _name(task: Any, index: int) -> str:
+    found = (task.get("name") or task.get("lm_eval")) if isinstance(task, Mapping) else None
+    return str(found or f"task-{index}")
+
+
+def _level(value: Any, where: str) -> float:
+    if not isinstance(value, float) or not 0 < value <= 0.5:
+        raise ConfigError(f"{where}: level must lie in (0, 0.5], got {value!r}")
+    return value
+
+
+def _task(name: str, value: Any, defaults: Any, root: str, level: float, where: str) -> Task:
+    where = f"{where}: task {name}"
+    try:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: a task maps options to values, got {value!r}")
+        told = merged(defaults, value)
+        plain = {key: item for key, item in told.items() if key not in OWN}
+        options = read_options(TaskOptions, plain, where=where)
+        if options.lm_eval:
+            return Task(name, options, (), limits_of(told.get("limits"), name, (), level, where), root)
+        if "" in options.stop:
+            raise ConfigError(f"{where}: stop has an empty text, which would end every answer at once; leave it out")
+        if not options.data:
+            raise ConfigError(f"{where} names no data; give a file, a glob, a hub data set, or lm_eval")
+        if "scorer" not in told:
+            raise ConfigError(f"{where} names no scorer; give one, such as accuracy, rouge or perplexity")
+        task = Task(name, options, uses_of(told["scorer"], where), root=root)
+        return replace(task, limits=limits_of(told.get("limits"), name, task.metrics, level, where))
+    except PrunetuneError as wrong:
+        return Task(name, root=root, fault=str(wrong))

@@ -1,0 +1,1 @@
+"""What can be pruned, gated or cut: sites, units, masks and the exact cut."""

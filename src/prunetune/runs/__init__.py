@@ -1,0 +1,1 @@
+"""A run's folder, and who reads it: history, list, diff, live view, trackers."""

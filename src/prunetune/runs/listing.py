@@ -1,0 +1,93 @@
+"""The runs of a place as a table, filtered."""
+
+from __future__ import annotations
+
+import math
+import operator
+import re
+from collections.abc import Callable, Iterable, Sequence
+
+from prunetune.errors import ConfigError
+from prunetune.evaluation.results import HEADLINES
+from prunetune.runs.history import STATUSES, Entry
+from prunetune.utils.suggest import named
+
+CONDITION = re.compile(r"\s*(?P<name>[^<>=!]+?)\s*(?P<sign><=|>=|<|>|=)\s*(?P<value>[-+\d.e]+)\s*")
+SIGNS: dict[str, Callable[[float, float], bool]] = {
+    "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "=": operator.eq,
+}  # fmt: skip
+
+OWN: dict[str, Callable[[Entry], float | None]] = {
+    "kept": lambda entry: entry.kept,
+    "keep": lambda entry: entry.asked,
+    "seed": lambda entry: float(entry.seed),
+}
+
+
+def filtered(entries: Sequence[Entry], *, model: str = "", status: str = "", where: Sequence[str] = ()) -> list[Entry]:
+    """Runs whose model contains `model`, with that status, and for which every condition holds.
+
+    A condition is on `kept`, `keep`, `seed`, or a metric: `accuracy >= 0.7`, `TASK.accuracy > 0.5`. A run that lacks
+    the value is left out. Raises `ConfigError` for a condition that cannot be read, and for a status or a name that
+    there is not.
+    """
+    if status:
+        named(status, STATUSES, "--status")
+    known = dict.fromkeys([*OWN, *HEADLINES, *(name for entry in entries for name in entry.metrics)])
+    conditions = [_condition(text, known) for text in where]
+    return [
+        entry
+        for entry in entries
+        if model.casefold() in entry.model.casefold()
+        and (not status or entry.status == status)
+        and all(holds(entry) for holds in conditions)
+    ]
+
+
+def _condition(text: str, known: Iterable[str]) -> Callable[[Entry], bool]:
+    match = CONDITION.fullmatch(text)
+    try:
+        value = float(match["value"]) if match else math.nan
+    except ValueError:
+        value = math.nan
+    if match is None or math.isnan(value):
+        raise ConfigError(f"--where {text!r} is no condition; write one such as 'accuracy >= 0.7' or 'kept < 0.6'")
+    sign, name = SIGNS[match["sign"]], named(match["name"], known, "--where")
+
+    def holds(entry: Entry) -> bool:
+        found = value_of(entry, name)
+        return found is not None and sign(found, value)
+
+    return holds
+
+
+def value_of(entry: Entry, name: str) -> float | None:
+    """A number of a run by name, or None where it has none."""
+    return OWN[name](entry) if name in OWN else entry.metrics.get(name)
+
+
+def table(entries: Sequence[Entry]) -> str:
+    """The runs in lines of text, newest first."""
+    if not entries:
+        return "no runs"
+    rows = [("run", "status", "started (UTC)", "model", "kept", "scores")]
+    rows += [
+        (
+            entry.name,
+            entry.status,
+            entry.started[:16].replace("T", " "),
+            entry.model if len(entry.model) <= 36 else "…" + entry.model[-35:],
+            f"{entry.kept:.1%}" if entry.kept is not None else f"({entry.asked:.0%} asked)",
+            _scores(entry),
+        )
+        for entry in entries
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _scores(entry: Entry) -> str:
+    """The means of the metrics that stand for tasks."""
+    return ", ".join(f"{name} {entry.metrics[name]:.3f}" for name in HEADLINES if name in entry.metrics) or "–"

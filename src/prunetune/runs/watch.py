@@ -1,0 +1,193 @@
+"""Looking on while a run goes on, from its files alone: from another terminal, or after it has ended."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from prunetune.config.recipe import RunConfig
+from prunetune.runs.folder import RunFolder, is_held, open_run
+
+EVERY = 1.0  # seconds between looks
+LAPSE = 30.0  # seconds of silence after which it is asked whether a process works on the run
+QUIET = 900.0  # seconds without a sign of life after which a run counts as stopped
+BARS = "▁▂▃▄▅▆▇█"
+Line = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Look:
+    """A run as its files show it at one moment."""
+
+    name: str
+    steps: int
+    metrics: tuple[Line, ...]
+    validation: tuple[Line, ...]
+    manifest: Mapping[str, Any]
+    silent: float  # seconds since a file was last written
+    ended: bool
+    stopped: bool = False  # no process works on it
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return int(self.metrics[-1]["step"]) if self.metrics else 0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of tuning, at the pace of the last fifty steps; None where that is not known."""
+        recent = [line for line in self.metrics[-50:] if "seconds" in line]
+        if len(recent) < 2 or recent[-1]["seconds"] <= recent[0]["seconds"]:
+            return None
+        pace = (recent[-1]["seconds"] - recent[0]["seconds"]) / (recent[-1]["step"] - recent[0]["step"])
+        return float(pace * (self.steps - self.step))
+
+
+def look(folder: RunFolder, config: RunConfig) -> Look:
+    """Read what is there; a line that is being written is left for the next look."""
+    try:
+        manifest = folder.manifest()
+    except (OSError, ValueError):
+        manifest = {}
+    files = [folder.path / name for name in ("metrics.jsonl", "validation.jsonl", "manifest.json", "config.yaml")]
+    written = max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+    ended = (folder.path / "report.html").exists() and written <= (folder.path / "report.html").stat().st_mtime
+    return Look(
+        folder.path.resolve().name,
+        config.train.steps,
+        _lines(files[0]),
+        _lines(files[1]),
+        manifest,
+        max(0.0, time.time() - written),
+        ended,
+    )
+
+
+def _lines(file: Path) -> tuple[Line, ...]:
+    found = []
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ()
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            found.append(value)
+    return tuple(found)
+
+
+def follow(path: Path, *, console: Console | None = None, every: float = EVERY) -> None:
+    """Show a run until it ends, is stopped, or is silent for a quarter of an hour; raises `RunFolderError` for none."""
+    open_run(path)
+    console = console or Console(file=sys.stdout)
+    with Live(console=console, auto_refresh=False, transient=False) as live:
+        while True:
+            now = look(*current(path))
+            now = replace(now, stopped=not now.ended and now.silent > LAPSE and not _is_worked_on(path))
+            live.update(picture(now), refresh=True)
+            if now.ended or now.stopped or now.silent > QUIET:
+                return
+            time.sleep(every)
+
+
+def _is_worked_on(path: Path) -> bool:
+    """The run, or the one of several sizes that it is a size of."""
+    return is_held(path) or is_held(path.absolute().parent.parent)
+
+
+def current(path: Path) -> tuple[RunFolder, RunConfig]:
+    """The run; of several sizes the one that was begun last, until all are done."""
+    sizes = [recipe.parent for recipe in path.glob("sizes/*/config.yaml")]
+    if not sizes or look(*open_run(path)).ended:
+        return open_run(path)
+    return open_run(max(sizes, key=lambda place: (place / "config.yaml").stat().st_mtime))
+
+
+def picture(now: Look) -> RenderableType:
+    """One look as a panel."""
+    last: Line = now.metrics[-1] if now.metrics else {}
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="dim", min_width=12)
+    rows.add_column()
+    rows.add_row("phase", Text(_phase(now, last)))  # as it stands: a square bracket is no style
+    if now.metrics or not now.ended:  # the steps of a run of several sizes are in the folders of these
+        rows.add_row("step", f"{now.step:,} of {now.steps:,}{_left(now)}")
+        rows.add_row("", ProgressBar(total=now.steps, completed=now.step, width=50))
+    for key, name in (("loss", "tuning loss"), ("search_loss", "search loss"), ("kept", "kept")):
+        values = [float(line[key]) for line in now.metrics if isinstance(line.get(key), int | float)]
+        if values:
+            shown = f"{values[-1]:.1%}" if key == "kept" else f"{values[-1]:.3f}"
+            rows.add_row(name, f"{shown:<8} {spark(values)}")
+    rows.add_row("speed", _speed(last))
+    parts: list[RenderableType] = [rows]
+    if now.validation:
+        parts += [Text(""), _validations(now.validation[-5:])]
+    for line in [line for line in now.validation if line.get("broken")][-3:]:
+        parts.append(Text(f"step {line['step']}, outside: {'; '.join(map(str, line['broken']))}", style="red"))
+    return Panel(Group(*parts), title=Text(now.name), title_align="left", width=100)
+
+
+def _phase(now: Look, last: Line) -> str:
+    if now.manifest.get("failed"):
+        return f"ended: {now.manifest['failed']}"
+    if now.ended:
+        return "ended; the report is written"
+    if now.stopped:
+        return "stopped: no process works on it; `prunetune run ... --resume` goes on"
+    if now.silent > QUIET:
+        return f"silent for {now.silent / 60:.0f} minutes: stopped, it seems; `prunetune run ... --resume` goes on"
+    if now.step >= now.steps:
+        return "cut, check and evaluate"
+    return str(last.get("phase", "before the first step"))
+
+
+def _left(now: Look) -> str:
+    if now.ended or now.step >= now.steps or now.seconds_left is None:
+        return ""
+    minutes, seconds = divmod(round(now.seconds_left), 60)
+    return f", about {minutes} min {seconds:02d} s of tuning left"
+
+
+def _speed(last: Line) -> str:
+    parts = [f"{last['tokens_per_s']:,.0f} tokens/s"] if "tokens_per_s" in last else []
+    parts += [f"{last['memory_mb'] / 1e3:.2f} GB"] if "memory_mb" in last else []
+    return ", ".join(parts) or "–"
+
+
+def _validations(lines: Sequence[Line]) -> Table:
+    wanted = ("valid.accuracy", "guard.perplexity", "guard.accuracy")
+    names = [name for name in wanted if name in lines[-1]]
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    for name in ("validation", "phase", "kept", "valid.nll", *names):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for line in lines:
+        scores = [f"{line[name]:.4g}" if isinstance(line.get(name), int | float) else "–" for name in ("nll", *names)]
+        about = (str(line["step"]), Text(str(line.get("phase", ""))), f"{line.get('kept', 0):.1%}")
+        table.add_row(*about, *scores)
+    return table
+
+
+def spark(values: Sequence[float], width: int = 40) -> str:
+    """A line of bars: the values in `width` equal parts, each by its mean, from lowest to highest."""
+    size = max(1, -(-len(values) // width))
+    means = [sum(values[at : at + size]) / len(values[at : at + size]) for at in range(0, len(values), size)]
+    finite = [value for value in means if value == value and abs(value) != float("inf")]
+    if not finite:
+        return ""
+    low, span = min(finite), (max(finite) - min(finite)) or 1.0
+    return "".join(BARS[round((value - low) / span * (len(BARS) - 1))] if value in finite else " " for value in means)

@@ -1,0 +1,1 @@
+"""From scores or a generator to a plan under a budget."""

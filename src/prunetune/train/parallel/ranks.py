@@ -1,0 +1,185 @@
+"""Several processes that make one run: each takes its share of every batch, and all hold the same afterwards.
+
+A batch is a function of seed and step, so every rank knows all of it and takes its part. Losses are divided by the
+counts of the whole batch, gradients are summed over ranks: the arithmetic of one process, but for the order of sums.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from prunetune.data.templates import Example
+from prunetune.errors import ConfigError, GateFailed, ModelError
+from prunetune.utils.launch import launched
+
+T = TypeVar("T")
+PATIENCE = timedelta(minutes=30)  # how long a rank waits for the others before it gives them up
+BUCKET = 2**25  # numbers that are summed over ranks at a time
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """One process among `world`; alone, nothing here does anything."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = CPU
+    shards: bool = False  # FSDP2: every rank holds a part of each frozen weight
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes the run folder and talks to the user."""
+        return self.rank == 0
+
+    def shares(self, examples: Sequence[Example]) -> list[list[Example]]:
+        """Every example once: lists of about as many tokens, one a rank; some are empty where examples are few."""
+        if self.world == 1:
+            return [list(examples)]
+        parts: list[list[Example]] = [[] for _ in range(self.world)]
+        loads = [0] * self.world
+        for example in sorted(examples, key=lambda example: -len(example.ids)):
+            rank = loads.index(min(loads))
+            parts[rank].append(example)
+            loads[rank] += len(example.ids)
+        return parts
+
+    def share(self, examples: Sequence[Example]) -> list[Example]:
+        """This rank's part."""
+        return self.shares(examples)[self.rank]
+
+    @torch.no_grad()
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Sum float tensors over ranks, in place; all ranks end up with the same bits."""
+        if self.world == 1:
+            return
+        for bucket in _buckets(tensors):
+            flat = torch.cat([tensor.flatten() for tensor in bucket])
+            dist.all_reduce(flat)
+            parts = torch.split(flat, [tensor.numel() for tensor in bucket])
+            torch._foreach_copy_(bucket, [part.view_as(one) for part, one in zip(parts, bucket, strict=True)])
+
+    def agree(self, value: T) -> T:
+        """Rank 0's value, on all ranks; anything that can be pickled."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def any(self, here: bool, what: str = "", tensors: Iterable[Tensor] = ()) -> bool:
+        """Whether it is so on any rank; raises `ModelError` where the bits of `tensors` differ between ranks."""
+        if self.world == 1:
+            return here
+        mark = fingerprint(tensors, self.device)
+        seen = torch.stack([torch.tensor(int(here), device=self.device), mark, -mark])
+        dist.all_reduce(seen, dist.ReduceOp.MAX)
+        found, high, low = seen.tolist()
+        if high != -low:
+            raise ModelError(
+                f"the {what} differ between ranks, which should be impossible: go on from the last checkpoint with "
+                "--resume, and report this with the kind of the GPUs"
+            )
+        return bool(found)
+
+    def wait(self) -> None:
+        """Until all ranks are here. A broadcast would not do: its sender goes on at once."""
+        if self.world > 1:
+            here = torch.zeros((), device=self.device)
+            dist.all_reduce(here)
+            here.item()  # a GPU's kernels are only queued so far
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Rank 0 runs the block first: it may fill caches that the others then read."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Where a gate stops the block, it does on all ranks: none ends before rank 0 has told of it.
+
+        A launcher stops all processes as soon as one has failed.
+        """
+        try:
+            yield
+        except GateFailed:
+            if self.world > 1 and dist.is_initialized():
+                self.wait()
+            raise
+
+    def leave(self) -> None:
+        """What follows is no work for several."""
+        if self.world > 1:
+            self.wait()
+            dist.destroy_process_group()
+
+
+ALONE = Ranks()
+
+
+def join(device: torch.device) -> Ranks:
+    """Meet the other processes of the launch; alone where there are none. Raises `ConfigError` for what cannot work."""
+    rank, world = launched()
+    if world == 1:
+        return ALONE
+    shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    _refuse(device, world, shards)
+    from accelerate import PartialState
+
+    state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+    return Ranks(rank, world, CPU if device.type == "cpu" else state.device, shards)
+
+
+def _refuse(device: torch.device, world: int, shards: bool) -> None:
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if device.index is not None:
+        raise ConfigError(f"device {device} is one GPU, and {world} processes were launched: use auto, cuda or cpu")
+    if device.type == "cuda" and local >= torch.cuda.device_count():
+        raise ConfigError(
+            f"there is no GPU for process {local + 1} of this machine: it has {torch.cuda.device_count()}; "
+            "lower --num_processes"
+        )
+    if device.type not in ("cuda", "cpu"):
+        raise ConfigError(f"several processes need CUDA or the CPU, not {device.type}: launch one process")
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true":
+            raise ConfigError(f"{name} is not used here: launch with --multi_gpu, or with --use_fsdp --fsdp_version 2")
+    if shards and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise ConfigError("FSDP is used in its second version only: launch with --use_fsdp --fsdp_version 2")
+    if shards and os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true":
+        raise ConfigError("FSDP keeps its weights on the GPUs here: launch with --fsdp_offload_params false")
+
+
+def fingerprint(tensors: Iterable[Tensor], device: torch.device = CPU) -> Tensor:
+    """Of the bits of float32 tensors: a long scalar, by whole numbers, so that no order of sums matters."""
+    total = torch.zeros((), dtype=torch.long, device=device)
+    for number, tensor in enumerate(tensors, 1):
+        bits = tensor.detach().float().contiguous().flatten().view(torch.int32).long()
+        total = total + (bits * torch.arange(number, number + len(bits), device=bits.device)).sum().to(device)
+    return total // 2  # its negative is a long, too
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.numel() > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.numel()
+    if bucket:
+        yield bucket

@@ -1,0 +1,43 @@
+"""What a recipe leaves to the model's size; and the untuned model as a teacher, in the memory of its student."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from prunetune.config.recipe import DistillConfig, RunConfig
+from prunetune.cost.parameters import total
+from prunetune.pruning.shared_weights import twin
+from prunetune.pruning.units import Site
+from prunetune.train.adapters import LARGE, tunes_all
+from prunetune.train.job import Job
+from prunetune.train.losses import Teacher
+
+
+def by_size(config: RunConfig, sites: Iterable[Site]) -> RunConfig:
+    """The recipe with what it leaves to the model's size decided: who teaches, how much, and the search's step.
+
+    From 1e9 prunable parameters on, a step must not cost more than LoRA on the dense model does.
+    """
+    distill, search, large = config.distill, config.search, total(sites) >= LARGE
+    if distill.teacher == "auto":
+        distill = replace(distill, teacher="base" if large else "dense")
+    distill = replace(distill, share=distill.share or (0.5 if large else 1.0))
+    if search.step == "auto":
+        search = replace(search, step="joint", lora_aware=False) if large else replace(search, step="alternate")
+    return replace(config, distill=distill, search=search)
+
+
+def untuned(model: Any, distill: DistillConfig) -> Teacher:
+    """The model as it is now, over the same tensors; to be asked for before adapters are added to it.
+
+    Of a recipe in which `by_size` has decided.
+    """
+    return Teacher(twin(model), distill.logits, distill.hidden, tuned=False, lends=True, share=distill.share)
+
+
+def lender_of(job: Job) -> Any | None:
+    """Whose weights the student keeps after the cut: the teacher's, where the two share them and these stay frozen."""
+    lends = job.teacher is not None and job.teacher.lends and not tunes_all(job.config.train, job.sites)
+    return job.teacher.model if job.teacher is not None and lends else None

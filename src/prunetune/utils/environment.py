@@ -1,0 +1,74 @@
+"""What a run ran on."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("prunetune", "torch", "transformers", "peft", "accelerate", "safetensors")
+
+
+def facts(device: torch.device, dtype: torch.dtype, command: str, seed: int) -> dict[str, Any]:
+    """Command, versions, device and seed, for the manifest."""
+    return {
+        "command": command,
+        "commit": commit(),
+        "versions": versions(),
+        "device": describe(device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "seeds": {"run": seed},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and the packages that a result depends on."""
+    return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+
+
+def commit() -> str:
+    """The commit that prunetune was installed from or runs in; "" where that is not known."""
+    try:
+        origin = json.loads(distribution("prunetune").read_text("direct_url.json") or "{}")
+    except (PackageNotFoundError, ValueError):
+        origin = {}
+    if found := origin.get("vcs_info", {}).get("commit_id"):
+        return str(found)
+    root = Path(__file__).parents[3]
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():  # of another project, or installed
+        return ""
+    asked = subprocess.run([git, "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S603
+    return asked.stdout.strip()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed as a package"
+
+
+def describe(device: torch.device) -> str:
+    """The device's name for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        return f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    return str(device)
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory held so far: allocated on the GPU, resident on the CPU; in MB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, kilobytes elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6

@@ -1,0 +1,274 @@
+"""Each baseline beside its formula by hand; padding does not count; the model is left as it was."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prunetune import Plan, find_sites
+from prunetune.baselines.scores import BASELINES, Calibration, bias_compensation
+from prunetune.cost.limits import Limits
+from prunetune.data.batches import Batch, collate
+from prunetune.data.templates import Example
+from prunetune.pruning.cut import NoAttention, add_biases, cut, cut_linears
+from prunetune.pruning.masking import masked
+from prunetune.search.select import Shape, select
+from support.models import FAMILIES, random_plan, relative, tiny, tokens, with_lora
+
+LENGTHS = (9, 6, 7)
+
+
+def rows() -> list[Tensor]:
+    return [tokens(batch=1, length=length, seed=length)[0] for length in LENGTHS]
+
+
+def batch_of(ids: list[Tensor], pad: int = 0, extra: int = 0) -> Batch:
+    """The last three tokens are the answer; `extra` more columns of padding."""
+    width = max(map(len, ids)) + extra
+    labels = [torch.cat([torch.full((len(row) - 3,), -100), row[-3:]]) for row in ids]
+    return Batch(
+        torch.stack([F.pad(row, (0, width - len(row)), value=pad) for row in ids]),
+        torch.stack([F.pad(row, (0, width - len(row)), value=-100) for row in labels]),
+        3 * len(ids),
+        tuple(map(len, ids)),
+        tuple(map(str, range(len(ids)))),
+    )
+
+
+def calibration(model: Any, *, pad: int = 0, extra: int = 0) -> Calibration:
+    model.requires_grad_(False)
+    ids = rows()
+    return Calibration(model, find_sites(model), (batch_of(ids[:2], pad, extra), batch_of(ids[2:], pad, extra)))
+
+
+def seen(model: Any, name: str) -> Tensor:
+    """What a linear reads, example by example, so without padding: float64 [tokens, C]."""
+    heard: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0][0].double()))
+    with torch.no_grad():
+        for row in rows():
+            model(row[None])
+    handle.remove()
+    return torch.cat(heard)
+
+
+def loss_of(model: Any, row: Tensor) -> Tensor:
+    return F.cross_entropy(model(row[None]).logits[0, -4:-1], row[-3:])
+
+
+def slices(model: Any, site: Any, unit: int, values: dict[str, Tensor]) -> list[Tensor]:
+    """A unit's entries of {parameter: values}."""
+    found = []
+    for cut_ in site.producers:
+        run = slice(unit * cut_.per_unit, (unit + 1) * cut_.per_unit)
+        found += [values[key][run] for end in ("weight", "bias") if (key := f"{cut_.module}.{end}") in values]
+    run = slice(unit * site.consumer.per_unit, (unit + 1) * site.consumer.per_unit)
+    return [*found, values[f"{site.consumer.module}.weight"][:, run]]
+
+
+@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("family", [*FAMILIES, "opt"])
+def test_scores_of_every_family_repeat_and_leave_the_model_alone(family: str, name: str) -> None:
+    model = tiny(family)
+    given = calibration(model)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    scores = BASELINES[name](given)
+    for site in given.sites:
+        assert scores[site.name].shape == (site.units,)
+        assert scores[site.name].dtype == torch.float32
+        assert scores[site.name].isfinite().all()
+        assert torch.equal(scores[site.name], BASELINES[name](given)[site.name])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert isinstance(select(scores, given.sites, 0.6, Shape(align=8)), Plan)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_padding_does_not_count(name: str) -> None:
+    model = tiny("llama")
+    plain, padded = BASELINES[name](calibration(model)), BASELINES[name](calibration(model, pad=5, extra=4))
+    for site, score in plain.items():
+        torch.testing.assert_close(padded[site], score, rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_half_precision_ranks_much_alike(name: str) -> None:
+    model = tiny("llama")
+    exact, half = BASELINES[name](calibration(model)), BASELINES[name](calibration(model.bfloat16()))
+    for site, score in exact.items():
+        assert half[site].dtype == torch.float32
+        torch.testing.assert_close(half[site], score, rtol=0.2, atol=0.1 * float(score.abs().max()))
+
+
+def test_random_is_a_stream_of_each_seed_and_site() -> None:
+    model = tiny("llama")
+    given = calibration(model)
+    draws = [BASELINES["random"](replace(given, seed=seed)) for seed in (0, 1)]
+    first = [tuple(draw[site.name][:2].tolist()) for draw in draws for site in given.sites]
+    assert len(set(first)) == len(first)
+    assert all(0 <= value < 1 for draw in draws for score in draw.values() for value in score.tolist())
+
+
+def test_magnitude_is_root_mean_square() -> None:
+    model = tiny("qwen2")
+    scores = BASELINES["magnitude"](calibration(model))
+    for site in find_sites(model):
+        entries = torch.cat([part.flatten() for part in slices(model, site, 1, dict(model.named_parameters()))])
+        assert len(entries) == site.unit_params
+        assert float(scores[site.name][1]) == pytest.approx(float(entries.square().mean().sqrt()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "taylor"])
+@pytest.mark.parametrize(
+    ("family", "outer", "inner"), [("mixtral", "experts", "expert-channels"), ("qwen3", "kv-groups", "query-heads")]
+)
+def test_a_unit_s_score_holds_the_units_inside(name: str, family: str, outer: str, inner: str) -> None:
+    model = tiny(family)
+    alone, both = (replace(calibration(model), sites=find_sites(model, kinds)) for kinds in ([outer], [outer, inner]))
+    scores = BASELINES[name](both)
+    for site, values in BASELINES[name](alone).items():
+        torch.testing.assert_close(scores[site], values)
+
+
+@pytest.mark.parametrize("name", ["magnitude", "taylor", "fisher"])
+def test_a_unit_s_price_under_other_budgets_is_theirs(name: str) -> None:
+    plain = calibration(tiny())
+    spans = {site.name: 4.0 * site.price for site in plain.sites}
+    other = BASELINES[name](replace(plain, limits=Limits((), spans=spans)))
+    for site, values in BASELINES[name](plain).items():
+        torch.testing.assert_close(other[site], values / (2 if name == "magnitude" else 4))
+
+
+def test_wanda_ranks_weight_times_input() -> None:
+    model = tiny("llama")
+    scores = BASELINES["wanda-sp"](calibration(model))
+    for site in find_sites(model):
+        inputs = seen(model, site.consumer.module)
+        weight = model.get_submodule(site.consumer.module).weight.double()
+        per = site.consumer.per_unit
+        raw = [
+            sum(float(weight[:, j].abs().sum() * inputs[:, j].norm()) for j in range(u * per, (u + 1) * per))
+            for u in range(site.units)
+        ]
+        expected = [(sum(other < value for other in raw) + 0.5) / site.units for value in raw]
+        assert scores[site.name].tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_flap_standardises_fluctuation() -> None:
+    model = tiny("llama")
+    scores = BASELINES["flap"](calibration(model))
+    for site in find_sites(model):
+        weight = model.get_submodule(site.consumer.module).weight.double()
+        columns = seen(model, site.consumer.module).var(0) * weight.square().sum(0)
+        z = (columns - columns.mean()) / columns.std()
+        per = site.consumer.per_unit
+        expected = torch.stack([z[u * per : (u + 1) * per].mean() for u in range(site.units)])
+        torch.testing.assert_close(scores[site.name].double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_flap_gives_nothing_to_a_site_whose_columns_do_not_differ() -> None:
+    model = tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    scores = BASELINES["flap"](calibration(model))
+    assert not scores["model.layers.1.mlp"].any()
+    assert scores["model.layers.2.mlp"].any()
+
+
+def test_taylor_sums_weight_times_gradient() -> None:
+    model = tiny("qwen2")
+    scores = BASELINES["taylor"](calibration(model))
+    twin = copy.deepcopy(model).requires_grad_(True)
+    sum(loss_of(twin, row) / 3 for row in rows()).backward()
+    products = {key: (p.grad * p).detach().abs() for key, p in twin.named_parameters()}
+    for site in find_sites(model):
+        total = sum(float(part.sum()) for part in slices(model, site, 1, products))
+        assert float(scores[site.name][1]) == pytest.approx(total / site.unit_params, rel=1e-3)
+
+
+def test_fisher_is_the_mean_squared_slope_of_a_gate() -> None:
+    model = tiny("llama").double()
+    scores = BASELINES["fisher"](calibration(model))
+    step = 1e-2  # norms and logits are float32 inside: a smaller step drowns in rounding
+    for site in find_sites(model)[:2]:
+        weight = model.get_submodule(site.consumer.module).weight
+        columns, slopes = slice(0, site.consumer.per_unit), []
+        whole = weight.clone()
+        for row in rows():
+            ends = []
+            for scale in (1 + step, 1 - step):
+                weight[:, columns] = whole[:, columns] * scale
+                ends.append(float(loss_of(model, row)))
+            slopes.append((ends[0] - ends[1]) / (2 * step))
+        weight.copy_(whole)
+        expected = sum(slope**2 for slope in slopes) / len(slopes) / site.unit_params
+        assert float(scores[site.name][0]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_block_influence_is_the_turn_of_a_layer() -> None:
+    model = tiny("llama")
+    scores = BASELINES["block-influence"](calibration(model))
+    ends = [model(row[None], output_hidden_states=True).hidden_states for row in rows()]
+    before, after = (torch.cat([states[layer][0] for states in ends]) for layer in (1, 2))
+    cosine = (before * after).sum(1) / before.norm(dim=1) / after.norm(dim=1)
+    for place in ("self_attn", "mlp"):
+        found = scores[f"model.layers.1.{place}"]
+        assert found.unique().numel() == 1
+        assert float(found[0]) == pytest.approx(float(1 - cosine.mean()), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_compensated_cut_of_constant_inputs_equals_the_dense_model(family: str) -> None:
+    model = tiny(family)
+    embedding = model.get_input_embeddings().weight.data
+    embedding.copy_(embedding[7].clone().expand_as(embedding))
+    given, plan = calibration(model), random_plan(model)
+    plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
+    biases = bias_compensation(given, plan)
+    with torch.no_grad():
+        dense = model(tokens()).logits
+        plain = copy.deepcopy(model)
+        cut_linears(plain, plan)
+        assert relative(plain(tokens()).logits, dense) > 0.01
+        add_biases(model, biases)
+        cut_linears(model, plan)
+        assert relative(model(tokens()).logits, dense) < 1e-4
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+def test_adapters_come_after_compensation_and_the_bias_outlives_them() -> None:
+    model = tiny("llama")
+    given, plan = calibration(model), random_plan(model)
+    plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
+    biases = bias_compensation(given, plan)
+    add_biases(model, biases)
+    with_lora(model)
+    with torch.no_grad():
+        with masked(model, plan):
+            gated = model(tokens()).logits
+        cut(model, plan)
+        assert relative(model(tokens()).logits, gated) < 1e-4
+    torch.testing.assert_close(model.model.layers[1].self_attn.constant, biases["model.layers.1.self_attn.o_proj"])
+    assert not model.model.layers[0].mlp.down_proj.bias.requires_grad
+
+
+def test_a_bias_adds_to_one_that_is_there_and_bare_layers_have_no_state() -> None:
+    model = tiny("llama", attention_bias=True)
+    linear = model.model.layers[0].self_attn.o_proj
+    before = linear.bias.detach().clone()
+    add_biases(model, {"model.layers.0.self_attn.o_proj": torch.ones(48)})
+    torch.testing.assert_close(linear.bias.detach(), before + 1)
+    assert not NoAttention().state_dict()
+
+
+def test_batches_here_are_those_of_collate() -> None:
+    ids = rows()
+    examples = [Example(id=str(i), ids=tuple(row.tolist()), answer_from=len(row) - 3) for i, row in enumerate(ids)]
+    assert torch.equal(collate(examples, 0).labels, batch_of(ids).labels)

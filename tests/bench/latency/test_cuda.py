@@ -1,0 +1,114 @@
+"""What runs on CUDA alone, with CUDA played by the CPU: the order of things, and that they come together."""
+
+from __future__ import annotations
+
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from transformers import StaticCache
+
+from prunetune.bench.latency import request_timing
+from prunetune.bench.latency.request_timing import STEPS, Tracker
+from prunetune.bench.recorded import Recorded
+from prunetune.config.recipe import WorkloadConfig
+from prunetune.cost.latency_table import TRACKS
+from prunetune.pruning.cut import cut
+from support.models import random_plan, tiny, tokens
+
+DIARY: list[str] = []
+
+
+class Event:
+    """Notes when it was recorded."""
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        DIARY.append("event")
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.at - self.at)
+
+
+class Stream:
+    """Waits for nothing."""
+
+    def wait_stream(self, other: Any) -> None:
+        DIARY.append("wait")
+
+
+class Graph:
+    """Replays by doing again what was recorded."""
+
+    made: Recorded
+
+    def replay(self) -> None:
+        self.made.out.logits.copy_(self.made._step().logits)
+
+
+@pytest.fixture(autouse=True)
+def _played(monkeypatch: pytest.MonkeyPatch) -> None:
+    DIARY.clear()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: DIARY.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: DIARY.append("sleep"), raising=False)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: nullcontext())
+
+
+@pytest.mark.parametrize("generate", [2, 4, 40])
+def test_host_and_device_are_told_apart(generate: int) -> None:
+    found = Tracker(tiny("llama"), WorkloadConfig(prompt=6, generate=generate, dtype="float32"))()
+    assert set(found) == set(TRACKS)
+    assert all(seconds > 0 for seconds in found.values())
+    steps = min(generate - 1, STEPS)
+    assert DIARY.count("sleep") == 1 + steps  # before what is timed on the device, and nowhere else
+    asleep = [place for place, what in enumerate(DIARY) if what == "sleep"]
+    assert all(
+        DIARY[place - 1 : place + 4] == ["synchronize", "sleep", "event", "event", "synchronize"] for place in asleep
+    )
+
+
+def test_steps_are_timed_in_the_middle_of_the_answer() -> None:
+    tracker = Tracker(tiny("llama"), WorkloadConfig(prompt=6, generate=41, dtype="float32"))
+    seen = tracker.middle.shape[1] + (tracker.steps + 1) / 2
+    assert seen == pytest.approx(6 + (40 + 1) / 2, abs=0.51)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_recorded_steps_say_what_steps_say(pruned: bool) -> None:
+    model = tiny("llama", layers=4)
+    if pruned:
+        cut(model, random_plan(model))
+    recorded = Recorded.__new__(Recorded)
+    recorded.model, recorded.graph, recorded.cache = model, None, None
+    Graph.made = recorded
+    caches = [StaticCache(model.config, max_cache_len=12) for _ in range(2)]
+    ids = tokens(batch=2, length=6)
+    for _ in range(2):  # the second time with a cache that is known
+        answers = []
+        for cache, step in zip(caches, (model, recorded), strict=True):
+            cache.reset()
+            written = []
+            with torch.no_grad():
+                token = model(ids, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+                for _ in range(5):
+                    token = step(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+                    written.append(token.clone())
+            answers.append(torch.cat(written, 1))
+        assert torch.equal(*answers)
+
+
+def test_what_was_recorded_is_timed_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request_timing, "Recorded", lambda model: model)
+    found = Tracker(tiny("llama"), WorkloadConfig(prompt=6, generate=4, runtime="recorded", dtype="float32"))()
+    assert found["decode.host"] == 0
+    assert found["decode.device"] > 0

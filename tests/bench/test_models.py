@@ -1,0 +1,295 @@
+"""`prunetune bench` on models: names, processes, both runtimes, and the command."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from prunetune.bench import clock
+from prunetune.bench.llamacpp import LlamaCppRunner, context_of
+from prunetune.bench.local import ATTENTION, LocalRunner
+from prunetune.bench.models import Named, named
+from prunetune.bench.options import BenchOptions
+from prunetune.bench.runner import OutOfMemory
+from prunetune.bench.worker import Worker
+from prunetune.errors import ConfigError, MissingPackage, ModelError
+from prunetune.export.formats import export_run
+from support import bench as bench_helpers
+from support.data import subwords
+from support.export import run_folder
+from support.suites import model_folder
+
+SMALL = BenchOptions(prompt=12, generate=4, batch="1,2", runs=2, device="cpu", dtype="float32")
+Said = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return model_folder(tmp_path_factory.mktemp("models") / "dense")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, dense: Path) -> Path:
+    """A per-layer run that says it began with `dense`."""
+    folder = run_folder(tmp_path_factory.mktemp("runs") / "support", subwords())[0]
+    (folder / "config.yaml").write_text(f"model: {dense}\nlayout: per-layer\n", encoding="utf-8")
+    return folder
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_brings_its_dense_model_in_front(run: Path, dense: Path) -> None:
+    found = named([str(run)], SMALL)
+    assert [one.label for one in found] == [f"{dense} (dense)", str(run)]
+    assert [one.trust for one in found] == [False, True]
+    assert [one.label for one in named([str(run)], BenchOptions(prompt=12, generate=4, dense=False))] == [str(run)]
+
+
+def test_every_model_is_measured_once(run: Path, dense: Path) -> None:
+    found = named([str(run), str(run), str(dense)], SMALL)
+    assert [one.source for one in found] == [str(dense), str(run / "model")]
+
+
+def test_names_that_lead_nowhere(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, says in {
+        str(tmp_path / "none"): "not a model folder",
+        str(tmp_path): "no config.json",
+        str(tmp_path / "a.gguf"): "no such file",
+    }.items():
+        with pytest.raises(ModelError, match=says):
+            named([name], SMALL)
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    (unfinished / "config.yaml").write_text("model: x\n", encoding="utf-8")
+    with pytest.raises(ModelError, match="no model yet"):
+        named([str(unfinished)], SMALL)
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    with pytest.raises(ModelError, match="cannot be read as GGUF"):
+        named([str(tmp_path / "a.gguf")], SMALL)
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)
+    with pytest.raises(MissingPackage, match=r"pip install 'prunetune\[llamacpp\]'"):
+        named([str(tmp_path / "a.gguf")], SMALL)
+
+
+def test_a_prompt_beyond_the_context_is_refused(dense: Path) -> None:
+    assert named([str(dense)], BenchOptions(prompt=250, generate=6))
+    with pytest.raises(ConfigError, match="make 257 tokens, its context has 256"):
+        named([str(dense)], BenchOptions(prompt=251, generate=6))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 8])
+def test_attention_counts_as_if_each_query_head_had_keys_of_its_own(heads: int) -> None:
+    """By PyTorch's count of the two products."""
+    query, key, value = (
+        torch.empty(3, *shape, device="meta", dtype=torch.bfloat16)
+        for shape in ((8, 5, 4), (heads, 7, 4), (heads, 7, 6))
+    )
+    with FlopCounterMode(display=False) as products:
+        apart = (torch.empty(24, *each.shape[2:], device="meta", dtype=each.dtype) for each in (query, key, value))
+        query_apart, key_apart, value_apart = apart
+        torch.bmm(torch.bmm(query_apart, key_apart.mT), value_apart)
+    for operation, formula in ATTENTION.items():
+        assert formula(query.shape, key.shape, value.shape) == products.get_total_flops(), operation
+
+
+# -- transformers ----------------------------------------------------------------------------------------------------
+
+
+def test_a_model_in_transformers(dense: Path) -> None:
+    runner = LocalRunner(Named("dense", str(dense)), SMALL)
+    one, two = runner.warm(1), runner.warm(2)
+    assert one.prefill_flops
+    assert two.prefill_flops == 2 * one.prefill_flops
+    weights = sum(weight.nbytes for weight in runner.model.parameters())
+    table = runner.model.get_input_embeddings().weight.nbytes
+    config = runner.model.config
+    entry = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    written = SMALL.prompt + SMALL.generate - 1
+    assert (one.decode_bytes, two.decode_bytes) == tuple(weights - table + b * written * entry for b in (1, 2))
+    sample = runner.run(2)
+    assert sample.total_s == pytest.approx(sample.prefill_s + 3 * sample.decode_s)
+    assert sample.joules is None
+    known = runner.facts()
+    assert known.parameters == sum(weight.numel() for weight in runner.model.parameters())
+    assert known.file_bytes == (dense / "model.safetensors").stat().st_size
+    assert known.dtype == "float32"
+
+
+def test_a_tied_table_is_read_and_experts_are_not_counted(tmp_path: Path) -> None:
+    tied = LocalRunner(Named("tied", str(model_folder(tmp_path / "tied", tie_word_embeddings=True))), SMALL)
+    cache = tied._run(1)[1]
+    weights = sum(weight.nbytes for weight in tied.model.parameters())
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert tied.warm(1).decode_bytes == weights + held
+    mixed = LocalRunner(Named("mixed", str(model_folder(tmp_path / "mixed", family="mixtral"))), SMALL)
+    assert mixed.warm(1).decode_bytes is None
+
+
+COMPILED = dataclasses.replace(SMALL, compile=True)
+
+
+def test_what_is_compiled_meets_the_same_cache_again(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By address: another one would be compiled, or recorded, within the runs that count."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    runner = LocalRunner(Named("dense", str(dense)), COMPILED)
+    runner.warm(2)
+    where = [runner._run(2)[1].layers[0].keys.data_ptr() for _ in range(2)]
+    assert where[0] == where[1]
+    assert runner.facts().runtime.endswith(", compiled")
+
+
+def test_what_cannot_be_compiled_is_said(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise ValueError("no compiler\nmore")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=failing))
+    runner = LocalRunner(Named("dense", str(dense)), COMPILED)
+    reason = r"model dense: cannot be compiled here \(ValueError: no compiler\); leave --compile out"
+    with pytest.raises(ModelError, match=reason):
+        runner.warm(1)
+
+
+def test_running_out_of_memory_is_said(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = LocalRunner(Named("dense", str(dense)), SMALL)
+
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(runner, "prefill", full)
+    monkeypatch.setattr(runner, "_tokens", lambda _: torch.ones(1, 1))
+    monkeypatch.setattr(runner, "_cache", lambda _: None)
+    with pytest.raises(OutOfMemory, match="batch 2 of dense: out of memory"):
+        runner.run(2)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system has no mark to reset")
+def test_the_peak_is_that_since_the_reset() -> None:
+    cpu = torch.device("cpu")
+    if not clock.reset_peak(cpu):
+        pytest.skip("the system forbids to reset the mark")
+    block = torch.ones(64 << 20, dtype=torch.uint8)
+    held = clock.peak(cpu)
+    del block
+    assert clock.reset_peak(cpu)
+    assert held - clock.peak(cpu) > 32 << 20
+
+
+def test_no_energy_where_nothing_reports_it() -> None:
+    assert clock.meter(torch.device("cpu")) is None
+
+
+# -- processes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_process_answers_fails_and_dies_in_words() -> None:
+    worker = Worker(Named("m", "m"), SMALL, bench_helpers.moody)
+    assert worker.facts() == bench_helpers.facts()
+    assert worker.run(1).total_s == 1.0
+    with pytest.raises(OutOfMemory, match="batch 5 of m"):
+        worker.run(5)
+    assert worker.run(4).total_s == 1.0  # still there
+    with pytest.raises(ModelError, match=r"model m: its process ended at batch 2 \(exit code 7"):
+        worker.run(2)
+    worker.close()
+    worker.close()
+
+
+SCRIPT = """
+import sys
+from prunetune import measure_models
+from prunetune.bench.options import BenchOptions
+found = measure_models([sys.argv[1]], BenchOptions(batch="1", prompt=8, generate=2, runs=1, device="cpu"))
+print(found.models[1].cells[0].ratios["decode"].median)
+"""
+
+
+def test_a_script_without_a_guard_can_measure(run: Path, tmp_path: Path) -> None:
+    """As docs/bench.md has it: nothing runs the script a second time."""
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = subprocess.run([sys.executable, tmp_path / "script.py", run], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) > 0
+
+
+def test_a_bug_keeps_its_traceback_and_a_mistake_its_line() -> None:
+    worker = Worker(Named("m", "m"), SMALL, bench_helpers.moody)
+    with pytest.raises(RuntimeError, match=r"(?s)in the process of m.*ZeroDivisionError: a bug"):
+        worker.run(3)
+    worker.close()
+    with pytest.raises(ModelError, match=r"^model m: no weights$"):
+        Worker(Named("m", "m"), SMALL, bench_helpers.broken)
+
+
+# -- llama.cpp -------------------------------------------------------------------------------------------------------
+
+
+def test_a_gguf_file_in_llama_cpp(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp")
+    file = tmp_path / "a.gguf"
+    export_run(run, "gguf", out=file)
+    assert context_of(file) == 128
+    runner = LlamaCppRunner(Named("a", str(file), llama_cpp=True), SMALL)
+    work = runner.warm(1)
+    assert runner.warm(2).prefill_flops == 2 * (work.prefill_flops or 0) > 0
+    assert 0 < (work.decode_bytes or 0) < file.stat().st_size
+    one, two = runner.run(1), runner.run(2)
+    assert one.prefill_s
+    assert one.decode_s
+    assert (two.prefill_s, two.decode_s) == (None, None)
+    known = runner.facts()
+    assert known.dtype == "f16"
+    assert known.file_bytes == file.stat().st_size
+    assert known.parameters == LocalRunner(Named("run", str(run / "model"), trust=True), SMALL).facts().parameters
+
+
+# -- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def say(say: Said) -> Said:
+    """`prunetune bench` with these arguments."""
+    return lambda *arguments: say("bench", *arguments)
+
+
+def test_a_run_beside_its_dense_model(say: Said, run: Path, tmp_path: Path) -> None:
+    where = tmp_path / "bench.json"
+    short = ("--prompt", "12", "--generate", "4", "--batch", "2", "--runs", "2", "--device", "cpu", "--threads", "1")
+    code, out, _ = say(str(run), *short, "--json", str(where))
+    assert code == 0
+    assert f"[1] {run}" in out
+    found = json.loads(where.read_text(encoding="utf-8"))
+    assert [len(model["cells"][0]["samples"]) for model in found["models"]] == [2, 2]
+    assert set(found["models"][1]["cells"][0]["counted"]) == {"prefill", "decode"}
+    assert found["models"][1]["facts"]["device"].startswith("1 CPU threads")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        ((), "bench needs a model"),
+        (("--batch", "0"), "batch '0'"),
+        (("--runs", "0"), "runs"),
+        (("--generate", "1"), "generate"),
+        (("--prompt", "9999"), "its context has 256"),
+        (("--device", "tpu"), "'tpu'"),
+        (("--json", "/nowhere/at/all.json"), "--json"),
+        (("--dtype", "int3"), "int3"),
+    ],
+)
+def test_what_cannot_be_ends_with_two_and_one_line(
+    arguments: tuple[str, ...], part: str, say: Said, dense: Path
+) -> None:
+    code, out, err = say(*((str(dense),) if arguments else ()), *arguments)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert part in err

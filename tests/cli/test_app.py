@@ -1,0 +1,456 @@
+"""Laws of the command line: what a user gets wrong is one line that says what to do, exit 2, and nothing written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import SafetensorError
+
+import prunetune.cli.app
+import prunetune.pipeline.stages
+from prunetune.errors import GateFailed
+from prunetune.utils import console
+from support.data import pairs, write_lines
+from support.evaluation import characters, speaker
+
+Said = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder."""
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    speaker().save_pretrained(folder)
+    characters().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def recipe(dense: Path, tmp_path: Path) -> Callable[..., str]:
+    """A recipe that would run but for the changes; the run folder is tmp_path/run."""
+
+    def write(**changes: Any) -> str:
+        rows = tmp_path / "rows.jsonl"
+        if not rows.exists():
+            write_lines(rows, *pairs(20))
+        values = {"model": str(dense), "out": str(tmp_path / "run"), "device": "cpu", "data": {"train": [str(rows)]}}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values | changes))
+        return str(tmp_path / "recipe.yaml")
+
+    return write
+
+
+def refused(outcome: tuple[int, str, str], *parts: str) -> None:
+    code, out, err = outcome
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1, err
+    assert err.startswith("prunetune: ")
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in err
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_written(tmp_path: Path) -> Any:
+    yield
+    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+# -- data ------------------------------------------------------------------------------------------------------------
+
+GOOD = {"prompt": "Which?", "choices": ["a", "b"], "answer": 0}
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("", ("empty",)),
+        ("\n\n", ("empty",)),
+        ('{"prompt": "x", ', ("bad.jsonl:1", "JSON")),
+        ("3", ("bad.jsonl:1",)),
+        (json.dumps({"prompt": "no answer"}), ("bad.jsonl:1", "completion")),
+        (json.dumps({"question": "x", "reply": "y"}), ("bad.jsonl:1", "prompt + completion")),
+        (json.dumps(GOOD | {"answer": 2}), ("bad.jsonl:1", "0..1")),
+        (json.dumps(GOOD | {"answer": -1}), ("bad.jsonl:1", "0..1")),
+        (json.dumps({"prompt": "", "completion": "b"}) + "\n", ("bad.jsonl:1", "empty")),
+        (json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"answer": 9}), ("bad.jsonl:2",)),
+    ],
+)
+def test_bad_rows(line: str, parts: tuple[str, ...], say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text(line)
+    refused(say("run", recipe(data={"train": [str(tmp_path / "bad.jsonl")]})), *parts)
+
+
+def test_not_utf8(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
+    refused(say("run", recipe(data={"train": [str(tmp_path / "bad.jsonl")]})), "bad.jsonl:1", "UTF-8")
+
+
+def test_missing_data(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    refused(say("run", recipe(data={"train": [str(tmp_path / "absent.jsonl")]})), "absent.jsonl", "no such file")
+    refused(say("run", recipe(data={"train": [str(tmp_path / "*.none")]})), "glob")
+    refused(say("run", recipe(data={})), "data.train")
+    refused(say("run", recipe(data={"train": [str(tmp_path)]})), "folder")
+
+
+def test_overlapping_splits(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    train = write_lines(tmp_path / "a.jsonl", *pairs(20))
+    test = write_lines(tmp_path / "b.jsonl", *pairs(5, start=19))
+    refused(say("run", recipe(data={"train": [train], "test": [test]})), "overlap", "a.jsonl:20", "b.jsonl:1", "drop")
+
+
+def test_too_few_rows(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    refused(say("run", recipe(data={"train": [write_lines(tmp_path / "a.jsonl", *pairs(2))]})), "too few")
+
+
+def test_a_prompt_longer_than_the_context(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    rows = [*pairs(20), {"prompt": "long " * 100, "completion": "x"}]
+    source = write_lines(tmp_path / "long.jsonl", *rows)
+    refused(say("run", recipe(data={"train": [source]})), "256", "long.jsonl:21", "data.too_long=truncate")
+
+
+# -- recipes and flags -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"budgte": {"keep": 0.5}}, ("unknown key budgte",)),
+        ({"budget": {"kep": 0.5}}, ("unknown key budget.kep", "did you mean budget.keep?")),
+        ({"keep": 0.5}, ("unknown key keep", "did you mean budget.keep?")),
+        ({"train": {"learning_rte": 1}}, ("did you mean train.learning_rate?",)),
+        ({"budget": {"keep": 0}}, ("budget.keep must lie in (0, 1], got 0",)),
+        ({"budget": {"keep": 1.5}}, ("budget.keep must lie in (0, 1], got 1.5",)),
+        ({"budget": {"keep": "half"}}, ("budget.keep must be a finite number",)),
+        ({"budget": {"keep": float("nan")}}, ("budget.keep must be a finite number",)),
+        ({"budget": 0.5}, ("budget is a section",)),
+        ({"train": {"steps": 1.5}}, ("train.steps must be a whole number",)),
+        ({"train": {"steps": True}}, ("train.steps must be a whole number",)),
+        ({"layout": "unifrom"}, ("did you mean uniform?",)),
+        ({"search": {"share": 0.9, "settle": 0.2}}, ("search.share + search.settle",)),
+    ],
+)
+def test_bad_options(changes: dict[str, Any], parts: tuple[str, ...], say: Said, recipe: Callable[..., str]) -> None:
+    refused(say("run", recipe(**changes)), *parts)
+
+
+@pytest.mark.parametrize("layout", ["per-layer", "uniform"])
+def test_a_budget_below_the_floor_names_the_floor(layout: str, say: Said, recipe: Callable[..., str]) -> None:
+    outcome = say("run", recipe(budget={"keep": 0.01}, layout=layout))
+    refused(outcome, "budget.keep 0.01", "below what is feasible (0.")
+    named = outcome[2].partition("feasible (")[2].partition(")")[0]
+    refused(say("run", recipe(budget={"keep": float(named) - 0.002}, layout=layout)), named)
+
+
+def test_flags_win_over_the_recipe(say: Said, recipe: Callable[..., str]) -> None:
+    refused(say("run", recipe(), "--budget.keep", "0.01"), "feasible")
+    refused(say("run", recipe(), "--budget.keep", "2"), "budget.keep must lie in")
+    refused(say("run", recipe(budget={"keep": 3}), "--budget.keep", "0.01"), "feasible")
+
+
+def test_missing_or_broken_recipe(say: Said, tmp_path: Path) -> None:
+    refused(say("run", str(tmp_path / "absent.yaml")), "absent.yaml", "recipes/")
+    refused(say("run", str(tmp_path)), "cannot read")
+    (tmp_path / "broken.yaml").write_text("a: [1\nb: }")
+    refused(say("run", str(tmp_path / "broken.yaml")), "not valid YAML")
+    (tmp_path / "list.yaml").write_text("- a\n")
+    refused(say("run", str(tmp_path / "list.yaml")), "maps keys to values")
+
+
+def test_unknown_flags_and_commands(say: Said, recipe: Callable[..., str]) -> None:
+    refused(say("run", recipe(), "--budget.kep", "0.5"), "--budget.kep")
+    refused(say("run", recipe(), "--train.steps", "many"), "many")
+    refused(say("prune"), "prune")
+    refused(say("run"), "RECIPE")
+    refused(say("sites"), "MODEL")
+
+
+def test_bad_comparisons(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    refused(say("compare", recipe(), "--compare.methods", "tailor"), "'tailor'", "did you mean taylor?")
+    refused(say("compare", recipe(compare={"kep": 0.5})), "unknown key compare.kep", "did you mean compare.keeps?")
+    refused(say("compare", recipe(), "--compare.keeps", "2"), "compare.keeps must lie in (0, 1], got 2")
+    refused(say("compare", recipe(), "--compare.keeps", "0.01"), "feasible")
+    refused(say("compare", recipe(compare={"seeds": ["a"]})), "compare.seeds must be a whole number")
+    refused(say("compare", recipe(), "--compare.variants", str(tmp_path)), "cannot read")
+
+
+# -- models and devices ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "quantum", "cpu:x"])
+def test_bad_device(device: str, say: Said, recipe: Callable[..., str]) -> None:
+    found = say("run", recipe(), "--device", device)
+    refused(found, f"device {device!r}", "use cpu, cuda or auto")
+    assert "mkldnn" not in found[2], "no list of all that PyTorch knows"
+
+
+@pytest.mark.parametrize("kind", ["mamba", "nonsense"])
+def test_unknown_architecture(kind: str, say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text(
+        json.dumps({"model_type": kind, "n_layer": 2, "n_embd": 8, "n_head": 2})
+    )
+    refused(say("run", recipe(model=str(tmp_path / "odd"))), kind)
+    refused(say("sites", str(tmp_path / "odd")), kind)
+
+
+def test_a_model_without_its_tokenizer(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "dumb").mkdir()
+    (tmp_path / "dumb" / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2})
+    )
+    refused(say("run", recipe(model=str(tmp_path / "dumb"))), "tokenizer")
+
+
+def test_models_that_are_not_there(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    refused(say("run", recipe(model=str(tmp_path / "absent"))), "absent")
+    refused(say("run", recipe(model=str(tmp_path / "absent.gguf"))), "no such file")
+    (tmp_path / "hollow").mkdir()
+    refused(say("run", recipe(model=str(tmp_path / "hollow"))), "config.json")
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn" / "config.json").write_text('{"model_type": "lla')
+    refused(say("run", recipe(model=str(tmp_path / "torn"))), "torn")
+
+
+def test_a_model_without_tokenizer(say: Said, recipe: Callable[..., str], dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "mute").mkdir()
+    (tmp_path / "mute" / "config.json").write_text((dense / "config.json").read_text())
+    refused(say("run", recipe(model=str(tmp_path / "mute"))), "tokenizer")
+
+
+# -- resources and endings -------------------------------------------------------------------------------------------
+
+
+def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+    def run(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(prunetune.pipeline.stages, "run", run)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines"),
+        torch.AcceleratorError("CUDA error: out of memory\nmore lines"),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory(
+    error: Exception, say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raising(monkeypatch, error)
+    refused(say("run", recipe()), "out of memory", "train.micro_tokens", "--resume")
+
+
+def test_a_gpu_that_gave_up_says_where_and_how_to_go_on(
+    say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raising(monkeypatch, torch.AcceleratorError("CUDA error: unspecified launch failure\nmore lines"))
+    code, _, err = say("run", recipe())
+    assert code == 2
+    assert "Traceback" in err
+    assert err.splitlines()[-1].startswith("prunetune: the GPU gave up (CUDA error: unspecified launch failure)")
+    assert "--resume" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "runs/a/metrics.jsonl"),
+        OSError(errno.EDQUOT, "Disk quota exceeded"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_disk_full(error: Exception, say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(monkeypatch, error)
+    refused(say("run", recipe()), "the disk is full", "--resume")
+
+
+def test_an_interruption_says_how_to_go_on(
+    say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raising(monkeypatch, KeyboardInterrupt())
+    code, _, err = say("run", recipe())
+    assert code == 130
+    assert err == "prunetune: interrupted; go on with --resume\n"
+
+
+@pytest.mark.parametrize(
+    ("out", "parts"),
+    [
+        ("{tmp}/rows.jsonl/run", ("rows.jsonl is a file", "--out")),
+        ("{tmp}/" + "x" * 300, ("cannot be opened (File name too long)", "--out")),
+        ("", ("out '' names no folder", "--out")),
+        ("a\0b", ("names no folder",)),
+    ],
+)
+def test_a_place_where_no_folder_can_be(
+    out: str, parts: tuple[str, ...], say: Said, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    for dry in ((), ("--dry-run",), ("--resume",)):
+        refused(say("run", recipe(out=out.format(tmp=tmp_path)), *dry), *parts)
+
+
+def test_a_folder_that_may_not_be_written_to(
+    say: Said, recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda place, _: Path(place) != tmp_path)  # root may write anywhere
+    refused(say("run", recipe(), "--dry-run"), f"{tmp_path} cannot be written to", "--out")
+
+
+def test_out_is_a_path_as_a_shell_has_it(
+    say: Said, recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine").touch()
+    refused(say("run", recipe(out="~/mine")), f"{tmp_path / 'mine'} is a file")
+
+
+def test_a_dry_run_refuses_gates_and_trackers_as_the_run_does(say: Said, recipe: Callable[..., str]) -> None:
+    for changes in ({"gates": ["valid.accuracy >= 0.5 -> stop"]}, {"track": ["mlflow"]}):
+        refusals = [say("run", recipe(**changes), *dry) for dry in ((), ("--dry-run",))]
+        refused(refusals[0])
+        assert refusals[0] == refusals[1]
+
+
+@pytest.mark.parametrize("written", [b"{{{", b"\xff\xfe", b"seed: 1\nseed: 2\n", b"seed: [\n", b"sed: 1\n"])
+def test_a_run_whose_recipe_is_broken(written: bytes, say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    (broken / "model").mkdir(parents=True)
+    (broken / "config.yaml").write_bytes(written)
+    suite = tmp_path / "suite.yaml"
+    suite.write_text("tasks: {a: {data: rows.jsonl, scorer: nll}}")
+    told = str(broken / "config.yaml")
+    refused(say("watch", broken), told)
+    refused(say("compare-runs", broken, broken), told)
+    refused(say("run", recipe(out=str(broken)), "--resume"), told, "--out")
+    code, _, err = say("check", broken, "--suite", suite, "--device", "cpu")
+    assert code == 2
+    assert told in err.splitlines()[-1]
+
+
+def test_a_failed_gate_ends_with_one(say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+    raising(monkeypatch, GateFailed("the limit is broken"))
+    assert say("run", recipe())[::2] == (1, "prunetune: the limit is broken\n")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.EIO, "broken disk"), ZeroDivisionError()])
+def test_a_bug_keeps_its_traceback(
+    error: Exception, say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raising(monkeypatch, error)
+    with pytest.raises(type(error)):
+        say("run", recipe())
+
+
+# -- what works ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["per-layer", "uniform"])
+def test_sites_prints_the_floor(layout: str, say: Said, dense: Path, recipe: Callable[..., str]) -> None:
+    code, out, err = say("sites", str(dense), "--layout", layout, "--align", "8")
+    assert (code, err) == (0, "")
+    last = out.strip().splitlines()[-1]
+    assert last.startswith(f"smallest feasible budget.keep, layout {layout}: 0.")
+    floor = float(last.rpartition(" ")[2])
+    # Below the printed floor a run is refused with the same number, give or take its rounding.
+    outcome = say("run", recipe(budget={"keep": floor - 0.002, "align": 8}, layout=layout))
+    refused(outcome, "feasible")
+    assert float(outcome[2].partition("feasible (")[2].partition(")")[0]) == pytest.approx(floor, abs=0.0011)
+    assert "attention" in out
+    assert "mlp" in out
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("run", "--help"), ("compare", "--help"), ("sites", "--help"), ("--version",)]
+)
+def test_help(arguments: tuple[str, ...], say: Said) -> None:
+    code, out, err = say(*arguments)
+    assert (code, err) == (0, "")
+    assert out.strip()
+
+
+def test_report_of_what_is_no_run(say: Said, tmp_path: Path) -> None:
+    refused(say("report", str(tmp_path)), str(tmp_path))
+    refused(say("report", str(tmp_path / "absent")), "absent")
+
+
+STOPPED = """
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a script
+import prunetune.cli.app
+prunetune.cli.app.app = lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+sys.argv = ["prunetune", *sys.argv[1:]]
+prunetune.cli.app.main()
+"""
+
+
+@pytest.mark.parametrize(("command", "line"), [("run", "interrupted; go on with --resume"), ("bench", "interrupted")])
+def test_sigterm_ends_a_run_wherever_it_was_started(command: str, line: str) -> None:
+    ended = subprocess.run([sys.executable, "-c", STOPPED, command], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (130, f"prunetune: {line}\n")
+
+
+HEARD = """
+import logging, sys
+import prunetune.cli.app
+def app(*_, **__):
+    logging.getLogger("onnxscript.rewriter").info("what a library does")
+    logging.getLogger("onnxscript.rewriter").warning("what a library warns of")
+    logging.getLogger("prunetune.utils.console").info("step 1")
+prunetune.cli.app.app = app
+sys.argv = ["prunetune", "export", "runs/a"]
+prunetune.cli.app.main()
+"""
+
+
+def test_the_log_tells_of_the_run_and_not_of_libraries() -> None:
+    ended = subprocess.run([sys.executable, "-c", HEARD], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "what a library warns of\nstep 1\n")
+
+
+def test_a_plain_log_says_the_time_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    plain = console.PlainConsole(10)
+    with caplog.at_level("INFO"):
+        plain.stage("tune", 700)
+        for step in range(1, 21):
+            plain.step({"step": step, "phase": "search", "loss": 1.0, "kept": 1.0})
+            now[0] += 6
+    assert [line.partition(", ")[2] for line in caplog.messages] == ["", "", "about 69 min left", "about 68 min left"]
+
+
+def test_a_switch_that_is_given_a_word_says_how(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["prunetune", "run", "none.yaml", "--evaluate.dense_tuned", "false"])
+    assert prunetune.cli.app._guarded() == 2
+    assert "false: belongs to no option; a switch takes its value by =" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("verb", "code"), [("runs", prunetune.cli.app.UNREAD), ("--help", 1)])  # 1: how rich ends so
+def test_what_nobody_reads_ends_without_a_word(verb: str, code: int, tmp_path: Path) -> None:
+    """As behind `| head`, which has seen enough."""
+    words = [verb, str(tmp_path)] if verb == "runs" else [verb]
+    with subprocess.Popen(
+        [sys.executable, "-m", "prunetune.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == code

@@ -1,0 +1,213 @@
+"""Budgets from the command line: what is said before any training, what is refused, and a run that meets them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prunetune.bench.latency import tables
+from prunetune.bench.latency.measure import Meter
+from prunetune.compare.run import compare
+from prunetune.config.recipe import from_mapping
+from prunetune.cost.latency_table import PHASES, TRACKS, Table
+from prunetune.errors import ConfigError
+from prunetune.plan import Plan
+from support.data import pairs, write_lines
+from support.evaluation import characters, speaker
+
+Said = Callable[..., tuple[int, str, str]]
+ALIGN = ("--align", "8")
+RECIPE: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "train": {"steps": 6, "batch_size": 4},
+    "lora": {"rank": 4},
+    "search": {"share": 0.4, "settle": 0.2, "evidence": 1, "batch_size": 4},
+    "distill": {"teacher": "none"},
+    "evaluate": {"limit": 4, "generate_limit": 0, "dense_tuned": False},
+    "workload": {"prompt": 8, "generate": 4, "dtype": "float32"},
+}
+
+
+def sizes(models: Sequence[Any], workload: Any, runs: int) -> list[dict[str, float]]:
+    """Seconds by parameters."""
+    counts = [sum(weight.numel() for weight in model.parameters()) for model in models]
+    return [dict.fromkeys(PHASES, 1e-6 * count) for count in counts]
+
+
+def tracks(models: Sequence[Any], workload: Any, runs: int) -> list[dict[str, float]]:
+    """All of it the device's."""
+    found = sizes(models, workload, runs)
+    return [dict.fromkeys(TRACKS, 0.0) | {f"{phase}.device": one[phase] for phase in PHASES} for one in found]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "dense"
+    speaker(layers=4).save_pretrained(folder)
+    characters().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _a_device_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("prunetune.bench.latency.short_models.CPU_CACHE", 1)
+    monkeypatch.setattr(tables, "Meter", lambda *args: Meter(*args, tracks=tracks, seconds=sizes))
+    monkeypatch.setattr("prunetune.bench.latency.verify.seconds_of", sizes)
+
+
+@pytest.fixture
+def recipe(dense: Path, tmp_path: Path) -> Callable[..., str]:
+    def write(**budget: Any) -> str:
+        write_lines(tmp_path / "rows.jsonl", *pairs(20))
+        own = {"model": str(dense), "out": str(tmp_path / "run"), "data": {"train": [str(tmp_path / "rows.jsonl")]}}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | own | {"budget": {"align": 8, **budget}}))
+        return str(tmp_path / "recipe.yaml")
+
+    return write
+
+
+def row(out: str, kind: str) -> list[str]:
+    return next(line for line in out.splitlines() if line.startswith(f"{kind} ")).split()[1:]
+
+
+def refused(outcome: tuple[int, str, str], *parts: str) -> None:
+    code, out, err = outcome
+    assert (code, out) == (2, "")
+    assert err.startswith("prunetune: ")
+    assert err.count("\n") == 1, err
+    for part in parts:
+        assert part in err
+
+
+# -- before any training ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["per-layer", "uniform"])
+def test_sites_says_what_budgets_would_mean(layout: str, say: Said, dense: Path) -> None:
+    code, out, err = say("sites", str(dense), *ALIGN, "--layout", layout, "--context", "64", "--batch", "4")
+    assert (code, err) == (0, "")
+    for kind in ("flops", "memory", "file"):
+        assert len(row(out, kind)) == 5
+    assert "--measure" in out
+
+
+def test_sites_measures_where_it_is_asked_to(say: Said, dense: Path) -> None:
+    code, out, _ = say("sites", str(dense), *ALIGN, "--measure", "--device", "cpu")
+    assert code == 0
+    assert row(out, "latency")[0].endswith("s")
+    assert row(out, "throughput")[0].endswith("/s")
+    again = say("sites", str(dense), *ALIGN, "--device", "cpu")[1]
+    assert row(again, "latency") == row(out, "latency")
+
+
+def test_shares_of_parameters_are_that_whatever_the_budget_is(say: Said, recipe: Callable[..., str]) -> None:
+    plain, limited = (say("run", recipe(**budget), "--dry-run")[1] for budget in ({}, {"memory": 0.8}))
+    assert row(limited, "file") == row(plain, "file")
+
+
+def test_what_is_not_counted_says_why(say: Said, dense: Path) -> None:
+    code, out, _ = say("sites", str(dense), *ALIGN, "--units", "query-heads", "--units", "mlp-channels")
+    assert code == 0
+    assert "query-heads" in " ".join(row(out, "latency"))
+    refused(
+        say("sites", str(dense), "--units", "query-heads", "--units", "mlp-channels", "--measure", "--device", "cpu"),
+        "query-heads",
+    )
+
+
+def test_a_dry_run_writes_nothing(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    code, out, _ = say("run", recipe(memory=0.8), "--dry-run")
+    assert code == 0
+    assert "an even plan takes" in out
+    assert "times the rows of train" in out
+    assert "nothing was written" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_least_that_sites_names_is_accepted(say: Said, dense: Path, recipe: Callable[..., str]) -> None:
+    workload = ("--prompt", "8", "--generate", "4", "--dtype", "float32")
+    out = say("sites", str(dense), *ALIGN, *workload, "--measure", "--device", "cpu")[1]
+    for kind in ("memory", "throughput"):
+        assert say("run", recipe(**{kind: row(out, kind)[-1]}), "--dry-run")[0] == 0
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("budget", "parts"),
+    [
+        ({"memory": "1kB"}, ("budget.memory", "feasible (", "budget.align")),
+        ({"throughput": "1e9/s"}, ("budget.throughput", "above what is feasible (")),
+        ({"latency": 0.001}, ("budget.latency", "feasible (")),
+        ({"memory": "1TB"}, ("budget.memory", "nothing would have to go")),
+        ({"memory": "fast"}, ("budget.memory", "1.5GB")),
+        ({"memory": 0.5, "keep": 0.001}, ("budget.keep", "feasible (")),
+        ({"memory": 0.3, "min_share": 0.95}, ("budget.memory", "budget.min_share")),
+        ({"latency": 0.8, "table": "nowhere.json"}, ("budget.table", "cannot be read")),
+        ({"latency": 0.8, "units": ["query-heads"]}, ("query-heads", "budget.units")),
+    ],
+)
+def test_what_cannot_be_met_is_one_line(
+    budget: dict[str, Any], parts: Sequence[str], say: Said, recipe: Callable[..., str], tmp_path: Path
+) -> None:
+    outcome = say("run", recipe(**budget))
+    refused((outcome[0], outcome[1], outcome[2].splitlines()[-1] + "\n"), *parts)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_nearest_value_is_accepted(say: Said, recipe: Callable[..., str]) -> None:
+    for kind, wrong in (("flops", "1e-5M"), ("throughput", "1e9/s")):
+        nearest = say("run", recipe(**{kind: wrong}))[2].partition("feasible (")[2].partition(";")[0]
+        assert say("run", recipe(**{kind: nearest}), "--dry-run")[0] == 0
+
+
+def test_a_device_that_is_not_there(say: Said, recipe: Callable[..., str], dense: Path) -> None:
+    refused(say("run", recipe(latency=0.8), "--device", "cuda:7"), "cuda:7", "not there")
+    refused(say("sites", str(dense), "--measure", "--device", "cuda:7"), "cuda:7", "not there")
+
+
+def test_a_table_of_another_device(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    assert say("run", recipe(latency=0.8), "--dry-run")[0] == 0
+    (file,) = (tmp_path / "cache" / "latency").iterdir()
+    table = Table.from_json(file.read_text(), "x")
+    other = tmp_path / "other.json"
+    other.write_text(Table({**table.header, "device": "NVIDIA X"}, table.rest, table.layers).to_json())
+    outcome = say("run", recipe(latency=0.8, table=str(other)), "--dry-run")
+    refused((outcome[0], outcome[1], outcome[2].splitlines()[-1] + "\n"), "device 'NVIDIA X'", "budget.table")
+    assert say("run", recipe(latency=0.8, table=str(file)), "--dry-run")[0] == 0
+
+
+# -- a run -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_meets_its_budgets(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    code, out, _ = say("run", recipe(memory=0.85, latency=0.9))
+    assert code == 0
+    rows = json.loads((tmp_path / "run" / "manifest.json").read_text())["budgets"]
+    assert [one["budget"] for one in rows] == ["memory", "latency"]
+    for one in rows:
+        assert 0.8 * one["limit"] < one["counted"] <= one["limit"] * (1 + 1e-9)
+        assert one["words"] in out
+    assert abs(rows[1]["error"]) < 0.05
+    plan = Plan.load(tmp_path / "run" / "plan.json")
+    assert any(len(kept) < plan.units[site] for site, kept in plan.kept.items())
+    assert say("run", str(tmp_path / "recipe.yaml"), "--resume")[0] == 0
+
+
+def test_a_comparison_meets_them_too(recipe: Callable[..., str], tmp_path: Path) -> None:
+    values = yaml.safe_load(Path(recipe(memory=0.85)).read_text())
+    wanted = {"methods": ["magnitude", "one-stage"]}
+    folder = compare(from_mapping(values | {"compare": wanted}))
+    cells = [json.loads(file.read_text()) for file in (folder / "cells").glob("*.json")]
+    assert len(cells) >= 2
+    assert all(cell["kept"] < 1 for cell in cells)
+    with pytest.raises(ConfigError, match=r"compare\.keeps"):
+        compare(from_mapping(values | {"out": str(tmp_path / "other"), "compare": wanted | {"keeps": [0.5]}}))

@@ -1,0 +1,93 @@
+"""The command `export`: what it prints, and its exit codes."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prunetune.export import formats
+from prunetune.export.gguf import llamacpp, tensors
+from prunetune.export.gguf import write as gguf_write
+from support.data import subwords
+from support.export import reference_here, run_folder
+
+Said = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def say(say: Said, monkeypatch: pytest.MonkeyPatch) -> Said:
+    """`prunetune export` with these arguments."""
+    monkeypatch.setattr(llamacpp, "reference", reference_here)
+    return lambda *arguments: say("export", *arguments)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_folder(tmp_path_factory.mktemp("runs") / "support", subwords(), layout="uniform")[0]
+
+
+def test_it_says_what_it_wrote_and_where(say: Said, run: Path, tmp_path: Path) -> None:
+    code, out, _ = say(str(run), "--to", "gguf", "--dtype", "q8_0", "--out", str(tmp_path / "a.gguf"))
+    assert code == 0
+    lines = out.splitlines()
+    assert lines[0].startswith("GGUF, architecture llama, q8_0: 0.1 M parameters")
+    assert lines[1].startswith("checked in gguf")
+    assert "llama.cpp" in lines[2]
+    assert lines[-1] == str(tmp_path / "a.gguf")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (("--to", "tar"), "tar"),
+        (("--to", "gguf", "--dtype", "f8"), "takes no dtype 'f8'; use one of f16, f32, bf16, q8_0"),
+        (("--to", "onnx", "--pad"), "onnx has no use for it: leave it out"),
+        (("--to", "per-layer"), "a stock class opens it: export --to uniform"),
+    ],
+)
+def test_what_cannot_be_ends_with_two_and_one_line(
+    arguments: tuple[str, ...], part: str, say: Said, run: Path, tmp_path: Path
+) -> None:
+    code, out, err = say(str(run), *arguments, "--out", str(tmp_path / "x"))
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert err.startswith("prunetune: ")
+    assert part in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_check_ends_with_one(say: Said, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_write, "read_back", lambda *_: None)
+    monkeypatch.setattr(tensors, "quantized", lambda rows, type, name: (0 * rows).numpy())
+    code, out, err = say(str(run), "--to", "gguf", "--dtype", "f32", "--out", str(tmp_path / "x.gguf"))
+    if not llamacpp.installed():
+        pytest.skip("needs llama.cpp")
+    assert (code, out) == (1, "")
+    assert "differs from transformers" in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_told_before(say: Said, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")(1, 1, 10)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    code, _, err = say(str(run), "--to", "gguf", "--out", str(tmp_path / "x.gguf"))
+    assert code == 2
+    assert "GB free" in err
+
+
+def test_what_there_is_stays(say: Said, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_text("mine")
+    code, _, err = say(str(run), "--to", "gguf", "--out", str(tmp_path / "x.gguf"))
+    assert (code, (tmp_path / "x.gguf").read_text()) == (2, "mine")
+    assert "exists already" in err
+
+
+def test_a_stale_partial_is_cleared(say: Said, run: Path, tmp_path: Path) -> None:
+    """As a killed export leaves it."""
+    (tmp_path / "x.gguf.partial").write_text("half")
+    assert say(str(run), "--to", "gguf", "--out", str(tmp_path / "x.gguf"))[0] == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+    assert set(formats.EXPORTERS) >= {"gguf", "uniform", "per-layer"}

@@ -1,0 +1,103 @@
+"""Methods and variants: what a file of variants may say, and how a cell follows the recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prunetune.baselines.scores import BASELINES
+from prunetune.compare.grid import Cell, best_rate, grid_of
+from prunetune.compare.methods import BUILT_IN, methods_of
+from prunetune.config.fields import merged
+from prunetune.config.recipe import RunConfig, from_mapping
+from prunetune.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+
+def config_of(tmp_path: Path, variants: Any = None, **compare: Any) -> RunConfig:
+    if variants is not None:
+        (tmp_path / "v.yaml").write_text(variants if isinstance(variants, str) else yaml.safe_dump(variants))
+        compare["variants"] = str(tmp_path / "v.yaml")
+    return from_mapping({"data": {"texts": "t.jsonl"}, "distill": {"teacher": "dense"}, "compare": compare})
+
+
+def names(config: RunConfig) -> list[str]:
+    return [method.name for method in methods_of(config)]
+
+
+def test_the_default_is_every_baseline_between_dense_and_one_stage() -> None:
+    assert names(RunConfig()) == ["dense", *BASELINES, "one-stage"]
+
+
+def test_variants_are_added_all_or_by_name(tmp_path: Path) -> None:
+    variants = {"a": {}, "b": {"lora": {"rank": 4}}}
+    assert names(config_of(tmp_path, variants, methods=["dense"])) == ["dense", "a", "b"]
+    assert names(config_of(tmp_path, variants, methods=["b", "dense", "b"])) == ["b", "dense"]
+
+
+@pytest.mark.parametrize(
+    ("variants", "line"),
+    [
+        ({"dense": {}}, "none of untuned, dense"),
+        ({"a/b": {}}, "letters, digits"),
+        ({"a": 3}, "mapping of changes"),
+        ({"a": {"lora": {"rnak": 4}}}, "did you mean lora.rank?"),
+        ({"a": {"lora": {"rank": 0}}}, "lora.rank must lie in"),
+        ({"a": {"data": {"train": "x.jsonl"}}}, "data.train is the same for all"),
+        ({"a": {"seed": 3}}, "seed is the same for all"),
+        ({"a": {"budget": {"keep": 0.5}}}, "budget.keep is the same for all"),
+        ({"a": {"two-stage": "tailor"}}, "two-stage must be one of"),
+        ({"a": {"two-stage": "taylor", "dense": True}}, "exclude each other"),
+        ("- a\n", "map names to changes"),
+        ("", "holds no variant"),
+        ({}, "holds no variant"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_variant_that_cannot_be_used_is_one_line(variants: Any, line: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        methods_of(config_of(tmp_path, variants))
+    assert line in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_cell_follows_the_recipe_but_for_its_place_and_changes(tmp_path: Path) -> None:
+    changes = {"search": {"share": 0.5}, "distill": {"teacher": "none"}, "train": {"weights_rate": 4e-3}}
+    config = config_of(tmp_path, {"a": changes})
+    (method,) = (one for one in methods_of(config) if one.name == "a")
+    made = Cell(method, 0.7, 5, 2e-3).config(config)
+    rates = {"learning_rate": 2e-3, "weights_rate": 8e-3}  # the recipe's 1e-3 doubled, and so both
+    expected = {"seed": 5, "budget": {"keep": 0.7}, "train": rates, "search": {"share": 0.5}}
+    own = {"compare": {"variants": config.compare.variants}, "distill": {"teacher": "none"}}
+    assert made == from_mapping(merged(expected, own))  # and without a teacher there are no texts for it
+
+
+def test_the_grid_is_one_value_where_nothing_is_named() -> None:
+    grid = grid_of(from_mapping({"budget": {"keep": 0.5}, "train": {"learning_rate": 3e-4}}))
+    assert (grid.keeps, grid.seeds, grid.rates) == ((0.5,), (0,), (3e-4,))
+    assert [cell.name for cell in grid.cells(BUILT_IN["dense"], 3e-4)] == ["dense-keep1-seed0-lr0.0003"]
+
+
+def test_names_of_cells_tell_them_apart() -> None:
+    config = from_mapping({"compare": {"keeps": [0.6, 0.5, 0.6], "seeds": [0, 1], "learning_rates": [1e-3, 1e-4]}})
+    grid = grid_of(config)
+    cells = [cell.name for method in methods_of(config) for rate in grid.rates for cell in grid.cells(method, rate)]
+    assert len(set(cells)) == len(cells) == 2 * 2 * (1 + 2 * 8)
+
+
+def test_the_best_rate_is_the_lowest_nll_and_the_first_of_equals() -> None:
+    trials = [{"learning_rate": rate, "valid_nll": nll} for rate, nll in ((1.0, None), (2.0, 0.5), (3.0, 0.5))]
+    assert best_rate(trials) == 2.0
+    assert best_rate([{"learning_rate": 1.0, "error": "nan"}]) is None
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "quality").glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_files_of_the_benchmarks_can_be_used(file: Path) -> None:
+    if file.stem.endswith("-valid"):
+        assert methods_of(from_mapping(yaml.safe_load(file.read_text())))
+        return
+    assert len(methods_of(from_mapping({"compare": {"variants": str(file)}}))) > len(methods_of(RunConfig()))

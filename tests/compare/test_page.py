@@ -1,0 +1,95 @@
+"""The page's laws: nothing is loaded or executed, text stays text, the same files give the same bytes."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunetune.compare.charts import looks_of
+from prunetune.compare.page import render, tone, write_page
+from prunetune.compare.table import aggregate
+from prunetune.config.recipe import from_mapping
+from support.comparison import failed, realistic
+from support.page import ATTACK, Outline
+
+METHODS = ("dense", "untuned", "random", "taylor", "one-stage")
+
+
+def found(keeps: list[float], methods: tuple[str, ...] = METHODS) -> dict[str, Any]:
+    cells = [*realistic(methods, keeps, [0, 1]), failed("random", "the loss is nan", seed=7, keep=keeps[0])]
+    return aggregate(cells, dict.fromkeys(methods, 1e-3), from_mapping({"compare": {"keeps": keeps}}))
+
+
+@pytest.mark.parametrize("keeps", [[0.6], [0.8, 0.6]], ids=["one size", "two sizes"])
+def test_nothing_is_loaded_and_everything_is_there(keeps: list[float]) -> None:
+    page = render(found(keeps), {"command": "prunetune compare r.yaml"}, "model: demo\n", "legal")
+    outline = Outline(page)
+    assert not {tag for tag, _ in outline.tags} & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
+    assert all(target.startswith("#") for target in outline.attributes("href"))
+    assert not outline.attributes("src")
+    assert not [name for _, attrs in outline.tags for name in attrs if name.startswith("on")]
+    assert "default-src 'none'" in page
+    assert "http://" not in page
+    assert "https://" not in page
+    names = outline.attributes("id")
+    assert len(names) == len(set(names))
+    assert page.count("<svg") == 5  # accuracy, NLL, ROUGE-L and two perplexities
+    assert page.count("<caption") == page.count("<table") == len(keeps) + 1
+    painted = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))))
+    assert all(colour.startswith("var(--") or colour in ("none", "currentColor") for colour in painted), painted
+    assert "the loss is nan" in page
+    assert "removed: NLL +" in page
+
+
+def test_text_from_outside_stays_text() -> None:
+    hostile = {**found([0.6], ("dense", "one-stage")), "model": ATTACK}
+    for row in hostile["rows"]:
+        row["method"] = ATTACK if row["method"] == "dense" else row["method"]
+        row["scores"][f"ppl {ATTACK}"] = row["scores"].pop("ppl legal/text")
+    hostile["metrics"] = [*hostile["metrics"][:3], f"ppl {ATTACK}"]
+    hostile["errors"] = [{"cell": ATTACK, "error": ATTACK}]
+    hostile["rates"] = [{"method": ATTACK, "learning_rate": 1e-3, "valid_nll": None, "chosen": False}]
+    manifest = {"command": ATTACK, "device": ATTACK, "versions": {ATTACK: ATTACK}, "model": {"name": ATTACK}}
+    page = render(hostile, manifest, f"model: x\n</pre>{ATTACK}", ATTACK)
+    outline = Outline(page)
+    assert not {tag for tag, _ in outline.tags} & {"script", "img"}
+    assert not [name for _, attrs in outline.tags for name in attrs if name.startswith("on")]
+    assert "&lt;script&gt;" in page
+
+
+def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
+    (tmp_path / "comparison.json").write_text(json.dumps(found([0.6])))
+    first = write_page(tmp_path).read_bytes()
+    assert write_page(tmp_path).read_bytes() == first
+
+
+def test_a_comparison_of_which_nothing_worked_has_a_page() -> None:
+    nothing = aggregate([failed("random", "no memory")], {"random": 1e-3}, from_mapping({}))
+    page = render(nothing, {}, "", "empty")
+    Outline(page)
+    assert "no memory" in page
+
+
+@pytest.mark.parametrize(
+    ("score", "wanted"),
+    [
+        ({"difference": -0.1, "difference_se": 0.04}, "worse"),
+        ({"difference": -0.1, "difference_se": 0.06}, ""),
+        ({"difference": -0.1, "difference_se": 0.0}, "worse"),
+        ({"difference": 0.0, "difference_se": 0.0}, ""),
+        ({"difference": -0.1, "difference_se": None}, ""),
+        ({}, ""),
+    ],
+)
+def test_a_difference_is_told_beyond_two_standard_errors(score: dict[str, Any], wanted: str) -> None:
+    assert tone(score, "acc") == wanted
+
+
+def test_no_two_methods_look_alike() -> None:
+    names = [*METHODS, *(f"variant-{n}" for n in range(20))]
+    looks = looks_of(names, "one-stage")
+    assert len({(look.colour, look.marker) for look in looks.values()}) == len(names)  # as the legend shows them

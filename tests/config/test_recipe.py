@@ -1,0 +1,425 @@
+"""Options: every one is a key, a flag and a check, and what is written is read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prunetune.cli.app import app
+from prunetune.cli.flags import given, optional_twin
+from prunetune.config.fields import merged, paths
+from prunetune.config.recipe import RunConfig, from_mapping, load_recipe, to_mapping
+from prunetune.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+OPTIONS = paths(RunConfig)
+
+
+def kind_of(path: str) -> Any:
+    """The type of an option."""
+    cls: Any = RunConfig
+    for part in path.split("."):
+        cls = typing.get_type_hints(cls)[part]
+    return cls
+
+
+def nested(path: str, value: Any) -> dict[str, Any]:
+    """{"a.b": v} as {"a": {"b": v}}."""
+    for part in reversed(path.split(".")):
+        value = {part: value}
+    return value
+
+
+def value_at(values: Any, path: str) -> Any:
+    """The value under a dotted path, of a mapping or of a config."""
+    for part in path.split("."):
+        values = values[part] if isinstance(values, dict) else getattr(values, part)
+    return values
+
+
+OWN_WORDS: dict[str, Any] = {
+    "gates": ["valid.nll <= 2 -> stop", "valid.accuracy >= 0.9x -> roll-back"],
+    "track": ["wandb", "mlflow"],
+    "budget.flops": "60%",
+    "budget.memory": "1.5GB",
+    "budget.file": "800MB",
+    "budget.latency": "25ms",
+    "budget.throughput": "300/s",
+}
+
+
+def other(path: str) -> Any:
+    """A legal value that is not the default."""
+    kind, default, bounds = kind_of(path), OPTIONS[path].default, OPTIONS[path].metadata
+    if typing.get_origin(kind) is typing.Literal:
+        return next(choice for choice in typing.get_args(kind) if choice != default)
+    if path in OWN_WORDS:
+        return OWN_WORDS[path]
+    if typing.get_origin(kind) is tuple:
+        if typing.get_origin(typing.get_args(kind)[0]) is typing.Literal:
+            return list(typing.get_args(typing.get_args(kind)[0])[1:3])
+        return {str: ["a.jsonl", "b/*.csv*2"], int: [3, 4], float: [0.5, 0.25]}[typing.get_args(kind)[0]]
+    if kind is bool:
+        return not default
+    if kind is str:
+        return "else"
+    if kind is int:
+        return default + 3
+    low = bounds["low"] if bounds["low"] is not None else bounds["above"]
+    return default / 2 if default else (low or 0.0) + 0.25
+
+
+def beside(path: str) -> dict[str, Any]:
+    """What an option cannot do without."""
+    return {"distill": {"teacher": "base"}} if path == "data.texts" else {}
+
+
+def edges(path: str) -> tuple[list[float], list[float]]:
+    """Values just allowed and just refused by an option's bounds."""
+    low, high, above = (OPTIONS[path].metadata[name] for name in ("low", "high", "above"))
+    step = 1 if int in (kind_of(path), *typing.get_args(kind_of(path))) else 1e-6
+    fine = [bound for bound in (low, high) if bound is not None] + ([above + step] if above is not None else [])
+    wrong = ([low - step] if low is not None else []) + ([high + step] if high is not None else [])
+    return fine, wrong + ([above] if above is not None else [])
+
+
+BOUNDED = [path for path in OPTIONS if edges(path)[1]]
+NUMBERS = [path for path in OPTIONS if kind_of(path) in (int, float)]
+
+
+# -- fields ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", OPTIONS)
+def test_every_option_has_help_that_ends_a_sentence(path: str) -> None:
+    help_text = OPTIONS[path].metadata["help"]
+    assert help_text.strip() == help_text
+    assert help_text.endswith(".")
+    assert len(help_text) > 8
+
+
+@pytest.mark.parametrize("path", OPTIONS)
+def test_a_default_is_legal(path: str) -> None:
+    """Else the recipe that a run writes down could not be read back."""
+    default = OPTIONS[path].default
+    given_back = value_at(from_mapping(nested(path, list(default) if isinstance(default, tuple) else default)), path)
+    assert given_back == default
+    assert isinstance(default, type(given_back))  # of budget.keep, a number that knows it is a default
+
+
+def test_paths_name_every_leaf_once() -> None:
+    leaves = [path for path in OPTIONS if not isinstance(value_at(RunConfig(), path), dict)]
+    assert leaves == list(OPTIONS)
+    assert set(OPTIONS) >= {"model", "out", "seed", "layout", "data.train", "data.search", "data.valid", "data.test"}
+    assert set(OPTIONS) >= {"budget.keep", "train.steps", "train.learning_rate", "lora.rank"}
+
+
+# -- round trip ------------------------------------------------------------------------------------------------------
+
+
+def test_the_default_round_trips() -> None:
+    assert from_mapping(to_mapping(RunConfig())) == RunConfig()
+    assert from_mapping({}) == RunConfig()
+
+
+@pytest.mark.parametrize("path", OPTIONS)
+def test_every_option_round_trips_through_yaml(path: str) -> None:
+    config = from_mapping(merged(beside(path), nested(path, other(path))))
+    assert config != RunConfig()
+    plain = to_mapping(config)
+    assert value_at(plain, path) == other(path)
+    assert from_mapping(yaml.safe_load(yaml.safe_dump(plain, sort_keys=False))) == config
+
+
+def test_a_config_does_not_change() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        RunConfig().seed = 1  # type: ignore[misc]
+
+
+# -- what is refused, and how ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"modle": "x"}, "recipe: unknown key modle; did you mean model?"),
+        ({"budget": {"kep": 0.5}}, "recipe: unknown key budget.kep; did you mean budget.keep?"),
+        ({"train": {"learning_rte": 1}}, "recipe: unknown key train.learning_rte; did you mean train.learning_rate?"),
+        ({"rank": 8}, "recipe: unknown key rank; did you mean lora.rank?"),
+        (
+            {"layout": "unifrom"},
+            "recipe: layout must be one of per-layer, uniform, got 'unifrom'; did you mean uniform?",
+        ),
+        ({"budget": 0.5}, "recipe: budget is a section with keys of its own, got 0.5"),
+        ({"budget": {"keep": 0}}, "recipe: budget.keep must lie in (0, 1], got 0"),
+        ({"train": {"steps": 1.5}}, "recipe: train.steps must be a whole number, got 1.5"),
+        ({"data": {"train": 3}}, "recipe: data.train must be a source or a list of sources, got 3"),
+        (
+            {"search": {"share": 0.9, "settle": 0.2}},
+            "search.share + search.settle is 1.1: together they may be 1 at most; lower one of them",
+        ),
+    ],
+)
+def test_a_refusal_names_the_key_and_what_would_do(values: dict[str, Any], line: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        from_mapping(values)
+    assert str(refused.value) == line
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"zzzzzz": 1}, r"unknown key zzzzzz; known are model, out, .*, train, lora, .*compare$"),
+        ({"lora": {"zzzzzz": 1}}, r"unknown key lora\.zzzzzz; known are lora\.rank, .*lora\.quantize"),
+        ({"data.train": "x.jsonl"}, r"unknown key data\.train; write train under data:$"),
+    ],
+)
+def test_an_unknown_key_says_what_would_do(values: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        from_mapping(values)
+
+
+@pytest.mark.parametrize("path", BOUNDED)
+def test_bounds_hold_to_the_edge(path: str) -> None:
+    fine, wrong = edges(path)
+    for value in fine:
+        # The two phases share the steps: what one takes, the other leaves.
+        room: dict[str, Any] = {"search": {"share": 1e-6, "settle": 0}} if path.startswith("search.") else {}
+        room |= {"budget": {"keep": 1}} if path == "budget.sizes" else {}
+        if path not in ("search.settle", "budget.sizes") or value < 1:  # a search takes some; a size is a smaller one
+            found = value_at(from_mapping(merged(room, nested(path, value))), path)
+            assert found == ((value,) if isinstance(found, tuple) else value)
+    for value in wrong:
+        with pytest.raises(ConfigError, match=rf"{path} must lie in "):
+            from_mapping(nested(path, value))
+
+
+@pytest.mark.parametrize("path", OPTIONS)
+@pytest.mark.parametrize("value", [{"a": 1}, None, [None]], ids=["mapping", "nothing", "nothings"])
+def test_a_wrong_type_is_refused_by_name(path: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=path):
+        from_mapping(nested(path, value))
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+@pytest.mark.parametrize("value", [True, "many", float("nan"), float("inf")], ids=str)
+def test_a_number_is_a_number(path: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=path):
+        from_mapping(nested(path, value))
+
+
+@pytest.mark.parametrize(("written", "read"), [("1e-3", 1e-3), ("5.0e-4", 5e-4), ("1", 1.0), ("2.5E+1", 25.0)])
+def test_yaml_spellings_of_a_number_are_read(tmp_path: Path, written: str, read: float) -> None:
+    """YAML takes 1e-3 for text."""
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"train: {{learning_rate: {written}}}")
+    found = load_recipe(recipe).train.learning_rate
+    assert found == read
+    assert isinstance(found, float)
+
+
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ("demo", ("demo",)),
+        (["a.jsonl", "b.csv*2"], ("a.jsonl", "b.csv*2")),
+        ([{"source": "a.jsonl", "weight": 0.5}], ("a.jsonl*0.5",)),
+        ([{"source": "a.jsonl", "weight": 1}], ("a.jsonl",)),
+        ({"source": "a.jsonl"}, ("a.jsonl",)),
+        ([], ()),
+    ],
+)
+def test_sources_are_texts_or_weighted(written: Any, read: tuple[str, ...]) -> None:
+    assert from_mapping({"data": {"train": written}}).data.train == read
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "- a\n- b\n",
+        "just text",
+        "model: [",
+        "model: a\n  b: c: d\n",
+        "\x00",
+        "budget:\n\tkeep: 1\n",
+        "out: 2026-06-31\n",
+        "[" * 5000,
+        "seed: 1\nmodel: a\nseed: 2\n",
+        "budget: {keep: 0.5, align: 8, keep: 0.6}\n",
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        load_recipe(recipe)
+    assert str(refused.value).startswith(str(recipe))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_key_that_is_said_twice_is_named(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("budget: {keep: 0.5}\nseed: 1\nbudget: {align: 8}\n")
+    with pytest.raises(ConfigError, match="line 3 says budget a second time"):
+        load_recipe(recipe)
+    recipe.write_text("train: &a {steps: 3}\nsearch: &b {batch_size: 4}\nlora: {<<: *b, <<: *b}\n")
+    with pytest.raises(ConfigError, match="line 3 says << a second time"):
+        load_recipe(recipe)
+    recipe.write_text("train: &a {batch_size: 4}\nsearch: {<<: *a, batch_size: 8}\n")  # merged, and then overridden
+    assert load_recipe(recipe).search.batch_size == 8
+
+
+def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the recipe .* name a YAML file"):
+        load_recipe(tmp_path / "absent.yaml")
+
+
+def test_an_empty_recipe_is_the_default(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("# nothing yet\n")
+    assert load_recipe(tmp_path / "r.yaml") == RunConfig()
+
+
+# -- flags -----------------------------------------------------------------------------------------------------------
+
+
+def parsed(*tokens: str) -> tuple[Path, dict[str, Any]]:
+    """Recipe and flags as the command line reads them."""
+    _, bound, _ = app.parse_args(["run", "r.yaml", *tokens], exit_on_error=False, print_error=False)
+    return bound.arguments["recipe"], given(bound.arguments.get("flags"))
+
+
+def tokens_of(path: str, value: Any) -> list[str]:
+    """A flag as a user types it."""
+    if isinstance(value, bool):
+        section, _, name = path.rpartition(".")
+        flag = f"{section}.{'' if value else 'no-'}{name}" if section else f"{'' if value else 'no-'}{name}"
+        return [f"--{flag.replace('_', '-')}"]
+    flag = f"--{path.replace('_', '-')}"
+    return [token for part in (value if isinstance(value, list) else [value]) for token in (flag, str(part))]
+
+
+def test_no_flag_changes_nothing() -> None:
+    assert given(optional_twin(RunConfig)()) == {}
+    assert given(None) == {}
+    assert parsed() == (Path("r.yaml"), {})
+
+
+@pytest.mark.parametrize("path", OPTIONS)
+def test_every_option_is_a_flag(path: str) -> None:
+    value = other(path)
+    read = OPTIONS[path].metadata["written"] or (lambda value: value)  # more than one type may be written there
+    assert parsed(*tokens_of(path, value))[1] == nested(path, read(value))
+
+
+def test_a_short_flag_is_the_same() -> None:
+    assert parsed("--keep", "0.8,0.5")[1] == parsed("--budget.keep", "0.8,0.5")[1] == {"budget": {"keep": "0.8,0.5"}}
+
+
+@pytest.mark.parametrize("path", OPTIONS)
+def test_a_flag_wins_over_the_recipe(path: str, tmp_path: Path) -> None:
+    """And what the recipe says beside it stays."""
+    recipe = tmp_path / "r.yaml"
+    rest = merged(beside(path), {"seed": 5} if path != "seed" else {"out": "there"})
+    recipe.write_text(yaml.safe_dump(merged(to_mapping(RunConfig()), rest)))
+    config = load_recipe(recipe, parsed(*tokens_of(path, other(path)))[1])
+    told = {"budget": {"keep": RunConfig().budget.keep}}  # a recipe that names it means it, whatever else is given
+    assert config == from_mapping(merged(merged(told, rest), nested(path, other(path))))
+
+
+def test_zero_and_false_are_given() -> None:
+    """A falsy flag is not an absent one."""
+    flags = parsed("--seed", "0", "--lora.dropout", "0", "--no-trust-remote-code")[1]
+    assert flags == {"seed": 0, "lora": {"dropout": 0.0}, "trust_remote_code": False}
+
+
+def test_flags_keep_to_the_bounds(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"budget\.keep must lie in \(0, 1\], got 2"):
+        load_recipe(tmp_path / "r.yaml", parsed("--budget.keep", "2")[1])
+
+
+def test_merging_goes_section_by_section() -> None:
+    below = {"a": {"x": 1, "y": 2}, "b": 1}
+    assert merged(below, {"a": {"y": 3}, "c": 4}) == {"a": {"x": 1, "y": 3}, "b": 1, "c": 4}
+    assert below == {"a": {"x": 1, "y": 2}, "b": 1}
+
+
+# -- recipes that come along -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_loads_and_round_trips(recipe: Path) -> None:
+    config = load_recipe(recipe)
+    assert config.data.train
+    assert from_mapping(to_mapping(config)) == config
+
+
+def test_the_demo_in_the_package_is_the_one_to_read() -> None:
+    packaged = ROOT / "src" / "prunetune" / "demo.yaml"
+    assert packaged.read_bytes() == (ROOT / "recipes" / "demo.yaml").read_bytes()
+
+
+# -- the command itself ----------------------------------------------------------------------------------------------
+
+HELP = """
+import sys
+from prunetune.cli import main
+sys.argv = ["prunetune", *sys.argv[1:]]
+try:
+    main()
+finally:
+    heavy = {"torch", "transformers", "peft", "accelerate", "datasets", "matplotlib", "pandas"} & set(sys.modules)
+    print("HEAVY", sorted(heavy))
+"""
+
+
+def prunetune(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    environment = os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    return subprocess.run(
+        [sys.executable, "-c", HELP, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--help",), ("--version",), (), ("run", "--help"), ("demo", "--help"), ("compare", "--help")],
+    ids=str,
+)
+def test_help_works_and_does_not_wait_for_torch(arguments: tuple[str, ...]) -> None:
+    done = prunetune(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip().endswith("HEAVY []")
+    assert done.stderr == ""
+
+
+def test_help_names_every_option() -> None:
+    text = prunetune("run", "--help").stdout
+    assert [path for path in OPTIONS if f"--{path.replace('_', '-')}" not in text] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("run", "absent.yaml"), "prunetune: absent.yaml: cannot read the recipe"),
+        (("demo", "--budget.keep", "7"), "budget.keep must lie in (0, 1], got 7"),
+        (("demo", "--budget.kep", "0.5"), "prunetune: Unknown option"),
+        (("prune",), "prunetune: Unknown command"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_mistake_costs_one_line_and_exit_code_2(arguments: tuple[str, ...], line: str, tmp_path: Path) -> None:
+    done = prunetune(*arguments)
+    assert done.returncode == 2
+    assert line in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert done.stdout.strip() == "HEAVY []"

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import sys
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+from prunetune.config.recipe import DataConfig
+from prunetune.data import demo
+from prunetune.data.demo import LABELS, SHARES, Term, read_demo, read_terms, tabular_list, unambiguous
+from prunetune.data.sources import SplitName, read
+from prunetune.data.splits import load_splits
+from prunetune.errors import MissingPackage
+
+XML = """<ICD10CM.tabular><chapter><name>1</name><inclusionTerm><note>of the chapter</note></inclusionTerm>
+<section id="A"><diag><name>A00</name><inclusionTerm><note>Flu</note><note>Both</note></inclusionTerm>
+<diag><name>A00.1</name><inclusionTerm><note>Deep
+  term</note></inclusionTerm></diag></diag><diag><name>A01</name><inclusionTerm><note>flu</note></inclusionTerm></diag>
+</section></chapter><chapter><name>2</name><section id="B"><diag><name>B00</name>
+<inclusionTerm><note>BOTH</note></inclusionTerm></diag></section></chapter></ICD10CM.tabular>"""
+
+
+def test_terms_are_read_with_chapter_and_category(tmp_path: Path) -> None:
+    (tmp_path / "list.xml").write_text(XML, encoding="utf-8")
+    terms = list(read_terms(tmp_path / "list.xml"))
+    assert terms == [
+        Term("Flu", 1, "A00"),
+        Term("Both", 1, "A00"),
+        Term("Deep term", 1, "A00"),
+        Term("flu", 1, "A01"),
+        Term("BOTH", 2, "B00"),
+    ]
+    kept, contradictory, repeated = unambiguous(terms)
+    assert kept == [Term("Flu", 1, "A00"), Term("Deep term", 1, "A00")]
+    assert (contradictory, repeated) == (2, 1)
+
+
+def test_the_package_holds_all_terms() -> None:
+    pytest.importorskip("simple_icd_10_cm")
+    terms = list(read_terms(tabular_list()))
+    kept, contradictory, repeated = unambiguous(terms)
+    assert len(terms) == 12_569
+    assert len(kept) + contradictory + repeated == len(terms)
+    assert contradictory + repeated < 100
+    assert {term.chapter for term in kept} == set(range(1, 23))
+
+
+def test_demo_parts_share_no_category_and_no_term() -> None:
+    pytest.importorskip("simple_icd_10_cm")
+    parts = {name: read_demo(name) for name in SHARES}
+    for one, other in combinations(parts.values(), 2):
+        assert not {r.group for r in one} & {r.group for r in other}
+        assert not {r.key() for r in one} & {r.key() for r in other}
+    total = sum(map(len, parts.values()))
+    assert len(parts["test"]) >= 400
+    for name, share in SHARES.items():
+        assert len(parts[name]) / total == pytest.approx(share / 100, rel=0.3)
+    assert len({r.answer for r in parts["train"]}) == len({r.answer for r in parts["test"]}) == len(LABELS)
+    assert len({r.id for part in parts.values() for r in part}) == total
+
+
+def test_labels_are_distinct_words_behind_a_space() -> None:
+    assert len(set(LABELS)) == 22
+    assert all(label.startswith(" ") and label.strip().isalpha() for label in LABELS)
+
+
+@pytest.mark.parametrize("split", ["train", "search", "valid", "test"])
+def test_the_word_demo_gives_the_part_of_the_split(split: SplitName) -> None:
+    pytest.importorskip("simple_icd_10_cm")
+    records = read(["demo*2"], DataConfig(), split)
+    assert [r.id for r in records] == [r.id for r in read_demo(split)]
+    assert {r.weight for r in records} == {2.0}
+    for record in records[:50]:
+        assert record.prompt.startswith("Diagnosis: ")
+        assert record.prompt.endswith("\nICD-10-CM chapter:")
+        assert record.completion == record.choices[record.answer or 0]
+
+
+def test_demo_alone_brings_all_four_splits() -> None:
+    pytest.importorskip("simple_icd_10_cm")
+    splits = load_splits(DataConfig(train=("demo",)), seed=0)
+    assert {name: len(part) for name, part in splits.parts().items()} == {n: len(read_demo(n)) for n in SHARES}
+    assert splits.dropped == 0
+    assert splits.hashes == load_splits(DataConfig(train=("demo",)), seed=9).hashes
+
+
+def test_without_the_package_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "simple_icd_10_cm", None)
+    with pytest.raises(MissingPackage, match=r"pip install 'prunetune\[demo\]'"):
+        demo.tabular_list()

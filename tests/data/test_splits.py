@@ -1,0 +1,251 @@
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunetune.config.recipe import DataConfig
+from prunetune.data.records import Record
+from prunetune.data.splits import Splits, load_splits
+from prunetune.errors import DataError
+from support.data import pairs, write_lines
+
+
+def loaded(
+    folder: Path, seed: int = 0, *, options: dict[str, Any] | None = None, **rows: list[dict[str, Any]]
+) -> Splits:
+    """Splits of rows that are written to a file for each split that is given."""
+    sources = {name: (write_lines(folder / name / f"{name}.jsonl", *given),) for name, given in rows.items()}
+    return load_splits(DataConfig(**sources, **(options or {})), seed)
+
+
+def prompts(records: tuple[Record, ...]) -> set[str]:
+    return {record.prompt for record in records}
+
+
+def test_carved_splits_are_disjoint_and_hold_every_row(tmp_path: Path) -> None:
+    splits = loaded(tmp_path, train=pairs(200))
+    parts = splits.parts()
+    assert {name: len(part) for name, part in parts.items()} == {"train": 150, "search": 20, "valid": 10, "test": 20}
+    assert set().union(*map(prompts, parts.values())) == {row["prompt"] for row in pairs(200)}
+    assert splits.dropped == 0
+
+
+def test_carving_depends_on_the_seed_and_not_on_the_order_of_rows(tmp_path: Path) -> None:
+    rows = pairs(100)
+    first = loaded(tmp_path / "a", train=rows)
+    random.Random(1).shuffle(rows)
+    again, other = loaded(tmp_path / "b", train=rows), loaded(tmp_path / "c", seed=1, train=rows)
+    for name, part in first.parts().items():
+        assert prompts(part) == prompts(again.parts()[name])
+    assert prompts(first.test) != prompts(other.test)
+
+
+def test_equal_questions_stay_together(tmp_path: Path) -> None:
+    rows = [row | {"completion": answer} for row in pairs(40) for answer in ("a", "b", "c")]
+    parts = loaded(tmp_path, train=rows).parts()
+    for one, other in combinations(parts.values(), 2):
+        assert not prompts(one) & prompts(other)
+
+
+LIKE: dict[str, Any] = {"prompt": "Is it so?"}
+FORMS: dict[str, dict[str, Any]] = {
+    "prompt": LIKE | {"completion": "yes"},
+    "choices": LIKE | {"choices": ["yes", "no"], "answer": 0},
+    "other choices": LIKE | {"choices": ["perhaps", "no"], "answer": 0},
+    "chat": {"messages": [{"role": "user", "content": "Is it so?"}, {"role": "assistant", "content": "yes"}]},
+    "text": {"text": "is it so?"},
+}
+
+
+@pytest.mark.parametrize(("one", "other"), [*combinations(FORMS, 2)])
+def test_a_question_is_the_same_in_every_form_but_for_two_lists_of_choices(
+    one: str, other: str, tmp_path: Path
+) -> None:
+    for loser, keeper in ((one, other), (other, one)):
+        rows = {"train": [*pairs(20), FORMS[loser]], "test": [*pairs(2, 40), FORMS[keeper]]}
+        splits = loaded(tmp_path / loser, options={"overlap": "drop"}, **rows)
+        assert splits.dropped == ({one, other} != {"choices", "other choices"})
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_forms_of_a_question_are_carved_together(seed: int, tmp_path: Path) -> None:
+    def forms(number: int) -> list[dict[str, Any]]:
+        question = f"Is case {number} so?"
+        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]
+        listed = [{"prompt": question, "choices": ["yes", other], "answer": 0} for other in ("no", "perhaps")]
+        return [*listed, {"prompt": question, "completion": "yes"}, {"messages": messages}]
+
+    parts = loaded(tmp_path, seed, train=[row for number in range(30) for row in forms(number)]).parts()
+    asked = [{record.key(choices=False) for record in part} for part in parts.values()]
+    assert sum(map(len, asked)) == 30 == len(set().union(*asked))
+
+
+def turns(*told: str) -> dict[str, Any]:
+    roles = ("user", "assistant") * 2
+    return {"messages": [{"role": role, "content": content} for role, content in zip(roles, told, strict=False)]}
+
+
+# Where rows 1 to 24 went under seed 3, in version 0.1: a new version must not reshuffle data of one form.
+CARVED = {
+    "prompts": (pairs(24), [6, 8, 23, 3, 21]),
+    "choices": (
+        [{"prompt": f"question {n // 2}", "choices": ["a", f"b{n}"], "answer": 0} for n in range(24)],
+        [21, 22, 2, 3, 5],
+    ),
+    "texts": ([{"text": f"text {n}"} for n in range(24)], [18, 22, 19, 3, 21]),
+    "chats": ([turns(f"question {n}", "a") for n in range(24)], [14, 23, 7, 13, 22]),
+    "long chats": ([turns("hi", "hello", f"question {n}", "a") for n in range(24)], [5, 15, 7, 11, 14]),
+    "groups": ([row | {"doc": f"d{n // 2}"} for n, row in enumerate(pairs(24))], [5, 6, 21, 22, 3, 4]),
+    "chats in groups": (
+        [turns(f"question {n}", "a") | {"doc": f"d{n // 2}"} for n in range(24)],
+        [23, 24, 21, 22, 13, 14],
+    ),
+}
+
+
+@pytest.mark.parametrize("form", CARVED)
+def test_rows_of_one_form_are_carved_as_ever(form: str, tmp_path: Path) -> None:
+    rows, expected = CARVED[form]
+    splits = loaded(tmp_path, 3, options={"group": "doc"} if "group" in form else {}, train=rows)
+    carved = splits.search + splits.valid + splits.test
+    assert [int(record.source.rpartition(":")[2]) for record in carved] == expected
+
+
+def test_groups_and_questions_that_link_them_stay_together(tmp_path: Path) -> None:
+    rows = [row | {"doc": f"d{index // 4}"} for index, row in enumerate(pairs(120))]
+    rows += [{"prompt": f"Shared {n}", "completion": "x", "doc": f"d{doc}"} for n in range(5) for doc in (n, 29 - n)]
+    parts = loaded(tmp_path, options={"group": "doc"}, train=rows).parts()
+    homes = defaultdict(set)
+    for name, part in parts.items():
+        assert part
+        for record in part:
+            homes[record.group].add(name)
+            homes[record.key()].add(name)
+    assert all(len(home) == 1 for home in homes.values())
+
+
+def test_a_split_takes_one_group_even_if_all_are_large(tmp_path: Path) -> None:
+    rows = [row | {"doc": f"d{index % 4}"} for index, row in enumerate(pairs(40))]
+    parts = loaded(tmp_path, options={"group": "doc"}, train=rows).parts()
+    assert [len(part) for part in parts.values()] == [10, 10, 10, 10]
+
+
+@pytest.mark.parametrize(("rows", "given"), [(3, {}), (1, {"valid": pairs(1, 90), "test": pairs(1, 91)})])
+def test_too_few_rows_to_carve_says_how_many_are_needed(rows: int, given: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"has {rows} different rows, too few .* {rows + 1} are needed"):
+        loaded(tmp_path, train=pairs(rows), **given)
+
+
+def test_four_rows_are_enough(tmp_path: Path) -> None:
+    assert [len(part) for part in loaded(tmp_path, train=pairs(4)).parts().values()] == [1, 1, 1, 1]
+
+
+def test_given_splits_stand_as_they_are(tmp_path: Path) -> None:
+    splits = loaded(tmp_path, train=pairs(10), search=pairs(2, 20), valid=pairs(3, 30), test=pairs(4, 40))
+    assert [len(part) for part in splits.parts().values()] == [10, 2, 3, 4]
+
+
+CLASHES = [("train", "test"), ("train", "valid"), ("train", "search"), ("search", "test"), ("search", "valid")]
+
+
+@pytest.mark.parametrize(("loser", "keeper"), [*CLASHES, ("valid", "test")])
+def test_overlap_is_refused_or_dropped_from_the_training_side(loser: str, keeper: str, tmp_path: Path) -> None:
+    rows = {"train": pairs(9), "search": pairs(9, 20), "valid": pairs(9, 40), "test": pairs(9, 60)}
+    rows[loser] += [{"prompt": rows[keeper][4]["prompt"].upper() + " ", "completion": "other"}] * 2
+    with pytest.raises(DataError) as refused:
+        loaded(tmp_path, **rows)
+    message = str(refused.value)
+    assert f"{loser}.jsonl:10 with the same question as {tmp_path / keeper / keeper}.jsonl:5" in message
+    assert f"2 of 11 rows of {loser}" in message
+    assert "data.overlap=drop" in message
+    splits = loaded(tmp_path, options={"overlap": "drop"}, **rows)
+    assert [len(part) for part in splits.parts().values()] == [9, 9, 9, 9]
+    assert splits.dropped == 2
+
+
+@pytest.mark.parametrize("keeper", ["valid", "test"])
+def test_texts_keep_clear_of_what_is_scored(keeper: str, tmp_path: Path) -> None:
+    rows = {"train": pairs(40), "valid": pairs(4, 60), "test": pairs(4, 80)}
+    texts = [{"text": "A text."}, rows[keeper][0]]
+    with pytest.raises(DataError, match=f"texts.jsonl:2 with the same question as .*{keeper}.jsonl:1"):
+        loaded(tmp_path, texts=texts, **rows)
+    splits = loaded(tmp_path, options={"overlap": "drop"}, texts=texts, **rows)
+    assert [record.completion for record in splits.texts] == ["A text."]
+    assert set(splits.hashes) == {"train", "search", "valid", "test", "texts"}
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_texts_and_guard_keep_clear_of_what_is_carved(seed: int, tmp_path: Path) -> None:
+    rows = [row | {"doc": f"d{index // 2}"} for index, row in enumerate(pairs(80))]
+    texts = [*pairs(10), *({"text": f"A note of document {n}.", "doc": f"d{n}"} for n in range(40)), {"text": "Free."}]
+    guard = [{"text": "Guarded.", "doc": "g"}, rows[30], {"text": "Another.", "doc": "d20"}]
+    splits = loaded(tmp_path, seed, options={"group": "doc", "overlap": "drop"}, train=rows, texts=texts, guard=guard)
+    scored = splits.test + splits.valid + splits.search
+    for beside in (splits.texts, splits.guard):
+        assert not {record.key() for record in scored} & {record.key() for record in beside}
+        assert not {record.group for record in scored} & {record.group for record in beside}
+    free = {record.group for record in splits.train}
+    assert {record.group for record in splits.texts} - {""} == free
+    left = sum(map(len, splits.parts().values()))
+    assert splits.dropped == len(rows) + len(texts) + len(guard) - left > 0
+
+
+def test_texts_of_which_nothing_is_left_are_refused(tmp_path: Path) -> None:
+    whole = loaded(tmp_path / "a", train=pairs(40))
+    texts = [{"text": record.prompt} for record in whole.test]
+    with pytest.raises(DataError, match=r"data\.texts keeps no row: all 4 share .* name more texts, or sources for"):
+        loaded(tmp_path / "b", train=pairs(40), texts=texts)
+
+
+def test_a_group_in_two_given_splits_is_overlap(tmp_path: Path) -> None:
+    rows = {"train": pairs(20, doc="a") + pairs(20, 20, doc="b")}
+    rows |= {"test": pairs(1, 90, doc="a"), "valid": pairs(1, 91, doc="c")}
+    with pytest.raises(DataError, match=r"20 of 40 rows of train, first .* with group 'a' as"):
+        loaded(tmp_path, options={"group": "doc"}, **rows)
+    rows["train"] += pairs(1, 50, doc="e")
+    splits = loaded(tmp_path, options={"group": "doc", "overlap": "drop"}, **rows)
+    assert splits.dropped == 20
+    assert {record.group for record in splits.train + splits.search} == {"b", "e"}
+
+
+def test_texts_and_guard_may_lack_the_group_and_are_held_to_it_where_they_do_not(tmp_path: Path) -> None:
+    rows = {"train": [row | {"doc": f"d{index // 4}"} for index, row in enumerate(pairs(80))]}
+    general = [{"text": "What a general corpus says."}]
+    splits = loaded(tmp_path, options={"group": "doc"}, texts=general, guard=[{"text": "Another one."}], **rows)
+    assert (len(splits.texts), len(splits.guard)) == (1, 1)
+    with pytest.raises(DataError, match=r"data\.train and data\.guard overlap.* with group 'd1' as"):
+        loaded(tmp_path, options={"group": "doc"}, guard=[{"text": "Another one.", "doc": "d1"}], **rows)
+    with pytest.raises(DataError, match="row has no doc"):
+        loaded(tmp_path, options={"group": "doc"}, test=pairs(1, 200), **rows)
+
+
+def test_rows_are_dropped_before_splits_are_carved(tmp_path: Path) -> None:
+    splits = loaded(tmp_path, options={"overlap": "drop"}, train=pairs(100), test=pairs(50))
+    assert splits.dropped == 50
+    assert not prompts(splits.test) & prompts(splits.train + splits.search + splits.valid)
+
+
+def test_a_split_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.train keeps no row"):
+        loaded(tmp_path, options={"overlap": "drop"}, train=pairs(5), test=pairs(5))
+
+
+def test_no_train_source_is_refused() -> None:
+    with pytest.raises(DataError, match=r"data\.train names no source"):
+        load_splits(DataConfig(), 0)
+
+
+def test_hashes_follow_content_and_order_but_not_place_or_weight(tmp_path: Path) -> None:
+    rows = {"search": pairs(2, 20), "valid": pairs(2, 30), "test": pairs(2, 40)}
+    first = loaded(tmp_path / "a", train=pairs(5), **rows).hashes
+    assert first == loaded(tmp_path / "b", train=pairs(5), **rows).hashes
+    assert set(first) == {"train", "search", "valid", "test"}
+    for changed in (pairs(5)[::-1], pairs(6), pairs(4), [*pairs(4), {"prompt": "question 4", "completion": "else"}]):
+        other = loaded(tmp_path / "c", train=changed, **rows).hashes
+        assert other["train"] != first["train"]
+        assert other["test"] == first["test"]

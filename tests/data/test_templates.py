@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from prunetune.config.recipe import DataConfig
+from prunetune.data.records import Record
+from prunetune.data.templates import chat_end, chat_stop, encode, encode_answer, encode_prompt
+from prunetune.errors import DataError
+from support.data import CHAT, subwords
+
+PAIR = Record(kind="completion", prompt="the patient has", completion=" fever", id="a", source="f:1", weight=2.0)
+TALK = Record(
+    kind="chat",
+    messages=(("user", "has the patient a fever"), ("assistant", "yes"), ("user", "a cough")),
+    completion="no",
+    source="f:2",
+)
+TEXT = Record(kind="text", completion="the patient has a fever and a cough", source="f:3")
+ALL = [PAIR, TALK, TEXT]
+
+
+def one(record: Record, tokenizer: Any, **options: Any) -> Any:
+    return encode([record], tokenizer, DataConfig(**options), 1000).examples[0]
+
+
+@pytest.mark.parametrize("adds", ["<s> $A", "$A", "<s> $A </s>", "$A </s>"])
+def test_prompt_then_answer_then_end_whatever_the_tokenizer_adds(adds: str) -> None:
+    tokenizer = subwords(adds=adds)
+    start = [tokenizer.bos_token_id] if adds.startswith("<s>") else []
+    example = one(PAIR, tokenizer)
+    prompt = start + encode_answer(PAIR.prompt, tokenizer)
+    assert example.ids == (*prompt, *encode_answer(" fever", tokenizer), tokenizer.eos_token_id)
+    assert example.answer_from == len(prompt)
+    assert (example.id, example.weight) == ("a", 2.0)
+    text = one(TEXT, tokenizer)
+    assert text.ids == (*start, *encode_answer(TEXT.completion, tokenizer), tokenizer.eos_token_id)
+    assert text.answer_from == 1
+
+
+@pytest.mark.parametrize("template", ["auto", "chat", "raw"])
+def test_an_example_begins_with_the_prompt_that_generation_starts_from(template: Any) -> None:
+    tokenizer = subwords()
+    for record in ALL:
+        example = one(record, tokenizer, template=template)
+        prompt = encode_prompt(record, tokenizer, template)
+        assert list(example.ids[: example.answer_from]) == prompt
+        answer = encode_answer(record.completion, tokenizer)
+        assert list(example.ids[example.answer_from :])[: len(answer)] == answer
+        assert 0 < example.answer_from < len(example.ids)
+
+
+def test_all_at_once_equals_one_by_one() -> None:
+    tokenizer = subwords()
+    together = encode(ALL * 2, tokenizer, DataConfig(), 1000)
+    assert list(together.examples) == [one(record, tokenizer) for record in ALL * 2]
+    assert together.kept == tuple(range(6))
+    assert together.too_long == 0
+    assert together.longest == max(len(example.ids) for example in together.examples)
+
+
+def test_chat_follows_the_template_up_to_the_end_of_the_turn() -> None:
+    tokenizer = subwords()
+    expected = (
+        "<s><|user|>has the patient a fever<|end|>\n<|assistant|>yes<|end|>\n"
+        "<|user|>a cough<|end|>\n<|assistant|>no<|end|>"
+    )
+    assert tokenizer.decode(one(TALK, tokenizer).ids) == expected
+    assert tokenizer.decode(one(PAIR, tokenizer, template="chat").ids) == (
+        "<s><|user|>the patient has<|end|>\n<|assistant|> fever<|end|>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("chat", "end", "closing"),
+    [
+        (CHAT, "<|end|>", "<|end|>"),
+        (CHAT.replace("<|end|>\n", "<|end|><s>more"), "<|end|>", "<|end|>"),
+        (CHAT.replace("<|end|>\n", "\n"), "</s>", "</s>"),
+        (CHAT.replace("{{ m['content'] }}", "{{ m['content'] | trim }}"), "</s>", "<|end|>"),
+    ],
+)
+def test_a_turn_ends_where_generation_would_stop(chat: str, end: str, closing: str) -> None:
+    tokenizer = subwords(chat=chat, end=end)
+    example = one(TALK, tokenizer)
+    assert tokenizer.decode(example.ids[example.answer_from :]) == "no" + closing
+
+
+@pytest.mark.parametrize(
+    ("closing", "end", "stop"),
+    [
+        ("<|end|>\n", "</s>", "<|end|>"),
+        ("<|end|>", "<|end|>", "<|end|>"),
+        ("\n<|end|></s>", "</s>", "<|end|>"),
+        (" </s>", "</s>", "</s>"),
+        ("\n--", "</s>", ""),
+    ],
+)
+def test_a_written_turn_is_over_at_the_special_token_that_closes_it(closing: str, end: str, stop: str) -> None:
+    tokenizer = subwords(chat="{% for m in messages %}{{ m['content'] }}" + closing + "{% endfor %}", end=end)
+    found = chat_stop(tokenizer)
+    assert found == (tokenizer.convert_tokens_to_ids(stop) if stop else None)
+    assert found in chat_end(tokenizer) or not stop
+    tokenizer.eos_token = None
+    assert chat_stop(tokenizer) == found
+
+
+def test_raw_chat_names_the_speakers() -> None:
+    tokenizer = subwords(chat=None)
+    decoded = tokenizer.decode(one(TALK, tokenizer, template="raw").ids)
+    assert decoded == "<s>user: has the patient a fever\nassistant: yes\nuser: a cough\nassistant:no</s>"
+
+
+def test_a_missing_or_refusing_chat_template_names_the_row() -> None:
+    with pytest.raises(DataError, match=r"^f:2: .*none.*data\.template=raw"):
+        one(TALK, subwords(chat=None))
+    with pytest.raises(DataError, match=r"^f:2: .*refuses these messages \(only one turn\)"):
+        one(TALK, subwords(chat="{% if messages|length > 2 %}{{ raise_exception('only one turn') }}{% endif %}"))
+
+
+def test_a_tokenizer_without_an_end_is_refused() -> None:
+    tokenizer = subwords()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="no end-of-text token"):
+        one(PAIR, tokenizer)
+
+
+def rows(count: int) -> list[Record]:
+    return [
+        Record(kind="completion", prompt="fever " * (n + 1), completion="yes", source=f"f:{n + 1}", id=str(n))
+        for n in range(count)
+    ]
+
+
+def lengths(records: list[Record]) -> list[int]:
+    return [len(example.ids) for example in encode(records, subwords(), DataConfig(), 10_000).examples]
+
+
+@pytest.mark.parametrize(
+    ("option", "context", "advice"),
+    [
+        (0, 0, "take a model with more context"),
+        (0, 1000, "raise data.max_length (the model's context is 1000)"),
+    ],
+)
+def test_too_long_rows_are_counted_in_the_error(option: int, context: int, advice: str) -> None:
+    records = rows(10)
+    size = lengths(records)
+    limit = size[6]
+    with pytest.raises(DataError) as refused:
+        encode(records, subwords(), DataConfig(max_length=limit if context else option), context or limit)
+    message = str(refused.value)
+    assert message.startswith(f"3 of 10 rows have more than {limit} tokens (longest {size[-1]}), first f:8;")
+    assert advice in message
+    for part in ("data.too_long=truncate", "data.too_long=drop", "data.max_length"):
+        assert part in message
+
+
+def test_drop_keeps_the_rows_that_fit() -> None:
+    records = rows(10)
+    limit = lengths(records)[6]
+    encoded = encode(records, subwords(), DataConfig(too_long="drop"), limit)
+    assert [example.id for example in encoded.examples] == [str(n) for n in range(7)]
+    assert encoded.kept == tuple(range(7))
+    assert encoded.too_long == 3
+    assert encode(records, subwords(), DataConfig(too_long="drop"), 2).examples == ()
+
+
+@pytest.mark.parametrize("limit", [2, 3, 4, 5, 8, 12])
+@pytest.mark.parametrize("adds", ["<s> $A", "$A"])
+def test_truncating_cuts_the_beginning_of_the_prompt_first(limit: int, adds: str) -> None:
+    tokenizer = subwords(adds=adds)
+    records = [*rows(10), PAIR, TEXT]
+    whole = encode(records, tokenizer, DataConfig(), 10_000).examples
+    encoded = encode(records, tokenizer, DataConfig(too_long="truncate"), limit)
+    assert encoded.too_long == sum(len(example.ids) > limit for example in whole)
+    for before, after in zip(whole, encoded.examples, strict=True):
+        assert len(after.ids) == min(limit, len(before.ids))
+        assert 0 < after.answer_from < len(after.ids)
+        answer = before.ids[before.answer_from :]
+        assert after.ids[after.answer_from :] == answer[: limit - 1]
+        prompt = after.ids[: after.answer_from]
+        if adds == "<s> $A" and len(prompt) > 1:
+            assert prompt[0] == tokenizer.bos_token_id
+            prompt = prompt[1:]
+        if before.answer_from > 1:
+            assert before.ids[before.answer_from - len(prompt) : before.answer_from] == prompt
+
+
+def test_a_limit_without_room_is_refused() -> None:
+    with pytest.raises(DataError, match="needs 2 tokens"):
+        encode([PAIR], subwords(), DataConfig(max_length=1), 100)

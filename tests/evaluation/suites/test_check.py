@@ -1,0 +1,394 @@
+"""A check breaks where a limit does, lists the right items, and never passes what it could not judge."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
+from prunetune.evaluation.suites import evaluate_suite, suite_of
+from prunetune.evaluation.suites.check import Check, check
+from prunetune.evaluation.suites.junit import junit
+from prunetune.evaluation.suites.output import of_check, of_evaluation
+from prunetune.evaluation.suites.suite import Suite
+from prunetune.export.gguf.write import write as write_gguf
+from prunetune.export.source import Source
+from support.data import subwords, write_lines
+from support.export import WIDE, plan_of, run_folder
+from support.models import tiny
+from support.suites import Told, model_folder, suite_file, suite_in
+
+DATA: dict[str, Any] = {"data": "x.jsonl", "scorer": "accuracy"}
+
+
+def answers(right: str, metric: str = "accuracy", task: str = "t") -> TaskResult:
+    """An item a letter: "1" is right, "0" is wrong."""
+    items = tuple(
+        Item(f"i{index}", f"ask {index}", "yes", "yes" if sign == "1" else "no", sign == "1", {metric: float(sign)})
+        for index, sign in enumerate(right)
+    )
+    share = right.count("1") / len(right)
+    return TaskResult(task, {metric: Score(share, 0.1, len(right))}, items)
+
+
+def graded(values: list[float], metric: str = "rouge_l") -> TaskResult:
+    items = tuple(
+        Item(f"i{index}", "ask", "want", f"{value}", None, {metric: value, "nll": value, "tokens": 2.0})
+        for index, value in enumerate(values)
+    )
+    return TaskResult("t", {metric: Score(sum(values) / len(values), 0.1, len(values))}, items)
+
+
+def held(mine: TaskResult, theirs: TaskResult | None, limits: Any = None, **keys: Any) -> Check:
+    told = {**DATA, "scorer": "rouge"} if "rouge_l" in mine.scores else DATA
+    suite = suite_of({"tasks": {"t": {**told, **({"limits": limits} if limits else {})}}, **keys})
+    return check(Evaluation({"t": mine}), Evaluation({"t": theirs}) if theirs else None, suite)
+
+
+@pytest.mark.parametrize(
+    ("limits", "breaks"),
+    [
+        ({"min": 0.5}, False),
+        ({"min": 0.51}, True),
+        ({"max": 0.5}, False),
+        ({"max": 0.49}, True),
+        ({"relative": 0.6}, False),
+        ({"relative": 0.7}, True),
+        ({"drop": 0.3}, False),
+        ({"drop": 0.2}, True),
+        ({"statistical": True}, False),  # 2 of 8 is no evidence
+        ({"min": 0.1, "relative": 0.9}, True),
+    ],
+)
+def test_a_limit_holds_up_to_its_bound(limits: dict[str, Any], breaks: bool) -> None:
+    found = held(answers("11110000"), answers("11111100"), limits)
+    assert bool(found.broken) is breaks
+    assert found.exit_code == int(breaks)
+
+
+def test_lower_is_better_where_it_is() -> None:
+    worse, better = (
+        TaskResult("t", {"perplexity": Score(value, 0.1, 3)}, graded([math.log(value)] * 3).items)
+        for value in (20.0, 10.0)
+    )
+    suite = suite_of({"tasks": {"t": {"data": "x", "scorer": "perplexity", "limits": {"relative": 0.6, "drop": 9}}}})
+    first, second = Evaluation({"t": worse}), Evaluation({"t": better})
+    assert [verdict.broken for verdict in check(first, second, suite).verdicts] == [True, True]
+    assert [verdict.broken for verdict in check(second, first, suite).verdicts] == [False, False]
+
+
+def test_without_limits_a_task_must_not_be_significantly_worse() -> None:
+    assert held(answers("1" * 20 + "0" * 20), answers("1" * 40)).broken
+    assert not held(answers("1" * 39 + "0"), answers("1" * 40)).broken
+    assert not held(answers("1" * 40), answers("1" * 20 + "0" * 20)).broken  # better is not worse
+
+
+def test_many_tests_are_corrected_for_each_other() -> None:
+    """Seven lost of seven: p = 0.016, which one test alone would call significant, and the first of ten would not."""
+    worse, same = answers("0" * 7 + "1" * 30), answers("1" * 37)
+    tasks = {f"t{index}": DATA for index in range(10)}
+    mine = Evaluation({name: replace(same, task=name) for name in tasks} | {"t0": replace(worse, task="t0")})
+    theirs = Evaluation({name: replace(same, task=name) for name in tasks})
+    assert not check(mine, theirs, suite_of({"tasks": tasks})).broken
+    (broken,) = check(mine, theirs, suite_of({"tasks": tasks, "correction": "none"})).broken
+    assert broken.p == pytest.approx(2 * 0.5**7)
+    assert check(Evaluation({"t0": mine.tasks["t0"]}), theirs, suite_of({"tasks": tasks})).broken
+
+
+def test_new_failures_are_those_that_were_right_before() -> None:
+    found = held(answers("0110"), answers("1101"))
+    assert [failure.id for failure in found.failures] == ["i0", "i3"]
+    first = found.failures[0]
+    assert (first.prompt, first.expected, first.before, first.after, first.lost) == ("ask 0", "yes", "yes", "no", 1.0)
+    assert held(answers("1111"), answers("0000")).failures == ()
+
+
+def test_of_graded_items_the_worst_are_listed() -> None:
+    found = held(graded([0.5, 0.1, 0.9, 0.3]), graded([0.5, 0.9, 0.8, 0.4]))
+    assert [failure.id for failure in found.failures] == ["i1", "i3"]
+    assert found.failures[0].lost == pytest.approx(0.8)
+    many = held(graded([0.0] * 30), graded([n / 30 for n in range(30)]))
+    assert len(many.failures) == 10
+    assert many.failures[0].id == "i29"
+
+
+def test_of_graded_items_both_scores_are_listed() -> None:
+    found = held(graded([0.5, 0.125]), graded([0.5, 0.75]))
+    (failure,) = found.failures
+    assert (failure.metric, failure.score_before, failure.score_after) == ("rouge_l", 0.75, 0.125)
+    for listed in (of_check(found), junit(found)):
+        assert "rouge_l 0.75 before, 0.125 after" in listed
+    (text,) = held(graded([3.5], "perplexity"), graded([1.5], "perplexity")).failures
+    assert text.scored == "nll 1.5 before, 3.5 after"  # an item has no perplexity of its own
+    assert "scored" not in of_check(held(answers("0"), answers("1")))  # its two answers say it
+
+
+def test_what_cannot_be_judged_does_not_pass() -> None:
+    fine = answers("1111")
+    failed = TaskResult("t", {}, (), error="the server is down")
+    assert held(failed, fine).exit_code == 2
+    assert held(fine, failed).errors == {"t": "the reference: the server is down"}
+    assert "needs a reference" in held(fine, None, {"relative": 0.9}).errors["t"]
+    assert held(fine, None, {"min": 0.5}).exit_code == 0
+    nothing = check(Evaluation({}), Evaluation({}), suite_of({"tasks": {"t": {**DATA, "limits": {"min": 0.5}}}}))
+    assert nothing.exit_code == 2
+    others = TaskResult("t", fine.scores, tuple(replace(item, id=f"x{item.id}") for item in fine.items))
+    assert "no item has accuracy in both" in held(fine, others, {"statistical": True}).errors["t"]
+    nan = TaskResult("t", {"accuracy": Score(math.nan, math.nan, 4)}, fine.items)
+    for limits in ({"min": 0.5}, {"statistical": True}, {"relative": 0.5}):
+        assert held(nan, fine, limits).exit_code == 1
+    broken_reference = held(fine, nan, {"relative": 0.5})
+    assert broken_reference.exit_code != 0
+
+
+def inserted(suite: Suite, path: Path, *, at: int) -> tuple[Evaluation, Evaluation]:
+    """Kept results of 40 rows without an id, and those after a row was inserted."""
+    rows = [{"prompt": f"case {n}", "choices": ["yes", "no"], "answer": n % 3 % 2} for n in range(40)]
+    write_lines(path, *rows)
+    kept = Evaluation.from_json(evaluate_suite(Told(), suite).to_json())
+    write_lines(path, *rows[:at], {"prompt": "case 1000", "choices": ["yes", "no"], "answer": 0}, *rows[at:])
+    return evaluate_suite(Told(), suite), kept
+
+
+@pytest.mark.parametrize("limits", [None, {"statistical": True}, {"relative": 0.9}, {"drop": 0.5}])
+def test_a_reference_of_moved_rows_judges_nothing(tmp_path: Path, limits: Any) -> None:
+    told = {"data": "rows.jsonl", "scorer": "accuracy", **({"limits": limits} if limits else {})}
+    suite = suite_in(tmp_path, {"t": told})
+    now, kept = inserted(suite, tmp_path / "rows.jsonl", at=0)
+    found = check(now, kept, suite)
+    assert (found.exit_code, found.verdicts, found.failures) == (2, (), ())
+    assert "evaluate the reference anew, and give rows an" in found.errors["t"]
+    assert "\n" not in found.errors["t"]
+
+
+def test_moved_rows_are_no_new_failures(tmp_path: Path) -> None:
+    """Right before and wrong now counts for the same question alone; a least score needs no reference at all."""
+    suite = suite_in(tmp_path, {"t": {"data": "rows.jsonl", "scorer": "accuracy", "limits": {"min": 0.5}}})
+    now, kept = inserted(suite, tmp_path / "rows.jsonl", at=30)
+    wrong = replace(now.tasks["t"], items=tuple(replace(item, correct=False) for item in now.tasks["t"].items))
+    found = check(Evaluation({"t": wrong}), kept, suite)
+    assert found.exit_code == 0
+    before = {item.id: item.prompt for item in kept.tasks["t"].items}
+    assert {(failure.id, failure.prompt) for failure in found.failures} <= set(before.items())
+    assert len(found.failures) == 30
+
+
+def test_limits_of_a_group_hold_for_its_tasks() -> None:
+    suite = suite_of({"tasks": {"g": {"lm_eval": "group", "limits": {"accuracy": {"min": 0.5}}}}})
+    found = check(Evaluation({"g/a": answers("1", task="g/a"), "g/b": answers("0", task="g/b")}), None, suite)
+    assert [verdict.broken for verdict in found.verdicts] == [False, True]
+
+
+def test_limits_of_a_task_hold_for_no_other() -> None:
+    """Not for one whose name begins with its name and a slash, and such a one does not stand in for it."""
+
+    def limited(least: float, **told: Any) -> dict[str, Any]:
+        return {**(told or DATA), "limits": {"accuracy": {"min": least}}}
+
+    own = suite_of({"tasks": {"legal": limited(0.9), "legal/hard": limited(0.3)}})
+    easy, hard = answers("1", task="legal"), answers("10", task="legal/hard")
+    found = check(Evaluation({"legal": easy, "legal/hard": hard}), None, own)
+    assert [(each.limit.task, each.limit.bound) for each in found.verdicts] == [("legal", 0.9), ("legal/hard", 0.3)]
+    assert found.exit_code == 0
+    assert "not among the results" in check(Evaluation({"legal/hard": hard}), None, own).errors["legal"]
+    alone = suite_of({"tasks": {"legal": limited(0.9)}})  # and results hold a task of another suite
+    assert len(check(Evaluation({"legal": easy, "legal/hard": hard}), None, alone).verdicts) == 1
+    groups = suite_of(
+        {"tasks": {"g": limited(0.9, lm_eval="g"), "g/own": limited(0.3), "g/h": limited(0.2, lm_eval="h")}}
+    )
+    names = ("g/a", "g/own", "g/h/a")
+    found = check(Evaluation({name: answers("1", task=name) for name in names}), None, groups)
+    assert [(each.limit.task, each.limit.bound) for each in found.verdicts] == list(
+        zip(names, (0.9, 0.3, 0.2), strict=True)
+    )
+    assert not found.errors
+
+
+def test_junit_says_what_ci_shows() -> None:
+    mine = answers("0" * 20)
+    odd = replace(mine, items=(replace(mine.items[0], got="\x00\x1b[31m <b>&\ud800"), *mine.items[1:]))
+    found = held(odd, answers("1" * 20), {"min": 0.5, "max": 2})
+    root = ElementTree.fromstring(junit(found))
+    assert (root.get("tests"), root.get("failures"), root.get("errors")) == ("2", "1", "0")
+    cases = root.findall(".//testcase")
+    assert [case.get("name") for case in cases] == ["accuracy min 0.5", "accuracy max 2"]
+    (failure,) = root.findall(".//failure")
+    assert failure.text is not None
+    assert failure.text.startswith("20 new failures\ni0\n  asked: ask 0\n  expected: yes\n  before: yes\n  after: ")
+    assert "<b>&" in failure.text
+    errors = ElementTree.fromstring(junit(held(TaskResult("t", {}, (), error="down"), answers("1"))))
+    assert [case.find("error") is not None for case in errors.findall(".//testcase")] == [True]
+
+
+def test_json_holds_everything_and_no_nan() -> None:
+    found = held(answers("0" * 20), answers("1" * 20), {"min": 0.5})
+    data = json.loads(found.to_json(), parse_constant=lambda name: pytest.fail(name))
+    assert (data["format"], data["ok"], len(data["failures"])) == ("prunetune-check-1", False, 20)
+    assert data["verdicts"][0]["limit"] == {"task": "t", "metric": "accuracy", "kind": "min", "bound": 0.5}
+    assert "BROKEN  t: accuracy is 0, at least 0.5 is wanted" in of_check(found)
+
+
+def test_a_planted_regression_is_caught_with_its_items(tmp_path: Path) -> None:
+    suite = suite_in(tmp_path, {"organ": {"data": "chosen.jsonl", "scorer": "accuracy"}})
+    wrong = [f"c{n}" for n in range(7)]
+    found = check(evaluate_suite(Told(wrong=wrong), suite), evaluate_suite(Told(), suite), suite)
+    assert found.exit_code == 1
+    assert {failure.id for failure in found.failures} == set(wrong)
+
+
+# -- the command line ----------------------------------------------------------------------------------------------
+
+Said = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def say(say: Said, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Said:
+    """The command line, with a cache of its own."""
+    monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
+    return say
+
+
+TASKS: dict[str, Any] = {"organ": {"data": "chosen.jsonl", "scorer": "accuracy", "limits": {"relative": 1.0}}}
+
+
+def test_a_model_passes_against_itself_and_against_what_it_wrote(tmp_path: Path, say: Said) -> None:
+    model, suite = model_folder(tmp_path / "model"), suite_file(tmp_path, TASKS)
+    code, out, _ = say("eval", model, "--suite", suite, "--out", tmp_path / "kept.json", "--device", "cpu")
+    assert code == 0
+    assert "organ" in out
+    assert json.loads((tmp_path / "kept.json").read_text())["model"] == str(model)
+    for against in (model, tmp_path / "kept.json"):
+        code, out, _ = say("check", model, "--suite", suite, "--against", against, "--device", "cpu")
+        assert (code, "holds" in out) == (0, True)
+
+
+def test_a_file_that_cannot_be_written_is_known_before_anything_is_scored(
+    tmp_path: Path, say: Said, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    suite = suite_file(tmp_path, TASKS)
+    code, out, err = say("eval", tmp_path / "no-model", "--suite", suite, "--out", tmp_path / "kept.json")
+    assert (code, out) == (2, "")
+    assert "kept.json: its folder cannot be written to; name a file in another one" in err
+
+
+def test_a_worse_model_exits_1_with_reports(tmp_path: Path, say: Said) -> None:
+    suite = suite_file(tmp_path, TASKS)
+    for name, told in (("old", Told()), ("new", Told(wrong=["c3"]))):
+        (tmp_path / f"{name}.json").write_text(evaluate_suite(told, suite_in(tmp_path, TASKS)).to_json())
+    flags = ("--junit", tmp_path / "c.xml", "--json", tmp_path / "c.json")
+    code, out, err = say("check", tmp_path / "new.json", "--suite", suite, "--against", tmp_path / "old.json", *flags)
+    assert code == 1
+    assert "organ / c3" in out
+    assert "1 of 1 limits broken" in err
+    assert ElementTree.parse(tmp_path / "c.xml").getroot().get("failures") == "1"
+    assert [failure["id"] for failure in json.loads((tmp_path / "c.json").read_text())["failures"]] == ["c3"]
+
+
+def test_a_run_is_checked_against_the_model_it_began_with(tmp_path: Path, say: Said) -> None:
+    dense, run = model_folder(tmp_path / "dense"), tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": str(dense), "layout": "uniform"}))
+    suite = suite_file(tmp_path, TASKS)
+    code, _, err = say("check", run, "--suite", suite, "--device", "cpu")
+    assert (code, "has no model yet" in err) == (2, True)
+    model_folder(run / "model")
+    assert say("check", run, "--suite", suite, "--device", "cpu")[0] == 0
+
+
+def test_a_run_of_a_gguf_file_is_checked_against_it_as_it_was_opened(tmp_path: Path, say: Said) -> None:
+    """In transformers, dequantised: llama.cpp would give no likelihood of texts."""
+    run, _ = run_folder(
+        tmp_path / "run", subwords(), layout="uniform", plan=plan_of(tiny("llama", **WIDE), groups=2, channels=64)
+    )
+    write_gguf(Source.open(run), tmp_path / "base.gguf", "f32")
+    (run / "config.yaml").write_text(yaml.safe_dump({"model": str(tmp_path / "base.gguf"), "layout": "uniform"}))
+    write_lines(tmp_path / "texts.jsonl", {"text": "the patient has a fever"}, {"text": "answer yes no maybe"})
+    suite = suite_file(tmp_path, {"t": {"data": "texts.jsonl", "scorer": "nll", "limits": {"drop": 0.001}}})
+    code, out, err = say("check", run, "--suite", suite, "--device", "cpu")
+    assert (code, "ERROR" in out) == (0, False), err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("eval", "{model}", "--suite", "{tmp}/none.yaml"), "cannot read the suite"),
+        (("eval", "{tmp}/none", "--suite", "{suite}"), "not a model folder"),
+        (("eval", "{tmp}/none.gguf", "--suite", "{suite}"), "no such file"),
+        (("eval", "{model}", "--suite", "{suite}", "--out", "{tmp}/no/where.json"), "in a folder that exists"),
+        (("check", "{model}", "--suite", "{suite}"), "has to be named with --against"),
+        (("check", "{tmp}/none.json", "--suite", "{suite}", "--against", "{model}"), "cannot be read"),
+        (
+            ("check", "{suite}.json", "--suite", "{suite}", "--against", "{model}"),
+            "suite.yaml.json: evaluation has format 3",
+        ),
+        (("eval", "http:///v1", "--suite", "{suite}"), "is no address"),
+        (("eval", "{model}", "--suite", "{suite}", "--device", "warp"), "device 'warp' is not there"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, say: Said, arguments: tuple[str, ...], said: str) -> None:
+    suite = suite_file(tmp_path, TASKS)
+    Path(f"{suite}.json").write_text('{"format": 3}')
+    names = {"model": model_folder(tmp_path / "model"), "tmp": tmp_path, "suite": suite}
+    code, out, err = say(*(argument.format(**names) for argument in arguments))
+    assert (code, out) == (2, "")
+    assert said in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("against", "said"),
+    [
+        ("{tmp}/typo", "not a model folder"),
+        ("{tmp}/typo.gguf", "no such file"),
+        ("{tmp}/typo.json", "cannot be read"),
+        ("no-such-model", "model no-such-model: no configuration found"),
+        ("{tmp}/bare", "no tokenizer found|its tokenizer has no vocabulary"),
+        ("{tmp}/void", "the folder has no config.json"),
+        ("http:///v1", "is no address"),
+    ],
+)
+def test_a_reference_that_cannot_be_opened_is_refused_before_the_model_is_scored(
+    tmp_path: Path, say: Said, monkeypatch: pytest.MonkeyPatch, against: str, said: str
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("prunetune.evaluation.suites.api.evaluate_suite", lambda *_, **__: pytest.fail("it was scored"))
+    model, suite = model_folder(tmp_path / "model"), suite_file(tmp_path, TASKS)
+    tiny("llama").save_pretrained(tmp_path / "bare")
+    (tmp_path / "void").mkdir()
+    code, out, err = say("check", model, "--suite", suite, "--against", against.format(tmp=tmp_path), "--device", "cpu")
+    assert (code, out) == (2, "")
+    assert re.search(said, err.splitlines()[-1])
+
+
+def test_the_other_tasks_are_reported_where_one_fails(tmp_path: Path, say: Said) -> None:
+    suite = suite_file(tmp_path, {**TASKS, "bad": {"data": "nowhere.jsonl", "scorer": "accuracy"}})
+    code, out, err = say("eval", model_folder(tmp_path / "model"), "--suite", suite, "--device", "cpu")
+    assert code == 2
+    assert "accuracy" in out
+    assert "no such file" in out
+    assert err.strip().endswith("1 of 2 tasks could not be scored: bad")
+
+
+def test_a_suite_finds_its_data_elsewhere(tmp_path: Path, say: Said) -> None:
+    (tmp_path / "data").mkdir()
+    suite_file(tmp_path / "data", TASKS)
+    suite = tmp_path / "suite.yaml"
+    suite.write_text(yaml.safe_dump({"tasks": TASKS}))
+    model = model_folder(tmp_path / "model")
+    assert say("eval", model, "--suite", suite, "--device", "cpu")[0] == 2
+    assert say("eval", model, "--suite", suite, "--device", "cpu", "--root", tmp_path / "data")[0] == 0
+
+
+def test_an_evaluation_as_lines() -> None:
+    text = of_evaluation(Evaluation({"t": answers("10"), "bad": TaskResult("bad", {}, (), error="why")}))
+    assert "bad                      not scored: why" in text

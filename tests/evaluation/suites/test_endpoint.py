@@ -1,0 +1,248 @@
+"""An endpoint that works is scored like a model; one that does not costs its tasks, in bounded time, and says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prunetune.data.records import Record
+from prunetune.errors import ConfigError
+from prunetune.evaluation.suites import evaluate_suite
+from prunetune.evaluation.suites.api import evaluate
+from prunetune.evaluation.suites.endpoint import Endpoint
+from prunetune.evaluation.suites.http_client import Server
+from prunetune.evaluation.suites.judge_scorer import _mark
+from prunetune.evaluation.suites.open_model import TargetOptions
+from prunetune.evaluation.suites.protocol import CannotAnswer, Manner
+from support.endpoint import Reply, characters_model, now, serving, unused_port
+from support.suites import ALL, Told, suite_in
+
+RECORD = Record(kind="completion", prompt="Where? ", completion="heart", choices=("heart", "head"), answer=0)
+
+
+def endpoint(url: str, **options: Any) -> Endpoint:
+    return Endpoint(Server(url, **({"pause": 0.0, "timeout": 5.0} | options)), "m")
+
+
+def asked(respondent: Endpoint, ask: Any, record: Record = RECORD, manner: Manner = Manner()) -> Any:  # noqa: B008
+    return respondent.answers(ask, [record], manner, lambda _: None)[0]
+
+
+def nats(text: str) -> float:
+    return sum(ord(letter) % 7 for letter in text) / 10
+
+
+def test_likelihoods_come_from_the_echo_of_the_prompt() -> None:
+    with serving(characters_model) as heard:
+        found = asked(endpoint(heard.url), "choose")
+        assert [tokens for _, tokens in found] == [5, 4]
+        assert [value for value, _ in found] == pytest.approx([-nats("heart"), -nats("head")])
+        assert asked(endpoint(heard.url), "weigh") == pytest.approx([nats("heart"), 5, 5])
+        text = Record(kind="text", completion="föx")
+        assert asked(endpoint(heard.url), "weigh", text) == pytest.approx([nats("öx"), 2, 3])  # the first has none
+    body = heard.requests[0][1]
+    assert (body["model"], body["temperature"], body["echo"]) == ("m", 0, True)
+
+
+def test_answers_are_written_by_completion_or_chat() -> None:
+    with serving(characters_model) as heard:
+        assert asked(endpoint(heard.url), "write") == "to Where?"
+        assert asked(endpoint(heard.url), "write", manner=Manner(template="chat")) == "re: Where?"
+        chat = Record(kind="chat", completion="c", messages=(("system", "s"), ("user", "u")))
+        assert asked(endpoint(heard.url), "write", chat, Manner(max_new_tokens=3, stop=(":",))) == "re"
+    path, body, _ = heard.requests[-1]
+    assert path == "/v1/chat/completions"
+    assert body["messages"] == [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    assert (body["max_tokens"], body["stop"]) == (3, [":"])
+
+
+def test_a_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(characters_model) as heard:
+        with pytest.raises(CannotAnswer, match="variable PRUNETUNE_TEST_KEY is not set"):
+            asked(endpoint(heard.url, key_env="PRUNETUNE_TEST_KEY"), "write")
+        monkeypatch.setenv("PRUNETUNE_TEST_KEY", "k")
+        asked(endpoint(heard.url, key_env="PRUNETUNE_TEST_KEY"), "write")
+    assert heard.requests[-1][2]["Authorization"] == "Bearer k"
+
+
+def test_a_server_without_echo_still_writes(tmp_path: Path) -> None:
+    with serving(lambda path, body: characters_model(path, body, echo=False)) as heard:
+        found = evaluate_suite(
+            endpoint(heard.url), suite_in(tmp_path, ALL | {"open": {**ALL["open"], "scorer": "rouge"}})
+        )
+    assert "likelihoods are not possible here" in found.tasks["organ"].error
+    assert "likelihoods are not possible here" in found.tasks["prose"].error
+    assert found.tasks["open"].scores["rouge_l"].n == 6
+
+
+def test_an_endpoint_by_its_address(tmp_path: Path) -> None:
+    with serving(characters_model) as heard:
+        found = evaluate(heard.url, suite_in(tmp_path, ALL), options=TargetOptions(model_name="mine"))
+    assert [result.error for result in found.tasks.values()] == [""] * len(ALL)
+    assert {body["model"] for _, body, _ in heard.requests} == {"mine"}
+
+
+def test_likelihoods_of_chats_and_lm_eval_tasks_are_refused() -> None:
+    with pytest.raises(CannotAnswer, match="likelihoods of a chat"):
+        asked(endpoint("http://127.0.0.1:9/v1"), "choose", manner=Manner(template="chat"))
+    with pytest.raises(CannotAnswer, match="need the weights"):
+        endpoint("http://127.0.0.1:9/v1").loaded()
+
+
+GARBAGE: dict[str, Reply] = {
+    "replied with something else than JSON": b"<html>busy</html>",
+    "replied with something else than JSON: '\ufffd\ufffd": b"\xff\xfe{}",
+    "replied with something else than a completion": {"choices": []},
+    "something else than a completion: \\[1\\]": b"[1]",
+    "something else than a completion: \"x\"": b'"x"',
+    "something else than a completion: null": b"null",
+    "completion: {\"choices\": \\[{\"text\": 3}\\]}": {"choices": [{"text": 3}]},
+    "HTTP 404": 404,
+    "HTTP 401": 401,
+    "HTTP 503": 503,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", GARBAGE)
+def test_garbage_is_said_in_one_line(said: str) -> None:
+    with serving(lambda *_: GARBAGE[said]) as heard, pytest.raises(CannotAnswer, match=said) as refused:
+        asked(endpoint(heard.url), "write")
+    assert "\n" not in str(refused.value)
+    # What may pass is tried again; what will not is not.
+    assert len(heard.requests) == (3 if "503" in said else 1)
+
+
+def test_a_busy_server_gets_a_second_chance() -> None:
+    replies: list[Reply] = [503, 429, {"choices": [{"text": "yes"}]}]
+    with serving(lambda *_: replies.pop(0)) as heard:
+        assert asked(endpoint(heard.url), "write") == "yes"
+
+
+@pytest.mark.parametrize("slow", [{"wait": 30.0}, {"drip": 0.2}])
+def test_time_is_bounded(slow: dict[str, float]) -> None:
+    started = now()
+    with serving(characters_model, **slow) as heard, pytest.raises(CannotAnswer, match=r"no whole reply within 0.3 s"):
+        asked(endpoint(heard.url, timeout=0.3, tries=2), "write")
+    assert now() - started < 20  # not a measure: it ends at all
+    assert len(heard.requests) == 2
+
+
+def test_one_that_is_down_costs_every_task_a_line(tmp_path: Path) -> None:
+    url = f"http://127.0.0.1:{unused_port()}/v1"
+    found = evaluate_suite(endpoint(url), suite_in(tmp_path, ALL))
+    for result in found.tasks.values():
+        assert f"endpoint {url}" in result.error
+        assert "is it up" in result.error
+        assert "\n" not in result.error
+
+
+def test_empty_answers_are_scored_as_wrong(tmp_path: Path) -> None:
+    with serving(lambda *_: {"choices": [{"text": ""}]}) as heard:
+        tasks = {"open": {"data": "open.jsonl", "scorer": ["rouge", "exact_match", "bleu"]}}
+        found = evaluate_suite(endpoint(heard.url), suite_in(tmp_path, tasks))
+    assert {metric: score.value for metric, score in found.tasks["open"].scores.items()} == dict.fromkeys(
+        ("rouge_l", "rouge_1", "rouge_2", "exact_match", "bleu"), 0.0
+    )
+
+
+def test_the_first_failure_stops_a_task() -> None:
+    with serving(lambda *_: 404) as heard, pytest.raises(CannotAnswer):
+        endpoint(heard.url).answers("write", [RECORD] * 200, Manner(), lambda _: None)
+    assert len(heard.requests) < 20
+
+
+@pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x/v1", "http://", "file:///etc/passwd"])
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="is no address"):
+        Server(url)
+
+
+JUDGED: dict[str, Any] = {"data": "open.jsonl", "limit": 2}
+
+
+def judged(tmp_path: Path, url: str, *, allow: Any = ("judge",), **options: Any) -> Any:
+    tasks = {"t": {**JUDGED, "scorer": {"judge": {"url": url, "model": "j", **options}}}}
+    return evaluate_suite(Told(lambda record: "my answer"), suite_in(tmp_path, tasks), allow=allow).tasks["t"]
+
+
+def test_a_judge_marks_between_nothing_and_everything(tmp_path: Path) -> None:
+    def mark(path: str, body: dict[str, Any]) -> Reply:
+        content = body["messages"][0]["content"]
+        assert "my answer" in content
+        return {"choices": [{"message": {"content": "I say 5 of 5" if "Q0" in content else "1"}}]}
+
+    with serving(mark) as heard:
+        first = judged(tmp_path, heard.url)
+        assert sorted(item.scores["judge"] for item in first.items) == sorted(
+            1.0 if "Q0" in item.prompt else 0.0 for item in first.items
+        )
+        own = judged(tmp_path, heard.url, prompt="{{ prompt }} {{ got }} {{ id }}", low=0.0, high=10.0)
+        assert {item.scores["judge"] for item in own.items} <= {0.5, 0.1}
+        assert "allow it" in judged(tmp_path, heard.url, allow=()).error
+    assert heard.requests[0][1]["temperature"] == 0
+
+
+def test_a_judge_that_does_not_judge_is_said(tmp_path: Path) -> None:
+    with serving(lambda *_: {"choices": [{"message": {"content": "It is 77\nfine."}}]}) as heard:
+        assert "no number from 1 to 5 in its reply" in judged(tmp_path, heard.url).error
+        assert "the scale has to rise" in judged(tmp_path, heard.url, low=5.0, high=5.0).error
+    assert "is it up" in judged(tmp_path, f"http://127.0.0.1:{unused_port()}/v1", timeout=1.0).error
+
+
+@pytest.mark.parametrize(
+    ("reply", "mark"),
+    [
+        ("4", 4),
+        (" 3.5\n", 3.5),
+        ("**4**", 4),
+        ("I give it 2.", 2),
+        ("Mark: 4. So: 4.0", 4),
+        ("It is 77 years old: 3", 3),  # a number off the scale is no mark
+        ("4/5", 4),
+        ("4 / 5", 4),
+        ("**4**/5", 4),
+        ("5/5", 5),
+        ("Score: 2/5.", 2),
+        ("Of 3 findings, 2 are right.\nScore: 4", 4),
+        ("3 out of 5", 3),
+        ("3.5 out of 5.0 points", 3.5),
+        ("I say 2 of 5", 2),
+        ("2 (on a scale from 1 to 5)", 2),
+        ("On a scale of 1 to 5, I say 2.", 2),
+        ("On a scale of 1-5: 3", 3),
+        ("From 1 to 5: 3", 3),
+        ("between 1 and 5, a 4", 4),
+        ("2 on a 1-5 scale", 2),
+        ("On the 1 to 5 scale: 4", 4),
+        ("4 on a 5-point scale", 4),
+        ("Scale: 1-5. Score: 4/5", 4),
+    ],
+)
+def test_a_mark_is_read_beside_its_scale(reply: str, mark: float) -> None:
+    assert _mark(reply, 1, 5, "i") == mark
+
+
+def test_every_mark_of_every_scale_is_read_in_every_form() -> None:
+    for low, high in ((0, 1), (1, 5), (0, 10), (1, 100), (-1, 1)):
+        for form in ("{}", "{}/{high}", "{} out of {high}", "{} (from {low} to {high})", "{} on a {low}-{high} scale"):
+            for mark in (low, (low + high) / 2, high):
+                assert _mark(form.format(mark, low=low, high=high), low, high, "i") == mark
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ("2 points are right. I say 4", "2 numbers from 1 to 5 in its reply on item i"),
+        ("between 3 and 4", "no number"),
+        ("3-4", "2 numbers"),
+        ("3/10", "no number"),  # a mark of another scale
+        ("from 1 to 5", "no number"),
+        ("none", "no number"),
+    ],
+)
+def test_no_mark_and_several_marks_are_none(reply: str, said: str) -> None:
+    with pytest.raises(CannotAnswer, match=said) as refused:
+        _mark(reply, 1, 5, "i")
+    assert "\n" not in str(refused.value)

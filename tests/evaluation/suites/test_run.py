@@ -1,0 +1,281 @@
+"""A suite on a model: batches change nothing, answers are kept, and one task's failure is its own."""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prunetune.data.records import Record
+from prunetune.evaluation.results import Evaluation
+from prunetune.evaluation.suites import LocalModel, evaluate_suite, read_questions, suite_of
+from prunetune.evaluation.suites.cache import Remembered, Store, folder_hash
+from prunetune.evaluation.suites.endpoint import Endpoint
+from prunetune.evaluation.suites.http_client import Server
+from prunetune.evaluation.suites.local import ended
+from prunetune.evaluation.suites.open_model import Checkpoint, TargetOptions
+from prunetune.evaluation.suites.protocol import Manner
+from support.data import write_lines
+from support.endpoint import Reply, serving
+from support.evaluation import characters, speaker
+from support.suites import ALL, Told, model_folder, suite_in
+
+FULL = {**ALL, "letters": {"data": "chosen.jsonl", "scorer": "accuracy", "lettered": True}}
+
+
+def on_cpu(folder: Path, store: Store) -> Remembered:
+    return Remembered(Checkpoint(str(folder), TargetOptions(device="cpu", dtype="float32"), store), store)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_batched_equals_one_by_one(tmp_path: Path, family: str) -> None:
+    suite, model = suite_in(tmp_path, FULL), speaker(family)
+    batched = evaluate_suite(LocalModel(model, characters()), suite)
+    single = evaluate_suite(LocalModel(model, characters(), max_tokens=1), suite)
+    for name, result in batched.tasks.items():
+        assert not result.error
+        for ours, theirs in zip(result.items, single.tasks[name].items, strict=True):
+            assert (ours.id, ours.got, ours.correct) == (theirs.id, theirs.got, theirs.correct)
+            assert ours.scores == pytest.approx(theirs.scores, abs=1e-4)
+        for metric, score in result.scores.items():
+            assert score.value == pytest.approx(single.tasks[name].scores[metric].value, rel=1e-4)
+
+
+def test_it_repeats_to_the_byte(tmp_path: Path) -> None:
+    suite, model = suite_in(tmp_path, FULL), speaker()
+    first = evaluate_suite(LocalModel(model, characters()), suite)
+    again = evaluate_suite(LocalModel(model, characters()), suite, questions=read_questions(suite))
+    assert first.to_json() == again.to_json()
+    assert Evaluation.from_json(first.to_json()).to_json() == first.to_json()
+
+
+def test_the_second_time_nothing_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    suite, folder, store = suite_in(tmp_path, FULL), model_folder(tmp_path / "model"), Store(tmp_path / "a.sqlite")
+    first = on_cpu(folder, store)
+    found = evaluate_suite(first, suite)
+    assert (first.known, first.asked > 20) == (0, True)
+    monkeypatch.setattr(
+        "prunetune.evaluation.suites.open_model.load", lambda *_, **__: pytest.fail("weights were read")
+    )
+    second = on_cpu(folder, store)
+    assert evaluate_suite(second, suite).to_json() == found.to_json()
+    assert (second.known, second.asked) == (first.asked, 0)
+
+
+def test_only_what_is_new_is_asked(tmp_path: Path) -> None:
+    store, told = Store(tmp_path / "a.sqlite"), Told()
+    records = [Record(kind="completion", prompt=f"p{n}", completion="c") for n in range(4)]
+    remembered = Remembered(told, store)
+    remembered.answers("write", records[:2], Manner(), lambda _: None)
+    assert remembered.answers("write", records, Manner(), lambda _: None) == ["c"] * 4
+    assert told.calls == 4
+    for manner in (Manner(max_new_tokens=3), Manner(stop=("x",)), Manner(template="chat")):
+        remembered.answers("write", records[:1], manner, lambda _: None)
+    assert told.calls == 7
+    remembered.answers("weigh", records[:1], Manner(max_new_tokens=3), lambda _: None)
+    remembered.answers("weigh", records[:1], Manner(max_new_tokens=4), lambda _: None)
+    assert told.calls == 8
+    told.fingerprint = "another"
+    remembered.answers("write", records[:1], Manner(), lambda _: None)
+    told.fingerprint = ""
+    remembered.answers("write", records[:1], Manner(), lambda _: None)
+    assert told.calls == 10
+
+
+def test_what_was_answered_before_a_stop_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prunetune.evaluation.suites.cache.KEPT_EVERY", 2)
+    told, store = Told(), Store(tmp_path / "a.sqlite")
+    records = [Record(kind="completion", prompt=f"p{n}", completion="c") for n in range(5)]
+
+    def stop(record: Record) -> str:
+        if record.prompt == "p3":
+            raise KeyboardInterrupt
+        return record.completion
+
+    told.write = stop
+    with pytest.raises(KeyboardInterrupt):
+        Remembered(told, store).answers("write", records, Manner(), lambda _: None)
+    told.write, told.calls = (lambda record: record.completion), 0
+    assert Remembered(told, store).answers("write", records, Manner(), lambda _: None) == ["c"] * 5
+    assert told.calls == 3
+
+
+def test_a_folder_s_hash_follows_its_contents(tmp_path: Path) -> None:
+    folder, store = model_folder(tmp_path / "model"), Store(tmp_path / "a.sqlite")
+    before = folder_hash(folder, store)
+    assert folder_hash(folder, store) == before == folder_hash(folder, Store(tmp_path / "b.sqlite"))
+    (folder / "README.md").write_text("a card")
+    assert folder_hash(folder, store) == before
+    seen = {before}
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # of the same size
+        seen.add(folder_hash(folder, store))
+    assert len(seen) == 4
+
+
+def test_a_folder_s_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, store = model_folder(tmp_path / "model"), Store(tmp_path / "a.sqlite")
+    before = folder_hash(folder, store)
+    monkeypatch.setattr(
+        "prunetune.evaluation.suites.cache._contents", lambda path: pytest.fail(f"{path} was read again")
+    )
+    assert folder_hash(folder, store) == before
+
+
+def test_a_broken_cache_costs_its_answers_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.sqlite").write_bytes(b"no database at all, but long enough to be taken for one" * 40)
+    remembered = Remembered(Told(), Store(tmp_path / "a.sqlite"))
+    record = Record(kind="completion", prompt="p", completion="c")
+    assert remembered.answers("write", [record], Manner(), lambda _: None) == ["c"]
+    assert "cannot be read" in caplog.text
+
+
+def test_a_store_keeps_many_and_nan(tmp_path: Path) -> None:
+    store = Store(tmp_path / "deep" / "a.sqlite")
+    store.put("answers", [(f"k{n}", str(n)) for n in range(1200)])
+    assert len(store.get("answers", [f"k{n}" for n in range(2000)])) == 1200
+    told = Told()
+    told._weigh = lambda record: [math.nan, 1, 1]  # type: ignore[method-assign]
+    for _ in range(2):
+        (answer,) = Remembered(told, store).answers("weigh", [Record(kind="text", completion="c")], Manner(), print)
+        assert math.isnan(answer[0])
+    assert told.calls == 1
+    with sqlite3.connect(store.path) as base:
+        assert base.execute("SELECT count(*) FROM answers").fetchone() == (1201,)
+    base.close()
+
+
+def test_a_failing_task_does_not_stop_the_others(tmp_path: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9", "completion": "a"}\n')
+    (tmp_path / "empty.jsonl").write_text("")
+    write_lines(tmp_path / "hollow.jsonl", {"prompt": "p", "completion": " "})
+    bad: dict[str, Any] = {
+        "unknown": {"data": "open.jsonl", "scorer": "rogue"},
+        "missing": {"data": "nowhere.jsonl", "scorer": "rouge"},
+        "latin": {"data": "latin.jsonl", "scorer": "rouge"},
+        "empty": {"data": "empty.jsonl", "scorer": "rouge"},
+        "hollow": {"data": "hollow.jsonl", "scorer": "rouge"},
+        "code": {"data": "open.jsonl", "scorer": {"python": {"function": "os:system"}}},
+        "judge": {"data": "open.jsonl", "scorer": {"judge": {"url": "http://127.0.0.1:9/v1", "model": "m"}}},
+    }
+    found = evaluate_suite(Told(), suite_in(tmp_path, {**bad, **ALL}, strict=False))
+    said = {name: result.error for name, result in found.tasks.items()}
+    assert all("\n" not in error for error in said.values())
+    assert [name for name, error in said.items() if not error] == list(ALL)
+    assert "did you mean rouge" in said["unknown"]
+    assert "no such file" in said["missing"]
+    assert "latin.jsonl:1: not UTF-8" in said["latin"]
+    assert "needs at least one row" in said["empty"]
+    assert "hollow.jsonl:1: completion is empty" in said["hollow"]
+    assert "allow it with --allow-code" in said["code"]
+    assert "allow it with --allow-judge" in said["judge"]
+    kept = Evaluation.from_json(found.to_json())
+    assert kept.tasks["missing"].error == said["missing"]
+    assert found.tasks["organ"].scores["accuracy"].value == found.tasks["open"].scores["rouge_l"].value == 1.0
+
+
+def test_choices_are_compared_as_the_task_says(tmp_path: Path) -> None:
+    class Likely(Told):
+        def _choose(self, record: Record) -> list[list[float]]:
+            return [[-3.0, 1], [-4.0, 2]]  # sum: the first; mean: the second; per character: 3 / 2 and 4 / 10
+
+    write_lines(tmp_path / "two.jsonl", {"prompt": "p", "choices": ["ab", "abcdefghij"], "answer": 1})
+    for likelihood, score in (("sum", 0.0), ("mean", 1.0), ("characters", 1.0)):
+        task = {"data": "two.jsonl", "scorer": "accuracy", "likelihood": likelihood}
+        found = evaluate_suite(Likely(), suite_of({"tasks": {"t": task}}, folder=tmp_path))
+        assert found.tasks["t"].scores["accuracy"].value == score
+
+
+def test_a_text_is_weighed_whole_and_each_byte_counts(tmp_path: Path) -> None:
+    model = speaker(max_position_embeddings=16)
+    torch.nn.init.zeros_(model.lm_head.weight)
+    found = evaluate_suite(LocalModel(model, characters()), suite_in(tmp_path, {"prose": ALL["prose"]}))
+    bits = math.log2(model.config.vocab_size)  # of one token, which is one byte
+    result = found.tasks["prose"]
+    assert result.scores["bits_per_byte"].value == pytest.approx(bits, rel=1e-5)
+    assert result.scores["perplexity"].value == pytest.approx(model.config.vocab_size, rel=1e-4)
+    assert all(item.scores["bytes"] == item.scores["tokens"] == len(item.prompt.encode()) for item in result.items)
+    assert max(item.scores["tokens"] for item in result.items) > 16
+
+
+def test_a_window_goes_on_where_the_last_ended() -> None:
+    local = LocalModel(speaker(max_position_embeddings=8), characters())
+    windows = local._windows(Record(kind="text", completion="abcdefghijklmnopq"))
+    assert [len(window.ids) for window in windows] == [8, 8, 4]
+    targets = [token for window in windows for token in window.ids[1:]]
+    assert targets == characters()("abcdefghijklmnopq", add_special_tokens=False)["input_ids"]
+    assert windows[1].ids[0] == windows[0].ids[-1]
+
+
+def test_a_long_prompt_keeps_its_end_and_its_start_token(caplog: pytest.LogCaptureFixture) -> None:
+    local = LocalModel(speaker(max_position_embeddings=32), characters())
+    record = Record(kind="completion", prompt="x" * 100 + "yz", completion="a", choices=("a", "bcd"), answer=0)
+    ((first, *_, last),) = local._prompts([record], [3], Manner())
+    assert first == 1
+    assert characters().decode([last]) == "z"
+    answers = local.answers("choose", [record], Manner(), lambda _: None)
+    assert [tokens for _, tokens in answers[0]] == [1, 3]
+    assert "1 prompts lost their beginning: the model's context is 32" in caplog.text
+
+
+def test_an_answer_ends_before_its_first_stop() -> None:
+    assert ended("yes\nno. end", ("\n", "end")) == "yes"
+    assert ended("yes", ("\n",)) == "yes"
+    assert ended(" yes ", ()) == "yes"
+    assert ended("\n\nParis\n\nQ", ("\n\n",)) == ""
+
+
+@pytest.mark.parametrize("text", ["\n\nParis\n\nQ", "Paris\n\nQ", " Paris\n", "\n\n"])
+@pytest.mark.parametrize("stop", [(), ("\n\n",), ("\n", "Q")])
+def test_a_model_here_ends_its_answer_as_a_server_does(text: str, stop: tuple[str, ...]) -> None:
+    """A stop in front of an answer ends it, before white space is taken off."""
+    model, tokenizer = speaker(), characters()
+    said = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    model.generate = lambda ids, **_: torch.cat([ids, said], dim=1)
+    record, manner = Record(kind="completion", prompt="Capital?", completion="Paris"), Manner(stop=stop)
+    (here,) = LocalModel(model, tokenizer).answers("write", [record], manner, lambda _: None)
+
+    def served(path: str, body: dict[str, Any]) -> Reply:
+        cut = min([text.find(each) for each in body.get("stop", []) if each in text], default=len(text))
+        return {"choices": [{"text": text[:cut]}]}
+
+    with serving(served) as heard:
+        endpoint = Endpoint(Server(heard.url), "m")
+        assert endpoint.answers("write", [record], manner, lambda _: None) == [here]
+
+
+def test_chats_are_asked_as_chats(tmp_path: Path) -> None:
+    from support.data import subwords
+    from support.models import tiny
+
+    write_lines(
+        tmp_path / "chat.jsonl",
+        {"messages": [{"role": "user", "content": "which"}, {"role": "assistant", "content": "yes"}]},
+    )
+    tasks = {"t": {"data": "chat.jsonl", "scorer": ["exact_match", "nll"], "max_new_tokens": 4}}
+    found = evaluate_suite(LocalModel(tiny(vocab_size=320), subwords()), suite_in(tmp_path, tasks))
+    assert found.tasks["t"].error == ""
+    assert found.tasks["t"].items[0].prompt == "user: which"
+
+
+def test_nan_is_said(tmp_path: Path) -> None:
+    model = speaker()
+    torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    found = evaluate_suite(LocalModel(model, characters()), suite_in(tmp_path, ALL))
+    assert math.isnan(found.tasks["organ"].scores["accuracy"].value)
+    assert math.isnan(found.tasks["prose"].scores["perplexity"].value)
+    assert found.tasks["organ"].items[0].correct is None
+
+
+def test_progress_ends_at_its_total(tmp_path: Path) -> None:
+    seen: list[tuple[str, int, int]] = []
+    suite = suite_in(tmp_path, ALL)
+    evaluate_suite(LocalModel(speaker(), characters()), suite, progress=lambda *now: seen.append(now))
+    for name in ALL:
+        counts = [(done, total) for task, done, total in seen if task == name]
+        assert counts[-1][0] == counts[-1][1]

@@ -1,0 +1,115 @@
+"""Greedy answers do not depend on their company or on a checkpoint's sampling settings."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from prunetune.config.recipe import DataConfig, EvaluateConfig
+from prunetune.data.records import Record, record_of
+from prunetune.data.templates import encode
+from prunetune.evaluation import evaluate
+from prunetune.evaluation.generation import generate, stop_ids
+from prunetune.evaluation.suites.local import LocalModel
+from prunetune.evaluation.suites.protocol import Manner
+from support.data import subwords
+from support.evaluation import characters, speaker
+from support.models import FAMILIES, tiny
+
+PROMPTS = ["a", "what is it?", "hello", "xy"]
+
+
+def written(model: Any, prompts: list[str], max_tokens: int = 4096, max_new_tokens: int = 8) -> list[str]:
+    tokenizer = characters()
+    return generate(
+        model,
+        tokenizer,
+        [tokenizer(prompt)["input_ids"] for prompt in prompts],
+        chats=[False] * len(prompts),
+        pad_id=0,
+        max_new_tokens=max_new_tokens,
+        max_tokens=max_tokens,
+        tick=lambda count: None,
+    )
+
+
+def step_by_step(model: Any, prompt: str, max_new_tokens: int = 8) -> str:
+    tokenizer = characters()
+    ids = tokenizer(prompt)["input_ids"]
+    start = len(ids)
+    for _ in range(max_new_tokens):
+        ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+        if ids[-1] == tokenizer.eos_token_id:
+            break
+    return tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_equal_argmax_step_by_step(family: str) -> None:
+    model = speaker(family)
+    expected = [step_by_step(model, prompt) for prompt in PROMPTS]
+    assert written(model, PROMPTS) == expected
+    assert written(model, PROMPTS, max_tokens=1) == expected
+    assert written(model, PROMPTS[::-1])[::-1] == expected
+
+
+def test_an_answer_ends_at_every_known_end() -> None:
+    model = speaker()
+    torch.nn.init.zeros_(model.lm_head.weight)
+    model.generation_config.eos_token_id = [0]  # the first token wins ties
+    assert stop_ids(model, characters()) == [0, 2]
+    assert written(model, ["a"]) == [""]
+
+
+WORDS = ["yes", "no", "maybe", "fever"]
+TOLD = [
+    *(
+        {"messages": [{"role": "user", "content": f"say {word}"}, {"role": "assistant", "content": word}]}
+        for word in WORDS
+    ),
+    {"prompt": "say chapter", "completion": "a<|end|>b"},  # outside a chat the token is one like any other
+]
+
+
+@pytest.fixture(scope="module")
+def taught() -> tuple[Any, list[Record]]:
+    """A model that has learnt to say `TOLD`, each answer with its end; its end of text is not that of a turn."""
+    tokenizer, records = subwords(), [record_of(row, source=f"f:{n}", id=str(n)) for n, row in enumerate(TOLD)]
+    model = tiny(vocab_size=len(tokenizer), max_position_embeddings=64)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    examples = encode(records, tokenizer, DataConfig(), 64).examples
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    for _ in range(80):
+        optimizer.zero_grad()
+        for example in examples:
+            ids = torch.tensor([example.ids])
+            labels = ids.masked_fill(torch.arange(ids.shape[1]) < example.answer_from, -100)
+            model(input_ids=ids, labels=labels).loss.backward()
+        optimizer.step()
+    return model.eval(), records
+
+
+@pytest.mark.parametrize("max_tokens", [4096, 1])
+def test_a_chat_s_answer_is_over_where_its_turn_ends(taught: tuple[Any, list[Record]], max_tokens: int) -> None:
+    model, records = taught
+    end, config = "<|end|>", EvaluateConfig(max_new_tokens=12, max_tokens=max_tokens)
+    ids = subwords().convert_tokens_to_ids(["</s>", end])
+    assert (stop_ids(model, subwords()), stop_ids(model, subwords(), chat=True)) == (ids[:1], sorted(ids))
+    wanted = [record.completion.replace(end, "") for record in records]
+    of_run = {item.id: item.got for item in evaluate(model, subwords(), records, DataConfig(), config).tasks[""].items}
+    assert [of_run[record.id] for record in records] == wanted
+    local = LocalModel(model, subwords(), max_tokens=max_tokens)
+    assert local.answers("write", records, Manner(max_new_tokens=12), lambda _: None) == wanted
+
+
+def test_sampling_settings_of_a_checkpoint_are_ignored(caplog: pytest.LogCaptureFixture) -> None:
+    model = speaker()
+    expected = written(model, PROMPTS)
+    settings = model.generation_config
+    settings.do_sample, settings.temperature, settings.top_p, settings.top_k = True, 3.0, 0.5, 7
+    settings.repetition_penalty, settings.max_length, settings.no_repeat_ngram_size = 5.0, 20, 1
+    assert written(model, PROMPTS) == expected
+    assert not caplog.records
+    assert model.generation_config is settings

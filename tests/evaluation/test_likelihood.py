@@ -1,0 +1,214 @@
+"""Cached and shared scoring equals one full forward pass a choice."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import pytest
+import torch
+
+from prunetune.data.templates import Example
+from prunetune.evaluation import likelihood
+from prunetune.evaluation.likelihood import Question, answer_nll, branches_of, choice_likelihoods
+from prunetune.evaluation.packing import packed
+from prunetune.plan import Plan
+from prunetune.pruning.cut import NoAttention, cut
+from prunetune.pruning.masking import masked
+from prunetune.pruning.sites import find_sites
+from support.models import FAMILIES, random_plan, tiny
+
+VOCABULARY = 97
+
+
+def silent(count: int) -> None:
+    """Nobody watches."""
+
+
+def ids(rng: random.Random, longest: int, shortest: int = 1) -> tuple[int, ...]:
+    return tuple(rng.randrange(3, VOCABULARY) for _ in range(rng.randint(shortest, longest)))
+
+
+def questions(seed: int, count: int = 7, longest: int = 20) -> list[Question]:
+    """Prompts and choices of many lengths, with shared beginnings, one-token choices and a repeated one."""
+    rng = random.Random(seed)
+    made = []
+    for _ in range(count):
+        stem = ids(rng, 4, 2)
+        choices = [ids(rng, 1), stem, stem + ids(rng, 3), stem + ids(rng, 6), stem[:1] + ids(rng, 5), ids(rng, 9), stem]
+        made.append(Question(ids(rng, longest), tuple(choices)))
+    return made
+
+
+@torch.inference_mode()
+def naive(model: Any, asked: Question) -> list[float]:
+    values = []
+    for tokens in asked.choices:
+        whole = torch.tensor([asked.prompt + tokens])
+        logits = model(input_ids=whole, use_cache=False).logits[0].double().log_softmax(-1)
+        start = len(asked.prompt) - 1
+        values.append(sum(float(logits[start + step, token]) for step, token in enumerate(tokens)) / len(tokens))
+    return values
+
+
+def scored(model: Any, asked: list[Question], max_tokens: int = 4096) -> list[list[float]]:
+    with torch.inference_mode():
+        return choice_likelihoods(model, asked, pad_id=0, max_tokens=max_tokens, tick=silent)
+
+
+def assert_equal(found: list[list[float]], expected: list[list[float]], tolerance: float = 1e-5) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, abs=tolerance)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_choices_equal_full_forward_passes(family: str, attention: str) -> None:
+    model = tiny(family)
+    model.set_attn_implementation(attention)
+    asked = questions(0)
+    assert_equal(scored(model, asked), [naive(model, question) for question in asked])
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma3_text"])
+def test_choices_equal_full_forward_passes_beyond_the_sliding_window(family: str) -> None:
+    window = {"sliding_window": 4} | ({"use_sliding_window": True, "max_window_layers": 1} if family == "qwen2" else {})
+    model = tiny(family, **window)
+    asked = questions(1, longest=30)
+    assert_equal(scored(model, asked), [naive(model, question) for question in asked])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_size_of_a_pass_does_not_change_scores(family: str) -> None:
+    model = tiny(family)
+    asked = questions(2)
+    assert_equal(scored(model, asked, max_tokens=1), scored(model, asked, max_tokens=100_000))
+    assert_equal(scored(model, asked, max_tokens=60), scored(model, asked[::-1])[::-1])
+
+
+def test_few_logits_a_pass_do_not_change_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    asked = questions(3)
+    expected = scored(model, asked)
+    monkeypatch.setattr(likelihood, "LOGITS", 5 * VOCABULARY)
+    monkeypatch.setattr(likelihood, "_CHUNK", 2 * VOCABULARY)
+    assert_equal(scored(model, asked), expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_layers_without_attention_are_scored(family: str) -> None:
+    model = tiny(family, layers=4)
+    sites = find_sites(model)
+    kept = {site.name: tuple(range(site.floor if site.kind == "attention" else site.units)) for site in sites}
+    plan = Plan(kept, {site.name: site.units for site in sites})
+    asked = questions(4, longest=12)
+    with masked(model, plan):
+        expected = scored(model, asked)
+    cut(model, plan)
+    assert any(isinstance(module, NoAttention) for module in model.modules())
+    found = scored(model, asked)
+    assert_equal(found, [naive(model, question) for question in asked])
+    assert_equal(found, expected)
+
+
+def test_masked_and_cut_models_score_alike() -> None:
+    model = tiny("qwen3")
+    plan = random_plan(model)
+    asked = questions(5)
+    with masked(model, plan):
+        expected = scored(model, asked)
+    assert_equal(scored(cut(model, plan), asked), expected)
+
+
+def test_each_prompt_is_run_once_and_single_tokens_need_no_second_pass() -> None:
+    model = tiny()
+    shapes: list[tuple[int, ...]] = []
+    watch = lambda _, __, named: shapes.append(tuple(named["input_ids"].shape))  # noqa: E731
+    model.register_forward_pre_hook(watch, with_kwargs=True)
+    rng = random.Random(0)
+    scored(model, [Question(ids(rng, 5, 5), ((4,), (5,), (6,))) for _ in range(3)])
+    assert shapes == [(3, 5)]
+    shapes.clear()
+    scored(model, [Question(ids(rng, 5, 5), ((4,), (5, 6, 7), (5, 6, 8), (5, 6)))])
+    assert shapes == [(1, 5), (1, 2)]
+
+
+def test_branches_serve_every_choice_from_what_it_begins_with() -> None:
+    rng = random.Random(7)
+    for _ in range(50):
+        choices = tuple(tuple(rng.randrange(2) for _ in range(rng.randint(1, 6))) for _ in range(8))
+        branches = branches_of(3, choices)
+        assert sorted(choice for branch in branches for choice in branch.choices) == [
+            index for index, choice in enumerate(choices) if len(choice) > 1
+        ]
+        for branch in branches:
+            assert branch.question == 3
+            assert all(branch.tokens[: len(choices[index]) - 1] == choices[index][:-1] for index in branch.choices)
+            others = [other.tokens for other in branches if other is not branch]
+            assert not any(other[: len(branch.tokens)] == branch.tokens for other in others)
+
+
+def test_half_precision_is_scored_in_float32() -> None:
+    model = tiny().to(torch.bfloat16)
+    asked = questions(6)
+    assert_equal(scored(model, asked), [naive(model, question) for question in asked], tolerance=0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_cuda_device_scores_as_the_cpu_does() -> None:
+    asked, made = questions(9), examples(2)
+    on_cpu, on_cuda = tiny("gemma3_text"), tiny("gemma3_text").cuda()
+    assert_equal(scored(on_cuda, asked), scored(on_cpu, asked), tolerance=1e-3)
+    with torch.inference_mode():
+        found = [answer_nll(model, made, pad_id=0, max_tokens=99, tick=silent) for model in (on_cuda, on_cpu)]
+    assert [total for total, _ in found[0]] == pytest.approx([total for total, _ in found[1]], abs=1e-2)
+
+
+def test_nan_logits_give_nan() -> None:
+    model = tiny()
+    torch.nn.init.constant_(model.lm_head.weight, math.nan)
+    assert all(math.isnan(value) for values in scored(model, questions(8)) for value in values)
+
+
+def examples(seed: int, count: int = 9) -> list[Example]:
+    rng = random.Random(seed)
+    made = [ids(rng, 30, 2) for _ in range(count)]
+    return [Example(tokens, rng.randrange(1, len(tokens)), id=str(index)) for index, tokens in enumerate(made)]
+
+
+@pytest.mark.parametrize("max_tokens", [1, 70, 4096])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_equal_full_forward_passes(family: str, max_tokens: int) -> None:
+    model = tiny(family)
+    made = examples(0)
+    with torch.inference_mode():
+        found = answer_nll(model, made, pad_id=0, max_tokens=max_tokens, tick=silent)
+        for example, (total, tokens) in zip(made, found, strict=True):
+            logits = model(input_ids=torch.tensor([example.ids])).logits[0].double().log_softmax(-1)
+            places = range(example.answer_from, len(example.ids))
+            expected = -sum(float(logits[at - 1, example.ids[at]]) for at in places)
+            assert tokens == len(example.ids) - example.answer_from
+            assert total / tokens == pytest.approx(expected / tokens, abs=1e-5)
+
+
+def test_few_logits_a_pass_do_not_change_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny()
+    made = examples(1)
+    with torch.inference_mode():
+        expected = answer_nll(model, made, pad_id=0, max_tokens=4096, tick=silent)
+        monkeypatch.setattr(likelihood, "LOGITS", 3 * VOCABULARY)
+        monkeypatch.setattr(likelihood, "_CHUNK", VOCABULARY)
+        found = answer_nll(model, made, pad_id=0, max_tokens=4096, tick=silent)
+    assert [total for total, _ in found] == pytest.approx([total for total, _ in expected], abs=1e-4)
+
+
+def test_packing_keeps_everything_once_and_pads_little() -> None:
+    rng = random.Random(0)
+    lengths = [rng.randint(1, 400) for _ in range(300)]
+    runs = list(packed(lengths, int, lambda rows, longest: rows * longest <= 8192, spread=1.2))
+    assert sorted(length for run in runs for length in run) == sorted(lengths)
+    assert all(len(run) * max(run) <= 8192 for run in runs)
+    assert sum(len(run) * max(run) for run in runs) < 1.25 * sum(lengths)
+    assert list(packed([5, 3], int, lambda rows, longest: False)) == [[3], [5]]

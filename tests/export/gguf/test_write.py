@@ -1,0 +1,267 @@
+"""Laws of GGUF: the file says what the model in memory says (in llama.cpp where it is there), or is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from prunetune import Plan, export_run
+from prunetune.errors import MissingPackage, ModelError, SelfCheckFailed
+from prunetune.export.gguf import kquants, llamacpp, tensors
+from prunetune.export.gguf.architectures import UNIFORM, architecture_of
+from prunetune.export.gguf.write import read_back, write
+from prunetune.export.result import ExportOptions
+from prunetune.export.source import Source
+from support.data import subwords
+from support.export import WIDE, greedy, plan_of, reference_here, run_folder
+from support.models import random_plan, tiny
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+# name -> family, layout, what its configuration has beside the rest, the architecture that is expected
+CASES: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "llama": ("llama", "uniform", {}, "llama"),
+    "llama with biases": ("llama", "uniform", {"attention_bias": True, "mlp_bias": True}, "llama"),
+    "llama 3": ("llama", "uniform", {"rope_parameters": LLAMA3}, "llama"),
+    "llama, linear": ("llama", "uniform", {"rope_parameters": {"rope_type": "linear", "factor": 4.0}}, "llama"),
+    "qwen2, heads": ("qwen2", "uniform", {}, "seed_oss"),
+    "qwen2, channels": ("qwen2", "uniform", {"keep": 2, "head_dim": 16}, "qwen2"),
+    "qwen3": ("qwen3", "uniform", {}, "qwen3"),
+    "qwen3, yarn": ("qwen3", "uniform", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "qwen3"),
+    "gemma": ("gemma", "uniform", {"tie_word_embeddings": True}, "gemma"),
+    "gemma 2": ("gemma2", "uniform", {"tie_word_embeddings": True, "query_pre_attn_scalar": 16}, "gemma2"),
+    "gemma 3": ("gemma3_text", "uniform", {"query_pre_attn_scalar": 16}, "gemma3"),
+    "phi 3": ("phi3", "uniform", {"keep": 2}, "phi3"),
+    "smollm3": ("smollm3", "uniform", {"layers": 5}, "smollm3"),
+    "granite": ("granite", "uniform", {"embedding_multiplier": 12, "residual_multiplier": 0.2}, "granite"),
+    "llama, layers": ("llama", "per-layer", {}, "deci"),
+    "llama 3, layers": ("llama", "per-layer", {"rope_parameters": LLAMA3}, "deci"),
+    "mistral, layers": ("mistral", "per-layer", {"sliding_window": None}, "deci"),
+    "qwen2, layers": ("qwen2", "per-layer", {}, "deci"),
+    "qwen3, layers": ("qwen3", "per-layer", {"tie_word_embeddings": True}, "openelm"),
+}
+
+
+def made(case: str, folder: Path) -> tuple[Path, Any]:
+    """The run's folder, and the model in memory."""
+    family, layout, changes, _ = CASES[case]
+    changes = {"rope_theta": 5e4, "original_max_position_embeddings": 32} | dict(changes)
+    rope = changes.pop("rope_parameters", None)
+    theta, context = changes.pop("rope_theta"), changes.pop("original_max_position_embeddings")
+    if rope:
+        changes["rope_parameters"] = {"rope_theta": theta, "original_max_position_embeddings": context, **rope}
+    keep = changes.pop("keep", 1)
+    plan = plan_of(tiny(family, **(WIDE | changes)), keep, 64) if layout == "uniform" else None
+    return run_folder(folder, subwords(), family, layout=layout, plan=plan, **changes)
+
+
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llamacpp, "reference", reference_here)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_llama_cpp_says_what_the_model_says(case: str, tmp_path: Path) -> None:
+    pytest.importorskip("xllamacpp", reason="pip install 'prunetune[llamacpp]'")
+    run, model = made(case, tmp_path / "run")
+    source = Source.open(run)
+    assert architecture_of(source).name == CASES[case][3]
+    for dtype in ("f32", "f16"):
+        file = tmp_path / f"{dtype}.gguf"
+        tensors_written, tokenizer = write(source, file, dtype)
+        read_back(source, file, tensors_written)
+        assert "pre-tokenizer gpt-2" in tokenizer
+        prompts = llamacpp.prompts_of(source)
+        found = llamacpp.agreement(file, source, prompts, [greedy(model, prompt) for prompt in prompts], threads=1)
+        assert found.holds, str(found)
+        assert found.texts == len(llamacpp.TEXTS)
+
+
+def test_what_is_written_is_what_was_stored(tmp_path: Path) -> None:
+    """Whether or not llama.cpp is there: names, shapes, rows and values, read by gguf-py alone."""
+    run, model = run_folder(tmp_path / "run", subwords(), "qwen3", tie_word_embeddings=True)
+    source, file = Source.open(run), tmp_path / "model.gguf"
+    write(source, file, "f32")
+    reader = gguf.GGUFReader(file)
+    found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    weights = model.state_dict()
+    for layer, widths in enumerate(source.widths):
+        names = [f"model.layers.{layer}.self_attn.{name}_proj.weight" for name in "qkv"]
+        fused = found[f"blk.{layer}.attn_qkv.weight"]
+        assert torch.equal(fused, torch.cat([weights[name] for name in names]))
+        assert len(fused) == (widths.queries + 2 * widths.groups) * 16
+    assert reader.fields["openelm.attention.head_count"].contents() == [widths.queries for widths in source.widths]
+    assert reader.fields["openelm.feed_forward_length"].contents() == [widths.channels for widths in source.widths]
+    assert "output.weight" not in found
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_halves_of_heads_are_interleaved(heads: int) -> None:
+    rows = torch.arange(heads * 6 * 2).view(heads * 6, 2)
+    swapped = tensors.interleaved(rows, heads)
+    for head in range(heads):
+        for pair in range(3):
+            first, second = swapped[head * 6 + 2 * pair], swapped[head * 6 + 2 * pair + 1]
+            assert torch.equal(first, rows[head * 6 + pair])
+            assert torch.equal(second, rows[head * 6 + pair + 3])
+    assert torch.equal(tensors.interleaved(rows[:, 0], heads), swapped[:, 0])
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+def test_every_type_is_read_back_within_its_rounding(dtype: str, tmp_path: Path) -> None:
+    run, model = run_folder(tmp_path / "run", subwords(), "mistral", layout="uniform", dtype=torch.bfloat16)
+    source, file = Source.open(run), tmp_path / "model.gguf"
+    made, _ = write(source, file, dtype)
+    read_back(source, file, made)
+    limit = {"f32": 0.0, "f16": 1e-3, "bf16": 0.0, "q8_0": 1 / 127}[dtype]
+    weights = model.state_dict()
+    for tensor in gguf.GGUFReader(file).tensors:
+        if tensor.name.endswith(("down.weight", "token_embd.weight", "norm.weight")):
+            name = tensor.name.replace("blk.", "model.layers.").replace("ffn_down", "mlp.down_proj")
+            name = name.replace("attn_norm", "input_layernorm").replace("ffn_norm", "post_attention_layernorm")
+            name = name.replace("token_embd", "model.embed_tokens").replace("output_norm", "model.norm")
+            values = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+            assert float((values - weights[name]).abs().max() / weights[name].abs().max()) <= limit
+
+
+@pytest.mark.usefixtures("_quick")
+def test_rows_that_do_not_divide_stay_float16_and_are_told(tmp_path: Path) -> None:
+    plan = plan_of(tiny("llama", **WIDE), 2, 72)
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform", plan=plan)
+    done = export_run(run, "gguf", options=ExportOptions(dtype="q8_0"))
+    assert "3 tensors stay f16: their rows do not divide into blocks of q8_0 (budget.align 32 would do)" in done.notes
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(done.path).tensors}
+    assert types["blk.0.ffn_down.weight"] == "F16"
+    assert types["blk.0.ffn_up.weight"] == "Q8_0"
+
+
+def test_the_whole_way(tmp_path: Path) -> None:
+    """A layer without attention, in deci."""
+    plan = random_plan(tiny("llama", **WIDE))
+    plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
+    run, _ = run_folder(tmp_path / "run", subwords(), plan=plan)
+    done = export_run(run, "gguf")
+    assert done.path == run / "exports" / "gguf-f16.gguf"
+    assert done.bytes == done.path.stat().st_size
+    assert [check.ran for check in done.checks] == [True, bool(llamacpp.installed())]
+    names = {tensor.name for tensor in gguf.GGUFReader(done.path).tensors}
+    assert not {"blk.1.attn_norm.weight", "blk.1.attn_q.weight"} & names
+
+
+def test_without_llama_cpp_the_result_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
+    monkeypatch.setattr(llamacpp, "find_spec", lambda name: None)
+    done = export_run(run, "gguf")
+    assert "not run in llama.cpp: install it with pip install 'prunetune[llamacpp]'" in str(done)
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_file_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xllamacpp", reason="pip install 'prunetune[llamacpp]'")
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
+    monkeypatch.setattr(tensors, "interleaved", lambda rows, heads: rows)
+    with pytest.raises(SelfCheckFailed, match="differs from transformers"):
+        export_run(run, "gguf")
+    assert not list(run.rglob("*.gguf*"))
+
+
+def test_a_changed_byte_is_found(tmp_path: Path) -> None:
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
+    source, file = Source.open(run), tmp_path / "model.gguf"
+    made, _ = write(source, file, "f16")
+    data = bytearray(file.read_bytes())
+    data[-40] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(SelfCheckFailed, match="is not what was written"):
+        read_back(source, file, made)
+
+
+REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
+    "gemma, layers": ("gemma3_text", "per-layer", {}, "no architecture for gemma3_text in this layout"),
+    "untied qwen3, layers": ("qwen3", "per-layer", {}, "its output head is the embedding, the model's is not"),
+    "phi3, heads": ("phi3", "uniform", {}, "it wants heads of 64 rows in all, these have 32"),
+    "gemma3 scale": ("gemma3_text", "uniform", {}, "takes another query_pre_attn_scalar for granted"),
+    "glm": ("glm", "uniform", {}, "no architecture for glm"),
+    "activation": ("llama", "uniform", {"hidden_act": "relu"}, "its activation is silu, the model's relu"),
+    "bias": ("qwen3", "uniform", {"attention_bias": True}, "it has no bias at o_proj"),
+    "dynamic": ("llama", "uniform", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+                "it does not scale positions by dynamic"),
+    "yarn's own": ("qwen3", "uniform", {"rope_parameters": {
+        "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32, "beta_fast": 16
+    }}, "it takes beta_fast of the positions for granted"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_llama_cpp_cannot_hold_is_refused(case: str, tmp_path: Path) -> None:
+    family, layout, changes, match = REFUSED[case]
+    run, _ = run_folder(tmp_path / "run", subwords(), family, layout=layout, **changes)
+    with pytest.raises(ModelError, match=match) as refusal:
+        export_run(run, "gguf")
+    assert "export onnx" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+    assert not (run / "exports").exists() or not list((run / "exports").iterdir())
+
+
+@pytest.mark.usefixtures("_quick")
+def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
+    file = run / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.0.mlp.up_proj.weight"][3, 3] = 1e5
+    save_file(weights, file, {"format": "pt"})
+    (run / "model" / "SHA256SUMS").unlink()
+    with pytest.raises(ModelError, match=r"blk.0.ffn_up.weight holds values beyond float16: export with --dtype bf16"):
+        export_run(run, "gguf")
+    assert not list(run.rglob("*.gguf*"))
+
+
+def test_k_quants_need_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
+    monkeypatch.setattr(kquants, "find_spec", lambda name: None)
+    with pytest.raises(MissingPackage, match="pip install llama-cpp-python"):
+        export_run(run, "gguf", options=ExportOptions(dtype="q4_k_m"))
+
+
+def test_every_family_of_the_table_is_tried() -> None:
+    assert {family for family, *_ in CASES.values()} | {"seed_oss", "mistral"} == set(UNIFORM)
+
+
+STAND_IN = """
+import shutil
+from types import SimpleNamespace as llama_model_quantize_default_params
+def llama_model_quantize(source, target, params):
+    if params.ftype != {kind}:
+        return 1
+    shutil.copyfile(source.decode(), target.decode())
+    return 0
+"""
+
+
+@pytest.mark.usefixtures("_quick")
+def test_k_quants_are_made_by_llama_cpp_of_the_exact_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for llama-cpp-python, which is built for minutes: it copies, and knows one type."""
+    (tmp_path / "site").mkdir()
+    kind = int(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    (tmp_path / "site" / "llama_cpp.py").write_text(STAND_IN.replace("{kind}", str(kind)))
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform", dtype=torch.bfloat16)
+    done = export_run(run, "gguf", options=ExportOptions(dtype="q4_k_m"))
+    assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(done.path).tensors} == {"F32", "BF16"}
+    assert "rows of 23 tensors do not divide by 256: llama.cpp gave them a larger type than q4_k_m" in done.notes
+    assert [path.name for path in done.path.parent.iterdir()] == ["gguf-q4_k_m.gguf"]
+    with pytest.raises(ModelError, match=r"could not quantise to q5_k_m .*; take --dtype q8_0"):
+        export_run(run, "gguf", options=ExportOptions(dtype="q5_k_m"))
+    assert [path.name for path in done.path.parent.iterdir()] == ["gguf-q4_k_m.gguf"]
+
+
+def test_llama_cpp_has_the_first_word_on_what_it_cannot_load() -> None:
+    said = "E error loading model: no merges\nE failed to load\nRuntimeError: Failed to init server"
+    assert llamacpp._reason(said) == "no merges"
+    assert llamacpp._reason("odd\nRuntimeError: worse") == "RuntimeError: worse"
+    assert llamacpp._reason("") == ""

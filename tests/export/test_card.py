@@ -1,0 +1,154 @@
+"""Laws of the card: it says where the model comes from, what it scores with its error, and the base's licence."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prunetune.config.recipe import from_mapping
+from prunetune.errors import MissingPackage
+from prunetune.evaluation.results import Evaluation, Score, TaskResult
+from prunetune.export.card import Provenance, ScoreRow, card_again, card_of
+from prunetune.model import license
+from prunetune.model.license import Licence, licence_of
+from prunetune.pipeline.model_card import card, rewrite_card, scores_in
+from prunetune.pruning.sites import find_sites
+from prunetune.runs.folder import RunFolder
+from support.models import random_plan, tiny
+
+MODEL = tiny("llama")
+MANIFEST: dict[str, Any] = {
+    "versions": {"python": "3.11", "prunetune": "0.1.0"},
+    "commit": "abc123",
+    "data": {"hashes": {"train": "t" * 64, "test": "e" * 64}},
+    "model": {"params": 2_000_000, "decoder_params": 1_000_000, "bytes": 8_000_000},
+    "pruned": {"params": 1_500_000, "decoder_params": 500_000, "bytes": 3_000_000, "dtype": "bfloat16"},
+}
+
+
+def made(**values: Any) -> str:
+    config = from_mapping({"model": "owner/name", "budget": {"keep": 0.5}, "out": "secret/place"})
+    origin = Provenance(**({"config": config, "manifest": MANIFEST} | values))
+    return card_of(origin, random_plan(MODEL), find_sites(MODEL))
+
+
+def front(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text.split("---\n")[1])
+
+
+def test_it_tells_where_the_model_comes_from() -> None:
+    text = made(licence=Licence("llama3.2", "", "https://licence", "its model card"), recipe_sha256="c" * 64)
+    assert front(text) == {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": "owner/name",
+        "license": "llama3.2",
+        "license_link": "https://licence",
+        "tags": ["prunetune", "pruning", "lora"],
+    }
+    for told in ("`owner/name`", "prunetune 0.1.0", "`abc123`", "`budget.keep: 0.5`", "t" * 64, "e" * 64, "c" * 64):
+        assert told in text
+    assert "| weights on disk, bfloat16 | 8.0 MB | 3.0 MB |" in text
+    assert "llama3.2, https://licence, as its model card says" in text
+    assert "secret" not in text
+
+
+def test_scores_stand_with_their_errors() -> None:
+    rows = [ScoreRow("topic", "accuracy", {"tuned": (0.8, 0.02, 200), "pruned": (0.75, math.nan, 200)})]
+    text = made(scores=rows)
+    assert "| task | metric | items | dense, tuned | this model |" in text
+    assert "| topic | accuracy | 200 | 0.800 ± 0.020 | 0.750 |" in text
+    assert "± nan" not in text
+    assert "On the run's test split, ± standard error." in text
+    assert "test split, computed in bfloat16, ±" in made(scores=rows, manifest={**MANIFEST, "dtype": "bfloat16"})
+
+
+def test_an_export_s_card_opens_the_export() -> None:
+    rows = [ScoreRow("topic", "accuracy", {"pruned": (0.75, 0.02, 200)})]
+    text = card_again(made(scores=rows), "onnx", "onnx, float32, 0.7 MB")
+    assert "This is an export: onnx, float32, 0.7 MB." in text
+    assert "trust_remote_code" not in text
+    assert text.count("```python") == 1
+    assert "InferenceSession" in text
+    assert "| topic | accuracy | 200 | 0.750 ± 0.020 |" in text
+    assert front(text) == front(made())
+    assert 'from_pretrained("PATH", trust_remote_code=True)' in card_again(text, "per-layer", "bfloat16")
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    config = from_mapping({"model": "a/path/of/ours", "layout": "uniform"})
+    text = card_of(Provenance(config, {}), random_plan(MODEL), find_sites(MODEL))
+    assert {"base_model", "license"}.isdisjoint(front(text))
+    assert "## Scores" not in text
+    assert "## Size" not in text
+    assert "the base does not name one" in text
+    assert "trust_remote_code=True" not in text
+
+
+def test_scores_are_read_from_the_run_and_the_card_is_written_again(tmp_path: Path) -> None:
+    folder, plan, sites = RunFolder(tmp_path), random_plan(MODEL), find_sites(MODEL)
+    config = from_mapping({"model": "owner/name"})
+    (tmp_path / "evaluation").mkdir()
+    folder.model.mkdir()
+    folder.plan.write_text(plan.to_json())
+    folder.note(**MANIFEST)
+    assert scores_in(folder) == ()
+    assert "## Scores" not in card(folder, config, plan, sites)
+    for name, value in (("dense", 0.5), ("pruned", 0.7)):
+        scores = {"accuracy": Score(value, 0.01, 50), "nll": Score(1.5, 0.1, 50)}
+        folder.evaluation(name).write_text(Evaluation({"topic": TaskResult("topic", scores, ())}).to_json())
+    assert [(row.task, row.metric) for row in scores_in(folder)] == [("topic", "accuracy"), ("topic", "nll")]
+    text = rewrite_card(folder, config, sites).read_text()
+    assert "| topic | accuracy | 50 | 0.500 ± 0.010 | 0.700 ± 0.010 |" in text
+
+
+# -- the licence of the base ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        ("---\nlicense: apache-2.0\n---\n# A model\n", ("apache-2.0", "", "")),
+        ("---\nlicense: [mit]\ntags: [a]\n---\n", ("mit", "", "")),
+        ("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n", ("other", "own", "LICENSE")),
+        ("---\ntags: [a]\n---\n", ("", "", "")),
+        ("---\n: : not yaml [\n---\n", ("", "", "")),
+        ("---\njust text\n---\n", ("", "", "")),
+        ("# no front matter\n---\nlicense: mit\n---\n", ("", "", "")),
+        ("", ("", "", "")),
+    ],
+)
+def test_a_folder_s_card_is_read(content: str, found: tuple[str, str, str], tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(content)
+    told = licence_of(str(tmp_path))
+    assert (told.id, told.name, told.link) == found
+
+
+def test_a_licence_file_is_named_where_the_card_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "LICENSE").write_text("terms\n")
+    assert licence_of(str(tmp_path)) == Licence("other", where="its file LICENSE")
+
+
+def test_a_gguf_file_s_keys_are_read(tmp_path: Path) -> None:
+    from gguf import GGUFWriter
+
+    writer = GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_license("apache-2.0")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    assert licence_of(str(tmp_path / "a.gguf")) == Licence("apache-2.0", where="its .gguf file")
+
+
+def test_a_base_that_cannot_be_read_has_no_licence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> Path:
+        raise MissingPackage("not there")
+
+    monkeypatch.setattr(license, "demo_file", missing)
+    (tmp_path / "torn.gguf").write_bytes(b"GGUF")
+    for name in ("demo", str(tmp_path / "torn.gguf"), str(tmp_path / "none"), "owner/never-fetched", "not a name !"):
+        assert licence_of(name) == Licence()

@@ -1,0 +1,164 @@
+"""Laws of exporting: nothing is overwritten, nothing unchecked gets its name, what cannot be is refused in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from prunetune import Plan, export_run
+from prunetune.errors import ConfigError, ModelError, PlanError, SelfCheckFailed
+from prunetune.export import rewrite
+from prunetune.export.integrity import seal, verify
+from prunetune.export.result import ExportOptions
+from prunetune.export.selfcheck import SelfCheck, logits_of
+from prunetune.export.source import Source
+from prunetune.model.loading import load_config
+from support.data import subwords
+from support.export import WIDE, run_folder
+from support.models import random_plan, relative, tiny
+
+IDS = torch.arange(32)[None]
+
+
+def opened(folder: Path, **how: Any) -> torch.Tensor:
+    return logits_of(AutoModelForCausalLM.from_pretrained(folder, **how).eval(), IDS)
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_the_same_layout_is_written_again(layout: str, tmp_path: Path) -> None:
+    run, model = run_folder(tmp_path / "run", subwords(), layout=layout)
+    half = export_run(run / "model", layout, options=ExportOptions(dtype="bf16"), trust_remote_code=True)
+    assert half.path == run / f"model-{layout}-bf16"
+    assert {tensor.dtype for tensor in load_file(half.path / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((half.path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert half.params == sum(weight.numel() for weight in model.parameters())
+
+
+@pytest.fixture
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the fresh process, where the test itself opens what was written."""
+    monkeypatch.setattr(rewrite, "check", lambda written, tokens, expected: SelfCheck(0.0, tokens.numel()))
+
+
+@pytest.mark.usefixtures("_quick")
+def test_without_a_dtype_weights_stay_as_they_are(tmp_path: Path) -> None:
+    run, model = run_folder(tmp_path / "run", subwords(), layout="uniform")
+    done = export_run(run, "uniform")
+    assert done.path == run / "exports" / "uniform"
+    assert torch.equal(opened(done.path), logits_of(model, IDS))
+    assert verify(done.path)
+
+
+@pytest.mark.usefixtures("_quick")
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2"])
+def test_padded_layers_say_the_same(family: str, tmp_path: Path) -> None:
+    run, model = run_folder(tmp_path / "run", subwords(), family)
+    with pytest.raises(ModelError, match=r"--layout uniform, or export gguf or onnx, or .* times the size with --pad"):
+        export_run(run, "uniform")
+    done = export_run(run, "uniform", options=ExportOptions(pad=True))
+    assert relative(opened(done.path), logits_of(model, IDS)) <= 1e-5
+    assert "times the parameters" in done.notes[0]
+
+
+@pytest.mark.usefixtures("_quick")
+def test_a_skipped_attention_is_padded_too(tmp_path: Path) -> None:
+    plan = random_plan(tiny("qwen3", **WIDE))
+    plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
+    run, model = run_folder(tmp_path / "run", subwords(), "qwen3", plan=plan)
+    done = export_run(run, "uniform", options=ExportOptions(pad=True))
+    assert relative(opened(done.path), logits_of(model, IDS)) <= 1e-5
+
+
+def test_nothing_is_overwritten_and_nothing_unchecked_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
+    (tmp_path / "deep").mkdir()
+    with pytest.raises(ConfigError, match="exists already"):
+        export_run(run, "uniform", out=tmp_path / "deep")
+    monkeypatch.setattr(rewrite, "_cast", lambda tensor, dtype: (tensor * 1.5).to(dtype))
+    with pytest.raises(SelfCheckFailed, match="differs"):
+        export_run(run, "uniform", out=tmp_path / "there")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "run"]
+
+
+def test_what_means_nothing_is_refused(tmp_path: Path) -> None:
+    run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
+    with pytest.raises(ConfigError, match="'tar' is not known; known are uniform, per-layer"):
+        export_run(run, "tar")
+    with pytest.raises(ConfigError, match="takes no dtype 'f64'; use one of f32"):
+        export_run(run, "uniform", options=ExportOptions(dtype="f64"))
+    with pytest.raises(ModelError, match="its layers are equal"):
+        export_run(run, "per-layer")
+    with pytest.raises(ModelError, match=r"no run folder .* and no model folder"):
+        export_run(tmp_path, "uniform")
+
+
+def test_own_code_of_a_bare_folder_is_asked_for(tmp_path: Path) -> None:
+    run, _ = run_folder(tmp_path / "run", subwords())
+    with pytest.raises(ModelError, match="read it, then say --trust-remote-code"):
+        Source.open(run / "model")
+    with pytest.raises(ModelError, match="read it, then say --trust-remote-code"):  # eval, check, bench
+        load_config(str(run / "model"))
+    assert Source.open(run / "model", trust_remote_code=True).layout == "per-layer"
+
+
+def change_weights(run: Path) -> None:
+    file = run / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.0.mlp.down_proj.weight"] = weights["model.layers.0.mlp.down_proj.weight"][:, 1:].contiguous()
+    save_file(weights, file, {"format": "pt"})
+    seal(run / "model")
+
+
+def change_a_byte(run: Path) -> None:
+    file = run / "model" / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-9] ^= 1
+    file.write_bytes(data)
+
+
+def change_plan(run: Path) -> None:
+    file = run / "model" / "plan.json"
+    values = json.loads(file.read_text())
+    values["sites"]["model.layers.1.mlp"]["kept"] = [0]
+    file.write_text(json.dumps(values))
+
+
+BROKEN = {
+    "torn": (lambda run: cut_short(run / "model" / "model.safetensors"), ModelError, "not whole"),
+    "no weights": (lambda run: (run / "model" / "model.safetensors").unlink(), ModelError, "no weights"),
+    "a shard is missing": (
+        lambda run: (run / "model" / "model.safetensors.index.json").write_text(
+            json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}})
+        ),
+        ModelError,
+        "model-00002-of-00002.safetensors is missing",
+    ),
+    "other weights": (change_weights, ModelError, "do not belong together"),
+    "a changed byte": (change_a_byte, ModelError, "model.safetensors is not what was written"),
+    "another plan": (change_plan, PlanError, "keeps 1 units at model.layers.1.mlp .* another model"),
+    "no plan": (lambda run: (run / "model" / "plan.json").write_text("{}"), PlanError, "not a plan"),
+    "no configuration": (lambda run: cut_short(run / "model" / "config.json"), ModelError, "cannot be read"),
+    "unfinished": (lambda run: (run / "model").rename(run / "gone"), ModelError, "--resume"),
+}
+
+
+def cut_short(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:100])
+
+
+@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_a_broken_folder_is_refused_in_one_line(how: str, layout: str, tmp_path: Path) -> None:
+    run, _ = run_folder(tmp_path / "run", subwords(), layout=layout)
+    damage, kind, match = BROKEN[how]
+    damage(run)
+    with pytest.raises(kind, match=match) as refusal:
+        export_run(run, layout)
+    assert "\n" not in str(refusal.value)
+    assert not (run / "exports").exists()

@@ -1,0 +1,107 @@
+"""Laws of the cut layer by layer: to the bit what the cut of the whole model writes, and no two layers in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from prunetune.export.selfcheck import logits_of, reopened
+from prunetune.export.streamed import Streamed, cut_streamed
+from prunetune.export.write import write
+from prunetune.model.safetensors_reader import Stored, skeleton
+from prunetune.pruning.cut import cut
+from prunetune.pruning.masking import masked
+from prunetune.pruning.sites import find_sites
+from support.evaluation import characters
+from support.models import FAMILIES, random_plan, relative, tiny, tokens
+from support.streamed import tensors_of
+
+USUAL = ("kv-groups", "mlp-channels")
+
+
+def double(name: str, weight: Tensor) -> Tensor:
+    """Stands for an adapter: of one kind of linear only."""
+    return weight * 1.7 if name.endswith(("up_proj.weight", "fc.weight")) else weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "units", "tied"),
+    [*((family, USUAL, False) for family in FAMILIES), ("gpt2", USUAL, True), ("llama", ("layers", *USUAL), True)],
+)
+def test_a_layer_at_a_time_is_the_whole(
+    family: str, units: tuple[str, ...], tied: bool, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    dense = tiny(family, tie_word_embeddings=tied).to(dtype)
+    dense.save_pretrained(tmp_path / "dense")
+    plan, sites = random_plan(dense, units=units, seed=2), tuple(find_sites(dense, units))
+    whole: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, weight in whole.named_parameters():
+            weight.copy_(double(name, weight).to(dtype).float())
+    with masked(whole, plan, sites=sites):
+        expected = logits_of(whole, tokens())
+    small = cut(whole, plan, sites=sites).to(dtype)
+    wanted = write(small, characters(), plan, sites, tmp_path / "whole", layout="per-layer", card="")
+
+    streamed = Streamed(skeleton(str(tmp_path / "dense")), Stored.of(str(tmp_path / "dense")), double)
+    assert streamed.stored.has(name for name, _ in streamed.model.named_parameters())
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    assert torch.equal(cut_streamed(streamed, plan, sites, tokens(), shards), expected)
+    assert all(weight.is_meta for weight in streamed.model.parameters())
+    written = write(
+        streamed.model, characters(), plan, sites, tmp_path / "streamed", layout="per-layer", card="", shards=shards
+    )
+    assert written.params == wanted.params
+    one, other = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "streamed")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    for name in ("config.json", "modeling_pruned.py", "plan.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes()
+
+
+def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    dense = tiny()
+    dense.save_pretrained(tmp_path / "dense")
+    streamed = Streamed(skeleton(str(tmp_path / "dense")), Stored.of(str(tmp_path / "dense")), double)
+    layers, most = streamed.model.model.layers, []
+    for layer in layers:
+        layer.mlp.register_forward_hook(
+            lambda *_: most.append(sum(not next(layer.parameters()).is_meta for layer in layers))
+        )
+    (tmp_path / "shards").mkdir()
+    cut_streamed(streamed, random_plan(dense), find_sites(dense), tokens(), tmp_path / "shards")
+    assert most == [1, 1, 1]
+
+
+def test_it_opens_a_layer_at_a_time(tmp_path: Path) -> None:
+    """In a fresh process, by code of its own."""
+    dense = tiny(tie_word_embeddings=True)
+    dense.save_pretrained(tmp_path / "dense")
+    plan, sites = random_plan(dense), tuple(find_sites(dense))
+    streamed = Streamed(skeleton(str(tmp_path / "dense")), Stored.of(str(tmp_path / "dense")), double)
+    (tmp_path / "shards").mkdir()
+    expected = cut_streamed(streamed, plan, sites, tokens(), tmp_path / "shards")
+    written = write(
+        streamed.model, characters(), plan, sites, tmp_path / "model", layout="per-layer", card="",
+        shards=tmp_path / "shards",
+    )  # fmt: skip
+    found = reopened(written, tokens(), streamed=True)
+    assert int(found["params"]) == written.params
+    assert relative(found["logits"], expected) < 1e-5
+
+
+def test_other_files_are_not_streamed(tmp_path: Path) -> None:
+    """Names that the class does not have, or files of another kind: the caller hears of it."""
+    tiny("mixtral").save_pretrained(tmp_path / "dense")  # stored expert by expert
+    model, stored = skeleton(str(tmp_path / "dense")), Stored.of(str(tmp_path / "dense"))
+    assert not stored.has(name for name, _ in model.named_parameters())
+    for file in (tmp_path / "dense").glob("*.safetensors"):
+        file.write_bytes(b"torn")
+    assert Stored.of(str(tmp_path / "dense")).places == {}

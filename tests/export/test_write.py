@@ -1,0 +1,172 @@
+"""Laws: what is written opens in a fresh process, equals the gated model, and has the plan's parameters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from prunetune import Plan, cut, find_sites, masked
+from prunetune.errors import PlanError, SelfCheckFailed
+from prunetune.export import shapes
+from prunetune.export.selfcheck import check, logits_of
+from prunetune.export.shapes import legal_groups, width_of
+from prunetune.export.write import write
+from prunetune.search.select import Shape, select
+from support.data import subwords
+from support.models import ALL_FAMILIES, FAMILIES, random_plan, relative, tiny, tokens, with_lora
+
+
+def uniform_plan(model: Any, keep: float) -> Plan:
+    sites = find_sites(model)
+    rng = torch.Generator().manual_seed(3)
+    scores = {site.name: torch.randn(site.units, generator=rng) for site in sites}
+    return select(scores, sites, keep, Shape("uniform", align=8, legal_groups=legal_groups(model.config)))
+
+
+def pruned(model: Any, plan: Plan) -> torch.Tensor:
+    """Cut in place; returns what the gated model said."""
+    with_lora(model)
+    with masked(model, plan):
+        expected = logits_of(model, tokens())
+    cut(model, plan)
+    return expected
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_written_equals_gated_in_a_fresh_process(family: str, layout: str, tmp_path: Path) -> None:
+    model = tiny(family, tie_word_embeddings=family in ("qwen2", "gemma3_text"))
+    sites = find_sites(model)
+    plan = uniform_plan(model, 0.6) if layout == "uniform" else random_plan(model)
+    expected = pruned(model, plan)
+    written = write(model, subwords(), plan, sites, tmp_path / "model", layout=layout, card="# card\n")
+    result = check(written, tokens(), expected)
+    assert result.max_relative <= 1e-5
+    assert written.needs_code == (layout == "per-layer")
+    assert Plan.load(tmp_path / "model" / "plan.json") == plan
+    assert "rope_theta" in (tmp_path / "model" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_every_family_is_read_as_it_was_written(family: str, layout: str, tmp_path: Path) -> None:
+    model = tiny(family)
+    sites = find_sites(model)
+    if (family, layout) == ("bloom", "uniform"):
+        with pytest.raises(PlanError, match="no option for the width of an MLP: use layout per-layer"):
+            width_of(model.config)
+        return
+    plan = uniform_plan(model, 0.6) if layout == "uniform" else random_plan(model)
+    expected = pruned(model, plan)
+    written = write(model, subwords(), plan, sites, tmp_path / family, layout=layout, card="")
+    again = AutoModelForCausalLM.from_pretrained(written.folder, trust_remote_code=written.needs_code).eval()
+    assert sum(parameter.numel() for parameter in again.parameters()) == written.params
+    assert relative(logits_of(again, tokens()), expected) <= 1e-5
+
+
+def test_a_class_is_asked_once_for_each_width_and_only_when_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(shapes, "empty", lambda config: asked.append(config.num_key_value_heads) or tiny("qwen3"))
+    legal = legal_groups(tiny("qwen3", groups=4).config)
+    assert not asked
+    assert [legal(2), legal(2), legal(4), legal(0)] == [True, True, True, False]
+    assert asked == [2]
+
+
+@pytest.mark.parametrize("kind", ["yarn", "llama3"])
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_scaled_positions_are_the_dense_model_s(kind: str, layout: str, tmp_path: Path) -> None:
+    rope = {"rope_type": kind, "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 32}
+    rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    model = tiny("llama", rope_parameters=rope)
+    sites = find_sites(model)
+    plan = uniform_plan(model, 0.6) if layout == "uniform" else random_plan(model)
+    expected = pruned(model, plan)
+    written = write(model, subwords(), plan, sites, tmp_path / kind, layout=layout, card="")
+    again = AutoModelForCausalLM.from_pretrained(written.folder, trust_remote_code=written.needs_code).eval()
+    assert relative(logits_of(again, tokens()), expected) <= 1e-5
+
+
+def test_llama_with_heads_that_do_not_divide_becomes_mistral(tmp_path: Path) -> None:
+    model = tiny("llama", groups=6, ratio=1, hidden_size=48)
+    sites = find_sites(model)
+    widths = {site.name: range(5) if site.kind == "attention" else range(64) for site in sites}
+    plan = Plan({name: tuple(units) for name, units in widths.items()}, {site.name: site.units for site in sites})
+    expected = pruned(model, plan)
+    written = write(model, subwords(), plan, sites, tmp_path / "model", layout="uniform", card="")
+    assert written.architecture == "MistralForCausalLM"
+    assert "refuses 5 heads" in written.note
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["sliding_window"] is None
+    assert check(written, tokens(), expected).max_relative <= 1e-5
+
+
+def test_uniform_choices_stay_legal_where_no_sibling_exists() -> None:
+    model = tiny("gemma3_text", groups=6, ratio=1, hidden_size=48)
+    groups = len(uniform_plan(model, 0.9).kept["model.layers.0.self_attn"])
+    assert 48 % groups == 0
+
+
+def test_a_layer_without_attention_is_written_and_read(tmp_path: Path) -> None:
+    model = tiny("llama")
+    sites = find_sites(model)
+    plan = random_plan(model)
+    plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
+    expected = pruned(model, plan)
+    written = write(model, subwords(), plan, sites, tmp_path / "model", layout="per-layer", card="")
+    assert check(written, tokens(), expected).max_relative <= 1e-5
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["per_layer_config"]["01"]["skip"] == ["attention"]
+
+
+def test_the_self_check_fails_on_a_changed_weight(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = tiny("mistral")
+    plan = uniform_plan(model, 0.6)
+    sites = find_sites(model)
+    expected = pruned(model, plan)
+    written = write(model, subwords(), plan, sites, tmp_path / "model", layout="uniform", card="")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.1.mlp.down_proj.weight"][0] *= 1.5
+    save_file(weights, file, {"format": "pt"})
+    with pytest.raises(SelfCheckFailed, match="differs from the gated model"):
+        check(written, tokens(), expected)
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(SelfCheckFailed, match="does not open"):
+        check(written, tokens(), expected)
+
+
+def test_bfloat16_survives_to_the_bit(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = tiny("llama")
+    plan = uniform_plan(model, 0.7)
+    sites = find_sites(model)
+    pruned(model, plan)
+    for parameter in model.parameters():  # as a checkpoint does it: rotary buffers stay float32
+        parameter.data = parameter.data.bfloat16()
+    write(model, subwords(), plan, sites, tmp_path / "model", layout="uniform", card="")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    assert again.dtype == torch.bfloat16
+    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+@pytest.mark.parametrize("known", [None, 2, [2], [2, 5], [9, 5]])
+def test_an_end_is_told_beside_the_known_ones(known: Any, layout: str, tmp_path: Path) -> None:
+    model = tiny("llama")
+    model.generation_config.eos_token_id = known
+    plan, tokenizer = uniform_plan(model, 0.7), subwords()
+    cut(model, plan)
+    assert tokenizer.eos_token_id == 2
+    for name, end in (("as-it-was", None), ("chat", 5)):
+        write(model, tokenizer, plan, find_sites(tiny("llama")), tmp_path / name, layout=layout, card="", end=end)
+    was, told = (GenerationConfig.from_pretrained(tmp_path / name).eos_token_id for name in ("as-it-was", "chat"))
+    assert was == model.generation_config.eos_token_id == known
+    assert told == ([9, 5] if known == [9, 5] else [2, 5])

@@ -1,0 +1,130 @@
+"""Laws of layers that are computed again: the same losses and gradients as kept ones give, of weights and of gates."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from prunetune.config.recipe import RunConfig, from_mapping
+from prunetune.data import packs
+from prunetune.data.templates import Example
+from prunetune.model.activation_checkpointing import recomputed, recomputes
+from prunetune.pruning.masking import gates_of
+from prunetune.pruning.sites import find_sites
+from prunetune.train.adapters import adapters
+from prunetune.train.losses import Teacher
+from prunetune.train.passes import Packed, Padded, passes_for
+from support.models import random_plan, tiny, tokens, with_lora
+
+USUAL = ("kv-groups", "mlp-channels")
+CASES: list[tuple[str, Collection[str]]] = [
+    ("llama", USUAL), ("gemma3_text", USUAL), ("phi3", USUAL), ("gpt2", USUAL), ("bloom", USUAL),
+    ("llama", ("layers", "attention-blocks", "query-heads", "mlp-channels")), ("mixtral", ("kv-groups", "experts")),
+    ("qwen3_moe", ("experts", "expert-channels")),
+]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a thousand tokens are for GPUs."""
+    monkeypatch.setattr(packs, "TOKENS", 32)
+    monkeypatch.setattr(packs, "LABELS", 32)
+
+
+def examples() -> list[Example]:
+    rows = tokens(batch=3, length=11).tolist()
+    return [Example(tuple(row[: 5 + 3 * index]), 2, f"row {index}") for index, row in enumerate(rows)]
+
+
+def config_of(checkpointing: str, **changes: Any) -> RunConfig:
+    return from_mapping({"train": {"checkpointing": checkpointing}, "lora": changes})
+
+
+def heard(passes: Any, model: Any, gates: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All that both players hear of one batch."""
+    found: dict[str, Tensor] = {}
+    for name, (losses, slopes) in {
+        "tune": (passes.tune(examples(), gates), {}),
+        "as it is": (passes.tune(examples(), None), {}),
+        "slopes": passes.slopes(examples(), gates),
+        "both": passes.both(examples(), gates),
+    }.items():
+        found |= {f"{name} {key}": torch.tensor(value) for key, value in losses.items()}
+        found |= {f"{name} {site}": slope for site, slope in slopes.items()}
+    for name, weight in adapters(model).items():
+        assert weight.grad is not None
+        found[name], weight.grad = weight.grad, None
+    return found
+
+
+@pytest.mark.parametrize("taught", [False, True])
+@pytest.mark.parametrize(
+    ("family", "units", "kind"),
+    [(*case, kind) for case in CASES for kind in (Padded, Packed) if (case[0], kind) != ("bloom", Packed)],
+)
+def test_the_same_is_heard(family: str, units: Collection[str], kind: Any, taught: bool) -> None:
+    model = tiny(family).requires_grad_(False)
+    sites = find_sites(model, units)
+    gates = gates_of(random_plan(model, seed=2, units=units), sites)
+    with_lora(model)
+    teacher = Teacher(tiny(family, seed=4).requires_grad_(False), 1.0, 0.5) if taught else None
+    kept, again = (heard(kind(model, sites, 0, config_of(wanted), teacher), model, gates) for wanted in ("off", "on"))
+    assert kept.keys() == again.keys()
+    for name, value in kept.items():
+        torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, at=name: f"{at}: {text}")
+
+
+def test_dropout_draws_the_same_again() -> None:
+    found = []
+    for wanted in ("off", "on"):
+        model = tiny().requires_grad_(False)
+        sites = find_sites(model)
+        with_lora(model)
+        for module in model.modules():
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout["default"] = torch.nn.Dropout(0.5)
+        torch.manual_seed(3)
+        loss = Padded(model, sites, 0, config_of(wanted)).tune(examples(), None)
+        found.append((loss, [weight.grad for weight in adapters(model).values()]))
+    assert found[0][0] == found[1][0]
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_less_is_kept_and_nothing_is_left_behind() -> None:
+    model = with_lora(tiny(layers=6).requires_grad_(False))
+
+    def kept(_: Tensor) -> int:
+        sizes.append(_.numel())
+        return 0
+
+    def total() -> int:
+        sizes.clear()
+        with saved_tensors_hooks(kept, lambda _: torch.zeros(())):
+            model(tokens())
+        return sum(sizes)
+
+    sizes: list[int] = []
+    before, forwards = total(), [layer.forward for layer in model.model.layers]
+    with recomputed(model):
+        assert total() < before / 4
+        with torch.no_grad():  # a pass without gradient is as it always is
+            model(tokens())
+    assert total() == before
+    assert [layer.forward for layer in model.model.layers] == forwards
+    assert all("forward" not in vars(layer) for layer in model.model.layers)
+
+
+@pytest.mark.parametrize(
+    ("checkpointing", "quantize", "expected"),
+    [("auto", "off", False), ("auto", "nf4", True), ("on", "off", True), ("off", "nf4", False)],
+)
+def test_when_it_is_done(checkpointing: str, quantize: str, expected: bool) -> None:
+    config = config_of(checkpointing, quantize=quantize)
+    assert recomputes(config) is expected
+    assert passes_for(tiny(), find_sites(tiny()), 0, config).recompute is expected

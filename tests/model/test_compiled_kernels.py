@@ -1,0 +1,195 @@
+"""Laws of fused models: the same numbers, and nothing left behind."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from prunetune.model import compiled_kernels
+from prunetune.model.activation_checkpointing import recomputed
+from prunetune.model.compiled_kernels import fused
+from prunetune.pruning.cut import cut_linears
+from prunetune.pruning.masking import gates_of, masked
+from prunetune.pruning.sites import find_sites
+from prunetune.train.adapters import adapters
+from support.models import random_plan, tiny, tokens, with_lora
+
+# Norms of rows and of heads, rotary embeddings of whole and of half heads, one that is decorated, and none at all.
+SOME = ("llama", "gemma3_text", "qwen3", "olmo2", "phi3", "gpt_neox", "opt")
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Names of what is compiled; graphs are taken, but run as they are: kernels are PyTorch's matter."""
+    names: list[str] = []
+
+    def backend(graph: Any, _: Any) -> Callable[..., Any]:
+        names.append(graph._get_name())
+        return graph.forward  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(
+        compiled_kernels, "_compiled", lambda function: torch.compile(function, dynamic=True, backend=backend)
+    )
+    compiled_kernels._faster.cache_clear()
+    torch.compiler.reset()
+    yield names
+    compiled_kernels._faster.cache_clear()
+    torch.compiler.reset()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, length: int) -> torch.Tensor:
+    found: torch.Tensor = model(input_ids=torch.arange(3, 3 + length)[None], use_cache=False).logits
+    return found
+
+
+def with_float_norms(model: Any) -> Any:
+    """The model, with the weights of its norms in float32."""
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.grad, parameter.data = None, parameter.data.float()
+    return model
+
+
+@pytest.mark.parametrize("family", SOME)
+def test_a_fused_model_gives_the_same_numbers(family: str, compiled: list[str]) -> None:
+    model = tiny(family)
+    before = logits(model, 9)
+    with fused(model):
+        assert torch.equal(logits(model, 9), before)
+    assert torch.equal(logits(model, 9), before)
+
+
+def test_no_length_and_no_width_is_compiled_anew(compiled: list[str]) -> None:
+    model = tiny("llama", groups=4, ratio=2)
+    sites = tuple(find_sites(model))
+    with fused(model):
+        logits(model, 9)
+        first = len(compiled)
+        logits(model, 17)
+        cut_linears(model, random_plan(model), sites=sites)
+        logits(model, 21)
+    assert 0 < first <= 3  # the norm, the rotary embedding and the gated activation
+    assert len(compiled) <= first + 2  # one KV group, and sizes that happened to be equal, are each one more
+
+
+def test_nothing_is_left_behind(compiled: list[str]) -> None:
+    model, other = tiny("llama"), tiny("llama")
+    plain = [type(module).forward for module in model.modules()]
+    with fused(model):
+        assert any("forward" in vars(module) for module in model.modules())
+        assert not any("forward" in vars(module) for module in other.modules())
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert [type(module).forward for module in model.modules()] == plain
+
+
+@pytest.mark.filterwarnings("ignore:.*is not a leaf:UserWarning")
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3", "phi3", "gpt_neox"])
+@torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
+def test_no_form_is_given_up(family: str, compiled: list[str]) -> None:
+    # A teacher, a search and the tuning of all weights, of models with one KV group left and with several, whose norms
+    # are held in the dtype of the model and in float32.
+    whole, cut = (tiny(family, groups=groups, ratio=2).bfloat16() for groups in (2, 1))
+    for change, model in itertools.product((nn.Identity(), with_float_norms), (whole, cut)):
+        with torch.autocast("cpu", torch.bfloat16), fused(change(model)):
+            logits(model, 9)
+            for tuned in (False, True):
+                model.requires_grad_(tuned)
+                model.get_input_embeddings().weight.requires_grad_()
+                model(tokens(), use_cache=False).logits.sum().backward()
+    assert compiled
+
+
+@pytest.mark.filterwarnings("ignore:.*is not a leaf:UserWarning")
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("form", ["gated", "free"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_gates_and_adapters_of_a_fused_model_hear_the_same(
+    family: str, form: Any, again: bool, compiled: list[str]
+) -> None:
+    model = tiny(family).requires_grad_(False)
+    sites = find_sites(model)
+    gates = {name: gate.requires_grad_() for name, gate in gates_of(random_plan(model), sites).items()}
+    with_lora(model)
+    heard = []
+    for way in (nullcontext(), fused(model)):
+        heard_by = [*gates.values(), *adapters(model).values()]
+        for one in heard_by:
+            one.grad = None
+        with way, recomputed(model) if again else nullcontext(), masked(model, gates, adapters=form, sites=sites):
+            found = model(tokens(), use_cache=False).logits
+            found.square().mean().backward()
+        heard.append([found.detach(), *(one.grad for one in heard_by if one.grad is not None)])
+    assert compiled
+    assert len(heard[0]) == len(heard[1]) > len(gates)
+    for plain, fast in zip(*heard, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-7)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])  # SiLU, and GELU by tanh
+def test_layers_share_one_gated_activation(family: str, compiled: list[str]) -> None:
+    model = tiny(family, layers=12)
+    mlps = [layer.mlp for layer in model.model.layers]
+    with fused(*mlps):
+        for width, mlp in enumerate(mlps, 5):
+            x = torch.randn(2, width, 48)
+            expected = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+            torch.testing.assert_close(mlp(x), expected)
+    assert len(compiled) == 1
+
+
+class Usual(nn.Module):
+    """Four parts under the usual names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 4)
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        """Said in the usual way."""
+        down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        return down_proj  # noqa: RET504
+
+
+class Clamped(Usual):
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=1) * self.up_proj(x))
+
+
+class Swapped(Usual):
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
+
+
+class Summed(Usual):
+    def forward(self, x):  # type: ignore[no-untyped-def]
+        return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
+
+
+class Longer(Usual):
+    def forward(self, x, *rest):  # type: ignore[no-untyped-def]
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Chosen(Usual):
+    def forward(self, x, *, scale=None):  # type: ignore[no-untyped-def]
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Usual, Clamped, Swapped, Summed, Longer, Chosen])
+def test_only_the_usual_mlp_is_changed(kind: type[Usual], compiled: list[str]) -> None:
+    module = kind()
+    x = torch.randn(3, 4)
+    before = module(x)
+    with fused(module):
+        assert ("forward" in vars(module)) is (kind is Usual)
+        torch.testing.assert_close(module(x), before)

@@ -1,0 +1,85 @@
+"""Laws of the head: read apart from the model, and in portions, it gives the same logits, losses and gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
+
+from prunetune.model import lm_head
+from prunetune.model.lm_head import head_of, headless, in_portions
+from support.models import FAMILIES, tiny, tokens
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SCALED = [
+    Gemma2Config(**SMALL, final_logit_softcapping=3.0),
+    CohereConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"}, logit_scale=0.25),
+    GraniteConfig(**{k: v for k, v in SMALL.items() if k != "head_dim"}, logits_scaling=4.0),
+]
+
+
+def assert_apart(model: Any) -> None:
+    ids = tokens()
+    with torch.no_grad():
+        whole = model(input_ids=ids).logits
+        with headless(model) as seen:
+            assert model(input_ids=ids).logits.numel() == 0
+        torch.testing.assert_close(head_of(model)(seen[0]).view(whole.shape), whole)
+        torch.testing.assert_close(model(input_ids=ids).logits, whole)  # and nothing stays on the model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_head_apart_gives_the_models_logits(family: str) -> None:
+    assert_apart(tiny(family))
+
+
+@pytest.mark.parametrize("config", SCALED, ids=lambda config: config.model_type)
+def test_scaled_and_capped_logits_too(config: Any) -> None:
+    torch.manual_seed(0)
+    assert_apart(AutoModelForCausalLM.from_config(config).eval())
+
+
+@pytest.mark.parametrize("portion", [1, 3, 7, 1000])
+def test_portions_change_neither_loss_nor_gradient(portion: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_head, "PORTION", portion * 97)
+    rng = torch.Generator().manual_seed(0)
+    weight, targets = torch.randn(97, 16, generator=rng), torch.randint(97, (7,), generator=rng)
+    hidden = torch.randn(7, 16, generator=rng, requires_grad=True)
+
+    def loss(rows: Tensor, places: slice) -> Tensor:
+        return F.cross_entropy(rows @ weight.T, targets[places], reduction="sum")
+
+    (expected,) = torch.autograd.grad(0.3 * loss(hidden, slice(None)), hidden)
+    found = in_portions(hidden, 97, loss)
+    torch.testing.assert_close(found, loss(hidden, slice(None)))
+    (gradient,) = torch.autograd.grad(0.3 * found, hidden)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_no_place_is_no_loss() -> None:
+    hidden = torch.zeros(0, 4, requires_grad=True)
+    total = in_portions(hidden, 97, lambda rows, _: rows.sum())
+    total.backward()
+    assert float(total.detach()) == 0
+
+
+def test_without_gradients_nothing_is_kept() -> None:
+    with torch.no_grad():
+        total = in_portions(torch.ones(5, 4, requires_grad=True), 97, lambda rows, _: rows.sum())
+    assert float(total) == 20
+    assert not total.requires_grad

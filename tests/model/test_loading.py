@@ -1,0 +1,120 @@
+"""What a model's name stands for: a folder, a name of the hub's, or a path with a slip in it."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from prunetune.errors import ModelError
+from prunetune.model.loading import ghost, load, load_config, locate
+from support.suites import model_folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers has to be 1 or more"),
+        ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
+        ({"hidden_size": -4}, "negative dimension"),
+        ({"hidden_act": "zzz"}, "KeyError: 'zzz'"),
+    ],
+)
+def test_a_configuration_that_makes_no_model_is_one_line(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ModelError) as refused:
+        ghost(str(folder))
+    assert said in str(refused.value)
+    assert "config.json" in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def spoiled(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> str:
+    """A tiny checkpoint whose tensors were changed."""
+    file = model_folder(folder) / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, {"format": "pt"})
+    return str(folder)
+
+
+def test_weights_that_are_not_there_or_no_numbers_are_refused(tmp_path: Path) -> None:
+    def lose(tensors: dict[str, torch.Tensor]) -> None:
+        del tensors["model.layers.1.mlp.up_proj.weight"]
+
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 2] = math.nan
+
+    how: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
+    with pytest.raises(ModelError, match=r"lack 1 of the weights .* model\.layers\.1\.mlp\.up_proj\.weight first"):
+        load(spoiled(tmp_path / "a", lose), **how)
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values that are no numbers"):
+        load(spoiled(tmp_path / "b", spoil), **how)
+
+
+def test_a_file_that_was_cut_short_is_told_before_weights_are_read(tmp_path: Path) -> None:
+    file = model_folder(tmp_path / "model") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=r"model\.safetensors cannot be read: .*; fetch it again"):
+        ghost(str(tmp_path / "model"))
+
+
+@pytest.fixture
+def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of the hub's, which nothing is fetched into; works in a folder that has one of runs."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    (tmp_path / "runs" / "support").mkdir(parents=True)
+    (tmp_path / "runs" / "support" / "config.yaml").touch()
+    (tmp_path / "runs" / "summary.gguf").touch()
+    monkeypatch.chdir(tmp_path)
+    return cache
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("runs/suport", "did you mean runs/support?"),
+        ("runs/sumary", "did you mean runs/summary.gguf?"),
+        ("runs/other", "no such folder beside the runs in runs (a hub model opens after: hf download runs/other)"),
+        ("runs/no name of a hub's", "no such folder beside the runs in runs"),
+        ("./runs/suport", "did you mean runs/support?"),
+        ("runs/support/modle", "not a model folder"),
+    ],
+)
+@pytest.mark.usefixtures("offline")
+def test_a_slip_in_a_path_is_told_at_once(name: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the owner in a name is a folder of runs here, the hub is not asked."""
+    monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("the hub was asked"))
+    with pytest.raises(ModelError) as refused:
+        load_config(name)
+    assert meant in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_other_names_are_the_hubs(offline: Path) -> None:
+    """Also where a folder of models has the name of the owner."""
+    (offline.parent / "owner" / "fetched-by-hand").mkdir(parents=True)
+    assert [locate(name) for name in ("owner/name", "gpt2")] == ["owner/name", "gpt2"]
+
+
+def test_a_fetched_model_opens_beside_a_folder_of_its_owners_name(offline: Path) -> None:
+    stored = offline / "models--runs--suport"
+    model_folder(stored / "snapshots" / "0123")
+    (stored / "refs").mkdir()
+    (stored / "refs" / "main").write_text("0123", encoding="utf-8")
+    assert load_config("runs/suport").model_type == "llama"
+    shutil.rmtree(stored)
+    with pytest.raises(ModelError, match="did you mean"):
+        load_config("runs/suport")

@@ -1,0 +1,357 @@
+"""Laws of runs of several sizes: nested, on budget, each gone on with from the one before, to the bit after a kill."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from prunetune.bench.models import named
+from prunetune.bench.options import BenchOptions
+from prunetune.bench.widths import uneven
+from prunetune.cli import app
+from prunetune.cli.output import of_run
+from prunetune.compare.run import compare
+from prunetune.config.fields import merged
+from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
+from prunetune.cost.parameters import total
+from prunetune.errors import ConfigError, GateFailed, ModelError, PlanError, RunFolderError
+from prunetune.evaluation.suites.open_model import checkpoint_of
+from prunetune.export.source import Source
+from prunetune.pipeline import finish, multi_size, recording, stages
+from prunetune.plan import Plan
+from prunetune.pruning.sites import find_sites, kept_params
+from prunetune.runs.folder import RunFolder, open_folder, open_run
+from prunetune.runs.history import entries
+from prunetune.runs.watch import current
+from prunetune.search.select import select
+from prunetune.train.checkpoints import Checkpoints, State
+from support.evaluation import furnished, speaker
+
+KEEPS = (0.8, 0.6, 0.45)
+RECIPE: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "budget": {"keep": "0.45, 0.8, 0.6", "align": 8},
+    "train": {
+        "steps": 10,
+        "size_share": 0.3,
+        "batch_size": 4,
+        "learning_rate": 1e-2,
+        "checkpoint_every": 2,
+        "validate_every": 2,
+    },
+    "lora": {"rank": 4, "dropout": 0.1},
+    "search": {"share": 0.3, "settle": 0.1, "evidence": 1, "batch_size": 4},
+    "distill": {"teacher": "base"},
+    "evaluate": {"limit": 2, "generate_limit": 0, "dense_tuned": False},
+    "gain": {"prompt": 8, "generate": 2, "runs": 1},
+}
+SOUND = SimpleNamespace(to_dict=lambda: {"ok": True, "max_relative": 0.0, "limit": 1e-4, "tokens": 1})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model and data."""
+    return furnished(tmp_path_factory.mktemp("place"), 24)
+
+
+def config_of(place: Path, out: Path, **changes: Any) -> RunConfig:
+    own = {"model": str(place / "dense"), "out": str(out), "data": {"train": [str(place / "rows.jsonl")]}}
+    return from_mapping(merged(merged(RECIPE, own), changes))
+
+
+@pytest.fixture(scope="module")
+def done(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One uninterrupted run of two sizes, everything of it."""
+    changes: dict[str, Any] = {"budget": {"keep": [0.8, 0.5]}, "gain": {"smaller": 0.01}}
+    return multi_size.run(config_of(place, tmp_path_factory.mktemp("runs") / "two", **changes), command="prunetune run")
+
+
+@pytest.fixture
+def only_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written, scored or timed: what tuning left in the checkpoints is looked at."""
+    for place, name in ((stages, "conclude"), (stages, "evaluate_these"), (multi_size, "_share_dense")):
+        monkeypatch.setattr(place, name, lambda *_, **__: None)
+    monkeypatch.setattr(multi_size, "gained", lambda *_: None)
+    monkeypatch.setattr(recording, "write_report", lambda _: None)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No process opens what was written; other tests have that."""
+    monkeypatch.setattr(finish, "check", lambda *_, **__: SOUND)
+
+
+def of(run: Path, keep: float) -> Path:
+    return run / "sizes" / f"{keep:g}"
+
+
+def last_state(run: Path, keep: float) -> State:
+    state = Checkpoints(of(run, keep) / "checkpoints").latest()
+    assert state is not None
+    return state
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+# -- what a run of several sizes leaves ------------------------------------------------------------------------------
+
+
+def test_every_size_is_a_run_folder(done: Path) -> None:
+    for keep in (0.8, 0.5):
+        folder, config = open_run(of(done, keep))
+        assert (config.budget.keep, config.budget.sizes, config.out) == (keep, (), str(folder.path))
+        names = ("config.yaml", "plan.json", "metrics.jsonl", "validation.jsonl", "manifest.json", "report.html")
+        assert all((folder.path / name).is_file() for name in names)
+        assert all(folder.evaluation(name).is_file() for name in ("dense", "pruned"))
+        assert kept_params(find_sites(speaker()), Plan.load(folder.plan)) <= keep * total(find_sites(speaker()))
+        manifest = folder.manifest()
+        assert manifest["selfcheck"]["ok"]
+        assert set(manifest["speed"]) == {"dense", "pruned"}
+        assert manifest["size"] == {"keep": keep, "larger": None if keep == 0.8 else 0.8}
+        assert manifest["timings"]["tune and prune"] > 0
+        assert manifest["gain"]["limits"][0]["held"]
+        assert Source.open(folder.path).run == folder.path
+        assert checkpoint_of(str(folder.path), trust_remote_code=False) == (str(folder.model), True)
+    assert [entry.path.name for entry in entries(done / "sizes")] == ["0.5", "0.8"]
+
+
+def test_the_run_holds_what_they_share(done: Path) -> None:
+    assert json.loads((done / "manifest.json").read_text())["sizes"] == ["sizes/0.8", "sizes/0.5"]
+    assert {file.name for file in (done / "evaluation").iterdir()} == {"dense.json"}
+    benches = json.loads((done / "bench.json").read_text())
+    assert [[model["name"] for model in bench["models"]][1:] for bench in benches] == [
+        [str(of(done, keep))] for keep in (0.8, 0.5)
+    ]
+    page = (done / "report.html").read_text()
+    assert all(f'href="sizes/{name}/report.html"' in page for name in ("0.8", "0.5"))
+    table = of_run(done)
+    assert all(str(of(done, keep) / "model") in table for keep in (0.8, 0.5))
+
+
+def test_verbs_take_a_size_and_say_so(done: Path) -> None:
+    own = [str(of(done, keep)) for keep in (0.8, 0.5)]
+    with pytest.raises(ModelError, match="several sizes; name one of") as refused:
+        checkpoint_of(str(done), trust_remote_code=False)
+    assert all(name in str(refused.value) for name in own)
+    with pytest.raises(ModelError, match="several sizes: export one of") as refused:
+        Source.open(done)
+    assert str(refused.value).endswith(", ".join(own))
+    found = named([str(done)], BenchOptions(prompt=4, generate=2))  # a bench takes all of them
+    assert [one.label for one in found[1:]] == own
+
+
+def test_a_finished_run_resumes_to_itself(place: Path, done: Path, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"budget": {"keep": [0.8, 0.5]}, "gain": {"smaller": 0.01}}
+    before = {keep: (of(done, keep) / "model" / "model.safetensors").read_bytes() for keep in (0.8, 0.5)}
+    bench = (done / "bench.json").read_text()
+    multi_size.run(config_of(place, done, **changes), resume=True)
+    assert {keep: (of(done, keep) / "model" / "model.safetensors").read_bytes() for keep in (0.8, 0.5)} == before
+    assert (done / "bench.json").read_text() == bench
+    assert [entry.path.name for entry in entries(done / "sizes")] == ["0.5", "0.8"]
+
+
+# -- the chain -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["all", "adapters"])
+def test_killed_in_any_size_it_ends_as_if_never(
+    weights: str, place: Path, tmp_path: Path, only_tuning: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(name: str) -> RunConfig:
+        return config_of(place, tmp_path / name, train={"weights": weights})
+
+    whole = multi_size.run(config("whole"))
+    plain, left = RunFolder.append, [("0.8", 2), ("0.8", 6), ("0.6", 1), ("0.45", 2)]
+
+    def deadly(folder: RunFolder, name: str, record: dict[str, Any]) -> None:
+        plain(folder, name, record)
+        if left and name == "metrics.jsonl" and (folder.path.name, record["step"]) == left[0]:
+            left.pop(0)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunFolder, "append", deadly)
+    for resume in (False, True, True, True):
+        with pytest.raises(KeyboardInterrupt):
+            multi_size.run(config("killed"), resume=resume)
+    killed = multi_size.run(config("killed"), resume=True)
+    assert not left
+    for keep in KEEPS:
+        one, other = last_state(whole, keep), last_state(killed, keep)
+        assert (one.step, one.plan, one.is_cut) == (other.step, other.plan, True)
+        for part, tensors in one.tensors.items():
+            assert tensors.keys() == other.tensors[part].keys()
+            assert all(torch.equal(tensor, other.tensors[part][name]) for name, tensor in tensors.items())
+        steps = [line["step"] for line in lines(of(killed, keep) / "metrics.jsonl")]
+        assert steps == list(range(1, one.step + 1))
+    plans = [last_state(whole, keep).plan for keep in KEEPS]
+    for larger, smaller in itertools.pairwise(plans):
+        assert larger is not None
+        assert smaller is not None
+        assert larger != smaller
+        assert all(set(smaller.kept[name]) <= set(larger.kept[name]) for name in larger.kept)
+
+
+def test_steps_and_phases_of_every_size(
+    place: Path, tmp_path: Path, only_tuning: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[float, Plan]] = []
+
+    def noted(scores: Any, sites: Any, keep: float, shape: Any, *, within: Plan) -> Plan:
+        asked.append((keep, within))
+        return select(scores, sites, keep, shape, within=within)
+
+    monkeypatch.setattr(multi_size, "select", noted)
+    run = multi_size.run(config_of(place, tmp_path / "run", train={"size_share": [0.3, 0.5]}))
+    phases = {keep: [line["phase"] for line in lines(of(run, keep) / "metrics.jsonl")] for keep in KEEPS}
+    assert phases == {0.8: ["search"] * 3 + ["settle"] + ["tune"] * 6, 0.6: ["tune"] * 3, 0.45: ["tune"] * 5}
+    assert asked == [(0.6, last_state(run, 0.8).plan), (0.45, last_state(run, 0.6).plan)]
+    own = {keep: open_run(of(run, keep))[1] for keep in KEEPS}
+    assert [config.train.steps for config in own.values()] == [10, 3, 5]
+
+
+def test_the_largest_is_the_plain_run_to_the_bit(place: Path, tmp_path: Path, only_tuning: None) -> None:
+    several = last_state(multi_size.run(config_of(place, tmp_path / "several")), 0.8)
+    plain = multi_size.run(config_of(place, tmp_path / "plain", budget={"keep": 0.8}))
+    state = Checkpoints(plain / "checkpoints").latest()
+    assert state is not None
+    assert (state.step, state.plan) == (several.step, several.plan)
+    for part, tensors in state.tensors.items():
+        assert tensors.keys() == several.tensors[part].keys()
+        assert all(torch.equal(tensor, several.tensors[part][name]) for name, tensor in tensors.items())
+
+
+def test_gates_of_every_size_refer_to_the_same_dense_model(place: Path, tmp_path: Path, only_tuning: None) -> None:
+    run = multi_size.run(config_of(place, tmp_path / "run", gates=["valid.nll <= 100x -> stop"]))
+    dense = last_state(run, 0.8).seen["dense"]
+    assert dense["valid.nll"] > 0
+    assert all(last_state(run, keep).seen["dense"] == dense for keep in KEEPS)
+    scored = {keep: [line["step"] for line in lines(of(run, keep) / "validation.jsonl")] for keep in KEEPS}
+    assert [0 in steps for steps in scored.values()] == [True, False, False]
+
+
+def test_watching_follows_the_size_that_is_made(place: Path, tmp_path: Path) -> None:
+    config = config_of(place, tmp_path / "run")
+    open_folder(RunFolder(tmp_path / "run"), config)
+    assert current(tmp_path / "run")[0].path == tmp_path / "run"
+    open_folder(RunFolder(of(tmp_path / "run", 0.8)), config)
+    assert current(tmp_path / "run")[0].path == of(tmp_path / "run", 0.8)
+    (tmp_path / "run" / "report.html").write_text("all are done")
+    assert current(tmp_path / "run")[0].path == tmp_path / "run"
+
+
+def test_a_gate_that_stops_a_size_leaves_the_larger_ones(
+    place: Path, tmp_path: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = multi_size._Chain._tune
+
+    def stopped(chain: Any, size: Any) -> None:
+        if size.config.budget.keep == 0.6:
+            raise GateFailed("stopped at step 2: valid.nll is 9")
+        plain(chain, size)
+
+    monkeypatch.setattr(multi_size._Chain, "_tune", stopped)
+    with pytest.raises(GateFailed, match=r"size 0\.6: stopped at step 2"):
+        multi_size.run(config_of(place, tmp_path / "run"))
+    assert (of(tmp_path / "run", 0.8) / "report.html").is_file()
+    assert not of(tmp_path / "run", 0.6).exists()
+    assert "stopped at step 2" in (tmp_path / "run" / "report.html").read_text()
+    assert "not made" in of_run(tmp_path / "run")
+
+
+def test_a_size_goes_on_only_with_its_run(place: Path, tmp_path: Path, only_tuning: None) -> None:
+    run = multi_size.run(config_of(place, tmp_path / "run"))
+    with pytest.raises(RunFolderError, match="go on with the run around it"):
+        multi_size.run(open_run(of(run, 0.6))[1], resume=True)
+    newest = max(of(run, 0.8).glob("checkpoints/step-*"))
+    (newest / "adapters.safetensors").write_bytes(b"damaged")
+    (of(run, 0.8) / "model").mkdir()
+    for folder in of(run, 0.6).glob("checkpoints/*"):
+        shutil.rmtree(folder)
+    with pytest.raises(RunFolderError, match="cannot be read, and the next one goes on from it"):
+        multi_size.run(config_of(place, tmp_path / "run"), resume=True)
+
+
+# -- one size, and what is refused -----------------------------------------------------------------------------------
+
+
+def test_one_size_in_a_list_is_the_plain_run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, plain = (config_of(place, tmp_path, budget={"keep": keep}) for keep in ([0.6], 0.6))
+    assert listed == plain
+    heard: list[RunConfig] = []
+    monkeypatch.setattr(stages, "run", lambda config, **_: heard.append(config))
+    multi_size.run(listed)
+    assert heard == [plain]
+
+
+def test_budgets_are_read_from_lists_and_flags() -> None:
+    for written in ("0.5, 0.8,0.6", [0.8, 0.6, 0.5], ["0.8", 0.5, 0.6]):
+        assert from_mapping({"budget": {"keep": written}}).budget.keeps == (0.8, 0.6, 0.5)
+    several = from_mapping({"budget": {"keep": [0.8, 0.5]}})
+    assert from_mapping(to_mapping(several)) == several
+    assert from_mapping(merged(to_mapping(several), {"budget": {"keep": "0.7"}})).budget.keeps == (0.7,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"budget": {"keep": []}}, "empty list"),
+        ({"budget": {"keep": "0.8,half"}}, "finite number, got 'half'"),
+        ({"budget": {"keep": "0.8,0.8"}}, "have to fall"),
+        ({"budget": {"keep": [0.8, 0.0]}}, r"must lie in \(0, 1\]"),
+        ({"budget": {"keep": [0.8, float("nan")]}}, "finite number"),
+        ({"budget": {"keep": 0.5, "sizes": [0.6]}}, "have to fall"),
+        ({"budget": {"keep": [0.8, 0.5]}, "train": {"size_share": [0.1, 0.2, 0.3]}}, "3 numbers for 1 further sizes"),
+        ({"budget": {"keep": [0.8, 0.5]}, "gates": ["valid.nll <= 2x -> roll-back"]}, "would move the budget"),
+    ],
+)
+def test_what_cannot_be(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        from_mapping(changes)
+
+
+def test_refused_before_anything_is_written(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="below what is feasible"):
+        multi_size.run(config_of(place, tmp_path / "run", budget={"keep": "0.8,0.01"}))
+    several = config_of(place, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"compare\.keeps"):
+        compare(several)
+    with pytest.raises(ConfigError, match="several sizes"):
+        stages.run(several)
+    assert not (tmp_path / "run").exists()
+
+
+# -- the gain as a gate ----------------------------------------------------------------------------------------------
+
+
+def test_a_run_without_the_gain_fails_and_names_widths(
+    place: Path, tmp_path: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changes: dict[str, Any] = {"budget": {"keep": 0.7, "align": 1}, "gain": {"faster": 1e6, "smaller": 0.1}}
+    out = tmp_path / "run"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(to_mapping(config_of(place, out, **changes))))
+    monkeypatch.setattr("sys.argv", ["prunetune", "run", str(recipe)])
+    assert app._guarded() == 1
+    said = capsys.readouterr().err
+    assert "gain.faster >= 1e+06" in said
+    assert "gain.smaller" not in said  # reached
+    worst = uneven(Plan.load(out / "plan.json"), find_sites(speaker()))
+    assert f"layer {worst[0].layer} is {worst[0].width}" in said
+    assert "budget.align to 128" in said
+    page = (out / "report.html").read_text()
+    assert f"layer {worst[0].layer} is {worst[0].width}" in page
+    assert "✗ no" in page
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert [limit["held"] for limit in manifest["gain"]["limits"]] == [True, False]
+    assert (out / "model").is_dir()

@@ -1,0 +1,186 @@
+"""Laws of a whole run on a base in 4 bits: what it writes is what it tuned, it says how near, and it resumes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prunetune.compare.methods import methods_of, read_variants
+from prunetune.config.fields import merged
+from prunetune.config.recipe import RunConfig, from_mapping
+from prunetune.errors import ConfigError, MissingPackage, SelfCheckFailed
+from prunetune.pipeline import finish, nf4_check, stages
+from prunetune.pipeline.stages import run
+from prunetune.pruning import nf4
+from prunetune.pruning.nf4 import hold_in_four_bits, is_four_bit
+from prunetune.pruning.sites import find_sites, tuned_linears
+from prunetune.train.loop import tune_and_prune
+from support.data import write_lines
+from support.evaluation import characters, speaker
+from support.loop import config_of as loop_config
+from support.loop import job_of
+from support.models import tiny
+from support.streamed import tensors_of
+
+RECIPE: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "budget": {"keep": 0.6, "align": 8},
+    "train": {
+        "steps": 6, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 2, "validate_every": 3,
+        "weights": "adapters",
+    },
+    "lora": {"rank": 4, "quantize": "nf4"},
+    "search": {"share": 0.4, "settle": 0.2, "evidence": 1, "batch_size": 4},
+    "distill": {"teacher": "none"},
+    "evaluate": {"limit": 4, "generate_limit": 0, "dense_tuned": False},
+}  # fmt: skip
+needs_nf4 = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None,
+    reason="bitsandbytes is not installed: pip install 'prunetune[quant]'",
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    speaker().save_pretrained(folder / "dense")
+    characters().save_pretrained(folder / "dense")
+    rows = [{"prompt": f"Case {n}: ", "choices": ["yes", "no"], "answer": n % 2, "task": "choice"} for n in range(40)]
+    write_lines(folder / "rows.jsonl", *rows)
+    return folder
+
+
+def config_of(place: Path, out: Path, **changes: Any) -> RunConfig:
+    own = {"model": str(place / "dense"), "out": str(out), "data": {"train": [str(place / "rows.jsonl")]}}
+    return from_mapping(merged(merged(RECIPE, own), changes))
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run in float32."""
+    return run(config_of(place, tmp_path_factory.mktemp("runs") / "whole"))
+
+
+@needs_nf4
+def test_what_is_written_is_what_was_tuned(whole: Path) -> None:
+    said = manifest(whole)
+    assert said["selfcheck"]["ok"]
+    assert said["quantised"]["scheme"] == "nf4"
+    assert said["quantised"]["error"] < 1e-5  # in float32 nothing but the order of sums differs
+    assert said["quantised"]["same"] == 1
+    assert "nf4; merged differs from it by" in (whole / "report.html").read_text()
+
+
+@needs_nf4
+def test_a_teacher_is_held_so_too_and_the_error_in_sixteen_bits_is_said(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[bool] = []
+    genuine = tune_and_prune
+
+    def watched(job: Any) -> Any:
+        held.append(is_four_bit(job.model) and (job.teacher is None or is_four_bit(job.teacher.model)))
+        return genuine(job)
+
+    monkeypatch.setattr(stages, "tune_and_prune", watched)
+    changes = {"distill": {"teacher": "dense"}, "evaluate": {"dense_tuned": True}, "train": {"steps": 4}}
+    folder = run(config_of(place, tmp_path / "run", layout="uniform", dtype="bfloat16", **changes))
+    assert held == [True] * 3  # the teacher, its pupil, and the teacher again to be scored
+    assert 0 < manifest(folder)["quantised"]["error"] < 0.05
+
+
+@needs_nf4
+def test_a_stopped_run_goes_on_to_the_same_result(
+    whole: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped = config_of(place, tmp_path / "stopped")
+    with monkeypatch.context() as patched:
+        genuine = stages.Recorder.step
+
+        def step(self: Any, record: dict[str, Any]) -> None:
+            if record["step"] > 4:  # cut by then
+                raise KeyboardInterrupt
+            genuine(self, record)
+
+        patched.setattr(stages.Recorder, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            run(stopped)
+    folder = run(stopped, resume=True)
+    for name in ("plan.json", "model/model.safetensors"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+
+
+@needs_nf4
+def test_all_weights_leave_the_four_bits_at_the_cut() -> None:
+    model = tiny()
+    sites = find_sites(model)
+    hold_in_four_bits(model, sites, dtype=torch.float32, device=torch.device("cpu"))
+    config = loop_config({"train": {"weights": "all"}, "lora": {"quantize": "nf4"}})
+    job = job_of(config, model=tiny())
+    tune_and_prune(replace(job, model=model.requires_grad_(False)))
+    assert not is_four_bit(model)
+    assert all(weight.dtype == torch.float32 and weight.requires_grad for weight in weights_of_linears(model))
+
+
+def weights_of_linears(model: Any) -> list[Any]:
+    return [model.get_parameter(f"{name}.weight") for name in tuned_linears(model)]
+
+
+@needs_nf4
+def test_a_merged_model_that_is_another_is_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(finish, "round_to_four_bits", lambda *_, **__: None)  # merged into weights never tuned on
+    monkeypatch.setattr(nf4_check, "LIMIT", 1e-4)
+    with pytest.raises(SelfCheckFailed, match="not the one that was tuned in 4 bits"):
+        run(config_of(place, tmp_path / "run"))
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_what_cannot_be_is_refused_in_one_line(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nf4, "find_spec", lambda _: None)
+    with pytest.raises(MissingPackage, match="bitsandbytes"):
+        run(config_of(place, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=r"lora.quantize must be one of off, nf4"):
+        config_of(place, tmp_path / "run", lora={"quantize": "int3"})
+    with pytest.raises(ConfigError, match=r"compare: .*leave lora.quantize out"):
+        methods_of(config_of(place, tmp_path / "run"))
+    file = tmp_path / "variants.yaml"
+    file.write_text("small: {lora: {quantize: nf4}}")
+    with pytest.raises(ConfigError, match=r"small: .*leave lora.quantize out"):
+        read_variants(file, config_of(place, tmp_path / "run", lora={"quantize": "off"}))
+
+
+@pytest.mark.parametrize(
+    ("quantize", "dtype"),
+    [
+        ("off", "float32"),
+        pytest.param("nf4", "float32", marks=needs_nf4),
+        pytest.param("nf4", "bfloat16", marks=needs_nf4),
+    ],
+)
+def test_a_large_model_is_merged_and_cut_layer_by_layer_to_the_same(
+    quantize: str, dtype: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"dtype": dtype, "lora": {"quantize": quantize}}
+    once = run(config_of(place, tmp_path / "once", **changes))
+    monkeypatch.setattr(finish, "LARGE", 0)
+    monkeypatch.setattr(finish, "merge_adapters", None)  # of whole models
+    found = run(config_of(place, tmp_path / "layers", **changes))
+    one, other = tensors_of(once / "model"), tensors_of(found / "model")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert manifest(found).get("quantised") == manifest(once).get("quantised")

@@ -1,0 +1,150 @@
+"""Laws of a run whose disk fills up or whose tracker goes down: nothing is lost, and a resumed run ends the same."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import SafetensorError
+
+from prunetune.config.fields import merged
+from prunetune.config.recipe import RunConfig, from_mapping
+from prunetune.pipeline import recording
+from prunetune.pipeline.stages import run
+from prunetune.runs import trackers
+from prunetune.train import checkpoints
+from prunetune.train.checkpoints import Checkpoints
+from prunetune.utils import files
+from prunetune.utils.files import is_disk_full, write_text
+from support.data import write_lines
+from support.evaluation import characters, speaker
+
+RECIPE: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "budget": {"keep": 0.6, "align": 8},
+    "train": {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "validate_every": 3},
+    "lora": {"rank": 4},
+    "search": {"share": 0.4, "settle": 0.2, "evidence": 1, "batch_size": 4},
+    "distill": {"teacher": "none"},
+    "evaluate": {"limit": 4, "generate_limit": 0, "dense_tuned": False},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("place")
+    speaker().save_pretrained(folder / "dense")
+    characters().save_pretrained(folder / "dense")
+    write_lines(folder / "rows.jsonl", *({"prompt": f"Say {n}: ", "completion": f"{n}"} for n in range(40)))
+    return folder
+
+
+def config_of(place: Path, out: Path, **changes: Any) -> RunConfig:
+    own = {"model": str(place / "dense"), "out": str(out), "data": {"train": [str(place / "rows.jsonl")]}}
+    return from_mapping(merged(merged(RECIPE, own), changes))
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    return {name: (folder / name).read_bytes() for name in ("plan.json", "model/model.safetensors")}
+
+
+@pytest.fixture(scope="module")
+def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return results(run(config_of(place, tmp_path_factory.mktemp("runs") / "whole")))
+
+
+def full(genuine: Callable[..., Any], after: int) -> Callable[..., Any]:
+    """Writes of tensors, the last of which leaves half a file, as safetensors says it."""
+    count = [0]
+
+    def save(tensors: Any, file: Path) -> None:
+        count[0] += 1
+        genuine(tensors, file)
+        if count[0] > after:
+            file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    return save
+
+
+def test_a_disk_that_fills_up_costs_a_checkpoint_and_no_more(
+    place: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(place, tmp_path / "run")
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            checkpoints, "save_file", full(checkpoints.save_file, after=6)
+        )  # in the second checkpoint: 4 files each
+        with pytest.raises(SafetensorError) as ended:
+            run(config)
+    assert is_disk_full(ended.value)
+    folder = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in folder.iterdir()] == ["step-0000002"]
+    found = Checkpoints(folder).latest()
+    assert found is not None
+    assert found.step == 2
+    with monkeypatch.context() as patched:  # now a line of the records, cut short
+        genuine = recording.RunFolder.append
+
+        def append(self: Any, name: str, record: dict[str, Any]) -> None:
+            if (name, record["step"]) == ("metrics.jsonl", 5):
+                with (self.path / name).open("a") as file:
+                    file.write(json.dumps(record)[:30])
+                raise OSError(errno.ENOSPC, "No space left on device", str(self.path / name))
+            genuine(self, name, record)
+
+        patched.setattr(recording.RunFolder, "append", append)
+        with pytest.raises(OSError, match="No space left"):
+            run(config, resume=True)
+    assert results(run(config, resume=True)) == whole
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 7))
+
+
+def test_what_did_not_fit_is_not_left_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "a.json", "old")
+
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    with pytest.raises(OSError, match="No space left"):
+        write_text(tmp_path / "a.json", "new")
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "old"}
+
+
+class Down:
+    """A tracker whose server goes away on the way."""
+
+    name = "down"
+
+    def __init__(self) -> None:
+        self.heard = 0
+
+    def log(self, *_: Any, **__: Any) -> None:
+        self.heard += 1
+        if self.heard == 3:
+            raise ConnectionError("the server is gone")
+
+    def finish(self) -> None:
+        raise AssertionError("it was let go of")
+
+
+def test_a_tracker_that_goes_down_changes_nothing(
+    place: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    down = Down()
+    monkeypatch.setattr(trackers, "_start", lambda *_: down)
+    folder = run(config_of(place, tmp_path / "run", track=["tensorboard"]))
+    assert down.heard == 3
+    assert caplog.text.count("the run goes on without it") == 1
+    assert results(folder) == whole

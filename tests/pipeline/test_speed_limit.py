@@ -1,0 +1,129 @@
+"""Laws of the gain as a gate: margins hold or name what is to blame."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from prunetune.bench.interleaved import take_turns
+from prunetune.bench.models import context_of
+from prunetune.bench.options import BenchOptions
+from prunetune.bench.result import Benched, summarised
+from prunetune.bench.runner import Sample, Work
+from prunetune.bench.widths import uneven
+from prunetune.config.recipe import GainConfig, from_mapping
+from prunetune.pipeline.speed_limit import judged, options_for
+from prunetune.plan import Plan
+from prunetune.pruning.sites import Cut, Site, dense_plan
+from support.bench import Scripted, facts
+from support.suites import model_folder
+
+
+def site(layer: int, kind: Any, units: int, columns: int = 1) -> Site:
+    name = f"model.layers.{layer}.{'mlp' if kind == 'mlp' else 'self_attn'}"
+    return Site(name, layer, kind, units, (), Cut(name, (columns,)), 10)
+
+
+SITES = (site(0, "attention", 8, 64), site(0, "mlp", 1000), site(7, "attention", 8, 64), site(7, "mlp", 1000))
+
+
+def plan_of(*widths: int) -> Plan:
+    names = [one.name for one in SITES]
+    kept = {name: tuple(range(width)) for name, width in zip(names, widths, strict=True)}
+    return Plan(kept, {one.name: one.units for one in SITES})
+
+
+def models(pruned: Sample | None = None, parameters: int = 700, **pruned_as: Any) -> tuple[Benched, Benched]:
+    runners = (
+        Scripted("dense", work=Work(200.0, 90.0)),
+        Scripted(
+            "pruned", [pruned or Sample(0.5, 0.25, 0.05)], known=facts(parameters), work=Work(100.0, 60.0), **pruned_as
+        ),
+    )
+    options = BenchOptions(batch="1", generate=4, runs=3)
+    measured = take_turns(runners, options.batches, options.runs)
+    known = [runner.facts() for runner in runners]
+    found = summarised(["dense", "pruned"], known, measured, options=options, versions={})
+    return found.models[0], found.models[1]
+
+
+def verdict(plan: Plan, pair: tuple[Benched, Benched] | None = None, **gain: Any) -> dict[str, Any]:
+    return judged(*(pair or models()), GainConfig(**gain), plan, SITES)
+
+
+def test_margins_that_are_reached() -> None:
+    found = verdict(plan_of(4, 512, 2, 256), smaller=0.3, faster=2.0)
+    assert [limit["held"] for limit in found["limits"]] == [True, True]
+    assert found["smaller"] == pytest.approx(0.3)
+    assert found["speed"]["throughput"]["median"] == pytest.approx(2.0)
+    assert not any("says" in limit for limit in found["limits"])
+
+
+@pytest.mark.parametrize("speed", ["throughput", "prefill", "decode"])
+def test_each_kind_of_speed(speed: str) -> None:
+    pair = models(Sample(0.8, 0.4, 0.1))
+    ratio = {"throughput": 1.25, "prefill": 1.25, "decode": 1.0}[speed]
+    assert verdict(plan_of(4, 512, 2, 256), pair, faster=1.1, speed=speed)["limits"][0]["held"] == (ratio > 1.1)
+
+
+def test_nothing_asked_is_nothing_missed() -> None:
+    assert verdict(plan_of(4, 512, 2, 256))["limits"] == []
+    assert not GainConfig().is_asked
+    assert GainConfig(smaller=0.1).is_asked
+    assert GainConfig(faster=0.5).is_asked
+
+
+def test_widths_are_named_the_worst_first() -> None:
+    plan = plan_of(3, 613, 1, 624)
+    words = [str(one) for one in uneven(plan, SITES)]
+    assert words == [
+        "MLP width of layer 0 is 613, no multiple of 64 or 128",
+        "MLP width of layer 7 is 624, no multiple of 64 or 128",
+        "attention width of layer 7 is 64, no multiple of 128",
+        "attention width of layer 0 is 192, no multiple of 128",
+    ]
+    says = verdict(plan, faster=3.0)["limits"][0]["says"]
+    assert says.startswith("gain.faster >= 3: throughput is 2.00 times the dense model's; MLP width of layer 0 is 613")
+    assert "set budget.align to 128; by FLOPs the prefill can gain" in says
+
+
+@pytest.mark.parametrize(("limit", "shown"), [(1.2, "1.01"), (1.01, "1.0096"), (1.00961, "1.0096")])
+def test_a_miss_is_never_rounded_away(limit: float, shown: str) -> None:
+    pair = models(Sample(1 / 1.0096, 0.25, 0.05))
+    assert f"throughput is {shown} times" in verdict(plan_of(4, 512, 2, 256), pair, faster=limit)["limits"][0]["says"]
+
+
+def test_what_is_whole_gone_or_even_is_not_to_blame() -> None:
+    assert uneven(plan_of(8, 1000, 0, 128), SITES) == []  # 1000 is the dense model's own width
+    assert uneven(dense_plan(SITES), SITES) == []
+
+
+def test_even_widths_are_acquitted() -> None:
+    says = verdict(plan_of(4, 512, 2, 256), faster=3.0)["limits"][0]["says"]
+    assert "all widths are multiples of 128, so none is to blame" in says
+    assert "by FLOPs the prefill can gain x2.00 at most, by bytes a decode step can gain x1.50 at most" in says
+
+
+def test_not_smaller_names_the_fullest_layers() -> None:
+    says = verdict(plan_of(8, 900, 2, 256), smaller=0.5)["limits"][0]["says"]
+    assert "30.0% of all parameters are gone" in says
+    assert "layer 0 (90%), layer 7 (26%)" in says
+    assert "lower budget.keep" in says
+
+
+def test_speed_that_could_not_be_measured_is_missed() -> None:
+    limit = verdict(plan_of(4, 512, 2, 256), models(room=0), faster=1.0)["limits"][0]
+    assert not limit["held"]
+    assert "could not be measured (batch 1 of pruned: out of memory)" in limit["says"]
+
+
+def test_a_short_context_gets_a_short_prompt(tmp_path_factory: pytest.TempPathFactory) -> None:
+    folder = model_folder(tmp_path_factory.mktemp("models") / "dense")
+    context = context_of(str(folder), trust_remote_code=False)
+    long = options_for(from_mapping({"model": str(folder), "gain": {"prompt": 10**6, "generate": 8}}))
+    assert (long.prompt + long.generate, long.generate) == (context, 8)
+    longer = options_for(from_mapping({"model": str(folder), "gain": {"prompt": 10**6, "generate": 10**6}}))
+    assert longer.prompt + longer.generate == context
+    short = options_for(from_mapping({"model": str(folder), "gain": {"prompt": 3, "generate": 2}}))
+    assert (short.prompt, short.generate) == (3, 2)

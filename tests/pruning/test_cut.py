@@ -1,0 +1,196 @@
+"""Laws: masked equals cut, for every family, ratio, bias and tie, with and without adapters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from prunetune import Plan, cut, find_sites, masked
+from prunetune.errors import PlanError, UnknownArchitecture
+from prunetune.pruning.cut import cut_linears
+from prunetune.pruning.masking import gates_of
+from prunetune.pruning.sites import dense_plan, kept_params, whole_blocks
+from prunetune.train.adapters import adapters, cut_state, group_norms, grow_state
+from support.models import ALL_FAMILIES, random_plan, relative, tiny, tokens, with_lora
+
+TOLERANCE = 1e-5
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_masking_equals_cutting(family: str, tied: bool, lora: bool) -> None:
+    model = tiny(family, tie_word_embeddings=tied)
+    if lora:
+        with_lora(model)
+    plan = random_plan(model)
+    with torch.no_grad():
+        with masked(model, plan):
+            expected = model(tokens()).logits
+        dense = model(tokens()).logits
+        found = cut(model, plan)(tokens()).logits
+    assert relative(found, expected) <= TOLERANCE
+    assert relative(dense, expected) > 0.01, "the plan must matter"
+
+
+def test_norms_over_heads_keep_attention_whole() -> None:
+    assert set(whole_blocks(tiny("cohere", use_qk_norm=True))) == {"attention"}
+    assert not whole_blocks(tiny("cohere"))
+    assert {site.kind for site in find_sites(tiny("olmo2"))} == {"mlp"}
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_adapters_are_cut_and_grown_again(family: str) -> None:
+    model = with_lora(tiny(family))
+    sites, plan = find_sites(model), random_plan(model)
+    before = {name: weight.detach().clone() for name, weight in adapters(model).items()}
+    small = cut_state(before, plan, sites)
+    cut_linears(model, plan)
+    assert set(small) == set(adapters(model))
+    assert all(torch.equal(weight, small[name]) for name, weight in adapters(model).items())
+    grown = grow_state(small, {name: weight.shape for name, weight in before.items()}, plan, sites)
+    again = cut_state(grown, plan, sites)
+    assert all(torch.equal(again[name], weight) for name, weight in small.items())
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "glm4"])
+def test_a_unit_s_norm_is_over_its_rows_and_columns(family: str) -> None:
+    model = with_lora(tiny(family))
+    for site in find_sites(model):
+        norms = group_norms(model, site).detach()
+        for unit in (0, site.units - 1):
+            squares = 0.0
+            for part in site.producers:
+                rows = part.indices([unit], site.units)
+                squares += float(model.get_submodule(part.module).lora_B["default"].weight.data[rows].square().sum())
+            columns = site.consumer.indices([unit], site.units)
+            squares += float(
+                model.get_submodule(site.consumer.module).lora_A["default"].weight.data[:, columns].square().sum()
+            )
+            assert float(norms[unit]) == pytest.approx(squares**0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize(("groups", "ratio"), [(6, 1), (3, 2), (2, 3), (3, 4), (2, 8)])
+def test_every_grouping_of_query_heads(groups: int, ratio: int) -> None:
+    model = with_lora(tiny("qwen3", groups=groups, ratio=ratio))
+    plan = random_plan(model, seed=groups)
+    with torch.no_grad():
+        with masked(model, plan):
+            expected = model(tokens()).logits
+        found = cut(model, plan)(tokens()).logits
+    assert relative(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("changes", [{"attention_bias": True}, {"mlp_bias": True}])
+def test_biases_leave_with_their_rows(changes: dict[str, bool]) -> None:
+    model = with_lora(tiny("llama", **changes))
+    plan = random_plan(model)
+    with torch.no_grad():
+        with masked(model, plan):
+            expected = model(tokens()).logits
+        found = cut(model, plan)(tokens()).logits
+    assert relative(found, expected) <= TOLERANCE
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_parameters_that_leave_are_those_counted(family: str) -> None:
+    model = tiny(family)
+    plan = random_plan(model)
+    sites = find_sites(model)
+    before = sum(p.numel() for p in model.parameters())
+    after = sum(p.numel() for p in cut(model, plan).parameters())
+    # q/k norms of a layer without attention leave too, though they are no unit's.
+    norms = sum(
+        sum(p.numel() for name, p in tiny(family).get_submodule(site.name).named_parameters() if "norm" in name)
+        for site in sites
+        if not plan.kept[site.name]
+    )
+    assert before - after == kept_params(sites, dense_plan(sites)) - kept_params(sites, plan) + norms
+
+
+def test_a_layer_without_attention_still_generates() -> None:
+    model = tiny("llama")
+    plan = random_plan(model)
+    bare = "model.layers.1.self_attn"
+    plan = Plan({**plan.kept, bare: ()}, plan.units)
+    with torch.no_grad(), masked(model, plan):
+        expected = model(tokens()).logits
+    cut(model, plan)
+    with torch.no_grad():
+        assert relative(model(tokens()).logits, expected) <= TOLERANCE
+        cached = model(tokens()[:, :-1], use_cache=True).past_key_values
+        last = model(tokens()[:, -1:], past_key_values=cached).logits
+    assert relative(last, expected[:, -1:]) <= TOLERANCE
+
+
+def test_adapters_stay_adapters_when_only_linears_are_cut() -> None:
+    model = with_lora(tiny("mistral"))
+    plan = random_plan(model)
+    with torch.no_grad():
+        with masked(model, plan):
+            expected = model(tokens()).logits
+        cut_linears(model, plan)
+        assert any("lora_A" in name for name, _ in model.named_parameters())
+        assert relative(model(tokens()).logits, expected) <= TOLERANCE
+
+
+def test_free_adapters_hear_a_removed_unit_and_gated_ones_do_not() -> None:
+    model = with_lora(tiny("llama"))
+    plan = random_plan(model)
+    off = next(unit for unit in range(96) if unit not in plan.kept["model.layers.0.mlp"])
+    weight = model.get_submodule("model.layers.0.mlp.up_proj").lora_B["default"].weight
+    for kind, hears in (("free", True), ("gated", False)):
+        model.zero_grad()
+        with masked(model, plan, adapters=kind):
+            model(tokens()).logits.square().sum().backward()
+        assert bool(weight.grad[off].abs().sum() > 0) is hears
+
+
+def test_free_adapters_at_zero_equal_the_gated_model() -> None:
+    model = with_lora(tiny("qwen2"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.zeros_(parameter)
+    plan = random_plan(model)
+    with torch.no_grad():
+        with masked(model, plan, adapters="gated"):
+            gated = model(tokens()).logits
+        with masked(model, plan, adapters="free"):
+            free = model(tokens()).logits
+    assert relative(free, gated) <= TOLERANCE
+
+
+def test_hooks_come_off_even_after_an_error() -> None:
+    model = tiny("llama")
+    before = model(tokens()).logits
+    with pytest.raises(RuntimeError, match="inside"), masked(model, random_plan(model)):
+        raise RuntimeError("inside")
+    assert torch.equal(model(tokens()).logits, before)
+
+
+def test_a_plan_of_another_model_is_refused_before_anything_is_cut() -> None:
+    model = tiny("llama")
+    other = random_plan(tiny("llama", intermediate_size=64))
+    before = sum(p.numel() for p in model.parameters())
+    with pytest.raises(PlanError, match="64 units at"):
+        cut(model, other)
+    assert sum(p.numel() for p in model.parameters()) == before
+    with pytest.raises(PlanError, match="has no units"):
+        gates_of(Plan({}, {}), find_sites(model))
+
+
+def test_unknown_architectures_are_refused_by_name() -> None:
+    from transformers import GPTJConfig, GPTJForCausalLM
+
+    sizes = {"n_embd": 16, "n_head": 2, "n_layer": 1, "rotary_dim": 4, "vocab_size": 20}
+    model = GPTJForCausalLM(GPTJConfig(**sizes, bos_token_id=0, eos_token_id=0))
+    with pytest.raises(UnknownArchitecture, match=r"'gptj' is not known; known are llama, mistral"):
+        find_sites(model)
+
+
+def test_sites_come_from_a_model_without_weights() -> None:
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        ghost = AutoModelForCausalLM.from_config(tiny("llama").config)
+    assert find_sites(ghost) == find_sites(tiny("llama"))

@@ -1,0 +1,213 @@
+"""Laws of two models in one memory: same outputs, same tensors, and neither hears of what becomes of the other."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prunetune import Plan
+from prunetune.cost.training_memory import memory, setup_of, shapes_of
+from prunetune.errors import PlanError
+from prunetune.pruning.cut import add_biases, cut_linears, merge_adapters
+from prunetune.pruning.masking import masked
+from prunetune.pruning.nf4 import FourBitLinear, hold_in_four_bits
+from prunetune.pruning.shared_weights import can_lend, cut_beside, let_go, twin
+from prunetune.pruning.sites import dense_plan, find_sites
+from prunetune.pruning.units import USUAL, Site
+from prunetune.train.adapters import adapters
+from support.memory import SIZES, Live, config_of, needs
+from support.models import ALL_FAMILIES, FAMILIES, random_plan, relative, tiny, tokens, with_lora
+from support.nf4 import needs_nf4
+from support.shared_weights import held
+
+TOLERANCE = 1e-6  # of what is the same terms in another order, in float32
+
+
+def says(model: Any) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(tokens(), use_cache=False).logits
+    return logits
+
+
+def beside(family: str = "llama", *, four_bits: bool = False, **changes: Any) -> tuple[Any, Any, tuple[Site, ...]]:
+    """A student with adapters, its teacher, and the sites."""
+    model = tiny(family, **changes).requires_grad_(False)
+    sites = find_sites(model)
+    if four_bits:
+        hold_in_four_bits(model, sites, dtype=torch.float32, device=torch.device("cpu"))
+    teacher = twin(model)
+    return with_lora(model), teacher, sites
+
+
+# -- before the cut --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt2", "phi3", "gpt_oss", "mixtral", "bloom"])
+def test_a_twin_says_the_same_and_holds_nothing(family: str) -> None:
+    model = tiny(family, tie_word_embeddings=family in FAMILIES).requires_grad_(False)
+    before, size, sites, plan = says(model), held(model), find_sites(model), random_plan(model)
+    teacher = twin(model)
+    mine, others = dict(model.named_parameters()), dict(teacher.named_parameters())
+    assert mine.keys() == others.keys()
+    assert all(one.data_ptr() == others[name].data_ptr() and one is not others[name] for name, one in mine.items())
+    assert held(model, teacher) == size
+    with_lora(model)
+    assert not any("lora" in name for name, _ in teacher.named_parameters())
+    with masked(model, plan, sites=sites):
+        assert not torch.equal(says(model), before)
+        assert torch.equal(says(teacher), before)
+    assert teacher.config is not model.config
+    assert not teacher.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_that_are_tuned_are_the_student_s_alone(dtype: torch.dtype) -> None:
+    model = tiny("qwen2").to(dtype).requires_grad_(False)
+    sites, plan, teacher = find_sites(model), random_plan(model), twin(model)
+    plan = Plan({**plan.kept, sites[1].name: tuple(range(sites[1].units))}, plan.units)  # one is not cut at all
+    before = says(teacher)
+    with_lora(model)
+    cut_linears(model, plan, sites=sites)
+    merge_adapters(model, trainable=True)
+    add_biases(model, {f"{sites[0].name}.o_proj": torch.ones(48)})
+    for weight in adapters(model).values():
+        weight.data.mul_(2)
+    assert torch.equal(says(teacher), before)
+
+
+# -- after it --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ALL_FAMILIES)
+def test_a_cut_beside_its_teacher_is_the_cut(family: str) -> None:
+    (student, teacher, sites), apart = beside(family), with_lora(tiny(family).requires_grad_(False))
+    plan, before, size = random_plan(tiny(family)), says(teacher), held(teacher)
+    cut_linears(apart, plan, sites=sites)
+    cut_beside(student, teacher, plan, sites=sites)
+    assert relative(says(teacher), before) < TOLERANCE
+    assert relative(says(student), says(apart)) < TOLERANCE
+    for (name, one), (other, expected) in zip(student.named_parameters(), apart.named_parameters(), strict=True):
+        assert (name, one.requires_grad) == (other, expected.requires_grad)
+        assert torch.equal(one, expected), name
+    copied = {part.module for site in sites if not can_lend(site) for part, _ in site.cuts()}
+    own = sum(
+        one.nbytes
+        for name, one in apart.named_parameters()
+        if name.endswith("bias") or any(name.startswith(f"{module}.") for module in copied)
+    )
+    assert size <= held(student, teacher) <= size + own
+
+
+def test_who_lends() -> None:
+    def lends(family: str, units: tuple[str, ...] = USUAL) -> set[str]:
+        return {site.kind for site in find_sites(tiny(family), units) if can_lend(site)}
+
+    assert lends("llama") == lends("qwen2") == lends("gemma3_text") == {"attention", "mlp"}
+    assert lends("gpt2") == {"mlp"}
+    assert lends("phi3") == lends("qwen3_moe", ("experts", "expert-channels")) == set()
+    assert lends("llama", ("kv-groups", "query-heads", "mlp-channels", "layers")) == {"mlp"}
+
+
+@needs_nf4
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_the_same_in_four_bits(family: str) -> None:
+    (student, teacher, sites), (apart, _, _) = (beside(family, four_bits=True) for _ in range(2))
+    plan, before, size = random_plan(tiny(family)), says(teacher), held(teacher)
+    assert held(student, teacher) == size
+    cut_linears(apart, plan, sites=sites)
+    cut_beside(student, teacher, plan, sites=sites)
+    assert relative(says(teacher), before) < TOLERANCE
+    assert torch.equal(says(student), says(apart))
+    biases = sum(one.bias.nbytes for one in apart.modules() if isinstance(one, FourBitLinear) and one.bias is not None)
+    assert size <= held(student, teacher) <= size + biases
+
+
+@pytest.mark.parametrize("quantize", ["off", "nf4"])
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_what_is_computed_is_what_is_held(family: str, quantize: str) -> None:
+    needs(quantize)
+    values: Any = {"teacher": "base", "quantize": quantize}
+    structure, config = tiny(family, **SIZES), config_of(**values)
+    sites = find_sites(structure)
+    shapes = shapes_of(structure, sites)
+    setup = replace(setup_of(config, torch.float32, longest=1), deep=False, keep=0.5)
+
+    def found(phase: Literal["search", "tune"], **changes: Any) -> int:
+        computed = memory(shapes, replace(setup, **changes), phase=phase)
+        return computed.weights + computed.teacher
+
+    student, teacher, sites = beside(family, four_bits=quantize != "off", **SIZES)
+    rest = sum(one.nbytes for name, one in teacher.named_buffers() if "inv_freq" in name)
+    assert found("search") == held(student, teacher) - rest
+    assert found("search", shared=False) == 2 * found("search")
+    plan = Plan(
+        {site.name: tuple(range(1, site.units, 2)) for site in sites}, {site.name: site.units for site in sites}
+    )
+    cut_beside(student, teacher, plan, sites=sites)
+    assert found("tune") == held(student, teacher) - rest
+    merge_adapters(student, trainable=True)
+    tuned = sum(one.nbytes for one in adapters(student).values())
+    assert found("tune", all_weights=True) == held(student, teacher) - rest - tuned
+
+
+def test_units_that_nest_are_cut_beside_a_teacher_too() -> None:
+    units = ("layers", "attention-blocks", "query-heads", "mlp-channels")
+    model, apart = (tiny().requires_grad_(False) for _ in range(2))
+    sites, plan = find_sites(model, units), random_plan(model, units=units)
+    teacher, before = twin(model), says(model)
+    cut_linears(apart, plan, sites=sites)
+    cut_beside(model, teacher, plan, sites=sites)
+    assert relative(says(model), says(apart)) < TOLERANCE
+    assert relative(says(teacher), before) < TOLERANCE
+
+
+def test_no_more_than_a_layer_is_held_on_the_way() -> None:
+    student, teacher, sites = beside(layers=6)
+    plan = random_plan(tiny(layers=6), keep=0.9)
+    layer = sum(one.nbytes for one in teacher.model.layers[0].parameters())
+    adapter = sum(one.nbytes for one in adapters(student).values())
+    with Live() as live:
+        cut_beside(student, teacher, plan, sites=sites)
+    assert live.peak <= layer + adapter + 2**14  # indices
+
+
+def test_what_is_another_model_s_is_copied() -> None:
+    """A teacher that does not hold the student's weights keeps its own."""
+    student, _, sites = beside()
+    other = tiny(seed=3).requires_grad_(False)
+    before, size = says(other), held(other)
+    cut_beside(student, other, random_plan(tiny()), sites=sites)
+    assert torch.equal(says(other), before)
+    assert held(student, other) > size + 1000
+
+
+def test_a_plan_of_another_model_is_refused_before_anything_is_cut() -> None:
+    student, teacher, sites = beside()
+    before = says(student)
+    with pytest.raises(PlanError, match="fits only the dense model"):
+        cut_beside(student, teacher, random_plan(tiny(intermediate_size=64)), sites=sites)
+    assert torch.equal(says(student), before)
+    cut_beside(student, teacher, dense_plan(sites), sites=sites)  # a plan that keeps all does nothing
+    assert torch.equal(says(student), before)
+    assert held(student, teacher) == held(teacher)
+
+
+def test_what_lets_go_has_memory_of_its_own_and_can_be_stored(tmp_path: Path) -> None:
+    student, teacher, sites = beside()
+    cut_beside(student, teacher, random_plan(tiny()), sites=sites)
+    before = says(student)
+    let_go(student)
+    assert torch.equal(says(student), before)
+    for name, one in student.named_parameters():
+        assert one.is_contiguous()
+        assert one.untyped_storage().nbytes() == one.nbytes, name
+    merge_adapters(student)
+    save_file(dict(student.named_parameters()), tmp_path / "model.safetensors")
+    found = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(found[name], one) for name, one in student.named_parameters())

@@ -1,0 +1,260 @@
+"""Laws of the history: every run is in it, also of several at once, and nothing wrong with it stops a run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from prunetune.config.recipe import from_mapping
+from prunetune.errors import ConfigError, GateFailed, ModelError, RunFolderError
+from prunetune.plan import Plan
+from prunetune.runs.diff import compared, flipped, overlaps
+from prunetune.runs.folder import RunFolder, held, open_folder
+from prunetune.runs.history import NAME, entered, entries
+from prunetune.runs.listing import filtered, table
+from support.report import evaluations, make_run
+
+
+def registered(place: Path, name: str, model: str = "tiny", **options: object) -> RunFolder:
+    config = from_mapping({"model": model, "out": str(place / name), **options})
+    folder = RunFolder(place / name)
+    open_folder(folder, config)
+    with entered(folder, config, f"prunetune run {name}"):
+        (folder.path / "evaluation" / "pruned.json").write_text(evaluations()["pruned"].to_json())
+        folder.note(model={"decoder_params": 100}, pruned={"decoder_params": 60})
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PRUNETUNE_HOME", raising=False)
+
+
+def test_a_run_is_in_the_history_with_its_scores(tmp_path: Path) -> None:
+    registered(tmp_path, "a", seed=3)
+    (entry,) = entries(tmp_path)
+    assert (entry.name, entry.status, entry.model, entry.seed, entry.asked, entry.kept) == (
+        "a",
+        "done",
+        "tiny",
+        3,
+        0.6,
+        0.6,
+    )
+    assert entry.metrics["accuracy"] == pytest.approx(evaluations()["pruned"].mean_accuracy())
+    assert entry.metrics["casehold.accuracy"] == evaluations()["pruned"].tasks["casehold"].scores["accuracy"].value
+    assert entry.command == "prunetune run a"
+    assert entry.started <= entry.ended
+    assert "a  " in table([entry])
+    assert "60.0%" in table([entry])
+
+
+def test_home_gathers_runs_of_all_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRUNETUNE_HOME", str(tmp_path / "home"))
+    for place in ("here", "there"):
+        registered(tmp_path / place, "run")
+    assert {entry.path.parent.name for entry in entries(tmp_path / "here")} == {"here", "there"}
+    assert not (tmp_path / "here" / NAME).exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (ModelError("x"), "failed"),
+        (GateFailed("x"), "gate failed"),
+        (OSError(), "failed"),
+    ],
+)
+def test_how_a_run_ended_is_known(error: BaseException, status: str, tmp_path: Path) -> None:
+    config, folder = from_mapping({"out": str(tmp_path / "a")}), RunFolder(tmp_path / "a")
+    open_folder(folder, config)
+    registering = entered(folder, config, "")
+    registering.__enter__()
+    with held(folder):
+        (running,) = entries(tmp_path)
+        assert running.status == "running"
+    (killed,) = entries(tmp_path)
+    assert killed.status == "interrupted", "no process works on it"
+    assert not registering.__exit__(type(error), error, None), "the error goes on"
+    (ended,) = entries(tmp_path)
+    assert ended.status == status
+
+
+def test_a_folder_that_was_removed_is_gone_and_one_made_elsewhere_is_found(tmp_path: Path) -> None:
+    shutil.rmtree(registered(tmp_path, "a").path)
+    make_run(tmp_path / "b")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.yaml").write_text("{{{")
+    assert {entry.name: entry.status for entry in entries(tmp_path)} == {"a": "gone", "b": "done"}
+
+
+def test_filters(tmp_path: Path) -> None:
+    registered(tmp_path, "a", model="Qwen/Qwen3")
+    registered(tmp_path, "b", model="llama", seed=1)
+    make_run(tmp_path / "c")
+    everything = entries(tmp_path)
+
+    def names(**filters: object) -> set[str]:
+        return {entry.name for entry in filtered(everything, **filters)}  # type: ignore[arg-type]
+
+    assert names() == {"a", "b", "c"}
+    assert names(model="qwen") == {"a"}
+    assert names(status="done", where=["seed >= 1"]) == {"b"}
+    assert names(where=["accuracy > 0.99"]) == set()
+    assert names(where=["casehold.accuracy>0.1", "kept < 0.61"]) == {"a", "b", "c"}
+    assert names(status="interrupted") == set()
+    with pytest.raises(ConfigError, match="--where 'acuracy' is not known; did you mean accuracy"):
+        names(where=["acuracy > 0"])
+    with pytest.raises(ConfigError, match="--status 'finished' is not known; known are running, done"):
+        names(status="finished")
+    for wrong in ("accuracy", "accuracy > high", ""):
+        with pytest.raises(ConfigError, match="is no condition; write one such as"):
+            names(where=[wrong])
+    assert table([]) == "no runs"
+
+
+# -- nothing wrong with it stops a run -------------------------------------------------------------------------------
+
+
+def _register(place: Path, number: int) -> None:
+    registered(place, f"run-{number}")
+
+
+def test_runs_at_once_are_all_in_it(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=_register, args=(tmp_path, number)) for number in range(6)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert {entry.name: entry.status for entry in entries(tmp_path)} == {f"run-{number}": "done" for number in range(6)}
+
+
+@pytest.mark.parametrize("content", [b"not a database", b"SQLite format 3\x00" + b"\x00" * 5, b"\x00" * 5000])
+def test_a_broken_file_steps_aside(content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    registered(tmp_path, "before")
+    (tmp_path / NAME).write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        registered(tmp_path, "after")
+    assert "put aside" in caplog.text
+    assert {entry.name for entry in entries(tmp_path)} == {"before", "after"}, "what it lacks is read from the folders"
+    assert [path.read_bytes() for path in tmp_path.glob(f"{NAME}.broken-*")] == [content]
+
+
+def test_a_locked_file_costs_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("prunetune.runs.history.WAIT", 0.05)
+    registered(tmp_path, "a")
+    holder = sqlite3.connect(tmp_path / NAME, isolation_level=None)
+    holder.execute("begin exclusive")
+    with caplog.at_level(logging.WARNING):
+        registered(tmp_path, "b")
+    assert caplog.text.count("cannot be written (database is locked); the run goes on without") == 2
+    with pytest.raises(ConfigError, match="cannot be read") as refused:
+        entries(tmp_path)
+    assert "\n" not in str(refused.value)
+    holder.close()
+    assert {entry.name for entry in entries(tmp_path)} == {"a", "b"}
+
+
+def test_a_place_that_cannot_be_written_costs_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("PRUNETUNE_HOME", str(tmp_path / "file"))
+    with caplog.at_level(logging.WARNING):
+        registered(tmp_path, "a")
+    assert "the run goes on without" in caplog.text
+    with pytest.raises(ConfigError, match=r"cannot be made .* let PRUNETUNE_HOME name a folder") as refused:
+        entries(tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_deleted_file_is_made_again(tmp_path: Path) -> None:
+    registered(tmp_path, "a")
+    (tmp_path / NAME).unlink()
+    (entry,) = entries(tmp_path)
+    assert (entry.name, entry.status) == ("a", "done")
+
+
+def test_no_such_place_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such folder; name the one that holds the run folders"):
+        entries(tmp_path / "nowhere")
+
+
+# -- beside each other -----------------------------------------------------------------------------------------------
+
+
+def test_runs_are_set_beside_each_other(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    changed = (second / "config.yaml").read_text().replace("keep: 0.6", "keep: 0.5").replace("seed: 0", "seed: 7")
+    (second / "config.yaml").write_text(changed)
+    (second / "evaluation" / "pruned.json").write_text(evaluations()["dense"].to_json())
+    said = compared([first, second])
+    assert "budget.keep" in said
+    assert "seed" in said
+    assert "train.steps" not in said
+    assert "casehold accuracy" in said
+    assert "100.0%" in said, "the plans are equal"
+    flips, common = flipped(evaluations()["pruned"], evaluations()["dense"])
+    assert common == 850
+    lost = sum(not flip.gained for flip in flips)
+    assert f"of {common} that both answered, {lost} lost and {len(flips) - lost} gained" in said
+    assert "set otherwise: nothing" in compared([first, first])
+
+
+def test_overlap_by_kind_of_site() -> None:
+    first = Plan(
+        {"l.0.mlp": (0, 1, 2), "l.1.mlp": (0,), "l.0.self_attn": (0,)}, {"l.0.mlp": 4, "l.1.mlp": 4, "l.0.self_attn": 2}
+    )
+    other = Plan({"l.0.mlp": (1, 2, 3), "l.1.mlp": (1,), "l.0.self_attn": (0,)}, first.units)
+    assert overlaps(first, other) == {"mlp": (4, 4, 2), "self_attn": (1, 1, 1)}
+
+
+def test_a_run_that_lacks_things_is_said(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    (second / "plan.json").unlink()
+    (second / "evaluation" / "pruned.json").unlink()
+    said = compared([first, second])
+    assert "a run has no plan" in said
+    assert "a run has no scores" in said
+    (second / "plan.json").write_text("{")
+    for paths in ([first], [first, second], [first, tmp_path]):
+        with pytest.raises(RunFolderError) as refused:
+            compared(paths)
+        assert "\n" not in str(refused.value)
+
+
+def test_runs_of_other_rows_are_not_paired(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    data = json.loads((second / "evaluation" / "pruned.json").read_text())
+    items = data["tasks"]["casehold"]["items"]
+    for item, other in zip(items, [items[-1]["prompt"], *(item["prompt"] for item in items[:-1])], strict=True):
+        item["prompt"], item["correct"] = f"moved: {other}", not item["correct"]
+    (second / "evaluation" / "pruned.json").write_text(json.dumps(data))
+    said = compared([first, second])
+    (row,) = (line for line in said.splitlines() if line.startswith("casehold accuracy"))
+    assert row.endswith("–")
+    assert f"casehold: of {len(items)} items with the same id in both results only 0 ask the same" in said
+    assert "0 lost and 0 gained" in said
+
+
+def test_control_characters_of_a_model_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
+    data = json.loads((second / "evaluation" / "pruned.json").read_text())
+    for item in data["tasks"]["casehold"]["items"]:
+        item["got"], item["correct"] = "\x1b[2J\nwiped", not item["correct"]
+    (second / "evaluation" / "pruned.json").write_text(json.dumps(data))
+    said = compared([first, second])
+    assert "wiped" in said
+    assert "\x1b" not in said

@@ -1,0 +1,139 @@
+"""Laws of looking on: it shows what the files hold, lives through files that are being written, and ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from prunetune.errors import RunFolderError
+from prunetune.report import write_report
+from prunetune.runs.folder import RunFolder, held, open_run
+from prunetune.runs.watch import LAPSE, QUIET, follow, look, picture, spark
+from support.report import make_run
+
+
+def shown(folder: Path) -> str:
+    console = Console(file=io.StringIO(), width=110)
+    console.print(picture(look(*open_run(folder))))
+    return plain(console)
+
+
+def plain(console: Console) -> str:
+    """What was shown, without frame and line breaks."""
+    return " ".join(console.file.getvalue().replace("│", " ").split())  # type: ignore[attr-defined]
+
+
+def test_a_finished_run_is_shown_once_and_that_is_all(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    write_report(folder)
+    console = Console(file=io.StringIO(), width=110)
+    follow(folder, console=console)
+    said = plain(console)
+    assert "ended; the report is written" in said
+    assert "700 of 700" in said
+    assert "60.0%" in said
+
+
+def test_what_has_no_steps_of_its_own_shows_none(tmp_path: Path) -> None:
+    """A run of several sizes, once it has ended: steps are in the folders of the sizes."""
+    folder = make_run(tmp_path / "run")
+    (folder / "metrics.jsonl").unlink()
+    write_report(folder)
+    said = shown(folder)
+    assert "ended; the report is written" in said
+    assert "of 700" not in said
+
+
+def test_a_run_under_way(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()[:30]
+    (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 310, "pha']))
+    validation = (folder / "validation.jsonl").read_text().splitlines()[:3]
+    (folder / "validation.jsonl").write_text("\n".join(validation))
+    said = shown(folder)
+    assert "300 of 700, about 5 min 20 s of tuning left" in said
+    assert "search" in said
+    assert "outside: guard.perplexity" in said
+    assert "guard.accuracy" in said
+
+
+def test_before_the_first_step(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    for name in ("metrics.jsonl", "validation.jsonl", "manifest.json"):
+        (folder / name).unlink()
+    assert "before the first step" in shown(folder)
+    (folder / "manifest.json").write_text("{")
+    (folder / "metrics.jsonl").write_text('[]\n{"step": "x"}\nnull\n\xff\n')
+    assert "0 of 700" in shown(folder)
+
+
+def test_one_that_was_killed_is_not_waited_for(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    long_ago = time.time() - QUIET - 60
+    for file in folder.rglob("*"):
+        os.utime(file, (long_ago, long_ago))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()[:30]
+    (folder / "metrics.jsonl").write_text("\n".join(lines))
+    os.utime(folder / "metrics.jsonl", (long_ago, long_ago))
+    console = Console(file=io.StringIO(), width=110)
+    follow(folder, console=console)
+    assert "--resume` goes on" in plain(console)
+
+
+def test_one_that_no_process_works_on_is_not_waited_for(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    while_ago = time.time() - LAPSE - 5
+    for file in folder.rglob("*"):
+        os.utime(file, (while_ago, while_ago))
+    console = Console(file=io.StringIO(), width=110)
+    follow(folder, console=console)
+    assert "stopped: no process works on it; `prunetune run ... --resume` goes on" in plain(console)
+
+
+def test_one_that_a_process_works_on_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long it is silent, until it ends; a size is worked on with the run around it."""
+    folder = make_run(tmp_path / "run")
+    size = make_run(folder / "sizes" / "0.6")
+    for place in (folder, size):
+        looks: list[int] = []
+
+        def ends(seconds: float, looks: list[int] = looks) -> None:
+            looks.append(1)
+            if len(looks) == 3:
+                raise InterruptedError
+
+        monkeypatch.setattr("prunetune.runs.watch.time.sleep", ends)
+        long_ago = time.time() - LAPSE - 5
+        for file in folder.rglob("*"):
+            os.utime(file, (long_ago, long_ago))
+        with held(RunFolder(folder)), pytest.raises(InterruptedError):
+            follow(place, console=Console(file=io.StringIO(), width=110))
+        assert len(looks) == 3
+
+
+def test_how_it_failed_is_said(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"failed": "stopped at step 40: [red]guard[/red]"}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    write_report(folder)
+    assert "stopped at step 40: [red]guard[/red]" in shown(folder)
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="is no run folder"):
+        follow(tmp_path)
+
+
+def test_a_spark_goes_from_lowest_to_highest() -> None:
+    assert spark([1.0, 2.0, 3.0]) == "▁▅█" or spark([1.0, 2.0, 3.0])[0] == "▁"
+    assert len(spark([float(n) for n in range(1000)])) <= 40
+    assert spark([5.0]) == "▁"
+    assert spark([]) == ""
+    assert spark([math.nan, math.inf]) == ""

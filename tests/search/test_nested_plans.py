@@ -1,0 +1,106 @@
+"""Laws of nested plans: each is inside the one before, on its own budget, and no block of the larger still fits."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from prunetune.cost.parameters import total
+from prunetune.errors import PlanError
+from prunetune.plan import Plan
+from prunetune.pruning.masking import gates_of
+from prunetune.pruning.sites import dense_plan, find_sites, kept_params
+from prunetune.pruning.units import Site
+from prunetune.search.nested_sites import Nest
+from prunetune.search.plan_rules import step
+from prunetune.search.select import Shape, feasible_keep, floor_width, select
+from support.geometries import GEOMETRIES, geometry
+from support.models import tiny
+from support.nested import both, everywhere, random_scores, shape_for, sites_of
+
+SEEDS = 8
+
+
+def chain(sites: tuple[Site, ...], shape: Shape, seed: int, count: int = 4) -> list[tuple[float, Plan]]:
+    """Plans from near dense down to the smallest feasible one."""
+    scores, low = random_scores(sites, seed), feasible_keep(sites, shape)
+    plans: list[tuple[float, Plan]] = []
+    for place in range(count):
+        keep = low + (0.95 - low) * (1 - place / (count - 1)) ** 1.5
+        plans.append((keep, select(scores, sites, keep, shape, within=plans[-1][1] if plans else None)))
+    return plans
+
+
+def assert_nested(sites: tuple[Site, ...], plans: list[tuple[float, Plan]]) -> None:
+    for (_, larger), (_, smaller) in itertools.pairwise(plans):
+        assert all(set(smaller.kept[site.name]) <= set(larger.kept[site.name]) for site in sites)
+    for keep, plan in plans:
+        assert kept_params(sites, plan) <= keep * total(sites) * (1 + 1e-12)
+        gates_of(plan, sites)  # a shape that can be cut
+
+
+@everywhere
+@both
+def test_each_is_inside_the_one_before(family: str, layout: str) -> None:
+    sites = sites_of(family, layout == "uniform")
+    for seed in range(SEEDS):
+        assert_nested(sites, chain(sites, shape_for(layout), seed))
+
+
+@pytest.mark.parametrize("name", GEOMETRIES)
+@both
+def test_each_is_as_large_as_its_budget_lets_it_be(name: str, layout: str) -> None:
+    sites, align, legal = geometry(name)
+    shape = Shape(layout, align, 0, lambda groups: groups in legal)
+    for seed in range(SEEDS):
+        plans = chain(sites, shape, seed)
+        assert_nested(sites, plans)
+        if layout == "per-layer":
+            for (_, larger), (keep, smaller) in itertools.pairwise(plans):
+                assert_no_block_fits(sites, shape, larger, smaller, int(keep * total(sites) * (1 + 1e-12)))
+
+
+def assert_no_block_fits(sites: tuple[Site, ...], shape: Shape, larger: Plan, smaller: Plan, target: int) -> None:
+    left = target - kept_params(sites, smaller)
+    for site in sites:
+        more = len(larger.kept[site.name]) - len(smaller.kept[site.name])
+        assert not more or min(more, step(site, shape)) * site.unit_params > left
+        assert len(smaller.kept[site.name]) >= floor_width(site, shape)
+
+
+@both
+def test_inside_the_dense_plan_nothing_changes(layout: str) -> None:
+    sites = sites_of("qwen3", layout == "uniform")
+    for seed in range(SEEDS):
+        scores = random_scores(sites, seed)
+        plain = select(scores, sites, 0.6, shape_for(layout))
+        assert select(scores, sites, 0.6, shape_for(layout), within=dense_plan(sites)) == plain
+
+
+@everywhere
+@both
+def test_inside_holds_also_where_scores_would_choose_otherwise(family: str, layout: str) -> None:
+    """A larger plan of other scores: what it lacks does not come back."""
+    sites, shape = sites_of(family, layout == "uniform"), shape_for(layout)
+    for seed in range(SEEDS):
+        larger = select(random_scores(sites, seed), sites, 0.7, shape)
+        smaller = select(random_scores(sites, seed + 100), sites, 0.5, shape, within=larger)
+        assert_nested(sites, [(0.7, larger), (0.5, smaller)])
+
+
+def test_ranks_of_what_is_gone_come_last() -> None:
+    site = find_sites(tiny("qwen3", groups=2, ratio=3, layers=1, hidden_size=48), ["query-heads"])
+    scores = {site[0].name: torch.tensor([2.0, 1.0, 3.0, 6.0, 5.0, 4.0])}
+    for kept, order in (((1, 5), [[1, 2, 0], [5, 3, 4]]), ((), [[2, 0, 1], [3, 4, 5]])):
+        nest = Nest(site, scores, Plan({site[0].name: kept}, {site[0].name: 6}))
+        assert nest.lanes[site[0].name].tolist() == order
+
+
+def test_below_the_floors_is_refused() -> None:
+    sites = sites_of("qwen3", False)
+    scores, shape = random_scores(sites, 0), shape_for("per-layer")
+    larger = select(scores, sites, 0.5, shape)
+    with pytest.raises(PlanError, match="below what is feasible"):
+        select(scores, sites, 0.9 * feasible_keep(sites, shape), shape, within=larger)

@@ -1,0 +1,268 @@
+"""Laws: a plan is on budget, maximal, aligned, above its floors, deterministic, and made of the best scores."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prunetune.cost.parameters import total
+from prunetune.errors import PlanError
+from prunetune.plan import Plan
+from prunetune.pruning.sites import Site, dense_plan, find_sites, kept_params
+from prunetune.search.select import Shape, default_align, feasible_keep, floor, floor_width, select
+from support.geometries import GEOMETRIES, geometry, made
+from support.models import tiny
+
+Scores = dict[str, Tensor]
+EPSILON = 1e-9  # scores of two blocks are told apart above rounding
+
+
+def shape(name: str, layout: str, min_groups: int = 0) -> Shape:
+    _, align, legal = geometry(name)
+    return Shape(layout, align, min_groups, lambda groups: groups in legal)
+
+
+def random_scores(sites: tuple[Site, ...], seed: int) -> Scores:
+    rng = torch.Generator().manual_seed(seed)
+    return {site.name: torch.randn(site.units, generator=rng) for site in sites}
+
+
+def targets(sites: tuple[Site, ...], shape: Shape, count: int, seed: int = 0) -> list[float]:
+    """Random feasible keeps."""
+    low = feasible_keep(sites, shape)
+    return (low + (1 - low) * torch.rand(count, generator=torch.Generator().manual_seed(seed)).double()).tolist()
+
+
+def cases(name: str, layout: str, min_groups: int = 0) -> Any:
+    """(keep, scores, plan) of 20 random targets; 10 combinations of geometry and layout make 200."""
+    sites, made_shape = geometry(name)[0], shape(name, layout, min_groups)
+    for seed, keep in enumerate(targets(sites, made_shape, 20)):
+        scores = random_scores(sites, seed)
+        yield keep, scores, select(scores, sites, keep, made_shape)
+
+
+both = pytest.mark.parametrize("layout", ["per-layer", "uniform"])
+everywhere = pytest.mark.parametrize("name", GEOMETRIES)
+
+
+@everywhere
+@both
+def test_on_budget_and_legal(name: str, layout: str) -> None:
+    sites, legal = geometry(name)[0], shape(name, layout)
+    for keep, _, plan in cases(name, layout):
+        assert kept_params(sites, plan) <= keep * total(sites)
+        for site in sites:
+            width = len(plan.kept[site.name])
+            assert width >= floor_width(site, legal)
+            if site.kind == "mlp":
+                assert width % legal.align == 0 or width == site.units
+            elif layout == "uniform":
+                assert legal.legal_groups(width)
+        if layout == "uniform":
+            assert len({(site.kind, len(plan.kept[site.name])) for site in sites}) == 2
+
+
+@everywhere
+def test_no_further_block_fits(name: str) -> None:
+    sites, align = geometry(name)[0], geometry(name)[1]
+    for keep, _, plan in cases(name, "per-layer"):
+        room = keep * total(sites) - kept_params(sites, plan)
+        for site in sites:
+            left = site.units - len(plan.kept[site.name])
+            block = min(align if site.kind == "mlp" else 1, left)
+            assert not block or block * site.unit_params > room
+
+
+def test_a_unit_that_costs_nothing_shuts_nothing_in() -> None:
+    """OLMo's norms have no weights, so that a layer whose blocks are gone has none."""
+    sites = find_sites(tiny("olmo"), ("layers", "kv-groups", "mlp-blocks", "mlp-channels"))
+    for keep in (1.0, 0.8, 0.6, 0.4):
+        plan = select(random_scores(sites, 0), sites, keep, Shape(align=8))
+        assert keep - 0.05 < kept_params(sites, plan) / total(sites) <= keep
+
+
+@everywhere
+def test_no_further_unit_in_all_layers_fits(name: str) -> None:
+    sites, align, legal = geometry(name)
+    layers = len(sites) // 2
+    attention, mlp = sites[0], sites[1]
+    for keep, _, plan in cases(name, "uniform"):
+        room = keep * total(sites) - kept_params(sites, plan)
+        groups, channels = len(plan.kept[attention.name]), len(plan.kept[mlp.name])
+        wider = min((count for count in legal if count > groups), default=groups)
+        more_mlp, more_groups = min(align, mlp.units - channels), wider - groups
+        assert not more_mlp or layers * more_mlp * mlp.unit_params > room
+        # Of the maximal shapes: with another group, the MLP would have to give up channels.
+        assert not more_groups or layers * more_groups * attention.unit_params > room
+
+
+@everywhere
+@both
+def test_the_best_units_of_a_site_stay(name: str, layout: str) -> None:
+    for _, scores, plan in cases(name, layout):
+        for site, kept in plan.kept.items():
+            stays = torch.zeros(plan.units[site], dtype=torch.bool)
+            stays[list(kept)] = True
+            if kept and not stays.all():
+                assert scores[site][stays].min() >= scores[site][~stays].max()
+
+
+def blocks(site: Site, scores: Tensor, legal: Shape) -> list[tuple[float, int, int]]:
+    """(mean score, width once taken, price) of each block above the floor."""
+    size = legal.align if site.kind == "mlp" else 1
+    edges = [*range(floor_width(site, legal), site.units, size), site.units]
+    ranked = scores.double().sort(descending=True).values
+    return [
+        (float(ranked[low:high].mean()), high, (high - low) * site.unit_params)
+        for low, high in itertools.pairwise(edges)
+    ]
+
+
+@everywhere
+def test_a_block_left_out_did_not_fit_beside_better_ones(name: str) -> None:
+    sites, legal = geometry(name)[0], shape(name, "per-layer")
+    for keep, scores, plan in cases(name, "per-layer"):
+        offers = {site.name: blocks(site, scores[site.name], legal) for site in sites}
+        widths = plan.widths()
+        taken = [block for site, of_site in offers.items() for block in of_site if block[1] <= widths[site]]
+        following = [
+            next((block for block in of_site if block[1] > widths[site]), None) for site, of_site in offers.items()
+        ]
+        for score, _, price in filter(None, following):
+            better = sum(paid for mean, _, paid in taken if mean >= score - EPSILON)
+            assert floor(sites, legal) + better + price > keep * total(sites)
+
+
+@everywhere
+def test_uniform_is_the_best_of_the_widest_shapes(name: str) -> None:
+    sites, align, legal = geometry(name)
+    attention, mlp = sites[0], sites[1]
+    channels = [*range(min(align, mlp.units), mlp.units, align), mlp.units]
+
+    def price(groups: int, width: int) -> int:
+        return len(sites) // 2 * (groups * attention.unit_params + width * mlp.unit_params)
+
+    for keep, scores, plan in cases(name, "uniform"):
+
+        def worth(groups: int, width: int, scores: Scores = scores) -> float:
+            counts = {"attention": groups, "mlp": width}
+            ranked = {s.name: scores[s.name].double().sort(descending=True).values for s in sites}
+            return math.fsum(float(ranked[s.name][: counts[s.kind]].sum()) * s.unit_params for s in sites)
+
+        fitting = {g: [c for c in channels if price(g, c) <= keep * total(sites)] for g in legal}
+        widest = {g: max(widths) for g, widths in fitting.items() if widths}
+        maximal = [(g, c) for g, c in widest.items() if all(w <= g or widest[w] < c for w in widest)]
+        best = max(worth(g, c) for g, c in maximal)
+        found = worth(len(plan.kept[attention.name]), len(plan.kept[mlp.name]))
+        assert found == pytest.approx(best, rel=1e-9)
+
+
+@everywhere
+@both
+def test_same_scores_same_plan(name: str, layout: str) -> None:
+    sites, legal = geometry(name)[0], shape(name, layout)
+    for keep, scores, plan in itertools.islice(cases(name, layout), 5):
+        copied = {site: score.clone().double() for site, score in reversed(scores.items())}
+        assert select(copied, sites, keep, legal).to_json() == plan.to_json()
+
+
+@everywhere
+@both
+@pytest.mark.parametrize("level", [0.0, 0.1, -0.3, 1e6])
+def test_ties_go_to_the_lower_index_and_stay_aligned(name: str, layout: str, level: float) -> None:
+    sites, legal = geometry(name)[0], shape(name, layout)
+    equal = {site.name: torch.full((site.units,), level) for site in sites}
+    for keep in targets(sites, legal, 30, seed=1):
+        plan = select(equal, sites, keep, legal)
+        for site in sites:
+            kept = plan.kept[site.name]
+            assert kept == tuple(range(len(kept)))
+            assert site.kind == "attention" or len(kept) % legal.align == 0 or len(kept) == site.units
+        assert kept_params(sites, plan) <= keep * total(sites)
+
+
+def test_rounding_does_not_break_alignment() -> None:
+    # Beside 1e9, sums of 0.1 are inexact: blocks of one site must come in order all the same.
+    sites, legal = made(1, 2, 10, 1000, 7), Shape("per-layer", 128)
+    scores = {sites[0].name: torch.zeros(2), sites[1].name: torch.full((1000,), 0.1)}
+    scores[sites[1].name][:3] = torch.tensor([1e9, 3e7, 1.7e5])
+    for keep in targets(sites, legal, 60):
+        width = len(select(scores, sites, keep, legal).kept[sites[1].name])
+        assert width % 128 == 0 or width == 1000
+
+
+@everywhere
+@both
+def test_keep_all_keeps_all(name: str, layout: str) -> None:
+    sites = geometry(name)[0]
+    assert select(random_scores(sites, 0), sites, 1.0, shape(name, layout)) == dense_plan(sites)
+
+
+@everywhere
+@both
+@pytest.mark.parametrize("min_groups", [0, 2])
+def test_the_floor_is_met_and_named(name: str, layout: str, min_groups: int) -> None:
+    sites, legal = geometry(name)[0], shape(name, layout, min_groups)
+    scores, lowest = random_scores(sites, 0), feasible_keep(sites, legal)
+    plan = select(scores, sites, lowest, legal)
+    assert kept_params(sites, plan) == floor(sites, legal)
+    with pytest.raises(PlanError, match=r"budget\.keep") as refused:
+        select(scores, sites, lowest * 0.999, legal)
+    named = float(str(refused.value).partition("feasible (")[2].partition(")")[0])
+    assert lowest <= named < lowest + 0.002
+    assert kept_params(sites, select(scores, sites, named, legal)) <= named * total(sites)
+
+
+@everywhere
+@both
+def test_min_groups_holds_everywhere(name: str, layout: str) -> None:
+    for _, _, plan in cases(name, layout, min_groups=2):
+        assert all(len(kept) >= 2 for site, kept in plan.kept.items() if site.endswith("attn"))
+
+
+def test_a_first_layer_attends_and_others_need_not() -> None:
+    sites, legal = geometry("smollm")[0], shape("smollm", "per-layer")
+    scores = random_scores(sites, 0) | {site.name: torch.full((3,), -9.0) for site in sites if site.kind == "attention"}
+    widths = select(scores, sites, 0.5, legal).widths()
+    assert [widths[site.name] for site in sites if site.kind == "attention"] == [1, 0, 0, 0, 0, 0]
+
+
+def test_uniform_refuses_unequal_layers() -> None:
+    sites = (*made(1, 2, 10, 8, 2), *made(2, 2, 10, 16, 2)[2:])
+    with pytest.raises(PlanError, match="per-layer"):
+        select(random_scores(sites, 0), sites, 0.8, Shape("uniform", 4))
+
+
+def test_a_floor_of_any_size_is_feasible() -> None:
+    legal = Shape("per-layer", 128)
+    for layers in range(2, 40, 4):
+        sites = made(layers, 8, 5242880 + layers, 14336, 12288 + layers)
+        scores = {site.name: torch.zeros(site.units) for site in sites}
+        plan = select(scores, sites, feasible_keep(sites, legal), legal)
+        assert kept_params(sites, plan) == floor(sites, legal)
+
+
+def test_default_align_is_one_that_hardware_wants() -> None:
+    assert default_align(made(1, 8, 1, 14336, 1)) == 128
+    assert default_align(made(1, 3, 1, 1536, 1)) == 32
+    assert default_align(made(1, 3, 1, 96, 1)) == 24
+    assert default_align(made(1, 3, 1, 2, 1)) == 1
+
+
+def test_scores_of_half_precision_select_alike() -> None:
+    sites, legal = geometry("llama")[0], shape("llama", "per-layer")
+    halves = {name: score.bfloat16() for name, score in random_scores(sites, 0).items()}
+    wide: dict[str, Tensor] = {name: score.float() for name, score in halves.items()}
+    assert select(halves, sites, 0.6, legal) == select(wide, sites, 0.6, legal)
+
+
+def test_the_result_is_a_plan_of_the_model() -> None:
+    sites = geometry("llama")[0]
+    plan = select(random_scores(sites, 0), sites, 0.6, shape("llama", "per-layer"))
+    assert isinstance(plan, Plan)
+    assert plan.units == {site.name: site.units for site in sites}

@@ -1,0 +1,67 @@
+"""Written model folders to export, made in the test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunetune import Plan, cut, find_sites
+from prunetune.export.gguf import llamacpp
+from prunetune.export.source import Source
+from prunetune.export.write import write
+from support.models import random_plan, tiny
+
+
+@torch.inference_mode()
+def greedy(model: Any, prompt: Sequence[int]) -> llamacpp.Answer:
+    """What `llamacpp.reference` finds, without a process of its own."""
+    tokens, gaps = [], []
+    for _ in range(llamacpp.STEPS):
+        logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, -1]
+        best = logits.topk(2)
+        tokens.append(int(best.indices[0]))
+        gaps.append(float((best.values[0] - best.values[1]) / logits.abs().max()))
+    return llamacpp.Answer(tuple(tokens), tuple(gaps))
+
+
+def reference_here(source: Source, prompts: Sequence[Sequence[int]]) -> list[llamacpp.Answer]:
+    """The reference in this process: a fresh one takes seconds to begin."""
+    model = source.model()
+    return [greedy(model, prompt) for prompt in prompts]
+
+
+WIDE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+
+
+def plan_of(model: Any, groups: int, channels: int) -> Plan:
+    """The plan that keeps so many units everywhere, the last ones."""
+    widths = {"attention": groups, "mlp": channels}
+    sites = find_sites(model)
+    kept = {site.name: tuple(range(site.units - widths[site.kind], site.units)) for site in sites}
+    return Plan(kept, {site.name: site.units for site in sites})
+
+
+def run_folder(
+    path: Path,
+    tokenizer: Any,
+    family: str = "llama",
+    *,
+    layout: str = "per-layer",
+    plan: Plan | None = None,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> tuple[Path, Any]:
+    """A run's folder with a pruned model in it; and that model in float32, with weights as they were written."""
+    model = tiny(family, **(WIDE | changes))
+    sites = find_sites(model)
+    plan = plan or (plan_of(model, sites[0].units - 1, 64) if layout == "uniform" else random_plan(model))
+    cut(model, plan)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.yaml").write_text("model: somewhere\n")
+    write(model, tokenizer, plan, sites, path / "model", layout=layout, card="")
+    return path, model.float()

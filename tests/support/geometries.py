@@ -1,0 +1,36 @@
+"""Shared by tests of search."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from prunetune.pruning.sites import Cut, Site, find_sites
+from support.models import tiny
+
+
+def made(layers: int, groups: int, group_params: int, channels: int, channel_params: int) -> tuple[Site, ...]:
+    """Sites without a model, for sizes that no test wants to hold; the first layer keeps a group."""
+    sites = []
+    for layer in range(layers):
+        name = f"model.layers.{layer}"
+        cut = Cut(name, 1)
+        sites.append(Site(f"{name}.self_attn", layer, "attention", groups, (cut,), cut, group_params, int(layer == 0)))
+        sites.append(Site(f"{name}.mlp", layer, "mlp", channels, (cut,), cut, channel_params))
+    return tuple(sites)
+
+
+@cache
+def geometry(name: str) -> tuple[tuple[Site, ...], int, tuple[int, ...]]:
+    """Sites, alignment, and the group counts that a uniform model may have."""
+    if name == "llama":
+        return find_sites(tiny("llama")), 8, (1, 2)
+    if name == "qwen2, biases":
+        return find_sites(tiny("qwen2", groups=4, ratio=1, layers=2)), 32, (1, 2, 4)
+    if name == "gemma3, two layer types":
+        return find_sites(tiny("gemma3_text", groups=3, ratio=1, layers=4)), 16, (1, 3)
+    if name == "smollm":
+        return made(6, 3, 442368, 1536, 1728), 32, (1, 2, 3)
+    return made(3, 8, 5242880, 1000, 12288), 128, tuple(range(1, 9))  # 1000 is no multiple of 128
+
+
+GEOMETRIES = ("llama", "qwen2, biases", "gemma3, two layer types", "smollm", "odd width")

@@ -1,0 +1,162 @@
+"""A loop that is watched: tiny model, a guard of other examples, gates, and a driver that goes on after a roll-back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from prunetune.config.fields import merged
+from prunetune.config.limits import Gate
+from prunetune.config.recipe import RunConfig, from_mapping
+from prunetune.data.batches import Stream
+from prunetune.data.templates import Example
+from prunetune.plan import Plan
+from prunetune.pruning.sites import find_sites
+from prunetune.search.select import Shape
+from prunetune.train.adapters import adapters
+from prunetune.train.checkpoints import Checkpoints, Keeper
+from prunetune.train.job import Job
+from prunetune.train.loop import tune_and_prune
+from prunetune.train.losses import mean_loss
+from prunetune.train.schedule import schedule_of
+from prunetune.train.validation import WentBack
+from support.models import tiny
+
+RECIPE: dict[str, Any] = {
+    "budget": {"keep": 0.4, "align": 8},
+    "train": {"steps": 12, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 1, "validate_every": 1},
+    "lora": {"rank": 4},
+    "search": {"share": 0.5, "settle": 0.25, "evidence": 2, "batch_size": 4, "anneal": 1.0},
+}
+
+
+def config_of(**changes: Any) -> RunConfig:
+    return from_mapping(merged(RECIPE, changes))
+
+
+def examples(count: int = 24, seed: int = 0) -> tuple[Example, ...]:
+    rng = torch.Generator().manual_seed(seed)
+    made = []
+    for index in range(count):
+        prompt = torch.randint(3, 8, (2 + index % 5,), generator=rng).tolist()
+        made.append(Example((1, *prompt, *[prompt[-1]] * 3, 2), len(prompt) + 1, f"row {index}"))
+    return tuple(made)
+
+
+def closed(model: Any) -> float:
+    """How much of an all-ones input the consumers' hooks and cuts let through: the share kept, seen from outside."""
+    sites = find_sites(tiny())
+    kept, whole = 0.0, 0.0
+    for site in sites:
+        consumer = model.get_submodule(site.consumer.module)
+        seen = torch.ones(1, consumer.in_features)
+        for hook in consumer._forward_pre_hooks.values():
+            (seen,) = hook(consumer, (seen,))
+        kept += float(seen.sum())
+        whole += site.units * site.consumer.per_unit
+    return 1 - kept / whole
+
+
+def on_guard(model: Any) -> float:
+    return mean_loss(model, examples(6, seed=9), 0, 16384)
+
+
+@dataclass
+class Looker:
+    """A watch whose score is a function of the model as it is."""
+
+    gates: tuple[Gate, ...]
+    good: Keeper
+    score: Callable[[Any], float] = closed
+    reference: bool = True
+    plans: dict[int, Plan] = field(default_factory=dict)
+
+    def scores(self, model: Any) -> dict[str, float]:
+        return {"guard.nll": self.score(model)}
+
+    def decided(self, record: dict[str, Any], plan: Plan) -> None:
+        self.plans[record["step"]] = plan
+
+
+@dataclass
+class Notes:
+    """Keeps all that the loop says."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    validations: list[dict[str, Any]] = field(default_factory=list)
+
+    def step(self, record: dict[str, Any]) -> None:
+        self.steps.append(record)
+
+    def validation(self, record: dict[str, Any]) -> None:
+        self.validations.append(record)
+
+
+@dataclass
+class Run:
+    """What a driven loop ended with."""
+
+    plan: Plan
+    job: Job
+    notes: Notes
+    watch: Looker
+    backs: int  # how often a gate went back
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return {name: weight.detach().clone() for name, weight in adapters(self.job.model).items()}
+
+    @property
+    def seen(self) -> dict[str, Any]:
+        state = self.job.checkpoints.latest()
+        assert state is not None
+        return state.seen
+
+
+def drive(
+    config: RunConfig,
+    folder: Path,
+    *gates: str,
+    score: Callable[[Any], float] = closed,
+    watched: bool = True,
+    keeper: Keeper | None = None,
+) -> Run:
+    """Run the loop, and again where a gate went back, as the pipeline does."""
+    notes, kept = Notes(), keeper or Checkpoints(folder / "checkpoints")
+    watch = Looker(tuple(Gate.parse(gate) for gate in gates), Checkpoints(folder / "good"), score)
+    for backs in range(100):
+        job = job_of(config, notes, kept, watch if watched else None)
+        try:
+            return Run(tune_and_prune(job), job, notes, watch, backs)
+        except WentBack:
+            continue
+    raise AssertionError("it goes back for ever")
+
+
+def job_of(config: RunConfig, notes: Notes, keeper: Keeper, watch: Looker | None) -> Job:
+    model = tiny().requires_grad_(False)
+    return Job(
+        model=model,
+        sites=find_sites(model),
+        shape=Shape(config.layout, config.budget.align),
+        train=Stream(examples(), config.train.batch_size, 1),
+        search=Stream(examples(seed=1), config.search.batch_size, 2),
+        valid=examples(4, seed=2),
+        pad_id=0,
+        config=config,
+        schedule=schedule_of(config),
+        checkpoints=keeper,
+        observer=notes,
+        accelerator=Accelerator(cpu=True),
+        watch=watch,
+    )
+
+
+def identical(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())

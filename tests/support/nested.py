@@ -1,0 +1,36 @@
+"""Shared by tests of search."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import Site
+from prunetune.search.select import Shape
+from support.models import kinds_of, tiny
+
+UNIFORM = ("layers", "kv-groups", "query-heads", "mlp-channels", "experts", "expert-channels")
+
+
+@cache
+def sites_of(family: str, uniform: bool) -> tuple[Site, ...]:
+    units = [kind for kind in kinds_of(family) if not uniform or kind in UNIFORM]
+    return find_sites(tiny(family, layers=5, groups=3, ratio=3, hidden_size=72), units)
+
+
+def random_scores(sites: tuple[Site, ...], seed: int) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    return {site.name: torch.randn(site.units, generator=rng) for site in sites}
+
+
+def shape_for(layout: str, **bounds: Any) -> Shape:
+    return Shape(layout, 8, **bounds)
+
+
+FAMILIES = ("qwen3", "mixtral", "gpt_oss", "gpt2")
+everywhere = pytest.mark.parametrize("family", FAMILIES)
+both = pytest.mark.parametrize("layout", ["per-layer", "uniform"])

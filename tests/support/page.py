@@ -1,0 +1,33 @@
+"""Shared by tests of report."""
+
+from __future__ import annotations
+
+from html.parser import HTMLParser
+
+ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>$x_1$ #010105 &amp; \N{CJK UNIFIED IDEOGRAPH-6A21}"
+VOID = {"meta", "input", "br", "hr", "img", "link"}
+
+
+class Outline(HTMLParser):
+    """Tags and attributes of a page; fails on tags that are not closed in order."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def attributes(self, name: str) -> list[str]:
+        return [str(attrs[name]) for _, attrs in self.tags if name in attrs]

@@ -1,0 +1,326 @@
+"""Laws of several ranks: they decide, lose and learn as one does; what one leaves, any number goes on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import yaml
+
+from prunetune.config.recipe import from_mapping
+from prunetune.data.templates import Example
+from prunetune.errors import ConfigError, GateFailed, ModelError
+from prunetune.pipeline.prepare import prepare
+from prunetune.pipeline.stages import train
+from prunetune.runs.folder import RunFolder, open_folder
+from prunetune.train.checkpoints import Checkpoints
+from prunetune.train.parallel.distributed_passes import together
+from prunetune.train.parallel.ranks import ALONE, Ranks, fingerprint, join
+from prunetune.train.players import Search
+from prunetune.train.recovery import Faults
+from prunetune.utils.console import Quiet
+from prunetune.utils.launch import launched, lost, refusal
+from support.data import write_lines
+from support.distributed_worker import OTHERS, STEPS, STOP, result
+from support.evaluation import characters, speaker
+from support.loop import config_of, job_of
+
+TESTS = Path(__file__).parents[2]
+CLOSE = 1e-5
+RECIPE: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "budget": {"keep": 0.6, "align": 8},
+    "train": {"steps": 8, "batch_size": 3, "learning_rate": 1e-3, "validate_every": 4, "weights": "adapters"},
+    "lora": {"rank": 4},
+    "search": {"share": 0.4, "settle": 0.25, "evidence": 1, "batch_size": 4},
+    "evaluate": {"limit": 2, "generate_limit": 0, "dense_tuned": False},
+    "distill": {"teacher": "base"},
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data, a recipe, and a run that one process left."""
+    folder = tmp_path_factory.mktemp("place")
+    speaker().save_pretrained(folder / "dense")
+    characters().save_pretrained(folder / "dense")
+    rows = [{"prompt": f"Repeat {n}: ", "completion": f"{n} {n}", "task": "open"} for n in range(24)]
+    write_lines(folder / "rows.jsonl", *rows)
+    own = {"model": str(folder / "dense"), "out": str(folder / "run"), "data": {"train": [str(folder / "rows.jsonl")]}}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | own), encoding="utf-8")
+    result(ALONE, Checkpoints(folder / "one"), stop=STOP)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(place: Path) -> dict[str, Any]:
+    """What two ranks found: the only launch of this file."""
+    port = free_port()
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "support.distributed_worker", place],
+            env=os.environ
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(TESTS)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = [rank.communicate()[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    values: dict[str, Any] = json.loads((place / "found.json").read_text(encoding="utf-8"))
+    return values
+
+
+def free_port() -> str:
+    """Below those that systems hand out by themselves: nobody else is given it until the ranks listen."""
+    for port in random.sample(range(20000, 32000), 100):
+        with socket.socket() as free, suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return str(port)
+    raise OSError("no port between 20000 and 32000 is free")
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, Any]:
+    """The same run by one process."""
+    return result(ALONE)
+
+
+def close(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Same plan, same losses from the last step backwards."""
+    assert one["plan"] == other["plan"]
+    for name in ("loss", "valid"):
+        pairs = list(zip(reversed(one[name]), reversed(other[name]), strict=False))
+        assert pairs
+        assert max(abs(a - b) for a, b in pairs) < CLOSE
+
+
+def test_two_ranks_are_one(found: dict[str, Any], alone: dict[str, Any]) -> None:
+    """Batches of 5 and 3 for two ranks: shares are uneven, and every label counts the same."""
+    assert len(alone["loss"]) == STEPS
+    close(found["ddp"], alone)
+
+
+def test_sharded_weights_are_the_same_weights(found: dict[str, Any]) -> None:
+    """With a teacher, also sharded; the model is cut while it is sharded."""
+    close(found["fsdp"], result(ALONE, distil=True))
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_whatever_a_run_is(name: str, found: dict[str, Any]) -> None:
+    """With fewer examples than ranks, one of them passes over nothing."""
+    close(found[name], result(ALONE, **OTHERS[name][1]))
+
+
+def test_packed_rows_are_shared_alike(found: dict[str, Any]) -> None:
+    close(found["packed"], result(ALONE, train={"steps": 6}))
+
+
+def test_two_go_on_with_what_one_left(found: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert len(found["one to two"]["loss"]) < STEPS
+    close(found["one to two"], alone)
+
+
+def test_one_goes_on_with_what_two_left(found: dict[str, Any], alone: dict[str, Any], place: Path) -> None:
+    assert len(found["two to one"]["loss"]) == STOP
+    assert Checkpoints(place / "two").latest() is not None
+    close(result(ALONE, Checkpoints(place / "two")), alone)
+
+
+def test_memory_that_runs_out_on_one_rank_does_on_all(found: dict[str, Any]) -> None:
+    assert found["room"] == [16, 16]
+
+
+class Full:
+    """Passes of one number, or none where memory has run out."""
+
+    def __init__(self, *, full: bool) -> None:
+        self.full = full
+
+    def score(self, examples: object, gates: object) -> float:
+        if self.full:
+            raise torch.OutOfMemoryError("full")
+        return 1.0
+
+
+class Cramped(Ranks):
+    """Two ranks, of which this one has no room to sum in."""
+
+    def any(self, *arguments: Any) -> bool:
+        return False
+
+    def sum_(self, tensors: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+
+@pytest.mark.parametrize(
+    ("world", "joined", "error", "waits"),
+    [(2, True, GateFailed, 1), (2, False, GateFailed, 0), (1, False, GateFailed, 0), (2, True, ModelError, 0)],
+)
+def test_a_gate_that_stops_the_run_is_told_of_before_any_rank_ends(
+    world: int, joined: bool, error: type[Exception], waits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not where the others are gone, nor for what goes wrong on one rank alone."""
+    found: list[Ranks] = []
+    monkeypatch.setattr(Ranks, "wait", lambda self: found.append(self))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: joined)
+    with pytest.raises(error), Ranks(world=world).stopped():
+        raise error
+    assert len(found) == waits
+
+
+@pytest.mark.parametrize("shards", [True, False])
+def test_memory_that_runs_out_in_an_exchange_ends_the_run(shards: bool) -> None:
+    """Nobody takes the step again alone: what the others wait for would be another exchange."""
+    passes: Any = Full(full=shards)
+    several = together(passes, None, Cramped(world=2, shards=shards))
+    with pytest.raises(ModelError, match="out of GPU memory while ranks exchange"):
+        Faults(several, 0).within_memory((), lambda: several.score((), {}), lambda: None)
+
+
+def test_nobody_goes_on_before_all_are_there(found: dict[str, Any]) -> None:
+    assert found["waits"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_the_generator_moves_by_the_mean_over_ranks(world: int) -> None:
+    """Ranks hold the same gradients here, as they do but for the order in which kernels add."""
+
+    class Alike(Ranks):
+        def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
+            for tensor in tensors:
+                tensor.mul_(self.world)
+
+    search = Search(replace(job_of(config_of()), ranks=Alike(world=world)), cast(Any, None), cast(Any, None))
+    generator = search.searcher.generator
+    torch.stack([logits.square().sum() for logits in generator().values()]).sum().backward()
+    before = [parameter.grad.clone() for parameter in generator.parameters() if parameter.grad is not None]
+    search._average()
+    after = [parameter.grad for parameter in generator.parameters() if parameter.grad is not None]
+    assert len(before) == len(after) > 0
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_decisions_that_differ_end_the_run(found: dict[str, Any]) -> None:
+    """On every rank: none goes on alone."""
+    assert found["differ"].startswith("the gates differ between ranks")
+
+
+def test_a_whole_run_by_sharded_ranks(found: dict[str, Any], place: Path) -> None:
+    """Rank 0 wrote the folder, layer by layer; one process decides and cuts the same, but for rounding."""
+    there, here = RunFolder(place / "run"), RunFolder(place / "again")
+    assert there.manifest()["selfcheck"]["ok"]
+    assert len(list(there.model.glob("*.safetensors"))) == 4  # three layers, and what is outside
+    config = from_mapping(yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8")) | {"out": str(here.path)})
+    setting = prepare(config, resume=False, console=Quiet())
+    open_folder(here, config)
+    train(setting)
+    state = Checkpoints(here.checkpoints).latest()
+    assert state is not None
+    assert state.plan is not None
+    assert state.plan.to_json() == there.plan.read_text(encoding="utf-8")
+    lines = [(folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for folder in (here, there)]
+    losses = [[json.loads(line)["loss"] for line in part] for part in lines]
+    assert losses[0] == pytest.approx(losses[1], abs=CLOSE)
+
+
+# -- without a launch ------------------------------------------------------------------------------------------------
+
+
+def rows(*lengths: int) -> list[Example]:
+    return [Example(tuple(range(length)), 1, str(index)) for index, length in enumerate(lengths)]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 16])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+def test_shares_hold_every_example_once(count: int, world: int) -> None:
+    examples = rows(*(3 + 7 * index % 11 for index in range(count)))
+    shares = Ranks(world=world).shares(examples)
+    assert len(shares) == world
+    assert sorted((example for share in shares for example in share), key=lambda e: int(e.id)) == examples
+    loads = [sum(len(example.ids) for example in share) for share in shares]
+    assert max(loads) - min(loads) <= max(len(example.ids) for example in examples)
+
+
+def test_a_fingerprint_sees_order_and_every_bit() -> None:
+    values = torch.tensor([1.0, 2.0, 3.0])
+    assert fingerprint([values]) == fingerprint([values.clone()])
+    for other in (values.flip(0), values * (1 + 2**-23), torch.tensor([1.0, 2.0, float("nan")])):
+        assert fingerprint([values]) != fingerprint([other])
+
+
+def test_alone_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    assert join(torch.device("cpu")) is ALONE
+    monkeypatch.setenv("WORLD_SIZE", "8")  # of a cluster's job, not of a launcher
+    assert launched() == (0, 1)
+    assert not lost(RuntimeError("Connection closed by peer"))
+    assert not refusal("compare")
+
+
+@pytest.mark.parametrize(
+    ("device", "changes", "says"),
+    [
+        ("cuda:1", {}, "is one GPU"),
+        ("mps", {}, "need CUDA or the CPU"),
+        ("cpu", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "--fsdp_version 2"),
+        ("cpu", {"ACCELERATE_USE_FSDP": "true"}, "--fsdp_version 2"),
+        ("cpu", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "offload"),
+        ("cpu", {"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_ranks_meet(
+    device: str, changes: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"} | changes).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=says):
+        join(torch.device(device))
+
+
+def test_other_verbs_are_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert "one process" in refusal("compare")
+    assert not refusal("run")
+    assert lost(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3"))
+    assert not lost(RuntimeError("shapes differ"))
+
+
+def test_a_rank_that_waits_for_one_that_is_gone_says_so_and_ends() -> None:
+    """The main thread is held where no signal handler of Python runs."""
+    held = (
+        "import ctypes, os, signal; from prunetune import launch; launch.GRACE = 0.1\n"
+        "signal.signal(signal.SIGTERM, lambda *_: None)\n"
+        "def wait():\n"
+        "    print('waits', flush=True)\n"
+        "    while True: ctypes.CDLL(None).sleep(60)\n"  # the handler runs, and the wait goes on
+        "launch.end(wait)"
+    )
+    environment = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", held], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert said == "prunetune: rank 1 of 2: told to stop, as when another rank ends; go on with --resume\n"

@@ -1,0 +1,68 @@
+"""Laws of tuning all weights: merging changes nothing, linears of the cut model move, and fit into the dense one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prunetune.cost.parameters import total
+from prunetune.pruning.masking import masked
+from prunetune.pruning.sites import find_sites, kept_params, tuned_linears
+from prunetune.train.adapters import grow_weights, tunes_all
+from prunetune.train.loop import tune_and_prune
+from prunetune.train.schedule import learning_rate
+from support.loop import KEEP, config_of, job_of, losses, weights_of
+from support.models import tiny
+
+ALL = {"train": {"weights": "all", "weights_rate": 1e-2}}
+WHOLE_FAMILIES = ["llama", "qwen2", "phi3", "gpt2", "gpt_neox"]
+
+
+@pytest.mark.parametrize("family", WHOLE_FAMILIES)
+def test_all_weights_of_the_cut_model_are_tuned(family: str) -> None:
+    job = job_of(config_of(ALL), family=family)
+    dense = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
+    plan = tune_and_prune(job)
+    tuned = weights_of(job)
+    assert not any("lora" in name for name, _ in job.model.named_parameters())
+    assert set(tuned) == {f"{name}.weight" for name in tuned_linears(tiny(family))} & set(job.model.state_dict())
+    assert kept_params(job.sites, plan) <= KEEP * total(job.sites)
+    others = {name: tensor for name, tensor in job.model.state_dict().items() if name not in tuned}
+    assert all(tensor.shape != dense[name].shape or torch.equal(tensor, dense[name]) for name, tensor in others.items())
+    rates = [record["lr"] for record in job.observer.steps]  # type: ignore[attr-defined]
+    expected = [learning_rate(step, job.config.train, 1e-2 if step >= 7 else None) for step in range(10)]
+    assert rates == expected
+
+
+@pytest.mark.parametrize("family", WHOLE_FAMILIES)
+def test_merging_at_the_cut_changes_nothing(family: str) -> None:
+    first, second = (job_of(config_of({"train": {"weights": kind}}), family=family) for kind in ("all", "adapters"))
+    for job in (first, second):
+        tune_and_prune(job)
+    at = 7  # the first step after the cut has seen no update yet
+    assert losses(first)[:at] == losses(second)[:at]
+    assert losses(first)[at] == pytest.approx(losses(second)[at], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", WHOLE_FAMILIES)
+def test_grown_weights_under_gates_are_the_cut_model(family: str) -> None:
+    job = job_of(config_of(ALL), family=family)
+    plan = tune_and_prune(job)
+    dense = tiny(family)
+    grow_weights(dense, weights_of(job), plan, job.sites)
+    tokens = torch.tensor([[1, 5, 6, 7, 3]])
+    with torch.no_grad(), masked(dense, plan, sites=job.sites):
+        expected = dense(tokens).logits
+    with torch.no_grad():
+        torch.testing.assert_close(job.model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_large_models_stay_with_adapters_unless_told() -> None:
+    sites = find_sites(tiny("llama"))
+    large = tuple(replace(site, unit_params=10**9) for site in sites)
+    train = config_of({"train": {"weights": "auto"}}).train
+    assert (tunes_all(train, sites), tunes_all(train, large)) == (True, False)
+    assert tunes_all(replace(train, weights="all"), large)
+    assert not tunes_all(replace(train, weights="adapters"), sites)

@@ -1,0 +1,137 @@
+"""Laws of recordings, with a GPU that is played: what holds when one fails, and who has which stream."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prunetune.errors import ModelError
+from prunetune.train.cuda_graphs import HELD, POOL, RECORDING, Recorder, own_stream
+
+CUDA = torch.device("cuda")
+
+
+class Stream:
+    """One of a few that are handed out over and over; knows whom it waited for."""
+
+    __slots__ = ("cuda_stream", "waited")  # no weak reference can be had: PyTorch's would dangle
+    made = 0
+
+    def __init__(self, device: object = None) -> None:
+        self.cuda_stream = 1 + Stream.made % POOL
+        Stream.made += 1
+        self.waited: list[Stream] = []
+
+    def wait_stream(self, other: Stream) -> None:
+        self.waited.append(other)
+
+
+class Graph:
+    """Counts how often it was replayed."""
+
+    replayed = 0
+
+    def replay(self) -> None:
+        self.replayed += 1
+
+
+@pytest.fixture
+def current(monkeypatch: pytest.MonkeyPatch) -> Stream:
+    """The stream that the caller is on."""
+    one = Stream()
+    HELD.clear()
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: one)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+    return one
+
+
+def raising(error: Exception) -> Any:
+    def function(inputs: Sequence[Tensor]) -> None:
+        raise error
+
+    return function
+
+
+def nothing(inputs: Sequence[Tensor]) -> None:
+    """A pass."""
+
+
+def test_a_key_is_run_then_recorded_then_replayed(current: Stream) -> None:
+    recorder, seen = Recorder(CUDA), []
+    for _ in range(4):
+        recorder.run("key", lambda _: seen.append(RECORDING.locked()), [])
+    assert seen == [True, True]  # run once, recorded once, each by itself
+    recorder.forget()
+    recorder.run("key", lambda _: seen.append(True), [])
+    assert len(seen) == 3
+
+
+def test_what_follows_a_pass_that_failed_waits_for_what_it_had_launched(current: Stream) -> None:
+    """Else gradients that are zeroed for a second try are added to by the first."""
+    recorder = Recorder(CUDA)
+    with pytest.raises(torch.OutOfMemoryError):
+        recorder.run("key", raising(torch.OutOfMemoryError("full")), [])
+    assert current.waited == [recorder._own.stream]  # type: ignore[union-attr]
+    assert not RECORDING.locked()
+    recorder.run("key", nothing, [])  # as the first time
+
+
+@contextmanager
+def failing_at_its_end(*_: Any, **__: Any) -> Iterator[None]:
+    """A recording whose end cannot be told apart from any other error."""
+    try:
+        yield
+    finally:
+        raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
+
+
+@pytest.mark.parametrize(
+    ("failed", "hidden", "expected"),
+    [
+        (torch.OutOfMemoryError("full"), False, torch.OutOfMemoryError),
+        (torch.OutOfMemoryError("full"), True, torch.OutOfMemoryError),
+        (RuntimeError("CUDA error: out of memory\nmore"), False, torch.OutOfMemoryError),
+        (RuntimeError("operation not permitted when stream is capturing\nmore"), False, ModelError),
+        (RuntimeError("operation not permitted when stream is capturing"), True, ModelError),
+        (RuntimeError(""), False, ModelError),
+        (torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing"), True, ModelError),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), False, torch.AcceleratorError),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), True, torch.AcceleratorError),
+    ],
+)
+def test_lack_of_memory_is_told_from_what_cannot_be_recorded(
+    failed: Exception, hidden: bool, expected: type[Exception], current: Stream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the one there are smaller passes, whatever the recording says of it."""
+    if hidden:
+        monkeypatch.setattr(torch.cuda, "graph", failing_at_its_end)
+    recorder = Recorder(CUDA)
+    recorder.run("key", nothing, [])
+    with pytest.raises(expected, match=r"^[^\n]*$"):
+        recorder.run("key", raising(failed), [])
+    assert not RECORDING.locked()
+
+
+def test_nobody_has_another_s_stream(current: Stream) -> None:
+    held = [own_stream(CUDA) for _ in range(POOL - 1)]
+    for _ in range(2 * POOL):
+        recorder = Recorder(CUDA)
+        own = recorder._own
+        assert own is not None
+        assert len({each.stream.cuda_stream for each in (*held, own)}) == POOL
+        del own
+        del recorder
+        gc.collect()
+    full = [*held, own_stream(CUDA)]
+    assert own_stream(CUDA) is not None  # there are no more: better a shared one than none
+    assert len(full) == POOL

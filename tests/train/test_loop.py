@@ -1,0 +1,285 @@
+"""Laws of the loop: it learns, ends on budget, repeats itself to the bit, and resumes as if nothing had happened."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prunetune.cost.parameters import total
+from prunetune.errors import ModelError
+from prunetune.pruning.sites import dense_plan, find_sites, kept_params
+from prunetune.train.adapters import adapters
+from prunetune.train.checkpoints import Checkpoints, State
+from prunetune.train.loop import tune_and_prune
+from prunetune.train.losses import Teacher, backward, mean_loss
+from prunetune.train.schedule import learning_rate
+from support.loop import (
+    KEEP,
+    Every,
+    config_of,
+    examples,
+    identical,
+    job_of,
+    losses,
+    search_losses,
+    tuned,
+    weights_of,
+)
+from support.models import random_plan, tiny
+
+# -- whole runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["per-layer", "uniform"])
+@pytest.mark.parametrize("generator", ["transformer", "gru"])
+@pytest.mark.parametrize("gates", ["projected", "sampled"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_it_learns_and_ends_on_budget(family: str, gates: str, generator: str, layout: str) -> None:
+    config = config_of(
+        {"layout": layout, "search": {"gates": gates, "generator": generator}, "train": {"steps": 20, "batch_size": 8}}
+    )
+    job = job_of(config, family=family)
+    plan = tune_and_prune(job)
+    assert kept_params(job.sites, plan) <= KEEP * total(job.sites)
+    assert kept_params(job.sites, plan) > (KEEP - 0.15) * total(job.sites)
+    assert sum(losses(job)[-3:]) < 0.8 * sum(losses(job)[:3])
+    assert all(math.isfinite(loss) for loss in losses(job))
+    if layout == "uniform":
+        assert len({(site.kind, len(plan.kept[site.name])) for site in job.sites}) == 2
+    linears = dict(job.model.named_modules())
+    for site in job.sites:
+        if plan.kept[site.name]:
+            base = linears[site.consumer.module].base_layer
+            assert base.weight.shape[1] == len(plan.kept[site.name]) * site.consumer.per_unit
+
+
+def test_records_say_what_happened() -> None:
+    job = job_of(config_of())
+    plan = tune_and_prune(job)
+    notes: Any = job.observer
+    assert [record["step"] for record in notes.steps] == list(range(1, 11))
+    assert [record["phase"] for record in notes.steps] == ["search"] * 4 + ["settle"] * 3 + ["tune"] * 3
+    assert [record["lr"] for record in notes.steps] == [learning_rate(step, job.config.train) for step in range(10)]
+    kept = [record["kept"] for record in notes.steps]
+    assert kept[-1] == pytest.approx(kept_params(job.sites, plan) / total(job.sites))
+    assert kept[0] > kept[3]
+    assert all(record["kept"] <= job.schedule.keep_at(record["step"] - 1) + 1e-6 for record in notes.steps[:4])
+    assert all(("search_loss" in record) == (record["phase"] == "search") for record in notes.steps)
+    assert all(("lasso" in record) == (record["phase"] != "tune") for record in notes.steps)
+    assert [record["step"] for record in notes.validations] == [5, 10]
+
+
+def test_a_run_without_settling_or_tuning_ends_on_budget_too() -> None:
+    for search in ({"share": 1.0, "settle": 0.0}, {"share": 0.5, "settle": 0.0}, {"share": 0.5, "settle": 0.5}):
+        job = job_of(config_of({"train": {"steps": 4}, "search": search}))
+        assert kept_params(job.sites, tune_and_prune(job)) <= KEEP * total(job.sites)
+
+
+def test_one_step_is_a_run() -> None:
+    job = job_of(config_of({"train": {"steps": 1}}))
+    assert kept_params(job.sites, tune_and_prune(job)) <= KEEP * total(job.sites)
+
+
+def test_a_given_plan_is_only_tuned() -> None:
+    model = tiny()
+    plan = random_plan(model)
+    job = job_of(config_of(), plan=plan, model=model)
+    assert tune_and_prune(job) == plan
+    assert {record["phase"] for record in job.observer.steps} == {"tune"}  # type: ignore[attr-defined]
+    assert losses(job)[-1] < losses(job)[0]
+    dense = job_of(config_of(), plan=dense_plan(find_sites(tiny())))
+    tune_and_prune(dense)
+    assert {record["kept"] for record in dense.observer.steps} == {1.0}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("gates", ["projected", "sampled"])
+@pytest.mark.parametrize("generator", ["transformer", "gru"])
+def test_the_same_seed_gives_the_same_bits(gates: str, generator: str) -> None:
+    config = config_of({"search": {"gates": gates, "generator": generator}, "lora": {"dropout": 0.1}})
+    first, second = job_of(config), job_of(config)
+    torch.manual_seed(1)
+    plan = tune_and_prune(first)
+    torch.manual_seed(2)  # nothing may hang on the state of the process
+    assert tune_and_prune(second) == plan
+    assert identical(weights_of(first), weights_of(second))
+    assert losses(first) == losses(second)
+
+
+def test_another_seed_gives_another_run() -> None:
+    first, second = job_of(config_of()), job_of(config_of({"seed": 1}))
+    tune_and_prune(first)
+    tune_and_prune(second)
+    assert losses(first) != losses(second)
+
+
+def test_base_weights_stay_as_they_are_until_they_are_cut() -> None:
+    model = tiny()
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    tune_and_prune(job_of(config_of(), plan=dense_plan(find_sites(model)), model=model))
+    after = {name.replace(".base_layer", ""): value for name, value in model.named_parameters() if ".lora_" not in name}
+    assert identical(before, {name: value.detach() for name, value in after.items()})
+
+
+# -- resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "gates", "train"),
+    [
+        ("llama", "projected", {}),
+        ("llama", "sampled", {}),
+        ("qwen3", "projected", {}),
+        ("qwen3", "sampled", {}),
+        ("llama", "projected", {"optimizer": "muon"}),
+        ("qwen2", "projected", {"weights": "all"}),
+        ("phi3", "projected", {"weights": "all"}),
+    ],
+)
+def test_resumed_at_any_step_equals_uninterrupted(
+    family: str, gates: str, train: dict[str, Any], tmp_path: Path
+) -> None:
+    config = config_of({"search": {"gates": gates}, "lora": {"dropout": 0.1}, "train": train})
+    every = Every(tmp_path)
+    whole = job_of(config, family=family, keeper=every)
+    plan = tune_and_prune(whole)
+    for step in range(1, config.train.steps + 1):
+        resumed = job_of(config, family=family, keeper=every.at(step))
+        assert tune_and_prune(resumed) == plan
+        assert identical(weights_of(resumed), weights_of(whole)), step
+        assert losses(resumed) == losses(whole)[step:]
+        assert search_losses(resumed) == search_losses(whole)[step:]
+
+
+def test_seconds_of_a_resumed_run_go_on(tmp_path: Path) -> None:
+    every, config = Every(tmp_path), config_of()
+    tune_and_prune(job_of(config, keeper=every))
+    state = every.at(3).latest()
+    assert state is not None
+    assert state.seconds > 0
+    every.at(3).save(replace(state, seconds=1000.0))
+    resumed = job_of(config, keeper=every.at(3))
+    tune_and_prune(resumed)
+    seconds = [record["seconds"] for record in resumed.observer.steps]  # type: ignore[attr-defined]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 1000
+
+
+def test_only_the_newest_two_checkpoints_stay(tmp_path: Path) -> None:
+    tune_and_prune(job_of(config_of(), keeper=Checkpoints(tmp_path)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000009", "step-0000010"]
+
+
+def test_checkpoints_are_written_where_phases_end(tmp_path: Path) -> None:
+    every = Every(tmp_path)
+    tune_and_prune(job_of(config_of({"train": {"checkpoint_every": 100}}), keeper=every))
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [4, 7, 10]
+
+
+def damage(file: Path, how: str) -> None:
+    data = file.read_bytes()
+    if how == "cut short":
+        file.write_bytes(data[: len(data) // 2])
+    elif how == "one bit":
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif how == "empty":
+        file.write_bytes(b"")
+    else:
+        file.unlink()
+
+
+@pytest.mark.parametrize("how", ["cut short", "one bit", "empty", "missing"])
+@pytest.mark.parametrize("part", ["adapters.safetensors", "generator_optimizer.safetensors", "state.json"])
+def test_an_older_checkpoint_stands_in_for_a_damaged_one(part: str, how: str, tmp_path: Path) -> None:
+    state = {name: {"w": torch.arange(4.0)} for name in ("adapters", "generator_optimizer")}
+    checkpoints = Checkpoints(tmp_path)
+    for step in (3, 6):
+        checkpoints.save(State(step, None, False, state))
+    damage(tmp_path / "step-0000006" / part, how)
+    found = checkpoints.latest()
+    assert found is not None
+    assert found.step == 3
+    damage(tmp_path / "step-0000003" / part, how)
+    assert checkpoints.latest() is None
+
+
+def test_a_run_over_a_damaged_checkpoint_ends_the_same(tmp_path: Path) -> None:
+    config, checkpoints = config_of(), Checkpoints(tmp_path / "a")
+    whole = job_of(config, keeper=Every(tmp_path / "b"))
+    plan = tune_and_prune(whole)
+    for step in (5, 6):
+        shutil.copytree(tmp_path / "b" / str(step) / f"step-{step:07d}", tmp_path / "a" / f"step-{step:07d}")
+    damage(tmp_path / "a" / "step-0000006" / "adapters.safetensors", "one bit")
+    resumed = job_of(config, keeper=checkpoints)
+    assert tune_and_prune(resumed) == plan
+    assert identical(weights_of(resumed), weights_of(whole))
+
+
+def test_a_checkpoint_that_was_being_written_does_not_count(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.latest() is None
+    checkpoints.save(State(1, None, False, {"adapters": {"w": torch.zeros(1)}}))
+    (tmp_path / "step-0000002.partial").mkdir()
+    found = checkpoints.latest()
+    assert found is not None
+    assert found.step == 1
+    checkpoints.save(State(2, random_plan(tiny()), True, {"adapters": {"w": torch.ones(1)}}))
+    found = checkpoints.latest()
+    assert found is not None
+    assert (found.step, found.plan, found.is_cut) == (2, random_plan(tiny()), True)
+    assert torch.equal(found.tensors["adapters"]["w"], torch.ones(1))
+
+
+# -- losses ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_not_a_number_names_step_and_rows() -> None:
+    model = tiny()
+    job = job_of(config_of({"train": {"max_skipped": 0}, "search": {"evidence": 0}}), model=model)
+    model.lm_head.weight.data[5] = math.nan
+    with pytest.raises(ModelError, match=r"gradient is nan at step 1 \(rows row \d+, row \d+, row \d+") as refused:
+        tune_and_prune(job)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_teacher_that_says_nan_stops_the_run() -> None:
+    model = tiny("llama", seed=5)
+    model.lm_head.weight.data[5] = math.nan
+    job = job_of(config_of({"search": {"evidence": 0, "sparsity": "off"}}))
+    with pytest.raises(ModelError, match=r"is nan at step 3 \(rows row"):
+        tune_and_prune(replace(job, teacher=Teacher(model, 1.0, 0.0)))
+
+
+@pytest.mark.parametrize("micro_tokens", [1, 20, 40])
+def test_micro_batches_add_up_to_one_batch(micro_tokens: int) -> None:
+    rows = examples(12)
+
+    def gradients(tokens: int) -> tuple[float, dict[str, Tensor]]:
+        model = tuned(tiny())
+        loss = backward(model, rows, 0, tokens)
+        return loss, {name: p.grad for name, p in adapters(model).items() if p.grad is not None}
+
+    loss, whole = gradients(10**6)
+    small_loss, parts = gradients(micro_tokens)
+    assert small_loss == pytest.approx(loss, rel=1e-5)
+    assert whole.keys() == parts.keys()
+    for name, slope in whole.items():
+        assert torch.allclose(parts[name], slope, rtol=1e-3, atol=1e-5 * float(slope.abs().max())), name
+
+
+def test_the_loss_is_the_mean_over_answer_tokens() -> None:
+    model, rows = tiny(), examples(5)
+    summed, count = 0.0, 0
+    for row in rows:
+        logits = model(torch.tensor([row.ids])).logits[0].detach().log_softmax(-1)
+        for place in range(row.answer_from, len(row.ids)):
+            summed -= float(logits[place - 1, row.ids[place]])
+            count += 1
+    assert mean_loss(model, rows, 0, 16384) == pytest.approx(summed / count, rel=1e-5)
+    assert mean_loss(model, rows, 0, 1) == pytest.approx(summed / count, rel=1e-5)

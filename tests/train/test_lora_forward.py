@@ -1,0 +1,271 @@
+"""Laws of the adapters' own forward pass: it gives what peft's gives, and so do its gradients.
+
+A hook on the linear below makes it go the long way, which is what the short one is held against.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from prunetune.config.recipe import LoraSettings
+from prunetune.model.activation_checkpointing import recomputed
+from prunetune.pruning.masking import gates_of, masked
+from prunetune.pruning.sites import find_sites, tuned_linears
+from prunetune.train import lora_forward
+from prunetune.train.adapters import adapters, add_adapters
+from support.models import random_plan, tiny
+
+FAMILIES = ("llama", "qwen2", "gpt2")
+
+
+def adapted(family: str, **settings: Any) -> Any:
+    model = tiny(family)
+    add_adapters(model, find_sites(model), LoraSettings(rank=3, **settings), seed=0)
+    for name, weight in adapters(model).items():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outputs_and_gradients_are_those_of_peft(family: str) -> None:
+    ours = adapted(family)
+    theirs = copy.deepcopy(ours)
+    for name in tuned_linears(tiny(family)):
+        del theirs.get_submodule(name).forward  # the class's own again
+    tokens = torch.tensor([[1, 5, 6, 7, 3], [4, 4, 2, 9, 8]])
+    for model in (ours, theirs):
+        model(tokens).logits.square().mean().backward()
+    torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=1e-5, atol=1e-6)
+    for name, weight in adapters(ours).items():
+        torch.testing.assert_close(weight.grad, theirs.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_copy_computes_with_its_own_weights() -> None:
+    model = adapted("llama")
+    tokens = torch.tensor([[1, 5, 6, 7, 3]])
+    before, other = model(tokens).logits, copy.deepcopy(model)
+    for weight in adapters(other).values():
+        weight.data.zero_()
+    assert torch.equal(model(tokens).logits, before)
+    assert not torch.allclose(other(tokens).logits, before)
+
+
+def test_dropout_stays_with_peft() -> None:
+    model = adapted("llama", dropout=0.5)
+    assert not any("forward" in vars(model.get_submodule(name)) for name in tuned_linears(tiny("llama")))
+
+
+def layer(*, bias: bool = True, dtype: torch.dtype = torch.float64, of_adapters: torch.dtype | None = None) -> Any:
+    """One linear with its adapter, frozen below: 7 inputs, 5 outputs."""
+    torch.manual_seed(2)
+    model = nn.ModuleDict({"down_proj": nn.Linear(7, 5, bias=bias).to(dtype).requires_grad_(False)})
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["down_proj"], init_lora_weights=False)
+    inject_adapter_in_model(config, model)
+    found: Any = model["down_proj"]
+    found.cast_input_dtype_enabled = False
+    for weight in (found.lora_A["default"].weight, found.lora_B["default"].weight):
+        weight.data = weight.data.to(of_adapters or dtype)
+    lora_forward.simplify(found, "default")
+    return found
+
+
+@contextmanager
+def the_long_way(model: Any) -> Iterator[None]:
+    """For the block, somebody looks into every linear with an adapter."""
+    handles = [
+        module.base_layer.register_forward_hook(lambda *_: None)
+        for module in model.modules()
+        if hasattr(module, "base_layer")
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def both_ways(model: Any, run: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What `run` finds the short way and the long one, and the gradients that it leaves."""
+    found = []
+    for way in (nullcontext(), the_long_way(model)):
+        model.zero_grad()
+        with way:
+            values = run()
+        found.append(values | {name: one.grad for name, one in model.named_parameters() if one.grad is not None})
+    return found[0], found[1]
+
+
+def is_short(result: Tensor) -> bool:
+    """Whether a layer's result came the short way; a view of 2-D rows is behind one node more."""
+    node: Any = result.grad_fn
+    return "_Adapted" in str([node, *(before for before, _ in node.next_functions)])
+
+
+@pytest.mark.parametrize("shape", [(4, 7), (2, 3, 7), (2, 2, 3, 7), (0, 7)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("wanted", ["xAB", "AB", "x", "A", "B", "xA", "xB"])
+def test_the_short_way_gives_the_same(shape: tuple[int, ...], bias: bool, wanted: str) -> None:
+    one = layer(bias=bias)
+    one.lora_A["default"].weight.requires_grad_("A" in wanted)
+    one.lora_B["default"].weight.requires_grad_("B" in wanted)
+    weights = torch.randn(*shape[:-1], 5, dtype=torch.float64)
+
+    def run() -> dict[str, Tensor]:
+        torch.manual_seed(4)
+        x = torch.randn(shape, dtype=torch.float64, requires_grad="x" in wanted)
+        result = one(x)
+        assert is_short(result) is not bool(one.base_layer._forward_hooks)
+        (result * weights).sum().backward()
+        return {"y": result.detach()} | ({"x": x.grad} if x.grad is not None else {})
+
+    short, long = both_ways(one, run)
+    assert short.keys() == long.keys()
+    for name, value in long.items():
+        torch.testing.assert_close(short[name], value, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adapters_in_32_bits_on_a_base_in_16_have_gradients_in_32(dtype: torch.dtype) -> None:
+    one = layer(dtype=torch.bfloat16, of_adapters=torch.float32)
+
+    def run() -> dict[str, Tensor]:
+        x = torch.randn(2, 9, 7, generator=torch.Generator().manual_seed(4)).to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            result = one(x)
+            assert is_short(result) is not bool(one.base_layer._forward_hooks)
+        assert result.dtype == torch.bfloat16
+        result.float().square().sum().backward()
+        assert x.grad is not None
+        assert x.grad.dtype == dtype
+        return {"y": result.detach(), "x": x.grad}
+
+    short, long = both_ways(one, run)
+    for name, value in long.items():
+        assert short[name].dtype == value.dtype
+        torch.testing.assert_close(short[name], value, rtol=0.02, atol=0.02 * float(value.abs().max()))
+    assert {short[name].dtype for name in short if "lora_" in name} == {torch.float32}
+
+
+def test_a_backward_pass_under_autocast_computes_as_the_forward_pass_did() -> None:
+    one = layer(dtype=torch.float32)
+    x = torch.ones(3, 7, requires_grad=True)
+    result = one(x).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        result.backward()
+    short = x.grad
+    x.grad = None
+    with the_long_way(one):
+        one(x).sum().backward()
+    torch.testing.assert_close(short, x.grad)
+
+
+class Other(nn.Linear):
+    """A linear with a forward of its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def _replaced(linear: Any) -> None:
+    linear.forward = lambda x: torch.nn.functional.linear(x, linear.weight, linear.bias)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda linear: linear.register_forward_hook(lambda *_: None),
+        lambda linear: linear.register_forward_pre_hook(lambda *_: None),
+        lambda linear: linear.register_full_backward_hook(lambda *_: None),
+        lambda linear: linear.weight.requires_grad_(),
+        lambda linear: linear.bias.requires_grad_(),
+        lambda linear: setattr(linear, "__class__", Other),
+        _replaced,
+    ],
+)
+def test_what_is_more_than_a_frozen_linear_goes_the_long_way(change: Callable[[Any], Any]) -> None:
+    one = layer()
+    x = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
+    assert is_short(one(x))
+    change(one.base_layer)
+    expected = one.base_layer(x) + one.scaling["default"] * one.lora_B["default"](one.lora_A["default"](x))
+    result = one(x)
+    assert not is_short(result)
+    torch.testing.assert_close(result, expected)
+
+
+def test_the_way_is_chosen_at_every_call() -> None:
+    one = layer()
+    x = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
+    handle = one.base_layer.register_forward_hook(lambda *args: 0 * args[-1])
+    assert not is_short(one(x))
+    handle.remove()
+    assert is_short(one(x))
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("form", ["gated", "free", None])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_hears_the_same_both_ways(family: str, form: Any, again: bool) -> None:
+    model = tiny(family).requires_grad_(False)
+    sites = find_sites(model)
+    gates = {name: gate.requires_grad_() for name, gate in gates_of(random_plan(model), sites).items()}
+    add_adapters(model, sites, LoraSettings(rank=3), seed=0)
+    for name, weight in adapters(model).items():
+        if ".lora_B." in name:
+            nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(1))
+    tokens = torch.tensor([[1, 5, 6, 7, 3], [4, 4, 2, 9, 8]])
+
+    def run() -> dict[str, Tensor]:
+        for gate in gates.values():
+            gate.grad = None
+        gated = masked(model, gates, adapters=form, sites=sites) if form else nullcontext()
+        with recomputed(model) if again else nullcontext(), gated:
+            logits = model(tokens, use_cache=False).logits
+            logits.square().mean().backward()
+        slopes = {f"slope {name}": gate.grad for name, gate in gates.items() if gate.grad is not None}
+        with torch.no_grad():
+            torch.testing.assert_close(model(tokens).logits, plain, rtol=1e-5, atol=1e-5)
+        return {"logits": logits.detach(), **slopes}
+
+    with the_long_way(model), torch.no_grad():
+        plain = model(tokens).logits
+    short, long = both_ways(model, run)
+    assert short.keys() == long.keys()
+    for name, value in long.items():
+        torch.testing.assert_close(short[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, at=name: f"{at}: {text}")
+
+
+@pytest.mark.parametrize(("wanted", "sizes"), [("AB", 2), ("B", 1), ("A", 1), ("", 0)])
+def test_no_more_is_kept_than_gradients_need(wanted: str, sizes: int) -> None:
+    """Of what is as long as the rows: x for A, and A x for B; neither where adapters are frozen."""
+    one = layer()
+    one.lora_A["default"].weight.requires_grad_("A" in wanted)
+    one.lora_B["default"].weight.requires_grad_("B" in wanted)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        one(torch.randn(11, 7, dtype=torch.float64, requires_grad=True))
+    assert sum(len(tensor) == 11 for tensor in kept) == sizes
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_gradients_of_adapters_are_written_in_32_bits_on_a_gpu() -> None:
+    one, other = (torch.randn(64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    wide = lora_forward._product(one.t(), other, torch.float32)
+    assert wide.dtype == torch.float32
+    torch.testing.assert_close(wide, one.t().float() @ other.float(), rtol=1e-3, atol=1e-3)

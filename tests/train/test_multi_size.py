@@ -1,0 +1,90 @@
+"""Laws of going on with a larger size: its tuned weights, cut further, are what the first step sees."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+
+from prunetune.pruning.masking import masked
+from prunetune.pruning.nf4 import hold_in_four_bits, is_four_bit
+from prunetune.train.adapters import add_adapters, grow_weights, put_back, tunes_all
+from prunetune.train.loop import tune_and_prune
+from prunetune.train.losses import mean_loss
+from support.loop import identical, losses, weights_of
+from support.models import tiny
+from support.multi_size import larger, smaller
+
+both = pytest.mark.parametrize("weights", ["all", "adapters"])
+families = pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
+
+
+@both
+@families
+def test_the_first_step_sees_the_tuned_weights_cut_further(weights: str, family: str) -> None:
+    state = larger(weights, family)
+    job, plan = smaller(state, weights, family)
+    assert plan != state.plan
+    dense = tiny(family)
+    if weights == "adapters":
+        add_adapters(dense, job.sites, job.config.lora, seed=9)
+    put_back(dense, state, job.sites, job.config.train)
+    with masked(dense, plan, sites=job.sites):
+        expected = mean_loss(dense, job.train.batch(0), job.pad_id, job.config.train.micro_tokens)
+    assert tune_and_prune(job) == plan
+    assert losses(job)[0] == pytest.approx(expected, rel=1e-5)
+    assert [record["phase"] for record in job.observer.steps] == ["tune"] * 3  # type: ignore[attr-defined]
+
+
+@both
+def test_without_a_step_it_is_the_larger_ones_lines(weights: str) -> None:
+    """At a learning rate of next to nothing, each weight is the larger size's at the rows and columns that stay."""
+    state = larger(weights, "llama")
+    still: dict[str, Any] = {"learning_rate": 1e-30, "weights_rate": 1e-30}
+    job, plan = smaller(state, weights, "llama", **still)
+    tune_and_prune(job)
+    assert state.plan is not None
+    held = state.tensors["adapters"]
+    for name, weight in weights_of(job).items():
+        index = [
+            [place for place, unit in enumerate(state.plan.kept[site.name]) if unit in set(plan.kept[site.name])]
+            for site in job.sites
+            if name.startswith(f"{site.name}.") and "down_proj" in name and "lora_B" not in name
+        ]
+        if index:
+            assert torch.equal(weight, held[name][:, index[0]])
+
+
+def test_weights_go_on_in_the_precision_they_were_tuned_in() -> None:
+    state = larger("all", "llama")
+    half = tiny("llama").to(torch.bfloat16)
+    job, _ = smaller(state, "all", "llama")
+    add_adapters(half, job.sites, job.config.lora, seed=0)
+    put_back(half, state, job.sites, job.config.train)
+    again = tiny("llama")
+    assert state.plan is not None
+    grow_weights(again, state.tensors["adapters"], state.plan, job.sites)
+    assert tunes_all(job.config.train, job.sites)
+    grown = {name: tensor for name, tensor in again.state_dict().items() if name in state.tensors["adapters"]}
+    found = {
+        name: half.get_submodule(name.removesuffix(".weight")).get_parameter("base_layer.weight") for name in grown
+    }
+    assert all(tensor.dtype == torch.float32 for tensor in found.values())
+    assert identical(grown, found)
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_tuned_weights_take_the_place_of_those_in_four_bits(wrapped: bool) -> None:
+    """These are read anew from their packed form, so that what is written into them is lost."""
+    state, whole, packed = larger("all", "llama"), tiny("llama"), tiny("llama")
+    job, _ = smaller(state, "all", "llama")
+    hold_in_four_bits(packed, job.sites, dtype=torch.float32, device=torch.device("cpu"))
+    for model in (whole, packed):
+        if wrapped:
+            add_adapters(model, job.sites, job.config.lora, seed=0)
+        put_back(model, state, job.sites, job.config.train)
+    assert not is_four_bit(packed)
+    assert identical(dict(whole.named_parameters()), dict(packed.named_parameters()))

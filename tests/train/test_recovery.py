@@ -1,0 +1,199 @@
+"""Laws of faults: what is left out moves nothing, smaller passes are the same step, a resumed run remembers both."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prunetune.errors import ModelError
+from prunetune.search.searcher import Searcher
+from prunetune.train.adapters import adapters
+from prunetune.train.loop import tune_and_prune
+from prunetune.train.passes import Padded
+from prunetune.train.schedule import learning_rate
+from support.loop import Every, config_of, identical, job_of, losses, weights_of
+
+Tune = Callable[..., Any]
+
+
+def spoiled(monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], *, gradient: bool = False) -> None:
+    """Tuning passes of these numbers (from 1) give NaN, as the loss or in the gradient alone."""
+    genuine, count = Padded.tune, [0]
+
+    def tune(self: Padded, *arguments: Any) -> Any:
+        found = genuine(self, *arguments)
+        count[0] += 1
+        if count[0] in calls:
+            next(iter(adapters(self.model).values())).grad.fill_(math.nan)  # type: ignore[union-attr]
+            return found if gradient else {**found, "loss": math.nan}
+        return found
+
+    monkeypatch.setattr(Padded, "tune", tune)
+
+
+def rates(job: Any) -> list[float]:
+    return [record["lr"] for record in job.observer.steps]
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("at", [1, 6, 9])  # in each phase
+def test_a_batch_without_numbers_is_left_out(
+    gradient: bool, at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    spoiled(monkeypatch, [at], gradient=gradient)
+    job = job_of(config_of())
+    with caplog.at_level(logging.WARNING):
+        tune_and_prune(job)
+    assert all(weight.isfinite().all() for weight in weights_of(job).values())
+    train = job.config.train
+    assert rates(job) == [learning_rate(step, train) * (0.5 if step + 1 > at else 1) for step in range(10)]
+    assert f"at step {at} (rows row" in caplog.text
+
+
+def test_too_many_end_the_run_with_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    spoiled(monkeypatch, range(1, 11))
+    with pytest.raises(
+        ModelError, match=r"loss is nan at step 3 \(rows row .*2 batches were left out before.*--resume"
+    ):
+        tune_and_prune(job_of(config_of({"train": {"max_skipped": 2}})))
+
+
+def test_a_search_without_numbers_leaves_the_generator_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    genuine = Padded.slopes
+
+    def slopes(self: Padded, *arguments: Any) -> Any:
+        found, slopes = genuine(self, *arguments)
+        return found, {name: slope * math.nan for name, slope in slopes.items()}
+
+    monkeypatch.setattr(Padded, "slopes", slopes)
+    every = Every(tmp_path)
+    job = job_of(config_of({"search": {"evidence": 0}}), keeper=every)
+    tune_and_prune(job)
+    first, last = every.at(1).latest(), every.at(10).latest()
+    assert first is not None
+    assert last is not None
+    assert identical(first.tensors["generator"], last.tensors["generator"])
+    assert all(weight.isfinite().all() for weight in last.tensors["generator"].values())
+    assert last.faults["skipped"] == 4
+
+
+def test_evidence_without_numbers_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    genuine, heard, started = Padded.slopes, [], []
+
+    def slopes(self: Padded, *arguments: Any) -> Any:
+        found, slopes = genuine(self, *arguments)
+        heard.append({name: slope.clone() for name, slope in slopes.items()})
+        return found, {name: slope * (math.nan if len(heard) == 2 else 1) for name, slope in slopes.items()}
+
+    monkeypatch.setattr(Padded, "slopes", slopes)
+    monkeypatch.setattr(Searcher, "start_from", lambda _, importance: started.append(importance))
+    job = job_of(config_of({"search": {"evidence": 3}}))
+    with caplog.at_level(logging.WARNING):
+        tune_and_prune(job)
+    ((importance,), (one, _, other)) = started, heard[:3]
+    assert all(torch.equal(importance[name], one[name].square() + other[name].square()) for name in importance)
+    assert "the evidence is nan at step 1 (rows row" in caplog.text
+
+
+def test_a_joint_batch_without_numbers_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    genuine, count = Padded.both, [0]
+
+    def both(self: Padded, *arguments: Any) -> Any:
+        losses, slopes = genuine(self, *arguments)
+        count[0] += 1
+        factor = math.nan if count[0] == 2 else 1.0
+        return {**losses, "loss": losses["loss"] * factor}, {name: slope * factor for name, slope in slopes.items()}
+
+    monkeypatch.setattr(Padded, "both", both)
+    job = job_of(config_of({"search": {"step": "joint"}}))
+    tune_and_prune(job)
+    train = job.config.train
+    assert rates(job) == [learning_rate(step, train) * (0.5 if step >= 2 else 1) for step in range(10)]
+
+
+def test_what_was_left_out_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    every = Every(tmp_path)
+    with monkeypatch.context() as patched:
+        spoiled(patched, [2])
+        whole = job_of(config_of(), keeper=every)
+        plan = tune_and_prune(whole)
+    for step in (2, 5, 8):
+        resumed = job_of(config_of(), keeper=every.at(step))
+        assert tune_and_prune(resumed) == plan
+        assert identical(weights_of(resumed), weights_of(whole))
+        assert rates(resumed) == rates(whole)[step:]
+
+
+def cramped(monkeypatch: pytest.MonkeyPatch, room: int, at: int = 1) -> None:
+    """From tuning pass `at` on, one of more than so many tokens is too much, having added to the gradients."""
+    genuine, count = Padded.tune, [0]
+
+    def tune(self: Padded, *arguments: Any) -> Any:
+        count[0] += 1
+        found = genuine(self, *arguments)
+        if count[0] >= at and self.micro_tokens > room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    monkeypatch.setattr(Padded, "tune", tune)
+
+
+def test_smaller_passes_are_the_same_steps(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = {"train": {"micro_tokens": 16}, "search": {"evidence": 0}}
+    whole, every = job_of(config_of(small)), Every(tmp_path)
+    plan = tune_and_prune(whole)
+    cramped(monkeypatch, room=16)
+    job = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"evidence": 0}}), keeper=every)
+    with caplog.at_level(logging.WARNING):
+        assert tune_and_prune(job) == plan
+    assert "passes of 16 tokens" in caplog.text
+    for name, weight in weights_of(job).items():
+        torch.testing.assert_close(weight, weights_of(whole)[name], rtol=1e-3, atol=1e-4)
+    resumed = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"evidence": 0}}), keeper=every.at(5))
+    monkeypatch.undo()
+    assert tune_and_prune(resumed) == plan
+    assert identical(weights_of(resumed), weights_of(job))
+    assert losses(resumed) == losses(job)[5:]
+
+
+def test_one_example_that_is_too_large_is_computed_twice(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, every = job_of(config_of()), Every(tmp_path)
+    plan = tune_and_prune(whole)
+    genuine = Padded.tune
+
+    def tune(self: Padded, *arguments: Any) -> Any:
+        found = genuine(self, *arguments)
+        if not self.recompute:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    monkeypatch.setattr(Padded, "tune", tune)
+    job = job_of(config_of(), keeper=every)
+    with caplog.at_level(logging.WARNING):
+        assert tune_and_prune(job) == plan
+    assert caplog.text.count("computed twice") == 1
+    for name, weight in weights_of(job).items():
+        torch.testing.assert_close(weight, weights_of(whole)[name], rtol=1e-3, atol=1e-4)
+    resumed = job_of(config_of(), keeper=every.at(5))
+    assert tune_and_prune(resumed) == plan
+    assert identical(weights_of(resumed), weights_of(job))
+    with pytest.raises(torch.OutOfMemoryError):
+        tune_and_prune(job_of(config_of({"train": {"checkpointing": "off"}})))
+
+
+def test_one_example_that_is_too_large_even_so_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    cramped(monkeypatch, room=0)
+    with pytest.raises(torch.OutOfMemoryError):
+        tune_and_prune(job_of(config_of()))

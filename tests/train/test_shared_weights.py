@@ -1,0 +1,180 @@
+"""Laws of a teacher in its student's memory: the run is that of a teacher apart, resumes, and holds one model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prunetune.config.recipe import DistillConfig, RunConfig
+from prunetune.data import packs
+from prunetune.pruning.cut import merge_adapters
+from prunetune.pruning.masking import masked
+from prunetune.pruning.shared_weights import can_lend, let_go
+from prunetune.pruning.sites import find_sites
+from prunetune.train import loop
+from prunetune.train.adapters import LARGE, add_adapters, put_back
+from prunetune.train.checkpoints import Checkpoints, Keeper
+from prunetune.train.job import Job
+from prunetune.train.loop import tune_and_prune
+from prunetune.train.losses import Teacher, lean_relative_error, relative_error
+from prunetune.train.passes import Packed
+from prunetune.train.teacher import by_size, untuned
+from support.loop import Every, Notes, config_of, identical, job_of, losses, search_losses, weights_of
+from support.models import tiny
+from support.multi_size import larger, smaller
+from support.shared_weights import held
+
+CUT = 7  # steps before it
+DISTILL = DistillConfig(logits=1.0, hidden=1.0, share=1.0)
+both = pytest.mark.parametrize("weights", ["adapters", "all"])
+families = pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3"])
+
+
+def recipe(weights: str) -> RunConfig:
+    return config_of({"train": {"weights": weights}, "lora": {"dropout": 0.1}})
+
+
+def taught(config: RunConfig, family: str = "llama", *, keeper: Keeper | None = None) -> Job:
+    """A run whose teacher is the model itself, untuned."""
+    job = job_of(config, family=family, keeper=keeper)
+    return replace(job, teacher=untuned(job.model, DISTILL))
+
+
+@both
+@families
+def test_the_run_is_that_of_a_teacher_apart(family: str, weights: str) -> None:
+    config = recipe(weights)
+    together, apart = taught(config, family), job_of(config, family=family)
+    apart = replace(
+        apart, teacher=Teacher(tiny(family).requires_grad_(False), DISTILL.logits, DISTILL.hidden, tuned=False)
+    )
+    before = tiny(family).state_dict()
+    assert tune_and_prune(together) == tune_and_prune(apart)
+    assert search_losses(together) == search_losses(apart)
+    exact = CUT if weights == "adapters" and any(map(can_lend, together.sites)) else config.train.steps
+    assert losses(together)[:exact] == losses(apart)[:exact]
+    assert losses(together) == pytest.approx(losses(apart), rel=1e-4)
+    assert together.teacher is not None
+    after = together.teacher.model.state_dict()
+    if exact > CUT:
+        assert identical(before, after)
+    else:  # in another order
+        assert all(torch.allclose(one.norm(), after[name].norm()) for name, one in before.items())
+
+
+@both
+def test_resumed_at_any_step_equals_uninterrupted(weights: str, tmp_path: Path) -> None:
+    config, every = recipe(weights), Every(tmp_path)
+    whole = taught(config, "qwen2", keeper=every)
+    plan = tune_and_prune(whole)
+    for step in (5, CUT, 8):
+        resumed = taught(config, "qwen2", keeper=every.at(step))
+        assert tune_and_prune(resumed) == plan
+        assert identical(weights_of(resumed), weights_of(whole)), step
+        assert losses(resumed) == losses(whole)[step:]
+
+
+@both
+def test_a_smaller_size_goes_on_beside_its_teacher(weights: str) -> None:
+    (job, plan), (apart, _) = (smaller(larger(weights, "llama"), weights, "llama") for _ in range(2))
+    job = replace(job, teacher=untuned(job.model, DISTILL))
+    apart = replace(
+        apart, teacher=Teacher(tiny("llama").requires_grad_(False), DISTILL.logits, DISTILL.hidden, tuned=False)
+    )
+    assert tune_and_prune(job) == tune_and_prune(apart) == plan
+    assert losses(job) == pytest.approx(losses(apart), rel=1e-5)
+    assert job.teacher is not None
+    if weights == "all":  # whose weights took the place of the student's, and were tuned
+        assert identical(tiny("llama").state_dict(), job.teacher.model.state_dict())
+    else:
+        assert held(job.model, job.teacher.model) == held(job.teacher.model)
+
+
+@both
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_what_is_stored_is_what_is_in_memory(family: str, weights: str, tmp_path: Path) -> None:
+    config, keeper, tokens = recipe(weights), Checkpoints(tmp_path), torch.tensor([[1, 5, 6, 7, 3, 4]])
+    job = taught(config, family, keeper=keeper)
+    plan, state = tune_and_prune(job), keeper.latest()
+    assert state is not None
+    dense = tiny(family).requires_grad_(False)
+    if weights == "adapters":
+        add_adapters(dense, job.sites, config.lora, seed=0)
+    put_back(dense, state, job.sites, config.train)
+    with torch.no_grad():
+        found = job.model(tokens).logits
+        with masked(dense, plan, sites=job.sites):
+            torch.testing.assert_close(found, dense(tokens).logits, rtol=1e-5, atol=1e-5)
+        let_go(job.model)
+        merge_adapters(job.model)
+        torch.testing.assert_close(job.model(tokens).logits, found, rtol=1e-5, atol=1e-5)
+
+
+class Scales(Notes):
+    """Weighs student and teacher together after every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.job: Any = None
+        self.held: list[int] = []
+
+    def step(self, record: dict[str, Any]) -> None:
+        super().step(record)
+        self.held.append(held(self.job.model, self.job.teacher.model))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_run_holds_one_model(family: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packs, "TOKENS", 32)
+    monkeypatch.setattr(packs, "LABELS", 32)
+    if packed:
+        monkeypatch.setattr(loop, "passes_for", Packed)
+    scales = Scales()
+    job = scales.job = replace(taught(config_of(), family), observer=scales)
+    one = held(job.model)
+    tune_and_prune(job)
+    assert scales.held == [one] * 10
+
+
+def test_all_weights_are_a_second_model_s_after_the_cut() -> None:
+    scales = Scales()
+    job = scales.job = replace(taught(config_of({"train": {"weights": "all"}})), observer=scales)
+    one = held(job.model)
+    tune_and_prune(job)
+    tuned = sum(weight.nbytes for weight in weights_of(job).values())
+    assert scales.held == [one] * CUT + [one + tuned] * 3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_lean_error_is_the_error(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    output, aim = (torch.randn(2, 7, 16).to(dtype) for _ in range(2))
+    output.requires_grad_()
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        lean = lean_relative_error(output, aim)
+    assert sum(one.nbytes for one in kept) <= output.nbytes + aim.nbytes
+    plain, share = relative_error(output, aim), torch.rand(14)
+    assert torch.equal(lean, plain)
+    slopes = [torch.autograd.grad((error * share).sum(), output)[0] for error in (lean, plain)]
+    assert torch.equal(*slopes)
+
+
+def test_who_teaches_and_how_the_search_steps_is_a_matter_of_size() -> None:
+    sites = tuple(find_sites(tiny("llama")))
+    large = tuple(replace(site, unit_params=LARGE) for site in sites)
+    config = config_of({"distill": {"teacher": "auto"}})
+    assert by_size(config, sites).distill.teacher == "dense"
+    assert by_size(config, large).distill.teacher == "base"
+    assert [by_size(config, each).distill.share for each in (sites, large)] == [1, 0.5]
+    assert [by_size(config, each).search.step for each in (sites, large)] == ["alternate", "joint"]
+    assert [by_size(config, each).search.lora_aware for each in (sites, large)] == [True, False]
+    for wanted, step in (("none", "joint"), ("base", "alternate"), ("dense", "joint")):
+        told = config_of({"distill": {"teacher": wanted, "share": 0.3}, "search": {"step": step}})
+        assert by_size(told, sites) == by_size(told, large) == told

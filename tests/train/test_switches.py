@@ -1,0 +1,309 @@
+"""Laws of the switches between the paper's method and its ablations."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from prunetune.config.fields import merged
+from prunetune.config.recipe import RunConfig, from_mapping, load_recipe
+from prunetune.cost.parameters import total
+from prunetune.data import packs
+from prunetune.pruning.masking import gates_of, masked
+from prunetune.pruning.sites import find_sites, kept_params
+from prunetune.search.generator import FreeLogits, generator_for
+from prunetune.search.searcher import Searcher
+from prunetune.search.select import Shape
+from prunetune.train.adapters import adapters, group_norms, soft_threshold
+from prunetune.train.loop import tune_and_prune
+from prunetune.train.losses import backward
+from prunetune.train.passes import Packed, Padded
+from prunetune.train.schedule import schedule_of
+from support.loop import KEEP, Every, config_of, examples, identical, job_of, losses, weights_of
+from support.models import random_plan, tiny, with_lora
+from support.passes import assert_same, gradients
+
+ROOT = Path(__file__).parents[2]
+VARIANTS = yaml.safe_load((ROOT / "benchmarks" / "quality" / "paper.yaml").read_text(encoding="utf-8"))
+PAPER: dict[str, Any] = {
+    "search": {"gates": "sampled", "evidence": 0, "share": 0.5, "settle": 0.5, "generator": "gru"},
+    "train": {"warmup": 0.0, "decay": "constant"},
+}
+SWITCHES: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "joint": {"step": "joint"},
+    "free logits": {"generator": "none"},
+    "not LoRA-aware": {"lora_aware": False},
+    "proximal": {"sparsity": "proximal", "lasso": 1.0},
+    "no sparsity": {"sparsity": "off"},
+    "soft": {"hard": False},
+    "joint, soft, gated": {"step": "joint", "hard": False, "lora_aware": False},
+    "joint, projected": {"step": "joint", "gates": "projected"},
+    "soft, projected": {"hard": False, "gates": "projected"},
+}
+
+
+def setting_of(name: str) -> RunConfig:
+    return config_of(merged(PAPER, {"search": SWITCHES[name]}))
+
+
+def notes_of(job: Any) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = job.observer.steps
+    return found
+
+
+# -- whole runs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_it_ends_on_budget_and_repeats_itself(name: str) -> None:
+    first, second = job_of(setting_of(name)), job_of(setting_of(name))
+    torch.manual_seed(1)
+    plan = tune_and_prune(first)
+    torch.manual_seed(2)
+    assert tune_and_prune(second) == plan
+    assert (KEEP - 0.15) * total(first.sites) < kept_params(first.sites, plan) <= KEEP * total(first.sites)
+    assert all(math.isfinite(loss) for loss in losses(first))
+    assert losses(first) == losses(second)
+    assert identical(weights_of(first), weights_of(second))
+
+
+@pytest.mark.parametrize("name", [name for name in SWITCHES if name != "paper"])
+def test_a_switch_makes_a_difference(name: str) -> None:
+    one, other = job_of(setting_of("paper")), job_of(setting_of(name))
+    tune_and_prune(one)
+    tune_and_prune(other)
+    assert losses(one) != losses(other)
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
+    config, every = setting_of(name), Every(tmp_path)
+    whole = job_of(config, keeper=every)
+    plan = tune_and_prune(whole)
+    for step in (2, 5, 7):
+        resumed = job_of(config, keeper=every.at(step))
+        assert tune_and_prune(resumed) == plan
+        assert identical(weights_of(resumed), weights_of(whole)), step
+        assert losses(resumed) == losses(whole)[step:]
+
+
+def test_records_say_which_player_had_a_pass_and_what_sparsity_there_was() -> None:
+    for name, search, lasso in (("paper", True, True), ("joint", False, True), ("no sparsity", True, False)):
+        job = job_of(setting_of(name))
+        tune_and_prune(job)
+        assert any("search_loss" in record for record in notes_of(job)) == search
+        assert any("lasso" in record for record in notes_of(job)) == lasso
+        assert all("ratio_loss" in record for record in notes_of(job) if record["phase"] == "search")
+
+
+# -- the paper's recipe ----------------------------------------------------------------------------------------------
+
+
+def test_the_paper_ends_its_second_epoch_with_the_cut() -> None:
+    schedule = schedule_of(load_recipe(ROOT / "recipes" / "paper.yaml"))
+    assert (schedule.search, schedule.settle, schedule.steps) == (750, 1500, 1500)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_ablation_is_a_recipe_of_its_own(name: str) -> None:
+    changes = {key: value for key, value in VARIANTS[name].items() if key != "dense"}
+    base = load_recipe(ROOT / "recipes" / "paper.yaml")
+    assert (load_recipe(ROOT / "recipes" / "paper.yaml", changes) == base) == (not changes)
+
+
+def test_off_needs_no_quotes() -> None:
+    for text in ("search: {sparsity: off}", "search: {sparsity: 'off'}"):
+        assert from_mapping(yaml.safe_load(text)).search.sparsity == "off"
+
+
+# -- one backward for both players -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("aware", [True, False])
+@pytest.mark.parametrize("soft", [True, False])
+@pytest.mark.parametrize("micro_tokens", [10_000, 25])
+def test_a_joint_pass_is_both_passes(
+    micro_tokens: int, soft: bool, aware: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters' gradients are always those of `tune`. Slopes are those of `slopes` where the forward is the same:
+
+    under gates on both branches. The LoRA-aware forward is another function of the gates.
+    """
+    monkeypatch.setattr(packs, "TOKENS", 32)
+    monkeypatch.setattr(packs, "LABELS", 32)
+    model = tiny()
+    sites, gates = find_sites(model), gates_of(random_plan(model), find_sites(model))
+    if soft:
+        gates = {name: 0.2 + 0.5 * gate for name, gate in gates.items()}
+    model.requires_grad_(False)
+    with_lora(model)
+    config = from_mapping({"train": {"micro_tokens": micro_tokens}, "search": {"lora_aware": aware}})
+    found = []
+    for kind in (Padded, Packed):
+        passes: Any = kind(model, sites, 0, config)
+        loss, slopes = passes.both(examples(), gates)
+        learnt = gradients(model)
+        assert loss == pytest.approx(passes.tune(examples(), gates), rel=1e-5)
+        assert_same(gradients(model), learnt)
+        others = passes.slopes(examples(), gates)[1]
+        if aware:
+            assert any(not torch.allclose(slopes[name], others[name], rtol=1e-2) for name in slopes)
+        else:
+            assert_same(others, slopes)
+        found.append((loss, slopes, learnt))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    assert_same(found[0][1], found[1][1])
+    assert_same(found[0][2], found[1][2])
+
+
+def test_a_joint_pass_adds_to_gradients_and_leaves_gates_alone() -> None:
+    model = tiny()
+    sites, gates = find_sites(model), gates_of(random_plan(model), find_sites(model))
+    model.requires_grad_(False)
+    passes = Padded(with_lora(model), sites, 0, config_of())
+    passes.both(examples(), gates)
+    once = {name: parameter.grad.clone() for name, parameter in adapters(model).items() if parameter.grad is not None}
+    passes.both(examples(), gates)
+    assert_same({name: 2 * value for name, value in once.items()}, gradients(model))
+    assert all(gate.grad is None and not gate.requires_grad for gate in gates.values())
+
+
+# -- the other switches ----------------------------------------------------------------------------------------------
+
+
+def test_without_lora_awareness_adapters_learn_as_after_the_cut() -> None:
+    model = tiny()
+    sites, gates = find_sites(model), gates_of(random_plan(model), find_sites(model))
+    model.requires_grad_(False)
+    with_lora(model)
+    found: dict[str, tuple[float, dict[str, Tensor]]] = {}
+    for form in ("free", "gated"):
+        with masked(model, gates, adapters=form, sites=sites):  # type: ignore[arg-type]
+            loss = backward(model, examples(), 0, 10_000)[0]
+        found[form] = loss, gradients(model)
+    for aware, form in ((True, "free"), (False, "gated")):
+        config = from_mapping({"search": {"lora_aware": aware}})
+        loss, learnt = Padded(model, sites, 0, config).tune(examples(), gates)["loss"], gradients(model)
+        assert loss == pytest.approx(found[form][0])
+        assert_same(found[form][1], learnt)
+    assert found["free"][0] != pytest.approx(found["gated"][0])
+
+
+def test_free_logits_have_no_network() -> None:
+    sites = find_sites(tiny())
+    free = generator_for(sites, kind="none", seed=0)
+    assert isinstance(free, FreeLogits)
+    assert sum(parameter.numel() for parameter in free.parameters()) == sum(site.units for site in sites)
+    logits = free()
+    assert {name: len(value) for name, value in logits.items()} == {site.name: site.units for site in sites}
+    assert all(not value.any() for value in logits.values())
+    torch.cat(list(logits.values())).sum().backward()  # type: ignore[no-untyped-call]
+    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in free.parameters() if p.grad is not None)
+    assert all(parameter.grad is not None for parameter in free.parameters())
+
+
+@pytest.mark.parametrize("gates", ["sampled", "projected"])
+def test_soft_gates_have_the_gradient_of_hard_ones(gates: str) -> None:
+    sites = find_sites(tiny())
+    drawn, slopes = [], []
+    for hard in (True, False):
+        config = config_of({"search": {"hard": hard, "gates": gates}})
+        searcher = Searcher(sites, Shape(align=8), config, lambda step: KEEP, torch.device("cpu"))
+        sample = searcher.sample(3)
+        weights = torch.linspace(-1, 1, sum(site.units for site in sites))
+        (torch.cat(list(sample.values())) @ weights).backward()  # type: ignore[no-untyped-call]
+        drawn.append(torch.cat(list(sample.values())).detach())
+        slopes.append({name: p.grad.clone() for name, p in searcher.generator.named_parameters() if p.grad is not None})
+        decided = torch.cat(list(searcher.last.values()))
+        assert ((decided == 0) | (decided == 1)).all()
+        if hard:
+            torch.testing.assert_close(drawn[0], decided)
+    assert_same(*slopes)
+    assert ((drawn[1] > 0.01) & (drawn[1] < 0.99)).any()
+
+
+def test_a_joint_step_decides_what_it_sampled() -> None:
+    sites = find_sites(tiny())
+    for step, same in (("joint", True), ("alternate", False)):
+        config = config_of({"search": {"step": step, "gates": "sampled", "offset": 0.0}})
+        searcher = Searcher(sites, Shape(align=8), config, lambda step: KEEP, torch.device("cpu"))
+        sample, decided = searcher.sample(3), searcher.decide(3).gates
+        assert all(torch.equal(sample[name].round(), decided[name]) for name in decided) == same
+
+
+# -- the proximal step -----------------------------------------------------------------------------------------------
+
+
+def test_soft_threshold_by_hand() -> None:
+    model = with_lora(tiny("qwen3"))
+    sites = find_sites(tiny("qwen3"))
+    site = next(site for site in sites if site.kind == "mlp")
+    for cut in site.producers:
+        model.get_submodule(cut.module).lora_B["default"].weight.data.zero_()
+    columns = model.get_submodule(site.consumer.module).lora_A["default"].weight.data
+    columns.zero_()
+    first = model.get_submodule(site.producers[0].module).lora_B["default"].weight.data
+    first[0, 0], columns[0, 0] = 3.0, 4.0  # unit 0: norm 5
+    first[1, 0] = 0.5  # unit 1: norm below the threshold
+    first[2, 0] = 3.0  # unit 2: open
+    gates = {name: torch.ones(one.units) for name, one in ((one.name, one) for one in sites)}
+    gates[site.name][:2] = 0
+    soft_threshold(model, gates, sites, 1.0)
+    assert (float(first[0, 0]), float(columns[0, 0])) == pytest.approx((3 * 0.8, 4 * 0.8))  # 1 - 1/5
+    assert float(first[1, 0]) == 0
+    assert float(first[2, 0]) == 3.0
+
+
+@pytest.mark.parametrize("threshold", [0.0, 1e-3, 0.5, 100.0])
+def test_closed_norms_fall_by_the_threshold_and_open_units_keep_every_bit(threshold: float) -> None:
+    model = with_lora(tiny())
+    sites = find_sites(tiny())
+    gates = gates_of(random_plan(tiny(), keep=0.4), sites)
+    parts = {name: parameter.detach().clone() for name, parameter in adapters(model).items()}
+    before = {site.name: group_norms(model, site).detach() for site in sites}
+    soft_threshold(model, gates, sites, threshold)
+    for site in sites:
+        after, closed = group_norms(model, site).detach(), gates[site.name] == 0
+        assert torch.equal(after[~closed], before[site.name][~closed])
+        assert (after <= before[site.name] * (1 + 1e-6)).all()
+        expected = (before[site.name][closed] - threshold).clamp(min=0)
+        torch.testing.assert_close(after[closed], expected, rtol=1e-4, atol=2e-6)
+        for cut in site.producers:
+            name = f"{cut.module}.lora_B.default.weight"
+            stays = gates[site.name].repeat_interleave(cut.per_unit) == 1
+            assert torch.equal(adapters(model)[name].detach()[stays], parts[name][stays])
+            assert torch.equal(
+                adapters(model)[f"{cut.module}.lora_A.default.weight"], parts[f"{cut.module}.lora_A.default.weight"]
+            )
+
+
+def test_proximal_steps_empty_removed_units() -> None:
+    sums = {}
+    for name, changes in (("off", {"sparsity": "off"}), ("proximal", {"sparsity": "proximal", "lasso": 20.0})):
+        seen: dict[int, float] = {}
+
+        class Watch:
+            def save(self, state: Any) -> None:
+                if state.plan is not None and not state.is_cut:
+                    model = tiny()
+                    gates = gates_of(state.plan, find_sites(model))
+                    sites = find_sites(model)
+                    with_lora(model)
+                    for key, parameter in adapters(model).items():
+                        parameter.data = state.tensors["adapters"][key].clone()
+                    norms = [(group_norms(model, s) * (1 - gates[s.name])).sum() for s in sites]
+                    seen[state.step] = float(torch.stack(norms).sum().detach())  # noqa: B023
+
+            def latest(self) -> None:
+                return None
+
+        tune_and_prune(job_of(config_of(merged(PAPER, {"search": changes})), keeper=Watch()))
+        sums[name] = seen[max(seen)]
+    assert sums["proximal"] < 0.5 * sums["off"]

@@ -1,0 +1,131 @@
+"""`deterministic`: the block alone has deterministic kernels, and all settings are as they were after it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from prunetune.config.recipe import RunConfig
+from prunetune.errors import ConfigError, ModelError
+from prunetune.pipeline import multi_size, stages
+from prunetune.utils.determinism import CUBLAS, FIXED, deterministic
+
+CPU = torch.device("cpu")
+# In a process of its own: what is set has to be set before CUDA multiplies matrices.
+SUMS = """
+import torch
+from prunetune.determinism import deterministic
+device = torch.device("cuda")
+with deterministic(True, device):
+    values, places = torch.randn(10**6, device=device), torch.randint(0, 8, (10**6,), device=device)
+    sums = [torch.zeros(8, device=device).scatter_add(0, places, values) for _ in range(5)]
+    values.view(1000, 1000) @ values.view(1000, 1000)
+assert all(torch.equal(sums[0], one) for one in sums)
+assert not torch.are_deterministic_algorithms_enabled()
+"""
+Settings = tuple[bool, bool, bool, str | None]
+
+
+def settings() -> Settings:
+    """All that the option touches."""
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,
+        os.environ.get(CUBLAS),
+    )
+
+
+@pytest.mark.parametrize("workspace", [None, ":0:0", ":16:8"])
+def test_settings_hold_in_the_block_and_are_put_back(workspace: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CUBLAS, raising=False)
+    if workspace:
+        monkeypatch.setenv(CUBLAS, workspace)
+    before = settings()
+    with deterministic(True, CPU):
+        mode, warns, fills, found = settings()
+        assert (mode, warns, fills) == (True, False, False)
+        assert found == (workspace if workspace in FIXED else FIXED[0])
+    assert settings() == before
+    with pytest.raises(KeyError), deterministic(True, CPU):
+        raise KeyError
+    assert settings() == before
+
+
+def test_nested_blocks_and_a_mode_that_was_there_are_put_back() -> None:
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        before = settings()
+        with deterministic(True, CPU):
+            with deterministic(True, CPU):
+                pass
+            assert settings()[:3] == (True, False, False)
+        assert settings() == before
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_off_touches_nothing() -> None:
+    before = settings()
+    with deterministic(False, CPU):
+        assert settings() == before
+
+
+def test_what_pytorch_refuses_is_one_line_and_other_errors_pass() -> None:
+    words = "histc_cuda does not have a deterministic implementation, but you set ..."
+    with pytest.raises(ModelError, match="histc_cuda has no deterministic form"), deterministic(True, CPU):
+        raise RuntimeError(words)
+    with pytest.raises(ConfigError, match="used CUDA before"), deterministic(True, CPU):
+        raise RuntimeError(f"it uses CuBLAS ... set an environment variable {CUBLAS}=:4096:8")
+    with pytest.raises(RuntimeError, match="shapes differ"), deterministic(True, CPU):
+        raise RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError, match="deterministic implementation"), deterministic(False, CPU):
+        raise RuntimeError(words)
+
+
+@pytest.mark.parametrize("run", [multi_size.run, stages.run])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_run_is_made_in_the_block(
+    run: Callable[[RunConfig], Path], wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def prepare(*_: object, **__: object) -> None:
+        seen.append(settings()[0])
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(stages, "prepare", prepare)
+    before = settings()
+    with pytest.raises(ConfigError, match="enough"):
+        run(RunConfig(deterministic=wanted, device="cpu"))
+    assert seen == [wanted]
+    assert settings() == before
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sums_on_a_gpu_come_in_one_order() -> None:
+    done = subprocess.run([sys.executable, "-c", SUMS], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_value_that_is_no_bool_is_one_line(tmp_path: Path, say: Callable[..., tuple[int, str, str]]) -> None:
+    for value in ("perhaps", "1", "[true]"):
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text(f"deterministic: {value}\n", encoding="utf-8")
+        check_refused(say("run", recipe))
+    recipe.write_text("", encoding="utf-8")
+    check_refused(say("run", recipe, "--deterministic=perhaps"))
+
+
+def check_refused(said: tuple[int, str, str]) -> None:
+    """Exit code 2, and one line that names the option."""
+    assert said[0] == 2
+    assert len(said[2].splitlines()) == 1
+    assert "deterministic" in said[2]

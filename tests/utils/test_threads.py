@@ -1,0 +1,51 @@
+"""The share of a machine that a container may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from prunetune.utils.threads import share_threads, usable_cores
+
+
+def group(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+V1 = {"cpu/cpu.cfs_quota_us": "{}\n", "cpu/cpu.cfs_period_us": "100000\n"}
+QUOTAS = [
+    ({"cpu.max": "100000 100000\n"}, 1),
+    ({"cpu.max": "350000 100000\n"}, 3),
+    ({"cpu.max": "20000 100000\n"}, 1),
+    ({"cpu.max": "max 100000\n"}, None),
+    ({"cpu.max": "0 0\n"}, None),
+    ({"cpu.max": "garbage"}, None),
+    ({name: text.format(200000) for name, text in V1.items()}, 2),
+    ({name: text.format(-1) for name, text in V1.items()}, None),
+    ({}, None),
+]
+
+
+@pytest.mark.parametrize(("files", "cores"), QUOTAS)
+def test_a_quota_bounds_the_cores(
+    files: dict[str, str], cores: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    place = group(tmp_path, files)
+    assert usable_cores(place) == (cores or 8)
+    for own in ({}, {"OMP_NUM_THREADS": "5"}):
+        told = dict(own)
+        share_threads(told, place)
+        assert told == (own or ({"OMP_NUM_THREADS": str(cores)} if cores else {}))
+
+
+def test_affinity_bounds_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert usable_cores(group(tmp_path, {"cpu.max": "600000 100000"})) == 2
