@@ -24,17 +24,17 @@ from geometries import GEOMETRIES, made
 from prunetune.config.recipe import LoraSettings
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut, cut_linears
-from prunetune.pruning.shared_weights import cut_beside, twin
+from prunetune.pruning.shared_weights import copy_sharing_weights, cut_sharing_weights
 from prunetune.pruning.sites import Site
-from prunetune.train.adapters import adapters, add_adapters
-from prunetune.utils.environment import describe
+from prunetune.train.adapters import add_adapters, trainable_parameters
+from prunetune.utils.environment import device_name
 
 
 def plan_of(sites: tuple[Site, ...], keep: float) -> Plan:
     """The same share of every site, the units that stay spread evenly over it."""
     kept = {}
     for site in sites:
-        count = max(site.floor, int(keep * site.units))
+        count = max(site.min_units_per_group, int(keep * site.units))
         kept[site.name] = tuple(sorted({index * site.units // count for index in range(count)}))
     return Plan(kept, {site.name: site.units for site in sites})
 
@@ -81,16 +81,16 @@ def main() -> None:
     device = torch.device(args.device)
     model, sites = made(args.geometry, device, torch.bfloat16, layers=args.layers, quantize=args.quantize)
     layer_bytes = _layer_bytes(model)
-    lender = twin(model) if args.beside else None
+    lender = copy_sharing_weights(model) if args.beside else None
     if args.rank:
         add_adapters(model, sites, LoraSettings(rank=args.rank), seed=0)
-        for name, weight in adapters(model).items():
+        for name, weight in trainable_parameters(model).items():
             if ".lora_B." in name:
                 torch.nn.init.normal_(weight, std=0.01)
     plan, gauge = plan_of(sites, args.keep), Gauge(device)
     before, started = gauge.reset(), time.perf_counter()
     if lender is not None:
-        cut_beside(model, lender, plan, sites=sites)
+        cut_sharing_weights(model, lender, plan, sites=sites)
     elif args.quantize == "off":
         cut(model, plan, sites=sites)
     else:
@@ -98,7 +98,7 @@ def main() -> None:
     peak, seconds = gauge.peak(), time.perf_counter() - started
     print(json.dumps({
         "geometry": args.geometry, "layers": model.config.num_hidden_layers, "quantize": args.quantize,
-        "rank": args.rank, "keep": args.keep, "beside": args.beside, "device": describe(device),
+        "rank": args.rank, "keep": args.keep, "beside": args.beside, "device": device_name(device),
         "torch": torch.__version__,
         "seconds": round(seconds, 2), "before_gb": before / 1e9, "after_gb": gauge.now() / 1e9,
         "extra_mb": (peak - before) / 1e6, "layer_mb": layer_bytes / 1e6,

@@ -27,11 +27,11 @@ import transformers
 
 from prunetune.errors import PrunetuneError
 from prunetune.export.gguf import llamacpp
-from prunetune.export.gguf.architectures import architecture_of
-from prunetune.export.gguf.write import read_back, write
-from prunetune.export.onnx import missing_packages, to_onnx
+from prunetune.export.gguf.architectures import select_architecture
+from prunetune.export.gguf.write import verify_tensors, write_gguf
+from prunetune.export.onnx import export_onnx, missing_packages
 from prunetune.export.result import ExportOptions
-from prunetune.export.source import Source
+from prunetune.export.source import ExportSource
 
 MARKS = ("<!-- measured by benchmarks/deploy.py -->", "<!-- end -->")
 
@@ -44,9 +44,9 @@ class Skipped(Exception):
 class Case:
     """One run, and what its checkpoint says in the reference."""
 
-    source: Source
+    source: ExportSource
     prompts: Sequence[Sequence[int]]
-    answers: Sequence[llamacpp.Answer]
+    answers: Sequence[llamacpp.GreedyContinuation]
     pythons: Mapping[str, str]  # runtime -> interpreter
     work: Path  # for exports
 
@@ -137,20 +137,20 @@ def mlx_lm(case: Case) -> Iterator[Row]:
 
 def llama_cpp(case: Case) -> Iterator[Row]:
     """Exports to GGUF, each type."""
-    runtime = llamacpp.installed()
+    runtime = llamacpp.runtime_version()
     if not runtime:
         raise Skipped("xllamacpp is not installed")
     try:
-        arch = architecture_of(case.source).name
+        arch = select_architecture(case.source).name
     except PrunetuneError as refused:
         raise Skipped(str(refused).partition(": ")[2]) from refused
     for dtype in ("f32", "f16", "bf16", "q8_0"):
         file = case.work / f"{dtype}.gguf"
-        made, _ = write(case.source, file, dtype)
-        read_back(case.source, file, made)
-        found = llamacpp.agreement(file, case.source, case.prompts, case.answers)
+        made, _ = write_gguf(case.source, file, dtype)
+        verify_tensors(case.source, file, made)
+        found = llamacpp.compare_tokens(file, case.source, case.prompts, case.answers)
         ties = f" ({found.ties} of the others are ties)" if found.equal < found.steps else ""
-        texts = f"; {found.texts}/{len(llamacpp.TEXTS)} texts in the same tokens"
+        texts = f"; {found.texts}/{len(llamacpp.CHECK_TEXTS)} texts in the same tokens"
         yield Row(runtime, f"{dtype.upper()}, {arch}", f"{found.equal}/{found.steps}{ties}{texts}")
         file.unlink()
 
@@ -162,7 +162,7 @@ def onnxruntime(case: Case) -> Iterator[Row]:
     import onnxruntime as runtime
 
     folder = case.work / "onnx"
-    done = to_onnx(case.source, folder, ExportOptions())
+    done = export_onnx(case.source, folder, ExportOptions())
     session = runtime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     tokens = []
     for ids in case.beginnings:
@@ -170,7 +170,7 @@ def onnxruntime(case: Case) -> Iterator[Row]:
         feed = {"input_ids": row.numpy(), "attention_mask": torch.ones_like(row).numpy()}
         tokens.append(int(session.run(["logits"], feed)[0][0, -1].argmax()))
     shutil.rmtree(folder)
-    yield Row(f"onnxruntime {runtime.__version__}", "onnx, F32", f"{case.counted(tokens)}; {done.checks[0].found}")
+    yield Row(f"onnxruntime {runtime.__version__}", "onnx, F32", f"{case.counted(tokens)}; {done.checks[0].detail}")
 
 
 def vllm(case: Case) -> Iterator[Row]:
@@ -210,10 +210,10 @@ def table(runs: Sequence[Path], pythons: Mapping[str, str]) -> str:
     """Markdown."""
     lines = ["| model | runtime | what it opened | against transformers, float32 |", "|---|---|---|---|"]
     for run in runs:
-        source = Source.open(run)
-        prompts = llamacpp.prompts_of(source)
+        source = ExportSource.open(run)
+        prompts = llamacpp.check_prompts(source)
         with tempfile.TemporaryDirectory() as work:
-            case = Case(source, prompts, llamacpp.reference(source, prompts), pythons, Path(work))
+            case = Case(source, prompts, llamacpp.reference_continuations(source, prompts), pythons, Path(work))
             for name, runtime in RUNTIMES.items():
                 try:
                     rows = list(runtime(case))

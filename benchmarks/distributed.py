@@ -27,16 +27,16 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from prunetune.config.recipe import from_mapping
-from prunetune.data.batches import Stream
-from prunetune.data.templates import Example
+from prunetune.data.batches import BatchStream
+from prunetune.data.encoding import Example
 from prunetune.pruning.sites import find_sites
-from prunetune.search.select import Shape
-from prunetune.train.checkpoints import Forgetful
-from prunetune.train.job import Job
+from prunetune.search.select import PlanConstraints
+from prunetune.train.checkpoints import NullCheckpointStore
+from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.parallel.ranks import Ranks, join
-from prunetune.train.schedule import schedule_of
-from prunetune.utils.environment import describe
+from prunetune.train.parallel.ranks import Ranks, init_distributed
+from prunetune.train.schedule import build_schedule
+from prunetune.utils.environment import device_name
 
 TINY = {
     "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
@@ -70,9 +70,9 @@ def model_of(shape: dict[str, Any], dtype: torch.dtype, ranks: Ranks) -> Any:
         model = AutoModelForCausalLM.from_config(LlamaConfig(**shape))
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-    if ranks.shards and not ranks.is_main:
+    if ranks.uses_fsdp and not ranks.is_main:
         return model.eval().requires_grad_(False)
-    device = torch.device("cpu") if ranks.shards else ranks.device
+    device = torch.device("cpu") if ranks.uses_fsdp else ranks.device
     model.to_empty(device=device)
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config).to(device)  # its buffers are computed
     for name, parameter in model.named_parameters():
@@ -97,8 +97,8 @@ def examples(count: int, length: int, vocabulary: int, *, equal: bool) -> tuple[
 def work(options: argparse.Namespace) -> dict[str, Any]:
     """One rank's part of a job; what rank 0 found."""
     device = torch.device(options.device)
-    ranks = join(device)
-    if ranks.world == 1:
+    ranks = init_distributed(device)
+    if ranks.world_size == 1:
         ranks = Ranks(device=device)
     shape, dtype = (TINY, torch.float32) if options.tiny else (LLAMA_8B, torch.bfloat16)
     config = from_mapping(
@@ -122,27 +122,27 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     notes, sites = Notes(), find_sites(model)
     from accelerate import Accelerator
 
-    job = Job(
-        model=model, sites=sites, shape=Shape("per-layer", 32 if options.tiny else 128),
-        train=Stream(rows, options.batch, 1), search=Stream(rows, options.batch, 2), valid=(), pad_id=0,
-        config=config, schedule=schedule_of(config), checkpoints=Forgetful(), observer=notes,
+    job = TrainingJob(
+        model=model, sites=sites, constraints=PlanConstraints("per-layer", 32 if options.tiny else 128),
+        train_stream=BatchStream(rows, options.batch, 1), search_stream=BatchStream(rows, options.batch, 2), valid_examples=(), pad_id=0,
+        config=config, schedule=build_schedule(config), checkpoints=NullCheckpointStore(), observer=notes,
         accelerator=Accelerator(cpu=device.type == "cpu"), ranks=ranks,
     )  # fmt: skip
     del model
     loaded = time.monotonic() - started
     plan = tune_and_prune(job)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    peaks = [0.0] * ranks.world
-    for rank in range(ranks.world):
+    peaks = [0.0] * ranks.world_size
+    for rank in range(ranks.world_size):
         seen = torch.tensor([float(peak if rank == ranks.rank else 0)], device=ranks.device)
-        ranks.sum_([seen])
+        ranks.all_reduce_sum_([seen])
         peaks[rank] = round(float(seen) / 1e9, 2)
     found = {
-        "world": ranks.world, "sharded": ranks.shards, "device": describe(ranks.device), "load_s": round(loaded, 1),
+        "world": ranks.world_size, "sharded": ranks.uses_fsdp, "device": device_name(ranks.device), "load_s": round(loaded, 1),
         "total_s": round(time.monotonic() - started, 1), "peak_gb": peaks, "tokens": options.batch * options.length,
         "step_s": paces(notes.steps), "loss": [record["loss"] for record in notes.steps], "plan": plan.to_json(),
     }  # fmt: skip
-    ranks.leave()
+    ranks.destroy_process_group()
     return found if ranks.is_main else {}
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from prunetune.export.write import write
+from prunetune.export.checkpoint import write_checkpoint
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
 from prunetune.pruning.sites import find_sites
@@ -62,7 +62,7 @@ def main() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts again from here
     before = resident("VmRSS")
     with tempfile.TemporaryDirectory() as scratch:
-        written = write(
+        written = write_checkpoint(
             model, PreTrainedTokenizerFast(tokenizer_object=tokenizer()), plan, sites, Path(scratch) / "model",
             layout=args.layout, card="",
         )  # fmt: skip

@@ -25,7 +25,7 @@ from geometries import GEOMETRIES, made
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.model.loading import load_tokenizer
 from prunetune.pipeline import finish, stages
-from prunetune.pipeline.prepare import Setting
+from prunetune.pipeline.prepare import RunContext
 
 
 class Measured(Exception):
@@ -60,7 +60,7 @@ def prepared(folder: Path, args: argparse.Namespace) -> None:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def measured(setting: Setting, **how: Any) -> None:
+def measured(setting: RunContext, **how: Any) -> None:
     """In place of the stage."""
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the high-water mark starts anew
     before, began = resident("VmRSS"), time.perf_counter()
@@ -69,8 +69,8 @@ def measured(setting: Setting, **how: Any) -> None:
         "before_gb": before / 1e9,
         "peak_gb": resident("VmHWM") / 1e9,
         "seconds": time.perf_counter() - began,
-        "files": len(list(setting.folder.model.glob("*.safetensors"))),
-        "stored_gb": sum(file.stat().st_size for file in setting.folder.model.glob("*.safetensors")) / 1e9,
+        "files": len(list(setting.folder.model_folder.glob("*.safetensors"))),
+        "stored_gb": sum(file.stat().st_size for file in setting.folder.model_folder.glob("*.safetensors")) / 1e9,
     }
     raise Measured(json.dumps({key: round(value, 2) for key, value in found.items()}))
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--whole", action="store_true", help="the whole model in memory")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    finish.LARGE = math.inf if args.whole else 0
+    finish.LARGE_MODEL_PARAMS = math.inf if args.whole else 0
     stages.finish = measured
     with tempfile.TemporaryDirectory() as scratch:
         prepared(Path(scratch), args)

@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM
 
 from prunetune.config.recipe import LoraSettings, from_mapping
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import kept_lines
+from prunetune.pruning.units import kept_indices
 from prunetune.search.searcher import Searcher
-from prunetune.search.select import Shape, select
-from prunetune.train.adapters import adapters, add_adapters, cut_state
+from prunetune.search.select import PlanConstraints, select
+from prunetune.train.adapters import add_adapters, cut_adapter_tensors, trainable_parameters
 
 
 def main() -> None:
@@ -33,17 +33,17 @@ def main() -> None:
         model: Any = AutoModelForCausalLM.from_config(config_of(options.geometry))
         sites = find_sites(model)
         add_adapters(model, sites, LoraSettings(rank=1), seed=0)
-    searcher = Searcher(sites, Shape(), from_mapping({}), lambda step: 0.5, torch.device("cpu"))
+    searcher = Searcher(sites, PlanConstraints(), from_mapping({}), lambda step: 0.5, torch.device("cpu"))
     logits = {name: values.detach() for name, values in searcher.logits().items()}
-    plan = select(logits, sites, 0.5, Shape())
-    state = {name: torch.zeros(weight.shape) for name, weight in adapters(model).items()}
+    plan = select(logits, sites, 0.5, PlanConstraints())
+    state = {name: torch.zeros(weight.shape) for name, weight in trainable_parameters(model).items()}
     calls: dict[str, Callable[[], object]] = {
         "sample": lambda: searcher.sample(1),
-        "select": lambda: select(logits, sites, 0.5, Shape()),
-        "fixed": lambda: searcher.fixed(plan),
-        "kept_lines": lambda: kept_lines(plan, sites),
-        "cut_state": lambda: cut_state(state, plan, sites),
-        "adapters": lambda: adapters(model),
+        "select": lambda: select(logits, sites, 0.5, PlanConstraints()),
+        "fixed": lambda: searcher.decision_from_plan(plan),
+        "kept_lines": lambda: kept_indices(plan, sites),
+        "cut_state": lambda: cut_adapter_tensors(state, plan, sites),
+        "adapters": lambda: trainable_parameters(model),
     }
     best = {name: min(timed(call) for _ in range(options.repeats)) for name, call in calls.items()}
     print(json.dumps({name: round(seconds, 4) for name, seconds in best.items()}))

@@ -29,18 +29,18 @@ from inference import rows
 from rows import give
 
 from prunetune.bench import clock
-from prunetune.bench.interleaved import take_turns
+from prunetune.bench.interleaved import run_interleaved
 from prunetune.bench.local import LocalRunner
-from prunetune.bench.models import Named
+from prunetune.bench.models import ModelSpec
 from prunetune.bench.options import BenchOptions
-from prunetune.bench.result import summarised
-from prunetune.bench.runner import Facts
-from prunetune.export.shapes import legal_groups
+from prunetune.bench.result import summarise_bench
+from prunetune.bench.runner import ModelFacts
+from prunetune.export.stock_config import kv_groups_validator
 from prunetune.model.loading import pick_device
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
 from prunetune.pruning.sites import Site, kept_params
-from prunetune.search.select import Shape, default_align, select
+from prunetune.search.select import PlanConstraints, default_align, select
 from prunetune.utils import environment
 
 FALL, APART = 1.5, 0.3  # of scores from the first layer to the last, and by site: in deviations of a unit's own
@@ -53,7 +53,7 @@ class Standing(LocalRunner):
 
     def __init__(self, name: str, model: Any, options: BenchOptions, before: int = 0) -> None:
         self.given = model
-        super().__init__(Named(name, "in memory"), options)
+        super().__init__(ModelSpec(name, "in memory"), options)
         self.before = before
 
     def _opened(self) -> Any:
@@ -62,11 +62,11 @@ class Standing(LocalRunner):
     def _flops(self, batch: int) -> float:
         return batch * super()._flops(1)
 
-    def facts(self) -> Facts:
+    def facts(self) -> ModelFacts:
         """Nothing was read."""
         parameters = sum(weight.numel() for weight in self.model.parameters())
         words = runtime_of(self.options)
-        return Facts(words, environment.describe(self.device), self.options.dtype, parameters, 0, 0.0)
+        return ModelFacts(words, environment.device_name(self.device), self.options.dtype, parameters, 0, 0.0)
 
 
 def plan_of(sites: Sequence[Site], model_config: Any, layout: str, keep: float) -> Plan:
@@ -78,7 +78,9 @@ def plan_of(sites: Sequence[Site], model_config: Any, layout: str, keep: float) 
         - FALL * site.layer / last
         for site in sites
     }
-    return select(scores, sites, keep, Shape(layout, default_align(sites), 0, legal_groups(model_config)))
+    return select(
+        scores, sites, keep, PlanConstraints(layout, default_align(sites), 0, kv_groups_validator(model_config))
+    )
 
 
 def models_of(geometry: str, device: torch.device, dtype: torch.dtype, keep: float) -> Iterator[tuple[str, Any]]:
@@ -143,14 +145,16 @@ def in_turns(models: Mapping[str, Any], peaks: Peaks, options: BenchOptions) -> 
     """One runtime and batch, as `prunetune bench --json` has it."""
     emptied()
     runners = [Standing(name, model, options) for name, model in models.items()]
-    measured = take_turns(runners, options.batches, options.runs)
+    measured = run_interleaved(runners, options.batches, options.runs)
     for name, (cell,) in zip(models, measured, strict=True):
         peak = peaks.get((name, runtime_of(options), cell.batch))
         cell.samples = [replace(sample, peak_bytes=peak) for sample in cell.samples]
         if cell.failed:
             raise SystemExit(f"{name}, batch {cell.batch}: {cell.failed}")
     facts = [runner.facts() for runner in runners]
-    return summarised(list(models), facts, measured, options=options, versions=environment.versions()).to_dict()
+    return summarise_bench(
+        list(models), facts, measured, options=options, versions=environment.package_versions()
+    ).to_dict()
 
 
 def say(record: Mapping[str, Any]) -> None:
@@ -181,20 +185,20 @@ def main() -> None:
     dtype = getattr(torch, asked[0].dtype)
     models: dict[str, Any] = {}
     peaks = peaks_of("none", made("tiny", device, dtype)[0], 0, asked)  # libraries take what they will hold for all
-    before = clock.held(device)
+    before = clock.current_bytes(device)
     for name, model in models_of(told.geometry, device, dtype, told.keep):
         models[name] = model
         peaks |= peaks_of(name, model, before, asked)
-        before = clock.held(device)
+        before = clock.current_bytes(device)
     for options in asked:
         bench = in_turns(models, peaks, options)
         say(bench)
         case = f"{told.geometry}, {told.keep:g} kept, prompt {told.prompt}, {runtime_of(options)}, {asked[0].dtype}"
         for row in rows(bench, case):
             row = {
-                "bar": "F3", **row, "device": environment.describe(device),
+                "bar": "F3", **row, "device": environment.device_name(device),
                 "command": shlex.join(["python", "benchmarks/gain.py", *sys.argv[1:]]),
-                "commit": environment.commit()[:7],
+                "commit": environment.installed_commit()[:7],
             }  # fmt: skip
             if ": decode ratio" in row["case"] and runtime_of(options) == "eager":
                 say(row)

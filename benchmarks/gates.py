@@ -24,13 +24,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from prunetune.config.recipe import DataConfig, EvaluateConfig, RunConfig, from_mapping
 from prunetune.data.records import Record
-from prunetune.data.sources import read
-from prunetune.errors import GateFailed
+from prunetune.data.sources import read_records
+from prunetune.errors import LimitBroken
 from prunetune.evaluation.score_records import evaluate
-from prunetune.model.loading import load, load_tokenizer, pick_device, pick_dtype
-from prunetune.pipeline.monitor import summed
+from prunetune.model.loading import load_model_and_tokenizer, load_tokenizer, pick_device, pick_dtype
+from prunetune.pipeline.monitor import aggregate_scores
 from prunetune.pipeline.stages import run
-from prunetune.utils.environment import describe
+from prunetune.utils.environment import device_name
 
 # The same proof by command: `prunetune check OUT/gated --suite OUT/guard.yaml --against MODEL`, and OUT/free.
 SUITE = """tasks:
@@ -65,7 +65,7 @@ def main() -> None:
         config = config_of(options, options.out / name, watched, gates)
         try:
             folders[name] = run(config, resume=(options.out / name).exists(), command=" ".join(["gates.py", name]))
-        except GateFailed as outside:
+        except LimitBroken as outside:
             logging.warning("%s: %s", name, outside)
             folders[name] = options.out / name
     print(json.dumps(outcome(config, folders, {"watched": watched, "unseen": unseen}, options.limit), indent=1))
@@ -149,7 +149,7 @@ def config_of(options: argparse.Namespace, out: Path, guard: Path, gates: list[s
 
 def guards(source: str, out: Path, longest: int) -> tuple[Path, Path]:
     """Two files of texts with nothing in common, cut to `longest` characters: to be watched, and to be scored only."""
-    texts = [row.completion for row in read([source], DataConfig(), "guard")] if source else topics()
+    texts = [row.completion for row in read_records([source], DataConfig(), "guard")] if source else topics()
     files = []
     for name, part in (("watched", texts[:WATCHED]), ("unseen", texts[WATCHED : WATCHED + UNSEEN])):
         files.append(out / f"{name}.jsonl")
@@ -168,7 +168,7 @@ def topics() -> list[str]:
 def outcome(config: RunConfig, folders: dict[str, Path], files: dict[str, Path], limit: float) -> dict[str, Any]:
     """Perplexities of the dense model and of both results on both files, each as a ratio to the dense model's."""
     device = pick_device("auto")
-    records = {name: read([str(file)], config.data, "guard") for name, file in files.items()}
+    records = {name: read_records([str(file)], config.data, "guard") for name, file in files.items()}
     places = {"dense": config.model, **{name: str(folder / "model") for name, folder in folders.items()}}
     found = {
         name: {part: scored(config, model, rows, device, name != "dense") for part, rows in records.items()}
@@ -176,7 +176,7 @@ def outcome(config: RunConfig, folders: dict[str, Path], files: dict[str, Path],
     }
     manifests = {name: json.loads((folder / "manifest.json").read_text()) for name, folder in folders.items()}
     return {
-        "device": describe(device),
+        "device": device_name(device),
         "perplexity": found,
         "limit": limit,
         "ratio": {
@@ -192,10 +192,12 @@ def outcome(config: RunConfig, folders: dict[str, Path], files: dict[str, Path],
 
 def scored(config: RunConfig, model: str, rows: tuple[Record, ...], device: torch.device, own: bool) -> float:
     """Perplexity of a model as it lies on disk."""
-    loaded = load(model, device=device, dtype=pick_dtype("auto", device), trust_remote_code=own).model
+    loaded = load_model_and_tokenizer(
+        model, device=device, dtype=pick_dtype("auto", device), trust_remote_code=own
+    ).model
     tokenizer = load_tokenizer(config.model, trust_remote_code=False)
     settings = EvaluateConfig(limit=0, generate_limit=0)
-    value = summed(evaluate(loaded, tokenizer, rows, config.data, settings))["perplexity"]
+    value = aggregate_scores(evaluate(loaded, tokenizer, rows, config.data, settings))["perplexity"]
     assert math.isfinite(value)
     return value
 

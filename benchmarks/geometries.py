@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from prunetune.pruning.nf4 import FourBitLinear, lines_of
+from prunetune.pruning.nf4 import NF4Linear, cut_axes
 from prunetune.pruning.sites import Site, find_sites
 
 GEOMETRIES: Mapping[str, dict[str, Any]] = {
@@ -52,16 +52,16 @@ def made(
     with init_empty_weights(include_buffers=False):
         model = AutoModelForCausalLM.from_config(config_of(geometry, layers=layers), dtype=dtype)
     sites = find_sites(model)
-    lines = lines_of(model, sites) if quantize == "nf4" else {}
+    lines = cut_axes(model, sites) if quantize == "nf4" else {}
     modules = dict(model.named_modules())
     for name, axis in lines.items():
         parent, _, child = name.rpartition(".")
         linear = _filled(modules[name], device, dtype)
-        held = FourBitLinear.of(linear, lines=axis, dtype=dtype, device=device)
+        held = NF4Linear.from_linear(linear, cut_axis=axis, dtype=dtype, device=device)
         setattr(modules[parent], child, held)
         linear.to_empty(device="meta")
     for module in model.modules():
-        if not isinstance(module, FourBitLinear):
+        if not isinstance(module, NF4Linear):
             _filled(module, device, dtype)
     model.tie_weights()
     return model.to(device).eval().requires_grad_(False), sites

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import transformers.modeling_rope_utils  # noqa: F401 - part of the libraries, not of the writing
 
-from prunetune.export.gguf.write import DTYPES, read_back, write
-from prunetune.export.source import Source
+from prunetune.export.gguf.write import DTYPES, verify_tensors, write_gguf
+from prunetune.export.source import ExportSource
 
 
 def resident(field: str) -> int:
@@ -31,15 +31,15 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--dtype", default="f16", choices=DTYPES)
     args = parser.parse_args()
-    source = Source.open(args.run)
+    source = ExportSource.open(args.run)
     libraries = resident("VmRSS")
     peaks = {}
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "model.gguf"
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-        made, _ = write(source, file, args.dtype)
+        made, _ = write_gguf(source, file, args.dtype)
         peaks["write"] = resident("VmHWM")
-        read_back(source, file, made)
+        verify_tensors(source, file, made)
         peaks["write and read back"] = resident("VmHWM")
         size = file.stat().st_size
     for name, peak in peaks.items():

@@ -96,8 +96,8 @@ def write_tasks(folder: Path) -> None:
 def compare(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     import torch
 
-    from prunetune.evaluation.suites import LocalModel, evaluate_suite, suite_of
-    from prunetune.model.loading import load
+    from prunetune.evaluation.suites import LocalModel, evaluate_suite, parse_suite
+    from prunetune.model.loading import load_model_and_tokenizer
 
     def ours(data: str, likelihood: str, shape: dict[str, str]) -> dict[str, Any]:
         return {"data": f"{data}.jsonl", "limit": 0, "scorer": "accuracy", "likelihood": likelihood, **shape}
@@ -109,8 +109,10 @@ def compare(folder: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
         "arc_easy": {"lm_eval": "local_arc_easy", "include": ".", "limit": 0},
         "pubmedqa": {"lm_eval": "local_pubmedqa", "include": ".", "limit": 0},
     }
-    opened = load(options.model, device=torch.device(options.device), dtype=torch.float32)
-    found = evaluate_suite(LocalModel(opened.model, opened.tokenizer), suite_of({"tasks": tasks}, folder=folder)).tasks
+    opened = load_model_and_tokenizer(options.model, device=torch.device(options.device), dtype=torch.float32)
+    found = evaluate_suite(
+        LocalModel(opened.model, opened.tokenizer), parse_suite({"tasks": tasks}, folder=folder)
+    ).tasks
     rows = []
     for name in list(tasks)[:3]:
         task, metric = name.split()

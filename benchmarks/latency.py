@@ -25,19 +25,19 @@ import torch
 from rows import give
 from transformers import LlamaConfig
 
-from prunetune.bench.latency.header import header_of
-from prunetune.bench.latency.measure import Meter
-from prunetune.bench.latency.request_timing import seconds_of
-from prunetune.bench.latency.short_models import stack
+from prunetune.bench.latency.header import table_header
+from prunetune.bench.latency.measure import LatencyTableBuilder
+from prunetune.bench.latency.request_timing import time_requests
+from prunetune.bench.latency.short_models import build_short_model
 from prunetune.config.recipe import WorkloadConfig
-from prunetune.cost.deployment import most
-from prunetune.cost.latency_table import PHASES, Table, latencies
-from prunetune.cost.layer_shapes import Anatomy, anatomy_of
+from prunetune.cost.deployment import max_cost
+from prunetune.cost.latency_table import PHASES, LatencyTable, latency_costs
+from prunetune.cost.layer_shapes import ModelShape, model_shape
 from prunetune.model.loading import pick_device
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
 from prunetune.pruning.sites import Site, find_sites
-from prunetune.utils.environment import commit, describe
+from prunetune.utils.environment import device_name, installed_commit
 
 LLAMA_8B = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -58,7 +58,7 @@ def random_plan(sites: tuple[Site, ...], rng: random.Random, *, uniform: bool) -
     for site in sites:
         share = (groups if site.kind == "attention" else channels) if uniform else rng.random()
         if site.kind == "attention":
-            lost = not uniform and site.floor == 0 and rng.random() < 0.1
+            lost = not uniform and site.min_units_per_group == 0 and rng.random() < 0.1
             widths[site.name] = 0 if lost else max(1, round(site.units * (0.1 + 0.9 * share)))
         else:
             widths[site.name] = max(ALIGN, round(site.units * (0.1 + 0.9 * share) / ALIGN) * ALIGN)
@@ -68,14 +68,14 @@ def random_plan(sites: tuple[Site, ...], rng: random.Random, *, uniform: bool) -
 
 
 def compared(
-    config: LlamaConfig, workload: WorkloadConfig, device: torch.device, table: Table, plans: int, runs: int
+    config: LlamaConfig, workload: WorkloadConfig, device: torch.device, table: LatencyTable, plans: int, runs: int
 ) -> Iterator[dict[str, Any]]:
     """Predicted and measured seconds of the dense model and of every plan, by phase."""
     rng = random.Random(0)
-    dense = stack(config, range(config.num_hidden_layers), workload, device)
+    dense = build_short_model(config, range(config.num_hidden_layers), workload, device)
     sites = find_sites(dense)
-    anatomy = anatomy_of(dense, sites)
-    yield {"plan": "dense"} | _errors(anatomy, anatomy.dense(), dense, workload, table, runs)
+    anatomy = model_shape(dense, sites)
+    yield {"plan": "dense"} | _errors(anatomy, anatomy.dense_counts(), dense, workload, table, runs)
     for number in range(plans):
         uniform = number % 2 == 0
         plan = random_plan(sites, rng, uniform=uniform)
@@ -90,10 +90,10 @@ def compared(
 
 
 def _errors(
-    anatomy: Anatomy, counts: dict[str, int], model: Any, workload: WorkloadConfig, table: Table, runs: int
+    anatomy: ModelShape, counts: dict[str, int], model: Any, workload: WorkloadConfig, table: LatencyTable, runs: int
 ) -> dict[str, Any]:
-    measured = seconds_of([model], workload, runs)[0]
-    predicted = {phase: most(latencies(anatomy, workload, table, phase), counts) for phase in PHASES}
+    measured = time_requests([model], workload, runs)[0]
+    predicted = {phase: max_cost(latency_costs(anatomy, workload, table, phase), counts) for phase in PHASES}
     return {
         "predicted_ms": {phase: 1e3 * seconds for phase, seconds in predicted.items()},
         "measured_ms": {phase: 1e3 * seconds for phase, seconds in measured.items()},
@@ -125,8 +125,8 @@ def main() -> None:
         )  # fmt: skip
         points = options.points if batch <= 8 else max(2, options.points // 2)
         begun = time.monotonic()
-        table = Meter(config, workload, device, ALIGN, points, options.runs).table(
-            header_of(config, workload, device, ALIGN)
+        table = LatencyTableBuilder(config, workload, device, ALIGN, points, options.runs).measure(
+            table_header(config, workload, device, ALIGN)
         )
         built = time.monotonic() - begun
         found = list(compared(config, workload, device, table, options.plans, options.runs))
@@ -144,8 +144,8 @@ def main() -> None:
                     for row in found
                 ) + f"); {points} widths, {built:.0f} s",
                 "value": round(worst, 4), "target": f"<= {TARGET}", "met": worst <= TARGET, "unit": "share",
-                "device": describe(device), "command": " ".join(["python", "benchmarks/latency.py", *sys.argv[1:]]),
-                "commit": commit()[:7],
+                "device": device_name(device), "command": " ".join(["python", "benchmarks/latency.py", *sys.argv[1:]]),
+                "commit": installed_commit()[:7],
             }, options.out)  # fmt: skip
 
 

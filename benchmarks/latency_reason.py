@@ -10,16 +10,16 @@ from typing import Any
 
 import torch
 
-from prunetune.bench.latency.tables import table_for
+from prunetune.bench.latency.tables import get_latency_table
 from prunetune.config.recipe import RunConfig
-from prunetune.cost.deployment import Costs, total
-from prunetune.cost.layer_shapes import Anatomy, anatomy_of
-from prunetune.cost.limits import costs_of
-from prunetune.model.loading import ghost
-from prunetune.pipeline.prepare import shape_of
+from prunetune.cost.deployment import Costs, total_cost
+from prunetune.cost.layer_shapes import ModelShape, model_shape
+from prunetune.cost.limits import costs_for_budget
+from prunetune.model.loading import load_meta_model
+from prunetune.pipeline.prepare import make_plan_constraints
 from prunetune.plan import Plan
 from prunetune.pruning.sites import Site, find_sites
-from prunetune.search.select import Shape, select
+from prunetune.search.select import PlanConstraints, select
 
 TRIES = 200  # random plans of as many parameters
 
@@ -35,7 +35,7 @@ class Place:
     @cached_property
     def structure(self) -> Any:
         """On the meta device."""
-        return ghost(self.config.model, trust_remote_code=self.config.trust_remote_code)
+        return load_meta_model(self.config.model, trust_remote_code=self.config.trust_remote_code)
 
     @cached_property
     def sites(self) -> tuple[Site, ...]:
@@ -43,26 +43,26 @@ class Place:
         return find_sites(self.structure, self.config.budget.units)
 
     @cached_property
-    def shape(self) -> Shape:
+    def shape(self) -> PlanConstraints:
         """What a plan may look like."""
-        return shape_of(self.config, self.sites, self.structure.config)
+        return make_plan_constraints(self.config, self.sites, self.structure.config)
 
     @cached_property
-    def anatomy(self) -> Anatomy:
+    def anatomy(self) -> ModelShape:
         """What plans cost by."""
-        return anatomy_of(self.structure, self.sites)
+        return model_shape(self.structure, self.sites)
 
     @cached_property
     def costs(self) -> Costs:
         """Seconds by the table of this device."""
         workload, given = self.config.workload, str(self.table) if self.table.exists() else ""
-        table = table_for(self.structure.config, self.sites, workload, self.device, self.shape.align, given)
+        table = get_latency_table(self.structure.config, self.sites, workload, self.device, self.shape.align, given)
         self.table.write_text(table.to_json() + "\n", encoding="utf-8")
-        return costs_of("latency", self.anatomy, workload, table)
+        return costs_for_budget("latency", self.anatomy, workload, table)
 
     def told(self, counts: dict[str, int]) -> float:
         """Seconds by the table."""
-        return max(total(cost, counts) for cost in self.costs)
+        return max(total_cost(cost, counts) for cost in self.costs)
 
     def params(self, counts: dict[str, int]) -> int:
         """Prunable ones."""
@@ -81,7 +81,7 @@ def widths(place: Place, plan: Plan) -> dict[str, Any]:
 
 def of_time(place: Place, keep: Plan) -> dict[str, Any]:
     """Whether time follows parameters, by the table: what a parameter of each kind takes, and how plans scatter."""
-    dense = place.anatomy.dense()
+    dense = place.anatomy.dense_counts()
     each = {}
     for kind in dict.fromkeys(site.kind for site in place.sites):
         half = {site.name: site.units // 2 for site in place.sites if site.kind == kind}
@@ -90,11 +90,11 @@ def of_time(place: Place, keep: Plan) -> dict[str, Any]:
             each[kind] = 1e12 * (place.told(dense) - place.told(less)) / gone
     share, rng = place.params(keep.widths()) / place.params(dense), torch.Generator().manual_seed(0)
     told = [place.told(random_plan(place, share, rng).widths()) for _ in range(TRIES)]
-    longest: Any = max(place.costs, key=lambda cost: total(cost, keep.widths()))
+    longest: Any = max(place.costs, key=lambda cost: total_cost(cost, keep.widths()))
     return {
         "us_per_million_params": each,
         "random_plans_s": {"median": statistics.median(told), "min": min(told), "max": max(told)},
-        "outside_layers": longest.fixed / total(longest, dense),
+        "outside_layers": longest.fixed / total_cost(longest, dense),
         "binds": [track for track, _ in longest.tracks],
     }
 

@@ -30,14 +30,14 @@ from latency_reason import Place, of_time, reason, widths
 from rows import give
 from sizes import make, mean
 
-from prunetune.bench.interleaved import paired_ratios, spread
-from prunetune.bench.latency.request_timing import seconds_of
+from prunetune.bench.interleaved import paired_ratios, summary_stats
+from prunetune.bench.latency.request_timing import time_requests
 from prunetune.config.recipe import WorkloadConfig, load_recipe
 from prunetune.data.splits import load_splits
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
 from prunetune.evaluation.statistics import paired_difference
-from prunetune.model.loading import DTYPES, load, load_tokenizer, pick_device, pick_dtype
+from prunetune.model.loading import DTYPES, load_model_and_tokenizer, load_tokenizer, pick_device, pick_dtype
 from prunetune.plan import Plan
 from prunetune.runs.folder import RunFolder
 from prunetune.utils import environment
@@ -99,7 +99,7 @@ def workload_flags(options: argparse.Namespace, device: torch.device) -> list[st
 
 def plan_of(run: Path) -> Plan:
     """The units that a run kept."""
-    return Plan.load(RunFolder(run).plan)
+    return Plan.load(RunFolder(run).plan_file)
 
 
 # -- what came out ---------------------------------------------------------------------------------------------------
@@ -109,19 +109,20 @@ def compared(place: Place, out: Path, rounds: int) -> dict[str, Any]:
     """Measured and told seconds, losses on valid, parameters, widths, and what the table says of time."""
     plans = {name: plan_of(out / name) for name in NAMES}
     runs = dict(zip(NAMES, in_turns(place, out, rounds), strict=True))
-    ratio = spread(paired_ratios(runs["latency"], runs["keep"]))
+    ratio = summary_stats(paired_ratios(runs["latency"], runs["keep"]))
     loss, losses = on_valid(place, out)
     return {
         "measured_s": {name: statistics.median(runs[name]) for name in NAMES},
         "latency_over_keep": {"median": ratio.median, "min": ratio.min, "max": ratio.max, "rounds": rounds},
         "table_s": {name: place.told(plan.widths()) for name, plan in plans.items()}
-        | {"dense": place.told(place.anatomy.dense())},
+        | {"dense": place.told(place.anatomy.dense_counts())},
         "valid_nll": losses,
         "valid_difference": loss,
         "last_validation": {name: last_validation(out / name) for name in NAMES},
-        "params": {name: RunFolder(out / name).manifest()["pruned"]["params"] for name in NAMES},
+        "params": {name: RunFolder(out / name).read_manifest()["pruned"]["params"] for name in NAMES},
         "kept": {
-            name: place.params(plan.widths()) / place.params(place.anatomy.dense()) for name, plan in plans.items()
+            name: place.params(plan.widths()) / place.params(place.anatomy.dense_counts())
+            for name, plan in plans.items()
         },
         "widths": {name: widths(place, plan) for name, plan in plans.items()},
         "time": of_time(place, plans["keep"]),
@@ -132,7 +133,7 @@ def in_turns(place: Place, out: Path, rounds: int) -> list[list[float]]:
     """Seconds of the workload's phase, by model and round."""
     workload = place.config.workload
     models = [opened(place, out / name, DTYPES[workload.dtype]) for name in NAMES]
-    found = [seconds_of(models, workload, 3) for _ in range(rounds)]
+    found = [time_requests(models, workload, 3) for _ in range(rounds)]
     return [[whole(turn[number], workload) for turn in found] for number in range(len(models))]
 
 
@@ -146,7 +147,9 @@ def whole(seconds: dict[str, float], workload: WorkloadConfig) -> float:
 def opened(place: Place, run: Path, dtype: torch.dtype) -> Any:
     """The finished model; its code, where it has some, is what the run wrote."""
     own = place.config.layout == "per-layer"
-    return load(str(RunFolder(run).model), device=place.device, dtype=dtype, trust_remote_code=own).model
+    return load_model_and_tokenizer(
+        str(RunFolder(run).model_folder), device=place.device, dtype=dtype, trust_remote_code=own
+    ).model
 
 
 def on_valid(place: Place, out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -187,9 +190,9 @@ def row(found: dict[str, Any], place: Place, recipe: str) -> dict[str, Any]:
         "target": f"< 0, and no slower than {1 + EQUAL:g}",
         "met": bool(loss["difference"] < 0 and ratio["median"] <= 1 + EQUAL),
         "unit": "nats per token",
-        "device": environment.describe(place.device),
+        "device": environment.device_name(place.device),
         "command": shlex.join(["python", "benchmarks/latency_target.py", *sys.argv[1:]]),
-        "commit": environment.commit()[:7],
+        "commit": environment.installed_commit()[:7],
     }
 
 

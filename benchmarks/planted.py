@@ -31,15 +31,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prunetune.baselines.scores import Calibration, wanda_sp
 from prunetune.config.recipe import DataConfig
 from prunetune.data.batches import collate
-from prunetune.data.sources import read
-from prunetune.data.templates import encode
+from prunetune.data.encoding import encode
+from prunetune.data.sources import read_records
 from prunetune.evaluation.results import Evaluation, TaskResult
-from prunetune.evaluation.score_records import context_of
-from prunetune.evaluation.statistics import summarise
+from prunetune.evaluation.score_records import context_length
+from prunetune.evaluation.statistics import aggregate_items
 from prunetune.evaluation.suites import load_suite
-from prunetune.evaluation.suites.check import check
-from prunetune.export.write import write
-from prunetune.model.loading import load
+from prunetune.evaluation.suites.check import check_limits
+from prunetune.export.checkpoint import write_checkpoint
+from prunetune.model.loading import load_model_and_tokenizer
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
 from prunetune.pruning.sites import find_sites
@@ -75,17 +75,19 @@ def write_suite(folder: Path, data: Path, limit: int) -> Path:
 
 
 def save(name: str, folder: Path, change: Callable[[Any], None]) -> None:
-    opened = load(name, device=torch.device("cpu"), dtype=torch.float32)
+    opened = load_model_and_tokenizer(name, device=torch.device("cpu"), dtype=torch.float32)
     change(opened.model)
     opened.model.save_pretrained(folder)
     opened.tokenizer.save_pretrained(folder)
 
 
 def without_channels(name: str, folder: Path, data: Path) -> None:
-    opened = load(name, device=torch.device("cpu"), dtype=torch.float32)
+    opened = load_model_and_tokenizer(name, device=torch.device("cpu"), dtype=torch.float32)
     sites = tuple(find_sites(opened.model))
-    texts = read([str(data / "general/text/train.jsonl")], DataConfig(), "train")[:8]
-    encoded = encode(texts, opened.tokenizer, DataConfig(too_long="truncate", max_length=512), context_of(opened.model))
+    texts = read_records([str(data / "general/text/train.jsonl")], DataConfig(), "train")[:8]
+    encoded = encode(
+        texts, opened.tokenizer, DataConfig(too_long="truncate", max_length=512), context_length(opened.model)
+    )
     batches = tuple(collate([example], 0) for example in encoded.examples)
     scores = wanda_sp(Calibration(opened.model, sites, batches))
     kept = {}
@@ -95,7 +97,7 @@ def without_channels(name: str, folder: Path, data: Path) -> None:
         kept[site.name] = tuple(sorted(order[gone:]))
     plan = Plan(kept, {site.name: site.units for site in sites})
     small = cut(opened.model, plan, sites=sites)
-    write(small, opened.tokenizer, plan, sites, folder, layout="uniform", card="")
+    write_checkpoint(small, opened.tokenizer, plan, sites, folder, layout="uniform", card="")
 
 
 def corrupted_head(name: str, folder: Path, data: Path) -> None:
@@ -203,7 +205,7 @@ def false_alarms(folder: Path, suite: Path) -> dict[str, Any]:
     dense, checks = evaluation(folder, suite), 0
     for seed in range(COMPARISONS):
         first, second = (redrawn(dense, 2 * seed + part) for part in range(2))
-        checks += bool(check(first, second, load_suite(suite)).broken)
+        checks += bool(check_limits(first, second, load_suite(suite)).broken)
     return {"comparisons": COMPARISONS, "level": 0.05, "false_alarms": checks, "share": checks / COMPARISONS}
 
 
@@ -217,7 +219,7 @@ def redrawn(found: Evaluation, seed: int) -> Evaluation:
             type(item)(str(place), item.prompt, item.expected, item.got, item.correct, item.scores)
             for place, item in enumerate(result.items[index] for index in drawn)
         )
-        tasks[name] = TaskResult(name, {metric: summarise(items, metric) for metric in result.scores}, items)
+        tasks[name] = TaskResult(name, {metric: aggregate_items(items, metric) for metric in result.scores}, items)
     return Evaluation(tasks)
 
 

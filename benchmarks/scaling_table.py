@@ -18,20 +18,28 @@ import torch
 from geometries import GEOMETRIES, made
 
 from prunetune.config.recipe import from_mapping
-from prunetune.cost.training_flops import operations
-from prunetune.cost.training_memory import Memory, Setup, Shapes, memory, shapes_of
-from prunetune.train.teacher import by_size
+from prunetune.cost.training_flops import step_flops
+from prunetune.cost.training_memory import (
+    TrainingMemory,
+    TrainingSetup,
+    TrainingShapes,
+    estimate_memory,
+    training_shapes,
+)
+from prunetune.train.teacher import resolve_auto
 
 NAMES = ("smollm2-135m", "smollm2-1.7b", "llama-3-8b", "llama-3-70b")
 PARTS = ("weights", "tuned", "generator", "activations", "passing")
-BASE = Setup(width=2, tokens=1024, rank=128, keep=0.6)
+BASE = TrainingSetup(dtype_bytes=2, tokens=1024, rank=128, keep=0.6)
 
 
-def usual(name: str) -> tuple[Shapes, Setup]:
+def usual(name: str) -> tuple[TrainingShapes, TrainingSetup]:
     """A model and how it is tuned by default: from a size on both players share a pass, and a teacher sees half."""
     structure, sites = made(name, torch.device("meta"), torch.bfloat16)
-    config = by_size(from_mapping({}), sites)
-    return shapes_of(structure, sites), replace(BASE, joint=config.search.step == "joint", share=config.distill.share)
+    config = resolve_auto(from_mapping({}), sites)
+    return training_shapes(structure, sites), replace(
+        BASE, joint=config.search.step == "joint", share=config.distill.share
+    )
 
 
 def row(*cells: Any) -> str:
@@ -46,12 +54,12 @@ def gb(value: float) -> str:
     return f"{value / 1e9:.1f}"
 
 
-def in_parts(found: Memory) -> list[str]:
+def in_parts(found: TrainingMemory) -> list[str]:
     return [gb(getattr(found, part)) for part in PARTS]
 
 
-def peak(model: Shapes, setup: Setup) -> int:
-    return max(memory(model, setup, phase="search").total, memory(model, setup, phase="tune").total)
+def peak(model: TrainingShapes, setup: TrainingSetup) -> int:
+    return max(estimate_memory(model, setup, phase="search").total, estimate_memory(model, setup, phase="tune").total)
 
 
 VARIANTS = (("off", False, 128), ("off", True, 128), ("nf4", True, 128), ("nf4", True, 32))
@@ -63,7 +71,7 @@ def memory_table() -> None:
         model, base = usual(name)
         for quantize, recompute, rank in VARIANTS:
             setup = replace(base, quantize=quantize, recompute=recompute, rank=rank)
-            found, tune = memory(model, setup, phase="search"), memory(model, setup, phase="tune")
+            found, tune = estimate_memory(model, setup, phase="search"), estimate_memory(model, setup, phase="tune")
             taught = replace(setup, teacher=True, deep=True)
             peaks = [peak(model, replace(taught, shared=shared)) for shared in (True, False)]
             print(row(
@@ -79,7 +87,9 @@ def sequence_table() -> None:
         model, base = usual(name)
         for quantize, recompute in (("off", False), ("off", True), ("nf4", True)):
             setup = replace(base, quantize=quantize, recompute=recompute)
-            totals = [gb(memory(model, replace(setup, tokens=length), phase="search").total) for length in lengths]
+            totals = [
+                gb(estimate_memory(model, replace(setup, tokens=length), phase="search").total) for length in lengths
+            ]
             print(row(name, "nf4" if quantize == "nf4" else "bf16", "yes" if recompute else "no", *totals))
 
 
@@ -90,7 +100,7 @@ def work_table() -> None:
         for recompute in (False, True):
             setup = replace(base, recompute=recompute)
             found = [
-                operations(model, one, phase=phase, tokens=1000, length=1024, answers=0.33) / 1e12
+                step_flops(model, one, phase=phase, tokens=1000, length=1024, label_share=0.33) / 1e12
                 for one, phase in ((setup, "search"), (setup, "tune"), (replace(setup, teacher=True), "tune"))
             ]
             print(row(name, "yes" if recompute else "no", *(f"{each:.2f}" for each in found)))
@@ -100,10 +110,10 @@ def several_table(ranks: int = 2) -> None:
     """What `distributed.py scale` does, on one GPU and sharded over `ranks`; operations of its steps."""
     (model, base), batch, length = usual("llama-3-8b"), 16, 768
     setup = replace(base, rank=32, tokens=batch * length // 2, joint=False)
-    one = memory(model, setup, phase="search")
-    here = memory(model, replace(setup, tokens=setup.tokens // ranks), phase="search")
-    layers = setup.width * sum(linear.weights for linear in model.linears)
-    head = setup.width * model.vocabulary * model.hidden
+    one = estimate_memory(model, setup, phase="search")
+    here = estimate_memory(model, replace(setup, tokens=setup.tokens // ranks), phase="search")
+    layers = setup.dtype_bytes * sum(linear.weight_count for linear in model.linears)
+    head = setup.dtype_bytes * model.vocab_size * model.hidden_size
     parts = {
         "layers and embedding": (layers + head) / ranks, "head": head, "two layers gathered": 2 * layers / model.layers,
         "adapters": here.tuned, "generator": here.generator, "activations": here.activations, "logits": here.passing,
@@ -112,7 +122,7 @@ def several_table(ranks: int = 2) -> None:
     words = ", ".join(f"{name} {gb(value)}" for name, value in parts.items())
     print(f"{words}; in all {gb(total)} of {gb(one.total)} GB: {total / one.total:.2f}")
     for phase in ("search", "tune"):
-        work = operations(model, setup, phase=phase, tokens=batch * length, length=length, answers=0.25)
+        work = step_flops(model, setup, phase=phase, tokens=batch * length, length=length, label_share=0.25)
         print(f"{phase}: {work / 1e12:.0f}e12 operations a step")
 
 

@@ -17,13 +17,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from prunetune.config.recipe import RunConfig, load_recipe
-from prunetune.data.batches import Stream, unlabelled
-from prunetune.data.packs import Pack, pack, packable
-from prunetune.data.templates import Example
-from prunetune.pipeline.prepare import Setting, prepare
-from prunetune.train.schedule import schedule_of
-from prunetune.utils.console import console_for
-from prunetune.utils.seeds import derive
+from prunetune.data.batches import BatchStream, unlabelled_examples
+from prunetune.data.encoding import Example
+from prunetune.data.packing import PackedBatch, group_for_packing, pack_examples
+from prunetune.pipeline.prepare import RunContext, prepare
+from prunetune.train.schedule import build_schedule
+from prunetune.utils.console import make_console
+from prunetune.utils.seeds import derive_seed
 
 
 def main() -> None:
@@ -40,41 +40,41 @@ def main() -> None:
 
 def counts(config: RunConfig) -> dict[str, object]:
     """Over all steps, those of the search twice."""
-    setting = prepare(config, resume=False, console=console_for(1), free=())
+    setting = prepare(config, resume=False, console=make_console(1), changeable=())
     seen, real, whole = Counter[tuple[object, ...]](), 0, 0
     for kind, batch in passes(setting):
         for row in rows(batch, config):
-            seen[kind, *row.shape] += 1
-            real += int(row.length)
+            seen[kind, *row.shape_key] += 1
+            real += int(row.unpadded_length)
             whole += row.input_ids.numel()
     recorded = sum(count > 1 for count in seen.values())
     return {"shapes": len(seen), "recorded": recorded, "tokens": real, "padding": round(1 - real / whole, 3)}
 
 
-def passes(setting: Setting) -> Iterator[tuple[str, Sequence[Example]]]:
+def passes(setting: RunContext) -> Iterator[tuple[str, Sequence[Example]]]:
     """What a run's passes see, in their order."""
-    config, schedule = setting.config, schedule_of(setting.config)
+    config, schedule = setting.config, build_schedule(setting.config)
     train = stream(setting, "train", config.train.batch_size)
     search = stream(setting, "search", config.search.batch_size)
     for index in range(config.search.evidence):
-        yield "slopes", search.batch(index)
+        yield "slopes", search.batch_at(index)
     for step in range(schedule.steps):
         if step < schedule.search:
-            yield "slopes", search.batch(step)
-        yield ("tune gated" if step < schedule.settle else "tune"), train.batch(step)
+            yield "slopes", search.batch_at(step)
+        yield ("tune gated" if step < schedule.settle else "tune"), train.batch_at(step)
 
 
-def stream(setting: Setting, split: str, size: int) -> Stream:
+def stream(setting: RunContext, split: str, size: int) -> BatchStream:
     """With the texts of a teacher."""
     examples, texts = setting.encoded[split].examples, setting.encoded.get("texts")
     if texts:
-        examples += unlabelled(texts.examples, examples, setting.config.data.texts_share)
-    return Stream(examples, size, derive(setting.config.seed, split))
+        examples += unlabelled_examples(texts.examples, examples, setting.config.data.texts_share)
+    return BatchStream(examples, size, derive_seed(setting.config.seed, split))
 
 
-def rows(batch: Sequence[Example], config: RunConfig) -> Iterator[Pack]:
-    for part in packable(batch, config.train.micro_tokens):
-        yield pack(part, 0, sequences=len(batch))
+def rows(batch: Sequence[Example], config: RunConfig) -> Iterator[PackedBatch]:
+    for part in group_for_packing(batch, config.train.micro_tokens):
+        yield pack_examples(part, 0, max_sequences=len(batch))
 
 
 if __name__ == "__main__":

@@ -31,12 +31,12 @@ from typing import Any
 import yaml
 
 from prunetune.cli.app import app
-from prunetune.cli.flags import given
+from prunetune.cli.flags import flags_to_overrides
 from prunetune.config.recipe import load_recipe
-from prunetune.evaluation.results import Evaluation, headline, higher_is_better
+from prunetune.evaluation.results import Evaluation, headline_metric, higher_is_better
 from prunetune.evaluation.statistics import paired_difference
 from prunetune.pipeline.multi_size import run
-from prunetune.runs.folder import RunFolder, open_folder
+from prunetune.runs.folder import RunFolder, create_run_folder
 
 METRICS = ("accuracy", "rouge_l", "nll", "perplexity")
 SMALL: dict[str, Any] = {
@@ -81,23 +81,23 @@ def make(recipe: Path, out: Path, keep: str, flags: Sequence[str], lender: Path 
         return
     words = ["--keep", keep, "--out", str(out), *flags]
     found = app.parse_args(["run", str(recipe), *words], exit_on_error=False, print_error=False)[1]
-    config = load_recipe(recipe, given(found.arguments["flags"]))
+    config = load_recipe(recipe, flags_to_overrides(found.arguments["flags"]))
     folder = RunFolder(out)
     if lender and not out.exists():
-        open_folder(folder, config)
+        create_run_folder(folder, config)
         lend(RunFolder(lender), folder)
     run(config, resume=out.exists(), command=shlex.join(["prunetune", "run", str(recipe), *words]))
 
 
 def lend(lender: RunFolder, folder: RunFolder) -> None:
     """The dense tuned model and the dense models' scores and speed, as far as they are there."""
-    if lender.tuned.is_dir():
-        shutil.copytree(lender.tuned, folder.tuned)
+    if lender.dense_tuned_checkpoints.is_dir():
+        shutil.copytree(lender.dense_tuned_checkpoints, folder.dense_tuned_checkpoints)
     for name in ("dense", "tuned"):
-        if lender.evaluation(name).exists():
-            shutil.copyfile(lender.evaluation(name), folder.evaluation(name))
-    speed = lender.manifest().get("speed", {})
-    folder.note(speed={name: found for name, found in speed.items() if name == "dense"})
+        if lender.evaluation_file(name).exists():
+            shutil.copyfile(lender.evaluation_file(name), folder.evaluation_file(name))
+    speed = lender.read_manifest().get("speed", {})
+    folder.update_manifest(speed={name: found for name, found in speed.items() if name == "dense"})
 
 
 def small(out: Path) -> Path:
@@ -118,7 +118,7 @@ def small(out: Path) -> Path:
 def compared(out: Path, keeps: Sequence[float]) -> dict[str, Any]:
     """Cost and scores of both ways."""
     several = out / "several"
-    teacher = RunFolder(several).manifest()["timings"]["teacher"]
+    teacher = RunFolder(several).read_manifest()["timings"]["teacher"]
     dedicated = {f"{keep:g}": cost([out / f"{keep:g}"], teacher) for keep in keeps}
     ours = cost([several / "sizes" / f"{keep:g}" for keep in keeps], teacher)
     ratios = {}
@@ -126,7 +126,7 @@ def compared(out: Path, keeps: Sequence[float]) -> dict[str, Any]:
         each = {name: ours[kind] / found[kind] for name, found in dedicated.items()}
         mean = ours[kind] * len(dedicated) / sum(found[kind] for found in dedicated.values())
         ratios[kind] = {"to_mean": mean, **{f"to_{name}": ratio for name, ratio in each.items()}}
-    manifest = RunFolder(several).manifest()
+    manifest = RunFolder(several).read_manifest()
     return {
         "device": manifest["device"],
         "commit": manifest.get("commit"),
@@ -138,7 +138,7 @@ def compared(out: Path, keeps: Sequence[float]) -> dict[str, Any]:
 
 def cost(sizes: Sequence[Path], teacher: float) -> dict[str, Any]:
     """Seconds of all sizes of a run, one or several."""
-    timings = [RunFolder(size).manifest()["timings"] for size in sizes]
+    timings = [RunFolder(size).read_manifest()["timings"] for size in sizes]
     train = teacher + sum(each["tune and prune"] for each in timings)
     loops = {size.name: loop(size / "metrics.jsonl") for size in sizes}
     write = train + sum(each["cut and check"] for each in timings)
@@ -161,7 +161,7 @@ def quality(ours: Path, theirs: Path) -> dict[str, Any]:
     tasks: dict[str, Any] = {}
     sums: dict[str, list[tuple[float, float]]] = {}
     for task, result in one.tasks.items():
-        for metric in dict.fromkeys((headline(result), *(name for name in METRICS if name in result.scores))):
+        for metric in dict.fromkeys((headline_metric(result), *(name for name in METRICS if name in result.scores))):
             found = paired_difference(result, other.tasks[task], metric)
             values = (result.scores[metric].value, other.tasks[task].scores[metric].value)
             tasks.setdefault(task, {})[metric] = verdict(metric, found.value, found.se) | {"scores": values}

@@ -19,11 +19,11 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from prunetune.config.recipe import LoraSettings, from_mapping
-from prunetune.data.templates import Example
+from prunetune.data.encoding import Example
 from prunetune.pruning.sites import find_sites
-from prunetune.train.adapters import adapters, add_adapters
-from prunetune.train.passes import Packed, Padded, Passes
-from prunetune.utils.environment import describe
+from prunetune.train.adapters import add_adapters, trainable_parameters
+from prunetune.train.passes import PackedPasses, PaddedPasses, Passes
+from prunetune.utils.environment import device_name
 
 
 def main() -> None:
@@ -38,22 +38,22 @@ def main() -> None:
     gates = {site.name: (torch.arange(site.units, device=device) % 5 > 1).float() for site in sites}
     config = from_mapping({})
     kinds: dict[str, Passes] = {
-        "padded": Padded(model, sites, 0, config),
-        "packed": Packed(model, sites, 0, config),
-        "packed, compiled": Packed(model, sites, 0, from_mapping({"train": {"compile": "on"}})),
+        "padded": PaddedPasses(model, sites, 0, config),
+        "packed": PackedPasses(model, sites, 0, config),
+        "packed, compiled": PackedPasses(model, sites, 0, from_mapping({"train": {"compile": "on"}})),
     }
-    timings: dict[str, Any] = {"device": describe(device), "torch": torch.__version__}
+    timings: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__}
     for kind, passes in kinds.items():
         calls: dict[str, Callable[[list[Example]], object]] = {
             "tune": lambda batch, passes=passes: passes.tune(batch, None),
             "tune gated": lambda batch, passes=passes: passes.tune(batch, gates),
-            "slopes": lambda batch, passes=passes: passes.slopes(batch, gates),
+            "slopes": lambda batch, passes=passes: passes.gate_gradients(batch, gates),
             "score": lambda batch, passes=passes: passes.score(batch, gates),
-            "shrink": lambda _, passes=passes: passes.shrink(gates, 0.1),
+            "shrink": lambda _, passes=passes: passes.group_lasso_step(gates, 0.1),
         }
         timings[kind] = {name: timed(call, options.repeats) for name, call in calls.items()}
         print(json.dumps({kind: timings[kind]}), flush=True)
-    optimizer = torch.optim.AdamW(adapters(model).values(), fused=device.type == "cuda")
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), fused=device.type == "cuda")
     timings["clip and AdamW"] = timed(lambda _: step(optimizer, device), options.repeats)
     losses = {
         f"{kind} loss": [passes.tune(batch(7), gates)["loss"] for _ in range(3)] for kind, passes in kinds.items()

@@ -25,19 +25,19 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from prunetune.config.quantities import UNITS, Amount
 from prunetune.config.recipe import WorkloadConfig
-from prunetune.cost.deployment import WIDTH, most
-from prunetune.cost.latency_table import TRACKS, Table, Timed, alike
-from prunetune.cost.layer_shapes import Anatomy, anatomy_of
-from prunetune.cost.limits import Cap, cap_of, costs_of
+from prunetune.cost.deployment import DTYPE_BYTES, max_cost
+from prunetune.cost.latency_table import TRACKS, LatencyTable, LayerTiming, representative_layers
+from prunetune.cost.layer_shapes import ModelShape, model_shape
+from prunetune.cost.limits import BudgetLimit, costs_for_budget, make_budget_limit
 from prunetune.errors import PlanError
-from prunetune.export.shapes import legal_groups
+from prunetune.export.stock_config import kv_groups_validator
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
 from prunetune.pruning.sites import find_sites, kept_params
-from prunetune.search.feasibility import limited
-from prunetune.search.nested_sites import Nest
-from prunetune.search.select import Shape, default_align, feasible_keep, floor_widths, select
-from prunetune.utils.environment import commit
+from prunetune.search.feasibility import with_limits
+from prunetune.search.nested_sites import NestedSites
+from prunetune.search.select import PlanConstraints, default_align, min_feasible_keep, min_widths, select
+from prunetune.utils.environment import installed_commit
 
 GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {
     "SmolLM2-135M": ("llama", {
@@ -83,11 +83,11 @@ class Bench:
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**values))
         self.sites, self.workload = find_sites(self.model), workload
-        self.shape = Shape(layout, default_align(self.sites), 0, legal_groups(self.model.config))
-        self.anatomy = anatomy_of(self.model, self.sites)
+        self.shape = PlanConstraints(layout, default_align(self.sites), 0, kv_groups_validator(self.model.config))
+        self.anatomy = model_shape(self.model, self.sites)
         self.table = made_up(self.anatomy)
-        nest = Nest(self.sites)
-        self.least = nest.counts(floor_widths(nest, self.shape), self.sites)
+        nest = NestedSites(self.sites)
+        self.least = nest.kept_unit_counts(min_widths(nest, self.shape), self.sites)
         self.everything = sum(site.params for site in self.sites)
 
     def run(self, kind: str, targets: int) -> Tally:
@@ -103,7 +103,7 @@ class Bench:
         return tally
 
     def _share(self, place: float, scores: Any, tally: Tally) -> None:
-        least = feasible_keep(self.sites, self.shape)
+        least = min_feasible_keep(self.sites, self.shape)
         keep = least + place * (1 - least) if place > 0 else least * (1 + place)
         try:
             plan = select(scores, self.sites, keep, self.shape)
@@ -117,34 +117,36 @@ class Bench:
     def _amounts(self, kinds: list[str], place: float, scores: Any, tally: Tally, *, counted: bool) -> None:
         caps = [self._cap(kind, place) for kind in kinds]
         try:
-            shape = limited(self.shape, self.sites, caps, 1.0)
+            shape = with_limits(self.shape, self.sites, caps, 1.0)
         except PlanError as refused:
             self._again(caps, str(refused), tally)
             return
         assert shape.limits is not None
-        plan = select(scores, self.sites, shape.limits.keep, shape)
+        plan = select(scores, self.sites, shape.limits.feasible_keep, shape)
         nearest = max(cap.cost(plan.widths()) / cap.limit for cap in caps)
         self._note(nearest, 1.0, tally)
         if counted:
             self._count(plan, tally)
 
-    def _cap(self, kind: str, place: float) -> Cap:
-        costs = costs_of(kind, self.anatomy, self.workload, self.table)
-        least, dense = most(costs, self.least), most(costs, self.anatomy.dense())
+    def _cap(self, kind: str, place: float) -> BudgetLimit:
+        costs = costs_for_budget(kind, self.anatomy, self.workload, self.table)
+        least, dense = max_cost(costs, self.least), max_cost(costs, self.anatomy.dense_counts())
         limit = least + place * (dense - least) if place > 0 else least * (1 + place)
         tokens = self.workload.batch * self.workload.generate
-        return cap_of(kind, Amount(tokens / limit if kind == "throughput" else limit, False), costs, self.workload)
+        return make_budget_limit(
+            kind, Amount(tokens / limit if kind == "throughput" else limit, False), costs, self.workload
+        )
 
-    def _again(self, caps: list[Cap], refused: str, tally: Tally) -> None:
+    def _again(self, caps: list[BudgetLimit], refused: str, tally: Tally) -> None:
         """Ask with the values that refusals name, one after the other, until it is accepted."""
         for _ in caps:
             kind = refused.partition("budget.")[2].split()[0]
             nearest = refused.partition("feasible (")[2].partition(";")[0]
             costs = next(cap.costs for cap in caps if cap.kind == kind)
-            asked = cap_of(kind, Amount.parse(nearest, kind), costs, self.workload)
+            asked = make_budget_limit(kind, Amount.parse(nearest, kind), costs, self.workload)
             caps = [asked if cap.kind == kind else cap for cap in caps]
             try:
-                shape = limited(self.shape, self.sites, caps, 1.0)
+                shape = with_limits(self.shape, self.sites, caps, 1.0)
             except PlanError as more:
                 refused = str(more)
                 continue
@@ -165,24 +167,24 @@ class Bench:
         """Parameters and bytes of the model that is really cut."""
         small = cut(copy.deepcopy(self.model), plan, sites=self.sites)
         params = sum(weight.numel() for weight in small.parameters())
-        plain = WIDTH[self.workload.dtype] * params
-        counted = most(costs_of("file", self.anatomy, self.workload), plan.widths())
+        plain = DTYPE_BYTES[self.workload.dtype] * params
+        counted = max_cost(costs_for_budget("file", self.anatomy, self.workload), plan.widths())
         if self.anatomy.params(plan.widths()) != params or counted != plain:
             tally.wrong.append(f"{params} parameters, and {self.anatomy.params(plan.widths())} were counted")
 
 
-def made_up(anatomy: Anatomy) -> Table:
+def made_up(anatomy: ModelShape) -> LatencyTable:
     """Seconds that rise every 256 channels, and with KV groups."""
     layers = {}
-    for layer in set(alike(anatomy).values()):
+    for layer in set(representative_layers(anatomy).values()):
         sites = {site.kind: site for site in anatomy.layers[layer].sites}
         groups, channels = sites["attention"].units, sites["mlp"].units
         mlp = [(width, 1e-7 * (-(-width // 256) - channels // 256)) for width in range(32, channels + 1, 32)]
         attention = [(width, 3e-7 * (width - groups)) for width in range(groups + 1)]
-        layers[layer] = Timed(4e-7 * groups + 1e-7 * (channels // 256) + 2e-7, tuple(attention), tuple(mlp))
-    idle = {layer: Timed(1e-7, (), ()) for layer in layers}  # a host that never keeps the device waiting
+        layers[layer] = LayerTiming(4e-7 * groups + 1e-7 * (channels // 256) + 2e-7, tuple(attention), tuple(mlp))
+    idle = {layer: LayerTiming(1e-7, (), ()) for layer in layers}  # a host that never keeps the device waiting
     tracks = {track: layers if track.endswith("device") else idle for track in TRACKS}
-    return Table({"device": "made up"}, dict.fromkeys(TRACKS, 1e-6), tracks)
+    return LatencyTable({"device": "made up"}, dict.fromkeys(TRACKS, 1e-6), tracks)
 
 
 def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -211,7 +213,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         print(*tally.wrong[:3], sep="\n", file=sys.stderr)
         yield {
             "bar": "F1", "case": case, "value": good, "target": f"{asked} of {asked}", "met": good == asked,
-            "unit": "targets", "device": "counted, no device", "command": shlex_join(sys.argv), "commit": commit()[:7],
+            "unit": "targets", "device": "counted, no device", "command": shlex_join(sys.argv), "commit": installed_commit()[:7],
         }  # fmt: skip
 
 

@@ -30,17 +30,17 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from prunetune.config.recipe import RunConfig, from_mapping
-from prunetune.cost.parameters import total
-from prunetune.data.batches import Stream
-from prunetune.data.templates import Example
+from prunetune.cost.parameters import prunable_params
+from prunetune.data.batches import BatchStream
+from prunetune.data.encoding import Example
 from prunetune.pruning.sites import dense_plan
-from prunetune.search.select import Shape, default_align
-from prunetune.train.checkpoints import Forgetful
-from prunetune.train.job import Job
+from prunetune.search.select import PlanConstraints, default_align
+from prunetune.train.checkpoints import NullCheckpointStore
+from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.schedule import given_plan, schedule_of
-from prunetune.train.teacher import by_size, untuned
-from prunetune.utils.environment import describe, peak_memory_mb
+from prunetune.train.schedule import build_schedule, tune_only_schedule
+from prunetune.train.teacher import base_teacher, resolve_auto
+from prunetune.utils.environment import device_name, peak_memory_mb
 
 PEAK = {"H100": 989e12, "H200": 989e12}  # bfloat16 operations a second, dense, by data sheet
 RANK, RATE = 32, 5e-4
@@ -99,15 +99,18 @@ class Clock:
 class Rows(Dataset[dict[str, list[int]]]):
     """The batches of a stream as rows, in order."""
 
-    def __init__(self, stream: Stream, steps: int) -> None:
-        self.examples = [example for step in range(steps) for example in stream.batch(step)]
+    def __init__(self, stream: BatchStream, steps: int) -> None:
+        self.examples = [example for step in range(steps) for example in stream.batch_at(step)]
 
     def __len__(self) -> int:
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         one = self.examples[index]
-        return {"input_ids": list(one.ids), "labels": [-100] * one.answer_from + list(one.ids[one.answer_from :])}
+        return {
+            "input_ids": list(one.token_ids),
+            "labels": [-100] * one.answer_start + list(one.token_ids[one.answer_start :]),
+        }
 
 
 class InOrder(Trainer):  # type: ignore[misc]
@@ -147,15 +150,15 @@ def side_by_side(rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor
 
 def ours(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype, kind: str) -> Clock:
     model, sites = made(asked.geometry, device, dtype, layers=asked.layers)
-    config, dense = by_size(config_of(asked, kind), sites), kind == "dense"
-    teacher = untuned(model, config.distill) if kind == "taught" else None
+    config, dense = resolve_auto(config_of(asked, kind), sites), kind == "dense"
+    teacher = base_teacher(model, config.distill) if kind == "taught" else None
     stream, clock = stream_of(asked, model.config.vocab_size), Clock(device)
-    tune_and_prune(Job(
-        model=model, sites=sites, shape=Shape("per-layer", default_align(sites)), train=stream, search=stream,
-        valid=(), pad_id=0, config=config, checkpoints=Forgetful(), observer=clock,
-        schedule=given_plan(config) if dense else schedule_of(config),
+    tune_and_prune(TrainingJob(
+        model=model, sites=sites, constraints=PlanConstraints("per-layer", default_align(sites)), train_stream=stream, search_stream=stream,
+        valid_examples=(), pad_id=0, config=config, checkpoints=NullCheckpointStore(), observer=clock,
+        schedule=tune_only_schedule(config) if dense else build_schedule(config),
         accelerator=Accelerator(cpu=device.type == "cpu"), teacher=teacher,
-        plan=dense_plan(sites) if dense else None,
+        given_plan=dense_plan(sites) if dense else None,
     ))  # fmt: skip
     return clock
 
@@ -175,11 +178,11 @@ def config_of(asked: argparse.Namespace, kind: str) -> RunConfig:
     })  # fmt: skip
 
 
-def stream_of(asked: argparse.Namespace, vocabulary: int) -> Stream:
+def stream_of(asked: argparse.Namespace, vocabulary: int) -> BatchStream:
     rng = torch.Generator().manual_seed(0)
     rows = torch.randint(3, vocabulary, (4 * asked.batch, asked.sequence), generator=rng).tolist()
     answers = 2 * asked.sequence // 3
-    return Stream([Example(tuple(row), answers, f"row {index}") for index, row in enumerate(rows)], asked.batch, 0)
+    return BatchStream([Example(tuple(row), answers, f"row {index}") for index, row in enumerate(rows)], asked.batch, 0)
 
 
 RUNS: dict[str, Callable[[argparse.Namespace, torch.device, torch.dtype], Clock]] = {
@@ -233,7 +236,7 @@ def summary(asked: argparse.Namespace, told: dict[str, list[dict[str, Any]]], de
     def median(name: str, key: str) -> float:
         return statistics.median(float(one[key]) for one in told[name])
 
-    result: dict[str, Any] = {**vars(asked), "device": describe(device), "torch": torch.__version__, "told": told}
+    result: dict[str, Any] = {**vars(asked), "device": device_name(device), "torch": torch.__version__, "told": told}
     if "trainer" in told:
         result["ratios to trainer"] = {
             name: {
@@ -242,12 +245,12 @@ def summary(asked: argparse.Namespace, told: dict[str, list[dict[str, Any]]], de
             }
             for name in told
         }
-    peak = next((value for name, value in PEAK.items() if name in describe(device)), None)
+    peak = next((value for name, value in PEAK.items() if name in device_name(device)), None)
     if peak:
         structure, sites = made(asked.geometry, torch.device("meta"), torch.bfloat16, layers=asked.layers)
         head = structure.config.vocab_size * structure.config.hidden_size
         # Forward 2 and backward 2 a weight and token (frozen: no gradient of weights); the head where labels are.
-        work = 4 * (total(sites) + head / 3)
+        work = 4 * (prunable_params(sites) + head / 3)
         result["mfu"] = {
             name: round(work * median(name, "tokens_a_second") / peak, 3)
             for name in told

@@ -23,18 +23,18 @@ from accelerate import Accelerator
 from geometries import GEOMETRIES, made
 
 from prunetune.config.recipe import RunConfig, from_mapping
-from prunetune.cost.training_memory import memory, setup_of, shapes_of
-from prunetune.data.batches import Stream
-from prunetune.data.templates import Example
+from prunetune.cost.training_memory import estimate_memory, training_setup, training_shapes
+from prunetune.data.batches import BatchStream
+from prunetune.data.encoding import Example
 from prunetune.pruning.sites import kept_params
-from prunetune.search.select import Shape, default_align
+from prunetune.search.select import PlanConstraints, default_align
 from prunetune.train import loop
-from prunetune.train.checkpoints import Forgetful
-from prunetune.train.job import Job
-from prunetune.train.players import Adapters
-from prunetune.train.schedule import schedule_of
-from prunetune.train.teacher import by_size, untuned
-from prunetune.utils.environment import describe, peak_memory_mb
+from prunetune.train.checkpoints import NullCheckpointStore
+from prunetune.train.job import TrainingJob
+from prunetune.train.schedule import build_schedule
+from prunetune.train.teacher import base_teacher, resolve_auto
+from prunetune.train.trainers import AdapterTrainer
+from prunetune.utils.environment import device_name, peak_memory_mb
 
 
 class Phases:
@@ -112,31 +112,31 @@ def main() -> None:
     dtype = torch.float32 if args.precision == "f32" else torch.bfloat16
     phases, began = Phases(device), time.perf_counter()
     model, sites = made(args.geometry, device, dtype, layers=args.layers, quantize=config_of(args).lora.quantize)
-    config = by_size(config_of(args), sites)
+    config = resolve_auto(config_of(args), sites)
     structure, _ = made(args.geometry, torch.device("meta"), dtype, layers=args.layers)
-    shapes, setup = shapes_of(structure, sites), setup_of(config, dtype, longest=args.sequence)
-    teacher = untuned(model, config.distill) if args.teacher == "base" else None
+    shapes, setup = training_shapes(structure, sites), training_setup(config, dtype, longest=args.sequence)
+    teacher = base_teacher(model, config.distill) if args.teacher == "base" else None
     phases.mark("load")
-    stream = Stream(examples(shapes.vocabulary, args.sequence), args.batch, 0)
-    job = Job(
-        model=model, sites=sites, shape=Shape("per-layer", default_align(sites)), train=stream, search=stream,
-        valid=(), pad_id=0, config=config, schedule=schedule_of(config), checkpoints=Forgetful(), observer=phases,
+    stream = BatchStream(examples(shapes.vocab_size, args.sequence), args.batch, 0)
+    job = TrainingJob(
+        model=model, sites=sites, constraints=PlanConstraints("per-layer", default_align(sites)), train_stream=stream, search_stream=stream,
+        valid_examples=(), pad_id=0, config=config, schedule=build_schedule(config), checkpoints=NullCheckpointStore(), observer=phases,
         accelerator=Accelerator(cpu=device.type == "cpu"), teacher=teacher,
     )  # fmt: skip
-    genuine = Adapters.cut
+    genuine = AdapterTrainer.cut
 
-    def cut(self: Adapters, plan: Any) -> None:
+    def cut(self: AdapterTrainer, plan: Any) -> None:
         phases.mark("before the cut")
         genuine(self, plan)
         phases.mark("cut")
 
-    Adapters.cut = cut  # type: ignore[method-assign]  # to tell its memory from that of the steps
+    AdapterTrainer.cut = cut  # type: ignore[method-assign]  # to tell its memory from that of the steps
     plan = loop.tune_and_prune(job)
-    computed = {name: memory(shapes, setup, phase=name) for name in ("search", "tune")}
+    computed = {name: estimate_memory(shapes, setup, phase=name) for name in ("search", "tune")}
     print(json.dumps({
         "geometry": args.geometry, "precision": args.precision, "layers": shapes.layers, "sequence": args.sequence,
         "batch": args.batch, "rank": args.rank, "checkpointing": config.train.checkpointing, "teacher": args.teacher,
-        "search_step": config.search.step, "device": describe(device), "torch": torch.__version__,
+        "search_step": config.search.step, "device": device_name(device), "torch": torch.__version__,
         "kept": kept_params(sites, plan) / sum(site.params for site in sites),
         "peak_gb": {name: round(value, 3) for name, value in phases.peaks.items()},
         "peak_gib": round(max(phases.peaks.values()) * 1e9 / 2**30, 3),

@@ -7,7 +7,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from prunetune.config.fields import paths
+from prunetune.config.fields import fields_by_path
 from prunetune.config.recipe import RunConfig
 
 TARGET = Path(__file__).with_name("recipes.md")
@@ -38,7 +38,7 @@ folder keeps the full recipe as `config.yaml`, which is a recipe itself. Recipes
 
 def page() -> str:
     """The whole page."""
-    options = paths(RunConfig)
+    options = fields_by_path(RunConfig)
     sections: dict[str, list[str]] = {}
     for path in options:
         sections.setdefault(path.rpartition(".")[0], []).append(path)

@@ -27,7 +27,7 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         capsys.readouterr()  # what was said before
         monkeypatch.setattr("sys.argv", ["prunetune", *map(str, arguments)])
         try:
-            code = app._guarded()
+            code = app._run_app()
         except SystemExit as ended:  # how cyclopts ends a command that went well
             code = int(ended.code or 0)
         return (code, *capsys.readouterr())

@@ -18,9 +18,9 @@ from packaging.utils import canonicalize_name
 import prunetune
 from prunetune.cli.app import app
 from prunetune.config.recipe import from_mapping
-from prunetune.data.records import record_of
-from prunetune.evaluation.suites import suite_of
-from prunetune.pruning.families import FAMILIES, coupling_of
+from prunetune.data.records import record_from_row
+from prunetune.evaluation.suites import parse_suite
+from prunetune.pruning.families import FAMILIES, architecture_info
 from support.models import tiny
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +64,7 @@ def test_a_command_in_the_docs_is_understood(command: str) -> None:
 def test_a_recipe_or_a_suite_in_the_docs_is_one(page: str, text: str) -> None:
     values = yaml.safe_load(text)
     if "tasks" in values:  # a suite
-        assert not [task.fault for task in suite_of(values, where=page).tasks if task.fault]
+        assert not [task.error for task in parse_suite(values, where=page).tasks if task.error]
     else:
         assert from_mapping(values, where=page).data.train
 
@@ -72,7 +72,7 @@ def test_a_recipe_or_a_suite_in_the_docs_is_one(page: str, text: str) -> None:
 @pytest.mark.parametrize(("page", "text"), blocks("json"), ids=first_line)
 def test_rows_in_the_docs_are_rows(page: str, text: str) -> None:
     for number, line in enumerate(text.splitlines(), 1):
-        assert record_of(json.loads(line), source=f"{page}:{number}").completion
+        assert record_from_row(json.loads(line), source=f"{page}:{number}").completion
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("python"), ids=first_line)
@@ -116,7 +116,7 @@ def test_the_page_of_architectures_lists_the_table() -> None:
     }
     found: dict[str, list[str]] = {kinds: [] for kinds in listed}
     for family in sorted(FAMILIES):
-        whole = set(coupling_of(tiny(family)).whole) & {"attention", "mlp"}
+        whole = set(architecture_info(tiny(family)).unprunable) & {"attention", "mlp"}
         found["attention and experts" if whole == {"mlp"} else "MLP" if whole else "attention and MLP"].append(family)
     assert listed == found
     assert f"Models: {len(FAMILIES)}\n" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -13,21 +13,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prunetune import Plan, cut, find_sites, hub
-from prunetune.export.selfcheck import logits_of
-from prunetune.export.write import write
-from prunetune.pruning.units import USUAL
+from prunetune.export.checkpoint import write_checkpoint
+from prunetune.export.selfcheck import compute_logits
+from prunetune.pruning.units import DEFAULT_UNITS
 from support.data import subwords
 from support.models import random_plan, relative, tiny, tokens
 
 # Name of the folder -> family, and the kinds of unit that were pruned.
 CASES = {
     **{
-        name: (name, USUAL) for name in ("llama", "qwen2", "gemma3_text", "phi3", "opt", "gpt_neox", "bloom", "cohere2")
+        name: (name, DEFAULT_UNITS)
+        for name in ("llama", "qwen2", "gemma3_text", "phi3", "opt", "gpt_neox", "bloom", "cohere2")
     },
     "llama-heads": ("llama", ("kv-groups", "query-heads", "mlp-channels")),
     "llama-blocks": ("llama", ("attention-blocks", "mlp-blocks", "mlp-channels")),
     "llama-mlp": ("llama", ("mlp-channels",)),
-    "gpt2": ("gpt2", USUAL),
+    "gpt2": ("gpt2", DEFAULT_UNITS),
     "qwen3_moe": ("qwen3_moe", ("kv-groups", "experts", "expert-channels")),
 }
 
@@ -63,11 +64,11 @@ def test_every_family_opens_without_its_own_code(tmp_path: Path) -> None:
         if name == "llama":  # a layer without attention
             plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
         cut(model, plan, sites=sites)
-        write(model, subwords(), plan, sites, tmp_path / name, layout="per-layer", card="")
+        write_checkpoint(model, subwords(), plan, sites, tmp_path / name, layout="per-layer", card="")
         for file in (tmp_path / name).glob("*.py"):
             file.write_text("raise SystemExit('this must not run')\n")
         save_file({"tokens": tokens()}, tmp_path / name / "tokens.st")
-        expected[name] = logits_of(model, tokens())
+        expected[name] = compute_logits(model, tokens())
     ran = subprocess.run(
         [sys.executable, "-c", READER, *(str(tmp_path / name) for name in CASES)],
         capture_output=True, text=True, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -83,8 +84,8 @@ def test_the_registered_class_has_the_generated_widths(family: str, tmp_path: Pa
     model = tiny(family)
     sites, plan = find_sites(model), random_plan(model)
     cut(model, plan)
-    write(model, subwords(), plan, sites, tmp_path / "model", layout="per-layer", card="")
-    config_class, base, causal = hub.classes_of(family)
+    write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout="per-layer", card="")
+    config_class, base, causal = hub.per_layer_classes(family)
     config = config_class.from_pretrained(tmp_path / "model")
     with torch.device("meta"):
         made = causal(config)
@@ -94,6 +95,6 @@ def test_the_registered_class_has_the_generated_widths(family: str, tmp_path: Pa
 
 
 def test_vllm_finds_it() -> None:
-    assert not hub.classes_of("llama")[1].__init__.__annotations__
+    assert not hub.per_layer_classes("llama")[1].__init__.__annotations__
     (point,) = (p for p in entry_points(group="vllm.general_plugins") if p.name == "prunetune")
     assert point.load() is hub.register

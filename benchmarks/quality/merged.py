@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from prunetune.compare.grid import best_rate
-from prunetune.compare.markdown import markdown
+from prunetune.compare.grid import best_learning_rate
+from prunetune.compare.markdown import render_markdown
 from prunetune.compare.table import aggregate
 from prunetune.config.recipe import load_recipe
 from prunetune.utils.files import write_text
@@ -43,13 +43,13 @@ def main() -> None:
     config = load_recipe(told.recipe, {"compare": compared} | ({"model": told.model} if told.model else {}))
     found = aggregate(cells, {name: rate_of(name, cells) for name in compared["methods"]}, config)
     write_text(told.table, json.dumps(found, indent=1, allow_nan=False) + "\n")
-    print(markdown(found))
+    print(render_markdown(found))
 
 
 def rate_of(method: str, cells: Sequence[dict[str, Any]]) -> float:
     """The best on valid of those tried there; or the only one there is."""
     own = [cell for cell in cells if cell["method"] == method]
-    return best_rate(own) or float(own[-1]["learning_rate"])
+    return best_learning_rate(own) or float(own[-1]["learning_rate"])
 
 
 def cells_of(folders: Sequence[Path]) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from prunetune.compare.run import line_of
+from prunetune.compare.run import summary_line
 
 
 def main() -> None:
@@ -98,7 +98,7 @@ def ended(process: subprocess.Popen[bytes], ends: float) -> None:
 def cells(out: Path) -> Iterator[str]:
     """A line for each."""
     for file in sorted(out.glob("*/cells/*.json")):
-        yield f"{file.parent.parent.name} {line_of(json.loads(file.read_text(encoding='utf-8')))}"
+        yield f"{file.parent.parent.name} {summary_line(json.loads(file.read_text(encoding='utf-8')))}"
 
 
 if __name__ == "__main__":

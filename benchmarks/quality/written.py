@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from prunetune.model.loading import load, load_tokenizer, pick_device, pick_dtype
+from prunetune.model.loading import load_model_and_tokenizer, load_tokenizer, pick_device, pick_dtype
 
 OPENING, LENGTH = 16, 400  # tokens
 AT_ONCE = 500
@@ -31,7 +31,9 @@ def main() -> None:
     asked = parser.parse_args()
     torch.manual_seed(0)
     device = pick_device("auto")
-    model = load(asked.model, device=device, dtype=pick_dtype("auto", device), trust_remote_code=False).model
+    model = load_model_and_tokenizer(
+        asked.model, device=device, dtype=pick_dtype("auto", device), trust_remote_code=False
+    ).model
     tokenizer = load_tokenizer(asked.model, trust_remote_code=False)
     openings = openings_of(asked.openings, tokenizer, asked.count)
     with asked.out.open("w", encoding="utf-8") as file:

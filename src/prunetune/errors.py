@@ -35,17 +35,17 @@ class MissingPackage(PrunetuneError):
     """An optional package that the job at hand needs."""
 
 
-class GateFailed(PrunetuneError):
+class LimitBroken(PrunetuneError):
     """The job ran, and its result broke a limit."""
 
     exit_code = 1
 
 
-class SelfCheckFailed(GateFailed):
+class SelfCheckFailed(LimitBroken):
     """The written checkpoint does not equal the model that was trained."""
 
 
-def device_fault(error: BaseException) -> str:
+def gpu_fault_message(error: BaseException) -> str:
     """What a GPU said as it gave up: nothing more can be computed in its process. "" for any other error."""
     first = (str(error).strip().splitlines() or [""])[0]
     return first if type(error).__name__ == "AcceleratorError" and "out of memory" not in first else ""

@@ -13,12 +13,12 @@ from torch.nn import functional as F
 
 from prunetune import Plan, find_sites
 from prunetune.baselines.scores import BASELINES, Calibration, bias_compensation
-from prunetune.cost.limits import Limits
+from prunetune.cost.limits import BudgetLimits
 from prunetune.data.batches import Batch, collate
-from prunetune.data.templates import Example
-from prunetune.pruning.cut import NoAttention, add_biases, cut, cut_linears
+from prunetune.data.encoding import Example
+from prunetune.pruning.cut import RemovedAttention, add_biases, cut, cut_linears
 from prunetune.pruning.masking import masked
-from prunetune.search.select import Shape, select
+from prunetune.search.select import PlanConstraints, select
 from support.models import FAMILIES, random_plan, relative, tiny, tokens, with_lora
 
 LENGTHS = (9, 6, 7)
@@ -87,7 +87,7 @@ def test_scores_of_every_family_repeat_and_leave_the_model_alone(family: str, na
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    assert isinstance(select(scores, given.sites, 0.6, Shape(align=8)), Plan)
+    assert isinstance(select(scores, given.sites, 0.6, PlanConstraints(align=8)), Plan)
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -140,8 +140,8 @@ def test_a_unit_s_score_holds_the_units_inside(name: str, family: str, outer: st
 @pytest.mark.parametrize("name", ["magnitude", "taylor", "fisher"])
 def test_a_unit_s_price_under_other_budgets_is_theirs(name: str) -> None:
     plain = calibration(tiny())
-    spans = {site.name: 4.0 * site.price for site in plain.sites}
-    other = BASELINES[name](replace(plain, limits=Limits((), spans=spans)))
+    spans = {site.name: 4.0 * site.total_unit_params for site in plain.sites}
+    other = BASELINES[name](replace(plain, limits=BudgetLimits((), prices_with_children=spans)))
     for site, values in BASELINES[name](plain).items():
         torch.testing.assert_close(other[site], values / (2 if name == "magnitude" else 4))
 
@@ -152,7 +152,7 @@ def test_wanda_ranks_weight_times_input() -> None:
     for site in find_sites(model):
         inputs = seen(model, site.consumer.module)
         weight = model.get_submodule(site.consumer.module).weight.double()
-        per = site.consumer.per_unit
+        per = site.consumer.rows_per_unit
         raw = [
             sum(float(weight[:, j].abs().sum() * inputs[:, j].norm()) for j in range(u * per, (u + 1) * per))
             for u in range(site.units)
@@ -168,7 +168,7 @@ def test_flap_standardises_fluctuation() -> None:
         weight = model.get_submodule(site.consumer.module).weight.double()
         columns = seen(model, site.consumer.module).var(0) * weight.square().sum(0)
         z = (columns - columns.mean()) / columns.std()
-        per = site.consumer.per_unit
+        per = site.consumer.rows_per_unit
         expected = torch.stack([z[u * per : (u + 1) * per].mean() for u in range(site.units)])
         torch.testing.assert_close(scores[site.name].double(), expected, rtol=1e-3, atol=1e-4)
 
@@ -199,7 +199,7 @@ def test_fisher_is_the_mean_squared_slope_of_a_gate() -> None:
     step = 1e-2  # norms and logits are float32 inside: a smaller step drowns in rounding
     for site in find_sites(model)[:2]:
         weight = model.get_submodule(site.consumer.module).weight
-        columns, slopes = slice(0, site.consumer.per_unit), []
+        columns, slopes = slice(0, site.consumer.rows_per_unit), []
         whole = weight.clone()
         for row in rows():
             ends = []
@@ -265,10 +265,12 @@ def test_a_bias_adds_to_one_that_is_there_and_bare_layers_have_no_state() -> Non
     before = linear.bias.detach().clone()
     add_biases(model, {"model.layers.0.self_attn.o_proj": torch.ones(48)})
     torch.testing.assert_close(linear.bias.detach(), before + 1)
-    assert not NoAttention().state_dict()
+    assert not RemovedAttention().state_dict()
 
 
 def test_batches_here_are_those_of_collate() -> None:
     ids = rows()
-    examples = [Example(id=str(i), ids=tuple(row.tolist()), answer_from=len(row) - 3) for i, row in enumerate(ids)]
+    examples = [
+        Example(id=str(i), token_ids=tuple(row.tolist()), answer_start=len(row) - 3) for i, row in enumerate(ids)
+    ]
     assert torch.equal(collate(examples, 0).labels, batch_of(ids).labels)

@@ -15,9 +15,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunetune.bench import clock
-from prunetune.bench.llamacpp import LlamaCppRunner, context_of
+from prunetune.bench.llamacpp import LlamaCppRunner, gguf_context_length
 from prunetune.bench.local import ATTENTION, LocalRunner
-from prunetune.bench.models import Named, named
+from prunetune.bench.models import ModelSpec, resolve_models
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.runner import OutOfMemory
 from prunetune.bench.worker import Worker
@@ -49,14 +49,16 @@ def run(tmp_path_factory: pytest.TempPathFactory, dense: Path) -> Path:
 
 
 def test_a_run_brings_its_dense_model_in_front(run: Path, dense: Path) -> None:
-    found = named([str(run)], SMALL)
+    found = resolve_models([str(run)], SMALL)
     assert [one.label for one in found] == [f"{dense} (dense)", str(run)]
-    assert [one.trust for one in found] == [False, True]
-    assert [one.label for one in named([str(run)], BenchOptions(prompt=12, generate=4, dense=False))] == [str(run)]
+    assert [one.trust_remote_code for one in found] == [False, True]
+    assert [one.label for one in resolve_models([str(run)], BenchOptions(prompt=12, generate=4, dense=False))] == [
+        str(run)
+    ]
 
 
 def test_every_model_is_measured_once(run: Path, dense: Path) -> None:
-    found = named([str(run), str(run), str(dense)], SMALL)
+    found = resolve_models([str(run), str(run), str(dense)], SMALL)
     assert [one.source for one in found] == [str(dense), str(run / "model")]
 
 
@@ -67,24 +69,24 @@ def test_names_that_lead_nowhere(tmp_path: Path, run: Path, monkeypatch: pytest.
         str(tmp_path / "a.gguf"): "no such file",
     }.items():
         with pytest.raises(ModelError, match=says):
-            named([name], SMALL)
+            resolve_models([name], SMALL)
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "config.yaml").write_text("model: x\n", encoding="utf-8")
     with pytest.raises(ModelError, match="no model yet"):
-        named([str(unfinished)], SMALL)
+        resolve_models([str(unfinished)], SMALL)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(ModelError, match="cannot be read as GGUF"):
-        named([str(tmp_path / "a.gguf")], SMALL)
+        resolve_models([str(tmp_path / "a.gguf")], SMALL)
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(MissingPackage, match=r"pip install 'prunetune\[llamacpp\]'"):
-        named([str(tmp_path / "a.gguf")], SMALL)
+        resolve_models([str(tmp_path / "a.gguf")], SMALL)
 
 
 def test_a_prompt_beyond_the_context_is_refused(dense: Path) -> None:
-    assert named([str(dense)], BenchOptions(prompt=250, generate=6))
+    assert resolve_models([str(dense)], BenchOptions(prompt=250, generate=6))
     with pytest.raises(ConfigError, match="make 257 tokens, its context has 256"):
-        named([str(dense)], BenchOptions(prompt=251, generate=6))
+        resolve_models([str(dense)], BenchOptions(prompt=251, generate=6))
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8])
@@ -106,8 +108,8 @@ def test_attention_counts_as_if_each_query_head_had_keys_of_its_own(heads: int) 
 
 
 def test_a_model_in_transformers(dense: Path) -> None:
-    runner = LocalRunner(Named("dense", str(dense)), SMALL)
-    one, two = runner.warm(1), runner.warm(2)
+    runner = LocalRunner(ModelSpec("dense", str(dense)), SMALL)
+    one, two = runner.warm_up(1), runner.warm_up(2)
     assert one.prefill_flops
     assert two.prefill_flops == 2 * one.prefill_flops
     weights = sum(weight.nbytes for weight in runner.model.parameters())
@@ -126,13 +128,13 @@ def test_a_model_in_transformers(dense: Path) -> None:
 
 
 def test_a_tied_table_is_read_and_experts_are_not_counted(tmp_path: Path) -> None:
-    tied = LocalRunner(Named("tied", str(model_folder(tmp_path / "tied", tie_word_embeddings=True))), SMALL)
+    tied = LocalRunner(ModelSpec("tied", str(model_folder(tmp_path / "tied", tie_word_embeddings=True))), SMALL)
     cache = tied._run(1)[1]
     weights = sum(weight.nbytes for weight in tied.model.parameters())
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert tied.warm(1).decode_bytes == weights + held
-    mixed = LocalRunner(Named("mixed", str(model_folder(tmp_path / "mixed", family="mixtral"))), SMALL)
-    assert mixed.warm(1).decode_bytes is None
+    assert tied.warm_up(1).decode_bytes == weights + held
+    mixed = LocalRunner(ModelSpec("mixed", str(model_folder(tmp_path / "mixed", family="mixtral"))), SMALL)
+    assert mixed.warm_up(1).decode_bytes is None
 
 
 COMPILED = dataclasses.replace(SMALL, compile=True)
@@ -141,8 +143,8 @@ COMPILED = dataclasses.replace(SMALL, compile=True)
 def test_what_is_compiled_meets_the_same_cache_again(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By address: another one would be compiled, or recorded, within the runs that count."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    runner = LocalRunner(Named("dense", str(dense)), COMPILED)
-    runner.warm(2)
+    runner = LocalRunner(ModelSpec("dense", str(dense)), COMPILED)
+    runner.warm_up(2)
     where = [runner._run(2)[1].layers[0].keys.data_ptr() for _ in range(2)]
     assert where[0] == where[1]
     assert runner.facts().runtime.endswith(", compiled")
@@ -153,14 +155,14 @@ def test_what_cannot_be_compiled_is_said(dense: Path, monkeypatch: pytest.Monkey
         raise ValueError("no compiler\nmore")
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=failing))
-    runner = LocalRunner(Named("dense", str(dense)), COMPILED)
+    runner = LocalRunner(ModelSpec("dense", str(dense)), COMPILED)
     reason = r"model dense: cannot be compiled here \(ValueError: no compiler\); leave --compile out"
     with pytest.raises(ModelError, match=reason):
-        runner.warm(1)
+        runner.warm_up(1)
 
 
 def test_running_out_of_memory_is_said(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = LocalRunner(Named("dense", str(dense)), SMALL)
+    runner = LocalRunner(ModelSpec("dense", str(dense)), SMALL)
 
     def full(*_: object, **__: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
@@ -175,24 +177,24 @@ def test_running_out_of_memory_is_said(dense: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(sys.platform != "linux", reason="the system has no mark to reset")
 def test_the_peak_is_that_since_the_reset() -> None:
     cpu = torch.device("cpu")
-    if not clock.reset_peak(cpu):
+    if not clock.reset_peak_memory(cpu):
         pytest.skip("the system forbids to reset the mark")
     block = torch.ones(64 << 20, dtype=torch.uint8)
-    held = clock.peak(cpu)
+    held = clock.peak_bytes(cpu)
     del block
-    assert clock.reset_peak(cpu)
-    assert held - clock.peak(cpu) > 32 << 20
+    assert clock.reset_peak_memory(cpu)
+    assert held - clock.peak_bytes(cpu) > 32 << 20
 
 
 def test_no_energy_where_nothing_reports_it() -> None:
-    assert clock.meter(torch.device("cpu")) is None
+    assert clock.energy_meter(torch.device("cpu")) is None
 
 
 # -- processes -------------------------------------------------------------------------------------------------------
 
 
 def test_a_process_answers_fails_and_dies_in_words() -> None:
-    worker = Worker(Named("m", "m"), SMALL, bench_helpers.moody)
+    worker = Worker(ModelSpec("m", "m"), SMALL, bench_helpers.moody)
     assert worker.facts() == bench_helpers.facts()
     assert worker.run(1).total_s == 1.0
     with pytest.raises(OutOfMemory, match="batch 5 of m"):
@@ -222,12 +224,12 @@ def test_a_script_without_a_guard_can_measure(run: Path, tmp_path: Path) -> None
 
 
 def test_a_bug_keeps_its_traceback_and_a_mistake_its_line() -> None:
-    worker = Worker(Named("m", "m"), SMALL, bench_helpers.moody)
+    worker = Worker(ModelSpec("m", "m"), SMALL, bench_helpers.moody)
     with pytest.raises(RuntimeError, match=r"(?s)in the process of m.*ZeroDivisionError: a bug"):
         worker.run(3)
     worker.close()
     with pytest.raises(ModelError, match=r"^model m: no weights$"):
-        Worker(Named("m", "m"), SMALL, bench_helpers.broken)
+        Worker(ModelSpec("m", "m"), SMALL, bench_helpers.broken)
 
 
 # -- llama.cpp -------------------------------------------------------------------------------------------------------
@@ -237,10 +239,10 @@ def test_a_gguf_file_in_llama_cpp(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     file = tmp_path / "a.gguf"
     export_run(run, "gguf", out=file)
-    assert context_of(file) == 128
-    runner = LlamaCppRunner(Named("a", str(file), llama_cpp=True), SMALL)
-    work = runner.warm(1)
-    assert runner.warm(2).prefill_flops == 2 * (work.prefill_flops or 0) > 0
+    assert gguf_context_length(file) == 128
+    runner = LlamaCppRunner(ModelSpec("a", str(file), llama_cpp=True), SMALL)
+    work = runner.warm_up(1)
+    assert runner.warm_up(2).prefill_flops == 2 * (work.prefill_flops or 0) > 0
     assert 0 < (work.decode_bytes or 0) < file.stat().st_size
     one, two = runner.run(1), runner.run(2)
     assert one.prefill_s
@@ -249,7 +251,10 @@ def test_a_gguf_file_in_llama_cpp(run: Path, tmp_path: Path) -> None:
     known = runner.facts()
     assert known.dtype == "f16"
     assert known.file_bytes == file.stat().st_size
-    assert known.parameters == LocalRunner(Named("run", str(run / "model"), trust=True), SMALL).facts().parameters
+    assert (
+        known.parameters
+        == LocalRunner(ModelSpec("run", str(run / "model"), trust_remote_code=True), SMALL).facts().parameters
+    )
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

@@ -6,11 +6,11 @@ import json
 
 import pytest
 
-from prunetune.bench.interleaved import Spread, paired_ratios, spread, take_turns
+from prunetune.bench.interleaved import SummaryStats, paired_ratios, run_interleaved, summary_stats
 from prunetune.bench.options import BenchOptions
-from prunetune.bench.result import Bench, summarised
-from prunetune.bench.runner import Sample, Work
-from prunetune.bench.table import of_bench
+from prunetune.bench.result import BenchResult, summarise_bench
+from prunetune.bench.runner import BenchSample, WorkEstimate
+from prunetune.bench.table import render_bench
 from prunetune.errors import ConfigError
 from support.bench import Scripted, facts, slowed
 
@@ -19,24 +19,26 @@ PRUNED = {"total": 2.0, "prefill": 1.0, "decode": 0.16}
 WEATHER = (1.0, 3.0, 1.5, 9.0, 1.1)
 
 
-def benched(*runners: Scripted, options: BenchOptions | None = None) -> Bench:
+def benched(*runners: Scripted, options: BenchOptions | None = None) -> BenchResult:
     options = options or BenchOptions(batch="1,4", generate=10, runs=len(WEATHER))
-    measured = take_turns(runners, options.batches, options.runs)
+    measured = run_interleaved(runners, options.batches, options.runs)
     known = [runner.facts() for runner in runners]
-    return summarised([runner.name for runner in runners], known, measured, options=options, versions={"torch": "2"})
+    return summarise_bench(
+        [runner.name for runner in runners], known, measured, options=options, versions={"torch": "2"}
+    )
 
 
 # -- spread ----------------------------------------------------------------------------------------------------------
 
 
 def test_the_spread_is_of_the_values() -> None:
-    assert spread([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(3.0, 2.0, 4.0, 1.0, 5.0, 5)
-    assert spread([7.0]) == Spread(7.0, 7.0, 7.0, 7.0, 7.0, 1)
-    assert spread([1.0, 2.0]).median == 1.5
+    assert summary_stats([5.0, 1.0, 2.0, 4.0, 3.0]) == SummaryStats(3.0, 2.0, 4.0, 1.0, 5.0, 5)
+    assert summary_stats([7.0]) == SummaryStats(7.0, 7.0, 7.0, 7.0, 7.0, 1)
+    assert summary_stats([1.0, 2.0]).median == 1.5
 
 
 def test_one_bad_run_moves_the_end_and_not_the_middle() -> None:
-    calm, disturbed = spread([1.0, 1.1, 1.2, 1.3, 1.4]), spread([1.0, 1.1, 1.2, 1.3, 90.0])
+    calm, disturbed = summary_stats([1.0, 1.1, 1.2, 1.3, 1.4]), summary_stats([1.0, 1.1, 1.2, 1.3, 90.0])
     assert (calm.median, calm.high_quartile) == (disturbed.median, disturbed.high_quartile)
     assert disturbed.max == 90.0
 
@@ -52,7 +54,7 @@ def test_pairs_are_those_of_a_round() -> None:
 
 def test_models_take_turns_after_a_warm_up_and_swap_places() -> None:
     diary: list[tuple[str, str, int]] = []
-    found = take_turns([Scripted("a", diary=diary), Scripted("b", diary=diary)], [1, 8], 3)
+    found = run_interleaved([Scripted("a", diary=diary), Scripted("b", diary=diary)], [1, 8], 3)
     told = [(what, name) for what, name, batch in diary if batch == 8]
     assert told[:2] == [("warm", "a"), ("warm", "b")]
     assert [name for _, name in told[2:]] == ["a", "b", "b", "a", "a", "b"]
@@ -61,7 +63,7 @@ def test_models_take_turns_after_a_warm_up_and_swap_places() -> None:
 
 
 def test_a_batch_that_does_not_fit_ends_only_its_own_part() -> None:
-    dense, pruned = take_turns([Scripted("dense", room=4), Scripted("pruned")], [1, 8, 2], 2)
+    dense, pruned = run_interleaved([Scripted("dense", room=4), Scripted("pruned")], [1, 8, 2], 2)
     assert [len(cell.samples) for cell in dense] == [2, 0, 2]
     assert [len(cell.samples) for cell in pruned] == [2, 2, 2]
     assert dense[1].failed == "batch 8 of dense: out of memory"
@@ -84,26 +86,28 @@ def test_a_slow_moment_of_the_machine_does_not_touch_the_ratios() -> None:
 
 
 def test_what_is_not_measured_is_absent_and_not_zero() -> None:
-    found = benched(Scripted("dense"), Scripted("pruned", [Sample(1.0)]))
+    found = benched(Scripted("dense"), Scripted("pruned", [BenchSample(1.0)]))
     assert set(found.models[0].cells[0].figures) == {"prefill", "decode", "throughput"}
     assert set(found.models[1].cells[0].figures) == {"throughput"}
     assert set(found.models[1].cells[0].ratios) == {"throughput"}
-    assert "not measured" in of_bench(found)
-    assert "J/token" not in of_bench(found)
+    assert "not measured" in render_bench(found)
+    assert "J/token" not in render_bench(found)
 
 
 def test_counted_ratios_stand_beside_the_measured_ones() -> None:
-    dense = Scripted("dense", work=Work(100.0, 60.0))
-    found = benched(dense, Scripted("pruned", work=Work(50.0, 40.0)), Scripted("other", work=Work(80.0)))
+    dense = Scripted("dense", work=WorkEstimate(100.0, 60.0))
+    found = benched(
+        dense, Scripted("pruned", work=WorkEstimate(50.0, 40.0)), Scripted("other", work=WorkEstimate(80.0))
+    )
     assert found.models[1].cells[0].counted == {"prefill": 2.0, "decode": 1.5}
     assert found.models[2].cells[0].counted == {"prefill": 1.25}
-    assert "by FLOPs x2.00" in of_bench(found)
-    assert "by bytes x1.50" in of_bench(found)
+    assert "by FLOPs x2.00" in render_bench(found)
+    assert "by bytes x1.50" in render_bench(found)
 
 
 def test_the_table_says_sizes_ratios_and_what_failed() -> None:
     small = Scripted("pruned", slowed(PRUNED, WEATHER), known=facts(600, 1000))
-    text = of_bench(benched(Scripted("dense", slowed(DENSE, WEATHER), room=1), small))
+    text = render_bench(benched(Scripted("dense", slowed(DENSE, WEATHER), room=1), small))
     assert "[1] pruned" in text
     assert "x1.67" in text  # parameters
     assert "x2.00 (2.00 to 2.00)" in text

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 import prunetune.cli.app
 import prunetune.pipeline.stages
-from prunetune.errors import GateFailed
+from prunetune.errors import LimitBroken
 from prunetune.utils import console
 from support.data import pairs, write_lines
 from support.evaluation import characters, speaker
@@ -343,7 +343,7 @@ def test_a_run_whose_recipe_is_broken(written: bytes, say: Said, recipe: Callabl
 
 
 def test_a_failed_gate_ends_with_one(say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    raising(monkeypatch, GateFailed("the limit is broken"))
+    raising(monkeypatch, LimitBroken("the limit is broken"))
     assert say("run", recipe())[::2] == (1, "prunetune: the limit is broken\n")
 
 
@@ -438,11 +438,13 @@ def test_a_switch_that_is_given_a_word_says_how(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["prunetune", "run", "none.yaml", "--evaluate.dense_tuned", "false"])
-    assert prunetune.cli.app._guarded() == 2
+    assert prunetune.cli.app._run_app() == 2
     assert "false: belongs to no option; a switch takes its value by =" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("verb", "code"), [("runs", prunetune.cli.app.UNREAD), ("--help", 1)])  # 1: how rich ends so
+@pytest.mark.parametrize(
+    ("verb", "code"), [("runs", prunetune.cli.app.EXIT_OUTPUT_CLOSED), ("--help", 1)]
+)  # 1: how rich ends so
 def test_what_nobody_reads_ends_without_a_word(verb: str, code: int, tmp_path: Path) -> None:
     """As behind `| head`, which has seen enough."""
     words = [verb, str(tmp_path)] if verb == "runs" else [verb]

@@ -11,10 +11,10 @@ import pytest
 import yaml
 
 from prunetune.bench.latency import tables
-from prunetune.bench.latency.measure import Meter
+from prunetune.bench.latency.measure import LatencyTableBuilder
 from prunetune.compare.run import compare
 from prunetune.config.recipe import from_mapping
-from prunetune.cost.latency_table import PHASES, TRACKS, Table
+from prunetune.cost.latency_table import PHASES, TRACKS, LatencyTable
 from prunetune.errors import ConfigError
 from prunetune.plan import Plan
 from support.data import pairs, write_lines
@@ -58,8 +58,10 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _a_device_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("prunetune.bench.latency.short_models.CPU_CACHE", 1)
-    monkeypatch.setattr(tables, "Meter", lambda *args: Meter(*args, tracks=tracks, seconds=sizes))
-    monkeypatch.setattr("prunetune.bench.latency.verify.seconds_of", sizes)
+    monkeypatch.setattr(
+        tables, "LatencyTableBuilder", lambda *args: LatencyTableBuilder(*args, tracks=tracks, seconds=sizes)
+    )
+    monkeypatch.setattr("prunetune.bench.latency.verify.time_requests", sizes)
 
 
 @pytest.fixture
@@ -177,9 +179,9 @@ def test_a_device_that_is_not_there(say: Said, recipe: Callable[..., str], dense
 def test_a_table_of_another_device(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
     assert say("run", recipe(latency=0.8), "--dry-run")[0] == 0
     (file,) = (tmp_path / "cache" / "latency").iterdir()
-    table = Table.from_json(file.read_text(), "x")
+    table = LatencyTable.from_json(file.read_text(), "x")
     other = tmp_path / "other.json"
-    other.write_text(Table({**table.header, "device": "NVIDIA X"}, table.rest, table.layers).to_json())
+    other.write_text(LatencyTable({**table.header, "device": "NVIDIA X"}, table.outside_layers, table.layers).to_json())
     outcome = say("run", recipe(latency=0.8, table=str(other)), "--dry-run")
     refused((outcome[0], outcome[1], outcome[2].splitlines()[-1] + "\n"), "device 'NVIDIA X'", "budget.table")
     assert say("run", recipe(latency=0.8, table=str(file)), "--dry-run")[0] == 0

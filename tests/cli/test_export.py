@@ -20,7 +20,7 @@ Said = Callable[..., tuple[int, str, str]]
 @pytest.fixture
 def say(say: Said, monkeypatch: pytest.MonkeyPatch) -> Said:
     """`prunetune export` with these arguments."""
-    monkeypatch.setattr(llamacpp, "reference", reference_here)
+    monkeypatch.setattr(llamacpp, "reference_continuations", reference_here)
     return lambda *arguments: say("export", *arguments)
 
 
@@ -60,10 +60,10 @@ def test_what_cannot_be_ends_with_two_and_one_line(
 
 
 def test_a_failed_check_ends_with_one(say: Said, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_write, "read_back", lambda *_: None)
-    monkeypatch.setattr(tensors, "quantized", lambda rows, type, name: (0 * rows).numpy())
+    monkeypatch.setattr(gguf_write, "verify_tensors", lambda *_: None)
+    monkeypatch.setattr(tensors, "quantize_rows", lambda rows, type, name: (0 * rows).numpy())
     code, out, err = say(str(run), "--to", "gguf", "--dtype", "f32", "--out", str(tmp_path / "x.gguf"))
-    if not llamacpp.installed():
+    if not llamacpp.runtime_version():
         pytest.skip("needs llama.cpp")
     assert (code, out) == (1, "")
     assert "differs from transformers" in err
@@ -90,4 +90,4 @@ def test_a_stale_partial_is_cleared(say: Said, run: Path, tmp_path: Path) -> Non
     (tmp_path / "x.gguf.partial").write_text("half")
     assert say(str(run), "--to", "gguf", "--out", str(tmp_path / "x.gguf"))[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
-    assert set(formats.EXPORTERS) >= {"gguf", "uniform", "per-layer"}
+    assert set(formats.EXPORT_FORMATS) >= {"gguf", "uniform", "per-layer"}

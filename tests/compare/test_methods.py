@@ -9,9 +9,9 @@ import pytest
 import yaml
 
 from prunetune.baselines.scores import BASELINES
-from prunetune.compare.grid import Cell, best_rate, grid_of
-from prunetune.compare.methods import BUILT_IN, methods_of
-from prunetune.config.fields import merged
+from prunetune.compare.grid import Cell, best_learning_rate, grid_from_config
+from prunetune.compare.methods import BUILT_IN, resolve_methods
+from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import ConfigError
 
@@ -26,7 +26,7 @@ def config_of(tmp_path: Path, variants: Any = None, **compare: Any) -> RunConfig
 
 
 def names(config: RunConfig) -> list[str]:
-    return [method.name for method in methods_of(config)]
+    return [method.name for method in resolve_methods(config)]
 
 
 def test_the_default_is_every_baseline_between_dense_and_one_stage() -> None:
@@ -60,7 +60,7 @@ def test_variants_are_added_all_or_by_name(tmp_path: Path) -> None:
 )
 def test_a_variant_that_cannot_be_used_is_one_line(variants: Any, line: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
-        methods_of(config_of(tmp_path, variants))
+        resolve_methods(config_of(tmp_path, variants))
     assert line in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -68,36 +68,41 @@ def test_a_variant_that_cannot_be_used_is_one_line(variants: Any, line: str, tmp
 def test_a_cell_follows_the_recipe_but_for_its_place_and_changes(tmp_path: Path) -> None:
     changes = {"search": {"share": 0.5}, "distill": {"teacher": "none"}, "train": {"weights_rate": 4e-3}}
     config = config_of(tmp_path, {"a": changes})
-    (method,) = (one for one in methods_of(config) if one.name == "a")
+    (method,) = (one for one in resolve_methods(config) if one.name == "a")
     made = Cell(method, 0.7, 5, 2e-3).config(config)
     rates = {"learning_rate": 2e-3, "weights_rate": 8e-3}  # the recipe's 1e-3 doubled, and so both
     expected = {"seed": 5, "budget": {"keep": 0.7}, "train": rates, "search": {"share": 0.5}}
     own = {"compare": {"variants": config.compare.variants}, "distill": {"teacher": "none"}}
-    assert made == from_mapping(merged(expected, own))  # and without a teacher there are no texts for it
+    assert made == from_mapping(merge_mappings(expected, own))  # and without a teacher there are no texts for it
 
 
 def test_the_grid_is_one_value_where_nothing_is_named() -> None:
-    grid = grid_of(from_mapping({"budget": {"keep": 0.5}, "train": {"learning_rate": 3e-4}}))
-    assert (grid.keeps, grid.seeds, grid.rates) == ((0.5,), (0,), (3e-4,))
+    grid = grid_from_config(from_mapping({"budget": {"keep": 0.5}, "train": {"learning_rate": 3e-4}}))
+    assert (grid.keeps, grid.seeds, grid.learning_rates) == ((0.5,), (0,), (3e-4,))
     assert [cell.name for cell in grid.cells(BUILT_IN["dense"], 3e-4)] == ["dense-keep1-seed0-lr0.0003"]
 
 
 def test_names_of_cells_tell_them_apart() -> None:
     config = from_mapping({"compare": {"keeps": [0.6, 0.5, 0.6], "seeds": [0, 1], "learning_rates": [1e-3, 1e-4]}})
-    grid = grid_of(config)
-    cells = [cell.name for method in methods_of(config) for rate in grid.rates for cell in grid.cells(method, rate)]
+    grid = grid_from_config(config)
+    cells = [
+        cell.name
+        for method in resolve_methods(config)
+        for rate in grid.learning_rates
+        for cell in grid.cells(method, rate)
+    ]
     assert len(set(cells)) == len(cells) == 2 * 2 * (1 + 2 * 8)
 
 
 def test_the_best_rate_is_the_lowest_nll_and_the_first_of_equals() -> None:
     trials = [{"learning_rate": rate, "valid_nll": nll} for rate, nll in ((1.0, None), (2.0, 0.5), (3.0, 0.5))]
-    assert best_rate(trials) == 2.0
-    assert best_rate([{"learning_rate": 1.0, "error": "nan"}]) is None
+    assert best_learning_rate(trials) == 2.0
+    assert best_learning_rate([{"learning_rate": 1.0, "error": "nan"}]) is None
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "quality").glob("*.yaml")), ids=lambda file: file.stem)
 def test_the_files_of_the_benchmarks_can_be_used(file: Path) -> None:
     if file.stem.endswith("-valid"):
-        assert methods_of(from_mapping(yaml.safe_load(file.read_text())))
+        assert resolve_methods(from_mapping(yaml.safe_load(file.read_text())))
         return
-    assert len(methods_of(from_mapping({"compare": {"variants": str(file)}}))) > len(methods_of(RunConfig()))
+    assert len(resolve_methods(from_mapping({"compare": {"variants": str(file)}}))) > len(resolve_methods(RunConfig()))

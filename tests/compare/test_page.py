@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from prunetune.compare.charts import looks_of
-from prunetune.compare.page import render, tone, write_page
+from prunetune.compare.charts import method_styles
+from prunetune.compare.page import render_page, significance_class, write_page
 from prunetune.compare.table import aggregate
 from prunetune.config.recipe import from_mapping
 from support.comparison import failed, realistic
@@ -26,7 +26,7 @@ def found(keeps: list[float], methods: tuple[str, ...] = METHODS) -> dict[str, A
 
 @pytest.mark.parametrize("keeps", [[0.6], [0.8, 0.6]], ids=["one size", "two sizes"])
 def test_nothing_is_loaded_and_everything_is_there(keeps: list[float]) -> None:
-    page = render(found(keeps), {"command": "prunetune compare r.yaml"}, "model: demo\n", "legal")
+    page = render_page(found(keeps), {"command": "prunetune compare r.yaml"}, "model: demo\n", "legal")
     outline = Outline(page)
     assert not {tag for tag, _ in outline.tags} & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
     assert all(target.startswith("#") for target in outline.attributes("href"))
@@ -54,7 +54,7 @@ def test_text_from_outside_stays_text() -> None:
     hostile["errors"] = [{"cell": ATTACK, "error": ATTACK}]
     hostile["rates"] = [{"method": ATTACK, "learning_rate": 1e-3, "valid_nll": None, "chosen": False}]
     manifest = {"command": ATTACK, "device": ATTACK, "versions": {ATTACK: ATTACK}, "model": {"name": ATTACK}}
-    page = render(hostile, manifest, f"model: x\n</pre>{ATTACK}", ATTACK)
+    page = render_page(hostile, manifest, f"model: x\n</pre>{ATTACK}", ATTACK)
     outline = Outline(page)
     assert not {tag for tag, _ in outline.tags} & {"script", "img"}
     assert not [name for _, attrs in outline.tags for name in attrs if name.startswith("on")]
@@ -69,7 +69,7 @@ def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
 
 def test_a_comparison_of_which_nothing_worked_has_a_page() -> None:
     nothing = aggregate([failed("random", "no memory")], {"random": 1e-3}, from_mapping({}))
-    page = render(nothing, {}, "", "empty")
+    page = render_page(nothing, {}, "", "empty")
     Outline(page)
     assert "no memory" in page
 
@@ -86,10 +86,10 @@ def test_a_comparison_of_which_nothing_worked_has_a_page() -> None:
     ],
 )
 def test_a_difference_is_told_beyond_two_standard_errors(score: dict[str, Any], wanted: str) -> None:
-    assert tone(score, "acc") == wanted
+    assert significance_class(score, "acc") == wanted
 
 
 def test_no_two_methods_look_alike() -> None:
     names = [*METHODS, *(f"variant-{n}" for n in range(20))]
-    looks = looks_of(names, "one-stage")
+    looks = method_styles(names, "one-stage")
     assert len({(look.colour, look.marker) for look in looks.values()}) == len(names)  # as the legend shows them

@@ -14,13 +14,13 @@ import prunetune.compare.cell as work
 import prunetune.compare.run
 import prunetune.compare.scoring as scoring
 from prunetune.baselines.scores import BASELINES
-from prunetune.compare.cell import Workshop
+from prunetune.compare.cell import CellRunner
 from prunetune.compare.grid import Cell
 from prunetune.compare.run import compare
-from prunetune.config.fields import merged
+from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
-from prunetune.errors import ConfigError, GateFailed, PlanError, PrunetuneError, RunFolderError
-from prunetune.runs.folder import RunFolder, held
+from prunetune.errors import ConfigError, LimitBroken, PlanError, PrunetuneError, RunFolderError
+from prunetune.runs.folder import RunFolder, run_lock
 from prunetune.train.loop import tune_and_prune
 from support.data import write_lines
 from support.evaluation import furnished
@@ -48,7 +48,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(place: Path, out: Path, **changes: Any) -> RunConfig:
     own = {"model": str(place / "dense"), "out": str(out), "data": {"train": [str(place / "rows.jsonl")]}}
-    return from_mapping(merged(merged(RECIPE, own), changes))
+    return from_mapping(merge_mappings(merge_mappings(RECIPE, own), changes))
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_a_variant_may_name_texts_of_its_own(place: Path, tmp_path: Path, monkey
     def watching(job: Any) -> Any:
         examples = [*job.train.examples, *job.search.examples] if job.teacher else []
         streams[job.config.data.texts[0]] = {
-            one.id.partition("/")[0] for one in examples if one.answer_from == len(one.ids)
+            one.id.partition("/")[0] for one in examples if one.answer_start == len(one.token_ids)
         }
         return tune_and_prune(job)
 
@@ -172,7 +172,7 @@ def test_a_comparison_grows(place: Path, tmp_path: Path, counted: list[int]) -> 
 
 
 def test_two_processes_do_not_work_on_one_comparison(place: Path, done: Path) -> None:
-    with held(RunFolder(done)), pytest.raises(RunFolderError, match="another process works on this run"):
+    with run_lock(RunFolder(done)), pytest.raises(RunFolderError, match="another process works on this run"):
         compare(config_of(place, done), resume=True)
 
 
@@ -214,7 +214,7 @@ def test_a_variant_that_changed_under_its_name_is_refused(place: Path, tmp_path:
 def test_cells_at_once_are_the_same_cells(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {"methods": ["dense", "taylor", "one-stage"], "seeds": [0, 1], "keeps": [0.8, 0.6]}
     one = compare(config_of(place, tmp_path / "one", compare=own))
-    monkeypatch.setattr(prunetune.compare.run, "jobs_of", lambda _: 3)
+    monkeypatch.setattr(prunetune.compare.run, "concurrent_jobs", lambda _: 3)
     three = compare(config_of(place, tmp_path / "three", compare=own))
     assert list(cells(three)) == list(cells(one))
     for name, cell in cells(three).items():
@@ -232,7 +232,7 @@ def test_cells_at_once_do_not_share_draws_of_dropout(
         "recipe": {"compare": {"methods": ["random"]}, "lora": {"dropout": 0.1}},
         "variant": {"compare": {"methods": ["random", "mine"], "variants": str(tmp_path / "variants.yaml")}},
     }
-    monkeypatch.setattr(prunetune.compare.run, "jobs_of", lambda _: 2)
+    monkeypatch.setattr(prunetune.compare.run, "concurrent_jobs", lambda _: 2)
     with pytest.raises(ConfigError, match=r"compare\.jobs 2 with lora\.dropout .* set compare\.jobs 1"):
         compare(config_of(place, tmp_path / "run", **changes[where]))
     assert not (tmp_path / "run").exists()
@@ -270,16 +270,16 @@ def test_a_failing_cell_does_not_stop_others(
 def test_a_cell_that_found_no_memory_beside_others_is_made_alone(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    crowd, make = [0], work.Workshop.make
+    crowd, make = [0], work.CellRunner.run_cell
 
-    def crowded(shop: work.Workshop, cell: Any, **options: Any) -> Any:
+    def crowded(shop: work.CellRunner, cell: Any, **options: Any) -> Any:
         crowd[0] += 1
         if cell.method.name == "random" and crowd[0] <= 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return make(shop, cell, **options)
 
-    monkeypatch.setattr(work.Workshop, "make", crowded)
-    monkeypatch.setattr(prunetune.compare.run, "jobs_of", lambda _: 2)
+    monkeypatch.setattr(work.CellRunner, "run_cell", crowded)
+    monkeypatch.setattr(prunetune.compare.run, "concurrent_jobs", lambda _: 2)
     own = {"methods": ["random", "magnitude"], "seeds": [0]}
     folder = compare(config_of(place, tmp_path / "run", compare=own))
     assert found(folder)["errors"] == []
@@ -292,7 +292,7 @@ def test_a_gpu_that_gave_up_ends_the_comparison_and_no_cell_is_to_blame(
     jobs: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(place, tmp_path / "run", compare={"methods": ["magnitude", "random", "fisher"], "seeds": [0]})
-    monkeypatch.setattr(prunetune.compare.run, "jobs_of", lambda _: jobs)
+    monkeypatch.setattr(prunetune.compare.run, "concurrent_jobs", lambda _: jobs)
     with monkeypatch.context() as broken:
         broken.setitem(BASELINES, "random", raising(torch.AcceleratorError("CUDA error: unspecified launch failure")))
         with pytest.raises(torch.AcceleratorError):
@@ -306,7 +306,7 @@ def test_a_gpu_that_gave_up_ends_the_comparison_and_no_cell_is_to_blame(
 
 def test_where_every_cell_failed_a_gate_failed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BASELINES, "random", raising(PlanError("no such plan")))
-    with pytest.raises(GateFailed, match="no such plan"):
+    with pytest.raises(LimitBroken, match="no such plan"):
         compare(config_of(place, tmp_path / "run", compare={"methods": ["random"], "seeds": [0]}))
 
 
@@ -326,7 +326,7 @@ def test_an_interruption_keeps_what_is_done(
 def test_an_interruption_ends_what_runs_beside(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[int]
 ) -> None:
-    monkeypatch.setattr(prunetune.compare.run, "jobs_of", lambda _: 2)
+    monkeypatch.setattr(prunetune.compare.run, "concurrent_jobs", lambda _: 2)
     monkeypatch.setitem(BASELINES, "random", raising(KeyboardInterrupt()))
     own = {"methods": ["random", "magnitude"], "seeds": [0, 1, 2]}
     with pytest.raises(KeyboardInterrupt):
@@ -377,14 +377,14 @@ def test_all_methods_and_variants(place: Path, tmp_path: Path) -> None:
 
 def test_a_dense_variant_is_tuned_as_it_says(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, RunConfig] = {}
-    genuine = Workshop.setting_of
+    genuine = CellRunner.cell_context
 
-    def setting_of(self: Workshop, cell: Cell) -> Any:
+    def setting_of(self: CellRunner, cell: Cell) -> Any:
         setting = genuine(self, cell)
         seen[cell.method.name] = setting.config
         return setting
 
-    monkeypatch.setattr(Workshop, "setting_of", setting_of)
+    monkeypatch.setattr(CellRunner, "cell_context", setting_of)
     (tmp_path / "v.yaml").write_text(
         "all: {dense: true, lora: {rank: 8}, train: {weights: all}}\nplain: {dense: true}\n"
     )
@@ -406,7 +406,7 @@ def test_a_learning_rate_is_chosen_on_valid_alone(place: Path, tmp_path: Path, m
     seen: list[Any] = []
     monkeypatch.setattr(scoring, "evaluate", evaluate)
     scores = {1e-2: 3.0, 1e-3: 1.0, 1e-4: 2.0}
-    monkeypatch.setattr(scoring, "watched_nll", lambda _: scores[rates.pop(0)])
+    monkeypatch.setattr(scoring, "validation_nll", lambda _: scores[rates.pop(0)])
     rates = list(scores)
     own = {"methods": ["random"], "seeds": [0, 1], "keeps": [0.8, 0.6], "learning_rates": list(scores)}
     folder = compare(config_of(place, tmp_path / "run", compare=own))

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from prunetune.compare.markdown import markdown
-from prunetune.compare.table import Group, aggregate, difference
+from prunetune.compare.markdown import render_markdown
+from prunetune.compare.table import SeedGroup, aggregate, mean_difference
 from prunetune.config.recipe import from_mapping
-from prunetune.evaluation.statistics import mean as mean_of
+from prunetune.evaluation.statistics import mean_score as mean_of
 from support.comparison import cell, failed, item, realistic, task
 
 CONFIG = from_mapping({"compare": {"keeps": [0.6]}})
@@ -81,7 +81,7 @@ def test_tasks_weigh_the_same_and_perplexity_stands_alone() -> None:
             method, task("a", few, "nll", "accuracy"), task("b", many, "nll"), task("prose", texts, "perplexity")
         )
 
-    group, other = Group((made("random", 0.5),)), Group((made("one-stage", 0.0),))
+    group, other = SeedGroup((made("random", 0.5),)), SeedGroup((made("one-stage", 0.0),))
     scores = row(aggregate([*group.cells, *other.cells], RATES, CONFIG), "random")["scores"]
     assert scores["nll"]["value"] == pytest.approx((2.0 + 4.0) / 2)
     assert scores["nll"]["se"] == pytest.approx(math.hypot(mean_of([1.5, 2.5]).se, mean_of([3.5, 4.5] * 4).se) / 2)
@@ -89,7 +89,7 @@ def test_tasks_weigh_the_same_and_perplexity_stands_alone() -> None:
     assert scores["nll"]["difference_se"] == pytest.approx(0, abs=1e-12)
     assert scores["ppl prose"]["value"] == pytest.approx(10 * math.exp(0.5))
     assert scores["ppl prose"]["difference"] == pytest.approx(10 * math.exp(0.5) - 10)
-    assert difference(group, None, "nll") == {}
+    assert mean_difference(group, None, "nll") == {}
 
 
 def test_what_is_untuned_has_no_seed() -> None:
@@ -108,7 +108,7 @@ def test_seeds_that_failed_are_counted_and_the_others_stand() -> None:
     assert (row(found, "dense")["seeds"], row(found, "dense")["failed"]) == ([], 1)
     assert "difference" not in row(found, "random")["scores"]["nll"]  # no seed in common
     assert row(found, "random")["gap"] is None
-    text = markdown(found)
+    text = render_markdown(found)
     assert "1 (1 failed)" in text
     assert "- dense-keep0.6-seed0: no memory" in text
 
@@ -116,7 +116,7 @@ def test_seeds_that_failed_are_counted_and_the_others_stand() -> None:
 def test_what_is_not_finite_is_null() -> None:
     found = aggregate([simple("random", 1.0, math.nan), simple("one-stage", 1.0, 1.0)], RATES, CONFIG)
     json.dumps(found, allow_nan=False)
-    markdown(found)
+    render_markdown(found)
 
 
 def test_only_the_chosen_rate_is_in_the_rows() -> None:
@@ -124,7 +124,7 @@ def test_only_the_chosen_rate_is_in_the_rows() -> None:
     found = aggregate(cells, {"random": 1e-2}, CONFIG)
     assert [(one["learning_rate"], one["chosen"]) for one in found["rates"]] == [(1e-3, False), (1e-2, True)]
     assert [one["learning_rate"] for one in found["rows"]] == [1e-2]
-    assert "| random | 0.01 | 1.000 | chosen |" in markdown(found)
+    assert "| random | 0.01 | 1.000 | chosen |" in render_markdown(found)
 
 
 def test_a_table_for_each_budget_with_dense_in_all() -> None:
@@ -133,6 +133,6 @@ def test_a_table_for_each_budget_with_dense_in_all() -> None:
     assert [(one["method"], one["keep"]) for one in found["rows"]] == [
         (method, keep) for keep in (0.8, 0.6) for method in RATES
     ]
-    lines = [line for line in markdown(found).splitlines() if line.startswith("|")]
+    lines = [line for line in render_markdown(found).splitlines() if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
     assert len(lines) == 2 * 5

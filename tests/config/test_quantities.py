@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prunetune.config.quantities import EXAMPLES, UNITS, Amount, shown, within
+from prunetune.config.quantities import EXAMPLES, UNITS, Amount, format_amount, format_amount_rounded_to_limit
 from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
 from prunetune.errors import ConfigError
 
@@ -16,13 +16,13 @@ kinds = pytest.mark.parametrize("kind", UNITS)
 def test_what_is_shown_is_read_back(kind: str) -> None:
     for exponent in torch.linspace(-5, 15, 40).tolist():
         value = 10**exponent
-        assert Amount.parse(shown(value, kind, 12), kind) == Amount(pytest.approx(value), is_share=False)
+        assert Amount.parse(format_amount(value, kind, 12), kind) == Amount(pytest.approx(value), is_share=False)
 
 
 @kinds
 def test_a_rounded_amount_would_do_and_is_close(kind: str) -> None:
     for exponent in torch.linspace(-5, 15, 99).tolist():
-        value, read = 10**exponent, Amount.parse(within(10**exponent, kind), kind).value
+        value, read = 10**exponent, Amount.parse(format_amount_rounded_to_limit(10**exponent, kind), kind).value
         assert read <= value if kind == "throughput" else read >= value
         assert read == pytest.approx(value, rel=3e-4)
 
@@ -36,9 +36,9 @@ def test_examples_are_amounts(kind: str) -> None:
 def test_a_number_alone_is_a_share(text: str) -> None:
     found = Amount.parse(text, "memory")
     assert found.is_share
-    assert found.of(10) == pytest.approx(6)
-    assert Amount.parse("1.5x", "throughput").of(10) == 15
-    assert Amount.parse("1", "memory").of(10) == 10
+    assert found.resolve(10) == pytest.approx(6)
+    assert Amount.parse("1.5x", "throughput").resolve(10) == 15
+    assert Amount.parse("1", "memory").resolve(10) == 10
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ import pytest
 import yaml
 
 from prunetune.cli.app import app
-from prunetune.cli.flags import given, optional_twin
-from prunetune.config.fields import merged, paths
+from prunetune.cli.flags import flags_to_overrides, make_flags_class
+from prunetune.config.fields import fields_by_path, merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping, load_recipe, to_mapping
 from prunetune.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
-OPTIONS = paths(RunConfig)
+OPTIONS = fields_by_path(RunConfig)
 
 
 def kind_of(path: str) -> Any:
@@ -133,7 +133,7 @@ def test_the_default_round_trips() -> None:
 
 @pytest.mark.parametrize("path", OPTIONS)
 def test_every_option_round_trips_through_yaml(path: str) -> None:
-    config = from_mapping(merged(beside(path), nested(path, other(path))))
+    config = from_mapping(merge_mappings(beside(path), nested(path, other(path))))
     assert config != RunConfig()
     plain = to_mapping(config)
     assert value_at(plain, path) == other(path)
@@ -196,7 +196,7 @@ def test_bounds_hold_to_the_edge(path: str) -> None:
         room: dict[str, Any] = {"search": {"share": 1e-6, "settle": 0}} if path.startswith("search.") else {}
         room |= {"budget": {"keep": 1}} if path == "budget.sizes" else {}
         if path not in ("search.settle", "budget.sizes") or value < 1:  # a search takes some; a size is a smaller one
-            found = value_at(from_mapping(merged(room, nested(path, value))), path)
+            found = value_at(from_mapping(merge_mappings(room, nested(path, value))), path)
             assert found == ((value,) if isinstance(found, tuple) else value)
     for value in wrong:
         with pytest.raises(ConfigError, match=rf"{path} must lie in "):
@@ -294,7 +294,7 @@ def test_an_empty_recipe_is_the_default(tmp_path: Path) -> None:
 def parsed(*tokens: str) -> tuple[Path, dict[str, Any]]:
     """Recipe and flags as the command line reads them."""
     _, bound, _ = app.parse_args(["run", "r.yaml", *tokens], exit_on_error=False, print_error=False)
-    return bound.arguments["recipe"], given(bound.arguments.get("flags"))
+    return bound.arguments["recipe"], flags_to_overrides(bound.arguments.get("flags"))
 
 
 def tokens_of(path: str, value: Any) -> list[str]:
@@ -308,8 +308,8 @@ def tokens_of(path: str, value: Any) -> list[str]:
 
 
 def test_no_flag_changes_nothing() -> None:
-    assert given(optional_twin(RunConfig)()) == {}
-    assert given(None) == {}
+    assert flags_to_overrides(make_flags_class(RunConfig)()) == {}
+    assert flags_to_overrides(None) == {}
     assert parsed() == (Path("r.yaml"), {})
 
 
@@ -328,11 +328,11 @@ def test_a_short_flag_is_the_same() -> None:
 def test_a_flag_wins_over_the_recipe(path: str, tmp_path: Path) -> None:
     """And what the recipe says beside it stays."""
     recipe = tmp_path / "r.yaml"
-    rest = merged(beside(path), {"seed": 5} if path != "seed" else {"out": "there"})
-    recipe.write_text(yaml.safe_dump(merged(to_mapping(RunConfig()), rest)))
+    rest = merge_mappings(beside(path), {"seed": 5} if path != "seed" else {"out": "there"})
+    recipe.write_text(yaml.safe_dump(merge_mappings(to_mapping(RunConfig()), rest)))
     config = load_recipe(recipe, parsed(*tokens_of(path, other(path)))[1])
     told = {"budget": {"keep": RunConfig().budget.keep}}  # a recipe that names it means it, whatever else is given
-    assert config == from_mapping(merged(merged(told, rest), nested(path, other(path))))
+    assert config == from_mapping(merge_mappings(merge_mappings(told, rest), nested(path, other(path))))
 
 
 def test_zero_and_false_are_given() -> None:
@@ -349,7 +349,7 @@ def test_flags_keep_to_the_bounds(tmp_path: Path) -> None:
 
 def test_merging_goes_section_by_section() -> None:
     below = {"a": {"x": 1, "y": 2}, "b": 1}
-    assert merged(below, {"a": {"y": 3}, "c": 4}) == {"a": {"x": 1, "y": 3}, "b": 1, "c": 4}
+    assert merge_mappings(below, {"a": {"y": 3}, "c": 4}) == {"a": {"x": 1, "y": 3}, "b": 1, "c": 4}
     assert below == {"a": {"x": 1, "y": 2}, "b": 1}
 
 

@@ -13,16 +13,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 
 from prunetune.config.recipe import WorkloadConfig
-from prunetune.cost.deployment import Flops, Memory, Weights, total
-from prunetune.cost.layer_shapes import anatomy_of
-from prunetune.cost.limits import costs_of
+from prunetune.cost.deployment import FlopsCost, MemoryCost, WeightsCost, total_cost
+from prunetune.cost.layer_shapes import model_shape
+from prunetune.cost.limits import costs_for_budget
 from prunetune.errors import ConfigError
-from prunetune.export.gguf.architectures import architecture_of
-from prunetune.export.gguf.tensors import tensors_of
-from prunetune.export.source import Source
+from prunetune.export.gguf.architectures import select_architecture
+from prunetune.export.gguf.tensors import build_tensors
+from prunetune.export.source import ExportSource
 from prunetune.pruning.cut import cut
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import USUAL
+from prunetune.pruning.units import DEFAULT_UNITS
 from support.data import subwords
 from support.export import WIDE, plan_of, run_folder
 from support.models import ALL_FAMILIES, FAMILIES, kinds_of, random_plan, tiny, tokens
@@ -33,11 +33,11 @@ DERIVED = {family: {"head_dim": 12} for family in ("gpt_neox", "opt", "bloom")} 
 
 def cases(family: str, **changes: Any) -> Any:
     """(anatomy, plan, cut model) of random plans: of the usual units, and of all that the family can lose."""
-    for seed, units in enumerate((USUAL, kinds_of(family))):
+    for seed, units in enumerate((DEFAULT_UNITS, kinds_of(family))):
         model = tiny(family, layers=2, **DERIVED.get(family, {}), **changes)
         sites = find_sites(model, units)
         plan = random_plan(model, seed=seed, units=units)
-        yield anatomy_of(model, sites), plan, cut(copy.deepcopy(model), plan, sites=sites)
+        yield model_shape(model, sites), plan, cut(copy.deepcopy(model), plan, sites=sites)
 
 
 def params(model: Any) -> int:
@@ -49,9 +49,9 @@ def test_parameters_bytes_and_flops_are_those_of_the_cut_model(family: str) -> N
     for anatomy, plan, small in cases(family):
         counts = plan.widths()
         assert anatomy.params(counts) == params(small)
-        assert total(Weights(anatomy, WORKLOAD), counts) == 4 * params(small)
+        assert total_cost(WeightsCost(anatomy, WORKLOAD), counts) == 4 * params(small)
         if not anatomy.is_mixture:
-            assert total(Flops(anatomy, WORKLOAD), counts) == flops(small)
+            assert total_cost(FlopsCost(anatomy, WORKLOAD), counts) == flops(small)
 
 
 def flops(model: Any) -> int:
@@ -68,26 +68,27 @@ def flops(model: Any) -> int:
 @pytest.mark.parametrize("tied", [False, True])
 def test_tied_weights_count_once(tied: bool) -> None:
     for anatomy, plan, small in cases("llama", tie_word_embeddings=tied):
-        assert total(Weights(anatomy, WORKLOAD), plan.widths()) == 4 * params(small)
+        assert total_cost(WeightsCost(anatomy, WORKLOAD), plan.widths()) == 4 * params(small)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_memory_is_the_sum_of_tensors(family: str) -> None:
     for anatomy, plan, small in cases(family):
-        cache = StaticCache(small.config, max_cache_len=WORKLOAD.cached)
+        cache = StaticCache(small.config, max_cache_len=WORKLOAD.cached_tokens)
         with torch.no_grad():
             small(tokens(batch=WORKLOAD.batch, length=WORKLOAD.prompt), past_key_values=cache, use_cache=True)
         held = [layer for layer in cache.layers if layer.is_initialized]
-        found = total(Memory(anatomy, WORKLOAD), plan.widths())
+        found = total_cost(MemoryCost(anatomy, WORKLOAD), plan.widths())
         assert found == 4 * params(small) + sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
 
 
 def test_a_sliding_window_holds_no_more_than_itself() -> None:
     model = tiny("gemma3_text", layers=3)
-    anatomy = anatomy_of(model, find_sites(model))
-    assert [layer.window for layer in anatomy.layers.values()] == [8, 8, 0]
+    anatomy = model_shape(model, find_sites(model))
+    assert [layer.sliding_window for layer in anatomy.layers.values()] == [8, 8, 0]
     long, longer = (
-        total(Memory(anatomy, dataclasses.replace(WORKLOAD, context=tokens)), anatomy.dense()) for tokens in (100, 200)
+        total_cost(MemoryCost(anatomy, dataclasses.replace(WORKLOAD, context=tokens)), anatomy.dense_counts())
+        for tokens in (100, 200)
     )
     assert longer - long == 100 * 2 * 2 * 8 * WORKLOAD.batch * 4  # key and value, KV heads, rows: of the last layer
 
@@ -115,7 +116,9 @@ def test_quantised_bytes_are_those_of_the_linears(weights: Any) -> None:
             matrices.append(small.get_input_embeddings().weight)
         expected = sum(matrix.shape[0] * row(matrix.shape[1]) for matrix in matrices)
         others = params(small) - sum(matrix.numel() for matrix in matrices)
-        assert total(Weights(anatomy, workload), plan.widths()) == expected + others * (4 if weights == "q8_0" else 2)
+        assert total_cost(WeightsCost(anatomy, workload), plan.widths()) == expected + others * (
+            4 if weights == "q8_0" else 2
+        )
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
@@ -123,10 +126,10 @@ def test_q8_0_is_what_a_gguf_file_holds(layout: str, tmp_path: Path) -> None:
     model = tiny("llama", **WIDE)
     plan = plan_of(model, 1, 64)
     folder, _ = run_folder(tmp_path / "run", subwords(), layout=layout, plan=plan)
-    source = Source.open(folder)
-    written = sum(made.nbytes for made in tensors_of(source, architecture_of(source), "q8_0"))
+    source = ExportSource.open(folder)
+    written = sum(made.nbytes for made in build_tensors(source, select_architecture(source), "q8_0"))
     workload = dataclasses.replace(WORKLOAD, weights="q8_0")
-    assert total(Weights(anatomy_of(model, find_sites(model)), workload), plan.widths()) == written
+    assert total_cost(WeightsCost(model_shape(model, find_sites(model)), workload), plan.widths()) == written
 
 
 @pytest.mark.parametrize("kind", ["flops", "memory", "file"])
@@ -134,22 +137,22 @@ def test_q8_0_is_what_a_gguf_file_holds(layout: str, tmp_path: Path) -> None:
 def test_more_units_never_cost_less(kind: str, family: str) -> None:
     model = tiny(family)
     sites = find_sites(model)
-    anatomy = anatomy_of(model, sites)
-    (cost,) = costs_of(kind, anatomy, WORKLOAD)
-    counts = dict.fromkeys(anatomy.dense(), 0)
-    before = total(cost, counts)
+    anatomy = model_shape(model, sites)
+    (cost,) = costs_for_budget(kind, anatomy, WORKLOAD)
+    counts = dict.fromkeys(anatomy.dense_counts(), 0)
+    before = total_cost(cost, counts)
     for site in sites:
         for units in range(1, site.units + 1):
             counts[site.name] = units
-            after = total(cost, counts)
+            after = total_cost(cost, counts)
             assert after > before
             before = after
 
 
 def test_mixtures_are_refused_where_they_are_not_counted() -> None:
     model = tiny("mixtral")
-    anatomy = anatomy_of(model, find_sites(model))
+    anatomy = model_shape(model, find_sites(model))
     with pytest.raises(ConfigError, match=r"budget\.memory"):
-        Flops(anatomy, WORKLOAD)
+        FlopsCost(anatomy, WORKLOAD)
     with pytest.raises(ConfigError, match="plain"):
-        Weights(anatomy, dataclasses.replace(WORKLOAD, weights="q8_0"))
+        WeightsCost(anatomy, dataclasses.replace(WORKLOAD, weights="q8_0"))

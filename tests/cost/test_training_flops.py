@@ -9,14 +9,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from prunetune.cost.training_flops import operations
-from prunetune.cost.training_memory import setup_of, shapes_of
-from prunetune.data.templates import Example
+from prunetune.cost.training_flops import step_flops
+from prunetune.cost.training_memory import training_setup, training_shapes
+from prunetune.data.encoding import Example
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.sites import find_sites
 from prunetune.train.adapters import add_adapters
 from prunetune.train.losses import Teacher
-from prunetune.train.passes import Padded
+from prunetune.train.passes import PaddedPasses
 from support.memory import LENGTH, SIZES, built, config_of, needs, tiny
 
 
@@ -55,31 +55,37 @@ def test_a_step_is_what_torch_counts(changes: dict[str, str]) -> None:
     add_adapters(model, sites, config.lora, seed=0)
     if merged:
         merge_adapters(model, trainable=True)
-    passes, gates = Padded(model, sites, 0, config, teacher), {site.name: torch.ones(site.units) for site in sites}
+    passes, gates = (
+        PaddedPasses(model, sites, 0, config, teacher),
+        {site.name: torch.ones(site.units) for site in sites},
+    )
     half = [Example(tuple(range(3, 3 + LENGTH)), LENGTH // 2, "row")] * 2
 
     def step() -> Any:
         if merged:
             return passes.tune(half, None)
         if config.search.step == "joint":
-            return passes.both(half, gates)
-        passes.slopes(half, gates)
+            return passes.tune_with_gate_gradients(half, gates)
+        passes.gate_gradients(half, gates)
         return passes.tune(half, gates)
 
     with Counted() as counted:
         step()
-    setup = setup_of(config, torch.float32, longest=LENGTH, all_weights=merged)
-    found = operations(
-        shapes_of(structure, find_sites(structure)), setup, phase="tune" if merged else "search", tokens=2 * LENGTH,
-        length=0, answers=0.5,  # torch does not count attention on a CPU
+    setup = training_setup(config, torch.float32, longest=LENGTH, all_weights=merged)
+    found = step_flops(
+        training_shapes(structure, find_sites(structure)), setup, phase="tune" if merged else "search", tokens=2 * LENGTH,
+        length=0, label_share=0.5,  # torch does not count attention on a CPU
     )  # fmt: skip
     assert found == pytest.approx(counted.total, rel=0.03)
 
 
 def test_attention_grows_with_the_square() -> None:
     structure = tiny(**SIZES)
-    shapes, setup = shapes_of(structure, find_sites(structure)), setup_of(config_of(), torch.float32, longest=LENGTH)
-    none, one, two = (operations(shapes, setup, phase="search", tokens=512, length=length) for length in (0, 256, 512))
+    shapes, setup = (
+        training_shapes(structure, find_sites(structure)),
+        training_setup(config_of(), torch.float32, longest=LENGTH),
+    )
+    none, one, two = (step_flops(shapes, setup, phase="search", tokens=512, length=length) for length in (0, 256, 512))
     assert two - none == 2 * (one - none) > 0
     read = SIZES["groups"] * 2 * SIZES["head_dim"] * SIZES["layers"]  # 2 queries a group
     assert one - none == 2 * 512 * 3 * (2 * 256 * read)  # players, tokens, forward and backward

@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from prunetune.config.recipe import from_mapping
-from prunetune.cost.training_memory import Setup, memory, setup_of, shapes_of
-from prunetune.data.templates import Example
-from prunetune.pipeline.prepare import peak_of, say_memory
+from prunetune.cost.training_memory import TrainingSetup, estimate_memory, training_setup, training_shapes
+from prunetune.data.encoding import Example
+from prunetune.pipeline.prepare import estimate_peak_memory, log_memory_estimate
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.sites import find_sites
-from prunetune.search.generator import generator_for
-from prunetune.train.adapters import adapters, add_adapters
+from prunetune.search.generator import build_generator
+from prunetune.train.adapters import add_adapters, trainable_parameters
 from prunetune.train.losses import Teacher
-from prunetune.train.passes import Padded
+from prunetune.train.passes import PaddedPasses
 from support.memory import LENGTH, SIZES, Live, built, config_of, needs
 from support.models import tiny
 
@@ -33,13 +33,15 @@ def test_what_is_counted_is_exact(quantize: str) -> None:
     needs(quantize)
     config = config_of(quantize=quantize)
     structure, (model, sites) = tiny(**SIZES), built(config, torch.bfloat16)
-    found = memory(shapes_of(structure, sites), setup_of(config, torch.bfloat16, longest=LENGTH), phase="search")
+    found = estimate_memory(
+        training_shapes(structure, sites), training_setup(config, torch.bfloat16, longest=LENGTH), phase="search"
+    )
     held = [*model.parameters(), *(tensor for name, tensor in model.named_buffers() if "inv_freq" not in name)]
     assert found.weights == size(held)
     assert found.teacher == 0
     add_adapters(model, sites, config.lora, seed=0)
-    assert found.tuned == 4 * size(adapters(model).values())  # itself, its gradient, two moments
-    generator = generator_for(sites, kind="transformer", seed=0)
+    assert found.tuned == 4 * size(trainable_parameters(model).values())  # itself, its gradient, two moments
+    generator = build_generator(sites, kind="transformer", seed=0)
     assert found.generator == pytest.approx(4 * size(generator.parameters()), rel=0.05)
 
 
@@ -65,31 +67,37 @@ def test_what_a_pass_keeps_is_near(dtype: torch.dtype, changes: dict[str, str]) 
     add_adapters(model, sites, config.lora, seed=0)
     if merged:
         merge_adapters(model, trainable=True)
-    passes, gates = Padded(model, sites, 0, config, teacher), {site.name: torch.ones(site.units) for site in sites}
+    passes, gates = (
+        PaddedPasses(model, sites, 0, config, teacher),
+        {site.name: torch.ones(site.units) for site in sites},
+    )
     batch = [Example(tuple(range(3, 3 + LENGTH)), 1, "row")]
 
     def run() -> None:
         if config.search.step == "joint":
-            passes.both(batch, gates)
+            passes.tune_with_gate_gradients(batch, gates)
         else:
             passes.tune(batch, None if merged else gates)
 
     run()  # gradients have their place
     with Live() as live:
         run()
-    setup = setup_of(config, dtype, longest=LENGTH, all_weights=merged)
-    shapes = shapes_of(structure, sites)
-    found = memory(shapes, setup, phase="tune" if merged else "search")
-    beside = found.teacher - memory(shapes, replace(setup, deep=False), phase="search").teacher
+    setup = training_setup(config, dtype, longest=LENGTH, all_weights=merged)
+    shapes = training_shapes(structure, sites)
+    found = estimate_memory(shapes, setup, phase="tune" if merged else "search")
+    beside = found.teacher - estimate_memory(shapes, replace(setup, deep=False), phase="search").teacher
     assert 0.85 * live.peak < found.activations + found.passing + beside < 1.2 * live.peak
 
 
 def test_it_grows_and_shrinks_with_what_it_is_made_of() -> None:
     structure = tiny(**SIZES)
-    shapes, setup = shapes_of(structure, find_sites(structure)), Setup(width=2, tokens=512, rank=8, keep=0.5)
+    shapes, setup = (
+        training_shapes(structure, find_sites(structure)),
+        TrainingSetup(dtype_bytes=2, tokens=512, rank=8, keep=0.5),
+    )
 
     def total(phase: Any = "search", **changes: Any) -> int:
-        return memory(shapes, replace(setup, **changes), phase=phase).total
+        return estimate_memory(shapes, replace(setup, **changes), phase=phase).total
 
     assert total("tune") < total()
     assert total(recompute=True) < total() < total(teacher=True) < total(teacher=True, deep=True)
@@ -100,24 +108,24 @@ def test_it_grows_and_shrinks_with_what_it_is_made_of() -> None:
 
 def test_tokens_of_a_pass_are_those_of_the_recipe() -> None:
     config = from_mapping({"train": {"batch_size": 4, "micro_tokens": 1000}})
-    lengths = {longest: setup_of(config, torch.bfloat16, longest=longest).tokens for longest in (100, 400, 3000)}
+    lengths = {longest: training_setup(config, torch.bfloat16, longest=longest).tokens for longest in (100, 400, 3000)}
     assert lengths == {100: 400, 400: 1000, 3000: 3000}  # a longer example stands alone
     for share, tokens in ((0.5, 200), (0.7, 300), (0.2, 300), (1, 400)):  # whom a teacher sees passes apart
         config = from_mapping({"train": {"batch_size": 4}, "distill": {"share": share}})
-        assert setup_of(config, torch.bfloat16, longest=100).tokens == tokens
+        assert training_setup(config, torch.bfloat16, longest=100).tokens == tokens
 
 
 def test_a_run_says_what_it_will_hold(caplog: pytest.LogCaptureFixture) -> None:
     structure = tiny(**SIZES)
     sites = find_sites(structure)
     config = from_mapping({"train": {"weights": "all"}, "lora": {"rank": 4}, "distill": {"teacher": "none"}})
-    found = peak_of(structure, sites, config, torch.bfloat16, longest=LENGTH)
-    setup = setup_of(config, torch.bfloat16, longest=LENGTH, all_weights=True)
-    shapes = shapes_of(structure, sites)
-    assert found.total == max(memory(shapes, setup, phase=phase).total for phase in ("search", "tune"))
+    found = estimate_peak_memory(structure, sites, config, torch.bfloat16, longest=LENGTH)
+    setup = training_setup(config, torch.bfloat16, longest=LENGTH, all_weights=True)
+    shapes = training_shapes(structure, sites)
+    assert found.total == max(estimate_memory(shapes, setup, phase=phase).total for phase in ("search", "tune"))
     with caplog.at_level(logging.INFO):
-        say_memory(replace(found, weights=2 * 10**9), 80 * 10**9)
+        log_memory_estimate(replace(found, weights=2 * 10**9), 80 * 10**9)
         assert re.fullmatch(r"memory: about 2\.\d GB of 80\.0 \(weights 2\.0.*\)", caplog.messages[-1])
-        say_memory(replace(found, weights=90 * 10**9), 80 * 10**9)
+        log_memory_estimate(replace(found, weights=90 * 10**9), 80 * 10**9)
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO", "WARNING"]
     assert "lora.quantize nf4" in caplog.messages[-1]

@@ -8,8 +8,8 @@ import pytest
 
 from prunetune.config.recipe import DataConfig
 from prunetune.data import demo
-from prunetune.data.demo import LABELS, SHARES, Term, read_demo, read_terms, tabular_list, unambiguous
-from prunetune.data.sources import SplitName, read
+from prunetune.data.demo import LABELS, SHARES, InclusionTerm, drop_ambiguous, read_demo, read_terms, tabular_list
+from prunetune.data.sources import SplitName, read_records
 from prunetune.data.splits import load_splits
 from prunetune.errors import MissingPackage
 
@@ -25,21 +25,21 @@ def test_terms_are_read_with_chapter_and_category(tmp_path: Path) -> None:
     (tmp_path / "list.xml").write_text(XML, encoding="utf-8")
     terms = list(read_terms(tmp_path / "list.xml"))
     assert terms == [
-        Term("Flu", 1, "A00"),
-        Term("Both", 1, "A00"),
-        Term("Deep term", 1, "A00"),
-        Term("flu", 1, "A01"),
-        Term("BOTH", 2, "B00"),
+        InclusionTerm("Flu", 1, "A00"),
+        InclusionTerm("Both", 1, "A00"),
+        InclusionTerm("Deep term", 1, "A00"),
+        InclusionTerm("flu", 1, "A01"),
+        InclusionTerm("BOTH", 2, "B00"),
     ]
-    kept, contradictory, repeated = unambiguous(terms)
-    assert kept == [Term("Flu", 1, "A00"), Term("Deep term", 1, "A00")]
+    kept, contradictory, repeated = drop_ambiguous(terms)
+    assert kept == [InclusionTerm("Flu", 1, "A00"), InclusionTerm("Deep term", 1, "A00")]
     assert (contradictory, repeated) == (2, 1)
 
 
 def test_the_package_holds_all_terms() -> None:
     pytest.importorskip("simple_icd_10_cm")
     terms = list(read_terms(tabular_list()))
-    kept, contradictory, repeated = unambiguous(terms)
+    kept, contradictory, repeated = drop_ambiguous(terms)
     assert len(terms) == 12_569
     assert len(kept) + contradictory + repeated == len(terms)
     assert contradictory + repeated < 100
@@ -51,7 +51,7 @@ def test_demo_parts_share_no_category_and_no_term() -> None:
     parts = {name: read_demo(name) for name in SHARES}
     for one, other in combinations(parts.values(), 2):
         assert not {r.group for r in one} & {r.group for r in other}
-        assert not {r.key() for r in one} & {r.key() for r in other}
+        assert not {r.question_hash() for r in one} & {r.question_hash() for r in other}
     total = sum(map(len, parts.values()))
     assert len(parts["test"]) >= 400
     for name, share in SHARES.items():
@@ -68,7 +68,7 @@ def test_labels_are_distinct_words_behind_a_space() -> None:
 @pytest.mark.parametrize("split", ["train", "search", "valid", "test"])
 def test_the_word_demo_gives_the_part_of_the_split(split: SplitName) -> None:
     pytest.importorskip("simple_icd_10_cm")
-    records = read(["demo*2"], DataConfig(), split)
+    records = read_records(["demo*2"], DataConfig(), split)
     assert [r.id for r in records] == [r.id for r in read_demo(split)]
     assert {r.weight for r in records} == {2.0}
     for record in records[:50]:
@@ -80,7 +80,7 @@ def test_the_word_demo_gives_the_part_of_the_split(split: SplitName) -> None:
 def test_demo_alone_brings_all_four_splits() -> None:
     pytest.importorskip("simple_icd_10_cm")
     splits = load_splits(DataConfig(train=("demo",)), seed=0)
-    assert {name: len(part) for name, part in splits.parts().items()} == {n: len(read_demo(n)) for n in SHARES}
+    assert {name: len(part) for name, part in splits.by_name().items()} == {n: len(read_demo(n)) for n in SHARES}
     assert splits.dropped == 0
     assert splits.hashes == load_splits(DataConfig(train=("demo",)), seed=9).hashes
 

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 
-from prunetune.data.records import record_of
+from prunetune.data.records import record_from_row
 from prunetune.errors import DataError
 
 
 def made(**fields: Any) -> Any:
-    return record_of(fields, source="f.jsonl:7", id="f.jsonl:7", task="t")
+    return record_from_row(fields, source="f.jsonl:7", id="f.jsonl:7", task="t")
 
 
 def test_each_form_becomes_a_record() -> None:
@@ -117,13 +117,13 @@ def test_wrong_rows_are_refused_in_one_line_that_names_them(fields: dict[str, An
 @pytest.mark.parametrize("row", [3, "text", ["prompt"], None, float("inf")])
 def test_a_row_that_is_no_object_is_refused(row: Any) -> None:
     with pytest.raises(DataError, match=r"^f:1: row is .*object"):
-        record_of(row, source="f:1")
+        record_from_row(row, source="f:1")
 
 
 def test_a_named_group_must_stand_in_every_row() -> None:
-    assert record_of({"text": "a", "doc": 7}, source="f:1", group_field="doc").group == "7"
+    assert record_from_row({"text": "a", "doc": 7}, source="f:1", group_field="doc").group == "7"
     with pytest.raises(DataError, match=r"^f:1: row has no doc, which data.group names"):
-        record_of({"text": "a"}, source="f:1", group_field="doc")
+        record_from_row({"text": "a"}, source="f:1", group_field="doc")
 
 
 def test_messages_stay_one_line_whatever_the_row_holds() -> None:

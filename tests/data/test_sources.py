@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from prunetune.config.recipe import DataConfig
-from prunetune.data.sources import Source, read
+from prunetune.data.sources import Source, read_records
 from prunetune.errors import DataError, MissingPackage
 from support.data import pairs, write_lines
 
@@ -42,7 +42,7 @@ def write_as(ending: str, path: Path) -> str:
 
 @pytest.mark.parametrize("ending", [".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet"])
 def test_every_format_gives_the_same_records(ending: str, tmp_path: Path) -> None:
-    records = read([write_as(ending, tmp_path)], DataConfig(), "train")
+    records = read_records([write_as(ending, tmp_path)], DataConfig(), "train")
     assert [(r.prompt, r.completion, r.choices, r.answer, r.task) for r in records] == [
         (row["prompt"], row["completion"], tuple(row["choices"]), row["answer"], row["task"]) for row in ROWS
     ]
@@ -55,7 +55,7 @@ def stars(ending: str, folder: Path, *columns: str, choices: str = '["1","2","3"
     header, row = ["prompt", "choices", *columns], ["How many?", f'"{quoted}"', *[cell] * len(columns)]
     file = folder / f"stars{ending}"
     file.write_text(f"{mark.join(header)}\n{mark.join(row)}\n", encoding="utf-8")
-    return [record.completion for record in read([str(file)], DataConfig(), "test")]
+    return [record.completion for record in read_records([str(file)], DataConfig(), "test")]
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv"])
@@ -75,14 +75,14 @@ def test_digits_of_a_table_have_one_meaning_or_none(ending: str, tmp_path: Path)
     assert stars(ending, tmp_path, "answer", choices='["no","yes"]') == ["yes"]
     asked = {"prompt": "How many?", "choices": ["1", "2", "3"]}
     lines = write_lines(tmp_path / "stars.jsonl", asked | {"answer": 1}, asked | {"answer": "1"})
-    assert [record.completion for record in read([lines], DataConfig(), "test")] == ["2", "1"]
+    assert [record.completion for record in read_records([lines], DataConfig(), "test")] == ["2", "1"]
 
 
 def test_csv_cells_may_be_long_empty_and_of_several_lines(tmp_path: Path) -> None:
     file = tmp_path / "a.csv"
     file.write_text(f'text,task\n"a\nb",\n\n{"x" * 200_000},long\n', encoding="utf-8")
     limit = csv.field_size_limit()
-    records = read([str(file)], DataConfig(), "train")
+    records = read_records([str(file)], DataConfig(), "train")
     assert [(r.completion[:3], r.task, r.source) for r in records] == [
         ("a\nb", "a", f"{file}:2"),
         ("xxx", "long", f"{file}:5"),
@@ -92,7 +92,7 @@ def test_csv_cells_may_be_long_empty_and_of_several_lines(tmp_path: Path) -> Non
 
 def test_blank_lines_are_skipped_and_still_counted(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", "", {"text": "a"}, "  ", {"text": "b"})
-    assert [r.source for r in read([source], DataConfig(), "train")] == [f"{source}:2", f"{source}:4"]
+    assert [r.source for r in read_records([source], DataConfig(), "train")] == [f"{source}:2", f"{source}:4"]
 
 
 def test_globs_roots_weights_and_task_names(tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_globs_roots_weights_and_task_names(tmp_path: Path) -> None:
         write_lines(tmp_path / name / "train.jsonl", *pairs(2, start=len(name)))
     write_lines(tmp_path / "extra.jsonl", {"text": "more"})
     config = DataConfig(root=str(tmp_path))
-    records = read(["*/*/train.jsonl*0.5", "extra.jsonl*2e0"], config, "train")
+    records = read_records(["*/*/train.jsonl*0.5", "extra.jsonl*2e0"], config, "train")
     assert [(r.task, r.weight) for r in records[::2]] == [
         ("general/text", 0.5),
         ("ask", 0.5),
@@ -113,7 +113,7 @@ def test_globs_roots_weights_and_task_names(tmp_path: Path) -> None:
 
 def test_a_root_is_no_glob(tmp_path: Path) -> None:
     write_lines(tmp_path / "a[1]" / "x.jsonl", {"text": "a"})
-    assert len(read(["*.jsonl"], DataConfig(root=str(tmp_path / "a[1]")), "train")) == 1
+    assert len(read_records(["*.jsonl"], DataConfig(root=str(tmp_path / "a[1]")), "train")) == 1
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "1e400"])
@@ -149,13 +149,13 @@ BROKEN = [
 def test_broken_files_are_refused_in_one_line(name: str, content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DataError, match=message) as refused:
-        read([name], DataConfig(root=str(tmp_path)), "train")
+        read_records([name], DataConfig(root=str(tmp_path)), "train")
     assert "\n" not in str(refused.value)
 
 
 def test_numbers_that_nobody_reads_may_be_anything(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", '{"text": "a", "n": NaN, "m": ' + "9" * 6000 + ', "x": 1e999}')
-    assert len(read([source], DataConfig(), "train")) == 1
+    assert len(read_records([source], DataConfig(), "train")) == 1
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_numbers_that_nobody_reads_may_be_anything(tmp_path: Path) -> None:
 def test_missing_sources_are_refused(source: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     with pytest.raises(DataError, match=message):
-        read([source], DataConfig(root=str(tmp_path)), "train")
+        read_records([source], DataConfig(root=str(tmp_path)), "train")
 
 
 class Hub:
@@ -195,10 +195,10 @@ class Hub:
 def test_hub_names_take_the_split_of_their_role(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(monkeypatch, {"train": pairs(2), "validation": pairs(1, 5), "odd": pairs(3, 9)})
     config = DataConfig()
-    assert len(read(["owner/name*2"], config, "train")) == 2
-    (record,) = read(["owner/name:small"], config, "valid")
+    assert len(read_records(["owner/name*2"], config, "train")) == 2
+    (record,) = read_records(["owner/name:small"], config, "valid")
     assert (record.task, record.source) == ("name", "owner/name:small@validation:1")
-    assert len(read(["owner/name:small@odd"], config, "train")) == 3
+    assert len(read_records(["owner/name:small@odd"], config, "train")) == 3
     assert hub.calls == [
         ("owner/name", None, "train"),
         ("owner/name", "small", "validation"),
@@ -209,17 +209,17 @@ def test_hub_names_take_the_split_of_their_role(monkeypatch: pytest.MonkeyPatch)
 def test_hub_rows_go_the_way_of_file_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     Hub(monkeypatch, {"train": [{"text": "a"}, {"body": "b"}]})
     with pytest.raises(DataError, match=r"^owner/name@train:2: row has body; it needs"):
-        read(["owner/name"], DataConfig(), "train")
+        read_records(["owner/name"], DataConfig(), "train")
 
 
 def test_hub_failures_say_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     Hub(monkeypatch, {"train": pairs(2)})
     with pytest.raises(DataError, match=r"owner/name.*validation or valid or dev.*Unknown split") as refused:
-        read(["owner/name"], DataConfig(), "valid")
+        read_records(["owner/name"], DataConfig(), "valid")
     assert "\n" not in str(refused.value)
     hub = Hub(monkeypatch, {}, ConnectionError("no\nnetwork"))
     with pytest.raises(DataError, match=r"no such file, and not to be had from the hub .*ConnectionError: no network"):
-        read(["owner/name"], DataConfig(), "valid")
+        read_records(["owner/name"], DataConfig(), "valid")
     assert len(hub.calls) == 1
 
 
@@ -232,19 +232,19 @@ def test_a_hub_stream_that_breaks_off_is_no_smaller_data_set(monkeypatch: pytest
     with pytest.raises(
         DataError, match=r"owner/name@train: broke off after 3 rows: ConnectionError: closed"
     ) as refused:
-        read(["owner/name"], DataConfig(), "train")
+        read_records(["owner/name"], DataConfig(), "train")
     assert "\n" not in str(refused.value)
 
 
 def test_without_the_package_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingPackage, match="pip install datasets"):
-        read(["owner/name"], DataConfig(), "train")
+        read_records(["owner/name"], DataConfig(), "train")
 
 
 def test_an_existing_file_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(monkeypatch, {"train": pairs(1)})
     write_lines(tmp_path / "owner" / "name", {"text": "a"})
     with pytest.raises(DataError, match="ending '' is not read"):
-        read(["owner/name"], DataConfig(root=str(tmp_path)), "train")
+        read_records(["owner/name"], DataConfig(root=str(tmp_path)), "train")
     assert hub.calls == []

@@ -29,7 +29,7 @@ def prompts(records: tuple[Record, ...]) -> set[str]:
 
 def test_carved_splits_are_disjoint_and_hold_every_row(tmp_path: Path) -> None:
     splits = loaded(tmp_path, train=pairs(200))
-    parts = splits.parts()
+    parts = splits.by_name()
     assert {name: len(part) for name, part in parts.items()} == {"train": 150, "search": 20, "valid": 10, "test": 20}
     assert set().union(*map(prompts, parts.values())) == {row["prompt"] for row in pairs(200)}
     assert splits.dropped == 0
@@ -40,14 +40,14 @@ def test_carving_depends_on_the_seed_and_not_on_the_order_of_rows(tmp_path: Path
     first = loaded(tmp_path / "a", train=rows)
     random.Random(1).shuffle(rows)
     again, other = loaded(tmp_path / "b", train=rows), loaded(tmp_path / "c", seed=1, train=rows)
-    for name, part in first.parts().items():
-        assert prompts(part) == prompts(again.parts()[name])
+    for name, part in first.by_name().items():
+        assert prompts(part) == prompts(again.by_name()[name])
     assert prompts(first.test) != prompts(other.test)
 
 
 def test_equal_questions_stay_together(tmp_path: Path) -> None:
     rows = [row | {"completion": answer} for row in pairs(40) for answer in ("a", "b", "c")]
-    parts = loaded(tmp_path, train=rows).parts()
+    parts = loaded(tmp_path, train=rows).by_name()
     for one, other in combinations(parts.values(), 2):
         assert not prompts(one) & prompts(other)
 
@@ -80,8 +80,8 @@ def test_forms_of_a_question_are_carved_together(seed: int, tmp_path: Path) -> N
         listed = [{"prompt": question, "choices": ["yes", other], "answer": 0} for other in ("no", "perhaps")]
         return [*listed, {"prompt": question, "completion": "yes"}, {"messages": messages}]
 
-    parts = loaded(tmp_path, seed, train=[row for number in range(30) for row in forms(number)]).parts()
-    asked = [{record.key(choices=False) for record in part} for part in parts.values()]
+    parts = loaded(tmp_path, seed, train=[row for number in range(30) for row in forms(number)]).by_name()
+    asked = [{record.question_hash(with_choices=False) for record in part} for part in parts.values()]
     assert sum(map(len, asked)) == 30 == len(set().union(*asked))
 
 
@@ -119,19 +119,19 @@ def test_rows_of_one_form_are_carved_as_ever(form: str, tmp_path: Path) -> None:
 def test_groups_and_questions_that_link_them_stay_together(tmp_path: Path) -> None:
     rows = [row | {"doc": f"d{index // 4}"} for index, row in enumerate(pairs(120))]
     rows += [{"prompt": f"Shared {n}", "completion": "x", "doc": f"d{doc}"} for n in range(5) for doc in (n, 29 - n)]
-    parts = loaded(tmp_path, options={"group": "doc"}, train=rows).parts()
+    parts = loaded(tmp_path, options={"group": "doc"}, train=rows).by_name()
     homes = defaultdict(set)
     for name, part in parts.items():
         assert part
         for record in part:
             homes[record.group].add(name)
-            homes[record.key()].add(name)
+            homes[record.question_hash()].add(name)
     assert all(len(home) == 1 for home in homes.values())
 
 
 def test_a_split_takes_one_group_even_if_all_are_large(tmp_path: Path) -> None:
     rows = [row | {"doc": f"d{index % 4}"} for index, row in enumerate(pairs(40))]
-    parts = loaded(tmp_path, options={"group": "doc"}, train=rows).parts()
+    parts = loaded(tmp_path, options={"group": "doc"}, train=rows).by_name()
     assert [len(part) for part in parts.values()] == [10, 10, 10, 10]
 
 
@@ -142,12 +142,12 @@ def test_too_few_rows_to_carve_says_how_many_are_needed(rows: int, given: dict[s
 
 
 def test_four_rows_are_enough(tmp_path: Path) -> None:
-    assert [len(part) for part in loaded(tmp_path, train=pairs(4)).parts().values()] == [1, 1, 1, 1]
+    assert [len(part) for part in loaded(tmp_path, train=pairs(4)).by_name().values()] == [1, 1, 1, 1]
 
 
 def test_given_splits_stand_as_they_are(tmp_path: Path) -> None:
     splits = loaded(tmp_path, train=pairs(10), search=pairs(2, 20), valid=pairs(3, 30), test=pairs(4, 40))
-    assert [len(part) for part in splits.parts().values()] == [10, 2, 3, 4]
+    assert [len(part) for part in splits.by_name().values()] == [10, 2, 3, 4]
 
 
 CLASHES = [("train", "test"), ("train", "valid"), ("train", "search"), ("search", "test"), ("search", "valid")]
@@ -164,7 +164,7 @@ def test_overlap_is_refused_or_dropped_from_the_training_side(loser: str, keeper
     assert f"2 of 11 rows of {loser}" in message
     assert "data.overlap=drop" in message
     splits = loaded(tmp_path, options={"overlap": "drop"}, **rows)
-    assert [len(part) for part in splits.parts().values()] == [9, 9, 9, 9]
+    assert [len(part) for part in splits.by_name().values()] == [9, 9, 9, 9]
     assert splits.dropped == 2
 
 
@@ -187,11 +187,11 @@ def test_texts_and_guard_keep_clear_of_what_is_carved(seed: int, tmp_path: Path)
     splits = loaded(tmp_path, seed, options={"group": "doc", "overlap": "drop"}, train=rows, texts=texts, guard=guard)
     scored = splits.test + splits.valid + splits.search
     for beside in (splits.texts, splits.guard):
-        assert not {record.key() for record in scored} & {record.key() for record in beside}
+        assert not {record.question_hash() for record in scored} & {record.question_hash() for record in beside}
         assert not {record.group for record in scored} & {record.group for record in beside}
     free = {record.group for record in splits.train}
     assert {record.group for record in splits.texts} - {""} == free
-    left = sum(map(len, splits.parts().values()))
+    left = sum(map(len, splits.by_name().values()))
     assert splits.dropped == len(rows) + len(texts) + len(guard) - left > 0
 
 

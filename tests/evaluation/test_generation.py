@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from prunetune.config.recipe import DataConfig, EvaluateConfig
-from prunetune.data.records import Record, record_of
-from prunetune.data.templates import encode
+from prunetune.data.encoding import encode
+from prunetune.data.records import Record, record_from_row
 from prunetune.evaluation import evaluate
-from prunetune.evaluation.generation import generate, stop_ids
+from prunetune.evaluation.generation import generate, stop_token_ids
 from prunetune.evaluation.suites.local import LocalModel
-from prunetune.evaluation.suites.protocol import Manner
+from prunetune.evaluation.suites.protocol import GenerationSettings
 from support.data import subwords
 from support.evaluation import characters, speaker
 from support.models import FAMILIES, tiny
@@ -59,7 +59,7 @@ def test_an_answer_ends_at_every_known_end() -> None:
     model = speaker()
     torch.nn.init.zeros_(model.lm_head.weight)
     model.generation_config.eos_token_id = [0]  # the first token wins ties
-    assert stop_ids(model, characters()) == [0, 2]
+    assert stop_token_ids(model, characters()) == [0, 2]
     assert written(model, ["a"]) == [""]
 
 
@@ -76,7 +76,7 @@ TOLD = [
 @pytest.fixture(scope="module")
 def taught() -> tuple[Any, list[Record]]:
     """A model that has learnt to say `TOLD`, each answer with its end; its end of text is not that of a turn."""
-    tokenizer, records = subwords(), [record_of(row, source=f"f:{n}", id=str(n)) for n, row in enumerate(TOLD)]
+    tokenizer, records = subwords(), [record_from_row(row, source=f"f:{n}", id=str(n)) for n, row in enumerate(TOLD)]
     model = tiny(vocab_size=len(tokenizer), max_position_embeddings=64)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     examples = encode(records, tokenizer, DataConfig(), 64).examples
@@ -84,8 +84,8 @@ def taught() -> tuple[Any, list[Record]]:
     for _ in range(80):
         optimizer.zero_grad()
         for example in examples:
-            ids = torch.tensor([example.ids])
-            labels = ids.masked_fill(torch.arange(ids.shape[1]) < example.answer_from, -100)
+            ids = torch.tensor([example.token_ids])
+            labels = ids.masked_fill(torch.arange(ids.shape[1]) < example.answer_start, -100)
             model(input_ids=ids, labels=labels).loss.backward()
         optimizer.step()
     return model.eval(), records
@@ -96,12 +96,12 @@ def test_a_chat_s_answer_is_over_where_its_turn_ends(taught: tuple[Any, list[Rec
     model, records = taught
     end, config = "<|end|>", EvaluateConfig(max_new_tokens=12, max_tokens=max_tokens)
     ids = subwords().convert_tokens_to_ids(["</s>", end])
-    assert (stop_ids(model, subwords()), stop_ids(model, subwords(), chat=True)) == (ids[:1], sorted(ids))
+    assert (stop_token_ids(model, subwords()), stop_token_ids(model, subwords(), chat=True)) == (ids[:1], sorted(ids))
     wanted = [record.completion.replace(end, "") for record in records]
     of_run = {item.id: item.got for item in evaluate(model, subwords(), records, DataConfig(), config).tasks[""].items}
     assert [of_run[record.id] for record in records] == wanted
     local = LocalModel(model, subwords(), max_tokens=max_tokens)
-    assert local.answers("write", records, Manner(max_new_tokens=12), lambda _: None) == wanted
+    assert local.run_requests("write", records, GenerationSettings(max_new_tokens=12), lambda _: None) == wanted
 
 
 def test_sampling_settings_of_a_checkpoint_are_ignored(caplog: pytest.LogCaptureFixture) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from prunetune.data.templates import Example
+from prunetune.data.encoding import Example
 from prunetune.evaluation import likelihood
-from prunetune.evaluation.likelihood import Question, answer_nll, branches_of, choice_likelihoods
-from prunetune.evaluation.packing import packed
+from prunetune.evaluation.batching import batch_by_length
+from prunetune.evaluation.likelihood import TokenizedQuestion, answer_nll, build_branches, choice_loglikelihoods
 from prunetune.plan import Plan
-from prunetune.pruning.cut import NoAttention, cut
+from prunetune.pruning.cut import RemovedAttention, cut
 from prunetune.pruning.masking import masked
 from prunetune.pruning.sites import find_sites
 from support.models import FAMILIES, random_plan, tiny
@@ -30,19 +30,19 @@ def ids(rng: random.Random, longest: int, shortest: int = 1) -> tuple[int, ...]:
     return tuple(rng.randrange(3, VOCABULARY) for _ in range(rng.randint(shortest, longest)))
 
 
-def questions(seed: int, count: int = 7, longest: int = 20) -> list[Question]:
+def questions(seed: int, count: int = 7, longest: int = 20) -> list[TokenizedQuestion]:
     """Prompts and choices of many lengths, with shared beginnings, one-token choices and a repeated one."""
     rng = random.Random(seed)
     made = []
     for _ in range(count):
         stem = ids(rng, 4, 2)
         choices = [ids(rng, 1), stem, stem + ids(rng, 3), stem + ids(rng, 6), stem[:1] + ids(rng, 5), ids(rng, 9), stem]
-        made.append(Question(ids(rng, longest), tuple(choices)))
+        made.append(TokenizedQuestion(ids(rng, longest), tuple(choices)))
     return made
 
 
 @torch.inference_mode()
-def naive(model: Any, asked: Question) -> list[float]:
+def naive(model: Any, asked: TokenizedQuestion) -> list[float]:
     values = []
     for tokens in asked.choices:
         whole = torch.tensor([asked.prompt + tokens])
@@ -52,9 +52,9 @@ def naive(model: Any, asked: Question) -> list[float]:
     return values
 
 
-def scored(model: Any, asked: list[Question], max_tokens: int = 4096) -> list[list[float]]:
+def scored(model: Any, asked: list[TokenizedQuestion], max_tokens: int = 4096) -> list[list[float]]:
     with torch.inference_mode():
-        return choice_likelihoods(model, asked, pad_id=0, max_tokens=max_tokens, tick=silent)
+        return choice_loglikelihoods(model, asked, pad_id=0, max_tokens=max_tokens, tick=silent)
 
 
 def assert_equal(found: list[list[float]], expected: list[list[float]], tolerance: float = 1e-5) -> None:
@@ -91,7 +91,7 @@ def test_few_logits_a_pass_do_not_change_scores(monkeypatch: pytest.MonkeyPatch)
     model = tiny()
     asked = questions(3)
     expected = scored(model, asked)
-    monkeypatch.setattr(likelihood, "LOGITS", 5 * VOCABULARY)
+    monkeypatch.setattr(likelihood, "MAX_LOGITS_PER_PASS", 5 * VOCABULARY)
     monkeypatch.setattr(likelihood, "_CHUNK", 2 * VOCABULARY)
     assert_equal(scored(model, asked), expected)
 
@@ -100,13 +100,15 @@ def test_few_logits_a_pass_do_not_change_scores(monkeypatch: pytest.MonkeyPatch)
 def test_layers_without_attention_are_scored(family: str) -> None:
     model = tiny(family, layers=4)
     sites = find_sites(model)
-    kept = {site.name: tuple(range(site.floor if site.kind == "attention" else site.units)) for site in sites}
+    kept = {
+        site.name: tuple(range(site.min_units_per_group if site.kind == "attention" else site.units)) for site in sites
+    }
     plan = Plan(kept, {site.name: site.units for site in sites})
     asked = questions(4, longest=12)
     with masked(model, plan):
         expected = scored(model, asked)
     cut(model, plan)
-    assert any(isinstance(module, NoAttention) for module in model.modules())
+    assert any(isinstance(module, RemovedAttention) for module in model.modules())
     found = scored(model, asked)
     assert_equal(found, [naive(model, question) for question in asked])
     assert_equal(found, expected)
@@ -127,10 +129,10 @@ def test_each_prompt_is_run_once_and_single_tokens_need_no_second_pass() -> None
     watch = lambda _, __, named: shapes.append(tuple(named["input_ids"].shape))  # noqa: E731
     model.register_forward_pre_hook(watch, with_kwargs=True)
     rng = random.Random(0)
-    scored(model, [Question(ids(rng, 5, 5), ((4,), (5,), (6,))) for _ in range(3)])
+    scored(model, [TokenizedQuestion(ids(rng, 5, 5), ((4,), (5,), (6,))) for _ in range(3)])
     assert shapes == [(3, 5)]
     shapes.clear()
-    scored(model, [Question(ids(rng, 5, 5), ((4,), (5, 6, 7), (5, 6, 8), (5, 6)))])
+    scored(model, [TokenizedQuestion(ids(rng, 5, 5), ((4,), (5, 6, 7), (5, 6, 8), (5, 6)))])
     assert shapes == [(1, 5), (1, 2)]
 
 
@@ -138,13 +140,15 @@ def test_branches_serve_every_choice_from_what_it_begins_with() -> None:
     rng = random.Random(7)
     for _ in range(50):
         choices = tuple(tuple(rng.randrange(2) for _ in range(rng.randint(1, 6))) for _ in range(8))
-        branches = branches_of(3, choices)
-        assert sorted(choice for branch in branches for choice in branch.choices) == [
+        branches = build_branches(3, choices)
+        assert sorted(choice for branch in branches for choice in branch.choice_indices) == [
             index for index, choice in enumerate(choices) if len(choice) > 1
         ]
         for branch in branches:
-            assert branch.question == 3
-            assert all(branch.tokens[: len(choices[index]) - 1] == choices[index][:-1] for index in branch.choices)
+            assert branch.question_index == 3
+            assert all(
+                branch.tokens[: len(choices[index]) - 1] == choices[index][:-1] for index in branch.choice_indices
+            )
             others = [other.tokens for other in branches if other is not branch]
             assert not any(other[: len(branch.tokens)] == branch.tokens for other in others)
 
@@ -186,10 +190,10 @@ def test_answers_equal_full_forward_passes(family: str, max_tokens: int) -> None
     with torch.inference_mode():
         found = answer_nll(model, made, pad_id=0, max_tokens=max_tokens, tick=silent)
         for example, (total, tokens) in zip(made, found, strict=True):
-            logits = model(input_ids=torch.tensor([example.ids])).logits[0].double().log_softmax(-1)
-            places = range(example.answer_from, len(example.ids))
-            expected = -sum(float(logits[at - 1, example.ids[at]]) for at in places)
-            assert tokens == len(example.ids) - example.answer_from
+            logits = model(input_ids=torch.tensor([example.token_ids])).logits[0].double().log_softmax(-1)
+            places = range(example.answer_start, len(example.token_ids))
+            expected = -sum(float(logits[at - 1, example.token_ids[at]]) for at in places)
+            assert tokens == len(example.token_ids) - example.answer_start
             assert total / tokens == pytest.approx(expected / tokens, abs=1e-5)
 
 
@@ -198,7 +202,7 @@ def test_few_logits_a_pass_do_not_change_answers(monkeypatch: pytest.MonkeyPatch
     made = examples(1)
     with torch.inference_mode():
         expected = answer_nll(model, made, pad_id=0, max_tokens=4096, tick=silent)
-        monkeypatch.setattr(likelihood, "LOGITS", 3 * VOCABULARY)
+        monkeypatch.setattr(likelihood, "MAX_LOGITS_PER_PASS", 3 * VOCABULARY)
         monkeypatch.setattr(likelihood, "_CHUNK", VOCABULARY)
         found = answer_nll(model, made, pad_id=0, max_tokens=4096, tick=silent)
     assert [total for total, _ in found] == pytest.approx([total for total, _ in expected], abs=1e-4)
@@ -207,8 +211,8 @@ def test_few_logits_a_pass_do_not_change_answers(monkeypatch: pytest.MonkeyPatch
 def test_packing_keeps_everything_once_and_pads_little() -> None:
     rng = random.Random(0)
     lengths = [rng.randint(1, 400) for _ in range(300)]
-    runs = list(packed(lengths, int, lambda rows, longest: rows * longest <= 8192, spread=1.2))
+    runs = list(batch_by_length(lengths, int, lambda rows, longest: rows * longest <= 8192, max_length_ratio=1.2))
     assert sorted(length for run in runs for length in run) == sorted(lengths)
     assert all(len(run) * max(run) <= 8192 for run in runs)
     assert sum(len(run) * max(run) for run in runs) < 1.25 * sum(lengths)
-    assert list(packed([5, 3], int, lambda rows, longest: False)) == [[3], [5]]
+    assert list(batch_by_length([5, 3], int, lambda rows, longest: False)) == [[3], [5]]

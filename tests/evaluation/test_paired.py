@@ -10,9 +10,9 @@ import pytest
 from scipy import stats
 
 from prunetune.errors import DataError
-from prunetune.evaluation.paired import compare, holm, mcnemar
+from prunetune.evaluation.paired import compare_paired, holm, mcnemar
 from prunetune.evaluation.results import Item, TaskResult
-from prunetune.evaluation.statistics import summarise
+from prunetune.evaluation.statistics import aggregate_items
 
 LEVEL = 0.05
 Scores = np.ndarray
@@ -27,7 +27,7 @@ def task(values: Scores, metric: str, name: str = "t") -> TaskResult:
         )
         for index, value in enumerate(values)
     )  # fmt: skip
-    return TaskResult(name, {metric: summarise(items, metric)}, items)
+    return TaskResult(name, {metric: aggregate_items(items, metric)}, items)
 
 
 @pytest.mark.parametrize(("lost", "won"), [(0, 0), (1, 0), (0, 5), (3, 9), (9, 3), (40, 60), (700, 800), (1500, 1501)])
@@ -40,18 +40,18 @@ def test_randomisation_agrees_with_every_swap() -> None:
     rng = np.random.default_rng(3)
     a, b = rng.random(9), rng.random(9)
     theirs = stats.permutation_test((a, b), lambda x, y: np.mean(x - y), permutation_type="samples").pvalue
-    assert compare(task(a, "rouge_l"), task(b, "rouge_l"), "rouge_l").p == pytest.approx(theirs, abs=0.02)
+    assert compare_paired(task(a, "rouge_l"), task(b, "rouge_l"), "rouge_l").p_value == pytest.approx(theirs, abs=0.02)
 
 
 def test_the_interval_is_that_of_the_differences() -> None:
     rng = np.random.default_rng(4)
     a = rng.random(300)
     b = np.clip(a + rng.normal(0.05, 0.1, 300), 0.01, 0.99)
-    found = compare(task(b, "rouge_l"), task(a, "rouge_l"), "rouge_l")
+    found = compare_paired(task(b, "rouge_l"), task(a, "rouge_l"), "rouge_l")
     gains = b - a
     half = 1.96 * gains.std(ddof=1) / math.sqrt(300)
     assert found.difference == pytest.approx(gains.mean())
-    assert (found.low, found.high) == pytest.approx((gains.mean() - half, gains.mean() + half), abs=0.003)
+    assert (found.ci_low, found.ci_high) == pytest.approx((gains.mean() - half, gains.mean() + half), abs=0.003)
 
 
 Kind = Callable[[np.random.Generator], Scores]
@@ -72,9 +72,9 @@ def test_a_model_against_its_own_bootstrap_rarely_alarms(metric: str, monkeypatc
     for _ in range(200):
         scores = KINDS[metric](rng)
         first, second = (task(rng.choice(scores, len(scores)), metric) for _ in range(2))
-        found = compare(first, second, metric)
+        found = compare_paired(first, second, metric)
         worse = found.difference > 0 if metric == "perplexity" else found.difference < 0
-        alarms += worse and found.p <= LEVEL
+        alarms += worse and found.p_value <= LEVEL
     assert alarms <= LEVEL * 200
 
 
@@ -88,27 +88,27 @@ def test_a_real_loss_is_found(metric: str) -> None:
         worse = scores * 0.7
     else:
         worse = np.where(rng.random(len(scores)) < 0.3, 0.0, scores)
-    found = compare(task(worse, metric), task(scores, metric), metric)
-    assert found.p < 0.001
-    assert (found.low > 0) if metric == "perplexity" else (found.high < 0)
+    found = compare_paired(task(worse, metric), task(scores, metric), metric)
+    assert found.p_value < 0.001
+    assert (found.ci_low > 0) if metric == "perplexity" else (found.ci_high < 0)
 
 
 @pytest.mark.parametrize("metric", KINDS)
 def test_a_model_equals_itself(metric: str) -> None:
     same = task(KINDS[metric](np.random.default_rng(9)), metric)
-    found = compare(same, same, metric)
-    assert (found.difference, found.p) == (0.0, 1.0)
-    assert compare(same, same, metric) == found
+    found = compare_paired(same, same, metric)
+    assert (found.difference, found.p_value) == (0.0, 1.0)
+    assert compare_paired(same, same, metric) == found
 
 
 def test_nan_stays_nan_and_strangers_are_refused() -> None:
     known, unknown = task(np.array([0.1, 0.2, 0.3]), "rouge_l"), task(np.array([0.1, math.nan, 0.3]), "rouge_l")
-    assert math.isnan(compare(unknown, known, "rouge_l").p)
-    assert math.isnan(compare(known, unknown, "rouge_l").difference)
+    assert math.isnan(compare_paired(unknown, known, "rouge_l").p_value)
+    assert math.isnan(compare_paired(known, unknown, "rouge_l").difference)
     with pytest.raises(DataError, match="no item has accuracy in both"):
-        compare(known, known, "accuracy")
+        compare_paired(known, known, "accuracy")
     one = task(np.array([0.5]), "rouge_l")
-    assert math.isnan(compare(one, one, "rouge_l").low)
+    assert math.isnan(compare_paired(one, one, "rouge_l").ci_low)
 
 
 def test_holm_keeps_the_order_and_never_lowers() -> None:

@@ -16,13 +16,13 @@ from prunetune.evaluation import (
     Item,
     Score,
     TaskResult,
-    headline,
+    headline_metric,
     higher_is_better,
     paired_difference,
     recovery,
 )
-from prunetune.evaluation.results import SHOWN
-from prunetune.evaluation.statistics import mean, summarise
+from prunetune.evaluation.results import MAX_PROMPT_CHARS
+from prunetune.evaluation.statistics import aggregate_items, mean_score
 
 
 def item(name: str, expected: str = "a", got: str = "a", **scores: float) -> Item:
@@ -40,7 +40,7 @@ def chosen(count: int, *, wrong: int, labels: str = "ab") -> list[Item]:
 
 
 def result(items: list[Item], *metrics: str) -> TaskResult:
-    return TaskResult("task", {metric: summarise(items, metric) for metric in metrics}, tuple(items))
+    return TaskResult("task", {metric: aggregate_items(items, metric) for metric in metrics}, tuple(items))
 
 
 def test_json_round_trips() -> None:
@@ -80,47 +80,47 @@ def test_other_json_is_refused_in_one_line(text: str) -> None:
 
 def test_a_mean_has_the_textbook_error() -> None:
     values = [0.0, 1.0, 1.0, 0.5]
-    score = mean(values)
+    score = mean_score(values)
     assert score.value == textbook.fmean(values)
     assert score.se == pytest.approx(textbook.stdev(values) / 2)
-    assert math.isnan(mean([1.0]).se)
-    assert mean([]).n == 0
+    assert math.isnan(mean_score([1.0]).se)
+    assert mean_score([]).n == 0
 
 
 def test_macro_f1_weighs_labels_alike() -> None:
     items = [*(item(f"a{n}", "a", "a", accuracy=1.0) for n in range(8)), item("b", "b", "a", accuracy=0.0)]
-    assert summarise(items, "macro_f1").value == pytest.approx((16 / 17 + 0) / 2)
-    assert summarise(chosen(10, wrong=0), "macro_f1").value == 1.0
+    assert aggregate_items(items, "macro_f1").value == pytest.approx((16 / 17 + 0) / 2)
+    assert aggregate_items(chosen(10, wrong=0), "macro_f1").value == 1.0
 
 
 def test_macro_f1_is_nan_where_an_item_is() -> None:
-    assert math.isnan(summarise([*chosen(4, wrong=1), item("n", got="", accuracy=math.nan)], "macro_f1").value)
+    assert math.isnan(aggregate_items([*chosen(4, wrong=1), item("n", got="", accuracy=math.nan)], "macro_f1").value)
 
 
 def test_macro_f1_error_is_near_that_of_accuracy_on_balanced_labels() -> None:
     items = chosen(200, wrong=60)
-    assert summarise(items, "macro_f1").se == pytest.approx(summarise(items, "accuracy").se, rel=0.15)
+    assert aggregate_items(items, "macro_f1").se == pytest.approx(aggregate_items(items, "accuracy").se, rel=0.15)
 
 
 def test_perplexity_weighs_tokens_alike() -> None:
     items = [item("a", nll=1.0, tokens=30.0), item("b", nll=2.0, tokens=10.0)]
-    assert summarise(items, "perplexity").value == pytest.approx(math.exp(50 / 40))
-    assert math.isnan(summarise(items[:1], "perplexity").se)
+    assert aggregate_items(items, "perplexity").value == pytest.approx(math.exp(50 / 40))
+    assert math.isnan(aggregate_items(items[:1], "perplexity").se)
 
 
 def test_bootstrap_repeats_and_shrinks_with_more_documents() -> None:
     rng = random.Random(0)
     items = [item(str(n), nll=rng.gauss(2, 0.5), tokens=20.0) for n in range(400)]
-    assert summarise(items, "perplexity") == summarise(items, "perplexity")
-    few, many = summarise(items[:100], "perplexity"), summarise(items, "perplexity")
+    assert aggregate_items(items, "perplexity") == aggregate_items(items, "perplexity")
+    few, many = aggregate_items(items[:100], "perplexity"), aggregate_items(items, "perplexity")
     assert many.se == pytest.approx(few.se / 2, rel=0.3)
     # By the delta method the error of exp(mean) is exp(mean) times the error of the mean.
-    assert many.se == pytest.approx(many.value * mean([one.scores["nll"] for one in items]).se, rel=0.15)
+    assert many.se == pytest.approx(many.value * mean_score([one.scores["nll"] for one in items]).se, rel=0.15)
 
 
 def test_huge_losses_do_not_raise() -> None:
     items = [item(str(n), nll=1e4, tokens=3.0) for n in range(3)]
-    assert summarise(items, "perplexity").value == math.inf
+    assert aggregate_items(items, "perplexity").value == math.inf
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "nll", "perplexity"])
@@ -155,7 +155,7 @@ def test_only_common_items_are_paired() -> None:
 
 def test_items_of_one_id_that_ask_something_else_are_no_pair() -> None:
     """An id is a line of a file where rows have none of their own, and lines move."""
-    asked = [replace(one, prompt=f"{n} " + "x" * SHOWN) for n, one in enumerate(chosen(8, wrong=2))]
+    asked = [replace(one, prompt=f"{n} " + "x" * MAX_PROMPT_CHARS) for n, one in enumerate(chosen(8, wrong=2))]
     a = result(asked, "accuracy")
     for change in ({"prompt": "other"}, {"expected": "other"}):
         b = result([replace(one, **change) if n < 4 else one for n, one in enumerate(asked)], "accuracy")
@@ -167,7 +167,7 @@ def test_items_of_one_id_that_ask_something_else_are_no_pair() -> None:
 
 
 def test_what_is_not_kept_of_a_question_does_not_part_a_pair() -> None:
-    long = [replace(one, prompt=f"{n} " + "x" * 2 * SHOWN) for n, one in enumerate(chosen(4, wrong=1))]
+    long = [replace(one, prompt=f"{n} " + "x" * 2 * MAX_PROMPT_CHARS) for n, one in enumerate(chosen(4, wrong=1))]
     a = result(long, "accuracy")
     kept = Evaluation.from_json(Evaluation({"task": a}).to_json()).tasks["task"]
     bare = result([replace(one, prompt="", expected="") for one in long], "accuracy")
@@ -177,10 +177,10 @@ def test_what_is_not_kept_of_a_question_does_not_part_a_pair() -> None:
 
 def test_headlines_and_their_direction() -> None:
     some = Score(0.5, 0.1, 4)
-    assert headline(TaskResult("t", {"nll": some, "accuracy": some}, ())) == "accuracy"
-    assert headline(TaskResult("t", {"nll": some, "rouge_l": some}, ())) == "rouge_l"
-    assert headline(TaskResult("t", {"nll": some}, ())) == "nll"
-    assert headline(TaskResult("t", {}, ())) == ""
+    assert headline_metric(TaskResult("t", {"nll": some, "accuracy": some}, ())) == "accuracy"
+    assert headline_metric(TaskResult("t", {"nll": some, "rouge_l": some}, ())) == "rouge_l"
+    assert headline_metric(TaskResult("t", {"nll": some}, ())) == "nll"
+    assert headline_metric(TaskResult("t", {}, ())) == ""
     assert all(map(higher_is_better, ("accuracy", "macro_f1", "rouge_l", "exact_match")))
     assert not any(map(higher_is_better, ("perplexity", "nll")))
 

@@ -15,9 +15,9 @@ from prunetune.data.records import Record
 from prunetune.errors import DataError
 from prunetune.evaluation import Evaluation, evaluate
 from prunetune.evaluation.generation import generate
-from prunetune.evaluation.score_records import best_of, sample, unique
+from prunetune.evaluation.score_records import argmax_unless_nan, make_ids_unique, stable_sample
 from prunetune.evaluation.suites.local import LocalModel
-from prunetune.evaluation.suites.protocol import Manner
+from prunetune.evaluation.suites.protocol import GenerationSettings
 from support.evaluation import characters, choice, question, speaker, text
 
 CONFIG = EvaluateConfig(max_new_tokens=6)
@@ -98,10 +98,10 @@ def test_limits_take_a_stable_sample() -> None:
     config = EvaluateConfig(limit=10, generate_limit=4, max_new_tokens=4)
     few = scored(records, config=config).tasks["open"]
     assert (few.scores["nll"].n, few.scores["rouge_l"].n) == (10, 4)
-    chosen = {record.id for record in sample(records, 10)}
+    chosen = {record.id for record in stable_sample(records, 10)}
     assert {item.id for item in few.items} == chosen
-    assert {record.id for record in sample(records[::-1], 12)} > chosen
-    assert len(sample(records, 0)) == 30
+    assert {record.id for record in stable_sample(records[::-1], 12)} > chosen
+    assert len(stable_sample(records, 0)) == 30
     none = scored(records, config=EvaluateConfig(limit=3, generate_limit=0)).tasks["open"]
     assert set(none.scores) == {"nll"}
 
@@ -201,7 +201,9 @@ def test_a_long_prompt_keeps_its_start_token_and_is_cut_as_in_a_suite(
     model, record = speaker(max_position_embeddings=64), question(0, prompt="x" * (length - 1) + "y", completion="a")
     asked = asked_of(monkeypatch)
     scored([record], model, EvaluateConfig(max_new_tokens=33), too_long="truncate")
-    LocalModel(model, characters()).answers("write", [record], Manner(max_new_tokens=33), lambda _: None)
+    LocalModel(model, characters()).run_requests(
+        "write", [record], GenerationSettings(max_new_tokens=33), lambda _: None
+    )
     of_run, of_suite = asked
     assert of_run == of_suite
     assert len(of_run) == min(32, length + 1)
@@ -223,11 +225,11 @@ def asked_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 
 
 def test_repeated_ids_stay_apart() -> None:
-    assert unique(["a", "b", "a", "a"]) == ["a", "b", "a#2", "a#3"]
+    assert make_ids_unique(["a", "b", "a", "a"]) == ["a", "b", "a#2", "a#3"]
     twice = scored([question(0), question(1, id="q0")]).tasks["open"]
     assert sorted(item.id for item in twice.items) == ["q0", "q0#2"]
 
 
 def test_the_first_of_the_likeliest_wins() -> None:
-    assert best_of([-2.0, -1.0, -1.0]) == 1
-    assert best_of([-2.0, math.nan]) is None
+    assert argmax_unless_nan([-2.0, -1.0, -1.0]) == 1
+    assert argmax_unless_nan([-2.0, math.nan]) is None

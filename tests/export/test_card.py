@@ -12,10 +12,10 @@ import yaml
 from prunetune.config.recipe import from_mapping
 from prunetune.errors import MissingPackage
 from prunetune.evaluation.results import Evaluation, Score, TaskResult
-from prunetune.export.card import Provenance, ScoreRow, card_again, card_of
+from prunetune.export.card import Provenance, ScoreRow, format_export_card, format_model_card
 from prunetune.model import license
-from prunetune.model.license import Licence, licence_of
-from prunetune.pipeline.model_card import card, rewrite_card, scores_in
+from prunetune.model.license import LicenseInfo, read_license
+from prunetune.pipeline.model_card import card_scores, render_card, rewrite_card
 from prunetune.pruning.sites import find_sites
 from prunetune.runs.folder import RunFolder
 from support.models import random_plan, tiny
@@ -33,7 +33,7 @@ MANIFEST: dict[str, Any] = {
 def made(**values: Any) -> str:
     config = from_mapping({"model": "owner/name", "budget": {"keep": 0.5}, "out": "secret/place"})
     origin = Provenance(**({"config": config, "manifest": MANIFEST} | values))
-    return card_of(origin, random_plan(MODEL), find_sites(MODEL))
+    return format_model_card(origin, random_plan(MODEL), find_sites(MODEL))
 
 
 def front(text: str) -> dict[str, Any]:
@@ -41,7 +41,7 @@ def front(text: str) -> dict[str, Any]:
 
 
 def test_it_tells_where_the_model_comes_from() -> None:
-    text = made(licence=Licence("llama3.2", "", "https://licence", "its model card"), recipe_sha256="c" * 64)
+    text = made(licence=LicenseInfo("llama3.2", "", "https://licence", "its model card"), recipe_sha256="c" * 64)
     assert front(text) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -69,19 +69,19 @@ def test_scores_stand_with_their_errors() -> None:
 
 def test_an_export_s_card_opens_the_export() -> None:
     rows = [ScoreRow("topic", "accuracy", {"pruned": (0.75, 0.02, 200)})]
-    text = card_again(made(scores=rows), "onnx", "onnx, float32, 0.7 MB")
+    text = format_export_card(made(scores=rows), "onnx", "onnx, float32, 0.7 MB")
     assert "This is an export: onnx, float32, 0.7 MB." in text
     assert "trust_remote_code" not in text
     assert text.count("```python") == 1
     assert "InferenceSession" in text
     assert "| topic | accuracy | 200 | 0.750 ± 0.020 |" in text
     assert front(text) == front(made())
-    assert 'from_pretrained("PATH", trust_remote_code=True)' in card_again(text, "per-layer", "bfloat16")
+    assert 'from_pretrained("PATH", trust_remote_code=True)' in format_export_card(text, "per-layer", "bfloat16")
 
 
 def test_what_is_not_known_is_left_out() -> None:
     config = from_mapping({"model": "a/path/of/ours", "layout": "uniform"})
-    text = card_of(Provenance(config, {}), random_plan(MODEL), find_sites(MODEL))
+    text = format_model_card(Provenance(config, {}), random_plan(MODEL), find_sites(MODEL))
     assert {"base_model", "license"}.isdisjoint(front(text))
     assert "## Scores" not in text
     assert "## Size" not in text
@@ -93,15 +93,15 @@ def test_scores_are_read_from_the_run_and_the_card_is_written_again(tmp_path: Pa
     folder, plan, sites = RunFolder(tmp_path), random_plan(MODEL), find_sites(MODEL)
     config = from_mapping({"model": "owner/name"})
     (tmp_path / "evaluation").mkdir()
-    folder.model.mkdir()
-    folder.plan.write_text(plan.to_json())
-    folder.note(**MANIFEST)
-    assert scores_in(folder) == ()
-    assert "## Scores" not in card(folder, config, plan, sites)
+    folder.model_folder.mkdir()
+    folder.plan_file.write_text(plan.to_json())
+    folder.update_manifest(**MANIFEST)
+    assert card_scores(folder) == ()
+    assert "## Scores" not in render_card(folder, config, plan, sites)
     for name, value in (("dense", 0.5), ("pruned", 0.7)):
         scores = {"accuracy": Score(value, 0.01, 50), "nll": Score(1.5, 0.1, 50)}
-        folder.evaluation(name).write_text(Evaluation({"topic": TaskResult("topic", scores, ())}).to_json())
-    assert [(row.task, row.metric) for row in scores_in(folder)] == [("topic", "accuracy"), ("topic", "nll")]
+        folder.evaluation_file(name).write_text(Evaluation({"topic": TaskResult("topic", scores, ())}).to_json())
+    assert [(row.task, row.metric) for row in card_scores(folder)] == [("topic", "accuracy"), ("topic", "nll")]
     text = rewrite_card(folder, config, sites).read_text()
     assert "| topic | accuracy | 50 | 0.500 ± 0.010 | 0.700 ± 0.010 |" in text
 
@@ -124,13 +124,13 @@ def test_scores_are_read_from_the_run_and_the_card_is_written_again(tmp_path: Pa
 )
 def test_a_folder_s_card_is_read(content: str, found: tuple[str, str, str], tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(content)
-    told = licence_of(str(tmp_path))
+    told = read_license(str(tmp_path))
     assert (told.id, told.name, told.link) == found
 
 
 def test_a_licence_file_is_named_where_the_card_says_nothing(tmp_path: Path) -> None:
     (tmp_path / "LICENSE").write_text("terms\n")
-    assert licence_of(str(tmp_path)) == Licence("other", where="its file LICENSE")
+    assert read_license(str(tmp_path)) == LicenseInfo("other", where="its file LICENSE")
 
 
 def test_a_gguf_file_s_keys_are_read(tmp_path: Path) -> None:
@@ -141,7 +141,7 @@ def test_a_gguf_file_s_keys_are_read(tmp_path: Path) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
-    assert licence_of(str(tmp_path / "a.gguf")) == Licence("apache-2.0", where="its .gguf file")
+    assert read_license(str(tmp_path / "a.gguf")) == LicenseInfo("apache-2.0", where="its .gguf file")
 
 
 def test_a_base_that_cannot_be_read_has_no_licence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,4 +151,4 @@ def test_a_base_that_cannot_be_read_has_no_licence(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(license, "demo_file", missing)
     (tmp_path / "torn.gguf").write_bytes(b"GGUF")
     for name in ("demo", str(tmp_path / "torn.gguf"), str(tmp_path / "none"), "owner/never-fetched", "not a name !"):
-        assert licence_of(name) == Licence()
+        assert read_license(name) == LicenseInfo()

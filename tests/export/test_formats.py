@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM
 
 from prunetune import Plan, export_run
 from prunetune.errors import ConfigError, ModelError, PlanError, SelfCheckFailed
-from prunetune.export import rewrite
-from prunetune.export.integrity import seal, verify
+from prunetune.export import convert
+from prunetune.export.checksums import verify_checksums, write_checksums
 from prunetune.export.result import ExportOptions
-from prunetune.export.selfcheck import SelfCheck, logits_of
-from prunetune.export.source import Source
+from prunetune.export.selfcheck import SelfCheck, compute_logits
+from prunetune.export.source import ExportSource
 from prunetune.model.loading import load_config
 from support.data import subwords
 from support.export import WIDE, run_folder
@@ -27,7 +27,7 @@ IDS = torch.arange(32)[None]
 
 
 def opened(folder: Path, **how: Any) -> torch.Tensor:
-    return logits_of(AutoModelForCausalLM.from_pretrained(folder, **how).eval(), IDS)
+    return compute_logits(AutoModelForCausalLM.from_pretrained(folder, **how).eval(), IDS)
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
@@ -43,7 +43,7 @@ def test_the_same_layout_is_written_again(layout: str, tmp_path: Path) -> None:
 @pytest.fixture
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the fresh process, where the test itself opens what was written."""
-    monkeypatch.setattr(rewrite, "check", lambda written, tokens, expected: SelfCheck(0.0, tokens.numel()))
+    monkeypatch.setattr(convert, "check_checkpoint", lambda written, tokens, expected: SelfCheck(0.0, tokens.numel()))
 
 
 @pytest.mark.usefixtures("_quick")
@@ -51,8 +51,8 @@ def test_without_a_dtype_weights_stay_as_they_are(tmp_path: Path) -> None:
     run, model = run_folder(tmp_path / "run", subwords(), layout="uniform")
     done = export_run(run, "uniform")
     assert done.path == run / "exports" / "uniform"
-    assert torch.equal(opened(done.path), logits_of(model, IDS))
-    assert verify(done.path)
+    assert torch.equal(opened(done.path), compute_logits(model, IDS))
+    assert verify_checksums(done.path)
 
 
 @pytest.mark.usefixtures("_quick")
@@ -62,7 +62,7 @@ def test_padded_layers_say_the_same(family: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"--layout uniform, or export gguf or onnx, or .* times the size with --pad"):
         export_run(run, "uniform")
     done = export_run(run, "uniform", options=ExportOptions(pad=True))
-    assert relative(opened(done.path), logits_of(model, IDS)) <= 1e-5
+    assert relative(opened(done.path), compute_logits(model, IDS)) <= 1e-5
     assert "times the parameters" in done.notes[0]
 
 
@@ -72,7 +72,7 @@ def test_a_skipped_attention_is_padded_too(tmp_path: Path) -> None:
     plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
     run, model = run_folder(tmp_path / "run", subwords(), "qwen3", plan=plan)
     done = export_run(run, "uniform", options=ExportOptions(pad=True))
-    assert relative(opened(done.path), logits_of(model, IDS)) <= 1e-5
+    assert relative(opened(done.path), compute_logits(model, IDS)) <= 1e-5
 
 
 def test_nothing_is_overwritten_and_nothing_unchecked_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,7 +80,7 @@ def test_nothing_is_overwritten_and_nothing_unchecked_is_left(tmp_path: Path, mo
     (tmp_path / "deep").mkdir()
     with pytest.raises(ConfigError, match="exists already"):
         export_run(run, "uniform", out=tmp_path / "deep")
-    monkeypatch.setattr(rewrite, "_cast", lambda tensor, dtype: (tensor * 1.5).to(dtype))
+    monkeypatch.setattr(convert, "_cast", lambda tensor, dtype: (tensor * 1.5).to(dtype))
     with pytest.raises(SelfCheckFailed, match="differs"):
         export_run(run, "uniform", out=tmp_path / "there")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "run"]
@@ -101,10 +101,10 @@ def test_what_means_nothing_is_refused(tmp_path: Path) -> None:
 def test_own_code_of_a_bare_folder_is_asked_for(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords())
     with pytest.raises(ModelError, match="read it, then say --trust-remote-code"):
-        Source.open(run / "model")
+        ExportSource.open(run / "model")
     with pytest.raises(ModelError, match="read it, then say --trust-remote-code"):  # eval, check, bench
         load_config(str(run / "model"))
-    assert Source.open(run / "model", trust_remote_code=True).layout == "per-layer"
+    assert ExportSource.open(run / "model", trust_remote_code=True).layout == "per-layer"
 
 
 def change_weights(run: Path) -> None:
@@ -112,7 +112,7 @@ def change_weights(run: Path) -> None:
     weights = load_file(file)
     weights["model.layers.0.mlp.down_proj.weight"] = weights["model.layers.0.mlp.down_proj.weight"][:, 1:].contiguous()
     save_file(weights, file, {"format": "pt"})
-    seal(run / "model")
+    write_checksums(run / "model")
 
 
 def change_a_byte(run: Path) -> None:

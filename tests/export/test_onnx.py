@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from prunetune import Plan, export_run
 from prunetune.errors import ConfigError, MissingPackage, ModelError, SelfCheckFailed
 from prunetune.export import onnx
-from prunetune.export.result import Exported, ExportOptions
+from prunetune.export.result import ExportOptions, ExportResult
 from support.data import subwords
 from support.export import WIDE, run_folder
 from support.models import random_plan, relative, tiny
@@ -29,7 +29,7 @@ CASES = {"llama": "per-layer", "gemma3_text": "uniform"}
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Exported, Any]:
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ExportResult, Any]:
     """One export of each: stored in bfloat16 and with a layer that does not attend; with sliding windows."""
     plan, dtype = None, torch.float32
     if request.param == "llama":
@@ -49,9 +49,9 @@ def said(path: Path, ids: Tensor, mask: Tensor) -> Tensor:
 
 @needs_onnx
 @pytest.mark.parametrize("shape", [(1, 2), (5, 9), (2, 64)])
-def test_onnxruntime_says_the_same(case: tuple[Exported, Any], shape: tuple[int, int]) -> None:
+def test_onnxruntime_says_the_same(case: tuple[ExportResult, Any], shape: tuple[int, int]) -> None:
     done, model = case
-    ids, mask = onnx.rows(*shape, 320)
+    ids, mask = onnx.padded_batch(*shape, 320)
     with torch.inference_mode():
         expected = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[mask.bool()]
     ours = said(done.path, ids, mask)[mask.bool()]
@@ -60,14 +60,14 @@ def test_onnxruntime_says_the_same(case: tuple[Exported, Any], shape: tuple[int,
 
 
 @needs_onnx
-def test_a_row_says_the_same_whether_it_is_padded_or_not(case: tuple[Exported, Any]) -> None:
-    path, (ids, mask), nothing = case[0].path, onnx.rows(1, 8, 320), torch.zeros(1, 5, dtype=torch.long)
+def test_a_row_says_the_same_whether_it_is_padded_or_not(case: tuple[ExportResult, Any]) -> None:
+    path, (ids, mask), nothing = case[0].path, onnx.padded_batch(1, 8, 320), torch.zeros(1, 5, dtype=torch.long)
     wide = said(path, torch.cat([nothing, ids], 1), torch.cat([nothing, mask], 1))
     assert relative(wide[:, 5:], said(path, ids, mask)) <= 1e-3
 
 
 @needs_onnx
-def test_what_stands_beside_the_graph(case: tuple[Exported, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_stands_beside_the_graph(case: tuple[ExportResult, Any], capsys: pytest.CaptureFixture[str]) -> None:
     done, model = case
     AutoTokenizer.from_pretrained(done.path)
     assert capsys.readouterr().out == ""  # it does not ask whether to run code
@@ -75,16 +75,16 @@ def test_what_stands_beside_the_graph(case: tuple[Exported, Any], capsys: pytest
     assert {"model.onnx", "model.onnx.data", "tokenizer.json", "config.json"} <= {f.name for f in done.path.iterdir()}
     assert done.params == sum(parameter.numel() for parameter in model.parameters())
     assert done.bytes >= 4 * done.params
-    assert "most likely tokens equal" in done.checks[0].found
+    assert "most likely tokens equal" in done.checks[0].detail
 
 
 @needs_onnx
-def test_a_graph_of_another_model_fails_its_check(case: tuple[Exported, Any]) -> None:
+def test_a_graph_of_another_model_fails_its_check(case: tuple[ExportResult, Any]) -> None:
     done, model = case
     other = copy.deepcopy(model)
     other.get_output_embeddings().weight.data *= -1
     with pytest.raises(SelfCheckFailed, match="differs from the model"):
-        onnx.check(other, done.path / "model.onnx")
+        onnx.check_onnx(other, done.path / "model.onnx")
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,9 +12,9 @@ from safetensors import safe_open
 from prunetune import export_run
 from prunetune.errors import ConfigError, MissingPackage, ModelError, SelfCheckFailed
 from prunetune.export import quantize
-from prunetune.export.quantize import SCHEMES, fit
+from prunetune.export.quantize import SCHEMES, find_quantizable
 from prunetune.export.result import ExportOptions
-from prunetune.export.source import Source
+from prunetune.export.source import ExportSource
 from support.data import subwords
 from support.export import plan_of, run_folder
 from support.models import tiny
@@ -39,7 +39,7 @@ def test_it_opens_in_stock_transformers_and_says_its_error(kind: str, layout: st
     needs(kind)
     done = export_run(run_of(tmp_path / "run", 128, layout), options=ExportOptions(quantize=kind))
     assert done.path == tmp_path / "run" / "exports" / f"{layout}-{kind}"
-    assert "% root mean square error of logits" in done.checks[0].found
+    assert "% root mean square error of logits" in done.checks[0].detail
     dense = (tmp_path / "run" / "model" / "model.safetensors").stat().st_size
     assert done.bytes < dense * (0.7 if kind == "int8" else 0.6)  # embeddings and head are a third of it
     assert not list(done.path.glob("*.bin"))
@@ -50,12 +50,13 @@ def test_it_opens_in_stock_transformers_and_says_its_error(kind: str, layout: st
 
 def test_widths_that_do_not_fit_stay_and_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = run_of(tmp_path / "run", 96)
-    fitting = fit(Source.open(run), SCHEMES["int4"])
-    assert set(fitting.left) == {f"model.layers.{layer}.mlp.down_proj" for layer in range(2)}
-    assert "2 of 14 linears stay unquantised: their rows are no multiple of 64 (model.layers.0" in fitting.note(
-        SCHEMES["int4"]
+    fitting = find_quantizable(ExportSource.open(run), SCHEMES["int4"])
+    assert set(fitting.skipped) == {f"model.layers.{layer}.mlp.down_proj" for layer in range(2)}
+    assert (
+        "2 of 14 linears stay unquantised: their rows are no multiple of 64 (model.layers.0"
+        in fitting.explain_skipped(SCHEMES["int4"])
     )
-    assert not fit(Source.open(run), SCHEMES["int8"]).left
+    assert not find_quantizable(ExportSource.open(run), SCHEMES["int8"]).skipped
     needs("int4")
     done = export_run(run, options=ExportOptions(quantize="int4"))
     assert "stay unquantised" in done.notes[1]
@@ -101,8 +102,8 @@ def test_options_that_do_not_go_together_are_refused(to: str, options: dict, mat
 def test_a_model_that_quantises_badly_is_not_kept(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     needs(kind)
     run = run_of(tmp_path / "run", 128)
-    said = quantize.logits_of
-    monkeypatch.setattr(quantize, "logits_of", lambda model, ids: -said(model, ids))
+    said = quantize.compute_logits
+    monkeypatch.setattr(quantize, "compute_logits", lambda model, ids: -said(model, ids))
     with pytest.raises(SelfCheckFailed, match=r"root mean square error .* against the unquantised model"):
         export_run(run, options=ExportOptions(quantize=kind))
     assert not list((run / "exports").iterdir())

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from prunetune import Plan, cut, find_sites, masked
 from prunetune.errors import ModelError, PlanError
-from prunetune.export.selfcheck import check, logits_of
-from prunetune.export.shapes import legal_groups
-from prunetune.export.write import write
-from prunetune.search.select import Shape, select
+from prunetune.export.checkpoint import write_checkpoint
+from prunetune.export.selfcheck import check_checkpoint, compute_logits
+from prunetune.export.stock_config import kv_groups_validator
+from prunetune.search.select import PlanConstraints, select
 from support.data import subwords
 from support.models import ALL_FAMILIES, kinds_of, random_plan, relative, tiny, tokens, with_lora
 
@@ -27,7 +27,9 @@ def uniform_plan(model: Any, units: tuple[str, ...], keep: float = 0.6) -> Plan:
     sites = find_sites(model, units)
     rng = torch.Generator().manual_seed(3)
     scores = {site.name: torch.randn(site.units, generator=rng) for site in sites}
-    return select(scores, sites, keep, Shape("uniform", align=8, legal_groups=legal_groups(model.config)))
+    return select(
+        scores, sites, keep, PlanConstraints("uniform", align=8, allows_groups=kv_groups_validator(model.config))
+    )
 
 
 def uniform_kinds(family: str) -> tuple[str, ...]:
@@ -40,16 +42,16 @@ def written(model: Any, plan: Plan, layout: str, folder: Path, units: tuple[str,
     sites = find_sites(model, units)
     with_lora(model)
     with masked(model, plan, sites=sites):
-        expected = logits_of(model, tokens())
+        expected = compute_logits(model, tokens())
     cut(model, plan, sites=sites)
-    return write(model, subwords(), plan, sites, folder, layout=layout, card=""), expected
+    return write_checkpoint(model, subwords(), plan, sites, folder, layout=layout, card=""), expected
 
 
 def read_again(model: Any, plan: Plan, layout: str, folder: Path, units: tuple[str, ...]) -> Any:
     found, expected = written(model, plan, layout, folder, units)
     again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=found.needs_code).eval()
     assert sum(parameter.numel() for parameter in again.parameters()) == found.params
-    assert relative(logits_of(again, tokens()), expected) <= 1e-5
+    assert relative(compute_logits(again, tokens()), expected) <= 1e-5
     return again
 
 
@@ -92,7 +94,7 @@ def test_in_a_fresh_process_and_it_generates(family: str, units: tuple[str, ...]
     plan = uniform_plan(model, units) if layout == "uniform" else random_plan(model, units=units, seed=4, keep=0.7)
     folder = tmp_path / "model"
     found, expected = written(model, plan, layout, folder, units)
-    assert check(found, tokens(), expected).max_relative <= 1e-5
+    assert check_checkpoint(found, tokens(), expected).max_relative <= 1e-5
     again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=found.needs_code).eval()
     options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     said = [again.generate(tokens(length=10), use_cache=cache, **options) for cache in (True, False)]

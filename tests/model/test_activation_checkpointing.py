@@ -11,14 +11,14 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from prunetune.config.recipe import RunConfig, from_mapping
-from prunetune.data import packs
-from prunetune.data.templates import Example
-from prunetune.model.activation_checkpointing import recomputed, recomputes
-from prunetune.pruning.masking import gates_of
+from prunetune.data import packing
+from prunetune.data.encoding import Example
+from prunetune.model.activation_checkpointing import use_checkpointing, uses_checkpointing
+from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites
-from prunetune.train.adapters import adapters
+from prunetune.train.adapters import trainable_parameters
 from prunetune.train.losses import Teacher
-from prunetune.train.passes import Packed, Padded, passes_for
+from prunetune.train.passes import PackedPasses, PaddedPasses, build_passes
 from support.models import random_plan, tiny, tokens, with_lora
 
 USUAL = ("kv-groups", "mlp-channels")
@@ -32,8 +32,8 @@ CASES: list[tuple[str, Collection[str]]] = [
 @pytest.fixture(autouse=True)
 def _short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a thousand tokens are for GPUs."""
-    monkeypatch.setattr(packs, "TOKENS", 32)
-    monkeypatch.setattr(packs, "LABELS", 32)
+    monkeypatch.setattr(packing, "TOKEN_STEP", 32)
+    monkeypatch.setattr(packing, "LABEL_STEP", 32)
 
 
 def examples() -> list[Example]:
@@ -56,7 +56,7 @@ def heard(passes: Any, model: Any, gates: dict[str, Tensor]) -> dict[str, Tensor
     }.items():
         found |= {f"{name} {key}": torch.tensor(value) for key, value in losses.items()}
         found |= {f"{name} {site}": slope for site, slope in slopes.items()}
-    for name, weight in adapters(model).items():
+    for name, weight in trainable_parameters(model).items():
         assert weight.grad is not None
         found[name], weight.grad = weight.grad, None
     return found
@@ -65,12 +65,17 @@ def heard(passes: Any, model: Any, gates: dict[str, Tensor]) -> dict[str, Tensor
 @pytest.mark.parametrize("taught", [False, True])
 @pytest.mark.parametrize(
     ("family", "units", "kind"),
-    [(*case, kind) for case in CASES for kind in (Padded, Packed) if (case[0], kind) != ("bloom", Packed)],
+    [
+        (*case, kind)
+        for case in CASES
+        for kind in (PaddedPasses, PackedPasses)
+        if (case[0], kind) != ("bloom", PackedPasses)
+    ],
 )
 def test_the_same_is_heard(family: str, units: Collection[str], kind: Any, taught: bool) -> None:
     model = tiny(family).requires_grad_(False)
     sites = find_sites(model, units)
-    gates = gates_of(random_plan(model, seed=2, units=units), sites)
+    gates = gates_from_plan(random_plan(model, seed=2, units=units), sites)
     with_lora(model)
     teacher = Teacher(tiny(family, seed=4).requires_grad_(False), 1.0, 0.5) if taught else None
     kept, again = (heard(kind(model, sites, 0, config_of(wanted), teacher), model, gates) for wanted in ("off", "on"))
@@ -89,8 +94,8 @@ def test_dropout_draws_the_same_again() -> None:
             if hasattr(module, "lora_dropout"):
                 module.lora_dropout["default"] = torch.nn.Dropout(0.5)
         torch.manual_seed(3)
-        loss = Padded(model, sites, 0, config_of(wanted)).tune(examples(), None)
-        found.append((loss, [weight.grad for weight in adapters(model).values()]))
+        loss = PaddedPasses(model, sites, 0, config_of(wanted)).tune(examples(), None)
+        found.append((loss, [weight.grad for weight in trainable_parameters(model).values()]))
     assert found[0][0] == found[1][0]
     for one, other in zip(found[0][1], found[1][1], strict=True):
         torch.testing.assert_close(one, other)
@@ -111,7 +116,7 @@ def test_less_is_kept_and_nothing_is_left_behind() -> None:
 
     sizes: list[int] = []
     before, forwards = total(), [layer.forward for layer in model.model.layers]
-    with recomputed(model):
+    with use_checkpointing(model):
         assert total() < before / 4
         with torch.no_grad():  # a pass without gradient is as it always is
             model(tokens())
@@ -126,5 +131,5 @@ def test_less_is_kept_and_nothing_is_left_behind() -> None:
 )
 def test_when_it_is_done(checkpointing: str, quantize: str, expected: bool) -> None:
     config = config_of(checkpointing, quantize=quantize)
-    assert recomputes(config) is expected
-    assert passes_for(tiny(), find_sites(tiny()), 0, config).recompute is expected
+    assert uses_checkpointing(config) is expected
+    assert build_passes(tiny(), find_sites(tiny()), 0, config).recompute is expected

@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from prunetune.model import compiled_kernels
-from prunetune.model.activation_checkpointing import recomputed
-from prunetune.model.compiled_kernels import fused
+from prunetune.model.activation_checkpointing import use_checkpointing
+from prunetune.model.compiled_kernels import use_compiled_kernels
 from prunetune.pruning.cut import cut_linears
-from prunetune.pruning.masking import gates_of, masked
+from prunetune.pruning.masking import gates_from_plan, masked
 from prunetune.pruning.sites import find_sites
-from prunetune.train.adapters import adapters
+from prunetune.train.adapters import trainable_parameters
 from support.models import random_plan, tiny, tokens, with_lora
 
 # Norms of rows and of heads, rotary embeddings of whole and of half heads, one that is decorated, and none at all.
@@ -61,7 +61,7 @@ def with_float_norms(model: Any) -> Any:
 def test_a_fused_model_gives_the_same_numbers(family: str, compiled: list[str]) -> None:
     model = tiny(family)
     before = logits(model, 9)
-    with fused(model):
+    with use_compiled_kernels(model):
         assert torch.equal(logits(model, 9), before)
     assert torch.equal(logits(model, 9), before)
 
@@ -69,7 +69,7 @@ def test_a_fused_model_gives_the_same_numbers(family: str, compiled: list[str]) 
 def test_no_length_and_no_width_is_compiled_anew(compiled: list[str]) -> None:
     model = tiny("llama", groups=4, ratio=2)
     sites = tuple(find_sites(model))
-    with fused(model):
+    with use_compiled_kernels(model):
         logits(model, 9)
         first = len(compiled)
         logits(model, 17)
@@ -82,7 +82,7 @@ def test_no_length_and_no_width_is_compiled_anew(compiled: list[str]) -> None:
 def test_nothing_is_left_behind(compiled: list[str]) -> None:
     model, other = tiny("llama"), tiny("llama")
     plain = [type(module).forward for module in model.modules()]
-    with fused(model):
+    with use_compiled_kernels(model):
         assert any("forward" in vars(module) for module in model.modules())
         assert not any("forward" in vars(module) for module in other.modules())
     assert not any("forward" in vars(module) for module in model.modules())
@@ -97,7 +97,7 @@ def test_no_form_is_given_up(family: str, compiled: list[str]) -> None:
     # are held in the dtype of the model and in float32.
     whole, cut = (tiny(family, groups=groups, ratio=2).bfloat16() for groups in (2, 1))
     for change, model in itertools.product((nn.Identity(), with_float_norms), (whole, cut)):
-        with torch.autocast("cpu", torch.bfloat16), fused(change(model)):
+        with torch.autocast("cpu", torch.bfloat16), use_compiled_kernels(change(model)):
             logits(model, 9)
             for tuned in (False, True):
                 model.requires_grad_(tuned)
@@ -115,14 +115,18 @@ def test_gates_and_adapters_of_a_fused_model_hear_the_same(
 ) -> None:
     model = tiny(family).requires_grad_(False)
     sites = find_sites(model)
-    gates = {name: gate.requires_grad_() for name, gate in gates_of(random_plan(model), sites).items()}
+    gates = {name: gate.requires_grad_() for name, gate in gates_from_plan(random_plan(model), sites).items()}
     with_lora(model)
     heard = []
-    for way in (nullcontext(), fused(model)):
-        heard_by = [*gates.values(), *adapters(model).values()]
+    for way in (nullcontext(), use_compiled_kernels(model)):
+        heard_by = [*gates.values(), *trainable_parameters(model).values()]
         for one in heard_by:
             one.grad = None
-        with way, recomputed(model) if again else nullcontext(), masked(model, gates, adapters=form, sites=sites):
+        with (
+            way,
+            use_checkpointing(model) if again else nullcontext(),
+            masked(model, gates, adapters=form, sites=sites),
+        ):
             found = model(tokens(), use_cache=False).logits
             found.square().mean().backward()
         heard.append([found.detach(), *(one.grad for one in heard_by if one.grad is not None)])
@@ -137,7 +141,7 @@ def test_gates_and_adapters_of_a_fused_model_hear_the_same(
 def test_layers_share_one_gated_activation(family: str, compiled: list[str]) -> None:
     model = tiny(family, layers=12)
     mlps = [layer.mlp for layer in model.model.layers]
-    with fused(*mlps):
+    with use_compiled_kernels(*mlps):
         for width, mlp in enumerate(mlps, 5):
             x = torch.randn(2, width, 48)
             expected = mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
@@ -190,6 +194,6 @@ def test_only_the_usual_mlp_is_changed(kind: type[Usual], compiled: list[str]) -
     module = kind()
     x = torch.randn(3, 4)
     before = module(x)
-    with fused(module):
+    with use_compiled_kernels(module):
         assert ("forward" in vars(module)) is (kind is Usual)
         torch.testing.assert_close(module(x), before)

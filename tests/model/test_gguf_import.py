@@ -33,10 +33,10 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_made_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = gguf_import.dequantised(file)
+    folder = gguf_import.dequantize_gguf(file)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    assert gguf_import.dequantised(file) == folder
+    assert gguf_import.dequantize_gguf(file) == folder
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"no GGUF at all, but long enough for a header"])
@@ -44,13 +44,13 @@ def test_a_torn_file_is_refused_in_a_line(content: bytes, tmp_path: Path, monkey
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "torn.gguf").write_bytes(content)
     with pytest.raises(ModelError, match="cannot be read as GGUF"):
-        gguf_import.dequantised(tmp_path / "torn.gguf")
+        gguf_import.dequantize_gguf(tmp_path / "torn.gguf")
 
 
 def test_a_tokenizer_that_reads_words_letter_by_letter_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers 5.17 on Gemma's."""
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: subwords())
-    assert gguf_import.dequantised(file).is_dir()
+    assert gguf_import.dequantize_gguf(file).is_dir()
     os.utime(file, ns=(1, 1))
     state = json.loads(subwords().backend_tokenizer.to_str())
     state["model"]["merges"] = []
@@ -60,7 +60,7 @@ def test_a_tokenizer_that_reads_words_letter_by_letter_is_refused(file: Path, mo
         lambda *_, **__: PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state))),
     )
     with pytest.raises(ModelError, match="reads its tokenizer wrongly"):
-        gguf_import.dequantised(file)
+        gguf_import.dequantize_gguf(file)
 
 
 def test_two_processes_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,10 +74,10 @@ def test_two_processes_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> N
             monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: characters())
             with monkeypatch.context() as other:
                 other.setattr(os, "getpid", lambda: 12345)
-                gguf_import.dequantised(file)
+                gguf_import.dequantize_gguf(file)
             characters().save_pretrained(folder)
 
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: Slow())
-    folder = gguf_import.dequantised(file)
+    folder = gguf_import.dequantize_gguf(file)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
 from prunetune.model import lm_head
-from prunetune.model.lm_head import head_of, headless, in_portions
+from prunetune.model.lm_head import capture_head_inputs, chunked_loss, logits_function
 from support.models import FAMILIES, tiny, tokens
 
 SMALL = {
@@ -37,9 +37,9 @@ def assert_apart(model: Any) -> None:
     ids = tokens()
     with torch.no_grad():
         whole = model(input_ids=ids).logits
-        with headless(model) as seen:
+        with capture_head_inputs(model) as seen:
             assert model(input_ids=ids).logits.numel() == 0
-        torch.testing.assert_close(head_of(model)(seen[0]).view(whole.shape), whole)
+        torch.testing.assert_close(logits_function(model)(seen[0]).view(whole.shape), whole)
         torch.testing.assert_close(model(input_ids=ids).logits, whole)  # and nothing stays on the model
 
 
@@ -56,7 +56,7 @@ def test_scaled_and_capped_logits_too(config: Any) -> None:
 
 @pytest.mark.parametrize("portion", [1, 3, 7, 1000])
 def test_portions_change_neither_loss_nor_gradient(portion: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_head, "PORTION", portion * 97)
+    monkeypatch.setattr(lm_head, "LOGITS_PER_CHUNK", portion * 97)
     rng = torch.Generator().manual_seed(0)
     weight, targets = torch.randn(97, 16, generator=rng), torch.randint(97, (7,), generator=rng)
     hidden = torch.randn(7, 16, generator=rng, requires_grad=True)
@@ -65,7 +65,7 @@ def test_portions_change_neither_loss_nor_gradient(portion: int, monkeypatch: py
         return F.cross_entropy(rows @ weight.T, targets[places], reduction="sum")
 
     (expected,) = torch.autograd.grad(0.3 * loss(hidden, slice(None)), hidden)
-    found = in_portions(hidden, 97, loss)
+    found = chunked_loss(hidden, 97, loss)
     torch.testing.assert_close(found, loss(hidden, slice(None)))
     (gradient,) = torch.autograd.grad(0.3 * found, hidden)
     torch.testing.assert_close(gradient, expected)
@@ -73,13 +73,13 @@ def test_portions_change_neither_loss_nor_gradient(portion: int, monkeypatch: py
 
 def test_no_place_is_no_loss() -> None:
     hidden = torch.zeros(0, 4, requires_grad=True)
-    total = in_portions(hidden, 97, lambda rows, _: rows.sum())
+    total = chunked_loss(hidden, 97, lambda rows, _: rows.sum())
     total.backward()
     assert float(total.detach()) == 0
 
 
 def test_without_gradients_nothing_is_kept() -> None:
     with torch.no_grad():
-        total = in_portions(torch.ones(5, 4, requires_grad=True), 97, lambda rows, _: rows.sum())
+        total = chunked_loss(torch.ones(5, 4, requires_grad=True), 97, lambda rows, _: rows.sum())
     assert float(total) == 20
     assert not total.requires_grad

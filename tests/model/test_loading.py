@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from prunetune.errors import ModelError
-from prunetune.model.loading import ghost, load, load_config, locate
+from prunetune.model.loading import load_config, load_meta_model, load_model_and_tokenizer, resolve_model_path
 from support.suites import model_folder
 
 
@@ -33,7 +33,7 @@ def test_a_configuration_that_makes_no_model_is_one_line(changes: dict[str, Any]
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ModelError) as refused:
-        ghost(str(folder))
+        load_meta_model(str(folder))
     assert said in str(refused.value)
     assert "config.json" in str(refused.value)
     assert "\n" not in str(refused.value)
@@ -57,16 +57,16 @@ def test_weights_that_are_not_there_or_no_numbers_are_refused(tmp_path: Path) ->
 
     how: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
     with pytest.raises(ModelError, match=r"lack 1 of the weights .* model\.layers\.1\.mlp\.up_proj\.weight first"):
-        load(spoiled(tmp_path / "a", lose), **how)
+        load_model_and_tokenizer(spoiled(tmp_path / "a", lose), **how)
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values that are no numbers"):
-        load(spoiled(tmp_path / "b", spoil), **how)
+        load_model_and_tokenizer(spoiled(tmp_path / "b", spoil), **how)
 
 
 def test_a_file_that_was_cut_short_is_told_before_weights_are_read(tmp_path: Path) -> None:
     file = model_folder(tmp_path / "model") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"model\.safetensors cannot be read: .*; fetch it again"):
-        ghost(str(tmp_path / "model"))
+        load_meta_model(str(tmp_path / "model"))
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_a_slip_in_a_path_is_told_at_once(name: str, meant: str, monkeypatch: py
 def test_other_names_are_the_hubs(offline: Path) -> None:
     """Also where a folder of models has the name of the owner."""
     (offline.parent / "owner" / "fetched-by-hand").mkdir(parents=True)
-    assert [locate(name) for name in ("owner/name", "gpt2")] == ["owner/name", "gpt2"]
+    assert [resolve_model_path(name) for name in ("owner/name", "gpt2")] == ["owner/name", "gpt2"]
 
 
 def test_a_fetched_model_opens_beside_a_folder_of_its_owners_name(offline: Path) -> None:

@@ -8,44 +8,44 @@ import pytest
 
 from prunetune import find_sites
 from prunetune.bench.local import decode_bytes
-from prunetune.cost.parameters import total
-from prunetune.pipeline.budget_preview import Holdings, preview
+from prunetune.cost.parameters import prunable_params
+from prunetune.pipeline.budget_preview import ParamCounts, preview_budget
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
 from support.models import tiny
 
 
-def holdings(model: object, prunable: int) -> Holdings:
+def holdings(model: object, prunable: int) -> ParamCounts:
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     everything = sum(weight.numel() for weight in model.parameters())
-    return Holdings(everything, prunable, 0 if head is table else table.numel(), head.numel())
+    return ParamCounts(everything, prunable, 0 if head is table else table.numel(), head.numel())
 
 
 def test_all_is_kept_at_one() -> None:
-    found = preview(Holdings(100, 60, 10, 10), 1.0)
-    assert (found.parameters, found.weight_bytes, found.prefill, found.decode) == (100, 200, 1.0, 1.0)
+    found = preview_budget(ParamCounts(100, 60, 10, 10), 1.0)
+    assert (found.parameters, found.weight_bytes, found.prefill_speedup, found.decode_speedup) == (100, 200, 1.0, 1.0)
 
 
 def test_prefill_gains_more_than_decode_and_no_more_than_what_is_left() -> None:
-    found = preview(Holdings(100, 60, 10, 10), 0.5)
+    found = preview_budget(ParamCounts(100, 60, 10, 10), 0.5)
     assert found.parameters == 70
-    assert found.prefill == pytest.approx(80 / 50)
-    assert found.decode == pytest.approx(90 / 60)
-    assert found.decode < found.prefill < 1 / 0.5
+    assert found.prefill_speedup == pytest.approx(80 / 50)
+    assert found.decode_speedup == pytest.approx(90 / 60)
+    assert found.decode_speedup < found.prefill_speedup < 1 / 0.5
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_it_is_what_cutting_gives(tied: bool) -> None:
     model = tiny(tie_word_embeddings=tied)
     sites = find_sites(model)
-    dense = holdings(model, total(sites))
-    read = 4 * (dense.everything - dense.table)
+    dense = holdings(model, prunable_params(sites))
+    read = 4 * (dense.total - dense.embedding)
     plan = Plan({site.name: tuple(range(site.units // 2)) for site in sites}, {site.name: site.units for site in sites})
     small = cut(model, plan)
 
     class Empty:  # of layers that have lost their attention: their caches are never filled
         layers = (SimpleNamespace(keys=None, values=None),)
 
-    found = preview(dense, 0.5)
+    found = preview_budget(dense, 0.5)
     assert found.parameters == sum(weight.numel() for weight in small.parameters())
-    assert found.decode == pytest.approx(read / decode_bytes(small, Empty()))
+    assert found.decode_speedup == pytest.approx(read / decode_bytes(small, Empty()))

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 import torch
 
-from prunetune.cli.output import of_run
-from prunetune.config.fields import merged
-from prunetune.config.limits import Gate, gate_text
+from prunetune.cli.output import render_run
+from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
-from prunetune.errors import ConfigError, DataError, GateFailed
+from prunetune.config.score_limits import ScoreLimit, normalize_limit
+from prunetune.errors import ConfigError, DataError, LimitBroken
 from prunetune.pipeline import stages
-from prunetune.pipeline.monitor import packed, unpacked, watcher_of
+from prunetune.pipeline.monitor import make_monitor, pack_plan, unpack_plan
 from prunetune.pipeline.prepare import prepare
 from prunetune.pipeline.stages import run
 from prunetune.plan import Plan
-from prunetune.runs.history import entries
+from prunetune.runs.history import list_runs
 from prunetune.utils.console import PlainConsole
 from support.data import write_lines
 from support.evaluation import characters, speaker
@@ -68,7 +68,7 @@ def config_of(place: Path, out: Path, *gates: str, **changes: Any) -> RunConfig:
         "data": {"train": [str(place / "rows.jsonl")], "guard": [str(place / "guard.jsonl")], "valid_share": 0.2},
         "gates": list(gates),
     }
-    return from_mapping(merged(merged(RECIPE, own), changes))
+    return from_mapping(merge_mappings(merge_mappings(RECIPE, own), changes))
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -103,7 +103,7 @@ def test_a_watched_run_says_what_it_saw(free: Path) -> None:
     files = sorted(path.name for path in (free / "decisions").iterdir())
     assert files == [f"step-{step:07d}.json" for step in range(1, 9)]
     last = json.loads((free / "decisions" / files[-1]).read_text())
-    assert unpacked(last["kept_units"]) == Plan.load(free / "plan.json")
+    assert unpack_plan(last["kept_units"]) == Plan.load(free / "plan.json")
     assert last["guard.nll"] == validation[-1]["guard.nll"]
 
 
@@ -124,10 +124,10 @@ def test_roll_back_is_said_everywhere_and_the_run_ends_inside(place: Path, free:
     assert gates["kept"] > gates["keep_asked"] == gates["keep_allowed"] == 0.5
     assert lines(folder / "validation.jsonl")[-1]["guard.nll"] <= limit
     assert manifest["pruned"]["decoder_params"] > 0.5 * manifest["model"]["decoder_params"]
-    assert "rolled back to step" in of_run(folder)
-    assert "50% was asked for" in of_run(folder)
+    assert "rolled back to step" in render_run(folder)
+    assert "50% was asked for" in render_run(folder)
     assert "rolled back to step" in (folder / "report.html").read_text()
-    (entry,) = entries(tmp_path)
+    (entry,) = list_runs(tmp_path)
     assert entry.status == "done"
 
 
@@ -155,24 +155,24 @@ def test_back_off_says_what_the_budget_became(place: Path, free: Path, tmp_path:
     folder = run(config_of(place, tmp_path / "run", gate, validate={"back_off": 0.25}))
     gates = json.loads((folder / "manifest.json").read_text())["gates"]
     assert gates["keep_allowed"] > gates["keep_asked"] == 0.5
-    assert "50% was asked for" in of_run(folder)
+    assert "50% was asked for" in render_run(folder)
 
 
 def test_stop_leaves_a_report_and_exits_one(place: Path, free: Path, tmp_path: Path) -> None:
     config = config_of(place, tmp_path / "run", f"guard.nll <= {limit_between(free):.6f} -> stop")
     for resume in (False, True):
-        with pytest.raises(GateFailed, match=r"stopped at step \d"):
+        with pytest.raises(LimitBroken, match=r"stopped at step \d"):
             run(config, resume=resume)
     folder = tmp_path / "run"
     assert "stopped at step" in json.loads((folder / "manifest.json").read_text())["failed"]
     assert "stopped at step" in (folder / "report.html").read_text()
     assert not (folder / "model").exists()
-    (entry,) = entries(tmp_path)
+    (entry,) = list_runs(tmp_path)
     assert entry.status == "gate failed"
 
 
 def test_a_run_that_ends_outside_keeps_its_model_and_exits_one(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(GateFailed, match=r"ended outside a gate: guard\.nll <= 0 -> roll-back") as failed:
+    with pytest.raises(LimitBroken, match=r"ended outside a gate: guard\.nll <= 0 -> roll-back") as failed:
         run(config_of(place, tmp_path / "run", "guard.nll <= 0 -> roll-back"))
     assert "\n" not in str(failed.value)
     assert (tmp_path / "run" / "model").exists()
@@ -184,7 +184,7 @@ def test_a_validation_scores_so_many_items_in_all(place: Path, tmp_path: Path) -
     setting = prepare(
         replace(config, validate=replace(config.validate, limit=7)), resume=False, console=PlainConsole(1)
     )
-    assert len(watcher_of(setting).guard) == 7
+    assert len(make_monitor(setting).guard_rows) == 7
 
 
 # -- what a gate is --------------------------------------------------------------------------------------------------
@@ -200,8 +200,8 @@ def test_a_validation_scores_so_many_items_in_all(place: Path, tmp_path: Path) -
     ],
 )
 def test_a_gate_reads_back_as_itself(entry: Any, text: str) -> None:
-    assert gate_text(entry) == text
-    assert str(Gate.parse(text)) == text
+    assert normalize_limit(entry) == text
+    assert str(ScoreLimit.parse(text)) == text
     config = from_mapping({"gates": [entry], "data": {"guard": "x.jsonl"}})
     assert config.gates == (text,)
     assert from_mapping(to_mapping(config)) == config
@@ -260,9 +260,9 @@ def test_what_is_validated_last_is_what_is_cut(gates: str, place: Path, tmp_path
     search = {"share": 1.0, "settle": 0, "gates": gates, "learning_rate": 0.05}
     folder = run(config_of(place, tmp_path / "run", "valid.nll <= 9x -> stop", search=search))
     last = json.loads((folder / "decisions" / "step-0000008.json").read_text())
-    assert unpacked(last["kept_units"]) == Plan.load(folder / "plan.json")
+    assert unpack_plan(last["kept_units"]) == Plan.load(folder / "plan.json")
 
 
 def test_a_packed_plan_is_unpacked() -> None:
     plan = Plan({"a": (), "b": (0, 63, 1535), "c": (0,)}, {"a": 3, "b": 1536, "c": 1})
-    assert unpacked(json.loads(json.dumps(packed(plan)))) == plan
+    assert unpack_plan(json.loads(json.dumps(pack_plan(plan)))) == plan

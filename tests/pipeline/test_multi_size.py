@@ -13,26 +13,26 @@ import pytest
 import torch
 import yaml
 
-from prunetune.bench.models import named
+from prunetune.bench.models import resolve_models
 from prunetune.bench.options import BenchOptions
-from prunetune.bench.widths import uneven
+from prunetune.bench.tile_alignment import misaligned_widths
 from prunetune.cli import app
-from prunetune.cli.output import of_run
+from prunetune.cli.output import render_run
 from prunetune.compare.run import compare
-from prunetune.config.fields import merged
+from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
-from prunetune.cost.parameters import total
-from prunetune.errors import ConfigError, GateFailed, ModelError, PlanError, RunFolderError
-from prunetune.evaluation.suites.open_model import checkpoint_of
-from prunetune.export.source import Source
+from prunetune.cost.parameters import prunable_params
+from prunetune.errors import ConfigError, LimitBroken, ModelError, PlanError, RunFolderError
+from prunetune.evaluation.suites.open_model import resolve_checkpoint
+from prunetune.export.source import ExportSource
 from prunetune.pipeline import finish, multi_size, recording, stages
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites, kept_params
-from prunetune.runs.folder import RunFolder, open_folder, open_run
-from prunetune.runs.history import entries
-from prunetune.runs.watch import current
+from prunetune.runs.folder import RunFolder, create_run_folder, open_run
+from prunetune.runs.history import list_runs
+from prunetune.runs.watch import active_run
 from prunetune.search.select import select
-from prunetune.train.checkpoints import Checkpoints, State
+from prunetune.train.checkpoints import Checkpoints, TrainingState
 from support.evaluation import furnished, speaker
 
 KEEPS = (0.8, 0.6, 0.45)
@@ -65,7 +65,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(place: Path, out: Path, **changes: Any) -> RunConfig:
     own = {"model": str(place / "dense"), "out": str(out), "data": {"train": [str(place / "rows.jsonl")]}}
-    return from_mapping(merged(merged(RECIPE, own), changes))
+    return from_mapping(merge_mappings(merge_mappings(RECIPE, own), changes))
 
 
 @pytest.fixture(scope="module")
@@ -78,23 +78,27 @@ def done(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def only_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is written, scored or timed: what tuning left in the checkpoints is looked at."""
-    for place, name in ((stages, "conclude"), (stages, "evaluate_these"), (multi_size, "_share_dense")):
+    for place, name in (
+        (stages, "finish_and_evaluate"),
+        (stages, "evaluate_models"),
+        (multi_size, "_copy_dense_scores"),
+    ):
         monkeypatch.setattr(place, name, lambda *_, **__: None)
-    monkeypatch.setattr(multi_size, "gained", lambda *_: None)
+    monkeypatch.setattr(multi_size, "measure_gain", lambda *_: None)
     monkeypatch.setattr(recording, "write_report", lambda _: None)
 
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
     """No process opens what was written; other tests have that."""
-    monkeypatch.setattr(finish, "check", lambda *_, **__: SOUND)
+    monkeypatch.setattr(finish, "check_checkpoint", lambda *_, **__: SOUND)
 
 
 def of(run: Path, keep: float) -> Path:
     return run / "sizes" / f"{keep:g}"
 
 
-def last_state(run: Path, keep: float) -> State:
+def last_state(run: Path, keep: float) -> TrainingState:
     state = Checkpoints(of(run, keep) / "checkpoints").latest()
     assert state is not None
     return state
@@ -113,17 +117,19 @@ def test_every_size_is_a_run_folder(done: Path) -> None:
         assert (config.budget.keep, config.budget.sizes, config.out) == (keep, (), str(folder.path))
         names = ("config.yaml", "plan.json", "metrics.jsonl", "validation.jsonl", "manifest.json", "report.html")
         assert all((folder.path / name).is_file() for name in names)
-        assert all(folder.evaluation(name).is_file() for name in ("dense", "pruned"))
-        assert kept_params(find_sites(speaker()), Plan.load(folder.plan)) <= keep * total(find_sites(speaker()))
-        manifest = folder.manifest()
+        assert all(folder.evaluation_file(name).is_file() for name in ("dense", "pruned"))
+        assert kept_params(find_sites(speaker()), Plan.load(folder.plan_file)) <= keep * prunable_params(
+            find_sites(speaker())
+        )
+        manifest = folder.read_manifest()
         assert manifest["selfcheck"]["ok"]
         assert set(manifest["speed"]) == {"dense", "pruned"}
         assert manifest["size"] == {"keep": keep, "larger": None if keep == 0.8 else 0.8}
         assert manifest["timings"]["tune and prune"] > 0
         assert manifest["gain"]["limits"][0]["held"]
-        assert Source.open(folder.path).run == folder.path
-        assert checkpoint_of(str(folder.path), trust_remote_code=False) == (str(folder.model), True)
-    assert [entry.path.name for entry in entries(done / "sizes")] == ["0.5", "0.8"]
+        assert ExportSource.open(folder.path).run == folder.path
+        assert resolve_checkpoint(str(folder.path), trust_remote_code=False) == (str(folder.model_folder), True)
+    assert [entry.path.name for entry in list_runs(done / "sizes")] == ["0.5", "0.8"]
 
 
 def test_the_run_holds_what_they_share(done: Path) -> None:
@@ -135,19 +141,19 @@ def test_the_run_holds_what_they_share(done: Path) -> None:
     ]
     page = (done / "report.html").read_text()
     assert all(f'href="sizes/{name}/report.html"' in page for name in ("0.8", "0.5"))
-    table = of_run(done)
+    table = render_run(done)
     assert all(str(of(done, keep) / "model") in table for keep in (0.8, 0.5))
 
 
 def test_verbs_take_a_size_and_say_so(done: Path) -> None:
     own = [str(of(done, keep)) for keep in (0.8, 0.5)]
     with pytest.raises(ModelError, match="several sizes; name one of") as refused:
-        checkpoint_of(str(done), trust_remote_code=False)
+        resolve_checkpoint(str(done), trust_remote_code=False)
     assert all(name in str(refused.value) for name in own)
     with pytest.raises(ModelError, match="several sizes: export one of") as refused:
-        Source.open(done)
+        ExportSource.open(done)
     assert str(refused.value).endswith(", ".join(own))
-    found = named([str(done)], BenchOptions(prompt=4, generate=2))  # a bench takes all of them
+    found = resolve_models([str(done)], BenchOptions(prompt=4, generate=2))  # a bench takes all of them
     assert [one.label for one in found[1:]] == own
 
 
@@ -158,7 +164,7 @@ def test_a_finished_run_resumes_to_itself(place: Path, done: Path, tmp_path: Pat
     multi_size.run(config_of(place, done, **changes), resume=True)
     assert {keep: (of(done, keep) / "model" / "model.safetensors").read_bytes() for keep in (0.8, 0.5)} == before
     assert (done / "bench.json").read_text() == bench
-    assert [entry.path.name for entry in entries(done / "sizes")] == ["0.5", "0.8"]
+    assert [entry.path.name for entry in list_runs(done / "sizes")] == ["0.5", "0.8"]
 
 
 # -- the chain -------------------------------------------------------------------------------------------------------
@@ -172,7 +178,7 @@ def test_killed_in_any_size_it_ends_as_if_never(
         return config_of(place, tmp_path / name, train={"weights": weights})
 
     whole = multi_size.run(config("whole"))
-    plain, left = RunFolder.append, [("0.8", 2), ("0.8", 6), ("0.6", 1), ("0.45", 2)]
+    plain, left = RunFolder.append_record, [("0.8", 2), ("0.8", 6), ("0.6", 1), ("0.45", 2)]
 
     def deadly(folder: RunFolder, name: str, record: dict[str, Any]) -> None:
         plain(folder, name, record)
@@ -180,7 +186,7 @@ def test_killed_in_any_size_it_ends_as_if_never(
             left.pop(0)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(RunFolder, "append", deadly)
+    monkeypatch.setattr(RunFolder, "append_record", deadly)
     for resume in (False, True, True, True):
         with pytest.raises(KeyboardInterrupt):
             multi_size.run(config("killed"), resume=resume)
@@ -209,7 +215,7 @@ def test_steps_and_phases_of_every_size(
 
     def noted(scores: Any, sites: Any, keep: float, shape: Any, *, within: Plan) -> Plan:
         asked.append((keep, within))
-        return select(scores, sites, keep, shape, within=within)
+        return select(scores, sites, keep, shape, larger_plan=within)
 
     monkeypatch.setattr(multi_size, "select", noted)
     run = multi_size.run(config_of(place, tmp_path / "run", train={"size_share": [0.3, 0.5]}))
@@ -233,40 +239,40 @@ def test_the_largest_is_the_plain_run_to_the_bit(place: Path, tmp_path: Path, on
 
 def test_gates_of_every_size_refer_to_the_same_dense_model(place: Path, tmp_path: Path, only_tuning: None) -> None:
     run = multi_size.run(config_of(place, tmp_path / "run", gates=["valid.nll <= 100x -> stop"]))
-    dense = last_state(run, 0.8).seen["dense"]
+    dense = last_state(run, 0.8).validation_history["dense"]
     assert dense["valid.nll"] > 0
-    assert all(last_state(run, keep).seen["dense"] == dense for keep in KEEPS)
+    assert all(last_state(run, keep).validation_history["dense"] == dense for keep in KEEPS)
     scored = {keep: [line["step"] for line in lines(of(run, keep) / "validation.jsonl")] for keep in KEEPS}
     assert [0 in steps for steps in scored.values()] == [True, False, False]
 
 
 def test_watching_follows_the_size_that_is_made(place: Path, tmp_path: Path) -> None:
     config = config_of(place, tmp_path / "run")
-    open_folder(RunFolder(tmp_path / "run"), config)
-    assert current(tmp_path / "run")[0].path == tmp_path / "run"
-    open_folder(RunFolder(of(tmp_path / "run", 0.8)), config)
-    assert current(tmp_path / "run")[0].path == of(tmp_path / "run", 0.8)
+    create_run_folder(RunFolder(tmp_path / "run"), config)
+    assert active_run(tmp_path / "run")[0].path == tmp_path / "run"
+    create_run_folder(RunFolder(of(tmp_path / "run", 0.8)), config)
+    assert active_run(tmp_path / "run")[0].path == of(tmp_path / "run", 0.8)
     (tmp_path / "run" / "report.html").write_text("all are done")
-    assert current(tmp_path / "run")[0].path == tmp_path / "run"
+    assert active_run(tmp_path / "run")[0].path == tmp_path / "run"
 
 
 def test_a_gate_that_stops_a_size_leaves_the_larger_ones(
     place: Path, tmp_path: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = multi_size._Chain._tune
+    plain = multi_size._SizeChain._tune
 
     def stopped(chain: Any, size: Any) -> None:
         if size.config.budget.keep == 0.6:
-            raise GateFailed("stopped at step 2: valid.nll is 9")
+            raise LimitBroken("stopped at step 2: valid.nll is 9")
         plain(chain, size)
 
-    monkeypatch.setattr(multi_size._Chain, "_tune", stopped)
-    with pytest.raises(GateFailed, match=r"size 0\.6: stopped at step 2"):
+    monkeypatch.setattr(multi_size._SizeChain, "_tune", stopped)
+    with pytest.raises(LimitBroken, match=r"size 0\.6: stopped at step 2"):
         multi_size.run(config_of(place, tmp_path / "run"))
     assert (of(tmp_path / "run", 0.8) / "report.html").is_file()
     assert not of(tmp_path / "run", 0.6).exists()
     assert "stopped at step 2" in (tmp_path / "run" / "report.html").read_text()
-    assert "not made" in of_run(tmp_path / "run")
+    assert "not made" in render_run(tmp_path / "run")
 
 
 def test_a_size_goes_on_only_with_its_run(place: Path, tmp_path: Path, only_tuning: None) -> None:
@@ -299,7 +305,7 @@ def test_budgets_are_read_from_lists_and_flags() -> None:
         assert from_mapping({"budget": {"keep": written}}).budget.keeps == (0.8, 0.6, 0.5)
     several = from_mapping({"budget": {"keep": [0.8, 0.5]}})
     assert from_mapping(to_mapping(several)) == several
-    assert from_mapping(merged(to_mapping(several), {"budget": {"keep": "0.7"}})).budget.keeps == (0.7,)
+    assert from_mapping(merge_mappings(to_mapping(several), {"budget": {"keep": "0.7"}})).budget.keeps == (0.7,)
 
 
 @pytest.mark.parametrize(
@@ -342,11 +348,11 @@ def test_a_run_without_the_gain_fails_and_names_widths(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(to_mapping(config_of(place, out, **changes))))
     monkeypatch.setattr("sys.argv", ["prunetune", "run", str(recipe)])
-    assert app._guarded() == 1
+    assert app._run_app() == 1
     said = capsys.readouterr().err
     assert "gain.faster >= 1e+06" in said
     assert "gain.smaller" not in said  # reached
-    worst = uneven(Plan.load(out / "plan.json"), find_sites(speaker()))
+    worst = misaligned_widths(Plan.load(out / "plan.json"), find_sites(speaker()))
     assert f"layer {worst[0].layer} is {worst[0].width}" in said
     assert "budget.align to 128" in said
     page = (out / "report.html").read_text()

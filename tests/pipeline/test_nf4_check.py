@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from prunetune.compare.methods import methods_of, read_variants
-from prunetune.config.fields import merged
+from prunetune.compare.methods import read_variants, resolve_methods
+from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import ConfigError, MissingPackage, SelfCheckFailed
 from prunetune.pipeline import finish, nf4_check, stages
 from prunetune.pipeline.stages import run
 from prunetune.pruning import nf4
-from prunetune.pruning.nf4 import hold_in_four_bits, is_four_bit
-from prunetune.pruning.sites import find_sites, tuned_linears
+from prunetune.pruning.nf4 import has_nf4_linears, quantize_linears_to_nf4
+from prunetune.pruning.sites import find_sites, lora_target_modules
 from prunetune.train.loop import tune_and_prune
 from support.data import write_lines
 from support.evaluation import characters, speaker
@@ -59,7 +59,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(place: Path, out: Path, **changes: Any) -> RunConfig:
     own = {"model": str(place / "dense"), "out": str(out), "data": {"train": [str(place / "rows.jsonl")]}}
-    return from_mapping(merged(merged(RECIPE, own), changes))
+    return from_mapping(merge_mappings(merge_mappings(RECIPE, own), changes))
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def test_a_teacher_is_held_so_too_and_the_error_in_sixteen_bits_is_said(
     genuine = tune_and_prune
 
     def watched(job: Any) -> Any:
-        held.append(is_four_bit(job.model) and (job.teacher is None or is_four_bit(job.teacher.model)))
+        held.append(has_nf4_linears(job.model) and (job.teacher is None or has_nf4_linears(job.teacher.model)))
         return genuine(job)
 
     monkeypatch.setattr(stages, "tune_and_prune", watched)
@@ -107,14 +107,14 @@ def test_a_stopped_run_goes_on_to_the_same_result(
 ) -> None:
     stopped = config_of(place, tmp_path / "stopped")
     with monkeypatch.context() as patched:
-        genuine = stages.Recorder.step
+        genuine = stages.RunRecorder.step
 
         def step(self: Any, record: dict[str, Any]) -> None:
             if record["step"] > 4:  # cut by then
                 raise KeyboardInterrupt
             genuine(self, record)
 
-        patched.setattr(stages.Recorder, "step", step)
+        patched.setattr(stages.RunRecorder, "step", step)
         with pytest.raises(KeyboardInterrupt):
             run(stopped)
     folder = run(stopped, resume=True)
@@ -126,23 +126,23 @@ def test_a_stopped_run_goes_on_to_the_same_result(
 def test_all_weights_leave_the_four_bits_at_the_cut() -> None:
     model = tiny()
     sites = find_sites(model)
-    hold_in_four_bits(model, sites, dtype=torch.float32, device=torch.device("cpu"))
+    quantize_linears_to_nf4(model, sites, dtype=torch.float32, device=torch.device("cpu"))
     config = loop_config({"train": {"weights": "all"}, "lora": {"quantize": "nf4"}})
     job = job_of(config, model=tiny())
     tune_and_prune(replace(job, model=model.requires_grad_(False)))
-    assert not is_four_bit(model)
+    assert not has_nf4_linears(model)
     assert all(weight.dtype == torch.float32 and weight.requires_grad for weight in weights_of_linears(model))
 
 
 def weights_of_linears(model: Any) -> list[Any]:
-    return [model.get_parameter(f"{name}.weight") for name in tuned_linears(model)]
+    return [model.get_parameter(f"{name}.weight") for name in lora_target_modules(model)]
 
 
 @needs_nf4
 def test_a_merged_model_that_is_another_is_refused(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(finish, "round_to_four_bits", lambda *_, **__: None)  # merged into weights never tuned on
+    monkeypatch.setattr(finish, "round_linears_to_nf4", lambda *_, **__: None)  # merged into weights never tuned on
     monkeypatch.setattr(nf4_check, "LIMIT", 1e-4)
     with pytest.raises(SelfCheckFailed, match="not the one that was tuned in 4 bits"):
         run(config_of(place, tmp_path / "run"))
@@ -157,7 +157,7 @@ def test_what_cannot_be_is_refused_in_one_line(place: Path, tmp_path: Path, monk
     with pytest.raises(ConfigError, match=r"lora.quantize must be one of off, nf4"):
         config_of(place, tmp_path / "run", lora={"quantize": "int3"})
     with pytest.raises(ConfigError, match=r"compare: .*leave lora.quantize out"):
-        methods_of(config_of(place, tmp_path / "run"))
+        resolve_methods(config_of(place, tmp_path / "run"))
     file = tmp_path / "variants.yaml"
     file.write_text("small: {lora: {quantize: nf4}}")
     with pytest.raises(ConfigError, match=r"small: .*leave lora.quantize out"):
@@ -177,7 +177,7 @@ def test_a_large_model_is_merged_and_cut_layer_by_layer_to_the_same(
 ) -> None:
     changes: dict[str, Any] = {"dtype": dtype, "lora": {"quantize": quantize}}
     once = run(config_of(place, tmp_path / "once", **changes))
-    monkeypatch.setattr(finish, "LARGE", 0)
+    monkeypatch.setattr(finish, "LARGE_MODEL_PARAMS", 0)
     monkeypatch.setattr(finish, "merge_adapters", None)  # of whole models
     found = run(config_of(place, tmp_path / "layers", **changes))
     one, other = tensors_of(once / "model"), tensors_of(found / "model")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
-from prunetune.config.fields import merged
+from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.pipeline import recording
 from prunetune.pipeline.stages import run
@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_of(place: Path, out: Path, **changes: Any) -> RunConfig:
     own = {"model": str(place / "dense"), "out": str(out), "data": {"train": [str(place / "rows.jsonl")]}}
-    return from_mapping(merged(merged(RECIPE, own), changes))
+    return from_mapping(merge_mappings(merge_mappings(RECIPE, own), changes))
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -89,7 +89,7 @@ def test_a_disk_that_fills_up_costs_a_checkpoint_and_no_more(
     assert found is not None
     assert found.step == 2
     with monkeypatch.context() as patched:  # now a line of the records, cut short
-        genuine = recording.RunFolder.append
+        genuine = recording.RunFolder.append_record
 
         def append(self: Any, name: str, record: dict[str, Any]) -> None:
             if (name, record["step"]) == ("metrics.jsonl", 5):
@@ -98,7 +98,7 @@ def test_a_disk_that_fills_up_costs_a_checkpoint_and_no_more(
                 raise OSError(errno.ENOSPC, "No space left on device", str(self.path / name))
             genuine(self, name, record)
 
-        patched.setattr(recording.RunFolder, "append", append)
+        patched.setattr(recording.RunFolder, "append_record", append)
         with pytest.raises(OSError, match="No space left"):
             run(config, resume=True)
     assert results(run(config, resume=True)) == whole

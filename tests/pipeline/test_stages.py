@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prunetune.cli.output import of_dry_run
-from prunetune.config.fields import merged
+from prunetune.cli.output import render_dry_run
+from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
 from prunetune.evaluation.results import Evaluation
@@ -27,7 +27,7 @@ from prunetune.pipeline import stages
 from prunetune.pipeline.stages import run
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites, kept_params
-from prunetune.runs.folder import RunFolder, held
+from prunetune.runs.folder import RunFolder, run_lock
 from prunetune.train import teacher
 from prunetune.train.loop import tune_and_prune
 from support.data import subwords, write_lines
@@ -73,7 +73,7 @@ def values_of(place: Path, out: Path, layout: str = "per-layer", **changes: Any)
         "data": {"train": [str(place / "rows.jsonl")]},
         "distill": {"teacher": "dense" if layout == "per-layer" else "none"},
     }
-    return merged(merged(RECIPE, own), changes)
+    return merge_mappings(merge_mappings(RECIPE, own), changes)
 
 
 def config_of(place: Path, out: Path, layout: str = "per-layer", **changes: Any) -> RunConfig:
@@ -236,7 +236,7 @@ def after(owner, name, when):
 if moment.startswith("step "):
     step = int(moment[5:])
     wanted = ("metrics.jsonl", step)
-    after(prunetune.runs.folder.RunFolder, "append", lambda _, name, record: (name, record["step"]) == wanted)
+    after(prunetune.runs.folder.RunFolder, "append_record", lambda _, name, record: (name, record["step"]) == wanted)
 elif moment == "checkpoint":
     after(prunetune.utils.files, "_sync", lambda path: "step-" in str(path) and path.suffix == ".safetensors")
 elif moment == "weights":
@@ -317,7 +317,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("asked", [run, of_dry_run])
+@pytest.mark.parametrize("asked", [run, render_dry_run])
 def test_other_rows_do_not_resume(asked: Callable[..., Any], done: dict[str, Path], place: Path) -> None:
     file, before = place / "rows.jsonl", files_of(done["uniform"])
     rows = file.read_text()
@@ -357,7 +357,7 @@ def test_an_existing_folder_is_not_overwritten(place: Path, done: dict[str, Path
 def test_two_processes_do_not_work_on_one_run(place: Path, done: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(done["uniform"], out)
-    with held(RunFolder(out)), pytest.raises(RunFolderError, match="another process works on this run") as refused:
+    with run_lock(RunFolder(out)), pytest.raises(RunFolderError, match="another process works on this run") as refused:
         run(config_of(place, out, "uniform"), resume=True)
     assert "\n" not in str(refused.value)
     assert results(run(config_of(place, out, "uniform"), resume=True)) == results(done["uniform"])
@@ -402,7 +402,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("asked", [run, of_dry_run])
+@pytest.mark.parametrize("asked", [run, render_dry_run])
 def test_a_split_of_which_nothing_fits_is_refused(
     asked: Callable[..., Any], split: str, place: Path, tmp_path: Path
 ) -> None:
@@ -469,7 +469,7 @@ def test_a_model_tuned_on_chats_stops_where_a_turn_ends(template: str, tmp_path:
 def test_a_large_model_is_run_as_its_size_says(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = {"distill": {"teacher": "base", "share": 0.5}, "search": {"step": "joint", "lora_aware": False}}
     wanted = run(config_of(place, tmp_path / "told", **told))
-    monkeypatch.setattr(teacher, "LARGE", 1)
+    monkeypatch.setattr(teacher, "LARGE_MODEL_PARAMS", 1)
     found = run(config_of(place, tmp_path / "large", distill={"teacher": "auto"}))
     assert results(found) == results(wanted)
 
@@ -485,9 +485,14 @@ def test_texts_are_for_a_teacher_and_the_dense_model_is_tuned_once(
     assert [job.teacher is None for job in seen] == [True, False, True]
     assert again.checkpoints.latest().step == STEPS, "the third has nothing left to do"
     assert dense.config.lora.rank == pruned.config.lora.dense_rank != pruned.config.lora.rank
-    unlabelled = [one for step in range(50) for one in pruned.train.batch(step) if one.answer_from == len(one.ids)]
+    unlabelled = [
+        one
+        for step in range(50)
+        for one in pruned.train_stream.batch_at(step)
+        if one.answer_start == len(one.token_ids)
+    ]
     assert 0.4 < len(unlabelled) / (50 * pruned.config.train.batch_size) < 0.6
-    assert all(one.answer_from < len(one.ids) for one in dense.train.examples)
+    assert all(one.answer_start < len(one.token_ids) for one in dense.train_stream.examples)
 
 
 def test_texts_without_a_teacher_are_refused(place: Path, tmp_path: Path) -> None:

@@ -8,24 +8,24 @@ from types import SimpleNamespace
 
 from prunetune.errors import ModelError
 from prunetune.pipeline import stages
-from prunetune.pipeline.monitor import outcome
-from prunetune.runs.folder import TUNING, RunFolder
-from prunetune.train.checkpoints import Checkpoints, State
+from prunetune.pipeline.monitor import tuning_facts
+from prunetune.runs.folder import TUNING_STAGE, RunFolder
+from prunetune.train.checkpoints import Checkpoints, TrainingState
 
 
 def test_timings_hold_what_ended_early_too(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for error in (KeyboardInterrupt, ModelError):
-        with suppress(error), stages.timed(folder, TUNING):
+        with suppress(error), stages.record_timing(folder, TUNING_STAGE):
             raise error
-    first = folder.manifest()["timings"][TUNING]
-    with stages.timed(folder, TUNING):
+    first = folder.read_manifest()["timings"][TUNING_STAGE]
+    with stages.record_timing(folder, TUNING_STAGE):
         pass
-    assert folder.manifest()["timings"][TUNING] > first > 0
+    assert folder.read_manifest()["timings"][TUNING_STAGE] > first > 0
 
 
 def test_a_killed_process_s_seconds_are_those_of_its_checkpoint(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    folder.note(timings={TUNING: 1.5, "evaluate": 2.0})
-    Checkpoints(folder.checkpoints).save(State(3, seconds=7.0))
-    assert outcome(SimpleNamespace(folder=folder)) == {"timings": {TUNING: 7.0, "evaluate": 2.0}}  # type: ignore[arg-type]
+    folder.update_manifest(timings={TUNING_STAGE: 1.5, "evaluate": 2.0})
+    Checkpoints(folder.checkpoints).save(TrainingState(3, seconds=7.0))
+    assert tuning_facts(SimpleNamespace(folder=folder)) == {"timings": {TUNING_STAGE: 7.0, "evaluate": 2.0}}  # type: ignore[arg-type]

@@ -8,9 +8,14 @@ import torch
 from prunetune import Plan, cut, find_sites, masked
 from prunetune.errors import PlanError, UnknownArchitecture
 from prunetune.pruning.cut import cut_linears
-from prunetune.pruning.masking import gates_of
-from prunetune.pruning.sites import dense_plan, kept_params, whole_blocks
-from prunetune.train.adapters import adapters, cut_state, group_norms, grow_state
+from prunetune.pruning.masking import gates_from_plan
+from prunetune.pruning.sites import dense_plan, kept_params, unprunable_kinds
+from prunetune.train.adapters import (
+    adapter_group_norms,
+    cut_adapter_tensors,
+    expand_adapter_tensors,
+    trainable_parameters,
+)
 from support.models import ALL_FAMILIES, random_plan, relative, tiny, tokens, with_lora
 
 TOLERANCE = 1e-5
@@ -34,8 +39,8 @@ def test_masking_equals_cutting(family: str, tied: bool, lora: bool) -> None:
 
 
 def test_norms_over_heads_keep_attention_whole() -> None:
-    assert set(whole_blocks(tiny("cohere", use_qk_norm=True))) == {"attention"}
-    assert not whole_blocks(tiny("cohere"))
+    assert set(unprunable_kinds(tiny("cohere", use_qk_norm=True))) == {"attention"}
+    assert not unprunable_kinds(tiny("cohere"))
     assert {site.kind for site in find_sites(tiny("olmo2"))} == {"mlp"}
 
 
@@ -43,13 +48,13 @@ def test_norms_over_heads_keep_attention_whole() -> None:
 def test_adapters_are_cut_and_grown_again(family: str) -> None:
     model = with_lora(tiny(family))
     sites, plan = find_sites(model), random_plan(model)
-    before = {name: weight.detach().clone() for name, weight in adapters(model).items()}
-    small = cut_state(before, plan, sites)
+    before = {name: weight.detach().clone() for name, weight in trainable_parameters(model).items()}
+    small = cut_adapter_tensors(before, plan, sites)
     cut_linears(model, plan)
-    assert set(small) == set(adapters(model))
-    assert all(torch.equal(weight, small[name]) for name, weight in adapters(model).items())
-    grown = grow_state(small, {name: weight.shape for name, weight in before.items()}, plan, sites)
-    again = cut_state(grown, plan, sites)
+    assert set(small) == set(trainable_parameters(model))
+    assert all(torch.equal(weight, small[name]) for name, weight in trainable_parameters(model).items())
+    grown = expand_adapter_tensors(small, {name: weight.shape for name, weight in before.items()}, plan, sites)
+    again = cut_adapter_tensors(grown, plan, sites)
     assert all(torch.equal(again[name], weight) for name, weight in small.items())
 
 
@@ -57,7 +62,7 @@ def test_adapters_are_cut_and_grown_again(family: str) -> None:
 def test_a_unit_s_norm_is_over_its_rows_and_columns(family: str) -> None:
     model = with_lora(tiny(family))
     for site in find_sites(model):
-        norms = group_norms(model, site).detach()
+        norms = adapter_group_norms(model, site).detach()
         for unit in (0, site.units - 1):
             squares = 0.0
             for part in site.producers:
@@ -176,7 +181,7 @@ def test_a_plan_of_another_model_is_refused_before_anything_is_cut() -> None:
         cut(model, other)
     assert sum(p.numel() for p in model.parameters()) == before
     with pytest.raises(PlanError, match="has no units"):
-        gates_of(Plan({}, {}), find_sites(model))
+        gates_from_plan(Plan({}, {}), find_sites(model))
 
 
 def test_unknown_architectures_are_refused_by_name() -> None:

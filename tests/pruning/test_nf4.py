@@ -13,10 +13,10 @@ from torch import nn
 
 from prunetune.errors import MissingPackage
 from prunetune.pruning import nf4
-from prunetune.pruning.cut import cut, cut_linears, merge_adapters, settle_adapters
+from prunetune.pruning.cut import cut, cut_linears, finalize_adapters, merge_adapters
 from prunetune.pruning.linears import COLUMNS, ROWS
 from prunetune.pruning.masking import masked
-from prunetune.pruning.sites import find_sites, tuned_linears
+from prunetune.pruning.sites import find_sites, lora_target_modules
 from support.models import random_plan, relative, tiny, tokens, with_lora
 from support.nf4 import needs_nf4
 
@@ -28,7 +28,7 @@ def held(family: str = "llama", *, lora: bool = True, units: Any = None, **chang
     """A tiny model in 4 bits, and its sites; adapters are random."""
     model = tiny(family, **changes)
     sites = find_sites(model, units) if units else find_sites(model)
-    nf4.hold_in_four_bits(model, sites, dtype=torch.float32, device=CPU)
+    nf4.quantize_linears_to_nf4(model, sites, dtype=torch.float32, device=CPU)
     return (with_lora(model) if lora else model), sites
 
 
@@ -42,10 +42,10 @@ def linear_of(rows: int, columns: int, *, bias: bool = True) -> nn.Linear:
 @pytest.mark.parametrize(("rows", "columns"), [(128, 64), (5, 70), (65, 3)])
 def test_it_is_the_linear_of_its_rounded_weights(rows: int, columns: int, lines: int) -> None:
     plain = linear_of(rows, columns)
-    packed = nf4.FourBitLinear.of(plain, lines=lines, dtype=torch.float32, device=CPU)
+    packed = nf4.NF4Linear.from_linear(plain, cut_axis=lines, dtype=torch.float32, device=CPU)
     assert packed.weight.shape == plain.weight.shape
     assert float((packed.weight - plain.weight).detach().norm() / plain.weight.detach().norm()) < 0.12
-    again, inputs = packed.plain(), torch.randn(2, 7, columns, requires_grad=True)
+    again, inputs = packed.dequantize(), torch.randn(2, 7, columns, requires_grad=True)
     found, expected = packed(inputs), again(inputs)
     torch.testing.assert_close(found, expected)
     weights = torch.randn_like(found)
@@ -57,18 +57,18 @@ def test_it_is_the_linear_of_its_rounded_weights(rows: int, columns: int, lines:
 @needs_nf4
 @pytest.mark.parametrize("lines", [ROWS, COLUMNS])
 def test_lines_that_stay_keep_every_bit(lines: int) -> None:
-    packed = nf4.FourBitLinear.of(linear_of(90, 130), lines=lines, dtype=torch.float32, device=CPU)
+    packed = nf4.NF4Linear.from_linear(linear_of(90, 130), cut_axis=lines, dtype=torch.float32, device=CPU)
     before, index = packed.weight, torch.tensor([0, 3, 4, 77])
-    packed.keep(index, lines)
+    packed.keep_indices(index, lines)
     assert torch.equal(packed.weight, before.index_select(lines, index))
     assert (packed.out_features, packed.in_features) == tuple(packed.weight.shape)
     with pytest.raises(ValueError, match="only axis"):
-        packed.keep(index, 1 - lines)
+        packed.keep_indices(index, 1 - lines)
 
 
 @needs_nf4
 def test_scales_stay_exact_whatever_the_model_becomes() -> None:
-    packed = nf4.FourBitLinear.of(linear_of(64, 64), lines=ROWS, dtype=torch.float32, device=CPU)
+    packed = nf4.NF4Linear.from_linear(linear_of(64, 64), cut_axis=ROWS, dtype=torch.float32, device=CPU)
     before = packed.weight
     nn.Sequential(packed).to(torch.bfloat16)
     assert torch.equal(packed.weight, before)
@@ -84,11 +84,11 @@ def test_the_cut_is_exact(family: str) -> None:
     with masked(model, plan, sites=sites), torch.no_grad():
         expected = model(tokens()).logits
     cut_linears(model, plan, sites=sites)
-    assert nf4.is_four_bit(model)
+    assert nf4.has_nf4_linears(model)
     with torch.no_grad():
         assert relative(model(tokens()).logits, expected) < 1e-5
     merge_adapters(model)
-    assert not nf4.is_four_bit(model)
+    assert not nf4.has_nf4_linears(model)
     with torch.no_grad():
         assert relative(model(tokens()).logits, expected) < 1e-5
 
@@ -108,7 +108,7 @@ def test_so_it_is_for_every_kind_of_unit(units: tuple[str, ...]) -> None:
 @needs_nf4
 def test_rounded_weights_are_those_held() -> None:
     plain, (model, sites) = tiny("gpt2"), held("gpt2", lora=False)
-    nf4.round_to_four_bits(plain, sites, dtype=torch.float32, device=CPU)
+    nf4.round_linears_to_nf4(plain, sites, dtype=torch.float32, device=CPU)
     with torch.no_grad():
         assert relative(plain(tokens()).logits, model(tokens()).logits) < 1e-5
     before = tiny("gpt2").state_dict()
@@ -123,7 +123,7 @@ def test_gates_and_adapters_hear_what_they_would_in_full(adapters: Any) -> None:
     for in_full in (False, True):
         model, sites = held("qwen2")
         if in_full:
-            for name in tuned_linears(model):
+            for name in lora_target_modules(model):
                 model.get_submodule(name).base_layer = model.get_submodule(name).base_layer.plain()
         leaves = {site.name: torch.full((site.units,), 0.7, requires_grad=True) for site in sites}
         with masked(model, leaves, adapters=adapters, sites=sites):
@@ -139,12 +139,12 @@ def test_a_teacher_keeps_its_adapters_beside_the_base() -> None:
     model, _ = held("llama")
     with torch.no_grad():
         expected = model(tokens()).logits
-        settle_adapters(model)
-        assert nf4.is_four_bit(model)
+        finalize_adapters(model)
+        assert nf4.has_nf4_linears(model)
         assert torch.equal(model(tokens()).logits, expected)
         plain = with_lora(tiny("llama"))
         expected = plain(tokens()).logits
-        settle_adapters(plain)
+        finalize_adapters(plain)
         assert relative(plain(tokens()).logits, expected) < 1e-5
     assert not any("lora_" in name for name, _ in plain.named_parameters())
 

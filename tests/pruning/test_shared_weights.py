@@ -12,15 +12,20 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunetune import Plan
-from prunetune.cost.training_memory import memory, setup_of, shapes_of
+from prunetune.cost.training_memory import estimate_memory, training_setup, training_shapes
 from prunetune.errors import PlanError
 from prunetune.pruning.cut import add_biases, cut_linears, merge_adapters
 from prunetune.pruning.masking import masked
-from prunetune.pruning.nf4 import FourBitLinear, hold_in_four_bits
-from prunetune.pruning.shared_weights import can_lend, cut_beside, let_go, twin
+from prunetune.pruning.nf4 import NF4Linear, quantize_linears_to_nf4
+from prunetune.pruning.shared_weights import (
+    can_share_weights,
+    copy_sharing_weights,
+    cut_sharing_weights,
+    unshare_weights,
+)
 from prunetune.pruning.sites import dense_plan, find_sites
-from prunetune.pruning.units import USUAL, Site
-from prunetune.train.adapters import adapters
+from prunetune.pruning.units import DEFAULT_UNITS, Site
+from prunetune.train.adapters import trainable_parameters
 from support.memory import SIZES, Live, config_of, needs
 from support.models import ALL_FAMILIES, FAMILIES, random_plan, relative, tiny, tokens, with_lora
 from support.nf4 import needs_nf4
@@ -40,8 +45,8 @@ def beside(family: str = "llama", *, four_bits: bool = False, **changes: Any) ->
     model = tiny(family, **changes).requires_grad_(False)
     sites = find_sites(model)
     if four_bits:
-        hold_in_four_bits(model, sites, dtype=torch.float32, device=torch.device("cpu"))
-    teacher = twin(model)
+        quantize_linears_to_nf4(model, sites, dtype=torch.float32, device=torch.device("cpu"))
+    teacher = copy_sharing_weights(model)
     return with_lora(model), teacher, sites
 
 
@@ -52,7 +57,7 @@ def beside(family: str = "llama", *, four_bits: bool = False, **changes: Any) ->
 def test_a_twin_says_the_same_and_holds_nothing(family: str) -> None:
     model = tiny(family, tie_word_embeddings=family in FAMILIES).requires_grad_(False)
     before, size, sites, plan = says(model), held(model), find_sites(model), random_plan(model)
-    teacher = twin(model)
+    teacher = copy_sharing_weights(model)
     mine, others = dict(model.named_parameters()), dict(teacher.named_parameters())
     assert mine.keys() == others.keys()
     assert all(one.data_ptr() == others[name].data_ptr() and one is not others[name] for name, one in mine.items())
@@ -69,14 +74,14 @@ def test_a_twin_says_the_same_and_holds_nothing(family: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_are_tuned_are_the_student_s_alone(dtype: torch.dtype) -> None:
     model = tiny("qwen2").to(dtype).requires_grad_(False)
-    sites, plan, teacher = find_sites(model), random_plan(model), twin(model)
+    sites, plan, teacher = find_sites(model), random_plan(model), copy_sharing_weights(model)
     plan = Plan({**plan.kept, sites[1].name: tuple(range(sites[1].units))}, plan.units)  # one is not cut at all
     before = says(teacher)
     with_lora(model)
     cut_linears(model, plan, sites=sites)
     merge_adapters(model, trainable=True)
     add_biases(model, {f"{sites[0].name}.o_proj": torch.ones(48)})
-    for weight in adapters(model).values():
+    for weight in trainable_parameters(model).values():
         weight.data.mul_(2)
     assert torch.equal(says(teacher), before)
 
@@ -89,13 +94,13 @@ def test_a_cut_beside_its_teacher_is_the_cut(family: str) -> None:
     (student, teacher, sites), apart = beside(family), with_lora(tiny(family).requires_grad_(False))
     plan, before, size = random_plan(tiny(family)), says(teacher), held(teacher)
     cut_linears(apart, plan, sites=sites)
-    cut_beside(student, teacher, plan, sites=sites)
+    cut_sharing_weights(student, teacher, plan, sites=sites)
     assert relative(says(teacher), before) < TOLERANCE
     assert relative(says(student), says(apart)) < TOLERANCE
     for (name, one), (other, expected) in zip(student.named_parameters(), apart.named_parameters(), strict=True):
         assert (name, one.requires_grad) == (other, expected.requires_grad)
         assert torch.equal(one, expected), name
-    copied = {part.module for site in sites if not can_lend(site) for part, _ in site.cuts()}
+    copied = {part.module for site in sites if not can_share_weights(site) for part, _ in site.linear_slices()}
     own = sum(
         one.nbytes
         for name, one in apart.named_parameters()
@@ -105,8 +110,8 @@ def test_a_cut_beside_its_teacher_is_the_cut(family: str) -> None:
 
 
 def test_who_lends() -> None:
-    def lends(family: str, units: tuple[str, ...] = USUAL) -> set[str]:
-        return {site.kind for site in find_sites(tiny(family), units) if can_lend(site)}
+    def lends(family: str, units: tuple[str, ...] = DEFAULT_UNITS) -> set[str]:
+        return {site.kind for site in find_sites(tiny(family), units) if can_share_weights(site)}
 
     assert lends("llama") == lends("qwen2") == lends("gemma3_text") == {"attention", "mlp"}
     assert lends("gpt2") == {"mlp"}
@@ -121,10 +126,10 @@ def test_the_same_in_four_bits(family: str) -> None:
     plan, before, size = random_plan(tiny(family)), says(teacher), held(teacher)
     assert held(student, teacher) == size
     cut_linears(apart, plan, sites=sites)
-    cut_beside(student, teacher, plan, sites=sites)
+    cut_sharing_weights(student, teacher, plan, sites=sites)
     assert relative(says(teacher), before) < TOLERANCE
     assert torch.equal(says(student), says(apart))
-    biases = sum(one.bias.nbytes for one in apart.modules() if isinstance(one, FourBitLinear) and one.bias is not None)
+    biases = sum(one.bias.nbytes for one in apart.modules() if isinstance(one, NF4Linear) and one.bias is not None)
     assert size <= held(student, teacher) <= size + biases
 
 
@@ -135,11 +140,11 @@ def test_what_is_computed_is_what_is_held(family: str, quantize: str) -> None:
     values: Any = {"teacher": "base", "quantize": quantize}
     structure, config = tiny(family, **SIZES), config_of(**values)
     sites = find_sites(structure)
-    shapes = shapes_of(structure, sites)
-    setup = replace(setup_of(config, torch.float32, longest=1), deep=False, keep=0.5)
+    shapes = training_shapes(structure, sites)
+    setup = replace(training_setup(config, torch.float32, longest=1), deep=False, keep=0.5)
 
     def found(phase: Literal["search", "tune"], **changes: Any) -> int:
-        computed = memory(shapes, replace(setup, **changes), phase=phase)
+        computed = estimate_memory(shapes, replace(setup, **changes), phase=phase)
         return computed.weights + computed.teacher
 
     student, teacher, sites = beside(family, four_bits=quantize != "off", **SIZES)
@@ -149,10 +154,10 @@ def test_what_is_computed_is_what_is_held(family: str, quantize: str) -> None:
     plan = Plan(
         {site.name: tuple(range(1, site.units, 2)) for site in sites}, {site.name: site.units for site in sites}
     )
-    cut_beside(student, teacher, plan, sites=sites)
+    cut_sharing_weights(student, teacher, plan, sites=sites)
     assert found("tune") == held(student, teacher) - rest
     merge_adapters(student, trainable=True)
-    tuned = sum(one.nbytes for one in adapters(student).values())
+    tuned = sum(one.nbytes for one in trainable_parameters(student).values())
     assert found("tune", all_weights=True) == held(student, teacher) - rest - tuned
 
 
@@ -160,9 +165,9 @@ def test_units_that_nest_are_cut_beside_a_teacher_too() -> None:
     units = ("layers", "attention-blocks", "query-heads", "mlp-channels")
     model, apart = (tiny().requires_grad_(False) for _ in range(2))
     sites, plan = find_sites(model, units), random_plan(model, units=units)
-    teacher, before = twin(model), says(model)
+    teacher, before = copy_sharing_weights(model), says(model)
     cut_linears(apart, plan, sites=sites)
-    cut_beside(model, teacher, plan, sites=sites)
+    cut_sharing_weights(model, teacher, plan, sites=sites)
     assert relative(says(model), says(apart)) < TOLERANCE
     assert relative(says(teacher), before) < TOLERANCE
 
@@ -171,9 +176,9 @@ def test_no_more_than_a_layer_is_held_on_the_way() -> None:
     student, teacher, sites = beside(layers=6)
     plan = random_plan(tiny(layers=6), keep=0.9)
     layer = sum(one.nbytes for one in teacher.model.layers[0].parameters())
-    adapter = sum(one.nbytes for one in adapters(student).values())
+    adapter = sum(one.nbytes for one in trainable_parameters(student).values())
     with Live() as live:
-        cut_beside(student, teacher, plan, sites=sites)
+        cut_sharing_weights(student, teacher, plan, sites=sites)
     assert live.peak <= layer + adapter + 2**14  # indices
 
 
@@ -182,7 +187,7 @@ def test_what_is_another_model_s_is_copied() -> None:
     student, _, sites = beside()
     other = tiny(seed=3).requires_grad_(False)
     before, size = says(other), held(other)
-    cut_beside(student, other, random_plan(tiny()), sites=sites)
+    cut_sharing_weights(student, other, random_plan(tiny()), sites=sites)
     assert torch.equal(says(other), before)
     assert held(student, other) > size + 1000
 
@@ -191,18 +196,18 @@ def test_a_plan_of_another_model_is_refused_before_anything_is_cut() -> None:
     student, teacher, sites = beside()
     before = says(student)
     with pytest.raises(PlanError, match="fits only the dense model"):
-        cut_beside(student, teacher, random_plan(tiny(intermediate_size=64)), sites=sites)
+        cut_sharing_weights(student, teacher, random_plan(tiny(intermediate_size=64)), sites=sites)
     assert torch.equal(says(student), before)
-    cut_beside(student, teacher, dense_plan(sites), sites=sites)  # a plan that keeps all does nothing
+    cut_sharing_weights(student, teacher, dense_plan(sites), sites=sites)  # a plan that keeps all does nothing
     assert torch.equal(says(student), before)
     assert held(student, teacher) == held(teacher)
 
 
 def test_what_lets_go_has_memory_of_its_own_and_can_be_stored(tmp_path: Path) -> None:
     student, teacher, sites = beside()
-    cut_beside(student, teacher, random_plan(tiny()), sites=sites)
+    cut_sharing_weights(student, teacher, random_plan(tiny()), sites=sites)
     before = says(student)
-    let_go(student)
+    unshare_weights(student)
     assert torch.equal(says(student), before)
     for name, one in student.named_parameters():
         assert one.is_contiguous()

@@ -11,10 +11,10 @@ from prunetune import Plan, cut, find_sites, masked
 from prunetune.config.recipe import LoraSettings
 from prunetune.errors import ConfigError, ModelError, PlanError
 from prunetune.pruning.cut import cut_linears
-from prunetune.pruning.masking import gates_of
-from prunetune.pruning.sites import dense_plan, kept_params, sites_of, whole_blocks
-from prunetune.pruning.units import KINDS
-from prunetune.train.adapters import adapters, add_adapters, cut_state, grow_state
+from prunetune.pruning.masking import gates_from_plan
+from prunetune.pruning.sites import dense_plan, kept_params, sites_from_plan, unprunable_kinds
+from prunetune.pruning.units import KIND_BY_NAME
+from prunetune.train.adapters import add_adapters, cut_adapter_tensors, expand_adapter_tensors, trainable_parameters
 from support.models import ALL_FAMILIES, kinds_of, random_plan, relative, tiny, tokens, with_lora
 
 TOLERANCE = 1e-5
@@ -77,17 +77,17 @@ def test_adapters_stay_when_only_linears_are_cut_and_grow_back(family: str) -> N
     units = kinds_of(family)
     model = with_lora(tiny(family, layers=LAYERS))
     plan, sites = random_plan(model, units=units, seed=2), find_sites(model, units)
-    before = {name: weight.detach().clone() for name, weight in adapters(model).items()}
+    before = {name: weight.detach().clone() for name, weight in trainable_parameters(model).items()}
     with masked(model, plan):
         expected = said(model)
     cut_linears(model, plan)
     assert relative(said(model), expected) <= TOLERANCE
-    small = cut_state(before, plan, sites)
-    assert set(small) == set(adapters(model))
-    assert all(torch.equal(weight, small[name]) for name, weight in adapters(model).items())
-    grown = grow_state(small, {name: weight.shape for name, weight in before.items()}, plan, sites)
+    small = cut_adapter_tensors(before, plan, sites)
+    assert set(small) == set(trainable_parameters(model))
+    assert all(torch.equal(weight, small[name]) for name, weight in trainable_parameters(model).items())
+    grown = expand_adapter_tensors(small, {name: weight.shape for name, weight in before.items()}, plan, sites)
     again = with_lora(tiny(family, layers=LAYERS))
-    for name, weight in adapters(again).items():
+    for name, weight in trainable_parameters(again).items():
         weight.data = grown[name]
     assert relative(said(cut(again, plan)), expected) <= TOLERANCE
 
@@ -148,7 +148,7 @@ def test_a_closed_expert_s_gate_hears_what_it_would_add(family: str) -> None:
     model = tiny(family, layers=2)
     sites = find_sites(model, ["experts"])
     plan = random_plan(model, units=["experts"])
-    gates = {name: gate.requires_grad_() for name, gate in gates_of(plan, sites).items()}
+    gates = {name: gate.requires_grad_() for name, gate in gates_from_plan(plan, sites).items()}
     with masked(model, plan):
         expected = said(model)
     with masked(model, gates, sites=sites):
@@ -200,7 +200,7 @@ def test_scaled_weights_are_put_back_even_after_an_error() -> None:
 def test_a_plan_tells_its_kinds() -> None:
     model = tiny("qwen3_moe")
     for units in (["experts"], ["kv-groups", "layers"], ["query-heads"], kinds_of("qwen3_moe")):
-        assert sites_of(model, random_plan(model, units=units)) == find_sites(model, units)
+        assert sites_from_plan(model, random_plan(model, units=units)) == find_sites(model, units)
 
 
 def test_a_plan_that_no_shape_has_is_refused() -> None:
@@ -224,20 +224,20 @@ def test_a_plan_that_no_shape_has_is_refused() -> None:
 def test_a_kind_that_is_not_there_is_refused_with_its_reason(family: str, unit: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         find_sites(tiny(family), ["mlp-channels", unit])
-    assert reason in whole_blocks(tiny(family), [unit])[KINDS[unit]]
+    assert reason in unprunable_kinds(tiny(family), [unit])[KIND_BY_NAME[unit]]
 
 
 def test_a_model_without_a_linear_to_tune_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunetune.train.adapters.tuned_linears", lambda model: [])
+    monkeypatch.setattr("prunetune.train.adapters.lora_target_modules", lambda model: [])
     with pytest.raises(ModelError, match="no linear of this model can be tuned"):
         add_adapters(tiny("mixtral"), (), LoraSettings(), seed=0)
 
 
 def test_what_a_configuration_rules_out() -> None:
     model = tiny("opt", do_layer_norm_before=False)
-    assert "normalises after the residual" in whole_blocks(model, ["layers"])["layers"]
+    assert "normalises after the residual" in unprunable_kinds(model, ["layers"])["layers"]
     model = tiny("gpt2", scale_attn_by_inverse_layer_idx=True)
-    assert "place in the stack" in whole_blocks(model, ["layers"])["layers"]
-    assert "one query head" in whole_blocks(tiny("llama", ratio=1), ["query-heads"])["query-heads"]
+    assert "place in the stack" in unprunable_kinds(model, ["layers"])["layers"]
+    assert "one query head" in unprunable_kinds(tiny("llama", ratio=1), ["query-heads"])["query-heads"]
     with pytest.raises(ConfigError, match="none of them is in this model"):
         find_sites(tiny("gpt_neox"), ["kv-groups"])

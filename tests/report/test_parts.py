@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from prunetune.cli.output import of_run
+from prunetune.cli.output import render_run
 from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from prunetune.plan import Plan
-from prunetune.report import decision_heatmap, facts, text, verdicts, write_report
-from prunetune.report.figures import MOST_POINTS, running_mean, thinned
-from prunetune.report.layers import layers_of, runs, total
+from prunetune.report import decision_heatmap, formatting, run_details, verdicts, write_report
+from prunetune.report.figures import MOST_POINTS, downsample, running_mean
+from prunetune.report.kept_layers import count_kept, format_ranges, layers_from_plan
 from prunetune.report.run_folder import read_run
-from prunetune.report.samples import choose
-from prunetune.report.scores import headline, rows
-from prunetune.report.summary import tiles
-from prunetune.report.training_curves import curve, spans_of
+from prunetune.report.samples import select_samples
+from prunetune.report.scores import headline_score, metric_rows
+from prunetune.report.summary import summary_tiles
+from prunetune.report.training_curves import phase_spans, training_curve
 from support.report import evaluations, make_run, make_sizes
 
 
@@ -32,7 +32,7 @@ def task(name: str, values: list[float], metric: str = "accuracy") -> TaskResult
 
 def test_a_paired_change_has_the_smaller_error() -> None:
     reference, pruned = task("t", [1, 0] * 50), task("t", [1, 0] * 49 + [0, 0])
-    (row,) = rows({"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})})
+    (row,) = metric_rows({"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})})
     assert row.change == "−0.010 ± 0.010"
     assert row.verdict == "within noise"
     assert row.recovery == "98.0%"
@@ -40,14 +40,14 @@ def test_a_paired_change_has_the_smaller_error() -> None:
 
 def test_other_items_are_not_paired() -> None:
     reference, pruned = task("t", [1, 0] * 50), task("t", [1, 0] * 40)
-    (row,) = rows({"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})})
+    (row,) = metric_rows({"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})})
     assert row.change == "0.000 ± 0.075"
 
 
 def test_the_headline_is_the_mean_over_common_tasks() -> None:
     reference = Evaluation({"a": task("a", [1, 1, 1, 0]), "b": task("b", [1, 0])})
     pruned = Evaluation({"a": task("a", [1, 1, 0, 0]), "c": task("c", [1, 1])})
-    found = headline({"tuned": reference, "pruned": pruned})
+    found = headline_score({"tuned": reference, "pruned": pruned})
     assert found is not None
     assert (found.tasks, found.pruned, found.reference) == (1, 0.5, 0.75)
     assert found.recovery == pytest.approx(2 / 3)
@@ -57,21 +57,21 @@ def test_a_loss_has_no_headline_recovery() -> None:
     results = {
         name: Evaluation({"a": TaskResult("a", {"perplexity": Score(9.0, 0.1, 5)}, ())}) for name in ("dense", "pruned")
     }
-    found = headline(results)
+    found = headline_score(results)
     assert found is not None
     assert (found.metric, found.recovery, found.reference_name) == ("perplexity", None, "dense untuned")
 
 
 def test_without_reference_or_result_there_is_no_headline() -> None:
     one = Evaluation({"a": task("a", [1, 0])})
-    assert headline({"pruned": one}) is None
-    assert headline({"tuned": one, "dense": one}) is None
-    assert headline({}) is None
+    assert headline_score({"pruned": one}) is None
+    assert headline_score({"tuned": one, "dense": one}) is None
+    assert headline_score({}) is None
 
 
 def test_samples_show_flips_of_several_tasks_and_count_all() -> None:
     results = evaluations()
-    samples = choose(results)
+    samples = select_samples(results)
     tuned, pruned = results["tuned"].tasks, results["pruned"].tasks
     lost = sum(
         bool(before.correct and not after.correct)
@@ -79,16 +79,16 @@ def test_samples_show_flips_of_several_tasks_and_count_all() -> None:
         for before, after in zip(tuned[name].items, pruned[name].items, strict=True)
     )
     assert samples.counts["lost"] == lost
-    assert len(samples.shown) == 12
-    assert len({sample.task for sample in samples.shown if sample.flip == "lost"}) == 4
-    assert {sample.flip for sample in samples.shown} == {"lost", "gained", "right", "wrong", "open"}
+    assert len(samples.selected) == 12
+    assert len({sample.task for sample in samples.selected if sample.flip == "lost"}) == 4
+    assert {sample.flip for sample in samples.selected} == {"lost", "gained", "right", "wrong", "open"}
 
 
 def test_a_generated_answer_has_its_overlap_and_no_verdict() -> None:
-    generated = [sample for sample in choose(evaluations()).shown if sample.task == "billsum"]
+    generated = [sample for sample in select_samples(evaluations()).selected if sample.task == "billsum"]
     assert generated
     assert all(
-        sample.pruned_mark.right is None and sample.pruned_mark.words.startswith("ROUGE-L") for sample in generated
+        sample.pruned_mark.is_correct is None and sample.pruned_mark.label.startswith("ROUGE-L") for sample in generated
     )
 
 
@@ -99,19 +99,19 @@ def test_a_generated_answer_has_its_overlap_and_no_verdict() -> None:
 ])  # fmt: skip
 def test_layers_are_read_off_site_names_in_number_order(attention: str, mlp: str) -> None:
     sites = {name.format(layer): (0, 2) if name == mlp else () for layer in (10, 2) for name in (mlp, attention)}
-    layers = layers_of(Plan(sites, dict.fromkeys(sites, 4)))
+    layers = layers_from_plan(Plan(sites, dict.fromkeys(sites, 4)))
     assert [layer.index for layer in layers] == [2, 10]
-    assert total(layer.attention for layer in layers) == (0, 8)
-    assert total(layer.mlp for layer in layers) == (4, 8)
+    assert count_kept(layer.attention for layer in layers) == (0, 8)
+    assert count_kept(layer.mlp for layer in layers) == (4, 8)
 
 
 def test_runs_of_indices() -> None:
-    assert runs((0, 1, 2, 5, 7, 8)) == "0–2, 5, 7–8"
-    assert runs(()) == ""
+    assert format_ranges((0, 1, 2, 5, 7, 8)) == "0–2, 5, 7–8"
+    assert format_ranges(()) == ""
 
 
 def test_phases_join_where_the_next_begins() -> None:
-    spans = spans_of([{"step": s, "phase": p} for s, p in ((1, "search"), (5, "search"), (9, "tune"), (20, "tune"))])
+    spans = phase_spans([{"step": s, "phase": p} for s, p in ((1, "search"), (5, "search"), (9, "tune"), (20, "tune"))])
     assert [(span.phase, span.first, span.last) for span in spans] == [("search", 1, 9), ("tune", 9, 20)]
 
 
@@ -122,15 +122,15 @@ def test_a_step_logged_twice_counts_once_and_nan_not_at_all() -> None:
         {"step": 2, "loss": 4.0},
         {"step": 3, "loss": math.nan},
     ]
-    line = curve(lines, "loss", "red")
+    line = training_curve(lines, "loss", "red")
     assert line is not None
     assert line.points == ((1, 9.0), (2, 4.0))
-    assert curve(lines, "lr", "red") is None
+    assert training_curve(lines, "lr", "red") is None
 
 
 @pytest.mark.parametrize("count", [0, 1, MOST_POINTS, MOST_POINTS + 1, 10 * MOST_POINTS])
 def test_thinning_keeps_the_mean(count: int) -> None:
-    few = thinned([(float(step), 3.0) for step in range(count)])
+    few = downsample([(float(step), 3.0) for step in range(count)])
     assert len(few) <= MOST_POINTS
     assert bool(few) == bool(count)
     assert all(value == pytest.approx(3.0) for _, value in few)
@@ -141,20 +141,20 @@ def test_the_running_mean_of_a_constant_is_the_constant() -> None:
 
 
 @pytest.mark.parametrize(("shown", "wanted"), [
-    (text.count(1536), "1,536"),
-    (text.short(134_515_008), "134.5M"),
-    (text.short(999), "999"),
-    (text.size(269_060_552), "269.1 MB"),
-    (text.share(0.34), "34%"),
-    (text.share(-0.0001), "0%"),
-    (text.decimal(-0.25), "−0.250"),
-    (text.change(0.25), "+0.250"),
-    (text.duration(3725), "1 h 02 min"),
-    (text.duration(119.9), "1 min 59 s"),
-    (text.duration(3599.9), "1 h 00 min"),
-    (text.tiny(2.4e-6), "2.4e-6"),
-    (text.decimal(math.nan), text.NOT_KNOWN),
-    (text.share(None), text.NOT_KNOWN),
+    (formatting.count(1536), "1,536"),
+    (formatting.short(134_515_008), "134.5M"),
+    (formatting.short(999), "999"),
+    (formatting.size(269_060_552), "269.1 MB"),
+    (formatting.share(0.34), "34%"),
+    (formatting.share(-0.0001), "0%"),
+    (formatting.decimal(-0.25), "−0.250"),
+    (formatting.signed_decimal(0.25), "+0.250"),
+    (formatting.duration(3725), "1 h 02 min"),
+    (formatting.duration(119.9), "1 min 59 s"),
+    (formatting.duration(3599.9), "1 h 00 min"),
+    (formatting.scientific(2.4e-6), "2.4e-6"),
+    (formatting.decimal(math.nan), formatting.NOT_KNOWN),
+    (formatting.share(None), formatting.NOT_KNOWN),
 ])  # fmt: skip
 def test_numbers_read_well(shown: str, wanted: str) -> None:
     assert shown == wanted
@@ -168,7 +168,7 @@ def answered(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     manifest = json.loads((folder / "manifest.json").read_text()) | changes
     (folder / "manifest.json").write_text(json.dumps(manifest))
     run = read_run(folder)
-    found = verdicts.answers(run, headline(run.evaluations), rows(run.evaluations))
+    found = verdicts.run_verdicts(run, headline_score(run.evaluations), metric_rows(run.evaluations))
     return {answer.question: answer for answer in found}
 
 
@@ -203,9 +203,9 @@ def test_better_than_an_untuned_model_is_not_as_good_as_a_tuned_one(tmp_path: Pa
     folder = make_run(tmp_path / "run")
     (folder / "evaluation" / "tuned.json").unlink()
     run = read_run(folder)
-    answer = verdicts.answers(run, headline(run.evaluations), rows(run.evaluations))[2]
-    assert answer.reading == "unknown"
-    assert "a dense tuned one was not scored" in answer.words
+    answer = verdicts.run_verdicts(run, headline_score(run.evaluations), metric_rows(run.evaluations))[2]
+    assert answer.answer == "unknown"
+    assert "a dense tuned one was not scored" in answer.explanation
 
 
 NOISY = {
@@ -222,7 +222,7 @@ def test_speeds_that_differ_less_than_their_runs_are_no_plain_yes(tmp_path: Path
     assert "Decode 0.90× (runs differ by 35%), prefill 1.30× (runs differ by 2%)" in found.words
     decode = {model: {key: value for key, value in speed.items() if "decode" in key} for model, speed in NOISY.items()}
     assert answered(tmp_path / "one", speed=decode)["Faster?"].reading == "unknown"
-    (tile,) = (tile for tile in tiles(read_run(tmp_path / "one" / "run"), None) if tile.label == "Decode speed")
+    (tile,) = (tile for tile in summary_tiles(read_run(tmp_path / "one" / "run"), None) if tile.label == "Decode speed")
     assert tile.tone == "plain"
 
 
@@ -230,8 +230,8 @@ def test_a_speed_is_told_with_its_spread_wherever_it_is_told(tmp_path: Path) -> 
     folder = make_sizes(tmp_path / "run")
     own = folder / "sizes" / "0.8"
     turns, alone = "1.14× (1.11 to 1.18)", "1.29× (runs differ by 3%)"
-    assert turns in of_run(folder)
-    said = of_run(own)
+    assert turns in render_run(folder)
+    said = render_run(own)
     assert turns in said
     assert alone in said
     page = write_report(folder).read_text(encoding="utf-8")
@@ -246,15 +246,15 @@ def test_too_few_items_do_not_make_a_model_as_good(count: int, reading: str, tmp
     reference, pruned = task("t", [1, 0, 1, 1] * count), task("t", [1, 1, 0, 1] * count)
     scored = {"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})}
     run = replace(read_run(make_run(tmp_path / "run")), evaluations=scored)
-    answer = verdicts.answers(run, headline(scored), rows(scored))[2]
-    assert answer.reading == reading
-    assert ("with 20 items" in answer.words) == (count == 5)
+    answer = verdicts.run_verdicts(run, headline_score(scored), metric_rows(scored))[2]
+    assert answer.answer == reading
+    assert ("with 20 items" in answer.explanation) == (count == 5)
 
 
 def test_a_change_without_any_spread_has_a_verdict() -> None:
     for ours, verdict in ((0, "worse"), (1, "within noise")):
         reference, pruned = task("t", [1] * 50), task("t", [ours] * 50)
-        (row,) = rows({"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})})
+        (row,) = metric_rows({"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})})
         assert row.verdict == verdict
 
 
@@ -265,39 +265,39 @@ def test_a_task_without_a_share_hides_no_other_loss(order: tuple[str, str], tmp_
     results["wide"] = (task("wide", [1, 0, 1, 1] * 5), task("wide", [1, 1, 0, 1] * 5))
     scored = {who: Evaluation({name: results[name][n] for name in order}) for n, who in enumerate(("tuned", "pruned"))}
     run = replace(read_run(make_run(tmp_path / "run")), evaluations=scored)
-    answer = verdicts.answers(run, headline(scored), rows(scored))[2]
-    assert answer.reading == "unknown"
-    assert "of wide may be lost" in answer.words
+    answer = verdicts.run_verdicts(run, headline_score(scored), metric_rows(scored))[2]
+    assert answer.answer == "unknown"
+    assert "of wide may be lost" in answer.explanation
 
 
 def test_the_last_column_says_of_what_the_share_is(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
-    assert "recovery" in of_run(folder)
+    assert "recovery" in render_run(folder)
     (folder / "evaluation" / "tuned.json").unlink()
-    assert "of dense" in of_run(folder)
-    assert "recovery" not in of_run(folder)
+    assert "of dense" in render_run(folder)
+    assert "recovery" not in render_run(folder)
 
 
 def test_recovery_has_the_error_of_the_paired_change() -> None:
     reference, pruned = task("t", [1, 0] * 50), task("t", [1, 0] * 49 + [0, 0])
-    (row,) = rows({"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})})
-    assert row.left == pytest.approx((0.98, 0.02))
+    (row,) = metric_rows({"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})})
+    assert row.recovery_with_se == pytest.approx((0.98, 0.02))
 
 
 def test_the_heat_map_ends_with_the_plan(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run"))
     assert run.plan is not None
-    columns = decision_heatmap.columns_of(run.metrics, run.plan, is_attention=False)
+    columns = decision_heatmap.heatmap_columns(run.metrics, run.plan, is_attention=False)
     assert 2 < len(columns) <= decision_heatmap.MOST_COLUMNS + 1
     assert columns[-1].step == 700
     assert columns[-1].shares[0] == len(run.plan.kept["model.layers.0.mlp"]) / 1536
-    assert decision_heatmap.columns_of([], run.plan, is_attention=False) == []
+    assert decision_heatmap.heatmap_columns([], run.plan, is_attention=False) == []
     odd = [{"step": 1, "widths": {"model.layers.0.mlp": "x", "other": 3}}, {"step": None, "widths": {}}, {"widths": 3}]
-    assert decision_heatmap.columns_of(odd, run.plan, is_attention=False)[0].shares == {}
+    assert decision_heatmap.heatmap_columns(odd, run.plan, is_attention=False)[0].shares == {}
 
 
 @pytest.mark.parametrize(("count", "said"), [(None, 0), (0, 0), (3, 2)])
 def test_rows_that_were_left_out_are_told_of_where_there_are_any(count: int | None, said: int) -> None:
-    notes = facts.data_notes({"data": {"too_long": count, "dropped": count}})
+    notes = run_details.data_notes({"data": {"too_long": count, "dropped": count}})
     assert len(notes) == said
     assert all(note.startswith("3 rows") for note in notes)

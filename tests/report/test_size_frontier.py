@@ -10,7 +10,7 @@ import pytest
 
 from prunetune.report import write_report
 from prunetune.report.run_folder import read_run
-from prunetune.report.size_frontier import rows_of, verdict
+from prunetune.report.size_frontier import load_size_rows, summary_line
 from support.page import ATTACK, Outline
 from support.report import make_sizes
 
@@ -47,9 +47,9 @@ def test_every_size_stands_beside_the_dense_model(run: Path) -> None:
 
 
 def test_the_front_leaves_out_what_another_size_beats(run: Path) -> None:
-    rows = rows_of(run, read_run(run))
+    rows = load_size_rows(run, read_run(run))
     # 0.6 is as good as 0.8 here, faster and smaller; 0.4 is the smallest.
-    assert {row.name: row.on_front for row in rows} == {"0.8": False, "0.6": True, "0.4": True}
+    assert {row.name: row.on_frontier for row in rows} == {"0.8": False, "0.6": True, "0.4": True}
 
 
 def test_half_a_run_has_a_page(copy: Path) -> None:
@@ -59,7 +59,7 @@ def test_half_a_run_has_a_page(copy: Path) -> None:
     assert "0.4/report.html" not in page_of(copy)
     shutil.rmtree(copy / "sizes")
     assert "No size has been begun" in page_of(copy)
-    assert verdict([]) == "Several sizes from one run: no results yet"
+    assert summary_line([]) == "Several sizes from one run: no results yet"
 
 
 def test_words_stay_words(copy: Path) -> None:

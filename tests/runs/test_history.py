@@ -12,22 +12,22 @@ from pathlib import Path
 import pytest
 
 from prunetune.config.recipe import from_mapping
-from prunetune.errors import ConfigError, GateFailed, ModelError, RunFolderError
+from prunetune.errors import ConfigError, LimitBroken, ModelError, RunFolderError
 from prunetune.plan import Plan
-from prunetune.runs.diff import compared, flipped, overlaps
-from prunetune.runs.folder import RunFolder, held, open_folder
-from prunetune.runs.history import NAME, entered, entries
-from prunetune.runs.listing import filtered, table
+from prunetune.runs.diff import count_kept_units, diff_runs, find_flips
+from prunetune.runs.folder import RunFolder, create_run_folder, run_lock
+from prunetune.runs.history import NAME, list_runs, register_run
+from prunetune.runs.listing import filter_runs, render_runs_table
 from support.report import evaluations, make_run
 
 
 def registered(place: Path, name: str, model: str = "tiny", **options: object) -> RunFolder:
     config = from_mapping({"model": model, "out": str(place / name), **options})
     folder = RunFolder(place / name)
-    open_folder(folder, config)
-    with entered(folder, config, f"prunetune run {name}"):
+    create_run_folder(folder, config)
+    with register_run(folder, config, f"prunetune run {name}"):
         (folder.path / "evaluation" / "pruned.json").write_text(evaluations()["pruned"].to_json())
-        folder.note(model={"decoder_params": 100}, pruned={"decoder_params": 60})
+        folder.update_manifest(model={"decoder_params": 100}, pruned={"decoder_params": 60})
     return folder
 
 
@@ -38,8 +38,8 @@ def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_is_in_the_history_with_its_scores(tmp_path: Path) -> None:
     registered(tmp_path, "a", seed=3)
-    (entry,) = entries(tmp_path)
-    assert (entry.name, entry.status, entry.model, entry.seed, entry.asked, entry.kept) == (
+    (entry,) = list_runs(tmp_path)
+    assert (entry.name, entry.status, entry.model, entry.seed, entry.requested_keep, entry.kept) == (
         "a",
         "done",
         "tiny",
@@ -51,15 +51,15 @@ def test_a_run_is_in_the_history_with_its_scores(tmp_path: Path) -> None:
     assert entry.metrics["casehold.accuracy"] == evaluations()["pruned"].tasks["casehold"].scores["accuracy"].value
     assert entry.command == "prunetune run a"
     assert entry.started <= entry.ended
-    assert "a  " in table([entry])
-    assert "60.0%" in table([entry])
+    assert "a  " in render_runs_table([entry])
+    assert "60.0%" in render_runs_table([entry])
 
 
 def test_home_gathers_runs_of_all_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRUNETUNE_HOME", str(tmp_path / "home"))
     for place in ("here", "there"):
         registered(tmp_path / place, "run")
-    assert {entry.path.parent.name for entry in entries(tmp_path / "here")} == {"here", "there"}
+    assert {entry.path.parent.name for entry in list_runs(tmp_path / "here")} == {"here", "there"}
     assert not (tmp_path / "here" / NAME).exists()
 
 
@@ -68,22 +68,22 @@ def test_home_gathers_runs_of_all_places(tmp_path: Path, monkeypatch: pytest.Mon
     [
         (KeyboardInterrupt(), "interrupted"),
         (ModelError("x"), "failed"),
-        (GateFailed("x"), "gate failed"),
+        (LimitBroken("x"), "gate failed"),
         (OSError(), "failed"),
     ],
 )
 def test_how_a_run_ended_is_known(error: BaseException, status: str, tmp_path: Path) -> None:
     config, folder = from_mapping({"out": str(tmp_path / "a")}), RunFolder(tmp_path / "a")
-    open_folder(folder, config)
-    registering = entered(folder, config, "")
+    create_run_folder(folder, config)
+    registering = register_run(folder, config, "")
     registering.__enter__()
-    with held(folder):
-        (running,) = entries(tmp_path)
+    with run_lock(folder):
+        (running,) = list_runs(tmp_path)
         assert running.status == "running"
-    (killed,) = entries(tmp_path)
+    (killed,) = list_runs(tmp_path)
     assert killed.status == "interrupted", "no process works on it"
     assert not registering.__exit__(type(error), error, None), "the error goes on"
-    (ended,) = entries(tmp_path)
+    (ended,) = list_runs(tmp_path)
     assert ended.status == status
 
 
@@ -93,17 +93,17 @@ def test_a_folder_that_was_removed_is_gone_and_one_made_elsewhere_is_found(tmp_p
     (tmp_path / "notes").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.yaml").write_text("{{{")
-    assert {entry.name: entry.status for entry in entries(tmp_path)} == {"a": "gone", "b": "done"}
+    assert {entry.name: entry.status for entry in list_runs(tmp_path)} == {"a": "gone", "b": "done"}
 
 
 def test_filters(tmp_path: Path) -> None:
     registered(tmp_path, "a", model="Qwen/Qwen3")
     registered(tmp_path, "b", model="llama", seed=1)
     make_run(tmp_path / "c")
-    everything = entries(tmp_path)
+    everything = list_runs(tmp_path)
 
     def names(**filters: object) -> set[str]:
-        return {entry.name for entry in filtered(everything, **filters)}  # type: ignore[arg-type]
+        return {entry.name for entry in filter_runs(everything, **filters)}  # type: ignore[arg-type]
 
     assert names() == {"a", "b", "c"}
     assert names(model="qwen") == {"a"}
@@ -118,7 +118,7 @@ def test_filters(tmp_path: Path) -> None:
     for wrong in ("accuracy", "accuracy > high", ""):
         with pytest.raises(ConfigError, match="is no condition; write one such as"):
             names(where=[wrong])
-    assert table([]) == "no runs"
+    assert render_runs_table([]) == "no runs"
 
 
 # -- nothing wrong with it stops a run -------------------------------------------------------------------------------
@@ -136,7 +136,9 @@ def test_runs_at_once_are_all_in_it(tmp_path: Path) -> None:
     for process in processes:
         process.join(60)
         assert process.exitcode == 0
-    assert {entry.name: entry.status for entry in entries(tmp_path)} == {f"run-{number}": "done" for number in range(6)}
+    assert {entry.name: entry.status for entry in list_runs(tmp_path)} == {
+        f"run-{number}": "done" for number in range(6)
+    }
 
 
 @pytest.mark.parametrize("content", [b"not a database", b"SQLite format 3\x00" + b"\x00" * 5, b"\x00" * 5000])
@@ -146,14 +148,16 @@ def test_a_broken_file_steps_aside(content: bytes, tmp_path: Path, caplog: pytes
     with caplog.at_level(logging.WARNING):
         registered(tmp_path, "after")
     assert "put aside" in caplog.text
-    assert {entry.name for entry in entries(tmp_path)} == {"before", "after"}, "what it lacks is read from the folders"
+    assert {entry.name for entry in list_runs(tmp_path)} == {"before", "after"}, (
+        "what it lacks is read from the folders"
+    )
     assert [path.read_bytes() for path in tmp_path.glob(f"{NAME}.broken-*")] == [content]
 
 
 def test_a_locked_file_costs_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("prunetune.runs.history.WAIT", 0.05)
+    monkeypatch.setattr("prunetune.runs.history.LOCK_TIMEOUT", 0.05)
     registered(tmp_path, "a")
     holder = sqlite3.connect(tmp_path / NAME, isolation_level=None)
     holder.execute("begin exclusive")
@@ -161,10 +165,10 @@ def test_a_locked_file_costs_a_line(
         registered(tmp_path, "b")
     assert caplog.text.count("cannot be written (database is locked); the run goes on without") == 2
     with pytest.raises(ConfigError, match="cannot be read") as refused:
-        entries(tmp_path)
+        list_runs(tmp_path)
     assert "\n" not in str(refused.value)
     holder.close()
-    assert {entry.name for entry in entries(tmp_path)} == {"a", "b"}
+    assert {entry.name for entry in list_runs(tmp_path)} == {"a", "b"}
 
 
 def test_a_place_that_cannot_be_written_costs_a_line(
@@ -176,20 +180,20 @@ def test_a_place_that_cannot_be_written_costs_a_line(
         registered(tmp_path, "a")
     assert "the run goes on without" in caplog.text
     with pytest.raises(ConfigError, match=r"cannot be made .* let PRUNETUNE_HOME name a folder") as refused:
-        entries(tmp_path)
+        list_runs(tmp_path)
     assert "\n" not in str(refused.value)
 
 
 def test_a_deleted_file_is_made_again(tmp_path: Path) -> None:
     registered(tmp_path, "a")
     (tmp_path / NAME).unlink()
-    (entry,) = entries(tmp_path)
+    (entry,) = list_runs(tmp_path)
     assert (entry.name, entry.status) == ("a", "done")
 
 
 def test_no_such_place_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder; name the one that holds the run folders"):
-        entries(tmp_path / "nowhere")
+        list_runs(tmp_path / "nowhere")
 
 
 # -- beside each other -----------------------------------------------------------------------------------------------
@@ -200,17 +204,17 @@ def test_runs_are_set_beside_each_other(tmp_path: Path) -> None:
     changed = (second / "config.yaml").read_text().replace("keep: 0.6", "keep: 0.5").replace("seed: 0", "seed: 7")
     (second / "config.yaml").write_text(changed)
     (second / "evaluation" / "pruned.json").write_text(evaluations()["dense"].to_json())
-    said = compared([first, second])
+    said = diff_runs([first, second])
     assert "budget.keep" in said
     assert "seed" in said
     assert "train.steps" not in said
     assert "casehold accuracy" in said
     assert "100.0%" in said, "the plans are equal"
-    flips, common = flipped(evaluations()["pruned"], evaluations()["dense"])
+    flips, common = find_flips(evaluations()["pruned"], evaluations()["dense"])
     assert common == 850
     lost = sum(not flip.gained for flip in flips)
     assert f"of {common} that both answered, {lost} lost and {len(flips) - lost} gained" in said
-    assert "set otherwise: nothing" in compared([first, first])
+    assert "set otherwise: nothing" in diff_runs([first, first])
 
 
 def test_overlap_by_kind_of_site() -> None:
@@ -218,20 +222,20 @@ def test_overlap_by_kind_of_site() -> None:
         {"l.0.mlp": (0, 1, 2), "l.1.mlp": (0,), "l.0.self_attn": (0,)}, {"l.0.mlp": 4, "l.1.mlp": 4, "l.0.self_attn": 2}
     )
     other = Plan({"l.0.mlp": (1, 2, 3), "l.1.mlp": (1,), "l.0.self_attn": (0,)}, first.units)
-    assert overlaps(first, other) == {"mlp": (4, 4, 2), "self_attn": (1, 1, 1)}
+    assert count_kept_units(first, other) == {"mlp": (4, 4, 2), "self_attn": (1, 1, 1)}
 
 
 def test_a_run_that_lacks_things_is_said(tmp_path: Path) -> None:
     first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
     (second / "plan.json").unlink()
     (second / "evaluation" / "pruned.json").unlink()
-    said = compared([first, second])
+    said = diff_runs([first, second])
     assert "a run has no plan" in said
     assert "a run has no scores" in said
     (second / "plan.json").write_text("{")
     for paths in ([first], [first, second], [first, tmp_path]):
         with pytest.raises(RunFolderError) as refused:
-            compared(paths)
+            diff_runs(paths)
         assert "\n" not in str(refused.value)
 
 
@@ -242,7 +246,7 @@ def test_runs_of_other_rows_are_not_paired(tmp_path: Path) -> None:
     for item, other in zip(items, [items[-1]["prompt"], *(item["prompt"] for item in items[:-1])], strict=True):
         item["prompt"], item["correct"] = f"moved: {other}", not item["correct"]
     (second / "evaluation" / "pruned.json").write_text(json.dumps(data))
-    said = compared([first, second])
+    said = diff_runs([first, second])
     (row,) = (line for line in said.splitlines() if line.startswith("casehold accuracy"))
     assert row.endswith("–")
     assert f"casehold: of {len(items)} items with the same id in both results only 0 ask the same" in said
@@ -255,6 +259,6 @@ def test_control_characters_of_a_model_do_not_reach_the_terminal(tmp_path: Path)
     for item in data["tasks"]["casehold"]["items"]:
         item["got"], item["correct"] = "\x1b[2J\nwiped", not item["correct"]
     (second / "evaluation" / "pruned.json").write_text(json.dumps(data))
-    said = compared([first, second])
+    said = diff_runs([first, second])
     assert "wiped" in said
     assert "\x1b" not in said

@@ -13,7 +13,7 @@ from prunetune.config.recipe import from_mapping
 from prunetune.errors import ConfigError, MissingPackage
 from prunetune.runs import trackers
 from prunetune.runs.folder import RunFolder
-from prunetune.runs.trackers import Trackers, require, tracking
+from prunetune.runs.trackers import Trackers, require_trackers, start_trackers
 
 
 class Tracker:
@@ -72,7 +72,7 @@ def test_one_that_does_not_start_is_said(
     monkeypatch.setattr(trackers, "_start", refuse)
     with (
         caplog.at_level(logging.WARNING),
-        tracking(from_mapping({"track": "mlflow"}), RunFolder(tmp_path), cpu=True) as t,
+        start_trackers(from_mapping({"track": "mlflow"}), RunFolder(tmp_path), cpu=True) as t,
     ):
         t.log(RECORD, "train")
     assert "mlflow does not start (OSError: down); the run goes on without it" in caplog.text
@@ -83,9 +83,9 @@ def test_a_package_that_is_not_there_is_one_line_before_anything_starts(monkeypa
     with pytest.raises(
         MissingPackage, match=r"wandb is not installed; run: pip install 'prunetune\[track\]'"
     ) as refused:
-        require(["wandb"])
+        require_trackers(["wandb"])
     assert "\n" not in str(refused.value)
-    require([])
+    require_trackers([])
 
 
 def test_an_unknown_tracker_is_refused() -> None:
@@ -97,8 +97,8 @@ def test_tensorboard_keeps_the_curve(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with tracking(from_mapping({"track": "tensorboard"}), RunFolder(tmp_path), cpu=True) as heard:
-        assert len(heard.open) == 1
+    with start_trackers(from_mapping({"track": "tensorboard"}), RunFolder(tmp_path), cpu=True) as heard:
+        assert len(heard.active) == 1
         for step in (1, 2, 3):
             heard.log({**RECORD, "step": step, "loss": 1.0 / step}, "train")
     events = EventAccumulator(str(tmp_path / "trackers" / "prunetune"))

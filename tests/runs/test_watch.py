@@ -14,14 +14,21 @@ from rich.console import Console
 
 from prunetune.errors import RunFolderError
 from prunetune.report import write_report
-from prunetune.runs.folder import RunFolder, held, open_run
-from prunetune.runs.watch import LAPSE, QUIET, follow, look, picture, spark
+from prunetune.runs.folder import RunFolder, open_run, run_lock
+from prunetune.runs.watch import (
+    LOCK_CHECK_SECONDS,
+    STOPPED_AFTER_SECONDS,
+    read_snapshot,
+    render_snapshot,
+    sparkline,
+    watch_run,
+)
 from support.report import make_run
 
 
 def shown(folder: Path) -> str:
     console = Console(file=io.StringIO(), width=110)
-    console.print(picture(look(*open_run(folder))))
+    console.print(render_snapshot(read_snapshot(*open_run(folder))))
     return plain(console)
 
 
@@ -34,7 +41,7 @@ def test_a_finished_run_is_shown_once_and_that_is_all(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     write_report(folder)
     console = Console(file=io.StringIO(), width=110)
-    follow(folder, console=console)
+    watch_run(folder, console=console)
     said = plain(console)
     assert "ended; the report is written" in said
     assert "700 of 700" in said
@@ -76,24 +83,24 @@ def test_before_the_first_step(tmp_path: Path) -> None:
 
 def test_one_that_was_killed_is_not_waited_for(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
-    long_ago = time.time() - QUIET - 60
+    long_ago = time.time() - STOPPED_AFTER_SECONDS - 60
     for file in folder.rglob("*"):
         os.utime(file, (long_ago, long_ago))
     lines = (folder / "metrics.jsonl").read_text().splitlines()[:30]
     (folder / "metrics.jsonl").write_text("\n".join(lines))
     os.utime(folder / "metrics.jsonl", (long_ago, long_ago))
     console = Console(file=io.StringIO(), width=110)
-    follow(folder, console=console)
+    watch_run(folder, console=console)
     assert "--resume` goes on" in plain(console)
 
 
 def test_one_that_no_process_works_on_is_not_waited_for(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
-    while_ago = time.time() - LAPSE - 5
+    while_ago = time.time() - LOCK_CHECK_SECONDS - 5
     for file in folder.rglob("*"):
         os.utime(file, (while_ago, while_ago))
     console = Console(file=io.StringIO(), width=110)
-    follow(folder, console=console)
+    watch_run(folder, console=console)
     assert "stopped: no process works on it; `prunetune run ... --resume` goes on" in plain(console)
 
 
@@ -110,11 +117,11 @@ def test_one_that_a_process_works_on_is_waited_for(tmp_path: Path, monkeypatch: 
                 raise InterruptedError
 
         monkeypatch.setattr("prunetune.runs.watch.time.sleep", ends)
-        long_ago = time.time() - LAPSE - 5
+        long_ago = time.time() - LOCK_CHECK_SECONDS - 5
         for file in folder.rglob("*"):
             os.utime(file, (long_ago, long_ago))
-        with held(RunFolder(folder)), pytest.raises(InterruptedError):
-            follow(place, console=Console(file=io.StringIO(), width=110))
+        with run_lock(RunFolder(folder)), pytest.raises(InterruptedError):
+            watch_run(place, console=Console(file=io.StringIO(), width=110))
         assert len(looks) == 3
 
 
@@ -128,12 +135,12 @@ def test_how_it_failed_is_said(tmp_path: Path) -> None:
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="is no run folder"):
-        follow(tmp_path)
+        watch_run(tmp_path)
 
 
 def test_a_spark_goes_from_lowest_to_highest() -> None:
-    assert spark([1.0, 2.0, 3.0]) == "▁▅█" or spark([1.0, 2.0, 3.0])[0] == "▁"
-    assert len(spark([float(n) for n in range(1000)])) <= 40
-    assert spark([5.0]) == "▁"
-    assert spark([]) == ""
-    assert spark([math.nan, math.inf]) == ""
+    assert sparkline([1.0, 2.0, 3.0]) == "▁▅█" or sparkline([1.0, 2.0, 3.0])[0] == "▁"
+    assert len(sparkline([float(n) for n in range(1000)])) <= 40
+    assert sparkline([5.0]) == "▁"
+    assert sparkline([]) == ""
+    assert sparkline([math.nan, math.inf]) == ""

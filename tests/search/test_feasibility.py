@@ -11,21 +11,28 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from prunetune.config.quantities import Amount
 from prunetune.config.recipe import WorkloadConfig, from_mapping
-from prunetune.cost.deployment import most
-from prunetune.cost.latency_table import TRACKS, Latency, Table, Timed, alike
-from prunetune.cost.layer_shapes import Anatomy, anatomy_of
-from prunetune.cost.limits import TIMED, Cap, Limits, cap_of, caps_of, costs_of
+from prunetune.cost.deployment import max_cost
+from prunetune.cost.latency_table import TRACKS, LatencyCost, LatencyTable, LayerTiming, representative_layers
+from prunetune.cost.layer_shapes import ModelShape, model_shape
+from prunetune.cost.limits import (
+    TIMED_BUDGETS,
+    BudgetLimit,
+    BudgetLimits,
+    costs_for_budget,
+    make_budget_limit,
+    make_budget_limits,
+)
 from prunetune.cost.parameters import kept_share
 from prunetune.errors import PlanError
-from prunetune.pruning.masking import gates_of
+from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import Site, dense_plan, find_sites, kept_params
-from prunetune.pruning.units import KINDS
-from prunetune.search.feasibility import even, limited
-from prunetune.search.initial_logits import quantile, to_logits
-from prunetune.search.nested_sites import Nest
+from prunetune.pruning.units import KIND_BY_NAME
+from prunetune.search.feasibility import uniform_scores, with_limits
+from prunetune.search.initial_logits import importance_to_logits, score_threshold
+from prunetune.search.nested_sites import NestedSites
 from prunetune.search.searcher import Searcher
-from prunetune.search.select import Shape, feasible_keep, floor_widths, select
-from prunetune.train.schedule import schedule_of
+from prunetune.search.select import PlanConstraints, min_feasible_keep, min_widths, select
+from prunetune.train.schedule import build_schedule
 from support.models import tiny
 
 WORKLOAD = WorkloadConfig()
@@ -35,7 +42,7 @@ KIND_NAMES = ("flops", "memory", "file", "latency", "throughput")
 
 
 @cache
-def geometry(name: str) -> tuple[tuple[Site, ...], Anatomy, Shape]:
+def geometry(name: str) -> tuple[tuple[Site, ...], ModelShape, PlanConstraints]:
     """Real shapes on the meta device, with half or fewer of the layers: the laws do not count them."""
     family, hidden, width, layers, heads, groups, size, vocabulary, align = {
         "smollm": ("llama", 576, 1536, 10, 9, 3, 64, 49152, 32),
@@ -50,20 +57,22 @@ def geometry(name: str) -> tuple[tuple[Site, ...], Anatomy, Shape]:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     sites = find_sites(model)
-    return sites, anatomy_of(model, sites), Shape("per-layer", align)
+    return sites, model_shape(model, sites), PlanConstraints("per-layer", align)
 
 
-def table_of(anatomy: Anatomy, tile: int = 256) -> Table:
+def table_of(anatomy: ModelShape, tile: int = 256) -> LatencyTable:
     """Seconds that rise at every tile; the last channels of one come free."""
     layers = {}
-    for layer in set(alike(anatomy).values()):
+    for layer in set(representative_layers(anatomy).values()):
         units = {site.kind: site.units for site in anatomy.layers[layer].sites}
         mlp = [(width, STEP * (-(-width // tile) - units["mlp"] // tile)) for width in range(8, units["mlp"] + 1, 8)]
         attention = [(count, STEP * (count - units["attention"])) for count in range(units["attention"] + 1)]
-        layers[layer] = Timed(STEP * (1 + units["attention"] + units["mlp"] // tile), tuple(attention), tuple(mlp))
-    host = {layer: Timed(STEP, ((0, -STEP), (1, 0.0)), ()) for layer in layers}  # that waits for attention alone
+        layers[layer] = LayerTiming(
+            STEP * (1 + units["attention"] + units["mlp"] // tile), tuple(attention), tuple(mlp)
+        )
+    host = {layer: LayerTiming(STEP, ((0, -STEP), (1, 0.0)), ()) for layer in layers}  # that waits for attention alone
     tracks = {track: layers if track.endswith("device") else host for track in TRACKS}
-    return Table({}, dict.fromkeys(TRACKS, 1e-6), tracks)
+    return LatencyTable({}, dict.fromkeys(TRACKS, 1e-6), tracks)
 
 
 def scores_of(sites: tuple[Site, ...], seed: int) -> dict[str, torch.Tensor]:
@@ -71,18 +80,18 @@ def scores_of(sites: tuple[Site, ...], seed: int) -> dict[str, torch.Tensor]:
     return {site.name: torch.randn(site.units, generator=rng) for site in sites}
 
 
-def cap(kind: str, name: str, place: float, workload: WorkloadConfig = WORKLOAD) -> Cap:
+def cap(kind: str, name: str, place: float, workload: WorkloadConfig = WORKLOAD) -> BudgetLimit:
     """A budget between what is feasible (0) and the dense model (1); below 0 it is not feasible."""
     sites, anatomy, shape = geometry(name)
-    costs, nest = costs_of(kind, anatomy, workload, table_of(anatomy)), Nest(sites)
-    least = most(costs, nest.counts(floor_widths(nest, shape), sites))
-    dense = most(costs, anatomy.dense())
+    costs, nest = costs_for_budget(kind, anatomy, workload, table_of(anatomy)), NestedSites(sites)
+    least = max_cost(costs, nest.kept_unit_counts(min_widths(nest, shape), sites))
+    dense = max_cost(costs, anatomy.dense_counts())
     limit = least + place * (dense - least) if place > 0 else least * (1 + place)
     tokens = workload.batch * workload.generate
-    return cap_of(kind, Amount(tokens / limit if kind == "throughput" else limit, False), costs, workload)
+    return make_budget_limit(kind, Amount(tokens / limit if kind == "throughput" else limit, False), costs, workload)
 
 
-def limits_of(shape: Shape) -> Limits:
+def limits_of(shape: PlanConstraints) -> BudgetLimits:
     assert shape.limits is not None
     return shape.limits
 
@@ -97,10 +106,12 @@ def test_a_budget_is_met_from_below_within_a_hundredth(name: str, kind: str) -> 
     sites, _, shape = geometry(name)
     for seed, place in enumerate((0.13, 0.71)):
         wanted = cap(kind, name, place)
-        found = limited(shape, sites, [wanted], 1.0)
-        plan = select(scores_of(sites, seed), sites, limits_of(found).keep, found)
+        found = with_limits(shape, sites, [wanted], 1.0)
+        plan = select(scores_of(sites, seed), sites, limits_of(found).feasible_keep, found)
         below = 1 - wanted.cost(plan.widths()) / wanted.limit
-        coarse = WORKLOAD.generate * STEP / wanted.limit if kind in TIMED else 0.0  # one step of the made-up table
+        coarse = (
+            WORKLOAD.generate * STEP / wanted.limit if kind in TIMED_BUDGETS else 0.0
+        )  # one step of the made-up table
         assert -1e-9 <= below <= max(0.01, coarse)
 
 
@@ -110,10 +121,10 @@ def test_the_nearest_value_is_named_and_accepted(name: str, kind: str) -> None:
     sites, anatomy, shape = geometry(name)
     wanted = cap(kind, name, -0.2)
     with pytest.raises(PlanError, match=rf"budget\.{kind} .* what is feasible") as refused:
-        limited(shape, sites, [wanted], 1.0)
+        with_limits(shape, sites, [wanted], 1.0)
     nearest = str(refused.value).partition("feasible (")[2].partition(";")[0]
-    again = caps_of({kind: Amount.parse(nearest, kind)}, anatomy, WORKLOAD, table_of(anatomy))
-    plan = select(scores_of(sites, 0), sites, 0.0, limited(shape, sites, again, 1.0))
+    again = make_budget_limits({kind: Amount.parse(nearest, kind)}, anatomy, WORKLOAD, table_of(anatomy))
+    plan = select(scores_of(sites, 0), sites, 0.0, with_limits(shape, sites, again, 1.0))
     assert again[0].cost(plan.widths()) <= again[0].limit * (1 + 1e-9)
 
 
@@ -121,8 +132,8 @@ def test_the_nearest_value_is_named_and_accepted(name: str, kind: str) -> None:
 def test_several_budgets_hold_together(name: str) -> None:
     sites, _, shape = geometry(name)
     caps = [cap("memory", name, 0.5), cap("flops", name, 0.45), cap("latency", name, 0.6)]
-    found = limited(shape, sites, caps, 0.7)
-    plan = select(scores_of(sites, 3), sites, limits_of(found).keep, found)
+    found = with_limits(shape, sites, caps, 0.7)
+    plan = select(scores_of(sites, 3), sites, limits_of(found).feasible_keep, found)
     assert kept_params(sites, plan) <= 0.7 * sum(site.params for site in sites)
     shares = [one.cost(plan.widths()) / one.limit for one in caps]
     assert max(shares) <= 1 + 1e-9
@@ -133,8 +144,8 @@ def test_several_budgets_hold_together(name: str) -> None:
 def test_no_further_block_fits(name: str) -> None:
     sites, _, shape = geometry(name)
     wanted = cap("memory", name, 0.4, WorkloadConfig(batch=64, context=4096))
-    found = limited(shape, sites, [wanted], 1.0)
-    plan = select(scores_of(sites, 1), sites, limits_of(found).keep, found)
+    found = with_limits(shape, sites, [wanted], 1.0)
+    plan = select(scores_of(sites, 1), sites, limits_of(found).feasible_keep, found)
     counts = plan.widths()
     spent = wanted.cost(counts)
     for site in sites:
@@ -146,10 +157,10 @@ def test_no_further_block_fits(name: str) -> None:
 
 def test_a_uniform_plan_meets_budgets_too() -> None:
     sites, _, shape = geometry("llama3-8b")
-    uniform = Shape("uniform", shape.align)
+    uniform = PlanConstraints("uniform", shape.align)
     caps = [cap("memory", "llama3-8b", 0.5), cap("latency", "llama3-8b", 0.5)]
-    found = limited(uniform, sites, caps, 1.0)
-    plan = select(scores_of(sites, 0), sites, limits_of(found).keep, found)
+    found = with_limits(uniform, sites, caps, 1.0)
+    plan = select(scores_of(sites, 0), sites, limits_of(found).feasible_keep, found)
     assert len({(site.kind, len(plan.kept[site.name])) for site in sites}) == 2
     assert 0.98 < max(one.cost(plan.widths()) / one.limit for one in caps) <= 1 + 1e-9
 
@@ -157,27 +168,29 @@ def test_a_uniform_plan_meets_budgets_too() -> None:
 def test_what_nothing_has_to_go_for_is_refused() -> None:
     sites, anatomy, shape = geometry("smollm")
     for kind, text in (("memory", "100GB"), ("throughput", "0.001/s")):
-        caps = caps_of({kind: Amount.parse(text, kind)}, anatomy, WORKLOAD, table_of(anatomy))
+        caps = make_budget_limits({kind: Amount.parse(text, kind)}, anatomy, WORKLOAD, table_of(anatomy))
         with pytest.raises(PlanError, match="nothing would have to go"):
-            limited(shape, sites, caps, 1.0)
-        assert limits_of(limited(shape, sites, caps, 0.5)).keep <= 0.5  # with another that binds, it is no mistake
+            with_limits(shape, sites, caps, 1.0)
+        assert (
+            limits_of(with_limits(shape, sites, caps, 0.5)).feasible_keep <= 0.5
+        )  # with another that binds, it is no mistake
 
 
 def test_what_the_smallest_shape_breaks_is_named() -> None:
     """Budgets against floors: no other contradiction is there, since all budgets are upper limits."""
     sites, _, shape = geometry("smollm")
-    guarded = Shape("per-layer", shape.align, min_share=0.9)
+    guarded = PlanConstraints("per-layer", shape.align, min_share=0.9)
     with pytest.raises(PlanError, match=r"budget\.memory.*min_share"):
-        limited(guarded, sites, [cap("memory", "smollm", 0.2)], 1.0)
+        with_limits(guarded, sites, [cap("memory", "smollm", 0.2)], 1.0)
     with pytest.raises(PlanError, match=r"budget\.keep"):
-        limited(guarded, sites, [cap("memory", "smollm", 1.0)], 0.5)
+        with_limits(guarded, sites, [cap("memory", "smollm", 1.0)], 0.5)
 
 
 def test_a_long_cache_makes_kv_groups_dear() -> None:
     sites, _, shape = geometry("llama3-8b")
     prices = []
     for workload in (WORKLOAD, WorkloadConfig(batch=32, context=32768)):
-        found = limits_of(limited(shape, sites, [cap("memory", "llama3-8b", 0.5, workload)], 1.0)).prices
+        found = limits_of(with_limits(shape, sites, [cap("memory", "llama3-8b", 0.5, workload)], 1.0)).prices
         assert found is not None
         prices.append(found[sites[0].name] / found[sites[1].name])
     assert prices[1] > 20 * prices[0]
@@ -185,25 +198,25 @@ def test_a_long_cache_makes_kv_groups_dear() -> None:
 
 def test_prices_of_parameters_are_parameters() -> None:
     sites, _, shape = geometry("qwen3-4b")
-    limits = limits_of(limited(shape, sites, [cap("file", "qwen3-4b", 0.5)], 1.0))
+    limits = limits_of(with_limits(shape, sites, [cap("file", "qwen3-4b", 0.5)], 1.0))
     assert limits.prices is not None
     for site in sites:
         assert limits.prices[site.name] == pytest.approx(site.unit_params, rel=1e-3)
-    assert limits.share == pytest.approx(limits.keep, rel=1e-3)
+    assert limits.feasible_price_share == pytest.approx(limits.feasible_keep, rel=1e-3)
 
 
 def test_limits_fall_in_a_straight_line_from_the_dense_model() -> None:
     sites, _, shape = geometry("llama3-8b")
     wanted = cap("memory", "llama3-8b", 0.4)
-    found = limited(shape, sites, [wanted], 1.0)
+    found = with_limits(shape, sites, [wanted], 1.0)
     limits = limits_of(found)
-    assert limits.at(1.0) == ((wanted.costs[0], wanted.dense),)
-    assert limits.at(limits.keep)[0][1] == pytest.approx(wanted.limit)
-    middle = limits.at((1 + limits.keep) / 2)[0][1]
-    assert middle == pytest.approx((wanted.dense + wanted.limit) / 2)
+    assert limits.cost_limits_at(1.0) == ((wanted.costs[0], wanted.dense_cost),)
+    assert limits.cost_limits_at(limits.feasible_keep)[0][1] == pytest.approx(wanted.limit)
+    middle = limits.cost_limits_at((1 + limits.feasible_keep) / 2)[0][1]
+    assert middle == pytest.approx((wanted.dense_cost + wanted.limit) / 2)
     scores = scores_of(sites, 0)
     assert select(scores, sites, 1.0, found) == dense_plan(sites)
-    sizes = [kept_params(sites, select(scores, sites, keep, found)) for keep in (1.0, 0.8, 0.7, limits.keep)]
+    sizes = [kept_params(sites, select(scores, sites, keep, found)) for keep in (1.0, 0.8, 0.7, limits.feasible_keep)]
     assert sizes == sorted(sizes, reverse=True)
 
 
@@ -211,46 +224,46 @@ def test_limits_fall_in_a_straight_line_from_the_dense_model() -> None:
 def test_a_search_meets_the_budget(gates: str) -> None:
     model = tiny("llama", layers=4)
     sites = find_sites(model)
-    anatomy, shape = anatomy_of(model, sites), Shape("per-layer", 8)
-    caps = caps_of({"memory": Amount.parse("0.7", "memory")}, anatomy, WorkloadConfig(context=16))
-    found = limited(shape, sites, caps, 1.0)
-    values: dict[str, Any] = {"budget": {"keep": limits_of(found).keep}, "search": {"gates": gates}}
+    anatomy, shape = model_shape(model, sites), PlanConstraints("per-layer", 8)
+    caps = make_budget_limits({"memory": Amount.parse("0.7", "memory")}, anatomy, WorkloadConfig(context=16))
+    found = with_limits(shape, sites, caps, 1.0)
+    values: dict[str, Any] = {"budget": {"keep": limits_of(found).feasible_keep}, "search": {"gates": gates}}
     config = from_mapping(values)
-    searcher = Searcher(sites, found, config, schedule_of(config).keep_at, torch.device("cpu"))
-    searcher.start_from({site.name: torch.rand(site.units) for site in sites})
+    searcher = Searcher(sites, found, config, build_schedule(config).keep_at, torch.device("cpu"))
+    searcher.init_from_importance({site.name: torch.rand(site.units) for site in sites})
     drawn = searcher.sample(0)
     assert all(gate.requires_grad for gate in drawn.values())
     assert torch.isfinite(searcher.budget_loss(drawn))
-    plan = searcher.conclude().plan
+    plan = searcher.final_decision().plan
     assert plan is not None
     assert 0.9 * caps[0].limit < caps[0].cost(plan.widths()) <= caps[0].limit * (1 + 1e-9)
-    even_plan = select(even(sites), sites, limits_of(found).keep, found)
-    share = kept_share(gates_of(even_plan, sites), sites, limits_of(found).prices)
-    assert float(share) == pytest.approx(limits_of(found).share, rel=1e-5)
+    even_plan = select(uniform_scores(sites), sites, limits_of(found).feasible_keep, found)
+    share = kept_share(gates_from_plan(even_plan, sites), sites, limits_of(found).prices)
+    assert float(share) == pytest.approx(limits_of(found).feasible_price_share, rel=1e-5)
 
 
 def test_logits_rank_by_importance_per_price() -> None:
     sites, _, shape = geometry("llama3-8b")
     limits = limits_of(
-        limited(shape, sites, [cap("memory", "llama3-8b", 0.5, WorkloadConfig(batch=32, context=32768))], 1.0)
+        with_limits(shape, sites, [cap("memory", "llama3-8b", 0.5, WorkloadConfig(batch=32, context=32768))], 1.0)
     )
     importance = {site.name: torch.ones(site.units) * site.unit_params for site in sites}
-    plain, priced = to_logits(importance, sites), to_logits(importance, sites, limits)
+    plain, priced = importance_to_logits(importance, sites), importance_to_logits(importance, sites, limits)
     group, channel = sites[0].name, sites[1].name
     assert plain[group].mean() - plain[channel].mean() > priced[group].mean() - priced[channel].mean()
-    held = quantile(Nest(sites, priced), limits.keep, limits)
+    held = score_threshold(NestedSites(sites, priced), limits.feasible_keep, limits)
     assert float(torch.cat(list(priced.values())).min()) <= held <= float(torch.cat(list(priced.values())).max())
 
 
 def test_units_of_every_kind_are_priced() -> None:
     model = tiny("llama", layers=4, groups=2, ratio=2)
-    units = [name for name in KINDS if "expert" not in name]
+    units = [name for name in KIND_BY_NAME if "expert" not in name]
     sites = find_sites(model, units)
-    anatomy, shape = anatomy_of(model, sites), Shape("per-layer", 8)
+    anatomy, shape = model_shape(model, sites), PlanConstraints("per-layer", 8)
     for kind in ("flops", "memory", "file"):
-        caps = caps_of({kind: Amount.parse("0.7", kind)}, anatomy, WORKLOAD)
-        found = limited(shape, sites, caps, 1.0)
-        plan = select(scores_of(sites, 0), sites, limits_of(found).keep, found)
+        caps = make_budget_limits({kind: Amount.parse("0.7", kind)}, anatomy, WORKLOAD)
+        found = with_limits(shape, sites, caps, 1.0)
+        plan = select(scores_of(sites, 0), sites, limits_of(found).feasible_keep, found)
         assert caps[0].cost(plan.widths()) <= caps[0].limit * (1 + 1e-9)
         assert all(price > 0 for price in (limits_of(found).prices or {}).values())
 
@@ -258,10 +271,10 @@ def test_units_of_every_kind_are_priced() -> None:
 def test_the_free_channels_of_a_tile_are_taken() -> None:
     """Aligned to 32 where a tile has 256: a plan under a latency has no half tile, where more fits for nothing."""
     sites, anatomy, shape = geometry("smollm")
-    assert all(isinstance(cost, Latency) for cost in cap("latency", "smollm", 0.5).costs)
-    found = limited(shape, sites, [cap("latency", "smollm", 0.5)], 1.0)
-    plan = select(scores_of(sites, 0), sites, limits_of(found).keep, found)
+    assert all(isinstance(cost, LatencyCost) for cost in cap("latency", "smollm", 0.5).costs)
+    found = with_limits(shape, sites, [cap("latency", "smollm", 0.5)], 1.0)
+    plan = select(scores_of(sites, 0), sites, limits_of(found).feasible_keep, found)
     widths = [len(plan.kept[site.name]) for site in sites if site.kind == "mlp"]
     assert all(width % 256 == 0 for width in widths)
-    assert feasible_keep(sites, shape) < limits_of(found).keep < 1
+    assert min_feasible_keep(sites, shape) < limits_of(found).feasible_keep < 1
     assert anatomy.layers

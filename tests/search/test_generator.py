@@ -7,12 +7,12 @@ from functools import cache
 import pytest
 import torch
 
-from prunetune.cost.parameters import kept_share, ratio_loss, total
+from prunetune.cost.parameters import keep_ratio_loss, kept_share, prunable_params
 from prunetune.pruning.sites import Site, find_sites
-from prunetune.search.generator import EMBEDDING, Generator, orthogonal
-from prunetune.search.initial_logits import quantile, to_logits
-from prunetune.search.nested_sites import Nest
-from prunetune.search.sampling import gumbel_sigmoid, rounded, straight_through
+from prunetune.search.generator import EMBEDDING, DecisionGenerator, orthogonal_vectors
+from prunetune.search.initial_logits import importance_to_logits, score_threshold
+from prunetune.search.nested_sites import NestedSites
+from prunetune.search.sampling import gumbel_sigmoid, round_straight_through, straight_through
 from support.models import tiny
 
 kinds = pytest.mark.parametrize("kind", ["transformer", "gru"])
@@ -32,7 +32,7 @@ def generator_of(seed: int) -> torch.Generator:
 
 @kinds
 def test_one_logit_a_unit(kind: str) -> None:
-    logits = Generator(sites(), kind=kind, seed=0)()
+    logits = DecisionGenerator(sites(), kind=kind, seed=0)()
     assert {name: tuple(value.shape) for name, value in logits.items()} == {s.name: (s.units,) for s in sites()}
     assert all(value.isfinite().all() for value in logits.values())
 
@@ -40,10 +40,10 @@ def test_one_logit_a_unit(kind: str) -> None:
 @kinds
 def test_a_seed_says_all(kind: str) -> None:
     torch.manual_seed(1)
-    first = Generator(sites(), kind=kind, seed=7)
+    first = DecisionGenerator(sites(), kind=kind, seed=7)
     torch.manual_seed(2)
-    again = Generator(sites(), kind=kind, seed=7)
-    other = Generator(sites(), kind=kind, seed=8)
+    again = DecisionGenerator(sites(), kind=kind, seed=7)
+    other = DecisionGenerator(sites(), kind=kind, seed=8)
     assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in first.state_dict().items())
     assert any(not torch.equal(weight, other()[name]) for name, weight in first().items())
 
@@ -53,13 +53,13 @@ def test_global_random_state_is_left_alone(kind: str) -> None:
     sites()
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    Generator(sites(), kind=kind, seed=0)()
+    DecisionGenerator(sites(), kind=kind, seed=0)()
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @kinds
 def test_every_weight_learns_and_layers_differ(kind: str) -> None:
-    net = Generator(sites(), kind=kind, seed=0)
+    net = DecisionGenerator(sites(), kind=kind, seed=0)
     logits = net()
     torch.cat(
         [value * torch.randn(len(value), generator=generator_of(1)) for value in logits.values()]
@@ -72,7 +72,7 @@ def test_every_weight_learns_and_layers_differ(kind: str) -> None:
 
 @pytest.mark.parametrize("rows", [1, 3, 64, 65, 130])
 def test_layer_vectors_are_orthogonal_within_a_block(rows: int) -> None:
-    vectors = orthogonal(rows, EMBEDDING, generator_of(0))
+    vectors = orthogonal_vectors(rows, EMBEDDING, generator_of(0))
     assert vectors.shape == (rows, EMBEDDING)
     for start in range(0, rows, EMBEDDING):
         block = vectors[start : start + EMBEDDING]
@@ -117,7 +117,7 @@ def test_the_same_seed_draws_the_same_and_nothing_global() -> None:
 def test_gates_are_hard_forward_and_soft_backward() -> None:
     logits = torch.randn(100, generator=generator_of(0), requires_grad=True)
     soft = draw(logits)
-    gates = rounded(soft)
+    gates = round_straight_through(soft)
     assert torch.allclose(gates, (soft > 0.5).float(), atol=1e-6)
     weights = torch.randn(100, generator=generator_of(1))
     (found,) = torch.autograd.grad((gates * weights).sum(), logits, retain_graph=True)
@@ -150,14 +150,14 @@ def joined(values: dict[str, torch.Tensor], *, per_param: bool = False) -> torch
 
 def test_logits_keep_the_order_of_importance_a_parameter() -> None:
     found = importance()
-    logits = to_logits(found, sites())
+    logits = importance_to_logits(found, sites())
     assert torch.equal(joined(logits).argsort(), joined(found, per_param=True).argsort())
     assert all(logits[site.name].shape == (site.units,) for site in sites())
 
 
 def test_logits_are_normal_over_parameters() -> None:
     prices = torch.cat([torch.full((s.units,), float(s.unit_params), dtype=torch.float64) for s in sites()])
-    logits = joined(to_logits(importance(), sites()))
+    logits = joined(importance_to_logits(importance(), sites()))
     mean = (prices * logits).sum() / prices.sum()
     deviation = ((prices * (logits - mean).square()).sum() / prices.sum()).sqrt()
     assert abs(float(mean)) < 0.05
@@ -165,25 +165,28 @@ def test_logits_are_normal_over_parameters() -> None:
 
 
 def test_only_the_order_counts() -> None:
-    first, cubed = to_logits(importance(), sites()), to_logits({k: v**0.3 for k, v in importance().items()}, sites())
+    first, cubed = (
+        importance_to_logits(importance(), sites()),
+        importance_to_logits({k: v**0.3 for k, v in importance().items()}, sites()),
+    )
     # x ** 0.3 / p orders units of one price as x / p does.
     for site in sites():
         assert torch.equal(first[site.name].argsort(), cubed[site.name].argsort())
-    scaled = to_logits({name: 1000 * value for name, value in importance().items()}, sites())
+    scaled = importance_to_logits({name: 1000 * value for name, value in importance().items()}, sites())
     assert all(torch.equal(first[name], scaled[name]) for name in first)
 
 
 def test_no_evidence_at_all_is_finite() -> None:
-    logits = to_logits({site.name: torch.zeros(site.units) for site in sites()}, sites())
+    logits = importance_to_logits({site.name: torch.zeros(site.units) for site in sites()}, sites())
     assert joined(logits).isfinite().all()
 
 
 @pytest.mark.parametrize("keep", [0.05, 0.3, 0.6, 0.95, 1.0])
 def test_units_above_the_quantile_hold_the_budget(keep: float) -> None:
-    logits = to_logits(importance(), sites())
-    middle = quantile(Nest(sites(), logits), keep)
+    logits = importance_to_logits(importance(), sites())
+    middle = score_threshold(NestedSites(sites(), logits), keep)
     open_ = {name: (value.double() >= middle).float() for name, value in logits.items()}
-    largest = max(site.unit_params for site in sites()) / total(sites())
+    largest = max(site.unit_params for site in sites()) / prunable_params(sites())
     assert keep - 1e-6 <= float(kept_share(open_, sites())) <= keep + largest + 1e-6
 
 
@@ -198,13 +201,13 @@ def test_share_kept_is_a_share_of_parameters() -> None:
     for site in sites():
         slope = gates[site.name].grad
         assert slope is not None
-        assert torch.allclose(slope, torch.full((site.units,), site.unit_params / total(sites())))
+        assert torch.allclose(slope, torch.full((site.units,), site.unit_params / prunable_params(sites())))
 
 
 def test_ratio_loss_is_zero_on_target_and_fair_to_both_sides() -> None:
     def loss(share: float) -> float:
-        return float(ratio_loss(torch.tensor(share), 0.4))
+        return float(keep_ratio_loss(torch.tensor(share), 0.4))
 
     assert loss(0.4) == pytest.approx(0, abs=1e-6)
     assert loss(0.8) == pytest.approx(loss(0.2), rel=1e-5)
-    assert torch.isfinite(ratio_loss(torch.tensor(0.0), 0.4))
+    assert torch.isfinite(keep_ratio_loss(torch.tensor(0.0), 0.4))

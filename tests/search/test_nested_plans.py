@@ -7,15 +7,15 @@ import itertools
 import pytest
 import torch
 
-from prunetune.cost.parameters import total
+from prunetune.cost.parameters import prunable_params
 from prunetune.errors import PlanError
 from prunetune.plan import Plan
-from prunetune.pruning.masking import gates_of
+from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import dense_plan, find_sites, kept_params
 from prunetune.pruning.units import Site
-from prunetune.search.nested_sites import Nest
-from prunetune.search.plan_rules import step
-from prunetune.search.select import Shape, feasible_keep, floor_width, select
+from prunetune.search.nested_sites import NestedSites
+from prunetune.search.plan_rules import block_size
+from prunetune.search.select import PlanConstraints, min_feasible_keep, min_width, select
 from support.geometries import GEOMETRIES, geometry
 from support.models import tiny
 from support.nested import both, everywhere, random_scores, shape_for, sites_of
@@ -23,13 +23,13 @@ from support.nested import both, everywhere, random_scores, shape_for, sites_of
 SEEDS = 8
 
 
-def chain(sites: tuple[Site, ...], shape: Shape, seed: int, count: int = 4) -> list[tuple[float, Plan]]:
+def chain(sites: tuple[Site, ...], shape: PlanConstraints, seed: int, count: int = 4) -> list[tuple[float, Plan]]:
     """Plans from near dense down to the smallest feasible one."""
-    scores, low = random_scores(sites, seed), feasible_keep(sites, shape)
+    scores, low = random_scores(sites, seed), min_feasible_keep(sites, shape)
     plans: list[tuple[float, Plan]] = []
     for place in range(count):
         keep = low + (0.95 - low) * (1 - place / (count - 1)) ** 1.5
-        plans.append((keep, select(scores, sites, keep, shape, within=plans[-1][1] if plans else None)))
+        plans.append((keep, select(scores, sites, keep, shape, larger_plan=plans[-1][1] if plans else None)))
     return plans
 
 
@@ -37,8 +37,8 @@ def assert_nested(sites: tuple[Site, ...], plans: list[tuple[float, Plan]]) -> N
     for (_, larger), (_, smaller) in itertools.pairwise(plans):
         assert all(set(smaller.kept[site.name]) <= set(larger.kept[site.name]) for site in sites)
     for keep, plan in plans:
-        assert kept_params(sites, plan) <= keep * total(sites) * (1 + 1e-12)
-        gates_of(plan, sites)  # a shape that can be cut
+        assert kept_params(sites, plan) <= keep * prunable_params(sites) * (1 + 1e-12)
+        gates_from_plan(plan, sites)  # a shape that can be cut
 
 
 @everywhere
@@ -53,21 +53,23 @@ def test_each_is_inside_the_one_before(family: str, layout: str) -> None:
 @both
 def test_each_is_as_large_as_its_budget_lets_it_be(name: str, layout: str) -> None:
     sites, align, legal = geometry(name)
-    shape = Shape(layout, align, 0, lambda groups: groups in legal)
+    shape = PlanConstraints(layout, align, 0, lambda groups: groups in legal)
     for seed in range(SEEDS):
         plans = chain(sites, shape, seed)
         assert_nested(sites, plans)
         if layout == "per-layer":
             for (_, larger), (keep, smaller) in itertools.pairwise(plans):
-                assert_no_block_fits(sites, shape, larger, smaller, int(keep * total(sites) * (1 + 1e-12)))
+                assert_no_block_fits(sites, shape, larger, smaller, int(keep * prunable_params(sites) * (1 + 1e-12)))
 
 
-def assert_no_block_fits(sites: tuple[Site, ...], shape: Shape, larger: Plan, smaller: Plan, target: int) -> None:
+def assert_no_block_fits(
+    sites: tuple[Site, ...], shape: PlanConstraints, larger: Plan, smaller: Plan, target: int
+) -> None:
     left = target - kept_params(sites, smaller)
     for site in sites:
         more = len(larger.kept[site.name]) - len(smaller.kept[site.name])
-        assert not more or min(more, step(site, shape)) * site.unit_params > left
-        assert len(smaller.kept[site.name]) >= floor_width(site, shape)
+        assert not more or min(more, block_size(site, shape)) * site.unit_params > left
+        assert len(smaller.kept[site.name]) >= min_width(site, shape)
 
 
 @both
@@ -76,7 +78,7 @@ def test_inside_the_dense_plan_nothing_changes(layout: str) -> None:
     for seed in range(SEEDS):
         scores = random_scores(sites, seed)
         plain = select(scores, sites, 0.6, shape_for(layout))
-        assert select(scores, sites, 0.6, shape_for(layout), within=dense_plan(sites)) == plain
+        assert select(scores, sites, 0.6, shape_for(layout), larger_plan=dense_plan(sites)) == plain
 
 
 @everywhere
@@ -86,7 +88,7 @@ def test_inside_holds_also_where_scores_would_choose_otherwise(family: str, layo
     sites, shape = sites_of(family, layout == "uniform"), shape_for(layout)
     for seed in range(SEEDS):
         larger = select(random_scores(sites, seed), sites, 0.7, shape)
-        smaller = select(random_scores(sites, seed + 100), sites, 0.5, shape, within=larger)
+        smaller = select(random_scores(sites, seed + 100), sites, 0.5, shape, larger_plan=larger)
         assert_nested(sites, [(0.7, larger), (0.5, smaller)])
 
 
@@ -94,8 +96,8 @@ def test_ranks_of_what_is_gone_come_last() -> None:
     site = find_sites(tiny("qwen3", groups=2, ratio=3, layers=1, hidden_size=48), ["query-heads"])
     scores = {site[0].name: torch.tensor([2.0, 1.0, 3.0, 6.0, 5.0, 4.0])}
     for kept, order in (((1, 5), [[1, 2, 0], [5, 3, 4]]), ((), [[2, 0, 1], [3, 4, 5]])):
-        nest = Nest(site, scores, Plan({site[0].name: kept}, {site[0].name: 6}))
-        assert nest.lanes[site[0].name].tolist() == order
+        nest = NestedSites(site, scores, Plan({site[0].name: kept}, {site[0].name: 6}))
+        assert nest.ranked_units[site[0].name].tolist() == order
 
 
 def test_below_the_floors_is_refused() -> None:
@@ -103,4 +105,4 @@ def test_below_the_floors_is_refused() -> None:
     scores, shape = random_scores(sites, 0), shape_for("per-layer")
     larger = select(scores, sites, 0.5, shape)
     with pytest.raises(PlanError, match="below what is feasible"):
-        select(scores, sites, 0.9 * feasible_keep(sites, shape), shape, within=larger)
+        select(scores, sites, 0.9 * min_feasible_keep(sites, shape), shape, larger_plan=larger)

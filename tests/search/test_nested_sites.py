@@ -9,25 +9,25 @@ import pytest
 import torch
 
 from prunetune.config.recipe import RunConfig, from_mapping
-from prunetune.cost.parameters import kept_share, total
+from prunetune.cost.parameters import kept_share, prunable_params
 from prunetune.errors import ConfigError, PlanError
-from prunetune.pipeline.prepare import shape_of
+from prunetune.pipeline.prepare import make_plan_constraints
 from prunetune.plan import Plan
-from prunetune.pruning.masking import gates_of
+from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites, kept_params
-from prunetune.pruning.units import Site, effective
-from prunetune.search.initial_logits import to_logits
-from prunetune.search.nested_sites import Nest
-from prunetune.search.plan_rules import default_align, step
+from prunetune.pruning.units import Site, effective_gates
+from prunetune.search.initial_logits import importance_to_logits
+from prunetune.search.nested_sites import NestedSites
+from prunetune.search.plan_rules import block_size, default_align
 from prunetune.search.searcher import Searcher
-from prunetune.search.select import feasible_keep, floor_width, select
+from prunetune.search.select import min_feasible_keep, min_width, select
 from support.models import tiny
 from support.nested import FAMILIES, both, everywhere, random_scores, shape_for, sites_of
 
 
 def cases(family: str, layout: str, count: int = 12, **bounds: Any) -> Iterator[tuple[tuple[Site, ...], float, Plan]]:
     sites, shape = sites_of(family, layout == "uniform"), shape_for(layout, **bounds)
-    low = feasible_keep(sites, shape)
+    low = min_feasible_keep(sites, shape)
     for seed in range(count):
         keep = low + (1 - low) * (seed / count) ** 2
         yield sites, keep, select(random_scores(sites, seed), sites, keep, shape)
@@ -37,7 +37,7 @@ def widths_of(plan: Plan, sites: tuple[Site, ...]) -> dict[str, int]:
     """Units of an open lane; of a site that is nowhere open, none."""
     found = {}
     for site in sites:
-        lanes = {unit // site.length for unit in plan.kept[site.name]}
+        lanes = {unit // site.units_per_group for unit in plan.kept[site.name]}
         found[site.name] = len(plan.kept[site.name]) // max(1, len(lanes))
     return found
 
@@ -46,10 +46,10 @@ def widths_of(plan: Plan, sites: tuple[Site, ...]) -> dict[str, int]:
 @both
 def test_on_budget_nested_and_read_back(family: str, layout: str) -> None:
     for sites, keep, plan in cases(family, layout):
-        assert kept_params(sites, plan) <= keep * total(sites) * (1 + 1e-12)
-        gates = gates_of(plan, sites)  # refuses units inside closed ones, and lanes of different width
-        assert all(torch.equal(gate, gates[name]) for name, gate in effective(gates, sites).items())
-        assert float(kept_share(gates, sites)) == pytest.approx(kept_params(sites, plan) / total(sites))
+        assert kept_params(sites, plan) <= keep * prunable_params(sites) * (1 + 1e-12)
+        gates = gates_from_plan(plan, sites)  # refuses units inside closed ones, and lanes of different width
+        assert all(torch.equal(gate, gates[name]) for name, gate in effective_gates(gates, sites).items())
+        assert float(kept_share(gates, sites)) == pytest.approx(kept_params(sites, plan) / prunable_params(sites))
         assert Plan.from_json(plan.to_json()) == plan
 
 
@@ -58,16 +58,16 @@ def test_no_further_block_fits(family: str) -> None:
     """Neither a wider site nor a whole that was closed, with its floors inside."""
     shape = shape_for("per-layer")
     for sites, keep, plan in cases(family, "per-layer"):
-        nest, widths = Nest(sites), widths_of(plan, sites)
+        nest, widths = NestedSites(sites), widths_of(plan, sites)
         # What a closed whole would hold if it came back: its floors.
-        filled = {site.name: widths[site.name] or floor_width(site, shape) for site in sites}
+        filled = {site.name: widths[site.name] or min_width(site, shape) for site in sites}
         for site in sites:
-            filled[site.name] = widths[site.name] if site.is_whole or plan.kept[site.name] else filled[site.name]
-        room = keep * total(sites) - kept_params(sites, plan)
+            filled[site.name] = widths[site.name] if site.is_whole_block or plan.kept[site.name] else filled[site.name]
+        room = keep * prunable_params(sites) - kept_params(sites, plan)
         for site in sites:
-            left = site.length - filled[site.name]
-            block = min(step(site, shape), left)
-            price = block * nest.open_lanes(site, filled) * nest.span(site, filled)
+            left = site.units_per_group - filled[site.name]
+            block = min(block_size(site, shape), left)
+            price = block * nest.open_parent_groups(site, filled) * nest.params_with_children(site, filled)
             assert not block or not price or price > room, site.name
 
 
@@ -75,16 +75,16 @@ def test_no_further_block_fits(family: str) -> None:
 def test_uniform_layers_are_alike_and_no_layer_fits_more(family: str) -> None:
     shape = shape_for("uniform")
     for sites, keep, plan in cases(family, "uniform"):
-        widths, nest = widths_of(plan, sites), Nest(sites)
+        widths, nest = widths_of(plan, sites), NestedSites(sites)
         left = {site.layer for site in sites if site.kind == "layers" and plan.kept[site.name]}
         found = {(site.kind, widths[site.name]) for site in sites if site.layer in left}
         assert len(found) == len({site.kind for site in sites})
         wide = dict(found)
-        room = keep * total(sites) - kept_params(sites, plan)
+        room = keep * prunable_params(sites) - kept_params(sites, plan)
         for site in (site for site in sites if site.layer == 0 and site.kind != "layers"):
-            block = min(step(site, shape), site.length - wide[site.kind])
+            block = min(block_size(site, shape), site.units_per_group - wide[site.kind])
             own = {other.name: wide[other.kind] for other in sites}
-            price = block * nest.open_lanes(site, own) * nest.span(site, own) * len(left)
+            price = block * nest.open_parent_groups(site, own) * nest.params_with_children(site, own) * len(left)
             assert not block or price > room, site.name
 
 
@@ -122,8 +122,8 @@ def test_bounds_and_protected_layers() -> None:
             for site in sites:
                 if site.layer in (1, 3):
                     assert len(plan.kept[site.name]) == site.units
-                elif widths[site.name] and not site.is_whole:
-                    assert widths[site.name] >= 0.5 * site.length
+                elif widths[site.name] and not site.is_whole_block:
+                    assert widths[site.name] >= 0.5 * site.units_per_group
                     assert widths[site.name] >= {"attention": 2, "query-heads": 2, "experts": 3}.get(site.kind, 0)
     for sites, _, plan in cases("qwen3", "uniform", protected=frozenset({1, 3})):
         assert all(plan.kept[site.name] for site in sites if site.kind == "layers" and site.layer in (1, 3))
@@ -131,7 +131,9 @@ def test_bounds_and_protected_layers() -> None:
 
 def test_an_expert_s_floor_is_the_number_a_token_goes_to() -> None:
     sites = find_sites(tiny("mixtral", num_experts_per_tok=3), ["experts"])
-    plan = select(random_scores(sites, 0), sites, feasible_keep(sites, shape_for("per-layer")), shape_for("per-layer"))
+    plan = select(
+        random_scores(sites, 0), sites, min_feasible_keep(sites, shape_for("per-layer")), shape_for("per-layer")
+    )
     assert {len(kept) for kept in plan.kept.values()} == {3}
 
 
@@ -139,7 +141,7 @@ def test_widths_of_experts_suit_grouped_kernels() -> None:
     sites = find_sites(tiny("mixtral", intermediate_size=40), ["expert-channels"])
     assert default_align(sites) == 8
     with pytest.raises(ConfigError, match=r"budget\.align 12 does not do for expert-channels.*set it to 8"):
-        shape_of(recipe(align=12, units=["expert-channels"]), sites, tiny("mixtral").config)
+        make_plan_constraints(recipe(align=12, units=["expert-channels"]), sites, tiny("mixtral").config)
 
 
 def recipe(layout: str = "per-layer", **budget: Any) -> RunConfig:
@@ -149,16 +151,16 @@ def recipe(layout: str = "per-layer", **budget: Any) -> RunConfig:
 @pytest.mark.parametrize("text", ["x", "3-1", "1-", "-1", "1.5", "0--2"])
 def test_layers_to_protect_are_numbers_and_spans(text: str) -> None:
     with pytest.raises(ConfigError, match="no layer and no span"):
-        recipe(protect=text).budget.protected()
+        recipe(protect=text).budget.protected_layers()
 
 
 def test_what_protects_nothing_is_refused() -> None:
-    assert recipe(protect="0-1, 29").budget.protected() == {0, 1, 29}
+    assert recipe(protect="0-1, 29").budget.protected_layers() == {0, 1, 29}
     model = tiny("llama")
     with pytest.raises(ConfigError, match="names layer 3, and "):
-        shape_of(recipe(protect="0-3"), find_sites(model), model.config)
+        make_plan_constraints(recipe(protect="0-3"), find_sites(model), model.config)
     with pytest.raises(ConfigError, match=r"add layers to budget\.units, or use layout per-layer"):
-        shape_of(recipe("uniform", protect="0"), find_sites(model), model.config)
+        make_plan_constraints(recipe("uniform", protect="0"), find_sites(model), model.config)
     with pytest.raises(ConfigError, match="nothing could go"):
         recipe(units=[])
     with pytest.raises(ConfigError, match="did you mean experts"):
@@ -170,7 +172,7 @@ def test_evidence_of_units_without_weights_is_finite() -> None:
     sites = find_sites(tiny("olmo"), ["layers", "kv-groups", "mlp-channels"])
     assert {site.unit_params for site in sites if site.kind == "layers"} == {0}
     importance = {site.name: torch.zeros(site.units) for site in sites}
-    assert all(logits.isfinite().all() for logits in to_logits(importance, sites).values())
+    assert all(logits.isfinite().all() for logits in importance_to_logits(importance, sites).values())
 
 
 @pytest.mark.parametrize("gates", ["projected", "sampled"])
@@ -182,9 +184,9 @@ def test_the_search_moves_every_kind(gates: str, layout: str) -> None:
     drawn = searcher.sample(1)
     torch.cat(list(drawn.values())).square().sum().backward()
     assert all(parameter.grad is not None for parameter in searcher.generator.parameters())
-    decision = searcher.conclude()
+    decision = searcher.final_decision()
     assert decision.plan is not None
-    assert kept_params(sites, decision.plan) <= 0.6 * total(sites)
+    assert kept_params(sites, decision.plan) <= 0.6 * prunable_params(sites)
 
 
 def test_what_is_infeasible_is_refused_with_the_smallest_keep() -> None:

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from prunetune.config.recipe import from_mapping
 from prunetune.plan import Plan
-from prunetune.pruning.masking import gates_of
+from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import Site, dense_plan, find_sites
-from prunetune.pruning.units import KINDS, kept_lines
-from prunetune.search.initial_logits import quantile
-from prunetune.search.nested_sites import Nest, best_first, plan_of
+from prunetune.pruning.units import KIND_BY_NAME, kept_indices
+from prunetune.search.initial_logits import score_threshold
+from prunetune.search.nested_sites import NestedSites, argsort_descending, plan_from_gates
 from prunetune.search.searcher import Searcher
-from prunetune.search.select import Shape, select
+from prunetune.search.select import PlanConstraints, select
 from support.models import ALL_FAMILIES, kinds_of, random_plan, tiny
 
 UNITS = ["layers", "kv-groups", "query-heads", "experts", "expert-channels"]
@@ -33,25 +33,25 @@ def drawn(sites: tuple[Site, ...], seed: int) -> dict[str, Tensor]:
 def test_best_first_is_a_stable_sort(count: int) -> None:
     rng = torch.Generator().manual_seed(count)
     for scores in (torch.randn(count, generator=rng), torch.randint(-3, 3, (count,), generator=rng).float()):
-        assert torch.equal(best_first(scores), scores.argsort(descending=True, stable=True))
+        assert torch.equal(argsort_descending(scores), scores.argsort(descending=True, stable=True))
 
 
 def test_best_first_knows_every_float() -> None:
     nan, inf = torch.tensor([torch.nan, -torch.nan]), torch.tensor([torch.inf, -torch.inf])
     scores = torch.cat([torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, -0.0, 0.0, 3e38, -3e38]), -nan, nan, inf])
-    assert torch.equal(best_first(scores), scores.argsort(descending=True, stable=True))
+    assert torch.equal(argsort_descending(scores), scores.argsort(descending=True, stable=True))
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_each_lane_is_ranked_on_its_own(seed: int) -> None:
     sites = find_sites(tiny("qwen3_moe"), UNITS)
-    nest = Nest(sites, drawn(sites, seed))
+    nest = NestedSites(sites, drawn(sites, seed))
     for site in sites:
-        lanes = drawn(sites, seed)[site.name].view(site.lanes, -1)
+        lanes = drawn(sites, seed)[site.name].view(site.parent_groups, -1)
         order = lanes.argsort(dim=1, descending=True, stable=True)
-        starts = nest.first[site.name] + site.length * torch.arange(site.lanes)[:, None]
-        assert torch.equal(nest.lanes[site.name], starts + order)
-        assert torch.equal(nest.ranked[site.name], lanes.gather(1, order).double())
+        starts = nest.first_unit[site.name] + site.units_per_group * torch.arange(site.parent_groups)[:, None]
+        assert torch.equal(nest.ranked_units[site.name], starts + order)
+        assert torch.equal(nest.ranked_scores[site.name], lanes.gather(1, order).double())
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -62,21 +62,25 @@ def test_the_quantile_is_where_the_sorted_prices_reach_the_share(seed: int, keep
     units = sorted((-float(score), site.unit_params) for site in sites for score in scores[site.name])
     held, limit = itertools.accumulate(price for _, price in units), keep * sum(price for _, price in units)
     first = next(place for place, share in enumerate(held) if share >= limit)
-    assert quantile(Nest(sites, scores), keep) == -units[first][0]
+    assert score_threshold(NestedSites(sites, scores), keep) == -units[first][0]
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_gates_of_a_step_are_those_of_the_selected_plan(seed: int) -> None:
     sites = find_sites(tiny("qwen3_moe"), UNITS)
-    searcher = Searcher(sites, Shape(align=8), from_mapping({"seed": seed}), lambda step: 0.6, torch.device("cpu"))
-    searcher.start_from({name: scores.exp() for name, scores in drawn(sites, seed).items()})
+    searcher = Searcher(
+        sites, PlanConstraints(align=8), from_mapping({"seed": seed}), lambda step: 0.6, torch.device("cpu")
+    )
+    searcher.init_from_importance({name: scores.exp() for name, scores in drawn(sites, seed).items()})
     sampled, found = searcher.sample(1), searcher.decide(1).gates
-    plan = select({name: logits.detach() for name, logits in searcher.logits().items()}, sites, 0.6, Shape(align=8))
-    for name, gate in gates_of(plan, sites).items():
+    plan = select(
+        {name: logits.detach() for name, logits in searcher.logits().items()}, sites, 0.6, PlanConstraints(align=8)
+    )
+    for name, gate in gates_from_plan(plan, sites).items():
         assert torch.equal(found[name], gate)
         assert torch.allclose(sampled[name].detach(), gate)
         assert gate.dtype == found[name].dtype == torch.float32
-    assert plan_of(found) == plan
+    assert plan_from_gates(found) == plan
 
 
 def lines_by_lists(plan: Plan, sites: tuple[Site, ...]) -> dict[tuple[str, int], list[int]]:
@@ -86,9 +90,9 @@ def lines_by_lists(plan: Plan, sites: tuple[Site, ...]) -> dict[tuple[str, int],
     for site in sites:
         kept = plan.kept[site.name]
         if 0 < len(kept) < site.units:
-            for cut, axis in site.cuts():
+            for cut, axis in site.linear_slices():
                 key = (cut.module, axis)
-                totals[key] = cut.rows or site.units * cut.per_unit
+                totals[key] = cut.total_rows or site.units * cut.rows_per_unit
                 others = [unit for unit in range(site.units) if unit not in kept]
                 gone.setdefault(key, set()).update(cut.indices(others, site.units).tolist())
     return {key: [line for line in range(totals[key]) if line not in lost] for key, lost in gone.items()}
@@ -97,10 +101,10 @@ def lines_by_lists(plan: Plan, sites: tuple[Site, ...]) -> dict[tuple[str, int],
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_lines_that_stay_are_all_but_those_of_units_that_go(family: str) -> None:
     model = tiny(family)
-    for units in ([*KINDS], ["kv-groups", "mlp-channels"], ["layers", "kv-groups", "query-heads"]):
+    for units in ([*KIND_BY_NAME], ["kv-groups", "mlp-channels"], ["layers", "kv-groups", "query-heads"]):
         units = [unit for unit in units if unit in kinds_of(family)]
         sites, plan = find_sites(model, units), random_plan(model, units=units)
-        found = kept_lines(plan, sites)
+        found = kept_indices(plan, sites)
         assert {key: lines.tolist() for key, lines in found.items()} == lines_by_lists(plan, sites)
         assert all(lines.dtype == torch.long for lines in found.values())
-        assert kept_lines(dense_plan(sites), sites) == {}
+        assert kept_indices(dense_plan(sites), sites) == {}

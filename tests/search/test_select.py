@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunetune.cost.parameters import total
+from prunetune.cost.parameters import prunable_params
 from prunetune.errors import PlanError
 from prunetune.plan import Plan
 from prunetune.pruning.sites import Site, dense_plan, find_sites, kept_params
-from prunetune.search.select import Shape, default_align, feasible_keep, floor, floor_width, select
+from prunetune.search.select import PlanConstraints, default_align, min_feasible_keep, min_params, min_width, select
 from support.geometries import GEOMETRIES, geometry, made
 from support.models import tiny
 
@@ -22,9 +22,9 @@ Scores = dict[str, Tensor]
 EPSILON = 1e-9  # scores of two blocks are told apart above rounding
 
 
-def shape(name: str, layout: str, min_groups: int = 0) -> Shape:
+def shape(name: str, layout: str, min_groups: int = 0) -> PlanConstraints:
     _, align, legal = geometry(name)
-    return Shape(layout, align, min_groups, lambda groups: groups in legal)
+    return PlanConstraints(layout, align, min_groups, lambda groups: groups in legal)
 
 
 def random_scores(sites: tuple[Site, ...], seed: int) -> Scores:
@@ -32,9 +32,9 @@ def random_scores(sites: tuple[Site, ...], seed: int) -> Scores:
     return {site.name: torch.randn(site.units, generator=rng) for site in sites}
 
 
-def targets(sites: tuple[Site, ...], shape: Shape, count: int, seed: int = 0) -> list[float]:
+def targets(sites: tuple[Site, ...], shape: PlanConstraints, count: int, seed: int = 0) -> list[float]:
     """Random feasible keeps."""
-    low = feasible_keep(sites, shape)
+    low = min_feasible_keep(sites, shape)
     return (low + (1 - low) * torch.rand(count, generator=torch.Generator().manual_seed(seed)).double()).tolist()
 
 
@@ -55,14 +55,14 @@ everywhere = pytest.mark.parametrize("name", GEOMETRIES)
 def test_on_budget_and_legal(name: str, layout: str) -> None:
     sites, legal = geometry(name)[0], shape(name, layout)
     for keep, _, plan in cases(name, layout):
-        assert kept_params(sites, plan) <= keep * total(sites)
+        assert kept_params(sites, plan) <= keep * prunable_params(sites)
         for site in sites:
             width = len(plan.kept[site.name])
-            assert width >= floor_width(site, legal)
+            assert width >= min_width(site, legal)
             if site.kind == "mlp":
                 assert width % legal.align == 0 or width == site.units
             elif layout == "uniform":
-                assert legal.legal_groups(width)
+                assert legal.allows_groups(width)
         if layout == "uniform":
             assert len({(site.kind, len(plan.kept[site.name])) for site in sites}) == 2
 
@@ -71,7 +71,7 @@ def test_on_budget_and_legal(name: str, layout: str) -> None:
 def test_no_further_block_fits(name: str) -> None:
     sites, align = geometry(name)[0], geometry(name)[1]
     for keep, _, plan in cases(name, "per-layer"):
-        room = keep * total(sites) - kept_params(sites, plan)
+        room = keep * prunable_params(sites) - kept_params(sites, plan)
         for site in sites:
             left = site.units - len(plan.kept[site.name])
             block = min(align if site.kind == "mlp" else 1, left)
@@ -82,8 +82,8 @@ def test_a_unit_that_costs_nothing_shuts_nothing_in() -> None:
     """OLMo's norms have no weights, so that a layer whose blocks are gone has none."""
     sites = find_sites(tiny("olmo"), ("layers", "kv-groups", "mlp-blocks", "mlp-channels"))
     for keep in (1.0, 0.8, 0.6, 0.4):
-        plan = select(random_scores(sites, 0), sites, keep, Shape(align=8))
-        assert keep - 0.05 < kept_params(sites, plan) / total(sites) <= keep
+        plan = select(random_scores(sites, 0), sites, keep, PlanConstraints(align=8))
+        assert keep - 0.05 < kept_params(sites, plan) / prunable_params(sites) <= keep
 
 
 @everywhere
@@ -92,7 +92,7 @@ def test_no_further_unit_in_all_layers_fits(name: str) -> None:
     layers = len(sites) // 2
     attention, mlp = sites[0], sites[1]
     for keep, _, plan in cases(name, "uniform"):
-        room = keep * total(sites) - kept_params(sites, plan)
+        room = keep * prunable_params(sites) - kept_params(sites, plan)
         groups, channels = len(plan.kept[attention.name]), len(plan.kept[mlp.name])
         wider = min((count for count in legal if count > groups), default=groups)
         more_mlp, more_groups = min(align, mlp.units - channels), wider - groups
@@ -112,10 +112,10 @@ def test_the_best_units_of_a_site_stay(name: str, layout: str) -> None:
                 assert scores[site][stays].min() >= scores[site][~stays].max()
 
 
-def blocks(site: Site, scores: Tensor, legal: Shape) -> list[tuple[float, int, int]]:
+def blocks(site: Site, scores: Tensor, legal: PlanConstraints) -> list[tuple[float, int, int]]:
     """(mean score, width once taken, price) of each block above the floor."""
     size = legal.align if site.kind == "mlp" else 1
-    edges = [*range(floor_width(site, legal), site.units, size), site.units]
+    edges = [*range(min_width(site, legal), site.units, size), site.units]
     ranked = scores.double().sort(descending=True).values
     return [
         (float(ranked[low:high].mean()), high, (high - low) * site.unit_params)
@@ -135,7 +135,7 @@ def test_a_block_left_out_did_not_fit_beside_better_ones(name: str) -> None:
         ]
         for score, _, price in filter(None, following):
             better = sum(paid for mean, _, paid in taken if mean >= score - EPSILON)
-            assert floor(sites, legal) + better + price > keep * total(sites)
+            assert min_params(sites, legal) + better + price > keep * prunable_params(sites)
 
 
 @everywhere
@@ -154,7 +154,7 @@ def test_uniform_is_the_best_of_the_widest_shapes(name: str) -> None:
             ranked = {s.name: scores[s.name].double().sort(descending=True).values for s in sites}
             return math.fsum(float(ranked[s.name][: counts[s.kind]].sum()) * s.unit_params for s in sites)
 
-        fitting = {g: [c for c in channels if price(g, c) <= keep * total(sites)] for g in legal}
+        fitting = {g: [c for c in channels if price(g, c) <= keep * prunable_params(sites)] for g in legal}
         widest = {g: max(widths) for g, widths in fitting.items() if widths}
         maximal = [(g, c) for g, c in widest.items() if all(w <= g or widest[w] < c for w in widest)]
         best = max(worth(g, c) for g, c in maximal)
@@ -183,12 +183,12 @@ def test_ties_go_to_the_lower_index_and_stay_aligned(name: str, layout: str, lev
             kept = plan.kept[site.name]
             assert kept == tuple(range(len(kept)))
             assert site.kind == "attention" or len(kept) % legal.align == 0 or len(kept) == site.units
-        assert kept_params(sites, plan) <= keep * total(sites)
+        assert kept_params(sites, plan) <= keep * prunable_params(sites)
 
 
 def test_rounding_does_not_break_alignment() -> None:
     # Beside 1e9, sums of 0.1 are inexact: blocks of one site must come in order all the same.
-    sites, legal = made(1, 2, 10, 1000, 7), Shape("per-layer", 128)
+    sites, legal = made(1, 2, 10, 1000, 7), PlanConstraints("per-layer", 128)
     scores = {sites[0].name: torch.zeros(2), sites[1].name: torch.full((1000,), 0.1)}
     scores[sites[1].name][:3] = torch.tensor([1e9, 3e7, 1.7e5])
     for keep in targets(sites, legal, 60):
@@ -208,14 +208,14 @@ def test_keep_all_keeps_all(name: str, layout: str) -> None:
 @pytest.mark.parametrize("min_groups", [0, 2])
 def test_the_floor_is_met_and_named(name: str, layout: str, min_groups: int) -> None:
     sites, legal = geometry(name)[0], shape(name, layout, min_groups)
-    scores, lowest = random_scores(sites, 0), feasible_keep(sites, legal)
+    scores, lowest = random_scores(sites, 0), min_feasible_keep(sites, legal)
     plan = select(scores, sites, lowest, legal)
-    assert kept_params(sites, plan) == floor(sites, legal)
+    assert kept_params(sites, plan) == min_params(sites, legal)
     with pytest.raises(PlanError, match=r"budget\.keep") as refused:
         select(scores, sites, lowest * 0.999, legal)
     named = float(str(refused.value).partition("feasible (")[2].partition(")")[0])
     assert lowest <= named < lowest + 0.002
-    assert kept_params(sites, select(scores, sites, named, legal)) <= named * total(sites)
+    assert kept_params(sites, select(scores, sites, named, legal)) <= named * prunable_params(sites)
 
 
 @everywhere
@@ -235,16 +235,16 @@ def test_a_first_layer_attends_and_others_need_not() -> None:
 def test_uniform_refuses_unequal_layers() -> None:
     sites = (*made(1, 2, 10, 8, 2), *made(2, 2, 10, 16, 2)[2:])
     with pytest.raises(PlanError, match="per-layer"):
-        select(random_scores(sites, 0), sites, 0.8, Shape("uniform", 4))
+        select(random_scores(sites, 0), sites, 0.8, PlanConstraints("uniform", 4))
 
 
 def test_a_floor_of_any_size_is_feasible() -> None:
-    legal = Shape("per-layer", 128)
+    legal = PlanConstraints("per-layer", 128)
     for layers in range(2, 40, 4):
         sites = made(layers, 8, 5242880 + layers, 14336, 12288 + layers)
         scores = {site.name: torch.zeros(site.units) for site in sites}
-        plan = select(scores, sites, feasible_keep(sites, legal), legal)
-        assert kept_params(sites, plan) == floor(sites, legal)
+        plan = select(scores, sites, min_feasible_keep(sites, legal), legal)
+        assert kept_params(sites, plan) == min_params(sites, legal)
 
 
 def test_default_align_is_one_that_hardware_wants() -> None:

@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from prunetune.cost.parameters import total
+from prunetune.cost.parameters import prunable_params
 from prunetune.errors import PlanError
 from prunetune.pruning.sites import dense_plan
-from prunetune.pruning.units import Cut, Site, kept_params
-from prunetune.search.plan_rules import step
-from prunetune.search.select import Shape, feasible_keep, select
+from prunetune.pruning.units import LinearSlice, Site, kept_params
+from prunetune.search.plan_rules import block_size
+from prunetune.search.select import PlanConstraints, min_feasible_keep, select
 
 RATIO = 4  # query heads in a group
 
@@ -21,7 +21,7 @@ def made(groups: int, channels: int, layers: int = 4) -> tuple[Site, ...]:
     """Sites of one geometry; the first layer keeps a group."""
     sites = []
     for layer in range(layers):
-        cut = Cut(f"layers.{layer}", (1,))
+        cut = LinearSlice(f"layers.{layer}", (1,))
         heads = Site(f"layers.{layer}.self_attn", layer, "attention", groups, (cut,), cut, 5000, int(layer == 0))
         sites += [heads, Site(f"layers.{layer}.mlp", layer, "mlp", channels, (cut,), cut, 96)]
     return tuple(sites)
@@ -35,8 +35,8 @@ def scores_of(sites: tuple[Site, ...], seed: int) -> dict[str, torch.Tensor]:
 def cases(devices: int, layout: str, align: int) -> Any:
     """Sites, shape, keep and plan over random scores and feasible targets."""
     for groups, channels in ((8, 1024), (8, 1000), (4, 96)):
-        sites, shape = made(groups, channels), Shape(layout, align, tensor_parallel=devices)
-        low = feasible_keep(sites, shape)
+        sites, shape = made(groups, channels), PlanConstraints(layout, align, tensor_parallel=devices)
+        low = min_feasible_keep(sites, shape)
         for seed in range(20):
             keep = low + (1 - low) * float(torch.rand(1, generator=torch.Generator().manual_seed(seed)))
             yield sites, shape, keep, select(scores_of(sites, seed), sites, keep, shape)
@@ -46,7 +46,7 @@ def cases(devices: int, layout: str, align: int) -> Any:
 @pytest.mark.parametrize(("devices", "align"), [(1, 32), (2, 32), (4, 32), (4, 6), (2, 1)])
 def test_every_width_divides_over_the_devices(devices: int, align: int, layout: str) -> None:
     for sites, _, keep, plan in cases(devices, layout, align):
-        assert kept_params(sites, plan) <= keep * total(sites) * (1 + 1e-12)
+        assert kept_params(sites, plan) <= keep * prunable_params(sites) * (1 + 1e-12)
         for site in sites:
             width = len(plan.kept[site.name])
             assert width % devices == 0
@@ -57,9 +57,9 @@ def test_every_width_divides_over_the_devices(devices: int, align: int, layout: 
 @pytest.mark.parametrize(("devices", "align"), [(2, 32), (4, 32), (4, 6)])
 def test_no_further_block_of_all_devices_fits(devices: int, align: int) -> None:
     for sites, shape, keep, plan in cases(devices, "per-layer", align):
-        room = keep * total(sites) - kept_params(sites, plan)
+        room = keep * prunable_params(sites) - kept_params(sites, plan)
         for site in sites:
-            block = min(step(site, shape), site.units - len(plan.kept[site.name]))
+            block = min(block_size(site, shape), site.units - len(plan.kept[site.name]))
             assert not block or block * site.unit_params > room
 
 
@@ -68,7 +68,7 @@ def test_one_device_asks_for_nothing_more(layout: str) -> None:
     sites = made(8, 1000)
     for seed in range(10):
         scores = scores_of(sites, seed)
-        plain, one = Shape(layout, 32), Shape(layout, 32, tensor_parallel=1)
+        plain, one = PlanConstraints(layout, 32), PlanConstraints(layout, 32, tensor_parallel=1)
         assert select(scores, sites, 0.6, plain) == select(scores, sites, 0.6, one)
 
 
@@ -76,22 +76,22 @@ def test_one_device_asks_for_nothing_more(layout: str) -> None:
 def test_what_the_dense_model_cannot_is_refused_with_what_it_can(layout: str) -> None:
     sites = made(3, 1536)
     with pytest.raises(PlanError, match=r"tensor_parallel 2 does not divide the 3 KV groups .*divisor of 3"):
-        select(scores_of(sites, 0), sites, 0.6, Shape(layout, 32, tensor_parallel=2))
-    assert select(scores_of(sites, 0), sites, 1.0, Shape(layout, 32, tensor_parallel=3)) == dense_plan(sites)
+        select(scores_of(sites, 0), sites, 0.6, PlanConstraints(layout, 32, tensor_parallel=2))
+    assert select(scores_of(sites, 0), sites, 1.0, PlanConstraints(layout, 32, tensor_parallel=3)) == dense_plan(sites)
 
 
 def test_a_budget_below_the_wider_floor_is_refused() -> None:
     sites = made(8, 1024)
-    one, eight = Shape("per-layer", 32), Shape("per-layer", 32, tensor_parallel=8)
-    assert feasible_keep(sites, one) < feasible_keep(sites, eight)
+    one, eight = PlanConstraints("per-layer", 32), PlanConstraints("per-layer", 32, tensor_parallel=8)
+    assert min_feasible_keep(sites, one) < min_feasible_keep(sites, eight)
     with pytest.raises(PlanError, match=r"budget\.keep .* is below what is feasible"):
-        select(scores_of(sites, 0), sites, feasible_keep(sites, one), eight)
+        select(scores_of(sites, 0), sites, min_feasible_keep(sites, one), eight)
 
 
 @pytest.mark.parametrize("legal", [(1, 2, 4, 8), (1, 3, 5, 8)])
 def test_uniform_takes_a_group_count_that_is_legal_for_both(legal: tuple[int, ...]) -> None:
     sites = made(8, 1024)
-    shape = Shape("uniform", 32, legal_groups=lambda groups: groups in legal, tensor_parallel=2)
+    shape = PlanConstraints("uniform", 32, allows_groups=lambda groups: groups in legal, tensor_parallel=2)
     for seed in range(10):
         groups = {len(select(scores_of(sites, seed), sites, 0.8, shape).kept[site.name]) for site in sites[::2]}
         assert groups <= {count for count in legal if count % 2 == 0}
@@ -100,5 +100,5 @@ def test_uniform_takes_a_group_count_that_is_legal_for_both(legal: tuple[int, ..
 def test_more_groups_than_there_are_means_all() -> None:
     sites = made(8, 1024)
     for layout in ("per-layer", "uniform"):
-        plan = select(scores_of(sites, 0), sites, 0.9, Shape(layout, 32, min_groups=9))
+        plan = select(scores_of(sites, 0), sites, 0.9, PlanConstraints(layout, 32, min_groups=9))
         assert all(len(plan.kept[site.name]) == 8 for site in sites[::2])

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 
-from prunetune.bench.models import Named
+from prunetune.bench.models import ModelSpec
 from prunetune.bench.options import BenchOptions
-from prunetune.bench.runner import Facts, OutOfMemory, Runner, Sample, Work
+from prunetune.bench.runner import BenchSample, ModelFacts, OutOfMemory, Runner, WorkEstimate
 from prunetune.errors import ModelError
 
 
-def facts(parameters: int = 1000, file_bytes: int = 2000) -> Facts:
-    return Facts("transformers 5", "a CPU", "float32", parameters, file_bytes, 0.5)
+def facts(parameters: int = 1000, file_bytes: int = 2000) -> ModelFacts:
+    return ModelFacts("transformers 5", "a CPU", "float32", parameters, file_bytes, 0.5)
 
 
 class Scripted:
@@ -21,26 +21,26 @@ class Scripted:
     def __init__(
         self,
         name: str = "m",
-        samples: Sequence[Sample] = (Sample(1.0, 0.5, 0.1),),
+        samples: Sequence[BenchSample] = (BenchSample(1.0, 0.5, 0.1),),
         *,
-        work: Work | None = None,
+        work: WorkEstimate | None = None,
         room: int = 1000,  # the largest batch that fits
         diary: list[tuple[str, str, int]] | None = None,
-        known: Facts | None = None,
+        known: ModelFacts | None = None,
     ) -> None:
-        self.name, self.samples, self.work, self.room = name, samples, work or Work(), room
+        self.name, self.samples, self.work, self.room = name, samples, work or WorkEstimate(), room
         self.diary = diary if diary is not None else []
         self.known = known or facts()
         self.runs = 0
 
-    def facts(self) -> Facts:
+    def facts(self) -> ModelFacts:
         return self.known
 
-    def warm(self, batch: int) -> Work:
+    def warm_up(self, batch: int) -> WorkEstimate:
         self._note("warm", batch)
         return self.work
 
-    def run(self, batch: int) -> Sample:
+    def run(self, batch: int) -> BenchSample:
         self._note("run", batch)
         self.runs += 1
         return self.samples[(self.runs - 1) % len(self.samples)]
@@ -57,7 +57,7 @@ class Scripted:
 class Moody(Scripted):
     """Fits up to 4, has a bug at 3, and dies at 2."""
 
-    def run(self, batch: int) -> Sample:
+    def run(self, batch: int) -> BenchSample:
         if batch == 2:
             os._exit(7)
         if batch == 3:
@@ -65,14 +65,14 @@ class Moody(Scripted):
         return super().run(batch)
 
 
-def moody(model: Named, options: BenchOptions) -> Runner:
+def moody(model: ModelSpec, options: BenchOptions) -> Runner:
     return Moody(model.label, room=4)
 
 
-def broken(model: Named, options: BenchOptions) -> Runner:
+def broken(model: ModelSpec, options: BenchOptions) -> Runner:
     raise ModelError(f"model {model.label}: no weights")
 
 
-def slowed(base: Mapping[str, float], by: Sequence[float]) -> list[Sample]:
+def slowed(base: Mapping[str, float], by: Sequence[float]) -> list[BenchSample]:
     """The same run on a machine that is `by` times slower, round by round."""
-    return [Sample(base["total"] * f, base["prefill"] * f, base["decode"] * f) for f in by]
+    return [BenchSample(base["total"] * f, base["prefill"] * f, base["decode"] * f) for f in by]

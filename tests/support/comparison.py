@@ -6,9 +6,9 @@ import random
 from collections.abc import Sequence
 from typing import Any
 
-from prunetune.compare.scoring import scores_of
+from prunetune.compare.scoring import scores_from_evaluation
 from prunetune.evaluation.results import Evaluation, Item, TaskResult
-from prunetune.evaluation.statistics import summarise
+from prunetune.evaluation.statistics import aggregate_items
 
 KINDS = {"dense": {"dense": True}, "untuned": {"untuned": True}, "one-stage": {}}
 
@@ -18,7 +18,7 @@ def item(name: str, **scores: float) -> Item:
 
 
 def task(name: str, items: Sequence[Item], *metrics: str) -> TaskResult:
-    return TaskResult(name, {metric: summarise(items, metric) for metric in metrics}, tuple(items))
+    return TaskResult(name, {metric: aggregate_items(items, metric) for metric in metrics}, tuple(items))
 
 
 def cell(method: str, *tasks: TaskResult, keep: float = 0.6, seed: int = 0, **values: Any) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def cell(method: str, *tasks: TaskResult, keep: float = 0.6, seed: int = 0, **va
         "seed": seed,
         "learning_rate": 1e-3,
         "changes": KINDS.get(method, {"two-stage": method}),
-        **scores_of(Evaluation({one.task: one for one in tasks})),
+        **scores_from_evaluation(Evaluation({one.task: one for one in tasks})),
         "kept": 1.0 if dense else keep - 0.004,
         "widths": {},
         "train_seconds": 0.0 if method == "untuned" else 60.0,

@@ -16,24 +16,24 @@ import torch
 import yaml
 from torch import distributed as dist
 
-from prunetune.config.fields import merged
+from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import from_mapping
-from prunetune.data.templates import Example
+from prunetune.data.encoding import Example
 from prunetune.errors import PrunetuneError
 from prunetune.export import selfcheck
-from prunetune.export.write import Written
-from prunetune.model.loading import load
+from prunetune.export.checkpoint import WrittenCheckpoint
+from prunetune.model.loading import load_model_and_tokenizer
 from prunetune.pipeline.stages import run
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import USUAL
+from prunetune.pruning.units import DEFAULT_UNITS
 from prunetune.train import loop
-from prunetune.train.checkpoints import Checkpoints, Forgetful, Keeper
+from prunetune.train.checkpoints import Checkpoints, CheckpointStore, NullCheckpointStore
 from prunetune.train.losses import Teacher
-from prunetune.train.parallel.distributed_passes import shared, together
-from prunetune.train.parallel.ranks import ALONE, Ranks, join
-from prunetune.train.parallel.sharding import spread
-from prunetune.train.passes import Packed
-from prunetune.train.recovery import Faults
+from prunetune.train.parallel.distributed_passes import distribute_checkpoints, distribute_passes
+from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks, init_distributed
+from prunetune.train.parallel.sharding import shard_layers
+from prunetune.train.passes import PackedPasses
+from prunetune.train.recovery import StepGuard
 from support.loop import config_of, job_of
 from support.models import tiny
 
@@ -50,7 +50,7 @@ OTHERS: dict[str, tuple[bool, dict[str, Any]]] = {
     "all weights": (False, {"train": {"steps": 6, "weights": "all"}}),
     "few examples": (True, {"train": {"steps": 6, "batch_size": 1}, "search": {"batch_size": 1}}),
     "joint": (False, {"train": {"steps": 6}, "search": {"step": "joint"}}),
-    "layers": (True, {"train": {"steps": 6}, "units": ("layers", *USUAL)}),
+    "layers": (True, {"train": {"steps": 6}, "units": ("layers", *DEFAULT_UNITS)}),
     "tied": (True, {"train": {"steps": 6}, "family": "gpt2"}),
 }
 
@@ -61,22 +61,22 @@ class Stopped(Exception):
 
 def result(
     ranks: Ranks,
-    keeper: Keeper | None = None,
+    keeper: CheckpointStore | None = None,
     *,
     stop: int = 0,
     distil: bool = False,
     family: str = "llama",
-    units: tuple[str, ...] = USUAL,
+    units: tuple[str, ...] = DEFAULT_UNITS,
     **changes: Any,
 ) -> dict[str, Any]:
     """Plan, losses and validations of a run of the loop; stopped after `stop` steps, where that is said."""
-    config, model = config_of(merged(CHANGES, changes)), tiny(family, tie_word_embeddings=family == "gpt2")
-    job = job_of(config, keeper=shared(keeper or Forgetful(), ranks), model=model)
+    config, model = config_of(merge_mappings(CHANGES, changes)), tiny(family, tie_word_embeddings=family == "gpt2")
+    job = job_of(config, keeper=distribute_checkpoints(keeper or NullCheckpointStore(), ranks), model=model)
     job = replace(job, ranks=ranks, sites=find_sites(model, units))
     if distil:
         teacher = tiny(seed=3).requires_grad_(False)
-        spread(teacher, ranks)
-        job = replace(job, teacher=Teacher(teacher, 1.0, 1.0, tuned=False, share=0.5))
+        shard_layers(teacher, ranks)
+        job = replace(job, teacher=Teacher(teacher, 1.0, 1.0, is_tuned=False, share=0.5))
     if stop:
         observer: Any = job.observer
         told = observer.step
@@ -101,12 +101,12 @@ def result(
 
 def packed(ranks: Ranks) -> dict[str, Any]:
     """The same by passes that a GPU takes."""
-    before = loop.passes_for
-    loop.passes_for = Packed  # type: ignore[assignment]
+    before = loop.build_passes
+    loop.build_passes = PackedPasses  # type: ignore[assignment]
     try:
         return result(ranks, train={"steps": 6})
     finally:
-        loop.passes_for = before
+        loop.build_passes = before
 
 
 class Full:
@@ -120,20 +120,20 @@ class Full:
             raise torch.OutOfMemoryError("full")
         return 1.0
 
-    def shrink(self, gates: Any, weight: float) -> float:
+    def group_lasso_step(self, gates: Any, weight: float) -> float:
         return self.score((), gates)
 
-    def forget(self) -> None:
+    def reset_recordings(self) -> None:
         pass
 
 
 def room(ranks: Ranks, *, what: str = "score") -> int:
     """The size of passes that all ranks end up with: of a rank that went on alone, the others would wait for ever."""
-    passes: Any = together(Full(ranks), None, ranks)  # type: ignore[arg-type]
+    passes: Any = distribute_passes(Full(ranks), None, ranks)  # type: ignore[arg-type]
     work = {"score": lambda: passes.score((), {}), "shrink": lambda: passes.shrink({}, 0.0)}[what]
-    faults = Faults(passes, 0)
-    faults.within_memory([Example((1, 2), 1)], work, lambda: None)
-    return int(ranks.agree(faults.passes.micro_tokens))
+    faults = StepGuard(passes, 0)
+    faults.retry_smaller([Example((1, 2), 1)], work, lambda: None)
+    return int(ranks.broadcast_from_main(faults.passes.micro_tokens))
 
 
 def waits(ranks: Ranks, place: Path) -> bool:
@@ -152,7 +152,7 @@ def waits(ranks: Ranks, place: Path) -> bool:
     else:
         time.sleep(1)
         mark.touch()
-    ranks.wait()
+    ranks.barrier()
     found = mark.exists()
     dist.broadcast_object_list = before
     for thread in sent:
@@ -169,17 +169,17 @@ def refused(work: Callable[[], object]) -> str:
     return ""
 
 
-def opened(written: Written, tokens: torch.Tensor, *, streamed: bool) -> dict[str, torch.Tensor]:
-    """What `selfcheck.reopened` finds in a process of its own, here: that one is tried elsewhere."""
+def opened(written: WrittenCheckpoint, tokens: torch.Tensor, *, streamed: bool) -> dict[str, torch.Tensor]:
+    """What `selfcheck.reopen_in_fresh_process` finds in a process of its own, here: that one is tried elsewhere."""
     assert streamed
     how: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "trust_remote_code": True}
-    model = load(str(written.folder.absolute()), **how).model
-    return {"logits": selfcheck.logits_of(model, tokens), "params": torch.tensor(model.num_parameters())}
+    model = load_model_and_tokenizer(str(written.folder.absolute()), **how).model
+    return {"logits": selfcheck.compute_logits(model, tokens), "params": torch.tensor(model.num_parameters())}
 
 
 def scenarios(ranks: Ranks, place: Path) -> dict[str, Any]:
     """All that two ranks are asked."""
-    sharded = replace(ranks, shards=True)
+    sharded = replace(ranks, uses_fsdp=True)
     found = {name: result(sharded if shards else ranks, **how) for name, (shards, how) in OTHERS.items()}
     found |= {
         "packed": packed(ranks),
@@ -189,9 +189,9 @@ def scenarios(ranks: Ranks, place: Path) -> dict[str, Any]:
         "two to one": result(ranks, Checkpoints(place / "two"), stop=STOP),
         "room": [room(ranks), room(ranks, what="shrink")],
         "waits": waits(ranks, place),
-        "differ": refused(lambda: ranks.any(False, "gates", [torch.tensor([1.0, float(ranks.rank)])])),
+        "differ": refused(lambda: ranks.any_rank(False, "gates", [torch.tensor([1.0, float(ranks.rank)])])),
     }
-    selfcheck.reopened = opened  # type: ignore[assignment]
+    selfcheck.reopen_in_fresh_process = opened  # type: ignore[assignment]
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     run(from_mapping(yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8"))))
     return found
@@ -199,8 +199,8 @@ def scenarios(ranks: Ranks, place: Path) -> dict[str, Any]:
 
 def main(place: Path) -> None:
     torch.set_num_threads(1)
-    ranks = join(torch.device("cpu"))
-    assert ranks is not ALONE
+    ranks = init_distributed(torch.device("cpu"))
+    assert ranks is not SINGLE_PROCESS
     found = scenarios(ranks, place)
     if ranks.is_main:
         (place / "found.json").write_text(json.dumps(found), encoding="utf-8")

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 
 from prunetune import Plan, cut, find_sites
+from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.gguf import llamacpp
-from prunetune.export.source import Source
-from prunetune.export.write import write
+from prunetune.export.source import ExportSource
 from support.models import random_plan, tiny
 
 
 @torch.inference_mode()
-def greedy(model: Any, prompt: Sequence[int]) -> llamacpp.Answer:
+def greedy(model: Any, prompt: Sequence[int]) -> llamacpp.GreedyContinuation:
     """What `llamacpp.reference` finds, without a process of its own."""
     tokens, gaps = [], []
     for _ in range(llamacpp.STEPS):
@@ -24,12 +24,12 @@ def greedy(model: Any, prompt: Sequence[int]) -> llamacpp.Answer:
         best = logits.topk(2)
         tokens.append(int(best.indices[0]))
         gaps.append(float((best.values[0] - best.values[1]) / logits.abs().max()))
-    return llamacpp.Answer(tuple(tokens), tuple(gaps))
+    return llamacpp.GreedyContinuation(tuple(tokens), tuple(gaps))
 
 
-def reference_here(source: Source, prompts: Sequence[Sequence[int]]) -> list[llamacpp.Answer]:
+def reference_here(source: ExportSource, prompts: Sequence[Sequence[int]]) -> list[llamacpp.GreedyContinuation]:
     """The reference in this process: a fresh one takes seconds to begin."""
-    model = source.model()
+    model = source.load_model()
     return [greedy(model, prompt) for prompt in prompts]
 
 
@@ -63,5 +63,5 @@ def run_folder(
         parameter.data = parameter.data.to(dtype)
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.yaml").write_text("model: somewhere\n")
-    write(model, tokenizer, plan, sites, path / "model", layout=layout, card="")
+    write_checkpoint(model, tokenizer, plan, sites, path / "model", layout=layout, card="")
     return path, model.float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
-from prunetune.pruning.sites import Cut, Site, find_sites
+from prunetune.pruning.sites import LinearSlice, Site, find_sites
 from support.models import tiny
 
 
@@ -13,7 +13,7 @@ def made(layers: int, groups: int, group_params: int, channels: int, channel_par
     sites = []
     for layer in range(layers):
         name = f"model.layers.{layer}"
-        cut = Cut(name, 1)
+        cut = LinearSlice(name, 1)
         sites.append(Site(f"{name}.self_attn", layer, "attention", groups, (cut,), cut, group_params, int(layer == 0)))
         sites.append(Site(f"{name}.mlp", layer, "mlp", channels, (cut,), cut, channel_params))
     return tuple(sites)

@@ -11,21 +11,21 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from prunetune.config.fields import merged
-from prunetune.config.limits import Gate
+from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
-from prunetune.data.batches import Stream
-from prunetune.data.templates import Example
+from prunetune.config.score_limits import ScoreLimit
+from prunetune.data.batches import BatchStream
+from prunetune.data.encoding import Example
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
-from prunetune.search.select import Shape
-from prunetune.train.adapters import adapters
-from prunetune.train.checkpoints import Checkpoints, Keeper
-from prunetune.train.job import Job
+from prunetune.search.select import PlanConstraints
+from prunetune.train.adapters import trainable_parameters
+from prunetune.train.checkpoints import Checkpoints, CheckpointStore
+from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import mean_loss
-from prunetune.train.schedule import schedule_of
-from prunetune.train.validation import WentBack
+from prunetune.train.schedule import build_schedule
+from prunetune.train.validation import RolledBack
 from support.models import tiny
 
 RECIPE: dict[str, Any] = {
@@ -37,7 +37,7 @@ RECIPE: dict[str, Any] = {
 
 
 def config_of(**changes: Any) -> RunConfig:
-    return from_mapping(merged(RECIPE, changes))
+    return from_mapping(merge_mappings(RECIPE, changes))
 
 
 def examples(count: int = 24, seed: int = 0) -> tuple[Example, ...]:
@@ -59,7 +59,7 @@ def closed(model: Any) -> float:
         for hook in consumer._forward_pre_hooks.values():
             (seen,) = hook(consumer, (seen,))
         kept += float(seen.sum())
-        whole += site.units * site.consumer.per_unit
+        whole += site.units * site.consumer.rows_per_unit
     return 1 - kept / whole
 
 
@@ -71,16 +71,16 @@ def on_guard(model: Any) -> float:
 class Looker:
     """A watch whose score is a function of the model as it is."""
 
-    gates: tuple[Gate, ...]
-    good: Keeper
-    score: Callable[[Any], float] = closed
-    reference: bool = True
+    limits: tuple[ScoreLimit, ...]
+    good_checkpoints: CheckpointStore
+    score_function: Callable[[Any], float] = closed
+    needs_dense_scores: bool = True
     plans: dict[int, Plan] = field(default_factory=dict)
 
-    def scores(self, model: Any) -> dict[str, float]:
-        return {"guard.nll": self.score(model)}
+    def score(self, model: Any) -> dict[str, float]:
+        return {"guard.nll": self.score_function(model)}
 
-    def decided(self, record: dict[str, Any], plan: Plan) -> None:
+    def record_decision(self, record: dict[str, Any], plan: Plan) -> None:
         self.plans[record["step"]] = plan
 
 
@@ -103,20 +103,20 @@ class Run:
     """What a driven loop ended with."""
 
     plan: Plan
-    job: Job
+    job: TrainingJob
     notes: Notes
     watch: Looker
     backs: int  # how often a gate went back
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        return {name: weight.detach().clone() for name, weight in adapters(self.job.model).items()}
+        return {name: weight.detach().clone() for name, weight in trainable_parameters(self.job.model).items()}
 
     @property
     def seen(self) -> dict[str, Any]:
         state = self.job.checkpoints.latest()
         assert state is not None
-        return state.seen
+        return state.validation_history
 
 
 def drive(
@@ -125,36 +125,36 @@ def drive(
     *gates: str,
     score: Callable[[Any], float] = closed,
     watched: bool = True,
-    keeper: Keeper | None = None,
+    keeper: CheckpointStore | None = None,
 ) -> Run:
     """Run the loop, and again where a gate went back, as the pipeline does."""
     notes, kept = Notes(), keeper or Checkpoints(folder / "checkpoints")
-    watch = Looker(tuple(Gate.parse(gate) for gate in gates), Checkpoints(folder / "good"), score)
+    watch = Looker(tuple(ScoreLimit.parse(gate) for gate in gates), Checkpoints(folder / "good"), score)
     for backs in range(100):
         job = job_of(config, notes, kept, watch if watched else None)
         try:
             return Run(tune_and_prune(job), job, notes, watch, backs)
-        except WentBack:
+        except RolledBack:
             continue
     raise AssertionError("it goes back for ever")
 
 
-def job_of(config: RunConfig, notes: Notes, keeper: Keeper, watch: Looker | None) -> Job:
+def job_of(config: RunConfig, notes: Notes, keeper: CheckpointStore, watch: Looker | None) -> TrainingJob:
     model = tiny().requires_grad_(False)
-    return Job(
+    return TrainingJob(
         model=model,
         sites=find_sites(model),
-        shape=Shape(config.layout, config.budget.align),
-        train=Stream(examples(), config.train.batch_size, 1),
-        search=Stream(examples(seed=1), config.search.batch_size, 2),
-        valid=examples(4, seed=2),
+        constraints=PlanConstraints(config.layout, config.budget.align),
+        train_stream=BatchStream(examples(), config.train.batch_size, 1),
+        search_stream=BatchStream(examples(seed=1), config.search.batch_size, 2),
+        valid_examples=examples(4, seed=2),
         pad_id=0,
         config=config,
-        schedule=schedule_of(config),
+        schedule=build_schedule(config),
         checkpoints=keeper,
         observer=notes,
         accelerator=Accelerator(cpu=True),
-        watch=watch,
+        monitor=watch,
     )
 
 

@@ -9,17 +9,17 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from prunetune.config.fields import merged
+from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
-from prunetune.data.batches import Stream
-from prunetune.data.templates import Example
+from prunetune.data.batches import BatchStream
+from prunetune.data.encoding import Example
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
-from prunetune.search.select import Shape
-from prunetune.train.adapters import adapters, add_adapters
-from prunetune.train.checkpoints import Checkpoints, Forgetful, Keeper, State
-from prunetune.train.job import Job
-from prunetune.train.schedule import given_plan, schedule_of
+from prunetune.search.select import PlanConstraints
+from prunetune.train.adapters import add_adapters, trainable_parameters
+from prunetune.train.checkpoints import Checkpoints, CheckpointStore, NullCheckpointStore, TrainingState
+from prunetune.train.job import TrainingJob
+from prunetune.train.schedule import build_schedule, tune_only_schedule
 from support.models import tiny
 
 KEEP = 0.6
@@ -39,7 +39,7 @@ RECIPE: dict[str, Any] = {
 
 
 def config_of(changes: dict[str, Any] | None = None) -> RunConfig:
-    return from_mapping(merged(RECIPE, changes or {}))
+    return from_mapping(merge_mappings(RECIPE, changes or {}))
 
 
 def examples(count: int = 24, seed: int = 0) -> tuple[Example, ...]:
@@ -70,42 +70,42 @@ def job_of(
     config: RunConfig,
     *,
     family: str = "llama",
-    keeper: Keeper | None = None,
+    keeper: CheckpointStore | None = None,
     plan: Plan | None = None,
     model: Any = None,
-) -> Job:
+) -> TrainingJob:
     model = tiny(family) if model is None else model
     model.requires_grad_(False)
-    return Job(
+    return TrainingJob(
         model=model,
         sites=find_sites(model),
-        shape=Shape(config.layout, config.budget.align),
-        train=Stream(examples(), config.train.batch_size, 1),
-        search=Stream(examples(seed=1), config.search.batch_size, 2),
-        valid=examples(4, seed=2),
+        constraints=PlanConstraints(config.layout, config.budget.align),
+        train_stream=BatchStream(examples(), config.train.batch_size, 1),
+        search_stream=BatchStream(examples(seed=1), config.search.batch_size, 2),
+        valid_examples=examples(4, seed=2),
         pad_id=0,
         config=config,
-        schedule=given_plan(config) if plan else schedule_of(config),
-        checkpoints=keeper or Forgetful(),
+        schedule=tune_only_schedule(config) if plan else build_schedule(config),
+        checkpoints=keeper or NullCheckpointStore(),
         observer=Notes(),
         accelerator=Accelerator(cpu=True),
-        plan=plan,
+        given_plan=plan,
     )
 
 
-def weights_of(job: Job) -> dict[str, Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in adapters(job.model).items()}
+def weights_of(job: TrainingJob) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in trainable_parameters(job.model).items()}
 
 
 def identical(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
-def losses(job: Job) -> list[float]:
+def losses(job: TrainingJob) -> list[float]:
     return [record["loss"] for record in job.observer.steps]  # type: ignore[attr-defined]
 
 
-def search_losses(job: Job) -> list[float]:
+def search_losses(job: TrainingJob) -> list[float]:
     """0 where the search is over."""
     return [record.get("search_loss", 0.0) for record in job.observer.steps]  # type: ignore[attr-defined]
 
@@ -119,10 +119,10 @@ class Every:
     def at(self, step: int) -> Checkpoints:
         return Checkpoints(self.folder / str(step))
 
-    def save(self, state: State) -> None:
+    def save(self, state: TrainingState) -> None:
         self.at(state.step).save(state)
 
-    def latest(self) -> State | None:
+    def latest(self) -> TrainingState | None:
         return None
 
 
@@ -131,6 +131,6 @@ def tuned(model: Any) -> Any:
     model.requires_grad_(False)
     add_adapters(model, find_sites(model), config_of().lora, seed=0)
     rng = torch.Generator().manual_seed(1)
-    for parameter in adapters(model).values():
+    for parameter in trainable_parameters(model).values():
         parameter.data.copy_(torch.randn(parameter.shape, generator=rng))
     return model

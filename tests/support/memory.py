@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prunetune.config.recipe import RunConfig, from_mapping
-from prunetune.pruning.nf4 import hold_in_four_bits
+from prunetune.pruning.nf4 import quantize_linears_to_nf4
 from prunetune.pruning.sites import find_sites
 from support.models import tiny
 
@@ -62,7 +62,7 @@ def built(config: RunConfig, dtype: torch.dtype) -> tuple[Any, Any]:
     model = tiny(**SIZES).to(dtype).requires_grad_(False)
     sites = find_sites(model)
     if config.lora.quantize != "off":
-        hold_in_four_bits(model, sites, dtype=dtype, device=CPU)
+        quantize_linears_to_nf4(model, sites, dtype=dtype, device=CPU)
     return model, sites
 
 

@@ -13,9 +13,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from prunetune import Plan, find_sites
 from prunetune.pruning import families
-from prunetune.pruning.linears import is_transposed, linear_of
-from prunetune.pruning.sites import tuned_linears, whole_blocks
-from prunetune.pruning.units import KINDS, USUAL
+from prunetune.pruning.linears import get_base_linear, is_transposed
+from prunetune.pruning.sites import lora_target_modules, unprunable_kinds
+from prunetune.pruning.units import DEFAULT_UNITS, KIND_BY_NAME
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")  # for laws that take long
 ALL_FAMILIES = tuple(families.FAMILIES)
@@ -76,8 +76,8 @@ def tiny(family: str = "llama", *, seed: int = 0, **changes: Any) -> Any:
 def with_lora(model: Any, *, seed: int = 1, rank: int = 4) -> Any:
     """Random, non-zero adapters on every producer and consumer."""
     torch.manual_seed(seed)
-    targets = tuned_linears(model)
-    transposed = is_transposed(linear_of(model, targets[0]))
+    targets = lora_target_modules(model)
+    transposed = is_transposed(get_base_linear(model, targets[0]))
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets, fan_in_fan_out=transposed)
     inject_adapter_in_model(config, model)
     for name, parameter in model.named_parameters():
@@ -91,25 +91,27 @@ def kinds_of(family: str) -> tuple[str, ...]:
     """The kinds of unit that a tiny model of this family can lose, as recipes name them, outer ones first."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config(family))
-    whole = whole_blocks(model, tuple(KINDS))
-    return tuple(name for name, kind in KINDS.items() if kind not in whole)
+    whole = unprunable_kinds(model, tuple(KIND_BY_NAME))
+    return tuple(name for name, kind in KIND_BY_NAME.items() if kind not in whole)
 
 
-def random_plan(model: Any, *, seed: int = 0, keep: float = 0.5, units: Collection[str] = USUAL) -> Plan:
+def random_plan(model: Any, *, seed: int = 0, keep: float = 0.5, units: Collection[str] = DEFAULT_UNITS) -> Plan:
     """A random plan that respects floors and nesting, and that removes something."""
     rng = torch.Generator().manual_seed(seed)
     sites = {site.name: site for site in find_sites(model, units)}
     kept: dict[str, tuple[int, ...]] = {}
     for site in sites.values():
-        outer = sites.get(site.within)
-        open_lanes = site.owned_lanes(kept[outer.name] if outer else None, outer.units if outer else 1)
-        count = max(site.floor, int((torch.rand(site.length, generator=rng) < keep).sum()))
+        outer = sites.get(site.parent)
+        open_lanes = site.open_parent_groups(kept[outer.name] if outer else None, outer.units if outer else 1)
+        count = max(site.min_units_per_group, int((torch.rand(site.units_per_group, generator=rng) < keep).sum()))
         if not any(len(kept[name]) < sites[name].units for name in kept):
-            count = max(site.floor, min(count, site.length - 1))
+            count = max(site.min_units_per_group, min(count, site.units_per_group - 1))
         if site.kind == "expert-channels":  # grouped kernels want rows of 16 bytes
             count = max(8, count - count % 8)
-        order = torch.rand(site.lanes, site.length, generator=rng).argsort(1)[:, :count].tolist()
-        kept[site.name] = tuple(sorted(lane * site.length + unit for lane in open_lanes for unit in order[lane]))
+        order = torch.rand(site.parent_groups, site.units_per_group, generator=rng).argsort(1)[:, :count].tolist()
+        kept[site.name] = tuple(
+            sorted(lane * site.units_per_group + unit for lane in open_lanes for unit in order[lane])
+        )
     return Plan(kept, {name: site.units for name, site in sites.items()})
 
 

@@ -9,8 +9,8 @@ import torch
 
 from prunetune.plan import Plan
 from prunetune.search.select import select
-from prunetune.train.checkpoints import State
-from prunetune.train.job import Job
+from prunetune.train.checkpoints import TrainingState
+from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
 from support.loop import config_of, job_of
 
@@ -19,16 +19,16 @@ class Keeps:
     """Holds the newest state, as a folder would."""
 
     def __init__(self) -> None:
-        self.state: State | None = None
+        self.state: TrainingState | None = None
 
-    def save(self, state: State) -> None:
+    def save(self, state: TrainingState) -> None:
         self.state = replace(state, tensors={k: {n: t.clone() for n, t in v.items()} for k, v in state.tensors.items()})
 
-    def latest(self) -> State | None:
+    def latest(self) -> TrainingState | None:
         return self.state
 
 
-def larger(weights: str, family: str) -> State:
+def larger(weights: str, family: str) -> TrainingState:
     """A size that was searched, cut and tuned."""
     keeper = Keeps()
     tune_and_prune(job_of(config_of({"train": {"weights": weights}}), family=family, keeper=keeper))
@@ -36,11 +36,11 @@ def larger(weights: str, family: str) -> State:
     return keeper.state
 
 
-def smaller(state: State, weights: str, family: str, **train: Any) -> tuple[Job, Plan]:
+def smaller(state: TrainingState, weights: str, family: str, **train: Any) -> tuple[TrainingJob, Plan]:
     """The job of a size inside it."""
     config = config_of({"budget": {"keep": 0.4}, "train": {"weights": weights, "steps": 3, **train}})
     job = job_of(config, family=family)
     rng = torch.Generator().manual_seed(5)
     scores = {site.name: torch.randn(site.units, generator=rng) for site in job.sites}
-    plan = select(scores, job.sites, 0.4, job.shape, within=state.plan)
+    plan = select(scores, job.sites, 0.4, job.constraints, larger_plan=state.plan)
     return replace(job_of(config, family=family, plan=plan), start=state), plan

@@ -10,7 +10,7 @@ import torch
 
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import Site
-from prunetune.search.select import Shape
+from prunetune.search.select import PlanConstraints
 from support.models import kinds_of, tiny
 
 UNIFORM = ("layers", "kv-groups", "query-heads", "mlp-channels", "experts", "expert-channels")
@@ -27,8 +27,8 @@ def random_scores(sites: tuple[Site, ...], seed: int) -> dict[str, torch.Tensor]
     return {site.name: torch.randn(site.units, generator=rng) for site in sites}
 
 
-def shape_for(layout: str, **bounds: Any) -> Shape:
-    return Shape(layout, 8, **bounds)
+def shape_for(layout: str, **bounds: Any) -> PlanConstraints:
+    return PlanConstraints(layout, 8, **bounds)
 
 
 FAMILIES = ("qwen3", "mixtral", "gpt_oss", "gpt2")

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunetune.train.adapters import adapters
+from prunetune.train.adapters import trainable_parameters
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
     """What the adapters have accumulated; zeroed where it lies, as the players do: recordings know the place."""
-    held = {name: parameter.grad for name, parameter in adapters(model).items() if parameter.grad is not None}
+    held = {
+        name: parameter.grad for name, parameter in trainable_parameters(model).items() if parameter.grad is not None
+    }
     taken = {name: grad.clone() for name, grad in held.items()}
     for grad in held.values():
         grad.zero_()

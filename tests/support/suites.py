@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from prunetune.data.records import Record
-from prunetune.evaluation.suites.protocol import Ask, Manner, Tick
+from prunetune.evaluation.suites.protocol import GenerationSettings, OnRequestsDone, RequestKind
 from prunetune.evaluation.suites.suite import Suite, load_suite
 from support.data import write_lines
 from support.evaluation import characters, speaker
@@ -71,12 +71,14 @@ class Told:
         self.write, self.wrong = write, set(wrong)
         self.name, self.fingerprint, self.calls = "told", "told", 0
 
-    def loaded(self) -> tuple[Any, Any]:
+    def model_and_tokenizer(self) -> tuple[Any, Any]:
         raise NotImplementedError
 
-    def answers(self, ask: Ask, records: Sequence[Record], manner: Manner, tick: Tick) -> list[Any]:
+    def run_requests(
+        self, kind: RequestKind, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone
+    ) -> list[Any]:
         self.calls += len(records)
-        return [{"write": self.write, "choose": self._choose, "weigh": self._weigh}[ask](record) for record in records]
+        return [{"write": self.write, "choose": self._choose, "weigh": self._weigh}[kind](record) for record in records]
 
     def _choose(self, record: Record) -> list[list[float]]:
         best = (record.answer + (record.id in self.wrong)) % len(record.choices)

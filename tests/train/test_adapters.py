@@ -12,9 +12,16 @@ import pytest
 import torch
 
 from prunetune.config.recipe import LoraSettings
-from prunetune.pruning.masking import gates_of
+from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import dense_plan, find_sites
-from prunetune.train.adapters import adapters, add_adapters, cut_state, group_norms, grow_state, soft_threshold
+from prunetune.train.adapters import (
+    adapter_group_norms,
+    add_adapters,
+    cut_adapter_tensors,
+    expand_adapter_tensors,
+    soft_threshold,
+    trainable_parameters,
+)
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import group_lasso
 from support.loop import Every, config_of, identical, job_of, tuned
@@ -24,30 +31,30 @@ from support.models import random_plan, tiny
 def test_growing_undoes_cutting_but_for_what_is_gone() -> None:
     model = tuned(tiny())
     sites, plan = find_sites(model), random_plan(tiny(), keep=0.4)
-    state = {name: parameter.detach() for name, parameter in adapters(model).items()}
+    state = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    small = cut_state(state, plan, sites)
-    grown = grow_state(small, shapes, plan, sites)
-    assert identical(cut_state(grown, plan, sites), small)
+    small = cut_adapter_tensors(state, plan, sites)
+    grown = expand_adapter_tensors(small, shapes, plan, sites)
+    assert identical(cut_adapter_tensors(grown, plan, sites), small)
     assert {name: tensor.shape for name, tensor in grown.items()} == shapes
-    gates = gates_of(plan, sites)
+    gates = gates_from_plan(plan, sites)
     for site in sites:
         for cut in site.producers:
             name = f"{cut.module}.lora_B.default.weight"
-            open_ = gates[site.name].repeat_interleave(cut.per_unit)[:, None]
+            open_ = gates[site.name].repeat_interleave(cut.rows_per_unit)[:, None]
             assert torch.equal(grown[name], state[name] * open_)
         name = f"{site.consumer.module}.lora_A.default.weight"
-        open_ = gates[site.name].repeat_interleave(site.consumer.per_unit)
+        open_ = gates[site.name].repeat_interleave(site.consumer.rows_per_unit)
         assert torch.equal(grown[name], state[name] * open_)
 
 
 def test_a_dense_plan_cuts_nothing() -> None:
     model = tuned(tiny())
     sites = find_sites(model)
-    state = {name: parameter.detach() for name, parameter in adapters(model).items()}
+    state = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    assert identical(cut_state(state, dense_plan(sites), sites), state)
-    assert identical(grow_state(state, shapes, dense_plan(sites), sites), state)
+    assert identical(cut_adapter_tensors(state, dense_plan(sites), sites), state)
+    assert identical(expand_adapter_tensors(state, shapes, dense_plan(sites), sites), state)
 
 
 def test_adapters_are_new_to_the_output_and_old_to_the_seed() -> None:
@@ -58,7 +65,7 @@ def test_adapters_are_new_to_the_output_and_old_to_the_seed() -> None:
     torch.manual_seed(99)
     other = tiny(seed=9)
     add_adapters(other, find_sites(other), config_of().lora, seed=5)
-    first, second = adapters(model), adapters(other)
+    first, second = trainable_parameters(model), trainable_parameters(other)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert len(first) == 2 * 7 * 3
 
@@ -66,7 +73,7 @@ def test_adapters_are_new_to_the_output_and_old_to_the_seed() -> None:
 def test_group_lasso_by_hand() -> None:
     model = tuned(tiny("qwen3"))
     sites, plan = find_sites(model), random_plan(tiny("qwen3"), keep=0.4)
-    weights = {name: parameter.detach() for name, parameter in adapters(model).items()}
+    weights = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
     sums = []
     for site in sites:
         norms = 0.0
@@ -74,29 +81,29 @@ def test_group_lasso_by_hand() -> None:
             square = 0.0
             for cut in site.producers:
                 rows = weights[f"{cut.module}.lora_B.default.weight"]
-                square += float(rows[unit * cut.per_unit : (unit + 1) * cut.per_unit].square().sum())
+                square += float(rows[unit * cut.rows_per_unit : (unit + 1) * cut.rows_per_unit].square().sum())
             reads = site.consumer
             columns = weights[f"{reads.module}.lora_A.default.weight"]
-            square += float(columns[:, unit * reads.per_unit : (unit + 1) * reads.per_unit].square().sum())
+            square += float(columns[:, unit * reads.rows_per_unit : (unit + 1) * reads.rows_per_unit].square().sum())
             norms += math.sqrt(square)
         sums.append(norms)
-    found = group_lasso(model, gates_of(plan, sites), sites)
+    found = group_lasso(model, gates_from_plan(plan, sites), sites)
     assert float(found.detach()) == pytest.approx(sum(sums) / len(sums), rel=1e-5)
 
 
 def test_group_lasso_leaves_open_units_alone_and_is_smooth_at_zero() -> None:
     model = tuned(tiny())
     sites, plan = find_sites(model), random_plan(tiny(), keep=0.4)
-    group_lasso(model, gates_of(plan, sites), sites).backward()  # type: ignore[no-untyped-call]
+    group_lasso(model, gates_from_plan(plan, sites), sites).backward()  # type: ignore[no-untyped-call]
     for site in sites:
         slope = model.get_submodule(site.consumer.module).lora_A["default"].weight.grad
-        moved = slope.abs().sum(0).view(site.units, site.consumer.per_unit).sum(1) > 0
-        assert torch.equal(~moved, gates_of(plan, sites)[site.name].bool())
-    for parameter in adapters(model).values():
+        moved = slope.abs().sum(0).view(site.units, site.consumer.rows_per_unit).sum(1) > 0
+        assert torch.equal(~moved, gates_from_plan(plan, sites)[site.name].bool())
+    for parameter in trainable_parameters(model).values():
         parameter.data.zero_()
         parameter.grad = None
-    group_lasso(model, gates_of(plan, sites), sites).backward()  # type: ignore[no-untyped-call]
-    assert all(p.grad is None or p.grad.isfinite().all() for p in adapters(model).values())
+    group_lasso(model, gates_from_plan(plan, sites), sites).backward()  # type: ignore[no-untyped-call]
+    assert all(p.grad is None or p.grad.isfinite().all() for p in trainable_parameters(model).values())
 
 
 def test_what_is_in_a_closed_block_rests_with_it() -> None:
@@ -107,16 +114,16 @@ def test_what_is_in_a_closed_block_rests_with_it() -> None:
     channels, heads = (next(s for s in sites if s.kind == kind) for kind in ("mlp", "query-heads"))
     for site in (block, channels, next(site for site in sites if site.kind == "attention")):
         gates[site.name][0] = 0
-    before = {name: parameter.detach().clone() for name, parameter in adapters(model).items()}
+    before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
     group_lasso(model, gates, sites).backward()  # type: ignore[no-untyped-call]
     for linear in channels.linears():
         for part in ("lora_A", "lora_B"):
             slope = model.get_submodule(linear).get_submodule(part)["default"].weight.grad
             assert slope is None or not slope.any()
     (queries,) = heads.producers  # of a closed group, which is not gated with its adapters
-    assert model.get_submodule(queries.module).lora_B["default"].weight.grad[: queries.per_unit].any()
+    assert model.get_submodule(queries.module).lora_B["default"].weight.grad[: queries.rows_per_unit].any()
     soft_threshold(model, gates, sites, 0.1)
-    after = adapters(model)
+    after = trainable_parameters(model)
     assert all(
         torch.equal(after[name], before[name]) for name in before if any(one in name for one in channels.linears())
     )
@@ -136,10 +143,10 @@ def test_settling_empties_the_adapters_of_removed_units(tmp_path: Path) -> None:
         assert not state.is_cut
         model = tiny()
         add_adapters(model, job.sites, job.config.lora, seed=0)
-        for name, parameter in adapters(model).items():
+        for name, parameter in trainable_parameters(model).items():
             parameter.data = state.tensors["adapters"][name]
-        norms = torch.cat([group_norms(model, site) for site in job.sites]).detach()
-        gates = torch.cat([gates_of(plan, job.sites)[site.name] for site in job.sites])
+        norms = torch.cat([adapter_group_norms(model, site) for site in job.sites]).detach()
+        gates = torch.cat([gates_from_plan(plan, job.sites)[site.name] for site in job.sites])
         return float(norms[gates == 0].mean()), float(norms[gates == 1].mean())
 
     removed_before, kept_before = held(job.schedule.search)
@@ -162,4 +169,7 @@ def test_threads_add_adapters_side_by_side() -> None:
     assert torch.nn.Module.register_parameter is before
     assert torch.nn.Linear(2, 2).weight.device.type == "cpu"
     for model in models:
-        assert all(weight.device.type == "cpu" and weight.dtype == torch.float32 for weight in adapters(model).values())
+        assert all(
+            weight.device.type == "cpu" and weight.dtype == torch.float32
+            for weight in trainable_parameters(model).values()
+        )

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prunetune.cost.parameters import total
+from prunetune.cost.parameters import prunable_params
 from prunetune.pruning.masking import masked
-from prunetune.pruning.sites import find_sites, kept_params, tuned_linears
-from prunetune.train.adapters import grow_weights, tunes_all
+from prunetune.pruning.sites import find_sites, kept_params, lora_target_modules
+from prunetune.train.adapters import expand_weights, trains_all_weights
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.schedule import learning_rate
 from support.loop import KEEP, config_of, job_of, losses, weights_of
@@ -27,8 +27,8 @@ def test_all_weights_of_the_cut_model_are_tuned(family: str) -> None:
     plan = tune_and_prune(job)
     tuned = weights_of(job)
     assert not any("lora" in name for name, _ in job.model.named_parameters())
-    assert set(tuned) == {f"{name}.weight" for name in tuned_linears(tiny(family))} & set(job.model.state_dict())
-    assert kept_params(job.sites, plan) <= KEEP * total(job.sites)
+    assert set(tuned) == {f"{name}.weight" for name in lora_target_modules(tiny(family))} & set(job.model.state_dict())
+    assert kept_params(job.sites, plan) <= KEEP * prunable_params(job.sites)
     others = {name: tensor for name, tensor in job.model.state_dict().items() if name not in tuned}
     assert all(tensor.shape != dense[name].shape or torch.equal(tensor, dense[name]) for name, tensor in others.items())
     rates = [record["lr"] for record in job.observer.steps]  # type: ignore[attr-defined]
@@ -51,7 +51,7 @@ def test_grown_weights_under_gates_are_the_cut_model(family: str) -> None:
     job = job_of(config_of(ALL), family=family)
     plan = tune_and_prune(job)
     dense = tiny(family)
-    grow_weights(dense, weights_of(job), plan, job.sites)
+    expand_weights(dense, weights_of(job), plan, job.sites)
     tokens = torch.tensor([[1, 5, 6, 7, 3]])
     with torch.no_grad(), masked(dense, plan, sites=job.sites):
         expected = dense(tokens).logits
@@ -63,6 +63,6 @@ def test_large_models_stay_with_adapters_unless_told() -> None:
     sites = find_sites(tiny("llama"))
     large = tuple(replace(site, unit_params=10**9) for site in sites)
     train = config_of({"train": {"weights": "auto"}}).train
-    assert (tunes_all(train, sites), tunes_all(train, large)) == (True, False)
-    assert tunes_all(replace(train, weights="all"), large)
-    assert not tunes_all(replace(train, weights="adapters"), sites)
+    assert (trains_all_weights(train, sites), trains_all_weights(train, large)) == (True, False)
+    assert trains_all_weights(replace(train, weights="all"), large)
+    assert not trains_all_weights(replace(train, weights="adapters"), sites)

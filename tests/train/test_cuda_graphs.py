@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prunetune.errors import ModelError
-from prunetune.train.cuda_graphs import HELD, POOL, RECORDING, Recorder, own_stream
+from prunetune.train.cuda_graphs import CAPTURE_LOCK, HELD, POOL, CudaGraphRecorder, own_stream
 
 CUDA = torch.device("cuda")
 
@@ -67,22 +67,22 @@ def nothing(inputs: Sequence[Tensor]) -> None:
 
 
 def test_a_key_is_run_then_recorded_then_replayed(current: Stream) -> None:
-    recorder, seen = Recorder(CUDA), []
+    recorder, seen = CudaGraphRecorder(CUDA), []
     for _ in range(4):
-        recorder.run("key", lambda _: seen.append(RECORDING.locked()), [])
+        recorder.run("key", lambda _: seen.append(CAPTURE_LOCK.locked()), [])
     assert seen == [True, True]  # run once, recorded once, each by itself
-    recorder.forget()
+    recorder.reset_recordings()
     recorder.run("key", lambda _: seen.append(True), [])
     assert len(seen) == 3
 
 
 def test_what_follows_a_pass_that_failed_waits_for_what_it_had_launched(current: Stream) -> None:
     """Else gradients that are zeroed for a second try are added to by the first."""
-    recorder = Recorder(CUDA)
+    recorder = CudaGraphRecorder(CUDA)
     with pytest.raises(torch.OutOfMemoryError):
         recorder.run("key", raising(torch.OutOfMemoryError("full")), [])
     assert current.waited == [recorder._own.stream]  # type: ignore[union-attr]
-    assert not RECORDING.locked()
+    assert not CAPTURE_LOCK.locked()
     recorder.run("key", nothing, [])  # as the first time
 
 
@@ -115,17 +115,17 @@ def test_lack_of_memory_is_told_from_what_cannot_be_recorded(
     """For the one there are smaller passes, whatever the recording says of it."""
     if hidden:
         monkeypatch.setattr(torch.cuda, "graph", failing_at_its_end)
-    recorder = Recorder(CUDA)
+    recorder = CudaGraphRecorder(CUDA)
     recorder.run("key", nothing, [])
     with pytest.raises(expected, match=r"^[^\n]*$"):
         recorder.run("key", raising(failed), [])
-    assert not RECORDING.locked()
+    assert not CAPTURE_LOCK.locked()
 
 
 def test_nobody_has_another_s_stream(current: Stream) -> None:
     held = [own_stream(CUDA) for _ in range(POOL - 1)]
     for _ in range(2 * POOL):
-        recorder = Recorder(CUDA)
+        recorder = CudaGraphRecorder(CUDA)
         own = recorder._own
         assert own is not None
         assert len({each.stream.cuda_stream for each in (*held, own)}) == POOL

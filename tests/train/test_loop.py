@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from prunetune.cost.parameters import total
+from prunetune.cost.parameters import prunable_params
 from prunetune.errors import ModelError
 from prunetune.pruning.sites import dense_plan, find_sites, kept_params
-from prunetune.train.adapters import adapters
-from prunetune.train.checkpoints import Checkpoints, State
+from prunetune.train.adapters import trainable_parameters
+from prunetune.train.checkpoints import Checkpoints, TrainingState
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.losses import Teacher, backward, mean_loss
+from prunetune.train.losses import Teacher, accumulate_gradients, mean_loss
 from prunetune.train.schedule import learning_rate
 from support.loop import (
     KEEP,
@@ -47,8 +47,8 @@ def test_it_learns_and_ends_on_budget(family: str, gates: str, generator: str, l
     )
     job = job_of(config, family=family)
     plan = tune_and_prune(job)
-    assert kept_params(job.sites, plan) <= KEEP * total(job.sites)
-    assert kept_params(job.sites, plan) > (KEEP - 0.15) * total(job.sites)
+    assert kept_params(job.sites, plan) <= KEEP * prunable_params(job.sites)
+    assert kept_params(job.sites, plan) > (KEEP - 0.15) * prunable_params(job.sites)
     assert sum(losses(job)[-3:]) < 0.8 * sum(losses(job)[:3])
     assert all(math.isfinite(loss) for loss in losses(job))
     if layout == "uniform":
@@ -57,7 +57,7 @@ def test_it_learns_and_ends_on_budget(family: str, gates: str, generator: str, l
     for site in job.sites:
         if plan.kept[site.name]:
             base = linears[site.consumer.module].base_layer
-            assert base.weight.shape[1] == len(plan.kept[site.name]) * site.consumer.per_unit
+            assert base.weight.shape[1] == len(plan.kept[site.name]) * site.consumer.rows_per_unit
 
 
 def test_records_say_what_happened() -> None:
@@ -68,7 +68,7 @@ def test_records_say_what_happened() -> None:
     assert [record["phase"] for record in notes.steps] == ["search"] * 4 + ["settle"] * 3 + ["tune"] * 3
     assert [record["lr"] for record in notes.steps] == [learning_rate(step, job.config.train) for step in range(10)]
     kept = [record["kept"] for record in notes.steps]
-    assert kept[-1] == pytest.approx(kept_params(job.sites, plan) / total(job.sites))
+    assert kept[-1] == pytest.approx(kept_params(job.sites, plan) / prunable_params(job.sites))
     assert kept[0] > kept[3]
     assert all(record["kept"] <= job.schedule.keep_at(record["step"] - 1) + 1e-6 for record in notes.steps[:4])
     assert all(("search_loss" in record) == (record["phase"] == "search") for record in notes.steps)
@@ -79,12 +79,12 @@ def test_records_say_what_happened() -> None:
 def test_a_run_without_settling_or_tuning_ends_on_budget_too() -> None:
     for search in ({"share": 1.0, "settle": 0.0}, {"share": 0.5, "settle": 0.0}, {"share": 0.5, "settle": 0.5}):
         job = job_of(config_of({"train": {"steps": 4}, "search": search}))
-        assert kept_params(job.sites, tune_and_prune(job)) <= KEEP * total(job.sites)
+        assert kept_params(job.sites, tune_and_prune(job)) <= KEEP * prunable_params(job.sites)
 
 
 def test_one_step_is_a_run() -> None:
     job = job_of(config_of({"train": {"steps": 1}}))
-    assert kept_params(job.sites, tune_and_prune(job)) <= KEEP * total(job.sites)
+    assert kept_params(job.sites, tune_and_prune(job)) <= KEEP * prunable_params(job.sites)
 
 
 def test_a_given_plan_is_only_tuned() -> None:
@@ -200,7 +200,7 @@ def test_an_older_checkpoint_stands_in_for_a_damaged_one(part: str, how: str, tm
     state = {name: {"w": torch.arange(4.0)} for name in ("adapters", "generator_optimizer")}
     checkpoints = Checkpoints(tmp_path)
     for step in (3, 6):
-        checkpoints.save(State(step, None, False, state))
+        checkpoints.save(TrainingState(step, None, False, state))
     damage(tmp_path / "step-0000006" / part, how)
     found = checkpoints.latest()
     assert found is not None
@@ -224,12 +224,12 @@ def test_a_run_over_a_damaged_checkpoint_ends_the_same(tmp_path: Path) -> None:
 def test_a_checkpoint_that_was_being_written_does_not_count(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest() is None
-    checkpoints.save(State(1, None, False, {"adapters": {"w": torch.zeros(1)}}))
+    checkpoints.save(TrainingState(1, None, False, {"adapters": {"w": torch.zeros(1)}}))
     (tmp_path / "step-0000002.partial").mkdir()
     found = checkpoints.latest()
     assert found is not None
     assert found.step == 1
-    checkpoints.save(State(2, random_plan(tiny()), True, {"adapters": {"w": torch.ones(1)}}))
+    checkpoints.save(TrainingState(2, random_plan(tiny()), True, {"adapters": {"w": torch.ones(1)}}))
     found = checkpoints.latest()
     assert found is not None
     assert (found.step, found.plan, found.is_cut) == (2, random_plan(tiny()), True)
@@ -262,8 +262,8 @@ def test_micro_batches_add_up_to_one_batch(micro_tokens: int) -> None:
 
     def gradients(tokens: int) -> tuple[float, dict[str, Tensor]]:
         model = tuned(tiny())
-        loss = backward(model, rows, 0, tokens)
-        return loss, {name: p.grad for name, p in adapters(model).items() if p.grad is not None}
+        loss = accumulate_gradients(model, rows, 0, tokens)
+        return loss, {name: p.grad for name, p in trainable_parameters(model).items() if p.grad is not None}
 
     loss, whole = gradients(10**6)
     small_loss, parts = gradients(micro_tokens)
@@ -277,9 +277,9 @@ def test_the_loss_is_the_mean_over_answer_tokens() -> None:
     model, rows = tiny(), examples(5)
     summed, count = 0.0, 0
     for row in rows:
-        logits = model(torch.tensor([row.ids])).logits[0].detach().log_softmax(-1)
-        for place in range(row.answer_from, len(row.ids)):
-            summed -= float(logits[place - 1, row.ids[place]])
+        logits = model(torch.tensor([row.token_ids])).logits[0].detach().log_softmax(-1)
+        for place in range(row.answer_start, len(row.token_ids)):
+            summed -= float(logits[place - 1, row.token_ids[place]])
             count += 1
     assert mean_loss(model, rows, 0, 16384) == pytest.approx(summed / count, rel=1e-5)
     assert mean_loss(model, rows, 0, 1) == pytest.approx(summed / count, rel=1e-5)

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from prunetune.config.recipe import LoraSettings
-from prunetune.model.activation_checkpointing import recomputed
-from prunetune.pruning.masking import gates_of, masked
-from prunetune.pruning.sites import find_sites, tuned_linears
+from prunetune.model.activation_checkpointing import use_checkpointing
+from prunetune.pruning.masking import gates_from_plan, masked
+from prunetune.pruning.sites import find_sites, lora_target_modules
 from prunetune.train import lora_forward
-from prunetune.train.adapters import adapters, add_adapters
+from prunetune.train.adapters import add_adapters, trainable_parameters
 from support.models import random_plan, tiny
 
 FAMILIES = ("llama", "qwen2", "gpt2")
@@ -30,7 +30,7 @@ FAMILIES = ("llama", "qwen2", "gpt2")
 def adapted(family: str, **settings: Any) -> Any:
     model = tiny(family)
     add_adapters(model, find_sites(model), LoraSettings(rank=3, **settings), seed=0)
-    for name, weight in adapters(model).items():
+    for name, weight in trainable_parameters(model).items():
         if ".lora_B." in name:
             torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(1))
     return model
@@ -40,13 +40,13 @@ def adapted(family: str, **settings: Any) -> Any:
 def test_outputs_and_gradients_are_those_of_peft(family: str) -> None:
     ours = adapted(family)
     theirs = copy.deepcopy(ours)
-    for name in tuned_linears(tiny(family)):
+    for name in lora_target_modules(tiny(family)):
         del theirs.get_submodule(name).forward  # the class's own again
     tokens = torch.tensor([[1, 5, 6, 7, 3], [4, 4, 2, 9, 8]])
     for model in (ours, theirs):
         model(tokens).logits.square().mean().backward()
     torch.testing.assert_close(ours(tokens).logits, theirs(tokens).logits, rtol=1e-5, atol=1e-6)
-    for name, weight in adapters(ours).items():
+    for name, weight in trainable_parameters(ours).items():
         torch.testing.assert_close(weight.grad, theirs.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
 
 
@@ -54,7 +54,7 @@ def test_a_copy_computes_with_its_own_weights() -> None:
     model = adapted("llama")
     tokens = torch.tensor([[1, 5, 6, 7, 3]])
     before, other = model(tokens).logits, copy.deepcopy(model)
-    for weight in adapters(other).values():
+    for weight in trainable_parameters(other).values():
         weight.data.zero_()
     assert torch.equal(model(tokens).logits, before)
     assert not torch.allclose(other(tokens).logits, before)
@@ -62,7 +62,7 @@ def test_a_copy_computes_with_its_own_weights() -> None:
 
 def test_dropout_stays_with_peft() -> None:
     model = adapted("llama", dropout=0.5)
-    assert not any("forward" in vars(model.get_submodule(name)) for name in tuned_linears(tiny("llama")))
+    assert not any("forward" in vars(model.get_submodule(name)) for name in lora_target_modules(tiny("llama")))
 
 
 def layer(*, bias: bool = True, dtype: torch.dtype = torch.float64, of_adapters: torch.dtype | None = None) -> Any:
@@ -75,7 +75,7 @@ def layer(*, bias: bool = True, dtype: torch.dtype = torch.float64, of_adapters:
     found.cast_input_dtype_enabled = False
     for weight in (found.lora_A["default"].weight, found.lora_B["default"].weight):
         weight.data = weight.data.to(of_adapters or dtype)
-    lora_forward.simplify(found, "default")
+    lora_forward.use_fused_forward(found, "default")
     return found
 
 
@@ -218,9 +218,9 @@ def test_the_way_is_chosen_at_every_call() -> None:
 def test_a_model_hears_the_same_both_ways(family: str, form: Any, again: bool) -> None:
     model = tiny(family).requires_grad_(False)
     sites = find_sites(model)
-    gates = {name: gate.requires_grad_() for name, gate in gates_of(random_plan(model), sites).items()}
+    gates = {name: gate.requires_grad_() for name, gate in gates_from_plan(random_plan(model), sites).items()}
     add_adapters(model, sites, LoraSettings(rank=3), seed=0)
-    for name, weight in adapters(model).items():
+    for name, weight in trainable_parameters(model).items():
         if ".lora_B." in name:
             nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(1))
     tokens = torch.tensor([[1, 5, 6, 7, 3], [4, 4, 2, 9, 8]])
@@ -229,7 +229,7 @@ def test_a_model_hears_the_same_both_ways(family: str, form: Any, again: bool) -
         for gate in gates.values():
             gate.grad = None
         gated = masked(model, gates, adapters=form, sites=sites) if form else nullcontext()
-        with recomputed(model) if again else nullcontext(), gated:
+        with use_checkpointing(model) if again else nullcontext(), gated:
             logits = model(tokens, use_cache=False).logits
             logits.square().mean().backward()
         slopes = {f"slope {name}": gate.grad for name, gate in gates.items() if gate.grad is not None}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from prunetune.pruning.masking import masked
-from prunetune.pruning.nf4 import hold_in_four_bits, is_four_bit
-from prunetune.train.adapters import add_adapters, grow_weights, put_back, tunes_all
+from prunetune.pruning.nf4 import has_nf4_linears, quantize_linears_to_nf4
+from prunetune.train.adapters import add_adapters, expand_weights, load_into_dense, trains_all_weights
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import mean_loss
 from support.loop import identical, losses, weights_of
@@ -30,9 +30,9 @@ def test_the_first_step_sees_the_tuned_weights_cut_further(weights: str, family:
     dense = tiny(family)
     if weights == "adapters":
         add_adapters(dense, job.sites, job.config.lora, seed=9)
-    put_back(dense, state, job.sites, job.config.train)
+    load_into_dense(dense, state, job.sites, job.config.train)
     with masked(dense, plan, sites=job.sites):
-        expected = mean_loss(dense, job.train.batch(0), job.pad_id, job.config.train.micro_tokens)
+        expected = mean_loss(dense, job.train_stream.batch_at(0), job.pad_id, job.config.train.micro_tokens)
     assert tune_and_prune(job) == plan
     assert losses(job)[0] == pytest.approx(expected, rel=1e-5)
     assert [record["phase"] for record in job.observer.steps] == ["tune"] * 3  # type: ignore[attr-defined]
@@ -62,11 +62,11 @@ def test_weights_go_on_in_the_precision_they_were_tuned_in() -> None:
     half = tiny("llama").to(torch.bfloat16)
     job, _ = smaller(state, "all", "llama")
     add_adapters(half, job.sites, job.config.lora, seed=0)
-    put_back(half, state, job.sites, job.config.train)
+    load_into_dense(half, state, job.sites, job.config.train)
     again = tiny("llama")
     assert state.plan is not None
-    grow_weights(again, state.tensors["adapters"], state.plan, job.sites)
-    assert tunes_all(job.config.train, job.sites)
+    expand_weights(again, state.tensors["adapters"], state.plan, job.sites)
+    assert trains_all_weights(job.config.train, job.sites)
     grown = {name: tensor for name, tensor in again.state_dict().items() if name in state.tensors["adapters"]}
     found = {
         name: half.get_submodule(name.removesuffix(".weight")).get_parameter("base_layer.weight") for name in grown
@@ -81,10 +81,10 @@ def test_tuned_weights_take_the_place_of_those_in_four_bits(wrapped: bool) -> No
     """These are read anew from their packed form, so that what is written into them is lost."""
     state, whole, packed = larger("all", "llama"), tiny("llama"), tiny("llama")
     job, _ = smaller(state, "all", "llama")
-    hold_in_four_bits(packed, job.sites, dtype=torch.float32, device=torch.device("cpu"))
+    quantize_linears_to_nf4(packed, job.sites, dtype=torch.float32, device=torch.device("cpu"))
     for model in (whole, packed):
         if wrapped:
             add_adapters(model, job.sites, job.config.lora, seed=0)
-        put_back(model, state, job.sites, job.config.train)
-    assert not is_four_bit(packed)
+        load_into_dense(model, state, job.sites, job.config.train)
+    assert not has_nf4_linears(packed)
     assert identical(dict(whole.named_parameters()), dict(packed.named_parameters()))

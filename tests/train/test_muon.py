@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from prunetune.train.checkpoints import optimizer_tensors, restore_optimizer
-from prunetune.train.muon import WARMUP, Muon, orthogonal
+from prunetune.train.muon import WARMUP, Muon, orthogonalize
 
 SHAPES = [(12, 8), (8, 12), (12, 8), (16, 16), (1, 8)]
 
@@ -51,7 +51,7 @@ def test_it_is_torchs_muon() -> None:
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
 def test_singular_values_come_near_one_whatever_the_scale(shape: tuple[int, int], scale: float) -> None:
     matrix = scale * torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
-    values = torch.linalg.svdvals(orthogonal(matrix).float())
+    values = torch.linalg.svdvals(orthogonalize(matrix).float())
     assert values.min() > 0.3
     assert values.max() < 1.3
 
@@ -59,8 +59,8 @@ def test_singular_values_come_near_one_whatever_the_scale(shape: tuple[int, int]
 def test_a_cpu_multiplies_in_float32() -> None:
     """Most have no fast bfloat16, in which a step takes longer than its passes."""
     matrix = torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(1))
-    assert orthogonal(matrix).dtype == torch.float32
-    assert torch.equal(orthogonal(matrix), orthogonal(matrix.double()))
+    assert orthogonalize(matrix).dtype == torch.float32
+    assert torch.equal(orthogonalize(matrix), orthogonalize(matrix.double()))
 
 
 def test_no_gradient_moves_nothing() -> None:

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from prunetune.config.recipe import LoraSettings, RunConfig, from_mapping
-from prunetune.data import packs
-from prunetune.data.packs import pack, packable, stepped
-from prunetune.data.templates import Example
+from prunetune.data import packing
+from prunetune.data.encoding import Example
+from prunetune.data.packing import group_for_packing, pack_examples, round_up_length
 from prunetune.model import sequence_packing
-from prunetune.model.sequence_packing import can_pack
+from prunetune.model.sequence_packing import supports_packing
 from prunetune.pruning.cut import cut_linears
-from prunetune.pruning.masking import gates_of
+from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites
-from prunetune.train.adapters import adapters, add_adapters
+from prunetune.train.adapters import add_adapters, trainable_parameters
 from prunetune.train.losses import Teacher
-from prunetune.train.passes import Packed, Padded, passes_for
+from prunetune.train.passes import PackedPasses, PaddedPasses, build_passes
 from support.models import ALL_FAMILIES, random_plan, tiny, with_lora
 from support.passes import assert_same, gradients
 
@@ -41,8 +41,8 @@ def config_of(micro_tokens: int = 10_000) -> RunConfig:
 @pytest.fixture(autouse=True)
 def _short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of a thousand tokens are for GPUs."""
-    monkeypatch.setattr(packs, "TOKENS", 32)
-    monkeypatch.setattr(packs, "LABELS", 32)
+    monkeypatch.setattr(packing, "TOKEN_STEP", 32)
+    monkeypatch.setattr(packing, "LABEL_STEP", 32)
 
 
 # Soft-capped scores; keyword arguments that end before attention; attention of their own; sinks.
@@ -54,7 +54,7 @@ Setting = tuple[Any, tuple[Any, ...], dict[str, Tensor]]
 def setting(request: pytest.FixtureRequest) -> Setting:
     model = tiny(request.param, groups=2, ratio=2)
     sites = tuple(find_sites(model))
-    gates = gates_of(random_plan(model), sites)
+    gates = gates_from_plan(random_plan(model), sites)
     model.requires_grad_(False)
     return with_lora(model), sites, gates
 
@@ -62,7 +62,7 @@ def setting(request: pytest.FixtureRequest) -> Setting:
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_what_can_be_packed_is_found_out(family: str) -> None:
     model = tiny(family).train()
-    assert can_pack(model) is (family not in UNPACKED)
+    assert supports_packing(model) is (family not in UNPACKED)
     assert model.training
 
 
@@ -72,9 +72,9 @@ def test_a_model_that_reads_across_sequences_cannot_be_packed(monkeypatch: pytes
     def across(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *rest: Any) -> Tensor:
         return whole(query, key, value, bounds[[0, -1]], *rest)
 
-    assert can_pack(tiny())
+    assert supports_packing(tiny())
     monkeypatch.setattr(sequence_packing, "_one_by_one", across)
-    assert not can_pack(tiny())
+    assert not supports_packing(tiny())
 
 
 def test_attention_sinks_are_not_packed_however_weak_they_are() -> None:
@@ -83,14 +83,14 @@ def test_attention_sinks_are_not_packed_however_weak_they_are() -> None:
         for name, parameter in model.named_parameters():
             if name.endswith("sinks"):
                 parameter.fill_(-4.0)
-    assert not can_pack(model.to(torch.bfloat16))
+    assert not supports_packing(model.to(torch.bfloat16))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "phi3"])
 def test_half_precision_with_adapters_can_be_packed(family: str) -> None:
     model = tiny(family).to(torch.bfloat16).requires_grad_(False)
     add_adapters(model, find_sites(model), LoraSettings(rank=4), seed=0)
-    assert can_pack(model)
+    assert supports_packing(model)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -102,12 +102,12 @@ def test_rounding_of_a_sharp_model_is_no_reading_across(seed: int, monkeypatch: 
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.4)
-    assert can_pack(model)
+    assert supports_packing(model)
     whole = sequence_packing._one_by_one
     monkeypatch.setattr(
         sequence_packing, "_one_by_one", lambda q, k, v, bounds, *rest: whole(q, k, v, bounds[[0, -1]], *rest)
     )
-    assert not can_pack(model)
+    assert not supports_packing(model)
 
 
 @pytest.mark.parametrize("weights", [None, (1.0, 0.0), (0.0, 1.0), (0.5, 2.0), (0.5, 2.0, False, False, 0.4)])
@@ -116,7 +116,7 @@ def test_packed_equals_padded(setting: Setting, micro_tokens: int, weights: tupl
     model, sites, gates = setting
     batch = [*examples(), Example(tuple(range(3, 12)), 9, "a text without labels")]
     teacher = Teacher(tiny(model.config.model_type, seed=5), *weights) if weights else None
-    padded, packed = (kind(model, sites, 0, config_of(micro_tokens), teacher) for kind in (Padded, Packed))
+    padded, packed = (kind(model, sites, 0, config_of(micro_tokens), teacher) for kind in (PaddedPasses, PackedPasses))
     for given in (None, gates):
         assert sequence_packing.score(batch, given) == pytest.approx(padded.score(batch, given), rel=1e-5)
         losses, grads = [], []
@@ -131,7 +131,7 @@ def test_packed_equals_padded(setting: Setting, micro_tokens: int, weights: tupl
 def test_a_model_s_own_dropout_stays_off_while_the_adapters_have_theirs(family: str) -> None:
     own = {"attention_dropout": 0.9} | ({"dropout": 0.9} if family == "opt" else {})
     model = with_lora(tiny(family, **own)).eval()
-    padded, packed = (kind(model, tuple(find_sites(model)), 0, config_of()) for kind in (Padded, Packed))
+    padded, packed = (kind(model, tuple(find_sites(model)), 0, config_of()) for kind in (PaddedPasses, PackedPasses))
     plain = padded.tune(examples(), None)["loss"]
     assert plain == pytest.approx(packed.tune(examples(), None)["loss"], rel=1e-5)
     assert plain == pytest.approx(padded.score(examples(), None), rel=1e-5)
@@ -147,12 +147,12 @@ def test_a_teacher_sees_its_share_and_all_that_has_no_label() -> None:
     bare = [Example(tuple(range(3, 9 + index)), 6 + index, f"text {index}") for index in range(2)]
     batch = [*examples(), *bare]
     for share, seen in ((0.1, bare), (0.3, [*bare, batch[0]]), (1.0, batch)):
-        passes = Padded(model, find_sites(tiny()), 0, config_of(), Teacher(teacher, 1.0, 1.0, share=share))
+        passes = PaddedPasses(model, find_sites(tiny()), 0, config_of(), Teacher(teacher, 1.0, 1.0, share=share))
         losses, grads = passes.tune(batch, None), gradients(model)
-        alone = Padded(model, find_sites(tiny()), 0, config_of(), Teacher(teacher, 1.0, 1.0))
+        alone = PaddedPasses(model, find_sites(tiny()), 0, config_of(), Teacher(teacher, 1.0, 1.0))
         assert losses["distance"] == pytest.approx(alone.tune(seen, None)["distance"], rel=1e-5)
         of_seen = gradients(model)
-        labels = Padded(model, find_sites(tiny()), 0, config_of())
+        labels = PaddedPasses(model, find_sites(tiny()), 0, config_of())
         labels.tune(seen, None)
         of_their_labels = gradients(model)
         assert losses["loss"] == pytest.approx(labels.tune(batch, None)["loss"], rel=1e-5)
@@ -160,24 +160,26 @@ def test_a_teacher_sees_its_share_and_all_that_has_no_label() -> None:
         assert_same({name: whole[name] + of_seen[name] - of_their_labels[name] for name in grads}, grads)
 
 
-@pytest.mark.parametrize("kind", [Padded, Packed])
+@pytest.mark.parametrize("kind", [PaddedPasses, PackedPasses])
 def test_a_teacher_that_does_not_know_the_task_has_no_say_where_labels_are(kind: Any) -> None:
     batch = [*examples(), Example(tuple(range(3, 9)), 6, "text")]
     student, teacher = tiny(seed=5), tiny(seed=6)
-    tokens = sum(len(example.ids) for example in batch)
+    tokens = sum(len(example.token_ids) for example in batch)
     expected = 0.0
     for example in batch:
-        ids = torch.tensor([example.ids])
+        ids = torch.tensor([example.token_ids])
         with torch.no_grad():
             found, wanted = (model(ids, output_hidden_states=True) for model in (student, teacher))
         logs = [result.logits[0].log_softmax(-1) for result in (found, wanted)]
         apart = torch.nn.functional.kl_div(*logs, reduction="none", log_target=True).sum(-1)
         pairs = zip(found.hidden_states[1:], wanted.hidden_states[1:], strict=True)
         errors = [(one - other)[0].square().sum(-1) / other[0].square().sum(-1) for one, other in pairs]
-        heard = [at for at in range(len(example.ids)) if not example.answer_from <= at + 1 < len(example.ids)]
+        heard = [
+            at for at in range(len(example.token_ids)) if not example.answer_start <= at + 1 < len(example.token_ids)
+        ]
         expected += float((0.5 * apart + 2 * torch.stack(errors).mean(0))[heard].sum()) / tokens
-    passes = kind(with_lora(student), find_sites(tiny()), 0, config_of(), Teacher(teacher, 0.5, 2.0, tuned=False))
-    for name, parameter in adapters(passes.model).items():
+    passes = kind(with_lora(student), find_sites(tiny()), 0, config_of(), Teacher(teacher, 0.5, 2.0, is_tuned=False))
+    for name, parameter in trainable_parameters(passes.model).items():
         if ".lora_B." in name:
             parameter.data.zero_()
     assert passes.tune(batch, None)["distance"] == pytest.approx(expected, rel=1e-4)
@@ -185,14 +187,14 @@ def test_a_teacher_that_does_not_know_the_task_has_no_say_where_labels_are(kind:
 
 def test_slopes_and_lasso_are_equal(setting: Setting) -> None:
     model, sites, gates = setting
-    padded, packed = (kind(model, sites, 0, config_of()) for kind in (Padded, Packed))
-    (loss, slopes), (again, others) = (passes.slopes(examples(), gates) for passes in (padded, packed))
+    padded, packed = (kind(model, sites, 0, config_of()) for kind in (PaddedPasses, PackedPasses))
+    (loss, slopes), (again, others) = (passes.gate_gradients(examples(), gates) for passes in (padded, packed))
     assert again == pytest.approx(loss, rel=1e-5, abs=1e-6)
     assert_same(slopes, others)
     assert not gradients(model), "the search leaves no gradient at the adapters"
     penalties, grads = [], []
     for passes in (padded, packed):
-        penalties.append(passes.shrink(gates, 0.3))
+        penalties.append(passes.group_lasso_step(gates, 0.3))
         grads.append(gradients(model))
     assert penalties[0] == pytest.approx(penalties[1])
     assert_same({name: grads[0].get(name, torch.zeros_like(value)) for name, value in grads[1].items()}, grads[1])
@@ -201,7 +203,7 @@ def test_slopes_and_lasso_are_equal(setting: Setting) -> None:
 def test_packed_equals_padded_once_cut(setting: Setting) -> None:
     model, sites, _ = setting
     cut_linears(model, random_plan(model), sites=sites)
-    padded, packed = (kind(model, sites, 0, config_of()) for kind in (Padded, Packed))
+    padded, packed = (kind(model, sites, 0, config_of()) for kind in (PaddedPasses, PackedPasses))
     losses, grads = [], []
     for passes in (padded, packed):
         losses.append(passes.tune(examples(), None))
@@ -214,53 +216,53 @@ def test_packing_leaves_nothing_on_the_model() -> None:
     model = with_lora(tiny())
     before = model.config._attn_implementation
     hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-    Packed(model, tuple(find_sites(tiny())), 0, config_of()).score(examples(), None)
+    PackedPasses(model, tuple(find_sites(tiny())), 0, config_of()).score(examples(), None)
     assert model.config._attn_implementation == before
     assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == hooks
 
 
 def test_a_pack_holds_every_token_once() -> None:
     batch = examples()
-    row = pack(batch, 0, sequences=9)
-    edges = row.bounds.tolist()
+    row = pack_examples(batch, 0, max_sequences=9)
+    edges = row.cu_seq_lens.tolist()
     assert edges == sorted(edges)
     assert edges[-1] == row.input_ids.numel()
     assert len(edges) == 11
     for example, start, end in zip(batch, edges, edges[1:], strict=False):
-        assert row.input_ids[0, start:end].tolist() == list(example.ids)
-        assert row.position_ids[0, start:end].tolist() == list(range(len(example.ids)))
-    targets = [token for example in batch for token in example.ids[example.answer_from :]]
+        assert row.input_ids[0, start:end].tolist() == list(example.token_ids)
+        assert row.position_ids[0, start:end].tolist() == list(range(len(example.token_ids)))
+    targets = [token for example in batch for token in example.token_ids[example.answer_start :]]
     assert row.targets[row.targets >= 0].tolist() == targets
-    assert row.tokens == len(targets)
-    read = row.input_ids[0, row.predicting[: row.tokens] + 1]
+    assert row.target_tokens == len(targets)
+    read = row.input_ids[0, row.prediction_positions[: row.target_tokens] + 1]
     assert read.tolist() == targets
 
 
 @pytest.mark.parametrize("length", [1, 512, 513, 5_000, 100_000])
 def test_rows_come_in_few_lengths(length: int) -> None:
-    width = stepped(length, 512)
+    width = round_up_length(length, 512)
     assert length <= width <= max(length + 512, 1.125 * length)
-    assert stepped(width, 512) == width
+    assert round_up_length(width, 512) == width
 
 
 def test_lists_hold_what_fits() -> None:
     batch = examples(30)
     for limit in (1, 25, 60, 10_000):
-        lists = packable(batch, limit)
+        lists = group_for_packing(batch, limit)
         assert [example for part in lists for example in part] == batch
-        assert all(len(part) == 1 or sum(len(example.ids) for example in part) <= limit for part in lists)
+        assert all(len(part) == 1 or sum(len(example.token_ids) for example in part) <= limit for part in lists)
 
 
 def test_a_cpu_pads() -> None:
     model = with_lora(tiny())
-    assert isinstance(passes_for(model, (), 0, config_of()), Padded)
+    assert isinstance(build_passes(model, (), 0, config_of()), PaddedPasses)
 
 
 def test_soft_capped_attention_is_not_packed() -> None:
     model = tiny()
-    assert can_pack(model)
+    assert supports_packing(model)
     model.config.attn_logit_softcapping = 50.0
-    assert not can_pack(model)
+    assert not supports_packing(model)
 
 
 @pytest.mark.gpu
@@ -280,7 +282,7 @@ def test_recorded_passes_equal_padded_ones_on_a_gpu_also_side_by_side(compile: s
             sites, teacher = tuple(find_sites(model)), Teacher(tiny(seed=9).to("cuda", torch.bfloat16), 3.0, 10.0)
             with_lora(model, seed=seed)
             found = []
-            for kind in (Padded, Packed):
+            for kind in (PaddedPasses, PackedPasses):
                 passes = kind(model, sites, 0, config, teacher)
                 for _ in range(3):  # run as is, recorded, replayed
                     loss = passes.tune(examples(), None)["loss"]

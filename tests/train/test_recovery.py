@@ -13,9 +13,9 @@ import torch
 
 from prunetune.errors import ModelError
 from prunetune.search.searcher import Searcher
-from prunetune.train.adapters import adapters
+from prunetune.train.adapters import trainable_parameters
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.passes import Padded
+from prunetune.train.passes import PaddedPasses
 from prunetune.train.schedule import learning_rate
 from support.loop import Every, config_of, identical, job_of, losses, weights_of
 
@@ -24,17 +24,17 @@ Tune = Callable[..., Any]
 
 def spoiled(monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], *, gradient: bool = False) -> None:
     """Tuning passes of these numbers (from 1) give NaN, as the loss or in the gradient alone."""
-    genuine, count = Padded.tune, [0]
+    genuine, count = PaddedPasses.tune, [0]
 
-    def tune(self: Padded, *arguments: Any) -> Any:
+    def tune(self: PaddedPasses, *arguments: Any) -> Any:
         found = genuine(self, *arguments)
         count[0] += 1
         if count[0] in calls:
-            next(iter(adapters(self.model).values())).grad.fill_(math.nan)  # type: ignore[union-attr]
+            next(iter(trainable_parameters(self.model).values())).grad.fill_(math.nan)  # type: ignore[union-attr]
             return found if gradient else {**found, "loss": math.nan}
         return found
 
-    monkeypatch.setattr(Padded, "tune", tune)
+    monkeypatch.setattr(PaddedPasses, "tune", tune)
 
 
 def rates(job: Any) -> list[float]:
@@ -65,13 +65,13 @@ def test_too_many_end_the_run_with_their_rows(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_search_without_numbers_leaves_the_generator_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    genuine = Padded.slopes
+    genuine = PaddedPasses.gate_gradients
 
-    def slopes(self: Padded, *arguments: Any) -> Any:
+    def slopes(self: PaddedPasses, *arguments: Any) -> Any:
         found, slopes = genuine(self, *arguments)
         return found, {name: slope * math.nan for name, slope in slopes.items()}
 
-    monkeypatch.setattr(Padded, "slopes", slopes)
+    monkeypatch.setattr(PaddedPasses, "gate_gradients", slopes)
     every = Every(tmp_path)
     job = job_of(config_of({"search": {"evidence": 0}}), keeper=every)
     tune_and_prune(job)
@@ -80,21 +80,21 @@ def test_a_search_without_numbers_leaves_the_generator_alone(monkeypatch: pytest
     assert last is not None
     assert identical(first.tensors["generator"], last.tensors["generator"])
     assert all(weight.isfinite().all() for weight in last.tensors["generator"].values())
-    assert last.faults["skipped"] == 4
+    assert last.guard_state["skipped"] == 4
 
 
 def test_evidence_without_numbers_is_left_out(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    genuine, heard, started = Padded.slopes, [], []
+    genuine, heard, started = PaddedPasses.gate_gradients, [], []
 
-    def slopes(self: Padded, *arguments: Any) -> Any:
+    def slopes(self: PaddedPasses, *arguments: Any) -> Any:
         found, slopes = genuine(self, *arguments)
         heard.append({name: slope.clone() for name, slope in slopes.items()})
         return found, {name: slope * (math.nan if len(heard) == 2 else 1) for name, slope in slopes.items()}
 
-    monkeypatch.setattr(Padded, "slopes", slopes)
-    monkeypatch.setattr(Searcher, "start_from", lambda _, importance: started.append(importance))
+    monkeypatch.setattr(PaddedPasses, "gate_gradients", slopes)
+    monkeypatch.setattr(Searcher, "init_from_importance", lambda _, importance: started.append(importance))
     job = job_of(config_of({"search": {"evidence": 3}}))
     with caplog.at_level(logging.WARNING):
         tune_and_prune(job)
@@ -104,15 +104,15 @@ def test_evidence_without_numbers_is_left_out(
 
 
 def test_a_joint_batch_without_numbers_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    genuine, count = Padded.both, [0]
+    genuine, count = PaddedPasses.tune_with_gate_gradients, [0]
 
-    def both(self: Padded, *arguments: Any) -> Any:
+    def both(self: PaddedPasses, *arguments: Any) -> Any:
         losses, slopes = genuine(self, *arguments)
         count[0] += 1
         factor = math.nan if count[0] == 2 else 1.0
         return {**losses, "loss": losses["loss"] * factor}, {name: slope * factor for name, slope in slopes.items()}
 
-    monkeypatch.setattr(Padded, "both", both)
+    monkeypatch.setattr(PaddedPasses, "tune_with_gate_gradients", both)
     job = job_of(config_of({"search": {"step": "joint"}}))
     tune_and_prune(job)
     train = job.config.train
@@ -134,16 +134,16 @@ def test_what_was_left_out_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 def cramped(monkeypatch: pytest.MonkeyPatch, room: int, at: int = 1) -> None:
     """From tuning pass `at` on, one of more than so many tokens is too much, having added to the gradients."""
-    genuine, count = Padded.tune, [0]
+    genuine, count = PaddedPasses.tune, [0]
 
-    def tune(self: Padded, *arguments: Any) -> Any:
+    def tune(self: PaddedPasses, *arguments: Any) -> Any:
         count[0] += 1
         found = genuine(self, *arguments)
         if count[0] >= at and self.micro_tokens > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return found
 
-    monkeypatch.setattr(Padded, "tune", tune)
+    monkeypatch.setattr(PaddedPasses, "tune", tune)
 
 
 def test_smaller_passes_are_the_same_steps(
@@ -171,15 +171,15 @@ def test_one_example_that_is_too_large_is_computed_twice(
 ) -> None:
     whole, every = job_of(config_of()), Every(tmp_path)
     plan = tune_and_prune(whole)
-    genuine = Padded.tune
+    genuine = PaddedPasses.tune
 
-    def tune(self: Padded, *arguments: Any) -> Any:
+    def tune(self: PaddedPasses, *arguments: Any) -> Any:
         found = genuine(self, *arguments)
         if not self.recompute:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return found
 
-    monkeypatch.setattr(Padded, "tune", tune)
+    monkeypatch.setattr(PaddedPasses, "tune", tune)
     job = job_of(config_of(), keeper=every)
     with caplog.at_level(logging.WARNING):
         assert tune_and_prune(job) == plan

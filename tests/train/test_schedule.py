@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prunetune.config.recipe import from_mapping
-from prunetune.train.schedule import learning_rate, schedule_of
+from prunetune.train.schedule import build_schedule, learning_rate
 
 KEEP = 0.6
 
@@ -15,7 +15,7 @@ KEEP = 0.6
 def test_phases_come_in_order(steps: int, share: float, settle: float) -> None:
     search = {"share": share, "settle": settle}
     recipe = {"budget": {"keep": KEEP}, "train": {"steps": steps}, "search": search}
-    schedule = schedule_of(from_mapping(recipe))
+    schedule = build_schedule(from_mapping(recipe))
     order = ("search", "settle", "tune")
     phases = [schedule.phase_at(step) for step in range(steps)]
     assert phases[0] == "search"

@@ -11,19 +11,19 @@ import torch
 from torch import Tensor
 
 from prunetune.config.recipe import DistillConfig, RunConfig
-from prunetune.data import packs
+from prunetune.data import packing
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.masking import masked
-from prunetune.pruning.shared_weights import can_lend, let_go
+from prunetune.pruning.shared_weights import can_share_weights, unshare_weights
 from prunetune.pruning.sites import find_sites
 from prunetune.train import loop
-from prunetune.train.adapters import LARGE, add_adapters, put_back
-from prunetune.train.checkpoints import Checkpoints, Keeper
-from prunetune.train.job import Job
+from prunetune.train.adapters import LARGE_MODEL_PARAMS, add_adapters, load_into_dense
+from prunetune.train.checkpoints import Checkpoints, CheckpointStore
+from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.losses import Teacher, lean_relative_error, relative_error
-from prunetune.train.passes import Packed
-from prunetune.train.teacher import by_size, untuned
+from prunetune.train.losses import Teacher, checkpointed_relative_error, relative_error
+from prunetune.train.passes import PackedPasses
+from prunetune.train.teacher import base_teacher, resolve_auto
 from support.loop import Every, Notes, config_of, identical, job_of, losses, search_losses, weights_of
 from support.models import tiny
 from support.multi_size import larger, smaller
@@ -39,10 +39,10 @@ def recipe(weights: str) -> RunConfig:
     return config_of({"train": {"weights": weights}, "lora": {"dropout": 0.1}})
 
 
-def taught(config: RunConfig, family: str = "llama", *, keeper: Keeper | None = None) -> Job:
+def taught(config: RunConfig, family: str = "llama", *, keeper: CheckpointStore | None = None) -> TrainingJob:
     """A run whose teacher is the model itself, untuned."""
     job = job_of(config, family=family, keeper=keeper)
-    return replace(job, teacher=untuned(job.model, DISTILL))
+    return replace(job, teacher=base_teacher(job.model, DISTILL))
 
 
 @both
@@ -51,12 +51,12 @@ def test_the_run_is_that_of_a_teacher_apart(family: str, weights: str) -> None:
     config = recipe(weights)
     together, apart = taught(config, family), job_of(config, family=family)
     apart = replace(
-        apart, teacher=Teacher(tiny(family).requires_grad_(False), DISTILL.logits, DISTILL.hidden, tuned=False)
+        apart, teacher=Teacher(tiny(family).requires_grad_(False), DISTILL.logits, DISTILL.hidden, is_tuned=False)
     )
     before = tiny(family).state_dict()
     assert tune_and_prune(together) == tune_and_prune(apart)
     assert search_losses(together) == search_losses(apart)
-    exact = CUT if weights == "adapters" and any(map(can_lend, together.sites)) else config.train.steps
+    exact = CUT if weights == "adapters" and any(map(can_share_weights, together.sites)) else config.train.steps
     assert losses(together)[:exact] == losses(apart)[:exact]
     assert losses(together) == pytest.approx(losses(apart), rel=1e-4)
     assert together.teacher is not None
@@ -82,9 +82,9 @@ def test_resumed_at_any_step_equals_uninterrupted(weights: str, tmp_path: Path) 
 @both
 def test_a_smaller_size_goes_on_beside_its_teacher(weights: str) -> None:
     (job, plan), (apart, _) = (smaller(larger(weights, "llama"), weights, "llama") for _ in range(2))
-    job = replace(job, teacher=untuned(job.model, DISTILL))
+    job = replace(job, teacher=base_teacher(job.model, DISTILL))
     apart = replace(
-        apart, teacher=Teacher(tiny("llama").requires_grad_(False), DISTILL.logits, DISTILL.hidden, tuned=False)
+        apart, teacher=Teacher(tiny("llama").requires_grad_(False), DISTILL.logits, DISTILL.hidden, is_tuned=False)
     )
     assert tune_and_prune(job) == tune_and_prune(apart) == plan
     assert losses(job) == pytest.approx(losses(apart), rel=1e-5)
@@ -105,12 +105,12 @@ def test_what_is_stored_is_what_is_in_memory(family: str, weights: str, tmp_path
     dense = tiny(family).requires_grad_(False)
     if weights == "adapters":
         add_adapters(dense, job.sites, config.lora, seed=0)
-    put_back(dense, state, job.sites, config.train)
+    load_into_dense(dense, state, job.sites, config.train)
     with torch.no_grad():
         found = job.model(tokens).logits
         with masked(dense, plan, sites=job.sites):
             torch.testing.assert_close(found, dense(tokens).logits, rtol=1e-5, atol=1e-5)
-        let_go(job.model)
+        unshare_weights(job.model)
         merge_adapters(job.model)
         torch.testing.assert_close(job.model(tokens).logits, found, rtol=1e-5, atol=1e-5)
 
@@ -131,10 +131,10 @@ class Scales(Notes):
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_a_run_holds_one_model(family: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packs, "TOKENS", 32)
-    monkeypatch.setattr(packs, "LABELS", 32)
+    monkeypatch.setattr(packing, "TOKEN_STEP", 32)
+    monkeypatch.setattr(packing, "LABEL_STEP", 32)
     if packed:
-        monkeypatch.setattr(loop, "passes_for", Packed)
+        monkeypatch.setattr(loop, "build_passes", PackedPasses)
     scales = Scales()
     job = scales.job = replace(taught(config_of(), family), observer=scales)
     one = held(job.model)
@@ -158,7 +158,7 @@ def test_a_lean_error_is_the_error(dtype: torch.dtype) -> None:
     output.requires_grad_()
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
-        lean = lean_relative_error(output, aim)
+        lean = checkpointed_relative_error(output, aim)
     assert sum(one.nbytes for one in kept) <= output.nbytes + aim.nbytes
     plain, share = relative_error(output, aim), torch.rand(14)
     assert torch.equal(lean, plain)
@@ -168,13 +168,13 @@ def test_a_lean_error_is_the_error(dtype: torch.dtype) -> None:
 
 def test_who_teaches_and_how_the_search_steps_is_a_matter_of_size() -> None:
     sites = tuple(find_sites(tiny("llama")))
-    large = tuple(replace(site, unit_params=LARGE) for site in sites)
+    large = tuple(replace(site, unit_params=LARGE_MODEL_PARAMS) for site in sites)
     config = config_of({"distill": {"teacher": "auto"}})
-    assert by_size(config, sites).distill.teacher == "dense"
-    assert by_size(config, large).distill.teacher == "base"
-    assert [by_size(config, each).distill.share for each in (sites, large)] == [1, 0.5]
-    assert [by_size(config, each).search.step for each in (sites, large)] == ["alternate", "joint"]
-    assert [by_size(config, each).search.lora_aware for each in (sites, large)] == [True, False]
+    assert resolve_auto(config, sites).distill.teacher == "dense"
+    assert resolve_auto(config, large).distill.teacher == "base"
+    assert [resolve_auto(config, each).distill.share for each in (sites, large)] == [1, 0.5]
+    assert [resolve_auto(config, each).search.step for each in (sites, large)] == ["alternate", "joint"]
+    assert [resolve_auto(config, each).search.lora_aware for each in (sites, large)] == [True, False]
     for wanted, step in (("none", "joint"), ("base", "alternate"), ("dense", "joint")):
         told = config_of({"distill": {"teacher": wanted, "share": 0.3}, "search": {"step": step}})
-        assert by_size(told, sites) == by_size(told, large) == told
+        assert resolve_auto(told, sites) == resolve_auto(told, large) == told

@@ -11,20 +11,20 @@ import torch
 import yaml
 from torch import Tensor
 
-from prunetune.config.fields import merged
+from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping, load_recipe
-from prunetune.cost.parameters import total
-from prunetune.data import packs
-from prunetune.pruning.masking import gates_of, masked
+from prunetune.cost.parameters import prunable_params
+from prunetune.data import packing
+from prunetune.pruning.masking import gates_from_plan, masked
 from prunetune.pruning.sites import find_sites, kept_params
-from prunetune.search.generator import FreeLogits, generator_for
+from prunetune.search.generator import FreeLogits, build_generator
 from prunetune.search.searcher import Searcher
-from prunetune.search.select import Shape
-from prunetune.train.adapters import adapters, group_norms, soft_threshold
+from prunetune.search.select import PlanConstraints
+from prunetune.train.adapters import adapter_group_norms, soft_threshold, trainable_parameters
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.losses import backward
-from prunetune.train.passes import Packed, Padded
-from prunetune.train.schedule import schedule_of
+from prunetune.train.losses import accumulate_gradients
+from prunetune.train.passes import PackedPasses, PaddedPasses
+from prunetune.train.schedule import build_schedule
 from support.loop import KEEP, Every, config_of, examples, identical, job_of, losses, weights_of
 from support.models import random_plan, tiny, with_lora
 from support.passes import assert_same, gradients
@@ -50,7 +50,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
 
 
 def setting_of(name: str) -> RunConfig:
-    return config_of(merged(PAPER, {"search": SWITCHES[name]}))
+    return config_of(merge_mappings(PAPER, {"search": SWITCHES[name]}))
 
 
 def notes_of(job: Any) -> list[dict[str, Any]]:
@@ -68,7 +68,11 @@ def test_it_ends_on_budget_and_repeats_itself(name: str) -> None:
     plan = tune_and_prune(first)
     torch.manual_seed(2)
     assert tune_and_prune(second) == plan
-    assert (KEEP - 0.15) * total(first.sites) < kept_params(first.sites, plan) <= KEEP * total(first.sites)
+    assert (
+        (KEEP - 0.15) * prunable_params(first.sites)
+        < kept_params(first.sites, plan)
+        <= KEEP * prunable_params(first.sites)
+    )
     assert all(math.isfinite(loss) for loss in losses(first))
     assert losses(first) == losses(second)
     assert identical(weights_of(first), weights_of(second))
@@ -107,7 +111,7 @@ def test_records_say_which_player_had_a_pass_and_what_sparsity_there_was() -> No
 
 
 def test_the_paper_ends_its_second_epoch_with_the_cut() -> None:
-    schedule = schedule_of(load_recipe(ROOT / "recipes" / "paper.yaml"))
+    schedule = build_schedule(load_recipe(ROOT / "recipes" / "paper.yaml"))
     assert (schedule.search, schedule.settle, schedule.steps) == (750, 1500, 1500)
 
 
@@ -136,17 +140,17 @@ def test_a_joint_pass_is_both_passes(
 
     under gates on both branches. The LoRA-aware forward is another function of the gates.
     """
-    monkeypatch.setattr(packs, "TOKENS", 32)
-    monkeypatch.setattr(packs, "LABELS", 32)
+    monkeypatch.setattr(packing, "TOKEN_STEP", 32)
+    monkeypatch.setattr(packing, "LABEL_STEP", 32)
     model = tiny()
-    sites, gates = find_sites(model), gates_of(random_plan(model), find_sites(model))
+    sites, gates = find_sites(model), gates_from_plan(random_plan(model), find_sites(model))
     if soft:
         gates = {name: 0.2 + 0.5 * gate for name, gate in gates.items()}
     model.requires_grad_(False)
     with_lora(model)
     config = from_mapping({"train": {"micro_tokens": micro_tokens}, "search": {"lora_aware": aware}})
     found = []
-    for kind in (Padded, Packed):
+    for kind in (PaddedPasses, PackedPasses):
         passes: Any = kind(model, sites, 0, config)
         loss, slopes = passes.both(examples(), gates)
         learnt = gradients(model)
@@ -165,12 +169,16 @@ def test_a_joint_pass_is_both_passes(
 
 def test_a_joint_pass_adds_to_gradients_and_leaves_gates_alone() -> None:
     model = tiny()
-    sites, gates = find_sites(model), gates_of(random_plan(model), find_sites(model))
+    sites, gates = find_sites(model), gates_from_plan(random_plan(model), find_sites(model))
     model.requires_grad_(False)
-    passes = Padded(with_lora(model), sites, 0, config_of())
-    passes.both(examples(), gates)
-    once = {name: parameter.grad.clone() for name, parameter in adapters(model).items() if parameter.grad is not None}
-    passes.both(examples(), gates)
+    passes = PaddedPasses(with_lora(model), sites, 0, config_of())
+    passes.tune_with_gate_gradients(examples(), gates)
+    once = {
+        name: parameter.grad.clone()
+        for name, parameter in trainable_parameters(model).items()
+        if parameter.grad is not None
+    }
+    passes.tune_with_gate_gradients(examples(), gates)
     assert_same({name: 2 * value for name, value in once.items()}, gradients(model))
     assert all(gate.grad is None and not gate.requires_grad for gate in gates.values())
 
@@ -180,17 +188,17 @@ def test_a_joint_pass_adds_to_gradients_and_leaves_gates_alone() -> None:
 
 def test_without_lora_awareness_adapters_learn_as_after_the_cut() -> None:
     model = tiny()
-    sites, gates = find_sites(model), gates_of(random_plan(model), find_sites(model))
+    sites, gates = find_sites(model), gates_from_plan(random_plan(model), find_sites(model))
     model.requires_grad_(False)
     with_lora(model)
     found: dict[str, tuple[float, dict[str, Tensor]]] = {}
     for form in ("free", "gated"):
         with masked(model, gates, adapters=form, sites=sites):  # type: ignore[arg-type]
-            loss = backward(model, examples(), 0, 10_000)[0]
+            loss = accumulate_gradients(model, examples(), 0, 10_000)[0]
         found[form] = loss, gradients(model)
     for aware, form in ((True, "free"), (False, "gated")):
         config = from_mapping({"search": {"lora_aware": aware}})
-        loss, learnt = Padded(model, sites, 0, config).tune(examples(), gates)["loss"], gradients(model)
+        loss, learnt = PaddedPasses(model, sites, 0, config).tune(examples(), gates)["loss"], gradients(model)
         assert loss == pytest.approx(found[form][0])
         assert_same(found[form][1], learnt)
     assert found["free"][0] != pytest.approx(found["gated"][0])
@@ -198,7 +206,7 @@ def test_without_lora_awareness_adapters_learn_as_after_the_cut() -> None:
 
 def test_free_logits_have_no_network() -> None:
     sites = find_sites(tiny())
-    free = generator_for(sites, kind="none", seed=0)
+    free = build_generator(sites, kind="none", seed=0)
     assert isinstance(free, FreeLogits)
     assert sum(parameter.numel() for parameter in free.parameters()) == sum(site.units for site in sites)
     logits = free()
@@ -215,13 +223,13 @@ def test_soft_gates_have_the_gradient_of_hard_ones(gates: str) -> None:
     drawn, slopes = [], []
     for hard in (True, False):
         config = config_of({"search": {"hard": hard, "gates": gates}})
-        searcher = Searcher(sites, Shape(align=8), config, lambda step: KEEP, torch.device("cpu"))
+        searcher = Searcher(sites, PlanConstraints(align=8), config, lambda step: KEEP, torch.device("cpu"))
         sample = searcher.sample(3)
         weights = torch.linspace(-1, 1, sum(site.units for site in sites))
         (torch.cat(list(sample.values())) @ weights).backward()  # type: ignore[no-untyped-call]
         drawn.append(torch.cat(list(sample.values())).detach())
         slopes.append({name: p.grad.clone() for name, p in searcher.generator.named_parameters() if p.grad is not None})
-        decided = torch.cat(list(searcher.last.values()))
+        decided = torch.cat(list(searcher.last_gates.values()))
         assert ((decided == 0) | (decided == 1)).all()
         if hard:
             torch.testing.assert_close(drawn[0], decided)
@@ -233,7 +241,7 @@ def test_a_joint_step_decides_what_it_sampled() -> None:
     sites = find_sites(tiny())
     for step, same in (("joint", True), ("alternate", False)):
         config = config_of({"search": {"step": step, "gates": "sampled", "offset": 0.0}})
-        searcher = Searcher(sites, Shape(align=8), config, lambda step: KEEP, torch.device("cpu"))
+        searcher = Searcher(sites, PlanConstraints(align=8), config, lambda step: KEEP, torch.device("cpu"))
         sample, decided = searcher.sample(3), searcher.decide(3).gates
         assert all(torch.equal(sample[name].round(), decided[name]) for name in decided) == same
 
@@ -265,22 +273,23 @@ def test_soft_threshold_by_hand() -> None:
 def test_closed_norms_fall_by_the_threshold_and_open_units_keep_every_bit(threshold: float) -> None:
     model = with_lora(tiny())
     sites = find_sites(tiny())
-    gates = gates_of(random_plan(tiny(), keep=0.4), sites)
-    parts = {name: parameter.detach().clone() for name, parameter in adapters(model).items()}
-    before = {site.name: group_norms(model, site).detach() for site in sites}
+    gates = gates_from_plan(random_plan(tiny(), keep=0.4), sites)
+    parts = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
+    before = {site.name: adapter_group_norms(model, site).detach() for site in sites}
     soft_threshold(model, gates, sites, threshold)
     for site in sites:
-        after, closed = group_norms(model, site).detach(), gates[site.name] == 0
+        after, closed = adapter_group_norms(model, site).detach(), gates[site.name] == 0
         assert torch.equal(after[~closed], before[site.name][~closed])
         assert (after <= before[site.name] * (1 + 1e-6)).all()
         expected = (before[site.name][closed] - threshold).clamp(min=0)
         torch.testing.assert_close(after[closed], expected, rtol=1e-4, atol=2e-6)
         for cut in site.producers:
             name = f"{cut.module}.lora_B.default.weight"
-            stays = gates[site.name].repeat_interleave(cut.per_unit) == 1
-            assert torch.equal(adapters(model)[name].detach()[stays], parts[name][stays])
+            stays = gates[site.name].repeat_interleave(cut.rows_per_unit) == 1
+            assert torch.equal(trainable_parameters(model)[name].detach()[stays], parts[name][stays])
             assert torch.equal(
-                adapters(model)[f"{cut.module}.lora_A.default.weight"], parts[f"{cut.module}.lora_A.default.weight"]
+                trainable_parameters(model)[f"{cut.module}.lora_A.default.weight"],
+                parts[f"{cut.module}.lora_A.default.weight"],
             )
 
 
@@ -293,17 +302,17 @@ def test_proximal_steps_empty_removed_units() -> None:
             def save(self, state: Any) -> None:
                 if state.plan is not None and not state.is_cut:
                     model = tiny()
-                    gates = gates_of(state.plan, find_sites(model))
+                    gates = gates_from_plan(state.plan, find_sites(model))
                     sites = find_sites(model)
                     with_lora(model)
-                    for key, parameter in adapters(model).items():
+                    for key, parameter in trainable_parameters(model).items():
                         parameter.data = state.tensors["adapters"][key].clone()
-                    norms = [(group_norms(model, s) * (1 - gates[s.name])).sum() for s in sites]
+                    norms = [(adapter_group_norms(model, s) * (1 - gates[s.name])).sum() for s in sites]
                     seen[state.step] = float(torch.stack(norms).sum().detach())  # noqa: B023
 
             def latest(self) -> None:
                 return None
 
-        tune_and_prune(job_of(config_of(merged(PAPER, {"search": changes})), keeper=Watch()))
+        tune_and_prune(job_of(config_of(merge_mappings(PAPER, {"search": changes})), keeper=Watch()))
         sums[name] = seen[max(seen)]
     assert sums["proximal"] < 0.5 * sums["off"]

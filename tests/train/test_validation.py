@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from prunetune.cost.parameters import total
-from prunetune.errors import GateFailed
+from prunetune.cost.parameters import prunable_params
+from prunetune.errors import LimitBroken
 from prunetune.pruning.sites import kept_params
-from prunetune.train.checkpoints import Checkpoints, State
+from prunetune.train.checkpoints import Checkpoints, TrainingState
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.validation import WentBack
+from prunetune.train.validation import RolledBack
 from support.limits import Notes, config_of, drive, identical, job_of, on_guard
 
 BACK = "guard.nll <= 0.4 -> roll-back"  # of what is closed: crossed on the way to 0.4 kept
@@ -41,7 +41,7 @@ def test_every_validated_decision_is_kept_with_its_plan(tmp_path: Path) -> None:
     assert sorted(run.watch.plans) == list(range(1, 13))
     assert run.watch.plans[12] == run.plan
     for step, record in zip(range(1, 13), run.notes.validations[1:], strict=True):
-        share = kept_params(run.job.sites, run.watch.plans[step]) / total(run.job.sites)
+        share = kept_params(run.job.sites, run.watch.plans[step]) / prunable_params(run.job.sites)
         assert record["kept"] == pytest.approx(share, abs=1e-6)
 
 
@@ -57,7 +57,7 @@ def test_roll_back_ends_inside_the_limit_where_the_same_run_ends_outside(gates: 
     assert event["did"].startswith("rolled back to step ")
     target = int(event["did"].rpartition(" ")[2])
     assert held.plan == held.watch.plans[target], "the decision stands as it was"
-    assert kept_params(held.job.sites, held.plan) > 0.4 * total(held.job.sites)
+    assert kept_params(held.job.sites, held.plan) > 0.4 * prunable_params(held.job.sites)
     phases = [record["phase"] for record in held.notes.steps]
     assert phases[event["step"] :] == ["settle"] * 3 + ["tune"] * (12 - 3 - event["step"])
     assert [record["step"] for record in held.notes.steps] == list(range(1, 13)), "no step is done again"
@@ -69,9 +69,9 @@ def test_roll_back_brings_weights_and_moments_of_that_step_back(tmp_path: Path) 
 
         def __init__(self, folder: Path) -> None:
             super().__init__(folder)
-            self.saved: list[State] = []
+            self.saved: list[TrainingState] = []
 
-        def save(self, state: State) -> None:
+        def save(self, state: TrainingState) -> None:
             tensors = {part: {n: t.detach().clone() for n, t in named.items()} for part, named in state.tensors.items()}
             self.saved.append(replace(state, tensors=tensors))
             super().save(state)
@@ -85,7 +85,7 @@ def test_roll_back_brings_weights_and_moments_of_that_step_back(tmp_path: Path) 
     assert all(identical(then.tensors[part], tensors) for part, tensors in back.tensors.items())
     assert set(then.tensors) - set(back.tensors) == {"decision"}, "which stands by now, as a plan"
     assert back.plan == held.plan
-    assert back.seen["last"]["guard.nll"] <= 0.4
+    assert back.validation_history["last"]["guard.nll"] <= 0.4
 
 
 def test_a_crossing_after_the_cut_brings_back_what_was_cut(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_back_off_raises_the_budget_until_it_holds(tmp_path: Path) -> None:
     assert raised
     keep = held.seen["schedule"]["keep"]
     assert keep == pytest.approx(min(1.0, 0.4 + 0.1 * len(raised)))
-    assert kept_params(held.job.sites, held.plan) <= keep * total(held.job.sites)
-    assert kept_params(held.job.sites, held.plan) > 0.4 * total(held.job.sites)
+    assert kept_params(held.job.sites, held.plan) <= keep * prunable_params(held.job.sites)
+    assert kept_params(held.job.sites, held.plan) > 0.4 * prunable_params(held.job.sites)
     assert held.notes.validations[-1]["guard.nll"] <= 0.4
 
 
@@ -128,9 +128,9 @@ def test_back_off_while_settling_decides_again(tmp_path: Path) -> None:
 
 
 def test_stop_ends_the_run_at_once_and_again_when_resumed(tmp_path: Path) -> None:
-    with pytest.raises(GateFailed, match=r"stopped at step \d+: guard\.nll is 0\.\d+ and has to be at most 0\.4; "):
+    with pytest.raises(LimitBroken, match=r"stopped at step \d+: guard\.nll is 0\.\d+ and has to be at most 0\.4; "):
         drive(config_of(), tmp_path, "guard.nll <= 0.4 -> stop")
-    with pytest.raises(GateFailed, match="stopped at step") as stopped:
+    with pytest.raises(LimitBroken, match="stopped at step") as stopped:
         drive(config_of(), tmp_path, "guard.nll <= 0.4 -> stop")
     assert stopped.value.exit_code == 1
     assert "\n" not in str(stopped.value)
@@ -147,7 +147,7 @@ def test_with_nothing_to_go_back_to_the_run_goes_on_and_says_so(
 
 
 def test_a_score_that_is_not_a_number_is_outside(tmp_path: Path) -> None:
-    with pytest.raises(GateFailed, match=r"guard\.nll is nan"):
+    with pytest.raises(LimitBroken, match=r"guard\.nll is nan"):
         drive(config_of(), tmp_path, "guard.nll <= 2x -> stop", score=lambda _: math.nan)
 
 
@@ -157,7 +157,7 @@ def test_relative_limits_are_of_the_dense_model(tmp_path: Path) -> None:
     worst = max(record["guard.nll"] for record in free.notes.validations)
     drive(config_of(), tmp_path / "b", f"guard.nll <= {1.001 * worst / dense}x -> stop", score=on_guard)
     if worst > 1.01 * dense:
-        with pytest.raises(GateFailed):
+        with pytest.raises(LimitBroken):
             drive(config_of(), tmp_path / "c", f"guard.nll <= {0.999 * worst / dense}x -> stop", score=on_guard)
 
 
@@ -193,12 +193,12 @@ def test_resumed_after_any_step_equals_uninterrupted(gate: str, gates: str, tmp_
         while True:  # killed once at that step, whatever went back before
             mortal = Mortal(step)
             job = job_of(config, mortal, Checkpoints(folder / "checkpoints"), whole.watch)
-            whole.watch.good = Checkpoints(folder / "good")
+            whole.watch.good_checkpoints = Checkpoints(folder / "good")
             try:
                 tune_and_prune(job)
             except Killed:
                 break
-            except WentBack:
+            except RolledBack:
                 continue
         resumed = drive(config, folder, gate)
         assert resumed.plan == whole.plan
@@ -229,7 +229,7 @@ def test_what_was_measured_once_holds_for_a_resumed_run(tmp_path: Path) -> None:
     assert before is not None
     assert before.step == 1
     resumed = drive(config, tmp_path)
-    assert resumed.seen["stride"] == before.seen["stride"]
+    assert resumed.seen["stride"] == before.validation_history["stride"]
 
 
 def test_the_time_spent_is_known(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from prunetune.config.recipe import RunConfig
 from prunetune.errors import ConfigError, ModelError
 from prunetune.pipeline import multi_size, stages
-from prunetune.utils.determinism import CUBLAS, FIXED, deterministic
+from prunetune.utils.determinism import CUBLAS, DETERMINISTIC_WORKSPACES, deterministic
 
 CPU = torch.device("cpu")
 # In a process of its own: what is set has to be set before CUDA multiplies matrices.
@@ -51,7 +51,7 @@ def test_settings_hold_in_the_block_and_are_put_back(workspace: str | None, monk
     with deterministic(True, CPU):
         mode, warns, fills, found = settings()
         assert (mode, warns, fills) == (True, False, False)
-        assert found == (workspace if workspace in FIXED else FIXED[0])
+        assert found == (workspace if workspace in DETERMINISTIC_WORKSPACES else DETERMINISTIC_WORKSPACES[0])
     assert settings() == before
     with pytest.raises(KeyError), deterministic(True, CPU):
         raise KeyError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from prunetune.utils.threads import share_threads, usable_cores
+from prunetune.utils.threads import limit_openmp_threads, usable_cores
 
 
 def group(folder: Path, files: dict[str, str]) -> Path:
@@ -41,7 +41,7 @@ def test_a_quota_bounds_the_cores(
     assert usable_cores(place) == (cores or 8)
     for own in ({}, {"OMP_NUM_THREADS": "5"}):
         told = dict(own)
-        share_threads(told, place)
+        limit_openmp_threads(told, place)
         assert told == (own or ({"OMP_NUM_THREADS": str(cores)} if cores else {}))
 
 

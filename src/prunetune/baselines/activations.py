@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunetune.data.batches import Batch
-from prunetune.model.lm_head import head_reads
+from prunetune.model.lm_head import select_head_inputs
 
 
 @dataclass
@@ -64,11 +64,11 @@ def input_moments(model: Any, modules: Iterable[str], batches: Sequence[Batch]) 
 
     handles = [model.get_submodule(name).register_forward_pre_hook(listen(found[name])) for name in found]
     with _removed(handles):
-        _read(model, batches, real)
+        _forward_batches(model, batches, real)
     return found
 
 
-def influences(model: Any, layers: Iterable[str], batches: Sequence[Batch]) -> dict[str, float]:
+def block_influences(model: Any, layers: Iterable[str], batches: Sequence[Batch]) -> dict[str, float]:
     """1 - mean cosine between input and output of each decoder layer, over the real tokens."""
     sums = dict.fromkeys(layers, 0.0)
     real: list[Tensor] = []
@@ -84,19 +84,19 @@ def influences(model: Any, layers: Iterable[str], batches: Sequence[Batch]) -> d
 
     handles = [model.get_submodule(name).register_forward_hook(listen(name), with_kwargs=True) for name in sums]
     with _removed(handles):
-        _read(model, batches, real)
+        _forward_batches(model, batches, real)
     tokens = sum(sum(batch.lengths) for batch in batches)
     return {name: 1 - total / tokens for name, total in sums.items()}
 
 
 @torch.no_grad()
-def _read(model: Any, batches: Sequence[Batch], real: list[Tensor]) -> None:
+def _forward_batches(model: Any, batches: Sequence[Batch], real: list[Tensor]) -> None:
     """Forward every batch; `real` ends with the mask of the batch under way. The head reads one token only."""
     device = next(model.parameters()).device
     for batch in batches:
         placed = batch.to(device)
-        real.append(placed.real)
-        with head_reads(model, torch.zeros(1, dtype=torch.long, device=device)):
+        real.append(placed.token_mask)
+        with select_head_inputs(model, torch.zeros(1, dtype=torch.long, device=device)):
             model(input_ids=placed.input_ids, use_cache=False)
 
 

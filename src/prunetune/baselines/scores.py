@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunetune.baselines.activations import influences, input_moments
-from prunetune.cost.limits import Limits
-from prunetune.data.batches import IGNORED, Batch
+from prunetune.baselines.activations import block_influences, input_moments
+from prunetune.cost.limits import BudgetLimits
+from prunetune.data.batches import IGNORE_INDEX, Batch
 from prunetune.errors import ConfigError
-from prunetune.model.lm_head import head_reads
+from prunetune.model.lm_head import select_head_inputs
 from prunetune.plan import Plan
-from prunetune.pruning.linears import as_rows, linear_of
+from prunetune.pruning.linears import as_out_in, get_base_linear
 from prunetune.pruning.masking import masked
-from prunetune.pruning.unit_weights import owned_weights
-from prunetune.pruning.units import NAMES, Site
+from prunetune.pruning.unit_weights import unit_weights
+from prunetune.pruning.units import NAME_BY_KIND, Site
 from prunetune.search.select import Scores
-from prunetune.utils.seeds import derive
+from prunetune.utils.seeds import derive_seed
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,26 @@ class Calibration:
     sites: tuple[Site, ...]
     batches: tuple[Batch, ...]  # padded on the right; on the CPU or the model's device
     seed: int = 0
-    limits: Limits | None = None  # budgets of another kind than parameters
+    limits: BudgetLimits | None = None  # budgets of another kind than parameters
 
-    def price(self, site: Site) -> float:
+    def unit_price(self, site: Site) -> float:
         """What a unit takes of the budget with all that is inside it: parameters, or what its limits count."""
-        return self.limits.spans[site.name] if self.limits and self.limits.spans else site.price
+        return (
+            self.limits.prices_with_children[site.name]
+            if self.limits and self.limits.prices_with_children
+            else site.total_unit_params
+        )
 
 
 Baseline = Callable[[Calibration], Scores]
-AT_ONCE = 2**28  # parameters that `taylor` holds gradients of: 1 GiB in float32
+MAX_GRADIENT_PARAMS = 2**28  # parameters that `taylor` holds gradients of: 1 GiB in float32
 
 
 def random(calibration: Calibration) -> Scores:
     """Uniform in [0, 1), a stream of its own for each site."""
 
     def drawn(site: Site) -> Tensor:
-        seed = derive(calibration.seed, f"baseline random {site.name}")
+        seed = derive_seed(calibration.seed, f"baseline random {site.name}")
         return torch.rand(site.units, generator=torch.Generator().manual_seed(seed))
 
     return {site.name: drawn(site) for site in calibration.sites}
@@ -65,9 +69,9 @@ def magnitude(calibration: Calibration) -> Scores:
     """
     totals = {}
     for site in calibration.sites:
-        owned = owned_weights(calibration.model, site)
-        totals[site.name] = _total([weight.per_unit(weight.parameter.float().square()) for weight in owned], site)
-    return {name: mean.sqrt() for name, mean in _per_price(totals, calibration).items()}
+        owned = unit_weights(calibration.model, site)
+        totals[site.name] = _total([weight.sum_per_unit(weight.parameter.float().square()) for weight in owned], site)
+    return {name: mean.sqrt() for name, mean in _normalize_by_price(totals, calibration).items()}
 
 
 @torch.no_grad()
@@ -84,7 +88,7 @@ def wanda_sp(calibration: Calibration) -> Scores:
         consumer = _consumer(site)
         weight = _weight(calibration.model, consumer)
         columns = weight.float().abs().sum(0).double().cpu() * moments[consumer].norm
-        found[site.name] = _rank_share(columns.view(site.units, -1).sum(1))
+        found[site.name] = _rank_percentile(columns.view(site.units, -1).sum(1))
     return found
 
 
@@ -115,15 +119,15 @@ def taylor(calibration: Calibration) -> Scores:
     """
     totals: dict[str, Tensor] = {}
     for sites in _portions(calibration.sites):
-        weights = {site.name: owned_weights(calibration.model, site) for site in sites}
+        weights = {site.name: unit_weights(calibration.model, site) for site in sites}
         gradients = iter(_gradients(calibration, [one.parameter for owned in weights.values() for one in owned]))
         for site in sites:
             products = [
-                weight.per_unit((next(gradients) * weight.parameter.detach().float()).abs())
+                weight.sum_per_unit((next(gradients) * weight.parameter.detach().float()).abs())
                 for weight in weights[site.name]
             ]
             totals[site.name] = _total(products, site)
-    return _per_price(totals, calibration)
+    return _normalize_by_price(totals, calibration)
 
 
 def _portions(sites: tuple[Site, ...]) -> list[list[Site]]:
@@ -131,7 +135,9 @@ def _portions(sites: tuple[Site, ...]) -> list[list[Site]]:
     for site in sites:
         if (
             portions[-1]
-            and sum(other.units * other.price for other in portions[-1]) + site.units * site.price > AT_ONCE
+            and sum(other.units * other.total_unit_params for other in portions[-1])
+            + site.units * site.total_unit_params
+            > MAX_GRADIENT_PARAMS
         ):
             portions.append([])
         portions[-1].append(site)
@@ -140,7 +146,7 @@ def _portions(sites: tuple[Site, ...]) -> list[list[Site]]:
 
 def _gradients(calibration: Calibration, weights: list[Tensor]) -> list[Tensor]:
     """Of the mean loss of all labels, summed in float32; the weights are left as frozen as they were."""
-    labels = sum(batch.tokens for batch in calibration.batches)
+    labels = sum(batch.target_tokens for batch in calibration.batches)
     before = [weight.requires_grad for weight in weights]
     sums = [torch.zeros_like(weight, dtype=torch.float32) for weight in weights]
     try:
@@ -168,11 +174,11 @@ def fisher(calibration: Calibration) -> Scores:
     rows = [row for batch in calibration.batches for row in _examples(batch)]
     for row in rows:
         with masked(model, gates, sites=sites):
-            loss = _loss_sum(model, row) / row.tokens
+            loss = _loss_sum(model, row) / row.target_tokens
         gradients = torch.autograd.grad(loss, list(gates.values()))
         for name, gradient in zip(gates, gradients, strict=True):
             sums[name] += gradient.double().square().cpu()
-    return {site.name: (sums[site.name] / max(len(rows), 1) / calibration.price(site)).float() for site in sites}
+    return {site.name: (sums[site.name] / max(len(rows), 1) / calibration.unit_price(site)).float() for site in sites}
 
 
 def block_influence(calibration: Calibration) -> Scores:
@@ -180,9 +186,9 @@ def block_influence(calibration: Calibration) -> Scores:
 
     Men et al. 2024 (ShortGPT, arXiv 2403.03853, section 3). Floors of the plan's shape stay, ties go by index.
     """
-    layers = dict.fromkeys(site.prefix for site in calibration.sites)
-    found = influences(calibration.model, layers, calibration.batches)
-    return {site.name: torch.full((site.units,), found[site.prefix]) for site in calibration.sites}
+    layers = dict.fromkeys(site.layer_prefix for site in calibration.sites)
+    found = block_influences(calibration.model, layers, calibration.batches)
+    return {site.name: torch.full((site.units,), found[site.layer_prefix]) for site in calibration.sites}
 
 
 BASELINES: dict[str, Baseline] = {
@@ -222,32 +228,32 @@ def _consumers(calibration: Calibration) -> list[str]:
 def _consumer(site: Site) -> str:
     if site.consumer is None:
         raise ConfigError(
-            f"this baseline looks at what a linear reads, and {NAMES[site.kind]} have none of their own: leave "
+            f"this baseline looks at what a linear reads, and {NAME_BY_KIND[site.kind]} have none of their own: leave "
             "wanda-sp and flap out of compare.methods, or take kv-groups, query-heads and mlp-channels as budget.units"
         )
     return site.consumer.module
 
 
 def _weight(model: Any, name: str) -> Tensor:
-    linear = linear_of(model, name)
-    return as_rows(linear, linear.weight)
+    linear = get_base_linear(model, name)
+    return as_out_in(linear, linear.weight)
 
 
 def _total(parts: Sequence[Tensor], site: Site) -> Tensor:
     return sum(parts, torch.zeros(site.units).double())
 
 
-def _per_price(totals: Mapping[str, Tensor], calibration: Calibration) -> Scores:
+def _normalize_by_price(totals: Mapping[str, Tensor], calibration: Calibration) -> Scores:
     """Sums over what a unit alone owns -> sums over all that leaves with it, over its price; float32."""
     named, sums = {site.name: site for site in calibration.sites}, dict(totals)
     for site in calibration.sites:
-        outer = named.get(site.within)
-        if outer is not None and not outer.is_whole:  # a whole block's total is of all its weights already
+        outer = named.get(site.parent)
+        if outer is not None and not outer.is_whole_block:  # a whole block's total is of all its weights already
             sums[outer.name] = sums[outer.name] + totals[site.name].view(outer.units, -1).sum(1)
-    return {name: (total / calibration.price(named[name])).float() for name, total in sums.items()}
+    return {name: (total / calibration.unit_price(named[name])).float() for name, total in sums.items()}
 
 
-def _rank_share(values: Tensor) -> Tensor:
+def _rank_percentile(values: Tensor) -> Tensor:
     """Ranks as shares in (0, 1), the best nearest to 1; of equals, the lower index is the better."""
     order = torch.argsort(values, descending=True, stable=True)
     shares = torch.empty(len(values))
@@ -263,7 +269,7 @@ def _standardised(values: Tensor) -> Tensor:
 def _loss_sum(model: Any, batch: Batch) -> Tensor:
     """Cross-entropy summed over the labels."""
     placed = batch.to(next(model.parameters()).device)
-    with head_reads(model, placed.predicting):
+    with select_head_inputs(model, placed.prediction_mask):
         logits = model(input_ids=placed.input_ids, use_cache=False).logits
     return F.cross_entropy(logits.float().view(-1, logits.shape[-1]), placed.targets, reduction="sum")
 
@@ -273,8 +279,8 @@ def _examples(batch: Batch) -> list[Batch]:
     rows = []
     for index, length in enumerate(batch.lengths):
         labels = batch.labels[index : index + 1, :length]
-        counted = int((labels[:, 1:] != IGNORED).sum())
+        counted = int((labels[:, 1:] != IGNORE_INDEX).sum())
         if counted:
             ids = batch.input_ids[index : index + 1, :length]
-            rows.append(Batch(ids, labels, counted, (length,), batch.ids[index : index + 1]))
+            rows.append(Batch(ids, labels, counted, (length,), batch.example_ids[index : index + 1]))
     return rows

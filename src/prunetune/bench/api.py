@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
-from prunetune.bench.interleaved import take_turns
-from prunetune.bench.models import named
+from prunetune.bench.interleaved import run_interleaved
+from prunetune.bench.models import resolve_models
 from prunetune.bench.options import BenchOptions
-from prunetune.bench.result import Bench, summarised
-from prunetune.bench.worker import Opener, Worker, opened
+from prunetune.bench.result import BenchResult, summarise_bench
+from prunetune.bench.worker import RunnerFactory, Worker, open_runner
 from prunetune.errors import ConfigError
 from prunetune.model.loading import pick_device
 from prunetune.utils import environment
@@ -20,7 +20,9 @@ log = logging.getLogger(__name__)
 DEFAULTS = BenchOptions()
 
 
-def measure_models(models: Sequence[str], options: BenchOptions = DEFAULTS, *, opener: Opener = opened) -> Bench:
+def measure_models(
+    models: Sequence[str], options: BenchOptions = DEFAULTS, *, opener: RunnerFactory = open_runner
+) -> BenchResult:
     """Latency, throughput and memory of runs, checkpoints, hub names and .gguf files, in turns.
 
     All stay open at once, each in a process of its own. Raises a `PrunetuneError` before anything is opened where a
@@ -30,7 +32,7 @@ def measure_models(models: Sequence[str], options: BenchOptions = DEFAULTS, *, o
         raise ConfigError("bench needs a model: name a run, a model folder, a hub name or a .gguf file")
     batches = options.batches
     pick_device(options.device)  # refuses in time
-    given = named(models, options)
+    given = resolve_models(models, options)
     with ExitStack() as stack:
         workers = []
         for model in given:
@@ -38,20 +40,22 @@ def measure_models(models: Sequence[str], options: BenchOptions = DEFAULTS, *, o
             stack.callback(worker.close)
             workers.append(worker)
             log.info("opened %s in %.1f s", model.label, worker.facts().load_s)
-        measured = take_turns(workers, batches, options.runs)
+        measured = run_interleaved(workers, batches, options.runs)
         facts = [worker.facts() for worker in workers]
-    return summarised(
-        [model.label for model in given], facts, measured, options=options, versions=environment.versions()
+    return summarise_bench(
+        [model.label for model in given], facts, measured, options=options, versions=environment.package_versions()
     )
 
 
-def measure_here(models: Sequence[str], options: BenchOptions = DEFAULTS, *, opener: Opener = opened) -> Bench:
+def measure_in_process(
+    models: Sequence[str], options: BenchOptions = DEFAULTS, *, opener: RunnerFactory = open_runner
+) -> BenchResult:
     """The same in this process: nothing is started, and there is no peak of memory that would be one model's own."""
     batches = options.batches
-    given = named(models, options)
+    given = resolve_models(models, options)
     runners = [opener(model, options) for model in given]
-    measured = take_turns(runners, batches, options.runs)
+    measured = run_interleaved(runners, batches, options.runs)
     for cell in (cell for cells in measured for cell in cells):
         cell.samples = [replace(sample, peak_bytes=None) for sample in cell.samples]
     labels, facts = [model.label for model in given], [runner.facts() for runner in runners]
-    return summarised(labels, facts, measured, options=options, versions=environment.versions())
+    return summarise_bench(labels, facts, measured, options=options, versions=environment.package_versions())

@@ -12,7 +12,7 @@ import torch
 MILLI = 1e-3
 
 
-def meter(device: torch.device) -> Callable[[], float] | None:
+def energy_meter(device: torch.device) -> Callable[[], float] | None:
     """A reader of the joules used so far; None where nothing reports them.
 
     The counter is the whole card's and moves every few tens of milliseconds, so short runs are coarse.
@@ -36,7 +36,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # to CLEAR: the high-water mark begins again (man 5 proc)
 
 
-def now(device: torch.device) -> float:
+def synchronized_time(device: torch.device) -> float:
     """Seconds, once the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -45,7 +45,7 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def reset_peak(device: torch.device) -> bool:
+def reset_peak_memory(device: torch.device) -> bool:
     """Let the peak of memory begin again from what is held now; False where the device or system cannot."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -59,12 +59,12 @@ def reset_peak(device: torch.device) -> bool:
     return True
 
 
-def held(device: torch.device) -> int:
+def current_bytes(device: torch.device) -> int:
     """Bytes held now, where `reset_peak` works: before a model is opened, those that are not the model's."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
 
 
-def peak(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
     """Most bytes since a reset that worked: allocated on CUDA, resident in this process on the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 

@@ -7,11 +7,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from prunetune.bench.runner import OutOfMemory, Runner, Sample, Work
+from prunetune.bench.runner import BenchSample, OutOfMemory, Runner, WorkEstimate
 
 
 @dataclass(frozen=True)
-class Spread:
+class SummaryStats:
     """Median, quartiles and ends of `runs` values; in the values' own unit."""
 
     median: float
@@ -22,13 +22,13 @@ class Spread:
     runs: int
 
 
-def spread(values: Sequence[float]) -> Spread:
+def summary_stats(values: Sequence[float]) -> SummaryStats:
     """Of at least one value; quartiles lie between the ends (the inclusive method), and one value is all five."""
     if len(values) == 1:
         low = middle = high = values[0]
     else:
         low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return Spread(middle, low, high, min(values), max(values), len(values))
+    return SummaryStats(middle, low, high, min(values), max(values), len(values))
 
 
 def paired_ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
@@ -40,22 +40,22 @@ log = logging.getLogger(__name__)
 
 
 @dataclass
-class Measured:
+class BatchMeasurement:
     """One model at one batch size."""
 
     batch: int
-    work: Work = field(default_factory=Work)
-    samples: list[Sample] = field(default_factory=list)  # by round
+    work: WorkEstimate = field(default_factory=WorkEstimate)
+    samples: list[BenchSample] = field(default_factory=list)  # by round
     failed: str = ""  # why there are no samples
 
 
-def take_turns(runners: Sequence[Runner], batches: Sequence[int], runs: int) -> list[list[Measured]]:
+def run_interleaved(runners: Sequence[Runner], batches: Sequence[int], runs: int) -> list[list[BatchMeasurement]]:
     """What every runner does at every batch size: one list of batch sizes for each runner.
 
     Odd rounds go backwards, so that no model always follows the same one. A batch that does not fit ends that model's
     part in it, and nothing else.
     """
-    found = [[Measured(batch) for batch in batches] for _ in runners]
+    found = [[BatchMeasurement(batch) for batch in batches] for _ in runners]
     for place, batch in enumerate(batches):
         log.info("batch %d: warm-up and %d rounds", batch, runs)
         pairs = [(runner, cells[place]) for runner, cells in zip(runners, found, strict=True)]
@@ -67,14 +67,14 @@ def take_turns(runners: Sequence[Runner], batches: Sequence[int], runs: int) -> 
     return found
 
 
-def _warm(runner: Runner, cell: Measured) -> None:
+def _warm(runner: Runner, cell: BatchMeasurement) -> None:
     try:
-        cell.work = runner.warm(cell.batch)
+        cell.work = runner.warm_up(cell.batch)
     except OutOfMemory as failed:
         cell.failed = str(failed)
 
 
-def _run(runner: Runner, cell: Measured) -> None:
+def _run(runner: Runner, cell: BatchMeasurement) -> None:
     if cell.failed:
         return
     try:

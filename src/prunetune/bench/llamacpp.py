@@ -11,38 +11,40 @@ from typing import Any
 import torch
 
 from prunetune.bench import clock
-from prunetune.bench.models import Named
+from prunetune.bench.models import ModelSpec
 from prunetune.bench.options import BenchOptions
-from prunetune.bench.runner import Facts, Sample, Work
+from prunetune.bench.runner import BenchSample, ModelFacts, WorkEstimate
 from prunetune.errors import ModelError
-from prunetune.evaluation.suites.http_client import Server
-from prunetune.evaluation.suites.llamacpp import served
-from prunetune.utils.optional import require
+from prunetune.evaluation.suites.http_client import EndpointClient
+from prunetune.evaluation.suites.llamacpp import start_server
+from prunetune.utils.optional import import_optional
 
 CPU = torch.device("cpu")  # what the package is built for
 MILLI = 1e-3
-PATIENCE = 600.0  # seconds for a reply
+REPLY_TIMEOUT_S = 600.0  # seconds for a reply
 
 
 class LlamaCppRunner:
     """One prompt is timed by llama.cpp itself. Several are sent at once, and only their whole is timed: the server
     mixes one's prefill with another's steps."""
 
-    def __init__(self, model: Named, options: BenchOptions) -> None:
-        self.named, self.options, self.file = model, options, Path(model.source)
+    def __init__(self, model: ModelSpec, options: BenchOptions) -> None:
+        self.spec, self.options, self.file = model, options, Path(model.source)
         self.parameters, self.vocabulary, self.kind = _described(self.file)
         self.threads = options.threads or torch.get_num_threads()
-        require("xllamacpp", extra="llamacpp", use=f"model {self.file}")
-        self.before = clock.held(CPU) if clock.reset_peak(CPU) else 0
+        import_optional("xllamacpp", extra="llamacpp", use=f"model {self.file}")
+        self.baseline_bytes = clock.current_bytes(CPU) if clock.reset_peak_memory(CPU) else 0
         begun = time.perf_counter()
         slots, length = max(options.batches), options.prompt + options.generate + 8
-        self.server = served(self.file, context=slots * length, slots=slots, threads=self.threads, on_cpu=True)
+        self.server = start_server(self.file, context=slots * length, slots=slots, threads=self.threads, on_cpu=True)
         self.load_s = time.perf_counter() - begun
-        self.asked = Server(self.server.listening_address, timeout=PATIENCE, at_once=max(options.batches))
+        self.client = EndpointClient(
+            self.server.listening_address, timeout=REPLY_TIMEOUT_S, concurrency=max(options.batches)
+        )
 
-    def facts(self) -> Facts:
+    def facts(self) -> ModelFacts:
         """See `Runner`."""
-        return Facts(
+        return ModelFacts(
             runtime=f"llama.cpp (xllamacpp {version('xllamacpp')})",
             device=f"{self.threads} CPU threads",
             dtype=self.kind,
@@ -51,24 +53,24 @@ class LlamaCppRunner:
             load_s=self.load_s,
         )
 
-    def warm(self, batch: int) -> Work:
+    def warm_up(self, batch: int) -> WorkEstimate:
         """See `Runner`."""
         self.run(batch)
-        return work_of(self.file, self.options.prompt * batch)
+        return estimate_gguf_work(self.file, self.options.prompt * batch)
 
-    def run(self, batch: int) -> Sample:
+    def run(self, batch: int) -> BenchSample:
         """See `Runner`."""
-        watched = clock.reset_peak(CPU)
+        watched = clock.reset_peak_memory(CPU)
         begun = time.perf_counter()
         with ThreadPoolExecutor(batch) as pool:
             told = list(pool.map(self._ask, range(batch)))
         total = time.perf_counter() - begun
-        peak = clock.peak(CPU) - self.before if watched else None
+        peak = clock.peak_bytes(CPU) - self.baseline_bytes if watched else None
         if batch > 1:
-            return Sample(total, peak_bytes=peak)
+            return BenchSample(total, peak_bytes=peak)
         prefill, steps = told[0]["prompt_ms"] * MILLI, told[0]["predicted_ms"] * MILLI
         # llama.cpp counts the steps' time from the first token on.
-        return Sample(total, prefill, steps / (self.options.generate - 1), peak)
+        return BenchSample(total, prefill, steps / (self.options.generate - 1), peak)
 
     def close(self) -> None:
         """See `Runner`: the process ends."""
@@ -83,7 +85,7 @@ class LlamaCppRunner:
             "ignore_eos": True,
             "cache_prompt": False,
         }
-        timings: dict[str, Any] = self.asked.post("/completion", body)["timings"]
+        timings: dict[str, Any] = self.client.post("/completion", body)["timings"]
         if timings["prompt_n"] != self.options.prompt or timings["predicted_n"] != self.options.generate:
             raise ModelError(
                 f"model {self.file}: llama.cpp read {timings['prompt_n']} tokens and wrote {timings['predicted_n']}, "
@@ -92,7 +94,7 @@ class LlamaCppRunner:
         return timings
 
 
-def context_of(file: Path) -> int:
+def gguf_context_length(file: Path) -> int:
     """Positions that a file's model knows; 0 where it says none. Raises `ModelError` for what is no GGUF."""
     reader = _reader(file)
     architecture = reader.get_field("general.architecture")
@@ -100,16 +102,16 @@ def context_of(file: Path) -> int:
     return int(field.contents()) if field else 0
 
 
-def work_of(file: Path, tokens: int) -> Work:
+def estimate_gguf_work(file: Path, tokens: int) -> WorkEstimate:
     """FLOPs of the blocks' matrices over so many tokens, and the bytes of all weights but a look-up table of its own;
     attention between tokens and the cache are left out. Nothing where experts are chosen."""
     tensors = {tensor.name: tensor for tensor in _reader(file).tensors}
     if any("_exps." in name for name in tensors):
-        return Work()
+        return WorkEstimate()
     blocks = sum(int(each.n_elements) for name, each in tensors.items() if "blk." in name and len(each.shape) > 1)
     looked_up = {"token_embd.weight"} if "output.weight" in tensors else set()
     read = sum(int(each.n_bytes) for name, each in tensors.items() if name not in looked_up)
-    return Work(2.0 * blocks * tokens, float(read))
+    return WorkEstimate(2.0 * blocks * tokens, float(read))
 
 
 def _described(file: Path) -> tuple[int, int, str]:

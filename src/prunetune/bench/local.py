@@ -15,13 +15,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from prunetune.bench import clock
-from prunetune.bench.models import Named
+from prunetune.bench.cuda_graph import CudaGraphStep
+from prunetune.bench.models import ModelSpec
 from prunetune.bench.options import BenchOptions
-from prunetune.bench.recorded import Recorded
-from prunetune.bench.runner import Facts, OutOfMemory, Sample, Work
-from prunetune.bench.timed_request import answered, tokens_for
+from prunetune.bench.runner import BenchSample, ModelFacts, OutOfMemory, WorkEstimate
+from prunetune.bench.timed_request import random_prompts, time_request
 from prunetune.errors import ModelError
-from prunetune.model.loading import load, pick_device, pick_dtype
+from prunetune.model.loading import load_model_and_tokenizer, pick_device, pick_dtype
 from prunetune.utils import environment
 
 _aten = torch.ops.aten
@@ -49,41 +49,43 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the first that a folder has
 class LocalRunner:
     """Opened at once. Tokens are random: arithmetic does not read them. No end of text stops a run early."""
 
-    def __init__(self, model: Named, options: BenchOptions) -> None:
-        self.named, self.options = model, options
+    def __init__(self, model: ModelSpec, options: BenchOptions) -> None:
+        self.spec, self.options = model, options
         self.device = pick_device(options.device)
         if options.threads:
             torch.set_num_threads(options.threads)
         self.dtype = pick_dtype(options.dtype, self.device)
         import_module("transformers.modeling_utils")  # its import is not the model's loading
-        self.before = clock.held(self.device) if clock.reset_peak(self.device) else 0
-        begun = clock.now(self.device)
-        with _fitting(f"the weights of {model.label}"):
+        self.baseline_bytes = clock.current_bytes(self.device) if clock.reset_peak_memory(self.device) else 0
+        begun = clock.synchronized_time(self.device)
+        with _raise_out_of_memory(f"the weights of {model.label}"):
             self.model = self._opened()
-        self.load_s = clock.now(self.device) - begun
+        self.load_s = clock.synchronized_time(self.device) - begun
         self.prefill, self.step, self.static = self.model, self.model, dict[int, Any]()
         if options.record:
-            self.step = Recorded(self.model)
+            self.step = CudaGraphStep(self.model)
         elif options.compile:
             mode = "reduce-overhead" if self.device.type == "cuda" else None
             self.prefill = self.step = torch.compile(self.model, mode=mode, dynamic=False)
 
     def _opened(self) -> Any:
-        return load(self.named.source, device=self.device, dtype=self.dtype, trust_remote_code=self.named.trust).model
+        return load_model_and_tokenizer(
+            self.spec.source, device=self.device, dtype=self.dtype, trust_remote_code=self.spec.trust_remote_code
+        ).model
 
-    def facts(self) -> Facts:
+    def facts(self) -> ModelFacts:
         """See `Runner`."""
         compiled = ", decode recorded" if self.options.record else ", compiled" if self.options.compile else ""
-        return Facts(
+        return ModelFacts(
             runtime=f"transformers {version('transformers')}{compiled}",
-            device=environment.describe(self.device),
+            device=environment.device_name(self.device),
             dtype=str(self.dtype).removeprefix("torch."),
             parameters=sum(weight.numel() for weight in self.model.parameters()),
-            file_bytes=weight_bytes(self.named.source),
+            file_bytes=weight_bytes(self.spec.source),
             load_s=self.load_s,
         )
 
-    def warm(self, batch: int) -> Work:
+    def warm_up(self, batch: int) -> WorkEstimate:
         """See `Runner`."""
         try:
             flops = self._flops(batch)
@@ -96,11 +98,11 @@ class LocalRunner:
             lines = (line for line in str(broken).splitlines() if line.strip() and not line.endswith(" raised:"))
             reason = next(lines, type(broken).__name__)  # what a backend raised stands below that it did
             raise ModelError(
-                f"model {self.named.label}: cannot be compiled here ({reason}); leave --compile out"
+                f"model {self.spec.label}: cannot be compiled here ({reason}); leave --compile out"
             ) from broken
-        return Work(flops, decode_bytes(self.model, cache))
+        return WorkEstimate(flops, decode_bytes(self.model, cache))
 
-    def run(self, batch: int) -> Sample:
+    def run(self, batch: int) -> BenchSample:
         """See `Runner`."""
         return self._run(batch)[0]
 
@@ -109,10 +111,10 @@ class LocalRunner:
 
     @cached_property
     def _meter(self) -> Any:
-        return clock.meter(self.device)
+        return clock.energy_meter(self.device)
 
     def _tokens(self, batch: int) -> Tensor:
-        return tokens_for(self.model, batch, self.options.prompt)
+        return random_prompts(self.model, batch, self.options.prompt)
 
     def _cache(self, batch: int) -> Any:
         """An empty cache. What was compiled knows its cache by address, so that of a batch size is used again."""
@@ -132,23 +134,23 @@ class LocalRunner:
     def _flops(self, batch: int) -> float:
         """Of the prefill, as operators report them."""
         counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
-        with _fitting(f"batch {batch} of {self.named.label}"), counter:
+        with _raise_out_of_memory(f"batch {batch} of {self.spec.label}"), counter:
             self.model(self._tokens(batch), use_cache=False, logits_to_keep=1)
         return float(counter.get_total_flops())
 
     @torch.no_grad()
-    def _run(self, batch: int) -> tuple[Sample, Any]:
+    def _run(self, batch: int) -> tuple[BenchSample, Any]:
         """The sample, and the cache as it is at the end."""
-        with _fitting(f"batch {batch} of {self.named.label}"):
+        with _raise_out_of_memory(f"batch {batch} of {self.spec.label}"):
             tokens, cache = self._tokens(batch), self._cache(batch)
-            watched = clock.reset_peak(self.device)
+            watched = clock.reset_peak_memory(self.device)
             before = self._meter() if self._meter else 0.0
-            times = answered(self.prefill, tokens, cache, self.options.generate, self.step)
-        sample = Sample(
+            times = time_request(self.prefill, tokens, cache, self.options.generate, self.step)
+        sample = BenchSample(
             total_s=times.total,
             prefill_s=times.prefill,
             decode_s=times.decode,
-            peak_bytes=clock.peak(self.device) - self.before if watched else None,
+            peak_bytes=clock.peak_bytes(self.device) - self.baseline_bytes if watched else None,
             joules=self._meter() - before if self._meter else None,
         )
         return sample, cache
@@ -181,7 +183,7 @@ def decode_bytes(model: Any, cache: Any) -> float | None:
 
 
 @contextmanager
-def _fitting(what: str) -> Iterator[None]:
+def _raise_out_of_memory(what: str) -> Iterator[None]:
     """Say what does not fit into memory; every other error passes."""
     try:
         yield

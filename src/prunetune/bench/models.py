@@ -8,59 +8,61 @@ from pathlib import Path
 
 from prunetune.bench.options import BenchOptions
 from prunetune.errors import ConfigError
-from prunetune.evaluation.suites.open_model import checkpoint_of, gguf_at, run_config, sizes_in
-from prunetune.model.loading import load_config, locate
-from prunetune.utils.optional import require
+from prunetune.evaluation.suites.open_model import check_gguf_file, list_run_sizes, read_run_config, resolve_checkpoint
+from prunetune.model.loading import load_config, resolve_model_path
+from prunetune.utils.optional import import_optional
 
 
 @dataclass(frozen=True)
-class Named:
+class ModelSpec:
     """A model by its name, not opened."""
 
     label: str  # as the user would call it
     source: str  # a folder, a hub name, or a .gguf file for llama.cpp
     llama_cpp: bool = False
-    trust: bool = False  # run code that comes with it
+    trust_remote_code: bool = False  # run code that comes with it
 
 
-def named(models: Sequence[str], options: BenchOptions) -> tuple[Named, ...]:
+def resolve_models(models: Sequence[str], options: BenchOptions) -> tuple[ModelSpec, ...]:
     """Every model once; a run's dense model stands first, so that it is what all are compared with.
 
     Raises a `PrunetuneError` where a name leads nowhere, a package is missing, or the prompt does not fit.
     """
     models = [each for name in models for each in _sizes(name)]
-    given = [_one(name, options) for name in models]
+    given = [_resolve_model(name, options) for name in models]
     dense = list(_dense(models, options)) if options.dense else []
     found = tuple({one.source: one for one in [*dense, *given]}.values())
     for one in found:
-        _fits(one, options)
+        _check_context(one, options)
     return found
 
 
 def _sizes(name: str) -> list[str]:
     """All sizes of a run of several; else what is named."""
     run = Path(name).expanduser()
-    return list(map(str, sizes_in(run))) if run_config(run) is not None and sizes_in(run) else [name]
+    return list(map(str, list_run_sizes(run))) if read_run_config(run) is not None and list_run_sizes(run) else [name]
 
 
-def _one(name: str, options: BenchOptions) -> Named:
+def _resolve_model(name: str, options: BenchOptions) -> ModelSpec:
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
-        require("xllamacpp", extra="llamacpp", use=f"model {gguf_at(path)}")
-        return Named(str(path), str(path), llama_cpp=True)
-    source, trust = checkpoint_of(name, trust_remote_code=options.trust_remote_code)
-    return Named(name, locate(source), trust=trust)
+        import_optional("xllamacpp", extra="llamacpp", use=f"model {check_gguf_file(path)}")
+        return ModelSpec(str(path), str(path), llama_cpp=True)
+    source, trust = resolve_checkpoint(name, trust_remote_code=options.trust_remote_code)
+    return ModelSpec(name, resolve_model_path(source), trust_remote_code=trust)
 
 
-def _dense(models: Sequence[str], options: BenchOptions) -> Iterator[Named]:
+def _dense(models: Sequence[str], options: BenchOptions) -> Iterator[ModelSpec]:
     """The models that runs began with; a .gguf file among them is opened as the run did, dequantised."""
     for name in models:
-        run = run_config(Path(name).expanduser())
+        run = read_run_config(Path(name).expanduser())
         if run is not None:
-            yield Named(f"{run.model} (dense)", locate(run.model), trust=options.trust_remote_code)
+            yield ModelSpec(
+                f"{run.model} (dense)", resolve_model_path(run.model), trust_remote_code=options.trust_remote_code
+            )
 
 
-def _fits(model: Named, options: BenchOptions) -> None:
+def _check_context(model: ModelSpec, options: BenchOptions) -> None:
     context, wanted = _positions(model), options.prompt + options.generate
     if context and wanted > context:
         raise ConfigError(
@@ -69,15 +71,15 @@ def _fits(model: Named, options: BenchOptions) -> None:
         )
 
 
-def _positions(model: Named) -> int:
+def _positions(model: ModelSpec) -> int:
     if model.llama_cpp:
-        from prunetune.bench.llamacpp import context_of as gguf_context
+        from prunetune.bench.llamacpp import gguf_context_length as gguf_context
 
         return gguf_context(Path(model.source))
-    return context_of(model.source, trust_remote_code=model.trust)
+    return context_length(model.source, trust_remote_code=model.trust_remote_code)
 
 
-def context_of(source: str, *, trust_remote_code: bool) -> int:
+def context_length(source: str, *, trust_remote_code: bool) -> int:
     """Positions that a model for transformers knows; 0 where it says none."""
     config = load_config(source, trust_remote_code=trust_remote_code).get_text_config()
     return int(getattr(config, "max_position_embeddings", 0) or 0)

@@ -13,15 +13,15 @@ from prunetune.errors import ConfigError
 class BenchOptions:
     """How models are opened and what they are asked. Flags of the command come from here."""
 
-    prompt: int = option(512, "Tokens of the prompt.", low=1)
-    generate: int = option(64, "Tokens to write; the first comes from the prefill.", low=2)
+    prompt: int = option(512, "Tokens of the prompt.", ge=1)
+    generate: int = option(64, "Tokens to write; the first comes from the prefill.", ge=2)
     batch: str = option("1,8", "Batch sizes, by commas.")
-    runs: int = option(5, "Measured rounds of a batch size, after one to warm up.", low=1)
+    runs: int = option(5, "Measured rounds of a batch size, after one to warm up.", ge=1)
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "Of every model that transformers opens; auto: bfloat16 where the hardware has it, else float32."
     )
-    threads: int = option(0, "CPU threads; 0: what PyTorch takes.", low=0)
+    threads: int = option(0, "CPU threads; 0: what PyTorch takes.", ge=0)
     compile: bool = option(
         False, "Compile prefill and decode step (torch.compile, static cache): minutes for a large model."
     )

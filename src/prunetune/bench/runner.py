@@ -13,7 +13,7 @@ class OutOfMemory(ModelError):
 
 
 @dataclass(frozen=True)
-class Facts:
+class ModelFacts:
     """What is known of an opened model."""
 
     runtime: str  # "transformers 5.23.0", "llama.cpp"
@@ -25,7 +25,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Work:
+class WorkEstimate:
     """What one batch costs by count, where that is known."""
 
     prefill_flops: float | None = None
@@ -33,7 +33,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Sample:
+class BenchSample:
     """One run of one batch. None: not measured by this runtime or on this device."""
 
     total_s: float
@@ -46,13 +46,13 @@ class Sample:
 class Runner(Protocol):
     """A model that is open, with prompt and answer of fixed lengths."""
 
-    def facts(self) -> Facts:
+    def facts(self) -> ModelFacts:
         """What it is."""
 
-    def warm(self, batch: int) -> Work:
+    def warm_up(self, batch: int) -> WorkEstimate:
         """A run that does not count; raises `OutOfMemory` where the batch does not fit."""
 
-    def run(self, batch: int) -> Sample:
+    def run(self, batch: int) -> BenchSample:
         """A run that counts; raises `OutOfMemory`."""
 
     def close(self) -> None:

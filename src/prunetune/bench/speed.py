@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from prunetune.bench.clock import now
+from prunetune.bench.clock import synchronized_time
 
 
 @dataclass(frozen=True)
@@ -26,30 +26,32 @@ class Speed:
 
 
 @torch.inference_mode()
-def measure(model: Any, *, prompt: int = 256, batch: int = 2, new: int = 16, runs: int = 5) -> Speed:
+def measure_speed(model: Any, *, prompt: int = 256, batch: int = 2, new_tokens: int = 16, runs: int = 5) -> Speed:
     """Prefill of [batch, prompt] random tokens, then `new` greedy decode steps at batch 1 after as long a prompt.
 
     A model of few positions gets a shorter prompt.
     """
     device = next(model.parameters()).device
-    prompt = max(1, min(prompt, getattr(model.config, "max_position_embeddings", prompt + new) - new))
+    prompt = max(1, min(prompt, getattr(model.config, "max_position_embeddings", prompt + new_tokens) - new_tokens))
     rng = torch.Generator().manual_seed(0)
     tokens = torch.randint(3, model.config.vocab_size, (batch, prompt), generator=rng).to(device)
     prefill, decode = [], []
     for run in range(runs + 1):  # the first warms up
-        started = now(device)
+        started = synchronized_time(device)
         model(tokens, use_cache=False, logits_to_keep=1)
-        middle = now(device)
+        middle = synchronized_time(device)
         out = model(tokens[:1], use_cache=True, logits_to_keep=1)
-        begun = now(device)
-        for _ in range(new):
+        begun = synchronized_time(device)
+        for _ in range(new_tokens):
             out = model(out.logits[:, -1].argmax(-1, keepdim=True), past_key_values=out.past_key_values, use_cache=True)
-        ended = now(device)
+        ended = synchronized_time(device)
         if run:
             prefill.append(tokens.numel() / (middle - started))
-            decode.append(new / (ended - begun))
-    return Speed(statistics.median(prefill), statistics.median(decode), _spread(prefill), _spread(decode))
+            decode.append(new_tokens / (ended - begun))
+    return Speed(
+        statistics.median(prefill), statistics.median(decode), _relative_spread(prefill), _relative_spread(decode)
+    )
 
 
-def _spread(values: list[float]) -> float:
+def _relative_spread(values: list[float]) -> float:
     return (max(values) - min(values)) / statistics.median(values)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from prunetune.bench.interleaved import Spread
-from prunetune.bench.result import Bench, Benched, Cell
+from prunetune.bench.interleaved import SummaryStats
+from prunetune.bench.result import BenchCell, BenchedModel, BenchResult
 
 SHOWN: dict[str, tuple[str, float, int]] = {  # figure -> heading, what its unit is multiplied by, decimals
     "prefill": ("first token, ms", 1e3, 1),
@@ -17,7 +17,7 @@ SHOWN: dict[str, tuple[str, float, int]] = {  # figure -> heading, what its unit
 COUNTS = {"prefill": "FLOPs", "decode": "bytes"}
 
 
-def of_bench(bench: Bench) -> str:
+def render_bench(bench: BenchResult) -> str:
     """Every figure as median (least to most), and how many times better than the first model."""
     options = bench.options
     threads = "" if not options.threads else f", {options.threads} threads"
@@ -28,17 +28,17 @@ def of_bench(bench: Bench) -> str:
     for number, model in enumerate(bench.models):
         known = model.facts
         lines.append(f"[{number}] {model.name}: {known.runtime}, {known.dtype}, {known.device}")
-    lines += ["", *_still(bench)]
+    lines += ["", *_model_rows(bench)]
     for place in range(len(bench.models[0].cells)):
-        lines += ["", f"batch {bench.models[0].cells[place].batch}", *_moving(bench, place)]
+        lines += ["", f"batch {bench.models[0].cells[place].batch}", *_batch_rows(bench, place)]
     if len(bench.models) > 1:
         lines += ["", "x: times better than [0]; above 1 is smaller or faster"]
     return "\n".join(lines)
 
 
-def _still(bench: Bench) -> Iterator[str]:
+def _model_rows(bench: BenchResult) -> Iterator[str]:
     """What does not change from run to run."""
-    rows: dict[str, Callable[[Benched], float]] = {
+    rows: dict[str, Callable[[BenchedModel], float]] = {
         "parameters, M": lambda model: model.facts.parameters / 1e6,
         "weights' file, MB": lambda model: model.facts.file_bytes / 1e6,
         "load (once), s": lambda model: model.facts.load_s,
@@ -52,8 +52,8 @@ def _still(bench: Bench) -> Iterator[str]:
             yield _row(heading if not number else "", number, shown, ratio)
 
 
-def _moving(bench: Bench, place: int) -> Iterator[str]:
-    cells = [model.cells[place] for model in bench.models]
+def _batch_rows(bench: BenchResult, batch_index: int) -> Iterator[str]:
+    cells = [model.cells[batch_index] for model in bench.models]
     for figure, (heading, times, decimals) in SHOWN.items():
         if not any(figure in cell.figures for cell in cells):
             continue
@@ -64,7 +64,7 @@ def _moving(bench: Bench, place: int) -> Iterator[str]:
     yield from (cell.failed for cell in cells if cell.failed)
 
 
-def _ratio(cell: Cell, figure: str) -> str:
+def _ratio(cell: BenchCell, figure: str) -> str:
     if figure not in cell.ratios:
         return ""
     counted = f"; by {COUNTS[figure]} x{cell.counted[figure]:.2f}" if figure in cell.counted else ""
@@ -75,6 +75,6 @@ def _row(heading: str, number: int, shown: str, ratio: str) -> str:
     return f"  {heading:<20} [{number}] {shown:<30} {ratio}".rstrip()
 
 
-def _spread(found: Spread, times: float, decimals: int) -> str:
+def _spread(found: SummaryStats, times: float, decimals: int) -> str:
     middle, least, most = (f"{value * times:.{decimals}f}" for value in (found.median, found.min, found.max))
     return f"{middle} ({least} to {most})"

@@ -13,7 +13,7 @@ from prunetune.bench import clock
 
 
 @dataclass(frozen=True)
-class Times:
+class RequestTimes:
     """Seconds, as `runner.Sample` has them."""
 
     total: float
@@ -21,7 +21,7 @@ class Times:
     decode: float  # a step
 
 
-def tokens_for(model: Any, batch: int, prompt: int) -> Tensor:
+def random_prompts(model: Any, batch: int, prompt: int) -> Tensor:
     """[B, T] random ids, the same every time: arithmetic does not read them."""
     rng = torch.Generator().manual_seed(0)
     found = torch.randint(model.config.get_text_config().vocab_size, (batch, prompt), generator=rng)
@@ -29,16 +29,18 @@ def tokens_for(model: Any, batch: int, prompt: int) -> Tensor:
 
 
 @torch.no_grad()
-def answered(model: Any, tokens: Tensor, cache: Any, generate: int, step: Callable[..., Any] | None = None) -> Times:
+def time_request(
+    model: Any, tokens: Tensor, cache: Any, new_tokens: int, decode_step: Callable[..., Any] | None = None
+) -> RequestTimes:
     """Prompts [B, T] and `generate` tokens for each; `step` runs the decode steps in the model's place."""
-    step = model if step is None else step  # a compiled one has no truth value
-    begun = clock.now(tokens.device)
+    decode_step = model if decode_step is None else decode_step  # a compiled one has no truth value
+    begun = clock.synchronized_time(tokens.device)
     out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
     token = out.logits[:, -1].argmax(-1, keepdim=True)
-    first = clock.now(tokens.device)
-    for _ in range(generate - 1):
-        out = step(token, past_key_values=cache, use_cache=True)
+    first = clock.synchronized_time(tokens.device)
+    for _ in range(new_tokens - 1):
+        out = decode_step(token, past_key_values=cache, use_cache=True)
         # A recorded step writes its next result over this one.
         token = out.logits[:, -1].argmax(-1, keepdim=True).clone()
-    ended = clock.now(tokens.device)
-    return Times(ended - begun, first - begun, (ended - first) / (generate - 1))
+    ended = clock.synchronized_time(tokens.device)
+    return RequestTimes(ended - begun, first - begun, (ended - first) / (new_tokens - 1))

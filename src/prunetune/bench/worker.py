@@ -9,16 +9,16 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
-from prunetune.bench.models import Named
+from prunetune.bench.models import ModelSpec
 from prunetune.bench.options import BenchOptions
-from prunetune.bench.runner import Facts, Runner, Sample, Work
+from prunetune.bench.runner import BenchSample, ModelFacts, Runner, WorkEstimate
 from prunetune.errors import ModelError, PrunetuneError
 
-Opener = Callable[[Named, BenchOptions], Runner]
-PATIENCE = 5.0  # seconds that a process gets to end by itself
+RunnerFactory = Callable[[ModelSpec, BenchOptions], Runner]
+EXIT_TIMEOUT_S = 5.0  # seconds that a process gets to end by itself
 
 
-def opened(model: Named, options: BenchOptions) -> Runner:
+def open_runner(model: ModelSpec, options: BenchOptions) -> Runner:
     """The model in this process, in the runtime that its files are for."""
     if model.llama_cpp:
         from prunetune.bench.llamacpp import LlamaCppRunner
@@ -42,7 +42,7 @@ serve(int(sys.argv[1]))
 class Worker:
     """A `Runner` in a fresh process. Its `PrunetuneError`s are raised here, its bugs with their traceback."""
 
-    def __init__(self, model: Named, options: BenchOptions, opener: Opener = opened) -> None:
+    def __init__(self, model: ModelSpec, options: BenchOptions, opener: RunnerFactory = open_runner) -> None:
         self.label = model.label
         self.pipe, theirs = Pipe()
         self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and text
@@ -51,20 +51,20 @@ class Worker:
         )  # fmt: skip
         theirs.close()  # so that the pipe ends with the process
         try:
-            self._facts: Facts = self._ask((opener, model, options), "opening")
+            self._facts: ModelFacts = self._ask((opener, model, options), "opening")
         except BaseException:
             self.close()
             raise
 
-    def facts(self) -> Facts:
+    def facts(self) -> ModelFacts:
         """See `Runner`."""
         return self._facts
 
-    def warm(self, batch: int) -> Work:
+    def warm_up(self, batch: int) -> WorkEstimate:
         """See `Runner`."""
         return self._ask(("warm", batch), f"batch {batch}")  # type: ignore[no-any-return]
 
-    def run(self, batch: int) -> Sample:
+    def run(self, batch: int) -> BenchSample:
         """See `Runner`."""
         return self._ask(("run", batch), f"batch {batch}")  # type: ignore[no-any-return]
 
@@ -91,7 +91,7 @@ class Worker:
     def _end(self) -> int:
         """The exit code of the process, which is killed where it does not end by itself."""
         try:
-            return self.process.wait(PATIENCE)
+            return self.process.wait(EXIT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self.process.kill()
             return self.process.wait()
@@ -106,7 +106,7 @@ def serve(handle: int) -> None:
         pipe.send(("fine", runner.facts()))
         while True:
             what, batch = pipe.recv()
-            _say(pipe, runner.warm if what == "warm" else runner.run, batch)
+            _send_result(pipe, runner.warm if what == "warm" else runner.run, batch)
     except (EOFError, BrokenPipeError):
         return
     except PrunetuneError as mistake:
@@ -115,7 +115,7 @@ def serve(handle: int) -> None:
         pipe.send(("bug", traceback.format_exc()))
 
 
-def _say(pipe: Connection, job: Callable[[int], Any], batch: int) -> None:
+def _send_result(pipe: Connection, job: Callable[[int], Any], batch: int) -> None:
     """A mistake leaves the model open: a batch that does not fit says nothing about a smaller one."""
     try:
         pipe.send(("fine", job(batch)))

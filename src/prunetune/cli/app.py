@@ -17,13 +17,19 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from prunetune.bench.options import BenchOptions
-from prunetune.cli.eval_flags import HERE, Target
-from prunetune.cli.flags import given, optional_twin
+from prunetune.cli.eval_flags import DEFAULT_EVAL_FLAGS, EvalFlags
+from prunetune.cli.flags import flags_to_overrides, make_flags_class
 from prunetune.config.fields import read_options
-from prunetune.config.recipe import RunConfig, Unit, WorkloadConfig, load_recipe
-from prunetune.errors import DataError, GateFailed, PrunetuneError, device_fault
-from prunetune.utils.launch import end, launched, lost, refusal, who
-from prunetune.utils.threads import share_threads
+from prunetune.config.recipe import RunConfig, UnitName, WorkloadConfig, load_recipe
+from prunetune.errors import DataError, LimitBroken, PrunetuneError, gpu_fault_message
+from prunetune.utils.launch import (
+    lost_rank_message,
+    rank_and_world_size,
+    rank_prefix,
+    run_and_exit_on_failure,
+    single_process_error,
+)
+from prunetune.utils.threads import limit_openmp_threads
 
 app = App(
     name="prunetune",
@@ -33,14 +39,14 @@ app = App(
     suppress_keyboard_interrupt=False,  # `_guarded` says how to go on
 )
 # Every option of a recipe as a flag, all optional: flags win over the recipe.
-Flags: typing.TypeAlias = optional_twin(RunConfig)  # type: ignore[valid-type]
-UNREAD = 141  # exit code where nobody reads what is printed: a shell's for SIGPIPE
+Flags: typing.TypeAlias = make_flags_class(RunConfig)  # type: ignore[valid-type]
+EXIT_OUTPUT_CLOSED = 141  # exit code where nobody reads what is printed: a shell's for SIGPIPE
 NO_FLAGS = Flags()
-BenchFlags: typing.TypeAlias = optional_twin(BenchOptions)  # type: ignore[valid-type]
+BenchFlags: typing.TypeAlias = make_flags_class(BenchOptions)  # type: ignore[valid-type]
 NO_BENCH_FLAGS = BenchFlags()
-WorkloadFlags: typing.TypeAlias = optional_twin(WorkloadConfig)  # type: ignore[valid-type]
+WorkloadFlags: typing.TypeAlias = make_flags_class(WorkloadConfig)  # type: ignore[valid-type]
 NO_WORKLOAD_FLAGS = WorkloadFlags()
-USUAL: tuple[Unit, ...] = ("kv-groups", "mlp-channels")
+DEFAULT_UNITS: tuple[UnitName, ...] = ("kv-groups", "mlp-channels")
 
 
 @app.command
@@ -61,11 +67,11 @@ def run(
     recipe
         A YAML file of options; see recipes/.
     """
-    config = load_recipe(recipe, given(flags))
+    config = load_recipe(recipe, flags_to_overrides(flags))
     if dry_run:
-        from prunetune.cli.output import of_dry_run
+        from prunetune.cli.output import render_dry_run
 
-        print(of_dry_run(config, resume=resume))
+        print(render_dry_run(config, resume=resume))
         return
     _run(config, resume=resume)
 
@@ -78,17 +84,17 @@ def demo(
 ) -> None:
     """The same on a real small model and clinical coding terms that come as packages; no GPU needed."""
     with resources.as_file(resources.files("prunetune") / "demo.yaml") as recipe:
-        config = load_recipe(recipe, given(flags))
+        config = load_recipe(recipe, flags_to_overrides(flags))
     _run(config, resume=resume)
 
 
 def _run(config: RunConfig, *, resume: bool) -> None:
-    from prunetune.cli.output import of_run
+    from prunetune.cli.output import render_run
     from prunetune.pipeline.multi_size import run as whole_run
 
     folder = whole_run(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
-    if not launched()[0]:
-        print(of_run(folder))
+    if not rank_and_world_size()[0]:
+        print(render_run(folder))
 
 
 @app.command
@@ -110,7 +116,7 @@ def compare(
     """
     from prunetune.compare.run import compare as whole_comparison
 
-    config = load_recipe(recipe, given(flags))
+    config = load_recipe(recipe, flags_to_overrides(flags))
     folder = whole_comparison(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"page {folder / 'comparison.html'}")
@@ -123,7 +129,9 @@ def sites(
     *,
     layout: Literal["per-layer", "uniform"] = "per-layer",
     align: Annotated[int, Parameter(help="MLP widths are multiples of this; 0: chosen by size.")] = 0,
-    units: Annotated[tuple[Unit, ...], Parameter(help="Kinds of unit, see budget.units.", negative=())] = USUAL,
+    units: Annotated[
+        tuple[UnitName, ...], Parameter(help="Kinds of unit, see budget.units.", negative=())
+    ] = DEFAULT_UNITS,
     device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, mps; times are of this one.")] = "auto",
     measure: Annotated[
         bool, Parameter(negative=(), help="Time this device for latency, where no table is kept yet.")
@@ -138,11 +146,11 @@ def sites(
     model
         A folder, a hub name, a .gguf file, or 'demo'.
     """
-    from prunetune.cli.output import of_sites
+    from prunetune.cli.output import render_sites
 
-    asked = read_options(WorkloadConfig, given(workload), where="sites")
+    asked = read_options(WorkloadConfig, flags_to_overrides(workload), where="sites")
     print(
-        of_sites(
+        render_sites(
             model, layout=layout, align=align, units=units, trust_remote_code=trust_remote_code,
             workload=asked, device=device, measure=measure,
         )
@@ -151,7 +159,7 @@ def sites(
 
 @app.command
 def runs(
-    place: Path = Path("runs"),
+    folder: Path = Path("runs"),
     /,
     *,
     model: Annotated[str, Parameter(help="Only runs whose model contains this.")] = "",
@@ -165,26 +173,26 @@ def runs(
     place
         The folder that holds the run folders.
     """
-    from prunetune.runs.history import entries
-    from prunetune.runs.listing import filtered, table
+    from prunetune.runs.history import list_runs
+    from prunetune.runs.listing import filter_runs, render_runs_table
 
-    print(table(filtered(entries(place), model=model, status=status, where=where)))
+    print(render_runs_table(filter_runs(list_runs(folder), model=model, status=status, where=where)))
 
 
 @app.command(name="compare-runs")
 def compare_runs(first: Path, /, *others: Path) -> None:
     """Set finished runs beside the first: options, scores, units kept in both, and items that flipped."""
-    from prunetune.runs.diff import compared
+    from prunetune.runs.diff import diff_runs
 
-    print(compared([first, *others]))
+    print(diff_runs([first, *others]))
 
 
 @app.command
 def watch(run: Path, /) -> None:
     """Look on while a run goes on, in a terminal; ends when it does."""
-    from prunetune.runs.watch import follow
+    from prunetune.runs.watch import watch_run
 
-    follow(run)
+    watch_run(run)
 
 
 @app.command
@@ -234,7 +242,7 @@ def evaluate(
     *,
     suite: Path,
     out: Annotated[Path | None, Parameter(help="A JSON file for scores and items; check reads it too.")] = None,
-    target: Annotated[Target, Parameter(name="*")] = HERE,
+    flags: Annotated[EvalFlags, Parameter(name="*")] = DEFAULT_EVAL_FLAGS,
 ) -> None:
     """The scores of a suite, of any model: each task with standard errors; what cannot be scored says why.
 
@@ -248,14 +256,18 @@ def evaluate(
     from prunetune.evaluation.suites import api, output
     from prunetune.utils.files import write_text
 
-    api.writable(out, "--out")
-    with target.watched() as progress:
+    api.check_writable(out, "--out")
+    with flags.progress_console() as progress:
         found = api.evaluate(
-            model, target.suite(suite), options=target.options(), allow=target.allowed(), progress=progress
+            model,
+            flags.open_suite(suite),
+            options=flags.target_options(),
+            allow=flags.allowed_features(),
+            progress=progress,
         )
     if out is not None:
-        write_text(out, api.to_json(found, model, str(suite)))
-    print(output.of_evaluation(found))
+        write_text(out, api.evaluation_to_json(found, model, str(suite)))
+    print(output.render_evaluation(found))
     unscored = [name for name, result in found.tasks.items() if result.error]
     if unscored:
         raise DataError(f"{len(unscored)} of {len(found.tasks)} tasks could not be scored: {', '.join(unscored)}")
@@ -270,7 +282,7 @@ def check(
     against: Annotated[str, Parameter(help="The reference, named as a model is; default: the run's dense model.")] = "",
     junit: Annotated[Path | None, Parameter(help="A JUnit XML file for CI.")] = None,
     json: Annotated[Path | None, Parameter(help="A JSON file with limits, scores and new failures.")] = None,
-    target: Annotated[Target, Parameter(name="*")] = HERE,
+    flags: Annotated[EvalFlags, Parameter(name="*")] = DEFAULT_EVAL_FLAGS,
 ) -> None:
     """Regression gate: exit 1, with the items that went wrong, where a suite's limit is broken.
 
@@ -282,22 +294,27 @@ def check(
         A YAML file of tasks with limits; see suites/.
     """
     from prunetune.evaluation.suites import api, output
-    from prunetune.evaluation.suites.junit import junit as to_junit
+    from prunetune.evaluation.suites.junit import render_junit as to_junit
     from prunetune.utils.files import write_text
 
-    api.writable(junit, "--junit")
-    api.writable(json, "--json")
-    with target.watched() as progress:
+    api.check_writable(junit, "--junit")
+    api.check_writable(json, "--json")
+    with flags.progress_console() as progress:
         found = api.check(
-            model, target.suite(suite), against, options=target.options(), allow=target.allowed(), progress=progress
+            model,
+            flags.open_suite(suite),
+            against,
+            options=flags.target_options(),
+            allow=flags.allowed_features(),
+            progress=progress,
         )
     if junit is not None:
         write_text(junit, to_junit(found, f"prunetune check {model}"))
     if json is not None:
         write_text(json, found.to_json())
-    print(output.of_check(found))
+    print(output.render_check(found))
     if found.broken:
-        raise GateFailed(f"{len(found.broken)} of {len(found.verdicts)} limits broken: {found.broken[0].says}")
+        raise LimitBroken(f"{len(found.broken)} of {len(found.verdicts)} limits broken: {found.broken[0].says}")
     if found.errors:
         raise DataError(f"{len(found.errors)} tasks could not be judged: {', '.join(found.errors)}")
 
@@ -318,21 +335,23 @@ def bench(
     from json import dumps
 
     from prunetune.bench.api import measure_models
-    from prunetune.bench.table import of_bench
-    from prunetune.evaluation.suites.api import writable
+    from prunetune.bench.table import render_bench
+    from prunetune.evaluation.suites.api import check_writable
     from prunetune.utils.files import write_text
 
-    options = read_options(BenchOptions, given(flags), where="bench")
-    writable(json, "--json")
+    options = read_options(BenchOptions, flags_to_overrides(flags), where="bench")
+    check_writable(json, "--json")
     found = measure_models(models, options)
     if json is not None:
         write_text(json, dumps(found.to_dict(), indent=2) + "\n")
-    print(of_bench(found))
+    print(render_bench(found))
 
 
 def main() -> None:
     """Entry point: exit 0 done, 1 a gate failed, 2 the user must correct something, 130 interrupted, 141 unread."""
-    own, others = (logging.ERROR, logging.ERROR) if launched()[0] else (logging.INFO, logging.WARNING)  # rank 0 speaks
+    own, others = (
+        (logging.ERROR, logging.ERROR) if rank_and_world_size()[0] else (logging.INFO, logging.WARNING)
+    )  # rank 0 speaks
     logging.basicConfig(format="%(message)s", level=others, stream=sys.stderr)
     logging.getLogger("prunetune").setLevel(own)
     for noisy in ("httpx", "transformers", "peft", "accelerate", "absl"):
@@ -340,18 +359,18 @@ def main() -> None:
     # The run's own lines say what these bars and notes would; read by transformers when it is imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    share_threads(os.environ)  # read by torch when it is imported
-    signal.signal(signal.SIGTERM, _interrupted)
-    sys.exit(end(_guarded))
+    limit_openmp_threads(os.environ)  # read by torch when it is imported
+    signal.signal(signal.SIGTERM, _raise_keyboard_interrupt)
+    sys.exit(run_and_exit_on_failure(_run_app))
 
 
-def _interrupted(*_: object) -> None:
+def _raise_keyboard_interrupt(*_: object) -> None:
     """As Ctrl-C, also where that is ignored: in the background of a script."""
     raise KeyboardInterrupt
 
 
-def _guarded() -> int:
-    if single := refusal(next(iter(sys.argv[1:]), "")):
+def _run_app() -> int:
+    if single := single_process_error(next(iter(sys.argv[1:]), "")):
         return _say(single, 2)
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
@@ -365,15 +384,15 @@ def _guarded() -> int:
         return _say(str(wrong), wrong.exit_code)
     except KeyboardInterrupt:
         resumable = sys.argv[1:2] in (["run"], ["demo"], ["compare"]) and "--dry-run" not in sys.argv
-        what = "told to stop, as when another rank ends" if launched()[1] > 1 else "interrupted"
+        what = "told to stop, as when another rank ends" if rank_and_world_size()[1] > 1 else "interrupted"
         return _say(f"{what}; go on with --resume" if resumable else what, 130)
     except BrokenPipeError:
-        if not _is_unread():
+        if not _is_output_closed():
             raise
-        return UNREAD
+        return EXIT_OUTPUT_CLOSED
     except Exception as error:
-        translated = lost(error) or _translated(error)
-        if device_fault(error):  # of the driver, the card or a kernel: where it was matters, too
+        translated = lost_rank_message(error) or _explain_resource_error(error)
+        if gpu_fault_message(error):  # of the driver, the card or a kernel: where it was matters, too
             traceback.print_exception(error)
         if translated is None:
             raise
@@ -381,7 +400,7 @@ def _guarded() -> int:
     return 0
 
 
-def _is_unread() -> bool:
+def _is_output_closed() -> bool:
     """Whether nobody reads what is printed any more, as behind `| head`; what is left of it then goes nowhere."""
     output = select.poll()
     output.register(sys.stdout.fileno(), select.POLLOUT)
@@ -391,14 +410,14 @@ def _is_unread() -> bool:
     return unread
 
 
-def _translated(error: Exception) -> str | None:
+def _explain_resource_error(error: Exception) -> str | None:
     """A resource that ran out, in one line; None for a bug, which keeps its traceback."""
-    from prunetune.utils.files import is_disk_full, is_forbidden
+    from prunetune.utils.files import is_disk_full, is_permission_denied
 
     if is_disk_full(error):
         place = getattr(error, "filename", None) or "run folder"
         return f"the disk is full ({place}): free some room, then go on with --resume"
-    if is_forbidden(error):
+    if is_permission_denied(error):
         place = getattr(error, "filename", None) or "run folder"
         return f"no permission to read or write {place}: change its permissions, or name another folder with --out"
     if (
@@ -411,7 +430,7 @@ def _translated(error: Exception) -> str | None:
             "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then go on with --resume; "
             "in eval and check lower --max-tokens"
         )
-    if said := device_fault(error):
+    if said := gpu_fault_message(error):
         return (
             f"the GPU gave up ({said}): go on with --resume; if it comes again, let no other process use this GPU, or "
             "see the kernel's log (dmesg) for Xid"
@@ -420,7 +439,7 @@ def _translated(error: Exception) -> str | None:
 
 
 def _say(line: str, code: int) -> int:
-    print(f"prunetune: {who()}{line}", file=sys.stderr)
+    print(f"prunetune: {rank_prefix()}{line}", file=sys.stderr)
     return code
 
 

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 if TYPE_CHECKING:
-    from prunetune.evaluation.suites.open_model import TargetOptions
+    from prunetune.evaluation.suites.open_model import BackendOptions
     from prunetune.evaluation.suites.suite import Suite
 
 
 @dataclass(frozen=True, kw_only=True)
-class Target:
+class EvalFlags:
     """How the model is opened, and what a suite may do."""
 
     root: Annotated[Path | None, Parameter(help="Where the suite's relative sources start; default: as it says.")] = (
@@ -37,17 +37,17 @@ class Target:
         False
     )
 
-    def suite(self, path: Path) -> Suite:
+    def open_suite(self, path: Path) -> Suite:
         """The suite; a task that cannot be run keeps its fault."""
         from prunetune.evaluation.suites.suite import load_suite
 
         return load_suite(path, strict=False, root=self.root)
 
-    def options(self) -> TargetOptions:
+    def target_options(self) -> BackendOptions:
         """The same for `prunetune.evaluation.suites`."""
-        from prunetune.evaluation.suites.open_model import TargetOptions
+        from prunetune.evaluation.suites.open_model import BackendOptions
 
-        return TargetOptions(
+        return BackendOptions(
             device=self.device,
             dtype=self.dtype,
             trust_remote_code=self.trust_remote_code,
@@ -58,22 +58,22 @@ class Target:
             timeout=self.timeout,
         )
 
-    def allowed(self) -> set[Literal["code", "judge"]]:
+    def allowed_features(self) -> set[Literal["code", "judge"]]:
         """What the suite may do beside asking the model."""
         told: dict[Literal["code", "judge"], bool] = {"code": self.allow_code, "judge": self.allow_judge}
         return {name for name, yes in told.items() if yes}
 
     @contextmanager
-    def watched(self) -> Iterator[Callable[[str, int, int], None]]:
+    def progress_console(self) -> Iterator[Callable[[str, int, int], None]]:
         """A console that hears how far an evaluation has come."""
-        from prunetune.utils.console import console_for
+        from prunetune.utils.console import make_console
 
-        console = console_for(1)
+        console = make_console(1)
         console.stage("evaluate", 1)
         try:
-            yield console.passed
+            yield console.evaluation_progress
         finally:
             console.close()
 
 
-HERE = Target()
+DEFAULT_EVAL_FLAGS = EvalFlags()

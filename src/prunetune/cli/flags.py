@@ -9,14 +9,14 @@ from typing import Annotated, Any, Optional
 from cyclopts import Parameter
 
 
-def optional_twin(cls: type[Any]) -> type[Any]:
+def make_flags_class(cls: type[Any]) -> type[Any]:
     """A dataclass with the same fields, each None unless given, with help and default in its flag's text."""
     kinds = typing.get_type_hints(cls)
     fields: list[tuple[str, Any, Any]] = []
     for item in dataclasses.fields(cls):
         kind = item.metadata.get("written") or kinds[item.name]
         if dataclasses.is_dataclass(kind):
-            fields.append((item.name, Optional[optional_twin(typing.cast(Any, kind))], None))  # noqa: UP045 - built at run time
+            fields.append((item.name, Optional[make_flags_class(typing.cast(Any, kind))], None))  # noqa: UP045 - built at run time
         else:
             fields.append((item.name, Annotated[kind | None, _flag(item, kind)], None))
     twin = dataclasses.make_dataclass(
@@ -41,12 +41,14 @@ def _help(item: dataclasses.Field[Any]) -> str:
     return f"{item.metadata['help']}{shown}"
 
 
-def given(flags: Any) -> dict[str, Any]:
+def flags_to_overrides(flags: Any) -> dict[str, Any]:
     """The flags that were given, nested as a recipe."""
     if flags is None:
         return {}
     values = {item.name: getattr(flags, item.name) for item in dataclasses.fields(flags)}
-    nested = {name: given(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()}
+    nested = {
+        name: flags_to_overrides(value) if dataclasses.is_dataclass(value) else value for name, value in values.items()
+    }
     return {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in nested.items()

@@ -22,53 +22,55 @@ GLYPHS = dict(zip("s^vPX<>doD*", "■▲▼✚✖◀▶◆●◆★", strict=Tru
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 WIDE = 4.0  # perplexities that lie farther apart than this get a logarithmic axis
 
-Row = Mapping[str, Any]  # of comparison.json
+ComparisonRow = Mapping[str, Any]  # of comparison.json
 
 
 @dataclass(frozen=True)
-class Look:
+class MethodStyle:
     """How a method is drawn, in every picture the same."""
 
     colour: str
     marker: str
-    dash: Any = "-"
-    heavy: bool = False
+    line_style: Any = "-"
+    is_reference: bool = False
 
 
-FIXED = {DENSE: Look(svg.DENSE, "D"), "untuned": Look(svg.MUTED, "*")}
+FIXED = {DENSE: MethodStyle(svg.DENSE, "D"), "untuned": MethodStyle(svg.MUTED, "*")}
 
 
 @dataclass(frozen=True)
-class Picture:
+class ComparisonChart:
     """A figure with its words."""
 
     title: str
-    picture: Markup
-    note: str
+    svg_markup: Markup
+    caption: str
 
 
-def looks_of(methods: Sequence[str], reference: str) -> dict[str, Look]:
+def method_styles(methods: Sequence[str], reference: str) -> dict[str, MethodStyle]:
     """The reference stands out, the dense model is grey; the others differ in colour and mark, then in dashes."""
     looks, others = {}, 0
     for name in methods:
         if name == reference:
-            looks[name] = Look(svg.PRUNED, "o", heavy=True)
+            looks[name] = MethodStyle(svg.PRUNED, "o", is_reference=True)
         elif name in FIXED:
             looks[name] = FIXED[name]
         else:
             turn, place = divmod(others, len(svg.SERIES))
             mark = MARKS[(place + 3 * turn) % len(MARKS)]  # the legend shows colour and mark, not dashes
-            looks[name] = Look(svg.SERIES[place], mark, DASHES[turn % len(DASHES)])
+            looks[name] = MethodStyle(svg.SERIES[place], mark, DASHES[turn % len(DASHES)])
             others += 1
     return looks
 
 
-def legend(looks: Mapping[str, Look]) -> list[tuple[str, str, str]]:
+def legend(looks: Mapping[str, MethodStyle]) -> list[tuple[str, str, str]]:
     """(CSS colour, mark, method)"""
     return [(svg.PAGE_COLOURS[look.colour], GLYPHS[look.marker], name) for name, look in looks.items()]
 
 
-def picture(number: int, metric: str, label: str, rows: Sequence[Row], looks: Mapping[str, Look]) -> Picture | None:
+def draw_metric_chart(
+    number: int, metric: str, label: str, rows: Sequence[ComparisonRow], styles: Mapping[str, MethodStyle]
+) -> ComparisonChart | None:
     """One metric over the share that is removed; None where nothing has it."""
     known = [row for row in rows if row["scores"].get(metric, {}).get("value") is not None]
     if not known:
@@ -77,19 +79,19 @@ def picture(number: int, metric: str, label: str, rows: Sequence[Row], looks: Ma
     spoken = f"{label} by share removed; the numbers stand in the tables below"
     name = f"compare-{number}"
     if len({row["keep"] for row in known}) > 1:
-        drawn = svg.drawn(name, spoken, WIDTH, 3.0, lambda figure: _curves(figure, metric, known, looks))
+        drawn = svg.render_svg(name, spoken, WIDTH, 3.0, lambda figure: _curves(figure, metric, known, styles))
     else:
         height = 0.7 + 0.24 * len(known)
-        drawn = svg.drawn(name, spoken, WIDTH, height, lambda figure: _dots(figure, metric, known, looks))
-    return Picture(label, drawn, f"{better}. Bars: one standard error over items.")
+        drawn = svg.render_svg(name, spoken, WIDTH, height, lambda figure: _dots(figure, metric, known, styles))
+    return ComparisonChart(label, drawn, f"{better}. Bars: one standard error over items.")
 
 
-def _score(row: Row, metric: str) -> tuple[float, float | None]:
+def _score(row: ComparisonRow, metric: str) -> tuple[float, float | None]:
     score = row["scores"][metric]
     return score["value"], score["se"]
 
 
-def _curves(figure: Figure, metric: str, rows: Sequence[Row], looks: Mapping[str, Look]) -> None:
+def _curves(figure: Figure, metric: str, rows: Sequence[ComparisonRow], looks: Mapping[str, MethodStyle]) -> None:
     axes = figure.subplots()
     flat = {row["method"] for row in rows if math.isclose(row["kept"], 1.0) and row["keep"] < 1}
     for order, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
@@ -103,25 +105,25 @@ def _curves(figure: Figure, metric: str, rows: Sequence[Row], looks: Mapping[str
     _scale(axes, metric, rows, vertical=True)
 
 
-def _line(axes: Axes, metric: str, rows: Sequence[Row], look: Look, order: int) -> None:
+def _line(axes: Axes, metric: str, rows: Sequence[ComparisonRow], look: MethodStyle, order: int) -> None:
     values, errors = zip(*(_score(row, metric) for row in rows), strict=True)
     axes.errorbar(
         [1 - row["kept"] for row in rows], values, yerr=[error or 0.0 for error in errors],
-        color=look.colour, marker=look.marker, linestyle=look.dash, markersize=6 if look.heavy else 4.5,
-        linewidth=2.4 if look.heavy else 1.2, elinewidth=0.8, zorder=100 if look.heavy else 3 + order / 100,
+        color=look.colour, marker=look.marker, linestyle=look.line_style, markersize=6 if look.is_reference else 4.5,
+        linewidth=2.4 if look.is_reference else 1.2, elinewidth=0.8, zorder=100 if look.is_reference else 3 + order / 100,
     )  # fmt: skip
 
 
-def _dots(figure: Figure, metric: str, rows: Sequence[Row], looks: Mapping[str, Look]) -> None:
+def _dots(figure: Figure, metric: str, rows: Sequence[ComparisonRow], looks: Mapping[str, MethodStyle]) -> None:
     axes = figure.subplots()
     for position, row in enumerate(rows):
         value, error = _score(row, metric)
         look = looks[row["method"]]
-        if row["method"] == DENSE or look.heavy:
+        if row["method"] == DENSE or look.is_reference:
             _level(axes, value, look, horizontal=False)
         axes.errorbar(
             value, position, xerr=error, fmt=look.marker, color=look.colour,
-            markersize=7 if look.heavy else 5.5, elinewidth=1.4,
+            markersize=7 if look.is_reference else 5.5, elinewidth=1.4,
         )  # fmt: skip
     axes.set_yticks(range(len(rows)), [_short(row["method"]) for row in rows], color=svg.INK)
     axes.set_ylim(len(rows) - 0.4, -0.6)
@@ -129,12 +131,12 @@ def _dots(figure: Figure, metric: str, rows: Sequence[Row], looks: Mapping[str, 
     _scale(axes, metric, rows, vertical=False)
 
 
-def _level(axes: Axes, value: float, look: Look, *, horizontal: bool) -> None:
+def _level(axes: Axes, value: float, look: MethodStyle, *, horizontal: bool) -> None:
     draw = axes.axhline if horizontal else axes.axvline
     draw(value, color=look.colour, linewidth=0.9, linestyle=(0, (4, 3)))
 
 
-def _scale(axes: Axes, metric: str, rows: Sequence[Row], *, vertical: bool) -> None:
+def _scale(axes: Axes, metric: str, rows: Sequence[ComparisonRow], *, vertical: bool) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     values = [_score(row, metric)[0] for row in rows]

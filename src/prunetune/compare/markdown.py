@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prunetune.report import text
+from prunetune.report import formatting
 
 ABSENT = ""
 
 
-def markdown(found: Mapping[str, Any]) -> str:
+def render_markdown(comparison: Mapping[str, Any]) -> str:
     """One Markdown table for each budget, the trials of learning rates, and what failed."""
-    parts = [_budget(found, keep) for keep in found["keeps"]]
-    if found["rates"]:
-        parts.append(_rates(found["rates"]))
-    if found["errors"]:
-        parts.append("Failed:\n\n" + "\n".join(f"- {one['cell']}: {one['error']}" for one in found["errors"]))
+    parts = [_budget(comparison, keep) for keep in comparison["keeps"]]
+    if comparison["rates"]:
+        parts.append(_rates(comparison["rates"]))
+    if comparison["errors"]:
+        parts.append("Failed:\n\n" + "\n".join(f"- {one['cell']}: {one['error']}" for one in comparison["errors"]))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -37,54 +37,72 @@ def _budget(found: Mapping[str, Any], keep: float) -> str:
 
 def _cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     share = row["acc_of_dense"]
-    cells = [row["method"], rate(row), seeds(row), text.share(row["kept"], 1), signed(row["gap"])]
-    cells.append(ABSENT if share is None else text.share(share, 1))
+    cells = [
+        row["method"],
+        format_learning_rate(row),
+        format_seeds(row),
+        formatting.share(row["kept"], 1),
+        format_signed(row["gap"]),
+    ]
+    cells.append(ABSENT if share is None else formatting.share(share, 1))
     for metric in metrics:
         score = row["scores"].get(metric, {})
-        cells += [number(score.get("value")), number(score.get("sd")), number(score.get("se")), difference(score)]
-    memory = ABSENT if row["peak_mb"] is None else text.count(row["peak_mb"])
-    return [*cells, seconds(row["train_seconds"]), seconds(row["teacher_seconds"]), memory]
+        cells += [
+            format_number(score.get("value")),
+            format_number(score.get("sd")),
+            format_number(score.get("se")),
+            format_difference(score),
+        ]
+    memory = ABSENT if row["peak_mb"] is None else formatting.count(row["peak_mb"])
+    return [*cells, format_seconds(row["train_seconds"]), format_seconds(row["teacher_seconds"]), memory]
 
 
-def rate(row: Mapping[str, Any]) -> str:
+def format_learning_rate(row: Mapping[str, Any]) -> str:
     """The learning rate that a row was tuned with."""
     return f"{row['learning_rate']:g}" if row["train_seconds"] else ABSENT
 
 
-def seeds(row: Mapping[str, Any]) -> str:
+def format_seeds(row: Mapping[str, Any]) -> str:
     """How many seeds went in, and how many failed."""
     return str(len(row["seeds"])) + (f" ({row['failed']} failed)" if row["failed"] else "")
 
 
-def number(value: float | None) -> str:
+def format_number(value: float | None) -> str:
     """Nothing where there is none."""
-    return ABSENT if value is None else text.decimal(value)
+    return ABSENT if value is None else formatting.decimal(value)
 
 
-def signed(value: float | None) -> str:
+def format_signed(value: float | None) -> str:
     """With its sign."""
-    return ABSENT if value is None else text.change(value)
+    return ABSENT if value is None else formatting.signed_decimal(value)
 
 
-def difference(score: Mapping[str, Any]) -> str:
+def format_difference(score: Mapping[str, Any]) -> str:
     """A difference with its standard error; marked where it is more than two of them."""
     if score.get("difference") is None:
         return ABSENT
     error = score.get("difference_se")
     if error is None:
-        return signed(score["difference"])
+        return format_signed(score["difference"])
     clear = "*" if abs(score["difference"]) > 2 * error else ""
-    return f"{signed(score['difference'])} ± {number(error)}{clear}"
+    return f"{format_signed(score['difference'])} ± {format_number(error)}{clear}"
 
 
-def seconds(value: float | None) -> str:
+def format_seconds(value: float | None) -> str:
     """Whole seconds; nothing for none."""
     return ABSENT if not value else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
 def _rates(trials: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        _line([one["method"], f"{one['learning_rate']:g}", number(one["valid_nll"]), "chosen" if one["chosen"] else ""])
+        _line(
+            [
+                one["method"],
+                f"{one['learning_rate']:g}",
+                format_number(one["valid_nll"]),
+                "chosen" if one["chosen"] else "",
+            ]
+        )
         for one in trials
     ]
     head = ["method", "lr", "nll on valid", ""]

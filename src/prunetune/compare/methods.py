@@ -10,18 +10,27 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunetune.baselines.scores import BASELINES
-from prunetune.config.fields import merged, paths
+from prunetune.config.fields import fields_by_path, merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError
 
-Kind = Literal["untuned", "dense", "two-stage", "one-stage"]
+MethodKind = Literal["untuned", "dense", "two-stage", "one-stage"]
 NO_QUANTIZE = "models of a comparison share one dense model in memory, unquantised; leave lora.quantize out"
 REFERENCE = "one-stage"  # what the others are held against
 DENSE = "dense"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # What a variant may change; the rest is read once, or is the same for all.
-FREE = ("search.", "train.", "lora.", "distill.", "budget.align", "budget.min_groups", "layout", "data.texts")
+VARIANT_OPTIONS = (
+    "search.",
+    "train.",
+    "lora.",
+    "distill.",
+    "budget.align",
+    "budget.min_groups",
+    "layout",
+    "data.texts",
+)
 
 
 @dataclass(frozen=True)
@@ -29,10 +38,10 @@ class Method:
     """A name in the table, and how its model comes about."""
 
     name: str
-    kind: Kind
+    kind: MethodKind
     baseline: str = ""  # whose plan a two-stage method takes
-    taught: bool = False  # hears the recipe's teacher
-    changes: Mapping[str, Any] = field(default_factory=dict)  # of the recipe, nested
+    uses_teacher: bool = False  # hears the recipe's teacher
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # of the recipe, nested
 
     @property
     def is_dense(self) -> bool:
@@ -40,9 +49,9 @@ class Method:
         return self.kind in ("untuned", "dense")
 
     @property
-    def own_rate(self) -> float | None:
+    def own_learning_rate(self) -> float | None:
         """The learning rate that a variant brings along."""
-        rate = self.changes.get("train", {}).get("learning_rate")
+        rate = self.overrides.get("train", {}).get("learning_rate")
         return None if rate is None else float(rate)
 
 
@@ -50,11 +59,11 @@ BUILT_IN = {
     "untuned": Method("untuned", "untuned"),
     DENSE: Method(DENSE, "dense"),
     **{name: Method(name, "two-stage", baseline=name) for name in BASELINES},
-    REFERENCE: Method(REFERENCE, "one-stage", taught=True),
+    REFERENCE: Method(REFERENCE, "one-stage", uses_teacher=True),
 }
 
 
-def methods_of(config: RunConfig) -> tuple[Method, ...]:
+def resolve_methods(config: RunConfig) -> tuple[Method, ...]:
     """The methods that the recipe names, and its variants; raises `ConfigError`."""
     if config.lora.quantize != "off":
         raise ConfigError(f"compare: {NO_QUANTIZE}")
@@ -90,18 +99,20 @@ def _variant(name: str, changes: Any, where: str, config: RunConfig) -> Method:
         raise ConfigError(f"{where}: a variant is a mapping of changes, got {changes!r}")
     rest = dict(changes or {})
     flags = {key: rest.pop(key) for key in ("dense", "untuned", "two-stage") if key in rest}
-    kinds: list[Kind] = [kind for kind in ("dense", "untuned", "two-stage") if flags.get(kind)]
+    kinds: list[MethodKind] = [kind for kind in ("dense", "untuned", "two-stage") if flags.get(kind)]
     if len(kinds) > 1:
         raise ConfigError(f"{where}: {' and '.join(kinds)} exclude each other")
-    kind: Kind = kinds[0] if kinds else "one-stage"
+    kind: MethodKind = kinds[0] if kinds else "one-stage"
     baseline = flags["two-stage"] if kind == "two-stage" else ""
     if baseline and baseline not in BASELINES:
         raise ConfigError(f"{where}: two-stage must be one of {', '.join(BASELINES)}, got {baseline!r}")
-    method = Method(name, kind, baseline, taught=kind in ("one-stage", "two-stage"), changes=rest)
-    changed(config, rest, where=where)
+    method = Method(name, kind, baseline, uses_teacher=kind in ("one-stage", "two-stage"), overrides=rest)
+    apply_overrides(config, rest, where=where)
     for key in _leaves(rest):
-        if not key.startswith(FREE):
-            raise ConfigError(f"{where}: {key} is the same for all methods; a variant may change {', '.join(FREE)}")
+        if not key.startswith(VARIANT_OPTIONS):
+            raise ConfigError(
+                f"{where}: {key} is the same for all methods; a variant may change {', '.join(VARIANT_OPTIONS)}"
+            )
         if key == "lora.quantize":
             raise ConfigError(f"{where}: {NO_QUANTIZE}")
     return method
@@ -112,7 +123,7 @@ def _built_in() -> str:
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
-    options = paths(RunConfig)
+    options = fields_by_path(RunConfig)
     return [
         leaf
         for key, value in values.items()
@@ -120,9 +131,9 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     ]
 
 
-def changed(config: RunConfig, changes: Mapping[str, Any], *, where: str = "variant") -> RunConfig:
+def apply_overrides(config: RunConfig, overrides: Mapping[str, Any], *, where: str = "variant") -> RunConfig:
     """The recipe with changes; without a teacher there are no texts for it."""
-    values = merged(to_mapping(config), changes)
+    values = merge_mappings(to_mapping(config), overrides)
     if isinstance(values["distill"], Mapping) and values["distill"].get("teacher") == "none":
         values["data"] = {**values["data"], "texts": []}
     return from_mapping(values, where=where)

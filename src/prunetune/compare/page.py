@@ -12,12 +12,12 @@ import jinja2
 from prunetune import report
 from prunetune.compare import charts, markdown
 from prunetune.compare.methods import DENSE
-from prunetune.report import text
-from prunetune.report.run_folder import lookup, mapping
+from prunetune.report import formatting
+from prunetune.report.run_folder import get_mapping, lookup
 from prunetune.utils.files import write_text
 
 LABELS = {"acc": "Mean accuracy", "nll": "Mean NLL per answer token", "rouge_l": "Mean ROUGE-L"}
-Found = Mapping[str, Any]  # comparison.json
+ComparisonData = Mapping[str, Any]  # comparison.json
 
 
 def write_page(folder: Path) -> Path:
@@ -28,7 +28,7 @@ def write_page(folder: Path) -> Path:
     found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
     manifest = json.loads(_text(folder / "manifest.json") or "{}")
     target = folder / "comparison.html"
-    write_text(target, render(found, manifest, _text(folder / "config.yaml"), folder.name))
+    write_text(target, render_page(found, manifest, _text(folder / "config.yaml"), folder.name))
     return target
 
 
@@ -36,7 +36,7 @@ def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
-def render(found: Found, manifest: Mapping[str, Any], recipe: str, name: str) -> str:
+def render_page(comparison: ComparisonData, manifest: Mapping[str, Any], recipe: str, name: str) -> str:
     """The page as HTML text."""
     places = [Path(__file__).parent, *(Path(place) for place in report.__path__)]
     environment = jinja2.Environment(
@@ -44,19 +44,20 @@ def render(found: Found, manifest: Mapping[str, Any], recipe: str, name: str) ->
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters |= {
-        "count": text.count, "decimal": text.decimal, "share": text.share, "change": markdown.signed,
-        "difference": markdown.difference, "seconds": markdown.seconds, "rate": markdown.rate, "seeds": markdown.seeds,
-        "tone": tone,
+        "count": formatting.count, "decimal": formatting.decimal, "share": formatting.share, "change": markdown.format_signed,
+        "difference": markdown.format_difference, "seconds": markdown.format_seconds, "rate": markdown.format_learning_rate, "seeds": markdown.format_seeds,
+        "tone": significance_class,
     }  # fmt: skip
-    return environment.get_template("comparison.html.j2").render(_content(found, manifest, recipe, name))
+    return environment.get_template("comparison.html.j2").render(_content(comparison, manifest, recipe, name))
 
 
-def _content(found: Found, manifest: Mapping[str, Any], recipe: str, name: str) -> dict[str, Any]:
+def _content(found: ComparisonData, manifest: Mapping[str, Any], recipe: str, name: str) -> dict[str, Any]:
     rows = found["rows"]
-    looks = charts.looks_of(list(dict.fromkeys(row["method"] for row in rows)), found["reference"])
-    labels = {metric: label_of(metric) for metric in found["metrics"]}
+    looks = charts.method_styles(list(dict.fromkeys(row["method"] for row in rows)), found["reference"])
+    labels = {metric: metric_label(metric) for metric in found["metrics"]}
     drawn = [
-        charts.picture(number, metric, label, rows, looks) for number, (metric, label) in enumerate(labels.items())
+        charts.draw_metric_chart(number, metric, label, rows, looks)
+        for number, (metric, label) in enumerate(labels.items())
     ]
     return {
         "name": name,
@@ -67,7 +68,7 @@ def _content(found: Found, manifest: Mapping[str, Any], recipe: str, name: str) 
         "budgets": {keep: [row for row in rows if row["keep"] == keep] for keep in found["keeps"]},
         "pictures": [one for one in drawn if one is not None],
         "legend": charts.legend(looks),
-        "costs": costs(rows),
+        "costs": cost_rows(rows),
         "crowded": any(row["crowded"] for row in rows),
         "command": str(lookup(manifest, "command") or ""),
         "environment": _environment(manifest),
@@ -75,28 +76,28 @@ def _content(found: Found, manifest: Mapping[str, Any], recipe: str, name: str) 
     }
 
 
-def label_of(metric: str) -> str:
+def metric_label(metric: str) -> str:
     """A metric's name for readers."""
     return LABELS.get(metric) or f"Perplexity, {metric.removeprefix('ppl ')}"
 
 
-def verdict(found: Found) -> str:
+def verdict(comparison: ComparisonData) -> str:
     """The smallest budget's finding in a sentence: one stage and the best two-stage method over the dense model."""
-    for keep in sorted(found["keeps"]):
-        rows = {row["method"]: row for row in found["rows"] if row["keep"] == keep and row["gap"] is not None}
+    for keep in sorted(comparison["keeps"]):
+        rows = {row["method"]: row for row in comparison["rows"] if row["keep"] == keep and row["gap"] is not None}
         rest = [row for row in rows.values() if row["kind"] == "two-stage"]
-        if found["reference"] in rows and DENSE in rows and rest:
+        if comparison["reference"] in rows and DENSE in rows and rest:
             best = min(rest, key=lambda row: float(row["gap"]))
-            ours = rows[found["reference"]]
+            ours = rows[comparison["reference"]]
             return (
-                f"{text.share(1 - ours['kept'])} removed: NLL {text.change(ours['gap'])} over dense with one stage, "
-                f"{text.change(best['gap'])} with {best['method']}, the best two-stage"
+                f"{formatting.share(1 - ours['kept'])} removed: NLL {formatting.signed_decimal(ours['gap'])} over dense with one stage, "
+                f"{formatting.signed_decimal(best['gap'])} with {best['method']}, the best two-stage"
             )
-    methods = len({row["method"] for row in found["rows"]})
-    return f"{methods} method{'s' if methods != 1 else ''} on {found['model']}"
+    methods = len({row["method"] for row in comparison["rows"]})
+    return f"{methods} method{'s' if methods != 1 else ''} on {comparison['model']}"
 
 
-def tone(score: Mapping[str, Any], metric: str) -> str:
+def significance_class(score: Mapping[str, Any], metric: str) -> str:
     """Better or worse than the reference by more than two standard errors; "" else."""
     change, error = score.get("difference"), score.get("difference_se")
     if change is None or error is None or abs(change) <= 2 * error:
@@ -104,7 +105,7 @@ def tone(score: Mapping[str, Any], metric: str) -> str:
     return "better" if (change > 0) == (metric in ("acc", "rouge_l")) else "worse"
 
 
-def costs(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def cost_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What every row cost, in all: its own training and its teacher's."""
     seen: dict[tuple[str, float], dict[str, Any]] = {}
     for row in rows:
@@ -119,8 +120,8 @@ def _environment(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         "Model": lookup(manifest, "model", "name"),
         "Device": lookup(manifest, "device"),
         "Arithmetic": lookup(manifest, "dtype"),
-        **mapping(manifest, "versions"),
+        **get_mapping(manifest, "versions"),
     }
-    rows = mapping(manifest, "data", "counts")
+    rows = get_mapping(manifest, "data", "counts")
     facts["Rows"] = ", ".join(f"{split} {count}" for split, count in rows.items())
     return [(str(name), str(value)) for name, value in facts.items() if value not in (None, "")]

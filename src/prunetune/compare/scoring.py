@@ -8,40 +8,43 @@ from typing import Any
 
 from prunetune.data.records import Record
 from prunetune.evaluation.results import Evaluation
-from prunetune.evaluation.score_records import Progress, evaluate
-from prunetune.pipeline.prepare import Setting
+from prunetune.evaluation.score_records import ProgressCallback, evaluate
+from prunetune.pipeline.prepare import RunContext
 
-Result = dict[str, Any]  # part of a cell's file
+CellScores = dict[str, Any]  # part of a cell's file
 
 
-def scored(model: Any, setting: Setting, progress: Progress, *, choose: bool) -> Result:
+def score_model(model: Any, context: RunContext, progress: ProgressCallback, *, needs_valid_nll: bool) -> CellScores:
     """Scores on the split that is compared; with `choose`, "valid_nll" too."""
 
-    def evaluated(setting: Setting, records: tuple[Record, ...]) -> Evaluation:
+    def evaluated(setting: RunContext, records: tuple[Record, ...]) -> Evaluation:
         return evaluate(model, setting.tokenizer, records, setting.config.data, setting.config.evaluate, progress)
 
-    config, parts = setting.config, setting.splits.parts()
-    found = evaluated(setting, parts[config.compare.split])
-    if not choose:
-        return scores_of(found)
+    config, parts = context.config, context.splits.by_name()
+    found = evaluated(context, parts[config.compare.split])
+    if not needs_valid_nll:
+        return scores_from_evaluation(found)
     if config.compare.split == "valid":
-        return {**scores_of(found), "valid_nll": watched_nll(found)}
-    quick = replace(setting, config=replace(config, evaluate=replace(config.evaluate, generate_limit=0)))
+        return {**scores_from_evaluation(found), "valid_nll": validation_nll(found)}
+    quick = replace(context, config=replace(config, evaluate=replace(config.evaluate, generate_limit=0)))
     answers = tuple(record for record in parts["valid"] if record.kind != "text")
-    return {**scores_of(found), "valid_nll": watched_nll(evaluated(quick, answers or parts["valid"]))}
+    return {**scores_from_evaluation(found), "valid_nll": validation_nll(evaluated(quick, answers or parts["valid"]))}
 
 
-def scores_of(result: Evaluation) -> Result:
+def scores_from_evaluation(evaluation: Evaluation) -> CellScores:
     """Scores with standard errors, and what each item contributed: {task: {id: {metric: value}}}."""
     return {
-        "headline": headline(result),
+        "headline": headline(evaluation),
         "scores": {
-            task: {metric: [finite(s.value), finite(s.se), s.n] for metric, s in found.scores.items()}
-            for task, found in result.tasks.items()
+            task: {metric: [finite_or_none(s.value), finite_or_none(s.se), s.n] for metric, s in found.scores.items()}
+            for task, found in evaluation.tasks.items()
         },
         "items": {
-            task: {item.id: {metric: finite(value) for metric, value in item.scores.items()} for item in found.items}
-            for task, found in result.tasks.items()
+            task: {
+                item.id: {metric: finite_or_none(value) for metric, value in item.scores.items()}
+                for item in found.items
+            }
+            for task, found in evaluation.tasks.items()
         },
     }
 
@@ -52,18 +55,18 @@ def headline(result: Evaluation) -> dict[str, float | None]:
     for task, scored in result.tasks.items():
         if "perplexity" in scored.scores:
             found[f"ppl {task}"] = scored.scores["perplexity"].value
-    return {name: finite(value) for name, value in found.items()}
+    return {name: finite_or_none(value) for name, value in found.items()}
 
 
-def watched_nll(found: Evaluation) -> float | None:
+def validation_nll(evaluation: Evaluation) -> float | None:
     """Mean NLL over the tasks with answers; over texts where there are no answers; None where it is not finite."""
-    value = found.mean_nll()
-    texts = [result.scores["perplexity"].value for result in found.tasks.values() if "perplexity" in result.scores]
+    value = evaluation.mean_nll()
+    texts = [result.scores["perplexity"].value for result in evaluation.tasks.values() if "perplexity" in result.scores]
     if math.isnan(value) and texts and all(text > 0 for text in texts):
         value = math.fsum(math.log(text) for text in texts) / len(texts)
-    return finite(value)
+    return finite_or_none(value)
 
 
-def finite(value: float) -> float | None:
+def finite_or_none(value: float) -> float | None:
     """None for nan and infinities, which JSON does not know."""
     return value if math.isfinite(value) else None

@@ -10,43 +10,43 @@ from typing import Any
 import numpy as np
 
 from prunetune.compare.methods import DENSE, REFERENCE
-from prunetune.compare.scoring import finite
+from prunetune.compare.scoring import finite_or_none
 from prunetune.config.recipe import RunConfig
 from prunetune.evaluation.results import Item, Score, TaskResult
-from prunetune.evaluation.statistics import paired_difference, summarise
+from prunetune.evaluation.statistics import aggregate_items, paired_difference
 
-Cell = Mapping[str, Any]  # a cell's file
+TableCell = Mapping[str, Any]  # a cell's file
 METRICS = {"acc": "accuracy", "nll": "nll", "rouge_l": "rouge_l"}
 TEXT = "ppl "  # begins the name of a text's column
 FORMAT = "prunetune-comparison-1"
 COSTS = ("train_seconds", "teacher_seconds", "eval_seconds", "peak_mb")
 # A row of which every cell failed.
-NOTHING: Mapping[str, Any] = {
+EMPTY_ROW: Mapping[str, Any] = {
     "kept": None, "scores": {}, "gap": None, "acc_of_dense": None, **dict.fromkeys(COSTS), "crowded": False,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Group:
+class SeedGroup:
     """The cells of one row: one method, budget and learning rate over its seeds."""
 
-    cells: tuple[Cell, ...]
+    cells: tuple[TableCell, ...]
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """In the order they came."""
         return tuple(cell["seed"] for cell in self.cells)
 
-    def over(self, seeds: Sequence[int]) -> Group:
+    def select_seeds(self, seeds: Sequence[int]) -> SeedGroup:
         """The same with these seeds alone."""
-        return Group(tuple(cell for cell in self.cells if cell["seed"] in seeds))
+        return SeedGroup(tuple(cell for cell in self.cells if cell["seed"] in seeds))
 
     def values(self, metric: str) -> list[float]:
         """The metric of each seed that has it."""
         found = [cell["headline"].get(metric) for cell in self.cells]
         return [value for value in found if value is not None]
 
-    def tasks(self, metric: str) -> dict[str, TaskResult]:
+    def task_results(self, metric: str) -> dict[str, TaskResult]:
         """The tasks that have the metric, each item's scores a mean over seeds."""
         inner = "perplexity" if metric.startswith(TEXT) else METRICS[metric]
         first = self.cells[0]["scores"]
@@ -59,7 +59,7 @@ class Group:
         items = tuple(Item(name, "", "", "", None, _mean_scores([found[name] for found in each])) for name in common)
         own = "nll" if metric == "perplexity" else metric
         scored = [item for item in items if own in item.scores]
-        return TaskResult(task, {metric: summarise(scored, metric)}, items)
+        return TaskResult(task, {metric: aggregate_items(scored, metric)}, items)
 
 
 def _mean_scores(scores: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
@@ -72,14 +72,14 @@ def _number(value: float | None) -> float:
     return math.nan if value is None else value
 
 
-def aggregate(cells: Sequence[Cell], chosen: Mapping[str, float], config: RunConfig) -> dict[str, Any]:
+def aggregate(cells: Sequence[TableCell], learning_rates: Mapping[str, float], config: RunConfig) -> dict[str, Any]:
     """All rows, the trials of learning rates, and what failed, from cells and each method's learning rate.
 
     Plain values; what is not finite is None.
     """
     keeps = sorted(set(config.compare.keeps or (config.budget.keep,)), reverse=True)
-    reference = reference_of(cells, chosen)
-    rows = [row for keep in keeps for row in _rows(cells, chosen, keep, reference)]
+    reference = pick_reference(cells, learning_rates)
+    rows = [row for keep in keeps for row in _rows(cells, learning_rates, keep, reference)]
     return {
         "format": FORMAT,
         "model": config.model,
@@ -88,19 +88,19 @@ def aggregate(cells: Sequence[Cell], chosen: Mapping[str, float], config: RunCon
         "keeps": keeps,
         "metrics": list(dict.fromkeys(name for row in rows for name in row["scores"])),
         "rows": rows,
-        "rates": _trials(cells, chosen),
+        "rates": _trials(cells, learning_rates),
         "errors": [{"cell": cell["cell"], "error": cell["error"]} for cell in cells if "error" in cell],
     }
 
 
-def reference_of(cells: Sequence[Cell], chosen: Mapping[str, float]) -> str:
+def pick_reference(cells: Sequence[TableCell], chosen: Mapping[str, float]) -> str:
     """What the others are held against: the recipe's one stage, or the first variant of it where that is not there."""
-    kinds = {cell["method"]: kind_of(cell) for cell in cells}
+    kinds = {cell["method"]: method_kind(cell) for cell in cells}
     own = [name for name in chosen if kinds.get(name) == "one-stage"]
     return REFERENCE if REFERENCE in own or not own else own[0]
 
 
-def _trials(cells: Sequence[Cell], chosen: Mapping[str, float]) -> list[dict[str, Any]]:
+def _trials(cells: Sequence[TableCell], chosen: Mapping[str, float]) -> list[dict[str, Any]]:
     """Where a method had several learning rates: each with its NLL on valid."""
     found = []
     for method in chosen:
@@ -119,15 +119,17 @@ def _trials(cells: Sequence[Cell], chosen: Mapping[str, float]) -> list[dict[str
     return found
 
 
-def _rows(cells: Sequence[Cell], chosen: Mapping[str, float], keep: float, versus: str) -> list[dict[str, Any]]:
+def _rows(
+    cells: Sequence[TableCell], chosen: Mapping[str, float], keep: float, reference_name: str
+) -> list[dict[str, Any]]:
     """A row for each method at one budget; what is dense stands beside every budget."""
     groups, failed, kinds = {}, {}, {}
     for name in chosen:
         own = [cell for cell in cells if cell["method"] == name and cell["learning_rate"] == chosen[name]]
-        at = [cell for cell in own if cell["keep"] == keep or kind_of(cell) in ("dense", "untuned")]
-        groups[name] = Group(tuple(cell for cell in at if "error" not in cell))
+        at = [cell for cell in own if cell["keep"] == keep or method_kind(cell) in ("dense", "untuned")]
+        groups[name] = SeedGroup(tuple(cell for cell in at if "error" not in cell))
         failed[name] = sum("error" in cell for cell in at)
-        kinds[name] = kind_of(at[0]) if at else ""
+        kinds[name] = method_kind(at[0]) if at else ""
     whole = {name: group for name, group in groups.items() if group.cells}
     return [
         {
@@ -137,78 +139,78 @@ def _rows(cells: Sequence[Cell], chosen: Mapping[str, float], keep: float, versu
             "learning_rate": chosen[name],
             "seeds": list(groups[name].seeds),
             "failed": failed[name],
-            **(_found(name, whole, versus) if name in whole else {**NOTHING}),
+            **(_row_scores(name, whole, reference_name) if name in whole else {**EMPTY_ROW}),
         }
         for name in chosen
         if name in whole or failed[name]
     ]
 
 
-def kind_of(cell: Cell) -> str:
+def method_kind(cell: TableCell) -> str:
     """How the cell's model came about."""
     return next((kind for kind in ("dense", "untuned", "two-stage") if kind in cell["changes"]), "one-stage")
 
 
-def _found(name: str, groups: Mapping[str, Group], versus: str) -> dict[str, Any]:
-    group, dense, reference = groups[name], groups.get(DENSE), groups.get(versus)
+def _row_scores(name: str, groups: Mapping[str, SeedGroup], reference_name: str) -> dict[str, Any]:
+    group, dense, reference = groups[name], groups.get(DENSE), groups.get(reference_name)
     scores = {}
     for metric in group.cells[0]["headline"]:
         values = group.values(metric)
         if values:
             scores[metric] = {
-                "value": finite(mean(values)),
-                "sd": finite(sd(values)),
-                "se": finite(error(group.tasks(metric).values())),
-                **(difference(group, reference, metric) if reference and name != versus else {}),
+                "value": finite_or_none(mean(values)),
+                "sd": finite_or_none(standard_deviation(values)),
+                "se": finite_or_none(standard_error(group.task_results(metric).values())),
+                **(mean_difference(group, reference, metric) if reference and name != reference_name else {}),
             }
     return {
         "kept": mean([cell["kept"] for cell in group.cells]),
         "scores": scores,
-        "gap": _over_dense(group, dense, "nll", ratio=False),
-        "acc_of_dense": _over_dense(group, dense, "acc", ratio=True),
+        "gap": _relative_to_dense(group, dense, "nll", ratio=False),
+        "acc_of_dense": _relative_to_dense(group, dense, "acc", ratio=True),
         **{key: _mean_of(group, key) for key in COSTS},
         "crowded": any(cell["crowded"] for cell in group.cells),
     }
 
 
-def _over_dense(group: Group, dense: Group | None, metric: str, *, ratio: bool) -> float | None:
+def _relative_to_dense(group: SeedGroup, dense: SeedGroup | None, metric: str, *, ratio: bool) -> float | None:
     """Difference to the dense tuned model over common seeds, or ratio."""
-    pair = _paired(group, dense)
+    pair = _pair_by_seed(group, dense)
     if pair is None:
         return None
     ours, theirs = (mean(one.values(metric)) for one in pair)
     if ratio:
-        return finite(ours / theirs) if theirs else None
-    return finite(ours - theirs)
+        return finite_or_none(ours / theirs) if theirs else None
+    return finite_or_none(ours - theirs)
 
 
-def _paired(group: Group, other: Group | None) -> tuple[Group, Group] | None:
+def _pair_by_seed(group: SeedGroup, other: SeedGroup | None) -> tuple[SeedGroup, SeedGroup] | None:
     """Both over the seeds that they have in common; what has no seed of its own (untuned) goes with all."""
     if other is None:
         return None
-    if any(kind_of(one.cells[0]) == "untuned" for one in (group, other)):
+    if any(method_kind(one.cells[0]) == "untuned" for one in (group, other)):
         return group, other
     common = [seed for seed in group.seeds if seed in other.seeds]
-    return (group.over(common), other.over(common)) if common else None
+    return (group.select_seeds(common), other.select_seeds(common)) if common else None
 
 
-def difference(group: Group, other: Group | None, metric: str) -> dict[str, float | None]:
+def mean_difference(group: SeedGroup, other: SeedGroup | None, metric: str) -> dict[str, float | None]:
     """This minus the other over common seeds, with the standard error over paired items."""
-    pair = _paired(group, other)
+    pair = _pair_by_seed(group, other)
     if pair is None or not (pair[0].values(metric) and pair[1].values(metric)):
         return {}
     ours, theirs = pair
-    left, right = ours.tasks(metric), theirs.tasks(metric)
+    left, right = ours.task_results(metric), theirs.task_results(metric)
     inner = "perplexity" if metric.startswith(TEXT) else METRICS[metric]
     found = [paired_difference(left[task], right[task], inner) for task in left if task in right]
     spread = math.hypot(*(one.se for one in found)) / len(found) if found else math.nan
     return {
-        "difference": finite(mean(ours.values(metric)) - mean(theirs.values(metric))),
-        "difference_se": finite(spread),
+        "difference": finite_or_none(mean(ours.values(metric)) - mean(theirs.values(metric))),
+        "difference_se": finite_or_none(spread),
     }
 
 
-def error(tasks: Iterable[TaskResult]) -> float:
+def standard_error(tasks: Iterable[TaskResult]) -> float:
     """Standard error of the mean over tasks, each weighing the same."""
     scores: list[Score] = [score for task in tasks for score in task.scores.values()]
     return math.hypot(*(score.se for score in scores)) / len(scores) if scores else math.nan
@@ -219,11 +221,11 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values) if values else math.nan
 
 
-def sd(values: Sequence[float]) -> float:
+def standard_deviation(values: Sequence[float]) -> float:
     """Standard deviation of a sample; nan below two."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def _mean_of(group: Group, key: str) -> float | None:
+def _mean_of(group: SeedGroup, key: str) -> float | None:
     values = [cell[key] for cell in group.cells if cell.get(key) is not None]
     return mean(values) if values else None

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Any, Literal
 
-from prunetune.config.limits import gate_text
+from prunetune.config.score_limits import normalize_limit
 from prunetune.errors import ConfigError
 
 
@@ -19,13 +19,13 @@ def option(
     default: Any,
     help: str,
     *,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    each: str = "source",
-    number: bool = False,
-    written: type[Any] | None = None,
-    short: str | None = None,
+    ge: float | None = None,
+    le: float | None = None,
+    gt: float | None = None,
+    entry_name: str = "source",
+    accepts_number: bool = False,
+    flag_type: type[Any] | None = None,
+    flag_alias: str | None = None,
 ) -> Any:
     """A field with its help text and bounds: `low` and `high` are allowed themselves, `above` is not.
 
@@ -33,15 +33,17 @@ def option(
     a text be written as a number; `written` is the type of the flag, where it is read as more than the field's own;
     `short` is a second name of the flag.
     """
-    bounds = {"low": low, "high": high, "above": above}
-    flag = {"written": written, "short": short}
-    return field(default=default, metadata={"help": help, "each": each, "number": number, **flag, **bounds})
+    bounds = {"low": ge, "high": le, "above": gt}
+    flag = {"written": flag_type, "short": flag_alias}
+    return field(
+        default=default, metadata={"help": help, "each": entry_name, "number": accepts_number, **flag, **bounds}
+    )
 
 
-Options = typing.TypeVar("Options")
+OptionsT = typing.TypeVar("OptionsT")
 
 
-def read_options(cls: type[Options], values: Any, *, where: str) -> Options:
+def read_options(cls: type[OptionsT], values: Any, *, where: str) -> OptionsT:
     """Any dataclass of options out of a mapping, by the same checks; raises `ConfigError` that begins with `where`."""
     found = _section(cls, values, prefix="", where=where, root=cls)
     assert isinstance(found, cls)
@@ -69,7 +71,7 @@ def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type
 
 
 def _did_you_mean(prefix: str, key: str, root: type[Any]) -> str:
-    known = list(paths(root))
+    known = list(fields_by_path(root))
     close = [path for path in known if path.rpartition(".")[2] == key]
     close = close or difflib.get_close_matches(prefix + key, known, n=1, cutoff=0.6)
     if close and close[0] == key:
@@ -80,13 +82,13 @@ def _did_you_mean(prefix: str, key: str, root: type[Any]) -> str:
     return f"; known are {', '.join(prefix + name for name in beside)}"
 
 
-def paths(cls: type[Any], prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
+def fields_by_path(cls: type[Any], prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
     """Every option's dotted path with its field."""
     kinds = typing.get_type_hints(cls)
     found: dict[str, dataclasses.Field[Any]] = {}
     for item in dataclasses.fields(cls):
         if dataclasses.is_dataclass(kinds[item.name]):
-            found |= paths(typing.cast(Any, kinds[item.name]), f"{prefix}{item.name}.")
+            found |= fields_by_path(typing.cast(Any, kinds[item.name]), f"{prefix}{item.name}.")
         else:
             found[prefix + item.name] = item
     return found
@@ -100,15 +102,15 @@ def _value(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> An
     if item.metadata.get("number") and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if kind is float:
-        value = number(value, name)
+        value = parse_number(value, name)
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{name} must be {_named(kind)}, got {value!r}")
+        raise ConfigError(f"{name} must be {_type_name(kind)}, got {value!r}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         _bounded(item.metadata, value, name)
     return value
 
 
-def _named(kind: type[Any] | types.UnionType) -> str:
+def _type_name(kind: type[Any] | types.UnionType) -> str:
     return {int: "a whole number", str: "text", bool: "true or false"}.get(typing.cast(Any, kind), str(kind))
 
 
@@ -123,7 +125,7 @@ def _choice(allowed: Sequence[str], value: Any, name: str) -> str:
     )
 
 
-def number(value: Any, name: str) -> float:
+def parse_number(value: Any, name: str) -> float:
     """A finite number, also one that stands as text; raises `ConfigError` that begins with `name`."""
     # YAML reads 1e-3 as text: a number is what Python reads as one.
     try:
@@ -158,7 +160,7 @@ def _entries(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> 
     if each == "source":
         return tuple(_source(entry, name) for entry in entries)
     if each == "gate":
-        return tuple(gate_text(entry) for entry in entries)
+        return tuple(normalize_limit(entry) for entry in entries)
     return tuple(_value(item, kind, entry, name) for entry in entries)
 
 
@@ -166,15 +168,17 @@ def _source(entry: Any, name: str) -> str:
     if isinstance(entry, str):
         return entry
     if isinstance(entry, Mapping) and set(entry) <= {"source", "weight"} and isinstance(entry.get("source"), str):
-        weight = number(entry.get("weight", 1), f"{name}: weight")
+        weight = parse_number(entry.get("weight", 1), f"{name}: weight")
         return entry["source"] if weight == 1 else f"{entry['source']}*{weight:g}"
     raise ConfigError(f"{name}: a source is text, or {{source: ..., weight: ...}}, got {entry!r}")
 
 
-def merged(base: Mapping[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
+def merge_mappings(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """`top` over `base`, section by section."""
     result = dict(base)
-    for key, value in top.items():
+    for key, value in overrides.items():
         below = result.get(key)
-        result[key] = merged(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+        result[key] = (
+            merge_mappings(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+        )
     return result

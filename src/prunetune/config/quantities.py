@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from prunetune.errors import ConfigError
 
-FORM = re.compile(r"(?P<number>\d+\.?\d*(?:e[-+]?\d+)?|\.\d+)\s*(?P<unit>[\w/%]*)", re.IGNORECASE)
+AMOUNT_PATTERN = re.compile(r"(?P<number>\d+\.?\d*(?:e[-+]?\d+)?|\.\d+)\s*(?P<unit>[\w/%]*)", re.IGNORECASE)
 BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 FLOPS = {"M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "MFLOPs": 1e6, "GFLOPs": 1e9, "TFLOPs": 1e12, "PFLOPs": 1e15}
 UNITS: Mapping[str, Mapping[str, float]] = {
@@ -23,8 +23,8 @@ UNITS: Mapping[str, Mapping[str, float]] = {
     "throughput": {"tokens/s": 1.0, "/s": 1.0},
 }
 EXAMPLES = {"flops": "1.2T", "memory": "1.5GB", "file": "800MB", "latency": "25ms", "throughput": "300/s"}
-FASTEST = 20.0  # times the dense model's: a number alone that is larger was meant as tokens a second
-SHOWN = {"flops": ("P", "T", "G", "M"), "memory": ("GB", "MB", "kB", "B"), "latency": ("s", "ms", "us")}
+MAX_PLAUSIBLE_SPEEDUP = 20.0  # times the dense model's: a number alone that is larger was meant as tokens a second
+DISPLAY_UNITS = {"flops": ("P", "T", "G", "M"), "memory": ("GB", "MB", "kB", "B"), "latency": ("s", "ms", "us")}
 
 
 @dataclass(frozen=True)
@@ -37,31 +37,31 @@ class Amount:
     @classmethod
     def parse(cls, text: str, kind: str) -> Amount:
         """Read one; raises `ConfigError`. A number alone is a share."""
-        match = FORM.fullmatch(text.strip())
+        match = AMOUNT_PATTERN.fullmatch(text.strip())
         value = float(match["number"]) if match else math.nan
-        scale = _scale(match["unit"], kind) if match else None
+        scale = _parse_unit(match["unit"], kind) if match else None
         if scale is None or not math.isfinite(value * scale[0]) or value <= 0:
             raise ConfigError(
-                f"budget.{kind}: {text!r} is no amount above 0; write {EXAMPLES[kind]}, or {_share(kind)}"
+                f"budget.{kind}: {text!r} is no amount above 0; write {EXAMPLES[kind]}, or {_share_example(kind)}"
             )
         if scale[1] and (value * scale[0] > 1) != (kind == "throughput") and value * scale[0] != 1:
             raise ConfigError(
                 f"budget.{kind}: {text!r} is no share of the dense model's that makes it smaller or faster: "
-                f"write {_share(kind)}, or give a unit, as in {EXAMPLES[kind]}"
+                f"write {_share_example(kind)}, or give a unit, as in {EXAMPLES[kind]}"
             )
-        if match and not match["unit"] and value > FASTEST:
+        if match and not match["unit"] and value > MAX_PLAUSIBLE_SPEEDUP:
             raise ConfigError(
                 f"budget.{kind}: {text!r} alone would be {value:g} times the dense model's: "
                 f"write {value:g}/s for tokens a second, or {value:g}x"
             )
         return cls(value * scale[0], scale[1])
 
-    def of(self, dense: float) -> float:
+    def resolve(self, dense: float) -> float:
         """The amount itself."""
         return self.value * dense if self.is_share else self.value
 
 
-def _scale(unit: str, kind: str) -> tuple[float, bool] | None:
+def _parse_unit(unit: str, kind: str) -> tuple[float, bool] | None:
     """What a number in this unit is worth, and whether it is a share; None for a unit of something else."""
     if unit in ("", "x", "%"):
         return (0.01 if unit == "%" else 1.0), True
@@ -69,22 +69,22 @@ def _scale(unit: str, kind: str) -> tuple[float, bool] | None:
     return None if found is None else (found, False)
 
 
-def _share(kind: str) -> str:
+def _share_example(kind: str) -> str:
     return "1.5x, of the dense model's" if kind == "throughput" else "0.6 or 60%, of the dense model's"
 
 
-def shown(value: float, kind: str, digits: int = 4) -> str:
+def format_amount(value: float, kind: str, digits: int = 4) -> str:
     """An amount for people, in a unit that `Amount.parse` reads."""
     if kind == "throughput":
         return f"{value:.{digits}g}/s"
-    names = SHOWN.get(kind, SHOWN["memory"])
+    names = DISPLAY_UNITS.get(kind, DISPLAY_UNITS["memory"])
     name = next((name for name in names if value >= UNITS[kind][name]), names[-1])
     return f"{value / UNITS[kind][name]:.{digits}g}{name}"
 
 
-def within(value: float, kind: str) -> str:
+def format_amount_rounded_to_limit(value: float, kind: str) -> str:
     """The same, rounded to the side where the amount itself would do: down for a rate, up for all else."""
-    names = ("/s",) if kind == "throughput" else SHOWN.get(kind, SHOWN["memory"])
+    names = ("/s",) if kind == "throughput" else DISPLAY_UNITS.get(kind, DISPLAY_UNITS["memory"])
     name = next((name for name in names if value >= UNITS[kind][name]), names[-1])
     number = value / UNITS[kind][name]
     step = 10.0 ** (math.floor(math.log10(number)) - 4) if number > 0 else 1.0

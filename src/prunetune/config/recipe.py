@@ -9,23 +9,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from prunetune.config.fields import merged, number, option, read_options
+from prunetune.config.fields import merge_mappings, option, parse_number, read_options
 from prunetune.config.quantities import Amount
 from prunetune.config.training import DistillConfig, LoraSettings, SearchConfig, TrainConfig
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError
 
 __all__ = [
-    "BUDGETS", "TRACKERS", "BudgetConfig", "CompareConfig", "DataConfig", "DistillConfig", "EvaluateConfig",
-    "GainConfig", "LoraSettings", "RunConfig", "SearchConfig", "TrainConfig", "Unit", "ValidateConfig",
-    "WorkloadConfig", "from_mapping", "kept_recipe", "load_recipe", "to_mapping",
+    "BUDGET_KINDS",
+    "TRACKERS",
+    "BudgetConfig",
+    "CompareConfig",
+    "DataConfig",
+    "DistillConfig",
+    "EvaluateConfig",
+    "GainConfig",
+    "LoraSettings",
+    "RunConfig",
+    "SearchConfig",
+    "TrainConfig",
+    "UnitName",
+    "ValidateConfig",
+    "WorkloadConfig",
+    "from_mapping",
+    "load_recipe",
+    "load_saved_recipe",
+    "to_mapping",
 ]  # fmt: skip
 
-BUDGETS = ("flops", "memory", "file", "latency", "throughput")  # beside keep
+BUDGET_KINDS = ("flops", "memory", "file", "latency", "throughput")  # beside keep
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
-class Untold(float):
+class UnsetFloat(float):
     """A default that is told from the same number where that was asked for."""
 
 
@@ -40,21 +56,21 @@ class DataConfig:
     texts: tuple[str, ...] = option(
         (), "Sources mixed into train and search on which only a teacher counts, so that what they stand for is kept."
     )
-    texts_share: float = option(0.3, "Share of a batch's examples that are of data.texts.", above=0, high=0.9)
+    texts_share: float = option(0.3, "Share of a batch's examples that are of data.texts.", gt=0, le=0.9)
     guard: tuple[str, ...] = option(
         (), "Sources of general knowledge watched during the run, never tuned on: texts, or rows with choices."
     )
     root: str = option("", "Folder that relative sources start from; default: the working folder.")
-    search_share: float = option(0.1, "Share of train that goes to search where none is given.", above=0, high=0.5)
-    valid_share: float = option(0.05, "Share of train that goes to valid where none is given.", above=0, high=0.5)
-    test_share: float = option(0.1, "Share of train that goes to test where none is given.", above=0, high=0.5)
+    search_share: float = option(0.1, "Share of train that goes to search where none is given.", gt=0, le=0.5)
+    valid_share: float = option(0.05, "Share of train that goes to valid where none is given.", gt=0, le=0.5)
+    test_share: float = option(0.1, "Share of train that goes to test where none is given.", gt=0, le=0.5)
     group: str = option(
         "", "Row field that must not straddle splits (patient, category, document); only texts and guard may lack it."
     )
     template: Literal["auto", "chat", "raw"] = option(
         "auto", "chat: the tokenizer's template; raw: prompt then completion; auto: chat for rows with messages."
     )
-    max_length: int = option(0, "Longest example in tokens; 0: the model's context.", low=0)
+    max_length: int = option(0, "Longest example in tokens; 0: the model's context.", ge=0)
     too_long: Literal["error", "truncate", "drop"] = option(
         "error", "What happens to longer examples; truncate cuts the prompt from its beginning."
     )
@@ -63,7 +79,7 @@ class DataConfig:
     )
 
 
-Unit = Literal[
+UnitName = Literal[
     "kv-groups",
     "query-heads",
     "mlp-channels",
@@ -80,56 +96,66 @@ class BudgetConfig:
     """What may remain."""
 
     keep: float = option(
-        Untold(0.6),
+        UnsetFloat(0.6),
         "Share of the prunable (attention and MLP) parameters that may remain, 1 where only another budget is given; "
         "several, 0.8,0.6,0.4, give several models from one run (the largest is then budget.keep, the others are "
         "budget.sizes).",
-        above=0,
-        high=1,
-        written=str,
-        short="--keep",
+        gt=0,
+        le=1,
+        flag_type=str,
+        flag_alias="--keep",
     )
     sizes: tuple[float, ...] = option(
-        (), "Smaller budgets of the same run, each inside the one before; budget.keep may name all.", above=0, high=1
+        (), "Smaller budgets of the same run, each inside the one before; budget.keep may name all.", gt=0, le=1
     )
-    flops: str = option("", "Most FLOPs of one request of the workload: 0.6 or 60% (of dense), or 1.2T.", number=True)
-    memory: str = option("", "Most memory of weights and KV cache under the workload: 0.6 or 1.5GB.", number=True)
-    file: str = option("", "Largest file of the weights, as workload.weights stores them: 0.6 or 800MB.", number=True)
+    flops: str = option(
+        "", "Most FLOPs of one request of the workload: 0.6 or 60% (of dense), or 1.2T.", accepts_number=True
+    )
+    memory: str = option(
+        "", "Most memory of weights and KV cache under the workload: 0.6 or 1.5GB.", accepts_number=True
+    )
+    file: str = option(
+        "", "Largest file of the weights, as workload.weights stores them: 0.6 or 800MB.", accepts_number=True
+    )
     latency: str = option(
-        "", "Longest time of the workload's phase on this device, by a measured table: 0.8 or 25ms.", number=True
+        "",
+        "Longest time of the workload's phase on this device, by a measured table: 0.8 or 25ms.",
+        accepts_number=True,
     )
-    throughput: str = option("", "Fewest tokens a second that all requests write together: 1.3x or 300/s.", number=True)
+    throughput: str = option(
+        "", "Fewest tokens a second that all requests write together: 1.3x or 300/s.", accepts_number=True
+    )
     table: str = option("", "File with the latency table of this device; default: the cache, measured where missing.")
     align: int = option(
-        0, "MLP widths are multiples of this; 0: 128, or 32 where the MLP is narrower than 4,096.", low=0
+        0, "MLP widths are multiples of this; 0: 128, or 32 where the MLP is narrower than 4,096.", ge=0
     )
     min_groups: int = option(
-        0, "Fewest KV groups a layer keeps; a layer with none skips attention (per-layer layout).", low=0
+        0, "Fewest KV groups a layer keeps; a layer with none skips attention (per-layer layout).", ge=0
     )
     tensor_parallel: int = option(
-        1, "Devices that will share each layer: KV groups, heads and MLP widths are multiples of it.", low=1
+        1, "Devices that will share each layer: KV groups, heads and MLP widths are multiples of it.", ge=1
     )
-    units: tuple[Unit, ...] = option(
+    units: tuple[UnitName, ...] = option(
         ("kv-groups", "mlp-channels"),
         "Kinds of unit that may go; `prunetune sites` says which ones a model has.",
-        each="name",
+        entry_name="name",
     )
-    min_queries: int = option(1, "Fewest query heads a KV group keeps, where units has query-heads.", low=1)
+    min_queries: int = option(1, "Fewest query heads a KV group keeps, where units has query-heads.", ge=1)
     min_experts: int = option(
-        0, "Fewest experts a layer keeps, where units has experts; never fewer than a token goes to.", low=0
+        0, "Fewest experts a layer keeps, where units has experts; never fewer than a token goes to.", ge=0
     )
     min_share: float = option(
         0.0,
         "Share of its units that every place keeps at least: of a layer's KV groups, channels, experts.",
-        low=0,
-        high=1,
+        ge=0,
+        le=1,
     )
     protect: str = option("", "Layers that keep everything, counted from 0: 0-1,29. With uniform: that stay.")
 
     def __post_init__(self) -> None:
         if not self.units:
             raise ConfigError("budget.units names no kind of unit, and nothing could go: leave it out, or name some")
-        if isinstance(self.keep, Untold):
+        if isinstance(self.keep, UnsetFloat):
             object.__setattr__(self, "keep", 1.0 if self.amounts() else float(self.keep))
         if self.sizes and self.amounts():
             raise ConfigError(
@@ -143,7 +169,7 @@ class BudgetConfig:
 
     def amounts(self) -> dict[str, Amount]:
         """The budgets that are given beside `keep`; raises `ConfigError`."""
-        given = {kind: getattr(self, kind) for kind in BUDGETS}
+        given = {kind: getattr(self, kind) for kind in BUDGET_KINDS}
         return {kind: Amount.parse(text, kind) for kind, text in given.items() if text}
 
     @property
@@ -151,7 +177,7 @@ class BudgetConfig:
         """All budgets of parameters, the largest first."""
         return (self.keep, *self.sizes)
 
-    def protected(self) -> frozenset[int]:
+    def protected_layers(self) -> frozenset[int]:
         """The layers of `protect`; raises `ConfigError`."""
         layers: set[int] = set()
         for span in filter(None, (part.strip() for part in self.protect.split(","))):
@@ -167,10 +193,10 @@ class BudgetConfig:
 class WorkloadConfig:
     """What the model will be asked in use; budgets other than keep go by it."""
 
-    prompt: int = option(512, "Tokens of a prompt.", low=1)
-    generate: int = option(128, "Tokens written for a prompt; the first comes from the prefill.", low=2)
-    batch: int = option(1, "Requests at a time.", low=1)
-    context: int = option(0, "Tokens of a request that the KV cache holds; 0: prompt + generate.", low=0)
+    prompt: int = option(512, "Tokens of a prompt.", ge=1)
+    generate: int = option(128, "Tokens written for a prompt; the first comes from the prefill.", ge=2)
+    batch: int = option(1, "Requests at a time.", ge=1)
+    context: int = option(0, "Tokens of a request that the KV cache holds; 0: prompt + generate.", ge=0)
     dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "Of weights and KV cache.")
     weights: Literal["plain", "int8", "int4", "q8_0"] = option(
         "plain", "How weights are held: as dtype, by --quantize int8 or int4 of export, or as a .gguf file in q8_0."
@@ -183,7 +209,7 @@ class WorkloadConfig:
     )
 
     @property
-    def cached(self) -> int:
+    def cached_tokens(self) -> int:
         """Tokens of a request in the cache at its end."""
         return self.context or self.prompt + self.generate
 
@@ -192,13 +218,13 @@ class WorkloadConfig:
 class ValidateConfig:
     """What is scored every train.validate_every steps: the sub-network decided then, as if it were cut."""
 
-    limit: int = option(64, "Most items of valid and of data.guard each that a validation scores.", low=1)
+    limit: int = option(64, "Most items of valid and of data.guard each that a validation scores.", ge=1)
     accuracy: bool = option(False, "Also score rows of valid that have choices by accuracy; a gate on it implies this.")
     share: float = option(
         1.0, "Largest share of the tuning time that validations may take; some are skipped then. 1: none.",
-        above=0, high=1,
+        gt=0, le=1,
     )  # fmt: skip
-    back_off: float = option(0.05, "What a gate's back-off adds to the budget, each time.", above=0, high=1)
+    back_off: float = option(0.05, "What a gate's back-off adds to the budget, each time.", gt=0, le=1)
     back_to: Literal["last", "best"] = option(
         "last", "Where roll-back goes: the last validation within all gates, or of the smallest such the best on valid."
     )
@@ -208,12 +234,12 @@ class ValidateConfig:
 class EvaluateConfig:
     """The scores at the end of a run."""
 
-    limit: int = option(200, "Most test items a task; 0: all.", low=0)
+    limit: int = option(200, "Most test items a task; 0: all.", ge=0)
     generate_limit: int = option(
-        50, "Most test items a task whose answer is generated (ROUGE-L, exact match, samples); 0: none.", low=0
+        50, "Most test items a task whose answer is generated (ROUGE-L, exact match, samples); 0: none.", ge=0
     )
-    max_new_tokens: int = option(128, "Longest generated answer in tokens.", low=1)
-    max_tokens: int = option(16384, "Most tokens that one scoring pass holds.", low=1)
+    max_new_tokens: int = option(128, "Longest generated answer in tokens.", ge=1)
+    max_tokens: int = option(16384, "Most tokens that one scoring pass holds.", ge=1)
     dense_tuned: bool = option(
         True, "Also tune the dense model (same data and steps, lora.dense_rank) for comparison; kept in the run folder."
     )
@@ -224,21 +250,21 @@ class GainConfig:
     """What a run has to gain, measured beside the dense model in turns; one that gains less fails: exit code 1."""
 
     smaller: float = option(
-        0.0, "Share of all parameters that has to be gone, embeddings counted; 0: not asked.", low=0, high=1
+        0.0, "Share of all parameters that has to be gone, embeddings counted; 0: not asked.", ge=0, le=1
     )
     faster: float = option(
-        0.0, "Times the dense model's speed that the pruned one has to reach at least; 0: not asked.", low=0
+        0.0, "Times the dense model's speed that the pruned one has to reach at least; 0: not asked.", ge=0
     )
     speed: Literal["throughput", "prefill", "decode"] = option(
         "throughput", "What is meant by speed: tokens a second over prompt and answer, or one of the two."
     )
-    prompt: int = option(512, "Tokens of the prompt; fewer where the model's context is shorter.", low=1)
-    generate: int = option(64, "Tokens written.", low=2)
-    batch: int = option(1, "Prompts at once.", low=1)
-    runs: int = option(7, "Measured rounds, after one to warm up.", low=1)
+    prompt: int = option(512, "Tokens of the prompt; fewer where the model's context is shorter.", ge=1)
+    generate: int = option(64, "Tokens written.", ge=2)
+    batch: int = option(1, "Prompts at once.", ge=1)
+    runs: int = option(7, "Measured rounds, after one to warm up.", ge=1)
 
     @property
-    def is_asked(self) -> bool:
+    def has_requirements(self) -> bool:
         """Whether a run can fail by it."""
         return bool(self.smaller or self.faster)
 
@@ -253,19 +279,19 @@ class CompareConfig:
         ),
         "dense: tuned, not pruned; untuned: as it came; one-stage: the recipe; a baseline: its plan, then LoRA; or a "
         "name of compare.variants (all of them where none is named).",
-        each="name",
+        entry_name="name",
     )  # fmt: skip
-    keeps: tuple[float, ...] = option((), "Budgets; none: budget.keep alone.", above=0, high=1)
-    seeds: tuple[int, ...] = option((0,), "Seeds of tuning and search; splits stay those of the recipe's seed.", low=0)
+    keeps: tuple[float, ...] = option((), "Budgets; none: budget.keep alone.", gt=0, le=1)
+    seeds: tuple[int, ...] = option((0,), "Seeds of tuning and search; splits stay those of the recipe's seed.", ge=0)
     learning_rates: tuple[float, ...] = option(
         (),
         "Learning rates; none: train.learning_rate alone. Of several, each method gets its own, chosen on valid; "
         "train.weights_rate is changed by the same factor.",
-        above=0,
+        gt=0,
     )
     split: Literal["test", "valid"] = option("test", "The split that is scored.")
     variants: str = option("", "A YAML file of further methods: name -> changes of the recipe.")
-    jobs: int = option(1, "Cells that run at once, each on a CUDA stream of its own; 1 on other devices.", low=1)
+    jobs: int = option(1, "Cells that run at once, each on a CUDA stream of its own; 1 on other devices.", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +300,7 @@ class RunConfig:
 
     model: str = option("demo", "A folder, a hub name, a .gguf file, or 'demo' (SmolLM2-135M-Instruct from a package).")
     out: str = option("runs/latest", "The run folder to make.")
-    seed: int = option(0, "Seed of everything random.", low=0)
+    seed: int = option(0, "Seed of everything random.", ge=0)
     deterministic: bool = option(
         False,
         "Kernels that always add in the same order: same seed, same machine, same bits on a GPU, too; slower.",
@@ -292,10 +318,12 @@ class RunConfig:
     gates: tuple[str, ...] = option(
         (), "Limits at every validation and what a crossing does (stop, back-off, roll-back), such as "
         "'guard.nll <= 1.2x -> roll-back'; x: times the dense model's.",
-        each="gate",
+        entry_name="gate",
     )  # fmt: skip
     track: tuple[str, ...] = option(
-        (), "Trackers that hear of every step: tensorboard, wandb, mlflow, trackio; each is a package.", each="tracker"
+        (),
+        "Trackers that hear of every step: tensorboard, wandb, mlflow, trackio; each is a package.",
+        entry_name="tracker",
     )
     data: DataConfig = field(default_factory=DataConfig)
     budget: BudgetConfig = field(default_factory=BudgetConfig)
@@ -327,9 +355,9 @@ class RunConfig:
                 "together they may be 1 at most; lower one of them"
             )
         if self.budget.sizes:
-            self._refuse_sizes()
+            self._validate_sizes()
 
-    def _refuse_sizes(self) -> None:
+    def _validate_sizes(self) -> None:
         """What does not go with several sizes."""
         count, shares = len(self.budget.sizes), self.train.size_share
         if not 0 < len(shares) <= count:
@@ -358,20 +386,20 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> RunCo
     values = read_yaml(path, "the recipe", "name a YAML file, see recipes/") or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe maps keys to values, this is a {type(values).__name__}; see recipes/")
-    return from_mapping(merged(values, overrides or {}), where=str(path))
+    return from_mapping(merge_mappings(values, overrides or {}), where=str(path))
 
 
-def kept_recipe(file: Path) -> RunConfig:
+def load_saved_recipe(file: Path) -> RunConfig:
     """The recipe that a run folder keeps; raises `ConfigError`."""
     return from_mapping(read_yaml(file, "this run's recipe", "put it back, or name another run") or {}, where=str(file))
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> RunConfig:
     """Check keys, types and bounds, and build the config; raises `ConfigError` with the offending key's path."""
-    return read_options(RunConfig, _with_sizes(values, where), where=where)
+    return read_options(RunConfig, _split_keep_list(values, where), where=where)
 
 
-def _with_sizes(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+def _split_keep_list(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     """Several budgets under `budget.keep`, as a list or by commas: the largest stays there, the others are `sizes`."""
     budget = values.get("budget") if isinstance(values, Mapping) else None
     keep = budget.get("keep") if isinstance(budget, Mapping) else None
@@ -381,6 +409,6 @@ def _with_sizes(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
     if not listed:
         raise ConfigError(f"{where}: budget.keep is an empty list: name one share or several, such as 0.8,0.6")
     name = f"{where}: {'each ' if len(listed) > 1 else ''}budget.keep"
-    keeps = sorted((number(entry, name) for entry in listed), reverse=True)
+    keeps = sorted((parse_number(entry, name) for entry in listed), reverse=True)
     # One flag over a recipe with several is one size; several say all there is to say.
     return {**values, "budget": {**budget, "keep": keeps[0], "sizes": keeps[1:]}}

@@ -12,10 +12,10 @@ from prunetune.config.fields import option
 class TrainConfig:
     """The tuning of the weights; names as in transformers' TrainingArguments where the meaning is equal."""
 
-    steps: int = option(700, "Tuning steps in all, the search included.", low=1)
-    batch_size: int = option(16, "Examples a step.", low=1)
+    steps: int = option(700, "Tuning steps in all, the search included.", ge=1)
+    batch_size: int = option(16, "Examples a step.", ge=1)
     micro_tokens: int = option(
-        16384, "Most tokens, padding included, that one forward pass holds; larger batches are split.", low=1
+        16384, "Most tokens, padding included, that one forward pass holds; larger batches are split.", ge=1
     )
     packing: Literal["auto", "off"] = option(
         "auto", "Examples end to end, passes recorded as CUDA graphs, where GPU and model can; off pads and runs as is."
@@ -34,43 +34,43 @@ class TrainConfig:
         (0.18,),
         "Of several sizes (budget.sizes): share of the steps, added to them, for which each size after the first is "
         "tuned; the last number holds for all that follow.",
-        above=0,
-        high=1,
+        gt=0,
+        le=1,
     )
-    learning_rate: float = option(1e-3, "Peak learning rate of the adapters.", above=0)
+    learning_rate: float = option(1e-3, "Peak learning rate of the adapters.", gt=0)
     optimizer: Literal["adamw", "muon"] = option("adamw", "What moves the adapters; Muon wants twice AdamW's rate.")
     weights: Literal["auto", "all", "adapters"] = option(
         "auto",
         "What is tuned once the model is cut: all weights of its linears (Muon, 12 bytes a weight), or the adapters; "
         "auto: all of a model with fewer than 1e9 prunable parameters.",
     )
-    weights_rate: float = option(1e-3, "Peak learning rate where all weights are tuned.", above=0)
-    warmup: float = option(0.03, "Share of the steps with a rising learning rate.", low=0, high=1)
+    weights_rate: float = option(1e-3, "Peak learning rate where all weights are tuned.", gt=0)
+    warmup: float = option(0.03, "Share of the steps with a rising learning rate.", ge=0, le=1)
     decay: Literal["cosine", "linear", "constant"] = option("cosine", "What the learning rate does after its warm-up.")
-    decay_to: float = option(0.1, "What a decay leaves of the learning rate, as a share of its peak.", low=0, high=1)
-    weight_decay: float = option(0.0, "Decoupled weight decay of the adapters by AdamW; Muon's is none.", low=0)
-    clip: float = option(1.0, "Largest gradient norm.", above=0)
+    decay_to: float = option(0.1, "What a decay leaves of the learning rate, as a share of its peak.", ge=0, le=1)
+    weight_decay: float = option(0.0, "Decoupled weight decay of the adapters by AdamW; Muon's is none.", ge=0)
+    clip: float = option(1.0, "Largest gradient norm.", gt=0)
     max_skipped: int = option(
-        5, "Batches without a finite loss and gradient that are left out, each halving the learning rates.", low=0
+        5, "Batches without a finite loss and gradient that are left out, each halving the learning rates.", ge=0
     )
-    checkpoint_every: int = option(100, "Steps between checkpoints; also written where a phase ends.", low=1)
-    validate_every: int = option(100, "Steps between validations of the decided sub-network.", low=1)
-    log_every: int = option(10, "Steps between lines of a plain log.", low=1)
+    checkpoint_every: int = option(100, "Steps between checkpoints; also written where a phase ends.", ge=1)
+    validate_every: int = option(100, "Steps between validations of the decided sub-network.", ge=1)
+    log_every: int = option(10, "Steps between lines of a plain log.", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
     """The adapters, on all linears of attention and MLP."""
 
-    rank: int = option(128, "Rank of the adapters; what was cut away wants more of it than plain tuning does.", low=1)
+    rank: int = option(128, "Rank of the adapters; what was cut away wants more of it than plain tuning does.", ge=1)
     dense_rank: int = option(
         32,
         "The same where nothing has to be relearnt: for the dense model, tuned for comparison or as a teacher.",
-        low=1,
+        ge=1,
     )
-    dense_learning_rate: float = option(5e-4, "Peak learning rate of the dense model's adapters.", above=0)
-    alpha: float = option(0.0, "Scale alpha / rank; 0: twice the rank.", low=0)
-    dropout: float = option(0.0, "Dropout on the adapters' input.", low=0, high=0.9)
+    dense_learning_rate: float = option(5e-4, "Peak learning rate of the dense model's adapters.", gt=0)
+    alpha: float = option(0.0, "Scale alpha / rank; 0: twice the rank.", ge=0)
+    dropout: float = option(0.0, "Dropout on the adapters' input.", ge=0, le=0.9)
     quantize: Literal["off", "nf4"] = option(
         "off", "How the linears under the adapters are held: as they are, or in 4 bits (QLoRA; needs bitsandbytes)."
     )
@@ -86,15 +86,15 @@ class DistillConfig:
         "beforehand. auto: dense for models of fewer than 1e9 prunable parameters, else base, which costs neither time "
         "to tune nor memory.",
     )
-    logits: float = option(20.0, "Weight of KL(teacher || student) of the next token, mean over tokens.", low=0)
-    hidden: float = option(10.0, "Weight of the layers' relative squared error, mean over layers and tokens.", low=0)
+    logits: float = option(20.0, "Weight of KL(teacher || student) of the next token, mean over tokens.", ge=0)
+    hidden: float = option(10.0, "Weight of the layers' relative squared error, mean over layers and tokens.", ge=0)
     share: float = option(
         0.0,
         "Share of a batch's examples that the teacher sees, those without a label first. 0: all of them for models of "
         "fewer than 1e9 prunable parameters, else half, so that a step after the cut costs less than one of the dense "
         "model.",
-        low=0,
-        high=1,
+        ge=0,
+        le=1,
     )
 
 
@@ -115,28 +115,28 @@ class SearchConfig:
         "projected: decisions meet the (annealed) budget; sampled: Gumbel draws and a budget loss, as in the paper.",
     )
     evidence: int = option(
-        16, "Batches whose gate gradients give the starting logits; 0: start from nothing, as in the paper.", low=0
+        16, "Batches whose gate gradients give the starting logits; 0: start from nothing, as in the paper.", ge=0
     )
     hard: bool = option(True, "Gates are rounded where the generator learns (straight-through), or soft values.")
     lora_aware: bool = option(
         True, "Adapters learn with y = gate * (W x) + B A x; false: under gates on both branches, as after the cut."
     )
-    share: float = option(0.1, "Share of the steps in which decisions are searched.", above=0, high=1)
+    share: float = option(0.1, "Share of the steps in which decisions are searched.", gt=0, le=1)
     anneal: float = option(
-        0.6, "Share of the search over which the budget falls from dense to its target (projected).", low=0, high=1
+        0.6, "Share of the search over which the budget falls from dense to its target (projected).", ge=0, le=1
     )
     settle: float = option(
-        0.05, "Share of the steps in which the frozen decision empties the adapters of removed units.", low=0, high=1
+        0.05, "Share of the steps in which the frozen decision empties the adapters of removed units.", ge=0, le=1
     )
-    learning_rate: float = option(1e-3, "Learning rate of the generator (AdamW).", above=0)
-    batch_size: int = option(16, "Examples a search step.", low=1)
-    ratio_weight: float = option(5.0, "Weight of |log(kept / target)| in the generator's loss (sampled).", low=0)
-    temperature: float = option(0.4, "Temperature of the gates' sigmoid.", above=0)
+    learning_rate: float = option(1e-3, "Learning rate of the generator (AdamW).", gt=0)
+    batch_size: int = option(16, "Examples a search step.", ge=1)
+    ratio_weight: float = option(5.0, "Weight of |log(kept / target)| in the generator's loss (sampled).", ge=0)
+    temperature: float = option(0.4, "Temperature of the gates' sigmoid.", gt=0)
     offset: float = option(3.0, "Added to every logit, so that training starts dense (sampled).")
     sparsity: Literal["lasso", "proximal", "off"] = option(
         "lasso",
         "Of removed units' adapters: a group lasso in the loss, group soft-thresholding after each step, or nothing.",
     )
     lasso: float = option(
-        0.1, "Weight of the group lasso; soft-thresholding takes learning rate * weight off each norm.", low=0
+        0.1, "Weight of the group lasso; soft-thresholding takes learning rate * weight off each norm.", ge=0
     )

@@ -17,46 +17,50 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.config.recipe import WorkloadConfig
-from prunetune.cost.layer_shapes import Anatomy, Counts
+from prunetune.cost.layer_shapes import ModelShape, UnitCounts
 from prunetune.errors import ConfigError
 
 FORMAT = "prunetune-latency-1"
 PHASES = ("prefill", "decode")
 TRACKS = tuple(f"{phase}.{part}" for phase in PHASES for part in ("host", "device"))
-Curve = tuple[tuple[int, float], ...]  # (units, seconds beyond the dense layer's), ascending
+LatencyCurve = tuple[tuple[int, float], ...]  # (units, seconds beyond the dense layer's), ascending
 
 
 @dataclass(frozen=True)
-class Timed:
+class LayerTiming:
     """One kind of layer on one track."""
 
     dense: float  # seconds of the dense layer
-    attention: Curve
-    mlp: Curve
+    attention: LatencyCurve
+    mlp: LatencyCurve
 
-    def scaled(self, factor: float) -> Timed:
+    def scaled(self, factor: float) -> LayerTiming:
         """All of it times a factor."""
         attention, mlp = (
             tuple((units, factor * seconds) for units, seconds in curve) for curve in (self.attention, self.mlp)
         )
-        return Timed(factor * self.dense, attention, mlp)
+        return LayerTiming(factor * self.dense, attention, mlp)
 
 
 @dataclass(frozen=True)
-class Table:
+class LatencyTable:
     """What was measured, in seconds: {track: {layer that stands for those alike: Timed}}."""
 
     header: Mapping[str, Any]
-    rest: Mapping[str, float]  # track -> seconds outside the layers
-    layers: Mapping[str, Mapping[int, Timed]] = field(default_factory=dict)
+    outside_layers: Mapping[str, float]  # track -> seconds outside the layers
+    layers: Mapping[str, Mapping[int, LayerTiming]] = field(default_factory=dict)
 
-    def scaled(self, factors: Mapping[str, float]) -> Table:
+    def scaled(self, factors: Mapping[str, float]) -> LatencyTable:
         """Every track times a factor of its own."""
         layers = {
             track: {index: timed.scaled(factors[track]) for index, timed in of.items()}
             for track, of in self.layers.items()
         }
-        return replace(self, rest={track: factors[track] * rest for track, rest in self.rest.items()}, layers=layers)
+        return replace(
+            self,
+            outside_layers={track: factors[track] * rest for track, rest in self.outside_layers.items()},
+            layers=layers,
+        )
 
     def to_json(self) -> str:
         """As text; `from_json` reads it back."""
@@ -64,11 +68,12 @@ class Table:
             track: {str(index): asdict(timed) for index, timed in of.items()} for track, of in self.layers.items()
         }
         return json.dumps(
-            {"format": FORMAT, "header": dict(self.header), "rest": dict(self.rest), "layers": layers}, indent=1
+            {"format": FORMAT, "header": dict(self.header), "rest": dict(self.outside_layers), "layers": layers},
+            indent=1,
         )
 
     @classmethod
-    def from_json(cls, text: str, where: str) -> Table:
+    def from_json(cls, text: str, where: str) -> LatencyTable:
         """Read what `to_json` wrote; raises `ConfigError` on anything else."""
         try:
             data: Any = json.loads(text)
@@ -84,7 +89,7 @@ class Table:
             ) from broken
 
     @classmethod
-    def load(cls, path: Path, header: Mapping[str, Any]) -> Table:
+    def load(cls, path: Path, header: Mapping[str, Any]) -> LatencyTable:
         """A file's table, if it is about what `header` says; raises `ConfigError` with the first difference."""
         try:
             text = path.read_text(encoding="utf-8")
@@ -103,31 +108,31 @@ class Table:
         return table
 
 
-def _timed(values: Mapping[str, Any]) -> Timed:
+def _timed(values: Mapping[str, Any]) -> LayerTiming:
     curves = {
         name: tuple((int(units), float(seconds)) for units, seconds in values[name]) for name in ("attention", "mlp")
     }
     if any(curve != tuple(sorted(curve)) for curve in curves.values()):
         raise ValueError("widths do not ascend")
-    return Timed(float(values["dense"]), **curves)
+    return LayerTiming(float(values["dense"]), **curves)
 
 
 @dataclass(frozen=True)
-class Latency:
+class LatencyCost:
     """Seconds of some tracks, each so many times."""
 
-    anatomy: Anatomy
-    table: Table
+    dense_shape: ModelShape
+    table: LatencyTable
     tracks: tuple[tuple[str, float], ...]
 
     @property
-    def fixed(self) -> float:
+    def fixed_cost(self) -> float:
         """Embeddings, head, and what the runtime takes by itself."""
-        return sum(times * self.table.rest[track] for track, times in self.tracks)
+        return sum(times * self.table.outside_layers[track] for track, times in self.tracks)
 
-    def of_layer(self, layer: int, counts: Counts) -> float:
+    def layer_cost(self, layer: int, counts: UnitCounts) -> float:
         """Zero for a layer that left the stack."""
-        part = self.anatomy.layers[layer]
+        part = self.dense_shape.layers[layer]
         own = {site.kind: counts[site.name] for site in part.sites}
         if not own.get("layers", 1):
             return 0.0
@@ -136,15 +141,17 @@ class Latency:
         found = 0.0
         for track, times in self.tracks:
             timed = self.table.layers[track][self._like[layer]]
-            found += times * (timed.dense + at(timed.attention, groups) + at(timed.mlp, channels))
+            found += times * (timed.dense + interpolate(timed.attention, groups) + interpolate(timed.mlp, channels))
         return max(0.0, found)
 
     @cached_property
     def _like(self) -> Mapping[int, int]:
-        return alike(self.anatomy)
+        return representative_layers(self.dense_shape)
 
 
-def latencies(anatomy: Anatomy, workload: WorkloadConfig, table: Table, phase: str) -> tuple[Latency, ...]:
+def latency_costs(
+    anatomy: ModelShape, workload: WorkloadConfig, table: LatencyTable, phase: str
+) -> tuple[LatencyCost, ...]:
     """Sums whose largest is the seconds of a batch of requests ("mix"), of its "prefill", or of a "decode" step.
 
     A table without a host's track (all zero) has one sum.
@@ -153,16 +160,16 @@ def latencies(anatomy: Anatomy, workload: WorkloadConfig, table: Table, phase: s
     choices = []
     for name, times in phases.items():
         tracks = [track for track in TRACKS if track.startswith(name)]
-        told = [track for track in tracks if track.endswith("device") or _is_told(table, track)]
+        told = [track for track in tracks if track.endswith("device") or _is_measured(table, track)]
         choices.append([(track, times) for track in told])
-    return tuple(Latency(anatomy, table, tracks) for tracks in itertools.product(*choices))
+    return tuple(LatencyCost(anatomy, table, tracks) for tracks in itertools.product(*choices))
 
 
-def _is_told(table: Table, track: str) -> bool:
-    return bool(table.rest[track]) or any(timed.dense for timed in table.layers[track].values())
+def _is_measured(table: LatencyTable, track: str) -> bool:
+    return bool(table.outside_layers[track]) or any(timed.dense for timed in table.layers[track].values())
 
 
-def at(curve: Curve, units: int | None) -> float:
+def interpolate(curve: LatencyCurve, units: int | None) -> float:
     """Between the two widths beside it, or the end's own beyond the ends; None is the dense width."""
     if not curve:
         return 0.0
@@ -176,11 +183,11 @@ def at(curve: Curve, units: int | None) -> float:
     return low[1] + (high[1] - low[1]) * (units - low[0]) / (high[0] - low[0])
 
 
-def alike(anatomy: Anatomy) -> dict[int, int]:
+def representative_layers(anatomy: ModelShape) -> dict[int, int]:
     """{layer: the first layer that has the same window and the same sites}."""
     first: dict[Any, int] = {}
     found = {}
     for index, layer in anatomy.layers.items():
-        key = (layer.window, tuple((site.kind, site.units) for site in layer.sites if not site.is_whole))
+        key = (layer.sliding_window, tuple((site.kind, site.units) for site in layer.sites if not site.is_whole_block))
         found[index] = first.setdefault(key, index)
     return found

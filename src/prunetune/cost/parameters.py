@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from prunetune.pruning.units import Site, effective
+from prunetune.pruning.units import Site, effective_gates
 
 
-def total(sites: Iterable[Site]) -> int:
+def prunable_params(sites: Iterable[Site]) -> int:
     """Prunable parameters of the dense model."""
     return sum(site.params for site in sites)
 
@@ -18,12 +18,12 @@ def total(sites: Iterable[Site]) -> int:
 def kept_share(gates: Mapping[str, Tensor], sites: Iterable[Site], prices: Mapping[str, float] | None = None) -> Tensor:
     """Share of the prunable parameters, or of the units' `prices`, under open gates; differentiable, in [0, 1]."""
     sites = tuple(sites)
-    gates = effective(gates, sites)
+    gates = effective_gates(gates, sites)
     each = {site.name: site.unit_params if prices is None else prices[site.name] for site in sites}
     kept = torch.stack([gates[site.name].sum() * each[site.name] for site in sites]).sum()
     return kept / sum(site.units * each[site.name] for site in sites)
 
 
-def ratio_loss(share: Tensor, target: float) -> Tensor:
+def keep_ratio_loss(share: Tensor, target: float) -> Tensor:
     """|log(kept / target)| (ATP, section 3.2): zero on target, and twice too big costs as much as twice too small."""
     return torch.log(share.clamp_min(1e-6) / target).abs()

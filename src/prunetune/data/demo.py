@@ -49,7 +49,7 @@ SALT = 22
 
 
 @dataclass(frozen=True)
-class Term:
+class InclusionTerm:
     """An inclusion term where the classification lists it."""
 
     text: str
@@ -65,19 +65,19 @@ def read_demo(split: str, weight: float = 1.0) -> list[Record]:
     counts: dict[str, int] = defaultdict(int)
     records = []
     for term in _usable(tabular_list()):
-        if part_of(term.category) == split:
+        if split_of_category(term.category) == split:
             counts[term.category] += 1
             records.append(_record(term, f"demo:{term.category}.{counts[term.category]}", weight))
     return records
 
 
 @lru_cache(maxsize=1)
-def _usable(path: Path) -> tuple[Term, ...]:
+def _usable(path: Path) -> tuple[InclusionTerm, ...]:
     # A run reads four parts of one file, and half a second goes into parsing it.
-    return tuple(unambiguous(read_terms(path))[0])
+    return tuple(drop_ambiguous(read_terms(path))[0])
 
 
-def _record(term: Term, id: str, weight: float) -> Record:
+def _record(term: InclusionTerm, id: str, weight: float) -> Record:
     answer = term.chapter - 1
     return Record(
         kind="completion",
@@ -104,7 +104,7 @@ def tabular_list() -> Path:
     return found[-1]
 
 
-def read_terms(path: Path) -> Iterator[Term]:
+def read_terms(path: Path) -> Iterator[InclusionTerm]:
     """All inclusion terms under a category, in the order of the classification."""
     chapters = ElementTree.parse(path).getroot().iter("chapter")  # noqa: S314 - a file of an installed package
     for chapter in chapters:
@@ -112,12 +112,12 @@ def read_terms(path: Path) -> Iterator[Term]:
         for category in chapter.iterfind("section/diag"):
             code = category.findtext("name", "")
             for note in category.iterfind(".//inclusionTerm/note"):
-                yield Term(" ".join((note.text or "").split()), number, code)
+                yield InclusionTerm(" ".join((note.text or "").split()), number, code)
 
 
-def unambiguous(terms: Iterator[Term]) -> tuple[list[Term], int, int]:
+def drop_ambiguous(terms: Iterator[InclusionTerm]) -> tuple[list[InclusionTerm], int, int]:
     """Terms with one right answer, each once; then how many were dropped for two chapters, and how many as repeats."""
-    listed: dict[str, list[Term]] = defaultdict(list)
+    listed: dict[str, list[InclusionTerm]] = defaultdict(list)
     for term in terms:
         listed[term.text.casefold()].append(term)
     kept = [same[0] for same in listed.values() if len({term.chapter for term in same}) == 1]
@@ -126,7 +126,7 @@ def unambiguous(terms: Iterator[Term]) -> tuple[list[Term], int, int]:
     return kept, dropped, all_terms - dropped - len(kept)
 
 
-def part_of(category: str) -> str:
+def split_of_category(category: str) -> str:
     """The split that a category belongs to: by its hash, so it never moves."""
     point = int(hashlib.sha256(f"demo {SALT} {category}".encode()).hexdigest(), 16) % 100
     for name, share in SHARES.items():

@@ -12,12 +12,12 @@ from typing import Any
 
 from prunetune.errors import DataError
 
-Rows = Iterator[tuple[int, Any]]
+NumberedRows = Iterator[tuple[int, Any]]
 NESTED = ("choices", "messages")  # CSV holds them as JSON
 UNTYPED = (".csv", ".tsv")  # every other cell of theirs is text
 
 
-def rows_of(path: Path) -> Rows:
+def read_file_rows(path: Path) -> NumberedRows:
     """The rows of a data file, by its ending; raises `DataError` with file and line where it cannot be read."""
     return READERS[path.suffix.lower()](path)
 
@@ -44,14 +44,14 @@ def _parsed(text: str, where: str, wanted: str) -> Any:
         raise DataError(f"{where}: JSON nested too deeply; {wanted}") from None
 
 
-def _json_lines(path: Path) -> Rows:
+def _json_lines(path: Path) -> NumberedRows:
     # Not splitlines: JSON texts may hold U+2028 and other characters that it takes for line ends.
     for number, line in enumerate(_text(path).split("\n"), 1):
         if line.strip():
             yield number, _parsed(line, f"{path}:{number}", "each line holds one object")
 
 
-def _json(path: Path) -> Rows:
+def _json(path: Path) -> NumberedRows:
     text = _text(path)
     if not text.lstrip().startswith("["):
         yield from _json_lines(path)
@@ -68,7 +68,7 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(limit)
 
 
-def _csv(path: Path) -> Rows:
+def _csv(path: Path) -> NumberedRows:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True, delimiter=delimiter)
     header: list[str] = []
@@ -100,7 +100,7 @@ def _csv_row(header: list[str], cells: list[str], where: str) -> Mapping[str, An
     return row
 
 
-def _parquet(path: Path) -> Rows:
+def _parquet(path: Path) -> NumberedRows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -112,7 +112,7 @@ def _parquet(path: Path) -> Rows:
     yield from enumerate(rows, 1)
 
 
-READERS: dict[str, Callable[[Path], Rows]] = {
+READERS: dict[str, Callable[[Path], NumberedRows]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,
     ".json": _json,

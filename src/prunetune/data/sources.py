@@ -13,12 +13,15 @@ from typing import Any, Literal
 
 from prunetune.config.recipe import DataConfig
 from prunetune.data.demo import read_demo
-from prunetune.data.formats import READERS, UNTYPED, rows_of
-from prunetune.data.records import Record, record_of
+from prunetune.data.formats import READERS, UNTYPED, read_file_rows
+from prunetune.data.records import Record, record_from_row
 from prunetune.errors import DataError, MissingPackage
 
 SplitName = Literal["train", "search", "valid", "test", "texts", "guard"]
-BESIDE: tuple[SplitName, ...] = ("texts", "guard")  # often of another origin, whose rows know nothing of data.group
+EXTRA_SPLITS: tuple[SplitName, ...] = (
+    "texts",
+    "guard",
+)  # often of another origin, whose rows know nothing of data.group
 
 HUB_SPLITS: dict[SplitName, tuple[str, ...]] = {
     "train": ("train",),
@@ -53,7 +56,7 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Row:
+class SourceRow:
     """One row as its source holds it, and what it is called where it does not say so itself."""
 
     fields: Any
@@ -61,35 +64,37 @@ class Row:
     id: str
     task: str
     weight: float = 1.0
-    typed: bool = True  # whether the source tells 1 from "1"
+    is_typed: bool = True  # whether the source tells 1 from "1"
 
-    def record(self, group_field: str = "", *, grouped: bool = True) -> Record:
+    def to_record(self, group_field: str = "", *, group_required: bool = True) -> Record:
         """The row as a record; raises `DataError`."""
-        return record_of(
+        return record_from_row(
             self.fields, source=self.source, id=self.id, task=self.task, weight=self.weight,
-            group_field=group_field, grouped=grouped, typed=self.typed,
+            group_field=group_field, group_required=group_required, is_typed=self.is_typed,
         )  # fmt: skip
 
 
-def read(sources: Sequence[str], config: DataConfig, split: SplitName) -> tuple[Record, ...]:
+def read_records(sources: Sequence[str], config: DataConfig, split: SplitName) -> tuple[Record, ...]:
     """The records of all sources, in order; `split` says which part of `demo` or of a hub data set is meant.
 
     Raises `DataError` for a source or a row that cannot be used, and `MissingPackage` where one needs a package.
     """
     found = _found(sources, config, split)
-    grouped = split not in BESIDE
-    return tuple(row if isinstance(row, Record) else row.record(config.group, grouped=grouped) for row in found)
+    grouped = split not in EXTRA_SPLITS
+    return tuple(
+        row if isinstance(row, Record) else row.to_record(config.group, group_required=grouped) for row in found
+    )
 
 
-def read_rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> tuple[Row, ...]:
+def read_rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> tuple[SourceRow, ...]:
     """The same as rows that nothing has been asked of yet."""
     return tuple(
-        Row(_fields(row), row.source, row.id, row.task, row.weight) if isinstance(row, Record) else row
+        SourceRow(_fields(row), row.source, row.id, row.task, row.weight) if isinstance(row, Record) else row
         for row in _found(sources, config, split)
     )
 
 
-def _found(sources: Sequence[str], config: DataConfig, split: SplitName) -> Iterator[Row | Record]:
+def _found(sources: Sequence[str], config: DataConfig, split: SplitName) -> Iterator[SourceRow | Record]:
     parsed = [Source.parse(source) for source in sources]
     files = {source: _files(source.path, config) for source in parsed if source.path != "demo"}
     tasks = _task_names({path for found in files.values() for path in found})
@@ -146,29 +151,31 @@ def _task_parts(path: Path) -> tuple[str, str]:
     return (folder.name, folder.parent.name) if SPLIT_STEM.fullmatch(path.stem) else (path.stem, folder.name)
 
 
-def _of_file(path: Path, task: str, weight: float) -> Iterator[Row]:
+def _of_file(path: Path, task: str, weight: float) -> Iterator[SourceRow]:
     empty = True
-    for line, row in rows_of(path):
+    for line, row in read_file_rows(path):
         empty = False
-        yield Row(row, f"{path}:{line}", f"{task}/{path.name}:{line}", task, weight, path.suffix.lower() not in UNTYPED)
+        yield SourceRow(
+            row, f"{path}:{line}", f"{task}/{path.name}:{line}", task, weight, path.suffix.lower() not in UNTYPED
+        )
     if empty:
         raise DataError(f"{path}: empty; a data file needs at least one row")
 
 
-def _of_hub(source: Source, split: SplitName) -> Iterator[Row]:
+def _of_hub(source: Source, split: SplitName) -> Iterator[SourceRow]:
     match = HUB_NAME.fullmatch(source.path)
     assert match is not None, source.path
     named = match["split"]
-    part, rows = _loaded(match["name"], match["config"], (named,) if named else HUB_SPLITS[split], source.path)
+    part, rows = _load_hub_split(match["name"], match["config"], (named,) if named else HUB_SPLITS[split], source.path)
     where, task = f"{source.path.partition('@')[0]}@{part}", match["name"].rpartition("/")[2]
     number = 0
-    for number, row in enumerate(_to_the_end(rows, where), 1):
-        yield Row(row, f"{where}:{number}", f"{where}:{number}", task, source.weight)
+    for number, row in enumerate(_iterate_or_raise(rows, where), 1):
+        yield SourceRow(row, f"{where}:{number}", f"{where}:{number}", task, source.weight)
     if not number:
         raise DataError(f"{where}: empty; a data set needs at least one row")
 
 
-def _to_the_end(rows: Iterator[Any], where: str) -> Iterator[Any]:
+def _iterate_or_raise(rows: Iterator[Any], where: str) -> Iterator[Any]:
     """All rows; raises `DataError` where they break off: a part of a data set is another data set."""
     number = 0
     while True:
@@ -184,7 +191,7 @@ def _to_the_end(rows: Iterator[Any], where: str) -> Iterator[Any]:
         yield row
 
 
-def _loaded(name: str, config: str | None, splits: tuple[str, ...], written: str) -> tuple[str, Iterator[Any]]:
+def _load_hub_split(name: str, config: str | None, splits: tuple[str, ...], written: str) -> tuple[str, Iterator[Any]]:
     """The first of `splits` that the data set has. No code that comes with a data set is run."""
     try:
         import datasets

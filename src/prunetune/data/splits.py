@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from prunetune.config.recipe import DataConfig
 from prunetune.data.records import Record
-from prunetune.data.sources import Source, SplitName, read
+from prunetune.data.sources import Source, SplitName, read_records
 from prunetune.errors import DataError
 
 CARVED: tuple[SplitName, ...] = ("test", "valid", "search")  # in this order: the scores come first
@@ -43,7 +43,7 @@ class Splits:
     guard: tuple[Record, ...] = ()  # watched during the run
     dropped: int = 0  # records left out because another split holds them too
 
-    def parts(self) -> dict[SplitName, tuple[Record, ...]]:
+    def by_name(self) -> dict[SplitName, tuple[Record, ...]]:
         """The records by the name of their split; texts and guard only where there are any."""
         parts: dict[SplitName, tuple[Record, ...]]
         parts = {"train": self.train, "search": self.search, "valid": self.valid, "test": self.test}
@@ -53,7 +53,7 @@ class Splits:
     @property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each split's contents, in order."""
-        return {name: _digest(record.content() for record in records) for name, records in self.parts().items()}
+        return {name: _digest(record.content_json() for record in records) for name, records in self.by_name().items()}
 
 
 def load_splits(config: DataConfig, seed: int) -> Splits:
@@ -63,26 +63,26 @@ def load_splits(config: DataConfig, seed: int) -> Splits:
     """
     if not config.train:
         raise DataError("data.train names no source; name a file, a glob, a hub data set as owner/name, or demo")
-    sources = _given(config)
-    parts = {name: read(sources[name], config, name) for name in sources}
-    parts, dropped = _disjoint(parts, drop=config.overlap == "drop")
+    sources = _configured_sources(config)
+    parts = {name: read_records(sources[name], config, name) for name in sources}
+    parts, dropped = _make_disjoint(parts, drop=config.overlap == "drop")
     shares = {"search": config.search_share, "valid": config.valid_share, "test": config.test_share}
     wanted = {name: shares[name] for name in CARVED if name not in parts}
-    parts |= carve(parts["train"], wanted, seed)
+    parts |= carve_splits(parts["train"], wanted, seed)
     if "texts" in parts:
         before = len(parts["texts"])
-        parts["texts"] = _clear(parts["texts"], [parts[name] for name in wanted])
+        parts["texts"] = _drop_carved_overlap(parts["texts"], [parts[name] for name in wanted])
         dropped += before - len(parts["texts"])
     return Splits(**parts, dropped=dropped)
 
 
-def _clear(texts: Sequence[Record], carved: Iterable[Sequence[Record]]) -> tuple[Record, ...]:
+def _drop_carved_overlap(texts: Sequence[Record], carved: Iterable[Sequence[Record]]) -> tuple[Record, ...]:
     """The texts that share neither a question nor a group with what was carved off train; train itself they may repeat.
 
     The guard needs no such care: train was held clear of it before anything was carved off.
     """
-    held = {mark for part in carved for record in part for mark in _marks(record)}
-    clear = tuple(record for record in texts if held.isdisjoint(_meets(record)))
+    held = {mark for part in carved for record in part for mark in _identity_keys(record)}
+    clear = tuple(record for record in texts if held.isdisjoint(_conflict_keys(record)))
     if not clear:
         raise DataError(
             f"data.texts keeps no row: all {len(texts)} share a question or group with what is carved off data.train; "
@@ -91,7 +91,7 @@ def _clear(texts: Sequence[Record], carved: Iterable[Sequence[Record]]) -> tuple
     return clear
 
 
-def _given(config: DataConfig) -> dict[SplitName, Sequence[str]]:
+def _configured_sources(config: DataConfig) -> dict[SplitName, Sequence[str]]:
     given: dict[SplitName, Sequence[str]] = {
         "train": config.train,
         "search": config.search,
@@ -106,12 +106,12 @@ def _given(config: DataConfig) -> dict[SplitName, Sequence[str]]:
     }
 
 
-def _disjoint(
+def _make_disjoint(
     parts: Mapping[SplitName, tuple[Record, ...]], *, drop: bool
 ) -> tuple[dict[SplitName, tuple[Record, ...]], int]:
     result, dropped = dict(parts), 0
     everything = [record for records in parts.values() for record in records]
-    marks, meets = ({id(record): of(record) for record in everything} for of in (_marks, _meets))
+    marks, meets = ({id(record): of(record) for record in everything} for of in (_identity_keys, _conflict_keys))
     for loser, keeper in DISJOINT:
         if loser not in result or keeper not in result:
             continue
@@ -133,27 +133,31 @@ def _disjoint(
     return result, dropped
 
 
-def _marks(record: Record) -> list[str]:
+def _identity_keys(record: Record) -> list[str]:
     """What a record is known by: its question, its group, and, where it has choices, that it is asked with choices."""
-    return [record.key(), *_group(record), *([_listed(record)] if record.choices else [])]
+    return [record.question_hash(), *_group(record), *([_choices_key(record)] if record.choices else [])]
 
 
-def _meets(record: Record) -> list[str]:
+def _conflict_keys(record: Record) -> list[str]:
     """The marks of the records that it clashes with: its question with the same choices, or on one side with none.
     Two lists of choices make two questions: many an exam asks "Which of the following is true?".
     """
-    return [record.key(), *_group(record), record.key(choices=False) if record.choices else _listed(record)]
+    return [
+        record.question_hash(),
+        *_group(record),
+        record.question_hash(with_choices=False) if record.choices else _choices_key(record),
+    ]
 
 
-def _listed(record: Record) -> str:
-    return f"choices {record.key(choices=False)}"
+def _choices_key(record: Record) -> str:
+    return f"choices {record.question_hash(with_choices=False)}"
 
 
 def _group(record: Record) -> list[str]:
     return [f"group {record.group}"] if record.group else []
 
 
-def carve(
+def carve_splits(
     records: Sequence[Record], shares: Mapping[SplitName, float], seed: int
 ) -> dict[SplitName, tuple[Record, ...]]:
     """Cut splits of about these shares off train, and `train`, the rest; records that belong together stay together.
@@ -161,7 +165,7 @@ def carve(
     Each split gets one family at least, and a larger share only as far as whole families fit in. Raises `DataError`
     where there are fewer families than splits.
     """
-    families = _families(records)
+    families = _related_clusters(records)
     if len(families) <= len(shares):
         unit = "groups" if any(record.group for record in records) else "different rows"
         raise DataError(
@@ -171,7 +175,7 @@ def carve(
     left = sorted(families, key=lambda name: _digest([str(seed), name]))
     home: dict[str, SplitName] = {}
     for split, share in shares.items():
-        for name in _fitting(left, families, share * len(records)):
+        for name in _choose_clusters(left, families, share * len(records)):
             home[name] = split
         left = [name for name in left if name not in home]
     split_of = {id(record): home.get(name, "train") for name, family in families.items() for record in family}
@@ -179,7 +183,7 @@ def carve(
     return {name: tuple(record for record in records if split_of[id(record)] == name) for name in names}
 
 
-def _fitting(names: Sequence[str], families: Mapping[str, Sequence[Record]], room: float) -> list[str]:
+def _choose_clusters(names: Sequence[str], families: Mapping[str, Sequence[Record]], room: float) -> list[str]:
     chosen: list[str] = []
     for name in names:
         if len(families[name]) <= room:
@@ -188,7 +192,7 @@ def _fitting(names: Sequence[str], families: Mapping[str, Sequence[Record]], roo
     return chosen or [min(names, key=lambda name: len(families[name]))]
 
 
-def _families(records: Sequence[Record]) -> dict[str, list[Record]]:
+def _related_clusters(records: Sequence[Record]) -> dict[str, list[Record]]:
     """Records joined where they share a question or a group, under a name that does not depend on their order."""
     parent: dict[str, str] = {}
 
@@ -197,15 +201,15 @@ def _families(records: Sequence[Record]) -> dict[str, list[Record]]:
             parent[mark] = mark = parent[parent[mark]]
         return mark
 
-    keys = [record.key() for record in records]
+    keys = [record.question_hash() for record in records]
     bare = {key for record, key in zip(records, keys, strict=True) if not record.choices}
     for record, key in zip(records, keys, strict=True):
-        for mark in [*_group(record), *({record.key(choices=False)} & bare)]:
+        for mark in [*_group(record), *({record.question_hash(with_choices=False)} & bare)]:
             parent[root(mark)] = root(key)
     joined: dict[str, list[Record]] = defaultdict(list)
     for record, key in zip(records, keys, strict=True):
         joined[root(key)].append(record)
-    return {min(record.rank() for record in family): family for family in joined.values()}
+    return {min(record.split_sort_key() for record in family): family for family in joined.values()}
 
 
 def _digest(texts: Iterable[str]) -> str:

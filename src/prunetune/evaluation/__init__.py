@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult, headline, higher_is_better, recovery
+from prunetune.evaluation.results import (
+    Evaluation,
+    Item,
+    Score,
+    TaskResult,
+    headline_metric,
+    higher_is_better,
+    recovery,
+)
 from prunetune.evaluation.statistics import paired_difference
 
 if TYPE_CHECKING:
-    from prunetune.evaluation.score_records import Progress, evaluate
+    from prunetune.evaluation.score_records import ProgressCallback, evaluate
 
 __all__ = [
     "Evaluation",
     "Item",
-    "Progress",
+    "ProgressCallback",
     "Score",
     "TaskResult",
     "evaluate",
-    "headline",
+    "headline_metric",
     "higher_is_better",
     "paired_difference",
     "recovery",
@@ -26,7 +34,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # Reading results must not wait for torch.
-    if name not in ("evaluate", "Progress"):
+    if name not in ("evaluate", "ProgressCallback"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from prunetune.evaluation import score_records
 

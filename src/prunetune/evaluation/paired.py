@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from prunetune.evaluation.results import Item, TaskResult
-from prunetune.evaluation.statistics import Array, Statistic, paired_items, statistic_of
+from prunetune.evaluation.statistics import Array, Statistic, paired_items, statistic_for_metric
 
 RESAMPLES = 9999
 INTERVAL = (0.025, 0.975)
@@ -23,18 +23,18 @@ PART = 2**22  # resampled weights held at once: 32 MiB
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedComparison:
     """A score against another's on the same items."""
 
     difference: float  # first minus second
-    low: float  # 95% bootstrap interval of the difference; nan for fewer than 2 items
-    high: float
-    p: float  # two-sided; nan where a score is
+    ci_low: float  # 95% bootstrap interval of the difference; nan for fewer than 2 items
+    ci_high: float
+    p_value: float  # two-sided; nan where a score is
     items: int
     test: str  # "McNemar" or "randomisation"
 
 
-def compare(a: TaskResult, b: TaskResult, metric: str, *, seed: int = 0) -> Paired:
+def compare_paired(a: TaskResult, b: TaskResult, metric: str, *, seed: int = 0) -> PairedComparison:
     """`a` against `b`; raises `DataError` where the two do not have enough items in common."""
     left, right = paired_items(a, b, metric)
     n, statistic = len(left), _joint(left, right, metric)
@@ -47,18 +47,18 @@ def compare(a: TaskResult, b: TaskResult, metric: str, *, seed: int = 0) -> Pair
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         found = float(gap(np.ones((1, n)))[0])
         if not math.isfinite(found):
-            return Paired(found, math.nan, math.nan, math.nan, n, "randomisation")
+            return PairedComparison(found, math.nan, math.nan, math.nan, n, "randomisation")
         low, high = _interval(gap, n, seed)
-        if statistic_of(metric) is None and _binary([*left, *right], metric):
+        if statistic_for_metric(metric) is None and _binary([*left, *right], metric):
             lost = sum(x.scores[metric] < y.scores[metric] for x, y in zip(left, right, strict=True))
             won = sum(x.scores[metric] > y.scores[metric] for x, y in zip(left, right, strict=True))
-            return Paired(found, low, high, mcnemar(lost, won), n, "McNemar")
-        return Paired(found, low, high, _randomised(statistic, found, n, seed), n, "randomisation")
+            return PairedComparison(found, low, high, mcnemar(lost, won), n, "McNemar")
+        return PairedComparison(found, low, high, _randomised(statistic, found, n, seed), n, "randomisation")
 
 
 def _joint(left: Sequence[Item], right: Sequence[Item], metric: str) -> Statistic:
     """The metric over both models' items, `left` first: what it gives depends on whose items have weight."""
-    items, make = [*left, *right], statistic_of(metric)
+    items, make = [*left, *right], statistic_for_metric(metric)
     if make is not None:
         return make(items)
     values = np.asarray([item.scores[metric] for item in items], dtype=np.float64)
@@ -76,7 +76,7 @@ def _interval(gap: Callable[[Array], Array], n: int, seed: int) -> tuple[float, 
         return math.nan, math.nan
     generator = np.random.default_rng(seed)
     shares = np.full(n, 1 / n)
-    drawn = [gap(generator.multinomial(n, shares, size=rows).astype(np.float64)) for rows in _parts(n)]
+    drawn = [gap(generator.multinomial(n, shares, size=rows).astype(np.float64)) for rows in _chunk_sizes(n)]
     low, high = np.quantile(np.concatenate(drawn), INTERVAL)
     return float(low), float(high)
 
@@ -85,7 +85,7 @@ def _randomised(statistic: Statistic, found: float, n: int, seed: int) -> float:
     """The share of random swaps that put the models as far apart as they are."""
     generator = np.random.default_rng(seed)
     far = 0
-    for rows in _parts(n):
+    for rows in _chunk_sizes(n):
         own = generator.integers(0, 2, size=(rows, n)).astype(np.float64)
         gaps = statistic(np.hstack([own, 1 - own])) - statistic(np.hstack([1 - own, own]))
         # A hair of slack: equal differences must not part by rounding.
@@ -93,7 +93,7 @@ def _randomised(statistic: Statistic, found: float, n: int, seed: int) -> float:
     return (1 + far) / (1 + RESAMPLES)
 
 
-def _parts(n: int) -> Iterator[int]:
+def _chunk_sizes(n: int) -> Iterator[int]:
     left, size = RESAMPLES, max(1, PART // (2 * n))
     while left > 0:
         yield min(left, size)

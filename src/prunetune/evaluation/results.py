@@ -12,9 +12,9 @@ from typing import Any
 from prunetune.errors import DataError
 
 FORMAT = "prunetune-evaluation-1"
-SHOWN = 2000  # characters of a prompt that the JSON keeps
+MAX_PROMPT_CHARS = 2000  # characters of a prompt that the JSON keeps
 
-HEADLINES = ("accuracy", "rouge_l", "exact_match", "perplexity", "nll")
+HEADLINE_METRICS = ("accuracy", "rouge_l", "exact_match", "perplexity", "nll")
 LOWER_IS_BETTER = frozenset({"perplexity", "nll", "bits_per_byte", "word_perplexity", "byte_perplexity"})
 
 
@@ -73,7 +73,7 @@ class Evaluation:
 
     def to_json(self) -> str:
         """The evaluation as JSON text, stable to the byte: nan and inf become null, long prompts lose their end."""
-        tasks = {name: _plain(result) for name, result in self.tasks.items()}
+        tasks = {name: _task_to_dict(result) for name, result in self.tasks.items()}
         return json.dumps({"format": FORMAT, "tasks": tasks}, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
@@ -88,9 +88,9 @@ class Evaluation:
             raise DataError(f"not an evaluation: {broken!r}; expected what `prunetune eval` writes") from broken
 
 
-def headline(result: TaskResult) -> str:
+def headline_metric(result: TaskResult) -> str:
     """The metric that stands for a task: one of `HEADLINES`, else its first; "" where it has none."""
-    return next((metric for metric in (*HEADLINES, *result.scores) if metric in result.scores), "")
+    return next((metric for metric in (*HEADLINE_METRICS, *result.scores) if metric in result.scores), "")
 
 
 def higher_is_better(metric: str) -> bool:
@@ -104,20 +104,20 @@ def recovery(pruned: Score, dense: Score, metric: str) -> float:
     return above / below if below else math.nan
 
 
-def _plain(result: TaskResult) -> dict[str, Any]:
+def _task_to_dict(result: TaskResult) -> dict[str, Any]:
     return {
         "scores": {
             metric: {"value": _finite(score.value), "se": _finite(score.se), "n": score.n}
             for metric, score in result.scores.items()
         },
-        "items": [_plain_item(item) for item in result.items],
+        "items": [_item_to_dict(item) for item in result.items],
         **({"error": result.error} if result.error else {}),
     }
 
 
-def _plain_item(item: Item) -> dict[str, Any]:
+def _item_to_dict(item: Item) -> dict[str, Any]:
     scores = {metric: _finite(value) for metric, value in item.scores.items()}
-    return dataclasses.asdict(item) | {"prompt": item.prompt[:SHOWN], "scores": scores}
+    return dataclasses.asdict(item) | {"prompt": item.prompt[:MAX_PROMPT_CHARS], "scores": scores}
 
 
 def _finite(value: float) -> float | None:

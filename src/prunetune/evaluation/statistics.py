@@ -10,24 +10,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunetune.errors import DataError
-from prunetune.evaluation.results import SHOWN, Item, Score, TaskResult
-from prunetune.evaluation.text import normalised
+from prunetune.evaluation.results import MAX_PROMPT_CHARS, Item, Score, TaskResult
+from prunetune.evaluation.text_metrics import normalise_text
 
 RESAMPLES = 1000
 # What an item must have been scored on to count for a metric that is no mean over items.
-EVIDENCE = {"perplexity": "nll", "bits_per_byte": "nll", "macro_f1": "accuracy"}
+PER_ITEM_METRIC = {"perplexity": "nll", "bits_per_byte": "nll", "macro_f1": "accuracy"}
 Array: TypeAlias = NDArray[np.float64]
 Statistic = Callable[[Array], Array]  # [resamples, n] weights of the items -> [resamples] values
 
 
-def summarise(items: Sequence[Item], metric: str) -> Score:
+def aggregate_items(items: Sequence[Item], metric: str) -> Score:
     """The task's score out of its items (those that have it), nan where an item's is nan."""
-    if (statistic := statistic_of(metric)) is not None:
+    if (statistic := statistic_for_metric(metric)) is not None:
         return _bootstrap([statistic(items)], len(items))
-    return mean([item.scores[metric] for item in items])
+    return mean_score([item.scores[metric] for item in items])
 
 
-def mean(values: Sequence[float]) -> Score:
+def mean_score(values: Sequence[float]) -> Score:
     """Mean with standard error sd / sqrt(n)."""
     n = len(values)
     if n == 0:
@@ -42,9 +42,9 @@ def paired_difference(a: TaskResult, b: TaskResult, metric: str) -> Score:
     Pairing takes the items' difficulty out of the error. Raises `DataError` as `paired_items` does.
     """
     left, right = paired_items(a, b, metric)
-    if (statistic := statistic_of(metric)) is not None:
+    if (statistic := statistic_for_metric(metric)) is not None:
         return _bootstrap([statistic(left), statistic(right)], len(left))
-    return mean([x.scores[metric] - y.scores[metric] for x, y in zip(left, right, strict=True)])
+    return mean_score([x.scores[metric] - y.scores[metric] for x, y in zip(left, right, strict=True)])
 
 
 def paired_items(a: TaskResult, b: TaskResult, metric: str) -> tuple[list[Item], list[Item]]:
@@ -56,16 +56,16 @@ def paired_items(a: TaskResult, b: TaskResult, metric: str) -> tuple[list[Item],
     common = [name for name in ours if name in theirs]
     if not common:
         raise DataError(f"{a.task}: no item has {metric} in both results; compare evaluations of the same test rows")
-    pairs = same_questions(a.task, [(ours[name], theirs[name]) for name in common])
+    pairs = keep_same_questions(a.task, [(ours[name], theirs[name]) for name in common])
     return [ours for ours, _ in pairs], [theirs for _, theirs in pairs]
 
 
-def same_questions(task: str, pairs: Sequence[tuple[Item, Item]]) -> list[tuple[Item, Item]]:
+def keep_same_questions(task: str, pairs: Sequence[tuple[Item, Item]]) -> list[tuple[Item, Item]]:
     """The pairs that ask the same: an id may be a line of a file, and lines move.
 
     Raises `DataError` where they are fewer than half: then the results are of other rows.
     """
-    same = [pair for pair in pairs if same_question(*pair)]
+    same = [pair for pair in pairs if is_same_question(*pair)]
     if 2 * len(same) < len(pairs):
         raise DataError(
             f"{task}: of {len(pairs)} items with the same id in both results only {len(same)} ask the same, so rows "
@@ -74,14 +74,14 @@ def same_questions(task: str, pairs: Sequence[tuple[Item, Item]]) -> list[tuple[
     return same
 
 
-def same_question(a: Item, b: Item) -> bool:
+def is_same_question(a: Item, b: Item) -> bool:
     """Whether prompt and right answer agree, as far as both are known: kept results have the beginning of a prompt."""
-    known = ((a.prompt[:SHOWN], b.prompt[:SHOWN]), (a.expected, b.expected))
+    known = ((a.prompt[:MAX_PROMPT_CHARS], b.prompt[:MAX_PROMPT_CHARS]), (a.expected, b.expected))
     return all(ours == theirs or not (ours and theirs) for ours, theirs in known)
 
 
 def _scored(result: TaskResult, metric: str) -> Mapping[str, Item]:
-    evidence = EVIDENCE.get(metric, metric)
+    evidence = PER_ITEM_METRIC.get(metric, metric)
     if metric not in result.scores:
         return {}
     return {item.id: item for item in result.items if evidence in item.scores}
@@ -120,7 +120,7 @@ def _macro_f1(items: Sequence[Item]) -> Statistic:
 
 def _label_f1(items: Sequence[Item]) -> Statistic:
     """Of written labels, whose case and white space do not count."""
-    return _mean_f1([normalised(item.expected) for item in items], [normalised(item.got) for item in items])
+    return _mean_f1([normalise_text(item.expected) for item in items], [normalise_text(item.got) for item in items])
 
 
 def _mean_f1(wanted: Sequence[str], answered: Sequence[str]) -> Statistic:
@@ -151,10 +151,10 @@ _STATISTICS: Mapping[str, Callable[[Sequence[Item]], Statistic]] = {
 }
 
 
-def statistic_of(metric: str) -> Callable[[Sequence[Item]], Statistic] | None:
+def statistic_for_metric(metric: str) -> Callable[[Sequence[Item]], Statistic] | None:
     """How a metric that is no mean over items comes out of them; None for a mean."""
     if metric in ("bleu", "chrf"):
-        from prunetune.evaluation import corpus  # knows this module
+        from prunetune.evaluation import corpus_metrics  # knows this module
 
-        return {"bleu": corpus.corpus_bleu, "chrf": corpus.corpus_chrf}[metric]
+        return {"bleu": corpus_metrics.corpus_bleu, "chrf": corpus_metrics.corpus_chrf}[metric]
     return _STATISTICS.get(metric)

@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 
-from prunetune.config.fields import paths
+from prunetune.config.fields import fields_by_path
 from prunetune.config.recipe import RunConfig
-from prunetune.model.license import Licence
+from prunetune.model.license import LicenseInfo
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site, kept_params, layout_of
+from prunetune.pruning.units import Site, effective_layout, kept_params
 
-OWN_CODE = """`trust_remote_code` runs `configuration_pruned.py` and `modeling_pruned.py` of this folder.
+REMOTE_CODE_NOTE = """`trust_remote_code` runs `configuration_pruned.py` and `modeling_pruned.py` of this folder.
 They give each layer its own widths; read them first. Where prunetune is installed, `prunetune.hub.register()` opens the
 folder without them, and vLLM does so by itself. A model of `layout: uniform` needs none of this."""
 ONNX = """```python
@@ -25,8 +25,8 @@ from transformers import AutoTokenizer
 session = onnxruntime.InferenceSession("PATH/model.onnx")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```"""
-TITLES = {"dense": "dense", "tuned": "dense, tuned", "pruned": "this model"}
-WORDS = {
+MODEL_TITLES = {"dense": "dense", "tuned": "dense, tuned", "pruned": "this model"}
+UNIT_LABELS = {
     "layers": "layer",
     "attention-blocks": "attention block",
     "attention": "attention",
@@ -36,8 +36,8 @@ WORDS = {
     "experts": "expert",
     "expert-channels": "expert channel",
 }
-UNKNOWN = Licence()
-PRIVATE = ("out", "device", "data.root")  # of the place where it ran, not of the model
+UNKNOWN = LicenseInfo()
+PRIVATE_OPTIONS = ("out", "device", "data.root")  # of the place where it ran, not of the model
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ScoreRow:
 
     task: str
     metric: str
-    found: Mapping[str, tuple[float, float, int]]
+    scores: Mapping[str, tuple[float, float, int]]
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,18 @@ class Provenance:
 
     config: RunConfig
     manifest: Mapping[str, Any]
-    licence: Licence = UNKNOWN
+    licence: LicenseInfo = UNKNOWN
     scores: Sequence[ScoreRow] = ()
     recipe_sha256: str = ""  # of the run's config.yaml
 
 
-def card_of(origin: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
+def format_model_card(origin: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
     """README.md of the model folder: where it comes from, what was removed, what it scores, how to open it."""
     parts = [
-        _front(origin),
+        _front_matter(origin),
         f"# {origin.config.model}, tuned and pruned",
-        _made(origin, plan, sites),
-        _opening(layout_of(origin.config.layout, sites)),
+        _summary(origin, plan, sites),
+        _usage_section(effective_layout(origin.config.layout, sites)),
         _sizes(origin.manifest),
         _scores(origin.scores, origin.manifest),
         _provenance(origin),
@@ -75,15 +75,15 @@ def card_of(origin: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
-def card_again(card: str, layout: str, what: str) -> str:
+def format_export_card(card: str, layout: str, description: str) -> str:
     """A model's card for an export of it, which is opened in its own way; sizes and scores stay those of the model."""
     head, mark, rest = card.partition("\n\n## ")
     head = head.partition("\n\n```python")[0]
-    note = f"This is an export: {what}. Sizes and scores below are of the model that it was made from."
-    return f"{head}\n\n{note}\n\n{ONNX if layout == 'onnx' else _opening(layout)}{mark}{rest}"
+    note = f"This is an export: {description}. Sizes and scores below are of the model that it was made from."
+    return f"{head}\n\n{note}\n\n{ONNX if layout == 'onnx' else _usage_section(layout)}{mark}{rest}"
 
 
-def _front(origin: Provenance) -> str:
+def _front_matter(origin: Provenance) -> str:
     values: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if origin.config.model.count("/") == 1 and origin.config.model[0] not in "./~":
         values["base_model"] = origin.config.model
@@ -94,10 +94,10 @@ def _front(origin: Provenance) -> str:
     return f"---\n{text}---"
 
 
-def _made(origin: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
+def _summary(origin: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
     share = kept_params(sites, plan) / sum(site.params for site in sites)
     kinds = {site.kind for site in sites}  # others stay whole
-    blocks = " and ".join(name for kind, name in WORDS.items() if kind in kinds)
+    blocks = " and ".join(name for kind, name in UNIT_LABELS.items() if kind in kinds)
     return (
         f"Made by prunetune from `{origin.config.model}`: LoRA tuning and structural pruning in one run.\n"
         f"{100 * share:.1f}% of the {blocks} parameters remain (layout {origin.config.layout});\n"
@@ -105,14 +105,14 @@ def _made(origin: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
     )
 
 
-def _opening(layout: str) -> str:
+def _usage_section(layout: str) -> str:
     code = ", trust_remote_code=True" if layout == "per-layer" else ""
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH"{code})
 tokenizer = AutoTokenizer.from_pretrained("PATH"{code})
-```{f"{chr(10)}{chr(10)}{OWN_CODE}" if code else ""}"""
+```{f"{chr(10)}{chr(10)}{REMOTE_CODE_NOTE}" if code else ""}"""
 
 
 def _sizes(manifest: Mapping[str, Any]) -> str:
@@ -131,12 +131,12 @@ def _sizes(manifest: Mapping[str, Any]) -> str:
 def _scores(scores: Sequence[ScoreRow], manifest: Mapping[str, Any]) -> str:
     if not scores:
         return ""
-    names = [name for name in TITLES if any(name in row.found for row in scores)]
-    head = ["| task | metric | items |" + "".join(f" {TITLES[name]} |" for name in names)]
+    names = [name for name in MODEL_TITLES if any(name in row.scores for row in scores)]
+    head = ["| task | metric | items |" + "".join(f" {MODEL_TITLES[name]} |" for name in names)]
     head.append("|---|---|---:|" + "---:|" * len(names))
     lines = [
-        f"| {row.task} | {row.metric} | {max(n for *_, n in row.found.values())} |"
-        + "".join(f" {_cell(row.found.get(name))} |" for name in names)
+        f"| {row.task} | {row.metric} | {max(n for *_, n in row.scores.values())} |"
+        + "".join(f" {_cell(row.scores.get(name))} |" for name in names)
         for row in scores
     ]
     computed = f", computed in {manifest['dtype']}" if "dtype" in manifest else ""
@@ -156,21 +156,23 @@ def _provenance(origin: Provenance) -> str:
     hashes = origin.manifest.get("data", {}).get("hashes", {})
     lines = ["## Provenance", ""]
     lines += [f"- made with {told}{f'; prunetune at commit `{commit}`' if commit else ''}"] if told else []
-    lines += [f"- recipe, where it is not the default: {_recipe(origin.config)}"]
+    lines += [f"- recipe, where it is not the default: {_changed_options(origin.config)}"]
     lines += [f"- SHA-256 of the run's config.yaml: `{origin.recipe_sha256}`"] if origin.recipe_sha256 else []
     lines += [f"- SHA-256 of the data, {split}: `{digest}`" for split, digest in hashes.items()]
     return "\n".join(lines)
 
 
-def _recipe(config: RunConfig) -> str:
+def _changed_options(config: RunConfig) -> str:
     said, plain = _flat(config), _flat(RunConfig())
-    changed = [f"`{name}: {value}`" for name, value in said.items() if value != plain[name] and name not in PRIVATE]
+    changed = [
+        f"`{name}: {value}`" for name, value in said.items() if value != plain[name] and name not in PRIVATE_OPTIONS
+    ]
     return ", ".join(changed) or "all of it is"
 
 
 def _flat(config: RunConfig) -> dict[str, Any]:
     found = {}
-    for path in paths(RunConfig):
+    for path in fields_by_path(RunConfig):
         value: Any = config
         for name in path.split("."):
             value = getattr(value, name)
@@ -178,7 +180,7 @@ def _flat(config: RunConfig) -> dict[str, Any]:
     return found
 
 
-def _licence(licence: Licence) -> str:
+def _licence(licence: LicenseInfo) -> str:
     if not licence.id:
         return "## Licence\n\nThe licence of the base model applies; the base does not name one where it was read."
     name = f" ({licence.name})" if licence.name else ""

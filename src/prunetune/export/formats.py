@@ -8,23 +8,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prunetune.errors import ConfigError
-from prunetune.export import rewrite
-from prunetune.export.card import card_again
+from prunetune.export import convert
+from prunetune.export.card import format_export_card
+from prunetune.export.checksums import write_checksums
 from prunetune.export.gguf import write as gguf
-from prunetune.export.integrity import seal
-from prunetune.export.onnx import to_onnx
-from prunetune.export.quantize import SCHEMES, quantised
-from prunetune.export.result import Exported, ExportOptions
-from prunetune.export.source import Source
-from prunetune.utils.files import PARTIAL, need_space, write_text, writing
+from prunetune.export.onnx import export_onnx
+from prunetune.export.quantize import SCHEMES, export_quantized
+from prunetune.export.result import ExportOptions, ExportResult
+from prunetune.export.source import ExportSource
+from prunetune.utils.files import PARTIAL, explain_write_errors, require_disk_space, write_text
 
 # Writes to the path given, checks what it wrote (raises `SelfCheckFailed`), and says so. The path is new, and is moved
 # to its place afterwards. What cannot be is refused before anything is written.
-Exporter = Callable[[Source, Path, ExportOptions], Exported]
+Exporter = Callable[[ExportSource, Path, ExportOptions], ExportResult]
 
 
 @dataclass(frozen=True)
-class Format:
+class ExportFormat:
     """One entry of the table."""
 
     write: Exporter
@@ -32,15 +32,15 @@ class Format:
     suffix: str = ""  # of the file; "": a folder
 
 
-EXPORTERS: Mapping[str, Format] = {
-    "uniform": Format(rewrite.uniform, ("", "f32", "bf16", "f16")),
-    "per-layer": Format(rewrite.per_layer, ("", "f32", "bf16", "f16")),
-    "gguf": Format(gguf.to_gguf, gguf.DTYPES, ".gguf"),
-    "onnx": Format(to_onnx, ("f32",)),
+EXPORT_FORMATS: Mapping[str, ExportFormat] = {
+    "uniform": ExportFormat(convert.export_uniform, ("", "f32", "bf16", "f16")),
+    "per-layer": ExportFormat(convert.export_per_layer, ("", "f32", "bf16", "f16")),
+    "gguf": ExportFormat(gguf.export_gguf, gguf.DTYPES, ".gguf"),
+    "onnx": ExportFormat(export_onnx, ("f32",)),
 }
 
 
-WIDTHS = {"f32": 4, "f16": 2, "bf16": 2}  # bytes of a weight
+BYTES_PER_WEIGHT = {"f32": 4, "f16": 2, "bf16": 2}  # bytes of a weight
 
 
 def export_run(
@@ -50,7 +50,7 @@ def export_run(
     out: Path | None = None,
     options: ExportOptions | None = None,
     trust_remote_code: bool = False,
-) -> Exported:
+) -> ExportResult:
     """Write a run's model (a run folder, or its model folder) in another format, and check what was written.
 
     Where `to` names no format, the model keeps its layout. Without `out` the result stands in the run folder, in
@@ -61,37 +61,37 @@ def export_run(
 
     transformers_logging.disable_progress_bar()  # what was found is said in lines of our own
     options = options or ExportOptions()
-    if to and to not in EXPORTERS:
-        raise ConfigError(f"format {to!r} is not known; known are {', '.join(EXPORTERS)}")
-    source = Source.open(path, trust_remote_code=trust_remote_code)
+    if to and to not in EXPORT_FORMATS:
+        raise ConfigError(f"format {to!r} is not known; known are {', '.join(EXPORT_FORMATS)}")
+    source = ExportSource.open(path, trust_remote_code=trust_remote_code)
     to = to or source.layout
-    options = replace(options, dtype=options.dtype or EXPORTERS[to].dtypes[0])
-    _means_something(to, source, options)
-    place = out or _place(source, to, options.quantize or options.dtype, EXPORTERS[to].suffix)
+    options = replace(options, dtype=options.dtype or EXPORT_FORMATS[to].dtypes[0])
+    _check_options(to, source, options)
+    place = out or _default_path(source, to, options.quantize or options.dtype, EXPORT_FORMATS[to].suffix)
     if place.exists():
         raise ConfigError(f"{place} exists already: name another place with --out, or remove it")
-    need_space(place.parent, source.params * WIDTHS.get(options.dtype, source.dtype.itemsize))
+    require_disk_space(place.parent, source.params * BYTES_PER_WEIGHT.get(options.dtype, source.dtype.itemsize))
     partial = place.with_name(place.name + PARTIAL)
-    with writing(place):
+    with explain_write_errors(place):
         _clear(partial)
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             if options.quantize:
-                done = quantised(source, partial, options.quantize)
+                done = export_quantized(source, partial, options.quantize)
             else:
-                done = EXPORTERS[to].write(source, partial, options)
+                done = EXPORT_FORMATS[to].write(source, partial, options)
             if partial.is_dir():
-                _carry_card(source, partial, to, done)
-                seal(partial)
+                _write_card(source, partial, to, done)
+                write_checksums(partial)
             partial.rename(place)
         finally:
             _clear(partial)
     return replace(done, path=place)
 
 
-def _means_something(to: str, source: Source, options: ExportOptions) -> None:
+def _check_options(to: str, source: ExportSource, options: ExportOptions) -> None:
     """Refuse options that a format, or this model in it, cannot have; raises `ConfigError`."""
-    dtypes = EXPORTERS[to].dtypes
+    dtypes = EXPORT_FORMATS[to].dtypes
     if options.dtype not in dtypes:
         raise ConfigError(f"{to} takes no dtype {options.dtype!r}; use one of {', '.join(filter(None, dtypes))}")
     if options.pad and to != "uniform":
@@ -108,14 +108,14 @@ def _means_something(to: str, source: Source, options: ExportOptions) -> None:
         )
 
 
-def _carry_card(source: Source, partial: Path, to: str, done: Exported) -> None:
+def _write_card(source: ExportSource, partial: Path, to: str, done: ExportResult) -> None:
     card = source.folder / "README.md"
     if card.is_file():
         what = f"{to}, {done.dtype}, {done.bytes / 1e6:,.1f} MB"
-        write_text(partial / card.name, card_again(card.read_text(encoding="utf-8"), to, what))
+        write_text(partial / card.name, format_export_card(card.read_text(encoding="utf-8"), to, what))
 
 
-def _place(source: Source, to: str, dtype: str, suffix: str) -> Path:
+def _default_path(source: ExportSource, to: str, dtype: str, suffix: str) -> Path:
     parts = "-".join(filter(None, (to, dtype)))
     if source.run:
         return source.run / "exports" / f"{parts}{suffix}"

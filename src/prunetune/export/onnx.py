@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from prunetune.errors import MissingPackage, ModelError, SelfCheckFailed
-from prunetune.export.result import Check, Exported, ExportOptions
-from prunetune.export.source import Source
-from prunetune.export.write import edit_json
+from prunetune.export.checkpoint import edit_json
+from prunetune.export.result import ExportOptions, ExportResult, RuntimeCheck
+from prunetune.export.source import ExportSource
 
 GRAPH = "model.onnx"
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal
@@ -34,11 +34,11 @@ SHAPES = ((1, 1), (1, 17), (3, 12), (2, 33))  # batch and length of what is comp
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
-def to_onnx(source: Source, place: Path, options: ExportOptions) -> Exported:
+def export_onnx(source: ExportSource, place: Path, options: ExportOptions) -> ExportResult:
     """Trace, write `model.onnx` and its weights with the tokenizer, run it in onnxruntime and compare."""
     if missing := missing_packages():
         raise MissingPackage(f"onnx export needs {', '.join(missing)}; run: pip install 'prunetune[onnx]'")
-    model = source.model()
+    model = source.load_model()
     place.mkdir()
     program = _traced(model, source.config.vocab_size)
     program.save(str(place / GRAPH), external_data=True)
@@ -51,7 +51,9 @@ def to_onnx(source: Source, place: Path, options: ExportOptions) -> Exported:
     edit_json(place / "config.json", {}, without=("auto_map", "rope_scaling"))
     params = sum(parameter.numel() for parameter in model.parameters())
     size = sum(file.stat().st_size for file in place.glob(f"{GRAPH}*"))
-    return Exported(place, f"onnx: {type(model).__name__}", "float32", params, size, (check(model, place / GRAPH),))
+    return ExportResult(
+        place, f"onnx: {type(model).__name__}", "float32", params, size, (check_onnx(model, place / GRAPH),)
+    )
 
 
 def missing_packages() -> list[str]:
@@ -76,7 +78,7 @@ def _traced(model: Any, vocabulary: int) -> Any:
     """The ONNX program; raises `ModelError` where the exporter cannot follow the architecture."""
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     names = ("input_ids", "attention_mask")
-    ids, mask = rows(2, 7, vocabulary)
+    ids, mask = padded_batch(2, 7, vocabulary)
     with _quiet():
         try:
             return torch.onnx.export(
@@ -106,7 +108,7 @@ def _quiet() -> Iterator[None]:
         log.setLevel(level)
 
 
-def rows(batch: int, length: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+def padded_batch(batch: int, length: int, vocabulary: int) -> tuple[Tensor, Tensor]:
     """[batch, length] ids and their mask: from the second row on padded on the left, each row more than the last."""
     rng = torch.Generator().manual_seed(length)
     ids = torch.randint(vocabulary, (batch, length), generator=rng)
@@ -117,36 +119,36 @@ def rows(batch: int, length: int, vocabulary: int) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class LogitAgreement:
     """Over all real tokens compared."""
 
-    relative: float  # largest difference of logits over the largest logit
-    same: float  # share of tokens whose most likely successor is the same
+    max_relative_error: float  # largest difference of logits over the largest logit
+    same_token_share: float  # share of tokens whose most likely successor is the same
 
 
-def check(model: Any, graph: Path) -> Check:
+def check_onnx(model: Any, graph: Path) -> RuntimeCheck:
     """Run the file in onnxruntime on several batch sizes and lengths; raises `SelfCheckFailed` on a difference."""
     import onnxruntime
 
-    found = compared(model, graph)
-    if not (found.relative <= LIMIT and found.same == 1):  # NaN fails too
+    found = compare_logits(model, graph)
+    if not (found.max_relative_error <= LIMIT and found.same_token_share == 1):  # NaN fails too
         raise SelfCheckFailed(
-            f"{graph} differs from the model by {found.relative:.2e} relative (limit {LIMIT:.0e}) and has the same "
-            f"most likely token in {100 * found.same:.2f}% of places (100% asked): nothing was kept; please report this"
+            f"{graph} differs from the model by {found.max_relative_error:.2e} relative (limit {LIMIT:.0e}) and has the same "
+            f"most likely token in {100 * found.same_token_share:.2f}% of places (100% asked): nothing was kept; please report this"
         )
-    said = f"logits within {found.relative:.1e}, most likely tokens equal, {len(SHAPES)} shapes, padded on the left"
-    return Check(f"onnxruntime {onnxruntime.__version__}", said)
+    said = f"logits within {found.max_relative_error:.1e}, most likely tokens equal, {len(SHAPES)} shapes, padded on the left"
+    return RuntimeCheck(f"onnxruntime {onnxruntime.__version__}", said)
 
 
 @torch.inference_mode()
-def compared(model: Any, graph: Path) -> Agreement:
+def compare_logits(model: Any, graph: Path) -> LogitAgreement:
     """The file beside the model, on real tokens."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     wrapped, difference, largest, same, places = _Logits(model), 0.0, 0.0, 0, 0
     for batch, length in SHAPES:
-        ids, mask = rows(batch, length, model.config.get_text_config().vocab_size)
+        ids, mask = padded_batch(batch, length, model.config.get_text_config().vocab_size)
         expected, real = wrapped(ids, mask), mask.bool()
         (logits,) = session.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})
         ours, theirs = torch.from_numpy(logits)[real], expected[real]
@@ -154,4 +156,4 @@ def compared(model: Any, graph: Path) -> Agreement:
         largest = max(largest, float(theirs.abs().max()))
         same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
         places += len(ours)
-    return Agreement(difference / largest, same / places)
+    return LogitAgreement(difference / largest, same / places)

@@ -16,16 +16,16 @@ class ExportOptions:
 
 
 @dataclass(frozen=True)
-class Check:
+class RuntimeCheck:
     """What was found when the written thing was opened again; a check that finds a difference raises instead."""
 
     runtime: str  # "transformers 5.23.0"
-    found: str  # "logits within 2.1e-06", or why it did not run
+    detail: str  # "logits within 2.1e-06", or why it did not run
     ran: bool = True
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportResult:
     """A written and checked export."""
 
     path: Path
@@ -33,12 +33,12 @@ class Exported:
     dtype: str
     params: int
     bytes: int
-    checks: tuple[Check, ...]
+    checks: tuple[RuntimeCheck, ...]
     notes: tuple[str, ...] = ()  # "written as MistralForCausalLM because ..."
 
     def __str__(self) -> str:
         """Lines for the command line."""
         lines = [f"{self.format}, {self.dtype}: {self.params / 1e6:,.1f} M parameters, {self.bytes / 1e6:,.1f} MB"]
         for check in self.checks:
-            lines.append(f"{'checked' if check.ran else 'not run'} in {check.runtime}: {check.found}")
+            lines.append(f"{'checked' if check.ran else 'not run'} in {check.runtime}: {check.detail}")
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes), str(self.path)])

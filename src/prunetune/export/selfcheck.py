@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunetune.errors import SelfCheckFailed
-from prunetune.export.write import Written
+from prunetune.export.checkpoint import WrittenCheckpoint
 
 LIMIT = 1e-4  # largest relative difference of logits, float32
 
@@ -53,17 +53,19 @@ class SelfCheck:
 
 
 @torch.inference_mode()
-def logits_of(model: Any, tokens: Tensor) -> Tensor:
+def compute_logits(model: Any, tokens: Tensor) -> Tensor:
     """[B, T] ids -> [B, T, V] float32 logits on the CPU."""
     return model(tokens.to(next(model.parameters()).device)).logits.float().cpu()  # type: ignore[no-any-return]
 
 
-def check(written: Written, tokens: Tensor, expected: Tensor, *, streamed: bool = False) -> SelfCheck:
+def check_checkpoint(
+    written: WrittenCheckpoint, tokens: Tensor, expected: Tensor, *, streamed: bool = False
+) -> SelfCheck:
     """Compare; raises `SelfCheckFailed` above 1e-4 relative, or where the parameter count differs.
 
     `streamed`: the fresh process has one layer in memory at a time.
     """
-    found = reopened(written, tokens, streamed=streamed)
+    found = reopen_in_fresh_process(written, tokens, streamed=streamed)
     count = int(found["params"])
     if count != written.params:
         raise SelfCheckFailed(
@@ -78,7 +80,7 @@ def check(written: Written, tokens: Tensor, expected: Tensor, *, streamed: bool 
     return SelfCheck(difference, tokens.numel())
 
 
-def reopened(written: Written, tokens: Tensor, *, streamed: bool = False) -> dict[str, Tensor]:
+def reopen_in_fresh_process(written: WrittenCheckpoint, tokens: Tensor, *, streamed: bool = False) -> dict[str, Tensor]:
     """What a fresh process finds, in float32: `logits` and the number of `params`; raises `SelfCheckFailed`."""
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch) / "tokens.safetensors", Path(scratch) / "logits.safetensors"

@@ -16,26 +16,26 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from prunetune.config.recipe import RunConfig
-from prunetune.pruning.families import coupling_of
+from prunetune.pruning.families import architecture_info
 
 
-def recomputes(config: RunConfig) -> bool:
+def uses_checkpointing(config: RunConfig) -> bool:
     """Whether a recipe has it so from the first step on."""
     wanted = config.train.checkpointing
     return wanted == "on" or (wanted == "auto" and config.lora.quantize != "off")
 
 
 @contextmanager
-def recomputed(model: Any) -> Iterator[None]:
+def use_checkpointing(model: Any) -> Iterator[None]:
     """For the block, forward passes with a gradient keep one input a layer.
 
     Their backward pass runs the layers' submodules again: hooks on these and the choice of attention have to be as they
     were until it is over.
     """
-    layers = [model.get_submodule(prefix) for prefix in coupling_of(model).layer_prefixes]
+    layers = [model.get_submodule(prefix) for prefix in architecture_info(model).layer_prefixes]
     before = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = _twice(layer)
+        layer.forward = _checkpointed_forward(layer)
     try:
         yield
     finally:
@@ -46,7 +46,7 @@ def recomputed(model: Any) -> Iterator[None]:
                 layer.forward = own
 
 
-def _twice(layer: nn.Module) -> Callable[..., Any]:
+def _checkpointed_forward(layer: nn.Module) -> Callable[..., Any]:
     forward = layer.forward
 
     def run(*inputs: Any, **options: Any) -> Any:

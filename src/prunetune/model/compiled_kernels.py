@@ -20,7 +20,7 @@ ROTARY = "apply_rotary_pos_emb"  # what transformers calls it in every modelling
 
 
 @contextmanager
-def fused(*models: nn.Module) -> Iterator[None]:
+def use_compiled_kernels(*models: nn.Module) -> Iterator[None]:
     """For the block, the models compute what they did, in fewer kernels; no other model is touched."""
     with ExitStack() as stack:
         for module in (module for model in models for module in model.modules()):
@@ -38,7 +38,7 @@ def _faster(kind: type[nn.Module]) -> Callable[..., Any] | None:
     if kind.__name__.endswith("RMSNorm") and not issubclass(kind, nn.RMSNorm):  # PyTorch's own is one kernel already
         return _by_form(forward)
     if isinstance(forward, types.FunctionType) and ROTARY in forward.__code__.co_names:
-        return _again(forward, {ROTARY: _compiled(forward.__globals__[ROTARY])})
+        return _copy_function(forward, {ROTARY: _compiled(forward.__globals__[ROTARY])})
     if _is_usual_mlp(forward):
         return _mlp_with(_compiled(_gated))
     return None
@@ -59,7 +59,7 @@ def _by_form(forward: Callable[..., Any]) -> Callable[..., Any]:
     if not isinstance(forward, types.FunctionType):
         return _compiled(forward)
     forms = ("rows", "heads", "head")
-    by_form = {form: _compiled(_again(forward, name=f"{forward.__name__}_of_{form}")) for form in forms}
+    by_form = {form: _compiled(_copy_function(forward, name=f"{forward.__name__}_of_{form}")) for form in forms}
 
     def norm(self: nn.Module, *given: Any, **named: Any) -> Any:
         shape = given[0].shape if given else ()
@@ -69,7 +69,9 @@ def _by_form(forward: Callable[..., Any]) -> Callable[..., Any]:
     return norm
 
 
-def _again(function: types.FunctionType, names: dict[str, Any] | None = None, name: str = "") -> types.FunctionType:
+def _copy_function(
+    function: types.FunctionType, names: dict[str, Any] | None = None, name: str = ""
+) -> types.FunctionType:
     """The same function, to which these global names mean something else; another one to PyTorch if it has a name."""
     name = name or function.__name__
     around, code = {**function.__globals__, **(names or {})}, function.__code__.replace(co_name=name)
@@ -93,7 +95,10 @@ def _mlp_with(gated: Callable[..., Tensor]) -> Callable[..., Any]:
 
 def _is_usual_mlp(forward: Any) -> bool:
     """Whether a forward is, instruction by instruction, one of the two ways in which transformers writes it."""
-    return isinstance(forward, types.FunctionType) and _read(forward) in (_read(_mlp), _read(_mlp_in_two))
+    return isinstance(forward, types.FunctionType) and _code_signature(forward) in (
+        _code_signature(_mlp),
+        _code_signature(_mlp_in_two),
+    )
 
 
 def _mlp(self: Any, x: Tensor) -> Any:
@@ -105,7 +110,7 @@ def _mlp_in_two(self: Any, x: Tensor) -> Any:
     return down_proj  # noqa: RET504
 
 
-def _read(function: Any) -> tuple[object, ...]:
+def _code_signature(function: Any) -> tuple[object, ...]:
     """All that a function says which has no constants in it."""
     code = function.__code__
     return code.co_code, code.co_names, code.co_varnames, code.co_argcount

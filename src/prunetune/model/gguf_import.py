@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from prunetune.errors import ModelError
-from prunetune.utils.files import new_folder
+from prunetune.utils.files import atomic_folder
 
 # Wide enough for what 4 to 8 bits held, and the width that users serve.
-STORAGE = torch.bfloat16
+STORAGE_DTYPE = torch.bfloat16
 SAMPLED = 2000  # tokens of a vocabulary that are looked at
 
 
@@ -25,7 +25,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PRUNETUNE_CACHE") or base / "prunetune")
 
 
-def dequantised(file: Path) -> Path:
+def dequantize_gguf(file: Path) -> Path:
     """The folder with the file's weights in bfloat16, its configuration and its tokenizer; made on first use."""
     status = file.stat()
     key = hashlib.sha256(f"{file.resolve()}/{status.st_size}/{status.st_mtime_ns}".encode()).hexdigest()[:16]
@@ -47,7 +47,7 @@ def _convert(file: Path, folder: Path) -> None:
         raise ModelError(
             f"model {file}: cannot be read as GGUF: {reason}; check the file or fetch it again"
         ) from broken
-    if not _knows_its_words(tokenizer):
+    if not _tokenizer_is_intact(tokenizer):
         raise ModelError(
             f"model {file}: transformers {transformers.__version__} reads its tokenizer wrongly: words of the "
             "vocabulary come out in pieces; upgrade transformers, or name a folder with the model's own tokenizer"
@@ -57,8 +57,8 @@ def _convert(file: Path, folder: Path) -> None:
     model.hf_quantizer = None
     model.is_quantized = False
     own = folder.with_name(f"{folder.name}-{os.getpid()}")
-    with new_folder(own) as partial:
-        model.to(STORAGE).save_pretrained(partial)
+    with atomic_folder(own) as partial:
+        model.to(STORAGE_DTYPE).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     try:
         own.rename(folder)
@@ -68,7 +68,7 @@ def _convert(file: Path, folder: Path) -> None:
         shutil.rmtree(own)
 
 
-def _knows_its_words(tokenizer: Any) -> bool:
+def _tokenizer_is_intact(tokenizer: Any) -> bool:
     """Whether most words that are one token of the vocabulary are one when read as text.
 
     transformers 5.17 takes Gemma's for another kind and reads it letter by letter, without a word.

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PORTION = 2**26  # most logits at a time: a quarter of a GiB in float32
+LOGITS_PER_CHUNK = 2**26  # most logits at a time: a quarter of a GiB in float32
 
 
 @contextmanager
-def head_reads(model: Any, wanted: Tensor | None = None) -> Iterator[None]:
+def select_head_inputs(model: Any, positions: Tensor | None = None) -> Iterator[None]:
     """For the block, the head sees contiguous rows: all of them, or those that `wanted` names.
 
     `wanted` is a mask (bool [B, T]) or places in the flattened batch (long [N]); with it logits become [N, V]. A
@@ -26,9 +26,11 @@ def head_reads(model: Any, wanted: Tensor | None = None) -> Iterator[None]:
 
     def read(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
         hidden = inputs[0]
-        if wanted is None:
+        if positions is None:
             return (hidden.contiguous(),)
-        return (hidden[wanted] if wanted.dtype == torch.bool else hidden.flatten(0, 1).index_select(0, wanted),)
+        return (
+            hidden[positions] if positions.dtype == torch.bool else hidden.flatten(0, 1).index_select(0, positions),
+        )
 
     head = model.get_output_embeddings()
     if head is None:  # a bare decoder has nothing to spare
@@ -42,7 +44,7 @@ def head_reads(model: Any, wanted: Tensor | None = None) -> Iterator[None]:
 
 
 @contextmanager
-def headless(model: Any) -> Iterator[list[Tensor]]:
+def capture_head_inputs(model: Any) -> Iterator[list[Tensor]]:
     """For the block, the head computes nothing; the list gets what it would have read, flattened: [N, H] a pass."""
     seen: list[Tensor] = []
 
@@ -57,7 +59,7 @@ def headless(model: Any) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def head_of(model: Any) -> Callable[[Tensor], Tensor]:
+def logits_function(model: Any) -> Callable[[Tensor], Tensor]:
     """From what the head reads to logits, [n, H] -> [n, V]: the head itself and what the family does to its output."""
     head, text = model.get_output_embeddings(), model.config.get_text_config()
     scale = float(getattr(text, "logit_scale", None) or 1) / float(getattr(text, "logits_scaling", None) or 1)
@@ -71,17 +73,17 @@ def head_of(model: Any) -> Callable[[Tensor], Tensor]:
     return logits
 
 
-def in_portions(hidden: Tensor, vocabulary: int, loss: Callable[[Tensor, slice], Tensor]) -> Tensor:
+def chunked_loss(hidden: Tensor, vocab_size: int, loss: Callable[[Tensor, slice], Tensor]) -> Tensor:
     """The sum of `loss(hidden[places], places)` over portions of the N places, with its gradient at `hidden`: a scalar.
 
     Logits of a whole pass are the largest tensors there are. The head is frozen, so a portion's gradient is taken at
     once, and its logits are dropped (fused linear cross-entropy: Hsu et al. 2024, Liger Kernel, arXiv 2410.10989).
     """
-    result: Tensor = _InPortions.apply(hidden, max(1, PORTION // vocabulary), loss)  # type: ignore[no-untyped-call]
+    result: Tensor = _ChunkedLoss.apply(hidden, max(1, LOGITS_PER_CHUNK // vocab_size), loss)  # type: ignore[no-untyped-call]
     return result
 
 
-class _InPortions(torch.autograd.Function):
+class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, size: int, loss: Callable[[Tensor, slice], Tensor]) -> Tensor:
         total = torch.zeros((), device=hidden.device)

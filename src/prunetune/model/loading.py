@@ -14,20 +14,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from prunetune.errors import ConfigError, MissingPackage, ModelError, UnknownArchitecture
-from prunetune.model.gguf_import import dequantised
+from prunetune.model.gguf_import import dequantize_gguf
 
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HEADER = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as .safetensors files name them
+SAFETENSORS_DTYPES = {
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+}  # as .safetensors files name them
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """A model, its tokenizer, and the dtype that its checkpoint is stored in."""
 
     model: Any
     tokenizer: Any
-    storage: torch.dtype
+    checkpoint_dtype: torch.dtype
 
 
 def gguf_file(name: str) -> Path | None:
@@ -36,7 +40,7 @@ def gguf_file(name: str) -> Path | None:
     return path if path.suffix == ".gguf" else None
 
 
-def locate(name: str) -> str:
+def resolve_model_path(name: str) -> str:
     """What `from_pretrained` opens: a folder or a hub name; raises `ModelError` where a path leads nowhere.
 
     A .gguf file is dequantised once, into a folder of the cache.
@@ -45,7 +49,7 @@ def locate(name: str) -> str:
     if file is not None:
         if not file.is_file():
             raise ModelError(f"model {name}: no such file; name a .gguf file, a model folder or a hub name")
-        return str(dequantised(file))
+        return str(dequantize_gguf(file))
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -54,24 +58,24 @@ def locate(name: str) -> str:
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
             f"model {name}: not a model folder; name a folder, a .gguf file or a hub name such as owner/name"
-            + _alike(path)
+            + _did_you_mean(path)
         )
-    if path.parent != Path() and any(path.parent.glob("*/config.yaml")) and not fetched(name, "config.json"):
+    if path.parent != Path() and any(path.parent.glob("*/config.yaml")) and not cached_hub_file(name, "config.json"):
         raise ModelError(
             f"model {name}: no such folder beside the runs in {path.parent} "
-            f"(a hub model opens after: hf download {name}){_alike(path)}"
+            f"(a hub model opens after: hf download {name}){_did_you_mean(path)}"
         )
     return name
 
 
-def _alike(path: Path) -> str:
+def _did_you_mean(path: Path) -> str:
     """What was probably meant: folders and .gguf files beside it, of a like name."""
     beside = [each.name for each in path.parent.glob("*") if each.is_dir() or each.suffix == ".gguf"]
     close = difflib.get_close_matches(path.name, beside)
     return f"; did you mean {' or '.join(str(path.with_name(one)) for one in close)}?" if close else ""
 
 
-def fetched(name: str, file: str) -> Path | None:
+def cached_hub_file(name: str, file: str) -> Path | None:
     """A file of a hub model, where the cache has it; the hub is not asked: without a network, that takes long."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -125,11 +129,13 @@ def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
     return device.type == "cpu" and dtype != torch.float32 and pick_dtype("auto", device) == torch.float32
 
 
-def load(name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> Loaded:
+def load_model_and_tokenizer(
+    name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+) -> LoadedModel:
     """Load model and tokenizer, frozen; one-line errors for what a user can mend."""
     from transformers import AutoModelForCausalLM
 
-    path = locate(name)
+    path = resolve_model_path(name)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
@@ -146,7 +152,7 @@ def load(name: str, *, device: torch.device, dtype: torch.dtype, trust_remote_co
     model.to(device).eval().requires_grad_(False)
     _check_numbers(model, name)
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    return Loaded(model, tokenizer, stored_dtype(name, trust_remote_code=trust_remote_code))
+    return LoadedModel(model, tokenizer, checkpoint_dtype(name, trust_remote_code=trust_remote_code))
 
 
 def _check_numbers(model: Any, name: str) -> None:
@@ -156,7 +162,7 @@ def _check_numbers(model: Any, name: str) -> None:
         raise ModelError(f"model {name}: {odd} holds values that are no numbers (NaN or infinite); fetch it again")
 
 
-def stored_dtype(name: str, *, trust_remote_code: bool = False) -> torch.dtype:
+def checkpoint_dtype(name: str, *, trust_remote_code: bool = False) -> torch.dtype:
     """Of a checkpoint's weights: as its configuration says, or the first of them; float32 where neither tells."""
     config = load_config(name, trust_remote_code=trust_remote_code)
     if isinstance(config.dtype, torch.dtype):
@@ -165,7 +171,7 @@ def stored_dtype(name: str, *, trust_remote_code: bool = False) -> torch.dtype:
         for file in weight_files(name):
             with safe_open(file, framework="pt") as tensors:
                 for tensor in tensors.keys():  # noqa: SIM118 - no mapping
-                    found = HEADER.get(tensors.get_slice(tensor).get_dtype())
+                    found = SAFETENSORS_DTYPES.get(tensors.get_slice(tensor).get_dtype())
                     if found is not None:
                         return found
     return torch.float32
@@ -175,7 +181,7 @@ def weight_files(name: str) -> list[Path]:
     """The .safetensors files that are there: of a hub model, those in the cache."""
     from transformers.utils import cached_file
 
-    return sorted(Path(str(cached_file(locate(name), "config.json"))).parent.glob("*.safetensors"))
+    return sorted(Path(str(cached_file(resolve_model_path(name), "config.json"))).parent.glob("*.safetensors"))
 
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
@@ -184,7 +190,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(locate(name), trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(resolve_model_path(name), trust_remote_code=trust_remote_code)
     except KeyError as unknown:
         raise UnknownArchitecture(
             f"model {name}: architecture {unknown} is not known to transformers; upgrade it"
@@ -206,7 +212,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(locate(name), trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as broken:
         raise ModelError(
             f"model {name}: no tokenizer found: {_first_line(broken)}; save the tokenizer into the model's folder"
@@ -221,7 +227,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def ghost(name: str, *, trust_remote_code: bool = False) -> Any:
+def load_meta_model(name: str, *, trust_remote_code: bool = False) -> Any:
     """The model's structure on the meta device: of the weights, only the files' headers are read."""
     from transformers import AutoModelForCausalLM
 

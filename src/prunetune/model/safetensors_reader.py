@@ -11,18 +11,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from prunetune.model.loading import load_config, stored_dtype, weight_files
+from prunetune.model.loading import checkpoint_dtype, load_config, weight_files
 
 
 @dataclass(frozen=True)
-class Stored:
+class SafetensorsReader:
     """Tensor name -> the .safetensors file that holds it."""
 
-    places: dict[str, Path]
+    files: dict[str, Path]
     dtype: torch.dtype
 
     @classmethod
-    def of(cls, name: str, *, trust_remote_code: bool = False) -> Stored:
+    def from_model(cls, name: str, *, trust_remote_code: bool = False) -> SafetensorsReader:
         """Of a model's name; empty where its files are not of this kind."""
         places: dict[str, Path] = {}
         for file in weight_files(name):
@@ -31,20 +31,20 @@ class Stored:
                     places |= dict.fromkeys(tensors.keys(), file)
             except (SafetensorError, OSError):
                 return cls({}, torch.float32)
-        return cls(places, stored_dtype(name, trust_remote_code=trust_remote_code))
+        return cls(places, checkpoint_dtype(name, trust_remote_code=trust_remote_code))
 
-    def has(self, names: Iterable[str]) -> bool:
+    def has_all(self, names: Iterable[str]) -> bool:
         """Whether all of these are stored under these names."""
-        return all(name in self.places for name in names)
+        return all(name in self.files for name in names)
 
     def tensor(self, name: str) -> Tensor:
         """One tensor, as stored."""
-        with safe_open(self.places[name], framework="pt") as tensors:
+        with safe_open(self.files[name], framework="pt") as tensors:
             found: Tensor = tensors.get_tensor(name)
         return found
 
 
-def skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
+def load_empty_model(name: str, *, trust_remote_code: bool = False) -> Any:
     """The model without its weights, which are on the meta device; for arithmetic in float32."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
@@ -56,7 +56,7 @@ def skeleton(name: str, *, trust_remote_code: bool = False) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def put(module: nn.Module, name: str, tensor: Tensor) -> None:
+def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Another tensor in place of a weight or a buffer."""
     place, _, own = name.rpartition(".")
     holder = module.get_submodule(place)

@@ -26,7 +26,7 @@ except ImportError:  # before PyTorch 2.10: nothing is packed there
 ASKS_FOR_GROUPS = varlen_attn is not None and "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
-def can_pack(model: Any) -> bool:
+def supports_packing(model: Any) -> bool:
     """Whether two sequences in one row are to this model what they are apart: tried, not every class hands all down.
 
     No where its attention has what the kernel lacks (soft-capped scores, sinks), or positions that are not of
@@ -39,14 +39,14 @@ def can_pack(model: Any) -> bool:
     device = next(model.parameters()).device
     try:
         with torch.no_grad(), torch.autocast(device.type, model.dtype, enabled=half):  # adapters are float32
-            return _packs_as_apart(model.eval(), device, rounded=half)
+            return _packed_matches_separate(model.eval(), device, rounded=half)
     except (TypeError, ValueError, RuntimeError, IndexError, KeyError):
         return False
     finally:
         model.train(training)
 
 
-def _packs_as_apart(model: Any, device: torch.device, *, rounded: bool) -> bool:
+def _packed_matches_separate(model: Any, device: torch.device, *, rounded: bool) -> bool:
     """Whether a packed row gives what its parts give; in 16 bits, at least far more so than one long sequence does.
 
     There rounding alone may put single logits far apart, so their mean counts.
@@ -57,7 +57,7 @@ def _packs_as_apart(model: Any, device: torch.device, *, rounded: bool) -> bool:
     marks = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": half, "max_length_k": half}
     positions = torch.arange(half, device=device).repeat(2)[None]
     apart = torch.cat([model(part, use_cache=False).logits for part in (ids[:, :half], ids[:, half:])], dim=1).float()
-    with packed_rows(model):
+    with use_packed_attention(model):
         found = model(ids, position_ids=positions, use_cache=False, **marks).logits.float()
     error = (found - apart).abs()
     if error.max() <= (CLOSE if rounded else EQUAL) * apart.abs().max():
@@ -67,7 +67,7 @@ def _packs_as_apart(model: Any, device: torch.device, *, rounded: bool) -> bool:
 
 
 @contextmanager
-def packed_rows(model: Any) -> Iterator[None]:
+def use_packed_attention(model: Any) -> Iterator[None]:
     """For the block, the model attends within the sequences that `bounds` marks, see `packed_attention`."""
     from transformers import AttentionInterface
 

@@ -8,53 +8,53 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunetune.config.recipe import RunConfig
-from prunetune.errors import GateFailed
-from prunetune.pipeline.prepare import Setting
+from prunetune.errors import LimitBroken
+from prunetune.pipeline.prepare import RunContext
 from prunetune.report import write_report
 from prunetune.runs import history
-from prunetune.runs.folder import RunFolder, held
+from prunetune.runs.folder import RunFolder, run_lock
 from prunetune.runs.trackers import Trackers
 from prunetune.utils import environment
 
 
 @dataclass(frozen=True)
-class Recorder:
+class RunRecorder:
     """Keeps the records of a run in its folder and passes them on to the console and to trackers."""
 
-    setting: Setting
+    context: RunContext
     trackers: Trackers
 
     def step(self, record: dict[str, Any]) -> None:
         """A tuning step is done."""
-        record = record | {"memory_mb": environment.peak_memory_mb(self.setting.device)}
-        self.setting.folder.append("metrics.jsonl", record)
-        self.setting.console.step(record)
+        record = record | {"memory_mb": environment.peak_memory_mb(self.context.device)}
+        self.context.folder.append_record("metrics.jsonl", record)
+        self.context.console.step(record)
         self.trackers.log(record, "train")
 
     def validation(self, record: dict[str, Any]) -> None:
         """The decided sub-network was scored."""
-        self.setting.folder.append("validation.jsonl", record)
-        self.setting.console.validation(record)
+        self.context.folder.append_record("validation.jsonl", record)
+        self.context.console.validation(record)
         self.trackers.log(record, "validation")
 
 
 @contextmanager
-def told(folder: RunFolder, config: RunConfig, command: str) -> Iterator[None]:
+def run_lifecycle(folder: RunFolder, config: RunConfig, command: str) -> Iterator[None]:
     """However the block ends, the report and the history say so. No other process works on the run meanwhile."""
-    with held(folder), history.entered(folder, config, command):
+    with run_lock(folder), history.register_run(folder, config, command):
         try:
             yield
-            folder.note(failed="")
-        except GateFailed as failed:
-            folder.note(failed=str(failed))
+            folder.update_manifest(failed="")
+        except LimitBroken as failed:
+            folder.update_manifest(failed=str(failed))
             raise
         finally:
             write_report(folder.path)
 
 
-def outside(setting: Setting) -> None:
+def raise_if_limits_broken(context: RunContext) -> None:
     """Raises `GateFailed` where the run ended outside a gate; what it made is there."""
-    manifest = setting.folder.manifest()
+    manifest = context.folder.read_manifest()
     limits = [limit for part in ("gates", "gain") for limit in manifest.get(part, {}).get("limits", [])]
     broken = [limit for limit in limits if not limit["held"]]
     if broken:
@@ -62,7 +62,7 @@ def outside(setting: Setting) -> None:
             limit.get("says") or f"{limit['gate']}, limit {limit['limit']:.4g}, found {limit['found']:.4g}"
             for limit in broken
         )
-        raise GateFailed(
-            f"{setting.folder.path} ended outside a gate: {words}; "
+        raise LimitBroken(
+            f"{context.folder.path} ended outside a gate: {words}; "
             "model and report are there, to look at before they are used"
         )

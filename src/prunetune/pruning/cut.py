@@ -10,18 +10,18 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from prunetune.plan import Plan
-from prunetune.pruning.families import heads_of
-from prunetune.pruning.linears import ROWS, is_transposed, linear_of, set_size, stored_axis
-from prunetune.pruning.masking import gates_of
-from prunetune.pruning.nf4 import FourBitLinear, is_four_bit
-from prunetune.pruning.sites import sites_of
-from prunetune.pruning.units import Cut, Site, Slice, kept_lines
-from prunetune.pruning.whole_blocks import NoAttention, leave_out, take_out_layers
+from prunetune.pruning.families import head_counts
+from prunetune.pruning.linears import ROWS, get_base_linear, is_transposed, set_axis_size, stored_axis
+from prunetune.pruning.masking import gates_from_plan
+from prunetune.pruning.nf4 import NF4Linear, has_nf4_linears
+from prunetune.pruning.sites import sites_from_plan
+from prunetune.pruning.units import LinearSlice, ParamSlice, Site, kept_indices
+from prunetune.pruning.whole_blocks import RemovedAttention, remove_block, remove_layers
 
 PORTION = 2**22  # weights that a merge holds in float32 at a time: 16 MiB each
 
 
-class OwnNumbers:
+class LayerConfigOverride:
     """A configuration that differs for one layer; all else is the model's, as it is when asked."""
 
     def __init__(self, config: Any, **own: Any) -> None:
@@ -41,7 +41,7 @@ def add_biases(model: nn.Module, biases: Mapping[str, Tensor]) -> None:
     Not for export: the uniform layout refuses such a model, and a per-layer checkpoint of it fails its self-check.
     """
     for name, bias in biases.items():
-        linear = linear_of(model, name)
+        linear = get_base_linear(model, name)
         total = bias.to(linear.weight.device, torch.float32)
         if linear.bias is not None:
             total = total + linear.bias.float()
@@ -55,10 +55,10 @@ def cut(model: nn.Module, plan: Plan, *, sites: Iterable[Site] | None = None) ->
     equals `masked(model, plan)`. Layers that go leave the stack, and the configuration says how many are left.
     Raises `PlanError` where the plan was made for another model.
     """
-    sites = tuple(sites_of(model, plan) if sites is None else sites)
+    sites = tuple(sites_from_plan(model, plan) if sites is None else sites)
     cut_linears(model, plan, sites=sites)
     merge_adapters(model)
-    take_out_layers(model, plan, sites)
+    remove_layers(model, plan, sites)
     return model
 
 
@@ -68,68 +68,72 @@ def cut_linears(model: nn.Module, plan: Plan, *, sites: Iterable[Site] | None = 
 
     Names stay, too: a layer that goes is emptied and passes on what it is given.
     """
-    sites = tuple(sites_of(model, plan) if sites is None else sites)
-    gates_of(plan, sites)  # refuses a plan of another model before anything is cut
+    sites = tuple(sites_from_plan(model, plan) if sites is None else sites)
+    gates_from_plan(plan, sites)  # refuses a plan of another model before anything is cut
     closed: set[str] = set()
     for site in sites:  # outer ones first
-        if site.within in closed:
+        if site.parent in closed:
             closed.add(site.name)
         elif not plan.kept[site.name]:
             closed.add(site.name)
-            if site.is_whole:
-                leave_out(model, site)
+            if site.is_whole_block:
+                remove_block(model, site)
             else:
                 parent, _, child = site.name.rpartition(".")
-                setattr(model.get_submodule(parent), child, NoAttention(_bias(model, site.consumer)))
+                setattr(model.get_submodule(parent), child, RemovedAttention(_bias(model, site.consumer)))
     left = [site for site in sites if site.name not in closed]
-    for (name, axis), index in kept_lines(plan, left).items():
+    for (name, axis), index in kept_indices(plan, left).items():
         _keep(model.get_submodule(name), index, axis)
     for site in reversed(left):  # inner ones first, whose lanes are counted as in the dense model
-        for part in site.slices:
+        for part in site.param_slices:
             _keep_slice(model, part, site, plan.kept[site.name])
     for layer in {site.layer for site in left}:
-        _tell_heads(model, [site for site in left if site.layer == layer], plan)
-        _tell_experts(model, [site for site in left if site.layer == layer], plan)
+        _update_head_counts(model, [site for site in left if site.layer == layer], plan)
+        _update_expert_counts(model, [site for site in left if site.layer == layer], plan)
 
 
-def _tell_heads(model: Any, sites: Sequence[Site], plan: Plan) -> None:
+def _update_head_counts(model: Any, sites: Sequence[Site], plan: Plan) -> None:
     """Attention that was told its numbers of heads is told the new ones."""
     found = {site.kind: site for site in sites if site.kind in ("attention", "query-heads")}
     if not found:
         return
-    dense, site = heads_of(model.config), next(iter(found.values()))
-    groups = len(plan.kept[found["attention"].name]) if "attention" in found else dense.groups
-    queries = len(plan.kept[found["query-heads"].name]) if "query-heads" in found else groups * dense.ratio
+    dense, site = head_counts(model.config), next(iter(found.values()))
+    groups = len(plan.kept[found["attention"].name]) if "attention" in found else dense.kv_heads
+    queries = (
+        len(plan.kept[found["query-heads"].name]) if "query-heads" in found else groups * dense.queries_per_kv_head
+    )
     attention = model.get_submodule(site.name.partition(":")[0])
-    if queries != groups * dense.ratio:
+    if queries != groups * dense.queries_per_kv_head:
         attention.num_key_value_groups = queries // groups
     cuts = [cut for site in found.values() for cut in site.producers]
-    if (groups, queries) != (dense.groups, dense.queries) and any(len(cut.parts) > 1 or cut.rows for cut in cuts):
+    if (groups, queries) != (dense.kv_heads, dense.query_heads) and any(
+        len(cut.part_sizes) > 1 or cut.total_rows for cut in cuts
+    ):
         # A fused projection is taken apart by the numbers of heads that the configuration names, see `modeling_phi3`.
-        attention.config = OwnNumbers(attention.config, num_attention_heads=queries)
+        attention.config = LayerConfigOverride(attention.config, num_attention_heads=queries)
         attention.num_key_value_heads = groups
 
 
-def _tell_experts(model: nn.Module, sites: Sequence[Site], plan: Plan) -> None:
+def _update_expert_counts(model: nn.Module, sites: Sequence[Site], plan: Plan) -> None:
     """Routers and fused experts know how many there are, and how wide."""
     for site in sites:
         if site.kind == "experts":
-            places = {part.parameter.rpartition(".")[0] for part in site.slices}
+            places = {part.parameter.rpartition(".")[0] for part in site.param_slices}
             for place in places:
                 told: Any = model.get_submodule(place)
                 told.num_experts = len(plan.kept[site.name])
         elif site.kind == "expert-channels":
-            experts: Any = model.get_submodule(site.module)
-            part = next(part for part in site.slices if part.parameter.endswith(".down_proj"))
+            experts: Any = model.get_submodule(site.gated_module)
+            part = next(part for part in site.param_slices if part.parameter.endswith(".down_proj"))
             experts.num_experts, width = experts.down_proj.shape[0], experts.down_proj.shape[part.axis]
             for name in ("intermediate_dim", "intermediate_size"):
                 if hasattr(experts, name):
                     setattr(experts, name, width)
 
 
-def _bias(model: nn.Module, consumer: Cut | None) -> Tensor | None:
+def _bias(model: nn.Module, consumer: LinearSlice | None) -> Tensor | None:
     assert consumer is not None
-    bias: Tensor | None = linear_of(model, consumer.module).bias
+    bias: Tensor | None = get_base_linear(model, consumer.module).bias
     return bias
 
 
@@ -144,14 +148,14 @@ def _keep(module: nn.Module, lines: Tensor, axis: int) -> None:
 
 
 def _shrink(linear: Any, index: Tensor, axis: int) -> None:
-    if isinstance(linear, FourBitLinear):
-        linear.keep(index.to(linear.packed.device), axis)
+    if isinstance(linear, NF4Linear):
+        linear.keep_indices(index.to(linear.packed.device), axis)
         return
     index = index.to(linear.weight.device)
     linear.weight = _selected(linear.weight, index, stored_axis(linear, axis))
     if axis == ROWS and linear.bias is not None:
         linear.bias = _selected(linear.bias, index, 0)
-    set_size(linear, axis, len(index))
+    set_axis_size(linear, axis, len(index))
 
 
 def _selected(parameter: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter:
@@ -160,19 +164,21 @@ def _selected(parameter: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter
     )
 
 
-def _keep_slice(model: nn.Module, part: Slice, site: Site, kept: Sequence[int]) -> None:
+def _keep_slice(model: nn.Module, part: ParamSlice, site: Site, kept: Sequence[int]) -> None:
     place, _, name = part.parameter.rpartition(".")
     module: Any = model.get_submodule(place)
     parameter = getattr(module, name)
-    if part.lanes == 1:
+    if part.parent_groups == 1:
         index = part.indices(kept, site.units).to(parameter.device)
         setattr(module, name, _selected(parameter, index, part.axis))
         return
     lanes: dict[int, list[int]] = {}
     for unit in kept:
-        lanes.setdefault(unit // site.length, []).append(unit % site.length)
+        lanes.setdefault(unit // site.units_per_group, []).append(unit % site.units_per_group)
     parts = [
-        parameter.detach()[lane].index_select(part.axis - 1, part.indices(own, site.length).to(parameter.device))
+        parameter.detach()[lane].index_select(
+            part.axis - 1, part.indices(own, site.units_per_group).to(parameter.device)
+        )
         for lane, own in lanes.items()
     ]
     setattr(module, name, nn.Parameter(torch.stack(parts), requires_grad=parameter.requires_grad))
@@ -189,7 +195,7 @@ def merge_adapters(model: nn.Module, *, trainable: bool = False) -> None:
         if not isinstance(module, LoraLayer):
             continue
         base: Any = module.get_base_layer()
-        base = base.plain() if isinstance(base, FourBitLinear) else base
+        base = base.dequantize() if isinstance(base, NF4Linear) else base
         if trainable:
             # A copy where it is float32 already: the weight may be a teacher's, too, see `shared`.
             base.weight = nn.Parameter(base.weight.to(torch.float32, copy=True), requires_grad=True)
@@ -198,12 +204,12 @@ def merge_adapters(model: nn.Module, *, trainable: bool = False) -> None:
         setattr(model.get_submodule(parent), child, base)
 
 
-def settle_adapters(model: Any) -> None:
+def finalize_adapters(model: Any) -> None:
     """Make adapters part of a model that is only read from now on, in place: merged, or beside a base in 4 bits.
 
     Beside it they are held in the dtype of the model's arithmetic, and need no autocast any more.
     """
-    if not is_four_bit(model):
+    if not has_nf4_linears(model):
         merge_adapters(model)
         return
     for name, parameter in model.named_parameters():

@@ -26,7 +26,7 @@ def gate_router(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHan
 
     def reroute(router: Any, _: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         logits, weights, picked = output
-        shares = _open_shares(logits.float(), gate)
+        shares = _gated_softmax(logits.float(), gate)
         chosen = shares.topk(picked.shape[-1], dim=-1).indices
         given = shares.gather(-1, chosen)
         total = (
@@ -39,10 +39,10 @@ def gate_router(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHan
             chosen = torch.cat([chosen, picked], -1)
         return logits, (given / total).to(weights.dtype), chosen
 
-    return [model.get_submodule(site.module).register_forward_hook(reroute)]
+    return [model.get_submodule(site.gated_module).register_forward_hook(reroute)]
 
 
-def _open_shares(logits: Tensor, gate: Tensor) -> Tensor:
+def _gated_softmax(logits: Tensor, gate: Tensor) -> Tensor:
     """Softmax over open experts, [N, E]: each counts as much as its gate. The gradient at a closed gate is finite."""
     highest = logits.masked_fill(gate <= 0, -torch.inf).amax(-1, keepdim=True)
     raised = (logits - highest).clamp(max=MOST).exp() * gate.to(logits.dtype)
@@ -54,9 +54,9 @@ def gate_expert_columns(model: nn.Module, site: Site, gate: Tensor) -> list[Remo
 
     A scaled copy of these weights lives as long as the pass, or as long as its gradient is wanted.
     """
-    experts: Any = model.get_submodule(site.module)
-    part = next(part for part in site.slices if part.parameter.endswith(".down_proj"))
-    scale = gate.view(site.lanes, 1, -1) if part.axis == 2 else gate.view(site.lanes, -1, 1)
+    experts: Any = model.get_submodule(site.gated_module)
+    part = next(part for part in site.param_slices if part.parameter.endswith(".down_proj"))
+    scale = gate.view(site.parent_groups, 1, -1) if part.axis == 2 else gate.view(site.parent_groups, -1, 1)
     kept: list[nn.Parameter] = []
 
     def put_on(module: Any, _: tuple[Any, ...]) -> None:

@@ -14,12 +14,12 @@ from typing import Any, cast
 from torch import nn
 
 from prunetune.errors import UnknownArchitecture
-from prunetune.pruning.linears import unwrapped
-from prunetune.pruning.units import Kind
+from prunetune.pruning.linears import unwrap_adapter
+from prunetune.pruning.units import UnitKind
 
 
 @dataclass(frozen=True)
-class Block:
+class BlockLinears:
     """The linears of one block, by their names inside a layer."""
 
     producers: tuple[str, ...]  # "self_attn.q_proj", ...
@@ -32,11 +32,11 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Mixture:
+class MixtureOfExperts:
     """Experts in fused parameters, [E, ...] each, and the router that picks some of them for every token."""
 
     router: str = "mlp.gate"
-    width: str = "moe_intermediate_size"  # the configuration's name for the channels of an expert
+    intermediate_size_key: str = "moe_intermediate_size"  # the configuration's name for the channels of an expert
     transposed: bool = False  # weights as [E, in, out]
     interleaved: bool = False  # gate and up side by side, channel by channel, not one above the other
     returns_scores: bool = False  # the block gives (output, router scores)
@@ -49,11 +49,13 @@ class Mixture:
 class Family:
     """One architecture: what its configuration cannot tell."""
 
-    plan: Mapping[str, str] = field(default_factory=dict)  # as base_model_tp_plan, where the configuration has none
-    width: str = "intermediate_size"  # the configuration's name for the channels of an MLP; "" where it has none
-    whole: Mapping[Kind, str] = field(default_factory=dict)  # blocks that cannot be pruned, and why
-    mixture: Mixture | None = None
-    sinks: str = ""  # one learnt logit for each query head, beside the projections
+    tp_plan: Mapping[str, str] = field(default_factory=dict)  # as base_model_tp_plan, where the configuration has none
+    intermediate_size_key: str = (
+        "intermediate_size"  # the configuration's name for the channels of an MLP; "" where it has none
+    )
+    unprunable: Mapping[UnitKind, str] = field(default_factory=dict)  # blocks that cannot be pruned, and why
+    mixture: MixtureOfExperts | None = None
+    attention_sinks: str = ""  # one learnt logit for each query head, beside the projections
     adds_residual: bool = False  # its attention is handed the residual and gives it back
 
 
@@ -77,85 +79,87 @@ FAMILIES: Mapping[str, Family] = {
             "seed_oss", "helium", "nemotron", "arcee", "exaone4", "ernie4_5", "apertus", "jais2",
         )
     },
-    "mixtral": Family(mixture=Mixture(width="intermediate_size")),
-    "qwen2_moe": Family(mixture=Mixture()),
-    "qwen3_moe": Family(mixture=Mixture()),
+    "mixtral": Family(mixture=MixtureOfExperts(intermediate_size_key="intermediate_size")),
+    "qwen2_moe": Family(mixture=MixtureOfExperts()),
+    "qwen3_moe": Family(mixture=MixtureOfExperts()),
     "gpt_oss": Family(
-        plan=ATTENTION_PLAN,
-        sinks="self_attn.sinks",
-        mixture=Mixture(
-            router="mlp.router", width="intermediate_size", transposed=True, interleaved=True, returns_scores=True
+        tp_plan=ATTENTION_PLAN,
+        attention_sinks="self_attn.sinks",
+        mixture=MixtureOfExperts(
+            router="mlp.router", intermediate_size_key="intermediate_size", transposed=True, interleaved=True, returns_scores=True
         ),
     ),
     "gpt2": Family(
-        plan={"mlp.c_fc": "colwise", "mlp.c_proj": "rowwise"}, width="n_inner", whole={"attention": DERIVED}
+        tp_plan={"mlp.c_fc": "colwise", "mlp.c_proj": "rowwise"}, intermediate_size_key="n_inner", unprunable={"attention": DERIVED}
     ),
-    "gpt_neox": Family(whole={"attention": DERIVED}),
+    "gpt_neox": Family(unprunable={"attention": DERIVED}),
     "stablelm": Family(
-        plan={"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"},
-        whole={"attention": DERIVED},
+        tp_plan={"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"},
+        unprunable={"attention": DERIVED},
     ),
-    "opt": Family(plan={"fc1": "colwise", "fc2": "rowwise"}, width="ffn_dim", whole={"attention": DERIVED}),
+    "opt": Family(tp_plan={"fc1": "colwise", "fc2": "rowwise"}, intermediate_size_key="ffn_dim", unprunable={"attention": DERIVED}),
     "falcon": Family(
-        plan={"mlp.dense_h_to_4h": "colwise", "mlp.dense_4h_to_h": "rowwise"},
-        width="ffn_hidden_size",
-        whole={"attention": DERIVED},
+        tp_plan={"mlp.dense_h_to_4h": "colwise", "mlp.dense_4h_to_h": "rowwise"},
+        intermediate_size_key="ffn_hidden_size",
+        unprunable={"attention": DERIVED},
     ),
     "bloom": Family(
-        plan={"mlp.dense_h_to_4h": "colwise", "mlp.dense_4h_to_h": "rowwise"},
-        width="",
-        whole={"attention": DERIVED, "attention-blocks": RESIDUAL},
+        tp_plan={"mlp.dense_h_to_4h": "colwise", "mlp.dense_4h_to_h": "rowwise"},
+        intermediate_size_key="",
+        unprunable={"attention": DERIVED, "attention-blocks": RESIDUAL},
         adds_residual=True,
     ),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadCounts:
     """The heads of every layer, as the configuration has them."""
 
-    queries: int
-    groups: int  # of query heads, each with one key-value head
-    size: int  # rows of a head
+    query_heads: int
+    kv_heads: int  # of query heads, each with one key-value head
+    head_dim: int  # rows of a head
 
     @property
-    def ratio(self) -> int:
+    def queries_per_kv_head(self) -> int:
         """Query heads in a group."""
-        return self.queries // self.groups
+        return self.query_heads // self.kv_heads
 
 
-def heads_of(config: Any) -> Heads:
+def head_counts(config: Any) -> HeadCounts:
     """Read off a configuration, with what `transformers` takes where it says nothing."""
     queries = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or queries
-    return Heads(queries, groups, getattr(config, "head_dim", None) or config.hidden_size // queries)
+    return HeadCounts(queries, groups, getattr(config, "head_dim", None) or config.hidden_size // queries)
 
 
-def experts_of(config: Any) -> str:
+def num_experts_key(config: Any) -> str:
     """The configuration's own name for the number of experts."""
     return str(config.attribute_map.get("num_experts", "num_experts"))
 
 
 @dataclass(frozen=True)
-class Coupling:
+class ArchitectureInfo:
     """All that `sites` needs to know of an architecture."""
 
     layer_prefixes: tuple[str, ...]  # "model.layers.0", ...
-    heads: Heads
-    blocks: Mapping[Kind, Block]  # attention and MLP; one that cannot be sliced is not there ...
-    whole: Mapping[Kind, str]  # ... but here: kinds that cannot be pruned, with the reason
+    heads: HeadCounts
+    blocks: Mapping[UnitKind, BlockLinears]  # attention and MLP; one that cannot be sliced is not there ...
+    unprunable: Mapping[UnitKind, str]  # ... but here: kinds that cannot be pruned, with the reason
     layer_types: tuple[str, ...]
-    attention: str  # the attention module, as named inside a layer
-    mlp: Block | None  # the linears of a plain MLP, also of one that only goes as a whole: in some layers of a mixture
+    attention_name: str  # the attention module, as named inside a layer
+    mlp: (
+        BlockLinears | None
+    )  # the linears of a plain MLP, also of one that only goes as a whole: in some layers of a mixture
     family: Family
-    picked: int  # experts that a token goes to
+    experts_per_token: int  # experts that a token goes to
 
     def layer_type(self, layer: int) -> str:
         """The attention type of a layer: "full_attention", "sliding_attention"."""
         return self.layer_types[layer]
 
 
-def family_of(config: Any) -> Family:
+def get_family(config: Any) -> Family:
     """The table's entry; raises `UnknownArchitecture`."""
     family = FAMILIES.get(config.model_type)
     if family is None:
@@ -166,15 +170,15 @@ def family_of(config: Any) -> Family:
     return family
 
 
-def coupling_of(model: nn.Module) -> Coupling:
+def architecture_info(model: nn.Module) -> ArchitectureInfo:
     """Read the coupling off a causal language model of `transformers`; refuse rather than guess."""
     config = cast(Any, model).config
-    family = family_of(config)
-    found = _blocks(family.plan or _inside_layers(config.base_model_tp_plan or {}))
-    prefixes, heads = _layers(model), heads_of(config)
+    family = get_family(config)
+    found = _blocks(family.tp_plan or _inside_layers(config.base_model_tp_plan or {}))
+    prefixes, heads = _layers(model), head_counts(config)
     attention = _attention(model.get_submodule(prefixes[0]), prefixes[0])
-    whole = _refusals(config, family, heads) | dict(family.whole)
-    if "attention" in found and _has_wide_norm(model.get_submodule(f"{prefixes[0]}.{attention}"), heads.size):
+    whole = _refusals(config, family, heads) | dict(family.unprunable)
+    if "attention" in found and _has_wide_norm(model.get_submodule(f"{prefixes[0]}.{attention}"), heads.head_dim):
         whole["attention"] = SPANNING
     if "attention" in whole:
         whole["query-heads"] = whole["attention"]
@@ -185,27 +189,27 @@ def coupling_of(model: nn.Module) -> Coupling:
             f"{config.model_type!r} names no {' and no '.join(sorted(missing))} block of producers and a consumer "
             "in its tensor-parallel plan; docs/add-an-architecture.md says how to give one"
         )
-    return Coupling(
+    return ArchitectureInfo(
         layer_prefixes=prefixes,
         heads=heads,
         blocks=blocks,
-        whole=whole,
+        unprunable=whole,
         layer_types=tuple(getattr(config, "layer_types", None) or ("full_attention",) * len(prefixes)),
-        attention=attention,
+        attention_name=attention,
         mlp=found.get("mlp"),
         family=family,
-        picked=config.num_experts_per_tok if family.mixture else 0,
+        experts_per_token=config.num_experts_per_tok if family.mixture else 0,
     )
 
 
-def _refusals(config: Any, family: Family, heads: Heads) -> dict[Kind, str]:
+def _refusals(config: Any, family: Family, heads: HeadCounts) -> dict[UnitKind, str]:
     """Kinds of unit that this configuration rules out."""
-    found: dict[Kind, str] = {}
+    found: dict[UnitKind, str] = {}
     if family.mixture is None:
         found |= {"experts": NO_EXPERTS, "expert-channels": NO_EXPERTS}
     else:
         found["mlp"] = EXPERTS
-    if heads.ratio < 2:
+    if heads.queries_per_kv_head < 2:
         found["query-heads"] = SINGLE
     if not getattr(config, "do_layer_norm_before", True):
         found |= {"layers": LAST_NORM}
@@ -223,7 +227,7 @@ def _attention(layer: nn.Module, prefix: str) -> str:
 
 def _has_wide_norm(attention: nn.Module, head_dim: int) -> bool:
     """Whether a part that is no linear has weights for more than one head: OLMo 2, Cohere with use_qk_norm."""
-    parts = (part for part in attention.children() if not isinstance(unwrapped(part), nn.Linear))
+    parts = (part for part in attention.children() if not isinstance(unwrap_adapter(part), nn.Linear))
     return any(weight.numel() > head_dim for part in parts for weight in part.parameters())
 
 
@@ -245,14 +249,14 @@ def _inside_layers(tp_plan: Mapping[str, str]) -> dict[str, str]:
     return {name: style for name, style in parts.items() if name.count(".") == 1}  # deeper ones are of experts
 
 
-def _blocks(plan: Mapping[str, str]) -> dict[Kind, Block]:
+def _blocks(plan: Mapping[str, str]) -> dict[UnitKind, BlockLinears]:
     """Group linears by block: column-wise ones produce, the row-wise one consumes."""
-    producers: dict[Kind, list[str]] = {}
-    consumers: dict[Kind, str] = {}
+    producers: dict[UnitKind, list[str]] = {}
+    consumers: dict[UnitKind, str] = {}
     for name, style in plan.items():
-        kind: Kind = "attention" if "attn" in name or "attention" in name else "mlp"
+        kind: UnitKind = "attention" if "attn" in name or "attention" in name else "mlp"
         if style.startswith("colwise"):
             producers.setdefault(kind, []).append(name)
         elif style.startswith("rowwise"):
             consumers[kind] = name
-    return {kind: Block(tuple(names), consumers[kind]) for kind, names in producers.items() if kind in consumers}
+    return {kind: BlockLinears(tuple(names), consumers[kind]) for kind, names in producers.items() if kind in consumers}

@@ -15,14 +15,14 @@ from prunetune.errors import UnknownArchitecture
 ROWS, COLUMNS = 0, 1  # axes of a weight, seen as [out, in]
 
 
-def unwrapped(module: nn.Module) -> Any:
+def unwrap_adapter(module: nn.Module) -> Any:
     """The linear itself, where an adapter is around it."""
     return getattr(module, "base_layer", module)
 
 
-def linear_of(model: nn.Module, name: str) -> Any:
+def get_base_linear(model: nn.Module, name: str) -> Any:
     """The linear of that name without its adapter; raises `UnknownArchitecture` where it cannot be cut."""
-    module = unwrapped(model.get_submodule(name))
+    module = unwrap_adapter(model.get_submodule(name))
     if not isinstance(module, nn.Linear | Conv1D):
         raise UnknownArchitecture(
             f"{name} is a {type(module).__name__}, and only nn.Linear and Conv1D can be cut: "
@@ -36,14 +36,14 @@ def is_transposed(linear: nn.Module) -> bool:
     return isinstance(linear, Conv1D)
 
 
-def size(linear: Any, axis: int) -> int:
+def axis_size(linear: Any, axis: int) -> int:
     """Outputs (axis 0) or inputs (axis 1)."""
     if is_transposed(linear):
         return int((linear.nf, linear.nx)[axis])
     return int((linear.out_features, linear.in_features)[axis])
 
 
-def set_size(linear: Any, axis: int, count: int) -> None:
+def set_axis_size(linear: Any, axis: int, count: int) -> None:
     """Tell the linear how many outputs or inputs it has now."""
     names = ("nf", "nx") if is_transposed(linear) else ("out_features", "in_features")
     setattr(linear, names[axis], count)
@@ -54,6 +54,6 @@ def stored_axis(linear: nn.Module, axis: int) -> int:
     return 1 - axis if is_transposed(linear) else axis
 
 
-def as_rows(linear: nn.Module, weight: Tensor) -> Tensor:
+def as_out_in(linear: nn.Module, weight: Tensor) -> Tensor:
     """A tensor of the weight's shape as [out, in]."""
     return weight.t() if is_transposed(linear) and weight.dim() > 1 else weight

@@ -16,16 +16,16 @@ from torch.utils.hooks import RemovableHandle
 from prunetune.errors import PlanError
 from prunetune.plan import Plan
 from prunetune.pruning.experts import gate_expert_columns, gate_router
-from prunetune.pruning.linears import unwrapped
-from prunetune.pruning.sites import sites_of
-from prunetune.pruning.units import Site, open_units
+from prunetune.pruning.linears import unwrap_adapter
+from prunetune.pruning.sites import sites_from_plan
+from prunetune.pruning.units import Site, kept_mask
 
 Gates = Mapping[str, Tensor]  # site name -> one gate per unit, in [0, 1]
-Adapters = Literal["gated", "free"]
+AdapterGating = Literal["gated", "free"]
 Gate = Callable[[nn.Module, Site, Tensor], list[RemovableHandle]]
 
 
-def gates_of(plan: Plan, sites: Iterable[Site], device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def gates_from_plan(plan: Plan, sites: Iterable[Site], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """The plan as gates of 0 and 1 (float32, one vector of `units` per site); raises `PlanError` where it cannot be."""
     gates, seen = {}, dict[str, Site]()
     for site in sites:
@@ -34,22 +34,24 @@ def gates_of(plan: Plan, sites: Iterable[Site], device: torch.device | str = "cp
                 f"plan has {plan.units.get(site.name, 'no')} units at {site.name}, the model has {site.units}: "
                 "a plan fits only the dense model it was made for"
             )
-        stays = open_units(plan.kept[site.name], site.units)
-        _check_lanes(plan, site, seen.get(site.within), stays)
+        stays = kept_mask(plan.kept[site.name], site.units)
+        _check_parent_groups(plan, site, seen.get(site.parent), stays)
         seen[site.name] = site
         gates[site.name] = stays.to(device, torch.float32)
     return gates
 
 
-def _check_lanes(plan: Plan, site: Site, outer: Site | None, stays: Tensor) -> None:
+def _check_parent_groups(plan: Plan, site: Site, outer: Site | None, stays: Tensor) -> None:
     """Lanes of open units keep the same number, others nothing."""
-    if site.lanes == 1 and outer is None:
+    if site.parent_groups == 1 and outer is None:
         return
-    counts = stays.view(site.lanes, -1).sum(1).tolist()
-    is_open = set(site.owned_lanes(plan.kept[outer.name] if outer else None, outer.units if outer else 1))
-    if len({counts[lane] for lane in is_open}) > 1 or any(counts[lane] for lane in set(range(site.lanes)) - is_open):
+    counts = stays.view(site.parent_groups, -1).sum(1).tolist()
+    is_open = set(site.open_parent_groups(plan.kept[outer.name] if outer else None, outer.units if outer else 1))
+    if len({counts[lane] for lane in is_open}) > 1 or any(
+        counts[lane] for lane in set(range(site.parent_groups)) - is_open
+    ):
         raise PlanError(
-            f"plan at {site.name}: {site.lanes} lanes keep {counts} units, "
+            f"plan at {site.name}: {site.parent_groups} lanes keep {counts} units, "
             "and each open one has to keep the same number, a closed one none"
         )
 
@@ -59,7 +61,7 @@ def masked(
     model: nn.Module,
     plan: Plan | Gates,
     *,
-    adapters: Adapters = "gated",
+    adapters: AdapterGating = "gated",
     sites: Iterable[Site] | None = None,
 ) -> Iterator[nn.Module]:
     """Gate every site of `model` for the length of the block; yields the model itself.
@@ -69,10 +71,10 @@ def masked(
     Whole blocks and layers are gated with their adapters either way: these rest, and come back as they were.
     """
     if sites is None:
-        sites = sites_of(model, plan if isinstance(plan, Plan) else _dense(plan))
+        sites = sites_from_plan(model, plan if isinstance(plan, Plan) else _dense(plan))
     sites = tuple(sites)
     if isinstance(plan, Plan):
-        plan = gates_of(plan, sites, next(model.parameters()).device)
+        plan = gates_from_plan(plan, sites, next(model.parameters()).device)
     handles: list[RemovableHandle] = []
     try:
         for site in sites:
@@ -92,19 +94,19 @@ def _dense(gates: Gates) -> Plan:
     return Plan(dict.fromkeys(gates, ()), {name: len(gate) for name, gate in gates.items()})
 
 
-def _gate_consumer(model: nn.Module, site: Site, gate: Tensor, adapters: Adapters) -> list[RemovableHandle]:
+def _gate_consumer(model: nn.Module, site: Site, gate: Tensor, adapters: AdapterGating) -> list[RemovableHandle]:
     assert site.consumer is not None
     consumer = model.get_submodule(site.consumer.module)
     if adapters == "free":
-        consumer = unwrapped(consumer)
-    return [consumer.register_forward_pre_hook(_scale_input(site.consumer.spread(gate)))]
+        consumer = unwrap_adapter(consumer)
+    return [consumer.register_forward_pre_hook(_scale_input(site.consumer.expand_to_rows(gate)))]
 
 
 def _gate_producers(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHandle]:
     handles = []
     for producer in site.producers:
-        base = unwrapped(model.get_submodule(producer.module))
-        handles.append(base.register_forward_hook(_scale_output(producer.spread(gate))))
+        base = unwrap_adapter(model.get_submodule(producer.module))
+        handles.append(base.register_forward_hook(_scale_output(producer.expand_to_rows(gate))))
     return handles
 
 
@@ -122,7 +124,7 @@ def _first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def _gate_block(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHandle]:
-    return [model.get_submodule(site.module).register_forward_hook(_scale_output(gate))]
+    return [model.get_submodule(site.gated_module).register_forward_hook(_scale_output(gate))]
 
 
 def _gate_layer(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHandle]:
@@ -135,7 +137,7 @@ def _gate_layer(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHan
         before = inputs[0] if inputs else options["hidden_states"]
         return _first(output, lambda after: torch.lerp(before, after, gate.to(after.dtype)))
 
-    return [model.get_submodule(site.module).register_forward_hook(hear, with_kwargs=True, prepend=True)]
+    return [model.get_submodule(site.gated_module).register_forward_hook(hear, with_kwargs=True, prepend=True)]
 
 
 GATES: Mapping[str, Gate] = {

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from prunetune.errors import MissingPackage
-from prunetune.pruning.linears import COLUMNS, ROWS, as_rows, linear_of, set_size
-from prunetune.pruning.sites import tuned_linears
+from prunetune.pruning.linears import COLUMNS, ROWS, as_out_in, get_base_linear, set_axis_size
+from prunetune.pruning.sites import lora_target_modules
 from prunetune.pruning.units import Site
 
-BLOCK = 64  # weights of a scale
-SCALE = 4  # bytes of a scale, float32
+NF4_BLOCK_SIZE = 64  # weights of a scale
+NF4_SCALE_BYTES = 4  # bytes of a scale, float32
 
 
 def require_nf4() -> None:
@@ -30,28 +30,28 @@ def require_nf4() -> None:
         raise MissingPackage("lora.quantize nf4 needs bitsandbytes; run: pip install 'prunetune[quant]'")
 
 
-class FourBitLinear(nn.Linear):
+class NF4Linear(nn.Linear):
     """A frozen linear in nf4. `weight` is dequantised anew whenever it is read, and cannot be set."""
 
     packed: Tensor  # uint8 [lines, bytes]: two weights a byte, each line padded with zeros to whole blocks
     scales: Tensor  # float32 [lines, blocks]
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, lines: int, dtype: torch.dtype) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, cut_axis: int, dtype: torch.dtype) -> None:
         """`weight` [out, in]; `lines`: the axis that may be cut; `dtype`: of the arithmetic."""
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
-        self.lines, self.dtype = lines, dtype
-        packed, scales = _quantised(weight if lines == ROWS else weight.t())
+        self.cut_axis, self.dtype = cut_axis, dtype
+        packed, scales = _quantised(weight if cut_axis == ROWS else weight.t())
         self.register_buffer("packed", packed)
         self.register_buffer("scales", scales)
         self.bias: Any = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     @classmethod
-    def of(cls, linear: Any, *, lines: int, dtype: torch.dtype, device: torch.device) -> FourBitLinear:
+    def from_linear(cls, linear: Any, *, cut_axis: int, dtype: torch.dtype, device: torch.device) -> NF4Linear:
         """A linear or Conv1D in 4 bits on a device; no more than its own weight, in `dtype`, goes there on the way."""
-        weight = as_rows(linear, linear.weight.detach()).to(device, dtype)
+        weight = as_out_in(linear, linear.weight.detach()).to(device, dtype)
         bias = None if linear.bias is None else linear.bias.to(device, dtype)
-        return cls(weight, bias, lines=lines, dtype=dtype)
+        return cls(weight, bias, cut_axis=cut_axis, dtype=dtype)
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -59,9 +59,9 @@ class FourBitLinear(nn.Linear):
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         padded = torch.Size((len(self.packed), 2 * self.packed.shape[1]))
-        state = QuantState(self.scales.flatten(), padded, None, BLOCK, "nf4", self.dtype)
+        state = QuantState(self.scales.flatten(), padded, None, NF4_BLOCK_SIZE, "nf4", self.dtype)
         dense: Tensor = dequantize_4bit(self.packed.view(-1, 1), state).view(padded)
-        if self.lines == ROWS:
+        if self.cut_axis == ROWS:
             return dense[:, : self.in_features]
         return dense[:, : self.out_features].t()
 
@@ -71,22 +71,22 @@ class FourBitLinear(nn.Linear):
         return result
 
     @torch.no_grad()
-    def keep(self, index: Tensor, axis: int) -> None:
+    def keep_indices(self, index: Tensor, axis: int) -> None:
         """Keep these rows or columns, in place: those that `lines` names and no others."""
-        if axis != self.lines:
-            raise ValueError(f"blocks of 4-bit weights run along axis {axis}: only axis {self.lines} can be cut")
+        if axis != self.cut_axis:
+            raise ValueError(f"blocks of 4-bit weights run along axis {axis}: only axis {self.cut_axis} can be cut")
         self.packed, self.scales = self.packed.index_select(0, index), self.scales.index_select(0, index)
         if axis == ROWS and self.bias is not None:
             self.bias = nn.Parameter(self.bias.index_select(0, index), requires_grad=False)
-        set_size(self, axis, len(index))
+        set_axis_size(self, axis, len(index))
 
-    def plain(self) -> nn.Linear:
+    def dequantize(self) -> nn.Linear:
         """The same as an ordinary linear."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight, linear.bias = nn.Parameter(self.weight.contiguous(), requires_grad=False), self.bias
         return linear
 
-    def _apply(self, fn: Any, recurse: bool = True) -> FourBitLinear:
+    def _apply(self, fn: Any, recurse: bool = True) -> NF4Linear:
         """Scales move with the rest, and stay float32 whatever the rest becomes."""
         scales = self.scales
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -98,7 +98,7 @@ class _Multiply(torch.autograd.Function):
     """x W^T + b. The dense weight lives in neither direction longer than its product."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, linear: FourBitLinear) -> Tensor:
+    def forward(ctx: Any, input: Tensor, linear: NF4Linear) -> Tensor:
         ctx.linear = linear
         return F.linear(input, linear.weight, linear.bias)
 
@@ -110,48 +110,52 @@ class _Multiply(torch.autograd.Function):
 def _quantised(lines: Tensor) -> tuple[Tensor, Tensor]:
     from bitsandbytes.functional import quantize_4bit
 
-    whole = F.pad(lines, (0, -lines.shape[1] % BLOCK)).contiguous()
-    packed, state = quantize_4bit(whole, blocksize=BLOCK, quant_type="nf4")
+    whole = F.pad(lines, (0, -lines.shape[1] % NF4_BLOCK_SIZE)).contiguous()
+    packed, state = quantize_4bit(whole, blocksize=NF4_BLOCK_SIZE, quant_type="nf4")
     return packed.view(len(lines), -1), state.absmax.float().view(len(lines), -1)
 
 
-def lines_of(model: nn.Module, sites: Iterable[Site]) -> Mapping[str, int]:
+def cut_axes(model: nn.Module, sites: Iterable[Site]) -> Mapping[str, int]:
     """The linears that 4 bits hold, those with adapters, each with the axis that a cut by these sites may shorten."""
-    consumers = {cut.module for site in sites for cut, axis in site.cuts() if axis == COLUMNS}
-    return {name: COLUMNS if name in consumers else ROWS for name in tuned_linears(model)}
+    consumers = {cut.module for site in sites for cut, axis in site.linear_slices() if axis == COLUMNS}
+    return {name: COLUMNS if name in consumers else ROWS for name in lora_target_modules(model)}
 
 
-def hold_in_four_bits(model: nn.Module, sites: Iterable[Site], *, dtype: torch.dtype, device: torch.device) -> None:
+def quantize_linears_to_nf4(
+    model: nn.Module, sites: Iterable[Site], *, dtype: torch.dtype, device: torch.device
+) -> None:
     """Put every linear that gets adapters onto `device` in 4 bits, one after the other, in place.
 
     The rest of the model (embeddings, head, norms, experts) stays where and as it is. Sites are those of the model
     before, see `find_sites`.
     """
-    for name, lines in lines_of(model, sites).items():
+    for name, lines in cut_axes(model, sites).items():
         parent, _, child = name.rpartition(".")
         setattr(
             model.get_submodule(parent), child,
-            FourBitLinear.of(linear_of(model, name), lines=lines, dtype=dtype, device=device),
+            NF4Linear.from_linear(get_base_linear(model, name), cut_axis=lines, dtype=dtype, device=device),
         )  # fmt: skip
 
 
 @torch.no_grad()
-def round_to_four_bits(model: nn.Module, sites: Iterable[Site], *, dtype: torch.dtype, device: torch.device) -> None:
+def round_linears_to_nf4(model: nn.Module, sites: Iterable[Site], *, dtype: torch.dtype, device: torch.device) -> None:
     """Give every linear the values that `hold_in_four_bits` would hold, as ordinary weights in place.
 
     `dtype` and `device` as of the run whose base is meant: what its adapters were tuned on.
     """
-    for name, lines in lines_of(model, sites).items():
-        linear = linear_of(model, name)
-        linear.weight.copy_(rounded(linear, linear.weight, lines=lines, dtype=dtype, device=device))
+    for name, lines in cut_axes(model, sites).items():
+        linear = get_base_linear(model, name)
+        linear.weight.copy_(round_to_nf4(linear, linear.weight, cut_axis=lines, dtype=dtype, device=device))
 
 
-def rounded(linear: nn.Module, weight: Tensor, *, lines: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+def round_to_nf4(
+    linear: nn.Module, weight: Tensor, *, cut_axis: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """What 4 bits hold of a weight that this linear has, or will have: of its shape, in `dtype` on `device`."""
-    held = FourBitLinear(as_rows(linear, weight.detach()).to(device, dtype), None, lines=lines, dtype=dtype)
-    return as_rows(linear, held.weight)
+    held = NF4Linear(as_out_in(linear, weight.detach()).to(device, dtype), None, cut_axis=cut_axis, dtype=dtype)
+    return as_out_in(linear, held.weight)
 
 
-def is_four_bit(model: nn.Module) -> bool:
+def has_nf4_linears(model: nn.Module) -> bool:
     """Whether any linear is held in 4 bits."""
-    return any(isinstance(module, FourBitLinear) for module in model.modules())
+    return any(isinstance(module, NF4Linear) for module in model.modules())

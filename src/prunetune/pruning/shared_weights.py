@@ -22,13 +22,13 @@ from torch import Tensor, nn
 
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut_linears
-from prunetune.pruning.linears import ROWS, linear_of, stored_axis
-from prunetune.pruning.masking import gates_of
-from prunetune.pruning.nf4 import FourBitLinear
-from prunetune.pruning.units import Cut, Site, open_units
+from prunetune.pruning.linears import ROWS, get_base_linear, stored_axis
+from prunetune.pruning.masking import gates_from_plan
+from prunetune.pruning.nf4 import NF4Linear
+from prunetune.pruning.units import LinearSlice, Site, kept_mask
 
 
-def twin(model: nn.Module) -> Any:
+def copy_sharing_weights(model: nn.Module) -> Any:
     """The same modules once more, over the same tensors: frozen, in eval mode, whatever becomes of the model.
 
     To be made before adapters are added. What puts other tensors in place leaves the twin as it is; what writes into
@@ -46,7 +46,7 @@ def twin(model: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def cut_beside(model: nn.Module, lender: nn.Module, plan: Plan, *, sites: Iterable[Site]) -> None:
+def cut_sharing_weights(model: nn.Module, weight_owner: nn.Module, plan: Plan, *, sites: Iterable[Site]) -> None:
     """`cut_linears` of a model whose frozen weights are the lender's, in place, layer by layer.
 
     Holds at most one layer more on the way. What is kept of fused projections, of query heads one by one and of experts
@@ -54,58 +54,67 @@ def cut_beside(model: nn.Module, lender: nn.Module, plan: Plan, *, sites: Iterab
     where the plan was made for another model.
     """
     sites = tuple(sites)
-    gates_of(plan, sites)  # refuses before anything is cut
+    gates_from_plan(plan, sites)  # refuses before anything is cut
     for layer in dict.fromkeys(site.layer for site in sites):
         here = [site for site in sites if site.layer == layer]
-        lent = [site for site in here if 0 < len(plan.kept[site.name]) < site.units and _lends(lender, model, site)]
+        lent = [
+            site
+            for site in here
+            if 0 < len(plan.kept[site.name]) < site.units and _shares_weights(weight_owner, model, site)
+        ]
         cut_linears(model, plan, sites=here)
         for site in lent:
-            for part, axis in site.cuts():
+            for part, axis in site.linear_slices():
                 order = _order(part, plan.kept[site.name], site.units)
-                _lend(linear_of(lender, part.module), linear_of(model, part.module), order, axis)
+                _reorder_and_view(
+                    get_base_linear(weight_owner, part.module), get_base_linear(model, part.module), order, axis
+                )
 
 
-def can_lend(site: Site) -> bool:
+def can_share_weights(site: Site) -> bool:
     """Whether what stays of a site can be the first lines of its dense weights, whatever stays."""
-    plain = site.kind in ("attention", "mlp") and not site.slices and not site.lends_columns
-    return plain and not any(len(part.parts) > 1 or part.rows for part, _ in site.cuts())
+    plain = site.kind in ("attention", "mlp") and not site.param_slices and not site.columns_owned_by_child
+    return plain and not any(len(part.part_sizes) > 1 or part.total_rows for part, _ in site.linear_slices())
 
 
 @torch.no_grad()
-def let_go(model: nn.Module) -> None:
+def unshare_weights(model: nn.Module) -> None:
     """Give what is a view of a larger tensor memory of its own, in place: the lender may go, and safetensors come."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.untyped_storage().nbytes() > tensor.nbytes:
             tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
 
 
-def _lends(lender: nn.Module, model: nn.Module, site: Site) -> bool:
+def _shares_weights(weight_owner: nn.Module, model: nn.Module, site: Site) -> bool:
     """Whether the lender's weights at a site are the model's, and can be put in order."""
-    pairs = [(linear_of(model, part.module), linear_of(lender, part.module)) for part, _ in site.cuts()]
-    return can_lend(site) and all(
+    pairs = [
+        (get_base_linear(model, part.module), get_base_linear(weight_owner, part.module))
+        for part, _ in site.linear_slices()
+    ]
+    return can_share_weights(site) and all(
         getattr(mine, name).data_ptr() == getattr(whole, name).data_ptr()
         for mine, whole in pairs
         for name in _names(mine)
     )
 
 
-def _order(part: Cut, kept: Sequence[int], units: int) -> Tensor:
+def _order(part: LinearSlice, kept: Sequence[int], units: int) -> Tensor:
     """Lines of all units, those that stay first: long [units * lines of a unit]."""
-    gone = (~open_units(kept, units)).nonzero().flatten()
+    gone = (~kept_mask(kept, units)).nonzero().flatten()
     return part.indices((*kept, *gone.tolist()), units)
 
 
 def _names(linear: Any) -> tuple[str, ...]:
     """The tensors that hold a linear's weights."""
-    return ("packed", "scales") if isinstance(linear, FourBitLinear) else ("weight",)
+    return ("packed", "scales") if isinstance(linear, NF4Linear) else ("weight",)
 
 
-def _lend(whole: Any, cut: Any, order: Tensor, axis: int) -> None:
+def _reorder_and_view(whole: Any, cut: Any, order: Tensor, axis: int) -> None:
     """Put the lines of a linear in this order, in place; a cut one, which has copies of the first, gets views.
 
     No second weight is held but the lines that go.
     """
-    dim = 0 if isinstance(whole, FourBitLinear) else stored_axis(whole, axis)  # in 4 bits, lines that can go are rows
+    dim = 0 if isinstance(whole, NF4Linear) else stored_axis(whole, axis)  # in 4 bits, lines that can go are rows
     for name in _names(whole):
         lines, copied = getattr(whole, name), getattr(cut, name)
         kept, index = copied.shape[dim], order.to(lines.device)

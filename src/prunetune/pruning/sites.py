@@ -13,41 +13,52 @@ from torch import nn
 
 from prunetune.errors import ConfigError
 from prunetune.plan import Plan
-from prunetune.pruning.families import coupling_of
-from prunetune.pruning.layer_sites import Layer, params_of
-from prunetune.pruning.units import KINDS, NAMES, USUAL, Cut, Kind, Site, dense_plan, kept_params
+from prunetune.pruning.families import architecture_info
+from prunetune.pruning.layer_sites import LayerSites, count_base_params
+from prunetune.pruning.units import (
+    DEFAULT_UNITS,
+    KIND_BY_NAME,
+    NAME_BY_KIND,
+    LinearSlice,
+    Site,
+    UnitKind,
+    dense_plan,
+    kept_params,
+)
 
 __all__ = [
-    "Cut",
+    "LinearSlice",
     "Site",
     "dense_plan",
     "find_sites",
     "kept_params",
-    "sites_of",
-    "tuned_linears",
-    "whole_blocks",
-    "whole_params",
+    "lora_target_modules",
+    "sites_from_plan",
+    "unprunable_kinds",
+    "unprunable_params",
 ]
 
 
-def find_sites(model: nn.Module, units: Collection[str] = USUAL) -> tuple[Site, ...]:
+def find_sites(model: nn.Module, units: Collection[str] = DEFAULT_UNITS) -> tuple[Site, ...]:
     """All sites of a `transformers` causal language model for these kinds of unit, in layer order; outer ones first.
 
     Works on the meta device. Raises `UnknownArchitecture` where neither the configuration's tensor-parallel plan nor
     `families` tells which rows and columns belong together, and `ConfigError` for a kind that the model cannot lose:
     the usual two are taken as far as they are there.
     """
-    coupling = coupling_of(model)
-    wanted = frozenset(KINDS[name] for name in units)
-    for kind in wanted & set(coupling.whole):
-        if NAMES[kind] not in USUAL:
-            raise ConfigError(f"budget.units: {NAMES[kind]} cannot be pruned in this model: {coupling.whole[kind]}")
+    coupling = architecture_info(model)
+    wanted = frozenset(KIND_BY_NAME[name] for name in units)
+    for kind in wanted & set(coupling.unprunable):
+        if NAME_BY_KIND[kind] not in DEFAULT_UNITS:
+            raise ConfigError(
+                f"budget.units: {NAME_BY_KIND[kind]} cannot be pruned in this model: {coupling.unprunable[kind]}"
+            )
     sites: list[Site] = []
     seen_types: set[str] = set()
     for layer, prefix in enumerate(coupling.layer_prefixes):
         first_of_type = coupling.layer_type(layer) not in seen_types
         seen_types.add(coupling.layer_type(layer))
-        sites += Layer(model, coupling, prefix, layer, wanted, first_of_type).sites()
+        sites += LayerSites(model, coupling, prefix, layer, wanted, first_of_type).sites()
     if not sites:
         raise ConfigError(
             f"budget.units {', '.join(units)}: none of them is in this model; "
@@ -56,10 +67,10 @@ def find_sites(model: nn.Module, units: Collection[str] = USUAL) -> tuple[Site, 
     return tuple(sites)
 
 
-def sites_of(model: nn.Module, plan: Plan) -> tuple[Site, ...]:
+def sites_from_plan(model: nn.Module, plan: Plan) -> tuple[Site, ...]:
     """The sites that a plan is about: its names tell the kinds of unit."""
-    others = [name for name in KINDS if any(site.endswith(f":{name}") for site in plan.units)]
-    choices = [[*others, *some] for some in (USUAL, USUAL[:1], USUAL[1:], ()) if others or some]
+    others = [name for name in KIND_BY_NAME if any(site.endswith(f":{name}") for site in plan.units)]
+    choices = [[*others, *some] for some in (DEFAULT_UNITS, DEFAULT_UNITS[:1], DEFAULT_UNITS[1:], ()) if others or some]
     for units in choices:
         try:
             sites = find_sites(model, units)
@@ -70,25 +81,25 @@ def sites_of(model: nn.Module, plan: Plan) -> tuple[Site, ...]:
     return find_sites(model, choices[0])
 
 
-def whole_blocks(model: nn.Module, units: Collection[str] = USUAL) -> dict[Kind, str]:
+def unprunable_kinds(model: nn.Module, units: Collection[str] = DEFAULT_UNITS) -> dict[UnitKind, str]:
     """The kinds of these units that cannot be pruned in this architecture, with the reason."""
-    return {kind: reason for kind, reason in coupling_of(model).whole.items() if NAMES[kind] in units}
+    return {kind: reason for kind, reason in architecture_info(model).unprunable.items() if NAME_BY_KIND[kind] in units}
 
 
-def whole_params(model: nn.Module, units: Collection[str] = USUAL) -> int:
+def unprunable_params(model: nn.Module, units: Collection[str] = DEFAULT_UNITS) -> int:
     """Parameters of the decoder layers that no unit owns, where a kind of block stays whole; else 0."""
-    coupling = coupling_of(model)
-    if set(units) == set(USUAL) and not whole_blocks(model):
+    coupling = architecture_info(model)
+    if set(units) == set(DEFAULT_UNITS) and not unprunable_kinds(model):
         return 0
-    everything = sum(params_of(model.get_submodule(prefix)) for prefix in coupling.layer_prefixes)
+    everything = sum(count_base_params(model.get_submodule(prefix)) for prefix in coupling.layer_prefixes)
     return everything - sum(site.params for site in find_sites(model, units))
 
 
-def tuned_linears(model: nn.Module) -> list[str]:
+def lora_target_modules(model: nn.Module) -> list[str]:
     """The linears that adapters go on: of attention and MLP, whatever the units; a block that stays whole has none."""
-    coupling = coupling_of(model)
+    coupling = architecture_info(model)
     layers = (
-        Layer(model, coupling, prefix, index, frozenset(), False)
+        LayerSites(model, coupling, prefix, index, frozenset(), False)
         for index, prefix in enumerate(coupling.layer_prefixes)
     )
-    return [name for layer in layers for name in layer.tuned_linears()]
+    return [name for layer in layers for name in layer.lora_target_modules()]

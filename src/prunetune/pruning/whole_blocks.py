@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from prunetune.plan import Plan
-from prunetune.pruning.families import coupling_of, family_of
-from prunetune.pruning.linears import ROWS, linear_of, size
+from prunetune.pruning.families import architecture_info, get_family
+from prunetune.pruning.linears import ROWS, axis_size, get_base_linear
 from prunetune.pruning.units import Site, surviving_layers
 
 
-class NoAttention(nn.Module):
+class RemovedAttention(nn.Module):
     """Stands where a layer lost its last KV group: attends to nothing and adds nothing, or a constant [hidden]."""
 
     def __init__(self, constant: Tensor | None = None) -> None:
@@ -27,7 +27,7 @@ class NoAttention(nn.Module):
         return (nothing if self.constant is None else nothing + self.constant.to(nothing.dtype)), None
 
 
-class OnlyResidual(nn.Module):
+class ResidualPassthrough(nn.Module):
     """The same where attention is handed the residual and gives it back: Bloom."""
 
     def forward(self, hidden_states: Tensor, residual: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
@@ -35,7 +35,7 @@ class OnlyResidual(nn.Module):
         return residual, None
 
 
-class NoLinear(nn.Module):
+class RemovedLinear(nn.Module):
     """Stands where a linear was: zeros, as many as the next one is to read."""
 
     def __init__(self, rows: int) -> None:
@@ -47,7 +47,7 @@ class NoLinear(nn.Module):
         return hidden_states.new_zeros(*hidden_states.shape[:-1], self.rows)
 
 
-class NoMixture(nn.Module):
+class RemovedMixture(nn.Module):
     """Stands where a mixture of experts was: zeros, and no router scores where the block gave them."""
 
     def __init__(self, *, scores: bool) -> None:
@@ -60,24 +60,28 @@ class NoMixture(nn.Module):
         return (nothing, None) if self.scores else nothing
 
 
-def leave_out(model: Any, site: Site) -> None:
+def remove_block(model: Any, site: Site) -> None:
     """Empty a block, or both blocks of a layer, so that it adds nothing; in place."""
-    coupling = coupling_of(model)
+    coupling = architecture_info(model)
     prefix, family = coupling.layer_prefixes[site.layer], coupling.family
     if site.kind in ("attention-blocks", "layers"):
-        _put(model, f"{prefix}.{coupling.attention}", OnlyResidual() if family.adds_residual else NoAttention())
+        _put(
+            model,
+            f"{prefix}.{coupling.attention_name}",
+            ResidualPassthrough() if family.adds_residual else RemovedAttention(),
+        )
     if site.kind == "attention-blocks":
         return
     mixture, layer = family.mixture, model.get_submodule(prefix)
     if mixture and hasattr(layer.get_submodule(mixture.block), mixture.experts.rpartition(".")[2]):
-        _put(model, f"{prefix}.{mixture.block}", NoMixture(scores=mixture.returns_scores))
+        _put(model, f"{prefix}.{mixture.block}", RemovedMixture(scores=mixture.returns_scores))
         return
     block = coupling.mlp
     assert block is not None
     for name in block.producers:
-        _put(model, f"{prefix}.{name}", NoLinear(0))
+        _put(model, f"{prefix}.{name}", RemovedLinear(0))
     consumer = f"{prefix}.{block.consumer}"
-    _put(model, consumer, NoLinear(size(linear_of(model, consumer), ROWS)))
+    _put(model, consumer, RemovedLinear(axis_size(get_base_linear(model, consumer), ROWS)))
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -85,31 +89,31 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, module)
 
 
-def take_out_layers(model: Any, plan: Plan, sites: Iterable[Site]) -> None:
+def remove_layers(model: Any, plan: Plan, sites: Iterable[Site]) -> None:
     """Layers that the plan closes leave the list, and those behind move up; the configuration follows, in place."""
     sites = tuple(sites)
     total = model.config.num_hidden_layers
     left = list(surviving_layers(plan, sites))
     if not any(site.kind == "layers" for site in sites) or len(left) == total:
         return
-    place = coupling_of(model).layer_prefixes[0].rpartition(".")[0]
+    place = architecture_info(model).layer_prefixes[0].rpartition(".")[0]
     layers = [model.get_submodule(place)[index] for index in left]
     for index, layer in enumerate(layers):
         for module in layer.modules():
             if isinstance(module.__dict__.get("layer_idx"), int):
                 module.layer_idx = index
     _put(model, place, nn.ModuleList(layers))
-    shorten(model.config, left)
+    remove_layers_from_config(model.config, left)
 
 
-def shorten(config: Any, left: Sequence[int]) -> None:
+def remove_layers_from_config(config: Any, kept_layers: Sequence[int]) -> None:
     """A configuration of the layers that are left, in place: their number, and every list of one entry a layer."""
     total = config.num_hidden_layers
-    if family_of(config).mixture and hasattr(config, "mlp_only_layers"):
+    if get_family(config).mixture and hasattr(config, "mlp_only_layers"):
         plain = [i for i in range(total) if i in config.mlp_only_layers or (i + 1) % config.decoder_sparse_step]
-        config.mlp_only_layers = [place for place, index in enumerate(left) if index in plain]
+        config.mlp_only_layers = [place for place, index in enumerate(kept_layers) if index in plain]
         config.decoder_sparse_step = 1
     for name, value in list(vars(config).items()):
         if "layer" in name and name != "mlp_only_layers" and isinstance(value, list) and len(value) == total:
-            setattr(config, name, [value[index] for index in left])
-    config.num_hidden_layers = len(left)
+            setattr(config, name, [value[index] for index in kept_layers])
+    config.num_hidden_layers = len(kept_layers)

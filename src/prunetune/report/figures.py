@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Literal
 from markupsafe import Markup
 
 from prunetune.report import svg
-from prunetune.report.layers import Kept, Layer
-from prunetune.report.scores import Row
-from prunetune.report.text import shortened
+from prunetune.report.formatting import truncated
+from prunetune.report.kept_layers import KeptLayer, LayerKeptUnits
+from prunetune.report.scores import TaskMetricRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,17 +27,17 @@ PHASE_COLOURS = {"search": svg.SEARCH, "settle": svg.SETTLE, "tune": svg.TUNE}
 
 
 @dataclass(frozen=True)
-class Curve:
+class TrainingCurve:
     """A quantity over steps."""
 
     points: tuple[tuple[float, float], ...]  # (step, value), ascending
     colour: str
-    noisy: bool = False  # draw a running mean over the raw line
-    marked: bool = False
+    smoothed: bool = False  # draw a running mean over the raw line
+    markers: bool = False
 
 
 @dataclass(frozen=True)
-class Span:
+class PhaseSpan:
     """The steps of one phase."""
 
     phase: str
@@ -45,23 +45,23 @@ class Span:
     last: float
 
 
-def scores_figure(label: str, rows: Sequence[Row]) -> Markup:
+def scores_figure(label: str, rows: Sequence[TaskMetricRow]) -> Markup:
     """One metric over its tasks: a mark for each model, a bar of one standard error to either side."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for position, row in enumerate(rows):
             _score_marks(axes, position, row)
-        axes.set_yticks(range(len(rows)), [shortened(row.task) for row in rows], color=svg.INK)
+        axes.set_yticks(range(len(rows)), [truncated(row.task) for row in rows], color=svg.INK)
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.grid(visible=True, axis="both")
         axes.margins(x=0.06)
         axes.set_xlabel(rows[0].label)
 
-    return svg.drawn(f"scores-{rows[0].metric}", label, WIDTH, 0.75 + 0.46 * len(rows), draw)
+    return svg.render_svg(f"scores-{rows[0].metric}", label, WIDTH, 0.75 + 0.46 * len(rows), draw)
 
 
-def _score_marks(axes: Axes, position: int, row: Row) -> None:
+def _score_marks(axes: Axes, position: int, row: TaskMetricRow) -> None:
     for place, (name, (colour, marker)) in enumerate(MODEL_MARKS.items()):
         score = row.scores.get(name)
         if score is not None and math.isfinite(score.value):
@@ -82,17 +82,17 @@ def recovery_figure(label: str, rows: Sequence[tuple[str, float, float]]) -> Mar
                 fmt="D", color=svg.PRUNED, markersize=5.5, elinewidth=1.6,
             )  # fmt: skip
         axes.axvline(1.0, color=svg.INK, linewidth=1, linestyle=(0, (4, 3)))
-        axes.set_yticks(range(len(rows)), [shortened(task) for task, _, _ in rows], color=svg.INK)
+        axes.set_yticks(range(len(rows)), [truncated(task) for task, _, _ in rows], color=svg.INK)
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.grid(visible=True, axis="both")
         axes.margins(x=0.08)
         _percent_axis(axes.xaxis)
         axes.set_xlabel("of the reference's score")
 
-    return svg.drawn("recovery", label, WIDTH, 0.8 + 0.3 * len(rows), draw)
+    return svg.render_svg("recovery", label, WIDTH, 0.8 + 0.3 * len(rows), draw)
 
 
-def groups_figure(label: str, layers: Sequence[Layer]) -> Markup:
+def groups_figure(label: str, layers: Sequence[KeptLayer]) -> Markup:
     """KV groups by layer: a cell for each, filled where it stays; bars of the share where there are too many."""
     most = max(layer.attention.units for layer in layers if layer.attention)
     if most > MOST_GROUPS:
@@ -105,8 +105,8 @@ def groups_figure(label: str, layers: Sequence[Layer]) -> Markup:
         for layer in layers:
             for unit in range(layer.attention.units) if layer.attention else ():
                 (stays if layer.attention and unit in layer.attention.kept else goes).append((layer.index, unit))
-        cells(axes, stays, svg.PRUNED)
-        cells(axes, goes, svg.GONE)
+        draw_cells(axes, stays, svg.PRUNED)
+        draw_cells(axes, goes, svg.REMOVED)
         axes.set_ylim(most - 0.5, -0.5)
         axes.set_yticks(range(0, most, 1 + most // 9))
         axes.set_ylabel("KV group")
@@ -114,10 +114,10 @@ def groups_figure(label: str, layers: Sequence[Layer]) -> Markup:
         axes.spines["bottom"].set_visible(False)
         _layer_axis(axes, [layer.index for layer in layers])
 
-    return svg.drawn("groups", label, WIDTH, max(1.9, 1.0 + 0.22 * min(most, 12)), draw)
+    return svg.render_svg("groups", label, WIDTH, max(1.9, 1.0 + 0.22 * min(most, 12)), draw)
 
 
-def cells(axes: Axes, cells: Sequence[tuple[int, int]], colour: str, alpha: float | None = None) -> None:
+def draw_cells(axes: Axes, cells: Sequence[tuple[int, int]], colour: str, alpha: float | None = None) -> None:
     """Squares at (x, y), all of one colour."""
     from matplotlib.patches import PathPatch
     from matplotlib.path import Path
@@ -129,12 +129,12 @@ def cells(axes: Axes, cells: Sequence[tuple[int, int]], colour: str, alpha: floa
         axes.add_patch(PathPatch(Path.make_compound_path(*squares), facecolor=colour, linewidth=0, alpha=alpha))
 
 
-def widths_figure(label: str, layers: Sequence[Layer]) -> Markup:
+def widths_figure(label: str, layers: Sequence[KeptLayer]) -> Markup:
     """Share of the MLP channels that stays, by layer, in front of the dense width."""
     return _shares_figure("widths", label, [(layer.index, layer.mlp.share) for layer in layers if layer.mlp])
 
 
-def others_figure(kind: str, label: str, kept: Mapping[int, Kept]) -> Markup:
+def unit_share_figure(kind: str, label: str, kept: Mapping[int, LayerKeptUnits]) -> Markup:
     """Share of the units of another kind that stays, by layer."""
     return _shares_figure(kind, label, [(index, part.share) for index, part in sorted(kept.items())])
 
@@ -143,14 +143,14 @@ def _shares_figure(name: str, label: str, shares: Sequence[tuple[int, float]]) -
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         indices = [index for index, _ in shares]
-        axes.bar(indices, [1.0] * len(shares), color=svg.GONE, width=0.8)
+        axes.bar(indices, [1.0] * len(shares), color=svg.REMOVED, width=0.8)
         axes.bar(indices, [value for _, value in shares], color=svg.PRUNED, width=0.8)
         axes.set_ylim(0, 1)
         _percent_axis(axes.yaxis)
         axes.grid(visible=False)
         _layer_axis(axes, indices)
 
-    return svg.drawn(name, label, WIDTH, 1.9, draw)
+    return svg.render_svg(name, label, WIDTH, 1.9, draw)
 
 
 def _layer_axis(axes: Axes, indices: Sequence[int]) -> None:
@@ -166,8 +166,8 @@ def _percent_axis(axis: Axis) -> None:
     axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
-def course_figure(
-    name: str, label: str, curves: Sequence[Curve], spans: Sequence[Span], *,
+def training_curve_figure(
+    name: str, label: str, curves: Sequence[TrainingCurve], spans: Sequence[PhaseSpan], *,
     target: float | None = None, kind: Literal["plain", "share", "rate"] = "plain",
 ) -> Markup:  # fmt: skip
     """Quantities over the steps of the run, the phases shaded; `target` is a dashed line."""
@@ -184,7 +184,7 @@ def course_figure(
         axes.set_xlabel("step")
         axes.margins(x=0)
 
-    return svg.drawn(name, label, WIDTH, 2.2, draw)
+    return svg.render_svg(name, label, WIDTH, 2.2, draw)
 
 
 def _value_axis(axes: Axes, kind: Literal["plain", "share", "rate"]) -> None:
@@ -196,18 +196,18 @@ def _value_axis(axes: Axes, kind: Literal["plain", "share", "rate"]) -> None:
         axes.set_ylim(bottom=0)
 
 
-def _line(axes: Axes, curve: Curve) -> None:
-    points = thinned(curve.points)
+def _line(axes: Axes, curve: TrainingCurve) -> None:
+    points = downsample(curve.points)
     steps, values = [step for step, _ in points], [value for _, value in points]
-    marker = "o" if curve.marked or len(points) == 1 else None
-    if not curve.noisy or len(points) < 15:
+    marker = "o" if curve.markers or len(points) == 1 else None
+    if not curve.smoothed or len(points) < 15:
         axes.plot(steps, values, color=curve.colour, marker=marker, clip_on=marker is None)
         return
     axes.plot(steps, values, color=curve.colour, linewidth=0.8, alpha=0.4)
     axes.plot(steps, running_mean(values, len(values) // 15), color=curve.colour)
 
 
-def thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def downsample(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     """At most `MOST_POINTS` points: means of equal runs of neighbours."""
     run = math.ceil(len(points) / MOST_POINTS)
     parts = [points[start : start + run] for start in range(0, len(points), max(run, 1))]
@@ -220,6 +220,6 @@ def running_mean(values: Sequence[float], reach: int) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def legend(names: Mapping[str, str]) -> list[tuple[str, str]]:
+def legend_entries(names: Mapping[str, str]) -> list[tuple[str, str]]:
     """(CSS colour, words) for a legend in HTML, from sentinel colours to words."""
     return [(svg.PAGE_COLOURS[colour], words) for colour, words in names.items()]

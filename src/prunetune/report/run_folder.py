@@ -16,7 +16,7 @@ from prunetune.evaluation.results import Evaluation
 from prunetune.plan import Plan
 
 Parsed = TypeVar("Parsed")
-Line = Mapping[str, Any]
+RunLogEntry = Mapping[str, Any]
 
 MODELS = ("dense", "tuned", "pruned")
 
@@ -29,8 +29,8 @@ class RunFiles:
     config_text: str
     config: Mapping[str, Any]
     plan: Plan | None
-    metrics: tuple[Line, ...]
-    validation: tuple[Line, ...]
+    metrics: tuple[RunLogEntry, ...]
+    validation: tuple[RunLogEntry, ...]
     evaluations: Mapping[str, Evaluation]  # by name in MODELS
     manifest: Mapping[str, Any]
     missing: tuple[str, ...]
@@ -52,17 +52,19 @@ def read_run(folder: Path) -> RunFiles:
         name=folder.resolve().name,
         config_text=config_text,
         config=config,
-        plan=_parsed(folder / "plan.json", Plan.from_json, missing, "the units kept are not shown"),
-        metrics=_lines(folder / "metrics.jsonl", missing, "the course of the run is not shown"),
-        validation=_lines(folder / "validation.jsonl", missing, "validation is not shown"),
+        plan=_parse_file(folder / "plan.json", Plan.from_json, missing, "the units kept are not shown"),
+        metrics=_read_log(folder / "metrics.jsonl", missing, "the course of the run is not shown"),
+        validation=_read_log(folder / "validation.jsonl", missing, "validation is not shown"),
         evaluations=_evaluations(folder / "evaluation", config, missing),
-        manifest=_parsed(folder / "manifest.json", _mapping, missing, "sizes, speed and environment are not shown")
+        manifest=_parse_file(
+            folder / "manifest.json", _parse_object, missing, "sizes, speed and environment are not shown"
+        )
         or {},
         missing=tuple(missing),
     )
 
 
-def number(values: Any, *path: str) -> float | None:
+def get_number(values: Any, *path: str) -> float | None:
     """The finite number at a path of nested mappings, or None."""
     value = lookup(values, *path)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -77,7 +79,7 @@ def lookup(values: Any, *path: str) -> Any:
     return values
 
 
-def mapping(values: Any, *path: str) -> Mapping[str, Any]:
+def get_mapping(values: Any, *path: str) -> Mapping[str, Any]:
     """The mapping at a path of nested mappings, or an empty one."""
     found = lookup(values, *path)
     return found if isinstance(found, Mapping) else {}
@@ -85,7 +87,7 @@ def mapping(values: Any, *path: str) -> Mapping[str, Any]:
 
 def _config(text: str, missing: list[str]) -> Mapping[str, Any]:
     try:
-        return mapping(yaml.safe_load(text))
+        return get_mapping(yaml.safe_load(text))
     except yaml.YAMLError:
         missing.append("config.yaml is not valid YAML: it is shown as it stands")
         return {}
@@ -100,12 +102,12 @@ def _evaluations(folder: Path, config: Mapping[str, Any], missing: list[str]) ->
     if lookup(config, "evaluate", "dense_tuned") is False and not (folder / "tuned.json").exists():
         del lost["tuned"]  # was never to be there
     found = {
-        name: _parsed(folder / f"{name}.json", Evaluation.from_json, missing, words) for name, words in lost.items()
+        name: _parse_file(folder / f"{name}.json", Evaluation.from_json, missing, words) for name, words in lost.items()
     }
     return {name: evaluation for name, evaluation in found.items() if evaluation is not None}
 
 
-def _parsed(path: Path, parse: Callable[[str], Parsed], missing: list[str], lost: str) -> Parsed | None:
+def _parse_file(path: Path, parse: Callable[[str], Parsed], missing: list[str], lost: str) -> Parsed | None:
     shown = path.name if path.parent.name != "evaluation" else f"evaluation/{path.name}"
     if not path.is_file():
         missing.append(f"{shown} is missing: {lost}")
@@ -117,22 +119,22 @@ def _parsed(path: Path, parse: Callable[[str], Parsed], missing: list[str], lost
         return None
 
 
-def _mapping(text: str) -> Mapping[str, Any]:
+def _parse_object(text: str) -> Mapping[str, Any]:
     values = json.loads(text)
     if not isinstance(values, Mapping):
         raise ValueError("not an object")
     return values
 
 
-def _lines(path: Path, missing: list[str], lost: str) -> tuple[Line, ...]:
+def _read_log(path: Path, missing: list[str], lost: str) -> tuple[RunLogEntry, ...]:
     if not path.is_file():
         missing.append(f"{path.name} is missing: {lost}")
         return ()
-    lines: list[Line] = []
+    lines: list[RunLogEntry] = []
     broken = 0
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            lines.append(_mapping(text))
+            lines.append(_parse_object(text))
         except ValueError:  # a run stopped in the middle of a line
             broken += bool(text.strip())
     if broken:

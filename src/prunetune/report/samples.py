@@ -7,57 +7,57 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prunetune.evaluation.results import Evaluation, Item
-from prunetune.report import text
-from prunetune.report.scores import reference_of
+from prunetune.report import formatting
+from prunetune.report.scores import reference_model
 
-Flip = Literal["lost", "gained", "right", "wrong", "open"]
+FlipKind = Literal["lost", "gained", "right", "wrong", "open"]
 
-WANTED: dict[Flip, int] = {"lost": 4, "gained": 3, "open": 3, "right": 1, "wrong": 1}
-LONGEST = 4_000  # characters of any one text
+SAMPLES_PER_FLIP: dict[FlipKind, int] = {"lost": 4, "gained": 3, "open": 3, "right": 1, "wrong": 1}
+MAX_CHARACTERS = 4_000  # characters of any one text
 
 
 @dataclass(frozen=True)
-class Mark:
+class AnswerMark:
     """What an answer was found to be."""
 
-    right: bool | None  # None for a generated text, which has no right and wrong
-    words: str
+    is_correct: bool | None  # None for a generated text, which has no right and wrong
+    label: str
 
 
 @dataclass(frozen=True)
-class Sample:
+class AnswerSample:
     """One test item with both answers."""
 
     task: str
-    flip: Flip
+    flip: FlipKind
     prompt: str
     expected: str
     reference: str
     pruned: str
-    reference_mark: Mark
-    pruned_mark: Mark
+    reference_mark: AnswerMark
+    pruned_mark: AnswerMark
 
 
 @dataclass(frozen=True)
-class Samples:
+class AnswerSamples:
     """The chosen samples, and how all paired items changed."""
 
     reference: str  # "tuned" or "dense", "" where there is none
-    shown: tuple[Sample, ...]
-    counts: Mapping[Flip, int]
+    selected: tuple[AnswerSample, ...]
+    counts: Mapping[FlipKind, int]
 
 
-def choose(evaluations: Mapping[str, Evaluation]) -> Samples:
+def select_samples(evaluations: Mapping[str, Evaluation]) -> AnswerSamples:
     """About a dozen items that both models answered: flips first, spread over the tasks."""
-    reference = reference_of(evaluations)
+    reference = reference_model(evaluations)
     if "pruned" not in evaluations or not reference:
-        return Samples(reference, (), {})
+        return AnswerSamples(reference, (), {})
     pairs = _pairs(evaluations[reference], evaluations["pruned"])
-    counts: dict[Flip, int] = {flip: sum(sample.flip == flip for sample in pairs) for flip in WANTED}
-    return Samples(reference, tuple(_spread(pairs)), counts)
+    counts: dict[FlipKind, int] = {flip: sum(sample.flip == flip for sample in pairs) for flip in SAMPLES_PER_FLIP}
+    return AnswerSamples(reference, tuple(_select_per_flip(pairs)), counts)
 
 
-def _pairs(reference: Evaluation, pruned: Evaluation) -> list[Sample]:
+def _pairs(reference: Evaluation, pruned: Evaluation) -> list[AnswerSample]:
     pairs = []
     for task, result in pruned.tasks.items():
         before = {item.id: item for item in reference.tasks[task].items} if task in reference.tasks else {}
@@ -67,15 +67,15 @@ def _pairs(reference: Evaluation, pruned: Evaluation) -> list[Sample]:
     return pairs
 
 
-def _sample(task: str, reference: Item, pruned: Item) -> Sample:
+def _sample(task: str, reference: Item, pruned: Item) -> AnswerSample:
     before, after = _mark(reference), _mark(pruned)
-    return Sample(
+    return AnswerSample(
         task=task,
-        flip=_flip(before, after),
-        prompt=_cut(pruned.prompt),
-        expected=_cut(pruned.expected),
-        reference=_cut(reference.got),
-        pruned=_cut(pruned.got),
+        flip=_flip_kind(before, after),
+        prompt=_truncate(pruned.prompt),
+        expected=_truncate(pruned.expected),
+        reference=_truncate(reference.got),
+        pruned=_truncate(pruned.got),
         reference_mark=before,
         pruned_mark=after,
     )
@@ -85,38 +85,42 @@ def _answered(item: Item) -> bool:
     return bool(item.got) or item.correct is not None
 
 
-def _mark(item: Item) -> Mark:
+def _mark(item: Item) -> AnswerMark:
     """A generated text that is not word for word the expected one may still be good: it has its overlap, no verdict."""
     if "rouge_l" in item.scores:
-        return Mark(None, f"ROUGE-L {text.decimal(item.scores['rouge_l'])}")
-    return Mark(item.correct, "" if item.correct is None else "✓ right" if item.correct else "✗ wrong")
+        return AnswerMark(None, f"ROUGE-L {formatting.decimal(item.scores['rouge_l'])}")
+    return AnswerMark(item.correct, "" if item.correct is None else "✓ right" if item.correct else "✗ wrong")
 
 
-def _flip(reference: Mark, pruned: Mark) -> Flip:
-    if reference.right is None or pruned.right is None:
+def _flip_kind(reference: AnswerMark, pruned: AnswerMark) -> FlipKind:
+    if reference.is_correct is None or pruned.is_correct is None:
         return "open"
-    if reference.right == pruned.right:
-        return "right" if pruned.right else "wrong"
-    return "gained" if pruned.right else "lost"
+    if reference.is_correct == pruned.is_correct:
+        return "right" if pruned.is_correct else "wrong"
+    return "gained" if pruned.is_correct else "lost"
 
 
-def _cut(words: str) -> str:
-    return words if len(words) <= LONGEST else f"{words[:LONGEST]} [… {len(words) - LONGEST:,} more characters]"
+def _truncate(words: str) -> str:
+    return (
+        words
+        if len(words) <= MAX_CHARACTERS
+        else f"{words[:MAX_CHARACTERS]} [… {len(words) - MAX_CHARACTERS:,} more characters]"
+    )
 
 
-def _spread(pairs: Sequence[Sample]) -> list[Sample]:
+def _select_per_flip(pairs: Sequence[AnswerSample]) -> list[AnswerSample]:
     """The wanted number of each flip, one task after the other; what a flip lacks goes to the others."""
-    queues = {flip: _round_robin([sample for sample in pairs if sample.flip == flip]) for flip in WANTED}
-    chosen = {flip: queues[flip][:wanted] for flip, wanted in WANTED.items()}
-    spare = sum(WANTED.values()) - sum(map(len, chosen.values()))
-    for flip in WANTED:
-        extra = queues[flip][WANTED[flip] :][:spare]
+    queues = {flip: _round_robin([sample for sample in pairs if sample.flip == flip]) for flip in SAMPLES_PER_FLIP}
+    chosen = {flip: queues[flip][:wanted] for flip, wanted in SAMPLES_PER_FLIP.items()}
+    spare = sum(SAMPLES_PER_FLIP.values()) - sum(map(len, chosen.values()))
+    for flip in SAMPLES_PER_FLIP:
+        extra = queues[flip][SAMPLES_PER_FLIP[flip] :][:spare]
         chosen[flip] += extra
         spare -= len(extra)
-    return [sample for flip in WANTED for sample in chosen[flip]]
+    return [sample for flip in SAMPLES_PER_FLIP for sample in chosen[flip]]
 
 
-def _round_robin(samples: Sequence[Sample]) -> list[Sample]:
+def _round_robin(samples: Sequence[AnswerSample]) -> list[AnswerSample]:
     seen: dict[str, int] = {}
     turn: dict[int, int] = {}
     for position, sample in enumerate(samples):

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from prunetune.errors import DataError
-from prunetune.evaluation.results import HEADLINES, Evaluation, Score, TaskResult, higher_is_better, recovery
+from prunetune.evaluation.results import HEADLINE_METRICS, Evaluation, Score, TaskResult, higher_is_better, recovery
 from prunetune.evaluation.statistics import paired_difference
-from prunetune.report import text
+from prunetune.report import formatting
 
 LABELS = {
     "accuracy": "accuracy",
@@ -19,23 +19,23 @@ LABELS = {
     "nll": "NLL per token",
     "perplexity": "perplexity",
 }
-ORDER = (*HEADLINES, *(metric for metric in LABELS if metric not in HEADLINES))
+ORDER = (*HEADLINE_METRICS, *(metric for metric in LABELS if metric not in HEADLINE_METRICS))
 REFERENCE_NAMES = {"tuned": "dense tuned", "dense": "dense untuned"}
 
 
 @dataclass(frozen=True)
-class Row:
+class TaskMetricRow:
     """One metric of one task over the models."""
 
     task: str
     metric: str
     scores: Mapping[str, Score]  # by model: "dense", "tuned", "pruned"
     n: int
-    headline: bool  # the metric that stands for its task
+    is_headline: bool  # the metric that stands for its task
     recovery: str  # share of the reference that is left
     change: str  # pruned minus reference, with its standard error
     verdict: str  # "worse", "better", "within noise", or "" where that is not known
-    left: tuple[float, float] = (math.nan, math.nan)  # recovery as a number, and its standard error
+    recovery_with_se: tuple[float, float] = (math.nan, math.nan)  # recovery as a number, and its standard error
 
     @property
     def label(self) -> str:
@@ -44,7 +44,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Headline:
+class HeadlineScore:
     """The mean of one metric over the tasks that have it."""
 
     metric: str
@@ -66,14 +66,14 @@ class Headline:
         return self.means["pruned"]
 
 
-def reference_of(evaluations: Mapping[str, Evaluation]) -> str:
+def reference_model(evaluations: Mapping[str, Evaluation]) -> str:
     """The model that the pruned one is held against: "tuned" where it was evaluated, else "dense", else ""."""
     return next((name for name in ("tuned", "dense") if name in evaluations), "")
 
 
-def rows(evaluations: Mapping[str, Evaluation]) -> list[Row]:
+def metric_rows(evaluations: Mapping[str, Evaluation]) -> list[TaskMetricRow]:
     """One row for each task and metric, tasks in order of first mention, headline metrics first."""
-    reference = reference_of(evaluations)
+    reference = reference_model(evaluations)
     return [
         _row(
             task,
@@ -98,25 +98,27 @@ def _metrics(evaluations: Mapping[str, Evaluation], task: str) -> list[str]:
     return sorted(found, key=lambda metric: ORDER.index(metric) if metric in ORDER else len(ORDER))
 
 
-def _row(task: str, metric: str, results: Mapping[str, TaskResult], reference: str, *, first: bool) -> Row:
+def _row(task: str, metric: str, results: Mapping[str, TaskResult], reference: str, *, first: bool) -> TaskMetricRow:
     scores = {name: result.scores[metric] for name, result in results.items() if metric in result.scores}
     left = change = verdict = ""
     share = (math.nan, math.nan)
     if "pruned" in scores and reference in scores:
         difference, error = _difference(results["pruned"], results[reference], metric)
         left = _recovery(metric, scores["pruned"], scores[reference])
-        change = text.change(difference) + (f" ± {text.decimal(error)}" if math.isfinite(error) else "")
+        change = formatting.signed_decimal(difference) + (
+            f" ± {formatting.decimal(error)}" if math.isfinite(error) else ""
+        )
         verdict = _verdict(metric, difference, error)
         share = _share(metric, scores["pruned"], scores[reference], error)
     n = max(score.n for score in scores.values())
-    return Row(task, metric, scores, n, first, left, change, verdict, share)
+    return TaskMetricRow(task, metric, scores, n, first, left, change, verdict, share)
 
 
 def _recovery(metric: str, pruned: Score, reference: Score) -> str:
     if metric == "nll":  # a logarithm: its ratio says little, its change says all
         return ""
     left = recovery(pruned, reference, metric)
-    return text.share(left, 1) if math.isfinite(left) else ""
+    return formatting.share(left, 1) if math.isfinite(left) else ""
 
 
 def _verdict(metric: str, difference: float, error: float) -> str:
@@ -146,12 +148,12 @@ def _difference(pruned: TaskResult, reference: TaskResult, metric: str) -> tuple
     return ours.value - theirs.value, math.hypot(ours.se, theirs.se)
 
 
-def headline(evaluations: Mapping[str, Evaluation]) -> Headline | None:
+def headline_score(evaluations: Mapping[str, Evaluation]) -> HeadlineScore | None:
     """The mean of the first of `HEADLINES` that pruned and reference share, over the tasks that have it."""
-    reference = reference_of(evaluations)
+    reference = reference_model(evaluations)
     if "pruned" not in evaluations or not reference:
         return None
-    for metric in HEADLINES:
+    for metric in HEADLINE_METRICS:
         ours, theirs = (_finite(evaluations[name], metric) for name in ("pruned", reference))
         tasks = [task for task in ours if task in theirs]
         if tasks:
@@ -159,14 +161,14 @@ def headline(evaluations: Mapping[str, Evaluation]) -> Headline | None:
     return None
 
 
-def _mean(evaluations: Mapping[str, Evaluation], reference: str, metric: str, tasks: list[str]) -> Headline:
+def _mean(evaluations: Mapping[str, Evaluation], reference: str, metric: str, tasks: list[str]) -> HeadlineScore:
     finite = {name: _finite(evaluation, metric) for name, evaluation in evaluations.items()}
     means = {
         name: math.fsum(scores[task].value for task in tasks) / len(tasks)
         for name, scores in finite.items()
         if all(task in scores for task in tasks)
     }
-    return Headline(
+    return HeadlineScore(
         metric=metric,
         reference_name=REFERENCE_NAMES[reference],
         tasks=len(tasks),

@@ -12,12 +12,12 @@ from markupsafe import Markup
 
 from prunetune.errors import RunFolderError
 from prunetune.evaluation.results import Score, higher_is_better
-from prunetune.report import facts, scores, svg, text, verdicts
-from prunetune.report.figures import WIDTH, legend
-from prunetune.report.run_folder import RunFiles, lookup, mapping, number, read_run
-from prunetune.report.scores import Headline
-from prunetune.report.speed import in_turns
-from prunetune.report.training_curves import Figure
+from prunetune.report import formatting, run_details, scores, svg, verdicts
+from prunetune.report.figures import WIDTH, legend_entries
+from prunetune.report.run_folder import RunFiles, get_mapping, get_number, lookup, read_run
+from prunetune.report.scores import HeadlineScore
+from prunetune.report.speed import interleaved_ratio
+from prunetune.report.training_curves import ReportFigure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -26,13 +26,13 @@ SPEEDS = {"throughput": "tokens a second", "prefill": "first token", "decode": "
 
 
 @dataclass(frozen=True)
-class Row:
+class SizeRow:
     """One size."""
 
     name: str
     run: RunFiles
-    headline: Headline | None
-    on_front: bool = False  # no other size is as good, as fast and as small, and better in one of them
+    headline: HeadlineScore | None
+    on_frontier: bool = False  # no other size is as good, as fast and as small, and better in one of them
 
     @property
     def quality(self) -> float | None:
@@ -42,11 +42,11 @@ class Row:
     @property
     def params(self) -> float | None:
         """Of the whole model."""
-        return number(self.run.manifest, "pruned", "params")
+        return get_number(self.run.manifest, "pruned", "params")
 
-    def times(self, speed: str = "throughput") -> float | None:
+    def speed_ratio(self, speed: str = "throughput") -> float | None:
         """How many times the dense model's speed."""
-        found = in_turns(self.run.manifest, speed)
+        found = interleaved_ratio(self.run.manifest, speed)
         return found.ratio if found else None
 
     @property
@@ -55,12 +55,12 @@ class Row:
         return str(lookup(self.run.manifest, "failed") or "")
 
 
-def is_of_sizes(run: RunFiles) -> bool:
+def has_multiple_sizes(run: RunFiles) -> bool:
     """Whether a run made several sizes."""
     return isinstance(lookup(run.manifest, "sizes"), list)
 
 
-def rows_of(folder: Path, run: RunFiles) -> list[Row]:
+def load_size_rows(folder: Path, run: RunFiles) -> list[SizeRow]:
     """The sizes that are there, the largest first."""
     found = []
     for place in map(str, run.manifest["sizes"]):
@@ -70,53 +70,55 @@ def rows_of(folder: Path, run: RunFiles) -> list[Row]:
             size = read_run(folder / place)
         except RunFolderError:  # not begun yet
             continue
-        found.append(Row(Path(place).name, size, scores.headline(size.evaluations)))
-    return [Row(row.name, row.run, row.headline, _is_on_front(row, found)) for row in found]
+        found.append(SizeRow(Path(place).name, size, scores.headline_score(size.evaluations)))
+    return [SizeRow(row.name, row.run, row.headline, _is_on_frontier(row, found)) for row in found]
 
 
-def _is_on_front(row: Row, rows: Sequence[Row]) -> bool:
-    mine = _merits(row)
+def _is_on_frontier(row: SizeRow, rows: Sequence[SizeRow]) -> bool:
+    mine = _objectives(row)
     if mine is None:
         return False
-    others = [merits for other in rows if other is not row and (merits := _merits(other)) is not None]
+    others = [merits for other in rows if other is not row and (merits := _objectives(other)) is not None]
     return not any(all(a >= b for a, b in zip(other, mine, strict=True)) and other != mine for other in others)
 
 
-def _merits(row: Row) -> tuple[float, float, float] | None:
+def _objectives(row: SizeRow) -> tuple[float, float, float] | None:
     """Quality, speed and smallness; more is better."""
-    speed, params = row.times(), row.params
+    speed, params = row.speed_ratio(), row.params
     if row.headline is None or row.quality is None or speed is None or params is None:
         return None
     return (row.quality if higher_is_better(row.headline.metric) else -row.quality), speed, -params
 
 
-def content(folder: Path, run: RunFiles) -> dict[str, Any]:
+def template_context(folder: Path, run: RunFiles) -> dict[str, Any]:
     """What the template shows."""
-    rows = rows_of(folder, run)
+    rows = load_size_rows(folder, run)
     known = next((row.headline for row in rows if row.headline), None)
     return {
         "run": run,
         "model_name": str(lookup(run.manifest, "model", "name") or lookup(run.config, "model") or ""),
-        "verdict": verdict(rows),
-        "rows": [_cells(row) for row in rows],
+        "verdict": summary_line(rows),
+        "rows": [_table_row(row) for row in rows],
         "headline": known,
         "dense": _dense(run, rows),
         "figures": _figures(rows, known),
-        "legend": legend({svg.PRUNED: "sizes of this run", svg.TUNED: f"{known.reference_name if known else 'dense'}"}),
+        "legend": legend_entries(
+            {svg.PRUNED: "sizes of this run", svg.TUNED: f"{known.reference_name if known else 'dense'}"}
+        ),
         "tasks": _tasks(rows),
         "names": [row.name for row in rows],
-        "limits": [(row.name, limit) for row in rows for limit in verdicts.limits(row.run.manifest)],
+        "limits": [(row.name, limit) for row in rows for limit in verdicts.limit_verdicts(row.run.manifest)],
         "failed": [(row.name, row.failed) for row in rows if row.failed],
         "stopped": str(lookup(run.manifest, "failed") or ""),
         "costs": _costs(run, rows),
-        "splits": facts.splits(run.manifest),
-        "environment": facts.environment(run),
-        "command": facts.command(run.manifest),
+        "splits": run_details.split_summaries(run.manifest),
+        "environment": run_details.environment_rows(run),
+        "command": run_details.command_line(run.manifest),
         "settings": _settings(run),
     }
 
 
-def verdict(rows: Sequence[Row]) -> str:
+def summary_line(rows: Sequence[SizeRow]) -> str:
     """All sizes in a sentence."""
     saved = [share for row in rows if (share := _saved(row)) is not None]
     if not saved:
@@ -125,67 +127,69 @@ def verdict(rows: Sequence[Row]) -> str:
     known = [row.headline for row in rows if row.headline]
     if known:
         label = f"{'mean ' if known[0].tasks > 1 else ''}{known[0].label}"
-        words += f"; {label} {_span([text.decimal(one.pruned) for one in known])}"
+        words += f"; {label} {_span([formatting.decimal(one.pruned) for one in known])}"
         left = [one.recovery for one in known if one.recovery is not None]
         words += f", {_range(left)} of the {known[0].reference_name} model" if left else ""
     return words
 
 
 def _range(shares: Sequence[float]) -> str:
-    return _span([text.share(share) for share in shares])
+    return _span([formatting.share(share) for share in shares])
 
 
 def _span(words: Sequence[str]) -> str:
     return words[0] if words[0] == words[-1] else f"{words[0]} to {words[-1]}"
 
 
-def _saved(row: Row) -> float | None:
-    dense, pruned = (number(row.run.manifest, model, "decoder_params") for model in ("model", "pruned"))
+def _saved(row: SizeRow) -> float | None:
+    dense, pruned = (get_number(row.run.manifest, model, "decoder_params") for model in ("model", "pruned"))
     return 1 - pruned / dense if dense and pruned is not None else None
 
 
-def _cells(row: Row) -> dict[str, Any]:
+def _table_row(row: SizeRow) -> dict[str, Any]:
     manifest, saved = row.run.manifest, _saved(row)
-    measured = {name: mapping(manifest, "gain", "figures", name) for name in SPEEDS}
-    prefill, decode = (number(measured[name], "pruned") for name in ("prefill", "decode"))
+    measured = {name: get_mapping(manifest, "gain", "figures", name) for name in SPEEDS}
+    prefill, decode = (get_number(measured[name], "pruned") for name in ("prefill", "decode"))
     return {
         "name": row.name,
-        "kept": text.share(None if saved is None else 1 - saved, 1),
-        "params": text.short(row.params),
-        "bytes": text.size(number(manifest, "pruned", "bytes")),
+        "kept": formatting.share(None if saved is None else 1 - saved, 1),
+        "params": formatting.short(row.params),
+        "bytes": formatting.size(get_number(manifest, "pruned", "bytes")),
         "quality": _quality(row.headline),
-        "recovery": text.share(row.headline.recovery, 1) if row.headline and row.headline.recovery is not None else "–",
-        "speed": str(in_turns(manifest, "throughput") or text.NOT_KNOWN),
-        "prefill": text.decimal(None if prefill is None else 1000 * prefill),
-        "decode": text.decimal(None if decode is None else 1000 * decode),
-        "front": row.on_front,
+        "recovery": formatting.share(row.headline.recovery, 1)
+        if row.headline and row.headline.recovery is not None
+        else "–",
+        "speed": str(interleaved_ratio(manifest, "throughput") or formatting.NOT_KNOWN),
+        "prefill": formatting.decimal(None if prefill is None else 1000 * prefill),
+        "decode": formatting.decimal(None if decode is None else 1000 * decode),
+        "front": row.on_frontier,
         "passed": not row.failed,
         "report": f"sizes/{row.name}/report.html",
     }
 
 
-def _quality(headline: Headline | None) -> Score | None:
+def _quality(headline: HeadlineScore | None) -> Score | None:
     return Score(headline.pruned, headline.pruned_se, headline.tasks) if headline else None
 
 
-def _dense(run: RunFiles, rows: Sequence[Row]) -> dict[str, str]:
+def _dense(run: RunFiles, rows: Sequence[SizeRow]) -> dict[str, str]:
     """The row that all sizes are held against."""
     known = next((row.headline for row in rows if row.headline), None)
-    measured = mapping(rows[0].run.manifest, "gain", "figures") if rows else {}
-    waits = {name: number(measured, name, "dense") for name in ("prefill", "decode")}
+    measured = get_mapping(rows[0].run.manifest, "gain", "figures") if rows else {}
+    waits = {name: get_number(measured, name, "dense") for name in ("prefill", "decode")}
     first = rows[0].run.manifest if rows else run.manifest
     return {
         "name": known.reference_name if known else "dense",
-        "params": text.short(number(first, "model", "params")),
-        "bytes": text.size(number(first, "model", "bytes")),
-        "quality": text.decimal(known.reference if known else None),
-        **{name: text.decimal(None if wait is None else 1000 * wait) for name, wait in waits.items()},
+        "params": formatting.short(get_number(first, "model", "params")),
+        "bytes": formatting.size(get_number(first, "model", "bytes")),
+        "quality": formatting.decimal(known.reference if known else None),
+        **{name: formatting.decimal(None if wait is None else 1000 * wait) for name, wait in waits.items()},
     }
 
 
-def _tasks(rows: Sequence[Row]) -> list[tuple[str, str, list[scores.Row | None]]]:
+def _tasks(rows: Sequence[SizeRow]) -> list[tuple[str, str, list[scores.TaskMetricRow | None]]]:
     """(task, metric, the row of each size) of the metric that stands for each task."""
-    found = [{row.task: row for row in scores.rows(size.run.evaluations) if row.headline} for size in rows]
+    found = [{row.task: row for row in scores.metric_rows(size.run.evaluations) if row.is_headline} for size in rows]
     tasks = dict.fromkeys(task for size in found for task in size)
     return [
         (task, next(size[task].label for size in found if task in size), [size.get(task) for size in found])
@@ -193,24 +197,29 @@ def _tasks(rows: Sequence[Row]) -> list[tuple[str, str, list[scores.Row | None]]
     ]
 
 
-def _costs(run: RunFiles, rows: Sequence[Row]) -> list[tuple[str, str, str]]:
+def _costs(run: RunFiles, rows: Sequence[SizeRow]) -> list[tuple[str, str, str]]:
     """(what, steps, wall time), the sum last."""
-    shared = mapping(run.manifest, "timings")
-    lines: list[tuple[str, str, float | None]] = [("teacher, for all sizes", "", number(shared, "teacher"))]
+    shared = get_mapping(run.manifest, "timings")
+    lines: list[tuple[str, str, float | None]] = [("teacher, for all sizes", "", get_number(shared, "teacher"))]
     for row in rows:
-        steps, spent = number(row.run.config, "train", "steps"), number(row.run.manifest, "timings", "tune and prune")
-        lines.append((f"size {row.name}: tune", text.count(steps), spent))
-    others = [number(row.run.manifest, "timings", stage) for row in rows for stage in ("cut and check", "evaluate")]
+        steps, spent = (
+            get_number(row.run.config, "train", "steps"),
+            get_number(row.run.manifest, "timings", "tune and prune"),
+        )
+        lines.append((f"size {row.name}: tune", formatting.count(steps), spent))
+    others = [get_number(row.run.manifest, "timings", stage) for row in rows for stage in ("cut and check", "evaluate")]
     lines.append(("cut, check and evaluate", "", math.fsum(value for value in others if value is not None)))
-    lines += [(f"{stage}, all models", "", number(shared, stage)) for stage in ("evaluate", "bench") if stage in shared]
+    lines += [
+        (f"{stage}, all models", "", get_number(shared, stage)) for stage in ("evaluate", "bench") if stage in shared
+    ]
     seconds = math.fsum(value for _, _, value in lines if value is not None)
-    return [(name, steps, text.duration(value)) for name, steps, value in [*lines, ("total", "", seconds)]]
+    return [(name, steps, formatting.duration(value)) for name, steps, value in [*lines, ("total", "", seconds)]]
 
 
 def _settings(run: RunFiles) -> str:
     """How speed was measured."""
-    gain = mapping(run.config, "gain")
-    prompt, generate, batch = (text.count(number(gain, key)) for key in ("prompt", "generate", "batch"))
+    gain = get_mapping(run.config, "gain")
+    prompt, generate, batch = (formatting.count(get_number(gain, key)) for key in ("prompt", "generate", "batch"))
     return (
         f"prompts of up to {prompt} tokens, {generate} written, batch {batch}, the dense model and each size in turns"
     )
@@ -219,27 +228,29 @@ def _settings(run: RunFiles) -> str:
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def _figures(rows: Sequence[Row], known: Headline | None) -> list[Figure]:
+def _figures(rows: Sequence[SizeRow], known: HeadlineScore | None) -> list[ReportFigure]:
     if known is None:
         return []
     label = f"{'Mean ' if known.tasks > 1 else ''}{known.label}"
     label = label[:1].upper() + label[1:]
     by_size = [(row, row.params / 1e6) for row in rows if row.params is not None]
-    by_speed = [(row, speed) for row in rows if (speed := row.times()) is not None]
+    by_speed = [(row, speed) for row in rows if (speed := row.speed_ratio()) is not None]
     better = "Higher is better." if higher_is_better(known.metric) else "Lower is better."
     note = f"{better} Bars: one standard error. Dashed: the {known.reference_name} model."
     made = []
     if by_size:
-        picture = _picture("front-size", f"{label} over parameters", by_size, known, "parameters, millions")
-        made.append(Figure(f"{label} and size", picture, note=note))
+        picture = _frontier_plot("front-size", f"{label} over parameters", by_size, known, "parameters, millions")
+        made.append(ReportFigure(f"{label} and size", picture, note=note))
     if by_speed:
         across = "times the dense model's tokens a second"
-        picture = _picture("front-speed", f"{label} over speed", by_speed, known, across)
-        made.append(Figure(f"{label} and speed", picture, note=note))
+        picture = _frontier_plot("front-speed", f"{label} over speed", by_speed, known, across)
+        made.append(ReportFigure(f"{label} and speed", picture, note=note))
     return made
 
 
-def _picture(name: str, label: str, points: Sequence[tuple[Row, float]], known: Headline, across: str) -> Markup:
+def _frontier_plot(
+    name: str, label: str, points: Sequence[tuple[SizeRow, float]], known: HeadlineScore, across: str
+) -> Markup:
     """Each size a mark with its name and its standard error; the reference a dashed line."""
 
     def draw(drawing: Drawing) -> None:
@@ -259,4 +270,4 @@ def _picture(name: str, label: str, points: Sequence[tuple[Row, float]], known: 
         axes.grid(visible=True, axis="both")
         axes.set_xlabel(across)
 
-    return svg.drawn(name, f"{label}; the numbers stand in the table above", WIDTH, 2.6, draw)
+    return svg.render_svg(name, f"{label}; the numbers stand in the table above", WIDTH, 2.6, draw)

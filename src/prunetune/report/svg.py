@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 # Matplotlib writes plain colours only. These nearly black ones stand for the page's own and are exchanged afterwards.
 INK, MUTED, GRID, SURFACE = "#010101", "#010102", "#010103", "#010104"
-DENSE, TUNED, PRUNED, GONE = "#010105", "#010106", "#010107", "#010108"
+DENSE, TUNED, PRUNED, REMOVED = "#010105", "#010106", "#010107", "#010108"
 SEARCH, SETTLE, TUNE = "#010109", "#01010a", "#01010b"
 SERIES = ("#010110", "#010111", "#010112", "#010113", "#010114", "#010115", "#010116", "#010117")  # of many methods
 PAGE_COLOURS = {
     INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--line)", SURFACE: "var(--surface)",
-    DENSE: "var(--dense)", TUNED: "var(--tuned)", PRUNED: "var(--pruned)", GONE: "var(--gone)",
+    DENSE: "var(--dense)", TUNED: "var(--tuned)", PRUNED: "var(--pruned)", REMOVED: "var(--gone)",
     SEARCH: "var(--search)", SETTLE: "var(--settle)", TUNE: "var(--tune)",
     **{colour: f"var(--series-{place})" for place, colour in enumerate(SERIES)},
 }  # fmt: skip
@@ -58,7 +58,7 @@ STYLE: dict[str, Any] = {
 }
 
 
-def drawn(name: str, label: str, width: float, height: float, draw: Callable[[Figure], None]) -> Markup:
+def render_svg(name: str, label: str, width: float, height: float, draw: Callable[[Figure], None]) -> Markup:
     """Let `draw` fill a figure of that size (inches) and return it as inline SVG.
 
     `name` tells the figures of a page apart; `label` is what a screen reader says.

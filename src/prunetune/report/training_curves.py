@@ -9,14 +9,14 @@ from typing import Any, Literal
 from markupsafe import Markup
 
 from prunetune.report import svg
-from prunetune.report.figures import Curve, Span, course_figure, legend
-from prunetune.report.run_folder import Line, RunFiles, lookup, number
+from prunetune.report.figures import PhaseSpan, TrainingCurve, legend_entries, training_curve_figure
+from prunetune.report.run_folder import RunFiles, RunLogEntry, get_number, lookup
 
 RATE = "Of the adapters; of all weights once these are tuned."
 
 
 @dataclass(frozen=True)
-class Figure:
+class ReportFigure:
     """A picture with its words."""
 
     title: str
@@ -25,57 +25,59 @@ class Figure:
     note: str = ""
 
 
-def spans_of(metrics: Sequence[Line]) -> list[Span]:
+def phase_spans(metrics: Sequence[RunLogEntry]) -> list[PhaseSpan]:
     """The phases in the order they came, each up to where the next begins."""
-    spans: list[Span] = []
+    spans: list[PhaseSpan] = []
     for line in metrics:
-        step, phase = number(line, "step"), line.get("phase")
+        step, phase = get_number(line, "step"), line.get("phase")
         if step is None or not isinstance(phase, str):
             continue
         if spans and spans[-1].phase == phase:
-            spans[-1] = Span(phase, spans[-1].first, step)
+            spans[-1] = PhaseSpan(phase, spans[-1].first, step)
         else:
             if spans:
-                spans[-1] = Span(spans[-1].phase, spans[-1].first, step)
-            spans.append(Span(phase, step, step))
+                spans[-1] = PhaseSpan(spans[-1].phase, spans[-1].first, step)
+            spans.append(PhaseSpan(phase, step, step))
     return spans
 
 
-def curve(lines: Sequence[Line], key: str, colour: str, *, noisy: bool = False, marked: bool = False) -> Curve | None:
+def training_curve(
+    lines: Sequence[RunLogEntry], key: str, colour: str, *, smoothed: bool = False, markers: bool = False
+) -> TrainingCurve | None:
     """One key of the log over steps, or None where no line has it."""
-    points = ((number(line, "step"), number(line, key)) for line in lines)
+    points = ((get_number(line, "step"), get_number(line, key)) for line in lines)
     # A resumed run logs some steps twice: the later line is the one that counts.
     known = {step: value for step, value in points if step is not None and value is not None}
-    return Curve(tuple(sorted(known.items())), colour, noisy, marked) if known else None
+    return TrainingCurve(tuple(sorted(known.items())), colour, smoothed, markers) if known else None
 
 
-def figures(run: RunFiles) -> list[Figure]:
+def training_figures(run: RunFiles) -> list[ReportFigure]:
     """The pictures that the log has data for."""
-    asked = number(run.manifest, "gates", "keep_asked")  # of another budget, what it leaves of the parameters
-    target = number(run.config, "budget", "keep") if asked is None else asked
+    asked = get_number(run.manifest, "gates", "keep_asked")  # of another budget, what it leaves of the parameters
+    target = get_number(run.config, "budget", "keep") if asked is None else asked
     log = run.metrics
     made = [
         _losses(run),
-        _figure(
-            run, "kept", "Share kept against the target", [curve(log, "kept", svg.PRUNED)], kind="share", target=target,
+        _curve_figure(
+            run, "kept", "Share kept against the target", [training_curve(log, "kept", svg.PRUNED)], kind="share", target=target,
             note="Share of the prunable parameters that the current decision keeps"
             + (f"; the dashed line is the target, {target:.0%}." if target is not None else "."),
         ),
-        _figure(
-            run, "changed", "Decisions changed", [curve(log, "changed", svg.PRUNED)], kind="share",
+        _curve_figure(
+            run, "changed", "Decisions changed", [training_curve(log, "changed", svg.PRUNED)], kind="share",
             note="Share of the units whose fate changed since the line before.",
         ),
         *_validations(run),
-        _figure(run, "rate", "Learning rate", [curve(log, "lr", svg.DENSE)], kind="rate", note=RATE),
-        _figure(
-            run, "speed", "Training speed", [curve(log, "tokens_per_s", svg.DENSE)],
+        _curve_figure(run, "rate", "Learning rate", [training_curve(log, "lr", svg.DENSE)], kind="rate", note=RATE),
+        _curve_figure(
+            run, "speed", "Training speed", [training_curve(log, "tokens_per_s", svg.DENSE)],
             note="Tokens a second of the tuning steps.",
         ),
     ]  # fmt: skip
     return [figure for figure in made if figure is not None]
 
 
-WATCHED = {
+VALIDATION_METRICS = {
     "nll": ("Validation loss", "valid.nll", "NLL per token of the decided sub-network on the validation split"),
     "valid.accuracy": ("Validation accuracy", "valid.accuracy", "By likelihood, on rows of the validation split"),
     "guard.perplexity": ("Guard: perplexity", "guard.perplexity", "Of general texts that are never tuned on"),
@@ -83,15 +85,15 @@ WATCHED = {
 }
 
 
-def _validations(run: RunFiles) -> list[Figure | None]:
+def _validations(run: RunFiles) -> list[ReportFigure | None]:
     """Each metric that validations scored; the dashed line is the limit of a gate on it."""
-    made: list[Figure | None] = []
-    for key, (title, metric, words) in WATCHED.items():
+    made: list[ReportFigure | None] = []
+    for key, (title, metric, words) in VALIDATION_METRICS.items():
         limit = _limit(run, metric)
         note = f"{words}; the dashed line is the limit of a gate." if limit is not None else f"{words}."
-        line = curve(run.validation, key, svg.TUNED, marked=True)
+        line = training_curve(run.validation, key, svg.TUNED, markers=True)
         name = f"validation-{key.replace('.', '-')}"
-        made.append(_figure(run, name, title, [line], note=note, target=limit))
+        made.append(_curve_figure(run, name, title, [line], note=note, target=limit))
     return made
 
 
@@ -100,38 +102,40 @@ def _limit(run: RunFiles, metric: str) -> float | None:
     found = (
         [one for one in listed if str(lookup(one, "gate")).startswith(f"{metric} ")] if isinstance(listed, list) else []
     )
-    return number(found[0], "limit") if found else None
+    return get_number(found[0], "limit") if found else None
 
 
-def _losses(run: RunFiles) -> Figure | None:
-    tuning = curve(run.metrics, "loss", svg.TUNED, noisy=True)
-    search = curve(run.metrics, "search_loss", svg.PRUNED, noisy=True)
+def _losses(run: RunFiles) -> ReportFigure | None:
+    tuning = training_curve(run.metrics, "loss", svg.TUNED, smoothed=True)
+    search = training_curve(run.metrics, "search_loss", svg.PRUNED, smoothed=True)
     words = {svg.TUNED: "tuning loss"} if tuning else {}
     if search:
         words[svg.PRUNED] = "search loss"
-    return _figure(
+    return _curve_figure(
         run, "losses", "Losses", [tuning, search], words=words, note="Faint: as logged. Strong: running mean."
     )
 
 
-def _figure(
-    run: RunFiles, name: str, title: str, curves: Sequence[Curve | None], *, note: str,
+def _curve_figure(
+    run: RunFiles, name: str, title: str, curves: Sequence[TrainingCurve | None], *, note: str,
     words: dict[str, str] | None = None, target: float | None = None, kind: Literal["plain", "share", "rate"] = "plain",
-) -> Figure | None:  # fmt: skip
+) -> ReportFigure | None:  # fmt: skip
     present = [each for each in curves if each is not None]
     if not present:
         return None
-    label = f"{title} over steps. {'; '.join(_spoken(each) for each in present)}."
-    picture = course_figure(f"course-{name}", label, present, spans_of(run.metrics), target=target, kind=kind)
-    return Figure(title, picture, legend(words or {}), note)
+    label = f"{title} over steps. {'; '.join(_describe_curve(each) for each in present)}."
+    picture = training_curve_figure(
+        f"course-{name}", label, present, phase_spans(run.metrics), target=target, kind=kind
+    )
+    return ReportFigure(title, picture, legend_entries(words or {}), note)
 
 
-def _spoken(line: Curve) -> str:
+def _describe_curve(line: TrainingCurve) -> str:
     (first, start), (last, end) = line.points[0], line.points[-1]
     return f"From {start:.4g} at step {first:.0f} to {end:.4g} at step {last:.0f}"
 
 
-def phase_legend(spans: Sequence[Span]) -> list[tuple[str, str]]:
+def phase_legend(spans: Sequence[PhaseSpan]) -> list[tuple[str, str]]:
     """(CSS colour, words) for the phases that occurred."""
     words: dict[str, Any] = {
         "search": (svg.SEARCH, "search: decisions move while adapters tune"),

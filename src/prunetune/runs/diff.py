@@ -12,27 +12,27 @@ from typing import Any
 from prunetune.config.recipe import to_mapping
 from prunetune.errors import DataError, PlanError, RunFolderError
 from prunetune.evaluation.results import Evaluation, Item, Score
-from prunetune.evaluation.statistics import paired_difference, same_question, same_questions
+from prunetune.evaluation.statistics import is_same_question, keep_same_questions, paired_difference
 from prunetune.plan import Plan
-from prunetune.runs.folder import flat, open_run
+from prunetune.runs.folder import flatten_options, open_run
 
 SHOWN = 10  # flips that the text lists by name
-FREE = {"out"}  # differs always
+IGNORED_OPTIONS = {"out"}  # differs always
 
 
 @dataclass(frozen=True)
-class Side:
+class ComparedRun:
     """One run of a comparison; what its folder lacks is None."""
 
     name: str
     options: Mapping[str, Any]
     plan: Plan | None
-    scores: Evaluation | None
+    evaluation: Evaluation | None
     hashes: Mapping[str, str]  # of the splits
 
 
 @dataclass(frozen=True)
-class Flip:
+class FlippedItem:
     """A test item that one run got right and the other wrong."""
 
     task: str
@@ -42,35 +42,35 @@ class Flip:
     after: str
 
 
-def side_of(path: Path) -> Side:
+def load_compared_run(path: Path) -> ComparedRun:
     """Read a run folder; raises `RunFolderError` for what is none."""
     folder, config = open_run(path)
     try:
-        plan = Plan.load(folder.plan) if folder.plan.exists() else None
-        file = folder.evaluation("pruned")
+        plan = Plan.load(folder.plan_file) if folder.plan_file.exists() else None
+        file = folder.evaluation_file("pruned")
         scores = Evaluation.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
-        hashes = folder.manifest().get("data", {}).get("hashes", {})
+        hashes = folder.read_manifest().get("data", {}).get("hashes", {})
     except (PlanError, DataError, OSError, ValueError, AttributeError) as broken:
         raise RunFolderError(f"{path} cannot be read ({broken}); make it anew, or leave it out") from broken
-    return Side(path.resolve().name, flat(to_mapping(config)), plan, scores, hashes)
+    return ComparedRun(path.resolve().name, flatten_options(to_mapping(config)), plan, scores, hashes)
 
 
-def compared(paths: Sequence[Path]) -> str:
+def diff_runs(paths: Sequence[Path]) -> str:
     """The first run beside each of the others, as text; raises `RunFolderError`."""
     if len(paths) < 2:
         raise RunFolderError("compare-runs needs two run folders or more: name another")
-    sides = [side_of(path) for path in paths]
+    sides = [load_compared_run(path) for path in paths]
     parts = [_differences(sides), _scores(sides)]
     for other in sides[1:]:
         parts += [_overlap(sides[0], other), _flips(sides[0], other)]
     return "\n\n".join(parts)
 
 
-def _differences(sides: Sequence[Side]) -> str:
+def _differences(sides: Sequence[ComparedRun]) -> str:
     lines = [f"{'set otherwise':<28}" + "".join(f"{side.name:>24}" for side in sides)]
     for key in sides[0].options:
         values = [side.options.get(key) for side in sides]
-        if key not in FREE and any(value != values[0] for value in values):
+        if key not in IGNORED_OPTIONS and any(value != values[0] for value in values):
             lines.append(f"{key:<28}" + "".join(f"{_short(value):>24}" for value in values))
     changed = [name for name in sides[0].hashes if any(s.hashes.get(name) != sides[0].hashes[name] for s in sides)]
     lines += [f"rows of {name} differ" for name in changed]
@@ -82,8 +82,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 22 else f"…{text[-21:]}"
 
 
-def _scores(sides: Sequence[Side]) -> str:
-    first = sides[0].scores
+def _scores(sides: Sequence[ComparedRun]) -> str:
+    first = sides[0].evaluation
     if first is None:
         return f"{sides[0].name} has no scores"
     lines = [f"{'score':<28}" + "".join(f"{side.name:>24}" for side in sides) + f"{'last - first (paired)':>28}"]
@@ -93,53 +93,55 @@ def _scores(sides: Sequence[Side]) -> str:
             lines.append(
                 f"{task + ' ' + metric:<28}" + "".join(cells) + f"{_change(sides[0], sides[-1], task, metric):>28}"
             )
-    return "\n".join([*lines, *_other_rows(sides[0], sides[-1])])
+    return "\n".join([*lines, *_unpaired_reasons(sides[0], sides[-1])])
 
 
-def _cell(side: Side, task: str, metric: str) -> str:
-    score = side.scores.tasks[task].scores.get(metric) if side.scores and task in side.scores.tasks else None
+def _cell(side: ComparedRun, task: str, metric: str) -> str:
+    score = (
+        side.evaluation.tasks[task].scores.get(metric) if side.evaluation and task in side.evaluation.tasks else None
+    )
     return f"{'–' if score is None else f'{score.value:.3f} ± {score.se:.3f}':>24}"
 
 
-def _change(first: Side, last: Side, task: str, metric: str) -> str:
+def _change(first: ComparedRun, last: ComparedRun, task: str, metric: str) -> str:
     """Over the items that both scored, with the standard error of the paired difference."""
     try:
-        assert first.scores is not None
-        assert last.scores is not None
-        found: Score = paired_difference(last.scores.tasks[task], first.scores.tasks[task], metric)
+        assert first.evaluation is not None
+        assert last.evaluation is not None
+        found: Score = paired_difference(last.evaluation.tasks[task], first.evaluation.tasks[task], metric)
     except (AssertionError, DataError, KeyError):
         return "–"
     return f"{found.value:+.3f} ± {found.se:.3f}" if math.isfinite(found.value) else "–"
 
 
-def _other_rows(first: Side, last: Side) -> list[str]:
+def _unpaired_reasons(first: ComparedRun, last: ComparedRun) -> list[str]:
     """Why tasks of both are not paired: their rows are others."""
-    tasks = first.scores.tasks if first.scores else {}
-    others = last.scores.tasks if last.scores else {}
+    tasks = first.evaluation.tasks if first.evaluation else {}
+    others = last.evaluation.tasks if last.evaluation else {}
     found = []
     for task in (name for name in tasks if name in others):
         items = {item.id: item for item in tasks[task].items}
         try:
-            same_questions(task, [(items[item.id], item) for item in others[task].items if item.id in items])
+            keep_same_questions(task, [(items[item.id], item) for item in others[task].items if item.id in items])
         except DataError as moved:
             found.append(str(moved))
     return found
 
 
-def _overlap(first: Side, other: Side) -> str:
+def _overlap(first: ComparedRun, other: ComparedRun) -> str:
     title = f"units kept, {first.name} and {other.name}"
     if first.plan is None or other.plan is None:
         return f"{title}: a run has no plan"
     if first.plan.units != other.plan.units:
         return f"{title}: plans of different models"
     lines = [f"{title:<44}{'first':>10}{'second':>10}{'in both':>10}{'overlap':>10}"]
-    for kind, (one, two, both) in overlaps(first.plan, other.plan).items():
+    for kind, (one, two, both) in count_kept_units(first.plan, other.plan).items():
         either = one + two - both
         lines.append(f"{kind:<44}{one:>10,}{two:>10,}{both:>10,}{both / either if either else 1.0:>10.1%}")
     return "\n".join(lines)
 
 
-def overlaps(first: Plan, other: Plan) -> dict[str, tuple[int, int, int]]:
+def count_kept_units(first: Plan, other: Plan) -> dict[str, tuple[int, int, int]]:
     """(units of the first, of the second, of both) by kind of site, which is the last word of its name."""
     found: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
     for site, kept in first.kept.items():
@@ -148,11 +150,11 @@ def overlaps(first: Plan, other: Plan) -> dict[str, tuple[int, int, int]]:
     return {kind: (one, two, both) for kind, (one, two, both) in found.items()}
 
 
-def _flips(first: Side, other: Side) -> str:
+def _flips(first: ComparedRun, other: ComparedRun) -> str:
     title = f"items, {first.name} to {other.name}"
-    if first.scores is None or other.scores is None:
+    if first.evaluation is None or other.evaluation is None:
         return f"{title}: a run has no scores"
-    flips, common = flipped(first.scores, other.scores)
+    flips, common = find_flips(first.evaluation, other.evaluation)
     lost = sum(not flip.gained for flip in flips)
     lines = [f"{title}: of {common:,} that both answered, {lost:,} lost and {len(flips) - lost:,} gained"]
     for flip in sorted(flips, key=lambda flip: flip.gained)[:SHOWN]:
@@ -163,22 +165,22 @@ def _flips(first: Side, other: Side) -> str:
     return "\n".join(lines)
 
 
-def flipped(first: Evaluation, other: Evaluation) -> tuple[list[Flip], int]:
+def find_flips(first: Evaluation, other: Evaluation) -> tuple[list[FlippedItem], int]:
     """Items that one got right and the other wrong, and how many both answered: of the same question, not just id."""
     flips, common = [], 0
     for task in (name for name in first.tasks if name in other.tasks):
         before = {item.id: item for item in first.tasks[task].items if item.correct is not None}
         for item in other.tasks[task].items:
-            if item.correct is not None and item.id in before and same_question(before[item.id], item):
+            if item.correct is not None and item.id in before and is_same_question(before[item.id], item):
                 common += 1
                 flips += _flip(task, before[item.id], item)
     return flips, common
 
 
-def _flip(task: str, before: Item, after: Item) -> list[Flip]:
+def _flip(task: str, before: Item, after: Item) -> list[FlippedItem]:
     if before.correct == after.correct:
         return []
-    return [Flip(task, after.id, bool(after.correct), before.got, after.got)]
+    return [FlippedItem(task, after.id, bool(after.correct), before.got, after.got)]
 
 
 def _line(text: str) -> str:

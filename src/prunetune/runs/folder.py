@@ -16,14 +16,14 @@ from typing import Any
 
 import yaml
 
-from prunetune.config.recipe import RunConfig, kept_recipe, to_mapping
+from prunetune.config.recipe import RunConfig, load_saved_recipe, to_mapping
 from prunetune.errors import ConfigError, RunFolderError
 from prunetune.utils.files import PARTIAL, write_text
 
 log = logging.getLogger(__name__)
-Record = dict[str, Any]
-TUNING = "tune and prune"  # a stage, in the manifest's timings
-FREE = frozenset({"out", "track"})  # what a resumed run may say otherwise
+JsonObject = dict[str, Any]
+TUNING_STAGE = "tune and prune"  # a stage, in the manifest's timings
+CHANGEABLE_ON_RESUME = frozenset({"out", "track"})  # what a resumed run may say otherwise
 
 
 @dataclass(frozen=True)
@@ -33,12 +33,12 @@ class RunFolder:
     path: Path
 
     @property
-    def model(self) -> Path:
+    def model_folder(self) -> Path:
         """The resulting checkpoint; exists only whole."""
         return self.path / "model"
 
     @property
-    def plan(self) -> Path:
+    def plan_file(self) -> Path:
         """The units kept."""
         return self.path / "plan.json"
 
@@ -48,96 +48,98 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
-    def good(self) -> Path:
+    def good_checkpoints(self) -> Path:
         """States within all gates, to go back to."""
         return self.path / "good"
 
     @property
-    def tuned(self) -> Path:
+    def dense_tuned_checkpoints(self) -> Path:
         """The same for the dense model that is tuned as a teacher or for comparison."""
         return self.path / "tuned"
 
     @property
-    def bench(self) -> Path:
+    def bench_file(self) -> Path:
         """Speed beside the dense model, measured in turns."""
         return self.path / "bench.json"
 
-    def size(self, keep: float) -> RunFolder:
+    def size_folder(self, keep: float) -> RunFolder:
         """The folder of one of several sizes; a run folder, too."""
         return RunFolder(self.path / "sizes" / f"{keep:g}")
 
-    def evaluation(self, name: str) -> Path:
+    def evaluation_file(self, name: str) -> Path:
         """Scores of `dense`, `tuned` or `pruned`."""
         return self.path / "evaluation" / f"{name}.json"
 
-    def manifest(self) -> Record:
+    def read_manifest(self) -> JsonObject:
         """What is known of the run so far."""
         file = self.path / "manifest.json"
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
 
-    def note(self, **facts: Any) -> None:
+    def update_manifest(self, **facts: Any) -> None:
         """Add facts to the manifest."""
-        write_text(self.path / "manifest.json", json.dumps(self.manifest() | facts, indent=2) + "\n")
+        write_text(self.path / "manifest.json", json.dumps(self.read_manifest() | facts, indent=2) + "\n")
 
-    def append(self, name: str, record: Record) -> None:
+    def append_record(self, name: str, record: JsonObject) -> None:
         """Add a line to `metrics.jsonl` or `validation.jsonl`."""
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def forget_after(self, step: int) -> None:
+    def drop_records_after(self, step: int) -> None:
         """Drop records of steps that will be done again (-1: of all), and a line that a kill cut short."""
         for name in ("metrics.jsonl", "validation.jsonl"):
             file = self.path / name
             if file.exists():
-                kept = [line for line in file.read_text(encoding="utf-8").splitlines() if 0 <= _step(line) <= step]
+                kept = [
+                    line for line in file.read_text(encoding="utf-8").splitlines() if 0 <= _parse_step(line) <= step
+                ]
                 write_text(file, "".join(line + "\n" for line in kept))
         for file in (self.path / "decisions").glob("step-*.json"):
             if int(file.stem.removeprefix("step-")) > step:
                 file.unlink()
 
 
-def _step(line: str) -> int:
+def _parse_step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return -1
 
 
-def check_folder(config: RunConfig, *, resume: bool, free: Collection[str] = FREE) -> RunFolder:
+def check_folder(config: RunConfig, *, resume: bool, changeable: Collection[str] = CHANGEABLE_ON_RESUME) -> RunFolder:
     """The folder of a new or resumed run, where only what is in `free` may differ; writes nothing.
 
     Raises `RunFolderError`.
     """
-    folder = RunFolder(place_of(config))
+    folder = RunFolder(run_path(config))
     recipe = folder.path / "config.yaml"
-    _refuse_place(folder.path)
+    _raise_if_not_writable(folder.path)
     if not resume:
-        if _occupied(folder.path):
+        if _has_contents(folder.path):
             raise RunFolderError(f"{folder.path} exists already: go on with it by --resume, or name another with --out")
     elif recipe.exists():
-        _same(recipe, config, free)
-    elif _occupied(folder.path):
+        _raise_if_recipe_changed(recipe, config, changeable)
+    elif _has_contents(folder.path):
         raise RunFolderError(f"{folder.path} holds no config.yaml, so it is no run to resume; name another with --out")
     else:
-        log.warning("%s holds no run to go on with%s: a run begins anew", folder.path, _others(folder.path))
+        log.warning("%s holds no run to go on with%s: a run begins anew", folder.path, _similar_runs_hint(folder.path))
     return folder
 
 
-def _others(path: Path) -> str:
+def _similar_runs_hint(path: Path) -> str:
     """Runs of a like name beside a folder that is not there."""
     names = [recipe.parent.name for recipe in path.parent.glob("*/config.yaml")]
     close = ", ".join(str(path.with_name(name)) for name in difflib.get_close_matches(path.name, names))
     return f" (of a like name: {close})" if close else ""
 
 
-def place_of(config: RunConfig) -> Path:
+def run_path(config: RunConfig) -> Path:
     """Where the run goes; raises `RunFolderError` for what names no folder."""
     if not config.out.strip() or "\0" in config.out:
         raise RunFolderError(f"out {config.out!r} names no folder: name one with --out, such as runs/support")
     return Path(config.out).expanduser()
 
 
-def _refuse_place(path: Path) -> None:
+def _raise_if_not_writable(path: Path) -> None:
     """Where no folder can be made, or written to."""
     try:
         there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
@@ -149,21 +151,21 @@ def _refuse_place(path: Path) -> None:
         raise RunFolderError(f"{there} cannot be written to: change its permissions, or name another folder with --out")
 
 
-def _occupied(path: Path) -> bool:
+def _has_contents(path: Path) -> bool:
     """Whether there is more than what a run that was killed as it began may leave."""
     return path.exists() and any(child.suffix != PARTIAL for child in path.iterdir())
 
 
-def _same(recipe: Path, config: RunConfig, free: Collection[str]) -> None:
+def _raise_if_recipe_changed(recipe: Path, config: RunConfig, changeable: Collection[str]) -> None:
     try:
-        before = flat(to_mapping(kept_recipe(recipe)))
+        before = flatten_options(to_mapping(load_saved_recipe(recipe)))
     except ConfigError as broken:
         raise RunFolderError(f"{recipe} cannot be read ({broken}): name another folder with --out") from broken
-    now = flat(to_mapping(config))
+    now = flatten_options(to_mapping(config))
     changed = [
         f"{key} was {before[key]!r} and is now {now[key]!r}"
         for key in now
-        if before[key] != now[key] and key not in free
+        if before[key] != now[key] and key not in changeable
     ]
     if changed:
         raise RunFolderError(
@@ -172,15 +174,15 @@ def _same(recipe: Path, config: RunConfig, free: Collection[str]) -> None:
         )
 
 
-def flat(values: Record, prefix: str = "") -> Record:
+def flatten_options(values: JsonObject, prefix: str = "") -> JsonObject:
     """Nested options by their dotted names."""
-    found: Record = {}
+    found: JsonObject = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        found |= flatten_options(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return found
 
 
-def open_folder(folder: RunFolder, config: RunConfig) -> None:
+def create_run_folder(folder: RunFolder, config: RunConfig) -> None:
     """Make the folder and write the recipe, if it is new."""
     folder.path.mkdir(parents=True, exist_ok=True)
     if not (folder.path / "config.yaml").exists():  # first: it is what makes the folder one that can be resumed
@@ -190,7 +192,7 @@ def open_folder(folder: RunFolder, config: RunConfig) -> None:
 
 
 @contextmanager
-def held(folder: RunFolder) -> Iterator[None]:
+def run_lock(folder: RunFolder) -> Iterator[None]:
     """No other process may work on the run meanwhile; raises `RunFolderError` where one does.
 
     The lock is on the folder itself and ends with the process, however it ends. File systems without locks have none.
@@ -198,7 +200,7 @@ def held(folder: RunFolder) -> Iterator[None]:
     handle = os.open(folder.path, os.O_RDONLY)
     try:
         with suppress(OSError):
-            if not (_locked(handle, fcntl.LOCK_EX) or _locked_soon(handle)):
+            if not (_try_lock(handle, fcntl.LOCK_EX) or _retry_lock(handle)):
                 raise RunFolderError(
                     f"{folder.path}: another process works on this run: wait until it ends, or stop it first"
                 )
@@ -207,27 +209,27 @@ def held(folder: RunFolder) -> Iterator[None]:
         os.close(handle)
 
 
-def _locked_soon(handle: int) -> bool:
+def _retry_lock(handle: int) -> bool:
     """`is_held` may have looked at this very moment."""
     time.sleep(0.2)
-    return _locked(handle, fcntl.LOCK_EX)
+    return _try_lock(handle, fcntl.LOCK_EX)
 
 
-def is_held(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
     """Whether a process of this computer works on the run."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
         return False
     try:
-        return not _locked(handle, fcntl.LOCK_SH)
+        return not _try_lock(handle, fcntl.LOCK_SH)
     except OSError:  # no locks here: nothing is known
         return True
     finally:
         os.close(handle)
 
 
-def _locked(handle: int, how: int) -> bool:
+def _try_lock(handle: int, how: int) -> bool:
     try:
         fcntl.flock(handle, how | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -240,4 +242,4 @@ def open_run(path: Path) -> tuple[RunFolder, RunConfig]:
     recipe = path / "config.yaml"
     if not recipe.is_file():
         raise RunFolderError(f"{path} is no run folder (no config.yaml); name one that `prunetune run` made")
-    return RunFolder(path), kept_recipe(recipe)
+    return RunFolder(path), load_saved_recipe(recipe)

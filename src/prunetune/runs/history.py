@@ -23,12 +23,12 @@ import yaml
 
 from prunetune.config.recipe import RunConfig
 from prunetune.errors import ConfigError, PrunetuneError
-from prunetune.runs.folder import RunFolder, is_held, open_run
+from prunetune.runs.folder import RunFolder, is_locked, open_run
 
 log = logging.getLogger(__name__)
 
 NAME = "runs.sqlite"
-WAIT = 5.0  # seconds for another process that writes
+LOCK_TIMEOUT = 5.0  # seconds for another process that writes
 TABLE = """create table if not exists runs (
     path text primary key, status text not null, started text, ended text, model text, layout text, seed integer,
     asked real, kept real, metrics text not null default '{}', command text, process text
@@ -40,7 +40,7 @@ COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Entry:
+class RunEntry:
     """One run as the history knows it."""
 
     path: Path
@@ -50,7 +50,7 @@ class Entry:
     model: str
     layout: str
     seed: int
-    asked: float  # budget.keep
+    requested_keep: float  # budget.keep
     kept: float | None  # share of the decoder's parameters that remains
     metrics: Mapping[str, float]  # "accuracy" and other means over tasks, and "TASK.metric"
     command: str
@@ -61,17 +61,19 @@ class Entry:
         return self.path.name
 
 
-def file_for(run: Path) -> Path:
+def history_file(run: Path) -> Path:
     """Where a run is registered: `$PRUNETUNE_HOME/runs.sqlite`, or `runs.sqlite` beside the run folder."""
     home = os.environ.get("PRUNETUNE_HOME")
     return (Path(home).expanduser() if home else run.absolute().parent) / NAME
 
 
 @contextmanager
-def entered(folder: RunFolder, config: RunConfig, command: str) -> Iterator[None]:
+def register_run(folder: RunFolder, config: RunConfig, command: str) -> Iterator[None]:
     """Register a run as it begins, and how it ended; a history that cannot be written costs one line of the log."""
     status, begun = "failed", _now()
-    _quietly(folder, {**_facts(folder, config), "status": "running", "started": begun, "ended": "", "command": command})
+    _write_or_warn(
+        folder, {**_facts(folder, config), "status": "running", "started": begun, "ended": "", "command": command}
+    )
     try:
         yield
         status = "done"
@@ -83,12 +85,12 @@ def entered(folder: RunFolder, config: RunConfig, command: str) -> Iterator[None
         raise
     finally:
         ending = {"status": status, "started": begun, "ended": _now(), "command": command}
-        _quietly(folder, {**_facts(folder, config), **ending})
+        _write_or_warn(folder, {**_facts(folder, config), **ending})
 
 
-def _quietly(folder: RunFolder, values: Mapping[str, Any]) -> None:
+def _write_or_warn(folder: RunFolder, values: Mapping[str, Any]) -> None:
     try:
-        file = file_for(folder.path)
+        file = history_file(folder.path)
         with closing(_open(file)) as store, store:
             _put(store, values)
     except (OSError, sqlite3.Error, ValueError) as broken:
@@ -96,7 +98,7 @@ def _quietly(folder: RunFolder, values: Mapping[str, Any]) -> None:
 
 
 def _facts(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
-    manifest = folder.manifest()
+    manifest = folder.read_manifest()
     model, pruned = manifest.get("model", {}), manifest.get("pruned", {})
     known = bool(model.get("decoder_params") and pruned.get("decoder_params"))
     return {
@@ -115,7 +117,7 @@ def _metrics(folder: RunFolder) -> dict[str, float]:
     """The pruned model's scores: every task's, and the mean of each metric."""
     from prunetune.evaluation.results import Evaluation
 
-    file = folder.evaluation("pruned")
+    file = folder.evaluation_file("pruned")
     if not file.exists():
         return {}
     tasks = Evaluation.from_json(file.read_text(encoding="utf-8"))
@@ -143,7 +145,7 @@ def _open(file: Path) -> sqlite3.Connection:
 
 
 def _connected(file: Path) -> sqlite3.Connection:
-    store = sqlite3.connect(file, timeout=WAIT)
+    store = sqlite3.connect(file, timeout=LOCK_TIMEOUT)
     try:
         with store:
             store.execute(TABLE)
@@ -160,19 +162,21 @@ def _put(store: sqlite3.Connection, values: Mapping[str, Any]) -> None:
     store.execute(f"insert or replace into runs ({names}) values ({places})", tuple(values.values()))  # noqa: S608
 
 
-def entries(place: Path) -> list[Entry]:
+def list_runs(runs_folder: Path) -> list[RunEntry]:
     """The runs registered in a folder's history, and run folders in it that are not; the newest first.
 
     Raises `ConfigError` where the history cannot be read.
     """
     home = os.environ.get("PRUNETUNE_HOME")
-    file = (Path(home).expanduser() if home else place) / NAME
-    if not file.exists() and not place.is_dir():
-        raise ConfigError(f"{place}: no such folder; name the one that holds the run folders, or set PRUNETUNE_HOME")
+    file = (Path(home).expanduser() if home else runs_folder) / NAME
+    if not file.exists() and not runs_folder.is_dir():
+        raise ConfigError(
+            f"{runs_folder}: no such folder; name the one that holds the run folders, or set PRUNETUNE_HOME"
+        )
     try:
         with closing(_open(file)) as store, store:
             known = {row[0] for row in store.execute("select path from runs")}
-            for found in _unregistered(place, known):
+            for found in _unregistered(runs_folder, known):
                 _put(store, found)
             rows = store.execute(f"select {', '.join(COLUMNS)} from runs order by started desc, path").fetchall()  # noqa: S608
     except (OSError, sqlite3.Error) as broken:
@@ -184,19 +188,19 @@ def entries(place: Path) -> list[Entry]:
     return [_entry(dict(zip(COLUMNS, row, strict=True))) for row in rows]
 
 
-def _unregistered(place: Path, known: set[str]) -> Iterator[dict[str, Any]]:
-    for recipe in sorted(place.glob("*/config.yaml")):
+def _unregistered(runs_folder: Path, known: set[str]) -> Iterator[dict[str, Any]]:
+    for recipe in sorted(runs_folder.glob("*/config.yaml")):
         path = recipe.parent
         if str(path.absolute()) in known or (path / "cells").is_dir():  # a comparison is no run
             continue
         try:
             folder, config = open_run(path)
-            manifest = folder.manifest()
+            manifest = folder.read_manifest()
             facts = _facts(folder, config)
         except (PrunetuneError, OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
             continue  # no run folder of this version
         when = datetime.fromtimestamp(recipe.stat().st_mtime, UTC).isoformat(timespec="seconds")
-        whole = folder.evaluation("pruned").exists() or ("sizes" in manifest and folder.bench.exists())
+        whole = folder.evaluation_file("pruned").exists() or ("sizes" in manifest and folder.bench_file.exists())
         status = "done" if whole else "interrupted"
         status = "gate failed" if manifest.get("failed") else status
         command = manifest.get("command", "")
@@ -204,9 +208,9 @@ def _unregistered(place: Path, known: set[str]) -> Iterator[dict[str, Any]]:
         yield {**facts, **own, "command": command if isinstance(command, str) else shlex.join(map(str, command))}
 
 
-def _entry(row: Mapping[str, Any]) -> Entry:
+def _entry(row: Mapping[str, Any]) -> RunEntry:
     path = Path(row["path"])
-    return Entry(
+    return RunEntry(
         path=path,
         status=_status(path, row["status"], row["process"] or ""),
         started=row["started"] or "",
@@ -214,7 +218,7 @@ def _entry(row: Mapping[str, Any]) -> Entry:
         model=row["model"] or "",
         layout=row["layout"] or "",
         seed=row["seed"] or 0,
-        asked=row["asked"] or 0.0,
+        requested_keep=row["asked"] or 0.0,
         kept=row["kept"],
         metrics=json.loads(row["metrics"]),
         command=row["command"] or "",
@@ -226,7 +230,7 @@ def _status(path: Path, noted: str, process: str) -> str:
     if not path.exists():
         return "gone"
     here = process.split(" ")[0] == socket.gethostname()
-    return "interrupted" if noted == "running" and here and not is_held(path) else noted
+    return "interrupted" if noted == "running" and here and not is_locked(path) else noted
 
 
 def _now() -> str:

@@ -8,23 +8,25 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 
 from prunetune.errors import ConfigError
-from prunetune.evaluation.results import HEADLINES
-from prunetune.runs.history import STATUSES, Entry
-from prunetune.utils.suggest import named
+from prunetune.evaluation.results import HEADLINE_METRICS
+from prunetune.runs.history import STATUSES, RunEntry
+from prunetune.utils.suggest import validate_name
 
 CONDITION = re.compile(r"\s*(?P<name>[^<>=!]+?)\s*(?P<sign><=|>=|<|>|=)\s*(?P<value>[-+\d.e]+)\s*")
 SIGNS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "=": operator.eq,
 }  # fmt: skip
 
-OWN: dict[str, Callable[[Entry], float | None]] = {
+OWN: dict[str, Callable[[RunEntry], float | None]] = {
     "kept": lambda entry: entry.kept,
-    "keep": lambda entry: entry.asked,
+    "keep": lambda entry: entry.requested_keep,
     "seed": lambda entry: float(entry.seed),
 }
 
 
-def filtered(entries: Sequence[Entry], *, model: str = "", status: str = "", where: Sequence[str] = ()) -> list[Entry]:
+def filter_runs(
+    entries: Sequence[RunEntry], *, model: str = "", status: str = "", where: Sequence[str] = ()
+) -> list[RunEntry]:
     """Runs whose model contains `model`, with that status, and for which every condition holds.
 
     A condition is on `kept`, `keep`, `seed`, or a metric: `accuracy >= 0.7`, `TASK.accuracy > 0.5`. A run that lacks
@@ -32,8 +34,8 @@ def filtered(entries: Sequence[Entry], *, model: str = "", status: str = "", whe
     there is not.
     """
     if status:
-        named(status, STATUSES, "--status")
-    known = dict.fromkeys([*OWN, *HEADLINES, *(name for entry in entries for name in entry.metrics)])
+        validate_name(status, STATUSES, "--status")
+    known = dict.fromkeys([*OWN, *HEADLINE_METRICS, *(name for entry in entries for name in entry.metrics)])
     conditions = [_condition(text, known) for text in where]
     return [
         entry
@@ -44,7 +46,7 @@ def filtered(entries: Sequence[Entry], *, model: str = "", status: str = "", whe
     ]
 
 
-def _condition(text: str, known: Iterable[str]) -> Callable[[Entry], bool]:
+def _condition(text: str, known: Iterable[str]) -> Callable[[RunEntry], bool]:
     match = CONDITION.fullmatch(text)
     try:
         value = float(match["value"]) if match else math.nan
@@ -52,21 +54,21 @@ def _condition(text: str, known: Iterable[str]) -> Callable[[Entry], bool]:
         value = math.nan
     if match is None or math.isnan(value):
         raise ConfigError(f"--where {text!r} is no condition; write one such as 'accuracy >= 0.7' or 'kept < 0.6'")
-    sign, name = SIGNS[match["sign"]], named(match["name"], known, "--where")
+    sign, name = SIGNS[match["sign"]], validate_name(match["name"], known, "--where")
 
-    def holds(entry: Entry) -> bool:
+    def holds(entry: RunEntry) -> bool:
         found = value_of(entry, name)
         return found is not None and sign(found, value)
 
     return holds
 
 
-def value_of(entry: Entry, name: str) -> float | None:
+def value_of(entry: RunEntry, name: str) -> float | None:
     """A number of a run by name, or None where it has none."""
     return OWN[name](entry) if name in OWN else entry.metrics.get(name)
 
 
-def table(entries: Sequence[Entry]) -> str:
+def render_runs_table(entries: Sequence[RunEntry]) -> str:
     """The runs in lines of text, newest first."""
     if not entries:
         return "no runs"
@@ -77,7 +79,7 @@ def table(entries: Sequence[Entry]) -> str:
             entry.status,
             entry.started[:16].replace("T", " "),
             entry.model if len(entry.model) <= 36 else "…" + entry.model[-35:],
-            f"{entry.kept:.1%}" if entry.kept is not None else f"({entry.asked:.0%} asked)",
+            f"{entry.kept:.1%}" if entry.kept is not None else f"({entry.requested_keep:.0%} asked)",
             _scores(entry),
         )
         for entry in entries
@@ -88,6 +90,6 @@ def table(entries: Sequence[Entry]) -> str:
     )
 
 
-def _scores(entry: Entry) -> str:
+def _scores(entry: RunEntry) -> str:
     """The means of the metrics that stand for tasks."""
-    return ", ".join(f"{name} {entry.metrics[name]:.3f}" for name in HEADLINES if name in entry.metrics) or "–"
+    return ", ".join(f"{name} {entry.metrics[name]:.3f}" for name in HEADLINE_METRICS if name in entry.metrics) or "–"

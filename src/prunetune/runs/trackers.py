@@ -15,17 +15,21 @@ from typing import Any
 
 from prunetune.config.recipe import RunConfig, to_mapping
 from prunetune.errors import MissingPackage
-from prunetune.runs.folder import RunFolder, flat
+from prunetune.runs.folder import RunFolder, flatten_options
 
 log = logging.getLogger(__name__)
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow", "trackio": "trackio"}
 # A server that is down is given up on in seconds, not in the minutes that these packages would wait.
-PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "WANDB_INIT_TIMEOUT": "20"}
-Record = Mapping[str, Any]
+TIMEOUT_VARIABLES = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "WANDB_INIT_TIMEOUT": "20",
+}
+TrackedRecord = Mapping[str, Any]
 
 
-def require(names: Sequence[str]) -> None:
+def require_trackers(names: Sequence[str]) -> None:
     """Raises `MissingPackage` for a tracker that is not installed, before anything is made."""
     for name in names:
         if find_spec(PACKAGES[name]) is None:
@@ -38,9 +42,9 @@ class Trackers:
     """Those trackers that answer; one that fails is let go of with one line."""
 
     def __init__(self, trackers: Sequence[Any] = ()) -> None:
-        self.open = list(trackers)
+        self.active = list(trackers)
 
-    def log(self, record: Record, prefix: str) -> None:
+    def log(self, record: TrackedRecord, prefix: str) -> None:
         """Numbers of a record, at its step."""
         values = {
             f"{prefix}/{name}": float(value)
@@ -50,39 +54,41 @@ class Trackers:
             and name != "step"
             and math.isfinite(value)
         }
-        for tracker in list(self.open):
-            self._try(tracker, "log", values, step=record["step"])
+        for tracker in list(self.active):
+            self._call_or_drop(tracker, "log", values, step=record["step"])
 
     def close(self) -> None:
         """Everything was said."""
-        for tracker in list(self.open):
-            self._try(tracker, "finish")
+        for tracker in list(self.active):
+            self._call_or_drop(tracker, "finish")
 
-    def _try(self, tracker: Any, what: str, *args: Any, **kwargs: Any) -> None:
+    def _call_or_drop(self, tracker: Any, what: str, *args: Any, **kwargs: Any) -> None:
         try:
             getattr(tracker, what)(*args, **kwargs)
         except Exception as broken:
-            self.open.remove(tracker)
+            self.active.remove(tracker)
             log.warning("track: %s failed (%s); the run goes on without it", tracker.name, _one_line(broken))
 
 
 @contextmanager
-def tracking(config: RunConfig, folder: RunFolder, *, cpu: bool) -> Iterator[Trackers]:
+def start_trackers(config: RunConfig, folder: RunFolder, *, cpu: bool) -> Iterator[Trackers]:
     """The trackers that `track` names, for the length of the block; `cpu`: whether the run keeps off the GPU."""
     if config.track:
         from accelerate import PartialState
 
         PartialState(cpu=cpu)  # its trackers ask it which process they are in
-        for name, value in PATIENCE.items():
+        for name, value in TIMEOUT_VARIABLES.items():
             os.environ.setdefault(name, value)
-    trackers = Trackers([tracker for name in config.track if (tracker := _started(name, config, folder)) is not None])
+    trackers = Trackers(
+        [tracker for name in config.track if (tracker := _start_or_warn(name, config, folder)) is not None]
+    )
     try:
         yield trackers
     finally:
         trackers.close()
 
 
-def _started(name: str, config: RunConfig, folder: RunFolder) -> Any:
+def _start_or_warn(name: str, config: RunConfig, folder: RunFolder) -> Any:
     try:
         return _start(name, config, folder)
     except Exception as broken:
@@ -109,7 +115,10 @@ def _start(name: str, config: RunConfig, folder: RunFolder) -> Any:
     }
     tracker = kind(**({} if name == "mlflow" else {"run_name": "prunetune"}), **options[name])
     tracker.start()
-    plain = {key: str(value) if isinstance(value, list) else value for key, value in flat(to_mapping(config)).items()}
+    plain = {
+        key: str(value) if isinstance(value, list) else value
+        for key, value in flatten_options(to_mapping(config)).items()
+    }
     tracker.store_init_configuration(plain)
     return tracker
 

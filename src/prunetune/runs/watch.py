@@ -18,27 +18,27 @@ from rich.table import Table
 from rich.text import Text
 
 from prunetune.config.recipe import RunConfig
-from prunetune.runs.folder import RunFolder, is_held, open_run
+from prunetune.runs.folder import RunFolder, is_locked, open_run
 
-EVERY = 1.0  # seconds between looks
-LAPSE = 30.0  # seconds of silence after which it is asked whether a process works on the run
-QUIET = 900.0  # seconds without a sign of life after which a run counts as stopped
+REFRESH_SECONDS = 1.0  # seconds between looks
+LOCK_CHECK_SECONDS = 30.0  # seconds of silence after which it is asked whether a process works on the run
+STOPPED_AFTER_SECONDS = 900.0  # seconds without a sign of life after which a run counts as stopped
 BARS = "▁▂▃▄▅▆▇█"
-Line = Mapping[str, Any]
+JsonLine = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class Look:
+class RunSnapshot:
     """A run as its files show it at one moment."""
 
     name: str
-    steps: int
-    metrics: tuple[Line, ...]
-    validation: tuple[Line, ...]
+    total_steps: int
+    metrics: tuple[JsonLine, ...]
+    validation: tuple[JsonLine, ...]
     manifest: Mapping[str, Any]
-    silent: float  # seconds since a file was last written
-    ended: bool
-    stopped: bool = False  # no process works on it
+    idle_seconds: float  # seconds since a file was last written
+    is_finished: bool
+    is_stopped: bool = False  # no process works on it
 
     @property
     def step(self) -> int:
@@ -52,30 +52,30 @@ class Look:
         if len(recent) < 2 or recent[-1]["seconds"] <= recent[0]["seconds"]:
             return None
         pace = (recent[-1]["seconds"] - recent[0]["seconds"]) / (recent[-1]["step"] - recent[0]["step"])
-        return float(pace * (self.steps - self.step))
+        return float(pace * (self.total_steps - self.step))
 
 
-def look(folder: RunFolder, config: RunConfig) -> Look:
+def read_snapshot(folder: RunFolder, config: RunConfig) -> RunSnapshot:
     """Read what is there; a line that is being written is left for the next look."""
     try:
-        manifest = folder.manifest()
+        manifest = folder.read_manifest()
     except (OSError, ValueError):
         manifest = {}
     files = [folder.path / name for name in ("metrics.jsonl", "validation.jsonl", "manifest.json", "config.yaml")]
     written = max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
     ended = (folder.path / "report.html").exists() and written <= (folder.path / "report.html").stat().st_mtime
-    return Look(
+    return RunSnapshot(
         folder.path.resolve().name,
         config.train.steps,
-        _lines(files[0]),
-        _lines(files[1]),
+        _read_records(files[0]),
+        _read_records(files[1]),
         manifest,
         max(0.0, time.time() - written),
         ended,
     )
 
 
-def _lines(file: Path) -> tuple[Line, ...]:
+def _read_records(file: Path) -> tuple[JsonLine, ...]:
     found = []
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
@@ -91,85 +91,87 @@ def _lines(file: Path) -> tuple[Line, ...]:
     return tuple(found)
 
 
-def follow(path: Path, *, console: Console | None = None, every: float = EVERY) -> None:
+def watch_run(path: Path, *, console: Console | None = None, interval: float = REFRESH_SECONDS) -> None:
     """Show a run until it ends, is stopped, or is silent for a quarter of an hour; raises `RunFolderError` for none."""
     open_run(path)
     console = console or Console(file=sys.stdout)
     with Live(console=console, auto_refresh=False, transient=False) as live:
         while True:
-            now = look(*current(path))
-            now = replace(now, stopped=not now.ended and now.silent > LAPSE and not _is_worked_on(path))
-            live.update(picture(now), refresh=True)
-            if now.ended or now.stopped or now.silent > QUIET:
+            now = read_snapshot(*active_run(path))
+            now = replace(
+                now, is_stopped=not now.is_finished and now.idle_seconds > LOCK_CHECK_SECONDS and not _is_running(path)
+            )
+            live.update(render_snapshot(now), refresh=True)
+            if now.is_finished or now.is_stopped or now.idle_seconds > STOPPED_AFTER_SECONDS:
                 return
-            time.sleep(every)
+            time.sleep(interval)
 
 
-def _is_worked_on(path: Path) -> bool:
+def _is_running(path: Path) -> bool:
     """The run, or the one of several sizes that it is a size of."""
-    return is_held(path) or is_held(path.absolute().parent.parent)
+    return is_locked(path) or is_locked(path.absolute().parent.parent)
 
 
-def current(path: Path) -> tuple[RunFolder, RunConfig]:
+def active_run(path: Path) -> tuple[RunFolder, RunConfig]:
     """The run; of several sizes the one that was begun last, until all are done."""
     sizes = [recipe.parent for recipe in path.glob("sizes/*/config.yaml")]
-    if not sizes or look(*open_run(path)).ended:
+    if not sizes or read_snapshot(*open_run(path)).is_finished:
         return open_run(path)
     return open_run(max(sizes, key=lambda place: (place / "config.yaml").stat().st_mtime))
 
 
-def picture(now: Look) -> RenderableType:
+def render_snapshot(snapshot: RunSnapshot) -> RenderableType:
     """One look as a panel."""
-    last: Line = now.metrics[-1] if now.metrics else {}
+    last: JsonLine = snapshot.metrics[-1] if snapshot.metrics else {}
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", min_width=12)
     rows.add_column()
-    rows.add_row("phase", Text(_phase(now, last)))  # as it stands: a square bracket is no style
-    if now.metrics or not now.ended:  # the steps of a run of several sizes are in the folders of these
-        rows.add_row("step", f"{now.step:,} of {now.steps:,}{_left(now)}")
-        rows.add_row("", ProgressBar(total=now.steps, completed=now.step, width=50))
+    rows.add_row("phase", Text(_phase_text(snapshot, last)))  # as it stands: a square bracket is no style
+    if snapshot.metrics or not snapshot.is_finished:  # the steps of a run of several sizes are in the folders of these
+        rows.add_row("step", f"{snapshot.step:,} of {snapshot.total_steps:,}{_time_left_text(snapshot)}")
+        rows.add_row("", ProgressBar(total=snapshot.total_steps, completed=snapshot.step, width=50))
     for key, name in (("loss", "tuning loss"), ("search_loss", "search loss"), ("kept", "kept")):
-        values = [float(line[key]) for line in now.metrics if isinstance(line.get(key), int | float)]
+        values = [float(line[key]) for line in snapshot.metrics if isinstance(line.get(key), int | float)]
         if values:
             shown = f"{values[-1]:.1%}" if key == "kept" else f"{values[-1]:.3f}"
-            rows.add_row(name, f"{shown:<8} {spark(values)}")
-    rows.add_row("speed", _speed(last))
+            rows.add_row(name, f"{shown:<8} {sparkline(values)}")
+    rows.add_row("speed", _speed_text(last))
     parts: list[RenderableType] = [rows]
-    if now.validation:
-        parts += [Text(""), _validations(now.validation[-5:])]
-    for line in [line for line in now.validation if line.get("broken")][-3:]:
+    if snapshot.validation:
+        parts += [Text(""), _validation_table(snapshot.validation[-5:])]
+    for line in [line for line in snapshot.validation if line.get("broken")][-3:]:
         parts.append(Text(f"step {line['step']}, outside: {'; '.join(map(str, line['broken']))}", style="red"))
-    return Panel(Group(*parts), title=Text(now.name), title_align="left", width=100)
+    return Panel(Group(*parts), title=Text(snapshot.name), title_align="left", width=100)
 
 
-def _phase(now: Look, last: Line) -> str:
-    if now.manifest.get("failed"):
-        return f"ended: {now.manifest['failed']}"
-    if now.ended:
+def _phase_text(snapshot: RunSnapshot, last: JsonLine) -> str:
+    if snapshot.manifest.get("failed"):
+        return f"ended: {snapshot.manifest['failed']}"
+    if snapshot.is_finished:
         return "ended; the report is written"
-    if now.stopped:
+    if snapshot.is_stopped:
         return "stopped: no process works on it; `prunetune run ... --resume` goes on"
-    if now.silent > QUIET:
-        return f"silent for {now.silent / 60:.0f} minutes: stopped, it seems; `prunetune run ... --resume` goes on"
-    if now.step >= now.steps:
+    if snapshot.idle_seconds > STOPPED_AFTER_SECONDS:
+        return f"silent for {snapshot.idle_seconds / 60:.0f} minutes: stopped, it seems; `prunetune run ... --resume` goes on"
+    if snapshot.step >= snapshot.total_steps:
         return "cut, check and evaluate"
     return str(last.get("phase", "before the first step"))
 
 
-def _left(now: Look) -> str:
-    if now.ended or now.step >= now.steps or now.seconds_left is None:
+def _time_left_text(snapshot: RunSnapshot) -> str:
+    if snapshot.is_finished or snapshot.step >= snapshot.total_steps or snapshot.seconds_left is None:
         return ""
-    minutes, seconds = divmod(round(now.seconds_left), 60)
+    minutes, seconds = divmod(round(snapshot.seconds_left), 60)
     return f", about {minutes} min {seconds:02d} s of tuning left"
 
 
-def _speed(last: Line) -> str:
+def _speed_text(last: JsonLine) -> str:
     parts = [f"{last['tokens_per_s']:,.0f} tokens/s"] if "tokens_per_s" in last else []
     parts += [f"{last['memory_mb'] / 1e3:.2f} GB"] if "memory_mb" in last else []
     return ", ".join(parts) or "–"
 
 
-def _validations(lines: Sequence[Line]) -> Table:
+def _validation_table(lines: Sequence[JsonLine]) -> Table:
     wanted = ("valid.accuracy", "guard.perplexity", "guard.accuracy")
     names = [name for name in wanted if name in lines[-1]]
     table = Table(box=None, padding=(0, 2), header_style="dim")
@@ -182,7 +184,7 @@ def _validations(lines: Sequence[Line]) -> Table:
     return table
 
 
-def spark(values: Sequence[float], width: int = 40) -> str:
+def sparkline(values: Sequence[float], width: int = 40) -> str:
     """A line of bars: the values in `width` equal parts, each by its mean, from lowest to highest."""
     size = max(1, -(-len(values) // width))
     means = [sum(values[at : at + size]) / len(values[at : at + size]) for at in range(0, len(values), size)]

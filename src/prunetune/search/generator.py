@@ -16,7 +16,7 @@ EMBEDDING = 64
 HIDDEN = 128
 
 
-class Generator(nn.Module):
+class DecisionGenerator(nn.Module):
     """A small network over the layer sequence, and one linear head per site.
 
     `forward()` takes nothing and returns {site name: logits [U]}: what it decides is in its weights alone. The layer
@@ -28,7 +28,7 @@ class Generator(nn.Module):
         super().__init__()
         rng = torch.Generator().manual_seed(seed)
         layers = max(site.layer for site in sites) + 1
-        self.register_buffer("layer_vectors", orthogonal(layers, EMBEDDING, rng))
+        self.register_buffer("layer_vectors", orthogonal_vectors(layers, EMBEDDING, rng))
         width = EMBEDDING if kind == "transformer" else HIDDEN
         with torch.random.fork_rng(devices=[]):  # modules draw from the global state as they are made
             self.mixer: nn.Module = (
@@ -58,9 +58,9 @@ class FreeLogits(nn.Module):
         return {site.name: logits for site, logits in zip(self.sites, self.logits, strict=True)}
 
 
-def generator_for(sites: Sequence[Site], *, kind: str, seed: int) -> nn.Module:
+def build_generator(sites: Sequence[Site], *, kind: str, seed: int) -> nn.Module:
     """What `search.generator` names: a network, or none."""
-    return FreeLogits(sites) if kind == "none" else Generator(sites, kind=kind, seed=seed)
+    return FreeLogits(sites) if kind == "none" else DecisionGenerator(sites, kind=kind, seed=seed)
 
 
 def _encoder() -> nn.TransformerEncoder:
@@ -79,7 +79,7 @@ def _initialise(name: str, parameter: nn.Parameter, rng: torch.Generator) -> Non
         parameter.uniform_(-bound, bound, generator=rng)
 
 
-def orthogonal(rows: int, width: int, rng: torch.Generator) -> Tensor:
+def orthogonal_vectors(rows: int, width: int, rng: torch.Generator) -> Tensor:
     """[rows, width] fixed vectors of norm sqrt(width): orthogonal while rows <= width, in blocks of that after."""
     blocks = [torch.linalg.qr(torch.randn(width, width, generator=rng))[0] for _ in range(-(-rows // width))]
     vectors: Tensor = torch.cat(blocks)[:rows] * width**0.5

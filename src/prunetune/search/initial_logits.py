@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from prunetune.cost.limits import Limits
+from prunetune.cost.limits import BudgetLimits
 from prunetune.pruning.sites import Site
-from prunetune.search.nested_sites import Nest
+from prunetune.search.nested_sites import NestedSites
 
 
-def to_logits(
-    importance: Mapping[str, Tensor], sites: Sequence[Site], limits: Limits | None = None
+def importance_to_logits(
+    importance: Mapping[str, Tensor], sites: Sequence[Site], limits: BudgetLimits | None = None
 ) -> dict[str, Tensor]:
     """Normal scores of importance per parameter: {site: [U]}, mean about 0 and deviation about 1 over parameters.
 
@@ -22,9 +22,13 @@ def to_logits(
     prices stand in for parameters.
     """
     names = [site.name for site in sites]
-    spans = limits.spans if limits and limits.spans else {site.name: site.price for site in sites}
+    spans = (
+        limits.prices_with_children
+        if limits and limits.prices_with_children
+        else {site.name: site.total_unit_params for site in sites}
+    )
     density = torch.cat([importance[site.name].double().cpu() / spans[site.name] for site in sites])
-    prices = _prices(sites, limits)
+    prices = _unit_prices(sites, limits)
     order = torch.argsort(density, stable=True)
     below = torch.cumsum(prices[order], 0) - prices[order] / 2
     logits = torch.empty_like(density)
@@ -34,16 +38,18 @@ def to_logits(
     return dict(zip(names, parts, strict=True))
 
 
-def _prices(sites: Sequence[Site], limits: Limits | None) -> Tensor:
+def _unit_prices(sites: Sequence[Site], limits: BudgetLimits | None) -> Tensor:
     """Of every unit, site after site."""
     each = limits.prices if limits and limits.prices else {site.name: float(site.unit_params) for site in sites}
     prices = torch.tensor([each[site.name] for site in sites], dtype=torch.float64)
     return prices.repeat_interleave(torch.tensor([site.units for site in sites]))
 
 
-def quantile(nest: Nest, keep: float, limits: Limits | None = None) -> float:
+def score_threshold(nested_sites: NestedSites, keep: float, limits: BudgetLimits | None = None) -> float:
     """The score above which units hold the share `keep` of the prunable parameters, or what limits make of it."""
-    keep = limits.share_at(keep) if limits else keep
-    prices = _prices(nest.sites, limits)
-    held = torch.cumsum(prices.index_select(0, nest.order), 0) / prices.sum()
-    return float(nest.scores[nest.order[torch.searchsorted(held, keep).clamp(max=len(held) - 1)]])
+    keep = limits.price_share_at(keep) if limits else keep
+    prices = _unit_prices(nested_sites.sites, limits)
+    held = torch.cumsum(prices.index_select(0, nested_sites.units_by_score), 0) / prices.sum()
+    return float(
+        nested_sites.scores[nested_sites.units_by_score[torch.searchsorted(held, keep).clamp(max=len(held) - 1)]]
+    )

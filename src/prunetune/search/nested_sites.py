@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site, inner_sites, open_units
+from prunetune.pruning.units import Site, children_by_site, kept_mask
 
 
-def best_first(scores: Tensor) -> Tensor:
+def argsort_descending(scores: Tensor) -> Tensor:
     """float32 [n] -> long [n]: where the highest score is, then the next; equal ones by index, NaN before all.
 
     As `argsort(descending=True, stable=True)` in a tenth of the time: torch sorts integers by radix, and the bits of a
@@ -27,10 +27,10 @@ def best_first(scores: Tensor) -> Tensor:
     return (~ascending).argsort(stable=True)
 
 
-Widths = Mapping[str, int]  # site name -> units that a lane keeps
+SiteWidths = Mapping[str, int]  # site name -> units that a lane keeps
 
 
-class Nest:
+class NestedSites:
     """Sites with the sites inside them, and their units ranked by score in each lane; ties go by index.
 
     With `within`, what that plan does not keep ranks last, and `most` says how many there are before it.
@@ -38,95 +38,102 @@ class Nest:
 
     # Where scores are given; units are counted through, site after site.
     scores: Tensor  # of all units
-    order: Tensor  # all units, the one of the highest score first
-    lanes: Mapping[str, Tensor]  # {site: [lanes, units of a lane]}: the same in each lane
-    ranked: Mapping[str, Tensor] = {}  # the scores of these, in double precision
+    units_by_score: Tensor  # all units, the one of the highest score first
+    ranked_units: Mapping[str, Tensor]  # {site: [lanes, units of a lane]}: the same in each lane
+    ranked_scores: Mapping[str, Tensor] = {}  # the scores of these, in double precision
 
     def __init__(
-        self, sites: Sequence[Site], scores: Mapping[str, Tensor] | None = None, within: Plan | None = None
+        self, sites: Sequence[Site], scores: Mapping[str, Tensor] | None = None, larger_plan: Plan | None = None
     ) -> None:
         self.sites = tuple(sites)
-        self.named = {site.name: site for site in sites}
-        self.inner = inner_sites(sites)
+        self.sites_by_name = {site.name: site for site in sites}
+        self.child_sites = children_by_site(sites)
         starts = itertools.accumulate((site.units for site in sites), initial=0)
-        self.first = dict(zip(self.named, starts, strict=False))  # unit of a site, counted through
-        self.limits = {site.name: _longest_lane(site, within.kept[site.name]) for site in sites} if within else {}
+        self.first_unit = dict(zip(self.sites_by_name, starts, strict=False))  # unit of a site, counted through
+        self.max_widths = (
+            {site.name: _widest_kept_group(site, larger_plan.kept[site.name]) for site in sites} if larger_plan else {}
+        )
         if scores is not None:
             self.scores = torch.cat([scores[site.name].detach() for site in sites]).float().cpu()
-            self.order = best_first(self.scores)
-            order = self._lane_by_lane(within)
-            self.lanes, self.ranked = self._split(order), self._split(self.scores.index_select(0, order).double())
+            self.units_by_score = argsort_descending(self.scores)
+            order = self._rank_per_parent(larger_plan)
+            self.ranked_units, self.ranked_scores = (
+                self._split(order),
+                self._split(self.scores.index_select(0, order).double()),
+            )
 
-    def _lane_by_lane(self, within: Plan | None) -> Tensor:
+    def _rank_per_parent(self, larger_plan: Plan | None) -> Tensor:
         """Indices by rank in the first lane, then in the next; what `within` keeps before all others."""
-        lengths = torch.tensor([site.length for site in self.sites for _ in range(site.lanes)])
+        lengths = torch.tensor([site.units_per_group for site in self.sites for _ in range(site.parent_groups)])
         places = 2 * len(lengths)
         small = next(kind for kind in (torch.uint8, torch.int16, torch.int32) if places <= torch.iinfo(kind).max)
         place = torch.arange(0, places, 2, dtype=small).repeat_interleave(lengths)  # sorted by radix, byte by byte
-        if within is not None:
-            place += ~torch.cat([open_units(within.kept[site.name], site.units) for site in self.sites])
-        return self.order.index_select(0, place.index_select(0, self.order).argsort(stable=True))
+        if larger_plan is not None:
+            place += ~torch.cat([kept_mask(larger_plan.kept[site.name], site.units) for site in self.sites])
+        return self.units_by_score.index_select(0, place.index_select(0, self.units_by_score).argsort(stable=True))
 
     def _split(self, values: Tensor) -> dict[str, Tensor]:
         """[units] -> {site: [lanes, units of a lane]}."""
         parts = torch.split(values, [site.units for site in self.sites])
-        return {site.name: part.view(site.lanes, -1) for site, part in zip(self.sites, parts, strict=True)}
+        return {site.name: part.view(site.parent_groups, -1) for site, part in zip(self.sites, parts, strict=True)}
 
-    def outer(self, site: Site) -> Site | None:
+    def parent(self, site: Site) -> Site | None:
         """The site around this one."""
-        return self.named[site.within] if site.within else None
+        return self.sites_by_name[site.parent] if site.parent else None
 
-    def most(self, site: Site) -> int:
+    def max_width(self, site: Site) -> int:
         """Most units that a lane may keep."""
-        return self.limits.get(site.name, site.length)
+        return self.max_widths.get(site.name, site.units_per_group)
 
-    def mean(self, site: Site) -> Tensor:
+    def mean_scores(self, site: Site) -> Tensor:
         """Scores by rank, the best first, as a mean over lanes: [units of a lane]."""
-        lanes = self.ranked[site.name]
-        return lanes[0] if site.lanes == 1 else lanes.float().mean(0).double()
+        lanes = self.ranked_scores[site.name]
+        return lanes[0] if site.parent_groups == 1 else lanes.float().mean(0).double()
 
-    def span(self, site: Site, widths: Widths) -> int:
+    def params_with_children(self, site: Site, widths: SiteWidths) -> int:
         """Parameters of one unit with what it keeps inside."""
         price = site.unit_params
-        for inner in self.inner.get(site.name, ()):
-            price += widths[inner.name] * (inner.lanes // site.units) * self.span(inner, widths)
+        for inner in self.child_sites.get(site.name, ()):
+            price += widths[inner.name] * (inner.parent_groups // site.units) * self.params_with_children(inner, widths)
         return price
 
-    def open_lanes(self, site: Site, widths: Widths) -> int:
+    def open_parent_groups(self, site: Site, widths: SiteWidths) -> int:
         """Lanes whose surroundings stay."""
-        outer = self.outer(site)
+        outer = self.parent(site)
         if outer is None:
-            return site.lanes
-        return widths[outer.name] * self.open_lanes(outer, widths) * (site.lanes // outer.units)
+            return site.parent_groups
+        return widths[outer.name] * self.open_parent_groups(outer, widths) * (site.parent_groups // outer.units)
 
-    def price(self, widths: Widths) -> int:
+    def total_params(self, widths: SiteWidths) -> int:
         """Parameters under these widths."""
-        roots = (site for site in self.sites if not site.within)
-        return sum(widths[site.name] * site.lanes * self.span(site, widths) for site in roots)
+        roots = (site for site in self.sites if not site.parent)
+        return sum(widths[site.name] * site.parent_groups * self.params_with_children(site, widths) for site in roots)
 
-    def counts(self, widths: Widths, sites: Sequence[Site]) -> dict[str, int]:
+    def kept_unit_counts(self, widths: SiteWidths, sites: Sequence[Site]) -> dict[str, int]:
         """Units that these sites keep in all."""
-        return {site.name: widths[site.name] * self.open_lanes(site, widths) for site in sites}
+        return {site.name: widths[site.name] * self.open_parent_groups(site, widths) for site in sites}
 
-    def best_units(self, widths: Widths) -> dict[str, Tensor]:
+    def best_units(self, widths: SiteWidths) -> dict[str, Tensor]:
         """The best units of every open lane: {site: bool [U]}, true where one stays."""
-        best = torch.cat([self.lanes[site.name][:, : widths[site.name]].flatten() for site in self.sites])
-        found = self._split(torch.zeros(len(self.order), dtype=torch.bool).index_fill_(0, best, True))
+        best = torch.cat([self.ranked_units[site.name][:, : widths[site.name]].flatten() for site in self.sites])
+        found = self._split(torch.zeros(len(self.units_by_score), dtype=torch.bool).index_fill_(0, best, True))
         for site in self.sites:  # outer ones first
-            if outer := self.outer(site):
-                found[site.name] &= found[outer.name].flatten().repeat_interleave(site.lanes // outer.units)[:, None]
+            if outer := self.parent(site):
+                found[site.name] &= (
+                    found[outer.name].flatten().repeat_interleave(site.parent_groups // outer.units)[:, None]
+                )
         return {name: stays.flatten() for name, stays in found.items()}
 
-    def best(self, site: Site) -> float:
+    def best_score(self, site: Site) -> float:
         """Score of the unit that comes first."""
-        return float(self.mean(site)[0])
+        return float(self.mean_scores(site)[0])
 
 
-def _longest_lane(site: Site, kept: Sequence[int]) -> int:
-    return int(open_units(kept, site.units).view(site.lanes, -1).sum(1).max())
+def _widest_kept_group(site: Site, kept: Sequence[int]) -> int:
+    return int(kept_mask(kept, site.units).view(site.parent_groups, -1).sum(1).max())
 
 
-def plan_of(gates: Mapping[str, Tensor]) -> Plan:
+def plan_from_gates(gates: Mapping[str, Tensor]) -> Plan:
     """The units under open gates, bool or of 0 and 1."""
     kept = {name: tuple(gate.nonzero()[:, 0].tolist()) for name, gate in gates.items()}
     return Plan(kept, {name: len(gate) for name, gate in gates.items()})

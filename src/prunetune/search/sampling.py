@@ -20,6 +20,6 @@ def straight_through(soft: Tensor, hard: Tensor) -> Tensor:
     return hard + soft - soft.detach()
 
 
-def rounded(soft: Tensor) -> Tensor:
+def round_straight_through(soft: Tensor) -> Tensor:
     """0 or 1, cut at 0.5, with the gradient of `soft`."""
     return straight_through(soft, (soft > 0.5).to(soft.dtype))

@@ -8,15 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from prunetune.errors import PlanError
-from prunetune.pruning.units import NAMES, Kind, Site
-from prunetune.search.nested_sites import Nest
-from prunetune.search.plan_rules import CHANNELS, Shape, floor_width, step
+from prunetune.pruning.units import NAME_BY_KIND, Site, UnitKind
+from prunetune.search.nested_sites import NestedSites
+from prunetune.search.plan_rules import CHANNEL_KINDS, PlanConstraints, block_size, min_width
 
-Holds = Callable[[Mapping[str, int]], bool]  # whether widths by site are within all further budgets
+FitsBudgets = Callable[[Mapping[str, int]], bool]  # whether widths by site are within all further budgets
 
 
 @dataclass(frozen=True)
-class Counts:
+class UniformCounts:
     """Layers, and what each of them has of all but channels."""
 
     layers: int
@@ -24,117 +24,128 @@ class Counts:
     queries: int = 0  # query heads of a KV group
     experts: int = 0
 
-    def __le__(self, other: Counts) -> bool:
+    def __le__(self, other: UniformCounts) -> bool:
         """Whether nothing of it is more."""
-        return all(mine <= theirs for mine, theirs in zip(self.key(), other.key(), strict=True))
+        return all(mine <= theirs for mine, theirs in zip(self.as_tuple(), other.as_tuple(), strict=True))
 
-    def key(self) -> tuple[int, ...]:
+    def as_tuple(self) -> tuple[int, ...]:
         """As a tuple."""
         return (self.layers, self.groups, self.queries, self.experts)
 
 
-class Uniform:
+class UniformPlanner:
     """The shapes that all layers may have, their prices, and what they are worth under given scores."""
 
-    def __init__(self, nest: Nest, shape: Shape) -> None:
-        self.nest, self.shape = nest, shape
-        self.free = replace(shape, protected=frozenset())  # a layer that stays may be as narrow as all
-        self.layers = tuple(site for site in nest.sites if site.kind == "layers")
-        whole = [site.name for site in self.layers if nest.most(site)]
-        self.count = len(whole) if self.layers else len({site.layer for site in nest.sites})
-        first = nest.sites[0].layer
-        self.template: dict[Kind, Site] = {site.kind: site for site in nest.sites if site.layer == first}
+    def __init__(self, nested_sites: NestedSites, constraints: PlanConstraints) -> None:
+        self.nested_sites, self.constraints = nested_sites, constraints
+        self.unprotected_constraints = replace(
+            constraints, protected=frozenset()
+        )  # a layer that stays may be as narrow as all
+        self.layers = tuple(site for site in nested_sites.sites if site.kind == "layers")
+        whole = [site.name for site in self.layers if nested_sites.max_width(site)]
+        self.count = len(whole) if self.layers else len({site.layer for site in nested_sites.sites})
+        first = nested_sites.sites[0].layer
+        self.sites_by_kind: dict[UnitKind, Site] = {
+            site.kind: site for site in nested_sites.sites if site.layer == first
+        }
         self._refuse()
         self.sums: dict[tuple[str, int, int, bool], float] = {}
 
     def _refuse(self) -> None:
-        blocks = [NAMES[kind] for kind in ("attention-blocks", "mlp-blocks") if kind in self.template]
+        blocks = [NAME_BY_KIND[kind] for kind in ("attention-blocks", "mlp-blocks") if kind in self.sites_by_kind]
         if blocks:
             raise PlanError(
                 f"layout uniform has no word for layers without {' or '.join(blocks)}: use layout per-layer"
             )
-        made = {(site.kind, site.units, site.unit_params, site.lanes) for site in self.nest.sites}
-        if len(made) > len({site.kind for site in self.nest.sites}):
+        made = {(site.kind, site.units, site.unit_params, site.parent_groups) for site in self.nested_sites.sites}
+        if len(made) > len({site.kind for site in self.nested_sites.sites}):
             raise PlanError("layout uniform needs equal layers, and this model's differ: use layout per-layer")
 
-    def _range(self, kind: Kind, *, least: int = 1) -> range:
-        site = self.template.get(kind)
-        return range(max(least, floor_width(site, self.free)), self._most(kind) + 1) if site else range(1)
+    def _range(self, kind: UnitKind, *, least: int = 1) -> range:
+        site = self.sites_by_kind.get(kind)
+        return (
+            range(max(least, min_width(site, self.unprotected_constraints)), self._most(kind) + 1) if site else range(1)
+        )
 
-    def _most(self, kind: Kind) -> int:
+    def _most(self, kind: UnitKind) -> int:
         """Most units that a lane of any layer may keep."""
-        return max(self.nest.most(site) for site in self.nest.sites if site.kind == kind)
+        return max(self.nested_sites.max_width(site) for site in self.nested_sites.sites if site.kind == kind)
 
-    def counts(self) -> Iterator[Counts]:
+    def legal_counts(self) -> Iterator[UniformCounts]:
         """All that are legal."""
-        kept = sum(floor_width(site, self.shape) for site in self.layers)
+        kept = sum(min_width(site, self.constraints) for site in self.layers)
         layers = range(max(1, kept), self.count + 1) if self.layers else range(self.count, self.count + 1)
         for number, experts in itertools.product(layers, self._range("experts")):
             for groups, queries in itertools.product(self._range("attention"), self._range("query-heads")):
                 if self._is_legal(groups, queries):
-                    yield Counts(number, groups, queries, experts)
+                    yield UniformCounts(number, groups, queries, experts)
 
     def _is_legal(self, groups: int, queries: int) -> bool:
-        if groups % self.shape.tensor_parallel:
+        if groups % self.constraints.tensor_parallel:
             return False
-        if "query-heads" in self.template:
-            return self.shape.legal_groups(groups or self.template["query-heads"].lanes, queries)
-        return self.shape.legal_groups(groups) if groups else True
+        if "query-heads" in self.sites_by_kind:
+            return self.constraints.allows_groups(groups or self.sites_by_kind["query-heads"].parent_groups, queries)
+        return self.constraints.allows_groups(groups) if groups else True
 
-    def channels(self) -> list[int]:
+    def channel_widths(self) -> list[int]:
         """Widths of an MLP or of an expert; 0 where these are no units."""
-        site = next((self.template[kind] for kind in CHANNELS if kind in self.template), None)
+        site = next((self.sites_by_kind[kind] for kind in CHANNEL_KINDS if kind in self.sites_by_kind), None)
         if site is None:
             return [0]
-        size, most = step(site, self.free), self._most(site.kind)
-        return [*range(floor_width(site, self.free), most, size), most]
+        size, most = block_size(site, self.unprotected_constraints), self._most(site.kind)
+        return [*range(min_width(site, self.unprotected_constraints), most, size), most]
 
-    def widths(self, counts: Counts, channels: int) -> dict[Kind, int]:
+    def widths_by_kind(self, counts: UniformCounts, channels: int) -> dict[UnitKind, int]:
         """Units that a lane keeps, by kind."""
         return {
             "layers": 1, "attention": counts.groups, "query-heads": counts.queries, "experts": counts.experts,
             "mlp": channels, "expert-channels": channels,
         }  # fmt: skip
 
-    def by_site(self, counts: Counts, channels: int) -> dict[str, int]:
+    def widths_by_site(self, counts: UniformCounts, channels: int) -> dict[str, int]:
         """The same by site: of layers, those that stay."""
-        by_kind, left = self.widths(counts, channels), self.kept_layers(counts.layers)
+        by_kind, left = self.widths_by_kind(counts, channels), self.kept_layers(counts.layers)
         return {
             site.name: int(site.layer in left) if site.kind == "layers" else by_kind[site.kind]
-            for site in self.nest.sites
+            for site in self.nested_sites.sites
         }
 
-    def price(self, counts: Counts, channels: int) -> int:
+    def total_params(self, counts: UniformCounts, channels: int) -> int:
         """Parameters of so many such layers."""
-        by_kind = self.widths(counts, channels)
-        widths = {site.name: by_kind[kind] for kind, site in self.template.items()}
-        roots = (site for site in self.template.values() if not site.within)
-        return counts.layers * sum(widths[site.name] * site.lanes * self.nest.span(site, widths) for site in roots)
+        by_kind = self.widths_by_kind(counts, channels)
+        widths = {site.name: by_kind[kind] for kind, site in self.sites_by_kind.items()}
+        roots = (site for site in self.sites_by_kind.values() if not site.parent)
+        return counts.layers * sum(
+            widths[site.name] * site.parent_groups * self.nested_sites.params_with_children(site, widths)
+            for site in roots
+        )
 
-    def fitting(self, target: int, holds: Holds | None) -> dict[Counts, tuple[int, int]]:
+    def maximal_fits(self, target: int, fits_budgets: FitsBudgets | None) -> dict[UniformCounts, tuple[int, int]]:
         """{counts: (price, channels)}: the widest channels that still fit; maximal ones only.
 
         Scores may be negative, and then a shape with room to spare would look worth more.
         """
         found = {}
-        widths = self.channels()
-        for counts in self.counts():
+        widths = self.channel_widths()
+        for counts in self.legal_counts():
             low, slope = (
-                self.price(counts, widths[0]),
-                self.price(counts, widths[0] + 1) - self.price(counts, widths[0]),
+                self.total_params(counts, widths[0]),
+                self.total_params(counts, widths[0] + 1) - self.total_params(counts, widths[0]),
             )
             fits = [width for width in widths if low + (width - widths[0]) * slope <= target]
-            if holds is not None:
-                fits = fits[: self._holding(counts, fits, holds)]
+            if fits_budgets is not None:
+                fits = fits[: self._count_within_budgets(counts, fits, fits_budgets)]
             if fits:
                 found[counts] = (low + (fits[-1] - widths[0]) * slope, fits[-1])
-        return {counts: fit for counts, fit in found.items() if not self._is_below(counts, fit[1], found)}
+        return {counts: fit for counts, fit in found.items() if not self._is_dominated(counts, fit[1], found)}
 
-    def _holding(self, counts: Counts, widths: Sequence[int], holds: Holds) -> int:
+    def _count_within_budgets(self, counts: UniformCounts, widths: Sequence[int], fits_budgets: FitsBudgets) -> int:
         """How many are within further budgets: wider ones cost no less, so that a bisection finds the last."""
-        return bisect.bisect_left(widths, True, key=lambda width: not holds(self.by_site(counts, width)))
+        return bisect.bisect_left(widths, True, key=lambda width: not fits_budgets(self.widths_by_site(counts, width)))
 
-    def _is_below(self, counts: Counts, channels: int, found: Mapping[Counts, tuple[int, int]]) -> bool:
+    def _is_dominated(
+        self, counts: UniformCounts, channels: int, found: Mapping[UniformCounts, tuple[int, int]]
+    ) -> bool:
         """Whether a shape that is nowhere less and somewhere more fits too; widths fall as counts rise, so that the
         next shape in each direction tells of all behind it."""
         more = [replace(counts, layers=counts.layers + 1), replace(counts, experts=counts.experts + 1)]
@@ -146,63 +157,72 @@ class Uniform:
     def kept_layers(self, number: int) -> set[int]:
         """Those that have to stay, then the best."""
         if not self.layers:
-            return {site.layer for site in self.nest.sites}
+            return {site.layer for site in self.nested_sites.sites}
         ranked = sorted(
             self.layers,
-            key=lambda site: (-floor_width(site, self.shape), -self.nest.most(site), -self._best(site), site.layer),
+            key=lambda site: (
+                -min_width(site, self.constraints),
+                -self.nested_sites.max_width(site),
+                -self._best(site),
+                site.layer,
+            ),
         )
         return {site.layer for site in ranked[:number]}
 
     def _best(self, site: Site) -> float:
-        return self.nest.best(site) if self.nest.ranked else 0.0
+        return self.nested_sites.best_score(site) if self.nested_sites.ranked_scores else 0.0
 
-    def worth(self, counts: Counts, channels: int) -> float:
+    def weighted_score(self, counts: UniformCounts, channels: int) -> float:
         """Scores of all that stays, each times its parameters."""
-        by_kind, left, value = self.widths(counts, channels), self.kept_layers(counts.layers), 0.0
-        for site in self.nest.sites:
+        by_kind, left, value = self.widths_by_kind(counts, channels), self.kept_layers(counts.layers), 0.0
+        for site in self.nested_sites.sites:
             if site.layer in left:
-                outer = self.nest.outer(site)
+                outer = self.nested_sites.parent(site)
                 around = by_kind[outer.kind] if outer else 1
-                value += self._sum(site, by_kind[site.kind], around) * site.unit_params
+                value += self._cached_score_sum(site, by_kind[site.kind], around) * site.unit_params
         return value
 
-    def _sum(self, site: Site, width: int, around: int) -> float:
+    def _cached_score_sum(self, site: Site, width: int, around: int) -> float:
         """Of the best scores in a site; none counts for more than its layer."""
         key = (site.name, width, around, bool(self.layers))
         if key not in self.sums:
-            self.sums[key] = self._summed(site, width, around)
+            self.sums[key] = self._score_sum(site, width, around)
         return self.sums[key]
 
-    def _summed(self, site: Site, width: int, around: int) -> float:
-        outer = self.nest.outer(site)
-        ranked = self.nest.ranked[site.name]
+    def _score_sum(self, site: Site, width: int, around: int) -> float:
+        outer = self.nested_sites.parent(site)
+        ranked = self.nested_sites.ranked_scores[site.name]
         if outer and outer.kind != "layers":
-            units = self.nest.lanes[outer.name][0][:around] - self.nest.first[outer.name]
-            ranked = ranked[site.owned_lanes(units.tolist(), outer.units)]
+            units = self.nested_sites.ranked_units[outer.name][0][:around] - self.nested_sites.first_unit[outer.name]
+            ranked = ranked[site.open_parent_groups(units.tolist(), outer.units)]
         if self.layers:
             layer = next(one for one in self.layers if one.layer == site.layer)
-            ranked = ranked.clamp(max=self.nest.best(layer))
+            ranked = ranked.clamp(max=self.nested_sites.best_score(layer))
         top = ranked[:, :width]
         return float((top[0] if len(top) == 1 else top).sum()) if top.numel() else 0.0
 
 
-def uniform_widths(nest: Nest, target: int, shape: Shape, holds: Holds | None) -> dict[str, int]:
+def uniform_widths(
+    nested_sites: NestedSites, target: int, constraints: PlanConstraints, fits_budgets: FitsBudgets | None
+) -> dict[str, int]:
     """One width per kind for all layers: of the maximal shapes, the one that keeps the highest scores."""
-    uniform = Uniform(nest, shape)
-    best = uniform.fitting(target, holds)
+    uniform = UniformPlanner(nested_sites, constraints)
+    best = uniform.maximal_fits(target, fits_budgets)
     if not best:
         raise PlanError("no uniform shape meets all budgets at once: use layout per-layer, or raise one of them")
 
-    def worth(counts: Counts) -> tuple[float, int]:
+    def worth(counts: UniformCounts) -> tuple[float, int]:
         price, channels = best[counts]
-        return uniform.worth(counts, channels), price
+        return uniform.weighted_score(counts, channels), price
 
     chosen = max(best, key=worth)
-    return uniform.by_site(chosen, best[chosen][1])
+    return uniform.widths_by_site(chosen, best[chosen][1])
 
 
-def uniform_floor(nest: Nest, shape: Shape) -> dict[str, int]:
+def min_uniform_widths(nested_sites: NestedSites, constraints: PlanConstraints) -> dict[str, int]:
     """Widths of the smallest shape."""
-    uniform = Uniform(nest, shape)
-    lowest = uniform.channels()[0]
-    return uniform.by_site(min(uniform.counts(), key=lambda counts: uniform.price(counts, lowest)), lowest)
+    uniform = UniformPlanner(nested_sites, constraints)
+    lowest = uniform.channel_widths()[0]
+    return uniform.widths_by_site(
+        min(uniform.legal_counts(), key=lambda counts: uniform.total_params(counts, lowest)), lowest
+    )

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunetune.errors import ModelError, device_fault
+from prunetune.errors import ModelError, gpu_fault_message
 
 
 class OwnStream:
@@ -29,7 +29,7 @@ class OwnStream:
 
 
 # Recording runs the model's Python under hooks and settings that are not made for two at once.
-RECORDING = threading.Lock()
+CAPTURE_LOCK = threading.Lock()
 HELD: weakref.WeakValueDictionary[int, OwnStream] = weakref.WeakValueDictionary()  # by handle
 POOL = 32  # streams that PyTorch hands out, over and over
 Function = Callable[[Sequence[Tensor]], None]
@@ -40,7 +40,7 @@ def own_stream(device: torch.device) -> OwnStream:
 
     Workspaces of matrix products belong to a stream: two threads on one stream overwrite each other's.
     """
-    with RECORDING:
+    with CAPTURE_LOCK:
         for _ in range(POOL):
             own = OwnStream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
             if HELD.setdefault(own.stream.cuda_stream, own) is own:
@@ -48,7 +48,7 @@ def own_stream(device: torch.device) -> OwnStream:
     return own
 
 
-class Recorder:
+class CudaGraphRecorder:
     """Functions of tensors as CUDA graphs: one for each key, recorded at its second call; on a CPU simply called.
 
     The first call runs as is: it chooses kernels and makes workspaces, which a recording cannot, and a key that never
@@ -58,7 +58,7 @@ class Recorder:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self._seen: set[Hashable] = set()
+        self._warmed_up: set[Hashable] = set()
         self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, list[Tensor]]] = {}
         self._pool: Any = None
         self._own = own_stream(device) if device.type == "cuda" else None
@@ -71,43 +71,43 @@ class Recorder:
         if self.device.type != "cuda":
             function(inputs)
             return
-        if key not in self._seen:
-            beside, current = self._beside(), torch.cuda.current_stream(self.device)
+        if key not in self._warmed_up:
+            beside, current = self._side_stream(), torch.cuda.current_stream(self.device)
             try:
-                with RECORDING, torch.cuda.stream(beside):
+                with CAPTURE_LOCK, torch.cuda.stream(beside):
                     function([value.to(self.device) for value in inputs])
             finally:  # also where memory ran out: what was launched still adds to gradients
                 current.wait_stream(beside)
-            self._seen.add(key)
+            self._warmed_up.add(key)
             return
         if key not in self._graphs:
-            with RECORDING:
-                self._graphs[key] = self._record(function, inputs)
+            with CAPTURE_LOCK:
+                self._graphs[key] = self._capture(function, inputs)
         graph, static = self._graphs[key]
         for place, value in zip(static, inputs, strict=True):
             place.copy_(value)
         graph.replay()
 
-    def forget(self) -> None:
+    def reset_recordings(self) -> None:
         """Drop all recordings and their memory."""
-        with RECORDING:  # none is let go while another is made
-            self._seen.clear()
+        with CAPTURE_LOCK:  # none is let go while another is made
+            self._warmed_up.clear()
             self._graphs.clear()
             self._pool = None
 
-    def _beside(self) -> torch.cuda.Stream:
+    def _side_stream(self) -> torch.cuda.Stream:
         """The recorder's stream, behind all that has been asked of the current one."""
         assert self._own is not None
         self._own.stream.wait_stream(torch.cuda.current_stream(self.device))
         return self._own.stream
 
-    def _record(self, function: Function, inputs: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    def _capture(self, function: Function, inputs: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
         static = [value.to(self.device, copy=True) for value in inputs]
         # Nothing that a graph makes outlives its replay, so all of them may use the same memory.
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
-            beside = self._beside()
+            beside = self._side_stream()
             with torch.cuda.graph(graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"):
                 function(static)
         except torch.OutOfMemoryError:
@@ -115,7 +115,7 @@ class Recorder:
         except RuntimeError as failed:
             line = (str(failed).strip().splitlines() or [type(failed).__name__])[0]
             for each in _behind(failed):
-                if device_fault(each) and "captur" not in str(each):  # no matter of recording
+                if gpu_fault_message(each) and "captur" not in str(each):  # no matter of recording
                     raise each from None
             if not _lacks_memory(failed):
                 raise ModelError(f"this model's pass cannot be recorded ({line}): set train.packing to off") from failed

@@ -18,10 +18,10 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # Products of 16-bit factors can be written in 32 bits, as they are summed: only NVIDIA's, since PyTorch 2.8.
-WIDENS = torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype")
+HAS_MIXED_DTYPE_MM = torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype")
 
 
-def simplify(layer: Any, name: str) -> None:
+def use_fused_forward(layer: Any, name: str) -> None:
     """Give a peft LoRA layer this forward, in place, for its one adapter `name`; layers with dropout keep their own."""
     if isinstance(layer.lora_dropout[name], nn.Identity):
         layer.forward = types.MethodType(_forward_of(name), layer)
@@ -33,7 +33,7 @@ def _forward_of(name: str) -> Any:
         linear, scale = layer.base_layer, layer.scaling[name]
         down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
         dtype = _dtype_at(x)
-        if _is_bare(linear, dtype) and _computes(x, down, up, dtype=dtype):
+        if _is_bare(linear, dtype) and _accepts_dtypes(x, down, up, dtype=dtype):
             inputs = x.flatten(0, -2).to(dtype)
             rows: Tensor = _Adapted.apply(inputs, linear.weight, linear.bias, down, up, scale)  # type: ignore[no-untyped-call]
             return rows.view(*x.shape[:-1], len(up))
@@ -69,7 +69,7 @@ def _is_bare(linear: Any, dtype: torch.dtype) -> bool:
     )
 
 
-def _computes(x: Tensor, *weights: Tensor, dtype: torch.dtype) -> bool:
+def _accepts_dtypes(x: Tensor, *weights: Tensor, dtype: torch.dtype) -> bool:
     """Whether a linear may take these in that dtype, as they are or cast by autocast."""
     taken = (dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else (dtype,)
     return x.dim() > 1 and all(each.dtype in taken for each in (x, *weights))
@@ -114,6 +114,6 @@ def _scaled(one: Tensor, other: Tensor, scale: float) -> Tensor:
 
 def _product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
     """In that dtype, which is the factors' or float32."""
-    if WIDENS and one.is_cuda and one.dtype != dtype:
+    if HAS_MIXED_DTYPE_MM and one.is_cuda and one.dtype != dtype:
         return torch.mm(one, other, out_dtype=dtype)
     return (one @ other).to(dtype)

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunetune.train.cuda_graphs import Recorder
+from prunetune.train.cuda_graphs import CudaGraphRecorder
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration
 MOMENTUM = 0.95
-MATCHED = 0.2  # root mean square of AdamW's updates
+ADAMW_UPDATE_RMS = 0.2  # root mean square of AdamW's updates
 WARMUP = 20  # updates: momentum starts from nothing
 
 
@@ -28,7 +28,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, weights: Iterable[nn.Parameter], *, lr: float) -> None:
         super().__init__(list(weights), {"lr": lr})
         self._weights: list[nn.Parameter] = self.param_groups[0]["params"]
-        self._recorder = Recorder(self._weights[0].device)
+        self._recorder = CudaGraphRecorder(self._weights[0].device)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -54,11 +54,11 @@ class Muon(torch.optim.Optimizer):
             buffers = [self.state[weight]["momentum"] for weight in alike]
             torch._foreach_lerp_(buffers, gradients, 1 - MOMENTUM)
             ahead = torch.stack(torch._foreach_lerp(gradients, buffers, MOMENTUM))  # Nesterov
-            updates = orthogonal(ahead).float() * (-MATCHED * max(rows, columns) ** 0.5 * inputs[0])
+            updates = orthogonalize(ahead).float() * (-ADAMW_UPDATE_RMS * max(rows, columns) ** 0.5 * inputs[0])
             torch._foreach_add_(alike, list(updates.unbind()))
 
 
-def orthogonal(matrices: Tensor, iterations: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     """[n, rows, columns] -> the same singular vectors with singular values near one.
 
     In bfloat16, which is enough, but in float32 on a CPU: most have no fast bfloat16.

@@ -45,7 +45,7 @@ class Schedule:
         return step + 1 in (self.search, self.settle, self.steps)
 
 
-def schedule_of(config: RunConfig) -> Schedule:
+def build_schedule(config: RunConfig) -> Schedule:
     """The schedule of a one-stage run."""
     steps = config.train.steps
     search = max(1, round(steps * config.search.share))
@@ -53,7 +53,7 @@ def schedule_of(config: RunConfig) -> Schedule:
     return Schedule(search, settle, steps, round(search * config.search.anneal), config.budget.keep)
 
 
-def given_plan(config: RunConfig) -> Schedule:
+def tune_only_schedule(config: RunConfig) -> Schedule:
     """The schedule of a run whose plan is given: nothing but tuning."""
     return Schedule(0, 0, config.train.steps, 0, config.budget.keep)
 

@@ -20,41 +20,47 @@ from rich.progress import (
 
 log = logging.getLogger(__name__)
 
-Record = dict[str, Any]
+ConsoleRecord = dict[str, Any]
 
 
 class PlainConsole:
     """Lines of a log, every `every` steps."""
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, log_every: int) -> None:
+        self.log_every = log_every
         self.total = 0
-        self.begun: tuple[int, float] | None = None  # the first step of the stage that was seen, and when
+        self.stage_start: tuple[int, float] | None = None  # the first step of the stage that was seen, and when
 
     def stage(self, name: str, total: int) -> None:
         """A stage of so many steps begins."""
-        self.total, self.begun = total, None
+        self.total, self.stage_start = total, None
         log.info("%s", name)
 
-    def step(self, record: Record) -> None:
+    def step(self, record: ConsoleRecord) -> None:
         """A tuning step is done."""
         step, now = record["step"], time.monotonic()
-        self.begun = self.begun or (step, now)
-        if step % self.every == 0 or step in (1, self.total):
-            log.info("step %d/%d %s%s", step, self.total, summary(record), self._left(step, now))
+        self.stage_start = self.stage_start or (step, now)
+        if step % self.log_every == 0 or step in (1, self.total):
+            log.info("step %d/%d %s%s", step, self.total, format_step(record), self._format_time_left(step, now))
 
-    def _left(self, step: int, now: float) -> str:
+    def _format_time_left(self, step: int, now: float) -> str:
         """The time left at the mean pace so far, from a minute on."""
-        first, since = self.begun or (step, now)
+        first, since = self.stage_start or (step, now)
         left = (now - since) / max(1, step - first) * (self.total - step)
         return f", about {left / 60:.0f} min left" if left >= 60 else ""
 
-    def validation(self, record: Record) -> None:
+    def validation(self, record: ConsoleRecord) -> None:
         """The decided sub-network was scored."""
         kept = 100 * record["kept"]
-        log.info("step %d validation nll %.4f%s at %.1f%% kept", record["step"], record["nll"], watched(record), kept)
+        log.info(
+            "step %d validation nll %.4f%s at %.1f%% kept",
+            record["step"],
+            record["nll"],
+            format_validation_scores(record),
+            kept,
+        )
 
-    def passed(self, task: str, done: int, total: int) -> None:
+    def evaluation_progress(self, task: str, done: int, total: int) -> None:
         """An evaluation has come so far."""
         if done == total:
             log.info("evaluated %s", task)
@@ -63,19 +69,19 @@ class PlainConsole:
         """Nothing to leave behind."""
 
 
-class Quiet:
+class SilentConsole:
     """Says nothing: rank 0 speaks for all."""
 
     def stage(self, name: str, total: int) -> None:
         """Nothing."""
 
-    def step(self, record: Record) -> None:
+    def step(self, record: ConsoleRecord) -> None:
         """Nothing."""
 
-    def validation(self, record: Record) -> None:
+    def validation(self, record: ConsoleRecord) -> None:
         """Nothing."""
 
-    def passed(self, task: str, done: int, total: int) -> None:
+    def evaluation_progress(self, task: str, done: int, total: int) -> None:
         """Nothing."""
 
     def close(self) -> None:
@@ -96,7 +102,7 @@ class LiveConsole:
         )
         self.progress = Progress(*columns, console=RichConsole(stderr=True))
         self.task: TaskID | None = None
-        self.note = ""
+        self.validation_text = ""
 
     def stage(self, name: str, total: int) -> None:
         """A stage of so many steps begins."""
@@ -104,15 +110,15 @@ class LiveConsole:
         self.progress.start()
         self.task = self.progress.add_task(name, total=total or None, text="")
 
-    def step(self, record: Record) -> None:
+    def step(self, record: ConsoleRecord) -> None:
         """A tuning step is done."""
-        self._update(record["step"], f"{summary(record)} {self.note}")
+        self._update(record["step"], f"{format_step(record)} {self.validation_text}")
 
-    def validation(self, record: Record) -> None:
+    def validation(self, record: ConsoleRecord) -> None:
         """The decided sub-network was scored."""
-        self.note = f"valid {record['nll']:.3f}{watched(record)}"
+        self.validation_text = f"valid {record['nll']:.3f}{format_validation_scores(record)}"
 
-    def passed(self, task: str, done: int, total: int) -> None:
+    def evaluation_progress(self, task: str, done: int, total: int) -> None:
         """An evaluation has come so far."""
         self._update(done, task, total)
 
@@ -133,7 +139,7 @@ class LiveConsole:
         self.task = None
 
 
-def summary(record: Record) -> str:
+def format_step(record: ConsoleRecord) -> str:
     """One step in a few words."""
     parts = [record["phase"], f"loss {record['loss']:.3f}", f"kept {100 * record['kept']:.1f}%"]
     if "memory_mb" in record:
@@ -143,12 +149,12 @@ def summary(record: Record) -> str:
     return " ".join(parts)
 
 
-def watched(record: Record) -> str:
+def format_validation_scores(record: ConsoleRecord) -> str:
     """What a validation scored beside the loss on valid, in a few words."""
     names = ("valid.accuracy", "guard.perplexity", "guard.accuracy")
     return "".join(f", {name} {record[name]:.4g}" for name in names if name in record)
 
 
-def console_for(every: int) -> PlainConsole | LiveConsole:
+def make_console(log_every: int) -> PlainConsole | LiveConsole:
     """Live in a terminal, plain elsewhere."""
-    return LiveConsole() if sys.stderr.isatty() else PlainConsole(every)
+    return LiveConsole() if sys.stderr.isatty() else PlainConsole(log_every)

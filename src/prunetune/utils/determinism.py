@@ -11,24 +11,27 @@ import torch
 from prunetune.errors import ConfigError, ModelError
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
-FIXED = (":4096:8", ":16:8")  # workspaces with which cuBLAS repeats itself (PyTorch's note on reproducibility)
+DETERMINISTIC_WORKSPACES = (
+    ":4096:8",
+    ":16:8",
+)  # workspaces with which cuBLAS repeats itself (PyTorch's note on reproducibility)
 
 
 @contextmanager
-def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
+def deterministic(enabled: bool, device: torch.device) -> Iterator[None]:
     """For the block, operations have deterministic kernels or are refused; all settings are put back afterwards.
 
     Raises `ConfigError` where CUDA's matrix products were in use in this process before, and `ModelError` for an
     operation that has no such kernel on this device.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
     mode, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     memory, workspace = torch.utils.deterministic, os.environ.get(CUBLAS)
     fills = memory.fill_uninitialized_memory  # type: ignore[attr-defined]
-    if workspace not in FIXED:
-        os.environ[CUBLAS] = FIXED[0]
+    if workspace not in DETERMINISTIC_WORKSPACES:
+        os.environ[CUBLAS] = DETERMINISTIC_WORKSPACES[0]
     memory.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     try:
@@ -36,7 +39,7 @@ def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
             torch.mm(torch.zeros(1, 1, device=device), torch.zeros(1, 1, device=device))  # refused now, or never
         yield
     except RuntimeError as refused:
-        _say(refused)
+        _raise_explained(refused)
         raise
     finally:
         torch.use_deterministic_algorithms(mode, warn_only=warns)
@@ -47,12 +50,12 @@ def deterministic(wanted: bool, device: torch.device) -> Iterator[None]:
             os.environ[CUBLAS] = workspace
 
 
-def _say(refused: RuntimeError) -> None:
+def _raise_explained(refused: RuntimeError) -> None:
     """Raise what PyTorch says of this mode as an error of ours; return where it says something else."""
     words = str(refused)
     if CUBLAS in words:
         raise ConfigError(
-            f"deterministic: this process has used CUDA before, without {CUBLAS}: set it to {FIXED[0]} before Python "
+            f"deterministic: this process has used CUDA before, without {CUBLAS}: set it to {DETERMINISTIC_WORKSPACES[0]} before Python "
             "starts, or make the run in a process of its own"
         ) from refused
     if "does not have a deterministic implementation" in words:

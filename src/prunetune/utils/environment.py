@@ -17,24 +17,24 @@ import torch
 PACKAGES = ("prunetune", "torch", "transformers", "peft", "accelerate", "safetensors")
 
 
-def facts(device: torch.device, dtype: torch.dtype, command: str, seed: int) -> dict[str, Any]:
+def describe_environment(device: torch.device, dtype: torch.dtype, command: str, seed: int) -> dict[str, Any]:
     """Command, versions, device and seed, for the manifest."""
     return {
         "command": command,
-        "commit": commit(),
-        "versions": versions(),
-        "device": describe(device),
+        "commit": installed_commit(),
+        "versions": package_versions(),
+        "device": device_name(device),
         "dtype": str(dtype).removeprefix("torch."),
         "seeds": {"run": seed},
     }
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Of Python and the packages that a result depends on."""
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
-def commit() -> str:
+def installed_commit() -> str:
     """The commit that prunetune was installed from or runs in; "" where that is not known."""
     try:
         origin = json.loads(distribution("prunetune").read_text("direct_url.json") or "{}")
@@ -57,7 +57,7 @@ def _version(package: str) -> str:
         return "not installed as a package"
 
 
-def describe(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """The device's name for people."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)

@@ -30,7 +30,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path) -> Iterator[Path]:
     """Yield an empty folder beside `path` that becomes `path` when the block ends well.
 
     A block that fails leaves nothing; a killed process at most a `.partial` folder, which the next attempt clears.
@@ -73,13 +73,13 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def need_space(folder: Path, needed: int) -> None:
+def require_disk_space(folder: Path, needed_bytes: int) -> None:
     """Refuse before anything is written where the disk cannot hold `needed` bytes; raises `RunFolderError`."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
-    if free < needed:
+    if free < needed_bytes:
         raise RunFolderError(
-            f"{folder}: the disk has {free / 1e9:.2f} GB free and the run writes up to {needed / 1e9:.2f} GB: "
+            f"{folder}: the disk has {free / 1e9:.2f} GB free and the run writes up to {needed_bytes / 1e9:.2f} GB: "
             "free some room or choose another folder with --out"
         )
 
@@ -91,7 +91,7 @@ def is_disk_full(error: Exception) -> bool:
     return type(error).__name__ == "SafetensorError" and "No space left" in str(error)
 
 
-def is_forbidden(error: Exception) -> bool:
+def is_permission_denied(error: Exception) -> bool:
     """No permission, or a file system that is only read."""
     if isinstance(error, OSError):
         return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -99,15 +99,15 @@ def is_forbidden(error: Exception) -> bool:
 
 
 @contextmanager
-def writing(place: Path) -> Iterator[None]:
+def explain_write_errors(path: Path) -> Iterator[None]:
     """Say in one line what keeps a block from writing to `place`; raises `RunFolderError`."""
     try:
         yield
     except Exception as error:
         if is_disk_full(error):
             reason, remedy = "the disk is full", "free some room, or name another place with --out"
-        elif is_forbidden(error):
+        elif is_permission_denied(error):
             reason, remedy = "no permission to write there", "change its permissions, or name another place with --out"
         else:
             raise
-        raise RunFolderError(f"{place}: {reason}, and nothing was kept: {remedy}") from error
+        raise RunFolderError(f"{path}: {reason}, and nothing was kept: {remedy}") from error

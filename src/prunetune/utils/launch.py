@@ -11,48 +11,48 @@ import time
 import traceback
 from collections.abc import Callable
 
-GRACE = 15.0  # seconds for a clean end once told to stop; launchers kill after 30
-LOST = re.compile(r"gloo|NCCL|connection (closed|reset)|timed out", re.IGNORECASE)
-SHARED = ("run", "demo")  # what several processes can do together
+STOP_GRACE_SECONDS = 15.0  # seconds for a clean end once told to stop; launchers kill after 30
+LOST_RANK_PATTERN = re.compile(r"gloo|NCCL|connection (closed|reset)|timed out", re.IGNORECASE)
+MULTI_PROCESS_COMMANDS = ("run", "demo")  # what several processes can do together
 
 
-def launched() -> tuple[int, int]:
+def rank_and_world_size() -> tuple[int, int]:
     """This process's rank and how many there are, as `accelerate launch` and torchrun say; (0, 1) without them."""
     if "LOCAL_RANK" not in os.environ:
         return 0, 1
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def who() -> str:
+def rank_prefix() -> str:
     """ "rank 1 of 2: ", or nothing for a process alone."""
-    rank, world = launched()
+    rank, world = rank_and_world_size()
     return f"rank {rank} of {world}: " if world > 1 else ""
 
 
-def refusal(verb: str) -> str:
+def single_process_error(command: str) -> str:
     """Why this verb is nothing for several processes; "" where it is, or where there is one."""
-    if launched()[1] == 1 or verb in SHARED:
+    if rank_and_world_size()[1] == 1 or command in MULTI_PROCESS_COMMANDS:
         return ""
-    return f"{verb or 'this'} is work for one process: start it without accelerate launch"
+    return f"{command or 'this'} is work for one process: start it without accelerate launch"
 
 
-def lost(error: Exception) -> str:
+def lost_rank_message(error: Exception) -> str:
     """Another rank that is gone, in one line; "" where the error is about something else."""
-    if launched()[1] == 1 or not isinstance(error, RuntimeError):
+    if rank_and_world_size()[1] == 1 or not isinstance(error, RuntimeError):
         return ""
     first = (str(error).strip().splitlines() or [""])[0]
-    if not (type(error).__name__.startswith("Dist") or LOST.search(first)):
+    if not (type(error).__name__.startswith("Dist") or LOST_RANK_PATTERN.search(first)):
         return ""
     return "another rank is gone, and with it the run: see what that one said last, then go on with --resume"
 
 
-def end(work: Callable[[], int]) -> int:
+def run_and_exit_on_failure(main: Callable[[], int]) -> int:
     """`work()` as the whole of this process; among several it ends at once where it fails, whatever others wait for."""
-    if launched()[1] == 1:
-        return work()
-    _answer_when_stopped()
+    if rank_and_world_size()[1] == 1:
+        return main()
+    _start_stop_watchdog()
     try:
-        code = work()
+        code = main()
     except SystemExit:
         raise
     except BaseException:  # a bug: its traceback is what helps
@@ -65,18 +65,18 @@ def end(work: Callable[[], int]) -> int:
     return code
 
 
-def _answer_when_stopped() -> None:
+def _start_stop_watchdog() -> None:
     """A thread says a last line where the main one is told to stop and cannot: it may wait for ranks that are gone."""
     inlet, outlet = os.pipe()
     os.set_blocking(outlet, False)
     signal.set_wakeup_fd(outlet, warn_on_full_buffer=False)
-    threading.Thread(target=_answer, args=(inlet,), daemon=True).start()
+    threading.Thread(target=_exit_after_stop_signal, args=(inlet,), daemon=True).start()
 
 
-def _answer(inlet: int) -> None:
+def _exit_after_stop_signal(inlet: int) -> None:
     while os.read(inlet, 1)[0] not in (signal.SIGTERM, signal.SIGINT):
         pass
-    time.sleep(GRACE)
-    sys.stderr.write(f"prunetune: {who()}told to stop, as when another rank ends; go on with --resume\n")
+    time.sleep(STOP_GRACE_SECONDS)
+    sys.stderr.write(f"prunetune: {rank_prefix()}told to stop, as when another rank ends; go on with --resume\n")
     sys.stderr.flush()
     os._exit(130)

@@ -8,7 +8,7 @@ from types import ModuleType
 from prunetune.errors import MissingPackage
 
 
-def require(module: str, *, extra: str, use: str) -> ModuleType:
+def import_optional(module: str, *, extra: str, use: str) -> ModuleType:
     """The module, or a `MissingPackage` that says what for and how to get it."""
     try:
         return import_module(module)

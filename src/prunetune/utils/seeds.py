@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 
-def derive(seed: int, purpose: str, step: int = 0) -> int:
+def derive_seed(seed: int, purpose: str, step: int = 0) -> int:
     """A 63-bit seed of its own for each purpose and step."""
     digest = hashlib.sha256(f"{seed}/{purpose}/{step}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

@@ -10,7 +10,7 @@ from prunetune.errors import ConfigError
 LISTED = 50  # most names that an error lists
 
 
-def named(name: str, known: Iterable[str], what: str) -> str:
+def validate_name(name: str, known: Iterable[str], what: str) -> str:
     """`name`, where it is known; raises `ConfigError`, with `what` in front, where it is not."""
     choices = list(known)
     if name in choices:

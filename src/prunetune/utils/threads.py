@@ -6,29 +6,31 @@ import os
 from collections.abc import MutableMapping
 from pathlib import Path
 
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
-def share_threads(environment: MutableMapping[str, str], groups: Path = CGROUPS) -> None:
+def limit_openmp_threads(environment: MutableMapping[str, str], cgroup_root: Path = CGROUP_ROOT) -> None:
     """Have OpenMP start no more threads than a container may use, unless the user has said how many.
 
     It goes by the machine's cores, and with many times as many threads as may run these wait for each other: small sums
     on the CPU then take ten times as long, also in a run on a GPU.
     """
-    cores = usable_cores(groups)
+    cores = usable_cores(cgroup_root)
     if cores < (os.cpu_count() or 1):
         environment.setdefault("OMP_NUM_THREADS", str(cores))
 
 
-def usable_cores(groups: Path = CGROUPS) -> int:
+def usable_cores(cgroup_root: Path = CGROUP_ROOT) -> int:
     """Cores that this process may run on and has the time of, by affinity and the container's quota (cgroup 2 or 1)."""
     affinity = getattr(os, "sched_getaffinity", None)
     allowed = len(affinity(0)) if affinity else os.cpu_count() or 1
-    quota = _quota(groups / "cpu.max") or _quota(groups / "cpu/cpu.cfs_quota_us", groups / "cpu/cpu.cfs_period_us")
+    quota = _read_cpu_quota(cgroup_root / "cpu.max") or _read_cpu_quota(
+        cgroup_root / "cpu/cpu.cfs_quota_us", cgroup_root / "cpu/cpu.cfs_period_us"
+    )
     return max(1, min(allowed, int(quota) if quota else allowed))
 
 
-def _quota(*files: Path) -> float:
+def _read_cpu_quota(*files: Path) -> float:
     """Quota over period, which stand in one file or two; 0 where there is none."""
     try:
         words = [word for file in files for word in file.read_text(encoding="ascii").split()]

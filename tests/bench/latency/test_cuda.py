@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import StaticCache
 
+from prunetune.bench.cuda_graph import CudaGraphStep
 from prunetune.bench.latency import request_timing
-from prunetune.bench.latency.request_timing import STEPS, Tracker
-from prunetune.bench.recorded import Recorded
+from prunetune.bench.latency.request_timing import STEPS, HostDeviceTimer
 from prunetune.config.recipe import WorkloadConfig
 from prunetune.cost.latency_table import TRACKS
 from prunetune.pruning.cut import cut
@@ -45,7 +45,7 @@ class Stream:
 class Graph:
     """Replays by doing again what was recorded."""
 
-    made: Recorded
+    made: CudaGraphStep
 
     def replay(self) -> None:
         self.made.out.logits.copy_(self.made._step().logits)
@@ -66,7 +66,7 @@ def _played(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("generate", [2, 4, 40])
 def test_host_and_device_are_told_apart(generate: int) -> None:
-    found = Tracker(tiny("llama"), WorkloadConfig(prompt=6, generate=generate, dtype="float32"))()
+    found = HostDeviceTimer(tiny("llama"), WorkloadConfig(prompt=6, generate=generate, dtype="float32"))()
     assert set(found) == set(TRACKS)
     assert all(seconds > 0 for seconds in found.values())
     steps = min(generate - 1, STEPS)
@@ -78,7 +78,7 @@ def test_host_and_device_are_told_apart(generate: int) -> None:
 
 
 def test_steps_are_timed_in_the_middle_of_the_answer() -> None:
-    tracker = Tracker(tiny("llama"), WorkloadConfig(prompt=6, generate=41, dtype="float32"))
+    tracker = HostDeviceTimer(tiny("llama"), WorkloadConfig(prompt=6, generate=41, dtype="float32"))
     seen = tracker.middle.shape[1] + (tracker.steps + 1) / 2
     assert seen == pytest.approx(6 + (40 + 1) / 2, abs=0.51)
 
@@ -88,7 +88,7 @@ def test_recorded_steps_say_what_steps_say(pruned: bool) -> None:
     model = tiny("llama", layers=4)
     if pruned:
         cut(model, random_plan(model))
-    recorded = Recorded.__new__(Recorded)
+    recorded = CudaGraphStep.__new__(CudaGraphStep)
     recorded.model, recorded.graph, recorded.cache = model, None, None
     Graph.made = recorded
     caches = [StaticCache(model.config, max_cache_len=12) for _ in range(2)]
@@ -108,7 +108,7 @@ def test_recorded_steps_say_what_steps_say(pruned: bool) -> None:
 
 
 def test_what_was_recorded_is_timed_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(request_timing, "Recorded", lambda model: model)
-    found = Tracker(tiny("llama"), WorkloadConfig(prompt=6, generate=4, runtime="recorded", dtype="float32"))()
+    monkeypatch.setattr(request_timing, "CudaGraphStep", lambda model: model)
+    found = HostDeviceTimer(tiny("llama"), WorkloadConfig(prompt=6, generate=4, runtime="recorded", dtype="float32"))()
     assert found["decode.host"] == 0
     assert found["decode.device"] > 0

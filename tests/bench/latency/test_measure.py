@@ -12,25 +12,25 @@ from typing import Any
 import pytest
 import torch
 
+from prunetune.bench.cuda_graph import CudaGraphStep
 from prunetune.bench.latency import measure, request_timing, tables
-from prunetune.bench.latency.header import driver, header_of, place_of
-from prunetune.bench.latency.measure import Meter, Timer
-from prunetune.bench.latency.request_timing import seconds_of, tracks_of
-from prunetune.bench.latency.short_models import narrowed, stack
-from prunetune.bench.latency.verify import proved
+from prunetune.bench.latency.header import driver, table_header, table_path
+from prunetune.bench.latency.measure import LatencyTableBuilder, Timer
+from prunetune.bench.latency.request_timing import time_requests, time_tracks
+from prunetune.bench.latency.short_models import build_short_model, narrow_layers
+from prunetune.bench.latency.verify import verify_budgets
 from prunetune.bench.options import BenchOptions
-from prunetune.bench.recorded import Recorded
 from prunetune.config.recipe import WorkloadConfig, from_mapping
-from prunetune.cost.deployment import most
-from prunetune.cost.latency_table import PHASES, TRACKS, Table, Timed, at, latencies
-from prunetune.cost.layer_shapes import anatomy_of
-from prunetune.cost.limits import Limits, caps_of
+from prunetune.cost.deployment import max_cost
+from prunetune.cost.latency_table import PHASES, TRACKS, LatencyTable, LayerTiming, interpolate, latency_costs
+from prunetune.cost.layer_shapes import model_shape
+from prunetune.cost.limits import BudgetLimits, make_budget_limits
 from prunetune.errors import ConfigError
-from prunetune.pipeline.prepare import budgeted
+from prunetune.pipeline.prepare import apply_budgets
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
 from prunetune.pruning.sites import find_sites
-from prunetune.search.select import Shape
+from prunetune.search.select import PlanConstraints
 from support.models import tiny, tiny_config
 
 CPU = torch.device("cpu")
@@ -70,59 +70,61 @@ def tracks(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[d
     ]
 
 
-def meter(config: Any, **changes: Any) -> Meter:
-    return Meter(config, WORKLOAD, CPU, 8, tracks=tracks, seconds=tiles, **changes)
+def meter(config: Any, **changes: Any) -> LatencyTableBuilder:
+    return LatencyTableBuilder(config, WORKLOAD, CPU, 8, tracks=tracks, seconds=tiles, **changes)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2"])
 def test_an_additive_device_is_told_exactly(family: str) -> None:
     config = tiny_config(family, layers=4, vocab_size=16)
-    table = meter(config, whole=True).table({})
-    model = stack(config, range(4), WORKLOAD, CPU)
+    table = meter(config, whole=True).measure({})
+    model = build_short_model(config, range(4), WORKLOAD, CPU)
     sites = find_sites(model, ("kv-groups", "mlp-channels", "mlp-blocks", "layers"))
-    anatomy = anatomy_of(model, sites)
+    anatomy = model_shape(model, sites)
     rng = torch.Generator().manual_seed(0)
     for case in range(4):
         widths: dict[str, int] = {}
         for site in sites:
             drawn = int(torch.randint(site.units + 1, (), generator=rng)) if case else site.units
-            width = {"mlp": -(-drawn // 8) * 8, "attention": drawn}.get(site.kind, int(bool(drawn or site.floor)))
-            widths[site.name] = max(width, site.floor) if not site.within or widths[site.within] else 0
+            width = {"mlp": -(-drawn // 8) * 8, "attention": drawn}.get(
+                site.kind, int(bool(drawn or site.min_units_per_group))
+            )
+            widths[site.name] = max(width, site.min_units_per_group) if not site.parent or widths[site.parent] else 0
         plan = Plan(
             {name: tuple(range(width)) for name, width in widths.items()}, {site.name: site.units for site in sites}
         )
         small = cut(copy.deepcopy(model), plan, sites=sites)
         seconds = tiles([small], WORKLOAD, 1)[0]
         for phase in PHASES:
-            found = most(latencies(anatomy, WORKLOAD, table, phase), plan.widths())
+            found = max_cost(latency_costs(anatomy, WORKLOAD, table, phase), plan.widths())
             assert found == pytest.approx(seconds[phase])
         whole = seconds["prefill"] + (WORKLOAD.generate - 1) * seconds["decode"]
-        assert most(latencies(anatomy, WORKLOAD, table, "mix"), plan.widths()) == pytest.approx(whole)
+        assert max_cost(latency_costs(anatomy, WORKLOAD, table, "mix"), plan.widths()) == pytest.approx(whole)
 
 
 def test_a_table_is_read_back() -> None:
-    table = meter(tiny_config("llama", layers=2)).table({"device": "d"})
-    assert Table.from_json(table.to_json(), "here") == table
+    table = meter(tiny_config("llama", layers=2)).measure({"device": "d"})
+    assert LatencyTable.from_json(table.to_json(), "here") == table
 
 
 def test_between_two_widths_lies_the_line() -> None:
     curve = ((0, -4.0), (2, -2.0), (6, 0.0))
-    assert [at(curve, units) for units in (0, 1, 2, 4, 6, 9, None)] == [-4, -3, -2, -1, 0, 0, 0]
-    assert at((), 3) == 0
-    assert at(((4, -1.0), (8, 0.0)), 2) == -1  # nothing narrower was measured
+    assert [interpolate(curve, units) for units in (0, 1, 2, 4, 6, 9, None)] == [-4, -3, -2, -1, 0, 0, 0]
+    assert interpolate((), 3) == 0
+    assert interpolate(((4, -1.0), (8, 0.0)), 2) == -1  # nothing narrower was measured
 
 
 def test_narrowed_keeps_its_first_layer() -> None:
     model = tiny("llama", layers=3)
     for kind, units in (("attention", 0), ("attention", 1), ("mlp", 8), ("mlp", 0)):
-        small = narrowed(model, kind, units, whole=True)
-        seconds_of([small, model], WORKLOAD, 1)  # and it runs
+        small = narrow_layers(model, kind, units, remove_empty_blocks=True)
+        time_requests([small, model], WORKLOAD, 1)  # and it runs
         widths = [getattr(layer.mlp.down_proj, "in_features", 0) for layer in small.model.layers]
         assert widths == ([96, units, units] if kind == "mlp" else [96] * 3)
 
 
 def test_times_are_real_and_by_phase() -> None:
-    found = seconds_of([tiny("llama")], WORKLOAD, 1)
+    found = time_requests([tiny("llama")], WORKLOAD, 1)
     assert set(found[0]) == set(PHASES)
     assert all(seconds > 0 for seconds in found[0].values())
 
@@ -151,7 +153,7 @@ def test_slow_requests_are_timed_fewer_times_and_then_at_fewer_widths(caplog: py
     for seconds in (0.01, 0.4, 0.6, 10.0):
         slow = Slow(seconds)
         changed = dataclasses.replace(meter(config), tracks=slow.tracks, clock=slow.clock)
-        table = changed.table({})
+        table = changed.measure({})
         (timed, *_) = table.layers["prefill.device"].values()
         found[seconds] = (slow.asked[-1], len(timed.mlp), len(timed.attention))
         line = next(line for line in reversed(caplog.messages) if "about" in line)
@@ -171,11 +173,11 @@ def test_fewer_widths_tell_the_same_of_an_even_device() -> None:
 
     curves = []
     for slow in (Slow(0.01, even), Slow(10.0, even)):
-        table = dataclasses.replace(meter(config), tracks=slow.tracks, clock=slow.clock).table({})
+        table = dataclasses.replace(meter(config), tracks=slow.tracks, clock=slow.clock).measure({})
         curves.append(table.layers["prefill.host"][0].mlp)
     many, few = curves
     assert len(few) < len(many)
-    assert [at(few, units) for units, _ in many] == pytest.approx([value for _, value in many])
+    assert [interpolate(few, units) for units, _ in many] == pytest.approx([value for _, value in many])
 
 
 def test_steps_in_the_middle_see_the_mean_context() -> None:
@@ -189,7 +191,7 @@ def test_steps_in_the_middle_see_the_mean_context() -> None:
     for generate in (60, 3, 2):
         workload = dataclasses.replace(WORKLOAD, generate=generate)
         contexts = []
-        for timer in (tracks_of, seconds_of):
+        for timer in (time_tracks, time_requests):
             seen.clear()
             timer([model], workload, 1)
             steps = [context for width, context in seen if width == 1]
@@ -205,7 +207,7 @@ def test_whole_requests_that_take_long_are_run_once(monkeypatch: pytest.MonkeyPa
     for patience, runs in ((1e9, 5), (0.0, 1)):
         asked.clear()
         monkeypatch.setattr(request_timing, "PATIENCE", patience)
-        seconds_of([model], WORKLOAD, 5)
+        time_requests([model], WORKLOAD, 5)
         assert len(asked) == (runs + 1) * WORKLOAD.generate
 
 
@@ -217,7 +219,7 @@ def test_a_deep_model_that_does_not_fit_is_halved(most: int) -> None:
         return tiles(models, workload, runs)
 
     small = dataclasses.replace(meter(tiny_config("llama", layers=24)), seconds=tight, points=2)
-    assert small.table({}).rest["prefill.device"] == pytest.approx(0.5)
+    assert small.measure({}).outside_layers["prefill.device"] == pytest.approx(0.5)
 
 
 # -- what a table is about -------------------------------------------------------------------------------------------
@@ -226,34 +228,36 @@ def test_a_deep_model_that_does_not_fit_is_halved(most: int) -> None:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(tables, "Meter", lambda *args: Meter(*args, tracks=tracks, seconds=tiles))
+    monkeypatch.setattr(
+        tables, "LatencyTableBuilder", lambda *args: LatencyTableBuilder(*args, tracks=tracks, seconds=tiles)
+    )
     return tmp_path / "cache"
 
 
 def test_a_table_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))
-    table = tables.table_for(config, sites, WORKLOAD, CPU, 8)
-    monkeypatch.setattr(tables, "measured", None)
-    assert tables.table_for(config, sites, WORKLOAD, CPU, 8) == table
+    table = tables.get_latency_table(config, sites, WORKLOAD, CPU, 8)
+    monkeypatch.setattr(tables, "measure_table", None)
+    assert tables.get_latency_table(config, sites, WORKLOAD, CPU, 8) == table
     (file,) = (cache / "latency").iterdir()
-    assert tables.table_for(config, sites, WORKLOAD, CPU, 8, str(file)) == table
+    assert tables.get_latency_table(config, sites, WORKLOAD, CPU, 8, str(file)) == table
     with pytest.raises(TypeError):  # another workload has a table of its own
-        tables.table_for(config, sites, dataclasses.replace(WORKLOAD, batch=2), CPU, 8)
+        tables.get_latency_table(config, sites, dataclasses.replace(WORKLOAD, batch=2), CPU, 8)
 
 
 def test_a_broken_file_in_the_cache_is_measured_again(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))
     header = tables.checked_header(config, sites, WORKLOAD, CPU, 8)
-    place_of(header).parent.mkdir(parents=True)
-    place_of(header).write_text("{", encoding="utf-8")
-    assert tables.table_for(config, sites, WORKLOAD, CPU, 8).header == header
+    table_path(header).parent.mkdir(parents=True)
+    table_path(header).write_text("{", encoding="utf-8")
+    assert tables.get_latency_table(config, sites, WORKLOAD, CPU, 8).header == header
     assert "measured again" in caplog.text
 
 
 def test_a_table_that_cannot_be_kept_is_measured_all_the_same(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))
     cache.write_text("no folder", encoding="utf-8")
-    table = tables.table_for(config, sites, WORKLOAD, CPU, 8)
+    table = tables.get_latency_table(config, sites, WORKLOAD, CPU, 8)
     assert table.header == tables.checked_header(config, sites, WORKLOAD, CPU, 8)
     assert "set PRUNETUNE_CACHE" in caplog.text
 
@@ -262,11 +266,11 @@ def test_a_table_that_cannot_be_kept_is_measured_all_the_same(cache: Path, caplo
 def test_a_table_of_something_else_is_refused(cache: Path, tmp_path: Path, name: str) -> None:
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))
     header = tables.checked_header(config, sites, WORKLOAD, CPU, 8)
-    other = Table({**header, name: "another"}, dict.fromkeys(TRACKS, 0.0), {track: {} for track in TRACKS})
+    other = LatencyTable({**header, name: "another"}, dict.fromkeys(TRACKS, 0.0), {track: {} for track in TRACKS})
     file = tmp_path / "table.json"
     file.write_text(other.to_json(), encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"budget\.table .*{name} 'another', and here") as refused:
-        tables.table_for(config, sites, WORKLOAD, CPU, 8, str(file))
+        tables.get_latency_table(config, sites, WORKLOAD, CPU, 8, str(file))
     assert "\n" not in str(refused.value)
 
 
@@ -278,23 +282,23 @@ def test_what_is_no_table_is_refused(cache: Path, tmp_path: Path, text: str) -> 
     file.write_text(text, encoding="utf-8")
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))
     with pytest.raises(ConfigError, match=r"no latency table"):
-        tables.table_for(config, sites, WORKLOAD, CPU, 8, str(file))
+        tables.get_latency_table(config, sites, WORKLOAD, CPU, 8, str(file))
     with pytest.raises(ConfigError, match="cannot be read"):
-        tables.table_for(config, sites, WORKLOAD, CPU, 8, str(tmp_path / "none.json"))
+        tables.get_latency_table(config, sites, WORKLOAD, CPU, 8, str(tmp_path / "none.json"))
 
 
 def test_widths_that_do_not_ascend_are_no_table() -> None:
-    timed = Timed(1.0, ((2, 0.0), (1, 0.0)), ())
-    text = Table({}, dict.fromkeys(TRACKS, 0.0), {track: {0: timed} for track in TRACKS}).to_json()
+    timed = LayerTiming(1.0, ((2, 0.0), (1, 0.0)), ())
+    text = LatencyTable({}, dict.fromkeys(TRACKS, 0.0), {track: {0: timed} for track in TRACKS}).to_json()
     with pytest.raises(ConfigError, match="ascend"):
-        Table.from_json(text, "here")
+        LatencyTable.from_json(text, "here")
 
 
 def test_what_is_not_timed_is_refused() -> None:
     config = tiny_config("llama")
     for changes, says in (({"weights": "int8"}, "plain weights"), ({"runtime": "recorded"}, "CUDA device")):
         with pytest.raises(ConfigError, match=says):
-            header_of(config, dataclasses.replace(WORKLOAD, **changes), CPU, 8)
+            table_header(config, dataclasses.replace(WORKLOAD, **changes), CPU, 8)
     sites = find_sites(tiny("llama"), ("query-heads", "mlp-channels"))
     with pytest.raises(ConfigError, match="query-heads"):
         tables.checked_header(config, sites, WORKLOAD, CPU, 8)
@@ -304,13 +308,13 @@ def test_what_is_not_timed_is_refused() -> None:
 def test_names_say_nothing_about_sizes() -> None:
     config, other = tiny_config("llama"), tiny_config("llama")
     other.architectures, other.dtype = ["X"], torch.float16
-    assert header_of(config, WORKLOAD, CPU, 8) == header_of(other, WORKLOAD, CPU, 8)
-    assert header_of(config, WORKLOAD, CPU, 8) != header_of(tiny_config("llama", layers=5), WORKLOAD, CPU, 8)
+    assert table_header(config, WORKLOAD, CPU, 8) == table_header(other, WORKLOAD, CPU, 8)
+    assert table_header(config, WORKLOAD, CPU, 8) != table_header(tiny_config("llama", layers=5), WORKLOAD, CPU, 8)
 
 
 def test_steps_are_recorded_on_cuda_alone() -> None:
     with pytest.raises(ConfigError, match="CUDA"):
-        Recorded(tiny("llama"))
+        CudaGraphStep(tiny("llama"))
     with pytest.raises(ConfigError, match="name one"):
         BenchOptions(compile=True, record=True)
 
@@ -324,16 +328,16 @@ def test_a_run_goes_by_its_table_and_is_proved(cache: Path, monkeypatch: pytest.
     budget = {"latency": 0.7, "throughput": "1.2x", "align": 8}
     workload = {"prompt": 6, "generate": 3, "dtype": "float32"}
     config = from_mapping({"budget": budget, "workload": workload})
-    config, shape = budgeted(config, sites, Shape("per-layer", 8), model, CPU)
+    config, shape = apply_budgets(config, sites, PlanConstraints("per-layer", 8), model, CPU)
     limits = shape.limits
     assert limits is not None
-    assert config.budget.keep == limits.keep < 1
-    assert [cap.kind for cap in limits.caps] == ["latency", "throughput"]
+    assert config.budget.keep == limits.feasible_keep < 1
+    assert [cap.kind for cap in limits.limits] == ["latency", "throughput"]
     kept = {site.name: tuple(range(max(1, site.units // 2))) for site in sites}
     plan = Plan(kept, {site.name: site.units for site in sites})
     small = cut(copy.deepcopy(model), plan, sites=sites)
-    monkeypatch.setattr("prunetune.bench.latency.verify.seconds_of", tiles)
-    rows = proved(limits, plan, config.workload, lambda: small, 1)
+    monkeypatch.setattr("prunetune.bench.latency.verify.time_requests", tiles)
+    rows = verify_budgets(limits, plan, config.workload, lambda: small, 1)
     assert [row["budget"] for row in rows] == ["latency", "throughput"]
     for row in rows:
         assert abs(row["error"]) < 1e-9
@@ -343,14 +347,14 @@ def test_a_run_goes_by_its_table_and_is_proved(cache: Path, monkeypatch: pytest.
 
 def test_a_table_that_is_off_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
-    anatomy = anatomy_of(model, find_sites(model))
-    table = meter(model.config).table({})
+    anatomy = model_shape(model, find_sites(model))
+    table = meter(model.config).measure({})
     amounts = from_mapping({"budget": {"latency": "0.7"}}).budget.amounts()
-    limits = Limits(caps_of(amounts, anatomy, WORKLOAD, table))
+    limits = BudgetLimits(make_budget_limits(amounts, anatomy, WORKLOAD, table))
     slow = {phase: 1.1 * seconds for phase, seconds in tiles([model], WORKLOAD, 1)[0].items()}
-    monkeypatch.setattr("prunetune.bench.latency.verify.seconds_of", lambda *_: [slow])
-    plan = Plan({name: tuple(range(units)) for name, units in anatomy.dense().items()}, anatomy.dense())
-    assert proved(limits, plan, WORKLOAD, lambda: model)[0]["error"] == pytest.approx(0.1)
+    monkeypatch.setattr("prunetune.bench.latency.verify.time_requests", lambda *_: [slow])
+    plan = Plan({name: tuple(range(units)) for name, units in anatomy.dense_counts().items()}, anatomy.dense_counts())
+    assert verify_budgets(limits, plan, WORKLOAD, lambda: model)[0]["error"] == pytest.approx(0.1)
     assert "+10.0% of what the table says" in caplog.text
 
 
@@ -360,6 +364,6 @@ def test_a_noisy_machine_is_told(caplog: pytest.LogCaptureFixture) -> None:
     def drifting(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
         return [{track: float(next(clock)) for track in TRACKS} for _ in models]
 
-    dataclasses.replace(meter(tiny_config("llama", layers=2)), tracks=drifting).table({})
+    dataclasses.replace(meter(tiny_config("llama", layers=2)), tracks=drifting).measure({})
     assert "quiet the machine" in caplog.text
     assert measure.NOISY < 0.5

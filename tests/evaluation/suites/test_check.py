@@ -16,13 +16,13 @@ import pytest
 import yaml
 
 from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
-from prunetune.evaluation.suites import evaluate_suite, suite_of
-from prunetune.evaluation.suites.check import Check, check
-from prunetune.evaluation.suites.junit import junit
-from prunetune.evaluation.suites.output import of_check, of_evaluation
+from prunetune.evaluation.suites import evaluate_suite, parse_suite
+from prunetune.evaluation.suites.check import CheckResult, check_limits
+from prunetune.evaluation.suites.junit import render_junit
+from prunetune.evaluation.suites.output import render_check, render_evaluation
 from prunetune.evaluation.suites.suite import Suite
-from prunetune.export.gguf.write import write as write_gguf
-from prunetune.export.source import Source
+from prunetune.export.gguf.write import write_gguf as write_gguf
+from prunetune.export.source import ExportSource
 from support.data import subwords, write_lines
 from support.export import WIDE, plan_of, run_folder
 from support.models import tiny
@@ -49,10 +49,10 @@ def graded(values: list[float], metric: str = "rouge_l") -> TaskResult:
     return TaskResult("t", {metric: Score(sum(values) / len(values), 0.1, len(values))}, items)
 
 
-def held(mine: TaskResult, theirs: TaskResult | None, limits: Any = None, **keys: Any) -> Check:
+def held(mine: TaskResult, theirs: TaskResult | None, limits: Any = None, **keys: Any) -> CheckResult:
     told = {**DATA, "scorer": "rouge"} if "rouge_l" in mine.scores else DATA
-    suite = suite_of({"tasks": {"t": {**told, **({"limits": limits} if limits else {})}}, **keys})
-    return check(Evaluation({"t": mine}), Evaluation({"t": theirs}) if theirs else None, suite)
+    suite = parse_suite({"tasks": {"t": {**told, **({"limits": limits} if limits else {})}}, **keys})
+    return check_limits(Evaluation({"t": mine}), Evaluation({"t": theirs}) if theirs else None, suite)
 
 
 @pytest.mark.parametrize(
@@ -81,10 +81,10 @@ def test_lower_is_better_where_it_is() -> None:
         TaskResult("t", {"perplexity": Score(value, 0.1, 3)}, graded([math.log(value)] * 3).items)
         for value in (20.0, 10.0)
     )
-    suite = suite_of({"tasks": {"t": {"data": "x", "scorer": "perplexity", "limits": {"relative": 0.6, "drop": 9}}}})
+    suite = parse_suite({"tasks": {"t": {"data": "x", "scorer": "perplexity", "limits": {"relative": 0.6, "drop": 9}}}})
     first, second = Evaluation({"t": worse}), Evaluation({"t": better})
-    assert [verdict.broken for verdict in check(first, second, suite).verdicts] == [True, True]
-    assert [verdict.broken for verdict in check(second, first, suite).verdicts] == [False, False]
+    assert [verdict.broken for verdict in check_limits(first, second, suite).verdicts] == [True, True]
+    assert [verdict.broken for verdict in check_limits(second, first, suite).verdicts] == [False, False]
 
 
 def test_without_limits_a_task_must_not_be_significantly_worse() -> None:
@@ -99,10 +99,10 @@ def test_many_tests_are_corrected_for_each_other() -> None:
     tasks = {f"t{index}": DATA for index in range(10)}
     mine = Evaluation({name: replace(same, task=name) for name in tasks} | {"t0": replace(worse, task="t0")})
     theirs = Evaluation({name: replace(same, task=name) for name in tasks})
-    assert not check(mine, theirs, suite_of({"tasks": tasks})).broken
-    (broken,) = check(mine, theirs, suite_of({"tasks": tasks, "correction": "none"})).broken
+    assert not check_limits(mine, theirs, parse_suite({"tasks": tasks})).broken
+    (broken,) = check_limits(mine, theirs, parse_suite({"tasks": tasks, "correction": "none"})).broken
     assert broken.p == pytest.approx(2 * 0.5**7)
-    assert check(Evaluation({"t0": mine.tasks["t0"]}), theirs, suite_of({"tasks": tasks})).broken
+    assert check_limits(Evaluation({"t0": mine.tasks["t0"]}), theirs, parse_suite({"tasks": tasks})).broken
 
 
 def test_new_failures_are_those_that_were_right_before() -> None:
@@ -126,11 +126,11 @@ def test_of_graded_items_both_scores_are_listed() -> None:
     found = held(graded([0.5, 0.125]), graded([0.5, 0.75]))
     (failure,) = found.failures
     assert (failure.metric, failure.score_before, failure.score_after) == ("rouge_l", 0.75, 0.125)
-    for listed in (of_check(found), junit(found)):
+    for listed in (render_check(found), render_junit(found)):
         assert "rouge_l 0.75 before, 0.125 after" in listed
     (text,) = held(graded([3.5], "perplexity"), graded([1.5], "perplexity")).failures
-    assert text.scored == "nll 1.5 before, 3.5 after"  # an item has no perplexity of its own
-    assert "scored" not in of_check(held(answers("0"), answers("1")))  # its two answers say it
+    assert text.score_change == "nll 1.5 before, 3.5 after"  # an item has no perplexity of its own
+    assert "scored" not in render_check(held(answers("0"), answers("1")))  # its two answers say it
 
 
 def test_what_cannot_be_judged_does_not_pass() -> None:
@@ -140,7 +140,9 @@ def test_what_cannot_be_judged_does_not_pass() -> None:
     assert held(fine, failed).errors == {"t": "the reference: the server is down"}
     assert "needs a reference" in held(fine, None, {"relative": 0.9}).errors["t"]
     assert held(fine, None, {"min": 0.5}).exit_code == 0
-    nothing = check(Evaluation({}), Evaluation({}), suite_of({"tasks": {"t": {**DATA, "limits": {"min": 0.5}}}}))
+    nothing = check_limits(
+        Evaluation({}), Evaluation({}), parse_suite({"tasks": {"t": {**DATA, "limits": {"min": 0.5}}}})
+    )
     assert nothing.exit_code == 2
     others = TaskResult("t", fine.scores, tuple(replace(item, id=f"x{item.id}") for item in fine.items))
     assert "no item has accuracy in both" in held(fine, others, {"statistical": True}).errors["t"]
@@ -165,7 +167,7 @@ def test_a_reference_of_moved_rows_judges_nothing(tmp_path: Path, limits: Any) -
     told = {"data": "rows.jsonl", "scorer": "accuracy", **({"limits": limits} if limits else {})}
     suite = suite_in(tmp_path, {"t": told})
     now, kept = inserted(suite, tmp_path / "rows.jsonl", at=0)
-    found = check(now, kept, suite)
+    found = check_limits(now, kept, suite)
     assert (found.exit_code, found.verdicts, found.failures) == (2, (), ())
     assert "evaluate the reference anew, and give rows an" in found.errors["t"]
     assert "\n" not in found.errors["t"]
@@ -176,7 +178,7 @@ def test_moved_rows_are_no_new_failures(tmp_path: Path) -> None:
     suite = suite_in(tmp_path, {"t": {"data": "rows.jsonl", "scorer": "accuracy", "limits": {"min": 0.5}}})
     now, kept = inserted(suite, tmp_path / "rows.jsonl", at=30)
     wrong = replace(now.tasks["t"], items=tuple(replace(item, correct=False) for item in now.tasks["t"].items))
-    found = check(Evaluation({"t": wrong}), kept, suite)
+    found = check_limits(Evaluation({"t": wrong}), kept, suite)
     assert found.exit_code == 0
     before = {item.id: item.prompt for item in kept.tasks["t"].items}
     assert {(failure.id, failure.prompt) for failure in found.failures} <= set(before.items())
@@ -184,8 +186,8 @@ def test_moved_rows_are_no_new_failures(tmp_path: Path) -> None:
 
 
 def test_limits_of_a_group_hold_for_its_tasks() -> None:
-    suite = suite_of({"tasks": {"g": {"lm_eval": "group", "limits": {"accuracy": {"min": 0.5}}}}})
-    found = check(Evaluation({"g/a": answers("1", task="g/a"), "g/b": answers("0", task="g/b")}), None, suite)
+    suite = parse_suite({"tasks": {"g": {"lm_eval": "group", "limits": {"accuracy": {"min": 0.5}}}}})
+    found = check_limits(Evaluation({"g/a": answers("1", task="g/a"), "g/b": answers("0", task="g/b")}), None, suite)
     assert [verdict.broken for verdict in found.verdicts] == [False, True]
 
 
@@ -195,19 +197,19 @@ def test_limits_of_a_task_hold_for_no_other() -> None:
     def limited(least: float, **told: Any) -> dict[str, Any]:
         return {**(told or DATA), "limits": {"accuracy": {"min": least}}}
 
-    own = suite_of({"tasks": {"legal": limited(0.9), "legal/hard": limited(0.3)}})
+    own = parse_suite({"tasks": {"legal": limited(0.9), "legal/hard": limited(0.3)}})
     easy, hard = answers("1", task="legal"), answers("10", task="legal/hard")
-    found = check(Evaluation({"legal": easy, "legal/hard": hard}), None, own)
+    found = check_limits(Evaluation({"legal": easy, "legal/hard": hard}), None, own)
     assert [(each.limit.task, each.limit.bound) for each in found.verdicts] == [("legal", 0.9), ("legal/hard", 0.3)]
     assert found.exit_code == 0
-    assert "not among the results" in check(Evaluation({"legal/hard": hard}), None, own).errors["legal"]
-    alone = suite_of({"tasks": {"legal": limited(0.9)}})  # and results hold a task of another suite
-    assert len(check(Evaluation({"legal": easy, "legal/hard": hard}), None, alone).verdicts) == 1
-    groups = suite_of(
+    assert "not among the results" in check_limits(Evaluation({"legal/hard": hard}), None, own).errors["legal"]
+    alone = parse_suite({"tasks": {"legal": limited(0.9)}})  # and results hold a task of another suite
+    assert len(check_limits(Evaluation({"legal": easy, "legal/hard": hard}), None, alone).verdicts) == 1
+    groups = parse_suite(
         {"tasks": {"g": limited(0.9, lm_eval="g"), "g/own": limited(0.3), "g/h": limited(0.2, lm_eval="h")}}
     )
     names = ("g/a", "g/own", "g/h/a")
-    found = check(Evaluation({name: answers("1", task=name) for name in names}), None, groups)
+    found = check_limits(Evaluation({name: answers("1", task=name) for name in names}), None, groups)
     assert [(each.limit.task, each.limit.bound) for each in found.verdicts] == list(
         zip(names, (0.9, 0.3, 0.2), strict=True)
     )
@@ -218,7 +220,7 @@ def test_junit_says_what_ci_shows() -> None:
     mine = answers("0" * 20)
     odd = replace(mine, items=(replace(mine.items[0], got="\x00\x1b[31m <b>&\ud800"), *mine.items[1:]))
     found = held(odd, answers("1" * 20), {"min": 0.5, "max": 2})
-    root = ElementTree.fromstring(junit(found))
+    root = ElementTree.fromstring(render_junit(found))
     assert (root.get("tests"), root.get("failures"), root.get("errors")) == ("2", "1", "0")
     cases = root.findall(".//testcase")
     assert [case.get("name") for case in cases] == ["accuracy min 0.5", "accuracy max 2"]
@@ -226,7 +228,7 @@ def test_junit_says_what_ci_shows() -> None:
     assert failure.text is not None
     assert failure.text.startswith("20 new failures\ni0\n  asked: ask 0\n  expected: yes\n  before: yes\n  after: ")
     assert "<b>&" in failure.text
-    errors = ElementTree.fromstring(junit(held(TaskResult("t", {}, (), error="down"), answers("1"))))
+    errors = ElementTree.fromstring(render_junit(held(TaskResult("t", {}, (), error="down"), answers("1"))))
     assert [case.find("error") is not None for case in errors.findall(".//testcase")] == [True]
 
 
@@ -235,13 +237,13 @@ def test_json_holds_everything_and_no_nan() -> None:
     data = json.loads(found.to_json(), parse_constant=lambda name: pytest.fail(name))
     assert (data["format"], data["ok"], len(data["failures"])) == ("prunetune-check-1", False, 20)
     assert data["verdicts"][0]["limit"] == {"task": "t", "metric": "accuracy", "kind": "min", "bound": 0.5}
-    assert "BROKEN  t: accuracy is 0, at least 0.5 is wanted" in of_check(found)
+    assert "BROKEN  t: accuracy is 0, at least 0.5 is wanted" in render_check(found)
 
 
 def test_a_planted_regression_is_caught_with_its_items(tmp_path: Path) -> None:
     suite = suite_in(tmp_path, {"organ": {"data": "chosen.jsonl", "scorer": "accuracy"}})
     wrong = [f"c{n}" for n in range(7)]
-    found = check(evaluate_suite(Told(wrong=wrong), suite), evaluate_suite(Told(), suite), suite)
+    found = check_limits(evaluate_suite(Told(wrong=wrong), suite), evaluate_suite(Told(), suite), suite)
     assert found.exit_code == 1
     assert {failure.id for failure in found.failures} == set(wrong)
 
@@ -311,7 +313,7 @@ def test_a_run_of_a_gguf_file_is_checked_against_it_as_it_was_opened(tmp_path: P
     run, _ = run_folder(
         tmp_path / "run", subwords(), layout="uniform", plan=plan_of(tiny("llama", **WIDE), groups=2, channels=64)
     )
-    write_gguf(Source.open(run), tmp_path / "base.gguf", "f32")
+    write_gguf(ExportSource.open(run), tmp_path / "base.gguf", "f32")
     (run / "config.yaml").write_text(yaml.safe_dump({"model": str(tmp_path / "base.gguf"), "layout": "uniform"}))
     write_lines(tmp_path / "texts.jsonl", {"text": "the patient has a fever"}, {"text": "answer yes no maybe"})
     suite = suite_file(tmp_path, {"t": {"data": "texts.jsonl", "scorer": "nll", "limits": {"drop": 0.001}}})
@@ -390,5 +392,5 @@ def test_a_suite_finds_its_data_elsewhere(tmp_path: Path, say: Said) -> None:
 
 
 def test_an_evaluation_as_lines() -> None:
-    text = of_evaluation(Evaluation({"t": answers("10"), "bad": TaskResult("bad", {}, (), error="why")}))
+    text = render_evaluation(Evaluation({"t": answers("10"), "bad": TaskResult("bad", {}, (), error="why")}))
     assert "bad                      not scored: why" in text

@@ -12,10 +12,10 @@ from prunetune.errors import ConfigError
 from prunetune.evaluation.suites import evaluate_suite
 from prunetune.evaluation.suites.api import evaluate
 from prunetune.evaluation.suites.endpoint import Endpoint
-from prunetune.evaluation.suites.http_client import Server
+from prunetune.evaluation.suites.http_client import EndpointClient
 from prunetune.evaluation.suites.judge_scorer import _mark
-from prunetune.evaluation.suites.open_model import TargetOptions
-from prunetune.evaluation.suites.protocol import CannotAnswer, Manner
+from prunetune.evaluation.suites.open_model import BackendOptions
+from prunetune.evaluation.suites.protocol import BackendError, GenerationSettings
 from support.endpoint import Reply, characters_model, now, serving, unused_port
 from support.suites import ALL, Told, suite_in
 
@@ -23,11 +23,14 @@ RECORD = Record(kind="completion", prompt="Where? ", completion="heart", choices
 
 
 def endpoint(url: str, **options: Any) -> Endpoint:
-    return Endpoint(Server(url, **({"pause": 0.0, "timeout": 5.0} | options)), "m")
+    return Endpoint(EndpointClient(url, **({"pause": 0.0, "timeout": 5.0} | options)), "m")
 
 
-def asked(respondent: Endpoint, ask: Any, record: Record = RECORD, manner: Manner = Manner()) -> Any:  # noqa: B008
-    return respondent.answers(ask, [record], manner, lambda _: None)[0]
+PLAIN = GenerationSettings()
+
+
+def asked(respondent: Endpoint, ask: Any, record: Record = RECORD, manner: GenerationSettings = PLAIN) -> Any:
+    return respondent.run_requests(ask, [record], manner, lambda _: None)[0]
 
 
 def nats(text: str) -> float:
@@ -49,9 +52,9 @@ def test_likelihoods_come_from_the_echo_of_the_prompt() -> None:
 def test_answers_are_written_by_completion_or_chat() -> None:
     with serving(characters_model) as heard:
         assert asked(endpoint(heard.url), "write") == "to Where?"
-        assert asked(endpoint(heard.url), "write", manner=Manner(template="chat")) == "re: Where?"
+        assert asked(endpoint(heard.url), "write", manner=GenerationSettings(template="chat")) == "re: Where?"
         chat = Record(kind="chat", completion="c", messages=(("system", "s"), ("user", "u")))
-        assert asked(endpoint(heard.url), "write", chat, Manner(max_new_tokens=3, stop=(":",))) == "re"
+        assert asked(endpoint(heard.url), "write", chat, GenerationSettings(max_new_tokens=3, stop=(":",))) == "re"
     path, body, _ = heard.requests[-1]
     assert path == "/v1/chat/completions"
     assert body["messages"] == [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
@@ -60,7 +63,7 @@ def test_answers_are_written_by_completion_or_chat() -> None:
 
 def test_a_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(characters_model) as heard:
-        with pytest.raises(CannotAnswer, match="variable PRUNETUNE_TEST_KEY is not set"):
+        with pytest.raises(BackendError, match="variable PRUNETUNE_TEST_KEY is not set"):
             asked(endpoint(heard.url, key_env="PRUNETUNE_TEST_KEY"), "write")
         monkeypatch.setenv("PRUNETUNE_TEST_KEY", "k")
         asked(endpoint(heard.url, key_env="PRUNETUNE_TEST_KEY"), "write")
@@ -79,16 +82,16 @@ def test_a_server_without_echo_still_writes(tmp_path: Path) -> None:
 
 def test_an_endpoint_by_its_address(tmp_path: Path) -> None:
     with serving(characters_model) as heard:
-        found = evaluate(heard.url, suite_in(tmp_path, ALL), options=TargetOptions(model_name="mine"))
+        found = evaluate(heard.url, suite_in(tmp_path, ALL), options=BackendOptions(model_name="mine"))
     assert [result.error for result in found.tasks.values()] == [""] * len(ALL)
     assert {body["model"] for _, body, _ in heard.requests} == {"mine"}
 
 
 def test_likelihoods_of_chats_and_lm_eval_tasks_are_refused() -> None:
-    with pytest.raises(CannotAnswer, match="likelihoods of a chat"):
-        asked(endpoint("http://127.0.0.1:9/v1"), "choose", manner=Manner(template="chat"))
-    with pytest.raises(CannotAnswer, match="need the weights"):
-        endpoint("http://127.0.0.1:9/v1").loaded()
+    with pytest.raises(BackendError, match="likelihoods of a chat"):
+        asked(endpoint("http://127.0.0.1:9/v1"), "choose", manner=GenerationSettings(template="chat"))
+    with pytest.raises(BackendError, match="need the weights"):
+        endpoint("http://127.0.0.1:9/v1").model_and_tokenizer()
 
 
 GARBAGE: dict[str, Reply] = {
@@ -107,7 +110,7 @@ GARBAGE: dict[str, Reply] = {
 
 @pytest.mark.parametrize("said", GARBAGE)
 def test_garbage_is_said_in_one_line(said: str) -> None:
-    with serving(lambda *_: GARBAGE[said]) as heard, pytest.raises(CannotAnswer, match=said) as refused:
+    with serving(lambda *_: GARBAGE[said]) as heard, pytest.raises(BackendError, match=said) as refused:
         asked(endpoint(heard.url), "write")
     assert "\n" not in str(refused.value)
     # What may pass is tried again; what will not is not.
@@ -123,7 +126,7 @@ def test_a_busy_server_gets_a_second_chance() -> None:
 @pytest.mark.parametrize("slow", [{"wait": 30.0}, {"drip": 0.2}])
 def test_time_is_bounded(slow: dict[str, float]) -> None:
     started = now()
-    with serving(characters_model, **slow) as heard, pytest.raises(CannotAnswer, match=r"no whole reply within 0.3 s"):
+    with serving(characters_model, **slow) as heard, pytest.raises(BackendError, match=r"no whole reply within 0.3 s"):
         asked(endpoint(heard.url, timeout=0.3, tries=2), "write")
     assert now() - started < 20  # not a measure: it ends at all
     assert len(heard.requests) == 2
@@ -148,15 +151,15 @@ def test_empty_answers_are_scored_as_wrong(tmp_path: Path) -> None:
 
 
 def test_the_first_failure_stops_a_task() -> None:
-    with serving(lambda *_: 404) as heard, pytest.raises(CannotAnswer):
-        endpoint(heard.url).answers("write", [RECORD] * 200, Manner(), lambda _: None)
+    with serving(lambda *_: 404) as heard, pytest.raises(BackendError):
+        endpoint(heard.url).run_requests("write", [RECORD] * 200, GenerationSettings(), lambda _: None)
     assert len(heard.requests) < 20
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x/v1", "http://", "file:///etc/passwd"])
 def test_an_address_that_is_none_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="is no address"):
-        Server(url)
+        EndpointClient(url)
 
 
 JUDGED: dict[str, Any] = {"data": "open.jsonl", "limit": 2}
@@ -243,6 +246,6 @@ def test_every_mark_of_every_scale_is_read_in_every_form() -> None:
     ],
 )
 def test_no_mark_and_several_marks_are_none(reply: str, said: str) -> None:
-    with pytest.raises(CannotAnswer, match=said) as refused:
+    with pytest.raises(BackendError, match=said) as refused:
         _mark(reply, 1, 5, "i")
     assert "\n" not in str(refused.value)

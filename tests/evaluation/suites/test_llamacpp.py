@@ -10,13 +10,13 @@ import torch
 
 from prunetune.data.records import Record
 from prunetune.errors import MissingPackage, ModelError
-from prunetune.evaluation.suites import LocalModel, evaluate_suite, suite_of
-from prunetune.evaluation.suites.cache import Remembered
+from prunetune.evaluation.suites import LocalModel, evaluate_suite, parse_suite
+from prunetune.evaluation.suites.cache import CachedBackend
 from prunetune.evaluation.suites.llamacpp import LlamaCpp
-from prunetune.evaluation.suites.open_model import TargetOptions, open_target
-from prunetune.evaluation.suites.protocol import CannotAnswer, Manner
-from prunetune.export.gguf.write import write
-from prunetune.export.source import Source
+from prunetune.evaluation.suites.open_model import BackendOptions, open_backend
+from prunetune.evaluation.suites.protocol import BackendError, GenerationSettings
+from prunetune.export.gguf.write import write_gguf
+from prunetune.export.source import ExportSource
 from support.data import subwords, write_lines
 from support.export import run_folder
 
@@ -34,23 +34,23 @@ def test_a_file_that_is_none_is_said(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ModelError, match=r"llama\.cpp cannot open it"):
-        LlamaCpp(tmp_path / "broken.gguf", "").answers("write", RECORDS, Manner(), lambda _: None)
+        LlamaCpp(tmp_path / "broken.gguf", "").run_requests("write", RECORDS, GenerationSettings(), lambda _: None)
 
 
 def test_without_llama_cpp_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(MissingPackage, match=r"pip install 'prunetune\[llamacpp\]'"):
-        LlamaCpp(tmp_path / "any.gguf", "").answers("choose", RECORDS, Manner(), lambda _: None)
+        LlamaCpp(tmp_path / "any.gguf", "").run_requests("choose", RECORDS, GenerationSettings(), lambda _: None)
 
 
 def test_texts_chats_and_lm_eval_are_refused(tmp_path: Path) -> None:
     model = LlamaCpp(tmp_path / "any.gguf", "")
-    with pytest.raises(CannotAnswer, match="no likelihood of texts"):
-        model.answers("weigh", [Record(kind="text", completion="a")], Manner(), lambda _: None)
-    with pytest.raises(CannotAnswer, match="no likelihood of texts and chats"):
-        model.answers("choose", RECORDS, Manner(template="chat"), lambda _: None)
-    with pytest.raises(CannotAnswer, match="need the weights"):
-        model.loaded()
+    with pytest.raises(BackendError, match="no likelihood of texts"):
+        model.run_requests("weigh", [Record(kind="text", completion="a")], GenerationSettings(), lambda _: None)
+    with pytest.raises(BackendError, match="no likelihood of texts and chats"):
+        model.run_requests("choose", RECORDS, GenerationSettings(template="chat"), lambda _: None)
+    with pytest.raises(BackendError, match="need the weights"):
+        model.model_and_tokenizer()
 
 
 def test_a_small_file_answers_as_its_weights_do_and_says_nothing(
@@ -58,38 +58,40 @@ def test_a_small_file_answers_as_its_weights_do_and_says_nothing(
 ) -> None:
     pytest.importorskip("xllamacpp")
     run, dense = run_folder(tmp_path / "run", subwords())
-    write(Source.open(run), tmp_path / "a.gguf", "f32")
+    write_gguf(ExportSource.open(run), tmp_path / "a.gguf", "f32")
     model, local = LlamaCpp(tmp_path / "a.gguf", ""), LocalModel(dense, subwords())
-    manner = Manner(max_new_tokens=4)
+    manner = GenerationSettings(max_new_tokens=4)
     capfd.readouterr()
-    ours = model.answers("choose", RECORDS, manner, lambda _: None)
-    weighed = model.answers("weigh", RECORDS, manner, lambda _: None)
-    written = model.answers("write", RECORDS, manner, lambda _: None)
+    ours = model.run_requests("choose", RECORDS, manner, lambda _: None)
+    weighed = model.run_requests("weigh", RECORDS, manner, lambda _: None)
+    written = model.run_requests("write", RECORDS, manner, lambda _: None)
     assert capfd.readouterr() == ("", "")
-    for mine, other in zip(ours, local.answers("choose", RECORDS, manner, lambda _: None), strict=True):
+    for mine, other in zip(ours, local.run_requests("choose", RECORDS, manner, lambda _: None), strict=True):
         assert [tokens for _, tokens in mine] == [tokens for _, tokens in other]
         assert [value for value, _ in mine] == pytest.approx([value for value, _ in other], rel=0.001)
-    for mine, other in zip(weighed, local.answers("weigh", RECORDS, manner, lambda _: None), strict=True):
+    for mine, other in zip(weighed, local.run_requests("weigh", RECORDS, manner, lambda _: None), strict=True):
         assert mine == pytest.approx(other, rel=0.001)
-    assert written == local.answers("write", RECORDS, manner, lambda _: None)
+    assert written == local.run_requests("write", RECORDS, manner, lambda _: None)
 
 
 @pytest.mark.slow
 def test_a_real_file_answers_as_its_weights_do(tmp_path: Path) -> None:
     """llama.cpp rounds what 4-bit weights are multiplied with: likelihoods agree to some tenths of a nat."""
     pytest.importorskip("xllamacpp")
-    from prunetune.model.loading import demo_file, load
+    from prunetune.model.loading import demo_file, load_model_and_tokenizer
 
-    model = open_target(str(demo_file()), TargetOptions(cache=False))
-    dense = load("demo", device=torch.device("cpu"), dtype=torch.float32)
+    model = open_backend(str(demo_file()), BackendOptions(cache=False))
+    dense = load_model_and_tokenizer("demo", device=torch.device("cpu"), dtype=torch.float32)
     local = LocalModel(dense.model, dense.tokenizer)
-    ours = model.answers("choose", RECORDS, Manner(), lambda _: None)
-    theirs = local.answers("choose", RECORDS, Manner(), lambda _: None)
+    ours = model.run_requests("choose", RECORDS, GenerationSettings(), lambda _: None)
+    theirs = local.run_requests("choose", RECORDS, GenerationSettings(), lambda _: None)
     for mine, other in zip(ours, theirs, strict=True):
         assert [tokens for _, tokens in mine] == [tokens for _, tokens in other]
         assert [value for value, _ in mine] == pytest.approx([value for value, _ in other], abs=0.5, rel=0.05)
-    assert model.answers("write", RECORDS[:1], Manner(max_new_tokens=3), lambda _: None)[0].startswith("Paris")
-    nll = model.answers("weigh", RECORDS[:1], Manner(), lambda _: None)[0]
+    assert model.run_requests("write", RECORDS[:1], GenerationSettings(max_new_tokens=3), lambda _: None)[0].startswith(
+        "Paris"
+    )
+    nll = model.run_requests("weigh", RECORDS[:1], GenerationSettings(), lambda _: None)[0]
     assert nll == pytest.approx([-ours[0][0][0], 1, 6], abs=0.01)
 
 
@@ -102,11 +104,11 @@ def test_answers_of_a_file_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_lines(
         tmp_path / "a.jsonl", {"prompt": "The capital of France is", "choices": [" Paris", " Rome"], "answer": 0}
     )
-    suite = suite_of({"tasks": {"t": {"data": "a.jsonl", "scorer": "accuracy"}}}, folder=tmp_path)
+    suite = parse_suite({"tasks": {"t": {"data": "a.jsonl", "scorer": "accuracy"}}}, folder=tmp_path)
     asked = []
     for _ in range(2):
-        model = open_target(str(demo_file()), TargetOptions())
-        assert isinstance(model, Remembered)
+        model = open_backend(str(demo_file()), BackendOptions())
+        assert isinstance(model, CachedBackend)
         assert evaluate_suite(model, suite).tasks["t"].scores["accuracy"].value == 1.0
-        asked.append(model.asked)
+        asked.append(model.cache_misses)
     assert asked == [1, 0]

@@ -17,9 +17,9 @@ from prunetune.baselines.scores import Calibration, wanda_sp
 from prunetune.cli import app
 from prunetune.config.recipe import DataConfig
 from prunetune.data.batches import collate
+from prunetune.data.encoding import encode
 from prunetune.data.records import Record
-from prunetune.data.templates import encode
-from prunetune.export.write import write
+from prunetune.export.checkpoint import write_checkpoint
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
 from prunetune.pruning.sites import find_sites
@@ -92,7 +92,7 @@ def without_channels(folder: Path, to: Path) -> None:
         for site in sites
     }
     plan = Plan(kept, {site.name: site.units for site in sites})
-    write(cut(model, plan), characters(), plan, sites, to, layout="uniform", card="")
+    write_checkpoint(cut(model, plan), characters(), plan, sites, to, layout="uniform", card="")
 
 
 def corrupted_head(folder: Path, to: Path) -> None:
@@ -131,7 +131,7 @@ def checked(folder: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> tuple[
     flags = ["--suite", folder / "suite.yaml", "--against", folder / "dense", "--json", folder / "found.json"]
     monkeypatch.setattr("sys.argv", ["prunetune", "check", *map(str, [folder / model, *flags, "--device", "cpu"])])
     try:
-        code = app._guarded()
+        code = app._run_app()
     except SystemExit as ended:
         code = int(ended.code or 0)
     return code, json.loads((folder / "found.json").read_text())

@@ -12,13 +12,13 @@ import torch
 
 from prunetune.data.records import Record
 from prunetune.evaluation.results import Evaluation
-from prunetune.evaluation.suites import LocalModel, evaluate_suite, read_questions, suite_of
-from prunetune.evaluation.suites.cache import Remembered, Store, folder_hash
+from prunetune.evaluation.suites import LocalModel, evaluate_suite, load_prompts, parse_suite
+from prunetune.evaluation.suites.cache import AnswerStore, CachedBackend, folder_hash
 from prunetune.evaluation.suites.endpoint import Endpoint
-from prunetune.evaluation.suites.http_client import Server
-from prunetune.evaluation.suites.local import ended
-from prunetune.evaluation.suites.open_model import Checkpoint, TargetOptions
-from prunetune.evaluation.suites.protocol import Manner
+from prunetune.evaluation.suites.http_client import EndpointClient
+from prunetune.evaluation.suites.local import truncate_at_stop
+from prunetune.evaluation.suites.open_model import BackendOptions, CheckpointBackend
+from prunetune.evaluation.suites.protocol import GenerationSettings
 from support.data import write_lines
 from support.endpoint import Reply, serving
 from support.evaluation import characters, speaker
@@ -27,8 +27,8 @@ from support.suites import ALL, Told, model_folder, suite_in
 FULL = {**ALL, "letters": {"data": "chosen.jsonl", "scorer": "accuracy", "lettered": True}}
 
 
-def on_cpu(folder: Path, store: Store) -> Remembered:
-    return Remembered(Checkpoint(str(folder), TargetOptions(device="cpu", dtype="float32"), store), store)
+def on_cpu(folder: Path, store: AnswerStore) -> CachedBackend:
+    return CachedBackend(CheckpointBackend(str(folder), BackendOptions(device="cpu", dtype="float32"), store), store)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -48,47 +48,55 @@ def test_batched_equals_one_by_one(tmp_path: Path, family: str) -> None:
 def test_it_repeats_to_the_byte(tmp_path: Path) -> None:
     suite, model = suite_in(tmp_path, FULL), speaker()
     first = evaluate_suite(LocalModel(model, characters()), suite)
-    again = evaluate_suite(LocalModel(model, characters()), suite, questions=read_questions(suite))
+    again = evaluate_suite(LocalModel(model, characters()), suite, prompts=load_prompts(suite))
     assert first.to_json() == again.to_json()
     assert Evaluation.from_json(first.to_json()).to_json() == first.to_json()
 
 
 def test_the_second_time_nothing_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    suite, folder, store = suite_in(tmp_path, FULL), model_folder(tmp_path / "model"), Store(tmp_path / "a.sqlite")
+    suite, folder, store = (
+        suite_in(tmp_path, FULL),
+        model_folder(tmp_path / "model"),
+        AnswerStore(tmp_path / "a.sqlite"),
+    )
     first = on_cpu(folder, store)
     found = evaluate_suite(first, suite)
-    assert (first.known, first.asked > 20) == (0, True)
+    assert (first.cache_hits, first.cache_misses > 20) == (0, True)
     monkeypatch.setattr(
         "prunetune.evaluation.suites.open_model.load", lambda *_, **__: pytest.fail("weights were read")
     )
     second = on_cpu(folder, store)
     assert evaluate_suite(second, suite).to_json() == found.to_json()
-    assert (second.known, second.asked) == (first.asked, 0)
+    assert (second.cache_hits, second.cache_misses) == (first.cache_misses, 0)
 
 
 def test_only_what_is_new_is_asked(tmp_path: Path) -> None:
-    store, told = Store(tmp_path / "a.sqlite"), Told()
+    store, told = AnswerStore(tmp_path / "a.sqlite"), Told()
     records = [Record(kind="completion", prompt=f"p{n}", completion="c") for n in range(4)]
-    remembered = Remembered(told, store)
-    remembered.answers("write", records[:2], Manner(), lambda _: None)
-    assert remembered.answers("write", records, Manner(), lambda _: None) == ["c"] * 4
+    remembered = CachedBackend(told, store)
+    remembered.run_requests("write", records[:2], GenerationSettings(), lambda _: None)
+    assert remembered.run_requests("write", records, GenerationSettings(), lambda _: None) == ["c"] * 4
     assert told.calls == 4
-    for manner in (Manner(max_new_tokens=3), Manner(stop=("x",)), Manner(template="chat")):
-        remembered.answers("write", records[:1], manner, lambda _: None)
+    for manner in (
+        GenerationSettings(max_new_tokens=3),
+        GenerationSettings(stop=("x",)),
+        GenerationSettings(template="chat"),
+    ):
+        remembered.run_requests("write", records[:1], manner, lambda _: None)
     assert told.calls == 7
-    remembered.answers("weigh", records[:1], Manner(max_new_tokens=3), lambda _: None)
-    remembered.answers("weigh", records[:1], Manner(max_new_tokens=4), lambda _: None)
+    remembered.run_requests("weigh", records[:1], GenerationSettings(max_new_tokens=3), lambda _: None)
+    remembered.run_requests("weigh", records[:1], GenerationSettings(max_new_tokens=4), lambda _: None)
     assert told.calls == 8
     told.fingerprint = "another"
-    remembered.answers("write", records[:1], Manner(), lambda _: None)
+    remembered.run_requests("write", records[:1], GenerationSettings(), lambda _: None)
     told.fingerprint = ""
-    remembered.answers("write", records[:1], Manner(), lambda _: None)
+    remembered.run_requests("write", records[:1], GenerationSettings(), lambda _: None)
     assert told.calls == 10
 
 
 def test_what_was_answered_before_a_stop_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prunetune.evaluation.suites.cache.KEPT_EVERY", 2)
-    told, store = Told(), Store(tmp_path / "a.sqlite")
+    monkeypatch.setattr("prunetune.evaluation.suites.cache.ANSWERS_PER_WRITE", 2)
+    told, store = Told(), AnswerStore(tmp_path / "a.sqlite")
     records = [Record(kind="completion", prompt=f"p{n}", completion="c") for n in range(5)]
 
     def stop(record: Record) -> str:
@@ -98,16 +106,16 @@ def test_what_was_answered_before_a_stop_is_kept(tmp_path: Path, monkeypatch: py
 
     told.write = stop
     with pytest.raises(KeyboardInterrupt):
-        Remembered(told, store).answers("write", records, Manner(), lambda _: None)
+        CachedBackend(told, store).run_requests("write", records, GenerationSettings(), lambda _: None)
     told.write, told.calls = (lambda record: record.completion), 0
-    assert Remembered(told, store).answers("write", records, Manner(), lambda _: None) == ["c"] * 5
+    assert CachedBackend(told, store).run_requests("write", records, GenerationSettings(), lambda _: None) == ["c"] * 5
     assert told.calls == 3
 
 
 def test_a_folder_s_hash_follows_its_contents(tmp_path: Path) -> None:
-    folder, store = model_folder(tmp_path / "model"), Store(tmp_path / "a.sqlite")
+    folder, store = model_folder(tmp_path / "model"), AnswerStore(tmp_path / "a.sqlite")
     before = folder_hash(folder, store)
-    assert folder_hash(folder, store) == before == folder_hash(folder, Store(tmp_path / "b.sqlite"))
+    assert folder_hash(folder, store) == before == folder_hash(folder, AnswerStore(tmp_path / "b.sqlite"))
     (folder / "README.md").write_text("a card")
     assert folder_hash(folder, store) == before
     seen = {before}
@@ -119,7 +127,7 @@ def test_a_folder_s_hash_follows_its_contents(tmp_path: Path) -> None:
 
 
 def test_a_folder_s_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, store = model_folder(tmp_path / "model"), Store(tmp_path / "a.sqlite")
+    folder, store = model_folder(tmp_path / "model"), AnswerStore(tmp_path / "a.sqlite")
     before = folder_hash(folder, store)
     monkeypatch.setattr(
         "prunetune.evaluation.suites.cache._contents", lambda path: pytest.fail(f"{path} was read again")
@@ -129,20 +137,22 @@ def test_a_folder_s_files_are_read_once(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_broken_cache_costs_its_answers_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.sqlite").write_bytes(b"no database at all, but long enough to be taken for one" * 40)
-    remembered = Remembered(Told(), Store(tmp_path / "a.sqlite"))
+    remembered = CachedBackend(Told(), AnswerStore(tmp_path / "a.sqlite"))
     record = Record(kind="completion", prompt="p", completion="c")
-    assert remembered.answers("write", [record], Manner(), lambda _: None) == ["c"]
+    assert remembered.run_requests("write", [record], GenerationSettings(), lambda _: None) == ["c"]
     assert "cannot be read" in caplog.text
 
 
 def test_a_store_keeps_many_and_nan(tmp_path: Path) -> None:
-    store = Store(tmp_path / "deep" / "a.sqlite")
+    store = AnswerStore(tmp_path / "deep" / "a.sqlite")
     store.put("answers", [(f"k{n}", str(n)) for n in range(1200)])
     assert len(store.get("answers", [f"k{n}" for n in range(2000)])) == 1200
     told = Told()
     told._weigh = lambda record: [math.nan, 1, 1]  # type: ignore[method-assign]
     for _ in range(2):
-        (answer,) = Remembered(told, store).answers("weigh", [Record(kind="text", completion="c")], Manner(), print)
+        (answer,) = CachedBackend(told, store).run_requests(
+            "weigh", [Record(kind="text", completion="c")], GenerationSettings(), print
+        )
         assert math.isnan(answer[0])
     assert told.calls == 1
     with sqlite3.connect(store.path) as base:
@@ -187,7 +197,7 @@ def test_choices_are_compared_as_the_task_says(tmp_path: Path) -> None:
     write_lines(tmp_path / "two.jsonl", {"prompt": "p", "choices": ["ab", "abcdefghij"], "answer": 1})
     for likelihood, score in (("sum", 0.0), ("mean", 1.0), ("characters", 1.0)):
         task = {"data": "two.jsonl", "scorer": "accuracy", "likelihood": likelihood}
-        found = evaluate_suite(Likely(), suite_of({"tasks": {"t": task}}, folder=tmp_path))
+        found = evaluate_suite(Likely(), parse_suite({"tasks": {"t": task}}, folder=tmp_path))
         assert found.tasks["t"].scores["accuracy"].value == score
 
 
@@ -206,28 +216,28 @@ def test_a_text_is_weighed_whole_and_each_byte_counts(tmp_path: Path) -> None:
 def test_a_window_goes_on_where_the_last_ended() -> None:
     local = LocalModel(speaker(max_position_embeddings=8), characters())
     windows = local._windows(Record(kind="text", completion="abcdefghijklmnopq"))
-    assert [len(window.ids) for window in windows] == [8, 8, 4]
-    targets = [token for window in windows for token in window.ids[1:]]
+    assert [len(window.token_ids) for window in windows] == [8, 8, 4]
+    targets = [token for window in windows for token in window.token_ids[1:]]
     assert targets == characters()("abcdefghijklmnopq", add_special_tokens=False)["input_ids"]
-    assert windows[1].ids[0] == windows[0].ids[-1]
+    assert windows[1].token_ids[0] == windows[0].token_ids[-1]
 
 
 def test_a_long_prompt_keeps_its_end_and_its_start_token(caplog: pytest.LogCaptureFixture) -> None:
     local = LocalModel(speaker(max_position_embeddings=32), characters())
     record = Record(kind="completion", prompt="x" * 100 + "yz", completion="a", choices=("a", "bcd"), answer=0)
-    ((first, *_, last),) = local._prompts([record], [3], Manner())
+    ((first, *_, last),) = local._prompts([record], [3], GenerationSettings())
     assert first == 1
     assert characters().decode([last]) == "z"
-    answers = local.answers("choose", [record], Manner(), lambda _: None)
+    answers = local.run_requests("choose", [record], GenerationSettings(), lambda _: None)
     assert [tokens for _, tokens in answers[0]] == [1, 3]
     assert "1 prompts lost their beginning: the model's context is 32" in caplog.text
 
 
 def test_an_answer_ends_before_its_first_stop() -> None:
-    assert ended("yes\nno. end", ("\n", "end")) == "yes"
-    assert ended("yes", ("\n",)) == "yes"
-    assert ended(" yes ", ()) == "yes"
-    assert ended("\n\nParis\n\nQ", ("\n\n",)) == ""
+    assert truncate_at_stop("yes\nno. end", ("\n", "end")) == "yes"
+    assert truncate_at_stop("yes", ("\n",)) == "yes"
+    assert truncate_at_stop(" yes ", ()) == "yes"
+    assert truncate_at_stop("\n\nParis\n\nQ", ("\n\n",)) == ""
 
 
 @pytest.mark.parametrize("text", ["\n\nParis\n\nQ", "Paris\n\nQ", " Paris\n", "\n\n"])
@@ -237,16 +247,16 @@ def test_a_model_here_ends_its_answer_as_a_server_does(text: str, stop: tuple[st
     model, tokenizer = speaker(), characters()
     said = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
     model.generate = lambda ids, **_: torch.cat([ids, said], dim=1)
-    record, manner = Record(kind="completion", prompt="Capital?", completion="Paris"), Manner(stop=stop)
-    (here,) = LocalModel(model, tokenizer).answers("write", [record], manner, lambda _: None)
+    record, manner = Record(kind="completion", prompt="Capital?", completion="Paris"), GenerationSettings(stop=stop)
+    (here,) = LocalModel(model, tokenizer).run_requests("write", [record], manner, lambda _: None)
 
     def served(path: str, body: dict[str, Any]) -> Reply:
         cut = min([text.find(each) for each in body.get("stop", []) if each in text], default=len(text))
         return {"choices": [{"text": text[:cut]}]}
 
     with serving(served) as heard:
-        endpoint = Endpoint(Server(heard.url), "m")
-        assert endpoint.answers("write", [record], manner, lambda _: None) == [here]
+        endpoint = Endpoint(EndpointClient(heard.url), "m")
+        assert endpoint.run_requests("write", [record], manner, lambda _: None) == [here]
 
 
 def test_chats_are_asked_as_chats(tmp_path: Path) -> None:

@@ -17,9 +17,9 @@ from sklearn.metrics import f1_score
 from prunetune.data.records import Record
 from prunetune.errors import ConfigError, DataError, MissingPackage
 from prunetune.evaluation.results import Item
-from prunetune.evaluation.statistics import summarise
-from prunetune.evaluation.suites.protocol import Answered, Posed
-from prunetune.evaluation.suites.scorers import SCORERS, uses_of
+from prunetune.evaluation.statistics import aggregate_items
+from prunetune.evaluation.suites.protocol import Prompt, Response
+from prunetune.evaluation.suites.scorers import SCORERS, parse_scorers
 
 WORDS = [
     *[
@@ -68,17 +68,17 @@ def pairs() -> tuple[list[str], list[str]]:
 EXPECTED, GOT = pairs()
 
 
-def answered(expected: str, got: str, index: int = 0, **fields: Any) -> Answered:
+def answered(expected: str, got: str, index: int = 0, **fields: Any) -> Response:
     record = Record(kind="completion", prompt="p", completion=expected, id=str(index))
-    return Answered(Posed(record, (), fields), got=got)
+    return Response(Prompt(record, (), fields), text=got)
 
 
 ANSWERS = [answered(*pair, index) for index, pair in enumerate(zip(EXPECTED, GOT, strict=True))]
 
 
-def values(scorer: str, answers: list[Answered] = ANSWERS, **options: Any) -> dict[str, list[float]]:
-    (use,) = uses_of({scorer: options}, "test")
-    return use.values(answers)
+def values(scorer: str, answers: list[Response] = ANSWERS, **options: Any) -> dict[str, list[float]]:
+    (use,) = parse_scorers({scorer: options}, "test")
+    return use.score(answers)
 
 
 def as_items(metric: str, found: list[float]) -> list[Item]:
@@ -92,10 +92,10 @@ def as_items(metric: str, found: list[float]) -> list[Item]:
 def test_rouge_of_ascii_equals_rouge_score(stemmer: bool) -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
-    plain = [each for each in ANSWERS if (each.posed.expected + each.got).isascii()]
+    plain = [each for each in ANSWERS if (each.prompt.expected + each.text).isascii()]
     assert len(plain) > 50
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=stemmer)
-    theirs = [scorer.score(each.posed.expected, each.got) for each in plain]
+    theirs = [scorer.score(each.prompt.expected, each.text) for each in plain]
     ours = values("rouge", plain, stemmer=stemmer)
     for metric, name in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")):
         assert ours[metric] == [scores[name].fmeasure for scores in theirs]
@@ -116,7 +116,7 @@ def test_bleu_and_chrf_equal_sacrebleu_item_by_item_and_as_a_corpus(metric: str)
     corpus = {"bleu": sacrebleu.corpus_bleu, "chrf": sacrebleu.corpus_chrf}[metric]
     ours = values(metric)[metric]
     assert ours == [sentence(have, [want]).score for want, have in zip(EXPECTED, GOT, strict=True)]
-    score = summarise(as_items(metric, ours), metric)
+    score = aggregate_items(as_items(metric, ours), metric)
     assert score.value == pytest.approx(corpus(GOT, [EXPECTED]).score, abs=1e-9)
     assert 0 < score.se < 5
 
@@ -124,11 +124,11 @@ def test_bleu_and_chrf_equal_sacrebleu_item_by_item_and_as_a_corpus(metric: str)
 def test_a_corpus_in_a_resample_is_the_corpus_of_its_items() -> None:
     import sacrebleu
 
-    from prunetune.evaluation.statistics import statistic_of
+    from prunetune.evaluation.statistics import statistic_for_metric
 
     weights = np.random.default_rng(0).multinomial(MANY, np.full(MANY, 1 / MANY), size=1).astype(float)
     drawn = [index for index, count in enumerate(weights[0]) for _ in range(int(count))]
-    make = statistic_of("bleu")
+    make = statistic_for_metric("bleu")
     assert make is not None
     found = make(as_items("bleu", [0.0] * MANY))(weights)[0]
     theirs = sacrebleu.corpus_bleu([GOT[index] for index in drawn], [[EXPECTED[index] for index in drawn]])
@@ -146,7 +146,7 @@ def test_macro_f1_equals_scikit_learn(metric: str) -> None:
         for n, (want, have) in enumerate(zip(expected, got, strict=True))
     ]
     theirs = f1_score(expected, got, average="macro", labels=sorted({*expected, *got}), zero_division=0)
-    assert summarise(items, metric).value == pytest.approx(theirs, abs=1e-12)
+    assert aggregate_items(items, metric).value == pytest.approx(theirs, abs=1e-12)
 
 
 def test_token_f1_equals_the_rule_of_squad() -> None:
@@ -229,8 +229,8 @@ def test_empty_answers_score_nothing_and_break_nothing() -> None:
         for found in values(scorer, empty).values():
             assert found[0] == 0.0
             assert all(math.isfinite(value) for value in found)
-    items = [Item(str(n), "", each.posed.expected, "", None, {"bleu": 0.0}) for n, each in enumerate(empty)]
-    assert summarise(items, "bleu").value == 0.0
+    items = [Item(str(n), "", each.prompt.expected, "", None, {"bleu": 0.0}) for n, each in enumerate(empty)]
+    assert aggregate_items(items, "bleu").value == 0.0
 
 
 def double(got: str, expected: str, row: Any) -> float:
@@ -266,9 +266,11 @@ def test_a_function_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_a_scorer_twice_needs_two_names() -> None:
-    uses = uses_of([{"regex": {"pattern": "a", "name": "one"}}, {"regex": {"pattern": "b", "name": "two"}}], "test")
+    uses = parse_scorers(
+        [{"regex": {"pattern": "a", "name": "one"}}, {"regex": {"pattern": "b", "name": "two"}}], "test"
+    )
     assert [use.metrics for use in uses] == [("one",), ("two",)]
-    assert uses[1].values([answered("", "b")]) == {"two": [1.0]}
+    assert uses[1].score([answered("", "b")]) == {"two": [1.0]}
 
 
 def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from prunetune.errors import ConfigError, DataError
-from prunetune.evaluation.suites import load_suite, suite_of
-from prunetune.evaluation.suites.limits import Limit
-from prunetune.evaluation.suites.prompts import posed_of
+from prunetune.evaluation.suites import load_suite, parse_suite
+from prunetune.evaluation.suites.limits import SuiteLimit
+from prunetune.evaluation.suites.prompts import build_prompts
 from prunetune.evaluation.suites.suite import Suite, Task
 from support.data import write_lines
 from support.suites import ALL, suite_in
@@ -19,7 +19,7 @@ FINE: dict[str, Any] = {"data": "chosen.jsonl", "scorer": "accuracy"}
 
 
 def only(task: dict[str, Any], **keys: Any) -> Task:
-    (found,) = suite_of({"tasks": {"t": task}, **keys}).tasks
+    (found,) = parse_suite({"tasks": {"t": task}, **keys}).tasks
     return found
 
 
@@ -32,7 +32,7 @@ def test_tasks_are_a_mapping_or_a_list(tmp_path: Path) -> None:
 
 def test_defaults_stand_below_every_task(tmp_path: Path) -> None:
     suite = suite_in(tmp_path, {"a": FINE, "b": {**FINE, "limit": 2}}, defaults={"limit": 5, "scorer": "macro_f1"})
-    assert [len(posed_of(task)) for task in suite.tasks] == [5, 2]
+    assert [len(build_prompts(task)) for task in suite.tasks] == [5, 2]
     assert [task.metrics for task in suite.tasks] == [("accuracy",), ("accuracy",)]
 
 
@@ -44,7 +44,7 @@ def test_a_limit_is_one_bound_on_one_metric() -> None:
         ("accuracy", "statistical", 0.01),
     ]
     task = only({"data": "x", "scorer": "rouge", "limits": {"rouge_1": {"drop": 0.1}, "rouge_l": {"statistical": 0.2}}})
-    assert task.limits == (Limit("t", "rouge_1", "drop", 0.1), Limit("t", "rouge_l", "statistical", 0.2))
+    assert task.limits == (SuiteLimit("t", "rouge_1", "drop", 0.1), SuiteLimit("t", "rouge_l", "statistical", 0.2))
     assert only({**FINE, "limits": {"statistical": False}}).limits == ()
 
 
@@ -77,12 +77,12 @@ def test_a_limit_is_one_bound_on_one_metric() -> None:
     ],
 )
 def test_what_is_wrong_is_said_and_the_other_tasks_stand(task: Any, said: str) -> None:
-    suite = suite_of({"tasks": {"wrong": task, "fine": FINE}})
-    assert [bool(each.fault) for each in suite.tasks] == [True, False]
+    suite = parse_suite({"tasks": {"wrong": task, "fine": FINE}})
+    assert [bool(each.error) for each in suite.tasks] == [True, False]
     with pytest.raises(ConfigError, match=said):
-        raise ConfigError(suite.tasks[0].fault)
-    assert "\n" not in suite.tasks[0].fault
-    assert "task wrong" in suite.tasks[0].fault
+        raise ConfigError(suite.tasks[0].error)
+    assert "\n" not in suite.tasks[0].error
+    assert "task wrong" in suite.tasks[0].error
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_what_is_wrong_is_said_and_the_other_tasks_stand(task: Any, said: str) -
 )
 def test_a_suite_that_is_none_is_refused(values: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        suite_of(values)
+        parse_suite(values)
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
@@ -114,13 +114,13 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
         assert "\n" not in str(refused.value)
     with pytest.raises(ConfigError, match="did you mean accuracy"):
         suite_in(tmp_path, {"t": {**FINE, "scorer": "acuracy"}})
-    assert suite_in(tmp_path, {"t": {**FINE, "scorer": "acuracy"}}, strict=False).tasks[0].fault
+    assert suite_in(tmp_path, {"t": {**FINE, "scorer": "acuracy"}}, strict=False).tasks[0].error
 
 
 def rows(tmp_path: Path, task: dict[str, Any], *lines: Any) -> Any:
     write_lines(tmp_path / "rows.jsonl", *lines)
     values = {"tasks": {"t": {"data": "rows.jsonl", **task}}}
-    return posed_of(suite_of(values, folder=tmp_path).tasks[0])
+    return build_prompts(parse_suite(values, folder=tmp_path).tasks[0])
 
 
 NESTED = {"question": "Which?", "options": {"text": ["a thing", "another"], "label": ["A", "B"]}, "key": "B"}

@@ -14,15 +14,15 @@ from transformers import PreTrainedTokenizerFast
 from prunetune import export_run
 from prunetune.errors import ModelError
 from prunetune.export.gguf import llamacpp, tokenizer
-from prunetune.export.gguf.write import write
-from prunetune.export.source import Source
+from prunetune.export.gguf.write import write_gguf
+from prunetune.export.source import ExportSource
 from support.data import CORPUS, SPECIAL, subwords
 from support.export import reference_here, run_folder
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llamacpp, "reference", reference_here)
+    monkeypatch.setattr(llamacpp, "reference_continuations", reference_here)
 
 
 def byte_level(pattern: str | None, *, digits: bool = False, whole: bool = False, tokens: int = 320) -> Any:
@@ -67,11 +67,13 @@ KINDS: dict[str, tuple[Any, str]] = {
 def test_texts_fall_into_the_same_tokens_in_llama_cpp(kind: str, tmp_path: Path) -> None:
     make, name = KINDS[kind]
     run, _ = run_folder(tmp_path / "run", make(), layout="uniform")
-    source, file = Source.open(run), tmp_path / "model.gguf"
-    _, told = write(source, file, "f16")
+    source, file = ExportSource.open(run), tmp_path / "model.gguf"
+    _, told = write_gguf(source, file, "f16")
     assert told.endswith(f"pre-tokenizer {name}")
-    if llamacpp.installed():
-        assert llamacpp.agreement(file, source, [[1]], [llamacpp.Answer((1,), (0.0,))]).texts == len(llamacpp.TEXTS)
+    if llamacpp.runtime_version():
+        assert llamacpp.compare_tokens(file, source, [[1]], [llamacpp.GreedyContinuation((1,), (0.0,))]).texts == len(
+            llamacpp.CHECK_TEXTS
+        )
 
 
 def test_keys_of_the_base_are_taken_over(tmp_path: Path) -> None:

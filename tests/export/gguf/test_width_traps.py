@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from prunetune import cut, export_run, find_sites
+from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.gguf import llamacpp
 from prunetune.export.result import ExportOptions
-from prunetune.export.selfcheck import logits_of
-from prunetune.export.source import Source
-from prunetune.export.write import write
+from prunetune.export.selfcheck import compute_logits
+from prunetune.export.source import ExportSource
 from support.data import subwords
 from support.export import plan_of, reference_here, run_folder
 from support.models import relative, tiny
@@ -30,16 +30,16 @@ TRAPS: dict[str, tuple[dict[str, Any], int, str, str]] = {
 @pytest.mark.parametrize("family", TRAPS)
 def test_pruned_heads_open_and_agree(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In transformers as the sibling that takes them, and in llama.cpp."""
-    monkeypatch.setattr(llamacpp, "reference", reference_here)
+    monkeypatch.setattr(llamacpp, "reference_continuations", reference_here)
     shape, groups, written, arch = TRAPS[family]
     plan = plan_of(tiny(family, **(SMALL | shape)), groups, 64)
     run, model = run_folder(tmp_path / "run", subwords(), family, layout="uniform", plan=plan, **(SMALL | shape))
-    source = Source.open(run)
+    source = ExportSource.open(run)
     config = json.loads((source.folder / "config.json").read_text())
     assert config["architectures"] == [written]
     assert config["num_attention_heads"] == groups * shape["ratio"]
     ids = torch.arange(32)[None]
-    assert relative(logits_of(source.model(), ids), logits_of(model, ids)) <= 1e-5
+    assert relative(compute_logits(source.load_model(), ids), compute_logits(model, ids)) <= 1e-5
     done = export_run(run, "gguf", options=ExportOptions(dtype="f32"))
     assert done.format == f"GGUF, architecture {arch}"
 
@@ -48,14 +48,14 @@ def test_qwen2_that_keeps_its_heads_stays_qwen2(tmp_path: Path) -> None:
     shape = SMALL | TRAPS["qwen2"][0]
     plan = plan_of(tiny("qwen2", **shape), 2, 64)
     run, _ = run_folder(tmp_path / "run", subwords(), "qwen2", layout="uniform", plan=plan, **shape)
-    assert Source.open(run).config.model_type == "qwen2"
+    assert ExportSource.open(run).config.model_type == "qwen2"
 
 
 def test_the_run_says_why_another_class_was_written(tmp_path: Path) -> None:
     shape = SMALL | TRAPS["qwen2"][0]
     model = tiny("qwen2", **shape)
     sites, plan = find_sites(model), plan_of(model, 1, 96)
-    written = write(cut(model, plan), subwords(), plan, sites, tmp_path / "model", layout="uniform", card="")
+    written = write_checkpoint(cut(model, plan), subwords(), plan, sites, tmp_path / "model", layout="uniform", card="")
     assert written.note == (
         "written as SeedOssForCausalLM: Qwen2Config means heads of 896 / 7 in vLLM, llama.cpp and mlx-lm, and these "
         "have 64 rows; tensors and arithmetic are the same"

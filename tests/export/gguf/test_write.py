@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from prunetune import Plan, export_run
 from prunetune.errors import MissingPackage, ModelError, SelfCheckFailed
 from prunetune.export.gguf import kquants, llamacpp, tensors
-from prunetune.export.gguf.architectures import UNIFORM, architecture_of
-from prunetune.export.gguf.write import read_back, write
+from prunetune.export.gguf.architectures import UNIFORM_ARCHITECTURES, select_architecture
+from prunetune.export.gguf.write import verify_tensors, write_gguf
 from prunetune.export.result import ExportOptions
-from prunetune.export.source import Source
+from prunetune.export.source import ExportSource
 from support.data import subwords
 from support.export import WIDE, greedy, plan_of, reference_here, run_folder
 from support.models import random_plan, tiny
@@ -61,62 +61,66 @@ def made(case: str, folder: Path) -> tuple[Path, Any]:
 
 @pytest.fixture
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llamacpp, "reference", reference_here)
+    monkeypatch.setattr(llamacpp, "reference_continuations", reference_here)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_llama_cpp_says_what_the_model_says(case: str, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="pip install 'prunetune[llamacpp]'")
     run, model = made(case, tmp_path / "run")
-    source = Source.open(run)
-    assert architecture_of(source).name == CASES[case][3]
+    source = ExportSource.open(run)
+    assert select_architecture(source).name == CASES[case][3]
     for dtype in ("f32", "f16"):
         file = tmp_path / f"{dtype}.gguf"
-        tensors_written, tokenizer = write(source, file, dtype)
-        read_back(source, file, tensors_written)
+        tensors_written, tokenizer = write_gguf(source, file, dtype)
+        verify_tensors(source, file, tensors_written)
         assert "pre-tokenizer gpt-2" in tokenizer
-        prompts = llamacpp.prompts_of(source)
-        found = llamacpp.agreement(file, source, prompts, [greedy(model, prompt) for prompt in prompts], threads=1)
-        assert found.holds, str(found)
-        assert found.texts == len(llamacpp.TEXTS)
+        prompts = llamacpp.check_prompts(source)
+        found = llamacpp.compare_tokens(file, source, prompts, [greedy(model, prompt) for prompt in prompts], threads=1)
+        assert found.all_equal, str(found)
+        assert found.texts == len(llamacpp.CHECK_TEXTS)
 
 
 def test_what_is_written_is_what_was_stored(tmp_path: Path) -> None:
     """Whether or not llama.cpp is there: names, shapes, rows and values, read by gguf-py alone."""
     run, model = run_folder(tmp_path / "run", subwords(), "qwen3", tie_word_embeddings=True)
-    source, file = Source.open(run), tmp_path / "model.gguf"
-    write(source, file, "f32")
+    source, file = ExportSource.open(run), tmp_path / "model.gguf"
+    write_gguf(source, file, "f32")
     reader = gguf.GGUFReader(file)
     found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
     weights = model.state_dict()
-    for layer, widths in enumerate(source.widths):
+    for layer, widths in enumerate(source.layer_widths):
         names = [f"model.layers.{layer}.self_attn.{name}_proj.weight" for name in "qkv"]
         fused = found[f"blk.{layer}.attn_qkv.weight"]
         assert torch.equal(fused, torch.cat([weights[name] for name in names]))
-        assert len(fused) == (widths.queries + 2 * widths.groups) * 16
-    assert reader.fields["openelm.attention.head_count"].contents() == [widths.queries for widths in source.widths]
-    assert reader.fields["openelm.feed_forward_length"].contents() == [widths.channels for widths in source.widths]
+        assert len(fused) == (widths.query_heads + 2 * widths.kv_heads) * 16
+    assert reader.fields["openelm.attention.head_count"].contents() == [
+        widths.query_heads for widths in source.layer_widths
+    ]
+    assert reader.fields["openelm.feed_forward_length"].contents() == [
+        widths.mlp_channels for widths in source.layer_widths
+    ]
     assert "output.weight" not in found
 
 
 @pytest.mark.parametrize("heads", [1, 3])
 def test_halves_of_heads_are_interleaved(heads: int) -> None:
     rows = torch.arange(heads * 6 * 2).view(heads * 6, 2)
-    swapped = tensors.interleaved(rows, heads)
+    swapped = tensors.interleave_rope_rows(rows, heads)
     for head in range(heads):
         for pair in range(3):
             first, second = swapped[head * 6 + 2 * pair], swapped[head * 6 + 2 * pair + 1]
             assert torch.equal(first, rows[head * 6 + pair])
             assert torch.equal(second, rows[head * 6 + pair + 3])
-    assert torch.equal(tensors.interleaved(rows[:, 0], heads), swapped[:, 0])
+    assert torch.equal(tensors.interleave_rope_rows(rows[:, 0], heads), swapped[:, 0])
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
 def test_every_type_is_read_back_within_its_rounding(dtype: str, tmp_path: Path) -> None:
     run, model = run_folder(tmp_path / "run", subwords(), "mistral", layout="uniform", dtype=torch.bfloat16)
-    source, file = Source.open(run), tmp_path / "model.gguf"
-    made, _ = write(source, file, dtype)
-    read_back(source, file, made)
+    source, file = ExportSource.open(run), tmp_path / "model.gguf"
+    made, _ = write_gguf(source, file, dtype)
+    verify_tensors(source, file, made)
     limit = {"f32": 0.0, "f16": 1e-3, "bf16": 0.0, "q8_0": 1 / 127}[dtype]
     weights = model.state_dict()
     for tensor in gguf.GGUFReader(file).tensors:
@@ -147,7 +151,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
     done = export_run(run, "gguf")
     assert done.path == run / "exports" / "gguf-f16.gguf"
     assert done.bytes == done.path.stat().st_size
-    assert [check.ran for check in done.checks] == [True, bool(llamacpp.installed())]
+    assert [check.ran for check in done.checks] == [True, bool(llamacpp.runtime_version())]
     names = {tensor.name for tensor in gguf.GGUFReader(done.path).tensors}
     assert not {"blk.1.attn_norm.weight", "blk.1.attn_q.weight"} & names
 
@@ -163,7 +167,7 @@ def test_without_llama_cpp_the_result_says_so(tmp_path: Path, monkeypatch: pytes
 def test_a_file_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp", reason="pip install 'prunetune[llamacpp]'")
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
-    monkeypatch.setattr(tensors, "interleaved", lambda rows, heads: rows)
+    monkeypatch.setattr(tensors, "interleave_rope_rows", lambda rows, heads: rows)
     with pytest.raises(SelfCheckFailed, match="differs from transformers"):
         export_run(run, "gguf")
     assert not list(run.rglob("*.gguf*"))
@@ -171,13 +175,13 @@ def test_a_file_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatch
 
 def test_a_changed_byte_is_found(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
-    source, file = Source.open(run), tmp_path / "model.gguf"
-    made, _ = write(source, file, "f16")
+    source, file = ExportSource.open(run), tmp_path / "model.gguf"
+    made, _ = write_gguf(source, file, "f16")
     data = bytearray(file.read_bytes())
     data[-40] ^= 1
     file.write_bytes(data)
     with pytest.raises(SelfCheckFailed, match="is not what was written"):
-        read_back(source, file, made)
+        verify_tensors(source, file, made)
 
 
 REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
@@ -228,7 +232,7 @@ def test_k_quants_need_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_family_of_the_table_is_tried() -> None:
-    assert {family for family, *_ in CASES.values()} | {"seed_oss", "mistral"} == set(UNIFORM)
+    assert {family for family, *_ in CASES.values()} | {"seed_oss", "mistral"} == set(UNIFORM_ARCHITECTURES)
 
 
 STAND_IN = """

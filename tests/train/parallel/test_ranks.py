@@ -20,18 +20,18 @@ import torch
 import yaml
 
 from prunetune.config.recipe import from_mapping
-from prunetune.data.templates import Example
-from prunetune.errors import ConfigError, GateFailed, ModelError
+from prunetune.data.encoding import Example
+from prunetune.errors import ConfigError, LimitBroken, ModelError
 from prunetune.pipeline.prepare import prepare
 from prunetune.pipeline.stages import train
-from prunetune.runs.folder import RunFolder, open_folder
+from prunetune.runs.folder import RunFolder, create_run_folder
 from prunetune.train.checkpoints import Checkpoints
-from prunetune.train.parallel.distributed_passes import together
-from prunetune.train.parallel.ranks import ALONE, Ranks, fingerprint, join
-from prunetune.train.players import Search
-from prunetune.train.recovery import Faults
-from prunetune.utils.console import Quiet
-from prunetune.utils.launch import launched, lost, refusal
+from prunetune.train.parallel.distributed_passes import distribute_passes
+from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks, fingerprint, init_distributed
+from prunetune.train.recovery import StepGuard
+from prunetune.train.trainers import GeneratorTrainer
+from prunetune.utils.console import SilentConsole
+from prunetune.utils.launch import lost_rank_message, rank_and_world_size, single_process_error
 from support.data import write_lines
 from support.distributed_worker import OTHERS, STEPS, STOP, result
 from support.evaluation import characters, speaker
@@ -61,7 +61,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_lines(folder / "rows.jsonl", *rows)
     own = {"model": str(folder / "dense"), "out": str(folder / "run"), "data": {"train": [str(folder / "rows.jsonl")]}}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | own), encoding="utf-8")
-    result(ALONE, Checkpoints(folder / "one"), stop=STOP)
+    result(SINGLE_PROCESS, Checkpoints(folder / "one"), stop=STOP)
     return folder
 
 
@@ -98,7 +98,7 @@ def free_port() -> str:
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
     """The same run by one process."""
-    return result(ALONE)
+    return result(SINGLE_PROCESS)
 
 
 def close(one: dict[str, Any], other: dict[str, Any]) -> None:
@@ -118,17 +118,17 @@ def test_two_ranks_are_one(found: dict[str, Any], alone: dict[str, Any]) -> None
 
 def test_sharded_weights_are_the_same_weights(found: dict[str, Any]) -> None:
     """With a teacher, also sharded; the model is cut while it is sharded."""
-    close(found["fsdp"], result(ALONE, distil=True))
+    close(found["fsdp"], result(SINGLE_PROCESS, distil=True))
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_whatever_a_run_is(name: str, found: dict[str, Any]) -> None:
     """With fewer examples than ranks, one of them passes over nothing."""
-    close(found[name], result(ALONE, **OTHERS[name][1]))
+    close(found[name], result(SINGLE_PROCESS, **OTHERS[name][1]))
 
 
 def test_packed_rows_are_shared_alike(found: dict[str, Any]) -> None:
-    close(found["packed"], result(ALONE, train={"steps": 6}))
+    close(found["packed"], result(SINGLE_PROCESS, train={"steps": 6}))
 
 
 def test_two_go_on_with_what_one_left(found: dict[str, Any], alone: dict[str, Any]) -> None:
@@ -139,7 +139,7 @@ def test_two_go_on_with_what_one_left(found: dict[str, Any], alone: dict[str, An
 def test_one_goes_on_with_what_two_left(found: dict[str, Any], alone: dict[str, Any], place: Path) -> None:
     assert len(found["two to one"]["loss"]) == STOP
     assert Checkpoints(place / "two").latest() is not None
-    close(result(ALONE, Checkpoints(place / "two")), alone)
+    close(result(SINGLE_PROCESS, Checkpoints(place / "two")), alone)
 
 
 def test_memory_that_runs_out_on_one_rank_does_on_all(found: dict[str, Any]) -> None:
@@ -161,25 +161,25 @@ class Full:
 class Cramped(Ranks):
     """Two ranks, of which this one has no room to sum in."""
 
-    def any(self, *arguments: Any) -> bool:
+    def any_rank(self, *arguments: Any) -> bool:
         return False
 
-    def sum_(self, tensors: object) -> None:
+    def all_reduce_sum_(self, tensors: object) -> None:
         raise torch.OutOfMemoryError("full")
 
 
 @pytest.mark.parametrize(
     ("world", "joined", "error", "waits"),
-    [(2, True, GateFailed, 1), (2, False, GateFailed, 0), (1, False, GateFailed, 0), (2, True, ModelError, 0)],
+    [(2, True, LimitBroken, 1), (2, False, LimitBroken, 0), (1, False, LimitBroken, 0), (2, True, ModelError, 0)],
 )
 def test_a_gate_that_stops_the_run_is_told_of_before_any_rank_ends(
     world: int, joined: bool, error: type[Exception], waits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But not where the others are gone, nor for what goes wrong on one rank alone."""
     found: list[Ranks] = []
-    monkeypatch.setattr(Ranks, "wait", lambda self: found.append(self))
+    monkeypatch.setattr(Ranks, "barrier", lambda self: found.append(self))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: joined)
-    with pytest.raises(error), Ranks(world=world).stopped():
+    with pytest.raises(error), Ranks(world_size=world).barrier_before_failing():
         raise error
     assert len(found) == waits
 
@@ -188,9 +188,9 @@ def test_a_gate_that_stops_the_run_is_told_of_before_any_rank_ends(
 def test_memory_that_runs_out_in_an_exchange_ends_the_run(shards: bool) -> None:
     """Nobody takes the step again alone: what the others wait for would be another exchange."""
     passes: Any = Full(full=shards)
-    several = together(passes, None, Cramped(world=2, shards=shards))
+    several = distribute_passes(passes, None, Cramped(world_size=2, uses_fsdp=shards))
     with pytest.raises(ModelError, match="out of GPU memory while ranks exchange"):
-        Faults(several, 0).within_memory((), lambda: several.score((), {}), lambda: None)
+        StepGuard(several, 0).retry_smaller((), lambda: several.score((), {}), lambda: None)
 
 
 def test_nobody_goes_on_before_all_are_there(found: dict[str, Any]) -> None:
@@ -202,11 +202,13 @@ def test_the_generator_moves_by_the_mean_over_ranks(world: int) -> None:
     """Ranks hold the same gradients here, as they do but for the order in which kernels add."""
 
     class Alike(Ranks):
-        def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
+        def all_reduce_sum_(self, tensors: Iterable[torch.Tensor]) -> None:
             for tensor in tensors:
-                tensor.mul_(self.world)
+                tensor.mul_(self.world_size)
 
-    search = Search(replace(job_of(config_of()), ranks=Alike(world=world)), cast(Any, None), cast(Any, None))
+    search = GeneratorTrainer(
+        replace(job_of(config_of()), ranks=Alike(world_size=world)), cast(Any, None), cast(Any, None)
+    )
     generator = search.searcher.generator
     torch.stack([logits.square().sum() for logits in generator().values()]).sum().backward()
     before = [parameter.grad.clone() for parameter in generator.parameters() if parameter.grad is not None]
@@ -225,16 +227,16 @@ def test_decisions_that_differ_end_the_run(found: dict[str, Any]) -> None:
 def test_a_whole_run_by_sharded_ranks(found: dict[str, Any], place: Path) -> None:
     """Rank 0 wrote the folder, layer by layer; one process decides and cuts the same, but for rounding."""
     there, here = RunFolder(place / "run"), RunFolder(place / "again")
-    assert there.manifest()["selfcheck"]["ok"]
-    assert len(list(there.model.glob("*.safetensors"))) == 4  # three layers, and what is outside
+    assert there.read_manifest()["selfcheck"]["ok"]
+    assert len(list(there.model_folder.glob("*.safetensors"))) == 4  # three layers, and what is outside
     config = from_mapping(yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8")) | {"out": str(here.path)})
-    setting = prepare(config, resume=False, console=Quiet())
-    open_folder(here, config)
+    setting = prepare(config, resume=False, console=SilentConsole())
+    create_run_folder(here, config)
     train(setting)
     state = Checkpoints(here.checkpoints).latest()
     assert state is not None
     assert state.plan is not None
-    assert state.plan.to_json() == there.plan.read_text(encoding="utf-8")
+    assert state.plan.to_json() == there.plan_file.read_text(encoding="utf-8")
     lines = [(folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for folder in (here, there)]
     losses = [[json.loads(line)["loss"] for line in part] for part in lines]
     assert losses[0] == pytest.approx(losses[1], abs=CLOSE)
@@ -251,11 +253,11 @@ def rows(*lengths: int) -> list[Example]:
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_shares_hold_every_example_once(count: int, world: int) -> None:
     examples = rows(*(3 + 7 * index % 11 for index in range(count)))
-    shares = Ranks(world=world).shares(examples)
+    shares = Ranks(world_size=world).split_examples(examples)
     assert len(shares) == world
     assert sorted((example for share in shares for example in share), key=lambda e: int(e.id)) == examples
-    loads = [sum(len(example.ids) for example in share) for share in shares]
-    assert max(loads) - min(loads) <= max(len(example.ids) for example in examples)
+    loads = [sum(len(example.token_ids) for example in share) for share in shares]
+    assert max(loads) - min(loads) <= max(len(example.token_ids) for example in examples)
 
 
 def test_a_fingerprint_sees_order_and_every_bit() -> None:
@@ -268,11 +270,11 @@ def test_a_fingerprint_sees_order_and_every_bit() -> None:
 def test_alone_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert join(torch.device("cpu")) is ALONE
+    assert init_distributed(torch.device("cpu")) is SINGLE_PROCESS
     monkeypatch.setenv("WORLD_SIZE", "8")  # of a cluster's job, not of a launcher
-    assert launched() == (0, 1)
-    assert not lost(RuntimeError("Connection closed by peer"))
-    assert not refusal("compare")
+    assert rank_and_world_size() == (0, 1)
+    assert not lost_rank_message(RuntimeError("Connection closed by peer"))
+    assert not single_process_error("compare")
 
 
 @pytest.mark.parametrize(
@@ -292,16 +294,16 @@ def test_what_cannot_work_is_refused_before_ranks_meet(
     for name, value in ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"} | changes).items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=says):
-        join(torch.device(device))
+        init_distributed(torch.device(device))
 
 
 def test_other_verbs_are_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
-    assert "one process" in refusal("compare")
-    assert not refusal("run")
-    assert lost(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3"))
-    assert not lost(RuntimeError("shapes differ"))
+    assert "one process" in single_process_error("compare")
+    assert not single_process_error("run")
+    assert lost_rank_message(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3"))
+    assert not lost_rank_message(RuntimeError("shapes differ"))
 
 
 def test_a_rank_that_waits_for_one_that_is_gone_says_so_and_ends() -> None:

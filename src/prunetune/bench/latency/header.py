@@ -20,7 +20,7 @@ NVIDIA = Path("/proc/driver/nvidia/version")
 NAMES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
-def header_of(config: Any, workload: WorkloadConfig, device: torch.device, align: int) -> dict[str, Any]:
+def table_header(config: Any, workload: WorkloadConfig, device: torch.device, align: int) -> dict[str, Any]:
     """All that a measured time depends on; raises `ConfigError` for a workload that is not timed."""
     if workload.weights != "plain":
         raise ConfigError(
@@ -29,9 +29,9 @@ def header_of(config: Any, workload: WorkloadConfig, device: torch.device, align
         )
     if workload.runtime == "recorded" and device.type != "cuda":
         raise ConfigError(f"workload.runtime recorded needs a CUDA device, and this is {device}: set it to eager")
-    versions = environment.versions()
+    versions = environment.package_versions()
     return {
-        "device": environment.describe(device),
+        "device": environment.device_name(device),
         "driver": driver(device),
         "torch": versions["torch"],
         "transformers": versions["transformers"],
@@ -57,7 +57,7 @@ def driver(device: torch.device) -> str:
     return found.group() if found else f"CUDA {torch.version.cuda}"
 
 
-def place_of(header: dict[str, Any]) -> Path:
+def table_path(header: dict[str, Any]) -> Path:
     """Where a table with this header is kept."""
     return cache_folder() / "latency" / f"{header['model']}-{_digest(header)}.json"
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from prunetune.bench.latency.request_timing import RUNS, seconds_of, tracks_of
-from prunetune.bench.latency.short_models import depth, narrowed, stack
+from prunetune.bench.latency.request_timing import RUNS, time_requests, time_tracks
+from prunetune.bench.latency.short_models import build_short_model, narrow_layers, short_model_depth
 from prunetune.config.recipe import WorkloadConfig
-from prunetune.cost.latency_table import PHASES, TRACKS, Curve, Table, Timed, alike
-from prunetune.cost.layer_shapes import Anatomy, anatomy_of
+from prunetune.cost.latency_table import PHASES, TRACKS, LatencyCurve, LatencyTable, LayerTiming, representative_layers
+from prunetune.cost.layer_shapes import ModelShape, model_shape
 from prunetune.model.loading import DTYPES, is_emulated
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import Site
@@ -37,11 +37,11 @@ LONGEST = 180.0  # seconds that all widths may take together, as far as runs and
 FEW, SPARSE = 3, 8  # first so many runs, then so many widths of an MLP, then one run
 Seconds = Mapping[str, float]  # by track, or by phase
 Timer = Callable[[Sequence[Any], WorkloadConfig, int], Sequence[Seconds]]
-Curves = Mapping[str, Mapping[str, Curve]]  # by track and kind
+Curves = Mapping[str, Mapping[str, LatencyCurve]]  # by track and kind
 
 
 @dataclass(frozen=True)
-class Meter:
+class LatencyTableBuilder:
     """One model's table in the making."""
 
     config: Any
@@ -50,43 +50,47 @@ class Meter:
     align: int
     points: int = POINTS
     runs: int = RUNS
-    whole: bool = False  # a width of zero channels, too
-    tracks: Timer = tracks_of
-    seconds: Timer = seconds_of
+    includes_zero_width: bool = False  # a width of zero channels, too
+    tracks: Timer = time_tracks
+    seconds: Timer = time_requests
     clock: Callable[[], float] = time.monotonic
 
-    def table(self, header: Mapping[str, Any]) -> Table:
+    def measure(self, header: Mapping[str, Any]) -> LatencyTable:
         """Everything, which takes about a second a width on a GPU."""
-        dense = self._ghost()
-        like = alike(dense)
-        count = depth(self._layer_bytes(dense), self.device)
+        dense = self._dense_shape()
+        like = representative_layers(dense)
+        count = short_model_depth(self._layer_bytes(dense), self.device)
         rests: list[Seconds] = []
-        layers: dict[str, dict[int, Timed]] = {track: {} for track in TRACKS}
+        layers: dict[str, dict[int, LayerTiming]] = {track: {} for track in TRACKS}
         kinds = sorted(set(like.values()))
         for layer in kinds:
             log.info("measuring latency: layers like %d, %d at a time", layer, count + 1)
-            short, deep, curves = self._kind(dense, layer, count, LONGEST / len(kinds))
+            short, deep, curves = self._measure_layer_kind(dense, layer, count, LONGEST / len(kinds))
             rests.append({track: 2 * short[track] - deep[track] for track in TRACKS})
             for track in TRACKS:
                 each = (deep[track] - short[track]) / (count + 1)
-                layers[track][layer] = Timed(each, **curves[track])
+                layers[track][layer] = LayerTiming(each, **curves[track])
         rest = {track: statistics.median(rest[track] for rest in rests) for track in TRACKS}
-        return self._scaled(Table(dict(header), rest, layers), list(like.values()))
+        return self._scaled(LatencyTable(dict(header), rest, layers), list(like.values()))
 
-    def _ghost(self) -> Anatomy:
-        model = stack(self.config, range(self.config.num_hidden_layers), self.workload, torch.device("meta"))
-        return anatomy_of(model, find_sites(model))
+    def _dense_shape(self) -> ModelShape:
+        model = build_short_model(
+            self.config, range(self.config.num_hidden_layers), self.workload, torch.device("meta")
+        )
+        return model_shape(model, find_sites(model))
 
-    def _layer_bytes(self, anatomy: Anatomy) -> float:
-        counts = anatomy.dense()
+    def _layer_bytes(self, anatomy: ModelShape) -> float:
+        counts = anatomy.dense_counts()
         return 2.0 * sum(layer.params(counts) for layer in anatomy.layers.values()) / len(anatomy.layers)
 
-    def _kind(self, anatomy: Anatomy, layer: int, count: int, allowed: float) -> tuple[Seconds, Seconds, Curves]:
+    def _measure_layer_kind(
+        self, anatomy: ModelShape, layer: int, count: int, allowed: float
+    ) -> tuple[Seconds, Seconds, Curves]:
         """Seconds of a dense short model and of one twice as deep; of every width beyond dense, for each layer."""
-        model = stack(self.config, [layer] * (count + 1), self.workload, self.device)
+        model = build_short_model(self.config, [layer] * (count + 1), self.workload, self.device)
         sites = anatomy.layers[layer].sites
-        paced = self._paced(model, sites, allowed)
-        twice = stack(self.config, [layer] * 2 * (count + 1), self.workload, self.device)
+        paced = self._within_time_limit(model, sites, allowed)
+        twice = build_short_model(self.config, [layer] * 2 * (count + 1), self.workload, self.device)
         short, deep = self.tracks([model, twice], self.workload, paced.runs)
         del twice
         bases = [short]
@@ -95,7 +99,7 @@ class Meter:
         }
         for site in sites:
             for units in paced.widths(site.kind, site.units):
-                small = narrowed(model, site.kind, units, whole=self.whole)
+                small = narrow_layers(model, site.kind, units, remove_empty_blocks=self.includes_zero_width)
                 base, seconds = self.tracks([model, small], self.workload, paced.runs)
                 bases.append(base)
                 for track in TRACKS:
@@ -106,12 +110,12 @@ class Meter:
             for track, of in found.items()
         }  # fmt: skip
 
-    def _paced(self, model: Any, sites: Sequence[Site], allowed: float) -> Meter:
+    def _within_time_limit(self, model: Any, sites: Sequence[Site], allowed: float) -> LatencyTableBuilder:
         """This meter, or on a CPU one of fewer runs and widths, so that all take no longer than allowed."""
         if self.device.type != "cpu":
             return self
         one = min(self._turn(model) for _ in range(2))  # the first also loads kernels
-        for paced in self._slower():
+        for paced in self._cheaper_builders():
             widths = sum(len(paced.widths(site.kind, site.units)) for site in sites)
             seconds = (3 + 2 * widths) * (paced.runs + 1) * one
             if seconds <= allowed:
@@ -129,7 +133,7 @@ class Meter:
         self.tracks([model], self.workload, 1)
         return (self.clock() - begun) / 2  # with the one that warms up
 
-    def _slower(self) -> Iterator[Meter]:
+    def _cheaper_builders(self) -> Iterator[LatencyTableBuilder]:
         few, sparse = min(FEW, self.runs), min(SPARSE, self.points)
         yield from (replace(self, runs=runs) for runs in range(self.runs, few - 1, -1))
         yield from (replace(self, runs=few, points=points) for points in range(self.points - 1, sparse - 1, -1))
@@ -151,15 +155,15 @@ class Meter:
             step = -(-units // self.points)
             return list(range(0, units, step))
         step = self.align * -(-units // (self.align * self.points))
-        return [*([0] if self.whole else []), *sorted({self.align, *range(step, units, step)} - {units})]
+        return [*([0] if self.includes_zero_width else []), *sorted({self.align, *range(step, units, step)} - {units})]
 
-    def _scaled(self, table: Table, like: Sequence[int]) -> Table:
+    def _scaled(self, table: LatencyTable, like: Sequence[int]) -> LatencyTable:
         """The table whose longer track is what the dense model takes."""
-        seconds, like = self._deep(like)
+        seconds, like = self._time_dense_model(like)
         factors = dict.fromkeys(TRACKS, 1.0)
         for phase in PHASES:
             told = {
-                track: table.rest[track] + sum(table.layers[track][layer].dense for layer in like)
+                track: table.outside_layers[track] + sum(table.layers[track][layer].dense for layer in like)
                 for track in TRACKS
                 if track.startswith(phase)
             }
@@ -170,11 +174,11 @@ class Meter:
         log.info("scaled to the dense model: %s", scales)
         return table.scaled(factors)
 
-    def _deep(self, layers: Sequence[int]) -> tuple[Seconds, Sequence[int]]:
+    def _time_dense_model(self, layers: Sequence[int]) -> tuple[Seconds, Sequence[int]]:
         """Seconds of a request by the dense model, or by as many of its layers as the device holds."""
         while True:
             try:
-                whole = stack(self.config, layers, self.workload, self.device)
+                whole = build_short_model(self.config, layers, self.workload, self.device)
                 return self.seconds([whole], self.workload, self.runs)[0], layers
             except torch.OutOfMemoryError:
                 if len(layers) < 2:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from prunetune.bench import clock
-from prunetune.bench.recorded import Recorded
-from prunetune.bench.timed_request import answered, tokens_for
+from prunetune.bench.cuda_graph import CudaGraphStep
+from prunetune.bench.timed_request import random_prompts, time_request
 from prunetune.config.recipe import WorkloadConfig
 from prunetune.cost.latency_table import PHASES, TRACKS
 
@@ -31,28 +31,30 @@ CYCLES = 2e9  # a second of a GPU's clock at most
 AHEAD = 3  # times the host's part that the device idles, so that all is launched by then ...
 LONGEST = 0.5  # ... in seconds at most: a first pass also loads kernels
 
-Found = dict[str, float]
-Asked = Callable[[], Found]
+PhaseTimings = dict[str, float]
+TimedCall = Callable[[], PhaseTimings]
 
 
-def seconds_of(models: Sequence[Any], workload: WorkloadConfig, runs: int = RUNS) -> list[Found]:
+def time_requests(models: Sequence[Any], workload: WorkloadConfig, runs: int = RUNS) -> list[PhaseTimings]:
     """{phase: median seconds} of a batch of the workload's requests, for each model; they take turns, run by run.
 
     On a CPU slow ones are run fewer times: no more often than `PATIENCE` has room for.
     """
     patience = PATIENCE if next(models[0].parameters()).device.type == "cpu" else math.inf
-    return _in_turns([_request(model, workload) for model in models], PHASES, runs, patience)
+    return _time_interleaved([_request(model, workload) for model in models], PHASES, runs, patience)
 
 
-def tracks_of(models: Sequence[Any], workload: WorkloadConfig, runs: int = RUNS) -> list[Found]:
+def time_tracks(models: Sequence[Any], workload: WorkloadConfig, runs: int = RUNS) -> list[PhaseTimings]:
     """{track: median seconds}: where there is no CUDA, all is the device's."""
     if next(models[0].parameters()).device.type != "cuda":
-        found = _in_turns([_sampled(model, workload) for model in models], PHASES, runs)
+        found = _time_interleaved([_sampled(model, workload) for model in models], PHASES, runs)
         return [dict.fromkeys(TRACKS, 0.0) | {f"{phase}.device": one[phase] for phase in PHASES} for one in found]
-    return _in_turns([Tracker(model, workload) for model in models], TRACKS, runs)
+    return _time_interleaved([HostDeviceTimer(model, workload) for model in models], TRACKS, runs)
 
 
-def _in_turns(asked: Sequence[Asked], names: Sequence[str], runs: int, patience: float = math.inf) -> list[Found]:
+def _time_interleaved(
+    asked: Sequence[TimedCall], names: Sequence[str], runs: int, patience: float = math.inf
+) -> list[PhaseTimings]:
     begun = time.monotonic()
     for ask in asked:  # warms up
         ask()
@@ -63,38 +65,38 @@ def _in_turns(asked: Sequence[Asked], names: Sequence[str], runs: int, patience:
     ]
 
 
-def _request(model: Any, workload: WorkloadConfig) -> Asked:
+def _request(model: Any, workload: WorkloadConfig) -> TimedCall:
     """The model's answer to one batch of requests. What was recorded knows its cache by address: it is used again."""
-    tokens, fresh = tokens_for(model, workload.batch, workload.prompt), _caches(model, workload)
-    step = Recorded(model) if workload.runtime == "recorded" else None
+    tokens, fresh = random_prompts(model, workload.batch, workload.prompt), _caches(model, workload)
+    step = CudaGraphStep(model) if workload.runtime == "recorded" else None
 
-    def ask() -> Found:
-        times = answered(model, tokens, fresh(), workload.generate, step)
+    def ask() -> PhaseTimings:
+        times = time_request(model, tokens, fresh(), workload.generate, step)
         return {"prefill": times.prefill, "decode": times.decode}
 
     return ask
 
 
-def _sampled(model: Any, workload: WorkloadConfig) -> Asked:
+def _sampled(model: Any, workload: WorkloadConfig) -> TimedCall:
     """A prefill and some decode steps: those in the middle see as long a context as all of them in the mean."""
     steps = min(workload.generate - 1, SAMPLED)
     before = (workload.generate - 1 - steps) // 2
-    tokens, fresh = tokens_for(model, workload.batch, workload.prompt), _caches(model, workload)
-    between = tokens_for(model, workload.batch, before) if before else None
+    tokens, fresh = random_prompts(model, workload.batch, workload.prompt), _caches(model, workload)
+    between = random_prompts(model, workload.batch, before) if before else None
 
     @torch.no_grad()
-    def ask() -> Found:
-        cache, begun = fresh(), clock.now(tokens.device)
+    def ask() -> PhaseTimings:
+        cache, begun = fresh(), clock.synchronized_time(tokens.device)
         out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1].argmax(-1, keepdim=True)
-        prefill = clock.now(tokens.device) - begun
+        prefill = clock.synchronized_time(tokens.device) - begun
         if between is not None:
             model(between, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        times = [clock.now(tokens.device)]
+        times = [clock.synchronized_time(tokens.device)]
         for _ in range(steps):
             out = model(token, past_key_values=cache, use_cache=True)
             token = out.logits[:, -1].argmax(-1, keepdim=True)
-            times.append(clock.now(tokens.device))
+            times.append(clock.synchronized_time(tokens.device))
         each = [after - before for before, after in itertools.pairwise(times)]
         return {"prefill": prefill, "decode": statistics.median(each)}  # what else runs here slows some steps
 
@@ -116,20 +118,20 @@ def _caches(model: Any, workload: WorkloadConfig) -> Callable[[], Any]:
     return emptied
 
 
-class Tracker:
+class HostDeviceTimer:
     """A model on CUDA, host and device apart."""
 
     def __init__(self, model: Any, workload: WorkloadConfig) -> None:
         self.model, self.workload = model, workload
         self.steps = min(workload.generate - 1, STEPS)
-        self.tokens = tokens_for(model, workload.batch, workload.prompt)
+        self.tokens = random_prompts(model, workload.batch, workload.prompt)
         # Steps in the middle of the answer see as long a context as all of them in the mean.
-        self.middle = tokens_for(model, workload.batch, workload.prompt + (workload.generate - 1 - self.steps) // 2)
+        self.middle = random_prompts(model, workload.batch, workload.prompt + (workload.generate - 1 - self.steps) // 2)
         self.fresh = _caches(model, workload)
         self.request = _request(model, workload) if workload.runtime == "recorded" else None
 
     @torch.no_grad()
-    def __call__(self) -> Found:
+    def __call__(self) -> PhaseTimings:
         """All tracks, once."""
         host, _, token = self._pass(self.tokens, cache := self.fresh(), 0.0)
         device = self._pass(self.tokens, self.fresh(), host)[1]

@@ -17,36 +17,36 @@ from prunetune.model.loading import DTYPES
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import USUAL
-from prunetune.pruning.whole_blocks import shorten
+from prunetune.pruning.units import DEFAULT_UNITS
+from prunetune.pruning.whole_blocks import remove_layers_from_config
 
 CPU_CACHE = 32 * 2**20  # bytes, of a usual processor
 LEAST = 4  # layers cut to a width
 
 
-def stack(config: Any, layers: Sequence[int], workload: WorkloadConfig, device: torch.device) -> Any:
+def build_short_model(config: Any, layers: Sequence[int], workload: WorkloadConfig, device: torch.device) -> Any:
     """A causal language model of these layers of a configuration, one after the other; weights are random."""
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
-    shorten(config, layers)
+    remove_layers_from_config(config, layers)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[workload.dtype])
     return model.eval().requires_grad_(False)
 
 
-def depth(layer_bytes: float, device: torch.device) -> int:
+def short_model_depth(layer_bytes: float, device: torch.device) -> int:
     """Layers of a short model that are cut: with them, twice the device's cache."""
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else CPU_CACHE
     return min(32, max(LEAST, math.ceil(2 * cache / max(1.0, layer_bytes))))
 
 
-def narrowed(model: Any, kind: str, units: int, *, whole: bool = False) -> Any:
+def narrow_layers(model: Any, kind: str, units: int, *, remove_empty_blocks: bool = False) -> Any:
     """A copy in which every layer but the first keeps so many KV groups ("attention") or channels ("mlp").
 
     With `whole`, zero channels take the block along.
     """
-    names = (*USUAL, "mlp-blocks") if whole else USUAL
+    names = (*DEFAULT_UNITS, "mlp-blocks") if remove_empty_blocks else DEFAULT_UNITS
     sites = find_sites(model, names)
     kept = {}
     for site in sites:

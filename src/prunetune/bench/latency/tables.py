@@ -9,56 +9,65 @@ from typing import Any
 
 import torch
 
-from prunetune.bench.latency.header import header_of, place_of
-from prunetune.bench.latency.measure import POINTS, Meter
+from prunetune.bench.latency.header import table_header, table_path
+from prunetune.bench.latency.measure import POINTS, LatencyTableBuilder
 from prunetune.bench.latency.request_timing import RUNS
 from prunetune.config.recipe import WorkloadConfig
-from prunetune.cost.latency_table import Table
+from prunetune.cost.latency_table import LatencyTable
 from prunetune.errors import ConfigError
-from prunetune.pruning.units import KINDS, Site
+from prunetune.pruning.units import KIND_BY_NAME, Site
 from prunetune.utils.files import write_text
 
 log = logging.getLogger(__name__)
-KNOWN = ("attention", "mlp", "attention-blocks", "mlp-blocks", "layers")  # kinds of unit that a table can price
+TIMED_KINDS = ("attention", "mlp", "attention-blocks", "mlp-blocks", "layers")  # kinds of unit that a table can price
 
 
-def table_for(
-    config: Any, sites: tuple[Site, ...], workload: WorkloadConfig, device: torch.device, align: int, given: str = ""
-) -> Table:
+def get_latency_table(
+    config: Any,
+    sites: tuple[Site, ...],
+    workload: WorkloadConfig,
+    device: torch.device,
+    align: int,
+    table_path: str = "",
+) -> LatencyTable:
     """Raises `ConfigError` where a file is about another device, driver, version or workload."""
     header = checked_header(config, sites, workload, device, align)
-    if given:
-        return Table.load(Path(given), header)
-    found = in_cache(header)
-    return found if found is not None else measured(config, sites, workload, device, align, header)
+    if table_path:
+        return LatencyTable.load(Path(table_path), header)
+    found = load_cached_table(header)
+    return found if found is not None else measure_table(config, sites, workload, device, align, header)
 
 
 def checked_header(
     config: Any, sites: tuple[Site, ...], workload: WorkloadConfig, device: torch.device, align: int
 ) -> dict[str, Any]:
     """The header of a table for these units; raises `ConfigError` for kinds that no table prices."""
-    odd = [name for name, kind in KINDS.items() if kind not in KNOWN and any(site.kind == kind for site in sites)]
+    odd = [
+        name
+        for name, kind in KIND_BY_NAME.items()
+        if kind not in TIMED_KINDS and any(site.kind == kind for site in sites)
+    ]
     if odd:
         raise ConfigError(
             f"latency is not measured for {odd[0]}: leave it out of budget.units, "
             "or budget.latency and budget.throughput out"
         )
-    return header_of(config, workload, device, align) | {"blocks": any(site.kind == "mlp-blocks" for site in sites)}
+    return table_header(config, workload, device, align) | {"blocks": any(site.kind == "mlp-blocks" for site in sites)}
 
 
-def in_cache(header: dict[str, Any]) -> Table | None:
+def load_cached_table(header: dict[str, Any]) -> LatencyTable | None:
     """The table that was measured before; None where there is none, or it cannot be read."""
-    place = place_of(header)
+    place = table_path(header)
     if not place.is_file():
         return None
     try:
-        return Table.load(place, header)
+        return LatencyTable.load(place, header)
     except ConfigError as broken:
         log.warning("%s: measured again", broken)
         return None
 
 
-def measured(
+def measure_table(
     config: Any,
     sites: tuple[Site, ...],
     workload: WorkloadConfig,
@@ -68,12 +77,12 @@ def measured(
     *,
     points: int = POINTS,
     runs: int = RUNS,
-) -> Table:
+) -> LatencyTable:
     """Measure now, and keep it in the cache; where that cannot be written, the minutes that it took are not lost."""
     whole = any(site.kind == "mlp-blocks" for site in sites)
     begun = time.monotonic()
-    table = Meter(config, workload, device, align, points, runs, whole).table(header)
-    place, seconds = place_of(header), time.monotonic() - begun
+    table = LatencyTableBuilder(config, workload, device, align, points, runs, whole).measure(header)
+    place, seconds = table_path(header), time.monotonic() - begun
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         write_text(place, table.to_json() + "\n")

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prunetune.evaluation.suites.local import LocalModel
-    from prunetune.evaluation.suites.run import evaluate_suite, read_questions
-    from prunetune.evaluation.suites.suite import Suite, Task, load_suite, suite_of
+    from prunetune.evaluation.suites.run import evaluate_suite, load_prompts
+    from prunetune.evaluation.suites.suite import Suite, Task, load_suite, parse_suite
 
-__all__ = ["LocalModel", "Suite", "Task", "evaluate_suite", "load_suite", "read_questions", "suite_of"]
+__all__ = ["LocalModel", "Suite", "Task", "evaluate_suite", "load_prompts", "load_suite", "parse_suite"]
 
 # Reading a suite must not wait for torch.
 _HOMES = {
@@ -19,8 +19,8 @@ _HOMES = {
     "Task": "suite",
     "evaluate_suite": "run",
     "load_suite": "suite",
-    "read_questions": "run",
-    "suite_of": "suite",
+    "load_prompts": "run",
+    "parse_suite": "suite",
 }
 
 

@@ -9,30 +9,30 @@ from pathlib import Path
 
 from prunetune.errors import ConfigError
 from prunetune.evaluation.results import Evaluation
-from prunetune.evaluation.suites.check import Check
-from prunetune.evaluation.suites.check import check as held
-from prunetune.evaluation.suites.open_model import TargetOptions, open_target, reference_of, refuse_unopenable
-from prunetune.evaluation.suites.run import ALLOWED, Progress, evaluate_suite
+from prunetune.evaluation.suites.check import CheckResult
+from prunetune.evaluation.suites.check import check_limits as held
+from prunetune.evaluation.suites.open_model import BackendOptions, check_can_open, dense_model_of_run, open_backend
+from prunetune.evaluation.suites.run import NO_PERMISSIONS, SuiteProgressCallback, evaluate_suite
 from prunetune.evaluation.suites.scorers import Permission
 from prunetune.evaluation.suites.suite import Suite, load_suite
 
-DEFAULTS = TargetOptions()
+DEFAULTS = BackendOptions()
 
 
 def evaluate(
     model: str,
     suite: Suite | Path | str,
     *,
-    options: TargetOptions = DEFAULTS,
-    allow: Collection[Permission] = ALLOWED,
-    progress: Progress | None = None,
+    options: BackendOptions = DEFAULTS,
+    allow: Collection[Permission] = NO_PERMISSIONS,
+    progress: SuiteProgressCallback | None = None,
 ) -> Evaluation:
     """The suite's scores of a run, checkpoint, hub name, .gguf file or endpoint; kept results come back as they are.
 
     A task that fails has its `error` instead of scores. Raises a `PrunetuneError` where there is nothing to ask.
     """
     suite = suite if isinstance(suite, Suite) else load_suite(suite, strict=False)
-    target = open_target(model, options)
+    target = open_backend(model, options)
     return target if isinstance(target, Evaluation) else evaluate_suite(target, suite, allow=allow, progress=progress)
 
 
@@ -41,25 +41,25 @@ def check(
     suite: Suite | Path | str,
     against: str = "",
     *,
-    options: TargetOptions = DEFAULTS,
-    allow: Collection[Permission] = ALLOWED,
-    progress: Progress | None = None,
-) -> Check:
+    options: BackendOptions = DEFAULTS,
+    allow: Collection[Permission] = NO_PERMISSIONS,
+    progress: SuiteProgressCallback | None = None,
+) -> CheckResult:
     """Hold a model against the suite's limits and against another model; of a run, by default its dense model."""
     suite = suite if isinstance(suite, Suite) else load_suite(suite, strict=False)
-    against = against or reference_of(model)
-    refuse_unopenable(against, options)  # before the model is scored for nothing
+    against = against or dense_model_of_run(model)
+    check_can_open(against, options)  # before the model is scored for nothing
     found = evaluate(model, suite, options=options, allow=allow, progress=progress)
     reference = evaluate(against, suite, options=options, allow=allow, progress=progress)
     return held(found, reference, suite)
 
 
-def to_json(found: Evaluation, model: str, suite: str) -> str:
+def evaluation_to_json(evaluation: Evaluation, model: str, suite: str) -> str:
     """The evaluation with what it is of; `Evaluation.from_json` reads it."""
-    return json.dumps({**json.loads(found.to_json()), "model": model, "suite": suite}, ensure_ascii=False) + "\n"
+    return json.dumps({**json.loads(evaluation.to_json()), "model": model, "suite": suite}, ensure_ascii=False) + "\n"
 
 
-def writable(path: Path | None, flag: str) -> None:
+def check_writable(path: Path | None, flag: str) -> None:
     """Refuse a file that cannot be written before anything is computed; raises `ConfigError`."""
     if path is None:
         return

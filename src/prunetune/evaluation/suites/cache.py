@@ -13,21 +13,25 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.data.records import Record
-from prunetune.evaluation.suites.protocol import Ask, Manner, Respondent, Tick
+from prunetune.evaluation.suites.protocol import Backend, GenerationSettings, OnRequestsDone, RequestKind
 from prunetune.model.gguf_import import cache_folder
 
 log = logging.getLogger(__name__)
-VERSIONS: Mapping[Ask, int] = {"choose": 1, "write": 2, "weigh": 2}  # rise when answers are made otherwise
+REQUEST_VERSIONS: Mapping[RequestKind, int] = {
+    "choose": 1,
+    "write": 2,
+    "weigh": 2,
+}  # rise when answers are made otherwise
 TABLES = (
     "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS files (stamp TEXT PRIMARY KEY, digest TEXT NOT NULL) WITHOUT ROWID",
 )
-AT_ONCE = 500  # keys of one query
-KEPT_EVERY = 1000  # answers; what a stopped evaluation loses at most
+KEYS_PER_QUERY = 500  # keys of one query
+ANSWERS_PER_WRITE = 1000  # answers; what a stopped evaluation loses at most
 
 
 @dataclass
-class Store:
+class AnswerStore:
     """Two tables of texts. A file that cannot be used costs its answers, not the evaluation."""
 
     path: Path = field(default_factory=lambda: cache_folder() / "answers.sqlite")
@@ -37,8 +41,8 @@ class Store:
         found: dict[str, str] = {}
         try:
             with closing(self._open()) as base:
-                for start in range(0, len(keys), AT_ONCE):
-                    part = keys[start : start + AT_ONCE]
+                for start in range(0, len(keys), KEYS_PER_QUERY):
+                    part = keys[start : start + KEYS_PER_QUERY]
                     marks = ",".join("?" * len(part))
                     found |= dict(base.execute(f"SELECT * FROM {table} WHERE {_KEYS[table]} IN ({marks})", part))  # noqa: S608 - table names are ours
         except (sqlite3.Error, OSError) as broken:
@@ -65,62 +69,64 @@ _KEYS = {"answers": "key", "files": "stamp"}
 
 
 @dataclass
-class Remembered:
+class CachedBackend:
     """A respondent that is asked only what it was not asked before."""
 
-    respondent: Respondent
-    store: Store
-    known: int = 0  # answers that came from the store
-    asked: int = 0
+    backend: Backend
+    store: AnswerStore
+    cache_hits: int = 0  # answers that came from the store
+    cache_misses: int = 0
 
     @property
     def name(self) -> str:
         """See `Respondent`."""
-        return self.respondent.name
+        return self.backend.name
 
     @property
     def fingerprint(self) -> str:
         """See `Respondent`."""
-        return self.respondent.fingerprint
+        return self.backend.fingerprint
 
-    def loaded(self) -> tuple[Any, Any]:
+    def model_and_tokenizer(self) -> tuple[Any, Any]:
         """See `Respondent`."""
-        return self.respondent.loaded()
+        return self.backend.model_and_tokenizer()
 
-    def answers(self, ask: Ask, records: Sequence[Record], manner: Manner, tick: Tick) -> list[Any]:
+    def run_requests(
+        self, kind: RequestKind, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone
+    ) -> list[Any]:
         """See `Respondent`."""
         if not self.fingerprint:
-            self.asked += len(records)
-            return self.respondent.answers(ask, records, manner, tick)
-        keys = [key_of(self.fingerprint, ask, record, manner) for record in records]
+            self.cache_misses += len(records)
+            return self.backend.run_requests(kind, records, settings, tick)
+        keys = [cache_key(self.fingerprint, kind, record, settings) for record in records]
         found = {key: json.loads(text) for key, text in self.store.get("answers", list(dict.fromkeys(keys))).items()}
-        self.known += sum(key in found for key in keys)
+        self.cache_hits += sum(key in found for key in keys)
         tick(sum(key in found for key in keys))
         missing = [index for index, key in enumerate(keys) if key not in found]
-        self.asked += len(missing)
-        for start in range(0, len(missing), KEPT_EVERY):
-            part = missing[start : start + KEPT_EVERY]
-            fresh = self.respondent.answers(ask, [records[index] for index in part], manner, tick)
+        self.cache_misses += len(missing)
+        for start in range(0, len(missing), ANSWERS_PER_WRITE):
+            part = missing[start : start + ANSWERS_PER_WRITE]
+            fresh = self.backend.run_requests(kind, [records[index] for index in part], settings, tick)
             new = {keys[index]: answer for index, answer in zip(part, fresh, strict=True)}
             self.store.put("answers", [(key, json.dumps(answer)) for key, answer in new.items()])
             found |= new
         return [found[key] for key in keys]
 
 
-def key_of(fingerprint: str, ask: Ask, record: Record, manner: Manner) -> str:
+def cache_key(fingerprint: str, kind: RequestKind, record: Record, settings: GenerationSettings) -> str:
     """All that an answer depends on, as SHA-256."""
     asked: list[Any] = [
         record.kind,
         record.prompt,
         record.messages,
-        record.choices if ask == "choose" else record.completion,
+        record.choices if kind == "choose" else record.completion,
     ]
-    if ask == "write":
-        asked = [*asked[:3], manner.max_new_tokens, manner.stop]
-    return _digest([VERSIONS[ask], fingerprint, ask, manner.template, asked])
+    if kind == "write":
+        asked = [*asked[:3], settings.max_new_tokens, settings.stop]
+    return _digest([REQUEST_VERSIONS[kind], fingerprint, kind, settings.template, asked])
 
 
-def folder_hash(folder: Path, store: Store) -> str:
+def folder_hash(folder: Path, store: AnswerStore) -> str:
     """SHA-256 over weights, configuration, tokenizer and code of a model folder.
 
     A file is read once: later its place, size and times stand for its contents.
@@ -129,7 +135,7 @@ def folder_hash(folder: Path, store: Store) -> str:
     return files_hash(sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md"), store)
 
 
-def files_hash(files: Sequence[Path], store: Store) -> str:
+def files_hash(files: Sequence[Path], store: AnswerStore) -> str:
     """The same over files of different names."""
     stamps = {path.name: _stamp(path) for path in files}
     known: Mapping[str, str] = store.get("files", list(stamps.values()))

@@ -9,21 +9,29 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from prunetune.errors import PrunetuneError
-from prunetune.evaluation.paired import Paired, compare, holm
-from prunetune.evaluation.results import SHOWN, Evaluation, Item, Score, TaskResult, higher_is_better, recovery
-from prunetune.evaluation.statistics import EVIDENCE, same_question, same_questions
-from prunetune.evaluation.suites.limits import Limit
+from prunetune.evaluation.paired import PairedComparison, compare_paired, holm
+from prunetune.evaluation.results import (
+    MAX_PROMPT_CHARS,
+    Evaluation,
+    Item,
+    Score,
+    TaskResult,
+    higher_is_better,
+    recovery,
+)
+from prunetune.evaluation.statistics import PER_ITEM_METRIC, is_same_question, keep_same_questions
+from prunetune.evaluation.suites.limits import SuiteLimit
 from prunetune.evaluation.suites.suite import Suite, Task
 
 FORMAT = "prunetune-check-1"
-WORST = 10  # items listed of a task whose items are neither right nor wrong
+MAX_GRADED_FAILURES = 10  # items listed of a task whose items are neither right nor wrong
 
 
 @dataclass(frozen=True)
 class Verdict:
     """One limit, and whether it holds."""
 
-    limit: Limit
+    limit: SuiteLimit
     broken: bool
     value: float
     reference: float  # nan where there is none
@@ -47,7 +55,7 @@ class Failure:
     lost: float  # positive is worse
 
     @property
-    def scored(self) -> str:
+    def score_change(self) -> str:
         """Both scores of a graded item; "" where the answers say as much: right before, wrong now."""
         before, after = self.score_before, self.score_after
         if math.isnan(before) or (before, after) == (1, 0):
@@ -56,7 +64,7 @@ class Failure:
 
 
 @dataclass(frozen=True)
-class Check:
+class CheckResult:
     """What a check found."""
 
     verdicts: tuple[Verdict, ...]
@@ -80,32 +88,32 @@ class Check:
         return json.dumps(_finite(plain), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def check(found: Evaluation, reference: Evaluation | None, suite: Suite) -> Check:
+def check_limits(evaluation: Evaluation, reference: Evaluation | None, suite: Suite) -> CheckResult:
     """Hold `found` against the suite's limits; a task without any is held to be no worse than the reference.
 
     Without a reference only the limits `min` and `max` can be judged; the others are errors of their tasks.
     """
-    errors = {name: result.error for name, result in found.tasks.items() if result.error}
+    errors = {name: result.error for name, result in evaluation.tasks.items() if result.error}
     for name, result in (reference.tasks if reference else {}).items():
         if result.error and name not in errors:
             errors[name] = f"the reference: {result.error}"
     for task in suite.tasks:
-        if not any(_task(suite, name) is task for name in found.tasks):
-            errors[task.name] = task.fault or "not among the results; evaluate the suite again"
+        if not any(_task(suite, name) is task for name in evaluation.tasks):
+            errors[task.name] = task.error or "not among the results; evaluate the suite again"
     verdicts: list[Verdict] = []
-    for name, result in found.tasks.items():
+    for name, result in evaluation.tasks.items():
         for limit in _limits(suite, name, result, reference) if name not in errors else ():
             try:
                 verdicts.append(_verdict(limit, result, reference.tasks.get(name) if reference else None))
             except PrunetuneError as wrong:
                 errors[name] = str(wrong)
-    pairs = _pairs(found, reference, errors)
+    pairs = _scored_pairs(evaluation, reference, errors)
     failures = tuple(failure for mine, theirs in pairs for failure in new_failures(mine, theirs))
-    scores = {mine.task: _side_by_side(mine, theirs) for mine, theirs in _all(found, reference)}
-    return Check(tuple(_corrected(verdicts, suite.correction)), failures, errors, scores)
+    scores = {mine.task: _side_by_side(mine, theirs) for mine, theirs in _all_pairs(evaluation, reference)}
+    return CheckResult(tuple(_corrected(verdicts, suite.correction)), failures, errors, scores)
 
 
-class Unjudged(PrunetuneError):
+class LimitNotApplicable(PrunetuneError):
     """A limit that cannot be held against anything."""
 
 
@@ -117,34 +125,38 @@ def _task(suite: Suite, name: str) -> Task | None:
     return max(fits, key=lambda task: len(task.name), default=None)
 
 
-def _limits(suite: Suite, name: str, result: TaskResult, reference: Evaluation | None) -> list[Limit]:
+def _limits(suite: Suite, name: str, result: TaskResult, reference: Evaluation | None) -> list[SuiteLimit]:
     """The limits of a task; those of a group of lm-eval hold for each of its tasks."""
     task = _task(suite, name)
     told = [replace(limit, task=name) for limit in task.limits] if task else []
     if told or reference is None or not result.scores:
         return told
-    return [Limit(name, next(iter(result.scores)), "statistical", suite.level)]
+    return [SuiteLimit(name, next(iter(result.scores)), "statistical", suite.level)]
 
 
-def _verdict(limit: Limit, mine: TaskResult, theirs: TaskResult | None) -> Verdict:
+def _verdict(limit: SuiteLimit, mine: TaskResult, theirs: TaskResult | None) -> Verdict:
     if limit.metric not in mine.scores:
-        raise Unjudged(f"task {limit.task} has no {limit.metric}; it has {', '.join(mine.scores) or 'no scores'}")
+        raise LimitNotApplicable(
+            f"task {limit.task} has no {limit.metric}; it has {', '.join(mine.scores) or 'no scores'}"
+        )
     if limit.kind not in ("min", "max") and (theirs is None or limit.metric not in theirs.scores):
-        raise Unjudged(f"task {limit.task}: a {limit.kind} limit on {limit.metric} needs a reference that has it")
+        raise LimitNotApplicable(
+            f"task {limit.task}: a {limit.kind} limit on {limit.metric} needs a reference that has it"
+        )
     value = mine.scores[limit.metric].value
     other = theirs.scores[limit.metric] if theirs and limit.metric in theirs.scores else Score(math.nan, math.nan, 0)
     if math.isnan(value):
-        return Verdict(limit, True, value, other.value, f"{_named(limit)} is not a number")
+        return Verdict(limit, True, value, other.value, f"{_metric_label(limit)} is not a number")
     if limit.kind not in ("min", "max") and theirs is not None:
-        same_questions(limit.task, _common(mine, theirs))  # a score of other rows is no reference
+        keep_same_questions(limit.task, _common(mine, theirs))  # a score of other rows is no reference
     if limit.kind == "statistical":
         assert theirs is not None
-        return _tested(limit, value, other.value, compare(mine, theirs, limit.metric))
-    holds, bound = _held(limit, mine.scores[limit.metric], other)
-    return Verdict(limit, not holds, value, other.value, f"{_named(limit)} is {value:.4g}, {bound}")
+        return _judge_statistical(limit, value, other.value, compare_paired(mine, theirs, limit.metric))
+    holds, bound = _is_within_bound(limit, mine.scores[limit.metric], other)
+    return Verdict(limit, not holds, value, other.value, f"{_metric_label(limit)} is {value:.4g}, {bound}")
 
 
-def _held(limit: Limit, value: Score, other: Score) -> tuple[bool, str]:
+def _is_within_bound(limit: SuiteLimit, value: Score, other: Score) -> tuple[bool, str]:
     if limit.kind == "min":
         return value.value >= limit.bound, f"at least {limit.bound:.4g} is wanted"
     if limit.kind == "max":
@@ -154,26 +166,26 @@ def _held(limit: Limit, value: Score, other: Score) -> tuple[bool, str]:
         # A reference of nothing leaves nothing to lose.
         holds = share >= limit.bound or (math.isnan(share) and other.value == 0)
         return holds, f"{100 * share:.1f}% of the reference's {other.value:.4g}; {100 * limit.bound:g}% are wanted"
-    lost = _worse(value.value - other.value, limit.metric)
+    lost = _deterioration(value.value - other.value, limit.metric)
     return (
         lost <= limit.bound,
         f"{lost:.4g} worse than the reference's {other.value:.4g}; {limit.bound:.4g} may be lost",
     )
 
 
-def _worse(difference: float, metric: str) -> float:
+def _deterioration(difference: float, metric: str) -> float:
     """A difference such that positive is worse."""
     return -difference if higher_is_better(metric) else difference
 
 
-def _tested(limit: Limit, value: float, other: float, paired: Paired) -> Verdict:
+def _judge_statistical(limit: SuiteLimit, value: float, other: float, paired: PairedComparison) -> Verdict:
     """Not judged yet: p-values are corrected for each other first."""
     says = (
-        f"{_named(limit)} is {value:.4g}, the reference's {other:.4g} ({paired.test}, {paired.items} items, "
-        f"difference {paired.difference:+.4g}, 95% {paired.low:+.4g} to {paired.high:+.4g}"
+        f"{_metric_label(limit)} is {value:.4g}, the reference's {other:.4g} ({paired.test}, {paired.items} items, "
+        f"difference {paired.difference:+.4g}, 95% {paired.ci_low:+.4g} to {paired.ci_high:+.4g}"
     )
-    worse = _worse(paired.difference, limit.metric) > 0
-    return Verdict(limit, worse or math.isnan(paired.difference), value, other, says, paired.p)
+    worse = _deterioration(paired.difference, limit.metric) > 0
+    return Verdict(limit, worse or math.isnan(paired.difference), value, other, says, paired.p_value)
 
 
 def _corrected(verdicts: Sequence[Verdict], correction: str) -> list[Verdict]:
@@ -185,16 +197,16 @@ def _corrected(verdicts: Sequence[Verdict], correction: str) -> list[Verdict]:
     for index, p in zip(tested, values, strict=True):
         verdict = verdicts[index]
         significant = not p > verdict.limit.bound
-        says = f"{verdict.says}, p {_shown(p)}{' after Holm' if correction == 'holm' else ''})"
+        says = f"{verdict.says}, p {_format_p_value(p)}{' after Holm' if correction == 'holm' else ''})"
         result[index] = replace(verdict, broken=verdict.broken and significant, says=says, p=p)
     return result
 
 
-def _shown(p: float) -> str:
+def _format_p_value(p: float) -> str:
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
-def _named(limit: Limit) -> str:
+def _metric_label(limit: SuiteLimit) -> str:
     return f"{limit.task}: {limit.metric}"
 
 
@@ -203,13 +215,13 @@ def new_failures(mine: TaskResult, theirs: TaskResult) -> list[Failure]:
 
     Items of the same id that ask something else do not count.
     """
-    pairs = [pair for pair in _common(mine, theirs) if same_question(*pair)]
+    pairs = [pair for pair in _common(mine, theirs) if is_same_question(*pair)]
     metric = next(iter(mine.scores), "")
     if any(old.correct is not None for _, old in pairs):
         return [_failure(mine.task, now, old, metric) for now, old in pairs if old.correct and not now.correct]
     graded = [_failure(mine.task, now, old, metric) for now, old in pairs]
     graded = sorted((each for each in graded if each.lost > 0), key=lambda each: (-each.lost, each.id))
-    return graded[:WORST]
+    return graded[:MAX_GRADED_FAILURES]
 
 
 def _common(mine: TaskResult, theirs: TaskResult) -> list[tuple[Item, Item]]:
@@ -218,21 +230,21 @@ def _common(mine: TaskResult, theirs: TaskResult) -> list[tuple[Item, Item]]:
 
 
 def _failure(task: str, now: Item, old: Item, metric: str) -> Failure:
-    evidence = EVIDENCE.get(metric, metric)
+    evidence = PER_ITEM_METRIC.get(metric, metric)
     before, after = old.scores.get(evidence, math.nan), now.scores.get(evidence, math.nan)
-    lost = _worse(after - before, evidence)
-    prompt = now.prompt[:SHOWN]
+    lost = _deterioration(after - before, evidence)
+    prompt = now.prompt[:MAX_PROMPT_CHARS]
     return Failure(task, now.id, prompt, now.expected, old.got, now.got, evidence, before, after, lost)
 
 
-def _pairs(
-    found: Evaluation, reference: Evaluation | None, errors: dict[str, str]
+def _scored_pairs(
+    evaluation: Evaluation, reference: Evaluation | None, errors: dict[str, str]
 ) -> list[tuple[TaskResult, TaskResult]]:
-    return [(mine, theirs) for mine, theirs in _all(found, reference) if theirs and mine.task not in errors]
+    return [(mine, theirs) for mine, theirs in _all_pairs(evaluation, reference) if theirs and mine.task not in errors]
 
 
-def _all(found: Evaluation, reference: Evaluation | None) -> list[tuple[TaskResult, TaskResult | None]]:
-    return [(mine, reference.tasks.get(name) if reference else None) for name, mine in found.tasks.items()]
+def _all_pairs(evaluation: Evaluation, reference: Evaluation | None) -> list[tuple[TaskResult, TaskResult | None]]:
+    return [(mine, reference.tasks.get(name) if reference else None) for name, mine in evaluation.tasks.items()]
 
 
 def _side_by_side(mine: TaskResult, theirs: TaskResult | None) -> dict[str, tuple[float, float]]:

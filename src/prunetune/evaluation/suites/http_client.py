@@ -15,25 +15,25 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from prunetune.errors import ConfigError
-from prunetune.evaluation.suites.protocol import CannotAnswer
+from prunetune.evaluation.suites.protocol import BackendError
 
 T = TypeVar("T")
 R = TypeVar("R")
-AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
+RETRY_STATUS_CODES = frozenset({408, 425, 429, 500, 502, 503, 504})
 LARGEST = 64 * 2**20  # bytes of a reply
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 @dataclass(frozen=True)
-class Server:
+class EndpointClient:
     """Where requests go. A request takes at most `tries` times `timeout`, and the pauses between."""
 
     url: str  # http://127.0.0.1:8000/v1
     key_env: str = ""  # the environment variable with the key
     timeout: float = 60.0  # seconds for one whole reply
-    tries: int = 3
-    pause: float = 0.5  # seconds before the second try; doubles
-    at_once: int = 4
+    max_attempts: int = 3
+    retry_delay: float = 0.5  # seconds before the second try; doubles
+    concurrency: int = 4
 
     def __post_init__(self) -> None:
         if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
@@ -55,18 +55,18 @@ class Server:
         try:
             found = text(reply["choices"][0])
         except (KeyError, IndexError, TypeError) as missing:
-            raise self._odd(reply) from missing
+            raise self._unexpected_reply(reply) from missing
         if not isinstance(found, str):
-            raise self._odd(reply)
+            raise self._unexpected_reply(reply)
         return found
 
-    def _odd(self, reply: Any) -> CannotAnswer:
+    def _unexpected_reply(self, reply: Any) -> BackendError:
         shown = " ".join(json.dumps(reply, default=str).split())[:120]
-        return CannotAnswer(f"endpoint {self.url} replied with something else than a completion: {shown}")
+        return BackendError(f"endpoint {self.url} replied with something else than a completion: {shown}")
 
-    def each(self, things: Sequence[T], call: Callable[[T], R]) -> list[R]:
+    def map_concurrently(self, things: Sequence[T], call: Callable[[T], R]) -> list[R]:
         """`call` of every thing, a few at once, in order; the first failure stops the rest."""
-        with ThreadPoolExecutor(self.at_once) as pool:
+        with ThreadPoolExecutor(self.concurrency) as pool:
             try:
                 return list(pool.map(call, things))
             except BaseException:
@@ -76,14 +76,14 @@ class Server:
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """The JSON that comes back; raises `CannotAnswer` after the last try."""
         failure = ""
-        for attempt in range(self.tries):
+        for attempt in range(self.max_attempts):
             if attempt:
-                time.sleep(self.pause * 2 ** (attempt - 1))
+                time.sleep(self.retry_delay * 2 ** (attempt - 1))
             try:
                 return self._decoded(self._send(path, body))
             except urllib.error.HTTPError as refused:
-                failure = f"HTTP {refused.code}: {_told(refused)}"
-                if refused.code not in AGAIN:
+                failure = f"HTTP {refused.code}: {_error_body(refused)}"
+                if refused.code not in RETRY_STATUS_CODES:
                     break
             except TimeoutError:
                 failure = f"no whole reply within {self.timeout:g} s"
@@ -94,7 +94,7 @@ class Server:
                     if isinstance(reason, TimeoutError)
                     else f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
                 )
-        raise CannotAnswer(f"endpoint {self.url}{path} does not answer ({failure}); is it up, and the address right?")
+        raise BackendError(f"endpoint {self.url}{path} does not answer ({failure}); is it up, and the address right?")
 
     def _send(self, path: str, body: Mapping[str, Any]) -> bytes:
         headers = {"Content-Type": "application/json"}
@@ -120,7 +120,7 @@ class Server:
     def _key(self) -> str:
         key = os.environ.get(self.key_env, "")
         if not key:
-            raise CannotAnswer(f"endpoint {self.url}: the environment variable {self.key_env} is not set")
+            raise BackendError(f"endpoint {self.url}: the environment variable {self.key_env} is not set")
         return key
 
     def _decoded(self, data: bytes) -> Any:
@@ -128,10 +128,10 @@ class Server:
             return json.loads(data.decode("utf-8"))
         except (ValueError, RecursionError) as garbage:
             shown = " ".join(data[:80].decode("utf-8", "replace").split())
-            raise CannotAnswer(f"endpoint {self.url} replied with something else than JSON: {shown!r}") from garbage
+            raise BackendError(f"endpoint {self.url} replied with something else than JSON: {shown!r}") from garbage
 
 
-def _told(refused: urllib.error.HTTPError) -> str:
+def _error_body(refused: urllib.error.HTTPError) -> str:
     try:
         with refused:
             return " ".join(refused.read(2000).decode("utf-8", "replace").split())[:200]

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from prunetune.errors import ConfigError
-from prunetune.evaluation.suites.http_client import Server
-from prunetune.evaluation.suites.protocol import Answered, CannotAnswer
-from prunetune.evaluation.suites.text_scorers import Options, Values
+from prunetune.evaluation.suites.http_client import EndpointClient
+from prunetune.evaluation.suites.protocol import BackendError, Response
+from prunetune.evaluation.suites.text_scorers import MetricValues, ScorerOptions
 
 PROMPT = """\
 Grade an answer.
@@ -34,36 +34,38 @@ OPTIONS: dict[str, Any] = {
     "key_env": "",  # the environment variable that holds the key
     "timeout": 60.0,
 }
-ONE = r"(?:(?<!\w)-)?\d+(?:\.\d+)?"
-NUMBER = re.compile(ONE)
-OF = re.compile(rf"({ONE})\W*?(/|\bout\s+of\b|\bof\b)\W*?({ONE})", re.IGNORECASE)  # 4/5, 3 out of 5, **4** / 5
-_SPAN = rf"{ONE}\s*(?:-|–|—|\bto\b|\band\b)\s*{ONE}"
+NUMBER_PATTERN = r"(?:(?<!\w)-)?\d+(?:\.\d+)?"
+NUMBER_RE = re.compile(NUMBER_PATTERN)
+FRACTION_RE = re.compile(
+    rf"({NUMBER_PATTERN})\W*?(/|\bout\s+of\b|\bof\b)\W*?({NUMBER_PATTERN})", re.IGNORECASE
+)  # 4/5, 3 out of 5, **4** / 5
+_SPAN = rf"{NUMBER_PATTERN}\s*(?:-|–|—|\bto\b|\band\b)\s*{NUMBER_PATTERN}"
 SCALE = re.compile(
-    rf"\b(?:from|between)\s+{_SPAN}|{_SPAN}[\s-]+(?:point\s+)?(?:scale|range)\b|{ONE}[\s-]*point\s+scale\b"
-    rf"|\b(?:scale|range)\s*(?:of|from|is|:)?\s*\(?(?:{_SPAN}|{ONE})",
+    rf"\b(?:from|between)\s+{_SPAN}|{_SPAN}[\s-]+(?:point\s+)?(?:scale|range)\b|{NUMBER_PATTERN}[\s-]*point\s+scale\b"
+    rf"|\b(?:scale|range)\s*(?:of|from|is|:)?\s*\(?(?:{_SPAN}|{NUMBER_PATTERN})",
     re.IGNORECASE,
 )  # from 1 to 5, a 1-5 scale, a 5-point scale, on a scale of 1 to 5
 
 
-def judged(answers: Sequence[Answered], options: Options) -> Values:
+def judge_scores(answers: Sequence[Response], options: ScorerOptions) -> MetricValues:
     """The judge's mark of each answer, as a share of the scale: 0 is `low`, 1 is `high`."""
-    from prunetune.evaluation.suites.templates import template_of
+    from prunetune.evaluation.suites.templates import compile_template
 
     low, high = float(options["low"]), float(options["high"])
     if not low < high:
         raise ConfigError(f"judge: low is {low:g} and high {high:g}; the scale has to rise")
-    server = Server(options["url"], key_env=options["key_env"], timeout=options["timeout"])
-    template = template_of(options["prompt"], "judge: prompt")
+    server = EndpointClient(options["url"], key_env=options["key_env"], timeout=options["timeout"])
+    template = compile_template(options["prompt"], "judge: prompt")
 
-    def mark(answer: Answered) -> float:
-        record = answer.posed.record
+    def mark(answer: Response) -> float:
+        record = answer.prompt.record
         asked = record.prompt or "\n".join(content for _, content in record.messages)
-        known = {"prompt": asked, "expected": answer.posed.expected, "got": answer.got, "low": f"{low:g}"}
-        text = template({**answer.posed.fields, **known, "high": f"{high:g}"}, record.source)
+        known = {"prompt": asked, "expected": answer.prompt.expected, "got": answer.text, "low": f"{low:g}"}
+        text = template({**answer.prompt.fields, **known, "high": f"{high:g}"}, record.source)
         reply = server.chat(options["model"], [{"role": "user", "content": text}], max_tokens=64)
         return (_mark(reply, low, high, record.id) - low) / (high - low)
 
-    return {"judge": server.each(answers, mark)}
+    return {"judge": server.map_concurrently(answers, mark)}
 
 
 def _mark(reply: str, low: float, high: float, item: str) -> float:
@@ -77,15 +79,15 @@ def _mark(reply: str, low: float, high: float, item: str) -> float:
         if len(marks) == 1:
             return marks.pop()
     several = f"{len(within)} numbers" if within else "no number"
-    raise CannotAnswer(
+    raise BackendError(
         f"judge: {several} from {low:g} to {high:g} in its reply on item {item}: {' '.join(reply.split())[:80]!r}; "
         "have its prompt ask for one number and nothing else"
     )
 
 
 def _within(words: str, low: float, high: float) -> set[float]:
-    plain = OF.sub(lambda found: _share(found, high), SCALE.sub(" ", words))
-    return {number for found in NUMBER.findall(plain) if low <= (number := float(found)) <= high}
+    plain = FRACTION_RE.sub(lambda found: _share(found, high), SCALE.sub(" ", words))
+    return {number for found in NUMBER_RE.findall(plain) if low <= (number := float(found)) <= high}
 
 
 def _share(found: re.Match[str], high: float) -> str:

@@ -5,20 +5,20 @@ from __future__ import annotations
 import re
 from xml.etree import ElementTree
 
-from prunetune.evaluation.suites.check import Check, Failure, Verdict
+from prunetune.evaluation.suites.check import CheckResult, Failure, Verdict
 
 # XML 1.0 has no way to write these, and a model may well say them.
 UNWRITABLE = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 LISTED = 50  # new failures of a task that are written out
 
 
-def junit(check: Check, name: str = "prunetune check") -> str:
+def render_junit(check: CheckResult, name: str = "prunetune check") -> str:
     """The document as text."""
     tasks = list(dict.fromkeys([*check.scores, *check.errors, *(verdict.limit.task for verdict in check.verdicts)]))
     total = len(check.verdicts) + len(check.errors)
     root = ElementTree.Element(
         "testsuites",
-        name=_plain(name),
+        name=_xml_safe(name),
         tests=str(total),
         failures=str(len(check.broken)),
         errors=str(len(check.errors)),
@@ -29,14 +29,14 @@ def junit(check: Check, name: str = "prunetune check") -> str:
     return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def _suite(root: ElementTree.Element, task: str, check: Check) -> None:
+def _suite(root: ElementTree.Element, task: str, check: CheckResult) -> None:
     verdicts = [verdict for verdict in check.verdicts if verdict.limit.task == task]
     failures = [failure for failure in check.failures if failure.task == task]
     error = check.errors.get(task)
     element = ElementTree.SubElement(
         root,
         "testsuite",
-        name=_plain(task),
+        name=_xml_safe(task),
         tests=str(len(verdicts) + bool(error)),
         failures=str(sum(verdict.broken for verdict in verdicts)),
         errors=str(int(bool(error))),
@@ -44,8 +44,8 @@ def _suite(root: ElementTree.Element, task: str, check: Check) -> None:
     for verdict in verdicts:
         _case(element, verdict, failures)
     if error:
-        case = ElementTree.SubElement(element, "testcase", classname=_plain(task), name="scored")
-        ElementTree.SubElement(case, "error", message=_plain(error))
+        case = ElementTree.SubElement(element, "testcase", classname=_xml_safe(task), name="scored")
+        ElementTree.SubElement(case, "error", message=_xml_safe(error))
     if failures:
         ElementTree.SubElement(element, "system-out").text = _listing(failures)
 
@@ -53,22 +53,25 @@ def _suite(root: ElementTree.Element, task: str, check: Check) -> None:
 def _case(element: ElementTree.Element, verdict: Verdict, failures: list[Failure]) -> None:
     limit = verdict.limit
     case = ElementTree.SubElement(
-        element, "testcase", classname=_plain(limit.task), name=_plain(f"{limit.metric} {limit.kind} {limit.bound:g}")
+        element,
+        "testcase",
+        classname=_xml_safe(limit.task),
+        name=_xml_safe(f"{limit.metric} {limit.kind} {limit.bound:g}"),
     )
     if verdict.broken:
-        failure = ElementTree.SubElement(case, "failure", message=_plain(verdict.says), type=limit.kind)
+        failure = ElementTree.SubElement(case, "failure", message=_xml_safe(verdict.says), type=limit.kind)
         failure.text = _listing(failures)
 
 
 def _listing(failures: list[Failure]) -> str:
     lines = [
         f"{each.id}\n  asked: {each.prompt}\n  expected: {each.expected}\n  before: {each.before}\n"
-        f"  after: {each.after}" + (f"\n  scored: {each.scored}" if each.scored else "")
+        f"  after: {each.after}" + (f"\n  scored: {each.score_change}" if each.score_change else "")
         for each in failures[:LISTED]
     ]
     more = len(failures) - LISTED
-    return _plain("\n".join([f"{len(failures)} new failures", *lines, *([f"and {more} more"] if more > 0 else [])]))
+    return _xml_safe("\n".join([f"{len(failures)} new failures", *lines, *([f"and {more} more"] if more > 0 else [])]))
 
 
-def _plain(text: str) -> str:
+def _xml_safe(text: str) -> str:
     return UNWRITABLE.sub("\ufffd", text)

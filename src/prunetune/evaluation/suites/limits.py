@@ -8,10 +8,10 @@ from typing import Any
 
 from prunetune.config.fields import option, read_options
 from prunetune.errors import ConfigError
-from prunetune.utils.suggest import named
+from prunetune.utils.suggest import validate_name
 
 UNSET = float("-inf")  # YAML cannot say it, so it never stands for a wish
-LEVEL = 0.05
+DEFAULT_SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,13 +20,13 @@ class Bounds:
 
     min: float = option(UNSET, "The least that will do.")
     max: float = option(UNSET, "The most that will do (perplexity, bits per byte).")
-    relative: float = option(UNSET, "Least share of the reference's score; upside down where lower is better.", above=0)
-    drop: float = option(UNSET, "Most that may be lost against the reference, in the metric's own unit.", low=0)
-    statistical: float = option(UNSET, "Level at which worse than the reference is too bad.", above=0, high=0.5)
+    relative: float = option(UNSET, "Least share of the reference's score; upside down where lower is better.", gt=0)
+    drop: float = option(UNSET, "Most that may be lost against the reference, in the metric's own unit.", ge=0)
+    statistical: float = option(UNSET, "Level at which worse than the reference is too bad.", gt=0, le=0.5)
 
 
 @dataclass(frozen=True)
-class Limit:
+class SuiteLimit:
     """One limit on one metric of one task."""
 
     task: str
@@ -35,7 +35,7 @@ class Limit:
     bound: float  # for statistical: the level
 
 
-def limits_of(value: Any, task: str, metrics: Sequence[str], level: float, where: str) -> tuple[Limit, ...]:
+def parse_limits(value: Any, task: str, metrics: Sequence[str], level: float, where: str) -> tuple[SuiteLimit, ...]:
     """The limits in a task's `limits`: bounds of its first metric, or metric -> bounds; raises `ConfigError`.
 
     `metrics` are those that the task's scorers give; with none known (lm-eval's), any name will do.
@@ -58,10 +58,10 @@ def limits_of(value: Any, task: str, metrics: Sequence[str], level: float, where
 
 
 def _metric(name: Any, metrics: Sequence[str], where: str) -> str:
-    return named(str(name), metrics, f"{where}: limits: metric") if metrics else str(name)
+    return validate_name(str(name), metrics, f"{where}: limits: metric") if metrics else str(name)
 
 
-def _bounds(value: Any, task: str, metric: str, level: float, where: str) -> list[Limit]:
+def _bounds(value: Any, task: str, metric: str, level: float, where: str) -> list[SuiteLimit]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where} maps min, max, relative, drop or statistical to a bound, got {value!r}")
     told = dict(value)
@@ -70,4 +70,4 @@ def _bounds(value: Any, task: str, metric: str, level: float, where: str) -> lis
     elif told.get("statistical") is False:
         del told["statistical"]
     bounds = vars(read_options(Bounds, told, where=where))
-    return [Limit(task, metric, kind, bound) for kind, bound in bounds.items() if bound != UNSET]
+    return [SuiteLimit(task, metric, kind, bound) for kind, bound in bounds.items() if bound != UNSET]

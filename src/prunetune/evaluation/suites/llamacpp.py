@@ -10,22 +10,22 @@ from typing import Any
 
 import torch
 
+from prunetune.data.encoding import uses_chat_template
 from prunetune.data.records import Record
-from prunetune.data.templates import is_chat
 from prunetune.errors import ModelError
 from prunetune.evaluation.suites.endpoint import Endpoint
-from prunetune.evaluation.suites.http_client import Server
-from prunetune.evaluation.suites.protocol import Ask, CannotAnswer, Manner, Tick
-from prunetune.utils.optional import require
+from prunetune.evaluation.suites.http_client import EndpointClient
+from prunetune.evaluation.suites.protocol import BackendError, GenerationSettings, OnRequestsDone, RequestKind
+from prunetune.utils.optional import import_optional
 
 ERRORS = 1  # what llama.cpp logs; by default, several lines a reply
 FORCED = 1e4  # added to the logit of the token that has to come; the reported log-probability is that without it
 
 
-def served(file: Path, *, context: int = 0, slots: int = 1, threads: int = 0, on_cpu: bool = False) -> Any:
+def start_server(file: Path, *, context: int = 0, slots: int = 1, threads: int = 0, on_cpu: bool = False) -> Any:
     """llama.cpp's server of a file. `context`: tokens of all slots together, 0: the model's own; `threads`, 0: as many
     as PyTorch takes, since llama.cpp counts the machine's cores and not the container's. Raises `ModelError`."""
-    llama = require("xllamacpp", extra="llamacpp", use=f"model {file}")
+    llama = import_optional("xllamacpp", extra="llamacpp", use=f"model {file}")
     params = llama.CommonParams()
     params.model.path, params.verbosity = str(file), ERRORS
     params.n_ctx, params.n_parallel = context, slots
@@ -54,55 +54,57 @@ class LlamaCpp:
         """The file."""
         return str(self.file)
 
-    def loaded(self) -> tuple[Any, Any]:
+    def model_and_tokenizer(self) -> tuple[Any, Any]:
         """Never: llama.cpp holds the weights."""
-        raise CannotAnswer(f"{self.name}: lm-eval tasks need the weights in this process; name a model folder")
+        raise BackendError(f"{self.name}: lm-eval tasks need the weights in this process; name a model folder")
 
-    def answers(self, ask: Ask, records: Sequence[Record], manner: Manner, tick: Tick) -> list[Any]:
+    def run_requests(
+        self, kind: RequestKind, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone
+    ) -> list[Any]:
         """See `Respondent`."""
-        if ask == "write":
-            return Endpoint(self._completions, "").answers(ask, records, manner, tick)
+        if kind == "write":
+            return Endpoint(self._openai_client, "").run_requests(kind, records, settings, tick)
         found = []
         for record in records:
-            if record.kind == "text" or is_chat(record, manner.template):
-                raise CannotAnswer(
+            if record.kind == "text" or uses_chat_template(record, settings.template):
+                raise BackendError(
                     f"{self.name}: llama.cpp's server gives no likelihood of texts and chats; "
                     "test the folder that the file was made of, or use scorers of written answers"
                 )
-            found.append(self._choose(record) if ask == "choose" else self._weigh(record))
+            found.append(self._loglikelihood(record) if kind == "choose" else self._nll(record))
             tick(1)
         return found
 
     @cached_property
     def _server(self) -> Any:
-        return served(self.file, context=self.context)
+        return start_server(self.file, context=self.context)
 
     @property
-    def _completions(self) -> Server:
-        return Server(f"{self._server.listening_address}/v1", timeout=self.timeout, at_once=1)
+    def _openai_client(self) -> EndpointClient:
+        return EndpointClient(f"{self._server.listening_address}/v1", timeout=self.timeout, concurrency=1)
 
-    def _choose(self, record: Record) -> list[list[float]]:
+    def _loglikelihood(self, record: Record) -> list[list[float]]:
         prompt = self._tokens(record.prompt, special=True)
-        return [[-nats, tokens] for nats, tokens in (self._forced(prompt, choice) for choice in record.choices)]
+        return [[-nats, tokens] for nats, tokens in (self._forced_nll(prompt, choice) for choice in record.choices)]
 
-    def _weigh(self, record: Record) -> list[float]:
-        nats, tokens = self._forced(self._tokens(record.prompt, special=True), record.completion)
+    def _nll(self, record: Record) -> list[float]:
+        nats, tokens = self._forced_nll(self._tokens(record.prompt, special=True), record.completion)
         return [nats, tokens, len(record.completion.encode())]
 
     def _tokens(self, text: str, *, special: bool) -> list[int]:
-        reply = self._bare.post("/tokenize", {"content": text, "add_special": special})
+        reply = self._native_client.post("/tokenize", {"content": text, "add_special": special})
         return [int(token) for token in reply["tokens"]]
 
     @property
-    def _bare(self) -> Server:
-        return Server(self._server.listening_address, timeout=self.timeout, at_once=1)
+    def _native_client(self) -> EndpointClient:
+        return EndpointClient(self._server.listening_address, timeout=self.timeout, concurrency=1)
 
-    def _forced(self, prompt: Sequence[int], text: str) -> tuple[float, int]:
+    def _forced_nll(self, prompt: Sequence[int], text: str) -> tuple[float, int]:
         """NLL in nats and tokens of a text, written one forced token at a time."""
         written: list[int] = []
         total = 0.0
         for token in self._tokens(text, special=False):
-            reply = self._bare.post(
+            reply = self._native_client.post(
                 "/completion",
                 {
                     "prompt": [*prompt, *written],
@@ -117,10 +119,10 @@ class LlamaCpp:
                 told = reply["completion_probabilities"][0]
                 total -= float(told["logprob"])
             except (KeyError, IndexError, TypeError) as missing:
-                raise CannotAnswer(f"{self.name}: llama.cpp's server gives no log-probabilities") from missing
+                raise BackendError(f"{self.name}: llama.cpp's server gives no log-probabilities") from missing
             if told.get("id") != token:
-                raise CannotAnswer(f"{self.name}: llama.cpp's server wrote another token than the one asked for")
+                raise BackendError(f"{self.name}: llama.cpp's server wrote another token than the one asked for")
             written.append(token)
         if not written:
-            raise CannotAnswer(f"{self.name}: choice {text[:40]!r} has no tokens")
+            raise BackendError(f"{self.name}: choice {text[:40]!r} has no tokens")
         return total, len(written)

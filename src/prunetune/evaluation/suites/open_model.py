@@ -8,20 +8,27 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from prunetune.config.recipe import RunConfig, kept_recipe
+from prunetune.config.recipe import RunConfig, load_saved_recipe
 from prunetune.errors import DataError, ModelError
 from prunetune.evaluation.results import Evaluation
-from prunetune.evaluation.suites.cache import Remembered, Store, files_hash, folder_hash
+from prunetune.evaluation.suites.cache import AnswerStore, CachedBackend, files_hash, folder_hash
 from prunetune.evaluation.suites.endpoint import Endpoint
-from prunetune.evaluation.suites.http_client import Server
+from prunetune.evaluation.suites.http_client import EndpointClient
 from prunetune.evaluation.suites.llamacpp import LlamaCpp
 from prunetune.evaluation.suites.local import MAX_TOKENS, LocalModel
-from prunetune.evaluation.suites.protocol import Ask, Manner, Respondent, Tick
-from prunetune.model.loading import load, load_config, load_tokenizer, locate, pick_device, pick_dtype
+from prunetune.evaluation.suites.protocol import Backend, GenerationSettings, OnRequestsDone, RequestKind
+from prunetune.model.loading import (
+    load_config,
+    load_model_and_tokenizer,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+    resolve_model_path,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TargetOptions:
+class BackendOptions:
     """How a model is opened and asked."""
 
     device: str = "auto"
@@ -34,76 +41,76 @@ class TargetOptions:
     timeout: float = 60.0  # seconds for a reply
 
 
-def open_target(name: str, options: TargetOptions, store: Store | None = None) -> Respondent | Evaluation:
+def open_backend(name: str, options: BackendOptions, store: AnswerStore | None = None) -> Backend | Evaluation:
     """Whatever the name stands for; weights are read when a question needs them. Raises a `PrunetuneError`."""
     if name.startswith(("http://", "https://")):
-        return Endpoint(Server(name, key_env=options.key_env, timeout=options.timeout), options.model_name)
+        return Endpoint(EndpointClient(name, key_env=options.key_env, timeout=options.timeout), options.model_name)
     path = Path(name).expanduser()
     if path.suffix == ".json":
-        return _kept(path)
-    store = store or Store()
+        return _read_results(path)
+    store = store or AnswerStore()
     pick_device(options.device)  # refuses in time
     if path.suffix == ".gguf":
-        return _remembered(_gguf(path, options, store), store, options)
-    source, trust = checkpoint_of(name, trust_remote_code=options.trust_remote_code)
-    return _remembered(Checkpoint(source, options, store, trust=trust), store, options)
+        return _with_cache(_gguf(path, options, store), store, options)
+    source, trust = resolve_checkpoint(name, trust_remote_code=options.trust_remote_code)
+    return _with_cache(CheckpointBackend(source, options, store, trust=trust), store, options)
 
 
-def refuse_unopenable(name: str, options: TargetOptions) -> None:
+def check_can_open(name: str, options: BackendOptions) -> None:
     """Raise now what opening a name would raise later, as far as is known before weights are read and servers asked."""
-    target = open_target(name, options)
-    found = target.respondent if isinstance(target, Remembered) else target
-    if isinstance(found, Checkpoint):
+    target = open_backend(name, options)
+    found = target.backend if isinstance(target, CachedBackend) else target
+    if isinstance(found, CheckpointBackend):
         load_config(found.name, trust_remote_code=found.trusted)
         load_tokenizer(found.name, trust_remote_code=found.trusted)
 
 
-def checkpoint_of(name: str, *, trust_remote_code: bool) -> tuple[str, bool]:
+def resolve_checkpoint(name: str, *, trust_remote_code: bool) -> tuple[str, bool]:
     """The folder or hub name that a run or a name stands for, and whether code in it may run; raises `ModelError`."""
     path = Path(name).expanduser()
-    run = run_config(path)
+    run = read_run_config(path)
     if run is None:
-        locate(name)  # refuses in time
+        resolve_model_path(name)  # refuses in time
         return name, trust_remote_code
     folder = path / "model"
-    if not folder.is_dir() and sizes_in(path):
-        raise ModelError(f"{path}: this run has several sizes; name one of {', '.join(map(str, sizes_in(path)))}")
+    if not folder.is_dir() and list_run_sizes(path):
+        raise ModelError(f"{path}: this run has several sizes; name one of {', '.join(map(str, list_run_sizes(path)))}")
     if not folder.is_dir():
         raise ModelError(f"{path}: this run has no model yet; go on with it by prunetune run RECIPE --resume")
     # What opens here is code that the run generated and checked.
     return str(folder), trust_remote_code or run.layout == "per-layer"
 
 
-def gguf_at(path: Path) -> Path:
+def check_gguf_file(path: Path) -> Path:
     """A .gguf file that is there; raises `ModelError`."""
     if not path.is_file():
         raise ModelError(f"model {path}: no such file; name a .gguf file, a model folder or a hub name")
     return path
 
 
-def reference_of(name: str) -> str:
+def dense_model_of_run(name: str) -> str:
     """The dense model that a run began with, a .gguf file dequantised, as the run opened it; raises `ModelError`."""
-    run = run_config(Path(name).expanduser())
+    run = read_run_config(Path(name).expanduser())
     if run is None:
         raise ModelError(f"{name} is no run folder, so what to check it against has to be named with --against")
-    return locate(run.model)
+    return resolve_model_path(run.model)
 
 
-def run_config(path: Path) -> RunConfig | None:
+def read_run_config(path: Path) -> RunConfig | None:
     """The recipe of a run folder; None for what is none."""
     recipe = path / "config.yaml"
     if not recipe.is_file() or (path / "config.json").exists():
         return None
-    return kept_recipe(recipe)
+    return load_saved_recipe(recipe)
 
 
-def sizes_in(run: Path) -> list[Path]:
+def list_run_sizes(run: Path) -> list[Path]:
     """The folders of a run of several sizes that have a model, the largest first; each is a run folder itself."""
     found = [place for place in (run / "sizes").glob("*") if (place / "model").is_dir()]
     return sorted(found, key=lambda place: place.name, reverse=True)  # "0.8", "0.65": shares
 
 
-def _kept(path: Path) -> Evaluation:
+def _read_results(path: Path) -> Evaluation:
     try:
         return Evaluation.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as missing:
@@ -112,21 +119,23 @@ def _kept(path: Path) -> Evaluation:
         raise DataError(f"{path}: {odd}") from odd
 
 
-def _gguf(path: Path, options: TargetOptions, store: Store) -> LlamaCpp:
-    return LlamaCpp(gguf_at(path), f"llama.cpp {files_hash([path], store)}", timeout=max(options.timeout, 600.0))
+def _gguf(path: Path, options: BackendOptions, store: AnswerStore) -> LlamaCpp:
+    return LlamaCpp(
+        check_gguf_file(path), f"llama.cpp {files_hash([path], store)}", timeout=max(options.timeout, 600.0)
+    )
 
 
-def _remembered(respondent: Respondent, store: Store, options: TargetOptions) -> Respondent:
-    return Remembered(respondent, store) if options.cache else respondent
+def _with_cache(backend: Backend, store: AnswerStore, options: BackendOptions) -> Backend:
+    return CachedBackend(backend, store) if options.cache else backend
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointBackend:
     """A model folder or hub name; its weights are read at the first question that was not asked before."""
 
     name: str
-    options: TargetOptions
-    store: Store
+    options: BackendOptions
+    store: AnswerStore
     trust: bool | None = None
 
     @property
@@ -137,12 +146,12 @@ class Checkpoint:
     @cached_property
     def _folder(self) -> Path:
         """Where its files are: a hub name's lie together once they are fetched."""
-        place = Path(locate(self.name))
+        place = Path(resolve_model_path(self.name))
         if place.is_dir():
             return place
         from transformers.utils import cached_file
 
-        self.loaded()  # the weights have to be here to be hashed
+        self.model_and_tokenizer()  # the weights have to be here to be hashed
         return Path(cached_file(self.name, "config.json")).parent
 
     @cached_property
@@ -157,13 +166,15 @@ class Checkpoint:
     def _local(self) -> LocalModel:
         device = pick_device(self.options.device)
         dtype = pick_dtype(self.options.dtype, device)
-        opened = load(self.name, device=device, dtype=dtype, trust_remote_code=self.trusted)
+        opened = load_model_and_tokenizer(self.name, device=device, dtype=dtype, trust_remote_code=self.trusted)
         return LocalModel(opened.model, opened.tokenizer, name=self.name, max_tokens=self.options.max_tokens)
 
-    def loaded(self) -> tuple[Any, Any]:
+    def model_and_tokenizer(self) -> tuple[Any, Any]:
         """Model and tokenizer."""
-        return self._local.loaded()
+        return self._local.model_and_tokenizer()
 
-    def answers(self, ask: Ask, records: Any, manner: Manner, tick: Tick) -> list[Any]:
+    def run_requests(
+        self, kind: RequestKind, records: Any, settings: GenerationSettings, tick: OnRequestsDone
+    ) -> list[Any]:
         """See `Respondent`."""
-        return self._local.answers(ask, records, manner, tick)
+        return self._local.run_requests(kind, records, settings, tick)

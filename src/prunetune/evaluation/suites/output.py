@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 
 from prunetune.evaluation.results import Evaluation
-from prunetune.evaluation.suites.check import Check, Failure
+from prunetune.evaluation.suites.check import CheckResult, Failure
 
 LISTED = 20  # new failures that are shown; --json and --junit hold all
 WIDE = 100  # characters of a text
 
 
-def of_evaluation(found: Evaluation) -> str:
+def render_evaluation(evaluation: Evaluation) -> str:
     """Every task's scores with their standard errors, or why it has none."""
     lines = [f"{'task':<24} {'metric':<16} {'score':>10} {'± SE':>9} {'items':>7}"]
-    for name, result in found.tasks.items():
+    for name, result in evaluation.tasks.items():
         lines += [
             f"{name:<24} {metric:<16} {score.value:>10.4f} {_error(score.se):>9} {score.n:>7}"
             for metric, score in result.scores.items()
@@ -28,7 +28,7 @@ def _error(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "–"
 
 
-def of_check(check: Check) -> str:
+def render_check(check: CheckResult) -> str:
     """Scores side by side, limits, new failures with both answers, and what could not be judged."""
     lines = [f"{'task':<24} {'metric':<16} {'model':>10} {'reference':>10}"]
     lines += [
@@ -49,7 +49,7 @@ def of_check(check: Check) -> str:
 def _failure(failure: Failure) -> str:
     told = {
         "asked": failure.prompt, "expected": failure.expected, "before": failure.before, "after": failure.after,
-        "scored": failure.scored,
+        "scored": failure.score_change,
     }  # fmt: skip
     shown = [f"    {name:<9} {_short(text, last=name == 'asked')}" for name, text in told.items() if text]
     return "\n".join([f"  {failure.task} / {failure.id}", *shown])

@@ -9,61 +9,61 @@ from typing import Any
 
 from prunetune.config.recipe import DataConfig
 from prunetune.data.records import Record
-from prunetune.data.sources import Row, read_rows
+from prunetune.data.sources import SourceRow, read_rows
 from prunetune.errors import DataError
-from prunetune.evaluation.score_records import sample
-from prunetune.evaluation.suites.protocol import Posed
+from prunetune.evaluation.score_records import stable_sample
+from prunetune.evaluation.suites.protocol import Prompt
 from prunetune.evaluation.suites.suite import Task
-from prunetune.evaluation.suites.templates import Render, expression_of, template_of
+from prunetune.evaluation.suites.templates import RowRenderer, compile_expression, compile_template
 
 LETTERS = string.ascii_uppercase
-NOTHING = "-"  # stands for the right answer while a row without one is checked
+PLACEHOLDER_ANSWER = "-"  # stands for the right answer while a row without one is checked
 
 
-def posed_of(task: Task) -> tuple[Posed, ...]:
+def build_prompts(task: Task) -> tuple[Prompt, ...]:
     """The records of a task as they are asked; raises `DataError`."""
     rows = read_rows(task.options.data, DataConfig(root=task.root), task.options.split)
-    chosen = sample([replace(row, id=_id(row)) for row in rows], task.options.limit)
+    chosen = stable_sample([replace(row, id=_id(row)) for row in rows], task.options.limit)
     renders = _renders(task)
-    return tuple(_posed(row, task, renders) for row in chosen)
+    return tuple(_build_prompt(row, task, renders) for row in chosen)
 
 
-def _id(row: Row) -> str:
+def _id(row: SourceRow) -> str:
     own = row.fields.get("id") if isinstance(row.fields, Mapping) else None
     return str(own) if isinstance(own, str | int) and str(own) else row.id
 
 
-def _renders(task: Task) -> dict[str, Render]:
+def _renders(task: Task) -> dict[str, RowRenderer]:
     makers = {
-        "prompt": template_of,
-        "completion": template_of,
-        "text": template_of,
-        "choices": expression_of,
-        "answer": expression_of,
+        "prompt": compile_template,
+        "completion": compile_template,
+        "text": compile_template,
+        "choices": compile_expression,
+        "answer": compile_expression,
     }
     told = {key: getattr(task.options, key) for key in makers}
     return {key: makers[key](text, f"task {task.name}: {key}") for key, text in told.items() if text}
 
 
-def _posed(row: Row, task: Task, renders: Mapping[str, Render]) -> Posed:
+def _build_prompt(row: SourceRow, task: Task, renders: Mapping[str, RowRenderer]) -> Prompt:
     if not isinstance(row.fields, Mapping):
-        row.record()  # says what a row is
+        row.to_record()  # says what a row is
     fields: dict[str, Any] = {str(key): value for key, value in row.fields.items() if value is not None}
     rendered = {key: render(fields, row.source) for key, render in renders.items()}
-    whole = {**_kept(fields, rendered), **rendered}
-    unanswered = task.reference_free and not {"completion", "choices", "messages", "text"} & set(whole)
+    whole = {**_drop_overridden_fields(fields, rendered), **rendered}
+    unanswered = task.is_reference_free and not {"completion", "choices", "messages", "text"} & set(whole)
     if unanswered:
-        whole["completion"] = NOTHING
-    record = replace(row, fields=whole).record()
-    _fits(record, task)
+        whole["completion"] = PLACEHOLDER_ANSWER
+    record = replace(row, fields=whole).to_record()
+    _check_record(record, task)
     record = replace(record, id=row.id, task=task.name)
     options = record.choices
     if task.options.lettered:
-        record = lettered(record, task)
-    return Posed(replace(record, completion="") if unanswered else record, options, fields)
+        record = letter_choices(record, task)
+    return Prompt(replace(record, completion="") if unanswered else record, options, fields)
 
 
-def _kept(fields: Mapping[str, Any], rendered: Mapping[str, Any]) -> dict[str, Any]:
+def _drop_overridden_fields(fields: Mapping[str, Any], rendered: Mapping[str, Any]) -> dict[str, Any]:
     """The row's own fields; those that a rendered one would contradict go."""
     gone = {
         "text": {"prompt", "completion", "messages", "choices", "answer"},
@@ -76,15 +76,15 @@ def _kept(fields: Mapping[str, Any], rendered: Mapping[str, Any]) -> dict[str, A
     return {key: value for key, value in fields.items() if key not in out}
 
 
-def _fits(record: Record, task: Task) -> None:
-    asks = {use.scorer.ask for use in task.uses}
+def _check_record(record: Record, task: Task) -> None:
+    asks = {use.scorer.request_kind for use in task.scorers}
     if "choose" in asks and record.answer is None:
         raise DataError(f"{record.source}: task {task.name} chooses, and the row has no choices; name another scorer")
     if "write" in asks and record.kind == "text":
         raise DataError(f"{record.source}: task {task.name} writes answers, and the row is a text; name another scorer")
 
 
-def lettered(record: Record, task: Task) -> Record:
+def letter_choices(record: Record, task: Task) -> Record:
     """The same question with its choices listed in the prompt, to be answered by a letter."""
     if not 1 < len(record.choices) <= len(LETTERS):
         raise DataError(f"{record.source}: lettered wants 2 to {len(LETTERS)} choices, got {len(record.choices)}")

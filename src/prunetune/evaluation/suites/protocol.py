@@ -10,16 +10,16 @@ from prunetune.data.records import Record
 from prunetune.errors import PrunetuneError
 
 # choose: the log-likelihood of every choice; write: an answer; weigh: the likelihood of a text, or of an answer.
-Ask = Literal["choose", "write", "weigh"]
-Tick = Callable[[int], None]  # told how many items more are done
+RequestKind = Literal["choose", "write", "weigh"]
+OnRequestsDone = Callable[[int], None]  # told how many items more are done
 
 
-class CannotAnswer(PrunetuneError):
+class BackendError(PrunetuneError):
     """A model or a server that cannot be asked this, or does not answer."""
 
 
 @dataclass(frozen=True)
-class Manner:
+class GenerationSettings:
     """How the records of a task are asked, all the same."""
 
     template: Literal["auto", "chat", "raw"] = "auto"
@@ -27,7 +27,7 @@ class Manner:
     stop: tuple[str, ...] = ()  # a written answer ends before the first of these
 
 
-class Respondent(Protocol):
+class Backend(Protocol):
     """A model under test."""
 
     @property
@@ -38,38 +38,40 @@ class Respondent(Protocol):
     def fingerprint(self) -> str:
         """Changes when an answer could; "" where that cannot be known, and nothing may be kept."""
 
-    def answers(self, ask: Ask, records: Sequence[Record], manner: Manner, tick: Tick) -> list[Any]:
+    def run_requests(
+        self, kind: RequestKind, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone
+    ) -> list[Any]:
         """One plain value a record, in order.
 
         choose: [[log-likelihood in nats, tokens] of each choice]; write: the text; weigh: [negative log-likelihood in
         nats, tokens, UTF-8 bytes] of the answer or text. Raises `CannotAnswer`.
         """
 
-    def loaded(self) -> tuple[Any, Any]:
+    def model_and_tokenizer(self) -> tuple[Any, Any]:
         """Model and tokenizer, for lm-eval; raises `CannotAnswer` where there are none in this process."""
 
 
 @dataclass(frozen=True)
-class Posed:
+class Prompt:
     """One record as it is asked, with what the row said beside."""
 
     record: Record
-    options: tuple[str, ...]  # the choices as people read them: those of a lettered question are letters
+    choice_texts: tuple[str, ...]  # the choices as people read them: those of a lettered question are letters
     fields: Mapping[str, Any]
 
     @property
     def expected(self) -> str:
         """The right answer as people read it."""
-        return self.record.completion if self.record.answer is None else self.options[self.record.answer]
+        return self.record.completion if self.record.answer is None else self.choice_texts[self.record.answer]
 
 
 @dataclass(frozen=True)
-class Answered:
+class Response:
     """One record with what came back."""
 
-    posed: Posed
-    got: str = ""
+    prompt: Prompt
+    text: str = ""
     correct: bool | None = None  # of a choice; None where a likelihood is nan
-    nats: float = 0.0  # negative log-likelihood
-    tokens: int = 0
-    bytes: int = 0
+    nll: float = 0.0  # negative log-likelihood
+    n_tokens: int = 0
+    n_bytes: int = 0

@@ -11,11 +11,11 @@ from importlib import import_module
 from typing import Any
 
 from prunetune.errors import ConfigError, DataError
-from prunetune.evaluation.suites.protocol import Answered
-from prunetune.evaluation.suites.text_scorers import Options, Values
+from prunetune.evaluation.suites.protocol import Response
+from prunetune.evaluation.suites.text_scorers import MetricValues, ScorerOptions
 
 
-def python(answers: Sequence[Answered], options: Options) -> Values:
+def python_function_scores(answers: Sequence[Response], options: ScorerOptions) -> MetricValues:
     """What `module:function` gives for each answer: a number, or true or false.
 
     It is called with the answer, the reference, and the row as a mapping.
@@ -27,7 +27,7 @@ def python(answers: Sequence[Answered], options: Options) -> Values:
 def _function(name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
-        with _from_here():
+        with _cwd_on_path():
             function = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as missing:
         raise ConfigError(f"python: {name} cannot be imported ({missing}); write it as module:function") from missing
@@ -37,7 +37,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 
 @contextmanager
-def _from_here() -> Iterator[None]:
+def _cwd_on_path() -> Iterator[None]:
     """Modules of the working folder, which a console command does not see by itself, can be imported."""
     sys.path.insert(0, os.getcwd())
     try:
@@ -46,12 +46,12 @@ def _from_here() -> Iterator[None]:
         sys.path.pop(0)
 
 
-def _value(function: Callable[..., Any], name: str, answer: Answered) -> float:
+def _value(function: Callable[..., Any], name: str, answer: Response) -> float:
     try:
-        value = function(answer.got, answer.posed.expected, answer.posed.fields)
+        value = function(answer.text, answer.prompt.expected, answer.prompt.fields)
     except Exception as broken:  # the user's code: which item, and why
         reason = f"{type(broken).__name__}: {' '.join(str(broken).split())[:200]}"
-        raise DataError(f"python: {name} failed on item {answer.posed.record.id}: {reason}") from broken
+        raise DataError(f"python: {name} failed on item {answer.prompt.record.id}: {reason}") from broken
     if not isinstance(value, bool | int | float) or math.isinf(value):
-        raise DataError(f"python: {name} gave {value!r} for item {answer.posed.record.id}; it has to give a number")
+        raise DataError(f"python: {name} gave {value!r} for item {answer.prompt.record.id}; it has to give a number")
     return float(value)

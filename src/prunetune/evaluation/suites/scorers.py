@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from prunetune.errors import ConfigError
 from prunetune.evaluation.suites import judge_scorer, python_scorer, text_scorers
-from prunetune.evaluation.suites.protocol import Answered, Ask
-from prunetune.evaluation.suites.text_scorers import Options, Values
-from prunetune.utils.suggest import named
+from prunetune.evaluation.suites.protocol import RequestKind, Response
+from prunetune.evaluation.suites.text_scorers import MetricValues, ScorerOptions
+from prunetune.utils.suggest import validate_name
 
 Permission = Literal["code", "judge"]
 
@@ -20,24 +20,24 @@ Permission = Literal["code", "judge"]
 class Scorer:
     """What a model has to be asked, and how the answers become numbers."""
 
-    ask: Ask
+    request_kind: RequestKind
     metrics: tuple[str, ...]  # the task's scores; the first stands for it
-    score: Callable[[Sequence[Answered], Options], Values]
+    score: Callable[[Sequence[Response], ScorerOptions], MetricValues]
     options: Mapping[str, Any] = field(default_factory=dict)  # with their defaults, whose type is the type
-    reference: bool = True  # rows must hold the right answer
-    binary: bool = False  # 1 is right and 0 is wrong
-    needs: Permission | None = None  # what the caller has to allow
+    needs_reference: bool = True  # rows must hold the right answer
+    is_binary: bool = False  # 1 is right and 0 is wrong
+    permission: Permission | None = None  # what the caller has to allow
 
 
 @dataclass(frozen=True)
-class Use:
+class TaskScorer:
     """A scorer as a task uses it."""
 
     scorer: Scorer
-    options: Options
+    options: ScorerOptions
     metrics: tuple[str, ...]
 
-    def values(self, answers: Sequence[Answered]) -> Values:
+    def score(self, answers: Sequence[Response]) -> MetricValues:
         """The items' values, under the names that the task gave them."""
         found = self.scorer.score(answers, self.options)
         if self.metrics == self.scorer.metrics:
@@ -45,53 +45,53 @@ class Use:
         return {self.metrics[0]: found[self.scorer.metrics[0]]}
 
 
-def accuracy(answers: Sequence[Answered], options: Options) -> Values:
+def accuracy(answers: Sequence[Response], options: ScorerOptions) -> MetricValues:
     """1 where the likeliest choice is the right one."""
     return {"accuracy": [math.nan if each.correct is None else float(each.correct) for each in answers]}
 
 
-def weighed(answers: Sequence[Answered], options: Options) -> Values:
+def nll_scores(answers: Sequence[Response], options: ScorerOptions) -> MetricValues:
     """NLL in nats per token, with the tokens and bytes that perplexity and bits per byte go by."""
     return {
-        "nll": [each.nats / each.tokens if each.tokens else math.nan for each in answers],
-        "tokens": [float(each.tokens) for each in answers],
-        "bytes": [float(each.bytes) for each in answers],
+        "nll": [each.nll / each.n_tokens if each.n_tokens else math.nan for each in answers],
+        "tokens": [float(each.n_tokens) for each in answers],
+        "bytes": [float(each.n_bytes) for each in answers],
     }
 
 
-RENAMED: Options = {"name": ""}  # a metric of one's own name, so that a scorer can be used twice
+NAME_OPTION: ScorerOptions = {"name": ""}  # a metric of one's own name, so that a scorer can be used twice
 SCORERS: dict[str, Scorer] = {
-    "accuracy": Scorer("choose", ("accuracy",), accuracy, binary=True),
-    "macro_f1": Scorer("choose", ("macro_f1",), accuracy, binary=True),
-    "nll": Scorer("weigh", ("nll",), weighed),
-    "perplexity": Scorer("weigh", ("perplexity", "bits_per_byte"), weighed),
-    "bits_per_byte": Scorer("weigh", ("bits_per_byte", "perplexity"), weighed),
-    "exact_match": Scorer("write", ("exact_match",), text_scorers.exact_match, {"strict": False}, binary=True),
-    "label_f1": Scorer("write", ("label_f1",), text_scorers.label, binary=True),
+    "accuracy": Scorer("choose", ("accuracy",), accuracy, is_binary=True),
+    "macro_f1": Scorer("choose", ("macro_f1",), accuracy, is_binary=True),
+    "nll": Scorer("weigh", ("nll",), nll_scores),
+    "perplexity": Scorer("weigh", ("perplexity", "bits_per_byte"), nll_scores),
+    "bits_per_byte": Scorer("weigh", ("bits_per_byte", "perplexity"), nll_scores),
+    "exact_match": Scorer("write", ("exact_match",), text_scorers.exact_match, {"strict": False}, is_binary=True),
+    "label_f1": Scorer("write", ("label_f1",), text_scorers.label_match, is_binary=True),
     "contains": Scorer(
-        "write", ("contains",), text_scorers.contains, {"any": [], "all": [], **RENAMED}, reference=False, binary=True
+        "write", ("contains",), text_scorers.contains, {"any": [], "all": [], **NAME_OPTION}, needs_reference=False, is_binary=True
     ),
     "regex": Scorer(
-        "write", ("regex",), text_scorers.regex, {"pattern": "", "ignore_case": False, **RENAMED},
-        reference=False, binary=True,
+        "write", ("regex",), text_scorers.regex, {"pattern": "", "ignore_case": False, **NAME_OPTION},
+        needs_reference=False, is_binary=True,
     ),
     "json_schema": Scorer(
-        "write", ("json_schema",), text_scorers.json_schema, {"schema": {}, **RENAMED}, reference=False, binary=True
+        "write", ("json_schema",), text_scorers.json_schema, {"schema": {}, **NAME_OPTION}, needs_reference=False, is_binary=True
     ),
     "token_f1": Scorer("write", ("token_f1",), text_scorers.token_f1),
     "rouge": Scorer("write", ("rouge_l", "rouge_1", "rouge_2"), text_scorers.rouge, {"stemmer": False}),
     "bleu": Scorer("write", ("bleu",), text_scorers.bleu),
     "chrf": Scorer("write", ("chrf",), text_scorers.chrf),
     "python": Scorer(
-        "write", ("python",), python_scorer.python, {"function": "", **RENAMED}, reference=False, needs="code"
+        "write", ("python",), python_scorer.python_function_scores, {"function": "", **NAME_OPTION}, needs_reference=False, permission="code"
     ),
     "judge": Scorer(
-        "write", ("judge",), judge_scorer.judged, {**judge_scorer.OPTIONS, **RENAMED}, reference=False, needs="judge"
+        "write", ("judge",), judge_scorer.judge_scores, {**judge_scorer.OPTIONS, **NAME_OPTION}, needs_reference=False, permission="judge"
     ),
 }  # fmt: skip
 
 
-def uses_of(value: Any, where: str) -> tuple[Use, ...]:
+def parse_scorers(value: Any, where: str) -> tuple[TaskScorer, ...]:
     """The scorers in a task's `scorer`: a name, {name: options}, or a list of these; raises `ConfigError`."""
     entries = value if isinstance(value, list) else [value]
     told: list[tuple[str, Any]] = []
@@ -104,7 +104,9 @@ def uses_of(value: Any, where: str) -> tuple[Use, ...]:
             raise ConfigError(f"{where}: scorer is a name, name: options, or a list of these, got {entry!r}")
     if not told:
         raise ConfigError(f"{where}: scorer names nothing; known are {', '.join(SCORERS)}")
-    uses = tuple(_use(named(name, SCORERS, f"{where}: scorer"), options, where) for name, options in told)
+    uses = tuple(
+        _parse_scorer(validate_name(name, SCORERS, f"{where}: scorer"), options, where) for name, options in told
+    )
     metrics = [metric for use in uses for metric in use.metrics]
     twice = next((metric for metric in metrics if metrics.count(metric) > 1), None)
     if twice is not None:
@@ -112,13 +114,13 @@ def uses_of(value: Any, where: str) -> tuple[Use, ...]:
     return uses
 
 
-def _use(name: str, options: Any, where: str) -> Use:
+def _parse_scorer(name: str, options: Any, where: str) -> TaskScorer:
     scorer, where = SCORERS[name], f"{where}: scorer {name}"
     if not isinstance(options, Mapping):
         raise ConfigError(f"{where}: options map names to values, got {options!r}")
     if options and not scorer.options:
         raise ConfigError(f"{where} has no options, got {', '.join(map(str, options))}")
-    told = {named(str(key), scorer.options, f"{where}: option"): value for key, value in options.items()}
+    told = {validate_name(str(key), scorer.options, f"{where}: option"): value for key, value in options.items()}
     for key, value in told.items():
         told[key] = _typed(value, scorer.options[key], f"{where}: {key}")
     merged = {**scorer.options, **told}
@@ -126,7 +128,7 @@ def _use(name: str, options: Any, where: str) -> Use:
         if needed in merged and not merged[needed]:
             raise ConfigError(f"{where} needs {needed}; give it as {{{name}: {{{needed}: ...}}}}")
     metrics = (merged["name"],) if merged.get("name") else scorer.metrics
-    return Use(scorer, merged, metrics)
+    return TaskScorer(scorer, merged, metrics)
 
 
 def _typed(value: Any, default: Any, where: str) -> Any:
@@ -149,10 +151,10 @@ KINDS = {
 }
 
 
-def reference_free(use: Use) -> bool:
+def is_reference_free(task_scorer: TaskScorer) -> bool:
     """Whether rows may go without a right answer; a pattern with a group, and `contains` by itself, compare with it."""
-    if "any" in use.options:
-        return bool(use.options["any"] or use.options["all"])
-    if "pattern" in use.options:
-        return not text_scorers.pattern_of(use.options).groups
-    return not use.scorer.reference
+    if "any" in task_scorer.options:
+        return bool(task_scorer.options["any"] or task_scorer.options["all"])
+    if "pattern" in task_scorer.options:
+        return not text_scorers.compile_pattern(task_scorer.options).groups
+    return not task_scorer.scorer.needs_reference

@@ -18,16 +18,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from prunetune.config.fields import merged, option, read_options
+from prunetune.config.fields import merge_mappings, option, read_options
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError, PrunetuneError
-from prunetune.evaluation.suites.limits import LEVEL, Limit, limits_of
-from prunetune.evaluation.suites.protocol import Manner
-from prunetune.evaluation.suites.scorers import Use, reference_free, uses_of
-from prunetune.utils.suggest import named
+from prunetune.evaluation.suites.limits import DEFAULT_SIGNIFICANCE, SuiteLimit, parse_limits
+from prunetune.evaluation.suites.protocol import GenerationSettings
+from prunetune.evaluation.suites.scorers import TaskScorer, is_reference_free, parse_scorers
+from prunetune.utils.suggest import validate_name
 
 SUITE_KEYS = ("tasks", "defaults", "root", "level", "correction")
-OWN = ("name", "scorer", "limits")  # keys of a task that are no plain options
+NON_OPTION_KEYS = ("name", "scorer", "limits")  # keys of a task that are no plain options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class TaskOptions:
 
     data: tuple[str, ...] = option((), "Sources of the rows: a file, a glob, a hub name, or `demo`.")
     split: Literal["test", "valid", "search", "train"] = option("test", "The part of a hub data set or of the demo.")
-    limit: int = option(200, "Most rows, a fixed sample; 0: all.", low=0)
+    limit: int = option(200, "Most rows, a fixed sample; 0: all.", ge=0)
     template: Literal["auto", "chat", "raw"] = option("auto", "As data.template of a recipe.")
     prompt: str = option("", "Jinja2 template of the prompt over a row's fields; default: its field prompt.")
     completion: str = option("", "The same of the right answer.")
@@ -49,10 +49,10 @@ class TaskOptions:
     lettered: bool = option(False, "List the choices in the prompt and ask for a letter.")
     before: str = option("", "With lettered: the end of the prompt that the list goes in front of; default: behind it.")
     heading: str = option("", "With lettered: a line above the list.")
-    max_new_tokens: int = option(128, "Longest written answer in tokens.", low=1)
-    stop: tuple[str, ...] = option((), "Texts that end a written answer.", each="text")
+    max_new_tokens: int = option(128, "Longest written answer in tokens.", ge=1)
+    stop: tuple[str, ...] = option((), "Texts that end a written answer.", entry_name="text")
     lm_eval: str = option("", "A task of lm-eval by its name, instead of data and scorer.")
-    fewshot: int = option(0, "With lm_eval: solved examples in the prompt.", low=0)
+    fewshot: int = option(0, "With lm_eval: solved examples in the prompt.", ge=0)
     include: str = option("", "With lm_eval: a folder with task files of one's own.")
 
 
@@ -62,25 +62,25 @@ class Task:
 
     name: str
     options: TaskOptions = field(default_factory=TaskOptions)
-    uses: tuple[Use, ...] = ()
-    limits: tuple[Limit, ...] = ()
+    scorers: tuple[TaskScorer, ...] = ()
+    limits: tuple[SuiteLimit, ...] = ()
     root: str = ""
-    fault: str = ""  # why it cannot be run
+    error: str = ""  # why it cannot be run
 
     @property
-    def manner(self) -> Manner:
+    def generation_settings(self) -> GenerationSettings:
         """How its records are asked."""
-        return Manner(self.options.template, self.options.max_new_tokens, self.options.stop)
+        return GenerationSettings(self.options.template, self.options.max_new_tokens, self.options.stop)
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """What its scorers give, the one that stands for it first; none is known of an lm-eval task."""
-        return tuple(metric for use in self.uses for metric in use.metrics)
+        return tuple(metric for use in self.scorers for metric in use.metrics)
 
     @property
-    def reference_free(self) -> bool:
+    def is_reference_free(self) -> bool:
         """Whether its rows may go without a right answer."""
-        return all(reference_free(use) for use in self.uses)
+        return all(is_reference_free(use) for use in self.scorers)
 
 
 @dataclass(frozen=True)
@@ -88,12 +88,12 @@ class Suite:
     """Tasks in the order of their file."""
 
     tasks: tuple[Task, ...]
-    level: float = LEVEL  # of all statistical limits together
+    level: float = DEFAULT_SIGNIFICANCE  # of all statistical limits together
     correction: Literal["holm", "none"] = "holm"
     source: str = ""
 
     @property
-    def limits(self) -> tuple[Limit, ...]:
+    def limits(self) -> tuple[SuiteLimit, ...]:
         """The limits of all tasks."""
         return tuple(limit for task in self.tasks for limit in task.limits)
 
@@ -107,21 +107,24 @@ def load_suite(path: Path | str, *, strict: bool = True, root: Path | str | None
     values = read_yaml(path, "the suite", "name a YAML file, see suites/")
     if root is not None and isinstance(values, Mapping):
         values = {**values, "root": str(Path(root).absolute())}
-    suite = suite_of(values, where=str(path), folder=path.parent)
-    faulty = next((task for task in suite.tasks if task.fault), None)
+    suite = parse_suite(values, where=str(path), folder=path.parent)
+    faulty = next((task for task in suite.tasks if task.error), None)
     if strict and faulty is not None:
-        raise ConfigError(faulty.fault)
+        raise ConfigError(faulty.error)
     return suite
 
 
-def suite_of(values: Any, *, where: str = "suite", folder: Path = Path()) -> Suite:
+def parse_suite(values: Any, *, where: str = "suite", folder: Path = Path()) -> Suite:
     """The suite in a mapping; a task that cannot be run keeps its fault. Raises `ConfigError` for all else."""
     if not isinstance(values, Mapping) or not values.get("tasks"):
         raise ConfigError(f"{where}: a suite has the key tasks, a list or a mapping of tasks; see suites/")
     for key in values:
-        named(str(key), SUITE_KEYS, f"{where}: key")
-    level, root = _level(values.get("level", LEVEL), where), str(folder / str(values.get("root") or "").strip())
-    correction: Any = named(str(values.get("correction", "holm")), ("holm", "none"), f"{where}: correction")
+        validate_name(str(key), SUITE_KEYS, f"{where}: key")
+    level, root = (
+        _level(values.get("level", DEFAULT_SIGNIFICANCE), where),
+        str(folder / str(values.get("root") or "").strip()),
+    )
+    correction: Any = validate_name(str(values.get("correction", "holm")), ("holm", "none"), f"{where}: correction")
     defaults = values.get("defaults") or {}
     if not isinstance(defaults, Mapping):
         raise ConfigError(f"{where}: defaults map options of every task to values, got {defaults!r}")
@@ -157,18 +160,18 @@ def _task(name: str, value: Any, defaults: Any, root: str, level: float, where: 
     try:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: a task maps options to values, got {value!r}")
-        told = merged(defaults, value)
-        plain = {key: item for key, item in told.items() if key not in OWN}
+        told = merge_mappings(defaults, value)
+        plain = {key: item for key, item in told.items() if key not in NON_OPTION_KEYS}
         options = read_options(TaskOptions, plain, where=where)
         if options.lm_eval:
-            return Task(name, options, (), limits_of(told.get("limits"), name, (), level, where), root)
+            return Task(name, options, (), parse_limits(told.get("limits"), name, (), level, where), root)
         if "" in options.stop:
             raise ConfigError(f"{where}: stop has an empty text, which would end every answer at once; leave it out")
         if not options.data:
             raise ConfigError(f"{where} names no data; give a file, a glob, a hub data set, or lm_eval")
         if "scorer" not in told:
             raise ConfigError(f"{where} names no scorer; give one, such as accuracy, rouge or perplexity")
-        task = Task(name, options, uses_of(told["scorer"], where), root=root)
-        return replace(task, limits=limits_of(told.get("limits"), name, task.metrics, level, where))
+        task = Task(name, options, parse_scorers(told["scorer"], where), root=root)
+        return replace(task, limits=parse_limits(told.get("limits"), name, task.metrics, level, where))
     except PrunetuneError as wrong:
-        return Task(name, root=root, fault=str(wrong))
+        return Task(name, root=root, error=str(wrong))

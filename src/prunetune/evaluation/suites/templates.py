@@ -8,7 +8,7 @@ from typing import Any
 
 from prunetune.errors import ConfigError, DataError
 
-Render = Callable[[Mapping[str, Any], str], Any]  # fields of a row, "file:line" -> what stands there
+RowRenderer = Callable[[Mapping[str, Any], str], Any]  # fields of a row, "file:line" -> what stands there
 
 
 @cache
@@ -19,7 +19,7 @@ def _environment() -> Any:
     return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 
 
-def template_of(text: str, where: str) -> Render:
+def compile_template(text: str, where: str) -> RowRenderer:
     """A text with `{{ field }}`; raises `ConfigError` where it is no template."""
     from jinja2 import TemplateError
 
@@ -27,10 +27,10 @@ def template_of(text: str, where: str) -> Render:
         compiled = _environment().from_string(text)
     except TemplateError as broken:
         raise ConfigError(f"{where} is not a Jinja2 template ({_line(broken)})") from broken
-    return _guarded(lambda fields: compiled.render(fields), where)
+    return _with_row_errors(lambda fields: compiled.render(fields), where)
 
 
-def expression_of(text: str, where: str) -> Render:
+def compile_expression(text: str, where: str) -> RowRenderer:
     """An expression over fields, whose value keeps its type: `options.text`; raises `ConfigError`."""
     from jinja2 import TemplateError
 
@@ -38,10 +38,10 @@ def expression_of(text: str, where: str) -> Render:
         compiled = _environment().compile_expression(text, undefined_to_none=False)
     except TemplateError as broken:
         raise ConfigError(f"{where} is not a Jinja2 expression ({_line(broken)})") from broken
-    return _guarded(lambda fields: _defined(compiled(**fields)), where)
+    return _with_row_errors(lambda fields: _defined(compiled(**fields)), where)
 
 
-def _guarded(call: Callable[[Mapping[str, Any]], Any], where: str) -> Render:
+def _with_row_errors(call: Callable[[Mapping[str, Any]], Any], where: str) -> RowRenderer:
     def render(fields: Mapping[str, Any], source: str) -> Any:
         try:
             return call(fields)

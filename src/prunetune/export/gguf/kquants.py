@@ -13,15 +13,15 @@ import torch
 from prunetune.errors import MissingPackage, ModelError
 
 BLOCK = 256  # values of a row that a k-quant takes together
-NAMES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_k_s", "q4_k_m", "q5_0", "q5_k_s", "q5_k_m", "q6_k")
+KQUANT_TYPES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_k_s", "q4_k_m", "q5_0", "q5_k_s", "q5_k_m", "q6_k")
 
 
-def exact(dtype: torch.dtype) -> str:
+def unquantized_dtype(dtype: torch.dtype) -> str:
     """The type of the file that is quantised: as the weights are stored."""
     return {torch.bfloat16: "bf16", torch.float16: "f16"}.get(dtype, "f32")
 
 
-def need() -> None:
+def require_llama_cpp() -> None:
     """Raises `MissingPackage` before anything is written."""
     if find_spec("llama_cpp") is None:
         raise MissingPackage(

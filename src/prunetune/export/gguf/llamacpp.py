@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.errors import SelfCheckFailed
-from prunetune.export.source import Source
+from prunetune.export.source import ExportSource
 
 STEPS = 16  # greedy tokens
 TIE = 1e-3  # the two best logits are nearer to each other than this share of the largest: rounding may turn them
-TEXTS = (
+CHECK_TEXTS = (
     "The patient, 47, was given 12.5 mg on 2024-03-01.",
     "  Two  spaces,\ttabs\nand\n\nlines; it's O'Neill's.",
     "def f(x): return x**2  # Größe, naïve, 東京, 🙂",
@@ -65,7 +65,7 @@ json.dump(said, open(found, "w"))
 
 
 @dataclass(frozen=True)
-class Answer:
+class GreedyContinuation:
     """A greedy continuation in transformers."""
 
     tokens: tuple[int, ...]
@@ -73,7 +73,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Agreement:
+class TokenAgreement:
     """What llama.cpp says where transformers was."""
 
     steps: int
@@ -82,7 +82,7 @@ class Agreement:
     texts: int  # of TEXTS, into the same tokens
 
     @property
-    def holds(self) -> bool:
+    def all_equal(self) -> bool:
         """Whether every token is that of transformers, up to ties."""
         return self.equal + self.ties == self.steps
 
@@ -91,32 +91,38 @@ class Agreement:
         ties = f", {self.ties} of them ties" if self.ties else ""
         return (
             f"{self.equal} of {self.steps} greedy tokens equal{ties}, "
-            f"{self.texts} of {len(TEXTS)} texts in the same tokens"
+            f"{self.texts} of {len(CHECK_TEXTS)} texts in the same tokens"
         )
 
 
-def installed() -> str:
+def runtime_version() -> str:
     """llama.cpp and the release of the package that brings it; "" where it is not there."""
     return f"llama.cpp (xllamacpp {version('xllamacpp')})" if find_spec("xllamacpp") else ""
 
 
-def prompts_of(source: Source) -> list[list[int]]:
+def check_prompts(source: ExportSource) -> list[list[int]]:
     """Two beginnings of texts."""
-    return [list(ids[:12]) for ids in source.tokenizer([TEXTS[0], TEXTS[2]])["input_ids"]]
+    return [list(ids[:12]) for ids in source.tokenizer([CHECK_TEXTS[0], CHECK_TEXTS[2]])["input_ids"]]
 
 
-def reference(source: Source, prompts: Sequence[Sequence[int]], steps: int = STEPS) -> list[Answer]:
+def reference_continuations(
+    source: ExportSource, prompts: Sequence[Sequence[int]], steps: int = STEPS
+) -> list[GreedyContinuation]:
     """Greedy continuations of the checkpoint in stock transformers, float32, in a fresh process."""
-    code = "code" if source.runs_code else "plain"
+    code = "code" if source.trusts_code else "plain"
     said = _process(
         REFERENCE, [str(source.folder.absolute()), code], {"prompts": prompts, "steps": steps}, f"{source.folder}"
     )
-    return [Answer(tuple(answer["tokens"]), tuple(answer["gaps"])) for answer in said]
+    return [GreedyContinuation(tuple(answer["tokens"]), tuple(answer["gaps"])) for answer in said]
 
 
-def agreement(
-    file: Path, source: Source, prompts: Sequence[Sequence[int]], answers: Sequence[Answer], threads: int = 0
-) -> Agreement:
+def compare_tokens(
+    file: Path,
+    source: ExportSource,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[GreedyContinuation],
+    threads: int = 0,
+) -> TokenAgreement:
     """Ask llama.cpp for the next token after every beginning of the reference's answers, and for the texts' tokens."""
     ids = [
         [*prompt, *answer.tokens[:step]]
@@ -124,13 +130,13 @@ def agreement(
         for step in range(len(answer.tokens))
     ]
     threads = threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-    asked = {"ids": ids, "texts": TEXTS, "context": 8 + max(map(len, ids)), "threads": threads}
+    asked = {"ids": ids, "texts": CHECK_TEXTS, "context": 8 + max(map(len, ids)), "threads": threads}
     said = _process(RUNNER, [str(file.absolute())], asked, f"{file} in llama.cpp")
     wanted = [token for answer in answers for token in answer.tokens]
     gaps = [gap for answer in answers for gap in answer.gaps]
     differ = [index for index, token in enumerate(said["next"]) if token != wanted[index]]
-    pieces = source.tokenizer(list(TEXTS), add_special_tokens=False)["input_ids"]
-    return Agreement(
+    pieces = source.tokenizer(list(CHECK_TEXTS), add_special_tokens=False)["input_ids"]
+    return TokenAgreement(
         steps=len(wanted),
         equal=len(wanted) - len(differ),
         ties=sum(gaps[index] < TIE for index in differ),

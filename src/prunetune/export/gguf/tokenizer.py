@@ -14,7 +14,7 @@ from typing import Any
 import gguf
 
 from prunetune.errors import ModelError
-from prunetune.export.source import Source
+from prunetune.export.source import ExportSource
 from prunetune.model.loading import gguf_file
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -31,7 +31,7 @@ O200K = (
 SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 # The patterns that split one after the other, and whether whole words are looked up before merging
 # -> tokenizer.ggml.pre.
-SPLITS: Mapping[tuple[tuple[str, ...], bool], str] = {
+PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((GPT2,), False): "gpt-2",
     ((DIGIT, GPT2), False): "smollm",  # also StarCoder 2, Granite 3, Command R
     ((CL100K % "{1,3}",), True): "llama-bpe",  # Llama 3, SmolLM3
@@ -42,16 +42,16 @@ SPLITS: Mapping[tuple[tuple[str, ...], bool], str] = {
 }
 
 
-def add_tokenizer(writer: gguf.GGUFWriter, source: Source) -> str:
+def add_tokenizer(writer: gguf.GGUFWriter, source: ExportSource) -> str:
     """Write the keys; returns where they are from. Raises `ModelError` for a tokenizer that llama.cpp does not know."""
     base = gguf_file(source.base) if source.base else None
     if base is not None and base.is_file():
         _copy(writer, source, base)
         return f"tokenizer keys of {base.name}"
-    return _made(writer, source)
+    return _keys_from_tokenizer_json(writer, source)
 
 
-def _copy(writer: gguf.GGUFWriter, source: Source, base: Path) -> None:
+def _copy(writer: gguf.GGUFWriter, source: ExportSource, base: Path) -> None:
     """All keys of the tokenizer, as they stand in the file that the run began with."""
     reader = gguf.GGUFReader(base)
     fields = {name: field for name, field in reader.fields.items() if name.startswith("tokenizer.")}
@@ -62,7 +62,7 @@ def _copy(writer: gguf.GGUFWriter, source: Source, base: Path) -> None:
         writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
 
 
-def _made(writer: gguf.GGUFWriter, source: Source) -> str:
+def _keys_from_tokenizer_json(writer: gguf.GGUFWriter, source: ExportSource) -> str:
     file = source.folder / "tokenizer.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def _made(writer: gguf.GGUFWriter, source: Source) -> str:
     if values["model"]["type"] != "BPE":
         raise ModelError(f"{file}: a {values['model']['type']} tokenizer cannot be written as GGUF: export onnx")
     pieces = bool(values["model"].get("byte_fallback"))  # SentencePiece's, ▁ for a space
-    pre = "default" if pieces else split_name(values, file)
+    pre = "default" if pieces else pre_tokenizer_name(values, file)
     writer.add_tokenizer_model("llama" if pieces else "gpt2")
     writer.add_tokenizer_pre(pre)
     tokens, types = _tokens(source, values, pieces=pieces)
@@ -90,12 +90,12 @@ def _made(writer: gguf.GGUFWriter, source: Source) -> str:
     return f"tokenizer keys made from tokenizer.json, pre-tokenizer {pre}"
 
 
-def split_name(values: Mapping[str, Any], file: Path) -> str:
+def pre_tokenizer_name(values: Mapping[str, Any], file: Path) -> str:
     """llama.cpp's name for the way a byte-level tokenizer splits texts; raises `ModelError` where it has none."""
     step = values.get("pre_tokenizer") or {}
     steps = step.get("pretokenizers", [step])
     patterns = tuple(pattern for part in steps for pattern in _patterns(part))
-    name = SPLITS.get((patterns, bool(values["model"].get("ignore_merges"))))
+    name = PRE_TOKENIZERS.get((patterns, bool(values["model"].get("ignore_merges"))))
     if name is None:
         raise ModelError(
             f"{file} splits texts by {patterns or 'nothing'}, for which llama.cpp has no name known here: "
@@ -116,7 +116,7 @@ def _patterns(step: Mapping[str, Any]) -> tuple[str, ...]:
     return (str(kind),)
 
 
-def _tokens(source: Source, values: Mapping[str, Any], *, pieces: bool) -> tuple[list[str], list[int]]:
+def _tokens(source: ExportSource, values: Mapping[str, Any], *, pieces: bool) -> tuple[list[str], list[int]]:
     """One entry for each row of the embedding."""
     rows = source.config.vocab_size
     tokens, types = [f"[PAD{index}]" for index in range(rows)], [int(gguf.TokenType.UNUSED)] * rows

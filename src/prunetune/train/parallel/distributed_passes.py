@@ -10,22 +10,22 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from prunetune.data.templates import Example
+from prunetune.data.encoding import Example
 from prunetune.errors import ModelError
-from prunetune.train.adapters import adapters
-from prunetune.train.checkpoints import Keeper, State
+from prunetune.train.adapters import trainable_parameters
+from prunetune.train.checkpoints import CheckpointStore, TrainingState
 from prunetune.train.parallel.ranks import Ranks
-from prunetune.train.passes import Gates, Losses, Passes
+from prunetune.train.passes import GateTensors, Losses, Passes
 
 T = TypeVar("T")
 
 
-def together(passes: Passes, model: Any, ranks: Ranks) -> Passes:
+def distribute_passes(passes: Passes, model: Any, ranks: Ranks) -> Passes:
     """Passes whose losses and gradients are those of the whole batch, on every rank."""
-    return passes if ranks.world == 1 else Together(passes, model, ranks)
+    return passes if ranks.world_size == 1 else DistributedPasses(passes, model, ranks)
 
 
-class Together:
+class DistributedPasses:
     """Each rank passes over its share; losses and gradients are summed. Gradients are zero before `tune` and `both`."""
 
     def __init__(self, passes: Passes, model: Any, ranks: Ranks) -> None:
@@ -49,58 +49,60 @@ class Together:
     def recompute(self, wanted: bool) -> None:
         self.passes.recompute = wanted
 
-    def tune(self, examples: Sequence[Example], gates: Gates | None) -> Losses:
+    def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
         """See `Passes`."""
-        losses = self._at_once(lambda: self.passes.tune(examples, gates), gates)
-        return self._summed(losses, self._gradients)
+        losses = self._run_on_all_ranks(lambda: self.passes.tune(examples, gates), gates)
+        return self._sum_over_ranks(losses, self._gradients)
 
-    def shrink(self, gates: Gates, weight: float) -> float:
+    def group_lasso_step(self, gates: GateTensors, weight: float) -> float:
         """See `Passes`; of no example, so that every rank has the whole of it."""
-        return self._at_once(lambda: self.passes.shrink(gates, weight), None)
+        return self._run_on_all_ranks(lambda: self.passes.group_lasso_step(gates, weight), None)
 
-    def slopes(self, examples: Sequence[Example], gates: Gates) -> tuple[Losses, dict[str, Tensor]]:
+    def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, dict[str, Tensor]]:
         """See `Passes`."""
-        losses, slopes = self._at_once(lambda: self.passes.slopes(examples, gates), gates)
-        return self._summed(losses, slopes.values), slopes
+        losses, slopes = self._run_on_all_ranks(lambda: self.passes.gate_gradients(examples, gates), gates)
+        return self._sum_over_ranks(losses, slopes.values), slopes
 
-    def both(self, examples: Sequence[Example], gates: Gates) -> tuple[Losses, dict[str, Tensor]]:
+    def tune_with_gate_gradients(
+        self, examples: Sequence[Example], gates: GateTensors
+    ) -> tuple[Losses, dict[str, Tensor]]:
         """See `Passes`."""
-        losses, slopes = self._at_once(lambda: self.passes.both(examples, gates), gates)
-        return self._summed(losses, lambda: [*slopes.values(), *self._gradients()]), slopes
+        losses, slopes = self._run_on_all_ranks(lambda: self.passes.tune_with_gate_gradients(examples, gates), gates)
+        return self._sum_over_ranks(losses, lambda: [*slopes.values(), *self._gradients()]), slopes
 
-    def score(self, examples: Sequence[Example], gates: Gates | None) -> float:
+    def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
         """See `Passes`."""
-        loss = self._at_once(lambda: self.passes.score(examples, gates), gates)
-        return self._summed({"loss": loss}, list)["loss"]
+        loss = self._run_on_all_ranks(lambda: self.passes.score(examples, gates), gates)
+        return self._sum_over_ranks({"loss": loss}, list)["loss"]
 
-    def forget(self) -> None:
+    def reset_recordings(self) -> None:
         """See `Passes`."""
-        self.passes.forget()
+        self.passes.reset_recordings()
 
-    def _at_once(self, work: Callable[[], T], gates: Gates | None) -> T:
+    def _run_on_all_ranks(self, work: Callable[[], T], gates: GateTensors | None) -> T:
         """`work()`; where one rank's memory runs out, so it does on all, and all take smaller passes."""
         result: T | None = None
         failed: torch.OutOfMemoryError | None = None
         try:
-            with _exchanging() if self.ranks.shards else nullcontext():
+            with _fatal_out_of_memory() if self.ranks.uses_fsdp else nullcontext():
                 result = work()
         except torch.OutOfMemoryError as error:
             failed = error.with_traceback(None)  # which held the tensors of the pass
         seen = () if gates is None else [gates[name] for name in sorted(gates)]
-        if self.ranks.any(failed is not None, "gates", seen):
+        if self.ranks.any_rank(failed is not None, "gates", seen):
             raise failed or torch.OutOfMemoryError("out of memory on another rank")
         return result  # type: ignore[return-value]
 
-    def _summed(self, losses: Losses, gradients: Callable[[], Iterable[Tensor]]) -> Losses:
-        with _exchanging():
+    def _sum_over_ranks(self, losses: Losses, gradients: Callable[[], Iterable[Tensor]]) -> Losses:
+        with _fatal_out_of_memory():
             values = torch.tensor(list(losses.values()), dtype=torch.float32, device=self.ranks.device)
-            self.ranks.sum_([values, *gradients()])
+            self.ranks.all_reduce_sum_([values, *gradients()])
         return dict(zip(losses, values.tolist(), strict=True))
 
     def _gradients(self) -> list[Tensor]:
         """Of all that is tuned, zero where this rank had no example."""
         found = []
-        for parameter in adapters(self.model).values():
+        for parameter in trainable_parameters(self.model).values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             found.append(parameter.grad)
@@ -108,7 +110,7 @@ class Together:
 
 
 @contextmanager
-def _exchanging() -> Iterator[None]:
+def _fatal_out_of_memory() -> Iterator[None]:
     """Memory that runs out in the block ends the run: others wait in an exchange, and a second try is no part of it."""
     try:
         yield
@@ -120,27 +122,27 @@ def _exchanging() -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Shared:
+class DistributedCheckpointStore:
     """A keeper that all ranks read and the first one writes; the folder has to be within reach of all."""
 
-    keeper: Keeper
+    store: CheckpointStore
     ranks: Ranks
 
-    def save(self, state: State) -> None:
+    def save(self, state: TrainingState) -> None:
         """Keep a state, which is the same on all ranks; raises `ModelError` where it is not."""
-        self.ranks.any(False, "adapters", _in_order(state.tensors.get("adapters", {})))
+        self.ranks.any_rank(False, "adapters", _in_order(state.tensors.get("adapters", {})))
         if self.ranks.is_main:
-            self.keeper.save(state)
+            self.store.save(state)
 
-    def latest(self) -> State | None:
+    def latest(self) -> TrainingState | None:
         """The newest state kept."""
-        self.ranks.wait()
-        return self.keeper.latest()
+        self.ranks.barrier()
+        return self.store.latest()
 
 
-def shared(keeper: Keeper, ranks: Ranks) -> Keeper:
+def distribute_checkpoints(store: CheckpointStore, ranks: Ranks) -> CheckpointStore:
     """The keeper of one rank as that of all."""
-    return keeper if ranks.world == 1 else Shared(keeper, ranks)
+    return store if ranks.world_size == 1 else DistributedCheckpointStore(store, ranks)
 
 
 def _in_order(tensors: Mapping[str, Tensor]) -> list[Tensor]:

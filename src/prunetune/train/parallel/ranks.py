@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from prunetune.data.templates import Example
-from prunetune.errors import ConfigError, GateFailed, ModelError
-from prunetune.utils.launch import launched
+from prunetune.data.encoding import Example
+from prunetune.errors import ConfigError, LimitBroken, ModelError
+from prunetune.utils.launch import rank_and_world_size
 
 T = TypeVar("T")
-PATIENCE = timedelta(minutes=30)  # how long a rank waits for the others before it gives them up
+PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)  # how long a rank waits for the others before it gives them up
 BUCKET = 2**25  # numbers that are summed over ranks at a time
 CPU = torch.device("cpu")
 
@@ -32,35 +32,35 @@ class Ranks:
     """One process among `world`; alone, nothing here does anything."""
 
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     device: torch.device = CPU
-    shards: bool = False  # FSDP2: every rank holds a part of each frozen weight
+    uses_fsdp: bool = False  # FSDP2: every rank holds a part of each frozen weight
 
     @property
     def is_main(self) -> bool:
         """Whether this rank writes the run folder and talks to the user."""
         return self.rank == 0
 
-    def shares(self, examples: Sequence[Example]) -> list[list[Example]]:
+    def split_examples(self, examples: Sequence[Example]) -> list[list[Example]]:
         """Every example once: lists of about as many tokens, one a rank; some are empty where examples are few."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [list(examples)]
-        parts: list[list[Example]] = [[] for _ in range(self.world)]
-        loads = [0] * self.world
-        for example in sorted(examples, key=lambda example: -len(example.ids)):
+        parts: list[list[Example]] = [[] for _ in range(self.world_size)]
+        loads = [0] * self.world_size
+        for example in sorted(examples, key=lambda example: -len(example.token_ids)):
             rank = loads.index(min(loads))
             parts[rank].append(example)
-            loads[rank] += len(example.ids)
+            loads[rank] += len(example.token_ids)
         return parts
 
-    def share(self, examples: Sequence[Example]) -> list[Example]:
+    def local_examples(self, examples: Sequence[Example]) -> list[Example]:
         """This rank's part."""
-        return self.shares(examples)[self.rank]
+        return self.split_examples(examples)[self.rank]
 
     @torch.no_grad()
-    def sum_(self, tensors: Iterable[Tensor]) -> None:
+    def all_reduce_sum_(self, tensors: Iterable[Tensor]) -> None:
         """Sum float tensors over ranks, in place; all ranks end up with the same bits."""
-        if self.world == 1:
+        if self.world_size == 1:
             return
         for bucket in _buckets(tensors):
             flat = torch.cat([tensor.flatten() for tensor in bucket])
@@ -68,17 +68,17 @@ class Ranks:
             parts = torch.split(flat, [tensor.numel() for tensor in bucket])
             torch._foreach_copy_(bucket, [part.view_as(one) for part, one in zip(parts, bucket, strict=True)])
 
-    def agree(self, value: T) -> T:
+    def broadcast_from_main(self, value: T) -> T:
         """Rank 0's value, on all ranks; anything that can be pickled."""
-        if self.world == 1:
+        if self.world_size == 1:
             return value
         box = [value]
         dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
-    def any(self, here: bool, what: str = "", tensors: Iterable[Tensor] = ()) -> bool:
+    def any_rank(self, here: bool, what: str = "", tensors: Iterable[Tensor] = ()) -> bool:
         """Whether it is so on any rank; raises `ModelError` where the bits of `tensors` differ between ranks."""
-        if self.world == 1:
+        if self.world_size == 1:
             return here
         mark = fingerprint(tensors, self.device)
         seen = torch.stack([torch.tensor(int(here), device=self.device), mark, -mark])
@@ -91,55 +91,55 @@ class Ranks:
             )
         return bool(found)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Until all ranks are here. A broadcast would not do: its sender goes on at once."""
-        if self.world > 1:
+        if self.world_size > 1:
             here = torch.zeros((), device=self.device)
             dist.all_reduce(here)
             here.item()  # a GPU's kernels are only queued so far
 
     @contextmanager
-    def main_first(self) -> Iterator[None]:
+    def main_process_first(self) -> Iterator[None]:
         """Rank 0 runs the block first: it may fill caches that the others then read."""
         if not self.is_main:
-            self.wait()
+            self.barrier()
         yield
         if self.is_main:
-            self.wait()
+            self.barrier()
 
     @contextmanager
-    def stopped(self) -> Iterator[None]:
+    def barrier_before_failing(self) -> Iterator[None]:
         """Where a gate stops the block, it does on all ranks: none ends before rank 0 has told of it.
 
         A launcher stops all processes as soon as one has failed.
         """
         try:
             yield
-        except GateFailed:
-            if self.world > 1 and dist.is_initialized():
-                self.wait()
+        except LimitBroken:
+            if self.world_size > 1 and dist.is_initialized():
+                self.barrier()
             raise
 
-    def leave(self) -> None:
+    def destroy_process_group(self) -> None:
         """What follows is no work for several."""
-        if self.world > 1:
-            self.wait()
+        if self.world_size > 1:
+            self.barrier()
             dist.destroy_process_group()
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = Ranks()
 
 
-def join(device: torch.device) -> Ranks:
+def init_distributed(device: torch.device) -> Ranks:
     """Meet the other processes of the launch; alone where there are none. Raises `ConfigError` for what cannot work."""
-    rank, world = launched()
+    rank, world = rank_and_world_size()
     if world == 1:
-        return ALONE
+        return SINGLE_PROCESS
     shards = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     _refuse(device, world, shards)
     from accelerate import PartialState
 
-    state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+    state = PartialState(cpu=device.type == "cpu", timeout=PROCESS_GROUP_TIMEOUT)
     return Ranks(rank, world, CPU if device.type == "cpu" else state.device, shards)
 
 

@@ -17,13 +17,13 @@ from torch import distributed as dist
 
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut_linears
-from prunetune.pruning.families import coupling_of
-from prunetune.pruning.shared_weights import cut_beside
+from prunetune.pruning.families import architecture_info
+from prunetune.pruning.shared_weights import cut_sharing_weights
 from prunetune.pruning.units import Site
 from prunetune.train.parallel.ranks import Ranks
 
 
-class Layers(Protocol):
+class DecoderLayers(Protocol):
     """The decoder layers of a model, wherever their weights are."""
 
     def cut(self, plan: Plan, sites: Iterable[Site]) -> None:
@@ -31,31 +31,31 @@ class Layers(Protocol):
 
 
 @dataclass(frozen=True)
-class Whole:
+class UnshardedLayers:
     """All weights on this rank."""
 
     model: Any
-    lender: Any = None  # who goes on holding the dense weights, where they are another's, too
+    weight_owner: Any = None  # who goes on holding the dense weights, where they are another's, too
 
     def cut(self, plan: Plan, sites: Iterable[Site]) -> None:
         """See `Layers`."""
-        if self.lender is None:
+        if self.weight_owner is None:
             cut_linears(self.model, plan, sites=sites)
         else:
-            cut_beside(self.model, self.lender, plan, sites=sites)
+            cut_sharing_weights(self.model, self.weight_owner, plan, sites=sites)
 
 
-def spread(model: Any, ranks: Ranks, lender: Any = None) -> Layers:
+def shard_layers(model: Any, ranks: Ranks, weight_owner: Any = None) -> DecoderLayers:
     """Shard the frozen weights where the launch says so, in place.
 
     Only rank 0 needs them before: on the others the model may be on the meta device. What is sharded has no `lender`.
     """
-    if not ranks.shards:
-        return Whole(model, lender)
-    return Sharded(model, ranks)
+    if not ranks.uses_fsdp:
+        return UnshardedLayers(model, weight_owner)
+    return ShardedLayers(model, ranks)
 
 
-class Sharded:
+class ShardedLayers:
     """Each rank holds a part of every layer, and sees one layer whole at a time: in a pass, and at the cut.
 
     FSDP2 cannot be taken off a module, so the cut fills a new decoder, layer by layer, from the old one.
@@ -65,31 +65,33 @@ class Sharded:
         from torch.distributed.device_mesh import init_device_mesh
 
         self.model, self.ranks = model, ranks
-        self.mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+        self.mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
         self.prefix: str = model.base_model_prefix
-        self.blueprint = _blueprint(model, self._decoder())
-        self.names = coupling_of(model).layer_prefixes
+        self.blueprint = _meta_copy(model, self._decoder())
+        self.names = architecture_info(model).layer_prefixes
         for name in self.names:
             layer = model.get_submodule(name)
-            _hand_out(layer.modules(), ranks)
+            _broadcast_weights(layer.modules(), ranks)
             self._shard(layer)
         layers = tuple(f"{name}." for name in self.names)
-        _hand_out([module for name, module in model.named_modules() if not f"{name}.".startswith(layers)], ranks)
+        _broadcast_weights(
+            [module for name, module in model.named_modules() if not f"{name}.".startswith(layers)], ranks
+        )
         self._complete()
 
     def cut(self, plan: Plan, sites: Iterable[Site]) -> None:
         """See `Layers`; every rank has the weights of one layer at a time."""
         listed, old, new = tuple(sites), self._decoder(), self.blueprint.train(self.model.training)
-        self.blueprint = _blueprint(self.model, new)
+        self.blueprint = _meta_copy(self.model, new)
         setattr(self.model, self.prefix, new)
         for index, name in enumerate(self.names):
             within = name.removeprefix(f"{self.prefix}.")
-            _fill(new.get_submodule(within), old.get_submodule(within))
+            _copy_weights(new.get_submodule(within), old.get_submodule(within))
             place, _, child = within.rpartition(".")
             setattr(old.get_submodule(place), child, nn.Identity())
             cut_linears(self.model, plan, sites=[site for site in listed if site.layer == index])
             self._shard(self.model.get_submodule(name))
-        _fill(new, old)
+        _copy_weights(new, old)
         self._complete()
 
     def _decoder(self) -> nn.Module:
@@ -115,10 +117,10 @@ class Sharded:
 
 
 @torch.no_grad()
-def _hand_out(modules: Iterable[nn.Module], ranks: Ranks) -> None:
+def _broadcast_weights(modules: Iterable[nn.Module], ranks: Ranks) -> None:
     """Rank 0's weights and buffers to all ranks and onto their devices, in place; tied ones stay tied."""
     slots = [(kept, name) for module in modules for kept in _stores(module) for name in kept if kept[name] is not None]
-    dtypes = ranks.agree([kept[name].dtype for kept, name in slots])
+    dtypes = ranks.broadcast_from_main([kept[name].dtype for kept, name in slots])
     placed: dict[int, Tensor] = {}
     for (kept, name), dtype in zip(slots, dtypes, strict=True):
         before = kept[name]
@@ -130,7 +132,7 @@ def _hand_out(modules: Iterable[nn.Module], ranks: Ranks) -> None:
         kept[name] = placed[id(before)]
 
 
-def _blueprint(model: Any, module: nn.Module) -> nn.Module:
+def _meta_copy(model: Any, module: nn.Module) -> nn.Module:
     """The same module without its weights, sharing the model's configuration."""
     memo: dict[int, Any] = {id(config): config for config in (model.config, model.config.get_text_config())}
     for part in module.modules():
@@ -139,7 +141,7 @@ def _blueprint(model: Any, module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo)
 
 
-def _fill(new: nn.Module, old: nn.Module) -> None:
+def _copy_weights(new: nn.Module, old: nn.Module) -> None:
     """Give a module the weights and buffers of another, by name; gathers what is sharded, and frees the old shards."""
     from torch.distributed.tensor import DTensor
 

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from prunetune import Plan, cut, find_sites, masked
 from prunetune.errors import PlanError, SelfCheckFailed
-from prunetune.export import shapes
-from prunetune.export.selfcheck import check, logits_of
-from prunetune.export.shapes import legal_groups, width_of
-from prunetune.export.write import write
-from prunetune.search.select import Shape, select
+from prunetune.export import stock_config
+from prunetune.export.checkpoint import write_checkpoint
+from prunetune.export.selfcheck import check_checkpoint, compute_logits
+from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
+from prunetune.search.select import PlanConstraints, select
 from support.data import subwords
 from support.models import ALL_FAMILIES, FAMILIES, random_plan, relative, tiny, tokens, with_lora
 
@@ -25,14 +25,16 @@ def uniform_plan(model: Any, keep: float) -> Plan:
     sites = find_sites(model)
     rng = torch.Generator().manual_seed(3)
     scores = {site.name: torch.randn(site.units, generator=rng) for site in sites}
-    return select(scores, sites, keep, Shape("uniform", align=8, legal_groups=legal_groups(model.config)))
+    return select(
+        scores, sites, keep, PlanConstraints("uniform", align=8, allows_groups=kv_groups_validator(model.config))
+    )
 
 
 def pruned(model: Any, plan: Plan) -> torch.Tensor:
     """Cut in place; returns what the gated model said."""
     with_lora(model)
     with masked(model, plan):
-        expected = logits_of(model, tokens())
+        expected = compute_logits(model, tokens())
     cut(model, plan)
     return expected
 
@@ -44,8 +46,8 @@ def test_written_equals_gated_in_a_fresh_process(family: str, layout: str, tmp_p
     sites = find_sites(model)
     plan = uniform_plan(model, 0.6) if layout == "uniform" else random_plan(model)
     expected = pruned(model, plan)
-    written = write(model, subwords(), plan, sites, tmp_path / "model", layout=layout, card="# card\n")
-    result = check(written, tokens(), expected)
+    written = write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout=layout, card="# card\n")
+    result = check_checkpoint(written, tokens(), expected)
     assert result.max_relative <= 1e-5
     assert written.needs_code == (layout == "per-layer")
     assert Plan.load(tmp_path / "model" / "plan.json") == plan
@@ -59,20 +61,22 @@ def test_every_family_is_read_as_it_was_written(family: str, layout: str, tmp_pa
     sites = find_sites(model)
     if (family, layout) == ("bloom", "uniform"):
         with pytest.raises(PlanError, match="no option for the width of an MLP: use layout per-layer"):
-            width_of(model.config)
+            mlp_width_option(model.config)
         return
     plan = uniform_plan(model, 0.6) if layout == "uniform" else random_plan(model)
     expected = pruned(model, plan)
-    written = write(model, subwords(), plan, sites, tmp_path / family, layout=layout, card="")
+    written = write_checkpoint(model, subwords(), plan, sites, tmp_path / family, layout=layout, card="")
     again = AutoModelForCausalLM.from_pretrained(written.folder, trust_remote_code=written.needs_code).eval()
     assert sum(parameter.numel() for parameter in again.parameters()) == written.params
-    assert relative(logits_of(again, tokens()), expected) <= 1e-5
+    assert relative(compute_logits(again, tokens()), expected) <= 1e-5
 
 
 def test_a_class_is_asked_once_for_each_width_and_only_when_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(shapes, "empty", lambda config: asked.append(config.num_key_value_heads) or tiny("qwen3"))
-    legal = legal_groups(tiny("qwen3", groups=4).config)
+    monkeypatch.setattr(
+        stock_config, "build_meta_model", lambda config: asked.append(config.num_key_value_heads) or tiny("qwen3")
+    )
+    legal = kv_groups_validator(tiny("qwen3", groups=4).config)
     assert not asked
     assert [legal(2), legal(2), legal(4), legal(0)] == [True, True, True, False]
     assert asked == [2]
@@ -87,9 +91,9 @@ def test_scaled_positions_are_the_dense_model_s(kind: str, layout: str, tmp_path
     sites = find_sites(model)
     plan = uniform_plan(model, 0.6) if layout == "uniform" else random_plan(model)
     expected = pruned(model, plan)
-    written = write(model, subwords(), plan, sites, tmp_path / kind, layout=layout, card="")
+    written = write_checkpoint(model, subwords(), plan, sites, tmp_path / kind, layout=layout, card="")
     again = AutoModelForCausalLM.from_pretrained(written.folder, trust_remote_code=written.needs_code).eval()
-    assert relative(logits_of(again, tokens()), expected) <= 1e-5
+    assert relative(compute_logits(again, tokens()), expected) <= 1e-5
 
 
 def test_llama_with_heads_that_do_not_divide_becomes_mistral(tmp_path: Path) -> None:
@@ -98,11 +102,11 @@ def test_llama_with_heads_that_do_not_divide_becomes_mistral(tmp_path: Path) -> 
     widths = {site.name: range(5) if site.kind == "attention" else range(64) for site in sites}
     plan = Plan({name: tuple(units) for name, units in widths.items()}, {site.name: site.units for site in sites})
     expected = pruned(model, plan)
-    written = write(model, subwords(), plan, sites, tmp_path / "model", layout="uniform", card="")
+    written = write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout="uniform", card="")
     assert written.architecture == "MistralForCausalLM"
     assert "refuses 5 heads" in written.note
     assert json.loads((tmp_path / "model" / "config.json").read_text())["sliding_window"] is None
-    assert check(written, tokens(), expected).max_relative <= 1e-5
+    assert check_checkpoint(written, tokens(), expected).max_relative <= 1e-5
 
 
 def test_uniform_choices_stay_legal_where_no_sibling_exists() -> None:
@@ -117,8 +121,8 @@ def test_a_layer_without_attention_is_written_and_read(tmp_path: Path) -> None:
     plan = random_plan(model)
     plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
     expected = pruned(model, plan)
-    written = write(model, subwords(), plan, sites, tmp_path / "model", layout="per-layer", card="")
-    assert check(written, tokens(), expected).max_relative <= 1e-5
+    written = write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout="per-layer", card="")
+    assert check_checkpoint(written, tokens(), expected).max_relative <= 1e-5
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["per_layer_config"]["01"]["skip"] == ["attention"]
 
@@ -130,16 +134,16 @@ def test_the_self_check_fails_on_a_changed_weight(tmp_path: Path) -> None:
     plan = uniform_plan(model, 0.6)
     sites = find_sites(model)
     expected = pruned(model, plan)
-    written = write(model, subwords(), plan, sites, tmp_path / "model", layout="uniform", card="")
+    written = write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout="uniform", card="")
     file = tmp_path / "model" / "model.safetensors"
     weights = load_file(file)
     weights["model.layers.1.mlp.down_proj.weight"][0] *= 1.5
     save_file(weights, file, {"format": "pt"})
     with pytest.raises(SelfCheckFailed, match="differs from the gated model"):
-        check(written, tokens(), expected)
+        check_checkpoint(written, tokens(), expected)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(SelfCheckFailed, match="does not open"):
-        check(written, tokens(), expected)
+        check_checkpoint(written, tokens(), expected)
 
 
 def test_bfloat16_survives_to_the_bit(tmp_path: Path) -> None:
@@ -151,7 +155,7 @@ def test_bfloat16_survives_to_the_bit(tmp_path: Path) -> None:
     pruned(model, plan)
     for parameter in model.parameters():  # as a checkpoint does it: rotary buffers stay float32
         parameter.data = parameter.data.bfloat16()
-    write(model, subwords(), plan, sites, tmp_path / "model", layout="uniform", card="")
+    write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout="uniform", card="")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
     assert again.dtype == torch.bfloat16
     assert torch.equal(again(tokens()).logits, model(tokens()).logits)
@@ -166,7 +170,9 @@ def test_an_end_is_told_beside_the_known_ones(known: Any, layout: str, tmp_path:
     cut(model, plan)
     assert tokenizer.eos_token_id == 2
     for name, end in (("as-it-was", None), ("chat", 5)):
-        write(model, tokenizer, plan, find_sites(tiny("llama")), tmp_path / name, layout=layout, card="", end=end)
+        write_checkpoint(
+            model, tokenizer, plan, find_sites(tiny("llama")), tmp_path / name, layout=layout, card="", end_token=end
+        )
     was, told = (GenerationConfig.from_pretrained(tmp_path / name).eos_token_id for name in ("as-it-was", "chat"))
     assert was == model.generation_config.eos_token_id == known
     assert told == ([9, 5] if known == [9, 5] else [2, 5])

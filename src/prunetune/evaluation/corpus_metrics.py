@@ -9,11 +9,11 @@ import numpy as np
 
 from prunetune.evaluation.results import Item
 from prunetune.evaluation.statistics import Array, Statistic
-from prunetune.utils.optional import require
+from prunetune.utils.optional import import_optional
 
 
 def _metric(name: str, **options: Any) -> Any:
-    return getattr(require("sacrebleu.metrics", extra="eval", use=f"scorer {name.lower()}"), name)(**options)
+    return getattr(import_optional("sacrebleu.metrics", extra="eval", use=f"scorer {name.lower()}"), name)(**options)
 
 
 def sentence_bleu(expected: Sequence[str], got: Sequence[str]) -> list[float]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from prunetune.export.selfcheck import logits_of, reopened
-from prunetune.export.streamed import Streamed, cut_streamed
-from prunetune.export.write import write
-from prunetune.model.safetensors_reader import Stored, skeleton
+from prunetune.export.checkpoint import write_checkpoint
+from prunetune.export.selfcheck import compute_logits, reopen_in_fresh_process
+from prunetune.export.streamed_cut import StreamedModel, cut_streamed
+from prunetune.model.safetensors_reader import SafetensorsReader, load_empty_model
 from prunetune.pruning.cut import cut
 from prunetune.pruning.masking import masked
 from prunetune.pruning.sites import find_sites
@@ -45,17 +45,19 @@ def test_a_layer_at_a_time_is_the_whole(
         for name, weight in whole.named_parameters():
             weight.copy_(double(name, weight).to(dtype).float())
     with masked(whole, plan, sites=sites):
-        expected = logits_of(whole, tokens())
+        expected = compute_logits(whole, tokens())
     small = cut(whole, plan, sites=sites).to(dtype)
-    wanted = write(small, characters(), plan, sites, tmp_path / "whole", layout="per-layer", card="")
+    wanted = write_checkpoint(small, characters(), plan, sites, tmp_path / "whole", layout="per-layer", card="")
 
-    streamed = Streamed(skeleton(str(tmp_path / "dense")), Stored.of(str(tmp_path / "dense")), double)
-    assert streamed.stored.has(name for name, _ in streamed.model.named_parameters())
+    streamed = StreamedModel(
+        load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense")), double
+    )
+    assert streamed.stored.has_all(name for name, _ in streamed.model.named_parameters())
     shards = tmp_path / "shards"
     shards.mkdir()
     assert torch.equal(cut_streamed(streamed, plan, sites, tokens(), shards), expected)
     assert all(weight.is_meta for weight in streamed.model.parameters())
-    written = write(
+    written = write_checkpoint(
         streamed.model, characters(), plan, sites, tmp_path / "streamed", layout="per-layer", card="", shards=shards
     )
     assert written.params == wanted.params
@@ -69,7 +71,9 @@ def test_a_layer_at_a_time_is_the_whole(
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
     dense = tiny()
     dense.save_pretrained(tmp_path / "dense")
-    streamed = Streamed(skeleton(str(tmp_path / "dense")), Stored.of(str(tmp_path / "dense")), double)
+    streamed = StreamedModel(
+        load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense")), double
+    )
     layers, most = streamed.model.model.layers, []
     for layer in layers:
         layer.mlp.register_forward_hook(
@@ -85,14 +89,16 @@ def test_it_opens_a_layer_at_a_time(tmp_path: Path) -> None:
     dense = tiny(tie_word_embeddings=True)
     dense.save_pretrained(tmp_path / "dense")
     plan, sites = random_plan(dense), tuple(find_sites(dense))
-    streamed = Streamed(skeleton(str(tmp_path / "dense")), Stored.of(str(tmp_path / "dense")), double)
+    streamed = StreamedModel(
+        load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense")), double
+    )
     (tmp_path / "shards").mkdir()
     expected = cut_streamed(streamed, plan, sites, tokens(), tmp_path / "shards")
-    written = write(
+    written = write_checkpoint(
         streamed.model, characters(), plan, sites, tmp_path / "model", layout="per-layer", card="",
         shards=tmp_path / "shards",
     )  # fmt: skip
-    found = reopened(written, tokens(), streamed=True)
+    found = reopen_in_fresh_process(written, tokens(), streamed=True)
     assert int(found["params"]) == written.params
     assert relative(found["logits"], expected) < 1e-5
 
@@ -100,8 +106,8 @@ def test_it_opens_a_layer_at_a_time(tmp_path: Path) -> None:
 def test_other_files_are_not_streamed(tmp_path: Path) -> None:
     """Names that the class does not have, or files of another kind: the caller hears of it."""
     tiny("mixtral").save_pretrained(tmp_path / "dense")  # stored expert by expert
-    model, stored = skeleton(str(tmp_path / "dense")), Stored.of(str(tmp_path / "dense"))
-    assert not stored.has(name for name, _ in model.named_parameters())
+    model, stored = load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense"))
+    assert not stored.has_all(name for name, _ in model.named_parameters())
     for file in (tmp_path / "dense").glob("*.safetensors"):
         file.write_bytes(b"torn")
-    assert Stored.of(str(tmp_path / "dense")).places == {}
+    assert SafetensorsReader.from_model(str(tmp_path / "dense")).files == {}

@@ -17,12 +17,12 @@ from safetensors import SafetensorError
 from prunetune import cut, export_run, find_sites
 from prunetune.cli import app
 from prunetune.errors import ModelError, PlanError, RunFolderError
-from prunetune.export import integrity, rewrite
-from prunetune.export.integrity import SUMS, seal, verify
+from prunetune.export import checksums, convert
+from prunetune.export.checkpoint import write_checkpoint
+from prunetune.export.checksums import CHECKSUM_FILE, verify_checksums, write_checksums
 from prunetune.export.result import ExportOptions
-from prunetune.export.source import Source
-from prunetune.export.write import write
-from prunetune.utils.files import new_folder
+from prunetune.export.source import ExportSource
+from prunetune.utils.files import atomic_folder
 from support.data import subwords
 from support.export import run_folder
 from support.models import random_plan, tiny
@@ -42,13 +42,13 @@ def run(made: Path, tmp_path: Path) -> Path:
 
 
 def test_every_file_but_the_card_is_sealed_as_sha256sum_reads_it(run: Path) -> None:
-    lines = (run / "model" / SUMS).read_text().splitlines()
-    names = {file.name for file in (run / "model").iterdir()} - {SUMS, "README.md"}
+    lines = (run / "model" / CHECKSUM_FILE).read_text().splitlines()
+    names = {file.name for file in (run / "model").iterdir()} - {CHECKSUM_FILE, "README.md"}
     assert {line.split("  ")[1] for line in lines} == names
     assert {"model.safetensors", "config.json", "plan.json", "tokenizer.json"} <= names
     if shutil.which("sha256sum"):
-        subprocess.run(["sha256sum", "--quiet", "-c", SUMS], cwd=run / "model", check=True)
-    assert verify(run / "model")
+        subprocess.run(["sha256sum", "--quiet", "-c", CHECKSUM_FILE], cwd=run / "model", check=True)
+    assert verify_checksums(run / "model")
     assert len({file.stat().st_mode for file in (run / "model").iterdir() if file.name != "README.md"}) == 1
 
 
@@ -72,7 +72,7 @@ def test_an_altered_file_is_refused(run: Path, name: str) -> None:
 def test_a_missing_file_is_refused(run: Path, name: str) -> None:
     (run / "model" / name).unlink()
     with pytest.raises(ModelError, match=f"{name} is missing"):
-        Source.open(run)
+        ExportSource.open(run)
 
 
 def test_a_missing_or_altered_shard_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,15 +82,15 @@ def test_a_missing_or_altered_shard_is_refused(tmp_path: Path, monkeypatch: pyte
     saved = type(model).save_pretrained
     monkeypatch.setattr(type(model), "save_pretrained", lambda *a, **k: saved(*a, **k, max_shard_size="30KB"))
     for name in ("missing", "altered"):
-        write(model, subwords(), plan, sites, tmp_path / name, layout="per-layer", card="")
+        write_checkpoint(model, subwords(), plan, sites, tmp_path / name, layout="per-layer", card="")
     shards = sorted(file.name for file in (tmp_path / "missing").glob("*.safetensors"))
     assert len(shards) > 1
     (tmp_path / "missing" / shards[1]).unlink()
     with pytest.raises(ModelError, match=f"{shards[1]} is missing"):
-        Source.open(tmp_path / "missing", trust_remote_code=True)
+        ExportSource.open(tmp_path / "missing", trust_remote_code=True)
     flip(tmp_path / "altered" / shards[1])
     with pytest.raises(ModelError, match=f"{shards[1]} is not what was written"):
-        Source.open(tmp_path / "altered", trust_remote_code=True)
+        ExportSource.open(tmp_path / "altered", trust_remote_code=True)
 
 
 def test_a_plan_of_another_model_is_refused(run: Path) -> None:
@@ -106,24 +106,24 @@ def test_a_plan_of_another_model_is_refused(run: Path) -> None:
 
 def test_the_card_is_free_and_older_folders_open(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     (run / "model" / "README.md").write_text("mine\n")
-    Source.open(run)
-    (run / "model" / SUMS).unlink()
+    ExportSource.open(run)
+    (run / "model" / CHECKSUM_FILE).unlink()
     with caplog.at_level("INFO"):
-        Source.open(run)
+        ExportSource.open(run)
     assert "taken as they are" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["no digests\n", "\xff\xfe"])
 def test_odd_digests_are_refused(run: Path, content: str) -> None:
-    (run / "model" / SUMS).write_bytes(content.encode("latin-1"))
-    with pytest.raises(ModelError, match=f"{SUMS} cannot be read"):
-        Source.open(run)
+    (run / "model" / CHECKSUM_FILE).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ModelError, match=f"{CHECKSUM_FILE} cannot be read"):
+        ExportSource.open(run)
 
 
 def test_what_is_exported_is_sealed_anew(run: Path) -> None:
     done = export_run(run, "uniform", options=ExportOptions(dtype="bf16"))
-    assert verify(done.path)
-    assert (done.path / SUMS).read_text() != (run / "model" / SUMS).read_text()
+    assert verify_checksums(done.path)
+    assert (done.path / CHECKSUM_FILE).read_text() != (run / "model" / CHECKSUM_FILE).read_text()
 
 
 # -- what cannot be written -------------------------------------------------------------------------------------------
@@ -146,12 +146,12 @@ def test_an_export_that_cannot_be_written_leaves_nothing(
     run: Path, error: Exception, match: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(run.rglob("*"))
-    monkeypatch.setattr(rewrite, "save_file", failing(error))
+    monkeypatch.setattr(convert, "save_file", failing(error))
     with pytest.raises(RunFolderError, match=f"{match}.* nothing was kept: .*--out"):
         export_run(run, "uniform", out=run / "there")
     assert sorted(run.rglob("*")) == before
     monkeypatch.setattr(sys, "argv", ["prunetune", "export", str(run), "--to", "uniform", "--out", str(run / "there")])
-    assert app._guarded() == 2
+    assert app._run_app() == 2
     said = capsys.readouterr().err.strip()
     assert match in said
     assert "\n" not in said
@@ -164,16 +164,16 @@ def test_a_model_that_cannot_be_written_leaves_nothing(
     model = tiny("llama")
     plan, sites = random_plan(model), find_sites(model)
     cut(model, plan)
-    monkeypatch.setattr("prunetune.export.write.seal", failing(error))
+    monkeypatch.setattr("prunetune.export.checkpoint.write_checksums", failing(error))
     with pytest.raises(type(error)):
-        write(model, subwords(), plan, sites, tmp_path / "model", layout="per-layer", card="")
+        write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout="per-layer", card="")
     assert not list(tmp_path.iterdir())
-    assert app._translated(error) is not None
+    assert app._explain_resource_error(error) is not None
 
 
 def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
     def interrupted(folder: Path) -> None:
-        with new_folder(folder) as partial:
+        with atomic_folder(folder) as partial:
             (partial / "half").write_text("")
             raise KeyboardInterrupt
 
@@ -182,8 +182,8 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     (tmp_path / "folder" / "sub").mkdir(parents=True)
     (tmp_path / "folder" / "sub" / "file").write_text("a")
-    seal(tmp_path / "folder")
-    assert integrity._sums(tmp_path / "folder" / SUMS).keys() == {"sub/file"}
+    write_checksums(tmp_path / "folder")
+    assert checksums._sums(tmp_path / "folder" / CHECKSUM_FILE).keys() == {"sub/file"}
 
 
 @pytest.mark.parametrize(

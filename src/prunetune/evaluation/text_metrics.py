@@ -16,17 +16,17 @@ SPACELESS = (
 )
 
 
-def normalised(text: str) -> str:
+def normalise_text(text: str) -> str:
     """Case folded, white space collapsed."""
     return " ".join(text.casefold().split())
 
 
 def exact_match(expected: str, got: str) -> bool:
     """Equal but for case and white space."""
-    return normalised(expected) == normalised(got)
+    return normalise_text(expected) == normalise_text(got)
 
 
-class Words:
+class RougeTokenizer:
     """What ROUGE compares (a tokenizer of rouge_score): rouge_score's own words of ASCII letters and digits, and beside
     them words of any script with their accents; of scripts without spaces, every character."""
 
@@ -53,5 +53,5 @@ def rouge_l(expected: Sequence[str], got: Sequence[str]) -> list[float]:
     """ROUGE-L F1 of each pair in 0..1 (rouge_score, no stemmer) over `Words`; 0 where a side has none."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rougeL"], tokenizer=Words())
+    scorer = RougeScorer(["rougeL"], tokenizer=RougeTokenizer())
     return [float(scorer.score(want, have)["rougeL"].fmeasure) for want, have in zip(expected, got, strict=True)]

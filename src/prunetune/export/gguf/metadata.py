@@ -6,9 +6,9 @@ from typing import Any
 
 import gguf
 
-from prunetune.export.gguf.architectures import Architecture, ropes_of
-from prunetune.export.source import Source
-from prunetune.pruning.families import heads_of
+from prunetune.export.gguf.architectures import GgufArchitecture, rope_options
+from prunetune.export.source import ExportSource
+from prunetune.pruning.families import head_counts
 
 FILE_TYPES = {
     "f32": gguf.LlamaFileType.ALL_F32,
@@ -18,35 +18,35 @@ FILE_TYPES = {
 }
 
 
-def add_keys(writer: gguf.GGUFWriter, source: Source, arch: Architecture, dtype: str) -> None:
+def add_metadata(writer: gguf.GGUFWriter, source: ExportSource, arch: GgufArchitecture, dtype: str) -> None:
     """Sizes, positions and scales; the tokenizer's keys are another matter."""
-    config, heads = source.config, heads_of(source.config)
+    config, heads = source.config, head_counts(source.config)
     writer.add_name(source.name)
     writer.add_file_type(FILE_TYPES[dtype])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(_one_or_all(arch, [layer.channels for layer in source.widths]))
-    writer.add_head_count(_one_or_all(arch, [layer.queries for layer in source.widths]))
-    writer.add_head_count_kv(_one_or_all(arch, [layer.groups for layer in source.widths]))
+    writer.add_feed_forward_length(_one_or_all(arch, [layer.mlp_channels for layer in source.layer_widths]))
+    writer.add_head_count(_one_or_all(arch, [layer.query_heads for layer in source.layer_widths]))
+    writer.add_head_count_kv(_one_or_all(arch, [layer.kv_heads for layer in source.layer_widths]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_key_length(heads.size)
-    writer.add_value_length(heads.size)
-    writer.add_rope_dimension_count(heads.size)
+    writer.add_key_length(heads.head_dim)
+    writer.add_value_length(heads.head_dim)
+    writer.add_rope_dimension_count(heads.head_dim)
     writer.add_vocab_size(config.vocab_size)
-    for key, name in arch.floats.items():
+    for key, name in arch.float_keys.items():
         value = getattr(config, name, None)
         if value is not None:
             writer.add_float32(f"{arch.name}.{key}", float(value))
-    _add_rope(writer, ropes_of(config))
+    _add_rope(writer, rope_options(config))
     if arch.window and config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
 
 
-def _one_or_all(arch: Architecture, widths: list[int]) -> int | list[int]:
-    return widths if arch.layered else widths[0]
+def _one_or_all(arch: GgufArchitecture, widths: list[int]) -> int | list[int]:
+    return widths if arch.per_layer_widths else widths[0]
 
 
 def _add_rope(writer: gguf.GGUFWriter, ropes: Any) -> None:
@@ -62,7 +62,7 @@ def _add_rope(writer: gguf.GGUFWriter, ropes: Any) -> None:
         writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
 
 
-def notes_of(source: Source, arch: Architecture) -> tuple[str, ...]:
+def export_notes(source: ExportSource, arch: GgufArchitecture) -> tuple[str, ...]:
     """What the file does not hold as the checkpoint does."""
     config = source.config
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None

@@ -13,68 +13,70 @@ from typing import Any, Literal, cast, get_args
 
 from prunetune.errors import ConfigError
 
-Action = Literal["stop", "back-off", "roll-back"]
-METRICS = (
+LimitAction = Literal["stop", "back-off", "roll-back"]
+LIMITABLE_METRICS = (
     "valid.nll", "valid.perplexity", "valid.accuracy", "guard.nll", "guard.perplexity", "guard.accuracy",
 )  # fmt: skip
-FORM = re.compile(
+LIMIT_PATTERN = re.compile(
     r"(?P<metric>[\w.]+)\s*(?P<side><=|>=)\s*(?P<value>\d+\.?\d*(?:e[-+]?\d+)?)(?P<relative>x?)\s*->\s*(?P<action>[\w-]+)"
 )
 EXAMPLE = "guard.perplexity <= 1.5x -> roll-back"
 
 
 @dataclass(frozen=True)
-class Gate:
+class ScoreLimit:
     """A limit on one metric of the validations: `value` itself, or that many times the dense model's (`relative`)."""
 
     metric: str
-    side: Literal["<=", ">="]
+    comparison: Literal["<=", ">="]
     value: float
-    relative: bool
-    action: Action
+    is_relative: bool
+    action: LimitAction
 
     @classmethod
-    def parse(cls, text: str) -> Gate:
+    def parse(cls, text: str) -> ScoreLimit:
         """Read what `str` wrote; raises `ConfigError`."""
-        match = FORM.fullmatch(text.strip())
+        match = LIMIT_PATTERN.fullmatch(text.strip())
         if match is None:
             raise ConfigError(f"gates: {text!r} is no gate; write one such as '{EXAMPLE}' (1.5x: of the dense model)")
         metric, action = match["metric"], match["action"]
-        if metric not in METRICS:
-            raise ConfigError(f"gates: unknown metric {metric!r} in {text!r}; known are {', '.join(METRICS)}")
-        if action not in get_args(Action):
-            raise ConfigError(f"gates: unknown action {action!r} in {text!r}; known are {', '.join(get_args(Action))}")
+        if metric not in LIMITABLE_METRICS:
+            raise ConfigError(f"gates: unknown metric {metric!r} in {text!r}; known are {', '.join(LIMITABLE_METRICS)}")
+        if action not in get_args(LimitAction):
+            raise ConfigError(
+                f"gates: unknown action {action!r} in {text!r}; known are {', '.join(get_args(LimitAction))}"
+            )
         side = "<=" if match["side"] == "<=" else ">="
         if (side == ">=") != metric.endswith("accuracy"):
             better = "at least (>=)" if metric.endswith("accuracy") else "at most (<=)"
             raise ConfigError(f"gates: {text!r} would refuse what is good; {metric} has to be {better} a value")
-        return cls(metric, cast(Any, side), float(match["value"]), bool(match["relative"]), cast(Action, action))
+        return cls(metric, cast(Any, side), float(match["value"]), bool(match["relative"]), cast(LimitAction, action))
 
     def __str__(self) -> str:
-        return f"{self.metric} {self.side} {self.value:g}{'x' if self.relative else ''} -> {self.action}"
+        return f"{self.metric} {self.comparison} {self.value:g}{'x' if self.is_relative else ''} -> {self.action}"
 
-    def limit(self, dense: Mapping[str, float]) -> float:
+    def threshold(self, dense_scores: Mapping[str, float]) -> float:
         """The number that the metric is held against; `dense` is what the dense model scored as the run began."""
-        return self.value * dense[self.metric] if self.relative else self.value
+        return self.value * dense_scores[self.metric] if self.is_relative else self.value
 
-    def holds(self, scores: Mapping[str, float], dense: Mapping[str, float]) -> bool:
+    def is_met(self, scores: Mapping[str, float], dense_scores: Mapping[str, float]) -> bool:
         """Whether the metric is within its limit; NaN is not."""
-        found, limit = scores.get(self.metric, math.nan), self.limit(dense)
-        return found <= limit if self.side == "<=" else found >= limit
+        found, limit = scores.get(self.metric, math.nan), self.threshold(dense_scores)
+        return found <= limit if self.comparison == "<=" else found >= limit
 
-    def words(self, scores: Mapping[str, float], dense: Mapping[str, float]) -> str:
+    def describe(self, scores: Mapping[str, float], dense_scores: Mapping[str, float]) -> str:
         """The metric beside its limit, for people."""
-        side = {"<=": "at most", ">=": "at least"}[self.side]
-        return f"{self.metric} is {scores.get(self.metric, math.nan):.4g} and has to be {side} {self.limit(dense):.4g}"
+        side = {"<=": "at most", ">=": "at least"}[self.comparison]
+        return f"{self.metric} is {scores.get(self.metric, math.nan):.4g} and has to be {side} {self.threshold(dense_scores):.4g}"
 
 
-def gate_text(entry: Any) -> str:
+def normalize_limit(entry: Any) -> str:
     """A gate of a recipe as its text: written so, or as {metric, max or min, action}; raises `ConfigError`."""
     if isinstance(entry, str):
-        return str(Gate.parse(entry))
+        return str(ScoreLimit.parse(entry))
     if isinstance(entry, Mapping) and set(entry) in ({"metric", "max", "action"}, {"metric", "min", "action"}):
         side, value = ("<=", entry["max"]) if "max" in entry else (">=", entry["min"])
-        return str(Gate.parse(f"{entry['metric']} {side} {value} -> {entry['action']}"))
+        return str(ScoreLimit.parse(f"{entry['metric']} {side} {value} -> {entry['action']}"))
     raise ConfigError(
         f"gates: a gate is text such as '{EXAMPLE}', or metric, max or min, and action; this is {entry!r}: correct it"
     )

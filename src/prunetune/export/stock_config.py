@@ -10,39 +10,39 @@ from typing import Any
 import torch
 
 from prunetune.errors import PlanError
-from prunetune.pruning.families import experts_of, family_of, heads_of
+from prunetune.pruning.families import get_family, head_counts, num_experts_key
 from prunetune.pruning.sites import find_sites
 
 
-def legal_groups(config: Any) -> Callable[..., bool]:
+def kv_groups_validator(config: Any) -> Callable[..., bool]:
     """Whether a uniform model of this architecture may keep so many KV groups, of so many query heads, in every layer.
 
     Asked of the class itself: an empty model of that shape has to be made, and its heads to be as wide as before.
     Some classes demand a hidden size divisible by the heads, others derive the head dimension from it. Making a model
     changes settings of the whole process, so the first time is not for threads. What was found is remembered.
     """
-    heads = heads_of(config)
+    heads = head_counts(config)
 
     @functools.cache
-    def legal(groups: int, ratio: int = heads.ratio) -> bool:
-        if (groups, ratio) == (heads.groups, heads.ratio) or groups < 1:
+    def legal(groups: int, ratio: int = heads.queries_per_kv_head) -> bool:
+        if (groups, ratio) == (heads.kv_heads, heads.queries_per_kv_head) or groups < 1:
             return groups >= 1
         try:
-            found = _query_columns(uniform(config, groups, None, ratio=ratio))
+            found = _query_columns(shrink_config(config, groups, None, ratio=ratio))
         except Exception:  # each class says no in its own way
             return False
-        return found == (groups, ratio * heads.size)
+        return found == (groups, ratio * heads.head_dim)
 
     return legal
 
 
 def _query_columns(config: Any) -> tuple[int, int]:
     """(KV groups, columns that one group's queries have); zeros where attention cannot be pruned."""
-    site = next((site for site in find_sites(empty(config)) if site.kind == "attention"), None)
-    return (site.units, site.consumer.per_unit) if site and site.consumer else (0, 0)
+    site = next((site for site in find_sites(build_meta_model(config)) if site.kind == "attention"), None)
+    return (site.units, site.consumer.rows_per_unit) if site and site.consumer else (0, 0)
 
 
-def empty(config: Any) -> Any:
+def build_meta_model(config: Any) -> Any:
     """A causal language model without weights."""
     from transformers import AutoModelForCausalLM
 
@@ -50,7 +50,7 @@ def empty(config: Any) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def uniform(
+def shrink_config(
     config: Any,
     groups: int | None,
     channels: int | None,
@@ -65,22 +65,22 @@ def uniform(
     """
     from transformers import CONFIG_MAPPING
 
-    values, dense = config.to_dict(), heads_of(config)
-    heads = (dense.groups if groups is None else groups) * (ratio or dense.ratio)
+    values, dense = config.to_dict(), head_counts(config)
+    heads = (dense.kv_heads if groups is None else groups) * (ratio or dense.queries_per_kv_head)
     values.pop("transformers_version", None)
     if groups is not None or ratio is not None:
-        kept = dense.groups if groups is None else groups
-        values |= {"num_attention_heads": heads, "num_key_value_heads": kept, "head_dim": dense.size}
+        kept = dense.kv_heads if groups is None else groups
+        values |= {"num_attention_heads": heads, "num_key_value_heads": kept, "head_dim": dense.head_dim}
     if experts is not None:
-        values[experts_of(config)] = experts
+        values[num_experts_key(config)] = experts
     if expert_channels is not None:
-        values[family_of(config).mixture.width] = expert_channels  # type: ignore[union-attr]
+        values[get_family(config).mixture.intermediate_size_key] = expert_channels  # type: ignore[union-attr]
     if channels is not None:
-        values[width_of(config)] = channels
-    sibling = SIBLINGS.get(config.model_type)
-    if sibling is None or not sibling.needed(config, heads, dense.size):
+        values[mlp_width_option(config)] = channels
+    sibling = EQUIVALENT_FAMILIES.get(config.model_type)
+    if sibling is None or not sibling.is_needed(config, heads, dense.head_dim):
         return type(config).from_dict(values | {"architectures": [_causal_class(config)]})
-    shared = {name: value for name, value in values.items() if name not in sibling.without}
+    shared = {name: value for name, value in values.items() if name not in sibling.removed_options}
     shared |= {"model_type": sibling.model_type, **sibling.values}
     changed = CONFIG_MAPPING[sibling.model_type].from_dict(shared)
     changed.architectures = [_causal_class(changed)]
@@ -88,13 +88,13 @@ def uniform(
 
 
 @dataclass(frozen=True)
-class Sibling:
+class EquivalentFamily:
     """A family with the same tensors and arithmetic, for head counts that a family's own configuration cannot carry."""
 
     model_type: str
-    needed: Callable[[Any, int, int], bool]  # configuration, query heads, rows of a head
-    why: str
-    without: tuple[str, ...]  # options that it lacks
+    is_needed: Callable[[Any, int, int], bool]  # configuration, query heads, rows of a head
+    reason: str
+    removed_options: tuple[str, ...]  # options that it lacks
     values: Mapping[str, Any]
 
 
@@ -107,36 +107,38 @@ def _is_not_square(config: Any, heads: int, size: int) -> bool:
     return bool(heads * size != config.hidden_size) and not config.use_sliding_window
 
 
-SIBLINGS: Mapping[str, Sibling] = {
-    "llama": Sibling(
+EQUIVALENT_FAMILIES: Mapping[str, EquivalentFamily] = {
+    "llama": EquivalentFamily(
         model_type="mistral",
-        needed=_does_not_divide,
-        why="refuses {heads} heads at hidden size {hidden}",
-        without=("attention_bias", "mlp_bias", "pretraining_tp"),
+        is_needed=_does_not_divide,
+        reason="refuses {heads} heads at hidden size {hidden}",
+        removed_options=("attention_bias", "mlp_bias", "pretraining_tp"),
         values={"sliding_window": None},
     ),
-    "qwen2": Sibling(
+    "qwen2": EquivalentFamily(
         model_type="seed_oss",
-        needed=_is_not_square,
-        why="means heads of {hidden} / {heads} in vLLM, llama.cpp and mlx-lm, and these have {size} rows",
-        without=("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
+        is_needed=_is_not_square,
+        reason="means heads of {hidden} / {heads} in vLLM, llama.cpp and mlx-lm, and these have {size} rows",
+        removed_options=("use_sliding_window", "sliding_window", "max_window_layers", "layer_types"),
         values={"attention_bias": True, "attention_out_bias": False, "attention_dropout": 0.0, "residual_dropout": 0.0},
     ),
 }
 
 
-def why_sibling(config: Any, written: Any) -> str:
+def explain_family_change(config: Any, written: Any) -> str:
     """Why `written` is of another class than `config`; "" where it is of the same."""
     if type(config) is type(written):
         return ""
-    heads = heads_of(written)
-    why = SIBLINGS[config.model_type].why.format(heads=heads.queries, size=heads.size, hidden=config.hidden_size)
+    heads = head_counts(written)
+    why = EQUIVALENT_FAMILIES[config.model_type].reason.format(
+        heads=heads.query_heads, size=heads.head_dim, hidden=config.hidden_size
+    )
     return f"written as {written.architectures[0]}: {type(config).__name__} {why}; tensors and arithmetic are the same"
 
 
-def width_of(config: Any) -> str:
+def mlp_width_option(config: Any) -> str:
     """The configuration's name for the channels of an MLP; raises `PlanError` where it has none."""
-    width = family_of(config).width
+    width = get_family(config).intermediate_size_key
     if not width:
         raise PlanError(f"{config.model_type} has no option for the width of an MLP: use layout per-layer")
     return width

@@ -9,22 +9,22 @@ from typing import Any
 
 from prunetune.errors import DataError, PrunetuneError
 from prunetune.evaluation.results import Item, Score, TaskResult
-from prunetune.evaluation.score_records import evaluating
-from prunetune.evaluation.suites.protocol import Respondent
+from prunetune.evaluation.score_records import evaluation_mode
+from prunetune.evaluation.suites.protocol import Backend
 from prunetune.evaluation.suites.suite import Task
-from prunetune.utils.optional import require
-from prunetune.utils.suggest import named
+from prunetune.utils.optional import import_optional
+from prunetune.utils.suggest import validate_name
 
-BATCH = 16
-RIGHT = ("acc", "exact_match")  # metrics by which an item is right or wrong
+BATCH_SIZE = 16
+CORRECTNESS_METRICS = ("acc", "exact_match")  # metrics by which an item is right or wrong
 
 
-def harness_results(respondent: Respondent, task: Task) -> dict[str, TaskResult]:
+def evaluate_lm_eval_task(backend: Backend, task: Task) -> dict[str, TaskResult]:
     """lm-eval's own numbers, standard errors and items; the tasks of a group by their own names behind the task's.
 
     Raises a `PrunetuneError` for a task that lm-eval does not know or cannot run, and for a model without weights here.
     """
-    found = _evaluated(respondent, task, _manager(task))
+    found = _evaluated(backend, task, _manager(task))
     results = {name: _result(name, found) for name in found["samples"]}
     if set(results) == {task.options.lm_eval}:
         return {task.name: TaskResult(task.name, *results[task.options.lm_eval])}
@@ -33,25 +33,25 @@ def harness_results(respondent: Respondent, task: Task) -> dict[str, TaskResult]
 
 def _manager(task: Task) -> Any:
     """lm-eval's index of tasks; of the thousands that come with it only where the folder of one's own has it not."""
-    tasks = require("lm_eval.tasks", extra="lm-eval", use=f"task {task.name}")
+    tasks = import_optional("lm_eval.tasks", extra="lm-eval", use=f"task {task.name}")
     include = str(Path(task.root) / task.options.include) if task.options.include else None
     if include:
         manager = tasks.TaskManager(include_path=include, include_defaults=False)
         if task.options.lm_eval in manager.all_tasks:
             return manager
     manager = tasks.TaskManager(include_path=include)
-    named(task.options.lm_eval, manager.all_tasks, f"task {task.name}: lm_eval task")
+    validate_name(task.options.lm_eval, manager.all_tasks, f"task {task.name}: lm_eval task")
     return manager
 
 
-def _evaluated(respondent: Respondent, task: Task, manager: Any) -> Any:
-    model, tokenizer = respondent.loaded()
-    harness = require("lm_eval", extra="lm-eval", use=f"task {task.name}")
-    wrapped = require("lm_eval.models.huggingface", extra="lm-eval", use=f"task {task.name}").HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=BATCH
+def _evaluated(backend: Backend, task: Task, manager: Any) -> Any:
+    model, tokenizer = backend.model_and_tokenizer()
+    harness = import_optional("lm_eval", extra="lm-eval", use=f"task {task.name}")
+    wrapped = import_optional("lm_eval.models.huggingface", extra="lm-eval", use=f"task {task.name}").HFLM(
+        pretrained=model, tokenizer=tokenizer, batch_size=BATCH_SIZE
     )
     try:
-        with evaluating(model):
+        with evaluation_mode(model):
             return harness.simple_evaluate(
                 model=wrapped,
                 tasks=[task.options.lm_eval],
@@ -83,7 +83,7 @@ def _result(name: str, found: Mapping[str, Any]) -> tuple[dict[str, Score], tupl
 
 def _item(sample: Mapping[str, Any], metrics: Sequence[str]) -> Item:
     values = {metric: float(sample[metric]) for metric in metrics if isinstance(sample.get(metric), int | float)}
-    right = next((values[metric] for metric in RIGHT if metric in values), None)
+    right = next((values[metric] for metric in CORRECTNESS_METRICS if metric in values), None)
     return Item(
         id=str(sample["doc_id"]),
         prompt=_prompt(sample),

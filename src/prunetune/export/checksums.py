@@ -8,30 +8,32 @@ from pathlib import Path
 from prunetune.errors import ModelError
 from prunetune.utils.files import sha256, write_text
 
-SUMS = "SHA256SUMS"
-FREE = (SUMS, "README.md")  # the card may be written again, by a person as well
+CHECKSUM_FILE = "SHA256SUMS"
+UNCHECKED_FILES = (CHECKSUM_FILE, "README.md")  # the card may be written again, by a person as well
 
 
-def seal(folder: Path) -> None:
+def write_checksums(folder: Path) -> None:
     """Write the digest of every file of a finished folder, all as readable: safetensors writes for the owner alone."""
-    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in FREE)
-    write_text(folder / SUMS, "".join(f"{sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files))
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file.name not in UNCHECKED_FILES)
+    write_text(
+        folder / CHECKSUM_FILE, "".join(f"{sha256(file)}  {file.relative_to(folder).as_posix()}\n" for file in files)
+    )
     with suppress(OSError):  # of a file system without modes
         for file in folder.rglob("*.safetensors"):
-            file.chmod((folder / SUMS).stat().st_mode)
+            file.chmod((folder / CHECKSUM_FILE).stat().st_mode)
 
 
-def verify(folder: Path) -> bool:
+def verify_checksums(folder: Path) -> bool:
     """Compare every sealed file; raises `ModelError` at the first that is missing or altered. False: not sealed."""
-    if not (folder / SUMS).is_file():
+    if not (folder / CHECKSUM_FILE).is_file():
         return False
-    for name, digest in _sums(folder / SUMS).items():
+    for name, digest in _sums(folder / CHECKSUM_FILE).items():
         if not (folder / name).is_file():
             raise ModelError(f"{folder}: {name} is missing; copy the folder again, or write the model again")
         if sha256(folder / name) != digest:
             raise ModelError(
-                f"{folder}: {name} is not what was written (its SHA-256 differs from {SUMS}): copy the folder again, "
-                f"or remove {SUMS} if the change is meant"
+                f"{folder}: {name} is not what was written (its SHA-256 differs from {CHECKSUM_FILE}): copy the folder again, "
+                f"or remove {CHECKSUM_FILE} if the change is meant"
             )
     return True
 

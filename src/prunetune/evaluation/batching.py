@@ -10,15 +10,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-LOGITS = 2**27  # most logits of one pass: half a GiB in float32
-ENOUGH = 1024  # tokens from which on a larger pass is hardly faster, so that padding is what costs
-SPREAD = 1.2
+MAX_LOGITS_PER_PASS = 2**27  # most logits of one pass: half a GiB in float32
+EFFICIENT_PASS_TOKENS = 1024  # tokens from which on a larger pass is hardly faster, so that padding is what costs
+MAX_LENGTH_RATIO = 1.2
 T = TypeVar("T")
-Tick = Callable[[int], None]  # told how many items more are done
+OnItemsDone = Callable[[int], None]  # told how many items more are done
 
 
-def packed(
-    things: Sequence[T], length: Callable[[T], int], fits: Callable[[int, int], bool], *, spread: float = math.inf
+def batch_by_length(
+    things: Sequence[T],
+    length: Callable[[T], int],
+    fits: Callable[[int, int], bool],
+    *,
+    max_length_ratio: float = math.inf,
 ) -> Iterator[list[T]]:
     """Runs of similar length, each with `fits(rows, longest)`, or one thing alone that fits nowhere.
 
@@ -29,7 +33,7 @@ def packed(
         longest = length(thing)
         if group and (
             not fits(len(group) + 1, longest)
-            or (len(group) * longest >= ENOUGH and longest > spread * length(group[0]))
+            or (len(group) * longest >= EFFICIENT_PASS_TOKENS and longest > max_length_ratio * length(group[0]))
         ):
             yield group
             group = []
@@ -39,27 +43,27 @@ def packed(
 
 
 @dataclass(frozen=True)
-class Padded:
+class PaddedBatch:
     """Sequences side by side; all [rows, longest]."""
 
-    ids: Tensor
-    mask: Tensor  # 1 where a token stands
-    positions: Tensor  # 0 at each sequence's first token
+    input_ids: Tensor
+    attention_mask: Tensor  # 1 where a token stands
+    position_ids: Tensor  # 0 at each sequence's first token
 
 
-def left_padded(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> Padded:
+def left_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> PaddedBatch:
     """Sequences that end together, so that the last column is everyone's next token."""
     width = max(len(sequence) for sequence in sequences)
     ids = torch.tensor([[pad_id] * (width - len(sequence)) + list(sequence) for sequence in sequences], device=device)
     mask = torch.tensor([[0] * (width - len(sequence)) + [1] * len(sequence) for sequence in sequences], device=device)
-    return Padded(ids, mask, positions(mask))
+    return PaddedBatch(ids, mask, position_ids_from_mask(mask))
 
 
-def positions(mask: Tensor) -> Tensor:
+def position_ids_from_mask(mask: Tensor) -> Tensor:
     """[rows, length] of 0 and 1 -> the place of each token among its row's tokens."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def vocabulary(model: Any) -> int:
+def vocab_size(model: Any) -> int:
     """Logits per position."""
     return int(model.config.get_text_config().vocab_size)

@@ -14,40 +14,42 @@ from typing import Any
 
 import torch
 
-from prunetune.bench.api import measure_here
-from prunetune.bench.models import context_of
+from prunetune.bench.api import measure_in_process
+from prunetune.bench.models import context_length
 from prunetune.bench.options import BenchOptions
-from prunetune.bench.result import Benched
-from prunetune.bench.widths import SHOWN, TILE, uneven
+from prunetune.bench.result import BenchedModel
+from prunetune.bench.tile_alignment import SHOWN, TILE, misaligned_widths
 from prunetune.config.recipe import GainConfig, RunConfig
-from prunetune.pipeline.prepare import Setting
+from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
 from prunetune.pruning.sites import Site
 from prunetune.runs.folder import RunFolder
 from prunetune.utils.files import write_text
 
-SPEEDS = ("throughput", "prefill", "decode")
-Record = dict[str, Any]
+SPEED_METRICS = ("throughput", "prefill", "decode")
+GainRecord = dict[str, Any]
 
 
-def gained(place: RunFolder, folders: Sequence[RunFolder], setting: Setting) -> None:
+def measure_gain(run_folder: RunFolder, folders: Sequence[RunFolder], context: RunContext) -> None:
     """Measure the models of run folders beside their dense model; each manifest gets its `gain`, `place` all runs."""
-    benches, options = [], options_for(setting.config)
+    benches, options = [], gain_bench_options(context.config)
     for folder in folders:
-        setting.console.stage(f"bench: dense and {folder.path.name} in turns", 0)
+        context.console.stage(f"bench: dense and {folder.path.name} in turns", 0)
         gc.collect()  # what ran before gives its memory back
-        if setting.device.type == "cuda":
+        if context.device.type == "cuda":
             torch.cuda.empty_cache()
-        found = measure_here([str(folder.path)], options)
+        found = measure_in_process([str(folder.path)], options)
         benches.append(found.to_dict())
-        plan = Plan.load(folder.plan)
-        folder.note(gain=judged(found.models[0], found.models[-1], setting.config.gain, plan, setting.sites))
-    write_text(place.bench, json.dumps(benches, indent=2) + "\n")
+        plan = Plan.load(folder.plan_file)
+        folder.update_manifest(
+            gain=judge_gain(found.models[0], found.models[-1], context.config.gain, plan, context.sites)
+        )
+    write_text(run_folder.bench_file, json.dumps(benches, indent=2) + "\n")
 
 
-def options_for(config: RunConfig) -> BenchOptions:
+def gain_bench_options(config: RunConfig) -> BenchOptions:
     """As `gain` says; a model of few positions gets a shorter prompt, then a shorter answer."""
-    gain, context = config.gain, context_of(config.model, trust_remote_code=config.trust_remote_code)
+    gain, context = config.gain, context_length(config.model, trust_remote_code=config.trust_remote_code)
     generate = min(gain.generate, max(2, context // 2)) if context else gain.generate
     prompt = max(1, min(gain.prompt, context - generate)) if context else gain.prompt
     return BenchOptions(
@@ -61,26 +63,28 @@ def options_for(config: RunConfig) -> BenchOptions:
     )
 
 
-def judged(dense: Benched, model: Benched, gain: GainConfig, plan: Plan, sites: Sequence[Site]) -> Record:
+def judge_gain(
+    dense: BenchedModel, model: BenchedModel, requirements: GainConfig, plan: Plan, sites: Sequence[Site]
+) -> GainRecord:
     """The gain of one model, the margins that were asked, and what is to blame where one is missed; JSON-ready."""
     cell = model.cells[0]
-    speed = {name: _ends(cell.ratios[name]) for name in SPEEDS if name in cell.ratios}
+    speed = {name: _ends(cell.ratios[name]) for name in SPEED_METRICS if name in cell.ratios}
     smaller = 1 - model.facts.parameters / dense.facts.parameters
-    faster = speed[gain.speed]["median"] if gain.speed in speed else None
-    limits = [_limit("smaller", gain.smaller, smaller)] if gain.smaller else []
-    if gain.faster:
-        limits.append(_limit("faster", gain.faster, faster) | {"figure": gain.speed})
+    faster = speed[requirements.speed]["median"] if requirements.speed in speed else None
+    limits = [_limit_verdict("smaller", requirements.smaller, smaller)] if requirements.smaller else []
+    if requirements.faster:
+        limits.append(_limit_verdict("faster", requirements.faster, faster) | {"figure": requirements.speed})
     for limit in limits:
         if not limit["held"]:
-            limit["says"] = _missed(limit, dense, model, plan, sites)
+            limit["says"] = _explain_missed(limit, dense, model, plan, sites)
     return {
         "smaller": smaller,
         "speed": speed,
         "figures": {name: {"dense": dense.cells[0].figures[name].median, "pruned": cell.figures[name].median}
-                    for name in SPEEDS if name in cell.figures and name in dense.cells[0].figures},
+                    for name in SPEED_METRICS if name in cell.figures and name in dense.cells[0].figures},
         "counted": dict(cell.counted),
         "limits": limits,
-        "uneven": [str(one) for one in uneven(plan, sites)],
+        "uneven": [str(one) for one in misaligned_widths(plan, sites)],
     }  # fmt: skip
 
 
@@ -88,38 +92,40 @@ def _ends(found: Any) -> dict[str, float]:
     return {"median": found.median, "min": found.min, "max": found.max}
 
 
-def _limit(name: str, limit: float, found: float | None) -> Record:
-    held = found is not None and found >= limit
-    return {"gate": f"gain.{name} >= {limit:g}", "limit": limit, "found": found, "held": held}
+def _limit_verdict(name: str, limit: float, measured: float | None) -> GainRecord:
+    held = measured is not None and measured >= limit
+    return {"gate": f"gain.{name} >= {limit:g}", "limit": limit, "found": measured, "held": held}
 
 
-def _missed(limit: Record, dense: Benched, model: Benched, plan: Plan, sites: Sequence[Site]) -> str:
+def _explain_missed(
+    limit: GainRecord, dense: BenchedModel, model: BenchedModel, plan: Plan, sites: Sequence[Site]
+) -> str:
     if "figure" not in limit:
-        return _not_smaller(limit, dense, plan, sites)
+        return _explain_not_smaller(limit, dense, plan, sites)
     if limit["found"] is None:
         return f"{limit['gate']}: {limit['figure']} could not be measured ({model.cells[0].failed or 'no figure'})"
-    words = f"{limit['gate']}: {limit['figure']} is {_below(limit['found'], limit['limit'])} times the dense model's"
-    blamed, promised = uneven(plan, sites), _promised(model.cells[0].counted)
+    words = f"{limit['gate']}: {limit['figure']} is {_format_below_limit(limit['found'], limit['limit'])} times the dense model's"
+    blamed, promised = misaligned_widths(plan, sites), _format_upper_bounds(model.cells[0].counted)
     if blamed:
         more = f" and {len(blamed) - SHOWN} more" if len(blamed) > SHOWN else ""
         return f"{words}; {'; '.join(map(str, blamed[:SHOWN]))}{more}: set budget.align to {TILE}{promised}"
     return f"{words}; all widths are multiples of {TILE}, so none is to blame{promised}"
 
 
-def _below(found: float, limit: float) -> str:
+def _format_below_limit(measured: float, limit: float) -> str:
     """With as many digits, two or more, as show that it is less."""
-    digits = next(digits for digits in range(2, 20) if round(found, digits) < limit or digits == 19)
-    return f"{found:.{digits}f}"
+    digits = next(digits for digits in range(2, 20) if round(measured, digits) < limit or digits == 19)
+    return f"{measured:.{digits}f}"
 
 
-def _promised(counted: Mapping[str, float]) -> str:
+def _format_upper_bounds(counted: Mapping[str, float]) -> str:
     """What counts alone would allow."""
     words = {"prefill": "by FLOPs the prefill", "decode": "by bytes a decode step"}
     known = [f"{words[name]} can gain x{value:.2f} at most" for name, value in counted.items() if name in words]
     return f"; {', '.join(known)}: lower budget.keep, or ask for what is possible" if known else ""
 
 
-def _not_smaller(limit: Record, dense: Benched, plan: Plan, sites: Sequence[Site]) -> str:
+def _explain_not_smaller(limit: GainRecord, dense: BenchedModel, plan: Plan, sites: Sequence[Site]) -> str:
     prunable = sum(site.params for site in sites)
     shares: dict[int, list[int]] = {}
     for site in sites:

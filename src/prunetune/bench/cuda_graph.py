@@ -12,7 +12,7 @@ from prunetune.errors import ConfigError, ModelError
 WARM_UPS = 2  # runs before recording, in which kernels are chosen and workspaces made
 
 
-class Recorded:
+class CudaGraphStep:
     """Called as the model is, with one token of each sequence and a `StaticCache` that a prefill has filled.
 
     A cache is recorded when it is first seen. Raises `ConfigError` without CUDA, and `ModelError` where the model's
@@ -31,13 +31,13 @@ class Recorded:
     def __call__(self, token: Tensor, *, past_key_values: Any, use_cache: bool = True) -> Any:
         """[B, 1] ids -> the model's output, which the next call writes over."""
         if self.graph is None or past_key_values is not self.cache:
-            self._record(token, past_key_values)
+            self._capture(token, past_key_values)
         assert self.graph is not None
         self.token.copy_(token)
         self.graph.replay()
         return self.out
 
-    def _record(self, token: Tensor, cache: Any) -> None:
+    def _capture(self, token: Tensor, cache: Any) -> None:
         self.graph = self.out = None  # the memory of one before
         self.cache, self.token = cache, token.clone()
         lengths = [layer.cumulative_length for layer in cache.layers]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from string import Template
 
-CONFIGURATION = Template('''\
+CONFIGURATION_TEMPLATE = Template('''\
 """Configuration of a model whose layers differ in width. Written by prunetune; needs transformers >= 5.14."""
 
 # Of $digest. A process that opens two such folders of one name takes the first one's classes for both, unless these
@@ -20,7 +20,7 @@ class $pruned_config($config):
         """Widths are checked layer by layer when the model is built."""
 ''')
 
-MODELING = Template('''\
+MODELING_TEMPLATE = Template('''\
 """A $causal whose layers differ in width. Written by prunetune; needs transformers >= 5.14."""
 
 import copy

@@ -15,29 +15,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from prunetune.errors import ModelError
-from prunetune.export.per_layer import words_of
-from prunetune.export.result import Check, Exported, ExportOptions
-from prunetune.export.selfcheck import check, logits_of
-from prunetune.export.shapes import empty, legal_groups
-from prunetune.export.shapes import uniform as uniform_config
-from prunetune.export.source import Source
-from prunetune.export.write import Written, add_old_rope_keys, edit_json
-from prunetune.pruning.families import heads_of
+from prunetune.export.checkpoint import WrittenCheckpoint, add_old_rope_keys, edit_json
+from prunetune.export.per_layer import width_option_names
+from prunetune.export.result import ExportOptions, ExportResult, RuntimeCheck
+from prunetune.export.selfcheck import check_checkpoint, compute_logits
+from prunetune.export.source import ExportSource
+from prunetune.export.stock_config import build_meta_model, kv_groups_validator
+from prunetune.export.stock_config import shrink_config as uniform_config
+from prunetune.pruning.families import head_counts
 from prunetune.pruning.linears import COLUMNS, ROWS, stored_axis
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import Cut
+from prunetune.pruning.units import LinearSlice
 
 log = logging.getLogger(__name__)
-PADDED = {"num_attention_heads", "num_key_value_heads", "skip"}
+PADDABLE_OPTIONS = {"num_attention_heads", "num_key_value_heads", "skip"}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
-def uniform(source: Source, place: Path, options: ExportOptions) -> Exported:
+def export_uniform(source: ExportSource, place: Path, options: ExportOptions) -> ExportResult:
     """A folder that a stock class opens; of layers that differ in width only with `pad`, which costs parameters."""
     dtype = DTYPES.get(options.dtype, source.dtype)
     if source.layout == "uniform":
         return _copied(source, place, dtype)
-    target = empty(padded_config(source))
+    target = build_meta_model(padded_config(source))
     more = sum(parameter.numel() for parameter in target.parameters()) / source.params
     if not options.pad:
         raise ModelError(
@@ -49,17 +49,20 @@ def uniform(source: Source, place: Path, options: ExportOptions) -> Exported:
     return _padded(source, target, place, dtype, note)
 
 
-def per_layer(source: Source, place: Path, options: ExportOptions) -> Exported:
+def export_per_layer(source: ExportSource, place: Path, options: ExportOptions) -> ExportResult:
     """A folder with code of its own, for layers that differ in width."""
     if source.layout == "uniform":
         raise ModelError(f"{source.folder}: its layers are equal, so a stock class opens it: export --to uniform")
     return _copied(source, place, DTYPES.get(options.dtype, source.dtype))
 
 
-def _copied(source: Source, place: Path, dtype: torch.dtype) -> Exported:
+def _copied(source: ExportSource, place: Path, dtype: torch.dtype) -> ExportResult:
     """File by file, so that no more than one shard is in memory."""
     model = _rounded(source, dtype)
-    expected, params = logits_of(model, source.probe()), sum(weight.numel() for weight in model.parameters())
+    expected, params = (
+        compute_logits(model, source.probe_tokens()),
+        sum(weight.numel() for weight in model.parameters()),
+    )
     del model
     place.mkdir()
     for file in sorted(source.folder.iterdir()):
@@ -71,37 +74,39 @@ def _copied(source: Source, place: Path, dtype: torch.dtype) -> Exported:
         elif file.is_file():
             shutil.copyfile(file, place / file.name)
     edit_json(place / "config.json", {"dtype": _name(dtype)})
-    return _checked(source, place, dtype, params, expected, str(source.values["architectures"][0]))
+    return _checked(source, place, dtype, params, expected, str(source.config_json["architectures"][0]))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def padded_config(source: Source) -> Any:
+def padded_config(source: ExportSource) -> Any:
     """Every layer as wide as the widest, or as the next width that the stock class takes."""
     kinds, config = {site.kind for site in source.sites}, source.config
-    ratio = heads_of(config).ratio
-    others = {name for own in source.values["per_layer_config"].values() for name in own} - PADDED
-    if others - {words_of(config)["mlp"]} or any(layer.queries != ratio * layer.groups for layer in source.widths):
+    ratio = head_counts(config).queries_per_kv_head
+    others = {name for own in source.config_json["per_layer_config"].values() for name in own} - PADDABLE_OPTIONS
+    if others - {width_option_names(config)["mlp"]} or any(
+        layer.query_heads != ratio * layer.kv_heads for layer in source.layer_widths
+    ):
         raise ModelError(
             f"{source.folder}: only KV groups and MLP channels can be filled up with zeros, and this model lost other "
             "units, too: run again with --layout uniform, or export onnx"
         )
-    groups = max(layer.groups for layer in source.widths)
-    while "attention" in kinds and not legal_groups(config)(groups):
+    groups = max(layer.kv_heads for layer in source.layer_widths)
+    while "attention" in kinds and not kv_groups_validator(config)(groups):
         groups += 1  # the dense width is legal
-    channels = max(layer.channels for layer in source.widths)
+    channels = max(layer.mlp_channels for layer in source.layer_widths)
     return uniform_config(config, groups if "attention" in kinds else None, channels if "mlp" in kinds else None)
 
 
-def _padded(source: Source, target: Any, place: Path, dtype: torch.dtype, note: str) -> Exported:
-    expected = logits_of(_rounded(source, dtype), source.probe())
+def _padded(source: ExportSource, target: Any, place: Path, dtype: torch.dtype, note: str) -> ExportResult:
+    expected = compute_logits(_rounded(source, dtype), source.probe_tokens())
     shapes = {name: tensor.shape for name, tensor in target.state_dict().items()}
-    state = {name: source.tensor(name).to(dtype) for name in shapes if name in source.places}
+    state = {name: source.tensor(name).to(dtype) for name in shapes if name in source.tensor_files}
     for site in find_sites(target):
-        layer = source.widths[site.layer]
-        wide = layer.groups if site.kind == "attention" else layer.channels
+        layer = source.layer_widths[site.layer]
+        wide = layer.kv_heads if site.kind == "attention" else layer.mlp_channels
         assert site.consumer is not None  # of these two kinds
         for cut, side in (*((cut, ROWS) for cut in site.producers), (site.consumer, COLUMNS)):
             for name in (f"{cut.module}.weight", f"{cut.module}.bias"):
@@ -122,7 +127,7 @@ def _padded(source: Source, target: Any, place: Path, dtype: torch.dtype, note: 
     return replace(done, notes=(note,))
 
 
-def _filled(stored: Tensor | None, shape: torch.Size, cut: Cut, kept: int, units: int, axis: int) -> Tensor:
+def _filled(stored: Tensor | None, shape: torch.Size, cut: LinearSlice, kept: int, units: int, axis: int) -> Tensor:
     """Zeros of `shape` with what is stored in the first `kept` of so many units, along an axis."""
     full = torch.zeros(shape, dtype=stored.dtype if stored is not None else torch.float32)
     if stored is not None:
@@ -130,16 +135,16 @@ def _filled(stored: Tensor | None, shape: torch.Size, cut: Cut, kept: int, units
     return full
 
 
-def _rounded(source: Source, dtype: torch.dtype) -> Any:
+def _rounded(source: ExportSource, dtype: torch.dtype) -> Any:
     """The model in float32 with weights as the file will hold them."""
-    model = source.model()
+    model = source.load_model()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()
     return model
 
 
 def _checked(
-    source: Source,
+    source: ExportSource,
     place: Path,
     dtype: torch.dtype,
     params: int,
@@ -147,14 +152,14 @@ def _checked(
     architecture: str,
     *,
     plain: bool = False,
-) -> Exported:
+) -> ExportResult:
     """Open it in a fresh process and compare; raises `SelfCheckFailed`."""
     size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
     code = source.layout == "per-layer" and not plain
-    written = Written(place, architecture, source.layout, code, params, size)
-    found = check(written, source.probe(), expected)
-    checks = (Check(f"transformers {transformers.__version__}", f"logits within {found.max_relative:.1e}"),)
-    return Exported(place, architecture, _name(dtype), params, size, checks)
+    written = WrittenCheckpoint(place, architecture, source.layout, code, params, size)
+    found = check_checkpoint(written, source.probe_tokens(), expected)
+    checks = (RuntimeCheck(f"transformers {transformers.__version__}", f"logits within {found.max_relative:.1e}"),)
+    return ExportResult(place, architecture, _name(dtype), params, size, checks)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -12,7 +12,7 @@ ATTENTION_WORD = "att"  # self_attn, attn, attention
 
 
 @dataclass(frozen=True)
-class Kept:
+class LayerKeptUnits:
     """The units of one kind in one layer."""
 
     units: int
@@ -25,47 +25,49 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Layer:
+class KeptLayer:
     """One decoder layer; a kind that the plan does not name is None."""
 
     index: int
-    attention: Kept | None
-    mlp: Kept | None
+    attention: LayerKeptUnits | None
+    mlp: LayerKeptUnits | None
 
 
-def layer_of(site: str) -> tuple[int, bool] | None:
+def parse_site_layer(site: str) -> tuple[int, bool] | None:
     """The layer's number, and whether the site is attention; None for a name of another form."""
     match = re.match(r"(?:.*?\.)?(\d+)(?:\.(.*))?$", site)
     return (int(match[1]), ATTENTION_WORD in (match[2] or "")) if match else None
 
 
-def layers_of(plan: Plan) -> tuple[Layer, ...]:
+def layers_from_plan(plan: Plan) -> tuple[KeptLayer, ...]:
     """The plan's layers in order; a site is "<any>.<layer number>[.<block>]", others are left out."""
-    found: dict[int, dict[bool, Kept]] = {}
+    found: dict[int, dict[bool, LayerKeptUnits]] = {}
     for site, kept in plan.kept.items():
-        if ":" not in site and (place := layer_of(site)) is not None:  # others are of another kind, see `others_of`
+        if (
+            ":" not in site and (place := parse_site_layer(site)) is not None
+        ):  # others are of another kind, see `others_of`
             layer, is_attention = place
-            found.setdefault(layer, {})[is_attention] = Kept(plan.units[site], kept)
-    return tuple(Layer(index, found[index].get(True), found[index].get(False)) for index in sorted(found))
+            found.setdefault(layer, {})[is_attention] = LayerKeptUnits(plan.units[site], kept)
+    return tuple(KeptLayer(index, found[index].get(True), found[index].get(False)) for index in sorted(found))
 
 
-def others_of(plan: Plan) -> dict[str, dict[int, Kept]]:
+def other_units_by_layer(plan: Plan) -> dict[str, dict[int, LayerKeptUnits]]:
     """{kind of unit: {layer: kept}} of sites that name their kind: "<any>.<layer number>[.<block>]:<kind>"."""
-    found: dict[str, dict[int, Kept]] = {}
+    found: dict[str, dict[int, LayerKeptUnits]] = {}
     for site, kept in plan.kept.items():
         place, _, kind = site.partition(":")
         if kind and (match := re.match(r"(?:.*?\.)?(\d+)(?:\.|$)", place)):
-            found.setdefault(kind, {})[int(match[1])] = Kept(plan.units[site], kept)
+            found.setdefault(kind, {})[int(match[1])] = LayerKeptUnits(plan.units[site], kept)
     return found
 
 
-def total(parts: Iterable[Kept | None]) -> tuple[int, int]:
+def count_kept(parts: Iterable[LayerKeptUnits | None]) -> tuple[int, int]:
     """Units kept and units there were, over the layers."""
     present = [part for part in parts if part is not None]
     return sum(len(part.kept) for part in present), sum(part.units for part in present)
 
 
-def runs(indices: tuple[int, ...]) -> str:
+def format_ranges(indices: tuple[int, ...]) -> str:
     """(0, 1, 2, 5) -> "0–2, 5"."""
     spans: list[list[int]] = []
     for index in indices:

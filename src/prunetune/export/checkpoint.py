@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.errors import ModelError
-from prunetune.export.integrity import seal
-from prunetune.export.per_layer import PerLayer, per_layer_overrides
+from prunetune.export.checksums import write_checksums
+from prunetune.export.per_layer import PerLayerNames, per_layer_overrides
 from prunetune.export.per_layer_code import write_code
-from prunetune.export.shapes import empty, uniform, why_sibling
+from prunetune.export.stock_config import build_meta_model, explain_family_change, shrink_config
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site, layout_of, surviving_layers
-from prunetune.utils.files import new_folder
+from prunetune.pruning.units import Site, effective_layout, surviving_layers
+from prunetune.utils.files import atomic_folder
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenCheckpoint:
     """A finished checkpoint."""
 
     folder: Path
@@ -32,7 +32,7 @@ class Written:
     note: str = ""  # why another class than the original's
 
 
-def write(
+def write_checkpoint(
     model: Any,
     tokenizer: Any,
     plan: Plan,
@@ -42,58 +42,60 @@ def write(
     layout: str,
     card: str,
     shards: Path | None = None,
-    end: int | None = None,
-) -> Written:
+    end_token: int | None = None,
+) -> WrittenCheckpoint:
     """Write `model`, already cut by `plan`, whole or not at all. Tensors keep their dtype.
 
     `end`: a token that ends an answer, beside those of the model's generation settings.
     Where a folder of finished `shards` is given, these are its weights, and `model` has none.
     """
-    layout = layout_of(layout, sites)
-    config = uniform_config(model.config, plan, sites) if layout == "uniform" else copy.deepcopy(model.config)
-    with new_folder(folder) as partial:
+    layout = effective_layout(layout, sites)
+    config = uniform_config_from_plan(model.config, plan, sites) if layout == "uniform" else copy.deepcopy(model.config)
+    with atomic_folder(folder) as partial:
         if layout == "uniform":
-            target = empty(config)
-            _fill(target, model)
+            target = build_meta_model(config)
+            _assign_tensors(target, model)
             target.generation_config = model.generation_config
             _save(target, partial, shards)
         else:
-            layered = PerLayer.of(model)
+            layered = PerLayerNames.from_model(model)
             # Names as in memory: renaming on the way in goes by model_type, and this one is of our own.
             _save(model, partial, shards, save_original_format=False)
             write_code(partial, layered, sites, model)
             edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | layered.auto_map())
         add_old_rope_keys(partial / "config.json")
-        if end is not None:
-            add_end(partial / "generation_config.json", end, tokenizer.eos_token_id)
+        if end_token is not None:
+            add_end_token(partial / "generation_config.json", end_token, tokenizer.eos_token_id)
         tokenizer.save_pretrained(partial)
         (partial / "plan.json").write_text(plan.to_json(), encoding="utf-8")
         (partial / "README.md").write_text(card, encoding="utf-8")
-        seal(partial)
+        write_checksums(partial)
     files = list(folder.rglob("*.safetensors"))
-    return Written(
+    return WrittenCheckpoint(
         folder=folder,
-        architecture=config.architectures[0] if layout == "uniform" else PerLayer.of(model).model_class,
+        architecture=config.architectures[0] if layout == "uniform" else PerLayerNames.from_model(model).model_class,
         layout=layout,
         needs_code=layout != "uniform",
         params=sum(parameter.numel() for parameter in model.parameters()),
         bytes=sum(path.stat().st_size for path in files),
-        note=why_sibling(model.config, config),
+        note=explain_family_change(model.config, config),
     )
 
 
-def uniform_config(config: Any, plan: Plan, sites: Sequence[Site]) -> Any:
+def uniform_config_from_plan(config: Any, plan: Plan, sites: Sequence[Site]) -> Any:
     """The configuration of a uniform plan; raises `ModelError` where its layers differ."""
     widths: dict[str, set[int]] = {}
     left = set(surviving_layers(plan, sites))
     for site in sites:
         if site.layer in left and site.kind != "layers":
-            lanes = len({unit // site.length for unit in plan.kept[site.name]}) if site.lanes > 1 else 1
+            lanes = (
+                len({unit // site.units_per_group for unit in plan.kept[site.name]}) if site.parent_groups > 1 else 1
+            )
             widths.setdefault(site.kind, set()).add(len(plan.kept[site.name]) // max(1, lanes))
     if any(len(width) > 1 or 0 in width for width in widths.values()):
         raise ModelError(f"plan has widths {widths} and layout uniform needs one of each kind: write it per-layer")
     found = {kind: next(iter(width)) for kind, width in widths.items()}
-    return uniform(
+    return shrink_config(
         config,
         found.get("attention"),
         found.get("mlp"),
@@ -103,7 +105,7 @@ def uniform_config(config: Any, plan: Plan, sites: Sequence[Site]) -> Any:
     )
 
 
-def _fill(target: Any, model: Any) -> None:
+def _assign_tensors(target: Any, model: Any) -> None:
     """Hand the tensors over; a name or a shape that does not fit the configuration fails here, before a file exists."""
     target.load_state_dict(model.state_dict(), assign=True)
     target.tie_weights()
@@ -129,12 +131,12 @@ def edit_json(path: Path, changes: dict[str, Any], *, without: Collection[str] =
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def add_end(path: Path, end: int, end_of_text: int | None) -> None:
+def add_end_token(path: Path, end_token: int, end_of_text: int | None) -> None:
     """Have whoever serves the checkpoint stop at `end` too, after what is named already, else the end of text."""
     named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
     known = named if isinstance(named, list) else [end_of_text if named is None else named]
-    if end not in known:
-        edit_json(path, {"eos_token_id": [*(token for token in known if token is not None), end]})
+    if end_token not in known:
+        edit_json(path, {"eos_token_id": [*(token for token in known if token is not None), end_token]})
 
 
 def add_old_rope_keys(path: Path) -> None:

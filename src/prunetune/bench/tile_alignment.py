@@ -16,48 +16,50 @@ CHANNELS = {"mlp": "MLP", "expert-channels": "experts"}
 
 
 @dataclass(frozen=True)
-class Uneven:
+class MisalignedWidth:
     """A width that is no multiple of `TILE`."""
 
     layer: int
-    what: str  # "MLP", "attention", "experts"
+    block: str  # "MLP", "attention", "experts"
     width: int
 
     @property
-    def even(self) -> int:
+    def alignment(self) -> int:
         """The largest power of two, up to `TILE`, that divides it."""
         return math.gcd(self.width, TILE)
 
     @property
-    def idle(self) -> float:
+    def idle_share(self) -> float:
         """Share of the tiles that stays empty."""
         tiles = -(-self.width // TILE) * TILE
         return 1 - self.width / tiles
 
     def __str__(self) -> str:
-        multiples = str(TILE) if self.even == TILE // 2 else f"{TILE // 2} or {TILE}"
-        return f"{self.what} width of layer {self.layer} is {self.width}, no multiple of {multiples}"
+        multiples = str(TILE) if self.alignment == TILE // 2 else f"{TILE // 2} or {TILE}"
+        return f"{self.block} width of layer {self.layer} is {self.width}, no multiple of {multiples}"
 
 
-def uneven(plan: Plan, sites: Iterable[Site]) -> list[Uneven]:
+def misaligned_widths(plan: Plan, sites: Iterable[Site]) -> list[MisalignedWidth]:
     """What the plan made uneven, the worst first: what only small powers of two divide, then what idles most.
 
     Widths are columns of MLPs, of each expert, and of what attention's output projection reads; a width that the dense
     model has, too, is not the plan's doing.
     """
-    found = [one for site in sites for one in _of(site, plan)]
-    return sorted((one for one in found if one.width % TILE), key=lambda one: (one.even, -one.idle, one.layer))
+    found = [one for site in sites for one in _pruned_widths(site, plan)]
+    return sorted(
+        (one for one in found if one.width % TILE), key=lambda one: (one.alignment, -one.idle_share, one.layer)
+    )
 
 
-def _of(site: Site, plan: Plan) -> list[Uneven]:
+def _pruned_widths(site: Site, plan: Plan) -> list[MisalignedWidth]:
     kept = plan.kept[site.name]
     if site.kind in CHANNELS:
-        widths = {count for count in _lanes(site, kept) if count < site.length}
-        return [Uneven(site.layer, CHANNELS[site.kind], width) for width in widths]
-    if site.kind == "attention" and site.consumer and not site.lends_columns and 0 < len(kept) < site.units:
-        return [Uneven(site.layer, "attention", len(kept) * site.consumer.per_unit)]
+        widths = {count for count in _widths_per_parent(site, kept) if count < site.units_per_group}
+        return [MisalignedWidth(site.layer, CHANNELS[site.kind], width) for width in widths]
+    if site.kind == "attention" and site.consumer and not site.columns_owned_by_child and 0 < len(kept) < site.units:
+        return [MisalignedWidth(site.layer, "attention", len(kept) * site.consumer.rows_per_unit)]
     return []
 
 
-def _lanes(site: Site, kept: Sequence[int]) -> Iterable[int]:
-    return Counter(unit // site.length for unit in kept).values()
+def _widths_per_parent(site: Site, kept: Sequence[int]) -> Iterable[int]:
+    return Counter(unit // site.units_per_group for unit in kept).values()

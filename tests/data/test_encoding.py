@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 
 from prunetune.config.recipe import DataConfig
+from prunetune.data.encoding import chat_end_ids, chat_stop_id, encode, encode_answer, encode_prompt
 from prunetune.data.records import Record
-from prunetune.data.templates import chat_end, chat_stop, encode, encode_answer, encode_prompt
 from prunetune.errors import DataError
 from support.data import CHAT, subwords
 
@@ -31,12 +31,12 @@ def test_prompt_then_answer_then_end_whatever_the_tokenizer_adds(adds: str) -> N
     start = [tokenizer.bos_token_id] if adds.startswith("<s>") else []
     example = one(PAIR, tokenizer)
     prompt = start + encode_answer(PAIR.prompt, tokenizer)
-    assert example.ids == (*prompt, *encode_answer(" fever", tokenizer), tokenizer.eos_token_id)
-    assert example.answer_from == len(prompt)
+    assert example.token_ids == (*prompt, *encode_answer(" fever", tokenizer), tokenizer.eos_token_id)
+    assert example.answer_start == len(prompt)
     assert (example.id, example.weight) == ("a", 2.0)
     text = one(TEXT, tokenizer)
-    assert text.ids == (*start, *encode_answer(TEXT.completion, tokenizer), tokenizer.eos_token_id)
-    assert text.answer_from == 1
+    assert text.token_ids == (*start, *encode_answer(TEXT.completion, tokenizer), tokenizer.eos_token_id)
+    assert text.answer_start == 1
 
 
 @pytest.mark.parametrize("template", ["auto", "chat", "raw"])
@@ -45,19 +45,19 @@ def test_an_example_begins_with_the_prompt_that_generation_starts_from(template:
     for record in ALL:
         example = one(record, tokenizer, template=template)
         prompt = encode_prompt(record, tokenizer, template)
-        assert list(example.ids[: example.answer_from]) == prompt
+        assert list(example.token_ids[: example.answer_start]) == prompt
         answer = encode_answer(record.completion, tokenizer)
-        assert list(example.ids[example.answer_from :])[: len(answer)] == answer
-        assert 0 < example.answer_from < len(example.ids)
+        assert list(example.token_ids[example.answer_start :])[: len(answer)] == answer
+        assert 0 < example.answer_start < len(example.token_ids)
 
 
 def test_all_at_once_equals_one_by_one() -> None:
     tokenizer = subwords()
     together = encode(ALL * 2, tokenizer, DataConfig(), 1000)
     assert list(together.examples) == [one(record, tokenizer) for record in ALL * 2]
-    assert together.kept == tuple(range(6))
-    assert together.too_long == 0
-    assert together.longest == max(len(example.ids) for example in together.examples)
+    assert together.kept_indices == tuple(range(6))
+    assert together.num_too_long == 0
+    assert together.longest == max(len(example.token_ids) for example in together.examples)
 
 
 def test_chat_follows_the_template_up_to_the_end_of_the_turn() -> None:
@@ -66,8 +66,8 @@ def test_chat_follows_the_template_up_to_the_end_of_the_turn() -> None:
         "<s><|user|>has the patient a fever<|end|>\n<|assistant|>yes<|end|>\n"
         "<|user|>a cough<|end|>\n<|assistant|>no<|end|>"
     )
-    assert tokenizer.decode(one(TALK, tokenizer).ids) == expected
-    assert tokenizer.decode(one(PAIR, tokenizer, template="chat").ids) == (
+    assert tokenizer.decode(one(TALK, tokenizer).token_ids) == expected
+    assert tokenizer.decode(one(PAIR, tokenizer, template="chat").token_ids) == (
         "<s><|user|>the patient has<|end|>\n<|assistant|> fever<|end|>"
     )
 
@@ -84,7 +84,7 @@ def test_chat_follows_the_template_up_to_the_end_of_the_turn() -> None:
 def test_a_turn_ends_where_generation_would_stop(chat: str, end: str, closing: str) -> None:
     tokenizer = subwords(chat=chat, end=end)
     example = one(TALK, tokenizer)
-    assert tokenizer.decode(example.ids[example.answer_from :]) == "no" + closing
+    assert tokenizer.decode(example.token_ids[example.answer_start :]) == "no" + closing
 
 
 @pytest.mark.parametrize(
@@ -99,16 +99,16 @@ def test_a_turn_ends_where_generation_would_stop(chat: str, end: str, closing: s
 )
 def test_a_written_turn_is_over_at_the_special_token_that_closes_it(closing: str, end: str, stop: str) -> None:
     tokenizer = subwords(chat="{% for m in messages %}{{ m['content'] }}" + closing + "{% endfor %}", end=end)
-    found = chat_stop(tokenizer)
+    found = chat_stop_id(tokenizer)
     assert found == (tokenizer.convert_tokens_to_ids(stop) if stop else None)
-    assert found in chat_end(tokenizer) or not stop
+    assert found in chat_end_ids(tokenizer) or not stop
     tokenizer.eos_token = None
-    assert chat_stop(tokenizer) == found
+    assert chat_stop_id(tokenizer) == found
 
 
 def test_raw_chat_names_the_speakers() -> None:
     tokenizer = subwords(chat=None)
-    decoded = tokenizer.decode(one(TALK, tokenizer, template="raw").ids)
+    decoded = tokenizer.decode(one(TALK, tokenizer, template="raw").token_ids)
     assert decoded == "<s>user: has the patient a fever\nassistant: yes\nuser: a cough\nassistant:no</s>"
 
 
@@ -134,7 +134,7 @@ def rows(count: int) -> list[Record]:
 
 
 def lengths(records: list[Record]) -> list[int]:
-    return [len(example.ids) for example in encode(records, subwords(), DataConfig(), 10_000).examples]
+    return [len(example.token_ids) for example in encode(records, subwords(), DataConfig(), 10_000).examples]
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,8 @@ def test_drop_keeps_the_rows_that_fit() -> None:
     limit = lengths(records)[6]
     encoded = encode(records, subwords(), DataConfig(too_long="drop"), limit)
     assert [example.id for example in encoded.examples] == [str(n) for n in range(7)]
-    assert encoded.kept == tuple(range(7))
-    assert encoded.too_long == 3
+    assert encoded.kept_indices == tuple(range(7))
+    assert encoded.num_too_long == 3
     assert encode(records, subwords(), DataConfig(too_long="drop"), 2).examples == ()
 
 
@@ -174,18 +174,18 @@ def test_truncating_cuts_the_beginning_of_the_prompt_first(limit: int, adds: str
     records = [*rows(10), PAIR, TEXT]
     whole = encode(records, tokenizer, DataConfig(), 10_000).examples
     encoded = encode(records, tokenizer, DataConfig(too_long="truncate"), limit)
-    assert encoded.too_long == sum(len(example.ids) > limit for example in whole)
+    assert encoded.num_too_long == sum(len(example.token_ids) > limit for example in whole)
     for before, after in zip(whole, encoded.examples, strict=True):
-        assert len(after.ids) == min(limit, len(before.ids))
-        assert 0 < after.answer_from < len(after.ids)
-        answer = before.ids[before.answer_from :]
-        assert after.ids[after.answer_from :] == answer[: limit - 1]
-        prompt = after.ids[: after.answer_from]
+        assert len(after.token_ids) == min(limit, len(before.token_ids))
+        assert 0 < after.answer_start < len(after.token_ids)
+        answer = before.token_ids[before.answer_start :]
+        assert after.token_ids[after.answer_start :] == answer[: limit - 1]
+        prompt = after.token_ids[: after.answer_start]
         if adds == "<s> $A" and len(prompt) > 1:
             assert prompt[0] == tokenizer.bos_token_id
             prompt = prompt[1:]
-        if before.answer_from > 1:
-            assert before.ids[before.answer_from - len(prompt) : before.answer_from] == prompt
+        if before.answer_start > 1:
+            assert before.token_ids[before.answer_start - len(prompt) : before.answer_start] == prompt
 
 
 def test_a_limit_without_room_is_refused() -> None:

@@ -12,26 +12,26 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prunetune.export.selfcheck import logits_of
-from prunetune.model.safetensors_reader import Stored, put
+from prunetune.export.selfcheck import compute_logits
+from prunetune.model.safetensors_reader import SafetensorsReader, set_tensor
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut_linears
-from prunetune.pruning.families import coupling_of
+from prunetune.pruning.families import architecture_info
 from prunetune.pruning.masking import masked
 from prunetune.pruning.units import Site, surviving_layers
-from prunetune.pruning.whole_blocks import take_out_layers
+from prunetune.pruning.whole_blocks import remove_layers
 
 INDEX = "model.safetensors.index.json"
-Merge = Callable[[str, Tensor], Tensor]  # a weight's name, float32 -> with what its adapter adds
+AdapterMerger = Callable[[str, Tensor], Tensor]  # a weight's name, float32 -> with what its adapter adds
 
 
 @dataclass
-class Shards:
+class ShardWriter:
     """Files of a checkpoint, written one by one; the index says what is where."""
 
     folder: Path
     count: int
-    written: dict[str, str] = field(default_factory=dict)  # tensor -> file
+    tensor_files: dict[str, str] = field(default_factory=dict)  # tensor -> file
     bytes: int = 0
     files: int = 0
 
@@ -40,25 +40,25 @@ class Shards:
         self.files += 1
         name = f"model-{self.files:05d}-of-{self.count:05d}.safetensors"
         save_file({key: one.contiguous() for key, one in tensors.items()}, self.folder / name, {"format": "pt"})
-        self.written |= dict.fromkeys(tensors, name)
+        self.tensor_files |= dict.fromkeys(tensors, name)
         self.bytes += sum(one.numel() * one.element_size() for one in tensors.values())
 
     def finish(self) -> None:
         """Write the index."""
-        index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(self.written.items()))}
+        index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(self.tensor_files.items()))}
         (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
-class Streamed:
+class StreamedModel:
     """A model of which one layer has weights at a time, beside embedding, norm and head."""
 
     model: Any  # weights on the meta device, see `skeleton`
-    stored: Stored
-    merge: Merge
+    stored: SafetensorsReader
+    merge_adapter: AdapterMerger
 
     @property
-    def storage(self) -> torch.dtype:
+    def storage_dtype(self) -> torch.dtype:
         """Of the files, those read and those written."""
         return self.stored.dtype
 
@@ -66,34 +66,34 @@ class Streamed:
         """Weights of a module: as stored, with their adapters, rounded to what a file will hold; float32."""
         for name, before in [*module.named_parameters(), *module.named_buffers()]:
             full = prefix + name
-            if full not in self.stored.places:
+            if full not in self.stored.files:
                 continue  # computed from the configuration
             tensor = self.stored.tensor(full)
             if before.is_floating_point():
-                tensor = self.merge(full, tensor.float()).to(self.storage).float()
-            put(module, name, tensor)
+                tensor = self.merge_adapter(full, tensor.float()).to(self.storage_dtype).float()
+            set_tensor(module, name, tensor)
 
     def drop(self, module: nn.Module) -> None:
         """Forget the weights of a module, not their shapes."""
         for name, before in list(module.named_parameters()):
-            dtype = self.storage if before.is_floating_point() else before.dtype
-            put(module, name, torch.empty(before.shape, dtype=dtype, device="meta"))
+            dtype = self.storage_dtype if before.is_floating_point() else before.dtype
+            set_tensor(module, name, torch.empty(before.shape, dtype=dtype, device="meta"))
 
-    def rounded(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    def to_storage_dtype(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """As files hold it."""
-        return {name: one.to(self.storage) if one.is_floating_point() else one for name, one in state.items()}
+        return {name: one.to(self.storage_dtype) if one.is_floating_point() else one for name, one in state.items()}
 
 
-def cut_streamed(streamed: Streamed, plan: Plan, sites: Sequence[Site], tokens: Tensor, folder: Path) -> Tensor:
+def cut_streamed(streamed: StreamedModel, plan: Plan, sites: Sequence[Site], tokens: Tensor, folder: Path) -> Tensor:
     """Write the cut model's weights into `folder`; returns the logits of the gated model at `tokens`, [B, T, V].
 
     The model ends up cut and without weights. Equals `masked`, then `cut`.
     """
-    model, prefixes = streamed.model, coupling_of(streamed.model).layer_prefixes
+    model, prefixes = streamed.model, architecture_info(streamed.model).layer_prefixes
     names = _new_names(prefixes, plan, sites)
-    shards = Shards(folder, len(names) + 1)
-    outside = [module for name, module in model.named_modules() if not _is_inside(name, prefixes)]
-    _load_outside(streamed, prefixes)
+    shards = ShardWriter(folder, len(names) + 1)
+    outside = [module for name, module in model.named_modules() if not _is_in_layer(name, prefixes)]
+    _load_non_layer_weights(streamed, prefixes)
     handles = []
 
     def load(index: int) -> Callable[..., None]:
@@ -104,7 +104,7 @@ def cut_streamed(streamed: Streamed, plan: Plan, sites: Sequence[Site], tokens: 
             cut_linears(model, plan, sites=[site for site in sites if site.layer == index])
             if prefixes[index] in names:
                 new = names[prefixes[index]]
-                shards.add(streamed.rounded({f"{new}.{key}": one for key, one in layer.state_dict().items()}))
+                shards.add(streamed.to_storage_dtype({f"{new}.{key}": one for key, one in layer.state_dict().items()}))
             streamed.drop(layer)
 
         return done
@@ -114,41 +114,45 @@ def cut_streamed(streamed: Streamed, plan: Plan, sites: Sequence[Site], tokens: 
             layer = model.get_submodule(prefix)
             handles += [layer.register_forward_pre_hook(load(index)), layer.register_forward_hook(leave(index))]
         try:
-            logits = logits_of(model, tokens)
+            logits = compute_logits(model, tokens)
         finally:
             for handle in handles:
                 handle.remove()
-    shards.add(streamed.rounded(_once(model, prefixes)))
+    shards.add(streamed.to_storage_dtype(_non_layer_state(model, prefixes)))
     shards.finish()
     for module in outside:
         for name, one in list(module._parameters.items()):
             if one is not None:
-                put(module, name, torch.empty(one.shape, dtype=streamed.storage, device="meta"))
+                set_tensor(module, name, torch.empty(one.shape, dtype=streamed.storage_dtype, device="meta"))
     model.tie_weights()
-    take_out_layers(model, plan, sites)
+    remove_layers(model, plan, sites)
     return logits
 
 
-def _load_outside(streamed: Streamed, prefixes: Sequence[str]) -> None:
+def _load_non_layer_weights(streamed: StreamedModel, prefixes: Sequence[str]) -> None:
     for name, before in [*streamed.model.named_parameters(), *streamed.model.named_buffers()]:
-        if not _is_inside(name, prefixes) and name in streamed.stored.places:
+        if not _is_in_layer(name, prefixes) and name in streamed.stored.files:
             tensor = streamed.stored.tensor(name)
-            put(streamed.model, name, tensor.to(streamed.storage).float() if before.is_floating_point() else tensor)
+            set_tensor(
+                streamed.model,
+                name,
+                tensor.to(streamed.storage_dtype).float() if before.is_floating_point() else tensor,
+            )
     streamed.model.tie_weights()
 
 
-def _once(model: Any, prefixes: Sequence[str]) -> dict[str, Tensor]:
+def _non_layer_state(model: Any, prefixes: Sequence[str]) -> dict[str, Tensor]:
     """What is stored of all that is in no layer; of tied weights the first."""
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, one in model.state_dict(keep_vars=True).items():
-        if not _is_inside(name, prefixes) and id(one) not in seen:
+        if not _is_in_layer(name, prefixes) and id(one) not in seen:
             seen.add(id(one))
             found[name] = one.detach()
     return found
 
 
-def _is_inside(name: str, prefixes: Sequence[str]) -> bool:
+def _is_in_layer(name: str, prefixes: Sequence[str]) -> bool:
     return f"{name}.".startswith(tuple(f"{prefix}." for prefix in prefixes))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from prunetune.evaluation.suites import LocalModel, evaluate_suite, suite_of
+from prunetune.evaluation.suites import LocalModel, evaluate_suite, parse_suite
 from support.data import write_lines
 from support.evaluation import characters, speaker
 from support.suites import chosen
@@ -43,7 +43,7 @@ def tasks_in(folder: Path) -> Path:
 def scored(folder: Path, monkeypatch: pytest.MonkeyPatch, **tasks: Any) -> Any:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(folder / "cache"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", folder / "cache")
-    return evaluate_suite(LocalModel(speaker(), characters()), suite_of({"tasks": tasks}, folder=folder))
+    return evaluate_suite(LocalModel(speaker(), characters()), parse_suite({"tasks": tasks}, folder=folder))
 
 
 def test_lm_eval_s_numbers_equal_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,23 +6,23 @@ from typing import Any
 
 import pytest
 
-from prunetune.bench.interleaved import take_turns
-from prunetune.bench.models import context_of
+from prunetune.bench.interleaved import run_interleaved
+from prunetune.bench.models import context_length
 from prunetune.bench.options import BenchOptions
-from prunetune.bench.result import Benched, summarised
-from prunetune.bench.runner import Sample, Work
-from prunetune.bench.widths import uneven
+from prunetune.bench.result import BenchedModel, summarise_bench
+from prunetune.bench.runner import BenchSample, WorkEstimate
+from prunetune.bench.tile_alignment import misaligned_widths
 from prunetune.config.recipe import GainConfig, from_mapping
-from prunetune.pipeline.speed_limit import judged, options_for
+from prunetune.pipeline.requirements import gain_bench_options, judge_gain
 from prunetune.plan import Plan
-from prunetune.pruning.sites import Cut, Site, dense_plan
+from prunetune.pruning.sites import LinearSlice, Site, dense_plan
 from support.bench import Scripted, facts
 from support.suites import model_folder
 
 
 def site(layer: int, kind: Any, units: int, columns: int = 1) -> Site:
     name = f"model.layers.{layer}.{'mlp' if kind == 'mlp' else 'self_attn'}"
-    return Site(name, layer, kind, units, (), Cut(name, (columns,)), 10)
+    return Site(name, layer, kind, units, (), LinearSlice(name, (columns,)), 10)
 
 
 SITES = (site(0, "attention", 8, 64), site(0, "mlp", 1000), site(7, "attention", 8, 64), site(7, "mlp", 1000))
@@ -34,22 +34,28 @@ def plan_of(*widths: int) -> Plan:
     return Plan(kept, {one.name: one.units for one in SITES})
 
 
-def models(pruned: Sample | None = None, parameters: int = 700, **pruned_as: Any) -> tuple[Benched, Benched]:
+def models(
+    pruned: BenchSample | None = None, parameters: int = 700, **pruned_as: Any
+) -> tuple[BenchedModel, BenchedModel]:
     runners = (
-        Scripted("dense", work=Work(200.0, 90.0)),
+        Scripted("dense", work=WorkEstimate(200.0, 90.0)),
         Scripted(
-            "pruned", [pruned or Sample(0.5, 0.25, 0.05)], known=facts(parameters), work=Work(100.0, 60.0), **pruned_as
+            "pruned",
+            [pruned or BenchSample(0.5, 0.25, 0.05)],
+            known=facts(parameters),
+            work=WorkEstimate(100.0, 60.0),
+            **pruned_as,
         ),
     )
     options = BenchOptions(batch="1", generate=4, runs=3)
-    measured = take_turns(runners, options.batches, options.runs)
+    measured = run_interleaved(runners, options.batches, options.runs)
     known = [runner.facts() for runner in runners]
-    found = summarised(["dense", "pruned"], known, measured, options=options, versions={})
+    found = summarise_bench(["dense", "pruned"], known, measured, options=options, versions={})
     return found.models[0], found.models[1]
 
 
-def verdict(plan: Plan, pair: tuple[Benched, Benched] | None = None, **gain: Any) -> dict[str, Any]:
-    return judged(*(pair or models()), GainConfig(**gain), plan, SITES)
+def verdict(plan: Plan, pair: tuple[BenchedModel, BenchedModel] | None = None, **gain: Any) -> dict[str, Any]:
+    return judge_gain(*(pair or models()), GainConfig(**gain), plan, SITES)
 
 
 def test_margins_that_are_reached() -> None:
@@ -62,21 +68,21 @@ def test_margins_that_are_reached() -> None:
 
 @pytest.mark.parametrize("speed", ["throughput", "prefill", "decode"])
 def test_each_kind_of_speed(speed: str) -> None:
-    pair = models(Sample(0.8, 0.4, 0.1))
+    pair = models(BenchSample(0.8, 0.4, 0.1))
     ratio = {"throughput": 1.25, "prefill": 1.25, "decode": 1.0}[speed]
     assert verdict(plan_of(4, 512, 2, 256), pair, faster=1.1, speed=speed)["limits"][0]["held"] == (ratio > 1.1)
 
 
 def test_nothing_asked_is_nothing_missed() -> None:
     assert verdict(plan_of(4, 512, 2, 256))["limits"] == []
-    assert not GainConfig().is_asked
-    assert GainConfig(smaller=0.1).is_asked
-    assert GainConfig(faster=0.5).is_asked
+    assert not GainConfig().has_requirements
+    assert GainConfig(smaller=0.1).has_requirements
+    assert GainConfig(faster=0.5).has_requirements
 
 
 def test_widths_are_named_the_worst_first() -> None:
     plan = plan_of(3, 613, 1, 624)
-    words = [str(one) for one in uneven(plan, SITES)]
+    words = [str(one) for one in misaligned_widths(plan, SITES)]
     assert words == [
         "MLP width of layer 0 is 613, no multiple of 64 or 128",
         "MLP width of layer 7 is 624, no multiple of 64 or 128",
@@ -90,13 +96,13 @@ def test_widths_are_named_the_worst_first() -> None:
 
 @pytest.mark.parametrize(("limit", "shown"), [(1.2, "1.01"), (1.01, "1.0096"), (1.00961, "1.0096")])
 def test_a_miss_is_never_rounded_away(limit: float, shown: str) -> None:
-    pair = models(Sample(1 / 1.0096, 0.25, 0.05))
+    pair = models(BenchSample(1 / 1.0096, 0.25, 0.05))
     assert f"throughput is {shown} times" in verdict(plan_of(4, 512, 2, 256), pair, faster=limit)["limits"][0]["says"]
 
 
 def test_what_is_whole_gone_or_even_is_not_to_blame() -> None:
-    assert uneven(plan_of(8, 1000, 0, 128), SITES) == []  # 1000 is the dense model's own width
-    assert uneven(dense_plan(SITES), SITES) == []
+    assert misaligned_widths(plan_of(8, 1000, 0, 128), SITES) == []  # 1000 is the dense model's own width
+    assert misaligned_widths(dense_plan(SITES), SITES) == []
 
 
 def test_even_widths_are_acquitted() -> None:
@@ -120,10 +126,10 @@ def test_speed_that_could_not_be_measured_is_missed() -> None:
 
 def test_a_short_context_gets_a_short_prompt(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = model_folder(tmp_path_factory.mktemp("models") / "dense")
-    context = context_of(str(folder), trust_remote_code=False)
-    long = options_for(from_mapping({"model": str(folder), "gain": {"prompt": 10**6, "generate": 8}}))
+    context = context_length(str(folder), trust_remote_code=False)
+    long = gain_bench_options(from_mapping({"model": str(folder), "gain": {"prompt": 10**6, "generate": 8}}))
     assert (long.prompt + long.generate, long.generate) == (context, 8)
-    longer = options_for(from_mapping({"model": str(folder), "gain": {"prompt": 10**6, "generate": 10**6}}))
+    longer = gain_bench_options(from_mapping({"model": str(folder), "gain": {"prompt": 10**6, "generate": 10**6}}))
     assert longer.prompt + longer.generate == context
-    short = options_for(from_mapping({"model": str(folder), "gain": {"prompt": 3, "generate": 2}}))
+    short = gain_bench_options(from_mapping({"model": str(folder), "gain": {"prompt": 3, "generate": 2}}))
     assert (short.prompt, short.generate) == (3, 2)

@@ -17,19 +17,19 @@ PROBE = "prunetune probe"  # an answer to look for in what a chat template rende
 class Example:
     """Token ids of one record. Loss counts from `answer_from` on; 0 < answer_from <= len(ids), where nothing counts."""
 
-    ids: tuple[int, ...]
-    answer_from: int
+    token_ids: tuple[int, ...]
+    answer_start: int
     id: str = ""
     weight: float = 1.0
 
 
 @dataclass(frozen=True)
-class Encoded:
+class EncodedExamples:
     """Examples that fit, and what the limit on length did."""
 
     examples: tuple[Example, ...]
-    kept: tuple[int, ...]  # examples[i] is of record kept[i]
-    too_long: int  # how many were cut or dropped
+    kept_indices: tuple[int, ...]  # examples[i] is of record kept[i]
+    num_too_long: int  # how many were cut or dropped
     longest: int  # tokens, before cutting
 
 
@@ -53,52 +53,52 @@ def encode_answers(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
     return _tokens(texts, tokenizer, special=False)
 
 
-def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, context: int) -> Encoded:
+def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, context_length: int) -> EncodedExamples:
     """Every record as an example of at most data.max_length and `context` tokens; "drop" may leave none.
 
     Raises `DataError` where records are longer and data.too_long is "error", and for a tokenizer without what the
     template or an end of text needs.
     """
-    limit = min(config.max_length or context, context)
+    limit = min(config.max_length or context_length, context_length)
     if limit < 2:
         raise DataError(f"data.max_length is {limit}: an example needs 2 tokens at least; raise it")
-    examples = _whole(records, tokenizer, config.template)
-    lengths = [len(example.ids) for example in examples]
+    examples = _encode_untruncated(records, tokenizer, config.template)
+    lengths = [len(example.token_ids) for example in examples]
     long = [index for index, length in enumerate(lengths) if length > limit]
     if long and config.too_long == "error":
-        raise _too_long(records, lengths, long, limit, context)
+        raise _too_long(records, lengths, long, limit, context_length)
     kept = [index for index, length in enumerate(lengths) if length <= limit or config.too_long == "truncate"]
     fitting = tuple(_cut(examples[index], limit, tokenizer.bos_token_id) for index in kept)
-    return Encoded(fitting, tuple(kept), len(long), max(lengths, default=0))
+    return EncodedExamples(fitting, tuple(kept), len(long), max(lengths, default=0))
 
 
-def _whole(records: Sequence[Record], tokenizer: Any, template: str) -> list[Example]:
-    chats = [is_chat(record, template) for record in records]
+def _encode_untruncated(records: Sequence[Record], tokenizer: Any, template: str) -> list[Example]:
+    chats = [uses_chat_template(record, template) for record in records]
     prompts = _prompts(records, tokenizer, template)
     answers = _tokens([record.completion for record in records], tokenizer, special=False)
     end = [_end_of_text(tokenizer)]
-    turn_end = chat_end(tokenizer) if any(chats) else end
+    turn_end = chat_end_ids(tokenizer) if any(chats) else end
     return [
         Example((*prompt, *answer, *(turn_end if chat else end)), max(1, len(prompt)), record.id, record.weight)
         for record, chat, prompt, answer in zip(records, chats, prompts, answers, strict=True)
     ]
 
 
-def is_chat(record: Record, template: str) -> bool:
+def uses_chat_template(record: Record, template: str) -> bool:
     """Whether the tokenizer's chat template wraps this record."""
     return record.kind != "text" and (template == "chat" or (template == "auto" and record.kind == "chat"))
 
 
 def _prompts(records: Sequence[Record], tokenizer: Any, template: str) -> list[list[int]]:
-    chats = [record for record in records if is_chat(record, template)]
-    raws = [record for record in records if not is_chat(record, template)]
+    chats = [record for record in records if uses_chat_template(record, template)]
+    raws = [record for record in records if not uses_chat_template(record, template)]
     # A chat template writes the special tokens itself.
     rendered = iter(_tokens([_rendered(record, tokenizer) for record in chats], tokenizer, special=False))
     plain = iter(_tokens([_raw(record) for record in raws], tokenizer, special=True))
     adds_end = bool(raws) and _tokens(["a"], tokenizer, special=True)[0][-1] == tokenizer.eos_token_id
     prompts = []
     for record in records:
-        ids = next(rendered) if is_chat(record, template) else next(plain)[: -1 if adds_end else None]
+        ids = next(rendered) if uses_chat_template(record, template) else next(plain)[: -1 if adds_end else None]
         # A prompt of no tokens leaves nothing that predicts the answer's first.
         prompts.append(ids if ids or record.kind == "text" else [_start_of_text(tokenizer)])
     return prompts
@@ -135,13 +135,13 @@ def _render(tokenizer: Any, messages: Sequence[tuple[str, str]], source: str, *,
         ) from refused
 
 
-def chat_end(tokenizer: Any) -> list[int]:
+def chat_end_ids(tokenizer: Any) -> list[int]:
     """Token ids that close an assistant's turn: what the chat template puts after it, else the end of text."""
     ids, end = _after_turn(tokenizer), _end_of_text(tokenizer)
     return ids[: ids.index(end) + 1] if end in ids else ids or [end]
 
 
-def chat_stop(tokenizer: Any) -> int | None:
+def chat_stop_id(tokenizer: Any) -> int | None:
     """The special token that closes an assistant's turn, where a written answer is over; None where there is none."""
     added, named = tokenizer.added_tokens_decoder, tokenizer.all_special_ids
     special = {*named, *(token for token, about in added.items() if about.special)}
@@ -175,21 +175,21 @@ def _tokens(texts: Sequence[str], tokenizer: Any, *, special: bool) -> list[list
 
 def _cut(example: Example, limit: int, start: int | None) -> Example:
     """The example in `limit` tokens: what goes first is the beginning of the prompt, then the end of the answer."""
-    excess = len(example.ids) - limit
+    excess = len(example.token_ids) - limit
     if excess <= 0:
         return example
-    prompt, answer = example.ids[: example.answer_from], example.ids[example.answer_from :]
-    prompt = end_of(prompt, max(1, len(prompt) - excess), start)
+    prompt, answer = example.token_ids[: example.answer_start], example.token_ids[example.answer_start :]
+    prompt = truncate_prompt(prompt, max(1, len(prompt) - excess), start)
     return Example((prompt + answer)[:limit], len(prompt), example.id, example.weight)
 
 
-def end_of(prompt: Sequence[int], size: int, start: int | None) -> tuple[int, ...]:
+def truncate_prompt(prompt: Sequence[int], max_tokens: int, bos_id: int | None) -> tuple[int, ...]:
     """The last `size` ids of a prompt; where it begins with the `start` token, that one stays and another goes."""
-    if len(prompt) <= size:
+    if len(prompt) <= max_tokens:
         return tuple(prompt)
     # Models that start every text with one token behave badly without it.
-    head = prompt[:1] if prompt[0] == start and size >= 2 else ()
-    return (*head, *prompt[len(prompt) - size + len(head) :])
+    head = prompt[:1] if prompt[0] == bos_id and max_tokens >= 2 else ()
+    return (*head, *prompt[len(prompt) - max_tokens + len(head) :])
 
 
 def _too_long(

@@ -10,7 +10,7 @@ MINUS = "\N{MINUS SIGN}"
 
 def count(value: float | None) -> str:
     """1536 -> "1,536"."""
-    return NOT_KNOWN if value is None else signed(f"{round(value):,}")
+    return NOT_KNOWN if value is None else with_minus_sign(f"{round(value):,}")
 
 
 def short(value: float | None) -> str:
@@ -35,7 +35,7 @@ def size(value: float | None) -> str:
 
 def share(value: float | None, digits: int = 0) -> str:
     """0.341 -> "34%"."""
-    return NOT_KNOWN if value is None else signed(f"{100 * value:.{digits}f}%")
+    return NOT_KNOWN if value is None else with_minus_sign(f"{100 * value:.{digits}f}%")
 
 
 def ratio(value: float | None) -> str:
@@ -48,17 +48,17 @@ def decimal(value: float | None) -> str:
     if value is None or not math.isfinite(value):
         return NOT_KNOWN
     digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
-    return signed(f"{value:,.{digits}f}")
+    return with_minus_sign(f"{value:,.{digits}f}")
 
 
-def change(value: float | None) -> str:
+def signed_decimal(value: float | None) -> str:
     """As `decimal`, with its sign always shown."""
     if value is None or not math.isfinite(value):
         return NOT_KNOWN
     return f"+{decimal(value)}" if value > 0 else decimal(value)
 
 
-def tiny(value: float) -> str:
+def scientific(value: float) -> str:
     """2.4e-06 -> "2.4e-6"."""
     digits, _, power = f"{value:.1e}".partition("e")
     return f"{digits}e{int(power)}" if value else "0"
@@ -78,12 +78,12 @@ def duration(seconds: float | None) -> str:
     )
 
 
-def shortened(label: str, longest: int = 22) -> str:
+def truncated(label: str, max_length: int = 22) -> str:
     """At most `longest` characters."""
-    return label if len(label) <= longest else f"{label[: longest - 1]}…"
+    return label if len(label) <= max_length else f"{label[: max_length - 1]}…"
 
 
-def signed(text: str) -> str:
+def with_minus_sign(text: str) -> str:
     """A typographic minus in front of a negative number, and none in front of a zero."""
     if text.startswith("-"):
         return MINUS + text[1:] if any(digit in "123456789" for digit in text) else text[1:]
