@@ -109,7 +109,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
             "search": {
                 "share": 0.5,
                 "settle": 0.25,
-                "evidence": 1,
+                "init_batches": 1,
                 "batch_size": options.batch,
                 "step": "alternate",  # as when the figures in docs/scaling.md were measured
             },

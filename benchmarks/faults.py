@@ -86,7 +86,7 @@ RECIPE: dict[str, Any] = {
         "weights": "adapters",
     },
     "lora": {"rank": 4},
-    "search": {"share": 0.4, "settle": 0.2, "evidence": 1, "batch_size": 8},
+    "search": {"share": 0.4, "settle": 0.2, "init_batches": 1, "batch_size": 8},
     "distill": {"teacher": "none"},
     "evaluate": {"limit": 4, "generate_limit": 0, "dense_tuned": False},
 }  # fmt: skip

@@ -44,7 +44,7 @@ def config_of(folder: Path, args: argparse.Namespace) -> RunConfig:
             "budget": {"keep": 0.6},
             "train": {"steps": 3, "batch_size": 2, "weights": "adapters"},
             "lora": {"rank": 16, "quantize": args.quantize},
-            "search": {"share": 0.4, "settle": 0.2, "evidence": 1, "batch_size": 2},
+            "search": {"share": 0.4, "settle": 0.2, "init_batches": 1, "batch_size": 2},
             "distill": {"teacher": "none"},
             "evaluate": {"limit": 4, "generate_limit": 0, "dense_tuned": False},
         }

@@ -138,10 +138,10 @@ def config_of(options: argparse.Namespace, out: Path, guard: Path, gates: list[s
                 "checkpoint_every": options.steps, "log_every": options.every,
             },
             "lora": {"rank": 16},
-            "search": {"evidence": 4, "share": 0.5, "batch_size": 8, "anneal": 1.0},
+            "search": {"init_batches": 4, "share": 0.5, "batch_size": 8, "anneal": 1.0},
             "distill": {"teacher": "none"},
             "validate": {"limit": WATCHED},
-            "gates": gates,
+            "limits": gates,
             "evaluate": {"limit": 100, "generate_limit": 0, "dense_tuned": False},
         }
     )  # fmt: skip

@@ -56,7 +56,7 @@ def passes(setting: RunContext) -> Iterator[tuple[str, Sequence[Example]]]:
     config, schedule = setting.config, build_schedule(setting.config)
     train = stream(setting, "train", config.train.batch_size)
     search = stream(setting, "search", config.search.batch_size)
-    for index in range(config.search.evidence):
+    for index in range(config.search.init_batches):
         yield "slopes", search.batch_at(index)
     for step in range(schedule.steps):
         if step < schedule.search:
@@ -68,7 +68,7 @@ def stream(setting: RunContext, split: str, size: int) -> BatchStream:
     """With the texts of a teacher."""
     examples, texts = setting.encoded[split].examples, setting.encoded.get("texts")
     if texts:
-        examples += unlabelled_examples(texts.examples, examples, setting.config.data.texts_share)
+        examples += unlabelled_examples(texts.examples, examples, setting.config.data.distill_texts_share)
     return BatchStream(examples, size, derive_seed(setting.config.seed, split))
 
 

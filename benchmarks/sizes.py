@@ -43,9 +43,9 @@ SMALL: dict[str, Any] = {
     "data": {"template": "raw"},
     "train": {"steps": 120, "batch_size": 8, "validate_every": 60, "checkpoint_every": 60, "log_every": 60},
     "lora": {"rank": 16, "dense_rank": 16},
-    "search": {"batch_size": 8, "evidence": 4},
+    "search": {"batch_size": 8, "init_batches": 4},
     "evaluate": {"limit": 100, "generate_limit": 0},
-    "gain": {"prompt": 64, "generate": 8, "runs": 3},
+    "require": {"prompt": 64, "generate": 8, "runs": 3},
 }
 
 

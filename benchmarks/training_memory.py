@@ -77,7 +77,7 @@ def config_of(args: argparse.Namespace) -> RunConfig:
         },
         "lora": {"rank": args.rank, "quantize": "nf4" if args.precision == "nf4" else "off"},
         "search": {
-            "share": args.steps / steps, "settle": 1 / steps, "evidence": 1, "batch_size": args.batch,
+            "share": args.steps / steps, "settle": 1 / steps, "init_batches": 1, "batch_size": args.batch,
             "step": args.search_step, "lora_aware": args.search_step != "joint",
         },
         "distill": {"teacher": args.teacher},

@@ -66,9 +66,9 @@ def _values(kind: Any, bounds: typing.Mapping[str, Any]) -> str:
         return ", ".join(f"`{choice}`" for choice in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
         entry = typing.get_args(kind)[0]
-        return f"{bounds['each']}s" if entry is str else f"list: {_values(entry, bounds)}"
+        return f"{bounds['entry_name']}s" if entry is str else f"list: {_values(entry, bounds)}"
     name = {int: "whole number", float: "number", str: "text", bool: "`true`, `false`"}[kind]
-    low, high, above = bounds["low"], bounds["high"], bounds["above"]
+    low, high, above = bounds["ge"], bounds["le"], bounds["gt"]
     limits = [f"above {above:g}"] if above is not None else [f"{low:g} or more"] if low is not None else []
     limits += [f"{high:g} at most"] if high is not None else []
     return ", ".join([name, *limits])

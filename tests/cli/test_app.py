@@ -320,7 +320,7 @@ def test_out_is_a_path_as_a_shell_has_it(
 
 
 def test_a_dry_run_refuses_gates_and_trackers_as_the_run_does(say: Said, recipe: Callable[..., str]) -> None:
-    for changes in ({"gates": ["valid.accuracy >= 0.5 -> stop"]}, {"track": ["mlflow"]}):
+    for changes in ({"limits": ["valid.accuracy >= 0.5 -> stop"]}, {"report_to": ["mlflow"]}):
         refusals = [say("run", recipe(**changes), *dry) for dry in ((), ("--dry-run",))]
         refused(refusals[0])
         assert refusals[0] == refusals[1]

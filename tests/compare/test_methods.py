@@ -22,7 +22,7 @@ def config_of(tmp_path: Path, variants: Any = None, **compare: Any) -> RunConfig
     if variants is not None:
         (tmp_path / "v.yaml").write_text(variants if isinstance(variants, str) else yaml.safe_dump(variants))
         compare["variants"] = str(tmp_path / "v.yaml")
-    return from_mapping({"data": {"texts": "t.jsonl"}, "distill": {"teacher": "dense"}, "compare": compare})
+    return from_mapping({"data": {"distill_texts": "t.jsonl"}, "distill": {"teacher": "dense"}, "compare": compare})
 
 
 def names(config: RunConfig) -> list[str]:

@@ -32,7 +32,7 @@ RECIPE: dict[str, Any] = {
     "budget": {"keep": 0.6, "align": 8},
     "train": {"steps": 3, "batch_size": 4, "learning_rate": 1e-2, "validate_every": 3},
     "lora": {"rank": 4},
-    "search": {"share": 0.4, "settle": 0.25, "evidence": 1, "batch_size": 4},
+    "search": {"share": 0.4, "settle": 0.25, "init_batches": 1, "batch_size": 4},
     "evaluate": {"limit": 5, "generate_limit": 1, "max_new_tokens": 2},
     "distill": {"teacher": "dense"},
     "compare": {"methods": ["dense", "one-stage"], "seeds": [0, 1]},
@@ -137,7 +137,7 @@ def test_a_variant_may_name_texts_of_its_own(place: Path, tmp_path: Path, monkey
 
     monkeypatch.setattr(work, "tune_and_prune", watching)
     own = {"methods": ["one-stage", "own"], "seeds": [0], "variants": str(tmp_path / "v.yaml")}
-    compare(config_of(place, tmp_path / "run", compare=own, data={"texts": [str(tmp_path / "shared.jsonl")]}))
+    compare(config_of(place, tmp_path / "run", compare=own, data={"distill_texts": [str(tmp_path / "shared.jsonl")]}))
     assert streams == {str(tmp_path / f"{name}.jsonl"): {name} for name in ("shared", "own")}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 import typing
@@ -16,7 +17,14 @@ import yaml
 from prunetune.cli.app import app
 from prunetune.cli.flags import flags_to_overrides, make_flags_class
 from prunetune.config.fields import fields_by_path, merge_mappings
-from prunetune.config.recipe import RunConfig, from_mapping, load_recipe, to_mapping
+from prunetune.config.recipe import (
+    RequireConfig,
+    RunConfig,
+    from_mapping,
+    load_recipe,
+    load_saved_recipe,
+    to_mapping,
+)
 from prunetune.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -47,8 +55,8 @@ def value_at(values: Any, path: str) -> Any:
 
 
 OWN_WORDS: dict[str, Any] = {
-    "gates": ["valid.nll <= 2 -> stop", "valid.accuracy >= 0.9x -> roll-back"],
-    "track": ["wandb", "mlflow"],
+    "limits": ["valid.nll <= 2 -> stop", "valid.accuracy >= 0.9x -> roll-back"],
+    "report_to": ["wandb", "mlflow"],
     "budget.flops": "60%",
     "budget.memory": "1.5GB",
     "budget.file": "800MB",
@@ -74,7 +82,7 @@ def other(path: str) -> Any:
         return "else"
     if kind is int:
         return default + 3
-    low = bounds["low"] if bounds["low"] is not None else bounds["above"]
+    low = bounds["ge"] if bounds["ge"] is not None else bounds["gt"]
     return default / 2 if default else (low or 0.0) + 0.25
 
 
@@ -85,7 +93,7 @@ def beside(path: str) -> dict[str, Any]:
 
 def edges(path: str) -> tuple[list[float], list[float]]:
     """Values just allowed and just refused by an option's bounds."""
-    low, high, above = (OPTIONS[path].metadata[name] for name in ("low", "high", "above"))
+    low, high, above = (OPTIONS[path].metadata[name] for name in ("ge", "le", "gt"))
     step = 1 if int in (kind_of(path), *typing.get_args(kind_of(path))) else 1e-6
     fine = [bound for bound in (low, high) if bound is not None] + ([above + step] if above is not None else [])
     wrong = ([low - step] if low is not None else []) + ([high + step] if high is not None else [])
@@ -316,7 +324,7 @@ def test_no_flag_changes_nothing() -> None:
 @pytest.mark.parametrize("path", OPTIONS)
 def test_every_option_is_a_flag(path: str) -> None:
     value = other(path)
-    read = OPTIONS[path].metadata["written"] or (lambda value: value)  # more than one type may be written there
+    read = OPTIONS[path].metadata["flag_type"] or (lambda value: value)  # more than one type may be written there
     assert parsed(*tokens_of(path, value))[1] == nested(path, read(value))
 
 
@@ -372,7 +380,7 @@ def test_the_demo_in_the_package_is_the_one_to_read() -> None:
 
 HELP = """
 import sys
-from prunetune.cli import main
+from prunetune.cli.app import main
 sys.argv = ["prunetune", *sys.argv[1:]]
 try:
     main()
@@ -423,3 +431,54 @@ def test_a_mistake_costs_one_line_and_exit_code_2(arguments: tuple[str, ...], li
     assert line in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert done.stdout.strip() == "HEAVY []"
+
+
+# -- names of the version before -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"gain": {"smaller": 0.3}}, {"require": {"smaller": 0.3}}),
+        ({"track": ["wandb"]}, {"report_to": ["wandb"]}),
+        ({"gates": ["valid.nll <= 2 -> stop"]}, {"limits": ["valid.nll <= 2 -> stop"]}),
+        ({"data": {"texts": ["t.jsonl"], "texts_share": 0.5}}, {"data": {"distill_texts": ["t.jsonl"], "distill_texts_share": 0.5}}),
+        ({"search": {"evidence": 3, "hard": False}}, {"search": {"init_batches": 3, "straight_through": False}}),
+    ],
+)  # fmt: skip
+def test_old_option_names_read_as_the_new_ones_with_one_line(
+    old: dict[str, Any], new: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert from_mapping(old) == from_mapping(new)
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines
+    assert all(re.fullmatch(r"\S+ is now \S+: the old name goes with the next version", line) for line in lines)
+
+
+def test_old_and_new_name_together_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"search\.init_batches and search\.evidence are one option"):
+        from_mapping({"search": {"evidence": 3, "init_batches": 3}})
+
+
+def test_new_flag_wins_over_old_name_in_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("search: {evidence: 3}\ngain: {smaller: 0.1}\n", encoding="utf-8")
+    config = load_recipe(tmp_path / "recipe.yaml", {"search": {"init_batches": 4}, "require": {"faster": 1.2}})
+    assert (config.search.init_batches, config.require.smaller, config.require.faster) == (4, 0.1, 1.2)
+
+
+def test_old_flag_is_read_and_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Flags = make_flags_class(RunConfig)
+    assert flags_to_overrides(Flags(gain=make_flags_class(RequireConfig)(smaller=0.2))) == {"gain": {"smaller": 0.2}}
+    with pytest.raises(SystemExit):
+        app(["run", "--help"])
+    shown = capsys.readouterr().out
+    assert "--require.smaller" in shown
+    assert "--gain." not in shown
+    assert "--search.evidence" not in shown
+
+
+def test_saved_recipe_with_old_names_is_read_without_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "config.yaml").write_text("search: {evidence: 3}\ntrack: [wandb]\n", encoding="utf-8")
+    config = load_saved_recipe(tmp_path / "config.yaml")
+    assert (config.search.init_batches, config.report_to) == (3, ("wandb",))
+    assert not caplog.records

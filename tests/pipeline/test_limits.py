@@ -31,7 +31,7 @@ RECIPE: dict[str, Any] = {
     "budget": {"keep": 0.5, "align": 8},
     "train": {"steps": 8, "batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 2, "validate_every": 1},
     "lora": {"rank": 4},
-    "search": {"share": 0.5, "settle": 0.25, "evidence": 1, "batch_size": 4, "anneal": 1.0},
+    "search": {"share": 0.5, "settle": 0.25, "init_batches": 1, "batch_size": 4, "anneal": 1.0},
     "distill": {"teacher": "none"},
     "evaluate": {"limit": 4, "generate_limit": 0, "dense_tuned": False},
 }
@@ -66,7 +66,7 @@ def config_of(place: Path, out: Path, *gates: str, **changes: Any) -> RunConfig:
         "model": str(place / "dense"),
         "out": str(out),
         "data": {"train": [str(place / "rows.jsonl")], "guard": [str(place / "guard.jsonl")], "valid_share": 0.2},
-        "gates": list(gates),
+        "limits": list(gates),
     }
     return from_mapping(merge_mappings(merge_mappings(RECIPE, own), changes))
 
@@ -202,8 +202,8 @@ def test_a_validation_scores_so_many_items_in_all(place: Path, tmp_path: Path) -
 def test_a_gate_reads_back_as_itself(entry: Any, text: str) -> None:
     assert normalize_limit(entry) == text
     assert str(ScoreLimit.parse(text)) == text
-    config = from_mapping({"gates": [entry], "data": {"guard": "x.jsonl"}})
-    assert config.gates == (text,)
+    config = from_mapping({"limits": [entry], "data": {"guard": "x.jsonl"}})
+    assert config.limits == (text,)
     assert from_mapping(to_mapping(config)) == config
 
 
@@ -225,7 +225,7 @@ def test_a_gate_reads_back_as_itself(entry: Any, text: str) -> None:
 )
 def test_what_is_no_gate_is_refused_in_one_line(entry: Any, words: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        from_mapping({"gates": [entry]})
+        from_mapping({"limits": [entry]})
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
 

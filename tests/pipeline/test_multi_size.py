@@ -49,10 +49,10 @@ RECIPE: dict[str, Any] = {
         "validate_every": 2,
     },
     "lora": {"rank": 4, "dropout": 0.1},
-    "search": {"share": 0.3, "settle": 0.1, "evidence": 1, "batch_size": 4},
+    "search": {"share": 0.3, "settle": 0.1, "init_batches": 1, "batch_size": 4},
     "distill": {"teacher": "base"},
     "evaluate": {"limit": 2, "generate_limit": 0, "dense_tuned": False},
-    "gain": {"prompt": 8, "generate": 2, "runs": 1},
+    "require": {"prompt": 8, "generate": 2, "runs": 1},
 }
 SOUND = SimpleNamespace(to_dict=lambda: {"ok": True, "max_relative": 0.0, "limit": 1e-4, "tokens": 1})
 
@@ -71,7 +71,7 @@ def config_of(place: Path, out: Path, **changes: Any) -> RunConfig:
 @pytest.fixture(scope="module")
 def done(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One uninterrupted run of two sizes, everything of it."""
-    changes: dict[str, Any] = {"budget": {"keep": [0.8, 0.5]}, "gain": {"smaller": 0.01}}
+    changes: dict[str, Any] = {"budget": {"keep": [0.8, 0.5]}, "require": {"smaller": 0.01}}
     return multi_size.run(config_of(place, tmp_path_factory.mktemp("runs") / "two", **changes), command="prunetune run")
 
 
@@ -158,7 +158,7 @@ def test_verbs_take_a_size_and_say_so(done: Path) -> None:
 
 
 def test_a_finished_run_resumes_to_itself(place: Path, done: Path, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"budget": {"keep": [0.8, 0.5]}, "gain": {"smaller": 0.01}}
+    changes: dict[str, Any] = {"budget": {"keep": [0.8, 0.5]}, "require": {"smaller": 0.01}}
     before = {keep: (of(done, keep) / "model" / "model.safetensors").read_bytes() for keep in (0.8, 0.5)}
     bench = (done / "bench.json").read_text()
     multi_size.run(config_of(place, done, **changes), resume=True)
@@ -318,7 +318,7 @@ def test_budgets_are_read_from_lists_and_flags() -> None:
         ({"budget": {"keep": [0.8, float("nan")]}}, "finite number"),
         ({"budget": {"keep": 0.5, "sizes": [0.6]}}, "have to fall"),
         ({"budget": {"keep": [0.8, 0.5]}, "train": {"size_share": [0.1, 0.2, 0.3]}}, "3 numbers for 1 further sizes"),
-        ({"budget": {"keep": [0.8, 0.5]}, "gates": ["valid.nll <= 2x -> roll-back"]}, "would move the budget"),
+        ({"budget": {"keep": [0.8, 0.5]}, "limits": ["valid.nll <= 2x -> roll-back"]}, "would move the budget"),
     ],
 )
 def test_what_cannot_be(changes: dict[str, Any], words: str) -> None:
@@ -343,7 +343,7 @@ def test_refused_before_anything_is_written(place: Path, tmp_path: Path) -> None
 def test_a_run_without_the_gain_fails_and_names_widths(
     place: Path, tmp_path: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changes: dict[str, Any] = {"budget": {"keep": 0.7, "align": 1}, "gain": {"faster": 1e6, "smaller": 0.1}}
+    changes: dict[str, Any] = {"budget": {"keep": 0.7, "align": 1}, "require": {"faster": 1e6, "smaller": 0.1}}
     out = tmp_path / "run"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(to_mapping(config_of(place, out, **changes))))

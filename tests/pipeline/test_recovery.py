@@ -29,7 +29,7 @@ RECIPE: dict[str, Any] = {
     "budget": {"keep": 0.6, "align": 8},
     "train": {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "validate_every": 3},
     "lora": {"rank": 4},
-    "search": {"share": 0.4, "settle": 0.2, "evidence": 1, "batch_size": 4},
+    "search": {"share": 0.4, "settle": 0.2, "init_batches": 1, "batch_size": 4},
     "distill": {"teacher": "none"},
     "evaluate": {"limit": 4, "generate_limit": 0, "dense_tuned": False},
 }

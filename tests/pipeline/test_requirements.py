@@ -12,7 +12,7 @@ from prunetune.bench.options import BenchOptions
 from prunetune.bench.result import BenchedModel, summarise_bench
 from prunetune.bench.runner import BenchSample, WorkEstimate
 from prunetune.bench.tile_alignment import misaligned_widths
-from prunetune.config.recipe import GainConfig, from_mapping
+from prunetune.config.recipe import RequireConfig, from_mapping
 from prunetune.pipeline.requirements import gain_bench_options, judge_gain
 from prunetune.plan import Plan
 from prunetune.pruning.sites import LinearSlice, Site, dense_plan
@@ -55,7 +55,7 @@ def models(
 
 
 def verdict(plan: Plan, pair: tuple[BenchedModel, BenchedModel] | None = None, **gain: Any) -> dict[str, Any]:
-    return judge_gain(*(pair or models()), GainConfig(**gain), plan, SITES)
+    return judge_gain(*(pair or models()), RequireConfig(**gain), plan, SITES)
 
 
 def test_margins_that_are_reached() -> None:
@@ -75,9 +75,9 @@ def test_each_kind_of_speed(speed: str) -> None:
 
 def test_nothing_asked_is_nothing_missed() -> None:
     assert verdict(plan_of(4, 512, 2, 256))["limits"] == []
-    assert not GainConfig().has_requirements
-    assert GainConfig(smaller=0.1).has_requirements
-    assert GainConfig(faster=0.5).has_requirements
+    assert not RequireConfig().has_requirements
+    assert RequireConfig(smaller=0.1).has_requirements
+    assert RequireConfig(faster=0.5).has_requirements
 
 
 def test_widths_are_named_the_worst_first() -> None:
@@ -127,9 +127,9 @@ def test_speed_that_could_not_be_measured_is_missed() -> None:
 def test_a_short_context_gets_a_short_prompt(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = model_folder(tmp_path_factory.mktemp("models") / "dense")
     context = context_length(str(folder), trust_remote_code=False)
-    long = gain_bench_options(from_mapping({"model": str(folder), "gain": {"prompt": 10**6, "generate": 8}}))
+    long = gain_bench_options(from_mapping({"model": str(folder), "require": {"prompt": 10**6, "generate": 8}}))
     assert (long.prompt + long.generate, long.generate) == (context, 8)
-    longer = gain_bench_options(from_mapping({"model": str(folder), "gain": {"prompt": 10**6, "generate": 10**6}}))
+    longer = gain_bench_options(from_mapping({"model": str(folder), "require": {"prompt": 10**6, "generate": 10**6}}))
     assert longer.prompt + longer.generate == context
-    short = gain_bench_options(from_mapping({"model": str(folder), "gain": {"prompt": 3, "generate": 2}}))
+    short = gain_bench_options(from_mapping({"model": str(folder), "require": {"prompt": 3, "generate": 2}}))
     assert (short.prompt, short.generate) == (3, 2)

@@ -40,7 +40,7 @@ RECIPE: dict[str, Any] = {
     "budget": {"keep": 0.6, "align": 8},
     "train": {"steps": STEPS, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 2, "validate_every": 4},
     "lora": {"rank": 4, "dropout": 0.1},
-    "search": {"share": 0.4, "settle": 0.25, "evidence": 1, "batch_size": 4},
+    "search": {"share": 0.4, "settle": 0.25, "init_batches": 1, "batch_size": 4},
     "evaluate": {"limit": 4, "generate_limit": 1, "max_new_tokens": 4, "dense_tuned": True},
 }
 LAYOUTS = ("per-layer", "uniform")
@@ -480,7 +480,11 @@ def test_texts_are_for_a_teacher_and_the_dense_model_is_tuned_once(
     write_lines(tmp_path / "texts.jsonl", *({"text": f"Some text, number {n}."} for n in range(5)))
     seen: list[Any] = []
     monkeypatch.setattr(stages, "tune_and_prune", lambda job: (seen.append(job), tune_and_prune(job))[1])
-    run(config_of(place, tmp_path / "run", data={"texts": [str(tmp_path / "texts.jsonl")], "texts_share": 0.5}))
+    run(
+        config_of(
+            place, tmp_path / "run", data={"distill_texts": [str(tmp_path / "texts.jsonl")], "distill_texts_share": 0.5}
+        )
+    )
     dense, pruned, again = seen
     assert [job.teacher is None for job in seen] == [True, False, True]
     assert again.checkpoints.latest().step == STEPS, "the third has nothing left to do"
@@ -497,4 +501,4 @@ def test_texts_are_for_a_teacher_and_the_dense_model_is_tuned_once(
 
 def test_texts_without_a_teacher_are_refused(place: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.texts needs a teacher .* set distill\.teacher"):
-        config_of(place, tmp_path / "run", data={"texts": ["a.jsonl"]}, distill={"teacher": "none"})
+        config_of(place, tmp_path / "run", data={"distill_texts": ["a.jsonl"]}, distill={"teacher": "none"})

@@ -72,7 +72,7 @@ def test_one_that_does_not_start_is_said(
     monkeypatch.setattr(trackers, "_start", refuse)
     with (
         caplog.at_level(logging.WARNING),
-        start_trackers(from_mapping({"track": "mlflow"}), RunFolder(tmp_path), cpu=True) as t,
+        start_trackers(from_mapping({"report_to": "mlflow"}), RunFolder(tmp_path), cpu=True) as t,
     ):
         t.log(RECORD, "train")
     assert "mlflow does not start (OSError: down); the run goes on without it" in caplog.text
@@ -90,14 +90,14 @@ def test_a_package_that_is_not_there_is_one_line_before_anything_starts(monkeypa
 
 def test_an_unknown_tracker_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown tracker 'tensorbord'; known are tensorboard"):
-        from_mapping({"track": ["tensorbord"]})
+        from_mapping({"report_to": ["tensorbord"]})
 
 
 def test_tensorboard_keeps_the_curve(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with start_trackers(from_mapping({"track": "tensorboard"}), RunFolder(tmp_path), cpu=True) as heard:
+    with start_trackers(from_mapping({"report_to": "tensorboard"}), RunFolder(tmp_path), cpu=True) as heard:
         assert len(heard.active) == 1
         for step in (1, 2, 3):
             heard.log({**RECORD, "step": step, "loss": 1.0 / step}, "train")

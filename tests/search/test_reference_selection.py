@@ -155,7 +155,7 @@ def assert_plain(sites: tuple[Site, ...], shape: PlanConstraints, seed: int) -> 
     if shape.limits is None:
         inside = select(others, sites, less, shape, larger_plan=plan)
         assert inside == Plain(sites, others, plan).plan(less, shape)
-    config = from_mapping({"layout": shape.layout, "search": {"generator": "none", "hard": False}})
+    config = from_mapping({"layout": shape.layout, "search": {"generator": "none", "straight_through": False}})
     searcher = Searcher(sites, shape, config, lambda step: keep, torch.device("cpu"))
     searcher.initial_logits = scores
     gates, middle = searcher.sample(1), Plain(sites, scores, None).quantile(keep, shape)

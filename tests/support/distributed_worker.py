@@ -41,7 +41,7 @@ STEPS = 20
 STOP = 9  # in the settling
 CHANGES: dict[str, Any] = {
     "train": {"steps": STEPS, "batch_size": 5, "learning_rate": 1e-3, "checkpoint_every": 6, "validate_every": 10},
-    "search": {"batch_size": 3, "evidence": 1},
+    "search": {"batch_size": 3, "init_batches": 1},
 }
 
 

@@ -34,7 +34,7 @@ RECIPE: dict[str, Any] = {
         "weights": "adapters",
     },
     "lora": {"rank": 4},
-    "search": {"share": 0.4, "settle": 0.3, "evidence": 2, "batch_size": 4},
+    "search": {"share": 0.4, "settle": 0.3, "init_batches": 2, "batch_size": 4},
 }
 
 

@@ -226,7 +226,7 @@ def manifest() -> dict[str, object]:
 
 def make_sizes(folder: Path, keeps: tuple[float, ...] = (0.8, 0.6, 0.4)) -> Path:
     """A run of several sizes: each a made-up run folder, the last of them slower than was asked."""
-    config = from_mapping({"model": MODEL, "budget": {"keep": list(keeps)}, "gain": {"faster": 1.2}})
+    config = from_mapping({"model": MODEL, "budget": {"keep": list(keeps)}, "require": {"faster": 1.2}})
     for place, keep in enumerate(keeps):
         own = make_run(folder / "sizes" / f"{keep:g}")
         about = json.loads((own / "manifest.json").read_text())

@@ -241,7 +241,7 @@ def test_a_checkpoint_that_was_being_written_does_not_count(tmp_path: Path) -> N
 
 def test_a_loss_that_is_not_a_number_names_step_and_rows() -> None:
     model = tiny()
-    job = job_of(config_of({"train": {"max_skipped": 0}, "search": {"evidence": 0}}), model=model)
+    job = job_of(config_of({"train": {"max_skipped": 0}, "search": {"init_batches": 0}}), model=model)
     model.lm_head.weight.data[5] = math.nan
     with pytest.raises(ModelError, match=r"gradient is nan at step 1 \(rows row \d+, row \d+, row \d+") as refused:
         tune_and_prune(job)
@@ -251,7 +251,7 @@ def test_a_loss_that_is_not_a_number_names_step_and_rows() -> None:
 def test_a_teacher_that_says_nan_stops_the_run() -> None:
     model = tiny("llama", seed=5)
     model.lm_head.weight.data[5] = math.nan
-    job = job_of(config_of({"search": {"evidence": 0, "sparsity": "off"}}))
+    job = job_of(config_of({"search": {"init_batches": 0, "sparsity": "off"}}))
     with pytest.raises(ModelError, match=r"is nan at step 3 \(rows row"):
         tune_and_prune(replace(job, teacher=Teacher(model, 1.0, 0.0)))
 

@@ -73,7 +73,7 @@ def test_a_search_without_numbers_leaves_the_generator_alone(monkeypatch: pytest
 
     monkeypatch.setattr(PaddedPasses, "gate_gradients", slopes)
     every = Every(tmp_path)
-    job = job_of(config_of({"search": {"evidence": 0}}), keeper=every)
+    job = job_of(config_of({"search": {"init_batches": 0}}), keeper=every)
     tune_and_prune(job)
     first, last = every.at(1).latest(), every.at(10).latest()
     assert first is not None
@@ -95,7 +95,7 @@ def test_evidence_without_numbers_is_left_out(
 
     monkeypatch.setattr(PaddedPasses, "gate_gradients", slopes)
     monkeypatch.setattr(Searcher, "init_from_importance", lambda _, importance: started.append(importance))
-    job = job_of(config_of({"search": {"evidence": 3}}))
+    job = job_of(config_of({"search": {"init_batches": 3}}))
     with caplog.at_level(logging.WARNING):
         tune_and_prune(job)
     ((importance,), (one, _, other)) = started, heard[:3]
@@ -149,17 +149,17 @@ def cramped(monkeypatch: pytest.MonkeyPatch, room: int, at: int = 1) -> None:
 def test_smaller_passes_are_the_same_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    small = {"train": {"micro_tokens": 16}, "search": {"evidence": 0}}
+    small = {"train": {"micro_tokens": 16}, "search": {"init_batches": 0}}
     whole, every = job_of(config_of(small)), Every(tmp_path)
     plan = tune_and_prune(whole)
     cramped(monkeypatch, room=16)
-    job = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"evidence": 0}}), keeper=every)
+    job = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"init_batches": 0}}), keeper=every)
     with caplog.at_level(logging.WARNING):
         assert tune_and_prune(job) == plan
     assert "passes of 16 tokens" in caplog.text
     for name, weight in weights_of(job).items():
         torch.testing.assert_close(weight, weights_of(whole)[name], rtol=1e-3, atol=1e-4)
-    resumed = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"evidence": 0}}), keeper=every.at(5))
+    resumed = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"init_batches": 0}}), keeper=every.at(5))
     monkeypatch.undo()
     assert tune_and_prune(resumed) == plan
     assert identical(weights_of(resumed), weights_of(job))

@@ -32,7 +32,7 @@ from support.passes import assert_same, gradients
 ROOT = Path(__file__).parents[2]
 VARIANTS = yaml.safe_load((ROOT / "benchmarks" / "quality" / "paper.yaml").read_text(encoding="utf-8"))
 PAPER: dict[str, Any] = {
-    "search": {"gates": "sampled", "evidence": 0, "share": 0.5, "settle": 0.5, "generator": "gru"},
+    "search": {"gates": "sampled", "init_batches": 0, "share": 0.5, "settle": 0.5, "generator": "gru"},
     "train": {"warmup": 0.0, "decay": "constant"},
 }
 SWITCHES: dict[str, dict[str, Any]] = {
@@ -42,10 +42,10 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "not LoRA-aware": {"lora_aware": False},
     "proximal": {"sparsity": "proximal", "lasso": 1.0},
     "no sparsity": {"sparsity": "off"},
-    "soft": {"hard": False},
-    "joint, soft, gated": {"step": "joint", "hard": False, "lora_aware": False},
+    "soft": {"straight_through": False},
+    "joint, soft, gated": {"step": "joint", "straight_through": False, "lora_aware": False},
     "joint, projected": {"step": "joint", "gates": "projected"},
-    "soft, projected": {"hard": False, "gates": "projected"},
+    "soft, projected": {"straight_through": False, "gates": "projected"},
 }
 
 
@@ -222,7 +222,7 @@ def test_soft_gates_have_the_gradient_of_hard_ones(gates: str) -> None:
     sites = find_sites(tiny())
     drawn, slopes = [], []
     for hard in (True, False):
-        config = config_of({"search": {"hard": hard, "gates": gates}})
+        config = config_of({"search": {"straight_through": hard, "gates": gates}})
         searcher = Searcher(sites, PlanConstraints(align=8), config, lambda step: KEEP, torch.device("cpu"))
         sample = searcher.sample(3)
         weights = torch.linspace(-1, 1, sum(site.units for site in sites))

@@ -10,15 +10,26 @@ from cyclopts import Parameter
 
 
 def make_flags_class(cls: type[Any]) -> type[Any]:
-    """A dataclass with the same fields, each None unless given, with help and default in its flag's text."""
+    """A dataclass with the same fields, each None unless given, with help and default in its flag's text.
+
+    An option's name of the version before is a flag, too, which no help shows.
+    """
+    return _flags_class(cls, show=True)
+
+
+def _flags_class(cls: type[Any], *, show: bool) -> type[Any]:
     kinds = typing.get_type_hints(cls)
     fields: list[tuple[str, Any, Any]] = []
     for item in dataclasses.fields(cls):
-        kind = item.metadata.get("written") or kinds[item.name]
-        if dataclasses.is_dataclass(kind):
-            fields.append((item.name, Optional[make_flags_class(typing.cast(Any, kind))], None))  # noqa: UP045 - built at run time
-        else:
-            fields.append((item.name, Annotated[kind | None, _flag(item, kind)], None))
+        kind = item.metadata.get("flag_type") or kinds[item.name]
+        old = item.metadata.get("formerly")
+        for name in (item.name, old) if old else (item.name,):
+            visible = show and name == item.name
+            if dataclasses.is_dataclass(kind):
+                below = _flags_class(typing.cast(Any, kind), show=visible)
+                fields.append((name, Optional[below], None))  # noqa: UP045 - built at run time
+            else:
+                fields.append((name, Annotated[kind | None, _flag(item, kind, show=visible)], None))
     twin = dataclasses.make_dataclass(
         f"{cls.__name__}Flags", [(name, kind, dataclasses.field(default=default)) for name, kind, default in fields],
         frozen=True, kw_only=True,
@@ -27,8 +38,9 @@ def make_flags_class(cls: type[Any]) -> type[Any]:
     return twin
 
 
-def _flag(item: Any, kind: Any) -> Parameter:
-    return Parameter(help=_help(item), negative=_negative(kind), alias=item.metadata.get("short"))
+def _flag(item: Any, kind: Any, *, show: bool) -> Parameter:
+    alias = item.metadata.get("flag_alias") if show else None
+    return Parameter(help=_help(item), negative=_negative(kind), alias=alias, show=show)
 
 
 def _negative(kind: Any) -> tuple[str, ...] | None:

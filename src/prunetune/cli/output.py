@@ -194,7 +194,7 @@ def render_dry_run(config: RunConfig, *, resume: bool = False) -> str:
     from prunetune.search.select import select
     from prunetune.utils.console import make_console
 
-    require_trackers(config.track)
+    require_trackers(config.report_to)
     console = make_console(config.train.log_every)
     try:
         setting = prepare(config, resume=resume, console=console)

@@ -33,7 +33,7 @@ from prunetune.train.teacher import base_teacher, resolve_auto
 from prunetune.utils import environment
 from prunetune.utils.seeds import derive_seed
 
-BATCHES = 16  # of calibration, where the recipe's search.evidence is 0
+BATCHES = 16  # of calibration, where the recipe's search.init_batches is 0
 
 
 class Interrupted(Exception):
@@ -150,7 +150,7 @@ class CellRunner:
         setting = replace(
             self.context, config=config, constraints=replace(shape, limits=self.context.constraints.limits)
         )
-        if config.data.texts and config.data.texts != self.context.config.data.texts:
+        if config.data.distill_texts and config.data.distill_texts != self.context.config.data.distill_texts:
             setting = with_distill_texts(setting, context_length(self.model))
         if cell.method.uses_teacher:
             return setting
@@ -249,7 +249,7 @@ def build_calibration(context: RunContext, model: Any) -> Calibration:
     )
     batches = [
         collate(part, pad)
-        for step in range(config.search.evidence or BATCHES)
+        for step in range(config.search.init_batches or BATCHES)
         for part in micro_batches(stream.batch_at(step), config.train.micro_tokens)
     ]
     return Calibration(model, context.sites, tuple(batches), config.seed, context.constraints.limits)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.compare.methods import Method, apply_overrides
+from prunetune.config.fields import with_current_names
 from prunetune.config.recipe import RunConfig
 from prunetune.errors import RunFolderError
 from prunetune.utils.files import write_text
@@ -97,7 +98,7 @@ class CellStore:
             return None
         try:
             result: CellResult = json.loads(file.read_text(encoding="utf-8"))
-            same = result["changes"] == cell_header(cell)["changes"]
+            same = with_current_names(RunConfig, result["changes"], quiet=True) == cell_header(cell)["changes"]
         except (ValueError, KeyError, TypeError) as broken:
             raise RunFolderError(f"{file} cannot be read ({broken!r}): remove it, then go on with --resume") from broken
         if not same:

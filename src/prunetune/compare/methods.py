@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from prunetune.baselines.scores import BASELINES
-from prunetune.config.fields import fields_by_path, merge_mappings
+from prunetune.config.fields import fields_by_path, merge_mappings, with_current_names
 from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError
@@ -29,7 +29,7 @@ VARIANT_OPTIONS = (
     "budget.align",
     "budget.min_groups",
     "layout",
-    "data.texts",
+    "data.distill_texts",
 )
 
 
@@ -97,7 +97,7 @@ def _variant(name: str, changes: Any, where: str, config: RunConfig) -> Method:
         raise ConfigError(f"{where}: a variant's name is letters, digits, dots and dashes, and none of {_built_in()}")
     if not isinstance(changes or {}, Mapping):
         raise ConfigError(f"{where}: a variant is a mapping of changes, got {changes!r}")
-    rest = dict(changes or {})
+    rest = with_current_names(RunConfig, changes or {})
     flags = {key: rest.pop(key) for key in ("dense", "untuned", "two-stage") if key in rest}
     kinds: list[MethodKind] = [kind for kind in ("dense", "untuned", "two-stage") if flags.get(kind)]
     if len(kinds) > 1:
@@ -135,5 +135,5 @@ def apply_overrides(config: RunConfig, overrides: Mapping[str, Any], *, where: s
     """The recipe with changes; without a teacher there are no texts for it."""
     values = merge_mappings(to_mapping(config), overrides)
     if isinstance(values["distill"], Mapping) and values["distill"].get("teacher") == "none":
-        values["data"] = {**values["data"], "texts": []}
+        values["data"] = {**values["data"], "distill_texts": []}
     return from_mapping(values, where=where)

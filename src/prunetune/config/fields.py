@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import logging
 import math
 import types
 import typing
@@ -13,6 +14,8 @@ from typing import Any, Literal
 
 from prunetune.config.score_limits import normalize_limit
 from prunetune.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def option(
@@ -26,18 +29,34 @@ def option(
     accepts_number: bool = False,
     flag_type: type[Any] | None = None,
     flag_alias: str | None = None,
+    formerly: str = "",
 ) -> Any:
-    """A field with its help text and bounds: `low` and `high` are allowed themselves, `above` is not.
+    """A field with its help text and bounds: at least `ge`, at most `le`, above `gt`.
 
-    Bounds of a tuple are those of its entries; `each` is what one entry of a tuple of texts is called; `number` lets
-    a text be written as a number; `written` is the type of the flag, where it is read as more than the field's own;
-    `short` is a second name of the flag.
+    Bounds of a tuple are those of its entries; `entry_name` is what one entry of a tuple of texts is called;
+    `accepts_number` lets a text be written as a number; `flag_type` is the type of the flag, where it is read as more
+    than the field's own; `flag_alias` is a second name of the flag; `formerly` is the name that the option had in the
+    version before, and under which it is still read.
     """
-    bounds = {"low": ge, "high": le, "above": gt}
-    flag = {"written": flag_type, "short": flag_alias}
     return field(
-        default=default, metadata={"help": help, "each": entry_name, "number": accepts_number, **flag, **bounds}
+        default=default,
+        metadata={
+            "help": help,
+            "entry_name": entry_name,
+            "accepts_number": accepts_number,
+            "flag_type": flag_type,
+            "flag_alias": flag_alias,
+            "formerly": formerly,
+            "ge": ge,
+            "le": le,
+            "gt": gt,
+        },
     )
+
+
+def section(cls: type[Any], *, formerly: str = "") -> Any:
+    """A field that holds a dataclass of options."""
+    return field(default_factory=cls, metadata={"formerly": formerly})
 
 
 OptionsT = typing.TypeVar("OptionsT")
@@ -45,9 +64,36 @@ OptionsT = typing.TypeVar("OptionsT")
 
 def read_options(cls: type[OptionsT], values: Any, *, where: str) -> OptionsT:
     """Any dataclass of options out of a mapping, by the same checks; raises `ConfigError` that begins with `where`."""
-    found = _section(cls, values, prefix="", where=where, root=cls)
+    found = _section(cls, with_current_names(cls, values), prefix="", where=where, root=cls)
     assert isinstance(found, cls)
     return found
+
+
+def with_current_names(cls: type[Any], values: Any, *, prefix: str = "", quiet: bool = False) -> Any:
+    """The mapping with today's name of every option; one line for each old one, unless `quiet`.
+
+    Raises `ConfigError` where an option stands under both names.
+    """
+    if not isinstance(values, Mapping):
+        return values
+    kinds = typing.get_type_hints(cls)
+    current = dict(values)
+    for item in dataclasses.fields(cls):
+        old = item.metadata.get("formerly")
+        if old and old in current:
+            if item.name in current:
+                raise ConfigError(
+                    f"{prefix}{item.name} and {prefix}{old} are one option, under its new and its old name: "
+                    f"leave {prefix}{old} out"
+                )
+            current[item.name] = current.pop(old)
+            if not quiet:
+                log.warning("%s%s is now %s%s: the old name goes with the next version", prefix, old, prefix, item.name)
+        if item.name in current and dataclasses.is_dataclass(kinds[item.name]):
+            below = f"{prefix}{item.name}."
+            kind = typing.cast(Any, kinds[item.name])
+            current[item.name] = with_current_names(kind, current[item.name], prefix=below, quiet=quiet)
+    return current
 
 
 def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type[Any]) -> Any:
@@ -99,7 +145,7 @@ def _value(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> An
         return _choice(typing.get_args(kind), value, name)
     if typing.get_origin(kind) is tuple:
         return _entries(item, typing.get_args(kind)[0], value, name)
-    if item.metadata.get("number") and isinstance(value, int | float) and not isinstance(value, bool):
+    if item.metadata.get("accepts_number") and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if kind is float:
         value = parse_number(value, name)
@@ -138,7 +184,7 @@ def parse_number(value: Any, name: str) -> float:
 
 
 def _bounded(bounds: Mapping[str, Any], value: float, name: str) -> None:
-    low, high, above = bounds["low"], bounds["high"], bounds["above"]
+    low, high, above = bounds["ge"], bounds["le"], bounds["gt"]
     if (
         (low is not None and value < low)
         or (high is not None and value > high)
@@ -152,14 +198,14 @@ def _bounded(bounds: Mapping[str, Any], value: float, name: str) -> None:
 def _entries(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> tuple[Any, ...]:
     """A list, or its only entry: of sources, or of what `kind` says."""
     words = kind is str or typing.get_origin(kind) is Literal
-    each = item.metadata["each"] if words else "number"
+    each = item.metadata["entry_name"] if words else "number"
     single = isinstance(value, str | Mapping if words else int | float | str)
     entries = [value] if single else value
     if not isinstance(entries, Sequence):
         raise ConfigError(f"{name} must be a {each} or a list of {each}s, got {value!r}")
     if each == "source":
         return tuple(_source(entry, name) for entry in entries)
-    if each == "gate":
+    if each == "limit":
         return tuple(normalize_limit(entry) for entry in entries)
     return tuple(_value(item, kind, entry, name) for entry in entries)
 
@@ -174,7 +220,7 @@ def _source(entry: Any, name: str) -> str:
 
 
 def merge_mappings(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`top` over `base`, section by section."""
+    """`overrides` over `base`, section by section."""
     result = dict(base)
     for key, value in overrides.items():
         below = result.get(key)

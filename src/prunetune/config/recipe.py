@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prunetune.config.fields import merge_mappings, option, parse_number, read_options
+from prunetune.config.fields import merge_mappings, option, parse_number, read_options, section, with_current_names
 from prunetune.config.quantities import Amount
 from prunetune.config.training import DistillConfig, LoraSettings, SearchConfig, TrainConfig
 from prunetune.config.yaml_file import read_yaml
@@ -23,8 +23,8 @@ __all__ = [
     "DataConfig",
     "DistillConfig",
     "EvaluateConfig",
-    "GainConfig",
     "LoraSettings",
+    "RequireConfig",
     "RunConfig",
     "SearchConfig",
     "TrainConfig",
@@ -53,10 +53,15 @@ class DataConfig:
     search: tuple[str, ...] = option((), "Sources for the pruning decision; split off train where not given.")
     valid: tuple[str, ...] = option((), "Sources watched during the run; split off train where not given.")
     test: tuple[str, ...] = option((), "Sources for the reported scores; split off train where not given.")
-    texts: tuple[str, ...] = option(
-        (), "Sources mixed into train and search on which only a teacher counts, so that what they stand for is kept."
+    distill_texts: tuple[str, ...] = option(
+        (),
+        "Unlabelled text for distillation: the student matches the teacher on it, so that general and domain knowledge "
+        "is kept. Needs distill.teacher.",
+        formerly="texts",
     )
-    texts_share: float = option(0.3, "Share of a batch's examples that are of data.texts.", gt=0, le=0.9)
+    distill_texts_share: float = option(
+        0.3, "Share of a batch's examples that are from data.distill_texts.", gt=0, le=0.9, formerly="texts_share"
+    )
     guard: tuple[str, ...] = option(
         (), "Sources of general knowledge watched during the run, never tuned on: texts, or rows with choices."
     )
@@ -219,14 +224,17 @@ class ValidateConfig:
     """What is scored every train.validate_every steps: the sub-network decided then, as if it were cut."""
 
     limit: int = option(64, "Most items of valid and of data.guard each that a validation scores.", ge=1)
-    accuracy: bool = option(False, "Also score rows of valid that have choices by accuracy; a gate on it implies this.")
+    accuracy: bool = option(
+        False, "Also score rows of valid that have choices by accuracy; a limit on it implies this."
+    )
     share: float = option(
         1.0, "Largest share of the tuning time that validations may take; some are skipped then. 1: none.",
         gt=0, le=1,
     )  # fmt: skip
-    back_off: float = option(0.05, "What a gate's back-off adds to the budget, each time.", gt=0, le=1)
+    back_off: float = option(0.05, "What a limit's back-off adds to the budget, each time.", gt=0, le=1)
     back_to: Literal["last", "best"] = option(
-        "last", "Where roll-back goes: the last validation within all gates, or of the smallest such the best on valid."
+        "last",
+        "Where roll-back goes: the last validation within all limits, or of the smallest such the best on valid.",
     )
 
 
@@ -246,7 +254,7 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GainConfig:
+class RequireConfig:
     """What a run has to gain, measured beside the dense model in turns; one that gains less fails: exit code 1."""
 
     smaller: float = option(
@@ -315,40 +323,43 @@ class RunConfig:
         "vanish: losses are not scaled.",
     )
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
-    gates: tuple[str, ...] = option(
-        (), "Limits at every validation and what a crossing does (stop, back-off, roll-back), such as "
-        "'guard.nll <= 1.2x -> roll-back'; x: times the dense model's.",
-        entry_name="gate",
-    )  # fmt: skip
-    track: tuple[str, ...] = option(
+    limits: tuple[str, ...] = option(
         (),
-        "Trackers that hear of every step: tensorboard, wandb, mlflow, trackio; each is a package.",
-        entry_name="tracker",
+        "Limits on the scores of every validation and what happens where one is broken (stop, back-off, roll-back), "
+        "such as 'guard.nll <= 1.2x -> roll-back'; x: times the dense model's.",
+        entry_name="limit",
+        formerly="gates",
     )
-    data: DataConfig = field(default_factory=DataConfig)
-    budget: BudgetConfig = field(default_factory=BudgetConfig)
-    workload: WorkloadConfig = field(default_factory=WorkloadConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    lora: LoraSettings = field(default_factory=LoraSettings)
-    search: SearchConfig = field(default_factory=SearchConfig)
-    distill: DistillConfig = field(default_factory=DistillConfig)
-    validate: ValidateConfig = field(default_factory=ValidateConfig)
-    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
-    gain: GainConfig = field(default_factory=GainConfig)
-    compare: CompareConfig = field(default_factory=CompareConfig)
+    report_to: tuple[str, ...] = option(
+        (),
+        "Trackers that every step is logged to: tensorboard, wandb, mlflow, trackio; each is a package.",
+        entry_name="tracker",
+        formerly="track",
+    )
+    data: DataConfig = section(DataConfig)
+    budget: BudgetConfig = section(BudgetConfig)
+    workload: WorkloadConfig = section(WorkloadConfig)
+    train: TrainConfig = section(TrainConfig)
+    lora: LoraSettings = section(LoraSettings)
+    search: SearchConfig = section(SearchConfig)
+    distill: DistillConfig = section(DistillConfig)
+    validate: ValidateConfig = section(ValidateConfig)
+    evaluate: EvaluateConfig = section(EvaluateConfig)
+    require: RequireConfig = section(RequireConfig, formerly="gain")
+    compare: CompareConfig = section(CompareConfig)
 
     def __post_init__(self) -> None:
-        if self.data.texts and self.distill.teacher == "none":
+        if self.data.distill_texts and self.distill.teacher == "none":
             raise ConfigError(
-                "data.texts needs a teacher to stay close to: "
-                "set distill.teacher to base or dense, or leave data.texts out"
+                "data.distill_texts needs a teacher to match: "
+                "set distill.teacher to base or dense, or leave data.distill_texts out"
             )
-        guards = [gate for gate in self.gates if gate.startswith("guard.")]
+        guards = [limit for limit in self.limits if limit.startswith("guard.")]
         if guards and not self.data.guard:
-            raise ConfigError(f"gates: {guards[0]!r} needs something to watch: name texts or rows in data.guard")
-        odd = [name for name in self.track if name not in TRACKERS]
+            raise ConfigError(f"limits: {guards[0]!r} needs something to score: name texts or rows in data.guard")
+        odd = [name for name in self.report_to if name not in TRACKERS]
         if odd:
-            raise ConfigError(f"track: unknown tracker {odd[0]!r}; known are {', '.join(TRACKERS)}")
+            raise ConfigError(f"report_to: unknown tracker {odd[0]!r}; known are {', '.join(TRACKERS)}")
         if self.search.share + self.search.settle > 1:
             raise ConfigError(
                 f"search.share + search.settle is {self.search.share + self.search.settle:g}: "
@@ -364,10 +375,10 @@ class RunConfig:
             raise ConfigError(
                 f"train.size_share has {len(shares)} numbers for {count} further sizes: give 1 to {count}"
             )
-        moving = [gate for gate in self.gates if not gate.endswith("-> stop")]
+        moving = [limit for limit in self.limits if not limit.endswith("-> stop")]
         if moving:
             raise ConfigError(
-                f"gates: {moving[0]!r} would move the budget, and several sizes (budget.sizes) fix it: "
+                f"limits: {moving[0]!r} would move the budget, and several sizes (budget.sizes) fix it: "
                 "let it stop, or name one size"
             )
 
@@ -386,12 +397,14 @@ def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> RunCo
     values = read_yaml(path, "the recipe", "name a YAML file, see recipes/") or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe maps keys to values, this is a {type(values).__name__}; see recipes/")
-    return from_mapping(merge_mappings(values, overrides or {}), where=str(path))
+    values, overrides = (with_current_names(RunConfig, part) for part in (values, overrides or {}))
+    return from_mapping(merge_mappings(values, overrides), where=str(path))
 
 
 def load_saved_recipe(file: Path) -> RunConfig:
     """The recipe that a run folder keeps; raises `ConfigError`."""
-    return from_mapping(read_yaml(file, "this run's recipe", "put it back, or name another run") or {}, where=str(file))
+    values = read_yaml(file, "this run's recipe", "put it back, or name another run") or {}
+    return from_mapping(with_current_names(RunConfig, values, quiet=True), where=str(file))
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> RunConfig:

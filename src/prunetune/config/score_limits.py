@@ -1,6 +1,6 @@
 """Limits on what a run may lose while it tunes and prunes, and what happens where one is crossed.
 
-Written as text, so that a gate is one flag or one entry of a recipe: `guard.perplexity <= 1.5x -> roll-back`.
+Written as text, so that a limit is one flag or one entry of a recipe: `guard.perplexity <= 1.5x -> roll-back`.
 """
 
 from __future__ import annotations
@@ -38,25 +38,27 @@ class ScoreLimit:
         """Read what `str` wrote; raises `ConfigError`."""
         match = LIMIT_PATTERN.fullmatch(text.strip())
         if match is None:
-            raise ConfigError(f"gates: {text!r} is no gate; write one such as '{EXAMPLE}' (1.5x: of the dense model)")
+            raise ConfigError(f"limits: {text!r} is no limit; write one such as '{EXAMPLE}' (1.5x: of the dense model)")
         metric, action = match["metric"], match["action"]
         if metric not in LIMITABLE_METRICS:
-            raise ConfigError(f"gates: unknown metric {metric!r} in {text!r}; known are {', '.join(LIMITABLE_METRICS)}")
+            raise ConfigError(
+                f"limits: unknown metric {metric!r} in {text!r}; known are {', '.join(LIMITABLE_METRICS)}"
+            )
         if action not in get_args(LimitAction):
             raise ConfigError(
-                f"gates: unknown action {action!r} in {text!r}; known are {', '.join(get_args(LimitAction))}"
+                f"limits: unknown action {action!r} in {text!r}; known are {', '.join(get_args(LimitAction))}"
             )
         side = "<=" if match["side"] == "<=" else ">="
         if (side == ">=") != metric.endswith("accuracy"):
             better = "at least (>=)" if metric.endswith("accuracy") else "at most (<=)"
-            raise ConfigError(f"gates: {text!r} would refuse what is good; {metric} has to be {better} a value")
+            raise ConfigError(f"limits: {text!r} would refuse what is good; {metric} has to be {better} a value")
         return cls(metric, cast(Any, side), float(match["value"]), bool(match["relative"]), cast(LimitAction, action))
 
     def __str__(self) -> str:
         return f"{self.metric} {self.comparison} {self.value:g}{'x' if self.is_relative else ''} -> {self.action}"
 
     def threshold(self, dense_scores: Mapping[str, float]) -> float:
-        """The number that the metric is held against; `dense` is what the dense model scored as the run began."""
+        """The number that the metric is held against; `dense_scores` are what the dense model scored as the run began."""
         return self.value * dense_scores[self.metric] if self.is_relative else self.value
 
     def is_met(self, scores: Mapping[str, float], dense_scores: Mapping[str, float]) -> bool:
@@ -67,16 +69,17 @@ class ScoreLimit:
     def describe(self, scores: Mapping[str, float], dense_scores: Mapping[str, float]) -> str:
         """The metric beside its limit, for people."""
         side = {"<=": "at most", ">=": "at least"}[self.comparison]
-        return f"{self.metric} is {scores.get(self.metric, math.nan):.4g} and has to be {side} {self.threshold(dense_scores):.4g}"
+        score, threshold = scores.get(self.metric, math.nan), self.threshold(dense_scores)
+        return f"{self.metric} is {score:.4g} and has to be {side} {threshold:.4g}"
 
 
 def normalize_limit(entry: Any) -> str:
-    """A gate of a recipe as its text: written so, or as {metric, max or min, action}; raises `ConfigError`."""
+    """A limit of a recipe as its text: written so, or as {metric, max or min, action}; raises `ConfigError`."""
     if isinstance(entry, str):
         return str(ScoreLimit.parse(entry))
     if isinstance(entry, Mapping) and set(entry) in ({"metric", "max", "action"}, {"metric", "min", "action"}):
         side, value = ("<=", entry["max"]) if "max" in entry else (">=", entry["min"])
         return str(ScoreLimit.parse(f"{entry['metric']} {side} {value} -> {entry['action']}"))
     raise ConfigError(
-        f"gates: a gate is text such as '{EXAMPLE}', or metric, max or min, and action; this is {entry!r}: correct it"
+        f"limits: a limit is text such as '{EXAMPLE}', or metric, max or min, and action; this is {entry!r}: correct it"
     )

@@ -114,10 +114,15 @@ class SearchConfig:
         "projected",
         "projected: decisions meet the (annealed) budget; sampled: Gumbel draws and a budget loss, as in the paper.",
     )
-    evidence: int = option(
-        16, "Batches whose gate gradients give the starting logits; 0: start from nothing, as in the paper.", ge=0
+    init_batches: int = option(
+        16,
+        "Batches whose gate gradients give the starting logits; 0: start from nothing, as in the paper.",
+        ge=0,
+        formerly="evidence",
     )
-    hard: bool = option(True, "Gates are rounded where the generator learns (straight-through), or soft values.")
+    straight_through: bool = option(
+        True, "Gates are rounded where the generator learns (straight-through), or soft values.", formerly="hard"
+    )
     lora_aware: bool = option(
         True, "Adapters learn with y = gate * (W x) + B A x; false: under gates on both branches, as after the cut."
     )

@@ -108,7 +108,7 @@ def unlabelled_examples(texts: Sequence[Example], labelled: Sequence[Example], s
     Raises `DataError` where there is no text; where nothing stands beside them, texts alone are no stream: none.
     """
     if not texts:
-        raise DataError("no text of data.texts fits data.max_length; raise it or set data.too_long=truncate")
+        raise DataError("no text of data.distill_texts fits data.max_length; raise it or set data.too_long=truncate")
     if not labelled:
         return ()
     total = sum(example.weight for example in texts)

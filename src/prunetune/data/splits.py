@@ -85,7 +85,7 @@ def _drop_carved_overlap(texts: Sequence[Record], carved: Iterable[Sequence[Reco
     clear = tuple(record for record in texts if held.isdisjoint(_conflict_keys(record)))
     if not clear:
         raise DataError(
-            f"data.texts keeps no row: all {len(texts)} share a question or group with what is carved off data.train; "
+            f"data.distill_texts keeps no row: all {len(texts)} share a question or group with what is carved off data.train; "
             "name more texts, or sources for data.test, data.valid and data.search"
         )
     return clear
@@ -102,7 +102,9 @@ def _configured_sources(config: DataConfig) -> dict[SplitName, Sequence[str]]:
     if all(Source.parse(source).path == "demo" for source in config.train):
         given = {name: sources or ("demo",) for name, sources in given.items()}
     return {
-        name: sources for name, sources in {**given, "texts": config.texts, "guard": config.guard}.items() if sources
+        name: sources
+        for name, sources in {**given, "texts": config.distill_texts, "guard": config.guard}.items()
+        if sources
     }
 
 

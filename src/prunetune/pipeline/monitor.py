@@ -99,7 +99,7 @@ def _split_by_choices(items: Iterable[Item]) -> tuple[list[Item], list[Item]]:
 
 def make_monitor(context: RunContext) -> ValidationMonitor:
     """The watcher of a run; raises `ConfigError` or `DataError` where a gate could never act."""
-    gates = tuple(ScoreLimit.parse(text) for text in context.config.gates)
+    gates = tuple(ScoreLimit.parse(text) for text in context.config.limits)
     rows = tuple(row for row in context.splits.valid if row.choices)
     if gates and not context.encoded["valid"].examples:
         raise DataError(
@@ -125,14 +125,14 @@ def _raise_if_limit_never_acts(context: RunContext, limits: Sequence[ScoreLimit]
     every, search = context.config.train.validate_every, build_schedule(context.config).search
     if every > search and any(gate.action != "stop" for gate in limits):
         raise ConfigError(
-            f"gates: no validation comes before the search ends at step {search}, so there is nothing to go back to; "
+            f"limits: no validation comes before the search ends at step {search}, so there is nothing to go back to; "
             f"lower train.validate_every ({every}) below it"
         )
 
 
 def _raise_if_gain_unreachable(context: RunContext) -> None:
-    """Raises `ConfigError` where no plan of this budget is as much smaller as `gain.smaller` asks."""
-    asked, keep, shape = context.config.gain.smaller, context.config.budget.keep, context.constraints
+    """Raises `ConfigError` where no plan of this budget is as much smaller as `require.smaller` asks."""
+    asked, keep, shape = context.config.require.smaller, context.config.budget.keep, context.constraints
     if not asked or shape.limits:  # other budgets say nothing of the share that stays
         return
     prunable, nest = prunable_params(context.sites), NestedSites(context.sites)
@@ -143,7 +143,7 @@ def _raise_if_gain_unreachable(context: RunContext) -> None:
     most = (prunable - max(min_params(context.sites, shape), keep * prunable - block)) / context.dense_params
     if most < asked:
         raise ConfigError(
-            f"gain.smaller {asked:g}: under budget.keep {keep:g} at most {most:.1%} of all parameters can go "
+            f"require.smaller {asked:g}: under budget.keep {keep:g} at most {most:.1%} of all parameters can go "
             f"({1 - prunable / context.dense_params:.0%} are embeddings, head and norms, which stay): lower one of the two"
         )
 
@@ -179,7 +179,7 @@ def tuning_facts(context: RunContext) -> dict[str, Any]:
     if not state.validation_history:
         return timed
     seen, config = state.validation_history, context.config
-    gates = [ScoreLimit.parse(text) for text in config.gates]
+    gates = [ScoreLimit.parse(text) for text in config.limits]
     limits = [
         {
             "gate": str(gate), "limit": gate.threshold(seen["dense"]), "found": seen["last"].get(gate.metric),

@@ -50,7 +50,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
         raise ConfigError(
             "budget.keep names several sizes, which one process makes: start it without accelerate launch"
         )
-    require_trackers(config.track)
+    require_trackers(config.report_to)
     console = console or make_console(config.train.log_every)
     with closing(console), deterministic(config.deterministic, pick_device(config.device)):
         setting = prepare(config, resume=resume, console=console)

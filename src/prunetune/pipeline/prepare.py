@@ -305,7 +305,7 @@ def _disk_bytes_needed(meta_model: Any, sites: tuple[Site, ...], config: RunConf
     weights: int = sum(parameter.numel() for parameter in meta_model.parameters())
     if trains_all_weights(config.train, sites):
         adapter = max(adapter, prunable_params(sites))  # weights and momentum, 8 bytes each
-    states = 8 if config.gates else 5  # gates may go back to two more
+    states = 8 if config.limits else 5  # gates may go back to two more
     return len(config.budget.keeps) * (states * 12 * adapter + 4 * weights) + 64 * 2**20
 
 

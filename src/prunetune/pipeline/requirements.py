@@ -19,7 +19,7 @@ from prunetune.bench.models import context_length
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.result import BenchedModel
 from prunetune.bench.tile_alignment import SHOWN, TILE, misaligned_widths
-from prunetune.config.recipe import GainConfig, RunConfig
+from prunetune.config.recipe import RequireConfig, RunConfig
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
 from prunetune.pruning.sites import Site
@@ -42,14 +42,14 @@ def measure_gain(run_folder: RunFolder, folders: Sequence[RunFolder], context: R
         benches.append(found.to_dict())
         plan = Plan.load(folder.plan_file)
         folder.update_manifest(
-            gain=judge_gain(found.models[0], found.models[-1], context.config.gain, plan, context.sites)
+            gain=judge_gain(found.models[0], found.models[-1], context.config.require, plan, context.sites)
         )
     write_text(run_folder.bench_file, json.dumps(benches, indent=2) + "\n")
 
 
 def gain_bench_options(config: RunConfig) -> BenchOptions:
     """As `gain` says; a model of few positions gets a shorter prompt, then a shorter answer."""
-    gain, context = config.gain, context_length(config.model, trust_remote_code=config.trust_remote_code)
+    gain, context = config.require, context_length(config.model, trust_remote_code=config.trust_remote_code)
     generate = min(gain.generate, max(2, context // 2)) if context else gain.generate
     prompt = max(1, min(gain.prompt, context - generate)) if context else gain.prompt
     return BenchOptions(
@@ -64,7 +64,7 @@ def gain_bench_options(config: RunConfig) -> BenchOptions:
 
 
 def judge_gain(
-    dense: BenchedModel, model: BenchedModel, requirements: GainConfig, plan: Plan, sites: Sequence[Site]
+    dense: BenchedModel, model: BenchedModel, requirements: RequireConfig, plan: Plan, sites: Sequence[Site]
 ) -> GainRecord:
     """The gain of one model, the margins that were asked, and what is to blame where one is missed; JSON-ready."""
     cell = model.cells[0]

@@ -63,7 +63,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     """
     if config.budget.sizes:
         raise ConfigError("budget.keep names several sizes: call prunetune.run, which makes each of them")
-    require_trackers(config.track)
+    require_trackers(config.report_to)
     ranks = init_distributed(pick_device(config.device))
     device = pick_device(config.device) if ranks.world_size == 1 else ranks.device
     console = console or (make_console(config.train.log_every) if ranks.is_main else SilentConsole())
@@ -99,7 +99,7 @@ def _run_stages(context: RunContext, monitor: ValidationMonitor, command: str) -
             train(context, monitor, trackers)
     sharded = context.ranks.uses_fsdp
     finish_and_evaluate(_release_other_ranks(context), streamed=sharded)
-    if config.gain.has_requirements and "gain" not in folder.read_manifest():
+    if config.require.has_requirements and "gain" not in folder.read_manifest():
         with record_timing(folder, "bench"):
             measure_gain(folder, [folder], context)
 
@@ -247,7 +247,9 @@ def _with_distill_texts(context: RunContext, split: SplitName, teacher: Teacher 
     examples = context.encoded[split].examples
     if teacher is None or "texts" not in context.encoded:
         return examples
-    return examples + unlabelled_examples(context.encoded["texts"].examples, examples, context.config.data.texts_share)
+    return examples + unlabelled_examples(
+        context.encoded["texts"].examples, examples, context.config.data.distill_texts_share
+    )
 
 
 def make_teacher_factory(context: RunContext, load_dense_tuned: Callable[[], Any]) -> TeacherFactory:

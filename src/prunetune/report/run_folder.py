@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import yaml
 
+from prunetune.config.fields import with_current_names
+from prunetune.config.recipe import RunConfig
 from prunetune.errors import PrunetuneError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.plan import Plan
@@ -87,7 +89,7 @@ def get_mapping(values: Any, *path: str) -> Mapping[str, Any]:
 
 def _config(text: str, missing: list[str]) -> Mapping[str, Any]:
     try:
-        return get_mapping(yaml.safe_load(text))
+        return get_mapping(with_current_names(RunConfig, yaml.safe_load(text), quiet=True))
     except yaml.YAMLError:
         missing.append("config.yaml is not valid YAML: it is shown as it stands")
         return {}

@@ -218,8 +218,8 @@ def _costs(run: RunFiles, rows: Sequence[SizeRow]) -> list[tuple[str, str, str]]
 
 def _settings(run: RunFiles) -> str:
     """How speed was measured."""
-    gain = get_mapping(run.config, "gain")
-    prompt, generate, batch = (formatting.count(get_number(gain, key)) for key in ("prompt", "generate", "batch"))
+    workload = get_mapping(run.config, "require")
+    prompt, generate, batch = (formatting.count(get_number(workload, key)) for key in ("prompt", "generate", "batch"))
     return (
         f"prompts of up to {prompt} tokens, {generate} written, batch {batch}, the dense model and each size in turns"
     )

@@ -23,7 +23,7 @@ from prunetune.utils.files import PARTIAL, write_text
 log = logging.getLogger(__name__)
 JsonObject = dict[str, Any]
 TUNING_STAGE = "tune and prune"  # a stage, in the manifest's timings
-CHANGEABLE_ON_RESUME = frozenset({"out", "track"})  # what a resumed run may say otherwise
+CHANGEABLE_ON_RESUME = frozenset({"out", "report_to"})  # what a resumed run may say otherwise
 
 
 @dataclass(frozen=True)

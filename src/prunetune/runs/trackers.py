@@ -73,14 +73,14 @@ class Trackers:
 @contextmanager
 def start_trackers(config: RunConfig, folder: RunFolder, *, cpu: bool) -> Iterator[Trackers]:
     """The trackers that `track` names, for the length of the block; `cpu`: whether the run keeps off the GPU."""
-    if config.track:
+    if config.report_to:
         from accelerate import PartialState
 
         PartialState(cpu=cpu)  # its trackers ask it which process they are in
         for name, value in TIMEOUT_VARIABLES.items():
             os.environ.setdefault(name, value)
     trackers = Trackers(
-        [tracker for name in config.track if (tracker := _start_or_warn(name, config, folder)) is not None]
+        [tracker for name in config.report_to if (tracker := _start_or_warn(name, config, folder)) is not None]
     )
     try:
         yield trackers

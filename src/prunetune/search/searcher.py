@@ -75,14 +75,18 @@ class Searcher:
         if self.is_sampled:
             drawn = self._draw(logits, "search", step)
             self.last_gates = {name: (soft.detach() > 0.5).float() for name, soft in drawn.items()}
-            return {name: round_straight_through(soft) for name, soft in drawn.items()} if self.config.hard else drawn
+            return (
+                {name: round_straight_through(soft) for name, soft in drawn.items()}
+                if self.config.straight_through
+                else drawn
+            )
         keep, nest = self.keep_at(step), NestedSites(self.sites, detach_to(logits, "cpu"))
         best = best_units(nest, keep, self.constraints)
         legal = torch.cat(list(best.values())).to(self.device).float()
         self.last_gates = split_like(best, legal)
         middle = score_threshold(nest, keep, self.constraints.limits)
         soft = torch.sigmoid((torch.cat(list(logits.values())) - middle) / self.config.temperature)
-        return split_like(logits, straight_through(soft, legal) if self.config.hard else soft)
+        return split_like(logits, straight_through(soft, legal) if self.config.straight_through else soft)
 
     def budget_loss(self, gates: Mapping[str, Tensor]) -> Tensor:
         """How far sampled gates are from the budget: of parameters, or of what limits price."""

@@ -43,7 +43,7 @@ class GeneratorTrainer:
 
     def sample_gates(self, step: int) -> dict[str, Tensor]:
         """Gates of a step, with a gradient in the generator."""
-        if step == 0 and self.job.config.search.evidence:
+        if step == 0 and self.job.config.search.init_batches:
             self.searcher.init_from_importance(self._importance())
         return self.searcher.sample(step)
 
@@ -91,7 +91,7 @@ class GeneratorTrainer:
         """Mean squared gradient at each gate of the dense model: first-order, over batches (Molchanov et al. 2019)."""
         dense = {site.name: torch.ones(site.units, device=self.device) for site in self.job.sites}
         importance = {name: torch.zeros_like(gate) for name, gate in dense.items()}
-        for index in range(self.job.config.search.evidence):
+        for index in range(self.job.config.search.init_batches):
             batch = self.job.search_stream.batch_at(index)
             _, slopes = self._gate_gradients(batch, dense)
             largest = torch.cat(list(slopes.values())).abs().amax()
