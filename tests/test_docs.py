@@ -135,6 +135,8 @@ def test_constraints_pin_what_the_package_asks_for() -> None:
         assert wanted.specifier.contains(pins[canonicalize_name(wanted.name)]), wanted.name
 
 
-def test_the_version_has_its_changes() -> None:
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    assert f"## [{version}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+def test_without_a_tag_the_version_is_before_the_newest_of_the_changes() -> None:
+    hatch = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]
+    newest = re.search(r"^## \[(.+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest
+    assert hatch["version"]["fallback-version"] == f"{newest[1]}.dev0"
