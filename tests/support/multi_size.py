@@ -43,4 +43,4 @@ def smaller(state: TrainingState, weights: str, family: str, **train: Any) -> tu
     rng = torch.Generator().manual_seed(5)
     scores = {site.name: torch.randn(site.units, generator=rng) for site in job.sites}
     plan = select(scores, job.sites, 0.4, job.constraints, larger_plan=state.plan)
-    return replace(job_of(config, family=family, plan=plan), start=state), plan
+    return replace(job_of(config, family=family, plan=plan), start_state=state), plan

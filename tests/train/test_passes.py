@@ -118,7 +118,7 @@ def test_packed_equals_padded(setting: Setting, micro_tokens: int, weights: tupl
     teacher = Teacher(tiny(model.config.model_type, seed=5), *weights) if weights else None
     padded, packed = (kind(model, sites, 0, config_of(micro_tokens), teacher) for kind in (PaddedPasses, PackedPasses))
     for given in (None, gates):
-        assert sequence_packing.score(batch, given) == pytest.approx(padded.score(batch, given), rel=1e-5)
+        assert packed.score(batch, given) == pytest.approx(padded.score(batch, given), rel=1e-5)
         losses, grads = [], []
         for passes in (padded, packed):
             losses.append(passes.tune(batch, given))
