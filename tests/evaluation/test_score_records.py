@@ -15,9 +15,10 @@ from prunetune.data.records import Record
 from prunetune.errors import DataError
 from prunetune.evaluation import Evaluation, evaluate
 from prunetune.evaluation.generation import generate
-from prunetune.evaluation.score_records import argmax_unless_nan, make_ids_unique, stable_sample
+from prunetune.evaluation.sampling import make_ids_unique, stable_sample
 from prunetune.evaluation.suites.local import LocalModel
 from prunetune.evaluation.suites.protocol import GenerationSettings
+from prunetune.evaluation.suites.run import argmax_unless_nan
 from support.evaluation import characters, choice, question, speaker, text
 
 CONFIG = EvaluateConfig(max_new_tokens=6)
@@ -202,7 +203,7 @@ def test_a_long_prompt_keeps_its_start_token_and_is_cut_as_in_a_suite(
     asked = asked_of(monkeypatch)
     scored([record], model, EvaluateConfig(max_new_tokens=33), too_long="truncate")
     LocalModel(model, characters()).run_requests(
-        "write", [record], GenerationSettings(max_new_tokens=33), lambda _: None
+        "generate", [record], GenerationSettings(max_new_tokens=33), lambda _: None
     )
     of_run, of_suite = asked
     assert of_run == of_suite
@@ -219,8 +220,7 @@ def asked_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         asked.extend(map(tuple, prompts))
         return generate(model, tokenizer, prompts, **how)
 
-    for module in ("evaluation.suite", "suites.local"):
-        monkeypatch.setattr(f"prunetune.{module}.generate", spied)
+    monkeypatch.setattr("prunetune.evaluation.suites.local.generate", spied)
     return asked
 
 

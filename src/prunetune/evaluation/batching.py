@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -62,8 +62,3 @@ def left_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.devi
 def position_ids_from_mask(mask: Tensor) -> Tensor:
     """[rows, length] of 0 and 1 -> the place of each token among its row's tokens."""
     return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def vocab_size(model: Any) -> int:
-    """Logits per position."""
-    return int(model.config.get_text_config().vocab_size)

@@ -9,7 +9,8 @@ from typing import Any
 from transformers import GenerationConfig
 
 from prunetune.data.encoding import chat_stop_id
-from prunetune.evaluation.batching import MAX_LOGITS_PER_PASS, OnItemsDone, batch_by_length, left_pad, vocab_size
+from prunetune.evaluation.batching import MAX_LOGITS_PER_PASS, OnItemsDone, batch_by_length, left_pad
+from prunetune.evaluation.inference import vocab_size
 
 
 def generate(

@@ -20,8 +20,8 @@ from prunetune.evaluation.batching import (
     batch_by_length,
     left_pad,
     position_ids_from_mask,
-    vocab_size,
 )
+from prunetune.evaluation.inference import vocab_size
 from prunetune.model.lm_head import select_head_inputs
 
 Tokens = tuple[int, ...]

@@ -16,7 +16,8 @@ from prunetune.cost.parameters import prunable_params
 from prunetune.data.records import Record as Row
 from prunetune.errors import ConfigError, DataError
 from prunetune.evaluation.results import Evaluation, Item
-from prunetune.evaluation.score_records import evaluate, stable_sample
+from prunetune.evaluation.sampling import stable_sample
+from prunetune.evaluation.score_records import evaluate
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
 from prunetune.pruning.sites import kept_params

@@ -74,23 +74,23 @@ def test_only_what_is_new_is_asked(tmp_path: Path) -> None:
     store, told = AnswerStore(tmp_path / "a.sqlite"), Told()
     records = [Record(kind="completion", prompt=f"p{n}", completion="c") for n in range(4)]
     remembered = CachedBackend(told, store)
-    remembered.run_requests("write", records[:2], GenerationSettings(), lambda _: None)
-    assert remembered.run_requests("write", records, GenerationSettings(), lambda _: None) == ["c"] * 4
+    remembered.run_requests("generate", records[:2], GenerationSettings(), lambda _: None)
+    assert remembered.run_requests("generate", records, GenerationSettings(), lambda _: None) == ["c"] * 4
     assert told.calls == 4
     for manner in (
         GenerationSettings(max_new_tokens=3),
         GenerationSettings(stop=("x",)),
         GenerationSettings(template="chat"),
     ):
-        remembered.run_requests("write", records[:1], manner, lambda _: None)
+        remembered.run_requests("generate", records[:1], manner, lambda _: None)
     assert told.calls == 7
-    remembered.run_requests("weigh", records[:1], GenerationSettings(max_new_tokens=3), lambda _: None)
-    remembered.run_requests("weigh", records[:1], GenerationSettings(max_new_tokens=4), lambda _: None)
+    remembered.run_requests("nll", records[:1], GenerationSettings(max_new_tokens=3), lambda _: None)
+    remembered.run_requests("nll", records[:1], GenerationSettings(max_new_tokens=4), lambda _: None)
     assert told.calls == 8
     told.fingerprint = "another"
-    remembered.run_requests("write", records[:1], GenerationSettings(), lambda _: None)
+    remembered.run_requests("generate", records[:1], GenerationSettings(), lambda _: None)
     told.fingerprint = ""
-    remembered.run_requests("write", records[:1], GenerationSettings(), lambda _: None)
+    remembered.run_requests("generate", records[:1], GenerationSettings(), lambda _: None)
     assert told.calls == 10
 
 
@@ -106,9 +106,11 @@ def test_what_was_answered_before_a_stop_is_kept(tmp_path: Path, monkeypatch: py
 
     told.write = stop
     with pytest.raises(KeyboardInterrupt):
-        CachedBackend(told, store).run_requests("write", records, GenerationSettings(), lambda _: None)
+        CachedBackend(told, store).run_requests("generate", records, GenerationSettings(), lambda _: None)
     told.write, told.calls = (lambda record: record.completion), 0
-    assert CachedBackend(told, store).run_requests("write", records, GenerationSettings(), lambda _: None) == ["c"] * 5
+    assert (
+        CachedBackend(told, store).run_requests("generate", records, GenerationSettings(), lambda _: None) == ["c"] * 5
+    )
     assert told.calls == 3
 
 
@@ -139,7 +141,7 @@ def test_a_broken_cache_costs_its_answers_and_nothing_else(tmp_path: Path, caplo
     (tmp_path / "a.sqlite").write_bytes(b"no database at all, but long enough to be taken for one" * 40)
     remembered = CachedBackend(Told(), AnswerStore(tmp_path / "a.sqlite"))
     record = Record(kind="completion", prompt="p", completion="c")
-    assert remembered.run_requests("write", [record], GenerationSettings(), lambda _: None) == ["c"]
+    assert remembered.run_requests("generate", [record], GenerationSettings(), lambda _: None) == ["c"]
     assert "cannot be read" in caplog.text
 
 
@@ -151,7 +153,7 @@ def test_a_store_keeps_many_and_nan(tmp_path: Path) -> None:
     told._weigh = lambda record: [math.nan, 1, 1]  # type: ignore[method-assign]
     for _ in range(2):
         (answer,) = CachedBackend(told, store).run_requests(
-            "weigh", [Record(kind="text", completion="c")], GenerationSettings(), print
+            "nll", [Record(kind="text", completion="c")], GenerationSettings(), print
         )
         assert math.isnan(answer[0])
     assert told.calls == 1
@@ -228,7 +230,7 @@ def test_a_long_prompt_keeps_its_end_and_its_start_token(caplog: pytest.LogCaptu
     ((first, *_, last),) = local._prompts([record], [3], GenerationSettings())
     assert first == 1
     assert characters().decode([last]) == "z"
-    answers = local.run_requests("choose", [record], GenerationSettings(), lambda _: None)
+    answers = local.run_requests("loglikelihood", [record], GenerationSettings(), lambda _: None)
     assert [tokens for _, tokens in answers[0]] == [1, 3]
     assert "1 prompts lost their beginning: the model's context is 32" in caplog.text
 
@@ -248,7 +250,7 @@ def test_a_model_here_ends_its_answer_as_a_server_does(text: str, stop: tuple[st
     said = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
     model.generate = lambda ids, **_: torch.cat([ids, said], dim=1)
     record, manner = Record(kind="completion", prompt="Capital?", completion="Paris"), GenerationSettings(stop=stop)
-    (here,) = LocalModel(model, tokenizer).run_requests("write", [record], manner, lambda _: None)
+    (here,) = LocalModel(model, tokenizer).run_requests("generate", [record], manner, lambda _: None)
 
     def served(path: str, body: dict[str, Any]) -> Reply:
         cut = min([text.find(each) for each in body.get("stop", []) if each in text], default=len(text))
@@ -256,7 +258,7 @@ def test_a_model_here_ends_its_answer_as_a_server_does(text: str, stop: tuple[st
 
     with serving(served) as heard:
         endpoint = Endpoint(EndpointClient(heard.url), "m")
-        assert endpoint.run_requests("write", [record], manner, lambda _: None) == [here]
+        assert endpoint.run_requests("generate", [record], manner, lambda _: None) == [here]
 
 
 def test_chats_are_asked_as_chats(tmp_path: Path) -> None:

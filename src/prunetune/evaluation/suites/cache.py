@@ -17,11 +17,10 @@ from prunetune.evaluation.suites.protocol import Backend, GenerationSettings, On
 from prunetune.model.gguf_import import cache_folder
 
 log = logging.getLogger(__name__)
-REQUEST_VERSIONS: Mapping[RequestKind, int] = {
-    "choose": 1,
-    "write": 2,
-    "weigh": 2,
-}  # rise when answers are made otherwise
+# What a key calls each kind (the words of 0.1.0, so that its caches stay valid), and a version that rises whenever
+# answers of the kind are computed differently.
+KEY_WORDS: Mapping[RequestKind, str] = {"loglikelihood": "choose", "generate": "write", "nll": "weigh"}
+REQUEST_VERSIONS: Mapping[RequestKind, int] = {"loglikelihood": 1, "generate": 2, "nll": 2}
 TABLES = (
     "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS files (stamp TEXT PRIMARY KEY, digest TEXT NOT NULL) WITHOUT ROWID",
@@ -114,16 +113,14 @@ class CachedBackend:
 
 
 def cache_key(fingerprint: str, kind: RequestKind, record: Record, settings: GenerationSettings) -> str:
-    """All that an answer depends on, as SHA-256."""
-    asked: list[Any] = [
-        record.kind,
-        record.prompt,
-        record.messages,
-        record.choices if kind == "choose" else record.completion,
-    ]
-    if kind == "write":
-        asked = [*asked[:3], settings.max_new_tokens, settings.stop]
-    return _digest([REQUEST_VERSIONS[kind], fingerprint, kind, settings.template, asked])
+    """SHA-256 of everything that an answer depends on."""
+    asked_for: dict[RequestKind, list[Any]] = {
+        "loglikelihood": [record.choices],
+        "generate": [settings.max_new_tokens, settings.stop],
+        "nll": [record.completion],
+    }
+    request = [record.kind, record.prompt, record.messages, *asked_for[kind]]
+    return _digest([REQUEST_VERSIONS[kind], fingerprint, KEY_WORDS[kind], settings.template, request])
 
 
 def folder_hash(folder: Path, store: AnswerStore) -> str:

@@ -36,9 +36,9 @@ class Endpoint:
     ) -> list[Any]:
         """See `Respondent`; the first request that fails for good ends the task."""
         one: Callable[[Record, GenerationSettings], Any] = {
-            "choose": self._loglikelihood,
-            "write": self._generate,
-            "weigh": self._nll,
+            "loglikelihood": self._loglikelihood,
+            "generate": self._generate,
+            "nll": self._nll,
         }[kind]
 
         def answered(record: Record) -> Any:

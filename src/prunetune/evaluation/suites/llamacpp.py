@@ -62,7 +62,7 @@ class LlamaCpp:
         self, kind: RequestKind, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone
     ) -> list[Any]:
         """See `Respondent`."""
-        if kind == "write":
+        if kind == "generate":
             return Endpoint(self._openai_client, "").run_requests(kind, records, settings, tick)
         found = []
         for record in records:
@@ -71,7 +71,7 @@ class LlamaCpp:
                     f"{self.name}: llama.cpp's server gives no likelihood of texts and chats; "
                     "test the folder that the file was made of, or use scorers of written answers"
                 )
-            found.append(self._loglikelihood(record) if kind == "choose" else self._nll(record))
+            found.append(self._loglikelihood(record) if kind == "loglikelihood" else self._nll(record))
             tick(1)
         return found
 

@@ -11,7 +11,7 @@ from prunetune.config.recipe import DataConfig
 from prunetune.data.records import Record
 from prunetune.data.sources import SourceRow, read_rows
 from prunetune.errors import DataError
-from prunetune.evaluation.score_records import stable_sample
+from prunetune.evaluation.sampling import stable_sample
 from prunetune.evaluation.suites.protocol import Prompt
 from prunetune.evaluation.suites.suite import Task
 from prunetune.evaluation.suites.templates import RowRenderer, compile_expression, compile_template
@@ -78,9 +78,9 @@ def _drop_overridden_fields(fields: Mapping[str, Any], rendered: Mapping[str, An
 
 def _check_record(record: Record, task: Task) -> None:
     asks = {use.scorer.request_kind for use in task.scorers}
-    if "choose" in asks and record.answer is None:
+    if "loglikelihood" in asks and record.answer is None:
         raise DataError(f"{record.source}: task {task.name} chooses, and the row has no choices; name another scorer")
-    if "write" in asks and record.kind == "text":
+    if "generate" in asks and record.kind == "text":
         raise DataError(f"{record.source}: task {task.name} writes answers, and the row is a text; name another scorer")
 
 

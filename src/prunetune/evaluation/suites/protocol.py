@@ -9,9 +9,9 @@ from typing import Any, Literal, Protocol
 from prunetune.data.records import Record
 from prunetune.errors import PrunetuneError
 
-# choose: the log-likelihood of every choice; write: an answer; weigh: the likelihood of a text, or of an answer.
-RequestKind = Literal["choose", "write", "weigh"]
-OnRequestsDone = Callable[[int], None]  # told how many items more are done
+# loglikelihood: of every choice; generate: an answer; nll: of a text, or of the right answer.
+RequestKind = Literal["loglikelihood", "generate", "nll"]
+OnRequestsDone = Callable[[int], None]  # called with how many more requests are done
 
 
 class BackendError(PrunetuneError):
@@ -43,8 +43,8 @@ class Backend(Protocol):
     ) -> list[Any]:
         """One plain value a record, in order.
 
-        choose: [[log-likelihood in nats, tokens] of each choice]; write: the text; weigh: [negative log-likelihood in
-        nats, tokens, UTF-8 bytes] of the answer or text. Raises `CannotAnswer`.
+        loglikelihood: [[log-likelihood in nats, tokens] of each choice]; generate: the text; nll: [negative
+        log-likelihood in nats, tokens, UTF-8 bytes] of the answer or text. Raises `BackendError`.
         """
 
     def model_and_tokenizer(self) -> tuple[Any, Any]:

@@ -37,12 +37,18 @@ class TaskScorer:
     options: ScorerOptions
     metrics: tuple[str, ...]
 
+    @property
+    def is_binary_of_text(self) -> bool:
+        """Whether a generated answer is right or wrong by it."""
+        return self.scorer.is_binary and self.scorer.request_kind == "generate"
+
     def score(self, answers: Sequence[Response]) -> MetricValues:
-        """The items' values, under the names that the task gave them."""
-        found = self.scorer.score(answers, self.options)
-        if self.metrics == self.scorer.metrics:
-            return found
-        return {self.metrics[0]: found[self.scorer.metrics[0]]}
+        """The items' values of the task's metrics, and what else those of a whole task are made of (tokens, bytes)."""
+        values = self.scorer.score(answers, self.options)
+        if self.options.get("name"):
+            return {self.metrics[0]: values[self.scorer.metrics[0]]}
+        unwanted = {*self.scorer.metrics} - {*self.metrics}
+        return {metric: items for metric, items in values.items() if metric not in unwanted}
 
 
 def accuracy(answers: Sequence[Response], options: ScorerOptions) -> MetricValues:
@@ -61,32 +67,32 @@ def nll_scores(answers: Sequence[Response], options: ScorerOptions) -> MetricVal
 
 NAME_OPTION: ScorerOptions = {"name": ""}  # a metric of one's own name, so that a scorer can be used twice
 SCORERS: dict[str, Scorer] = {
-    "accuracy": Scorer("choose", ("accuracy",), accuracy, is_binary=True),
-    "macro_f1": Scorer("choose", ("macro_f1",), accuracy, is_binary=True),
-    "nll": Scorer("weigh", ("nll",), nll_scores),
-    "perplexity": Scorer("weigh", ("perplexity", "bits_per_byte"), nll_scores),
-    "bits_per_byte": Scorer("weigh", ("bits_per_byte", "perplexity"), nll_scores),
-    "exact_match": Scorer("write", ("exact_match",), text_scorers.exact_match, {"strict": False}, is_binary=True),
-    "label_f1": Scorer("write", ("label_f1",), text_scorers.label_match, is_binary=True),
+    "accuracy": Scorer("loglikelihood", ("accuracy",), accuracy, is_binary=True),
+    "macro_f1": Scorer("loglikelihood", ("macro_f1",), accuracy, is_binary=True),
+    "nll": Scorer("nll", ("nll",), nll_scores),
+    "perplexity": Scorer("nll", ("perplexity", "bits_per_byte"), nll_scores),
+    "bits_per_byte": Scorer("nll", ("bits_per_byte", "perplexity"), nll_scores),
+    "exact_match": Scorer("generate", ("exact_match",), text_scorers.exact_match, {"strict": False}, is_binary=True),
+    "label_f1": Scorer("generate", ("label_f1",), text_scorers.label_match, is_binary=True),
     "contains": Scorer(
-        "write", ("contains",), text_scorers.contains, {"any": [], "all": [], **NAME_OPTION}, needs_reference=False, is_binary=True
+        "generate", ("contains",), text_scorers.contains, {"any": [], "all": [], **NAME_OPTION}, needs_reference=False, is_binary=True
     ),
     "regex": Scorer(
-        "write", ("regex",), text_scorers.regex, {"pattern": "", "ignore_case": False, **NAME_OPTION},
+        "generate", ("regex",), text_scorers.regex, {"pattern": "", "ignore_case": False, **NAME_OPTION},
         needs_reference=False, is_binary=True,
     ),
     "json_schema": Scorer(
-        "write", ("json_schema",), text_scorers.json_schema, {"schema": {}, **NAME_OPTION}, needs_reference=False, is_binary=True
+        "generate", ("json_schema",), text_scorers.json_schema, {"schema": {}, **NAME_OPTION}, needs_reference=False, is_binary=True
     ),
-    "token_f1": Scorer("write", ("token_f1",), text_scorers.token_f1),
-    "rouge": Scorer("write", ("rouge_l", "rouge_1", "rouge_2"), text_scorers.rouge, {"stemmer": False}),
-    "bleu": Scorer("write", ("bleu",), text_scorers.bleu),
-    "chrf": Scorer("write", ("chrf",), text_scorers.chrf),
+    "token_f1": Scorer("generate", ("token_f1",), text_scorers.token_f1),
+    "rouge": Scorer("generate", ("rouge_l", "rouge_1", "rouge_2"), text_scorers.rouge, {"stemmer": False}),
+    "bleu": Scorer("generate", ("bleu",), text_scorers.bleu),
+    "chrf": Scorer("generate", ("chrf",), text_scorers.chrf),
     "python": Scorer(
-        "write", ("python",), python_scorer.python_function_scores, {"function": "", **NAME_OPTION}, needs_reference=False, permission="code"
+        "generate", ("python",), python_scorer.python_function_scores, {"function": "", **NAME_OPTION}, needs_reference=False, permission="code"
     ),
     "judge": Scorer(
-        "write", ("judge",), judge_scorer.judge_scores, {**judge_scorer.OPTIONS, **NAME_OPTION}, needs_reference=False, permission="judge"
+        "generate", ("judge",), judge_scorer.judge_scores, {**judge_scorer.OPTIONS, **NAME_OPTION}, needs_reference=False, permission="judge"
     ),
 }  # fmt: skip
 
