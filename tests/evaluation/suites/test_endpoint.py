@@ -23,7 +23,7 @@ RECORD = Record(kind="completion", prompt="Where? ", completion="heart", choices
 
 
 def endpoint(url: str, **options: Any) -> Endpoint:
-    return Endpoint(EndpointClient(url, **({"pause": 0.0, "timeout": 5.0} | options)), "m")
+    return Endpoint(EndpointClient(url, **({"retry_delay": 0.0, "timeout": 5.0} | options)), "m")
 
 
 PLAIN = GenerationSettings()
@@ -127,7 +127,7 @@ def test_a_busy_server_gets_a_second_chance() -> None:
 def test_time_is_bounded(slow: dict[str, float]) -> None:
     started = now()
     with serving(characters_model, **slow) as heard, pytest.raises(BackendError, match=r"no whole reply within 0.3 s"):
-        asked(endpoint(heard.url, timeout=0.3, tries=2), "generate")
+        asked(endpoint(heard.url, timeout=0.3, max_attempts=2), "generate")
     assert now() - started < 20  # not a measure: it ends at all
     assert len(heard.requests) == 2
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sqlite3
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,12 +13,12 @@ import torch
 from prunetune.data.records import Record
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suites import LocalModel, evaluate_suite, load_prompts, parse_suite
-from prunetune.evaluation.suites.cache import AnswerStore, CachedBackend, folder_hash
+from prunetune.evaluation.suites.cache import AnswerStore, CachedBackend, cache_key, folder_hash
 from prunetune.evaluation.suites.endpoint import Endpoint
 from prunetune.evaluation.suites.http_client import EndpointClient
 from prunetune.evaluation.suites.local import truncate_at_stop
 from prunetune.evaluation.suites.open_model import BackendOptions, CheckpointBackend
-from prunetune.evaluation.suites.protocol import GenerationSettings
+from prunetune.evaluation.suites.protocol import GenerationSettings, RequestKind
 from support.data import write_lines
 from support.endpoint import Reply, serving
 from support.evaluation import characters, speaker
@@ -63,7 +63,8 @@ def test_the_second_time_nothing_is_computed(tmp_path: Path, monkeypatch: pytest
     found = evaluate_suite(first, suite)
     assert (first.cache_hits, first.cache_misses > 20) == (0, True)
     monkeypatch.setattr(
-        "prunetune.evaluation.suites.open_model.load", lambda *_, **__: pytest.fail("weights were read")
+        "prunetune.evaluation.suites.open_model.load_model_and_tokenizer",
+        lambda *_, **__: pytest.fail("weights were read"),
     )
     second = on_cpu(folder, store)
     assert evaluate_suite(second, suite).to_json() == found.to_json()
@@ -92,6 +93,28 @@ def test_only_what_is_new_is_asked(tmp_path: Path) -> None:
     told.fingerprint = ""
     remembered.run_requests("generate", records[:1], GenerationSettings(), lambda _: None)
     assert told.calls == 10
+
+
+KEYS_OF_0_1_0 = {
+    "loglikelihood": "fa6cde625a0e3864e2fb35b0b82d6f8649b0efd495cd8e491b0ada96031d1e5d",
+    "generate": "d756e97025aca4dbbd07897d1ef5c1b37462fd4608cf4e9c79c52d2cbcf8dd31",
+    "nll": "16d37757a59034b5996f1c472b2f765fc82bc89b2a95cc4611d0d6f12a621e98",
+}
+CHAT_KEYS_OF_0_1_0 = {
+    "loglikelihood": "a9a64e2783a5cada28bfe296e249c611f70a2179dfde725b5bf6d23a1a8c1c21",
+    "generate": "f20fda438de0e1ff8d2991410d6ac973edbcce919a6b35d2ac903034a6dbe375",
+    "nll": "32c7165afe6e0f33025cc712242115f62fd5bc3218f47303c5313f64490d2218",
+}
+
+
+@pytest.mark.parametrize("kind", get_args(RequestKind))
+def test_cache_keys_are_those_of_0_1_0(kind: RequestKind) -> None:
+    """They were written at commit 03ca826, which called the kinds choose, write and weigh."""
+    choices = Record(kind="completion", prompt="Where? ", completion="heart", choices=("heart", "head"), answer=0)
+    chat = Record(kind="chat", messages=(("user", "föx"),), completion="yes")
+    settings = GenerationSettings(template="raw", max_new_tokens=7, stop=("\n",))
+    assert cache_key("model cpu", kind, choices, settings) == KEYS_OF_0_1_0[kind]
+    assert cache_key("model cpu", kind, chat, settings) == CHAT_KEYS_OF_0_1_0[kind]
 
 
 def test_what_was_answered_before_a_stop_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
