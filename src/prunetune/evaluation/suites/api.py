@@ -1,4 +1,4 @@
-"""`prunetune eval` and `prunetune check` as functions."""
+"""`prunetune eval` and `prunetune check` as Python functions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from pathlib import Path
 
 from prunetune.errors import ConfigError
 from prunetune.evaluation.results import Evaluation
-from prunetune.evaluation.suites.check import CheckResult
-from prunetune.evaluation.suites.check import check_limits as held
+from prunetune.evaluation.suites.check import CheckResult, check_limits
 from prunetune.evaluation.suites.open_model import BackendOptions, check_can_open, dense_model_of_run, open_backend
 from prunetune.evaluation.suites.run import NO_PERMISSIONS, SuiteProgressCallback, evaluate_suite
 from prunetune.evaluation.suites.scorers import Permission
@@ -27,9 +26,9 @@ def evaluate(
     allow: Collection[Permission] = NO_PERMISSIONS,
     progress: SuiteProgressCallback | None = None,
 ) -> Evaluation:
-    """The suite's scores of a run, checkpoint, hub name, .gguf file or endpoint; kept results come back as they are.
+    """The suite's scores of a run, checkpoint, hub name, .gguf file or endpoint; saved results are returned unchanged.
 
-    A task that fails has its `error` instead of scores. Raises a `PrunetuneError` where there is nothing to ask.
+    A task that fails has its `error` instead of scores. Raises a `PrunetuneError` where the model cannot be opened.
     """
     suite = suite if isinstance(suite, Suite) else load_suite(suite, strict=False)
     target = open_backend(model, options)
@@ -45,22 +44,22 @@ def check(
     allow: Collection[Permission] = NO_PERMISSIONS,
     progress: SuiteProgressCallback | None = None,
 ) -> CheckResult:
-    """Hold a model against the suite's limits and against another model; of a run, by default its dense model."""
+    """Check a model against the suite's limits and a reference model; for a run, its dense model by default."""
     suite = suite if isinstance(suite, Suite) else load_suite(suite, strict=False)
     against = against or dense_model_of_run(model)
     check_can_open(against, options)  # before the model is scored for nothing
-    found = evaluate(model, suite, options=options, allow=allow, progress=progress)
+    scores = evaluate(model, suite, options=options, allow=allow, progress=progress)
     reference = evaluate(against, suite, options=options, allow=allow, progress=progress)
-    return held(found, reference, suite)
+    return check_limits(scores, reference, suite)
 
 
 def evaluation_to_json(evaluation: Evaluation, model: str, suite: str) -> str:
-    """The evaluation with what it is of; `Evaluation.from_json` reads it."""
+    """The evaluation with the names of model and suite, as JSON that `Evaluation.from_json` reads."""
     return json.dumps({**json.loads(evaluation.to_json()), "model": model, "suite": suite}, ensure_ascii=False) + "\n"
 
 
 def check_writable(path: Path | None, flag: str) -> None:
-    """Refuse a file that cannot be written before anything is computed; raises `ConfigError`."""
+    """Raise `ConfigError` for a file that cannot be written, before anything is computed."""
     if path is None:
         return
     if path.is_dir() or not path.absolute().parent.is_dir():

@@ -45,7 +45,7 @@ class LocalModel:
     def run_requests(
         self, kind: RequestKind, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone
     ) -> list[Any]:
-        """See `Backend`. A prompt that does not fit the context loses its beginning; a long text is scored in windows."""
+        """See `Backend`. A prompt that exceeds the context loses its beginning; a long text is scored in windows."""
         run = {"loglikelihood": self._loglikelihood, "generate": self._generate, "nll": self._nll}[kind]
         with evaluation_mode(self.model):
             return run(records, settings, tick)
