@@ -18,7 +18,7 @@ from prunetune.errors import ConfigError, DataError, LimitBroken
 from prunetune.pipeline import stages
 from prunetune.pipeline.monitor import make_monitor, pack_plan, unpack_plan
 from prunetune.pipeline.prepare import prepare
-from prunetune.pipeline.stages import run
+from prunetune.pipeline.run import run
 from prunetune.plan import Plan
 from prunetune.runs.history import list_runs
 from prunetune.utils.console import PlainConsole

@@ -25,7 +25,9 @@ from prunetune.cost.parameters import prunable_params
 from prunetune.errors import ConfigError, LimitBroken, ModelError, PlanError, RunFolderError
 from prunetune.evaluation.suites.open_model import resolve_checkpoint
 from prunetune.export.source import ExportSource
-from prunetune.pipeline import finish, multi_size, recording, stages
+from prunetune.pipeline import finish, multi_size, recording
+from prunetune.pipeline import run as run_module
+from prunetune.pipeline.run import run as run_pipeline
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites, kept_params
 from prunetune.runs.folder import RunFolder, create_run_folder, open_run
@@ -72,19 +74,14 @@ def config_of(place: Path, out: Path, **changes: Any) -> RunConfig:
 def done(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One uninterrupted run of two sizes, everything of it."""
     changes: dict[str, Any] = {"budget": {"keep": [0.8, 0.5]}, "require": {"smaller": 0.01}}
-    return multi_size.run(config_of(place, tmp_path_factory.mktemp("runs") / "two", **changes), command="prunetune run")
+    return run_pipeline(config_of(place, tmp_path_factory.mktemp("runs") / "two", **changes), command="prunetune run")
 
 
 @pytest.fixture
 def only_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is written, scored or timed: what tuning left in the checkpoints is looked at."""
-    for place, name in (
-        (stages, "finish_and_evaluate"),
-        (stages, "evaluate_models"),
-        (multi_size, "_copy_dense_scores"),
-    ):
-        monkeypatch.setattr(place, name, lambda *_, **__: None)
-    monkeypatch.setattr(multi_size, "measure_gain", lambda *_: None)
+    for name in ("_finish_and_evaluate", "measure_gain"):
+        monkeypatch.setattr(multi_size, name, lambda *_: None)
     monkeypatch.setattr(recording, "write_report", lambda _: None)
 
 
@@ -161,7 +158,7 @@ def test_a_finished_run_resumes_to_itself(place: Path, done: Path, tmp_path: Pat
     changes: dict[str, Any] = {"budget": {"keep": [0.8, 0.5]}, "require": {"smaller": 0.01}}
     before = {keep: (of(done, keep) / "model" / "model.safetensors").read_bytes() for keep in (0.8, 0.5)}
     bench = (done / "bench.json").read_text()
-    multi_size.run(config_of(place, done, **changes), resume=True)
+    run_pipeline(config_of(place, done, **changes), resume=True)
     assert {keep: (of(done, keep) / "model" / "model.safetensors").read_bytes() for keep in (0.8, 0.5)} == before
     assert (done / "bench.json").read_text() == bench
     assert [entry.path.name for entry in list_runs(done / "sizes")] == ["0.5", "0.8"]
@@ -177,7 +174,7 @@ def test_killed_in_any_size_it_ends_as_if_never(
     def config(name: str) -> RunConfig:
         return config_of(place, tmp_path / name, train={"weights": weights})
 
-    whole = multi_size.run(config("whole"))
+    whole = run_pipeline(config("whole"))
     plain, left = RunFolder.append_record, [("0.8", 2), ("0.8", 6), ("0.6", 1), ("0.45", 2)]
 
     def deadly(folder: RunFolder, name: str, record: dict[str, Any]) -> None:
@@ -189,8 +186,8 @@ def test_killed_in_any_size_it_ends_as_if_never(
     monkeypatch.setattr(RunFolder, "append_record", deadly)
     for resume in (False, True, True, True):
         with pytest.raises(KeyboardInterrupt):
-            multi_size.run(config("killed"), resume=resume)
-    killed = multi_size.run(config("killed"), resume=True)
+            run_pipeline(config("killed"), resume=resume)
+    killed = run_pipeline(config("killed"), resume=True)
     assert not left
     for keep in KEEPS:
         one, other = last_state(whole, keep), last_state(killed, keep)
@@ -218,7 +215,7 @@ def test_steps_and_phases_of_every_size(
         return select(scores, sites, keep, shape, larger_plan=within)
 
     monkeypatch.setattr(multi_size, "select", noted)
-    run = multi_size.run(config_of(place, tmp_path / "run", train={"size_share": [0.3, 0.5]}))
+    run = run_pipeline(config_of(place, tmp_path / "run", train={"size_share": [0.3, 0.5]}))
     phases = {keep: [line["phase"] for line in lines(of(run, keep) / "metrics.jsonl")] for keep in KEEPS}
     assert phases == {0.8: ["search"] * 3 + ["settle"] + ["tune"] * 6, 0.6: ["tune"] * 3, 0.45: ["tune"] * 5}
     assert asked == [(0.6, last_state(run, 0.8).plan), (0.45, last_state(run, 0.6).plan)]
@@ -227,8 +224,8 @@ def test_steps_and_phases_of_every_size(
 
 
 def test_the_largest_is_the_plain_run_to_the_bit(place: Path, tmp_path: Path, only_tuning: None) -> None:
-    several = last_state(multi_size.run(config_of(place, tmp_path / "several")), 0.8)
-    plain = multi_size.run(config_of(place, tmp_path / "plain", budget={"keep": 0.8}))
+    several = last_state(run_pipeline(config_of(place, tmp_path / "several")), 0.8)
+    plain = run_pipeline(config_of(place, tmp_path / "plain", budget={"keep": 0.8}))
     state = Checkpoints(plain / "checkpoints").latest()
     assert state is not None
     assert (state.step, state.plan) == (several.step, several.plan)
@@ -238,7 +235,7 @@ def test_the_largest_is_the_plain_run_to_the_bit(place: Path, tmp_path: Path, on
 
 
 def test_gates_of_every_size_refer_to_the_same_dense_model(place: Path, tmp_path: Path, only_tuning: None) -> None:
-    run = multi_size.run(config_of(place, tmp_path / "run", gates=["valid.nll <= 100x -> stop"]))
+    run = run_pipeline(config_of(place, tmp_path / "run", gates=["valid.nll <= 100x -> stop"]))
     dense = last_state(run, 0.8).validation_history["dense"]
     assert dense["valid.nll"] > 0
     assert all(last_state(run, keep).validation_history["dense"] == dense for keep in KEEPS)
@@ -259,16 +256,16 @@ def test_watching_follows_the_size_that_is_made(place: Path, tmp_path: Path) -> 
 def test_a_gate_that_stops_a_size_leaves_the_larger_ones(
     place: Path, tmp_path: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = multi_size._SizeChain._tune
+    plain = multi_size.SizeTraining.train_size
 
     def stopped(chain: Any, size: Any) -> None:
         if size.config.budget.keep == 0.6:
             raise LimitBroken("stopped at step 2: valid.nll is 9")
         plain(chain, size)
 
-    monkeypatch.setattr(multi_size._SizeChain, "_tune", stopped)
+    monkeypatch.setattr(multi_size.SizeTraining, "train_size", stopped)
     with pytest.raises(LimitBroken, match=r"size 0\.6: stopped at step 2"):
-        multi_size.run(config_of(place, tmp_path / "run"))
+        run_pipeline(config_of(place, tmp_path / "run"))
     assert (of(tmp_path / "run", 0.8) / "report.html").is_file()
     assert not of(tmp_path / "run", 0.6).exists()
     assert "stopped at step 2" in (tmp_path / "run" / "report.html").read_text()
@@ -276,16 +273,16 @@ def test_a_gate_that_stops_a_size_leaves_the_larger_ones(
 
 
 def test_a_size_goes_on_only_with_its_run(place: Path, tmp_path: Path, only_tuning: None) -> None:
-    run = multi_size.run(config_of(place, tmp_path / "run"))
+    run = run_pipeline(config_of(place, tmp_path / "run"))
     with pytest.raises(RunFolderError, match="go on with the run around it"):
-        multi_size.run(open_run(of(run, 0.6))[1], resume=True)
+        run_pipeline(open_run(of(run, 0.6))[1], resume=True)
     newest = max(of(run, 0.8).glob("checkpoints/step-*"))
     (newest / "adapters.safetensors").write_bytes(b"damaged")
     (of(run, 0.8) / "model").mkdir()
     for folder in of(run, 0.6).glob("checkpoints/*"):
         shutil.rmtree(folder)
     with pytest.raises(RunFolderError, match="cannot be read, and the next one goes on from it"):
-        multi_size.run(config_of(place, tmp_path / "run"), resume=True)
+        run_pipeline(config_of(place, tmp_path / "run"), resume=True)
 
 
 # -- one size, and what is refused -----------------------------------------------------------------------------------
@@ -294,10 +291,16 @@ def test_a_size_goes_on_only_with_its_run(place: Path, tmp_path: Path, only_tuni
 def test_one_size_in_a_list_is_the_plain_run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed, plain = (config_of(place, tmp_path, budget={"keep": keep}) for keep in ([0.6], 0.6))
     assert listed == plain
-    heard: list[RunConfig] = []
-    monkeypatch.setattr(stages, "run", lambda config, **_: heard.append(config))
-    multi_size.run(listed)
-    assert heard == [plain]
+
+    def prepare(config: RunConfig, **_: Any) -> None:
+        prepared.append(config)
+        raise ConfigError("enough")
+
+    prepared: list[RunConfig] = []
+    monkeypatch.setattr(run_module, "prepare", prepare)
+    with pytest.raises(ConfigError, match="enough"):
+        run_pipeline(listed)
+    assert prepared == [plain]
 
 
 def test_budgets_are_read_from_lists_and_flags() -> None:
@@ -328,12 +331,10 @@ def test_what_cannot_be(changes: dict[str, Any], words: str) -> None:
 
 def test_refused_before_anything_is_written(place: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="below what is feasible"):
-        multi_size.run(config_of(place, tmp_path / "run", budget={"keep": "0.8,0.01"}))
+        run_pipeline(config_of(place, tmp_path / "run", budget={"keep": "0.8,0.01"}))
     several = config_of(place, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"compare\.keeps"):
         compare(several)
-    with pytest.raises(ConfigError, match="several sizes"):
-        stages.run(several)
     assert not (tmp_path / "run").exists()
 
 

@@ -15,8 +15,8 @@ from prunetune.compare.methods import read_variants, resolve_methods
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import ConfigError, MissingPackage, SelfCheckFailed
-from prunetune.pipeline import finish, nf4_check, stages
-from prunetune.pipeline.stages import run
+from prunetune.pipeline import finish, nf4_check, recording, stages
+from prunetune.pipeline.run import run
 from prunetune.pruning import nf4
 from prunetune.pruning.nf4 import has_nf4_linears, quantize_linears_to_nf4
 from prunetune.pruning.sites import find_sites, lora_target_modules
@@ -107,14 +107,14 @@ def test_a_stopped_run_goes_on_to_the_same_result(
 ) -> None:
     stopped = config_of(place, tmp_path / "stopped")
     with monkeypatch.context() as patched:
-        genuine = stages.RunRecorder.step
+        genuine = recording.RunRecorder.step
 
         def step(self: Any, record: dict[str, Any]) -> None:
             if record["step"] > 4:  # cut by then
                 raise KeyboardInterrupt
             genuine(self, record)
 
-        patched.setattr(stages.RunRecorder, "step", step)
+        patched.setattr(recording.RunRecorder, "step", step)
         with pytest.raises(KeyboardInterrupt):
             run(stopped)
     folder = run(stopped, resume=True)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.pipeline import recording
-from prunetune.pipeline.stages import run
+from prunetune.pipeline.run import run
 from prunetune.runs import trackers
 from prunetune.train import checkpoints
 from prunetune.train.checkpoints import Checkpoints

@@ -24,7 +24,7 @@ from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.pipeline import stages
-from prunetune.pipeline.stages import run
+from prunetune.pipeline.run import run
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites, kept_params
 from prunetune.runs.folder import RunFolder, run_lock
@@ -221,8 +221,8 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 values, moment = json.loads(sys.argv[1]), sys.argv[2]
-import prunetune.utils.files, prunetune.runs.folder, prunetune.pipeline.stages, transformers
-from prunetune.config import from_mapping
+import prunetune.utils.files, prunetune.runs.folder, prunetune.pipeline.finish, prunetune.pipeline.run, prunetune.pipeline.stages, transformers
+from prunetune.config.recipe import from_mapping
 
 def after(owner, name, when):
     plain = getattr(owner, name)
@@ -244,10 +244,10 @@ elif moment == "weights":
 elif moment == "renaming":
     after(prunetune.utils.files, "_sync", lambda path: path.name == "model.unchecked.partial")
 elif moment == "checked":
-    after(prunetune.pipeline.stages, "check", lambda *_: True)
+    after(prunetune.pipeline.finish, "check_checkpoint", lambda *_: True)
 elif moment == "evaluated":
     after(prunetune.pipeline.stages, "evaluate", lambda *_: True)
-prunetune.pipeline.stages.run(from_mapping(values), resume=True)
+prunetune.pipeline.run.run(from_mapping(values), resume=True)
 """
 
 

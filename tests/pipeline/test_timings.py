@@ -7,8 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from prunetune.errors import ModelError
-from prunetune.pipeline import stages
 from prunetune.pipeline.monitor import tuning_facts
+from prunetune.pipeline.recording import record_timing
 from prunetune.runs.folder import TUNING_STAGE, RunFolder
 from prunetune.train.checkpoints import Checkpoints, TrainingState
 
@@ -16,10 +16,10 @@ from prunetune.train.checkpoints import Checkpoints, TrainingState
 def test_timings_hold_what_ended_early_too(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for error in (KeyboardInterrupt, ModelError):
-        with suppress(error), stages.record_timing(folder, TUNING_STAGE):
+        with suppress(error), record_timing(folder, TUNING_STAGE):
             raise error
     first = folder.read_manifest()["timings"][TUNING_STAGE]
-    with stages.record_timing(folder, TUNING_STAGE):
+    with record_timing(folder, TUNING_STAGE):
         pass
     assert folder.read_manifest()["timings"][TUNING_STAGE] > first > 0
 

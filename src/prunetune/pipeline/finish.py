@@ -19,8 +19,10 @@ from prunetune.export.selfcheck import check_checkpoint, compute_logits
 from prunetune.export.streamed_cut import AdapterMerger, StreamedModel, cut_streamed
 from prunetune.model.safetensors_reader import SafetensorsReader, load_empty_model
 from prunetune.pipeline.model_card import render_card
+from prunetune.pipeline.monitor import tuning_facts
 from prunetune.pipeline.nf4_check import compare_with_merged, has_nf4_adapters
 from prunetune.pipeline.prepare import RunContext
+from prunetune.pipeline.recording import record_timing
 from prunetune.pruning.cut import cut, merge_adapters
 from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear, is_transposed
 from prunetune.pruning.masking import masked
@@ -32,7 +34,6 @@ from prunetune.train.adapters import (
     add_adapters,
     expand_adapter_tensors,
     load_into_dense,
-    trains_all_weights,
 )
 from prunetune.train.checkpoints import Checkpoints, TrainingState
 from prunetune.utils.files import write_text
@@ -50,10 +51,18 @@ class CutModel(NamedTuple):
 
 
 def finish(context: RunContext, *, streamed: bool = False) -> None:
-    """Cut from the dense weights as they are stored, a large model's with one layer in memory at a time.
+    """Write the tuned model to `model/`, cut, and check it; skipped where that is written.
 
-    `streamed`: any model's.
+    A large model is cut with one layer in memory at a time, and any model if `streamed`. Raises `SelfCheckFailed`.
     """
+    if context.folder.model_folder.exists():
+        return
+    context.folder.update_manifest(**tuning_facts(context))
+    with record_timing(context.folder, "cut and check"):
+        _cut_write_and_check(context, streamed=streamed)
+
+
+def _cut_write_and_check(context: RunContext, *, streamed: bool) -> None:
     context.console.stage("cut, write and check", 0)
     state = Checkpoints(context.folder.checkpoints).latest()
     assert state is not None
@@ -76,7 +85,7 @@ def finish(context: RunContext, *, streamed: bool = False) -> None:
         context.sites,
         unchecked,
         layout=context.config.layout,
-        card=render_card(context.folder, context.config, state.plan, context.sites),
+        card=render_card(context.folder, context.reported_config, state.plan, context.sites),
         shards=small.shards,
         end_token=_chat_stop(context),
     )
@@ -113,9 +122,7 @@ def _compare_with_tuned(
 
 def _is_large(context: RunContext) -> bool:
     """Whether weights would fill a computer's memory, and what was learnt about them is in adapters."""
-    return prunable_params(context.sites) >= LARGE_MODEL_PARAMS and not trains_all_weights(
-        context.config.train, context.sites
-    )
+    return prunable_params(context.sites) >= LARGE_MODEL_PARAMS and context.config.train.weights != "all"
 
 
 def _cut_in_memory(context: RunContext, state: TrainingState, tokens: Tensor) -> CutModel:
@@ -138,7 +145,7 @@ def _cut_in_memory(context: RunContext, state: TrainingState, tokens: Tensor) ->
 
 def _load_adapters(model: Any, context: RunContext, state: TrainingState) -> None:
     """A checkpoint's adapters, or the weights they were merged into, on a dense model: zero for removed units."""
-    if not (state.is_cut and trains_all_weights(context.config.train, context.sites)):
+    if not (state.is_cut and context.config.train.weights == "all"):
         add_adapters(model, context.sites, context.config.lora, seed=0)
     load_into_dense(model, state, context.sites, context.config.train)
 

@@ -13,7 +13,6 @@ from prunetune.export.selfcheck import compute_logits
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
 from prunetune.pruning.masking import masked
-from prunetune.train.adapters import trains_all_weights
 from prunetune.train.checkpoints import TrainingState
 
 log = logging.getLogger(__name__)
@@ -23,7 +22,7 @@ MAX_LOGIT_ERROR = 0.2  # largest relative error of logits (root mean square) tha
 
 def has_nf4_adapters(context: RunContext, state: TrainingState) -> bool:
     """Whether a checkpoint holds adapters of a base in 4 bits; false once these are merged and all weights tuned."""
-    merged = state.is_cut and trains_all_weights(context.config.train, context.sites)
+    merged = state.is_cut and context.config.train.weights == "all"
     return context.config.lora.quantize != "off" and not merged
 
 

@@ -38,7 +38,6 @@ from prunetune.runs.folder import CHANGEABLE_ON_RESUME, RunFolder, check_folder
 from prunetune.search.feasibility import uniform_scores, with_limits
 from prunetune.search.plan_rules import EXPERT_ROW_ALIGN
 from prunetune.search.select import PlanConstraints, default_align, select
-from prunetune.train.adapters import trains_all_weights
 from prunetune.train.job import Observer
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
 from prunetune.train.teacher import resolve_auto
@@ -64,7 +63,8 @@ class Console(Observer, Protocol):
 class RunContext:
     """All that is decided before training: nothing in it changes afterwards."""
 
-    config: RunConfig
+    recipe: RunConfig  # as asked: what is written and compared on resume
+    config: RunConfig  # as decided: no "auto" that depends on the model, and `budget.keep` as all budgets allow
     folder: RunFolder
     device: torch.device
     dtype: torch.dtype
@@ -74,11 +74,14 @@ class RunContext:
     splits: Splits
     encoded: Mapping[SplitName, EncodedExamples]
     console: Console
-    dense_params: int  # of the dense model
-    unprunable_block_params: (
-        int  # of them in decoder layers, where a kind of block stays whole; so that what is removed is a share of both
-    )
+    dense_params: int
+    unprunable_block_params: int  # of decoder layers, in kinds of block that are kept whole
     ranks: Ranks = SINGLE_PROCESS
+
+    @property
+    def reported_config(self) -> RunConfig:
+        """The recipe with the decided budget: for the model card, trackers and the history."""
+        return replace(self.recipe, budget=self.config.budget)
 
     def load_dense(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> LoadedModel:
         """The dense model, anew."""
@@ -112,7 +115,10 @@ def prepare(
     changeable: Collection[str] = CHANGEABLE_ON_RESUME,
     ranks: Ranks = SINGLE_PROCESS,
 ) -> RunContext:
-    """Open everything and refuse what cannot work; writes nothing. A resumed run may change what is in `free`."""
+    """Open model and data, decide what the recipe leaves open, and refuse what cannot work; writes nothing.
+
+    A resumed run may change the options in `changeable`. Raises a `PrunetuneError`.
+    """
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # every stage has a line or a bar of our own
@@ -123,33 +129,45 @@ def prepare(
     dtype = pick_dtype(config.dtype, device)
     console.stage("reading model and data", 0)
     splits = load_splits(config.data, config.seed)
-    structure = load_meta_model(config.model, trust_remote_code=config.trust_remote_code)
-    sites = find_sites(structure, config.budget.units)
-    shape = make_plan_constraints(config, sites, structure.config)
-    config, shape = apply_budgets(config, sites, shape, structure, device)
-    for keep in config.budget.keeps:  # refuses in time
-        select({site.name: torch.zeros(site.units) for site in sites}, sites, keep, shape)
+    meta_model = load_meta_model(config.model, trust_remote_code=config.trust_remote_code)
+    sites = find_sites(meta_model, config.budget.units)
+    constraints = make_plan_constraints(config, sites, meta_model.config)
+    recipe = config
+    config, constraints = apply_budgets(resolve_auto(config, sites), sites, constraints, meta_model, device)
+    for keep in config.budget.keeps:  # raises `PlanError` for a budget that no plan meets
+        select({site.name: torch.zeros(site.units) for site in sites}, sites, keep, constraints)
     tokenizer = load_tokenizer(config.model, trust_remote_code=config.trust_remote_code)
     if resume:
-        _raise_if_data_changed(folder, splits)
-    encoded = _encode_splits(splits, tokenizer, structure, config)
-    params = sum(parameter.numel() for parameter in structure.parameters())
-    whole = unprunable_params(structure, config.budget.units)
-    if ranks.uses_fsdp and trains_all_weights(config.train, sites):
+        _raise_if_not_resumable(folder, splits)
+    encoded = _encode_splits(splits, tokenizer, meta_model, config)
+    if ranks.uses_fsdp and config.train.weights == "all":
         raise ConfigError(
             "train.weights: sharded weights are frozen, and a model of this size is tuned in all of its weights: "
             "set train.weights to adapters, or launch without --use_fsdp"
         )
     if ranks.uses_fsdp and config.lora.quantize != "off":
         raise ConfigError("lora.quantize: a base in 4 bits is not sharded; leave it off, or launch without --use_fsdp")
-    require_disk_space(folder.path, _disk_bytes_needed(structure, sites, config))
+    require_disk_space(folder.path, _disk_bytes_needed(meta_model, sites, config))
     log.info("model %s on %s in %s, layout %s", config.model, device, str(dtype).removeprefix("torch."), config.layout)
     if device.type == "cuda":
-        longest = max((len(example.token_ids) for part in encoded.values() for example in part.examples), default=1)
-        room = torch.cuda.get_device_properties(device).total_memory
-        log_memory_estimate(estimate_peak_memory(structure, sites, config, dtype, longest=longest), room)
+        longest = max((len(example.token_ids) for split in encoded.values() for example in split.examples), default=1)
+        gpu_bytes = torch.cuda.get_device_properties(device).total_memory
+        log_memory_estimate(estimate_peak_memory(meta_model, sites, config, dtype, longest=longest), gpu_bytes)
     return RunContext(
-        config, folder, device, dtype, sites, shape, tokenizer, splits, encoded, console, params, whole, ranks
+        recipe=recipe,
+        config=config,
+        folder=folder,
+        device=device,
+        dtype=dtype,
+        sites=sites,
+        constraints=constraints,
+        tokenizer=tokenizer,
+        splits=splits,
+        encoded=encoded,
+        console=console,
+        dense_params=sum(parameter.numel() for parameter in meta_model.parameters()),
+        unprunable_block_params=unprunable_params(meta_model, config.budget.units),
+        ranks=ranks,
     )
 
 
@@ -186,9 +204,12 @@ def _raise_if_unusable(name: SplitName, encoded: EncodedExamples, embedding_rows
         )
 
 
-def _raise_if_data_changed(folder: RunFolder, splits: Splits) -> None:
-    """A run goes on only with the rows it began with; raises `RunFolderError`."""
-    before = folder.read_manifest().get("data", {}).get("hashes", {})
+def _raise_if_not_resumable(folder: RunFolder, splits: Splits) -> None:
+    """Raises `RunFolderError` for one size of a larger run, and where rows are not those that the run began with."""
+    manifest = folder.read_manifest()
+    if "size" in manifest:
+        raise RunFolderError(f"{folder.path} is one size of a run: go on with the run around it")
+    before = manifest.get("data", {}).get("hashes", {})
     changed = [name for name, digest in splits.hashes.items() if before.get(name, digest) != digest]
     if changed:
         raise RunFolderError(
@@ -200,14 +221,11 @@ def _raise_if_data_changed(folder: RunFolder, splits: Splits) -> None:
 def estimate_peak_memory(
     meta_model: Any, sites: tuple[Site, ...], config: RunConfig, dtype: torch.dtype, *, longest: int
 ) -> TrainingMemory:
-    """The fuller of the two phases, see `budget.memory`; `longest`: tokens of the longest example."""
-    shapes, config = training_shapes(meta_model, sites), resolve_auto(config, sites)
-    setup = training_setup(config, dtype, longest=longest, all_weights=trains_all_weights(config.train, sites))
-    return max(
-        estimate_memory(shapes, setup, phase="search"),
-        estimate_memory(shapes, setup, phase="tune"),
-        key=lambda found: found.total,
-    )
+    """Memory of the phase that takes more of it, under a resolved config; `longest`: tokens of the longest example."""
+    shapes = training_shapes(meta_model, sites)
+    setup = training_setup(config, dtype, longest=longest, all_weights=config.train.weights == "all")
+    phases = (estimate_memory(shapes, setup, phase="search"), estimate_memory(shapes, setup, phase="tune"))
+    return max(phases, key=lambda memory: memory.total)
 
 
 def log_memory_estimate(estimate: TrainingMemory, gpu_bytes: int) -> None:
@@ -303,7 +321,7 @@ def _disk_bytes_needed(meta_model: Any, sites: tuple[Site, ...], config: RunConf
     linears = [get_base_linear(meta_model, name) for name in lora_target_modules(meta_model)]
     adapter: int = sum(rank * (axis_size(linear, ROWS) + axis_size(linear, COLUMNS)) for linear in linears)
     weights: int = sum(parameter.numel() for parameter in meta_model.parameters())
-    if trains_all_weights(config.train, sites):
+    if config.train.weights == "all":
         adapter = max(adapter, prunable_params(sites))  # weights and momentum, 8 bytes each
     states = 8 if config.limits else 5  # gates may go back to two more
     return len(config.budget.keeps) * (states * 12 * adapter + 4 * weights) + 64 * 2**20
