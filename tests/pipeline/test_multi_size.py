@@ -210,9 +210,9 @@ def test_steps_and_phases_of_every_size(
 ) -> None:
     asked: list[tuple[float, Plan]] = []
 
-    def noted(scores: Any, sites: Any, keep: float, shape: Any, *, within: Plan) -> Plan:
-        asked.append((keep, within))
-        return select(scores, sites, keep, shape, larger_plan=within)
+    def noted(scores: Any, sites: Any, keep: float, constraints: Any, *, larger_plan: Plan) -> Plan:
+        asked.append((keep, larger_plan))
+        return select(scores, sites, keep, constraints, larger_plan=larger_plan)
 
     monkeypatch.setattr(multi_size, "select", noted)
     run = run_pipeline(config_of(place, tmp_path / "run", train={"size_share": [0.3, 0.5]}))

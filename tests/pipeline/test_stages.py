@@ -221,7 +221,8 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 values, moment = json.loads(sys.argv[1]), sys.argv[2]
-import prunetune.utils.files, prunetune.runs.folder, prunetune.pipeline.finish, prunetune.pipeline.run, prunetune.pipeline.stages, transformers
+import prunetune.pipeline.finish, prunetune.pipeline.run, prunetune.pipeline.stages
+import prunetune.runs.folder, prunetune.utils.files, transformers
 from prunetune.config.recipe import from_mapping
 
 def after(owner, name, when):
