@@ -175,6 +175,8 @@ def test_who_teaches_and_how_the_search_steps_is_a_matter_of_size() -> None:
     assert [resolve_auto(config, each).distill.share for each in (sites, large)] == [1, 0.5]
     assert [resolve_auto(config, each).search.step for each in (sites, large)] == ["alternate", "joint"]
     assert [resolve_auto(config, each).search.lora_aware for each in (sites, large)] == [True, False]
+    assert [resolve_auto(config, each).train.weights for each in (sites, large)] == ["all", "adapters"]
     for wanted, step in (("none", "joint"), ("base", "alternate"), ("dense", "joint")):
-        told = config_of({"distill": {"teacher": wanted, "share": 0.3}, "search": {"step": step}})
+        decided = {"distill": {"teacher": wanted, "share": 0.3}, "search": {"step": step}, "train": {"weights": "all"}}
+        told = config_of(decided)
         assert resolve_auto(told, sites) == resolve_auto(told, large) == told

@@ -41,10 +41,6 @@ BUDGET_KINDS = ("flops", "memory", "file", "latency", "throughput")  # beside ke
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
-class UnsetFloat(float):
-    """A default that is told from the same number where that was asked for."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """Where examples come from and how they are split. A source is a file, a glob, a hub name, or `demo`."""
@@ -101,7 +97,7 @@ class BudgetConfig:
     """What may remain."""
 
     keep: float = option(
-        UnsetFloat(0.6),
+        0.6,
         "Share of the prunable (attention and MLP) parameters that may remain, 1 where only another budget is given; "
         "several, 0.8,0.6,0.4, give several models from one run (the largest is then budget.keep, the others are "
         "budget.sizes).",
@@ -160,9 +156,8 @@ class BudgetConfig:
     def __post_init__(self) -> None:
         if not self.units:
             raise ConfigError("budget.units names no kind of unit, and nothing could go: leave it out, or name some")
-        if isinstance(self.keep, UnsetFloat):
-            object.__setattr__(self, "keep", 1.0 if self.amounts() else float(self.keep))
-        if self.sizes and self.amounts():
+        amounts = self.amounts()
+        if self.sizes and amounts:
             raise ConfigError(
                 "budget.sizes are shares of parameters, and budget names another amount: leave one of the two out"
             )
@@ -409,19 +404,26 @@ def load_saved_recipe(file: Path) -> RunConfig:
 
 def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> RunConfig:
     """Check keys, types and bounds, and build the config; raises `ConfigError` with the offending key's path."""
-    return read_options(RunConfig, _split_keep_list(values, where), where=where)
-
-
-def _split_keep_list(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Several budgets under `budget.keep`, as a list or by commas: the largest stays there, the others are `sizes`."""
     budget = values.get("budget") if isinstance(values, Mapping) else None
-    keep = budget.get("keep") if isinstance(budget, Mapping) else None
-    listed = [part.strip() for part in keep.split(",")] if isinstance(keep, str) else keep
-    if not isinstance(budget, Mapping) or not isinstance(listed, list):
-        return values
-    if not listed:
-        raise ConfigError(f"{where}: budget.keep is an empty list: name one share or several, such as 0.8,0.6")
-    name = f"{where}: {'each ' if len(listed) > 1 else ''}budget.keep"
-    keeps = sorted((parse_number(entry, name) for entry in listed), reverse=True)
-    # One flag over a recipe with several is one size; several say all there is to say.
-    return {**values, "budget": {**budget, "keep": keeps[0], "sizes": keeps[1:]}}
+    if isinstance(budget, Mapping):
+        values = {**values, "budget": _with_keep(budget, where)}
+    return read_options(RunConfig, values, where=where)
+
+
+def _with_keep(budget: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The section `budget` with one number under `keep`: of several the largest, the others become `sizes`.
+
+    Where only budgets of other kinds are given, `keep` is 1: they alone limit the model.
+    """
+    keep = budget.get("keep")
+    shares = [share.strip() for share in keep.split(",")] if isinstance(keep, str) else keep
+    if isinstance(shares, list):
+        if not shares:
+            raise ConfigError(f"{where}: budget.keep is an empty list: name one share or several, such as 0.8,0.6")
+        name = f"{where}: {'each ' if len(shares) > 1 else ''}budget.keep"
+        keeps = sorted((parse_number(share, name) for share in shares), reverse=True)
+        # One flag over a recipe with several sizes means one size, so `sizes` is replaced too.
+        return {**budget, "keep": keeps[0], "sizes": keeps[1:]}
+    if "keep" not in budget and any(budget.get(kind) for kind in BUDGET_KINDS):
+        return {**budget, "keep": 1.0}
+    return budget

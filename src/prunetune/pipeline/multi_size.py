@@ -210,7 +210,9 @@ class SizeTraining:
         state = first.latest_state
         assert state is not None
         device = self.context.device
-        searcher = Searcher(job.sites, job.constraints, first.config, build_schedule(first.config).keep_at, device)
+        searcher = Searcher(
+            job.sites, job.constraints, first.config, build_schedule(first.config).annealed_keep, device
+        )
         searcher.load_state_tensors(state.tensors["generator"])
         return detach_to(searcher.logits(), "cpu")
 
