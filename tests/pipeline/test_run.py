@@ -15,6 +15,8 @@ from prunetune.config.recipe import from_mapping
 from prunetune.errors import ConfigError
 from prunetune.pipeline import run as run_module
 from prunetune.pipeline import stages
+from prunetune.pipeline.prepare import prepare
+from prunetune.utils.console import SilentConsole
 from support.evaluation import furnished
 
 PACKAGE = Path(prunetune.__file__).parent
@@ -64,6 +66,26 @@ def test_few_frames_from_the_command_to_the_loop(
     assert (code, "the loop is reached" in stderr) == (2, True)
     between = frames[: frames.index("cli/app.py:run") + 1]
     assert len(between) + 1 <= MAX_FRAMES, between  # and the loop's own
+
+
+def test_prepare_decides_what_the_recipe_leaves_open(tmp_path: Path) -> None:
+    config = from_mapping(recipe_values(tmp_path) | {"distill": {"teacher": "auto"}})
+    context = prepare(config, resume=False, console=SilentConsole())
+    assert context.recipe == context.reported_config == config
+    assert (config.distill.teacher, config.distill.share) == ("auto", 0)
+    assert (config.search.step, config.train.weights) == ("auto", "auto")
+    decided = context.config
+    assert (decided.distill.teacher, decided.distill.share) == ("dense", 1)
+    assert (decided.search.step, decided.train.weights) == ("alternate", "all")
+
+
+def test_the_card_and_the_folder_say_the_budget_that_was_decided_and_the_rest_as_asked(tmp_path: Path) -> None:
+    config = from_mapping(recipe_values(tmp_path) | {"budget": {"align": 8, "flops": 0.8}})
+    context = prepare(config, resume=False, console=SilentConsole())
+    assert (context.recipe, context.recipe.budget.keep) == (config, 1)
+    assert context.constraints.limits is not None
+    assert context.reported_config.budget.keep == context.constraints.limits.feasible_keep < 1
+    assert context.reported_config.train.weights == "auto"
 
 
 def test_stages_come_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
