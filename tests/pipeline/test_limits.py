@@ -172,7 +172,7 @@ def test_stop_leaves_a_report_and_exits_one(place: Path, free: Path, tmp_path: P
 
 
 def test_a_run_that_ends_outside_keeps_its_model_and_exits_one(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(LimitBroken, match=r"ended outside a gate: guard\.nll <= 0 -> roll-back") as failed:
+    with pytest.raises(LimitBroken, match=r"ended outside a limit: guard\.nll <= 0 -> roll-back") as failed:
         run(config_of(place, tmp_path / "run", "guard.nll <= 0 -> roll-back"))
     assert "\n" not in str(failed.value)
     assert (tmp_path / "run" / "model").exists()
@@ -240,12 +240,12 @@ def test_a_gate_that_could_never_act_is_refused_before_anything_is_written(place
     write_lines(tmp_path / "long.jsonl", {"prompt": "long " * 50, "choices": ["yes", "no"], "answer": 0})
     small = config_of(place, tmp_path / "run", gain={"smaller": 0.9})
     with pytest.raises(
-        ConfigError, match=r"under budget\.keep 0\.5 at most \d\d\.\d% of all parameters can go .*: lower one"
+        ConfigError, match=r"under budget\.keep 0\.5 at most \d\d\.\d% of all parameters can be pruned .*: lower one"
     ):
         run(small)
     short = {"valid": [str(tmp_path / "long.jsonl")], "max_length": 40, "too_long": "drop"}
     idle = config_of(place, tmp_path / "run", "valid.nll <= 9 -> stop", data=short)
-    with pytest.raises(DataError, match=r"no row of valid is there or fits"):
+    with pytest.raises(DataError, match=r"valid has no row, or none that fits"):
         run(idle)
     (tmp_path / "long.jsonl").unlink()
     same = config_of(place, tmp_path / "run", data={"guard": [str(place / "rows.jsonl")]})

@@ -351,8 +351,8 @@ def test_a_run_without_the_gain_fails_and_names_widths(
     monkeypatch.setattr("sys.argv", ["prunetune", "run", str(recipe)])
     assert app._run_app() == 1
     said = capsys.readouterr().err
-    assert "gain.faster >= 1e+06" in said
-    assert "gain.smaller" not in said  # reached
+    assert "require.faster >= 1e+06" in said
+    assert "require.smaller" not in said  # reached
     worst = misaligned_widths(Plan.load(out / "plan.json"), find_sites(speaker()))
     assert f"layer {worst[0].layer} is {worst[0].width}" in said
     assert "budget.align to 128" in said

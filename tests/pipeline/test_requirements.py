@@ -90,7 +90,7 @@ def test_widths_are_named_the_worst_first() -> None:
         "attention width of layer 0 is 192, no multiple of 128",
     ]
     says = verdict(plan, faster=3.0)["limits"][0]["says"]
-    assert says.startswith("gain.faster >= 3: throughput is 2.00 times the dense model's; MLP width of layer 0 is 613")
+    assert says.startswith("require.faster >= 3: throughput is 2.00 times the dense model's; MLP width of layer 0 is 613")
     assert "set budget.align to 128; by FLOPs the prefill can gain" in says
 
 
@@ -113,7 +113,7 @@ def test_even_widths_are_acquitted() -> None:
 
 def test_not_smaller_names_the_fullest_layers() -> None:
     says = verdict(plan_of(8, 900, 2, 256), smaller=0.5)["limits"][0]["says"]
-    assert "30.0% of all parameters are gone" in says
+    assert "30.0% of all parameters are pruned" in says
     assert "layer 0 (90%), layer 7 (26%)" in says
     assert "lower budget.keep" in says
 

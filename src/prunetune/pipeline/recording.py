@@ -98,6 +98,6 @@ def raise_if_limits_broken(context: RunContext) -> None:
             for limit in broken
         )
         raise LimitBroken(
-            f"{context.folder.path} ended outside a gate: {reasons}; "
-            "model and report are there, to look at before they are used"
+            f"{context.folder.path} ended outside a limit: {reasons}; "
+            "model and report are written: look at them before the model is used"
         )
