@@ -1,7 +1,7 @@
 """The required gain: how much smaller and faster a run's model is than the dense one, and why if a margin is missed.
 
-The dense and a pruned model are timed in turns in this process, so that what slows the machine slows both. Several sizes
-are timed one pair after the other, which needs no more memory than tuning did.
+The dense and a pruned model are timed in turns in this process, so that what slows the machine slows both. Several
+sizes are timed one pair after the other, which needs no more memory than tuning did.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GainRecord = dict[str, Any]
 
 
 def measure_gain(run_folder: RunFolder, folders: Sequence[RunFolder], context: RunContext) -> None:
-    """Time each folder's model in turns with its dense model; writes `gain` to each manifest, all runs to `bench.json`."""
+    """Time each folder's model in turns with its dense model, for its manifest; all rounds go to `bench.json`."""
     benches, options = [], gain_bench_options(context.config)
     for folder in folders:
         context.console.stage(f"bench: dense and {folder.path.name} in turns", 0)
@@ -129,10 +129,10 @@ def _explain_not_smaller(limit: GainRecord, dense: BenchedModel, plan: Plan, sit
         kept, total = params.setdefault(site.layer, [0, 0])
         params[site.layer] = [kept + len(plan.kept[site.name]) * site.unit_params, total + site.params]
     shares = {layer: kept / max(1, total) for layer, (kept, total) in params.items()}
-    fullest = ", ".join(
-        f"layer {layer} ({shares[layer]:.0%})" for layer in sorted(shares, key=lambda x: -shares[x])[:SHOWN]
-    )
+    fullest = sorted(shares, key=lambda layer: -shares[layer])[:SHOWN]
+    named = ", ".join(f"layer {layer} ({shares[layer]:.0%})" for layer in fullest)
+    unprunable = 1 - prunable / dense.facts.parameters
     return (
-        f"{limit['gate']}: {limit['found']:.1%} of all parameters are pruned; {1 - prunable / dense.facts.parameters:.0%} "
-        f"(embeddings, head, norms) cannot be, and of the rest most is kept in {fullest}: lower budget.keep"
+        f"{limit['gate']}: {limit['found']:.1%} of all parameters are pruned; {unprunable:.0%} (embeddings, head, "
+        f"norms) cannot be, and of the rest most is kept in {named}: lower budget.keep"
     )

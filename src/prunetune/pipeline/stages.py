@@ -228,7 +228,7 @@ def measure(context: RunContext) -> None:
 
 
 def measure_budgets(context: RunContext) -> None:
-    """Write to the manifest what the finished model uses of its budgets, timed if need be, and the run's peak memory."""
+    """Write to the manifest what the model uses of its budgets, timed if need be, and the run's peak memory."""
     limits, workload, folder = context.constraints.limits, context.config.workload, context.folder
     if limits is not None and "budgets" not in folder.read_manifest():
 
