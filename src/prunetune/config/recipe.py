@@ -37,7 +37,7 @@ __all__ = [
     "to_mapping",
 ]  # fmt: skip
 
-BUDGET_KINDS = ("flops", "memory", "file", "latency", "throughput")  # beside keep
+BUDGET_KINDS = ("flops", "memory", "file", "latency", "throughput")  # other than keep
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
@@ -164,27 +164,27 @@ class BudgetConfig:
         if any(larger <= smaller for larger, smaller in itertools.pairwise(self.keeps)):
             raise ConfigError(
                 f"budget.sizes {list(self.sizes)} have to fall from budget.keep {self.keep:g} on, each below the one "
-                "before: list them so, or leave out what stands twice"
+                "before: list them in that order, each once"
             )
 
     def amounts(self) -> dict[str, Amount]:
-        """The budgets that are given beside `keep`; raises `ConfigError`."""
-        given = {kind: getattr(self, kind) for kind in BUDGET_KINDS}
-        return {kind: Amount.parse(text, kind) for kind, text in given.items() if text}
+        """The budgets of other kinds than `keep` that are given; raises `ConfigError` for what is no amount."""
+        texts = {kind: getattr(self, kind) for kind in BUDGET_KINDS}
+        return {kind: Amount.parse(text, kind) for kind, text in texts.items() if text}
 
     @property
     def keeps(self) -> tuple[float, ...]:
-        """All budgets of parameters, the largest first."""
+        """The requested shares of parameters, the largest first: one for each model of the run."""
         return (self.keep, *self.sizes)
 
     def protected_layers(self) -> frozenset[int]:
-        """The layers of `protect`; raises `ConfigError`."""
+        """The indices of the layers that `protect` names; raises `ConfigError`."""
         layers: set[int] = set()
-        for span in filter(None, (part.strip() for part in self.protect.split(","))):
-            first, dash, last = span.partition("-")
+        for entry in filter(None, (entry.strip() for entry in self.protect.split(","))):
+            first, dash, last = entry.partition("-")
             last = last if dash else first
             if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-                raise ConfigError(f"budget.protect: {span!r} is no layer and no span of layers: write 0-1,29")
+                raise ConfigError(f"budget.protect: {entry!r} is no layer and no range of layers: write 0-1,29")
             layers |= set(range(int(first), int(last) + 1))
         return frozenset(layers)
 

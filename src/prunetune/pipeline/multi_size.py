@@ -39,7 +39,7 @@ from prunetune.pipeline.stages import (
     load_model,
     make_teacher_factory,
     measure_budgets,
-    tune,
+    resume_training,
 )
 from prunetune.runs.folder import RunFolder, create_run_folder
 from prunetune.runs.trackers import require_trackers
@@ -172,10 +172,10 @@ class SizeTraining:
         record_origin(size.context, self.command, size={"keep": keep, "larger": larger})
         size.context.console.stage(f"tune and prune, size {keep:g}", size.config.train.steps)
         with record_training(size.context) as observer:
-            while not tune(
+            while not resume_training(
                 size.context, teacher_factory, observer, size.monitor, lambda job: self._job_for_size(job, size)
             ):
-                gc.collect()
+                gc.collect()  # the model that was rolled back frees its memory before another is loaded
 
     @cached_property
     def _teacher_factory(self) -> TeacherFactory:

@@ -57,14 +57,14 @@ def train(context: RunContext, monitor: ValidationMonitor | None = None) -> None
     with record_training(context) as observer:
         teacher_factory = make_teacher_factory(context, lambda: load_model(context, "tuned"))
         context.console.stage(TUNING_STAGE, context.config.train.steps)
-        while not tune(context, teacher_factory, observer, monitor):
+        while not resume_training(context, teacher_factory, observer, monitor):
             gc.collect()  # the model that was rolled back frees its memory before another is loaded
         config = context.config
         if context.ranks.world_size > 1 and config.evaluate.dense_tuned and config.distill.teacher != "dense":
             load_model(context, "tuned")  # tuned now, on all ranks; evaluated later, by rank 0
 
 
-def tune(
+def resume_training(
     context: RunContext,
     teacher_factory: TeacherFactory,
     observer: Observer,
@@ -122,7 +122,9 @@ def make_job(
         schedule=tune_only_schedule(config) if plan else build_schedule(config),
         checkpoints=checkpoints,
         observer=observer,
-        accelerator=Accelerator(cpu=context.device.type == "cpu", mixed_precision="no"),  # passes see to it
+        accelerator=Accelerator(
+            cpu=context.device.type == "cpu", mixed_precision="no"
+        ),  # passes set the precision themselves
         teacher=teacher,
         monitor=monitor,
         ranks=context.ranks,
@@ -178,9 +180,12 @@ def _separate_teacher(
         shard_layers(model, context.ranks)
     else:
         model = load_dense_tuned()
-    is_tuned = distill.teacher != "base"
     return Teacher(
-        model.requires_grad_(False).eval(), distill.logits, distill.hidden, is_tuned=is_tuned, share=distill.share
+        model.requires_grad_(False).eval(),
+        distill.logits,
+        distill.hidden,
+        is_tuned=distill.teacher == "dense",
+        share=distill.share,
     )
 
 
