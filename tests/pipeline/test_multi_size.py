@@ -1,4 +1,4 @@
-"""Laws of runs of several sizes: nested, on budget, each gone on with from the one before, to the bit after a kill."""
+"""Runs of several sizes: nested, on budget, each cut from the one before, and the same bytes after a kill."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_every_size_is_a_run_folder(done: Path) -> None:
     assert [entry.path.name for entry in list_runs(done / "sizes")] == ["0.5", "0.8"]
 
 
-def test_the_run_holds_what_they_share(done: Path) -> None:
+def test_run_folder_holds_what_sizes_share(done: Path) -> None:
     assert json.loads((done / "manifest.json").read_text())["sizes"] == ["sizes/0.8", "sizes/0.5"]
     assert {file.name for file in (done / "evaluation").iterdir()} == {"dense.json"}
     benches = json.loads((done / "bench.json").read_text())
@@ -142,7 +142,7 @@ def test_the_run_holds_what_they_share(done: Path) -> None:
     assert all(str(of(done, keep) / "model") in table for keep in (0.8, 0.5))
 
 
-def test_verbs_take_a_size_and_say_so(done: Path) -> None:
+def test_commands_take_the_folder_of_a_size(done: Path) -> None:
     own = [str(of(done, keep)) for keep in (0.8, 0.5)]
     with pytest.raises(ModelError, match="several sizes; name one of") as refused:
         resolve_checkpoint(str(done), trust_remote_code=False)
@@ -168,7 +168,7 @@ def test_a_finished_run_resumes_to_itself(place: Path, done: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("weights", ["all", "adapters"])
-def test_killed_in_any_size_it_ends_as_if_never(
+def test_run_killed_in_any_size_ends_with_the_same_bytes(
     weights: str, place: Path, tmp_path: Path, only_tuning: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config(name: str) -> RunConfig:
@@ -205,7 +205,7 @@ def test_killed_in_any_size_it_ends_as_if_never(
         assert all(set(smaller.kept[name]) <= set(larger.kept[name]) for name in larger.kept)
 
 
-def test_steps_and_phases_of_every_size(
+def test_only_the_largest_size_searches(
     place: Path, tmp_path: Path, only_tuning: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[float, Plan]] = []
@@ -223,7 +223,7 @@ def test_steps_and_phases_of_every_size(
     assert [config.train.steps for config in own.values()] == [10, 3, 5]
 
 
-def test_the_largest_is_the_plain_run_to_the_bit(place: Path, tmp_path: Path, only_tuning: None) -> None:
+def test_largest_size_equals_a_plain_run_to_the_bit(place: Path, tmp_path: Path, only_tuning: None) -> None:
     several = last_state(run_pipeline(config_of(place, tmp_path / "several")), 0.8)
     plain = run_pipeline(config_of(place, tmp_path / "plain", budget={"keep": 0.8}))
     state = Checkpoints(plain / "checkpoints").latest()
@@ -234,7 +234,7 @@ def test_the_largest_is_the_plain_run_to_the_bit(place: Path, tmp_path: Path, on
         assert all(torch.equal(tensor, several.tensors[part][name]) for name, tensor in tensors.items())
 
 
-def test_gates_of_every_size_refer_to_the_same_dense_model(place: Path, tmp_path: Path, only_tuning: None) -> None:
+def test_limits_of_every_size_refer_to_the_same_dense_model(place: Path, tmp_path: Path, only_tuning: None) -> None:
     run = run_pipeline(config_of(place, tmp_path / "run", gates=["valid.nll <= 100x -> stop"]))
     dense = last_state(run, 0.8).validation_history["dense"]
     assert dense["valid.nll"] > 0
@@ -243,7 +243,7 @@ def test_gates_of_every_size_refer_to_the_same_dense_model(place: Path, tmp_path
     assert [0 in steps for steps in scored.values()] == [True, False, False]
 
 
-def test_watching_follows_the_size_that_is_made(place: Path, tmp_path: Path) -> None:
+def test_watch_follows_the_size_in_training(place: Path, tmp_path: Path) -> None:
     config = config_of(place, tmp_path / "run")
     create_run_folder(RunFolder(tmp_path / "run"), config)
     assert active_run(tmp_path / "run")[0].path == tmp_path / "run"
@@ -253,7 +253,7 @@ def test_watching_follows_the_size_that_is_made(place: Path, tmp_path: Path) -> 
     assert active_run(tmp_path / "run")[0].path == tmp_path / "run"
 
 
-def test_a_gate_that_stops_a_size_leaves_the_larger_ones(
+def test_limit_that_stops_a_size_keeps_the_larger_ones(
     place: Path, tmp_path: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = multi_size.SizeTraining.train_size
@@ -272,7 +272,7 @@ def test_a_gate_that_stops_a_size_leaves_the_larger_ones(
     assert "not made" in render_run(tmp_path / "run")
 
 
-def test_a_size_goes_on_only_with_its_run(place: Path, tmp_path: Path, only_tuning: None) -> None:
+def test_one_size_alone_is_not_resumed(place: Path, tmp_path: Path, only_tuning: None) -> None:
     run = run_pipeline(config_of(place, tmp_path / "run"))
     with pytest.raises(RunFolderError, match="go on with the run around it"):
         run_pipeline(open_run(of(run, 0.6))[1], resume=True)
@@ -288,7 +288,7 @@ def test_a_size_goes_on_only_with_its_run(place: Path, tmp_path: Path, only_tuni
 # -- one size, and what is refused -----------------------------------------------------------------------------------
 
 
-def test_one_size_in_a_list_is_the_plain_run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_size_in_a_list_is_a_plain_run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed, plain = (config_of(place, tmp_path, budget={"keep": keep}) for keep in ([0.6], 0.6))
     assert listed == plain
 
@@ -324,12 +324,12 @@ def test_budgets_are_read_from_lists_and_flags() -> None:
         ({"budget": {"keep": [0.8, 0.5]}, "limits": ["valid.nll <= 2x -> roll-back"]}, "would move the budget"),
     ],
 )
-def test_what_cannot_be(changes: dict[str, Any], words: str) -> None:
+def test_impossible_sizes_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         from_mapping(changes)
 
 
-def test_refused_before_anything_is_written(place: Path, tmp_path: Path) -> None:
+def test_infeasible_sizes_are_refused_before_anything_is_written(place: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="below what is feasible"):
         run_pipeline(config_of(place, tmp_path / "run", budget={"keep": "0.8,0.01"}))
     several = config_of(place, tmp_path / "run")
@@ -341,7 +341,7 @@ def test_refused_before_anything_is_written(place: Path, tmp_path: Path) -> None
 # -- the gain as a gate ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_without_the_gain_fails_and_names_widths(
+def test_run_below_the_required_gain_fails_and_names_widths(
     place: Path, tmp_path: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes: dict[str, Any] = {"budget": {"keep": 0.7, "align": 1}, "require": {"faster": 1e6, "smaller": 0.1}}

@@ -79,7 +79,7 @@ def test_prepare_decides_what_the_recipe_leaves_open(tmp_path: Path) -> None:
     assert (decided.search.step, decided.train.weights) == ("alternate", "all")
 
 
-def test_the_card_and_the_folder_say_the_budget_that_was_decided_and_the_rest_as_asked(tmp_path: Path) -> None:
+def test_reported_config_has_the_decided_budget_and_the_rest_as_asked(tmp_path: Path) -> None:
     config = from_mapping(recipe_values(tmp_path) | {"budget": {"align": 8, "flops": 0.8}})
     context = prepare(config, resume=False, console=SilentConsole())
     assert (context.recipe, context.recipe.budget.keep) == (config, 1)
