@@ -35,7 +35,7 @@ from prunetune.cli.flags import flags_to_overrides
 from prunetune.config.recipe import load_recipe
 from prunetune.evaluation.results import Evaluation, headline_metric, higher_is_better
 from prunetune.evaluation.statistics import paired_difference
-from prunetune.pipeline.multi_size import run
+from prunetune.pipeline.run import run
 from prunetune.runs.folder import RunFolder, create_run_folder
 
 METRICS = ("accuracy", "rouge_l", "nll", "perplexity")

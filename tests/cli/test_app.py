@@ -16,7 +16,7 @@ import yaml
 from safetensors import SafetensorError
 
 import prunetune.cli.app
-import prunetune.pipeline.stages
+import prunetune.pipeline.run
 from prunetune.errors import LimitBroken
 from prunetune.utils import console
 from support.data import pairs, write_lines
@@ -236,7 +236,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def run(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(prunetune.pipeline.stages, "run", run)
+    monkeypatch.setattr(prunetune.pipeline.run, "run", run)
 
 
 @pytest.mark.parametrize(

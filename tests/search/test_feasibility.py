@@ -229,7 +229,7 @@ def test_a_search_meets_the_budget(gates: str) -> None:
     found = with_limits(shape, sites, caps, 1.0)
     values: dict[str, Any] = {"budget": {"keep": limits_of(found).feasible_keep}, "search": {"gates": gates}}
     config = from_mapping(values)
-    searcher = Searcher(sites, found, config, build_schedule(config).keep_at, torch.device("cpu"))
+    searcher = Searcher(sites, found, config, build_schedule(config).annealed_keep, torch.device("cpu"))
     searcher.init_from_importance({site.name: torch.rand(site.units) for site in sites})
     drawn = searcher.sample(0)
     assert all(gate.requires_grad for gate in drawn.values())

@@ -140,7 +140,7 @@ def test_an_expert_s_floor_is_the_number_a_token_goes_to() -> None:
 def test_widths_of_experts_suit_grouped_kernels() -> None:
     sites = find_sites(tiny("mixtral", intermediate_size=40), ["expert-channels"])
     assert default_align(sites) == 8
-    with pytest.raises(ConfigError, match=r"budget\.align 12 does not do for expert-channels.*set it to 8"):
+    with pytest.raises(ConfigError, match=r"budget\.align 12 does not fit expert-channels.*set it to 8"):
         make_plan_constraints(recipe(align=12, units=["expert-channels"]), sites, tiny("mixtral").config)
 
 

@@ -23,7 +23,7 @@ from prunetune.errors import PrunetuneError
 from prunetune.export import selfcheck
 from prunetune.export.checkpoint import WrittenCheckpoint
 from prunetune.model.loading import load_model_and_tokenizer
-from prunetune.pipeline.stages import run
+from prunetune.pipeline.run import run
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import DEFAULT_UNITS
 from prunetune.train import loop

@@ -70,7 +70,7 @@ def test_records_say_what_happened() -> None:
     kept = [record["kept"] for record in notes.steps]
     assert kept[-1] == pytest.approx(kept_params(job.sites, plan) / prunable_params(job.sites))
     assert kept[0] > kept[3]
-    assert all(record["kept"] <= job.schedule.keep_at(record["step"] - 1) + 1e-6 for record in notes.steps[:4])
+    assert all(record["kept"] <= job.schedule.annealed_keep(record["step"] - 1) + 1e-6 for record in notes.steps[:4])
     assert all(("search_loss" in record) == (record["phase"] == "search") for record in notes.steps)
     assert all(("lasso" in record) == (record["phase"] != "tune") for record in notes.steps)
     assert [record["step"] for record in notes.validations] == [5, 10]

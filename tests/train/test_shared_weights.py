@@ -169,12 +169,14 @@ def test_a_lean_error_is_the_error(dtype: torch.dtype) -> None:
 def test_who_teaches_and_how_the_search_steps_is_a_matter_of_size() -> None:
     sites = tuple(find_sites(tiny("llama")))
     large = tuple(replace(site, unit_params=LARGE_MODEL_PARAMS) for site in sites)
-    config = config_of({"distill": {"teacher": "auto"}})
+    config = config_of({"distill": {"teacher": "auto"}, "train": {"weights": "auto"}})
     assert resolve_auto(config, sites).distill.teacher == "dense"
     assert resolve_auto(config, large).distill.teacher == "base"
     assert [resolve_auto(config, each).distill.share for each in (sites, large)] == [1, 0.5]
     assert [resolve_auto(config, each).search.step for each in (sites, large)] == ["alternate", "joint"]
     assert [resolve_auto(config, each).search.lora_aware for each in (sites, large)] == [True, False]
+    assert [resolve_auto(config, each).train.weights for each in (sites, large)] == ["all", "adapters"]
     for wanted, step in (("none", "joint"), ("base", "alternate"), ("dense", "joint")):
-        told = config_of({"distill": {"teacher": wanted, "share": 0.3}, "search": {"step": step}})
+        decided = {"distill": {"teacher": wanted, "share": 0.3}, "search": {"step": step}, "train": {"weights": "all"}}
+        told = config_of(decided)
         assert resolve_auto(told, sites) == resolve_auto(told, large) == told

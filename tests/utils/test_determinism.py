@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunetune.config.recipe import RunConfig
+from prunetune.config.recipe import BudgetConfig, RunConfig
 from prunetune.errors import ConfigError, ModelError
-from prunetune.pipeline import multi_size, stages
+from prunetune.pipeline import multi_size
+from prunetune.pipeline import run as run_module
 from prunetune.utils.determinism import CUBLAS, DETERMINISTIC_WORKSPACES, deterministic
 
 CPU = torch.device("cpu")
@@ -89,21 +90,19 @@ def test_what_pytorch_refuses_is_one_line_and_other_errors_pass() -> None:
         raise RuntimeError(words)
 
 
-@pytest.mark.parametrize("run", [multi_size.run, stages.run])
+@pytest.mark.parametrize("sizes", [(0.5,), ()])
 @pytest.mark.parametrize("wanted", [True, False])
-def test_a_run_is_made_in_the_block(
-    run: Callable[[RunConfig], Path], wanted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_made_in_the_block(sizes: tuple[float, ...], wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def prepare(*_: object, **__: object) -> None:
         seen.append(settings()[0])
         raise ConfigError("enough")
 
-    monkeypatch.setattr(stages, "prepare", prepare)
+    monkeypatch.setattr(multi_size if sizes else run_module, "prepare", prepare)
     before = settings()
     with pytest.raises(ConfigError, match="enough"):
-        run(RunConfig(deterministic=wanted, device="cpu"))
+        run_module.run(RunConfig(deterministic=wanted, device="cpu", budget=BudgetConfig(sizes=sizes)))
     assert seen == [wanted]
     assert settings() == before
 

@@ -106,7 +106,7 @@ def serve(handle: int) -> None:
         pipe.send(("fine", runner.facts()))
         while True:
             what, batch = pipe.recv()
-            _send_result(pipe, runner.warm if what == "warm" else runner.run, batch)
+            _send_result(pipe, runner.warm_up if what == "warm" else runner.run, batch)
     except (EOFError, BrokenPipeError):
         return
     except PrunetuneError as mistake:

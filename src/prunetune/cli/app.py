@@ -73,7 +73,9 @@ def run(
 
         print(render_dry_run(config, resume=resume))
         return
-    _run(config, resume=resume)
+    from prunetune.pipeline.run import run as run_pipeline
+
+    _print_run(run_pipeline(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]])))
 
 
 @app.command
@@ -85,15 +87,16 @@ def demo(
     """The same on a real small model and clinical coding terms that come as packages; no GPU needed."""
     with resources.as_file(resources.files("prunetune") / "demo.yaml") as recipe:
         config = load_recipe(recipe, flags_to_overrides(flags))
-    _run(config, resume=resume)
+    from prunetune.pipeline.run import run as run_pipeline
+
+    _print_run(run_pipeline(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]])))
 
 
-def _run(config: RunConfig, *, resume: bool) -> None:
-    from prunetune.cli.output import render_run
-    from prunetune.pipeline.multi_size import run as whole_run
-
-    folder = whole_run(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
+def _print_run(folder: Path) -> None:
+    """Print what a run made, on rank 0 only."""
     if not rank_and_world_size()[0]:
+        from prunetune.cli.output import render_run
+
         print(render_run(folder))
 
 

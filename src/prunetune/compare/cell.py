@@ -15,7 +15,7 @@ from prunetune.baselines.scores import BASELINES, Calibration, bias_compensation
 from prunetune.compare.grid import Cell, CellResult, cell_header
 from prunetune.compare.methods import BUILT_IN, DENSE, apply_overrides
 from prunetune.compare.scoring import finite_or_none, score_model
-from prunetune.config.recipe import RunConfig
+from prunetune.config.recipe import DistillConfig
 from prunetune.data.batches import BatchStream, collate, micro_batches, pad_token_id
 from prunetune.evaluation.score_records import context_length
 from prunetune.pipeline.prepare import RunContext, make_plan_constraints, with_distill_texts
@@ -152,10 +152,10 @@ class CellRunner:
         )
         if config.data.distill_texts and config.data.distill_texts != self.context.config.data.distill_texts:
             setting = with_distill_texts(setting, context_length(self.model))
-        if cell.method.uses_teacher:
-            return setting
-        plain = plain_lora_config(setting)  # but where a variant says otherwise
-        return replace(plain, config=apply_overrides(plain.config, cell.method.overrides))
+        if not cell.method.uses_teacher:
+            plain = plain_lora_config(setting)  # but where a variant says otherwise
+            setting = replace(plain, config=apply_overrides(plain.config, cell.method.overrides))
+        return replace(setting, config=resolve_auto(setting.config, setting.sites))
 
     # -- models ------------------------------------------------------------------------------------------------------
 
@@ -170,7 +170,7 @@ class CellRunner:
             # A copy: what teaches in other threads is not to be hooked by an evaluation.
             facts = {"train_seconds": tuned.seconds, "teacher_seconds": 0.0, "curve": tuned.curve}
             return copy.deepcopy(tuned.model), tuned.plan, facts
-        teaching, cost = self._teacher_factory(cell, setting.config)
+        teaching, cost = self._teacher_factory(cell, setting.config.distill)
         model, watch, started = copy.deepcopy(self.model), CellMonitor(self), time.monotonic()
         teacher = teaching(model)
         plan = self._plan(cell, setting, model)
@@ -180,7 +180,7 @@ class CellRunner:
         model.requires_grad_(False).to(setting.dtype)  # as it would be written
         self._synchronize()
         facts = {"train_seconds": time.monotonic() - started, "teacher_seconds": cost, "curve": watch.curve}
-        taught = teacher is not None and resolve_auto(setting.config, setting.sites).distill.teacher == "dense"
+        taught = teacher is not None and setting.config.distill.teacher == "dense"
         return model, plan, facts | ({"teacher_rate": self.dense_learning_rate} if taught else {})
 
     def _plan(self, cell: Cell, setting: RunContext, model: Any) -> Plan | None:
@@ -196,9 +196,8 @@ class CellRunner:
             add_biases(model, bias_compensation(calibration, plan))
         return plan
 
-    def _teacher_factory(self, cell: Cell, config: RunConfig) -> tuple[TeacherFactory, float]:
+    def _teacher_factory(self, cell: Cell, distill: DistillConfig) -> tuple[TeacherFactory, float]:
         """The way to whoever teaches the cell's model, and the seconds that the teacher's own tuning took."""
-        distill = resolve_auto(config, self.context.sites).distill
         if not cell.method.uses_teacher or distill.teacher == "none":
             return lambda _: None, 0.0
         if distill.teacher == "base":

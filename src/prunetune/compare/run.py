@@ -60,6 +60,7 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
     console = console or make_console(config.train.log_every)
     with closing(console), deterministic(config.deterministic, pick_device(config.device)):
         setting = prepare(config, resume=resume, console=console, changeable=EXTENDABLE_OPTIONS)
+        setting = replace(setting, config=setting.reported_config)  # cells change it, and each resolves its own
         grid = grid_from_config(setting.config)  # a budget of another kind has become a share of the parameters
         _validate_before_start(setting, methods, grid)
         setting.folder.path.mkdir(parents=True, exist_ok=True)

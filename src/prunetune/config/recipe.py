@@ -37,12 +37,8 @@ __all__ = [
     "to_mapping",
 ]  # fmt: skip
 
-BUDGET_KINDS = ("flops", "memory", "file", "latency", "throughput")  # beside keep
+BUDGET_KINDS = ("flops", "memory", "file", "latency", "throughput")  # other than keep
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
-
-
-class UnsetFloat(float):
-    """A default that is told from the same number where that was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +97,7 @@ class BudgetConfig:
     """What may remain."""
 
     keep: float = option(
-        UnsetFloat(0.6),
+        0.6,
         "Share of the prunable (attention and MLP) parameters that may remain, 1 where only another budget is given; "
         "several, 0.8,0.6,0.4, give several models from one run (the largest is then budget.keep, the others are "
         "budget.sizes).",
@@ -160,36 +156,35 @@ class BudgetConfig:
     def __post_init__(self) -> None:
         if not self.units:
             raise ConfigError("budget.units names no kind of unit, and nothing could go: leave it out, or name some")
-        if isinstance(self.keep, UnsetFloat):
-            object.__setattr__(self, "keep", 1.0 if self.amounts() else float(self.keep))
-        if self.sizes and self.amounts():
+        amounts = self.amounts()
+        if self.sizes and amounts:
             raise ConfigError(
                 "budget.sizes are shares of parameters, and budget names another amount: leave one of the two out"
             )
         if any(larger <= smaller for larger, smaller in itertools.pairwise(self.keeps)):
             raise ConfigError(
                 f"budget.sizes {list(self.sizes)} have to fall from budget.keep {self.keep:g} on, each below the one "
-                "before: list them so, or leave out what stands twice"
+                "before: list them in that order, each once"
             )
 
     def amounts(self) -> dict[str, Amount]:
-        """The budgets that are given beside `keep`; raises `ConfigError`."""
-        given = {kind: getattr(self, kind) for kind in BUDGET_KINDS}
-        return {kind: Amount.parse(text, kind) for kind, text in given.items() if text}
+        """The budgets of other kinds than `keep` that are given; raises `ConfigError` for what is no amount."""
+        texts = {kind: getattr(self, kind) for kind in BUDGET_KINDS}
+        return {kind: Amount.parse(text, kind) for kind, text in texts.items() if text}
 
     @property
     def keeps(self) -> tuple[float, ...]:
-        """All budgets of parameters, the largest first."""
+        """The requested shares of parameters, the largest first: one for each model of the run."""
         return (self.keep, *self.sizes)
 
     def protected_layers(self) -> frozenset[int]:
-        """The layers of `protect`; raises `ConfigError`."""
+        """The indices of the layers that `protect` names; raises `ConfigError`."""
         layers: set[int] = set()
-        for span in filter(None, (part.strip() for part in self.protect.split(","))):
-            first, dash, last = span.partition("-")
+        for entry in filter(None, (entry.strip() for entry in self.protect.split(","))):
+            first, dash, last = entry.partition("-")
             last = last if dash else first
             if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-                raise ConfigError(f"budget.protect: {span!r} is no layer and no span of layers: write 0-1,29")
+                raise ConfigError(f"budget.protect: {entry!r} is no layer and no range of layers: write 0-1,29")
             layers |= set(range(int(first), int(last) + 1))
         return frozenset(layers)
 
@@ -409,19 +404,26 @@ def load_saved_recipe(file: Path) -> RunConfig:
 
 def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> RunConfig:
     """Check keys, types and bounds, and build the config; raises `ConfigError` with the offending key's path."""
-    return read_options(RunConfig, _split_keep_list(values, where), where=where)
-
-
-def _split_keep_list(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Several budgets under `budget.keep`, as a list or by commas: the largest stays there, the others are `sizes`."""
     budget = values.get("budget") if isinstance(values, Mapping) else None
-    keep = budget.get("keep") if isinstance(budget, Mapping) else None
-    listed = [part.strip() for part in keep.split(",")] if isinstance(keep, str) else keep
-    if not isinstance(budget, Mapping) or not isinstance(listed, list):
-        return values
-    if not listed:
-        raise ConfigError(f"{where}: budget.keep is an empty list: name one share or several, such as 0.8,0.6")
-    name = f"{where}: {'each ' if len(listed) > 1 else ''}budget.keep"
-    keeps = sorted((parse_number(entry, name) for entry in listed), reverse=True)
-    # One flag over a recipe with several is one size; several say all there is to say.
-    return {**values, "budget": {**budget, "keep": keeps[0], "sizes": keeps[1:]}}
+    if isinstance(budget, Mapping):
+        values = {**values, "budget": _with_keep(budget, where)}
+    return read_options(RunConfig, values, where=where)
+
+
+def _with_keep(budget: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The section `budget` with one number under `keep`: of several the largest, the others become `sizes`.
+
+    Where only budgets of other kinds are given, `keep` is 1: they alone limit the model.
+    """
+    keep = budget.get("keep")
+    shares = [share.strip() for share in keep.split(",")] if isinstance(keep, str) else keep
+    if isinstance(shares, list):
+        if not shares:
+            raise ConfigError(f"{where}: budget.keep is an empty list: name one share or several, such as 0.8,0.6")
+        name = f"{where}: {'each ' if len(shares) > 1 else ''}budget.keep"
+        keeps = sorted((parse_number(share, name) for share in shares), reverse=True)
+        # One flag over a recipe with several sizes means one size, so `sizes` is replaced too.
+        return {**budget, "keep": keeps[0], "sizes": keeps[1:]}
+    if "keep" not in budget and any(budget.get(kind) for kind in BUDGET_KINDS):
+        return {**budget, "keep": 1.0}
+    return budget

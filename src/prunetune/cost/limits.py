@@ -1,7 +1,7 @@
 """Several budgets at once: what each costs the dense model and how much it may be, and how both become one price.
 
-A run moves along one coordinate, `keep`: 1 is the dense model, and `Limits.keep` the point where every limit holds as
-it was stated. In between, limits fall in a straight line from what the dense model costs.
+A run moves along one coordinate: 1 is the dense model, and `BudgetLimits.feasible_keep` the point where every limit
+holds as it was stated. In between, limits fall in a straight line from what the dense model costs.
 """
 
 from __future__ import annotations
@@ -88,25 +88,25 @@ class BudgetLimits:
     """All budgets of a run beside or instead of `budget.keep`."""
 
     limits: tuple[BudgetLimit, ...]
-    requested_keep: float = 1.0  # budget.keep, where it was given too
+    requested_keep: float = 1.0  # budget.keep of the recipe; 1 where it is not given
     feasible_keep: float = 0.0  # share of the prunable parameters that an even plan under all limits keeps
     feasible_price_share: float = 0.0  # the same of the units' prices
     prices: Mapping[str, float] | None = None  # site -> of one unit without what is inside, in parameters
     prices_with_children: Mapping[str, float] | None = None  # site -> of one unit with what is inside
 
-    def progress(self, keep: float) -> float:
-        """How far `keep` is on the way from the dense model (0) to where all limits hold (1)."""
-        return 1.0 if keep <= self.feasible_keep else (1 - keep) / (1 - self.feasible_keep)
+    def progress(self, coordinate: float) -> float:
+        """How far a coordinate is on the way from the dense model (0) to where all limits hold (1)."""
+        return 1.0 if coordinate <= self.feasible_keep else (1 - coordinate) / (1 - self.feasible_keep)
 
-    def cost_limits_at(self, keep: float) -> tuple[tuple[Cost, float], ...]:
-        """What holds at this coordinate."""
-        done = self.progress(keep)
-        return tuple((cost, cap.limit_at(done)) for cap in self.limits for cost in cap.costs)
+    def cost_limits_at(self, coordinate: float) -> tuple[tuple[Cost, float], ...]:
+        """The limits on costs that hold at this coordinate."""
+        progress = self.progress(coordinate)
+        return tuple((cost, cap.limit_at(progress)) for cap in self.limits for cost in cap.costs)
 
-    def params_share_at(self, keep: float) -> float:
+    def params_share_at(self, coordinate: float) -> float:
         """Share of the prunable parameters that may remain at this coordinate."""
-        return 1 - self.progress(keep) * (1 - self.requested_keep)
+        return 1 - self.progress(coordinate) * (1 - self.requested_keep)
 
-    def price_share_at(self, keep: float) -> float:
+    def price_share_at(self, coordinate: float) -> float:
         """Share of all units' prices that is to remain there, for a loss that pulls to it."""
-        return 1 - self.progress(keep) * (1 - self.feasible_price_share)
+        return 1 - self.progress(coordinate) * (1 - self.feasible_price_share)

@@ -42,12 +42,12 @@ class Searcher:
         sites: tuple[Site, ...],
         constraints: PlanConstraints,
         config: RunConfig,
-        keep_at: Callable[[int], float],
+        annealed_keep: Callable[[int], float],
         device: torch.device,
     ) -> None:
         self.sites, self.constraints, self.device = sites, constraints, device
-        self.config, self.seed, self.keep = config.search, config.seed, config.budget.keep
-        self.keep_at = keep_at
+        self.config, self.seed, self.allowed_keep = config.search, config.seed, config.budget.keep
+        self.annealed_keep = annealed_keep
         seed = derive_seed(config.seed, "generator")
         self.generator = build_generator(sites, kind=self.config.generator, seed=seed).to(device)
         self.initial_logits = {site.name: torch.zeros(site.units, device=device) for site in sites}
@@ -80,7 +80,7 @@ class Searcher:
                 if self.config.straight_through
                 else drawn
             )
-        keep, nest = self.keep_at(step), NestedSites(self.sites, detach_to(logits, "cpu"))
+        keep, nest = self.annealed_keep(step), NestedSites(self.sites, detach_to(logits, "cpu"))
         best = best_units(nest, keep, self.constraints)
         legal = torch.cat(list(best.values())).to(self.device).float()
         self.last_gates = split_like(best, legal)
@@ -91,7 +91,7 @@ class Searcher:
     def budget_loss(self, gates: Mapping[str, Tensor]) -> Tensor:
         """How far sampled gates are from the budget: of parameters, or of what limits price."""
         limits = self.constraints.limits
-        target = limits.price_share_at(self.keep) if limits else self.keep
+        target = limits.price_share_at(self.allowed_keep) if limits else self.allowed_keep
         return keep_ratio_loss(kept_share(gates, self.sites, limits.prices if limits else None), target)
 
     @torch.no_grad()
@@ -108,7 +108,8 @@ class Searcher:
     @torch.no_grad()
     def final_decision(self) -> Decision:
         """The final decision: no noise, exact budget, ties broken by index."""
-        return self.decision_from_plan(select(detach_to(self.logits(), "cpu"), self.sites, self.keep, self.constraints))
+        plan = select(detach_to(self.logits(), "cpu"), self.sites, self.allowed_keep, self.constraints)
+        return self.decision_from_plan(plan)
 
     @torch.no_grad()
     def with_legal_plan(self, decision: Decision) -> Decision:
@@ -120,9 +121,9 @@ class Searcher:
             select(detach_to(self.logits(), "cpu"), self.sites, max(lowest, share), self.constraints)
         )
 
-    def set_budget(self, keep_at: Callable[[int], float], keep: float) -> None:
+    def set_budget(self, annealed_keep: Callable[[int], float], allowed_keep: float) -> None:
         """Another budget from here on: at each step, and at the end."""
-        self.keep_at, self.keep = keep_at, keep
+        self.annealed_keep, self.allowed_keep = annealed_keep, allowed_keep
 
     def decision_from_plan(self, plan: Plan) -> Decision:
         """A given plan as a decision."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,18 +15,19 @@ from prunetune.train.job import TrainingJob
 from prunetune.train.losses import Teacher
 
 
-def resolve_auto(config: RunConfig, sites: Iterable[Site]) -> RunConfig:
-    """The recipe with what it leaves to the model's size decided: who teaches, how much, and the search's step.
+def resolve_auto(config: RunConfig, sites: Sequence[Site]) -> RunConfig:
+    """The recipe with what it leaves to the model's size decided: teacher and its share, search step, tuned weights.
 
     From 1e9 prunable parameters on, a step must not cost more than LoRA on the dense model does.
     """
     distill, search, large = config.distill, config.search, prunable_params(sites) >= LARGE_MODEL_PARAMS
+    train = replace(config.train, weights="all" if trains_all_weights(config.train, sites) else "adapters")
     if distill.teacher == "auto":
         distill = replace(distill, teacher="base" if large else "dense")
     distill = replace(distill, share=distill.share or (0.5 if large else 1.0))
     if search.step == "auto":
         search = replace(search, step="joint", lora_aware=False) if large else replace(search, step="alternate")
-    return replace(config, distill=distill, search=search)
+    return replace(config, distill=distill, search=search, train=train)
 
 
 def base_teacher(model: Any, distill: DistillConfig) -> Teacher:

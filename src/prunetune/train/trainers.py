@@ -29,7 +29,7 @@ class GeneratorTrainer:
     def __init__(self, job: TrainingJob, passes: Passes, guard: StepGuard) -> None:
         self.job, self.passes, self.guard = job, passes, guard
         self.device = next(job.model.parameters()).device
-        self.searcher = Searcher(job.sites, job.constraints, job.config, job.schedule.keep_at, self.device)
+        self.searcher = Searcher(job.sites, job.constraints, job.config, job.schedule.annealed_keep, self.device)
         decay = 0.0 if job.config.search.generator == "none" else 0.01  # free logits would be drawn to zero
         self.optimizer = adamw(
             self.searcher.generator.parameters(), lr=job.config.search.learning_rate, weight_decay=decay

@@ -48,12 +48,12 @@ class ValidationHistory:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` reads it back."""
-        return asdict(self)
+        return asdict(self) | {"schedule": self.schedule.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ValidationHistory:
         """Read what `to_dict` wrote."""
-        return cls(**{**values, "schedule": Schedule(**values["schedule"]), "events": tuple(values["events"])})
+        return cls(**{**values, "schedule": Schedule.from_dict(values["schedule"]), "events": tuple(values["events"])})
 
 
 class Validation:
@@ -192,11 +192,11 @@ class Validation:
 
     def _back_off(self, step: int, broken: list[ScoreLimit], decision: Decision, why: str) -> Decision:
         """More may stay from here on; a decision that stood is made again."""
-        before = self.history.schedule.keep
+        before = self.history.schedule.allowed_keep
         keep = min(1.0, before + self.job.config.validate.back_off)
         self._note(step, broken, f"budget raised from {before:.4g} to {keep:.4g}")
         log.warning("step %d: %s: the budget is raised from %.4g to %.4g", step, why, before, keep)
-        self._set_schedule(self.history.schedule.with_keep(keep))
+        self._set_schedule(self.history.schedule.with_allowed_keep(keep))
         return replace(decision, plan=None)
 
     def _roll_back(self, step: int, broken: list[ScoreLimit], good: TrainingState, why: str) -> None:
@@ -215,7 +215,7 @@ class Validation:
     def _set_schedule(self, schedule: Schedule) -> None:
         """Search and loop go by this schedule from here on."""
         self.history = replace(self.history, schedule=schedule)
-        self.generator_trainer.searcher.set_budget(schedule.keep_at, schedule.keep)
+        self.generator_trainer.searcher.set_budget(schedule.annealed_keep, schedule.allowed_keep)
 
 
 def _is_better(found: Mapping[str, float], before: Mapping[str, float]) -> bool:
