@@ -130,7 +130,7 @@ class Full:
 def room(ranks: Ranks, *, what: str = "score") -> int:
     """The size of passes that all ranks end up with: of a rank that went on alone, the others would wait for ever."""
     passes: Any = distribute_passes(Full(ranks), None, ranks)  # type: ignore[arg-type]
-    work = {"score": lambda: passes.score((), {}), "shrink": lambda: passes.shrink({}, 0.0)}[what]
+    work = {"score": lambda: passes.score((), {}), "shrink": lambda: passes.group_lasso_step({}, 0.0)}[what]
     faults = StepGuard(passes, 0)
     faults.retry_smaller([Example((1, 2), 1)], work, lambda: None)
     return int(ranks.broadcast_from_main(faults.passes.micro_tokens))
