@@ -28,12 +28,12 @@ from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import DEFAULT_UNITS
 from prunetune.train import loop
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore, NullCheckpointStore
-from prunetune.train.losses import Teacher
 from prunetune.train.parallel.distributed_passes import distribute_checkpoints, distribute_passes
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks, init_distributed
 from prunetune.train.parallel.sharding import shard_layers
 from prunetune.train.passes import PackedPasses
 from prunetune.train.recovery import StepGuard
+from prunetune.train.teacher import Teacher
 from support.loop import config_of, job_of
 from support.models import tiny
 
@@ -76,7 +76,7 @@ def result(
     if distil:
         teacher = tiny(seed=3).requires_grad_(False)
         shard_layers(teacher, ranks)
-        job = replace(job, teacher=Teacher(teacher, 1.0, 1.0, is_tuned=False, share=0.5))
+        job = replace(job, teacher=Teacher(teacher, is_tuned=False, share=0.5))
     if stop:
         observer: Any = job.observer
         told = observer.step

@@ -18,8 +18,9 @@ from prunetune.pruning.sites import dense_plan, find_sites, kept_params
 from prunetune.train.adapters import trainable_parameters
 from prunetune.train.checkpoints import Checkpoints, TrainingState
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.losses import Teacher, accumulate_gradients, mean_loss
+from prunetune.train.losses import TrainingLoss, accumulate_gradients, mean_loss
 from prunetune.train.schedule import learning_rate
+from prunetune.train.teacher import Teacher
 from support.loop import (
     KEEP,
     Every,
@@ -251,18 +252,18 @@ def test_a_loss_that_is_not_a_number_names_step_and_rows() -> None:
 def test_a_teacher_that_says_nan_stops_the_run() -> None:
     model = tiny("llama", seed=5)
     model.lm_head.weight.data[5] = math.nan
-    job = job_of(config_of({"search": {"init_batches": 0, "sparsity": "off"}}))
+    job = job_of(config_of({"search": {"init_batches": 0, "sparsity": "off"}, "distill": {"hidden": 0}}))
     with pytest.raises(ModelError, match=r"is nan at step 3 \(rows row"):
-        tune_and_prune(replace(job, teacher=Teacher(model, 1.0, 0.0)))
+        tune_and_prune(replace(job, teacher=Teacher(model)))
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 20, 40])
 def test_micro_batches_add_up_to_one_batch(micro_tokens: int) -> None:
     rows = examples(12)
 
-    def gradients(tokens: int) -> tuple[float, dict[str, Tensor]]:
+    def gradients(tokens: int) -> tuple[dict[str, float], dict[str, Tensor]]:
         model = tuned(tiny())
-        loss = accumulate_gradients(model, rows, 0, tokens)
+        loss = accumulate_gradients(model, rows, 0, tokens, TrainingLoss({"answer": 1.0}))
         return loss, {name: p.grad for name, p in trainable_parameters(model).items() if p.grad is not None}
 
     loss, whole = gradients(10**6)

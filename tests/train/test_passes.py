@@ -19,8 +19,8 @@ from prunetune.pruning.cut import cut_linears
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites
 from prunetune.train.adapters import add_adapters, trainable_parameters
-from prunetune.train.losses import Teacher
 from prunetune.train.passes import PackedPasses, PaddedPasses, build_passes
+from prunetune.train.teacher import Teacher
 from support.models import ALL_FAMILIES, random_plan, tiny, with_lora
 from support.passes import assert_same, gradients
 
@@ -34,8 +34,8 @@ def examples(count: int = 7, longest: int = 20) -> list[Example]:
     ]
 
 
-def config_of(micro_tokens: int = 10_000) -> RunConfig:
-    return from_mapping({"train": {"micro_tokens": micro_tokens}})
+def config_of(micro_tokens: int = 10_000, logits: float = 1.0, hidden: float = 1.0) -> RunConfig:
+    return from_mapping({"train": {"micro_tokens": micro_tokens}, "distill": {"logits": logits, "hidden": hidden}})
 
 
 @pytest.fixture(autouse=True)
@@ -115,8 +115,10 @@ def test_rounding_of_a_sharp_model_is_no_reading_across(seed: int, monkeypatch: 
 def test_packed_equals_padded(setting: Setting, micro_tokens: int, weights: tuple[Any, ...] | None) -> None:
     model, sites, gates = setting
     batch = [*examples(), Example(tuple(range(3, 12)), 9, "a text without labels")]
-    teacher = Teacher(tiny(model.config.model_type, seed=5), *weights) if weights else None
-    padded, packed = (kind(model, sites, 0, config_of(micro_tokens), teacher) for kind in (PaddedPasses, PackedPasses))
+    logits, hidden, *rest = weights or (0.0, 0.0)
+    teacher = Teacher(tiny(model.config.model_type, seed=5), *rest) if weights else None
+    config = config_of(micro_tokens, logits, hidden)
+    padded, packed = (kind(model, sites, 0, config, teacher) for kind in (PaddedPasses, PackedPasses))
     for given in (None, gates):
         assert packed.score(batch, given) == pytest.approx(padded.score(batch, given), rel=1e-5)
         losses, grads = [], []
@@ -147,9 +149,9 @@ def test_a_teacher_sees_its_share_and_all_that_has_no_label() -> None:
     bare = [Example(tuple(range(3, 9 + index)), 6 + index, f"text {index}") for index in range(2)]
     batch = [*examples(), *bare]
     for share, seen in ((0.1, bare), (0.3, [*bare, batch[0]]), (1.0, batch)):
-        passes = PaddedPasses(model, find_sites(tiny()), 0, config_of(), Teacher(teacher, 1.0, 1.0, share=share))
+        passes = PaddedPasses(model, find_sites(tiny()), 0, config_of(), Teacher(teacher, share=share))
         losses, grads = passes.tune(batch, None), gradients(model)
-        alone = PaddedPasses(model, find_sites(tiny()), 0, config_of(), Teacher(teacher, 1.0, 1.0))
+        alone = PaddedPasses(model, find_sites(tiny()), 0, config_of(), Teacher(teacher))
         assert losses["distance"] == pytest.approx(alone.tune(seen, None)["distance"], rel=1e-5)
         of_seen = gradients(model)
         labels = PaddedPasses(model, find_sites(tiny()), 0, config_of())
@@ -178,7 +180,8 @@ def test_a_teacher_that_does_not_know_the_task_has_no_say_where_labels_are(kind:
             at for at in range(len(example.token_ids)) if not example.answer_start <= at + 1 < len(example.token_ids)
         ]
         expected += float((0.5 * apart + 2 * torch.stack(errors).mean(0))[heard].sum()) / tokens
-    passes = kind(with_lora(student), find_sites(tiny()), 0, config_of(), Teacher(teacher, 0.5, 2.0, is_tuned=False))
+    config = config_of(logits=0.5, hidden=2.0)
+    passes = kind(with_lora(student), find_sites(tiny()), 0, config, Teacher(teacher, is_tuned=False))
     for name, parameter in trainable_parameters(passes.model).items():
         if ".lora_B." in name:
             parameter.data.zero_()
@@ -274,12 +277,12 @@ def test_soft_capped_attention_is_not_packed() -> None:
 )
 @pytest.mark.parametrize("compile", ["off", "on"])
 def test_recorded_passes_equal_padded_ones_on_a_gpu_also_side_by_side(compile: str) -> None:
-    config = from_mapping({"train": {"compile": compile}})
+    config = from_mapping({"train": {"compile": compile}, "distill": {"logits": 3.0, "hidden": 10.0}})
 
     def both(seed: int) -> list[tuple[float, dict[str, Tensor]]]:
         with torch.cuda.stream(torch.cuda.Stream()):
             model = tiny(seed=seed).to("cuda", torch.bfloat16).requires_grad_(False)
-            sites, teacher = tuple(find_sites(model)), Teacher(tiny(seed=9).to("cuda", torch.bfloat16), 3.0, 10.0)
+            sites, teacher = tuple(find_sites(model)), Teacher(tiny(seed=9).to("cuda", torch.bfloat16))
             with_lora(model, seed=seed)
             found = []
             for kind in (PaddedPasses, PackedPasses):

@@ -21,22 +21,24 @@ from prunetune.train.adapters import LARGE_MODEL_PARAMS, add_adapters, load_into
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore
 from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.losses import Teacher, checkpointed_relative_error, relative_error
+from prunetune.train.losses import checkpointed_relative_error, relative_error
 from prunetune.train.passes import PackedPasses
-from prunetune.train.teacher import base_teacher, resolve_auto
+from prunetune.train.teacher import Teacher, base_teacher, resolve_auto
 from support.loop import Every, Notes, config_of, identical, job_of, losses, search_losses, weights_of
 from support.models import tiny
 from support.multi_size import larger, smaller
 from support.shared_weights import held
 
 CUT = 7  # steps before it
-DISTILL = DistillConfig(logits=1.0, hidden=1.0, share=1.0)
+DISTILL = DistillConfig(share=1.0)
 both = pytest.mark.parametrize("weights", ["adapters", "all"])
 families = pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3"])
 
 
 def recipe(weights: str) -> RunConfig:
-    return config_of({"train": {"weights": weights}, "lora": {"dropout": 0.1}})
+    return config_of(
+        {"train": {"weights": weights}, "lora": {"dropout": 0.1}, "distill": {"logits": 1.0, "hidden": 1.0}}
+    )
 
 
 def taught(config: RunConfig, family: str = "llama", *, keeper: CheckpointStore | None = None) -> TrainingJob:
@@ -50,9 +52,7 @@ def taught(config: RunConfig, family: str = "llama", *, keeper: CheckpointStore 
 def test_the_run_is_that_of_a_teacher_apart(family: str, weights: str) -> None:
     config = recipe(weights)
     together, apart = taught(config, family), job_of(config, family=family)
-    apart = replace(
-        apart, teacher=Teacher(tiny(family).requires_grad_(False), DISTILL.logits, DISTILL.hidden, is_tuned=False)
-    )
+    apart = replace(apart, teacher=Teacher(tiny(family).requires_grad_(False), is_tuned=False))
     before = tiny(family).state_dict()
     assert tune_and_prune(together) == tune_and_prune(apart)
     assert search_losses(together) == search_losses(apart)
@@ -83,9 +83,7 @@ def test_resumed_at_any_step_equals_uninterrupted(weights: str, tmp_path: Path) 
 def test_a_smaller_size_goes_on_beside_its_teacher(weights: str) -> None:
     (job, plan), (apart, _) = (smaller(larger(weights, "llama"), weights, "llama") for _ in range(2))
     job = replace(job, teacher=base_teacher(job.model, DISTILL))
-    apart = replace(
-        apart, teacher=Teacher(tiny("llama").requires_grad_(False), DISTILL.logits, DISTILL.hidden, is_tuned=False)
-    )
+    apart = replace(apart, teacher=Teacher(tiny("llama").requires_grad_(False), is_tuned=False))
     assert tune_and_prune(job) == tune_and_prune(apart) == plan
     assert losses(job) == pytest.approx(losses(apart), rel=1e-5)
     assert job.teacher is not None

@@ -22,7 +22,7 @@ from prunetune.search.searcher import Searcher
 from prunetune.search.select import PlanConstraints
 from prunetune.train.adapters import adapter_group_norms, soft_threshold, trainable_parameters
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.losses import accumulate_gradients
+from prunetune.train.losses import TrainingLoss, accumulate_gradients
 from prunetune.train.passes import PackedPasses, PaddedPasses
 from prunetune.train.schedule import build_schedule
 from support.loop import KEEP, Every, config_of, examples, identical, job_of, losses, weights_of
@@ -152,11 +152,11 @@ def test_a_joint_pass_is_both_passes(
     found = []
     for kind in (PaddedPasses, PackedPasses):
         passes: Any = kind(model, sites, 0, config)
-        loss, slopes = passes.both(examples(), gates)
+        loss, slopes = passes.tune_with_gate_gradients(examples(), gates)
         learnt = gradients(model)
         assert loss == pytest.approx(passes.tune(examples(), gates), rel=1e-5)
         assert_same(gradients(model), learnt)
-        others = passes.slopes(examples(), gates)[1]
+        others = passes.gate_gradients(examples(), gates)[1]
         if aware:
             assert any(not torch.allclose(slopes[name], others[name], rtol=1e-2) for name in slopes)
         else:
@@ -194,7 +194,7 @@ def test_without_lora_awareness_adapters_learn_as_after_the_cut() -> None:
     found: dict[str, tuple[float, dict[str, Tensor]]] = {}
     for form in ("free", "gated"):
         with masked(model, gates, adapters=form, sites=sites):  # type: ignore[arg-type]
-            loss = accumulate_gradients(model, examples(), 0, 10_000)[0]
+            loss = accumulate_gradients(model, examples(), 0, 10_000, TrainingLoss({"answer": 1.0}))["loss"]
         found[form] = loss, gradients(model)
     for aware, form in ((True, "free"), (False, "gated")):
         config = from_mapping({"search": {"lora_aware": aware}})

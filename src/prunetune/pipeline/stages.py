@@ -40,12 +40,11 @@ from prunetune.runs.trackers import Trackers, require_trackers, start_trackers
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore
 from prunetune.train.job import Monitor, Observer, TrainingJob
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.losses import Teacher
 from prunetune.train.parallel.distributed_passes import distribute_checkpoints
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, init_distributed
 from prunetune.train.parallel.sharding import shard_layers
 from prunetune.train.schedule import build_schedule, tune_only_schedule
-from prunetune.train.teacher import base_teacher, resolve_auto
+from prunetune.train.teacher import Teacher, base_teacher, resolve_auto
 from prunetune.train.validation import RolledBack
 from prunetune.utils import environment
 from prunetune.utils.console import SilentConsole, make_console
@@ -276,7 +275,7 @@ def _separate_teacher(
     else:
         model = load_dense_tuned()
     model, tuned = model.requires_grad_(False).eval(), distill.teacher != "base"
-    return Teacher(model, distill.logits, distill.hidden, is_tuned=tuned, share=distill.share)
+    return Teacher(model, is_tuned=tuned, share=distill.share)
 
 
 def validation_subset(examples: tuple[Example, ...], limit: int) -> tuple[Example, ...]:

@@ -19,7 +19,6 @@ from prunetune.train.parallel.sharding import shard_layers
 from prunetune.train.passes import build_passes
 from prunetune.train.progress import TrainingProgress
 from prunetune.train.recovery import StepGuard
-from prunetune.train.teacher import find_weight_owner
 from prunetune.train.trainers import AdapterTrainer, GeneratorTrainer
 from prunetune.utils.seeds import derive_seed
 
@@ -34,7 +33,7 @@ def tune_and_prune(job: TrainingJob) -> Plan:
     if job.start_state is not None:
         load_into_dense(job.model, job.start_state, job.sites, job.config.train)
     # Over ranks, where there are several and they are to share the weights.
-    layers = shard_layers(job.model, job.ranks, find_weight_owner(job))
+    layers = shard_layers(job.model, job.ranks, job.weight_owner)
     passes = build_passes(job.model, job.sites, job.pad_id, job.config, job.teacher, job.ranks)
     passes = distribute_passes(passes, job.model, job.ranks)  # from here on, losses and gradients are of whole batches
     faults = StepGuard(passes, job.config.train.max_skipped, job.config.train.checkpointing != "off")
