@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prunetune.errors import ModelError
-from prunetune.train.cuda_graphs import CAPTURE_LOCK, HELD, POOL, CudaGraphRecorder, own_stream
+from prunetune.train.cuda_graphs import CAPTURE_LOCK, STREAMS_IN_USE, STREAM_POOL_SIZE, CudaGraphRecorder, own_stream
 
 CUDA = torch.device("cuda")
 
@@ -24,7 +24,7 @@ class Stream:
     made = 0
 
     def __init__(self, device: object = None) -> None:
-        self.cuda_stream = 1 + Stream.made % POOL
+        self.cuda_stream = 1 + Stream.made % STREAM_POOL_SIZE
         Stream.made += 1
         self.waited: list[Stream] = []
 
@@ -45,7 +45,7 @@ class Graph:
 def current(monkeypatch: pytest.MonkeyPatch) -> Stream:
     """The stream that the caller is on."""
     one = Stream()
-    HELD.clear()
+    STREAMS_IN_USE.clear()
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: one)
@@ -123,15 +123,15 @@ def test_lack_of_memory_is_told_from_what_cannot_be_recorded(
 
 
 def test_nobody_has_another_s_stream(current: Stream) -> None:
-    held = [own_stream(CUDA) for _ in range(POOL - 1)]
-    for _ in range(2 * POOL):
+    held = [own_stream(CUDA) for _ in range(STREAM_POOL_SIZE - 1)]
+    for _ in range(2 * STREAM_POOL_SIZE):
         recorder = CudaGraphRecorder(CUDA)
         own = recorder._own
         assert own is not None
-        assert len({each.stream.cuda_stream for each in (*held, own)}) == POOL
+        assert len({each.stream.cuda_stream for each in (*held, own)}) == STREAM_POOL_SIZE
         del own
         del recorder
         gc.collect()
     full = [*held, own_stream(CUDA)]
     assert own_stream(CUDA) is not None  # there are no more: better a shared one than none
-    assert len(full) == POOL
+    assert len(full) == STREAM_POOL_SIZE

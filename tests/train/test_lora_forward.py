@@ -108,7 +108,7 @@ def both_ways(model: Any, run: Callable[[], dict[str, Tensor]]) -> tuple[dict[st
 def is_short(result: Tensor) -> bool:
     """Whether a layer's result came the short way; a view of 2-D rows is behind one node more."""
     node: Any = result.grad_fn
-    return "_Adapted" in str([node, *(before for before, _ in node.next_functions)])
+    return "_FusedLora" in str([node, *(before for before, _ in node.next_functions)])
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (2, 3, 7), (2, 2, 3, 7), (0, 7)])

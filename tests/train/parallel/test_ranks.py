@@ -68,13 +68,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(place: Path) -> dict[str, Any]:
     """What two ranks found: the only launch of this file."""
-    port = free_port()
+    port, paths = free_port(), os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "support.distributed_worker", place],
             env=os.environ
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(TESTS)},
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": paths},
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -212,7 +212,7 @@ def test_the_generator_moves_by_the_mean_over_ranks(world: int) -> None:
     generator = search.searcher.generator
     torch.stack([logits.square().sum() for logits in generator().values()]).sum().backward()
     before = [parameter.grad.clone() for parameter in generator.parameters() if parameter.grad is not None]
-    search._average()
+    search._average_gradients()
     after = [parameter.grad for parameter in generator.parameters() if parameter.grad is not None]
     assert len(before) == len(after) > 0
     for one, other in zip(before, after, strict=True):
@@ -309,12 +309,12 @@ def test_other_verbs_are_for_one_process(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_rank_that_waits_for_one_that_is_gone_says_so_and_ends() -> None:
     """The main thread is held where no signal handler of Python runs."""
     held = (
-        "import ctypes, os, signal; from prunetune import launch; launch.GRACE = 0.1\n"
+        "import ctypes, os, signal; from prunetune.utils import launch; launch.STOP_GRACE_SECONDS = 0.1\n"
         "signal.signal(signal.SIGTERM, lambda *_: None)\n"
         "def wait():\n"
         "    print('waits', flush=True)\n"
         "    while True: ctypes.CDLL(None).sleep(60)\n"  # the handler runs, and the wait goes on
-        "launch.end(wait)"
+        "launch.run_and_exit_on_failure(wait)"
     )
     environment = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
     process = subprocess.Popen(
