@@ -60,13 +60,13 @@ def setting(request: pytest.FixtureRequest) -> Setting:
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_what_can_be_packed_is_found_out(family: str) -> None:
+def test_supports_packing_is_false_for_families_that_cannot(family: str) -> None:
     model = tiny(family).train()
     assert supports_packing(model) is (family not in UNPACKED)
     assert model.training
 
 
-def test_a_model_that_reads_across_sequences_cannot_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_that_attends_across_sequences_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = sequence_packing._one_by_one
 
     def across(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *rest: Any) -> Tensor:
@@ -77,7 +77,7 @@ def test_a_model_that_reads_across_sequences_cannot_be_packed(monkeypatch: pytes
     assert not supports_packing(tiny())
 
 
-def test_attention_sinks_are_not_packed_however_weak_they_are() -> None:
+def test_weak_attention_sinks_are_not_packed() -> None:
     model = tiny("gpt_oss")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -94,7 +94,7 @@ def test_half_precision_with_adapters_can_be_packed(family: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_rounding_of_a_sharp_model_is_no_reading_across(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_error_is_not_taken_for_attention_across_sequences(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 a logit may be off by a tenth and more of the largest one, packed or not."""
     model = tiny("llama", layers=24).to(torch.bfloat16)
     rng = torch.Generator().manual_seed(seed)
@@ -130,7 +130,7 @@ def test_packed_equals_padded(setting: Setting, micro_tokens: int, weights: tupl
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_a_model_s_own_dropout_stays_off_while_the_adapters_have_theirs(family: str) -> None:
+def test_dropout_acts_on_adapters_only(family: str) -> None:
     own = {"attention_dropout": 0.9} | ({"dropout": 0.9} if family == "opt" else {})
     model = with_lora(tiny(family, **own)).eval()
     padded, packed = (kind(model, tuple(find_sites(model)), 0, config_of()) for kind in (PaddedPasses, PackedPasses))
@@ -144,7 +144,7 @@ def test_a_model_s_own_dropout_stays_off_while_the_adapters_have_theirs(family: 
     assert padded.score(examples(), None) == pytest.approx(plain, rel=1e-5)
 
 
-def test_a_teacher_sees_its_share_and_all_that_has_no_label() -> None:
+def test_teacher_sees_its_share_and_all_unlabelled_examples() -> None:
     model, teacher = with_lora(tiny()), tiny(seed=5)
     bare = [Example(tuple(range(3, 9 + index)), 6 + index, f"text {index}") for index in range(2)]
     batch = [*examples(), *bare]
@@ -163,7 +163,7 @@ def test_a_teacher_sees_its_share_and_all_that_has_no_label() -> None:
 
 
 @pytest.mark.parametrize("kind", [PaddedPasses, PackedPasses])
-def test_a_teacher_that_does_not_know_the_task_has_no_say_where_labels_are(kind: Any) -> None:
+def test_untuned_teacher_counts_only_on_unlabelled_tokens(kind: Any) -> None:
     batch = [*examples(), Example(tuple(range(3, 9)), 6, "text")]
     student, teacher = tiny(seed=5), tiny(seed=6)
     tokens = sum(len(example.token_ids) for example in batch)
@@ -188,7 +188,7 @@ def test_a_teacher_that_does_not_know_the_task_has_no_say_where_labels_are(kind:
     assert passes.tune(batch, None)["distance"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_slopes_and_lasso_are_equal(setting: Setting) -> None:
+def test_gate_gradients_and_lasso_are_equal_packed_and_padded(setting: Setting) -> None:
     model, sites, gates = setting
     padded, packed = (kind(model, sites, 0, config_of()) for kind in (PaddedPasses, PackedPasses))
     (loss, slopes), (again, others) = (passes.gate_gradients(examples(), gates) for passes in (padded, packed))
@@ -215,7 +215,7 @@ def test_packed_equals_padded_once_cut(setting: Setting) -> None:
     assert_same({name: grads[0].get(name, torch.zeros_like(value)) for name, value in grads[1].items()}, grads[1])
 
 
-def test_packing_leaves_nothing_on_the_model() -> None:
+def test_packed_pass_leaves_no_hook_on_the_model() -> None:
     model = with_lora(tiny())
     before = model.config._attn_implementation
     hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
@@ -224,7 +224,7 @@ def test_packing_leaves_nothing_on_the_model() -> None:
     assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == hooks
 
 
-def test_a_pack_holds_every_token_once() -> None:
+def test_pack_holds_every_token_once() -> None:
     batch = examples()
     row = pack_examples(batch, 0, max_sequences=9)
     edges = row.cu_seq_lens.tolist()
@@ -242,13 +242,13 @@ def test_a_pack_holds_every_token_once() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 512, 513, 5_000, 100_000])
-def test_rows_come_in_few_lengths(length: int) -> None:
+def test_row_lengths_are_rounded_up(length: int) -> None:
     width = round_up_length(length, 512)
     assert length <= width <= max(length + 512, 1.125 * length)
     assert round_up_length(width, 512) == width
 
 
-def test_lists_hold_what_fits() -> None:
+def test_groups_for_packing_hold_at_most_the_limit() -> None:
     batch = examples(30)
     for limit in (1, 25, 60, 10_000):
         lists = group_for_packing(batch, limit)
@@ -256,7 +256,7 @@ def test_lists_hold_what_fits() -> None:
         assert all(len(part) == 1 or sum(len(example.token_ids) for example in part) <= limit for part in lists)
 
 
-def test_a_cpu_pads() -> None:
+def test_build_passes_pads_on_a_cpu() -> None:
     model = with_lora(tiny())
     assert isinstance(build_passes(model, (), 0, config_of()), PaddedPasses)
 
@@ -276,7 +276,7 @@ def test_soft_capped_attention_is_not_packed() -> None:
     "ignore:.*is not a leaf:UserWarning",
 )
 @pytest.mark.parametrize("compile", ["off", "on"])
-def test_recorded_passes_equal_padded_ones_on_a_gpu_also_side_by_side(compile: str) -> None:
+def test_recorded_passes_equal_padded_ones_on_a_gpu_in_two_threads(compile: str) -> None:
     config = from_mapping({"train": {"compile": compile}, "distill": {"logits": 3.0, "hidden": 10.0}})
 
     def both(seed: int) -> list[tuple[float, dict[str, Tensor]]]:
