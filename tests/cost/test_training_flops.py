@@ -15,8 +15,8 @@ from prunetune.data.encoding import Example
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.sites import find_sites
 from prunetune.train.adapters import add_adapters
-from prunetune.train.losses import Teacher
 from prunetune.train.passes import PaddedPasses
+from prunetune.train.teacher import Teacher
 from support.memory import LENGTH, SIZES, built, config_of, needs, tiny
 
 
@@ -51,7 +51,7 @@ def test_a_step_is_what_torch_counts(changes: dict[str, str]) -> None:
     config = config_of(**{name: value for name, value in changes.items() if name != "weights"})
     structure, (model, sites) = tiny(**SIZES), built(config, torch.float32)
     share = float(changes.get("share", 1))
-    teacher = Teacher(built(config, torch.float32)[0], 1.0, 1.0, share=share) if "teacher" in changes else None
+    teacher = Teacher(built(config, torch.float32)[0], share=share) if "teacher" in changes else None
     add_adapters(model, sites, config.lora, seed=0)
     if merged:
         merge_adapters(model, trainable=True)

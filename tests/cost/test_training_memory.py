@@ -18,8 +18,8 @@ from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.sites import find_sites
 from prunetune.search.generator import build_generator
 from prunetune.train.adapters import add_adapters, trainable_parameters
-from prunetune.train.losses import Teacher
 from prunetune.train.passes import PaddedPasses
+from prunetune.train.teacher import Teacher
 from support.memory import LENGTH, SIZES, Live, built, config_of, needs
 from support.models import tiny
 
@@ -63,7 +63,7 @@ def test_what_a_pass_keeps_is_near(dtype: torch.dtype, changes: dict[str, str]) 
     merged = changes.get("weights") == "all"
     config = config_of(**{name: value for name, value in changes.items() if name != "weights"})
     structure, (model, sites) = tiny(**SIZES), built(config, dtype)
-    teacher = Teacher(built(config, dtype)[0], 1.0, 1.0) if "teacher" in changes else None
+    teacher = Teacher(built(config, dtype)[0]) if "teacher" in changes else None
     add_adapters(model, sites, config.lora, seed=0)
     if merged:
         merge_adapters(model, trainable=True)

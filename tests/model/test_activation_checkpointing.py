@@ -17,8 +17,8 @@ from prunetune.model.activation_checkpointing import use_checkpointing, uses_che
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites
 from prunetune.train.adapters import trainable_parameters
-from prunetune.train.losses import Teacher
 from prunetune.train.passes import PackedPasses, PaddedPasses, build_passes
+from prunetune.train.teacher import Teacher
 from support.models import random_plan, tiny, tokens, with_lora
 
 USUAL = ("kv-groups", "mlp-channels")
@@ -51,8 +51,8 @@ def heard(passes: Any, model: Any, gates: dict[str, Tensor]) -> dict[str, Tensor
     for name, (losses, slopes) in {
         "tune": (passes.tune(examples(), gates), {}),
         "as it is": (passes.tune(examples(), None), {}),
-        "slopes": passes.slopes(examples(), gates),
-        "both": passes.both(examples(), gates),
+        "slopes": passes.gate_gradients(examples(), gates),
+        "both": passes.tune_with_gate_gradients(examples(), gates),
     }.items():
         found |= {f"{name} {key}": torch.tensor(value) for key, value in losses.items()}
         found |= {f"{name} {site}": slope for site, slope in slopes.items()}
@@ -77,7 +77,7 @@ def test_the_same_is_heard(family: str, units: Collection[str], kind: Any, taugh
     sites = find_sites(model, units)
     gates = gates_from_plan(random_plan(model, seed=2, units=units), sites)
     with_lora(model)
-    teacher = Teacher(tiny(family, seed=4).requires_grad_(False), 1.0, 0.5) if taught else None
+    teacher = Teacher(tiny(family, seed=4).requires_grad_(False)) if taught else None
     kept, again = (heard(kind(model, sites, 0, config_of(wanted), teacher), model, gates) for wanted in ("off", "on"))
     assert kept.keys() == again.keys()
     for name, value in kept.items():

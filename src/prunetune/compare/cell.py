@@ -28,8 +28,7 @@ from prunetune.search.select import select
 from prunetune.train.checkpoints import NullCheckpointStore
 from prunetune.train.cuda_graphs import own_stream
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.losses import Teacher
-from prunetune.train.teacher import base_teacher, resolve_auto
+from prunetune.train.teacher import Teacher, base_teacher, resolve_auto
 from prunetune.utils import environment
 from prunetune.utils.seeds import derive_seed
 
@@ -205,7 +204,7 @@ class CellRunner:
         tuned = self.tuned_dense(cell.seed, self.dense_learning_rate)
         # Padded passes hook the teacher's head: it is nobody else's.
         model = copy.deepcopy(tuned.model).requires_grad_(False).eval()
-        teacher = Teacher(model, distill.logits, distill.hidden, share=distill.share)
+        teacher = Teacher(model, share=distill.share)
         return lambda _: teacher, tuned.seconds
 
     def tuned_dense(self, seed: int, rate: float) -> TunedDenseModel:

@@ -33,12 +33,11 @@ from prunetune.runs.folder import TUNING_STAGE
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore
 from prunetune.train.job import Monitor, Observer, TrainingJob
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.losses import Teacher
 from prunetune.train.parallel.distributed_passes import distribute_checkpoints
 from prunetune.train.parallel.ranks import SINGLE_PROCESS
 from prunetune.train.parallel.sharding import shard_layers
 from prunetune.train.schedule import build_schedule, tune_only_schedule
-from prunetune.train.teacher import base_teacher
+from prunetune.train.teacher import Teacher, base_teacher
 from prunetune.train.validation import RolledBack
 from prunetune.utils import environment
 from prunetune.utils.files import write_text
@@ -180,13 +179,8 @@ def _separate_teacher(
         shard_layers(model, context.ranks)
     else:
         model = load_dense_tuned()
-    return Teacher(
-        model.requires_grad_(False).eval(),
-        distill.logits,
-        distill.hidden,
-        is_tuned=distill.teacher == "dense",
-        share=distill.share,
-    )
+    model, tuned = model.requires_grad_(False).eval(), distill.teacher == "dense"
+    return Teacher(model, is_tuned=tuned, share=distill.share)
 
 
 def validation_subset(examples: tuple[Example, ...], limit: int) -> tuple[Example, ...]:

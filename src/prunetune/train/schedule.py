@@ -1,4 +1,4 @@
-"""Which phase a step belongs to, how far the budget has come, and the learning rate."""
+"""Phases of a run, the annealed budget and the learning rate: functions of the step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Phase = Literal["search", "settle", "tune"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps [0, search) search, [search, settle) settle, [settle, steps) tune the cut model."""
+    """Phases by step: search in [0, search), settle in [search, settle), tune the cut model in [settle, steps)."""
 
     search: int
     settle: int
@@ -38,7 +38,7 @@ class Schedule:
         return replace(self, allowed_keep=allowed_keep)
 
     def decided_at(self, step: int) -> Schedule:
-        """The search is over from here on; settling takes as many steps as it was to, as far as there are any."""
+        """The same, but the search ends at `step`; settling takes as many steps as planned, if so many are left."""
         return replace(self, search=step, settle=min(self.steps, step + self.settle - self.search))
 
     def to_dict(self) -> dict[str, Any]:
