@@ -85,7 +85,7 @@ def test_what_a_pass_keeps_is_near(dtype: torch.dtype, changes: dict[str, str]) 
     setup = training_setup(config, dtype, longest=LENGTH, all_weights=merged)
     shapes = training_shapes(structure, sites)
     found = estimate_memory(shapes, setup, phase="tune" if merged else "search")
-    beside = found.teacher - estimate_memory(shapes, replace(setup, deep=False), phase="search").teacher
+    beside = found.teacher - estimate_memory(shapes, replace(setup, distills_hidden=False), phase="search").teacher
     assert 0.85 * live.peak < found.activations + found.passing + beside < 1.2 * live.peak
 
 
@@ -100,7 +100,7 @@ def test_it_grows_and_shrinks_with_what_it_is_made_of() -> None:
         return estimate_memory(shapes, replace(setup, **changes), phase=phase).total
 
     assert total("tune") < total()
-    assert total(recompute=True) < total() < total(teacher=True) < total(teacher=True, deep=True)
+    assert total(recompute=True) < total() < total(teacher=True) < total(teacher=True, distills_hidden=True)
     assert total(quantize="nf4") < total() < total(rank=64)
     assert total(tokens=1024) > total()
     assert total("tune", all_weights=True) > total("tune")

@@ -141,7 +141,7 @@ def test_what_is_computed_is_what_is_held(family: str, quantize: str) -> None:
     structure, config = tiny(family, **SIZES), config_of(**values)
     sites = find_sites(structure)
     shapes = training_shapes(structure, sites)
-    setup = replace(training_setup(config, torch.float32, longest=1), deep=False, keep=0.5)
+    setup = replace(training_setup(config, torch.float32, longest=1), distills_hidden=False, keep=0.5)
 
     def found(phase: Literal["search", "tune"], **changes: Any) -> int:
         computed = estimate_memory(shapes, replace(setup, **changes), phase=phase)
@@ -150,7 +150,7 @@ def test_what_is_computed_is_what_is_held(family: str, quantize: str) -> None:
     student, teacher, sites = beside(family, four_bits=quantize != "off", **SIZES)
     rest = sum(one.nbytes for name, one in teacher.named_buffers() if "inv_freq" in name)
     assert found("search") == held(student, teacher) - rest
-    assert found("search", shared=False) == 2 * found("search")
+    assert found("search", teacher_is_base=False) == 2 * found("search")
     plan = Plan(
         {site.name: tuple(range(1, site.units, 2)) for site in sites}, {site.name: site.units for site in sites}
     )
