@@ -51,8 +51,8 @@ def heard(passes: Any, model: Any, gates: dict[str, Tensor]) -> dict[str, Tensor
     for name, (losses, slopes) in {
         "tune": (passes.tune(examples(), gates), {}),
         "as it is": (passes.tune(examples(), None), {}),
-        "slopes": passes.slopes(examples(), gates),
-        "both": passes.both(examples(), gates),
+        "slopes": passes.gate_gradients(examples(), gates),
+        "both": passes.tune_with_gate_gradients(examples(), gates),
     }.items():
         found |= {f"{name} {key}": torch.tensor(value) for key, value in losses.items()}
         found |= {f"{name} {site}": slope for site, slope in slopes.items()}

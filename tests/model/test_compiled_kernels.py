@@ -36,10 +36,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(
         compiled_kernels, "_compiled", lambda function: torch.compile(function, dynamic=True, backend=backend)
     )
-    compiled_kernels._faster.cache_clear()
+    compiled_kernels._compiled_forward.cache_clear()
     torch.compiler.reset()
     yield names
-    compiled_kernels._faster.cache_clear()
+    compiled_kernels._compiled_forward.cache_clear()
     torch.compiler.reset()
 
 

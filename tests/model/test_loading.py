@@ -22,7 +22,7 @@ from support.suites import model_folder
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_hidden_layers": 0}, "num_hidden_layers has to be 1 or more"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be 1 or more"),
         ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
         ({"hidden_size": -4}, "negative dimension"),
         ({"hidden_act": "zzz"}, "KeyError: 'zzz'"),
@@ -58,7 +58,7 @@ def test_weights_that_are_not_there_or_no_numbers_are_refused(tmp_path: Path) ->
     how: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
     with pytest.raises(ModelError, match=r"lack 1 of the weights .* model\.layers\.1\.mlp\.up_proj\.weight first"):
         load_model_and_tokenizer(spoiled(tmp_path / "a", lose), **how)
-    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values that are no numbers"):
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite values"):
         load_model_and_tokenizer(spoiled(tmp_path / "b", spoil), **how)
 
 

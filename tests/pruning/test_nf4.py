@@ -124,7 +124,7 @@ def test_gates_and_adapters_hear_what_they_would_in_full(adapters: Any) -> None:
         model, sites = held("qwen2")
         if in_full:
             for name in lora_target_modules(model):
-                model.get_submodule(name).base_layer = model.get_submodule(name).base_layer.plain()
+                model.get_submodule(name).base_layer = model.get_submodule(name).base_layer.dequantize()
         leaves = {site.name: torch.full((site.units,), 0.7, requires_grad=True) for site in sites}
         with masked(model, leaves, adapters=adapters, sites=sites):
             model(tokens()).logits.square().mean().backward()

@@ -74,7 +74,7 @@ DESCRIBED_BY_CONFIG = (
 )  # fmt: skip
 
 # tests/pruning/test_units.py prunes every family here, and compares the result with the masked model.
-FAMILIES: Mapping[str, Family] = {
+FAMILIES: dict[str, Family] = {
     **{name: Family() for name in DESCRIBED_BY_CONFIG},
     "mixtral": Family(mixture=MixtureOfExperts(intermediate_size_key="intermediate_size")),
     "qwen2_moe": Family(mixture=MixtureOfExperts()),
