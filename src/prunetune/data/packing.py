@@ -56,7 +56,7 @@ class PackedBatch:
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> PackedBatch:
         """The same with other tensors, in the order of `tensors()`."""
-        names = ("input_ids", "position_ids", "bounds", "length", "predicting", "targets")
+        names = ("input_ids", "position_ids", "cu_seq_lens", "unpadded_length", "prediction_positions", "targets")
         return replace(self, **dict(zip(names, tensors, strict=True)))  # type: ignore[arg-type]
 
 

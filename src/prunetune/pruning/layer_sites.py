@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -87,18 +88,24 @@ class LayerSites:
             child_params=child_params,
         )
 
-    def _unit_params(self, weights: SiteWeights, units: int) -> int:
-        """Weights and biases of one unit; raises `UnknownArchitecture` where rows are not those of so many units."""
-        params = 0
-        for linear_slice in weights.producers:
-            linear = get_base_linear(self.model, linear_slice.module)
+    def _site(self, name: str, kind: UnitKind, units: int, weights: SiteWeights, parent: str, **options: Any) -> Site:
+        """A site of several units, with their parameters counted.
+
+        Raises `UnknownArchitecture` where a linear has other rows than those of so many units.
+        """
+        params = sum(self.model.get_parameter(part.parameter).numel() // units for part in weights.params)
+        for part in weights.producers:
+            linear = get_base_linear(self.model, part.module)
             rows = axis_size(linear, ROWS)
-            if rows != (linear_slice.total_rows or units * linear_slice.rows_per_unit):
-                raise UnknownArchitecture(f"{linear_slice.module}: {rows} rows are not of {units} units")
-            params += linear_slice.rows_per_unit * (axis_size(linear, COLUMNS) + (linear.bias is not None))
+            if rows != (part.total_rows or units * part.rows_per_unit):
+                raise UnknownArchitecture(f"{part.module}: {rows} rows are not of {units} units")
+            params += part.rows_per_unit * (axis_size(linear, COLUMNS) + (linear.bias is not None))
         if weights.consumer and not weights.consumer_is_childs:
             params += get_base_linear(self.model, weights.consumer.module).weight.numel() // units
-        return params + sum(self.model.get_parameter(part.parameter).numel() // units for part in weights.params)
+        return Site(
+            name=name, layer=self.layer, kind=kind, units=units, unit_params=params, weights=weights, parent=parent,
+            **options,
+        )  # fmt: skip
 
     # -- attention ---------------------------------------------------------------------------------------------------
 
@@ -137,36 +144,17 @@ class LayerSites:
                 consumer_is_childs=has_queries,
                 params=(ParamSlice(sinks, 0, (ratio,)),) if has_sinks and not has_queries else (),
             )
-            sites.append(
-                Site(
-                    name=name,
-                    layer=self.layer,
-                    kind=UnitKind.KV_GROUP,
-                    units=heads.kv_heads,
-                    unit_params=self._unit_params(weights, heads.kv_heads),
-                    min_units_per_group=int(min_groups),
-                    weights=weights,
-                    parent=parent,
-                )
-            )
+            options = {"min_units_per_group": int(min_groups)}
+            sites.append(self._site(name, UnitKind.KV_GROUP, heads.kv_heads, weights, parent, **options))
         if has_queries:
             weights = SiteWeights(
                 producers=query_rows,
                 consumer=LinearSlice(consumer, (heads.head_dim,)),
                 params=(ParamSlice(sinks, 0),) if has_sinks else (),
             )
-            sites.append(
-                Site(
-                    name=f"{name}:{UnitKind.QUERY_HEAD}",
-                    layer=self.layer,
-                    kind=UnitKind.QUERY_HEAD,
-                    units=heads.query_heads,
-                    unit_params=self._unit_params(weights, heads.query_heads),
-                    weights=weights,
-                    parent=name if has_groups else parent,
-                    parent_groups=heads.kv_heads,
-                )
-            )
+            parent, name = name if has_groups else parent, f"{name}:{UnitKind.QUERY_HEAD}"
+            options = {"parent_groups": heads.kv_heads}
+            sites.append(self._site(name, UnitKind.QUERY_HEAD, heads.query_heads, weights, parent, **options))
         return _with_child_params(sites)
 
     def _head_rows(
@@ -230,15 +218,7 @@ class LayerSites:
             parts = axis_size(get_base_linear(self.model, module), ROWS) // channels  # 2: gate above up, as in Phi-3
             producers.append(LinearSlice(module, (1,) * parts))
         weights = SiteWeights(producers=tuple(producers), consumer=LinearSlice(consumer, (1,)))
-        return Site(
-            name=consumer.rpartition(".")[0],
-            layer=self.layer,
-            kind=UnitKind.MLP_CHANNEL,
-            units=channels,
-            unit_params=self._unit_params(weights, channels),
-            weights=weights,
-            parent=parent,
-        )
+        return self._site(consumer.rpartition(".")[0], UnitKind.MLP_CHANNEL, channels, weights, parent)
 
     def _expert_sites(self, mixture: MixtureOfExperts, parent: str) -> list[Site]:
         """Experts, channels of every expert, or channels inside experts."""
@@ -249,52 +229,29 @@ class LayerSites:
         gate_up = (2,) if mixture.interleaved else (1, 1)
         channel_axes = {"gate_up_proj": (out, gate_up), "gate_up_proj_bias": (1, gate_up), "down_proj": (into, (1,))}
         has_experts, has_channels = UnitKind.EXPERT in self.kinds, UnitKind.EXPERT_CHANNEL in self.kinds
-        name, sites = self._block_name(mixture.block, UnitKind.EXPERT), []
+        name, sites, options = self._block_name(mixture.block, UnitKind.EXPERT), [], dict[str, Any]()
         if has_experts:
             owned = [f"{router}.{param}" for param, _ in self.model.get_submodule(router).named_parameters()]
             owned += [f"{module}.{param}" for param in fused if not (has_channels and param in channel_axes)]
             weights = SiteWeights(params=tuple(ParamSlice(param, 0) for param in owned))
-            sites.append(
-                Site(
-                    name=name,
-                    layer=self.layer,
-                    kind=UnitKind.EXPERT,
-                    units=experts,
-                    unit_params=self._unit_params(weights, experts),
-                    min_units_per_group=self.architecture.experts_per_token,
-                    weights=weights,
-                    gating="router",
-                    gated_module=router,
-                    parent=parent,
-                )
-            )
+            options = {"min_units_per_group": self.architecture.experts_per_token}
+            options |= {"gating": "router", "gated_module": router}
+            sites.append(self._site(name, UnitKind.EXPERT, experts, weights, parent, **options))
         if has_channels:
-            weights = SiteWeights(
-                params=tuple(
-                    ParamSlice(f"{module}.{param}", axis, part_sizes, experts)
-                    for param, (axis, part_sizes) in channel_axes.items()
-                    if param in fused
-                )
-            )
-            sites.append(
-                Site(
-                    name=self._block_name(mixture.block, UnitKind.EXPERT_CHANNEL),
-                    layer=self.layer,
-                    kind=UnitKind.EXPERT_CHANNEL,
-                    units=experts * channels,
-                    unit_params=self._unit_params(weights, experts * channels),
-                    weights=weights,
-                    gating="expert columns",
-                    gated_module=module,
-                    parent=name if has_experts else parent,
-                    parent_groups=experts,
-                )
-            )
+            slices = [
+                ParamSlice(f"{module}.{param}", axis, part_sizes, experts)
+                for param, (axis, part_sizes) in channel_axes.items()
+                if param in fused
+            ]
+            weights = SiteWeights(params=tuple(slices))
+            parent, name = name if has_experts else parent, self._block_name(mixture.block, UnitKind.EXPERT_CHANNEL)
+            options = {"parent_groups": experts, "gating": "expert columns", "gated_module": module}
+            sites.append(self._site(name, UnitKind.EXPERT_CHANNEL, experts * channels, weights, parent, **options))
         return _with_child_params(sites)
 
 
 def _with_child_params(sites: list[Site]) -> list[Site]:
-    """Of two sites, the outer one is told the parameters of the inner one that leave with each of its units."""
+    """Of an outer and an inner site, add to the outer one the inner parameters that leave with each of its units."""
     if len(sites) < 2:
         return sites
     outer, inner = sites
