@@ -154,7 +154,7 @@ class ArchitectureInfo:
     heads: HeadCounts
     attention_name: str  # the attention module inside a layer
     blocks: Mapping[UnitKind, BlockLinears]  # linears by the kind of unit they can be pruned by: KV groups, channels
-    mlp: BlockLinears | None  # linears of a plain MLP, also of one that can only be removed whole (layers between mixtures)
+    mlp: BlockLinears | None  # linears of a plain MLP, also of one between mixtures, which can only be removed whole
     unprunable: Mapping[UnitKind, str]  # kinds that cannot be pruned, with the reason
     family: Family
     experts_per_token: int  # that the router picks; 0 without experts
