@@ -55,6 +55,18 @@ def test_the_list_of_options_is_up_to_date() -> None:
     assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == made
 
 
+def test_the_list_of_modules_is_up_to_date() -> None:
+    """Run `python docs/make_modules.py` where it is not."""
+    made = runpy.run_path(str(ROOT / "docs" / "make_modules.py"))["page"]()
+    assert (ROOT / "docs" / "reference" / "modules.md").read_text(encoding="utf-8") == made
+
+
+def test_every_module_says_in_one_line_what_is_in_it() -> None:
+    for path in (ROOT / "src" / "prunetune").rglob("*.py"):
+        line = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+        assert 10 < len(line) <= 120, path
+
+
 @pytest.mark.parametrize("command", [line for line in commands() if line.startswith("prunetune ")])
 def test_a_command_in_the_docs_is_understood(command: str) -> None:
     app.parse_args(shlex.split(command)[1:], exit_on_error=False, print_error=False)
