@@ -19,6 +19,8 @@ from torch import Tensor
 from prunetune.plan import Plan
 from prunetune.pruning.linears import COLUMNS, ROWS
 
+# What a gate scales: a consumer's input columns, a block's output, a layer's change of its input, the router's softmax,
+# or the columns of every expert's second linear.
 Gating = Literal["columns", "output", "layer", "router", "expert columns"]
 DEFAULT_UNITS = ("kv-groups", "mlp-channels")
 
@@ -160,7 +162,7 @@ class SiteWeights:
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """The units of one kind at one place of one layer."""
+    """The units of one kind at one place of one layer: which they are, their size, their weights, how they nest."""
 
     name: str  # "model.layers.3.self_attn": the module with the producers and the consumer; ":kind" for other kinds
     layer: int
