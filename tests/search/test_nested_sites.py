@@ -62,7 +62,9 @@ def test_no_further_block_fits(family: str) -> None:
         # What a closed whole would hold if it came back: its floors.
         filled = {site.name: widths[site.name] or min_width(site, shape) for site in sites}
         for site in sites:
-            filled[site.name] = widths[site.name] if site.kind.is_whole_block or plan.kept[site.name] else filled[site.name]
+            filled[site.name] = (
+                widths[site.name] if site.kind.is_whole_block or plan.kept[site.name] else filled[site.name]
+            )
         room = keep * prunable_params(sites) - kept_params(sites, plan)
         for site in sites:
             left = site.units_per_group - filled[site.name]
