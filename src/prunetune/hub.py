@@ -20,7 +20,7 @@ from prunetune.export.per_layer_templates import CONFIGURATION_TEMPLATE
 from prunetune.export.stock_config import build_meta_model
 from prunetune.pruning.families import FAMILIES, architecture_info
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import KIND_BY_NAME
+from prunetune.pruning.units import KIND_BY_NAME, UnitKind
 
 VLLM_BACKEND_MODULE = (
     "vllm.model_executor.models.transformers:"  # its backend for models that it has no code of its own for
@@ -101,7 +101,7 @@ def _generated_code(config: Any) -> tuple[PerLayerNames, dict[str, Any]]:
     units = [
         name
         for name, kind in KIND_BY_NAME.items()
-        if kind != "layers" and kind not in architecture_info(model).unprunable
+        if kind is not UnitKind.LAYER and kind not in architecture_info(model).unprunable
     ]
     _, modeling = generate_code(names, find_sites(model, units), model)
     package = f"{__name__}.{names.model_type}"

@@ -16,13 +16,15 @@ from prunetune.config.recipe import RequireConfig, from_mapping
 from prunetune.pipeline.requirements import gain_bench_options, judge_gain
 from prunetune.plan import Plan
 from prunetune.pruning.sites import LinearSlice, Site, dense_plan
+from prunetune.pruning.units import SiteWeights, UnitKind
 from support.bench import Scripted, facts
 from support.suites import model_folder
 
 
 def site(layer: int, kind: Any, units: int, columns: int = 1) -> Site:
     name = f"model.layers.{layer}.{'mlp' if kind == 'mlp' else 'self_attn'}"
-    return Site(name, layer, kind, units, (), LinearSlice(name, (columns,)), 10)
+    weights = SiteWeights(consumer=LinearSlice(name, (columns,)))
+    return Site(name=name, layer=layer, kind=UnitKind(kind), units=units, unit_params=10, weights=weights)
 
 
 SITES = (site(0, "attention", 8, 64), site(0, "mlp", 1000), site(7, "attention", 8, 64), site(7, "mlp", 1000))

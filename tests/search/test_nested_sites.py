@@ -62,7 +62,9 @@ def test_no_further_block_fits(family: str) -> None:
         # What a closed whole would hold if it came back: its floors.
         filled = {site.name: widths[site.name] or min_width(site, shape) for site in sites}
         for site in sites:
-            filled[site.name] = widths[site.name] if site.is_whole_block or plan.kept[site.name] else filled[site.name]
+            filled[site.name] = (
+                widths[site.name] if site.kind.is_whole_block or plan.kept[site.name] else filled[site.name]
+            )
         room = keep * prunable_params(sites) - kept_params(sites, plan)
         for site in sites:
             left = site.units_per_group - filled[site.name]
@@ -122,7 +124,7 @@ def test_bounds_and_protected_layers() -> None:
             for site in sites:
                 if site.layer in (1, 3):
                     assert len(plan.kept[site.name]) == site.units
-                elif widths[site.name] and not site.is_whole_block:
+                elif widths[site.name] and not site.kind.is_whole_block:
                     assert widths[site.name] >= 0.5 * site.units_per_group
                     assert widths[site.name] >= {"attention": 2, "query-heads": 2, "experts": 3}.get(site.kind, 0)
     for sites, _, plan in cases("qwen3", "uniform", protected=frozenset({1, 3})):

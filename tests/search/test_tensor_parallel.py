@@ -10,7 +10,7 @@ import torch
 from prunetune.cost.parameters import prunable_params
 from prunetune.errors import PlanError
 from prunetune.pruning.sites import dense_plan
-from prunetune.pruning.units import LinearSlice, Site, kept_params
+from prunetune.pruning.units import LinearSlice, Site, SiteWeights, UnitKind, kept_params
 from prunetune.search.plan_rules import block_size
 from prunetune.search.select import PlanConstraints, min_feasible_keep, select
 
@@ -22,8 +22,16 @@ def made(groups: int, channels: int, layers: int = 4) -> tuple[Site, ...]:
     sites = []
     for layer in range(layers):
         cut = LinearSlice(f"layers.{layer}", (1,))
-        heads = Site(f"layers.{layer}.self_attn", layer, "attention", groups, (cut,), cut, 5000, int(layer == 0))
-        sites += [heads, Site(f"layers.{layer}.mlp", layer, "mlp", channels, (cut,), cut, 96)]
+        weights = SiteWeights(producers=(cut,), consumer=cut)
+        heads = Site(
+            name=f"layers.{layer}.self_attn", layer=layer, kind=UnitKind.KV_GROUP, units=groups, unit_params=5000,
+            min_units_per_group=int(layer == 0), weights=weights,
+        )  # fmt: skip
+        mlp = Site(
+            name=f"layers.{layer}.mlp", layer=layer, kind=UnitKind.MLP_CHANNEL, units=channels, unit_params=96,
+            weights=weights,
+        )  # fmt: skip
+        sites += [heads, mlp]
     return tuple(sites)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 
 from prunetune.pruning.sites import LinearSlice, Site, find_sites
+from prunetune.pruning.units import SiteWeights, UnitKind
 from support.models import tiny
 
 
@@ -13,9 +14,17 @@ def made(layers: int, groups: int, group_params: int, channels: int, channel_par
     sites = []
     for layer in range(layers):
         name = f"model.layers.{layer}"
-        cut = LinearSlice(name, 1)
-        sites.append(Site(f"{name}.self_attn", layer, "attention", groups, (cut,), cut, group_params, int(layer == 0)))
-        sites.append(Site(f"{name}.mlp", layer, "mlp", channels, (cut,), cut, channel_params))
+        rows = LinearSlice(name, (1,))
+        weights = SiteWeights(producers=(rows,), consumer=rows)
+        heads = Site(
+            name=f"{name}.self_attn", layer=layer, kind=UnitKind.KV_GROUP, units=groups, unit_params=group_params,
+            min_units_per_group=int(layer == 0), weights=weights,
+        )  # fmt: skip
+        mlp = Site(
+            name=f"{name}.mlp", layer=layer, kind=UnitKind.MLP_CHANNEL, units=channels, unit_params=channel_params,
+            weights=weights,
+        )  # fmt: skip
+        sites += [heads, mlp]
     return tuple(sites)
 
 

@@ -67,13 +67,13 @@ def test_supports_packing_is_false_for_families_that_cannot(family: str) -> None
 
 
 def test_model_that_attends_across_sequences_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = sequence_packing._one_by_one
+    whole = sequence_packing._attend_one_by_one
 
     def across(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *rest: Any) -> Tensor:
         return whole(query, key, value, bounds[[0, -1]], *rest)
 
     assert supports_packing(tiny())
-    monkeypatch.setattr(sequence_packing, "_one_by_one", across)
+    monkeypatch.setattr(sequence_packing, "_attend_one_by_one", across)
     assert not supports_packing(tiny())
 
 
@@ -103,9 +103,9 @@ def test_rounding_error_is_not_taken_for_attention_across_sequences(seed: int, m
             if parameter.dim() > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.4)
     assert supports_packing(model)
-    whole = sequence_packing._one_by_one
+    whole = sequence_packing._attend_one_by_one
     monkeypatch.setattr(
-        sequence_packing, "_one_by_one", lambda q, k, v, bounds, *rest: whole(q, k, v, bounds[[0, -1]], *rest)
+        sequence_packing, "_attend_one_by_one", lambda q, k, v, bounds, *rest: whole(q, k, v, bounds[[0, -1]], *rest)
     )
     assert not supports_packing(model)
 

@@ -23,7 +23,7 @@ from prunetune.plan import Plan
 from prunetune.pruning.linears import as_out_in, get_base_linear
 from prunetune.pruning.masking import masked
 from prunetune.pruning.unit_weights import unit_weights
-from prunetune.pruning.units import NAME_BY_KIND, Site
+from prunetune.pruning.units import Site
 from prunetune.search.select import Scores
 from prunetune.utils.seeds import derive_seed
 
@@ -228,7 +228,7 @@ def _consumers(calibration: Calibration) -> list[str]:
 def _consumer(site: Site) -> str:
     if site.consumer is None:
         raise ConfigError(
-            f"this baseline looks at what a linear reads, and {NAME_BY_KIND[site.kind]} have none of their own: leave "
+            f"this baseline looks at what a linear reads, and {site.kind.recipe_name} have none of their own: leave "
             "wanda-sp and flap out of compare.methods, or take kv-groups, query-heads and mlp-channels as budget.units"
         )
     return site.consumer.module
@@ -248,7 +248,7 @@ def _normalize_by_price(totals: Mapping[str, Tensor], calibration: Calibration) 
     named, sums = {site.name: site for site in calibration.sites}, dict(totals)
     for site in calibration.sites:
         outer = named.get(site.parent)
-        if outer is not None and not outer.is_whole_block:  # a whole block's total is of all its weights already
+        if outer is not None and not outer.kind.is_whole_block:  # a whole block's total is of all its weights already
             sums[outer.name] = sums[outer.name] + totals[site.name].view(outer.units, -1).sum(1)
     return {name: (total / calibration.unit_price(named[name])).float() for name, total in sums.items()}
 

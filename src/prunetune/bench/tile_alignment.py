@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site
+from prunetune.pruning.units import Site, UnitKind
 
 TILE = 128  # columns that matrix kernels of GPUs take at once, and groups of 4-bit formats
 SHOWN = 5
-CHANNELS = {"mlp": "MLP", "expert-channels": "experts"}
+CHANNELS = {UnitKind.MLP_CHANNEL: "MLP", UnitKind.EXPERT_CHANNEL: "experts"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def _pruned_widths(site: Site, plan: Plan) -> list[MisalignedWidth]:
     if site.kind in CHANNELS:
         widths = {count for count in _widths_per_parent(site, kept) if count < site.units_per_group}
         return [MisalignedWidth(site.layer, CHANNELS[site.kind], width) for width in widths]
-    if site.kind == "attention" and site.consumer and not site.columns_owned_by_child and 0 < len(kept) < site.units:
+    is_group = site.kind is UnitKind.KV_GROUP and not site.weights.consumer_is_childs
+    if is_group and site.consumer and 0 < len(kept) < site.units:
         return [MisalignedWidth(site.layer, "attention", len(kept) * site.consumer.rows_per_unit)]
     return []
 

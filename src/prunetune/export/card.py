@@ -13,7 +13,7 @@ from prunetune.config.fields import fields_by_path
 from prunetune.config.recipe import RunConfig
 from prunetune.model.license import LicenseInfo
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site, effective_layout, kept_params
+from prunetune.pruning.units import Site, UnitKind, effective_layout, kept_params
 
 REMOTE_CODE_NOTE = """`trust_remote_code` runs `configuration_pruned.py` and `modeling_pruned.py` of this folder.
 They give each layer its own widths; read them first. Where prunetune is installed, `prunetune.hub.register()` opens the
@@ -26,16 +26,6 @@ session = onnxruntime.InferenceSession("PATH/model.onnx")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
 ```"""
 MODEL_TITLES = {"dense": "dense", "tuned": "dense, tuned", "pruned": "this model"}
-UNIT_LABELS = {
-    "layers": "layer",
-    "attention-blocks": "attention block",
-    "attention": "attention",
-    "query-heads": "query head",
-    "mlp-blocks": "MLP block",
-    "mlp": "MLP",
-    "experts": "expert",
-    "expert-channels": "expert channel",
-}
 UNKNOWN = LicenseInfo()
 PRIVATE_OPTIONS = ("out", "device", "data.root")  # of the place where it ran, not of the model
 
@@ -97,7 +87,7 @@ def _front_matter(origin: Provenance) -> str:
 def _summary(origin: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
     share = kept_params(sites, plan) / sum(site.params for site in sites)
     kinds = {site.kind for site in sites}  # others stay whole
-    blocks = " and ".join(name for kind, name in UNIT_LABELS.items() if kind in kinds)
+    blocks = " and ".join(kind.label for kind in UnitKind if kind in kinds)
     return (
         f"Made by prunetune from `{origin.config.model}`: LoRA tuning and structural pruning in one run.\n"
         f"{100 * share:.1f}% of the {blocks} parameters remain (layout {origin.config.layout});\n"

@@ -15,7 +15,7 @@ from prunetune.export.per_layer import PerLayerNames, per_layer_overrides
 from prunetune.export.per_layer_code import write_code
 from prunetune.export.stock_config import build_meta_model, explain_family_change, shrink_config
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site, effective_layout, surviving_layers
+from prunetune.pruning.units import Site, UnitKind, effective_layout, surviving_layers
 from prunetune.utils.files import atomic_folder
 
 
@@ -87,11 +87,11 @@ def uniform_config_from_plan(config: Any, plan: Plan, sites: Sequence[Site]) -> 
     widths: dict[str, set[int]] = {}
     left = set(surviving_layers(plan, sites))
     for site in sites:
-        if site.layer in left and site.kind != "layers":
+        if site.layer in left and site.kind is not UnitKind.LAYER:
             lanes = (
                 len({unit // site.units_per_group for unit in plan.kept[site.name]}) if site.parent_groups > 1 else 1
             )
-            widths.setdefault(site.kind, set()).add(len(plan.kept[site.name]) // max(1, lanes))
+            widths.setdefault(str(site.kind), set()).add(len(plan.kept[site.name]) // max(1, lanes))
     if any(len(width) > 1 or 0 in width for width in widths.values()):
         raise ModelError(f"plan has widths {widths} and layout uniform needs one of each kind: write it per-layer")
     found = {kind: next(iter(width)) for kind, width in widths.items()}

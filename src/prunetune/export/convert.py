@@ -25,7 +25,7 @@ from prunetune.export.stock_config import shrink_config as uniform_config
 from prunetune.pruning.families import head_counts
 from prunetune.pruning.linears import COLUMNS, ROWS, stored_axis
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import LinearSlice
+from prunetune.pruning.units import LinearSlice, UnitKind
 
 log = logging.getLogger(__name__)
 PADDABLE_OPTIONS = {"num_attention_heads", "num_key_value_heads", "skip"}
@@ -94,10 +94,12 @@ def padded_config(source: ExportSource) -> Any:
             "units, too: run again with --layout uniform, or export onnx"
         )
     groups = max(layer.kv_heads for layer in source.layer_widths)
-    while "attention" in kinds and not kv_groups_validator(config)(groups):
+    while UnitKind.KV_GROUP in kinds and not kv_groups_validator(config)(groups):
         groups += 1  # the dense width is legal
     channels = max(layer.mlp_channels for layer in source.layer_widths)
-    return uniform_config(config, groups if "attention" in kinds else None, channels if "mlp" in kinds else None)
+    return uniform_config(
+        config, groups if UnitKind.KV_GROUP in kinds else None, channels if UnitKind.MLP_CHANNEL in kinds else None
+    )
 
 
 def _padded(source: ExportSource, target: Any, place: Path, dtype: torch.dtype, note: str) -> ExportResult:
@@ -106,7 +108,7 @@ def _padded(source: ExportSource, target: Any, place: Path, dtype: torch.dtype, 
     state = {name: source.tensor(name).to(dtype) for name in shapes if name in source.tensor_files}
     for site in find_sites(target):
         layer = source.layer_widths[site.layer]
-        wide = layer.kv_heads if site.kind == "attention" else layer.mlp_channels
+        wide = layer.kv_heads if site.kind is UnitKind.KV_GROUP else layer.mlp_channels
         assert site.consumer is not None  # of these two kinds
         for cut, side in (*((cut, ROWS) for cut in site.producers), (site.consumer, COLUMNS)):
             for name in (f"{cut.module}.weight", f"{cut.module}.bias"):

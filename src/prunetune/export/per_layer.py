@@ -13,7 +13,7 @@ from typing import Any
 from prunetune.errors import ModelError
 from prunetune.plan import Plan
 from prunetune.pruning.families import architecture_info, get_family, head_counts, num_experts_key
-from prunetune.pruning.units import Site, surviving_layers
+from prunetune.pruning.units import Site, UnitKind, surviving_layers
 
 MODEL_TYPE_PREFIX = "pruned_"  # of a model_type
 
@@ -88,25 +88,29 @@ def per_layer_overrides(plan: Plan, sites: Sequence[Site], config: Any) -> dict[
     places = {layer: place for place, layer in enumerate(surviving_layers(plan, sites))}
     layers: dict[str, dict[str, Any]] = {f"{place:02d}": {} for place in places.values()}
     for site in sites:
-        if site.layer not in places or site.kind == "layers":
+        if site.layer not in places or site.kind is UnitKind.LAYER:
             continue
         layer, width = layers[f"{places[site.layer]:02d}"], len(plan.kept[site.name])
-        if site.kind == "attention" and width:
+        if site.kind is UnitKind.KV_GROUP and width:
             layer |= {"num_attention_heads": width * heads.queries_per_kv_head, "num_key_value_heads": width}
         elif site.kind in SKIPS:
             if not width:
                 layer.setdefault("skip", []).append(SKIPS[site.kind])
-        elif site.kind == "query-heads":
+        elif site.kind is UnitKind.QUERY_HEAD:
             layer |= {"num_attention_heads": width} if width else {}
         elif width:
-            per_lane = site.parent_groups if site.kind != "expert-channels" else len(_experts_with_channels(site, plan))
+            per_lane = (
+                site.parent_groups
+                if site.kind is not UnitKind.EXPERT_CHANNEL
+                else len(_experts_with_channels(site, plan))
+            )
             layer[words[site.kind]] = width // per_lane
         else:
             layer[words[site.kind]] = site.units_per_group  # of a block that is not there: as in the dense model
     for layer in layers.values():
         if "skip" in layer:
             layer["skip"] = sorted(set(layer["skip"]))
-    if any(site.kind in ("attention", "query-heads") for site in sites):
+    if any(site.kind.is_head for site in sites):
         return {"per_layer_config": layers, "head_dim": heads.head_dim}
     return {"per_layer_config": layers}
 

@@ -24,7 +24,7 @@ from prunetune.export.per_layer_templates import (
 )
 from prunetune.pruning.families import get_family
 from prunetune.pruning.linears import is_transposed
-from prunetune.pruning.units import ParamSlice, Site
+from prunetune.pruning.units import ParamSlice, Site, UnitKind
 
 
 def write_code(folder: Path, names: PerLayerNames, sites: Sequence[Site], model: Any) -> None:
@@ -112,9 +112,9 @@ class _LayerStatements:
 
     def _resize_parameters(self, site: Site) -> list[str]:
         lines = []
-        for part in site.param_slices:
+        for part in site.weights.params:
             place = self._local_name(part.parameter)
-            if part.parent_groups > 1 and any(other.kind == "experts" for other in self.sites):
+            if part.parent_groups > 1 and any(other.kind is UnitKind.EXPERT for other in self.sites):
                 lines.append(f"{place} = shorter({place}, 0, own.{self.words['experts']})")
             lines.append(f"{place} = shorter({place}, {part.axis}, {self._count(site, part)})")
         return lines
@@ -170,7 +170,7 @@ class _LayerStatements:
             if mixture and site.gated_module.endswith(f".{mixture.block}"):
                 lines.append(f"    layer.{mixture.block} = NoMixture()")
             else:
-                *producers, consumer = (self._local_name(name) for name in site.block_linears)
+                *producers, consumer = (self._local_name(name) for name in site.weights.block_linears)
                 lines += [f"    {place} = NoLinear(0)" for place in producers]
                 lines.append(f"    {consumer} = NoLinear(config.hidden_size)")
         return lines

@@ -14,6 +14,7 @@ from prunetune.errors import ModelError, PlanError
 from prunetune.export.checksums import CHECKSUM_FILE, verify_checksums
 from prunetune.pruning.families import get_family, head_counts
 from prunetune.pruning.linears import COLUMNS, stored_axis
+from prunetune.pruning.units import UnitKind
 
 if TYPE_CHECKING:
     from prunetune.export.source import ExportSource
@@ -58,7 +59,7 @@ def _check_widths(source: ExportSource) -> None:
         kept = {}
     for site in source.sites:
         layer = source.layer_widths[site.layer]
-        attends = site.kind == "attention"
+        attends = site.kind is UnitKind.KV_GROUP
         units, columns = (
             (layer.kv_heads, layer.query_heads * heads.head_dim)
             if attends

@@ -12,6 +12,7 @@ import torch
 from prunetune.errors import PlanError
 from prunetune.pruning.families import get_family, head_counts, num_experts_key
 from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import UnitKind
 
 
 def kv_groups_validator(config: Any) -> Callable[..., bool]:
@@ -38,7 +39,7 @@ def kv_groups_validator(config: Any) -> Callable[..., bool]:
 
 def _query_columns(config: Any) -> tuple[int, int]:
     """(KV groups, columns that one group's queries have); zeros where attention cannot be pruned."""
-    site = next((site for site in find_sites(build_meta_model(config)) if site.kind == "attention"), None)
+    site = next((site for site in find_sites(build_meta_model(config)) if site.kind is UnitKind.KV_GROUP), None)
     return (site.units, site.consumer.rows_per_unit) if site and site.consumer else (0, 0)
 
 

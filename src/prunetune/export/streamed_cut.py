@@ -18,7 +18,7 @@ from prunetune.plan import Plan
 from prunetune.pruning.cut import cut_linears
 from prunetune.pruning.families import architecture_info
 from prunetune.pruning.masking import masked
-from prunetune.pruning.units import Site, surviving_layers
+from prunetune.pruning.units import Site, UnitKind, surviving_layers
 from prunetune.pruning.whole_blocks import remove_layers
 
 INDEX = "model.safetensors.index.json"
@@ -158,6 +158,6 @@ def _is_in_layer(name: str, prefixes: Sequence[str]) -> bool:
 
 def _new_names(prefixes: Sequence[str], plan: Plan, sites: Sequence[Site]) -> dict[str, str]:
     """Layers that stay, and what they are called once the others are gone."""
-    if not any(site.kind == "layers" for site in sites):
+    if not any(site.kind is UnitKind.LAYER for site in sites):
         return {prefix: prefix for prefix in prefixes}
     return {prefixes[old]: prefixes[new] for new, old in enumerate(surviving_layers(plan, sites))}

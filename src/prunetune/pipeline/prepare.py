@@ -34,6 +34,7 @@ from prunetune.pipeline.budget_preview import budget_usage_lines
 from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear
 from prunetune.pruning.nf4 import quantize_linears_to_nf4, require_nf4
 from prunetune.pruning.sites import Site, find_sites, lora_target_modules, unprunable_params
+from prunetune.pruning.units import UnitKind
 from prunetune.runs.folder import CHANGEABLE_ON_RESUME, RunFolder, check_folder
 from prunetune.search.feasibility import uniform_scores, with_limits
 from prunetune.search.plan_rules import EXPERT_ROW_ALIGN
@@ -292,15 +293,15 @@ def _raise_if_not_representable(
         raise ConfigError(
             f"budget.protect names layer {min(protected - layers)}, and there are {len(layers)}, counted from 0"
         )
-    if "expert-channels" in kinds and align % EXPERT_ROW_ALIGN:
+    if UnitKind.EXPERT_CHANNEL in kinds and align % EXPERT_ROW_ALIGN:
         raise ConfigError(
             f"budget.align {align} does not fit expert-channels, whose kernels need multiples of {EXPERT_ROW_ALIGN}: "
             f"set it to {max(EXPERT_ROW_ALIGN, align - align % EXPERT_ROW_ALIGN)}"
         )
     if config.layout == "uniform":
-        if "mlp" in kinds:
+        if UnitKind.MLP_CHANNEL in kinds:
             mlp_width_option(model_config)
-        if protected and "layers" not in kinds:
+        if protected and UnitKind.LAYER not in kinds:
             raise ConfigError(
                 "budget.protect with layout uniform names layers that are kept, since all are equally wide: "
                 "add layers to budget.units, or use layout per-layer"

@@ -104,7 +104,7 @@ def _mean_unit_cost(nested_sites: NestedSites, site: Site, constraints: PlanCons
     sites = [one for one in nested_sites.sites if one.layer == site.layer]
     widths = {one.name: one.units_per_group for one in sites}
     free = replace(constraints, protected=frozenset())
-    low = 0 if site.is_whole_block else min(min_width(site, free), site.units_per_group - 1)
+    low = 0 if site.kind.is_whole_block else min(min_width(site, free), site.units_per_group - 1)
     dense = nested_sites.kept_unit_counts(widths, sites)
     less = nested_sites.kept_unit_counts({**widths, site.name: low}, sites)
     gone = dense[site.name] - less[site.name]

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from prunetune.cost.limits import BudgetLimits
 from prunetune.errors import PlanError
-from prunetune.pruning.units import Site
+from prunetune.pruning.units import Site, UnitKind
 
 EXPERT_ROW_ALIGN = 8  # grouped kernels for experts want rows of 16 bytes
-CHANNEL_KINDS = ("mlp", "expert-channels")
 
 
 @dataclass(frozen=True)
@@ -33,26 +32,26 @@ class PlanConstraints:
 
 def default_align(sites: Sequence[Site]) -> int:
     """128 channels, the width that GPUs and 4-bit formats want; 32, the floor of both, for narrow models."""
-    widest = max((site.units_per_group for site in sites if site.kind in CHANNEL_KINDS), default=1)
+    widest = max((site.units_per_group for site in sites if site.kind.is_channel), default=1)
     align = 128 if widest >= 4096 else max(1, min(32, widest // 4))
-    if any(site.kind == "expert-channels" for site in sites):
+    if any(site.kind is UnitKind.EXPERT_CHANNEL for site in sites):
         return max(EXPERT_ROW_ALIGN, align - align % EXPERT_ROW_ALIGN)
     return align
 
 
 def block_size(site: Site, constraints: PlanConstraints) -> int:
     """Units of a lane that come or go together."""
-    if site.kind in CHANNEL_KINDS:
+    if site.kind.is_channel:
         return math.lcm(constraints.align, constraints.tensor_parallel)
-    return constraints.tensor_parallel if site.kind == "attention" else 1
+    return constraints.tensor_parallel if site.kind.is_divided_by_tensor_parallel else 1
 
 
 def check_tensor_parallel(sites: Sequence[Site], constraints: PlanConstraints) -> None:
     """A number of devices that the dense model itself does not divide over raises `PlanError`."""
-    shared = [site for site in sites if site.kind in (*CHANNEL_KINDS, "attention")]
+    shared = [site for site in sites if site.kind.is_divided_by_tensor_parallel]
     odd = next((site for site in shared if site.units_per_group % constraints.tensor_parallel), None)
     if odd:
-        units = "KV groups" if odd.kind == "attention" else "channels"
+        units = "channels" if odd.kind.is_channel else "KV groups"
         fitting = math.gcd(*(site.units_per_group for site in shared))
         raise PlanError(
             f"budget.tensor_parallel {constraints.tensor_parallel} does not divide the {odd.units_per_group} {units} of {odd.name}: "
@@ -66,12 +65,12 @@ def min_width(site: Site, constraints: PlanConstraints) -> int:
         return site.units_per_group
     size = block_size(site, constraints)
     lowest = {
-        "mlp": size,
-        "expert-channels": size,
-        "attention": -(-max(site.min_units_per_group, constraints.min_groups) // size) * size,
-        "query-heads": max(1, constraints.min_queries),
-        "experts": max(site.min_units_per_group, constraints.min_experts),
+        UnitKind.MLP_CHANNEL: size,
+        UnitKind.EXPERT_CHANNEL: size,
+        UnitKind.KV_GROUP: -(-max(site.min_units_per_group, constraints.min_groups) // size) * size,
+        UnitKind.QUERY_HEAD: max(1, constraints.min_queries),
+        UnitKind.EXPERT: max(site.min_units_per_group, constraints.min_experts),
     }.get(site.kind, site.min_units_per_group)
-    if constraints.min_share and not site.is_whole_block:
+    if constraints.min_share and not site.kind.is_whole_block:
         lowest = max(lowest, size * -int(-constraints.min_share * site.units_per_group // size))
     return min(lowest, site.units_per_group)

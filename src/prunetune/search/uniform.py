@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from prunetune.errors import PlanError
-from prunetune.pruning.units import NAME_BY_KIND, Site, UnitKind
+from prunetune.pruning.units import Site, UnitKind
 from prunetune.search.nested_sites import NestedSites
-from prunetune.search.plan_rules import CHANNEL_KINDS, PlanConstraints, block_size, min_width
+from prunetune.search.plan_rules import PlanConstraints, block_size, min_width
 
 FitsBudgets = Callable[[Mapping[str, int]], bool]  # whether widths by site are within all further budgets
 
@@ -41,7 +41,7 @@ class UniformPlanner:
         self.unprotected_constraints = replace(
             constraints, protected=frozenset()
         )  # a layer that stays may be as narrow as all
-        self.layers = tuple(site for site in nested_sites.sites if site.kind == "layers")
+        self.layers = tuple(site for site in nested_sites.sites if site.kind is UnitKind.LAYER)
         whole = [site.name for site in self.layers if nested_sites.max_width(site)]
         self.count = len(whole) if self.layers else len({site.layer for site in nested_sites.sites})
         first = nested_sites.sites[0].layer
@@ -52,7 +52,9 @@ class UniformPlanner:
         self.sums: dict[tuple[str, int, int, bool], float] = {}
 
     def _refuse(self) -> None:
-        blocks = [NAME_BY_KIND[kind] for kind in ("attention-blocks", "mlp-blocks") if kind in self.sites_by_kind]
+        blocks = [
+            kind.recipe_name for kind in (UnitKind.ATTENTION_BLOCK, UnitKind.MLP_BLOCK) if kind in self.sites_by_kind
+        ]
         if blocks:
             raise PlanError(
                 f"layout uniform has no word for layers without {' or '.join(blocks)}: use layout per-layer"
@@ -75,21 +77,21 @@ class UniformPlanner:
         """All that are legal."""
         kept = sum(min_width(site, self.constraints) for site in self.layers)
         layers = range(max(1, kept), self.count + 1) if self.layers else range(self.count, self.count + 1)
-        for number, experts in itertools.product(layers, self._range("experts")):
-            for groups, queries in itertools.product(self._range("attention"), self._range("query-heads")):
+        for number, experts in itertools.product(layers, self._range(UnitKind.EXPERT)):
+            for groups, queries in itertools.product(self._range(UnitKind.KV_GROUP), self._range(UnitKind.QUERY_HEAD)):
                 if self._is_legal(groups, queries):
                     yield UniformCounts(number, groups, queries, experts)
 
     def _is_legal(self, groups: int, queries: int) -> bool:
         if groups % self.constraints.tensor_parallel:
             return False
-        if "query-heads" in self.sites_by_kind:
-            return self.constraints.allows_groups(groups or self.sites_by_kind["query-heads"].parent_groups, queries)
+        if heads := self.sites_by_kind.get(UnitKind.QUERY_HEAD):
+            return self.constraints.allows_groups(groups or heads.parent_groups, queries)
         return self.constraints.allows_groups(groups) if groups else True
 
     def channel_widths(self) -> list[int]:
         """Widths of an MLP or of an expert; 0 where these are no units."""
-        site = next((self.sites_by_kind[kind] for kind in CHANNEL_KINDS if kind in self.sites_by_kind), None)
+        site = next((site for kind, site in self.sites_by_kind.items() if kind.is_channel), None)
         if site is None:
             return [0]
         size, most = block_size(site, self.unprotected_constraints), self._most(site.kind)
@@ -98,15 +100,19 @@ class UniformPlanner:
     def widths_by_kind(self, counts: UniformCounts, channels: int) -> dict[UnitKind, int]:
         """Units that a lane keeps, by kind."""
         return {
-            "layers": 1, "attention": counts.groups, "query-heads": counts.queries, "experts": counts.experts,
-            "mlp": channels, "expert-channels": channels,
-        }  # fmt: skip
+            UnitKind.LAYER: 1,
+            UnitKind.KV_GROUP: counts.groups,
+            UnitKind.QUERY_HEAD: counts.queries,
+            UnitKind.EXPERT: counts.experts,
+            UnitKind.MLP_CHANNEL: channels,
+            UnitKind.EXPERT_CHANNEL: channels,
+        }
 
     def widths_by_site(self, counts: UniformCounts, channels: int) -> dict[str, int]:
         """The same by site: of layers, those that stay."""
         by_kind, left = self.widths_by_kind(counts, channels), self.kept_layers(counts.layers)
         return {
-            site.name: int(site.layer in left) if site.kind == "layers" else by_kind[site.kind]
+            site.name: int(site.layer in left) if site.kind is UnitKind.LAYER else by_kind[site.kind]
             for site in self.nested_sites.sites
         }
 
@@ -149,7 +155,7 @@ class UniformPlanner:
         """Whether a shape that is nowhere less and somewhere more fits too; widths fall as counts rise, so that the
         next shape in each direction tells of all behind it."""
         more = [replace(counts, layers=counts.layers + 1), replace(counts, experts=counts.experts + 1)]
-        heads = itertools.product(self._range("attention"), self._range("query-heads"))
+        heads = itertools.product(self._range(UnitKind.KV_GROUP), self._range(UnitKind.QUERY_HEAD))
         more += [replace(counts, groups=groups, queries=queries) for groups, queries in heads]
         others = (other for other in more if other in found and other != counts and counts <= other)
         return any(found[other][1] >= channels for other in others)
@@ -192,7 +198,7 @@ class UniformPlanner:
     def _score_sum(self, site: Site, width: int, around: int) -> float:
         outer = self.nested_sites.parent(site)
         ranked = self.nested_sites.ranked_scores[site.name]
-        if outer and outer.kind != "layers":
+        if outer and outer.kind is not UnitKind.LAYER:
             units = self.nested_sites.ranked_units[outer.name][0][:around] - self.nested_sites.first_unit[outer.name]
             ranked = ranked[site.open_parent_groups(units.tolist(), outer.units)]
         if self.layers:

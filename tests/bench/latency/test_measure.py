@@ -281,7 +281,7 @@ def test_what_is_no_table_is_refused(cache: Path, tmp_path: Path, text: str) -> 
     file = tmp_path / "table.json"
     file.write_text(text, encoding="utf-8")
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))
-    with pytest.raises(ConfigError, match=r"no latency table"):
+    with pytest.raises(ConfigError, match=r"not a latency table"):
         tables.get_latency_table(config, sites, WORKLOAD, CPU, 8, str(file))
     with pytest.raises(ConfigError, match="cannot be read"):
         tables.get_latency_table(config, sites, WORKLOAD, CPU, 8, str(tmp_path / "none.json"))

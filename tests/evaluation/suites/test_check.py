@@ -335,7 +335,7 @@ def test_a_run_of_a_gguf_file_is_checked_against_it_as_it_was_opened(tmp_path: P
             "suite.yaml.json: evaluation has format 3",
         ),
         (("eval", "http:///v1", "--suite", "{suite}"), "is no address"),
-        (("eval", "{model}", "--suite", "{suite}", "--device", "warp"), "device 'warp' is not there"),
+        (("eval", "{model}", "--suite", "{suite}", "--device", "warp"), "device 'warp' is not available"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, say: Said, arguments: tuple[str, ...], said: str) -> None:

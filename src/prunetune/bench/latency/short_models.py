@@ -17,7 +17,7 @@ from prunetune.model.loading import DTYPES
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import DEFAULT_UNITS
+from prunetune.pruning.units import DEFAULT_UNITS, UnitKind
 from prunetune.pruning.whole_blocks import remove_layers_from_config
 
 CPU_CACHE = 32 * 2**20  # bytes, of a usual processor
@@ -52,7 +52,7 @@ def narrow_layers(model: Any, kind: str, units: int, *, remove_empty_blocks: boo
     for site in sites:
         width = site.units
         if site.layer:
-            gone = kind == "mlp" and not units and site.kind == "mlp-blocks"
+            gone = kind == "mlp" and not units and site.kind is UnitKind.MLP_BLOCK
             width = units if site.kind == kind else 0 if gone else width
         kept[site.name] = tuple(range(width))
     return cut(copy.deepcopy(model), Plan(kept, {site.name: site.units for site in sites}), sites=sites)

@@ -15,11 +15,10 @@ from prunetune.bench.latency.request_timing import RUNS
 from prunetune.config.recipe import WorkloadConfig
 from prunetune.cost.latency_table import LatencyTable
 from prunetune.errors import ConfigError
-from prunetune.pruning.units import KIND_BY_NAME, Site
+from prunetune.pruning.units import Site, UnitKind
 from prunetune.utils.files import write_text
 
 log = logging.getLogger(__name__)
-TIMED_KINDS = ("attention", "mlp", "attention-blocks", "mlp-blocks", "layers")  # kinds of unit that a table can price
 
 
 def get_latency_table(
@@ -42,17 +41,14 @@ def checked_header(
     config: Any, sites: tuple[Site, ...], workload: WorkloadConfig, device: torch.device, align: int
 ) -> dict[str, Any]:
     """The header of a table for these units; raises `ConfigError` for kinds that no table prices."""
-    odd = [
-        name
-        for name, kind in KIND_BY_NAME.items()
-        if kind not in TIMED_KINDS and any(site.kind == kind for site in sites)
-    ]
-    if odd:
+    kinds = {site.kind for site in sites}
+    unmeasured = [kind.recipe_name for kind in UnitKind if kind in kinds and not kind.is_in_latency_table]
+    if unmeasured:
         raise ConfigError(
-            f"latency is not measured for {odd[0]}: leave it out of budget.units, "
+            f"latency is not measured for {unmeasured[0]}: leave it out of budget.units, "
             "or budget.latency and budget.throughput out"
         )
-    return table_header(config, workload, device, align) | {"blocks": any(site.kind == "mlp-blocks" for site in sites)}
+    return table_header(config, workload, device, align) | {"blocks": UnitKind.MLP_BLOCK in kinds}
 
 
 def load_cached_table(header: dict[str, Any]) -> LatencyTable | None:
@@ -79,7 +75,7 @@ def measure_table(
     runs: int = RUNS,
 ) -> LatencyTable:
     """Measure now, and keep it in the cache; where that cannot be written, the minutes that it took are not lost."""
-    whole = any(site.kind == "mlp-blocks" for site in sites)
+    whole = any(site.kind is UnitKind.MLP_BLOCK for site in sites)
     begun = time.monotonic()
     table = LatencyTableBuilder(config, workload, device, align, points, runs, whole).measure(header)
     place, seconds = table_path(header), time.monotonic() - begun
