@@ -149,7 +149,7 @@ def test_the_least_that_sites_names_is_accepted(say: Said, dense: Path, recipe: 
         ({"memory": "1kB"}, ("budget.memory", "feasible (", "budget.align")),
         ({"throughput": "1e9/s"}, ("budget.throughput", "above what is feasible (")),
         ({"latency": 0.001}, ("budget.latency", "feasible (")),
-        ({"memory": "1TB"}, ("budget.memory", "nothing would have to go")),
+        ({"memory": "1TB"}, ("budget.memory", "nothing would have to be pruned")),
         ({"memory": "fast"}, ("budget.memory", "1.5GB")),
         ({"memory": 0.5, "keep": 0.001}, ("budget.keep", "feasible (")),
         ({"memory": 0.3, "min_share": 0.95}, ("budget.memory", "budget.min_share")),

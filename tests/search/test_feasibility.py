@@ -169,7 +169,7 @@ def test_what_nothing_has_to_go_for_is_refused() -> None:
     sites, anatomy, shape = geometry("smollm")
     for kind, text in (("memory", "100GB"), ("throughput", "0.001/s")):
         caps = make_budget_limits({kind: Amount.parse(text, kind)}, anatomy, WORKLOAD, table_of(anatomy))
-        with pytest.raises(PlanError, match="nothing would have to go"):
+        with pytest.raises(PlanError, match="nothing would have to be pruned"):
             with_limits(shape, sites, caps, 1.0)
         assert (
             limits_of(with_limits(shape, sites, caps, 0.5)).feasible_keep <= 0.5
