@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prunetune import Plan, find_sites
-from prunetune.baselines.scores import BASELINES, Calibration, bias_compensation
+from prunetune.baselines import BASELINES, Calibration, bias_compensation
 from prunetune.cost.limits import BudgetLimits
 from prunetune.data.batches import Batch, collate
 from prunetune.data.encoding import Example
@@ -66,9 +66,9 @@ def slices(model: Any, site: Any, unit: int, values: dict[str, Tensor]) -> list[
     """A unit's entries of {parameter: values}."""
     found = []
     for cut_ in site.producers:
-        run = slice(unit * cut_.per_unit, (unit + 1) * cut_.per_unit)
+        run = slice(unit * cut_.rows_per_unit, (unit + 1) * cut_.rows_per_unit)
         found += [values[key][run] for end in ("weight", "bias") if (key := f"{cut_.module}.{end}") in values]
-    run = slice(unit * site.consumer.per_unit, (unit + 1) * site.consumer.per_unit)
+    run = slice(unit * site.consumer.rows_per_unit, (unit + 1) * site.consumer.rows_per_unit)
     return [*found, values[f"{site.consumer.module}.weight"][:, run]]
 
 

@@ -86,7 +86,7 @@ class Searcher:
         return split_like(logits, straight_through(soft, hard) if straight else soft)
 
     def budget_loss(self, gates: Mapping[str, Tensor]) -> Tensor:
-        """|log(kept share / target)| of gates {site: [U]}; under limits, the share of all prices, else of parameters."""
+        """|log(kept share / target)| of gates {site: [U]}: the share of parameters, or of prices under limits."""
         limits = self.constraints.limits
         target = limits.price_share_at(self.keep) if limits else self.keep
         return keep_ratio_loss(kept_share(gates, self.sites, limits.prices if limits else None), target)
