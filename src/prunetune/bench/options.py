@@ -1,4 +1,4 @@
-"""What `prunetune bench` is told; nothing heavy is imported."""
+"""Options of `prunetune bench`; imports nothing heavy, since the command line reads it at every start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prunetune.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """How models are opened and what they are asked. Flags of the command come from here."""
+    """How models are opened and what is timed. Each field is a flag of the command."""
 
     prompt: int = option(512, "Tokens of the prompt.", ge=1)
     generate: int = option(64, "Tokens to write; the first comes from the prefill.", ge=2)
@@ -31,7 +31,7 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         if self.compile and self.record:
-            raise ConfigError("bench: --compile and --record are two ways to run a step; name one")
+            raise ConfigError("bench: --compile and --record exclude each other; name one")
 
     @property
     def batches(self) -> tuple[int, ...]:

@@ -71,13 +71,13 @@ def tracks(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[d
 
 
 def meter(config: Any, **changes: Any) -> LatencyTableBuilder:
-    return LatencyTableBuilder(config, WORKLOAD, CPU, 8, tracks=tracks, seconds=tiles, **changes)
+    return LatencyTableBuilder(config, WORKLOAD, CPU, 8, track_timer=tracks, request_timer=tiles, **changes)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2"])
 def test_an_additive_device_is_told_exactly(family: str) -> None:
     config = tiny_config(family, layers=4, vocab_size=16)
-    table = meter(config, whole=True).measure({})
+    table = meter(config, includes_zero_width=True).measure({})
     model = build_short_model(config, range(4), WORKLOAD, CPU)
     sites = find_sites(model, ("kv-groups", "mlp-channels", "mlp-blocks", "layers"))
     anatomy = model_shape(model, sites)
@@ -152,7 +152,7 @@ def test_slow_requests_are_timed_fewer_times_and_then_at_fewer_widths(caplog: py
     found = {}
     for seconds in (0.01, 0.4, 0.6, 10.0):
         slow = Slow(seconds)
-        changed = dataclasses.replace(meter(config), tracks=slow.tracks, clock=slow.clock)
+        changed = dataclasses.replace(meter(config), track_timer=slow.tracks, clock=slow.clock)
         table = changed.measure({})
         (timed, *_) = table.layers["prefill.device"].values()
         found[seconds] = (slow.asked[-1], len(timed.mlp), len(timed.attention))
@@ -173,7 +173,7 @@ def test_fewer_widths_tell_the_same_of_an_even_device() -> None:
 
     curves = []
     for slow in (Slow(0.01, even), Slow(10.0, even)):
-        table = dataclasses.replace(meter(config), tracks=slow.tracks, clock=slow.clock).measure({})
+        table = dataclasses.replace(meter(config), track_timer=slow.tracks, clock=slow.clock).measure({})
         curves.append(table.layers["prefill.host"][0].mlp)
     many, few = curves
     assert len(few) < len(many)
@@ -218,7 +218,7 @@ def test_a_deep_model_that_does_not_fit_is_halved(most: int) -> None:
             raise torch.OutOfMemoryError
         return tiles(models, workload, runs)
 
-    small = dataclasses.replace(meter(tiny_config("llama", layers=24)), seconds=tight, points=2)
+    small = dataclasses.replace(meter(tiny_config("llama", layers=24)), request_timer=tight, points=2)
     assert small.measure({}).outside_layers["prefill.device"] == pytest.approx(0.5)
 
 
@@ -229,7 +229,7 @@ def test_a_deep_model_that_does_not_fit_is_halved(most: int) -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
-        tables, "LatencyTableBuilder", lambda *args: LatencyTableBuilder(*args, tracks=tracks, seconds=tiles)
+        tables, "LatencyTableBuilder", lambda *args: LatencyTableBuilder(*args, track_timer=tracks, request_timer=tiles)
     )
     return tmp_path / "cache"
 
@@ -364,6 +364,6 @@ def test_a_noisy_machine_is_told(caplog: pytest.LogCaptureFixture) -> None:
     def drifting(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
         return [{track: float(next(clock)) for track in TRACKS} for _ in models]
 
-    dataclasses.replace(meter(tiny_config("llama", layers=2)), tracks=drifting).measure({})
+    dataclasses.replace(meter(tiny_config("llama", layers=2)), track_timer=drifting).measure({})
     assert "quiet the machine" in caplog.text
     assert measure.NOISY < 0.5
