@@ -42,7 +42,7 @@ def models(
         Scripted(
             "pruned",
             [pruned or BenchSample(0.5, 0.25, 0.05)],
-            known=facts(parameters),
+            model_facts=facts(parameters),
             work=WorkEstimate(100.0, 60.0),
             **pruned_as,
         ),
@@ -119,7 +119,7 @@ def test_not_smaller_names_the_fullest_layers() -> None:
 
 
 def test_speed_that_could_not_be_measured_is_missed() -> None:
-    limit = verdict(plan_of(4, 512, 2, 256), models(room=0), faster=1.0)["limits"][0]
+    limit = verdict(plan_of(4, 512, 2, 256), models(max_batch=0), faster=1.0)["limits"][0]
     assert not limit["held"]
     assert "could not be measured (batch 1 of pruned: out of memory)" in limit["says"]
 

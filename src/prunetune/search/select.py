@@ -23,15 +23,9 @@ from prunetune.search.plan_rules import PlanConstraints, block_size, check_tenso
 from prunetune.search.uniform import min_uniform_widths, uniform_widths
 
 __all__ = [
-    "PlanConstraints",
-    "Scores",
-    "default_align",
-    "min_feasible_keep",
-    "min_params",
-    "min_width",
-    "min_widths",
-    "select",
-]
+    "PlanConstraints", "Scores", "best_units", "default_align", "min_feasible_keep", "min_params", "min_width",
+    "min_widths", "select",
+]  # fmt: skip
 
 Scores = Mapping[str, Tensor]  # site name -> one score per unit [U]; higher ones are kept
 

@@ -16,7 +16,7 @@ from prunetune.pruning.units import NAME_BY_KIND, Site, UnitKind
 from prunetune.search.nested_sites import NestedSites, SiteWidths
 from prunetune.search.plan_rules import CHANNEL_KINDS, PlanConstraints, block_size, min_width
 
-FitsBudgets = Callable[[SiteWidths], bool]  # whether widths by site are within all budgets beside parameters
+FitsBudgets = Callable[[SiteWidths], bool]  # whether these widths are within all budgets but that of parameters
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class UniformPlanner:
         return {counts: fit for counts, fit in fits.items() if not self._is_dominated(counts, fit[1], fits)}
 
     def _count_within_budgets(self, counts: UniformCounts, widths: Sequence[int], fits_budgets: FitsBudgets) -> int:
-        """The number of channel widths within budgets beside parameters, by bisection: wider ones cost no less."""
+        """How many of these channel widths fit the budgets, by bisection: wider ones cost no less."""
         return bisect.bisect_left(widths, True, key=lambda width: not fits_budgets(self.widths_by_site(counts, width)))
 
     def _is_dominated(

@@ -122,7 +122,12 @@ class LatencyTableBuilder:
         """This builder or, on a CPU, one of fewer runs and widths, so that all widths take no longer than that."""
         if self.device.type != "cpu":
             return self
-        run_seconds = min(self._seconds_of_a_run(model) for _ in range(2))  # the first also loads kernels
+        pair_seconds = []
+        for _ in range(2):  # the first also loads kernels
+            start = self.clock()
+            self.track_timer([model], self.workload, 1)
+            pair_seconds.append(self.clock() - start)
+        run_seconds = min(pair_seconds) / 2  # a run, and one to warm up
         for paced in self._cheaper_builders():
             widths = sum(len(paced.widths(site.kind, site.units)) for site in sites)
             seconds = (3 + 2 * widths) * (paced.runs + 1) * run_seconds
@@ -135,11 +140,6 @@ class LatencyTableBuilder:
                 self.workload.dtype,
             )
         return paced
-
-    def _seconds_of_a_run(self, model: Any) -> float:
-        start = self.clock()
-        self.track_timer([model], self.workload, 1)
-        return (self.clock() - start) / 2  # of two runs: the first warms up
 
     def _cheaper_builders(self) -> Iterator[LatencyTableBuilder]:
         """This builder, then ones of fewer runs, then of fewer widths, then of one run."""
