@@ -27,10 +27,10 @@ class SummaryStats:
 def summary_stats(values: Sequence[float]) -> SummaryStats:
     """Summary of one or more values; quartiles by the inclusive method."""
     if len(values) == 1:
-        low = middle = high = values[0]
+        low = median = high = values[0]
     else:
-        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return SummaryStats(middle, low, high, min(values), max(values), len(values))
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return SummaryStats(median, low, high, min(values), max(values), len(values))
 
 
 def paired_ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:

@@ -36,7 +36,7 @@ class BenchOptions:
     @property
     def batches(self) -> tuple[int, ...]:
         """The batch sizes in the order given, each once; raises `ConfigError`."""
-        parts = [part.strip() for part in self.batch.split(",")]
-        if not all(part.isdecimal() and int(part) for part in parts):
+        sizes = [size.strip() for size in self.batch.split(",")]
+        if not all(size.isdecimal() and int(size) for size in sizes):
             raise ConfigError(f"batch {self.batch!r}: name sizes of at least 1 by commas, such as 1,8")
-        return tuple(dict.fromkeys(map(int, parts)))
+        return tuple(dict.fromkeys(map(int, sizes)))

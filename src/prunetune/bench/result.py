@@ -22,13 +22,15 @@ class BenchMetric:
 
 
 METRICS = (
-    BenchMetric("prefill", "s", lambda sample, batch, wrote: sample.prefill_s),
-    BenchMetric("decode", "s/step", lambda sample, batch, wrote: sample.decode_s),
+    BenchMetric("prefill", "s", lambda sample, batch, tokens: sample.prefill_s),
+    BenchMetric("decode", "s/step", lambda sample, batch, tokens: sample.decode_s),
     BenchMetric(
-        "throughput", "tokens/s", lambda sample, batch, wrote: batch * wrote / sample.total_s, higher_is_better=True
+        "throughput", "tokens/s", lambda sample, batch, tokens: batch * tokens / sample.total_s, higher_is_better=True
     ),
-    BenchMetric("peak_memory", "bytes", lambda sample, batch, wrote: sample.peak_bytes),
-    BenchMetric("energy", "J/token", lambda s, batch, wrote: None if s.joules is None else s.joules / (batch * wrote)),
+    BenchMetric("peak_memory", "bytes", lambda sample, batch, tokens: sample.peak_bytes),
+    BenchMetric(
+        "energy", "J/token", lambda s, batch, tokens: None if s.joules is None else s.joules / (batch * tokens)
+    ),
 )
 
 

@@ -76,5 +76,5 @@ def _row(heading: str, number: int, value: str, ratio: str) -> str:
 
 
 def _median_and_range(stats: SummaryStats, factor: float, decimals: int) -> str:
-    median, least, most = (f"{value * factor:.{decimals}f}" for value in (stats.median, stats.min, stats.max))
-    return f"{median} ({least} to {most})"
+    median, low, high = (f"{value * factor:.{decimals}f}" for value in (stats.median, stats.min, stats.max))
+    return f"{median} ({low} to {high})"

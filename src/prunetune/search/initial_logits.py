@@ -1,4 +1,4 @@
-"""Starting logits from measured importance, so that the search begins with what the pretrained weights say."""
+"""Initial logits of the search from measured importance, and the score threshold that keeps a given share."""
 
 from __future__ import annotations
 

@@ -35,6 +35,8 @@ class Searcher:
     *sampled* gates are Gumbel draws that may keep any share; a budget loss pulls them to the target (ATP, section 3.2).
     *projected* gates keep the highest logits within the budget of the step, so that adapters always train under a legal
     plan; their gradient is that of a sigmoid around the budget's quantile of the logits.
+
+    `keep_at` returns the share to keep at a step, `keep` is that of the final plan. U: units of a site.
     """
 
     def __init__(
