@@ -182,9 +182,9 @@ def _consumer(site: Site) -> str:
     """Name of the linear that reads the units; raises `ConfigError` for units that no linear of their own reads."""
     if site.consumer is None:
         raise ConfigError(
-            f"this baseline measures the input of a unit's output linear, and {NAME_BY_KIND[site.kind]} have none of "
-            "their own: leave wanda-sp and flap out of compare.methods, or set budget.units to kv-groups, query-heads "
-            "and mlp-channels"
+            f"baselines that measure the input of a unit's output linear, such as wanda-sp, cannot score "
+            f"{NAME_BY_KIND[site.kind]}, which have none of their own: leave them out of compare.methods, or set "
+            "budget.units to kv-groups, query-heads and mlp-channels"
         )
     return site.consumer.module
 
