@@ -106,13 +106,11 @@ def test_a_budget_is_met_from_below_within_a_hundredth(name: str, kind: str) -> 
     sites, _, constraints = geometry(name)
     for seed, position in enumerate((0.13, 0.71)):
         budget = budget_at(kind, name, position)
-        found = with_limits(constraints, sites, [budget], 1.0)
-        plan = select(scores_of(sites, seed), sites, limits_of(found).feasible_keep, found)
+        limited = with_limits(constraints, sites, [budget], 1.0)
+        plan = select(scores_of(sites, seed), sites, limits_of(limited).feasible_keep, limited)
         below = 1 - budget.cost(plan.widths()) / budget.limit
-        coarse = (
-            WORKLOAD.generate * STEP / budget.limit if kind in TIMED_BUDGETS else 0.0
-        )  # one step of the made-up table
-        assert -1e-9 <= below <= max(0.01, coarse)
+        table_step = WORKLOAD.generate * STEP / budget.limit if kind in TIMED_BUDGETS else 0.0
+        assert -1e-9 <= below <= max(0.01, table_step)
 
 
 @every_model
@@ -132,8 +130,8 @@ def test_infeasible_budget_is_refused_with_the_nearest_amount(name: str, kind: s
 def test_several_budgets_hold_together(name: str) -> None:
     sites, _, constraints = geometry(name)
     caps = [budget_at("memory", name, 0.5), budget_at("flops", name, 0.45), budget_at("latency", name, 0.6)]
-    found = with_limits(constraints, sites, caps, 0.7)
-    plan = select(scores_of(sites, 3), sites, limits_of(found).feasible_keep, found)
+    limited = with_limits(constraints, sites, caps, 0.7)
+    plan = select(scores_of(sites, 3), sites, limits_of(limited).feasible_keep, limited)
     assert kept_params(sites, plan) <= 0.7 * sum(site.params for site in sites)
     shares = [cap.cost(plan.widths()) / cap.limit for cap in caps]
     assert max(shares) <= 1 + 1e-9
@@ -144,8 +142,8 @@ def test_several_budgets_hold_together(name: str) -> None:
 def test_no_further_block_fits_under_a_memory_budget(name: str) -> None:
     sites, _, constraints = geometry(name)
     budget = budget_at("memory", name, 0.4, WorkloadConfig(batch=64, context=4096))
-    found = with_limits(constraints, sites, [budget], 1.0)
-    plan = select(scores_of(sites, 1), sites, limits_of(found).feasible_keep, found)
+    limited = with_limits(constraints, sites, [budget], 1.0)
+    plan = select(scores_of(sites, 1), sites, limits_of(limited).feasible_keep, limited)
     counts = plan.widths()
     spent = budget.cost(counts)
     for site in sites:
@@ -159,8 +157,8 @@ def test_a_uniform_plan_meets_budgets_too() -> None:
     sites, _, constraints = geometry("llama3-8b")
     uniform = PlanConstraints("uniform", constraints.align)
     caps = [budget_at("memory", "llama3-8b", 0.5), budget_at("latency", "llama3-8b", 0.5)]
-    found = with_limits(uniform, sites, caps, 1.0)
-    plan = select(scores_of(sites, 0), sites, limits_of(found).feasible_keep, found)
+    limited = with_limits(uniform, sites, caps, 1.0)
+    plan = select(scores_of(sites, 0), sites, limits_of(limited).feasible_keep, limited)
     assert len({(site.kind, len(plan.kept[site.name])) for site in sites}) == 2
     assert 0.98 < max(cap.cost(plan.widths()) / cap.limit for cap in caps) <= 1 + 1e-9
 
@@ -171,9 +169,8 @@ def test_budget_that_the_dense_model_meets_is_refused() -> None:
         caps = make_budget_limits({kind: Amount.parse(text, kind)}, anatomy, WORKLOAD, table_of(anatomy))
         with pytest.raises(PlanError, match="nothing would have to be pruned"):
             with_limits(constraints, sites, caps, 1.0)
-        assert (
-            limits_of(with_limits(constraints, sites, caps, 0.5)).feasible_keep <= 0.5
-        )  # with another that binds, it is no mistake
+        with_keep = with_limits(constraints, sites, caps, 0.5)  # accepted, since the keep has to be met
+        assert limits_of(with_keep).feasible_keep <= 0.5
 
 
 def test_budget_below_the_least_widths_is_named() -> None:
@@ -190,11 +187,11 @@ def test_a_long_cache_raises_the_price_of_kv_groups() -> None:
     sites, _, constraints = geometry("llama3-8b")
     prices = []
     for workload in (WORKLOAD, WorkloadConfig(batch=32, context=32768)):
-        found = limits_of(
+        unit_prices = limits_of(
             with_limits(constraints, sites, [budget_at("memory", "llama3-8b", 0.5, workload)], 1.0)
         ).prices
-        assert found is not None
-        prices.append(found[sites[0].name] / found[sites[1].name])
+        assert unit_prices is not None
+        prices.append(unit_prices[sites[0].name] / unit_prices[sites[1].name])
     assert prices[1] > 20 * prices[0]
 
 
@@ -210,15 +207,15 @@ def test_prices_under_a_file_budget_are_parameters() -> None:
 def test_limits_fall_in_a_straight_line_from_the_dense_model() -> None:
     sites, _, constraints = geometry("llama3-8b")
     budget = budget_at("memory", "llama3-8b", 0.4)
-    found = with_limits(constraints, sites, [budget], 1.0)
-    limits = limits_of(found)
+    limited = with_limits(constraints, sites, [budget], 1.0)
+    limits = limits_of(limited)
     assert limits.cost_limits_at(1.0) == ((budget.costs[0], budget.dense_cost),)
     assert limits.cost_limits_at(limits.feasible_keep)[0][1] == pytest.approx(budget.limit)
     middle = limits.cost_limits_at((1 + limits.feasible_keep) / 2)[0][1]
     assert middle == pytest.approx((budget.dense_cost + budget.limit) / 2)
     scores = scores_of(sites, 0)
-    assert select(scores, sites, 1.0, found) == dense_plan(sites)
-    sizes = [kept_params(sites, select(scores, sites, keep, found)) for keep in (1.0, 0.8, 0.7, limits.feasible_keep)]
+    assert select(scores, sites, 1.0, limited) == dense_plan(sites)
+    sizes = [kept_params(sites, select(scores, sites, keep, limited)) for keep in (1.0, 0.8, 0.7, limits.feasible_keep)]
     assert sizes == sorted(sizes, reverse=True)
 
 
@@ -228,10 +225,10 @@ def test_a_search_meets_the_budget(gates: str) -> None:
     sites = find_sites(model)
     anatomy, constraints = model_shape(model, sites), PlanConstraints("per-layer", 8)
     caps = make_budget_limits({"memory": Amount.parse("0.7", "memory")}, anatomy, WorkloadConfig(context=16))
-    found = with_limits(constraints, sites, caps, 1.0)
-    values: dict[str, Any] = {"budget": {"keep": limits_of(found).feasible_keep}, "search": {"gates": gates}}
+    limited = with_limits(constraints, sites, caps, 1.0)
+    values: dict[str, Any] = {"budget": {"keep": limits_of(limited).feasible_keep}, "search": {"gates": gates}}
     config = from_mapping(values)
-    searcher = Searcher(sites, found, config, build_schedule(config).keep_at, torch.device("cpu"))
+    searcher = Searcher(sites, limited, config, build_schedule(config).keep_at, torch.device("cpu"))
     searcher.init_from_importance({site.name: torch.rand(site.units) for site in sites})
     drawn = searcher.sample(0)
     assert all(gate.requires_grad for gate in drawn.values())
@@ -239,9 +236,9 @@ def test_a_search_meets_the_budget(gates: str) -> None:
     plan = searcher.final_decision().plan
     assert plan is not None
     assert 0.9 * caps[0].limit < caps[0].cost(plan.widths()) <= caps[0].limit * (1 + 1e-9)
-    even_plan = select(uniform_scores(sites), sites, limits_of(found).feasible_keep, found)
-    share = kept_share(gates_from_plan(even_plan, sites), sites, limits_of(found).prices)
-    assert float(share) == pytest.approx(limits_of(found).feasible_price_share, rel=1e-5)
+    even_plan = select(uniform_scores(sites), sites, limits_of(limited).feasible_keep, limited)
+    share = kept_share(gates_from_plan(even_plan, sites), sites, limits_of(limited).prices)
+    assert float(share) == pytest.approx(limits_of(limited).feasible_price_share, rel=1e-5)
 
 
 def test_logits_rank_by_importance_per_price() -> None:
@@ -266,19 +263,19 @@ def test_units_of_every_kind_are_priced() -> None:
     anatomy, constraints = model_shape(model, sites), PlanConstraints("per-layer", 8)
     for kind in ("flops", "memory", "file"):
         caps = make_budget_limits({kind: Amount.parse("0.7", kind)}, anatomy, WORKLOAD)
-        found = with_limits(constraints, sites, caps, 1.0)
-        plan = select(scores_of(sites, 0), sites, limits_of(found).feasible_keep, found)
+        limited = with_limits(constraints, sites, caps, 1.0)
+        plan = select(scores_of(sites, 0), sites, limits_of(limited).feasible_keep, limited)
         assert caps[0].cost(plan.widths()) <= caps[0].limit * (1 + 1e-9)
-        assert all(price > 0 for price in (limits_of(found).prices or {}).values())
+        assert all(price > 0 for price in (limits_of(limited).prices or {}).values())
 
 
 def test_latency_plans_fill_whole_tiles() -> None:
     """Widths are multiples of 32 and a tile has 256 channels: those that cost no time are kept."""
     sites, anatomy, constraints = geometry("smollm")
     assert all(isinstance(cost, LatencyCost) for cost in budget_at("latency", "smollm", 0.5).costs)
-    found = with_limits(constraints, sites, [budget_at("latency", "smollm", 0.5)], 1.0)
-    plan = select(scores_of(sites, 0), sites, limits_of(found).feasible_keep, found)
+    limited = with_limits(constraints, sites, [budget_at("latency", "smollm", 0.5)], 1.0)
+    plan = select(scores_of(sites, 0), sites, limits_of(limited).feasible_keep, limited)
     widths = [len(plan.kept[site.name]) for site in sites if site.kind == "mlp"]
     assert all(width % 256 == 0 for width in widths)
-    assert min_feasible_keep(sites, constraints) < limits_of(found).feasible_keep < 1
+    assert min_feasible_keep(sites, constraints) < limits_of(limited).feasible_keep < 1
     assert anatomy.layers

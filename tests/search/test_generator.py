@@ -120,10 +120,10 @@ def test_gates_are_hard_forward_and_soft_backward() -> None:
     gates = round_straight_through(soft)
     assert torch.allclose(gates, (soft > 0.5).float(), atol=1e-6)
     weights = torch.randn(100, generator=generator_of(1))
-    (found,) = torch.autograd.grad((gates * weights).sum(), logits, retain_graph=True)
+    (gradient,) = torch.autograd.grad((gates * weights).sum(), logits, retain_graph=True)
     (expected,) = torch.autograd.grad((soft * weights).sum(), logits)
-    assert torch.equal(found, expected)
-    assert (found != 0).any()
+    assert torch.equal(gradient, expected)
+    assert (gradient != 0).any()
 
 
 def test_straight_through_has_hard_value_and_soft_gradient() -> None:
@@ -149,9 +149,9 @@ def joined(values: dict[str, torch.Tensor], *, per_param: bool = False) -> torch
 
 
 def test_logits_keep_the_order_of_importance_per_parameter() -> None:
-    found = importance()
-    logits = importance_to_logits(found, sites())
-    assert torch.equal(joined(logits).argsort(), joined(found, per_param=True).argsort())
+    measured = importance()
+    logits = importance_to_logits(measured, sites())
+    assert torch.equal(joined(logits).argsort(), joined(measured, per_param=True).argsort())
     assert all(logits[site.name].shape == (site.units,) for site in sites())
 
 

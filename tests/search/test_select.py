@@ -158,8 +158,8 @@ def test_uniform_is_the_best_of_the_widest_shapes(name: str) -> None:
         widest = {g: max(widths) for g, widths in fitting.items() if widths}
         maximal = [(g, c) for g, c in widest.items() if all(w <= g or widest[w] < c for w in widest)]
         best = max(worth(g, c) for g, c in maximal)
-        found = worth(len(plan.kept[attention.name]), len(plan.kept[mlp.name]))
-        assert found == pytest.approx(best, rel=1e-9)
+        score = worth(len(plan.kept[attention.name]), len(plan.kept[mlp.name]))
+        assert score == pytest.approx(best, rel=1e-9)
 
 
 @every_geometry

@@ -72,9 +72,8 @@ class LlamaCppRunner:
         if batch > 1:
             return BenchSample(total, peak_bytes=peak)
         prefill, decode = timings[0]["prompt_ms"] * MILLI, timings[0]["predicted_ms"] * MILLI
-        return BenchSample(
-            total, prefill, decode / (self.options.generate - 1), peak
-        )  # decode: from the first token on
+        # llama.cpp's time of decoding starts at the first token.
+        return BenchSample(total, prefill, decode / (self.options.generate - 1), peak)
 
     def close(self) -> None:
         """See `Runner`: the process ends."""

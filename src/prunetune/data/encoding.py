@@ -107,9 +107,8 @@ def encode_prompts(records: Sequence[Record], tokenizer: Any, template: str = "a
             raw_texts.append("".join([*turns, "assistant:"]))
         else:
             raw_texts.append(record.prompt)
-    chat_ids = iter(
-        _token_ids(chat_texts, tokenizer, special=False)
-    )  # a chat template writes the special tokens itself
+    # A chat template writes the special tokens itself.
+    chat_ids = iter(_token_ids(chat_texts, tokenizer, special=False))
     raw_ids = iter(_token_ids(raw_texts, tokenizer, special=True))
     adds_end = bool(raw_texts) and _token_ids(["a"], tokenizer, special=True)[0][-1] == tokenizer.eos_token_id
     prompts = []

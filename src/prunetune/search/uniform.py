@@ -207,10 +207,9 @@ class UniformPlanner:
         nested_sites, parent = self.nested_sites, self.nested_sites.parent(site)
         scores = nested_sites.ranked_scores[site.name]  # [G, U / G]
         if parent and parent.kind != "layers":
-            best_parents = (
-                nested_sites.ranked_units[parent.name][0][:parent_width] - nested_sites.first_unit[parent.name]
-            )
-            scores = scores[site.open_parent_groups(best_parents.tolist(), parent.units)]
+            best_parents = nested_sites.ranked_units[parent.name][0][:parent_width]
+            kept_parents = (best_parents - nested_sites.first_unit[parent.name]).tolist()
+            scores = scores[site.open_parent_groups(kept_parents, parent.units)]
         if self.layer_sites:
             layer_site = next(layer_site for layer_site in self.layer_sites if layer_site.layer == site.layer)
             scores = scores.clamp(max=nested_sites.best_score(layer_site))
