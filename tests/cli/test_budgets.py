@@ -59,7 +59,7 @@ def _a_device_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("prunetune.bench.latency.short_models.CPU_CACHE", 1)
     monkeypatch.setattr(
-        tables, "LatencyTableBuilder", lambda *args: LatencyTableBuilder(*args, tracks=tracks, seconds=sizes)
+        tables, "LatencyTableBuilder", lambda *args: LatencyTableBuilder(*args, track_timer=tracks, request_timer=sizes)
     )
     monkeypatch.setattr("prunetune.bench.latency.verify.time_requests", sizes)
 
@@ -149,7 +149,7 @@ def test_the_least_that_sites_names_is_accepted(say: Said, dense: Path, recipe: 
         ({"memory": "1kB"}, ("budget.memory", "feasible (", "budget.align")),
         ({"throughput": "1e9/s"}, ("budget.throughput", "above what is feasible (")),
         ({"latency": 0.001}, ("budget.latency", "feasible (")),
-        ({"memory": "1TB"}, ("budget.memory", "nothing would have to go")),
+        ({"memory": "1TB"}, ("budget.memory", "nothing would have to be pruned")),
         ({"memory": "fast"}, ("budget.memory", "1.5GB")),
         ({"memory": 0.5, "keep": 0.001}, ("budget.keep", "feasible (")),
         ({"memory": 0.3, "min_share": 0.95}, ("budget.memory", "budget.min_share")),

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from prunetune.baselines.scores import BASELINES
 from prunetune.compare.grid import Cell, best_learning_rate, grid_from_config
-from prunetune.compare.methods import BUILT_IN, resolve_methods
+from prunetune.compare.methods import built_in_methods, resolve_methods
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import ConfigError
@@ -29,8 +28,9 @@ def names(config: RunConfig) -> list[str]:
     return [method.name for method in resolve_methods(config)]
 
 
-def test_the_default_is_every_baseline_between_dense_and_one_stage() -> None:
-    assert names(RunConfig()) == ["dense", *BASELINES, "one-stage"]
+def test_default_methods_are_seven_baselines_between_dense_and_one_stage() -> None:
+    baselines = ["random", "magnitude", "wanda-sp", "flap", "taylor", "fisher", "block-influence"]
+    assert names(RunConfig()) == ["dense", *baselines, "one-stage"]
 
 
 def test_variants_are_added_all_or_by_name(tmp_path: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_cell_follows_the_recipe_but_for_its_place_and_changes(tmp_path: Path)
 def test_the_grid_is_one_value_where_nothing_is_named() -> None:
     grid = grid_from_config(from_mapping({"budget": {"keep": 0.5}, "train": {"learning_rate": 3e-4}}))
     assert (grid.keeps, grid.seeds, grid.learning_rates) == ((0.5,), (0,), (3e-4,))
-    assert [cell.name for cell in grid.cells(BUILT_IN["dense"], 3e-4)] == ["dense-keep1-seed0-lr0.0003"]
+    assert [cell.name for cell in grid.cells(built_in_methods()["dense"], 3e-4)] == ["dense-keep1-seed0-lr0.0003"]
 
 
 def test_names_of_cells_tell_them_apart() -> None:

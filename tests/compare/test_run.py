@@ -13,7 +13,7 @@ import torch
 import prunetune.compare.cell as work
 import prunetune.compare.run
 import prunetune.compare.scoring as scoring
-from prunetune.baselines.scores import BASELINES
+from prunetune.baselines import BASELINES
 from prunetune.compare.cell import CellRunner
 from prunetune.compare.grid import Cell
 from prunetune.compare.run import compare

@@ -44,7 +44,7 @@ def models(
         Scripted(
             "pruned",
             [pruned or BenchSample(0.5, 0.25, 0.05)],
-            known=facts(parameters),
+            model_facts=facts(parameters),
             work=WorkEstimate(100.0, 60.0),
             **pruned_as,
         ),
@@ -123,7 +123,7 @@ def test_missed_size_names_the_layers_that_kept_most() -> None:
 
 
 def test_unmeasured_speed_misses_the_margin() -> None:
-    limit = verdict(plan_of(4, 512, 2, 256), models(room=0), faster=1.0)["limits"][0]
+    limit = verdict(plan_of(4, 512, 2, 256), models(max_batch=0), faster=1.0)["limits"][0]
     assert not limit["held"]
     assert "could not be measured (batch 1 of pruned: out of memory)" in limit["says"]
 

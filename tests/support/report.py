@@ -237,7 +237,9 @@ def make_sizes(folder: Path, keeps: tuple[float, ...] = (0.8, 0.6, 0.4)) -> Path
             "bytes": 2 * (about["model"]["params"] - removed),
         }
         ratio = 1 + 0.7 * (1 - keep) if keep != keeps[-1] else 1.1
-        missed = f"require.faster >= 1.2: throughput is {ratio:.2f} times the dense model's; MLP width of layer 7 is 613"
+        missed = (
+            f"require.faster >= 1.2: throughput is {ratio:.2f} times the dense model's; MLP width of layer 7 is 613"
+        )
         limit = {"gate": "require.faster >= 1.2", "limit": 1.2, "found": ratio, "held": ratio >= 1.2}
         about["gain"] = {
             "smaller": removed / about["model"]["params"],

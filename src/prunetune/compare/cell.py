@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 
-from prunetune.baselines.scores import BASELINES, Calibration, bias_compensation
+from prunetune.baselines import BASELINES, Calibration
 from prunetune.compare.grid import Cell, CellResult, cell_header
-from prunetune.compare.methods import BUILT_IN, DENSE, apply_overrides
+from prunetune.compare.methods import DENSE, apply_overrides, built_in_methods
 from prunetune.compare.scoring import finite_or_none, score_model
 from prunetune.config.recipe import DistillConfig
 from prunetune.data.batches import BatchStream, collate, micro_batches, pad_token_id
@@ -183,16 +183,15 @@ class CellRunner:
         return model, plan, facts | ({"teacher_rate": self.dense_learning_rate} if taught else {})
 
     def _plan(self, cell: Cell, setting: RunContext, model: Any) -> Plan | None:
-        """The plan that is given beforehand; FLAP's also gives the model its biases."""
+        """The plan that is given beforehand; a baseline with biases, such as FLAP, also adds them to the model."""
         if cell.method.kind == "dense":
             return dense_plan(setting.sites)
         if cell.method.kind != "two-stage":
             return None
-        calibration = build_calibration(setting, model)
-        scores = BASELINES[cell.method.baseline](calibration)
-        plan = select(scores, setting.sites, setting.config.budget.keep, setting.constraints)
-        if cell.method.baseline == "flap":
-            add_biases(model, bias_compensation(calibration, plan))
+        baseline, calibration = BASELINES[cell.method.baseline], build_calibration(setting, model)
+        plan = select(baseline(calibration), setting.sites, setting.config.budget.keep, setting.constraints)
+        if baseline.biases is not None:
+            add_biases(model, baseline.biases(calibration, plan))
         return plan
 
     def _teacher_factory(self, cell: Cell, distill: DistillConfig) -> tuple[TeacherFactory, float]:
@@ -217,7 +216,7 @@ class CellRunner:
         return place
 
     def _tune_dense(self, place: TunedDenseModel, seed: int, rate: float) -> None:
-        setting = self.cell_context(Cell(BUILT_IN[DENSE], 1.0, seed, rate))
+        setting = self.cell_context(Cell(built_in_methods()[DENSE], 1.0, seed, rate))
         model, watch, started = copy.deepcopy(self.model), CellMonitor(self), time.monotonic()
         place.plan = tune_and_prune(
             make_job(setting, model, NullCheckpointStore(), watch, plan=dense_plan(setting.sites))

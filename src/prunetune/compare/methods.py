@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from prunetune.baselines.scores import BASELINES
+from prunetune.baselines import BASELINES
 from prunetune.config.fields import fields_by_path, merge_mappings, with_current_names
 from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
 from prunetune.config.yaml_file import read_yaml
@@ -55,12 +55,14 @@ class Method:
         return None if rate is None else float(rate)
 
 
-BUILT_IN = {
-    "untuned": Method("untuned", "untuned"),
-    DENSE: Method(DENSE, "dense"),
-    **{name: Method(name, "two-stage", baseline=name) for name in BASELINES},
-    REFERENCE: Method(REFERENCE, "one-stage", uses_teacher=True),
-}
+def built_in_methods() -> dict[str, Method]:
+    """Name -> method of all that need no file of variants, every registered baseline among them."""
+    return {
+        "untuned": Method("untuned", "untuned"),
+        DENSE: Method(DENSE, "dense"),
+        **{name: Method(name, "two-stage", baseline=name) for name in BASELINES},
+        REFERENCE: Method(REFERENCE, "one-stage", uses_teacher=True),
+    }
 
 
 def resolve_methods(config: RunConfig) -> tuple[Method, ...]:
@@ -68,7 +70,7 @@ def resolve_methods(config: RunConfig) -> tuple[Method, ...]:
     if config.lora.quantize != "off":
         raise ConfigError(f"compare: {NO_QUANTIZE}")
     variants = read_variants(Path(config.compare.variants), config) if config.compare.variants else {}
-    known = {**BUILT_IN, **variants}
+    known = {**built_in_methods(), **variants}
     names = dict.fromkeys(config.compare.methods)
     for name in names:
         if name not in known:
@@ -93,8 +95,11 @@ def read_variants(path: Path, config: RunConfig) -> dict[str, Method]:
 
 
 def _variant(name: str, changes: Any, where: str, config: RunConfig) -> Method:
-    if name in BUILT_IN or not NAME.fullmatch(name):
-        raise ConfigError(f"{where}: a variant's name is letters, digits, dots and dashes, and none of {_built_in()}")
+    built_in = built_in_methods()
+    if name in built_in or not NAME.fullmatch(name):
+        raise ConfigError(
+            f"{where}: a variant's name is letters, digits, dots and dashes, and none of {', '.join(built_in)}"
+        )
     if not isinstance(changes or {}, Mapping):
         raise ConfigError(f"{where}: a variant is a mapping of changes, got {changes!r}")
     rest = with_current_names(RunConfig, changes or {})
@@ -116,10 +121,6 @@ def _variant(name: str, changes: Any, where: str, config: RunConfig) -> Method:
         if key == "lora.quantize":
             raise ConfigError(f"{where}: {NO_QUANTIZE}")
     return method
-
-
-def _built_in() -> str:
-    return ", ".join(BUILT_IN)
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -277,7 +277,7 @@ class CompareConfig:
     """What `prunetune compare` holds side by side: same data, steps and budget for all."""
 
     methods: tuple[str, ...] = option(
-        (
+        (  # a baseline that is added later is named, so that the default comparison costs what it did
             "dense", "random", "magnitude", "wanda-sp", "flap", "taylor", "fisher", "block-influence", "one-stage",
         ),
         "dense: tuned, not pruned; untuned: as it came; one-stage: the recipe; a baseline: its plan, then LoRA; or a "
