@@ -125,12 +125,12 @@ def test_the_table_is_printed_and_kept(done: Path) -> None:
 def test_a_variant_may_name_texts_of_its_own(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("shared", "own"):
         write_lines(tmp_path / f"{name}.jsonl", *({"text": f"{name} text {n}"} for n in range(4)))
-    (tmp_path / "v.yaml").write_text(f"own: {{data: {{texts: [{tmp_path / 'own.jsonl'}]}}}}")
+    (tmp_path / "v.yaml").write_text(f"own: {{data: {{distill_texts: [{tmp_path / 'own.jsonl'}]}}}}")
     streams: dict[str, set[str]] = {}
 
     def watching(job: Any) -> Any:
         examples = [*job.train.examples, *job.search.examples] if job.teacher else []
-        streams[job.config.data.texts[0]] = {
+        streams[job.config.data.distill_texts[0]] = {
             one.id.partition("/")[0] for one in examples if one.answer_start == len(one.token_ids)
         }
         return tune_and_prune(job)

@@ -104,5 +104,5 @@ def test_what_the_exporter_cannot_follow_is_said_in_one_line(monkeypatch: pytest
 
     monkeypatch.setattr(torch.onnx, "export", fails)
     with pytest.raises(ModelError, match=r"LlamaForCausalLM cannot be traced for ONNX \(line one\)") as refusal:
-        onnx._traced(tiny("llama"), 97)
+        onnx._trace(tiny("llama"), 97)
     assert "\n" not in str(refusal.value)

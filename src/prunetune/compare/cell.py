@@ -33,7 +33,7 @@ from prunetune.train.teacher import base_teacher, resolve_auto
 from prunetune.utils import environment
 from prunetune.utils.seeds import derive_seed
 
-BATCHES = 16  # of calibration, where the recipe's search.init_batches is 0
+CALIBRATION_BATCHES = 16  # of calibration, where the recipe's search.init_batches is 0
 
 
 class Interrupted(Exception):
@@ -249,7 +249,7 @@ def build_calibration(context: RunContext, model: Any) -> Calibration:
     )
     batches = [
         collate(part, pad)
-        for step in range(config.search.init_batches or BATCHES)
+        for step in range(config.search.init_batches or CALIBRATION_BATCHES)
         for part in micro_batches(stream.batch_at(step), config.train.micro_tokens)
     ]
     return Calibration(model, context.sites, tuple(batches), config.seed, context.constraints.limits)

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 5.0  # inches
-MARKS = ("s", "^", "v", "P", "X", "<", ">", "d")
+FIGURE_WIDTH = 5.0  # inches
+MARKERS = ("s", "^", "v", "P", "X", "<", ">", "d")
 GLYPHS = dict(zip("s^vPX<>doD*", "■▲▼✚✖◀▶◆●◆★", strict=True))
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
-WIDE = 4.0  # perplexities that lie farther apart than this get a logarithmic axis
+LOG_AXIS_RATIO = 4.0  # perplexities that lie farther apart than this get a logarithmic axis
 
 ComparisonRow = Mapping[str, Any]  # of comparison.json
 
@@ -35,7 +35,7 @@ class MethodStyle:
     is_reference: bool = False
 
 
-FIXED = {DENSE: MethodStyle(svg.DENSE, "D"), "untuned": MethodStyle(svg.MUTED, "*")}
+FIXED_STYLES = {DENSE: MethodStyle(svg.DENSE, "D"), "untuned": MethodStyle(svg.MUTED, "*")}
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,11 @@ def method_styles(methods: Sequence[str], reference: str) -> dict[str, MethodSty
     for name in methods:
         if name == reference:
             looks[name] = MethodStyle(svg.PRUNED, "o", is_reference=True)
-        elif name in FIXED:
-            looks[name] = FIXED[name]
+        elif name in FIXED_STYLES:
+            looks[name] = FIXED_STYLES[name]
         else:
             turn, place = divmod(others, len(svg.SERIES))
-            mark = MARKS[(place + 3 * turn) % len(MARKS)]  # the legend shows colour and mark, not dashes
+            mark = MARKERS[(place + 3 * turn) % len(MARKERS)]  # the legend shows colour and mark, not dashes
             looks[name] = MethodStyle(svg.SERIES[place], mark, DASHES[turn % len(DASHES)])
             others += 1
     return looks
@@ -79,10 +79,14 @@ def draw_metric_chart(
     spoken = f"{label} by share removed; the numbers stand in the tables below"
     name = f"compare-{number}"
     if len({row["keep"] for row in known}) > 1:
-        drawn = svg.render_svg(name, spoken, WIDTH, 3.0, lambda figure: _curves(figure, metric, known, styles))
+        drawn = svg.render_svg(
+            name, spoken, FIGURE_WIDTH, 3.0, lambda figure: _draw_curves(figure, metric, known, styles)
+        )
     else:
         height = 0.7 + 0.24 * len(known)
-        drawn = svg.render_svg(name, spoken, WIDTH, height, lambda figure: _dots(figure, metric, known, styles))
+        drawn = svg.render_svg(
+            name, spoken, FIGURE_WIDTH, height, lambda figure: _draw_dots(figure, metric, known, styles)
+        )
     return ComparisonChart(label, drawn, f"{better}. Bars: one standard error over items.")
 
 
@@ -91,21 +95,21 @@ def _score(row: ComparisonRow, metric: str) -> tuple[float, float | None]:
     return score["value"], score["se"]
 
 
-def _curves(figure: Figure, metric: str, rows: Sequence[ComparisonRow], looks: Mapping[str, MethodStyle]) -> None:
+def _draw_curves(figure: Figure, metric: str, rows: Sequence[ComparisonRow], looks: Mapping[str, MethodStyle]) -> None:
     axes = figure.subplots()
     flat = {row["method"] for row in rows if math.isclose(row["kept"], 1.0) and row["keep"] < 1}
     for order, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
         own = sorted((row for row in rows if row["method"] == name), key=lambda row: -float(row["kept"]))
         if name in flat:
-            _level(axes, _score(own[0], metric)[0], looks[name], horizontal=True)
+            _draw_level(axes, _score(own[0], metric)[0], looks[name], horizontal=True)
             own = own[:1]
-        _line(axes, metric, own, looks[name], order)
+        _draw_line(axes, metric, own, looks[name], order)
     axes.set_xlabel("share of the prunable parameters removed")
     _percent(axes)
-    _scale(axes, metric, rows, vertical=True)
+    _set_log_scale(axes, metric, rows, vertical=True)
 
 
-def _line(axes: Axes, metric: str, rows: Sequence[ComparisonRow], look: MethodStyle, order: int) -> None:
+def _draw_line(axes: Axes, metric: str, rows: Sequence[ComparisonRow], look: MethodStyle, order: int) -> None:
     values, errors = zip(*(_score(row, metric) for row in rows), strict=True)
     axes.errorbar(
         [1 - row["kept"] for row in rows], values, yerr=[error or 0.0 for error in errors],
@@ -114,13 +118,13 @@ def _line(axes: Axes, metric: str, rows: Sequence[ComparisonRow], look: MethodSt
     )  # fmt: skip
 
 
-def _dots(figure: Figure, metric: str, rows: Sequence[ComparisonRow], looks: Mapping[str, MethodStyle]) -> None:
+def _draw_dots(figure: Figure, metric: str, rows: Sequence[ComparisonRow], looks: Mapping[str, MethodStyle]) -> None:
     axes = figure.subplots()
     for position, row in enumerate(rows):
         value, error = _score(row, metric)
         look = looks[row["method"]]
         if row["method"] == DENSE or look.is_reference:
-            _level(axes, value, look, horizontal=False)
+            _draw_level(axes, value, look, horizontal=False)
         axes.errorbar(
             value, position, xerr=error, fmt=look.marker, color=look.colour,
             markersize=7 if look.is_reference else 5.5, elinewidth=1.4,
@@ -128,19 +132,19 @@ def _dots(figure: Figure, metric: str, rows: Sequence[ComparisonRow], looks: Map
     axes.set_yticks(range(len(rows)), [_short(row["method"]) for row in rows], color=svg.INK)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=True, axis="both")
-    _scale(axes, metric, rows, vertical=False)
+    _set_log_scale(axes, metric, rows, vertical=False)
 
 
-def _level(axes: Axes, value: float, look: MethodStyle, *, horizontal: bool) -> None:
+def _draw_level(axes: Axes, value: float, look: MethodStyle, *, horizontal: bool) -> None:
     draw = axes.axhline if horizontal else axes.axvline
     draw(value, color=look.colour, linewidth=0.9, linestyle=(0, (4, 3)))
 
 
-def _scale(axes: Axes, metric: str, rows: Sequence[ComparisonRow], *, vertical: bool) -> None:
+def _set_log_scale(axes: Axes, metric: str, rows: Sequence[ComparisonRow], *, vertical: bool) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     values = [_score(row, metric)[0] for row in rows]
-    if not metric.startswith("ppl ") or min(values) <= 0 or max(values) < WIDE * min(values):
+    if not metric.startswith("ppl ") or min(values) <= 0 or max(values) < LOG_AXIS_RATIO * min(values):
         return
     axis = axes.yaxis if vertical else axes.xaxis
     (axes.set_yscale if vertical else axes.set_xscale)("log")

@@ -71,13 +71,13 @@ def grid_from_config(config: RunConfig) -> Grid:
     """The recipe's grid; what it does not name is one value."""
     compare = config.compare
     return Grid(
-        _once(compare.keeps) or (config.budget.keep,),
-        _once(compare.seeds) or (config.seed,),
-        _once(compare.learning_rates) or (config.train.learning_rate,),
+        _unique(compare.keeps) or (config.budget.keep,),
+        _unique(compare.seeds) or (config.seed,),
+        _unique(compare.learning_rates) or (config.train.learning_rate,),
     )
 
 
-def _once(values: tuple[Any, ...]) -> tuple[Any, ...]:
+def _unique(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(dict.fromkeys(values))
 
 

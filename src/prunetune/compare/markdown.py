@@ -12,15 +12,15 @@ ABSENT = ""
 
 def render_markdown(comparison: Mapping[str, Any]) -> str:
     """One Markdown table for each budget, the trials of learning rates, and what failed."""
-    parts = [_budget(comparison, keep) for keep in comparison["keeps"]]
+    parts = [_budget_table(comparison, keep) for keep in comparison["keeps"]]
     if comparison["rates"]:
-        parts.append(_rates(comparison["rates"]))
+        parts.append(_learning_rate_table(comparison["rates"]))
     if comparison["errors"]:
         parts.append("Failed:\n\n" + "\n".join(f"- {one['cell']}: {one['error']}" for one in comparison["errors"]))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _budget(found: Mapping[str, Any], keep: float) -> str:
+def _budget_table(found: Mapping[str, Any], keep: float) -> str:
     rows = [row for row in found["rows"] if row["keep"] == keep]
     if not rows:
         return ""
@@ -29,13 +29,13 @@ def _budget(found: Mapping[str, Any], keep: float) -> str:
     for metric in metrics:
         head += [metric, "sd", "se", f"- {versus}"]
     head += ["s", "teacher s", "MB"]
-    lines = [_line(head), "|" + "---|" * len(head), *(_line(_cells(row, metrics)) for row in rows)]
+    lines = [_table_line(head), "|" + "---|" * len(head), *(_table_line(_row_cells(row, metrics)) for row in rows)]
     title = f"Keep {keep:g}, split {found['split']}: means over seeds; sd over seeds, se over items; "
     note = f"minus {versus} with its standard error over paired items, * beyond two of them; gap: nll minus dense."
     return "\n".join([title + note, "", *lines])
 
 
-def _cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
+def _row_cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     share = row["acc_of_dense"]
     cells = [
         row["method"],
@@ -93,9 +93,9 @@ def format_seconds(value: float | None) -> str:
     return ABSENT if not value else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
-def _rates(trials: Sequence[Mapping[str, Any]]) -> str:
+def _learning_rate_table(trials: Sequence[Mapping[str, Any]]) -> str:
     lines = [
-        _line(
+        _table_line(
             [
                 one["method"],
                 f"{one['learning_rate']:g}",
@@ -107,8 +107,8 @@ def _rates(trials: Sequence[Mapping[str, Any]]) -> str:
     ]
     head = ["method", "lr", "nll on valid", ""]
     title = "Learning rates, chosen on valid at the first seed and budget:"
-    return "\n".join([title, "", _line(head), "|" + "---|" * len(head), *lines])
+    return "\n".join([title, "", _table_line(head), "|" + "---|" * len(head), *lines])
 
 
-def _line(cells: Sequence[str]) -> str:
+def _table_line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

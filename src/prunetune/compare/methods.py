@@ -19,7 +19,7 @@ MethodKind = Literal["untuned", "dense", "two-stage", "one-stage"]
 NO_QUANTIZE = "models of a comparison share one dense model in memory, unquantised; leave lora.quantize out"
 REFERENCE = "one-stage"  # what the others are held against
 DENSE = "dense"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # What a variant may change; the rest is read once, or is the same for all.
 VARIANT_OPTIONS = (
     "search.",
@@ -93,7 +93,7 @@ def read_variants(path: Path, config: RunConfig) -> dict[str, Method]:
 
 
 def _variant(name: str, changes: Any, where: str, config: RunConfig) -> Method:
-    if name in BUILT_IN or not NAME.fullmatch(name):
+    if name in BUILT_IN or not NAME_PATTERN.fullmatch(name):
         raise ConfigError(f"{where}: a variant's name is letters, digits, dots and dashes, and none of {_built_in()}")
     if not isinstance(changes or {}, Mapping):
         raise ConfigError(f"{where}: a variant is a mapping of changes, got {changes!r}")
@@ -108,7 +108,7 @@ def _variant(name: str, changes: Any, where: str, config: RunConfig) -> Method:
         raise ConfigError(f"{where}: two-stage must be one of {', '.join(BASELINES)}, got {baseline!r}")
     method = Method(name, kind, baseline, uses_teacher=kind in ("one-stage", "two-stage"), overrides=rest)
     apply_overrides(config, rest, where=where)
-    for key in _leaves(rest):
+    for key in _changed_options(rest):
         if not key.startswith(VARIANT_OPTIONS):
             raise ConfigError(
                 f"{where}: {key} is the same for all methods; a variant may change {', '.join(VARIANT_OPTIONS)}"
@@ -122,12 +122,14 @@ def _built_in() -> str:
     return ", ".join(BUILT_IN)
 
 
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _changed_options(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     options = fields_by_path(RunConfig)
     return [
         leaf
         for key, value in values.items()
-        for leaf in ([prefix + key] if prefix + key in options or not value else _leaves(value, f"{prefix}{key}."))
+        for leaf in (
+            [prefix + key] if prefix + key in options or not value else _changed_options(value, f"{prefix}{key}.")
+        )
     ]
 
 

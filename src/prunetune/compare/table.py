@@ -16,13 +16,13 @@ from prunetune.evaluation.results import Item, Score, TaskResult
 from prunetune.evaluation.statistics import aggregate_items, paired_difference
 
 TableCell = Mapping[str, Any]  # a cell's file
-METRICS = {"acc": "accuracy", "nll": "nll", "rouge_l": "rouge_l"}
-TEXT = "ppl "  # begins the name of a text's column
+ITEM_METRICS = {"acc": "accuracy", "nll": "nll", "rouge_l": "rouge_l"}
+PERPLEXITY_PREFIX = "ppl "  # begins the name of a text's column
 FORMAT = "prunetune-comparison-1"
-COSTS = ("train_seconds", "teacher_seconds", "eval_seconds", "peak_mb")
+COST_KEYS = ("train_seconds", "teacher_seconds", "eval_seconds", "peak_mb")
 # A row of which every cell failed.
 EMPTY_ROW: Mapping[str, Any] = {
-    "kept": None, "scores": {}, "gap": None, "acc_of_dense": None, **dict.fromkeys(COSTS), "crowded": False,
+    "kept": None, "scores": {}, "gap": None, "acc_of_dense": None, **dict.fromkeys(COST_KEYS), "crowded": False,
 }  # fmt: skip
 
 
@@ -48,12 +48,12 @@ class SeedGroup:
 
     def task_results(self, metric: str) -> dict[str, TaskResult]:
         """The tasks that have the metric, each item's scores a mean over seeds."""
-        inner = "perplexity" if metric.startswith(TEXT) else METRICS[metric]
+        inner = "perplexity" if metric.startswith(PERPLEXITY_PREFIX) else ITEM_METRICS[metric]
         first = self.cells[0]["scores"]
-        names = [metric.removeprefix(TEXT)] if metric.startswith(TEXT) else list(first)
-        return {task: self._task(task, inner) for task in names if inner in first.get(task, {})}
+        names = [metric.removeprefix(PERPLEXITY_PREFIX)] if metric.startswith(PERPLEXITY_PREFIX) else list(first)
+        return {task: self._task_result(task, inner) for task in names if inner in first.get(task, {})}
 
-    def _task(self, task: str, metric: str) -> TaskResult:
+    def _task_result(self, task: str, metric: str) -> TaskResult:
         each = [cell["items"].get(task, {}) for cell in self.cells]
         common = [name for name in each[0] if all(name in items for items in each)]
         items = tuple(Item(name, "", "", "", None, _mean_scores([found[name] for found in each])) for name in common)
@@ -88,7 +88,7 @@ def aggregate(cells: Sequence[TableCell], learning_rates: Mapping[str, float], c
         "keeps": keeps,
         "metrics": list(dict.fromkeys(name for row in rows for name in row["scores"])),
         "rows": rows,
-        "rates": _trials(cells, learning_rates),
+        "rates": _learning_rate_trials(cells, learning_rates),
         "errors": [{"cell": cell["cell"], "error": cell["error"]} for cell in cells if "error" in cell],
     }
 
@@ -100,7 +100,7 @@ def pick_reference(cells: Sequence[TableCell], chosen: Mapping[str, float]) -> s
     return REFERENCE if REFERENCE in own or not own else own[0]
 
 
-def _trials(cells: Sequence[TableCell], chosen: Mapping[str, float]) -> list[dict[str, Any]]:
+def _learning_rate_trials(cells: Sequence[TableCell], chosen: Mapping[str, float]) -> list[dict[str, Any]]:
     """Where a method had several learning rates: each with its NLL on valid."""
     found = []
     for method in chosen:
@@ -168,7 +168,7 @@ def _row_scores(name: str, groups: Mapping[str, SeedGroup], reference_name: str)
         "scores": scores,
         "gap": _relative_to_dense(group, dense, "nll", ratio=False),
         "acc_of_dense": _relative_to_dense(group, dense, "acc", ratio=True),
-        **{key: _mean_of(group, key) for key in COSTS},
+        **{key: _mean_of(group, key) for key in COST_KEYS},
         "crowded": any(cell["crowded"] for cell in group.cells),
     }
 
@@ -201,7 +201,7 @@ def mean_difference(group: SeedGroup, other: SeedGroup | None, metric: str) -> d
         return {}
     ours, theirs = pair
     left, right = ours.task_results(metric), theirs.task_results(metric)
-    inner = "perplexity" if metric.startswith(TEXT) else METRICS[metric]
+    inner = "perplexity" if metric.startswith(PERPLEXITY_PREFIX) else ITEM_METRICS[metric]
     found = [paired_difference(left[task], right[task], inner) for task in left if task in right]
     spread = math.hypot(*(one.se for one in found)) / len(found) if found else math.nan
     return {

@@ -18,7 +18,7 @@ from prunetune.pruning.units import Site, effective_layout, kept_params
 REMOTE_CODE_NOTE = """`trust_remote_code` runs `configuration_pruned.py` and `modeling_pruned.py` of this folder.
 They give each layer its own widths; read them first. Where prunetune is installed, `prunetune.hub.register()` opens the
 folder without them, and vLLM does so by itself. A model of `layout: uniform` needs none of this."""
-ONNX = """```python
+ONNX_USAGE = """```python
 import onnxruntime
 from transformers import AutoTokenizer
 
@@ -36,8 +36,8 @@ UNIT_LABELS = {
     "experts": "expert",
     "expert-channels": "expert channel",
 }
-UNKNOWN = LicenseInfo()
-PRIVATE_OPTIONS = ("out", "device", "data.root")  # of the place where it ran, not of the model
+UNKNOWN_LICENSE = LicenseInfo()
+UNPUBLISHED_OPTIONS = ("out", "device", "data.root")  # of the place where it ran, not of the model
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Provenance:
 
     config: RunConfig
     manifest: Mapping[str, Any]
-    licence: LicenseInfo = UNKNOWN
+    licence: LicenseInfo = UNKNOWN_LICENSE
     scores: Sequence[ScoreRow] = ()
     recipe_sha256: str = ""  # of the run's config.yaml
 
@@ -80,7 +80,7 @@ def format_export_card(card: str, layout: str, description: str) -> str:
     head, mark, rest = card.partition("\n\n## ")
     head = head.partition("\n\n```python")[0]
     note = f"This is an export: {description}. Sizes and scores below are of the model that it was made from."
-    return f"{head}\n\n{note}\n\n{ONNX if layout == 'onnx' else _usage_section(layout)}{mark}{rest}"
+    return f"{head}\n\n{note}\n\n{ONNX_USAGE if layout == 'onnx' else _usage_section(layout)}{mark}{rest}"
 
 
 def _front_matter(origin: Provenance) -> str:
@@ -136,14 +136,14 @@ def _scores(scores: Sequence[ScoreRow], manifest: Mapping[str, Any]) -> str:
     head.append("|---|---|---:|" + "---:|" * len(names))
     lines = [
         f"| {row.task} | {row.metric} | {max(n for *_, n in row.scores.values())} |"
-        + "".join(f" {_cell(row.scores.get(name))} |" for name in names)
+        + "".join(f" {_format_score(row.scores.get(name))} |" for name in names)
         for row in scores
     ]
     computed = f", computed in {manifest['dtype']}" if "dtype" in manifest else ""
     return "\n".join(["## Scores", "", f"On the run's test split{computed}, ± standard error.", "", *head, *lines])
 
 
-def _cell(found: tuple[float, float, int] | None) -> str:
+def _format_score(found: tuple[float, float, int] | None) -> str:
     if found is None or math.isnan(found[0]):
         return "–"
     return f"{found[0]:.3f}" + ("" if math.isnan(found[1]) else f" ± {found[1]:.3f}")
@@ -163,14 +163,14 @@ def _provenance(origin: Provenance) -> str:
 
 
 def _changed_options(config: RunConfig) -> str:
-    said, plain = _flat(config), _flat(RunConfig())
+    said, plain = _option_values(config), _option_values(RunConfig())
     changed = [
-        f"`{name}: {value}`" for name, value in said.items() if value != plain[name] and name not in PRIVATE_OPTIONS
+        f"`{name}: {value}`" for name, value in said.items() if value != plain[name] and name not in UNPUBLISHED_OPTIONS
     ]
     return ", ".join(changed) or "all of it is"
 
 
-def _flat(config: RunConfig) -> dict[str, Any]:
+def _option_values(config: RunConfig) -> dict[str, Any]:
     found = {}
     for path in fields_by_path(RunConfig):
         value: Any = config

@@ -99,7 +99,7 @@ def uniform_config_from_plan(config: Any, plan: Plan, sites: Sequence[Site]) -> 
         config,
         found.get("attention"),
         found.get("mlp"),
-        ratio=found.get("query-heads"),
+        queries_per_kv_head=found.get("query-heads"),
         experts=found.get("experts"),
         expert_channels=found.get("expert-channels"),
     )

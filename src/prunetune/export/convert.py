@@ -36,7 +36,7 @@ def export_uniform(source: ExportSource, place: Path, options: ExportOptions) ->
     """A folder that a stock class opens; of layers that differ in width only with `pad`, which costs parameters."""
     dtype = DTYPES.get(options.dtype, source.dtype)
     if source.layout == "uniform":
-        return _copied(source, place, dtype)
+        return _copy_checkpoint(source, place, dtype)
     target = build_meta_model(padded_config(source))
     more = sum(parameter.numel() for parameter in target.parameters()) / source.params
     if not options.pad:
@@ -46,19 +46,19 @@ def export_uniform(source: ExportSource, place: Path, options: ExportOptions) ->
         )
     note = f"narrower layers are filled up with zeros: {more:.2f} times the parameters of the per-layer model"
     log.info(note)
-    return _padded(source, target, place, dtype, note)
+    return _write_padded(source, target, place, dtype, note)
 
 
 def export_per_layer(source: ExportSource, place: Path, options: ExportOptions) -> ExportResult:
     """A folder with code of its own, for layers that differ in width."""
     if source.layout == "uniform":
         raise ModelError(f"{source.folder}: its layers are equal, so a stock class opens it: export --to uniform")
-    return _copied(source, place, DTYPES.get(options.dtype, source.dtype))
+    return _copy_checkpoint(source, place, DTYPES.get(options.dtype, source.dtype))
 
 
-def _copied(source: ExportSource, place: Path, dtype: torch.dtype) -> ExportResult:
+def _copy_checkpoint(source: ExportSource, place: Path, dtype: torch.dtype) -> ExportResult:
     """File by file, so that no more than one shard is in memory."""
-    model = _rounded(source, dtype)
+    model = _load_rounded(source, dtype)
     expected, params = (
         compute_logits(model, source.probe_tokens()),
         sum(weight.numel() for weight in model.parameters()),
@@ -73,8 +73,8 @@ def _copied(source: ExportSource, place: Path, dtype: torch.dtype) -> ExportResu
             save_file({name: _cast(tensor, dtype) for name, tensor in tensors.items()}, place / file.name, kept)
         elif file.is_file():
             shutil.copyfile(file, place / file.name)
-    edit_json(place / "config.json", {"dtype": _name(dtype)})
-    return _checked(source, place, dtype, params, expected, str(source.config_json["architectures"][0]))
+    edit_json(place / "config.json", {"dtype": _dtype_name(dtype)})
+    return _check_export(source, place, dtype, params, expected, str(source.config_json["architectures"][0]))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -100,8 +100,8 @@ def padded_config(source: ExportSource) -> Any:
     return uniform_config(config, groups if "attention" in kinds else None, channels if "mlp" in kinds else None)
 
 
-def _padded(source: ExportSource, target: Any, place: Path, dtype: torch.dtype, note: str) -> ExportResult:
-    expected = compute_logits(_rounded(source, dtype), source.probe_tokens())
+def _write_padded(source: ExportSource, target: Any, place: Path, dtype: torch.dtype, note: str) -> ExportResult:
+    expected = compute_logits(_load_rounded(source, dtype), source.probe_tokens())
     shapes = {name: tensor.shape for name, tensor in target.state_dict().items()}
     state = {name: source.tensor(name).to(dtype) for name in shapes if name in source.tensor_files}
     for site in find_sites(target):
@@ -112,7 +112,7 @@ def _padded(source: ExportSource, target: Any, place: Path, dtype: torch.dtype, 
             for name in (f"{cut.module}.weight", f"{cut.module}.bias"):
                 if name in shapes and not (side == COLUMNS and name.endswith("bias")):
                     axis = stored_axis(target.get_submodule(cut.module), side) if name.endswith("weight") else ROWS
-                    state[name] = _filled(state.get(name), shapes[name], cut, wide, site.units, axis).to(dtype)
+                    state[name] = _pad_with_zeros(state.get(name), shapes[name], cut, wide, site.units, axis).to(dtype)
         if not wide:  # what else such a block has (norms of its heads) is multiplied by nothing
             state |= {n: torch.zeros(s, dtype=dtype) for n, s in shapes.items() if n.startswith(f"{site.name}.")}
     missing, _ = target.load_state_dict(state, assign=True, strict=False)
@@ -123,11 +123,13 @@ def _padded(source: ExportSource, target: Any, place: Path, dtype: torch.dtype, 
     add_old_rope_keys(place / "config.json")
     source.tokenizer.save_pretrained(place)
     params = sum(weight.numel() for weight in target.parameters())
-    done = _checked(source, place, dtype, params, expected, type(target).__name__, plain=True)
+    done = _check_export(source, place, dtype, params, expected, type(target).__name__, plain=True)
     return replace(done, notes=(note,))
 
 
-def _filled(stored: Tensor | None, shape: torch.Size, cut: LinearSlice, kept: int, units: int, axis: int) -> Tensor:
+def _pad_with_zeros(
+    stored: Tensor | None, shape: torch.Size, cut: LinearSlice, kept: int, units: int, axis: int
+) -> Tensor:
     """Zeros of `shape` with what is stored in the first `kept` of so many units, along an axis."""
     full = torch.zeros(shape, dtype=stored.dtype if stored is not None else torch.float32)
     if stored is not None:
@@ -135,7 +137,7 @@ def _filled(stored: Tensor | None, shape: torch.Size, cut: LinearSlice, kept: in
     return full
 
 
-def _rounded(source: ExportSource, dtype: torch.dtype) -> Any:
+def _load_rounded(source: ExportSource, dtype: torch.dtype) -> Any:
     """The model in float32 with weights as the file will hold them."""
     model = source.load_model()
     for parameter in model.parameters():
@@ -143,7 +145,7 @@ def _rounded(source: ExportSource, dtype: torch.dtype) -> Any:
     return model
 
 
-def _checked(
+def _check_export(
     source: ExportSource,
     place: Path,
     dtype: torch.dtype,
@@ -159,8 +161,8 @@ def _checked(
     written = WrittenCheckpoint(place, architecture, source.layout, code, params, size)
     found = check_checkpoint(written, source.probe_tokens(), expected)
     checks = (RuntimeCheck(f"transformers {transformers.__version__}", f"logits within {found.max_relative:.1e}"),)
-    return ExportResult(place, architecture, _name(dtype), params, size, checks)
+    return ExportResult(place, architecture, _dtype_name(dtype), params, size, checks)
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

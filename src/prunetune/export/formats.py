@@ -73,7 +73,7 @@ def export_run(
     require_disk_space(place.parent, source.params * BYTES_PER_WEIGHT.get(options.dtype, source.dtype.itemsize))
     partial = place.with_name(place.name + PARTIAL)
     with explain_write_errors(place):
-        _clear(partial)
+        _remove(partial)
         place.parent.mkdir(parents=True, exist_ok=True)
         try:
             if options.quantize:
@@ -85,7 +85,7 @@ def export_run(
                 write_checksums(partial)
             partial.rename(place)
         finally:
-            _clear(partial)
+            _remove(partial)
     return replace(done, path=place)
 
 
@@ -122,7 +122,7 @@ def _default_path(source: ExportSource, to: str, dtype: str, suffix: str) -> Pat
     return source.folder.with_name(f"{source.name}-{parts}{suffix}")
 
 
-def _clear(partial: Path) -> None:
+def _remove(partial: Path) -> None:
     if partial.is_dir():
         shutil.rmtree(partial)
     partial.unlink(missing_ok=True)

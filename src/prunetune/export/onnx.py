@@ -27,10 +27,15 @@ from prunetune.export.checkpoint import edit_json
 from prunetune.export.result import ExportOptions, ExportResult, RuntimeCheck
 from prunetune.export.source import ExportSource
 
-GRAPH = "model.onnx"
-COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal
+GRAPH_FILE = "model.onnx"
+ANSI_COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal
 LIMIT = 1e-3  # largest relative difference of logits, float32
-SHAPES = ((1, 1), (1, 17), (3, 12), (2, 33))  # batch and length of what is compared, none of them the traced one
+CHECKED_SHAPES = (
+    (1, 1),
+    (1, 17),
+    (3, 12),
+    (2, 33),
+)  # batch and length of what is compared, none of them the traced one
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
@@ -40,8 +45,8 @@ def export_onnx(source: ExportSource, place: Path, options: ExportOptions) -> Ex
         raise MissingPackage(f"onnx export needs {', '.join(missing)}; run: pip install 'prunetune[onnx]'")
     model = source.load_model()
     place.mkdir()
-    program = _traced(model, source.config.vocab_size)
-    program.save(str(place / GRAPH), external_data=True)
+    program = _trace(model, source.config.vocab_size)
+    program.save(str(place / GRAPH_FILE), external_data=True)
     del program
     source.tokenizer.save_pretrained(place)
     for name in ("config.json", "generation_config.json", "plan.json"):
@@ -50,9 +55,9 @@ def export_onnx(source: ExportSource, place: Path, options: ExportOptions) -> Ex
     # No code stands here: a tokenizer would ask whether to run it, and note an old key of a class that it knows not.
     edit_json(place / "config.json", {}, without=("auto_map", "rope_scaling"))
     params = sum(parameter.numel() for parameter in model.parameters())
-    size = sum(file.stat().st_size for file in place.glob(f"{GRAPH}*"))
+    size = sum(file.stat().st_size for file in place.glob(f"{GRAPH_FILE}*"))
     return ExportResult(
-        place, f"onnx: {type(model).__name__}", "float32", params, size, (check_onnx(model, place / GRAPH),)
+        place, f"onnx: {type(model).__name__}", "float32", params, size, (check_onnx(model, place / GRAPH_FILE),)
     )
 
 
@@ -74,12 +79,12 @@ class _Logits(nn.Module):
         return logits
 
 
-def _traced(model: Any, vocabulary: int) -> Any:
+def _trace(model: Any, vocabulary: int) -> Any:
     """The ONNX program; raises `ModelError` where the exporter cannot follow the architecture."""
     free = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     names = ("input_ids", "attention_mask")
     ids, mask = padded_batch(2, 7, vocabulary)
-    with _quiet():
+    with _silence_exporter():
         try:
             return torch.onnx.export(
                 _Logits(model), (ids, mask), dynamo=True, verbose=False, input_names=names, output_names=["logits"],
@@ -89,13 +94,13 @@ def _traced(model: Any, vocabulary: int) -> Any:
             cause = failed.__cause__ or failed
             reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise ModelError(
-                f"{type(model).__name__} cannot be traced for ONNX ({COLOURS.sub('', reason)}); "
+                f"{type(model).__name__} cannot be traced for ONNX ({ANSI_COLOURS.sub('', reason)}); "
                 "use the folder itself, or see whether llama.cpp knows it with --to gguf"
             ) from failed
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_exporter() -> Iterator[None]:
     """Without what PyTorch's exporter says of its own code; none of it is about the model."""
     log, level = logging.getLogger("torch.onnx"), logging.getLogger("torch.onnx").level
     log.setLevel(logging.ERROR)  # "torchvision is not installed"
@@ -136,7 +141,7 @@ def check_onnx(model: Any, graph: Path) -> RuntimeCheck:
             f"{graph} differs from the model by {found.max_relative_error:.2e} relative (limit {LIMIT:.0e}) and has the same "
             f"most likely token in {100 * found.same_token_share:.2f}% of places (100% asked): nothing was kept; please report this"
         )
-    said = f"logits within {found.max_relative_error:.1e}, most likely tokens equal, {len(SHAPES)} shapes, padded on the left"
+    said = f"logits within {found.max_relative_error:.1e}, most likely tokens equal, {len(CHECKED_SHAPES)} shapes, padded on the left"
     return RuntimeCheck(f"onnxruntime {onnxruntime.__version__}", said)
 
 
@@ -147,7 +152,7 @@ def compare_logits(model: Any, graph: Path) -> LogitAgreement:
 
     session = onnxruntime.InferenceSession(graph, providers=["CPUExecutionProvider"])
     wrapped, difference, largest, same, places = _Logits(model), 0.0, 0.0, 0, 0
-    for batch, length in SHAPES:
+    for batch, length in CHECKED_SHAPES:
         ids, mask = padded_batch(batch, length, model.config.get_text_config().vocab_size)
         expected, real = wrapped(ids, mask), mask.bool()
         (logits,) = session.run(["logits"], {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})

@@ -66,7 +66,7 @@ class PerLayerNames:
         }
 
 
-SKIPS = {"attention": "attention", "attention-blocks": "attention", "mlp-blocks": "mlp"}
+SKIP_NAMES = {"attention": "attention", "attention-blocks": "attention", "mlp-blocks": "mlp"}
 
 
 def width_option_names(config: Any) -> dict[str, str]:
@@ -93,9 +93,9 @@ def per_layer_overrides(plan: Plan, sites: Sequence[Site], config: Any) -> dict[
         layer, width = layers[f"{places[site.layer]:02d}"], len(plan.kept[site.name])
         if site.kind == "attention" and width:
             layer |= {"num_attention_heads": width * heads.queries_per_kv_head, "num_key_value_heads": width}
-        elif site.kind in SKIPS:
+        elif site.kind in SKIP_NAMES:
             if not width:
-                layer.setdefault("skip", []).append(SKIPS[site.kind])
+                layer.setdefault("skip", []).append(SKIP_NAMES[site.kind])
         elif site.kind == "query-heads":
             layer |= {"num_attention_heads": width} if width else {}
         elif width:

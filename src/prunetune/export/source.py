@@ -25,7 +25,7 @@ from prunetune.pruning.units import Site
 Layout = Literal["uniform", "per-layer"]
 # Not of the stock class: the per-layer schema, and rotary keys that only older releases read.
 NON_STOCK_KEYS = ("per_layer_config", "auto_map", "architectures", "transformers_version", "rope_theta", "rope_scaling")
-PROBE = 32  # ids of a self-check's row
+PROBE_LENGTH = 32  # ids of a self-check's row
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class ExportSource:
     def probe_tokens(self) -> torch.Tensor:
         """[2, 32] ids for a self-check: spread over the vocabulary, always the same."""
         rng = torch.Generator().manual_seed(0)
-        return torch.randint(self.config.vocab_size, (2, PROBE), generator=rng)
+        return torch.randint(self.config.vocab_size, (2, PROBE_LENGTH), generator=rng)
 
 
 @dataclass(frozen=True)

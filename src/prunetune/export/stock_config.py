@@ -28,7 +28,7 @@ def kv_groups_validator(config: Any) -> Callable[..., bool]:
         if (groups, ratio) == (heads.kv_heads, heads.queries_per_kv_head) or groups < 1:
             return groups >= 1
         try:
-            found = _query_columns(shrink_config(config, groups, None, ratio=ratio))
+            found = _attention_shape(shrink_config(config, groups, None, queries_per_kv_head=ratio))
         except Exception:  # each class says no in its own way
             return False
         return found == (groups, ratio * heads.head_dim)
@@ -36,7 +36,7 @@ def kv_groups_validator(config: Any) -> Callable[..., bool]:
     return legal
 
 
-def _query_columns(config: Any) -> tuple[int, int]:
+def _attention_shape(config: Any) -> tuple[int, int]:
     """(KV groups, columns that one group's queries have); zeros where attention cannot be pruned."""
     site = next((site for site in find_sites(build_meta_model(config)) if site.kind == "attention"), None)
     return (site.units, site.consumer.rows_per_unit) if site and site.consumer else (0, 0)
@@ -52,10 +52,10 @@ def build_meta_model(config: Any) -> Any:
 
 def shrink_config(
     config: Any,
-    groups: int | None,
-    channels: int | None,
+    kv_groups: int | None,
+    mlp_channels: int | None,
     *,
-    ratio: int | None = None,
+    queries_per_kv_head: int | None = None,
     experts: int | None = None,
     expert_channels: int | None = None,
 ) -> Any:
@@ -66,17 +66,17 @@ def shrink_config(
     from transformers import CONFIG_MAPPING
 
     values, dense = config.to_dict(), head_counts(config)
-    heads = (dense.kv_heads if groups is None else groups) * (ratio or dense.queries_per_kv_head)
+    heads = (dense.kv_heads if kv_groups is None else kv_groups) * (queries_per_kv_head or dense.queries_per_kv_head)
     values.pop("transformers_version", None)
-    if groups is not None or ratio is not None:
-        kept = dense.kv_heads if groups is None else groups
+    if kv_groups is not None or queries_per_kv_head is not None:
+        kept = dense.kv_heads if kv_groups is None else kv_groups
         values |= {"num_attention_heads": heads, "num_key_value_heads": kept, "head_dim": dense.head_dim}
     if experts is not None:
         values[num_experts_key(config)] = experts
     if expert_channels is not None:
         values[get_family(config).mixture.intermediate_size_key] = expert_channels  # type: ignore[union-attr]
-    if channels is not None:
-        values[mlp_width_option(config)] = channels
+    if mlp_channels is not None:
+        values[mlp_width_option(config)] = mlp_channels
     sibling = EQUIVALENT_FAMILIES.get(config.model_type)
     if sibling is None or not sibling.is_needed(config, heads, dense.head_dim):
         return type(config).from_dict(values | {"architectures": [_causal_class(config)]})

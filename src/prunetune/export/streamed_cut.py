@@ -21,7 +21,7 @@ from prunetune.pruning.masking import masked
 from prunetune.pruning.units import Site, surviving_layers
 from prunetune.pruning.whole_blocks import remove_layers
 
-INDEX = "model.safetensors.index.json"
+INDEX_FILE = "model.safetensors.index.json"
 AdapterMerger = Callable[[str, Tensor], Tensor]  # a weight's name, float32 -> with what its adapter adds
 
 
@@ -46,7 +46,7 @@ class ShardWriter:
     def finish(self) -> None:
         """Write the index."""
         index = {"metadata": {"total_size": self.bytes}, "weight_map": dict(sorted(self.tensor_files.items()))}
-        (self.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        (self.folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def cut_streamed(streamed: StreamedModel, plan: Plan, sites: Sequence[Site], tok
     The model ends up cut and without weights. Equals `masked`, then `cut`.
     """
     model, prefixes = streamed.model, architecture_info(streamed.model).layer_prefixes
-    names = _new_names(prefixes, plan, sites)
+    names = _renumbered_prefixes(prefixes, plan, sites)
     shards = ShardWriter(folder, len(names) + 1)
     outside = [module for name, module in model.named_modules() if not _is_in_layer(name, prefixes)]
     _load_non_layer_weights(streamed, prefixes)
@@ -156,7 +156,7 @@ def _is_in_layer(name: str, prefixes: Sequence[str]) -> bool:
     return f"{name}.".startswith(tuple(f"{prefix}." for prefix in prefixes))
 
 
-def _new_names(prefixes: Sequence[str], plan: Plan, sites: Sequence[Site]) -> dict[str, str]:
+def _renumbered_prefixes(prefixes: Sequence[str], plan: Plan, sites: Sequence[Site]) -> dict[str, str]:
     """Layers that stay, and what they are called once the others are gone."""
     if not any(site.kind == "layers" for site in sites):
         return {prefix: prefix for prefix in prefixes}

@@ -266,6 +266,6 @@ def test_k_quants_are_made_by_llama_cpp_of_the_exact_file(tmp_path: Path, monkey
 
 def test_llama_cpp_has_the_first_word_on_what_it_cannot_load() -> None:
     said = "E error loading model: no merges\nE failed to load\nRuntimeError: Failed to init server"
-    assert llamacpp._reason(said) == "no merges"
-    assert llamacpp._reason("odd\nRuntimeError: worse") == "RuntimeError: worse"
-    assert llamacpp._reason("") == ""
+    assert llamacpp._error_line(said) == "no merges"
+    assert llamacpp._error_line("odd\nRuntimeError: worse") == "RuntimeError: worse"
+    assert llamacpp._error_line("") == ""

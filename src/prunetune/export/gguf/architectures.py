@@ -15,12 +15,12 @@ from prunetune.export.source import ExportSource
 from prunetune.pruning.families import FAMILIES, head_counts
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})
-ALL = QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}
+ALL_LINEARS = QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}
 # Options of positions that llama.cpp does not read, with what it computes for them; None: from the factor.
 UNREAD_ROPE_OPTIONS: Mapping[str, Any] = {
     "attention_factor": None, "mscale": None, "mscale_all_dim": None, "beta_fast": 32, "beta_slow": 1, "truncate": True,
 }  # fmt: skip
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,33 +31,36 @@ class GgufArchitecture:
     interleaved_rope: bool = (
         False  # rotary pairs lie side by side, not in two halves: rows of query and key change places
     )
-    act: str = "silu"
+    activation: str = "silu"
     rope_types: frozenset[str] = frozenset({"default", "linear", "yarn"})  # scalings of the positions it knows
     biased: frozenset[str] = frozenset()  # linears that may have a bias
     heads_fill_hidden: bool = False  # takes no other heads than those that make up the hidden size
     tied_embeddings: bool = False  # its output head is the embedding
     fused_qkv: bool = False  # query, key and value lie in one tensor
-    window: bool = False  # layers of sliding attention
+    sliding_window: bool = False  # layers of sliding attention
     per_layer_widths: bool = False  # widths may differ by layer
     allows_no_attention: bool = False  # a layer may skip attention
     norm_offset: float = 0.0  # of norms: transformers keeps Gemma's less one
-    float_keys: Mapping[str, str] = field(default_factory=lambda: NOTHING)  # key -> the configuration's name
+    float_keys: Mapping[str, str] = field(default_factory=lambda: EMPTY)  # key -> the configuration's name
     required_values: Mapping[str, Callable[[Any], Any]] = field(
-        default_factory=lambda: NOTHING
+        default_factory=lambda: EMPTY
     )  # values taken for granted
 
 
-def _scale(config: Any) -> Any:
+def _head_dim(config: Any) -> Any:
     return head_counts(config).head_dim
 
 
 LLAMA = GgufArchitecture(
-    name="llama", interleaved_rope=True, biased=ALL, rope_types=frozenset({"default", "linear", "yarn", "llama3"})
+    name="llama",
+    interleaved_rope=True,
+    biased=ALL_LINEARS,
+    rope_types=frozenset({"default", "linear", "yarn", "llama3"}),
 )
 DECI = GgufArchitecture(
     name="deci",
     interleaved_rope=True,
-    biased=ALL,
+    biased=ALL_LINEARS,
     rope_types=LLAMA.rope_types,
     per_layer_widths=True,
     allows_no_attention=True,
@@ -75,7 +78,7 @@ SMOLLM3 = GgufArchitecture(
 GRANITE = GgufArchitecture(
     name="granite",
     interleaved_rope=True,
-    biased=ALL,
+    biased=ALL_LINEARS,
     rope_types=LLAMA.rope_types,
     float_keys={
         "attention.scale": "attention_multiplier",
@@ -84,25 +87,25 @@ GRANITE = GgufArchitecture(
         "logit_scale": "logits_scaling",
     },
 )
-GEMMA = GgufArchitecture(name="gemma", act="gelu_pytorch_tanh", tied_embeddings=True, norm_offset=1.0)
+GEMMA = GgufArchitecture(name="gemma", activation="gelu_pytorch_tanh", tied_embeddings=True, norm_offset=1.0)
 GEMMA2 = GgufArchitecture(
     name="gemma2",
-    act="gelu_pytorch_tanh",
+    activation="gelu_pytorch_tanh",
     tied_embeddings=True,
     norm_offset=1.0,
-    window=True,
+    sliding_window=True,
     float_keys={
         "attn_logit_softcapping": "attn_logit_softcapping",
         "final_logit_softcapping": "final_logit_softcapping",
     },
-    required_values={"query_pre_attn_scalar": _scale},
+    required_values={"query_pre_attn_scalar": _head_dim},
 )
 GEMMA3 = GgufArchitecture(
     name="gemma3",
-    act="gelu_pytorch_tanh",
+    activation="gelu_pytorch_tanh",
     norm_offset=1.0,
-    window=True,
-    required_values={"query_pre_attn_scalar": _scale, "attn_logit_softcapping": lambda _: None},
+    sliding_window=True,
+    required_values={"query_pre_attn_scalar": _head_dim, "attn_logit_softcapping": lambda _: None},
 )
 
 # By model_type; the first that fits is taken.
@@ -163,7 +166,7 @@ def incompatibility(arch: GgufArchitecture, source: ExportSource) -> str:
     narrow = [i for i, layer in enumerate(source.layer_widths) if not layer.mlp_channels]
     bare = [i for i, layer in enumerate(source.layer_widths) if not layer.query_heads]
     rules = (
-        (act != arch.act, f"its activation is {arch.act}, the model's {act}"),
+        (act != arch.activation, f"its activation is {arch.activation}, the model's {act}"),
         (bool(ropes - arch.rope_types), f"it does not scale positions by {', '.join(sorted(ropes))}"),
         (bool(tuned), f"it takes {', '.join(sorted(tuned))} of the positions for granted"),
         (getattr(config, "partial_rotary_factor", None) not in (None, 1.0), "it turns whole heads"),

@@ -18,7 +18,7 @@ from prunetune.errors import SelfCheckFailed
 from prunetune.export.source import ExportSource
 
 STEPS = 16  # greedy tokens
-TIE = 1e-3  # the two best logits are nearer to each other than this share of the largest: rounding may turn them
+TIE_MARGIN = 1e-3  # the two best logits are nearer to each other than this share of the largest: rounding may turn them
 CHECK_TEXTS = (
     "The patient, 47, was given 12.5 mg on 2024-03-01.",
     "  Two  spaces,\ttabs\nand\n\nlines; it's O'Neill's.",
@@ -26,7 +26,7 @@ CHECK_TEXTS = (
 )
 
 # Both run in processes of their own: llama.cpp ends the process where it cannot go on, and neither model stays here.
-REFERENCE = """
+REFERENCE_SCRIPT = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
 folder, code, wanted, found = sys.argv[1:]
@@ -44,7 +44,7 @@ for ids in asked["prompts"]:
     answers.append({"tokens": tokens, "gaps": gaps})
 json.dump(answers, open(found, "w"))
 """
-RUNNER = """
+LLAMACPP_SCRIPT = """
 import json, sys, urllib.request, xllamacpp
 file, wanted, found = sys.argv[1:]
 asked = json.load(open(wanted))
@@ -110,8 +110,11 @@ def reference_continuations(
 ) -> list[GreedyContinuation]:
     """Greedy continuations of the checkpoint in stock transformers, float32, in a fresh process."""
     code = "code" if source.trusts_code else "plain"
-    said = _process(
-        REFERENCE, [str(source.folder.absolute()), code], {"prompts": prompts, "steps": steps}, f"{source.folder}"
+    said = _run_script(
+        REFERENCE_SCRIPT,
+        [str(source.folder.absolute()), code],
+        {"prompts": prompts, "steps": steps},
+        f"{source.folder}",
     )
     return [GreedyContinuation(tuple(answer["tokens"]), tuple(answer["gaps"])) for answer in said]
 
@@ -131,7 +134,7 @@ def compare_tokens(
     ]
     threads = threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
     asked = {"ids": ids, "texts": CHECK_TEXTS, "context": 8 + max(map(len, ids)), "threads": threads}
-    said = _process(RUNNER, [str(file.absolute())], asked, f"{file} in llama.cpp")
+    said = _run_script(LLAMACPP_SCRIPT, [str(file.absolute())], asked, f"{file} in llama.cpp")
     wanted = [token for answer in answers for token in answer.tokens]
     gaps = [gap for answer in answers for gap in answer.gaps]
     differ = [index for index, token in enumerate(said["next"]) if token != wanted[index]]
@@ -139,19 +142,19 @@ def compare_tokens(
     return TokenAgreement(
         steps=len(wanted),
         equal=len(wanted) - len(differ),
-        ties=sum(gaps[index] < TIE for index in differ),
+        ties=sum(gaps[index] < TIE_MARGIN for index in differ),
         texts=sum(list(own) == theirs for own, theirs in zip(pieces, said["pieces"], strict=True)),
     )
 
 
-def _reason(said: str) -> str:
+def _error_line(said: str) -> str:
     """The line that says why: llama.cpp's own, which stands before what Python makes of it, or the last error."""
     lines = said.splitlines()
     own = [line.partition("error loading model:")[2] for line in lines if "error loading model:" in line]
     return (own or ([line for line in lines if "error" in line.lower()] or lines or [""])[-1:])[0].strip()
 
 
-def _process(script: str, arguments: list[str], asked: Any, what: str) -> Any:
+def _run_script(script: str, arguments: list[str], asked: Any, what: str) -> Any:
     """Run a script that reads and writes JSON; raises `SelfCheckFailed` where it ends badly."""
     with tempfile.TemporaryDirectory() as scratch:
         wanted, found = Path(scratch) / "wanted.json", Path(scratch) / "found.json"
@@ -162,5 +165,5 @@ def _process(script: str, arguments: list[str], asked: Any, what: str) -> Any:
             env=os.environ | {"HF_MODULES_CACHE": scratch, "TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
         if not found.is_file():
-            raise SelfCheckFailed(f"{what} does not run: {_reason(done.stderr) or done.returncode}")
+            raise SelfCheckFailed(f"{what} does not run: {_error_line(done.stderr) or done.returncode}")
         return json.loads(found.read_text())

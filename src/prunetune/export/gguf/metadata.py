@@ -27,9 +27,9 @@ def add_metadata(writer: gguf.GGUFWriter, source: ExportSource, arch: GgufArchit
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(_one_or_all(arch, [layer.mlp_channels for layer in source.layer_widths]))
-    writer.add_head_count(_one_or_all(arch, [layer.query_heads for layer in source.layer_widths]))
-    writer.add_head_count_kv(_one_or_all(arch, [layer.kv_heads for layer in source.layer_widths]))
+    writer.add_feed_forward_length(_one_or_per_layer(arch, [layer.mlp_channels for layer in source.layer_widths]))
+    writer.add_head_count(_one_or_per_layer(arch, [layer.query_heads for layer in source.layer_widths]))
+    writer.add_head_count_kv(_one_or_per_layer(arch, [layer.kv_heads for layer in source.layer_widths]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_key_length(heads.head_dim)
     writer.add_value_length(heads.head_dim)
@@ -40,12 +40,12 @@ def add_metadata(writer: gguf.GGUFWriter, source: ExportSource, arch: GgufArchit
         if value is not None:
             writer.add_float32(f"{arch.name}.{key}", float(value))
     _add_rope(writer, rope_options(config))
-    if arch.window and config.sliding_window:
+    if arch.sliding_window and config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
 
 
-def _one_or_all(arch: GgufArchitecture, widths: list[int]) -> int | list[int]:
+def _one_or_per_layer(arch: GgufArchitecture, widths: list[int]) -> int | list[int]:
     return widths if arch.per_layer_widths else widths[0]
 
 
@@ -67,6 +67,6 @@ def export_notes(source: ExportSource, arch: GgufArchitecture) -> tuple[str, ...
     config = source.config
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     notes = [f"written as {arch.name}"] if arch.name != config.model_type else []
-    if window and not arch.window and window < config.max_position_embeddings:
+    if window and not arch.sliding_window and window < config.max_position_embeddings:
         notes.append(f"llama.cpp's {arch.name} has no window of {window} tokens: longer texts are read differently")
     return tuple(notes)

@@ -19,8 +19,8 @@ from prunetune.export.gguf.architectures import GgufArchitecture, rope_options
 from prunetune.export.source import ExportSource
 from prunetune.pruning.families import head_counts
 
-TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
-BLOCK = 2**22  # most values of a tensor that are converted at a time: 16 MiB in float32
+GGML_TYPES = {"f32": Type.F32, "f16": Type.F16, "bf16": Type.BF16, "q8_0": Type.Q8_0}
+MAX_BLOCK_VALUES = 2**22  # most values of a tensor that are converted at a time: 16 MiB in float32
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class GgufTensor:
 
     def iter_blocks(self, source: ExportSource) -> Iterator[NDArray[Any]]:
         """The bytes of the file, some rows at a time."""
-        most = max(1, BLOCK // self.shape[-1])
+        most = max(1, MAX_BLOCK_VALUES // self.shape[-1])
         for part in self.stored_names:
             for rows in (
                 source.iter_rows(part, most)
@@ -88,11 +88,11 @@ def quantize_rows(rows: Tensor, type: Type, name: str) -> NDArray[Any]:
 
 def build_tensors(source: ExportSource, arch: GgufArchitecture, dtype: str) -> tuple[GgufTensor, ...]:
     """All tensors of the file, in the order of the stored ones; raises `ModelError` for one that has no place."""
-    names = gguf.get_tensor_name_map(_known(arch), source.config.num_hidden_layers)
+    names = gguf.get_tensor_name_map(_gguf_arch(arch), source.config.num_hidden_layers)
     made = []
     for stored in source.tensor_files:
         module = stored.rpartition(".")[0].rpartition(".")[2]
-        layer = _layer(stored)
+        layer = _layer_index(stored)
         if stored == "lm_head.weight" and source.config.tie_word_embeddings:
             continue
         if arch.fused_qkv and module in ("k_proj", "v_proj"):
@@ -107,11 +107,11 @@ def build_tensors(source: ExportSource, arch: GgufArchitecture, dtype: str) -> t
     return (*made, *_rope_factors(source))
 
 
-def _known(arch: GgufArchitecture) -> gguf.MODEL_ARCH:
+def _gguf_arch(arch: GgufArchitecture) -> gguf.MODEL_ARCH:
     return next(known for known, name in gguf.MODEL_ARCH_NAMES.items() if name == arch.name)
 
 
-def _layer(name: str) -> int | None:
+def _layer_index(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdecimal()), None)
 
 
@@ -121,7 +121,7 @@ def _build_tensor(source: ExportSource, arch: GgufArchitecture, stored: str, nam
     parts = tuple(stored.replace("q_proj", other) for other in ("q_proj", "k_proj", "v_proj")) if fuses else (stored,)
     shapes = [source.shape(part) for part in parts]
     shape = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-    heads, layer = 0, _layer(stored)
+    heads, layer = 0, _layer_index(stored)
     if arch.interleaved_rope and layer is not None and module in ("q_proj", "k_proj"):
         widths = source.layer_widths[layer]
         heads = widths.query_heads if module == "q_proj" else widths.kv_heads
@@ -133,7 +133,7 @@ def tensor_type(shape: tuple[int, ...], dtype: str) -> Type:
     """Vectors stay float32; rows that do not divide into blocks, float16."""
     if len(shape) == 1:
         return Type.F32
-    wanted = TYPES[dtype]
+    wanted = GGML_TYPES[dtype]
     return wanted if shape[-1] % gguf.GGML_QUANT_SIZES[wanted][0] == 0 else Type.F16
 
 

@@ -46,12 +46,12 @@ def add_tokenizer(writer: gguf.GGUFWriter, source: ExportSource) -> str:
     """Write the keys; returns where they are from. Raises `ModelError` for a tokenizer that llama.cpp does not know."""
     base = gguf_file(source.base) if source.base else None
     if base is not None and base.is_file():
-        _copy(writer, source, base)
+        _copy_base_keys(writer, source, base)
         return f"tokenizer keys of {base.name}"
     return _keys_from_tokenizer_json(writer, source)
 
 
-def _copy(writer: gguf.GGUFWriter, source: ExportSource, base: Path) -> None:
+def _copy_base_keys(writer: gguf.GGUFWriter, source: ExportSource, base: Path) -> None:
     """All keys of the tokenizer, as they stand in the file that the run began with."""
     reader = gguf.GGUFReader(base)
     fields = {name: field for name, field in reader.fields.items() if name.startswith("tokenizer.")}
@@ -74,12 +74,12 @@ def _keys_from_tokenizer_json(writer: gguf.GGUFWriter, source: ExportSource) -> 
     pre = "default" if pieces else pre_tokenizer_name(values, file)
     writer.add_tokenizer_model("llama" if pieces else "gpt2")
     writer.add_tokenizer_pre(pre)
-    tokens, types = _tokens(source, values, pieces=pieces)
+    tokens, types = _tokens_and_types(source, values, pieces=pieces)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     if pieces:
-        writer.add_token_scores(_scores(values, tokens))
-        writer.add_add_space_prefix(_has_prefix(values))
+        writer.add_token_scores(_merge_scores(values, tokens))
+        writer.add_add_space_prefix(_adds_space_prefix(values))
     special = gguf.SpecialVocab(source.folder, load_merges=not pieces, n_vocab=len(tokens))
     if not pieces and not special.merges:
         raise ModelError(
@@ -116,7 +116,7 @@ def _patterns(step: Mapping[str, Any]) -> tuple[str, ...]:
     return (str(kind),)
 
 
-def _tokens(source: ExportSource, values: Mapping[str, Any], *, pieces: bool) -> tuple[list[str], list[int]]:
+def _tokens_and_types(source: ExportSource, values: Mapping[str, Any], *, pieces: bool) -> tuple[list[str], list[int]]:
     """One entry for each row of the embedding."""
     rows = source.config.vocab_size
     tokens, types = [f"[PAD{index}]" for index in range(rows)], [int(gguf.TokenType.UNUSED)] * rows
@@ -136,7 +136,7 @@ def _tokens(source: ExportSource, values: Mapping[str, Any], *, pieces: bool) ->
     return tokens, types
 
 
-def _scores(values: Mapping[str, Any], tokens: list[str]) -> list[float]:
+def _merge_scores(values: Mapping[str, Any], tokens: list[str]) -> list[float]:
     """SentencePiece merges the pair of best score first; ranks of merges are those scores in order."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(values["model"]["merges"]):
@@ -144,7 +144,7 @@ def _scores(values: Mapping[str, Any], tokens: list[str]) -> list[float]:
     return [-float(ranks.get(token, len(ranks))) for token in tokens]
 
 
-def _has_prefix(values: Mapping[str, Any]) -> bool:
+def _adds_space_prefix(values: Mapping[str, Any]) -> bool:
     """Whether a space is put before a text."""
     parts = json.dumps([values.get("normalizer"), values.get("pre_tokenizer")])
     return '"Prepend"' in parts or '"prepend_scheme": "first"' in parts or '"prepend_scheme": "always"' in parts
