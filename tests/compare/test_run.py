@@ -129,7 +129,7 @@ def test_a_variant_may_name_texts_of_its_own(place: Path, tmp_path: Path, monkey
     streams: dict[str, set[str]] = {}
 
     def watching(job: Any) -> Any:
-        examples = [*job.train.examples, *job.search.examples] if job.teacher else []
+        examples = [*job.train_stream.examples, *job.search_stream.examples] if job.teacher else []
         streams[job.config.data.distill_texts[0]] = {
             one.id.partition("/")[0] for one in examples if one.answer_start == len(one.token_ids)
         }
@@ -283,7 +283,7 @@ def test_a_cell_that_found_no_memory_beside_others_is_made_alone(
     own = {"methods": ["random", "magnitude"], "seeds": [0]}
     folder = compare(config_of(place, tmp_path / "run", compare=own))
     assert found(folder)["errors"] == []
-    assert "random-keep0.6-seed0-lr0.01: out of memory beside others" in caplog.text
+    assert "random-keep0.6-seed0-lr0.01: out of memory among concurrent cells" in caplog.text
     assert crowd[0] == 3
 
 
