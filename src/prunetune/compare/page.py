@@ -94,9 +94,11 @@ def verdict(comparison: ComparisonData) -> str:
         if comparison["reference"] in rows and DENSE in rows and two_stage:
             best = min(two_stage, key=lambda row: float(row["gap"]))
             ours = rows[comparison["reference"]]
+            removed = formatting.share(1 - ours["kept"])
+            gap, best_gap = (formatting.signed_decimal(row["gap"]) for row in (ours, best))
             return (
-                f"{formatting.share(1 - ours['kept'])} removed: NLL {formatting.signed_decimal(ours['gap'])} over dense "
-                f"with one stage, {formatting.signed_decimal(best['gap'])} with {best['method']}, the best two-stage"
+                f"{removed} removed: NLL {gap} over dense with one stage, "
+                f"{best_gap} with {best['method']}, the best two-stage"
             )
     methods = len({row["method"] for row in comparison["rows"]})
     return f"{methods} method{'s' if methods != 1 else ''} on {comparison['model']}"
