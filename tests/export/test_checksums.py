@@ -110,7 +110,7 @@ def test_the_card_is_free_and_older_folders_open(run: Path, caplog: pytest.LogCa
     (run / "model" / CHECKSUM_FILE).unlink()
     with caplog.at_level("INFO"):
         ExportSource.open(run)
-    assert "taken as they are" in caplog.text
+    assert "its files are not verified" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["no digests\n", "\xff\xfe"])
@@ -183,7 +183,7 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
     (tmp_path / "folder" / "sub").mkdir(parents=True)
     (tmp_path / "folder" / "sub" / "file").write_text("a")
     write_checksums(tmp_path / "folder")
-    assert checksums._sums(tmp_path / "folder" / CHECKSUM_FILE).keys() == {"sub/file"}
+    assert checksums._read_digests(tmp_path / "folder" / CHECKSUM_FILE).keys() == {"sub/file"}
 
 
 @pytest.mark.parametrize(
