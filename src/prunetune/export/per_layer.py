@@ -70,7 +70,7 @@ SKIP_NAMES = {"attention": "attention", "attention-blocks": "attention", "mlp-bl
 
 
 def width_option_names(config: Any) -> dict[str, str]:
-    """Kind of a site -> the option for its width in a layer's configuration, even if the dense one has no such option."""
+    """Kind of a site -> the option for its width in a layer's configuration, also if the dense one has none."""
     family = get_family(config)
     options = {
         "attention": "num_key_value_heads",
