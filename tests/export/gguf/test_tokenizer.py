@@ -97,7 +97,7 @@ def test_a_base_that_is_gone_is_done_without(tmp_path: Path) -> None:
 
 def test_what_llama_cpp_has_no_name_for_is_refused(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", byte_level(r"\d+|\w+"), layout="uniform")
-    with pytest.raises(ModelError, match=r"splits texts by .* no name known here: begin the run from the model's GGUF"):
+    with pytest.raises(ModelError, match=r"splits texts by .* no name known here: start the run from the model's GGUF"):
         export_run(run, "gguf")
     (run / "model" / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"tokenizer.json is missing"):

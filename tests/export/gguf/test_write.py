@@ -137,7 +137,7 @@ def test_rows_that_do_not_divide_stay_float16_and_are_told(tmp_path: Path) -> No
     plan = plan_of(tiny("llama", **WIDE), 2, 72)
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform", plan=plan)
     done = export_run(run, "gguf", options=ExportOptions(dtype="q8_0"))
-    assert "3 tensors stay f16: their rows do not divide into blocks of q8_0 (budget.align 32 would do)" in done.notes
+    assert "3 tensors stay f16: their rows do not divide into blocks of q8_0 (budget.align 32 avoids it)" in done.notes
     types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(done.path).tensors}
     assert types["blk.0.ffn_down.weight"] == "F16"
     assert types["blk.0.ffn_up.weight"] == "Q8_0"
@@ -187,8 +187,8 @@ def test_a_changed_byte_is_found(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "gemma, layers": ("gemma3_text", "per-layer", {}, "no architecture for gemma3_text in this layout"),
     "untied qwen3, layers": ("qwen3", "per-layer", {}, "its output head is the embedding, the model's is not"),
-    "phi3, heads": ("phi3", "uniform", {}, "it wants heads of 64 rows in all, these have 32"),
-    "gemma3 scale": ("gemma3_text", "uniform", {}, "takes another query_pre_attn_scalar for granted"),
+    "phi3, heads": ("phi3", "uniform", {}, "it needs heads of 64 rows in all, these have 32"),
+    "gemma3 scale": ("gemma3_text", "uniform", {}, "it assumes another value of query_pre_attn_scalar"),
     "glm": ("glm", "uniform", {}, "no architecture for glm"),
     "activation": ("llama", "uniform", {"hidden_act": "relu"}, "its activation is silu, the model's relu"),
     "bias": ("qwen3", "uniform", {"attention_bias": True}, "it has no bias at o_proj"),
@@ -196,7 +196,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
                 "it does not scale positions by dynamic"),
     "yarn's own": ("qwen3", "uniform", {"rope_parameters": {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32, "beta_fast": 16
-    }}, "it takes beta_fast of the positions for granted"),
+    }}, "it does not read the rotary option beta_fast"),
 }  # fmt: skip
 
 

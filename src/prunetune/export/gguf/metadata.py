@@ -1,4 +1,4 @@
-"""The keys of a GGUF file that say what the model is."""
+"""The metadata keys of a GGUF file: sizes, positions and scales; and notes on what the file cannot express."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE_TYPES = {
 
 
 def add_metadata(writer: gguf.GGUFWriter, source: ExportSource, arch: GgufArchitecture, dtype: str) -> None:
-    """Sizes, positions and scales; the tokenizer's keys are another matter."""
+    """Write all keys but the tokenizer's."""
     config, heads = source.config, head_counts(source.config)
     writer.add_name(source.name)
     writer.add_file_type(FILE_TYPES[dtype])
@@ -49,21 +49,21 @@ def _one_or_per_layer(arch: GgufArchitecture, widths: list[int]) -> int | list[i
     return widths if arch.per_layer_widths else widths[0]
 
 
-def _add_rope(writer: gguf.GGUFWriter, ropes: Any) -> None:
-    rope = ropes["full_attention"]
+def _add_rope(writer: gguf.GGUFWriter, options: Any) -> None:
+    rope = options["full_attention"]
     writer.add_rope_freq_base(float(rope["rope_theta"]))
-    if "sliding_attention" in ropes:
-        writer.add_rope_freq_base_swa(float(ropes["sliding_attention"]["rope_theta"]))
-    kind = rope.get("rope_type", "default")
-    if kind in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+    if "sliding_attention" in options:
+        writer.add_rope_freq_base_swa(float(options["sliding_attention"]["rope_theta"]))
+    rope_type = rope.get("rope_type", "default")
+    if rope_type in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope_type))
         writer.add_rope_scaling_factor(float(rope["factor"]))
-    if kind == "yarn":
+    if rope_type == "yarn":
         writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
 
 
 def export_notes(source: ExportSource, arch: GgufArchitecture) -> tuple[str, ...]:
-    """What the file does not hold as the checkpoint does."""
+    """Notes for the export's result on differences between the file and the checkpoint."""
     config = source.config
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     notes = [f"written as {arch.name}"] if arch.name != config.model_type else []
