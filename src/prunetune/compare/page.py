@@ -44,16 +44,11 @@ def render_page(comparison: ComparisonData, manifest: Mapping[str, Any], recipe:
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters |= {
-        "count": formatting.count,
-        "decimal": formatting.decimal,
-        "share": formatting.share,
-        "signed": markdown.format_signed,
-        "difference": markdown.format_difference,
-        "seconds": markdown.format_seconds,
-        "learning_rate": markdown.format_learning_rate,
-        "seeds": markdown.format_seeds,
-        "significance": significance_class,
-    }
+        "count": formatting.count, "decimal": formatting.decimal, "share": formatting.share,
+        "signed": markdown.format_signed, "difference": markdown.format_difference,
+        "seconds": markdown.format_seconds, "learning_rate": markdown.format_learning_rate,
+        "seeds": markdown.format_seeds, "significance": significance_class,
+    }  # fmt: skip
     rows, reference = comparison["rows"], comparison["reference"]
     styles = charts.method_styles(list(dict.fromkeys(row["method"] for row in rows)), reference)
     labels = {metric: metric_label(metric) for metric in comparison["metrics"]}

@@ -78,7 +78,7 @@ class _Logits(nn.Module):
 
 
 def _trace(model: Any, vocabulary: int) -> Any:
-    """Export the model to an ONNX program; raises `ModelError` if PyTorch's exporter does not support the architecture."""
+    """Export the model to an ONNX program; raises `ModelError` if PyTorch's exporter cannot trace it."""
     dynamic = {0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")}
     names = ("input_ids", "attention_mask")
     ids, mask = padded_batch(2, 7, vocabulary)

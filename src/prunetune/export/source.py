@@ -107,23 +107,15 @@ class ExportSource:
     def layer_widths(self) -> tuple[LayerWidths, ...]:
         """The heads and MLP channels of each layer."""
         heads, mlp_option = head_counts(self.config), width_option_names(self.config)["mlp"]
-        dense = {
-            mlp_option: getattr(self.config, mlp_option, 0),
-            "num_attention_heads": heads.query_heads,
-            "num_key_value_heads": heads.kv_heads,
-        }
+        dense = LayerWidths(heads.query_heads, heads.kv_heads, getattr(self.config, mlp_option, 0))
         per_layer = self.config_json.get("per_layer_config") or {}
         widths = []
         for index in range(self.config.num_hidden_layers):
-            layer = dense | per_layer.get(f"{index:02d}", {})
-            skipped = layer.get("skip", ())
-            widths.append(
-                LayerWidths(
-                    query_heads=0 if "attention" in skipped else layer["num_attention_heads"],
-                    kv_heads=0 if "attention" in skipped else layer["num_key_value_heads"],
-                    mlp_channels=0 if "mlp" in skipped else layer[mlp_option],
-                )
-            )
+            own = per_layer.get(f"{index:02d}", {})
+            attends, has_mlp = ("attention" not in own.get("skip", ())), ("mlp" not in own.get("skip", ()))
+            query_heads = own.get("num_attention_heads", dense.query_heads) if attends else 0
+            kv_heads = own.get("num_key_value_heads", dense.kv_heads) if attends else 0
+            widths.append(LayerWidths(query_heads, kv_heads, own.get(mlp_option, dense.mlp_channels) if has_mlp else 0))
         return tuple(widths)
 
     @cached_property

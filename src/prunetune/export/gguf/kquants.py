@@ -8,17 +8,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
-import torch
 
 from prunetune.errors import MissingPackage, ModelError
 
 KQUANT_BLOCK = 256  # values of a row that a k-quant stores together
 KQUANT_TYPES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_k_s", "q4_k_m", "q5_0", "q5_k_s", "q5_k_m", "q6_k")
-
-
-def unquantized_dtype(dtype: torch.dtype) -> str:
-    """The type of the unquantised file, which is as exact as the stored weights."""
-    return {torch.bfloat16: "bf16", torch.float16: "f16"}.get(dtype, "f32")
 
 
 def require_llama_cpp() -> None:

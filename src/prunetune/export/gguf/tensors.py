@@ -121,7 +121,7 @@ def build_tensors(source: ExportSource, arch: GgufArchitecture, dtype: str) -> t
 
 
 def tensor_type(shape: tuple[int, ...], dtype: str) -> Type:
-    """The tensor's type in the file: float32 for vectors, float16 for rows that do not divide into the type's blocks."""
+    """A tensor's type in the file: float32 for vectors, float16 for rows that do not divide into blocks."""
     if len(shape) == 1:
         return Type.F32
     preferred = GGML_TYPES[dtype]

@@ -43,7 +43,7 @@ PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, source: ExportSource) -> str:
-    """Write the keys; returns a note on their origin. Raises `ModelError` for a tokenizer that llama.cpp cannot have."""
+    """Write the keys; returns a note on their origin. Raises `ModelError` if llama.cpp cannot open the tokenizer."""
     base = gguf_file(source.base) if source.base else None
     if base is not None and base.is_file():
         _copy_base_keys(writer, source, base)

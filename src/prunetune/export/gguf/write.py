@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import torch
 
 from prunetune.errors import SelfCheckFailed
 from prunetune.export.gguf import kquants, llamacpp
@@ -32,10 +33,11 @@ def export_gguf(source: ExportSource, path: Path, options: ExportOptions) -> Exp
     """
     arch = select_architecture(source)
     is_kquant = options.dtype in kquants.KQUANT_TYPES
-    dtype = kquants.unquantized_dtype(source.dtype) if is_kquant else options.dtype
-    if is_kquant:
+    exact, dtype = path, options.dtype
+    if is_kquant:  # made from a file in the dtype of the stored weights
         kquants.require_llama_cpp()
-    exact = path.with_name(path.name + ".exact") if is_kquant else path
+        exact = path.with_name(path.name + ".exact")
+        dtype = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(source.dtype, "f32")
     try:
         tensors, tokenizer_note = write_gguf(source, exact, dtype)
         verify_tensors(source, exact, tensors)
