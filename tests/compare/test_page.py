@@ -25,7 +25,7 @@ def found(keeps: list[float], methods: tuple[str, ...] = METHODS) -> dict[str, A
 
 
 @pytest.mark.parametrize("keeps", [[0.6], [0.8, 0.6]], ids=["one size", "two sizes"])
-def test_nothing_is_loaded_and_everything_is_there(keeps: list[float]) -> None:
+def test_page_loads_nothing_and_has_every_section(keeps: list[float]) -> None:
     page = render_page(found(keeps), {"command": "prunetune compare r.yaml"}, "model: demo\n", "legal")
     outline = Outline(page)
     assert not {tag for tag, _ in outline.tags} & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
@@ -45,7 +45,7 @@ def test_nothing_is_loaded_and_everything_is_there(keeps: list[float]) -> None:
     assert "removed: NLL +" in page
 
 
-def test_text_from_outside_stays_text() -> None:
+def test_page_escapes_text_from_files() -> None:
     hostile = {**found([0.6], ("dense", "one-stage")), "model": ATTACK}
     for row in hostile["rows"]:
         row["method"] = ATTACK if row["method"] == "dense" else row["method"]
@@ -61,13 +61,13 @@ def test_text_from_outside_stays_text() -> None:
     assert "&lt;script&gt;" in page
 
 
-def test_the_same_files_give_the_same_bytes(tmp_path: Path) -> None:
+def test_write_page_is_deterministic(tmp_path: Path) -> None:
     (tmp_path / "comparison.json").write_text(json.dumps(found([0.6])))
     first = write_page(tmp_path).read_bytes()
     assert write_page(tmp_path).read_bytes() == first
 
 
-def test_a_comparison_of_which_nothing_worked_has_a_page() -> None:
+def test_page_of_failed_cells_only_lists_the_errors() -> None:
     nothing = aggregate([failed("random", "no memory")], {"random": 1e-3}, from_mapping({}))
     page = render_page(nothing, {}, "", "empty")
     Outline(page)
@@ -85,11 +85,11 @@ def test_a_comparison_of_which_nothing_worked_has_a_page() -> None:
         ({}, ""),
     ],
 )
-def test_a_difference_is_told_beyond_two_standard_errors(score: dict[str, Any], wanted: str) -> None:
+def test_significance_class_needs_two_standard_errors(score: dict[str, Any], wanted: str) -> None:
     assert significance_class(score, "acc") == wanted
 
 
-def test_no_two_methods_look_alike() -> None:
+def test_method_styles_are_distinct() -> None:
     names = [*METHODS, *(f"variant-{n}" for n in range(20))]
     looks = method_styles(names, "one-stage")
     assert len({(look.colour, look.marker) for look in looks.values()}) == len(names)  # as the legend shows them

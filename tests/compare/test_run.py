@@ -85,7 +85,7 @@ def row(folder: Path, method: str, keep: float = 0.6) -> dict[str, Any]:
 # -- what a comparison leaves ----------------------------------------------------------------------------------------
 
 
-def test_every_cell_is_a_file(done: Path) -> None:
+def test_comparison_writes_a_file_for_every_cell(done: Path) -> None:
     assert {path.name for path in done.iterdir()} == {
         "cells", "comparison.html", "comparison.json", "config.yaml", "manifest.json", "table.md",
     }  # fmt: skip
@@ -101,7 +101,7 @@ def test_every_cell_is_a_file(done: Path) -> None:
         assert "valid_nll" not in cell
 
 
-def test_a_teacher_is_counted_and_tuned_once_for_each_seed(
+def test_teacher_is_tuned_once_for_each_seed_and_its_seconds_are_reported(
     place: Path, tmp_path: Path, counted: list[int], done: Path
 ) -> None:
     folder = compare(config_of(place, tmp_path / "run"))
@@ -112,7 +112,7 @@ def test_a_teacher_is_counted_and_tuned_once_for_each_seed(
         assert (cell["items"], cell["widths"]) == (cells(done)[name]["items"], cells(done)[name]["widths"])
 
 
-def test_the_table_is_printed_and_kept(done: Path) -> None:
+def test_comparison_writes_the_table(done: Path) -> None:
     table = (done / "table.md").read_text()
     assert table.startswith("Keep 0.6, split test")
     assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")] == [
@@ -122,7 +122,7 @@ def test_the_table_is_printed_and_kept(done: Path) -> None:
     assert row(done, "dense")["gap"] == 0
 
 
-def test_a_variant_may_name_texts_of_its_own(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variant_distils_from_its_own_texts(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("shared", "own"):
         write_lines(tmp_path / f"{name}.jsonl", *({"text": f"{name} text {n}"} for n in range(4)))
     (tmp_path / "v.yaml").write_text(f"own: {{data: {{distill_texts: [{tmp_path / 'own.jsonl'}]}}}}")
@@ -144,7 +144,7 @@ def test_a_variant_may_name_texts_of_its_own(place: Path, tmp_path: Path, monkey
 # -- going on --------------------------------------------------------------------------------------------------------
 
 
-def test_resume_makes_only_what_is_missing(place: Path, tmp_path: Path, counted: list[int]) -> None:
+def test_resume_runs_only_missing_cells(place: Path, tmp_path: Path, counted: list[int]) -> None:
     folder = compare(config_of(place, tmp_path / "run"))
     before = found(folder)
     counted.clear()
@@ -163,7 +163,7 @@ def test_resume_makes_only_what_is_missing(place: Path, tmp_path: Path, counted:
     assert again == kept
 
 
-def test_a_comparison_grows(place: Path, tmp_path: Path, counted: list[int]) -> None:
+def test_resume_adds_methods_and_seeds(place: Path, tmp_path: Path, counted: list[int]) -> None:
     small = {"methods": ["random"], "seeds": [0]}
     folder = compare(config_of(place, tmp_path / "run", compare=small))
     compare(config_of(place, folder, compare={"methods": ["random", "magnitude"], "seeds": [0, 2]}), resume=True)
@@ -171,12 +171,12 @@ def test_a_comparison_grows(place: Path, tmp_path: Path, counted: list[int]) -> 
     assert row(folder, "magnitude")["seeds"] == [0, 2]
 
 
-def test_two_processes_do_not_work_on_one_comparison(place: Path, done: Path) -> None:
+def test_second_process_on_one_comparison_is_refused(place: Path, done: Path) -> None:
     with run_lock(RunFolder(done)), pytest.raises(RunFolderError, match="another process works on this run"):
         compare(config_of(place, done), resume=True)
 
 
-def test_a_row_has_one_teacher(place: Path, tmp_path: Path) -> None:
+def test_cells_of_another_teacher_run_again(place: Path, tmp_path: Path) -> None:
     """With more learning rates another dense model may teach: what the first one taught is made anew."""
     variants = tmp_path / "variants.yaml"
     variants.write_text("mine: {train: {learning_rate: 0.01}}\n")
@@ -190,7 +190,7 @@ def test_a_row_has_one_teacher(place: Path, tmp_path: Path) -> None:
     assert best == 1e-2
 
 
-def test_another_recipe_or_other_data_does_not_go_on(place: Path, done: Path) -> None:
+def test_resume_refuses_a_changed_recipe_or_split(place: Path, done: Path) -> None:
     before = {str(path): path.read_bytes() for path in done.rglob("*.json")}
     with pytest.raises(RunFolderError, match=r"train\.steps was 3 and is now 4"):
         compare(config_of(place, done, train={"steps": 4}), resume=True)
@@ -201,7 +201,7 @@ def test_another_recipe_or_other_data_does_not_go_on(place: Path, done: Path) ->
     assert {str(path): path.read_bytes() for path in done.rglob("*.json")} == before
 
 
-def test_a_variant_that_changed_under_its_name_is_refused(place: Path, tmp_path: Path) -> None:
+def test_resume_refuses_a_changed_variant_of_the_same_name(place: Path, tmp_path: Path) -> None:
     variants = tmp_path / "variants.yaml"
     variants.write_text("mine: {two-stage: random, lora: {rank: 2}}")
     own = {"methods": ["mine"], "seeds": [0], "variants": str(variants)}
@@ -211,7 +211,7 @@ def test_a_variant_that_changed_under_its_name_is_refused(place: Path, tmp_path:
         compare(config_of(place, folder, compare=own), resume=True)
 
 
-def test_cells_at_once_are_the_same_cells(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_cells_have_the_same_results(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own = {"methods": ["dense", "taylor", "one-stage"], "seeds": [0, 1], "keeps": [0.8, 0.6]}
     one = compare(config_of(place, tmp_path / "one", compare=own))
     monkeypatch.setattr(prunetune.compare.run, "concurrent_jobs", lambda _: 3)
@@ -224,7 +224,7 @@ def test_cells_at_once_are_the_same_cells(place: Path, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("where", ["recipe", "variant"])
-def test_cells_at_once_do_not_share_draws_of_dropout(
+def test_concurrent_cells_with_dropout_are_refused(
     where: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "variants.yaml").write_text("mine: {two-stage: random, lora: {dropout: 0.1}}")
@@ -251,7 +251,7 @@ def raising(error: BaseException) -> Any:
 
 
 @pytest.mark.parametrize("error", [PlanError("no such plan"), RuntimeError("a bug\nin lines")])
-def test_a_failing_cell_does_not_stop_others(
+def test_failing_cell_is_reported_and_the_others_run(
     error: Exception, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(place, tmp_path / "run", compare={"methods": ["random", "magnitude"], "seeds": [0]})
@@ -267,7 +267,7 @@ def test_a_failing_cell_does_not_stop_others(
     assert found(folder)["errors"] == []
 
 
-def test_a_cell_that_found_no_memory_beside_others_is_made_alone(
+def test_cell_out_of_memory_among_others_runs_again_alone(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     crowd, make = [0], work.CellRunner.run_cell
@@ -288,7 +288,7 @@ def test_a_cell_that_found_no_memory_beside_others_is_made_alone(
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_gpu_that_gave_up_ends_the_comparison_and_no_cell_is_to_blame(
+def test_gpu_fault_ends_the_comparison_without_failing_a_cell(
     jobs: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(place, tmp_path / "run", compare={"methods": ["magnitude", "random", "fisher"], "seeds": [0]})
@@ -304,13 +304,13 @@ def test_a_gpu_that_gave_up_ends_the_comparison_and_no_cell_is_to_blame(
     assert len(cells(folder)) == 3 > done
 
 
-def test_where_every_cell_failed_a_gate_failed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparison_raises_if_every_cell_failed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BASELINES, "random", raising(PlanError("no such plan")))
     with pytest.raises(LimitBroken, match="no such plan"):
         compare(config_of(place, tmp_path / "run", compare={"methods": ["random"], "seeds": [0]}))
 
 
-def test_an_interruption_keeps_what_is_done(
+def test_interruption_keeps_finished_cells(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[int]
 ) -> None:
     config = config_of(place, tmp_path / "run", compare={"methods": ["magnitude", "random"], "seeds": [0]})
@@ -323,7 +323,7 @@ def test_an_interruption_keeps_what_is_done(
     assert len(counted) == 2
 
 
-def test_an_interruption_ends_what_runs_beside(
+def test_interruption_stops_concurrent_cells(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[int]
 ) -> None:
     monkeypatch.setattr(prunetune.compare.run, "concurrent_jobs", lambda _: 2)
@@ -344,7 +344,7 @@ def test_an_interruption_ends_what_runs_beside(
         ({"compare": {"variants": "absent.yaml"}}, ConfigError, "absent.yaml: cannot read"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_written(
+def test_invalid_comparison_is_refused_before_anything_is_written(
     changes: dict[str, Any], error: type[PrunetuneError], line: str, place: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=line.replace("?", r"\?")) as refused:
@@ -356,7 +356,7 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 # -- methods and learning rates --------------------------------------------------------------------------------------
 
 
-def test_all_methods_and_variants(place: Path, tmp_path: Path) -> None:
+def test_all_methods_and_variants_have_rows(place: Path, tmp_path: Path) -> None:
     (tmp_path / "v.yaml").write_text(
         "taught: {two-stage: magnitude}\nsteep: {train: {learning_rate: 0.03}}\nwide: {dense: true, lora: {rank: 8}}\n"
         "alone: {distill: {teacher: none}}\nbase: {distill: {teacher: base}}\n"
@@ -375,7 +375,9 @@ def test_all_methods_and_variants(place: Path, tmp_path: Path) -> None:
     assert rows["untuned", 0.6] == {**rows["untuned", 0.8], "keep": 0.6, "scores": rows["untuned", 0.6]["scores"]}
 
 
-def test_a_dense_variant_is_tuned_as_it_says(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_variant_is_tuned_with_its_own_options(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: dict[str, RunConfig] = {}
     genuine = CellRunner.cell_context
 
@@ -395,7 +397,7 @@ def test_a_dense_variant_is_tuned_as_it_says(place: Path, tmp_path: Path, monkey
     assert (seen["plain"].lora.rank, seen["plain"].lora.alpha, seen["plain"].train.weights) == (4, 2, "adapters")
 
 
-def test_a_learning_rate_is_chosen_on_valid_alone(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learning_rate_is_chosen_on_valid_alone(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scores on test are made to say the opposite of those on valid, and the choice does not care."""
     real = scoring.evaluate
 
@@ -424,7 +426,7 @@ def test_a_learning_rate_is_chosen_on_valid_alone(place: Path, tmp_path: Path, m
     assert len(set(splits)) == 2
 
 
-def test_the_nll_on_valid_is_that_of_answers(place: Path, tmp_path: Path) -> None:
+def test_valid_nll_is_that_of_answers(place: Path, tmp_path: Path) -> None:
     own = {"methods": ["random"], "seeds": [0], "learning_rates": [1e-2, 1e-3], "split": "valid"}
     folder = compare(config_of(place, tmp_path / "run", compare=own))
     for cell in cells(folder).values():

@@ -28,7 +28,7 @@ def row(found: dict[str, Any], method: str) -> dict[str, Any]:
     return next(one for one in found["rows"] if one["method"] == method)
 
 
-def test_means_deviations_and_paired_errors_by_hand() -> None:
+def test_aggregate_gives_means_deviations_and_paired_errors() -> None:
     cells = [
         simple("dense", 1.0, 1.0, 1.0, 1.0),
         simple("random", 1.0, 2.0, 3.0, 4.0, seed=0),
@@ -55,7 +55,7 @@ def test_means_deviations_and_paired_errors_by_hand() -> None:
     assert row(found, "one-stage")["teacher_seconds"] == 60
 
 
-def test_without_the_recipes_own_row_its_first_variant_is_the_reference() -> None:
+def test_reference_is_the_first_one_stage_variant_without_one_stage() -> None:
     cells = [
         simple("random", 1.0, 3.0),
         simple("faster", 1.0, 2.0, changes={"train": {"learning_rate": 2e-3}}),
@@ -72,7 +72,7 @@ def test_without_the_recipes_own_row_its_first_variant_is_the_reference() -> Non
     assert aggregate(cells[:1], {"random": 1e-3}, CONFIG)["reference"] == "one-stage"
 
 
-def test_tasks_weigh_the_same_and_perplexity_stands_alone() -> None:
+def test_aggregate_weighs_tasks_equally_and_keeps_perplexity_apart() -> None:
     def made(method: str, shift: float) -> dict[str, Any]:
         few = [item(f"a{n}", nll=1.0 + n + shift, tokens=1.0, accuracy=1.0) for n in range(2)]
         many = [item(f"b{n}", nll=3.0 + n % 2 + shift, tokens=1.0) for n in range(8)]
@@ -92,13 +92,13 @@ def test_tasks_weigh_the_same_and_perplexity_stands_alone() -> None:
     assert mean_difference(group, None, "nll") == {}
 
 
-def test_what_is_untuned_has_no_seed() -> None:
+def test_gap_of_untuned_is_to_the_mean_over_seeds() -> None:
     cells = [simple("untuned", 3.0, 3.0), simple("dense", 1.0, 1.0, seed=5), simple("dense", 2.0, 2.0, seed=6)]
     found = aggregate(cells, {"untuned": 1e-3, "dense": 1e-3}, CONFIG)
     assert row(found, "untuned")["gap"] == pytest.approx(1.5)
 
 
-def test_seeds_that_failed_are_counted_and_the_others_stand() -> None:
+def test_failed_seeds_are_counted_and_left_out_of_means() -> None:
     cells = [
         simple("random", 1.0, 2.0), failed("random", "nan", seed=1), failed("dense", "no memory"),
         simple("one-stage", 1.0, 2.0, seed=1),
@@ -113,13 +113,13 @@ def test_seeds_that_failed_are_counted_and_the_others_stand() -> None:
     assert "- dense-keep0.6-seed0: no memory" in text
 
 
-def test_what_is_not_finite_is_null() -> None:
+def test_values_that_are_not_finite_are_null() -> None:
     found = aggregate([simple("random", 1.0, math.nan), simple("one-stage", 1.0, 1.0)], RATES, CONFIG)
     json.dumps(found, allow_nan=False)
     render_markdown(found)
 
 
-def test_only_the_chosen_rate_is_in_the_rows() -> None:
+def test_rows_have_the_chosen_learning_rate_alone() -> None:
     cells = [simple("random", 1.0, 2.0, learning_rate=rate, valid_nll=nll) for rate, nll in ((1e-3, 2.0), (1e-2, 1.0))]
     found = aggregate(cells, {"random": 1e-2}, CONFIG)
     assert [(one["learning_rate"], one["chosen"]) for one in found["rates"]] == [(1e-3, False), (1e-2, True)]
@@ -127,7 +127,7 @@ def test_only_the_chosen_rate_is_in_the_rows() -> None:
     assert "| random | 0.01 | 1.000 | chosen |" in render_markdown(found)
 
 
-def test_a_table_for_each_budget_with_dense_in_all() -> None:
+def test_markdown_has_a_table_for_each_budget_with_dense_in_all() -> None:
     config = from_mapping({"compare": {"keeps": [0.8, 0.6]}})
     found = aggregate(realistic(list(RATES), [0.8, 0.6], [0, 1]), RATES, config)
     assert [(one["method"], one["keep"]) for one in found["rows"]] == [

@@ -41,7 +41,7 @@ def pruned(model: Any, plan: Plan) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_written_equals_gated_in_a_fresh_process(family: str, layout: str, tmp_path: Path) -> None:
+def test_checkpoint_equals_gated_model_in_a_fresh_process(family: str, layout: str, tmp_path: Path) -> None:
     model = tiny(family, tie_word_embeddings=family in ("qwen2", "gemma3_text"))
     sites = find_sites(model)
     plan = uniform_plan(model, 0.6) if layout == "uniform" else random_plan(model)
@@ -56,7 +56,7 @@ def test_written_equals_gated_in_a_fresh_process(family: str, layout: str, tmp_p
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_every_family_is_read_as_it_was_written(family: str, layout: str, tmp_path: Path) -> None:
+def test_checkpoint_of_every_family_equals_gated_model(family: str, layout: str, tmp_path: Path) -> None:
     model = tiny(family)
     sites = find_sites(model)
     if (family, layout) == ("bloom", "uniform"):
@@ -71,7 +71,7 @@ def test_every_family_is_read_as_it_was_written(family: str, layout: str, tmp_pa
     assert relative(compute_logits(again, tokens()), expected) <= 1e-5
 
 
-def test_a_class_is_asked_once_for_each_width_and_only_when_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kv_groups_validator_builds_one_model_for_each_new_width(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(
         stock_config, "build_meta_model", lambda config: asked.append(config.num_key_value_heads) or tiny("qwen3")
@@ -84,7 +84,7 @@ def test_a_class_is_asked_once_for_each_width_and_only_when_it_matters(monkeypat
 
 @pytest.mark.parametrize("kind", ["yarn", "llama3"])
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
-def test_scaled_positions_are_the_dense_model_s(kind: str, layout: str, tmp_path: Path) -> None:
+def test_checkpoint_keeps_rope_scaling_of_the_dense_model(kind: str, layout: str, tmp_path: Path) -> None:
     rope = {"rope_type": kind, "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 32}
     rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
     model = tiny("llama", rope_parameters=rope)
@@ -96,7 +96,7 @@ def test_scaled_positions_are_the_dense_model_s(kind: str, layout: str, tmp_path
     assert relative(compute_logits(again, tokens()), expected) <= 1e-5
 
 
-def test_llama_with_heads_that_do_not_divide_becomes_mistral(tmp_path: Path) -> None:
+def test_llama_is_written_as_mistral_if_heads_do_not_divide_hidden_size(tmp_path: Path) -> None:
     model = tiny("llama", groups=6, ratio=1, hidden_size=48)
     sites = find_sites(model)
     widths = {site.name: range(5) if site.kind == "attention" else range(64) for site in sites}
@@ -109,13 +109,13 @@ def test_llama_with_heads_that_do_not_divide_becomes_mistral(tmp_path: Path) -> 
     assert check_checkpoint(written, tokens(), expected).max_relative <= 1e-5
 
 
-def test_uniform_choices_stay_legal_where_no_sibling_exists() -> None:
+def test_select_keeps_valid_head_counts_without_an_equivalent_family() -> None:
     model = tiny("gemma3_text", groups=6, ratio=1, hidden_size=48)
     groups = len(uniform_plan(model, 0.9).kept["model.layers.0.self_attn"])
     assert 48 % groups == 0
 
 
-def test_a_layer_without_attention_is_written_and_read(tmp_path: Path) -> None:
+def test_layer_without_attention_is_written_as_skip_and_opens(tmp_path: Path) -> None:
     model = tiny("llama")
     sites = find_sites(model)
     plan = random_plan(model)
@@ -127,7 +127,7 @@ def test_a_layer_without_attention_is_written_and_read(tmp_path: Path) -> None:
     assert config["per_layer_config"]["01"]["skip"] == ["attention"]
 
 
-def test_the_self_check_fails_on_a_changed_weight(tmp_path: Path) -> None:
+def test_self_check_fails_on_a_changed_weight_or_damaged_file(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     model = tiny("mistral")
@@ -146,7 +146,7 @@ def test_the_self_check_fails_on_a_changed_weight(tmp_path: Path) -> None:
         check_checkpoint(written, tokens(), expected)
 
 
-def test_bfloat16_survives_to_the_bit(tmp_path: Path) -> None:
+def test_bfloat16_checkpoint_gives_the_same_logits_to_the_bit(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = tiny("llama")
@@ -163,7 +163,7 @@ def test_bfloat16_survives_to_the_bit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
 @pytest.mark.parametrize("known", [None, 2, [2], [2, 5], [9, 5]])
-def test_an_end_is_told_beside_the_known_ones(known: Any, layout: str, tmp_path: Path) -> None:
+def test_end_token_is_added_to_eos_tokens_of_generation_config(known: Any, layout: str, tmp_path: Path) -> None:
     model = tiny("llama")
     model.generation_config.eos_token_id = known
     plan, tokenizer = uniform_plan(model, 0.7), subwords()

@@ -41,7 +41,7 @@ def run(made: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def test_every_file_but_the_card_is_sealed_as_sha256sum_reads_it(run: Path) -> None:
+def test_checksums_cover_every_file_but_the_card_in_sha256sum_format(run: Path) -> None:
     lines = (run / "model" / CHECKSUM_FILE).read_text().splitlines()
     names = {file.name for file in (run / "model").iterdir()} - {CHECKSUM_FILE, "README.md"}
     assert {line.split("  ")[1] for line in lines} == names
@@ -60,7 +60,7 @@ def flip(file: Path, place: int = -1) -> None:
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "generation_config.json"])
-def test_an_altered_file_is_refused(run: Path, name: str) -> None:
+def test_export_refuses_an_altered_file(run: Path, name: str) -> None:
     flip(run / "model" / name)
     with pytest.raises(ModelError, match=rf"{name} is not what was written .* copy the folder again") as refused:
         export_run(run, "uniform")
@@ -69,13 +69,13 @@ def test_an_altered_file_is_refused(run: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "plan.json"])
-def test_a_missing_file_is_refused(run: Path, name: str) -> None:
+def test_source_refuses_a_missing_file(run: Path, name: str) -> None:
     (run / "model" / name).unlink()
     with pytest.raises(ModelError, match=f"{name} is missing"):
         ExportSource.open(run)
 
 
-def test_a_missing_or_altered_shard_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_refuses_a_missing_or_altered_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     plan, sites = random_plan(model), find_sites(model)
     cut(model, plan)
@@ -93,7 +93,7 @@ def test_a_missing_or_altered_shard_is_refused(tmp_path: Path, monkeypatch: pyte
         ExportSource.open(tmp_path / "altered", trust_remote_code=True)
 
 
-def test_a_plan_of_another_model_is_refused(run: Path) -> None:
+def test_export_refuses_a_plan_of_another_model(run: Path) -> None:
     file = run / "model" / "plan.json"
     values = json.loads(file.read_text())
     values["sites"]["model.layers.0.mlp"]["kept"] = [0, 1]
@@ -104,7 +104,7 @@ def test_a_plan_of_another_model_is_refused(run: Path) -> None:
         cut(tiny("llama"), random_plan(tiny("llama", intermediate_size=64)))
 
 
-def test_the_card_is_free_and_older_folders_open(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_source_opens_with_an_edited_card_or_without_checksums(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     (run / "model" / "README.md").write_text("mine\n")
     ExportSource.open(run)
     (run / "model" / CHECKSUM_FILE).unlink()
@@ -114,13 +114,13 @@ def test_the_card_is_free_and_older_folders_open(run: Path, caplog: pytest.LogCa
 
 
 @pytest.mark.parametrize("content", ["no digests\n", "\xff\xfe"])
-def test_odd_digests_are_refused(run: Path, content: str) -> None:
+def test_source_refuses_unreadable_checksums(run: Path, content: str) -> None:
     (run / "model" / CHECKSUM_FILE).write_bytes(content.encode("latin-1"))
     with pytest.raises(ModelError, match=f"{CHECKSUM_FILE} cannot be read"):
         ExportSource.open(run)
 
 
-def test_what_is_exported_is_sealed_anew(run: Path) -> None:
+def test_export_has_checksums_of_its_own(run: Path) -> None:
     done = export_run(run, "uniform", options=ExportOptions(dtype="bf16"))
     assert verify_checksums(done.path)
     assert (done.path / CHECKSUM_FILE).read_text() != (run / "model" / CHECKSUM_FILE).read_text()
@@ -142,7 +142,7 @@ def failing(error: Exception) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("error", "match"), [*((e, "disk is full") for e in FULL), *((e, "no permission") for e in FORBIDDEN)]
 )
-def test_an_export_that_cannot_be_written_leaves_nothing(
+def test_export_leaves_nothing_after_a_write_error(
     run: Path, error: Exception, match: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(run.rglob("*"))
@@ -158,7 +158,7 @@ def test_an_export_that_cannot_be_written_leaves_nothing(
 
 
 @pytest.mark.parametrize("error", [*FULL, *FORBIDDEN])
-def test_a_model_that_cannot_be_written_leaves_nothing(
+def test_write_checkpoint_leaves_nothing_after_a_write_error(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny("llama")
@@ -171,7 +171,7 @@ def test_a_model_that_cannot_be_written_leaves_nothing(
     assert app._explain_resource_error(error) is not None
 
 
-def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
+def test_atomic_folder_is_complete_or_absent(tmp_path: Path) -> None:
     def interrupted(folder: Path) -> None:
         with atomic_folder(folder) as partial:
             (partial / "half").write_text("")
@@ -193,7 +193,7 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
         ("per-layer", "uniform", "its layers are equal"),
     ],
 )
-def test_a_format_that_the_layout_cannot_have_is_refused(to: str, layout: str, match: str, tmp_path: Path) -> None:
+def test_export_refuses_a_format_that_does_not_fit_the_layout(to: str, layout: str, match: str, tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout=layout)
     with pytest.raises(ModelError, match=match):
         export_run(run, to)

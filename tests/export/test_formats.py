@@ -31,7 +31,7 @@ def opened(folder: Path, **how: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
-def test_the_same_layout_is_written_again(layout: str, tmp_path: Path) -> None:
+def test_export_rewrites_the_same_layout_in_another_dtype(layout: str, tmp_path: Path) -> None:
     run, model = run_folder(tmp_path / "run", subwords(), layout=layout)
     half = export_run(run / "model", layout, options=ExportOptions(dtype="bf16"), trust_remote_code=True)
     assert half.path == run / f"model-{layout}-bf16"
@@ -47,7 +47,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_quick")
-def test_without_a_dtype_weights_stay_as_they_are(tmp_path: Path) -> None:
+def test_export_without_dtype_keeps_the_weights(tmp_path: Path) -> None:
     run, model = run_folder(tmp_path / "run", subwords(), layout="uniform")
     done = export_run(run, "uniform")
     assert done.path == run / "exports" / "uniform"
@@ -57,7 +57,7 @@ def test_without_a_dtype_weights_stay_as_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_quick")
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2"])
-def test_padded_layers_say_the_same(family: str, tmp_path: Path) -> None:
+def test_padded_model_has_the_same_logits(family: str, tmp_path: Path) -> None:
     run, model = run_folder(tmp_path / "run", subwords(), family)
     with pytest.raises(ModelError, match=r"--layout uniform, or export gguf or onnx, or .* times the size with --pad"):
         export_run(run, "uniform")
@@ -67,7 +67,7 @@ def test_padded_layers_say_the_same(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_quick")
-def test_a_skipped_attention_is_padded_too(tmp_path: Path) -> None:
+def test_padding_fills_a_skipped_attention(tmp_path: Path) -> None:
     plan = random_plan(tiny("qwen3", **WIDE))
     plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
     run, model = run_folder(tmp_path / "run", subwords(), "qwen3", plan=plan)
@@ -75,7 +75,9 @@ def test_a_skipped_attention_is_padded_too(tmp_path: Path) -> None:
     assert relative(opened(done.path), compute_logits(model, IDS)) <= 1e-5
 
 
-def test_nothing_is_overwritten_and_nothing_unchecked_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_overwrites_nothing_and_removes_what_fails_its_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     (tmp_path / "deep").mkdir()
     with pytest.raises(ConfigError, match="exists already"):
@@ -86,7 +88,7 @@ def test_nothing_is_overwritten_and_nothing_unchecked_is_left(tmp_path: Path, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "run"]
 
 
-def test_what_means_nothing_is_refused(tmp_path: Path) -> None:
+def test_export_refuses_unknown_formats_dtypes_and_folders(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     with pytest.raises(ConfigError, match="'tar' is not known; known are uniform, per-layer"):
         export_run(run, "tar")
@@ -98,7 +100,7 @@ def test_what_means_nothing_is_refused(tmp_path: Path) -> None:
         export_run(tmp_path, "uniform")
 
 
-def test_own_code_of_a_bare_folder_is_asked_for(tmp_path: Path) -> None:
+def test_per_layer_folder_outside_a_run_needs_trust_remote_code(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords())
     with pytest.raises(ModelError, match="read it, then say --trust-remote-code"):
         ExportSource.open(run / "model")
@@ -154,7 +156,7 @@ def cut_short(file: Path) -> None:
 
 @pytest.mark.parametrize("how", BROKEN)
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
-def test_a_broken_folder_is_refused_in_one_line(how: str, layout: str, tmp_path: Path) -> None:
+def test_export_refuses_a_damaged_folder_in_one_line(how: str, layout: str, tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout=layout)
     damage, kind, match = BROKEN[how]
     damage(run)

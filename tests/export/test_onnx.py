@@ -49,7 +49,7 @@ def said(path: Path, ids: Tensor, mask: Tensor) -> Tensor:
 
 @needs_onnx
 @pytest.mark.parametrize("shape", [(1, 2), (5, 9), (2, 64)])
-def test_onnxruntime_says_the_same(case: tuple[ExportResult, Any], shape: tuple[int, int]) -> None:
+def test_onnxruntime_has_the_same_logits_at_any_shape(case: tuple[ExportResult, Any], shape: tuple[int, int]) -> None:
     done, model = case
     ids, mask = onnx.padded_batch(*shape, 320)
     with torch.inference_mode():
@@ -60,14 +60,16 @@ def test_onnxruntime_says_the_same(case: tuple[ExportResult, Any], shape: tuple[
 
 
 @needs_onnx
-def test_a_row_says_the_same_whether_it_is_padded_or_not(case: tuple[ExportResult, Any]) -> None:
+def test_padding_does_not_change_logits_of_a_row(case: tuple[ExportResult, Any]) -> None:
     path, (ids, mask), nothing = case[0].path, onnx.padded_batch(1, 8, 320), torch.zeros(1, 5, dtype=torch.long)
     wide = said(path, torch.cat([nothing, ids], 1), torch.cat([nothing, mask], 1))
     assert relative(wide[:, 5:], said(path, ids, mask)) <= 1e-3
 
 
 @needs_onnx
-def test_what_stands_beside_the_graph(case: tuple[ExportResult, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_onnx_folder_has_weights_tokenizer_and_configuration(
+    case: tuple[ExportResult, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     done, model = case
     AutoTokenizer.from_pretrained(done.path)
     assert capsys.readouterr().out == ""  # it does not ask whether to run code
@@ -79,7 +81,7 @@ def test_what_stands_beside_the_graph(case: tuple[ExportResult, Any], capsys: py
 
 
 @needs_onnx
-def test_a_graph_of_another_model_fails_its_check(case: tuple[ExportResult, Any]) -> None:
+def test_check_onnx_fails_for_another_model(case: tuple[ExportResult, Any]) -> None:
     done, model = case
     other = copy.deepcopy(model)
     other.get_output_embeddings().weight.data *= -1
@@ -87,7 +89,7 @@ def test_a_graph_of_another_model_fails_its_check(case: tuple[ExportResult, Any]
         onnx.check_onnx(other, done.path / "model.onnx")
 
 
-def test_what_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_onnx_refuses_other_dtypes_and_missing_packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     with pytest.raises(ConfigError, match="onnx takes no dtype 'q8_0'; use one of f32"):
         export_run(run, "onnx", options=ExportOptions(dtype="q8_0"))
@@ -98,7 +100,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @needs_onnx
-def test_what_the_exporter_cannot_follow_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_untraceable_architecture_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object, **kwargs: object) -> None:
         raise torch.onnx.errors.OnnxExporterError("line one\nline two")
 

@@ -35,7 +35,9 @@ def run_of(path: Path, channels: int, layout: str = "uniform") -> Path:
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
 @pytest.mark.parametrize("kind", SCHEMES)
-def test_it_opens_in_stock_transformers_and_says_its_error(kind: str, layout: str, tmp_path: Path) -> None:
+def test_quantized_folder_opens_in_stock_transformers_and_reports_its_error(
+    kind: str, layout: str, tmp_path: Path
+) -> None:
     needs(kind)
     done = export_run(run_of(tmp_path / "run", 128, layout), options=ExportOptions(quantize=kind))
     assert done.path == tmp_path / "run" / "exports" / f"{layout}-{kind}"
@@ -48,7 +50,9 @@ def test_it_opens_in_stock_transformers_and_says_its_error(kind: str, layout: st
     assert config["quantization_config"]
 
 
-def test_widths_that_do_not_fit_stay_and_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_linears_of_unfit_width_stay_unquantised_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = run_of(tmp_path / "run", 96)
     fitting = find_quantizable(ExportSource.open(run), SCHEMES["int4"])
     assert set(fitting.skipped) == {f"model.layers.{layer}.mlp.down_proj" for layer in range(2)}
@@ -65,7 +69,9 @@ def test_widths_that_do_not_fit_stay_and_are_named(tmp_path: Path, caplog: pytes
         assert stored.get_slice("model.layers.0.mlp.down_proj.weight").get_shape() == [128, 96]
 
 
-def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantize_refuses_unfit_models_and_missing_packages_before_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = SIZES | {"hidden_size": 48, "head_dim": 8}
     odd, _ = run_folder(
         tmp_path / "odd", subwords(), layout="uniform", plan=plan_of(tiny("llama", **sizes), 2, 96), **sizes
@@ -91,7 +97,7 @@ def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path, monke
         ("", {"quantize": "int4", "pad": True}, "leave out --to, --dtype and --pad"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(to: str, options: dict, match: str, tmp_path: Path) -> None:
+def test_export_refuses_options_that_exclude_quantize(to: str, options: dict, match: str, tmp_path: Path) -> None:
     run = run_of(tmp_path / "run", 128)
     with pytest.raises(ConfigError, match=match):
         export_run(run, to, options=ExportOptions(**options))
@@ -99,7 +105,9 @@ def test_options_that_do_not_go_together_are_refused(to: str, options: dict, mat
 
 
 @pytest.mark.parametrize("kind", SCHEMES)
-def test_a_model_that_quantises_badly_is_not_kept(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantize_removes_a_model_with_a_large_error(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     needs(kind)
     run = run_of(tmp_path / "run", 128)
     said = quantize.compute_logits

@@ -34,7 +34,7 @@ def double(name: str, weight: Tensor) -> Tensor:
     ("family", "units", "tied"),
     [*((family, USUAL, False) for family in FAMILIES), ("gpt2", USUAL, True), ("llama", ("layers", *USUAL), True)],
 )
-def test_a_layer_at_a_time_is_the_whole(
+def test_cut_streamed_writes_the_files_of_the_whole_cut(
     family: str, units: tuple[str, ...], tied: bool, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     dense = tiny(family, tie_word_embeddings=tied).to(dtype)
@@ -68,7 +68,7 @@ def test_a_layer_at_a_time_is_the_whole(
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes()
 
 
-def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
+def test_cut_streamed_has_one_layer_in_memory_at_a_time(tmp_path: Path) -> None:
     dense = tiny()
     dense.save_pretrained(tmp_path / "dense")
     streamed = StreamedModel(
@@ -84,7 +84,7 @@ def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
     assert most == [1, 1, 1]
 
 
-def test_it_opens_a_layer_at_a_time(tmp_path: Path) -> None:
+def test_streamed_checkpoint_opens_streamed_in_a_fresh_process(tmp_path: Path) -> None:
     """In a fresh process, by code of its own."""
     dense = tiny(tie_word_embeddings=True)
     dense.save_pretrained(tmp_path / "dense")
@@ -103,7 +103,7 @@ def test_it_opens_a_layer_at_a_time(tmp_path: Path) -> None:
     assert relative(found["logits"], expected) < 1e-5
 
 
-def test_other_files_are_not_streamed(tmp_path: Path) -> None:
+def test_reader_lacks_tensors_of_renamed_or_damaged_files(tmp_path: Path) -> None:
     """Names that the class does not have, or files of another kind: the caller hears of it."""
     tiny("mixtral").save_pretrained(tmp_path / "dense")  # stored expert by expert
     model, stored = load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense"))

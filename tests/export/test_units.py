@@ -56,13 +56,13 @@ def read_again(model: Any, plan: Plan, layout: str, folder: Path, units: tuple[s
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_all_kinds_at_once_per_layer(family: str, tmp_path: Path) -> None:
+def test_per_layer_checkpoint_of_all_unit_kinds_equals_gated_model(family: str, tmp_path: Path) -> None:
     units, model = kinds_of(family), tiny(family, layers=LAYERS)
     read_again(model, random_plan(model, units=units, seed=1, keep=0.7), "per-layer", tmp_path / family, units)
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_all_kinds_at_once_uniform(family: str, tmp_path: Path) -> None:
+def test_uniform_checkpoint_of_all_unit_kinds_equals_gated_model(family: str, tmp_path: Path) -> None:
     units, model = uniform_kinds(family), tiny(family, layers=LAYERS)
     read_again(model, uniform_plan(model, units), "uniform", tmp_path / family, units)
 
@@ -76,7 +76,7 @@ SINGLE += [
 
 
 @pytest.mark.parametrize(("family", "kind", "layout"), SINGLE)
-def test_each_kind_alone(family: str, kind: str, layout: str, tmp_path: Path) -> None:
+def test_checkpoint_of_one_unit_kind_equals_gated_model(family: str, kind: str, layout: str, tmp_path: Path) -> None:
     units, model = (kind,), tiny(family, layers=LAYERS)
     plan = uniform_plan(model, units, 0.85) if layout == "uniform" else random_plan(model, units=units, seed=1)
     read_again(model, plan, layout, tmp_path / "model", units)
@@ -89,7 +89,9 @@ def test_each_kind_alone(family: str, kind: str, layout: str, tmp_path: Path) ->
         ("gpt_oss", ("layers", "attention-blocks", "experts", "expert-channels"), "per-layer"),
     ],
 )
-def test_in_a_fresh_process_and_it_generates(family: str, units: tuple[str, ...], layout: str, tmp_path: Path) -> None:
+def test_checkpoint_generates_the_same_tokens_in_a_fresh_process(
+    family: str, units: tuple[str, ...], layout: str, tmp_path: Path
+) -> None:
     model = tiny(family, layers=6)
     plan = uniform_plan(model, units) if layout == "uniform" else random_plan(model, units=units, seed=4, keep=0.7)
     folder = tmp_path / "model"
@@ -102,14 +104,14 @@ def test_in_a_fresh_process_and_it_generates(family: str, units: tuple[str, ...]
     assert torch.equal(said[0], model.generate(tokens(length=10), **options))
 
 
-def test_two_folders_of_one_name_have_their_own_code(tmp_path: Path) -> None:
+def test_two_folders_of_one_name_keep_their_own_code(tmp_path: Path) -> None:
     """transformers keeps generated classes by the folder's name and the configuration's class."""
     for units in (("mlp-channels",), ("kv-groups",)):
         model = tiny("llama")
         read_again(model, random_plan(model, units=units), "per-layer", tmp_path / units[0] / "model", units)
 
 
-def test_layers_alone_need_no_code_in_either_layout(tmp_path: Path) -> None:
+def test_checkpoint_without_whole_layers_needs_no_code(tmp_path: Path) -> None:
     model = tiny("llama", layers=4)
     plan = random_plan(model, units=["layers"], seed=1)
     found, _ = written(model, plan, "per-layer", tmp_path / "model", ("layers",))
@@ -119,13 +121,13 @@ def test_layers_alone_need_no_code_in_either_layout(tmp_path: Path) -> None:
     assert not list((tmp_path / "model").glob("*.py"))
 
 
-def test_uniform_has_no_word_for_missing_blocks() -> None:
+def test_uniform_layout_refuses_removed_blocks() -> None:
     model = tiny("llama")
     with pytest.raises(PlanError, match="no word for layers without attention-blocks or mlp-blocks: use layout per"):
         uniform_plan(model, ("attention-blocks", "mlp-blocks"))
 
 
-def test_per_layer_code_is_for_layers_of_one_make(tmp_path: Path) -> None:
+def test_per_layer_layout_refuses_mlps_beside_mixtures(tmp_path: Path) -> None:
     units = ("mlp-channels", "experts")
     model = tiny("qwen3_moe", layers=4, mlp_only_layers=[1])
     with pytest.raises(ModelError, match="layers of the same make"):

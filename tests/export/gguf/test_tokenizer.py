@@ -64,7 +64,7 @@ KINDS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_texts_fall_into_the_same_tokens_in_llama_cpp(kind: str, tmp_path: Path) -> None:
+def test_llama_cpp_has_the_same_tokens_for_every_kind_of_tokenizer(kind: str, tmp_path: Path) -> None:
     make, name = KINDS[kind]
     run, _ = run_folder(tmp_path / "run", make(), layout="uniform")
     source, file = ExportSource.open(run), tmp_path / "model.gguf"
@@ -76,7 +76,7 @@ def test_texts_fall_into_the_same_tokens_in_llama_cpp(kind: str, tmp_path: Path)
         )
 
 
-def test_keys_of_the_base_are_taken_over(tmp_path: Path) -> None:
+def test_tokenizer_keys_are_copied_from_the_base_gguf(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "first", subwords(), layout="uniform")
     base = export_run(run, "gguf", out=tmp_path / "base.gguf").path
     again, _ = run_folder(tmp_path / "second", byte_level(None, digits=True), layout="uniform")
@@ -89,13 +89,13 @@ def test_keys_of_the_base_are_taken_over(tmp_path: Path) -> None:
     assert all(first[name].contents() == second[name].contents() for name in names)
 
 
-def test_a_base_that_is_gone_is_done_without(tmp_path: Path) -> None:
+def test_missing_base_gguf_falls_back_to_tokenizer_json(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     (run / "config.yaml").write_text(f"model: {tmp_path / 'gone.gguf'}\n")
     assert "tokenizer keys made from tokenizer.json, pre-tokenizer gpt-2" in export_run(run, "gguf").notes
 
 
-def test_what_llama_cpp_has_no_name_for_is_refused(tmp_path: Path) -> None:
+def test_export_refuses_an_unknown_pre_tokenizer(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", byte_level(r"\d+|\w+"), layout="uniform")
     with pytest.raises(ModelError, match=r"splits texts by .* no name known here: start the run from the model's GGUF"):
         export_run(run, "gguf")
@@ -104,7 +104,7 @@ def test_what_llama_cpp_has_no_name_for_is_refused(tmp_path: Path) -> None:
         export_run(run, "gguf")
 
 
-def test_a_tokenizer_without_merges_is_refused_before_a_tensor_is_written(
+def test_export_refuses_a_tokenizer_without_merges_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = run_folder(tmp_path / "run", byte_level(None, tokens=len(SPECIAL) + 256), layout="uniform")
@@ -113,7 +113,7 @@ def test_a_tokenizer_without_merges_is_refused_before_a_tensor_is_written(
         export_run(run, "gguf")
 
 
-def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_export_refuses_a_vocabulary_larger_than_the_embedding(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform", vocab_size=300)
     with pytest.raises(ModelError, match="the tokenizer has 320 tokens, the embedding 300 rows"):
         export_run(run, "gguf")
@@ -124,7 +124,7 @@ def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
         export_run(run, "gguf")
 
 
-def test_a_longer_embedding_is_filled_up(tmp_path: Path) -> None:
+def test_unused_embedding_rows_get_padding_tokens(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform", vocab_size=352)
     done = export_run(run, "gguf")
     fields = gguf.GGUFReader(done.path).fields

@@ -28,7 +28,9 @@ TRAPS: dict[str, tuple[dict[str, Any], int, str, str]] = {
 
 
 @pytest.mark.parametrize("family", TRAPS)
-def test_pruned_heads_open_and_agree(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pruned_heads_are_written_as_an_equivalent_family(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In transformers as the sibling that takes them, and in llama.cpp."""
     monkeypatch.setattr(llamacpp, "reference_continuations", reference_here)
     shape, groups, written, arch = TRAPS[family]
@@ -44,14 +46,14 @@ def test_pruned_heads_open_and_agree(family: str, tmp_path: Path, monkeypatch: p
     assert done.format == f"GGUF, architecture {arch}"
 
 
-def test_qwen2_that_keeps_its_heads_stays_qwen2(tmp_path: Path) -> None:
+def test_qwen2_with_all_heads_stays_qwen2(tmp_path: Path) -> None:
     shape = SMALL | TRAPS["qwen2"][0]
     plan = plan_of(tiny("qwen2", **shape), 2, 64)
     run, _ = run_folder(tmp_path / "run", subwords(), "qwen2", layout="uniform", plan=plan, **shape)
     assert ExportSource.open(run).config.model_type == "qwen2"
 
 
-def test_the_run_says_why_another_class_was_written(tmp_path: Path) -> None:
+def test_written_checkpoint_explains_another_class(tmp_path: Path) -> None:
     shape = SMALL | TRAPS["qwen2"][0]
     model = tiny("qwen2", **shape)
     sites, plan = find_sites(model), plan_of(model, 1, 96)

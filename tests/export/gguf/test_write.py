@@ -65,7 +65,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_llama_cpp_says_what_the_model_says(case: str, tmp_path: Path) -> None:
+def test_llama_cpp_generates_the_tokens_of_the_model(case: str, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="pip install 'prunetune[llamacpp]'")
     run, model = made(case, tmp_path / "run")
     source = ExportSource.open(run)
@@ -81,7 +81,7 @@ def test_llama_cpp_says_what_the_model_says(case: str, tmp_path: Path) -> None:
         assert found.texts == len(llamacpp.CHECK_TEXTS)
 
 
-def test_what_is_written_is_what_was_stored(tmp_path: Path) -> None:
+def test_gguf_file_has_names_shapes_and_values_of_the_model(tmp_path: Path) -> None:
     """Whether or not llama.cpp is there: names, shapes, rows and values, read by gguf-py alone."""
     run, model = run_folder(tmp_path / "run", subwords(), "qwen3", tie_word_embeddings=True)
     source, file = ExportSource.open(run), tmp_path / "model.gguf"
@@ -104,7 +104,7 @@ def test_what_is_written_is_what_was_stored(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("heads", [1, 3])
-def test_halves_of_heads_are_interleaved(heads: int) -> None:
+def test_interleave_rope_rows_makes_rotary_pairs_adjacent(heads: int) -> None:
     rows = torch.arange(heads * 6 * 2).view(heads * 6, 2)
     swapped = tensors.interleave_rope_rows(rows, heads)
     for head in range(heads):
@@ -116,7 +116,7 @@ def test_halves_of_heads_are_interleaved(heads: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
-def test_every_type_is_read_back_within_its_rounding(dtype: str, tmp_path: Path) -> None:
+def test_every_dtype_is_read_back_within_its_rounding(dtype: str, tmp_path: Path) -> None:
     run, model = run_folder(tmp_path / "run", subwords(), "mistral", layout="uniform", dtype=torch.bfloat16)
     source, file = ExportSource.open(run), tmp_path / "model.gguf"
     made, _ = write_gguf(source, file, dtype)
@@ -133,7 +133,7 @@ def test_every_type_is_read_back_within_its_rounding(dtype: str, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("_quick")
-def test_rows_that_do_not_divide_stay_float16_and_are_told(tmp_path: Path) -> None:
+def test_rows_that_do_not_divide_into_blocks_stay_float16_with_a_note(tmp_path: Path) -> None:
     plan = plan_of(tiny("llama", **WIDE), 2, 72)
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform", plan=plan)
     done = export_run(run, "gguf", options=ExportOptions(dtype="q8_0"))
@@ -143,7 +143,7 @@ def test_rows_that_do_not_divide_stay_float16_and_are_told(tmp_path: Path) -> No
     assert types["blk.0.ffn_up.weight"] == "Q8_0"
 
 
-def test_the_whole_way(tmp_path: Path) -> None:
+def test_export_run_writes_a_checked_gguf_file(tmp_path: Path) -> None:
     """A layer without attention, in deci."""
     plan = random_plan(tiny("llama", **WIDE))
     plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
@@ -156,7 +156,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
     assert not {"blk.1.attn_norm.weight", "blk.1.attn_q.weight"} & names
 
 
-def test_without_llama_cpp_the_result_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_says_that_llama_cpp_did_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     monkeypatch.setattr(llamacpp, "find_spec", lambda name: None)
     done = export_run(run, "gguf")
@@ -164,7 +164,7 @@ def test_without_llama_cpp_the_result_says_so(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("_quick")
-def test_a_file_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_file_that_differs_in_llama_cpp_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp", reason="pip install 'prunetune[llamacpp]'")
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     monkeypatch.setattr(tensors, "interleave_rope_rows", lambda rows, heads: rows)
@@ -173,7 +173,7 @@ def test_a_file_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatch
     assert not list(run.rglob("*.gguf*"))
 
 
-def test_a_changed_byte_is_found(tmp_path: Path) -> None:
+def test_verify_tensors_finds_a_changed_byte(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     source, file = ExportSource.open(run), tmp_path / "model.gguf"
     made, _ = write_gguf(source, file, "f16")
@@ -201,7 +201,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_llama_cpp_cannot_hold_is_refused(case: str, tmp_path: Path) -> None:
+def test_export_refuses_models_that_llama_cpp_cannot_hold(case: str, tmp_path: Path) -> None:
     family, layout, changes, match = REFUSED[case]
     run, _ = run_folder(tmp_path / "run", subwords(), family, layout=layout, **changes)
     with pytest.raises(ModelError, match=match) as refusal:
@@ -212,7 +212,7 @@ def test_what_llama_cpp_cannot_hold_is_refused(case: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("_quick")
-def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
+def test_export_refuses_values_beyond_float16(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     file = run / "model" / "model.safetensors"
     weights = load_file(file)
@@ -224,14 +224,14 @@ def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
     assert not list(run.rglob("*.gguf*"))
 
 
-def test_k_quants_need_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kquants_need_llama_cpp_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     monkeypatch.setattr(kquants, "find_spec", lambda name: None)
     with pytest.raises(MissingPackage, match="pip install llama-cpp-python"):
         export_run(run, "gguf", options=ExportOptions(dtype="q4_k_m"))
 
 
-def test_every_family_of_the_table_is_tried() -> None:
+def test_every_family_of_the_table_has_a_case() -> None:
     assert {family for family, *_ in CASES.values()} | {"seed_oss", "mistral"} == set(UNIFORM_ARCHITECTURES)
 
 
@@ -247,7 +247,7 @@ def llama_model_quantize(source, target, params):
 
 
 @pytest.mark.usefixtures("_quick")
-def test_k_quants_are_made_by_llama_cpp_of_the_exact_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kquants_are_made_by_llama_cpp_from_the_exact_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a stand-in for llama-cpp-python, which is built for minutes: it copies, and knows one type."""
     (tmp_path / "site").mkdir()
     kind = int(gguf.LlamaFileType.MOSTLY_Q4_K_M)
@@ -264,7 +264,7 @@ def test_k_quants_are_made_by_llama_cpp_of_the_exact_file(tmp_path: Path, monkey
     assert [path.name for path in done.path.parent.iterdir()] == ["gguf-q4_k_m.gguf"]
 
 
-def test_llama_cpp_has_the_first_word_on_what_it_cannot_load() -> None:
+def test_error_line_prefers_the_message_of_llama_cpp() -> None:
     said = "E error loading model: no merges\nE failed to load\nRuntimeError: Failed to init server"
     assert llamacpp._error_line(said) == "no merges"
     assert llamacpp._error_line("odd\nRuntimeError: worse") == "RuntimeError: worse"
