@@ -1,4 +1,4 @@
-"""Laws: what was altered or lost since it was written is refused in one line; what cannot be written leaves nothing."""
+"""Checksums: changed or missing files are refused in one line; a failed write leaves nothing."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from support.models import random_plan, tiny
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of layout uniform."""
-    return run_folder(tmp_path_factory.mktemp("made") / "run", subwords(), layout="uniform")[0]
+    return run_folder(tmp_path_factory.mktemp("original") / "run", subwords(), layout="uniform")[0]
 
 
 @pytest.fixture
-def run(made: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
-    shutil.copytree(made, tmp_path / "run")
+def run(original_run: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    shutil.copytree(original_run, tmp_path / "run")
     return tmp_path / "run"
 
 
@@ -52,10 +52,10 @@ def test_checksums_cover_every_file_but_the_card_in_sha256sum_format(run: Path) 
     assert len({file.stat().st_mode for file in (run / "model").iterdir() if file.name != "README.md"}) == 1
 
 
-def flip(file: Path, place: int = -1) -> None:
-    """One bit of one weight: nothing but a digest can tell."""
+def flip(file: Path) -> None:
+    """Flip one bit of one weight, which only a digest can find."""
     content = bytearray(file.read_bytes())
-    content[place] ^= 1
+    content[-1] ^= 1
     file.write_bytes(content)
 
 
@@ -79,8 +79,8 @@ def test_source_refuses_a_missing_or_altered_shard(tmp_path: Path, monkeypatch: 
     model = tiny("llama")
     plan, sites = random_plan(model), find_sites(model)
     cut(model, plan)
-    saved = type(model).save_pretrained
-    monkeypatch.setattr(type(model), "save_pretrained", lambda *a, **k: saved(*a, **k, max_shard_size="30KB"))
+    save_pretrained = type(model).save_pretrained
+    monkeypatch.setattr(type(model), "save_pretrained", lambda *a, **k: save_pretrained(*a, **k, max_shard_size="30KB"))
     for name in ("missing", "altered"):
         write_checkpoint(model, subwords(), plan, sites, tmp_path / name, layout="per-layer", card="")
     shards = sorted(file.name for file in (tmp_path / "missing").glob("*.safetensors"))
@@ -121,12 +121,12 @@ def test_source_refuses_unreadable_checksums(run: Path, content: str) -> None:
 
 
 def test_export_has_checksums_of_its_own(run: Path) -> None:
-    done = export_run(run, "uniform", options=ExportOptions(dtype="bf16"))
-    assert verify_checksums(done.path)
-    assert (done.path / CHECKSUM_FILE).read_text() != (run / "model" / CHECKSUM_FILE).read_text()
+    result = export_run(run, "uniform", options=ExportOptions(dtype="bf16"))
+    assert verify_checksums(result.path)
+    assert (result.path / CHECKSUM_FILE).read_text() != (run / "model" / CHECKSUM_FILE).read_text()
 
 
-# -- what cannot be written -------------------------------------------------------------------------------------------
+# -- failed writes --------------------------------------------------------------------------------------------------
 
 FULL = (OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device"))
 FORBIDDEN = (PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EROFS, "Read-only file system"))
@@ -152,9 +152,9 @@ def test_export_leaves_nothing_after_a_write_error(
     assert sorted(run.rglob("*")) == before
     monkeypatch.setattr(sys, "argv", ["prunetune", "export", str(run), "--to", "uniform", "--out", str(run / "there")])
     assert app._run_app() == 2
-    said = capsys.readouterr().err.strip()
-    assert match in said
-    assert "\n" not in said
+    message = capsys.readouterr().err.strip()
+    assert match in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("error", [*FULL, *FORBIDDEN])

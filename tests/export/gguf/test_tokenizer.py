@@ -1,4 +1,4 @@
-"""The tokenizer's keys: taken over to the letter, made where llama.cpp has a name, refused where it has none."""
+"""The tokenizer's keys: copied from the base GGUF, made if llama.cpp has a name for the pattern, refused if not."""
 
 from __future__ import annotations
 
@@ -30,25 +30,27 @@ def byte_level(pattern: str | None, *, digits: bool = False, whole: bool = False
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     steps += [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
     steps += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
-    made = Tokenizer(models.BPE(ignore_merges=whole))
-    made.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend = Tokenizer(models.BPE(ignore_merges=whole))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made.train_from_iterator(CORPUS, trainers.BpeTrainer(
+    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(
         vocab_size=tokens, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     ))  # fmt: skip
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def pieces() -> Any:
-    """As converted from SentencePiece: ▁ for a space, bytes for what is not in the vocabulary."""
-    made = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    made.normalizer = normalizers.Replace(" ", "▁")
+def sentencepiece() -> Any:
+    """A tokenizer converted from SentencePiece: ▁ for a space, bytes for what is not in the vocabulary."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace(" ", "▁")
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    made.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False))
-    values = json.loads(made.to_str())
+    backend.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
+    )
+    values = json.loads(backend.to_str())
     values["added_tokens"] = values["added_tokens"][:3]  # bytes are plain entries of such a vocabulary
-    made = Tokenizer.from_str(json.dumps(values))
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    backend = Tokenizer.from_str(json.dumps(values))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 KINDS: dict[str, tuple[Any, str]] = {
@@ -59,7 +61,7 @@ KINDS: dict[str, tuple[Any, str]] = {
     "qwen": (lambda: byte_level(tokenizer.CL100K % ""), "qwen2"),
     "nemo": (lambda: byte_level(tokenizer.O200K % ("", "", ""), whole=True), "tekken"),
     "o200k": (lambda: byte_level(tokenizer.O200K % (tokenizer.SHORT, tokenizer.SHORT, "{1,3}")), "gpt-4o"),
-    "pieces": (pieces, "default"),
+    "sentencepiece": (sentencepiece, "default"),
 }
 
 
@@ -68,8 +70,8 @@ def test_llama_cpp_has_the_same_tokens_for_every_kind_of_tokenizer(kind: str, tm
     make, name = KINDS[kind]
     run, _ = run_folder(tmp_path / "run", make(), layout="uniform")
     source, file = ExportSource.open(run), tmp_path / "model.gguf"
-    _, told = write_gguf(source, file, "f16")
-    assert told.endswith(f"pre-tokenizer {name}")
+    _, note = write_gguf(source, file, "f16")
+    assert note.endswith(f"pre-tokenizer {name}")
     if llamacpp.runtime_version():
         assert llamacpp.compare_tokens(file, source, [[1]], [llamacpp.GreedyContinuation((1,), (0.0,))]).texts == len(
             llamacpp.CHECK_TEXTS
@@ -81,9 +83,9 @@ def test_tokenizer_keys_are_copied_from_the_base_gguf(tmp_path: Path) -> None:
     base = export_run(run, "gguf", out=tmp_path / "base.gguf").path
     again, _ = run_folder(tmp_path / "second", byte_level(None, digits=True), layout="uniform")
     (again / "config.yaml").write_text(f"model: {base}\n")
-    done = export_run(again, "gguf")
-    assert "tokenizer keys of base.gguf" in done.notes
-    first, second = (gguf.GGUFReader(path).fields for path in (base, done.path))
+    result = export_run(again, "gguf")
+    assert "tokenizer keys of base.gguf" in result.notes
+    first, second = (gguf.GGUFReader(path).fields for path in (base, result.path))
     names = [name for name in first if name.startswith("tokenizer.")]
     assert len(names) > 6
     assert all(first[name].contents() == second[name].contents() for name in names)
@@ -126,7 +128,7 @@ def test_export_refuses_a_vocabulary_larger_than_the_embedding(tmp_path: Path) -
 
 def test_unused_embedding_rows_get_padding_tokens(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform", vocab_size=352)
-    done = export_run(run, "gguf")
-    fields = gguf.GGUFReader(done.path).fields
+    result = export_run(run, "gguf")
+    fields = gguf.GGUFReader(result.path).fields
     assert fields["tokenizer.ggml.tokens"].contents()[320:] == [f"[PAD{index}]" for index in range(320, 352)]
     assert set(fields["tokenizer.ggml.token_type"].contents()[320:]) == {int(gguf.TokenType.UNUSED)}
