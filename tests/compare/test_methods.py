@@ -1,4 +1,4 @@
-"""Methods and variants: what a file of variants may say, and how a cell follows the recipe."""
+"""Methods and variants of a comparison, and the grid of its cells."""
 
 from __future__ import annotations
 
@@ -68,12 +68,12 @@ def test_invalid_variant_is_refused_in_one_line(variants: Any, line: str, tmp_pa
 def test_cell_config_is_the_recipe_with_grid_values_and_overrides(tmp_path: Path) -> None:
     changes = {"search": {"share": 0.5}, "distill": {"teacher": "none"}, "train": {"weights_rate": 4e-3}}
     config = config_of(tmp_path, {"a": changes})
-    (method,) = (one for one in resolve_methods(config) if one.name == "a")
-    made = Cell(method, 0.7, 5, 2e-3).config(config)
-    rates = {"learning_rate": 2e-3, "weights_rate": 8e-3}  # the recipe's 1e-3 doubled, and so both
+    (method,) = (method for method in resolve_methods(config) if method.name == "a")
+    cell_config = Cell(method, 0.7, 5, 2e-3).config(config)
+    rates = {"learning_rate": 2e-3, "weights_rate": 8e-3}  # twice the recipe's 1e-3, so both are doubled
     expected = {"seed": 5, "budget": {"keep": 0.7}, "train": rates, "search": {"share": 0.5}}
-    own = {"compare": {"variants": config.compare.variants}, "distill": {"teacher": "none"}}
-    assert made == from_mapping(merge_mappings(expected, own))  # and without a teacher there are no texts for it
+    unchanged = {"compare": {"variants": config.compare.variants}, "distill": {"teacher": "none"}}
+    assert cell_config == from_mapping(merge_mappings(expected, unchanged))  # without the teacher's texts
 
 
 def test_grid_without_compare_options_has_one_value_each() -> None:
