@@ -76,7 +76,7 @@ def test_quantize_refuses_unfit_models_and_missing_packages_before_loading(
     unfit, _ = run_folder(
         tmp_path / "unfit", subwords(), layout="uniform", plan=plan_of(tiny("llama", **sizes), 2, 96), **sizes
     )
-    with pytest.raises(ModelError, match=r"no linear can be held in int4: 14 of 14 linears .* multiple of 64"):
+    with pytest.raises(ModelError, match=r"no linear can be quantised to int4: 14 of 14 linears .* multiple of 64"):
         export_run(unfit, options=ExportOptions(quantize="int4"))
     run = run_with(tmp_path / "run", 128)
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)

@@ -79,7 +79,7 @@ def draw_metric_chart(
     draw = _draw_curves if several_sizes else _draw_dots
     markup = svg.render_svg(
         f"compare-{number}",
-        f"{label} by share removed; the numbers stand in the tables below",
+        f"{label} by share removed; the tables below have the numbers",
         FIGURE_WIDTH,
         3.0 if several_sizes else 0.7 + 0.24 * len(scored),
         lambda figure: draw(figure, metric, scored, styles),

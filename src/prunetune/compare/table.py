@@ -108,8 +108,9 @@ def _learning_rate_trials(cells: Sequence[TableCell], learning_rates: Mapping[st
     """The learning rates of every method that had several, each with its NLL on valid."""
     rows = []
     for method, chosen_rate in learning_rates.items():
-        own = [cell for cell in cells if cell["method"] == method]
-        trials = [cell for cell in own if (cell["keep"], cell["seed"]) == (own[0]["keep"], own[0]["seed"])]
+        of_method = [cell for cell in cells if cell["method"] == method]
+        first = [(cell["keep"], cell["seed"]) for cell in of_method][:1]
+        trials = [cell for cell in of_method if (cell["keep"], cell["seed"]) in first]
         if len(trials) > 1:
             rows += [
                 {
@@ -138,21 +139,21 @@ def _rows(
     }
     groups = {
         method: SeedGroup(scored)
-        for method, own in cells_by_method.items()
-        if (scored := tuple(cell for cell in own if "error" not in cell))
+        for method, row_cells in cells_by_method.items()
+        if (scored := tuple(cell for cell in row_cells if "error" not in cell))
     }
     return [
         {
             "method": method,
-            "kind": method_kind(own[0]),
+            "kind": method_kind(row_cells[0]),
             "keep": keep,
             "learning_rate": learning_rates[method],
             "seeds": list(groups[method].seeds) if method in groups else [],
-            "failed": sum("error" in cell for cell in own),
+            "failed": sum("error" in cell for cell in row_cells),
             **(_row_scores(method, groups, reference_name) if method in groups else EMPTY_ROW),
         }
-        for method, own in cells_by_method.items()
-        if own
+        for method, row_cells in cells_by_method.items()
+        if row_cells
     ]
 
 

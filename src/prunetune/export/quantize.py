@@ -101,7 +101,7 @@ def export_quantized(source: ExportSource, path: Path, kind: str) -> ExportResul
     linears = find_quantizable(source, scheme)
     skipped_note = linears.explain_skipped(scheme)
     if not linears.quantized:
-        raise ModelError(f"{source.folder}: no linear can be held in {kind}: {skipped_note}")
+        raise ModelError(f"{source.folder}: no linear can be quantised to {kind}: {skipped_note}")
     if skipped_note:
         log.warning("%s: %s", kind, skipped_note)
     if find_spec(scheme.package) is None:

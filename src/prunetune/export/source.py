@@ -111,11 +111,15 @@ class ExportSource:
         per_layer = self.config_json.get("per_layer_config") or {}
         widths = []
         for index in range(self.config.num_hidden_layers):
-            own = per_layer.get(f"{index:02d}", {})
-            attends, has_mlp = ("attention" not in own.get("skip", ())), ("mlp" not in own.get("skip", ()))
-            query_heads = own.get("num_attention_heads", dense.query_heads) if attends else 0
-            kv_heads = own.get("num_key_value_heads", dense.kv_heads) if attends else 0
-            widths.append(LayerWidths(query_heads, kv_heads, own.get(mlp_option, dense.mlp_channels) if has_mlp else 0))
+            layer = per_layer.get(f"{index:02d}", {})
+            skipped = layer.get("skip", ())
+            query_heads, kv_heads, mlp_channels = 0, 0, 0
+            if "attention" not in skipped:
+                query_heads = layer.get("num_attention_heads", dense.query_heads)
+                kv_heads = layer.get("num_key_value_heads", dense.kv_heads)
+            if "mlp" not in skipped:
+                mlp_channels = layer.get(mlp_option, dense.mlp_channels)
+            widths.append(LayerWidths(query_heads, kv_heads, mlp_channels))
         return tuple(widths)
 
     @cached_property
