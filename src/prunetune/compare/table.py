@@ -45,6 +45,10 @@ class SeedGroup:
         """The metric's value for each seed that has one."""
         return [value for cell in self.cells if (value := cell["headline"].get(metric)) is not None]
 
+    def costs(self, key: str) -> list[float]:
+        """One of `COST_KEYS` of each seed that has it."""
+        return [cell[key] for cell in self.cells if cell.get(key) is not None]
+
     def task_results(self, metric: str) -> dict[str, TaskResult]:
         """The tasks that have the metric; an item's score is its mean over seeds."""
         score_name = item_metric(metric)
@@ -169,7 +173,7 @@ def _row_scores(method: str, groups: Mapping[str, SeedGroup], reference_name: st
         if values := group.values(metric):
             scores[metric] = {
                 "value": finite_or_none(mean(values)),
-                "sd": finite_or_none(standard_deviation(values)),
+                "sd": finite_or_none(float(np.std(values, ddof=1))) if len(values) > 1 else None,
                 "se": finite_or_none(standard_error(group.task_results(metric).values())),
                 **(mean_difference(group, reference, metric) if reference and method != reference_name else {}),
             }
@@ -178,7 +182,7 @@ def _row_scores(method: str, groups: Mapping[str, SeedGroup], reference_name: st
         "scores": scores,
         "gap": _relative_to_dense(group, dense, "nll", ratio=False),
         "acc_of_dense": _relative_to_dense(group, dense, "acc", ratio=True),
-        **{key: _mean_of(group, key) for key in COST_KEYS},
+        **{key: finite_or_none(mean(group.costs(key))) for key in COST_KEYS},
         "crowded": any(cell["crowded"] for cell in group.cells),
     }
 
@@ -232,13 +236,3 @@ def standard_error(tasks: Iterable[TaskResult]) -> float:
 def mean(values: Sequence[float]) -> float:
     """The mean; nan of no values."""
     return math.fsum(values) / len(values) if values else math.nan
-
-
-def standard_deviation(values: Sequence[float]) -> float:
-    """The standard deviation of a sample; nan of fewer than two values."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-
-
-def _mean_of(group: SeedGroup, key: str) -> float | None:
-    values = [cell[key] for cell in group.cells if cell.get(key) is not None]
-    return mean(values) if values else None

@@ -81,7 +81,10 @@ def export_run(
             else:
                 result = EXPORT_FORMATS[to].write(source, partial, options)
             if partial.is_dir():
-                _write_card(source, partial, to, result)
+                if (card := source.folder / "README.md").is_file():
+                    description = f"{to}, {result.dtype}, {result.bytes / 1e6:,.1f} MB"
+                    text = format_export_card(card.read_text(encoding="utf-8"), to, description)
+                    write_text(partial / card.name, text)
                 write_checksums(partial)
             partial.rename(path)
         finally:
@@ -106,13 +109,6 @@ def _check_options(to: str, source: ExportSource, options: ExportOptions) -> Non
         raise ConfigError(
             f"--quantize keeps the layout ({source.layout}) and has types of its own: leave out --to, --dtype and --pad"
         )
-
-
-def _write_card(source: ExportSource, partial: Path, to: str, result: ExportResult) -> None:
-    card = source.folder / "README.md"
-    if card.is_file():
-        description = f"{to}, {result.dtype}, {result.bytes / 1e6:,.1f} MB"
-        write_text(partial / card.name, format_export_card(card.read_text(encoding="utf-8"), to, description))
 
 
 def _default_path(source: ExportSource, to: str, dtype: str) -> Path:
