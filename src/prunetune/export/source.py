@@ -160,9 +160,9 @@ class ExportSource:
             loaded = AutoModelForCausalLM.from_pretrained(
                 self.folder, dtype=dtype, trust_remote_code=self.trusts_code, **options
             )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as broken:
-            reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
-            raise ModelError(f"{self.folder} cannot be opened: {reason}; write the model again") from broken
+        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"{self.folder} cannot be opened: {reason}; write the model again") from error
         return (loaded if options else loaded.requires_grad_(False)).eval()
 
     @property
