@@ -128,7 +128,7 @@ class _Comparison:
             self._run_missing_cells(runner, self._trials(dense), jobs=jobs, needs_valid_nll=True)
             self._run_missing_cells(runner, self._cells(dense), jobs=jobs)
             rate = next((self._rate(method) for method in dense if method.name == DENSE), runner.dense_learning_rate)
-            runner.select_teachers(rate, wanted=any(self._has_dense_teacher(method) for method in pruned))
+            runner.select_teachers(rate, keep=any(self._has_dense_teacher(method) for method in pruned))
             self._run_missing_cells(runner, self._trials(pruned), jobs=jobs, needs_valid_nll=True)
             self._run_missing_cells(runner, sort_by_seed(self._cells(pruned)), jobs=jobs)
         cells = {cell.name: cell for cell in (*self._trials(self.methods), *self._cells(self.methods))}
@@ -181,10 +181,8 @@ class _Comparison:
 
     def _is_done(self, runner: CellRunner, cell: Cell, needs_valid_nll: bool) -> bool:
         """Whether a cell's file is there and used this teacher: more learning rates may have chosen another one."""
-        teacher_rate = (self.store.load(cell) or {}).get("teacher_rate")
-        return self.store.is_done(cell, needs_valid_nll=needs_valid_nll) and (
-            teacher_rate in (None, runner.dense_learning_rate)
-        )
+        teacher_rate = (self.store.load(cell) or {}).get("teacher_rate", runner.dense_learning_rate)
+        return self.store.is_done(cell, needs_valid_nll=needs_valid_nll) and teacher_rate == runner.dense_learning_rate
 
     def _run_cell(self, runner: CellRunner, cell: Cell, needs_valid_nll: bool) -> bool:
         """Run a cell and save its result or its error; returns whether it ran out of memory.
