@@ -93,10 +93,10 @@ class CellRunner:
             torch.cuda.synchronize(self.context.device)
         self.concurrent = concurrent
 
-    def select_teachers(self, rate: float, *, keep: bool) -> None:
-        """Keep the dense models of this learning rate as teachers if `keep`; free all others."""
+    def select_teachers(self, rate: float, *, needed: bool) -> None:
+        """Keep the dense models of this learning rate as teachers if `needed`; free all others."""
         self.dense_learning_rate = rate
-        self.teachers = {key: tuned for key, tuned in self.teachers.items() if keep and key[1] == rate}
+        self.teachers = {key: tuned for key, tuned in self.teachers.items() if needed and key[1] == rate}
 
     def run_cell(self, cell: Cell, *, needs_valid_nll: bool) -> CellResult:
         """Train and score a cell; returns the content of its file. Raises whatever goes wrong."""

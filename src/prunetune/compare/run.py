@@ -128,7 +128,7 @@ class _Comparison:
             self._run_missing_cells(runner, self._trials(dense), jobs=jobs, needs_valid_nll=True)
             self._run_missing_cells(runner, self._cells(dense), jobs=jobs)
             rate = next((self._rate(method) for method in dense if method.name == DENSE), runner.dense_learning_rate)
-            runner.select_teachers(rate, keep=any(self._has_dense_teacher(method) for method in pruned))
+            runner.select_teachers(rate, needed=any(self._has_dense_teacher(method) for method in pruned))
             self._run_missing_cells(runner, self._trials(pruned), jobs=jobs, needs_valid_nll=True)
             self._run_missing_cells(runner, sort_by_seed(self._cells(pruned)), jobs=jobs)
         cells = {cell.name: cell for cell in (*self._trials(self.methods), *self._cells(self.methods))}
