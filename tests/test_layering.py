@@ -19,7 +19,7 @@ LINES: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("utils",),
     ("config",),
-    ("plan",),
+    ("plan", "manifest"),
     ("data", "pruning"),
     ("model",),
     ("cost", "evaluation"),

@@ -18,10 +18,10 @@ def test_timings_hold_what_ended_early_too(tmp_path: Path) -> None:
     for error in (KeyboardInterrupt, ModelError):
         with suppress(error), stages.record_timing(folder, TUNING_STAGE):
             raise error
-    first = folder.read_manifest()["timings"][TUNING_STAGE]
+    first = folder.read_manifest().timings[TUNING_STAGE]
     with stages.record_timing(folder, TUNING_STAGE):
         pass
-    assert folder.read_manifest()["timings"][TUNING_STAGE] > first > 0
+    assert folder.read_manifest().timings[TUNING_STAGE] > first > 0
 
 
 def test_a_killed_process_s_seconds_are_those_of_its_checkpoint(tmp_path: Path) -> None:

@@ -12,9 +12,10 @@ import pytest
 
 from prunetune.cli.output import render_run
 from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
+from prunetune.manifest import DataFacts
 from prunetune.plan import Plan
 from prunetune.report import decision_heatmap, formatting, run_details, verdicts, write_report
-from prunetune.report.figures import MOST_POINTS, downsample, running_mean
+from prunetune.report.figures import MAX_POINTS, downsample, running_mean
 from prunetune.report.kept_layers import count_kept, format_ranges, layers_from_plan
 from prunetune.report.run_folder import read_run
 from prunetune.report.samples import select_samples
@@ -128,10 +129,10 @@ def test_a_step_logged_twice_counts_once_and_nan_not_at_all() -> None:
     assert training_curve(lines, "lr", "red") is None
 
 
-@pytest.mark.parametrize("count", [0, 1, MOST_POINTS, MOST_POINTS + 1, 10 * MOST_POINTS])
+@pytest.mark.parametrize("count", [0, 1, MAX_POINTS, MAX_POINTS + 1, 10 * MAX_POINTS])
 def test_thinning_keeps_the_mean(count: int) -> None:
     few = downsample([(float(step), 3.0) for step in range(count)])
-    assert len(few) <= MOST_POINTS
+    assert len(few) <= MAX_POINTS
     assert bool(few) == bool(count)
     assert all(value == pytest.approx(3.0) for _, value in few)
 
@@ -174,9 +175,9 @@ def answered(tmp_path: Path, **changes: Any) -> dict[str, Any]:
 
 def test_the_answers_of_a_good_run(tmp_path: Path) -> None:
     found = answered(tmp_path)
-    assert [answer.reading for answer in found.values()] == ["yes", "yes", "partly", "yes"]
-    assert "106.2M → 63.7M" in found["Smaller?"].words
-    assert "after acting once" in found["Within limits?"].words
+    assert [answer.answer for answer in found.values()] == ["yes", "yes", "partly", "yes"]
+    assert "106.2M → 63.7M" in found["Smaller?"].explanation
+    assert "after acting once" in found["Within limits?"].explanation
 
 
 @pytest.mark.parametrize(
@@ -184,19 +185,24 @@ def test_the_answers_of_a_good_run(tmp_path: Path) -> None:
     [
         ({"speed": {}}, "Faster?", "unknown", "was not measured"),
         ({"model": {}}, "Smaller?", "unknown", "not known"),
-        ({"gates": {}}, "Within limits?", "none", "No gate was set"),
+        ({"gates": {}}, "Within limits?", "none", "No limit was set"),
         ({"gates": {"limits": [{"gate": "g", "limit": 1, "found": 2, "held": False}]}}, "Within limits?", "no", "g: 2"),
-        ({"gates": {"keep_asked": 0.5, "kept": 0.6}}, "Smaller?", "partly", "50% was to stay; a gate held 60%"),
+        (
+            {"gates": {"keep_asked": 0.5, "kept": 0.6}},
+            "Smaller?",
+            "partly",
+            "50% was asked for; a limit on a score kept 60%",
+        ),
         ({"failed": "stopped at step 4"}, "Within limits?", "no", "Stopped at step 4."),
-        ({"gates": {"limits": "odd", "events": [3]}, "validation": []}, "Within limits?", "none", "No gate"),
+        ({"gates": {"limits": "odd", "events": [3]}, "validation": []}, "Within limits?", "none", "No limit"),
     ],
 )
 def test_the_answers_follow_the_manifest(
     changes: dict[str, Any], question: str, reading: str, words: str, tmp_path: Path
 ) -> None:
     found = answered(tmp_path, **changes)[question]
-    assert found.reading == reading
-    assert words in found.words
+    assert found.answer == reading
+    assert words in found.explanation
 
 
 def test_better_than_an_untuned_model_is_not_as_good_as_a_tuned_one(tmp_path: Path) -> None:
@@ -216,12 +222,12 @@ NOISY = {
 
 def test_speeds_that_differ_less_than_their_runs_are_no_plain_yes(tmp_path: Path) -> None:
     found = answered(tmp_path / "both", speed=NOISY)["Faster?"]
-    assert found.reading == "partly"  # prefill, which is clear
-    assert "Runs of decode differ more than the models" in found.words
-    assert "prunetune bench" in found.words
-    assert "Decode 0.90× (runs differ by 35%), prefill 1.30× (runs differ by 2%)" in found.words
+    assert found.answer == "partly"  # prefill, which is clear
+    assert "Runs of decode differ more than the models" in found.explanation
+    assert "prunetune bench" in found.explanation
+    assert "Decode 0.90× (runs differ by 35%), prefill 1.30× (runs differ by 2%)" in found.explanation
     decode = {model: {key: value for key, value in speed.items() if "decode" in key} for model, speed in NOISY.items()}
-    assert answered(tmp_path / "one", speed=decode)["Faster?"].reading == "unknown"
+    assert answered(tmp_path / "one", speed=decode)["Faster?"].answer == "unknown"
     (tile,) = (tile for tile in summary_tiles(read_run(tmp_path / "one" / "run"), None) if tile.label == "Decode speed")
     assert tile.tone == "plain"
 
@@ -288,7 +294,7 @@ def test_the_heat_map_ends_with_the_plan(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run"))
     assert run.plan is not None
     columns = decision_heatmap.heatmap_columns(run.metrics, run.plan, is_attention=False)
-    assert 2 < len(columns) <= decision_heatmap.MOST_COLUMNS + 1
+    assert 2 < len(columns) <= decision_heatmap.MAX_COLUMNS + 1
     assert columns[-1].step == 700
     assert columns[-1].shares[0] == len(run.plan.kept["model.layers.0.mlp"]) / 1536
     assert decision_heatmap.heatmap_columns([], run.plan, is_attention=False) == []
@@ -298,6 +304,6 @@ def test_the_heat_map_ends_with_the_plan(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("count", "said"), [(None, 0), (0, 0), (3, 2)])
 def test_rows_that_were_left_out_are_told_of_where_there_are_any(count: int | None, said: int) -> None:
-    notes = run_details.data_notes({"data": {"too_long": count, "dropped": count}})
+    notes = run_details.data_notes(DataFacts.from_dict({"too_long": count, "dropped": count}))
     assert len(notes) == said
     assert all(note.startswith("3 rows") for note in notes)

@@ -58,7 +58,7 @@ def test_half_a_run_has_a_page(copy: Path) -> None:
     (copy / "sizes" / "0.8" / "evaluation" / "pruned.json").write_text("{")
     assert "0.4/report.html" not in page_of(copy)
     shutil.rmtree(copy / "sizes")
-    assert "No size has been begun" in page_of(copy)
+    assert "No size was started yet" in page_of(copy)
     assert summary_line([]) == "Several sizes from one run: no results yet"
 
 

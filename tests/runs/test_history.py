@@ -13,6 +13,7 @@ import pytest
 
 from prunetune.config.recipe import from_mapping
 from prunetune.errors import ConfigError, LimitBroken, ModelError, RunFolderError
+from prunetune.manifest import DenseModelFacts, PrunedModelFacts
 from prunetune.plan import Plan
 from prunetune.runs.diff import count_kept_units, diff_runs, find_flips
 from prunetune.runs.folder import RunFolder, create_run_folder, run_lock
@@ -27,7 +28,10 @@ def registered(place: Path, name: str, model: str = "tiny", **options: object) -
     create_run_folder(folder, config)
     with register_run(folder, config, f"prunetune run {name}"):
         (folder.path / "evaluation" / "pruned.json").write_text(evaluations()["pruned"].to_json())
-        folder.update_manifest(model={"decoder_params": 100}, pruned={"decoder_params": 60})
+        folder.update_manifest(
+            model=DenseModelFacts.from_dict({"decoder_params": 100}),
+            pruned=PrunedModelFacts.from_dict({"decoder_params": 60}),
+        )
     return folder
 
 
@@ -116,7 +120,7 @@ def test_filters(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--status 'finished' is not known; known are running, done"):
         names(status="finished")
     for wrong in ("accuracy", "accuracy > high", ""):
-        with pytest.raises(ConfigError, match="is no condition; write one such as"):
+        with pytest.raises(ConfigError, match="is no condition: write one such as"):
             names(where=[wrong])
     assert render_runs_table([]) == "no runs"
 
@@ -147,7 +151,7 @@ def test_a_broken_file_steps_aside(content: bytes, tmp_path: Path, caplog: pytes
     (tmp_path / NAME).write_bytes(content)
     with caplog.at_level(logging.WARNING):
         registered(tmp_path, "after")
-    assert "put aside" in caplog.text
+    assert "renamed to" in caplog.text
     assert {entry.name for entry in list_runs(tmp_path)} == {"before", "after"}, (
         "what it lacks is read from the folders"
     )
@@ -163,7 +167,7 @@ def test_a_locked_file_costs_a_line(
     holder.execute("begin exclusive")
     with caplog.at_level(logging.WARNING):
         registered(tmp_path, "b")
-    assert caplog.text.count("cannot be written (database is locked); the run goes on without") == 2
+    assert caplog.text.count("cannot be written (database is locked); the run continues without it") == 2
     with pytest.raises(ConfigError, match="cannot be read") as refused:
         list_runs(tmp_path)
     assert "\n" not in str(refused.value)
@@ -178,8 +182,8 @@ def test_a_place_that_cannot_be_written_costs_a_line(
     monkeypatch.setenv("PRUNETUNE_HOME", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
         registered(tmp_path, "a")
-    assert "the run goes on without" in caplog.text
-    with pytest.raises(ConfigError, match=r"cannot be made .* let PRUNETUNE_HOME name a folder") as refused:
+    assert "the run continues without it" in caplog.text
+    with pytest.raises(ConfigError, match=r"cannot be created .* set PRUNETUNE_HOME to a folder") as refused:
         list_runs(tmp_path)
     assert "\n" not in str(refused.value)
 
@@ -214,7 +218,7 @@ def test_runs_are_set_beside_each_other(tmp_path: Path) -> None:
     assert common == 850
     lost = sum(not flip.gained for flip in flips)
     assert f"of {common} that both answered, {lost} lost and {len(flips) - lost} gained" in said
-    assert "set otherwise: nothing" in diff_runs([first, first])
+    assert "options that differ: none" in diff_runs([first, first])
 
 
 def test_overlap_by_kind_of_site() -> None:

@@ -60,7 +60,7 @@ def test_one_that_breaks_is_said_once_and_let_go(breaks: str, caplog: pytest.Log
     assert len(sound.heard) == 2
     assert sound.finished
     assert len(caplog.records) == 1
-    assert "the run goes on without it" in caplog.text
+    assert "the run continues without it" in caplog.text
 
 
 def test_one_that_does_not_start_is_said(
@@ -75,7 +75,7 @@ def test_one_that_does_not_start_is_said(
         start_trackers(from_mapping({"report_to": "mlflow"}), RunFolder(tmp_path), cpu=True) as t,
     ):
         t.log(RECORD, "train")
-    assert "mlflow does not start (OSError: down); the run goes on without it" in caplog.text
+    assert "mlflow does not start (OSError: down); the run continues without it" in caplog.text
 
 
 def test_a_package_that_is_not_there_is_one_line_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:

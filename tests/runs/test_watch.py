@@ -67,7 +67,7 @@ def test_a_run_under_way(tmp_path: Path) -> None:
     said = shown(folder)
     assert "300 of 700, about 5 min 20 s of tuning left" in said
     assert "search" in said
-    assert "outside: guard.perplexity" in said
+    assert "limits broken: guard.perplexity" in said
     assert "guard.accuracy" in said
 
 
@@ -91,7 +91,7 @@ def test_one_that_was_killed_is_not_waited_for(tmp_path: Path) -> None:
     os.utime(folder / "metrics.jsonl", (long_ago, long_ago))
     console = Console(file=io.StringIO(), width=110)
     watch_run(folder, console=console)
-    assert "--resume` goes on" in plain(console)
+    assert "continue it with `prunetune run ... --resume`" in plain(console)
 
 
 def test_one_that_no_process_works_on_is_not_waited_for(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_one_that_no_process_works_on_is_not_waited_for(tmp_path: Path) -> None:
         os.utime(file, (while_ago, while_ago))
     console = Console(file=io.StringIO(), width=110)
     watch_run(folder, console=console)
-    assert "stopped: no process works on it; `prunetune run ... --resume` goes on" in plain(console)
+    assert "stopped: no process works on it; continue it with `prunetune run ... --resume`" in plain(console)
 
 
 def test_one_that_a_process_works_on_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ import jinja2
 from prunetune import report
 from prunetune.compare import charts, markdown
 from prunetune.compare.methods import DENSE
+from prunetune.manifest import Manifest
 from prunetune.report import formatting
-from prunetune.report.run_folder import get_mapping, lookup
 from prunetune.utils.files import write_text
 
 LABELS = {"acc": "Mean accuracy", "nll": "Mean NLL per answer token", "rouge_l": "Mean ROUGE-L"}
@@ -26,7 +26,7 @@ def write_page(folder: Path) -> Path:
     The same files give the same bytes.
     """
     found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    manifest = json.loads(_text(folder / "manifest.json") or "{}")
+    manifest = Manifest.from_json(_text(folder / "manifest.json") or "{}")
     target = folder / "comparison.html"
     write_text(target, render_page(found, manifest, _text(folder / "config.yaml"), folder.name))
     return target
@@ -36,7 +36,7 @@ def _text(file: Path) -> str:
     return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
-def render_page(comparison: ComparisonData, manifest: Mapping[str, Any], recipe: str, name: str) -> str:
+def render_page(comparison: ComparisonData, manifest: Manifest, recipe: str, name: str) -> str:
     """The page as HTML text."""
     places = [Path(__file__).parent, *(Path(place) for place in report.__path__)]
     environment = jinja2.Environment(
@@ -51,7 +51,7 @@ def render_page(comparison: ComparisonData, manifest: Mapping[str, Any], recipe:
     return environment.get_template("comparison.html.j2").render(_content(comparison, manifest, recipe, name))
 
 
-def _content(found: ComparisonData, manifest: Mapping[str, Any], recipe: str, name: str) -> dict[str, Any]:
+def _content(found: ComparisonData, manifest: Manifest, recipe: str, name: str) -> dict[str, Any]:
     rows = found["rows"]
     looks = charts.method_styles(list(dict.fromkeys(row["method"] for row in rows)), found["reference"])
     labels = {metric: metric_label(metric) for metric in found["metrics"]}
@@ -70,7 +70,7 @@ def _content(found: ComparisonData, manifest: Mapping[str, Any], recipe: str, na
         "legend": charts.legend(looks),
         "costs": cost_rows(rows),
         "crowded": any(row["crowded"] for row in rows),
-        "command": str(lookup(manifest, "command") or ""),
+        "command": manifest.command or "",
         "environment": _environment(manifest),
         "recipe": recipe,
     }
@@ -115,13 +115,12 @@ def cost_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return list(seen.values())
 
 
-def _environment(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _environment(manifest: Manifest) -> list[tuple[str, str]]:
     facts = {
-        "Model": lookup(manifest, "model", "name"),
-        "Device": lookup(manifest, "device"),
-        "Arithmetic": lookup(manifest, "dtype"),
-        **get_mapping(manifest, "versions"),
+        "Model": manifest.model.name,
+        "Device": manifest.device,
+        "Arithmetic": manifest.dtype,
+        **manifest.versions,
+        "Rows": ", ".join(f"{split} {count}" for split, count in manifest.data.counts.items()),
     }
-    rows = get_mapping(manifest, "data", "counts")
-    facts["Rows"] = ", ".join(f"{split} {count}" for split, count in rows.items())
-    return [(str(name), str(value)) for name, value in facts.items() if value not in (None, "")]
+    return [(name, value) for name, value in facts.items() if value]

@@ -11,6 +11,7 @@ import yaml
 
 from prunetune.config.fields import fields_by_path
 from prunetune.config.recipe import RunConfig
+from prunetune.manifest import Manifest
 from prunetune.model.license import LicenseInfo
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site, effective_layout, kept_params
@@ -54,7 +55,7 @@ class Provenance:
     """What a card tells beside the plan: where the base comes from, and what was found so far."""
 
     config: RunConfig
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     licence: LicenseInfo = UNKNOWN
     scores: Sequence[ScoreRow] = ()
     recipe_sha256: str = ""  # of the run's config.yaml
@@ -115,20 +116,24 @@ tokenizer = AutoTokenizer.from_pretrained("PATH"{code})
 ```{f"{chr(10)}{chr(10)}{REMOTE_CODE_NOTE}" if code else ""}"""
 
 
-def _sizes(manifest: Mapping[str, Any]) -> str:
-    dense, pruned = manifest.get("model", {}), manifest.get("pruned", {})
-    if "bytes" not in dense or "bytes" not in pruned:
+def _sizes(manifest: Manifest) -> str:
+    dense, pruned = manifest.model, manifest.pruned
+    rows = [
+        ("parameters", dense.params, pruned.params, "M"),
+        ("of them in the decoder", dense.decoder_params, pruned.decoder_params, "M"),
+        (f"weights on disk, {pruned.dtype}", dense.bytes, pruned.bytes, "MB"),
+    ]
+    if dense.bytes is None or pruned.bytes is None:
         return ""
-    rows = [("parameters", "params", 1e6, "M"), ("of them in the decoder", "decoder_params", 1e6, "M")]
-    rows.append((f"weights on disk, {pruned.get('dtype', '')}", "bytes", 1e6, "MB"))
     lines = [
-        f"| {title} | {dense[key] / unit:,.1f} {sign} | {pruned[key] / unit:,.1f} {sign} |"
-        for title, key, unit, sign in rows
+        f"| {title} | {before / 1e6:,.1f} {unit} | {after / 1e6:,.1f} {unit} |"
+        for title, before, after, unit in rows
+        if before is not None and after is not None
     ]
     return "\n".join(["## Size", "", "| | dense | this model |", "|---|---:|---:|", *lines])
 
 
-def _scores(scores: Sequence[ScoreRow], manifest: Mapping[str, Any]) -> str:
+def _scores(scores: Sequence[ScoreRow], manifest: Manifest) -> str:
     if not scores:
         return ""
     names = [name for name in MODEL_TITLES if any(name in row.scores for row in scores)]
@@ -139,7 +144,7 @@ def _scores(scores: Sequence[ScoreRow], manifest: Mapping[str, Any]) -> str:
         + "".join(f" {_cell(row.scores.get(name))} |" for name in names)
         for row in scores
     ]
-    computed = f", computed in {manifest['dtype']}" if "dtype" in manifest else ""
+    computed = f", computed in {manifest.dtype}" if manifest.dtype else ""
     return "\n".join(["## Scores", "", f"On the run's test split{computed}, ± standard error.", "", *head, *lines])
 
 
@@ -150,15 +155,14 @@ def _cell(found: tuple[float, float, int] | None) -> str:
 
 
 def _provenance(origin: Provenance) -> str:
-    versions = origin.manifest.get("versions", {})
-    commit = origin.manifest.get("commit", "")
-    told = ", ".join(f"{name} {version}" for name, version in versions.items())
-    hashes = origin.manifest.get("data", {}).get("hashes", {})
+    manifest = origin.manifest
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    commit = f"; prunetune at commit `{manifest.commit}`" if manifest.commit else ""
     lines = ["## Provenance", ""]
-    lines += [f"- made with {told}{f'; prunetune at commit `{commit}`' if commit else ''}"] if told else []
+    lines += [f"- made with {versions}{commit}"] if versions else []
     lines += [f"- recipe, where it is not the default: {_changed_options(origin.config)}"]
     lines += [f"- SHA-256 of the run's config.yaml: `{origin.recipe_sha256}`"] if origin.recipe_sha256 else []
-    lines += [f"- SHA-256 of the data, {split}: `{digest}`" for split, digest in hashes.items()]
+    lines += [f"- SHA-256 of the data, {split}: `{digest}`" for split, digest in manifest.data.hashes.items()]
     return "\n".join(lines)
 
 

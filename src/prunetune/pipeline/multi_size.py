@@ -19,6 +19,7 @@ from pathlib import Path
 from prunetune.config.recipe import RunConfig
 from prunetune.data.batches import BatchStream
 from prunetune.errors import ConfigError, LimitBroken, RunFolderError, SelfCheckFailed
+from prunetune.manifest import ModelSpeeds, SizeFacts
 from prunetune.model.loading import pick_device
 from prunetune.pipeline import stages
 from prunetune.pipeline.monitor import ValidationMonitor, make_monitor
@@ -121,7 +122,7 @@ def _run_stages(context: RunContext, sizes: Sequence[SizeRun], command: str) -> 
     folder.update_manifest(
         **facts,
         **data_and_model_facts(context),
-        sizes=[str(size.folder.path.relative_to(folder.path)) for size in sizes],
+        sizes=tuple(str(size.folder.path.relative_to(folder.path)) for size in sizes),
     )
     failed = _SizeChain(context, sizes, command).run()
     made = [size for size in sizes if size.is_tuned]
@@ -132,7 +133,7 @@ def _run_stages(context: RunContext, sizes: Sequence[SizeRun], command: str) -> 
         _copy_dense_scores(context, size)
         with run_lifecycle(size.folder, size.config, command):
             stages.finish_and_evaluate(size.context)
-    if any("gain" not in size.folder.read_manifest() for size in made):
+    if any(not size.folder.read_manifest().gain for size in made):
         with stages.record_timing(folder, "bench"):
             measure_gain(folder, [size.folder for size in made], context)
     failures = [*_check_limits(made, command), *([failed] if failed else [])]
@@ -145,8 +146,8 @@ def _copy_dense_scores(context: RunContext, size: SizeRun) -> None:
     for name in stages.dense_model_names(context.config):
         if not size.folder.evaluation_file(name).exists():
             shutil.copyfile(context.folder.evaluation_file(name), size.folder.evaluation_file(name))
-    speed = size.folder.read_manifest().get("speed", {})
-    size.folder.update_manifest(speed=context.folder.read_manifest().get("speed", {}) | speed)
+    speeds = [folder.read_manifest().speed.to_dict() for folder in (context.folder, size.folder)]
+    size.folder.update_manifest(speed=ModelSpeeds.from_dict({**speeds[0], **speeds[1]}))
 
 
 def _check_limits(sizes: Sequence[SizeRun], command: str) -> list[str]:
@@ -190,7 +191,7 @@ class _SizeChain:
         facts = environment.describe_environment(setting.device, setting.dtype, self.command, setting.config.seed)
         larger = self.sizes[size.index - 1].config.budget.keep if size.index else None
         folder.update_manifest(
-            **facts, **data_and_model_facts(setting), size={"keep": size.config.budget.keep, "larger": larger}
+            **facts, **data_and_model_facts(setting), size=SizeFacts(keep=size.config.budget.keep, larger=larger)
         )
         setting.console.stage(f"tune and prune, size {size.config.budget.keep:g}", size.config.train.steps)
         with (

@@ -22,6 +22,7 @@ from prunetune.data.splits import Splits, load_splits
 from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
 from prunetune.evaluation.score_records import context_length
 from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
+from prunetune.manifest import DataFacts, DenseModelFacts
 from prunetune.model.loading import (
     LoadedModel,
     load_meta_model,
@@ -188,7 +189,7 @@ def _raise_if_unusable(name: SplitName, encoded: EncodedExamples, embedding_rows
 
 def _raise_if_data_changed(folder: RunFolder, splits: Splits) -> None:
     """A run goes on only with the rows it began with; raises `RunFolderError`."""
-    before = folder.read_manifest().get("data", {}).get("hashes", {})
+    before = folder.read_manifest().data.hashes
     changed = [name for name, digest in splits.hashes.items() if before.get(name, digest) != digest]
     if changed:
         raise RunFolderError(
@@ -313,11 +314,11 @@ def data_and_model_facts(context: RunContext) -> dict[str, Any]:
     """Data and dense model, for the manifest."""
     parts, decoder = context.splits.by_name(), prunable_params(context.sites) + context.unprunable_block_params
     return {
-        "data": {
-            "hashes": context.splits.hashes,
-            "counts": {name: len(records) for name, records in parts.items()},
-            "too_long": sum(part.num_too_long for part in context.encoded.values()),
-            "dropped": context.splits.dropped,
-        },
-        "model": {"name": context.config.model, "params": context.dense_params, "decoder_params": decoder},
+        "data": DataFacts(
+            hashes=context.splits.hashes,
+            counts={name: len(records) for name, records in parts.items()},
+            too_long=sum(part.num_too_long for part in context.encoded.values()),
+            dropped=context.splits.dropped,
+        ),
+        "model": DenseModelFacts(name=context.config.model, params=context.dense_params, decoder_params=decoder),
     }

@@ -55,11 +55,10 @@ def run_lifecycle(folder: RunFolder, config: RunConfig, command: str) -> Iterato
 def raise_if_limits_broken(context: RunContext) -> None:
     """Raises `GateFailed` where the run ended outside a gate; what it made is there."""
     manifest = context.folder.read_manifest()
-    limits = [limit for part in ("gates", "gain") for limit in manifest.get(part, {}).get("limits", [])]
-    broken = [limit for limit in limits if not limit["held"]]
+    broken = [limit for limit in (*manifest.limits.limits, *manifest.gain.limits) if not limit.is_met]
     if broken:
         words = "; and ".join(
-            limit.get("says") or f"{limit['gate']}, limit {limit['limit']:.4g}, found {limit['found']:.4g}"
+            limit.explanation or f"{limit.condition}, limit {limit.limit:.4g}, found {limit.measured:.4g}"
             for limit in broken
         )
         raise LimitBroken(

@@ -25,6 +25,7 @@ from prunetune.errors import ConfigError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
 from prunetune.export.checksums import verify_checksums
+from prunetune.manifest import BudgetFacts, ModelSpeeds
 from prunetune.model.loading import DTYPES, load_model_and_tokenizer, pick_device
 from prunetune.pipeline.finish import finish
 from prunetune.pipeline.model_card import rewrite_card
@@ -70,7 +71,7 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     with closing(console), deterministic(config.deterministic, device):
         with ranks.main_process_first():
             setting = prepare(config, resume=resume, console=console, ranks=ranks)
-        if "size" in setting.folder.read_manifest():
+        if setting.folder.read_manifest().size:
             raise RunFolderError(f"{setting.folder.path} is one size of a run: go on with the run around it")
         watcher = make_monitor(setting)
         ranks.barrier()  # until all have looked at the folder as it was
@@ -99,7 +100,7 @@ def _run_stages(context: RunContext, monitor: ValidationMonitor, command: str) -
             train(context, monitor, trackers)
     sharded = context.ranks.uses_fsdp
     finish_and_evaluate(_release_other_ranks(context), streamed=sharded)
-    if config.require.has_requirements and "gain" not in folder.read_manifest():
+    if config.require.has_requirements and not folder.read_manifest().gain:
         with record_timing(folder, "bench"):
             measure_gain(folder, [folder], context)
 
@@ -137,8 +138,9 @@ def record_timing(folder: RunFolder, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        timings = folder.read_manifest().get("timings", {})
-        folder.update_manifest(timings=timings | {stage: timings.get(stage, 0) + time.monotonic() - started})
+        timings = folder.read_manifest().timings
+        seconds = (timings.get(stage) or 0) + time.monotonic() - started
+        folder.update_manifest(timings={**timings, stage: seconds})
 
 
 # -- stages ----------------------------------------------------------------------------------------------------------
@@ -297,7 +299,7 @@ def dense_model_names(config: RunConfig) -> tuple[str, ...]:
 
 def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
     """Scores, and speed of all but the dense tuned model; what has scores is left as it is."""
-    speeds: dict[str, Any] = context.folder.read_manifest().get("speed", {})
+    speeds = context.folder.read_manifest().speed
     for name in names:
         if context.folder.evaluation_file(name).exists():
             continue
@@ -305,7 +307,7 @@ def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
         context.console.stage(f"evaluate {name}", 1)
         result = score_model(context, model, context.splits.test)
         if name != "tuned":
-            speeds |= {name: measure_speed(model).to_dict()}
+            speeds = ModelSpeeds.from_dict(speeds.to_dict() | {name: measure_speed(model).to_dict()})
             context.folder.update_manifest(speed=speeds)
         write_text(context.folder.evaluation_file(name), result.to_json())
 
@@ -313,7 +315,7 @@ def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
 def measure_budgets(context: RunContext) -> None:
     """What the finished model takes of budgets beside `budget.keep`, timed where they are times."""
     limits, workload, folder = context.constraints.limits, context.config.workload, context.folder
-    if limits is None or "budgets" in folder.read_manifest():
+    if limits is None or folder.read_manifest().budgets:
         return
 
     def opened() -> Any:
@@ -323,7 +325,8 @@ def measure_budgets(context: RunContext) -> None:
             str(folder.model_folder), device=context.device, dtype=dtype, trust_remote_code=own
         ).model
 
-    folder.update_manifest(budgets=verify_budgets(limits, Plan.load(folder.plan_file), workload, opened))
+    rows = verify_budgets(limits, Plan.load(folder.plan_file), workload, opened)
+    folder.update_manifest(budgets=tuple(BudgetFacts(**row) for row in rows))
 
 
 def score_model(context: RunContext, model: Any, records: tuple[Record, ...]) -> Evaluation:

@@ -227,7 +227,7 @@ def test_decisions_that_differ_end_the_run(found: dict[str, Any]) -> None:
 def test_a_whole_run_by_sharded_ranks(found: dict[str, Any], place: Path) -> None:
     """Rank 0 wrote the folder, layer by layer; one process decides and cuts the same, but for rounding."""
     there, here = RunFolder(place / "run"), RunFolder(place / "again")
-    assert there.read_manifest()["selfcheck"]["ok"]
+    assert there.read_manifest().selfcheck.ok
     assert len(list(there.model_folder.glob("*.safetensors"))) == 4  # three layers, and what is outside
     config = from_mapping(yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8")) | {"out": str(here.path)})
     setting = prepare(config, resume=False, console=SilentConsole())
