@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,6 +25,19 @@ from prunetune.runs.folder import RunFolder
 from support.report import make_run, make_sizes, manifest
 
 ODD: tuple[Any, ...] = (None, True, 3, -1.5, "text", [], [3, None, ["x"]], {}, {"a": {"b": [1]}}, float("nan"), 10**400)
+WHOLE = manifest() | {
+    "gain": {
+        "smaller": 0.1,
+        "speed": {"throughput": {"median": 1.1, "min": 1.0, "max": 1.2}},
+        "figures": {"prefill": {"dense": 0.02, "pruned": 0.01}},
+        "counted": {"prefill": 1.5},
+        "limits": [{"gate": "gain.faster >= 1.2", "limit": 1.2, "found": 1.1, "held": False, "says": "too slow"}],
+        "uneven": ["MLP width of layer 7 is 613"],
+    },
+    "budgets": [{"budget": "flops", "limit": 2, "dense": 3, "counted": 1, "words": "1 of 2"}],
+    "size": {"keep": 0.5, "larger": None},
+    "quantised": {"scheme": "nf4", "error": 0.01, "same": 0.99},
+}
 
 
 def with_value(values: Any, path: tuple[Any, ...], odd: Any) -> Any:
@@ -112,10 +126,9 @@ def test_what_is_no_object_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda odd: str(odd)[:20])
-def test_any_value_is_read_and_written_back(odd: Any, tmp_path: Path) -> None:
-    whole = json.loads((make_sizes(tmp_path / "run") / "sizes" / "0.4" / "manifest.json").read_text()) | manifest()
-    for path in paths(whole):
-        text = json.dumps(with_value(whole, path, odd), indent=2) + "\n"
+def test_any_value_is_read_and_written_back(odd: Any) -> None:
+    for path in paths(WHOLE):
+        text = json.dumps(with_value(WHOLE, path, odd), indent=2) + "\n"
         assert Manifest.from_json(text).to_json() == text, path
 
 
@@ -131,8 +144,11 @@ def test_any_value_has_a_report(odd: Any, tmp_path: Path) -> None:
     ):
         (folder / name).unlink()  # the manifest alone is what matters here, and pictures take time
     (folder / "validation.jsonl").unlink()
-    gain = json.loads((make_sizes(tmp_path / "several") / "sizes" / "0.4" / "manifest.json").read_text())["gain"]
-    whole = manifest() | {"gain": gain, "budgets": [{"budget": "flops", "words": "1 of 2"}]}
-    for path in paths(whole):
-        (folder / "manifest.json").write_text(json.dumps(with_value(whole, path, odd)))
-        assert "<h1>" in write_report(folder).read_text(encoding="utf-8"), path
+    for depth, parity in itertools.product(
+        (1, 2, 3, 4), (0, 1)
+    ):  # half of the values of a depth at once, then the others
+        values: Any = WHOLE
+        for path in [path for path in paths(WHOLE) if len(path) == depth][parity::2]:
+            values = with_value(values, path, odd)
+        (folder / "manifest.json").write_text(json.dumps(values))
+        assert "<h1>" in write_report(folder).read_text(encoding="utf-8"), (depth, parity)
