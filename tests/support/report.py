@@ -1,4 +1,4 @@
-"""A run folder made up to look like a real one: 30 layers of 3 KV groups and 1,536 channels, 700 steps, 6 tasks."""
+"""A made-up run folder that looks like a real one: 30 layers of 3 KV groups and 1,536 channels, 700 steps, 6 tasks."""
 
 from __future__ import annotations
 
@@ -250,7 +250,7 @@ def make_sizes(folder: Path, keeps: tuple[float, ...] = (0.8, 0.6, 0.4)) -> Path
             "uneven": ["MLP width of layer 7 is 613, no multiple of 64 or 128"],
         }
         about |= {"gates": {}, "timings": {"tune and prune": 80.0 + place, "cut and check": 9.0, "evaluate": 31.0}}
-        about["failed"] = "" if limit["held"] else f"{own} ended outside a gate: {missed}"
+        about["failed"] = "" if limit["held"] else f"{own} ended outside a limit: {missed}"
         (own / "manifest.json").write_text(json.dumps(about))
         pruned = evaluations() | {"pruned": Evaluation({**_choice_tasks("pruned" if keep > 0.5 else "dense")})}
         (own / "evaluation" / "pruned.json").write_text(pruned["pruned"].to_json())
