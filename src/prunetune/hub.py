@@ -64,8 +64,8 @@ def per_layer_classes(family: str) -> tuple[Any, Any, Any]:
     base = getattr(transformers, MODEL_MAPPING_NAMES[family])
     causal = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family])
     classes = (config, _resizing_class(base, config), _resizing_class(causal, config))
-    for each in classes:
-        setattr(sys.modules[__name__], each.__name__, each)  # where pickle looks for them
+    for new_class in classes:
+        setattr(sys.modules[__name__], new_class.__name__, new_class)  # where pickle looks for them
     return classes
 
 

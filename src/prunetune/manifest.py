@@ -1,8 +1,8 @@
-"""manifest.json of a run folder as frozen dataclasses: what ran on what, what came out, what was measured.
+"""manifest.json of a run folder as frozen dataclasses: environment, data, models, limits, timings and speed of a run.
 
 The module stands beside `plan`, below all packages that read or write a run folder (report, export, runs, pipeline,
-compare, cli): none of them could take it from another. Reading never fails on a value: what is absent or of another
-type is None or empty. Writing keeps what was read, in its order: keys that this version does not know, odd values.
+compare, cli), so that each of them can import it. Reading never fails on a value: what is missing or of another type
+is None or empty. Writing keeps what was read, in its order: keys that this version does not know, and odd values.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def finite_number(value: Any) -> Any:
 
 
 def json_key(name: str, *, read: Callable[[Any], Any] | None = None, **default: Any) -> Any:
-    """A dataclass field that is called `name` in the JSON; `read` parses what its type alone does not tell."""
+    """A dataclass field with another key in the JSON; a function given as `read` parses its value."""
     return field(metadata={"key": name, "read": read}, **default)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestPart:
-    """A JSON object of the manifest. Fields without a default are always written, others where they say something."""
+    """A JSON object of the manifest. Fields without a default are always written, others unless they are None."""
 
     source: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)  # as it was read
 
@@ -40,7 +40,7 @@ class ManifestPart:
 
     @classmethod
     def empty(cls) -> Self:
-        """A part that says nothing; false."""
+        """A part of which nothing is known; it is false."""
         return cls.from_dict({})
 
     def to_dict(self) -> dict[str, Any]:
@@ -114,7 +114,7 @@ def _read_command(value: Any) -> str | None:
 
 
 def _read_measured(value: Any) -> float | None:
-    """A number, finite or not: a score that is not finite is told, too."""
+    """A number, finite or not: errors quote a score that is not finite."""
     return value if isinstance(value, float) else finite_number(value)
 
 

@@ -22,7 +22,7 @@ PAGE_COLOURS = {
     INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--line)", SURFACE: "var(--surface)",
     DENSE: "var(--dense)", TUNED: "var(--tuned)", PRUNED: "var(--pruned)", REMOVED: "var(--gone)",
     SEARCH: "var(--search)", SETTLE: "var(--settle)", TUNE: "var(--tune)",
-    **{colour: f"var(--series-{place})" for place, colour in enumerate(SERIES)},
+    **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)},
 }  # fmt: skip
 
 STYLE: dict[str, Any] = {

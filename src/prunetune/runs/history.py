@@ -33,14 +33,8 @@ TABLE = """create table if not exists runs (
     path text primary key, status text not null, started text, ended text, model text, layout text, seed integer,
     asked real, kept real, metrics text not null default '{}', command text, process text
 )"""
-STATUSES = (
-    "running",
-    "done",
-    "failed",
-    "interrupted",
-    "gate failed",
-    "gone",
-)  # gate failed: outside a limit; gone: without a folder
+# "gate failed": it ended outside a limit. "gone": its folder was removed.
+STATUSES = ("running", "done", "failed", "interrupted", "gate failed", "gone")
 COLUMNS = (
     "path", "status", "started", "ended", "model", "layout", "seed", "asked", "kept", "metrics", "command", "process",
 )  # fmt: skip
