@@ -13,6 +13,7 @@ from prunetune.compare.charts import method_styles
 from prunetune.compare.page import render_page, significance_class, write_page
 from prunetune.compare.table import aggregate
 from prunetune.config.recipe import from_mapping
+from prunetune.manifest import Manifest
 from support.comparison import failed, realistic
 from support.page import ATTACK, Outline
 
@@ -26,7 +27,9 @@ def comparison_of(keeps: list[float], methods: tuple[str, ...] = METHODS) -> dic
 
 @pytest.mark.parametrize("keeps", [[0.6], [0.8, 0.6]], ids=["one size", "two sizes"])
 def test_page_loads_nothing_and_has_every_section(keeps: list[float]) -> None:
-    page = render_page(comparison_of(keeps), {"command": "prunetune compare r.yaml"}, "model: demo\n", "legal")
+    page = render_page(
+        comparison_of(keeps), Manifest.from_dict({"command": "prunetune compare r.yaml"}), "model: demo\n", "legal"
+    )
     outline = Outline(page)
     assert not {tag for tag, _ in outline.tags} & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
     assert all(target.startswith("#") for target in outline.attributes("href"))
@@ -54,7 +57,7 @@ def test_page_escapes_text_from_files() -> None:
     hostile["errors"] = [{"cell": ATTACK, "error": ATTACK}]
     hostile["rates"] = [{"method": ATTACK, "learning_rate": 1e-3, "valid_nll": None, "chosen": False}]
     manifest = {"command": ATTACK, "device": ATTACK, "versions": {ATTACK: ATTACK}, "model": {"name": ATTACK}}
-    page = render_page(hostile, manifest, f"model: x\n</pre>{ATTACK}", ATTACK)
+    page = render_page(hostile, Manifest.from_dict(manifest), f"model: x\n</pre>{ATTACK}", ATTACK)
     outline = Outline(page)
     assert not {tag for tag, _ in outline.tags} & {"script", "img"}
     assert not [name for _, attrs in outline.tags for name in attrs if name.startswith("on")]
@@ -69,7 +72,7 @@ def test_write_page_is_deterministic(tmp_path: Path) -> None:
 
 def test_page_of_failed_cells_only_lists_the_errors() -> None:
     failed_comparison = aggregate([failed("random", "no memory")], {"random": 1e-3}, from_mapping({}))
-    page = render_page(failed_comparison, {}, "", "empty")
+    page = render_page(failed_comparison, Manifest.empty(), "", "empty")
     Outline(page)
     assert "no memory" in page
 

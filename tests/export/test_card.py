@@ -13,6 +13,7 @@ from prunetune.config.recipe import from_mapping
 from prunetune.errors import MissingPackage
 from prunetune.evaluation.results import Evaluation, Score, TaskResult
 from prunetune.export.card import Provenance, ScoreRow, format_export_card, format_model_card
+from prunetune.manifest import Manifest
 from prunetune.model import license
 from prunetune.model.license import LicenseInfo, read_license
 from prunetune.pipeline.model_card import card_scores, render_card, rewrite_card
@@ -32,7 +33,8 @@ MANIFEST: dict[str, Any] = {
 
 def card_of(**values: Any) -> str:
     config = from_mapping({"model": "owner/name", "budget": {"keep": 0.5}, "out": "secret/place"})
-    provenance = Provenance(**({"config": config, "manifest": MANIFEST} | values))
+    manifest = Manifest.from_dict(values.pop("manifest", MANIFEST))
+    provenance = Provenance(config=config, manifest=manifest, **values)
     return format_model_card(provenance, random_plan(MODEL), find_sites(MODEL))
 
 
@@ -81,7 +83,7 @@ def test_export_card_has_usage_of_the_export_and_scores_of_the_model() -> None:
 
 def test_card_leaves_out_unknown_sections() -> None:
     config = from_mapping({"model": "a/path/of/ours", "layout": "uniform"})
-    text = format_model_card(Provenance(config, {}), random_plan(MODEL), find_sites(MODEL))
+    text = format_model_card(Provenance(config, Manifest.empty()), random_plan(MODEL), find_sites(MODEL))
     assert {"base_model", "license"}.isdisjoint(front_matter(text))
     assert "## Scores" not in text
     assert "## Size" not in text
@@ -95,7 +97,7 @@ def test_rewrite_card_adds_scores_of_the_run(tmp_path: Path) -> None:
     (tmp_path / "evaluation").mkdir()
     folder.model_folder.mkdir()
     folder.plan_file.write_text(plan.to_json())
-    folder.update_manifest(**MANIFEST)
+    (tmp_path / "manifest.json").write_text(Manifest.from_dict(MANIFEST).to_json())
     assert card_scores(folder) == ()
     assert "## Scores" not in render_card(folder, config, plan, sites)
     for name, value in (("dense", 0.5), ("pruned", 0.7)):

@@ -119,11 +119,11 @@ def test_every_size_is_a_run_folder(done: Path) -> None:
             find_sites(speaker())
         )
         manifest = folder.read_manifest()
-        assert manifest["selfcheck"]["ok"]
-        assert set(manifest["speed"]) == {"dense", "pruned"}
-        assert manifest["size"] == {"keep": keep, "larger": None if keep == 0.8 else 0.8}
-        assert manifest["timings"]["tune and prune"] > 0
-        assert manifest["gain"]["limits"][0]["held"]
+        assert manifest.selfcheck.ok
+        assert set(manifest.speed.to_dict()) == {"dense", "pruned"}
+        assert manifest.size.to_dict() == {"keep": keep, "larger": None if keep == 0.8 else 0.8}
+        assert manifest.timings["tune and prune"] > 0
+        assert manifest.gain.limits[0].is_met
         assert ExportSource.open(folder.path).run == folder.path
         assert resolve_checkpoint(str(folder.path), trust_remote_code=False) == (str(folder.model_folder), True)
     assert [entry.path.name for entry in list_runs(done / "sizes")] == ["0.5", "0.8"]

@@ -146,5 +146,5 @@ def test_failing_tracker_changes_nothing(
     monkeypatch.setattr(trackers, "_start", lambda *_: down)
     folder = run(config_of(place, tmp_path / "run", track=["tensorboard"]))
     assert down.heard == 3
-    assert caplog.text.count("the run goes on without it") == 1
+    assert caplog.text.count("the run continues without it") == 1
     assert results(folder) == whole

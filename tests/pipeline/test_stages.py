@@ -374,7 +374,7 @@ def test_run_killed_while_its_folder_is_made_can_be_resumed(
     (out / "config.yaml.partial").write_text("mod")
     run(config_of(place, out, evaluate={"dense_tuned": False}, train={"steps": 1}), resume=True)
     assert (out / "report.html").exists()
-    assert f"{out} holds no run to go on with (of a like name: {tmp_path / 'rum'}): a run begins anew" in caplog.text
+    assert f"{out} holds no run to resume (similar names: {tmp_path / 'rum'}): a new run starts" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["cut short", "no file", "not safetensors"])

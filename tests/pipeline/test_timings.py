@@ -18,10 +18,10 @@ def test_timings_include_processes_that_failed(tmp_path: Path) -> None:
     for error in (KeyboardInterrupt, ModelError):
         with suppress(error), record_timing(folder, TUNING_STAGE):
             raise error
-    first = folder.read_manifest()["timings"][TUNING_STAGE]
+    first = folder.read_manifest().timings[TUNING_STAGE]
     with record_timing(folder, TUNING_STAGE):
         pass
-    assert folder.read_manifest()["timings"][TUNING_STAGE] > first > 0
+    assert folder.read_manifest().timings[TUNING_STAGE] > first > 0
 
 
 def test_seconds_of_a_killed_process_come_from_its_checkpoint(tmp_path: Path) -> None:

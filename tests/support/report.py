@@ -1,4 +1,4 @@
-"""A run folder made up to look like a real one: 30 layers of 3 KV groups and 1,536 channels, 700 steps, 6 tasks."""
+"""A made-up run folder that looks like a real one: 30 layers of 3 KV groups and 1,536 channels, 700 steps, 6 tasks."""
 
 from __future__ import annotations
 

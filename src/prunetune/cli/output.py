@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -11,25 +10,28 @@ from typing import Any
 
 from prunetune.config.recipe import RunConfig, WorkloadConfig
 from prunetune.evaluation.results import Evaluation, headline_metric, recovery
+from prunetune.manifest import BudgetFacts, LimitFacts, LimitsFacts, Manifest, ValidationFacts
 from prunetune.report.speed import interleaved_ratio, separate_ratio
+from prunetune.report.summary import share_saved
 
 DEFAULT_WORKLOAD = WorkloadConfig()
 
 
 def render_run(folder: Path) -> str:
     """Sizes, scores beside the dense model, and where to look."""
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    if "sizes" in manifest:
+    manifest = Manifest.from_json((folder / "manifest.json").read_text(encoding="utf-8"))
+    if manifest.sizes:
         return _render_sizes(folder, manifest)
-    dense, pruned, check = manifest["model"], manifest["pruned"], manifest["selfcheck"]
-    removed = 1 - pruned["decoder_params"] / dense["decoder_params"]
+    dense, pruned, check = manifest.model, manifest.pruned, manifest.selfcheck
+    removed = share_saved(dense.decoder_params, pruned.decoder_params)
+    percent = "" if removed is None else f"  ({100 * removed:.1f}% removed)"
     lines = [
-        f"decoder parameters  {_millions(dense, pruned, 'decoder_params')}  ({100 * removed:.1f}% removed)",
-        f"all parameters      {_millions(dense, pruned, 'params')}",
-        f"self-check          {check['max_relative']:.1e} relative (limit {check['limit']:.0e})",
-        *_measured_budget_lines(manifest.get("budgets", [])),
-        *_validation_limit_lines(manifest.get("gates", {}), manifest.get("validation", {})),
-        *_limits(manifest.get("gain", {})),
+        f"decoder parameters  {_millions(dense.decoder_params, pruned.decoder_params)}{percent}",
+        f"all parameters      {_millions(dense.params, pruned.params)}",
+        f"self-check          {check.max_relative:.1e} relative (limit {check.limit:.0e})",
+        *_measured_budget_lines(manifest.budgets),
+        *_validation_limit_lines(manifest.limits, manifest.validation),
+        *_limits(manifest.gain.limits),
         *_speed_lines(manifest),
     ]
     return "\n".join(
@@ -44,63 +46,59 @@ def render_run(folder: Path) -> str:
     )
 
 
-def _speed_lines(manifest: dict[str, Any]) -> list[str]:
+def _speed_lines(manifest: Manifest) -> list[str]:
     """Beside the dense model: measured in turns where the run did that, and one by one."""
     turns = {kind: interleaved_ratio(manifest, kind) for kind in ("throughput", "prefill", "decode")}
     lines = [f"{f'{kind} in turns':<19} {times}" for kind, times in turns.items() if times]
     for kind in ("prefill", "decode"):
         if times := separate_ratio(manifest, kind):
-            before, after = (manifest["speed"][name][f"{kind}_tokens_per_s"] for name in ("dense", "pruned"))
+            before, after = (model.tokens_per_s(kind) for model in (manifest.speed.dense, manifest.speed.pruned))
             lines.append(f"{kind:<8} tokens/s   {before:,.0f} -> {after:,.0f}  {times}")
     return lines
 
 
-def _measured_budget_lines(budgets: list[dict[str, Any]]) -> list[str]:
+def _measured_budget_lines(budgets: Sequence[BudgetFacts]) -> list[str]:
     return [
-        f"{budget['budget']:<19} {budget['words']}"
-        + (f"; measured {100 * budget['error']:+.1f}% off that" if "error" in budget else "")
+        f"{budget.budget:<19} {budget.words}"
+        + (f"; measured {100 * budget.error:+.1f}% off that" if budget.error is not None else "")
         for budget in budgets
     ]
 
 
-def _validation_limit_lines(limits: dict[str, Any], validation: dict[str, Any]) -> list[str]:
+def _validation_limit_lines(limits: LimitsFacts, validation: ValidationFacts) -> list[str]:
     """What gates did, what the budget became, and what watching cost."""
     lines = [
-        f"gate                step {event['step']}: {event['did']} ({event['gates'][0]})"
-        for event in limits.get("events", [])
+        f"gate                step {action.step}: {action.action} ({action.conditions[0]})" for action in limits.actions
     ]
-    lines += _limits(limits)
-    if limits and (limits["kept"] or 0) > limits["keep_asked"]:
-        lines.append(
-            f"budget              {limits['kept']:.1%} remains, {limits['keep_asked']:.0%} was asked for: a gate held it"
-        )
-    if validation.get("share") is not None:
-        lines.append(
-            f"validation          every {validation['every']} steps, {validation['share']:.1%} of the tuning time"
-        )
+    lines += _limits(limits.limits)
+    kept, requested = limits.kept, limits.requested_keep
+    if kept is not None and requested is not None and kept > requested:
+        lines.append(f"budget              {kept:.1%} remains, {requested:.0%} was asked for: a gate held it")
+    if validation.share is not None:
+        lines.append(f"validation          every {validation.every} steps, {validation.share:.1%} of the tuning time")
     return lines
 
 
-def _limits(gates: dict[str, Any]) -> list[str]:
+def _limits(limits: Sequence[LimitFacts]) -> list[str]:
     return [
-        f"gate                {limit['gate']}: {limit['found']:.4g}, limit {limit['limit']:.4g}"
-        f"{'' if limit['held'] else ', OUTSIDE'}"
-        for limit in gates.get("limits", [])
-        if limit["found"] is not None
+        f"gate                {limit.condition}: {limit.measured:.4g}, limit {limit.limit:.4g}"
+        f"{'' if limit.is_met else ', OUTSIDE'}"
+        for limit in limits
+        if limit.measured is not None
     ]
 
 
-def _render_sizes(folder: Path, manifest: dict[str, Any]) -> str:
+def _render_sizes(folder: Path, manifest: Manifest) -> str:
     """A line a size: what it keeps, its mean scores, its speed beside the dense model's."""
     lines = [f"{'keep':>6}  {'parameters':>11}  {'speed':>20}  {'scores (means over tasks)':<40}  checkpoint"]
-    for place in manifest["sizes"]:
+    for place in manifest.sizes:
         file = folder / place / "manifest.json"
-        own = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        if "pruned" not in own:
+        own = Manifest.from_json(file.read_text(encoding="utf-8")) if file.exists() else Manifest.empty()
+        if own.pruned.params is None:
             lines.append(f"{Path(place).name:>6}  not made")
             continue
         speed = str(interleaved_ratio(own, "throughput") or "–")
-        params = f"{own['pruned']['params'] / 1e6:,.1f} M"
+        params = f"{own.pruned.params / 1e6:,.1f} M"
         scores = _format_mean_scores(folder / place / "evaluation" / "pruned.json")
         lines.append(f"{Path(place).name:>6}  {params:>11}  {speed:>20}  {scores:<40}  {folder / place / 'model'}")
     return "\n".join([*lines, "", f"report     {folder / 'report.html'}"])
@@ -113,8 +111,8 @@ def _format_mean_scores(file: Path) -> str:
     return ", ".join(f"{metric} {score.value:.3f} ±{score.se:.3f}" for metric, score in scores.items())
 
 
-def _millions(dense: dict[str, Any], pruned: dict[str, Any], key: str) -> str:
-    return f"{dense[key] / 1e6:,.1f} M -> {pruned[key] / 1e6:,.1f} M"
+def _millions(dense: int | None, pruned: int | None) -> str:
+    return f"{dense / 1e6:,.1f} M -> {pruned / 1e6:,.1f} M" if dense and pruned else "not known"
 
 
 def _score_table_lines(folder: Path) -> list[str]:

@@ -12,8 +12,8 @@ import jinja2
 from prunetune import report
 from prunetune.compare import charts, markdown
 from prunetune.compare.methods import DENSE
+from prunetune.manifest import Manifest
 from prunetune.report import formatting
-from prunetune.report.run_folder import get_mapping, lookup
 from prunetune.utils.files import write_text
 
 LABELS = {"acc": "Mean accuracy", "nll": "Mean NLL per answer token", "rouge_l": "Mean ROUGE-L"}
@@ -26,7 +26,7 @@ def write_page(folder: Path) -> Path:
     The same files give the same bytes.
     """
     comparison = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    manifest = json.loads(_read_if_present(folder / "manifest.json") or "{}")
+    manifest = Manifest.from_json(_read_if_present(folder / "manifest.json") or "{}")
     page = folder / "comparison.html"
     write_text(page, render_page(comparison, manifest, _read_if_present(folder / "config.yaml"), folder.name))
     return page
@@ -36,7 +36,7 @@ def _read_if_present(file: Path) -> str:
     return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
-def render_page(comparison: ComparisonData, manifest: Mapping[str, Any], recipe: str, name: str) -> str:
+def render_page(comparison: ComparisonData, manifest: Manifest, recipe: str, name: str) -> str:
     """The page as HTML text."""
     folders = [Path(__file__).parent, *map(Path, report.__path__)]
     environment = jinja2.Environment(
@@ -67,7 +67,7 @@ def render_page(comparison: ComparisonData, manifest: Mapping[str, Any], recipe:
         legend=charts.legend(styles),
         cost_rows=cost_rows(rows),
         any_concurrent=any(row["crowded"] for row in rows),
-        command=str(lookup(manifest, "command") or ""),
+        command=manifest.command or "",
         environment=_environment_rows(manifest),
         recipe=recipe,
     )
@@ -117,12 +117,12 @@ def cost_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return list(unique.values())
 
 
-def _environment_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _environment_rows(manifest: Manifest) -> list[tuple[str, str]]:
     facts = {
-        "Model": lookup(manifest, "model", "name"),
-        "Device": lookup(manifest, "device"),
-        "Arithmetic": lookup(manifest, "dtype"),
-        **get_mapping(manifest, "versions"),
+        "Model": manifest.model.name,
+        "Device": manifest.device,
+        "Arithmetic": manifest.dtype,
+        **manifest.versions,
+        "Rows": ", ".join(f"{split} {count}" for split, count in manifest.data.counts.items()),
     }
-    facts["Rows"] = ", ".join(f"{split} {count}" for split, count in get_mapping(manifest, "data", "counts").items())
-    return [(str(name), str(value)) for name, value in facts.items() if value not in (None, "")]
+    return [(name, value) for name, value in facts.items() if value]

@@ -11,6 +11,7 @@ import yaml
 
 from prunetune.config.fields import fields_by_path
 from prunetune.config.recipe import RunConfig
+from prunetune.manifest import Manifest
 from prunetune.model.license import LicenseInfo
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site, UnitKind, effective_layout, kept_params
@@ -44,7 +45,7 @@ class Provenance:
     """What a card says besides the plan: the recipe, the run's manifest, the base's licence, and scores."""
 
     config: RunConfig
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     licence: LicenseInfo = UNKNOWN_LICENSE
     scores: Sequence[ScoreRow] = ()
     recipe_sha256: str = ""  # of the run's config.yaml
@@ -107,19 +108,24 @@ tokenizer = AutoTokenizer.from_pretrained("PATH"{code})
 ```{f"{chr(10)}{chr(10)}{REMOTE_CODE_NOTE}" if code else ""}"""
 
 
-def _size_section(manifest: Mapping[str, Any]) -> str:
-    dense, pruned = manifest.get("model", {}), manifest.get("pruned", {})
-    if "bytes" not in dense or "bytes" not in pruned:
+def _size_section(manifest: Manifest) -> str:
+    dense, pruned = manifest.model, manifest.pruned
+    if dense.bytes is None or pruned.bytes is None:
         return ""
-    rows = [("parameters", "params", "M"), ("of them in the decoder", "decoder_params", "M")]
-    rows.append((f"weights on disk, {pruned.get('dtype', '')}", "bytes", "MB"))
+    rows = [
+        ("parameters", dense.params, pruned.params, "M"),
+        ("of them in the decoder", dense.decoder_params, pruned.decoder_params, "M"),
+        (f"weights on disk, {pruned.dtype}", dense.bytes, pruned.bytes, "MB"),
+    ]
     lines = [
-        f"| {title} | {dense[key] / 1e6:,.1f} {unit} | {pruned[key] / 1e6:,.1f} {unit} |" for title, key, unit in rows
+        f"| {title} | {before / 1e6:,.1f} {unit} | {after / 1e6:,.1f} {unit} |"
+        for title, before, after, unit in rows
+        if before is not None and after is not None
     ]
     return "\n".join(["## Size", "", "| | dense | this model |", "|---|---:|---:|", *lines])
 
 
-def _score_section(scores: Sequence[ScoreRow], manifest: Mapping[str, Any]) -> str:
+def _score_section(scores: Sequence[ScoreRow], manifest: Manifest) -> str:
     if not scores:
         return ""
     names = [name for name in MODEL_TITLES if any(name in row.scores for row in scores)]
@@ -130,7 +136,7 @@ def _score_section(scores: Sequence[ScoreRow], manifest: Mapping[str, Any]) -> s
         + "".join(f" {_format_score(row.scores.get(name))} |" for name in names)
         for row in scores
     ]
-    computed = f", computed in {manifest['dtype']}" if "dtype" in manifest else ""
+    computed = f", computed in {manifest.dtype}" if manifest.dtype else ""
     return "\n".join(["## Scores", "", f"On the run's test split{computed}, ± standard error.", "", *head, *lines])
 
 
@@ -143,8 +149,8 @@ def _format_score(score: tuple[float, float, int] | None) -> str:
 
 def _provenance_section(provenance: Provenance) -> str:
     manifest = provenance.manifest
-    versions = ", ".join(f"{name} {version}" for name, version in manifest.get("versions", {}).items())
-    commit = f"; prunetune at commit `{manifest['commit']}`" if manifest.get("commit") else ""
+    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    commit = f"; prunetune at commit `{manifest.commit}`" if manifest.commit else ""
     values, defaults = _option_values(provenance.config), _option_values(RunConfig())
     changed = ", ".join(
         f"`{name}: {value}`"
@@ -155,8 +161,7 @@ def _provenance_section(provenance: Provenance) -> str:
     lines += [f"- made with {versions}{commit}"] if versions else []
     lines += [f"- recipe, where it is not the default: {changed or 'all of it is'}"]
     lines += [f"- SHA-256 of the run's config.yaml: `{provenance.recipe_sha256}`"] if provenance.recipe_sha256 else []
-    hashes = manifest.get("data", {}).get("hashes", {})
-    lines += [f"- SHA-256 of the data, {split}: `{digest}`" for split, digest in hashes.items()]
+    lines += [f"- SHA-256 of the data, {split}: `{digest}`" for split, digest in manifest.data.hashes.items()]
     return "\n".join(lines)
 
 

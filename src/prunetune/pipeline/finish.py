@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from prunetune.data.encoding import chat_stop_id, uses_chat_template
 from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
 from prunetune.export.streamed_cut import AdapterMerger, StreamedModel, cut_streamed
+from prunetune.manifest import PrunedModelFacts, QuantisedFacts, SelfCheckFacts
 from prunetune.model.safetensors_reader import SafetensorsReader, load_empty_model
 from prunetune.pipeline.model_card import render_card
 from prunetune.pipeline.monitor import tuning_facts
@@ -74,7 +75,8 @@ def _cut_write_and_check(context: RunContext, *, streamed: bool) -> None:
     else:
         pruned = _cut_layer_by_layer(context, streamer, state, tokens)
     if has_nf4_adapters(context, state):
-        context.folder.update_manifest(quantised=_compare_with_tuned(context, state, tokens, pruned.expected_logits))
+        compared = _compare_with_tuned(context, state, tokens, pruned.expected_logits)
+        context.folder.update_manifest(quantised=QuantisedFacts(**compared))
     write_text(context.folder.plan_file, state.plan.to_json())
     unchecked = context.folder.path / "model.unchecked"
     written = write_checkpoint(
@@ -90,15 +92,14 @@ def _cut_write_and_check(context: RunContext, *, streamed: bool) -> None:
     )
     selfcheck = check_checkpoint(written, tokens, pruned.expected_logits, streamed=streamer is not None)
     context.folder.update_manifest(
-        model=context.folder.read_manifest()["model"] | {"bytes": context.dense_params * pruned.storage_dtype.itemsize},
-        pruned=asdict(written)
-        | {
-            "folder": "model",
-            "class": written.architecture,
-            "decoder_params": kept_params(context.sites, state.plan) + context.unprunable_block_params,
-            "dtype": str(pruned.storage_dtype).removeprefix("torch."),
-        },
-        selfcheck=selfcheck.to_dict(),
+        model=replace(context.folder.read_manifest().model, bytes=context.dense_params * pruned.storage_dtype.itemsize),
+        pruned=PrunedModelFacts(
+            **asdict(written) | {"folder": "model"},
+            class_name=written.architecture,
+            decoder_params=kept_params(context.sites, state.plan) + context.unprunable_block_params,
+            dtype=str(pruned.storage_dtype).removeprefix("torch."),
+        ),
+        selfcheck=SelfCheckFacts(**selfcheck.to_dict()),
     )
     unchecked.rename(context.folder.model_folder)  # from here on model/ exists, is whole, and has passed its check
 

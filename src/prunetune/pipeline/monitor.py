@@ -17,6 +17,7 @@ from prunetune.data.records import Record
 from prunetune.errors import ConfigError, DataError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate, stable_sample
+from prunetune.manifest import LimitActionFacts, LimitFacts, LimitsFacts, ValidationFacts
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
 from prunetune.pruning.sites import kept_params
@@ -163,33 +164,41 @@ def unpack_plan(sites: dict[str, dict[str, Any]]) -> Plan:
 
 def tuning_facts(context: RunContext) -> dict[str, Any]:
     """Time, validation and limits of a tuned run, for the manifest."""
-    state, timings = Checkpoints(context.folder.checkpoints).latest(), context.folder.read_manifest().get("timings", {})
+    state, timings = Checkpoints(context.folder.checkpoints).latest(), context.folder.read_manifest().timings
     if state is None:
         return {}
-    seconds = max(timings.get(TUNING_STAGE, 0.0), state.seconds)  # a process that was killed recorded none
-    timed = {"timings": timings | {TUNING_STAGE: seconds}}
+    seconds = max(timings.get(TUNING_STAGE) or 0.0, state.seconds)  # a process that was killed recorded none
+    timed = {"timings": {**timings, TUNING_STAGE: seconds}}
     if not state.validation_history:
         return timed
     seen, config = state.validation_history, context.config
     gates = [ScoreLimit.parse(text) for text in config.limits]
-    limits = [
-        {
-            "gate": str(gate), "limit": gate.threshold(seen["dense"]), "found": seen["last"].get(gate.metric),
-            "held": gate.is_met(seen["last"], seen["dense"]),
-        }
-        for gate in gates if seen["last"]
-    ]  # fmt: skip
+    limits = tuple(
+        LimitFacts(
+            condition=str(gate),
+            limit=gate.threshold(seen["dense"]),
+            measured=seen["last"].get(gate.metric),
+            is_met=gate.is_met(seen["last"], seen["dense"]),
+        )
+        for gate in gates
+        if seen["last"]
+    )
     kept = kept_params(context.sites, state.plan) / prunable_params(context.sites) if state.plan else None
     # Under budgets of other kinds no share of parameters was requested: only a limit can have raised it.
     asked = kept if context.constraints.limits and not seen["events"] else config.budget.keep
     return timed | {
-        "validation": {
-            "every": config.train.validate_every * max(1, seen["stride"]),
-            "seconds": seen["seconds"], "share": seen["seconds"] / seconds if seconds else None,
-            "dense": seen["dense"], "last": seen["last"],
-        },
-        "gates": {
-            "limits": limits, "events": seen["events"],
-            "keep_asked": asked, "keep_allowed": seen["schedule"]["keep"], "kept": kept,
-        },
-    }  # fmt: skip
+        "validation": ValidationFacts(
+            every=config.train.validate_every * max(1, seen["stride"]),
+            seconds=seen["seconds"],
+            share=seen["seconds"] / seconds if seconds else None,
+            dense=seen["dense"],
+            last=seen["last"],
+        ),
+        "limits": LimitsFacts(
+            limits=limits,
+            actions=tuple(LimitActionFacts.from_dict(event) for event in seen["events"]),
+            requested_keep=asked,
+            allowed_keep=seen["schedule"]["keep"],
+            kept=kept,
+        ),
+    }

@@ -19,6 +19,7 @@ from pathlib import Path
 from prunetune.config.recipe import RunConfig
 from prunetune.data.batches import BatchStream
 from prunetune.errors import ConfigError, LimitBroken, RunFolderError, SelfCheckFailed
+from prunetune.manifest import ModelSpeeds
 from prunetune.model.loading import pick_device
 from prunetune.pipeline.finish import finish
 from prunetune.pipeline.monitor import ValidationMonitor, make_monitor
@@ -70,12 +71,12 @@ def run_sizes(config: RunConfig, *, resume: bool = False, console: Console | Non
         sizes = make_size_runs(context)
         create_run_folder(context.folder, config)
         with run_lifecycle(context, command):
-            folders = [str(size.folder.path.relative_to(context.folder.path)) for size in sizes]
+            folders = tuple(str(size.folder.path.relative_to(context.folder.path)) for size in sizes)
             record_origin(context, command, sizes=folders)
             stopped = SizeTraining(context, sizes, command).train()
             tuned = [size for size in sizes if size.is_tuned]
             _finish_and_evaluate(context, tuned, command)
-            if any("gain" not in size.folder.read_manifest() for size in tuned):
+            if any(not size.folder.read_manifest().gain for size in tuned):
                 with record_timing(context.folder, "bench"):
                     measure_gain(context.folder, [size.folder for size in tuned], context)
             failures = [*_broken_limits(tuned, command), *([stopped] if stopped else [])]
@@ -169,7 +170,7 @@ class SizeTraining:
         teacher_factory = self._teacher_factory
         keep = size.config.budget.keep
         larger = self.sizes[size.index - 1].config.budget.keep if size.index else None
-        record_origin(size.context, self.command, size={"keep": keep, "larger": larger})
+        record_origin(size.context, self.command, size=SizeFacts(keep=keep, larger=larger))
         size.context.console.stage(f"tune and prune, size {keep:g}", size.config.train.steps)
         with record_training(size.context) as observer:
             while not resume_training(
@@ -230,8 +231,8 @@ def _finish_and_evaluate(context: RunContext, sizes: Sequence[SizeRun], command:
         for name in names:
             if not size.folder.evaluation_file(name).exists():
                 shutil.copyfile(context.folder.evaluation_file(name), size.folder.evaluation_file(name))
-        speed = size.folder.read_manifest().get("speed", {})
-        size.folder.update_manifest(speed=context.folder.read_manifest().get("speed", {}) | speed)
+        dense_speed, speed = (folder.read_manifest().speed.to_dict() for folder in (context.folder, size.folder))
+        size.folder.update_manifest(speed=ModelSpeeds.from_dict(dense_speed | speed))
         with run_lifecycle(size.context, command):
             finish(size.context)
             evaluate_all(size.context)

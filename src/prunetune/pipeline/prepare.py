@@ -22,6 +22,7 @@ from prunetune.data.splits import Splits, load_splits
 from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
 from prunetune.evaluation.score_records import context_length
 from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
+from prunetune.manifest import DataFacts, DenseModelFacts
 from prunetune.model.loading import (
     LoadedModel,
     load_meta_model,
@@ -202,9 +203,9 @@ def _encode_splits(
 def _raise_if_not_resumable(folder: RunFolder, splits: Splits) -> None:
     """Raises `RunFolderError` for one size of a larger run, and where rows are not those that the run began with."""
     manifest = folder.read_manifest()
-    if "size" in manifest:
+    if manifest.size:
         raise RunFolderError(f"{folder.path} is one size of a run: go on with the run around it")
-    before = manifest.get("data", {}).get("hashes", {})
+    before = manifest.data.hashes
     changed = [name for name, digest in splits.hashes.items() if before.get(name, digest) != digest]
     if changed:
         raise RunFolderError(
@@ -324,16 +325,16 @@ def _disk_bytes_needed(meta_model: Any, sites: tuple[Site, ...], config: RunConf
 
 def data_and_model_facts(context: RunContext) -> dict[str, Any]:
     """Facts about data and dense model, for the manifest."""
-    records_by_split, decoder = (
-        context.splits.by_name(),
-        prunable_params(context.sites) + context.unprunable_block_params,
-    )
     return {
-        "data": {
-            "hashes": context.splits.hashes,
-            "counts": {name: len(records) for name, records in records_by_split.items()},
-            "too_long": sum(split.num_too_long for split in context.encoded.values()),
-            "dropped": context.splits.dropped,
-        },
-        "model": {"name": context.config.model, "params": context.dense_params, "decoder_params": decoder},
+        "data": DataFacts(
+            hashes=context.splits.hashes,
+            counts={name: len(records) for name, records in context.splits.by_name().items()},
+            too_long=sum(split.num_too_long for split in context.encoded.values()),
+            dropped=context.splits.dropped,
+        ),
+        "model": DenseModelFacts(
+            name=context.config.model,
+            params=context.dense_params,
+            decoder_params=prunable_params(context.sites) + context.unprunable_block_params,
+        ),
     }

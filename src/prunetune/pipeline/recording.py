@@ -59,8 +59,9 @@ def record_timing(folder: RunFolder, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        timings = folder.read_manifest().get("timings", {})
-        folder.update_manifest(timings=timings | {stage: timings.get(stage, 0) + time.monotonic() - started})
+        timings = folder.read_manifest().timings
+        seconds = (timings.get(stage) or 0) + time.monotonic() - started
+        folder.update_manifest(timings={**timings, stage: seconds})
 
 
 def record_origin(context: RunContext, command: str, **facts: Any) -> None:
@@ -90,11 +91,10 @@ def run_lifecycle(context: RunContext, command: str) -> Iterator[None]:
 def raise_if_limits_broken(context: RunContext) -> None:
     """Raises `LimitBroken` if the finished run is outside a limit on scores or gain; model and report are kept."""
     manifest = context.folder.read_manifest()
-    limits = [limit for section in ("gates", "gain") for limit in manifest.get(section, {}).get("limits", [])]
-    broken = [limit for limit in limits if not limit["held"]]
+    broken = [limit for limit in (*manifest.limits.limits, *manifest.gain.limits) if not limit.is_met]
     if broken:
         reasons = "; and ".join(
-            limit.get("says") or f"{limit['gate']}, limit {limit['limit']:.4g}, found {limit['found']:.4g}"
+            limit.explanation or f"{limit.condition}, limit {limit.limit:.4g}, found {limit.measured:.4g}"
             for limit in broken
         )
         raise LimitBroken(

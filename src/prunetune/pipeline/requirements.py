@@ -19,6 +19,7 @@ from prunetune.bench.options import BenchOptions
 from prunetune.bench.result import BenchedModel
 from prunetune.bench.tile_alignment import SHOWN, TILE, misaligned_widths
 from prunetune.config.recipe import RequireConfig, RunConfig
+from prunetune.manifest import GainFacts
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
 from prunetune.pruning.sites import Site
@@ -40,9 +41,8 @@ def measure_gain(run_folder: RunFolder, folders: Sequence[RunFolder], context: R
         found = measure_in_process([str(folder.path)], options)
         benches.append(found.to_dict())
         plan = Plan.load(folder.plan_file)
-        folder.update_manifest(
-            gain=judge_gain(found.models[0], found.models[-1], context.config.require, plan, context.sites)
-        )
+        gain = judge_gain(found.models[0], found.models[-1], context.config.require, plan, context.sites)
+        folder.update_manifest(gain=GainFacts.from_dict(gain))
     write_text(run_folder.bench_file, json.dumps(benches, indent=2) + "\n")
 
 

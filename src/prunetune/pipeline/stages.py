@@ -20,6 +20,7 @@ from prunetune.data.sources import SplitName
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
 from prunetune.export.checksums import verify_checksums
+from prunetune.manifest import BudgetFacts, ModelSpeeds
 from prunetune.model.loading import DTYPES, load_model_and_tokenizer
 from prunetune.pipeline.model_card import rewrite_card
 from prunetune.pipeline.monitor import ValidationMonitor
@@ -205,7 +206,7 @@ def dense_model_names(config: RunConfig) -> tuple[str, ...]:
 
 def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
     """Score models on the test split, and time all but the dense tuned one; skips those that have scores."""
-    speeds: dict[str, Any] = context.folder.read_manifest().get("speed", {})
+    speeds = context.folder.read_manifest().speed
     for name in names:
         if context.folder.evaluation_file(name).exists():
             continue
@@ -213,7 +214,7 @@ def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
         context.console.stage(f"evaluate {name}", 1)
         result = score_model(context, model, context.splits.test)
         if name != "tuned":
-            speeds |= {name: measure_speed(model).to_dict()}
+            speeds = ModelSpeeds.from_dict(speeds.to_dict() | {name: measure_speed(model).to_dict()})
             context.folder.update_manifest(speed=speeds)
         write_text(context.folder.evaluation_file(name), result.to_json())
 
@@ -221,7 +222,7 @@ def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
 def measure(context: RunContext) -> None:
     """Measure what the finished model uses, and its gain over the dense model where the recipe requires one."""
     measure_budgets(context)
-    if context.config.require.has_requirements and "gain" not in context.folder.read_manifest():
+    if context.config.require.has_requirements and not context.folder.read_manifest().gain:
         with record_timing(context.folder, "bench"):
             measure_gain(context.folder, [context.folder], context)
 
@@ -229,7 +230,7 @@ def measure(context: RunContext) -> None:
 def measure_budgets(context: RunContext) -> None:
     """Write to the manifest what the model uses of its budgets, timed if need be, and the run's peak memory."""
     limits, workload, folder = context.constraints.limits, context.config.workload, context.folder
-    if limits is not None and "budgets" not in folder.read_manifest():
+    if limits is not None and not folder.read_manifest().budgets:
 
         def open_model() -> Any:
             generated_code = context.config.layout == "per-layer"
@@ -240,7 +241,8 @@ def measure_budgets(context: RunContext) -> None:
                 trust_remote_code=generated_code,
             ).model
 
-        folder.update_manifest(budgets=verify_budgets(limits, Plan.load(folder.plan_file), workload, open_model))
+        rows = verify_budgets(limits, Plan.load(folder.plan_file), workload, open_model)
+        folder.update_manifest(budgets=tuple(BudgetFacts(**row) for row in rows))
     folder.update_manifest(peak_memory_mb=environment.peak_memory_mb(context.device))
 
 

@@ -227,7 +227,7 @@ def test_gates_that_differ_between_ranks_end_the_run(results: dict[str, Any]) ->
 def test_run_of_sharded_ranks_writes_the_folder_of_one_process(results: dict[str, Any], folder: Path) -> None:
     """Rank 0 wrote the folder, layer by layer; one process decides and cuts the same, but for rounding."""
     there, here = RunFolder(folder / "run"), RunFolder(folder / "again")
-    assert there.read_manifest()["selfcheck"]["ok"]
+    assert there.read_manifest().selfcheck.ok
     assert len(list(there.model_folder.glob("*.safetensors"))) == 4  # three layers, and what is outside
     config = from_mapping(
         yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) | {"out": str(here.path)}
