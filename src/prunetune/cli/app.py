@@ -17,11 +17,11 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from prunetune.bench.options import BenchOptions
-from prunetune.cli.eval_flags import DEFAULT_EVAL_FLAGS, EvalFlags
 from prunetune.cli.flags import flags_to_overrides, make_flags_class
 from prunetune.config.fields import read_options
 from prunetune.config.recipe import RunConfig, UnitName, WorkloadConfig, load_recipe
 from prunetune.errors import DataError, LimitBroken, PrunetuneError, gpu_fault_message
+from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
 from prunetune.utils.launch import (
     lost_rank_message,
     rank_and_world_size,
@@ -44,6 +44,10 @@ EXIT_OUTPUT_CLOSED = 141  # exit code where nobody reads what is printed: a shel
 NO_FLAGS = Flags()
 BenchFlags: typing.TypeAlias = make_flags_class(BenchOptions)  # type: ignore[valid-type]
 NO_BENCH_FLAGS = BenchFlags()
+EvalFlags: typing.TypeAlias = make_flags_class(EvalOptions)  # type: ignore[valid-type]
+NO_EVAL_FLAGS = EvalFlags()
+CheckFlags: typing.TypeAlias = make_flags_class(CheckOptions)  # type: ignore[valid-type]
+NO_CHECK_FLAGS = CheckFlags()
 WorkloadFlags: typing.TypeAlias = make_flags_class(WorkloadConfig)  # type: ignore[valid-type]
 NO_WORKLOAD_FLAGS = WorkloadFlags()
 DEFAULT_UNITS: tuple[UnitName, ...] = ("kv-groups", "mlp-channels")
@@ -242,7 +246,7 @@ def evaluate(
     *,
     suite: Path,
     out: Annotated[Path | None, Parameter(help="A JSON file for scores and items; check reads it too.")] = None,
-    flags: Annotated[EvalFlags, Parameter(name="*")] = DEFAULT_EVAL_FLAGS,
+    flags: Annotated[EvalFlags, Parameter(name="*")] = NO_EVAL_FLAGS,
 ) -> None:
     """The scores of a suite, of any model: each task with standard errors; what cannot be scored says why.
 
@@ -254,23 +258,19 @@ def evaluate(
         A YAML file of tasks; see suites/.
     """
     from prunetune.evaluation.suites import api, output
-    from prunetune.utils.files import write_text
+    from prunetune.utils.console import evaluation_progress
+    from prunetune.utils.files import check_writable, write_text
 
-    api.check_writable(out, "--out")
-    with flags.progress_console() as progress:
-        found = api.evaluate(
-            model,
-            flags.open_suite(suite),
-            options=flags.target_options(),
-            allow=flags.allowed_features(),
-            progress=progress,
-        )
+    options = read_options(EvalOptions, flags_to_overrides(flags), where="eval")
+    check_writable(out, "--out")
+    with evaluation_progress() as progress:
+        scores = api.evaluate(model, suite, options=options, progress=progress)
     if out is not None:
-        write_text(out, api.evaluation_to_json(found, model, str(suite)))
-    print(output.render_evaluation(found))
-    unscored = [name for name, result in found.tasks.items() if result.error]
+        write_text(out, api.evaluation_to_json(scores, model, str(suite)))
+    print(output.render_evaluation(scores))
+    unscored = [name for name, result in scores.tasks.items() if result.error]
     if unscored:
-        raise DataError(f"{len(unscored)} of {len(found.tasks)} tasks could not be scored: {', '.join(unscored)}")
+        raise DataError(f"{len(unscored)} of {len(scores.tasks)} tasks could not be scored: {', '.join(unscored)}")
 
 
 @app.command
@@ -279,10 +279,9 @@ def check(
     /,
     *,
     suite: Path,
-    against: Annotated[str, Parameter(help="The reference, named as a model is; default: the run's dense model.")] = "",
     junit: Annotated[Path | None, Parameter(help="A JUnit XML file for CI.")] = None,
     json: Annotated[Path | None, Parameter(help="A JSON file with limits, scores and new failures.")] = None,
-    flags: Annotated[EvalFlags, Parameter(name="*")] = DEFAULT_EVAL_FLAGS,
+    flags: Annotated[CheckFlags, Parameter(name="*")] = NO_CHECK_FLAGS,
 ) -> None:
     """Regression gate: exit 1, with the items that went wrong, where a suite's limit is broken.
 
@@ -294,29 +293,24 @@ def check(
         A YAML file of tasks with limits; see suites/.
     """
     from prunetune.evaluation.suites import api, output
-    from prunetune.evaluation.suites.junit import render_junit as to_junit
-    from prunetune.utils.files import write_text
+    from prunetune.evaluation.suites.junit import render_junit
+    from prunetune.utils.console import evaluation_progress
+    from prunetune.utils.files import check_writable, write_text
 
-    api.check_writable(junit, "--junit")
-    api.check_writable(json, "--json")
-    with flags.progress_console() as progress:
-        found = api.check(
-            model,
-            flags.open_suite(suite),
-            against,
-            options=flags.target_options(),
-            allow=flags.allowed_features(),
-            progress=progress,
-        )
+    options = read_options(CheckOptions, flags_to_overrides(flags), where="check")
+    check_writable(junit, "--junit")
+    check_writable(json, "--json")
+    with evaluation_progress() as progress:
+        result = api.check(model, suite, options=options, progress=progress)
     if junit is not None:
-        write_text(junit, to_junit(found, f"prunetune check {model}"))
+        write_text(junit, render_junit(result, f"prunetune check {model}"))
     if json is not None:
-        write_text(json, found.to_json())
-    print(output.render_check(found))
-    if found.broken:
-        raise LimitBroken(f"{len(found.broken)} of {len(found.verdicts)} limits broken: {found.broken[0].says}")
-    if found.errors:
-        raise DataError(f"{len(found.errors)} tasks could not be judged: {', '.join(found.errors)}")
+        write_text(json, result.to_json())
+    print(output.render_check(result))
+    if result.broken:
+        raise LimitBroken(f"{len(result.broken)} of {len(result.verdicts)} limits broken: {result.broken[0].says}")
+    if result.errors:
+        raise DataError(f"{len(result.errors)} tasks could not be judged: {', '.join(result.errors)}")
 
 
 @app.command
@@ -336,8 +330,7 @@ def bench(
 
     from prunetune.bench.api import measure_models
     from prunetune.bench.table import render_bench
-    from prunetune.evaluation.suites.api import check_writable
-    from prunetune.utils.files import write_text
+    from prunetune.utils.files import check_writable, write_text
 
     options = read_options(BenchOptions, flags_to_overrides(flags), where="bench")
     check_writable(json, "--json")

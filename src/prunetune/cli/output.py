@@ -248,7 +248,8 @@ def _site_rows(sites: Sequence[Any], constraints: Any) -> list[str]:
     from prunetune.search.select import min_width
 
     alike = Counter(
-        (site.kind, site.length, site.lanes, site.unit_params, min_width(site, constraints)) for site in sites
+        (site.kind, site.units_per_group, site.parent_groups, site.unit_params, min_width(site, constraints))
+        for site in sites
     )
     return [
         f"{count:>5}  {kind:<16} {length * lanes:>6}  {price:>15,}  "

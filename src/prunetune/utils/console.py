@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console as RichConsole
@@ -158,3 +160,14 @@ def format_validation_scores(record: ConsoleRecord) -> str:
 def make_console(log_every: int) -> PlainConsole | LiveConsole:
     """Live in a terminal, plain elsewhere."""
     return LiveConsole() if sys.stderr.isatty() else PlainConsole(log_every)
+
+
+@contextmanager
+def evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A function for the block that shows how far an evaluation is: task, items done, items in all."""
+    console = make_console(1)
+    console.stage("evaluate", 1)
+    try:
+        yield console.evaluation_progress
+    finally:
+        console.close()

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prunetune.errors import RunFolderError
+from prunetune.errors import ConfigError, RunFolderError
 
 PARTIAL = ".partial"
 
@@ -82,6 +82,16 @@ def require_disk_space(folder: Path, needed_bytes: int) -> None:
             f"{folder}: the disk has {free / 1e9:.2f} GB free and the run writes up to {needed_bytes / 1e9:.2f} GB: "
             "free some room or choose another folder with --out"
         )
+
+
+def check_writable(path: Path | None, flag: str) -> None:
+    """Refuse a file that cannot be written before anything is computed; raises `ConfigError`."""
+    if path is None:
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(f"{flag} {path}: name a file in a folder that exists")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {path}: its folder cannot be written to; name a file in another one")
 
 
 def is_disk_full(error: Exception) -> bool:
