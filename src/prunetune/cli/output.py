@@ -263,7 +263,7 @@ def _legal(kind: str, low: int, length: int, lanes: int, constraints: Any) -> st
     if kind == "attention":
         is_free = constraints.layout != "uniform"
         return (
-            f"{', '.join(str(g) for g in range(low, length + 1) if is_free or constraints.legal_groups(g))} KV groups"
+            f"{', '.join(str(g) for g in range(low, length + 1) if is_free or constraints.allows_groups(g))} KV groups"
         )
     if kind in ("mlp", "expert-channels"):
         each = f" in each of {lanes} experts" if kind == "expert-channels" else ""

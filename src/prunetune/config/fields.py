@@ -8,14 +8,17 @@ import logging
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any, Literal
 
-from prunetune.config.score_limits import normalize_limit
 from prunetune.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+
+Parse = Callable[[Any, str], Any]
+"""Turns one entry as written, and the option's name for errors, into its value; raises `ConfigError`."""
 
 
 def option(
@@ -25,7 +28,8 @@ def option(
     ge: float | None = None,
     le: float | None = None,
     gt: float | None = None,
-    entry_name: str = "source",
+    parse: Parse | None = None,
+    entry_name: str = "text",
     accepts_number: bool = False,
     flag_type: type[Any] | None = None,
     flag_alias: str | None = None,
@@ -33,15 +37,20 @@ def option(
 ) -> Any:
     """A field with its help text and bounds: at least `ge`, at most `le`, above `gt`.
 
-    Bounds of a tuple are those of its entries; `entry_name` is what one entry of a tuple of texts is called;
-    `accepts_number` lets a text be written as a number; `flag_type` is the type of the flag, where it is read as more
-    than the field's own; `flag_alias` is a second name of the flag; `formerly` is the name that the option had in the
-    version before, and under which it is still read.
+    Bounds of a tuple are those of its entries. Further arguments, all optional:
+
+    - `parse` reads the value, or each entry of a tuple, where a type and bounds do not say enough.
+    - `entry_name` is the noun for one entry of a tuple of texts, in errors and in the docs.
+    - `accepts_number` lets a text be written as a number.
+    - `flag_type` is the type of the flag, where it accepts more than the field.
+    - `flag_alias` is a second name of the flag.
+    - `formerly` is the option's name in the version before, under which it is still read.
     """
     return field(
         default=default,
         metadata={
             "help": help,
+            "parse": parse,
             "entry_name": entry_name,
             "accepts_number": accepts_number,
             "flag_type": flag_type,
@@ -52,6 +61,11 @@ def option(
             "gt": gt,
         },
     )
+
+
+def sources(help: str, *, formerly: str = "") -> Any:
+    """A field for data sources: none by default; each is text, or {source: ..., weight: ...}."""
+    return option((), help, parse=parse_source, entry_name="source", formerly=formerly)
 
 
 def section(cls: type[Any], *, formerly: str = "") -> Any:
@@ -141,18 +155,21 @@ def fields_by_path(cls: type[Any], prefix: str = "") -> dict[str, dataclasses.Fi
 
 
 def _value(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> Any:
-    if typing.get_origin(kind) is Literal:
-        return _choice(typing.get_args(kind), value, name)
+    """The value of an option as its type, checked; `name` begins every error."""
     if typing.get_origin(kind) is tuple:
         return _entries(item, typing.get_args(kind)[0], value, name)
-    if item.metadata.get("accepts_number") and isinstance(value, int | float) and not isinstance(value, bool):
+    if item.metadata["parse"] is not None:
+        return item.metadata["parse"](value, name)
+    if typing.get_origin(kind) is Literal:
+        return _choice(typing.get_args(kind), value, name)
+    if item.metadata["accepts_number"] and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if kind is float:
         value = parse_number(value, name)
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{name} must be {_type_name(kind)}, got {value!r}")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        _bounded(item.metadata, value, name)
+        _check_bounds(item.metadata, value, name)
     return value
 
 
@@ -183,7 +200,7 @@ def parse_number(value: Any, name: str) -> float:
     return found
 
 
-def _bounded(bounds: Mapping[str, Any], value: float, name: str) -> None:
+def _check_bounds(bounds: Mapping[str, Any], value: float, name: str) -> None:
     low, high, above = bounds["ge"], bounds["le"], bounds["gt"]
     if (
         (low is not None and value < low)
@@ -196,21 +213,18 @@ def _bounded(bounds: Mapping[str, Any], value: float, name: str) -> None:
 
 
 def _entries(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> tuple[Any, ...]:
-    """A list, or its only entry: of sources, or of what `kind` says."""
-    words = kind is str or typing.get_origin(kind) is Literal
-    each = item.metadata["entry_name"] if words else "number"
-    single = isinstance(value, str | Mapping if words else int | float | str)
-    entries = [value] if single else value
+    """A list of values of `kind`, or its only entry."""
+    is_text = kind is str or typing.get_origin(kind) is Literal
+    is_single = isinstance(value, str | Mapping if is_text else int | float | str)
+    entries = [value] if is_single else value
     if not isinstance(entries, Sequence):
-        raise ConfigError(f"{name} must be a {each} or a list of {each}s, got {value!r}")
-    if each == "source":
-        return tuple(_source(entry, name) for entry in entries)
-    if each == "limit":
-        return tuple(normalize_limit(entry) for entry in entries)
+        noun = item.metadata["entry_name"] if is_text else "number"
+        raise ConfigError(f"{name} must be a {noun} or a list of {noun}s, got {value!r}")
     return tuple(_value(item, kind, entry, name) for entry in entries)
 
 
-def _source(entry: Any, name: str) -> str:
+def parse_source(entry: Any, name: str) -> str:
+    """A data source as text, its weight behind it: "a.jsonl*2"; raises `ConfigError`."""
     if isinstance(entry, str):
         return entry
     if isinstance(entry, Mapping) and set(entry) <= {"source", "weight"} and isinstance(entry.get("source"), str):

@@ -9,8 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prunetune.config.fields import merge_mappings, option, parse_number, read_options, section, with_current_names
+from prunetune.config.fields import (
+    merge_mappings,
+    option,
+    parse_number,
+    read_options,
+    section,
+    sources,
+    with_current_names,
+)
 from prunetune.config.quantities import Amount
+from prunetune.config.score_limits import normalize_limit
 from prunetune.config.training import DistillConfig, LoraSettings, SearchConfig, TrainConfig
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError
@@ -49,12 +58,11 @@ class UnsetFloat(float):
 class DataConfig:
     """Where examples come from and how they are split. A source is a file, a glob, a hub name, or `demo`."""
 
-    train: tuple[str, ...] = option((), "Sources to tune on; 'a.jsonl*2' weighs one double.")
-    search: tuple[str, ...] = option((), "Sources for the pruning decision; split off train where not given.")
-    valid: tuple[str, ...] = option((), "Sources watched during the run; split off train where not given.")
-    test: tuple[str, ...] = option((), "Sources for the reported scores; split off train where not given.")
-    distill_texts: tuple[str, ...] = option(
-        (),
+    train: tuple[str, ...] = sources("Sources to tune on; 'a.jsonl*2' weighs one double.")
+    search: tuple[str, ...] = sources("Sources for the pruning decision; split off train where not given.")
+    valid: tuple[str, ...] = sources("Sources watched during the run; split off train where not given.")
+    test: tuple[str, ...] = sources("Sources for the reported scores; split off train where not given.")
+    distill_texts: tuple[str, ...] = sources(
         "Unlabelled text for distillation: the student matches the teacher on it, so that general and domain knowledge "
         "is kept. Needs distill.teacher.",
         formerly="texts",
@@ -62,8 +70,8 @@ class DataConfig:
     distill_texts_share: float = option(
         0.3, "Share of a batch's examples that are from data.distill_texts.", gt=0, le=0.9, formerly="texts_share"
     )
-    guard: tuple[str, ...] = option(
-        (), "Sources of general knowledge watched during the run, never tuned on: texts, or rows with choices."
+    guard: tuple[str, ...] = sources(
+        "Sources of general knowledge watched during the run, never tuned on: texts, or rows with choices."
     )
     root: str = option("", "Folder that relative sources start from; default: the working folder.")
     search_share: float = option(0.1, "Share of train that goes to search where none is given.", gt=0, le=0.5)
@@ -327,6 +335,7 @@ class RunConfig:
         (),
         "Limits on the scores of every validation and what happens where one is broken (stop, back-off, roll-back), "
         "such as 'guard.nll <= 1.2x -> roll-back'; x: times the dense model's.",
+        parse=normalize_limit,
         entry_name="limit",
         formerly="gates",
     )

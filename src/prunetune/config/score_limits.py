@@ -73,7 +73,7 @@ class ScoreLimit:
         return f"{self.metric} is {score:.4g} and has to be {side} {threshold:.4g}"
 
 
-def normalize_limit(entry: Any) -> str:
+def normalize_limit(entry: Any, name: str = "limits") -> str:
     """A limit of a recipe as its text: written so, or as {metric, max or min, action}; raises `ConfigError`."""
     if isinstance(entry, str):
         return str(ScoreLimit.parse(entry))
@@ -81,5 +81,5 @@ def normalize_limit(entry: Any) -> str:
         side, value = ("<=", entry["max"]) if "max" in entry else (">=", entry["min"])
         return str(ScoreLimit.parse(f"{entry['metric']} {side} {value} -> {entry['action']}"))
     raise ConfigError(
-        f"limits: a limit is text such as '{EXAMPLE}', or metric, max or min, and action; this is {entry!r}: correct it"
+        f"{name}: a limit is text such as '{EXAMPLE}', or metric, max or min, and action; this is {entry!r}: correct it"
     )
