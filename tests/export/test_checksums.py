@@ -22,6 +22,7 @@ from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.checksums import CHECKSUM_FILE, verify_checksums, write_checksums
 from prunetune.export.result import ExportOptions
 from prunetune.export.source import ExportSource
+from prunetune.utils.failures import explain_failure
 from prunetune.utils.files import atomic_folder
 from support.data import subwords
 from support.export import run_folder
@@ -168,7 +169,7 @@ def test_a_model_that_cannot_be_written_leaves_nothing(
     with pytest.raises(type(error)):
         write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout="per-layer", card="")
     assert not list(tmp_path.iterdir())
-    assert app._explain_resource_error(error) is not None
+    assert explain_failure(error) is not None
 
 
 def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:

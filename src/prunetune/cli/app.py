@@ -20,10 +20,10 @@ from prunetune.bench.options import BenchOptions
 from prunetune.cli.flags import flags_to_overrides, make_flags_class
 from prunetune.config.fields import read_options
 from prunetune.config.recipe import RunConfig, UnitName, WorkloadConfig, load_recipe
-from prunetune.errors import DataError, LimitBroken, PrunetuneError, gpu_fault_message
+from prunetune.errors import DataError, LimitBroken, PrunetuneError
 from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
+from prunetune.utils.failures import explain_failure, is_gpu_fault
 from prunetune.utils.launch import (
-    lost_rank_message,
     rank_and_world_size,
     rank_prefix,
     run_and_exit_on_failure,
@@ -384,12 +384,12 @@ def _run_app() -> int:
             raise
         return EXIT_OUTPUT_CLOSED
     except Exception as error:
-        translated = lost_rank_message(error) or _explain_resource_error(error)
-        if gpu_fault_message(error):  # of the driver, the card or a kernel: where it was matters, too
-            traceback.print_exception(error)
-        if translated is None:
+        explained = explain_failure(error)
+        if explained is None:  # a bug: its traceback is what helps
             raise
-        return _say(translated, 2)
+        if is_gpu_fault(error):  # where it happened matters, too
+            traceback.print_exception(error)
+        return _say(explained, 2)
     return 0
 
 
@@ -401,34 +401,6 @@ def _is_output_closed() -> bool:
     if unread:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return unread
-
-
-def _explain_resource_error(error: Exception) -> str | None:
-    """A resource that ran out, in one line; None for a bug, which keeps its traceback."""
-    from prunetune.utils.files import is_disk_full, is_permission_denied
-
-    if is_disk_full(error):
-        place = getattr(error, "filename", None) or "run folder"
-        return f"the disk is full ({place}): free some room, then go on with --resume"
-    if is_permission_denied(error):
-        place = getattr(error, "filename", None) or "run folder"
-        return f"no permission to read or write {place}: change its permissions, or name another folder with --out"
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-        or "CUDA error: out of memory" in str(error)
-    ):
-        return (
-            "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then go on with --resume; "
-            "in eval and check lower --max-tokens"
-        )
-    if said := gpu_fault_message(error):
-        return (
-            f"the GPU gave up ({said}): go on with --resume; if it comes again, let no other process use this GPU, or "
-            "see the kernel's log (dmesg) for Xid"
-        )
-    return None
 
 
 def _say(line: str, code: int) -> int:

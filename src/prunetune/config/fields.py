@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import math
 import types
@@ -13,6 +12,7 @@ from dataclasses import field
 from typing import Any, Literal
 
 from prunetune.errors import ConfigError
+from prunetune.utils.suggest import did_you_mean, similar_names
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type
     kinds = typing.get_type_hints(cls)
     for key in values:
         if key not in kinds:
-            raise ConfigError(f"{where}: unknown key {prefix}{key}{_did_you_mean(prefix, str(key), root)}")
+            raise ConfigError(f"{where}: unknown key {prefix}{key}{_suggest_key(prefix, str(key), root)}")
     return cls(
         **{
             item.name: _section(
@@ -130,10 +130,10 @@ def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type
     )
 
 
-def _did_you_mean(prefix: str, key: str, root: type[Any]) -> str:
+def _suggest_key(prefix: str, key: str, root: type[Any]) -> str:
     known = list(fields_by_path(root))
     close = [path for path in known if path.rpartition(".")[2] == key]
-    close = close or difflib.get_close_matches(prefix + key, known, n=1, cutoff=0.6)
+    close = close or similar_names(prefix + key, known, at_most=1)
     if close and close[0] == key:
         return f"; write {key.rpartition('.')[2]} under {key.rpartition('.')[0]}:"
     if close:
@@ -182,10 +182,8 @@ def _choice(allowed: Sequence[str], value: Any, name: str) -> str:
         return "off"  # how YAML reads a bare off
     if value in allowed:
         return str(value)
-    close = difflib.get_close_matches(str(value), allowed, n=1)
-    raise ConfigError(
-        f"{name} must be one of {', '.join(allowed)}, got {value!r}{f'; did you mean {close[0]}?' if close else ''}"
-    )
+    hint = did_you_mean(str(value), allowed)
+    raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{hint and f'; {hint}'}")
 
 
 def parse_number(value: Any, name: str) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from prunetune.errors import ConfigError, RunFolderError
+from prunetune.utils.failures import is_disk_full, is_permission_denied
 
 PARTIAL = ".partial"
 
@@ -92,20 +92,6 @@ def check_writable(path: Path | None, flag: str) -> None:
         raise ConfigError(f"{flag} {path}: name a file in a folder that exists")
     if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
         raise ConfigError(f"{flag} {path}: its folder cannot be written to; name a file in another one")
-
-
-def is_disk_full(error: Exception) -> bool:
-    """No space, or no quota; as Python says it, or safetensors."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return type(error).__name__ == "SafetensorError" and "No space left" in str(error)
-
-
-def is_permission_denied(error: Exception) -> bool:
-    """No permission, or a file system that is only read."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-    return type(error).__name__ == "SafetensorError" and "Permission denied" in str(error)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import threading
@@ -12,7 +11,6 @@ import traceback
 from collections.abc import Callable
 
 STOP_GRACE_SECONDS = 15.0  # seconds for a clean end once told to stop; launchers kill after 30
-LOST_RANK_PATTERN = re.compile(r"gloo|NCCL|connection (closed|reset)|timed out", re.IGNORECASE)
 MULTI_PROCESS_COMMANDS = ("run", "demo")  # what several processes can do together
 
 
@@ -34,16 +32,6 @@ def single_process_error(command: str) -> str:
     if rank_and_world_size()[1] == 1 or command in MULTI_PROCESS_COMMANDS:
         return ""
     return f"{command or 'this'} is work for one process: start it without accelerate launch"
-
-
-def lost_rank_message(error: Exception) -> str:
-    """Another rank that is gone, in one line; "" where the error is about something else."""
-    if rank_and_world_size()[1] == 1 or not isinstance(error, RuntimeError):
-        return ""
-    first = (str(error).strip().splitlines() or [""])[0]
-    if not (type(error).__name__.startswith("Dist") or LOST_RANK_PATTERN.search(first)):
-        return ""
-    return "another rank is gone, and with it the run: see what that one said last, then go on with --resume"
 
 
 def run_and_exit_on_failure(main: Callable[[], int]) -> int:
