@@ -73,7 +73,7 @@ def run(
     """
     config = load_recipe(recipe, flags_to_overrides(flags))
     if dry_run:
-        from prunetune.cli.output import render_dry_run
+        from prunetune.cli.preview import render_dry_run
 
         print(render_dry_run(config, resume=resume))
         return
@@ -150,7 +150,7 @@ def sites(
     model
         A folder, a hub name, a .gguf file, or 'demo'.
     """
-    from prunetune.cli.output import render_sites
+    from prunetune.cli.preview import render_sites
 
     asked = read_options(WorkloadConfig, flags_to_overrides(workload), where="sites")
     print(
