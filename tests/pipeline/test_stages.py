@@ -395,7 +395,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(RunFolderError, match="free some room") as refused:
+    with pytest.raises(RunFolderError, match="free some space") as refused:
         run(config_of(place, tmp_path / "deep" / "run"))
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Dataclasses of options: type, default, help and bounds stand on one field; values are read and checked by them."""
+"""Options as dataclass fields: each holds type, default, help and bounds, by which values are read and checked."""
 
 from __future__ import annotations
 
@@ -77,16 +77,16 @@ OptionsT = typing.TypeVar("OptionsT")
 
 
 def read_options(cls: type[OptionsT], values: Any, *, where: str) -> OptionsT:
-    """Any dataclass of options out of a mapping, by the same checks; raises `ConfigError` that begins with `where`."""
-    found = _section(cls, with_current_names(cls, values), prefix="", where=where, root=cls)
-    assert isinstance(found, cls)
-    return found
+    """Build a dataclass of options from a mapping; raises `ConfigError` that begins with `where`."""
+    options = _section(cls, with_current_names(cls, values), prefix="", where=where, root=cls)
+    assert isinstance(options, cls)
+    return options
 
 
 def with_current_names(cls: type[Any], values: Any, *, prefix: str = "", quiet: bool = False) -> Any:
-    """The mapping with today's name of every option; one line for each old one, unless `quiet`.
+    """The mapping with old names of options replaced by current ones; a warning for each, unless `quiet`.
 
-    Raises `ConfigError` where an option stands under both names.
+    Raises `ConfigError` for an option that is given under both names.
     """
     if not isinstance(values, Mapping):
         return values
@@ -104,9 +104,9 @@ def with_current_names(cls: type[Any], values: Any, *, prefix: str = "", quiet: 
             if not quiet:
                 log.warning("%s%s is now %s%s: the old name goes with the next version", prefix, old, prefix, item.name)
         if item.name in current and dataclasses.is_dataclass(kinds[item.name]):
-            below = f"{prefix}{item.name}."
+            inner = f"{prefix}{item.name}."
             kind = typing.cast(Any, kinds[item.name])
-            current[item.name] = with_current_names(kind, current[item.name], prefix=below, quiet=quiet)
+            current[item.name] = with_current_names(kind, current[item.name], prefix=inner, quiet=quiet)
     return current
 
 
@@ -131,6 +131,7 @@ def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type
 
 
 def _suggest_key(prefix: str, key: str, root: type[Any]) -> str:
+    """How an unknown key ends its error: the option probably meant, the section it belongs to, or all keys there."""
     known = list(fields_by_path(root))
     close = [path for path in known if path.rpartition(".")[2] == key]
     close = close or similar_names(prefix + key, known, at_most=1)
@@ -138,20 +139,20 @@ def _suggest_key(prefix: str, key: str, root: type[Any]) -> str:
         return f"; write {key.rpartition('.')[2]} under {key.rpartition('.')[0]}:"
     if close:
         return f"; did you mean {close[0]}?"
-    beside = dict.fromkeys(path.removeprefix(prefix).split(".")[0] for path in known if path.startswith(prefix))
-    return f"; known are {', '.join(prefix + name for name in beside)}"
+    names = dict.fromkeys(path.removeprefix(prefix).split(".")[0] for path in known if path.startswith(prefix))
+    return f"; known are {', '.join(prefix + name for name in names)}"
 
 
 def fields_by_path(cls: type[Any], prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
     """Every option's dotted path with its field."""
     kinds = typing.get_type_hints(cls)
-    found: dict[str, dataclasses.Field[Any]] = {}
+    fields: dict[str, dataclasses.Field[Any]] = {}
     for item in dataclasses.fields(cls):
         if dataclasses.is_dataclass(kinds[item.name]):
-            found |= fields_by_path(typing.cast(Any, kinds[item.name]), f"{prefix}{item.name}.")
+            fields |= fields_by_path(typing.cast(Any, kinds[item.name]), f"{prefix}{item.name}.")
         else:
-            found[prefix + item.name] = item
-    return found
+            fields[prefix + item.name] = item
+    return fields
 
 
 def _value(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> Any:
@@ -187,15 +188,14 @@ def _choice(allowed: Sequence[str], value: Any, name: str) -> str:
 
 
 def parse_number(value: Any, name: str) -> float:
-    """A finite number, also one that stands as text; raises `ConfigError` that begins with `name`."""
-    # YAML reads 1e-3 as text: a number is what Python reads as one.
+    """A finite number, also if it is written as text; raises `ConfigError` that begins with `name`."""
     try:
-        found = float(value) if not isinstance(value, bool) else math.nan
+        number = float(value) if not isinstance(value, bool) else math.nan  # text, too: YAML reads 1e-3 as text
     except (TypeError, ValueError):
-        found = math.nan
-    if not math.isfinite(found):
+        number = math.nan
+    if not math.isfinite(number):
         raise ConfigError(f"{name} must be a finite number, got {value!r}")
-    return found
+    return number
 
 
 def _check_bounds(bounds: Mapping[str, Any], value: float, name: str) -> None:
@@ -232,11 +232,11 @@ def parse_source(entry: Any, name: str) -> str:
 
 
 def merge_mappings(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`overrides` over `base`, section by section."""
+    """A copy of `base` in which `overrides` replaces values, section by section."""
     result = dict(base)
     for key, value in overrides.items():
-        below = result.get(key)
-        result[key] = (
-            merge_mappings(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
-        )
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = merge_mappings(old, value)
+        result[key] = value
     return result

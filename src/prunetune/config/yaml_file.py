@@ -1,4 +1,4 @@
-"""YAML files that people write: read whole, or refused in one line."""
+"""YAML files written by users: safe-loaded, without repeated keys, with errors in one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from prunetune.errors import ConfigError
 
 
 def read_yaml(path: Path, what: str, hint: str) -> Any:
-    """What a file says; raises `ConfigError` where it cannot be read, or says a key twice: one would be lost."""
+    """The values in a YAML file; `what` names the file in errors, and `hint` is the next step.
+
+    Raises `ConfigError` if the file cannot be read or repeats a key, of which one value would be lost.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as missing:  # of these, what is not UTF-8

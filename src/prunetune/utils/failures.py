@@ -75,7 +75,7 @@ FAILURES = (
         is_lost_rank,
         "another rank is gone, and with it the run: see what that one said last, then go on with --resume",
     ),
-    FailureRule(is_disk_full, "the disk is full ({file}): free some room, then go on with --resume"),
+    FailureRule(is_disk_full, "the disk is full ({file}): free some space, then go on with --resume"),
     FailureRule(
         is_permission_denied,
         "no permission to read or write {file}: change its permissions, or name another folder with --out",

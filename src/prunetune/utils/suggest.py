@@ -1,4 +1,4 @@
-"""What was probably meant where a name is not known."""
+"""Suggestions for a name that is not known: "did you mean ...?"."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def validate_name(name: str, known: Iterable[str], what: str) -> str:
-    """`name`, if it is known; raises `ConfigError`, with `what` in front, if it is not."""
+    """`name`, if it is known; raises `ConfigError` that begins with `what`, such as "scorer", if it is not."""
     names = list(known)
     if name in names:
         return name

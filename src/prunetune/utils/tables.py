@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 MIN_WIDTH = 80  # columns that a table may take in a narrower terminal, too
-UNLIMITED_WIDTH = 10_000  # columns where nobody looks: rows are not broken, so that grep finds them
+UNLIMITED_WIDTH = 10_000  # columns in files and pipes: rows are not broken, so that grep finds them
 
 
 def table_width() -> int:
