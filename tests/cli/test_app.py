@@ -439,7 +439,7 @@ def test_a_switch_that_is_given_a_word_says_how(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["prunetune", "run", "none.yaml", "--evaluate.dense_tuned", "false"])
     assert prunetune.cli.app._run_app() == 2
-    assert "false: belongs to no option; a switch takes its value by =" in capsys.readouterr().err
+    assert "false: belongs to no option; write the value of a switch with =" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
