@@ -262,7 +262,7 @@ def test_a_gpu_that_gave_up_says_where_and_how_to_go_on(
     code, _, err = say("run", recipe())
     assert code == 2
     assert "Traceback" in err
-    assert err.splitlines()[-1].startswith("prunetune: the GPU gave up (CUDA error: unspecified launch failure)")
+    assert err.splitlines()[-1].startswith("prunetune: the GPU failed (CUDA error: unspecified launch failure)")
     assert "--resume" in err.splitlines()[-1]
 
 
@@ -285,7 +285,7 @@ def test_an_interruption_says_how_to_go_on(
     raising(monkeypatch, KeyboardInterrupt())
     code, _, err = say("run", recipe())
     assert code == 130
-    assert err == "prunetune: interrupted; go on with --resume\n"
+    assert err == "prunetune: interrupted; continue with --resume\n"
 
 
 @pytest.mark.parametrize(
@@ -398,7 +398,7 @@ prunetune.cli.app.main()
 """
 
 
-@pytest.mark.parametrize(("command", "line"), [("run", "interrupted; go on with --resume"), ("bench", "interrupted")])
+@pytest.mark.parametrize(("command", "line"), [("run", "interrupted; continue with --resume"), ("bench", "interrupted")])
 def test_sigterm_ends_a_run_wherever_it_was_started(command: str, line: str) -> None:
     ended = subprocess.run([sys.executable, "-c", STOPPED, command], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (130, f"prunetune: {line}\n")

@@ -390,7 +390,7 @@ def _run_app() -> int:
     except KeyboardInterrupt:
         resumable = sys.argv[1:2] in (["run"], ["demo"], ["compare"]) and "--dry-run" not in sys.argv
         message = "told to stop, as when another rank ends" if rank_and_world_size()[1] > 1 else "interrupted"
-        return _fail(f"{message}; go on with --resume" if resumable else message, 130)
+        return _fail(f"{message}; continue with --resume" if resumable else message, 130)
     except BrokenPipeError:
         if not _is_output_closed():
             raise

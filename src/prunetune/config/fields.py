@@ -102,7 +102,9 @@ def with_current_names(cls: type[Any], values: Any, *, prefix: str = "", quiet: 
                 )
             current[item.name] = current.pop(old)
             if not quiet:
-                log.warning("%s%s is now %s%s: the old name goes with the next version", prefix, old, prefix, item.name)
+                log.warning(
+                    "%s%s is now %s%s: the next version will not read the old name", prefix, old, prefix, item.name
+                )
         if item.name in current and dataclasses.is_dataclass(kinds[item.name]):
             inner = f"{prefix}{item.name}."
             kind = typing.cast(Any, kinds[item.name])
@@ -111,23 +113,26 @@ def with_current_names(cls: type[Any], values: Any, *, prefix: str = "", quiet: 
 
 
 def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type[Any]) -> Any:
+    """Build the dataclass of one section; `prefix` is its path with a dot, `root` the class of the whole recipe."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: {prefix.rstrip('.')} is a section with keys of its own, got {values!r}")
     kinds = typing.get_type_hints(cls)
     for key in values:
         if key not in kinds:
             raise ConfigError(f"{where}: unknown key {prefix}{key}{_suggest_key(prefix, str(key), root)}")
-    return cls(
-        **{
-            item.name: _section(
-                kinds[item.name], values[item.name], prefix=f"{prefix}{item.name}.", where=where, root=root
+    given = {}
+    for item in dataclasses.fields(cls):
+        kind = kinds[item.name]
+        if item.name not in values:
+            continue
+        if dataclasses.is_dataclass(kind):
+            inner = typing.cast(Any, kind)
+            given[item.name] = _section(
+                inner, values[item.name], prefix=f"{prefix}{item.name}.", where=where, root=root
             )
-            if dataclasses.is_dataclass(kinds[item.name])
-            else _value(item, kinds[item.name], values[item.name], f"{where}: {prefix}{item.name}")
-            for item in dataclasses.fields(cls)
-            if item.name in values
-        }
-    )
+        else:
+            given[item.name] = _value(item, kind, values[item.name], f"{where}: {prefix}{item.name}")
+    return cls(**given)
 
 
 def _suggest_key(prefix: str, key: str, root: type[Any]) -> str:

@@ -10,7 +10,7 @@ from prunetune.config.fields import option
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The tuning of the weights; names as in transformers' TrainingArguments where the meaning is equal."""
+    """The tuning of the weights; options are named as in transformers' TrainingArguments if they mean the same."""
 
     steps: int = option(700, "Tuning steps in all, the search included.", ge=1)
     batch_size: int = option(16, "Examples a step.", ge=1)
@@ -33,8 +33,8 @@ class TrainConfig:
     )
     size_share: tuple[float, ...] = option(
         (0.18,),
-        "Of several sizes (budget.sizes): share of the steps, added to them, for which each size after the first is "
-        "tuned; the last number holds for all that follow.",
+        "With several sizes (budget.sizes): steps of each size after the first, as a share of train.steps and in "
+        "addition to them; the last number holds for all further sizes.",
         gt=0,
         le=1,
     )
@@ -154,5 +154,5 @@ class SearchConfig:
         "Of removed units' adapters: a group lasso in the loss, group soft-thresholding after each step, or nothing.",
     )
     lasso: float = option(
-        0.1, "Weight of the group lasso; soft-thresholding takes learning rate * weight off each norm.", ge=0
+        0.1, "Weight of the group lasso; soft-thresholding subtracts learning rate * weight from each norm.", ge=0
     )

@@ -17,7 +17,7 @@ def read_yaml(path: Path, what: str, hint: str) -> Any:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as missing:  # of these, what is not UTF-8
+    except (OSError, ValueError) as missing:  # ValueError: not UTF-8
         raise ConfigError(f"{path}: cannot read {what} ({missing}); {hint}") from missing
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (it is a SafeLoader)
@@ -31,7 +31,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                where = f"line {key.start_mark.line + 1} says {key.value} a second time"
-                raise yaml.YAMLError(f"{where}, and only one would count: merge the two")
+                where = f"line {key.start_mark.line + 1} repeats the key {key.value}"
+                raise yaml.YAMLError(f"{where}, and only one value would count: merge the two")
             seen.add(str(key.value))
         return node

@@ -1,4 +1,4 @@
-"""Failures of disk, memory, GPU and other ranks: one table of how each is recognised and what the user can do.
+"""Failures of disk, memory, GPU and other ranks: one table of how each is recognised and what to do about it.
 
 Libraries raise these as errors of their own, so they are recognised by type name, error number and text; no torch here.
 """
@@ -73,22 +73,22 @@ class FailureRule:
 FAILURES = (
     FailureRule(
         is_lost_rank,
-        "another rank is gone, and with it the run: see what that one said last, then go on with --resume",
+        "another rank is gone, and with it the run: read the last lines of its log, then continue with --resume",
     ),
-    FailureRule(is_disk_full, "the disk is full ({file}): free some space, then go on with --resume"),
+    FailureRule(is_disk_full, "the disk is full ({file}): free some space, then continue with --resume"),
     FailureRule(
         is_permission_denied,
         "no permission to read or write {file}: change its permissions, or name another folder with --out",
     ),
     FailureRule(
         is_out_of_memory,
-        "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then go on with --resume; "
+        "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then continue with --resume; "
         "in eval and check lower --max-tokens",
     ),
     FailureRule(
         is_gpu_fault,
-        "the GPU gave up ({line}): go on with --resume; if it comes again, let no other process use this GPU, or "
-        "see the kernel's log (dmesg) for Xid",
+        "the GPU failed ({line}): continue with --resume; if it happens again, let no other process use this GPU, or "
+        "look for Xid in the kernel's log (dmesg)",
     ),
 )
 

@@ -65,6 +65,6 @@ def _exit_after_stop_signal(read_end: int) -> None:
     while os.read(read_end, 1)[0] not in (signal.SIGTERM, signal.SIGINT):
         pass
     time.sleep(STOP_GRACE_SECONDS)
-    sys.stderr.write(f"prunetune: {rank_prefix()}told to stop, as when another rank ends; go on with --resume\n")
+    sys.stderr.write(f"prunetune: {rank_prefix()}told to stop, as when another rank ends; continue with --resume\n")
     sys.stderr.flush()
     os._exit(130)

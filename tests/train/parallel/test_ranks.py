@@ -326,4 +326,4 @@ def test_a_rank_that_waits_for_one_that_is_gone_says_so_and_ends() -> None:
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert said == "prunetune: rank 1 of 2: told to stop, as when another rank ends; go on with --resume\n"
+    assert said == "prunetune: rank 1 of 2: told to stop, as when another rank ends; continue with --resume\n"
