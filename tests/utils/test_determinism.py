@@ -43,7 +43,7 @@ def settings() -> Settings:
 
 
 @pytest.mark.parametrize("workspace", [None, ":0:0", ":16:8"])
-def test_settings_hold_in_the_block_and_are_put_back(workspace: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_hold_in_the_block_and_are_restored(workspace: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(CUBLAS, raising=False)
     if workspace:
         monkeypatch.setenv(CUBLAS, workspace)
@@ -58,7 +58,7 @@ def test_settings_hold_in_the_block_and_are_put_back(workspace: str | None, monk
     assert settings() == before
 
 
-def test_nested_blocks_and_a_mode_that_was_there_are_put_back() -> None:
+def test_nested_blocks_and_an_earlier_mode_are_restored() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         before = settings()
@@ -71,13 +71,13 @@ def test_nested_blocks_and_a_mode_that_was_there_are_put_back() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def test_off_touches_nothing() -> None:
+def test_disabled_changes_no_setting() -> None:
     before = settings()
     with deterministic(False, CPU):
         assert settings() == before
 
 
-def test_what_pytorch_refuses_is_one_line_and_other_errors_pass() -> None:
+def test_errors_of_pytorch_about_the_mode_are_explained_and_others_pass() -> None:
     words = "histc_cuda does not have a deterministic implementation, but you set ..."
     with pytest.raises(ModelError, match="histc_cuda has no deterministic form"), deterministic(True, CPU):
         raise RuntimeError(words)
@@ -91,7 +91,7 @@ def test_what_pytorch_refuses_is_one_line_and_other_errors_pass() -> None:
 
 @pytest.mark.parametrize("run", [multi_size.run, stages.run])
 @pytest.mark.parametrize("wanted", [True, False])
-def test_a_run_is_made_in_the_block(
+def test_run_uses_deterministic_kernels(
     run: Callable[[RunConfig], Path], wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []
@@ -110,12 +110,12 @@ def test_a_run_is_made_in_the_block(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_sums_on_a_gpu_come_in_one_order() -> None:
+def test_gpu_sums_are_reproducible() -> None:
     done = subprocess.run([sys.executable, "-c", SUMS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_value_that_is_no_bool_is_one_line(tmp_path: Path, say: Callable[..., tuple[int, str, str]]) -> None:
+def test_value_that_is_no_bool_is_refused_in_one_line(tmp_path: Path, say: Callable[..., tuple[int, str, str]]) -> None:
     for value in ("perhaps", "1", "[true]"):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(f"deterministic: {value}\n", encoding="utf-8")
