@@ -24,7 +24,7 @@ from prunetune.pruning.families import FAMILIES, architecture_info
 from support.models import tiny
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -53,6 +53,18 @@ def test_the_list_of_options_is_up_to_date() -> None:
     """Run `python docs/make_recipes.py` where it is not."""
     made = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))["page"]()
     assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == made
+
+
+def test_the_list_of_modules_is_up_to_date() -> None:
+    """Run `python docs/make_modules.py` where it is not."""
+    made = runpy.run_path(str(ROOT / "docs" / "make_modules.py"))["page"]()
+    assert (ROOT / "docs" / "reference" / "modules.md").read_text(encoding="utf-8") == made
+
+
+def test_every_module_says_in_one_line_what_is_in_it() -> None:
+    for path in (ROOT / "src" / "prunetune").rglob("*.py"):
+        line = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+        assert 10 < len(line) <= 120, path
 
 
 @pytest.mark.parametrize("command", [line for line in commands() if line.startswith("prunetune ")])

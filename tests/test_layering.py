@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
@@ -15,20 +16,8 @@ TESTS = Path(__file__).parent
 SOURCE = TESTS.parent / "src" / PACKAGE
 
 # From bottom to top. A module imports what stands on a lower line and, in a package, its own package; no neighbour.
-LINES: tuple[tuple[str, ...], ...] = (
-    ("errors",),
-    ("utils",),
-    ("config",),
-    ("plan",),
-    ("data", "pruning"),
-    ("model",),
-    ("cost", "evaluation"),
-    ("search", "export", "bench", "runs", "report"),
-    ("train", "baselines", "hub"),
-    ("pipeline",),
-    ("compare",),
-    ("cli",),
-)
+PROJECT = tomllib.loads((TESTS.parent / "pyproject.toml").read_text(encoding="utf-8"))
+LINES: list[list[str]] = PROJECT["tool"]["prunetune"]["lines"]
 HEIGHT = {name: height for height, line in enumerate(LINES) for name in line}
 ENTRANCES = {PACKAGE, f"{PACKAGE}.__main__"}  # what users start from: they may import everything
 MOST_AT_THE_TOP = 8  # modules directly in the package
@@ -107,6 +96,10 @@ def test_every_module_stands_on_a_line() -> None:
     """A new package is given its place in the list above before it is used."""
     assert set(HOMES.values()) == set(HEIGHT)
     assert len(HEIGHT) == sum(map(len, LINES))
+
+
+def test_twelve_lines_are_all_there_are() -> None:
+    assert len(LINES) <= 12
 
 
 def test_few_modules_stand_outside_packages() -> None:

@@ -1,0 +1,1 @@
+"""Checkpoints that stock runtimes open: safetensors, GGUF, ONNX, quantised; each written, reopened and compared."""
