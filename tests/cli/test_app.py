@@ -1,4 +1,4 @@
-"""Laws of the command line: what a user gets wrong is one line that says what to do, exit 2, and nothing written."""
+"""The command line: a user error is one line that says what to do, exit code 2, and nothing is written."""
 
 from __future__ import annotations
 
@@ -196,19 +196,19 @@ def test_bad_comparison_is_refused(say: Said, recipe: Callable[..., str], tmp_pa
 
 @pytest.mark.parametrize("device", ["cuda:99", "quantum", "cpu:x"])
 def test_bad_device_is_refused(device: str, say: Said, recipe: Callable[..., str]) -> None:
-    found = say("run", recipe(), "--device", device)
-    refused(found, f"device {device!r}", "use cpu, cuda or auto")
-    assert "mkldnn" not in found[2], "no list of all that PyTorch knows"
+    outcome = say("run", recipe(), "--device", device)
+    refused(outcome, f"device {device!r}", "use cpu, cuda or auto")
+    assert "mkldnn" not in outcome[2], "no list of all that PyTorch knows"
 
 
 @pytest.mark.parametrize("kind", ["mamba", "nonsense"])
 def test_unknown_architecture_is_refused(kind: str, say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "config.json").write_text(
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "config.json").write_text(
         json.dumps({"model_type": kind, "n_layer": 2, "n_embd": 8, "n_head": 2})
     )
-    refused(say("run", recipe(model=str(tmp_path / "odd"))), kind)
-    refused(say("sites", str(tmp_path / "odd")), kind)
+    refused(say("run", recipe(model=str(tmp_path / "unknown"))), kind)
+    refused(say("sites", str(tmp_path / "unknown")), kind)
 
 
 def test_gpt2_folder_without_tokenizer_is_refused(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
@@ -343,13 +343,13 @@ def test_run_folder_with_a_broken_recipe_is_refused(
     (broken / "config.yaml").write_bytes(written)
     suite = tmp_path / "suite.yaml"
     suite.write_text("tasks: {a: {data: rows.jsonl, scorer: nll}}")
-    told = str(broken / "config.yaml")
-    refused(say("watch", broken), told)
-    refused(say("compare-runs", broken, broken), told)
-    refused(say("run", recipe(out=str(broken)), "--resume"), told, "--out")
+    file = str(broken / "config.yaml")
+    refused(say("watch", broken), file)
+    refused(say("compare-runs", broken, broken), file)
+    refused(say("run", recipe(out=str(broken)), "--resume"), file, "--out")
     code, _, err = say("check", broken, "--suite", suite, "--device", "cpu")
     assert code == 2
-    assert told in err.splitlines()[-1]
+    assert file in err.splitlines()[-1]
 
 
 def test_broken_limit_exits_with_1(say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -460,7 +460,7 @@ def test_value_after_a_switch_is_refused_with_the_right_form(
     ("verb", "code"), [("runs", prunetune.cli.app.EXIT_OUTPUT_CLOSED), ("--help", 1)]
 )  # 1: how rich ends so
 def test_closed_output_ends_silently(verb: str, code: int, tmp_path: Path) -> None:
-    """As behind `| head`, which has seen enough."""
+    """As behind `| head`, which closes its input."""
     words = [verb, str(tmp_path)] if verb == "runs" else [verb]
     with subprocess.Popen(
         [sys.executable, "-m", "prunetune.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

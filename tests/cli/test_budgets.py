@@ -42,8 +42,8 @@ def sizes(models: Sequence[Any], workload: Any, runs: int) -> list[dict[str, flo
 
 def tracks(models: Sequence[Any], workload: Any, runs: int) -> list[dict[str, float]]:
     """All of it the device's."""
-    found = sizes(models, workload, runs)
-    return [dict.fromkeys(TRACKS, 0.0) | {f"{phase}.device": one[phase] for phase in PHASES} for one in found]
+    times = sizes(models, workload, runs)
+    return [dict.fromkeys(TRACKS, 0.0) | {f"{phase}.device": time[phase] for phase in PHASES} for time in times]
 
 
 @pytest.fixture(scope="module")
@@ -194,10 +194,10 @@ def test_run_meets_its_budgets(say: Said, recipe: Callable[..., str], tmp_path: 
     code, out, _ = say("run", recipe(memory=0.85, latency=0.9))
     assert code == 0
     rows = json.loads((tmp_path / "run" / "manifest.json").read_text())["budgets"]
-    assert [one["budget"] for one in rows] == ["memory", "latency"]
-    for one in rows:
-        assert 0.8 * one["limit"] < one["counted"] <= one["limit"] * (1 + 1e-9)
-        assert one["words"] in out
+    assert [budget["budget"] for budget in rows] == ["memory", "latency"]
+    for budget in rows:
+        assert 0.8 * budget["limit"] < budget["counted"] <= budget["limit"] * (1 + 1e-9)
+        assert budget["words"] in out
     assert abs(rows[1]["error"]) < 0.05
     plan = Plan.load(tmp_path / "run" / "plan.json")
     assert any(len(kept) < plan.units[site] for site, kept in plan.kept.items())
@@ -206,10 +206,10 @@ def test_run_meets_its_budgets(say: Said, recipe: Callable[..., str], tmp_path: 
 
 def test_comparison_meets_its_budget(recipe: Callable[..., str], tmp_path: Path) -> None:
     values = yaml.safe_load(Path(recipe(memory=0.85)).read_text())
-    wanted = {"methods": ["magnitude", "one-stage"]}
-    folder = compare(from_mapping(values | {"compare": wanted}))
+    methods = {"methods": ["magnitude", "one-stage"]}
+    folder = compare(from_mapping(values | {"compare": methods}))
     cells = [json.loads(file.read_text()) for file in (folder / "cells").glob("*.json")]
     assert len(cells) >= 2
     assert all(cell["kept"] < 1 for cell in cells)
     with pytest.raises(ConfigError, match=r"compare\.keeps"):
-        compare(from_mapping(values | {"out": str(tmp_path / "other"), "compare": wanted | {"keeps": [0.5]}}))
+        compare(from_mapping(values | {"out": str(tmp_path / "other"), "compare": methods | {"keeps": [0.5]}}))

@@ -34,9 +34,9 @@ def test_examples_of_errors_are_parsed(kind: str) -> None:
 
 @pytest.mark.parametrize("text", ["0.6", "60%", "0.6x", " .6 "])
 def test_number_without_unit_is_a_share(text: str) -> None:
-    found = Amount.parse(text, "memory")
-    assert found.is_share
-    assert found.resolve(10) == pytest.approx(6)
+    amount = Amount.parse(text, "memory")
+    assert amount.is_share
+    assert amount.resolve(10) == pytest.approx(6)
     assert Amount.parse("1.5x", "throughput").resolve(10) == 15
     assert Amount.parse("1", "memory").resolve(10) == 10
 

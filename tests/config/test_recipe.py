@@ -201,11 +201,11 @@ def test_bounds_hold_to_the_edge(path: str) -> None:
     fine, wrong = edges(path)
     for value in fine:
         # The two phases share the steps: what one takes, the other leaves.
-        room: dict[str, Any] = {"search": {"share": 1e-6, "settle": 0}} if path.startswith("search.") else {}
-        room |= {"budget": {"keep": 1}} if path == "budget.sizes" else {}
+        other_values: dict[str, Any] = {"search": {"share": 1e-6, "settle": 0}} if path.startswith("search.") else {}
+        other_values |= {"budget": {"keep": 1}} if path == "budget.sizes" else {}
         if path not in ("search.settle", "budget.sizes") or value < 1:  # a search takes some; a size is a smaller one
-            found = value_at(from_mapping(merge_mappings(room, nested(path, value))), path)
-            assert found == ((value,) if isinstance(found, tuple) else value)
+            read = value_at(from_mapping(merge_mappings(other_values, nested(path, value))), path)
+            assert read == ((value,) if isinstance(read, tuple) else value)
     for value in wrong:
         with pytest.raises(ConfigError, match=rf"{path} must lie in "):
             from_mapping(nested(path, value))
@@ -230,9 +230,9 @@ def test_yaml_spellings_of_a_number_are_read(tmp_path: Path, written: str, read:
     """YAML takes 1e-3 for text."""
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"train: {{learning_rate: {written}}}")
-    found = load_recipe(recipe).train.learning_rate
-    assert found == read
-    assert isinstance(found, float)
+    rate = load_recipe(recipe).train.learning_rate
+    assert rate == read
+    assert isinstance(rate, float)
 
 
 @pytest.mark.parametrize(
@@ -339,8 +339,8 @@ def test_flag_overrides_only_its_option(path: str, tmp_path: Path) -> None:
     rest = merge_mappings(beside(path), {"seed": 5} if path != "seed" else {"out": "there"})
     recipe.write_text(yaml.safe_dump(merge_mappings(to_mapping(RunConfig()), rest)))
     config = load_recipe(recipe, parsed(*tokens_of(path, other(path)))[1])
-    told = {"budget": {"keep": RunConfig().budget.keep}}  # a recipe that names it means it, whatever else is given
-    assert config == from_mapping(merge_mappings(merge_mappings(told, rest), nested(path, other(path))))
+    keep = {"budget": {"keep": RunConfig().budget.keep}}  # a recipe that names it means it, whatever else is given
+    assert config == from_mapping(merge_mappings(merge_mappings(keep, rest), nested(path, other(path))))
 
 
 def test_zero_and_false_count_as_given() -> None:

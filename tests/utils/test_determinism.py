@@ -26,7 +26,7 @@ with deterministic(True, device):
     values, places = torch.randn(10**6, device=device), torch.randint(0, 8, (10**6,), device=device)
     sums = [torch.zeros(8, device=device).scatter_add(0, places, values) for _ in range(5)]
     values.view(1000, 1000) @ values.view(1000, 1000)
-assert all(torch.equal(sums[0], one) for one in sums)
+assert all(torch.equal(sums[0], total) for total in sums)
 assert not torch.are_deterministic_algorithms_enabled()
 """
 Settings = tuple[bool, bool, bool, str | None]
@@ -49,9 +49,9 @@ def test_settings_hold_in_the_block_and_are_restored(workspace: str | None, monk
         monkeypatch.setenv(CUBLAS, workspace)
     before = settings()
     with deterministic(True, CPU):
-        mode, warns, fills, found = settings()
+        mode, warns, fills, current = settings()
         assert (mode, warns, fills) == (True, False, False)
-        assert found == (workspace if workspace in DETERMINISTIC_WORKSPACES else DETERMINISTIC_WORKSPACES[0])
+        assert current == (workspace if workspace in DETERMINISTIC_WORKSPACES else DETERMINISTIC_WORKSPACES[0])
     assert settings() == before
     with pytest.raises(KeyError), deterministic(True, CPU):
         raise KeyError
@@ -124,8 +124,8 @@ def test_value_that_is_no_bool_is_refused_in_one_line(tmp_path: Path, say: Calla
     check_refused(say("run", recipe, "--deterministic=perhaps"))
 
 
-def check_refused(said: tuple[int, str, str]) -> None:
+def check_refused(outcome: tuple[int, str, str]) -> None:
     """Exit code 2, and one line that names the option."""
-    assert said[0] == 2
-    assert len(said[2].splitlines()) == 1
-    assert "deterministic" in said[2]
+    assert outcome[0] == 2
+    assert len(outcome[2].splitlines()) == 1
+    assert "deterministic" in outcome[2]

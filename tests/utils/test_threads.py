@@ -40,9 +40,9 @@ def test_quota_bounds_the_cores(
     place = group(tmp_path, files)
     assert usable_cores(place) == (cores or 8)
     for own in ({}, {"OMP_NUM_THREADS": "5"}):
-        told = dict(own)
-        limit_openmp_threads(told, place)
-        assert told == (own or ({"OMP_NUM_THREADS": str(cores)} if cores else {}))
+        environment = dict(own)
+        limit_openmp_threads(environment, place)
+        assert environment == (own or ({"OMP_NUM_THREADS": str(cores)} if cores else {}))
 
 
 def test_affinity_bounds_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -106,7 +106,7 @@ UnitName = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
-    """What may remain."""
+    """What may remain of the model: budgets, kinds of unit that may be pruned, and lower bounds."""
 
     keep: float = option(
         UnsetFloat(0.6),
@@ -119,7 +119,10 @@ class BudgetConfig:
         flag_alias="--keep",
     )
     sizes: tuple[float, ...] = option(
-        (), "Smaller budgets of the same run, each inside the one before; budget.keep may name all.", gt=0, le=1
+        (),
+        "Smaller budgets of the same run, each model nested in the one before; budget.keep may name all.",
+        gt=0,
+        le=1,
     )
     flops: str = option(
         "", "Most FLOPs of one request of the workload: 0.6 or 60% (of dense), or 1.2T.", accepts_number=True
@@ -136,34 +139,34 @@ class BudgetConfig:
         accepts_number=True,
     )
     throughput: str = option(
-        "", "Fewest tokens a second that all requests write together: 1.3x or 300/s.", accepts_number=True
+        "", "Fewest generated tokens per second over all requests: 1.3x or 300/s.", accepts_number=True
     )
-    table: str = option("", "File with the latency table of this device; default: the cache, measured where missing.")
-    align: int = option(
-        0, "MLP widths are multiples of this; 0: 128, or 32 where the MLP is narrower than 4,096.", ge=0
-    )
+    table: str = option("", "File with this device's latency table; default: the cache, measured if missing.")
+    align: int = option(0, "MLP widths are multiples of this; 0: 128, or 32 if the MLP is narrower than 4,096.", ge=0)
     min_groups: int = option(
-        0, "Fewest KV groups a layer keeps; a layer with none skips attention (per-layer layout).", ge=0
+        0, "Fewest KV groups that a layer keeps; a layer with none skips attention (per-layer layout).", ge=0
     )
     tensor_parallel: int = option(
         1, "Devices that will share each layer: KV groups, heads and MLP widths are multiples of it.", ge=1
     )
     units: tuple[UnitName, ...] = option(
         ("kv-groups", "mlp-channels"),
-        "Kinds of unit that may go; `prunetune sites` says which ones a model has.",
+        "Kinds of unit that may be pruned; `prunetune sites` lists those of a model.",
         entry_name="name",
     )
-    min_queries: int = option(1, "Fewest query heads a KV group keeps, where units has query-heads.", ge=1)
+    min_queries: int = option(1, "Fewest query heads that a KV group keeps, if units has query-heads.", ge=1)
     min_experts: int = option(
-        0, "Fewest experts a layer keeps, where units has experts; never fewer than a token goes to.", ge=0
+        0, "Fewest experts that a layer keeps, if units has experts; never fewer than a token is routed to.", ge=0
     )
     min_share: float = option(
         0.0,
-        "Share of its units that every place keeps at least: of a layer's KV groups, channels, experts.",
+        "Smallest share of units that every site keeps: of a layer's KV groups, channels or experts.",
         ge=0,
         le=1,
     )
-    protect: str = option("", "Layers that keep everything, counted from 0: 0-1,29. With uniform: that stay.")
+    protect: str = option(
+        "", "Layers that are not pruned, counted from 0: 0-1,29. With layout uniform: layers that are not removed."
+    )
 
     def __post_init__(self) -> None:
         if not self.units:
