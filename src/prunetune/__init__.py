@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,8 @@ if TYPE_CHECKING:
     from prunetune.bench.api import measure_models
     from prunetune.evaluation.results import Evaluation
     from prunetune.evaluation.suites.check import CheckResult
-    from prunetune.evaluation.suites.open_model import BackendOptions
+    from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
     from prunetune.evaluation.suites.run import SuiteProgressCallback, evaluate_suite
-    from prunetune.evaluation.suites.scorers import Permission
     from prunetune.evaluation.suites.suite import Suite
     from prunetune.export.formats import export_run
     from prunetune.pipeline.prepare import Console
@@ -85,8 +83,7 @@ def evaluate(
     model: str,
     suite: Suite | Path | str,
     *,
-    options: BackendOptions | None = None,
-    allow: Collection[Permission] = frozenset(),
+    options: EvalOptions | None = None,
     progress: SuiteProgressCallback | None = None,
 ) -> Evaluation:
     """The suite's scores of a run, checkpoint, hub name, .gguf file or endpoint; saved results are returned unchanged.
@@ -95,7 +92,7 @@ def evaluate(
     """
     from prunetune.evaluation.suites import api
 
-    return api.evaluate(model, suite, options=options or api.DEFAULTS, allow=allow, progress=progress)
+    return api.evaluate(model, suite, options=options or api.DEFAULTS, progress=progress)
 
 
 def check(
@@ -103,11 +100,10 @@ def check(
     suite: Suite | Path | str,
     against: str = "",
     *,
-    options: BackendOptions | None = None,
-    allow: Collection[Permission] = frozenset(),
+    options: CheckOptions | None = None,
     progress: SuiteProgressCallback | None = None,
 ) -> CheckResult:
     """Compare a model with the suite's limits and with another model; for a run, by default its dense model."""
     from prunetune.evaluation.suites import api
 
-    return api.check(model, suite, against, options=options or api.DEFAULTS, allow=allow, progress=progress)
+    return api.check(model, suite, against, options=options or api.DEFAULTS, progress=progress)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import sys
 from functools import cache
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +20,7 @@ from prunetune.export.stock_config import build_meta_model
 from prunetune.pruning.families import FAMILIES, architecture_info
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import KIND_BY_NAME, UnitKind
+from prunetune.utils.optional import is_installed
 
 VLLM_BACKEND_MODULE = "vllm.model_executor.models.transformers:"  # for models that vLLM has no code of its own for
 PER_LAYER_CONFIG_KEYS = ("per_layer_config", "auto_map", "architectures", "model_type", "transformers_version")
@@ -40,7 +40,7 @@ def register() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, base, exist_ok=True)
         AutoModelForCausalLM.register(config, causal, exist_ok=True)
-        if "vllm" in sys.modules or find_spec("vllm"):
+        if "vllm" in sys.modules or is_installed("vllm"):
             from vllm import ModelRegistry
 
             backend = "TransformersMoEForCausalLM" if FAMILIES[family].mixture else "TransformersForCausalLM"

@@ -22,6 +22,7 @@ from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.checksums import CHECKSUM_FILE, verify_checksums, write_checksums
 from prunetune.export.result import ExportOptions
 from prunetune.export.source import ExportSource
+from prunetune.utils.failures import explain_failure
 from prunetune.utils.files import atomic_folder
 from support.data import subwords
 from support.export import run_folder
@@ -168,7 +169,7 @@ def test_write_checkpoint_leaves_nothing_after_a_write_error(
     with pytest.raises(type(error)):
         write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout="per-layer", card="")
     assert not list(tmp_path.iterdir())
-    assert app._explain_resource_error(error) is not None
+    assert explain_failure(error) is not None
 
 
 def test_atomic_folder_is_complete_or_absent(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ from prunetune.runs import trackers
 from prunetune.train import checkpoints
 from prunetune.train.checkpoints import Checkpoints
 from prunetune.utils import files
-from prunetune.utils.files import is_disk_full, write_text
+from prunetune.utils.failures import is_disk_full
+from prunetune.utils.files import write_text
 from support.data import write_lines
 from support.evaluation import characters, speaker
 

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prunetune.cli.output import render_dry_run
+from prunetune.cli.preview import render_dry_run
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
@@ -396,7 +396,7 @@ def test_full_disk_is_refused_before_anything_is_written(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(RunFolderError, match="free some room") as refused:
+    with pytest.raises(RunFolderError, match="free some space") as refused:
         run(config_of(place, tmp_path / "deep" / "run"))
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())

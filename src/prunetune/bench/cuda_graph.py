@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prunetune.errors import ConfigError, ModelError
+from prunetune.utils.failures import first_line
 
 WARM_UPS = 2  # runs before recording, in which libraries choose kernels and allocate workspaces
 
@@ -55,8 +56,7 @@ class CudaGraphStep:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as failed:
-            reason = (str(failed).strip().splitlines() or ["RuntimeError"])[0]
-            raise ModelError(f"this model's step cannot be recorded ({reason}); run it eagerly") from failed
+            raise ModelError(f"this model's step cannot be recorded ({first_line(failed)}); run it eagerly") from failed
         for length, before in zip(lengths, lengths_before, strict=True):
             length.copy_(before)  # warm-ups advanced the cache; replays write those places again
         self.graph = graph

@@ -23,7 +23,7 @@ from prunetune.compare.methods import DENSE, Method, apply_overrides, resolve_me
 from prunetune.compare.page import write_page
 from prunetune.compare.table import aggregate
 from prunetune.config.recipe import RunConfig, to_mapping
-from prunetune.errors import ConfigError, LimitBroken, PrunetuneError, gpu_fault_message
+from prunetune.errors import ConfigError, LimitBroken, PrunetuneError
 from prunetune.evaluation.score_records import SDPA_BACKENDS
 from prunetune.model.loading import load_config, pick_device
 from prunetune.pipeline.prepare import Console, RunContext, data_and_model_facts, make_plan_constraints, prepare
@@ -34,6 +34,7 @@ from prunetune.train.teacher import resolve_auto
 from prunetune.utils import environment
 from prunetune.utils.console import make_console
 from prunetune.utils.determinism import deterministic
+from prunetune.utils.failures import is_gpu_fault
 from prunetune.utils.files import write_text
 
 log = logging.getLogger(__name__)
@@ -198,7 +199,7 @@ class _Comparison:
         except PrunetuneError as error:
             result = {**cell_header(cell), "error": str(error)}
         except Exception as error:
-            if gpu_fault_message(error):
+            if is_gpu_fault(error):
                 raise
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
             log.exception("%s failed", cell.name)

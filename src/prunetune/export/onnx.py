@@ -14,17 +14,18 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunetune.errors import MissingPackage, ModelError, SelfCheckFailed
+from prunetune.errors import ModelError, SelfCheckFailed
 from prunetune.export.checkpoint import edit_json
 from prunetune.export.result import ExportOptions, ExportResult, RuntimeCheck
 from prunetune.export.source import ExportSource
+from prunetune.utils.failures import first_line
+from prunetune.utils.optional import require_installed
 
 GRAPH_FILE = "model.onnx"
 ANSI_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
@@ -35,8 +36,7 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 def export_onnx(source: ExportSource, path: Path, options: ExportOptions) -> ExportResult:
     """Trace the model, write `model.onnx`, its weights and the tokenizer, and compare it in onnxruntime."""
-    if missing := missing_packages():
-        raise MissingPackage(f"onnx export needs {', '.join(missing)}; run: pip install 'prunetune[onnx]'")
+    require_installed(*PACKAGES, extra="onnx", use="onnx export")
     model = source.load_model()
     path.mkdir()
     program = _trace(model, source.config.vocab_size)
@@ -56,11 +56,6 @@ def export_onnx(source: ExportSource, path: Path, options: ExportOptions) -> Exp
         bytes=sum(file.stat().st_size for file in path.glob(f"{GRAPH_FILE}*")),
         checks=(check_onnx(model, path / GRAPH_FILE),),
     )
-
-
-def missing_packages() -> list[str]:
-    """The packages of the extra `prunetune[onnx]` that are not installed."""
-    return [name for name in PACKAGES if find_spec(name) is None]
 
 
 class _Logits(nn.Module):
@@ -89,9 +84,8 @@ def _trace(model: Any, vocabulary: int) -> Any:
             )  # fmt: skip
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as error:
             cause = error.__cause__ or error
-            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise ModelError(
-                f"{type(model).__name__} cannot be traced for ONNX ({ANSI_COLOURS.sub('', reason)}); "
+                f"{type(model).__name__} cannot be traced for ONNX ({ANSI_COLOURS.sub('', first_line(cause))}); "
                 "use the folder itself, or try --to gguf"
             ) from error
 

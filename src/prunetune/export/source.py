@@ -21,6 +21,7 @@ from prunetune.plan import Plan
 from prunetune.pruning.families import head_counts
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import Site
+from prunetune.utils.failures import first_line
 
 Layout = Literal["uniform", "per-layer"]
 # Keys that the stock class does not have: the per-layer schema, and rotary keys that only older releases read.
@@ -161,8 +162,7 @@ class ExportSource:
                 self.folder, dtype=dtype, trust_remote_code=self.trusts_code, **options
             )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ModelError(f"{self.folder} cannot be opened: {reason}; write the model again") from error
+            raise ModelError(f"{self.folder} cannot be opened: {first_line(error)}; write the model again") from error
         return (loaded if options else loaded.requires_grad_(False)).eval()
 
     @property

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from prunetune.errors import ModelError
+from prunetune.utils.failures import first_line
 from prunetune.utils.files import atomic_folder
 
 STORAGE_DTYPE = torch.bfloat16  # precise enough for values of 4 to 8 bits
@@ -45,9 +46,8 @@ def _convert(file: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (OSError, ValueError, RuntimeError, KeyError, IndexError, struct.error) as broken:
-        reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
         raise ModelError(
-            f"model {file}: cannot be read as GGUF: {reason}; check the file or fetch it again"
+            f"model {file}: cannot be read as GGUF: {first_line(broken)}; check the file or fetch it again"
         ) from broken
     if not _tokenizer_is_intact(tokenizer):
         raise ModelError(

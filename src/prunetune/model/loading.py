@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 
 from prunetune.errors import ConfigError, MissingPackage, ModelError, UnknownArchitecture
 from prunetune.model.gguf_import import dequantize_gguf
+from prunetune.utils.failures import first_line
+from prunetune.utils.suggest import similar_names
 
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,7 +68,7 @@ def resolve_model_path(name: str) -> str:
 def _did_you_mean(path: Path) -> str:
     """A suggestion of folders and .gguf files in the same folder with a similar name."""
     names = [file.name for file in path.parent.glob("*") if file.is_dir() or file.suffix == ".gguf"]
-    similar = difflib.get_close_matches(path.name, names)
+    similar = similar_names(path.name, names)
     return f"; did you mean {' or '.join(str(path.with_name(name)) for name in similar)}?" if similar else ""
 
 
@@ -104,7 +105,7 @@ def pick_device(wanted: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as absent:
         is_unknown = str(absent).startswith("Expected one of")  # and a list of all devices of PyTorch
-        reason = "" if is_unknown else f" ({str(absent).splitlines()[0]})"
+        reason = "" if is_unknown else f" ({first_line(absent)})"
         raise ConfigError(f"device {wanted!r} is not available{reason}; use cpu, cuda or auto") from absent
     return device
 
@@ -138,7 +139,7 @@ def load_model_and_tokenizer(
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as broken:
         raise ModelError(
-            f"model {name}: cannot be loaded: {_first_line(broken)}; check the files or fetch them again"
+            f"model {name}: cannot be loaded: {first_line(broken)}; check the files or fetch them again"
         ) from broken
     if missing := sorted(loading_info["missing_keys"]):  # which transformers fills with random numbers
         raise ModelError(
@@ -194,7 +195,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
                 f"model {name} comes with code of its own: read it, then say --trust-remote-code"
             ) from broken
         raise ModelError(
-            f"model {name}: no configuration found: {_first_line(broken)}; name a folder, a .gguf file or a hub name"
+            f"model {name}: no configuration found: {first_line(broken)}; name a folder, a .gguf file or a hub name"
         ) from broken
 
 
@@ -206,7 +207,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as broken:
         raise ModelError(
-            f"model {name}: no tokenizer found: {_first_line(broken)}; save the tokenizer into the model's folder"
+            f"model {name}: no tokenizer found: {first_line(broken)}; save the tokenizer into the model's folder"
         ) from broken
     if not tokenizer("a")["input_ids"]:  # made from a configuration alone
         raise ModelError(
@@ -234,7 +235,7 @@ def load_meta_model(name: str, *, trust_remote_code: bool = False) -> Any:
             safe_open(file, framework="pt")
         except (SafetensorError, OSError) as broken:
             raise ModelError(
-                f"model {name}: {file.name} cannot be read: {_first_line(broken)}; fetch it again"
+                f"model {name}: {file.name} cannot be read: {first_line(broken)}; fetch it again"
             ) from broken
     if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
         raise ModelError(f"model {name}: config.json: num_hidden_layers must be 1 or more; correct it")
@@ -242,9 +243,5 @@ def load_meta_model(name: str, *, trust_remote_code: bool = False) -> Any:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (RuntimeError, KeyError, TypeError, ZeroDivisionError) as broken:
-        reason = f"{type(broken).__name__}: {_first_line(broken)}"
+        reason = f"{type(broken).__name__}: {first_line(broken)}"
         raise ModelError(f"model {name}: no model can be built from its config.json: {reason}; correct it") from broken
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

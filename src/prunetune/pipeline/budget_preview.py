@@ -10,11 +10,11 @@ import torch
 
 from prunetune.bench.latency.tables import checked_header, load_cached_table, measure_table
 from prunetune.config.quantities import format_amount, format_amount_rounded_to_limit
-from prunetune.config.recipe import BUDGET_KINDS, WorkloadConfig
+from prunetune.config.recipe import WorkloadConfig
 from prunetune.cost.deployment import max_cost
 from prunetune.cost.latency_table import LatencyTable
 from prunetune.cost.layer_shapes import ModelShape, model_shape
-from prunetune.cost.limits import TIMED_BUDGETS, BudgetLimits, costs_for_budget
+from prunetune.cost.limits import BudgetLimits, costs_for_budget
 from prunetune.errors import ConfigError
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site
@@ -87,13 +87,21 @@ def budget_table_lines(
         if measure:
             raise
         table, untimed_reason = None, str(untimed)
-    plans = _example_widths(sites, constraints)
-    lines = [
+    widths_by_plan = _example_widths(sites, constraints)
+    rows, uncounted = [], []
+    for kind in BUDGET_KINDS:
+        try:
+            if kind in TIMED_BUDGETS and table is None:
+                raise ConfigError(untimed_reason)
+            rows.append([kind, *_costs(kind, dense_shape, workload, table, widths_by_plan)])
+        except ConfigError as reason:
+            uncounted.append(f"{kind:<11} {reason}")
+    return [
         f"budgets of {workload.batch} x {workload.prompt} + {workload.generate} tokens, {workload.cached_tokens} in "
         f"the cache, {workload.dtype}, weights {workload.weights}, layout {constraints.layout} (even plans):",
-        f"{'budget':<11}" + "".join(f"{name:>11}" for name in plans),
+        *table_lines(["budget", *(f">{plan}" for plan in widths_by_plan)], rows),
+        *uncounted,
     ]
-    return [*lines, *(_row(kind, dense_shape, workload, table, plans, untimed_reason) for kind in BUDGET_KINDS)]
 
 
 def _example_widths(sites: Sequence[Site], constraints: PlanConstraints) -> dict[str, dict[str, int] | None]:
@@ -107,31 +115,25 @@ def _example_widths(sites: Sequence[Site], constraints: PlanConstraints) -> dict
     return widths | {"least": nested_sites.kept_unit_counts(min_widths(nested_sites, constraints), nested_sites.sites)}
 
 
-def _row(
+def _costs(
     kind: str,
     dense_shape: ModelShape,
     workload: WorkloadConfig,
     table: LatencyTable | None,
-    widths_by_heading: dict[str, dict[str, int] | None],
-    untimed_reason: str,
-) -> str:
-    if kind in TIMED_BUDGETS and table is None:
-        return f"{kind:<11}  {untimed_reason}"
-    try:
-        costs = costs_for_budget(kind, dense_shape, workload, table)
-    except ConfigError as uncounted:
-        return f"{kind:<11}  {uncounted}"
-    tokens = workload.batch * workload.generate
-
-    def format_cell(heading: str, widths: dict[str, int] | None) -> str:
-        cost = max_cost(costs, widths) if widths is not None else 0.0
+    widths_by_plan: dict[str, dict[str, int] | None],
+) -> list[str]:
+    """What each plan costs in a kind of budget, as text; raises `ConfigError` where it cannot be counted."""
+    costs = costs_for_budget(kind, dense_shape, workload, table)
+    cells = []
+    for plan, widths in widths_by_plan.items():
+        cost = 0.0 if widths is None else max_cost(costs, widths)
         if not cost > 0:
-            return NOT_FEASIBLE
-        amount = tokens / cost if kind == "throughput" else cost
-        return format_amount_rounded_to_limit(amount, kind) if heading == "least" else format_amount(amount, kind)
-
-    cells = (f"{format_cell(heading, widths):>11}" for heading, widths in widths_by_heading.items())
-    return f"{kind:<11}" + "".join(cells)
+            cells.append(NOT_FEASIBLE)
+            continue
+        amount = workload.batch * workload.generate / cost if kind == "throughput" else cost
+        # "least" is what users copy into a recipe, so it is rounded to the side that is feasible.
+        cells.append((format_amount_rounded_to_limit if plan == "least" else format_amount)(amount, kind))
+    return cells
 
 
 def budget_usage_lines(limits: BudgetLimits, plan: Plan) -> Iterator[str]:

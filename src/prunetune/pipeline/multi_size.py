@@ -19,7 +19,7 @@ from pathlib import Path
 from prunetune.config.recipe import RunConfig
 from prunetune.data.batches import BatchStream
 from prunetune.errors import ConfigError, LimitBroken, RunFolderError, SelfCheckFailed
-from prunetune.manifest import ModelSpeeds
+from prunetune.manifest import ModelSpeeds, SizeFacts
 from prunetune.model.loading import pick_device
 from prunetune.pipeline.finish import finish
 from prunetune.pipeline.monitor import ValidationMonitor, make_monitor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from prunetune.errors import PrunetuneError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.manifest import Manifest, finite_number
 from prunetune.plan import Plan
+from prunetune.utils.json_lines import read_json_lines
 
 Parsed = TypeVar("Parsed")
 RunLogEntry = Mapping[str, Any]
@@ -128,17 +128,7 @@ def _read_log(path: Path, missing: list[str], consequence: str) -> tuple[RunLogE
     if not path.is_file():
         missing.append(f"{path.name} is missing: {consequence}")
         return ()
-    lines: list[RunLogEntry] = []
-    broken = 0
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:  # a run stopped in the middle of a line
-            line = None
-        if isinstance(line, Mapping):
-            lines.append(line)
-        else:
-            broken += bool(text.strip())
+    lines, broken = read_json_lines(path)  # a run may have stopped in the middle of a line
     if broken:
         missing.append(f"{path.name} has {broken} line{'s' * (broken > 1)} that cannot be read: left out")
     elif not lines:

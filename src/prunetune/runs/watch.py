@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from rich.text import Text
 from prunetune.config.recipe import RunConfig
 from prunetune.manifest import Manifest
 from prunetune.runs.folder import RunFolder, is_locked, open_run
+from prunetune.utils.json_lines import read_json_lines
 
 REFRESH_SECONDS = 1.0
 LOCK_CHECK_SECONDS = 30.0  # without a new line; then the lock says whether a process works on the run
@@ -78,19 +78,11 @@ def read_snapshot(folder: RunFolder, config: RunConfig) -> RunSnapshot:
 
 
 def _read_records(file: Path) -> tuple[JsonLine, ...]:
-    records = []
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
+        records, _ = read_json_lines(file)
     except OSError:
         return ()
-    for line in text.splitlines():
-        try:
-            value = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(value, dict) and isinstance(value.get("step"), int):
-            records.append(value)
-    return tuple(records)
+    return tuple(record for record in records if isinstance(record.get("step"), int))
 
 
 def watch_run(path: Path, *, console: Console | None = None, interval: float = REFRESH_SECONDS) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunetune.errors import ModelError, gpu_fault_message
+from prunetune.errors import ModelError
+from prunetune.utils.failures import first_line, is_gpu_fault
 
 
 class OwnStream:
@@ -112,10 +113,10 @@ class CudaGraphRecorder:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as failed:
-            line = (str(failed).strip().splitlines() or [type(failed).__name__])[0]
+            line = first_line(failed)
             errors = list(_with_contexts(failed))
             for error in errors:
-                if gpu_fault_message(error) and "captur" not in str(error):  # a fault of the GPU, not of recording
+                if is_gpu_fault(error) and "captur" not in str(error):  # a fault of the GPU, not of recording
                     raise error from None
             # CUDA says so in words, too.
             if not any(isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) for error in errors):

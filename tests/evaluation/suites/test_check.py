@@ -393,4 +393,4 @@ def test_a_suite_finds_its_data_elsewhere(tmp_path: Path, say: Said) -> None:
 
 def test_an_evaluation_as_lines() -> None:
     text = render_evaluation(Evaluation({"t": answers("10"), "bad": TaskResult("bad", {}, (), error="why")}))
-    assert "bad                      not scored: why" in text
+    assert "bad: not scored: why" in text

@@ -14,7 +14,7 @@ from prunetune.evaluation.suites.api import evaluate
 from prunetune.evaluation.suites.endpoint import Endpoint
 from prunetune.evaluation.suites.http_client import EndpointClient
 from prunetune.evaluation.suites.judge_scorer import _mark
-from prunetune.evaluation.suites.open_model import BackendOptions
+from prunetune.evaluation.suites.options import EvalOptions
 from prunetune.evaluation.suites.protocol import BackendError, GenerationSettings
 from support.endpoint import Reply, characters_model, now, serving, unused_port
 from support.suites import ALL, Told, suite_in
@@ -82,7 +82,7 @@ def test_a_server_without_echo_still_writes(tmp_path: Path) -> None:
 
 def test_an_endpoint_by_its_address(tmp_path: Path) -> None:
     with serving(characters_model) as heard:
-        found = evaluate(heard.url, suite_in(tmp_path, ALL), options=BackendOptions(model_name="mine"))
+        found = evaluate(heard.url, suite_in(tmp_path, ALL), options=EvalOptions(model_name="mine"))
     assert [result.error for result in found.tasks.values()] == [""] * len(ALL)
     assert {body["model"] for _, body, _ in heard.requests} == {"mine"}
 

@@ -31,7 +31,8 @@ from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks, fingerprint, i
 from prunetune.train.recovery import StepGuard
 from prunetune.train.trainers import GeneratorTrainer
 from prunetune.utils.console import SilentConsole
-from prunetune.utils.launch import lost_rank_message, rank_and_world_size, single_process_error
+from prunetune.utils.failures import is_lost_rank
+from prunetune.utils.launch import rank_and_world_size, single_process_error
 from support.data import write_lines
 from support.distributed_worker import OTHERS, STEPS, STOP, result
 from support.evaluation import characters, speaker
@@ -275,7 +276,7 @@ def test_init_distributed_without_a_launch_is_a_single_process(monkeypatch: pyte
     assert init_distributed(torch.device("cpu")) is SINGLE_PROCESS
     monkeypatch.setenv("WORLD_SIZE", "8")  # of a cluster's job, not of a launcher
     assert rank_and_world_size() == (0, 1)
-    assert not lost_rank_message(RuntimeError("Connection closed by peer"))
+    assert not is_lost_rank(RuntimeError("Connection closed by peer"))
     assert not single_process_error("compare")
 
 
@@ -304,8 +305,8 @@ def test_other_commands_refuse_several_processes(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setenv(name, value)
     assert "one process" in single_process_error("compare")
     assert not single_process_error("run")
-    assert lost_rank_message(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3"))
-    assert not lost_rank_message(RuntimeError("shapes differ"))
+    assert is_lost_rank(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3"))
+    assert not is_lost_rank(RuntimeError("shapes differ"))
 
 
 def test_rank_waiting_for_a_lost_one_exits_with_a_message() -> None:
@@ -327,4 +328,4 @@ def test_rank_waiting_for_a_lost_one_exits_with_a_message() -> None:
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert said == "prunetune: rank 1 of 2: told to stop, as when another rank ends; go on with --resume\n"
+    assert said == "prunetune: rank 1 of 2: told to stop, as when another rank ends; continue with --resume\n"

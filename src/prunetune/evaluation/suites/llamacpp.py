@@ -16,6 +16,7 @@ from prunetune.errors import ModelError
 from prunetune.evaluation.suites.endpoint import Endpoint
 from prunetune.evaluation.suites.http_client import EndpointClient
 from prunetune.evaluation.suites.protocol import BackendError, GenerationSettings, OnRequestsDone, RequestKind
+from prunetune.utils.failures import first_line
 from prunetune.utils.optional import import_optional
 
 ERRORS = 1  # what llama.cpp logs; by default, several lines a reply
@@ -35,8 +36,7 @@ def start_server(file: Path, *, context: int = 0, slots: int = 1, threads: int =
     try:
         return llama.Server(params)
     except Exception as broken:  # llama.cpp's errors have no type of their own
-        reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
-        raise ModelError(f"model {file}: llama.cpp cannot open it ({reason}); check the file") from broken
+        raise ModelError(f"model {file}: llama.cpp cannot open it ({first_line(broken)}); check the file") from broken
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
 
 from prunetune.errors import MissingPackage, ModelError
+from prunetune.utils.failures import last_line
+from prunetune.utils.optional import is_installed
 
 KQUANT_BLOCK = 256  # values of a row that a k-quant stores together
 KQUANT_TYPES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_k_s", "q4_k_m", "q5_0", "q5_k_s", "q5_k_m", "q6_k")
@@ -17,7 +18,7 @@ KQUANT_TYPES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_k_s", "q4_k_m"
 
 def require_llama_cpp() -> None:
     """Raises `MissingPackage` if llama-cpp-python is not installed."""
-    if find_spec("llama_cpp") is None:
+    if not is_installed("llama_cpp"):
         raise MissingPackage(
             "k-quants are made by llama.cpp; run: pip install llama-cpp-python (compiling it takes minutes), "
             "or export f16 and run its llama-quantize, or take --dtype q8_0"
@@ -45,7 +46,7 @@ def quantize(exact: Path, path: Path, name: str) -> tuple[str, ...]:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     if process.returncode or not path.is_file():
-        last = (process.stderr.strip().splitlines() or ["no output"])[-1]
+        last = last_line(process.stderr)
         raise ModelError(f"{path}: llama.cpp could not quantise to {name} ({last}); take --dtype q8_0")
     tensors = gguf.GGUFReader(path).tensors
     fallbacks = sum(len(tensor.shape) > 1 and tensor.shape[0] % KQUANT_BLOCK != 0 for tensor in tensors)

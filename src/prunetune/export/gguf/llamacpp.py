@@ -10,12 +10,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from prunetune.errors import SelfCheckFailed
 from prunetune.export.source import ExportSource
+from prunetune.utils.optional import is_installed
 
 STEPS = 16  # greedy tokens
 TIE_MARGIN = 1e-3  # if the two best logits differ by less than this share of the largest, rounding may swap them
@@ -98,7 +98,7 @@ class TokenAgreement:
 
 def runtime_version() -> str:
     """Name and release of the package that runs llama.cpp; "" if it is not installed."""
-    return f"llama.cpp (xllamacpp {version('xllamacpp')})" if find_spec("xllamacpp") else ""
+    return f"llama.cpp (xllamacpp {version('xllamacpp')})" if is_installed("xllamacpp") else ""
 
 
 def check_prompts(source: ExportSource) -> list[list[int]]:
