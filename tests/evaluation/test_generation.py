@@ -101,7 +101,7 @@ def test_a_chat_s_answer_is_over_where_its_turn_ends(taught: tuple[Any, list[Rec
     of_run = {item.id: item.got for item in evaluate(model, subwords(), records, DataConfig(), config).tasks[""].items}
     assert [of_run[record.id] for record in records] == wanted
     local = LocalModel(model, subwords(), max_tokens=max_tokens)
-    assert local.run_requests("write", records, GenerationSettings(max_new_tokens=12), lambda _: None) == wanted
+    assert local.run_requests("generate", records, GenerationSettings(max_new_tokens=12), lambda _: None) == wanted
 
 
 def test_sampling_settings_of_a_checkpoint_are_ignored(caplog: pytest.LogCaptureFixture) -> None:

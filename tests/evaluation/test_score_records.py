@@ -15,9 +15,10 @@ from prunetune.data.records import Record
 from prunetune.errors import DataError
 from prunetune.evaluation import Evaluation, evaluate
 from prunetune.evaluation.generation import generate
-from prunetune.evaluation.score_records import argmax_unless_nan, make_ids_unique, stable_sample
+from prunetune.evaluation.sampling import make_ids_unique, stable_sample
 from prunetune.evaluation.suites.local import LocalModel
 from prunetune.evaluation.suites.protocol import GenerationSettings
+from prunetune.evaluation.suites.run import argmax_unless_nan
 from support.evaluation import characters, choice, question, speaker, text
 
 CONFIG = EvaluateConfig(max_new_tokens=6)
@@ -170,15 +171,24 @@ def test_nothing_to_score_is_refused() -> None:
         scored([])
     with pytest.raises(DataError, match="has no tokens"):
         scored([choice(0, choices=("a", ""))])
-    with pytest.raises(DataError):
-        scored([question(0, prompt="long " * 100)])
-    with pytest.raises(DataError, match="too_long=truncate"):
-        scored([question(0, prompt="long " * 100)], too_long="drop")
 
 
-def test_too_long_records_are_dropped_where_asked() -> None:
-    result = scored([question(0, prompt="long " * 100), question(1)], too_long="drop").tasks["open"]
-    assert [item.id for item in result.items] == ["q1"]
+@pytest.mark.parametrize("too_long", ["error", "truncate", "drop"])
+def test_rows_longer_than_the_context_are_scored_without_their_beginning(too_long: str) -> None:
+    """`data.too_long` and `data.max_length` are about the rows that tuning sees; `eval` knows neither."""
+    records = [question(0, prompt="long " * 100), question(1)]
+    result = scored(records, too_long=too_long, max_length=4).tasks["open"]
+    assert sorted(item.id for item in result.items) == ["q0", "q1"]
+    cut = scored([question(0, prompt=records[0].prompt[-(256 - 1 - 1 - len("answer 0")) :])]).tasks["open"].items[0]
+    long = next(item for item in result.items if item.id == "q0")
+    assert long.scores["nll"] == pytest.approx(cut.scores["nll"], rel=1e-5)
+    assert result.scores["rouge_l"].n == 2
+
+
+def test_texts_longer_than_the_context_are_scored_whole() -> None:
+    long = Record(kind="text", completion="the quick fox " * 50, task="prose", id="t0")
+    (item,) = scored([long]).tasks["prose"].items
+    assert item.scores["tokens"] == item.scores["bytes"] == len(long.completion)
 
 
 def test_generation_leaves_room_within_the_context() -> None:
@@ -202,7 +212,7 @@ def test_a_long_prompt_keeps_its_start_token_and_is_cut_as_in_a_suite(
     asked = asked_of(monkeypatch)
     scored([record], model, EvaluateConfig(max_new_tokens=33), too_long="truncate")
     LocalModel(model, characters()).run_requests(
-        "write", [record], GenerationSettings(max_new_tokens=33), lambda _: None
+        "generate", [record], GenerationSettings(max_new_tokens=33), lambda _: None
     )
     of_run, of_suite = asked
     assert of_run == of_suite
@@ -219,8 +229,7 @@ def asked_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         asked.extend(map(tuple, prompts))
         return generate(model, tokenizer, prompts, **how)
 
-    for module in ("evaluation.suite", "suites.local"):
-        monkeypatch.setattr(f"prunetune.{module}.generate", spied)
+    monkeypatch.setattr("prunetune.evaluation.suites.local.generate", spied)
     return asked
 
 

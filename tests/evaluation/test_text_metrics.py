@@ -1,4 +1,4 @@
-"""Texts compare as readers would."""
+"""Exact match and ROUGE-L compare texts as readers would, in any script."""
 
 from __future__ import annotations
 
@@ -8,7 +8,17 @@ import unicodedata
 
 import pytest
 
-from prunetune.evaluation.text_metrics import RougeTokenizer, exact_match, rouge_l
+from prunetune.data.records import Record
+from prunetune.evaluation.suites.protocol import Prompt, Response
+from prunetune.evaluation.suites.text_scorers import rouge
+from prunetune.evaluation.text_metrics import RougeTokenizer, exact_match
+
+
+def rouge_l(expected: list[str], got: list[str]) -> list[float]:
+    """ROUGE-L F1 of each pair, as the scorer gives it."""
+    prompts = [Prompt(Record(kind="completion", completion=wanted), (), {}) for wanted in expected]
+    answers = [Response(prompt, text=text) for prompt, text in zip(prompts, got, strict=True)]
+    return rouge(answers, {"stemmer": False})["rouge_l"]
 
 
 def test_case_and_white_space_do_not_matter() -> None:

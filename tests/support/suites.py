@@ -78,7 +78,10 @@ class Told:
         self, kind: RequestKind, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone
     ) -> list[Any]:
         self.calls += len(records)
-        return [{"write": self.write, "choose": self._choose, "weigh": self._weigh}[kind](record) for record in records]
+        return [
+            {"generate": self.write, "loglikelihood": self._choose, "nll": self._weigh}[kind](record)
+            for record in records
+        ]
 
     def _choose(self, record: Record) -> list[list[float]]:
         best = (record.answer + (record.id in self.wrong)) % len(record.choices)

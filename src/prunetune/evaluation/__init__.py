@@ -1,4 +1,4 @@
-"""Scores of a model on records: choices by likelihood, generations, NLL and perplexity, with standard errors."""
+"""Scores of a model on rows: choices, generated answers, NLL and perplexity, with standard errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BLEU and chrF (sacrebleu), which are no means over items: of one pair, of a corpus, and of its resamples."""
+"""BLEU and chrF (sacrebleu) of a pair, of a whole corpus and of its bootstrap resamples: no means over items."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ def _metric(name: str, **options: Any) -> Any:
 
 
 def sentence_bleu(expected: Sequence[str], got: Sequence[str]) -> list[float]:
-    """BLEU of each pair, 0..100; the order of n-grams ends where a text does."""
+    """BLEU of each pair, 0..100, with effective n-gram order: a text of two words counts no trigrams."""
     bleu = _metric("BLEU", effective_order=True)
-    return [float(bleu.sentence_score(have, [want]).score) for want, have in zip(expected, got, strict=True)]
+    return [float(bleu.sentence_score(text, [wanted]).score) for wanted, text in zip(expected, got, strict=True)]
 
 
 def sentence_chrf(expected: Sequence[str], got: Sequence[str]) -> list[float]:
     """chrF2 of each pair, 0..100."""
     chrf = _metric("CHRF")
-    return [float(chrf.sentence_score(have, [want]).score) for want, have in zip(expected, got, strict=True)]
+    return [float(chrf.sentence_score(text, [wanted]).score) for wanted, text in zip(expected, got, strict=True)]
 
 
 def _statistic(name: str) -> Callable[[Sequence[Item]], Statistic]:
-    def of_items(items: Sequence[Item]) -> Statistic:
+    def make_statistic(items: Sequence[Item]) -> Statistic:
         metric = _metric(name)
         # What sacrebleu itself resamples for its confidence intervals: n-gram counts, which add up over pairs.
         counts = np.asarray(
@@ -43,7 +43,7 @@ def _statistic(name: str) -> Callable[[Sequence[Item]], Statistic]:
 
         return statistic
 
-    return of_items
+    return make_statistic
 
 
 corpus_bleu = _statistic("BLEU")

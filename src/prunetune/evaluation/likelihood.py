@@ -1,4 +1,4 @@
-"""How likely a model finds given tokens: choices after a prompt, and the answers of examples."""
+"""Log-likelihoods of given tokens: of choices after a shared prompt, and of the answers of examples."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from prunetune.evaluation.batching import (
     batch_by_length,
     left_pad,
     position_ids_from_mask,
-    vocab_size,
 )
+from prunetune.evaluation.inference import vocab_size
 from prunetune.model.lm_head import select_head_inputs
 
 Tokens = tuple[int, ...]
-_CHUNK = 2**24  # logits that are widened to float32 at once: 64 MiB
+_CHUNK = 2**24  # logits converted to float32 at once: 64 MiB
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class TokenizedQuestion:
 
 @dataclass(frozen=True)
 class ChoiceBranch:
-    """Tokens to run after a prompt, and the choices whose later tokens they predict."""
+    """Tokens to run after a prompt, and the choices whose second and later tokens they predict."""
 
     question_index: int
     tokens: Tokens
-    choice_indices: tuple[int, ...]  # each starts with `tokens` up to its own last token but one
+    choice_indices: tuple[int, ...]  # without its last token, each is a prefix of `tokens`
 
 
 def choice_loglikelihoods(
@@ -50,24 +50,24 @@ def choice_loglikelihoods(
 ) -> list[list[float]]:
     """Mean log-likelihood per token (nats) of every choice after its prompt, in the order given.
 
-    Every prompt is run once: its last logits give the first token of all choices, its cache carries the rest.
+    Every prompt is run once: its last logits score the first token of all choices, its KV cache the rest.
     """
-    found: list[list[float]] = [[] for _ in questions]
-    size = vocab_size(model)
+    means: list[list[float]] = [[] for _ in questions]
+    vocabulary = vocab_size(model)
     for group in batch_by_length(
         range(len(questions)),
         lambda index: len(questions[index].prompt),
-        lambda rows, width: rows * width <= max_tokens and rows * size <= MAX_LOGITS_PER_PASS,
+        lambda rows, width: rows * width <= max_tokens and rows * vocabulary <= MAX_LOGITS_PER_PASS,
         max_length_ratio=MAX_LENGTH_RATIO,
     ):
-        scores = _group_likelihoods(model, [questions[index] for index in group], pad_id, max_tokens)
-        for index, values in zip(group, scores, strict=True):
-            found[index] = values
+        of_group = _group_loglikelihoods(model, [questions[index] for index in group], pad_id, max_tokens)
+        for index, values in zip(group, of_group, strict=True):
+            means[index] = values
         tick(len(group))
-    return found
+    return means
 
 
-def _group_likelihoods(
+def _group_loglikelihoods(
     model: Any, group: Sequence[TokenizedQuestion], pad_id: int, max_tokens: int
 ) -> list[list[float]]:
     prompts = left_pad([question.prompt for question in group], pad_id, model.device)
@@ -79,16 +79,18 @@ def _group_likelihoods(
         use_cache=bool(branches),
         logits_to_keep=1,
     )
-    totals = [_first_tokens(output.logits[index, -1], question) for index, question in enumerate(group)]
-    size, width = vocab_size(model), prompts.input_ids.shape[1]
-    for part in batch_by_length(
+    totals = [_first_token_logprobs(output.logits[index, -1], question) for index, question in enumerate(group)]
+    vocabulary, width = vocab_size(model), prompts.input_ids.shape[1]
+    for batch in batch_by_length(
         branches,
         lambda branch: len(branch.tokens),
-        lambda rows, longest: rows * (width + longest) <= max_tokens and rows * longest * size <= MAX_LOGITS_PER_PASS,
+        lambda rows, longest: (
+            rows * (width + longest) <= max_tokens and rows * longest * vocabulary <= MAX_LOGITS_PER_PASS
+        ),
         max_length_ratio=MAX_LENGTH_RATIO,
     ):
-        logits = _branch_logits(model, part, prompts, output.past_key_values, pad_id)
-        for (question, choice), value in _later_tokens(logits, part, group).items():
+        logits = _branch_logits(model, batch, prompts, output.past_key_values, pad_id)
+        for (question, choice), value in _later_token_logprobs(logits, batch, group).items():
             totals[question][choice] += value
     return [
         [total / len(choice) for total, choice in zip(values, question.choices, strict=True)]
@@ -97,22 +99,22 @@ def _group_likelihoods(
 
 
 def build_branches(question_index: int, choices: Sequence[Tokens]) -> list[ChoiceBranch]:
-    """The fewest runs after a prompt that predict every later token: what begins another run is part of it."""
-    begun = {choice[:-1] for choice in choices if len(choice) > 1}
-    runs = [tokens for tokens in sorted(begun) if not any(_is_proper_prefix(tokens, other) for other in begun)]
-    served: dict[Tokens, list[int]] = {tokens: [] for tokens in runs}
+    """The fewest branches that predict every later token: inputs that are a prefix of others need none of their own."""
+    inputs = {choice[:-1] for choice in choices if len(choice) > 1}
+    longest = [tokens for tokens in sorted(inputs) if not any(_is_proper_prefix(tokens, other) for other in inputs)]
+    choices_of: dict[Tokens, list[int]] = {tokens: [] for tokens in longest}
     for index, choice in enumerate(choices):
         if len(choice) > 1:
-            served[next(tokens for tokens in runs if tokens[: len(choice) - 1] == choice[:-1])].append(index)
-    return [ChoiceBranch(question_index, tokens, tuple(indices)) for tokens, indices in served.items()]
+            choices_of[next(tokens for tokens in longest if tokens[: len(choice) - 1] == choice[:-1])].append(index)
+    return [ChoiceBranch(question_index, tokens, tuple(indices)) for tokens, indices in choices_of.items()]
 
 
 def _is_proper_prefix(tokens: Tokens, other: Tokens) -> bool:
     return len(tokens) < len(other) and other[: len(tokens)] == tokens
 
 
-def _first_tokens(logits: Tensor, question: TokenizedQuestion) -> list[float]:
-    """[vocabulary] logits -> the log-probability of each choice's first token."""
+def _first_token_logprobs(logits: Tensor, question: TokenizedQuestion) -> list[float]:
+    """Logits [vocabulary] -> the log-probability of each choice's first token."""
     firsts = torch.tensor([choice[0] for choice in question.choices], device=logits.device)
     values: list[float] = logits.float().log_softmax(-1)[firsts].tolist()
     return values
@@ -121,10 +123,10 @@ def _first_tokens(logits: Tensor, question: TokenizedQuestion) -> list[float]:
 def _branch_logits(
     model: Any, branches: Sequence[ChoiceBranch], prompts: PaddedBatch, cache: Any, pad_id: int
 ) -> Tensor:
-    """[branches, longest, vocabulary]"""
+    """Logits [branches, longest, vocabulary] after the cached prompts."""
     owners = torch.tensor([branch.question_index for branch in branches], device=prompts.input_ids.device)
     width = max(len(branch.tokens) for branch in branches)
-    # Padded on the right: no token looks ahead, so what stands behind a branch cannot reach it.
+    # Padded on the right: attention is causal, so no token of a branch sees the padding behind it.
     padded = [[*branch.tokens, *[pad_id] * (width - len(branch.tokens))] for branch in branches]
     ids = torch.tensor(padded, device=owners.device)
     mask = torch.cat([prompts.attention_mask[owners], torch.ones_like(ids)], dim=1)
@@ -139,59 +141,59 @@ def _branch_logits(
 
 
 def _select_cache_rows(cache: Any, rows: Tensor) -> Any:
-    """A cache of the given rows; the original stays as it was, because layers grow by making new tensors."""
+    """A KV cache of the given rows; the original is unchanged, because a layer that grows makes new tensors."""
     chosen = copy.copy(cache)
     chosen.layers = [copy.copy(layer) for layer in cache.layers]
     chosen.batch_select_indices(rows)
     return chosen
 
 
-def _later_tokens(
+def _later_token_logprobs(
     logits: Tensor, branches: Sequence[ChoiceBranch], group: Sequence[TokenizedQuestion]
 ) -> dict[tuple[int, int], float]:
-    """(question, choice) -> summed log-probability of its tokens but the first."""
-    asked = [
+    """(question, choice) -> summed log-probability of its second and later tokens."""
+    scored = [
         (row, branch.question_index, choice) for row, branch in enumerate(branches) for choice in branch.choice_indices
     ]
-    rows = torch.tensor([row for row, _, _ in asked], device=logits.device)
+    rows = torch.tensor([row for row, _, _ in scored], device=logits.device)
     width = logits.shape[1]
-    tails = [group[question].choices[choice][1:] for _, question, choice in asked]
+    tails = [group[question].choices[choice][1:] for _, question, choice in scored]
     targets = torch.tensor([[*tail, *[-100] * (width - len(tail))] for tail in tails], device=logits.device)
     steps = torch.arange(width, device=logits.device)
     chosen = logits[rows[:, None], steps[None, :], targets.clamp(min=0)].float()
     values = (chosen - chunked_logsumexp(logits)[rows]).masked_fill(targets < 0, 0.0).cpu().double().sum(-1).tolist()
-    return {(question, choice): value for (_, question, choice), value in zip(asked, values, strict=True)}
+    return {(question, choice): value for (_, question, choice), value in zip(scored, values, strict=True)}
 
 
 def chunked_logsumexp(logits: Tensor) -> Tensor:
-    """[..., vocabulary] -> [...] float32 logsumexp, widened piece by piece: large vocabularies do not fit twice."""
+    """Logits [..., vocabulary] -> float32 logsumexp [...], in chunks: a float32 copy of all logits may not fit."""
     flat = logits.flatten(0, -2)
-    pieces = torch.split(flat, max(1, _CHUNK // flat.shape[-1]))
-    return torch.cat([piece.float().logsumexp(-1) for piece in pieces]).view(logits.shape[:-1])
+    chunks = torch.split(flat, max(1, _CHUNK // flat.shape[-1]))
+    return torch.cat([chunk.float().logsumexp(-1) for chunk in chunks]).view(logits.shape[:-1])
 
 
 def answer_nll(
     model: Any, examples: Sequence[Example], *, pad_id: int, max_tokens: int, tick: OnItemsDone
 ) -> list[tuple[float, int]]:
-    """Summed NLL (nats) and count of each example's answer tokens, in the order given."""
-    found = [(0.0, 0)] * len(examples)
-    size = vocab_size(model)
+    """NLL in nats, summed over the answer tokens of each example, and their count, in the order given."""
+    results = [(0.0, 0)] * len(examples)
+    vocabulary = vocab_size(model)
     for group in batch_by_length(
         range(len(examples)),
         lambda index: len(examples[index].token_ids),
         lambda rows, width: rows * width <= max_tokens,
         max_length_ratio=MAX_LENGTH_RATIO,
     ):
-        for part in batch_by_length(
+        for indices in batch_by_length(
             group,
             lambda index: len(examples[index].token_ids) - examples[index].answer_start,
-            lambda rows, longest: rows * (longest + 1) * size <= MAX_LOGITS_PER_PASS,
+            lambda rows, longest: rows * (longest + 1) * vocabulary <= MAX_LOGITS_PER_PASS,
         ):
-            totals, counts = _batch_nll(model, collate([examples[index] for index in part], pad_id).to(model.device))
-            for index, total, tokens in zip(part, totals, counts, strict=True):
-                found[index] = (total, tokens)
-            tick(len(part))
-    return found
+            batch = collate([examples[index] for index in indices], pad_id).to(model.device)
+            for index, total, tokens in zip(indices, *_batch_nll(model, batch), strict=True):
+                results[index] = (total, tokens)
+            tick(len(indices))
+    return results
 
 
 def _batch_nll(model: Any, batch: Batch) -> tuple[list[float], list[int]]:
@@ -199,4 +201,4 @@ def _batch_nll(model: Any, batch: Batch) -> tuple[list[float], list[int]]:
         logits = model(input_ids=batch.input_ids, use_cache=False).logits  # [N, vocabulary]
     losses = chunked_logsumexp(logits) - logits.gather(-1, batch.targets[:, None])[:, 0].float()
     counts = batch.prediction_mask.sum(-1).tolist()
-    return [float(part.double().sum()) for part in losses.cpu().split(counts)], counts
+    return [float(row.double().sum()) for row in losses.cpu().split(counts)], counts

@@ -1,9 +1,10 @@
-"""Is a model worse than another on the same items, or is it chance? Paired tests, and several of them at once.
+"""Paired tests of two models on the same items: exact McNemar, randomisation, bootstrap intervals, Holm's correction.
 
-All p-values are two-sided. Where items are right or wrong: McNemar's test (Psychometrika 12, 1947) in its exact form.
-Otherwise approximate randomisation (Noreen 1989): if the models are alike, it does not matter which of them gave which
-of an item's two answers, so they are swapped at random; this holds its level however few items there are. The interval
-of the difference is a bootstrap over items (Efron and Tibshirani 1993, chapter 13).
+All p-values are two-sided. Items that are right or wrong are tested by McNemar's test (Psychometrika 12, 1947) in its
+exact form; others by approximate randomisation (Noreen 1989): if the models are alike, it does not matter which of
+them gave which of an item's two answers, so the answers are swapped at random. That keeps its significance level
+however few items there are. The interval of the difference is a bootstrap over items (Efron and Tibshirani 1993,
+chapter 13).
 """
 
 from __future__ import annotations
@@ -19,12 +20,12 @@ from prunetune.evaluation.statistics import Array, Statistic, paired_items, stat
 
 RESAMPLES = 9999
 INTERVAL = (0.025, 0.975)
-PART = 2**22  # resampled weights held at once: 32 MiB
+CHUNK = 2**22  # resampled weights in memory at once: 32 MiB
 
 
 @dataclass(frozen=True)
 class PairedComparison:
-    """A score against another's on the same items."""
+    """The difference of two models' scores on the same items, and whether it can be chance."""
 
     difference: float  # first minus second
     ci_low: float  # 95% bootstrap interval of the difference; nan for fewer than 2 items
@@ -35,32 +36,33 @@ class PairedComparison:
 
 
 def compare_paired(a: TaskResult, b: TaskResult, metric: str, *, seed: int = 0) -> PairedComparison:
-    """`a` against `b`; raises `DataError` where the two do not have enough items in common."""
+    """Compare `a` with `b`; raises `DataError` where the two have too few items in common."""
     left, right = paired_items(a, b, metric)
     n, statistic = len(left), _joint(left, right, metric)
 
     def gap(first: Array) -> Array:
-        """[resamples, n] how often each item's own answers count -> [resamples] `a` minus `b`."""
+        """How often each item counts, [resamples, n] -> `a` minus `b`, [resamples]."""
         none = np.zeros_like(first)
         return statistic(np.hstack([first, none])) - statistic(np.hstack([none, first]))
 
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        found = float(gap(np.ones((1, n)))[0])
-        if not math.isfinite(found):
-            return PairedComparison(found, math.nan, math.nan, math.nan, n, "randomisation")
+        difference = float(gap(np.ones((1, n)))[0])
+        if not math.isfinite(difference):
+            return PairedComparison(difference, math.nan, math.nan, math.nan, n, "randomisation")
         low, high = _interval(gap, n, seed)
         if statistic_for_metric(metric) is None and _binary([*left, *right], metric):
             lost = sum(x.scores[metric] < y.scores[metric] for x, y in zip(left, right, strict=True))
             won = sum(x.scores[metric] > y.scores[metric] for x, y in zip(left, right, strict=True))
-            return PairedComparison(found, low, high, mcnemar(lost, won), n, "McNemar")
-        return PairedComparison(found, low, high, _randomised(statistic, found, n, seed), n, "randomisation")
+            return PairedComparison(difference, low, high, mcnemar(lost, won), n, "McNemar")
+        p_value = _randomised(statistic, difference, n, seed)
+        return PairedComparison(difference, low, high, p_value, n, "randomisation")
 
 
 def _joint(left: Sequence[Item], right: Sequence[Item], metric: str) -> Statistic:
-    """The metric over both models' items, `left` first: what it gives depends on whose items have weight."""
-    items, make = [*left, *right], statistic_for_metric(metric)
-    if make is not None:
-        return make(items)
+    """The metric over both models' items, those of `left` first; weights choose whose items count."""
+    items, make_statistic = [*left, *right], statistic_for_metric(metric)
+    if make_statistic is not None:
+        return make_statistic(items)
     values = np.asarray([item.scores[metric] for item in items], dtype=np.float64)
     if np.isnan(values).any():
         return lambda weights: np.full(len(weights), math.nan)
@@ -81,27 +83,27 @@ def _interval(gap: Callable[[Array], Array], n: int, seed: int) -> tuple[float, 
     return float(low), float(high)
 
 
-def _randomised(statistic: Statistic, found: float, n: int, seed: int) -> float:
-    """The share of random swaps that put the models as far apart as they are."""
+def _randomised(statistic: Statistic, difference: float, n: int, seed: int) -> float:
+    """The share of random swaps after which the models differ at least as much as they do."""
     generator = np.random.default_rng(seed)
-    far = 0
+    as_far = 0
     for rows in _chunk_sizes(n):
         own = generator.integers(0, 2, size=(rows, n)).astype(np.float64)
         gaps = statistic(np.hstack([own, 1 - own])) - statistic(np.hstack([1 - own, own]))
-        # A hair of slack: equal differences must not part by rounding.
-        far += int((np.abs(gaps) >= abs(found) * (1 - 1e-9)).sum())
-    return (1 + far) / (1 + RESAMPLES)
+        # The tolerance lets differences count as equal that rounding separated.
+        as_far += int((np.abs(gaps) >= abs(difference) * (1 - 1e-9)).sum())
+    return (1 + as_far) / (1 + RESAMPLES)
 
 
 def _chunk_sizes(n: int) -> Iterator[int]:
-    left, size = RESAMPLES, max(1, PART // (2 * n))
+    left, size = RESAMPLES, max(1, CHUNK // (2 * n))
     while left > 0:
         yield min(left, size)
         left -= size
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """The chance of a split at least as uneven among the items that changed, if either change is as likely."""
+    """Exact p-value: the chance of a split at least as uneven among changed items, if either change is as likely."""
     changed, few = lost + won, min(lost, won)
     log_terms = [
         math.lgamma(changed + 1) - math.lgamma(k + 1) - math.lgamma(changed - k + 1) - changed * math.log(2)
@@ -111,7 +113,7 @@ def mcnemar(lost: int, won: int) -> float:
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """P-values such that the chance of any false alarm among them stays at the level (Holm 1979); nan stays nan."""
+    """Corrected p-values: the chance of any false alarm among them is at most the level (Holm 1979); nan stays nan."""
     order = sorted((value, index) for index, value in enumerate(values) if not math.isnan(value))
     adjusted, highest = list(values), 0.0
     for rank, (value, index) in enumerate(order):

@@ -1,4 +1,4 @@
-"""What an evaluation found: scores with their standard errors, and every item behind them. Round-trips through JSON."""
+"""The result of an evaluation: scores with their standard errors, and every item behind them; as JSON and back."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Item:
-    """One test item: what was asked, what would do, what came."""
+    """One test item: the prompt, the right answer, the model's answer and its scores."""
 
     id: str
     prompt: str
@@ -89,7 +89,7 @@ class Evaluation:
 
 
 def headline_metric(result: TaskResult) -> str:
-    """The metric that stands for a task: one of `HEADLINES`, else its first; "" where it has none."""
+    """The metric that stands for a task: one of `HEADLINE_METRICS`, else its first; "" where it has none."""
     return next((metric for metric in (*HEADLINE_METRICS, *result.scores) if metric in result.scores), "")
 
 
@@ -99,7 +99,7 @@ def higher_is_better(metric: str) -> bool:
 
 
 def recovery(pruned: Score, dense: Score, metric: str) -> float:
-    """How much of the dense score is left, 1 = all: the ratio, upside down where lower is better; nan over zero."""
+    """Share of the dense score that is kept, 1 = all; inverted where lower is better; nan over zero."""
     above, below = (pruned.value, dense.value) if higher_is_better(metric) else (dense.value, pruned.value)
     return above / below if below else math.nan
 

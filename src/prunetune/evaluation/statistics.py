@@ -1,4 +1,4 @@
-"""Scores out of items, with standard errors: of a mean in closed form, of a ratio or F1 by bootstrap over items."""
+"""A task's scores from its items, with standard errors: means in closed form, ratios and F1 by bootstrap."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from prunetune.evaluation.results import MAX_PROMPT_CHARS, Item, Score, TaskResu
 from prunetune.evaluation.text_metrics import normalise_text
 
 RESAMPLES = 1000
-# What an item must have been scored on to count for a metric that is no mean over items.
+# The score that an item needs in order to count for a metric that is not a mean over items.
 PER_ITEM_METRIC = {"perplexity": "nll", "bits_per_byte": "nll", "macro_f1": "accuracy"}
 Array: TypeAlias = NDArray[np.float64]
 Statistic = Callable[[Array], Array]  # [resamples, n] weights of the items -> [resamples] values
 
 
 def aggregate_items(items: Sequence[Item], metric: str) -> Score:
-    """The task's score out of its items (those that have it), nan where an item's is nan."""
+    """The task's score from its items; nan where that of an item is nan."""
     if (statistic := statistic_for_metric(metric)) is not None:
         return _bootstrap([statistic(items)], len(items))
     return mean_score([item.scores[metric] for item in items])
@@ -39,7 +39,7 @@ def mean_score(values: Sequence[float]) -> Score:
 def paired_difference(a: TaskResult, b: TaskResult, metric: str) -> Score:
     """`a` minus `b` over the items that both scored, with the standard error of the difference.
 
-    Pairing takes the items' difficulty out of the error. Raises `DataError` as `paired_items` does.
+    Pairing removes the items' difficulty from the error. Raises `DataError` as `paired_items` does.
     """
     left, right = paired_items(a, b, metric)
     if (statistic := statistic_for_metric(metric)) is not None:
@@ -50,7 +50,7 @@ def paired_difference(a: TaskResult, b: TaskResult, metric: str) -> Score:
 def paired_items(a: TaskResult, b: TaskResult, metric: str) -> tuple[list[Item], list[Item]]:
     """The items that both scored, in the same order; raises `DataError` where there is none.
 
-    Items of the same id that ask something else are left out; see `same_questions`.
+    Items of the same id with another question are left out; see `keep_same_questions`.
     """
     ours, theirs = _scored(a, metric), _scored(b, metric)
     common = [name for name in ours if name in theirs]
@@ -61,7 +61,7 @@ def paired_items(a: TaskResult, b: TaskResult, metric: str) -> tuple[list[Item],
 
 
 def keep_same_questions(task: str, pairs: Sequence[tuple[Item, Item]]) -> list[tuple[Item, Item]]:
-    """The pairs that ask the same: an id may be a line of a file, and lines move.
+    """The pairs with the same question: an id may be a line of a file, and lines move.
 
     Raises `DataError` where they are fewer than half: then the results are of other rows.
     """
@@ -88,7 +88,7 @@ def _scored(result: TaskResult, metric: str) -> Mapping[str, Item]:
 
 
 def _bootstrap(statistics: Sequence[Statistic], n: int) -> Score:
-    """The statistic, or the first minus the second; both see the same resamples, which are the same every time."""
+    """Score of one statistic, or of the first minus the second on the same resamples; the seed is fixed."""
     if n == 0:
         return Score(math.nan, math.nan, 0)
     generator = np.random.default_rng(0)
@@ -96,8 +96,8 @@ def _bootstrap(statistics: Sequence[Statistic], n: int) -> Score:
     weights = np.concatenate([np.ones((1, n)), resamples])
     with np.errstate(over="ignore", invalid="ignore"):
         values = statistics[0](weights) - (statistics[1](weights) if len(statistics) > 1 else 0.0)
-        error = float(values[1:].std(ddof=1)) if n > 1 else math.nan
-    return Score(float(values[0]), error, n)
+        se = float(values[1:].std(ddof=1)) if n > 1 else math.nan
+    return Score(float(values[0]), se, n)
 
 
 def _perplexity(items: Sequence[Item]) -> Statistic:
@@ -119,18 +119,18 @@ def _macro_f1(items: Sequence[Item]) -> Statistic:
 
 
 def _label_f1(items: Sequence[Item]) -> Statistic:
-    """Of written labels, whose case and white space do not count."""
+    """Mean F1 of generated labels; case and white space do not count."""
     return _mean_f1([normalise_text(item.expected) for item in items], [normalise_text(item.got) for item in items])
 
 
-def _mean_f1(wanted: Sequence[str], answered: Sequence[str]) -> Statistic:
+def _mean_f1(expected: Sequence[str], got: Sequence[str]) -> Statistic:
     """Mean F1 over the labels that were expected or chosen in a resample."""
-    labels = sorted({*wanted, *answered})
-    expected, got = _one_hot(wanted, labels), _one_hot(answered, labels)
+    labels = sorted({*expected, *got})
+    is_expected, is_got = _one_hot(expected, labels), _one_hot(got, labels)
 
     def statistic(weights: Array) -> Array:
-        hits = weights @ (expected * got)
-        named = weights @ expected + weights @ got
+        hits = weights @ (is_expected * is_got)
+        named = weights @ is_expected + weights @ is_got
         f1 = np.divide(2 * hits, named, out=np.zeros_like(hits), where=named > 0)
         present: Array = f1.sum(axis=1) / (named > 0).sum(axis=1)
         return present
@@ -139,7 +139,7 @@ def _mean_f1(wanted: Sequence[str], answered: Sequence[str]) -> Statistic:
 
 
 def _one_hot(values: Sequence[str], labels: Sequence[str]) -> Array:
-    """[items, labels]"""
+    """1 where an item has a label, [items, labels]."""
     return np.array([[float(value == label) for label in labels] for value in values])
 
 
@@ -152,9 +152,9 @@ _STATISTICS: Mapping[str, Callable[[Sequence[Item]], Statistic]] = {
 
 
 def statistic_for_metric(metric: str) -> Callable[[Sequence[Item]], Statistic] | None:
-    """How a metric that is no mean over items comes out of them; None for a mean."""
+    """What computes a metric that is not a mean over items; None for a mean."""
     if metric in ("bleu", "chrf"):
-        from prunetune.evaluation import corpus_metrics  # knows this module
+        from prunetune.evaluation import corpus_metrics  # it imports this module
 
         return {"bleu": corpus_metrics.corpus_bleu, "chrf": corpus_metrics.corpus_chrf}[metric]
     return _STATISTICS.get(metric)

@@ -10,11 +10,11 @@ import torch
 
 from prunetune.bench.latency.tables import checked_header, load_cached_table, measure_table
 from prunetune.config.quantities import format_amount, format_amount_rounded_to_limit
-from prunetune.config.recipe import WorkloadConfig
+from prunetune.config.recipe import BUDGET_KINDS, WorkloadConfig
 from prunetune.cost.deployment import max_cost
 from prunetune.cost.latency_table import LatencyTable
 from prunetune.cost.layer_shapes import ModelShape, model_shape
-from prunetune.cost.limits import BudgetLimits, costs_for_budget
+from prunetune.cost.limits import TIMED_BUDGETS, BudgetLimits, costs_for_budget
 from prunetune.errors import ConfigError
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site
@@ -22,6 +22,7 @@ from prunetune.search.feasibility import uniform_scores
 from prunetune.search.nested_sites import NestedSites
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import min_feasible_keep, min_widths, select
+from prunetune.utils.tables import table_lines
 
 PREVIEW_SHARES = (0.7, 0.6, 0.5)  # shares that may remain
 BYTES_PER_WEIGHT = 2  # in 16 bits

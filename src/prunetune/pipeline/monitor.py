@@ -16,7 +16,8 @@ from prunetune.cost.parameters import prunable_params
 from prunetune.data.records import Record
 from prunetune.errors import ConfigError, DataError
 from prunetune.evaluation.results import Evaluation
-from prunetune.evaluation.score_records import evaluate, stable_sample
+from prunetune.evaluation.sampling import stable_sample
+from prunetune.evaluation.score_records import evaluate
 from prunetune.manifest import LimitActionFacts, LimitFacts, LimitsFacts, ValidationFacts
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan

@@ -20,7 +20,7 @@ from prunetune.data.encoding import EncodedExamples, encode
 from prunetune.data.sources import SplitName
 from prunetune.data.splits import Splits, load_splits
 from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
-from prunetune.evaluation.score_records import context_length
+from prunetune.evaluation.inference import context_length
 from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
 from prunetune.manifest import DataFacts, DenseModelFacts
 from prunetune.model.loading import (

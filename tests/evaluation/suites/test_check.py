@@ -237,7 +237,7 @@ def test_json_holds_everything_and_no_nan() -> None:
     data = json.loads(found.to_json(), parse_constant=lambda name: pytest.fail(name))
     assert (data["format"], data["ok"], len(data["failures"])) == ("prunetune-check-1", False, 20)
     assert data["verdicts"][0]["limit"] == {"task": "t", "metric": "accuracy", "kind": "min", "bound": 0.5}
-    assert "BROKEN  t: accuracy is 0, at least 0.5 is wanted" in render_check(found)
+    assert "BROKEN  t: accuracy is 0, at least 0.5 is required" in render_check(found)
 
 
 def test_a_planted_regression_is_caught_with_its_items(tmp_path: Path) -> None:
@@ -328,13 +328,13 @@ def test_a_run_of_a_gguf_file_is_checked_against_it_as_it_was_opened(tmp_path: P
         (("eval", "{tmp}/none", "--suite", "{suite}"), "not a model folder"),
         (("eval", "{tmp}/none.gguf", "--suite", "{suite}"), "no such file"),
         (("eval", "{model}", "--suite", "{suite}", "--out", "{tmp}/no/where.json"), "in a folder that exists"),
-        (("check", "{model}", "--suite", "{suite}"), "has to be named with --against"),
+        (("check", "{model}", "--suite", "{suite}"), "name the reference with --against"),
         (("check", "{tmp}/none.json", "--suite", "{suite}", "--against", "{model}"), "cannot be read"),
         (
             ("check", "{suite}.json", "--suite", "{suite}", "--against", "{model}"),
             "suite.yaml.json: evaluation has format 3",
         ),
-        (("eval", "http:///v1", "--suite", "{suite}"), "is no address"),
+        (("eval", "http:///v1", "--suite", "{suite}"), "is no URL"),
         (("eval", "{model}", "--suite", "{suite}", "--device", "warp"), "device 'warp' is not available"),
     ],
 )
@@ -356,7 +356,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, say: Said, arguments: 
         ("no-such-model", "model no-such-model: no configuration found"),
         ("{tmp}/bare", "no tokenizer found|its tokenizer has no vocabulary"),
         ("{tmp}/void", "the folder has no config.json"),
-        ("http:///v1", "is no address"),
+        ("http:///v1", "is no URL"),
     ],
 )
 def test_a_reference_that_cannot_be_opened_is_refused_before_the_model_is_scored(

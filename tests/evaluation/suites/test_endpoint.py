@@ -23,7 +23,7 @@ RECORD = Record(kind="completion", prompt="Where? ", completion="heart", choices
 
 
 def endpoint(url: str, **options: Any) -> Endpoint:
-    return Endpoint(EndpointClient(url, **({"pause": 0.0, "timeout": 5.0} | options)), "m")
+    return Endpoint(EndpointClient(url, **({"retry_delay": 0.0, "timeout": 5.0} | options)), "m")
 
 
 PLAIN = GenerationSettings()
@@ -39,22 +39,22 @@ def nats(text: str) -> float:
 
 def test_likelihoods_come_from_the_echo_of_the_prompt() -> None:
     with serving(characters_model) as heard:
-        found = asked(endpoint(heard.url), "choose")
+        found = asked(endpoint(heard.url), "loglikelihood")
         assert [tokens for _, tokens in found] == [5, 4]
         assert [value for value, _ in found] == pytest.approx([-nats("heart"), -nats("head")])
-        assert asked(endpoint(heard.url), "weigh") == pytest.approx([nats("heart"), 5, 5])
+        assert asked(endpoint(heard.url), "nll") == pytest.approx([nats("heart"), 5, 5])
         text = Record(kind="text", completion="föx")
-        assert asked(endpoint(heard.url), "weigh", text) == pytest.approx([nats("öx"), 2, 3])  # the first has none
+        assert asked(endpoint(heard.url), "nll", text) == pytest.approx([nats("öx"), 2, 3])  # the first has none
     body = heard.requests[0][1]
     assert (body["model"], body["temperature"], body["echo"]) == ("m", 0, True)
 
 
 def test_answers_are_written_by_completion_or_chat() -> None:
     with serving(characters_model) as heard:
-        assert asked(endpoint(heard.url), "write") == "to Where?"
-        assert asked(endpoint(heard.url), "write", manner=GenerationSettings(template="chat")) == "re: Where?"
+        assert asked(endpoint(heard.url), "generate") == "to Where?"
+        assert asked(endpoint(heard.url), "generate", manner=GenerationSettings(template="chat")) == "re: Where?"
         chat = Record(kind="chat", completion="c", messages=(("system", "s"), ("user", "u")))
-        assert asked(endpoint(heard.url), "write", chat, GenerationSettings(max_new_tokens=3, stop=(":",))) == "re"
+        assert asked(endpoint(heard.url), "generate", chat, GenerationSettings(max_new_tokens=3, stop=(":",))) == "re"
     path, body, _ = heard.requests[-1]
     assert path == "/v1/chat/completions"
     assert body["messages"] == [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
@@ -64,9 +64,9 @@ def test_answers_are_written_by_completion_or_chat() -> None:
 def test_a_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(characters_model) as heard:
         with pytest.raises(BackendError, match="variable PRUNETUNE_TEST_KEY is not set"):
-            asked(endpoint(heard.url, key_env="PRUNETUNE_TEST_KEY"), "write")
+            asked(endpoint(heard.url, key_env="PRUNETUNE_TEST_KEY"), "generate")
         monkeypatch.setenv("PRUNETUNE_TEST_KEY", "k")
-        asked(endpoint(heard.url, key_env="PRUNETUNE_TEST_KEY"), "write")
+        asked(endpoint(heard.url, key_env="PRUNETUNE_TEST_KEY"), "generate")
     assert heard.requests[-1][2]["Authorization"] == "Bearer k"
 
 
@@ -89,18 +89,18 @@ def test_an_endpoint_by_its_address(tmp_path: Path) -> None:
 
 def test_likelihoods_of_chats_and_lm_eval_tasks_are_refused() -> None:
     with pytest.raises(BackendError, match="likelihoods of a chat"):
-        asked(endpoint("http://127.0.0.1:9/v1"), "choose", manner=GenerationSettings(template="chat"))
+        asked(endpoint("http://127.0.0.1:9/v1"), "loglikelihood", manner=GenerationSettings(template="chat"))
     with pytest.raises(BackendError, match="need the weights"):
         endpoint("http://127.0.0.1:9/v1").model_and_tokenizer()
 
 
 GARBAGE: dict[str, Reply] = {
-    "replied with something else than JSON": b"<html>busy</html>",
-    "replied with something else than JSON: '\ufffd\ufffd": b"\xff\xfe{}",
-    "replied with something else than a completion": {"choices": []},
-    "something else than a completion: \\[1\\]": b"[1]",
-    "something else than a completion: \"x\"": b'"x"',
-    "something else than a completion: null": b"null",
+    "did not reply with JSON": b"<html>busy</html>",
+    "did not reply with JSON: '\ufffd\ufffd": b"\xff\xfe{}",
+    "did not reply with a completion": {"choices": []},
+    "did not reply with a completion: \\[1\\]": b"[1]",
+    "did not reply with a completion: \"x\"": b'"x"',
+    "did not reply with a completion: null": b"null",
     "completion: {\"choices\": \\[{\"text\": 3}\\]}": {"choices": [{"text": 3}]},
     "HTTP 404": 404,
     "HTTP 401": 401,
@@ -111,7 +111,7 @@ GARBAGE: dict[str, Reply] = {
 @pytest.mark.parametrize("said", GARBAGE)
 def test_garbage_is_said_in_one_line(said: str) -> None:
     with serving(lambda *_: GARBAGE[said]) as heard, pytest.raises(BackendError, match=said) as refused:
-        asked(endpoint(heard.url), "write")
+        asked(endpoint(heard.url), "generate")
     assert "\n" not in str(refused.value)
     # What may pass is tried again; what will not is not.
     assert len(heard.requests) == (3 if "503" in said else 1)
@@ -120,14 +120,15 @@ def test_garbage_is_said_in_one_line(said: str) -> None:
 def test_a_busy_server_gets_a_second_chance() -> None:
     replies: list[Reply] = [503, 429, {"choices": [{"text": "yes"}]}]
     with serving(lambda *_: replies.pop(0)) as heard:
-        assert asked(endpoint(heard.url), "write") == "yes"
+        assert asked(endpoint(heard.url), "generate") == "yes"
 
 
 @pytest.mark.parametrize("slow", [{"wait": 30.0}, {"drip": 0.2}])
 def test_time_is_bounded(slow: dict[str, float]) -> None:
     started = now()
-    with serving(characters_model, **slow) as heard, pytest.raises(BackendError, match=r"no whole reply within 0.3 s"):
-        asked(endpoint(heard.url, timeout=0.3, tries=2), "write")
+    late = r"no complete reply within 0.3 s"
+    with serving(characters_model, **slow) as heard, pytest.raises(BackendError, match=late):
+        asked(endpoint(heard.url, timeout=0.3, max_attempts=2), "generate")
     assert now() - started < 20  # not a measure: it ends at all
     assert len(heard.requests) == 2
 
@@ -152,13 +153,13 @@ def test_empty_answers_are_scored_as_wrong(tmp_path: Path) -> None:
 
 def test_the_first_failure_stops_a_task() -> None:
     with serving(lambda *_: 404) as heard, pytest.raises(BackendError):
-        endpoint(heard.url).run_requests("write", [RECORD] * 200, GenerationSettings(), lambda _: None)
+        endpoint(heard.url).run_requests("generate", [RECORD] * 200, GenerationSettings(), lambda _: None)
     assert len(heard.requests) < 20
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x/v1", "http://", "file:///etc/passwd"])
 def test_an_address_that_is_none_is_refused(url: str) -> None:
-    with pytest.raises(ConfigError, match="is no address"):
+    with pytest.raises(ConfigError, match="is no URL"):
         EndpointClient(url)
 
 

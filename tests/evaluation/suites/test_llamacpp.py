@@ -35,21 +35,21 @@ def test_a_file_that_is_none_is_said(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ModelError, match=r"llama\.cpp cannot open it"):
-        LlamaCpp(tmp_path / "broken.gguf", "").run_requests("write", RECORDS, GenerationSettings(), lambda _: None)
+        LlamaCpp(tmp_path / "broken.gguf", "").run_requests("generate", RECORDS, GenerationSettings(), lambda _: None)
 
 
 def test_without_llama_cpp_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(MissingPackage, match=r"pip install 'prunetune\[llamacpp\]'"):
-        LlamaCpp(tmp_path / "any.gguf", "").run_requests("choose", RECORDS, GenerationSettings(), lambda _: None)
+        LlamaCpp(tmp_path / "any.gguf", "").run_requests("loglikelihood", RECORDS, GenerationSettings(), lambda _: None)
 
 
 def test_texts_chats_and_lm_eval_are_refused(tmp_path: Path) -> None:
     model = LlamaCpp(tmp_path / "any.gguf", "")
     with pytest.raises(BackendError, match="no likelihood of texts"):
-        model.run_requests("weigh", [Record(kind="text", completion="a")], GenerationSettings(), lambda _: None)
+        model.run_requests("nll", [Record(kind="text", completion="a")], GenerationSettings(), lambda _: None)
     with pytest.raises(BackendError, match="no likelihood of texts and chats"):
-        model.run_requests("choose", RECORDS, GenerationSettings(template="chat"), lambda _: None)
+        model.run_requests("loglikelihood", RECORDS, GenerationSettings(template="chat"), lambda _: None)
     with pytest.raises(BackendError, match="need the weights"):
         model.model_and_tokenizer()
 
@@ -63,16 +63,16 @@ def test_a_small_file_answers_as_its_weights_do_and_says_nothing(
     model, local = LlamaCpp(tmp_path / "a.gguf", ""), LocalModel(dense, subwords())
     manner = GenerationSettings(max_new_tokens=4)
     capfd.readouterr()
-    ours = model.run_requests("choose", RECORDS, manner, lambda _: None)
-    weighed = model.run_requests("weigh", RECORDS, manner, lambda _: None)
-    written = model.run_requests("write", RECORDS, manner, lambda _: None)
+    ours = model.run_requests("loglikelihood", RECORDS, manner, lambda _: None)
+    weighed = model.run_requests("nll", RECORDS, manner, lambda _: None)
+    written = model.run_requests("generate", RECORDS, manner, lambda _: None)
     assert capfd.readouterr() == ("", "")
-    for mine, other in zip(ours, local.run_requests("choose", RECORDS, manner, lambda _: None), strict=True):
+    for mine, other in zip(ours, local.run_requests("loglikelihood", RECORDS, manner, lambda _: None), strict=True):
         assert [tokens for _, tokens in mine] == [tokens for _, tokens in other]
         assert [value for value, _ in mine] == pytest.approx([value for value, _ in other], rel=0.001)
-    for mine, other in zip(weighed, local.run_requests("weigh", RECORDS, manner, lambda _: None), strict=True):
+    for mine, other in zip(weighed, local.run_requests("nll", RECORDS, manner, lambda _: None), strict=True):
         assert mine == pytest.approx(other, rel=0.001)
-    assert written == local.run_requests("write", RECORDS, manner, lambda _: None)
+    assert written == local.run_requests("generate", RECORDS, manner, lambda _: None)
 
 
 @pytest.mark.slow
@@ -84,15 +84,15 @@ def test_a_real_file_answers_as_its_weights_do(tmp_path: Path) -> None:
     model = open_backend(str(demo_file()), EvalOptions(cache=False))
     dense = load_model_and_tokenizer("demo", device=torch.device("cpu"), dtype=torch.float32)
     local = LocalModel(dense.model, dense.tokenizer)
-    ours = model.run_requests("choose", RECORDS, GenerationSettings(), lambda _: None)
-    theirs = local.run_requests("choose", RECORDS, GenerationSettings(), lambda _: None)
+    ours = model.run_requests("loglikelihood", RECORDS, GenerationSettings(), lambda _: None)
+    theirs = local.run_requests("loglikelihood", RECORDS, GenerationSettings(), lambda _: None)
     for mine, other in zip(ours, theirs, strict=True):
         assert [tokens for _, tokens in mine] == [tokens for _, tokens in other]
         assert [value for value, _ in mine] == pytest.approx([value for value, _ in other], abs=0.5, rel=0.05)
-    assert model.run_requests("write", RECORDS[:1], GenerationSettings(max_new_tokens=3), lambda _: None)[0].startswith(
-        "Paris"
-    )
-    nll = model.run_requests("weigh", RECORDS[:1], GenerationSettings(), lambda _: None)[0]
+    assert model.run_requests("generate", RECORDS[:1], GenerationSettings(max_new_tokens=3), lambda _: None)[
+        0
+    ].startswith("Paris")
+    nll = model.run_requests("nll", RECORDS[:1], GenerationSettings(), lambda _: None)[0]
     assert nll == pytest.approx([-ours[0][0][0], 1, 6], abs=0.01)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sqlite3
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,13 +13,13 @@ import torch
 from prunetune.data.records import Record
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suites import LocalModel, evaluate_suite, load_prompts, parse_suite
-from prunetune.evaluation.suites.cache import AnswerStore, CachedBackend, folder_hash
+from prunetune.evaluation.suites.cache import AnswerStore, CachedBackend, cache_key, folder_hash
 from prunetune.evaluation.suites.endpoint import Endpoint
 from prunetune.evaluation.suites.http_client import EndpointClient
 from prunetune.evaluation.suites.local import truncate_at_stop
 from prunetune.evaluation.suites.open_model import CheckpointBackend
 from prunetune.evaluation.suites.options import EvalOptions
-from prunetune.evaluation.suites.protocol import GenerationSettings
+from prunetune.evaluation.suites.protocol import GenerationSettings, RequestKind
 from support.data import write_lines
 from support.endpoint import Reply, serving
 from support.evaluation import characters, speaker
@@ -64,7 +64,8 @@ def test_the_second_time_nothing_is_computed(tmp_path: Path, monkeypatch: pytest
     found = evaluate_suite(first, suite)
     assert (first.cache_hits, first.cache_misses > 20) == (0, True)
     monkeypatch.setattr(
-        "prunetune.evaluation.suites.open_model.load", lambda *_, **__: pytest.fail("weights were read")
+        "prunetune.evaluation.suites.open_model.load_model_and_tokenizer",
+        lambda *_, **__: pytest.fail("weights were read"),
     )
     second = on_cpu(folder, store)
     assert evaluate_suite(second, suite).to_json() == found.to_json()
@@ -75,24 +76,46 @@ def test_only_what_is_new_is_asked(tmp_path: Path) -> None:
     store, told = AnswerStore(tmp_path / "a.sqlite"), Told()
     records = [Record(kind="completion", prompt=f"p{n}", completion="c") for n in range(4)]
     remembered = CachedBackend(told, store)
-    remembered.run_requests("write", records[:2], GenerationSettings(), lambda _: None)
-    assert remembered.run_requests("write", records, GenerationSettings(), lambda _: None) == ["c"] * 4
+    remembered.run_requests("generate", records[:2], GenerationSettings(), lambda _: None)
+    assert remembered.run_requests("generate", records, GenerationSettings(), lambda _: None) == ["c"] * 4
     assert told.calls == 4
     for manner in (
         GenerationSettings(max_new_tokens=3),
         GenerationSettings(stop=("x",)),
         GenerationSettings(template="chat"),
     ):
-        remembered.run_requests("write", records[:1], manner, lambda _: None)
+        remembered.run_requests("generate", records[:1], manner, lambda _: None)
     assert told.calls == 7
-    remembered.run_requests("weigh", records[:1], GenerationSettings(max_new_tokens=3), lambda _: None)
-    remembered.run_requests("weigh", records[:1], GenerationSettings(max_new_tokens=4), lambda _: None)
+    remembered.run_requests("nll", records[:1], GenerationSettings(max_new_tokens=3), lambda _: None)
+    remembered.run_requests("nll", records[:1], GenerationSettings(max_new_tokens=4), lambda _: None)
     assert told.calls == 8
     told.fingerprint = "another"
-    remembered.run_requests("write", records[:1], GenerationSettings(), lambda _: None)
+    remembered.run_requests("generate", records[:1], GenerationSettings(), lambda _: None)
     told.fingerprint = ""
-    remembered.run_requests("write", records[:1], GenerationSettings(), lambda _: None)
+    remembered.run_requests("generate", records[:1], GenerationSettings(), lambda _: None)
     assert told.calls == 10
+
+
+KEYS_OF_0_1_0 = {
+    "loglikelihood": "fa6cde625a0e3864e2fb35b0b82d6f8649b0efd495cd8e491b0ada96031d1e5d",
+    "generate": "d756e97025aca4dbbd07897d1ef5c1b37462fd4608cf4e9c79c52d2cbcf8dd31",
+    "nll": "16d37757a59034b5996f1c472b2f765fc82bc89b2a95cc4611d0d6f12a621e98",
+}
+CHAT_KEYS_OF_0_1_0 = {
+    "loglikelihood": "a9a64e2783a5cada28bfe296e249c611f70a2179dfde725b5bf6d23a1a8c1c21",
+    "generate": "f20fda438de0e1ff8d2991410d6ac973edbcce919a6b35d2ac903034a6dbe375",
+    "nll": "32c7165afe6e0f33025cc712242115f62fd5bc3218f47303c5313f64490d2218",
+}
+
+
+@pytest.mark.parametrize("kind", get_args(RequestKind))
+def test_cache_keys_are_those_of_0_1_0(kind: RequestKind) -> None:
+    """They were written at commit 03ca826, which called the kinds choose, write and weigh."""
+    choices = Record(kind="completion", prompt="Where? ", completion="heart", choices=("heart", "head"), answer=0)
+    chat = Record(kind="chat", messages=(("user", "föx"),), completion="yes")
+    settings = GenerationSettings(template="raw", max_new_tokens=7, stop=("\n",))
+    assert cache_key("model cpu", kind, choices, settings) == KEYS_OF_0_1_0[kind]
+    assert cache_key("model cpu", kind, chat, settings) == CHAT_KEYS_OF_0_1_0[kind]
 
 
 def test_what_was_answered_before_a_stop_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,9 +130,11 @@ def test_what_was_answered_before_a_stop_is_kept(tmp_path: Path, monkeypatch: py
 
     told.write = stop
     with pytest.raises(KeyboardInterrupt):
-        CachedBackend(told, store).run_requests("write", records, GenerationSettings(), lambda _: None)
+        CachedBackend(told, store).run_requests("generate", records, GenerationSettings(), lambda _: None)
     told.write, told.calls = (lambda record: record.completion), 0
-    assert CachedBackend(told, store).run_requests("write", records, GenerationSettings(), lambda _: None) == ["c"] * 5
+    assert (
+        CachedBackend(told, store).run_requests("generate", records, GenerationSettings(), lambda _: None) == ["c"] * 5
+    )
     assert told.calls == 3
 
 
@@ -140,7 +165,7 @@ def test_a_broken_cache_costs_its_answers_and_nothing_else(tmp_path: Path, caplo
     (tmp_path / "a.sqlite").write_bytes(b"no database at all, but long enough to be taken for one" * 40)
     remembered = CachedBackend(Told(), AnswerStore(tmp_path / "a.sqlite"))
     record = Record(kind="completion", prompt="p", completion="c")
-    assert remembered.run_requests("write", [record], GenerationSettings(), lambda _: None) == ["c"]
+    assert remembered.run_requests("generate", [record], GenerationSettings(), lambda _: None) == ["c"]
     assert "cannot be read" in caplog.text
 
 
@@ -152,7 +177,7 @@ def test_a_store_keeps_many_and_nan(tmp_path: Path) -> None:
     told._weigh = lambda record: [math.nan, 1, 1]  # type: ignore[method-assign]
     for _ in range(2):
         (answer,) = CachedBackend(told, store).run_requests(
-            "weigh", [Record(kind="text", completion="c")], GenerationSettings(), print
+            "nll", [Record(kind="text", completion="c")], GenerationSettings(), print
         )
         assert math.isnan(answer[0])
     assert told.calls == 1
@@ -229,7 +254,7 @@ def test_a_long_prompt_keeps_its_end_and_its_start_token(caplog: pytest.LogCaptu
     ((first, *_, last),) = local._prompts([record], [3], GenerationSettings())
     assert first == 1
     assert characters().decode([last]) == "z"
-    answers = local.run_requests("choose", [record], GenerationSettings(), lambda _: None)
+    answers = local.run_requests("loglikelihood", [record], GenerationSettings(), lambda _: None)
     assert [tokens for _, tokens in answers[0]] == [1, 3]
     assert "1 prompts lost their beginning: the model's context is 32" in caplog.text
 
@@ -249,7 +274,7 @@ def test_a_model_here_ends_its_answer_as_a_server_does(text: str, stop: tuple[st
     said = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
     model.generate = lambda ids, **_: torch.cat([ids, said], dim=1)
     record, manner = Record(kind="completion", prompt="Capital?", completion="Paris"), GenerationSettings(stop=stop)
-    (here,) = LocalModel(model, tokenizer).run_requests("write", [record], manner, lambda _: None)
+    (here,) = LocalModel(model, tokenizer).run_requests("generate", [record], manner, lambda _: None)
 
     def served(path: str, body: dict[str, Any]) -> Reply:
         cut = min([text.find(each) for each in body.get("stop", []) if each in text], default=len(text))
@@ -257,7 +282,7 @@ def test_a_model_here_ends_its_answer_as_a_server_does(text: str, stop: tuple[st
 
     with serving(served) as heard:
         endpoint = Endpoint(EndpointClient(heard.url), "m")
-        assert endpoint.run_requests("write", [record], manner, lambda _: None) == [here]
+        assert endpoint.run_requests("generate", [record], manner, lambda _: None) == [here]
 
 
 def test_chats_are_asked_as_chats(tmp_path: Path) -> None:

@@ -244,7 +244,7 @@ def broken(got: str, expected: str, row: Any) -> str:
 
 
 def test_a_function_of_ones_own() -> None:
-    here = "test_suites_scorers"
+    here = __name__
     told = [answered("a", "a", bonus=1), answered("a", "b")]
     assert values("python", told, function=f"{here}:double") == {"python": [3.0, 0.0]}
     assert values("python", told, function=f"{here}:double", name="mine") == {"mine": [3.0, 0.0]}

@@ -160,9 +160,9 @@ def test_a_template_that_does_not_fit_names_the_row(tmp_path: Path, task: dict[s
 
 
 def test_a_scorer_that_does_not_fit_the_rows_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="chooses, and the row has no choices"):
+    with pytest.raises(DataError, match="compares choices, and the row has none"):
         rows(tmp_path, {"scorer": "accuracy"}, {"prompt": "a", "completion": "b"})
-    with pytest.raises(DataError, match="writes answers, and the row is a text"):
+    with pytest.raises(DataError, match="generates answers, and the row is a text"):
         rows(tmp_path, {"scorer": "rouge"}, {"text": "b"})
     with pytest.raises(DataError, match="row is 3"):
         rows(tmp_path, {"scorer": "rouge"}, 3)

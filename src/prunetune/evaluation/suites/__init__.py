@@ -1,4 +1,4 @@
-"""Suites: tasks with data, prompts, scorers and limits in one file, on any model that can be asked."""
+"""Suites: tasks with data, prompts, scorers and limits in one YAML file, run on any model or server."""
 
 from __future__ import annotations
 

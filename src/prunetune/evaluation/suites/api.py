@@ -1,4 +1,4 @@
-"""`prunetune eval` and `prunetune check` as functions."""
+"""`prunetune eval` and `prunetune check` as Python functions."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def evaluate(
     options: EvalOptions = DEFAULTS,
     progress: SuiteProgressCallback | None = None,
 ) -> Evaluation:
-    """Score a run, checkpoint, hub name, .gguf file or endpoint on a suite; results in a JSON file come back as they are.
+    """Score a run, checkpoint, hub name, .gguf file or endpoint on a suite; results in a JSON file are returned unchanged.
 
-    A task that fails has its `error` instead of scores. Raises a `PrunetuneError` where there is nothing to ask.
+    A task that fails has its `error` instead of scores. Raises a `PrunetuneError` where the model cannot be opened.
     """
     suite = options.open_suite(suite)
     backend = open_backend(model, options)
@@ -41,7 +41,7 @@ def check(
     options: CheckOptions = DEFAULTS,
     progress: SuiteProgressCallback | None = None,
 ) -> CheckResult:
-    """Hold a model to the suite's limits and compare it with a reference.
+    """Check a model against the suite's limits and a reference model.
 
     The reference is `against`, else `options.against`, else the dense model of a run. Raises a `PrunetuneError`.
     """
@@ -54,5 +54,5 @@ def check(
 
 
 def evaluation_to_json(evaluation: Evaluation, model: str, suite: str) -> str:
-    """The evaluation with what it is of; `Evaluation.from_json` reads it."""
+    """The evaluation with the names of model and suite, as JSON that `Evaluation.from_json` reads."""
     return json.dumps({**json.loads(evaluation.to_json()), "model": model, "suite": suite}, ensure_ascii=False) + "\n"

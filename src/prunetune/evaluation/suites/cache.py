@@ -1,4 +1,4 @@
-"""Answers that were given before, by what gave them and what was asked: an SQLite file in the user's cache."""
+"""Cache of a model's answers, by model and request: an SQLite file in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -17,40 +17,39 @@ from prunetune.evaluation.suites.protocol import Backend, GenerationSettings, On
 from prunetune.model.gguf_import import cache_folder
 
 log = logging.getLogger(__name__)
-REQUEST_VERSIONS: Mapping[RequestKind, int] = {
-    "choose": 1,
-    "write": 2,
-    "weigh": 2,
-}  # rise when answers are made otherwise
+# What a key calls each kind (the words of 0.1.0, so that its caches stay valid), and a version that rises whenever
+# answers of the kind are computed differently.
+KEY_WORDS: Mapping[RequestKind, str] = {"loglikelihood": "choose", "generate": "write", "nll": "weigh"}
+REQUEST_VERSIONS: Mapping[RequestKind, int] = {"loglikelihood": 1, "generate": 2, "nll": 2}
 TABLES = (
     "CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer TEXT NOT NULL) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS files (stamp TEXT PRIMARY KEY, digest TEXT NOT NULL) WITHOUT ROWID",
 )
-KEYS_PER_QUERY = 500  # keys of one query
-ANSWERS_PER_WRITE = 1000  # answers; what a stopped evaluation loses at most
+KEYS_PER_QUERY = 500
+ANSWERS_PER_WRITE = 1000  # an evaluation that is stopped loses at most this many
 
 
 @dataclass
 class AnswerStore:
-    """Two tables of texts. A file that cannot be used costs its answers, not the evaluation."""
+    """The SQLite file: answers, and digests of model files. If it cannot be used, only a warning is logged."""
 
     path: Path = field(default_factory=lambda: cache_folder() / "answers.sqlite")
 
     def get(self, table: str, keys: Sequence[str]) -> dict[str, str]:
-        """What is known under these keys."""
-        found: dict[str, str] = {}
+        """The stored values of these keys, as far as there are any."""
+        known: dict[str, str] = {}
         try:
             with closing(self._open()) as base:
                 for start in range(0, len(keys), KEYS_PER_QUERY):
-                    part = keys[start : start + KEYS_PER_QUERY]
-                    marks = ",".join("?" * len(part))
-                    found |= dict(base.execute(f"SELECT * FROM {table} WHERE {_KEYS[table]} IN ({marks})", part))  # noqa: S608 - table names are ours
+                    asked = keys[start : start + KEYS_PER_QUERY]
+                    marks = ",".join("?" * len(asked))
+                    known |= dict(base.execute(f"SELECT * FROM {table} WHERE {_KEYS[table]} IN ({marks})", asked))  # noqa: S608 - table names are ours
         except (sqlite3.Error, OSError) as broken:
             log.warning("cache %s: cannot be read (%s); remove it to have one again", self.path, broken)
-        return found
+        return known
 
     def put(self, table: str, pairs: Iterable[tuple[str, str]]) -> None:
-        """Keep these."""
+        """Store (key, value) pairs; later ones replace earlier ones."""
         try:
             with closing(self._open()) as base, base:
                 base.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", pairs)  # noqa: S608 - table names are ours
@@ -70,73 +69,71 @@ _KEYS = {"answers": "key", "files": "stamp"}
 
 @dataclass
 class CachedBackend:
-    """A respondent that is asked only what it was not asked before."""
+    """A backend that computes only the answers that are not in the cache."""
 
     backend: Backend
     store: AnswerStore
-    cache_hits: int = 0  # answers that came from the store
+    cache_hits: int = 0
     cache_misses: int = 0
 
     @property
     def name(self) -> str:
-        """See `Respondent`."""
+        """See `Backend`."""
         return self.backend.name
 
     @property
     def fingerprint(self) -> str:
-        """See `Respondent`."""
+        """See `Backend`."""
         return self.backend.fingerprint
 
     def model_and_tokenizer(self) -> tuple[Any, Any]:
-        """See `Respondent`."""
+        """See `Backend`."""
         return self.backend.model_and_tokenizer()
 
     def run_requests(
         self, kind: RequestKind, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone
     ) -> list[Any]:
-        """See `Respondent`."""
+        """See `Backend`."""
         if not self.fingerprint:
             self.cache_misses += len(records)
             return self.backend.run_requests(kind, records, settings, tick)
         keys = [cache_key(self.fingerprint, kind, record, settings) for record in records]
-        found = {key: json.loads(text) for key, text in self.store.get("answers", list(dict.fromkeys(keys))).items()}
-        self.cache_hits += sum(key in found for key in keys)
-        tick(sum(key in found for key in keys))
-        missing = [index for index, key in enumerate(keys) if key not in found]
+        known = {key: json.loads(text) for key, text in self.store.get("answers", list(dict.fromkeys(keys))).items()}
+        missing = [index for index, key in enumerate(keys) if key not in known]
+        self.cache_hits += len(keys) - len(missing)
         self.cache_misses += len(missing)
+        tick(len(keys) - len(missing))
         for start in range(0, len(missing), ANSWERS_PER_WRITE):
-            part = missing[start : start + ANSWERS_PER_WRITE]
-            fresh = self.backend.run_requests(kind, [records[index] for index in part], settings, tick)
-            new = {keys[index]: answer for index, answer in zip(part, fresh, strict=True)}
-            self.store.put("answers", [(key, json.dumps(answer)) for key, answer in new.items()])
-            found |= new
-        return [found[key] for key in keys]
+            chunk = missing[start : start + ANSWERS_PER_WRITE]
+            answers = self.backend.run_requests(kind, [records[index] for index in chunk], settings, tick)
+            fresh = {keys[index]: answer for index, answer in zip(chunk, answers, strict=True)}
+            self.store.put("answers", [(key, json.dumps(answer)) for key, answer in fresh.items()])
+            known |= fresh
+        return [known[key] for key in keys]
 
 
 def cache_key(fingerprint: str, kind: RequestKind, record: Record, settings: GenerationSettings) -> str:
-    """All that an answer depends on, as SHA-256."""
-    asked: list[Any] = [
-        record.kind,
-        record.prompt,
-        record.messages,
-        record.choices if kind == "choose" else record.completion,
-    ]
-    if kind == "write":
-        asked = [*asked[:3], settings.max_new_tokens, settings.stop]
-    return _digest([REQUEST_VERSIONS[kind], fingerprint, kind, settings.template, asked])
+    """SHA-256 of everything that an answer depends on."""
+    asked_for: dict[RequestKind, list[Any]] = {
+        "loglikelihood": [record.choices],
+        "generate": [settings.max_new_tokens, settings.stop],
+        "nll": [record.completion],
+    }
+    request = [record.kind, record.prompt, record.messages, *asked_for[kind]]
+    return _digest([REQUEST_VERSIONS[kind], fingerprint, KEY_WORDS[kind], settings.template, request])
 
 
 def folder_hash(folder: Path, store: AnswerStore) -> str:
     """SHA-256 over weights, configuration, tokenizer and code of a model folder.
 
-    A file is read once: later its place, size and times stand for its contents.
+    A file is read once: afterwards its path, size and times identify its contents.
     """
-    # The card may say otherwise of the same model.
+    # The card can change while the model does not.
     return files_hash(sorted(path for path in folder.iterdir() if path.is_file() and path.suffix != ".md"), store)
 
 
 def files_hash(files: Sequence[Path], store: AnswerStore) -> str:
-    """The same over files of different names."""
+    """SHA-256 over the names and contents of files of different names."""
     stamps = {path.name: _stamp(path) for path in files}
     known: Mapping[str, str] = store.get("files", list(stamps.values()))
     digests, fresh = {}, []
@@ -152,7 +149,7 @@ def files_hash(files: Sequence[Path], store: AnswerStore) -> str:
 
 def _stamp(path: Path) -> str:
     status = path.stat()
-    # The time of change cannot be set back by the tools that copy a file's other times.
+    # Tools that copy a file's other times cannot set back its time of change (ctime).
     return f"{path.resolve()}/{status.st_size}/{status.st_mtime_ns}/{status.st_ctime_ns}/{status.st_ino}"
 
 

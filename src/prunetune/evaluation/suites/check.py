@@ -1,4 +1,4 @@
-"""A model held against its limits and against a reference: which are broken, and which items went wrong."""
+"""Check a model's scores against limits and a reference model: broken limits, and items that it newly gets wrong."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ MAX_GRADED_FAILURES = 10  # items listed of a task whose items are neither right
 
 @dataclass(frozen=True)
 class Verdict:
-    """One limit, and whether it holds."""
+    """One limit, and whether it is broken."""
 
     limit: SuiteLimit
     broken: bool
     value: float
     reference: float  # nan where there is none
-    says: str  # one line for people
-    p: float = math.nan  # corrected, of statistical limits
+    says: str  # one line to print
+    p: float = math.nan  # of statistical limits: corrected p-value
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,14 @@ class Failure:
     expected: str
     before: str  # the reference's answer
     after: str
-    metric: str  # what the item is scored by: the task's first, or what stands for it in one item (perplexity: nll)
+    metric: str  # the task's first metric, or its value in one item (perplexity: nll)
     score_before: float  # nan where the item has no such score
     score_after: float
     lost: float  # positive is worse
 
     @property
     def score_change(self) -> str:
-        """Both scores of a graded item; "" where the answers say as much: right before, wrong now."""
+        """Both scores of a graded item; "" where the answers say it: right before, wrong now."""
         before, after = self.score_before, self.score_after
         if math.isnan(before) or (before, after) == (1, 0):
             return ""
@@ -65,7 +65,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What a check found."""
+    """The outcome of a check: verdicts, new failures, errors and both models' scores."""
 
     verdicts: tuple[Verdict, ...]
     failures: tuple[Failure, ...]
@@ -74,7 +74,7 @@ class CheckResult:
 
     @property
     def broken(self) -> tuple[Verdict, ...]:
-        """The limits that do not hold."""
+        """The verdicts on limits that are broken."""
         return tuple(verdict for verdict in self.verdicts if verdict.broken)
 
     @property
@@ -83,13 +83,13 @@ class CheckResult:
         return 1 if self.broken else 2 if self.errors else 0
 
     def to_json(self) -> str:
-        """All of it as JSON text; nan and inf become null."""
+        """The whole result as JSON text; nan and inf become null."""
         plain = {"format": FORMAT, "ok": self.exit_code == 0, **asdict(self)}
         return json.dumps(_finite(plain), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def check_limits(evaluation: Evaluation, reference: Evaluation | None, suite: Suite) -> CheckResult:
-    """Hold `found` against the suite's limits; a task without any is held to be no worse than the reference.
+    """Check scores against the suite's limits; a task without any must not be significantly worse than `reference`.
 
     Without a reference only the limits `min` and `max` can be judged; the others are errors of their tasks.
     """
@@ -105,8 +105,8 @@ def check_limits(evaluation: Evaluation, reference: Evaluation | None, suite: Su
         for limit in _limits(suite, name, result, reference) if name not in errors else ():
             try:
                 verdicts.append(_verdict(limit, result, reference.tasks.get(name) if reference else None))
-            except PrunetuneError as wrong:
-                errors[name] = str(wrong)
+            except PrunetuneError as error:
+                errors[name] = str(error)
     pairs = _scored_pairs(evaluation, reference, errors)
     failures = tuple(failure for mine, theirs in pairs for failure in new_failures(mine, theirs))
     scores = {mine.task: _side_by_side(mine, theirs) for mine, theirs in _all_pairs(evaluation, reference)}
@@ -114,23 +114,23 @@ def check_limits(evaluation: Evaluation, reference: Evaluation | None, suite: Su
 
 
 class LimitNotApplicable(PrunetuneError):
-    """A limit that cannot be held against anything."""
+    """A limit on a metric that the model or the reference does not have."""
 
 
 def _task(suite: Suite, name: str) -> Task | None:
-    """The task that a result is of: that of its name, or the group of lm-eval that it belongs to, "group/task"."""
-    fits = [
+    """The task that a result belongs to: that of its name, or the lm-eval group of "group/task"."""
+    matching = [
         task for task in suite.tasks if task.name == name or (task.options.lm_eval and name.startswith(f"{task.name}/"))
     ]
-    return max(fits, key=lambda task: len(task.name), default=None)
+    return max(matching, key=lambda task: len(task.name), default=None)
 
 
 def _limits(suite: Suite, name: str, result: TaskResult, reference: Evaluation | None) -> list[SuiteLimit]:
     """The limits of a task; those of a group of lm-eval hold for each of its tasks."""
     task = _task(suite, name)
-    told = [replace(limit, task=name) for limit in task.limits] if task else []
-    if told or reference is None or not result.scores:
-        return told
+    limits = [replace(limit, task=name) for limit in task.limits] if task else []
+    if limits or reference is None or not result.scores:
+        return limits
     return [SuiteLimit(name, next(iter(result.scores)), "statistical", suite.level)]
 
 
@@ -148,7 +148,7 @@ def _verdict(limit: SuiteLimit, mine: TaskResult, theirs: TaskResult | None) -> 
     if math.isnan(value):
         return Verdict(limit, True, value, other.value, f"{_metric_label(limit)} is not a number")
     if limit.kind not in ("min", "max") and theirs is not None:
-        keep_same_questions(limit.task, _common(mine, theirs))  # a score of other rows is no reference
+        keep_same_questions(limit.task, _common(mine, theirs))  # raises where the reference has other rows
     if limit.kind == "statistical":
         assert theirs is not None
         return _judge_statistical(limit, value, other.value, compare_paired(mine, theirs, limit.metric))
@@ -158,14 +158,14 @@ def _verdict(limit: SuiteLimit, mine: TaskResult, theirs: TaskResult | None) -> 
 
 def _is_within_bound(limit: SuiteLimit, value: Score, other: Score) -> tuple[bool, str]:
     if limit.kind == "min":
-        return value.value >= limit.bound, f"at least {limit.bound:.4g} is wanted"
+        return value.value >= limit.bound, f"at least {limit.bound:.4g} is required"
     if limit.kind == "max":
-        return value.value <= limit.bound, f"at most {limit.bound:.4g} is wanted"
+        return value.value <= limit.bound, f"at most {limit.bound:.4g} is required"
     if limit.kind == "relative":
         share = recovery(value, other, limit.metric)
-        # A reference of nothing leaves nothing to lose.
+        # A reference score of 0 cannot be fallen below.
         holds = share >= limit.bound or (math.isnan(share) and other.value == 0)
-        return holds, f"{100 * share:.1f}% of the reference's {other.value:.4g}; {100 * limit.bound:g}% are wanted"
+        return holds, f"{100 * share:.1f}% of the reference's {other.value:.4g}; {100 * limit.bound:g}% are required"
     lost = _deterioration(value.value - other.value, limit.metric)
     return (
         lost <= limit.bound,
@@ -174,12 +174,12 @@ def _is_within_bound(limit: SuiteLimit, value: Score, other: Score) -> tuple[boo
 
 
 def _deterioration(difference: float, metric: str) -> float:
-    """A difference such that positive is worse."""
+    """The difference with its sign turned so that positive is worse."""
     return -difference if higher_is_better(metric) else difference
 
 
 def _judge_statistical(limit: SuiteLimit, value: float, other: float, paired: PairedComparison) -> Verdict:
-    """Not judged yet: p-values are corrected for each other first."""
+    """A verdict with its raw p-value; `_corrected` decides, once all p-values are known."""
     says = (
         f"{_metric_label(limit)} is {value:.4g}, the reference's {other:.4g} ({paired.test}, {paired.items} items, "
         f"difference {paired.difference:+.4g}, 95% {paired.ci_low:+.4g} to {paired.ci_high:+.4g}"
@@ -189,8 +189,12 @@ def _judge_statistical(limit: SuiteLimit, value: float, other: float, paired: Pa
 
 
 def _corrected(verdicts: Sequence[Verdict], correction: str) -> list[Verdict]:
-    """Statistical limits break where the model is worse and the corrected p does not pass the level."""
-    tested = [i for i, each in enumerate(verdicts) if each.limit.kind == "statistical" and not math.isnan(each.value)]
+    """Statistical limits are broken where the model is worse and the corrected p-value is at most the level."""
+    tested = [
+        index
+        for index, verdict in enumerate(verdicts)
+        if verdict.limit.kind == "statistical" and not math.isnan(verdict.value)
+    ]
     raw = [verdicts[index].p for index in tested]
     values = holm(raw) if correction == "holm" else raw
     result = list(verdicts)
@@ -211,16 +215,18 @@ def _metric_label(limit: SuiteLimit) -> str:
 
 
 def new_failures(mine: TaskResult, theirs: TaskResult) -> list[Failure]:
-    """Items right before and wrong now; where items are graded, the `WORST` that lost most of the first metric.
+    """Items right before and wrong now; of graded items, the `MAX_GRADED_FAILURES` that lost most of the first metric.
 
-    Items of the same id that ask something else do not count.
+    Items of the same id with another question do not count.
     """
     pairs = [pair for pair in _common(mine, theirs) if is_same_question(*pair)]
     metric = next(iter(mine.scores), "")
     if any(old.correct is not None for _, old in pairs):
         return [_failure(mine.task, now, old, metric) for now, old in pairs if old.correct and not now.correct]
     graded = [_failure(mine.task, now, old, metric) for now, old in pairs]
-    graded = sorted((each for each in graded if each.lost > 0), key=lambda each: (-each.lost, each.id))
+    graded = sorted(
+        (failure for failure in graded if failure.lost > 0), key=lambda failure: (-failure.lost, failure.id)
+    )
     return graded[:MAX_GRADED_FAILURES]
 
 

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible endpoint, so that what is deployed is what is tested."""
+"""The backend of an OpenAI-compatible endpoint, so that the deployed model is the one that is tested."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from prunetune.evaluation.suites.protocol import BackendError, GenerationSetting
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Written answers come from any server; likelihoods only from one that gives the log-probabilities of a prompt."""
+    """Any server generates answers; likelihoods need one that returns the log-probabilities of a prompt."""
 
     client: EndpointClient
     model: str
-    fingerprint: str = ""  # what a server serves may change under the same name
+    fingerprint: str = ""  # a server can change its model under the same name
 
     @property
     def name(self) -> str:
@@ -28,21 +28,21 @@ class Endpoint:
         return f"{self.client.url} {self.model}".strip()
 
     def model_and_tokenizer(self) -> tuple[Any, Any]:
-        """Never: the weights are elsewhere."""
+        """Raises `BackendError`: the weights are not in this process."""
         raise BackendError(f"{self.name}: lm-eval tasks need the weights in this process; name a model folder")
 
     def run_requests(
         self, kind: RequestKind, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone
     ) -> list[Any]:
-        """See `Respondent`; the first request that fails for good ends the task."""
-        one: Callable[[Record, GenerationSettings], Any] = {
-            "choose": self._loglikelihood,
-            "write": self._generate,
-            "weigh": self._nll,
+        """See `Backend`; the first request whose retries are used up ends the task."""
+        ask: Callable[[Record, GenerationSettings], Any] = {
+            "loglikelihood": self._loglikelihood,
+            "generate": self._generate,
+            "nll": self._nll,
         }[kind]
 
         def answered(record: Record) -> Any:
-            answer = one(record, settings)
+            answer = ask(record, settings)
             tick(1)
             return answer
 
@@ -74,8 +74,8 @@ class Endpoint:
     def _raw_prompt(self, record: Record, settings: GenerationSettings) -> str:
         if uses_chat_template(record, settings.template):
             raise BackendError(
-                f"{self.name}: likelihoods of a chat are not to be had from an endpoint, which hides its chat "
-                "template; set template: raw, or test the model folder"
+                f"{self.name}: an endpoint hides its chat template, so it cannot give the likelihoods of a chat; "
+                "set template: raw, or test the model folder"
             )
         return self._prompt(record)
 
@@ -89,26 +89,26 @@ class Endpoint:
         body = {"model": self.model, "prompt": prompt + text, "max_tokens": 1, "temperature": 0, "logprobs": 1}
         reply = self.client.post("/completions", {**body, "echo": True})
         try:
-            found = reply["choices"][0]
-            values, offsets = found["logprobs"]["token_logprobs"], found["logprobs"]["text_offset"]
-            echoed = found["text"].startswith(prompt + text) and len(values) == len(offsets)
+            choice = reply["choices"][0]
+            values, offsets = choice["logprobs"]["token_logprobs"], choice["logprobs"]["text_offset"]
+            echoed = choice["text"].startswith(prompt + text) and len(values) == len(offsets)
         except (KeyError, IndexError, TypeError, AttributeError) as missing:
             raise self._no_likelihood() from missing
         if not echoed:
             raise self._no_likelihood()
-        whole = len(prompt + text)
+        end = len(prompt + text)
         scored = [
             (float(value), int(offset))
             for value, offset in zip(values, offsets, strict=True)
-            if value is not None and len(prompt) <= offset < whole
+            if value is not None and len(prompt) <= offset < end
         ]
         if not scored:
-            raise BackendError(f"{self.name}: no token of {text[:40]!r} stands by itself after its prompt")
+            raise BackendError(f"{self.name}: no token of {text[:40]!r} starts after its prompt")
         size = len((prompt + text)[scored[0][1] :].encode())
         return -sum(value for value, _ in scored), len(scored), size
 
     def _no_likelihood(self) -> BackendError:
         return BackendError(
             f"{self.name}: likelihoods are not possible here, because the server does not give the log-probabilities "
-            "of a prompt (completions with echo and logprobs); test the model folder, or use scorers of written answers"
+            "of a prompt (completions with echo and logprobs); test the model folder, or score generated answers"
         )

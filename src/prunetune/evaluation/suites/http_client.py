@@ -1,4 +1,4 @@
-"""An OpenAI-compatible endpoint: requests with a deadline, a few tries, and one-line errors."""
+"""The client of an OpenAI-compatible endpoint: requests with a deadline, retries, and one-line errors."""
 
 from __future__ import annotations
 
@@ -20,61 +20,61 @@ from prunetune.evaluation.suites.protocol import BackendError
 T = TypeVar("T")
 R = TypeVar("R")
 RETRY_STATUS_CODES = frozenset({408, 425, 429, 500, 502, 503, 504})
-LARGEST = 64 * 2**20  # bytes of a reply
+MAX_REPLY_BYTES = 64 * 2**20
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 @dataclass(frozen=True)
 class EndpointClient:
-    """Where requests go. A request takes at most `tries` times `timeout`, and the pauses between."""
+    """An address with its deadline and retries. A request takes `max_attempts` times `timeout` at most, and delays."""
 
     url: str  # http://127.0.0.1:8000/v1
     key_env: str = ""  # the environment variable with the key
-    timeout: float = 60.0  # seconds for one whole reply
+    timeout: float = 60.0  # seconds for one complete reply
     max_attempts: int = 3
     retry_delay: float = 0.5  # seconds before the second try; doubles
     concurrency: int = 4
 
     def __post_init__(self) -> None:
         if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
-            raise ConfigError(f"endpoint {self.url!r} is no address; write it as http://host:port/v1")
+            raise ConfigError(f"endpoint {self.url!r} is no URL; write it as http://host:port/v1")
         if not self.timeout > 0:
             raise ConfigError(f"the timeout must be above 0 seconds, got {self.timeout:g}")
 
     def chat(self, model: str, messages: Sequence[Mapping[str, str]], *, max_tokens: int, **options: Any) -> str:
-        """The text that follows these messages, by the likeliest token each time."""
+        """The greedy reply to a chat; raises `BackendError`."""
         body = {"model": model, "messages": list(messages), "max_tokens": max_tokens, "temperature": 0, **options}
         return self._read(self.post("/chat/completions", body), lambda choice: choice["message"]["content"] or "")
 
     def complete(self, model: str, prompt: str, *, max_tokens: int, **options: Any) -> str:
-        """The text that follows a prompt, by the likeliest token each time."""
+        """The greedy completion of a prompt; raises `BackendError`."""
         body = {"model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0, **options}
         return self._read(self.post("/completions", body), lambda choice: choice["text"])
 
     def _read(self, reply: Any, text: Callable[[Any], Any]) -> str:
         try:
-            found = text(reply["choices"][0])
+            answer = text(reply["choices"][0])
         except (KeyError, IndexError, TypeError) as missing:
             raise self._unexpected_reply(reply) from missing
-        if not isinstance(found, str):
+        if not isinstance(answer, str):
             raise self._unexpected_reply(reply)
-        return found
+        return answer
 
     def _unexpected_reply(self, reply: Any) -> BackendError:
         shown = " ".join(json.dumps(reply, default=str).split())[:120]
-        return BackendError(f"endpoint {self.url} replied with something else than a completion: {shown}")
+        return BackendError(f"endpoint {self.url} did not reply with a completion: {shown}")
 
-    def map_concurrently(self, things: Sequence[T], call: Callable[[T], R]) -> list[R]:
-        """`call` of every thing, a few at once, in order; the first failure stops the rest."""
+    def map_concurrently(self, items: Sequence[T], call: Callable[[T], R]) -> list[R]:
+        """`call` every every item, `concurrency` at once; results are in order. The first failure stops the rest."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
-                return list(pool.map(call, things))
+                return list(pool.map(call, items))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
-        """The JSON that comes back; raises `CannotAnswer` after the last try."""
+        """The JSON of the reply; raises `BackendError` after the last attempt."""
         failure = ""
         for attempt in range(self.max_attempts):
             if attempt:
@@ -86,11 +86,11 @@ class EndpointClient:
                 if refused.code not in RETRY_STATUS_CODES:
                     break
             except TimeoutError:
-                failure = f"no whole reply within {self.timeout:g} s"
+                failure = f"no complete reply within {self.timeout:g} s"
             except (OSError, http.client.HTTPException) as broken:
                 reason = getattr(broken, "reason", broken)
                 failure = (
-                    f"no whole reply within {self.timeout:g} s"
+                    f"no complete reply within {self.timeout:g} s"
                     if isinstance(reason, TimeoutError)
                     else f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
                 )
@@ -105,15 +105,15 @@ class EndpointClient:
         deadline = time.monotonic() + self.timeout
         chunks: list[bytes] = []
         with self._opener().open(request, timeout=self.timeout) as reply:
-            # Each read has its own timeout: a server that drips would hold us for ever.
+            # Each read has its own timeout, so a server that sends byte by byte needs the deadline.
             while chunk := reply.read1(2**16):
                 chunks.append(chunk)
-                if time.monotonic() > deadline or sum(map(len, chunks)) > LARGEST:
+                if time.monotonic() > deadline or sum(map(len, chunks)) > MAX_REPLY_BYTES:
                     raise TimeoutError
         return b"".join(chunks)
 
     def _opener(self) -> urllib.request.OpenerDirector:
-        # A proxy of the environment must not stand between this machine and itself.
+        # Requests to this machine do not go through a proxy of the environment.
         proxies: dict[str, str] | None = {} if urlsplit(self.url).hostname in LOOPBACK else None
         return urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
 
@@ -128,7 +128,7 @@ class EndpointClient:
             return json.loads(data.decode("utf-8"))
         except (ValueError, RecursionError) as garbage:
             shown = " ".join(data[:80].decode("utf-8", "replace").split())
-            raise BackendError(f"endpoint {self.url} replied with something else than JSON: {shown!r}") from garbage
+            raise BackendError(f"endpoint {self.url} did not reply with JSON: {shown!r}") from garbage
 
 
 def _error_body(refused: urllib.error.HTTPError) -> str:

@@ -1,4 +1,4 @@
-"""A language model as judge, behind any OpenAI-compatible endpoint. Runs only where the caller allows a judge."""
+"""The scorer `judge`: a language model grades answers, behind an OpenAI-compatible endpoint; off unless allowed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SCALE = re.compile(
 
 
 def judge_scores(answers: Sequence[Response], options: ScorerOptions) -> MetricValues:
-    """The judge's mark of each answer, as a share of the scale: 0 is `low`, 1 is `high`."""
+    """The judge's mark of each answer, scaled so that `low` is 0 and `high` is 1."""
     from prunetune.evaluation.suites.templates import compile_template
 
     low, high = float(options["low"]), float(options["high"])
@@ -59,8 +59,8 @@ def judge_scores(answers: Sequence[Response], options: ScorerOptions) -> MetricV
 
     def mark(answer: Response) -> float:
         record = answer.prompt.record
-        asked = record.prompt or "\n".join(content for _, content in record.messages)
-        known = {"prompt": asked, "expected": answer.prompt.expected, "got": answer.text, "low": f"{low:g}"}
+        prompt = record.prompt or "\n".join(content for _, content in record.messages)
+        known = {"prompt": prompt, "expected": answer.prompt.expected, "got": answer.text, "low": f"{low:g}"}
         text = template({**answer.prompt.fields, **known, "high": f"{high:g}"}, record.source)
         reply = server.chat(options["model"], [{"role": "user", "content": text}], max_tokens=64)
         return (_mark(reply, low, high, record.id) - low) / (high - low)
@@ -69,9 +69,9 @@ def judge_scores(answers: Sequence[Response], options: ScorerOptions) -> MetricV
 
 
 def _mark(reply: str, low: float, high: float, item: str) -> float:
-    """The one number of the scale in a reply that may name the scale, too; else in its last line, after reasons.
+    """The one number of the scale in a reply, or in its last line where reasons come first; the scale may be named.
 
-    Raises `CannotAnswer`.
+    Raises `BackendError` where there is no such number, or several.
     """
     within = _within(reply, low, high)
     last = _within(reply.strip().rpartition("\n")[2], low, high)
@@ -86,13 +86,13 @@ def _mark(reply: str, low: float, high: float, item: str) -> float:
 
 
 def _within(words: str, low: float, high: float) -> set[float]:
-    plain = FRACTION_RE.sub(lambda found: _share(found, high), SCALE.sub(" ", words))
-    return {number for found in NUMBER_RE.findall(plain) if low <= (number := float(found)) <= high}
+    plain = FRACTION_RE.sub(lambda match: _numerator(match, high), SCALE.sub(" ", words))
+    return {number for digits in NUMBER_RE.findall(plain) if low <= (number := float(digits)) <= high}
 
 
-def _share(found: re.Match[str], high: float) -> str:
-    """The mark in "4/5"; one out of another scale is no mark, and "2 of 3" may be anything."""
-    mark, by, whole = found.groups()
-    if float(whole) == high:
+def _numerator(fraction: re.Match[str], high: float) -> str:
+    """The mark in "4/5"; a fraction of another scale is no mark, but "2 of 3" may be any text."""
+    mark, by, scale = fraction.groups()
+    if float(scale) == high:
         return f" {mark} "
-    return found[0] if by.lower() == "of" else " "
+    return fraction[0] if by.lower() == "of" else " "

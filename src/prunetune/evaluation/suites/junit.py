@@ -1,4 +1,4 @@
-"""A check as JUnit XML: a suite a task, a case a limit, so that CI shows what broke and on which items."""
+"""A check as JUnit XML, for CI: each task is a test suite, each limit a test case with its new failures."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from xml.etree import ElementTree
 
 from prunetune.evaluation.suites.check import CheckResult, Failure, Verdict
 
-# XML 1.0 has no way to write these, and a model may well say them.
+# Characters that XML 1.0 cannot write, and a model can generate.
 UNWRITABLE = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-LISTED = 50  # new failures of a task that are written out
+LISTED = 50  # most new failures of a task in the file
 
 
 def render_junit(check: CheckResult, name: str = "prunetune check") -> str:
-    """The document as text."""
+    """The XML document as text."""
     tasks = list(dict.fromkeys([*check.scores, *check.errors, *(verdict.limit.task for verdict in check.verdicts)]))
     total = len(check.verdicts) + len(check.errors)
     root = ElementTree.Element(
@@ -65,9 +65,9 @@ def _case(element: ElementTree.Element, verdict: Verdict, failures: list[Failure
 
 def _listing(failures: list[Failure]) -> str:
     lines = [
-        f"{each.id}\n  asked: {each.prompt}\n  expected: {each.expected}\n  before: {each.before}\n"
-        f"  after: {each.after}" + (f"\n  scored: {each.score_change}" if each.score_change else "")
-        for each in failures[:LISTED]
+        f"{failure.id}\n  asked: {failure.prompt}\n  expected: {failure.expected}\n  before: {failure.before}\n"
+        f"  after: {failure.after}" + (f"\n  scored: {failure.score_change}" if failure.score_change else "")
+        for failure in failures[:LISTED]
     ]
     more = len(failures) - LISTED
     return _xml_safe("\n".join([f"{len(failures)} new failures", *lines, *([f"and {more} more"] if more > 0 else [])]))

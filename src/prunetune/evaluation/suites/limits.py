@@ -1,4 +1,4 @@
-"""What a score may not fall below: by itself, beside a reference, or by a test."""
+"""Limits on the scores of a task: absolute, relative to a reference model, or by a statistical test."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prunetune.config.fields import option, read_options
 from prunetune.errors import ConfigError
 from prunetune.utils.suggest import validate_name
 
-UNSET = float("-inf")  # YAML cannot say it, so it never stands for a wish
+UNSET = float("-inf")  # no bound; YAML cannot express it, so no user can have asked for it
 DEFAULT_SIGNIFICANCE = 0.05
 
 
@@ -18,11 +18,15 @@ DEFAULT_SIGNIFICANCE = 0.05
 class Bounds:
     """The limits on one metric, as a suite writes them."""
 
-    min: float = option(UNSET, "The least that will do.")
-    max: float = option(UNSET, "The most that will do (perplexity, bits per byte).")
-    relative: float = option(UNSET, "Least share of the reference's score; upside down where lower is better.", gt=0)
-    drop: float = option(UNSET, "Most that may be lost against the reference, in the metric's own unit.", ge=0)
-    statistical: float = option(UNSET, "Level at which worse than the reference is too bad.", gt=0, le=0.5)
+    min: float = option(UNSET, "Lowest allowed score.")
+    max: float = option(UNSET, "Highest allowed score (perplexity, bits per byte).")
+    relative: float = option(
+        UNSET, "Lowest allowed share of the reference's score; inverted where lower is better.", gt=0
+    )
+    drop: float = option(UNSET, "Largest allowed loss against the reference, in the metric's own unit.", ge=0)
+    statistical: float = option(
+        UNSET, "Significance level of a paired test that the score is worse than the reference's.", gt=0, le=0.5
+    )
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ class SuiteLimit:
 def parse_limits(value: Any, task: str, metrics: Sequence[str], level: float, where: str) -> tuple[SuiteLimit, ...]:
     """The limits in a task's `limits`: bounds of its first metric, or metric -> bounds; raises `ConfigError`.
 
-    `metrics` are those that the task's scorers give; with none known (lm-eval's), any name will do.
+    `metrics` are those that the task's scorers give; where none are known (lm-eval's), any name is accepted.
     """
     if value is None:
         return ()
@@ -64,10 +68,10 @@ def _metric(name: Any, metrics: Sequence[str], where: str) -> str:
 def _bounds(value: Any, task: str, metric: str, level: float, where: str) -> list[SuiteLimit]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where} maps min, max, relative, drop or statistical to a bound, got {value!r}")
-    told = dict(value)
-    if told.get("statistical") is True:
-        told["statistical"] = level
-    elif told.get("statistical") is False:
-        del told["statistical"]
-    bounds = vars(read_options(Bounds, told, where=where))
+    given = dict(value)
+    if given.get("statistical") is True:
+        given["statistical"] = level
+    elif given.get("statistical") is False:
+        del given["statistical"]
+    bounds = vars(read_options(Bounds, given, where=where))
     return [SuiteLimit(task, metric, kind, bound) for kind, bound in bounds.items() if bound != UNSET]

@@ -1,4 +1,4 @@
-"""A .gguf file through llama.cpp, by the server that comes with the package xllamacpp."""
+"""The backend of a .gguf file: the llama.cpp server that comes with the package xllamacpp."""
 
 from __future__ import annotations
 
@@ -19,16 +19,19 @@ from prunetune.evaluation.suites.protocol import BackendError, GenerationSetting
 from prunetune.utils.failures import first_line
 from prunetune.utils.optional import import_optional
 
-ERRORS = 1  # what llama.cpp logs; by default, several lines a reply
-FORCED = 1e4  # added to the logit of the token that has to come; the reported log-probability is that without it
+ERRORS_ONLY = 1  # log level; by default llama.cpp logs several lines a reply
+FORCED = 1e4  # added to the logit of a forced token; the reported log-probability does not include it
 
 
 def start_server(file: Path, *, context: int = 0, slots: int = 1, threads: int = 0, on_cpu: bool = False) -> Any:
-    """llama.cpp's server of a file. `context`: tokens of all slots together, 0: the model's own; `threads`, 0: as many
-    as PyTorch takes, since llama.cpp counts the machine's cores and not the container's. Raises `ModelError`."""
+    """Start llama.cpp's server on a file. Raises `ModelError`.
+
+    `context` is in tokens of all slots together, 0: the model's own. `threads`, 0: as many as PyTorch uses, since
+    llama.cpp counts the machine's cores and not the container's.
+    """
     llama = import_optional("xllamacpp", extra="llamacpp", use=f"model {file}")
     params = llama.CommonParams()
-    params.model.path, params.verbosity = str(file), ERRORS
+    params.model.path, params.verbosity = str(file), ERRORS_ONLY
     params.n_ctx, params.n_parallel = context, slots
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads or torch.get_num_threads()
     if on_cpu:
@@ -41,8 +44,11 @@ def start_server(file: Path, *, context: int = 0, slots: int = 1, threads: int =
 
 @dataclass(frozen=True)
 class LlamaCpp:
-    """Opened at the first question. Choices are scored token by token: the server forgets a prompt's log-probabilities,
-    but tells that of a token which it is made to write."""
+    """A .gguf file, opened at the first request.
+
+    Likelihoods are computed one forced token at a time: the server returns no log-probabilities of a prompt, but that
+    of every token it generates.
+    """
 
     file: Path
     fingerprint: str
@@ -55,25 +61,25 @@ class LlamaCpp:
         return str(self.file)
 
     def model_and_tokenizer(self) -> tuple[Any, Any]:
-        """Never: llama.cpp holds the weights."""
+        """Raises `BackendError`: the weights are in llama.cpp."""
         raise BackendError(f"{self.name}: lm-eval tasks need the weights in this process; name a model folder")
 
     def run_requests(
         self, kind: RequestKind, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone
     ) -> list[Any]:
-        """See `Respondent`."""
-        if kind == "write":
+        """See `Backend`."""
+        if kind == "generate":
             return Endpoint(self._openai_client, "").run_requests(kind, records, settings, tick)
-        found = []
+        answers = []
         for record in records:
             if record.kind == "text" or uses_chat_template(record, settings.template):
                 raise BackendError(
                     f"{self.name}: llama.cpp's server gives no likelihood of texts and chats; "
-                    "test the folder that the file was made of, or use scorers of written answers"
+                    "test the folder that the file was made from, or score generated answers"
                 )
-            found.append(self._loglikelihood(record) if kind == "choose" else self._nll(record))
+            answers.append(self._loglikelihood(record) if kind == "loglikelihood" else self._nll(record))
             tick(1)
-        return found
+        return answers
 
     @cached_property
     def _server(self) -> Any:
@@ -100,7 +106,7 @@ class LlamaCpp:
         return EndpointClient(self._server.listening_address, timeout=self.timeout, concurrency=1)
 
     def _forced_nll(self, prompt: Sequence[int], text: str) -> tuple[float, int]:
-        """NLL in nats and tokens of a text, written one forced token at a time."""
+        """NLL in nats and number of tokens of a text, generated one forced token at a time."""
         written: list[int] = []
         total = 0.0
         for token in self._tokens(text, special=False):
@@ -116,12 +122,12 @@ class LlamaCpp:
                 },
             )
             try:
-                told = reply["completion_probabilities"][0]
-                total -= float(told["logprob"])
+                probability = reply["completion_probabilities"][0]
+                total -= float(probability["logprob"])
             except (KeyError, IndexError, TypeError) as missing:
                 raise BackendError(f"{self.name}: llama.cpp's server gives no log-probabilities") from missing
-            if told.get("id") != token:
-                raise BackendError(f"{self.name}: llama.cpp's server wrote another token than the one asked for")
+            if probability.get("id") != token:
+                raise BackendError(f"{self.name}: llama.cpp's server generated another token than the forced one")
             written.append(token)
         if not written:
             raise BackendError(f"{self.name}: choice {text[:40]!r} has no tokens")

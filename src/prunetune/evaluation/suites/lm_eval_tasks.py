@@ -1,4 +1,4 @@
-"""Any installed lm-eval task by its name, scored by lm-eval itself on a model of this process."""
+"""Tasks of lm-eval by their name, scored by lm-eval itself on a model in this process."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.errors import DataError, PrunetuneError
+from prunetune.evaluation.inference import evaluation_mode
 from prunetune.evaluation.results import Item, Score, TaskResult
-from prunetune.evaluation.score_records import evaluation_mode
 from prunetune.evaluation.suites.protocol import Backend
 from prunetune.evaluation.suites.suite import Task
 from prunetune.utils.optional import import_optional
 from prunetune.utils.suggest import validate_name
 
 BATCH_SIZE = 16
-CORRECTNESS_METRICS = ("acc", "exact_match")  # metrics by which an item is right or wrong
+CORRECTNESS_METRICS = ("acc", "exact_match")  # metrics that say whether an item is right
 
 
 def evaluate_lm_eval_task(backend: Backend, task: Task) -> dict[str, TaskResult]:
-    """lm-eval's own numbers, standard errors and items; the tasks of a group by their own names behind the task's.
+    """lm-eval's own scores, standard errors and items; tasks of a group are named "task/their own name".
 
     Raises a `PrunetuneError` for a task that lm-eval does not know or cannot run, and for a model without weights here.
     """
-    found = _evaluated(backend, task, _manager(task))
-    results = {name: _result(name, found) for name in found["samples"]}
+    output = _evaluated(backend, task, _manager(task))
+    results = {name: _result(name, output) for name in output["samples"]}
     if set(results) == {task.options.lm_eval}:
         return {task.name: TaskResult(task.name, *results[task.options.lm_eval])}
     return {f"{task.name}/{name}": TaskResult(f"{task.name}/{name}", *result) for name, result in results.items()}
 
 
 def _manager(task: Task) -> Any:
-    """lm-eval's index of tasks; of the thousands that come with it only where the folder of one's own has it not."""
+    """lm-eval's index of tasks; the thousands that come with it are read only if `include` does not have the task."""
     tasks = import_optional("lm_eval.tasks", extra="lm-eval", use=f"task {task.name}")
     include = str(Path(task.root) / task.options.include) if task.options.include else None
     if include:
@@ -63,20 +63,20 @@ def _evaluated(backend: Backend, task: Task, manager: Any) -> Any:
             )
     except PrunetuneError:
         raise
-    except Exception as broken:  # a task file, a data set or the hub: lm-eval has no errors of its own
+    except Exception as broken:  # a task file, a data set or the hub: lm-eval has no error type of its own
         reason = f"{type(broken).__name__}: {' '.join(str(broken).split())[:200]}"
         raise DataError(f"task {task.name}: lm-eval cannot run {task.options.lm_eval} ({reason})") from broken
 
 
-def _result(name: str, found: Mapping[str, Any]) -> tuple[dict[str, Score], tuple[Item, ...]]:
-    samples = found["samples"][name]
+def _result(name: str, output: Mapping[str, Any]) -> tuple[dict[str, Score], tuple[Item, ...]]:
+    samples = output["samples"][name]
     scores = {}
-    for key, value in found["results"][name].items():
+    for key, value in output["results"][name].items():
         metric, _, filter_name = key.partition(",")
         if filter_name and not metric.endswith("_stderr") and isinstance(value, int | float):
-            error = found["results"][name].get(f"{metric}_stderr,{filter_name}")
+            se = output["results"][name].get(f"{metric}_stderr,{filter_name}")
             n = sum(sample.get("filter", filter_name) == filter_name for sample in samples)
-            scores[metric] = Score(float(value), float(error) if isinstance(error, int | float) else math.nan, n)
+            scores[metric] = Score(float(value), float(se) if isinstance(se, int | float) else math.nan, n)
     first = samples[0].get("filter") if samples else None
     return scores, tuple(_item(sample, list(scores)) for sample in samples if sample.get("filter") == first)
 
@@ -102,7 +102,7 @@ def _prompt(sample: Mapping[str, Any]) -> str:
 
 
 def _got(sample: Mapping[str, Any]) -> str:
-    """The written answer; of choices, the likeliest."""
+    """The generated answer; of choices, the index of the likeliest."""
     replies = sample.get("filtered_resps") or []
     if replies and isinstance(replies[0], str):
         return replies[0]

@@ -1,4 +1,4 @@
-"""A model in this process as one that can be asked."""
+"""A model in this process as a backend: it counts the tokens of every score of runs, `eval` and `check`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from prunetune.data.encoding import (
 from prunetune.data.records import Record
 from prunetune.errors import DataError
 from prunetune.evaluation.generation import generate
+from prunetune.evaluation.inference import context_length, evaluation_mode, max_prompt_tokens
 from prunetune.evaluation.likelihood import TokenizedQuestion, answer_nll, choice_loglikelihoods
-from prunetune.evaluation.score_records import context_length, evaluation_mode, max_prompt_tokens
 from prunetune.evaluation.suites.protocol import GenerationSettings, OnRequestsDone, RequestKind
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ MAX_TOKENS = 16384  # of one scoring pass
 
 
 class LocalModel:
-    """A model and its tokenizer, as they stand: hooks and gates on the model count."""
+    """A model and its tokenizer, as they are: hooks and gates on the model count."""
 
     def __init__(
         self, model: Any, tokenizer: Any, *, name: str = "model", fingerprint: str = "", max_tokens: int = MAX_TOKENS
@@ -45,12 +45,17 @@ class LocalModel:
     def run_requests(
         self, kind: RequestKind, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone
     ) -> list[Any]:
-        """See `Respondent`. What does not fit the context loses the beginning of its prompt; a long text is weighed
-        in windows."""
+        """See `Backend`. A prompt that exceeds the context loses its beginning; a long text is scored in windows."""
+        run = {"loglikelihood": self._loglikelihood, "generate": self._generate, "nll": self._nll}[kind]
         with evaluation_mode(self.model):
-            return {"choose": self._loglikelihood, "write": self._generate, "weigh": self._nll}[kind](
-                records, settings, tick
-            )
+            return run(records, settings, tick)
+
+    def fits_context(self, records: Sequence[Record], settings: GenerationSettings) -> list[bool]:
+        """Whether each prompt, its longest choice and the end of a turn fit, so that no request cuts the prompt."""
+        prompts = encode_prompts(records, self.tokenizer, settings.template)
+        longest = [max(map(len, choices)) for choices in self._choices(records)]
+        lengths = map(sum, zip(map(len, prompts), longest, self._end_lengths(records, settings), strict=True))
+        return [length <= context_length(self.model) for length in lengths]
 
     @property
     def _pass_options(self) -> dict[str, Any]:
@@ -59,53 +64,63 @@ class LocalModel:
     def _loglikelihood(
         self, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone
     ) -> list[Any]:
-        flat = iter(encode_answers([choice for record in records for choice in record.choices], self.tokenizer))
-        choices = [tuple(tuple(next(flat)) for _ in record.choices) for record in records]
+        choices = self._choices(records)
         for record, tokens in zip(records, choices, strict=True):
             if not all(tokens):
-                raise DataError(f"{record.source or record.id}: choice {tokens.index(())} has no tokens")
-        rooms = [max(map(len, tokens)) for tokens in choices]
-        prompts = self._prompts(records, rooms, settings)
+                where = record.source or record.id
+                raise DataError(f"{where}: choice {tokens.index(())} has no tokens; give it a text")
+        prompts = self._prompts(records, [max(map(len, tokens)) for tokens in choices], settings)
         questions = [TokenizedQuestion(prompt, tokens) for prompt, tokens in zip(prompts, choices, strict=True)]
-        found = choice_loglikelihoods(self.model, questions, **self._pass_options, tick=tick)
+        means = choice_loglikelihoods(self.model, questions, **self._pass_options, tick=tick)
         return [
-            [[value * len(choice), len(choice)] for value, choice in zip(values, tokens, strict=True)]
-            for values, tokens in zip(found, choices, strict=True)
+            [[mean * len(choice), len(choice)] for mean, choice in zip(values, tokens, strict=True)]
+            for values, tokens in zip(means, choices, strict=True)
         ]
+
+    def _choices(self, records: Sequence[Record]) -> list[tuple[tuple[int, ...], ...]]:
+        flat = iter(encode_answers([choice for record in records for choice in record.choices], self.tokenizer))
+        return [tuple(tuple(next(flat)) for _ in record.choices) for record in records]
 
     def _generate(self, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone) -> list[Any]:
-        longest = min(settings.max_new_tokens, context_length(self.model) // 2)
-        prompts = self._prompts(records, [longest] * len(records), settings)
-        how = {**self._pass_options, "chats": [uses_chat_template(record, settings.template) for record in records]}
-        found = generate(self.model, self.tokenizer, prompts, **how, max_new_tokens=longest, tick=tick)
-        return [truncate_at_stop(answer, settings.stop) for answer in found]
+        max_new_tokens = min(settings.max_new_tokens, context_length(self.model) // 2)
+        answers = generate(
+            self.model,
+            self.tokenizer,
+            self._prompts(records, [max_new_tokens] * len(records), settings),
+            chats=[uses_chat_template(record, settings.template) for record in records],
+            max_new_tokens=max_new_tokens,
+            tick=tick,
+            **self._pass_options,
+        )
+        return [truncate_at_stop(answer, settings.stop) for answer in answers]
 
     def _nll(self, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone) -> list[Any]:
-        answers = iter(self._examples([record for record in records if record.kind != "text"], settings))
-        parts = [self._windows(record) if record.kind == "text" else [next(answers)] for record in records]
-        flat = [part for example in parts for part in example]
-        found = iter(answer_nll(self.model, flat, **self._pass_options, tick=lambda _: None))
+        answers = iter(self._answers([record for record in records if record.kind != "text"], settings))
+        examples = [self._windows(record) if record.kind == "text" else [next(answers)] for record in records]
+        flat = [example for of_record in examples for example in of_record]
+        values = iter(answer_nll(self.model, flat, **self._pass_options, tick=lambda _: None))
         tick(len(records))
-        summed = [[next(found) for _ in example] for example in parts]
+        by_record = [[next(values) for _ in of_record] for of_record in examples]
         return [
             [sum(nats for nats, _ in spans), sum(tokens for _, tokens in spans), len(record.completion.encode())]
-            for spans, record in zip(summed, records, strict=True)
+            for spans, record in zip(by_record, records, strict=True)
         ]
 
-    def _examples(self, records: Sequence[Record], settings: GenerationSettings) -> Sequence[Example]:
-        """Prompts with their right answers, without the end of text or turn, which no server would score."""
+    def _answers(self, records: Sequence[Record], settings: GenerationSettings) -> list[Example]:
+        """Prompts with their right answers, without the end of text or turn: no server would score it."""
         config = DataConfig(template=settings.template, too_long="truncate")
         encoded = encode(records, self.tokenizer, config, context_length(self.model))
         self._warn_truncated(encoded.num_too_long)
-        turn_end = (
-            chat_end_ids(self.tokenizer)
-            if any(uses_chat_template(record, settings.template) for record in records)
-            else ()
-        )
-        ends = [len(turn_end) if uses_chat_template(record, settings.template) else 1 for record in records]
         return [
-            replace(each, token_ids=each.token_ids[:-end]) for each, end in zip(encoded.examples, ends, strict=True)
+            replace(example, token_ids=example.token_ids[:-end])
+            for example, end in zip(encoded.examples, self._end_lengths(records, settings), strict=True)
         ]
+
+    def _end_lengths(self, records: Sequence[Record], settings: GenerationSettings) -> list[int]:
+        """Tokens that `encode` puts after each answer: the end of a turn for chats, of a text for others."""
+        chats = [uses_chat_template(record, settings.template) for record in records]
+        turn_end = chat_end_ids(self.tokenizer) if any(chats) else []
+        return [len(turn_end) if is_chat else 1 for is_chat in chats]
 
     def _windows(self, record: Record) -> list[Example]:
         """The whole text, every token predicted once: from the start token, then from the last token before it."""
@@ -119,12 +134,12 @@ class LocalModel:
     def _prompts(
         self, records: Sequence[Record], reserved_tokens: Sequence[int], settings: GenerationSettings
     ) -> list[tuple[int, ...]]:
-        """Token ids that leave room for so many more, but keep half the context at least."""
-        whole = encode_prompts(records, self.tokenizer, settings.template)
-        limits = [max_prompt_tokens(self.model, room) for room in reserved_tokens]
-        self._warn_truncated(sum(len(ids) > limit for ids, limit in zip(whole, limits, strict=True)))
+        """Token ids that leave so many tokens of the context free, but keep half the context at least."""
+        prompts = encode_prompts(records, self.tokenizer, settings.template)
+        limits = [max_prompt_tokens(self.model, reserved) for reserved in reserved_tokens]
+        self._warn_truncated(sum(len(ids) > limit for ids, limit in zip(prompts, limits, strict=True)))
         return [
-            truncate_prompt(ids, limit, self.tokenizer.bos_token_id) for ids, limit in zip(whole, limits, strict=True)
+            truncate_prompt(ids, limit, self.tokenizer.bos_token_id) for ids, limit in zip(prompts, limits, strict=True)
         ]
 
     def _warn_truncated(self, count: int) -> None:
@@ -133,6 +148,6 @@ class LocalModel:
 
 
 def truncate_at_stop(answer: str, stops: Sequence[str]) -> str:
-    """The answer as it came up to the first of `stops`, as servers end it; then without outer white space."""
-    cuts = [place for stop in stops if (place := answer.find(stop)) >= 0]
+    """The answer up to the first of `stops`, as servers end it, without outer white space."""
+    cuts = [start for stop in stops if (start := answer.find(stop)) >= 0]
     return answer[: min(cuts, default=len(answer))].strip()

@@ -1,4 +1,4 @@
-"""Evaluations and checks as lines for a terminal."""
+"""Evaluations and checks as text for a terminal."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suites.check import CheckResult, Failure
 from prunetune.utils.tables import table_lines
 
-LISTED = 20  # new failures that are shown; --json and --junit hold all
-WIDE = 100  # characters of a text
+LISTED = 20  # most new failures shown; --json has all
+MAX_TEXT_CHARS = 100
 
 
 def render_evaluation(evaluation: Evaluation) -> str:
@@ -47,17 +47,17 @@ def render_check(check: CheckResult) -> str:
 
 
 def _failure(failure: Failure) -> str:
-    told = {
+    texts = {
         "asked": failure.prompt, "expected": failure.expected, "before": failure.before, "after": failure.after,
         "scored": failure.score_change,
     }  # fmt: skip
-    shown = [f"    {name:<9} {_short(text, last=name == 'asked')}" for name, text in told.items() if text]
+    shown = [f"    {name:<9} {_short(text, last=name == 'asked')}" for name, text in texts.items() if text]
     return "\n".join([f"  {failure.task} / {failure.id}", *shown])
 
 
 def _short(text: str, *, last: bool) -> str:
-    """One line; of a prompt its end, which holds the question."""
+    """The text in one line; of a long prompt its end, where the question is."""
     line = " ".join(text.split())
-    if len(line) <= WIDE:
+    if len(line) <= MAX_TEXT_CHARS:
         return line
-    return f"...{line[-WIDE:]}" if last else f"{line[:WIDE]}..."
+    return f"...{line[-MAX_TEXT_CHARS:]}" if last else f"{line[:MAX_TEXT_CHARS]}..."

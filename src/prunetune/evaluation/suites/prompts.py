@@ -1,4 +1,4 @@
-"""A task's rows as records to ask: sampled, put through the task's templates, lettered where wanted."""
+"""A task's rows as prompts: sampled, rendered by the task's templates, and with lettered choices where wanted."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prunetune.config.recipe import DataConfig
 from prunetune.data.records import Record
 from prunetune.data.sources import SourceRow, read_rows
 from prunetune.errors import DataError
-from prunetune.evaluation.score_records import stable_sample
+from prunetune.evaluation.sampling import stable_sample
 from prunetune.evaluation.suites.protocol import Prompt
 from prunetune.evaluation.suites.suite import Task
 from prunetune.evaluation.suites.templates import RowRenderer, compile_expression, compile_template
@@ -21,73 +21,77 @@ PLACEHOLDER_ANSWER = "-"  # stands for the right answer while a row without one 
 
 
 def build_prompts(task: Task) -> tuple[Prompt, ...]:
-    """The records of a task as they are asked; raises `DataError`."""
+    """The prompts of a task; raises `DataError` for the first row that cannot be used."""
     rows = read_rows(task.options.data, DataConfig(root=task.root), task.options.split)
-    chosen = stable_sample([replace(row, id=_id(row)) for row in rows], task.options.limit)
-    renders = _renders(task)
-    return tuple(_build_prompt(row, task, renders) for row in chosen)
+    sample = stable_sample([replace(row, id=_id(row)) for row in rows], task.options.limit)
+    renderers = _renderers(task)
+    return tuple(_build_prompt(row, task, renderers) for row in sample)
 
 
 def _id(row: SourceRow) -> str:
-    own = row.fields.get("id") if isinstance(row.fields, Mapping) else None
-    return str(own) if isinstance(own, str | int) and str(own) else row.id
+    given = row.fields.get("id") if isinstance(row.fields, Mapping) else None
+    return str(given) if isinstance(given, str | int) and str(given) else row.id
 
 
-def _renders(task: Task) -> dict[str, RowRenderer]:
-    makers = {
+def _renderers(task: Task) -> dict[str, RowRenderer]:
+    compilers = {
         "prompt": compile_template,
         "completion": compile_template,
         "text": compile_template,
         "choices": compile_expression,
         "answer": compile_expression,
     }
-    told = {key: getattr(task.options, key) for key in makers}
-    return {key: makers[key](text, f"task {task.name}: {key}") for key, text in told.items() if text}
+    texts = {key: getattr(task.options, key) for key in compilers}
+    return {key: compilers[key](text, f"task {task.name}: {key}") for key, text in texts.items() if text}
 
 
-def _build_prompt(row: SourceRow, task: Task, renders: Mapping[str, RowRenderer]) -> Prompt:
+def _build_prompt(row: SourceRow, task: Task, renderers: Mapping[str, RowRenderer]) -> Prompt:
     if not isinstance(row.fields, Mapping):
-        row.to_record()  # says what a row is
+        row.to_record()  # raises the error that says what a row is
     fields: dict[str, Any] = {str(key): value for key, value in row.fields.items() if value is not None}
-    rendered = {key: render(fields, row.source) for key, render in renders.items()}
-    whole = {**_drop_overridden_fields(fields, rendered), **rendered}
-    unanswered = task.is_reference_free and not {"completion", "choices", "messages", "text"} & set(whole)
+    rendered = {key: render(fields, row.source) for key, render in renderers.items()}
+    merged = {**_drop_overridden_fields(fields, rendered), **rendered}
+    unanswered = task.is_reference_free and not {"completion", "choices", "messages", "text"} & set(merged)
     if unanswered:
-        whole["completion"] = PLACEHOLDER_ANSWER
-    record = replace(row, fields=whole).to_record()
+        merged["completion"] = PLACEHOLDER_ANSWER
+    record = replace(row, fields=merged).to_record()
     _check_record(record, task)
     record = replace(record, id=row.id, task=task.name)
-    options = record.choices
+    choice_texts = record.choices
     if task.options.lettered:
         record = letter_choices(record, task)
-    return Prompt(replace(record, completion="") if unanswered else record, options, fields)
+    return Prompt(replace(record, completion="") if unanswered else record, choice_texts, fields)
 
 
 def _drop_overridden_fields(fields: Mapping[str, Any], rendered: Mapping[str, Any]) -> dict[str, Any]:
-    """The row's own fields; those that a rendered one would contradict go."""
-    gone = {
+    """The row's own fields without those that a rendered field replaces."""
+    replaced_by = {
         "text": {"prompt", "completion", "messages", "choices", "answer"},
         "prompt": {"messages"},
         "completion": {"choices", "answer"},
         "choices": {"completion"},
         "answer": {"completion"},
     }
-    out = set().union(*(gone[key] for key in rendered))
-    return {key: value for key, value in fields.items() if key not in out}
+    replaced = set().union(*(replaced_by[key] for key in rendered))
+    return {key: value for key, value in fields.items() if key not in replaced}
 
 
 def _check_record(record: Record, task: Task) -> None:
-    asks = {use.scorer.request_kind for use in task.scorers}
-    if "choose" in asks and record.answer is None:
-        raise DataError(f"{record.source}: task {task.name} chooses, and the row has no choices; name another scorer")
-    if "write" in asks and record.kind == "text":
-        raise DataError(f"{record.source}: task {task.name} writes answers, and the row is a text; name another scorer")
+    kinds = {use.scorer.request_kind for use in task.scorers}
+    if "loglikelihood" in kinds and record.answer is None:
+        raise DataError(
+            f"{record.source}: task {task.name} compares choices, and the row has none; name another scorer"
+        )
+    if "generate" in kinds and record.kind == "text":
+        raise DataError(
+            f"{record.source}: task {task.name} generates answers, and the row is a text; name another scorer"
+        )
 
 
 def letter_choices(record: Record, task: Task) -> Record:
     """The same question with its choices listed in the prompt, to be answered by a letter."""
     if not 1 < len(record.choices) <= len(LETTERS):
-        raise DataError(f"{record.source}: lettered wants 2 to {len(LETTERS)} choices, got {len(record.choices)}")
+        raise DataError(f"{record.source}: lettered needs 2 to {len(LETTERS)} choices, got {len(record.choices)}")
     listed = "".join(f"{letter}. {choice.strip()}\n" for letter, choice in zip(LETTERS, record.choices, strict=False))
     before, listed = task.options.before, f"{task.options.heading}{listed}"
     letters = tuple(LETTERS[: len(record.choices)])

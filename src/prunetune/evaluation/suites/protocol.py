@@ -1,4 +1,4 @@
-"""What a model under test is asked, and whoever answers: weights in this process, or a server."""
+"""The interface between scorers and models: requests, responses, and the backends that answer them."""
 
 from __future__ import annotations
 
@@ -9,65 +9,65 @@ from typing import Any, Literal, Protocol
 from prunetune.data.records import Record
 from prunetune.errors import PrunetuneError
 
-# choose: the log-likelihood of every choice; write: an answer; weigh: the likelihood of a text, or of an answer.
-RequestKind = Literal["choose", "write", "weigh"]
-OnRequestsDone = Callable[[int], None]  # told how many items more are done
+# loglikelihood: of every choice; generate: an answer; nll: of a text, or of the right answer.
+RequestKind = Literal["loglikelihood", "generate", "nll"]
+OnRequestsDone = Callable[[int], None]  # called with how many more requests are done
 
 
 class BackendError(PrunetuneError):
-    """A model or a server that cannot be asked this, or does not answer."""
+    """A backend cannot answer this kind of request, or does not answer."""
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How the records of a task are asked, all the same."""
+    """Prompt template, length and stop texts, the same for all requests of a task."""
 
     template: Literal["auto", "chat", "raw"] = "auto"
     max_new_tokens: int = 128
-    stop: tuple[str, ...] = ()  # a written answer ends before the first of these
+    stop: tuple[str, ...] = ()  # a generated answer ends before the first of these
 
 
 class Backend(Protocol):
-    """A model under test."""
+    """A model under test: weights in this process, or a server."""
 
     @property
     def name(self) -> str:
-        """What reports call it."""
+        """Its name in reports and errors."""
 
     @property
     def fingerprint(self) -> str:
-        """Changes when an answer could; "" where that cannot be known, and nothing may be kept."""
+        """Changes whenever answers could; "" where that cannot be known, so that no answer may be cached."""
 
     def run_requests(
         self, kind: RequestKind, records: Sequence[Record], settings: GenerationSettings, tick: OnRequestsDone
     ) -> list[Any]:
-        """One plain value a record, in order.
+        """One value for each record, in order, of types that JSON can hold.
 
-        choose: [[log-likelihood in nats, tokens] of each choice]; write: the text; weigh: [negative log-likelihood in
-        nats, tokens, UTF-8 bytes] of the answer or text. Raises `CannotAnswer`.
+        loglikelihood: [[log-likelihood in nats, tokens] of each choice]; generate: the text; nll: [negative
+        log-likelihood in nats, tokens, UTF-8 bytes] of the answer or text. Raises `BackendError`.
         """
 
     def model_and_tokenizer(self) -> tuple[Any, Any]:
-        """Model and tokenizer, for lm-eval; raises `CannotAnswer` where there are none in this process."""
+        """Model and tokenizer, for lm-eval; raises `BackendError` where the weights are not in this process."""
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """One record as it is asked, with what the row said beside."""
+    """One record as the model sees it, with the fields of its row."""
 
     record: Record
-    choice_texts: tuple[str, ...]  # the choices as people read them: those of a lettered question are letters
+    choice_texts: tuple[str, ...]  # the choices as people read them; those of `record` may be letters
     fields: Mapping[str, Any]
 
     @property
     def expected(self) -> str:
-        """The right answer as people read it."""
+        """The right answer as people read it; "" where there is none."""
         return self.record.completion if self.record.answer is None else self.choice_texts[self.record.answer]
 
 
 @dataclass(frozen=True)
 class Response:
-    """One record with what came back."""
+    """The model's answer to one prompt: the text or choice, or its NLL."""
 
     prompt: Prompt
     text: str = ""

@@ -1,4 +1,4 @@
-"""A scorer of the user's own: any function of answer and row. Runs only where the caller allows code."""
+"""The scorer `python`: a function of the user's own; off unless the user allows code with --allow-code."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from prunetune.evaluation.suites.text_scorers import MetricValues, ScorerOptions
 
 
 def python_function_scores(answers: Sequence[Response], options: ScorerOptions) -> MetricValues:
-    """What `module:function` gives for each answer: a number, or true or false.
+    """Call `module:function` with the answer, the reference and the row (a mapping); it returns a number or a bool.
 
-    It is called with the answer, the reference, and the row as a mapping.
+    Raises `ConfigError` where it cannot be imported, and `DataError` where it fails or returns anything else.
     """
     function = _function(options["function"])
     return {"python": [_value(function, options["function"], answer) for answer in answers]}
@@ -38,7 +38,7 @@ def _function(name: str) -> Callable[..., Any]:
 
 @contextmanager
 def _cwd_on_path() -> Iterator[None]:
-    """Modules of the working folder, which a console command does not see by itself, can be imported."""
+    """Make modules of the working folder importable, which a console command does not see by itself."""
     sys.path.insert(0, os.getcwd())
     try:
         yield
@@ -49,7 +49,7 @@ def _cwd_on_path() -> Iterator[None]:
 def _value(function: Callable[..., Any], name: str, answer: Response) -> float:
     try:
         value = function(answer.text, answer.prompt.expected, answer.prompt.fields)
-    except Exception as broken:  # the user's code: which item, and why
+    except Exception as broken:  # the user's code can raise anything
         reason = f"{type(broken).__name__}: {' '.join(str(broken).split())[:200]}"
         raise DataError(f"python: {name} failed on item {answer.prompt.record.id}: {reason}") from broken
     if not isinstance(value, bool | int | float) or math.isinf(value):

@@ -1,4 +1,4 @@
-"""A suite on a model: every task asked, scored, and summed up; a task that fails does not stop the others."""
+"""The one evaluator: ask a backend what a task's scorers need, score the answers, and sum them up; suites and runs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import logging
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-from prunetune.data.records import Record
 from prunetune.errors import ConfigError, PrunetuneError
 from prunetune.evaluation.results import Evaluation, Item, TaskResult
-from prunetune.evaluation.score_records import argmax_unless_nan, make_ids_unique
+from prunetune.evaluation.sampling import make_ids_unique
 from prunetune.evaluation.statistics import PER_ITEM_METRIC, aggregate_items
 from prunetune.evaluation.suites.prompts import build_prompts
 from prunetune.evaluation.suites.protocol import Backend, OnRequestsDone, Prompt, RequestKind, Response
@@ -19,7 +17,7 @@ from prunetune.evaluation.suites.scorers import Permission
 from prunetune.evaluation.suites.suite import Suite, Task
 
 log = logging.getLogger(__name__)
-SuiteProgressCallback = Callable[[str, int, int], None]  # task, answers done, answers in all
+SuiteProgressCallback = Callable[[str, int, int], None]  # task, requests done, requests in all
 NO_PERMISSIONS: frozenset[Permission] = frozenset()
 
 
@@ -31,74 +29,83 @@ def evaluate_suite(
     prompts: Mapping[str, Sequence[Prompt]] | None = None,
     progress: SuiteProgressCallback | None = None,
 ) -> Evaluation:
-    """Every task's scores with their items, by its name; a task that fails has its `error` instead.
+    """Every task's scores with their items, by its name; a task that fails has its `error` and does not stop others.
 
-    `questions` are those that `read_questions` gave, where a suite is run more than once.
+    `prompts` are those that `load_prompts` gave, where a suite is run more than once.
     """
     known = prompts or {}
-    return Evaluation(
-        {
-            name: result
-            for task in suite.tasks
-            for name, result in _results(backend, task, allow, known.get(task.name), progress).items()
-        }
-    )
+    results: dict[str, TaskResult] = {}
+    for task in suite.tasks:
+        try:
+            results |= _evaluate_task(backend, task, allow, known.get(task.name), progress)
+        except PrunetuneError as error:
+            log.warning("task %s: %s", task.name, error)
+            results[task.name] = TaskResult(task.name, {}, (), error=str(error))
+    return Evaluation(results)
 
 
 def load_prompts(suite: Suite) -> dict[str, tuple[Prompt, ...]]:
-    """The records of every task with data, read once; raises `DataError` for the first that cannot be."""
+    """The prompts of every task with data, read once; raises `DataError` for the first that cannot be."""
     return {task.name: build_prompts(task) for task in suite.tasks if not task.error and not task.options.lm_eval}
 
 
-def _results(
+def _evaluate_task(
     backend: Backend,
     task: Task,
     allow: Collection[Permission],
     prompts: Sequence[Prompt] | None,
     progress: SuiteProgressCallback | None,
 ) -> dict[str, TaskResult]:
-    try:
-        if task.error:
-            raise ConfigError(task.error)
-        if task.options.lm_eval:
-            from prunetune.evaluation.suites.lm_eval_tasks import evaluate_lm_eval_task
+    if task.error:
+        raise ConfigError(task.error)
+    if task.options.lm_eval:
+        from prunetune.evaluation.suites.lm_eval_tasks import evaluate_lm_eval_task
 
-            return evaluate_lm_eval_task(backend, task)
-        _permitted(task, allow)
-        return {task.name: _result(backend, task, build_prompts(task) if prompts is None else prompts, progress)}
-    except PrunetuneError as wrong:
-        log.warning("task %s: %s", task.name, wrong)
-        return {task.name: TaskResult(task.name, {}, (), error=str(wrong))}
-
-
-def _permitted(task: Task, allow: Collection[Permission]) -> None:
-    for use in task.scorers:
-        if use.scorer.permission and use.scorer.permission not in allow:
-            what = {"code": "runs code of this machine", "judge": "sends answers to an endpoint"}[use.scorer.permission]
+        return evaluate_lm_eval_task(backend, task)
+    for scorer in (task_scorer.scorer for task_scorer in task.scorers):
+        if scorer.permission and scorer.permission not in allow:
+            risk = {"code": "runs code of this machine", "judge": "sends answers to an endpoint"}[scorer.permission]
             raise ConfigError(
-                f"task {task.name}: scorer {use.scorer.metrics[0]} {what} and is off; allow it with "
-                f"--allow-{use.scorer.permission}"
+                f"task {task.name}: scorer {scorer.metrics[0]} {risk} and is off; allow it with "
+                f"--allow-{scorer.permission}"
             )
+    return {task.name: score_task(backend, task, build_prompts(task) if prompts is None else prompts, progress)}
 
 
-def _result(
-    backend: Backend, task: Task, prompts: Sequence[Prompt], progress: SuiteProgressCallback | None
+def score_task(
+    backend: Backend,
+    task: Task,
+    prompts: Sequence[Prompt],
+    progress: SuiteProgressCallback | None = None,
+    rows: Mapping[str, Sequence[int]] | None = None,
 ) -> TaskResult:
-    asks = list(dict.fromkeys(use.scorer.request_kind for use in task.scorers))
-    tick = _ticker(task.name, len(prompts) * len(asks), progress)
-    answered = {ask: _run_requests(backend, task, ask, prompts, tick) for ask in asks}
+    """Ask `backend` once for each kind of request that the task's scorers need, and score the answers.
+
+    `rows` holds the indices of the prompts that each scorer takes, by its first metric; None: every scorer takes all.
+    Raises a `PrunetuneError` where the backend cannot answer.
+    """
+    scorers = [(use, rows[use.metrics[0]] if rows else range(len(prompts))) for use in task.scorers]
+    asked: dict[RequestKind, list[int]] = {}
+    for use, indices in scorers:
+        kind = use.scorer.request_kind
+        asked[kind] = sorted({*asked.get(kind, ()), *indices})
+    tick = _ticker(task.name, sum(map(len, asked.values())), progress)
+    responses = {
+        kind: dict(zip(indices, _ask(backend, task, kind, [prompts[index] for index in indices], tick), strict=True))
+        for kind, indices in asked.items()
+    }
     scores: list[dict[str, float]] = [{} for _ in prompts]
-    for use in task.scorers:
-        for metric, values in use.score(answered[use.scorer.request_kind]).items():
-            for item, value in zip(scores, values, strict=True):
-                item[metric] = value
-    items = _items(task, prompts, answered, scores)
-    return TaskResult(task.name, {metric: _summary(items, metric) for metric in task.metrics}, items)
-
-
-def _summary(items: Sequence[Item], metric: str) -> Any:
-    evidence = PER_ITEM_METRIC.get(metric, metric)
-    return aggregate_items([item for item in items if evidence in item.scores], metric)
+    for use, indices in scorers:
+        for metric, values in use.score([responses[use.scorer.request_kind][index] for index in indices]).items():
+            for index, value in zip(indices, values, strict=True):
+                scores[index][metric] = value
+    items = _items(task, prompts, responses, scores)
+    totals = {}
+    for use, indices in scorers:
+        for metric in use.metrics:
+            evidence = PER_ITEM_METRIC.get(metric, metric)
+            totals[metric] = aggregate_items([items[i] for i in indices if evidence in items[i].scores], metric)
+    return TaskResult(task.name, totals, tuple(items))
 
 
 def _ticker(task: str, total: int, progress: SuiteProgressCallback | None) -> OnRequestsDone:
@@ -113,55 +120,58 @@ def _ticker(task: str, total: int, progress: SuiteProgressCallback | None) -> On
     return tick
 
 
-def _run_requests(
+def _ask(
     backend: Backend, task: Task, kind: RequestKind, prompts: Sequence[Prompt], tick: OnRequestsDone
 ) -> list[Response]:
-    records: list[Record] = [each.record for each in prompts]
-    raw = backend.run_requests(kind, records, task.generation_settings, tick)
-    if kind == "write":
-        return [Response(each, text=text) for each, text in zip(prompts, raw, strict=True)]
-    if kind == "weigh":
-        return [
-            Response(each, nll=nats, n_tokens=tokens, n_bytes=size)
-            for each, (nats, tokens, size) in zip(prompts, raw, strict=True)
-        ]
-    return [_pick_choice(each, values, task.options.likelihood) for each, values in zip(prompts, raw, strict=True)]
+    answers = backend.run_requests(kind, [prompt.record for prompt in prompts], task.generation_settings, tick)
+    pairs = list(zip(prompts, answers, strict=True))
+    if kind == "generate":
+        return [Response(prompt, text=text) for prompt, text in pairs]
+    if kind == "nll":
+        return [Response(prompt, nll=nats, n_tokens=n, n_bytes=size) for prompt, (nats, n, size) in pairs]
+    return [_pick_choice(prompt, choices, task.options.likelihood) for prompt, choices in pairs]
 
 
-def _pick_choice(prompt: Prompt, values: Sequence[tuple[float, int]], by: str) -> Response:
+def _pick_choice(prompt: Prompt, choices: Sequence[tuple[float, int]], normalisation: str) -> Response:
+    """The likeliest choice, out of [(log-likelihood in nats, tokens) of each]; "mean" is per token."""
     characters = [len(choice.strip()) or 1 for choice in prompt.record.choices]
-    lengths = {"mean": [tokens for _, tokens in values], "characters": characters}.get(by, [1] * len(values))
-    best = argmax_unless_nan([nats / length for (nats, _), length in zip(values, lengths, strict=True)])
+    by = {"mean": [tokens for _, tokens in choices], "characters": characters}
+    lengths = by.get(normalisation, [1] * len(choices))
+    best = argmax_unless_nan([nats / length for (nats, _), length in zip(choices, lengths, strict=True)])
     if best is None:
         return Response(prompt)
     return Response(prompt, text=prompt.choice_texts[best], correct=best == prompt.record.answer)
 
 
+def argmax_unless_nan(likelihoods: Sequence[float]) -> int | None:
+    """Index of the first of the likeliest; None where one is nan."""
+    if any(math.isnan(value) for value in likelihoods):
+        return None
+    return likelihoods.index(max(likelihoods))
+
+
 def _items(
     task: Task,
     prompts: Sequence[Prompt],
-    answered: Mapping[RequestKind, Sequence[Response]],
+    responses: Mapping[RequestKind, Mapping[int, Response]],
     scores: Sequence[dict[str, float]],
-) -> tuple[Item, ...]:
-    shown = next((answered[ask] for ask in answered if ask != "weigh"), None)
-    binary = next(
-        (use.metrics[0] for use in task.scorers if use.scorer.is_binary and use.scorer.request_kind == "write"), None
-    )
-    names = make_ids_unique([each.record.id for each in prompts])
+) -> list[Item]:
+    binary = next((use.metrics[0] for use in task.scorers if use.is_binary_of_text), None)
+    ids = make_ids_unique([prompt.record.id for prompt in prompts])
     items = []
-    for index, (name, each) in enumerate(zip(names, prompts, strict=True)):
-        got = shown[index] if shown else None
-        correct = got.correct if got else None
-        if got and correct is None and binary and binary in scores[index]:
+    for index, prompt in enumerate(prompts):
+        shown = [by_index[index] for kind, by_index in responses.items() if kind != "nll" and index in by_index]
+        got, correct = (shown[0].text, shown[0].correct) if shown else ("", None)
+        if shown and correct is None and binary in scores[index]:
             correct = scores[index][binary] == 1.0
-        items.append(_item(name, each, got.text if got else "", correct, scores[index]))
-    return tuple(items)
+        items.append(_item(ids[index], prompt, got, correct, scores[index]))
+    return items
 
 
-def _item(name: str, prompt: Prompt, got: str, correct: bool | None, scores: dict[str, float]) -> Item:
+def _item(id: str, prompt: Prompt, got: str, correct: bool | None, scores: Mapping[str, float]) -> Item:
     record = prompt.record
-    finite = {metric: value if not math.isinf(value) else math.nan for metric, value in scores.items()}
-    item = Item(name, record.prompt, prompt.expected, got, correct, finite)
+    finite = {metric: math.nan if math.isinf(value) else value for metric, value in scores.items()}
+    item = Item(id, record.prompt, prompt.expected, got, correct, finite)
     if record.kind == "text":
         return replace(item, prompt=record.completion, expected="")
     if record.messages:

@@ -1,4 +1,4 @@
-"""The scorers that a suite may name. One is a function in this table."""
+"""The table of scorers that a suite may name, and how a task's `scorer` is read."""
 
 from __future__ import annotations
 
@@ -18,75 +18,85 @@ Permission = Literal["code", "judge"]
 
 @dataclass(frozen=True)
 class Scorer:
-    """What a model has to be asked, and how the answers become numbers."""
+    """The kind of request that a scorer needs, and the function that turns answers into numbers."""
 
     request_kind: RequestKind
-    metrics: tuple[str, ...]  # the task's scores; the first stands for it
+    metrics: tuple[str, ...]  # the task's scores, the headline first
     score: Callable[[Sequence[Response], ScorerOptions], MetricValues]
-    options: Mapping[str, Any] = field(default_factory=dict)  # with their defaults, whose type is the type
+    options: Mapping[str, Any] = field(default_factory=dict)  # option -> default, which also gives the type
     needs_reference: bool = True  # rows must hold the right answer
     is_binary: bool = False  # 1 is right and 0 is wrong
-    permission: Permission | None = None  # what the caller has to allow
+    permission: Permission | None = None  # what the user has to allow by --allow-...
 
 
 @dataclass(frozen=True)
 class TaskScorer:
-    """A scorer as a task uses it."""
+    """A scorer with the options and metric names of one task."""
 
     scorer: Scorer
     options: ScorerOptions
     metrics: tuple[str, ...]
 
+    @property
+    def is_binary_of_text(self) -> bool:
+        """Whether a generated answer is right or wrong by it."""
+        return self.scorer.is_binary and self.scorer.request_kind == "generate"
+
     def score(self, answers: Sequence[Response]) -> MetricValues:
-        """The items' values, under the names that the task gave them."""
-        found = self.scorer.score(answers, self.options)
-        if self.metrics == self.scorer.metrics:
-            return found
-        return {self.metrics[0]: found[self.scorer.metrics[0]]}
+        """A value of every metric for each item, and what the task's score needs beside them (tokens, bytes)."""
+        values = self.scorer.score(answers, self.options)
+        if self.options.get("name"):
+            return {self.metrics[0]: values[self.scorer.metrics[0]]}
+        unwanted = {*self.scorer.metrics} - {*self.metrics}
+        return {metric: items for metric, items in values.items() if metric not in unwanted}
 
 
 def accuracy(answers: Sequence[Response], options: ScorerOptions) -> MetricValues:
     """1 where the likeliest choice is the right one."""
-    return {"accuracy": [math.nan if each.correct is None else float(each.correct) for each in answers]}
+    return {"accuracy": [math.nan if answer.correct is None else float(answer.correct) for answer in answers]}
 
 
 def nll_scores(answers: Sequence[Response], options: ScorerOptions) -> MetricValues:
-    """NLL in nats per token, with the tokens and bytes that perplexity and bits per byte go by."""
+    """NLL in nats per token, with the tokens and bytes that perplexity and bits per byte divide by."""
     return {
-        "nll": [each.nll / each.n_tokens if each.n_tokens else math.nan for each in answers],
-        "tokens": [float(each.n_tokens) for each in answers],
-        "bytes": [float(each.n_bytes) for each in answers],
+        "nll": [answer.nll / answer.n_tokens if answer.n_tokens else math.nan for answer in answers],
+        "tokens": [float(answer.n_tokens) for answer in answers],
+        "bytes": [float(answer.n_bytes) for answer in answers],
     }
 
 
-NAME_OPTION: ScorerOptions = {"name": ""}  # a metric of one's own name, so that a scorer can be used twice
+NAME_OPTION: ScorerOptions = {"name": ""}  # renames the metric, so that a task can use a scorer twice
 SCORERS: dict[str, Scorer] = {
-    "accuracy": Scorer("choose", ("accuracy",), accuracy, is_binary=True),
-    "macro_f1": Scorer("choose", ("macro_f1",), accuracy, is_binary=True),
-    "nll": Scorer("weigh", ("nll",), nll_scores),
-    "perplexity": Scorer("weigh", ("perplexity", "bits_per_byte"), nll_scores),
-    "bits_per_byte": Scorer("weigh", ("bits_per_byte", "perplexity"), nll_scores),
-    "exact_match": Scorer("write", ("exact_match",), text_scorers.exact_match, {"strict": False}, is_binary=True),
-    "label_f1": Scorer("write", ("label_f1",), text_scorers.label_match, is_binary=True),
+    "accuracy": Scorer("loglikelihood", ("accuracy",), accuracy, is_binary=True),
+    "macro_f1": Scorer("loglikelihood", ("macro_f1",), accuracy, is_binary=True),
+    "nll": Scorer("nll", ("nll",), nll_scores),
+    "perplexity": Scorer("nll", ("perplexity", "bits_per_byte"), nll_scores),
+    "bits_per_byte": Scorer("nll", ("bits_per_byte", "perplexity"), nll_scores),
+    "exact_match": Scorer("generate", ("exact_match",), text_scorers.exact_match, {"strict": False}, is_binary=True),
+    "label_f1": Scorer("generate", ("label_f1",), text_scorers.label_match, is_binary=True),
     "contains": Scorer(
-        "write", ("contains",), text_scorers.contains, {"any": [], "all": [], **NAME_OPTION}, needs_reference=False, is_binary=True
+        "generate", ("contains",), text_scorers.contains, {"any": [], "all": [], **NAME_OPTION},
+        needs_reference=False, is_binary=True,
     ),
     "regex": Scorer(
-        "write", ("regex",), text_scorers.regex, {"pattern": "", "ignore_case": False, **NAME_OPTION},
+        "generate", ("regex",), text_scorers.regex, {"pattern": "", "ignore_case": False, **NAME_OPTION},
         needs_reference=False, is_binary=True,
     ),
     "json_schema": Scorer(
-        "write", ("json_schema",), text_scorers.json_schema, {"schema": {}, **NAME_OPTION}, needs_reference=False, is_binary=True
+        "generate", ("json_schema",), text_scorers.json_schema, {"schema": {}, **NAME_OPTION},
+        needs_reference=False, is_binary=True,
     ),
-    "token_f1": Scorer("write", ("token_f1",), text_scorers.token_f1),
-    "rouge": Scorer("write", ("rouge_l", "rouge_1", "rouge_2"), text_scorers.rouge, {"stemmer": False}),
-    "bleu": Scorer("write", ("bleu",), text_scorers.bleu),
-    "chrf": Scorer("write", ("chrf",), text_scorers.chrf),
+    "token_f1": Scorer("generate", ("token_f1",), text_scorers.token_f1),
+    "rouge": Scorer("generate", ("rouge_l", "rouge_1", "rouge_2"), text_scorers.rouge, {"stemmer": False}),
+    "bleu": Scorer("generate", ("bleu",), text_scorers.bleu),
+    "chrf": Scorer("generate", ("chrf",), text_scorers.chrf),
     "python": Scorer(
-        "write", ("python",), python_scorer.python_function_scores, {"function": "", **NAME_OPTION}, needs_reference=False, permission="code"
+        "generate", ("python",), python_scorer.python_function_scores, {"function": "", **NAME_OPTION},
+        needs_reference=False, permission="code",
     ),
     "judge": Scorer(
-        "write", ("judge",), judge_scorer.judge_scores, {**judge_scorer.OPTIONS, **NAME_OPTION}, needs_reference=False, permission="judge"
+        "generate", ("judge",), judge_scorer.judge_scores, {**judge_scorer.OPTIONS, **NAME_OPTION},
+        needs_reference=False, permission="judge",
     ),
 }  # fmt: skip
 
@@ -94,18 +104,18 @@ SCORERS: dict[str, Scorer] = {
 def parse_scorers(value: Any, where: str) -> tuple[TaskScorer, ...]:
     """The scorers in a task's `scorer`: a name, {name: options}, or a list of these; raises `ConfigError`."""
     entries = value if isinstance(value, list) else [value]
-    told: list[tuple[str, Any]] = []
+    named: list[tuple[str, Any]] = []
     for entry in entries:
         if isinstance(entry, str):
-            told.append((entry, {}))
+            named.append((entry, {}))
         elif isinstance(entry, Mapping) and entry:
-            told += [(str(name), options or {}) for name, options in entry.items()]
+            named += [(str(name), options or {}) for name, options in entry.items()]
         else:
             raise ConfigError(f"{where}: scorer is a name, name: options, or a list of these, got {entry!r}")
-    if not told:
+    if not named:
         raise ConfigError(f"{where}: scorer names nothing; known are {', '.join(SCORERS)}")
     uses = tuple(
-        _parse_scorer(validate_name(name, SCORERS, f"{where}: scorer"), options, where) for name, options in told
+        _parse_scorer(validate_name(name, SCORERS, f"{where}: scorer"), options, where) for name, options in named
     )
     metrics = [metric for use in uses for metric in use.metrics]
     twice = next((metric for metric in metrics if metrics.count(metric) > 1), None)
@@ -120,10 +130,9 @@ def _parse_scorer(name: str, options: Any, where: str) -> TaskScorer:
         raise ConfigError(f"{where}: options map names to values, got {options!r}")
     if options and not scorer.options:
         raise ConfigError(f"{where} has no options, got {', '.join(map(str, options))}")
-    told = {validate_name(str(key), scorer.options, f"{where}: option"): value for key, value in options.items()}
-    for key, value in told.items():
-        told[key] = _typed(value, scorer.options[key], f"{where}: {key}")
-    merged = {**scorer.options, **told}
+    given = {validate_name(str(key), scorer.options, f"{where}: option"): value for key, value in options.items()}
+    typed = {key: _typed(value, scorer.options[key], f"{where}: {key}") for key, value in given.items()}
+    merged = {**scorer.options, **typed}
     for needed in ("pattern", "schema", "function", "url", "model"):
         if needed in merged and not merged[needed]:
             raise ConfigError(f"{where} needs {needed}; give it as {{{name}: {{{needed}: ...}}}}")
@@ -152,7 +161,7 @@ KINDS = {
 
 
 def is_reference_free(task_scorer: TaskScorer) -> bool:
-    """Whether rows may go without a right answer; a pattern with a group, and `contains` by itself, compare with it."""
+    """Whether rows may lack a right answer; a pattern with a group, and `contains` without texts, compare with it."""
     if "any" in task_scorer.options:
         return bool(task_scorer.options["any"] or task_scorer.options["all"])
     if "pattern" in task_scorer.options:

@@ -1,4 +1,4 @@
-"""The suite file: tasks with their data, prompt, scorers and limits.
+"""The suite file, read and checked: tasks with their data, prompt, scorers and limits.
 
 ```yaml
 root: data                      # where relative sources start; default: the suite's own folder
@@ -40,25 +40,27 @@ class TaskOptions:
     template: Literal["auto", "chat", "raw"] = option("auto", "As data.template of a recipe.")
     prompt: str = option("", "Jinja2 template of the prompt over a row's fields; default: its field prompt.")
     completion: str = option("", "The same of the right answer.")
-    text: str = option("", "The same of a text to be weighed.")
+    text: str = option("", "The same of a text whose perplexity is scored.")
     choices: str = option("", "Jinja2 expression of the list of choices, such as options.text.")
     answer: str = option("", "The same of the right choice: its index or its text.")
     likelihood: Literal["mean", "sum", "characters"] = option(
         "mean", "How choices are compared: log-likelihood per token, in all, or per character."
     )
     lettered: bool = option(False, "List the choices in the prompt and ask for a letter.")
-    before: str = option("", "With lettered: the end of the prompt that the list goes in front of; default: behind it.")
+    before: str = option(
+        "", "With lettered: the end of the prompt that the list is put in front of; default: after the prompt."
+    )
     heading: str = option("", "With lettered: a line above the list.")
-    max_new_tokens: int = option(128, "Longest written answer in tokens.", ge=1)
-    stop: tuple[str, ...] = option((), "Texts that end a written answer.", entry_name="text")
+    max_new_tokens: int = option(128, "Longest generated answer in tokens.", ge=1)
+    stop: tuple[str, ...] = option((), "Texts that end a generated answer.", entry_name="text")
     lm_eval: str = option("", "A task of lm-eval by its name, instead of data and scorer.")
     fewshot: int = option(0, "With lm_eval: solved examples in the prompt.", ge=0)
-    include: str = option("", "With lm_eval: a folder with task files of one's own.")
+    include: str = option("", "With lm_eval: a folder with your own task files.")
 
 
 @dataclass(frozen=True)
 class Task:
-    """One task of a suite, checked; or what is wrong with it."""
+    """One task of a suite, checked; or the error that keeps it from being run."""
 
     name: str
     options: TaskOptions = field(default_factory=TaskOptions)
@@ -69,17 +71,17 @@ class Task:
 
     @property
     def generation_settings(self) -> GenerationSettings:
-        """How its records are asked."""
+        """The template, length and stop texts of its requests."""
         return GenerationSettings(self.options.template, self.options.max_new_tokens, self.options.stop)
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """What its scorers give, the one that stands for it first; none is known of an lm-eval task."""
+        """The metrics of its scorers, the headline first; those of an lm-eval task are not known before it runs."""
         return tuple(metric for use in self.scorers for metric in use.metrics)
 
     @property
     def is_reference_free(self) -> bool:
-        """Whether its rows may go without a right answer."""
+        """Whether its rows may lack a right answer."""
         return all(is_reference_free(use) for use in self.scorers)
 
 
@@ -101,7 +103,7 @@ class Suite:
 def load_suite(path: Path | str, *, strict: bool = True, root: Path | str | None = None) -> Suite:
     """Read and check a suite file; `root` overrides its own. Raises `ConfigError`.
 
-    With `strict` off, a task that cannot be run keeps what is wrong with it as its `fault`, and the others stand.
+    Without `strict`, a task that cannot be run keeps its `error`, and the others can still be run.
     """
     path = Path(path)
     values = read_yaml(path, "the suite", "name a YAML file, see suites/")
@@ -115,15 +117,13 @@ def load_suite(path: Path | str, *, strict: bool = True, root: Path | str | None
 
 
 def parse_suite(values: Any, *, where: str = "suite", folder: Path = Path()) -> Suite:
-    """The suite in a mapping; a task that cannot be run keeps its fault. Raises `ConfigError` for all else."""
+    """The suite in a mapping; a task that cannot be run keeps its error. Raises `ConfigError` for all else."""
     if not isinstance(values, Mapping) or not values.get("tasks"):
         raise ConfigError(f"{where}: a suite has the key tasks, a list or a mapping of tasks; see suites/")
     for key in values:
         validate_name(str(key), SUITE_KEYS, f"{where}: key")
-    level, root = (
-        _level(values.get("level", DEFAULT_SIGNIFICANCE), where),
-        str(folder / str(values.get("root") or "").strip()),
-    )
+    level = _level(values.get("level", DEFAULT_SIGNIFICANCE), where)
+    root = str(folder / str(values.get("root") or "").strip())
     correction: Any = validate_name(str(values.get("correction", "holm")), ("holm", "none"), f"{where}: correction")
     defaults = values.get("defaults") or {}
     if not isinstance(defaults, Mapping):
@@ -137,16 +137,15 @@ def parse_suite(values: Any, *, where: str = "suite", folder: Path = Path()) -> 
 
 
 def _entries(tasks: Any, where: str) -> list[tuple[str, Any]]:
+    """Every task as (name, options), from a mapping or a list."""
     if isinstance(tasks, Mapping):
         return [(str(name), task) for name, task in tasks.items()]
     if not isinstance(tasks, Sequence) or isinstance(tasks, str):
         raise ConfigError(f"{where}: tasks is a list or a mapping of tasks, got {tasks!r}")
-    return [(_name(task, index), task) for index, task in enumerate(tasks, 1)]
-
-
-def _name(task: Any, index: int) -> str:
-    found = (task.get("name") or task.get("lm_eval")) if isinstance(task, Mapping) else None
-    return str(found or f"task-{index}")
+    names = [(task.get("name") or task.get("lm_eval")) if isinstance(task, Mapping) else None for task in tasks]
+    return [
+        (str(name or f"task-{number}"), task) for number, (name, task) in enumerate(zip(names, tasks, strict=True), 1)
+    ]
 
 
 def _level(value: Any, where: str) -> float:
@@ -160,18 +159,18 @@ def _task(name: str, value: Any, defaults: Any, root: str, level: float, where: 
     try:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{where}: a task maps options to values, got {value!r}")
-        told = merge_mappings(defaults, value)
-        plain = {key: item for key, item in told.items() if key not in NON_OPTION_KEYS}
+        keys = merge_mappings(defaults, value)
+        plain = {key: item for key, item in keys.items() if key not in NON_OPTION_KEYS}
         options = read_options(TaskOptions, plain, where=where)
         if options.lm_eval:
-            return Task(name, options, (), parse_limits(told.get("limits"), name, (), level, where), root)
+            return Task(name, options, (), parse_limits(keys.get("limits"), name, (), level, where), root)
         if "" in options.stop:
             raise ConfigError(f"{where}: stop has an empty text, which would end every answer at once; leave it out")
         if not options.data:
             raise ConfigError(f"{where} names no data; give a file, a glob, a hub data set, or lm_eval")
-        if "scorer" not in told:
+        if "scorer" not in keys:
             raise ConfigError(f"{where} names no scorer; give one, such as accuracy, rouge or perplexity")
-        task = Task(name, options, parse_scorers(told["scorer"], where), root=root)
-        return replace(task, limits=parse_limits(told.get("limits"), name, task.metrics, level, where))
-    except PrunetuneError as wrong:
-        return Task(name, root=root, error=str(wrong))
+        task = Task(name, options, parse_scorers(keys["scorer"], where), root=root)
+        return replace(task, limits=parse_limits(keys.get("limits"), name, task.metrics, level, where))
+    except PrunetuneError as error:
+        return Task(name, root=root, error=str(error))

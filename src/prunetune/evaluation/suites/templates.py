@@ -1,4 +1,4 @@
-"""Rows through Jinja2, in a sandbox: a suite is a file, and a file must not run code."""
+"""Jinja2 templates and expressions over the fields of a row, sandboxed: a suite file must not run code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from prunetune.errors import ConfigError, DataError
 
-RowRenderer = Callable[[Mapping[str, Any], str], Any]  # fields of a row, "file:line" -> what stands there
+RowRenderer = Callable[[Mapping[str, Any], str], Any]  # fields of a row, "file:line" -> the rendered value
 
 
 @cache
@@ -20,7 +20,7 @@ def _environment() -> Any:
 
 
 def compile_template(text: str, where: str) -> RowRenderer:
-    """A text with `{{ field }}`; raises `ConfigError` where it is no template."""
+    """Compile a text with `{{ field }}`; raises `ConfigError` where it is no template."""
     from jinja2 import TemplateError
 
     try:
@@ -31,7 +31,7 @@ def compile_template(text: str, where: str) -> RowRenderer:
 
 
 def compile_expression(text: str, where: str) -> RowRenderer:
-    """An expression over fields, whose value keeps its type: `options.text`; raises `ConfigError`."""
+    """Compile an expression over fields, such as `options.text`; its value keeps its type. Raises `ConfigError`."""
     from jinja2 import TemplateError
 
     try:
@@ -45,7 +45,7 @@ def _with_row_errors(call: Callable[[Mapping[str, Any]], Any], where: str) -> Ro
     def render(fields: Mapping[str, Any], source: str) -> Any:
         try:
             return call(fields)
-        # Whatever an expression does to a row of the wrong shape: the user must see which row.
+        # An expression can fail in any way on a row of the wrong shape: the error names the row.
         except Exception as broken:
             known = ", ".join(sorted(map(str, fields)))
             raise DataError(f"{source}: {where}: {_line(broken)}; the row has {known}") from broken
@@ -54,7 +54,7 @@ def _with_row_errors(call: Callable[[Mapping[str, Any]], Any], where: str) -> Ro
 
 
 def _defined(value: Any) -> Any:
-    str(value)  # an undefined field says so here
+    str(value)  # raises where a field is undefined
     return value
 
 
