@@ -59,11 +59,7 @@ def _check_parent_groups(plan: Plan, site: Site, parent: Site | None, mask: Tens
 
 @contextmanager
 def masked(
-    model: nn.Module,
-    plan: Plan | Gates,
-    *,
-    adapters: AdapterGating = "gated",
-    sites: Iterable[Site] | None = None,
+    model: nn.Module, plan: Plan | Gates, *, adapters: AdapterGating = "gated", sites: Iterable[Site] | None = None
 ) -> Iterator[nn.Module]:
     """Gate every site of the model for the length of the block; yields the model itself.
 
