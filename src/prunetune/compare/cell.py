@@ -187,7 +187,7 @@ class CellRunner:
         return model, plan, facts | ({"teacher_rate": self.dense_learning_rate} if has_dense_teacher else {})
 
     def _plan(self, cell: Cell, context: RunContext, model: Any) -> Plan | None:
-        """The plan fixed before training, None if a search finds it; a baseline's biases (FLAP) are added to the model."""
+        """The plan fixed before training, None if a search finds it; a baseline's biases are added to the model."""
         if cell.method.kind == "dense":
             return dense_plan(context.sites)
         if cell.method.kind != "two-stage":

@@ -22,7 +22,7 @@ def evaluate(
     options: EvalOptions = DEFAULTS,
     progress: SuiteProgressCallback | None = None,
 ) -> Evaluation:
-    """Score a run, checkpoint, hub name, .gguf file or endpoint on a suite; results in a JSON file are returned unchanged.
+    """Score a run, checkpoint, hub name, .gguf file or endpoint on a suite; results of `eval` are returned as they are.
 
     A task that fails has its `error` instead of scores. Raises a `PrunetuneError` where the model cannot be opened.
     """
