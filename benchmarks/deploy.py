@@ -61,7 +61,7 @@ class Case:
         wanted = [token for answer in self.answers for token in answer.tokens]
         gaps = [gap for answer in self.answers for gap in answer.gaps]
         differ = [place for place, token in enumerate(tokens) if token != wanted[place]]
-        ties = sum(gaps[place] < llamacpp.TIE for place in differ)
+        ties = sum(gaps[place] < llamacpp.TIE_MARGIN for place in differ)
         return f"{len(wanted) - len(differ)}/{len(wanted)}" + (f" ({ties} of the others are ties)" if differ else "")
 
 

@@ -124,8 +124,8 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
 
     job = TrainingJob(
         model=model, sites=sites, constraints=PlanConstraints("per-layer", 32 if options.tiny else 128),
-        train_stream=BatchStream(rows, options.batch, 1), search_stream=BatchStream(rows, options.batch, 2), valid_examples=(), pad_id=0,
-        config=config, schedule=build_schedule(config), checkpoints=NullCheckpointStore(), observer=notes,
+        train_stream=BatchStream(rows, options.batch, 1), search_stream=BatchStream(rows, options.batch, 2),
+        valid_examples=(), pad_id=0, config=config, schedule=build_schedule(config), checkpoints=NullCheckpointStore(), observer=notes,
         accelerator=Accelerator(cpu=device.type == "cpu"), ranks=ranks,
     )  # fmt: skip
     del model
@@ -138,7 +138,8 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         ranks.all_reduce_sum_([seen])
         peaks[rank] = round(float(seen) / 1e9, 2)
     found = {
-        "world": ranks.world_size, "sharded": ranks.uses_fsdp, "device": device_name(ranks.device), "load_s": round(loaded, 1),
+        "world": ranks.world_size, "sharded": ranks.uses_fsdp, "device": device_name(ranks.device),
+        "load_s": round(loaded, 1),
         "total_s": round(time.monotonic() - started, 1), "peak_gb": peaks, "tokens": options.batch * options.length,
         "step_s": paces(notes.steps), "loss": [record["loss"] for record in notes.steps], "plan": plan.to_json(),
     }  # fmt: skip

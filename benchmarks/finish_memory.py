@@ -24,7 +24,8 @@ from geometries import GEOMETRIES, made
 
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.model.loading import load_tokenizer
-from prunetune.pipeline import finish, stages
+from prunetune.pipeline import finish
+from prunetune.pipeline import run as run_module
 from prunetune.pipeline.prepare import RunContext
 
 
@@ -84,11 +85,11 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     finish.LARGE_MODEL_PARAMS = math.inf if args.whole else 0
-    stages.finish = measured
+    run_module.finish = measured
     with tempfile.TemporaryDirectory() as scratch:
         prepared(Path(scratch), args)
         try:
-            stages.run(config_of(Path(scratch), args))
+            run_module.run(config_of(Path(scratch), args))
         except Measured as found:
             print(json.dumps(vars(args) | json.loads(str(found))))
 

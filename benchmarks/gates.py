@@ -29,7 +29,7 @@ from prunetune.errors import LimitBroken
 from prunetune.evaluation.score_records import evaluate
 from prunetune.model.loading import load_model_and_tokenizer, load_tokenizer, pick_device, pick_dtype
 from prunetune.pipeline.monitor import aggregate_scores
-from prunetune.pipeline.stages import run
+from prunetune.pipeline.run import run
 from prunetune.utils.environment import device_name
 
 # The same proof by command: `prunetune check OUT/gated --suite OUT/guard.yaml --against MODEL`, and OUT/free.

@@ -119,7 +119,7 @@ def compared(place: Place, out: Path, rounds: int) -> dict[str, Any]:
         "valid_nll": losses,
         "valid_difference": loss,
         "last_validation": {name: last_validation(out / name) for name in NAMES},
-        "params": {name: RunFolder(out / name).read_manifest()["pruned"]["params"] for name in NAMES},
+        "params": {name: RunFolder(out / name).read_manifest().pruned.params for name in NAMES},
         "kept": {
             name: place.params(plan.widths()) / place.params(place.anatomy.dense_counts())
             for name, plan in plans.items()

@@ -28,7 +28,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prunetune.baselines.scores import Calibration, wanda_sp
+from prunetune.baselines import Calibration
+from prunetune.baselines.scores import wanda_sp
 from prunetune.config.recipe import DataConfig
 from prunetune.data.batches import collate
 from prunetune.data.encoding import encode

@@ -35,7 +35,7 @@ from prunetune.cli.flags import flags_to_overrides
 from prunetune.config.recipe import load_recipe
 from prunetune.evaluation.results import Evaluation, headline_metric, higher_is_better
 from prunetune.evaluation.statistics import paired_difference
-from prunetune.pipeline.multi_size import run
+from prunetune.pipeline.run import run
 from prunetune.runs.folder import RunFolder, create_run_folder
 
 METRICS = ("accuracy", "rouge_l", "nll", "perplexity")
@@ -96,7 +96,7 @@ def lend(lender: RunFolder, folder: RunFolder) -> None:
     for name in ("dense", "tuned"):
         if lender.evaluation_file(name).exists():
             shutil.copyfile(lender.evaluation_file(name), folder.evaluation_file(name))
-    speed = lender.read_manifest().get("speed", {})
+    speed = lender.read_manifest().speed.to_dict()
     folder.update_manifest(speed={name: found for name, found in speed.items() if name == "dense"})
 
 
@@ -118,7 +118,7 @@ def small(out: Path) -> Path:
 def compared(out: Path, keeps: Sequence[float]) -> dict[str, Any]:
     """Cost and scores of both ways."""
     several = out / "several"
-    teacher = RunFolder(several).read_manifest()["timings"]["teacher"]
+    teacher = RunFolder(several).read_manifest().timings["teacher"]
     dedicated = {f"{keep:g}": cost([out / f"{keep:g}"], teacher) for keep in keeps}
     ours = cost([several / "sizes" / f"{keep:g}" for keep in keeps], teacher)
     ratios = {}
@@ -138,7 +138,7 @@ def compared(out: Path, keeps: Sequence[float]) -> dict[str, Any]:
 
 def cost(sizes: Sequence[Path], teacher: float) -> dict[str, Any]:
     """Seconds of all sizes of a run, one or several."""
-    timings = [RunFolder(size).read_manifest()["timings"] for size in sizes]
+    timings = [RunFolder(size).read_manifest().timings for size in sizes]
     train = teacher + sum(each["tune and prune"] for each in timings)
     loops = {size.name: loop(size / "metrics.jsonl") for size in sizes}
     write = train + sum(each["cut and check"] for each in timings)

@@ -213,7 +213,8 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         print(*tally.wrong[:3], sep="\n", file=sys.stderr)
         yield {
             "bar": "F1", "case": case, "value": good, "target": f"{asked} of {asked}", "met": good == asked,
-            "unit": "targets", "device": "counted, no device", "command": shlex_join(sys.argv), "commit": installed_commit()[:7],
+            "unit": "targets", "device": "counted, no device", "command": shlex_join(sys.argv),
+            "commit": installed_commit()[:7],
         }  # fmt: skip
 
 

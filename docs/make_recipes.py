@@ -1,4 +1,4 @@
-"""Write docs/recipes.md from the options themselves: `python docs/make_recipes.py`."""
+"""Write docs/recipes.md, the list of all options, from their fields: `python docs/make_recipes.py`."""
 
 from __future__ import annotations
 
@@ -29,27 +29,26 @@ budget:
 
 Every option is a flag too, under its dotted name, and flags win over the recipe:
 `prunetune run recipe.yaml --budget.keep 0.5 --data.train a.jsonl --data.train b.csv` (a list repeats its flag;
-a switch takes `=true` or `=false`; underscores may be written as hyphens). An unknown key is refused with the one
-that was meant, and a value outside its bounds with the bounds: both before anything is read or written. The run
-folder keeps the full recipe as `config.yaml`, which is a recipe itself. Recipes that come along:
-[recipes/](../recipes).
+a switch takes `=true` or `=false`; underscores may be written as hyphens). An unknown key is refused with the key
+that was probably meant, and a value outside its bounds with the bounds, before anything is read or written. The run
+folder keeps the full recipe as `config.yaml`, which is a recipe itself. Examples: [recipes/](../recipes).
 """
 
 
 def page() -> str:
-    """The whole page."""
+    """The text of the page: one table per section of a recipe."""
     options = fields_by_path(RunConfig)
     sections: dict[str, list[str]] = {}
     for path in options:
         sections.setdefault(path.rpartition(".")[0], []).append(path)
     kinds = typing.get_type_hints(RunConfig)
-    parts = [INTRODUCTION]
+    blocks = [INTRODUCTION]
     for section, names in sections.items():
         owner = kinds[section] if section else RunConfig
-        parts.append(f"## {f'`{section}`' if section else 'The run'}\n\n{_summary(owner)}\n")
+        blocks.append(f"## {f'`{section}`' if section else 'The run'}\n\n{_summary(owner)}\n")
         rows = [_row(path, options[path], typing.get_type_hints(owner)[options[path].name]) for path in names]
-        parts.append("\n".join(["| option | values | default | what it does |", "|---|---|---|---|", *rows]) + "\n")
-    return "\n".join(parts)
+        blocks.append("\n".join(["| option | values | default | what it does |", "|---|---|---|---|", *rows]) + "\n")
+    return "\n".join(blocks)
 
 
 def _summary(owner: Any) -> str:

@@ -1,4 +1,4 @@
-"""For all tests."""
+"""Fixtures and settings of all tests: threads, the folder for generated code, and the command line."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-# Tests run in two processes, on models that only lose by sharing work; what they start inherits it.
+# Tests run in two processes, on models too small for several threads; processes that they start inherit this.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
-# Code that tests generate is imported from here, not from the user's cache; set before transformers is imported.
+# Code that tests generate is imported from here, not from the user's cache. Set before transformers is imported.
 MODULES = tempfile.TemporaryDirectory(prefix="prunetune-modules-")
 os.environ["HF_MODULES_CACHE"] = MODULES.name
 
@@ -24,11 +24,11 @@ def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     from prunetune.cli import app
 
     def run(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()  # what was said before
+        capsys.readouterr()  # discard what was printed before
         monkeypatch.setattr("sys.argv", ["prunetune", *map(str, arguments)])
         try:
             code = app._run_app()
-        except SystemExit as ended:  # how cyclopts ends a command that went well
+        except SystemExit as ended:  # cyclopts ends a successful command so
             code = int(ended.code or 0)
         return (code, *capsys.readouterr())
 

@@ -121,7 +121,7 @@ def test_readme_and_ci_set_up_and_test_in_the_same_way() -> None:
 
 
 def test_the_page_of_architectures_lists_the_table() -> None:
-    text = (ROOT / "docs" / "add-an-architecture.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "extend" / "family.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| (attention and MLP|MLP|attention and experts) \| (.*) \|$", text, re.MULTILINE))
     listed = {
         kinds: re.findall(r"\w+", row.partition(";")[0].replace("(per-layer only)", "")) for kinds, row in rows.items()

@@ -1,4 +1,4 @@
-"""Laws: after `hub.register()` a per-layer folder opens without a trust flag, and its own modules are not run."""
+"""After `hub.register()` a per-layer folder opens without a trust flag, and its own modules are not run."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ for folder in map(Path, sys.argv[1:]):
 """
 
 
-def test_every_family_opens_without_its_own_code(tmp_path: Path) -> None:
+def test_every_family_opens_without_running_its_own_code(tmp_path: Path) -> None:
     expected = {}
     for name, (family, units) in CASES.items():
         model = tiny(family)
@@ -80,7 +80,7 @@ def test_every_family_opens_without_its_own_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
-def test_the_registered_class_has_the_generated_widths(family: str, tmp_path: Path) -> None:
+def test_registered_class_has_the_widths_of_the_configuration(family: str, tmp_path: Path) -> None:
     model = tiny(family)
     sites, plan = find_sites(model), random_plan(model)
     cut(model, plan)
@@ -94,7 +94,7 @@ def test_the_registered_class_has_the_generated_widths(family: str, tmp_path: Pa
     assert shapes == {name: parameter.shape for name, parameter in model.named_parameters()}
 
 
-def test_vllm_finds_it() -> None:
+def test_vllm_finds_register_as_a_plugin() -> None:
     assert not hub.per_layer_classes("llama")[1].__init__.__annotations__
     (point,) = (p for p in entry_points(group="vllm.general_plugins") if p.name == "prunetune")
     assert point.load() is hub.register

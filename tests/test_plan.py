@@ -1,4 +1,4 @@
-"""Laws: a plan survives JSON to the byte, and nothing else passes for one."""
+"""Plans: they round-trip through JSON to the byte, and anything else is refused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_round_trip_is_stable_to_the_byte(seed: int, tmp_path: Path) -> None:
     assert Plan.load(tmp_path / "plan.json") == plan
 
 
-def test_a_site_may_be_empty() -> None:
+def test_plan_may_keep_no_unit_of_a_site() -> None:
     plan = Plan({SITE: ()}, {SITE: 4})
     assert Plan.from_json(plan.to_json()) == plan
     assert plan.widths() == {SITE: 0}
@@ -38,12 +38,12 @@ def test_widths_count_kept_units() -> None:
 
 
 @pytest.mark.parametrize("kept", [(1, 0), (0, 0), (-1, 0), (0, 4), (4,), (-1,)])
-def test_units_must_ascend_within_range(kept: tuple[int, ...]) -> None:
+def test_kept_units_must_ascend_within_range(kept: tuple[int, ...]) -> None:
     with pytest.raises(PlanError, match=r"model\.layers\.0\.mlp.*0\.\.3"):
         Plan({SITE: kept}, {SITE: 4})
 
 
-def test_every_site_needs_both_halves() -> None:
+def test_every_site_needs_kept_units_and_a_unit_count() -> None:
     with pytest.raises(PlanError, match="b only once"):
         Plan({"a": (0,)}, {"a": 1, "b": 1})
     with pytest.raises(PlanError, match="b only once"):
@@ -76,7 +76,7 @@ def text_with(**changes: Any) -> str:
         text_with(sites={SITE: {"units": 4, "kept": [0, 4]}}),
     ],
 )
-def test_anything_else_is_refused_in_one_line(text: str) -> None:
+def test_text_that_is_no_plan_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(PlanError) as refused:
         Plan.from_json(text)
     assert "\n" not in str(refused.value)

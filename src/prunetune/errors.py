@@ -1,38 +1,38 @@
-"""One family of errors. Each says what was found, what would do, and the next step, in one line."""
+"""The errors that users can correct. Each says in one line what was found, what is accepted and what to do next."""
 
 
 class PrunetuneError(Exception):
-    """Something the user can correct: the command line prints it as one line and exits with `exit_code`."""
+    """An error that the user can correct; the command line prints it as one line and exits with `exit_code`."""
 
     exit_code = 2
 
 
 class ConfigError(PrunetuneError):
-    """A recipe or a flag that cannot be used."""
+    """A recipe, suite or flag cannot be used."""
 
 
 class DataError(PrunetuneError):
-    """A data file, or a row of it, that cannot be used."""
+    """A data file, or a row of it, cannot be used."""
 
 
 class ModelError(PrunetuneError):
-    """A model that cannot be loaded, cut or written."""
+    """A model cannot be loaded, cut or written."""
 
 
 class UnknownArchitecture(ModelError):
-    """A model whose coupled rows and columns are not known."""
+    """The coupled rows and columns of a model's architecture are not known."""
 
 
 class PlanError(PrunetuneError):
-    """A plan that does not fit its model, or a budget that no plan can meet."""
+    """A plan does not fit its model, or no plan can meet a budget."""
 
 
 class RunFolderError(PrunetuneError):
-    """A run folder that cannot be made, opened or resumed."""
+    """A run folder cannot be made, opened or resumed."""
 
 
 class MissingPackage(PrunetuneError):
-    """An optional package that the job at hand needs."""
+    """An optional package that the job needs is not installed."""
 
 
 class LimitBroken(PrunetuneError):
@@ -43,9 +43,3 @@ class LimitBroken(PrunetuneError):
 
 class SelfCheckFailed(LimitBroken):
     """The written checkpoint does not equal the model that was trained."""
-
-
-def gpu_fault_message(error: BaseException) -> str:
-    """What a GPU said as it gave up: nothing more can be computed in its process. "" for any other error."""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return first if type(error).__name__ == "AcceleratorError" and "out of memory" not in first else ""

@@ -1,4 +1,4 @@
-"""The units that stay: all that passes from deciding to cutting."""
+"""A plan: the units that a pruned model keeps. It is all that the search passes on to the cut."""
 
 from __future__ import annotations
 
@@ -16,31 +16,34 @@ FORMAT = "prunetune-plan-1"
 
 @dataclass(frozen=True)
 class Plan:
-    """The units kept at each site, out of how many. Round-trips through JSON."""
+    """The units kept at each site, and the units of the dense model. Round-trips through JSON.
+
+    Raises `PlanError` where kept units do not ascend, or lie outside the dense model's.
+    """
 
     kept: Mapping[str, tuple[int, ...]]  # site name -> ascending unit indices
     units: Mapping[str, int]  # site name -> units of the dense model
 
     def __post_init__(self) -> None:
         if set(self.kept) != set(self.units):
-            odd = sorted(set(self.kept) ^ set(self.units))[0]
-            raise PlanError(f"plan names {odd} only once: every site needs both its kept units and its unit count")
+            site = sorted(set(self.kept) ^ set(self.units))[0]
+            raise PlanError(f"plan names {site} only once: every site needs both its kept units and its unit count")
         for site, kept in self.kept.items():
             if not all(map(lt, kept, kept[1:])) or (kept and not 0 <= kept[0] <= kept[-1] < self.units[site]):
                 raise PlanError(f"plan at {site}: kept units must ascend within 0..{self.units[site] - 1}")
 
     def widths(self) -> dict[str, int]:
-        """Units kept at each site."""
+        """The number of units kept at each site."""
         return {site: len(kept) for site, kept in self.kept.items()}
 
     def to_json(self) -> str:
-        """The plan as JSON text, stable to the byte."""
+        """The plan as JSON text, the same bytes for equal plans."""
         sites = {site: {"units": self.units[site], "kept": list(kept)} for site, kept in self.kept.items()}
         return json.dumps({"format": FORMAT, "sites": sites}) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """Read what `to_json` wrote; raises `PlanError` on anything else."""
+        """Read a plan that `to_json` wrote; raises `PlanError` on anything else."""
         try:
             data: Any = json.loads(text)
             if data["format"] != FORMAT:
@@ -55,5 +58,5 @@ class Plan:
 
     @classmethod
     def load(cls, path: Path) -> Plan:
-        """Read a `plan.json`."""
+        """Read a `plan.json`; raises `PlanError` where it is not a plan."""
         return cls.from_json(path.read_text(encoding="utf-8"))

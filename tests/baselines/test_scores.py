@@ -1,4 +1,4 @@
-"""Each baseline beside its formula by hand; padding does not count; the model is left as it was."""
+"""Each two-stage method equals its formula by hand, ignores padding, and leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prunetune import Plan, find_sites
-from prunetune.baselines.scores import BASELINES, Calibration, bias_compensation
+from prunetune.baselines import BASELINES, Calibration, bias_compensation
 from prunetune.cost.limits import BudgetLimits
 from prunetune.data.batches import Batch, collate
 from prunetune.data.encoding import Example
@@ -29,7 +29,7 @@ def rows() -> list[Tensor]:
 
 
 def batch_of(ids: list[Tensor], pad: int = 0, extra: int = 0) -> Batch:
-    """The last three tokens are the answer; `extra` more columns of padding."""
+    """A batch whose last three tokens of each row are labels, with `extra` columns of padding."""
     width = max(map(len, ids)) + extra
     labels = [torch.cat([torch.full((len(row) - 3,), -100), row[-3:]]) for row in ids]
     return Batch(
@@ -47,34 +47,36 @@ def calibration(model: Any, *, pad: int = 0, extra: int = 0) -> Calibration:
     return Calibration(model, find_sites(model), (batch_of(ids[:2], pad, extra), batch_of(ids[2:], pad, extra)))
 
 
-def seen(model: Any, name: str) -> Tensor:
-    """What a linear reads, example by example, so without padding: float64 [tokens, C]."""
-    heard: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: heard.append(inputs[0][0].double()))
+def inputs_of(model: Any, name: str) -> Tensor:
+    """Inputs of a linear, example by example, so without padding: float64 [tokens, C]."""
+    rows_read: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(
+        lambda _, inputs: rows_read.append(inputs[0][0].double())
+    )
     with torch.no_grad():
         for row in rows():
             model(row[None])
     handle.remove()
-    return torch.cat(heard)
+    return torch.cat(rows_read)
 
 
 def loss_of(model: Any, row: Tensor) -> Tensor:
     return F.cross_entropy(model(row[None]).logits[0, -4:-1], row[-3:])
 
 
-def slices(model: Any, site: Any, unit: int, values: dict[str, Tensor]) -> list[Tensor]:
+def entries_of(model: Any, site: Any, unit: int, values: dict[str, Tensor]) -> list[Tensor]:
     """A unit's entries of {parameter: values}."""
-    found = []
+    entries = []
     for cut_ in site.producers:
-        run = slice(unit * cut_.per_unit, (unit + 1) * cut_.per_unit)
-        found += [values[key][run] for end in ("weight", "bias") if (key := f"{cut_.module}.{end}") in values]
-    run = slice(unit * site.consumer.per_unit, (unit + 1) * site.consumer.per_unit)
-    return [*found, values[f"{site.consumer.module}.weight"][:, run]]
+        run = slice(unit * cut_.rows_per_unit, (unit + 1) * cut_.rows_per_unit)
+        entries += [values[key][run] for end in ("weight", "bias") if (key := f"{cut_.module}.{end}") in values]
+    run = slice(unit * site.consumer.rows_per_unit, (unit + 1) * site.consumer.rows_per_unit)
+    return [*entries, values[f"{site.consumer.module}.weight"][:, run]]
 
 
 @pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize("family", [*FAMILIES, "opt"])
-def test_scores_of_every_family_repeat_and_leave_the_model_alone(family: str, name: str) -> None:
+def test_scores_of_every_family_repeat_and_leave_the_model_unchanged(family: str, name: str) -> None:
     model = tiny(family)
     given = calibration(model)
     before = {key: value.clone() for key, value in model.state_dict().items()}
@@ -91,7 +93,7 @@ def test_scores_of_every_family_repeat_and_leave_the_model_alone(family: str, na
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_padding_does_not_count(name: str) -> None:
+def test_padding_changes_no_score(name: str) -> None:
     model = tiny("llama")
     plain, padded = BASELINES[name](calibration(model)), BASELINES[name](calibration(model, pad=5, extra=4))
     for site, score in plain.items():
@@ -99,7 +101,7 @@ def test_padding_does_not_count(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", BASELINES)
-def test_half_precision_ranks_much_alike(name: str) -> None:
+def test_bfloat16_scores_are_close(name: str) -> None:
     model = tiny("llama")
     exact, half = BASELINES[name](calibration(model)), BASELINES[name](calibration(model.bfloat16()))
     for site, score in exact.items():
@@ -107,7 +109,7 @@ def test_half_precision_ranks_much_alike(name: str) -> None:
         torch.testing.assert_close(half[site], score, rtol=0.2, atol=0.1 * float(score.abs().max()))
 
 
-def test_random_is_a_stream_of_each_seed_and_site() -> None:
+def test_random_has_a_stream_for_each_seed_and_site() -> None:
     model = tiny("llama")
     given = calibration(model)
     draws = [BASELINES["random"](replace(given, seed=seed)) for seed in (0, 1)]
@@ -120,7 +122,7 @@ def test_magnitude_is_root_mean_square() -> None:
     model = tiny("qwen2")
     scores = BASELINES["magnitude"](calibration(model))
     for site in find_sites(model):
-        entries = torch.cat([part.flatten() for part in slices(model, site, 1, dict(model.named_parameters()))])
+        entries = torch.cat([part.flatten() for part in entries_of(model, site, 1, dict(model.named_parameters()))])
         assert len(entries) == site.unit_params
         assert float(scores[site.name][1]) == pytest.approx(float(entries.square().mean().sqrt()), rel=1e-5)
 
@@ -129,7 +131,7 @@ def test_magnitude_is_root_mean_square() -> None:
 @pytest.mark.parametrize(
     ("family", "outer", "inner"), [("mixtral", "experts", "expert-channels"), ("qwen3", "kv-groups", "query-heads")]
 )
-def test_a_unit_s_score_holds_the_units_inside(name: str, family: str, outer: str, inner: str) -> None:
+def test_a_score_includes_the_units_inside(name: str, family: str, outer: str, inner: str) -> None:
     model = tiny(family)
     alone, both = (replace(calibration(model), sites=find_sites(model, kinds)) for kinds in ([outer], [outer, inner]))
     scores = BASELINES[name](both)
@@ -138,7 +140,7 @@ def test_a_unit_s_score_holds_the_units_inside(name: str, family: str, outer: st
 
 
 @pytest.mark.parametrize("name", ["magnitude", "taylor", "fisher"])
-def test_a_unit_s_price_under_other_budgets_is_theirs(name: str) -> None:
+def test_scores_are_divided_by_prices_under_limits(name: str) -> None:
     plain = calibration(tiny())
     spans = {site.name: 4.0 * site.total_unit_params for site in plain.sites}
     other = BASELINES[name](replace(plain, limits=BudgetLimits((), prices_with_children=spans)))
@@ -150,7 +152,7 @@ def test_wanda_ranks_weight_times_input() -> None:
     model = tiny("llama")
     scores = BASELINES["wanda-sp"](calibration(model))
     for site in find_sites(model):
-        inputs = seen(model, site.consumer.module)
+        inputs = inputs_of(model, site.consumer.module)
         weight = model.get_submodule(site.consumer.module).weight.double()
         per = site.consumer.rows_per_unit
         raw = [
@@ -166,14 +168,14 @@ def test_flap_standardises_fluctuation() -> None:
     scores = BASELINES["flap"](calibration(model))
     for site in find_sites(model):
         weight = model.get_submodule(site.consumer.module).weight.double()
-        columns = seen(model, site.consumer.module).var(0) * weight.square().sum(0)
+        columns = inputs_of(model, site.consumer.module).var(0) * weight.square().sum(0)
         z = (columns - columns.mean()) / columns.std()
         per = site.consumer.rows_per_unit
         expected = torch.stack([z[u * per : (u + 1) * per].mean() for u in range(site.units)])
         torch.testing.assert_close(scores[site.name].double(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_flap_gives_nothing_to_a_site_whose_columns_do_not_differ() -> None:
+def test_flap_scores_of_equal_columns_are_zero() -> None:
     model = tiny("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.zero_()
@@ -189,43 +191,43 @@ def test_taylor_sums_weight_times_gradient() -> None:
     sum(loss_of(twin, row) / 3 for row in rows()).backward()
     products = {key: (p.grad * p).detach().abs() for key, p in twin.named_parameters()}
     for site in find_sites(model):
-        total = sum(float(part.sum()) for part in slices(model, site, 1, products))
+        total = sum(float(part.sum()) for part in entries_of(model, site, 1, products))
         assert float(scores[site.name][1]) == pytest.approx(total / site.unit_params, rel=1e-3)
 
 
-def test_fisher_is_the_mean_squared_slope_of_a_gate() -> None:
+def test_fisher_is_the_mean_squared_gradient_of_a_gate() -> None:
     model = tiny("llama").double()
     scores = BASELINES["fisher"](calibration(model))
     step = 1e-2  # norms and logits are float32 inside: a smaller step drowns in rounding
     for site in find_sites(model)[:2]:
         weight = model.get_submodule(site.consumer.module).weight
-        columns, slopes = slice(0, site.consumer.rows_per_unit), []
+        columns, gradients = slice(0, site.consumer.rows_per_unit), []
         whole = weight.clone()
         for row in rows():
             ends = []
             for scale in (1 + step, 1 - step):
                 weight[:, columns] = whole[:, columns] * scale
                 ends.append(float(loss_of(model, row)))
-            slopes.append((ends[0] - ends[1]) / (2 * step))
+            gradients.append((ends[0] - ends[1]) / (2 * step))
         weight.copy_(whole)
-        expected = sum(slope**2 for slope in slopes) / len(slopes) / site.unit_params
+        expected = sum(gradient**2 for gradient in gradients) / len(gradients) / site.unit_params
         assert float(scores[site.name][0]) == pytest.approx(expected, rel=1e-3)
 
 
-def test_block_influence_is_the_turn_of_a_layer() -> None:
+def test_block_influence_is_one_minus_the_cosine_of_a_layer() -> None:
     model = tiny("llama")
     scores = BASELINES["block-influence"](calibration(model))
     ends = [model(row[None], output_hidden_states=True).hidden_states for row in rows()]
     before, after = (torch.cat([states[layer][0] for states in ends]) for layer in (1, 2))
     cosine = (before * after).sum(1) / before.norm(dim=1) / after.norm(dim=1)
-    for place in ("self_attn", "mlp"):
-        found = scores[f"model.layers.1.{place}"]
-        assert found.unique().numel() == 1
-        assert float(found[0]) == pytest.approx(float(1 - cosine.mean()), rel=1e-4)
+    for block in ("self_attn", "mlp"):
+        influence = scores[f"model.layers.1.{block}"]
+        assert influence.unique().numel() == 1
+        assert float(influence[0]) == pytest.approx(float(1 - cosine.mean()), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_compensated_cut_of_constant_inputs_equals_the_dense_model(family: str) -> None:
+def test_bias_compensation_is_exact_for_constant_inputs(family: str) -> None:
     model = tiny(family)
     embedding = model.get_input_embeddings().weight.data
     embedding.copy_(embedding[7].clone().expand_as(embedding))
@@ -243,7 +245,7 @@ def test_a_compensated_cut_of_constant_inputs_equals_the_dense_model(family: str
     assert not any(p.requires_grad for p in model.parameters())
 
 
-def test_adapters_come_after_compensation_and_the_bias_outlives_them() -> None:
+def test_compensated_biases_survive_adapters_and_the_cut() -> None:
     model = tiny("llama")
     given, plan = calibration(model), random_plan(model)
     plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
@@ -259,7 +261,7 @@ def test_adapters_come_after_compensation_and_the_bias_outlives_them() -> None:
     assert not model.model.layers[0].mlp.down_proj.bias.requires_grad
 
 
-def test_a_bias_adds_to_one_that_is_there_and_bare_layers_have_no_state() -> None:
+def test_biases_are_added_to_existing_ones() -> None:
     model = tiny("llama", attention_bias=True)
     linear = model.model.layers[0].self_attn.o_proj
     before = linear.bias.detach().clone()
@@ -268,7 +270,7 @@ def test_a_bias_adds_to_one_that_is_there_and_bare_layers_have_no_state() -> Non
     assert not RemovedAttention().state_dict()
 
 
-def test_batches_here_are_those_of_collate() -> None:
+def test_batches_of_these_tests_equal_collate() -> None:
     ids = rows()
     examples = [
         Example(id=str(i), token_ids=tuple(row.tolist()), answer_start=len(row) - 3) for i, row in enumerate(ids)

@@ -39,7 +39,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, dense: Path) -> Path:
-    """A per-layer run that says it began with `dense`."""
+    """A per-layer run whose recipe names `dense` as its model."""
     folder = run_folder(tmp_path_factory.mktemp("runs") / "support", subwords())[0]
     (folder / "config.yaml").write_text(f"model: {dense}\nlayout: per-layer\n", encoding="utf-8")
     return folder
@@ -48,21 +48,21 @@ def run(tmp_path_factory: pytest.TempPathFactory, dense: Path) -> Path:
 # -- names -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_brings_its_dense_model_in_front(run: Path, dense: Path) -> None:
-    found = resolve_models([str(run)], SMALL)
-    assert [one.label for one in found] == [f"{dense} (dense)", str(run)]
-    assert [one.trust_remote_code for one in found] == [False, True]
-    assert [one.label for one in resolve_models([str(run)], BenchOptions(prompt=12, generate=4, dense=False))] == [
+def test_the_dense_model_of_a_run_comes_first(run: Path, dense: Path) -> None:
+    specs = resolve_models([str(run)], SMALL)
+    assert [spec.label for spec in specs] == [f"{dense} (dense)", str(run)]
+    assert [spec.trust_remote_code for spec in specs] == [False, True]
+    assert [spec.label for spec in resolve_models([str(run)], BenchOptions(prompt=12, generate=4, dense=False))] == [
         str(run)
     ]
 
 
 def test_every_model_is_measured_once(run: Path, dense: Path) -> None:
-    found = resolve_models([str(run), str(run), str(dense)], SMALL)
-    assert [one.source for one in found] == [str(dense), str(run / "model")]
+    specs = resolve_models([str(run), str(run), str(dense)], SMALL)
+    assert [spec.source for spec in specs] == [str(dense), str(run / "model")]
 
 
-def test_names_that_lead_nowhere(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_and_unreadable_models_are_refused(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, says in {
         str(tmp_path / "none"): "not a model folder",
         str(tmp_path): "no config.json",
@@ -90,7 +90,7 @@ def test_a_prompt_beyond_the_context_is_refused(dense: Path) -> None:
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8])
-def test_attention_counts_as_if_each_query_head_had_keys_of_its_own(heads: int) -> None:
+def test_attention_flops_count_keys_for_each_query_head(heads: int) -> None:
     """By PyTorch's count of the two products."""
     query, key, value = (
         torch.empty(3, *shape, device="meta", dtype=torch.bfloat16)
@@ -107,7 +107,7 @@ def test_attention_counts_as_if_each_query_head_had_keys_of_its_own(heads: int) 
 # -- transformers ----------------------------------------------------------------------------------------------------
 
 
-def test_a_model_in_transformers(dense: Path) -> None:
+def test_local_runner_counts_and_times_a_model(dense: Path) -> None:
     runner = LocalRunner(ModelSpec("dense", str(dense)), SMALL)
     one, two = runner.warm_up(1), runner.warm_up(2)
     assert one.prefill_flops
@@ -121,18 +121,18 @@ def test_a_model_in_transformers(dense: Path) -> None:
     sample = runner.run(2)
     assert sample.total_s == pytest.approx(sample.prefill_s + 3 * sample.decode_s)
     assert sample.joules is None
-    known = runner.facts()
-    assert known.parameters == sum(weight.numel() for weight in runner.model.parameters())
-    assert known.file_bytes == (dense / "model.safetensors").stat().st_size
-    assert known.dtype == "float32"
+    facts = runner.facts()
+    assert facts.parameters == sum(weight.numel() for weight in runner.model.parameters())
+    assert facts.file_bytes == (dense / "model.safetensors").stat().st_size
+    assert facts.dtype == "float32"
 
 
-def test_a_tied_table_is_read_and_experts_are_not_counted(tmp_path: Path) -> None:
+def test_decode_bytes_include_a_tied_table_and_are_none_for_mixtures(tmp_path: Path) -> None:
     tied = LocalRunner(ModelSpec("tied", str(model_folder(tmp_path / "tied", tie_word_embeddings=True))), SMALL)
     cache = tied._run(1)[1]
     weights = sum(weight.nbytes for weight in tied.model.parameters())
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert tied.warm_up(1).decode_bytes == weights + held
+    cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert tied.warm_up(1).decode_bytes == weights + cached
     mixed = LocalRunner(ModelSpec("mixed", str(model_folder(tmp_path / "mixed", family="mixtral"))), SMALL)
     assert mixed.warm_up(1).decode_bytes is None
 
@@ -140,8 +140,8 @@ def test_a_tied_table_is_read_and_experts_are_not_counted(tmp_path: Path) -> Non
 COMPILED = dataclasses.replace(SMALL, compile=True)
 
 
-def test_what_is_compiled_meets_the_same_cache_again(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By address: another one would be compiled, or recorded, within the runs that count."""
+def test_compiled_steps_use_the_same_cache_again(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the same address: with another cache, the timed runs would compile again."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     runner = LocalRunner(ModelSpec("dense", str(dense)), COMPILED)
     runner.warm_up(2)
@@ -150,7 +150,7 @@ def test_what_is_compiled_meets_the_same_cache_again(dense: Path, monkeypatch: p
     assert runner.facts().runtime.endswith(", compiled")
 
 
-def test_what_cannot_be_compiled_is_said(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_compilation_is_an_error_with_its_reason(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object, **__: object) -> None:
         raise ValueError("no compiler\nmore")
 
@@ -161,7 +161,7 @@ def test_what_cannot_be_compiled_is_said(dense: Path, monkeypatch: pytest.Monkey
         runner.warm_up(1)
 
 
-def test_running_out_of_memory_is_said(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_names_batch_and_model(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runner = LocalRunner(ModelSpec("dense", str(dense)), SMALL)
 
     def full(*_: object, **__: object) -> None:
@@ -175,31 +175,31 @@ def test_running_out_of_memory_is_said(dense: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the system has no mark to reset")
-def test_the_peak_is_that_since_the_reset() -> None:
+def test_peak_memory_is_that_since_the_reset() -> None:
     cpu = torch.device("cpu")
     if not clock.reset_peak_memory(cpu):
         pytest.skip("the system forbids to reset the mark")
     block = torch.ones(64 << 20, dtype=torch.uint8)
-    held = clock.peak_bytes(cpu)
+    peak = clock.peak_bytes(cpu)
     del block
     assert clock.reset_peak_memory(cpu)
-    assert held - clock.peak_bytes(cpu) > 32 << 20
+    assert peak - clock.peak_bytes(cpu) > 32 << 20
 
 
-def test_no_energy_where_nothing_reports_it() -> None:
+def test_energy_meter_is_none_on_a_cpu() -> None:
     assert clock.energy_meter(torch.device("cpu")) is None
 
 
 # -- processes -------------------------------------------------------------------------------------------------------
 
 
-def test_a_process_answers_fails_and_dies_in_words() -> None:
-    worker = Worker(ModelSpec("m", "m"), SMALL, bench_helpers.moody)
+def test_a_worker_survives_out_of_memory_and_its_death_is_an_error() -> None:
+    worker = Worker(ModelSpec("m", "m"), SMALL, bench_helpers.unstable_runner)
     assert worker.facts() == bench_helpers.facts()
     assert worker.run(1).total_s == 1.0
     with pytest.raises(OutOfMemory, match="batch 5 of m"):
         worker.run(5)
-    assert worker.run(4).total_s == 1.0  # still there
+    assert worker.run(4).total_s == 1.0  # the model is still open
     with pytest.raises(ModelError, match=r"model m: its process ended at batch 2 \(exit code 7"):
         worker.run(2)
     worker.close()
@@ -216,26 +216,26 @@ print(found.models[1].cells[0].ratios["decode"].median)
 
 
 def test_a_script_without_a_guard_can_measure(run: Path, tmp_path: Path) -> None:
-    """As docs/bench.md has it: nothing runs the script a second time."""
+    """As in docs/bench.md: starting a worker does not run the script again."""
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run([sys.executable, tmp_path / "script.py", run], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) > 0
 
 
-def test_a_bug_keeps_its_traceback_and_a_mistake_its_line() -> None:
-    worker = Worker(ModelSpec("m", "m"), SMALL, bench_helpers.moody)
+def test_a_bug_has_its_traceback_and_an_error_its_line() -> None:
+    worker = Worker(ModelSpec("m", "m"), SMALL, bench_helpers.unstable_runner)
     with pytest.raises(RuntimeError, match=r"(?s)in the process of m.*ZeroDivisionError: a bug"):
         worker.run(3)
     worker.close()
     with pytest.raises(ModelError, match=r"^model m: no weights$"):
-        Worker(ModelSpec("m", "m"), SMALL, bench_helpers.broken)
+        Worker(ModelSpec("m", "m"), SMALL, bench_helpers.failing_runner)
 
 
 # -- llama.cpp -------------------------------------------------------------------------------------------------------
 
 
-def test_a_gguf_file_in_llama_cpp(run: Path, tmp_path: Path) -> None:
+def test_llama_cpp_runner_counts_and_times_a_file(run: Path, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     file = tmp_path / "a.gguf"
     export_run(run, "gguf", out=file)
@@ -248,11 +248,11 @@ def test_a_gguf_file_in_llama_cpp(run: Path, tmp_path: Path) -> None:
     assert one.prefill_s
     assert one.decode_s
     assert (two.prefill_s, two.decode_s) == (None, None)
-    known = runner.facts()
-    assert known.dtype == "f16"
-    assert known.file_bytes == file.stat().st_size
+    facts = runner.facts()
+    assert facts.dtype == "f16"
+    assert facts.file_bytes == file.stat().st_size
     assert (
-        known.parameters
+        facts.parameters
         == LocalRunner(ModelSpec("run", str(run / "model"), trust_remote_code=True), SMALL).facts().parameters
     )
 
@@ -266,7 +266,7 @@ def say(say: Said) -> Said:
     return lambda *arguments: say("bench", *arguments)
 
 
-def test_a_run_beside_its_dense_model(say: Said, run: Path, tmp_path: Path) -> None:
+def test_command_measures_a_run_and_its_dense_model(say: Said, run: Path, tmp_path: Path) -> None:
     where = tmp_path / "bench.json"
     short = ("--prompt", "12", "--generate", "4", "--batch", "2", "--runs", "2", "--device", "cpu", "--threads", "1")
     code, out, _ = say(str(run), *short, "--json", str(where))
@@ -291,7 +291,7 @@ def test_a_run_beside_its_dense_model(say: Said, run: Path, tmp_path: Path) -> N
         (("--dtype", "int3"), "int3"),
     ],
 )
-def test_what_cannot_be_ends_with_two_and_one_line(
+def test_wrong_arguments_exit_with_two_and_one_line(
     arguments: tuple[str, ...], part: str, say: Said, dense: Path
 ) -> None:
     code, out, err = say(*((str(dense),) if arguments else ()), *arguments)

@@ -1,4 +1,4 @@
-"""Figures of `prunetune bench`: spread, ratios, turns and the table, on made-up numbers."""
+"""Results of `prunetune bench` on made-up samples: spread, ratios, interleaving and the table."""
 
 from __future__ import annotations
 
@@ -16,54 +16,54 @@ from support.bench import Scripted, facts, slowed
 
 DENSE = {"total": 4.0, "prefill": 2.0, "decode": 0.2}
 PRUNED = {"total": 2.0, "prefill": 1.0, "decode": 0.16}
-WEATHER = (1.0, 3.0, 1.5, 9.0, 1.1)
+SLOWDOWNS = (1.0, 3.0, 1.5, 9.0, 1.1)
 
 
 def benched(*runners: Scripted, options: BenchOptions | None = None) -> BenchResult:
-    options = options or BenchOptions(batch="1,4", generate=10, runs=len(WEATHER))
+    options = options or BenchOptions(batch="1,4", generate=10, runs=len(SLOWDOWNS))
     measured = run_interleaved(runners, options.batches, options.runs)
-    known = [runner.facts() for runner in runners]
+    model_facts = [runner.facts() for runner in runners]
     return summarise_bench(
-        [runner.name for runner in runners], known, measured, options=options, versions={"torch": "2"}
+        [runner.name for runner in runners], model_facts, measured, options=options, versions={"torch": "2"}
     )
 
 
 # -- spread ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_spread_is_of_the_values() -> None:
+def test_summary_has_median_quartiles_and_range() -> None:
     assert summary_stats([5.0, 1.0, 2.0, 4.0, 3.0]) == SummaryStats(3.0, 2.0, 4.0, 1.0, 5.0, 5)
     assert summary_stats([7.0]) == SummaryStats(7.0, 7.0, 7.0, 7.0, 7.0, 1)
     assert summary_stats([1.0, 2.0]).median == 1.5
 
 
-def test_one_bad_run_moves_the_end_and_not_the_middle() -> None:
+def test_one_slow_run_changes_the_maximum_and_not_the_median() -> None:
     calm, disturbed = summary_stats([1.0, 1.1, 1.2, 1.3, 1.4]), summary_stats([1.0, 1.1, 1.2, 1.3, 90.0])
     assert (calm.median, calm.high_quartile) == (disturbed.median, disturbed.high_quartile)
     assert disturbed.max == 90.0
 
 
-def test_pairs_are_those_of_a_round() -> None:
+def test_paired_ratios_are_of_the_same_round() -> None:
     assert paired_ratios([4.0, 12.0], [2.0, 6.0]) == [2.0, 2.0]
     with pytest.raises(ValueError, match="argument"):
         paired_ratios([1.0], [1.0, 2.0])
 
 
-# -- turns -----------------------------------------------------------------------------------------------------------
+# -- interleaving ----------------------------------------------------------------------------------------------------
 
 
-def test_models_take_turns_after_a_warm_up_and_swap_places() -> None:
-    diary: list[tuple[str, str, int]] = []
-    found = run_interleaved([Scripted("a", diary=diary), Scripted("b", diary=diary)], [1, 8], 3)
-    told = [(what, name) for what, name, batch in diary if batch == 8]
-    assert told[:2] == [("warm", "a"), ("warm", "b")]
-    assert [name for _, name in told[2:]] == ["a", "b", "b", "a", "a", "b"]
-    assert [batch for _, _, batch in diary] == [1] * 8 + [8] * 8
-    assert [[len(cell.samples) for cell in cells] for cells in found] == [[3, 3], [3, 3]]
+def test_runs_are_interleaved_and_every_other_round_is_reversed() -> None:
+    calls: list[tuple[str, str, int]] = []
+    measurements = run_interleaved([Scripted("a", calls=calls), Scripted("b", calls=calls)], [1, 8], 3)
+    calls_at_8 = [(call, name) for call, name, batch in calls if batch == 8]
+    assert calls_at_8[:2] == [("warm", "a"), ("warm", "b")]
+    assert [name for _, name in calls_at_8[2:]] == ["a", "b", "b", "a", "a", "b"]
+    assert [batch for _, _, batch in calls] == [1] * 8 + [8] * 8
+    assert [[len(cell.samples) for cell in cells] for cells in measurements] == [[3, 3], [3, 3]]
 
 
-def test_a_batch_that_does_not_fit_ends_only_its_own_part() -> None:
-    dense, pruned = run_interleaved([Scripted("dense", room=4), Scripted("pruned")], [1, 8, 2], 2)
+def test_a_batch_that_does_not_fit_has_no_samples_and_others_do() -> None:
+    dense, pruned = run_interleaved([Scripted("dense", max_batch=4), Scripted("pruned")], [1, 8, 2], 2)
     assert [len(cell.samples) for cell in dense] == [2, 0, 2]
     assert [len(cell.samples) for cell in pruned] == [2, 2, 2]
     assert dense[1].failed == "batch 8 of dense: out of memory"
@@ -72,9 +72,9 @@ def test_a_batch_that_does_not_fit_ends_only_its_own_part() -> None:
 # -- results ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_slow_moment_of_the_machine_does_not_touch_the_ratios() -> None:
-    found = benched(Scripted("dense", slowed(DENSE, WEATHER)), Scripted("pruned", slowed(PRUNED, WEATHER)))
-    dense, pruned = (model.cells[0] for model in found.models)
+def test_slow_rounds_do_not_change_the_ratios() -> None:
+    result = benched(Scripted("dense", slowed(DENSE, SLOWDOWNS)), Scripted("pruned", slowed(PRUNED, SLOWDOWNS)))
+    dense, pruned = (model.cells[0] for model in result.models)
     assert pruned.figures["prefill"].max == 9 * pruned.figures["prefill"].min
     expected = {"prefill": 2.0, "decode": 1.25, "throughput": 2.0}
     for name, ratio in expected.items():
@@ -82,32 +82,32 @@ def test_a_slow_moment_of_the_machine_does_not_touch_the_ratios() -> None:
         assert pruned.ratios[name].max == pytest.approx(ratio)
     assert dense.ratios == {}
     assert pruned.figures["throughput"].max == pytest.approx(1 * 10 / 2.0)
-    assert found.models[1].cells[1].figures["throughput"].max == pytest.approx(4 * 10 / 2.0)
+    assert result.models[1].cells[1].figures["throughput"].max == pytest.approx(4 * 10 / 2.0)
 
 
-def test_what_is_not_measured_is_absent_and_not_zero() -> None:
-    found = benched(Scripted("dense"), Scripted("pruned", [BenchSample(1.0)]))
-    assert set(found.models[0].cells[0].figures) == {"prefill", "decode", "throughput"}
-    assert set(found.models[1].cells[0].figures) == {"throughput"}
-    assert set(found.models[1].cells[0].ratios) == {"throughput"}
-    assert "not measured" in render_bench(found)
-    assert "J/token" not in render_bench(found)
+def test_unmeasured_metrics_are_absent() -> None:
+    result = benched(Scripted("dense"), Scripted("pruned", [BenchSample(1.0)]))
+    assert set(result.models[0].cells[0].figures) == {"prefill", "decode", "throughput"}
+    assert set(result.models[1].cells[0].figures) == {"throughput"}
+    assert set(result.models[1].cells[0].ratios) == {"throughput"}
+    assert "not measured" in render_bench(result)
+    assert "J/token" not in render_bench(result)
 
 
-def test_counted_ratios_stand_beside_the_measured_ones() -> None:
+def test_counted_ratios_are_shown_with_measured_ones() -> None:
     dense = Scripted("dense", work=WorkEstimate(100.0, 60.0))
-    found = benched(
+    result = benched(
         dense, Scripted("pruned", work=WorkEstimate(50.0, 40.0)), Scripted("other", work=WorkEstimate(80.0))
     )
-    assert found.models[1].cells[0].counted == {"prefill": 2.0, "decode": 1.5}
-    assert found.models[2].cells[0].counted == {"prefill": 1.25}
-    assert "by FLOPs x2.00" in render_bench(found)
-    assert "by bytes x1.50" in render_bench(found)
+    assert result.models[1].cells[0].counted == {"prefill": 2.0, "decode": 1.5}
+    assert result.models[2].cells[0].counted == {"prefill": 1.25}
+    assert "by FLOPs x2.00" in render_bench(result)
+    assert "by bytes x1.50" in render_bench(result)
 
 
-def test_the_table_says_sizes_ratios_and_what_failed() -> None:
-    small = Scripted("pruned", slowed(PRUNED, WEATHER), known=facts(600, 1000))
-    text = render_bench(benched(Scripted("dense", slowed(DENSE, WEATHER), room=1), small))
+def test_table_shows_sizes_ratios_and_failures() -> None:
+    small = Scripted("pruned", slowed(PRUNED, SLOWDOWNS), model_facts=facts(600, 1000))
+    text = render_bench(benched(Scripted("dense", slowed(DENSE, SLOWDOWNS), max_batch=1), small))
     assert "[1] pruned" in text
     assert "x1.67" in text  # parameters
     assert "x2.00 (2.00 to 2.00)" in text
@@ -115,19 +115,19 @@ def test_the_table_says_sizes_ratios_and_what_failed() -> None:
     assert "x" not in text.partition("batch 4\n")[2].partition("[0] not measured")[0]
 
 
-def test_json_holds_settings_and_every_run() -> None:
-    found = json.loads(json.dumps(benched(Scripted("a", slowed(DENSE, WEATHER)), Scripted("b")).to_dict()))
-    assert (found["reference"], found["options"]["generate"]) == ("a", 10)
-    cell = found["models"][0]["cells"][0]
-    assert [sample["prefill_s"] for sample in cell["samples"]] == [2.0 * factor for factor in WEATHER]
+def test_json_has_options_and_every_sample() -> None:
+    result = json.loads(json.dumps(benched(Scripted("a", slowed(DENSE, SLOWDOWNS)), Scripted("b")).to_dict()))
+    assert (result["reference"], result["options"]["generate"]) == ("a", 10)
+    cell = result["models"][0]["cells"][0]
+    assert [sample["prefill_s"] for sample in cell["samples"]] == [2.0 * factor for factor in SLOWDOWNS]
     assert cell["figures"]["prefill"]["median"] == 3.0
 
 
 @pytest.mark.parametrize("batch", ["", "0", "1,", "1,-2", "two", "1.5"])
-def test_batch_sizes_that_are_none(batch: str) -> None:
+def test_malformed_batch_sizes_are_refused(batch: str) -> None:
     with pytest.raises(ConfigError, match="by commas, such as 1,8"):
         _ = BenchOptions(batch=batch).batches
 
 
-def test_batch_sizes_stay_in_order_each_once() -> None:
+def test_batch_sizes_are_in_order_without_repeats() -> None:
     assert BenchOptions(batch="8, 1,8").batches == (8, 1)

@@ -1,4 +1,4 @@
-"""Laws of the command line: what a user gets wrong is one line that says what to do, exit 2, and nothing written."""
+"""The command line: a user error is one line that says what to do, exit code 2, and nothing is written."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import yaml
 from safetensors import SafetensorError
 
 import prunetune.cli.app
-import prunetune.pipeline.stages
+import prunetune.pipeline.run
 from prunetune.errors import LimitBroken
 from prunetune.utils import console
 from support.data import pairs, write_lines
@@ -87,34 +87,38 @@ GOOD = {"prompt": "Which?", "choices": ["a", "b"], "answer": 0}
         (json.dumps(GOOD) + "\n" + json.dumps(GOOD | {"answer": 9}), ("bad.jsonl:2",)),
     ],
 )
-def test_bad_rows(line: str, parts: tuple[str, ...], say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_bad_row_is_refused_with_file_and_line(
+    line: str, parts: tuple[str, ...], say: Said, recipe: Callable[..., str], tmp_path: Path
+) -> None:
     (tmp_path / "bad.jsonl").write_text(line)
     refused(say("run", recipe(data={"train": [str(tmp_path / "bad.jsonl")]})), *parts)
 
 
-def test_not_utf8(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_row_that_is_not_utf8_is_refused_with_its_line(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_bytes(b'{"prompt": "\xff"}\n')
     refused(say("run", recipe(data={"train": [str(tmp_path / "bad.jsonl")]})), "bad.jsonl:1", "UTF-8")
 
 
-def test_missing_data(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_missing_data_is_refused(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
     refused(say("run", recipe(data={"train": [str(tmp_path / "absent.jsonl")]})), "absent.jsonl", "no such file")
     refused(say("run", recipe(data={"train": [str(tmp_path / "*.none")]})), "glob")
     refused(say("run", recipe(data={})), "data.train")
     refused(say("run", recipe(data={"train": [str(tmp_path)]})), "folder")
 
 
-def test_overlapping_splits(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_overlapping_splits_are_refused_with_both_rows(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
     train = write_lines(tmp_path / "a.jsonl", *pairs(20))
     test = write_lines(tmp_path / "b.jsonl", *pairs(5, start=19))
     refused(say("run", recipe(data={"train": [train], "test": [test]})), "overlap", "a.jsonl:20", "b.jsonl:1", "drop")
 
 
-def test_too_few_rows(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_too_few_rows_are_refused(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
     refused(say("run", recipe(data={"train": [write_lines(tmp_path / "a.jsonl", *pairs(2))]})), "too few")
 
 
-def test_a_prompt_longer_than_the_context(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_prompt_longer_than_the_context_is_refused_with_its_row(
+    say: Said, recipe: Callable[..., str], tmp_path: Path
+) -> None:
     rows = [*pairs(20), {"prompt": "long " * 100, "completion": "x"}]
     source = write_lines(tmp_path / "long.jsonl", *rows)
     refused(say("run", recipe(data={"train": [source]})), "256", "long.jsonl:21", "data.too_long=truncate")
@@ -141,12 +145,14 @@ def test_a_prompt_longer_than_the_context(say: Said, recipe: Callable[..., str],
         ({"search": {"share": 0.9, "settle": 0.2}}, ("search.share + search.settle",)),
     ],
 )
-def test_bad_options(changes: dict[str, Any], parts: tuple[str, ...], say: Said, recipe: Callable[..., str]) -> None:
+def test_bad_option_is_refused_by_name(
+    changes: dict[str, Any], parts: tuple[str, ...], say: Said, recipe: Callable[..., str]
+) -> None:
     refused(say("run", recipe(**changes)), *parts)
 
 
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
-def test_a_budget_below_the_floor_names_the_floor(layout: str, say: Said, recipe: Callable[..., str]) -> None:
+def test_infeasible_budget_names_the_smallest_feasible(layout: str, say: Said, recipe: Callable[..., str]) -> None:
     outcome = say("run", recipe(budget={"keep": 0.01}, layout=layout))
     refused(outcome, "budget.keep 0.01", "below what is feasible (0.")
     named = outcome[2].partition("feasible (")[2].partition(")")[0]
@@ -159,7 +165,7 @@ def test_flags_win_over_the_recipe(say: Said, recipe: Callable[..., str]) -> Non
     refused(say("run", recipe(budget={"keep": 3}), "--budget.keep", "0.01"), "feasible")
 
 
-def test_missing_or_broken_recipe(say: Said, tmp_path: Path) -> None:
+def test_missing_or_broken_recipe_is_refused(say: Said, tmp_path: Path) -> None:
     refused(say("run", str(tmp_path / "absent.yaml")), "absent.yaml", "recipes/")
     refused(say("run", str(tmp_path)), "cannot read")
     (tmp_path / "broken.yaml").write_text("a: [1\nb: }")
@@ -168,7 +174,7 @@ def test_missing_or_broken_recipe(say: Said, tmp_path: Path) -> None:
     refused(say("run", str(tmp_path / "list.yaml")), "maps keys to values")
 
 
-def test_unknown_flags_and_commands(say: Said, recipe: Callable[..., str]) -> None:
+def test_unknown_flag_or_command_is_refused(say: Said, recipe: Callable[..., str]) -> None:
     refused(say("run", recipe(), "--budget.kep", "0.5"), "--budget.kep")
     refused(say("run", recipe(), "--train.steps", "many"), "many")
     refused(say("prune"), "prune")
@@ -176,7 +182,7 @@ def test_unknown_flags_and_commands(say: Said, recipe: Callable[..., str]) -> No
     refused(say("sites"), "MODEL")
 
 
-def test_bad_comparisons(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_bad_comparison_is_refused(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
     refused(say("compare", recipe(), "--compare.methods", "tailor"), "'tailor'", "did you mean taylor?")
     refused(say("compare", recipe(compare={"kep": 0.5})), "unknown key compare.kep", "did you mean compare.keeps?")
     refused(say("compare", recipe(), "--compare.keeps", "2"), "compare.keeps must lie in (0, 1], got 2")
@@ -189,23 +195,23 @@ def test_bad_comparisons(say: Said, recipe: Callable[..., str], tmp_path: Path) 
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "quantum", "cpu:x"])
-def test_bad_device(device: str, say: Said, recipe: Callable[..., str]) -> None:
-    found = say("run", recipe(), "--device", device)
-    refused(found, f"device {device!r}", "use cpu, cuda or auto")
-    assert "mkldnn" not in found[2], "no list of all that PyTorch knows"
+def test_bad_device_is_refused(device: str, say: Said, recipe: Callable[..., str]) -> None:
+    outcome = say("run", recipe(), "--device", device)
+    refused(outcome, f"device {device!r}", "use cpu, cuda or auto")
+    assert "mkldnn" not in outcome[2], "no list of all that PyTorch knows"
 
 
 @pytest.mark.parametrize("kind", ["mamba", "nonsense"])
-def test_unknown_architecture(kind: str, say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
-    (tmp_path / "odd").mkdir()
-    (tmp_path / "odd" / "config.json").write_text(
+def test_unknown_architecture_is_refused(kind: str, say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "unknown").mkdir()
+    (tmp_path / "unknown" / "config.json").write_text(
         json.dumps({"model_type": kind, "n_layer": 2, "n_embd": 8, "n_head": 2})
     )
-    refused(say("run", recipe(model=str(tmp_path / "odd"))), kind)
-    refused(say("sites", str(tmp_path / "odd")), kind)
+    refused(say("run", recipe(model=str(tmp_path / "unknown"))), kind)
+    refused(say("sites", str(tmp_path / "unknown")), kind)
 
 
-def test_a_model_without_its_tokenizer(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_gpt2_folder_without_tokenizer_is_refused(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "dumb").mkdir()
     (tmp_path / "dumb" / "config.json").write_text(
         json.dumps({"model_type": "gpt2", "n_layer": 2, "n_embd": 8, "n_head": 2})
@@ -213,7 +219,7 @@ def test_a_model_without_its_tokenizer(say: Said, recipe: Callable[..., str], tm
     refused(say("run", recipe(model=str(tmp_path / "dumb"))), "tokenizer")
 
 
-def test_models_that_are_not_there(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_missing_model_is_refused(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
     refused(say("run", recipe(model=str(tmp_path / "absent"))), "absent")
     refused(say("run", recipe(model=str(tmp_path / "absent.gguf"))), "no such file")
     (tmp_path / "hollow").mkdir()
@@ -223,7 +229,9 @@ def test_models_that_are_not_there(say: Said, recipe: Callable[..., str], tmp_pa
     refused(say("run", recipe(model=str(tmp_path / "torn"))), "torn")
 
 
-def test_a_model_without_tokenizer(say: Said, recipe: Callable[..., str], dense: Path, tmp_path: Path) -> None:
+def test_folder_without_tokenizer_is_refused(
+    say: Said, recipe: Callable[..., str], dense: Path, tmp_path: Path
+) -> None:
     (tmp_path / "mute").mkdir()
     (tmp_path / "mute" / "config.json").write_text((dense / "config.json").read_text())
     refused(say("run", recipe(model=str(tmp_path / "mute"))), "tokenizer")
@@ -236,7 +244,7 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
     def run(*_: Any, **__: Any) -> None:
         raise error
 
-    monkeypatch.setattr(prunetune.pipeline.stages, "run", run)
+    monkeypatch.setattr(prunetune.pipeline.run, "run", run)
 
 
 @pytest.mark.parametrize(
@@ -248,21 +256,21 @@ def raising(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
     ],
 )
-def test_out_of_memory(
+def test_out_of_memory_names_the_options_to_lower(
     error: Exception, say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raising(monkeypatch, error)
     refused(say("run", recipe()), "out of memory", "train.micro_tokens", "--resume")
 
 
-def test_a_gpu_that_gave_up_says_where_and_how_to_go_on(
+def test_gpu_fault_has_traceback_and_next_step(
     say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raising(monkeypatch, torch.AcceleratorError("CUDA error: unspecified launch failure\nmore lines"))
     code, _, err = say("run", recipe())
     assert code == 2
     assert "Traceback" in err
-    assert err.splitlines()[-1].startswith("prunetune: the GPU gave up (CUDA error: unspecified launch failure)")
+    assert err.splitlines()[-1].startswith("prunetune: the GPU failed (CUDA error: unspecified launch failure)")
     assert "--resume" in err.splitlines()[-1]
 
 
@@ -274,18 +282,18 @@ def test_a_gpu_that_gave_up_says_where_and_how_to_go_on(
         SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
     ],
 )
-def test_disk_full(error: Exception, say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_one_line(
+    error: Exception, say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     raising(monkeypatch, error)
     refused(say("run", recipe()), "the disk is full", "--resume")
 
 
-def test_an_interruption_says_how_to_go_on(
-    say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interruption_names_resume(say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     raising(monkeypatch, KeyboardInterrupt())
     code, _, err = say("run", recipe())
     assert code == 130
-    assert err == "prunetune: interrupted; go on with --resume\n"
+    assert err == "prunetune: interrupted; continue with --resume\n"
 
 
 @pytest.mark.parametrize(
@@ -297,21 +305,21 @@ def test_an_interruption_says_how_to_go_on(
         ("a\0b", ("names no folder",)),
     ],
 )
-def test_a_place_where_no_folder_can_be(
+def test_run_folder_that_cannot_be_made_is_refused(
     out: str, parts: tuple[str, ...], say: Said, recipe: Callable[..., str], tmp_path: Path
 ) -> None:
     for dry in ((), ("--dry-run",), ("--resume",)):
         refused(say("run", recipe(out=out.format(tmp=tmp_path)), *dry), *parts)
 
 
-def test_a_folder_that_may_not_be_written_to(
+def test_read_only_folder_is_refused(
     say: Said, recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.access", lambda place, _: Path(place) != tmp_path)  # root may write anywhere
     refused(say("run", recipe(), "--dry-run"), f"{tmp_path} cannot be written to", "--out")
 
 
-def test_out_is_a_path_as_a_shell_has_it(
+def test_out_expands_the_home_folder(
     say: Said, recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -319,7 +327,7 @@ def test_out_is_a_path_as_a_shell_has_it(
     refused(say("run", recipe(out="~/mine")), f"{tmp_path / 'mine'} is a file")
 
 
-def test_a_dry_run_refuses_gates_and_trackers_as_the_run_does(say: Said, recipe: Callable[..., str]) -> None:
+def test_dry_run_refuses_limits_and_trackers_as_the_run_does(say: Said, recipe: Callable[..., str]) -> None:
     for changes in ({"limits": ["valid.accuracy >= 0.5 -> stop"]}, {"report_to": ["mlflow"]}):
         refusals = [say("run", recipe(**changes), *dry) for dry in ((), ("--dry-run",))]
         refused(refusals[0])
@@ -327,28 +335,30 @@ def test_a_dry_run_refuses_gates_and_trackers_as_the_run_does(say: Said, recipe:
 
 
 @pytest.mark.parametrize("written", [b"{{{", b"\xff\xfe", b"seed: 1\nseed: 2\n", b"seed: [\n", b"sed: 1\n"])
-def test_a_run_whose_recipe_is_broken(written: bytes, say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_run_folder_with_a_broken_recipe_is_refused(
+    written: bytes, say: Said, recipe: Callable[..., str], tmp_path: Path
+) -> None:
     broken = tmp_path / "broken"
     (broken / "model").mkdir(parents=True)
     (broken / "config.yaml").write_bytes(written)
     suite = tmp_path / "suite.yaml"
     suite.write_text("tasks: {a: {data: rows.jsonl, scorer: nll}}")
-    told = str(broken / "config.yaml")
-    refused(say("watch", broken), told)
-    refused(say("compare-runs", broken, broken), told)
-    refused(say("run", recipe(out=str(broken)), "--resume"), told, "--out")
+    file = str(broken / "config.yaml")
+    refused(say("watch", broken), file)
+    refused(say("compare-runs", broken, broken), file)
+    refused(say("run", recipe(out=str(broken)), "--resume"), file, "--out")
     code, _, err = say("check", broken, "--suite", suite, "--device", "cpu")
     assert code == 2
-    assert told in err.splitlines()[-1]
+    assert file in err.splitlines()[-1]
 
 
-def test_a_failed_gate_ends_with_one(say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_limit_exits_with_1(say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
     raising(monkeypatch, LimitBroken("the limit is broken"))
     assert say("run", recipe())[::2] == (1, "prunetune: the limit is broken\n")
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError(errno.EIO, "broken disk"), ZeroDivisionError()])
-def test_a_bug_keeps_its_traceback(
+def test_bug_keeps_its_traceback(
     error: Exception, say: Said, recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raising(monkeypatch, error)
@@ -360,7 +370,9 @@ def test_a_bug_keeps_its_traceback(
 
 
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
-def test_sites_prints_the_floor(layout: str, say: Said, dense: Path, recipe: Callable[..., str]) -> None:
+def test_sites_prints_the_smallest_feasible_keep(
+    layout: str, say: Said, dense: Path, recipe: Callable[..., str]
+) -> None:
     code, out, err = say("sites", str(dense), "--layout", layout, "--align", "8")
     assert (code, err) == (0, "")
     last = out.strip().splitlines()[-1]
@@ -377,13 +389,13 @@ def test_sites_prints_the_floor(layout: str, say: Said, dense: Path, recipe: Cal
 @pytest.mark.parametrize(
     "arguments", [("--help",), ("run", "--help"), ("compare", "--help"), ("sites", "--help"), ("--version",)]
 )
-def test_help(arguments: tuple[str, ...], say: Said) -> None:
+def test_help_exits_with_0(arguments: tuple[str, ...], say: Said) -> None:
     code, out, err = say(*arguments)
     assert (code, err) == (0, "")
     assert out.strip()
 
 
-def test_report_of_what_is_no_run(say: Said, tmp_path: Path) -> None:
+def test_report_of_a_folder_that_is_no_run_is_refused(say: Said, tmp_path: Path) -> None:
     refused(say("report", str(tmp_path)), str(tmp_path))
     refused(say("report", str(tmp_path / "absent")), "absent")
 
@@ -398,13 +410,15 @@ prunetune.cli.app.main()
 """
 
 
-@pytest.mark.parametrize(("command", "line"), [("run", "interrupted; go on with --resume"), ("bench", "interrupted")])
-def test_sigterm_ends_a_run_wherever_it_was_started(command: str, line: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "line"), [("run", "interrupted; continue with --resume"), ("bench", "interrupted")]
+)
+def test_sigterm_ends_a_command_as_ctrl_c_does(command: str, line: str) -> None:
     ended = subprocess.run([sys.executable, "-c", STOPPED, command], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (130, f"prunetune: {line}\n")
 
 
-HEARD = """
+LOGGING = """
 import logging, sys
 import prunetune.cli.app
 def app(*_, **__):
@@ -417,12 +431,12 @@ prunetune.cli.app.main()
 """
 
 
-def test_the_log_tells_of_the_run_and_not_of_libraries() -> None:
-    ended = subprocess.run([sys.executable, "-c", HEARD], capture_output=True, text=True, check=False)
+def test_log_holds_own_info_and_warnings_of_libraries() -> None:
+    ended = subprocess.run([sys.executable, "-c", LOGGING], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, "what a library warns of\nstep 1\n")
 
 
-def test_a_plain_log_says_the_time_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_plain_log_has_the_time_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     now = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
     plain = console.PlainConsole(10)
@@ -434,19 +448,19 @@ def test_a_plain_log_says_the_time_left(monkeypatch: pytest.MonkeyPatch, caplog:
     assert [line.partition(", ")[2] for line in caplog.messages] == ["", "", "about 69 min left", "about 68 min left"]
 
 
-def test_a_switch_that_is_given_a_word_says_how(
+def test_value_after_a_switch_is_refused_with_the_right_form(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["prunetune", "run", "none.yaml", "--evaluate.dense_tuned", "false"])
     assert prunetune.cli.app._run_app() == 2
-    assert "false: belongs to no option; a switch takes its value by =" in capsys.readouterr().err
+    assert "false: belongs to no option; write the value of a switch with =" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("verb", "code"), [("runs", prunetune.cli.app.EXIT_OUTPUT_CLOSED), ("--help", 1)]
 )  # 1: how rich ends so
-def test_what_nobody_reads_ends_without_a_word(verb: str, code: int, tmp_path: Path) -> None:
-    """As behind `| head`, which has seen enough."""
+def test_closed_output_ends_silently(verb: str, code: int, tmp_path: Path) -> None:
+    """As behind `| head`, which closes its input."""
     words = [verb, str(tmp_path)] if verb == "runs" else [verb]
     with subprocess.Popen(
         [sys.executable, "-m", "prunetune.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -42,8 +42,8 @@ def sizes(models: Sequence[Any], workload: Any, runs: int) -> list[dict[str, flo
 
 def tracks(models: Sequence[Any], workload: Any, runs: int) -> list[dict[str, float]]:
     """All of it the device's."""
-    found = sizes(models, workload, runs)
-    return [dict.fromkeys(TRACKS, 0.0) | {f"{phase}.device": one[phase] for phase in PHASES} for one in found]
+    times = sizes(models, workload, runs)
+    return [dict.fromkeys(TRACKS, 0.0) | {f"{phase}.device": time[phase] for phase in PHASES} for time in times]
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def _a_device_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("prunetune.bench.latency.short_models.CPU_CACHE", 1)
     monkeypatch.setattr(
-        tables, "LatencyTableBuilder", lambda *args: LatencyTableBuilder(*args, tracks=tracks, seconds=sizes)
+        tables, "LatencyTableBuilder", lambda *args: LatencyTableBuilder(*args, track_timer=tracks, request_timer=sizes)
     )
     monkeypatch.setattr("prunetune.bench.latency.verify.time_requests", sizes)
 
@@ -92,7 +92,7 @@ def refused(outcome: tuple[int, str, str], *parts: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
-def test_sites_says_what_budgets_would_mean(layout: str, say: Said, dense: Path) -> None:
+def test_sites_prints_what_budgets_mean(layout: str, say: Said, dense: Path) -> None:
     code, out, err = say("sites", str(dense), *ALIGN, "--layout", layout, "--context", "64", "--batch", "4")
     assert (code, err) == (0, "")
     for kind in ("flops", "memory", "file"):
@@ -100,7 +100,7 @@ def test_sites_says_what_budgets_would_mean(layout: str, say: Said, dense: Path)
     assert "--measure" in out
 
 
-def test_sites_measures_where_it_is_asked_to(say: Said, dense: Path) -> None:
+def test_sites_measures_latency_on_request_and_caches_it(say: Said, dense: Path) -> None:
     code, out, _ = say("sites", str(dense), *ALIGN, "--measure", "--device", "cpu")
     assert code == 0
     assert row(out, "latency")[0].endswith("s")
@@ -109,12 +109,12 @@ def test_sites_measures_where_it_is_asked_to(say: Said, dense: Path) -> None:
     assert row(again, "latency") == row(out, "latency")
 
 
-def test_shares_of_parameters_are_that_whatever_the_budget_is(say: Said, recipe: Callable[..., str]) -> None:
+def test_preview_plans_do_not_depend_on_the_budget(say: Said, recipe: Callable[..., str]) -> None:
     plain, limited = (say("run", recipe(**budget), "--dry-run")[1] for budget in ({}, {"memory": 0.8}))
     assert row(limited, "file") == row(plain, "file")
 
 
-def test_what_is_not_counted_says_why(say: Said, dense: Path) -> None:
+def test_budget_that_cannot_be_counted_has_its_reason(say: Said, dense: Path) -> None:
     code, out, _ = say("sites", str(dense), *ALIGN, "--units", "query-heads", "--units", "mlp-channels")
     assert code == 0
     assert "query-heads" in " ".join(row(out, "latency"))
@@ -124,7 +124,7 @@ def test_what_is_not_counted_says_why(say: Said, dense: Path) -> None:
     )
 
 
-def test_a_dry_run_writes_nothing(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
     code, out, _ = say("run", recipe(memory=0.8), "--dry-run")
     assert code == 0
     assert "an even plan takes" in out
@@ -133,7 +133,7 @@ def test_a_dry_run_writes_nothing(say: Said, recipe: Callable[..., str], tmp_pat
     assert not (tmp_path / "run").exists()
 
 
-def test_the_least_that_sites_names_is_accepted(say: Said, dense: Path, recipe: Callable[..., str]) -> None:
+def test_least_budget_of_sites_is_accepted_by_run(say: Said, dense: Path, recipe: Callable[..., str]) -> None:
     workload = ("--prompt", "8", "--generate", "4", "--dtype", "float32")
     out = say("sites", str(dense), *ALIGN, *workload, "--measure", "--device", "cpu")[1]
     for kind in ("memory", "throughput"):
@@ -149,7 +149,7 @@ def test_the_least_that_sites_names_is_accepted(say: Said, dense: Path, recipe: 
         ({"memory": "1kB"}, ("budget.memory", "feasible (", "budget.align")),
         ({"throughput": "1e9/s"}, ("budget.throughput", "above what is feasible (")),
         ({"latency": 0.001}, ("budget.latency", "feasible (")),
-        ({"memory": "1TB"}, ("budget.memory", "nothing would have to go")),
+        ({"memory": "1TB"}, ("budget.memory", "nothing would have to be pruned")),
         ({"memory": "fast"}, ("budget.memory", "1.5GB")),
         ({"memory": 0.5, "keep": 0.001}, ("budget.keep", "feasible (")),
         ({"memory": 0.3, "min_share": 0.95}, ("budget.memory", "budget.min_share")),
@@ -157,7 +157,7 @@ def test_the_least_that_sites_names_is_accepted(say: Said, dense: Path, recipe: 
         ({"latency": 0.8, "units": ["query-heads"]}, ("query-heads", "budget.units")),
     ],
 )
-def test_what_cannot_be_met_is_one_line(
+def test_infeasible_or_bad_budget_is_refused_in_one_line(
     budget: dict[str, Any], parts: Sequence[str], say: Said, recipe: Callable[..., str], tmp_path: Path
 ) -> None:
     outcome = say("run", recipe(**budget))
@@ -165,18 +165,18 @@ def test_what_cannot_be_met_is_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def test_the_nearest_value_is_accepted(say: Said, recipe: Callable[..., str]) -> None:
+def test_nearest_feasible_value_of_an_error_is_accepted(say: Said, recipe: Callable[..., str]) -> None:
     for kind, wrong in (("flops", "1e-5M"), ("throughput", "1e9/s")):
         nearest = say("run", recipe(**{kind: wrong}))[2].partition("feasible (")[2].partition(";")[0]
         assert say("run", recipe(**{kind: nearest}), "--dry-run")[0] == 0
 
 
-def test_a_device_that_is_not_there(say: Said, recipe: Callable[..., str], dense: Path) -> None:
+def test_missing_device_is_refused(say: Said, recipe: Callable[..., str], dense: Path) -> None:
     refused(say("run", recipe(latency=0.8), "--device", "cuda:7"), "cuda:7", "not there")
     refused(say("sites", str(dense), "--measure", "--device", "cuda:7"), "cuda:7", "not there")
 
 
-def test_a_table_of_another_device(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_latency_table_of_another_device_is_refused(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
     assert say("run", recipe(latency=0.8), "--dry-run")[0] == 0
     (file,) = (tmp_path / "cache" / "latency").iterdir()
     table = LatencyTable.from_json(file.read_text(), "x")
@@ -190,26 +190,26 @@ def test_a_table_of_another_device(say: Said, recipe: Callable[..., str], tmp_pa
 # -- a run -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_meets_its_budgets(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_run_meets_its_budgets(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:
     code, out, _ = say("run", recipe(memory=0.85, latency=0.9))
     assert code == 0
     rows = json.loads((tmp_path / "run" / "manifest.json").read_text())["budgets"]
-    assert [one["budget"] for one in rows] == ["memory", "latency"]
-    for one in rows:
-        assert 0.8 * one["limit"] < one["counted"] <= one["limit"] * (1 + 1e-9)
-        assert one["words"] in out
+    assert [budget["budget"] for budget in rows] == ["memory", "latency"]
+    for budget in rows:
+        assert 0.8 * budget["limit"] < budget["counted"] <= budget["limit"] * (1 + 1e-9)
+        assert budget["words"] in out
     assert abs(rows[1]["error"]) < 0.05
     plan = Plan.load(tmp_path / "run" / "plan.json")
     assert any(len(kept) < plan.units[site] for site, kept in plan.kept.items())
     assert say("run", str(tmp_path / "recipe.yaml"), "--resume")[0] == 0
 
 
-def test_a_comparison_meets_them_too(recipe: Callable[..., str], tmp_path: Path) -> None:
+def test_comparison_meets_its_budget(recipe: Callable[..., str], tmp_path: Path) -> None:
     values = yaml.safe_load(Path(recipe(memory=0.85)).read_text())
-    wanted = {"methods": ["magnitude", "one-stage"]}
-    folder = compare(from_mapping(values | {"compare": wanted}))
+    methods = {"methods": ["magnitude", "one-stage"]}
+    folder = compare(from_mapping(values | {"compare": methods}))
     cells = [json.loads(file.read_text()) for file in (folder / "cells").glob("*.json")]
     assert len(cells) >= 2
     assert all(cell["kept"] < 1 for cell in cells)
     with pytest.raises(ConfigError, match=r"compare\.keeps"):
-        compare(from_mapping(values | {"out": str(tmp_path / "other"), "compare": wanted | {"keeps": [0.5]}}))
+        compare(from_mapping(values | {"out": str(tmp_path / "other"), "compare": methods | {"keeps": [0.5]}}))

@@ -29,7 +29,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_folder(tmp_path_factory.mktemp("runs") / "support", subwords(), layout="uniform")[0]
 
 
-def test_it_says_what_it_wrote_and_where(say: Said, run: Path, tmp_path: Path) -> None:
+def test_export_prints_what_it_wrote_and_where(say: Said, run: Path, tmp_path: Path) -> None:
     code, out, _ = say(str(run), "--to", "gguf", "--dtype", "q8_0", "--out", str(tmp_path / "a.gguf"))
     assert code == 0
     lines = out.splitlines()
@@ -48,7 +48,7 @@ def test_it_says_what_it_wrote_and_where(say: Said, run: Path, tmp_path: Path) -
         (("--to", "per-layer"), "a stock class opens it: export --to uniform"),
     ],
 )
-def test_what_cannot_be_ends_with_two_and_one_line(
+def test_impossible_export_exits_with_2_and_one_line(
     arguments: tuple[str, ...], part: str, say: Said, run: Path, tmp_path: Path
 ) -> None:
     code, out, err = say(str(run), *arguments, "--out", str(tmp_path / "x"))
@@ -59,7 +59,7 @@ def test_what_cannot_be_ends_with_two_and_one_line(
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failed_check_ends_with_one(say: Said, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_selfcheck_exits_with_1(say: Said, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gguf_write, "verify_tensors", lambda *_: None)
     monkeypatch.setattr(tensors, "quantize_rows", lambda rows, type, name: (0 * rows).numpy())
     code, out, err = say(str(run), "--to", "gguf", "--dtype", "f32", "--out", str(tmp_path / "x.gguf"))
@@ -70,7 +70,9 @@ def test_a_failed_check_ends_with_one(say: Said, run: Path, tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_is_told_before(say: Said, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_refused_before_writing(
+    say: Said, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     usage = namedtuple("usage", "total used free")(1, 1, 10)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     code, _, err = say(str(run), "--to", "gguf", "--out", str(tmp_path / "x.gguf"))
@@ -78,14 +80,14 @@ def test_a_full_disk_is_told_before(say: Said, run: Path, tmp_path: Path, monkey
     assert "GB free" in err
 
 
-def test_what_there_is_stays(say: Said, run: Path, tmp_path: Path) -> None:
+def test_existing_export_is_not_overwritten(say: Said, run: Path, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_text("mine")
     code, _, err = say(str(run), "--to", "gguf", "--out", str(tmp_path / "x.gguf"))
     assert (code, (tmp_path / "x.gguf").read_text()) == (2, "mine")
     assert "exists already" in err
 
 
-def test_a_stale_partial_is_cleared(say: Said, run: Path, tmp_path: Path) -> None:
+def test_partial_folder_of_a_killed_export_is_removed(say: Said, run: Path, tmp_path: Path) -> None:
     """As a killed export leaves it."""
     (tmp_path / "x.gguf.partial").write_text("half")
     assert say(str(run), "--to", "gguf", "--out", str(tmp_path / "x.gguf"))[0] == 0

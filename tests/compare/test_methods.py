@@ -1,4 +1,4 @@
-"""Methods and variants: what a file of variants may say, and how a cell follows the recipe."""
+"""Methods and variants of a comparison, and the grid of its cells."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from prunetune.baselines.scores import BASELINES
 from prunetune.compare.grid import Cell, best_learning_rate, grid_from_config
-from prunetune.compare.methods import BUILT_IN, resolve_methods
+from prunetune.compare.methods import built_in_methods, resolve_methods
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import ConfigError
@@ -29,11 +28,12 @@ def names(config: RunConfig) -> list[str]:
     return [method.name for method in resolve_methods(config)]
 
 
-def test_the_default_is_every_baseline_between_dense_and_one_stage() -> None:
-    assert names(RunConfig()) == ["dense", *BASELINES, "one-stage"]
+def test_default_methods_are_seven_baselines_between_dense_and_one_stage() -> None:
+    baselines = ["random", "magnitude", "wanda-sp", "flap", "taylor", "fisher", "block-influence"]
+    assert names(RunConfig()) == ["dense", *baselines, "one-stage"]
 
 
-def test_variants_are_added_all_or_by_name(tmp_path: Path) -> None:
+def test_variants_are_all_added_unless_some_are_named(tmp_path: Path) -> None:
     variants = {"a": {}, "b": {"lora": {"rank": 4}}}
     assert names(config_of(tmp_path, variants, methods=["dense"])) == ["dense", "a", "b"]
     assert names(config_of(tmp_path, variants, methods=["b", "dense", "b"])) == ["b", "dense"]
@@ -58,31 +58,31 @@ def test_variants_are_added_all_or_by_name(tmp_path: Path) -> None:
         ("a: [", "not valid YAML"),
     ],
 )
-def test_a_variant_that_cannot_be_used_is_one_line(variants: Any, line: str, tmp_path: Path) -> None:
+def test_invalid_variant_is_refused_in_one_line(variants: Any, line: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         resolve_methods(config_of(tmp_path, variants))
     assert line in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_a_cell_follows_the_recipe_but_for_its_place_and_changes(tmp_path: Path) -> None:
+def test_cell_config_is_the_recipe_with_grid_values_and_overrides(tmp_path: Path) -> None:
     changes = {"search": {"share": 0.5}, "distill": {"teacher": "none"}, "train": {"weights_rate": 4e-3}}
     config = config_of(tmp_path, {"a": changes})
-    (method,) = (one for one in resolve_methods(config) if one.name == "a")
-    made = Cell(method, 0.7, 5, 2e-3).config(config)
-    rates = {"learning_rate": 2e-3, "weights_rate": 8e-3}  # the recipe's 1e-3 doubled, and so both
+    (method,) = (method for method in resolve_methods(config) if method.name == "a")
+    cell_config = Cell(method, 0.7, 5, 2e-3).config(config)
+    rates = {"learning_rate": 2e-3, "weights_rate": 8e-3}  # twice the recipe's 1e-3, so both are doubled
     expected = {"seed": 5, "budget": {"keep": 0.7}, "train": rates, "search": {"share": 0.5}}
-    own = {"compare": {"variants": config.compare.variants}, "distill": {"teacher": "none"}}
-    assert made == from_mapping(merge_mappings(expected, own))  # and without a teacher there are no texts for it
+    unchanged = {"compare": {"variants": config.compare.variants}, "distill": {"teacher": "none"}}
+    assert cell_config == from_mapping(merge_mappings(expected, unchanged))  # without the teacher's texts
 
 
-def test_the_grid_is_one_value_where_nothing_is_named() -> None:
+def test_grid_without_compare_options_has_one_value_each() -> None:
     grid = grid_from_config(from_mapping({"budget": {"keep": 0.5}, "train": {"learning_rate": 3e-4}}))
     assert (grid.keeps, grid.seeds, grid.learning_rates) == ((0.5,), (0,), (3e-4,))
-    assert [cell.name for cell in grid.cells(BUILT_IN["dense"], 3e-4)] == ["dense-keep1-seed0-lr0.0003"]
+    assert [cell.name for cell in grid.cells(built_in_methods()["dense"], 3e-4)] == ["dense-keep1-seed0-lr0.0003"]
 
 
-def test_names_of_cells_tell_them_apart() -> None:
+def test_cell_names_are_unique() -> None:
     config = from_mapping({"compare": {"keeps": [0.6, 0.5, 0.6], "seeds": [0, 1], "learning_rates": [1e-3, 1e-4]}})
     grid = grid_from_config(config)
     cells = [
@@ -94,14 +94,14 @@ def test_names_of_cells_tell_them_apart() -> None:
     assert len(set(cells)) == len(cells) == 2 * 2 * (1 + 2 * 8)
 
 
-def test_the_best_rate_is_the_lowest_nll_and_the_first_of_equals() -> None:
+def test_best_learning_rate_is_the_first_with_the_lowest_nll() -> None:
     trials = [{"learning_rate": rate, "valid_nll": nll} for rate, nll in ((1.0, None), (2.0, 0.5), (3.0, 0.5))]
     assert best_learning_rate(trials) == 2.0
     assert best_learning_rate([{"learning_rate": 1.0, "error": "nan"}]) is None
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "benchmarks" / "quality").glob("*.yaml")), ids=lambda file: file.stem)
-def test_the_files_of_the_benchmarks_can_be_used(file: Path) -> None:
+def test_benchmark_files_are_valid(file: Path) -> None:
     if file.stem.endswith("-valid"):
         assert resolve_methods(from_mapping(yaml.safe_load(file.read_text())))
         return

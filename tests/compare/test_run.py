@@ -1,4 +1,4 @@
-"""Laws of a whole comparison: every cell once, resumed to the same result, one cell's failure is its own."""
+"""A whole comparison: every cell runs once, resuming gives the same result, one failure does not stop the others."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-import prunetune.compare.cell as work
+import prunetune.compare.cell as cell_module
 import prunetune.compare.run
 import prunetune.compare.scoring as scoring
-from prunetune.baselines.scores import BASELINES
+from prunetune.baselines import BASELINES
 from prunetune.compare.cell import CellRunner
 from prunetune.compare.grid import Cell
 from prunetune.compare.run import compare
@@ -40,33 +40,33 @@ RECIPE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and data."""
     prose = ({"text": f"the quick fox {n} jumps", "task": "prose"} for n in range(20))
-    return furnished(tmp_path_factory.mktemp("place"), 20, *prose)
+    return furnished(tmp_path_factory.mktemp("workspace"), 20, *prose)
 
 
-def config_of(place: Path, out: Path, **changes: Any) -> RunConfig:
-    own = {"model": str(place / "dense"), "out": str(out), "data": {"train": [str(place / "rows.jsonl")]}}
-    return from_mapping(merge_mappings(merge_mappings(RECIPE, own), changes))
+def config_of(workspace: Path, out: Path, **changes: Any) -> RunConfig:
+    options = {"model": str(workspace / "dense"), "out": str(out), "data": {"train": [str(workspace / "rows.jsonl")]}}
+    return from_mapping(merge_mappings(merge_mappings(RECIPE, options), changes))
 
 
 @pytest.fixture(scope="module")
-def done(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def done(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole comparison: two methods, two seeds."""
-    return compare(config_of(place, tmp_path_factory.mktemp("runs") / "compare"), command="prunetune compare")
+    return compare(config_of(workspace, tmp_path_factory.mktemp("runs") / "compare"), command="prunetune compare")
 
 
 @pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """The seeds of all trainings, as they come."""
+def trained_seeds(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The seeds of all trainings, in order."""
     seeds: list[int] = []
 
-    def counting(job: Any) -> Any:
+    def recording(job: Any) -> Any:
         seeds.append(job.config.seed)
         return tune_and_prune(job)
 
-    monkeypatch.setattr(work, "tune_and_prune", counting)
+    monkeypatch.setattr(cell_module, "tune_and_prune", recording)
     return seeds
 
 
@@ -74,18 +74,19 @@ def cells(folder: Path) -> dict[str, dict[str, Any]]:
     return {file.stem: json.loads(file.read_text()) for file in sorted((folder / "cells").iterdir())}
 
 
-def found(folder: Path) -> dict[str, Any]:
+def comparison_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "comparison.json").read_text())
 
 
-def row(folder: Path, method: str, keep: float = 0.6) -> dict[str, Any]:
-    return next(one for one in found(folder)["rows"] if (one["method"], one["keep"]) == (method, keep))
+def row_of(folder: Path, method: str, keep: float = 0.6) -> dict[str, Any]:
+    rows = comparison_of(folder)["rows"]
+    return next(row for row in rows if (row["method"], row["keep"]) == (method, keep))
 
 
-# -- what a comparison leaves ----------------------------------------------------------------------------------------
+# -- files of a comparison ------------------------------------------------------------------------------------------
 
 
-def test_every_cell_is_a_file(done: Path) -> None:
+def test_comparison_writes_a_file_for_every_cell(done: Path) -> None:
     assert {path.name for path in done.iterdir()} == {
         "cells", "comparison.html", "comparison.json", "config.yaml", "manifest.json", "table.md",
     }  # fmt: skip
@@ -101,121 +102,127 @@ def test_every_cell_is_a_file(done: Path) -> None:
         assert "valid_nll" not in cell
 
 
-def test_a_teacher_is_counted_and_tuned_once_for_each_seed(
-    place: Path, tmp_path: Path, counted: list[int], done: Path
+def test_teacher_is_tuned_once_for_each_seed_and_its_seconds_are_reported(
+    workspace: Path, tmp_path: Path, trained_seeds: list[int], done: Path
 ) -> None:
-    folder = compare(config_of(place, tmp_path / "run"))
-    assert sorted(counted) == [0, 0, 1, 1]
-    taught = cells(folder)["one-stage-keep0.6-seed1-lr0.01"]
-    assert taught["teacher_seconds"] == cells(folder)["dense-keep1-seed1-lr0.01"]["train_seconds"] > 0
-    for name, cell in cells(folder).items():  # and a comparison repeats itself
+    folder = compare(config_of(workspace, tmp_path / "run"))
+    assert sorted(trained_seeds) == [0, 0, 1, 1]
+    student = cells(folder)["one-stage-keep0.6-seed1-lr0.01"]
+    assert student["teacher_seconds"] == cells(folder)["dense-keep1-seed1-lr0.01"]["train_seconds"] > 0
+    for name, cell in cells(folder).items():  # a second comparison has the same results
         assert (cell["items"], cell["widths"]) == (cells(done)[name]["items"], cells(done)[name]["widths"])
 
 
-def test_the_table_is_printed_and_kept(done: Path) -> None:
+def test_comparison_writes_the_table(done: Path) -> None:
     table = (done / "table.md").read_text()
     assert table.startswith("Keep 0.6, split test")
     assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")] == [
         "method", "dense", "one-stage",
     ]  # fmt: skip
-    assert row(done, "one-stage")["seeds"] == [0, 1]
-    assert row(done, "dense")["gap"] == 0
+    assert row_of(done, "one-stage")["seeds"] == [0, 1]
+    assert row_of(done, "dense")["gap"] == 0
 
 
-def test_a_variant_may_name_texts_of_its_own(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variant_distils_from_its_own_texts(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("shared", "own"):
         write_lines(tmp_path / f"{name}.jsonl", *({"text": f"{name} text {n}"} for n in range(4)))
-    (tmp_path / "v.yaml").write_text(f"own: {{data: {{texts: [{tmp_path / 'own.jsonl'}]}}}}")
+    (tmp_path / "v.yaml").write_text(f"own: {{data: {{distill_texts: [{tmp_path / 'own.jsonl'}]}}}}")
     streams: dict[str, set[str]] = {}
 
-    def watching(job: Any) -> Any:
-        examples = [*job.train.examples, *job.search.examples] if job.teacher else []
-        streams[job.config.data.texts[0]] = {
-            one.id.partition("/")[0] for one in examples if one.answer_start == len(one.token_ids)
+    def recording(job: Any) -> Any:
+        examples = [*job.train_stream.examples, *job.search_stream.examples] if job.teacher else []
+        streams[job.config.data.distill_texts[0]] = {
+            example.id.partition("/")[0] for example in examples if example.answer_start == len(example.token_ids)
         }
         return tune_and_prune(job)
 
-    monkeypatch.setattr(work, "tune_and_prune", watching)
-    own = {"methods": ["one-stage", "own"], "seeds": [0], "variants": str(tmp_path / "v.yaml")}
-    compare(config_of(place, tmp_path / "run", compare=own, data={"distill_texts": [str(tmp_path / "shared.jsonl")]}))
+    monkeypatch.setattr(cell_module, "tune_and_prune", recording)
+    options = {"methods": ["one-stage", "own"], "seeds": [0], "variants": str(tmp_path / "v.yaml")}
+    compare(
+        config_of(
+            workspace, tmp_path / "run", compare=options, data={"distill_texts": [str(tmp_path / "shared.jsonl")]}
+        )
+    )
     assert streams == {str(tmp_path / f"{name}.jsonl"): {name} for name in ("shared", "own")}
 
 
-# -- going on --------------------------------------------------------------------------------------------------------
+# -- resuming ---------------------------------------------------------------------------------------------------------
 
 
-def test_resume_makes_only_what_is_missing(place: Path, tmp_path: Path, counted: list[int]) -> None:
-    folder = compare(config_of(place, tmp_path / "run"))
-    before = found(folder)
-    counted.clear()
-    compare(config_of(place, folder), resume=True)
-    assert counted == []
-    assert found(folder) == before
+def test_resume_runs_only_missing_cells(workspace: Path, tmp_path: Path, trained_seeds: list[int]) -> None:
+    folder = compare(config_of(workspace, tmp_path / "run"))
+    before = comparison_of(folder)
+    trained_seeds.clear()
+    compare(config_of(workspace, folder), resume=True)
+    assert trained_seeds == []
+    assert comparison_of(folder) == before
     lost = folder / "cells" / "one-stage-keep0.6-seed1-lr0.01.json"
-    kept = json.loads(lost.read_text())
+    before_loss = json.loads(lost.read_text())
     lost.unlink()
-    compare(config_of(place, folder), resume=True)
-    assert counted == [1, 1]  # the teacher is no longer in memory
+    compare(config_of(workspace, folder), resume=True)
+    assert trained_seeds == [1, 1]  # the teacher, too, as it is no longer in memory
     again = json.loads(lost.read_text())
-    for result in (kept, again):
+    for result in (before_loss, again):
         for key in ("train_seconds", "teacher_seconds", "eval_seconds"):
             result.pop(key)
-    assert again == kept
+    assert again == before_loss
 
 
-def test_a_comparison_grows(place: Path, tmp_path: Path, counted: list[int]) -> None:
+def test_resume_adds_methods_and_seeds(workspace: Path, tmp_path: Path, trained_seeds: list[int]) -> None:
     small = {"methods": ["random"], "seeds": [0]}
-    folder = compare(config_of(place, tmp_path / "run", compare=small))
-    compare(config_of(place, folder, compare={"methods": ["random", "magnitude"], "seeds": [0, 2]}), resume=True)
-    assert counted == [0, 0, 2, 2]
-    assert row(folder, "magnitude")["seeds"] == [0, 2]
+    folder = compare(config_of(workspace, tmp_path / "run", compare=small))
+    compare(config_of(workspace, folder, compare={"methods": ["random", "magnitude"], "seeds": [0, 2]}), resume=True)
+    assert trained_seeds == [0, 0, 2, 2]
+    assert row_of(folder, "magnitude")["seeds"] == [0, 2]
 
 
-def test_two_processes_do_not_work_on_one_comparison(place: Path, done: Path) -> None:
+def test_second_process_on_one_comparison_is_refused(workspace: Path, done: Path) -> None:
     with run_lock(RunFolder(done)), pytest.raises(RunFolderError, match="another process works on this run"):
-        compare(config_of(place, done), resume=True)
+        compare(config_of(workspace, done), resume=True)
 
 
-def test_a_row_has_one_teacher(place: Path, tmp_path: Path) -> None:
-    """With more learning rates another dense model may teach: what the first one taught is made anew."""
+def test_cells_of_another_teacher_run_again(workspace: Path, tmp_path: Path) -> None:
+    """More learning rates may choose another dense teacher: cells that used the first one run again."""
     variants = tmp_path / "variants.yaml"
     variants.write_text("mine: {train: {learning_rate: 0.01}}\n")
     grid = {"methods": ["dense", "mine"], "learning_rates": [1e-5], "variants": str(variants), "seeds": [0]}
-    folder = compare(config_of(place, tmp_path / "run", compare=grid))
+    folder = compare(config_of(workspace, tmp_path / "run", compare=grid))
     assert cells(folder)["mine-keep0.6-seed0-lr0.01"]["teacher_rate"] == 1e-5
     grid |= {"learning_rates": [1e-5, 1e-2], "seeds": [0, 1]}
-    compare(config_of(place, folder, compare=grid), resume=True)
-    best = row(folder, "dense")["learning_rate"]
+    compare(config_of(workspace, folder, compare=grid), resume=True)
+    best = row_of(folder, "dense")["learning_rate"]
     assert {cell["teacher_rate"] for cell in cells(folder).values() if cell["method"] == "mine"} == {best}
     assert best == 1e-2
 
 
-def test_another_recipe_or_other_data_does_not_go_on(place: Path, done: Path) -> None:
+def test_resume_refuses_a_changed_recipe_or_split(workspace: Path, done: Path) -> None:
     before = {str(path): path.read_bytes() for path in done.rglob("*.json")}
     with pytest.raises(RunFolderError, match=r"train\.steps was 3 and is now 4"):
-        compare(config_of(place, done, train={"steps": 4}), resume=True)
+        compare(config_of(workspace, done, train={"steps": 4}), resume=True)
     with pytest.raises(RunFolderError, match=r"compare\.split was 'test' and is now 'valid'"):
-        compare(config_of(place, done, compare={"split": "valid"}), resume=True)
+        compare(config_of(workspace, done, compare={"split": "valid"}), resume=True)
     with pytest.raises(RunFolderError, match="--resume"):
-        compare(config_of(place, done))
+        compare(config_of(workspace, done))
     assert {str(path): path.read_bytes() for path in done.rglob("*.json")} == before
 
 
-def test_a_variant_that_changed_under_its_name_is_refused(place: Path, tmp_path: Path) -> None:
+def test_resume_refuses_a_changed_variant_of_the_same_name(workspace: Path, tmp_path: Path) -> None:
     variants = tmp_path / "variants.yaml"
     variants.write_text("mine: {two-stage: random, lora: {rank: 2}}")
-    own = {"methods": ["mine"], "seeds": [0], "variants": str(variants)}
-    folder = compare(config_of(place, tmp_path / "run", compare=own))
+    options = {"methods": ["mine"], "seeds": [0], "variants": str(variants)}
+    folder = compare(config_of(workspace, tmp_path / "run", compare=options))
     variants.write_text("mine: {two-stage: random, lora: {rank: 3}}")
     with pytest.raises(RunFolderError, match="another variant of the same name"):
-        compare(config_of(place, folder, compare=own), resume=True)
+        compare(config_of(workspace, folder, compare=options), resume=True)
 
 
-def test_cells_at_once_are_the_same_cells(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = {"methods": ["dense", "taylor", "one-stage"], "seeds": [0, 1], "keeps": [0.8, 0.6]}
-    one = compare(config_of(place, tmp_path / "one", compare=own))
+def test_concurrent_cells_have_the_same_results(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"methods": ["dense", "taylor", "one-stage"], "seeds": [0, 1], "keeps": [0.8, 0.6]}
+    one = compare(config_of(workspace, tmp_path / "one", compare=options))
     monkeypatch.setattr(prunetune.compare.run, "concurrent_jobs", lambda _: 3)
-    three = compare(config_of(place, tmp_path / "three", compare=own))
+    three = compare(config_of(workspace, tmp_path / "three", compare=options))
     assert list(cells(three)) == list(cells(one))
     for name, cell in cells(three).items():
         for key in ("items", "widths", "curve"):
@@ -224,8 +231,8 @@ def test_cells_at_once_are_the_same_cells(place: Path, tmp_path: Path, monkeypat
 
 
 @pytest.mark.parametrize("where", ["recipe", "variant"])
-def test_cells_at_once_do_not_share_draws_of_dropout(
-    where: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_concurrent_cells_with_dropout_are_refused(
+    where: str, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "variants.yaml").write_text("mine: {two-stage: random, lora: {dropout: 0.1}}")
     changes: dict[str, Any] = {
@@ -234,12 +241,12 @@ def test_cells_at_once_do_not_share_draws_of_dropout(
     }
     monkeypatch.setattr(prunetune.compare.run, "concurrent_jobs", lambda _: 2)
     with pytest.raises(ConfigError, match=r"compare\.jobs 2 with lora\.dropout .* set compare\.jobs 1"):
-        compare(config_of(place, tmp_path / "run", **changes[where]))
+        compare(config_of(workspace, tmp_path / "run", **changes[where]))
     assert not (tmp_path / "run").exists()
 
 
 def raising(error: BaseException) -> Any:
-    """A scoring function that goes wrong."""
+    """A baseline that raises."""
 
     def fail(_: Any) -> Any:
         raise error
@@ -251,47 +258,50 @@ def raising(error: BaseException) -> Any:
 
 
 @pytest.mark.parametrize("error", [PlanError("no such plan"), RuntimeError("a bug\nin lines")])
-def test_a_failing_cell_does_not_stop_others(
-    error: Exception, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_failing_cell_is_reported_and_the_others_run(
+    error: Exception, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(place, tmp_path / "run", compare={"methods": ["random", "magnitude"], "seeds": [0]})
+    config = config_of(workspace, tmp_path / "run", compare={"methods": ["random", "magnitude"], "seeds": [0]})
     with monkeypatch.context() as broken:
         broken.setitem(BASELINES, "random", raising(error))
         folder = compare(config)
     assert str(error).split("\n")[0] in cells(folder)["random-keep0.6-seed0-lr0.01"]["error"]
-    assert (row(folder, "random")["failed"], row(folder, "magnitude")["failed"]) == (1, 0)
+    assert (row_of(folder, "random")["failed"], row_of(folder, "magnitude")["failed"]) == (1, 0)
     for name in ("table.md", "comparison.html"):
         assert "random-keep0.6-seed0-lr0.01" in (folder / name).read_text()
-    compare(config, resume=True)  # what failed is tried again
-    assert row(folder, "random")["failed"] == 0
-    assert found(folder)["errors"] == []
+    compare(config, resume=True)  # a failed cell runs again
+    assert row_of(folder, "random")["failed"] == 0
+    assert comparison_of(folder)["errors"] == []
 
 
-def test_a_cell_that_found_no_memory_beside_others_is_made_alone(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_cell_out_of_memory_among_others_runs_again_alone(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    crowd, make = [0], work.CellRunner.run_cell
+    calls: list[str] = []
+    run_cell = CellRunner.run_cell
 
-    def crowded(shop: work.CellRunner, cell: Any, **options: Any) -> Any:
-        crowd[0] += 1
-        if cell.method.name == "random" and crowd[0] <= 2:
+    def run_out_of_memory(runner: CellRunner, cell: Any, **options: Any) -> Any:
+        calls.append(cell.name)
+        if cell.method.name == "random" and len(calls) <= 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return make(shop, cell, **options)
+        return run_cell(runner, cell, **options)
 
-    monkeypatch.setattr(work.CellRunner, "run_cell", crowded)
+    monkeypatch.setattr(CellRunner, "run_cell", run_out_of_memory)
     monkeypatch.setattr(prunetune.compare.run, "concurrent_jobs", lambda _: 2)
-    own = {"methods": ["random", "magnitude"], "seeds": [0]}
-    folder = compare(config_of(place, tmp_path / "run", compare=own))
-    assert found(folder)["errors"] == []
-    assert "random-keep0.6-seed0-lr0.01: out of memory beside others" in caplog.text
-    assert crowd[0] == 3
+    options = {"methods": ["random", "magnitude"], "seeds": [0]}
+    folder = compare(config_of(workspace, tmp_path / "run", compare=options))
+    assert comparison_of(folder)["errors"] == []
+    assert "random-keep0.6-seed0-lr0.01: out of memory among concurrent cells" in caplog.text
+    assert len(calls) == 3
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_gpu_that_gave_up_ends_the_comparison_and_no_cell_is_to_blame(
-    jobs: int, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_gpu_fault_ends_the_comparison_without_failing_a_cell(
+    jobs: int, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(place, tmp_path / "run", compare={"methods": ["magnitude", "random", "fisher"], "seeds": [0]})
+    config = config_of(
+        workspace, tmp_path / "run", compare={"methods": ["magnitude", "random", "fisher"], "seeds": [0]}
+    )
     monkeypatch.setattr(prunetune.compare.run, "concurrent_jobs", lambda _: jobs)
     with monkeypatch.context() as broken:
         broken.setitem(BASELINES, "random", raising(torch.AcceleratorError("CUDA error: unspecified launch failure")))
@@ -300,39 +310,41 @@ def test_a_gpu_that_gave_up_ends_the_comparison_and_no_cell_is_to_blame(
     assert not [cell for cell in cells(tmp_path / "run").values() if "error" in cell]
     done = len(cells(tmp_path / "run"))
     folder = compare(config, resume=True)
-    assert found(folder)["errors"] == []
+    assert comparison_of(folder)["errors"] == []
     assert len(cells(folder)) == 3 > done
 
 
-def test_where_every_cell_failed_a_gate_failed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comparison_raises_if_every_cell_failed(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(BASELINES, "random", raising(PlanError("no such plan")))
     with pytest.raises(LimitBroken, match="no such plan"):
-        compare(config_of(place, tmp_path / "run", compare={"methods": ["random"], "seeds": [0]}))
+        compare(config_of(workspace, tmp_path / "run", compare={"methods": ["random"], "seeds": [0]}))
 
 
-def test_an_interruption_keeps_what_is_done(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[int]
+def test_interruption_keeps_finished_cells(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained_seeds: list[int]
 ) -> None:
-    config = config_of(place, tmp_path / "run", compare={"methods": ["magnitude", "random"], "seeds": [0]})
+    config = config_of(workspace, tmp_path / "run", compare={"methods": ["magnitude", "random"], "seeds": [0]})
     with monkeypatch.context() as broken:
         broken.setitem(BASELINES, "random", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             compare(config)
     assert list(cells(tmp_path / "run")) == ["magnitude-keep0.6-seed0-lr0.01"]
     compare(config, resume=True)
-    assert len(counted) == 2
+    assert len(trained_seeds) == 2
 
 
-def test_an_interruption_ends_what_runs_beside(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counted: list[int]
+def test_interruption_stops_concurrent_cells(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained_seeds: list[int]
 ) -> None:
     monkeypatch.setattr(prunetune.compare.run, "concurrent_jobs", lambda _: 2)
     monkeypatch.setitem(BASELINES, "random", raising(KeyboardInterrupt()))
-    own = {"methods": ["random", "magnitude"], "seeds": [0, 1, 2]}
+    options = {"methods": ["random", "magnitude"], "seeds": [0, 1, 2]}
     with pytest.raises(KeyboardInterrupt):
-        compare(config_of(place, tmp_path / "run", compare=own, train={"steps": 500}))
+        compare(config_of(workspace, tmp_path / "run", compare=options, train={"steps": 500}))
     assert cells(tmp_path / "run") == {}
-    assert len(counted) <= 2
+    assert len(trained_seeds) <= 2
 
 
 @pytest.mark.parametrize(
@@ -344,11 +356,11 @@ def test_an_interruption_ends_what_runs_beside(
         ({"compare": {"variants": "absent.yaml"}}, ConfigError, "absent.yaml: cannot read"),
     ],
 )
-def test_what_cannot_work_is_refused_before_anything_is_written(
-    changes: dict[str, Any], error: type[PrunetuneError], line: str, place: Path, tmp_path: Path
+def test_invalid_comparison_is_refused_before_anything_is_written(
+    changes: dict[str, Any], error: type[PrunetuneError], line: str, workspace: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=line.replace("?", r"\?")) as refused:
-        compare(config_of(place, tmp_path / "run", **changes))
+        compare(config_of(workspace, tmp_path / "run", **changes))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
 
@@ -356,16 +368,16 @@ def test_what_cannot_work_is_refused_before_anything_is_written(
 # -- methods and learning rates --------------------------------------------------------------------------------------
 
 
-def test_all_methods_and_variants(place: Path, tmp_path: Path) -> None:
+def test_all_methods_and_variants_have_rows(workspace: Path, tmp_path: Path) -> None:
     (tmp_path / "v.yaml").write_text(
         "taught: {two-stage: magnitude}\nsteep: {train: {learning_rate: 0.03}}\nwide: {dense: true, lora: {rank: 8}}\n"
         "alone: {distill: {teacher: none}}\nbase: {distill: {teacher: base}}\n"
     )
     names = ["untuned", "dense", *BASELINES, "one-stage"]
-    own = {"methods": names, "seeds": [3], "keeps": [0.8, 0.6], "variants": str(tmp_path / "v.yaml")}
-    folder = compare(config_of(place, tmp_path / "run", compare=own))
-    rows = {(one["method"], one["keep"]): one for one in found(folder)["rows"]}
-    assert found(folder)["errors"] == []
+    options = {"methods": names, "seeds": [3], "keeps": [0.8, 0.6], "variants": str(tmp_path / "v.yaml")}
+    folder = compare(config_of(workspace, tmp_path / "run", compare=options))
+    rows = {(row["method"], row["keep"]): row for row in comparison_of(folder)["rows"]}
+    assert comparison_of(folder)["errors"] == []
     assert {name for name, _ in rows} == {*names, "taught", "steep", "wide", "alone", "base"}
     assert len(rows) == 2 * len({name for name, _ in rows})
     assert rows["steep", 0.8]["learning_rate"] == 0.03
@@ -375,57 +387,64 @@ def test_all_methods_and_variants(place: Path, tmp_path: Path) -> None:
     assert rows["untuned", 0.6] == {**rows["untuned", 0.8], "keep": 0.6, "scores": rows["untuned", 0.6]["scores"]}
 
 
-def test_a_dense_variant_is_tuned_as_it_says(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, RunConfig] = {}
-    genuine = CellRunner.cell_context
+def test_dense_variant_is_tuned_with_its_own_options(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    configs: dict[str, RunConfig] = {}
+    cell_context = CellRunner.cell_context
 
-    def setting_of(self: CellRunner, cell: Cell) -> Any:
-        setting = genuine(self, cell)
-        seen[cell.method.name] = setting.config
-        return setting
+    def recording(self: CellRunner, cell: Cell) -> Any:
+        context = cell_context(self, cell)
+        configs[cell.method.name] = context.config
+        return context
 
-    monkeypatch.setattr(CellRunner, "cell_context", setting_of)
+    monkeypatch.setattr(CellRunner, "cell_context", recording)
     (tmp_path / "v.yaml").write_text(
         "all: {dense: true, lora: {rank: 8}, train: {weights: all}}\nplain: {dense: true}\n"
     )
-    own = {"methods": ["all", "plain"], "variants": str(tmp_path / "v.yaml")}
-    folder = compare(config_of(place, tmp_path / "run", compare=own, lora={"rank": 16, "dense_rank": 4, "alpha": 8}))
-    assert found(folder)["errors"] == []
-    assert (seen["all"].lora.rank, seen["all"].train.weights) == (8, "all")
-    assert (seen["plain"].lora.rank, seen["plain"].lora.alpha, seen["plain"].train.weights) == (4, 2, "adapters")
+    options = {"methods": ["all", "plain"], "variants": str(tmp_path / "v.yaml")}
+    folder = compare(
+        config_of(workspace, tmp_path / "run", compare=options, lora={"rank": 16, "dense_rank": 4, "alpha": 8})
+    )
+    assert comparison_of(folder)["errors"] == []
+    assert (configs["all"].lora.rank, configs["all"].train.weights) == (8, "all")
+    plain = configs["plain"]
+    assert (plain.lora.rank, plain.lora.alpha, plain.train.weights) == (4, 2, "adapters")
 
 
-def test_a_learning_rate_is_chosen_on_valid_alone(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores on test are made to say the opposite of those on valid, and the choice does not care."""
-    real = scoring.evaluate
+def test_learning_rate_is_chosen_on_valid_alone(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scores on test are the opposite of those on valid, and do not change the choice."""
+    real_evaluate = scoring.evaluate
 
     def evaluate(model: Any, tokenizer: Any, records: Any, *rest: Any) -> Any:
-        seen.append(records)
-        return real(model, tokenizer, records, *rest)
+        scored.append(records)
+        return real_evaluate(model, tokenizer, records, *rest)
 
-    seen: list[Any] = []
+    scored: list[Any] = []
     monkeypatch.setattr(scoring, "evaluate", evaluate)
     scores = {1e-2: 3.0, 1e-3: 1.0, 1e-4: 2.0}
     monkeypatch.setattr(scoring, "validation_nll", lambda _: scores[rates.pop(0)])
     rates = list(scores)
-    own = {"methods": ["random"], "seeds": [0, 1], "keeps": [0.8, 0.6], "learning_rates": list(scores)}
-    folder = compare(config_of(place, tmp_path / "run", compare=own))
+    options = {"methods": ["random"], "seeds": [0, 1], "keeps": [0.8, 0.6], "learning_rates": list(scores)}
+    folder = compare(config_of(workspace, tmp_path / "run", compare=options))
     assert rates == []
     assert {
         cell["learning_rate"]: cell.get("valid_nll") for cell in cells(folder).values() if "valid_nll" in cell
     } == scores
-    assert [one["chosen"] for one in found(folder)["rates"]] == [False, True, False]
-    assert {(one["learning_rate"], tuple(one["seeds"])) for one in found(folder)["rows"]} == {(1e-3, (0, 1))}
-    assert len(cells(folder)) == 3 + 3  # three trials at the first place, and the chosen rate at the other three
+    assert [row["chosen"] for row in comparison_of(folder)["rates"]] == [False, True, False]
+    assert {(row["learning_rate"], tuple(row["seeds"])) for row in comparison_of(folder)["rows"]} == {(1e-3, (0, 1))}
+    assert len(cells(folder)) == 3 + 3  # three trials at the first cell, and the chosen rate at the other three
     # Each trial was scored on both splits, on valid without texts; the other cells on test alone.
-    assert [len({record.kind for record in records}) for records in seen] == [2, 1, 2, 1, 2, 1, 2, 2, 2]
-    splits = [frozenset(record.id for record in records) for records in seen]
+    assert [len({record.kind for record in records}) for records in scored] == [2, 1, 2, 1, 2, 1, 2, 2, 2]
+    splits = [frozenset(record.id for record in records) for records in scored]
     assert splits[0].isdisjoint(splits[1])
     assert len(set(splits)) == 2
 
 
-def test_the_nll_on_valid_is_that_of_answers(place: Path, tmp_path: Path) -> None:
-    own = {"methods": ["random"], "seeds": [0], "learning_rates": [1e-2, 1e-3], "split": "valid"}
-    folder = compare(config_of(place, tmp_path / "run", compare=own))
+def test_valid_nll_is_that_of_answers(workspace: Path, tmp_path: Path) -> None:
+    options = {"methods": ["random"], "seeds": [0], "learning_rates": [1e-2, 1e-3], "split": "valid"}
+    folder = compare(config_of(workspace, tmp_path / "run", compare=options))
     for cell in cells(folder).values():
         assert cell["valid_nll"] == cell["headline"]["nll"]

@@ -1,4 +1,4 @@
-"""Aggregation against numbers worked out by hand."""
+"""The table of a comparison, against numbers computed by hand."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ RATES = {"dense": 1e-3, "random": 1e-3, "one-stage": 1e-3}
 
 
 def simple(method: str, *nlls: float, seed: int = 0, **values: Any) -> dict[str, Any]:
-    """One task whose items have these NLLs; an item is right where its NLL is below 2."""
+    """A cell with one task whose items have these NLLs; an item is right if its NLL is below 2."""
     items = [item(f"i{n}", nll=nll, tokens=2.0, accuracy=float(nll < 2)) for n, nll in enumerate(nlls)]
     return cell(method, task("a", items, "nll", "accuracy"), seed=seed, **values)
 
 
-def row(found: dict[str, Any], method: str) -> dict[str, Any]:
-    return next(one for one in found["rows"] if one["method"] == method)
+def row_of(comparison: dict[str, Any], method: str) -> dict[str, Any]:
+    return next(row for row in comparison["rows"] if row["method"] == method)
 
 
-def test_means_deviations_and_paired_errors_by_hand() -> None:
+def test_aggregate_gives_means_deviations_and_paired_errors() -> None:
     cells = [
         simple("dense", 1.0, 1.0, 1.0, 1.0),
         simple("random", 1.0, 2.0, 3.0, 4.0, seed=0),
@@ -36,8 +36,8 @@ def test_means_deviations_and_paired_errors_by_hand() -> None:
         simple("one-stage", 1.0, 1.0, 2.0, 4.0, seed=0),
         simple("one-stage", 1.0, 2.0, 3.0, 4.0, seed=1),
     ]
-    found = aggregate(cells, RATES, CONFIG)
-    scores = row(found, "random")["scores"]
+    comparison = aggregate(cells, RATES, CONFIG)
+    scores = row_of(comparison, "random")["scores"]
     # Seeds: 2.5 and 3.5. Items over seeds: 2, 2, 3, 5.
     assert scores["nll"]["value"] == pytest.approx(3.0)
     assert scores["nll"]["sd"] == pytest.approx(math.sqrt(0.5))
@@ -47,33 +47,33 @@ def test_means_deviations_and_paired_errors_by_hand() -> None:
     assert scores["nll"]["difference_se"] == pytest.approx(math.sqrt(0.25 / 3) / 2)
     assert scores["acc"]["value"] == pytest.approx(0.125)
     # Beside dense only the seed that both have: 2.5 - 1, and 1 of 4 right against 4 of 4.
-    assert row(found, "random")["gap"] == pytest.approx(1.5)
-    assert row(found, "random")["acc_of_dense"] == pytest.approx(0.25)
-    assert row(found, "dense")["scores"]["nll"]["sd"] is None
-    assert row(found, "dense")["gap"] == 0
-    assert "difference" not in row(found, "one-stage")["scores"]["nll"]
-    assert row(found, "one-stage")["teacher_seconds"] == 60
+    assert row_of(comparison, "random")["gap"] == pytest.approx(1.5)
+    assert row_of(comparison, "random")["acc_of_dense"] == pytest.approx(0.25)
+    assert row_of(comparison, "dense")["scores"]["nll"]["sd"] is None
+    assert row_of(comparison, "dense")["gap"] == 0
+    assert "difference" not in row_of(comparison, "one-stage")["scores"]["nll"]
+    assert row_of(comparison, "one-stage")["teacher_seconds"] == 60
 
 
-def test_without_the_recipes_own_row_its_first_variant_is_the_reference() -> None:
+def test_reference_is_the_first_one_stage_variant_without_one_stage() -> None:
     cells = [
         simple("random", 1.0, 3.0),
         simple("faster", 1.0, 2.0, changes={"train": {"learning_rate": 2e-3}}),
         simple("slower", 2.0, 2.0, changes={"train": {"learning_rate": 5e-4}}),
     ]
     rates = dict.fromkeys(("random", "faster", "slower"), 1e-3)
-    found = aggregate(cells, rates, CONFIG)
-    assert found["reference"] == "faster"
-    assert row(found, "random")["scores"]["nll"]["difference"] == pytest.approx(0.5)
-    assert row(found, "slower")["scores"]["nll"]["difference"] == pytest.approx(0.5)
-    assert "difference" not in row(found, "faster")["scores"]["nll"]
+    comparison = aggregate(cells, rates, CONFIG)
+    assert comparison["reference"] == "faster"
+    assert row_of(comparison, "random")["scores"]["nll"]["difference"] == pytest.approx(0.5)
+    assert row_of(comparison, "slower")["scores"]["nll"]["difference"] == pytest.approx(0.5)
+    assert "difference" not in row_of(comparison, "faster")["scores"]["nll"]
     whole = aggregate([*cells, simple("one-stage", 1.0, 1.0)], rates | {"one-stage": 1e-3}, CONFIG)
     assert whole["reference"] == "one-stage"
     assert aggregate(cells[:1], {"random": 1e-3}, CONFIG)["reference"] == "one-stage"
 
 
-def test_tasks_weigh_the_same_and_perplexity_stands_alone() -> None:
-    def made(method: str, shift: float) -> dict[str, Any]:
+def test_aggregate_weighs_tasks_equally_and_keeps_perplexity_apart() -> None:
+    def cell_of(method: str, shift: float) -> dict[str, Any]:
         few = [item(f"a{n}", nll=1.0 + n + shift, tokens=1.0, accuracy=1.0) for n in range(2)]
         many = [item(f"b{n}", nll=3.0 + n % 2 + shift, tokens=1.0) for n in range(8)]
         texts = [item(f"t{n}", nll=math.log(10) + shift, tokens=5.0) for n in range(4)]
@@ -81,8 +81,8 @@ def test_tasks_weigh_the_same_and_perplexity_stands_alone() -> None:
             method, task("a", few, "nll", "accuracy"), task("b", many, "nll"), task("prose", texts, "perplexity")
         )
 
-    group, other = SeedGroup((made("random", 0.5),)), SeedGroup((made("one-stage", 0.0),))
-    scores = row(aggregate([*group.cells, *other.cells], RATES, CONFIG), "random")["scores"]
+    group, other = SeedGroup((cell_of("random", 0.5),)), SeedGroup((cell_of("one-stage", 0.0),))
+    scores = row_of(aggregate([*group.cells, *other.cells], RATES, CONFIG), "random")["scores"]
     assert scores["nll"]["value"] == pytest.approx((2.0 + 4.0) / 2)
     assert scores["nll"]["se"] == pytest.approx(math.hypot(mean_of([1.5, 2.5]).se, mean_of([3.5, 4.5] * 4).se) / 2)
     assert scores["nll"]["difference"] == pytest.approx(0.5)
@@ -92,47 +92,47 @@ def test_tasks_weigh_the_same_and_perplexity_stands_alone() -> None:
     assert mean_difference(group, None, "nll") == {}
 
 
-def test_what_is_untuned_has_no_seed() -> None:
+def test_gap_of_untuned_is_to_the_mean_over_seeds() -> None:
     cells = [simple("untuned", 3.0, 3.0), simple("dense", 1.0, 1.0, seed=5), simple("dense", 2.0, 2.0, seed=6)]
-    found = aggregate(cells, {"untuned": 1e-3, "dense": 1e-3}, CONFIG)
-    assert row(found, "untuned")["gap"] == pytest.approx(1.5)
+    comparison = aggregate(cells, {"untuned": 1e-3, "dense": 1e-3}, CONFIG)
+    assert row_of(comparison, "untuned")["gap"] == pytest.approx(1.5)
 
 
-def test_seeds_that_failed_are_counted_and_the_others_stand() -> None:
+def test_failed_seeds_are_counted_and_left_out_of_means() -> None:
     cells = [
         simple("random", 1.0, 2.0), failed("random", "nan", seed=1), failed("dense", "no memory"),
         simple("one-stage", 1.0, 2.0, seed=1),
     ]  # fmt: skip
-    found = aggregate(cells, RATES, CONFIG)
-    assert (row(found, "random")["seeds"], row(found, "random")["failed"]) == ([0], 1)
-    assert (row(found, "dense")["seeds"], row(found, "dense")["failed"]) == ([], 1)
-    assert "difference" not in row(found, "random")["scores"]["nll"]  # no seed in common
-    assert row(found, "random")["gap"] is None
-    text = render_markdown(found)
+    comparison = aggregate(cells, RATES, CONFIG)
+    assert (row_of(comparison, "random")["seeds"], row_of(comparison, "random")["failed"]) == ([0], 1)
+    assert (row_of(comparison, "dense")["seeds"], row_of(comparison, "dense")["failed"]) == ([], 1)
+    assert "difference" not in row_of(comparison, "random")["scores"]["nll"]  # no seed in common
+    assert row_of(comparison, "random")["gap"] is None
+    text = render_markdown(comparison)
     assert "1 (1 failed)" in text
     assert "- dense-keep0.6-seed0: no memory" in text
 
 
-def test_what_is_not_finite_is_null() -> None:
-    found = aggregate([simple("random", 1.0, math.nan), simple("one-stage", 1.0, 1.0)], RATES, CONFIG)
-    json.dumps(found, allow_nan=False)
-    render_markdown(found)
+def test_values_that_are_not_finite_are_null() -> None:
+    comparison = aggregate([simple("random", 1.0, math.nan), simple("one-stage", 1.0, 1.0)], RATES, CONFIG)
+    json.dumps(comparison, allow_nan=False)
+    render_markdown(comparison)
 
 
-def test_only_the_chosen_rate_is_in_the_rows() -> None:
+def test_rows_have_the_chosen_learning_rate_alone() -> None:
     cells = [simple("random", 1.0, 2.0, learning_rate=rate, valid_nll=nll) for rate, nll in ((1e-3, 2.0), (1e-2, 1.0))]
-    found = aggregate(cells, {"random": 1e-2}, CONFIG)
-    assert [(one["learning_rate"], one["chosen"]) for one in found["rates"]] == [(1e-3, False), (1e-2, True)]
-    assert [one["learning_rate"] for one in found["rows"]] == [1e-2]
-    assert "| random | 0.01 | 1.000 | chosen |" in render_markdown(found)
+    comparison = aggregate(cells, {"random": 1e-2}, CONFIG)
+    assert [(row["learning_rate"], row["chosen"]) for row in comparison["rates"]] == [(1e-3, False), (1e-2, True)]
+    assert [row["learning_rate"] for row in comparison["rows"]] == [1e-2]
+    assert "| random | 0.01 | 1.000 | chosen |" in render_markdown(comparison)
 
 
-def test_a_table_for_each_budget_with_dense_in_all() -> None:
+def test_markdown_has_a_table_for_each_budget_with_dense_in_all() -> None:
     config = from_mapping({"compare": {"keeps": [0.8, 0.6]}})
-    found = aggregate(realistic(list(RATES), [0.8, 0.6], [0, 1]), RATES, config)
-    assert [(one["method"], one["keep"]) for one in found["rows"]] == [
+    comparison = aggregate(realistic(list(RATES), [0.8, 0.6], [0, 1]), RATES, config)
+    assert [(row["method"], row["keep"]) for row in comparison["rows"]] == [
         (method, keep) for keep in (0.8, 0.6) for method in RATES
     ]
-    lines = [line for line in render_markdown(found).splitlines() if line.startswith("|")]
+    lines = [line for line in render_markdown(comparison).splitlines() if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
     assert len(lines) == 2 * 5

@@ -116,7 +116,7 @@ def test_every_option_has_help_that_ends_a_sentence(path: str) -> None:
 
 
 @pytest.mark.parametrize("path", OPTIONS)
-def test_a_default_is_legal(path: str) -> None:
+def test_default_is_within_its_own_bounds(path: str) -> None:
     """Else the recipe that a run writes down could not be read back."""
     default = OPTIONS[path].default
     given_back = value_at(from_mapping(nested(path, list(default) if isinstance(default, tuple) else default)), path)
@@ -134,7 +134,7 @@ def test_paths_name_every_leaf_once() -> None:
 # -- round trip ------------------------------------------------------------------------------------------------------
 
 
-def test_the_default_round_trips() -> None:
+def test_default_recipe_round_trips() -> None:
     assert from_mapping(to_mapping(RunConfig())) == RunConfig()
     assert from_mapping({}) == RunConfig()
 
@@ -148,7 +148,7 @@ def test_every_option_round_trips_through_yaml(path: str) -> None:
     assert from_mapping(yaml.safe_load(yaml.safe_dump(plain, sort_keys=False))) == config
 
 
-def test_a_config_does_not_change() -> None:
+def test_config_is_frozen() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         RunConfig().seed = 1  # type: ignore[misc]
 
@@ -177,7 +177,7 @@ def test_a_config_does_not_change() -> None:
         ),
     ],
 )
-def test_a_refusal_names_the_key_and_what_would_do(values: dict[str, Any], line: str) -> None:
+def test_error_names_the_key_and_the_accepted_values(values: dict[str, Any], line: str) -> None:
     with pytest.raises(ConfigError) as refused:
         from_mapping(values)
     assert str(refused.value) == line
@@ -191,7 +191,7 @@ def test_a_refusal_names_the_key_and_what_would_do(values: dict[str, Any], line:
         ({"data.train": "x.jsonl"}, r"unknown key data\.train; write train under data:$"),
     ],
 )
-def test_an_unknown_key_says_what_would_do(values: dict[str, Any], says: str) -> None:
+def test_unknown_key_gets_a_suggestion(values: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         from_mapping(values)
 
@@ -201,11 +201,11 @@ def test_bounds_hold_to_the_edge(path: str) -> None:
     fine, wrong = edges(path)
     for value in fine:
         # The two phases share the steps: what one takes, the other leaves.
-        room: dict[str, Any] = {"search": {"share": 1e-6, "settle": 0}} if path.startswith("search.") else {}
-        room |= {"budget": {"keep": 1}} if path == "budget.sizes" else {}
+        other_values: dict[str, Any] = {"search": {"share": 1e-6, "settle": 0}} if path.startswith("search.") else {}
+        other_values |= {"budget": {"keep": 1}} if path == "budget.sizes" else {}
         if path not in ("search.settle", "budget.sizes") or value < 1:  # a search takes some; a size is a smaller one
-            found = value_at(from_mapping(merge_mappings(room, nested(path, value))), path)
-            assert found == ((value,) if isinstance(found, tuple) else value)
+            read = value_at(from_mapping(merge_mappings(other_values, nested(path, value))), path)
+            assert read == ((value,) if isinstance(read, tuple) else value)
     for value in wrong:
         with pytest.raises(ConfigError, match=rf"{path} must lie in "):
             from_mapping(nested(path, value))
@@ -213,14 +213,14 @@ def test_bounds_hold_to_the_edge(path: str) -> None:
 
 @pytest.mark.parametrize("path", OPTIONS)
 @pytest.mark.parametrize("value", [{"a": 1}, None, [None]], ids=["mapping", "nothing", "nothings"])
-def test_a_wrong_type_is_refused_by_name(path: str, value: Any) -> None:
+def test_wrong_type_is_refused_by_name(path: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=path):
         from_mapping(nested(path, value))
 
 
 @pytest.mark.parametrize("path", NUMBERS)
 @pytest.mark.parametrize("value", [True, "many", float("nan"), float("inf")], ids=str)
-def test_a_number_is_a_number(path: str, value: Any) -> None:
+def test_number_must_be_finite(path: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=path):
         from_mapping(nested(path, value))
 
@@ -230,9 +230,9 @@ def test_yaml_spellings_of_a_number_are_read(tmp_path: Path, written: str, read:
     """YAML takes 1e-3 for text."""
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"train: {{learning_rate: {written}}}")
-    found = load_recipe(recipe).train.learning_rate
-    assert found == read
-    assert isinstance(found, float)
+    rate = load_recipe(recipe).train.learning_rate
+    assert rate == read
+    assert isinstance(rate, float)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_sources_are_texts_or_weighted(written: Any, read: tuple[str, ...]) -> N
         "budget: {keep: 0.5, align: 8, keep: 0.6}\n",
     ],
 )
-def test_a_file_that_is_no_recipe_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+def test_file_that_is_no_recipe_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(text)
     with pytest.raises(ConfigError) as refused:
@@ -274,24 +274,24 @@ def test_a_file_that_is_no_recipe_is_refused_in_one_line(tmp_path: Path, text: s
     assert "\n" not in str(refused.value)
 
 
-def test_a_key_that_is_said_twice_is_named(tmp_path: Path) -> None:
+def test_repeated_key_is_refused_with_its_line(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("budget: {keep: 0.5}\nseed: 1\nbudget: {align: 8}\n")
-    with pytest.raises(ConfigError, match="line 3 says budget a second time"):
+    with pytest.raises(ConfigError, match="line 3 repeats the key budget"):
         load_recipe(recipe)
     recipe.write_text("train: &a {steps: 3}\nsearch: &b {batch_size: 4}\nlora: {<<: *b, <<: *b}\n")
-    with pytest.raises(ConfigError, match="line 3 says << a second time"):
+    with pytest.raises(ConfigError, match="line 3 repeats the key <<"):
         load_recipe(recipe)
     recipe.write_text("train: &a {batch_size: 4}\nsearch: {<<: *a, batch_size: 8}\n")  # merged, and then overridden
     assert load_recipe(recipe).search.batch_size == 8
 
 
-def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_missing_recipe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"cannot read the recipe .* name a YAML file"):
         load_recipe(tmp_path / "absent.yaml")
 
 
-def test_an_empty_recipe_is_the_default(tmp_path: Path) -> None:
+def test_empty_recipe_is_the_default(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("# nothing yet\n")
     assert load_recipe(tmp_path / "r.yaml") == RunConfig()
 
@@ -315,7 +315,7 @@ def tokens_of(path: str, value: Any) -> list[str]:
     return [token for part in (value if isinstance(value, list) else [value]) for token in (flag, str(part))]
 
 
-def test_no_flag_changes_nothing() -> None:
+def test_without_flags_nothing_is_overridden() -> None:
     assert flags_to_overrides(make_flags_class(RunConfig)()) == {}
     assert flags_to_overrides(None) == {}
     assert parsed() == (Path("r.yaml"), {})
@@ -328,34 +328,34 @@ def test_every_option_is_a_flag(path: str) -> None:
     assert parsed(*tokens_of(path, value))[1] == nested(path, read(value))
 
 
-def test_a_short_flag_is_the_same() -> None:
+def test_flag_alias_sets_the_same_option() -> None:
     assert parsed("--keep", "0.8,0.5")[1] == parsed("--budget.keep", "0.8,0.5")[1] == {"budget": {"keep": "0.8,0.5"}}
 
 
 @pytest.mark.parametrize("path", OPTIONS)
-def test_a_flag_wins_over_the_recipe(path: str, tmp_path: Path) -> None:
+def test_flag_overrides_only_its_option(path: str, tmp_path: Path) -> None:
     """And what the recipe says beside it stays."""
     recipe = tmp_path / "r.yaml"
     rest = merge_mappings(beside(path), {"seed": 5} if path != "seed" else {"out": "there"})
     recipe.write_text(yaml.safe_dump(merge_mappings(to_mapping(RunConfig()), rest)))
     config = load_recipe(recipe, parsed(*tokens_of(path, other(path)))[1])
-    told = {"budget": {"keep": RunConfig().budget.keep}}  # a recipe that names it means it, whatever else is given
-    assert config == from_mapping(merge_mappings(merge_mappings(told, rest), nested(path, other(path))))
+    keep = {"budget": {"keep": RunConfig().budget.keep}}  # a recipe that names it means it, whatever else is given
+    assert config == from_mapping(merge_mappings(merge_mappings(keep, rest), nested(path, other(path))))
 
 
-def test_zero_and_false_are_given() -> None:
+def test_zero_and_false_count_as_given() -> None:
     """A falsy flag is not an absent one."""
     flags = parsed("--seed", "0", "--lora.dropout", "0", "--no-trust-remote-code")[1]
     assert flags == {"seed": 0, "lora": {"dropout": 0.0}, "trust_remote_code": False}
 
 
-def test_flags_keep_to_the_bounds(tmp_path: Path) -> None:
+def test_flags_are_checked_by_the_same_bounds(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"budget\.keep must lie in \(0, 1\], got 2"):
         load_recipe(tmp_path / "r.yaml", parsed("--budget.keep", "2")[1])
 
 
-def test_merging_goes_section_by_section() -> None:
+def test_mappings_are_merged_by_section() -> None:
     below = {"a": {"x": 1, "y": 2}, "b": 1}
     assert merge_mappings(below, {"a": {"y": 3}, "c": 4}) == {"a": {"x": 1, "y": 3}, "b": 1, "c": 4}
     assert below == {"a": {"x": 1, "y": 2}, "b": 1}
@@ -371,7 +371,7 @@ def test_every_recipe_loads_and_round_trips(recipe: Path) -> None:
     assert from_mapping(to_mapping(config)) == config
 
 
-def test_the_demo_in_the_package_is_the_one_to_read() -> None:
+def test_demo_recipe_of_the_package_equals_the_one_in_recipes() -> None:
     packaged = ROOT / "src" / "prunetune" / "demo.yaml"
     assert packaged.read_bytes() == (ROOT / "recipes" / "demo.yaml").read_bytes()
 
@@ -403,7 +403,7 @@ def prunetune(*arguments: str) -> subprocess.CompletedProcess[str]:
     [("--help",), ("--version",), (), ("run", "--help"), ("demo", "--help"), ("compare", "--help")],
     ids=str,
 )
-def test_help_works_and_does_not_wait_for_torch(arguments: tuple[str, ...]) -> None:
+def test_help_loads_no_torch(arguments: tuple[str, ...]) -> None:
     done = prunetune(*arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("HEAVY []")
@@ -425,7 +425,7 @@ def test_help_names_every_option() -> None:
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
-def test_a_mistake_costs_one_line_and_exit_code_2(arguments: tuple[str, ...], line: str, tmp_path: Path) -> None:
+def test_user_error_is_one_line_and_exit_code_2(arguments: tuple[str, ...], line: str, tmp_path: Path) -> None:
     done = prunetune(*arguments)
     assert done.returncode == 2
     assert line in done.stderr
@@ -442,17 +442,20 @@ def test_a_mistake_costs_one_line_and_exit_code_2(arguments: tuple[str, ...], li
         ({"gain": {"smaller": 0.3}}, {"require": {"smaller": 0.3}}),
         ({"track": ["wandb"]}, {"report_to": ["wandb"]}),
         ({"gates": ["valid.nll <= 2 -> stop"]}, {"limits": ["valid.nll <= 2 -> stop"]}),
-        ({"data": {"texts": ["t.jsonl"], "texts_share": 0.5}}, {"data": {"distill_texts": ["t.jsonl"], "distill_texts_share": 0.5}}),
+        (
+            {"data": {"texts": ["t.jsonl"], "texts_share": 0.5}},
+            {"data": {"distill_texts": ["t.jsonl"], "distill_texts_share": 0.5}},
+        ),
         ({"search": {"evidence": 3, "hard": False}}, {"search": {"init_batches": 3, "straight_through": False}}),
     ],
-)  # fmt: skip
+)
 def test_old_option_names_read_as_the_new_ones_with_one_line(
     old: dict[str, Any], new: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     assert from_mapping(old) == from_mapping(new)
     lines = [record.getMessage() for record in caplog.records]
     assert lines
-    assert all(re.fullmatch(r"\S+ is now \S+: the old name goes with the next version", line) for line in lines)
+    assert all(re.fullmatch(r"\S+ is now \S+: the next version will not read the old name", line) for line in lines)
 
 
 def test_old_and_new_name_together_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""Laws of costs: what is counted of a plan is what the cut model has, by other counters; and it never falls."""
+"""Costs of a plan equal those of the cut model by independent counters, and never fall as more units are kept."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DERIVED = {family: {"head_dim": 12} for family in ("gpt_neox", "opt", "bloom")} 
 
 
 def cases(family: str, **changes: Any) -> Any:
-    """(anatomy, plan, cut model) of random plans: of the usual units, and of all that the family can lose."""
+    """(shape, plan, cut model) of random plans: of the usual units, and of all that the family can lose."""
     for seed, units in enumerate((DEFAULT_UNITS, kinds_of(family))):
         model = tiny(family, layers=2, **DERIVED.get(family, {}), **changes)
         sites = find_sites(model, units)
@@ -45,13 +45,13 @@ def params(model: Any) -> int:
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_parameters_bytes_and_flops_are_those_of_the_cut_model(family: str) -> None:
-    for anatomy, plan, small in cases(family):
+def test_parameters_bytes_and_flops_equal_those_of_the_cut_model(family: str) -> None:
+    for shape, plan, small in cases(family):
         counts = plan.widths()
-        assert anatomy.params(counts) == params(small)
-        assert total_cost(WeightsCost(anatomy, WORKLOAD), counts) == 4 * params(small)
-        if not anatomy.is_mixture:
-            assert total_cost(FlopsCost(anatomy, WORKLOAD), counts) == flops(small)
+        assert shape.params(counts) == params(small)
+        assert total_cost(WeightsCost(shape, WORKLOAD), counts) == 4 * params(small)
+        if not shape.is_mixture:
+            assert total_cost(FlopsCost(shape, WORKLOAD), counts) == flops(small)
 
 
 def flops(model: Any) -> int:
@@ -67,34 +67,34 @@ def flops(model: Any) -> int:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_tied_weights_count_once(tied: bool) -> None:
-    for anatomy, plan, small in cases("llama", tie_word_embeddings=tied):
-        assert total_cost(WeightsCost(anatomy, WORKLOAD), plan.widths()) == 4 * params(small)
+    for shape, plan, small in cases("llama", tie_word_embeddings=tied):
+        assert total_cost(WeightsCost(shape, WORKLOAD), plan.widths()) == 4 * params(small)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_memory_is_the_sum_of_tensors(family: str) -> None:
-    for anatomy, plan, small in cases(family):
+def test_memory_cost_equals_bytes_of_weights_and_cache(family: str) -> None:
+    for shape, plan, small in cases(family):
         cache = StaticCache(small.config, max_cache_len=WORKLOAD.cached_tokens)
         with torch.no_grad():
             small(tokens(batch=WORKLOAD.batch, length=WORKLOAD.prompt), past_key_values=cache, use_cache=True)
         held = [layer for layer in cache.layers if layer.is_initialized]
-        found = total_cost(MemoryCost(anatomy, WORKLOAD), plan.widths())
+        found = total_cost(MemoryCost(shape, WORKLOAD), plan.widths())
         assert found == 4 * params(small) + sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
 
 
-def test_a_sliding_window_holds_no_more_than_itself() -> None:
+def test_sliding_window_caches_at_most_its_length() -> None:
     model = tiny("gemma3_text", layers=3)
-    anatomy = model_shape(model, find_sites(model))
-    assert [layer.sliding_window for layer in anatomy.layers.values()] == [8, 8, 0]
+    shape = model_shape(model, find_sites(model))
+    assert [layer.sliding_window for layer in shape.layers.values()] == [8, 8, 0]
     long, longer = (
-        total_cost(MemoryCost(anatomy, dataclasses.replace(WORKLOAD, context=tokens)), anatomy.dense_counts())
+        total_cost(MemoryCost(shape, dataclasses.replace(WORKLOAD, context=tokens)), shape.dense_counts())
         for tokens in (100, 200)
     )
     assert longer - long == 100 * 2 * 2 * 8 * WORKLOAD.batch * 4  # key and value, KV heads, rows: of the last layer
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4", "q8_0"])
-def test_quantised_bytes_are_those_of_the_linears(weights: Any) -> None:
+def test_quantised_bytes_equal_those_of_the_linears(weights: Any) -> None:
     """Counted the other way round, from the linears of the cut model."""
     workload = dataclasses.replace(WORKLOAD, weights=weights, dtype="bfloat16")
 
@@ -105,7 +105,7 @@ def test_quantised_bytes_are_those_of_the_linears(weights: Any) -> None:
             return columns * 4.5 / 8 if columns % 64 == 0 else 2 * columns
         return columns * 34 / 32 if columns % 32 == 0 else 2 * columns
 
-    for anatomy, plan, small in cases("qwen2", hidden_size=64, intermediate_size=192, head_dim=32):
+    for shape, plan, small in cases("qwen2", hidden_size=64, intermediate_size=192, head_dim=32):
         linears = {
             name: module
             for name, module in small.named_modules()
@@ -116,13 +116,13 @@ def test_quantised_bytes_are_those_of_the_linears(weights: Any) -> None:
             matrices.append(small.get_input_embeddings().weight)
         expected = sum(matrix.shape[0] * row(matrix.shape[1]) for matrix in matrices)
         others = params(small) - sum(matrix.numel() for matrix in matrices)
-        assert total_cost(WeightsCost(anatomy, workload), plan.widths()) == expected + others * (
+        assert total_cost(WeightsCost(shape, workload), plan.widths()) == expected + others * (
             4 if weights == "q8_0" else 2
         )
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
-def test_q8_0_is_what_a_gguf_file_holds(layout: str, tmp_path: Path) -> None:
+def test_q8_0_bytes_equal_those_of_a_gguf_file(layout: str, tmp_path: Path) -> None:
     model = tiny("llama", **WIDE)
     plan = plan_of(model, 1, 64)
     folder, _ = run_folder(tmp_path / "run", subwords(), layout=layout, plan=plan)
@@ -137,9 +137,9 @@ def test_q8_0_is_what_a_gguf_file_holds(layout: str, tmp_path: Path) -> None:
 def test_more_units_never_cost_less(kind: str, family: str) -> None:
     model = tiny(family)
     sites = find_sites(model)
-    anatomy = model_shape(model, sites)
-    (cost,) = costs_for_budget(kind, anatomy, WORKLOAD)
-    counts = dict.fromkeys(anatomy.dense_counts(), 0)
+    shape = model_shape(model, sites)
+    (cost,) = costs_for_budget(kind, shape, WORKLOAD)
+    counts = dict.fromkeys(shape.dense_counts(), 0)
     before = total_cost(cost, counts)
     for site in sites:
         for units in range(1, site.units + 1):
@@ -149,10 +149,10 @@ def test_more_units_never_cost_less(kind: str, family: str) -> None:
             before = after
 
 
-def test_mixtures_are_refused_where_they_are_not_counted() -> None:
+def test_mixtures_are_refused_by_costs_that_do_not_count_them() -> None:
     model = tiny("mixtral")
-    anatomy = model_shape(model, find_sites(model))
+    shape = model_shape(model, find_sites(model))
     with pytest.raises(ConfigError, match=r"budget\.memory"):
-        FlopsCost(anatomy, WORKLOAD)
+        FlopsCost(shape, WORKLOAD)
     with pytest.raises(ConfigError, match="plain"):
-        WeightsCost(anatomy, dataclasses.replace(WORKLOAD, weights="q8_0"))
+        WeightsCost(shape, dataclasses.replace(WORKLOAD, weights="q8_0"))

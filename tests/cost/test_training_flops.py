@@ -1,4 +1,4 @@
-"""Laws of the operations that are computed: near those that torch counts in the passes of a step."""
+"""FLOPs of a training step: the estimate is near what torch counts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from prunetune.data.encoding import Example
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.sites import find_sites
 from prunetune.train.adapters import add_adapters
-from prunetune.train.losses import Teacher
 from prunetune.train.passes import PaddedPasses
+from prunetune.train.teacher import Teacher
 from support.memory import LENGTH, SIZES, built, config_of, needs, tiny
 
 
 class Counted(TorchDispatchMode):
-    """Sums what torch says of each operation; its own counter asks modules, and fails within a portion's gradient."""
+    """Sums torch's FLOPs of each operation; torch's own counter fails inside the gradient of a chunk."""
 
     total = 0
 
@@ -45,13 +45,13 @@ class Counted(TorchDispatchMode):
         {"quantize": "nf4"},
     ],
 )
-def test_a_step_is_what_torch_counts(changes: dict[str, str]) -> None:
+def test_step_flops_are_near_those_torch_counts(changes: dict[str, str]) -> None:
     needs(changes.get("quantize", "off"))
     merged = changes.get("weights") == "all"
     config = config_of(**{name: value for name, value in changes.items() if name != "weights"})
-    structure, (model, sites) = tiny(**SIZES), built(config, torch.float32)
+    plain_model, (model, sites) = tiny(**SIZES), built(config, torch.float32)
     share = float(changes.get("share", 1))
-    teacher = Teacher(built(config, torch.float32)[0], 1.0, 1.0, share=share) if "teacher" in changes else None
+    teacher = Teacher(built(config, torch.float32)[0], share=share) if "teacher" in changes else None
     add_adapters(model, sites, config.lora, seed=0)
     if merged:
         merge_adapters(model, trainable=True)
@@ -73,19 +73,23 @@ def test_a_step_is_what_torch_counts(changes: dict[str, str]) -> None:
         step()
     setup = training_setup(config, torch.float32, longest=LENGTH, all_weights=merged)
     found = step_flops(
-        training_shapes(structure, find_sites(structure)), setup, phase="tune" if merged else "search", tokens=2 * LENGTH,
-        length=0, label_share=0.5,  # torch does not count attention on a CPU
-    )  # fmt: skip
+        training_shapes(plain_model, find_sites(plain_model)),
+        setup,
+        phase="tune" if merged else "search",
+        tokens=2 * LENGTH,
+        length=0,  # torch does not count attention on a CPU
+        label_share=0.5,
+    )
     assert found == pytest.approx(counted.total, rel=0.03)
 
 
-def test_attention_grows_with_the_square() -> None:
-    structure = tiny(**SIZES)
+def test_attention_flops_grow_with_the_square_of_the_length() -> None:
+    plain_model = tiny(**SIZES)
     shapes, setup = (
-        training_shapes(structure, find_sites(structure)),
+        training_shapes(plain_model, find_sites(plain_model)),
         training_setup(config_of(), torch.float32, longest=LENGTH),
     )
     none, one, two = (step_flops(shapes, setup, phase="search", tokens=512, length=length) for length in (0, 256, 512))
     assert two - none == 2 * (one - none) > 0
     read = SIZES["groups"] * 2 * SIZES["head_dim"] * SIZES["layers"]  # 2 queries a group
-    assert one - none == 2 * 512 * 3 * (2 * 256 * read)  # players, tokens, forward and backward
+    assert one - none == 2 * 512 * 3 * (2 * 256 * read)  # passes, tokens, forward and backward

@@ -1,4 +1,4 @@
-"""Laws of the memory that is computed: to the byte where it is counted, near a pass's tensors where autograd keeps."""
+"""Memory of a training run: weights are exact, and activations near those that autograd keeps."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.sites import find_sites
 from prunetune.search.generator import build_generator
 from prunetune.train.adapters import add_adapters, trainable_parameters
-from prunetune.train.losses import Teacher
 from prunetune.train.passes import PaddedPasses
+from prunetune.train.teacher import Teacher
 from support.memory import LENGTH, SIZES, Live, built, config_of, needs
 from support.models import tiny
 
@@ -29,12 +29,12 @@ def size(tensors: Any) -> int:
 
 
 @pytest.mark.parametrize("quantize", ["off", "nf4"])
-def test_what_is_counted_is_exact(quantize: str) -> None:
+def test_weights_and_trained_parameters_are_exact(quantize: str) -> None:
     needs(quantize)
     config = config_of(quantize=quantize)
-    structure, (model, sites) = tiny(**SIZES), built(config, torch.bfloat16)
+    plain_model, (model, sites) = tiny(**SIZES), built(config, torch.bfloat16)
     found = estimate_memory(
-        training_shapes(structure, sites), training_setup(config, torch.bfloat16, longest=LENGTH), phase="search"
+        training_shapes(plain_model, sites), training_setup(config, torch.bfloat16, longest=LENGTH), phase="search"
     )
     held = [*model.parameters(), *(tensor for name, tensor in model.named_buffers() if "inv_freq" not in name)]
     assert found.weights == size(held)
@@ -58,12 +58,12 @@ CASES: list[tuple[torch.dtype, dict[str, str]]] = [
 
 
 @pytest.mark.parametrize(("dtype", "changes"), CASES)
-def test_what_a_pass_keeps_is_near(dtype: torch.dtype, changes: dict[str, str]) -> None:
+def test_activations_are_near_those_held(dtype: torch.dtype, changes: dict[str, str]) -> None:
     needs(changes.get("quantize", "off"))
     merged = changes.get("weights") == "all"
     config = config_of(**{name: value for name, value in changes.items() if name != "weights"})
-    structure, (model, sites) = tiny(**SIZES), built(config, dtype)
-    teacher = Teacher(built(config, dtype)[0], 1.0, 1.0) if "teacher" in changes else None
+    plain_model, (model, sites) = tiny(**SIZES), built(config, dtype)
+    teacher = Teacher(built(config, dtype)[0]) if "teacher" in changes else None
     add_adapters(model, sites, config.lora, seed=0)
     if merged:
         merge_adapters(model, trainable=True)
@@ -83,16 +83,16 @@ def test_what_a_pass_keeps_is_near(dtype: torch.dtype, changes: dict[str, str]) 
     with Live() as live:
         run()
     setup = training_setup(config, dtype, longest=LENGTH, all_weights=merged)
-    shapes = training_shapes(structure, sites)
+    shapes = training_shapes(plain_model, sites)
     found = estimate_memory(shapes, setup, phase="tune" if merged else "search")
-    beside = found.teacher - estimate_memory(shapes, replace(setup, deep=False), phase="search").teacher
+    beside = found.teacher - estimate_memory(shapes, replace(setup, distills_hidden=False), phase="search").teacher
     assert 0.85 * live.peak < found.activations + found.passing + beside < 1.2 * live.peak
 
 
-def test_it_grows_and_shrinks_with_what_it_is_made_of() -> None:
-    structure = tiny(**SIZES)
+def test_estimate_grows_and_shrinks_with_its_parts() -> None:
+    plain_model = tiny(**SIZES)
     shapes, setup = (
-        training_shapes(structure, find_sites(structure)),
+        training_shapes(plain_model, find_sites(plain_model)),
         TrainingSetup(dtype_bytes=2, tokens=512, rank=8, keep=0.5),
     )
 
@@ -100,28 +100,33 @@ def test_it_grows_and_shrinks_with_what_it_is_made_of() -> None:
         return estimate_memory(shapes, replace(setup, **changes), phase=phase).total
 
     assert total("tune") < total()
-    assert total(recompute=True) < total() < total(teacher=True) < total(teacher=True, deep=True)
+    assert total(recompute=True) < total() < total(teacher=True) < total(teacher=True, distills_hidden=True)
     assert total(quantize="nf4") < total() < total(rank=64)
     assert total(tokens=1024) > total()
     assert total("tune", all_weights=True) > total("tune")
 
 
-def test_tokens_of_a_pass_are_those_of_the_recipe() -> None:
+def test_tokens_of_a_pass_follow_the_recipe() -> None:
     config = from_mapping({"train": {"batch_size": 4, "micro_tokens": 1000}})
     lengths = {longest: training_setup(config, torch.bfloat16, longest=longest).tokens for longest in (100, 400, 3000)}
-    assert lengths == {100: 400, 400: 1000, 3000: 3000}  # a longer example stands alone
-    for share, tokens in ((0.5, 200), (0.7, 300), (0.2, 300), (1, 400)):  # whom a teacher sees passes apart
+    assert lengths == {100: 400, 400: 1000, 3000: 3000}  # a longer example has a pass of its own
+    for share, tokens in (
+        (0.5, 200),
+        (0.7, 300),
+        (0.2, 300),
+        (1, 400),
+    ):  # rows that a teacher sees have passes of their own
         config = from_mapping({"train": {"batch_size": 4}, "distill": {"share": share}})
         assert training_setup(config, torch.bfloat16, longest=100).tokens == tokens
 
 
-def test_a_run_says_what_it_will_hold(caplog: pytest.LogCaptureFixture) -> None:
-    structure = tiny(**SIZES)
-    sites = find_sites(structure)
+def test_memory_estimate_is_logged_with_a_warning_if_it_does_not_fit(caplog: pytest.LogCaptureFixture) -> None:
+    plain_model = tiny(**SIZES)
+    sites = find_sites(plain_model)
     config = from_mapping({"train": {"weights": "all"}, "lora": {"rank": 4}, "distill": {"teacher": "none"}})
-    found = estimate_peak_memory(structure, sites, config, torch.bfloat16, longest=LENGTH)
+    found = estimate_peak_memory(plain_model, sites, config, torch.bfloat16, longest=LENGTH)
     setup = training_setup(config, torch.bfloat16, longest=LENGTH, all_weights=True)
-    shapes = training_shapes(structure, sites)
+    shapes = training_shapes(plain_model, sites)
     assert found.total == max(estimate_memory(shapes, setup, phase=phase).total for phase in ("search", "tune"))
     with caplog.at_level(logging.INFO):
         log_memory_estimate(replace(found, weights=2 * 10**9), 80 * 10**9)

@@ -1,3 +1,5 @@
+"""Laws of batches: padding changes no loss, every example is seen as often as it weighs, a step depends on its seed."""
+
 from __future__ import annotations
 
 import random
@@ -19,12 +21,12 @@ PAD = 0
 
 def examples(count: int, seed: int = 0, weight: float = 1.0) -> list[Example]:
     draw = random.Random(seed)
-    made = []
+    drawn = []
     for index in range(count):
         length = draw.randint(2, 30)
         ids = tuple(draw.randint(1, 40) for _ in range(length))
-        made.append(Example(ids, draw.randint(1, length - 1), str(index), weight))
-    return made
+        drawn.append(Example(ids, draw.randint(1, length - 1), str(index), weight))
+    return drawn
 
 
 def tiny() -> Any:
@@ -119,9 +121,9 @@ def test_weights_hold_in_the_long_run_and_within_one_an_epoch(weight: float) -> 
         [*plain, *[Example(e.token_ids, e.answer_start, f"w{e.id}", weight) for e in weighed]], 1, seed=0
     )
     epochs = 60
-    end = stream._before(epochs)
+    end = stream._appearances_before(epochs)
     for epoch in range(epochs):
-        counts = Counter(stream.examples[index].id for index in stream._order(epoch))
+        counts = Counter(stream.examples[index].id for index in stream._epoch_order(epoch))
         assert all(counts[example.id] == 1 for example in plain)
         assert all(int(weight) <= counts[f"w{example.id}"] <= int(weight) + (weight % 1 > 0) for example in weighed)
     drawn = Counter(example.id for step in range(end) for example in stream.batch_at(step))
@@ -143,20 +145,22 @@ def test_a_stream_needs_examples() -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_texts_have_their_share_and_no_labels(share: float) -> None:
-    beside, texts = examples(50, weight=2.0), examples(7, seed=1)
+    labelled, texts = examples(50, weight=2.0), examples(7, seed=1)
     texts[0] = replace(texts[0], weight=3.0)
-    mixed = unlabelled_examples(texts, beside, share)
+    mixed = unlabelled_examples(texts, labelled, share)
     assert collate(mixed, PAD).target_tokens == 0
     seen = Counter(
         example.answer_start == len(example.token_ids)
         for step in range(2000)
-        for example in BatchStream([*beside, *mixed], 8, seed=0).batch_at(step)
+        for example in BatchStream([*labelled, *mixed], 8, seed=0).batch_at(step)
     )
     assert seen[True] / seen.total() == pytest.approx(share, abs=0.02)
     assert mixed[0].weight == pytest.approx(3 * mixed[1].weight)
 
 
-def test_texts_need_a_text_and_company() -> None:
-    with pytest.raises(DataError, match=r"no text of data\.texts fits .*; raise it or set data\.too_long=truncate"):
+def test_no_text_is_refused_and_texts_alone_are_no_stream() -> None:
+    with pytest.raises(
+        DataError, match=r"no text of data\.distill_texts fits .*; raise it or set data\.too_long=truncate"
+    ):
         unlabelled_examples([], examples(3), 0.5)
-    assert unlabelled_examples(examples(3), [], 0.5) == ()  # a stream of it says what is missing
+    assert unlabelled_examples(examples(3), [], 0.5) == ()

@@ -1,3 +1,5 @@
+"""The built-in demo data: terms of ICD-10-CM, in splits that share no category."""
+
 from __future__ import annotations
 
 import sys
@@ -36,7 +38,7 @@ def test_terms_are_read_with_chapter_and_category(tmp_path: Path) -> None:
     assert (contradictory, repeated) == (2, 1)
 
 
-def test_the_package_holds_all_terms() -> None:
+def test_the_package_has_all_terms() -> None:
     pytest.importorskip("simple_icd_10_cm")
     terms = list(read_terms(tabular_list()))
     kept, contradictory, repeated = drop_ambiguous(terms)
@@ -46,7 +48,7 @@ def test_the_package_holds_all_terms() -> None:
     assert {term.chapter for term in kept} == set(range(1, 23))
 
 
-def test_demo_parts_share_no_category_and_no_term() -> None:
+def test_demo_splits_share_no_category_and_no_term() -> None:
     pytest.importorskip("simple_icd_10_cm")
     parts = {name: read_demo(name) for name in SHARES}
     for one, other in combinations(parts.values(), 2):
@@ -66,7 +68,7 @@ def test_labels_are_distinct_words_behind_a_space() -> None:
 
 
 @pytest.mark.parametrize("split", ["train", "search", "valid", "test"])
-def test_the_word_demo_gives_the_part_of_the_split(split: SplitName) -> None:
+def test_source_demo_gives_the_records_of_the_split(split: SplitName) -> None:
     pytest.importorskip("simple_icd_10_cm")
     records = read_records(["demo*2"], DataConfig(), split)
     assert [r.id for r in records] == [r.id for r in read_demo(split)]
@@ -77,7 +79,7 @@ def test_the_word_demo_gives_the_part_of_the_split(split: SplitName) -> None:
         assert record.completion == record.choices[record.answer or 0]
 
 
-def test_demo_alone_brings_all_four_splits() -> None:
+def test_demo_alone_has_all_four_splits() -> None:
     pytest.importorskip("simple_icd_10_cm")
     splits = load_splits(DataConfig(train=("demo",)), seed=0)
     assert {name: len(part) for name, part in splits.by_name().items()} == {n: len(read_demo(n)) for n in SHARES}

@@ -1,3 +1,5 @@
+"""Encoding: prompt, answer and end tokens for every tokenizer and template; length limits."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -51,7 +53,7 @@ def test_an_example_begins_with_the_prompt_that_generation_starts_from(template:
         assert 0 < example.answer_start < len(example.token_ids)
 
 
-def test_all_at_once_equals_one_by_one() -> None:
+def test_encoding_many_equals_encoding_one_by_one() -> None:
     tokenizer = subwords()
     together = encode(ALL * 2, tokenizer, DataConfig(), 1000)
     assert list(together.examples) == [one(record, tokenizer) for record in ALL * 2]
@@ -97,7 +99,7 @@ def test_a_turn_ends_where_generation_would_stop(chat: str, end: str, closing: s
         ("\n--", "</s>", ""),
     ],
 )
-def test_a_written_turn_is_over_at_the_special_token_that_closes_it(closing: str, end: str, stop: str) -> None:
+def test_generation_stops_at_the_special_token_that_ends_a_turn(closing: str, end: str, stop: str) -> None:
     tokenizer = subwords(chat="{% for m in messages %}{{ m['content'] }}" + closing + "{% endfor %}", end=end)
     found = chat_stop_id(tokenizer)
     assert found == (tokenizer.convert_tokens_to_ids(stop) if stop else None)
@@ -188,6 +190,6 @@ def test_truncating_cuts_the_beginning_of_the_prompt_first(limit: int, adds: str
             assert before.token_ids[before.answer_start - len(prompt) : before.answer_start] == prompt
 
 
-def test_a_limit_without_room_is_refused() -> None:
+def test_a_limit_below_two_tokens_is_refused() -> None:
     with pytest.raises(DataError, match="needs 2 tokens"):
         encode([PAIR], subwords(), DataConfig(max_length=1), 100)

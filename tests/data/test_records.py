@@ -1,3 +1,5 @@
+"""Records from rows: every form, what follows from what, identity of questions, and wrong rows refused in one line."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -29,7 +31,7 @@ def test_completion_choices_and_answer_follow_from_each_other(fields: dict[str, 
     assert record.completion == record.choices[record.answer] == "b"
 
 
-def test_the_text_of_a_choice_goes_before_its_index() -> None:
+def test_digits_that_are_a_choice_are_its_text_not_an_index() -> None:
     assert made(prompt="p", choices=["1", "0"], answer="0").answer == 1
 
 
@@ -39,29 +41,33 @@ def test_nulls_are_absent_and_unused_fields_are_free() -> None:
     assert record.choices == ()
 
 
-def test_keys_ignore_case_space_answer_and_order_of_choices() -> None:
-    assert made(prompt="A  b\n", completion="x").key() == made(prompt=" a B", completion="y").key()
+def test_question_hash_ignores_case_space_answer_and_order_of_choices() -> None:
+    assert made(prompt="A  b\n", completion="x").question_hash() == made(prompt=" a B", completion="y").question_hash()
     asked = made(prompt="p", choices=["a", "b"], answer=0)
-    assert asked.key() == made(prompt="p", choices=["b", "a"], answer=0).key()
-    assert asked.key() != made(prompt="p", choices=["a", "c"], answer=0).key()
-    assert made(text="a").key() != made(text="b").key()
+    assert asked.question_hash() == made(prompt="p", choices=["b", "a"], answer=0).question_hash()
+    assert asked.question_hash() != made(prompt="p", choices=["a", "c"], answer=0).question_hash()
+    assert made(text="a").question_hash() != made(text="b").question_hash()
 
 
 @pytest.mark.parametrize("answered", [{"completion": "a"}, {"choices": ["a", "b"], "answer": 0}])
 def test_a_user_s_only_message_is_the_prompt(answered: dict[str, Any]) -> None:
     def chat(*turns: tuple[str, str]) -> str:
         messages = [{"role": role, "content": content} for role, content in (*turns, ("assistant", "a"))]
-        return str(made(messages=messages, **answered).key())
+        return str(made(messages=messages, **answered).question_hash())
 
-    asked = made(prompt="Is it so?", **answered).key()
+    asked = made(prompt="Is it so?", **answered).question_hash()
     assert chat(("user", "is it  SO?")) == asked
     assert asked not in {chat(("system", "Is it so?")), chat(("system", "Be brief."), ("user", "Is it so?"))}
     assert chat(("user", "Hi"), ("assistant", "Yes?"), ("user", "Is it so?")) != asked
 
 
-def test_a_bare_key_is_that_of_the_question_without_choices() -> None:
+def test_question_hash_without_choices_is_that_of_the_question_alone() -> None:
     listed = made(prompt="p", choices=["a", "b"], answer=0)
-    assert listed.key(choices=False) == made(prompt="P", completion="x").key() != listed.key()
+    assert (
+        listed.question_hash(with_choices=False)
+        == made(prompt="P", completion="x").question_hash()
+        != listed.question_hash()
+    )
 
 
 WRONG = [
@@ -102,14 +108,14 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("fields", "found", "advice"), WRONG)
-def test_wrong_rows_are_refused_in_one_line_that_names_them(fields: dict[str, Any], found: str, advice: str) -> None:
+@pytest.mark.parametrize(("fields", "problem", "advice"), WRONG)
+def test_wrong_rows_are_refused_in_one_line_that_names_them(fields: dict[str, Any], problem: str, advice: str) -> None:
     with pytest.raises(DataError) as refused:
         made(**fields)
     message = str(refused.value)
     assert message.startswith("f.jsonl:7: ")
     assert "\n" not in message
-    assert found in message
+    assert problem in message
     assert advice in message
     assert len(message) < 300
 
@@ -120,7 +126,7 @@ def test_a_row_that_is_no_object_is_refused(row: Any) -> None:
         record_from_row(row, source="f:1")
 
 
-def test_a_named_group_must_stand_in_every_row() -> None:
+def test_a_row_without_the_group_field_is_refused() -> None:
     assert record_from_row({"text": "a", "doc": 7}, source="f:1", group_field="doc").group == "7"
     with pytest.raises(DataError, match=r"^f:1: row has no doc, which data.group names"):
         record_from_row({"text": "a"}, source="f:1", group_field="doc")

@@ -1,3 +1,5 @@
+"""Sources: formats, globs, weights, task names, hub data sets; broken files and names refused in one line."""
+
 from __future__ import annotations
 
 import csv
@@ -59,7 +61,7 @@ def stars(ending: str, folder: Path, *columns: str, choices: str = '["1","2","3"
 
 
 @pytest.mark.parametrize("ending", [".csv", ".tsv"])
-def test_digits_of_a_table_have_one_meaning_or_none(ending: str, tmp_path: Path) -> None:
+def test_ambiguous_digits_of_a_table_are_refused(ending: str, tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
         stars(ending, tmp_path, "answer")
     message = str(refused.value)
@@ -95,7 +97,7 @@ def test_blank_lines_are_skipped_and_still_counted(tmp_path: Path) -> None:
     assert [r.source for r in read_records([source], DataConfig(), "train")] == [f"{source}:2", f"{source}:4"]
 
 
-def test_globs_roots_weights_and_task_names(tmp_path: Path) -> None:
+def test_globs_under_a_root_have_weights_and_task_names(tmp_path: Path) -> None:
     for name in ("legal/text", "general/text", "legal/ask"):
         write_lines(tmp_path / name / "train.jsonl", *pairs(2, start=len(name)))
     write_lines(tmp_path / "extra.jsonl", {"text": "more"})
@@ -111,7 +113,7 @@ def test_globs_roots_weights_and_task_names(tmp_path: Path) -> None:
     assert str(tmp_path) not in records[0].id
 
 
-def test_a_root_is_no_glob(tmp_path: Path) -> None:
+def test_a_root_with_glob_characters_is_taken_literally(tmp_path: Path) -> None:
     write_lines(tmp_path / "a[1]" / "x.jsonl", {"text": "a"})
     assert len(read_records(["*.jsonl"], DataConfig(root=str(tmp_path / "a[1]")), "train")) == 1
 
@@ -153,7 +155,7 @@ def test_broken_files_are_refused_in_one_line(name: str, content: bytes, message
     assert "\n" not in str(refused.value)
 
 
-def test_numbers_that_nobody_reads_may_be_anything(tmp_path: Path) -> None:
+def test_huge_numbers_in_unused_fields_are_accepted(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "a.jsonl", '{"text": "a", "n": NaN, "m": ' + "9" * 6000 + ', "x": 1e999}')
     assert len(read_records([source], DataConfig(), "train")) == 1
 
@@ -192,7 +194,7 @@ class Hub:
         return self.splits[split]
 
 
-def test_hub_names_take_the_split_of_their_role(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_names_read_the_split_of_their_option(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(monkeypatch, {"train": pairs(2), "validation": pairs(1, 5), "odd": pairs(3, 9)})
     config = DataConfig()
     assert len(read_records(["owner/name*2"], config, "train")) == 2
@@ -206,13 +208,13 @@ def test_hub_names_take_the_split_of_their_role(monkeypatch: pytest.MonkeyPatch)
     ]
 
 
-def test_hub_rows_go_the_way_of_file_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_rows_are_checked_like_file_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     Hub(monkeypatch, {"train": [{"text": "a"}, {"body": "b"}]})
     with pytest.raises(DataError, match=r"^owner/name@train:2: row has body; it needs"):
         read_records(["owner/name"], DataConfig(), "train")
 
 
-def test_hub_failures_say_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_failures_name_config_and_splits_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     Hub(monkeypatch, {"train": pairs(2)})
     with pytest.raises(DataError, match=r"owner/name.*validation or valid or dev.*Unknown split") as refused:
         read_records(["owner/name"], DataConfig(), "valid")
@@ -223,14 +225,14 @@ def test_hub_failures_say_what_was_tried(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(hub.calls) == 1
 
 
-def test_a_hub_stream_that_breaks_off_is_no_smaller_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_stream_that_fails_midway_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def rows() -> Iterator[Any]:
         yield from pairs(3)
         raise ConnectionError("closed\nby the server")
 
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda *_, **__: rows()))
     with pytest.raises(
-        DataError, match=r"owner/name@train: broke off after 3 rows: ConnectionError: closed"
+        DataError, match=r"owner/name@train: reading failed after 3 rows: ConnectionError: closed"
     ) as refused:
         read_records(["owner/name"], DataConfig(), "train")
     assert "\n" not in str(refused.value)

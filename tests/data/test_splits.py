@@ -1,3 +1,5 @@
+"""Laws of splits: disjoint by question and group, carved by seed alone, and refused where rows overlap."""
+
 from __future__ import annotations
 
 import random
@@ -18,8 +20,11 @@ from support.data import pairs, write_lines
 def loaded(
     folder: Path, seed: int = 0, *, options: dict[str, Any] | None = None, **rows: list[dict[str, Any]]
 ) -> Splits:
-    """Splits of rows that are written to a file for each split that is given."""
-    sources = {name: (write_lines(folder / name / f"{name}.jsonl", *given),) for name, given in rows.items()}
+    """Splits of these rows: the rows of each split are written to a file of its own."""
+    sources = {
+        "distill_texts" if name == "texts" else name: (write_lines(folder / name / f"{name}.jsonl", *own),)
+        for name, own in rows.items()
+    }
     return load_splits(DataConfig(**sources, **(options or {})), seed)
 
 
@@ -27,11 +32,13 @@ def prompts(records: tuple[Record, ...]) -> set[str]:
     return {record.prompt for record in records}
 
 
-def test_carved_splits_are_disjoint_and_hold_every_row(tmp_path: Path) -> None:
+def test_carved_splits_are_disjoint_and_have_every_row(tmp_path: Path) -> None:
     splits = loaded(tmp_path, train=pairs(200))
-    parts = splits.by_name()
-    assert {name: len(part) for name, part in parts.items()} == {"train": 150, "search": 20, "valid": 10, "test": 20}
-    assert set().union(*map(prompts, parts.values())) == {row["prompt"] for row in pairs(200)}
+    by_name = splits.by_name()
+    assert {name: len(records) for name, records in by_name.items()} == {
+        "train": 150, "search": 20, "valid": 10, "test": 20,
+    }  # fmt: skip
+    assert set().union(*map(prompts, by_name.values())) == {row["prompt"] for row in pairs(200)}
     assert splits.dropped == 0
 
 
@@ -40,16 +47,16 @@ def test_carving_depends_on_the_seed_and_not_on_the_order_of_rows(tmp_path: Path
     first = loaded(tmp_path / "a", train=rows)
     random.Random(1).shuffle(rows)
     again, other = loaded(tmp_path / "b", train=rows), loaded(tmp_path / "c", seed=1, train=rows)
-    for name, part in first.by_name().items():
-        assert prompts(part) == prompts(again.by_name()[name])
+    for name, records in first.by_name().items():
+        assert prompts(records) == prompts(again.by_name()[name])
     assert prompts(first.test) != prompts(other.test)
 
 
-def test_equal_questions_stay_together(tmp_path: Path) -> None:
+def test_equal_questions_are_in_one_split(tmp_path: Path) -> None:
     rows = [row | {"completion": answer} for row in pairs(40) for answer in ("a", "b", "c")]
-    parts = loaded(tmp_path, train=rows).by_name()
-    for one, other in combinations(parts.values(), 2):
-        assert not prompts(one) & prompts(other)
+    splits = loaded(tmp_path, train=rows).by_name()
+    for first, second in combinations(splits.values(), 2):
+        assert not prompts(first) & prompts(second)
 
 
 LIKE: dict[str, Any] = {"prompt": "Is it so?"}
@@ -147,7 +154,7 @@ def test_four_rows_are_enough(tmp_path: Path) -> None:
 
 def test_given_splits_stand_as_they_are(tmp_path: Path) -> None:
     splits = loaded(tmp_path, train=pairs(10), search=pairs(2, 20), valid=pairs(3, 30), test=pairs(4, 40))
-    assert [len(part) for part in splits.by_name().values()] == [10, 2, 3, 4]
+    assert [len(records) for records in splits.by_name().values()] == [10, 2, 3, 4]
 
 
 CLASHES = [("train", "test"), ("train", "valid"), ("train", "search"), ("search", "test"), ("search", "valid")]
@@ -164,12 +171,12 @@ def test_overlap_is_refused_or_dropped_from_the_training_side(loser: str, keeper
     assert f"2 of 11 rows of {loser}" in message
     assert "data.overlap=drop" in message
     splits = loaded(tmp_path, options={"overlap": "drop"}, **rows)
-    assert [len(part) for part in splits.by_name().values()] == [9, 9, 9, 9]
+    assert [len(records) for records in splits.by_name().values()] == [9, 9, 9, 9]
     assert splits.dropped == 2
 
 
 @pytest.mark.parametrize("keeper", ["valid", "test"])
-def test_texts_keep_clear_of_what_is_scored(keeper: str, tmp_path: Path) -> None:
+def test_texts_in_a_scored_split_are_refused_or_dropped(keeper: str, tmp_path: Path) -> None:
     rows = {"train": pairs(40), "valid": pairs(4, 60), "test": pairs(4, 80)}
     texts = [{"text": "A text."}, rows[keeper][0]]
     with pytest.raises(DataError, match=f"texts.jsonl:2 with the same question as .*{keeper}.jsonl:1"):
@@ -180,25 +187,26 @@ def test_texts_keep_clear_of_what_is_scored(keeper: str, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_texts_and_guard_keep_clear_of_what_is_carved(seed: int, tmp_path: Path) -> None:
+def test_texts_and_guard_share_nothing_with_carved_splits(seed: int, tmp_path: Path) -> None:
     rows = [row | {"doc": f"d{index // 2}"} for index, row in enumerate(pairs(80))]
     texts = [*pairs(10), *({"text": f"A note of document {n}.", "doc": f"d{n}"} for n in range(40)), {"text": "Free."}]
     guard = [{"text": "Guarded.", "doc": "g"}, rows[30], {"text": "Another.", "doc": "d20"}]
     splits = loaded(tmp_path, seed, options={"group": "doc", "overlap": "drop"}, train=rows, texts=texts, guard=guard)
     scored = splits.test + splits.valid + splits.search
-    for beside in (splits.texts, splits.guard):
-        assert not {record.question_hash() for record in scored} & {record.question_hash() for record in beside}
-        assert not {record.group for record in scored} & {record.group for record in beside}
-    free = {record.group for record in splits.train}
-    assert {record.group for record in splits.texts} - {""} == free
-    left = sum(map(len, splits.by_name().values()))
-    assert splits.dropped == len(rows) + len(texts) + len(guard) - left > 0
+    for extra in (splits.texts, splits.guard):
+        assert not {record.question_hash() for record in scored} & {record.question_hash() for record in extra}
+        assert not {record.group for record in scored} & {record.group for record in extra}
+    assert {record.group for record in splits.texts} - {""} == {record.group for record in splits.train}
+    remaining = sum(map(len, splits.by_name().values()))
+    assert splits.dropped == len(rows) + len(texts) + len(guard) - remaining > 0
 
 
-def test_texts_of_which_nothing_is_left_are_refused(tmp_path: Path) -> None:
-    whole = loaded(tmp_path / "a", train=pairs(40))
-    texts = [{"text": record.prompt} for record in whole.test]
-    with pytest.raises(DataError, match=r"data\.texts keeps no row: all 4 share .* name more texts, or sources for"):
+def test_texts_that_are_all_dropped_are_refused(tmp_path: Path) -> None:
+    without_texts = loaded(tmp_path / "a", train=pairs(40))
+    texts = [{"text": record.prompt} for record in without_texts.test]
+    with pytest.raises(
+        DataError, match=r"data\.distill_texts keeps no row: all 4 share .* name more texts, or sources for"
+    ):
         loaded(tmp_path / "b", train=pairs(40), texts=texts)
 
 
@@ -213,7 +221,7 @@ def test_a_group_in_two_given_splits_is_overlap(tmp_path: Path) -> None:
     assert {record.group for record in splits.train + splits.search} == {"b", "e"}
 
 
-def test_texts_and_guard_may_lack_the_group_and_are_held_to_it_where_they_do_not(tmp_path: Path) -> None:
+def test_texts_and_guard_may_lack_the_group_but_must_not_share_one(tmp_path: Path) -> None:
     rows = {"train": [row | {"doc": f"d{index // 4}"} for index, row in enumerate(pairs(80))]}
     general = [{"text": "What a general corpus says."}]
     splits = loaded(tmp_path, options={"group": "doc"}, texts=general, guard=[{"text": "Another one."}], **rows)
@@ -230,7 +238,7 @@ def test_rows_are_dropped_before_splits_are_carved(tmp_path: Path) -> None:
     assert not prompts(splits.test) & prompts(splits.train + splits.search + splits.valid)
 
 
-def test_a_split_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+def test_a_split_that_is_all_dropped_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.train keeps no row"):
         loaded(tmp_path, options={"overlap": "drop"}, train=pairs(5), test=pairs(5))
 

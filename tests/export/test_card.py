@@ -1,4 +1,4 @@
-"""Laws of the card: it says where the model comes from, what it scores with its error, and the base's licence."""
+"""The model card: provenance, scores with standard errors, usage, and the base's licence."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from prunetune.config.recipe import from_mapping
 from prunetune.errors import MissingPackage
 from prunetune.evaluation.results import Evaluation, Score, TaskResult
 from prunetune.export.card import Provenance, ScoreRow, format_export_card, format_model_card
+from prunetune.manifest import Manifest
 from prunetune.model import license
 from prunetune.model.license import LicenseInfo, read_license
 from prunetune.pipeline.model_card import card_scores, render_card, rewrite_card
@@ -30,19 +31,20 @@ MANIFEST: dict[str, Any] = {
 }
 
 
-def made(**values: Any) -> str:
+def card_of(**values: Any) -> str:
     config = from_mapping({"model": "owner/name", "budget": {"keep": 0.5}, "out": "secret/place"})
-    origin = Provenance(**({"config": config, "manifest": MANIFEST} | values))
-    return format_model_card(origin, random_plan(MODEL), find_sites(MODEL))
+    manifest = Manifest.from_dict(values.pop("manifest", MANIFEST))
+    provenance = Provenance(config=config, manifest=manifest, **values)
+    return format_model_card(provenance, random_plan(MODEL), find_sites(MODEL))
 
 
-def front(text: str) -> dict[str, Any]:
+def front_matter(text: str) -> dict[str, Any]:
     return yaml.safe_load(text.split("---\n")[1])
 
 
-def test_it_tells_where_the_model_comes_from() -> None:
-    text = made(licence=LicenseInfo("llama3.2", "", "https://licence", "its model card"), recipe_sha256="c" * 64)
-    assert front(text) == {
+def test_card_names_base_licence_recipe_and_data() -> None:
+    card = card_of(licence=LicenseInfo("llama3.2", "", "https://licence", "its model card"), recipe_sha256="c" * 64)
+    assert front_matter(card) == {
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "base_model": "owner/name",
@@ -50,52 +52,52 @@ def test_it_tells_where_the_model_comes_from() -> None:
         "license_link": "https://licence",
         "tags": ["prunetune", "pruning", "lora"],
     }
-    for told in ("`owner/name`", "prunetune 0.1.0", "`abc123`", "`budget.keep: 0.5`", "t" * 64, "e" * 64, "c" * 64):
-        assert told in text
-    assert "| weights on disk, bfloat16 | 8.0 MB | 3.0 MB |" in text
-    assert "llama3.2, https://licence, as its model card says" in text
-    assert "secret" not in text
+    for text in ("`owner/name`", "prunetune 0.1.0", "`abc123`", "`budget.keep: 0.5`", "t" * 64, "e" * 64, "c" * 64):
+        assert text in card
+    assert "| weights on disk, bfloat16 | 8.0 MB | 3.0 MB |" in card
+    assert "llama3.2, https://licence, as its model card says" in card
+    assert "secret" not in card
 
 
-def test_scores_stand_with_their_errors() -> None:
+def test_card_lists_scores_with_standard_errors() -> None:
     rows = [ScoreRow("topic", "accuracy", {"tuned": (0.8, 0.02, 200), "pruned": (0.75, math.nan, 200)})]
-    text = made(scores=rows)
+    text = card_of(scores=rows)
     assert "| task | metric | items | dense, tuned | this model |" in text
     assert "| topic | accuracy | 200 | 0.800 ± 0.020 | 0.750 |" in text
     assert "± nan" not in text
     assert "On the run's test split, ± standard error." in text
-    assert "test split, computed in bfloat16, ±" in made(scores=rows, manifest={**MANIFEST, "dtype": "bfloat16"})
+    assert "test split, computed in bfloat16, ±" in card_of(scores=rows, manifest={**MANIFEST, "dtype": "bfloat16"})
 
 
-def test_an_export_s_card_opens_the_export() -> None:
+def test_export_card_has_usage_of_the_export_and_scores_of_the_model() -> None:
     rows = [ScoreRow("topic", "accuracy", {"pruned": (0.75, 0.02, 200)})]
-    text = format_export_card(made(scores=rows), "onnx", "onnx, float32, 0.7 MB")
+    text = format_export_card(card_of(scores=rows), "onnx", "onnx, float32, 0.7 MB")
     assert "This is an export: onnx, float32, 0.7 MB." in text
     assert "trust_remote_code" not in text
     assert text.count("```python") == 1
     assert "InferenceSession" in text
     assert "| topic | accuracy | 200 | 0.750 ± 0.020 |" in text
-    assert front(text) == front(made())
+    assert front_matter(text) == front_matter(card_of())
     assert 'from_pretrained("PATH", trust_remote_code=True)' in format_export_card(text, "per-layer", "bfloat16")
 
 
-def test_what_is_not_known_is_left_out() -> None:
+def test_card_leaves_out_unknown_sections() -> None:
     config = from_mapping({"model": "a/path/of/ours", "layout": "uniform"})
-    text = format_model_card(Provenance(config, {}), random_plan(MODEL), find_sites(MODEL))
-    assert {"base_model", "license"}.isdisjoint(front(text))
+    text = format_model_card(Provenance(config, Manifest.empty()), random_plan(MODEL), find_sites(MODEL))
+    assert {"base_model", "license"}.isdisjoint(front_matter(text))
     assert "## Scores" not in text
     assert "## Size" not in text
     assert "the base does not name one" in text
     assert "trust_remote_code=True" not in text
 
 
-def test_scores_are_read_from_the_run_and_the_card_is_written_again(tmp_path: Path) -> None:
+def test_rewrite_card_adds_scores_of_the_run(tmp_path: Path) -> None:
     folder, plan, sites = RunFolder(tmp_path), random_plan(MODEL), find_sites(MODEL)
     config = from_mapping({"model": "owner/name"})
     (tmp_path / "evaluation").mkdir()
     folder.model_folder.mkdir()
     folder.plan_file.write_text(plan.to_json())
-    folder.update_manifest(**MANIFEST)
+    (tmp_path / "manifest.json").write_text(Manifest.from_dict(MANIFEST).to_json())
     assert card_scores(folder) == ()
     assert "## Scores" not in render_card(folder, config, plan, sites)
     for name, value in (("dense", 0.5), ("pruned", 0.7)):
@@ -110,7 +112,7 @@ def test_scores_are_read_from_the_run_and_the_card_is_written_again(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("content", "found"),
+    ("content", "expected"),
     [
         ("---\nlicense: apache-2.0\n---\n# A model\n", ("apache-2.0", "", "")),
         ("---\nlicense: [mit]\ntags: [a]\n---\n", ("mit", "", "")),
@@ -122,18 +124,20 @@ def test_scores_are_read_from_the_run_and_the_card_is_written_again(tmp_path: Pa
         ("", ("", "", "")),
     ],
 )
-def test_a_folder_s_card_is_read(content: str, found: tuple[str, str, str], tmp_path: Path) -> None:
+def test_read_license_reads_front_matter_of_the_card(
+    content: str, expected: tuple[str, str, str], tmp_path: Path
+) -> None:
     (tmp_path / "README.md").write_text(content)
-    told = read_license(str(tmp_path))
-    assert (told.id, told.name, told.link) == found
+    licence = read_license(str(tmp_path))
+    assert (licence.id, licence.name, licence.link) == expected
 
 
-def test_a_licence_file_is_named_where_the_card_says_nothing(tmp_path: Path) -> None:
+def test_read_license_names_a_licence_file_without_front_matter(tmp_path: Path) -> None:
     (tmp_path / "LICENSE").write_text("terms\n")
     assert read_license(str(tmp_path)) == LicenseInfo("other", where="its file LICENSE")
 
 
-def test_a_gguf_file_s_keys_are_read(tmp_path: Path) -> None:
+def test_read_license_reads_gguf_keys(tmp_path: Path) -> None:
     from gguf import GGUFWriter
 
     writer = GGUFWriter(tmp_path / "a.gguf", "llama")
@@ -144,7 +148,7 @@ def test_a_gguf_file_s_keys_are_read(tmp_path: Path) -> None:
     assert read_license(str(tmp_path / "a.gguf")) == LicenseInfo("apache-2.0", where="its .gguf file")
 
 
-def test_a_base_that_cannot_be_read_has_no_licence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_license_of_unreadable_base_is_empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing() -> Path:
         raise MissingPackage("not there")
 

@@ -1,4 +1,4 @@
-"""Laws: what is written opens in a fresh process, equals the gated model, and has the plan's parameters."""
+"""Written checkpoints open in a fresh process, equal the gated model, and have the plan's parameters."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def uniform_plan(model: Any, keep: float) -> Plan:
     )
 
 
-def pruned(model: Any, plan: Plan) -> torch.Tensor:
-    """Cut in place; returns what the gated model said."""
+def cut_after_gating(model: Any, plan: Plan) -> torch.Tensor:
+    """Cut the model in place; returns the logits of the gated model."""
     with_lora(model)
     with masked(model, plan):
         expected = compute_logits(model, tokens())
@@ -41,11 +41,11 @@ def pruned(model: Any, plan: Plan) -> torch.Tensor:
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_written_equals_gated_in_a_fresh_process(family: str, layout: str, tmp_path: Path) -> None:
+def test_checkpoint_equals_gated_model_in_a_fresh_process(family: str, layout: str, tmp_path: Path) -> None:
     model = tiny(family, tie_word_embeddings=family in ("qwen2", "gemma3_text"))
     sites = find_sites(model)
     plan = uniform_plan(model, 0.6) if layout == "uniform" else random_plan(model)
-    expected = pruned(model, plan)
+    expected = cut_after_gating(model, plan)
     written = write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout=layout, card="# card\n")
     result = check_checkpoint(written, tokens(), expected)
     assert result.max_relative <= 1e-5
@@ -56,7 +56,7 @@ def test_written_equals_gated_in_a_fresh_process(family: str, layout: str, tmp_p
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_every_family_is_read_as_it_was_written(family: str, layout: str, tmp_path: Path) -> None:
+def test_checkpoint_of_every_family_equals_gated_model(family: str, layout: str, tmp_path: Path) -> None:
     model = tiny(family)
     sites = find_sites(model)
     if (family, layout) == ("bloom", "uniform"):
@@ -64,44 +64,44 @@ def test_every_family_is_read_as_it_was_written(family: str, layout: str, tmp_pa
             mlp_width_option(model.config)
         return
     plan = uniform_plan(model, 0.6) if layout == "uniform" else random_plan(model)
-    expected = pruned(model, plan)
+    expected = cut_after_gating(model, plan)
     written = write_checkpoint(model, subwords(), plan, sites, tmp_path / family, layout=layout, card="")
-    again = AutoModelForCausalLM.from_pretrained(written.folder, trust_remote_code=written.needs_code).eval()
-    assert sum(parameter.numel() for parameter in again.parameters()) == written.params
-    assert relative(compute_logits(again, tokens()), expected) <= 1e-5
+    reopened = AutoModelForCausalLM.from_pretrained(written.folder, trust_remote_code=written.needs_code).eval()
+    assert sum(parameter.numel() for parameter in reopened.parameters()) == written.params
+    assert relative(compute_logits(reopened, tokens()), expected) <= 1e-5
 
 
-def test_a_class_is_asked_once_for_each_width_and_only_when_it_matters(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+def test_kv_groups_validator_builds_one_model_for_each_new_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
     monkeypatch.setattr(
-        stock_config, "build_meta_model", lambda config: asked.append(config.num_key_value_heads) or tiny("qwen3")
+        stock_config, "build_meta_model", lambda config: built.append(config.num_key_value_heads) or tiny("qwen3")
     )
-    legal = kv_groups_validator(tiny("qwen3", groups=4).config)
-    assert not asked
-    assert [legal(2), legal(2), legal(4), legal(0)] == [True, True, True, False]
-    assert asked == [2]
+    is_valid = kv_groups_validator(tiny("qwen3", groups=4).config)
+    assert not built
+    assert [is_valid(2), is_valid(2), is_valid(4), is_valid(0)] == [True, True, True, False]
+    assert built == [2]
 
 
 @pytest.mark.parametrize("kind", ["yarn", "llama3"])
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
-def test_scaled_positions_are_the_dense_model_s(kind: str, layout: str, tmp_path: Path) -> None:
+def test_checkpoint_keeps_rope_scaling_of_the_dense_model(kind: str, layout: str, tmp_path: Path) -> None:
     rope = {"rope_type": kind, "rope_theta": 5e4, "factor": 4.0, "original_max_position_embeddings": 32}
     rope |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
     model = tiny("llama", rope_parameters=rope)
     sites = find_sites(model)
     plan = uniform_plan(model, 0.6) if layout == "uniform" else random_plan(model)
-    expected = pruned(model, plan)
+    expected = cut_after_gating(model, plan)
     written = write_checkpoint(model, subwords(), plan, sites, tmp_path / kind, layout=layout, card="")
-    again = AutoModelForCausalLM.from_pretrained(written.folder, trust_remote_code=written.needs_code).eval()
-    assert relative(compute_logits(again, tokens()), expected) <= 1e-5
+    reopened = AutoModelForCausalLM.from_pretrained(written.folder, trust_remote_code=written.needs_code).eval()
+    assert relative(compute_logits(reopened, tokens()), expected) <= 1e-5
 
 
-def test_llama_with_heads_that_do_not_divide_becomes_mistral(tmp_path: Path) -> None:
+def test_llama_is_written_as_mistral_if_heads_do_not_divide_hidden_size(tmp_path: Path) -> None:
     model = tiny("llama", groups=6, ratio=1, hidden_size=48)
     sites = find_sites(model)
     widths = {site.name: range(5) if site.kind == "attention" else range(64) for site in sites}
     plan = Plan({name: tuple(units) for name, units in widths.items()}, {site.name: site.units for site in sites})
-    expected = pruned(model, plan)
+    expected = cut_after_gating(model, plan)
     written = write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout="uniform", card="")
     assert written.architecture == "MistralForCausalLM"
     assert "refuses 5 heads" in written.note
@@ -109,31 +109,31 @@ def test_llama_with_heads_that_do_not_divide_becomes_mistral(tmp_path: Path) -> 
     assert check_checkpoint(written, tokens(), expected).max_relative <= 1e-5
 
 
-def test_uniform_choices_stay_legal_where_no_sibling_exists() -> None:
+def test_select_keeps_valid_head_counts_without_an_equivalent_family() -> None:
     model = tiny("gemma3_text", groups=6, ratio=1, hidden_size=48)
     groups = len(uniform_plan(model, 0.9).kept["model.layers.0.self_attn"])
     assert 48 % groups == 0
 
 
-def test_a_layer_without_attention_is_written_and_read(tmp_path: Path) -> None:
+def test_layer_without_attention_is_written_as_skip_and_opens(tmp_path: Path) -> None:
     model = tiny("llama")
     sites = find_sites(model)
     plan = random_plan(model)
     plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
-    expected = pruned(model, plan)
+    expected = cut_after_gating(model, plan)
     written = write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout="per-layer", card="")
     assert check_checkpoint(written, tokens(), expected).max_relative <= 1e-5
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["per_layer_config"]["01"]["skip"] == ["attention"]
 
 
-def test_the_self_check_fails_on_a_changed_weight(tmp_path: Path) -> None:
+def test_self_check_fails_on_a_changed_weight_or_damaged_file(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     model = tiny("mistral")
     plan = uniform_plan(model, 0.6)
     sites = find_sites(model)
-    expected = pruned(model, plan)
+    expected = cut_after_gating(model, plan)
     written = write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout="uniform", card="")
     file = tmp_path / "model" / "model.safetensors"
     weights = load_file(file)
@@ -146,33 +146,40 @@ def test_the_self_check_fails_on_a_changed_weight(tmp_path: Path) -> None:
         check_checkpoint(written, tokens(), expected)
 
 
-def test_bfloat16_survives_to_the_bit(tmp_path: Path) -> None:
+def test_bfloat16_checkpoint_gives_the_same_logits_to_the_bit(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     model = tiny("llama")
     plan = uniform_plan(model, 0.7)
     sites = find_sites(model)
-    pruned(model, plan)
+    cut_after_gating(model, plan)
     for parameter in model.parameters():  # as a checkpoint does it: rotary buffers stay float32
         parameter.data = parameter.data.bfloat16()
     write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout="uniform", card="")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
-    assert again.dtype == torch.bfloat16
-    assert torch.equal(again(tokens()).logits, model(tokens()).logits)
+    reopened = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype="auto")
+    assert reopened.dtype == torch.bfloat16
+    assert torch.equal(reopened(tokens()).logits, model(tokens()).logits)
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
 @pytest.mark.parametrize("known", [None, 2, [2], [2, 5], [9, 5]])
-def test_an_end_is_told_beside_the_known_ones(known: Any, layout: str, tmp_path: Path) -> None:
+def test_end_token_is_added_to_eos_tokens_of_generation_config(known: Any, layout: str, tmp_path: Path) -> None:
     model = tiny("llama")
     model.generation_config.eos_token_id = known
     plan, tokenizer = uniform_plan(model, 0.7), subwords()
     cut(model, plan)
     assert tokenizer.eos_token_id == 2
-    for name, end in (("as-it-was", None), ("chat", 5)):
+    for name, end_token in (("unchanged", None), ("chat", 5)):
         write_checkpoint(
-            model, tokenizer, plan, find_sites(tiny("llama")), tmp_path / name, layout=layout, card="", end_token=end
+            model,
+            tokenizer,
+            plan,
+            find_sites(tiny("llama")),
+            tmp_path / name,
+            layout=layout,
+            card="",
+            end_token=end_token,
         )
-    was, told = (GenerationConfig.from_pretrained(tmp_path / name).eos_token_id for name in ("as-it-was", "chat"))
-    assert was == model.generation_config.eos_token_id == known
-    assert told == ([9, 5] if known == [9, 5] else [2, 5])
+    unchanged, chat = (GenerationConfig.from_pretrained(tmp_path / name).eos_token_id for name in ("unchanged", "chat"))
+    assert unchanged == model.generation_config.eos_token_id == known
+    assert chat == ([9, 5] if known == [9, 5] else [2, 5])

@@ -1,4 +1,4 @@
-"""Laws: what was altered or lost since it was written is refused in one line; what cannot be written leaves nothing."""
+"""Checksums: changed or missing files are refused in one line; a failed write leaves nothing."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.checksums import CHECKSUM_FILE, verify_checksums, write_checksums
 from prunetune.export.result import ExportOptions
 from prunetune.export.source import ExportSource
+from prunetune.utils.failures import explain_failure
 from prunetune.utils.files import atomic_folder
 from support.data import subwords
 from support.export import run_folder
@@ -29,19 +30,19 @@ from support.models import random_plan, tiny
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of layout uniform."""
-    return run_folder(tmp_path_factory.mktemp("made") / "run", subwords(), layout="uniform")[0]
+    return run_folder(tmp_path_factory.mktemp("original") / "run", subwords(), layout="uniform")[0]
 
 
 @pytest.fixture
-def run(made: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
-    shutil.copytree(made, tmp_path / "run")
+def run(original_run: Path, tmp_path: Path) -> Path:
+    """A copy that a test may change."""
+    shutil.copytree(original_run, tmp_path / "run")
     return tmp_path / "run"
 
 
-def test_every_file_but_the_card_is_sealed_as_sha256sum_reads_it(run: Path) -> None:
+def test_checksums_cover_every_file_but_the_card_in_sha256sum_format(run: Path) -> None:
     lines = (run / "model" / CHECKSUM_FILE).read_text().splitlines()
     names = {file.name for file in (run / "model").iterdir()} - {CHECKSUM_FILE, "README.md"}
     assert {line.split("  ")[1] for line in lines} == names
@@ -52,15 +53,15 @@ def test_every_file_but_the_card_is_sealed_as_sha256sum_reads_it(run: Path) -> N
     assert len({file.stat().st_mode for file in (run / "model").iterdir() if file.name != "README.md"}) == 1
 
 
-def flip(file: Path, place: int = -1) -> None:
-    """One bit of one weight: nothing but a digest can tell."""
+def flip(file: Path) -> None:
+    """Flip one bit of one weight, which only a digest can find."""
     content = bytearray(file.read_bytes())
-    content[place] ^= 1
+    content[-1] ^= 1
     file.write_bytes(content)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "generation_config.json"])
-def test_an_altered_file_is_refused(run: Path, name: str) -> None:
+def test_export_refuses_an_altered_file(run: Path, name: str) -> None:
     flip(run / "model" / name)
     with pytest.raises(ModelError, match=rf"{name} is not what was written .* copy the folder again") as refused:
         export_run(run, "uniform")
@@ -69,18 +70,18 @@ def test_an_altered_file_is_refused(run: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "generation_config.json", "plan.json"])
-def test_a_missing_file_is_refused(run: Path, name: str) -> None:
+def test_source_refuses_a_missing_file(run: Path, name: str) -> None:
     (run / "model" / name).unlink()
     with pytest.raises(ModelError, match=f"{name} is missing"):
         ExportSource.open(run)
 
 
-def test_a_missing_or_altered_shard_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_refuses_a_missing_or_altered_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     plan, sites = random_plan(model), find_sites(model)
     cut(model, plan)
-    saved = type(model).save_pretrained
-    monkeypatch.setattr(type(model), "save_pretrained", lambda *a, **k: saved(*a, **k, max_shard_size="30KB"))
+    save_pretrained = type(model).save_pretrained
+    monkeypatch.setattr(type(model), "save_pretrained", lambda *a, **k: save_pretrained(*a, **k, max_shard_size="30KB"))
     for name in ("missing", "altered"):
         write_checkpoint(model, subwords(), plan, sites, tmp_path / name, layout="per-layer", card="")
     shards = sorted(file.name for file in (tmp_path / "missing").glob("*.safetensors"))
@@ -93,7 +94,7 @@ def test_a_missing_or_altered_shard_is_refused(tmp_path: Path, monkeypatch: pyte
         ExportSource.open(tmp_path / "altered", trust_remote_code=True)
 
 
-def test_a_plan_of_another_model_is_refused(run: Path) -> None:
+def test_export_refuses_a_plan_of_another_model(run: Path) -> None:
     file = run / "model" / "plan.json"
     values = json.loads(file.read_text())
     values["sites"]["model.layers.0.mlp"]["kept"] = [0, 1]
@@ -104,29 +105,29 @@ def test_a_plan_of_another_model_is_refused(run: Path) -> None:
         cut(tiny("llama"), random_plan(tiny("llama", intermediate_size=64)))
 
 
-def test_the_card_is_free_and_older_folders_open(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_source_opens_with_an_edited_card_or_without_checksums(run: Path, caplog: pytest.LogCaptureFixture) -> None:
     (run / "model" / "README.md").write_text("mine\n")
     ExportSource.open(run)
     (run / "model" / CHECKSUM_FILE).unlink()
     with caplog.at_level("INFO"):
         ExportSource.open(run)
-    assert "taken as they are" in caplog.text
+    assert "its files are not verified" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["no digests\n", "\xff\xfe"])
-def test_odd_digests_are_refused(run: Path, content: str) -> None:
+def test_source_refuses_unreadable_checksums(run: Path, content: str) -> None:
     (run / "model" / CHECKSUM_FILE).write_bytes(content.encode("latin-1"))
     with pytest.raises(ModelError, match=f"{CHECKSUM_FILE} cannot be read"):
         ExportSource.open(run)
 
 
-def test_what_is_exported_is_sealed_anew(run: Path) -> None:
-    done = export_run(run, "uniform", options=ExportOptions(dtype="bf16"))
-    assert verify_checksums(done.path)
-    assert (done.path / CHECKSUM_FILE).read_text() != (run / "model" / CHECKSUM_FILE).read_text()
+def test_export_has_checksums_of_its_own(run: Path) -> None:
+    result = export_run(run, "uniform", options=ExportOptions(dtype="bf16"))
+    assert verify_checksums(result.path)
+    assert (result.path / CHECKSUM_FILE).read_text() != (run / "model" / CHECKSUM_FILE).read_text()
 
 
-# -- what cannot be written -------------------------------------------------------------------------------------------
+# -- failed writes --------------------------------------------------------------------------------------------------
 
 FULL = (OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: No space left on device"))
 FORBIDDEN = (PermissionError(errno.EACCES, "Permission denied"), OSError(errno.EROFS, "Read-only file system"))
@@ -142,7 +143,7 @@ def failing(error: Exception) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("error", "match"), [*((e, "disk is full") for e in FULL), *((e, "no permission") for e in FORBIDDEN)]
 )
-def test_an_export_that_cannot_be_written_leaves_nothing(
+def test_export_leaves_nothing_after_a_write_error(
     run: Path, error: Exception, match: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(run.rglob("*"))
@@ -152,13 +153,13 @@ def test_an_export_that_cannot_be_written_leaves_nothing(
     assert sorted(run.rglob("*")) == before
     monkeypatch.setattr(sys, "argv", ["prunetune", "export", str(run), "--to", "uniform", "--out", str(run / "there")])
     assert app._run_app() == 2
-    said = capsys.readouterr().err.strip()
-    assert match in said
-    assert "\n" not in said
+    message = capsys.readouterr().err.strip()
+    assert match in message
+    assert "\n" not in message
 
 
 @pytest.mark.parametrize("error", [*FULL, *FORBIDDEN])
-def test_a_model_that_cannot_be_written_leaves_nothing(
+def test_write_checkpoint_leaves_nothing_after_a_write_error(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny("llama")
@@ -168,10 +169,10 @@ def test_a_model_that_cannot_be_written_leaves_nothing(
     with pytest.raises(type(error)):
         write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout="per-layer", card="")
     assert not list(tmp_path.iterdir())
-    assert app._explain_resource_error(error) is not None
+    assert explain_failure(error) is not None
 
 
-def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
+def test_atomic_folder_is_complete_or_absent(tmp_path: Path) -> None:
     def interrupted(folder: Path) -> None:
         with atomic_folder(folder) as partial:
             (partial / "half").write_text("")
@@ -183,7 +184,7 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
     (tmp_path / "folder" / "sub").mkdir(parents=True)
     (tmp_path / "folder" / "sub" / "file").write_text("a")
     write_checksums(tmp_path / "folder")
-    assert checksums._sums(tmp_path / "folder" / CHECKSUM_FILE).keys() == {"sub/file"}
+    assert checksums._read_digests(tmp_path / "folder" / CHECKSUM_FILE).keys() == {"sub/file"}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_a_folder_is_whole_or_absent(tmp_path: Path) -> None:
         ("per-layer", "uniform", "its layers are equal"),
     ],
 )
-def test_a_format_that_the_layout_cannot_have_is_refused(to: str, layout: str, match: str, tmp_path: Path) -> None:
+def test_export_refuses_a_format_that_does_not_fit_the_layout(to: str, layout: str, match: str, tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout=layout)
     with pytest.raises(ModelError, match=match):
         export_run(run, to)

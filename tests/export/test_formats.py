@@ -1,10 +1,9 @@
-"""Laws of exporting: nothing is overwritten, nothing unchecked gets its name, what cannot be is refused in one line."""
+"""`export_run`: it overwrites nothing, keeps nothing that fails its check, and refuses in one line."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -26,56 +25,58 @@ from support.models import random_plan, relative, tiny
 IDS = torch.arange(32)[None]
 
 
-def opened(folder: Path, **how: Any) -> torch.Tensor:
-    return compute_logits(AutoModelForCausalLM.from_pretrained(folder, **how).eval(), IDS)
+def logits_of(folder: Path) -> torch.Tensor:
+    return compute_logits(AutoModelForCausalLM.from_pretrained(folder).eval(), IDS)
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
-def test_the_same_layout_is_written_again(layout: str, tmp_path: Path) -> None:
+def test_export_rewrites_the_same_layout_in_another_dtype(layout: str, tmp_path: Path) -> None:
     run, model = run_folder(tmp_path / "run", subwords(), layout=layout)
-    half = export_run(run / "model", layout, options=ExportOptions(dtype="bf16"), trust_remote_code=True)
-    assert half.path == run / f"model-{layout}-bf16"
-    assert {tensor.dtype for tensor in load_file(half.path / "model.safetensors").values()} == {torch.bfloat16}
-    assert json.loads((half.path / "config.json").read_text())["dtype"] == "bfloat16"
-    assert half.params == sum(weight.numel() for weight in model.parameters())
+    result = export_run(run / "model", layout, options=ExportOptions(dtype="bf16"), trust_remote_code=True)
+    assert result.path == run / f"model-{layout}-bf16"
+    assert {tensor.dtype for tensor in load_file(result.path / "model.safetensors").values()} == {torch.bfloat16}
+    assert json.loads((result.path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert result.params == sum(weight.numel() for weight in model.parameters())
 
 
 @pytest.fixture
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the fresh process, where the test itself opens what was written."""
+    """Skip the check in a fresh process, as the test itself opens what was written."""
     monkeypatch.setattr(convert, "check_checkpoint", lambda written, tokens, expected: SelfCheck(0.0, tokens.numel()))
 
 
 @pytest.mark.usefixtures("_quick")
-def test_without_a_dtype_weights_stay_as_they_are(tmp_path: Path) -> None:
+def test_export_without_dtype_keeps_the_weights(tmp_path: Path) -> None:
     run, model = run_folder(tmp_path / "run", subwords(), layout="uniform")
-    done = export_run(run, "uniform")
-    assert done.path == run / "exports" / "uniform"
-    assert torch.equal(opened(done.path), compute_logits(model, IDS))
-    assert verify_checksums(done.path)
+    result = export_run(run, "uniform")
+    assert result.path == run / "exports" / "uniform"
+    assert torch.equal(logits_of(result.path), compute_logits(model, IDS))
+    assert verify_checksums(result.path)
 
 
 @pytest.mark.usefixtures("_quick")
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "gpt2"])
-def test_padded_layers_say_the_same(family: str, tmp_path: Path) -> None:
+def test_padded_model_has_the_same_logits(family: str, tmp_path: Path) -> None:
     run, model = run_folder(tmp_path / "run", subwords(), family)
     with pytest.raises(ModelError, match=r"--layout uniform, or export gguf or onnx, or .* times the size with --pad"):
         export_run(run, "uniform")
-    done = export_run(run, "uniform", options=ExportOptions(pad=True))
-    assert relative(opened(done.path), compute_logits(model, IDS)) <= 1e-5
-    assert "times the parameters" in done.notes[0]
+    result = export_run(run, "uniform", options=ExportOptions(pad=True))
+    assert relative(logits_of(result.path), compute_logits(model, IDS)) <= 1e-5
+    assert "times the parameters" in result.notes[0]
 
 
 @pytest.mark.usefixtures("_quick")
-def test_a_skipped_attention_is_padded_too(tmp_path: Path) -> None:
+def test_padding_fills_a_skipped_attention(tmp_path: Path) -> None:
     plan = random_plan(tiny("qwen3", **WIDE))
     plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
     run, model = run_folder(tmp_path / "run", subwords(), "qwen3", plan=plan)
-    done = export_run(run, "uniform", options=ExportOptions(pad=True))
-    assert relative(opened(done.path), compute_logits(model, IDS)) <= 1e-5
+    result = export_run(run, "uniform", options=ExportOptions(pad=True))
+    assert relative(logits_of(result.path), compute_logits(model, IDS)) <= 1e-5
 
 
-def test_nothing_is_overwritten_and_nothing_unchecked_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_export_overwrites_nothing_and_removes_what_fails_its_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     (tmp_path / "deep").mkdir()
     with pytest.raises(ConfigError, match="exists already"):
@@ -86,7 +87,7 @@ def test_nothing_is_overwritten_and_nothing_unchecked_is_left(tmp_path: Path, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "run"]
 
 
-def test_what_means_nothing_is_refused(tmp_path: Path) -> None:
+def test_export_refuses_unknown_formats_dtypes_and_folders(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     with pytest.raises(ConfigError, match="'tar' is not known; known are uniform, per-layer"):
         export_run(run, "tar")
@@ -98,7 +99,7 @@ def test_what_means_nothing_is_refused(tmp_path: Path) -> None:
         export_run(tmp_path, "uniform")
 
 
-def test_own_code_of_a_bare_folder_is_asked_for(tmp_path: Path) -> None:
+def test_per_layer_folder_outside_a_run_needs_trust_remote_code(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords())
     with pytest.raises(ModelError, match="read it, then say --trust-remote-code"):
         ExportSource.open(run / "model")
@@ -129,7 +130,7 @@ def change_plan(run: Path) -> None:
     file.write_text(json.dumps(values))
 
 
-BROKEN = {
+DAMAGES = {
     "torn": (lambda run: cut_short(run / "model" / "model.safetensors"), ModelError, "not whole"),
     "no weights": (lambda run: (run / "model" / "model.safetensors").unlink(), ModelError, "no weights"),
     "a shard is missing": (
@@ -152,13 +153,13 @@ def cut_short(file: Path) -> None:
     file.write_bytes(file.read_bytes()[:100])
 
 
-@pytest.mark.parametrize("how", BROKEN)
+@pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
-def test_a_broken_folder_is_refused_in_one_line(how: str, layout: str, tmp_path: Path) -> None:
+def test_export_refuses_a_damaged_folder_in_one_line(damage: str, layout: str, tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout=layout)
-    damage, kind, match = BROKEN[how]
-    damage(run)
-    with pytest.raises(kind, match=match) as refusal:
+    change, error, match = DAMAGES[damage]
+    change(run)
+    with pytest.raises(error, match=match) as refusal:
         export_run(run, layout)
     assert "\n" not in str(refusal.value)
     assert not (run / "exports").exists()

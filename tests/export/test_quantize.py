@@ -1,4 +1,4 @@
-"""Laws of quantised exports: stock transformers opens them, the error is said, what no width allows is said before."""
+"""Quantised exports: stock transformers opens them, their error is reported, unfit widths are named before loading."""
 
 from __future__ import annotations
 
@@ -22,57 +22,63 @@ from support.models import tiny
 SIZES = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "layers": 2}
 
 
-def needs(kind: str) -> None:
+def skip_without_package(kind: str) -> None:
     package = SCHEMES[kind].package
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"{package} is not installed: pip install 'prunetune[quant]'")
 
 
-def run_of(path: Path, channels: int, layout: str = "uniform") -> Path:
+def run_with(path: Path, channels: int, layout: str = "uniform") -> Path:
     plan = plan_of(tiny("llama", **SIZES), 2, channels)
     return run_folder(path, subwords(), layout=layout, plan=plan, **SIZES)[0]
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
 @pytest.mark.parametrize("kind", SCHEMES)
-def test_it_opens_in_stock_transformers_and_says_its_error(kind: str, layout: str, tmp_path: Path) -> None:
-    needs(kind)
-    done = export_run(run_of(tmp_path / "run", 128, layout), options=ExportOptions(quantize=kind))
-    assert done.path == tmp_path / "run" / "exports" / f"{layout}-{kind}"
-    assert "% root mean square error of logits" in done.checks[0].detail
+def test_quantized_folder_opens_in_stock_transformers_and_reports_its_error(
+    kind: str, layout: str, tmp_path: Path
+) -> None:
+    skip_without_package(kind)
+    result = export_run(run_with(tmp_path / "run", 128, layout), options=ExportOptions(quantize=kind))
+    assert result.path == tmp_path / "run" / "exports" / f"{layout}-{kind}"
+    assert "% root mean square error of logits" in result.checks[0].detail
     dense = (tmp_path / "run" / "model" / "model.safetensors").stat().st_size
-    assert done.bytes < dense * (0.7 if kind == "int8" else 0.6)  # embeddings and head are a third of it
-    assert not list(done.path.glob("*.bin"))
-    config = json.loads((done.path / "config.json").read_text())
+    assert result.bytes < dense * (0.7 if kind == "int8" else 0.6)  # embeddings and head are a third of it
+    assert not list(result.path.glob("*.bin"))
+    config = json.loads((result.path / "config.json").read_text())
     assert ("per_layer_config" in config) == (layout == "per-layer")
     assert config["quantization_config"]
 
 
-def test_widths_that_do_not_fit_stay_and_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run = run_of(tmp_path / "run", 96)
-    fitting = find_quantizable(ExportSource.open(run), SCHEMES["int4"])
-    assert set(fitting.skipped) == {f"model.layers.{layer}.mlp.down_proj" for layer in range(2)}
+def test_linears_of_unfit_width_stay_unquantised_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_with(tmp_path / "run", 96)
+    linears = find_quantizable(ExportSource.open(run), SCHEMES["int4"])
+    assert set(linears.skipped) == {f"model.layers.{layer}.mlp.down_proj" for layer in range(2)}
     assert (
         "2 of 14 linears stay unquantised: their rows are no multiple of 64 (model.layers.0"
-        in fitting.explain_skipped(SCHEMES["int4"])
+        in linears.explain_skipped(SCHEMES["int4"])
     )
     assert not find_quantizable(ExportSource.open(run), SCHEMES["int8"]).skipped
-    needs("int4")
-    done = export_run(run, options=ExportOptions(quantize="int4"))
-    assert "stay unquantised" in done.notes[1]
+    skip_without_package("int4")
+    result = export_run(run, options=ExportOptions(quantize="int4"))
+    assert "stay unquantised" in result.notes[1]
     assert "stay unquantised" in caplog.text
-    with safe_open(done.path / "model.safetensors", "pt") as stored:
+    with safe_open(result.path / "model.safetensors", "pt") as stored:
         assert stored.get_slice("model.layers.0.mlp.down_proj.weight").get_shape() == [128, 96]
 
 
-def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quantize_refuses_unfit_models_and_missing_packages_before_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     sizes = SIZES | {"hidden_size": 48, "head_dim": 8}
-    odd, _ = run_folder(
-        tmp_path / "odd", subwords(), layout="uniform", plan=plan_of(tiny("llama", **sizes), 2, 96), **sizes
+    unfit, _ = run_folder(
+        tmp_path / "unfit", subwords(), layout="uniform", plan=plan_of(tiny("llama", **sizes), 2, 96), **sizes
     )
-    with pytest.raises(ModelError, match=r"no linear can be held in int4: 14 of 14 linears .* multiple of 64"):
-        export_run(odd, options=ExportOptions(quantize="int4"))
-    run = run_of(tmp_path / "run", 128)
+    with pytest.raises(ModelError, match=r"no linear can be quantised to int4: 14 of 14 linears .* multiple of 64"):
+        export_run(unfit, options=ExportOptions(quantize="int4"))
+    run = run_with(tmp_path / "run", 128)
     monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     for kind in SCHEMES:
         with pytest.raises(MissingPackage, match=r"pip install 'prunetune\[quant\]'"):
@@ -91,19 +97,21 @@ def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path, monke
         ("", {"quantize": "int4", "pad": True}, "leave out --to, --dtype and --pad"),
     ],
 )
-def test_options_that_do_not_go_together_are_refused(to: str, options: dict, match: str, tmp_path: Path) -> None:
-    run = run_of(tmp_path / "run", 128)
+def test_export_refuses_options_that_exclude_quantize(to: str, options: dict, match: str, tmp_path: Path) -> None:
+    run = run_with(tmp_path / "run", 128)
     with pytest.raises(ConfigError, match=match):
         export_run(run, to, options=ExportOptions(**options))
     assert not (run / "exports").exists()
 
 
 @pytest.mark.parametrize("kind", SCHEMES)
-def test_a_model_that_quantises_badly_is_not_kept(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    needs(kind)
-    run = run_of(tmp_path / "run", 128)
-    said = quantize.compute_logits
-    monkeypatch.setattr(quantize, "compute_logits", lambda model, ids: -said(model, ids))
+def test_quantize_removes_a_model_with_a_large_error(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skip_without_package(kind)
+    run = run_with(tmp_path / "run", 128)
+    compute_logits = quantize.compute_logits
+    monkeypatch.setattr(quantize, "compute_logits", lambda model, ids: -compute_logits(model, ids))
     with pytest.raises(SelfCheckFailed, match=r"root mean square error .* against the unquantised model"):
         export_run(run, options=ExportOptions(quantize=kind))
     assert not list((run / "exports").iterdir())

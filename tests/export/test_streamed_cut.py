@@ -1,4 +1,4 @@
-"""Laws of the cut layer by layer: to the bit what the cut of the whole model writes, and no two layers in memory."""
+"""The streamed cut: the files of the whole cut to the bit, with one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -21,20 +21,24 @@ from support.evaluation import characters
 from support.models import FAMILIES, random_plan, relative, tiny, tokens
 from support.streamed import tensors_of
 
-USUAL = ("kv-groups", "mlp-channels")
+DEFAULT_UNITS = ("kv-groups", "mlp-channels")
 
 
 def double(name: str, weight: Tensor) -> Tensor:
-    """Stands for an adapter: of one kind of linear only."""
+    """A stand-in for an adapter, on one kind of linear."""
     return weight * 1.7 if name.endswith(("up_proj.weight", "fc.weight")) else weight
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("family", "units", "tied"),
-    [*((family, USUAL, False) for family in FAMILIES), ("gpt2", USUAL, True), ("llama", ("layers", *USUAL), True)],
+    [
+        *((family, DEFAULT_UNITS, False) for family in FAMILIES),
+        ("gpt2", DEFAULT_UNITS, True),
+        ("llama", ("layers", *DEFAULT_UNITS), True),
+    ],
 )
-def test_a_layer_at_a_time_is_the_whole(
+def test_cut_streamed_writes_the_files_of_the_whole_cut(
     family: str, units: tuple[str, ...], tied: bool, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     dense = tiny(family, tie_word_embeddings=tied).to(dtype)
@@ -47,7 +51,9 @@ def test_a_layer_at_a_time_is_the_whole(
     with masked(whole, plan, sites=sites):
         expected = compute_logits(whole, tokens())
     small = cut(whole, plan, sites=sites).to(dtype)
-    wanted = write_checkpoint(small, characters(), plan, sites, tmp_path / "whole", layout="per-layer", card="")
+    expected_checkpoint = write_checkpoint(
+        small, characters(), plan, sites, tmp_path / "whole", layout="per-layer", card=""
+    )
 
     streamed = StreamedModel(
         load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense")), double
@@ -60,32 +66,32 @@ def test_a_layer_at_a_time_is_the_whole(
     written = write_checkpoint(
         streamed.model, characters(), plan, sites, tmp_path / "streamed", layout="per-layer", card="", shards=shards
     )
-    assert written.params == wanted.params
-    one, other = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "streamed")
-    assert one.keys() == other.keys()
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert written.params == expected_checkpoint.params
+    expected_tensors, tensors = tensors_of(tmp_path / "whole"), tensors_of(tmp_path / "streamed")
+    assert expected_tensors.keys() == tensors.keys()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in expected_tensors.items())
     for name in ("config.json", "modeling_pruned.py", "plan.json"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes()
 
 
-def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
+def test_cut_streamed_has_one_layer_in_memory_at_a_time(tmp_path: Path) -> None:
     dense = tiny()
     dense.save_pretrained(tmp_path / "dense")
     streamed = StreamedModel(
         load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense")), double
     )
-    layers, most = streamed.model.model.layers, []
+    layers, loaded_layers = streamed.model.model.layers, []
     for layer in layers:
         layer.mlp.register_forward_hook(
-            lambda *_: most.append(sum(not next(layer.parameters()).is_meta for layer in layers))
+            lambda *_: loaded_layers.append(sum(not next(layer.parameters()).is_meta for layer in layers))
         )
     (tmp_path / "shards").mkdir()
     cut_streamed(streamed, random_plan(dense), find_sites(dense), tokens(), tmp_path / "shards")
-    assert most == [1, 1, 1]
+    assert loaded_layers == [1, 1, 1]
 
 
-def test_it_opens_a_layer_at_a_time(tmp_path: Path) -> None:
-    """In a fresh process, by code of its own."""
+def test_streamed_checkpoint_opens_streamed_in_a_fresh_process(tmp_path: Path) -> None:
+    """By its generated code."""
     dense = tiny(tie_word_embeddings=True)
     dense.save_pretrained(tmp_path / "dense")
     plan, sites = random_plan(dense), tuple(find_sites(dense))
@@ -98,13 +104,13 @@ def test_it_opens_a_layer_at_a_time(tmp_path: Path) -> None:
         streamed.model, characters(), plan, sites, tmp_path / "model", layout="per-layer", card="",
         shards=tmp_path / "shards",
     )  # fmt: skip
-    found = reopen_in_fresh_process(written, tokens(), streamed=True)
-    assert int(found["params"]) == written.params
-    assert relative(found["logits"], expected) < 1e-5
+    reopened = reopen_in_fresh_process(written, tokens(), streamed=True)
+    assert int(reopened["params"]) == written.params
+    assert relative(reopened["logits"], expected) < 1e-5
 
 
-def test_other_files_are_not_streamed(tmp_path: Path) -> None:
-    """Names that the class does not have, or files of another kind: the caller hears of it."""
+def test_reader_lacks_tensors_of_renamed_or_damaged_files(tmp_path: Path) -> None:
+    """Tensors under other names than the class has, or files that cannot be read."""
     tiny("mixtral").save_pretrained(tmp_path / "dense")  # stored expert by expert
     model, stored = load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense"))
     assert not stored.has_all(name for name, _ in model.named_parameters())

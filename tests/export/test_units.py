@@ -1,4 +1,4 @@
-"""Laws: what lost other units than heads and channels is written, opens again, and equals the gated model."""
+"""Checkpoints of models that lost other units than heads and channels open and equal the gated model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from support.data import subwords
 from support.models import ALL_FAMILIES, kinds_of, random_plan, relative, tiny, tokens, with_lora
 
 LAYERS = 4
-WHOLE = ("attention-blocks", "mlp-blocks")  # which a plain configuration has no word for
+BLOCKS = ("attention-blocks", "mlp-blocks")  # for which a uniform configuration has no option
 
 
 def uniform_plan(model: Any, units: tuple[str, ...], keep: float = 0.6) -> Plan:
@@ -33,12 +33,14 @@ def uniform_plan(model: Any, units: tuple[str, ...], keep: float = 0.6) -> Plan:
 
 
 def uniform_kinds(family: str) -> tuple[str, ...]:
-    """Those that its plain configuration can express; Bloom has no option for the width of an MLP."""
-    return tuple(kind for kind in kinds_of(family) if kind not in WHOLE and (family, kind) != ("bloom", "mlp-channels"))
+    """The kinds that its uniform configuration can express; Bloom has no option for the width of an MLP."""
+    return tuple(
+        kind for kind in kinds_of(family) if kind not in BLOCKS and (family, kind) != ("bloom", "mlp-channels")
+    )
 
 
-def written(model: Any, plan: Plan, layout: str, folder: Path, units: tuple[str, ...]) -> tuple[Any, torch.Tensor]:
-    """Cut with adapters, written; and what the gated model said."""
+def write(model: Any, plan: Plan, layout: str, folder: Path, units: tuple[str, ...]) -> tuple[Any, torch.Tensor]:
+    """Write the cut model with its adapters merged; returns the checkpoint and the gated model's logits."""
     sites = find_sites(model, units)
     with_lora(model)
     with masked(model, plan, sites=sites):
@@ -47,24 +49,24 @@ def written(model: Any, plan: Plan, layout: str, folder: Path, units: tuple[str,
     return write_checkpoint(model, subwords(), plan, sites, folder, layout=layout, card=""), expected
 
 
-def read_again(model: Any, plan: Plan, layout: str, folder: Path, units: tuple[str, ...]) -> Any:
-    found, expected = written(model, plan, layout, folder, units)
-    again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=found.needs_code).eval()
-    assert sum(parameter.numel() for parameter in again.parameters()) == found.params
-    assert relative(compute_logits(again, tokens()), expected) <= 1e-5
-    return again
+def check_reopened(model: Any, plan: Plan, layout: str, folder: Path, units: tuple[str, ...]) -> Any:
+    checkpoint, expected = write(model, plan, layout, folder, units)
+    reopened = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=checkpoint.needs_code).eval()
+    assert sum(parameter.numel() for parameter in reopened.parameters()) == checkpoint.params
+    assert relative(compute_logits(reopened, tokens()), expected) <= 1e-5
+    return reopened
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_all_kinds_at_once_per_layer(family: str, tmp_path: Path) -> None:
+def test_per_layer_checkpoint_of_all_unit_kinds_equals_gated_model(family: str, tmp_path: Path) -> None:
     units, model = kinds_of(family), tiny(family, layers=LAYERS)
-    read_again(model, random_plan(model, units=units, seed=1, keep=0.7), "per-layer", tmp_path / family, units)
+    check_reopened(model, random_plan(model, units=units, seed=1, keep=0.7), "per-layer", tmp_path / family, units)
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_all_kinds_at_once_uniform(family: str, tmp_path: Path) -> None:
+def test_uniform_checkpoint_of_all_unit_kinds_equals_gated_model(family: str, tmp_path: Path) -> None:
     units, model = uniform_kinds(family), tiny(family, layers=LAYERS)
-    read_again(model, uniform_plan(model, units), "uniform", tmp_path / family, units)
+    check_reopened(model, uniform_plan(model, units), "uniform", tmp_path / family, units)
 
 
 SINGLE = [(family, kind, "per-layer") for family in ALL_FAMILIES for kind in kinds_of(family)]
@@ -76,10 +78,10 @@ SINGLE += [
 
 
 @pytest.mark.parametrize(("family", "kind", "layout"), SINGLE)
-def test_each_kind_alone(family: str, kind: str, layout: str, tmp_path: Path) -> None:
+def test_checkpoint_of_one_unit_kind_equals_gated_model(family: str, kind: str, layout: str, tmp_path: Path) -> None:
     units, model = (kind,), tiny(family, layers=LAYERS)
     plan = uniform_plan(model, units, 0.85) if layout == "uniform" else random_plan(model, units=units, seed=1)
-    read_again(model, plan, layout, tmp_path / "model", units)
+    check_reopened(model, plan, layout, tmp_path / "model", units)
 
 
 @pytest.mark.parametrize(
@@ -89,44 +91,46 @@ def test_each_kind_alone(family: str, kind: str, layout: str, tmp_path: Path) ->
         ("gpt_oss", ("layers", "attention-blocks", "experts", "expert-channels"), "per-layer"),
     ],
 )
-def test_in_a_fresh_process_and_it_generates(family: str, units: tuple[str, ...], layout: str, tmp_path: Path) -> None:
+def test_checkpoint_generates_the_same_tokens_in_a_fresh_process(
+    family: str, units: tuple[str, ...], layout: str, tmp_path: Path
+) -> None:
     model = tiny(family, layers=6)
     plan = uniform_plan(model, units) if layout == "uniform" else random_plan(model, units=units, seed=4, keep=0.7)
     folder = tmp_path / "model"
-    found, expected = written(model, plan, layout, folder, units)
-    assert check_checkpoint(found, tokens(), expected).max_relative <= 1e-5
-    again = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=found.needs_code).eval()
+    checkpoint, expected = write(model, plan, layout, folder, units)
+    assert check_checkpoint(checkpoint, tokens(), expected).max_relative <= 1e-5
+    reopened = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=checkpoint.needs_code).eval()
     options: dict[str, Any] = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
-    said = [again.generate(tokens(length=10), use_cache=cache, **options) for cache in (True, False)]
-    assert torch.equal(*said)
-    assert torch.equal(said[0], model.generate(tokens(length=10), **options))
+    generated = [reopened.generate(tokens(length=10), use_cache=cache, **options) for cache in (True, False)]
+    assert torch.equal(*generated)
+    assert torch.equal(generated[0], model.generate(tokens(length=10), **options))
 
 
-def test_two_folders_of_one_name_have_their_own_code(tmp_path: Path) -> None:
+def test_two_folders_of_one_name_keep_their_own_code(tmp_path: Path) -> None:
     """transformers keeps generated classes by the folder's name and the configuration's class."""
     for units in (("mlp-channels",), ("kv-groups",)):
         model = tiny("llama")
-        read_again(model, random_plan(model, units=units), "per-layer", tmp_path / units[0] / "model", units)
+        check_reopened(model, random_plan(model, units=units), "per-layer", tmp_path / units[0] / "model", units)
 
 
-def test_layers_alone_need_no_code_in_either_layout(tmp_path: Path) -> None:
+def test_checkpoint_without_whole_layers_needs_no_code(tmp_path: Path) -> None:
     model = tiny("llama", layers=4)
     plan = random_plan(model, units=["layers"], seed=1)
-    found, _ = written(model, plan, "per-layer", tmp_path / "model", ("layers",))
-    assert (found.layout, found.needs_code, found.architecture) == ("uniform", False, "LlamaForCausalLM")
+    checkpoint, _ = write(model, plan, "per-layer", tmp_path / "model", ("layers",))
+    assert (checkpoint.layout, checkpoint.needs_code, checkpoint.architecture) == ("uniform", False, "LlamaForCausalLM")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["num_hidden_layers"] == model.config.num_hidden_layers < 4
     assert not list((tmp_path / "model").glob("*.py"))
 
 
-def test_uniform_has_no_word_for_missing_blocks() -> None:
+def test_uniform_layout_refuses_removed_blocks() -> None:
     model = tiny("llama")
     with pytest.raises(PlanError, match="no word for layers without attention-blocks or mlp-blocks: use layout per"):
         uniform_plan(model, ("attention-blocks", "mlp-blocks"))
 
 
-def test_per_layer_code_is_for_layers_of_one_make(tmp_path: Path) -> None:
+def test_per_layer_layout_refuses_mlps_beside_mixtures(tmp_path: Path) -> None:
     units = ("mlp-channels", "experts")
     model = tiny("qwen3_moe", layers=4, mlp_only_layers=[1])
     with pytest.raises(ModelError, match="layers of the same make"):
-        written(model, random_plan(model, units=units), "per-layer", tmp_path / "model", units)
+        write(model, random_plan(model, units=units), "per-layer", tmp_path / "model", units)

@@ -1,4 +1,4 @@
-"""Laws of layers that are computed again: the same losses and gradients as kept ones give, of weights and of gates."""
+"""Activation checkpointing: losses and gradients of weights and gates equal those without it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from prunetune.model.activation_checkpointing import use_checkpointing, uses_che
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites
 from prunetune.train.adapters import trainable_parameters
-from prunetune.train.losses import Teacher
 from prunetune.train.passes import PackedPasses, PaddedPasses, build_passes
+from prunetune.train.teacher import Teacher
 from support.models import random_plan, tiny, tokens, with_lora
 
-USUAL = ("kv-groups", "mlp-channels")
+DEFAULT = ("kv-groups", "mlp-channels")
 CASES: list[tuple[str, Collection[str]]] = [
-    ("llama", USUAL), ("gemma3_text", USUAL), ("phi3", USUAL), ("gpt2", USUAL), ("bloom", USUAL),
+    ("llama", DEFAULT), ("gemma3_text", DEFAULT), ("phi3", DEFAULT), ("gpt2", DEFAULT), ("bloom", DEFAULT),
     ("llama", ("layers", "attention-blocks", "query-heads", "mlp-channels")), ("mixtral", ("kv-groups", "experts")),
     ("qwen3_moe", ("experts", "expert-channels")),
 ]  # fmt: skip
@@ -45,17 +45,17 @@ def config_of(checkpointing: str, **changes: Any) -> RunConfig:
     return from_mapping({"train": {"checkpointing": checkpointing}, "lora": changes})
 
 
-def heard(passes: Any, model: Any, gates: dict[str, Tensor]) -> dict[str, Tensor]:
-    """All that both players hear of one batch."""
+def losses_and_gradients(passes: Any, model: Any, gates: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Losses and gradients of one batch, by every kind of pass."""
     found: dict[str, Tensor] = {}
-    for name, (losses, slopes) in {
+    for name, (losses, gradients) in {
         "tune": (passes.tune(examples(), gates), {}),
         "as it is": (passes.tune(examples(), None), {}),
-        "slopes": passes.slopes(examples(), gates),
-        "both": passes.both(examples(), gates),
+        "gate gradients": passes.gate_gradients(examples(), gates),
+        "both": passes.tune_with_gate_gradients(examples(), gates),
     }.items():
         found |= {f"{name} {key}": torch.tensor(value) for key, value in losses.items()}
-        found |= {f"{name} {site}": slope for site, slope in slopes.items()}
+        found |= {f"{name} {site}": gradient for site, gradient in gradients.items()}
     for name, weight in trainable_parameters(model).items():
         assert weight.grad is not None
         found[name], weight.grad = weight.grad, None
@@ -72,19 +72,24 @@ def heard(passes: Any, model: Any, gates: dict[str, Tensor]) -> dict[str, Tensor
         if (case[0], kind) != ("bloom", PackedPasses)
     ],
 )
-def test_the_same_is_heard(family: str, units: Collection[str], kind: Any, taught: bool) -> None:
+def test_checkpointing_changes_no_loss_and_no_gradient(
+    family: str, units: Collection[str], kind: Any, taught: bool
+) -> None:
     model = tiny(family).requires_grad_(False)
     sites = find_sites(model, units)
     gates = gates_from_plan(random_plan(model, seed=2, units=units), sites)
     with_lora(model)
-    teacher = Teacher(tiny(family, seed=4).requires_grad_(False), 1.0, 0.5) if taught else None
-    kept, again = (heard(kind(model, sites, 0, config_of(wanted), teacher), model, gates) for wanted in ("off", "on"))
+    teacher = Teacher(tiny(family, seed=4).requires_grad_(False)) if taught else None
+    kept, again = (
+        losses_and_gradients(kind(model, sites, 0, config_of(wanted), teacher), model, gates)
+        for wanted in ("off", "on")
+    )
     assert kept.keys() == again.keys()
     for name, value in kept.items():
         torch.testing.assert_close(again[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, at=name: f"{at}: {text}")
 
 
-def test_dropout_draws_the_same_again() -> None:
+def test_checkpointing_redraws_the_same_dropout() -> None:
     found = []
     for wanted in ("off", "on"):
         model = tiny().requires_grad_(False)
@@ -101,7 +106,7 @@ def test_dropout_draws_the_same_again() -> None:
         torch.testing.assert_close(one, other)
 
 
-def test_less_is_kept_and_nothing_is_left_behind() -> None:
+def test_checkpointing_keeps_less_and_restores_the_model() -> None:
     model = with_lora(tiny(layers=6).requires_grad_(False))
 
     def kept(_: Tensor) -> int:
@@ -129,7 +134,7 @@ def test_less_is_kept_and_nothing_is_left_behind() -> None:
     ("checkpointing", "quantize", "expected"),
     [("auto", "off", False), ("auto", "nf4", True), ("on", "off", True), ("off", "nf4", False)],
 )
-def test_when_it_is_done(checkpointing: str, quantize: str, expected: bool) -> None:
+def test_uses_checkpointing_by_recipe(checkpointing: str, quantize: str, expected: bool) -> None:
     config = config_of(checkpointing, quantize=quantize)
     assert uses_checkpointing(config) is expected
     assert build_passes(tiny(), find_sites(tiny()), 0, config).recompute is expected

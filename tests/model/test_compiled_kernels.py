@@ -1,4 +1,4 @@
-"""Laws of fused models: the same numbers, and nothing left behind."""
+"""Compiled kernels: models compute the same numbers, and are restored after the block."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(
         compiled_kernels, "_compiled", lambda function: torch.compile(function, dynamic=True, backend=backend)
     )
-    compiled_kernels._faster.cache_clear()
+    compiled_kernels._compiled_forward.cache_clear()
     torch.compiler.reset()
     yield names
-    compiled_kernels._faster.cache_clear()
+    compiled_kernels._compiled_forward.cache_clear()
     torch.compiler.reset()
 
 
@@ -58,7 +58,7 @@ def with_float_norms(model: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", SOME)
-def test_a_fused_model_gives_the_same_numbers(family: str, compiled: list[str]) -> None:
+def test_compiled_kernels_give_the_same_logits(family: str, compiled: list[str]) -> None:
     model = tiny(family)
     before = logits(model, 9)
     with use_compiled_kernels(model):
@@ -66,7 +66,7 @@ def test_a_fused_model_gives_the_same_numbers(family: str, compiled: list[str]) 
     assert torch.equal(logits(model, 9), before)
 
 
-def test_no_length_and_no_width_is_compiled_anew(compiled: list[str]) -> None:
+def test_other_lengths_and_widths_are_not_recompiled(compiled: list[str]) -> None:
     model = tiny("llama", groups=4, ratio=2)
     sites = tuple(find_sites(model))
     with use_compiled_kernels(model):
@@ -79,7 +79,7 @@ def test_no_length_and_no_width_is_compiled_anew(compiled: list[str]) -> None:
     assert len(compiled) <= first + 2  # one KV group, and sizes that happened to be equal, are each one more
 
 
-def test_nothing_is_left_behind(compiled: list[str]) -> None:
+def test_compiled_kernels_restore_the_model(compiled: list[str]) -> None:
     model, other = tiny("llama"), tiny("llama")
     plain = [type(module).forward for module in model.modules()]
     with use_compiled_kernels(model):
@@ -92,7 +92,7 @@ def test_nothing_is_left_behind(compiled: list[str]) -> None:
 @pytest.mark.filterwarnings("ignore:.*is not a leaf:UserWarning")
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3", "phi3", "gpt_neox"])
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
-def test_no_form_is_given_up(family: str, compiled: list[str]) -> None:
+def test_no_variant_exceeds_the_recompile_limit(family: str, compiled: list[str]) -> None:
     # A teacher, a search and the tuning of all weights, of models with one KV group left and with several, whose norms
     # are held in the dtype of the model and in float32.
     whole, cut = (tiny(family, groups=groups, ratio=2).bfloat16() for groups in (2, 1))
@@ -110,7 +110,7 @@ def test_no_form_is_given_up(family: str, compiled: list[str]) -> None:
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("form", ["gated", "free"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_gates_and_adapters_of_a_fused_model_hear_the_same(
+def test_compiled_kernels_give_gates_and_adapters_the_same_gradients(
     family: str, form: Any, again: bool, compiled: list[str]
 ) -> None:
     model = tiny(family).requires_grad_(False)
@@ -190,7 +190,7 @@ class Chosen(Usual):
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [Usual, Clamped, Swapped, Summed, Longer, Chosen])
-def test_only_the_usual_mlp_is_changed(kind: type[Usual], compiled: list[str]) -> None:
+def test_only_gated_mlps_are_compiled(kind: type[Usual], compiled: list[str]) -> None:
     module = kind()
     x = torch.randn(3, 4)
     before = module(x)

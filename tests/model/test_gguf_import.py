@@ -1,4 +1,4 @@
-"""Laws of the dequantised copy of a .gguf file: whole, made once, and no matter how many processes ask at a time."""
+"""The dequantised copy of a .gguf file: complete, made once, also by two processes at a time."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "model.gguf"
 
 
-def test_made_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_file_is_dequantised_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = gguf_import.dequantize_gguf(file)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
@@ -40,14 +40,14 @@ def test_made_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"GGUF", b"no GGUF at all, but long enough for a header"])
-def test_a_torn_file_is_refused_in_a_line(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_gguf_file_is_refused(content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "torn.gguf").write_bytes(content)
     with pytest.raises(ModelError, match="cannot be read as GGUF"):
         gguf_import.dequantize_gguf(tmp_path / "torn.gguf")
 
 
-def test_a_tokenizer_that_reads_words_letter_by_letter_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokenizer_that_splits_words_into_letters_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers 5.17 on Gemma's."""
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: subwords())
     assert gguf_import.dequantize_gguf(file).is_dir()
@@ -63,7 +63,7 @@ def test_a_tokenizer_that_reads_words_letter_by_letter_is_refused(file: Path, mo
         gguf_import.dequantize_gguf(file)
 
 
-def test_two_processes_at_once(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_dequantise_the_same_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Slow:
         """A tokenizer while whose writing another process begins and ends."""
 

@@ -1,4 +1,4 @@
-"""Laws of the head: read apart from the model, and in portions, it gives the same logits, losses and gradients."""
+"""The output head: apart from the model, and in chunks, it gives the same logits, losses and gradients."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ def assert_apart(model: Any) -> None:
         with capture_head_inputs(model) as seen:
             assert model(input_ids=ids).logits.numel() == 0
         torch.testing.assert_close(logits_function(model)(seen[0]).view(whole.shape), whole)
-        torch.testing.assert_close(model(input_ids=ids).logits, whole)  # and nothing stays on the model
+        torch.testing.assert_close(model(input_ids=ids).logits, whole)  # the hook is removed
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_head_apart_gives_the_models_logits(family: str) -> None:
+def test_captured_head_inputs_give_the_models_logits(family: str) -> None:
     assert_apart(tiny(family))
 
 
 @pytest.mark.parametrize("config", SCALED, ids=lambda config: config.model_type)
-def test_scaled_and_capped_logits_too(config: Any) -> None:
+def test_captured_head_inputs_give_scaled_and_capped_logits(config: Any) -> None:
     torch.manual_seed(0)
     assert_apart(AutoModelForCausalLM.from_config(config).eval())
 
 
-@pytest.mark.parametrize("portion", [1, 3, 7, 1000])
-def test_portions_change_neither_loss_nor_gradient(portion: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lm_head, "LOGITS_PER_CHUNK", portion * 97)
+@pytest.mark.parametrize("chunk", [1, 3, 7, 1000])
+def test_chunks_change_neither_loss_nor_gradient(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_head, "LOGITS_PER_CHUNK", chunk * 97)
     rng = torch.Generator().manual_seed(0)
     weight, targets = torch.randn(97, 16, generator=rng), torch.randint(97, (7,), generator=rng)
     hidden = torch.randn(7, 16, generator=rng, requires_grad=True)
@@ -71,14 +71,14 @@ def test_portions_change_neither_loss_nor_gradient(portion: int, monkeypatch: py
     torch.testing.assert_close(gradient, expected)
 
 
-def test_no_place_is_no_loss() -> None:
+def test_chunked_loss_of_no_position_is_zero() -> None:
     hidden = torch.zeros(0, 4, requires_grad=True)
     total = chunked_loss(hidden, 97, lambda rows, _: rows.sum())
     total.backward()
     assert float(total.detach()) == 0
 
 
-def test_without_gradients_nothing_is_kept() -> None:
+def test_chunked_loss_without_gradients_has_none() -> None:
     with torch.no_grad():
         total = chunked_loss(torch.ones(5, 4, requires_grad=True), 97, lambda rows, _: rows.sum())
     assert float(total) == 20

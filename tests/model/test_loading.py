@@ -1,4 +1,4 @@
-"""What a model's name stands for: a folder, a name of the hub's, or a path with a slip in it."""
+"""Loading models: names of folders, hub names, misspelt paths, and broken files."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from support.suites import model_folder
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_hidden_layers": 0}, "num_hidden_layers has to be 1 or more"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be 1 or more"),
         ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
         ({"hidden_size": -4}, "negative dimension"),
         ({"hidden_act": "zzz"}, "KeyError: 'zzz'"),
     ],
 )
-def test_a_configuration_that_makes_no_model_is_one_line(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_invalid_configuration_is_refused_in_one_line(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
@@ -48,7 +48,7 @@ def spoiled(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
     return str(folder)
 
 
-def test_weights_that_are_not_there_or_no_numbers_are_refused(tmp_path: Path) -> None:
+def test_missing_and_nan_weights_are_refused(tmp_path: Path) -> None:
     def lose(tensors: dict[str, torch.Tensor]) -> None:
         del tensors["model.layers.1.mlp.up_proj.weight"]
 
@@ -58,11 +58,11 @@ def test_weights_that_are_not_there_or_no_numbers_are_refused(tmp_path: Path) ->
     how: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
     with pytest.raises(ModelError, match=r"lack 1 of the weights .* model\.layers\.1\.mlp\.up_proj\.weight first"):
         load_model_and_tokenizer(spoiled(tmp_path / "a", lose), **how)
-    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds values that are no numbers"):
+    with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite values"):
         load_model_and_tokenizer(spoiled(tmp_path / "b", spoil), **how)
 
 
-def test_a_file_that_was_cut_short_is_told_before_weights_are_read(tmp_path: Path) -> None:
+def test_truncated_file_is_refused_before_weights_are_read(tmp_path: Path) -> None:
     file = model_folder(tmp_path / "model") / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"model\.safetensors cannot be read: .*; fetch it again"):
@@ -71,7 +71,7 @@ def test_a_file_that_was_cut_short_is_told_before_weights_are_read(tmp_path: Pat
 
 @pytest.fixture
 def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache of the hub's, which nothing is fetched into; works in a folder that has one of runs."""
+    """An empty hub cache, offline; the working folder has a folder of runs."""
     cache = tmp_path / "cache"
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(cache))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -94,7 +94,9 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 @pytest.mark.usefixtures("offline")
-def test_a_slip_in_a_path_is_told_at_once(name: str, meant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_misspelt_path_is_refused_without_asking_the_hub(
+    name: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where the owner in a name is a folder of runs here, the hub is not asked."""
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(ModelError) as refused:
@@ -103,13 +105,13 @@ def test_a_slip_in_a_path_is_told_at_once(name: str, meant: str, monkeypatch: py
     assert "\n" not in str(refused.value)
 
 
-def test_other_names_are_the_hubs(offline: Path) -> None:
+def test_other_names_are_hub_names(offline: Path) -> None:
     """Also where a folder of models has the name of the owner."""
     (offline.parent / "owner" / "fetched-by-hand").mkdir(parents=True)
     assert [resolve_model_path(name) for name in ("owner/name", "gpt2")] == ["owner/name", "gpt2"]
 
 
-def test_a_fetched_model_opens_beside_a_folder_of_its_owners_name(offline: Path) -> None:
+def test_cached_hub_model_opens_beside_a_folder_of_its_owners_name(offline: Path) -> None:
     stored = offline / "models--runs--suport"
     model_folder(stored / "snapshots" / "0123")
     (stored / "refs").mkdir()

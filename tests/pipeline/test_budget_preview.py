@@ -1,4 +1,4 @@
-"""What a budget would mean agrees with models that are cut to it."""
+"""Previews of budgets agree with models that are cut to them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def holdings(model: object, prunable: int) -> ParamCounts:
     return ParamCounts(everything, prunable, 0 if head is table else table.numel(), head.numel())
 
 
-def test_all_is_kept_at_one() -> None:
+def test_keep_one_previews_the_dense_model() -> None:
     found = preview_budget(ParamCounts(100, 60, 10, 10), 1.0)
     assert (found.parameters, found.weight_bytes, found.prefill_speedup, found.decode_speedup) == (100, 200, 1.0, 1.0)
 
 
-def test_prefill_gains_more_than_decode_and_no_more_than_what_is_left() -> None:
+def test_prefill_gains_more_than_decode() -> None:
     found = preview_budget(ParamCounts(100, 60, 10, 10), 0.5)
     assert found.parameters == 70
     assert found.prefill_speedup == pytest.approx(80 / 50)
@@ -35,7 +35,7 @@ def test_prefill_gains_more_than_decode_and_no_more_than_what_is_left() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_it_is_what_cutting_gives(tied: bool) -> None:
+def test_preview_equals_the_cut_model(tied: bool) -> None:
     model = tiny(tie_word_embeddings=tied)
     sites = find_sites(model)
     dense = holdings(model, prunable_params(sites))

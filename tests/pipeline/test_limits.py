@@ -1,4 +1,4 @@
-"""Laws of a whole run that is watched: what it says about its guard and gates, and how it ends."""
+"""Limits on scores in a whole run: what is recorded, reported and refused, and how the run ends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prunetune.errors import ConfigError, DataError, LimitBroken
 from prunetune.pipeline import stages
 from prunetune.pipeline.monitor import make_monitor, pack_plan, unpack_plan
 from prunetune.pipeline.prepare import prepare
-from prunetune.pipeline.stages import run
+from prunetune.pipeline.run import run
 from prunetune.plan import Plan
 from prunetune.runs.history import list_runs
 from prunetune.utils.console import PlainConsole
@@ -88,7 +88,7 @@ def limit_between(free: Path) -> float:
     return (scores[0] + scores[-1]) / 2
 
 
-def test_a_watched_run_says_what_it_saw(free: Path) -> None:
+def test_guard_scores_are_recorded_and_reported(free: Path) -> None:
     validation = lines(free / "validation.jsonl")
     assert [line["step"] for line in validation] == list(range(9))
     for line in validation:
@@ -107,14 +107,14 @@ def test_a_watched_run_says_what_it_saw(free: Path) -> None:
     assert last["guard.nll"] == validation[-1]["guard.nll"]
 
 
-def test_without_a_guard_a_run_is_what_it_was(place: Path, free: Path, tmp_path: Path) -> None:
+def test_guard_changes_no_weight(place: Path, free: Path, tmp_path: Path) -> None:
     alone = run(config_of(place, tmp_path / "run", data={"guard": []}))
     for name in ("plan.json", "model/model.safetensors"):
         assert (alone / name).read_bytes() == (free / name).read_bytes()
     assert [line["step"] for line in lines(alone / "validation.jsonl")] == list(range(1, 9))
 
 
-def test_roll_back_is_said_everywhere_and_the_run_ends_inside(place: Path, free: Path, tmp_path: Path) -> None:
+def test_roll_back_is_reported_and_the_run_ends_within_the_limit(place: Path, free: Path, tmp_path: Path) -> None:
     limit = limit_between(free)
     folder = run(config_of(place, tmp_path / "run", f"guard.nll <= {limit:.6f} -> roll-back"))
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -131,7 +131,7 @@ def test_roll_back_is_said_everywhere_and_the_run_ends_inside(place: Path, free:
     assert entry.status == "done"
 
 
-def test_a_model_that_goes_back_has_its_teacher_in_its_own_memory(
+def test_rolled_back_model_shares_its_weights_with_its_teacher(
     place: Path, free: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heads: list[tuple[int, int]] = []
@@ -149,7 +149,7 @@ def test_a_model_that_goes_back_has_its_teacher_in_its_own_memory(
     assert all(mine == other for mine, other in heads)
 
 
-def test_back_off_says_what_the_budget_became(place: Path, free: Path, tmp_path: Path) -> None:
+def test_back_off_reports_the_allowed_budget(place: Path, free: Path, tmp_path: Path) -> None:
     limit = limit_between(free)
     gate = f"guard.nll <= {limit:.6f} -> back-off"
     folder = run(config_of(place, tmp_path / "run", gate, validate={"back_off": 0.25}))
@@ -171,14 +171,14 @@ def test_stop_leaves_a_report_and_exits_one(place: Path, free: Path, tmp_path: P
     assert entry.status == "gate failed"
 
 
-def test_a_run_that_ends_outside_keeps_its_model_and_exits_one(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(LimitBroken, match=r"ended outside a gate: guard\.nll <= 0 -> roll-back") as failed:
+def test_run_outside_a_limit_keeps_its_model_and_exits_one(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(LimitBroken, match=r"ended outside a limit: guard\.nll <= 0 -> roll-back") as failed:
         run(config_of(place, tmp_path / "run", "guard.nll <= 0 -> roll-back"))
     assert "\n" not in str(failed.value)
     assert (tmp_path / "run" / "model").exists()
 
 
-def test_a_validation_scores_so_many_items_in_all(place: Path, tmp_path: Path) -> None:
+def test_validation_scores_at_most_limit_items(place: Path, tmp_path: Path) -> None:
     rows = [{"text": f"The {n}th fox.", "task": f"task {n % 5}"} for n in range(30)]
     config = config_of(place, tmp_path / "run", data={"guard": [write_lines(tmp_path / "guard.jsonl", *rows)]})
     setting = prepare(
@@ -199,7 +199,7 @@ def test_a_validation_scores_so_many_items_in_all(place: Path, tmp_path: Path) -
         ("  valid.nll <= 2e-1 -> stop ", "valid.nll <= 0.2 -> stop"),
     ],
 )
-def test_a_gate_reads_back_as_itself(entry: Any, text: str) -> None:
+def test_limit_round_trips(entry: Any, text: str) -> None:
     assert normalize_limit(entry) == text
     assert str(ScoreLimit.parse(text)) == text
     config = from_mapping({"limits": [entry], "data": {"guard": "x.jsonl"}})
@@ -210,27 +210,27 @@ def test_a_gate_reads_back_as_itself(entry: Any, text: str) -> None:
 @pytest.mark.parametrize(
     ("entry", "words"),
     [
-        ("guard.nll", "is no gate; write one such as"),
-        ("guard.nll <= x -> stop", "is no gate"),
-        ("guard.nll <= -1 -> stop", "is no gate"),
+        ("guard.nll", "is no limit; write one such as"),
+        ("guard.nll <= x -> stop", "is no limit"),
+        ("guard.nll <= -1 -> stop", "is no limit"),
         ("guard.loss <= 1 -> stop", "unknown metric 'guard.loss'"),
         ("guard.nll <= 1 -> explode", "unknown action 'explode'"),
         ("guard.nll >= 1 -> stop", "would refuse what is good"),
         ("valid.accuracy <= 1 -> stop", "would refuse what is good"),
-        ({"metric": "valid.nll", "max": 1, "min": 0, "action": "stop"}, "a gate is text such as"),
-        ({"metric": "valid.nll", "max": None, "action": "stop"}, "is no gate"),
-        (3, "a gate is text such as"),
+        ({"metric": "valid.nll", "max": 1, "min": 0, "action": "stop"}, "a limit is text such as"),
+        ({"metric": "valid.nll", "max": None, "action": "stop"}, "is no limit"),
+        (3, "a limit is text such as"),
         ("guard.nll <= 1.2x -> stop", "name texts or rows in data.guard"),
     ],
 )
-def test_what_is_no_gate_is_refused_in_one_line(entry: Any, words: str) -> None:
+def test_malformed_limit_is_refused_in_one_line(entry: Any, words: str) -> None:
     with pytest.raises(ConfigError) as refused:
         from_mapping({"limits": [entry]})
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
 
 
-def test_a_gate_that_could_never_act_is_refused_before_anything_is_written(place: Path, tmp_path: Path) -> None:
+def test_limit_that_could_never_act_is_refused_before_anything_is_written(place: Path, tmp_path: Path) -> None:
     late = config_of(place, tmp_path / "run", "valid.nll <= 9 -> roll-back", train={"validate_every": 5})
     with pytest.raises(ConfigError, match=r"no validation comes before the search ends at step 4.* lower train"):
         run(late)
@@ -240,12 +240,12 @@ def test_a_gate_that_could_never_act_is_refused_before_anything_is_written(place
     write_lines(tmp_path / "long.jsonl", {"prompt": "long " * 50, "choices": ["yes", "no"], "answer": 0})
     small = config_of(place, tmp_path / "run", gain={"smaller": 0.9})
     with pytest.raises(
-        ConfigError, match=r"under budget\.keep 0\.5 at most \d\d\.\d% of all parameters can go .*: lower one"
+        ConfigError, match=r"under budget\.keep 0\.5 at most \d\d\.\d% of all parameters can be pruned .*: lower one"
     ):
         run(small)
     short = {"valid": [str(tmp_path / "long.jsonl")], "max_length": 40, "too_long": "drop"}
     idle = config_of(place, tmp_path / "run", "valid.nll <= 9 -> stop", data=short)
-    with pytest.raises(DataError, match=r"no row of valid is there or fits"):
+    with pytest.raises(DataError, match=r"valid has no row, or none that fits"):
         run(idle)
     (tmp_path / "long.jsonl").unlink()
     same = config_of(place, tmp_path / "run", data={"guard": [str(place / "rows.jsonl")]})
@@ -255,7 +255,7 @@ def test_a_gate_that_could_never_act_is_refused_before_anything_is_written(place
 
 
 @pytest.mark.parametrize("gates", ["projected", "sampled"])
-def test_what_is_validated_last_is_what_is_cut(gates: str, place: Path, tmp_path: Path) -> None:
+def test_last_validated_plan_is_the_plan_that_is_cut(gates: str, place: Path, tmp_path: Path) -> None:
     """Even where the search lasts to the last step."""
     search = {"share": 1.0, "settle": 0, "gates": gates, "learning_rate": 0.05}
     folder = run(config_of(place, tmp_path / "run", "valid.nll <= 9x -> stop", search=search))
@@ -263,6 +263,6 @@ def test_what_is_validated_last_is_what_is_cut(gates: str, place: Path, tmp_path
     assert unpack_plan(last["kept_units"]) == Plan.load(folder / "plan.json")
 
 
-def test_a_packed_plan_is_unpacked() -> None:
+def test_packed_plan_round_trips() -> None:
     plan = Plan({"a": (), "b": (0, 63, 1535), "c": (0,)}, {"a": 3, "b": 1536, "c": 1})
     assert unpack_plan(json.loads(json.dumps(pack_plan(plan)))) == plan

@@ -1,4 +1,4 @@
-"""Laws of runs of several sizes: nested, on budget, each gone on with from the one before, to the bit after a kill."""
+"""Runs of several sizes: nested, on budget, each cut from the one before, and the same bytes after a kill."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from prunetune.cost.parameters import prunable_params
 from prunetune.errors import ConfigError, LimitBroken, ModelError, PlanError, RunFolderError
 from prunetune.evaluation.suites.open_model import resolve_checkpoint
 from prunetune.export.source import ExportSource
-from prunetune.pipeline import finish, multi_size, recording, stages
+from prunetune.pipeline import finish, multi_size, recording
+from prunetune.pipeline import run as run_module
+from prunetune.pipeline.run import run as run_pipeline
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites, kept_params
 from prunetune.runs.folder import RunFolder, create_run_folder, open_run
@@ -72,19 +74,14 @@ def config_of(place: Path, out: Path, **changes: Any) -> RunConfig:
 def done(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One uninterrupted run of two sizes, everything of it."""
     changes: dict[str, Any] = {"budget": {"keep": [0.8, 0.5]}, "require": {"smaller": 0.01}}
-    return multi_size.run(config_of(place, tmp_path_factory.mktemp("runs") / "two", **changes), command="prunetune run")
+    return run_pipeline(config_of(place, tmp_path_factory.mktemp("runs") / "two", **changes), command="prunetune run")
 
 
 @pytest.fixture
 def only_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is written, scored or timed: what tuning left in the checkpoints is looked at."""
-    for place, name in (
-        (stages, "finish_and_evaluate"),
-        (stages, "evaluate_models"),
-        (multi_size, "_copy_dense_scores"),
-    ):
-        monkeypatch.setattr(place, name, lambda *_, **__: None)
-    monkeypatch.setattr(multi_size, "measure_gain", lambda *_: None)
+    for name in ("_finish_and_evaluate", "measure_gain"):
+        monkeypatch.setattr(multi_size, name, lambda *_: None)
     monkeypatch.setattr(recording, "write_report", lambda _: None)
 
 
@@ -122,17 +119,17 @@ def test_every_size_is_a_run_folder(done: Path) -> None:
             find_sites(speaker())
         )
         manifest = folder.read_manifest()
-        assert manifest["selfcheck"]["ok"]
-        assert set(manifest["speed"]) == {"dense", "pruned"}
-        assert manifest["size"] == {"keep": keep, "larger": None if keep == 0.8 else 0.8}
-        assert manifest["timings"]["tune and prune"] > 0
-        assert manifest["gain"]["limits"][0]["held"]
+        assert manifest.selfcheck.ok
+        assert set(manifest.speed.to_dict()) == {"dense", "pruned"}
+        assert manifest.size.to_dict() == {"keep": keep, "larger": None if keep == 0.8 else 0.8}
+        assert manifest.timings["tune and prune"] > 0
+        assert manifest.gain.limits[0].is_met
         assert ExportSource.open(folder.path).run == folder.path
         assert resolve_checkpoint(str(folder.path), trust_remote_code=False) == (str(folder.model_folder), True)
     assert [entry.path.name for entry in list_runs(done / "sizes")] == ["0.5", "0.8"]
 
 
-def test_the_run_holds_what_they_share(done: Path) -> None:
+def test_run_folder_holds_what_sizes_share(done: Path) -> None:
     assert json.loads((done / "manifest.json").read_text())["sizes"] == ["sizes/0.8", "sizes/0.5"]
     assert {file.name for file in (done / "evaluation").iterdir()} == {"dense.json"}
     benches = json.loads((done / "bench.json").read_text())
@@ -145,7 +142,7 @@ def test_the_run_holds_what_they_share(done: Path) -> None:
     assert all(str(of(done, keep) / "model") in table for keep in (0.8, 0.5))
 
 
-def test_verbs_take_a_size_and_say_so(done: Path) -> None:
+def test_commands_take_the_folder_of_a_size(done: Path) -> None:
     own = [str(of(done, keep)) for keep in (0.8, 0.5)]
     with pytest.raises(ModelError, match="several sizes; name one of") as refused:
         resolve_checkpoint(str(done), trust_remote_code=False)
@@ -161,7 +158,7 @@ def test_a_finished_run_resumes_to_itself(place: Path, done: Path, tmp_path: Pat
     changes: dict[str, Any] = {"budget": {"keep": [0.8, 0.5]}, "require": {"smaller": 0.01}}
     before = {keep: (of(done, keep) / "model" / "model.safetensors").read_bytes() for keep in (0.8, 0.5)}
     bench = (done / "bench.json").read_text()
-    multi_size.run(config_of(place, done, **changes), resume=True)
+    run_pipeline(config_of(place, done, **changes), resume=True)
     assert {keep: (of(done, keep) / "model" / "model.safetensors").read_bytes() for keep in (0.8, 0.5)} == before
     assert (done / "bench.json").read_text() == bench
     assert [entry.path.name for entry in list_runs(done / "sizes")] == ["0.5", "0.8"]
@@ -171,13 +168,13 @@ def test_a_finished_run_resumes_to_itself(place: Path, done: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("weights", ["all", "adapters"])
-def test_killed_in_any_size_it_ends_as_if_never(
+def test_run_killed_in_any_size_ends_with_the_same_bytes(
     weights: str, place: Path, tmp_path: Path, only_tuning: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config(name: str) -> RunConfig:
         return config_of(place, tmp_path / name, train={"weights": weights})
 
-    whole = multi_size.run(config("whole"))
+    whole = run_pipeline(config("whole"))
     plain, left = RunFolder.append_record, [("0.8", 2), ("0.8", 6), ("0.6", 1), ("0.45", 2)]
 
     def deadly(folder: RunFolder, name: str, record: dict[str, Any]) -> None:
@@ -189,8 +186,8 @@ def test_killed_in_any_size_it_ends_as_if_never(
     monkeypatch.setattr(RunFolder, "append_record", deadly)
     for resume in (False, True, True, True):
         with pytest.raises(KeyboardInterrupt):
-            multi_size.run(config("killed"), resume=resume)
-    killed = multi_size.run(config("killed"), resume=True)
+            run_pipeline(config("killed"), resume=resume)
+    killed = run_pipeline(config("killed"), resume=True)
     assert not left
     for keep in KEEPS:
         one, other = last_state(whole, keep), last_state(killed, keep)
@@ -208,17 +205,17 @@ def test_killed_in_any_size_it_ends_as_if_never(
         assert all(set(smaller.kept[name]) <= set(larger.kept[name]) for name in larger.kept)
 
 
-def test_steps_and_phases_of_every_size(
+def test_only_the_largest_size_searches(
     place: Path, tmp_path: Path, only_tuning: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[float, Plan]] = []
 
-    def noted(scores: Any, sites: Any, keep: float, shape: Any, *, within: Plan) -> Plan:
-        asked.append((keep, within))
-        return select(scores, sites, keep, shape, larger_plan=within)
+    def noted(scores: Any, sites: Any, keep: float, constraints: Any, *, larger_plan: Plan) -> Plan:
+        asked.append((keep, larger_plan))
+        return select(scores, sites, keep, constraints, larger_plan=larger_plan)
 
     monkeypatch.setattr(multi_size, "select", noted)
-    run = multi_size.run(config_of(place, tmp_path / "run", train={"size_share": [0.3, 0.5]}))
+    run = run_pipeline(config_of(place, tmp_path / "run", train={"size_share": [0.3, 0.5]}))
     phases = {keep: [line["phase"] for line in lines(of(run, keep) / "metrics.jsonl")] for keep in KEEPS}
     assert phases == {0.8: ["search"] * 3 + ["settle"] + ["tune"] * 6, 0.6: ["tune"] * 3, 0.45: ["tune"] * 5}
     assert asked == [(0.6, last_state(run, 0.8).plan), (0.45, last_state(run, 0.6).plan)]
@@ -226,9 +223,9 @@ def test_steps_and_phases_of_every_size(
     assert [config.train.steps for config in own.values()] == [10, 3, 5]
 
 
-def test_the_largest_is_the_plain_run_to_the_bit(place: Path, tmp_path: Path, only_tuning: None) -> None:
-    several = last_state(multi_size.run(config_of(place, tmp_path / "several")), 0.8)
-    plain = multi_size.run(config_of(place, tmp_path / "plain", budget={"keep": 0.8}))
+def test_largest_size_equals_a_plain_run_to_the_bit(place: Path, tmp_path: Path, only_tuning: None) -> None:
+    several = last_state(run_pipeline(config_of(place, tmp_path / "several")), 0.8)
+    plain = run_pipeline(config_of(place, tmp_path / "plain", budget={"keep": 0.8}))
     state = Checkpoints(plain / "checkpoints").latest()
     assert state is not None
     assert (state.step, state.plan) == (several.step, several.plan)
@@ -237,8 +234,8 @@ def test_the_largest_is_the_plain_run_to_the_bit(place: Path, tmp_path: Path, on
         assert all(torch.equal(tensor, several.tensors[part][name]) for name, tensor in tensors.items())
 
 
-def test_gates_of_every_size_refer_to_the_same_dense_model(place: Path, tmp_path: Path, only_tuning: None) -> None:
-    run = multi_size.run(config_of(place, tmp_path / "run", gates=["valid.nll <= 100x -> stop"]))
+def test_limits_of_every_size_refer_to_the_same_dense_model(place: Path, tmp_path: Path, only_tuning: None) -> None:
+    run = run_pipeline(config_of(place, tmp_path / "run", gates=["valid.nll <= 100x -> stop"]))
     dense = last_state(run, 0.8).validation_history["dense"]
     assert dense["valid.nll"] > 0
     assert all(last_state(run, keep).validation_history["dense"] == dense for keep in KEEPS)
@@ -246,7 +243,7 @@ def test_gates_of_every_size_refer_to_the_same_dense_model(place: Path, tmp_path
     assert [0 in steps for steps in scored.values()] == [True, False, False]
 
 
-def test_watching_follows_the_size_that_is_made(place: Path, tmp_path: Path) -> None:
+def test_watch_follows_the_size_in_training(place: Path, tmp_path: Path) -> None:
     config = config_of(place, tmp_path / "run")
     create_run_folder(RunFolder(tmp_path / "run"), config)
     assert active_run(tmp_path / "run")[0].path == tmp_path / "run"
@@ -256,48 +253,54 @@ def test_watching_follows_the_size_that_is_made(place: Path, tmp_path: Path) -> 
     assert active_run(tmp_path / "run")[0].path == tmp_path / "run"
 
 
-def test_a_gate_that_stops_a_size_leaves_the_larger_ones(
+def test_limit_that_stops_a_size_keeps_the_larger_ones(
     place: Path, tmp_path: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = multi_size._SizeChain._tune
+    plain = multi_size.SizeTraining.train_size
 
     def stopped(chain: Any, size: Any) -> None:
         if size.config.budget.keep == 0.6:
             raise LimitBroken("stopped at step 2: valid.nll is 9")
         plain(chain, size)
 
-    monkeypatch.setattr(multi_size._SizeChain, "_tune", stopped)
+    monkeypatch.setattr(multi_size.SizeTraining, "train_size", stopped)
     with pytest.raises(LimitBroken, match=r"size 0\.6: stopped at step 2"):
-        multi_size.run(config_of(place, tmp_path / "run"))
+        run_pipeline(config_of(place, tmp_path / "run"))
     assert (of(tmp_path / "run", 0.8) / "report.html").is_file()
     assert not of(tmp_path / "run", 0.6).exists()
     assert "stopped at step 2" in (tmp_path / "run" / "report.html").read_text()
     assert "not made" in render_run(tmp_path / "run")
 
 
-def test_a_size_goes_on_only_with_its_run(place: Path, tmp_path: Path, only_tuning: None) -> None:
-    run = multi_size.run(config_of(place, tmp_path / "run"))
+def test_one_size_alone_is_not_resumed(place: Path, tmp_path: Path, only_tuning: None) -> None:
+    run = run_pipeline(config_of(place, tmp_path / "run"))
     with pytest.raises(RunFolderError, match="go on with the run around it"):
-        multi_size.run(open_run(of(run, 0.6))[1], resume=True)
+        run_pipeline(open_run(of(run, 0.6))[1], resume=True)
     newest = max(of(run, 0.8).glob("checkpoints/step-*"))
     (newest / "adapters.safetensors").write_bytes(b"damaged")
     (of(run, 0.8) / "model").mkdir()
     for folder in of(run, 0.6).glob("checkpoints/*"):
         shutil.rmtree(folder)
     with pytest.raises(RunFolderError, match="cannot be read, and the next one goes on from it"):
-        multi_size.run(config_of(place, tmp_path / "run"), resume=True)
+        run_pipeline(config_of(place, tmp_path / "run"), resume=True)
 
 
 # -- one size, and what is refused -----------------------------------------------------------------------------------
 
 
-def test_one_size_in_a_list_is_the_plain_run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_size_in_a_list_is_a_plain_run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listed, plain = (config_of(place, tmp_path, budget={"keep": keep}) for keep in ([0.6], 0.6))
     assert listed == plain
-    heard: list[RunConfig] = []
-    monkeypatch.setattr(stages, "run", lambda config, **_: heard.append(config))
-    multi_size.run(listed)
-    assert heard == [plain]
+
+    def prepare(config: RunConfig, **_: Any) -> None:
+        prepared.append(config)
+        raise ConfigError("enough")
+
+    prepared: list[RunConfig] = []
+    monkeypatch.setattr(run_module, "prepare", prepare)
+    with pytest.raises(ConfigError, match="enough"):
+        run_pipeline(listed)
+    assert prepared == [plain]
 
 
 def test_budgets_are_read_from_lists_and_flags() -> None:
@@ -321,26 +324,24 @@ def test_budgets_are_read_from_lists_and_flags() -> None:
         ({"budget": {"keep": [0.8, 0.5]}, "limits": ["valid.nll <= 2x -> roll-back"]}, "would move the budget"),
     ],
 )
-def test_what_cannot_be(changes: dict[str, Any], words: str) -> None:
+def test_impossible_sizes_are_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         from_mapping(changes)
 
 
-def test_refused_before_anything_is_written(place: Path, tmp_path: Path) -> None:
+def test_infeasible_sizes_are_refused_before_anything_is_written(place: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="below what is feasible"):
-        multi_size.run(config_of(place, tmp_path / "run", budget={"keep": "0.8,0.01"}))
+        run_pipeline(config_of(place, tmp_path / "run", budget={"keep": "0.8,0.01"}))
     several = config_of(place, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"compare\.keeps"):
         compare(several)
-    with pytest.raises(ConfigError, match="several sizes"):
-        stages.run(several)
     assert not (tmp_path / "run").exists()
 
 
 # -- the gain as a gate ----------------------------------------------------------------------------------------------
 
 
-def test_a_run_without_the_gain_fails_and_names_widths(
+def test_run_below_the_required_gain_fails_and_names_widths(
     place: Path, tmp_path: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     changes: dict[str, Any] = {"budget": {"keep": 0.7, "align": 1}, "require": {"faster": 1e6, "smaller": 0.1}}
@@ -350,8 +351,8 @@ def test_a_run_without_the_gain_fails_and_names_widths(
     monkeypatch.setattr("sys.argv", ["prunetune", "run", str(recipe)])
     assert app._run_app() == 1
     said = capsys.readouterr().err
-    assert "gain.faster >= 1e+06" in said
-    assert "gain.smaller" not in said  # reached
+    assert "require.faster >= 1e+06" in said
+    assert "require.smaller" not in said  # reached
     worst = misaligned_widths(Plan.load(out / "plan.json"), find_sites(speaker()))
     assert f"layer {worst[0].layer} is {worst[0].width}" in said
     assert "budget.align to 128" in said

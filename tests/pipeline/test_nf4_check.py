@@ -1,4 +1,4 @@
-"""Laws of a whole run on a base in 4 bits: what it writes is what it tuned, it says how near, and it resumes."""
+"""Runs on a 4-bit base: the written model equals the tuned one, the error is recorded, and the run resumes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from prunetune.compare.methods import read_variants, resolve_methods
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import ConfigError, MissingPackage, SelfCheckFailed
-from prunetune.pipeline import finish, nf4_check, stages
-from prunetune.pipeline.stages import run
+from prunetune.pipeline import finish, nf4_check, recording, stages
+from prunetune.pipeline.run import run
 from prunetune.pruning import nf4
 from prunetune.pruning.nf4 import has_nf4_linears, quantize_linears_to_nf4
 from prunetune.pruning.sites import find_sites, lora_target_modules
@@ -74,7 +74,7 @@ def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_nf4
-def test_what_is_written_is_what_was_tuned(whole: Path) -> None:
+def test_written_model_equals_the_tuned_one(whole: Path) -> None:
     said = manifest(whole)
     assert said["selfcheck"]["ok"]
     assert said["quantised"]["scheme"] == "nf4"
@@ -84,7 +84,7 @@ def test_what_is_written_is_what_was_tuned(whole: Path) -> None:
 
 
 @needs_nf4
-def test_a_teacher_is_held_so_too_and_the_error_in_sixteen_bits_is_said(
+def test_teacher_is_in_4_bits_too_and_the_error_in_16_bits_is_recorded(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: list[bool] = []
@@ -102,19 +102,19 @@ def test_a_teacher_is_held_so_too_and_the_error_in_sixteen_bits_is_said(
 
 
 @needs_nf4
-def test_a_stopped_run_goes_on_to_the_same_result(
+def test_resumed_run_ends_with_the_same_bytes(
     whole: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stopped = config_of(place, tmp_path / "stopped")
     with monkeypatch.context() as patched:
-        genuine = stages.RunRecorder.step
+        genuine = recording.RunRecorder.step
 
         def step(self: Any, record: dict[str, Any]) -> None:
             if record["step"] > 4:  # cut by then
                 raise KeyboardInterrupt
             genuine(self, record)
 
-        patched.setattr(stages.RunRecorder, "step", step)
+        patched.setattr(recording.RunRecorder, "step", step)
         with pytest.raises(KeyboardInterrupt):
             run(stopped)
     folder = run(stopped, resume=True)
@@ -123,7 +123,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(
 
 
 @needs_nf4
-def test_all_weights_leave_the_four_bits_at_the_cut() -> None:
+def test_cut_model_with_all_weights_tuned_is_not_in_4_bits() -> None:
     model = tiny()
     sites = find_sites(model)
     quantize_linears_to_nf4(model, sites, dtype=torch.float32, device=torch.device("cpu"))
@@ -139,9 +139,7 @@ def weights_of_linears(model: Any) -> list[Any]:
 
 
 @needs_nf4
-def test_a_merged_model_that_is_another_is_refused(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_merged_model_that_differs_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finish, "round_linears_to_nf4", lambda *_, **__: None)  # merged into weights never tuned on
     monkeypatch.setattr(nf4_check, "LIMIT", 1e-4)
     with pytest.raises(SelfCheckFailed, match="not the one that was tuned in 4 bits"):
@@ -149,7 +147,9 @@ def test_a_merged_model_that_is_another_is_refused(
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_what_cannot_be_is_refused_in_one_line(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_impossible_combinations_are_refused_in_one_line(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(nf4, "find_spec", lambda _: None)
     with pytest.raises(MissingPackage, match="bitsandbytes"):
         run(config_of(place, tmp_path / "run"))
@@ -172,7 +172,7 @@ def test_what_cannot_be_is_refused_in_one_line(place: Path, tmp_path: Path, monk
         pytest.param("nf4", "bfloat16", marks=needs_nf4),
     ],
 )
-def test_a_large_model_is_merged_and_cut_layer_by_layer_to_the_same(
+def test_layer_by_layer_cut_equals_the_cut_in_memory(
     quantize: str, dtype: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes: dict[str, Any] = {"dtype": dtype, "lora": {"quantize": quantize}}

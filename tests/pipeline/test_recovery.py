@@ -1,4 +1,4 @@
-"""Laws of a run whose disk fills up or whose tracker goes down: nothing is lost, and a resumed run ends the same."""
+"""Runs whose disk fills up or whose tracker fails: nothing is lost, and a resumed run ends the same."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.pipeline import recording
-from prunetune.pipeline.stages import run
+from prunetune.pipeline.run import run
 from prunetune.runs import trackers
 from prunetune.train import checkpoints
 from prunetune.train.checkpoints import Checkpoints
 from prunetune.utils import files
-from prunetune.utils.files import is_disk_full, write_text
+from prunetune.utils.failures import is_disk_full
+from prunetune.utils.files import write_text
 from support.data import write_lines
 from support.evaluation import characters, speaker
 
@@ -72,7 +73,7 @@ def full(genuine: Callable[..., Any], after: int) -> Callable[..., Any]:
     return save
 
 
-def test_a_disk_that_fills_up_costs_a_checkpoint_and_no_more(
+def test_full_disk_costs_one_checkpoint(
     place: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = config_of(place, tmp_path / "run")
@@ -106,7 +107,7 @@ def test_a_disk_that_fills_up_costs_a_checkpoint_and_no_more(
     assert steps == list(range(1, 7))
 
 
-def test_what_did_not_fit_is_not_left_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partial_checkpoint_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text(tmp_path / "a.json", "old")
 
     def fsync(_: int) -> None:
@@ -135,7 +136,7 @@ class Down:
         raise AssertionError("it was let go of")
 
 
-def test_a_tracker_that_goes_down_changes_nothing(
+def test_failing_tracker_changes_nothing(
     place: Path,
     whole: dict[str, bytes],
     tmp_path: Path,
@@ -146,5 +147,5 @@ def test_a_tracker_that_goes_down_changes_nothing(
     monkeypatch.setattr(trackers, "_start", lambda *_: down)
     folder = run(config_of(place, tmp_path / "run", track=["tensorboard"]))
     assert down.heard == 3
-    assert caplog.text.count("the run goes on without it") == 1
+    assert caplog.text.count("the run continues without it") == 1
     assert results(folder) == whole

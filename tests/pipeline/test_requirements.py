@@ -1,4 +1,4 @@
-"""Laws of the gain as a gate: margins hold or name what is to blame."""
+"""The required gain: margins are met, or the reason is named."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from prunetune.config.recipe import RequireConfig, from_mapping
 from prunetune.pipeline.requirements import gain_bench_options, judge_gain
 from prunetune.plan import Plan
 from prunetune.pruning.sites import LinearSlice, Site, dense_plan
+from prunetune.pruning.units import SiteWeights, UnitKind
 from support.bench import Scripted, facts
 from support.suites import model_folder
 
 
 def site(layer: int, kind: Any, units: int, columns: int = 1) -> Site:
     name = f"model.layers.{layer}.{'mlp' if kind == 'mlp' else 'self_attn'}"
-    return Site(name, layer, kind, units, (), LinearSlice(name, (columns,)), 10)
+    weights = SiteWeights(consumer=LinearSlice(name, (columns,)))
+    return Site(name=name, layer=layer, kind=UnitKind(kind), units=units, unit_params=10, weights=weights)
 
 
 SITES = (site(0, "attention", 8, 64), site(0, "mlp", 1000), site(7, "attention", 8, 64), site(7, "mlp", 1000))
@@ -42,7 +44,7 @@ def models(
         Scripted(
             "pruned",
             [pruned or BenchSample(0.5, 0.25, 0.05)],
-            known=facts(parameters),
+            model_facts=facts(parameters),
             work=WorkEstimate(100.0, 60.0),
             **pruned_as,
         ),
@@ -58,7 +60,7 @@ def verdict(plan: Plan, pair: tuple[BenchedModel, BenchedModel] | None = None, *
     return judge_gain(*(pair or models()), RequireConfig(**gain), plan, SITES)
 
 
-def test_margins_that_are_reached() -> None:
+def test_met_margins_are_recorded() -> None:
     found = verdict(plan_of(4, 512, 2, 256), smaller=0.3, faster=2.0)
     assert [limit["held"] for limit in found["limits"]] == [True, True]
     assert found["smaller"] == pytest.approx(0.3)
@@ -67,20 +69,20 @@ def test_margins_that_are_reached() -> None:
 
 
 @pytest.mark.parametrize("speed", ["throughput", "prefill", "decode"])
-def test_each_kind_of_speed(speed: str) -> None:
+def test_margin_is_on_the_required_kind_of_speed(speed: str) -> None:
     pair = models(BenchSample(0.8, 0.4, 0.1))
     ratio = {"throughput": 1.25, "prefill": 1.25, "decode": 1.0}[speed]
     assert verdict(plan_of(4, 512, 2, 256), pair, faster=1.1, speed=speed)["limits"][0]["held"] == (ratio > 1.1)
 
 
-def test_nothing_asked_is_nothing_missed() -> None:
+def test_no_requirement_gives_no_limit() -> None:
     assert verdict(plan_of(4, 512, 2, 256))["limits"] == []
     assert not RequireConfig().has_requirements
     assert RequireConfig(smaller=0.1).has_requirements
     assert RequireConfig(faster=0.5).has_requirements
 
 
-def test_widths_are_named_the_worst_first() -> None:
+def test_misaligned_widths_are_named_worst_first() -> None:
     plan = plan_of(3, 613, 1, 624)
     words = [str(one) for one in misaligned_widths(plan, SITES)]
     assert words == [
@@ -90,41 +92,43 @@ def test_widths_are_named_the_worst_first() -> None:
         "attention width of layer 0 is 192, no multiple of 128",
     ]
     says = verdict(plan, faster=3.0)["limits"][0]["says"]
-    assert says.startswith("gain.faster >= 3: throughput is 2.00 times the dense model's; MLP width of layer 0 is 613")
+    assert says.startswith(
+        "require.faster >= 3: throughput is 2.00 times the dense model's; MLP width of layer 0 is 613"
+    )
     assert "set budget.align to 128; by FLOPs the prefill can gain" in says
 
 
 @pytest.mark.parametrize(("limit", "shown"), [(1.2, "1.01"), (1.01, "1.0096"), (1.00961, "1.0096")])
-def test_a_miss_is_never_rounded_away(limit: float, shown: str) -> None:
+def test_missed_margin_is_shown_with_enough_digits(limit: float, shown: str) -> None:
     pair = models(BenchSample(1 / 1.0096, 0.25, 0.05))
     assert f"throughput is {shown} times" in verdict(plan_of(4, 512, 2, 256), pair, faster=limit)["limits"][0]["says"]
 
 
-def test_what_is_whole_gone_or_even_is_not_to_blame() -> None:
+def test_dense_removed_and_aligned_widths_are_not_blamed() -> None:
     assert misaligned_widths(plan_of(8, 1000, 0, 128), SITES) == []  # 1000 is the dense model's own width
     assert misaligned_widths(dense_plan(SITES), SITES) == []
 
 
-def test_even_widths_are_acquitted() -> None:
+def test_aligned_widths_are_not_blamed_for_a_missed_margin() -> None:
     says = verdict(plan_of(4, 512, 2, 256), faster=3.0)["limits"][0]["says"]
     assert "all widths are multiples of 128, so none is to blame" in says
     assert "by FLOPs the prefill can gain x2.00 at most, by bytes a decode step can gain x1.50 at most" in says
 
 
-def test_not_smaller_names_the_fullest_layers() -> None:
+def test_missed_size_names_the_layers_that_kept_most() -> None:
     says = verdict(plan_of(8, 900, 2, 256), smaller=0.5)["limits"][0]["says"]
-    assert "30.0% of all parameters are gone" in says
+    assert "30.0% of all parameters are pruned" in says
     assert "layer 0 (90%), layer 7 (26%)" in says
     assert "lower budget.keep" in says
 
 
-def test_speed_that_could_not_be_measured_is_missed() -> None:
-    limit = verdict(plan_of(4, 512, 2, 256), models(room=0), faster=1.0)["limits"][0]
+def test_unmeasured_speed_misses_the_margin() -> None:
+    limit = verdict(plan_of(4, 512, 2, 256), models(max_batch=0), faster=1.0)["limits"][0]
     assert not limit["held"]
     assert "could not be measured (batch 1 of pruned: out of memory)" in limit["says"]
 
 
-def test_a_short_context_gets_a_short_prompt(tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_short_context_shortens_the_prompt(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = model_folder(tmp_path_factory.mktemp("models") / "dense")
     context = context_length(str(folder), trust_remote_code=False)
     long = gain_bench_options(from_mapping({"model": str(folder), "require": {"prompt": 10**6, "generate": 8}}))

@@ -1,4 +1,4 @@
-"""Laws of a whole run: all files are there, it repeats itself to the byte, and a kill at any moment costs only time."""
+"""Whole runs: every file is written, a run repeats to the byte, and a kill at any moment costs only time."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prunetune.cli.output import render_dry_run
+from prunetune.cli.preview import render_dry_run
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.pipeline import stages
-from prunetune.pipeline.stages import run
+from prunetune.pipeline.run import run
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites, kept_params
 from prunetune.runs.folder import RunFolder, run_lock
@@ -101,7 +101,7 @@ def steps_in(file: Path) -> list[int]:
     [("phi3", "per-layer"), ("phi3", "uniform"), ("glm4", "per-layer"), ("gpt_neox", "uniform"), ("opt", "per-layer"),
      ("falcon", "uniform"), ("mixtral", "per-layer"), ("gemma2", "per-layer"), ("bloom", "per-layer")],
 )  # fmt: skip
-def test_a_run_of_other_families(family: str, layout: str, place: Path, tmp_path: Path) -> None:
+def test_run_of_other_families_ends_on_budget(family: str, layout: str, place: Path, tmp_path: Path) -> None:
     model = speaker(family)
     model.save_pretrained(tmp_path / "dense")
     characters().save_pretrained(tmp_path / "dense")
@@ -128,7 +128,7 @@ def test_a_run_of_other_families(family: str, layout: str, place: Path, tmp_path
         ("qwen3", "per-layer", ["layers", "attention-blocks", "mlp-blocks", "query-heads", "mlp-channels"]),
     ],
 )
-def test_a_run_of_other_units(family: str, layout: str, units: list[str], place: Path, tmp_path: Path) -> None:
+def test_run_prunes_other_units(family: str, layout: str, units: list[str], place: Path, tmp_path: Path) -> None:
     model = speaker(family, layers=4)
     model.save_pretrained(tmp_path / "dense")
     characters().save_pretrained(tmp_path / "dense")
@@ -155,7 +155,7 @@ def test_a_run_of_other_units(family: str, layout: str, units: list[str], place:
 
 
 @layouts
-def test_all_files_of_a_run_are_there(layout: str, done: dict[str, Path]) -> None:
+def test_run_leaves_every_file(layout: str, done: dict[str, Path]) -> None:
     folder = done[layout]
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     expected = {"config.yaml", "plan.json", "metrics.jsonl", "validation.jsonl", "manifest.json", "report.html"}
@@ -173,7 +173,7 @@ def test_all_files_of_a_run_are_there(layout: str, done: dict[str, Path]) -> Non
 
 
 @layouts
-def test_the_manifest_counts_what_is_there(layout: str, done: dict[str, Path]) -> None:
+def test_manifest_counts_data_and_parameters(layout: str, done: dict[str, Path]) -> None:
     folder = done[layout]
     manifest = json.loads((folder / "manifest.json").read_text())
     sites = find_sites(speaker())
@@ -187,7 +187,7 @@ def test_the_manifest_counts_what_is_there(layout: str, done: dict[str, Path]) -
 
 
 @layouts
-def test_the_checkpoint_opens_and_has_the_plans_size(layout: str, done: dict[str, Path]) -> None:
+def test_checkpoint_opens_with_the_widths_of_the_plan(layout: str, done: dict[str, Path]) -> None:
     folder = done[layout]
     plan = Plan.load(folder / "plan.json")
     own_code = layout == "per-layer"
@@ -207,7 +207,7 @@ def test_the_checkpoint_opens_and_has_the_plans_size(layout: str, done: dict[str
 
 
 @layouts
-def test_the_same_recipe_gives_the_same_bytes(layout: str, place: Path, done: dict[str, Path], tmp_path: Path) -> None:
+def test_same_recipe_gives_the_same_bytes(layout: str, place: Path, done: dict[str, Path], tmp_path: Path) -> None:
     torch.manual_seed(1234)
     config = config_of(place, tmp_path / "again", layout, evaluate={"dense_tuned": False})
     assert results(run(config)) == results(done[layout])
@@ -221,8 +221,9 @@ import json, os, signal, sys
 import torch
 torch.set_num_threads(1)
 values, moment = json.loads(sys.argv[1]), sys.argv[2]
-import prunetune.utils.files, prunetune.runs.folder, prunetune.pipeline.stages, transformers
-from prunetune.config import from_mapping
+import prunetune.pipeline.finish, prunetune.pipeline.run, prunetune.pipeline.stages
+import prunetune.runs.folder, prunetune.utils.files, transformers
+from prunetune.config.recipe import from_mapping
 
 def after(owner, name, when):
     plain = getattr(owner, name)
@@ -244,10 +245,10 @@ elif moment == "weights":
 elif moment == "renaming":
     after(prunetune.utils.files, "_sync", lambda path: path.name == "model.unchecked.partial")
 elif moment == "checked":
-    after(prunetune.pipeline.stages, "check", lambda *_: True)
+    after(prunetune.pipeline.finish, "check_checkpoint", lambda *_: True)
 elif moment == "evaluated":
     after(prunetune.pipeline.stages, "evaluate", lambda *_: True)
-prunetune.pipeline.stages.run(from_mapping(values), resume=True)
+prunetune.pipeline.run.run(from_mapping(values), resume=True)
 """
 
 
@@ -284,7 +285,7 @@ def assert_nothing_half_written(folder: Path) -> None:
         ("uniform", ("checkpoint", "renaming", "evaluated")),
     ],
 )
-def test_killed_again_and_again_ends_as_if_never(
+def test_run_killed_several_times_ends_with_the_same_bytes(
     layout: str, moments: tuple[str, ...], place: Path, done: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -318,7 +319,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("asked", [run, render_dry_run])
-def test_other_rows_do_not_resume(asked: Callable[..., Any], done: dict[str, Path], place: Path) -> None:
+def test_resume_refuses_changed_data(asked: Callable[..., Any], done: dict[str, Path], place: Path) -> None:
     file, before = place / "rows.jsonl", files_of(done["uniform"])
     rows = file.read_text()
     try:
@@ -330,7 +331,7 @@ def test_other_rows_do_not_resume(asked: Callable[..., Any], done: dict[str, Pat
     assert files_of(done["uniform"]) == before
 
 
-def test_another_recipe_does_not_resume(place: Path, done: dict[str, Path]) -> None:
+def test_resume_refuses_a_changed_recipe(place: Path, done: dict[str, Path]) -> None:
     before = files_of(done["uniform"])
     other = config_of(place, done["uniform"], "uniform", budget={"keep": 0.7}, seed=3)
     with pytest.raises(RunFolderError, match=r"budget\.keep was 0\.6 and is now 0\.7") as refused:
@@ -340,7 +341,7 @@ def test_another_recipe_does_not_resume(place: Path, done: dict[str, Path]) -> N
     assert files_of(done["uniform"]) == before
 
 
-def test_an_existing_folder_is_not_overwritten(place: Path, done: dict[str, Path], tmp_path: Path) -> None:
+def test_existing_folder_is_not_overwritten(place: Path, done: dict[str, Path], tmp_path: Path) -> None:
     before = files_of(done["uniform"])
     with pytest.raises(RunFolderError, match="--resume"):
         run(config_of(place, done["uniform"], "uniform"))
@@ -354,7 +355,7 @@ def test_an_existing_folder_is_not_overwritten(place: Path, done: dict[str, Path
         run(config_of(place, tmp_path / "notes.txt"))
 
 
-def test_two_processes_do_not_work_on_one_run(place: Path, done: dict[str, Path], tmp_path: Path) -> None:
+def test_second_process_on_a_run_is_refused(place: Path, done: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(done["uniform"], out)
     with run_lock(RunFolder(out)), pytest.raises(RunFolderError, match="another process works on this run") as refused:
@@ -363,7 +364,7 @@ def test_two_processes_do_not_work_on_one_run(place: Path, done: dict[str, Path]
     assert results(run(config_of(place, out, "uniform"), resume=True)) == results(done["uniform"])
 
 
-def test_a_kill_while_the_folder_was_made_can_be_resumed(
+def test_run_killed_while_its_folder_is_made_can_be_resumed(
     place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "rum").mkdir()
@@ -373,11 +374,11 @@ def test_a_kill_while_the_folder_was_made_can_be_resumed(
     (out / "config.yaml.partial").write_text("mod")
     run(config_of(place, out, evaluate={"dense_tuned": False}, train={"steps": 1}), resume=True)
     assert (out / "report.html").exists()
-    assert f"{out} holds no run to go on with (of a like name: {tmp_path / 'rum'}): a run begins anew" in caplog.text
+    assert f"{out} holds no run to resume (similar names: {tmp_path / 'rum'}): a new run starts" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["cut short", "no file", "not safetensors"])
-def test_broken_weights_are_one_line(how: str, place: Path, tmp_path: Path) -> None:
+def test_broken_weights_raise_one_line(how: str, place: Path, tmp_path: Path) -> None:
     shutil.copytree(place / "dense", tmp_path / "dense")
     file = tmp_path / "dense" / "model.safetensors"
     data = file.read_bytes()
@@ -390,12 +391,12 @@ def test_broken_weights_are_one_line(how: str, place: Path, tmp_path: Path) -> N
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_a_full_disk_is_refused_before_anything_is_written(
+def test_full_disk_is_refused_before_anything_is_written(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(RunFolderError, match="free some room") as refused:
+    with pytest.raises(RunFolderError, match="free some space") as refused:
         run(config_of(place, tmp_path / "deep" / "run"))
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())
@@ -403,7 +404,7 @@ def test_a_full_disk_is_refused_before_anything_is_written(
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("asked", [run, render_dry_run])
-def test_a_split_of_which_nothing_fits_is_refused(
+def test_split_without_a_fitting_row_is_refused(
     asked: Callable[..., Any], split: str, place: Path, tmp_path: Path
 ) -> None:
     write_lines(tmp_path / "long.jsonl", *({"text": f"{n} is far too long. " * 9} for n in range(20)))
@@ -413,7 +414,7 @@ def test_a_split_of_which_nothing_fits_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_tokenizer_with_more_tokens_than_the_model(place: Path, tmp_path: Path) -> None:
+def test_token_without_an_embedding_row_is_refused(place: Path, tmp_path: Path) -> None:
     """One that only pads is as good as any other; one that rows hold is refused."""
     folder = tmp_path / "dense"
     shutil.copytree(place / "dense", folder)
@@ -432,7 +433,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model(place: Path, tmp_path: Path
     assert not (tmp_path / "other").exists()
 
 
-def test_weights_are_written_as_they_were_stored(place: Path, tmp_path: Path) -> None:
+def test_weights_are_written_in_the_dtype_they_were_stored_in(place: Path, tmp_path: Path) -> None:
     """Also where the configuration does not say how."""
     folder = tmp_path / "dense"
     shutil.copytree(place / "dense", folder)
@@ -443,7 +444,7 @@ def test_weights_are_written_as_they_were_stored(place: Path, tmp_path: Path) ->
     assert {tensor.dtype for tensor in load_file(done / "model" / "model.safetensors").values()} == {torch.bfloat16}
 
 
-def test_a_teacher_is_heard(place: Path, tmp_path: Path) -> None:
+def test_distance_to_the_teacher_is_recorded(place: Path, tmp_path: Path) -> None:
     values = values_of(place, tmp_path / "run", distill={"teacher": "base"}, evaluate={"dense_tuned": False})
     folder = run(from_mapping(values))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -452,7 +453,7 @@ def test_a_teacher_is_heard(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("template", ["auto", "raw"])
-def test_a_model_tuned_on_chats_stops_where_a_turn_ends(template: str, tmp_path: Path) -> None:
+def test_model_tuned_on_chats_stops_at_the_end_of_a_turn(template: str, tmp_path: Path) -> None:
     tokenizer, model = subwords(), speaker(vocab_size=len(subwords()))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     for part in (model, tokenizer):
@@ -466,7 +467,9 @@ def test_a_model_tuned_on_chats_stops_where_a_turn_ends(template: str, tmp_path:
     assert said == (ends[0] if template == "raw" else ends)
 
 
-def test_a_large_model_is_run_as_its_size_says(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_model_gets_base_teacher_and_joint_steps(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     told = {"distill": {"teacher": "base", "share": 0.5}, "search": {"step": "joint", "lora_aware": False}}
     wanted = run(config_of(place, tmp_path / "told", **told))
     monkeypatch.setattr(teacher, "LARGE_MODEL_PARAMS", 1)
@@ -474,7 +477,7 @@ def test_a_large_model_is_run_as_its_size_says(place: Path, tmp_path: Path, monk
     assert results(found) == results(wanted)
 
 
-def test_texts_are_for_a_teacher_and_the_dense_model_is_tuned_once(
+def test_distill_texts_are_used_with_a_teacher_only_and_the_dense_model_is_tuned_once(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_lines(tmp_path / "texts.jsonl", *({"text": f"Some text, number {n}."} for n in range(5)))
@@ -499,6 +502,6 @@ def test_texts_are_for_a_teacher_and_the_dense_model_is_tuned_once(
     assert all(one.answer_start < len(one.token_ids) for one in dense.train_stream.examples)
 
 
-def test_texts_without_a_teacher_are_refused(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"data\.texts needs a teacher .* set distill\.teacher"):
+def test_distill_texts_without_a_teacher_are_refused(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.distill_texts needs a teacher .* set distill\.teacher"):
         config_of(place, tmp_path / "run", data={"distill_texts": ["a.jsonl"]}, distill={"teacher": "none"})

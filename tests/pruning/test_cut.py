@@ -1,4 +1,4 @@
-"""Laws: masked equals cut, for every family, ratio, bias and tie, with and without adapters."""
+"""Masked equals cut, for every family, ratio of heads, bias and tied embedding, with and without adapters."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def test_masking_equals_cutting(family: str, tied: bool, lora: bool) -> None:
     assert relative(dense, expected) > 0.01, "the plan must matter"
 
 
-def test_norms_over_heads_keep_attention_whole() -> None:
+def test_norms_over_several_heads_make_attention_unprunable() -> None:
     assert set(unprunable_kinds(tiny("cohere", use_qk_norm=True))) == {"attention"}
     assert not unprunable_kinds(tiny("cohere"))
     assert {site.kind for site in find_sites(tiny("olmo2"))} == {"mlp"}
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_adapters_are_cut_and_grown_again(family: str) -> None:
+def test_cut_adapters_expand_to_the_dense_shape_again(family: str) -> None:
     model = with_lora(tiny(family))
     sites, plan = find_sites(model), random_plan(model)
     before = {name: weight.detach().clone() for name, weight in trainable_parameters(model).items()}
@@ -59,7 +59,7 @@ def test_adapters_are_cut_and_grown_again(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "glm4"])
-def test_a_unit_s_norm_is_over_its_rows_and_columns(family: str) -> None:
+def test_adapter_group_norm_covers_a_units_rows_and_columns(family: str) -> None:
     model = with_lora(tiny(family))
     for site in find_sites(model):
         norms = adapter_group_norms(model, site).detach()
@@ -76,7 +76,7 @@ def test_a_unit_s_norm_is_over_its_rows_and_columns(family: str) -> None:
 
 
 @pytest.mark.parametrize(("groups", "ratio"), [(6, 1), (3, 2), (2, 3), (3, 4), (2, 8)])
-def test_every_grouping_of_query_heads(groups: int, ratio: int) -> None:
+def test_masking_equals_cutting_for_every_grouping_of_query_heads(groups: int, ratio: int) -> None:
     model = with_lora(tiny("qwen3", groups=groups, ratio=ratio))
     plan = random_plan(model, seed=groups)
     with torch.no_grad():
@@ -87,7 +87,7 @@ def test_every_grouping_of_query_heads(groups: int, ratio: int) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"attention_bias": True}, {"mlp_bias": True}])
-def test_biases_leave_with_their_rows(changes: dict[str, bool]) -> None:
+def test_masking_equals_cutting_with_biases(changes: dict[str, bool]) -> None:
     model = with_lora(tiny("llama", **changes))
     plan = random_plan(model)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def test_biases_leave_with_their_rows(changes: dict[str, bool]) -> None:
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_parameters_that_leave_are_those_counted(family: str) -> None:
+def test_removed_parameters_are_those_counted(family: str) -> None:
     model = tiny(family)
     plan = random_plan(model)
     sites = find_sites(model)
@@ -113,7 +113,7 @@ def test_parameters_that_leave_are_those_counted(family: str) -> None:
     assert before - after == kept_params(sites, dense_plan(sites)) - kept_params(sites, plan) + norms
 
 
-def test_a_layer_without_attention_still_generates() -> None:
+def test_layer_without_attention_generates_with_its_cache() -> None:
     model = tiny("llama")
     plan = random_plan(model)
     bare = "model.layers.1.self_attn"
@@ -128,7 +128,7 @@ def test_a_layer_without_attention_still_generates() -> None:
     assert relative(last, expected[:, -1:]) <= TOLERANCE
 
 
-def test_adapters_stay_adapters_when_only_linears_are_cut() -> None:
+def test_cut_linears_keeps_adapters() -> None:
     model = with_lora(tiny("mistral"))
     plan = random_plan(model)
     with torch.no_grad():
@@ -139,19 +139,19 @@ def test_adapters_stay_adapters_when_only_linears_are_cut() -> None:
         assert relative(model(tokens()).logits, expected) <= TOLERANCE
 
 
-def test_free_adapters_hear_a_removed_unit_and_gated_ones_do_not() -> None:
+def test_only_free_adapters_get_gradients_of_a_removed_unit() -> None:
     model = with_lora(tiny("llama"))
     plan = random_plan(model)
     off = next(unit for unit in range(96) if unit not in plan.kept["model.layers.0.mlp"])
     weight = model.get_submodule("model.layers.0.mlp.up_proj").lora_B["default"].weight
-    for kind, hears in (("free", True), ("gated", False)):
+    for kind, has_gradient in (("free", True), ("gated", False)):
         model.zero_grad()
         with masked(model, plan, adapters=kind):
             model(tokens()).logits.square().sum().backward()
-        assert bool(weight.grad[off].abs().sum() > 0) is hears
+        assert bool(weight.grad[off].abs().sum() > 0) is has_gradient
 
 
-def test_free_adapters_at_zero_equal_the_gated_model() -> None:
+def test_free_and_gated_adapters_agree_where_adapters_are_zero() -> None:
     model = with_lora(tiny("qwen2"))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -165,7 +165,7 @@ def test_free_adapters_at_zero_equal_the_gated_model() -> None:
     assert relative(free, gated) <= TOLERANCE
 
 
-def test_hooks_come_off_even_after_an_error() -> None:
+def test_masked_removes_its_hooks_after_an_error() -> None:
     model = tiny("llama")
     before = model(tokens()).logits
     with pytest.raises(RuntimeError, match="inside"), masked(model, random_plan(model)):
@@ -173,7 +173,7 @@ def test_hooks_come_off_even_after_an_error() -> None:
     assert torch.equal(model(tokens()).logits, before)
 
 
-def test_a_plan_of_another_model_is_refused_before_anything_is_cut() -> None:
+def test_cut_refuses_a_plan_of_another_model_before_it_changes_anything() -> None:
     model = tiny("llama")
     other = random_plan(tiny("llama", intermediate_size=64))
     before = sum(p.numel() for p in model.parameters())
@@ -184,7 +184,7 @@ def test_a_plan_of_another_model_is_refused_before_anything_is_cut() -> None:
         gates_from_plan(Plan({}, {}), find_sites(model))
 
 
-def test_unknown_architectures_are_refused_by_name() -> None:
+def test_find_sites_refuses_an_unknown_architecture_by_name() -> None:
     from transformers import GPTJConfig, GPTJForCausalLM
 
     sizes = {"n_embd": 16, "n_head": 2, "n_layer": 1, "rotary_dim": 4, "vocab_size": 20}
@@ -193,9 +193,9 @@ def test_unknown_architectures_are_refused_by_name() -> None:
         find_sites(model)
 
 
-def test_sites_come_from_a_model_without_weights() -> None:
+def test_find_sites_works_on_the_meta_device() -> None:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        ghost = AutoModelForCausalLM.from_config(tiny("llama").config)
-    assert find_sites(ghost) == find_sites(tiny("llama"))
+        meta_model = AutoModelForCausalLM.from_config(tiny("llama").config)
+    assert find_sites(meta_model) == find_sites(tiny("llama"))

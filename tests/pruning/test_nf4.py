@@ -1,7 +1,4 @@
-"""Laws of a base in 4 bits: a cut of it is exact, it learns as in full, what is merged is what was.
-
-Values differ from the weights before; by how much is said, and never by how a model is cut.
-"""
+"""A base in 4 bits: cutting it is exact, and gradients and merged adapters equal those of its dequantised weights."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ CPU = torch.device("cpu")
 FAMILIES = ("llama", "qwen2", "gemma3_text", "phi3", "gpt2")
 
 
-def held(family: str = "llama", *, lora: bool = True, units: Any = None, **changes: Any) -> tuple[Any, Any]:
+def quantized(family: str = "llama", *, lora: bool = True, units: Any = None, **changes: Any) -> tuple[Any, Any]:
     """A tiny model in 4 bits, and its sites; adapters are random."""
     model = tiny(family, **changes)
     sites = find_sites(model, units) if units else find_sites(model)
@@ -38,11 +35,11 @@ def linear_of(rows: int, columns: int, *, bias: bool = True) -> nn.Linear:
 
 
 @needs_nf4
-@pytest.mark.parametrize("lines", [ROWS, COLUMNS])
+@pytest.mark.parametrize("axis", [ROWS, COLUMNS])
 @pytest.mark.parametrize(("rows", "columns"), [(128, 64), (5, 70), (65, 3)])
-def test_it_is_the_linear_of_its_rounded_weights(rows: int, columns: int, lines: int) -> None:
+def test_nf4_linear_equals_a_linear_with_its_rounded_weights(rows: int, columns: int, axis: int) -> None:
     plain = linear_of(rows, columns)
-    packed = nf4.NF4Linear.from_linear(plain, cut_axis=lines, dtype=torch.float32, device=CPU)
+    packed = nf4.NF4Linear.from_linear(plain, cut_axis=axis, dtype=torch.float32, device=CPU)
     assert packed.weight.shape == plain.weight.shape
     assert float((packed.weight - plain.weight).detach().norm() / plain.weight.detach().norm()) < 0.12
     again, inputs = packed.dequantize(), torch.randn(2, 7, columns, requires_grad=True)
@@ -55,19 +52,19 @@ def test_it_is_the_linear_of_its_rounded_weights(rows: int, columns: int, lines:
 
 
 @needs_nf4
-@pytest.mark.parametrize("lines", [ROWS, COLUMNS])
-def test_lines_that_stay_keep_every_bit(lines: int) -> None:
-    packed = nf4.NF4Linear.from_linear(linear_of(90, 130), cut_axis=lines, dtype=torch.float32, device=CPU)
+@pytest.mark.parametrize("axis", [ROWS, COLUMNS])
+def test_keep_indices_changes_no_bit_of_kept_weights(axis: int) -> None:
+    packed = nf4.NF4Linear.from_linear(linear_of(90, 130), cut_axis=axis, dtype=torch.float32, device=CPU)
     before, index = packed.weight, torch.tensor([0, 3, 4, 77])
-    packed.keep_indices(index, lines)
-    assert torch.equal(packed.weight, before.index_select(lines, index))
+    packed.keep_indices(index, axis)
+    assert torch.equal(packed.weight, before.index_select(axis, index))
     assert (packed.out_features, packed.in_features) == tuple(packed.weight.shape)
     with pytest.raises(ValueError, match="only axis"):
-        packed.keep_indices(index, 1 - lines)
+        packed.keep_indices(index, 1 - axis)
 
 
 @needs_nf4
-def test_scales_stay_exact_whatever_the_model_becomes() -> None:
+def test_scales_stay_float32_when_the_model_changes_dtype() -> None:
     packed = nf4.NF4Linear.from_linear(linear_of(64, 64), cut_axis=ROWS, dtype=torch.float32, device=CPU)
     before = packed.weight
     nn.Sequential(packed).to(torch.bfloat16)
@@ -78,8 +75,8 @@ def test_scales_stay_exact_whatever_the_model_becomes() -> None:
 
 @needs_nf4
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_cut_is_exact(family: str) -> None:
-    model, sites = held(family)
+def test_cut_of_a_quantised_model_is_exact(family: str) -> None:
+    model, sites = quantized(family)
     plan = random_plan(tiny(family), seed=3)
     with masked(model, plan, sites=sites), torch.no_grad():
         expected = model(tokens()).logits
@@ -95,8 +92,8 @@ def test_the_cut_is_exact(family: str) -> None:
 
 @needs_nf4
 @pytest.mark.parametrize("units", [("query-heads", "mlp-channels"), ("layers", "kv-groups"), ("mlp-blocks",)])
-def test_so_it_is_for_every_kind_of_unit(units: tuple[str, ...]) -> None:
-    model, sites = held("llama", units=units)
+def test_cut_of_a_quantised_model_is_exact_for_other_kinds_of_unit(units: tuple[str, ...]) -> None:
+    model, sites = quantized("llama", units=units)
     plan = random_plan(tiny("llama"), seed=1, units=units)
     with masked(model, plan, sites=sites), torch.no_grad():
         expected = model(tokens()).logits
@@ -106,8 +103,8 @@ def test_so_it_is_for_every_kind_of_unit(units: tuple[str, ...]) -> None:
 
 
 @needs_nf4
-def test_rounded_weights_are_those_held() -> None:
-    plain, (model, sites) = tiny("gpt2"), held("gpt2", lora=False)
+def test_rounded_weights_equal_the_quantised_ones() -> None:
+    plain, (model, sites) = tiny("gpt2"), quantized("gpt2", lora=False)
     nf4.round_linears_to_nf4(plain, sites, dtype=torch.float32, device=CPU)
     with torch.no_grad():
         assert relative(plain(tokens()).logits, model(tokens()).logits) < 1e-5
@@ -117,14 +114,14 @@ def test_rounded_weights_are_those_held() -> None:
 
 @needs_nf4
 @pytest.mark.parametrize("adapters", ["gated", "free"])
-def test_gates_and_adapters_hear_what_they_would_in_full(adapters: Any) -> None:
-    """The gradients of a base in 4 bits are those of its rounded weights, held in full."""
+def test_gradients_equal_those_of_the_dequantised_model(adapters: Any) -> None:
+    """The gradients of a base in 4 bits are those of its rounded weights in float32."""
     found = []
-    for in_full in (False, True):
-        model, sites = held("qwen2")
-        if in_full:
+    for dequantized in (False, True):
+        model, sites = quantized("qwen2")
+        if dequantized:
             for name in lora_target_modules(model):
-                model.get_submodule(name).base_layer = model.get_submodule(name).base_layer.plain()
+                model.get_submodule(name).base_layer = model.get_submodule(name).base_layer.dequantize()
         leaves = {site.name: torch.full((site.units,), 0.7, requires_grad=True) for site in sites}
         with masked(model, leaves, adapters=adapters, sites=sites):
             model(tokens()).logits.square().mean().backward()
@@ -135,8 +132,8 @@ def test_gates_and_adapters_hear_what_they_would_in_full(adapters: Any) -> None:
 
 
 @needs_nf4
-def test_a_teacher_keeps_its_adapters_beside_the_base() -> None:
-    model, _ = held("llama")
+def test_finalize_adapters_keeps_adapters_on_a_quantised_base() -> None:
+    model, _ = quantized("llama")
     with torch.no_grad():
         expected = model(tokens()).logits
         finalize_adapters(model)
@@ -149,7 +146,7 @@ def test_a_teacher_keeps_its_adapters_beside_the_base() -> None:
     assert not any("lora_" in name for name, _ in plain.named_parameters())
 
 
-def test_without_bitsandbytes_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_bitsandbytes_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nf4, "find_spec", lambda _: None)
     with pytest.raises(MissingPackage, match=r"needs bitsandbytes; run: pip install 'prunetune\[quant\]'"):
         nf4.require_nf4()

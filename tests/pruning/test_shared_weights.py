@@ -1,4 +1,4 @@
-"""Laws of two models in one memory: same outputs, same tensors, and neither hears of what becomes of the other."""
+"""Sharing weights: both models compute the same as apart, hold the same tensors, and do not affect each other."""
 
 from __future__ import annotations
 
@@ -31,16 +31,18 @@ from support.models import ALL_FAMILIES, FAMILIES, random_plan, relative, tiny, 
 from support.nf4 import needs_nf4
 from support.shared_weights import held
 
-TOLERANCE = 1e-6  # of what is the same terms in another order, in float32
+TOLERANCE = 1e-6  # the same terms are summed in another order, in float32
 
 
-def says(model: Any) -> Tensor:
+def logits_of(model: Any) -> Tensor:
     with torch.no_grad():
         logits: Tensor = model(tokens(), use_cache=False).logits
     return logits
 
 
-def beside(family: str = "llama", *, four_bits: bool = False, **changes: Any) -> tuple[Any, Any, tuple[Site, ...]]:
+def student_and_teacher(
+    family: str = "llama", *, four_bits: bool = False, **changes: Any
+) -> tuple[Any, Any, tuple[Site, ...]]:
     """A student with adapters, its teacher, and the sites."""
     model = tiny(family, **changes).requires_grad_(False)
     sites = find_sites(model)
@@ -54,9 +56,9 @@ def beside(family: str = "llama", *, four_bits: bool = False, **changes: Any) ->
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2", "phi3", "gpt_oss", "mixtral", "bloom"])
-def test_a_twin_says_the_same_and_holds_nothing(family: str) -> None:
+def test_copy_sharing_weights_computes_the_same_and_holds_no_memory(family: str) -> None:
     model = tiny(family, tie_word_embeddings=family in FAMILIES).requires_grad_(False)
-    before, size, sites, plan = says(model), held(model), find_sites(model), random_plan(model)
+    before, size, sites, plan = logits_of(model), held(model), find_sites(model), random_plan(model)
     teacher = copy_sharing_weights(model)
     mine, others = dict(model.named_parameters()), dict(teacher.named_parameters())
     assert mine.keys() == others.keys()
@@ -65,38 +67,38 @@ def test_a_twin_says_the_same_and_holds_nothing(family: str) -> None:
     with_lora(model)
     assert not any("lora" in name for name, _ in teacher.named_parameters())
     with masked(model, plan, sites=sites):
-        assert not torch.equal(says(model), before)
-        assert torch.equal(says(teacher), before)
+        assert not torch.equal(logits_of(model), before)
+        assert torch.equal(logits_of(teacher), before)
     assert teacher.config is not model.config
     assert not teacher.training
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_that_are_tuned_are_the_student_s_alone(dtype: torch.dtype) -> None:
+def test_tuning_the_students_weights_leaves_the_teacher_unchanged(dtype: torch.dtype) -> None:
     model = tiny("qwen2").to(dtype).requires_grad_(False)
     sites, plan, teacher = find_sites(model), random_plan(model), copy_sharing_weights(model)
     plan = Plan({**plan.kept, sites[1].name: tuple(range(sites[1].units))}, plan.units)  # one is not cut at all
-    before = says(teacher)
+    before = logits_of(teacher)
     with_lora(model)
     cut_linears(model, plan, sites=sites)
     merge_adapters(model, trainable=True)
     add_biases(model, {f"{sites[0].name}.o_proj": torch.ones(48)})
     for weight in trainable_parameters(model).values():
         weight.data.mul_(2)
-    assert torch.equal(says(teacher), before)
+    assert torch.equal(logits_of(teacher), before)
 
 
 # -- after it --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_a_cut_beside_its_teacher_is_the_cut(family: str) -> None:
-    (student, teacher, sites), apart = beside(family), with_lora(tiny(family).requires_grad_(False))
-    plan, before, size = random_plan(tiny(family)), says(teacher), held(teacher)
+def test_cut_sharing_weights_equals_cut_linears(family: str) -> None:
+    (student, teacher, sites), apart = student_and_teacher(family), with_lora(tiny(family).requires_grad_(False))
+    plan, before, size = random_plan(tiny(family)), logits_of(teacher), held(teacher)
     cut_linears(apart, plan, sites=sites)
     cut_sharing_weights(student, teacher, plan, sites=sites)
-    assert relative(says(teacher), before) < TOLERANCE
-    assert relative(says(student), says(apart)) < TOLERANCE
+    assert relative(logits_of(teacher), before) < TOLERANCE
+    assert relative(logits_of(student), logits_of(apart)) < TOLERANCE
     for (name, one), (other, expected) in zip(student.named_parameters(), apart.named_parameters(), strict=True):
         assert (name, one.requires_grad) == (other, expected.requires_grad)
         assert torch.equal(one, expected), name
@@ -109,48 +111,48 @@ def test_a_cut_beside_its_teacher_is_the_cut(family: str) -> None:
     assert size <= held(student, teacher) <= size + own
 
 
-def test_who_lends() -> None:
-    def lends(family: str, units: tuple[str, ...] = DEFAULT_UNITS) -> set[str]:
+def test_can_share_weights_by_family_and_kind() -> None:
+    def shareable(family: str, units: tuple[str, ...] = DEFAULT_UNITS) -> set[str]:
         return {site.kind for site in find_sites(tiny(family), units) if can_share_weights(site)}
 
-    assert lends("llama") == lends("qwen2") == lends("gemma3_text") == {"attention", "mlp"}
-    assert lends("gpt2") == {"mlp"}
-    assert lends("phi3") == lends("qwen3_moe", ("experts", "expert-channels")) == set()
-    assert lends("llama", ("kv-groups", "query-heads", "mlp-channels", "layers")) == {"mlp"}
+    assert shareable("llama") == shareable("qwen2") == shareable("gemma3_text") == {"attention", "mlp"}
+    assert shareable("gpt2") == {"mlp"}
+    assert shareable("phi3") == shareable("qwen3_moe", ("experts", "expert-channels")) == set()
+    assert shareable("llama", ("kv-groups", "query-heads", "mlp-channels", "layers")) == {"mlp"}
 
 
 @needs_nf4
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
-def test_the_same_in_four_bits(family: str) -> None:
-    (student, teacher, sites), (apart, _, _) = (beside(family, four_bits=True) for _ in range(2))
-    plan, before, size = random_plan(tiny(family)), says(teacher), held(teacher)
+def test_cut_sharing_weights_equals_cut_linears_in_4_bits(family: str) -> None:
+    (student, teacher, sites), (apart, _, _) = (student_and_teacher(family, four_bits=True) for _ in range(2))
+    plan, before, size = random_plan(tiny(family)), logits_of(teacher), held(teacher)
     assert held(student, teacher) == size
     cut_linears(apart, plan, sites=sites)
     cut_sharing_weights(student, teacher, plan, sites=sites)
-    assert relative(says(teacher), before) < TOLERANCE
-    assert torch.equal(says(student), says(apart))
+    assert relative(logits_of(teacher), before) < TOLERANCE
+    assert torch.equal(logits_of(student), logits_of(apart))
     biases = sum(one.bias.nbytes for one in apart.modules() if isinstance(one, NF4Linear) and one.bias is not None)
     assert size <= held(student, teacher) <= size + biases
 
 
 @pytest.mark.parametrize("quantize", ["off", "nf4"])
 @pytest.mark.parametrize("family", ["llama", "phi3"])
-def test_what_is_computed_is_what_is_held(family: str, quantize: str) -> None:
+def test_estimated_memory_equals_held_memory(family: str, quantize: str) -> None:
     needs(quantize)
     values: Any = {"teacher": "base", "quantize": quantize}
-    structure, config = tiny(family, **SIZES), config_of(**values)
-    sites = find_sites(structure)
-    shapes = training_shapes(structure, sites)
-    setup = replace(training_setup(config, torch.float32, longest=1), deep=False, keep=0.5)
+    plain_model, config = tiny(family, **SIZES), config_of(**values)
+    sites = find_sites(plain_model)
+    shapes = training_shapes(plain_model, sites)
+    setup = replace(training_setup(config, torch.float32, longest=1), distills_hidden=False, keep=0.5)
 
     def found(phase: Literal["search", "tune"], **changes: Any) -> int:
         computed = estimate_memory(shapes, replace(setup, **changes), phase=phase)
         return computed.weights + computed.teacher
 
-    student, teacher, sites = beside(family, four_bits=quantize != "off", **SIZES)
+    student, teacher, sites = student_and_teacher(family, four_bits=quantize != "off", **SIZES)
     rest = sum(one.nbytes for name, one in teacher.named_buffers() if "inv_freq" in name)
     assert found("search") == held(student, teacher) - rest
-    assert found("search", shared=False) == 2 * found("search")
+    assert found("search", teacher_is_base=False) == 2 * found("search")
     plan = Plan(
         {site.name: tuple(range(1, site.units, 2)) for site in sites}, {site.name: site.units for site in sites}
     )
@@ -161,19 +163,19 @@ def test_what_is_computed_is_what_is_held(family: str, quantize: str) -> None:
     assert found("tune", all_weights=True) == held(student, teacher) - rest - tuned
 
 
-def test_units_that_nest_are_cut_beside_a_teacher_too() -> None:
+def test_cut_sharing_weights_with_nested_units() -> None:
     units = ("layers", "attention-blocks", "query-heads", "mlp-channels")
     model, apart = (tiny().requires_grad_(False) for _ in range(2))
     sites, plan = find_sites(model, units), random_plan(model, units=units)
-    teacher, before = copy_sharing_weights(model), says(model)
+    teacher, before = copy_sharing_weights(model), logits_of(model)
     cut_linears(apart, plan, sites=sites)
     cut_sharing_weights(model, teacher, plan, sites=sites)
-    assert relative(says(model), says(apart)) < TOLERANCE
-    assert relative(says(teacher), before) < TOLERANCE
+    assert relative(logits_of(model), logits_of(apart)) < TOLERANCE
+    assert relative(logits_of(teacher), before) < TOLERANCE
 
 
-def test_no_more_than_a_layer_is_held_on_the_way() -> None:
-    student, teacher, sites = beside(layers=6)
+def test_cut_sharing_weights_holds_at_most_one_more_layer() -> None:
+    student, teacher, sites = student_and_teacher(layers=6)
     plan = random_plan(tiny(layers=6), keep=0.9)
     layer = sum(one.nbytes for one in teacher.model.layers[0].parameters())
     adapter = sum(one.nbytes for one in trainable_parameters(student).values())
@@ -182,33 +184,33 @@ def test_no_more_than_a_layer_is_held_on_the_way() -> None:
     assert live.peak <= layer + adapter + 2**14  # indices
 
 
-def test_what_is_another_model_s_is_copied() -> None:
+def test_weights_of_another_model_are_copied() -> None:
     """A teacher that does not hold the student's weights keeps its own."""
-    student, _, sites = beside()
+    student, _, sites = student_and_teacher()
     other = tiny(seed=3).requires_grad_(False)
-    before, size = says(other), held(other)
+    before, size = logits_of(other), held(other)
     cut_sharing_weights(student, other, random_plan(tiny()), sites=sites)
-    assert torch.equal(says(other), before)
+    assert torch.equal(logits_of(other), before)
     assert held(student, other) > size + 1000
 
 
-def test_a_plan_of_another_model_is_refused_before_anything_is_cut() -> None:
-    student, teacher, sites = beside()
-    before = says(student)
+def test_cut_sharing_weights_refuses_a_plan_of_another_model_before_it_changes_anything() -> None:
+    student, teacher, sites = student_and_teacher()
+    before = logits_of(student)
     with pytest.raises(PlanError, match="fits only the dense model"):
         cut_sharing_weights(student, teacher, random_plan(tiny(intermediate_size=64)), sites=sites)
-    assert torch.equal(says(student), before)
+    assert torch.equal(logits_of(student), before)
     cut_sharing_weights(student, teacher, dense_plan(sites), sites=sites)  # a plan that keeps all does nothing
-    assert torch.equal(says(student), before)
+    assert torch.equal(logits_of(student), before)
     assert held(student, teacher) == held(teacher)
 
 
-def test_what_lets_go_has_memory_of_its_own_and_can_be_stored(tmp_path: Path) -> None:
-    student, teacher, sites = beside()
+def test_unshared_weights_own_their_memory_and_can_be_saved(tmp_path: Path) -> None:
+    student, teacher, sites = student_and_teacher()
     cut_sharing_weights(student, teacher, random_plan(tiny()), sites=sites)
-    before = says(student)
+    before = logits_of(student)
     unshare_weights(student)
-    assert torch.equal(says(student), before)
+    assert torch.equal(logits_of(student), before)
     for name, one in student.named_parameters():
         assert one.is_contiguous()
         assert one.untyped_storage().nbytes() == one.nbytes, name

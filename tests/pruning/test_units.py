@@ -1,4 +1,4 @@
-"""Laws over every family and every kind of unit that it can lose: masked equals cut, and the price is what leaves."""
+"""Masked equals cut for every family and every kind of unit it can lose, and counted parameters are those removed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prunetune.errors import ConfigError, ModelError, PlanError
 from prunetune.pruning.cut import cut_linears
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import dense_plan, kept_params, sites_from_plan, unprunable_kinds
-from prunetune.pruning.units import KIND_BY_NAME
+from prunetune.pruning.units import KIND_BY_NAME, UnitKind
 from prunetune.train.adapters import add_adapters, cut_adapter_tensors, expand_adapter_tensors, trainable_parameters
 from support.models import ALL_FAMILIES, kinds_of, random_plan, relative, tiny, tokens, with_lora
 
@@ -26,7 +26,7 @@ every_case = pytest.mark.parametrize(
 )
 
 
-def said(model: Any) -> torch.Tensor:
+def logits_of(model: Any) -> torch.Tensor:
     with torch.no_grad():
         return model(tokens()).logits
 
@@ -40,10 +40,10 @@ def test_masking_equals_cutting(family: str, units: tuple[str, ...], lora: bool)
         with_lora(model)
     plan, sites = random_plan(model, units=units, seed=1), find_sites(model, units)
     with masked(model, plan):
-        expected = said(model)
-    dense = said(model)
+        expected = logits_of(model)
+    dense = logits_of(model)
     small = cut(model, plan)
-    assert relative(said(small), expected) <= TOLERANCE
+    assert relative(logits_of(small), expected) <= TOLERANCE
     assert relative(dense, expected) > 0.01, "the plan must matter"
     left = sum(parameter.numel() for parameter in small.parameters())
     assert before - left == kept_params(sites, dense_plan(sites)) - kept_params(sites, plan)
@@ -51,7 +51,7 @@ def test_masking_equals_cutting(family: str, units: tuple[str, ...], lora: bool)
 
 
 @pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if "layers" in kinds_of(family)])
-def test_a_closed_layer_hands_on_what_it_got_in_every_pass(family: str) -> None:
+def test_closed_layer_passes_its_input_on_in_every_pass(family: str) -> None:
     """A teacher compares hidden states, which transformers collects by hooks of its own from the first pass on."""
     model = tiny(family, layers=LAYERS)
     sites = find_sites(model, ("layers",))
@@ -63,25 +63,25 @@ def test_a_closed_layer_hands_on_what_it_got_in_every_pass(family: str) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"attention_bias": True}, {"mlp_bias": True}, {"tie_word_embeddings": True}])
-def test_biases_and_ties(changes: dict[str, bool]) -> None:
+def test_masking_equals_cutting_with_biases_and_tied_embeddings(changes: dict[str, bool]) -> None:
     model = with_lora(tiny("llama", layers=LAYERS, **changes))
     plan = random_plan(model, units=kinds_of("llama"), seed=1)
     with masked(model, plan):
-        expected = said(model)
-    assert relative(said(cut(model, plan)), expected) <= TOLERANCE
+        expected = logits_of(model)
+    assert relative(logits_of(cut(model, plan)), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_adapters_stay_when_only_linears_are_cut_and_grow_back(family: str) -> None:
-    """Masked, cut with adapters that stay, and merged: three ways to the same."""
+def test_cut_linears_keeps_adapters_that_expand_again(family: str) -> None:
+    """Masked, cut with adapters kept, and cut with adapters merged compute the same."""
     units = kinds_of(family)
     model = with_lora(tiny(family, layers=LAYERS))
     plan, sites = random_plan(model, units=units, seed=2), find_sites(model, units)
     before = {name: weight.detach().clone() for name, weight in trainable_parameters(model).items()}
     with masked(model, plan):
-        expected = said(model)
+        expected = logits_of(model)
     cut_linears(model, plan)
-    assert relative(said(model), expected) <= TOLERANCE
+    assert relative(logits_of(model), expected) <= TOLERANCE
     small = cut_adapter_tensors(before, plan, sites)
     assert set(small) == set(trainable_parameters(model))
     assert all(torch.equal(weight, small[name]) for name, weight in trainable_parameters(model).items())
@@ -89,7 +89,7 @@ def test_adapters_stay_when_only_linears_are_cut_and_grow_back(family: str) -> N
     again = with_lora(tiny(family, layers=LAYERS))
     for name, weight in trainable_parameters(again).items():
         weight.data = grown[name]
-    assert relative(said(cut(again, plan)), expected) <= TOLERANCE
+    assert relative(logits_of(cut(again, plan)), expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_adapters_stay_when_only_linears_are_cut_and_grow_back(family: str) -> N
         ("opt", ("attention-blocks", "layers")),
     ],
 )
-def test_a_cut_model_generates_with_its_cache_as_without(family: str, units: tuple[str, ...]) -> None:
+def test_cut_model_generates_the_same_with_and_without_cache(family: str, units: tuple[str, ...]) -> None:
     model = tiny(family, layers=6)
     cut(model, random_plan(model, units=units, seed=5))
     options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -113,7 +113,7 @@ def test_a_cut_model_generates_with_its_cache_as_without(family: str, units: tup
     assert torch.equal(*found)
 
 
-def test_layers_leave_the_stack_and_the_configuration_follows() -> None:
+def test_removed_layers_leave_the_model_and_its_configuration() -> None:
     model = tiny("gemma2", layers=6)
     kinds = model.config.layer_types
     sites = find_sites(model, ["layers"])
@@ -125,10 +125,12 @@ def test_layers_leave_the_stack_and_the_configuration_follows() -> None:
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2, 3]
 
 
-def test_plain_layers_of_a_mixture_are_counted_on() -> None:
+def test_removed_layers_renumber_plain_layers_of_a_mixture() -> None:
     model = tiny("qwen3_moe", layers=6, mlp_only_layers=[1], decoder_sparse_step=2)  # experts in layers 3 and 5
     sites = find_sites(model, ["layers", "mlp-blocks", "experts"])
-    assert {site.layer: site.kind for site in sites if site.kind == "experts"} == {3: "experts", 5: "experts"}
+    assert {site.layer: site.kind for site in sites if site.kind is UnitKind.EXPERT} == dict.fromkeys(
+        (3, 5), UnitKind.EXPERT
+    )
     plan = dense_plan(sites)
     plan = Plan(
         {
@@ -138,32 +140,32 @@ def test_plain_layers_of_a_mixture_are_counted_on() -> None:
         plan.units,
     )
     with masked(model, plan):
-        expected = said(model)
-    assert relative(said(cut(model, plan)), expected) <= TOLERANCE
+        expected = logits_of(model)
+    assert relative(logits_of(cut(model, plan)), expected) <= TOLERANCE
     assert (model.config.mlp_only_layers, model.config.decoder_sparse_step) == ([0, 1, 2], 1)
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss"])
-def test_a_closed_expert_s_gate_hears_what_it_would_add(family: str) -> None:
+def test_gate_of_a_closed_expert_gets_a_gradient(family: str) -> None:
     model = tiny(family, layers=2)
     sites = find_sites(model, ["experts"])
     plan = random_plan(model, units=["experts"])
     gates = {name: gate.requires_grad_() for name, gate in gates_from_plan(plan, sites).items()}
     with masked(model, plan):
-        expected = said(model)
+        expected = logits_of(model)
     with masked(model, gates, sites=sites):
         logits = model(tokens()).logits
         logits.square().sum().backward()
     assert relative(logits.detach(), expected) <= TOLERANCE, "the gradient costs no exactness"
     for site in sites:
-        slopes = gates[site.name].grad
-        assert slopes.isfinite().all()
-        assert (slopes != 0).any()
+        gradient = gates[site.name].grad
+        assert gradient.isfinite().all()
+        assert (gradient != 0).any()
         closed = [unit for unit in range(site.units) if unit not in plan.kept[site.name]]
-        assert (slopes[closed] != 0).any()
+        assert (gradient[closed] != 0).any()
 
 
-def test_a_layer_s_gate_has_the_slope_of_its_difference() -> None:
+def test_gradient_of_a_layers_gate_equals_its_finite_difference() -> None:
     model = tiny("qwen3", layers=3).double()
     sites = find_sites(model, ["layers"])
     gates = {site.name: torch.full((1,), 0.5, dtype=torch.float64) for site in sites}
@@ -178,11 +180,11 @@ def test_a_layer_s_gate_has_the_slope_of_its_difference() -> None:
         model(tokens()).logits.square().sum().backward()
     step = 1e-3  # norms are computed in float32
     with torch.no_grad():
-        slope = float(loss(0.5 + step) - loss(0.5 - step)) / (2 * step)
-    assert float(leaf.grad) == pytest.approx(slope, rel=1e-2)
+        difference = float(loss(0.5 + step) - loss(0.5 - step)) / (2 * step)
+    assert float(leaf.grad) == pytest.approx(difference, rel=1e-2)
 
 
-def test_scaled_weights_are_put_back_even_after_an_error() -> None:
+def test_scaled_expert_weights_are_restored_after_an_error() -> None:
     model = tiny("mixtral", layers=2)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
 
@@ -193,17 +195,17 @@ def test_scaled_weights_are_put_back_even_after_an_error() -> None:
     with masked(model, plan):
         model.model.layers[0].mlp.experts.act_fn.register_forward_pre_hook(fail)
         with pytest.raises(RuntimeError, match="inside"):
-            said(model)
+            logits_of(model)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
 
 
-def test_a_plan_tells_its_kinds() -> None:
+def test_sites_from_plan_finds_the_kinds_of_a_plan() -> None:
     model = tiny("qwen3_moe")
     for units in (["experts"], ["kv-groups", "layers"], ["query-heads"], kinds_of("qwen3_moe")):
         assert sites_from_plan(model, random_plan(model, units=units)) == find_sites(model, units)
 
 
-def test_a_plan_that_no_shape_has_is_refused() -> None:
+def test_plan_with_unequal_parent_groups_is_refused() -> None:
     model = tiny("llama")
     plan = random_plan(model, units=["kv-groups", "query-heads"])
     site = "model.layers.0.self_attn:query-heads"
@@ -221,19 +223,19 @@ def test_a_plan_that_no_shape_has_is_refused() -> None:
         ("bloom", "attention-blocks", "adds the residual itself"),
     ],
 )
-def test_a_kind_that_is_not_there_is_refused_with_its_reason(family: str, unit: str, reason: str) -> None:
+def test_find_sites_refuses_an_unprunable_kind_with_its_reason(family: str, unit: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         find_sites(tiny(family), ["mlp-channels", unit])
     assert reason in unprunable_kinds(tiny(family), [unit])[KIND_BY_NAME[unit]]
 
 
-def test_a_model_without_a_linear_to_tune_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_add_adapters_refuses_a_model_without_target_modules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prunetune.train.adapters.lora_target_modules", lambda model: [])
     with pytest.raises(ModelError, match="no linear of this model can be tuned"):
         add_adapters(tiny("mixtral"), (), LoraSettings(), seed=0)
 
 
-def test_what_a_configuration_rules_out() -> None:
+def test_configuration_makes_kinds_unprunable() -> None:
     model = tiny("opt", do_layer_norm_before=False)
     assert "normalises after the residual" in unprunable_kinds(model, ["layers"])["layers"]
     model = tiny("gpt2", scale_attn_by_inverse_layer_idx=True)

@@ -1,4 +1,4 @@
-"""The page's laws: nothing is loaded, nothing is executed, nothing missing breaks it; same files, same bytes."""
+"""The report page: it loads and executes nothing, shows what is there, names what is missing, escapes all text."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def page(run_folder: Path) -> str:
     return (run_folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_verdict_says_size_and_quality(page: str) -> None:
+def test_headline_says_size_and_quality(page: str) -> None:
     assert "<h1>40% smaller decoder; mean accuracy 0.729, 93% of the dense tuned model</h1>" in page
 
 
-def test_nothing_is_loaded_or_executed(page: str) -> None:
+def test_page_loads_and_executes_nothing(page: str) -> None:
     outline = Outline(page)
     assert not {tag for tag, _ in outline.tags} & {"script", "link", "img", "iframe", "object", "embed", "base", "form"}
     assert all(target.startswith("#") for target in outline.attributes("href"))
@@ -47,7 +47,7 @@ def test_nothing_is_loaded_or_executed(page: str) -> None:
     assert "@import" not in page
 
 
-def test_size_and_bytes(run_folder: Path, page: str) -> None:
+def test_page_is_small_and_the_same_bytes_again(run_folder: Path, page: str) -> None:
     assert len(page.encode()) < 3_000_000
     assert write_report(run_folder).read_text(encoding="utf-8") == page
     assert {path.name for path in run_folder.iterdir()} == {
@@ -55,7 +55,7 @@ def test_size_and_bytes(run_folder: Path, page: str) -> None:
     }  # fmt: skip
 
 
-def test_headings_tables_and_pictures_are_for_every_reader(page: str) -> None:
+def test_headings_tables_and_figures_are_accessible(page: str) -> None:
     outline = Outline(page)
     levels = [int(tag[1]) for tag, _ in outline.tags if re.fullmatch(r"h[1-6]", tag)]
     assert levels[0] == 1
@@ -74,14 +74,14 @@ def test_ids_are_unique_and_references_resolve(page: str) -> None:
     assert set(wanted) | set(outline.attributes("aria-labelledby")) <= set(names)
 
 
-def test_pictures_are_painted_in_page_colours_only(page: str) -> None:
+def test_figures_use_page_colours_only(page: str) -> None:
     pictures = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
     assert len(pictures) == (1 + 3) + (2 + 2) + (6 + 2)  # scores, what was kept, how it went
     painted = {colour for svg in pictures for colour in re.findall(r"(?:fill|stroke): ([^;\"]+)", svg)}
     assert all(colour.startswith("var(--") or colour in ("none", "currentColor") for colour in painted), painted
 
 
-def test_the_table_names_every_layer(page: str, run_folder: Path) -> None:
+def test_table_has_every_layer(page: str, run_folder: Path) -> None:
     kept = Plan.load(run_folder / "plan.json").kept
     for layer in range(30):
         row = re.search(rf'<tr><th scope="row">{layer}</th>(.*?)</tr>', page, flags=re.DOTALL)
@@ -97,7 +97,7 @@ def test_the_table_names_every_layer(page: str, run_folder: Path) -> None:
     ("evaluation/tuned.json", "evaluation/dense.json"),
     ("metrics.jsonl", "validation.jsonl"),
 ], ids=lambda absent: f"without {len(absent)}: {absent[0]}")  # fmt: skip
-def test_whatever_is_missing_is_said_and_the_rest_is_shown(
+def test_missing_files_are_named_and_the_rest_is_shown(
     run_folder: Path, tmp_path: Path, absent: tuple[str, ...]
 ) -> None:
     folder = shutil.copytree(run_folder, tmp_path / "run")
@@ -113,7 +113,7 @@ def test_whatever_is_missing_is_said_and_the_rest_is_shown(
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"{}", b"null", b"\xff\xfe\x00", b'{"tasks": {"a": 1}, "sites": 3}']
 )
-def test_a_broken_file_is_said(run_folder: Path, tmp_path: Path, name: str, content: bytes) -> None:
+def test_broken_file_is_named(run_folder: Path, tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / "evaluation").mkdir()
     shutil.copy(run_folder / "config.yaml", tmp_path / "config.yaml")
     (tmp_path / name).write_bytes(content)
@@ -124,7 +124,7 @@ def test_a_broken_file_is_said(run_folder: Path, tmp_path: Path, name: str, cont
     assert readable or re.search(rf"{name} (cannot be read|is empty|has \d line)", page)
 
 
-def test_without_a_tuned_reference_the_dense_one_serves(run_folder: Path, tmp_path: Path) -> None:
+def test_without_tuned_scores_the_dense_model_is_the_reference(run_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run_folder, tmp_path / "run")
     (folder / "evaluation" / "tuned.json").unlink()
     page = write_report(folder).read_text(encoding="utf-8")
@@ -132,13 +132,13 @@ def test_without_a_tuned_reference_the_dense_one_serves(run_folder: Path, tmp_pa
     assert "Dense, tuned</th>" not in page
 
 
-def test_without_a_manifest_the_plan_tells_the_size(run_folder: Path, tmp_path: Path) -> None:
+def test_without_manifest_the_headline_counts_units_of_the_plan(run_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run_folder, tmp_path / "run")
     (folder / "manifest.json").unlink()
     assert "<h1>59% of KV groups and 51% of MLP channels kept; mean" in write_report(folder).read_text(encoding="utf-8")
 
 
-def test_a_line_cut_short_by_a_kill_is_left_out(run_folder: Path, tmp_path: Path) -> None:
+def test_log_line_cut_short_is_left_out(run_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run_folder, tmp_path / "run")
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 710, "lo')
@@ -148,7 +148,7 @@ def test_a_line_cut_short_by_a_kill_is_left_out(run_folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("folder", ["absent", "empty", "file"])
-def test_what_is_no_run_folder_is_refused_in_one_line(tmp_path: Path, folder: str) -> None:
+def test_no_run_folder_is_refused_in_one_line(tmp_path: Path, folder: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="name the run folder that `prunetune run` made") as refused:
@@ -169,7 +169,7 @@ def hostile(value: Any) -> Any:
     return ATTACK if isinstance(value, str) else value
 
 
-def test_text_from_outside_stays_text(run_folder: Path, tmp_path: Path) -> None:
+def test_hostile_text_is_escaped(run_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(run_folder, tmp_path / "run <b>&amp;")
     (folder / "config.yaml").write_text(f"model: {json.dumps(ATTACK)}\n</pre>{ATTACK}", encoding="utf-8")
     for name, right in (("dense", False), ("tuned", True), ("pruned", False)):

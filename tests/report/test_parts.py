@@ -1,4 +1,4 @@
-"""Laws of the parts that the page is put together from."""
+"""Parts of the report: scores, samples, layers, curves, formats, verdicts, heat map."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 
 from prunetune.cli.output import render_run
 from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
+from prunetune.manifest import DataFacts
 from prunetune.plan import Plan
 from prunetune.report import decision_heatmap, formatting, run_details, verdicts, write_report
-from prunetune.report.figures import MOST_POINTS, downsample, running_mean
+from prunetune.report.figures import MAX_POINTS, downsample, running_mean
 from prunetune.report.kept_layers import count_kept, format_ranges, layers_from_plan
 from prunetune.report.run_folder import read_run
 from prunetune.report.samples import select_samples
@@ -30,7 +31,7 @@ def task(name: str, values: list[float], metric: str = "accuracy") -> TaskResult
     return TaskResult(name, {metric: Score(mean, math.sqrt(mean * (1 - mean) / (len(values) - 1)), len(values))}, items)
 
 
-def test_a_paired_change_has_the_smaller_error() -> None:
+def test_change_over_the_same_items_has_the_paired_error() -> None:
     reference, pruned = task("t", [1, 0] * 50), task("t", [1, 0] * 49 + [0, 0])
     (row,) = metric_rows({"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})})
     assert row.change == "−0.010 ± 0.010"
@@ -38,13 +39,13 @@ def test_a_paired_change_has_the_smaller_error() -> None:
     assert row.recovery == "98.0%"
 
 
-def test_other_items_are_not_paired() -> None:
+def test_change_over_other_items_has_the_unpaired_error() -> None:
     reference, pruned = task("t", [1, 0] * 50), task("t", [1, 0] * 40)
     (row,) = metric_rows({"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})})
     assert row.change == "0.000 ± 0.075"
 
 
-def test_the_headline_is_the_mean_over_common_tasks() -> None:
+def test_headline_is_the_mean_over_common_tasks() -> None:
     reference = Evaluation({"a": task("a", [1, 1, 1, 0]), "b": task("b", [1, 0])})
     pruned = Evaluation({"a": task("a", [1, 1, 0, 0]), "c": task("c", [1, 1])})
     found = headline_score({"tuned": reference, "pruned": pruned})
@@ -53,7 +54,7 @@ def test_the_headline_is_the_mean_over_common_tasks() -> None:
     assert found.recovery == pytest.approx(2 / 3)
 
 
-def test_a_loss_has_no_headline_recovery() -> None:
+def test_headline_of_a_loss_has_no_recovery() -> None:
     results = {
         name: Evaluation({"a": TaskResult("a", {"perplexity": Score(9.0, 0.1, 5)}, ())}) for name in ("dense", "pruned")
     }
@@ -62,7 +63,7 @@ def test_a_loss_has_no_headline_recovery() -> None:
     assert (found.metric, found.recovery, found.reference_name) == ("perplexity", None, "dense untuned")
 
 
-def test_without_reference_or_result_there_is_no_headline() -> None:
+def test_headline_needs_reference_and_result() -> None:
     one = Evaluation({"a": task("a", [1, 0])})
     assert headline_score({"pruned": one}) is None
     assert headline_score({"tuned": one, "dense": one}) is None
@@ -84,7 +85,7 @@ def test_samples_show_flips_of_several_tasks_and_count_all() -> None:
     assert {sample.flip for sample in samples.selected} == {"lost", "gained", "right", "wrong", "open"}
 
 
-def test_a_generated_answer_has_its_overlap_and_no_verdict() -> None:
+def test_generated_answer_is_marked_by_overlap_alone() -> None:
     generated = [sample for sample in select_samples(evaluations()).selected if sample.task == "billsum"]
     assert generated
     assert all(
@@ -97,7 +98,7 @@ def test_a_generated_answer_has_its_overlap_and_no_verdict() -> None:
     ("transformer.h.{}.attn", "transformer.h.{}.mlp"),
     ("gpt_neox.layers.{}.attention", "gpt_neox.layers.{}.mlp"),
 ])  # fmt: skip
-def test_layers_are_read_off_site_names_in_number_order(attention: str, mlp: str) -> None:
+def test_layers_come_from_site_names_in_number_order(attention: str, mlp: str) -> None:
     sites = {name.format(layer): (0, 2) if name == mlp else () for layer in (10, 2) for name in (mlp, attention)}
     layers = layers_from_plan(Plan(sites, dict.fromkeys(sites, 4)))
     assert [layer.index for layer in layers] == [2, 10]
@@ -105,17 +106,17 @@ def test_layers_are_read_off_site_names_in_number_order(attention: str, mlp: str
     assert count_kept(layer.mlp for layer in layers) == (4, 8)
 
 
-def test_runs_of_indices() -> None:
+def test_format_ranges_joins_neighbours() -> None:
     assert format_ranges((0, 1, 2, 5, 7, 8)) == "0–2, 5, 7–8"
     assert format_ranges(()) == ""
 
 
-def test_phases_join_where_the_next_begins() -> None:
+def test_phase_ends_where_the_next_begins() -> None:
     spans = phase_spans([{"step": s, "phase": p} for s, p in ((1, "search"), (5, "search"), (9, "tune"), (20, "tune"))])
     assert [(span.phase, span.first, span.last) for span in spans] == [("search", 1, 9), ("tune", 9, 20)]
 
 
-def test_a_step_logged_twice_counts_once_and_nan_not_at_all() -> None:
+def test_training_curve_takes_the_later_of_two_lines_and_no_nan() -> None:
     lines = [
         {"step": 2, "loss": 5.0},
         {"step": 1, "loss": 9.0},
@@ -128,15 +129,15 @@ def test_a_step_logged_twice_counts_once_and_nan_not_at_all() -> None:
     assert training_curve(lines, "lr", "red") is None
 
 
-@pytest.mark.parametrize("count", [0, 1, MOST_POINTS, MOST_POINTS + 1, 10 * MOST_POINTS])
-def test_thinning_keeps_the_mean(count: int) -> None:
+@pytest.mark.parametrize("count", [0, 1, MAX_POINTS, MAX_POINTS + 1, 10 * MAX_POINTS])
+def test_downsample_keeps_the_mean(count: int) -> None:
     few = downsample([(float(step), 3.0) for step in range(count)])
-    assert len(few) <= MOST_POINTS
+    assert len(few) <= MAX_POINTS
     assert bool(few) == bool(count)
     assert all(value == pytest.approx(3.0) for _, value in few)
 
 
-def test_the_running_mean_of_a_constant_is_the_constant() -> None:
+def test_running_mean_of_a_constant_is_the_constant() -> None:
     assert running_mean([2.0] * 9, 3) == [2.0] * 9
 
 
@@ -156,7 +157,7 @@ def test_the_running_mean_of_a_constant_is_the_constant() -> None:
     (formatting.decimal(math.nan), formatting.NOT_KNOWN),
     (formatting.share(None), formatting.NOT_KNOWN),
 ])  # fmt: skip
-def test_numbers_read_well(shown: str, wanted: str) -> None:
+def test_numbers_are_formatted(shown: str, wanted: str) -> None:
     assert shown == wanted
 
 
@@ -172,11 +173,11 @@ def answered(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     return {answer.question: answer for answer in found}
 
 
-def test_the_answers_of_a_good_run(tmp_path: Path) -> None:
+def test_verdicts_of_a_good_run(tmp_path: Path) -> None:
     found = answered(tmp_path)
-    assert [answer.reading for answer in found.values()] == ["yes", "yes", "partly", "yes"]
-    assert "106.2M → 63.7M" in found["Smaller?"].words
-    assert "after acting once" in found["Within limits?"].words
+    assert [answer.answer for answer in found.values()] == ["yes", "yes", "partly", "yes"]
+    assert "106.2M → 63.7M" in found["Smaller?"].explanation
+    assert "after acting once" in found["Within limits?"].explanation
 
 
 @pytest.mark.parametrize(
@@ -184,22 +185,27 @@ def test_the_answers_of_a_good_run(tmp_path: Path) -> None:
     [
         ({"speed": {}}, "Faster?", "unknown", "was not measured"),
         ({"model": {}}, "Smaller?", "unknown", "not known"),
-        ({"gates": {}}, "Within limits?", "none", "No gate was set"),
+        ({"gates": {}}, "Within limits?", "none", "No limit was set"),
         ({"gates": {"limits": [{"gate": "g", "limit": 1, "found": 2, "held": False}]}}, "Within limits?", "no", "g: 2"),
-        ({"gates": {"keep_asked": 0.5, "kept": 0.6}}, "Smaller?", "partly", "50% was to stay; a gate held 60%"),
+        (
+            {"gates": {"keep_asked": 0.5, "kept": 0.6}},
+            "Smaller?",
+            "partly",
+            "50% was asked for; a limit on a score kept 60%",
+        ),
         ({"failed": "stopped at step 4"}, "Within limits?", "no", "Stopped at step 4."),
-        ({"gates": {"limits": "odd", "events": [3]}, "validation": []}, "Within limits?", "none", "No gate"),
+        ({"gates": {"limits": "odd", "events": [3]}, "validation": []}, "Within limits?", "none", "No limit"),
     ],
 )
-def test_the_answers_follow_the_manifest(
+def test_verdicts_follow_the_manifest(
     changes: dict[str, Any], question: str, reading: str, words: str, tmp_path: Path
 ) -> None:
     found = answered(tmp_path, **changes)[question]
-    assert found.reading == reading
-    assert words in found.words
+    assert found.answer == reading
+    assert words in found.explanation
 
 
-def test_better_than_an_untuned_model_is_not_as_good_as_a_tuned_one(tmp_path: Path) -> None:
+def test_quality_is_unknown_without_a_tuned_reference(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     (folder / "evaluation" / "tuned.json").unlink()
     run = read_run(folder)
@@ -214,19 +220,19 @@ NOISY = {
 }
 
 
-def test_speeds_that_differ_less_than_their_runs_are_no_plain_yes(tmp_path: Path) -> None:
+def test_speed_within_the_noise_is_no_plain_yes(tmp_path: Path) -> None:
     found = answered(tmp_path / "both", speed=NOISY)["Faster?"]
-    assert found.reading == "partly"  # prefill, which is clear
-    assert "Runs of decode differ more than the models" in found.words
-    assert "prunetune bench" in found.words
-    assert "Decode 0.90× (runs differ by 35%), prefill 1.30× (runs differ by 2%)" in found.words
+    assert found.answer == "partly"  # prefill, which is clear
+    assert "Runs of decode differ more than the models" in found.explanation
+    assert "prunetune bench" in found.explanation
+    assert "Decode 0.90× (runs differ by 35%), prefill 1.30× (runs differ by 2%)" in found.explanation
     decode = {model: {key: value for key, value in speed.items() if "decode" in key} for model, speed in NOISY.items()}
-    assert answered(tmp_path / "one", speed=decode)["Faster?"].reading == "unknown"
+    assert answered(tmp_path / "one", speed=decode)["Faster?"].answer == "unknown"
     (tile,) = (tile for tile in summary_tiles(read_run(tmp_path / "one" / "run"), None) if tile.label == "Decode speed")
     assert tile.tone == "plain"
 
 
-def test_a_speed_is_told_with_its_spread_wherever_it_is_told(tmp_path: Path) -> None:
+def test_speed_has_its_spread_on_pages_and_in_the_terminal(tmp_path: Path) -> None:
     folder = make_sizes(tmp_path / "run")
     own = folder / "sizes" / "0.8"
     turns, alone = "1.14× (1.11 to 1.18)", "1.29× (runs differ by 3%)"
@@ -242,7 +248,7 @@ def test_a_speed_is_told_with_its_spread_wherever_it_is_told(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("count", "reading"), [(5, "unknown"), (500, "yes")])
-def test_too_few_items_do_not_make_a_model_as_good(count: int, reading: str, tmp_path: Path) -> None:
+def test_quality_is_unknown_with_too_few_items(count: int, reading: str, tmp_path: Path) -> None:
     reference, pruned = task("t", [1, 0, 1, 1] * count), task("t", [1, 1, 0, 1] * count)
     scored = {"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})}
     run = replace(read_run(make_run(tmp_path / "run")), evaluations=scored)
@@ -251,7 +257,7 @@ def test_too_few_items_do_not_make_a_model_as_good(count: int, reading: str, tmp
     assert ("with 20 items" in answer.explanation) == (count == 5)
 
 
-def test_a_change_without_any_spread_has_a_verdict() -> None:
+def test_change_without_spread_has_a_verdict() -> None:
     for ours, verdict in ((0, "worse"), (1, "within noise")):
         reference, pruned = task("t", [1] * 50), task("t", [ours] * 50)
         (row,) = metric_rows({"tuned": Evaluation({"t": reference}), "pruned": Evaluation({"t": pruned})})
@@ -259,7 +265,7 @@ def test_a_change_without_any_spread_has_a_verdict() -> None:
 
 
 @pytest.mark.parametrize("order", [("zero", "wide"), ("wide", "zero")])
-def test_a_task_without_a_share_hides_no_other_loss(order: tuple[str, str], tmp_path: Path) -> None:
+def test_task_without_recovery_hides_no_other_loss(order: tuple[str, str], tmp_path: Path) -> None:
     """Of a score of 0 there is no recovery; the other task's possible loss counts wherever it stands."""
     results = {"zero": (task("zero", [0] * 20), task("zero", [0] * 20))}
     results["wide"] = (task("wide", [1, 0, 1, 1] * 5), task("wide", [1, 1, 0, 1] * 5))
@@ -270,7 +276,7 @@ def test_a_task_without_a_share_hides_no_other_loss(order: tuple[str, str], tmp_
     assert "of wide may be lost" in answer.explanation
 
 
-def test_the_last_column_says_of_what_the_share_is(tmp_path: Path) -> None:
+def test_last_column_names_the_reference_of_the_share(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     assert "recovery" in render_run(folder)
     (folder / "evaluation" / "tuned.json").unlink()
@@ -284,11 +290,11 @@ def test_recovery_has_the_error_of_the_paired_change() -> None:
     assert row.recovery_with_se == pytest.approx((0.98, 0.02))
 
 
-def test_the_heat_map_ends_with_the_plan(tmp_path: Path) -> None:
+def test_heatmap_ends_with_the_plan(tmp_path: Path) -> None:
     run = read_run(make_run(tmp_path / "run"))
     assert run.plan is not None
     columns = decision_heatmap.heatmap_columns(run.metrics, run.plan, is_attention=False)
-    assert 2 < len(columns) <= decision_heatmap.MOST_COLUMNS + 1
+    assert 2 < len(columns) <= decision_heatmap.MAX_COLUMNS + 1
     assert columns[-1].step == 700
     assert columns[-1].shares[0] == len(run.plan.kept["model.layers.0.mlp"]) / 1536
     assert decision_heatmap.heatmap_columns([], run.plan, is_attention=False) == []
@@ -297,7 +303,7 @@ def test_the_heat_map_ends_with_the_plan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("count", "said"), [(None, 0), (0, 0), (3, 2)])
-def test_rows_that_were_left_out_are_told_of_where_there_are_any(count: int | None, said: int) -> None:
-    notes = run_details.data_notes({"data": {"too_long": count, "dropped": count}})
+def test_data_notes_count_rows_left_out(count: int | None, said: int) -> None:
+    notes = run_details.data_notes(DataFacts.from_dict({"too_long": count, "dropped": count}))
     assert len(notes) == said
     assert all(note.startswith("3 rows") for note in notes)

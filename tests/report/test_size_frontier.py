@@ -1,4 +1,4 @@
-"""The page of several sizes: each with its quality, size and speed; half a run and hostile names break nothing."""
+"""The page of several sizes: quality, size and speed of each, also of an unfinished run or with hostile names."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def page_of(folder: Path) -> str:
     return write_report(folder).read_text(encoding="utf-8")
 
 
-def test_every_size_stands_beside_the_dense_model(run: Path) -> None:
+def test_page_has_every_size_and_the_dense_model(run: Path) -> None:
     page = (run / "report.html").read_text(encoding="utf-8")
     outline = Outline(page)
     links = [link for link in outline.attributes("href") if not link.startswith("#")]
@@ -46,23 +46,23 @@ def test_every_size_stands_beside_the_dense_model(run: Path) -> None:
     assert page == page_of(run)
 
 
-def test_the_front_leaves_out_what_another_size_beats(run: Path) -> None:
+def test_frontier_leaves_out_sizes_that_another_beats(run: Path) -> None:
     rows = load_size_rows(run, read_run(run))
     # 0.6 is as good as 0.8 here, faster and smaller; 0.4 is the smallest.
     assert {row.name: row.on_frontier for row in rows} == {"0.8": False, "0.6": True, "0.4": True}
 
 
-def test_half_a_run_has_a_page(copy: Path) -> None:
+def test_unfinished_run_has_a_page(copy: Path) -> None:
     shutil.rmtree(copy / "sizes" / "0.4")
     (copy / "sizes" / "0.6" / "manifest.json").unlink()
     (copy / "sizes" / "0.8" / "evaluation" / "pruned.json").write_text("{")
     assert "0.4/report.html" not in page_of(copy)
     shutil.rmtree(copy / "sizes")
-    assert "No size has been begun" in page_of(copy)
+    assert "No size was started yet" in page_of(copy)
     assert summary_line([]) == "Several sizes from one run: no results yet"
 
 
-def test_words_stay_words(copy: Path) -> None:
+def test_hostile_text_is_escaped(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest |= {"sizes": [*manifest["sizes"], ATTACK, "/etc", "../three"], "failed": ATTACK, "command": ATTACK}
     (copy / "manifest.json").write_text(json.dumps(manifest))

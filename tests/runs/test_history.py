@@ -1,8 +1,7 @@
-"""Laws of the history: every run is in it, also of several at once, and nothing wrong with it stops a run."""
+"""The history: every run is registered, also of several processes, and no error with it stops a run."""
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import shutil
@@ -12,9 +11,8 @@ from pathlib import Path
 import pytest
 
 from prunetune.config.recipe import from_mapping
-from prunetune.errors import ConfigError, LimitBroken, ModelError, RunFolderError
-from prunetune.plan import Plan
-from prunetune.runs.diff import count_kept_units, diff_runs, find_flips
+from prunetune.errors import ConfigError, LimitBroken, ModelError
+from prunetune.manifest import DenseModelFacts, PrunedModelFacts
 from prunetune.runs.folder import RunFolder, create_run_folder, run_lock
 from prunetune.runs.history import NAME, list_runs, register_run
 from prunetune.runs.listing import filter_runs, render_runs_table
@@ -27,7 +25,10 @@ def registered(place: Path, name: str, model: str = "tiny", **options: object) -
     create_run_folder(folder, config)
     with register_run(folder, config, f"prunetune run {name}"):
         (folder.path / "evaluation" / "pruned.json").write_text(evaluations()["pruned"].to_json())
-        folder.update_manifest(model={"decoder_params": 100}, pruned={"decoder_params": 60})
+        folder.update_manifest(
+            model=DenseModelFacts.from_dict({"decoder_params": 100}),
+            pruned=PrunedModelFacts.from_dict({"decoder_params": 60}),
+        )
     return folder
 
 
@@ -36,7 +37,7 @@ def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PRUNETUNE_HOME", raising=False)
 
 
-def test_a_run_is_in_the_history_with_its_scores(tmp_path: Path) -> None:
+def test_finished_run_is_listed_with_its_scores(tmp_path: Path) -> None:
     registered(tmp_path, "a", seed=3)
     (entry,) = list_runs(tmp_path)
     assert (entry.name, entry.status, entry.model, entry.seed, entry.requested_keep, entry.kept) == (
@@ -55,7 +56,7 @@ def test_a_run_is_in_the_history_with_its_scores(tmp_path: Path) -> None:
     assert "60.0%" in render_runs_table([entry])
 
 
-def test_home_gathers_runs_of_all_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prunetune_home_gathers_runs_of_all_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRUNETUNE_HOME", str(tmp_path / "home"))
     for place in ("here", "there"):
         registered(tmp_path / place, "run")
@@ -72,7 +73,7 @@ def test_home_gathers_runs_of_all_places(tmp_path: Path, monkeypatch: pytest.Mon
         (OSError(), "failed"),
     ],
 )
-def test_how_a_run_ended_is_known(error: BaseException, status: str, tmp_path: Path) -> None:
+def test_status_says_how_a_run_ended(error: BaseException, status: str, tmp_path: Path) -> None:
     config, folder = from_mapping({"out": str(tmp_path / "a")}), RunFolder(tmp_path / "a")
     create_run_folder(folder, config)
     registering = register_run(folder, config, "")
@@ -87,7 +88,7 @@ def test_how_a_run_ended_is_known(error: BaseException, status: str, tmp_path: P
     assert ended.status == status
 
 
-def test_a_folder_that_was_removed_is_gone_and_one_made_elsewhere_is_found(tmp_path: Path) -> None:
+def test_removed_folder_is_gone_and_unregistered_folder_is_found(tmp_path: Path) -> None:
     shutil.rmtree(registered(tmp_path, "a").path)
     make_run(tmp_path / "b")
     (tmp_path / "notes").mkdir()
@@ -96,7 +97,7 @@ def test_a_folder_that_was_removed_is_gone_and_one_made_elsewhere_is_found(tmp_p
     assert {entry.name: entry.status for entry in list_runs(tmp_path)} == {"a": "gone", "b": "done"}
 
 
-def test_filters(tmp_path: Path) -> None:
+def test_filter_runs_by_model_status_and_conditions(tmp_path: Path) -> None:
     registered(tmp_path, "a", model="Qwen/Qwen3")
     registered(tmp_path, "b", model="llama", seed=1)
     make_run(tmp_path / "c")
@@ -116,7 +117,7 @@ def test_filters(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--status 'finished' is not known; known are running, done"):
         names(status="finished")
     for wrong in ("accuracy", "accuracy > high", ""):
-        with pytest.raises(ConfigError, match="is no condition; write one such as"):
+        with pytest.raises(ConfigError, match="is no condition: write one such as"):
             names(where=[wrong])
     assert render_runs_table([]) == "no runs"
 
@@ -128,7 +129,7 @@ def _register(place: Path, number: int) -> None:
     registered(place, f"run-{number}")
 
 
-def test_runs_at_once_are_all_in_it(tmp_path: Path) -> None:
+def test_runs_at_the_same_time_are_all_registered(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=_register, args=(tmp_path, number)) for number in range(6)]
     for process in processes:
@@ -142,19 +143,21 @@ def test_runs_at_once_are_all_in_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"not a database", b"SQLite format 3\x00" + b"\x00" * 5, b"\x00" * 5000])
-def test_a_broken_file_steps_aside(content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_broken_history_is_renamed_and_rebuilt(
+    content: bytes, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     registered(tmp_path, "before")
     (tmp_path / NAME).write_bytes(content)
     with caplog.at_level(logging.WARNING):
         registered(tmp_path, "after")
-    assert "put aside" in caplog.text
+    assert "renamed to" in caplog.text
     assert {entry.name for entry in list_runs(tmp_path)} == {"before", "after"}, (
         "what it lacks is read from the folders"
     )
     assert [path.read_bytes() for path in tmp_path.glob(f"{NAME}.broken-*")] == [content]
 
 
-def test_a_locked_file_costs_a_line(
+def test_locked_history_costs_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("prunetune.runs.history.LOCK_TIMEOUT", 0.05)
@@ -163,7 +166,7 @@ def test_a_locked_file_costs_a_line(
     holder.execute("begin exclusive")
     with caplog.at_level(logging.WARNING):
         registered(tmp_path, "b")
-    assert caplog.text.count("cannot be written (database is locked); the run goes on without") == 2
+    assert caplog.text.count("cannot be written (database is locked); the run continues without it") == 2
     with pytest.raises(ConfigError, match="cannot be read") as refused:
         list_runs(tmp_path)
     assert "\n" not in str(refused.value)
@@ -171,94 +174,26 @@ def test_a_locked_file_costs_a_line(
     assert {entry.name for entry in list_runs(tmp_path)} == {"a", "b"}
 
 
-def test_a_place_that_cannot_be_written_costs_a_line(
+def test_unwritable_home_costs_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PRUNETUNE_HOME", str(tmp_path / "file"))
     with caplog.at_level(logging.WARNING):
         registered(tmp_path, "a")
-    assert "the run goes on without" in caplog.text
-    with pytest.raises(ConfigError, match=r"cannot be made .* let PRUNETUNE_HOME name a folder") as refused:
+    assert "the run continues without it" in caplog.text
+    with pytest.raises(ConfigError, match=r"cannot be created .* set PRUNETUNE_HOME to a folder") as refused:
         list_runs(tmp_path)
     assert "\n" not in str(refused.value)
 
 
-def test_a_deleted_file_is_made_again(tmp_path: Path) -> None:
+def test_deleted_history_is_rebuilt_from_folders(tmp_path: Path) -> None:
     registered(tmp_path, "a")
     (tmp_path / NAME).unlink()
     (entry,) = list_runs(tmp_path)
     assert (entry.name, entry.status) == ("a", "done")
 
 
-def test_no_such_place_is_one_line(tmp_path: Path) -> None:
+def test_missing_folder_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder; name the one that holds the run folders"):
         list_runs(tmp_path / "nowhere")
-
-
-# -- beside each other -----------------------------------------------------------------------------------------------
-
-
-def test_runs_are_set_beside_each_other(tmp_path: Path) -> None:
-    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
-    changed = (second / "config.yaml").read_text().replace("keep: 0.6", "keep: 0.5").replace("seed: 0", "seed: 7")
-    (second / "config.yaml").write_text(changed)
-    (second / "evaluation" / "pruned.json").write_text(evaluations()["dense"].to_json())
-    said = diff_runs([first, second])
-    assert "budget.keep" in said
-    assert "seed" in said
-    assert "train.steps" not in said
-    assert "casehold accuracy" in said
-    assert "100.0%" in said, "the plans are equal"
-    flips, common = find_flips(evaluations()["pruned"], evaluations()["dense"])
-    assert common == 850
-    lost = sum(not flip.gained for flip in flips)
-    assert f"of {common} that both answered, {lost} lost and {len(flips) - lost} gained" in said
-    assert "set otherwise: nothing" in diff_runs([first, first])
-
-
-def test_overlap_by_kind_of_site() -> None:
-    first = Plan(
-        {"l.0.mlp": (0, 1, 2), "l.1.mlp": (0,), "l.0.self_attn": (0,)}, {"l.0.mlp": 4, "l.1.mlp": 4, "l.0.self_attn": 2}
-    )
-    other = Plan({"l.0.mlp": (1, 2, 3), "l.1.mlp": (1,), "l.0.self_attn": (0,)}, first.units)
-    assert count_kept_units(first, other) == {"mlp": (4, 4, 2), "self_attn": (1, 1, 1)}
-
-
-def test_a_run_that_lacks_things_is_said(tmp_path: Path) -> None:
-    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
-    (second / "plan.json").unlink()
-    (second / "evaluation" / "pruned.json").unlink()
-    said = diff_runs([first, second])
-    assert "a run has no plan" in said
-    assert "a run has no scores" in said
-    (second / "plan.json").write_text("{")
-    for paths in ([first], [first, second], [first, tmp_path]):
-        with pytest.raises(RunFolderError) as refused:
-            diff_runs(paths)
-        assert "\n" not in str(refused.value)
-
-
-def test_runs_of_other_rows_are_not_paired(tmp_path: Path) -> None:
-    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
-    data = json.loads((second / "evaluation" / "pruned.json").read_text())
-    items = data["tasks"]["casehold"]["items"]
-    for item, other in zip(items, [items[-1]["prompt"], *(item["prompt"] for item in items[:-1])], strict=True):
-        item["prompt"], item["correct"] = f"moved: {other}", not item["correct"]
-    (second / "evaluation" / "pruned.json").write_text(json.dumps(data))
-    said = diff_runs([first, second])
-    (row,) = (line for line in said.splitlines() if line.startswith("casehold accuracy"))
-    assert row.endswith("–")
-    assert f"casehold: of {len(items)} items with the same id in both results only 0 ask the same" in said
-    assert "0 lost and 0 gained" in said
-
-
-def test_control_characters_of_a_model_do_not_reach_the_terminal(tmp_path: Path) -> None:
-    first, second = make_run(tmp_path / "a"), make_run(tmp_path / "b")
-    data = json.loads((second / "evaluation" / "pruned.json").read_text())
-    for item in data["tasks"]["casehold"]["items"]:
-        item["got"], item["correct"] = "\x1b[2J\nwiped", not item["correct"]
-    (second / "evaluation" / "pruned.json").write_text(json.dumps(data))
-    said = diff_runs([first, second])
-    assert "wiped" in said
-    assert "\x1b" not in said

@@ -1,4 +1,4 @@
-"""Trackers look on: they hear numbers, and nothing that is wrong with one stops a run."""
+"""Trackers get the finite numbers of a run, and no error of one stops a run."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from prunetune.runs.trackers import Trackers, require_trackers, start_trackers
 
 
 class Tracker:
-    """Keeps what it hears; breaks where told to."""
+    """Records what it is sent; fails in the method named."""
 
     name = "fake"
 
     def __init__(self, breaks: str = "") -> None:
-        self.breaks, self.heard, self.finished = breaks, [], False  # type: ignore[var-annotated]
+        self.breaks, self.logged, self.finished = breaks, [], False  # type: ignore[var-annotated]
 
     def log(self, values: dict[str, float], step: int) -> None:
         if self.breaks == "log":
             raise ConnectionError("no route\nto host")
-        self.heard.append((step, values))
+        self.logged.append((step, values))
 
     def finish(self) -> None:
         if self.breaks == "finish":
@@ -40,30 +40,30 @@ RECORD: dict[str, Any] = {
 }  # fmt: skip
 
 
-def test_numbers_are_heard_at_their_step() -> None:
+def test_finite_numbers_are_logged_at_their_step() -> None:
     tracker = Tracker()
-    heard = Trackers([tracker])
-    heard.log(RECORD, "train")
-    heard.close()
-    assert tracker.heard == [(3, {"train/loss": 1.5, "train/kept": 1.0})]
+    active = Trackers([tracker])
+    active.log(RECORD, "train")
+    active.close()
+    assert tracker.logged == [(3, {"train/loss": 1.5, "train/kept": 1.0})]
     assert tracker.finished
 
 
 @pytest.mark.parametrize("breaks", ["log", "finish"])
-def test_one_that_breaks_is_said_once_and_let_go(breaks: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_broken_tracker_is_dropped_with_one_warning(breaks: str, caplog: pytest.LogCaptureFixture) -> None:
     broken, sound = Tracker(breaks), Tracker()
-    heard = Trackers([broken, sound])
+    active = Trackers([broken, sound])
     with caplog.at_level(logging.WARNING):
-        heard.log(RECORD, "train")
-        heard.log(RECORD, "train")
-        heard.close()
-    assert len(sound.heard) == 2
+        active.log(RECORD, "train")
+        active.log(RECORD, "train")
+        active.close()
+    assert len(sound.logged) == 2
     assert sound.finished
     assert len(caplog.records) == 1
-    assert "the run goes on without it" in caplog.text
+    assert "the run continues without it" in caplog.text
 
 
-def test_one_that_does_not_start_is_said(
+def test_tracker_that_does_not_start_costs_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: Any) -> Any:
@@ -75,10 +75,10 @@ def test_one_that_does_not_start_is_said(
         start_trackers(from_mapping({"report_to": "mlflow"}), RunFolder(tmp_path), cpu=True) as t,
     ):
         t.log(RECORD, "train")
-    assert "mlflow does not start (OSError: down); the run goes on without it" in caplog.text
+    assert "mlflow does not start (OSError: down); the run continues without it" in caplog.text
 
 
-def test_a_package_that_is_not_there_is_one_line_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda _: None)
     with pytest.raises(
         MissingPackage, match=r"wandb is not installed; run: pip install 'prunetune\[track\]'"
@@ -88,19 +88,19 @@ def test_a_package_that_is_not_there_is_one_line_before_anything_starts(monkeypa
     require_trackers([])
 
 
-def test_an_unknown_tracker_is_refused() -> None:
+def test_unknown_tracker_is_refused() -> None:
     with pytest.raises(ConfigError, match="unknown tracker 'tensorbord'; known are tensorboard"):
         from_mapping({"report_to": ["tensorbord"]})
 
 
-def test_tensorboard_keeps_the_curve(tmp_path: Path) -> None:
+def test_tensorboard_holds_the_curve(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with start_trackers(from_mapping({"report_to": "tensorboard"}), RunFolder(tmp_path), cpu=True) as heard:
-        assert len(heard.active) == 1
+    with start_trackers(from_mapping({"report_to": "tensorboard"}), RunFolder(tmp_path), cpu=True) as active:
+        assert len(active.active) == 1
         for step in (1, 2, 3):
-            heard.log({**RECORD, "step": step, "loss": 1.0 / step}, "train")
+            active.log({**RECORD, "step": step, "loss": 1.0 / step}, "train")
     events = EventAccumulator(str(tmp_path / "trackers" / "prunetune"))
     events.Reload()
     found = {event.step: event.value for event in events.Scalars("train/loss")}

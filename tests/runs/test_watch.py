@@ -1,4 +1,4 @@
-"""Laws of looking on: it shows what the files hold, lives through files that are being written, and ends."""
+"""The live view shows what the files hold, also while they are written, and ends when the run does."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def plain(console: Console) -> str:
     return " ".join(console.file.getvalue().replace("│", " ").split())  # type: ignore[attr-defined]
 
 
-def test_a_finished_run_is_shown_once_and_that_is_all(tmp_path: Path) -> None:
+def test_finished_run_is_shown_once(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     write_report(folder)
     console = Console(file=io.StringIO(), width=110)
@@ -48,7 +48,7 @@ def test_a_finished_run_is_shown_once_and_that_is_all(tmp_path: Path) -> None:
     assert "60.0%" in said
 
 
-def test_what_has_no_steps_of_its_own_shows_none(tmp_path: Path) -> None:
+def test_run_of_several_sizes_shows_no_steps_of_its_own(tmp_path: Path) -> None:
     """A run of several sizes, once it has ended: steps are in the folders of the sizes."""
     folder = make_run(tmp_path / "run")
     (folder / "metrics.jsonl").unlink()
@@ -58,7 +58,7 @@ def test_what_has_no_steps_of_its_own_shows_none(tmp_path: Path) -> None:
     assert "of 700" not in said
 
 
-def test_a_run_under_way(tmp_path: Path) -> None:
+def test_running_run_shows_steps_time_left_and_broken_limits(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     lines = (folder / "metrics.jsonl").read_text().splitlines()[:30]
     (folder / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 310, "pha']))
@@ -67,11 +67,11 @@ def test_a_run_under_way(tmp_path: Path) -> None:
     said = shown(folder)
     assert "300 of 700, about 5 min 20 s of tuning left" in said
     assert "search" in said
-    assert "outside: guard.perplexity" in said
+    assert "limits broken: guard.perplexity" in said
     assert "guard.accuracy" in said
 
 
-def test_before_the_first_step(tmp_path: Path) -> None:
+def test_run_before_its_first_step_is_shown(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     for name in ("metrics.jsonl", "validation.jsonl", "manifest.json"):
         (folder / name).unlink()
@@ -81,7 +81,7 @@ def test_before_the_first_step(tmp_path: Path) -> None:
     assert "0 of 700" in shown(folder)
 
 
-def test_one_that_was_killed_is_not_waited_for(tmp_path: Path) -> None:
+def test_watch_ends_for_a_run_that_was_killed(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     long_ago = time.time() - STOPPED_AFTER_SECONDS - 60
     for file in folder.rglob("*"):
@@ -91,20 +91,20 @@ def test_one_that_was_killed_is_not_waited_for(tmp_path: Path) -> None:
     os.utime(folder / "metrics.jsonl", (long_ago, long_ago))
     console = Console(file=io.StringIO(), width=110)
     watch_run(folder, console=console)
-    assert "--resume` goes on" in plain(console)
+    assert "continue it with `prunetune run ... --resume`" in plain(console)
 
 
-def test_one_that_no_process_works_on_is_not_waited_for(tmp_path: Path) -> None:
+def test_watch_ends_where_no_process_works_on_the_run(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     while_ago = time.time() - LOCK_CHECK_SECONDS - 5
     for file in folder.rglob("*"):
         os.utime(file, (while_ago, while_ago))
     console = Console(file=io.StringIO(), width=110)
     watch_run(folder, console=console)
-    assert "stopped: no process works on it; `prunetune run ... --resume` goes on" in plain(console)
+    assert "stopped: no process works on it; continue it with `prunetune run ... --resume`" in plain(console)
 
 
-def test_one_that_a_process_works_on_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watch_waits_while_a_process_works_on_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However long it is silent, until it ends; a size is worked on with the run around it."""
     folder = make_run(tmp_path / "run")
     size = make_run(folder / "sizes" / "0.6")
@@ -125,7 +125,7 @@ def test_one_that_a_process_works_on_is_waited_for(tmp_path: Path, monkeypatch: 
         assert len(looks) == 3
 
 
-def test_how_it_failed_is_said(tmp_path: Path) -> None:
+def test_failure_is_shown_as_plain_text(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     manifest = json.loads((folder / "manifest.json").read_text()) | {"failed": "stopped at step 40: [red]guard[/red]"}
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -133,12 +133,12 @@ def test_how_it_failed_is_said(tmp_path: Path) -> None:
     assert "stopped at step 40: [red]guard[/red]" in shown(folder)
 
 
-def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_no_run_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match="is no run folder"):
         watch_run(tmp_path)
 
 
-def test_a_spark_goes_from_lowest_to_highest() -> None:
+def test_sparkline_spans_lowest_to_highest() -> None:
     assert sparkline([1.0, 2.0, 3.0]) == "▁▅█" or sparkline([1.0, 2.0, 3.0])[0] == "▁"
     assert len(sparkline([float(n) for n in range(1000)])) <= 40
     assert sparkline([5.0]) == "▁"

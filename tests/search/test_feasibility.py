@@ -1,4 +1,4 @@
-"""Laws of several budgets: met from below and closely, or refused with the nearest value, which is accepted."""
+"""Laws of several budgets: met closely from below, or refused with the nearest amount, which is then accepted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from prunetune.cost.parameters import kept_share
 from prunetune.errors import PlanError
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import Site, dense_plan, find_sites, kept_params
-from prunetune.pruning.units import KIND_BY_NAME
+from prunetune.pruning.units import KIND_BY_NAME, UnitKind
 from prunetune.search.feasibility import uniform_scores, with_limits
 from prunetune.search.initial_logits import importance_to_logits, score_threshold
 from prunetune.search.nested_sites import NestedSites
@@ -43,7 +43,7 @@ KIND_NAMES = ("flops", "memory", "file", "latency", "throughput")
 
 @cache
 def geometry(name: str) -> tuple[tuple[Site, ...], ModelShape, PlanConstraints]:
-    """Real shapes on the meta device, with half or fewer of the layers: the laws do not count them."""
+    """Real shapes on the meta device, with half of the layers or fewer, on which the laws do not depend."""
     family, hidden, width, layers, heads, groups, size, vocabulary, align = {
         "smollm": ("llama", 576, 1536, 10, 9, 3, 64, 49152, 32),
         "llama3-8b": ("llama", 4096, 14336, 4, 32, 8, 128, 128256, 128),
@@ -70,7 +70,7 @@ def table_of(anatomy: ModelShape, tile: int = 256) -> LatencyTable:
         layers[layer] = LayerTiming(
             STEP * (1 + units["attention"] + units["mlp"] // tile), tuple(attention), tuple(mlp)
         )
-    host = {layer: LayerTiming(STEP, ((0, -STEP), (1, 0.0)), ()) for layer in layers}  # that waits for attention alone
+    host = {layer: LayerTiming(STEP, ((0, -STEP), (1, 0.0)), ()) for layer in layers}  # which only attention takes
     tracks = {track: layers if track.endswith("device") else host for track in TRACKS}
     return LatencyTable({}, dict.fromkeys(TRACKS, 1e-6), tracks)
 
@@ -80,125 +80,124 @@ def scores_of(sites: tuple[Site, ...], seed: int) -> dict[str, torch.Tensor]:
     return {site.name: torch.randn(site.units, generator=rng) for site in sites}
 
 
-def cap(kind: str, name: str, place: float, workload: WorkloadConfig = WORKLOAD) -> BudgetLimit:
+def budget_at(kind: str, name: str, position: float, workload: WorkloadConfig = WORKLOAD) -> BudgetLimit:
     """A budget between what is feasible (0) and the dense model (1); below 0 it is not feasible."""
-    sites, anatomy, shape = geometry(name)
-    costs, nest = costs_for_budget(kind, anatomy, workload, table_of(anatomy)), NestedSites(sites)
-    least = max_cost(costs, nest.kept_unit_counts(min_widths(nest, shape), sites))
+    sites, anatomy, constraints = geometry(name)
+    costs, nested_sites = costs_for_budget(kind, anatomy, workload, table_of(anatomy)), NestedSites(sites)
+    least = max_cost(costs, nested_sites.kept_unit_counts(min_widths(nested_sites, constraints), sites))
     dense = max_cost(costs, anatomy.dense_counts())
-    limit = least + place * (dense - least) if place > 0 else least * (1 + place)
+    limit = least + position * (dense - least) if position > 0 else least * (1 + position)
     tokens = workload.batch * workload.generate
     return make_budget_limit(kind, Amount(tokens / limit if kind == "throughput" else limit, False), costs, workload)
 
 
-def limits_of(shape: PlanConstraints) -> BudgetLimits:
-    assert shape.limits is not None
-    return shape.limits
+def limits_of(constraints: PlanConstraints) -> BudgetLimits:
+    assert constraints.limits is not None
+    return constraints.limits
 
 
-everywhere = pytest.mark.parametrize("name", NAMES)
-kinds = pytest.mark.parametrize("kind", KIND_NAMES)
+every_model = pytest.mark.parametrize("name", NAMES)
+every_kind = pytest.mark.parametrize("kind", KIND_NAMES)
 
 
-@everywhere
-@kinds
+@every_model
+@every_kind
 def test_a_budget_is_met_from_below_within_a_hundredth(name: str, kind: str) -> None:
-    sites, _, shape = geometry(name)
-    for seed, place in enumerate((0.13, 0.71)):
-        wanted = cap(kind, name, place)
-        found = with_limits(shape, sites, [wanted], 1.0)
-        plan = select(scores_of(sites, seed), sites, limits_of(found).feasible_keep, found)
-        below = 1 - wanted.cost(plan.widths()) / wanted.limit
-        coarse = (
-            WORKLOAD.generate * STEP / wanted.limit if kind in TIMED_BUDGETS else 0.0
-        )  # one step of the made-up table
-        assert -1e-9 <= below <= max(0.01, coarse)
+    sites, _, constraints = geometry(name)
+    for seed, position in enumerate((0.13, 0.71)):
+        budget = budget_at(kind, name, position)
+        limited = with_limits(constraints, sites, [budget], 1.0)
+        plan = select(scores_of(sites, seed), sites, limits_of(limited).feasible_keep, limited)
+        below = 1 - budget.cost(plan.widths()) / budget.limit
+        table_step = WORKLOAD.generate * STEP / budget.limit if kind in TIMED_BUDGETS else 0.0
+        assert -1e-9 <= below <= max(0.01, table_step)
 
 
-@everywhere
-@kinds
-def test_the_nearest_value_is_named_and_accepted(name: str, kind: str) -> None:
-    sites, anatomy, shape = geometry(name)
-    wanted = cap(kind, name, -0.2)
+@every_model
+@every_kind
+def test_infeasible_budget_is_refused_with_the_nearest_amount(name: str, kind: str) -> None:
+    sites, anatomy, constraints = geometry(name)
+    budget = budget_at(kind, name, -0.2)
     with pytest.raises(PlanError, match=rf"budget\.{kind} .* what is feasible") as refused:
-        with_limits(shape, sites, [wanted], 1.0)
+        with_limits(constraints, sites, [budget], 1.0)
     nearest = str(refused.value).partition("feasible (")[2].partition(";")[0]
     again = make_budget_limits({kind: Amount.parse(nearest, kind)}, anatomy, WORKLOAD, table_of(anatomy))
-    plan = select(scores_of(sites, 0), sites, 0.0, with_limits(shape, sites, again, 1.0))
+    plan = select(scores_of(sites, 0), sites, 0.0, with_limits(constraints, sites, again, 1.0))
     assert again[0].cost(plan.widths()) <= again[0].limit * (1 + 1e-9)
 
 
-@everywhere
+@every_model
 def test_several_budgets_hold_together(name: str) -> None:
-    sites, _, shape = geometry(name)
-    caps = [cap("memory", name, 0.5), cap("flops", name, 0.45), cap("latency", name, 0.6)]
-    found = with_limits(shape, sites, caps, 0.7)
-    plan = select(scores_of(sites, 3), sites, limits_of(found).feasible_keep, found)
+    sites, _, constraints = geometry(name)
+    caps = [budget_at("memory", name, 0.5), budget_at("flops", name, 0.45), budget_at("latency", name, 0.6)]
+    limited = with_limits(constraints, sites, caps, 0.7)
+    plan = select(scores_of(sites, 3), sites, limits_of(limited).feasible_keep, limited)
     assert kept_params(sites, plan) <= 0.7 * sum(site.params for site in sites)
-    shares = [one.cost(plan.widths()) / one.limit for one in caps]
+    shares = [cap.cost(plan.widths()) / cap.limit for cap in caps]
     assert max(shares) <= 1 + 1e-9
     assert max(shares) > 0.98  # and one of them binds
 
 
-@everywhere
-def test_no_further_block_fits(name: str) -> None:
-    sites, _, shape = geometry(name)
-    wanted = cap("memory", name, 0.4, WorkloadConfig(batch=64, context=4096))
-    found = with_limits(shape, sites, [wanted], 1.0)
-    plan = select(scores_of(sites, 1), sites, limits_of(found).feasible_keep, found)
+@every_model
+def test_no_further_block_fits_under_a_memory_budget(name: str) -> None:
+    sites, _, constraints = geometry(name)
+    budget = budget_at("memory", name, 0.4, WorkloadConfig(batch=64, context=4096))
+    limited = with_limits(constraints, sites, [budget], 1.0)
+    plan = select(scores_of(sites, 1), sites, limits_of(limited).feasible_keep, limited)
     counts = plan.widths()
-    spent = wanted.cost(counts)
+    spent = budget.cost(counts)
     for site in sites:
-        block = min(shape.align if site.kind == "mlp" else 1, site.units - counts[site.name])
-        more = wanted.cost({**counts, site.name: counts[site.name] + block})
-        assert not block or more > wanted.limit
+        block = min(constraints.align if site.kind is UnitKind.MLP_CHANNEL else 1, site.units - counts[site.name])
+        more = budget.cost({**counts, site.name: counts[site.name] + block})
+        assert not block or more > budget.limit
         assert more >= spent
 
 
 def test_a_uniform_plan_meets_budgets_too() -> None:
-    sites, _, shape = geometry("llama3-8b")
-    uniform = PlanConstraints("uniform", shape.align)
-    caps = [cap("memory", "llama3-8b", 0.5), cap("latency", "llama3-8b", 0.5)]
-    found = with_limits(uniform, sites, caps, 1.0)
-    plan = select(scores_of(sites, 0), sites, limits_of(found).feasible_keep, found)
+    sites, _, constraints = geometry("llama3-8b")
+    uniform = PlanConstraints("uniform", constraints.align)
+    caps = [budget_at("memory", "llama3-8b", 0.5), budget_at("latency", "llama3-8b", 0.5)]
+    limited = with_limits(uniform, sites, caps, 1.0)
+    plan = select(scores_of(sites, 0), sites, limits_of(limited).feasible_keep, limited)
     assert len({(site.kind, len(plan.kept[site.name])) for site in sites}) == 2
-    assert 0.98 < max(one.cost(plan.widths()) / one.limit for one in caps) <= 1 + 1e-9
+    assert 0.98 < max(cap.cost(plan.widths()) / cap.limit for cap in caps) <= 1 + 1e-9
 
 
-def test_what_nothing_has_to_go_for_is_refused() -> None:
-    sites, anatomy, shape = geometry("smollm")
+def test_budget_that_the_dense_model_meets_is_refused() -> None:
+    sites, anatomy, constraints = geometry("smollm")
     for kind, text in (("memory", "100GB"), ("throughput", "0.001/s")):
         caps = make_budget_limits({kind: Amount.parse(text, kind)}, anatomy, WORKLOAD, table_of(anatomy))
-        with pytest.raises(PlanError, match="nothing would have to go"):
-            with_limits(shape, sites, caps, 1.0)
-        assert (
-            limits_of(with_limits(shape, sites, caps, 0.5)).feasible_keep <= 0.5
-        )  # with another that binds, it is no mistake
+        with pytest.raises(PlanError, match="nothing would have to be pruned"):
+            with_limits(constraints, sites, caps, 1.0)
+        with_keep = with_limits(constraints, sites, caps, 0.5)  # accepted, since the keep has to be met
+        assert limits_of(with_keep).feasible_keep <= 0.5
 
 
-def test_what_the_smallest_shape_breaks_is_named() -> None:
-    """Budgets against floors: no other contradiction is there, since all budgets are upper limits."""
-    sites, _, shape = geometry("smollm")
-    guarded = PlanConstraints("per-layer", shape.align, min_share=0.9)
+def test_budget_below_the_least_widths_is_named() -> None:
+    """The only contradiction there is, since all budgets are upper limits."""
+    sites, _, constraints = geometry("smollm")
+    guarded = PlanConstraints("per-layer", constraints.align, min_share=0.9)
     with pytest.raises(PlanError, match=r"budget\.memory.*min_share"):
-        with_limits(guarded, sites, [cap("memory", "smollm", 0.2)], 1.0)
+        with_limits(guarded, sites, [budget_at("memory", "smollm", 0.2)], 1.0)
     with pytest.raises(PlanError, match=r"budget\.keep"):
-        with_limits(guarded, sites, [cap("memory", "smollm", 1.0)], 0.5)
+        with_limits(guarded, sites, [budget_at("memory", "smollm", 1.0)], 0.5)
 
 
-def test_a_long_cache_makes_kv_groups_dear() -> None:
-    sites, _, shape = geometry("llama3-8b")
+def test_a_long_cache_raises_the_price_of_kv_groups() -> None:
+    sites, _, constraints = geometry("llama3-8b")
     prices = []
     for workload in (WORKLOAD, WorkloadConfig(batch=32, context=32768)):
-        found = limits_of(with_limits(shape, sites, [cap("memory", "llama3-8b", 0.5, workload)], 1.0)).prices
-        assert found is not None
-        prices.append(found[sites[0].name] / found[sites[1].name])
+        unit_prices = limits_of(
+            with_limits(constraints, sites, [budget_at("memory", "llama3-8b", 0.5, workload)], 1.0)
+        ).prices
+        assert unit_prices is not None
+        prices.append(unit_prices[sites[0].name] / unit_prices[sites[1].name])
     assert prices[1] > 20 * prices[0]
 
 
-def test_prices_of_parameters_are_parameters() -> None:
-    sites, _, shape = geometry("qwen3-4b")
-    limits = limits_of(with_limits(shape, sites, [cap("file", "qwen3-4b", 0.5)], 1.0))
+def test_prices_under_a_file_budget_are_parameters() -> None:
+    sites, _, constraints = geometry("qwen3-4b")
+    limits = limits_of(with_limits(constraints, sites, [budget_at("file", "qwen3-4b", 0.5)], 1.0))
     assert limits.prices is not None
     for site in sites:
         assert limits.prices[site.name] == pytest.approx(site.unit_params, rel=1e-3)
@@ -206,17 +205,17 @@ def test_prices_of_parameters_are_parameters() -> None:
 
 
 def test_limits_fall_in_a_straight_line_from_the_dense_model() -> None:
-    sites, _, shape = geometry("llama3-8b")
-    wanted = cap("memory", "llama3-8b", 0.4)
-    found = with_limits(shape, sites, [wanted], 1.0)
-    limits = limits_of(found)
-    assert limits.cost_limits_at(1.0) == ((wanted.costs[0], wanted.dense_cost),)
-    assert limits.cost_limits_at(limits.feasible_keep)[0][1] == pytest.approx(wanted.limit)
+    sites, _, constraints = geometry("llama3-8b")
+    budget = budget_at("memory", "llama3-8b", 0.4)
+    limited = with_limits(constraints, sites, [budget], 1.0)
+    limits = limits_of(limited)
+    assert limits.cost_limits_at(1.0) == ((budget.costs[0], budget.dense_cost),)
+    assert limits.cost_limits_at(limits.feasible_keep)[0][1] == pytest.approx(budget.limit)
     middle = limits.cost_limits_at((1 + limits.feasible_keep) / 2)[0][1]
-    assert middle == pytest.approx((wanted.dense_cost + wanted.limit) / 2)
+    assert middle == pytest.approx((budget.dense_cost + budget.limit) / 2)
     scores = scores_of(sites, 0)
-    assert select(scores, sites, 1.0, found) == dense_plan(sites)
-    sizes = [kept_params(sites, select(scores, sites, keep, found)) for keep in (1.0, 0.8, 0.7, limits.feasible_keep)]
+    assert select(scores, sites, 1.0, limited) == dense_plan(sites)
+    sizes = [kept_params(sites, select(scores, sites, keep, limited)) for keep in (1.0, 0.8, 0.7, limits.feasible_keep)]
     assert sizes == sorted(sizes, reverse=True)
 
 
@@ -224,12 +223,12 @@ def test_limits_fall_in_a_straight_line_from_the_dense_model() -> None:
 def test_a_search_meets_the_budget(gates: str) -> None:
     model = tiny("llama", layers=4)
     sites = find_sites(model)
-    anatomy, shape = model_shape(model, sites), PlanConstraints("per-layer", 8)
+    anatomy, constraints = model_shape(model, sites), PlanConstraints("per-layer", 8)
     caps = make_budget_limits({"memory": Amount.parse("0.7", "memory")}, anatomy, WorkloadConfig(context=16))
-    found = with_limits(shape, sites, caps, 1.0)
-    values: dict[str, Any] = {"budget": {"keep": limits_of(found).feasible_keep}, "search": {"gates": gates}}
+    limited = with_limits(constraints, sites, caps, 1.0)
+    values: dict[str, Any] = {"budget": {"keep": limits_of(limited).feasible_keep}, "search": {"gates": gates}}
     config = from_mapping(values)
-    searcher = Searcher(sites, found, config, build_schedule(config).keep_at, torch.device("cpu"))
+    searcher = Searcher(sites, limited, config, build_schedule(config).annealed_keep, torch.device("cpu"))
     searcher.init_from_importance({site.name: torch.rand(site.units) for site in sites})
     drawn = searcher.sample(0)
     assert all(gate.requires_grad for gate in drawn.values())
@@ -237,15 +236,17 @@ def test_a_search_meets_the_budget(gates: str) -> None:
     plan = searcher.final_decision().plan
     assert plan is not None
     assert 0.9 * caps[0].limit < caps[0].cost(plan.widths()) <= caps[0].limit * (1 + 1e-9)
-    even_plan = select(uniform_scores(sites), sites, limits_of(found).feasible_keep, found)
-    share = kept_share(gates_from_plan(even_plan, sites), sites, limits_of(found).prices)
-    assert float(share) == pytest.approx(limits_of(found).feasible_price_share, rel=1e-5)
+    even_plan = select(uniform_scores(sites), sites, limits_of(limited).feasible_keep, limited)
+    share = kept_share(gates_from_plan(even_plan, sites), sites, limits_of(limited).prices)
+    assert float(share) == pytest.approx(limits_of(limited).feasible_price_share, rel=1e-5)
 
 
 def test_logits_rank_by_importance_per_price() -> None:
-    sites, _, shape = geometry("llama3-8b")
+    sites, _, constraints = geometry("llama3-8b")
     limits = limits_of(
-        with_limits(shape, sites, [cap("memory", "llama3-8b", 0.5, WorkloadConfig(batch=32, context=32768))], 1.0)
+        with_limits(
+            constraints, sites, [budget_at("memory", "llama3-8b", 0.5, WorkloadConfig(batch=32, context=32768))], 1.0
+        )
     )
     importance = {site.name: torch.ones(site.units) * site.unit_params for site in sites}
     plain, priced = importance_to_logits(importance, sites), importance_to_logits(importance, sites, limits)
@@ -259,22 +260,22 @@ def test_units_of_every_kind_are_priced() -> None:
     model = tiny("llama", layers=4, groups=2, ratio=2)
     units = [name for name in KIND_BY_NAME if "expert" not in name]
     sites = find_sites(model, units)
-    anatomy, shape = model_shape(model, sites), PlanConstraints("per-layer", 8)
+    anatomy, constraints = model_shape(model, sites), PlanConstraints("per-layer", 8)
     for kind in ("flops", "memory", "file"):
         caps = make_budget_limits({kind: Amount.parse("0.7", kind)}, anatomy, WORKLOAD)
-        found = with_limits(shape, sites, caps, 1.0)
-        plan = select(scores_of(sites, 0), sites, limits_of(found).feasible_keep, found)
+        limited = with_limits(constraints, sites, caps, 1.0)
+        plan = select(scores_of(sites, 0), sites, limits_of(limited).feasible_keep, limited)
         assert caps[0].cost(plan.widths()) <= caps[0].limit * (1 + 1e-9)
-        assert all(price > 0 for price in (limits_of(found).prices or {}).values())
+        assert all(price > 0 for price in (limits_of(limited).prices or {}).values())
 
 
-def test_the_free_channels_of_a_tile_are_taken() -> None:
-    """Aligned to 32 where a tile has 256: a plan under a latency has no half tile, where more fits for nothing."""
-    sites, anatomy, shape = geometry("smollm")
-    assert all(isinstance(cost, LatencyCost) for cost in cap("latency", "smollm", 0.5).costs)
-    found = with_limits(shape, sites, [cap("latency", "smollm", 0.5)], 1.0)
-    plan = select(scores_of(sites, 0), sites, limits_of(found).feasible_keep, found)
-    widths = [len(plan.kept[site.name]) for site in sites if site.kind == "mlp"]
+def test_latency_plans_fill_whole_tiles() -> None:
+    """Widths are multiples of 32 and a tile has 256 channels: those that cost no time are kept."""
+    sites, anatomy, constraints = geometry("smollm")
+    assert all(isinstance(cost, LatencyCost) for cost in budget_at("latency", "smollm", 0.5).costs)
+    limited = with_limits(constraints, sites, [budget_at("latency", "smollm", 0.5)], 1.0)
+    plan = select(scores_of(sites, 0), sites, limits_of(limited).feasible_keep, limited)
+    widths = [len(plan.kept[site.name]) for site in sites if site.kind is UnitKind.MLP_CHANNEL]
     assert all(width % 256 == 0 for width in widths)
-    assert min_feasible_keep(sites, shape) < limits_of(found).feasible_keep < 1
+    assert min_feasible_keep(sites, constraints) < limits_of(limited).feasible_keep < 1
     assert anatomy.layers

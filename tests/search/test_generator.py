@@ -1,4 +1,4 @@
-"""Laws: the generator is a function of its seed alone, gates are straight-through, evidence keeps its order."""
+"""Laws: generators depend on their seed alone, gates are straight-through, logits keep the order of importance."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prunetune.search.nested_sites import NestedSites
 from prunetune.search.sampling import gumbel_sigmoid, round_straight_through, straight_through
 from support.models import tiny
 
-kinds = pytest.mark.parametrize("kind", ["transformer", "gru"])
+every_kind = pytest.mark.parametrize("kind", ["transformer", "gru"])
 
 
 @cache
@@ -30,15 +30,15 @@ def generator_of(seed: int) -> torch.Generator:
 # -- the network -----------------------------------------------------------------------------------------------------
 
 
-@kinds
-def test_one_logit_a_unit(kind: str) -> None:
+@every_kind
+def test_generator_returns_one_logit_per_unit(kind: str) -> None:
     logits = DecisionGenerator(sites(), kind=kind, seed=0)()
     assert {name: tuple(value.shape) for name, value in logits.items()} == {s.name: (s.units,) for s in sites()}
     assert all(value.isfinite().all() for value in logits.values())
 
 
-@kinds
-def test_a_seed_says_all(kind: str) -> None:
+@every_kind
+def test_generator_depends_on_its_seed_alone(kind: str) -> None:
     torch.manual_seed(1)
     first = DecisionGenerator(sites(), kind=kind, seed=7)
     torch.manual_seed(2)
@@ -48,8 +48,8 @@ def test_a_seed_says_all(kind: str) -> None:
     assert any(not torch.equal(weight, other()[name]) for name, weight in first().items())
 
 
-@kinds
-def test_global_random_state_is_left_alone(kind: str) -> None:
+@every_kind
+def test_generator_leaves_global_random_state_unchanged(kind: str) -> None:
     sites()
     torch.manual_seed(3)
     before = torch.get_rng_state()
@@ -57,8 +57,8 @@ def test_global_random_state_is_left_alone(kind: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@kinds
-def test_every_weight_learns_and_layers_differ(kind: str) -> None:
+@every_kind
+def test_every_weight_has_a_gradient_and_layers_differ(kind: str) -> None:
     net = DecisionGenerator(sites(), kind=kind, seed=0)
     logits = net()
     torch.cat(
@@ -86,26 +86,26 @@ def draw(logits: torch.Tensor, *, offset: float = 0.0, temperature: float = 0.4,
     return gumbel_sigmoid(logits, temperature=temperature, offset=offset, rng=generator_of(seed))
 
 
-def test_soft_gates_lie_between_closed_and_open() -> None:
+def test_soft_gates_are_between_zero_and_one() -> None:
     soft = draw(torch.linspace(-5, 5, 10_000))
     assert soft.shape == (10_000,)
     assert ((soft >= 0) & (soft <= 1)).all()
     assert soft.isfinite().all()
 
 
-def test_an_open_gate_is_as_likely_as_the_logit_says() -> None:
+def test_open_gates_have_the_probability_of_the_logit() -> None:
     for logit in (-1.0, 0.0, 2.0):
         share = float((draw(torch.full((20_000,), logit)) > 0.5).float().mean())
         assert share == pytest.approx(torch.sigmoid(torch.tensor(logit)).item(), abs=0.015)
 
 
-def test_the_offset_makes_the_start_dense() -> None:
+def test_offset_opens_most_gates() -> None:
     zeros = torch.zeros(20_000)
     assert 0.48 < float((draw(zeros) > 0.5).float().mean()) < 0.52
     assert float((draw(zeros, offset=3.0) > 0.5).float().mean()) > 0.94
 
 
-def test_the_same_seed_draws_the_same_and_nothing_global() -> None:
+def test_draws_depend_on_the_seed_alone() -> None:
     torch.manual_seed(0)
     before = torch.get_rng_state()
     first, again, other = draw(torch.zeros(50)), draw(torch.zeros(50)), draw(torch.zeros(50), seed=1)
@@ -120,13 +120,13 @@ def test_gates_are_hard_forward_and_soft_backward() -> None:
     gates = round_straight_through(soft)
     assert torch.allclose(gates, (soft > 0.5).float(), atol=1e-6)
     weights = torch.randn(100, generator=generator_of(1))
-    (found,) = torch.autograd.grad((gates * weights).sum(), logits, retain_graph=True)
+    (gradient,) = torch.autograd.grad((gates * weights).sum(), logits, retain_graph=True)
     (expected,) = torch.autograd.grad((soft * weights).sum(), logits)
-    assert torch.equal(found, expected)
-    assert (found != 0).any()
+    assert torch.equal(gradient, expected)
+    assert (gradient != 0).any()
 
 
-def test_straight_through_takes_value_and_gradient_apart() -> None:
+def test_straight_through_has_hard_value_and_soft_gradient() -> None:
     soft = torch.tensor([0.2, 0.9], requires_grad=True)
     gate = straight_through(soft, torch.tensor([1.0, 0.0]))
     gate.sum().backward()
@@ -135,7 +135,7 @@ def test_straight_through_takes_value_and_gradient_apart() -> None:
     assert torch.equal(soft.grad, torch.ones(2))
 
 
-# -- evidence --------------------------------------------------------------------------------------------------------
+# -- initial logits --------------------------------------------------------------------------------------------------
 
 
 def importance(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -148,10 +148,10 @@ def joined(values: dict[str, torch.Tensor], *, per_param: bool = False) -> torch
     return torch.cat([values[s.name].double() / (s.unit_params if per_param else 1) for s in sites()])
 
 
-def test_logits_keep_the_order_of_importance_a_parameter() -> None:
-    found = importance()
-    logits = importance_to_logits(found, sites())
-    assert torch.equal(joined(logits).argsort(), joined(found, per_param=True).argsort())
+def test_logits_keep_the_order_of_importance_per_parameter() -> None:
+    measured = importance()
+    logits = importance_to_logits(measured, sites())
+    assert torch.equal(joined(logits).argsort(), joined(measured, per_param=True).argsort())
     assert all(logits[site.name].shape == (site.units,) for site in sites())
 
 
@@ -164,7 +164,7 @@ def test_logits_are_normal_over_parameters() -> None:
     assert float(deviation) == pytest.approx(1, abs=0.1)
 
 
-def test_only_the_order_counts() -> None:
+def test_logits_depend_on_the_order_of_importance_alone() -> None:
     first, cubed = (
         importance_to_logits(importance(), sites()),
         importance_to_logits({k: v**0.3 for k, v in importance().items()}, sites()),
@@ -176,16 +176,16 @@ def test_only_the_order_counts() -> None:
     assert all(torch.equal(first[name], scaled[name]) for name in first)
 
 
-def test_no_evidence_at_all_is_finite() -> None:
+def test_logits_of_zero_importance_are_finite() -> None:
     logits = importance_to_logits({site.name: torch.zeros(site.units) for site in sites()}, sites())
     assert joined(logits).isfinite().all()
 
 
 @pytest.mark.parametrize("keep", [0.05, 0.3, 0.6, 0.95, 1.0])
-def test_units_above_the_quantile_hold_the_budget(keep: float) -> None:
+def test_units_above_the_threshold_have_the_kept_share(keep: float) -> None:
     logits = importance_to_logits(importance(), sites())
-    middle = score_threshold(NestedSites(sites(), logits), keep)
-    open_ = {name: (value.double() >= middle).float() for name, value in logits.items()}
+    threshold = score_threshold(NestedSites(sites(), logits), keep)
+    open_ = {name: (value.double() >= threshold).float() for name, value in logits.items()}
     largest = max(site.unit_params for site in sites()) / prunable_params(sites())
     assert keep - 1e-6 <= float(kept_share(open_, sites())) <= keep + largest + 1e-6
 
@@ -193,18 +193,18 @@ def test_units_above_the_quantile_hold_the_budget(keep: float) -> None:
 # -- the price of gates ----------------------------------------------------------------------------------------------
 
 
-def test_share_kept_is_a_share_of_parameters() -> None:
+def test_kept_share_is_a_share_of_parameters() -> None:
     gates = {site.name: torch.ones(site.units, requires_grad=True) for site in sites()}
     share = kept_share(gates, sites())
     share.backward()
     assert float(share.detach()) == pytest.approx(1)
     for site in sites():
-        slope = gates[site.name].grad
-        assert slope is not None
-        assert torch.allclose(slope, torch.full((site.units,), site.unit_params / prunable_params(sites())))
+        gradient = gates[site.name].grad
+        assert gradient is not None
+        assert torch.allclose(gradient, torch.full((site.units,), site.unit_params / prunable_params(sites())))
 
 
-def test_ratio_loss_is_zero_on_target_and_fair_to_both_sides() -> None:
+def test_ratio_loss_is_zero_on_target_and_symmetric() -> None:
     def loss(share: float) -> float:
         return float(keep_ratio_loss(torch.tensor(share), 0.4))
 

@@ -1,4 +1,4 @@
-"""Laws of nested plans: each is inside the one before, on its own budget, and no block of the larger still fits."""
+"""Laws of nested plans: each keeps only units of the next larger one, is on its budget, and is maximal inside that."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from prunetune.search.plan_rules import block_size
 from prunetune.search.select import PlanConstraints, min_feasible_keep, min_width, select
 from support.geometries import GEOMETRIES, geometry
 from support.models import tiny
-from support.nested import both, everywhere, random_scores, shape_for, sites_of
+from support.nested import both_layouts, constraints_for, every_family, random_scores, sites_of
 
 SEEDS = 8
 
 
-def chain(sites: tuple[Site, ...], shape: PlanConstraints, seed: int, count: int = 4) -> list[tuple[float, Plan]]:
+def chain(sites: tuple[Site, ...], constraints: PlanConstraints, seed: int, count: int = 4) -> list[tuple[float, Plan]]:
     """Plans from near dense down to the smallest feasible one."""
-    scores, low = random_scores(sites, seed), min_feasible_keep(sites, shape)
+    scores, low = random_scores(sites, seed), min_feasible_keep(sites, constraints)
     plans: list[tuple[float, Plan]] = []
-    for place in range(count):
-        keep = low + (0.95 - low) * (1 - place / (count - 1)) ** 1.5
-        plans.append((keep, select(scores, sites, keep, shape, larger_plan=plans[-1][1] if plans else None)))
+    for index in range(count):
+        keep = low + (0.95 - low) * (1 - index / (count - 1)) ** 1.5
+        plans.append((keep, select(scores, sites, keep, constraints, larger_plan=plans[-1][1] if plans else None)))
     return plans
 
 
@@ -38,71 +38,73 @@ def assert_nested(sites: tuple[Site, ...], plans: list[tuple[float, Plan]]) -> N
         assert all(set(smaller.kept[site.name]) <= set(larger.kept[site.name]) for site in sites)
     for keep, plan in plans:
         assert kept_params(sites, plan) <= keep * prunable_params(sites) * (1 + 1e-12)
-        gates_from_plan(plan, sites)  # a shape that can be cut
+        gates_from_plan(plan, sites)  # raises for a plan that cannot be cut
 
 
-@everywhere
-@both
-def test_each_is_inside_the_one_before(family: str, layout: str) -> None:
+@every_family
+@both_layouts
+def test_each_plan_is_inside_the_next_larger_one(family: str, layout: str) -> None:
     sites = sites_of(family, layout == "uniform")
     for seed in range(SEEDS):
-        assert_nested(sites, chain(sites, shape_for(layout), seed))
+        assert_nested(sites, chain(sites, constraints_for(layout), seed))
 
 
 @pytest.mark.parametrize("name", GEOMETRIES)
-@both
-def test_each_is_as_large_as_its_budget_lets_it_be(name: str, layout: str) -> None:
+@both_layouts
+def test_each_plan_is_maximal_inside_the_larger_one(name: str, layout: str) -> None:
     sites, align, legal = geometry(name)
-    shape = PlanConstraints(layout, align, 0, lambda groups: groups in legal)
+    constraints = PlanConstraints(layout, align, 0, lambda groups: groups in legal)
     for seed in range(SEEDS):
-        plans = chain(sites, shape, seed)
+        plans = chain(sites, constraints, seed)
         assert_nested(sites, plans)
         if layout == "per-layer":
             for (_, larger), (keep, smaller) in itertools.pairwise(plans):
-                assert_no_block_fits(sites, shape, larger, smaller, int(keep * prunable_params(sites) * (1 + 1e-12)))
+                assert_no_block_fits(
+                    sites, constraints, larger, smaller, int(keep * prunable_params(sites) * (1 + 1e-12))
+                )
 
 
 def assert_no_block_fits(
-    sites: tuple[Site, ...], shape: PlanConstraints, larger: Plan, smaller: Plan, target: int
+    sites: tuple[Site, ...], constraints: PlanConstraints, larger: Plan, smaller: Plan, target: int
 ) -> None:
     left = target - kept_params(sites, smaller)
     for site in sites:
         more = len(larger.kept[site.name]) - len(smaller.kept[site.name])
-        assert not more or min(more, block_size(site, shape)) * site.unit_params > left
-        assert len(smaller.kept[site.name]) >= min_width(site, shape)
+        assert not more or min(more, block_size(site, constraints)) * site.unit_params > left
+        assert len(smaller.kept[site.name]) >= min_width(site, constraints)
 
 
-@both
-def test_inside_the_dense_plan_nothing_changes(layout: str) -> None:
+@both_layouts
+def test_dense_larger_plan_changes_nothing(layout: str) -> None:
     sites = sites_of("qwen3", layout == "uniform")
     for seed in range(SEEDS):
         scores = random_scores(sites, seed)
-        plain = select(scores, sites, 0.6, shape_for(layout))
-        assert select(scores, sites, 0.6, shape_for(layout), larger_plan=dense_plan(sites)) == plain
+        plain = select(scores, sites, 0.6, constraints_for(layout))
+        assert select(scores, sites, 0.6, constraints_for(layout), larger_plan=dense_plan(sites)) == plain
 
 
-@everywhere
-@both
-def test_inside_holds_also_where_scores_would_choose_otherwise(family: str, layout: str) -> None:
-    """A larger plan of other scores: what it lacks does not come back."""
-    sites, shape = sites_of(family, layout == "uniform"), shape_for(layout)
+@every_family
+@both_layouts
+def test_pruned_units_of_the_larger_plan_are_never_kept(family: str, layout: str) -> None:
+    """Also with a larger plan that was selected by other scores."""
+    sites, constraints = sites_of(family, layout == "uniform"), constraints_for(layout)
     for seed in range(SEEDS):
-        larger = select(random_scores(sites, seed), sites, 0.7, shape)
-        smaller = select(random_scores(sites, seed + 100), sites, 0.5, shape, larger_plan=larger)
+        larger = select(random_scores(sites, seed), sites, 0.7, constraints)
+        smaller = select(random_scores(sites, seed + 100), sites, 0.5, constraints, larger_plan=larger)
         assert_nested(sites, [(0.7, larger), (0.5, smaller)])
 
 
-def test_ranks_of_what_is_gone_come_last() -> None:
+def test_pruned_units_of_the_larger_plan_rank_last() -> None:
     site = find_sites(tiny("qwen3", groups=2, ratio=3, layers=1, hidden_size=48), ["query-heads"])
     scores = {site[0].name: torch.tensor([2.0, 1.0, 3.0, 6.0, 5.0, 4.0])}
     for kept, order in (((1, 5), [[1, 2, 0], [5, 3, 4]]), ((), [[2, 0, 1], [3, 4, 5]])):
-        nest = NestedSites(site, scores, Plan({site[0].name: kept}, {site[0].name: 6}))
-        assert nest.ranked_units[site[0].name].tolist() == order
+        nested_sites = NestedSites(site, scores, Plan({site[0].name: kept}, {site[0].name: 6}))
+        assert nested_sites.ranked_units[site[0].name].tolist() == order
 
 
-def test_below_the_floors_is_refused() -> None:
+def test_infeasible_keep_inside_a_larger_plan_is_refused() -> None:
     sites = sites_of("qwen3", False)
-    scores, shape = random_scores(sites, 0), shape_for("per-layer")
-    larger = select(scores, sites, 0.5, shape)
+    scores, constraints = random_scores(sites, 0), constraints_for("per-layer")
+    larger = select(scores, sites, 0.5, constraints)
     with pytest.raises(PlanError, match="below what is feasible"):
-        select(scores, sites, 0.9 * min_feasible_keep(sites, shape), shape, larger_plan=larger)
+        select(scores, sites, 0.9 * min_feasible_keep(sites, constraints), constraints, larger_plan=larger)

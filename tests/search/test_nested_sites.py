@@ -1,4 +1,4 @@
-"""Laws of plans over sites that nest: on budget, maximal, above every bound, inside only what stays."""
+"""Laws of plans over nested sites: on budget, maximal, above every bound, no unit kept inside a pruned one."""
 
 from __future__ import annotations
 
@@ -15,132 +15,146 @@ from prunetune.pipeline.prepare import make_plan_constraints
 from prunetune.plan import Plan
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites, kept_params
-from prunetune.pruning.units import Site, effective_gates
+from prunetune.pruning.units import Site, UnitKind, effective_gates
 from prunetune.search.initial_logits import importance_to_logits
 from prunetune.search.nested_sites import NestedSites
 from prunetune.search.plan_rules import block_size, default_align
 from prunetune.search.searcher import Searcher
 from prunetune.search.select import min_feasible_keep, min_width, select
 from support.models import tiny
-from support.nested import FAMILIES, both, everywhere, random_scores, shape_for, sites_of
+from support.nested import FAMILIES, both_layouts, constraints_for, every_family, random_scores, sites_of
 
 
 def cases(family: str, layout: str, count: int = 12, **bounds: Any) -> Iterator[tuple[tuple[Site, ...], float, Plan]]:
-    sites, shape = sites_of(family, layout == "uniform"), shape_for(layout, **bounds)
-    low = min_feasible_keep(sites, shape)
+    sites, constraints = sites_of(family, layout == "uniform"), constraints_for(layout, **bounds)
+    low = min_feasible_keep(sites, constraints)
     for seed in range(count):
         keep = low + (1 - low) * (seed / count) ** 2
-        yield sites, keep, select(random_scores(sites, seed), sites, keep, shape)
+        yield sites, keep, select(random_scores(sites, seed), sites, keep, constraints)
 
 
 def widths_of(plan: Plan, sites: tuple[Site, ...]) -> dict[str, int]:
-    """Units of an open lane; of a site that is nowhere open, none."""
-    found = {}
+    """{site: units of each open group}; 0 for a site without open groups."""
+    widths = {}
     for site in sites:
-        lanes = {unit // site.units_per_group for unit in plan.kept[site.name]}
-        found[site.name] = len(plan.kept[site.name]) // max(1, len(lanes))
-    return found
+        groups = {unit // site.units_per_group for unit in plan.kept[site.name]}
+        widths[site.name] = len(plan.kept[site.name]) // max(1, len(groups))
+    return widths
 
 
-@everywhere
-@both
-def test_on_budget_nested_and_read_back(family: str, layout: str) -> None:
+@every_family
+@both_layouts
+def test_plan_is_on_budget_nested_and_survives_json(family: str, layout: str) -> None:
     for sites, keep, plan in cases(family, layout):
         assert kept_params(sites, plan) <= keep * prunable_params(sites) * (1 + 1e-12)
-        gates = gates_from_plan(plan, sites)  # refuses units inside closed ones, and lanes of different width
+        gates = gates_from_plan(plan, sites)  # raises for units inside pruned ones, and for groups of different width
         assert all(torch.equal(gate, gates[name]) for name, gate in effective_gates(gates, sites).items())
         assert float(kept_share(gates, sites)) == pytest.approx(kept_params(sites, plan) / prunable_params(sites))
         assert Plan.from_json(plan.to_json()) == plan
 
 
-@everywhere
+@every_family
 def test_no_further_block_fits(family: str) -> None:
-    """Neither a wider site nor a whole that was closed, with its floors inside."""
-    shape = shape_for("per-layer")
+    """Neither a wider site, nor a pruned block or layer with the least that it must keep."""
+    constraints = constraints_for("per-layer")
     for sites, keep, plan in cases(family, "per-layer"):
-        nest, widths = NestedSites(sites), widths_of(plan, sites)
-        # What a closed whole would hold if it came back: its floors.
-        filled = {site.name: widths[site.name] or min_width(site, shape) for site in sites}
+        nested_sites, widths = NestedSites(sites), widths_of(plan, sites)
+        # A pruned block or layer would keep its least widths if it were added.
+        widths_if_added = {site.name: widths[site.name] or min_width(site, constraints) for site in sites}
         for site in sites:
-            filled[site.name] = widths[site.name] if site.is_whole_block or plan.kept[site.name] else filled[site.name]
-        room = keep * prunable_params(sites) - kept_params(sites, plan)
+            widths_if_added[site.name] = (
+                widths[site.name] if site.kind.is_whole_block or plan.kept[site.name] else widths_if_added[site.name]
+            )
+        params_left = keep * prunable_params(sites) - kept_params(sites, plan)
         for site in sites:
-            left = site.units_per_group - filled[site.name]
-            block = min(block_size(site, shape), left)
-            price = block * nest.open_parent_groups(site, filled) * nest.params_with_children(site, filled)
-            assert not block or not price or price > room, site.name
+            left = site.units_per_group - widths_if_added[site.name]
+            block = min(block_size(site, constraints), left)
+            price = (
+                block
+                * nested_sites.open_parent_groups(site, widths_if_added)
+                * nested_sites.params_with_children(site, widths_if_added)
+            )
+            assert not block or not price or price > params_left, site.name
 
 
-@everywhere
-def test_uniform_layers_are_alike_and_no_layer_fits_more(family: str) -> None:
-    shape = shape_for("uniform")
+@every_family
+def test_uniform_layers_are_equal_and_no_wider_block_fits(family: str) -> None:
+    constraints = constraints_for("uniform")
     for sites, keep, plan in cases(family, "uniform"):
-        widths, nest = widths_of(plan, sites), NestedSites(sites)
-        left = {site.layer for site in sites if site.kind == "layers" and plan.kept[site.name]}
-        found = {(site.kind, widths[site.name]) for site in sites if site.layer in left}
-        assert len(found) == len({site.kind for site in sites})
-        wide = dict(found)
-        room = keep * prunable_params(sites) - kept_params(sites, plan)
-        for site in (site for site in sites if site.layer == 0 and site.kind != "layers"):
-            block = min(block_size(site, shape), site.units_per_group - wide[site.kind])
-            own = {other.name: wide[other.kind] for other in sites}
-            price = block * nest.open_parent_groups(site, own) * nest.params_with_children(site, own) * len(left)
-            assert not block or price > room, site.name
+        widths, nested_sites = widths_of(plan, sites), NestedSites(sites)
+        kept_layers = {site.layer for site in sites if site.kind is UnitKind.LAYER and plan.kept[site.name]}
+        shapes = {(site.kind, widths[site.name]) for site in sites if site.layer in kept_layers}
+        assert len(shapes) == len({site.kind for site in sites})
+        width_by_kind = dict(shapes)
+        params_left = keep * prunable_params(sites) - kept_params(sites, plan)
+        for site in (site for site in sites if site.layer == 0 and site.kind is not UnitKind.LAYER):
+            block = min(block_size(site, constraints), site.units_per_group - width_by_kind[site.kind])
+            own = {other.name: width_by_kind[other.kind] for other in sites}
+            price = (
+                block
+                * nested_sites.open_parent_groups(site, own)
+                * nested_sites.params_with_children(site, own)
+                * len(kept_layers)
+            )
+            assert not block or price > params_left, site.name
 
 
-@both
-def test_everything_stays_where_everything_may(layout: str) -> None:
+@both_layouts
+def test_keep_of_one_keeps_everything(layout: str) -> None:
     for family in FAMILIES:
         sites = sites_of(family, layout == "uniform")
-        plan = select(random_scores(sites, 0), sites, 1.0, shape_for(layout))
+        plan = select(random_scores(sites, 0), sites, 1.0, constraints_for(layout))
         assert all(len(plan.kept[site.name]) == site.units for site in sites)
 
 
-def test_a_closed_layer_is_the_one_that_scores_least() -> None:
+def test_layers_of_lowest_score_are_pruned() -> None:
     sites = find_sites(tiny("qwen3", layers=5), ["layers"])
     scores = {site.name: torch.tensor([value]) for site, value in zip(sites, (-9.0, 3.0, 1.0, 2.0, 4.0), strict=True)}
     for layout in ("per-layer", "uniform"):
-        plan = select(scores, sites, 0.6, shape_for(layout))
+        plan = select(scores, sites, 0.6, constraints_for(layout))
         kept = [site.layer for site in sites if plan.kept[site.name]]
-        assert kept == [0, 1, 4], "the first layer of its type stays, whatever it scores"
+        assert kept == [0, 1, 4], "the first layer of its type is kept whatever it scores"
 
 
-def test_each_group_keeps_its_own_best_heads() -> None:
+def test_each_group_keeps_its_best_heads() -> None:
     site = find_sites(tiny("qwen3", groups=2, ratio=3, layers=1, hidden_size=48), ["query-heads"])
     scores = {site[0].name: torch.tensor([1.0, 3.0, 2.0, 9.0, 0.0, 8.0])}
-    plan = select(scores, site, 0.7, shape_for("per-layer"))
+    plan = select(scores, site, 0.7, constraints_for("per-layer"))
     assert plan.kept[site[0].name] == (1, 2, 3, 5)
 
 
-def test_bounds_and_protected_layers() -> None:
+def test_plans_keep_minimum_widths_and_protected_layers() -> None:
     bounds = {"min_groups": 2, "min_queries": 2, "min_experts": 3, "min_share": 0.5, "protected": frozenset({1, 3})}
     for family in ("mixtral", "qwen3"):
         for sites, _, plan in cases(family, "per-layer", **bounds):
             widths = widths_of(plan, sites)
-            closed = {site.layer for site in sites if site.kind == "layers" and not plan.kept[site.name]}
+            closed = {site.layer for site in sites if site.kind is UnitKind.LAYER and not plan.kept[site.name]}
             assert not closed & {1, 3}
             for site in sites:
                 if site.layer in (1, 3):
                     assert len(plan.kept[site.name]) == site.units
-                elif widths[site.name] and not site.is_whole_block:
+                elif widths[site.name] and not site.kind.is_whole_block:
                     assert widths[site.name] >= 0.5 * site.units_per_group
                     assert widths[site.name] >= {"attention": 2, "query-heads": 2, "experts": 3}.get(site.kind, 0)
     for sites, _, plan in cases("qwen3", "uniform", protected=frozenset({1, 3})):
-        assert all(plan.kept[site.name] for site in sites if site.kind == "layers" and site.layer in (1, 3))
+        assert all(plan.kept[site.name] for site in sites if site.kind is UnitKind.LAYER and site.layer in (1, 3))
 
 
-def test_an_expert_s_floor_is_the_number_a_token_goes_to() -> None:
+def test_at_least_the_experts_of_a_token_are_kept() -> None:
     sites = find_sites(tiny("mixtral", num_experts_per_tok=3), ["experts"])
     plan = select(
-        random_scores(sites, 0), sites, min_feasible_keep(sites, shape_for("per-layer")), shape_for("per-layer")
+        random_scores(sites, 0),
+        sites,
+        min_feasible_keep(sites, constraints_for("per-layer")),
+        constraints_for("per-layer"),
     )
     assert {len(kept) for kept in plan.kept.values()} == {3}
 
 
-def test_widths_of_experts_suit_grouped_kernels() -> None:
+def test_expert_widths_are_multiples_of_eight() -> None:
     sites = find_sites(tiny("mixtral", intermediate_size=40), ["expert-channels"])
     assert default_align(sites) == 8
-    with pytest.raises(ConfigError, match=r"budget\.align 12 does not do for expert-channels.*set it to 8"):
+    with pytest.raises(ConfigError, match=r"budget\.align 12 does not fit expert-channels.*set it to 8"):
         make_plan_constraints(recipe(align=12, units=["expert-channels"]), sites, tiny("mixtral").config)
 
 
@@ -149,12 +163,12 @@ def recipe(layout: str = "per-layer", **budget: Any) -> RunConfig:
 
 
 @pytest.mark.parametrize("text", ["x", "3-1", "1-", "-1", "1.5", "0--2"])
-def test_layers_to_protect_are_numbers_and_spans(text: str) -> None:
+def test_malformed_protect_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="no layer and no span"):
         recipe(protect=text).budget.protected_layers()
 
 
-def test_what_protects_nothing_is_refused() -> None:
+def test_protect_and_units_that_do_not_exist_are_refused() -> None:
     assert recipe(protect="0-1, 29").budget.protected_layers() == {0, 1, 29}
     model = tiny("llama")
     with pytest.raises(ConfigError, match="names layer 3, and "):
@@ -167,20 +181,20 @@ def test_what_protects_nothing_is_refused() -> None:
         recipe(units=["expert"])
 
 
-def test_evidence_of_units_without_weights_is_finite() -> None:
-    """OLMo's norms have none: a layer of it owns nothing but what its blocks do."""
+def test_logits_of_units_without_parameters_are_finite() -> None:
+    """OLMo norms have no weights, so a layer has no parameters but those of its blocks."""
     sites = find_sites(tiny("olmo"), ["layers", "kv-groups", "mlp-channels"])
-    assert {site.unit_params for site in sites if site.kind == "layers"} == {0}
+    assert {site.unit_params for site in sites if site.kind is UnitKind.LAYER} == {0}
     importance = {site.name: torch.zeros(site.units) for site in sites}
     assert all(logits.isfinite().all() for logits in importance_to_logits(importance, sites).values())
 
 
 @pytest.mark.parametrize("gates", ["projected", "sampled"])
-@both
-def test_the_search_moves_every_kind(gates: str, layout: str) -> None:
+@both_layouts
+def test_search_has_gradients_for_every_kind_of_unit(gates: str, layout: str) -> None:
     sites = sites_of("mixtral", layout == "uniform")
     config = from_mapping({"layout": layout, "search": {"gates": gates}, "budget": {"keep": 0.6}})
-    searcher = Searcher(sites, shape_for(layout), config, lambda step: 0.6, torch.device("cpu"))
+    searcher = Searcher(sites, constraints_for(layout), config, lambda step: 0.6, torch.device("cpu"))
     drawn = searcher.sample(1)
     torch.cat(list(drawn.values())).square().sum().backward()
     assert all(parameter.grad is not None for parameter in searcher.generator.parameters())
@@ -189,7 +203,7 @@ def test_the_search_moves_every_kind(gates: str, layout: str) -> None:
     assert kept_params(sites, decision.plan) <= 0.6 * prunable_params(sites)
 
 
-def test_what_is_infeasible_is_refused_with_the_smallest_keep() -> None:
+def test_infeasible_keep_is_refused() -> None:
     sites = sites_of("mixtral", False)
     with pytest.raises(PlanError, match="below what is feasible"):
-        select(random_scores(sites, 0), sites, 0.001, shape_for("per-layer"))
+        select(random_scores(sites, 0), sites, 0.001, constraints_for("per-layer"))

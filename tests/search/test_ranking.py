@@ -1,4 +1,4 @@
-"""Laws: what is quick on masks and bits gives what plain sorts and lists of numbers give, to the bit."""
+"""Laws: fast ranking on bits and masks equals plain sorting and lists, to the bit."""
 
 from __future__ import annotations
 
@@ -30,38 +30,38 @@ def drawn(sites: tuple[Site, ...], seed: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("count", [0, 1, 100, 40_000])  # torch sorts long integers by radix, short ones otherwise
-def test_best_first_is_a_stable_sort(count: int) -> None:
+def test_argsort_descending_is_a_stable_sort(count: int) -> None:
     rng = torch.Generator().manual_seed(count)
     for scores in (torch.randn(count, generator=rng), torch.randint(-3, 3, (count,), generator=rng).float()):
         assert torch.equal(argsort_descending(scores), scores.argsort(descending=True, stable=True))
 
 
-def test_best_first_knows_every_float() -> None:
+def test_argsort_descending_orders_every_float() -> None:
     nan, inf = torch.tensor([torch.nan, -torch.nan]), torch.tensor([torch.inf, -torch.inf])
     scores = torch.cat([torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, -0.0, 0.0, 3e38, -3e38]), -nan, nan, inf])
     assert torch.equal(argsort_descending(scores), scores.argsort(descending=True, stable=True))
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_each_lane_is_ranked_on_its_own(seed: int) -> None:
+def test_each_group_is_ranked_separately(seed: int) -> None:
     sites = find_sites(tiny("qwen3_moe"), UNITS)
-    nest = NestedSites(sites, drawn(sites, seed))
+    nested_sites = NestedSites(sites, drawn(sites, seed))
     for site in sites:
-        lanes = drawn(sites, seed)[site.name].view(site.parent_groups, -1)
-        order = lanes.argsort(dim=1, descending=True, stable=True)
-        starts = nest.first_unit[site.name] + site.units_per_group * torch.arange(site.parent_groups)[:, None]
-        assert torch.equal(nest.ranked_units[site.name], starts + order)
-        assert torch.equal(nest.ranked_scores[site.name], lanes.gather(1, order).double())
+        groups = drawn(sites, seed)[site.name].view(site.parent_groups, -1)
+        order = groups.argsort(dim=1, descending=True, stable=True)
+        starts = nested_sites.first_unit[site.name] + site.units_per_group * torch.arange(site.parent_groups)[:, None]
+        assert torch.equal(nested_sites.ranked_units[site.name], starts + order)
+        assert torch.equal(nested_sites.ranked_scores[site.name], groups.gather(1, order).double())
 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("keep", [0.3, 0.8, 1.0])
-def test_the_quantile_is_where_the_sorted_prices_reach_the_share(seed: int, keep: float) -> None:
+def test_score_threshold_is_where_sorted_parameters_reach_the_share(seed: int, keep: float) -> None:
     sites = find_sites(tiny("llama"))
     scores = drawn(sites, seed)
     units = sorted((-float(score), site.unit_params) for site in sites for score in scores[site.name])
-    held, limit = itertools.accumulate(price for _, price in units), keep * sum(price for _, price in units)
-    first = next(place for place, share in enumerate(held) if share >= limit)
+    params, limit = itertools.accumulate(price for _, price in units), keep * sum(price for _, price in units)
+    first = next(index for index, total in enumerate(params) if total >= limit)
     assert score_threshold(NestedSites(sites, scores), keep) == -units[first][0]
 
 
@@ -72,20 +72,20 @@ def test_gates_of_a_step_are_those_of_the_selected_plan(seed: int) -> None:
         sites, PlanConstraints(align=8), from_mapping({"seed": seed}), lambda step: 0.6, torch.device("cpu")
     )
     searcher.init_from_importance({name: scores.exp() for name, scores in drawn(sites, seed).items()})
-    sampled, found = searcher.sample(1), searcher.decide(1).gates
+    sampled, decided = searcher.sample(1), searcher.decide(1).gates
     plan = select(
         {name: logits.detach() for name, logits in searcher.logits().items()}, sites, 0.6, PlanConstraints(align=8)
     )
     for name, gate in gates_from_plan(plan, sites).items():
-        assert torch.equal(found[name], gate)
+        assert torch.equal(decided[name], gate)
         assert torch.allclose(sampled[name].detach(), gate)
-        assert gate.dtype == found[name].dtype == torch.float32
-    assert plan_from_gates(found) == plan
+        assert gate.dtype == decided[name].dtype == torch.float32
+    assert plan_from_gates(decided) == plan
 
 
-def lines_by_lists(plan: Plan, sites: tuple[Site, ...]) -> dict[tuple[str, int], list[int]]:
-    """`kept_lines`, line by line: those of a unit that goes leave."""
-    gone: dict[tuple[str, int], set[int]] = {}
+def kept_indices_by_lists(plan: Plan, sites: tuple[Site, ...]) -> dict[tuple[str, int], list[int]]:
+    """`kept_indices` by lists: all rows or columns but those of pruned units."""
+    pruned: dict[tuple[str, int], set[int]] = {}
     totals: dict[tuple[str, int], int] = {}
     for site in sites:
         kept = plan.kept[site.name]
@@ -93,18 +93,18 @@ def lines_by_lists(plan: Plan, sites: tuple[Site, ...]) -> dict[tuple[str, int],
             for cut, axis in site.linear_slices():
                 key = (cut.module, axis)
                 totals[key] = cut.total_rows or site.units * cut.rows_per_unit
-                others = [unit for unit in range(site.units) if unit not in kept]
-                gone.setdefault(key, set()).update(cut.indices(others, site.units).tolist())
-    return {key: [line for line in range(totals[key]) if line not in lost] for key, lost in gone.items()}
+                pruned_units = [unit for unit in range(site.units) if unit not in kept]
+                pruned.setdefault(key, set()).update(cut.indices(pruned_units, site.units).tolist())
+    return {key: [row for row in range(totals[key]) if row not in rows] for key, rows in pruned.items()}
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_lines_that_stay_are_all_but_those_of_units_that_go(family: str) -> None:
+def test_kept_indices_are_all_but_those_of_pruned_units(family: str) -> None:
     model = tiny(family)
     for units in ([*KIND_BY_NAME], ["kv-groups", "mlp-channels"], ["layers", "kv-groups", "query-heads"]):
         units = [unit for unit in units if unit in kinds_of(family)]
         sites, plan = find_sites(model, units), random_plan(model, units=units)
-        found = kept_indices(plan, sites)
-        assert {key: lines.tolist() for key, lines in found.items()} == lines_by_lists(plan, sites)
-        assert all(lines.dtype == torch.long for lines in found.values())
+        indices = kept_indices(plan, sites)
+        assert {key: own.tolist() for key, own in indices.items()} == kept_indices_by_lists(plan, sites)
+        assert all(own.dtype == torch.long for own in indices.values())
         assert kept_indices(dense_plan(sites), sites) == {}

@@ -1,4 +1,4 @@
-"""Law: the units and the gates of a step are those of the same search in plain lists, to the bit."""
+"""Law: plans and gates are those of a reference in plain Python lists, to the bit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prunetune.search.searcher import Searcher
 from prunetune.search.select import BudgetTracker, PlanConstraints, min_feasible_keep, min_widths, select
 from prunetune.search.uniform import UniformPlanner
 from support.models import tiny
-from support.nested import both, everywhere, shape_for, sites_of
+from support.nested import both_layouts, constraints_for, every_family, sites_of
 
 SEEDS = 8
 BOUNDS = ({}, {"min_groups": 2, "min_queries": 2}, {"min_share": 0.5, "protected": frozenset({1, 3})})
@@ -39,141 +39,152 @@ def drawn(sites: tuple[Site, ...], seed: int) -> dict[str, Tensor]:
     return {name: change(values) for name, values in scores.items()}
 
 
-class Plain:
-    """One unit after the other."""
+class ReferenceSearch:
+    """Selection in plain lists, one unit after the other."""
 
-    def __init__(self, sites: tuple[Site, ...], scores: Scores, within: Plan | None) -> None:
-        self.sites, self.scores, self.nest = sites, scores, NestedSites(sites, None, within)
-        self.order = {site.name: self.lanes(site, within) for site in sites}
+    def __init__(self, sites: tuple[Site, ...], scores: Scores, larger_plan: Plan | None) -> None:
+        self.sites, self.scores, self.nested_sites = sites, scores, NestedSites(sites, None, larger_plan)
+        self.order = {site.name: self.rank_groups(site, larger_plan) for site in sites}
 
-    def lanes(self, site: Site, within: Plan | None) -> list[list[int]]:
-        """The units of each lane, by what stays, then by score, then by index."""
-        stays, values = set(within.kept[site.name] if within else range(site.units)), self.scores[site.name].tolist()
-        lanes = [
-            range(lane * site.units_per_group, (lane + 1) * site.units_per_group) for lane in range(site.parent_groups)
+    def rank_groups(self, site: Site, larger_plan: Plan | None) -> list[list[int]]:
+        """The units of each group: first those of the larger plan, then by score, then by index."""
+        kept, values = (
+            set(larger_plan.kept[site.name] if larger_plan else range(site.units)),
+            self.scores[site.name].tolist(),
+        )
+        groups = [
+            range(group * site.units_per_group, (group + 1) * site.units_per_group)
+            for group in range(site.parent_groups)
         ]
-        return [sorted(lane, key=lambda unit: (unit not in stays, -values[unit], unit)) for lane in lanes]
+        return [sorted(group, key=lambda unit: (unit not in kept, -values[unit], unit)) for group in groups]
 
     def ranked(self, site: Site) -> Tensor:
-        """[lanes, units of a lane] scores."""
-        return torch.stack([self.scores[site.name][lane] for lane in self.order[site.name]])
+        """Scores by rank: [groups, units of a group]."""
+        return torch.stack([self.scores[site.name][group] for group in self.order[site.name]])
 
     def mean(self, site: Site) -> list[float]:
-        """Over lanes, of each rank."""
-        found: list[float] = self.ranked(site).mean(0).double().tolist()
-        return found
+        """Mean over groups of the units of each rank."""
+        means: list[float] = self.ranked(site).mean(0).double().tolist()
+        return means
 
     def cap(self, site: Site, widths: Mapping[str, int]) -> float:
-        """What is inside is worth no more than what has to come before it."""
-        outer = self.nest.parent(site)
+        """The highest score of a block: that of the unit around it, if none is kept yet."""
+        outer = self.nested_sites.parent(site)
         if outer is None:
             return math.inf
         return min(math.inf if widths[outer.name] else self.mean(outer)[0], self.cap(outer, widths))
 
-    def free(self, target: int, shape: PlanConstraints, room: BudgetTracker) -> dict[str, int]:
+    def per_layer(self, target: int, constraints: PlanConstraints, tracker: BudgetTracker) -> dict[str, int]:
         """Widths of the layout per-layer."""
-        widths, offers = min_widths(self.nest, shape), []
-        for place, site in enumerate(self.sites):
-            most, cap = self.nest.max_width(site), self.cap(site, widths)
+        widths, candidates = min_widths(self.nested_sites, constraints), []
+        for index, site in enumerate(self.sites):
+            max_width, cap = self.nested_sites.max_width(site), self.cap(site, widths)
             sums = [0.0, *itertools.accumulate(self.mean(site))]
-            for low, high in itertools.pairwise([*range(widths[site.name], most, block_size(site, shape)), most]):
-                offers.append((-min((sums[high] - sums[low]) / (high - low), cap), place, low, high - low))
-        room.start_from(widths)
-        closed, waiting = set[int](), dict[int, int]()
-        for _, place, _, block in sorted(offers):
-            site = self.sites[place]
-            wider = {**widths, site.name: widths[site.name] + block + waiting.get(place, 0)}
-            price = self.nest.total_params(wider)
-            if place in closed or price == self.nest.total_params(widths) or price > target:
-                closed.add(place)
-            elif room.try_add(site, wider[site.name] - widths[site.name], widths):
-                widths, waiting[place] = wider, 0
+            for low, high in itertools.pairwise(
+                [*range(widths[site.name], max_width, block_size(site, constraints)), max_width]
+            ):
+                candidates.append((-min((sums[high] - sums[low]) / (high - low), cap), index, low, high - low))
+        tracker.start_from(widths)
+        closed, deferred = set[int](), dict[int, int]()
+        for _, index, _, block in sorted(candidates):
+            site = self.sites[index]
+            wider = {**widths, site.name: widths[site.name] + block + deferred.get(index, 0)}
+            price = self.nested_sites.total_params(wider)
+            if index in closed or price == self.nested_sites.total_params(widths) or price > target:
+                closed.add(index)
+            elif tracker.try_add(site, wider[site.name] - widths[site.name], widths):
+                widths, deferred[index] = wider, 0
             else:
-                waiting[place] = wider[site.name] - widths[site.name]
+                deferred[index] = wider[site.name] - widths[site.name]
         return widths
 
-    def uniform(self, target: int, shape: PlanConstraints, room: BudgetTracker) -> dict[str, int]:
-        """Widths of the layout uniform: of the shapes that fit, the one worth most."""
-        nest, first = NestedSites(self.sites, self.scores), self.nest.first_unit
-        nest.max_widths = self.nest.max_widths
-        nest.ranked_scores = {site.name: self.ranked(site).double() for site in self.sites}
-        nest.ranked_units = {name: torch.tensor(lanes) + first[name] for name, lanes in self.order.items()}
-        scored = UniformPlanner(nest, shape)
-        fitting = scored.maximal_fits(target, room.fits)
+    def uniform(self, target: int, constraints: PlanConstraints, tracker: BudgetTracker) -> dict[str, int]:
+        """Widths of the layout uniform: of the shapes that fit, the one of the highest score."""
+        nested_sites, first = NestedSites(self.sites, self.scores), self.nested_sites.first_unit
+        nested_sites.max_widths = self.nested_sites.max_widths
+        nested_sites.ranked_scores = {site.name: self.ranked(site).double() for site in self.sites}
+        nested_sites.ranked_units = {name: torch.tensor(groups) + first[name] for name, groups in self.order.items()}
+        scored = UniformPlanner(nested_sites, constraints)
+        fitting = scored.maximal_fits(target, tracker.fits)
         chosen = max(
             fitting, key=lambda counts: (scored.weighted_score(counts, fitting[counts][1]), fitting[counts][0])
         )
         return scored.widths_by_site(chosen, fitting[chosen][1])
 
-    def plan(self, keep: float, shape: PlanConstraints) -> Plan:
-        """What `select` should find."""
-        room = BudgetTracker(self.nest, shape.limits.cost_limits_at(keep) if shape.limits else ())
-        share = shape.limits.params_share_at(keep) if shape.limits else keep
-        find = self.uniform if shape.layout == "uniform" else self.free
+    def plan(self, keep: float, constraints: PlanConstraints) -> Plan:
+        """The plan that `select` should return."""
+        tracker = BudgetTracker(
+            self.nested_sites, constraints.limits.cost_limits_at(keep) if constraints.limits else ()
+        )
+        share = constraints.limits.params_share_at(keep) if constraints.limits else keep
+        find = self.uniform if constraints.layout == "uniform" else self.per_layer
         widths, kept = (
-            find(int(share * prunable_params(self.sites) * (1 + 1e-12)), shape, room),
+            find(int(share * prunable_params(self.sites) * (1 + 1e-12)), constraints, tracker),
             dict[str, tuple[int, ...]](),
         )
         for site in self.sites:
-            outer = self.nest.parent(site)
+            outer = self.nested_sites.parent(site)
             is_open = site.open_parent_groups(kept[outer.name] if outer else None, outer.units if outer else 1)
-            best = [unit for lane in is_open for unit in self.order[site.name][lane][: widths[site.name]]]
+            best = [unit for group in is_open for unit in self.order[site.name][group][: widths[site.name]]]
             kept[site.name] = tuple(sorted(best))
         return Plan(kept, {site.name: site.units for site in self.sites})
 
-    def quantile(self, keep: float, shape: PlanConstraints) -> float:
-        """The score at which so much of all prices is reached."""
-        limits, scores = shape.limits, torch.cat([self.scores[site.name] for site in self.sites]).tolist()
+    def threshold(self, keep: float, constraints: PlanConstraints) -> float:
+        """The score down to which units have the kept share of all prices."""
+        limits, scores = constraints.limits, torch.cat([self.scores[site.name] for site in self.sites]).tolist()
         each = limits.prices if limits and limits.prices else {site.name: site.unit_params for site in self.sites}
         prices = [float(each[site.name]) for site in self.sites for _ in range(site.units)]
         order = sorted(range(len(scores)), key=lambda unit: (-scores[unit], unit))
-        held, whole = 0.0, float(torch.tensor(prices, dtype=torch.float64).sum())
+        total, all_prices = 0.0, float(torch.tensor(prices, dtype=torch.float64).sum())
         for unit in order:
-            held += prices[unit]
-            if held / whole >= (limits.price_share_at(keep) if limits else keep):
+            total += prices[unit]
+            if total / all_prices >= (limits.price_share_at(keep) if limits else keep):
                 break
         return float(scores[unit])
 
 
-def shapes(sites: tuple[Site, ...], family: str, layout: str, seed: int) -> PlanConstraints:
-    """With other bounds for each seed, and within a further budget for some."""
-    shape = shape_for(layout, **BOUNDS[seed % 3])
+def constraints_of(sites: tuple[Site, ...], family: str, layout: str, seed: int) -> PlanConstraints:
+    """Constraints with other bounds for each seed, and a memory budget for some."""
+    constraints = constraints_for(layout, **BOUNDS[seed % 3])
     if seed % 4 < 2:
-        return shape
+        return constraints
     anatomy = model_shape(tiny(family, layers=5, groups=3, ratio=3, hidden_size=72), sites)
     return with_limits(
-        shape, sites, make_budget_limits({"memory": Amount.parse("0.8", "memory")}, anatomy, WorkloadConfig()), 1.0
+        constraints,
+        sites,
+        make_budget_limits({"memory": Amount.parse("0.8", "memory")}, anatomy, WorkloadConfig()),
+        1.0,
     )
 
 
-def assert_plain(sites: tuple[Site, ...], shape: PlanConstraints, seed: int) -> None:
-    scores, low = drawn(sites, seed), min_feasible_keep(sites, shape)
+def assert_equals_reference(sites: tuple[Site, ...], constraints: PlanConstraints, seed: int) -> None:
+    scores, low = drawn(sites, seed), min_feasible_keep(sites, constraints)
     keep = low + (1 - low) * (seed % 5 + 1) / 6
-    plan = select(scores, sites, keep, shape)
-    assert plan == Plain(sites, scores, None).plan(keep, shape)
-    others, less = drawn(sites, seed + 1), low + (keep - low) / 2
-    if shape.limits is None:
-        inside = select(others, sites, less, shape, larger_plan=plan)
-        assert inside == Plain(sites, others, plan).plan(less, shape)
-    config = from_mapping({"layout": shape.layout, "search": {"generator": "none", "straight_through": False}})
-    searcher = Searcher(sites, shape, config, lambda step: keep, torch.device("cpu"))
+    plan = select(scores, sites, keep, constraints)
+    assert plan == ReferenceSearch(sites, scores, None).plan(keep, constraints)
+    other_scores, smaller_keep = drawn(sites, seed + 1), low + (keep - low) / 2
+    if constraints.limits is None:
+        nested_plan = select(other_scores, sites, smaller_keep, constraints, larger_plan=plan)
+        assert nested_plan == ReferenceSearch(sites, other_scores, plan).plan(smaller_keep, constraints)
+    config = from_mapping({"layout": constraints.layout, "search": {"generator": "none", "straight_through": False}})
+    searcher = Searcher(sites, constraints, config, lambda step: keep, torch.device("cpu"))
     searcher.initial_logits = scores
-    gates, middle = searcher.sample(1), Plain(sites, scores, None).quantile(keep, shape)
-    soft = torch.sigmoid((torch.cat(list(scores.values())) - middle) / config.search.temperature)
+    gates, threshold = searcher.sample(1), ReferenceSearch(sites, scores, None).threshold(keep, constraints)
+    soft = torch.sigmoid((torch.cat(list(scores.values())) - threshold) / config.search.temperature)
     assert torch.equal(torch.cat(list(gates.values())), soft)
     assert searcher.with_legal_plan(searcher.decide(1)).plan == plan
 
 
-@everywhere
-@both
+@every_family
+@both_layouts
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_every_kind_of_unit(family: str, layout: str, seed: int) -> None:
+def test_every_kind_of_unit_equals_the_reference(family: str, layout: str, seed: int) -> None:
     sites = sites_of(family, layout == "uniform")
-    assert_plain(sites, shapes(sites, family, layout, seed), seed)
+    assert_equals_reference(sites, constraints_of(sites, family, layout, seed), seed)
 
 
-@both
+@both_layouts
 @pytest.mark.parametrize("seed", range(SEEDS))
-def test_usual_units_in_sums_that_round(layout: str, seed: int) -> None:
+def test_default_units_equal_the_reference_where_sums_round(layout: str, seed: int) -> None:
     sites = find_sites(tiny("llama", intermediate_size=1000, layers=4))
-    assert_plain(sites, PlanConstraints(layout, 32), seed)
+    assert_equals_reference(sites, PlanConstraints(layout, 32), seed)

@@ -1,4 +1,4 @@
-"""Laws: a plan is on budget, maximal, aligned, above its floors, deterministic, and made of the best scores."""
+"""Laws: a plan is on budget, maximal, aligned, above its least widths, deterministic, and has the best scores."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from prunetune.cost.parameters import prunable_params
 from prunetune.errors import PlanError
 from prunetune.plan import Plan
 from prunetune.pruning.sites import Site, dense_plan, find_sites, kept_params
+from prunetune.pruning.units import UnitKind
 from prunetune.search.select import PlanConstraints, default_align, min_feasible_keep, min_params, min_width, select
-from support.geometries import GEOMETRIES, geometry, made
+from support.geometries import GEOMETRIES, build_sites, geometry
 from support.models import tiny
 
 Scores = dict[str, Tensor]
-EPSILON = 1e-9  # scores of two blocks are told apart above rounding
+EPSILON = 1e-9  # scores of blocks that differ by less are equal but for rounding
 
 
-def shape(name: str, layout: str, min_groups: int = 0) -> PlanConstraints:
+def constraints_for(name: str, layout: str, min_groups: int = 0) -> PlanConstraints:
     _, align, legal = geometry(name)
     return PlanConstraints(layout, align, min_groups, lambda groups: groups in legal)
 
@@ -32,34 +33,34 @@ def random_scores(sites: tuple[Site, ...], seed: int) -> Scores:
     return {site.name: torch.randn(site.units, generator=rng) for site in sites}
 
 
-def targets(sites: tuple[Site, ...], shape: PlanConstraints, count: int, seed: int = 0) -> list[float]:
+def targets(sites: tuple[Site, ...], constraints: PlanConstraints, count: int, seed: int = 0) -> list[float]:
     """Random feasible keeps."""
-    low = min_feasible_keep(sites, shape)
+    low = min_feasible_keep(sites, constraints)
     return (low + (1 - low) * torch.rand(count, generator=torch.Generator().manual_seed(seed)).double()).tolist()
 
 
 def cases(name: str, layout: str, min_groups: int = 0) -> Any:
     """(keep, scores, plan) of 20 random targets; 10 combinations of geometry and layout make 200."""
-    sites, made_shape = geometry(name)[0], shape(name, layout, min_groups)
-    for seed, keep in enumerate(targets(sites, made_shape, 20)):
+    sites, constraints = geometry(name)[0], constraints_for(name, layout, min_groups)
+    for seed, keep in enumerate(targets(sites, constraints, 20)):
         scores = random_scores(sites, seed)
-        yield keep, scores, select(scores, sites, keep, made_shape)
+        yield keep, scores, select(scores, sites, keep, constraints)
 
 
-both = pytest.mark.parametrize("layout", ["per-layer", "uniform"])
-everywhere = pytest.mark.parametrize("name", GEOMETRIES)
+both_layouts = pytest.mark.parametrize("layout", ["per-layer", "uniform"])
+every_geometry = pytest.mark.parametrize("name", GEOMETRIES)
 
 
-@everywhere
-@both
-def test_on_budget_and_legal(name: str, layout: str) -> None:
-    sites, legal = geometry(name)[0], shape(name, layout)
+@every_geometry
+@both_layouts
+def test_select_is_on_budget_and_legal(name: str, layout: str) -> None:
+    sites, legal = geometry(name)[0], constraints_for(name, layout)
     for keep, _, plan in cases(name, layout):
         assert kept_params(sites, plan) <= keep * prunable_params(sites)
         for site in sites:
             width = len(plan.kept[site.name])
             assert width >= min_width(site, legal)
-            if site.kind == "mlp":
+            if site.kind is UnitKind.MLP_CHANNEL:
                 assert width % legal.align == 0 or width == site.units
             elif layout == "uniform":
                 assert legal.allows_groups(width)
@@ -67,43 +68,43 @@ def test_on_budget_and_legal(name: str, layout: str) -> None:
             assert len({(site.kind, len(plan.kept[site.name])) for site in sites}) == 2
 
 
-@everywhere
-def test_no_further_block_fits(name: str) -> None:
+@every_geometry
+def test_no_further_block_fits_under_the_budget(name: str) -> None:
     sites, align = geometry(name)[0], geometry(name)[1]
     for keep, _, plan in cases(name, "per-layer"):
-        room = keep * prunable_params(sites) - kept_params(sites, plan)
+        params_left = keep * prunable_params(sites) - kept_params(sites, plan)
         for site in sites:
             left = site.units - len(plan.kept[site.name])
-            block = min(align if site.kind == "mlp" else 1, left)
-            assert not block or block * site.unit_params > room
+            block = min(align if site.kind is UnitKind.MLP_CHANNEL else 1, left)
+            assert not block or block * site.unit_params > params_left
 
 
-def test_a_unit_that_costs_nothing_shuts_nothing_in() -> None:
-    """OLMo's norms have no weights, so that a layer whose blocks are gone has none."""
+def test_layers_without_parameters_are_kept_with_their_blocks() -> None:
+    """OLMo's norms have no weights, so a layer without its blocks has none."""
     sites = find_sites(tiny("olmo"), ("layers", "kv-groups", "mlp-blocks", "mlp-channels"))
     for keep in (1.0, 0.8, 0.6, 0.4):
         plan = select(random_scores(sites, 0), sites, keep, PlanConstraints(align=8))
         assert keep - 0.05 < kept_params(sites, plan) / prunable_params(sites) <= keep
 
 
-@everywhere
-def test_no_further_unit_in_all_layers_fits(name: str) -> None:
+@every_geometry
+def test_no_wider_uniform_shape_fits(name: str) -> None:
     sites, align, legal = geometry(name)
     layers = len(sites) // 2
     attention, mlp = sites[0], sites[1]
     for keep, _, plan in cases(name, "uniform"):
-        room = keep * prunable_params(sites) - kept_params(sites, plan)
+        params_left = keep * prunable_params(sites) - kept_params(sites, plan)
         groups, channels = len(plan.kept[attention.name]), len(plan.kept[mlp.name])
         wider = min((count for count in legal if count > groups), default=groups)
         more_mlp, more_groups = min(align, mlp.units - channels), wider - groups
-        assert not more_mlp or layers * more_mlp * mlp.unit_params > room
+        assert not more_mlp or layers * more_mlp * mlp.unit_params > params_left
         # Of the maximal shapes: with another group, the MLP would have to give up channels.
-        assert not more_groups or layers * more_groups * attention.unit_params > room
+        assert not more_groups or layers * more_groups * attention.unit_params > params_left
 
 
-@everywhere
-@both
-def test_the_best_units_of_a_site_stay(name: str, layout: str) -> None:
+@every_geometry
+@both_layouts
+def test_the_best_units_of_a_site_are_kept(name: str, layout: str) -> None:
     for _, scores, plan in cases(name, layout):
         for site, kept in plan.kept.items():
             stays = torch.zeros(plan.units[site], dtype=torch.bool)
@@ -114,7 +115,7 @@ def test_the_best_units_of_a_site_stay(name: str, layout: str) -> None:
 
 def blocks(site: Site, scores: Tensor, legal: PlanConstraints) -> list[tuple[float, int, int]]:
     """(mean score, width once taken, price) of each block above the floor."""
-    size = legal.align if site.kind == "mlp" else 1
+    size = legal.align if site.kind is UnitKind.MLP_CHANNEL else 1
     edges = [*range(min_width(site, legal), site.units, size), site.units]
     ranked = scores.double().sort(descending=True).values
     return [
@@ -123,22 +124,22 @@ def blocks(site: Site, scores: Tensor, legal: PlanConstraints) -> list[tuple[flo
     ]
 
 
-@everywhere
-def test_a_block_left_out_did_not_fit_beside_better_ones(name: str) -> None:
-    sites, legal = geometry(name)[0], shape(name, "per-layer")
+@every_geometry
+def test_an_omitted_block_does_not_fit_with_better_ones(name: str) -> None:
+    sites, legal = geometry(name)[0], constraints_for(name, "per-layer")
     for keep, scores, plan in cases(name, "per-layer"):
-        offers = {site.name: blocks(site, scores[site.name], legal) for site in sites}
+        candidates = {site.name: blocks(site, scores[site.name], legal) for site in sites}
         widths = plan.widths()
-        taken = [block for site, of_site in offers.items() for block in of_site if block[1] <= widths[site]]
+        taken = [block for site, of_site in candidates.items() for block in of_site if block[1] <= widths[site]]
         following = [
-            next((block for block in of_site if block[1] > widths[site]), None) for site, of_site in offers.items()
+            next((block for block in of_site if block[1] > widths[site]), None) for site, of_site in candidates.items()
         ]
         for score, _, price in filter(None, following):
             better = sum(paid for mean, _, paid in taken if mean >= score - EPSILON)
             assert min_params(sites, legal) + better + price > keep * prunable_params(sites)
 
 
-@everywhere
+@every_geometry
 def test_uniform_is_the_best_of_the_widest_shapes(name: str) -> None:
     sites, align, legal = geometry(name)
     attention, mlp = sites[0], sites[1]
@@ -158,37 +159,37 @@ def test_uniform_is_the_best_of_the_widest_shapes(name: str) -> None:
         widest = {g: max(widths) for g, widths in fitting.items() if widths}
         maximal = [(g, c) for g, c in widest.items() if all(w <= g or widest[w] < c for w in widest)]
         best = max(worth(g, c) for g, c in maximal)
-        found = worth(len(plan.kept[attention.name]), len(plan.kept[mlp.name]))
-        assert found == pytest.approx(best, rel=1e-9)
+        score = worth(len(plan.kept[attention.name]), len(plan.kept[mlp.name]))
+        assert score == pytest.approx(best, rel=1e-9)
 
 
-@everywhere
-@both
+@every_geometry
+@both_layouts
 def test_same_scores_same_plan(name: str, layout: str) -> None:
-    sites, legal = geometry(name)[0], shape(name, layout)
+    sites, legal = geometry(name)[0], constraints_for(name, layout)
     for keep, scores, plan in itertools.islice(cases(name, layout), 5):
         copied = {site: score.clone().double() for site, score in reversed(scores.items())}
         assert select(copied, sites, keep, legal).to_json() == plan.to_json()
 
 
-@everywhere
-@both
+@every_geometry
+@both_layouts
 @pytest.mark.parametrize("level", [0.0, 0.1, -0.3, 1e6])
-def test_ties_go_to_the_lower_index_and_stay_aligned(name: str, layout: str, level: float) -> None:
-    sites, legal = geometry(name)[0], shape(name, layout)
+def test_equal_scores_keep_lower_indices_and_aligned_widths(name: str, layout: str, level: float) -> None:
+    sites, legal = geometry(name)[0], constraints_for(name, layout)
     equal = {site.name: torch.full((site.units,), level) for site in sites}
     for keep in targets(sites, legal, 30, seed=1):
         plan = select(equal, sites, keep, legal)
         for site in sites:
             kept = plan.kept[site.name]
             assert kept == tuple(range(len(kept)))
-            assert site.kind == "attention" or len(kept) % legal.align == 0 or len(kept) == site.units
+            assert site.kind is UnitKind.KV_GROUP or len(kept) % legal.align == 0 or len(kept) == site.units
         assert kept_params(sites, plan) <= keep * prunable_params(sites)
 
 
-def test_rounding_does_not_break_alignment() -> None:
-    # Beside 1e9, sums of 0.1 are inexact: blocks of one site must come in order all the same.
-    sites, legal = made(1, 2, 10, 1000, 7), PlanConstraints("per-layer", 128)
+def test_rounded_score_sums_keep_widths_aligned() -> None:
+    # Next to 1e9, sums of 0.1 are inexact: blocks of one site must come in order all the same.
+    sites, legal = build_sites(1, 2, 10, 1000, 7), PlanConstraints("per-layer", 128)
     scores = {sites[0].name: torch.zeros(2), sites[1].name: torch.full((1000,), 0.1)}
     scores[sites[1].name][:3] = torch.tensor([1e9, 3e7, 1.7e5])
     for keep in targets(sites, legal, 60):
@@ -196,18 +197,18 @@ def test_rounding_does_not_break_alignment() -> None:
         assert width % 128 == 0 or width == 1000
 
 
-@everywhere
-@both
-def test_keep_all_keeps_all(name: str, layout: str) -> None:
+@every_geometry
+@both_layouts
+def test_keep_of_one_keeps_everything(name: str, layout: str) -> None:
     sites = geometry(name)[0]
-    assert select(random_scores(sites, 0), sites, 1.0, shape(name, layout)) == dense_plan(sites)
+    assert select(random_scores(sites, 0), sites, 1.0, constraints_for(name, layout)) == dense_plan(sites)
 
 
-@everywhere
-@both
+@every_geometry
+@both_layouts
 @pytest.mark.parametrize("min_groups", [0, 2])
-def test_the_floor_is_met_and_named(name: str, layout: str, min_groups: int) -> None:
-    sites, legal = geometry(name)[0], shape(name, layout, min_groups)
+def test_smallest_feasible_keep_is_met_and_named_in_the_error(name: str, layout: str, min_groups: int) -> None:
+    sites, legal = geometry(name)[0], constraints_for(name, layout, min_groups)
     scores, lowest = random_scores(sites, 0), min_feasible_keep(sites, legal)
     plan = select(scores, sites, lowest, legal)
     assert kept_params(sites, plan) == min_params(sites, legal)
@@ -218,51 +219,53 @@ def test_the_floor_is_met_and_named(name: str, layout: str, min_groups: int) -> 
     assert kept_params(sites, select(scores, sites, named, legal)) <= named * prunable_params(sites)
 
 
-@everywhere
-@both
-def test_min_groups_holds_everywhere(name: str, layout: str) -> None:
+@every_geometry
+@both_layouts
+def test_every_layer_keeps_min_groups(name: str, layout: str) -> None:
     for _, _, plan in cases(name, layout, min_groups=2):
         assert all(len(kept) >= 2 for site, kept in plan.kept.items() if site.endswith("attn"))
 
 
-def test_a_first_layer_attends_and_others_need_not() -> None:
-    sites, legal = geometry("smollm")[0], shape("smollm", "per-layer")
-    scores = random_scores(sites, 0) | {site.name: torch.full((3,), -9.0) for site in sites if site.kind == "attention"}
+def test_only_the_first_layer_must_keep_attention() -> None:
+    sites, legal = geometry("smollm")[0], constraints_for("smollm", "per-layer")
+    scores = random_scores(sites, 0) | {
+        site.name: torch.full((3,), -9.0) for site in sites if site.kind is UnitKind.KV_GROUP
+    }
     widths = select(scores, sites, 0.5, legal).widths()
-    assert [widths[site.name] for site in sites if site.kind == "attention"] == [1, 0, 0, 0, 0, 0]
+    assert [widths[site.name] for site in sites if site.kind is UnitKind.KV_GROUP] == [1, 0, 0, 0, 0, 0]
 
 
 def test_uniform_refuses_unequal_layers() -> None:
-    sites = (*made(1, 2, 10, 8, 2), *made(2, 2, 10, 16, 2)[2:])
+    sites = (*build_sites(1, 2, 10, 8, 2), *build_sites(2, 2, 10, 16, 2)[2:])
     with pytest.raises(PlanError, match="per-layer"):
         select(random_scores(sites, 0), sites, 0.8, PlanConstraints("uniform", 4))
 
 
-def test_a_floor_of_any_size_is_feasible() -> None:
+def test_smallest_feasible_keep_is_feasible_for_any_model_size() -> None:
     legal = PlanConstraints("per-layer", 128)
     for layers in range(2, 40, 4):
-        sites = made(layers, 8, 5242880 + layers, 14336, 12288 + layers)
+        sites = build_sites(layers, 8, 5242880 + layers, 14336, 12288 + layers)
         scores = {site.name: torch.zeros(site.units) for site in sites}
         plan = select(scores, sites, min_feasible_keep(sites, legal), legal)
         assert kept_params(sites, plan) == min_params(sites, legal)
 
 
-def test_default_align_is_one_that_hardware_wants() -> None:
-    assert default_align(made(1, 8, 1, 14336, 1)) == 128
-    assert default_align(made(1, 3, 1, 1536, 1)) == 32
-    assert default_align(made(1, 3, 1, 96, 1)) == 24
-    assert default_align(made(1, 3, 1, 2, 1)) == 1
+def test_default_align_follows_the_widest_mlp() -> None:
+    assert default_align(build_sites(1, 8, 1, 14336, 1)) == 128
+    assert default_align(build_sites(1, 3, 1, 1536, 1)) == 32
+    assert default_align(build_sites(1, 3, 1, 96, 1)) == 24
+    assert default_align(build_sites(1, 3, 1, 2, 1)) == 1
 
 
-def test_scores_of_half_precision_select_alike() -> None:
-    sites, legal = geometry("llama")[0], shape("llama", "per-layer")
+def test_bfloat16_scores_select_the_same_plan() -> None:
+    sites, legal = geometry("llama")[0], constraints_for("llama", "per-layer")
     halves = {name: score.bfloat16() for name, score in random_scores(sites, 0).items()}
     wide: dict[str, Tensor] = {name: score.float() for name, score in halves.items()}
     assert select(halves, sites, 0.6, legal) == select(wide, sites, 0.6, legal)
 
 
-def test_the_result_is_a_plan_of_the_model() -> None:
+def test_select_returns_a_plan_of_the_model() -> None:
     sites = geometry("llama")[0]
-    plan = select(random_scores(sites, 0), sites, 0.6, shape("llama", "per-layer"))
+    plan = select(random_scores(sites, 0), sites, 0.6, constraints_for("llama", "per-layer"))
     assert isinstance(plan, Plan)
     assert plan.units == {site.name: site.units for site in sites}

@@ -1,4 +1,4 @@
-"""Runners that follow a script, and openers that a fresh process can import."""
+"""Runners with scripted samples, and functions that a worker process can import to open them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def facts(parameters: int = 1000, file_bytes: int = 2000) -> ModelFacts:
 
 
 class Scripted:
-    """Answers with the samples it was given, in order, and writes down when it was asked."""
+    """Returns the samples it was given, in order, and logs every call."""
 
     def __init__(
         self,
@@ -24,38 +24,38 @@ class Scripted:
         samples: Sequence[BenchSample] = (BenchSample(1.0, 0.5, 0.1),),
         *,
         work: WorkEstimate | None = None,
-        room: int = 1000,  # the largest batch that fits
-        diary: list[tuple[str, str, int]] | None = None,
-        known: ModelFacts | None = None,
+        max_batch: int = 1000,  # the largest batch that fits
+        calls: list[tuple[str, str, int]] | None = None,
+        model_facts: ModelFacts | None = None,
     ) -> None:
-        self.name, self.samples, self.work, self.room = name, samples, work or WorkEstimate(), room
-        self.diary = diary if diary is not None else []
-        self.known = known or facts()
+        self.name, self.samples, self.work, self.max_batch = name, samples, work or WorkEstimate(), max_batch
+        self.calls = calls if calls is not None else []
+        self.model_facts = model_facts or facts()
         self.runs = 0
 
     def facts(self) -> ModelFacts:
-        return self.known
+        return self.model_facts
 
     def warm_up(self, batch: int) -> WorkEstimate:
-        self._note("warm", batch)
+        self._log("warm", batch)
         return self.work
 
     def run(self, batch: int) -> BenchSample:
-        self._note("run", batch)
+        self._log("run", batch)
         self.runs += 1
         return self.samples[(self.runs - 1) % len(self.samples)]
 
     def close(self) -> None:
-        self.diary.append(("close", self.name, 0))
+        self.calls.append(("close", self.name, 0))
 
-    def _note(self, what: str, batch: int) -> None:
-        self.diary.append((what, self.name, batch))
-        if batch > self.room:
+    def _log(self, call: str, batch: int) -> None:
+        self.calls.append((call, self.name, batch))
+        if batch > self.max_batch:
             raise OutOfMemory(f"batch {batch} of {self.name}: out of memory")
 
 
-class Moody(Scripted):
-    """Fits up to 4, has a bug at 3, and dies at 2."""
+class Unstable(Scripted):
+    """Batches up to 4 fit; at 3 there is a bug, at 2 the process exits."""
 
     def run(self, batch: int) -> BenchSample:
         if batch == 2:
@@ -65,14 +65,14 @@ class Moody(Scripted):
         return super().run(batch)
 
 
-def moody(model: ModelSpec, options: BenchOptions) -> Runner:
-    return Moody(model.label, room=4)
+def unstable_runner(model: ModelSpec, options: BenchOptions) -> Runner:
+    return Unstable(model.label, max_batch=4)
 
 
-def broken(model: ModelSpec, options: BenchOptions) -> Runner:
+def failing_runner(model: ModelSpec, options: BenchOptions) -> Runner:
     raise ModelError(f"model {model.label}: no weights")
 
 
-def slowed(base: Mapping[str, float], by: Sequence[float]) -> list[BenchSample]:
-    """The same run on a machine that is `by` times slower, round by round."""
-    return [BenchSample(base["total"] * f, base["prefill"] * f, base["decode"] * f) for f in by]
+def slowed(base: Mapping[str, float], factors: Sequence[float]) -> list[BenchSample]:
+    """The same run on a machine that is slower by a factor for each round."""
+    return [BenchSample(base["total"] * f, base["prefill"] * f, base["decode"] * f) for f in factors]

@@ -1,4 +1,4 @@
-"""Cells as a comparison would leave them, with made-up scores."""
+"""Files of a comparison's cells, with made-up scores."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def task(name: str, items: Sequence[Item], *metrics: str) -> TaskResult:
 
 
 def cell(method: str, *tasks: TaskResult, keep: float = 0.6, seed: int = 0, **values: Any) -> dict[str, Any]:
-    """A cell's file."""
+    """The content of a cell's file."""
     dense = method in ("dense", "untuned")
     return {
         "cell": f"{method}-keep{keep:g}-seed{seed}",
@@ -31,7 +31,7 @@ def cell(method: str, *tasks: TaskResult, keep: float = 0.6, seed: int = 0, **va
         "seed": seed,
         "learning_rate": 1e-3,
         "changes": KINDS.get(method, {"two-stage": method}),
-        **scores_from_evaluation(Evaluation({one.task: one for one in tasks})),
+        **scores_from_evaluation(Evaluation({result.task: result for result in tasks})),
         "kept": 1.0 if dense else keep - 0.004,
         "widths": {},
         "train_seconds": 0.0 if method == "untuned" else 60.0,
@@ -45,9 +45,9 @@ def cell(method: str, *tasks: TaskResult, keep: float = 0.6, seed: int = 0, **va
 
 
 def failed(method: str, error: str, **values: Any) -> dict[str, Any]:
-    """The file of a cell that went wrong."""
-    whole = cell(method, **values)
-    return {key: whole[key] for key in ("cell", "method", "keep", "seed", "learning_rate", "changes")} | {
+    """The content of the file of a cell that failed."""
+    finished = cell(method, **values)
+    return {key: finished[key] for key in ("cell", "method", "keep", "seed", "learning_rate", "changes")} | {
         "error": error
     }
 
@@ -56,11 +56,11 @@ def realistic(methods: Sequence[str], keeps: Sequence[float], seeds: Sequence[in
     """Cells of 60 items in each of four tasks, worse the less is kept."""
     cells = []
     for order, method in enumerate(methods):
-        flat = method in ("dense", "untuned")
-        for keep in keeps[:1] if flat else keeps:
+        is_dense = method in ("dense", "untuned")
+        for keep in keeps[:1] if is_dense else keeps:
             for seed in seeds[:1] if method == "untuned" else seeds:
                 rng = random.Random(f"{method} {keep} {seed}")
-                harm = (0.6 if method == "untuned" else 0.0) if flat else (1 - keep) * (0.3 + 0.12 * (order % 9))
+                harm = (0.6 if method == "untuned" else 0.0) if is_dense else (1 - keep) * (0.3 + 0.12 * (order % 9))
                 answers = [
                     item(
                         f"c{n}",
@@ -70,7 +70,7 @@ def realistic(methods: Sequence[str], keeps: Sequence[float], seeds: Sequence[in
                     )
                     for n in range(60)
                 ]
-                opens = [
+                summaries = [
                     item(
                         f"o{n}",
                         nll=1.3 + harm + rng.gauss(0, 0.1) + 0.2 * (n % 5),
@@ -80,12 +80,12 @@ def realistic(methods: Sequence[str], keeps: Sequence[float], seeds: Sequence[in
                     for n in range(60)
                 ]
                 domain, general = (
-                    [item(f"t{n}", nll=base + far * harm + rng.gauss(0, 0.1), tokens=400.0) for n in range(60)]
-                    for base, far in ((2.7, 1.4), (3.3, 2.2))
+                    [item(f"t{n}", nll=base + factor * harm + rng.gauss(0, 0.1), tokens=400.0) for n in range(60)]
+                    for base, factor in ((2.7, 1.4), (3.3, 2.2))
                 )
                 tasks = (
                     task("holdings", answers, "accuracy", "nll"),
-                    task("summaries", opens, "nll", "rouge_l"),
+                    task("summaries", summaries, "nll", "rouge_l"),
                     task("legal/text", domain, "perplexity"),
                     task("general/text", general, "perplexity"),
                 )

@@ -1,4 +1,4 @@
-"""One rank of `test_train_distributed.py`: runs every scenario in turn, and rank 0 leaves what came out as JSON."""
+"""One rank of `train/parallel/test_ranks.py`: runs every scenario in turn; rank 0 writes the results as JSON."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from prunetune.errors import PrunetuneError
 from prunetune.export import selfcheck
 from prunetune.export.checkpoint import WrittenCheckpoint
 from prunetune.model.loading import load_model_and_tokenizer
-from prunetune.pipeline.stages import run
+from prunetune.pipeline.run import run
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import DEFAULT_UNITS
 from prunetune.train import loop
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore, NullCheckpointStore
-from prunetune.train.losses import Teacher
 from prunetune.train.parallel.distributed_passes import distribute_checkpoints, distribute_passes
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks, init_distributed
 from prunetune.train.parallel.sharding import shard_layers
 from prunetune.train.passes import PackedPasses
 from prunetune.train.recovery import StepGuard
+from prunetune.train.teacher import Teacher
 from support.loop import config_of, job_of
 from support.models import tiny
 
@@ -45,7 +45,7 @@ CHANGES: dict[str, Any] = {
 }
 
 
-# More of what a run may be, 6 steps each: (whether weights are sharded, what is said of the run).
+# Other runs, of 6 steps each: (whether weights are sharded, arguments of `result`).
 OTHERS: dict[str, tuple[bool, dict[str, Any]]] = {
     "all weights": (False, {"train": {"steps": 6, "weights": "all"}}),
     "few examples": (True, {"train": {"steps": 6, "batch_size": 1}, "search": {"batch_size": 1}}),
@@ -69,20 +69,20 @@ def result(
     units: tuple[str, ...] = DEFAULT_UNITS,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Plan, losses and validations of a run of the loop; stopped after `stop` steps, where that is said."""
+    """Plan, losses and validations of a run of the loop; stopped after `stop` steps, if not 0."""
     config, model = config_of(merge_mappings(CHANGES, changes)), tiny(family, tie_word_embeddings=family == "gpt2")
     job = job_of(config, keeper=distribute_checkpoints(keeper or NullCheckpointStore(), ranks), model=model)
     job = replace(job, ranks=ranks, sites=find_sites(model, units))
     if distil:
         teacher = tiny(seed=3).requires_grad_(False)
         shard_layers(teacher, ranks)
-        job = replace(job, teacher=Teacher(teacher, 1.0, 1.0, is_tuned=False, share=0.5))
+        job = replace(job, teacher=Teacher(teacher, is_tuned=False, share=0.5))
     if stop:
         observer: Any = job.observer
-        told = observer.step
+        record_step = observer.step
 
         def step(record: dict[str, Any]) -> None:
-            told(record)
+            record_step(record)
             if record["step"] == stop:
                 raise Stopped
 
@@ -91,16 +91,16 @@ def result(
         plan = loop.tune_and_prune(job).to_json()
     except Stopped:
         plan = ""
-    told_of: Any = job.observer
+    notes: Any = job.observer
     return {
         "plan": plan,
-        "loss": [record["loss"] for record in told_of.steps],
-        "valid": [record["nll"] for record in told_of.validations],
+        "loss": [record["loss"] for record in notes.steps],
+        "valid": [record["nll"] for record in notes.validations],
     }
 
 
 def packed(ranks: Ranks) -> dict[str, Any]:
-    """The same by passes that a GPU takes."""
+    """The same by packed passes, which a GPU takes."""
     before = loop.build_passes
     loop.build_passes = PackedPasses  # type: ignore[assignment]
     try:
@@ -127,21 +127,21 @@ class Full:
         pass
 
 
-def room(ranks: Ranks, *, what: str = "score") -> int:
-    """The size of passes that all ranks end up with: of a rank that went on alone, the others would wait for ever."""
+def micro_tokens_after_retry(ranks: Ranks, *, method: str = "score") -> int:
+    """The size of passes on which all ranks agree; for a rank that continued alone, the others would wait for ever."""
     passes: Any = distribute_passes(Full(ranks), None, ranks)  # type: ignore[arg-type]
-    work = {"score": lambda: passes.score((), {}), "shrink": lambda: passes.shrink({}, 0.0)}[what]
-    faults = StepGuard(passes, 0)
-    faults.retry_smaller([Example((1, 2), 1)], work, lambda: None)
-    return int(ranks.broadcast_from_main(faults.passes.micro_tokens))
+    work = {"score": lambda: passes.score((), {}), "group lasso": lambda: passes.group_lasso_step({}, 0.0)}[method]
+    guard = StepGuard(passes, 0)
+    guard.retry_smaller([Example((1, 2), 1)], work, lambda: None)
+    return int(ranks.broadcast_from_main(guard.passes.micro_tokens))
 
 
-def waits(ranks: Ranks, place: Path) -> bool:
-    """Whether rank 0, once it has waited, finds what the late rank 1 left before.
+def waits(ranks: Ranks, folder: Path) -> bool:
+    """Whether rank 0, once it has waited at the barrier, finds the file that the late rank 1 wrote before.
 
-    As with NCCL, where who sends a broadcast goes on at once; gloo's would wait.
+    As with NCCL, where the sender of a broadcast does not wait; gloo's would.
     """
-    mark, before, sent = place / "mark", dist.broadcast_object_list, list[Thread]()
+    mark, before, sent = folder / "mark", dist.broadcast_object_list, list[Thread]()
 
     def send(*given: Any, **named: Any) -> None:
         sent.append(Thread(target=before, args=given, kwargs=named))
@@ -153,15 +153,15 @@ def waits(ranks: Ranks, place: Path) -> bool:
         time.sleep(1)
         mark.touch()
     ranks.barrier()
-    found = mark.exists()
+    results = mark.exists()
     dist.broadcast_object_list = before
     for thread in sent:
         thread.join()
-    return found
+    return results
 
 
 def refused(work: Callable[[], object]) -> str:
-    """What the error says."""
+    """The message of the error, empty without one."""
     try:
         work()
     except PrunetuneError as error:
@@ -170,40 +170,40 @@ def refused(work: Callable[[], object]) -> str:
 
 
 def opened(written: WrittenCheckpoint, tokens: torch.Tensor, *, streamed: bool) -> dict[str, torch.Tensor]:
-    """What `selfcheck.reopen_in_fresh_process` finds in a process of its own, here: that one is tried elsewhere."""
+    """What `selfcheck.reopen_in_fresh_process` returns, without a new process: that one is tested elsewhere."""
     assert streamed
     how: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "trust_remote_code": True}
     model = load_model_and_tokenizer(str(written.folder.absolute()), **how).model
     return {"logits": selfcheck.compute_logits(model, tokens), "params": torch.tensor(model.num_parameters())}
 
 
-def scenarios(ranks: Ranks, place: Path) -> dict[str, Any]:
-    """All that two ranks are asked."""
+def scenarios(ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """Results of all scenarios by name."""
     sharded = replace(ranks, uses_fsdp=True)
-    found = {name: result(sharded if shards else ranks, **how) for name, (shards, how) in OTHERS.items()}
-    found |= {
+    results = {name: result(sharded if shards else ranks, **how) for name, (shards, how) in OTHERS.items()}
+    results |= {
         "packed": packed(ranks),
         "ddp": result(ranks),
         "fsdp": result(sharded, distil=True),
-        "one to two": result(sharded, Checkpoints(place / "one")),
-        "two to one": result(ranks, Checkpoints(place / "two"), stop=STOP),
-        "room": [room(ranks), room(ranks, what="shrink")],
-        "waits": waits(ranks, place),
+        "one to two": result(sharded, Checkpoints(folder / "one")),
+        "two to one": result(ranks, Checkpoints(folder / "two"), stop=STOP),
+        "micro tokens": [micro_tokens_after_retry(ranks), micro_tokens_after_retry(ranks, method="group lasso")],
+        "waits": waits(ranks, folder),
         "differ": refused(lambda: ranks.any_rank(False, "gates", [torch.tensor([1.0, float(ranks.rank)])])),
     }
     selfcheck.reopen_in_fresh_process = opened  # type: ignore[assignment]
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    run(from_mapping(yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8"))))
-    return found
+    run(from_mapping(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))))
+    return results
 
 
-def main(place: Path) -> None:
+def main(folder: Path) -> None:
     torch.set_num_threads(1)
     ranks = init_distributed(torch.device("cpu"))
     assert ranks is not SINGLE_PROCESS
-    found = scenarios(ranks, place)
+    results = scenarios(ranks, folder)
     if ranks.is_main:
-        (place / "found.json").write_text(json.dumps(found), encoding="utf-8")
+        (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

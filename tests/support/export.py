@@ -1,4 +1,4 @@
-"""Written model folders to export, made in the test."""
+"""Helpers for tests of export: run folders with a written model, plans, and references for llama.cpp."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from support.models import random_plan, tiny
 
 @torch.inference_mode()
 def greedy(model: Any, prompt: Sequence[int]) -> llamacpp.GreedyContinuation:
-    """What `llamacpp.reference` finds, without a process of its own."""
+    """What `llamacpp.reference_continuations` gives for one prompt, in this process."""
     tokens, gaps = [], []
     for _ in range(llamacpp.STEPS):
         logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, -1]
@@ -28,7 +28,7 @@ def greedy(model: Any, prompt: Sequence[int]) -> llamacpp.GreedyContinuation:
 
 
 def reference_here(source: ExportSource, prompts: Sequence[Sequence[int]]) -> list[llamacpp.GreedyContinuation]:
-    """The reference in this process: a fresh one takes seconds to begin."""
+    """`llamacpp.reference_continuations` in this process, as a fresh one takes seconds to start."""
     model = source.load_model()
     return [greedy(model, prompt) for prompt in prompts]
 
@@ -37,7 +37,7 @@ WIDE = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 96, "head_dim
 
 
 def plan_of(model: Any, groups: int, channels: int) -> Plan:
-    """The plan that keeps so many units everywhere, the last ones."""
+    """A plan that keeps the last `groups` KV groups and the last `channels` MLP channels of every layer."""
     widths = {"attention": groups, "mlp": channels}
     sites = find_sites(model)
     kept = {site.name: tuple(range(site.units - widths[site.kind], site.units)) for site in sites}
@@ -54,7 +54,7 @@ def run_folder(
     dtype: torch.dtype = torch.float32,
     **changes: Any,
 ) -> tuple[Path, Any]:
-    """A run's folder with a pruned model in it; and that model in float32, with weights as they were written."""
+    """Write a run folder with a pruned model; returns it, and the model in float32 with the written weights."""
     model = tiny(family, **(WIDE | changes))
     sites = find_sites(model)
     plan = plan or (plan_of(model, sites[0].units - 1, 64) if layout == "uniform" else random_plan(model))

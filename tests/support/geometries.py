@@ -1,21 +1,30 @@
-"""Shared by tests of search."""
+"""Geometries for tests of search: sites of tiny models, and of sizes without a model."""
 
 from __future__ import annotations
 
 from functools import cache
 
 from prunetune.pruning.sites import LinearSlice, Site, find_sites
+from prunetune.pruning.units import SiteWeights, UnitKind
 from support.models import tiny
 
 
-def made(layers: int, groups: int, group_params: int, channels: int, channel_params: int) -> tuple[Site, ...]:
-    """Sites without a model, for sizes that no test wants to hold; the first layer keeps a group."""
+def build_sites(layers: int, groups: int, group_params: int, channels: int, channel_params: int) -> tuple[Site, ...]:
+    """Sites without a model, since it would be too large for a test; the first layer keeps a group at least."""
     sites = []
     for layer in range(layers):
         name = f"model.layers.{layer}"
-        cut = LinearSlice(name, 1)
-        sites.append(Site(f"{name}.self_attn", layer, "attention", groups, (cut,), cut, group_params, int(layer == 0)))
-        sites.append(Site(f"{name}.mlp", layer, "mlp", channels, (cut,), cut, channel_params))
+        rows = LinearSlice(name, (1,))
+        weights = SiteWeights(producers=(rows,), consumer=rows)
+        heads = Site(
+            name=f"{name}.self_attn", layer=layer, kind=UnitKind.KV_GROUP, units=groups, unit_params=group_params,
+            min_units_per_group=int(layer == 0), weights=weights,
+        )  # fmt: skip
+        mlp = Site(
+            name=f"{name}.mlp", layer=layer, kind=UnitKind.MLP_CHANNEL, units=channels, unit_params=channel_params,
+            weights=weights,
+        )  # fmt: skip
+        sites += [heads, mlp]
     return tuple(sites)
 
 
@@ -29,8 +38,8 @@ def geometry(name: str) -> tuple[tuple[Site, ...], int, tuple[int, ...]]:
     if name == "gemma3, two layer types":
         return find_sites(tiny("gemma3_text", groups=3, ratio=1, layers=4)), 16, (1, 3)
     if name == "smollm":
-        return made(6, 3, 442368, 1536, 1728), 32, (1, 2, 3)
-    return made(3, 8, 5242880, 1000, 12288), 128, tuple(range(1, 9))  # 1000 is no multiple of 128
+        return build_sites(6, 3, 442368, 1536, 1728), 32, (1, 2, 3)
+    return build_sites(3, 8, 5242880, 1000, 12288), 128, tuple(range(1, 9))  # 1000 is no multiple of 128
 
 
 GEOMETRIES = ("llama", "qwen2, biases", "gemma3, two layer types", "smollm", "odd width")

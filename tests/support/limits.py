@@ -1,4 +1,4 @@
-"""A loop that is watched: tiny model, a guard of other examples, gates, and a driver that goes on after a roll-back."""
+"""Helpers of tests of limits: a monitored tiny run, and a driver that restarts it after a roll-back."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def config_of(**changes: Any) -> RunConfig:
 
 def examples(count: int = 24, seed: int = 0) -> tuple[Example, ...]:
     rng = torch.Generator().manual_seed(seed)
-    made = []
+    rows = []
     for index in range(count):
         prompt = torch.randint(3, 8, (2 + index % 5,), generator=rng).tolist()
-        made.append(Example((1, *prompt, *[prompt[-1]] * 3, 2), len(prompt) + 1, f"row {index}"))
-    return tuple(made)
+        rows.append(Example((1, *prompt, *[prompt[-1]] * 3, 2), len(prompt) + 1, f"row {index}"))
+    return tuple(rows)
 
 
 def closed(model: Any) -> float:
-    """How much of an all-ones input the consumers' hooks and cuts let through: the share kept, seen from outside."""
+    """The share removed, measured at the consumers: what hooks and cuts take from an all-ones input."""
     sites = find_sites(tiny())
     kept, whole = 0.0, 0.0
     for site in sites:
@@ -69,7 +69,7 @@ def on_guard(model: Any) -> float:
 
 @dataclass
 class Looker:
-    """A watch whose score is a function of the model as it is."""
+    """A monitor whose score is a function of the model as it is."""
 
     limits: tuple[ScoreLimit, ...]
     good_checkpoints: CheckpointStore
@@ -86,7 +86,7 @@ class Looker:
 
 @dataclass
 class Notes:
-    """Keeps all that the loop says."""
+    """An observer that keeps all records."""
 
     steps: list[dict[str, Any]] = field(default_factory=list)
     validations: list[dict[str, Any]] = field(default_factory=list)
@@ -100,13 +100,13 @@ class Notes:
 
 @dataclass
 class Run:
-    """What a driven loop ended with."""
+    """Results of a run by `drive`."""
 
     plan: Plan
     job: TrainingJob
     notes: Notes
     watch: Looker
-    backs: int  # how often a gate went back
+    roll_backs: int
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -127,16 +127,16 @@ def drive(
     watched: bool = True,
     keeper: CheckpointStore | None = None,
 ) -> Run:
-    """Run the loop, and again where a gate went back, as the pipeline does."""
+    """Run the loop, and again after each roll-back, as the pipeline does."""
     notes, kept = Notes(), keeper or Checkpoints(folder / "checkpoints")
     watch = Looker(tuple(ScoreLimit.parse(gate) for gate in gates), Checkpoints(folder / "good"), score)
-    for backs in range(100):
+    for roll_backs in range(100):
         job = job_of(config, notes, kept, watch if watched else None)
         try:
-            return Run(tune_and_prune(job), job, notes, watch, backs)
+            return Run(tune_and_prune(job), job, notes, watch, roll_backs)
         except RolledBack:
             continue
-    raise AssertionError("it goes back for ever")
+    raise AssertionError("roll-backs do not end")
 
 
 def job_of(config: RunConfig, notes: Notes, keeper: CheckpointStore, watch: Looker | None) -> TrainingJob:

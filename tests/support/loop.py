@@ -1,4 +1,4 @@
-"""Shared by tests of train."""
+"""Helpers of tests of the training loop: a tiny job, its examples, an observer and a checkpoint store."""
 
 from __future__ import annotations
 
@@ -45,15 +45,15 @@ def config_of(changes: dict[str, Any] | None = None) -> RunConfig:
 def examples(count: int = 24, seed: int = 0) -> tuple[Example, ...]:
     """Prompts of random tokens; the answer repeats the last one three times: soon learnt."""
     rng = torch.Generator().manual_seed(seed)
-    made = []
+    rows = []
     for index in range(count):
         prompt = torch.randint(3, 8, (2 + index % 5,), generator=rng).tolist()
-        made.append(Example((1, *prompt, *[prompt[-1]] * 3, 2), len(prompt) + 1, f"row {index}"))
-    return tuple(made)
+        rows.append(Example((1, *prompt, *[prompt[-1]] * 3, 2), len(prompt) + 1, f"row {index}"))
+    return tuple(rows)
 
 
 class Notes:
-    """Keeps all that the loop says."""
+    """An observer that keeps all records."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
@@ -111,7 +111,7 @@ def search_losses(job: TrainingJob) -> list[float]:
 
 
 class Every:
-    """Keeps each state in a folder of its own."""
+    """A checkpoint store that keeps every state, in a folder for each step."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Shared by tests of cost."""
+"""Small models and recipes whose memory and FLOPs are measured; a counter of live tensors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of tensors that come into being, and the most at a time."""
+    """Counts the bytes of newly allocated tensors, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()

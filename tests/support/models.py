@@ -1,4 +1,4 @@
-"""Tiny random models of every family, made in the test."""
+"""Tiny random models of every family, their adapters and random plans."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from prunetune import Plan, find_sites
 from prunetune.pruning import families
 from prunetune.pruning.linears import get_base_linear, is_transposed
 from prunetune.pruning.sites import lora_target_modules, unprunable_kinds
-from prunetune.pruning.units import DEFAULT_UNITS, KIND_BY_NAME
+from prunetune.pruning.units import DEFAULT_UNITS, KIND_BY_NAME, UnitKind
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")  # for laws that take long
 ALL_FAMILIES = tuple(families.FAMILIES)
 VOCABULARY = 97
 EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-# What a family's configuration needs beside, or instead of, the values that all share.
+# Values of a family's configuration that differ from those shared by all.
 OWN: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 12},
     "stablelm": {"head_dim": None, "hidden_size": 64},
@@ -91,8 +91,8 @@ def kinds_of(family: str) -> tuple[str, ...]:
     """The kinds of unit that a tiny model of this family can lose, as recipes name them, outer ones first."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(tiny_config(family))
-    whole = unprunable_kinds(model, tuple(KIND_BY_NAME))
-    return tuple(name for name, kind in KIND_BY_NAME.items() if kind not in whole)
+    unprunable = unprunable_kinds(model, tuple(KIND_BY_NAME))
+    return tuple(name for name, kind in KIND_BY_NAME.items() if kind not in unprunable)
 
 
 def random_plan(model: Any, *, seed: int = 0, keep: float = 0.5, units: Collection[str] = DEFAULT_UNITS) -> Plan:
@@ -102,15 +102,15 @@ def random_plan(model: Any, *, seed: int = 0, keep: float = 0.5, units: Collecti
     kept: dict[str, tuple[int, ...]] = {}
     for site in sites.values():
         outer = sites.get(site.parent)
-        open_lanes = site.open_parent_groups(kept[outer.name] if outer else None, outer.units if outer else 1)
+        open_groups = site.open_parent_groups(kept[outer.name] if outer else None, outer.units if outer else 1)
         count = max(site.min_units_per_group, int((torch.rand(site.units_per_group, generator=rng) < keep).sum()))
         if not any(len(kept[name]) < sites[name].units for name in kept):
             count = max(site.min_units_per_group, min(count, site.units_per_group - 1))
-        if site.kind == "expert-channels":  # grouped kernels want rows of 16 bytes
+        if site.kind is UnitKind.EXPERT_CHANNEL:  # grouped kernels want rows of 16 bytes
             count = max(8, count - count % 8)
         order = torch.rand(site.parent_groups, site.units_per_group, generator=rng).argsort(1)[:, :count].tolist()
         kept[site.name] = tuple(
-            sorted(lane * site.units_per_group + unit for lane in open_lanes for unit in order[lane])
+            sorted(group * site.units_per_group + unit for group in open_groups for unit in order[group])
         )
     return Plan(kept, {name: site.units for name, site in sites.items()})
 

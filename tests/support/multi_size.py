@@ -1,4 +1,4 @@
-"""Shared by tests of train."""
+"""Helpers of tests of several sizes: a larger size as a run leaves it, and the job of a smaller one inside it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from prunetune.train.loop import tune_and_prune
 from support.loop import config_of, job_of
 
 
-class Keeps:
-    """Holds the newest state, as a folder would."""
+class MemoryStore:
+    """A checkpoint store in memory: the newest state."""
 
     def __init__(self) -> None:
         self.state: TrainingState | None = None
@@ -29,15 +29,15 @@ class Keeps:
 
 
 def larger(weights: str, family: str) -> TrainingState:
-    """A size that was searched, cut and tuned."""
-    keeper = Keeps()
+    """The state of a size that was searched, cut and tuned."""
+    keeper = MemoryStore()
     tune_and_prune(job_of(config_of({"train": {"weights": weights}}), family=family, keeper=keeper))
     assert keeper.state is not None
     return keeper.state
 
 
 def smaller(state: TrainingState, weights: str, family: str, **train: Any) -> tuple[TrainingJob, Plan]:
-    """The job of a size inside it."""
+    """The job of a smaller size inside it, and its plan."""
     config = config_of({"budget": {"keep": 0.4}, "train": {"weights": weights, "steps": 3, **train}})
     job = job_of(config, family=family)
     rng = torch.Generator().manual_seed(5)

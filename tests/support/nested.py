@@ -1,4 +1,4 @@
-"""Shared by tests of search."""
+"""Helpers of tests of search: nested sites, scores, constraints, and parametrisations over families and layouts."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from prunetune.pruning.units import Site
 from prunetune.search.select import PlanConstraints
 from support.models import kinds_of, tiny
 
-UNIFORM = ("layers", "kv-groups", "query-heads", "mlp-channels", "experts", "expert-channels")
+UNIFORM_UNITS = ("layers", "kv-groups", "query-heads", "mlp-channels", "experts", "expert-channels")
 
 
 @cache
 def sites_of(family: str, uniform: bool) -> tuple[Site, ...]:
-    units = [kind for kind in kinds_of(family) if not uniform or kind in UNIFORM]
+    units = [kind for kind in kinds_of(family) if not uniform or kind in UNIFORM_UNITS]
     return find_sites(tiny(family, layers=5, groups=3, ratio=3, hidden_size=72), units)
 
 
@@ -27,10 +27,10 @@ def random_scores(sites: tuple[Site, ...], seed: int) -> dict[str, torch.Tensor]
     return {site.name: torch.randn(site.units, generator=rng) for site in sites}
 
 
-def shape_for(layout: str, **bounds: Any) -> PlanConstraints:
+def constraints_for(layout: str, **bounds: Any) -> PlanConstraints:
     return PlanConstraints(layout, 8, **bounds)
 
 
 FAMILIES = ("qwen3", "mixtral", "gpt_oss", "gpt2")
-everywhere = pytest.mark.parametrize("family", FAMILIES)
-both = pytest.mark.parametrize("layout", ["per-layer", "uniform"])
+every_family = pytest.mark.parametrize("family", FAMILIES)
+both_layouts = pytest.mark.parametrize("layout", ["per-layer", "uniform"])

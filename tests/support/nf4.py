@@ -1,4 +1,4 @@
-"""Shared by tests of pruning."""
+"""A mark for tests that need bitsandbytes."""
 
 from __future__ import annotations
 

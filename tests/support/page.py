@@ -1,4 +1,4 @@
-"""Shared by tests of report."""
+"""Helpers for tests of HTML pages: a parser that checks nesting, and a hostile text."""
 
 from __future__ import annotations
 

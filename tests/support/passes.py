@@ -1,4 +1,4 @@
-"""Shared by tests of train."""
+"""Helpers of tests of passes: gradients of the adapters, and their comparison."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from prunetune.train.adapters import trainable_parameters
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
-    """What the adapters have accumulated; zeroed where it lies, as the players do: recordings know the place."""
-    held = {
+    """Gradients that the adapters have accumulated; zeroed in place, as trainers do: recordings know the tensors."""
+    accumulated = {
         name: parameter.grad for name, parameter in trainable_parameters(model).items() if parameter.grad is not None
     }
-    taken = {name: grad.clone() for name, grad in held.items()}
-    for grad in held.values():
+    taken = {name: grad.clone() for name, grad in accumulated.items()}
+    for grad in accumulated.values():
         grad.zero_()
     return taken
 
 
-def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    assert one.keys() == other.keys()
-    for name, value in one.items():
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, value in first.items():
         torch.testing.assert_close(
-            other[name], value, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name} {text}"
+            second[name], value, rtol=1e-3, atol=1e-5, msg=lambda text, name=name: f"{name} {text}"
         )

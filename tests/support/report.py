@@ -1,4 +1,4 @@
-"""A run folder made up to look like a real one: 30 layers of 3 KV groups and 1,536 channels, 700 steps, 6 tasks."""
+"""A made-up run folder that looks like a real one: 30 layers of 3 KV groups and 1,536 channels, 700 steps, 6 tasks."""
 
 from __future__ import annotations
 
@@ -237,8 +237,10 @@ def make_sizes(folder: Path, keeps: tuple[float, ...] = (0.8, 0.6, 0.4)) -> Path
             "bytes": 2 * (about["model"]["params"] - removed),
         }
         ratio = 1 + 0.7 * (1 - keep) if keep != keeps[-1] else 1.1
-        missed = f"gain.faster >= 1.2: throughput is {ratio:.2f} times the dense model's; MLP width of layer 7 is 613"
-        limit = {"gate": "gain.faster >= 1.2", "limit": 1.2, "found": ratio, "held": ratio >= 1.2}
+        missed = (
+            f"require.faster >= 1.2: throughput is {ratio:.2f} times the dense model's; MLP width of layer 7 is 613"
+        )
+        limit = {"gate": "require.faster >= 1.2", "limit": 1.2, "found": ratio, "held": ratio >= 1.2}
         about["gain"] = {
             "smaller": removed / about["model"]["params"],
             "speed": {"throughput": {"median": ratio, "min": ratio - 0.03, "max": ratio + 0.04}},
@@ -250,7 +252,7 @@ def make_sizes(folder: Path, keeps: tuple[float, ...] = (0.8, 0.6, 0.4)) -> Path
             "uneven": ["MLP width of layer 7 is 613, no multiple of 64 or 128"],
         }
         about |= {"gates": {}, "timings": {"tune and prune": 80.0 + place, "cut and check": 9.0, "evaluate": 31.0}}
-        about["failed"] = "" if limit["held"] else f"{own} ended outside a gate: {missed}"
+        about["failed"] = "" if limit["held"] else f"{own} ended outside a limit: {missed}"
         (own / "manifest.json").write_text(json.dumps(about))
         pruned = evaluations() | {"pruned": Evaluation({**_choice_tasks("pruned" if keep > 0.5 else "dense")})}
         (own / "evaluation" / "pruned.json").write_text(pruned["pruned"].to_json())

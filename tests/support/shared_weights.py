@@ -1,4 +1,4 @@
-"""Shared by tests of pruning."""
+"""Bytes that models hold in memory together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of adapters: how they begin, follow a cut, grow back, and are emptied by the group lasso."""
+"""Laws of adapters: their initial values, cutting and expanding them, and the group lasso on them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from support.loop import Every, config_of, identical, job_of, tuned
 from support.models import random_plan, tiny
 
 
-def test_growing_undoes_cutting_but_for_what_is_gone() -> None:
+def test_expanding_undoes_cutting_except_for_removed_units() -> None:
     model = tuned(tiny())
     sites, plan = find_sites(model), random_plan(tiny(), keep=0.4)
     state = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
@@ -48,7 +48,7 @@ def test_growing_undoes_cutting_but_for_what_is_gone() -> None:
         assert torch.equal(grown[name], state[name] * open_)
 
 
-def test_a_dense_plan_cuts_nothing() -> None:
+def test_dense_plan_cuts_no_adapter() -> None:
     model = tuned(tiny())
     sites = find_sites(model)
     state = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
@@ -57,7 +57,7 @@ def test_a_dense_plan_cuts_nothing() -> None:
     assert identical(expand_adapter_tensors(state, shapes, dense_plan(sites), sites), state)
 
 
-def test_adapters_are_new_to_the_output_and_old_to_the_seed() -> None:
+def test_new_adapters_change_no_output_and_follow_the_seed() -> None:
     model, ids = tiny(), torch.arange(3, 13)[None]
     before = model(ids).logits
     add_adapters(model, find_sites(model), config_of().lora, seed=5)
@@ -70,7 +70,7 @@ def test_adapters_are_new_to_the_output_and_old_to_the_seed() -> None:
     assert len(first) == 2 * 7 * 3
 
 
-def test_group_lasso_by_hand() -> None:
+def test_group_lasso_equals_value_by_hand() -> None:
     model = tuned(tiny("qwen3"))
     sites, plan = find_sites(model), random_plan(tiny("qwen3"), keep=0.4)
     weights = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
@@ -91,7 +91,7 @@ def test_group_lasso_by_hand() -> None:
     assert float(found.detach()) == pytest.approx(sum(sums) / len(sums), rel=1e-5)
 
 
-def test_group_lasso_leaves_open_units_alone_and_is_smooth_at_zero() -> None:
+def test_group_lasso_has_no_gradient_at_open_units_and_is_smooth_at_zero() -> None:
     model = tuned(tiny())
     sites, plan = find_sites(model), random_plan(tiny(), keep=0.4)
     group_lasso(model, gates_from_plan(plan, sites), sites).backward()  # type: ignore[no-untyped-call]
@@ -106,7 +106,7 @@ def test_group_lasso_leaves_open_units_alone_and_is_smooth_at_zero() -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in trainable_parameters(model).values())
 
 
-def test_what_is_in_a_closed_block_rests_with_it() -> None:
+def test_group_lasso_and_threshold_leave_adapters_of_closed_blocks() -> None:
     sites = find_sites(tiny(), ["attention-blocks", "kv-groups", "query-heads", "mlp-blocks", "mlp-channels"])
     model = tuned(tiny())
     gates = {site.name: torch.ones(site.units) for site in sites}
@@ -130,7 +130,7 @@ def test_what_is_in_a_closed_block_rests_with_it() -> None:
     assert not identical(after, before)
 
 
-def test_settling_empties_the_adapters_of_removed_units(tmp_path: Path) -> None:
+def test_settling_drives_adapters_of_removed_units_to_zero(tmp_path: Path) -> None:
     every = Every(tmp_path)
     changes = {"train": {"steps": 40}, "search": {"share": 0.2, "settle": 0.75, "lasso": 1.0}}
     job = job_of(config_of(changes), keeper=every)
@@ -155,7 +155,7 @@ def test_settling_empties_the_adapters_of_removed_units(tmp_path: Path) -> None:
     assert removed_after / kept_after < 0.5 * removed_before / kept_before
 
 
-def test_threads_add_adapters_side_by_side() -> None:
+def test_threads_add_adapters_at_the_same_time() -> None:
     """Nothing that all modules share is changed meanwhile, or left changed (by peft's way to make shapes only, say)."""
     before = torch.nn.Module.register_parameter
     models, start = [tiny(seed=seed) for seed in range(4)], Barrier(4)

@@ -1,4 +1,4 @@
-"""Laws of tuning all weights: merging changes nothing, linears of the cut model move, and fit into the dense one."""
+"""Laws of tuning all weights: merging changes no loss, every linear of the cut model is tuned, and expands to dense."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WHOLE_FAMILIES = ["llama", "qwen2", "phi3", "gpt2", "gpt_neox"]
 
 
 @pytest.mark.parametrize("family", WHOLE_FAMILIES)
-def test_all_weights_of_the_cut_model_are_tuned(family: str) -> None:
+def test_weights_all_tunes_every_linear_of_the_cut_model(family: str) -> None:
     job = job_of(config_of(ALL), family=family)
     dense = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
     plan = tune_and_prune(job)
@@ -37,7 +37,7 @@ def test_all_weights_of_the_cut_model_are_tuned(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", WHOLE_FAMILIES)
-def test_merging_at_the_cut_changes_nothing(family: str) -> None:
+def test_merging_at_the_cut_changes_no_loss(family: str) -> None:
     first, second = (job_of(config_of({"train": {"weights": kind}}), family=family) for kind in ("all", "adapters"))
     for job in (first, second):
         tune_and_prune(job)
@@ -47,7 +47,7 @@ def test_merging_at_the_cut_changes_nothing(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", WHOLE_FAMILIES)
-def test_grown_weights_under_gates_are_the_cut_model(family: str) -> None:
+def test_expanded_weights_under_gates_equal_the_cut_model(family: str) -> None:
     job = job_of(config_of(ALL), family=family)
     plan = tune_and_prune(job)
     dense = tiny(family)
@@ -59,7 +59,7 @@ def test_grown_weights_under_gates_are_the_cut_model(family: str) -> None:
         torch.testing.assert_close(job.model(tokens).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_large_models_stay_with_adapters_unless_told() -> None:
+def test_large_models_tune_adapters_unless_weights_is_all() -> None:
     sites = find_sites(tiny("llama"))
     large = tuple(replace(site, unit_params=10**9) for site in sites)
     train = config_of({"train": {"weights": "auto"}}).train

@@ -1,4 +1,4 @@
-"""Laws of recordings, with a GPU that is played: what holds when one fails, and who has which stream."""
+"""Laws of CUDA graph recordings, on a simulated GPU: order of calls, errors while recording, and streams."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prunetune.errors import ModelError
-from prunetune.train.cuda_graphs import CAPTURE_LOCK, HELD, POOL, CudaGraphRecorder, own_stream
+from prunetune.train.cuda_graphs import CAPTURE_LOCK, STREAM_POOL_SIZE, STREAMS_IN_USE, CudaGraphRecorder, own_stream
 
 CUDA = torch.device("cuda")
 
@@ -24,7 +24,7 @@ class Stream:
     made = 0
 
     def __init__(self, device: object = None) -> None:
-        self.cuda_stream = 1 + Stream.made % POOL
+        self.cuda_stream = 1 + Stream.made % STREAM_POOL_SIZE
         Stream.made += 1
         self.waited: list[Stream] = []
 
@@ -45,7 +45,7 @@ class Graph:
 def current(monkeypatch: pytest.MonkeyPatch) -> Stream:
     """The stream that the caller is on."""
     one = Stream()
-    HELD.clear()
+    STREAMS_IN_USE.clear()
     monkeypatch.setattr(torch.cuda, "Stream", Stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: one)
@@ -66,7 +66,7 @@ def nothing(inputs: Sequence[Tensor]) -> None:
     """A pass."""
 
 
-def test_a_key_is_run_then_recorded_then_replayed(current: Stream) -> None:
+def test_key_is_run_then_recorded_then_replayed(current: Stream) -> None:
     recorder, seen = CudaGraphRecorder(CUDA), []
     for _ in range(4):
         recorder.run("key", lambda _: seen.append(CAPTURE_LOCK.locked()), [])
@@ -76,7 +76,7 @@ def test_a_key_is_run_then_recorded_then_replayed(current: Stream) -> None:
     assert len(seen) == 3
 
 
-def test_what_follows_a_pass_that_failed_waits_for_what_it_had_launched(current: Stream) -> None:
+def test_current_stream_waits_for_kernels_of_a_failed_pass(current: Stream) -> None:
     """Else gradients that are zeroed for a second try are added to by the first."""
     recorder = CudaGraphRecorder(CUDA)
     with pytest.raises(torch.OutOfMemoryError):
@@ -109,7 +109,7 @@ def failing_at_its_end(*_: Any, **__: Any) -> Iterator[None]:
         (torch.AcceleratorError("CUDA error: unspecified launch failure"), True, torch.AcceleratorError),
     ],
 )
-def test_lack_of_memory_is_told_from_what_cannot_be_recorded(
+def test_recording_errors_distinguish_out_of_memory_from_unrecordable(
     failed: Exception, hidden: bool, expected: type[Exception], current: Stream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For the one there are smaller passes, whatever the recording says of it."""
@@ -122,16 +122,16 @@ def test_lack_of_memory_is_told_from_what_cannot_be_recorded(
     assert not CAPTURE_LOCK.locked()
 
 
-def test_nobody_has_another_s_stream(current: Stream) -> None:
-    held = [own_stream(CUDA) for _ in range(POOL - 1)]
-    for _ in range(2 * POOL):
+def test_recorders_in_use_have_different_streams(current: Stream) -> None:
+    held = [own_stream(CUDA) for _ in range(STREAM_POOL_SIZE - 1)]
+    for _ in range(2 * STREAM_POOL_SIZE):
         recorder = CudaGraphRecorder(CUDA)
         own = recorder._own
         assert own is not None
-        assert len({each.stream.cuda_stream for each in (*held, own)}) == POOL
+        assert len({each.stream.cuda_stream for each in (*held, own)}) == STREAM_POOL_SIZE
         del own
         del recorder
         gc.collect()
     full = [*held, own_stream(CUDA)]
     assert own_stream(CUDA) is not None  # there are no more: better a shared one than none
-    assert len(full) == POOL
+    assert len(full) == STREAM_POOL_SIZE

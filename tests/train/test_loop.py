@@ -1,4 +1,4 @@
-"""Laws of the loop: it learns, ends on budget, repeats itself to the bit, and resumes as if nothing had happened."""
+"""Laws of the loop: it learns, ends on budget, repeats itself to the bit, and resumes exactly."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from prunetune.pruning.sites import dense_plan, find_sites, kept_params
 from prunetune.train.adapters import trainable_parameters
 from prunetune.train.checkpoints import Checkpoints, TrainingState
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.losses import Teacher, accumulate_gradients, mean_loss
+from prunetune.train.losses import TrainingLoss, accumulate_gradients, mean_loss
 from prunetune.train.schedule import learning_rate
+from prunetune.train.teacher import Teacher
 from support.loop import (
     KEEP,
     Every,
@@ -41,7 +42,7 @@ from support.models import random_plan, tiny
 @pytest.mark.parametrize("generator", ["transformer", "gru"])
 @pytest.mark.parametrize("gates", ["projected", "sampled"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_it_learns_and_ends_on_budget(family: str, gates: str, generator: str, layout: str) -> None:
+def test_run_learns_and_ends_on_budget(family: str, gates: str, generator: str, layout: str) -> None:
     config = config_of(
         {"layout": layout, "search": {"gates": gates, "generator": generator}, "train": {"steps": 20, "batch_size": 8}}
     )
@@ -60,7 +61,7 @@ def test_it_learns_and_ends_on_budget(family: str, gates: str, generator: str, l
             assert base.weight.shape[1] == len(plan.kept[site.name]) * site.consumer.rows_per_unit
 
 
-def test_records_say_what_happened() -> None:
+def test_records_hold_phase_losses_and_widths() -> None:
     job = job_of(config_of())
     plan = tune_and_prune(job)
     notes: Any = job.observer
@@ -70,24 +71,24 @@ def test_records_say_what_happened() -> None:
     kept = [record["kept"] for record in notes.steps]
     assert kept[-1] == pytest.approx(kept_params(job.sites, plan) / prunable_params(job.sites))
     assert kept[0] > kept[3]
-    assert all(record["kept"] <= job.schedule.keep_at(record["step"] - 1) + 1e-6 for record in notes.steps[:4])
+    assert all(record["kept"] <= job.schedule.annealed_keep(record["step"] - 1) + 1e-6 for record in notes.steps[:4])
     assert all(("search_loss" in record) == (record["phase"] == "search") for record in notes.steps)
     assert all(("lasso" in record) == (record["phase"] != "tune") for record in notes.steps)
     assert [record["step"] for record in notes.validations] == [5, 10]
 
 
-def test_a_run_without_settling_or_tuning_ends_on_budget_too() -> None:
+def test_run_without_settling_or_tuning_ends_on_budget() -> None:
     for search in ({"share": 1.0, "settle": 0.0}, {"share": 0.5, "settle": 0.0}, {"share": 0.5, "settle": 0.5}):
         job = job_of(config_of({"train": {"steps": 4}, "search": search}))
         assert kept_params(job.sites, tune_and_prune(job)) <= KEEP * prunable_params(job.sites)
 
 
-def test_one_step_is_a_run() -> None:
+def test_run_of_one_step_ends_on_budget() -> None:
     job = job_of(config_of({"train": {"steps": 1}}))
     assert kept_params(job.sites, tune_and_prune(job)) <= KEEP * prunable_params(job.sites)
 
 
-def test_a_given_plan_is_only_tuned() -> None:
+def test_given_plan_is_tuned_without_search() -> None:
     model = tiny()
     plan = random_plan(model)
     job = job_of(config_of(), plan=plan, model=model)
@@ -101,7 +102,7 @@ def test_a_given_plan_is_only_tuned() -> None:
 
 @pytest.mark.parametrize("gates", ["projected", "sampled"])
 @pytest.mark.parametrize("generator", ["transformer", "gru"])
-def test_the_same_seed_gives_the_same_bits(gates: str, generator: str) -> None:
+def test_same_seed_gives_the_same_bits(gates: str, generator: str) -> None:
     config = config_of({"search": {"gates": gates, "generator": generator}, "lora": {"dropout": 0.1}})
     first, second = job_of(config), job_of(config)
     torch.manual_seed(1)
@@ -112,14 +113,14 @@ def test_the_same_seed_gives_the_same_bits(gates: str, generator: str) -> None:
     assert losses(first) == losses(second)
 
 
-def test_another_seed_gives_another_run() -> None:
+def test_another_seed_gives_other_losses() -> None:
     first, second = job_of(config_of()), job_of(config_of({"seed": 1}))
     tune_and_prune(first)
     tune_and_prune(second)
     assert losses(first) != losses(second)
 
 
-def test_base_weights_stay_as_they_are_until_they_are_cut() -> None:
+def test_base_weights_are_unchanged_until_the_cut() -> None:
     model = tiny()
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     tune_and_prune(job_of(config_of(), plan=dense_plan(find_sites(model)), model=model))
@@ -157,7 +158,7 @@ def test_resumed_at_any_step_equals_uninterrupted(
         assert search_losses(resumed) == search_losses(whole)[step:]
 
 
-def test_seconds_of_a_resumed_run_go_on(tmp_path: Path) -> None:
+def test_seconds_of_a_resumed_run_continue(tmp_path: Path) -> None:
     every, config = Every(tmp_path), config_of()
     tune_and_prune(job_of(config, keeper=every))
     state = every.at(3).latest()
@@ -171,7 +172,7 @@ def test_seconds_of_a_resumed_run_go_on(tmp_path: Path) -> None:
     assert seconds[0] > 1000
 
 
-def test_only_the_newest_two_checkpoints_stay(tmp_path: Path) -> None:
+def test_checkpoints_keep_the_newest_two(tmp_path: Path) -> None:
     tune_and_prune(job_of(config_of(), keeper=Checkpoints(tmp_path)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000009", "step-0000010"]
 
@@ -196,7 +197,7 @@ def damage(file: Path, how: str) -> None:
 
 @pytest.mark.parametrize("how", ["cut short", "one bit", "empty", "missing"])
 @pytest.mark.parametrize("part", ["adapters.safetensors", "generator_optimizer.safetensors", "state.json"])
-def test_an_older_checkpoint_stands_in_for_a_damaged_one(part: str, how: str, tmp_path: Path) -> None:
+def test_latest_passes_over_a_damaged_checkpoint(part: str, how: str, tmp_path: Path) -> None:
     state = {name: {"w": torch.arange(4.0)} for name in ("adapters", "generator_optimizer")}
     checkpoints = Checkpoints(tmp_path)
     for step in (3, 6):
@@ -209,7 +210,7 @@ def test_an_older_checkpoint_stands_in_for_a_damaged_one(part: str, how: str, tm
     assert checkpoints.latest() is None
 
 
-def test_a_run_over_a_damaged_checkpoint_ends_the_same(tmp_path: Path) -> None:
+def test_run_resumed_past_a_damaged_checkpoint_ends_the_same(tmp_path: Path) -> None:
     config, checkpoints = config_of(), Checkpoints(tmp_path / "a")
     whole = job_of(config, keeper=Every(tmp_path / "b"))
     plan = tune_and_prune(whole)
@@ -221,7 +222,7 @@ def test_a_run_over_a_damaged_checkpoint_ends_the_same(tmp_path: Path) -> None:
     assert identical(weights_of(resumed), weights_of(whole))
 
 
-def test_a_checkpoint_that_was_being_written_does_not_count(tmp_path: Path) -> None:
+def test_latest_ignores_a_partly_written_checkpoint(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     assert checkpoints.latest() is None
     checkpoints.save(TrainingState(1, None, False, {"adapters": {"w": torch.zeros(1)}}))
@@ -239,7 +240,7 @@ def test_a_checkpoint_that_was_being_written_does_not_count(tmp_path: Path) -> N
 # -- losses ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_loss_that_is_not_a_number_names_step_and_rows() -> None:
+def test_nan_loss_fails_with_step_and_rows() -> None:
     model = tiny()
     job = job_of(config_of({"train": {"max_skipped": 0}, "search": {"init_batches": 0}}), model=model)
     model.lm_head.weight.data[5] = math.nan
@@ -248,21 +249,21 @@ def test_a_loss_that_is_not_a_number_names_step_and_rows() -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_a_teacher_that_says_nan_stops_the_run() -> None:
+def test_nan_of_the_teacher_fails_the_run() -> None:
     model = tiny("llama", seed=5)
     model.lm_head.weight.data[5] = math.nan
-    job = job_of(config_of({"search": {"init_batches": 0, "sparsity": "off"}}))
+    job = job_of(config_of({"search": {"init_batches": 0, "sparsity": "off"}, "distill": {"hidden": 0}}))
     with pytest.raises(ModelError, match=r"is nan at step 3 \(rows row"):
-        tune_and_prune(replace(job, teacher=Teacher(model, 1.0, 0.0)))
+        tune_and_prune(replace(job, teacher=Teacher(model)))
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 20, 40])
 def test_micro_batches_add_up_to_one_batch(micro_tokens: int) -> None:
     rows = examples(12)
 
-    def gradients(tokens: int) -> tuple[float, dict[str, Tensor]]:
+    def gradients(tokens: int) -> tuple[dict[str, float], dict[str, Tensor]]:
         model = tuned(tiny())
-        loss = accumulate_gradients(model, rows, 0, tokens)
+        loss = accumulate_gradients(model, rows, 0, tokens, TrainingLoss({"answer": 1.0}))
         return loss, {name: p.grad for name, p in trainable_parameters(model).items() if p.grad is not None}
 
     loss, whole = gradients(10**6)
@@ -273,7 +274,7 @@ def test_micro_batches_add_up_to_one_batch(micro_tokens: int) -> None:
         assert torch.allclose(parts[name], slope, rtol=1e-3, atol=1e-5 * float(slope.abs().max())), name
 
 
-def test_the_loss_is_the_mean_over_answer_tokens() -> None:
+def test_mean_loss_is_per_answer_token() -> None:
     model, rows = tiny(), examples(5)
     summed, count = 0.0, 0
     for row in rows:

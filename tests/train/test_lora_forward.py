@@ -1,4 +1,4 @@
-"""Laws of the adapters' own forward pass: it gives what peft's gives, and so do its gradients.
+"""Laws of the adapters' fused forward pass: its outputs and gradients are those of peft.
 
 A hook on the linear below makes it go the long way, which is what the short one is held against.
 """
@@ -37,7 +37,7 @@ def adapted(family: str, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_outputs_and_gradients_are_those_of_peft(family: str) -> None:
+def test_fused_forward_equals_peft_in_outputs_and_gradients(family: str) -> None:
     ours = adapted(family)
     theirs = copy.deepcopy(ours)
     for name in lora_target_modules(tiny(family)):
@@ -50,7 +50,7 @@ def test_outputs_and_gradients_are_those_of_peft(family: str) -> None:
         torch.testing.assert_close(weight.grad, theirs.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
 
 
-def test_a_copy_computes_with_its_own_weights() -> None:
+def test_copied_layer_uses_its_own_weights() -> None:
     model = adapted("llama")
     tokens = torch.tensor([[1, 5, 6, 7, 3]])
     before, other = model(tokens).logits, copy.deepcopy(model)
@@ -60,7 +60,7 @@ def test_a_copy_computes_with_its_own_weights() -> None:
     assert not torch.allclose(other(tokens).logits, before)
 
 
-def test_dropout_stays_with_peft() -> None:
+def test_layer_with_dropout_keeps_the_forward_of_peft() -> None:
     model = adapted("llama", dropout=0.5)
     assert not any("forward" in vars(model.get_submodule(name)) for name in lora_target_modules(tiny("llama")))
 
@@ -71,17 +71,17 @@ def layer(*, bias: bool = True, dtype: torch.dtype = torch.float64, of_adapters:
     model = nn.ModuleDict({"down_proj": nn.Linear(7, 5, bias=bias).to(dtype).requires_grad_(False)})
     config = LoraConfig(r=3, lora_alpha=5, target_modules=["down_proj"], init_lora_weights=False)
     inject_adapter_in_model(config, model)
-    found: Any = model["down_proj"]
-    found.cast_input_dtype_enabled = False
-    for weight in (found.lora_A["default"].weight, found.lora_B["default"].weight):
+    adapted_layer: Any = model["down_proj"]
+    adapted_layer.cast_input_dtype_enabled = False
+    for weight in (adapted_layer.lora_A["default"].weight, adapted_layer.lora_B["default"].weight):
         weight.data = weight.data.to(of_adapters or dtype)
-    lora_forward.use_fused_forward(found, "default")
-    return found
+    lora_forward.use_fused_forward(adapted_layer, "default")
+    return adapted_layer
 
 
 @contextmanager
-def the_long_way(model: Any) -> Iterator[None]:
-    """For the block, somebody looks into every linear with an adapter."""
+def unfused(model: Any) -> Iterator[None]:
+    """For the block, every linear with an adapter has a hook, so that its forward is not fused."""
     handles = [
         module.base_layer.register_forward_hook(lambda *_: None)
         for module in model.modules()
@@ -94,27 +94,28 @@ def the_long_way(model: Any) -> Iterator[None]:
             handle.remove()
 
 
-def both_ways(model: Any, run: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """What `run` finds the short way and the long one, and the gradients that it leaves."""
-    found = []
-    for way in (nullcontext(), the_long_way(model)):
+def fused_and_unfused(model: Any, run: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Values of `run` and the gradients that it leaves, fused and unfused."""
+    results = []
+    for context in (nullcontext(), unfused(model)):
         model.zero_grad()
-        with way:
+        with context:
             values = run()
-        found.append(values | {name: one.grad for name, one in model.named_parameters() if one.grad is not None})
-    return found[0], found[1]
+        gradients = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        results.append(values | gradients)
+    return results[0], results[1]
 
 
-def is_short(result: Tensor) -> bool:
-    """Whether a layer's result came the short way; a view of 2-D rows is behind one node more."""
+def is_fused(result: Tensor) -> bool:
+    """Whether a layer's result was fused; a view of 2-D rows is behind one node more."""
     node: Any = result.grad_fn
-    return "_Adapted" in str([node, *(before for before, _ in node.next_functions)])
+    return "_FusedLora" in str([node, *(before for before, _ in node.next_functions)])
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (2, 3, 7), (2, 2, 3, 7), (0, 7)])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("wanted", ["xAB", "AB", "x", "A", "B", "xA", "xB"])
-def test_the_short_way_gives_the_same(shape: tuple[int, ...], bias: bool, wanted: str) -> None:
+def test_fused_lora_equals_unfused(shape: tuple[int, ...], bias: bool, wanted: str) -> None:
     one = layer(bias=bias)
     one.lora_A["default"].weight.requires_grad_("A" in wanted)
     one.lora_B["default"].weight.requires_grad_("B" in wanted)
@@ -124,39 +125,39 @@ def test_the_short_way_gives_the_same(shape: tuple[int, ...], bias: bool, wanted
         torch.manual_seed(4)
         x = torch.randn(shape, dtype=torch.float64, requires_grad="x" in wanted)
         result = one(x)
-        assert is_short(result) is not bool(one.base_layer._forward_hooks)
+        assert is_fused(result) is not bool(one.base_layer._forward_hooks)
         (result * weights).sum().backward()
         return {"y": result.detach()} | ({"x": x.grad} if x.grad is not None else {})
 
-    short, long = both_ways(one, run)
+    short, long = fused_and_unfused(one, run)
     assert short.keys() == long.keys()
     for name, value in long.items():
         torch.testing.assert_close(short[name], value, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adapters_in_32_bits_on_a_base_in_16_have_gradients_in_32(dtype: torch.dtype) -> None:
+def test_float32_adapters_on_16_bit_base_have_float32_gradients(dtype: torch.dtype) -> None:
     one = layer(dtype=torch.bfloat16, of_adapters=torch.float32)
 
     def run() -> dict[str, Tensor]:
         x = torch.randn(2, 9, 7, generator=torch.Generator().manual_seed(4)).to(dtype).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
             result = one(x)
-            assert is_short(result) is not bool(one.base_layer._forward_hooks)
+            assert is_fused(result) is not bool(one.base_layer._forward_hooks)
         assert result.dtype == torch.bfloat16
         result.float().square().sum().backward()
         assert x.grad is not None
         assert x.grad.dtype == dtype
         return {"y": result.detach(), "x": x.grad}
 
-    short, long = both_ways(one, run)
+    short, long = fused_and_unfused(one, run)
     for name, value in long.items():
         assert short[name].dtype == value.dtype
         torch.testing.assert_close(short[name], value, rtol=0.02, atol=0.02 * float(value.abs().max()))
     assert {short[name].dtype for name in short if "lora_" in name} == {torch.float32}
 
 
-def test_a_backward_pass_under_autocast_computes_as_the_forward_pass_did() -> None:
+def test_backward_under_autocast_computes_in_the_dtype_of_forward() -> None:
     one = layer(dtype=torch.float32)
     x = torch.ones(3, 7, requires_grad=True)
     result = one(x).sum()
@@ -164,7 +165,7 @@ def test_a_backward_pass_under_autocast_computes_as_the_forward_pass_did() -> No
         result.backward()
     short = x.grad
     x.grad = None
-    with the_long_way(one):
+    with unfused(one):
         one(x).sum().backward()
     torch.testing.assert_close(short, x.grad)
 
@@ -192,30 +193,30 @@ def _replaced(linear: Any) -> None:
         _replaced,
     ],
 )
-def test_what_is_more_than_a_frozen_linear_goes_the_long_way(change: Callable[[Any], Any]) -> None:
+def test_linear_with_hooks_or_trainable_weights_is_not_fused(change: Callable[[Any], Any]) -> None:
     one = layer()
     x = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
-    assert is_short(one(x))
+    assert is_fused(one(x))
     change(one.base_layer)
     expected = one.base_layer(x) + one.scaling["default"] * one.lora_B["default"](one.lora_A["default"](x))
     result = one(x)
-    assert not is_short(result)
+    assert not is_fused(result)
     torch.testing.assert_close(result, expected)
 
 
-def test_the_way_is_chosen_at_every_call() -> None:
+def test_fusing_is_decided_at_every_call() -> None:
     one = layer()
     x = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
     handle = one.base_layer.register_forward_hook(lambda *args: 0 * args[-1])
-    assert not is_short(one(x))
+    assert not is_fused(one(x))
     handle.remove()
-    assert is_short(one(x))
+    assert is_fused(one(x))
 
 
 @pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("form", ["gated", "free", None])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_hears_the_same_both_ways(family: str, form: Any, again: bool) -> None:
+def test_model_has_equal_gradients_fused_and_unfused(family: str, form: Any, again: bool) -> None:
     model = tiny(family).requires_grad_(False)
     sites = find_sites(model)
     gates = {name: gate.requires_grad_() for name, gate in gates_from_plan(random_plan(model), sites).items()}
@@ -237,16 +238,16 @@ def test_a_model_hears_the_same_both_ways(family: str, form: Any, again: bool) -
             torch.testing.assert_close(model(tokens).logits, plain, rtol=1e-5, atol=1e-5)
         return {"logits": logits.detach(), **slopes}
 
-    with the_long_way(model), torch.no_grad():
+    with unfused(model), torch.no_grad():
         plain = model(tokens).logits
-    short, long = both_ways(model, run)
+    short, long = fused_and_unfused(model, run)
     assert short.keys() == long.keys()
     for name, value in long.items():
         torch.testing.assert_close(short[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, at=name: f"{at}: {text}")
 
 
 @pytest.mark.parametrize(("wanted", "sizes"), [("AB", 2), ("B", 1), ("A", 1), ("", 0)])
-def test_no_more_is_kept_than_gradients_need(wanted: str, sizes: int) -> None:
+def test_fused_lora_saves_only_tensors_that_gradients_need(wanted: str, sizes: int) -> None:
     """Of what is as long as the rows: x for A, and A x for B; neither where adapters are frozen."""
     one = layer()
     one.lora_A["default"].weight.requires_grad_("A" in wanted)
@@ -264,7 +265,7 @@ def test_no_more_is_kept_than_gradients_need(wanted: str, sizes: int) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_gradients_of_adapters_are_written_in_32_bits_on_a_gpu() -> None:
+def test_adapter_gradients_are_float32_on_a_gpu() -> None:
     one, other = (torch.randn(64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     wide = lora_forward._product(one.t(), other, torch.float32)
     assert wide.dtype == torch.float32

@@ -1,4 +1,4 @@
-"""Laws of going on with a larger size: its tuned weights, cut further, are what the first step sees."""
+"""Laws of a smaller size of a run: it starts from the tuned weights of the larger one, cut further."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ families = pytest.mark.parametrize("family", ["llama", "phi3", "gpt2"])
 
 @both
 @families
-def test_the_first_step_sees_the_tuned_weights_cut_further(weights: str, family: str) -> None:
+def test_first_step_of_a_smaller_size_has_the_tuned_weights_cut_further(weights: str, family: str) -> None:
     state = larger(weights, family)
     job, plan = smaller(state, weights, family)
     assert plan != state.plan
@@ -39,7 +39,7 @@ def test_the_first_step_sees_the_tuned_weights_cut_further(weights: str, family:
 
 
 @both
-def test_without_a_step_it_is_the_larger_ones_lines(weights: str) -> None:
+def test_smaller_size_without_steps_is_a_slice_of_the_larger(weights: str) -> None:
     """At a learning rate of next to nothing, each weight is the larger size's at the rows and columns that stay."""
     state = larger(weights, "llama")
     still: dict[str, Any] = {"learning_rate": 1e-30, "weights_rate": 1e-30}
@@ -57,7 +57,7 @@ def test_without_a_step_it_is_the_larger_ones_lines(weights: str) -> None:
             assert torch.equal(weight, held[name][:, index[0]])
 
 
-def test_weights_go_on_in_the_precision_they_were_tuned_in() -> None:
+def test_smaller_size_starts_from_float32_weights() -> None:
     state = larger("all", "llama")
     half = tiny("llama").to(torch.bfloat16)
     job, _ = smaller(state, "all", "llama")
@@ -77,7 +77,7 @@ def test_weights_go_on_in_the_precision_they_were_tuned_in() -> None:
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_tuned_weights_take_the_place_of_those_in_four_bits(wrapped: bool) -> None:
+def test_tuned_weights_replace_four_bit_ones(wrapped: bool) -> None:
     """These are read anew from their packed form, so that what is written into them is lost."""
     state, whole, packed = larger("all", "llama"), tiny("llama"), tiny("llama")
     job, _ = smaller(state, "all", "llama")

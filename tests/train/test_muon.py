@@ -1,4 +1,4 @@
-"""Laws of Muon: it is torch's, matrix by matrix, and its updates are orthogonal whatever the gradient's scale."""
+"""Laws of Muon: it equals torch's, and its updates are orthogonal whatever the gradient's scale."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def warm(optimizer: Muon, listed: list[nn.Parameter]) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
-def test_it_is_torchs_muon() -> None:
+def test_muon_equals_torch_muon() -> None:
     ours, theirs = weights(), weights()
     one = Muon(ours, lr=1e-2)
     warm(one, ours)
@@ -49,21 +49,21 @@ def test_it_is_torchs_muon() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
-def test_singular_values_come_near_one_whatever_the_scale(shape: tuple[int, int], scale: float) -> None:
+def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, int], scale: float) -> None:
     matrix = scale * torch.randn(1, *shape, generator=torch.Generator().manual_seed(1))
     values = torch.linalg.svdvals(orthogonalize(matrix).float())
     assert values.min() > 0.3
     assert values.max() < 1.3
 
 
-def test_a_cpu_multiplies_in_float32() -> None:
+def test_orthogonalize_computes_in_float32_on_a_cpu() -> None:
     """Most have no fast bfloat16, in which a step takes longer than its passes."""
     matrix = torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(1))
     assert orthogonalize(matrix).dtype == torch.float32
     assert torch.equal(orthogonalize(matrix), orthogonalize(matrix.double()))
 
 
-def test_no_gradient_moves_nothing() -> None:
+def test_zero_gradient_changes_no_weight() -> None:
     listed = weights()
     optimizer = Muon(listed, lr=1.0)
     for weight in listed:
@@ -72,7 +72,7 @@ def test_no_gradient_moves_nothing() -> None:
     assert all(torch.equal(weight, before) for weight, before in zip(listed, weights(), strict=True))
 
 
-def test_the_rate_rises_at_first() -> None:
+def test_learning_rate_of_muon_warms_up() -> None:
     listed = weights()
     optimizer, moved = Muon(listed, lr=1e-2), []
     for _ in range(3):
@@ -84,7 +84,7 @@ def test_the_rate_rises_at_first() -> None:
     assert moved[2] == pytest.approx(3 * moved[0], rel=0.05)
 
 
-def test_restored_equals_uninterrupted() -> None:
+def test_restored_muon_equals_uninterrupted() -> None:
     names = [f"w{index}" for index in range(len(SHAPES))]
     whole, halved = weights(), weights()
     one, other = Muon(whole, lr=1e-2), Muon(halved, lr=1e-2)

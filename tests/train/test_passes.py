@@ -19,8 +19,8 @@ from prunetune.pruning.cut import cut_linears
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites
 from prunetune.train.adapters import add_adapters, trainable_parameters
-from prunetune.train.losses import Teacher
 from prunetune.train.passes import PackedPasses, PaddedPasses, build_passes
+from prunetune.train.teacher import Teacher
 from support.models import ALL_FAMILIES, random_plan, tiny, with_lora
 from support.passes import assert_same, gradients
 
@@ -34,8 +34,8 @@ def examples(count: int = 7, longest: int = 20) -> list[Example]:
     ]
 
 
-def config_of(micro_tokens: int = 10_000) -> RunConfig:
-    return from_mapping({"train": {"micro_tokens": micro_tokens}})
+def config_of(micro_tokens: int = 10_000, logits: float = 1.0, hidden: float = 1.0) -> RunConfig:
+    return from_mapping({"train": {"micro_tokens": micro_tokens}, "distill": {"logits": logits, "hidden": hidden}})
 
 
 @pytest.fixture(autouse=True)
@@ -60,24 +60,24 @@ def setting(request: pytest.FixtureRequest) -> Setting:
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)
-def test_what_can_be_packed_is_found_out(family: str) -> None:
+def test_supports_packing_is_false_for_families_that_cannot(family: str) -> None:
     model = tiny(family).train()
     assert supports_packing(model) is (family not in UNPACKED)
     assert model.training
 
 
-def test_a_model_that_reads_across_sequences_cannot_be_packed(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = sequence_packing._one_by_one
+def test_model_that_attends_across_sequences_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = sequence_packing._attend_one_by_one
 
     def across(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *rest: Any) -> Tensor:
         return whole(query, key, value, bounds[[0, -1]], *rest)
 
     assert supports_packing(tiny())
-    monkeypatch.setattr(sequence_packing, "_one_by_one", across)
+    monkeypatch.setattr(sequence_packing, "_attend_one_by_one", across)
     assert not supports_packing(tiny())
 
 
-def test_attention_sinks_are_not_packed_however_weak_they_are() -> None:
+def test_weak_attention_sinks_are_not_packed() -> None:
     model = tiny("gpt_oss")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -94,7 +94,7 @@ def test_half_precision_with_adapters_can_be_packed(family: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_rounding_of_a_sharp_model_is_no_reading_across(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_error_is_not_taken_for_attention_across_sequences(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 a logit may be off by a tenth and more of the largest one, packed or not."""
     model = tiny("llama", layers=24).to(torch.bfloat16)
     rng = torch.Generator().manual_seed(seed)
@@ -103,9 +103,9 @@ def test_rounding_of_a_sharp_model_is_no_reading_across(seed: int, monkeypatch: 
             if parameter.dim() > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=rng) * 0.4)
     assert supports_packing(model)
-    whole = sequence_packing._one_by_one
+    whole = sequence_packing._attend_one_by_one
     monkeypatch.setattr(
-        sequence_packing, "_one_by_one", lambda q, k, v, bounds, *rest: whole(q, k, v, bounds[[0, -1]], *rest)
+        sequence_packing, "_attend_one_by_one", lambda q, k, v, bounds, *rest: whole(q, k, v, bounds[[0, -1]], *rest)
     )
     assert not supports_packing(model)
 
@@ -115,8 +115,10 @@ def test_rounding_of_a_sharp_model_is_no_reading_across(seed: int, monkeypatch: 
 def test_packed_equals_padded(setting: Setting, micro_tokens: int, weights: tuple[Any, ...] | None) -> None:
     model, sites, gates = setting
     batch = [*examples(), Example(tuple(range(3, 12)), 9, "a text without labels")]
-    teacher = Teacher(tiny(model.config.model_type, seed=5), *weights) if weights else None
-    padded, packed = (kind(model, sites, 0, config_of(micro_tokens), teacher) for kind in (PaddedPasses, PackedPasses))
+    logits, hidden, *rest = weights or (0.0, 0.0)
+    teacher = Teacher(tiny(model.config.model_type, seed=5), *rest) if weights else None
+    config = config_of(micro_tokens, logits, hidden)
+    padded, packed = (kind(model, sites, 0, config, teacher) for kind in (PaddedPasses, PackedPasses))
     for given in (None, gates):
         assert packed.score(batch, given) == pytest.approx(padded.score(batch, given), rel=1e-5)
         losses, grads = [], []
@@ -128,7 +130,7 @@ def test_packed_equals_padded(setting: Setting, micro_tokens: int, weights: tupl
 
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
-def test_a_model_s_own_dropout_stays_off_while_the_adapters_have_theirs(family: str) -> None:
+def test_dropout_acts_on_adapters_only(family: str) -> None:
     own = {"attention_dropout": 0.9} | ({"dropout": 0.9} if family == "opt" else {})
     model = with_lora(tiny(family, **own)).eval()
     padded, packed = (kind(model, tuple(find_sites(model)), 0, config_of()) for kind in (PaddedPasses, PackedPasses))
@@ -142,14 +144,14 @@ def test_a_model_s_own_dropout_stays_off_while_the_adapters_have_theirs(family: 
     assert padded.score(examples(), None) == pytest.approx(plain, rel=1e-5)
 
 
-def test_a_teacher_sees_its_share_and_all_that_has_no_label() -> None:
+def test_teacher_sees_its_share_and_all_unlabelled_examples() -> None:
     model, teacher = with_lora(tiny()), tiny(seed=5)
     bare = [Example(tuple(range(3, 9 + index)), 6 + index, f"text {index}") for index in range(2)]
     batch = [*examples(), *bare]
     for share, seen in ((0.1, bare), (0.3, [*bare, batch[0]]), (1.0, batch)):
-        passes = PaddedPasses(model, find_sites(tiny()), 0, config_of(), Teacher(teacher, 1.0, 1.0, share=share))
+        passes = PaddedPasses(model, find_sites(tiny()), 0, config_of(), Teacher(teacher, share=share))
         losses, grads = passes.tune(batch, None), gradients(model)
-        alone = PaddedPasses(model, find_sites(tiny()), 0, config_of(), Teacher(teacher, 1.0, 1.0))
+        alone = PaddedPasses(model, find_sites(tiny()), 0, config_of(), Teacher(teacher))
         assert losses["distance"] == pytest.approx(alone.tune(seen, None)["distance"], rel=1e-5)
         of_seen = gradients(model)
         labels = PaddedPasses(model, find_sites(tiny()), 0, config_of())
@@ -161,7 +163,7 @@ def test_a_teacher_sees_its_share_and_all_that_has_no_label() -> None:
 
 
 @pytest.mark.parametrize("kind", [PaddedPasses, PackedPasses])
-def test_a_teacher_that_does_not_know_the_task_has_no_say_where_labels_are(kind: Any) -> None:
+def test_untuned_teacher_counts_only_on_unlabelled_tokens(kind: Any) -> None:
     batch = [*examples(), Example(tuple(range(3, 9)), 6, "text")]
     student, teacher = tiny(seed=5), tiny(seed=6)
     tokens = sum(len(example.token_ids) for example in batch)
@@ -178,14 +180,15 @@ def test_a_teacher_that_does_not_know_the_task_has_no_say_where_labels_are(kind:
             at for at in range(len(example.token_ids)) if not example.answer_start <= at + 1 < len(example.token_ids)
         ]
         expected += float((0.5 * apart + 2 * torch.stack(errors).mean(0))[heard].sum()) / tokens
-    passes = kind(with_lora(student), find_sites(tiny()), 0, config_of(), Teacher(teacher, 0.5, 2.0, is_tuned=False))
+    config = config_of(logits=0.5, hidden=2.0)
+    passes = kind(with_lora(student), find_sites(tiny()), 0, config, Teacher(teacher, is_tuned=False))
     for name, parameter in trainable_parameters(passes.model).items():
         if ".lora_B." in name:
             parameter.data.zero_()
     assert passes.tune(batch, None)["distance"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_slopes_and_lasso_are_equal(setting: Setting) -> None:
+def test_gate_gradients_and_lasso_are_equal_packed_and_padded(setting: Setting) -> None:
     model, sites, gates = setting
     padded, packed = (kind(model, sites, 0, config_of()) for kind in (PaddedPasses, PackedPasses))
     (loss, slopes), (again, others) = (passes.gate_gradients(examples(), gates) for passes in (padded, packed))
@@ -212,7 +215,7 @@ def test_packed_equals_padded_once_cut(setting: Setting) -> None:
     assert_same({name: grads[0].get(name, torch.zeros_like(value)) for name, value in grads[1].items()}, grads[1])
 
 
-def test_packing_leaves_nothing_on_the_model() -> None:
+def test_packed_pass_leaves_no_hook_on_the_model() -> None:
     model = with_lora(tiny())
     before = model.config._attn_implementation
     hooks = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
@@ -221,7 +224,7 @@ def test_packing_leaves_nothing_on_the_model() -> None:
     assert sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()) == hooks
 
 
-def test_a_pack_holds_every_token_once() -> None:
+def test_pack_holds_every_token_once() -> None:
     batch = examples()
     row = pack_examples(batch, 0, max_sequences=9)
     edges = row.cu_seq_lens.tolist()
@@ -239,13 +242,13 @@ def test_a_pack_holds_every_token_once() -> None:
 
 
 @pytest.mark.parametrize("length", [1, 512, 513, 5_000, 100_000])
-def test_rows_come_in_few_lengths(length: int) -> None:
+def test_row_lengths_are_rounded_up(length: int) -> None:
     width = round_up_length(length, 512)
     assert length <= width <= max(length + 512, 1.125 * length)
     assert round_up_length(width, 512) == width
 
 
-def test_lists_hold_what_fits() -> None:
+def test_groups_for_packing_hold_at_most_the_limit() -> None:
     batch = examples(30)
     for limit in (1, 25, 60, 10_000):
         lists = group_for_packing(batch, limit)
@@ -253,7 +256,7 @@ def test_lists_hold_what_fits() -> None:
         assert all(len(part) == 1 or sum(len(example.token_ids) for example in part) <= limit for part in lists)
 
 
-def test_a_cpu_pads() -> None:
+def test_build_passes_pads_on_a_cpu() -> None:
     model = with_lora(tiny())
     assert isinstance(build_passes(model, (), 0, config_of()), PaddedPasses)
 
@@ -273,13 +276,13 @@ def test_soft_capped_attention_is_not_packed() -> None:
     "ignore:.*is not a leaf:UserWarning",
 )
 @pytest.mark.parametrize("compile", ["off", "on"])
-def test_recorded_passes_equal_padded_ones_on_a_gpu_also_side_by_side(compile: str) -> None:
-    config = from_mapping({"train": {"compile": compile}})
+def test_recorded_passes_equal_padded_ones_on_a_gpu_in_two_threads(compile: str) -> None:
+    config = from_mapping({"train": {"compile": compile}, "distill": {"logits": 3.0, "hidden": 10.0}})
 
     def both(seed: int) -> list[tuple[float, dict[str, Tensor]]]:
         with torch.cuda.stream(torch.cuda.Stream()):
             model = tiny(seed=seed).to("cuda", torch.bfloat16).requires_grad_(False)
-            sites, teacher = tuple(find_sites(model)), Teacher(tiny(seed=9).to("cuda", torch.bfloat16), 3.0, 10.0)
+            sites, teacher = tuple(find_sites(model)), Teacher(tiny(seed=9).to("cuda", torch.bfloat16))
             with_lora(model, seed=seed)
             found = []
             for kind in (PaddedPasses, PackedPasses):

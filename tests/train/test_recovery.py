@@ -1,4 +1,4 @@
-"""Laws of faults: what is left out moves nothing, smaller passes are the same step, a resumed run remembers both."""
+"""Laws of recovery: a skipped batch changes no weight, smaller passes give the same step, both survive a resumption."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def rates(job: Any) -> list[float]:
 
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("at", [1, 6, 9])  # in each phase
-def test_a_batch_without_numbers_is_left_out(
+def test_batch_with_nan_is_skipped_and_halves_learning_rates(
     gradient: bool, at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     spoiled(monkeypatch, [at], gradient=gradient)
@@ -56,15 +56,13 @@ def test_a_batch_without_numbers_is_left_out(
     assert f"at step {at} (rows row" in caplog.text
 
 
-def test_too_many_end_the_run_with_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_skipped_batches_fail_with_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     spoiled(monkeypatch, range(1, 11))
-    with pytest.raises(
-        ModelError, match=r"loss is nan at step 3 \(rows row .*2 batches were left out before.*--resume"
-    ):
+    with pytest.raises(ModelError, match=r"loss is nan at step 3 \(rows row .*2 batches were skipped before.*--resume"):
         tune_and_prune(job_of(config_of({"train": {"max_skipped": 2}})))
 
 
-def test_a_search_without_numbers_leaves_the_generator_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_nan_gate_gradients_do_not_change_the_generator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     genuine = PaddedPasses.gate_gradients
 
     def slopes(self: PaddedPasses, *arguments: Any) -> Any:
@@ -83,7 +81,7 @@ def test_a_search_without_numbers_leaves_the_generator_alone(monkeypatch: pytest
     assert last.guard_state["skipped"] == 4
 
 
-def test_evidence_without_numbers_is_left_out(
+def test_importance_that_is_not_finite_is_skipped(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     genuine, heard, started = PaddedPasses.gate_gradients, [], []
@@ -100,10 +98,10 @@ def test_evidence_without_numbers_is_left_out(
         tune_and_prune(job)
     ((importance,), (one, _, other)) = started, heard[:3]
     assert all(torch.equal(importance[name], one[name].square() + other[name].square()) for name in importance)
-    assert "the evidence is nan at step 1 (rows row" in caplog.text
+    assert "the initial importance is nan at step 1 (rows row" in caplog.text
 
 
-def test_a_joint_batch_without_numbers_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joint_batch_with_nan_is_skipped_once(monkeypatch: pytest.MonkeyPatch) -> None:
     genuine, count = PaddedPasses.tune_with_gate_gradients, [0]
 
     def both(self: PaddedPasses, *arguments: Any) -> Any:
@@ -119,7 +117,7 @@ def test_a_joint_batch_without_numbers_counts_once(monkeypatch: pytest.MonkeyPat
     assert rates(job) == [learning_rate(step, train) * (0.5 if step >= 2 else 1) for step in range(10)]
 
 
-def test_what_was_left_out_is_remembered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_resumed_run_remembers_skipped_batches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     every = Every(tmp_path)
     with monkeypatch.context() as patched:
         spoiled(patched, [2])
@@ -146,7 +144,7 @@ def cramped(monkeypatch: pytest.MonkeyPatch, room: int, at: int = 1) -> None:
     monkeypatch.setattr(PaddedPasses, "tune", tune)
 
 
-def test_smaller_passes_are_the_same_steps(
+def test_smaller_passes_give_the_same_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     small = {"train": {"micro_tokens": 16}, "search": {"init_batches": 0}}
@@ -166,7 +164,7 @@ def test_smaller_passes_are_the_same_steps(
     assert losses(resumed) == losses(job)[5:]
 
 
-def test_one_example_that_is_too_large_is_computed_twice(
+def test_example_too_large_for_memory_turns_recomputation_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     whole, every = job_of(config_of()), Every(tmp_path)
@@ -183,7 +181,7 @@ def test_one_example_that_is_too_large_is_computed_twice(
     job = job_of(config_of(), keeper=every)
     with caplog.at_level(logging.WARNING):
         assert tune_and_prune(job) == plan
-    assert caplog.text.count("computed twice") == 1
+    assert caplog.text.count("are recomputed") == 1
     for name, weight in weights_of(job).items():
         torch.testing.assert_close(weight, weights_of(whole)[name], rtol=1e-3, atol=1e-4)
     resumed = job_of(config_of(), keeper=every.at(5))
@@ -193,7 +191,7 @@ def test_one_example_that_is_too_large_is_computed_twice(
         tune_and_prune(job_of(config_of({"train": {"checkpointing": "off"}})))
 
 
-def test_one_example_that_is_too_large_even_so_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_example_too_large_even_with_recomputation_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     cramped(monkeypatch, room=0)
     with pytest.raises(torch.OutOfMemoryError):
         tune_and_prune(job_of(config_of()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from prunetune.config.recipe import from_mapping
-from prunetune.train.schedule import build_schedule, learning_rate
+from prunetune.train.schedule import Schedule, build_schedule, learning_rate
 
 KEEP = 0.6
 
@@ -24,10 +24,10 @@ def test_phases_come_in_order(steps: int, share: float, settle: float) -> None:
     assert ends[-1] == steps - 1
     changes = {step for step in range(steps - 1) if phases[step] != phases[step + 1]}
     assert changes | {steps - 1} == set(ends)
-    keeps = [schedule.keep_at(step) for step in range(steps)]
+    keeps = [schedule.annealed_keep(step) for step in range(steps)]
     assert keeps == sorted(keeps, reverse=True)
     assert all(KEEP - 1e-12 <= keep <= 1 for keep in keeps)
-    assert schedule.keep_at(schedule.search - 1) == pytest.approx(KEEP)
+    assert schedule.annealed_keep(schedule.search - 1) == pytest.approx(KEEP)
 
 
 @pytest.mark.parametrize("decay", ["cosine", "linear", "constant"])
@@ -44,3 +44,10 @@ def test_learning_rate_rises_then_falls(decay: str, warmup: float, left: float) 
     if warm < 50:
         assert rates[warm] == 2.0
         assert learning_rate(50, train) == pytest.approx(2.0 if decay == "constant" else 2.0 * left)
+
+
+def test_a_schedule_is_saved_with_keep_as_its_key() -> None:
+    """Checkpoints and manifests of earlier versions are read by this key."""
+    schedule = Schedule(search=2, settle=4, steps=8, anneal=1, allowed_keep=0.6)
+    assert schedule.to_dict() == {"search": 2, "settle": 4, "steps": 8, "anneal": 1, "keep": 0.6}
+    assert Schedule.from_dict(schedule.to_dict()) == schedule

@@ -1,4 +1,4 @@
-"""Laws of a teacher in its student's memory: the run is that of a teacher apart, resumes, and holds one model."""
+"""Laws of a teacher that shares its student's weights: the run equals that with a separate one, and takes no memory."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ from prunetune.train.adapters import LARGE_MODEL_PARAMS, add_adapters, load_into
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore
 from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.losses import Teacher, checkpointed_relative_error, relative_error
+from prunetune.train.losses import checkpointed_relative_error, relative_error
 from prunetune.train.passes import PackedPasses
-from prunetune.train.teacher import base_teacher, resolve_auto
+from prunetune.train.teacher import Teacher, base_teacher, resolve_auto
 from support.loop import Every, Notes, config_of, identical, job_of, losses, search_losses, weights_of
 from support.models import tiny
 from support.multi_size import larger, smaller
 from support.shared_weights import held
 
 CUT = 7  # steps before it
-DISTILL = DistillConfig(logits=1.0, hidden=1.0, share=1.0)
+DISTILL = DistillConfig(share=1.0)
 both = pytest.mark.parametrize("weights", ["adapters", "all"])
 families = pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "phi3"])
 
 
 def recipe(weights: str) -> RunConfig:
-    return config_of({"train": {"weights": weights}, "lora": {"dropout": 0.1}})
+    return config_of(
+        {"train": {"weights": weights}, "lora": {"dropout": 0.1}, "distill": {"logits": 1.0, "hidden": 1.0}}
+    )
 
 
 def taught(config: RunConfig, family: str = "llama", *, keeper: CheckpointStore | None = None) -> TrainingJob:
@@ -47,12 +49,10 @@ def taught(config: RunConfig, family: str = "llama", *, keeper: CheckpointStore 
 
 @both
 @families
-def test_the_run_is_that_of_a_teacher_apart(family: str, weights: str) -> None:
+def test_run_equals_that_with_a_teacher_of_its_own_weights(family: str, weights: str) -> None:
     config = recipe(weights)
     together, apart = taught(config, family), job_of(config, family=family)
-    apart = replace(
-        apart, teacher=Teacher(tiny(family).requires_grad_(False), DISTILL.logits, DISTILL.hidden, is_tuned=False)
-    )
+    apart = replace(apart, teacher=Teacher(tiny(family).requires_grad_(False), is_tuned=False))
     before = tiny(family).state_dict()
     assert tune_and_prune(together) == tune_and_prune(apart)
     assert search_losses(together) == search_losses(apart)
@@ -80,12 +80,10 @@ def test_resumed_at_any_step_equals_uninterrupted(weights: str, tmp_path: Path) 
 
 
 @both
-def test_a_smaller_size_goes_on_beside_its_teacher(weights: str) -> None:
+def test_smaller_size_with_shared_teacher_equals_a_separate_one(weights: str) -> None:
     (job, plan), (apart, _) = (smaller(larger(weights, "llama"), weights, "llama") for _ in range(2))
     job = replace(job, teacher=base_teacher(job.model, DISTILL))
-    apart = replace(
-        apart, teacher=Teacher(tiny("llama").requires_grad_(False), DISTILL.logits, DISTILL.hidden, is_tuned=False)
-    )
+    apart = replace(apart, teacher=Teacher(tiny("llama").requires_grad_(False), is_tuned=False))
     assert tune_and_prune(job) == tune_and_prune(apart) == plan
     assert losses(job) == pytest.approx(losses(apart), rel=1e-5)
     assert job.teacher is not None
@@ -97,7 +95,7 @@ def test_a_smaller_size_goes_on_beside_its_teacher(weights: str) -> None:
 
 @both
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_what_is_stored_is_what_is_in_memory(family: str, weights: str, tmp_path: Path) -> None:
+def test_checkpoint_equals_model_in_memory(family: str, weights: str, tmp_path: Path) -> None:
     config, keeper, tokens = recipe(weights), Checkpoints(tmp_path), torch.tensor([[1, 5, 6, 7, 3, 4]])
     job = taught(config, family, keeper=keeper)
     plan, state = tune_and_prune(job), keeper.latest()
@@ -130,7 +128,7 @@ class Scales(Notes):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_a_run_holds_one_model(family: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_teacher_takes_no_memory_of_its_own(family: str, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "TOKEN_STEP", 32)
     monkeypatch.setattr(packing, "LABEL_STEP", 32)
     if packed:
@@ -142,7 +140,7 @@ def test_a_run_holds_one_model(family: str, packed: bool, monkeypatch: pytest.Mo
     assert scales.held == [one] * 10
 
 
-def test_all_weights_are_a_second_model_s_after_the_cut() -> None:
+def test_tuning_all_weights_adds_their_memory_after_the_cut() -> None:
     scales = Scales()
     job = scales.job = replace(taught(config_of({"train": {"weights": "all"}})), observer=scales)
     one = held(job.model)
@@ -152,7 +150,7 @@ def test_all_weights_are_a_second_model_s_after_the_cut() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_lean_error_is_the_error(dtype: torch.dtype) -> None:
+def test_checkpointed_relative_error_equals_plain_and_saves_inputs_only(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     output, aim = (torch.randn(2, 7, 16).to(dtype) for _ in range(2))
     output.requires_grad_()
@@ -166,15 +164,17 @@ def test_a_lean_error_is_the_error(dtype: torch.dtype) -> None:
     assert torch.equal(*slopes)
 
 
-def test_who_teaches_and_how_the_search_steps_is_a_matter_of_size() -> None:
+def test_resolve_auto_depends_on_the_model_size() -> None:
     sites = tuple(find_sites(tiny("llama")))
     large = tuple(replace(site, unit_params=LARGE_MODEL_PARAMS) for site in sites)
-    config = config_of({"distill": {"teacher": "auto"}})
+    config = config_of({"distill": {"teacher": "auto"}, "train": {"weights": "auto"}})
     assert resolve_auto(config, sites).distill.teacher == "dense"
     assert resolve_auto(config, large).distill.teacher == "base"
     assert [resolve_auto(config, each).distill.share for each in (sites, large)] == [1, 0.5]
     assert [resolve_auto(config, each).search.step for each in (sites, large)] == ["alternate", "joint"]
     assert [resolve_auto(config, each).search.lora_aware for each in (sites, large)] == [True, False]
+    assert [resolve_auto(config, each).train.weights for each in (sites, large)] == ["all", "adapters"]
     for wanted, step in (("none", "joint"), ("base", "alternate"), ("dense", "joint")):
-        told = config_of({"distill": {"teacher": wanted, "share": 0.3}, "search": {"step": step}})
+        decided = {"distill": {"teacher": wanted, "share": 0.3}, "search": {"step": step}, "train": {"weights": "all"}}
+        told = config_of(decided)
         assert resolve_auto(told, sites) == resolve_auto(told, large) == told

@@ -1,4 +1,4 @@
-"""Laws of the switches between the paper's method and its ablations."""
+"""Laws of the options between the paper's method and its ablations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prunetune.search.searcher import Searcher
 from prunetune.search.select import PlanConstraints
 from prunetune.train.adapters import adapter_group_norms, soft_threshold, trainable_parameters
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.losses import accumulate_gradients
+from prunetune.train.losses import TrainingLoss, accumulate_gradients
 from prunetune.train.passes import PackedPasses, PaddedPasses
 from prunetune.train.schedule import build_schedule
 from support.loop import KEEP, Every, config_of, examples, identical, job_of, losses, weights_of
@@ -49,21 +49,21 @@ SWITCHES: dict[str, dict[str, Any]] = {
 }
 
 
-def setting_of(name: str) -> RunConfig:
+def config_with(name: str) -> RunConfig:
     return config_of(merge_mappings(PAPER, {"search": SWITCHES[name]}))
 
 
-def notes_of(job: Any) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = job.observer.steps
-    return found
+def steps_of(job: Any) -> list[dict[str, Any]]:
+    steps: list[dict[str, Any]] = job.observer.steps
+    return steps
 
 
 # -- whole runs ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_it_ends_on_budget_and_repeats_itself(name: str) -> None:
-    first, second = job_of(setting_of(name)), job_of(setting_of(name))
+def test_option_ends_on_budget_and_repeats_itself(name: str) -> None:
+    first, second = job_of(config_with(name)), job_of(config_with(name))
     torch.manual_seed(1)
     plan = tune_and_prune(first)
     torch.manual_seed(2)
@@ -79,8 +79,8 @@ def test_it_ends_on_budget_and_repeats_itself(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SWITCHES if name != "paper"])
-def test_a_switch_makes_a_difference(name: str) -> None:
-    one, other = job_of(setting_of("paper")), job_of(setting_of(name))
+def test_option_changes_losses(name: str) -> None:
+    one, other = job_of(config_with("paper")), job_of(config_with(name))
     tune_and_prune(one)
     tune_and_prune(other)
     assert losses(one) != losses(other)
@@ -88,7 +88,7 @@ def test_a_switch_makes_a_difference(name: str) -> None:
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
-    config, every = setting_of(name), Every(tmp_path)
+    config, every = config_with(name), Every(tmp_path)
     whole = job_of(config, keeper=every)
     plan = tune_and_prune(whole)
     for step in (2, 5, 7):
@@ -98,31 +98,31 @@ def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
         assert losses(resumed) == losses(whole)[step:]
 
 
-def test_records_say_which_player_had_a_pass_and_what_sparsity_there_was() -> None:
+def test_records_hold_search_loss_and_sparsity() -> None:
     for name, search, lasso in (("paper", True, True), ("joint", False, True), ("no sparsity", True, False)):
-        job = job_of(setting_of(name))
+        job = job_of(config_with(name))
         tune_and_prune(job)
-        assert any("search_loss" in record for record in notes_of(job)) == search
-        assert any("lasso" in record for record in notes_of(job)) == lasso
-        assert all("ratio_loss" in record for record in notes_of(job) if record["phase"] == "search")
+        assert any("search_loss" in record for record in steps_of(job)) == search
+        assert any("lasso" in record for record in steps_of(job)) == lasso
+        assert all("ratio_loss" in record for record in steps_of(job) if record["phase"] == "search")
 
 
 # -- the paper's recipe ----------------------------------------------------------------------------------------------
 
 
-def test_the_paper_ends_its_second_epoch_with_the_cut() -> None:
+def test_paper_recipe_cuts_at_the_last_step() -> None:
     schedule = build_schedule(load_recipe(ROOT / "recipes" / "paper.yaml"))
     assert (schedule.search, schedule.settle, schedule.steps) == (750, 1500, 1500)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_ablation_is_a_recipe_of_its_own(name: str) -> None:
+def test_every_ablation_is_a_valid_recipe(name: str) -> None:
     changes = {key: value for key, value in VARIANTS[name].items() if key != "dense"}
     base = load_recipe(ROOT / "recipes" / "paper.yaml")
     assert (load_recipe(ROOT / "recipes" / "paper.yaml", changes) == base) == (not changes)
 
 
-def test_off_needs_no_quotes() -> None:
+def test_off_in_yaml_needs_no_quotes() -> None:
     for text in ("search: {sparsity: off}", "search: {sparsity: 'off'}"):
         assert from_mapping(yaml.safe_load(text)).search.sparsity == "off"
 
@@ -133,7 +133,7 @@ def test_off_needs_no_quotes() -> None:
 @pytest.mark.parametrize("aware", [True, False])
 @pytest.mark.parametrize("soft", [True, False])
 @pytest.mark.parametrize("micro_tokens", [10_000, 25])
-def test_a_joint_pass_is_both_passes(
+def test_joint_pass_equals_both_passes(
     micro_tokens: int, soft: bool, aware: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Adapters' gradients are always those of `tune`. Slopes are those of `slopes` where the forward is the same:
@@ -152,11 +152,11 @@ def test_a_joint_pass_is_both_passes(
     found = []
     for kind in (PaddedPasses, PackedPasses):
         passes: Any = kind(model, sites, 0, config)
-        loss, slopes = passes.both(examples(), gates)
+        loss, slopes = passes.tune_with_gate_gradients(examples(), gates)
         learnt = gradients(model)
         assert loss == pytest.approx(passes.tune(examples(), gates), rel=1e-5)
         assert_same(gradients(model), learnt)
-        others = passes.slopes(examples(), gates)[1]
+        others = passes.gate_gradients(examples(), gates)[1]
         if aware:
             assert any(not torch.allclose(slopes[name], others[name], rtol=1e-2) for name in slopes)
         else:
@@ -167,7 +167,7 @@ def test_a_joint_pass_is_both_passes(
     assert_same(found[0][2], found[1][2])
 
 
-def test_a_joint_pass_adds_to_gradients_and_leaves_gates_alone() -> None:
+def test_joint_pass_adds_to_gradients_and_does_not_change_gates() -> None:
     model = tiny()
     sites, gates = find_sites(model), gates_from_plan(random_plan(model), find_sites(model))
     model.requires_grad_(False)
@@ -186,7 +186,7 @@ def test_a_joint_pass_adds_to_gradients_and_leaves_gates_alone() -> None:
 # -- the other switches ----------------------------------------------------------------------------------------------
 
 
-def test_without_lora_awareness_adapters_learn_as_after_the_cut() -> None:
+def test_gated_adapters_have_the_gradients_of_the_cut_model() -> None:
     model = tiny()
     sites, gates = find_sites(model), gates_from_plan(random_plan(model), find_sites(model))
     model.requires_grad_(False)
@@ -194,7 +194,7 @@ def test_without_lora_awareness_adapters_learn_as_after_the_cut() -> None:
     found: dict[str, tuple[float, dict[str, Tensor]]] = {}
     for form in ("free", "gated"):
         with masked(model, gates, adapters=form, sites=sites):  # type: ignore[arg-type]
-            loss = accumulate_gradients(model, examples(), 0, 10_000)[0]
+            loss = accumulate_gradients(model, examples(), 0, 10_000, TrainingLoss({"answer": 1.0}))["loss"]
         found[form] = loss, gradients(model)
     for aware, form in ((True, "free"), (False, "gated")):
         config = from_mapping({"search": {"lora_aware": aware}})
@@ -237,7 +237,7 @@ def test_soft_gates_have_the_gradient_of_hard_ones(gates: str) -> None:
     assert ((drawn[1] > 0.01) & (drawn[1] < 0.99)).any()
 
 
-def test_a_joint_step_decides_what_it_sampled() -> None:
+def test_joint_step_decides_its_sample() -> None:
     sites = find_sites(tiny())
     for step, same in (("joint", True), ("alternate", False)):
         config = config_of({"search": {"step": step, "gates": "sampled", "offset": 0.0}})
@@ -249,7 +249,7 @@ def test_a_joint_step_decides_what_it_sampled() -> None:
 # -- the proximal step -----------------------------------------------------------------------------------------------
 
 
-def test_soft_threshold_by_hand() -> None:
+def test_soft_threshold_equals_value_by_hand() -> None:
     model = with_lora(tiny("qwen3"))
     sites = find_sites(tiny("qwen3"))
     site = next(site for site in sites if site.kind == "mlp")
@@ -293,7 +293,7 @@ def test_closed_norms_fall_by_the_threshold_and_open_units_keep_every_bit(thresh
             )
 
 
-def test_proximal_steps_empty_removed_units() -> None:
+def test_proximal_steps_drive_removed_units_to_zero() -> None:
     sums = {}
     for name, changes in (("off", {"sparsity": "off"}), ("proximal", {"sparsity": "proximal", "lasso": 20.0})):
         seen: dict[int, float] = {}

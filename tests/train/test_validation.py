@@ -1,4 +1,4 @@
-"""Laws of validation and gates: looking changes nothing, a crossed gate does what it says, a run resumes exactly."""
+"""Laws of validation and limits: validation changes no weight, a broken limit acts, a run resumes exactly."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ sampled = pytest.mark.parametrize("gates", ["projected", "sampled"])
 
 
 @sampled
-def test_looking_on_changes_no_bit(gates: str, tmp_path: Path) -> None:
+def test_validation_changes_no_weight(gates: str, tmp_path: Path) -> None:
     config = config_of(search={"gates": gates}, lora={"dropout": 0.1})
     alone = drive(config, tmp_path / "a", watched=False)
     watched = drive(config, tmp_path / "b", "guard.nll <= 9 -> roll-back", "valid.nll <= 99 -> stop", score=on_guard)
@@ -36,7 +36,7 @@ def test_looking_on_changes_no_bit(gates: str, tmp_path: Path) -> None:
     assert watched.notes.validations[0]["kept"] == 1.0
 
 
-def test_every_validated_decision_is_kept_with_its_plan(tmp_path: Path) -> None:
+def test_validated_decisions_are_recorded_with_their_plans(tmp_path: Path) -> None:
     run = drive(config_of(), tmp_path, "valid.nll <= 99 -> stop")
     assert sorted(run.watch.plans) == list(range(1, 13))
     assert run.watch.plans[12] == run.plan
@@ -46,13 +46,13 @@ def test_every_validated_decision_is_kept_with_its_plan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gates", ["sampled"])
-def test_roll_back_ends_inside_the_limit_where_the_same_run_ends_outside(gates: str, tmp_path: Path) -> None:
+def test_roll_back_ends_within_the_limit_that_the_same_run_breaks(gates: str, tmp_path: Path) -> None:
     config = config_of(search={"gates": gates, "offset": 1.0})
     free = drive(config, tmp_path / "free", "guard.nll <= 99 -> stop")
     held = drive(config, tmp_path / "held", BACK)
     assert free.notes.validations[-1]["guard.nll"] > 0.4
     assert held.notes.validations[-1]["guard.nll"] <= 0.4
-    assert held.backs >= 1
+    assert held.roll_backs >= 1
     event = held.seen["events"][0]
     assert event["did"].startswith("rolled back to step ")
     target = int(event["did"].rpartition(" ")[2])
@@ -63,7 +63,7 @@ def test_roll_back_ends_inside_the_limit_where_the_same_run_ends_outside(gates: 
     assert [record["step"] for record in held.notes.steps] == list(range(1, 13)), "no step is done again"
 
 
-def test_roll_back_brings_weights_and_moments_of_that_step_back(tmp_path: Path) -> None:
+def test_roll_back_restores_weights_and_moments_of_that_step(tmp_path: Path) -> None:
     class All(Checkpoints):
         """Keeps what is saved, too."""
 
@@ -88,7 +88,7 @@ def test_roll_back_brings_weights_and_moments_of_that_step_back(tmp_path: Path) 
     assert back.validation_history["last"]["guard.nll"] <= 0.4
 
 
-def test_a_crossing_after_the_cut_brings_back_what_was_cut(tmp_path: Path) -> None:
+def test_roll_back_after_the_cut_restores_removed_units(tmp_path: Path) -> None:
     """The model has lost the units by then: a new one takes the earlier decision."""
     config = config_of(train={"validate_every": 5}, search={"share": 0.5, "settle": 0.0})
     held = drive(config, tmp_path, "guard.nll <= 0.55 -> roll-back")
@@ -97,7 +97,7 @@ def test_a_crossing_after_the_cut_brings_back_what_was_cut(tmp_path: Path) -> No
     assert held.notes.validations[-1]["guard.nll"] <= 0.55
 
 
-def test_the_best_is_the_smallest_within_the_limit_and_then_the_best_on_valid(tmp_path: Path) -> None:
+def test_best_state_is_the_smallest_then_the_best_on_valid(tmp_path: Path) -> None:
     config = config_of(validate={"back_to": "best"}, train={"steps": 16})
     held = drive(config, tmp_path, BACK)
     good = held.seen["good"]
@@ -107,7 +107,7 @@ def test_the_best_is_the_smallest_within_the_limit_and_then_the_best_on_valid(tm
     assert (good["step"], good["valid.nll"]) == (best["step"], best["nll"])
 
 
-def test_back_off_raises_the_budget_until_it_holds(tmp_path: Path) -> None:
+def test_back_off_raises_the_budget_until_the_limit_is_met(tmp_path: Path) -> None:
     config = config_of(validate={"back_off": 0.1})
     held = drive(config, tmp_path, "guard.nll <= 0.4 -> back-off")
     raised = [event for event in held.seen["events"] if event["did"].startswith("budget raised")]
@@ -136,22 +136,22 @@ def test_stop_ends_the_run_at_once_and_again_when_resumed(tmp_path: Path) -> Non
     assert "\n" not in str(stopped.value)
 
 
-def test_with_nothing_to_go_back_to_the_run_goes_on_and_says_so(
+def test_run_continues_with_a_warning_if_there_is_no_state_to_roll_back_to(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         held = drive(config_of(train={"validate_every": 6}), tmp_path, "guard.nll <= 0 -> roll-back")
     assert [event["did"] for event in held.seen["events"]] == ["nothing to go back to"] * 2
-    assert "no earlier validation was within all gates" in caplog.text
-    assert held.backs == 0
+    assert "no earlier validation met all limits" in caplog.text
+    assert held.roll_backs == 0
 
 
-def test_a_score_that_is_not_a_number_is_outside(tmp_path: Path) -> None:
+def test_nan_score_breaks_the_limit(tmp_path: Path) -> None:
     with pytest.raises(LimitBroken, match=r"guard\.nll is nan"):
         drive(config_of(), tmp_path, "guard.nll <= 2x -> stop", score=lambda _: math.nan)
 
 
-def test_relative_limits_are_of_the_dense_model(tmp_path: Path) -> None:
+def test_relative_limit_is_of_the_dense_score(tmp_path: Path) -> None:
     free = drive(config_of(), tmp_path / "a", "guard.nll <= 99 -> stop", score=on_guard)
     dense = free.notes.validations[0]["guard.nll"]
     worst = max(record["guard.nll"] for record in free.notes.validations)
@@ -211,7 +211,7 @@ def test_resumed_after_any_step_equals_uninterrupted(gate: str, gates: str, tmp_
 # -- share of the time -----------------------------------------------------------------------------------------------
 
 
-def test_a_share_of_the_time_skips_validations_but_never_the_last(tmp_path: Path) -> None:
+def test_validate_share_skips_validations_except_the_last(tmp_path: Path) -> None:
     config = config_of(validate={"share": 1e-6}, train={"validate_every": 2})
     run = drive(config, tmp_path, "valid.nll <= 99 -> stop")
     assert [record["step"] for record in run.notes.validations] == [0, 12]
@@ -221,7 +221,7 @@ def test_a_share_of_the_time_skips_validations_but_never_the_last(tmp_path: Path
     assert generous.seen["stride"] == 1
 
 
-def test_what_was_measured_once_holds_for_a_resumed_run(tmp_path: Path) -> None:
+def test_resumed_run_keeps_the_measured_stride(tmp_path: Path) -> None:
     config = config_of(validate={"share": 1e-6}, train={"validate_every": 2, "checkpoint_every": 100})
     with pytest.raises(Killed):
         tune_and_prune(job_of(config, Mortal(3), Checkpoints(tmp_path / "checkpoints"), None))
@@ -232,6 +232,6 @@ def test_what_was_measured_once_holds_for_a_resumed_run(tmp_path: Path) -> None:
     assert resumed.seen["stride"] == before.validation_history["stride"]
 
 
-def test_the_time_spent_is_known(tmp_path: Path) -> None:
+def test_history_holds_the_seconds_of_validations(tmp_path: Path) -> None:
     run = drive(config_of(), tmp_path)
     assert run.seen["seconds"] == pytest.approx(sum(record["seconds"] for record in run.notes.validations))

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from prunetune.config.recipe import RunConfig
+from prunetune.config.recipe import BudgetConfig, RunConfig
 from prunetune.errors import ConfigError, ModelError
-from prunetune.pipeline import multi_size, stages
+from prunetune.pipeline import multi_size
+from prunetune.pipeline import run as run_module
 from prunetune.utils.determinism import CUBLAS, DETERMINISTIC_WORKSPACES, deterministic
 
 CPU = torch.device("cpu")
@@ -26,7 +27,7 @@ with deterministic(True, device):
     values, places = torch.randn(10**6, device=device), torch.randint(0, 8, (10**6,), device=device)
     sums = [torch.zeros(8, device=device).scatter_add(0, places, values) for _ in range(5)]
     values.view(1000, 1000) @ values.view(1000, 1000)
-assert all(torch.equal(sums[0], one) for one in sums)
+assert all(torch.equal(sums[0], total) for total in sums)
 assert not torch.are_deterministic_algorithms_enabled()
 """
 Settings = tuple[bool, bool, bool, str | None]
@@ -43,22 +44,22 @@ def settings() -> Settings:
 
 
 @pytest.mark.parametrize("workspace", [None, ":0:0", ":16:8"])
-def test_settings_hold_in_the_block_and_are_put_back(workspace: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_hold_in_the_block_and_are_restored(workspace: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(CUBLAS, raising=False)
     if workspace:
         monkeypatch.setenv(CUBLAS, workspace)
     before = settings()
     with deterministic(True, CPU):
-        mode, warns, fills, found = settings()
+        mode, warns, fills, current = settings()
         assert (mode, warns, fills) == (True, False, False)
-        assert found == (workspace if workspace in DETERMINISTIC_WORKSPACES else DETERMINISTIC_WORKSPACES[0])
+        assert current == (workspace if workspace in DETERMINISTIC_WORKSPACES else DETERMINISTIC_WORKSPACES[0])
     assert settings() == before
     with pytest.raises(KeyError), deterministic(True, CPU):
         raise KeyError
     assert settings() == before
 
 
-def test_nested_blocks_and_a_mode_that_was_there_are_put_back() -> None:
+def test_nested_blocks_and_an_earlier_mode_are_restored() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         before = settings()
@@ -71,13 +72,13 @@ def test_nested_blocks_and_a_mode_that_was_there_are_put_back() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def test_off_touches_nothing() -> None:
+def test_disabled_changes_no_setting() -> None:
     before = settings()
     with deterministic(False, CPU):
         assert settings() == before
 
 
-def test_what_pytorch_refuses_is_one_line_and_other_errors_pass() -> None:
+def test_errors_of_pytorch_about_the_mode_are_explained_and_others_pass() -> None:
     words = "histc_cuda does not have a deterministic implementation, but you set ..."
     with pytest.raises(ModelError, match="histc_cuda has no deterministic form"), deterministic(True, CPU):
         raise RuntimeError(words)
@@ -89,33 +90,31 @@ def test_what_pytorch_refuses_is_one_line_and_other_errors_pass() -> None:
         raise RuntimeError(words)
 
 
-@pytest.mark.parametrize("run", [multi_size.run, stages.run])
+@pytest.mark.parametrize("sizes", [(0.5,), ()])
 @pytest.mark.parametrize("wanted", [True, False])
-def test_a_run_is_made_in_the_block(
-    run: Callable[[RunConfig], Path], wanted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_is_made_in_the_block(sizes: tuple[float, ...], wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def prepare(*_: object, **__: object) -> None:
         seen.append(settings()[0])
         raise ConfigError("enough")
 
-    monkeypatch.setattr(stages, "prepare", prepare)
+    monkeypatch.setattr(multi_size if sizes else run_module, "prepare", prepare)
     before = settings()
     with pytest.raises(ConfigError, match="enough"):
-        run(RunConfig(deterministic=wanted, device="cpu"))
+        run_module.run(RunConfig(deterministic=wanted, device="cpu", budget=BudgetConfig(sizes=sizes)))
     assert seen == [wanted]
     assert settings() == before
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_sums_on_a_gpu_come_in_one_order() -> None:
+def test_gpu_sums_are_reproducible() -> None:
     done = subprocess.run([sys.executable, "-c", SUMS], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_a_value_that_is_no_bool_is_one_line(tmp_path: Path, say: Callable[..., tuple[int, str, str]]) -> None:
+def test_value_that_is_no_bool_is_refused_in_one_line(tmp_path: Path, say: Callable[..., tuple[int, str, str]]) -> None:
     for value in ("perhaps", "1", "[true]"):
         recipe = tmp_path / "recipe.yaml"
         recipe.write_text(f"deterministic: {value}\n", encoding="utf-8")
@@ -124,8 +123,8 @@ def test_a_value_that_is_no_bool_is_one_line(tmp_path: Path, say: Callable[..., 
     check_refused(say("run", recipe, "--deterministic=perhaps"))
 
 
-def check_refused(said: tuple[int, str, str]) -> None:
+def check_refused(outcome: tuple[int, str, str]) -> None:
     """Exit code 2, and one line that names the option."""
-    assert said[0] == 2
-    assert len(said[2].splitlines()) == 1
-    assert "deterministic" in said[2]
+    assert outcome[0] == 2
+    assert len(outcome[2].splitlines()) == 1
+    assert "deterministic" in outcome[2]

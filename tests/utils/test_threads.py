@@ -32,7 +32,7 @@ QUOTAS = [
 
 
 @pytest.mark.parametrize(("files", "cores"), QUOTAS)
-def test_a_quota_bounds_the_cores(
+def test_quota_bounds_the_cores(
     files: dict[str, str], cores: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
@@ -40,12 +40,12 @@ def test_a_quota_bounds_the_cores(
     place = group(tmp_path, files)
     assert usable_cores(place) == (cores or 8)
     for own in ({}, {"OMP_NUM_THREADS": "5"}):
-        told = dict(own)
-        limit_openmp_threads(told, place)
-        assert told == (own or ({"OMP_NUM_THREADS": str(cores)} if cores else {}))
+        environment = dict(own)
+        limit_openmp_threads(environment, place)
+        assert environment == (own or ({"OMP_NUM_THREADS": str(cores)} if cores else {}))
 
 
-def test_affinity_bounds_them_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_affinity_bounds_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     assert usable_cores(group(tmp_path, {"cpu.max": "600000 100000"})) == 2

@@ -1,12 +1,11 @@
-"""What a frozen model's layers see on calibration batches: moments of inputs, change of direction. Real tokens only.
+"""Statistics of a frozen model on calibration batches: moments of linears' inputs, cosines across layers. No padding.
 
-Shapes: B examples, T tokens, N real tokens, C columns of a consumer.
+Shapes: B examples, T tokens, N tokens without padding, C columns of a linear.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,22 +19,21 @@ from prunetune.model.lm_head import select_head_inputs
 
 @dataclass
 class Moments:
-    """Running mean and squared deviations of columns, merged batch by batch (Chan, Golub and LeVeque 1979)."""
+    """Running mean and squared deviations of each column, merged batch by batch (Chan, Golub and LeVeque 1979)."""
 
     count: int = 0
     mean: Tensor | float = 0.0  # float64 [C]
     squares: Tensor | float = 0.0  # sum of squared deviations from the mean, float64 [C]
 
     def add(self, rows: Tensor) -> None:
-        """Take in rows [N, C]."""
+        """Include the rows of one batch: [N, C]."""
         values = rows.double()
-        here, seen = values.mean(0), self.count
+        batch_mean, count_before = values.mean(0), self.count
         self.count += len(values)
-        shift = here - self.mean
+        shift = batch_mean - self.mean
         self.mean = self.mean + shift * (len(values) / self.count)
-        self.squares = (
-            self.squares + (values - here).square().sum(0) + shift.square() * (seen * len(values) / self.count)
-        )
+        batch_squares = (values - batch_mean).square().sum(0)
+        self.squares = self.squares + batch_squares + shift.square() * (count_before * len(values) / self.count)
 
     @property
     def average(self) -> Tensor:
@@ -54,56 +52,52 @@ class Moments:
 
 
 def input_moments(model: Any, modules: Iterable[str], batches: Sequence[Batch]) -> dict[str, Moments]:
-    """Moments of each module's first input over the real tokens: {module: of [C]}."""
-    found = {name: Moments() for name in modules}
-    real: list[Tensor] = []
+    """Moments of each module's first input over all tokens without padding: {module: of [C]}."""
+    moments = {name: Moments() for name in modules}
+    masks: list[Tensor] = []
 
-    def listen(moments: Moments) -> Any:
+    def hook(own: Moments) -> Any:
         # [B, T, C], or [B * T, C] where a family flattens
-        return lambda _, inputs: moments.add(inputs[0].flatten(0, -2)[real[-1].flatten()])
+        return lambda _, inputs: own.add(inputs[0].flatten(0, -2)[masks[-1].flatten()])
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(listen(found[name])) for name in found]
-    with _removed(handles):
-        _forward_batches(model, batches, real)
-    return found
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(own)) for name, own in moments.items()]
+    _forward_batches(model, batches, masks, handles)
+    return moments
 
 
 def block_influences(model: Any, layers: Iterable[str], batches: Sequence[Batch]) -> dict[str, float]:
-    """1 - mean cosine between input and output of each decoder layer, over the real tokens."""
+    """1 - mean cosine between input and output of each decoder layer, over all tokens without padding."""
     sums = dict.fromkeys(layers, 0.0)
-    real: list[Tensor] = []
+    masks: list[Tensor] = []
 
-    def listen(name: str) -> Any:
-        def hear(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
+    def hook(name: str) -> Any:
+        def add_cosines(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> None:
             before = inputs[0] if inputs else options["hidden_states"]
             after = output[0] if isinstance(output, tuple) else output
-            cosines = F.cosine_similarity(before[real[-1]].float(), after[real[-1]].float(), dim=-1)
+            cosines = F.cosine_similarity(before[masks[-1]].float(), after[masks[-1]].float(), dim=-1)
             sums[name] += float(cosines.double().sum())
 
-        return hear
+        return add_cosines
 
-    handles = [model.get_submodule(name).register_forward_hook(listen(name), with_kwargs=True) for name in sums]
-    with _removed(handles):
-        _forward_batches(model, batches, real)
+    handles = [model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True) for name in sums]
+    _forward_batches(model, batches, masks, handles)
     tokens = sum(sum(batch.lengths) for batch in batches)
     return {name: 1 - total / tokens for name, total in sums.items()}
 
 
 @torch.no_grad()
-def _forward_batches(model: Any, batches: Sequence[Batch], real: list[Tensor]) -> None:
-    """Forward every batch; `real` ends with the mask of the batch under way. The head reads one token only."""
-    device = next(model.parameters()).device
-    for batch in batches:
-        placed = batch.to(device)
-        real.append(placed.token_mask)
-        with select_head_inputs(model, torch.zeros(1, dtype=torch.long, device=device)):
-            model(input_ids=placed.input_ids, use_cache=False)
+def _forward_batches(model: Any, batches: Sequence[Batch], masks: list[Tensor], handles: Sequence[Any]) -> None:
+    """Run every batch through the model, then remove these hooks; the head sees one token only.
 
-
-@contextmanager
-def _removed(handles: Sequence[Any]) -> Iterator[None]:
+    While a batch runs, `masks` ends with its tokens without padding: bool [B, T].
+    """
     try:
-        yield
+        device = next(model.parameters()).device
+        for batch in batches:
+            placed = batch.to(device)
+            masks.append(placed.token_mask)
+            with select_head_inputs(model, torch.zeros(1, dtype=torch.long, device=device)):
+                model(input_ids=placed.input_ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

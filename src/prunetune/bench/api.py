@@ -1,4 +1,4 @@
-"""`prunetune bench` as a function."""
+"""`prunetune bench` as a function: latency, throughput and memory of several models."""
 
 from __future__ import annotations
 
@@ -23,39 +23,39 @@ DEFAULTS = BenchOptions()
 def measure_models(
     models: Sequence[str], options: BenchOptions = DEFAULTS, *, opener: RunnerFactory = open_runner
 ) -> BenchResult:
-    """Latency, throughput and memory of runs, checkpoints, hub names and .gguf files, in turns.
+    """Measure runs, checkpoints, hub names and .gguf files in interleaved runs, each model in a process of its own.
 
-    All stay open at once, each in a process of its own. Raises a `PrunetuneError` before anything is opened where a
-    name leads nowhere or the prompt does not fit.
+    All models are open at once. Raises a `PrunetuneError` before anything is opened if a name is unknown or the prompt
+    does not fit.
     """
     if not models:
         raise ConfigError("bench needs a model: name a run, a model folder, a hub name or a .gguf file")
     batches = options.batches
-    pick_device(options.device)  # refuses in time
-    given = resolve_models(models, options)
+    pick_device(options.device)  # raises before any process is started
+    specs = resolve_models(models, options)
     with ExitStack() as stack:
         workers = []
-        for model in given:
-            worker = Worker(model, options, opener)
+        for spec in specs:
+            worker = Worker(spec, options, opener)
             stack.callback(worker.close)
             workers.append(worker)
-            log.info("opened %s in %.1f s", model.label, worker.facts().load_s)
+            log.info("opened %s in %.1f s", spec.label, worker.facts().load_s)
         measured = run_interleaved(workers, batches, options.runs)
         facts = [worker.facts() for worker in workers]
     return summarise_bench(
-        [model.label for model in given], facts, measured, options=options, versions=environment.package_versions()
+        [spec.label for spec in specs], facts, measured, options=options, versions=environment.package_versions()
     )
 
 
 def measure_in_process(
     models: Sequence[str], options: BenchOptions = DEFAULTS, *, opener: RunnerFactory = open_runner
 ) -> BenchResult:
-    """The same in this process: nothing is started, and there is no peak of memory that would be one model's own."""
+    """`measure_models` in this process; peak memory is left out, since it would be that of all models together."""
     batches = options.batches
-    given = resolve_models(models, options)
-    runners = [opener(model, options) for model in given]
+    specs = resolve_models(models, options)
+    runners = [opener(spec, options) for spec in specs]
     measured = run_interleaved(runners, batches, options.runs)
     for cell in (cell for cells in measured for cell in cells):
         cell.samples = [replace(sample, peak_bytes=None) for sample in cell.samples]
-    labels, facts = [model.label for model in given], [runner.facts() for runner in runners]
+    labels, facts = [spec.label for spec in specs], [runner.facts() for runner in runners]
     return summarise_bench(labels, facts, measured, options=options, versions=environment.package_versions())

@@ -1,4 +1,4 @@
-"""Time and memory as a device has them."""
+"""Time, peak memory and energy of a device."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 
 MILLI = 1e-3
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"  # written to CLEAR, resets the peak of resident memory (man 5 proc)
 
 
 def energy_meter(device: torch.device) -> Callable[[], float] | None:
-    """A reader of the joules used so far; None where nothing reports them.
+    """A function that returns the joules used so far; None if nothing reports them.
 
-    The counter is the whole card's and moves every few tens of milliseconds, so short runs are coarse.
+    The counter is that of the whole card and moves every few tens of milliseconds, so short runs are coarse.
     """
     if device.type != "cuda":
         return None
@@ -32,12 +34,8 @@ def energy_meter(device: torch.device) -> Callable[[], float] | None:
     return lambda: float(nvml.nvmlDeviceGetTotalEnergyConsumption(card)) * MILLI
 
 
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # to CLEAR: the high-water mark begins again (man 5 proc)
-
-
 def synchronized_time(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
+    """Seconds, after the device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
@@ -46,7 +44,7 @@ def synchronized_time(device: torch.device) -> float:
 
 
 def reset_peak_memory(device: torch.device) -> bool:
-    """Let the peak of memory begin again from what is held now; False where the device or system cannot."""
+    """Reset the peak of memory to what is in use now; False if the device or the system cannot."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -60,15 +58,16 @@ def reset_peak_memory(device: torch.device) -> bool:
 
 
 def current_bytes(device: torch.device) -> int:
-    """Bytes held now, where `reset_peak` works: before a model is opened, those that are not the model's."""
+    """Bytes in use now, where `reset_peak_memory` works; before a model is opened, the part that is not its own."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _status("VmRSS")
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Most bytes since a reset that worked: allocated on CUDA, resident in this process on the CPU."""
+    """Peak bytes since the last successful reset: allocated on CUDA, resident in this process on the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _status("VmHWM")
 
 
 def _status(key: str) -> int:
+    """Bytes of one entry of this process's status file."""
     line = next(line for line in STATUS.read_text(encoding="ascii").splitlines() if line.startswith(f"{key}:"))
     return int(line.split()[1]) * 1024

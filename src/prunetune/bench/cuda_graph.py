@@ -1,4 +1,4 @@
-"""A decode step as a CUDA graph: what a step takes where nothing waits for Python, as in a serving runtime."""
+"""A decode step as a CUDA graph: its time without waiting for Python, as in a serving runtime."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 
 from prunetune.errors import ConfigError, ModelError
+from prunetune.utils.failures import first_line
 
-WARM_UPS = 2  # runs before recording, in which kernels are chosen and workspaces made
+WARM_UPS = 2  # runs before recording, in which libraries choose kernels and allocate workspaces
 
 
 class CudaGraphStep:
-    """Called as the model is, with one token of each sequence and a `StaticCache` that a prefill has filled.
+    """A decode step, called like the model with one token of each sequence and a `StaticCache` filled by a prefill.
 
-    A cache is recorded when it is first seen. Raises `ConfigError` without CUDA, and `ModelError` where the model's
-    step cannot be recorded.
+    The graph is recorded when a cache is used for the first time. Raises `ConfigError` on other devices than CUDA, and
+    `ModelError` if the model's step cannot be recorded.
     """
 
     def __init__(self, model: Any) -> None:
@@ -29,7 +30,7 @@ class CudaGraphStep:
         self.out: Any = None
 
     def __call__(self, token: Tensor, *, past_key_values: Any, use_cache: bool = True) -> Any:
-        """[B, 1] ids -> the model's output, which the next call writes over."""
+        """[B, 1] token ids -> the model's output, which the next call overwrites."""
         if self.graph is None or past_key_values is not self.cache:
             self._capture(token, past_key_values)
         assert self.graph is not None
@@ -38,10 +39,10 @@ class CudaGraphStep:
         return self.out
 
     def _capture(self, token: Tensor, cache: Any) -> None:
-        self.graph = self.out = None  # the memory of one before
+        self.graph = self.out = None  # frees the memory of the last graph
         self.cache, self.token = cache, token.clone()
         lengths = [layer.cumulative_length for layer in cache.layers]
-        before = [length.clone() for length in lengths]
+        lengths_before = [length.clone() for length in lengths]
         side = torch.cuda.Stream(token.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(token.device))
         with torch.cuda.stream(side):
@@ -55,10 +56,9 @@ class CudaGraphStep:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as failed:
-            line = (str(failed).strip().splitlines() or ["RuntimeError"])[0]
-            raise ModelError(f"this model's step cannot be recorded ({line}); run it eagerly") from failed
-        for length, was in zip(lengths, before, strict=True):
-            length.copy_(was)  # warm-ups wrote places of the cache that replays write again
+            raise ModelError(f"this model's step cannot be recorded ({first_line(failed)}); run it eagerly") from failed
+        for length, before in zip(lengths, lengths_before, strict=True):
+            length.copy_(before)  # warm-ups advanced the cache; replays write those places again
         self.graph = graph
 
     def _step(self) -> Any:

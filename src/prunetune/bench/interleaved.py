@@ -1,4 +1,4 @@
-"""Models take turns, run by run: what slows the machine for a while slows all of them."""
+"""Interleaved timing: models take turns, run by run, so that a slow moment of the machine slows all of them."""
 
 from __future__ import annotations
 
@@ -9,75 +9,69 @@ from dataclasses import dataclass, field
 
 from prunetune.bench.runner import BenchSample, OutOfMemory, Runner, WorkEstimate
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class SummaryStats:
-    """Median, quartiles and ends of `runs` values; in the values' own unit."""
+    """Median, quartiles, smallest and largest of several values, in their unit."""
 
     median: float
     low_quartile: float
     high_quartile: float
     min: float
     max: float
-    runs: int
+    runs: int  # number of values
 
 
 def summary_stats(values: Sequence[float]) -> SummaryStats:
-    """Of at least one value; quartiles lie between the ends (the inclusive method), and one value is all five."""
+    """Summary of one or more values; quartiles by the inclusive method."""
     if len(values) == 1:
-        low = middle = high = values[0]
+        low = median = high = values[0]
     else:
-        low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
-    return SummaryStats(middle, low, high, min(values), max(values), len(values))
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return SummaryStats(median, low, high, min(values), max(values), len(values))
 
 
 def paired_ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """above / below, run by run: what slows both runs of a round falls out. Raises `ValueError` on unequal lengths."""
-    return [one / other for one, other in zip(above, below, strict=True) if other > 0]
+    """above / below, run by run, so that what slows both runs of a round cancels out.
 
-
-log = logging.getLogger(__name__)
+    Raises `ValueError` on unequal lengths.
+    """
+    return [numerator / denominator for numerator, denominator in zip(above, below, strict=True) if denominator > 0]
 
 
 @dataclass
 class BatchMeasurement:
-    """One model at one batch size."""
+    """Samples of one model at one batch size."""
 
     batch: int
     work: WorkEstimate = field(default_factory=WorkEstimate)
-    samples: list[BenchSample] = field(default_factory=list)  # by round
+    samples: list[BenchSample] = field(default_factory=list)  # one for each round
     failed: str = ""  # why there are no samples
 
 
 def run_interleaved(runners: Sequence[Runner], batches: Sequence[int], runs: int) -> list[list[BatchMeasurement]]:
-    """What every runner does at every batch size: one list of batch sizes for each runner.
+    """Time every runner at every batch size: for each runner, one measurement for each batch size.
 
-    Odd rounds go backwards, so that no model always follows the same one. A batch that does not fit ends that model's
-    part in it, and nothing else.
+    Odd rounds go backwards, so that no model always follows the same one. If a batch does not fit, that model has no
+    samples of it; the others are timed.
     """
-    found = [[BatchMeasurement(batch) for batch in batches] for _ in runners]
-    for place, batch in enumerate(batches):
+    measurements = [[BatchMeasurement(batch) for batch in batches] for _ in runners]
+    for index, batch in enumerate(batches):
         log.info("batch %d: warm-up and %d rounds", batch, runs)
-        pairs = [(runner, cells[place]) for runner, cells in zip(runners, found, strict=True)]
-        for runner, cell in pairs:
-            _warm(runner, cell)
-        for turn in range(runs):
-            for runner, cell in pairs if turn % 2 == 0 else reversed(pairs):
-                _run(runner, cell)
-    return found
-
-
-def _warm(runner: Runner, cell: BatchMeasurement) -> None:
-    try:
-        cell.work = runner.warm_up(cell.batch)
-    except OutOfMemory as failed:
-        cell.failed = str(failed)
-
-
-def _run(runner: Runner, cell: BatchMeasurement) -> None:
-    if cell.failed:
-        return
-    try:
-        cell.samples.append(runner.run(cell.batch))
-    except OutOfMemory as failed:  # others hold more by now
-        cell.failed, cell.samples = str(failed), []
+        pairs = [(runner, own[index]) for runner, own in zip(runners, measurements, strict=True)]
+        for runner, measurement in pairs:
+            try:
+                measurement.work = runner.warm_up(batch)
+            except OutOfMemory as failed:
+                measurement.failed = str(failed)
+        for round_number in range(runs):
+            for runner, measurement in pairs if round_number % 2 == 0 else reversed(pairs):
+                if measurement.failed:
+                    continue
+                try:
+                    measurement.samples.append(runner.run(batch))
+                except OutOfMemory as failed:  # other models may use more memory than at the warm-up
+                    measurement.failed, measurement.samples = str(failed), []
+    return measurements

@@ -1,4 +1,4 @@
-"""A .gguf file as llama.cpp runs it, by the server in the package xllamacpp and its own clocks."""
+"""A .gguf file timed in llama.cpp: by the server of the package xllamacpp, on the CPU, with its own timings."""
 
 from __future__ import annotations
 
@@ -19,25 +19,28 @@ from prunetune.evaluation.suites.http_client import EndpointClient
 from prunetune.evaluation.suites.llamacpp import start_server
 from prunetune.utils.optional import import_optional
 
-CPU = torch.device("cpu")  # what the package is built for
+CPU = torch.device("cpu")  # the package is built for it
 MILLI = 1e-3
-REPLY_TIMEOUT_S = 600.0  # seconds for a reply
+REPLY_TIMEOUT_S = 600.0  # seconds until a request fails
 
 
 class LlamaCppRunner:
-    """One prompt is timed by llama.cpp itself. Several are sent at once, and only their whole is timed: the server
-    mixes one's prefill with another's steps."""
+    """A llama.cpp server that runs while this is open.
+
+    A batch of one is timed by llama.cpp itself. Several prompts are sent at once, and only their total is timed, since
+    the server mixes the prefill of one with the decode steps of others.
+    """
 
     def __init__(self, model: ModelSpec, options: BenchOptions) -> None:
         self.spec, self.options, self.file = model, options, Path(model.source)
-        self.parameters, self.vocabulary, self.kind = _described(self.file)
+        self.parameters, self.vocabulary, self.dtype = _describe(self.file)
         self.threads = options.threads or torch.get_num_threads()
         import_optional("xllamacpp", extra="llamacpp", use=f"model {self.file}")
         self.baseline_bytes = clock.current_bytes(CPU) if clock.reset_peak_memory(CPU) else 0
-        begun = time.perf_counter()
+        start = time.perf_counter()
         slots, length = max(options.batches), options.prompt + options.generate + 8
         self.server = start_server(self.file, context=slots * length, slots=slots, threads=self.threads, on_cpu=True)
-        self.load_s = time.perf_counter() - begun
+        self.load_s = time.perf_counter() - start
         self.client = EndpointClient(
             self.server.listening_address, timeout=REPLY_TIMEOUT_S, concurrency=max(options.batches)
         )
@@ -47,7 +50,7 @@ class LlamaCppRunner:
         return ModelFacts(
             runtime=f"llama.cpp (xllamacpp {version('xllamacpp')})",
             device=f"{self.threads} CPU threads",
-            dtype=self.kind,
+            dtype=self.dtype,
             parameters=self.parameters,
             file_bytes=self.file.stat().st_size,
             load_s=self.load_s,
@@ -60,22 +63,23 @@ class LlamaCppRunner:
 
     def run(self, batch: int) -> BenchSample:
         """See `Runner`."""
-        watched = clock.reset_peak_memory(CPU)
-        begun = time.perf_counter()
+        has_peak = clock.reset_peak_memory(CPU)
+        start = time.perf_counter()
         with ThreadPoolExecutor(batch) as pool:
-            told = list(pool.map(self._ask, range(batch)))
-        total = time.perf_counter() - begun
-        peak = clock.peak_bytes(CPU) - self.baseline_bytes if watched else None
+            timings = list(pool.map(self._complete, range(batch)))
+        total = time.perf_counter() - start
+        peak = clock.peak_bytes(CPU) - self.baseline_bytes if has_peak else None
         if batch > 1:
             return BenchSample(total, peak_bytes=peak)
-        prefill, steps = told[0]["prompt_ms"] * MILLI, told[0]["predicted_ms"] * MILLI
-        # llama.cpp counts the steps' time from the first token on.
-        return BenchSample(total, prefill, steps / (self.options.generate - 1), peak)
+        prefill, decode = timings[0]["prompt_ms"] * MILLI, timings[0]["predicted_ms"] * MILLI
+        # llama.cpp's time of decoding starts at the first token.
+        return BenchSample(total, prefill, decode / (self.options.generate - 1), peak)
 
     def close(self) -> None:
         """See `Runner`: the process ends."""
 
-    def _ask(self, seed: int) -> dict[str, Any]:
+    def _complete(self, seed: int) -> dict[str, Any]:
+        """Complete one random prompt and return llama.cpp's timings."""
         rng = torch.Generator().manual_seed(seed)
         tokens = torch.randint(self.vocabulary, (self.options.prompt,), generator=rng).tolist()
         body = {
@@ -95,7 +99,7 @@ class LlamaCppRunner:
 
 
 def gguf_context_length(file: Path) -> int:
-    """Positions that a file's model knows; 0 where it says none. Raises `ModelError` for what is no GGUF."""
+    """Positions of a file's model; 0 if it does not say. Raises `ModelError` if the file is not GGUF."""
     reader = _reader(file)
     architecture = reader.get_field("general.architecture")
     field = reader.get_field(f"{architecture.contents()}.context_length") if architecture else None
@@ -103,25 +107,31 @@ def gguf_context_length(file: Path) -> int:
 
 
 def estimate_gguf_work(file: Path, tokens: int) -> WorkEstimate:
-    """FLOPs of the blocks' matrices over so many tokens, and the bytes of all weights but a look-up table of its own;
-    attention between tokens and the cache are left out. Nothing where experts are chosen."""
+    """FLOPs of the layers' matrices over so many tokens, and bytes of all weights but an untied embedding table.
+
+    Attention between tokens and the cache are left out. Empty for mixtures, where a token uses only some experts.
+    """
     tensors = {tensor.name: tensor for tensor in _reader(file).tensors}
     if any("_exps." in name for name in tensors):
         return WorkEstimate()
-    blocks = sum(int(each.n_elements) for name, each in tensors.items() if "blk." in name and len(each.shape) > 1)
+    matrix_params = sum(
+        int(tensor.n_elements) for name, tensor in tensors.items() if "blk." in name and len(tensor.shape) > 1
+    )
     looked_up = {"token_embd.weight"} if "output.weight" in tensors else set()
-    read = sum(int(each.n_bytes) for name, each in tensors.items() if name not in looked_up)
-    return WorkEstimate(2.0 * blocks * tokens, float(read))
+    bytes_read = sum(int(tensor.n_bytes) for name, tensor in tensors.items() if name not in looked_up)
+    return WorkEstimate(2.0 * matrix_params * tokens, float(bytes_read))
 
 
-def _described(file: Path) -> tuple[int, int, str]:
-    """Parameters, size of the vocabulary, and the type that most weights have."""
+def _describe(file: Path) -> tuple[int, int, str]:
+    """(parameters, size of the vocabulary, type of most weights)."""
     reader = _reader(file)
-    held: dict[str, int] = {}
+    params_by_type: dict[str, int] = {}
     for tensor in reader.tensors:
-        held[tensor.tensor_type.name] = held.get(tensor.tensor_type.name, 0) + int(tensor.n_elements)
+        type_name = tensor.tensor_type.name
+        params_by_type[type_name] = params_by_type.get(type_name, 0) + int(tensor.n_elements)
     tokens = reader.get_field("tokenizer.ggml.tokens")
-    return sum(held.values()), len(tokens.data), max(held, key=lambda kind: held[kind]).lower()
+    main_type = max(params_by_type, key=lambda name: params_by_type[name])
+    return sum(params_by_type.values()), len(tokens.data), main_type.lower()
 
 
 def _reader(file: Path) -> Any:

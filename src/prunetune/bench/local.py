@@ -1,4 +1,4 @@
-"""A model as transformers runs it: prefill, then greedy steps with a cache."""
+"""A model timed in transformers: prefill, then greedy decode steps; eager, compiled or as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ _aten = torch.ops.aten
 
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
-    """Of both products for shapes [batch, heads, tokens, width], as if nothing were masked.
+    """FLOPs of both products for shapes [batch, heads, tokens, width], without a mask.
 
-    Keys and values may have fewer heads than queries, which PyTorch 2.11's own formula refuses.
+    Keys and values may have fewer heads than queries, for which PyTorch 2.11's own formula fails.
     """
     return 2 * query[0] * query[1] * query[2] * key[2] * (query[3] + value[3])
 
@@ -43,11 +43,11 @@ ATTENTION = dict.fromkeys(
     ),
     _attention_flops,
 )
-WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the first that a folder has
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the first pattern that matches files in a folder
 
 
 class LocalRunner:
-    """Opened at once. Tokens are random: arithmetic does not read them. No end of text stops a run early."""
+    """A model that is loaded when this is created. Prompts are random; no end-of-text token ends a run early."""
 
     def __init__(self, model: ModelSpec, options: BenchOptions) -> None:
         self.spec, self.options = model, options
@@ -55,23 +55,21 @@ class LocalRunner:
         if options.threads:
             torch.set_num_threads(options.threads)
         self.dtype = pick_dtype(options.dtype, self.device)
-        import_module("transformers.modeling_utils")  # its import is not the model's loading
+        import_module("transformers.modeling_utils")  # importing it is not counted as loading
         self.baseline_bytes = clock.current_bytes(self.device) if clock.reset_peak_memory(self.device) else 0
-        begun = clock.synchronized_time(self.device)
+        start = clock.synchronized_time(self.device)
         with _raise_out_of_memory(f"the weights of {model.label}"):
-            self.model = self._opened()
-        self.load_s = clock.synchronized_time(self.device) - begun
-        self.prefill, self.step, self.static = self.model, self.model, dict[int, Any]()
+            self.model = load_model_and_tokenizer(
+                model.source, device=self.device, dtype=self.dtype, trust_remote_code=model.trust_remote_code
+            ).model
+        self.load_s = clock.synchronized_time(self.device) - start
+        self.prefill, self.step = self.model, self.model
+        self.static_caches: dict[int, Any] = {}  # by batch size, of the last one
         if options.record:
             self.step = CudaGraphStep(self.model)
         elif options.compile:
             mode = "reduce-overhead" if self.device.type == "cuda" else None
             self.prefill = self.step = torch.compile(self.model, mode=mode, dynamic=False)
-
-    def _opened(self) -> Any:
-        return load_model_and_tokenizer(
-            self.spec.source, device=self.device, dtype=self.dtype, trust_remote_code=self.spec.trust_remote_code
-        ).model
 
     def facts(self) -> ModelFacts:
         """See `Runner`."""
@@ -96,7 +94,7 @@ class LocalRunner:
             if not self.options.compile:
                 raise
             lines = (line for line in str(broken).splitlines() if line.strip() and not line.endswith(" raised:"))
-            reason = next(lines, type(broken).__name__)  # what a backend raised stands below that it did
+            reason = next(lines, type(broken).__name__)  # the backend's own error is below a line that announces it
             raise ModelError(
                 f"model {self.spec.label}: cannot be compiled here ({reason}); leave --compile out"
             ) from broken
@@ -117,22 +115,24 @@ class LocalRunner:
         return random_prompts(self.model, batch, self.options.prompt)
 
     def _cache(self, batch: int) -> Any:
-        """An empty cache. What was compiled knows its cache by address, so that of a batch size is used again."""
+        """An empty cache. Compiled and recorded steps are bound to their cache by address, so theirs is used again."""
         from transformers import DynamicCache, StaticCache
 
         if not (self.options.compile or self.options.record):
             return DynamicCache(config=self.model.config)
-        if batch not in self.static:
+        if batch not in self.static_caches:
             length = self.options.prompt + self.options.generate
-            self.static = {batch: StaticCache(self.model.config, max_cache_len=length)}
-            if self.options.compile:  # its tensors get their places outside of what is compiled
-                self.model(self._tokens(batch), past_key_values=self.static[batch], use_cache=True, logits_to_keep=1)
-        self.static[batch].reset()
-        return self.static[batch]
+            self.static_caches = {batch: StaticCache(self.model.config, max_cache_len=length)}
+            if self.options.compile:  # allocates its tensors, outside of the compiled step
+                self.model(
+                    self._tokens(batch), past_key_values=self.static_caches[batch], use_cache=True, logits_to_keep=1
+                )
+        self.static_caches[batch].reset()
+        return self.static_caches[batch]
 
     @torch.no_grad()
     def _flops(self, batch: int) -> float:
-        """Of the prefill, as operators report them."""
+        """FLOPs of the prefill, as operators report them."""
         counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
         with _raise_out_of_memory(f"batch {batch} of {self.spec.label}"), counter:
             self.model(self._tokens(batch), use_cache=False, logits_to_keep=1)
@@ -140,37 +140,40 @@ class LocalRunner:
 
     @torch.no_grad()
     def _run(self, batch: int) -> tuple[BenchSample, Any]:
-        """The sample, and the cache as it is at the end."""
+        """(sample, cache at the end of the run)."""
         with _raise_out_of_memory(f"batch {batch} of {self.spec.label}"):
             tokens, cache = self._tokens(batch), self._cache(batch)
-            watched = clock.reset_peak_memory(self.device)
-            before = self._meter() if self._meter else 0.0
+            has_peak = clock.reset_peak_memory(self.device)
+            joules_before = self._meter() if self._meter else 0.0
             times = time_request(self.prefill, tokens, cache, self.options.generate, self.step)
         sample = BenchSample(
             total_s=times.total,
             prefill_s=times.prefill,
             decode_s=times.decode,
-            peak_bytes=clock.peak_bytes(self.device) - self.baseline_bytes if watched else None,
-            joules=self._meter() - before if self._meter else None,
+            peak_bytes=clock.peak_bytes(self.device) - self.baseline_bytes if has_peak else None,
+            joules=self._meter() - joules_before if self._meter else None,
         )
         return sample, cache
 
 
 def weight_bytes(source: str) -> int:
-    """Size of the files with the weights of a folder, a .gguf file or a fetched hub name; 0 where none are found."""
-    place = Path(source)
-    if place.is_file():
-        return place.stat().st_size
-    if not place.is_dir():
+    """Bytes of the weight files of a folder, a .gguf file or a downloaded hub name; 0 if there are none."""
+    path = Path(source)
+    if path.is_file():
+        return path.stat().st_size
+    if not path.is_dir():
         from transformers.utils import cached_file
 
-        place = Path(cached_file(source, "config.json")).parent
-    sizes = [[file.stat().st_size for file in place.glob(pattern)] for pattern in WEIGHTS]
-    return next((sum(found) for found in sizes if found), 0)
+        path = Path(cached_file(source, "config.json")).parent
+    sizes_by_pattern = [[file.stat().st_size for file in path.glob(pattern)] for pattern in WEIGHTS]
+    return next((sum(sizes) for sizes in sizes_by_pattern if sizes), 0)
 
 
 def decode_bytes(model: Any, cache: Any) -> float | None:
-    """What a step reads: all weights but a look-up table of its own, and the cache; None where experts are chosen."""
+    """Bytes that a decode step reads: the cache, and all weights but an embedding table that is not also the head.
+
+    None for mixtures, where a step reads only some experts.
+    """
     names = [name for name, _ in model.named_parameters()]
     if any(".experts." in name for name in names):
         return None
@@ -178,16 +181,16 @@ def decode_bytes(model: Any, cache: Any) -> float | None:
     table, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is not table.weight:
         weights -= table.weight.nbytes
-    held = (part for layer in cache.layers for part in (layer.keys, layer.values))
-    return float(weights + sum(part.nbytes for part in held if part is not None))  # none where attention is gone
+    cached = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    return float(weights + sum(tensor.nbytes for tensor in cached if tensor is not None))  # None: no attention left
 
 
 @contextmanager
-def _raise_out_of_memory(what: str) -> Iterator[None]:
-    """Say what does not fit into memory; every other error passes."""
+def _raise_out_of_memory(subject: str) -> Iterator[None]:
+    """Raises `OutOfMemory` with the subject that does not fit; other errors are not changed."""
     try:
         yield
-    except (MemoryError, RuntimeError) as failed:  # PyTorch's are runtime errors, on the CPU by their words alone
+    except (MemoryError, RuntimeError) as failed:  # on the CPU, PyTorch raises a RuntimeError of this text
         if not isinstance(failed, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(failed):
             raise
-        raise OutOfMemory(f"{what}: out of memory; lower --batch or --prompt, or name fewer models") from failed
+        raise OutOfMemory(f"{subject}: out of memory; lower --batch or --prompt, or name fewer models") from failed

@@ -1,4 +1,4 @@
-"""What `prunetune bench` is given: runs, checkpoints, hub names, .gguf files; and the dense models they began with."""
+"""The models that `prunetune bench` measures: runs, checkpoints, hub names, .gguf files, and their dense models."""
 
 from __future__ import annotations
 
@@ -15,32 +15,31 @@ from prunetune.utils.optional import import_optional
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model by its name, not opened."""
+    """A model that is named but not opened yet."""
 
-    label: str  # as the user would call it
+    label: str  # in tables and errors
     source: str  # a folder, a hub name, or a .gguf file for llama.cpp
     llama_cpp: bool = False
-    trust_remote_code: bool = False  # run code that comes with it
+    trust_remote_code: bool = False  # whether code that comes with it is run
 
 
 def resolve_models(models: Sequence[str], options: BenchOptions) -> tuple[ModelSpec, ...]:
-    """Every model once; a run's dense model stands first, so that it is what all are compared with.
+    """Every model once; dense models of runs come first, so that all others are compared with one.
 
-    Raises a `PrunetuneError` where a name leads nowhere, a package is missing, or the prompt does not fit.
+    Of a run with several sizes, all are measured. Raises a `PrunetuneError` if a name is unknown, a package is missing,
+    or the prompt does not fit.
     """
-    models = [each for name in models for each in _sizes(name)]
-    given = [_resolve_model(name, options) for name in models]
-    dense = list(_dense(models, options)) if options.dense else []
-    found = tuple({one.source: one for one in [*dense, *given]}.values())
-    for one in found:
-        _check_context(one, options)
-    return found
-
-
-def _sizes(name: str) -> list[str]:
-    """All sizes of a run of several; else what is named."""
-    run = Path(name).expanduser()
-    return list(map(str, list_run_sizes(run))) if read_run_config(run) is not None and list_run_sizes(run) else [name]
+    names: list[str] = []
+    for name in models:
+        run = Path(name).expanduser()
+        sizes = list_run_sizes(run) if read_run_config(run) is not None else ()
+        names += map(str, sizes or (name,))
+    named = [_resolve_model(name, options) for name in names]
+    dense = list(_dense_models(names, options)) if options.dense else []
+    unique = tuple({spec.source: spec for spec in [*dense, *named]}.values())
+    for spec in unique:
+        _check_context(spec, options)
+    return unique
 
 
 def _resolve_model(name: str, options: BenchOptions) -> ModelSpec:
@@ -52,8 +51,8 @@ def _resolve_model(name: str, options: BenchOptions) -> ModelSpec:
     return ModelSpec(name, resolve_model_path(source), trust_remote_code=trust)
 
 
-def _dense(models: Sequence[str], options: BenchOptions) -> Iterator[ModelSpec]:
-    """The models that runs began with; a .gguf file among them is opened as the run did, dequantised."""
+def _dense_models(models: Sequence[str], options: BenchOptions) -> Iterator[ModelSpec]:
+    """The dense models of runs; a .gguf file among them is opened as the run did, dequantised in transformers."""
     for name in models:
         run = read_run_config(Path(name).expanduser())
         if run is not None:
@@ -63,7 +62,14 @@ def _dense(models: Sequence[str], options: BenchOptions) -> Iterator[ModelSpec]:
 
 
 def _check_context(model: ModelSpec, options: BenchOptions) -> None:
-    context, wanted = _positions(model), options.prompt + options.generate
+    """Raises `ConfigError` if prompt and answer are longer than the model's context."""
+    if model.llama_cpp:
+        from prunetune.bench.llamacpp import gguf_context_length
+
+        context = gguf_context_length(Path(model.source))
+    else:
+        context = context_length(model.source, trust_remote_code=model.trust_remote_code)
+    wanted = options.prompt + options.generate
     if context and wanted > context:
         raise ConfigError(
             f"model {model.label}: --prompt {options.prompt} and --generate {options.generate} make {wanted} tokens, "
@@ -71,15 +77,7 @@ def _check_context(model: ModelSpec, options: BenchOptions) -> None:
         )
 
 
-def _positions(model: ModelSpec) -> int:
-    if model.llama_cpp:
-        from prunetune.bench.llamacpp import gguf_context_length as gguf_context
-
-        return gguf_context(Path(model.source))
-    return context_length(model.source, trust_remote_code=model.trust_remote_code)
-
-
 def context_length(source: str, *, trust_remote_code: bool) -> int:
-    """Positions that a model for transformers knows; 0 where it says none."""
+    """Positions of a transformers model by its configuration; 0 if it does not say."""
     config = load_config(source, trust_remote_code=trust_remote_code).get_text_config()
     return int(getattr(config, "max_position_embeddings", 0) or 0)

@@ -1,4 +1,4 @@
-"""What `prunetune bench` is told; nothing heavy is imported."""
+"""Options of `prunetune bench`; imports nothing heavy, since the command line reads it at every start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prunetune.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class BenchOptions:
-    """How models are opened and what they are asked. Flags of the command come from here."""
+    """How models are opened and what is timed. Each field is a flag of the command."""
 
     prompt: int = option(512, "Tokens of the prompt.", ge=1)
     generate: int = option(64, "Tokens to write; the first comes from the prefill.", ge=2)
@@ -31,12 +31,12 @@ class BenchOptions:
 
     def __post_init__(self) -> None:
         if self.compile and self.record:
-            raise ConfigError("bench: --compile and --record are two ways to run a step; name one")
+            raise ConfigError("bench: --compile and --record exclude each other; name one")
 
     @property
     def batches(self) -> tuple[int, ...]:
         """The batch sizes in the order given, each once; raises `ConfigError`."""
-        parts = [part.strip() for part in self.batch.split(",")]
-        if not all(part.isdecimal() and int(part) for part in parts):
+        sizes = [size.strip() for size in self.batch.split(",")]
+        if not all(size.isdecimal() and int(size) for size in sizes):
             raise ConfigError(f"batch {self.batch!r}: name sizes of at least 1 by commas, such as 1,8")
-        return tuple(dict.fromkeys(map(int, parts)))
+        return tuple(dict.fromkeys(map(int, sizes)))

@@ -1,4 +1,4 @@
-"""What `prunetune bench` found: figures with their spread, and ratios to the first model, run by run."""
+"""The result of `prunetune bench`: every metric with its spread, and its ratio to the first model, run by run."""
 
 from __future__ import annotations
 
@@ -8,45 +8,47 @@ from typing import Any
 
 from prunetune.bench.interleaved import BatchMeasurement, SummaryStats, paired_ratios, summary_stats
 from prunetune.bench.options import BenchOptions
-from prunetune.bench.runner import BenchSample, ModelFacts, WorkEstimate
+from prunetune.bench.runner import BenchSample, ModelFacts
 
 
 @dataclass(frozen=True)
 class BenchMetric:
-    """One thing that is measured in every run."""
+    """A metric that is computed from every timed run."""
 
     name: str
     unit: str
-    compute: Callable[[BenchSample, int, int], float | None]  # sample, batch, tokens written by one sequence
+    compute: Callable[[BenchSample, int, int], float | None]  # of sample, batch, tokens written per sequence
     higher_is_better: bool = False
 
 
 METRICS = (
-    BenchMetric("prefill", "s", lambda sample, batch, wrote: sample.prefill_s),
-    BenchMetric("decode", "s/step", lambda sample, batch, wrote: sample.decode_s),
+    BenchMetric("prefill", "s", lambda sample, batch, tokens: sample.prefill_s),
+    BenchMetric("decode", "s/step", lambda sample, batch, tokens: sample.decode_s),
     BenchMetric(
-        "throughput", "tokens/s", lambda sample, batch, wrote: batch * wrote / sample.total_s, higher_is_better=True
+        "throughput", "tokens/s", lambda sample, batch, tokens: batch * tokens / sample.total_s, higher_is_better=True
     ),
-    BenchMetric("peak_memory", "bytes", lambda sample, batch, wrote: sample.peak_bytes),
-    BenchMetric("energy", "J/token", lambda s, batch, wrote: None if s.joules is None else s.joules / (batch * wrote)),
+    BenchMetric("peak_memory", "bytes", lambda sample, batch, tokens: sample.peak_bytes),
+    BenchMetric(
+        "energy", "J/token", lambda s, batch, tokens: None if s.joules is None else s.joules / (batch * tokens)
+    ),
 )
 
 
 @dataclass(frozen=True)
 class BenchCell:
-    """One model at one batch size. Ratios say how many times better than the first model it is; the first has none."""
+    """One model at one batch size. Ratios are how many times better than the first model it is; the first has none."""
 
     batch: int
-    figures: Mapping[str, SummaryStats]
+    figures: Mapping[str, SummaryStats]  # by name of the metric
     ratios: Mapping[str, SummaryStats]
-    counted: Mapping[str, float]  # the ratios of prefill and decode that FLOPs and bytes promise
+    counted: Mapping[str, float]  # ratios of prefill FLOPs and decode bytes, by count
     samples: tuple[BenchSample, ...] = ()  # by round
-    failed: str = ""
+    failed: str = ""  # why there are no samples
 
 
 @dataclass(frozen=True)
 class BenchedModel:
-    """One model."""
+    """One model at every batch size."""
 
     name: str
     facts: ModelFacts
@@ -55,15 +57,15 @@ class BenchedModel:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """All models, the first being what the others are compared with."""
+    """All models; the others are compared with the first."""
 
     options: BenchOptions
     versions: Mapping[str, str]
     models: tuple[BenchedModel, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        units = {figure.name: figure.unit for figure in METRICS}
+        """As plain values, for JSON."""
+        units = {metric.name: metric.unit for metric in METRICS}
         return {"reference": self.models[0].name, "units": units, **asdict(self)}
 
 
@@ -75,42 +77,36 @@ def summarise_bench(
     options: BenchOptions,
     versions: Mapping[str, str],
 ) -> BenchResult:
-    """The samples as figures and ratios."""
-    models = [
-        BenchedModel(
-            name, known, tuple(_cell(*pair, wrote=options.generate) for pair in zip(cells, measured[0], strict=True))
-        )
-        for name, known, cells in zip(names, facts, measured, strict=True)
-    ]
+    """Compute metrics and ratios from the samples of each model at each batch size."""
+    models = []
+    for name, model_facts, batches in zip(names, facts, measured, strict=True):
+        pairs = zip(batches, measured[0], strict=True)
+        cells = tuple(_cell(own, first, options.generate) for own, first in pairs)
+        models.append(BenchedModel(name, model_facts, cells))
     return BenchResult(options, versions, tuple(models))
 
 
-def _cell(mine: BatchMeasurement, first: BatchMeasurement, *, wrote: int) -> BenchCell:
-    values = {figure: _values(figure, mine, wrote) for figure in METRICS}
-    figures = {figure.name: summary_stats(found) for figure, found in values.items() if found}
-    if mine is first:
-        return BenchCell(mine.batch, figures, {}, {}, tuple(mine.samples), mine.failed)
+def _cell(own: BatchMeasurement, first: BatchMeasurement, tokens: int) -> BenchCell:
+    """Metrics of one model and batch size, and its ratios to the first model; `tokens` are written per sequence."""
+    values = {metric: _values(metric, own, tokens) for metric in METRICS}
+    figures = {metric.name: summary_stats(own_values) for metric, own_values in values.items() if own_values}
     ratios: dict[str, SummaryStats] = {}
-    for figure, found in values.items():
-        theirs = _values(figure, first, wrote)
-        if found and theirs:
-            pair = (found, theirs) if figure.higher_is_better else (theirs, found)
-            ratios[figure.name] = summary_stats(paired_ratios(*pair))
-    return BenchCell(
-        mine.batch, figures, ratios, _theoretical_ratios(mine.work, first.work), tuple(mine.samples), mine.failed
-    )
+    counted: dict[str, float] = {}
+    if own is not first:
+        for metric, own_values in values.items():
+            first_values = _values(metric, first, tokens)
+            if own_values and first_values:
+                pair = (own_values, first_values) if metric.higher_is_better else (first_values, own_values)
+                ratios[metric.name] = summary_stats(paired_ratios(*pair))
+        if first.work.prefill_flops and own.work.prefill_flops:
+            counted["prefill"] = first.work.prefill_flops / own.work.prefill_flops
+        if first.work.decode_bytes and own.work.decode_bytes:
+            counted["decode"] = first.work.decode_bytes / own.work.decode_bytes
+    return BenchCell(own.batch, figures, ratios, counted, tuple(own.samples), own.failed)
 
 
-def _values(figure: BenchMetric, cell: BatchMeasurement, wrote: int) -> list[float]:
-    """Of every run; empty where one of them has none."""
-    found = [figure.compute(sample, cell.batch, wrote) for sample in cell.samples]
-    known = [value for value in found if value is not None and value > 0]
-    return known if len(known) == len(found) else []
-
-
-def _theoretical_ratios(mine: WorkEstimate, first: WorkEstimate) -> dict[str, float]:
-    pairs = {
-        "prefill": (first.prefill_flops, mine.prefill_flops),
-        "decode": (first.decode_bytes, mine.decode_bytes),
-    }
-    return {name: dense / pruned for name, (dense, pruned) in pairs.items() if dense and pruned}
+def _values(metric: BenchMetric, measurement: BatchMeasurement, tokens: int) -> list[float]:
+    """The metric of every run; empty if one of them has none."""
+    values = [metric.compute(sample, measurement.batch, tokens) for sample in measurement.samples]
+    positive = [value for value in values if value is not None and value > 0]
+    return positive if len(positive) == len(values) else []

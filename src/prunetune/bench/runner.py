@@ -1,4 +1,4 @@
-"""What is measured, and what can be measured: a `Runner`, whatever runs the model behind it."""
+"""The interface of an opened model that can be timed, whatever runtime runs it, and the samples it returns."""
 
 from __future__ import annotations
 
@@ -9,51 +9,51 @@ from prunetune.errors import ModelError
 
 
 class OutOfMemory(ModelError):
-    """A batch that does not fit beside the weights."""
+    """A batch that does not fit into memory with the weights."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What is known of an opened model."""
+    """Runtime, device, type and sizes of an opened model."""
 
     runtime: str  # "transformers 5.23.0", "llama.cpp"
     device: str
     dtype: str
     parameters: int
-    file_bytes: int  # of the weights alone
-    load_s: float  # once: from nothing to weights on the device, libraries already imported
+    file_bytes: int  # of the files with weights; 0: unknown
+    load_s: float  # seconds from an empty process, libraries imported, to weights on the device
 
 
 @dataclass(frozen=True)
 class WorkEstimate:
-    """What one batch costs by count, where that is known."""
+    """FLOPs and bytes of one batch by count; None where they are not known."""
 
     prefill_flops: float | None = None
-    decode_bytes: float | None = None  # weights and cache that one step reads
+    decode_bytes: float | None = None  # weights and cache that one decode step reads
 
 
 @dataclass(frozen=True)
 class BenchSample:
-    """One run of one batch. None: not measured by this runtime or on this device."""
+    """One timed run of one batch. None: not measured by this runtime or on this device."""
 
     total_s: float
-    prefill_s: float | None = None  # the time to the first token
-    decode_s: float | None = None  # a step, which writes one token of every sequence
-    peak_bytes: int | None = None  # beyond what the process held before it opened the model
+    prefill_s: float | None = None  # time to the first token
+    decode_s: float | None = None  # one decode step, which writes a token of every sequence
+    peak_bytes: int | None = None  # beyond what the process had in use before it opened the model
     joules: float | None = None
 
 
 class Runner(Protocol):
-    """A model that is open, with prompt and answer of fixed lengths."""
+    """An opened model that runs requests with prompts and answers of fixed lengths."""
 
     def facts(self) -> ModelFacts:
-        """What it is."""
+        """Runtime, device, type and sizes."""
 
     def warm_up(self, batch: int) -> WorkEstimate:
-        """A run that does not count; raises `OutOfMemory` where the batch does not fit."""
+        """Run a batch that is not measured; raises `OutOfMemory` if it does not fit."""
 
     def run(self, batch: int) -> BenchSample:
-        """A run that counts; raises `OutOfMemory`."""
+        """Run and time a batch; raises `OutOfMemory` if it does not fit."""
 
     def close(self) -> None:
-        """Give everything back; may be called twice."""
+        """Release the model; may be called twice."""

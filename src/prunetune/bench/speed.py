@@ -1,4 +1,4 @@
-"""Prefill and decode speed of a model as transformers runs it."""
+"""Prefill and decode speed of a loaded transformers model, for a run's manifest."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ class Speed:
 
 @torch.inference_mode()
 def measure_speed(model: Any, *, prompt: int = 256, batch: int = 2, new_tokens: int = 16, runs: int = 5) -> Speed:
-    """Prefill of [batch, prompt] random tokens, then `new` greedy decode steps at batch 1 after as long a prompt.
+    """Time a prefill of [batch, prompt] random tokens, then `new_tokens` greedy decode steps of batch 1 after a prompt.
 
-    A model of few positions gets a shorter prompt.
+    The prompt is shorter if the model's context is.
     """
     device = next(model.parameters()).device
     prompt = max(1, min(prompt, getattr(model.config, "max_position_embeddings", prompt + new_tokens) - new_tokens))
@@ -37,21 +37,22 @@ def measure_speed(model: Any, *, prompt: int = 256, batch: int = 2, new_tokens: 
     tokens = torch.randint(3, model.config.vocab_size, (batch, prompt), generator=rng).to(device)
     prefill, decode = [], []
     for run in range(runs + 1):  # the first warms up
-        started = synchronized_time(device)
+        prefill_start = synchronized_time(device)
         model(tokens, use_cache=False, logits_to_keep=1)
-        middle = synchronized_time(device)
+        prefill_end = synchronized_time(device)
         out = model(tokens[:1], use_cache=True, logits_to_keep=1)
-        begun = synchronized_time(device)
+        decode_start = synchronized_time(device)
         for _ in range(new_tokens):
             out = model(out.logits[:, -1].argmax(-1, keepdim=True), past_key_values=out.past_key_values, use_cache=True)
-        ended = synchronized_time(device)
+        decode_end = synchronized_time(device)
         if run:
-            prefill.append(tokens.numel() / (middle - started))
-            decode.append(new_tokens / (ended - begun))
+            prefill.append(tokens.numel() / (prefill_end - prefill_start))
+            decode.append(new_tokens / (decode_end - decode_start))
     return Speed(
         statistics.median(prefill), statistics.median(decode), _relative_spread(prefill), _relative_spread(decode)
     )
 
 
 def _relative_spread(values: list[float]) -> float:
+    """Largest minus smallest value, over the median."""
     return (max(values) - min(values)) / statistics.median(values)

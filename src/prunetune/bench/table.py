@@ -1,4 +1,4 @@
-"""A bench as lines for a terminal."""
+"""The result of `prunetune bench` as text for a terminal."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from prunetune.bench.interleaved import SummaryStats
 from prunetune.bench.result import BenchCell, BenchedModel, BenchResult
 
-SHOWN: dict[str, tuple[str, float, int]] = {  # figure -> heading, what its unit is multiplied by, decimals
+SHOWN: dict[str, tuple[str, float, int]] = {  # metric -> heading, factor to the unit shown, decimals
     "prefill": ("first token, ms", 1e3, 1),
     "decode": ("per step, ms", 1e3, 2),
     "throughput": ("tokens/s", 1, 1),
@@ -18,7 +18,7 @@ COUNTS = {"prefill": "FLOPs", "decode": "bytes"}
 
 
 def render_bench(bench: BenchResult) -> str:
-    """Every figure as median (least to most), and how many times better than the first model."""
+    """Every metric as median (least to most), and how many times better than the first model it is."""
     options = bench.options
     threads = "" if not options.threads else f", {options.threads} threads"
     lines = [
@@ -26,18 +26,17 @@ def render_bench(bench: BenchResult) -> str:
         "median (least to most)"
     ]
     for number, model in enumerate(bench.models):
-        known = model.facts
-        lines.append(f"[{number}] {model.name}: {known.runtime}, {known.dtype}, {known.device}")
+        lines.append(f"[{number}] {model.name}: {model.facts.runtime}, {model.facts.dtype}, {model.facts.device}")
     lines += ["", *_model_rows(bench)]
-    for place in range(len(bench.models[0].cells)):
-        lines += ["", f"batch {bench.models[0].cells[place].batch}", *_batch_rows(bench, place)]
+    for index, cell in enumerate(bench.models[0].cells):
+        lines += ["", f"batch {cell.batch}", *_batch_rows(bench, index)]
     if len(bench.models) > 1:
         lines += ["", "x: times better than [0]; above 1 is smaller or faster"]
     return "\n".join(lines)
 
 
 def _model_rows(bench: BenchResult) -> Iterator[str]:
-    """What does not change from run to run."""
+    """Rows of parameters, file size and loading time."""
     rows: dict[str, Callable[[BenchedModel], float]] = {
         "parameters, M": lambda model: model.facts.parameters / 1e6,
         "weights' file, MB": lambda model: model.facts.file_bytes / 1e6,
@@ -46,35 +45,36 @@ def _model_rows(bench: BenchResult) -> Iterator[str]:
     for heading, value in rows.items():
         first = value(bench.models[0])
         for number, model in enumerate(bench.models):
-            mine = value(model)
-            ratio = f"x{first / mine:.2f}" if number and mine else ""
-            shown = f"{mine:.2f}" if mine else "unknown"
-            yield _row(heading if not number else "", number, shown, ratio)
+            own = value(model)
+            ratio = f"x{first / own:.2f}" if number and own else ""
+            yield _row(heading if not number else "", number, f"{own:.2f}" if own else "unknown", ratio)
 
 
 def _batch_rows(bench: BenchResult, batch_index: int) -> Iterator[str]:
+    """Rows of the measured metrics at one batch size, then why a model has none."""
     cells = [model.cells[batch_index] for model in bench.models]
-    for figure, (heading, times, decimals) in SHOWN.items():
-        if not any(figure in cell.figures for cell in cells):
+    for metric, (heading, factor, decimals) in SHOWN.items():
+        if not any(metric in cell.figures for cell in cells):
             continue
         for number, cell in enumerate(cells):
-            found = cell.figures.get(figure)
-            shown = _spread(found, times, decimals) if found else "not measured"
-            yield _row(heading if not number else "", number, shown, _ratio(cell, figure))
+            stats = cell.figures.get(metric)
+            text = _median_and_range(stats, factor, decimals) if stats else "not measured"
+            yield _row(heading if not number else "", number, text, _ratio(cell, metric))
     yield from (cell.failed for cell in cells if cell.failed)
 
 
-def _ratio(cell: BenchCell, figure: str) -> str:
-    if figure not in cell.ratios:
+def _ratio(cell: BenchCell, metric: str) -> str:
+    """The ratio to the first model as measured and, where it is known, by count."""
+    if metric not in cell.ratios:
         return ""
-    counted = f"; by {COUNTS[figure]} x{cell.counted[figure]:.2f}" if figure in cell.counted else ""
-    return f"x{_spread(cell.ratios[figure], 1, 2)}{counted}"
+    counted = f"; by {COUNTS[metric]} x{cell.counted[metric]:.2f}" if metric in cell.counted else ""
+    return f"x{_median_and_range(cell.ratios[metric], 1, 2)}{counted}"
 
 
-def _row(heading: str, number: int, shown: str, ratio: str) -> str:
-    return f"  {heading:<20} [{number}] {shown:<30} {ratio}".rstrip()
+def _row(heading: str, number: int, value: str, ratio: str) -> str:
+    return f"  {heading:<20} [{number}] {value:<30} {ratio}".rstrip()
 
 
-def _spread(found: SummaryStats, times: float, decimals: int) -> str:
-    middle, least, most = (f"{value * times:.{decimals}f}" for value in (found.median, found.min, found.max))
-    return f"{middle} ({least} to {most})"
+def _median_and_range(stats: SummaryStats, factor: float, decimals: int) -> str:
+    median, low, high = (f"{value * factor:.{decimals}f}" for value in (stats.median, stats.min, stats.max))
+    return f"{median} ({low} to {high})"

@@ -1,18 +1,18 @@
-"""Which widths of a pruned model keep it from being faster: kernels work in tiles, and the last may be near empty."""
+"""Widths of a pruned model that are no multiple of the tile of matrix kernels, and so limit its speed."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site
+from prunetune.pruning.units import Site, UnitKind
 
-TILE = 128  # columns that matrix kernels of GPUs take at once, and groups of 4-bit formats
+TILE = 128  # columns that GPU matrix kernels compute at once, and groups of 4-bit formats
 SHOWN = 5
-CHANNELS = {"mlp": "MLP", "expert-channels": "experts"}
+CHANNELS = {UnitKind.MLP_CHANNEL: "MLP", UnitKind.EXPERT_CHANNEL: "experts"}
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class MisalignedWidth:
 
     @property
     def idle_share(self) -> float:
-        """Share of the tiles that stays empty."""
+        """Share of the columns in its tiles that are beyond the width."""
         tiles = -(-self.width // TILE) * TILE
         return 1 - self.width / tiles
 
@@ -40,26 +40,22 @@ class MisalignedWidth:
 
 
 def misaligned_widths(plan: Plan, sites: Iterable[Site]) -> list[MisalignedWidth]:
-    """What the plan made uneven, the worst first: what only small powers of two divide, then what idles most.
+    """Pruned widths that are no multiple of `TILE`, worst first: by alignment, then by idle share.
 
-    Widths are columns of MLPs, of each expert, and of what attention's output projection reads; a width that the dense
-    model has, too, is not the plan's doing.
+    Widths are the columns of an MLP, of each expert, and of the input of attention's output projection. Widths of the
+    dense model are left out.
     """
-    found = [one for site in sites for one in _pruned_widths(site, plan)]
-    return sorted(
-        (one for one in found if one.width % TILE), key=lambda one: (one.alignment, -one.idle_share, one.layer)
-    )
+    misaligned = [width for site in sites for width in _pruned_widths(site, plan) if width.width % TILE]
+    return sorted(misaligned, key=lambda width: (width.alignment, -width.idle_share, width.layer))
 
 
 def _pruned_widths(site: Site, plan: Plan) -> list[MisalignedWidth]:
     kept = plan.kept[site.name]
     if site.kind in CHANNELS:
-        widths = {count for count in _widths_per_parent(site, kept) if count < site.units_per_group}
+        group_widths = Counter(unit // site.units_per_group for unit in kept).values()
+        widths = {width for width in group_widths if width < site.units_per_group}
         return [MisalignedWidth(site.layer, CHANNELS[site.kind], width) for width in widths]
-    if site.kind == "attention" and site.consumer and not site.columns_owned_by_child and 0 < len(kept) < site.units:
+    is_group = site.kind is UnitKind.KV_GROUP and not site.weights.consumer_is_childs
+    if is_group and site.consumer and 0 < len(kept) < site.units:
         return [MisalignedWidth(site.layer, "attention", len(kept) * site.consumer.rows_per_unit)]
     return []
-
-
-def _widths_per_parent(site: Site, kept: Sequence[int]) -> Iterable[int]:
-    return Counter(unit // site.units_per_group for unit in kept).values()

@@ -1,4 +1,4 @@
-"""Every model in a process of its own: its memory is then its own, and the models can still take turns."""
+"""A model in a process of its own, so that its memory is counted alone while models take turns."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from prunetune.bench.runner import BenchSample, ModelFacts, Runner, WorkEstimate
 from prunetune.errors import ModelError, PrunetuneError
 
 RunnerFactory = Callable[[ModelSpec, BenchOptions], Runner]
-EXIT_TIMEOUT_S = 5.0  # seconds that a process gets to end by itself
+EXIT_TIMEOUT_S = 5.0  # seconds after which a process that does not end is killed
 
 
 def open_runner(model: ModelSpec, options: BenchOptions) -> Runner:
-    """The model in this process, in the runtime that its files are for."""
+    """Open the model in this process: a .gguf file in llama.cpp, everything else in transformers."""
     if model.llama_cpp:
         from prunetune.bench.llamacpp import LlamaCppRunner
 
@@ -29,7 +29,7 @@ def open_runner(model: ModelSpec, options: BenchOptions) -> Runner:
     return LocalRunner(model, options)
 
 
-# Not one of multiprocessing's processes: these run the caller's script once more, and a short one would start again.
+# Not a process of multiprocessing, which would import the caller's script again and so run a short one twice.
 START = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the parent, which closes the pipe
@@ -40,16 +40,16 @@ serve(int(sys.argv[1]))
 
 
 class Worker:
-    """A `Runner` in a fresh process. Its `PrunetuneError`s are raised here, its bugs with their traceback."""
+    """A `Runner` in a new process; its errors are raised here, bugs with their traceback."""
 
     def __init__(self, model: ModelSpec, options: BenchOptions, opener: RunnerFactory = open_runner) -> None:
         self.label = model.label
-        self.pipe, theirs = Pipe()
+        self.pipe, their_pipe = Pipe()
         self.process = subprocess.Popen(  # noqa: S603 - our own interpreter and text
-            [sys.executable, "-c", START, str(theirs.fileno()), *sys.path],
-            pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL,
+            [sys.executable, "-c", START, str(their_pipe.fileno()), *sys.path],
+            pass_fds=(their_pipe.fileno(),), stdin=subprocess.DEVNULL,
         )  # fmt: skip
-        theirs.close()  # so that the pipe ends with the process
+        their_pipe.close()  # so that the pipe closes when the process ends
         try:
             self._facts: ModelFacts = self._ask((opener, model, options), "opening")
         except BaseException:
@@ -62,7 +62,7 @@ class Worker:
 
     def warm_up(self, batch: int) -> WorkEstimate:
         """See `Runner`."""
-        return self._ask(("warm", batch), f"batch {batch}")  # type: ignore[no-any-return]
+        return self._ask(("warm_up", batch), f"batch {batch}")  # type: ignore[no-any-return]
 
     def run(self, batch: int) -> BenchSample:
         """See `Runner`."""
@@ -74,6 +74,7 @@ class Worker:
         self._end()
 
     def _ask(self, request: tuple[Any, ...], during: str) -> Any:
+        """Send a request and return its result; `during` says in an error what the process was doing."""
         try:
             self.pipe.send(request)
             kind, value = self.pipe.recv()
@@ -82,14 +83,14 @@ class Worker:
                 f"model {self.label}: its process ended at {during} (exit code {self._end()}; -9 is mostly "
                 "the system out of memory); lower --batch or --prompt, or name fewer models"
             ) from gone
-        if kind == "mistake":
+        if kind == "error":
             raise value
         if kind == "bug":
             raise RuntimeError(f"in the process of {self.label}:\n{value}")
         return value
 
     def _end(self) -> int:
-        """The exit code of the process, which is killed where it does not end by itself."""
+        """Exit code of the process; it is killed if it does not end by itself."""
         try:
             return self.process.wait(EXIT_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -98,26 +99,21 @@ class Worker:
 
 
 def serve(handle: int) -> None:
-    """Open the model that the pipe names and do as it says, until it is closed."""
+    """The process: open the model that is read from the pipe, then answer requests until the pipe is closed."""
     pipe = Connection(handle)
     try:
         opener, model, options = pipe.recv()
-        runner = opener(model, options)
-        pipe.send(("fine", runner.facts()))
+        runner: Runner = opener(model, options)
+        pipe.send(("result", runner.facts()))
         while True:
-            what, batch = pipe.recv()
-            _send_result(pipe, runner.warm if what == "warm" else runner.run, batch)
+            request, batch = pipe.recv()
+            try:
+                pipe.send(("result", runner.warm_up(batch) if request == "warm_up" else runner.run(batch)))
+            except PrunetuneError as error:  # the model remains open: a smaller batch may fit
+                pipe.send(("error", error))
     except (EOFError, BrokenPipeError):
         return
-    except PrunetuneError as mistake:
-        pipe.send(("mistake", mistake))
+    except PrunetuneError as error:
+        pipe.send(("error", error))
     except Exception:
         pipe.send(("bug", traceback.format_exc()))
-
-
-def _send_result(pipe: Connection, job: Callable[[int], Any], batch: int) -> None:
-    """A mistake leaves the model open: a batch that does not fit says nothing about a smaller one."""
-    try:
-        pipe.send(("fine", job(batch)))
-    except PrunetuneError as mistake:
-        pipe.send(("mistake", mistake))

@@ -1,1 +1,1 @@
-"""The command line: what each command takes, does and prints."""
+"""The command line: commands, their flags, what they print, and exit codes."""

@@ -1,4 +1,4 @@
-"""`python -m prunetune.cli`, as launchers of several processes start it."""
+"""`python -m prunetune.cli`, the module that launchers of several processes start."""
 
 from prunetune.cli.app import main
 

@@ -1,4 +1,4 @@
-"""The command line: a command opens, calls, prints. Heavy imports wait until a command needs them."""
+"""The commands: each reads its options, calls a function of the package and prints. Heavy imports wait until then."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from typing import Annotated, Literal
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
 
 from prunetune.bench.options import BenchOptions
-from prunetune.cli.eval_flags import DEFAULT_EVAL_FLAGS, EvalFlags
 from prunetune.cli.flags import flags_to_overrides, make_flags_class
 from prunetune.config.fields import read_options
 from prunetune.config.recipe import RunConfig, UnitName, WorkloadConfig, load_recipe
-from prunetune.errors import DataError, LimitBroken, PrunetuneError, gpu_fault_message
+from prunetune.errors import DataError, LimitBroken, PrunetuneError
+from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
+from prunetune.utils.failures import explain_failure, is_gpu_fault
 from prunetune.utils.launch import (
-    lost_rank_message,
     rank_and_world_size,
     rank_prefix,
     run_and_exit_on_failure,
@@ -36,14 +36,18 @@ app = App(
     help="Tune and structurally prune a language model for one domain, in one run.",
     version_flags=["--version"],
     help_on_error=False,
-    suppress_keyboard_interrupt=False,  # `_guarded` says how to go on
+    suppress_keyboard_interrupt=False,  # `_run_app` says how to resume
 )
 # Every option of a recipe as a flag, all optional: flags win over the recipe.
 Flags: typing.TypeAlias = make_flags_class(RunConfig)  # type: ignore[valid-type]
-EXIT_OUTPUT_CLOSED = 141  # exit code where nobody reads what is printed: a shell's for SIGPIPE
+EXIT_OUTPUT_CLOSED = 141  # nobody reads the output any more: a shell's exit code for SIGPIPE
 NO_FLAGS = Flags()
 BenchFlags: typing.TypeAlias = make_flags_class(BenchOptions)  # type: ignore[valid-type]
 NO_BENCH_FLAGS = BenchFlags()
+EvalFlags: typing.TypeAlias = make_flags_class(EvalOptions)  # type: ignore[valid-type]
+NO_EVAL_FLAGS = EvalFlags()
+CheckFlags: typing.TypeAlias = make_flags_class(CheckOptions)  # type: ignore[valid-type]
+NO_CHECK_FLAGS = CheckFlags()
 WorkloadFlags: typing.TypeAlias = make_flags_class(WorkloadConfig)  # type: ignore[valid-type]
 NO_WORKLOAD_FLAGS = WorkloadFlags()
 DEFAULT_UNITS: tuple[UnitName, ...] = ("kv-groups", "mlp-channels")
@@ -54,9 +58,10 @@ def run(
     recipe: Path,
     /,
     *,
-    resume: Annotated[bool, Parameter(negative=(), help="Go on with a run that was stopped.")] = False,
+    resume: Annotated[bool, Parameter(negative=(), help="Resume a run that was stopped.")] = False,
     dry_run: Annotated[
-        bool, Parameter(negative=(), help="Check model, data and budgets, say what they would mean, and write nothing.")
+        bool,
+        Parameter(negative=(), help="Check model, data and budgets, print what the budgets mean, and write nothing."),
     ] = False,
     flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
 ) -> None:
@@ -69,31 +74,34 @@ def run(
     """
     config = load_recipe(recipe, flags_to_overrides(flags))
     if dry_run:
-        from prunetune.cli.output import render_dry_run
+        from prunetune.cli.preview import render_dry_run
 
         print(render_dry_run(config, resume=resume))
         return
-    _run(config, resume=resume)
+    from prunetune.pipeline.run import run as run_pipeline
+
+    _print_run(run_pipeline(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]])))
 
 
 @app.command
 def demo(
     *,
-    resume: Annotated[bool, Parameter(negative=(), help="Go on with a demo that was stopped.")] = False,
+    resume: Annotated[bool, Parameter(negative=(), help="Resume a demo that was stopped.")] = False,
     flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
 ) -> None:
-    """The same on a real small model and clinical coding terms that come as packages; no GPU needed."""
+    """Run on a small real model and clinical coding terms, which are installed as packages; needs no GPU."""
     with resources.as_file(resources.files("prunetune") / "demo.yaml") as recipe:
         config = load_recipe(recipe, flags_to_overrides(flags))
-    _run(config, resume=resume)
+    from prunetune.pipeline.run import run as run_pipeline
+
+    _print_run(run_pipeline(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]])))
 
 
-def _run(config: RunConfig, *, resume: bool) -> None:
-    from prunetune.cli.output import render_run
-    from prunetune.pipeline.multi_size import run as whole_run
-
-    folder = whole_run(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
+def _print_run(folder: Path) -> None:
+    """Print what a run made, on rank 0 only."""
     if not rank_and_world_size()[0]:
+        from prunetune.cli.output import render_run
+
         print(render_run(folder))
 
 
@@ -102,22 +110,20 @@ def compare(
     recipe: Path,
     /,
     *,
-    resume: Annotated[
-        bool, Parameter(negative=(), help="Go on with a comparison that was stopped, or grow it.")
-    ] = False,
+    resume: Annotated[bool, Parameter(negative=(), help="Resume a comparison that was stopped, or extend it.")] = False,
     flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
 ) -> None:
-    """Dense, two-stage and one-stage side by side: same data, steps and budget, over budgets, seeds, learning rates.
+    """Compare dense, two-stage and one-stage models on equal data and steps, over budgets, seeds and learning rates.
 
     Parameters
     ----------
     recipe
         A YAML file of options; its section `compare` says what is compared.
     """
-    from prunetune.compare.run import compare as whole_comparison
+    from prunetune.compare.run import compare as run_comparison
 
     config = load_recipe(recipe, flags_to_overrides(flags))
-    folder = whole_comparison(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
+    folder = run_comparison(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
     print((folder / "table.md").read_text(encoding="utf-8"))
     print(f"page {folder / 'comparison.html'}")
 
@@ -128,31 +134,31 @@ def sites(
     /,
     *,
     layout: Literal["per-layer", "uniform"] = "per-layer",
-    align: Annotated[int, Parameter(help="MLP widths are multiples of this; 0: chosen by size.")] = 0,
+    align: Annotated[int, Parameter(help="MLP widths are multiples of this; 0: chosen by the width of the MLPs.")] = 0,
     units: Annotated[
-        tuple[UnitName, ...], Parameter(help="Kinds of unit, see budget.units.", negative=())
+        tuple[UnitName, ...], Parameter(help="Kinds of unit that may be pruned, see budget.units.", negative=())
     ] = DEFAULT_UNITS,
-    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, mps; times are of this one.")] = "auto",
+    device: Annotated[str, Parameter(help="auto, cpu, cuda, cuda:1, mps; the device that latency is for.")] = "auto",
     measure: Annotated[
-        bool, Parameter(negative=(), help="Time this device for latency, where no table is kept yet.")
+        bool, Parameter(negative=(), help="Measure the latency table of this device, if none is cached yet.")
     ] = False,
     workload: Annotated[WorkloadFlags, Parameter(name="*")] = NO_WORKLOAD_FLAGS,
-    trust_remote_code: Annotated[bool, Parameter(negative=())] = False,
+    trust_remote_code: Annotated[bool, Parameter(negative=(), help="Run code that comes with the model.")] = False,
 ) -> None:
-    """What can go: sites, units, legal shapes, and what budgets would mean in bytes and time; reads only the config.
+    """Which modules can be pruned: units, legal widths, and what budgets mean in bytes and time; reads no weights.
 
     Parameters
     ----------
     model
         A folder, a hub name, a .gguf file, or 'demo'.
     """
-    from prunetune.cli.output import render_sites
+    from prunetune.cli.preview import render_sites
 
-    asked = read_options(WorkloadConfig, flags_to_overrides(workload), where="sites")
+    requests = read_options(WorkloadConfig, flags_to_overrides(workload), where="sites")
     print(
         render_sites(
             model, layout=layout, align=align, units=units, trust_remote_code=trust_remote_code,
-            workload=asked, device=device, measure=measure,
+            workload=requests, device=device, measure=measure,
         )
     )  # fmt: skip
 
@@ -162,15 +168,19 @@ def runs(
     folder: Path = Path("runs"),
     /,
     *,
-    model: Annotated[str, Parameter(help="Only runs whose model contains this.")] = "",
-    status: Annotated[str, Parameter(help="Only: done, running, interrupted, failed, 'gate failed' or gone.")] = "",
-    where: Annotated[tuple[str, ...], Parameter(negative=(), help="Only where 'accuracy >= 0.7' holds, say.")] = (),
+    model: Annotated[str, Parameter(help="Only runs whose model name contains this.")] = "",
+    status: Annotated[
+        str, Parameter(help="Only runs that are done, running, interrupted, failed, 'gate failed' or gone.")
+    ] = "",
+    where: Annotated[
+        tuple[str, ...], Parameter(negative=(), help="Only runs for which this holds, such as 'accuracy >= 0.7'.")
+    ] = (),
 ) -> None:
-    """List the runs of a folder, the newest first, from its runs.sqlite (of $PRUNETUNE_HOME, where that is set).
+    """List the runs of a folder, newest first, from its runs.sqlite (in $PRUNETUNE_HOME, if that is set).
 
     Parameters
     ----------
-    place
+    folder
         The folder that holds the run folders.
     """
     from prunetune.runs.history import list_runs
@@ -181,7 +191,7 @@ def runs(
 
 @app.command(name="compare-runs")
 def compare_runs(first: Path, /, *others: Path) -> None:
-    """Set finished runs beside the first: options, scores, units kept in both, and items that flipped."""
+    """Compare finished runs with the first: options, scores, units kept in both, and items that flipped."""
     from prunetune.runs.diff import diff_runs
 
     print(diff_runs([first, *others]))
@@ -189,7 +199,7 @@ def compare_runs(first: Path, /, *others: Path) -> None:
 
 @app.command
 def watch(run: Path, /) -> None:
-    """Look on while a run goes on, in a terminal; ends when it does."""
+    """Show the progress of a run in a terminal until it ends."""
     from prunetune.runs.watch import watch_run
 
     watch_run(run)
@@ -197,7 +207,7 @@ def watch(run: Path, /) -> None:
 
 @app.command
 def report(run: Path, /) -> None:
-    """Write a run's report.html again."""
+    """Rewrite the report.html of a run."""
     from prunetune.report import write_report
 
     print(write_report(run))
@@ -209,19 +219,24 @@ def export(
     /,
     *,
     to: Annotated[
-        Literal["uniform", "per-layer", "gguf", "onnx"] | None, Parameter(help="Default: the layout it has.")
+        Literal["uniform", "per-layer", "gguf", "onnx"] | None, Parameter(help="Default: the layout of the run.")
     ] = None,
     quantize: Annotated[
-        Literal["int8", "int4"] | None, Parameter(help="Weight-only; opens with torchao, or bitsandbytes (int4).")
+        Literal["int8", "int4"] | None,
+        Parameter(help="Weight-only quantization; opens with torchao, or bitsandbytes (int4)."),
     ] = None,
-    out: Annotated[Path | None, Parameter(help="Where; default: exports/ of the run folder.")] = None,
-    dtype: Annotated[str, Parameter(help="f32, f16, bf16; gguf also q8_0, q4_k_m, ...; default: the format's.")] = "",
+    out: Annotated[Path | None, Parameter(help="Folder to write; default: exports/ of the run folder.")] = None,
+    dtype: Annotated[
+        str, Parameter(help="f32, f16, bf16; gguf also q8_0, q4_k_m, ...; default: that of the format.")
+    ] = "",
     pad: Annotated[
-        bool, Parameter(negative=(), help="uniform: fill narrower layers up with zeros; costs what was saved.")
+        bool, Parameter(negative=(), help="With uniform: pad narrower layers with zeros, which costs what was saved.")
     ] = False,
-    trust_remote_code: Annotated[bool, Parameter(negative=(), help="Run code of a model folder.")] = False,
+    trust_remote_code: Annotated[
+        bool, Parameter(negative=(), help="Run code that comes with the model folder.")
+    ] = False,
 ) -> None:
-    """Write a finished run's model in another format, open it again and compare.
+    """Write the model of a finished run in another format, open it again and compare.
 
     Parameters
     ----------
@@ -241,10 +256,12 @@ def evaluate(
     /,
     *,
     suite: Path,
-    out: Annotated[Path | None, Parameter(help="A JSON file for scores and items; check reads it too.")] = None,
-    flags: Annotated[EvalFlags, Parameter(name="*")] = DEFAULT_EVAL_FLAGS,
+    out: Annotated[
+        Path | None, Parameter(help="Write scores and items to this JSON file, which check reads too.")
+    ] = None,
+    flags: Annotated[EvalFlags, Parameter(name="*")] = NO_EVAL_FLAGS,
 ) -> None:
-    """The scores of a suite, of any model: each task with standard errors; what cannot be scored says why.
+    """Score any model on a suite: every task with standard errors, or why it cannot be scored.
 
     Parameters
     ----------
@@ -254,23 +271,19 @@ def evaluate(
         A YAML file of tasks; see suites/.
     """
     from prunetune.evaluation.suites import api, output
-    from prunetune.utils.files import write_text
+    from prunetune.utils.console import evaluation_progress
+    from prunetune.utils.files import check_writable, write_text
 
-    api.check_writable(out, "--out")
-    with flags.progress_console() as progress:
-        found = api.evaluate(
-            model,
-            flags.open_suite(suite),
-            options=flags.target_options(),
-            allow=flags.allowed_features(),
-            progress=progress,
-        )
+    options = read_options(EvalOptions, flags_to_overrides(flags), where="eval")
+    check_writable(out, "--out")
+    with evaluation_progress() as progress:
+        scores = api.evaluate(model, suite, options=options, progress=progress)
     if out is not None:
-        write_text(out, api.evaluation_to_json(found, model, str(suite)))
-    print(output.render_evaluation(found))
-    unscored = [name for name, result in found.tasks.items() if result.error]
+        write_text(out, api.evaluation_to_json(scores, model, str(suite)))
+    print(output.render_evaluation(scores))
+    unscored = [name for name, result in scores.tasks.items() if result.error]
     if unscored:
-        raise DataError(f"{len(unscored)} of {len(found.tasks)} tasks could not be scored: {', '.join(unscored)}")
+        raise DataError(f"{len(unscored)} of {len(scores.tasks)} tasks could not be scored: {', '.join(unscored)}")
 
 
 @app.command
@@ -279,53 +292,49 @@ def check(
     /,
     *,
     suite: Path,
-    against: Annotated[str, Parameter(help="The reference, named as a model is; default: the run's dense model.")] = "",
-    junit: Annotated[Path | None, Parameter(help="A JUnit XML file for CI.")] = None,
-    json: Annotated[Path | None, Parameter(help="A JSON file with limits, scores and new failures.")] = None,
-    flags: Annotated[EvalFlags, Parameter(name="*")] = DEFAULT_EVAL_FLAGS,
+    junit: Annotated[Path | None, Parameter(help="Write a JUnit XML file for CI.")] = None,
+    json: Annotated[Path | None, Parameter(help="Write limits, scores and new failures to this JSON file.")] = None,
+    flags: Annotated[CheckFlags, Parameter(name="*")] = NO_CHECK_FLAGS,
 ) -> None:
-    """Regression gate: exit 1, with the items that went wrong, where a suite's limit is broken.
+    """Compare a model with a reference: exit 1, with the new failures, if a limit of the suite is broken.
 
     Parameters
     ----------
     model
-        What eval takes, or a JSON file that eval wrote.
+        As for eval, or a JSON file that eval wrote.
     suite
         A YAML file of tasks with limits; see suites/.
     """
     from prunetune.evaluation.suites import api, output
-    from prunetune.evaluation.suites.junit import render_junit as to_junit
-    from prunetune.utils.files import write_text
+    from prunetune.evaluation.suites.junit import render_junit
+    from prunetune.utils.console import evaluation_progress
+    from prunetune.utils.files import check_writable, write_text
 
-    api.check_writable(junit, "--junit")
-    api.check_writable(json, "--json")
-    with flags.progress_console() as progress:
-        found = api.check(
-            model,
-            flags.open_suite(suite),
-            against,
-            options=flags.target_options(),
-            allow=flags.allowed_features(),
-            progress=progress,
-        )
+    options = read_options(CheckOptions, flags_to_overrides(flags), where="check")
+    check_writable(junit, "--junit")
+    check_writable(json, "--json")
+    with evaluation_progress() as progress:
+        result = api.check(model, suite, options=options, progress=progress)
     if junit is not None:
-        write_text(junit, to_junit(found, f"prunetune check {model}"))
+        write_text(junit, render_junit(result, f"prunetune check {model}"))
     if json is not None:
-        write_text(json, found.to_json())
-    print(output.render_check(found))
-    if found.broken:
-        raise LimitBroken(f"{len(found.broken)} of {len(found.verdicts)} limits broken: {found.broken[0].says}")
-    if found.errors:
-        raise DataError(f"{len(found.errors)} tasks could not be judged: {', '.join(found.errors)}")
+        write_text(json, result.to_json())
+    print(output.render_check(result))
+    if result.broken:
+        raise LimitBroken(f"{len(result.broken)} of {len(result.verdicts)} limits broken: {result.broken[0].says}")
+    if result.errors:
+        raise DataError(f"{len(result.errors)} tasks could not be judged: {', '.join(result.errors)}")
 
 
 @app.command
 def bench(
     *models: str,
-    json: Annotated[Path | None, Parameter(help="A JSON file with settings, device, versions and figures.")] = None,
+    json: Annotated[
+        Path | None, Parameter(help="Write settings, device, versions and figures to this JSON file.")
+    ] = None,
     flags: Annotated[BenchFlags, Parameter(name="*")] = NO_BENCH_FLAGS,
 ) -> None:
-    """Latency, throughput, memory and file size, models taking turns; ratios to the first, a run's dense model.
+    """Measure latency, throughput, memory and file size, models interleaved; ratios to the first, a run's dense model.
 
     Parameters
     ----------
@@ -336,27 +345,24 @@ def bench(
 
     from prunetune.bench.api import measure_models
     from prunetune.bench.table import render_bench
-    from prunetune.evaluation.suites.api import check_writable
-    from prunetune.utils.files import write_text
+    from prunetune.utils.files import check_writable, write_text
 
     options = read_options(BenchOptions, flags_to_overrides(flags), where="bench")
     check_writable(json, "--json")
-    found = measure_models(models, options)
+    result = measure_models(models, options)
     if json is not None:
-        write_text(json, dumps(found.to_dict(), indent=2) + "\n")
-    print(render_bench(found))
+        write_text(json, dumps(result.to_dict(), indent=2) + "\n")
+    print(render_bench(result))
 
 
 def main() -> None:
-    """Entry point: exit 0 done, 1 a gate failed, 2 the user must correct something, 130 interrupted, 141 unread."""
-    own, others = (
-        (logging.ERROR, logging.ERROR) if rank_and_world_size()[0] else (logging.INFO, logging.WARNING)
-    )  # rank 0 speaks
-    logging.basicConfig(format="%(message)s", level=others, stream=sys.stderr)
-    logging.getLogger("prunetune").setLevel(own)
+    """Entry point; exits with 0 (done), 1 (limit broken), 2 (user error), 130 (interrupted) or 141 (output closed)."""
+    is_rank_0 = not rank_and_world_size()[0]  # which logs for all
+    logging.basicConfig(format="%(message)s", level=logging.WARNING if is_rank_0 else logging.ERROR, stream=sys.stderr)
+    logging.getLogger("prunetune").setLevel(logging.INFO if is_rank_0 else logging.ERROR)
     for noisy in ("httpx", "transformers", "peft", "accelerate", "absl"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    # The run's own lines say what these bars and notes would; read by transformers when it is imported.
+    # Our log has what their bars and notes would say. transformers reads these when it is imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     limit_openmp_threads(os.environ)  # read by torch when it is imported
@@ -365,80 +371,55 @@ def main() -> None:
 
 
 def _raise_keyboard_interrupt(*_: object) -> None:
-    """As Ctrl-C, also where that is ignored: in the background of a script."""
+    """Stop as for Ctrl-C, which is ignored in the background of a script."""
     raise KeyboardInterrupt
 
 
 def _run_app() -> int:
     if single := single_process_error(next(iter(sys.argv[1:]), "")):
-        return _say(single, 2)
+        return _fail(single, 2)
     try:
         app(sys.argv[1:], exit_on_error=False, print_error=False)
         sys.stdout.flush()
     except UnusedCliTokensError as wrong:
         given = " ".join(wrong.unused_tokens or ())
-        return _say(f"{given}: belongs to no option; a switch takes its value by =, such as --deterministic=true", 2)
+        return _fail(
+            f"{given}: belongs to no option; write the value of a switch with =, such as --deterministic=true", 2
+        )
     except CycloptsError as wrong:
-        return _say(" ".join(str(wrong).split()), 2)
+        return _fail(" ".join(str(wrong).split()), 2)
     except PrunetuneError as wrong:
-        return _say(str(wrong), wrong.exit_code)
+        return _fail(str(wrong), wrong.exit_code)
     except KeyboardInterrupt:
         resumable = sys.argv[1:2] in (["run"], ["demo"], ["compare"]) and "--dry-run" not in sys.argv
-        what = "told to stop, as when another rank ends" if rank_and_world_size()[1] > 1 else "interrupted"
-        return _say(f"{what}; go on with --resume" if resumable else what, 130)
+        message = "told to stop, as when another rank ends" if rank_and_world_size()[1] > 1 else "interrupted"
+        return _fail(f"{message}; continue with --resume" if resumable else message, 130)
     except BrokenPipeError:
         if not _is_output_closed():
             raise
         return EXIT_OUTPUT_CLOSED
     except Exception as error:
-        translated = lost_rank_message(error) or _explain_resource_error(error)
-        if gpu_fault_message(error):  # of the driver, the card or a kernel: where it was matters, too
-            traceback.print_exception(error)
-        if translated is None:
+        explained = explain_failure(error)
+        if explained is None:  # a bug: its traceback is what helps
             raise
-        return _say(translated, 2)
+        if is_gpu_fault(error):  # where it happened matters, too
+            traceback.print_exception(error)
+        return _fail(explained, 2)
     return 0
 
 
 def _is_output_closed() -> bool:
-    """Whether nobody reads what is printed any more, as behind `| head`; what is left of it then goes nowhere."""
-    output = select.poll()
-    output.register(sys.stdout.fileno(), select.POLLOUT)
-    unread = any(event & select.POLLERR for _, event in output.poll(0))
-    if unread:
+    """Whether nobody reads standard output any more, as behind `| head`; the rest of the output is then discarded."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    is_closed = any(event & select.POLLERR for _, event in poll.poll(0))
+    if is_closed:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return unread
+    return is_closed
 
 
-def _explain_resource_error(error: Exception) -> str | None:
-    """A resource that ran out, in one line; None for a bug, which keeps its traceback."""
-    from prunetune.utils.files import is_disk_full, is_permission_denied
-
-    if is_disk_full(error):
-        place = getattr(error, "filename", None) or "run folder"
-        return f"the disk is full ({place}): free some room, then go on with --resume"
-    if is_permission_denied(error):
-        place = getattr(error, "filename", None) or "run folder"
-        return f"no permission to read or write {place}: change its permissions, or name another folder with --out"
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-        or "CUDA error: out of memory" in str(error)
-    ):
-        return (
-            "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then go on with --resume; "
-            "in eval and check lower --max-tokens"
-        )
-    if said := gpu_fault_message(error):
-        return (
-            f"the GPU gave up ({said}): go on with --resume; if it comes again, let no other process use this GPU, or "
-            "see the kernel's log (dmesg) for Xid"
-        )
-    return None
-
-
-def _say(line: str, code: int) -> int:
+def _fail(line: str, code: int) -> int:
+    """Print a line on standard error; returns the exit code."""
     print(f"prunetune: {rank_prefix()}{line}", file=sys.stderr)
     return code
 

@@ -1,4 +1,4 @@
-"""Options as flags: an all-optional twin of a config, derived, so that each option is still written once."""
+"""Flags derived from dataclasses of options, and the recipe values that given flags override."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from cyclopts import Parameter
 
 
 def make_flags_class(cls: type[Any]) -> type[Any]:
-    """A dataclass with the same fields, each None unless given, with help and default in its flag's text.
+    """A dataclass with the fields of `cls`, each None unless its flag is given, with help and default in its text.
 
-    An option's name of the version before is a flag, too, which no help shows.
+    The name that an option had in the version before is a flag too; `--help` does not list it.
     """
     return _flags_class(cls, show=True)
 
@@ -24,37 +24,32 @@ def _flags_class(cls: type[Any], *, show: bool) -> type[Any]:
         kind = item.metadata.get("flag_type") or kinds[item.name]
         old = item.metadata.get("formerly")
         for name in (item.name, old) if old else (item.name,):
-            visible = show and name == item.name
+            is_shown = show and name == item.name
             if dataclasses.is_dataclass(kind):
-                below = _flags_class(typing.cast(Any, kind), show=visible)
-                fields.append((name, Optional[below], None))  # noqa: UP045 - built at run time
+                inner = _flags_class(typing.cast(Any, kind), show=is_shown)
+                fields.append((name, Optional[inner], None))  # noqa: UP045 - built at run time
             else:
-                fields.append((name, Annotated[kind | None, _flag(item, kind, show=visible)], None))
-    twin = dataclasses.make_dataclass(
+                fields.append((name, Annotated[kind | None, _flag(item, kind, show=is_shown)], None))
+    flags_class = dataclasses.make_dataclass(
         f"{cls.__name__}Flags", [(name, kind, dataclasses.field(default=default)) for name, kind, default in fields],
         frozen=True, kw_only=True,
     )  # fmt: skip
-    twin.__module__ = __name__  # cyclopts looks inside classes of modules it does not take for built-in
-    return twin
+    flags_class.__module__ = __name__  # cyclopts looks only inside classes whose module is not built-in
+    return flags_class
 
 
 def _flag(item: Any, kind: Any, *, show: bool) -> Parameter:
-    alias = item.metadata.get("flag_alias") if show else None
-    return Parameter(help=_help(item), negative=_negative(kind), alias=alias, show=show)
-
-
-def _negative(kind: Any) -> tuple[str, ...] | None:
-    return () if typing.get_origin(kind) is tuple else None
-
-
-def _help(item: dataclasses.Field[Any]) -> str:
-    default = item.default
-    shown = "" if default in ((), "", dataclasses.MISSING) else f" [default: {default}]"
-    return f"{item.metadata['help']}{shown}"
+    default = "" if item.default in ((), "", dataclasses.MISSING) else f" [default: {item.default}]"
+    return Parameter(
+        help=f"{item.metadata['help']}{default}",
+        negative=() if typing.get_origin(kind) is tuple else None,  # no --no-NAME and --empty-NAME for lists
+        alias=item.metadata.get("flag_alias") if show else None,
+        show=show,
+    )
 
 
 def flags_to_overrides(flags: Any) -> dict[str, Any]:
-    """The flags that were given, nested as a recipe."""
+    """The values of the flags that were given, nested as in a recipe."""
     if flags is None:
         return {}
     values = {item.name: getattr(flags, item.name) for item in dataclasses.fields(flags)}

@@ -1,1 +1,1 @@
-"""Many runs of one recipe side by side."""
+"""Compares methods: many runs of one recipe over budgets, seeds and learning rates, in one table and one page."""

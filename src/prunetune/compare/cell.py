@@ -1,4 +1,4 @@
-"""One cell: a copy of the dense model is tuned, pruned or both, and scored."""
+"""One cell of a comparison: a copy of the dense model is tuned, pruned or both, and scored."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from prunetune.baselines.scores import BASELINES, Calibration, bias_compensation
+from prunetune.baselines import BASELINES, Calibration
 from prunetune.compare.grid import Cell, CellResult, cell_header
-from prunetune.compare.methods import BUILT_IN, DENSE, apply_overrides
+from prunetune.compare.methods import DENSE, apply_overrides, built_in_methods
 from prunetune.compare.scoring import finite_or_none, score_model
-from prunetune.config.recipe import RunConfig
+from prunetune.config.recipe import DistillConfig
 from prunetune.data.batches import BatchStream, collate, micro_batches, pad_token_id
 from prunetune.evaluation.inference import context_length
 from prunetune.pipeline.prepare import RunContext, make_plan_constraints, with_distill_texts
@@ -28,12 +28,11 @@ from prunetune.search.select import select
 from prunetune.train.checkpoints import NullCheckpointStore
 from prunetune.train.cuda_graphs import own_stream
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.losses import Teacher
-from prunetune.train.teacher import base_teacher, resolve_auto
+from prunetune.train.teacher import Teacher, base_teacher, resolve_auto
 from prunetune.utils import environment
 from prunetune.utils.seeds import derive_seed
 
-BATCHES = 16  # of calibration, where the recipe's search.init_batches is 0
+CALIBRATION_BATCHES = 16  # if the recipe's search.init_batches is 0
 
 
 class Interrupted(Exception):
@@ -42,7 +41,7 @@ class Interrupted(Exception):
 
 @dataclass
 class TunedDenseModel:
-    """The dense model tuned with one seed and learning rate, made by the first who asks."""
+    """The dense model tuned with one seed and learning rate; the first thread that needs it trains it."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
     model: Any = None
@@ -53,19 +52,19 @@ class TunedDenseModel:
 
 @dataclass
 class CellMonitor:
-    """Keeps what validation saw, passes steps on where only one cell runs, and ends a cell that is to stop."""
+    """Records the validation curve, shows steps if one cell runs at a time, and stops an interrupted cell."""
 
     runner: CellRunner
     curve: list[dict[str, Any]] = field(default_factory=list)
 
     def step(self, record: dict[str, Any]) -> None:
-        """A tuning step is done."""
+        """Take the record of a tuning step."""
         self.runner.raise_if_interrupted()
         if not self.runner.concurrent:
             self.runner.context.console.step(record)
 
     def validation(self, record: dict[str, Any]) -> None:
-        """The decided sub-network was scored."""
+        """Take the record of a validation."""
         self.curve.append({"step": record["step"], "kept": record["kept"], "nll": finite_or_none(record["nll"])})
         if not self.runner.concurrent:
             self.runner.context.console.validation(record)
@@ -73,19 +72,19 @@ class CellMonitor:
 
 @dataclass
 class CellRunner:
-    """What all cells share: data, tokens, the dense model, and the dense tuned models that teach."""
+    """Runs cells, which share data, tokens, the dense model, and the dense tuned models that are teachers."""
 
     context: RunContext
-    dense_learning_rate: float  # of the dense tuned model that teaches
-    model: Any = None  # dense, as it came; only ever copied
+    dense_learning_rate: float  # of the dense tuned model that is the teacher
+    model: Any = None  # dense, as loaded; only ever copied
     concurrent: bool = False  # several cells run at once
     stop_event: threading.Event = field(default_factory=threading.Event)
     teachers: dict[tuple[int, float], TunedDenseModel] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
-    thread_local: threading.local = field(default_factory=threading.local)  # each thread's stream
+    thread_local: threading.local = field(default_factory=threading.local)  # each thread's CUDA stream
 
     def load_model(self, *, concurrent: bool) -> None:
-        """Load the model once, before any thread starts: loading changes settings of the whole process."""
+        """Load the dense model once, before any thread starts: loading changes settings of the whole process."""
         if self.model is None:
             self.context.console.stage("loading the model", 0)
             self.model = self.context.load_dense().model
@@ -93,18 +92,18 @@ class CellRunner:
             torch.cuda.synchronize(self.context.device)
         self.concurrent = concurrent
 
-    def select_teachers(self, rate: float, *, wanted: bool) -> None:
-        """Dense models of this learning rate are the teachers, where there are pupils; others are let go."""
+    def select_teachers(self, rate: float, *, needed: bool) -> None:
+        """Keep the dense models of this learning rate as teachers if `needed`; free all others."""
         self.dense_learning_rate = rate
-        self.teachers = {key: tuned for key, tuned in self.teachers.items() if wanted and key[1] == rate}
+        self.teachers = {key: tuned for key, tuned in self.teachers.items() if needed and key[1] == rate}
 
     def run_cell(self, cell: Cell, *, needs_valid_nll: bool) -> CellResult:
-        """The cell's file, with the NLL on valid where it is one to choose from; raises what goes wrong."""
+        """Train and score a cell; returns the content of its file. Raises whatever goes wrong."""
         with self._stream():
             return self._run_cell(cell, needs_valid_nll=needs_valid_nll)
 
     def raise_if_interrupted(self) -> None:
-        """Raises `Stopped` where the comparison has been interrupted."""
+        """Raises `Interrupted` if the comparison has been interrupted."""
         if self.stop_event.is_set():
             raise Interrupted
 
@@ -112,144 +111,146 @@ class CellRunner:
         device = self.context.device
         if device.type != "cuda" or not self.concurrent:
             return nullcontext()
-        if not hasattr(self.thread_local, "held"):
-            self.thread_local.held = own_stream(device)
-        return torch.cuda.stream(self.thread_local.held.stream)
+        if not hasattr(self.thread_local, "own_stream"):
+            self.thread_local.own_stream = own_stream(device)
+        return torch.cuda.stream(self.thread_local.own_stream.stream)
 
     def _run_cell(self, cell: Cell, *, needs_valid_nll: bool) -> CellResult:
-        setting = self.cell_context(cell)
+        context = self.cell_context(cell)
         if not self.concurrent:
-            setting.console.stage(cell.name, 0 if cell.method.kind == "untuned" else setting.config.train.steps)
-            if setting.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(setting.device)
-        model, plan, facts = self._model(cell, setting)
-        peak = torch.cuda.max_memory_allocated(setting.device) / 1e6 if setting.device.type == "cuda" else None
+            context.console.stage(cell.name, 0 if cell.method.kind == "untuned" else context.config.train.steps)
+            if context.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(context.device)
+        model, plan, facts = self._model(cell, context)
+        peak = torch.cuda.max_memory_allocated(context.device) / 1e6 if context.device.type == "cuda" else None
         started = time.monotonic()
-        scores = score_model(model, setting, self._on_progress, needs_valid_nll=needs_valid_nll)
-        everything = sum(site.params for site in setting.sites)
+        scores = score_model(model, context, self._on_progress, needs_valid_nll=needs_valid_nll)
+        prunable = sum(site.params for site in context.sites)
         return {
             **cell_header(cell),
             **scores,
-            "kept": kept_params(setting.sites, plan) / everything,
+            "kept": kept_params(context.sites, plan) / prunable,
             "widths": plan.widths(),
             **facts,
             "eval_seconds": time.monotonic() - started,
-            "peak_mb": None if self.concurrent else peak,  # the memory of several cells is nobody's
+            "peak_mb": None if self.concurrent else peak,  # concurrent cells share the peak
             "crowded": self.concurrent,
-            "device": environment.device_name(setting.device),
-            "dtype": str(setting.dtype).removeprefix("torch."),
-            "versions": environment.describe_environment(setting.device, setting.dtype, "", cell.seed)["versions"],
+            "device": environment.device_name(context.device),
+            "dtype": str(context.dtype).removeprefix("torch."),
+            "versions": environment.describe_environment(context.device, context.dtype, "", cell.seed)["versions"],
         }
 
     def cell_context(self, cell: Cell) -> RunContext:
-        """Data and tokens are read once: cells differ in what comes after, and in a teacher's texts."""
+        """The context of one cell: data and tokens are shared, unless the cell names other texts for distillation."""
         config = cell.config(self.context.config)
-        shape = make_plan_constraints(
+        constraints = make_plan_constraints(
             config, self.context.sites, self.model.config, self.context.constraints.allows_groups
         )
-        setting = replace(
-            self.context, config=config, constraints=replace(shape, limits=self.context.constraints.limits)
+        context = replace(
+            self.context, config=config, constraints=replace(constraints, limits=self.context.constraints.limits)
         )
         if config.data.distill_texts and config.data.distill_texts != self.context.config.data.distill_texts:
-            setting = with_distill_texts(setting, context_length(self.model))
-        if cell.method.uses_teacher:
-            return setting
-        plain = plain_lora_config(setting)  # but where a variant says otherwise
-        return replace(plain, config=apply_overrides(plain.config, cell.method.overrides))
+            context = with_distill_texts(context, context_length(self.model))
+        if not cell.method.uses_teacher:
+            plain = plain_lora_config(context)  # a variant's own options win
+            context = replace(plain, config=apply_overrides(plain.config, cell.method.overrides))
+        return replace(context, config=resolve_auto(context.config, context.sites))
 
     # -- models ------------------------------------------------------------------------------------------------------
 
-    def _model(self, cell: Cell, setting: RunContext) -> tuple[Any, Plan, CellResult]:
-        """The cell's model to score, its plan, and seconds and curve of its training."""
+    def _model(self, cell: Cell, context: RunContext) -> tuple[Any, Plan, CellResult]:
+        """Train the cell's model; returns it with its plan, and the seconds and validation curve of the training."""
         if cell.method.kind == "untuned":
             facts = {"train_seconds": 0.0, "teacher_seconds": 0.0, "curve": []}
-            return copy.deepcopy(self.model), dense_plan(setting.sites), facts
+            return copy.deepcopy(self.model), dense_plan(context.sites), facts
         if cell.method.kind == "dense" and not cell.method.overrides:
             tuned = self.tuned_dense(cell.seed, cell.learning_rate)
             assert tuned.plan is not None
-            # A copy: what teaches in other threads is not to be hooked by an evaluation.
+            # A copy: an evaluation must not hook a model that is a teacher in other threads.
             facts = {"train_seconds": tuned.seconds, "teacher_seconds": 0.0, "curve": tuned.curve}
             return copy.deepcopy(tuned.model), tuned.plan, facts
-        teaching, cost = self._teacher_factory(cell, setting.config)
-        model, watch, started = copy.deepcopy(self.model), CellMonitor(self), time.monotonic()
-        teacher = teaching(model)
-        plan = self._plan(cell, setting, model)
-        plan = tune_and_prune(make_job(setting, model, NullCheckpointStore(), watch, plan=plan, teacher=teacher))
-        unshare_weights(model)  # of its teacher's memory
+        make_teacher, teacher_seconds = self._teacher_factory(cell, context.config.distill)
+        model, monitor, started = copy.deepcopy(self.model), CellMonitor(self), time.monotonic()
+        teacher = make_teacher(model)
+        plan = self._plan(cell, context, model)
+        plan = tune_and_prune(make_job(context, model, NullCheckpointStore(), monitor, plan=plan, teacher=teacher))
+        unshare_weights(model)  # a base teacher shares its memory
         merge_adapters(model)
-        model.requires_grad_(False).to(setting.dtype)  # as it would be written
+        model.requires_grad_(False).to(context.dtype)  # as a checkpoint would hold it
         self._synchronize()
-        facts = {"train_seconds": time.monotonic() - started, "teacher_seconds": cost, "curve": watch.curve}
-        taught = teacher is not None and resolve_auto(setting.config, setting.sites).distill.teacher == "dense"
-        return model, plan, facts | ({"teacher_rate": self.dense_learning_rate} if taught else {})
+        facts = {
+            "train_seconds": time.monotonic() - started,
+            "teacher_seconds": teacher_seconds,
+            "curve": monitor.curve,
+        }
+        has_dense_teacher = teacher is not None and context.config.distill.teacher == "dense"
+        return model, plan, facts | ({"teacher_rate": self.dense_learning_rate} if has_dense_teacher else {})
 
-    def _plan(self, cell: Cell, setting: RunContext, model: Any) -> Plan | None:
-        """The plan that is given beforehand; FLAP's also gives the model its biases."""
+    def _plan(self, cell: Cell, context: RunContext, model: Any) -> Plan | None:
+        """The plan fixed before training, None if a search finds it; a baseline's biases are added to the model."""
         if cell.method.kind == "dense":
-            return dense_plan(setting.sites)
+            return dense_plan(context.sites)
         if cell.method.kind != "two-stage":
             return None
-        calibration = build_calibration(setting, model)
-        scores = BASELINES[cell.method.baseline](calibration)
-        plan = select(scores, setting.sites, setting.config.budget.keep, setting.constraints)
-        if cell.method.baseline == "flap":
-            add_biases(model, bias_compensation(calibration, plan))
+        baseline, calibration = BASELINES[cell.method.baseline], build_calibration(context, model)
+        plan = select(baseline(calibration), context.sites, context.config.budget.keep, context.constraints)
+        if baseline.biases is not None:
+            add_biases(model, baseline.biases(calibration, plan))
         return plan
 
-    def _teacher_factory(self, cell: Cell, config: RunConfig) -> tuple[TeacherFactory, float]:
-        """The way to whoever teaches the cell's model, and the seconds that the teacher's own tuning took."""
-        distill = resolve_auto(config, self.context.sites).distill
+    def _teacher_factory(self, cell: Cell, distill: DistillConfig) -> tuple[TeacherFactory, float]:
+        """What makes the cell's teacher from its model, and the seconds that the teacher's own tuning took."""
         if not cell.method.uses_teacher or distill.teacher == "none":
             return lambda _: None, 0.0
         if distill.teacher == "base":
             return lambda student: base_teacher(student, distill), 0.0
         tuned = self.tuned_dense(cell.seed, self.dense_learning_rate)
-        # Padded passes hook the teacher's head: it is nobody else's.
+        # A copy: padded passes hook the teacher's head.
         model = copy.deepcopy(tuned.model).requires_grad_(False).eval()
-        teacher = Teacher(model, distill.logits, distill.hidden, share=distill.share)
+        teacher = Teacher(model, share=distill.share)
         return lambda _: teacher, tuned.seconds
 
     def tuned_dense(self, seed: int, rate: float) -> TunedDenseModel:
-        """The dense model tuned as the recipe says, once for each seed and learning rate; only ever copied."""
+        """The dense model tuned by the recipe, trained once for each seed and learning rate; only ever copied."""
         with self.lock:
-            place = self.teachers.setdefault((seed, rate), TunedDenseModel())
-        with place.lock:
-            if place.model is None:
-                self._tune_dense(place, seed, rate)
-        return place
+            tuned = self.teachers.setdefault((seed, rate), TunedDenseModel())
+        with tuned.lock:
+            if tuned.model is None:
+                self._tune_dense(tuned, seed, rate)
+        return tuned
 
-    def _tune_dense(self, place: TunedDenseModel, seed: int, rate: float) -> None:
-        setting = self.cell_context(Cell(BUILT_IN[DENSE], 1.0, seed, rate))
-        model, watch, started = copy.deepcopy(self.model), CellMonitor(self), time.monotonic()
-        place.plan = tune_and_prune(
-            make_job(setting, model, NullCheckpointStore(), watch, plan=dense_plan(setting.sites))
+    def _tune_dense(self, tuned: TunedDenseModel, seed: int, rate: float) -> None:
+        context = self.cell_context(Cell(built_in_methods()[DENSE], 1.0, seed, rate))
+        model, monitor, started = copy.deepcopy(self.model), CellMonitor(self), time.monotonic()
+        tuned.plan = tune_and_prune(
+            make_job(context, model, NullCheckpointStore(), monitor, plan=dense_plan(context.sites))
         )
         merge_adapters(model)
         self._synchronize()
-        place.seconds, place.curve = time.monotonic() - started, watch.curve
-        place.model = model.requires_grad_(False).eval()
+        tuned.seconds, tuned.curve = time.monotonic() - started, monitor.curve
+        tuned.model = model.requires_grad_(False).eval()
 
     def _on_progress(self, task: str, done: int, total: int) -> None:
-        """An evaluation has come so far."""
+        """Show the progress of an evaluation."""
         self.raise_if_interrupted()
         if not self.concurrent:
             self.context.console.evaluation_progress(task, done, total)
 
     def _synchronize(self) -> None:
-        """What was launched on this stream is done: seconds count, and other streams may read."""
+        """Wait for this CUDA stream: seconds are measured then, and other streams may read the weights."""
         if self.context.device.type == "cuda":
             torch.cuda.current_stream(self.context.device).synchronize()
 
 
 def build_calibration(context: RunContext, model: Any) -> Calibration:
-    """The batches of the search that a baseline may look at."""
+    """The calibration data of a baseline: the first batches of the search."""
     config, pad = context.config, pad_token_id(context.tokenizer)
     stream = BatchStream(
         context.encoded["search"].examples, config.search.batch_size, derive_seed(config.seed, "search")
     )
     batches = [
-        collate(part, pad)
-        for step in range(config.search.init_batches or BATCHES)
-        for part in micro_batches(stream.batch_at(step), config.train.micro_tokens)
+        collate(examples, pad)
+        for step in range(config.search.init_batches or CALIBRATION_BATCHES)
+        for examples in micro_batches(stream.batch_at(step), config.train.micro_tokens)
     ]
     return Calibration(model, context.sites, tuple(batches), config.seed, context.constraints.limits)

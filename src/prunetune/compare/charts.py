@@ -1,4 +1,4 @@
-"""The pictures of a comparison: quality over size, a line for each method; a row for each where there is one size."""
+"""The charts of a comparison: quality over size, a line for each method; with one size, a row for each method."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDTH = 5.0  # inches
-MARKS = ("s", "^", "v", "P", "X", "<", ">", "d")
+FIGURE_WIDTH = 5.0  # inches
+MARKERS = ("s", "^", "v", "P", "X", "<", ">", "d")
 GLYPHS = dict(zip("s^vPX<>doD*", "■▲▼✚✖◀▶◆●◆★", strict=True))
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
-WIDE = 4.0  # perplexities that lie farther apart than this get a logarithmic axis
+LOG_AXIS_RATIO = 4.0  # perplexities that lie farther apart than this get a logarithmic axis
 
 ComparisonRow = Mapping[str, Any]  # of comparison.json
 
 
 @dataclass(frozen=True)
 class MethodStyle:
-    """How a method is drawn, in every picture the same."""
+    """How a method is drawn, the same in every chart."""
 
     colour: str
     marker: str
@@ -35,12 +35,12 @@ class MethodStyle:
     is_reference: bool = False
 
 
-FIXED = {DENSE: MethodStyle(svg.DENSE, "D"), "untuned": MethodStyle(svg.MUTED, "*")}
+FIXED_STYLES = {DENSE: MethodStyle(svg.DENSE, "D"), "untuned": MethodStyle(svg.MUTED, "*")}
 
 
 @dataclass(frozen=True)
 class ComparisonChart:
-    """A figure with its words."""
+    """A drawn chart with its title and caption."""
 
     title: str
     svg_markup: Markup
@@ -48,42 +48,44 @@ class ComparisonChart:
 
 
 def method_styles(methods: Sequence[str], reference: str) -> dict[str, MethodStyle]:
-    """The reference stands out, the dense model is grey; the others differ in colour and mark, then in dashes."""
-    looks, others = {}, 0
+    """The reference stands out, the dense model is grey; the others differ in colour and marker, then in dashes."""
+    styles, others = {}, 0
     for name in methods:
         if name == reference:
-            looks[name] = MethodStyle(svg.PRUNED, "o", is_reference=True)
-        elif name in FIXED:
-            looks[name] = FIXED[name]
+            styles[name] = MethodStyle(svg.PRUNED, "o", is_reference=True)
+        elif name in FIXED_STYLES:
+            styles[name] = FIXED_STYLES[name]
         else:
-            turn, place = divmod(others, len(svg.SERIES))
-            mark = MARKS[(place + 3 * turn) % len(MARKS)]  # the legend shows colour and mark, not dashes
-            looks[name] = MethodStyle(svg.SERIES[place], mark, DASHES[turn % len(DASHES)])
+            cycle, colour = divmod(others, len(svg.SERIES))
+            marker = MARKERS[(colour + 3 * cycle) % len(MARKERS)]  # the legend shows colour and marker, not dashes
+            styles[name] = MethodStyle(svg.SERIES[colour], marker, DASHES[cycle % len(DASHES)])
             others += 1
-    return looks
+    return styles
 
 
-def legend(looks: Mapping[str, MethodStyle]) -> list[tuple[str, str, str]]:
-    """(CSS colour, mark, method)"""
-    return [(svg.PAGE_COLOURS[look.colour], GLYPHS[look.marker], name) for name, look in looks.items()]
+def legend(styles: Mapping[str, MethodStyle]) -> list[tuple[str, str, str]]:
+    """The entries of the legend: (CSS colour, glyph of the marker, method)."""
+    return [(svg.PAGE_COLOURS[style.colour], GLYPHS[style.marker], name) for name, style in styles.items()]
 
 
 def draw_metric_chart(
     number: int, metric: str, label: str, rows: Sequence[ComparisonRow], styles: Mapping[str, MethodStyle]
 ) -> ComparisonChart | None:
-    """One metric over the share that is removed; None where nothing has it."""
-    known = [row for row in rows if row["scores"].get(metric, {}).get("value") is not None]
-    if not known:
+    """One metric over the share that is removed; None if no row has the metric."""
+    scored = [row for row in rows if row["scores"].get(metric, {}).get("value") is not None]
+    if not scored:
         return None
+    several_sizes = len({row["keep"] for row in scored}) > 1
+    draw = _draw_curves if several_sizes else _draw_dots
+    markup = svg.render_svg(
+        f"compare-{number}",
+        f"{label} by share removed; the tables below have the numbers",
+        FIGURE_WIDTH,
+        3.0 if several_sizes else 0.7 + 0.24 * len(scored),
+        lambda figure: draw(figure, metric, scored, styles),
+    )
     better = "Higher is better" if metric in ("acc", "rouge_l") else "Lower is better"
-    spoken = f"{label} by share removed; the numbers stand in the tables below"
-    name = f"compare-{number}"
-    if len({row["keep"] for row in known}) > 1:
-        drawn = svg.render_svg(name, spoken, WIDTH, 3.0, lambda figure: _curves(figure, metric, known, styles))
-    else:
-        height = 0.7 + 0.24 * len(known)
-        drawn = svg.render_svg(name, spoken, WIDTH, height, lambda figure: _dots(figure, metric, known, styles))
-    return ComparisonChart(label, drawn, f"{better}. Bars: one standard error over items.")
+    return ComparisonChart(label, markup, f"{better}. Bars: one standard error over items.")
 
 
 def _score(row: ComparisonRow, metric: str) -> tuple[float, float | None]:
@@ -91,69 +93,63 @@ def _score(row: ComparisonRow, metric: str) -> tuple[float, float | None]:
     return score["value"], score["se"]
 
 
-def _curves(figure: Figure, metric: str, rows: Sequence[ComparisonRow], looks: Mapping[str, MethodStyle]) -> None:
+def _draw_curves(figure: Figure, metric: str, rows: Sequence[ComparisonRow], styles: Mapping[str, MethodStyle]) -> None:
+    """A line over sizes for each method; a dense method is a point and a level."""
+    from matplotlib.ticker import PercentFormatter
+
     axes = figure.subplots()
-    flat = {row["method"] for row in rows if math.isclose(row["kept"], 1.0) and row["keep"] < 1}
+    dense = {row["method"] for row in rows if math.isclose(row["kept"], 1.0) and row["keep"] < 1}
     for order, name in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        own = sorted((row for row in rows if row["method"] == name), key=lambda row: -float(row["kept"]))
-        if name in flat:
-            _level(axes, _score(own[0], metric)[0], looks[name], horizontal=True)
-            own = own[:1]
-        _line(axes, metric, own, looks[name], order)
+        points = sorted((row for row in rows if row["method"] == name), key=lambda row: -float(row["kept"]))
+        style = styles[name]
+        if name in dense:
+            _draw_level(axes, _score(points[0], metric)[0], style, horizontal=True)
+            points = points[:1]
+        values, errors = zip(*(_score(row, metric) for row in points), strict=True)
+        axes.errorbar(
+            [1 - row["kept"] for row in points], values, yerr=[error or 0.0 for error in errors],
+            color=style.colour, marker=style.marker, linestyle=style.line_style, elinewidth=0.8,
+            markersize=6 if style.is_reference else 4.5, linewidth=2.4 if style.is_reference else 1.2,
+            zorder=100 if style.is_reference else 3 + order / 100,
+        )  # fmt: skip
     axes.set_xlabel("share of the prunable parameters removed")
-    _percent(axes)
-    _scale(axes, metric, rows, vertical=True)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    _set_log_scale(axes, metric, rows, vertical=True)
 
 
-def _line(axes: Axes, metric: str, rows: Sequence[ComparisonRow], look: MethodStyle, order: int) -> None:
-    values, errors = zip(*(_score(row, metric) for row in rows), strict=True)
-    axes.errorbar(
-        [1 - row["kept"] for row in rows], values, yerr=[error or 0.0 for error in errors],
-        color=look.colour, marker=look.marker, linestyle=look.line_style, markersize=6 if look.is_reference else 4.5,
-        linewidth=2.4 if look.is_reference else 1.2, elinewidth=0.8, zorder=100 if look.is_reference else 3 + order / 100,
-    )  # fmt: skip
-
-
-def _dots(figure: Figure, metric: str, rows: Sequence[ComparisonRow], looks: Mapping[str, MethodStyle]) -> None:
+def _draw_dots(figure: Figure, metric: str, rows: Sequence[ComparisonRow], styles: Mapping[str, MethodStyle]) -> None:
+    """A row with a point for each method; the dense model and the reference are levels, too."""
     axes = figure.subplots()
     for position, row in enumerate(rows):
         value, error = _score(row, metric)
-        look = looks[row["method"]]
-        if row["method"] == DENSE or look.is_reference:
-            _level(axes, value, look, horizontal=False)
+        style = styles[row["method"]]
+        if row["method"] == DENSE or style.is_reference:
+            _draw_level(axes, value, style, horizontal=False)
         axes.errorbar(
-            value, position, xerr=error, fmt=look.marker, color=look.colour,
-            markersize=7 if look.is_reference else 5.5, elinewidth=1.4,
+            value, position, xerr=error, fmt=style.marker, color=style.colour,
+            markersize=7 if style.is_reference else 5.5, elinewidth=1.4,
         )  # fmt: skip
-    axes.set_yticks(range(len(rows)), [_short(row["method"]) for row in rows], color=svg.INK)
+    names = [name if len(name) <= 22 else f"{name[:21]}…" for name in (row["method"] for row in rows)]
+    axes.set_yticks(range(len(rows)), names, color=svg.INK)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.grid(visible=True, axis="both")
-    _scale(axes, metric, rows, vertical=False)
+    _set_log_scale(axes, metric, rows, vertical=False)
 
 
-def _level(axes: Axes, value: float, look: MethodStyle, *, horizontal: bool) -> None:
+def _draw_level(axes: Axes, value: float, style: MethodStyle, *, horizontal: bool) -> None:
     draw = axes.axhline if horizontal else axes.axvline
-    draw(value, color=look.colour, linewidth=0.9, linestyle=(0, (4, 3)))
+    draw(value, color=style.colour, linewidth=0.9, linestyle=(0, (4, 3)))
 
 
-def _scale(axes: Axes, metric: str, rows: Sequence[ComparisonRow], *, vertical: bool) -> None:
+def _set_log_scale(axes: Axes, metric: str, rows: Sequence[ComparisonRow], *, vertical: bool) -> None:
+    """A logarithmic axis for perplexities that lie far apart."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     values = [_score(row, metric)[0] for row in rows]
-    if not metric.startswith("ppl ") or min(values) <= 0 or max(values) < WIDE * min(values):
+    if not metric.startswith("ppl ") or min(values) <= 0 or max(values) < LOG_AXIS_RATIO * min(values):
         return
     axis = axes.yaxis if vertical else axes.xaxis
     (axes.set_yscale if vertical else axes.set_xscale)("log")
     axis.set_major_locator(LogLocator(base=10, subs=(1, 2, 5)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _percent(axes: Axes) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= 22 else f"{name[:21]}…"

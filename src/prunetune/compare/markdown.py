@@ -1,4 +1,4 @@
-"""The table as text: printed at the end, and kept as table.md."""
+"""The table of a comparison as Markdown text: printed at the end, and kept as table.md."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ from typing import Any
 
 from prunetune.report import formatting
 
-ABSENT = ""
+ABSENT = ""  # a value that a cell of the table does not have
 
 
 def render_markdown(comparison: Mapping[str, Any]) -> str:
-    """One Markdown table for each budget, the trials of learning rates, and what failed."""
-    parts = [_budget(comparison, keep) for keep in comparison["keeps"]]
+    """A Markdown table for each budget, one of the learning-rate trials, and a list of failed cells."""
+    sections = [_budget_table(comparison, keep) for keep in comparison["keeps"]]
     if comparison["rates"]:
-        parts.append(_rates(comparison["rates"]))
+        sections.append(_learning_rate_table(comparison["rates"]))
     if comparison["errors"]:
-        parts.append("Failed:\n\n" + "\n".join(f"- {one['cell']}: {one['error']}" for one in comparison["errors"]))
-    return "\n\n".join(part for part in parts if part) + "\n"
+        failures = (f"- {failure['cell']}: {failure['error']}" for failure in comparison["errors"])
+        sections.append("Failed:\n\n" + "\n".join(failures))
+    return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _budget(found: Mapping[str, Any], keep: float) -> str:
-    rows = [row for row in found["rows"] if row["keep"] == keep]
+def _budget_table(comparison: Mapping[str, Any], keep: float) -> str:
+    rows = [row for row in comparison["rows"] if row["keep"] == keep]
     if not rows:
         return ""
-    metrics, versus = found["metrics"], found["reference"]
+    metrics, reference = comparison["metrics"], comparison["reference"]
     head = ["method", "lr", "seeds", "kept", "gap", "acc of dense"]
     for metric in metrics:
-        head += [metric, "sd", "se", f"- {versus}"]
+        head += [metric, "sd", "se", f"- {reference}"]
     head += ["s", "teacher s", "MB"]
-    lines = [_line(head), "|" + "---|" * len(head), *(_line(_cells(row, metrics)) for row in rows)]
-    title = f"Keep {keep:g}, split {found['split']}: means over seeds; sd over seeds, se over items; "
-    note = f"minus {versus} with its standard error over paired items, * beyond two of them; gap: nll minus dense."
-    return "\n".join([title + note, "", *lines])
+    title = (
+        f"Keep {keep:g}, split {comparison['split']}: means over seeds; sd over seeds, se over items; "
+        f"minus {reference} with its standard error over paired items, * beyond two of them; gap: nll minus dense."
+    )
+    return f"{title}\n\n" + _table(head, [_row_cells(row, metrics) for row in rows])
 
 
-def _cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
+def _row_cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     share = row["acc_of_dense"]
     cells = [
         row["method"],
@@ -58,57 +60,55 @@ def _cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
 
 
 def format_learning_rate(row: Mapping[str, Any]) -> str:
-    """The learning rate that a row was tuned with."""
+    """The learning rate of a row; "" if nothing was trained."""
     return f"{row['learning_rate']:g}" if row["train_seconds"] else ABSENT
 
 
 def format_seeds(row: Mapping[str, Any]) -> str:
-    """How many seeds went in, and how many failed."""
+    """The number of seeds in a row, and of those that failed."""
     return str(len(row["seeds"])) + (f" ({row['failed']} failed)" if row["failed"] else "")
 
 
 def format_number(value: float | None) -> str:
-    """Nothing where there is none."""
+    """A decimal number; "" for None."""
     return ABSENT if value is None else formatting.decimal(value)
 
 
 def format_signed(value: float | None) -> str:
-    """With its sign."""
+    """A decimal number with its sign; "" for None."""
     return ABSENT if value is None else formatting.signed_decimal(value)
 
 
 def format_difference(score: Mapping[str, Any]) -> str:
-    """A difference with its standard error; marked where it is more than two of them."""
+    """A difference ± its standard error, with * if it is more than two of them; "" if there is none."""
     if score.get("difference") is None:
         return ABSENT
     error = score.get("difference_se")
     if error is None:
         return format_signed(score["difference"])
-    clear = "*" if abs(score["difference"]) > 2 * error else ""
-    return f"{format_signed(score['difference'])} ± {format_number(error)}{clear}"
+    mark = "*" if abs(score["difference"]) > 2 * error else ""
+    return f"{format_signed(score['difference'])} ± {format_number(error)}{mark}"
 
 
 def format_seconds(value: float | None) -> str:
-    """Whole seconds; nothing for none."""
+    """Seconds, whole from ten on; "" for None and zero."""
     return ABSENT if not value else f"{value:,.0f}" if value >= 10 else f"{value:.1f}"
 
 
-def _rates(trials: Sequence[Mapping[str, Any]]) -> str:
-    lines = [
-        _line(
-            [
-                one["method"],
-                f"{one['learning_rate']:g}",
-                format_number(one["valid_nll"]),
-                "chosen" if one["chosen"] else "",
-            ]
-        )
-        for one in trials
+def _learning_rate_table(trials: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [
+            trial["method"],
+            f"{trial['learning_rate']:g}",
+            format_number(trial["valid_nll"]),
+            "chosen" if trial["chosen"] else "",
+        ]
+        for trial in trials
     ]
-    head = ["method", "lr", "nll on valid", ""]
     title = "Learning rates, chosen on valid at the first seed and budget:"
-    return "\n".join([title, "", _line(head), "|" + "---|" * len(head), *lines])
+    return f"{title}\n\n" + _table(["method", "lr", "nll on valid", ""], rows)
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])

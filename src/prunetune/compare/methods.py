@@ -1,26 +1,26 @@
-"""What is held side by side: the methods of a comparison, by name."""
+"""The methods that a comparison compares: built-in ones by name, and variants of the recipe from a YAML file."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from prunetune.baselines.scores import BASELINES
+from prunetune.baselines import BASELINES
 from prunetune.config.fields import fields_by_path, merge_mappings, with_current_names
 from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError
+from prunetune.utils.suggest import did_you_mean
 
 MethodKind = Literal["untuned", "dense", "two-stage", "one-stage"]
 NO_QUANTIZE = "models of a comparison share one dense model in memory, unquantised; leave lora.quantize out"
-REFERENCE = "one-stage"  # what the others are held against
+REFERENCE = "one-stage"  # the method that others are compared with
 DENSE = "dense"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-# What a variant may change; the rest is read once, or is the same for all.
+NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# Options that a variant may change; the others are read once for all cells.
 VARIANT_OPTIONS = (
     "search.",
     "train.",
@@ -35,45 +35,46 @@ VARIANT_OPTIONS = (
 
 @dataclass(frozen=True)
 class Method:
-    """A name in the table, and how its model comes about."""
+    """A name in the table, and how its model is trained."""
 
     name: str
     kind: MethodKind
-    baseline: str = ""  # whose plan a two-stage method takes
-    uses_teacher: bool = False  # hears the recipe's teacher
-    overrides: Mapping[str, Any] = field(default_factory=dict)  # of the recipe, nested
+    baseline: str = ""  # two-stage: the baseline that gives the plan
+    uses_teacher: bool = False  # distils from the recipe's teacher
+    overrides: Mapping[str, Any] = field(default_factory=dict)  # changes of the recipe, nested
 
     @property
     def is_dense(self) -> bool:
-        """Nothing is removed, so that the budget does not matter."""
+        """Whether nothing is removed, so that the budget does not matter."""
         return self.kind in ("untuned", "dense")
 
     @property
     def own_learning_rate(self) -> float | None:
-        """The learning rate that a variant brings along."""
+        """The learning rate that a variant sets, if it sets one."""
         rate = self.overrides.get("train", {}).get("learning_rate")
         return None if rate is None else float(rate)
 
 
-BUILT_IN = {
-    "untuned": Method("untuned", "untuned"),
-    DENSE: Method(DENSE, "dense"),
-    **{name: Method(name, "two-stage", baseline=name) for name in BASELINES},
-    REFERENCE: Method(REFERENCE, "one-stage", uses_teacher=True),
-}
+def built_in_methods() -> dict[str, Method]:
+    """Name -> method of all that need no file of variants, every registered baseline among them."""
+    return {
+        "untuned": Method("untuned", "untuned"),
+        DENSE: Method(DENSE, "dense"),
+        **{name: Method(name, "two-stage", baseline=name) for name in BASELINES},
+        REFERENCE: Method(REFERENCE, "one-stage", uses_teacher=True),
+    }
 
 
 def resolve_methods(config: RunConfig) -> tuple[Method, ...]:
-    """The methods that the recipe names, and its variants; raises `ConfigError`."""
+    """The methods that `compare.methods` names, and all variants unless it names some; raises `ConfigError`."""
     if config.lora.quantize != "off":
         raise ConfigError(f"compare: {NO_QUANTIZE}")
     variants = read_variants(Path(config.compare.variants), config) if config.compare.variants else {}
-    known = {**BUILT_IN, **variants}
+    known = {**built_in_methods(), **variants}
     names = dict.fromkeys(config.compare.methods)
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
+            hint = did_you_mean(name, known) or f"known are {', '.join(known)}"
             raise ConfigError(f"compare.methods: unknown method {name!r}; {hint}")
     if not names:
         raise ConfigError(f"compare.methods is empty; known are {', '.join(known)}")
@@ -83,22 +84,25 @@ def resolve_methods(config: RunConfig) -> tuple[Method, ...]:
 
 
 def read_variants(path: Path, config: RunConfig) -> dict[str, Method]:
-    """Name -> method of a YAML file of variants, each checked; raises `ConfigError`."""
+    """Read a YAML file of variants, and check each; name -> method. Raises `ConfigError`."""
     values = read_yaml(path, "what compare.variants names", "name a YAML file")
     if not values:
-        raise ConfigError(f"{path}: holds no variant; a line such as 'small-rank: {{lora: {{rank: 8}}}}' is one")
+        raise ConfigError(f"{path}: holds no variant; write one as 'small-rank: {{lora: {{rank: 8}}}}'")
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: variants map names to changes of the recipe, this is a {type(values).__name__}")
     return {str(name): _variant(str(name), changes, f"{path}: {name}", config) for name, changes in values.items()}
 
 
 def _variant(name: str, changes: Any, where: str, config: RunConfig) -> Method:
-    if name in BUILT_IN or not NAME.fullmatch(name):
-        raise ConfigError(f"{where}: a variant's name is letters, digits, dots and dashes, and none of {_built_in()}")
+    built_in = built_in_methods()
+    if name in built_in or not NAME_PATTERN.fullmatch(name):
+        raise ConfigError(
+            f"{where}: a variant's name is letters, digits, dots and dashes, and none of {', '.join(built_in)}"
+        )
     if not isinstance(changes or {}, Mapping):
         raise ConfigError(f"{where}: a variant is a mapping of changes, got {changes!r}")
-    rest = with_current_names(RunConfig, changes or {})
-    flags = {key: rest.pop(key) for key in ("dense", "untuned", "two-stage") if key in rest}
+    overrides = with_current_names(RunConfig, changes or {})
+    flags = {key: overrides.pop(key) for key in ("dense", "untuned", "two-stage") if key in overrides}
     kinds: list[MethodKind] = [kind for kind in ("dense", "untuned", "two-stage") if flags.get(kind)]
     if len(kinds) > 1:
         raise ConfigError(f"{where}: {' and '.join(kinds)} exclude each other")
@@ -106,9 +110,9 @@ def _variant(name: str, changes: Any, where: str, config: RunConfig) -> Method:
     baseline = flags["two-stage"] if kind == "two-stage" else ""
     if baseline and baseline not in BASELINES:
         raise ConfigError(f"{where}: two-stage must be one of {', '.join(BASELINES)}, got {baseline!r}")
-    method = Method(name, kind, baseline, uses_teacher=kind in ("one-stage", "two-stage"), overrides=rest)
-    apply_overrides(config, rest, where=where)
-    for key in _leaves(rest):
+    method = Method(name, kind, baseline, uses_teacher=kind in ("one-stage", "two-stage"), overrides=overrides)
+    apply_overrides(config, overrides, where=where)  # checks them
+    for key in _changed_options(overrides):
         if not key.startswith(VARIANT_OPTIONS):
             raise ConfigError(
                 f"{where}: {key} is the same for all methods; a variant may change {', '.join(VARIANT_OPTIONS)}"
@@ -118,21 +122,18 @@ def _variant(name: str, changes: Any, where: str, config: RunConfig) -> Method:
     return method
 
 
-def _built_in() -> str:
-    return ", ".join(BUILT_IN)
-
-
-def _leaves(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _changed_options(values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted paths of the options that a nested mapping changes."""
     options = fields_by_path(RunConfig)
-    return [
-        leaf
-        for key, value in values.items()
-        for leaf in ([prefix + key] if prefix + key in options or not value else _leaves(value, f"{prefix}{key}."))
-    ]
+    for key, value in values.items():
+        if prefix + key in options or not value:
+            yield prefix + key
+        else:
+            yield from _changed_options(value, f"{prefix}{key}.")
 
 
 def apply_overrides(config: RunConfig, overrides: Mapping[str, Any], *, where: str = "variant") -> RunConfig:
-    """The recipe with changes; without a teacher there are no texts for it."""
+    """The recipe with changes; if these turn the teacher off, the texts for distillation go too."""
     values = merge_mappings(to_mapping(config), overrides)
     if isinstance(values["distill"], Mapping) and values["distill"].get("teacher") == "none":
         values["data"] = {**values["data"], "distill_texts": []}

@@ -1,4 +1,4 @@
-"""The page of a comparison: one HTML file that needs nothing else, made from the folder's files alone."""
+"""The page of a comparison: one self-contained HTML file, made from the files of the comparison's folder."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import jinja2
 from prunetune import report
 from prunetune.compare import charts, markdown
 from prunetune.compare.methods import DENSE
+from prunetune.manifest import Manifest
 from prunetune.report import formatting
-from prunetune.report.run_folder import get_mapping, lookup
 from prunetune.utils.files import write_text
 
 LABELS = {"acc": "Mean accuracy", "nll": "Mean NLL per answer token", "rouge_l": "Mean ROUGE-L"}
@@ -25,103 +25,104 @@ def write_page(folder: Path) -> Path:
 
     The same files give the same bytes.
     """
-    found = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    manifest = json.loads(_text(folder / "manifest.json") or "{}")
-    target = folder / "comparison.html"
-    write_text(target, render_page(found, manifest, _text(folder / "config.yaml"), folder.name))
-    return target
+    comparison = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    manifest = Manifest.from_json(_read_if_present(folder / "manifest.json") or "{}")
+    page = folder / "comparison.html"
+    write_text(page, render_page(comparison, manifest, _read_if_present(folder / "config.yaml"), folder.name))
+    return page
 
 
-def _text(file: Path) -> str:
+def _read_if_present(file: Path) -> str:
     return file.read_text(encoding="utf-8") if file.exists() else ""
 
 
-def render_page(comparison: ComparisonData, manifest: Mapping[str, Any], recipe: str, name: str) -> str:
+def render_page(comparison: ComparisonData, manifest: Manifest, recipe: str, name: str) -> str:
     """The page as HTML text."""
-    places = [Path(__file__).parent, *(Path(place) for place in report.__path__)]
+    folders = [Path(__file__).parent, *map(Path, report.__path__)]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(places),
+        loader=jinja2.FileSystemLoader(folders),
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters |= {
-        "count": formatting.count, "decimal": formatting.decimal, "share": formatting.share, "change": markdown.format_signed,
-        "difference": markdown.format_difference, "seconds": markdown.format_seconds, "rate": markdown.format_learning_rate, "seeds": markdown.format_seeds,
-        "tone": significance_class,
+        "count": formatting.count, "decimal": formatting.decimal, "share": formatting.share,
+        "signed": markdown.format_signed, "difference": markdown.format_difference,
+        "seconds": markdown.format_seconds, "learning_rate": markdown.format_learning_rate,
+        "seeds": markdown.format_seeds, "significance": significance_class,
     }  # fmt: skip
-    return environment.get_template("comparison.html.j2").render(_content(comparison, manifest, recipe, name))
-
-
-def _content(found: ComparisonData, manifest: Mapping[str, Any], recipe: str, name: str) -> dict[str, Any]:
-    rows = found["rows"]
-    looks = charts.method_styles(list(dict.fromkeys(row["method"] for row in rows)), found["reference"])
-    labels = {metric: metric_label(metric) for metric in found["metrics"]}
-    drawn = [
-        charts.draw_metric_chart(number, metric, label, rows, looks)
+    rows, reference = comparison["rows"], comparison["reference"]
+    styles = charts.method_styles(list(dict.fromkeys(row["method"] for row in rows)), reference)
+    labels = {metric: metric_label(metric) for metric in comparison["metrics"]}
+    metric_charts = [
+        charts.draw_metric_chart(number, metric, label, rows, styles)
         for number, (metric, label) in enumerate(labels.items())
     ]
-    return {
-        "name": name,
-        "found": found,
-        "verdict": verdict(found),
-        "labels": labels,
-        "reference": found["reference"],
-        "budgets": {keep: [row for row in rows if row["keep"] == keep] for keep in found["keeps"]},
-        "pictures": [one for one in drawn if one is not None],
-        "legend": charts.legend(looks),
-        "costs": cost_rows(rows),
-        "crowded": any(row["crowded"] for row in rows),
-        "command": str(lookup(manifest, "command") or ""),
-        "environment": _environment(manifest),
-        "recipe": recipe,
-    }
+    return environment.get_template("comparison.html.j2").render(
+        name=name,
+        comparison=comparison,
+        verdict=verdict(comparison),
+        labels=labels,
+        reference=reference,
+        rows_by_keep={keep: [row for row in rows if row["keep"] == keep] for keep in comparison["keeps"]},
+        charts=[chart for chart in metric_charts if chart is not None],
+        legend=charts.legend(styles),
+        cost_rows=cost_rows(rows),
+        any_concurrent=any(row["crowded"] for row in rows),
+        command=manifest.command or "",
+        environment=_environment_rows(manifest),
+        recipe=recipe,
+    )
 
 
 def metric_label(metric: str) -> str:
-    """A metric's name for readers."""
+    """A metric's name in headings and charts."""
     return LABELS.get(metric) or f"Perplexity, {metric.removeprefix('ppl ')}"
 
 
 def verdict(comparison: ComparisonData) -> str:
-    """The smallest budget's finding in a sentence: one stage and the best two-stage method over the dense model."""
+    """The result in a sentence: the gap to dense of one stage and of the best two-stage method at the smallest size.
+
+    A size that lacks one of these is skipped.
+    """
     for keep in sorted(comparison["keeps"]):
         rows = {row["method"]: row for row in comparison["rows"] if row["keep"] == keep and row["gap"] is not None}
-        rest = [row for row in rows.values() if row["kind"] == "two-stage"]
-        if comparison["reference"] in rows and DENSE in rows and rest:
-            best = min(rest, key=lambda row: float(row["gap"]))
+        two_stage = [row for row in rows.values() if row["kind"] == "two-stage"]
+        if comparison["reference"] in rows and DENSE in rows and two_stage:
+            best = min(two_stage, key=lambda row: float(row["gap"]))
             ours = rows[comparison["reference"]]
+            removed = formatting.share(1 - ours["kept"])
+            gap, best_gap = (formatting.signed_decimal(row["gap"]) for row in (ours, best))
             return (
-                f"{formatting.share(1 - ours['kept'])} removed: NLL {formatting.signed_decimal(ours['gap'])} over dense with one stage, "
-                f"{formatting.signed_decimal(best['gap'])} with {best['method']}, the best two-stage"
+                f"{removed} removed: NLL {gap} over dense with one stage, "
+                f"{best_gap} with {best['method']}, the best two-stage"
             )
     methods = len({row["method"] for row in comparison["rows"]})
     return f"{methods} method{'s' if methods != 1 else ''} on {comparison['model']}"
 
 
 def significance_class(score: Mapping[str, Any], metric: str) -> str:
-    """Better or worse than the reference by more than two standard errors; "" else."""
-    change, error = score.get("difference"), score.get("difference_se")
-    if change is None or error is None or abs(change) <= 2 * error:
+    """The CSS class of a score: `better` or `worse` than the reference by more than two standard errors, else ""."""
+    difference, error = score.get("difference"), score.get("difference_se")
+    if difference is None or error is None or abs(difference) <= 2 * error:
         return ""
-    return "better" if (change > 0) == (metric in ("acc", "rouge_l")) else "worse"
+    return "better" if (difference > 0) == (metric in ("acc", "rouge_l")) else "worse"
 
 
 def cost_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What every row cost, in all: its own training and its teacher's."""
-    seen: dict[tuple[str, float], dict[str, Any]] = {}
+    """The rows of each method and size, once, with `total`: the seconds of its own training and its teacher's."""
+    unique: dict[tuple[str, float], dict[str, Any]] = {}
     for row in rows:
-        known = [row[key] for key in ("train_seconds", "teacher_seconds") if row[key] is not None]
-        if known:
-            seen.setdefault((row["method"], row["kept"]), {**row, "total": sum(known)})
-    return list(seen.values())
+        seconds = [row[key] for key in ("train_seconds", "teacher_seconds") if row[key] is not None]
+        if seconds:
+            unique.setdefault((row["method"], row["kept"]), {**row, "total": sum(seconds)})
+    return list(unique.values())
 
 
-def _environment(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _environment_rows(manifest: Manifest) -> list[tuple[str, str]]:
     facts = {
-        "Model": lookup(manifest, "model", "name"),
-        "Device": lookup(manifest, "device"),
-        "Arithmetic": lookup(manifest, "dtype"),
-        **get_mapping(manifest, "versions"),
+        "Model": manifest.model.name,
+        "Device": manifest.device,
+        "Arithmetic": manifest.dtype,
+        **manifest.versions,
+        "Rows": ", ".join(f"{split} {count}" for split, count in manifest.data.counts.items()),
     }
-    rows = get_mapping(manifest, "data", "counts")
-    facts["Rows"] = ", ".join(f"{split} {count}" for split, count in rows.items())
-    return [(str(name), str(value)) for name, value in facts.items() if value not in (None, "")]
+    return [(name, value) for name, value in facts.items() if value]

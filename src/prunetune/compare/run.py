@@ -1,13 +1,13 @@
-"""A whole comparison: every cell made once, its file kept, and all of them told in one table and one page."""
+"""A whole comparison: every cell run once and saved as a file, then one table and one page of all of them."""
 
 from __future__ import annotations
 
 import gc
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from prunetune.compare.methods import DENSE, Method, apply_overrides, resolve_me
 from prunetune.compare.page import write_page
 from prunetune.compare.table import aggregate
 from prunetune.config.recipe import RunConfig, to_mapping
-from prunetune.errors import ConfigError, LimitBroken, PrunetuneError, gpu_fault_message
+from prunetune.errors import ConfigError, LimitBroken, PrunetuneError
 from prunetune.evaluation.inference import SDPA_BACKENDS
 from prunetune.model.loading import load_config, pick_device
 from prunetune.pipeline.prepare import Console, RunContext, data_and_model_facts, make_plan_constraints, prepare
@@ -34,21 +34,22 @@ from prunetune.train.teacher import resolve_auto
 from prunetune.utils import environment
 from prunetune.utils.console import make_console
 from prunetune.utils.determinism import deterministic
+from prunetune.utils.failures import is_gpu_fault
 from prunetune.utils.files import write_text
 
 log = logging.getLogger(__name__)
 
-# A comparison may grow: a cell's file says all of what it is.
+# With --resume a comparison may get more cells: a cell's file holds everything that defines it.
 EXTENDABLE_OPTIONS = CHANGEABLE_ON_RESUME | {
     f"compare.{name}" for name in ("methods", "keeps", "seeds", "learning_rates", "variants", "jobs")
 }
 
 
 def compare(config: RunConfig, *, resume: bool = False, console: Console | None = None, command: str = "") -> Path:
-    """Make every cell that is not there yet, then the table and the page; returns the folder.
+    """Run every cell that has no file yet, then write the table and the page; returns the folder.
 
-    Raises a `PrunetuneError` for what the user can mend, before anything is written where that can be known; what goes
-    wrong in one cell stands in its file. `GateFailed` where every cell went wrong.
+    Raises a `PrunetuneError` for a mistake of the user, before anything is written if it can be known so early. A cell
+    that fails is saved with its error, and the others still run; raises `LimitBroken` if every cell failed.
     """
     if config.budget.sizes:
         raise ConfigError("budget.keep names several sizes of one run: name budgets to compare in compare.keeps")
@@ -59,58 +60,58 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
         )
     console = console or make_console(config.train.log_every)
     with closing(console), deterministic(config.deterministic, pick_device(config.device)):
-        setting = prepare(config, resume=resume, console=console, changeable=EXTENDABLE_OPTIONS)
-        grid = grid_from_config(setting.config)  # a budget of another kind has become a share of the parameters
-        _validate_before_start(setting, methods, grid)
-        setting.folder.path.mkdir(parents=True, exist_ok=True)
-        with run_lock(setting.folder):
-            _create_folder(setting, config, command)
-            cells, rates = _Comparison(setting, methods, grid, CellStore(setting.folder.path)).run()
-    return _finish(setting, cells, rates)
+        context = prepare(config, resume=resume, console=console, changeable=EXTENDABLE_OPTIONS)
+        context = replace(context, config=context.reported_config)  # cells change it, and each resolves its own `auto`
+        grid = grid_from_config(context.config)  # a budget of another kind has become a share of the parameters
+        _validate_before_start(context, methods, grid)
+        context.folder.path.mkdir(parents=True, exist_ok=True)
+        with run_lock(context.folder):
+            _create_folder(context, config, command)
+            cells, rates = _Comparison(context, methods, grid, CellStore(context.folder.path)).run()
+    return _write_results(context, cells, rates)
 
 
-def _validate_before_start(setting: RunContext, methods: Sequence[Method], grid: Grid) -> None:
+def _validate_before_start(context: RunContext, methods: Sequence[Method], grid: Grid) -> None:
     """Raises `PlanError` for a budget that no plan of a method meets, and `ConfigError` for options that clash."""
-    model_config = load_config(setting.config.model, trust_remote_code=setting.config.trust_remote_code)
-    scores = {site.name: torch.zeros(site.units) for site in setting.sites}
+    model_config = load_config(context.config.model, trust_remote_code=context.config.trust_remote_code)
+    scores = {site.name: torch.zeros(site.units) for site in context.sites}
+    jobs = concurrent_jobs(context)
     for method in methods:
         for cell in grid.cells(method, grid.learning_rate_trials(method)[0].learning_rate):
-            config = cell.config(setting.config)
-            if concurrent_jobs(setting) > 1 and (
-                config.lora.dropout or setting.config.lora.dropout
-            ):  # or its teacher's
+            config = cell.config(context.config)
+            if jobs > 1 and (config.lora.dropout or context.config.lora.dropout):  # its own, or its teacher's
                 raise ConfigError(
-                    f"compare.jobs {concurrent_jobs(setting)} with lora.dropout ({method.name}): cells at once draw from one "
-                    "generator, and would not come out the same again; set compare.jobs 1 or lora.dropout 0"
+                    f"compare.jobs {jobs} with lora.dropout ({method.name}): concurrent cells draw from one random "
+                    "generator, so results would not repeat; set compare.jobs 1 or lora.dropout 0"
                 )
-            shape = make_plan_constraints(config, setting.sites, model_config, setting.constraints.allows_groups)
-            select(scores, setting.sites, cell.keep, replace(shape, limits=setting.constraints.limits))
+            constraints = make_plan_constraints(config, context.sites, model_config, context.constraints.allows_groups)
+            select(scores, context.sites, cell.keep, replace(constraints, limits=context.constraints.limits))
 
 
-def _create_folder(setting: RunContext, config: RunConfig, command: str) -> None:
-    """Make the folder and write the recipe."""
-    path = setting.folder.path
+def _create_folder(context: RunContext, config: RunConfig, command: str) -> None:
+    """Make the folder, and write the recipe and the manifest."""
+    path = context.folder.path
     (path / "cells").mkdir(parents=True, exist_ok=True)
     write_text(path / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
-    facts = environment.describe_environment(setting.device, setting.dtype, command, setting.config.seed)
-    setting.folder.update_manifest(**facts, **data_and_model_facts(setting))
+    facts = environment.describe_environment(context.device, context.dtype, command, context.config.seed)
+    context.folder.update_manifest(**facts, **data_and_model_facts(context))
 
 
-def _finish(setting: RunContext, cells: Sequence[Cell], rates: Mapping[str, float]) -> Path:
-    """Table, page and aggregate, from the files alone."""
-    path, shelf = setting.folder.path, CellStore(setting.folder.path)
-    found = aggregate(shelf.load_all(cells), rates, setting.config)
-    write_text(path / "comparison.json", json.dumps(found, indent=1, allow_nan=False) + "\n")
-    write_text(path / "table.md", render_markdown(found))
+def _write_results(context: RunContext, cells: Sequence[Cell], rates: Mapping[str, float]) -> Path:
+    """Write comparison.json, table.md and comparison.html from the cells' files; returns the folder."""
+    path = context.folder.path
+    comparison = aggregate(CellStore(path).load_all(cells), rates, context.config)
+    write_text(path / "comparison.json", json.dumps(comparison, indent=1, allow_nan=False) + "\n")
+    write_text(path / "table.md", render_markdown(comparison))
     write_page(path)
-    if not any(row["seeds"] for row in found["rows"]):
-        raise LimitBroken(f"every cell of {path} failed, the first so: {found['errors'][0]['error']}")
+    if not any(row["seeds"] for row in comparison["rows"]):
+        raise LimitBroken(f"every cell of {path} failed, the first with: {comparison['errors'][0]['error']}")
     return path
 
 
 @dataclass
 class _Comparison:
-    """The order of work: dense models first, for they teach; then the learning rates; then all other cells."""
+    """The order of work: dense models first, as they are teachers; then trials of learning rates; then all others."""
 
     context: RunContext
     methods: Sequence[Method]
@@ -118,19 +119,20 @@ class _Comparison:
     store: CellStore
 
     def run(self) -> tuple[list[Cell], dict[str, float]]:
-        """All cells are there, or their errors; returns those the table is about, and each method's learning rate."""
+        """Run all cells; returns those that belong in the table, and each method's learning rate."""
         dense = [method for method in self.methods if method.is_dense]
-        others = [method for method in self.methods if not method.is_dense]
+        pruned = [method for method in self.methods if not method.is_dense]
         rate = self.context.config.train.learning_rate
-        shop = CellRunner(self.context, rate if rate in self.grid.learning_rates else self.grid.learning_rates[0])
+        runner = CellRunner(self.context, rate if rate in self.grid.learning_rates else self.grid.learning_rates[0])
         jobs = concurrent_jobs(self.context)
-        with fixed_attention_kernels():
-            self._run_missing_cells(shop, self._trials(dense), jobs=jobs, needs_valid_nll=True)
-            self._run_missing_cells(shop, self._cells(dense), jobs=jobs)
-            rate = next((self._rate(method) for method in dense if method.name == DENSE), shop.dense_learning_rate)
-            shop.select_teachers(rate, wanted=any(self._has_dense_teacher(method) for method in others))
-            self._run_missing_cells(shop, self._trials(others), jobs=jobs, needs_valid_nll=True)
-            self._run_missing_cells(shop, sort_by_seed(self._cells(others)), jobs=jobs)
+        # Every evaluation sets and resets the process's choice of attention kernels: here, to what it is already.
+        with sdpa_kernel(SDPA_BACKENDS):
+            self._run_missing_cells(runner, self._trials(dense), jobs=jobs, needs_valid_nll=True)
+            self._run_missing_cells(runner, self._cells(dense), jobs=jobs)
+            rate = next((self._rate(method) for method in dense if method.name == DENSE), runner.dense_learning_rate)
+            runner.select_teachers(rate, needed=any(self._has_dense_teacher(method) for method in pruned))
+            self._run_missing_cells(runner, self._trials(pruned), jobs=jobs, needs_valid_nll=True)
+            self._run_missing_cells(runner, sort_by_seed(self._cells(pruned)), jobs=jobs)
         cells = {cell.name: cell for cell in (*self._trials(self.methods), *self._cells(self.methods))}
         return list(cells.values()), {method.name: self._rate(method) for method in self.methods}
 
@@ -139,9 +141,9 @@ class _Comparison:
         return method.uses_teacher and config.distill.teacher == "dense"
 
     def _trials(self, methods: Sequence[Method]) -> list[Cell]:
-        """The cells that learning rates are chosen by, of methods that have several."""
-        trials = [self.grid.learning_rate_trials(method) for method in methods]
-        return [cell for cells in trials if len(cells) > 1 for cell in cells]
+        """The cells that choose a learning rate, of methods that have several to choose from."""
+        trials_by_method = [self.grid.learning_rate_trials(method) for method in methods]
+        return [cell for trials in trials_by_method if len(trials) > 1 for cell in trials]
 
     def _cells(self, methods: Sequence[Method]) -> list[Cell]:
         return [cell for method in methods for cell in self.grid.cells(method, self._rate(method))]
@@ -153,88 +155,77 @@ class _Comparison:
         return best_learning_rate(self.store.load_all(trials)) or trials[0].learning_rate
 
     def _run_missing_cells(
-        self, shop: CellRunner, cells: Sequence[Cell], *, jobs: int, needs_valid_nll: bool = False
+        self, runner: CellRunner, cells: Sequence[Cell], *, jobs: int, needs_valid_nll: bool = False
     ) -> None:
-        """Make those that are not there, `jobs` at once, and alone where memory ran out beside others.
+        """Run the cells that are not done, `jobs` at once; one that ran out of memory among others is retried alone.
 
-        Ctrl-C ends those that run.
+        Ctrl-C ends the cells that are running.
         """
-        left = [cell for cell in cells if not self._is_done(shop, cell, needs_valid_nll)]
-        if not left:
+        missing = [cell for cell in cells if not self._is_done(runner, cell, needs_valid_nll)]
+        if not missing:
             return
-        shop.load_model(concurrent=jobs > 1)
+        runner.load_model(concurrent=jobs > 1)
         if jobs == 1:
-            for cell in left:
-                self._run_cell(shop, cell, needs_valid_nll)
+            for cell in missing:
+                self._run_cell(runner, cell, needs_valid_nll)
             return
         with ThreadPoolExecutor(jobs) as pool:
             try:
-                futures = {cell.name: pool.submit(self._run_cell, shop, cell, needs_valid_nll) for cell in left}
-                again = [cell for cell in left if futures[cell.name].result()]
+                futures = {cell.name: pool.submit(self._run_cell, runner, cell, needs_valid_nll) for cell in missing}
+                out_of_memory = [cell for cell in missing if futures[cell.name].result()]
             except BaseException:
-                shop.stop_event.set()
+                runner.stop_event.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        for cell in again:
-            log.warning("%s: out of memory beside others, so it is made once more, alone", cell.name)
-            self._run_cell(shop, cell, needs_valid_nll)
+        for cell in out_of_memory:
+            log.warning("%s: out of memory among concurrent cells; running it again, alone", cell.name)
+            self._run_cell(runner, cell, needs_valid_nll)
 
-    def _is_done(self, shop: CellRunner, cell: Cell, needs_valid_nll: bool) -> bool:
-        """Whether a cell is there, taught by this teacher: with more learning rates, dense may be another."""
-        result = self.store.load(cell) or {}
-        return self.store.is_done(cell, needs_valid_nll=needs_valid_nll) and result.get("teacher_rate") in (
-            None,
-            shop.dense_learning_rate,
-        )
+    def _is_done(self, runner: CellRunner, cell: Cell, needs_valid_nll: bool) -> bool:
+        """Whether a cell's file is there and used this teacher: more learning rates may have chosen another one."""
+        teacher_rate = (self.store.load(cell) or {}).get("teacher_rate", runner.dense_learning_rate)
+        return self.store.is_done(cell, needs_valid_nll=needs_valid_nll) and teacher_rate == runner.dense_learning_rate
 
-    def _run_cell(self, shop: CellRunner, cell: Cell, needs_valid_nll: bool) -> bool:
-        """Make a cell and keep it, or what went wrong; whether that was a lack of memory.
+    def _run_cell(self, runner: CellRunner, cell: Cell, needs_valid_nll: bool) -> bool:
+        """Run a cell and save its result or its error; returns whether it ran out of memory.
 
-        Raises the error of a GPU that gave up.
+        Raises the error of a broken GPU: no cell is to blame for it.
         """
-        lacks = False
+        out_of_memory = False
         try:
-            result = shop.run_cell(cell, needs_valid_nll=needs_valid_nll)
+            result = runner.run_cell(cell, needs_valid_nll=needs_valid_nll)
         except Interrupted:
             return False
-        except PrunetuneError as failed:
-            result = {**cell_header(cell), "error": str(failed)}
-        except Exception as failed:
-            if gpu_fault_message(failed):  # of all cells that run: none of them is to blame
+        except PrunetuneError as error:
+            result = {**cell_header(cell), "error": str(error)}
+        except Exception as error:
+            if is_gpu_fault(error):
                 raise
-            lacks = isinstance(failed, torch.OutOfMemoryError)
+            out_of_memory = isinstance(error, torch.OutOfMemoryError)
             log.exception("%s failed", cell.name)
-            result = {**cell_header(cell), "error": f"{type(failed).__name__}: {' '.join(str(failed).split())[:500]}"}
-        with CAPTURE_LOCK:  # graphs are let go while none is made
+            result = {**cell_header(cell), "error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+        with CAPTURE_LOCK:  # CUDA graphs are freed while no thread captures one
             gc.collect()
         self.store.save(cell, result)
         log.info("%s", summary_line(result))
-        return lacks
+        return out_of_memory
 
 
 def concurrent_jobs(context: RunContext) -> int:
-    """Cells at once: a GPU waits for small models' launches, a CPU has no core to spare."""
+    """How many cells run at once: a GPU waits for small models' launches, a CPU has no core to spare."""
     return context.config.compare.jobs if context.device.type == "cuda" else 1
 
 
-def sort_by_seed(cells: Iterable[Cell]) -> list[Cell]:
-    """Seed by seed, so that a comparison that is stopped has whole seeds."""
-    listed = list(cells)
-    seeds = list(dict.fromkeys(cell.seed for cell in listed))
-    return sorted(listed, key=lambda cell: seeds.index(cell.seed))
-
-
-@contextmanager
-def fixed_attention_kernels() -> Iterator[None]:
-    """Every evaluation sets and resets the process's choice of attention kernels: here, to what it is already."""
-    with sdpa_kernel(SDPA_BACKENDS):
-        yield
+def sort_by_seed(cells: Sequence[Cell]) -> list[Cell]:
+    """Seed by seed, so that an interrupted comparison has whole seeds."""
+    seeds = list(dict.fromkeys(cell.seed for cell in cells))
+    return sorted(cells, key=lambda cell: seeds.index(cell.seed))
 
 
 def summary_line(result: CellResult) -> str:
-    """A cell in a line of the log."""
+    """One line for the log: a cell's scores, or why it failed."""
     if "error" in result:
         return f"{result['cell']}: failed: {result['error']}"
-    named: dict[str, Any] = {**result["headline"], "valid nll": result.get("valid_nll")}
-    scores = ", ".join(f"{name} {value:.3f}" for name, value in named.items() if value is not None)
+    values: dict[str, Any] = {**result["headline"], "valid nll": result.get("valid_nll")}
+    scores = ", ".join(f"{name} {value:.3f}" for name, value in values.items() if value is not None)
     return f"{result['cell']}: kept {100 * result['kept']:.1f}%, {scores}, {result['train_seconds']:.0f} s"

@@ -1,4 +1,4 @@
-"""From cells to one table: means and deviations over seeds, errors over items, differences over paired items."""
+"""The table of a comparison: means and deviations over seeds, standard errors over items, paired differences."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from prunetune.config.recipe import RunConfig
 from prunetune.evaluation.results import Item, Score, TaskResult
 from prunetune.evaluation.statistics import aggregate_items, paired_difference
 
-TableCell = Mapping[str, Any]  # a cell's file
-METRICS = {"acc": "accuracy", "nll": "nll", "rouge_l": "rouge_l"}
-TEXT = "ppl "  # begins the name of a text's column
+TableCell = Mapping[str, Any]  # the content of a cell's file
+ITEM_METRICS = {"acc": "accuracy", "nll": "nll", "rouge_l": "rouge_l"}
+PERPLEXITY_PREFIX = "ppl "  # of a column's name, before the name of the text
 FORMAT = "prunetune-comparison-1"
-COSTS = ("train_seconds", "teacher_seconds", "eval_seconds", "peak_mb")
-# A row of which every cell failed.
+COST_KEYS = ("train_seconds", "teacher_seconds", "eval_seconds", "peak_mb")
+# The values of a row whose cells all failed.
 EMPTY_ROW: Mapping[str, Any] = {
-    "kept": None, "scores": {}, "gap": None, "acc_of_dense": None, **dict.fromkeys(COSTS), "crowded": False,
+    "kept": None, "scores": {}, "gap": None, "acc_of_dense": None, **dict.fromkeys(COST_KEYS), "crowded": False,
 }  # fmt: skip
 
 
@@ -34,48 +34,56 @@ class SeedGroup:
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """In the order they came."""
+        """The seeds, in the order of the cells."""
         return tuple(cell["seed"] for cell in self.cells)
 
     def select_seeds(self, seeds: Sequence[int]) -> SeedGroup:
-        """The same with these seeds alone."""
+        """The cells of these seeds alone."""
         return SeedGroup(tuple(cell for cell in self.cells if cell["seed"] in seeds))
 
     def values(self, metric: str) -> list[float]:
-        """The metric of each seed that has it."""
-        found = [cell["headline"].get(metric) for cell in self.cells]
-        return [value for value in found if value is not None]
+        """The metric's value for each seed that has one."""
+        return [value for cell in self.cells if (value := cell["headline"].get(metric)) is not None]
+
+    def costs(self, key: str) -> list[float]:
+        """One of `COST_KEYS` of each seed that has it."""
+        return [cell[key] for cell in self.cells if cell.get(key) is not None]
 
     def task_results(self, metric: str) -> dict[str, TaskResult]:
-        """The tasks that have the metric, each item's scores a mean over seeds."""
-        inner = "perplexity" if metric.startswith(TEXT) else METRICS[metric]
-        first = self.cells[0]["scores"]
-        names = [metric.removeprefix(TEXT)] if metric.startswith(TEXT) else list(first)
-        return {task: self._task(task, inner) for task in names if inner in first.get(task, {})}
+        """The tasks that have the metric; an item's score is its mean over seeds."""
+        score_name = item_metric(metric)
+        scores = self.cells[0]["scores"]
+        tasks = [metric.removeprefix(PERPLEXITY_PREFIX)] if score_name == "perplexity" else list(scores)
+        return {task: self._task_result(task, score_name) for task in tasks if score_name in scores.get(task, {})}
 
-    def _task(self, task: str, metric: str) -> TaskResult:
-        each = [cell["items"].get(task, {}) for cell in self.cells]
-        common = [name for name in each[0] if all(name in items for items in each)]
-        items = tuple(Item(name, "", "", "", None, _mean_scores([found[name] for found in each])) for name in common)
-        own = "nll" if metric == "perplexity" else metric
-        scored = [item for item in items if own in item.scores]
+    def _task_result(self, task: str, metric: str) -> TaskResult:
+        items_by_seed = [cell["items"].get(task, {}) for cell in self.cells]
+        common = [name for name in items_by_seed[0] if all(name in items for items in items_by_seed)]
+        items = tuple(
+            Item(name, "", "", "", None, _mean_scores([items[name] for items in items_by_seed])) for name in common
+        )
+        scored = [item for item in items if ("nll" if metric == "perplexity" else metric) in item.scores]
         return TaskResult(task, {metric: aggregate_items(scored, metric)}, items)
 
 
-def _mean_scores(scores: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
-    """Mean of every score that all of them have; nan where one is not finite."""
-    names = [name for name in scores[0] if all(name in other for other in scores)]
-    return {name: math.fsum(_number(other[name]) for other in scores) / len(scores) for name in names}
+def item_metric(metric: str) -> str:
+    """A column's metric as items and tasks name it."""
+    return "perplexity" if metric.startswith(PERPLEXITY_PREFIX) else ITEM_METRICS[metric]
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else value
+def _mean_scores(scores_by_seed: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
+    """The mean over seeds of every score that all seeds have; nan if one of them is not finite."""
+    return {
+        name: mean([math.nan if (value := scores[name]) is None else value for scores in scores_by_seed])
+        for name in scores_by_seed[0]
+        if all(name in scores for scores in scores_by_seed)
+    }
 
 
 def aggregate(cells: Sequence[TableCell], learning_rates: Mapping[str, float], config: RunConfig) -> dict[str, Any]:
-    """All rows, the trials of learning rates, and what failed, from cells and each method's learning rate.
+    """The content of comparison.json: all rows, the trials of learning rates, and the errors of failed cells.
 
-    Plain values; what is not finite is None.
+    `learning_rates` is each method's choice. Values that are not finite are None, as JSON has none.
     """
     keeps = sorted(set(config.compare.keeps or (config.budget.keep,)), reverse=True)
     reference = pick_reference(cells, learning_rates)
@@ -88,144 +96,143 @@ def aggregate(cells: Sequence[TableCell], learning_rates: Mapping[str, float], c
         "keeps": keeps,
         "metrics": list(dict.fromkeys(name for row in rows for name in row["scores"])),
         "rows": rows,
-        "rates": _trials(cells, learning_rates),
+        "rates": _learning_rate_trials(cells, learning_rates),
         "errors": [{"cell": cell["cell"], "error": cell["error"]} for cell in cells if "error" in cell],
     }
 
 
-def pick_reference(cells: Sequence[TableCell], chosen: Mapping[str, float]) -> str:
-    """What the others are held against: the recipe's one stage, or the first variant of it where that is not there."""
+def pick_reference(cells: Sequence[TableCell], learning_rates: Mapping[str, float]) -> str:
+    """The method that others are compared with: `one-stage`, or the first variant of it if `one-stage` did not run."""
     kinds = {cell["method"]: method_kind(cell) for cell in cells}
-    own = [name for name in chosen if kinds.get(name) == "one-stage"]
-    return REFERENCE if REFERENCE in own or not own else own[0]
+    one_stage = [name for name in learning_rates if kinds.get(name) == "one-stage"]
+    return REFERENCE if REFERENCE in one_stage or not one_stage else one_stage[0]
 
 
-def _trials(cells: Sequence[TableCell], chosen: Mapping[str, float]) -> list[dict[str, Any]]:
-    """Where a method had several learning rates: each with its NLL on valid."""
-    found = []
-    for method in chosen:
-        own = [cell for cell in cells if cell["method"] == method]
-        first = [cell for cell in own if (cell["keep"], cell["seed"]) == (own[0]["keep"], own[0]["seed"])]
-        if len(first) > 1:
-            found += [
+def _learning_rate_trials(cells: Sequence[TableCell], learning_rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The learning rates of every method that had several, each with its NLL on valid."""
+    rows = []
+    for method, chosen_rate in learning_rates.items():
+        of_method = [cell for cell in cells if cell["method"] == method]
+        first = [(cell["keep"], cell["seed"]) for cell in of_method][:1]
+        trials = [cell for cell in of_method if (cell["keep"], cell["seed"]) in first]
+        if len(trials) > 1:
+            rows += [
                 {
                     "method": method,
                     "learning_rate": cell["learning_rate"],
                     "valid_nll": cell.get("valid_nll"),
-                    "chosen": cell["learning_rate"] == chosen[method],
+                    "chosen": cell["learning_rate"] == chosen_rate,
                 }
-                for cell in first
+                for cell in trials
             ]
-    return found
+    return rows
 
 
 def _rows(
-    cells: Sequence[TableCell], chosen: Mapping[str, float], keep: float, reference_name: str
+    cells: Sequence[TableCell], learning_rates: Mapping[str, float], keep: float, reference_name: str
 ) -> list[dict[str, Any]]:
-    """A row for each method at one budget; what is dense stands beside every budget."""
-    groups, failed, kinds = {}, {}, {}
-    for name in chosen:
-        own = [cell for cell in cells if cell["method"] == name and cell["learning_rate"] == chosen[name]]
-        at = [cell for cell in own if cell["keep"] == keep or method_kind(cell) in ("dense", "untuned")]
-        groups[name] = SeedGroup(tuple(cell for cell in at if "error" not in cell))
-        failed[name] = sum("error" in cell for cell in at)
-        kinds[name] = method_kind(at[0]) if at else ""
-    whole = {name: group for name, group in groups.items() if group.cells}
+    """A row for each method at one budget; dense methods are in the rows of every budget."""
+    cells_by_method = {
+        method: [
+            cell
+            for cell in cells
+            if (cell["method"], cell["learning_rate"]) == (method, rate)
+            and (cell["keep"] == keep or method_kind(cell) in ("dense", "untuned"))
+        ]
+        for method, rate in learning_rates.items()
+    }
+    groups = {
+        method: SeedGroup(scored)
+        for method, row_cells in cells_by_method.items()
+        if (scored := tuple(cell for cell in row_cells if "error" not in cell))
+    }
     return [
         {
-            "method": name,
-            "kind": kinds[name],
+            "method": method,
+            "kind": method_kind(row_cells[0]),
             "keep": keep,
-            "learning_rate": chosen[name],
-            "seeds": list(groups[name].seeds),
-            "failed": failed[name],
-            **(_row_scores(name, whole, reference_name) if name in whole else {**EMPTY_ROW}),
+            "learning_rate": learning_rates[method],
+            "seeds": list(groups[method].seeds) if method in groups else [],
+            "failed": sum("error" in cell for cell in row_cells),
+            **(_row_scores(method, groups, reference_name) if method in groups else EMPTY_ROW),
         }
-        for name in chosen
-        if name in whole or failed[name]
+        for method, row_cells in cells_by_method.items()
+        if row_cells
     ]
 
 
 def method_kind(cell: TableCell) -> str:
-    """How the cell's model came about."""
+    """How the cell's model was trained: dense, untuned, two-stage or one-stage."""
     return next((kind for kind in ("dense", "untuned", "two-stage") if kind in cell["changes"]), "one-stage")
 
 
-def _row_scores(name: str, groups: Mapping[str, SeedGroup], reference_name: str) -> dict[str, Any]:
-    group, dense, reference = groups[name], groups.get(DENSE), groups.get(reference_name)
+def _row_scores(method: str, groups: Mapping[str, SeedGroup], reference_name: str) -> dict[str, Any]:
+    group, dense, reference = groups[method], groups.get(DENSE), groups.get(reference_name)
     scores = {}
     for metric in group.cells[0]["headline"]:
-        values = group.values(metric)
-        if values:
+        if values := group.values(metric):
             scores[metric] = {
                 "value": finite_or_none(mean(values)),
-                "sd": finite_or_none(standard_deviation(values)),
+                "sd": finite_or_none(float(np.std(values, ddof=1))) if len(values) > 1 else None,
                 "se": finite_or_none(standard_error(group.task_results(metric).values())),
-                **(mean_difference(group, reference, metric) if reference and name != reference_name else {}),
+                **(mean_difference(group, reference, metric) if reference and method != reference_name else {}),
             }
     return {
         "kept": mean([cell["kept"] for cell in group.cells]),
         "scores": scores,
         "gap": _relative_to_dense(group, dense, "nll", ratio=False),
         "acc_of_dense": _relative_to_dense(group, dense, "acc", ratio=True),
-        **{key: _mean_of(group, key) for key in COSTS},
+        **{key: finite_or_none(mean(group.costs(key))) for key in COST_KEYS},
         "crowded": any(cell["crowded"] for cell in group.cells),
     }
 
 
 def _relative_to_dense(group: SeedGroup, dense: SeedGroup | None, metric: str, *, ratio: bool) -> float | None:
-    """Difference to the dense tuned model over common seeds, or ratio."""
+    """The group's mean minus the dense tuned model's over common seeds, or their ratio."""
     pair = _pair_by_seed(group, dense)
     if pair is None:
         return None
-    ours, theirs = (mean(one.values(metric)) for one in pair)
+    ours, theirs = (mean(paired.values(metric)) for paired in pair)
     if ratio:
         return finite_or_none(ours / theirs) if theirs else None
     return finite_or_none(ours - theirs)
 
 
 def _pair_by_seed(group: SeedGroup, other: SeedGroup | None) -> tuple[SeedGroup, SeedGroup] | None:
-    """Both over the seeds that they have in common; what has no seed of its own (untuned) goes with all."""
+    """Both groups on the seeds that they have in common, None without one; untuned models do not depend on a seed."""
     if other is None:
         return None
-    if any(method_kind(one.cells[0]) == "untuned" for one in (group, other)):
+    if "untuned" in (method_kind(group.cells[0]), method_kind(other.cells[0])):
         return group, other
     common = [seed for seed in group.seeds if seed in other.seeds]
     return (group.select_seeds(common), other.select_seeds(common)) if common else None
 
 
 def mean_difference(group: SeedGroup, other: SeedGroup | None, metric: str) -> dict[str, float | None]:
-    """This minus the other over common seeds, with the standard error over paired items."""
+    """The group's mean minus the other's over common seeds, with the standard error over paired items."""
     pair = _pair_by_seed(group, other)
     if pair is None or not (pair[0].values(metric) and pair[1].values(metric)):
         return {}
     ours, theirs = pair
-    left, right = ours.task_results(metric), theirs.task_results(metric)
-    inner = "perplexity" if metric.startswith(TEXT) else METRICS[metric]
-    found = [paired_difference(left[task], right[task], inner) for task in left if task in right]
-    spread = math.hypot(*(one.se for one in found)) / len(found) if found else math.nan
+    our_tasks, their_tasks = ours.task_results(metric), theirs.task_results(metric)
+    by_task = [
+        paired_difference(our_tasks[task], their_tasks[task], item_metric(metric))
+        for task in our_tasks
+        if task in their_tasks
+    ]
+    error = math.hypot(*(difference.se for difference in by_task)) / len(by_task) if by_task else math.nan
     return {
         "difference": finite_or_none(mean(ours.values(metric)) - mean(theirs.values(metric))),
-        "difference_se": finite_or_none(spread),
+        "difference_se": finite_or_none(error),
     }
 
 
 def standard_error(tasks: Iterable[TaskResult]) -> float:
-    """Standard error of the mean over tasks, each weighing the same."""
+    """The standard error of the mean over tasks, all with equal weight; nan without a task."""
     scores: list[Score] = [score for task in tasks for score in task.scores.values()]
     return math.hypot(*(score.se for score in scores)) / len(scores) if scores else math.nan
 
 
 def mean(values: Sequence[float]) -> float:
-    """nan over nothing."""
+    """The mean; nan of no values."""
     return math.fsum(values) / len(values) if values else math.nan
-
-
-def standard_deviation(values: Sequence[float]) -> float:
-    """Standard deviation of a sample; nan below two."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-
-
-def _mean_of(group: SeedGroup, key: str) -> float | None:
-    values = [cell[key] for cell in group.cells if cell.get(key) is not None]
-    return mean(values) if values else None

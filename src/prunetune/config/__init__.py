@@ -1,4 +1,4 @@
-"""Every option, and how it is read: a recipe (YAML) and flags to one frozen `RunConfig`."""
+"""The options of a run: one frozen `RunConfig`, read from a recipe (YAML) and flags."""
 
 from prunetune.config.recipe import RunConfig, from_mapping, load_recipe
 

@@ -1,21 +1,24 @@
-"""Dataclasses of options: type, default, help and bounds stand on one field; values are read and checked by them."""
+"""Options as dataclass fields: each holds type, default, help and bounds, by which values are read and checked."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import logging
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from typing import Any, Literal
 
-from prunetune.config.score_limits import normalize_limit
 from prunetune.errors import ConfigError
+from prunetune.utils.suggest import did_you_mean, similar_names
 
 log = logging.getLogger(__name__)
+
+
+Parse = Callable[[Any, str], Any]
+"""Turns one entry as written, and the option's name for errors, into its value; raises `ConfigError`."""
 
 
 def option(
@@ -25,7 +28,8 @@ def option(
     ge: float | None = None,
     le: float | None = None,
     gt: float | None = None,
-    entry_name: str = "source",
+    parse: Parse | None = None,
+    entry_name: str = "text",
     accepts_number: bool = False,
     flag_type: type[Any] | None = None,
     flag_alias: str | None = None,
@@ -33,15 +37,20 @@ def option(
 ) -> Any:
     """A field with its help text and bounds: at least `ge`, at most `le`, above `gt`.
 
-    Bounds of a tuple are those of its entries; `entry_name` is what one entry of a tuple of texts is called;
-    `accepts_number` lets a text be written as a number; `flag_type` is the type of the flag, where it is read as more
-    than the field's own; `flag_alias` is a second name of the flag; `formerly` is the name that the option had in the
-    version before, and under which it is still read.
+    Bounds of a tuple are those of its entries. Further arguments, all optional:
+
+    - `parse` reads the value, or each entry of a tuple, where a type and bounds do not say enough.
+    - `entry_name` is the noun for one entry of a tuple of texts, in errors and in the docs.
+    - `accepts_number` lets a text be written as a number.
+    - `flag_type` is the type of the flag, where it accepts more than the field.
+    - `flag_alias` is a second name of the flag.
+    - `formerly` is the option's name in the version before, under which it is still read.
     """
     return field(
         default=default,
         metadata={
             "help": help,
+            "parse": parse,
             "entry_name": entry_name,
             "accepts_number": accepts_number,
             "flag_type": flag_type,
@@ -54,6 +63,11 @@ def option(
     )
 
 
+def sources(help: str, *, formerly: str = "") -> Any:
+    """A field for data sources: none by default; each is text, or {source: ..., weight: ...}."""
+    return option((), help, parse=parse_source, entry_name="source", formerly=formerly)
+
+
 def section(cls: type[Any], *, formerly: str = "") -> Any:
     """A field that holds a dataclass of options."""
     return field(default_factory=cls, metadata={"formerly": formerly})
@@ -63,16 +77,16 @@ OptionsT = typing.TypeVar("OptionsT")
 
 
 def read_options(cls: type[OptionsT], values: Any, *, where: str) -> OptionsT:
-    """Any dataclass of options out of a mapping, by the same checks; raises `ConfigError` that begins with `where`."""
-    found = _section(cls, with_current_names(cls, values), prefix="", where=where, root=cls)
-    assert isinstance(found, cls)
-    return found
+    """Build a dataclass of options from a mapping; raises `ConfigError` that begins with `where`."""
+    options = _section(cls, with_current_names(cls, values), prefix="", where=where, root=cls)
+    assert isinstance(options, cls)
+    return options
 
 
 def with_current_names(cls: type[Any], values: Any, *, prefix: str = "", quiet: bool = False) -> Any:
-    """The mapping with today's name of every option; one line for each old one, unless `quiet`.
+    """The mapping with old names of options replaced by current ones; a warning for each, unless `quiet`.
 
-    Raises `ConfigError` where an option stands under both names.
+    Raises `ConfigError` for an option that is given under both names.
     """
     if not isinstance(values, Mapping):
         return values
@@ -88,71 +102,80 @@ def with_current_names(cls: type[Any], values: Any, *, prefix: str = "", quiet: 
                 )
             current[item.name] = current.pop(old)
             if not quiet:
-                log.warning("%s%s is now %s%s: the old name goes with the next version", prefix, old, prefix, item.name)
+                log.warning(
+                    "%s%s is now %s%s: the next version will not read the old name", prefix, old, prefix, item.name
+                )
         if item.name in current and dataclasses.is_dataclass(kinds[item.name]):
-            below = f"{prefix}{item.name}."
+            inner = f"{prefix}{item.name}."
             kind = typing.cast(Any, kinds[item.name])
-            current[item.name] = with_current_names(kind, current[item.name], prefix=below, quiet=quiet)
+            current[item.name] = with_current_names(kind, current[item.name], prefix=inner, quiet=quiet)
     return current
 
 
 def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type[Any]) -> Any:
+    """Build the dataclass of one section; `prefix` is its path with a dot, `root` the class of the whole recipe."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{where}: {prefix.rstrip('.')} is a section with keys of its own, got {values!r}")
     kinds = typing.get_type_hints(cls)
     for key in values:
         if key not in kinds:
-            raise ConfigError(f"{where}: unknown key {prefix}{key}{_did_you_mean(prefix, str(key), root)}")
-    return cls(
-        **{
-            item.name: _section(
-                kinds[item.name], values[item.name], prefix=f"{prefix}{item.name}.", where=where, root=root
+            raise ConfigError(f"{where}: unknown key {prefix}{key}{_suggest_key(prefix, str(key), root)}")
+    given = {}
+    for item in dataclasses.fields(cls):
+        kind = kinds[item.name]
+        if item.name not in values:
+            continue
+        if dataclasses.is_dataclass(kind):
+            inner = typing.cast(Any, kind)
+            given[item.name] = _section(
+                inner, values[item.name], prefix=f"{prefix}{item.name}.", where=where, root=root
             )
-            if dataclasses.is_dataclass(kinds[item.name])
-            else _value(item, kinds[item.name], values[item.name], f"{where}: {prefix}{item.name}")
-            for item in dataclasses.fields(cls)
-            if item.name in values
-        }
-    )
+        else:
+            given[item.name] = _value(item, kind, values[item.name], f"{where}: {prefix}{item.name}")
+    return cls(**given)
 
 
-def _did_you_mean(prefix: str, key: str, root: type[Any]) -> str:
+def _suggest_key(prefix: str, key: str, root: type[Any]) -> str:
+    """How an unknown key ends its error: the option probably meant, the section it belongs to, or all keys there."""
     known = list(fields_by_path(root))
     close = [path for path in known if path.rpartition(".")[2] == key]
-    close = close or difflib.get_close_matches(prefix + key, known, n=1, cutoff=0.6)
+    close = close or similar_names(prefix + key, known, at_most=1)
     if close and close[0] == key:
         return f"; write {key.rpartition('.')[2]} under {key.rpartition('.')[0]}:"
     if close:
         return f"; did you mean {close[0]}?"
-    beside = dict.fromkeys(path.removeprefix(prefix).split(".")[0] for path in known if path.startswith(prefix))
-    return f"; known are {', '.join(prefix + name for name in beside)}"
+    names = dict.fromkeys(path.removeprefix(prefix).split(".")[0] for path in known if path.startswith(prefix))
+    return f"; known are {', '.join(prefix + name for name in names)}"
 
 
 def fields_by_path(cls: type[Any], prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
     """Every option's dotted path with its field."""
     kinds = typing.get_type_hints(cls)
-    found: dict[str, dataclasses.Field[Any]] = {}
+    fields: dict[str, dataclasses.Field[Any]] = {}
     for item in dataclasses.fields(cls):
         if dataclasses.is_dataclass(kinds[item.name]):
-            found |= fields_by_path(typing.cast(Any, kinds[item.name]), f"{prefix}{item.name}.")
+            fields |= fields_by_path(typing.cast(Any, kinds[item.name]), f"{prefix}{item.name}.")
         else:
-            found[prefix + item.name] = item
-    return found
+            fields[prefix + item.name] = item
+    return fields
 
 
 def _value(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> Any:
-    if typing.get_origin(kind) is Literal:
-        return _choice(typing.get_args(kind), value, name)
+    """The value of an option as its type, checked; `name` begins every error."""
     if typing.get_origin(kind) is tuple:
         return _entries(item, typing.get_args(kind)[0], value, name)
-    if item.metadata.get("accepts_number") and isinstance(value, int | float) and not isinstance(value, bool):
+    if item.metadata["parse"] is not None:
+        return item.metadata["parse"](value, name)
+    if typing.get_origin(kind) is Literal:
+        return _choice(typing.get_args(kind), value, name)
+    if item.metadata["accepts_number"] and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if kind is float:
         value = parse_number(value, name)
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{name} must be {_type_name(kind)}, got {value!r}")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        _bounded(item.metadata, value, name)
+        _check_bounds(item.metadata, value, name)
     return value
 
 
@@ -165,25 +188,22 @@ def _choice(allowed: Sequence[str], value: Any, name: str) -> str:
         return "off"  # how YAML reads a bare off
     if value in allowed:
         return str(value)
-    close = difflib.get_close_matches(str(value), allowed, n=1)
-    raise ConfigError(
-        f"{name} must be one of {', '.join(allowed)}, got {value!r}{f'; did you mean {close[0]}?' if close else ''}"
-    )
+    hint = did_you_mean(str(value), allowed)
+    raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{hint and f'; {hint}'}")
 
 
 def parse_number(value: Any, name: str) -> float:
-    """A finite number, also one that stands as text; raises `ConfigError` that begins with `name`."""
-    # YAML reads 1e-3 as text: a number is what Python reads as one.
+    """A finite number, also if it is written as text; raises `ConfigError` that begins with `name`."""
     try:
-        found = float(value) if not isinstance(value, bool) else math.nan
+        number = float(value) if not isinstance(value, bool) else math.nan  # text, too: YAML reads 1e-3 as text
     except (TypeError, ValueError):
-        found = math.nan
-    if not math.isfinite(found):
+        number = math.nan
+    if not math.isfinite(number):
         raise ConfigError(f"{name} must be a finite number, got {value!r}")
-    return found
+    return number
 
 
-def _bounded(bounds: Mapping[str, Any], value: float, name: str) -> None:
+def _check_bounds(bounds: Mapping[str, Any], value: float, name: str) -> None:
     low, high, above = bounds["ge"], bounds["le"], bounds["gt"]
     if (
         (low is not None and value < low)
@@ -196,21 +216,18 @@ def _bounded(bounds: Mapping[str, Any], value: float, name: str) -> None:
 
 
 def _entries(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> tuple[Any, ...]:
-    """A list, or its only entry: of sources, or of what `kind` says."""
-    words = kind is str or typing.get_origin(kind) is Literal
-    each = item.metadata["entry_name"] if words else "number"
-    single = isinstance(value, str | Mapping if words else int | float | str)
-    entries = [value] if single else value
+    """A list of values of `kind`, or its only entry."""
+    is_text = kind is str or typing.get_origin(kind) is Literal
+    is_single = isinstance(value, str | Mapping if is_text else int | float | str)
+    entries = [value] if is_single else value
     if not isinstance(entries, Sequence):
-        raise ConfigError(f"{name} must be a {each} or a list of {each}s, got {value!r}")
-    if each == "source":
-        return tuple(_source(entry, name) for entry in entries)
-    if each == "limit":
-        return tuple(normalize_limit(entry) for entry in entries)
+        noun = item.metadata["entry_name"] if is_text else "number"
+        raise ConfigError(f"{name} must be a {noun} or a list of {noun}s, got {value!r}")
     return tuple(_value(item, kind, entry, name) for entry in entries)
 
 
-def _source(entry: Any, name: str) -> str:
+def parse_source(entry: Any, name: str) -> str:
+    """A data source as text, its weight behind it: "a.jsonl*2"; raises `ConfigError`."""
     if isinstance(entry, str):
         return entry
     if isinstance(entry, Mapping) and set(entry) <= {"source", "weight"} and isinstance(entry.get("source"), str):
@@ -220,11 +237,11 @@ def _source(entry: Any, name: str) -> str:
 
 
 def merge_mappings(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """`overrides` over `base`, section by section."""
+    """A copy of `base` in which `overrides` replaces values, section by section."""
     result = dict(base)
     for key, value in overrides.items():
-        below = result.get(key)
-        result[key] = (
-            merge_mappings(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
-        )
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            value = merge_mappings(old, value)
+        result[key] = value
     return result

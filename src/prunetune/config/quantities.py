@@ -1,6 +1,6 @@
-"""How much a model may be: a share of the dense model's, or an amount with its unit.
+"""Amounts in budgets: a share of the dense model's, or FLOPs, bytes, seconds or tokens a second with a unit.
 
-Written as text, so that a budget is one flag or one entry of a recipe: `0.6`, `60%`, `1.5GB`, `25ms`.
+An amount is written as text, so that a budget is one flag or one entry of a recipe: `0.6`, `60%`, `1.5GB`, `25ms`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ DISPLAY_UNITS = {"flops": ("P", "T", "G", "M"), "memory": ("GB", "MB", "kB", "B"
 
 @dataclass(frozen=True)
 class Amount:
-    """`value` in FLOPs, bytes, seconds or tokens a second; or that share of the dense model's."""
+    """`value` in FLOPs, bytes, seconds or tokens a second; or, if `is_share`, as a multiple of the dense model's."""
 
     value: float
     is_share: bool
 
     @classmethod
     def parse(cls, text: str, kind: str) -> Amount:
-        """Read one; raises `ConfigError`. A number alone is a share."""
+        """Read an amount; a number without a unit is a share. Raises `ConfigError`."""
         match = AMOUNT_PATTERN.fullmatch(text.strip())
         value = float(match["number"]) if match else math.nan
         scale = _parse_unit(match["unit"], kind) if match else None
@@ -57,16 +57,16 @@ class Amount:
         return cls(value * scale[0], scale[1])
 
     def resolve(self, dense: float) -> float:
-        """The amount itself."""
+        """The amount in its own unit, for a dense model that costs `dense`."""
         return self.value * dense if self.is_share else self.value
 
 
 def _parse_unit(unit: str, kind: str) -> tuple[float, bool] | None:
-    """What a number in this unit is worth, and whether it is a share; None for a unit of something else."""
+    """The factor of a unit, and whether it marks a share; None for a unit that this kind of budget does not have."""
     if unit in ("", "x", "%"):
         return (0.01 if unit == "%" else 1.0), True
-    found = {name.lower(): scale for name, scale in UNITS[kind].items()}.get(unit.lower())
-    return None if found is None else (found, False)
+    factor = {name.lower(): scale for name, scale in UNITS[kind].items()}.get(unit.lower())
+    return None if factor is None else (factor, False)
 
 
 def _share_example(kind: str) -> str:
@@ -74,7 +74,7 @@ def _share_example(kind: str) -> str:
 
 
 def format_amount(value: float, kind: str, digits: int = 4) -> str:
-    """An amount for people, in a unit that `Amount.parse` reads."""
+    """An amount as text, in the largest unit that fits and that `Amount.parse` reads."""
     if kind == "throughput":
         return f"{value:.{digits}g}/s"
     names = DISPLAY_UNITS.get(kind, DISPLAY_UNITS["memory"])
@@ -83,7 +83,7 @@ def format_amount(value: float, kind: str, digits: int = 4) -> str:
 
 
 def format_amount_rounded_to_limit(value: float, kind: str) -> str:
-    """The same, rounded to the side where the amount itself would do: down for a rate, up for all else."""
+    """The same with five digits, rounded so that a limit on it is still met: down for a rate, up for all else."""
     names = ("/s",) if kind == "throughput" else DISPLAY_UNITS.get(kind, DISPLAY_UNITS["memory"])
     name = next((name for name in names if value >= UNITS[kind][name]), names[-1])
     number = value / UNITS[kind][name]

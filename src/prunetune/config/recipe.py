@@ -1,4 +1,4 @@
-"""Every option of a run, once: on one field, which becomes YAML key, flag and check."""
+"""The recipe of a run: every option as one field, which is its YAML key, its flag and its check."""
 
 from __future__ import annotations
 
@@ -9,8 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from prunetune.config.fields import merge_mappings, option, parse_number, read_options, section, with_current_names
+from prunetune.config.fields import (
+    merge_mappings,
+    option,
+    parse_number,
+    read_options,
+    section,
+    sources,
+    with_current_names,
+)
 from prunetune.config.quantities import Amount
+from prunetune.config.score_limits import normalize_limit
 from prunetune.config.training import DistillConfig, LoraSettings, SearchConfig, TrainConfig
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError
@@ -37,24 +46,19 @@ __all__ = [
     "to_mapping",
 ]  # fmt: skip
 
-BUDGET_KINDS = ("flops", "memory", "file", "latency", "throughput")  # beside keep
+BUDGET_KINDS = ("flops", "memory", "file", "latency", "throughput")  # other than keep
 TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
-
-
-class UnsetFloat(float):
-    """A default that is told from the same number where that was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where examples come from and how they are split. A source is a file, a glob, a hub name, or `demo`."""
+    """Where examples come from and how they are split. A source is a file, a glob, a hub name or `demo`."""
 
-    train: tuple[str, ...] = option((), "Sources to tune on; 'a.jsonl*2' weighs one double.")
-    search: tuple[str, ...] = option((), "Sources for the pruning decision; split off train where not given.")
-    valid: tuple[str, ...] = option((), "Sources watched during the run; split off train where not given.")
-    test: tuple[str, ...] = option((), "Sources for the reported scores; split off train where not given.")
-    distill_texts: tuple[str, ...] = option(
-        (),
+    train: tuple[str, ...] = sources("Sources to tune on; 'a.jsonl*2' doubles a source's weight.")
+    search: tuple[str, ...] = sources("Sources for the pruning decision; default: split off train.")
+    valid: tuple[str, ...] = sources("Sources that validations score during the run; default: split off train.")
+    test: tuple[str, ...] = sources("Sources for the reported scores; default: split off train.")
+    distill_texts: tuple[str, ...] = sources(
         "Unlabelled text for distillation: the student matches the teacher on it, so that general and domain knowledge "
         "is kept. Needs distill.teacher.",
         formerly="texts",
@@ -62,25 +66,25 @@ class DataConfig:
     distill_texts_share: float = option(
         0.3, "Share of a batch's examples that are from data.distill_texts.", gt=0, le=0.9, formerly="texts_share"
     )
-    guard: tuple[str, ...] = option(
-        (), "Sources of general knowledge watched during the run, never tuned on: texts, or rows with choices."
+    guard: tuple[str, ...] = sources(
+        "Sources of general knowledge that validations score, never tuned on: texts, or rows with choices."
     )
     root: str = option("", "Folder that relative sources start from; default: the working folder.")
-    search_share: float = option(0.1, "Share of train that goes to search where none is given.", gt=0, le=0.5)
-    valid_share: float = option(0.05, "Share of train that goes to valid where none is given.", gt=0, le=0.5)
-    test_share: float = option(0.1, "Share of train that goes to test where none is given.", gt=0, le=0.5)
+    search_share: float = option(0.1, "Share of train that becomes search, if data.search is not given.", gt=0, le=0.5)
+    valid_share: float = option(0.05, "Share of train that becomes valid, if data.valid is not given.", gt=0, le=0.5)
+    test_share: float = option(0.1, "Share of train that becomes test, if data.test is not given.", gt=0, le=0.5)
     group: str = option(
-        "", "Row field that must not straddle splits (patient, category, document); only texts and guard may lack it."
+        "", "Row field whose rows stay in one split (patient, category, document); only texts and guard may lack it."
     )
     template: Literal["auto", "chat", "raw"] = option(
         "auto", "chat: the tokenizer's template; raw: prompt then completion; auto: chat for rows with messages."
     )
     max_length: int = option(0, "Longest example in tokens; 0: the model's context.", ge=0)
     too_long: Literal["error", "truncate", "drop"] = option(
-        "error", "What happens to longer examples; truncate cuts the prompt from its beginning."
+        "error", "What to do with longer examples; truncate cuts the beginning of the prompt."
     )
     overlap: Literal["error", "drop"] = option(
-        "error", "What happens to rows that stand in two splits; drop keeps them in the one nearer to test."
+        "error", "What to do with rows that are in two splits; drop keeps them in the one nearer to test."
     )
 
 
@@ -98,10 +102,10 @@ UnitName = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class BudgetConfig:
-    """What may remain."""
+    """What may remain of the model: budgets, kinds of unit that may be pruned, and lower bounds."""
 
     keep: float = option(
-        UnsetFloat(0.6),
+        0.6,
         "Share of the prunable (attention and MLP) parameters that may remain, 1 where only another budget is given; "
         "several, 0.8,0.6,0.4, give several models from one run (the largest is then budget.keep, the others are "
         "budget.sizes).",
@@ -111,7 +115,10 @@ class BudgetConfig:
         flag_alias="--keep",
     )
     sizes: tuple[float, ...] = option(
-        (), "Smaller budgets of the same run, each inside the one before; budget.keep may name all.", gt=0, le=1
+        (),
+        "Smaller budgets of the same run, each model nested in the one before; budget.keep may name all.",
+        gt=0,
+        le=1,
     )
     flops: str = option(
         "", "Most FLOPs of one request of the workload: 0.6 or 60% (of dense), or 1.2T.", accepts_number=True
@@ -128,89 +135,88 @@ class BudgetConfig:
         accepts_number=True,
     )
     throughput: str = option(
-        "", "Fewest tokens a second that all requests write together: 1.3x or 300/s.", accepts_number=True
+        "", "Fewest generated tokens per second over all requests: 1.3x or 300/s.", accepts_number=True
     )
-    table: str = option("", "File with the latency table of this device; default: the cache, measured where missing.")
-    align: int = option(
-        0, "MLP widths are multiples of this; 0: 128, or 32 where the MLP is narrower than 4,096.", ge=0
-    )
+    table: str = option("", "File with this device's latency table; default: the cache, measured if missing.")
+    align: int = option(0, "MLP widths are multiples of this; 0: 128, or 32 if the MLP is narrower than 4,096.", ge=0)
     min_groups: int = option(
-        0, "Fewest KV groups a layer keeps; a layer with none skips attention (per-layer layout).", ge=0
+        0, "Fewest KV groups that a layer keeps; a layer with none skips attention (per-layer layout).", ge=0
     )
     tensor_parallel: int = option(
         1, "Devices that will share each layer: KV groups, heads and MLP widths are multiples of it.", ge=1
     )
     units: tuple[UnitName, ...] = option(
         ("kv-groups", "mlp-channels"),
-        "Kinds of unit that may go; `prunetune sites` says which ones a model has.",
+        "Kinds of unit that may be pruned; `prunetune sites` lists those of a model.",
         entry_name="name",
     )
-    min_queries: int = option(1, "Fewest query heads a KV group keeps, where units has query-heads.", ge=1)
+    min_queries: int = option(1, "Fewest query heads that a KV group keeps, if units has query-heads.", ge=1)
     min_experts: int = option(
-        0, "Fewest experts a layer keeps, where units has experts; never fewer than a token goes to.", ge=0
+        0, "Fewest experts that a layer keeps, if units has experts; never fewer than a token is routed to.", ge=0
     )
     min_share: float = option(
         0.0,
-        "Share of its units that every place keeps at least: of a layer's KV groups, channels, experts.",
+        "Smallest share of units that every site keeps: of a layer's KV groups, channels or experts.",
         ge=0,
         le=1,
     )
-    protect: str = option("", "Layers that keep everything, counted from 0: 0-1,29. With uniform: that stay.")
+    protect: str = option(
+        "", "Layers that are not pruned, counted from 0: 0-1,29. With layout uniform: layers that are not removed."
+    )
 
     def __post_init__(self) -> None:
         if not self.units:
             raise ConfigError("budget.units names no kind of unit, and nothing could go: leave it out, or name some")
-        if isinstance(self.keep, UnsetFloat):
-            object.__setattr__(self, "keep", 1.0 if self.amounts() else float(self.keep))
-        if self.sizes and self.amounts():
+        amounts = self.amounts()
+        if self.sizes and amounts:
             raise ConfigError(
                 "budget.sizes are shares of parameters, and budget names another amount: leave one of the two out"
             )
         if any(larger <= smaller for larger, smaller in itertools.pairwise(self.keeps)):
             raise ConfigError(
                 f"budget.sizes {list(self.sizes)} have to fall from budget.keep {self.keep:g} on, each below the one "
-                "before: list them so, or leave out what stands twice"
+                "before: list them in that order, each once"
             )
 
     def amounts(self) -> dict[str, Amount]:
-        """The budgets that are given beside `keep`; raises `ConfigError`."""
-        given = {kind: getattr(self, kind) for kind in BUDGET_KINDS}
-        return {kind: Amount.parse(text, kind) for kind, text in given.items() if text}
+        """The budgets of other kinds than `keep` that are given; raises `ConfigError` for what is no amount."""
+        texts = {kind: getattr(self, kind) for kind in BUDGET_KINDS}
+        return {kind: Amount.parse(text, kind) for kind, text in texts.items() if text}
 
     @property
     def keeps(self) -> tuple[float, ...]:
-        """All budgets of parameters, the largest first."""
+        """The requested shares of parameters, the largest first: one for each model of the run."""
         return (self.keep, *self.sizes)
 
     def protected_layers(self) -> frozenset[int]:
-        """The layers of `protect`; raises `ConfigError`."""
+        """The indices of the layers that `protect` names; raises `ConfigError`."""
         layers: set[int] = set()
-        for span in filter(None, (part.strip() for part in self.protect.split(","))):
-            first, dash, last = span.partition("-")
+        for entry in filter(None, (entry.strip() for entry in self.protect.split(","))):
+            first, dash, last = entry.partition("-")
             last = last if dash else first
             if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-                raise ConfigError(f"budget.protect: {span!r} is no layer and no span of layers: write 0-1,29")
+                raise ConfigError(f"budget.protect: {entry!r} is no layer and no range of layers: write 0-1,29")
             layers |= set(range(int(first), int(last) + 1))
         return frozenset(layers)
 
 
 @dataclass(frozen=True, kw_only=True)
 class WorkloadConfig:
-    """What the model will be asked in use; budgets other than keep go by it."""
+    """The requests that the model will serve; budgets other than keep are counted for them."""
 
     prompt: int = option(512, "Tokens of a prompt.", ge=1)
-    generate: int = option(128, "Tokens written for a prompt; the first comes from the prefill.", ge=2)
-    batch: int = option(1, "Requests at a time.", ge=1)
+    generate: int = option(128, "Tokens generated for a prompt; the first comes from the prefill.", ge=2)
+    batch: int = option(1, "Requests in one batch.", ge=1)
     context: int = option(0, "Tokens of a request that the KV cache holds; 0: prompt + generate.", ge=0)
-    dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "Of weights and KV cache.")
+    dtype: Literal["bfloat16", "float16", "float32"] = option("bfloat16", "Type of weights and KV cache.")
     weights: Literal["plain", "int8", "int4", "q8_0"] = option(
-        "plain", "How weights are held: as dtype, by --quantize int8 or int4 of export, or as a .gguf file in q8_0."
+        "plain", "Format of the weights: dtype, export --quantize int8 or int4, or a .gguf file in q8_0."
     )
     phase: Literal["mix", "prefill", "decode"] = option(
-        "mix", "What budget.latency times: the whole request, the time to its first token, or a step after it."
+        "mix", "What budget.latency limits: the whole request, the time to its first token, or one decode step."
     )
     runtime: Literal["eager", "recorded"] = option(
-        "eager", "How transformers runs a step: as it is, or replayed from a CUDA graph over a static cache."
+        "eager", "How transformers runs a decode step: eagerly, or replayed from a CUDA graph over a static cache."
     )
 
     @property
@@ -221,20 +227,20 @@ class WorkloadConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ValidateConfig:
-    """What is scored every train.validate_every steps: the sub-network decided then, as if it were cut."""
+    """Validations, every train.validate_every steps: they score the sub-network decided so far as if it were cut."""
 
-    limit: int = option(64, "Most items of valid and of data.guard each that a validation scores.", ge=1)
+    limit: int = option(64, "Most items that a validation scores of valid, and of data.guard.", ge=1)
     accuracy: bool = option(
-        False, "Also score rows of valid that have choices by accuracy; a limit on it implies this."
+        False, "Also score the accuracy on rows of valid that have choices; implied by a limit on it."
     )
     share: float = option(
-        1.0, "Largest share of the tuning time that validations may take; some are skipped then. 1: none.",
+        1.0, "Largest share of the tuning time that validations may take; beyond it, some are skipped. 1: none.",
         gt=0, le=1,
     )  # fmt: skip
-    back_off: float = option(0.05, "What a limit's back-off adds to the budget, each time.", gt=0, le=1)
+    back_off: float = option(0.05, "Share that each back-off of a limit adds to the budget.", gt=0, le=1)
     back_to: Literal["last", "best"] = option(
         "last",
-        "Where roll-back goes: the last validation within all limits, or of the smallest such the best on valid.",
+        "Where roll-back returns to: the last validation within all limits, or the best on valid of the smallest such.",
     )
 
 
@@ -242,12 +248,12 @@ class ValidateConfig:
 class EvaluateConfig:
     """The scores at the end of a run."""
 
-    limit: int = option(200, "Most test items a task; 0: all.", ge=0)
+    limit: int = option(200, "Most test items per task; 0: all.", ge=0)
     generate_limit: int = option(
-        50, "Most test items a task whose answer is generated (ROUGE-L, exact match, samples); 0: none.", ge=0
+        50, "Most test items per task whose answers are generated (ROUGE-L, exact match, samples); 0: none.", ge=0
     )
     max_new_tokens: int = option(128, "Longest generated answer in tokens.", ge=1)
-    max_tokens: int = option(16384, "Most tokens that one scoring pass holds.", ge=1)
+    max_tokens: int = option(16384, "Most tokens in one scoring pass.", ge=1)
     dense_tuned: bool = option(
         True, "Also tune the dense model (same data and steps, lora.dense_rank) for comparison; kept in the run folder."
     )
@@ -255,63 +261,66 @@ class EvaluateConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RequireConfig:
-    """What a run has to gain, measured beside the dense model in turns; one that gains less fails: exit code 1."""
+    """What the pruned model has to gain over the dense one, in interleaved measurements; else the exit code is 1."""
 
     smaller: float = option(
-        0.0, "Share of all parameters that has to be gone, embeddings counted; 0: not asked.", ge=0, le=1
+        0.0,
+        "Smallest share of all parameters, embeddings included, that has to be removed; 0: no requirement.",
+        ge=0,
+        le=1,
     )
-    faster: float = option(
-        0.0, "Times the dense model's speed that the pruned one has to reach at least; 0: not asked.", ge=0
-    )
+    faster: float = option(0.0, "Smallest speed-up over the dense model, such as 1.3; 0: no requirement.", ge=0)
     speed: Literal["throughput", "prefill", "decode"] = option(
-        "throughput", "What is meant by speed: tokens a second over prompt and answer, or one of the two."
+        "throughput", "The speed that counts: tokens per second over prompt and answer, or over one of the two."
     )
-    prompt: int = option(512, "Tokens of the prompt; fewer where the model's context is shorter.", ge=1)
-    generate: int = option(64, "Tokens written.", ge=2)
-    batch: int = option(1, "Prompts at once.", ge=1)
-    runs: int = option(7, "Measured rounds, after one to warm up.", ge=1)
+    prompt: int = option(512, "Tokens of the prompt; fewer if the model's context is shorter.", ge=1)
+    generate: int = option(64, "Tokens generated.", ge=2)
+    batch: int = option(1, "Prompts in one batch.", ge=1)
+    runs: int = option(7, "Measured rounds, after one warm-up.", ge=1)
 
     @property
     def has_requirements(self) -> bool:
-        """Whether a run can fail by it."""
+        """Whether a run can fail by these requirements."""
         return bool(self.smaller or self.faster)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """What `prunetune compare` holds side by side: same data, steps and budget for all."""
+    """What `prunetune compare` compares: all with the same data, steps and budget."""
 
     methods: tuple[str, ...] = option(
-        (
+        (  # a baseline that is added later is named, so that the default comparison costs what it did
             "dense", "random", "magnitude", "wanda-sp", "flap", "taylor", "fisher", "block-influence", "one-stage",
         ),
-        "dense: tuned, not pruned; untuned: as it came; one-stage: the recipe; a baseline: its plan, then LoRA; or a "
-        "name of compare.variants (all of them where none is named).",
+        "dense: tuned, not pruned; untuned: the dense model as loaded; one-stage: the recipe; a baseline: its plan, "
+        "then LoRA; or a name from compare.variants (all of them if none is named).",
         entry_name="name",
     )  # fmt: skip
-    keeps: tuple[float, ...] = option((), "Budgets; none: budget.keep alone.", gt=0, le=1)
-    seeds: tuple[int, ...] = option((0,), "Seeds of tuning and search; splits stay those of the recipe's seed.", ge=0)
+    keeps: tuple[float, ...] = option((), "Values of budget.keep; default: that of the recipe.", gt=0, le=1)
+    seeds: tuple[int, ...] = option(
+        (0,), "Seeds of tuning and search; splits are always those of the recipe's seed.", ge=0
+    )
     learning_rates: tuple[float, ...] = option(
         (),
-        "Learning rates; none: train.learning_rate alone. Of several, each method gets its own, chosen on valid; "
-        "train.weights_rate is changed by the same factor.",
+        "Learning rates; default: train.learning_rate. Of several, each method gets its best, chosen on valid; "
+        "train.weights_rate is scaled by the same factor.",
         gt=0,
     )
     split: Literal["test", "valid"] = option("test", "The split that is scored.")
     variants: str = option("", "A YAML file of further methods: name -> changes of the recipe.")
-    jobs: int = option(1, "Cells that run at once, each on a CUDA stream of its own; 1 on other devices.", ge=1)
+    jobs: int = option(1, "Runs at the same time, each on its own CUDA stream; 1 on other devices.", ge=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """All of a run: model and data in, smaller model and report out."""
+    """The options of a whole run; model and data in, smaller model and report out."""
 
     model: str = option("demo", "A folder, a hub name, a .gguf file, or 'demo' (SmolLM2-135M-Instruct from a package).")
     out: str = option("runs/latest", "The run folder to make.")
     seed: int = option(0, "Seed of everything random.", ge=0)
     deterministic: bool = option(
         False,
-        "Kernels that always add in the same order: same seed, same machine, same bits on a GPU, too; slower.",
+        "Use deterministic kernels: the same seed gives the same bits on the same machine, on a GPU too; slower.",
     )
     layout: Literal["per-layer", "uniform"] = option(
         "per-layer", "per-layer: widths differ by layer; uniform: one width, a stock architecture."
@@ -319,14 +328,15 @@ class RunConfig:
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto",
-        "Arithmetic of the frozen weights; adapters stay float32. In float16 small gradients of large batches "
+        "Arithmetic of the frozen weights; adapters are always float32. In float16 small gradients of large batches "
         "vanish: losses are not scaled.",
     )
     trust_remote_code: bool = option(False, "Run code that comes with the model.")
     limits: tuple[str, ...] = option(
         (),
-        "Limits on the scores of every validation and what happens where one is broken (stop, back-off, roll-back), "
+        "Limits on the scores of every validation, and the action if one is broken (stop, back-off, roll-back), "
         "such as 'guard.nll <= 1.2x -> roll-back'; x: times the dense model's.",
+        parse=normalize_limit,
         entry_name="limit",
         formerly="gates",
     )
@@ -354,12 +364,12 @@ class RunConfig:
                 "data.distill_texts needs a teacher to match: "
                 "set distill.teacher to base or dense, or leave data.distill_texts out"
             )
-        guards = [limit for limit in self.limits if limit.startswith("guard.")]
-        if guards and not self.data.guard:
-            raise ConfigError(f"limits: {guards[0]!r} needs something to score: name texts or rows in data.guard")
-        odd = [name for name in self.report_to if name not in TRACKERS]
-        if odd:
-            raise ConfigError(f"report_to: unknown tracker {odd[0]!r}; known are {', '.join(TRACKERS)}")
+        guard_limits = [limit for limit in self.limits if limit.startswith("guard.")]
+        if guard_limits and not self.data.guard:
+            raise ConfigError(f"limits: {guard_limits[0]!r} needs something to score: name texts or rows in data.guard")
+        unknown = [name for name in self.report_to if name not in TRACKERS]
+        if unknown:
+            raise ConfigError(f"report_to: unknown tracker {unknown[0]!r}; known are {', '.join(TRACKERS)}")
         if self.search.share + self.search.settle > 1:
             raise ConfigError(
                 f"search.share + search.settle is {self.search.share + self.search.settle:g}: "
@@ -369,7 +379,7 @@ class RunConfig:
             self._validate_sizes()
 
     def _validate_sizes(self) -> None:
-        """What does not go with several sizes."""
+        """Raise `ConfigError` for options that exclude several sizes."""
         count, shares = len(self.budget.sizes), self.train.size_share
         if not 0 < len(shares) <= count:
             raise ConfigError(
@@ -384,7 +394,7 @@ class RunConfig:
 
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:
-    """The config as plain, YAML-ready values; `from_mapping` reads it back."""
+    """The config as plain values that can be written as YAML; `from_mapping` reads them."""
     plain: dict[str, Any] = dataclasses.asdict(
         config,
         dict_factory=lambda pairs: {key: list(value) if isinstance(value, tuple) else value for key, value in pairs},
@@ -393,35 +403,42 @@ def to_mapping(config: RunConfig) -> dict[str, Any]:
 
 
 def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:
-    """A YAML recipe with `overrides` (nested, as the recipe) on top; raises `ConfigError`."""
+    """Read a YAML recipe, in which `overrides` (nested, as the recipe) replaces values; raises `ConfigError`."""
     values = read_yaml(path, "the recipe", "name a YAML file, see recipes/") or {}
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: a recipe maps keys to values, this is a {type(values).__name__}; see recipes/")
-    values, overrides = (with_current_names(RunConfig, part) for part in (values, overrides or {}))
+    values, overrides = (with_current_names(RunConfig, mapping) for mapping in (values, overrides or {}))
     return from_mapping(merge_mappings(values, overrides), where=str(path))
 
 
 def load_saved_recipe(file: Path) -> RunConfig:
-    """The recipe that a run folder keeps; raises `ConfigError`."""
+    """Read the recipe that a run folder keeps; raises `ConfigError`."""
     values = read_yaml(file, "this run's recipe", "put it back, or name another run") or {}
     return from_mapping(with_current_names(RunConfig, values, quiet=True), where=str(file))
 
 
 def from_mapping(values: Mapping[str, Any], *, where: str = "recipe") -> RunConfig:
     """Check keys, types and bounds, and build the config; raises `ConfigError` with the offending key's path."""
-    return read_options(RunConfig, _split_keep_list(values, where), where=where)
-
-
-def _split_keep_list(values: Mapping[str, Any], where: str) -> Mapping[str, Any]:
-    """Several budgets under `budget.keep`, as a list or by commas: the largest stays there, the others are `sizes`."""
     budget = values.get("budget") if isinstance(values, Mapping) else None
-    keep = budget.get("keep") if isinstance(budget, Mapping) else None
-    listed = [part.strip() for part in keep.split(",")] if isinstance(keep, str) else keep
-    if not isinstance(budget, Mapping) or not isinstance(listed, list):
-        return values
-    if not listed:
-        raise ConfigError(f"{where}: budget.keep is an empty list: name one share or several, such as 0.8,0.6")
-    name = f"{where}: {'each ' if len(listed) > 1 else ''}budget.keep"
-    keeps = sorted((parse_number(entry, name) for entry in listed), reverse=True)
-    # One flag over a recipe with several is one size; several say all there is to say.
-    return {**values, "budget": {**budget, "keep": keeps[0], "sizes": keeps[1:]}}
+    if isinstance(budget, Mapping):
+        values = {**values, "budget": _with_keep(budget, where)}
+    return read_options(RunConfig, values, where=where)
+
+
+def _with_keep(budget: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The section `budget` with one number under `keep`: of several the largest, the others become `sizes`.
+
+    Where only budgets of other kinds are given, `keep` is 1: they alone limit the model.
+    """
+    keep = budget.get("keep")
+    shares = [share.strip() for share in keep.split(",")] if isinstance(keep, str) else keep
+    if isinstance(shares, list):
+        if not shares:
+            raise ConfigError(f"{where}: budget.keep is an empty list: name one share or several, such as 0.8,0.6")
+        name = f"{where}: {'each ' if len(shares) > 1 else ''}budget.keep"
+        keeps = sorted((parse_number(share, name) for share in shares), reverse=True)
+        # One flag over a recipe with several sizes means one size, so `sizes` is replaced too.
+        return {**budget, "keep": keeps[0], "sizes": keeps[1:]}
+    if "keep" not in budget and any(budget.get(kind) for kind in BUDGET_KINDS):
+        return {**budget, "keep": 1.0}
+    return budget

@@ -1,6 +1,6 @@
-"""Limits on what a run may lose while it tunes and prunes, and what happens where one is crossed.
+"""Limits on the scores of validations (`limits:` in a recipe), and the action if one is broken.
 
-Written as text, so that a limit is one flag or one entry of a recipe: `guard.perplexity <= 1.5x -> roll-back`.
+It is written as text, so that it is one flag or one entry of a recipe: `guard.perplexity <= 1.5x -> roll-back`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ EXAMPLE = "guard.perplexity <= 1.5x -> roll-back"
 
 @dataclass(frozen=True)
 class ScoreLimit:
-    """A limit on one metric of the validations: `value` itself, or that many times the dense model's (`relative`)."""
+    """A limit on one metric of the validations: on its value, or on its ratio to the dense model's (`is_relative`)."""
 
     metric: str
     comparison: Literal["<=", ">="]
@@ -35,7 +35,7 @@ class ScoreLimit:
 
     @classmethod
     def parse(cls, text: str) -> ScoreLimit:
-        """Read what `str` wrote; raises `ConfigError`."""
+        """Read a limit from the text that `str` gives; raises `ConfigError`."""
         match = LIMIT_PATTERN.fullmatch(text.strip())
         if match is None:
             raise ConfigError(f"limits: {text!r} is no limit; write one such as '{EXAMPLE}' (1.5x: of the dense model)")
@@ -51,35 +51,35 @@ class ScoreLimit:
         side = "<=" if match["side"] == "<=" else ">="
         if (side == ">=") != metric.endswith("accuracy"):
             better = "at least (>=)" if metric.endswith("accuracy") else "at most (<=)"
-            raise ConfigError(f"limits: {text!r} would refuse what is good; {metric} has to be {better} a value")
+            raise ConfigError(f"limits: {text!r} would refuse good scores; {metric} has to be {better} a value")
         return cls(metric, cast(Any, side), float(match["value"]), bool(match["relative"]), cast(LimitAction, action))
 
     def __str__(self) -> str:
         return f"{self.metric} {self.comparison} {self.value:g}{'x' if self.is_relative else ''} -> {self.action}"
 
     def threshold(self, dense_scores: Mapping[str, float]) -> float:
-        """The number that the metric is held against; `dense_scores` are what the dense model scored as the run began."""
+        """The number that the metric is compared with; `dense_scores` are the dense model's at the start of the run."""
         return self.value * dense_scores[self.metric] if self.is_relative else self.value
 
     def is_met(self, scores: Mapping[str, float], dense_scores: Mapping[str, float]) -> bool:
-        """Whether the metric is within its limit; NaN is not."""
-        found, limit = scores.get(self.metric, math.nan), self.threshold(dense_scores)
-        return found <= limit if self.comparison == "<=" else found >= limit
+        """Whether the metric is within its limit; NaN or a missing metric is not."""
+        score, limit = scores.get(self.metric, math.nan), self.threshold(dense_scores)
+        return score <= limit if self.comparison == "<=" else score >= limit
 
     def describe(self, scores: Mapping[str, float], dense_scores: Mapping[str, float]) -> str:
-        """The metric beside its limit, for people."""
+        """The metric and its limit in words."""
         side = {"<=": "at most", ">=": "at least"}[self.comparison]
         score, threshold = scores.get(self.metric, math.nan), self.threshold(dense_scores)
         return f"{self.metric} is {score:.4g} and has to be {side} {threshold:.4g}"
 
 
-def normalize_limit(entry: Any) -> str:
-    """A limit of a recipe as its text: written so, or as {metric, max or min, action}; raises `ConfigError`."""
+def normalize_limit(entry: Any, name: str = "limits") -> str:
+    """A limit of a recipe as text, which may be written as {metric, max or min, action}; raises `ConfigError`."""
     if isinstance(entry, str):
         return str(ScoreLimit.parse(entry))
     if isinstance(entry, Mapping) and set(entry) in ({"metric", "max", "action"}, {"metric", "min", "action"}):
         side, value = ("<=", entry["max"]) if "max" in entry else (">=", entry["min"])
         return str(ScoreLimit.parse(f"{entry['metric']} {side} {value} -> {entry['action']}"))
     raise ConfigError(
-        f"limits: a limit is text such as '{EXAMPLE}', or metric, max or min, and action; this is {entry!r}: correct it"
+        f"{name}: a limit is text such as '{EXAMPLE}', or metric, max or min, and action; this is {entry!r}: correct it"
     )

@@ -1,4 +1,4 @@
-"""The options of tuning and search; `config` holds all others, and a run's as a whole."""
+"""The options of the sections train, lora, distill and search; recipe.py holds all others and the whole recipe."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from prunetune.config.fields import option
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The tuning of the weights; names as in transformers' TrainingArguments where the meaning is equal."""
+    """The tuning of the weights; options are named as in transformers' TrainingArguments if they mean the same."""
 
     steps: int = option(700, "Tuning steps in all, the search included.", ge=1)
     batch_size: int = option(16, "Examples a step.", ge=1)
@@ -18,42 +18,47 @@ class TrainConfig:
         16384, "Most tokens, padding included, that one forward pass holds; larger batches are split.", ge=1
     )
     packing: Literal["auto", "off"] = option(
-        "auto", "Examples end to end, passes recorded as CUDA graphs, where GPU and model can; off pads and runs as is."
+        "auto",
+        "auto: examples are packed and passes recorded as CUDA graphs, if GPU and model allow it; off: padded.",
     )
     compile: Literal["auto", "on", "off"] = option(
         "auto",
-        "Norms, rotary embeddings and losses of recorded passes compiled to single kernels: half a minute more, a "
-        "third less a step; auto: in runs of 1,000 steps or more.",
+        "Compile norms, rotary embeddings and losses of recorded passes to single kernels: half a minute more at the "
+        "start, a third less per step; auto: in runs of 1,000 steps or more.",
     )
     checkpointing: Literal["auto", "on", "off"] = option(
         "auto",
-        "Layers keep their inputs alone and are computed again for the backward pass: a third slower, far less memory; "
-        "auto: with lora.quantize, and where a single example runs out of GPU memory.",
+        "Activation checkpointing: layers keep only their inputs and are computed again in the backward pass, a third "
+        "slower in far less memory; auto: with lora.quantize, and if a single example runs out of GPU memory.",
     )
     size_share: tuple[float, ...] = option(
         (0.18,),
-        "Of several sizes (budget.sizes): share of the steps, added to them, for which each size after the first is "
-        "tuned; the last number holds for all that follow.",
+        "With several sizes (budget.sizes): steps of each size after the first, as a share of train.steps and in "
+        "addition to them; the last number holds for all further sizes.",
         gt=0,
         le=1,
     )
     learning_rate: float = option(1e-3, "Peak learning rate of the adapters.", gt=0)
-    optimizer: Literal["adamw", "muon"] = option("adamw", "What moves the adapters; Muon wants twice AdamW's rate.")
+    optimizer: Literal["adamw", "muon"] = option(
+        "adamw", "Optimizer of the adapters; Muon needs twice AdamW's learning rate."
+    )
     weights: Literal["auto", "all", "adapters"] = option(
         "auto",
-        "What is tuned once the model is cut: all weights of its linears (Muon, 12 bytes a weight), or the adapters; "
-        "auto: all of a model with fewer than 1e9 prunable parameters.",
+        "What is tuned after the cut: all weights of the linears (Muon, 12 bytes a weight), or the adapters; auto: all "
+        "for models of fewer than 1e9 prunable parameters.",
     )
-    weights_rate: float = option(1e-3, "Peak learning rate where all weights are tuned.", gt=0)
+    weights_rate: float = option(1e-3, "Peak learning rate if all weights are tuned.", gt=0)
     warmup: float = option(0.03, "Share of the steps with a rising learning rate.", ge=0, le=1)
-    decay: Literal["cosine", "linear", "constant"] = option("cosine", "What the learning rate does after its warm-up.")
-    decay_to: float = option(0.1, "What a decay leaves of the learning rate, as a share of its peak.", ge=0, le=1)
-    weight_decay: float = option(0.0, "Decoupled weight decay of the adapters by AdamW; Muon's is none.", ge=0)
-    clip: float = option(1.0, "Largest gradient norm.", gt=0)
+    decay: Literal["cosine", "linear", "constant"] = option("cosine", "Shape of the learning rate after its warm-up.")
+    decay_to: float = option(0.1, "Final learning rate, as a share of its peak.", ge=0, le=1)
+    weight_decay: float = option(0.0, "Decoupled weight decay of the adapters with AdamW; Muon has none.", ge=0)
+    clip: float = option(1.0, "Largest gradient norm; longer gradients are scaled down to it.", gt=0)
     max_skipped: int = option(
-        5, "Batches without a finite loss and gradient that are left out, each halving the learning rates.", ge=0
+        5,
+        "Most batches with a loss or gradient that is not finite; each is skipped and halves the learning rates.",
+        ge=0,
     )
-    checkpoint_every: int = option(100, "Steps between checkpoints; also written where a phase ends.", ge=1)
+    checkpoint_every: int = option(100, "Steps between checkpoints; one is also written at the end of a phase.", ge=1)
     validate_every: int = option(100, "Steps between validations of the decided sub-network.", ge=1)
     log_every: int = option(10, "Steps between lines of a plain log.", ge=1)
 
@@ -62,37 +67,38 @@ class TrainConfig:
 class LoraSettings:
     """The adapters, on all linears of attention and MLP."""
 
-    rank: int = option(128, "Rank of the adapters; what was cut away wants more of it than plain tuning does.", ge=1)
+    rank: int = option(128, "Rank of the adapters; recovery after pruning needs a higher one than plain tuning.", ge=1)
     dense_rank: int = option(
         32,
-        "The same where nothing has to be relearnt: for the dense model, tuned for comparison or as a teacher.",
+        "Rank of the dense model's adapters, when it is tuned for comparison or as a teacher.",
         ge=1,
     )
     dense_learning_rate: float = option(5e-4, "Peak learning rate of the dense model's adapters.", gt=0)
     alpha: float = option(0.0, "Scale alpha / rank; 0: twice the rank.", ge=0)
     dropout: float = option(0.0, "Dropout on the adapters' input.", ge=0, le=0.9)
     quantize: Literal["off", "nf4"] = option(
-        "off", "How the linears under the adapters are held: as they are, or in 4 bits (QLoRA; needs bitsandbytes)."
+        "off", "Format of the frozen linears under the adapters: as loaded, or 4 bits (QLoRA; needs bitsandbytes)."
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """A teacher that tuning and search stay close to, token by token."""
+    """Knowledge distillation: a teacher whose outputs the student matches in tuning and search, token by token."""
 
     teacher: Literal["auto", "none", "base", "dense"] = option(
         "auto",
-        "base: the model as it came, heard where no label stands; dense: the same, tuned with the same data and steps "
-        "beforehand. auto: dense for models of fewer than 1e9 prunable parameters, else base, which costs neither time "
-        "to tune nor memory.",
+        "base: the untuned dense model, on tokens without a label; dense: the dense model, first tuned with the same "
+        "data and steps. auto: dense for models of fewer than 1e9 prunable parameters, else base, which needs neither "
+        "tuning time nor memory.",
     )
-    logits: float = option(20.0, "Weight of KL(teacher || student) of the next token, mean over tokens.", ge=0)
-    hidden: float = option(10.0, "Weight of the layers' relative squared error, mean over layers and tokens.", ge=0)
+    logits: float = option(20.0, "Weight of KL(teacher || student) over next tokens, mean over tokens.", ge=0)
+    hidden: float = option(
+        10.0, "Weight of the relative squared error of hidden states, mean over layers and tokens.", ge=0
+    )
     share: float = option(
         0.0,
-        "Share of a batch's examples that the teacher sees, those without a label first. 0: all of them for models of "
-        "fewer than 1e9 prunable parameters, else half, so that a step after the cut costs less than one of the dense "
-        "model.",
+        "Share of a batch's examples that are distilled, those without a label first. 0: all for models of fewer than "
+        "1e9 prunable parameters, else half, so that a step after the cut costs less than a step of the dense model.",
         ge=0,
         le=1,
     )
@@ -104,11 +110,11 @@ class SearchConfig:
 
     step: Literal["auto", "alternate", "joint"] = option(
         "auto",
-        "alternate: the generator learns on batches of its own; joint: from the adapters' pass, one backward. "
+        "alternate: the generator learns on its own batches; joint: from the adapters' pass, in one backward. "
         "auto: alternate, but joint with lora_aware false from 1e9 prunable parameters on.",
     )
     generator: Literal["transformer", "gru", "none"] = option(
-        "transformer", "The network over the layer sequence; none: one free logit a unit."
+        "transformer", "Network over the layer sequence that gives the logits; none: one free logit per unit."
     )
     gates: Literal["projected", "sampled"] = option(
         "projected",
@@ -116,22 +122,27 @@ class SearchConfig:
     )
     init_batches: int = option(
         16,
-        "Batches whose gate gradients give the starting logits; 0: start from nothing, as in the paper.",
+        "Batches whose gate gradients give the initial logits; 0: none, as in the paper.",
         ge=0,
         formerly="evidence",
     )
     straight_through: bool = option(
-        True, "Gates are rounded where the generator learns (straight-through), or soft values.", formerly="hard"
+        True,
+        "The generator learns with gates rounded to 0 or 1 (straight-through estimator); false: with soft gates.",
+        formerly="hard",
     )
     lora_aware: bool = option(
         True, "Adapters learn with y = gate * (W x) + B A x; false: under gates on both branches, as after the cut."
     )
     share: float = option(0.1, "Share of the steps in which decisions are searched.", gt=0, le=1)
     anneal: float = option(
-        0.6, "Share of the search over which the budget falls from dense to its target (projected).", ge=0, le=1
+        0.6, "Share of the search over which the budget is annealed from dense to its target (projected).", ge=0, le=1
     )
     settle: float = option(
-        0.05, "Share of the steps in which the frozen decision empties the adapters of removed units.", ge=0, le=1
+        0.05,
+        "Share of the steps, after the search, in which the adapters of removed units shrink to zero.",
+        ge=0,
+        le=1,
     )
     learning_rate: float = option(1e-3, "Learning rate of the generator (AdamW).", gt=0)
     batch_size: int = option(16, "Examples a search step.", ge=1)
@@ -143,5 +154,5 @@ class SearchConfig:
         "Of removed units' adapters: a group lasso in the loss, group soft-thresholding after each step, or nothing.",
     )
     lasso: float = option(
-        0.1, "Weight of the group lasso; soft-thresholding takes learning rate * weight off each norm.", ge=0
+        0.1, "Weight of the group lasso; soft-thresholding subtracts learning rate * weight from each norm.", ge=0
     )

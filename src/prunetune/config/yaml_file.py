@@ -1,4 +1,4 @@
-"""YAML files that people write: read whole, or refused in one line."""
+"""YAML files written by users: safe-loaded, without repeated keys, with errors in one line."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from prunetune.errors import ConfigError
 
 
 def read_yaml(path: Path, what: str, hint: str) -> Any:
-    """What a file says; raises `ConfigError` where it cannot be read, or says a key twice: one would be lost."""
+    """The values in a YAML file; `what` names the file in errors, and `hint` is the next step.
+
+    Raises `ConfigError` if the file cannot be read or repeats a key, of which one value would be lost.
+    """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as missing:  # of these, what is not UTF-8
+    except (OSError, ValueError) as missing:  # ValueError: not UTF-8
         raise ConfigError(f"{path}: cannot read {what} ({missing}); {hint}") from missing
     try:
         return yaml.load(text, _Loader)  # noqa: S506 (it is a SafeLoader)
@@ -28,7 +31,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                where = f"line {key.start_mark.line + 1} says {key.value} a second time"
-                raise yaml.YAMLError(f"{where}, and only one would count: merge the two")
+                where = f"line {key.start_mark.line + 1} repeats the key {key.value}"
+                raise yaml.YAMLError(f"{where}, and only one value would count: merge the two")
             seen.add(str(key.value))
         return node

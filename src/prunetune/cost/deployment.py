@@ -1,7 +1,7 @@
-"""What a plan costs in use, as a sum over layers: FLOPs, bytes, seconds. Each is a function of the units kept.
+"""Costs of a pruned model in use: FLOPs of a request, bytes of weights, bytes of weights and KV cache.
 
-`Cost.of_layer` is all that selection needs: it is exact, not linear, and never falls as more is kept (a measured table
-may, where hardware does).
+Every cost is a fixed part plus a sum over layers, and a layer's cost is a function of its kept units. It is exact, not
+linear, and never falls as more units are kept. (Measured seconds, in `latency_table`, may fall where hardware does.)
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from prunetune.cost.layer_shapes import ModelShape, UnitCounts
 from prunetune.errors import ConfigError
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}  # bytes
-INT8_ROW = 5  # bytes of a row's scale and zero point (torchao 0.18)
-INT4_SCALE_BYTES = 4  # bytes of a scale of int4
-INT4_BLOCK = 64  # weights under one scale
-Q8_BLOCK, Q8_BYTES = 32, 34  # weights of a block, and its bytes
+INT8_ROW_BYTES = 5  # of a row's scale and zero point (torchao 0.18)
+INT4_SCALE_BYTES = 4
+INT4_BLOCK = 64  # weights that share a scale
+Q8_BLOCK, Q8_BLOCK_BYTES = 32, 34  # weights of a block, and its bytes with the scale
 
 
 class Cost(Protocol):
-    """One kind of budget."""
+    """What a kind of budget limits."""
 
     @property
     def dense_shape(self) -> ModelShape:
@@ -30,31 +30,31 @@ class Cost(Protocol):
 
     @property
     def fixed_cost(self) -> float:
-        """What no unit changes."""
+        """The part that does not depend on units."""
 
     def layer_cost(self, layer: int, counts: UnitCounts) -> float:
-        """What a layer adds under these counts of its sites."""
+        """The part of one layer, which depends on the kept units of its sites."""
 
 
 def total_cost(cost: Cost, counts: UnitCounts) -> float:
-    """Of a whole plan."""
+    """The cost of a whole plan."""
     return cost.fixed_cost + sum(cost.layer_cost(layer, counts) for layer in cost.dense_shape.layers)
 
 
-Costs = tuple[Cost, ...]  # of which the largest counts
+Costs = tuple[Cost, ...]  # the largest counts
 
 
 def max_cost(costs: Costs, counts: UnitCounts) -> float:
-    """The largest cost of a whole plan."""
+    """The largest of several costs of a whole plan."""
     return max(total_cost(cost, counts) for cost in costs)
 
 
 @dataclass(frozen=True)
 class FlopsCost:
-    """Of one request, as PyTorch's counter has them: matrices and attention, its full square in the prefill.
+    """FLOPs of one request as PyTorch counts them: matrices, and attention, whose full square counts in the prefill.
 
-    A token of the answer goes through the layers but for the last; each takes the head. Raises `ConfigError` for
-    mixtures, where a token's experts are what counts.
+    All generated tokens but the last go through the layers; each takes one pass of the head. Raises `ConfigError` for
+    mixtures of experts.
     """
 
     dense_shape: ModelShape
@@ -63,96 +63,84 @@ class FlopsCost:
     def __post_init__(self) -> None:
         if self.dense_shape.is_mixture:
             raise ConfigError(
-                "budget.flops does not count mixtures of experts, where a token's own experts are what is multiplied: "
+                "budget.flops does not count mixtures of experts, where each token multiplies only its own experts: "
                 "use budget.memory or budget.keep"
             )
 
     @property
     def fixed_cost(self) -> float:
-        """The head, for every token written."""
+        """The head, for every generated token."""
         return 2.0 * self.workload.generate * self.dense_shape.lm_head_params
 
     def layer_cost(self, layer: int, counts: UnitCounts) -> float:
         """Matrices, and attention between tokens."""
-        part, prompt, steps = self.dense_shape.layers[layer], self.workload.prompt, self.workload.generate - 1
-        weights = sum(rows * columns for rows, columns in (linear.shape(counts) for linear in part.linears))
-        queries = part.heads(counts)[1] * part.head_dim
-        return 2.0 * (prompt + steps) * weights + 4.0 * queries * self._pairs[part.sliding_window]
+        shape, prompt, steps = self.dense_shape.layers[layer], self.workload.prompt, self.workload.generate - 1
+        weights = sum(rows * columns for rows, columns in (linear.shape(counts) for linear in shape.linears))
+        query_size = shape.heads(counts)[1] * shape.head_dim
+        return 2.0 * (prompt + steps) * weights + 4.0 * query_size * self._attention_pairs[shape.sliding_window]
 
     @cached_property
-    def _pairs(self) -> dict[int, int]:
-        """{window: pairs of query and key}."""
+    def _attention_pairs(self) -> dict[int, int]:
+        """{window: pairs of query and key in a request}."""
         prompt, steps = self.workload.prompt, self.workload.generate - 1
-        ends = range(prompt + 1, prompt + steps + 1)
+        lengths = range(prompt + 1, prompt + steps + 1)
         windows = {layer.sliding_window for layer in self.dense_shape.layers.values()}
-        return {window: prompt**2 + sum(min(window or end, end) for end in ends) for window in windows}
+        return {window: prompt**2 + sum(min(window or length, length) for length in lengths) for window in windows}
 
 
 @dataclass(frozen=True)
 class WeightsCost:
-    """Bytes of the weights as the workload holds them: of the file, and of the memory they take."""
+    """Bytes of the weights in the workload's format, which are those of the file and in memory."""
 
     dense_shape: ModelShape
     workload: WorkloadConfig
 
     def __post_init__(self) -> None:
         if self.dense_shape.is_mixture and self.workload.weights == "q8_0":
-            raise ConfigError("workload.weights q8_0 is not counted for mixtures of experts: take plain")
-
-    @property
-    def fixed_cost(self) -> float:
-        """Embeddings, head, norms; a .gguf file has matrices of all kinds in its type, and vectors in float32."""
-        outside, width = self.dense_shape.unprunable_params, DTYPE_BYTES[self.workload.dtype]
-        if self.workload.weights != "q8_0":
-            return float(width * (outside - self._others)) + self._others_bytes
-        tables = self.dense_shape.embedding_params + (0 if self.dense_shape.tied else self.dense_shape.lm_head_params)
-        columns = self.dense_shape.lm_head_params // self.dense_shape.lm_head_rows
-        vectors = outside - self._others - tables
-        rows = tables // columns
-        return rows * self._row(columns) + 4.0 * vectors + self._others_bytes
-
-    def layer_cost(self, layer: int, counts: UnitCounts) -> float:
-        """Units, beside the linears of the layer that no unit touches, which `fixed` holds."""
-        part = self.dense_shape.layers[layer]
-        held = [linear.shape(counts) for linear in part.linears if linear.is_cut]
-        weights = sum(rows * columns for rows, columns in held)
-        plain = 4 if self.workload.weights == "q8_0" else DTYPE_BYTES[self.workload.dtype]
-        return sum(rows * self._row(columns) for rows, columns in held) + plain * (part.params(counts) - weights)
+            raise ConfigError("workload.weights q8_0 is not counted for mixtures of experts: use plain")
 
     @cached_property
-    def _untouched(self) -> list[tuple[int, int]]:
-        return [
-            (linear.rows, linear.columns)
-            for part in self.dense_shape.layers.values()
-            for linear in part.linears
-            if not linear.is_cut
-        ]
+    def fixed_cost(self) -> float:
+        """Embeddings, head, norms, and linears that no site cuts.
 
-    @property
-    def _others(self) -> int:
-        return sum(rows * columns for rows, columns in self._untouched)
+        A q8_0 file holds every matrix in its type, embeddings and head too, and vectors in float32.
+        """
+        shape = self.dense_shape
+        linears = [linear for layer in shape.layers.values() for linear in layer.linears if not linear.is_cut]
+        linear_bytes = sum(linear.rows * self._row_bytes(linear.columns) for linear in linears)
+        other_params = shape.unprunable_params - sum(linear.rows * linear.columns for linear in linears)
+        if self.workload.weights != "q8_0":
+            return float(DTYPE_BYTES[self.workload.dtype] * other_params) + linear_bytes
+        table_params = shape.embedding_params + (0 if shape.tied else shape.lm_head_params)
+        columns = shape.lm_head_params // shape.lm_head_rows
+        rows = table_params // columns
+        return rows * self._row_bytes(columns) + 4.0 * (other_params - table_params) + linear_bytes
 
-    @property
-    def _others_bytes(self) -> float:
-        return sum(rows * self._row(columns) for rows, columns in self._untouched)
+    def layer_cost(self, layer: int, counts: UnitCounts) -> float:
+        """Kept units of a layer: rows of linears in the workload's format, other parameters as plain numbers."""
+        shape = self.dense_shape.layers[layer]
+        linears = [linear.shape(counts) for linear in shape.linears if linear.is_cut]
+        other_params = shape.params(counts) - sum(rows * columns for rows, columns in linears)
+        other_bytes = 4 if self.workload.weights == "q8_0" else DTYPE_BYTES[self.workload.dtype]
+        return sum(rows * self._row_bytes(columns) for rows, columns in linears) + other_bytes * other_params
 
-    def _row(self, columns: int) -> float:
+    def _row_bytes(self, columns: int) -> float:
         """Bytes of one row of a matrix in a layer."""
-        width, scheme = DTYPE_BYTES[self.workload.dtype], self.workload.weights
+        scheme = self.workload.weights
         if scheme == "int8":
-            return columns + INT8_ROW if columns else 0.0
+            return columns + INT8_ROW_BYTES if columns else 0.0
         if scheme == "int4" and columns % INT4_BLOCK == 0:
             return columns / 2 + columns / INT4_BLOCK * INT4_SCALE_BYTES
         if scheme == "q8_0":
-            return columns / Q8_BLOCK * Q8_BYTES if columns % Q8_BLOCK == 0 else 2.0 * columns
-        return float(width * columns)
+            return columns / Q8_BLOCK * Q8_BLOCK_BYTES if columns % Q8_BLOCK == 0 else 2.0 * columns
+        return float(DTYPE_BYTES[self.workload.dtype] * columns)
 
 
 @dataclass(frozen=True)
 class MemoryCost:
-    """Bytes of weights and KV cache at the end of a batch of requests; a sliding window holds no more than its own.
+    """Bytes of weights and KV cache at the end of a batch of requests; a sliding window caches its own length at most.
 
-    Activations and the runtime's own are not counted.
+    Activations and the runtime's own memory are not counted.
     """
 
     dense_shape: ModelShape
@@ -160,7 +148,7 @@ class MemoryCost:
 
     @property
     def fixed_cost(self) -> float:
-        """Of the weights."""
+        """As of the weights."""
         return self._weights.fixed_cost
 
     @cached_property
@@ -168,10 +156,8 @@ class MemoryCost:
         return WeightsCost(self.dense_shape, self.workload)
 
     def layer_cost(self, layer: int, counts: UnitCounts) -> float:
-        """Weights, and one key and one value for each KV head and token."""
-        part = self.dense_shape.layers[layer]
-        tokens = min(self.workload.cached_tokens, part.sliding_window or self.workload.cached_tokens)
-        cache = (
-            2 * self.workload.batch * tokens * part.heads(counts)[0] * part.head_dim * DTYPE_BYTES[self.workload.dtype]
-        )
-        return self._weights.layer_cost(layer, counts) + cache
+        """Weights, and one key and one value for each KV head and cached token."""
+        shape, workload = self.dense_shape.layers[layer], self.workload
+        tokens = min(workload.cached_tokens, shape.sliding_window or workload.cached_tokens)
+        numbers = 2 * workload.batch * tokens * shape.heads(counts)[0] * shape.head_dim
+        return self._weights.layer_cost(layer, counts) + numbers * DTYPE_BYTES[workload.dtype]

@@ -1,8 +1,8 @@
-"""Seconds of a plan, from a table that was measured width by width on one device.
+"""Latency tables: the seconds of a plan, from times measured width by width on one device.
 
-A layer takes `dense` seconds, plus what its attention and its MLP take less than in the dense layer; widths between
-two measured ones are interpolated. Host and device are tracks of their own: each is a sum over layers, and a phase
-takes the longer. A table is about one device, driver, set of versions and workload: its header.
+A layer takes its dense seconds plus the (negative) differences of its attention and its MLP at their kept widths;
+between two measured widths, times are interpolated. Host and device are separate tracks: each is a sum over layers, and
+a phase takes the longer one. A table's header names the device, driver, versions and workload that it is valid for.
 """
 
 from __future__ import annotations
@@ -19,58 +19,56 @@ from typing import Any
 from prunetune.config.recipe import WorkloadConfig
 from prunetune.cost.layer_shapes import ModelShape, UnitCounts
 from prunetune.errors import ConfigError
+from prunetune.pruning.units import UnitKind
 
 FORMAT = "prunetune-latency-1"
 PHASES = ("prefill", "decode")
 TRACKS = tuple(f"{phase}.{part}" for phase in PHASES for part in ("host", "device"))
-LatencyCurve = tuple[tuple[int, float], ...]  # (units, seconds beyond the dense layer's), ascending
+LatencyCurve = tuple[tuple[int, float], ...]  # (units, seconds more than in the dense layer), units ascending
 
 
 @dataclass(frozen=True)
 class LayerTiming:
-    """One kind of layer on one track."""
+    """Times of one kind of layer on one track."""
 
     dense: float  # seconds of the dense layer
     attention: LatencyCurve
     mlp: LatencyCurve
 
     def scaled(self, factor: float) -> LayerTiming:
-        """All of it times a factor."""
-        attention, mlp = (
-            tuple((units, factor * seconds) for units, seconds in curve) for curve in (self.attention, self.mlp)
-        )
+        """Every time multiplied by a factor."""
+        curves = (self.attention, self.mlp)
+        attention, mlp = (tuple((units, factor * seconds) for units, seconds in curve) for curve in curves)
         return LayerTiming(factor * self.dense, attention, mlp)
 
 
 @dataclass(frozen=True)
 class LatencyTable:
-    """What was measured, in seconds: {track: {layer that stands for those alike: Timed}}."""
+    """Measured seconds; layers with equal sites share the times of the first, see `representative_layers`."""
 
     header: Mapping[str, Any]
     outside_layers: Mapping[str, float]  # track -> seconds outside the layers
-    layers: Mapping[str, Mapping[int, LayerTiming]] = field(default_factory=dict)
+    layers: Mapping[str, Mapping[int, LayerTiming]] = field(default_factory=dict)  # track -> layer -> times
 
     def scaled(self, factors: Mapping[str, float]) -> LatencyTable:
-        """Every track times a factor of its own."""
-        layers = {
-            track: {index: timed.scaled(factors[track]) for index, timed in of.items()}
-            for track, of in self.layers.items()
-        }
+        """Every track multiplied by a factor of its own."""
         return replace(
             self,
-            outside_layers={track: factors[track] * rest for track, rest in self.outside_layers.items()},
-            layers=layers,
+            outside_layers={track: factors[track] * seconds for track, seconds in self.outside_layers.items()},
+            layers={
+                track: {index: timing.scaled(factors[track]) for index, timing in timings.items()}
+                for track, timings in self.layers.items()
+            },
         )
 
     def to_json(self) -> str:
-        """As text; `from_json` reads it back."""
+        """The table as JSON text."""
         layers = {
-            track: {str(index): asdict(timed) for index, timed in of.items()} for track, of in self.layers.items()
+            track: {str(index): asdict(timing) for index, timing in timings.items()}
+            for track, timings in self.layers.items()
         }
-        return json.dumps(
-            {"format": FORMAT, "header": dict(self.header), "rest": dict(self.outside_layers), "layers": layers},
-            indent=1,
-        )
+        table = {"format": FORMAT, "header": dict(self.header), "rest": dict(self.outside_layers), "layers": layers}
+        return json.dumps(table, indent=1)
 
     @classmethod
     def from_json(cls, text: str, where: str) -> LatencyTable:
@@ -80,17 +78,18 @@ class LatencyTable:
             if data["format"] != FORMAT:
                 raise ValueError(f"format {data['format']!r}, and this version reads {FORMAT}")
             layers = {
-                track: {int(index): _timed(timed) for index, timed in data["layers"][track].items()} for track in TRACKS
+                track: {int(index): _layer_timing(values) for index, values in data["layers"][track].items()}
+                for track in TRACKS
             }
             return cls(dict(data["header"]), {track: float(data["rest"][track]) for track in TRACKS}, layers)
         except (ValueError, KeyError, TypeError, AttributeError) as broken:
             raise ConfigError(
-                f"{where}: no latency table ({broken}); leave budget.table out, and one is measured"
+                f"{where}: not a latency table ({broken}); leave budget.table out, and one is measured"
             ) from broken
 
     @classmethod
     def load(cls, path: Path, header: Mapping[str, Any]) -> LatencyTable:
-        """A file's table, if it is about what `header` says; raises `ConfigError` with the first difference."""
+        """Read a table; raises `ConfigError` where its header differs from this one, with the first difference."""
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as missing:
@@ -98,20 +97,19 @@ class LatencyTable:
                 f"budget.table {path}: cannot be read ({missing}); leave budget.table out, and one is measured"
             ) from missing
         table = cls.from_json(text, f"budget.table {path}")
-        for name, wanted in header.items():
-            found = table.header.get(name)
-            if found != wanted:
+        for name, expected in header.items():
+            actual = table.header.get(name)
+            if actual != expected:
                 raise ConfigError(
-                    f"budget.table {path} was measured with {name} {found!r}, and here it is {wanted!r}: "
+                    f"budget.table {path} was measured with {name} {actual!r}, and here it is {expected!r}: "
                     "leave budget.table out, and one is measured here"
                 )
         return table
 
 
-def _timed(values: Mapping[str, Any]) -> LayerTiming:
-    curves = {
-        name: tuple((int(units), float(seconds)) for units, seconds in values[name]) for name in ("attention", "mlp")
-    }
+def _layer_timing(values: Mapping[str, Any]) -> LayerTiming:
+    names = ("attention", "mlp")
+    curves = {name: tuple((int(units), float(seconds)) for units, seconds in values[name]) for name in names}
     if any(curve != tuple(sorted(curve)) for curve in curves.values()):
         raise ValueError("widths do not ascend")
     return LayerTiming(float(values["dense"]), **curves)
@@ -119,75 +117,78 @@ def _timed(values: Mapping[str, Any]) -> LayerTiming:
 
 @dataclass(frozen=True)
 class LatencyCost:
-    """Seconds of some tracks, each so many times."""
+    """Seconds of a plan: a weighted sum of tracks."""
 
     dense_shape: ModelShape
     table: LatencyTable
-    tracks: tuple[tuple[str, float], ...]
+    tracks: tuple[tuple[str, float], ...]  # (track, times that it counts)
 
     @property
     def fixed_cost(self) -> float:
-        """Embeddings, head, and what the runtime takes by itself."""
+        """Seconds outside the layers: embeddings, head, and the runtime itself."""
         return sum(times * self.table.outside_layers[track] for track, times in self.tracks)
 
     def layer_cost(self, layer: int, counts: UnitCounts) -> float:
-        """Zero for a layer that left the stack."""
-        part = self.dense_shape.layers[layer]
-        own = {site.kind: counts[site.name] for site in part.sites}
-        if not own.get("layers", 1):
+        """Seconds of a layer; zero if it is removed."""
+        shape = self.dense_shape.layers[layer]
+        by_kind = {site.kind: counts[site.name] for site in shape.sites}
+        if not by_kind.get(UnitKind.LAYER, 1):
             return 0.0
-        groups = part.heads(counts)[0]
-        channels = own.get("mlp") if own.get("mlp-blocks", 1) else 0
-        found = 0.0
+        kv_heads = shape.heads(counts)[0]
+        channels = by_kind.get(UnitKind.MLP_CHANNEL) if by_kind.get(UnitKind.MLP_BLOCK, 1) else 0
+        seconds = 0.0
         for track, times in self.tracks:
-            timed = self.table.layers[track][self._like[layer]]
-            found += times * (timed.dense + interpolate(timed.attention, groups) + interpolate(timed.mlp, channels))
-        return max(0.0, found)
+            timing = self.table.layers[track][self._representative[layer]]
+            seconds += times * (
+                timing.dense + interpolate(timing.attention, kv_heads) + interpolate(timing.mlp, channels)
+            )
+        return max(0.0, seconds)
 
     @cached_property
-    def _like(self) -> Mapping[int, int]:
+    def _representative(self) -> Mapping[int, int]:
         return representative_layers(self.dense_shape)
 
 
 def latency_costs(
-    anatomy: ModelShape, workload: WorkloadConfig, table: LatencyTable, phase: str
+    dense_shape: ModelShape, workload: WorkloadConfig, table: LatencyTable, phase: str
 ) -> tuple[LatencyCost, ...]:
-    """Sums whose largest is the seconds of a batch of requests ("mix"), of its "prefill", or of a "decode" step.
+    """Costs whose largest is the seconds of a batch of requests ("mix"), of its "prefill", or of one "decode" step.
 
-    A table without a host's track (all zero) has one sum.
+    Each phase takes its host or its device track, whichever is longer, so there is a cost for every combination. A host
+    track that was not measured (all zero) is left out.
     """
     phases = {"prefill": 1.0, "decode": workload.generate - 1.0} if phase == "mix" else {phase: 1.0}
     choices = []
     for name, times in phases.items():
         tracks = [track for track in TRACKS if track.startswith(name)]
-        told = [track for track in tracks if track.endswith("device") or _is_measured(table, track)]
-        choices.append([(track, times) for track in told])
-    return tuple(LatencyCost(anatomy, table, tracks) for tracks in itertools.product(*choices))
+        measured = [track for track in tracks if track.endswith("device") or _is_measured(table, track)]
+        choices.append([(track, times) for track in measured])
+    return tuple(LatencyCost(dense_shape, table, tracks) for tracks in itertools.product(*choices))
 
 
 def _is_measured(table: LatencyTable, track: str) -> bool:
-    return bool(table.outside_layers[track]) or any(timed.dense for timed in table.layers[track].values())
+    return bool(table.outside_layers[track]) or any(timing.dense for timing in table.layers[track].values())
 
 
 def interpolate(curve: LatencyCurve, units: int | None) -> float:
-    """Between the two widths beside it, or the end's own beyond the ends; None is the dense width."""
+    """Seconds at a width: linear between the two nearest measured ones, constant beyond the ends; None: dense width."""
     if not curve:
         return 0.0
     if units is None or units >= curve[-1][0]:
         return curve[-1][1]
-    place = bisect.bisect_left(curve, (units,))
-    high = curve[place]
-    if high[0] == units or place == 0:
+    index = bisect.bisect_left(curve, (units,))
+    high = curve[index]
+    if high[0] == units or index == 0:
         return high[1]
-    low = curve[place - 1]
+    low = curve[index - 1]
     return low[1] + (high[1] - low[1]) * (units - low[0]) / (high[0] - low[0])
 
 
-def representative_layers(anatomy: ModelShape) -> dict[int, int]:
-    """{layer: the first layer that has the same window and the same sites}."""
+def representative_layers(dense_shape: ModelShape) -> dict[int, int]:
+    """{layer: the first layer with the same window and the same sites}."""
     first: dict[Any, int] = {}
-    found = {}
-    for index, layer in anatomy.layers.items():
-        key = (layer.sliding_window, tuple((site.kind, site.units) for site in layer.sites if not site.is_whole_block))
-        found[index] = first.setdefault(key, index)
-    return found
+    representatives = {}
+    for index, layer in dense_shape.layers.items():
+        widths = tuple((site.kind, site.units) for site in layer.sites if not site.kind.is_whole_block)
+        representatives[index] = first.setdefault((layer.sliding_window, widths), index)
+    return representatives

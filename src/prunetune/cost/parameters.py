@@ -1,4 +1,4 @@
-"""The price of units in parameters, and how far a set of gates is from its target."""
+"""The share of prunable parameters that gates keep, and the loss that pulls it to its target."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def prunable_params(sites: Iterable[Site]) -> int:
 
 
 def kept_share(gates: Mapping[str, Tensor], sites: Iterable[Site], prices: Mapping[str, float] | None = None) -> Tensor:
-    """Share of the prunable parameters, or of the units' `prices`, under open gates; differentiable, in [0, 1]."""
+    """Share of the prunable parameters, or of the units' prices, that gates keep: differentiable scalar in [0, 1]."""
     sites = tuple(sites)
     gates = effective_gates(gates, sites)
-    each = {site.name: site.unit_params if prices is None else prices[site.name] for site in sites}
-    kept = torch.stack([gates[site.name].sum() * each[site.name] for site in sites]).sum()
-    return kept / sum(site.units * each[site.name] for site in sites)
+    unit_prices = {site.name: site.unit_params if prices is None else prices[site.name] for site in sites}
+    kept = torch.stack([gates[site.name].sum() * unit_prices[site.name] for site in sites]).sum()
+    return kept / sum(site.units * unit_prices[site.name] for site in sites)
 
 
 def keep_ratio_loss(share: Tensor, target: float) -> Tensor:
-    """|log(kept / target)| (ATP, section 3.2): zero on target, and twice too big costs as much as twice too small."""
+    """|log(share / target)| (ATP, section 3.2): zero on target; twice the target costs as much as half of it."""
     return torch.log(share.clamp_min(1e-6) / target).abs()

@@ -1,4 +1,4 @@
-"""Examples as padded tensors, and the order in which training sees them.
+"""Batches: examples as padded tensors, and the seeded stream of examples that training draws them from.
 
 Shapes: B examples of a batch, T tokens of the longest one.
 """
@@ -17,56 +17,53 @@ from torch.nn import functional as F
 from prunetune.data.encoding import Example
 from prunetune.errors import DataError
 
-IGNORE_INDEX = -100  # the label that cross-entropy passes over
-
-
-# Padding is free up to here: smaller passes cost their launches, not their tokens.
-SMALL_BATCH_TOKENS = 1024
+IGNORE_INDEX = -100  # the label that cross-entropy ignores
+SMALL_BATCH_TOKENS = 1024  # padding is free up to here: smaller passes take the time of their launches
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples side by side, padded on the right. labels[b, t] is input_ids[b, t] where loss counts, else -100.
+    """Examples as rows, padded on the right. labels[b, t] is input_ids[b, t] where the loss counts, else -100.
 
-    Under a causal mask nothing real ever reads padding that stands behind it, so no attention mask is needed: attention
-    takes its fastest path, and no row is wholly masked (which some kernels answer with NaN).
+    Under a causal mask no token attends to the padding after it, so no attention mask is needed: attention takes its
+    fastest kernel, and no row is fully masked (for which some kernels return NaN).
     """
 
     input_ids: Tensor  # long [B, T]
     labels: Tensor  # long [B, T]; logits at t - 1 predict them
-    target_tokens: int  # labels that count
-    lengths: tuple[int, ...]  # of each row without its padding
+    target_tokens: int  # labels other than -100
+    lengths: tuple[int, ...]  # tokens of each row without padding
     example_ids: tuple[str, ...]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device."""
+        """The batch with its tensors on a device."""
         return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device))
 
     @property
     def token_mask(self) -> Tensor:
-        """Where there is a token and no padding: bool [B, T]."""
+        """True at tokens, False at padding: bool [B, T]."""
         lengths = torch.tensor(self.lengths, device=self.input_ids.device)
         return torch.arange(self.input_ids.shape[1], device=lengths.device)[None] < lengths[:, None]
 
     @property
     def prediction_mask(self) -> Tensor:
-        """Where logits are needed: bool [B, T], one position before each label."""
+        """True where logits are needed, one position before each label: bool [B, T]."""
         return F.pad(self.labels[:, 1:] != IGNORE_INDEX, (0, 1))
 
     @property
     def targets(self) -> Tensor:
-        """The labels that count, in the order of `predicting`: long [N]."""
+        """The labels other than -100, in the order of `prediction_mask`: long [`target_tokens`]."""
         return self.labels[self.labels != IGNORE_INDEX]
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """The token that fills up rows; which one it is has no effect."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return int(next(token for token in known if token is not None))
+    """The token that rows are padded with; which one it is has no effect."""
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(token for token in candidates if token is not None))
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """One batch of all `examples`, which must not be empty."""
+    """One batch of all examples; there must be one at least."""
     longest = max(len(example.token_ids) for example in examples)
     ids, labels = [], []
     for example in examples:
@@ -86,9 +83,10 @@ def collate(examples: Sequence[Example], pad_id: int) -> Batch:
 def micro_batches(
     examples: Sequence[Example], max_tokens: int, small_batch_tokens: int = SMALL_BATCH_TOKENS
 ) -> list[list[Example]]:
-    """Every example once, longest first, in lists of at most `max_tokens` with padding; one longer stands alone.
+    """Every example once, longest first, in lists of at most `max_tokens` tokens with padding; a longer one is alone.
 
-    Examples of less than half the length of a list's longest start a new list, unless the list holds `small` or less.
+    An example of less than half the length of a list's longest starts a new list, unless the padded list has no more
+    than `small_batch_tokens`.
     """
     batches: list[list[Example]] = []
     for example in sorted(examples, key=lambda example: -len(example.token_ids)):
@@ -103,9 +101,9 @@ def micro_batches(
 
 
 def unlabelled_examples(texts: Sequence[Example], labelled: Sequence[Example], share: float) -> tuple[Example, ...]:
-    """The texts without labels, weighing such that they are `share` of a stream that holds `beside` too.
+    """The texts without labels, weighted so that they are this share of a stream of both; none without labelled ones.
 
-    Raises `DataError` where there is no text; where nothing stands beside them, texts alone are no stream: none.
+    Raises `DataError` if there is no text.
     """
     if not texts:
         raise DataError("no text of data.distill_texts fits data.max_length; raise it or set data.too_long=truncate")
@@ -117,11 +115,11 @@ def unlabelled_examples(texts: Sequence[Example], labelled: Sequence[Example], s
 
 
 class BatchStream:
-    """Endless batches, each a pure function of (seed, step): nothing to save for a resumed run.
+    """Endless batches, each a pure function of (seed, step), so that a resumed run has nothing to restore.
 
-    Epochs are seeded permutations, laid end to end and cut into batches of exactly `batch_size`. An example of weight w
-    appears floor(w) times an epoch, and once more in a share w - floor(w) of the epochs. Raises `DataError` without
-    examples.
+    Epochs are seeded permutations, one after the other, cut into batches of exactly `batch_size`. An example of weight
+    w appears floor(w) times in every epoch, and once more in a share w - floor(w) of the epochs. Raises `DataError` if
+    there is no example.
     """
 
     def __init__(self, examples: Sequence[Example], batch_size: int, seed: int) -> None:
@@ -135,7 +133,7 @@ class BatchStream:
         weights = torch.tensor([example.weight for example in self.examples], dtype=torch.float64)
         self._whole = weights.floor().long()
         self._fractions = weights - weights.floor()
-        # Where in its cycle of extra appearances an example starts.
+        # Where each example starts in its cycle of extra appearances, in [0, 1).
         self._phase = torch.rand(len(self.examples), generator=self._generator("phase"), dtype=torch.float64)
 
     def batch_at(self, step: int) -> list[Example]:
@@ -144,34 +142,36 @@ class BatchStream:
         epoch = self._epoch_at(position)
         chosen: list[Example] = []
         while position < end:
-            order, start = self._order(epoch), self._before(epoch)
-            taken = order[position - start : end - start]
-            chosen += [self.examples[index] for index in taken]
-            position += len(taken)
+            order, start = self._epoch_order(epoch), self._appearances_before(epoch)
+            indices = order[position - start : end - start]
+            chosen += [self.examples[index] for index in indices]
+            position += len(indices)
             epoch += 1
         return chosen
 
-    def _before(self, epoch: int) -> int:
-        """Appearances in all epochs before this one."""
+    def _appearances_before(self, epoch: int) -> int:
+        """Length of all epochs before this one."""
         return int(self._appearances(epoch).sum())
 
     def _appearances(self, epoch: int) -> Tensor:
+        """How often each example appeared before an epoch: long [examples]."""
         return self._whole * epoch + (self._fractions * epoch + self._phase).floor().long()
 
-    def _order(self, epoch: int) -> list[int]:
+    def _epoch_order(self, epoch: int) -> list[int]:
+        """Indices of examples in the order of an epoch."""
         counts = self._appearances(epoch + 1) - self._appearances(epoch)
         indices = torch.arange(len(self.examples)).repeat_interleave(counts)
         order: list[int] = indices[torch.randperm(len(indices), generator=self._generator(f"epoch {epoch}"))].tolist()
         return order
 
     def _epoch_at(self, position: int) -> int:
-        """The last epoch that starts at or before a position: bisection, since epochs differ in size."""
+        """The last epoch that starts at or before a position, by bisection, since epochs differ in length."""
         low, high = 0, 1
-        while self._before(high) <= position:
+        while self._appearances_before(high) <= position:
             low, high = high, high * 2
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self._before(middle) <= position else (low, middle)
+            low, high = (middle, high) if self._appearances_before(middle) <= position else (low, middle)
         return low
 
     def _generator(self, purpose: str) -> torch.Generator:

@@ -1,7 +1,7 @@
-"""The embedded data set: inclusion terms of ICD-10-CM, each to be put into its chapter.
+"""The built-in demo data: inclusion terms of ICD-10-CM, each to be classified by chapter.
 
-The package simple-icd-10-cm carries the tabular list of the classification as XML. Parts are cut by category (the
-three-character code), so search, valid and test hold only categories that tuning never sees.
+The package simple-icd-10-cm contains the tabular list of the classification as XML. Splits are made by category (the
+three-character code), so search, valid and test have only categories that tuning never sees.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from prunetune.data.records import Record
 from prunetune.errors import DataError, MissingPackage
 
-# By chapter number, 1 to 22; each is one token of the demo's model, so no label is favoured for its length.
+# By chapter number, 1 to 22. Each is one token of the demo's model, so that no label is favoured for its length.
 LABELS = (
     " infections",
     " tumors",
@@ -44,13 +44,12 @@ LABELS = (
     " special",
 )
 SHARES = {"train": 80, "search": 8, "valid": 4, "test": 8}  # percent of categories
-# Of small numbers the first under which every chapter stands in train and test, and the parts have about these shares.
-SALT = 22
+SALT = 22  # the first number with which every chapter is in train and test, and the splits have about these shares
 
 
 @dataclass(frozen=True)
 class InclusionTerm:
-    """An inclusion term where the classification lists it."""
+    """An inclusion term and its place in the classification."""
 
     text: str
     chapter: int
@@ -58,50 +57,40 @@ class InclusionTerm:
 
 
 def read_demo(split: str, weight: float = 1.0) -> list[Record]:
-    """The part of the demo's records that `split` (train, search, valid, test) names; the same in every run.
+    """The records of one split (train, search, valid, test) of the demo, the same in every run.
 
-    Raises `MissingPackage` without simple-icd-10-cm.
+    Raises `MissingPackage` if simple-icd-10-cm is not installed.
     """
     counts: dict[str, int] = defaultdict(int)
     records = []
-    for term in _usable(tabular_list()):
-        if split_of_category(term.category) == split:
-            counts[term.category] += 1
-            records.append(_record(term, f"demo:{term.category}.{counts[term.category]}", weight))
+    for term in _unambiguous_terms(tabular_list()):
+        if split_of_category(term.category) != split:
+            continue
+        counts[term.category] += 1
+        id, answer = f"demo:{term.category}.{counts[term.category]}", term.chapter - 1
+        record = Record(
+            kind="completion", prompt=f"Diagnosis: {term.text}\nICD-10-CM chapter:", completion=LABELS[answer],
+            choices=LABELS, answer=answer, task="icd10_chapter", id=id, group=term.category, source=id, weight=weight,
+        )  # fmt: skip
+        records.append(record)
     return records
 
 
 @lru_cache(maxsize=1)
-def _usable(path: Path) -> tuple[InclusionTerm, ...]:
-    # A run reads four parts of one file, and half a second goes into parsing it.
+def _unambiguous_terms(path: Path) -> tuple[InclusionTerm, ...]:
+    # Cached: a run reads four splits of one file, which takes half a second to parse.
     return tuple(drop_ambiguous(read_terms(path))[0])
 
 
-def _record(term: InclusionTerm, id: str, weight: float) -> Record:
-    answer = term.chapter - 1
-    return Record(
-        kind="completion",
-        prompt=f"Diagnosis: {term.text}\nICD-10-CM chapter:",
-        completion=LABELS[answer],
-        choices=LABELS,
-        answer=answer,
-        task="icd10_chapter",
-        id=id,
-        group=term.category,
-        source=id,
-        weight=weight,
-    )
-
-
 def tabular_list() -> Path:
-    """The XML file of the installed package, found without the two seconds that importing the package takes."""
+    """The XML file of the installed package; the package is not imported, since that takes two seconds."""
     spec = importlib.util.find_spec("simple_icd_10_cm")
     if spec is None or not spec.submodule_search_locations:
         raise MissingPackage("data source 'demo' needs simple-icd-10-cm; run: pip install 'prunetune[demo]'")
-    found = sorted(Path(spec.submodule_search_locations[0]).glob("data/*.xml"))
-    if not found:
-        raise DataError("simple-icd-10-cm holds no data/*.xml; run: pip install --force-reinstall simple-icd-10-cm")
-    return found[-1]
+    files = sorted(Path(spec.submodule_search_locations[0]).glob("data/*.xml"))
+    if not files:
+        raise DataError("simple-icd-10-cm has no data/*.xml; run: pip install --force-reinstall simple-icd-10-cm")
+    return files[-1]
 
 
 def read_terms(path: Path) -> Iterator[InclusionTerm]:
@@ -116,21 +105,21 @@ def read_terms(path: Path) -> Iterator[InclusionTerm]:
 
 
 def drop_ambiguous(terms: Iterator[InclusionTerm]) -> tuple[list[InclusionTerm], int, int]:
-    """Terms with one right answer, each once; then how many were dropped for two chapters, and how many as repeats."""
-    listed: dict[str, list[InclusionTerm]] = defaultdict(list)
+    """(terms of one chapter, each once; number of terms dropped for two chapters; number dropped as repeats)."""
+    by_text: dict[str, list[InclusionTerm]] = defaultdict(list)
     for term in terms:
-        listed[term.text.casefold()].append(term)
-    kept = [same[0] for same in listed.values() if len({term.chapter for term in same}) == 1]
-    all_terms = sum(map(len, listed.values()))
-    dropped = sum(len(same) for same in listed.values() if len({term.chapter for term in same}) > 1)
+        by_text[term.text.casefold()].append(term)
+    kept = [same[0] for same in by_text.values() if len({term.chapter for term in same}) == 1]
+    all_terms = sum(map(len, by_text.values()))
+    dropped = sum(len(same) for same in by_text.values() if len({term.chapter for term in same}) > 1)
     return kept, dropped, all_terms - dropped - len(kept)
 
 
 def split_of_category(category: str) -> str:
-    """The split that a category belongs to: by its hash, so it never moves."""
+    """The split of a category, by its hash: it never changes."""
     point = int(hashlib.sha256(f"demo {SALT} {category}".encode()).hexdigest(), 16) % 100
     for name, share in SHARES.items():
         if point < share:
             return name
         point -= share
-    raise AssertionError("the shares make 100")
+    raise AssertionError("the shares add up to 100")

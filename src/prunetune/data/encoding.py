@@ -1,4 +1,7 @@
-"""Records as token ids. Prompt and answer are tokenised apart, so tuning and scoring see the same boundary."""
+"""Records to token ids: prompts, answers, chat templates, truncation.
+
+Prompt and answer are tokenised separately, so that tuning and scoring split them at the same place.
+"""
 
 from __future__ import annotations
 
@@ -10,54 +13,49 @@ from prunetune.config.recipe import DataConfig
 from prunetune.data.records import Record
 from prunetune.errors import DataError
 
-PROBE = "prunetune probe"  # an answer to look for in what a chat template renders
+PROBE = "prunetune probe"  # an answer to look for in the output of a chat template
 
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids of one record. Loss counts from `answer_from` on; 0 < answer_from <= len(ids), where nothing counts."""
+    """Token ids of one record. The loss counts from `answer_start` on."""
 
     token_ids: tuple[int, ...]
-    answer_start: int
+    answer_start: int  # in 1..len(token_ids); at its end, no token counts
     id: str = ""
     weight: float = 1.0
 
 
 @dataclass(frozen=True)
 class EncodedExamples:
-    """Examples that fit, and what the limit on length did."""
+    """Examples within the limit on length, and how many records were beyond it."""
 
     examples: tuple[Example, ...]
-    kept_indices: tuple[int, ...]  # examples[i] is of record kept[i]
-    num_too_long: int  # how many were cut or dropped
-    longest: int  # tokens, before cutting
+    kept_indices: tuple[int, ...]  # examples[i] is of record kept_indices[i]
+    num_too_long: int  # records that were truncated or dropped
+    longest: int  # tokens, before truncation
 
 
 def encode_prompt(record: Record, tokenizer: Any, template: str = "auto") -> list[int]:
-    """Token ids that an answer is generated from or scored after; for text rows the start token, if there is one."""
-    return _prompts([record], tokenizer, template)[0]
+    """Token ids that an answer is generated from or scored after; for a text row the start token, if there is one."""
+    return encode_prompts([record], tokenizer, template)[0]
 
 
 def encode_answer(text: str, tokenizer: Any) -> list[int]:
-    """Token ids of an answer or a choice, without any special token."""
-    return _tokens([text], tokenizer, special=False)[0]
-
-
-def encode_prompts(records: Sequence[Record], tokenizer: Any, template: str = "auto") -> list[list[int]]:
-    """`encode_prompt` of many at once."""
-    return _prompts(records, tokenizer, template)
+    """Token ids of an answer or a choice, without special tokens."""
+    return encode_answers([text], tokenizer)[0]
 
 
 def encode_answers(texts: Sequence[str], tokenizer: Any) -> list[list[int]]:
-    """`encode_answer` of many at once."""
-    return _tokens(texts, tokenizer, special=False)
+    """`encode_answer` of many texts at once."""
+    return _token_ids(texts, tokenizer, special=False)
 
 
 def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, context_length: int) -> EncodedExamples:
-    """Every record as an example of at most data.max_length and `context` tokens; "drop" may leave none.
+    """Every record as an example of at most `data.max_length` and `context_length` tokens.
 
-    Raises `DataError` where records are longer and data.too_long is "error", and for a tokenizer without what the
-    template or an end of text needs.
+    Longer records are truncated or dropped, as `data.too_long` says. Raises `DataError` for them if that is "error",
+    and for a tokenizer without an end-of-text token or, where records need it, a chat template.
     """
     limit = min(config.max_length or context_length, context_length)
     if limit < 2:
@@ -66,57 +64,65 @@ def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, contex
     lengths = [len(example.token_ids) for example in examples]
     long = [index for index, length in enumerate(lengths) if length > limit]
     if long and config.too_long == "error":
-        raise _too_long(records, lengths, long, limit, context_length)
+        advice = (
+            f"raise data.max_length (the model's context is {context_length})"
+            if limit < context_length
+            else f"take a model with more context (data.max_length cannot pass its {context_length})"
+        )
+        raise DataError(
+            f"{len(long)} of {len(records)} rows have more than {limit} tokens (longest {max(lengths)}), "
+            f"first {records[long[0]].source}; set data.too_long=truncate or data.too_long=drop, or {advice}"
+        )
     kept = [index for index, length in enumerate(lengths) if length <= limit or config.too_long == "truncate"]
-    fitting = tuple(_cut(examples[index], limit, tokenizer.bos_token_id) for index in kept)
-    return EncodedExamples(fitting, tuple(kept), len(long), max(lengths, default=0))
+    within_limit = tuple(_truncate(examples[index], limit, tokenizer.bos_token_id) for index in kept)
+    return EncodedExamples(within_limit, tuple(kept), len(long), max(lengths, default=0))
 
 
 def _encode_untruncated(records: Sequence[Record], tokenizer: Any, template: str) -> list[Example]:
-    chats = [uses_chat_template(record, template) for record in records]
-    prompts = _prompts(records, tokenizer, template)
-    answers = _tokens([record.completion for record in records], tokenizer, special=False)
-    end = [_end_of_text(tokenizer)]
-    turn_end = chat_end_ids(tokenizer) if any(chats) else end
+    is_chat = [uses_chat_template(record, template) for record in records]
+    prompts = encode_prompts(records, tokenizer, template)
+    answers = encode_answers([record.completion for record in records], tokenizer)
+    text_end = [_end_of_text(tokenizer)]
+    turn_end = chat_end_ids(tokenizer) if any(is_chat) else text_end
     return [
-        Example((*prompt, *answer, *(turn_end if chat else end)), max(1, len(prompt)), record.id, record.weight)
-        for record, chat, prompt, answer in zip(records, chats, prompts, answers, strict=True)
+        Example((*prompt, *answer, *(turn_end if chat else text_end)), max(1, len(prompt)), record.id, record.weight)
+        for record, chat, prompt, answer in zip(records, is_chat, prompts, answers, strict=True)
     ]
 
 
 def uses_chat_template(record: Record, template: str) -> bool:
-    """Whether the tokenizer's chat template wraps this record."""
+    """Whether the tokenizer's chat template is applied to this record."""
     return record.kind != "text" and (template == "chat" or (template == "auto" and record.kind == "chat"))
 
 
-def _prompts(records: Sequence[Record], tokenizer: Any, template: str) -> list[list[int]]:
-    chats = [record for record in records if uses_chat_template(record, template)]
-    raws = [record for record in records if not uses_chat_template(record, template)]
+def encode_prompts(records: Sequence[Record], tokenizer: Any, template: str = "auto") -> list[list[int]]:
+    """`encode_prompt` of many records at once."""
+    chat_texts, raw_texts = [], []
+    for record in records:
+        if uses_chat_template(record, template):
+            messages = record.messages or (("user", record.prompt),)
+            chat_texts.append(_render_chat(tokenizer, messages, record.source, generate=True))
+        elif record.kind == "chat":
+            turns = [f"{role}: {content}\n" for role, content in record.messages]
+            raw_texts.append("".join([*turns, "assistant:"]))
+        else:
+            raw_texts.append(record.prompt)
     # A chat template writes the special tokens itself.
-    rendered = iter(_tokens([_rendered(record, tokenizer) for record in chats], tokenizer, special=False))
-    plain = iter(_tokens([_raw(record) for record in raws], tokenizer, special=True))
-    adds_end = bool(raws) and _tokens(["a"], tokenizer, special=True)[0][-1] == tokenizer.eos_token_id
+    chat_ids = iter(_token_ids(chat_texts, tokenizer, special=False))
+    raw_ids = iter(_token_ids(raw_texts, tokenizer, special=True))
+    adds_end = bool(raw_texts) and _token_ids(["a"], tokenizer, special=True)[0][-1] == tokenizer.eos_token_id
     prompts = []
     for record in records:
-        ids = next(rendered) if uses_chat_template(record, template) else next(plain)[: -1 if adds_end else None]
-        # A prompt of no tokens leaves nothing that predicts the answer's first.
-        prompts.append(ids if ids or record.kind == "text" else [_start_of_text(tokenizer)])
+        ids = next(chat_ids) if uses_chat_template(record, template) else next(raw_ids)[: -1 if adds_end else None]
+        if not ids and record.kind != "text":  # without a prompt, nothing would predict the answer's first token
+            start = tokenizer.bos_token_id
+            ids = [_end_of_text(tokenizer) if start is None else int(start)]
+        prompts.append(ids)
     return prompts
 
 
-def _raw(record: Record) -> str:
-    if record.kind != "chat":
-        return record.prompt
-    turns = [f"{role}: {content}\n" for role, content in record.messages]
-    return "".join([*turns, "assistant:"])
-
-
-def _rendered(record: Record, tokenizer: Any) -> str:
-    messages = record.messages or (("user", record.prompt),)
-    return _render(tokenizer, messages, record.source, generate=True)
-
-
-def _render(tokenizer: Any, messages: Sequence[tuple[str, str]], source: str, *, generate: bool) -> str:
+def _render_chat(tokenizer: Any, messages: Sequence[tuple[str, str]], source: str, *, generate: bool) -> str:
+    """Messages as the tokenizer's chat template writes them; `source` begins the message of a `DataError`."""
     from jinja2 import TemplateError
 
     if not tokenizer.chat_template:
@@ -136,21 +142,22 @@ def _render(tokenizer: Any, messages: Sequence[tuple[str, str]], source: str, *,
 
 
 def chat_end_ids(tokenizer: Any) -> list[int]:
-    """Token ids that close an assistant's turn: what the chat template puts after it, else the end of text."""
-    ids, end = _after_turn(tokenizer), _end_of_text(tokenizer)
+    """Token ids that end an assistant's turn: what the chat template writes after it, else the end-of-text token."""
+    ids, end = _ids_after_turn(tokenizer), _end_of_text(tokenizer)
     return ids[: ids.index(end) + 1] if end in ids else ids or [end]
 
 
 def chat_stop_id(tokenizer: Any) -> int | None:
-    """The special token that closes an assistant's turn, where a written answer is over; None where there is none."""
-    added, named = tokenizer.added_tokens_decoder, tokenizer.all_special_ids
-    special = {*named, *(token for token, about in added.items() if about.special)}
-    return next((token for token in _after_turn(tokenizer) if token in special), None)
+    """The special token that ends an assistant's turn, and so a generated answer; None if there is none."""
+    added = tokenizer.added_tokens_decoder
+    special = {*tokenizer.all_special_ids, *(id for id, token in added.items() if token.special)}
+    return next((id for id in _ids_after_turn(tokenizer) if id in special), None)
 
 
-def _after_turn(tokenizer: Any) -> list[int]:
+def _ids_after_turn(tokenizer: Any) -> list[int]:
+    """Token ids that the chat template writes after an assistant's message."""
     turns = (("user", PROBE.title()), ("assistant", PROBE))
-    after = _render(tokenizer, turns, "data.template", generate=False).rpartition(PROBE)[2].rstrip()
+    after = _render_chat(tokenizer, turns, "data.template", generate=False).rpartition(PROBE)[2].rstrip()
     return encode_answer(after, tokenizer) if after else []
 
 
@@ -160,47 +167,29 @@ def _end_of_text(tokenizer: Any) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def _start_of_text(tokenizer: Any) -> int:
-    start = tokenizer.bos_token_id
-    return _end_of_text(tokenizer) if start is None else int(start)
-
-
-def _tokens(texts: Sequence[str], tokenizer: Any, *, special: bool) -> list[list[int]]:
+def _token_ids(texts: Sequence[str], tokenizer: Any, *, special: bool) -> list[list[int]]:
+    """Token ids of each text; `special` lets the tokenizer add the special tokens that it puts around a text."""
     if not texts:
         return []
-    # verbose=False: the length is judged here, not by the tokenizer's own warning.
+    # verbose=False: `encode` checks the length, not the tokenizer's own warning.
     encoded = tokenizer(list(texts), add_special_tokens=special, verbose=False)
     return [list(ids) for ids in encoded["input_ids"]]
 
 
-def _cut(example: Example, limit: int, start: int | None) -> Example:
-    """The example in `limit` tokens: what goes first is the beginning of the prompt, then the end of the answer."""
+def _truncate(example: Example, limit: int, bos_id: int | None) -> Example:
+    """The example in `limit` tokens, without the beginning of its prompt and, if need be, the end of its answer."""
     excess = len(example.token_ids) - limit
     if excess <= 0:
         return example
     prompt, answer = example.token_ids[: example.answer_start], example.token_ids[example.answer_start :]
-    prompt = truncate_prompt(prompt, max(1, len(prompt) - excess), start)
+    prompt = truncate_prompt(prompt, max(1, len(prompt) - excess), bos_id)
     return Example((prompt + answer)[:limit], len(prompt), example.id, example.weight)
 
 
 def truncate_prompt(prompt: Sequence[int], max_tokens: int, bos_id: int | None) -> tuple[int, ...]:
-    """The last `size` ids of a prompt; where it begins with the `start` token, that one stays and another goes."""
+    """The last `max_tokens` ids of a prompt; if it begins with `bos_id`, that one and the last of the others."""
     if len(prompt) <= max_tokens:
         return tuple(prompt)
-    # Models that start every text with one token behave badly without it.
+    # Models that were trained with a start token behave badly without it.
     head = prompt[:1] if prompt[0] == bos_id and max_tokens >= 2 else ()
     return (*head, *prompt[len(prompt) - max_tokens + len(head) :])
-
-
-def _too_long(
-    records: Sequence[Record], lengths: Sequence[int], long: Sequence[int], limit: int, context: int
-) -> DataError:
-    room = (
-        f"raise data.max_length (the model's context is {context})"
-        if limit < context
-        else f"take a model with more context (data.max_length cannot pass its {context})"
-    )
-    return DataError(
-        f"{len(long)} of {len(records)} rows have more than {limit} tokens (longest {max(lengths)}), "
-        f"first {records[long[0]].source}; set data.too_long=truncate or data.too_long=drop, or {room}"
-    )

@@ -1,4 +1,4 @@
-"""Rows out of files: JSON lines, JSON, CSV, Parquet. Each reader gives (line number, row) pairs."""
+"""Readers of data files: JSON lines, JSON, CSV, TSV, Parquet. Each yields (line number, row) pairs."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from typing import Any
 from prunetune.errors import DataError
 
 NumberedRows = Iterator[tuple[int, Any]]
-NESTED = ("choices", "messages")  # CSV holds them as JSON
-UNTYPED = (".csv", ".tsv")  # every other cell of theirs is text
+NESTED = ("choices", "messages")  # written as JSON in a cell of CSV
+UNTYPED = (".csv", ".tsv")  # all other cells are text
 
 
 def read_file_rows(path: Path) -> NumberedRows:
-    """The rows of a data file, by its ending; raises `DataError` with file and line where it cannot be read."""
+    """The rows of a data file, read by its suffix; raises `DataError` with file and line if it cannot be read."""
     return READERS[path.suffix.lower()](path)
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
+    """The text of a UTF-8 file, without a byte order mark; raises `DataError`."""
     try:
         data = path.read_bytes()
     except OSError as broken:
@@ -34,9 +35,10 @@ def _text(path: Path) -> str:
         raise DataError(f"{path}:{line}: not UTF-8 (byte 0x{data[broken.start]:02x}); save the file as UTF-8") from None
 
 
-def _parsed(text: str, where: str, wanted: str) -> Any:
+def _parse_json(text: str, where: str, wanted: str) -> Any:
+    """The value of a JSON text; raises `DataError`, which begins with `where` and ends with what is wanted there."""
     try:
-        # Numbers past Python's limit on digits matter only where a field that is read holds one.
+        # Python refuses to parse integers of too many digits, also in fields that are never read: those become floats.
         return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 1000 else float(digits))
     except json.JSONDecodeError as broken:
         raise DataError(f"{where}: not valid JSON ({broken.msg}, column {broken.colno}); {wanted}") from None
@@ -45,22 +47,23 @@ def _parsed(text: str, where: str, wanted: str) -> Any:
 
 
 def _json_lines(path: Path) -> NumberedRows:
-    # Not splitlines: JSON texts may hold U+2028 and other characters that it takes for line ends.
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    # Not splitlines, which also splits at U+2028 and other characters that JSON texts may contain.
+    for number, line in enumerate(_read_text(path).split("\n"), 1):
         if line.strip():
-            yield number, _parsed(line, f"{path}:{number}", "each line holds one object")
+            yield number, _parse_json(line, f"{path}:{number}", "each line holds one object")
 
 
 def _json(path: Path) -> NumberedRows:
-    text = _text(path)
+    text = _read_text(path)
     if not text.lstrip().startswith("["):
         yield from _json_lines(path)
         return
-    yield from enumerate(_parsed(text, str(path), "a .json file holds a list of objects, or one object a line"), 1)
+    yield from enumerate(_parse_json(text, str(path), "a .json file holds a list of objects, or one object a line"), 1)
 
 
 @contextmanager
-def _long_fields() -> Iterator[None]:
+def _without_field_limit() -> Iterator[None]:
+    """Read cells of any length; the limit of the csv module is global, so it is restored."""
     limit = csv.field_size_limit(2**31 - 1)
     try:
         yield
@@ -70,12 +73,12 @@ def _long_fields() -> Iterator[None]:
 
 def _csv(path: Path) -> NumberedRows:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    reader = csv.reader(io.StringIO(_text(path), newline=""), strict=True, delimiter=delimiter)
+    reader = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True, delimiter=delimiter)
     header: list[str] = []
     last = 0
     try:
         while True:
-            with _long_fields():
+            with _without_field_limit():
                 cells = next(reader)
             line, last = last + 1, reader.line_num
             if not any(cells):
@@ -96,7 +99,7 @@ def _csv_row(header: list[str], cells: list[str], where: str) -> Mapping[str, An
     row: dict[str, Any] = {name: cell for name, cell in zip(header, cells, strict=False) if cell}
     for name in NESTED:
         if name in row:
-            row[name] = _parsed(row[name], f"{where}: column {name}", "in a table it holds a JSON list")
+            row[name] = _parse_json(row[name], f"{where}: column {name}", "in a table it holds a JSON list")
     return row
 
 

@@ -1,4 +1,4 @@
-"""One example in the only form the rest of prunetune knows, and how a row of any source becomes one."""
+"""Records: one training or test example each, made from a row of any source with every field checked."""
 
 from __future__ import annotations
 
@@ -16,41 +16,44 @@ FORMS = "prompt + completion (or prompt + choices + answer), messages, or text"
 
 @dataclass(frozen=True)
 class Record:
-    """One example; made by `record_of`, which checks what the fields promise."""
+    """One example of a data set. `record_from_row` makes it and checks the fields."""
 
     kind: RecordKind
     prompt: str = ""  # empty for chat and text
-    completion: str = ""  # the answer; for text: all of it; for chat: the last assistant message
+    completion: str = ""  # the answer; of a text all of it, of a chat the last assistant message
     choices: tuple[str, ...] = ()
     answer: int | None = None  # completion == choices[answer]
-    messages: tuple[tuple[str, str], ...] = ()  # chat: (role, content) of what comes before the last assistant message
+    messages: tuple[tuple[str, str], ...] = ()  # of a chat: (role, content) before the last assistant message
     task: str = ""
     id: str = ""
-    group: str = ""  # records of one group never straddle splits
+    group: str = ""  # records of one group are always in the same split
     source: str = ""  # "file:line"
-    weight: float = 1.0  # of its source in a mixture
+    weight: float = 1.0  # how often it appears in an epoch, from the weight of its source
 
     def question_hash(self, *, with_choices: bool = True) -> str:
-        """The question's identity, as SHA-256: case, white space and the order of choices do not count, nor whether a
-        prompt is written as a user's only message. Without `choices`, what is asked alone."""
-        alone = len(self.messages) == 1 and _normalise_text(self.messages[0][0]) == "user"
-        return self._hash(self.messages[0][1:] if alone else self._question_texts(), choices=with_choices)
+        """SHA-256 of the question and its choices, the same for records that ask the same.
+
+        Case, white space and the order of choices are ignored, and a chat of one user message equals a prompt.
+        """
+        single_user_message = len(self.messages) == 1 and _normalise_text(self.messages[0][0]) == "user"
+        texts = self.messages[0][1:] if single_user_message else self._question_texts()
+        return self._hash(texts, with_choices=with_choices)
 
     def split_sort_key(self) -> str:
-        """The key with a role before every message: carving sorts by it, so splits of a seed stay as they are."""
-        return self._hash(self._question_texts(), choices=True)
+        """SHA-256 of the question, its choices and the roles of messages; splitting sorts by it."""
+        return self._hash(self._question_texts(), with_choices=True)
 
     def _question_texts(self) -> Sequence[str]:
         if self.kind == "text":
             return [self.completion]
-        return [part for message in self.messages for part in message] or [self.prompt]
+        return [text for role_and_content in self.messages for text in role_and_content] or [self.prompt]
 
-    def _hash(self, question: Sequence[str], *, choices: bool) -> str:
-        listed = sorted(_normalise_text(choice) for choice in self.choices) if choices else []
-        return hashlib.sha256(json.dumps([[_normalise_text(part) for part in question], listed]).encode()).hexdigest()
+    def _hash(self, texts: Sequence[str], *, with_choices: bool) -> str:
+        choices = sorted(_normalise_text(choice) for choice in self.choices) if with_choices else []
+        return hashlib.sha256(json.dumps([[_normalise_text(text) for text in texts], choices]).encode()).hexdigest()
 
     def content_json(self) -> str:
-        """All that a model sees or is scored on, as one line; neither where it came from nor how much it weighs."""
+        """All that a model sees or is scored on as a line of JSON: without id, source and weight."""
         return json.dumps(
             [self.kind, self.prompt, self.completion, self.choices, self.answer, self.messages, self.task, self.group]
         )
@@ -71,15 +74,15 @@ def record_from_row(
     group_required: bool = True,
     is_typed: bool = True,
 ) -> Record:
-    """The record in one row of a data set; `id` and `task` hold where the row names none. Where it need not be
-    `grouped`, it may lack the group's field; where it is not `typed`, 1 and "1" are the same to its source.
+    """The record in one row of a data set; `id` and `task` are used if the row has none.
 
-    Raises `DataError`, which begins with `source` ("file:line"), where the row lacks a field or has a wrong one.
+    Without `group_required`, the row may lack `group_field`. Without `is_typed`, its source cannot tell 1 from "1".
+    Raises `DataError`, which begins with `source` ("file:line"), if the row lacks a field or has a wrong one.
     """
     try:
         if not isinstance(row, Mapping):
             raise DataError(f"row is {_short_repr(row)}; a row is an object with {FORMS}")
-        # Tables fill what a row does not have with nulls.
+        # Tables have nulls where a row has no value.
         fields = {key: value for key, value in row.items() if value is not None}
         if not is_typed:
             _check_answer_unambiguous(fields)
@@ -102,8 +105,8 @@ def _content(fields: Mapping[str, Any]) -> dict[str, Any]:
         return {"kind": "completion", "prompt": _text(fields["prompt"], "prompt"), **_answer_fields(fields)}
     if "text" in fields:
         return {"kind": "text", "completion": _text(fields["text"], "text")}
-    found = _plain_line(", ".join(sorted(map(str, fields)))) or "no fields"
-    raise DataError(f"row has {found}; it needs {FORMS}")
+    names = _shorten(", ".join(sorted(map(str, fields)))) or "no fields"
+    raise DataError(f"row has {names}; it needs {FORMS}")
 
 
 def _chat(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,8 +117,8 @@ def _chat(fields: Mapping[str, Any]) -> dict[str, Any]:
     if len(messages) < 2 or messages[-1][0] != "assistant":
         last = f"the last is from {messages[-1][0]!r}" if messages else "there is none"
         raise DataError(f"messages must hold a question and end with an assistant's answer; of {len(messages)} {last}")
-    answered = _answer_fields({**fields, "completion": messages[-1][1]})
-    return {"kind": "chat", "messages": tuple(messages[:-1]), **answered}
+    answer_fields = _answer_fields({**fields, "completion": messages[-1][1]})
+    return {"kind": "chat", "messages": tuple(messages[:-1]), **answer_fields}
 
 
 def _message(value: Any, name: str) -> tuple[str, str]:
@@ -125,7 +128,7 @@ def _message(value: Any, name: str) -> tuple[str, str]:
 
 
 def _answer_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields `completion`, `choices` and `answer`: each follows from the others where it is not given."""
+    """The fields completion, choices and answer of a record; completion and answer follow from each other."""
     if "choices" not in fields:
         if "completion" not in fields:
             raise DataError(f"row has prompt but no completion; it needs {FORMS}")
@@ -151,14 +154,14 @@ def _choices(value: Any) -> tuple[str, ...]:
     if not _is_list(value) or len(value) < 2:
         raise DataError(f"choices must be a list of two texts or more, got {_short_repr(value)}")
     choices = tuple(_text(choice, f"choices[{index}]") for index, choice in enumerate(value))
-    twice = next((choice for index, choice in enumerate(choices) if choice in choices[:index]), None)
-    if twice is not None:
-        raise DataError(f"choices holds {_short_repr(twice)} twice; choices must differ")
+    repeated = next((choice for index, choice in enumerate(choices) if choice in choices[:index]), None)
+    if repeated is not None:
+        raise DataError(f"choices has {_short_repr(repeated)} twice; choices must differ")
     return choices
 
 
 def _index(value: Any, choices: tuple[str, ...]) -> int:
-    """An index, or the text of a choice; tables without types hold an index as digits."""
+    """The index of the answer, given as an index or as the text of a choice; untyped tables have digits as text."""
     if isinstance(value, str) and value in choices:
         return choices.index(value)
     number = int(value) if isinstance(value, str) and _is_digits(value) else value
@@ -170,11 +173,11 @@ def _index(value: Any, choices: tuple[str, ...]) -> int:
 
 
 def _check_answer_unambiguous(fields: Mapping[str, Any]) -> None:
-    """Raises where digits are the text of one choice and the index of another, and nothing else says which is meant."""
+    """Raises `DataError` if digits are the text of one choice and the index of another, and no completion decides."""
     value: Any = fields.get("answer")
     choices: Any = fields.get("choices")
-    told = not isinstance(value, str) or not _is_digits(value) or {"completion", "messages"} & set(fields)
-    if told or not _is_list(choices) or value not in choices or int(value) >= len(choices):
+    is_clear = not isinstance(value, str) or not _is_digits(value) or {"completion", "messages"} & set(fields)
+    if is_clear or not _is_list(choices) or value not in choices or int(value) >= len(choices):
         return
     if choices[int(value)] != value:
         raise DataError(
@@ -210,7 +213,7 @@ def _text(value: Any, name: str, *, empty: bool = False) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise DataError(f"{name} holds half of a surrogate pair, which is no character; write it as UTF-8") from None
+        raise DataError(f"{name} has half of a surrogate pair, which is no character; write it as UTF-8") from None
     return value
 
 
@@ -220,12 +223,12 @@ def _is_list(value: Any) -> bool:
 
 def _short_repr(value: Any) -> str:
     try:
-        return _plain_line(repr(value) if not isinstance(value, int) or value.bit_length() < 200 else "a huge number")
+        return _shorten(repr(value) if not isinstance(value, int) or value.bit_length() < 200 else "a huge number")
     except ValueError:  # an int inside has more digits than Python writes
         return f"a {type(value).__name__} with a huge number"
 
 
-def _plain_line(text: str) -> str:
-    # A row may hold a book, and the message is one line.
+def _shorten(text: str) -> str:
+    """One line of at most 80 characters, for a message: a row may be as long as a book."""
     line = " ".join(text.split())
     return line if len(line) <= 80 else f"{line[:77]}..."

@@ -1,4 +1,4 @@
-"""Where records come from: files, globs, names on the Hugging Face hub, and the word `demo`."""
+"""Sources of records: files, globs, data sets of the Hugging Face hub, and `demo`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,8 @@ from prunetune.data.records import Record, record_from_row
 from prunetune.errors import DataError, MissingPackage
 
 SplitName = Literal["train", "search", "valid", "test", "texts", "guard"]
-EXTRA_SPLITS: tuple[SplitName, ...] = (
-    "texts",
-    "guard",
-)  # often of another origin, whose rows know nothing of data.group
-
+EXTRA_SPLITS: tuple[SplitName, ...] = ("texts", "guard")  # often from elsewhere, so rows may lack data.group
+# Names that a split may have on the hub, the first that exists is read.
 HUB_SPLITS: dict[SplitName, tuple[str, ...]] = {
     "train": ("train",),
     "search": ("search", "train"),
@@ -38,14 +35,17 @@ HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<sp
 
 @dataclass(frozen=True)
 class Source:
-    """A source as the user wrote it, taken apart."""
+    """A source of data as the user wrote it, with its weight."""
 
     path: str
     weight: float = 1.0
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """Split a weight off: "a.jsonl*2" counts double. (A glob that ends in a number needs a weight of its own.)"""
+        """Read a source and its weight: "a.jsonl*2" counts double. Raises `DataError`.
+
+        A glob that ends in a number needs a weight of its own.
+        """
         match = WEIGHT.fullmatch(text.strip())
         path, weight = (match["path"], float(match["weight"])) if match else (text.strip(), 1.0)
         if not path:
@@ -57,14 +57,14 @@ class Source:
 
 @dataclass(frozen=True)
 class SourceRow:
-    """One row as its source holds it, and what it is called where it does not say so itself."""
+    """One row of a source, and the id and task that it gets if it has none."""
 
     fields: Any
     source: str  # "file:line"
     id: str
     task: str
     weight: float = 1.0
-    is_typed: bool = True  # whether the source tells 1 from "1"
+    is_typed: bool = True  # whether the source distinguishes 1 from "1"
 
     def to_record(self, group_field: str = "", *, group_required: bool = True) -> Record:
         """The row as a record; raises `DataError`."""
@@ -75,37 +75,37 @@ class SourceRow:
 
 
 def read_records(sources: Sequence[str], config: DataConfig, split: SplitName) -> tuple[Record, ...]:
-    """The records of all sources, in order; `split` says which part of `demo` or of a hub data set is meant.
+    """The records of all sources, in order; `split` is the split that is read of `demo` and of hub data sets.
 
-    Raises `DataError` for a source or a row that cannot be used, and `MissingPackage` where one needs a package.
+    Raises `DataError` for a source or a row that cannot be used, and `MissingPackage` if one needs a package.
     """
-    found = _found(sources, config, split)
-    grouped = split not in EXTRA_SPLITS
+    group_required = split not in EXTRA_SPLITS
     return tuple(
-        row if isinstance(row, Record) else row.to_record(config.group, group_required=grouped) for row in found
+        row if isinstance(row, Record) else row.to_record(config.group, group_required=group_required)
+        for row in _rows(sources, config, split)
     )
 
 
 def read_rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> tuple[SourceRow, ...]:
-    """The same as rows that nothing has been asked of yet."""
+    """The rows of all sources, in order, with fields unchecked; see `read_records`."""
     return tuple(
         SourceRow(_fields(row), row.source, row.id, row.task, row.weight) if isinstance(row, Record) else row
-        for row in _found(sources, config, split)
+        for row in _rows(sources, config, split)
     )
 
 
-def _found(sources: Sequence[str], config: DataConfig, split: SplitName) -> Iterator[SourceRow | Record]:
+def _rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> Iterator[SourceRow | Record]:
     parsed = [Source.parse(source) for source in sources]
-    files = {source: _files(source.path, config) for source in parsed if source.path != "demo"}
-    tasks = _task_names({path for found in files.values() for path in found})
+    files = {source: _matching_files(source.path, config) for source in parsed if source.path != "demo"}
+    tasks = _task_names({path for paths in files.values() for path in paths})
     for source in parsed:
         if source.path == "demo":
             yield from read_demo(split, source.weight)
-        elif found := files[source]:
-            for path in found:
-                yield from _of_file(path, tasks[path], source.weight)
+        elif files[source]:
+            for path in files[source]:
+                yield from _file_rows(path, tasks[path], source.weight)
         else:
-            yield from _of_hub(source, split)
+            yield from _hub_rows(source, split)
 
 
 def _fields(record: Record) -> dict[str, Any]:
@@ -118,56 +118,55 @@ def _fields(record: Record) -> dict[str, Any]:
     }
 
 
-def _files(path: str, config: DataConfig) -> tuple[Path, ...]:
-    """The files that a path or glob names; none for what must be a hub name."""
-    place = Path(config.root).expanduser() / Path(path).expanduser()
-    if place.is_dir():
-        raise DataError(f"{place}: a folder; name its files, such as {path.rstrip('/')}/*.jsonl")
+def _matching_files(path: str, config: DataConfig) -> tuple[Path, ...]:
+    """The files that a path or glob matches; none for a hub name. Raises `DataError`."""
+    file = Path(config.root).expanduser() / Path(path).expanduser()
+    if file.is_dir():
+        raise DataError(f"{file}: a folder; name its files, such as {path.rstrip('/')}/*.jsonl")
     pattern = str(Path(glob.escape(config.root)).expanduser() / Path(path).expanduser())
-    hits = [str(place)] if place.is_file() else sorted(glob.glob(pattern, recursive=True))
-    found = tuple(Path(hit) for hit in hits if Path(hit).is_file())
-    if not found and not (HUB_NAME.fullmatch(path) and not _has_ending(path)):
-        what = "no file matches this glob" if glob.has_magic(path) else "no such file"
-        raise DataError(f"{place}: {what}; correct data.* or data.root, or name a hub data set as owner/name")
-    for hit in found:
-        if not _has_ending(hit.name):
-            raise DataError(f"{hit}: ending {hit.suffix!r} is not read; known are {', '.join(READERS)}")
-    return found
+    matches = [file] if file.is_file() else map(Path, sorted(glob.glob(pattern, recursive=True)))
+    files = tuple(match for match in matches if match.is_file())
+    if not files and not (HUB_NAME.fullmatch(path) and not _has_reader(path)):
+        reason = "no file matches this glob" if glob.has_magic(path) else "no such file"
+        raise DataError(f"{file}: {reason}; correct data.* or data.root, or name a hub data set as owner/name")
+    for match in files:
+        if not _has_reader(match.name):
+            raise DataError(f"{match}: ending {match.suffix!r} is not read; known are {', '.join(READERS)}")
+    return files
 
 
-def _has_ending(path: str) -> bool:
+def _has_reader(path: str) -> bool:
     return Path(path).suffix.lower() in READERS
 
 
 def _task_names(paths: set[Path]) -> dict[Path, str]:
-    """X/train.jsonl is task X, other files go by their stem; the folder above tells apart those of one name."""
-    names = {path: _task_parts(path) for path in paths}
+    """{file: task}: X/train.jsonl is task X, other files are named by their stem.
+
+    Files of the same task in several folders get the name of the folder in front.
+    """
+    names = {}
+    for path in paths:
+        folder = path.absolute().parent
+        names[path] = (folder.name, folder.parent.name) if SPLIT_STEM.fullmatch(path.stem) else (path.stem, folder.name)
     folders = Counter(name for name, _ in set(names.values()))
-    return {path: name if folders[name] == 1 else f"{above}/{name}" for path, (name, above) in names.items()}
+    return {path: name if folders[name] == 1 else f"{parent}/{name}" for path, (name, parent) in names.items()}
 
 
-def _task_parts(path: Path) -> tuple[str, str]:
-    folder = path.absolute().parent
-    return (folder.name, folder.parent.name) if SPLIT_STEM.fullmatch(path.stem) else (path.stem, folder.name)
-
-
-def _of_file(path: Path, task: str, weight: float) -> Iterator[SourceRow]:
-    empty = True
+def _file_rows(path: Path, task: str, weight: float) -> Iterator[SourceRow]:
+    is_typed, is_empty = path.suffix.lower() not in UNTYPED, True
     for line, row in read_file_rows(path):
-        empty = False
-        yield SourceRow(
-            row, f"{path}:{line}", f"{task}/{path.name}:{line}", task, weight, path.suffix.lower() not in UNTYPED
-        )
-    if empty:
+        is_empty = False
+        yield SourceRow(row, f"{path}:{line}", f"{task}/{path.name}:{line}", task, weight, is_typed)
+    if is_empty:
         raise DataError(f"{path}: empty; a data file needs at least one row")
 
 
-def _of_hub(source: Source, split: SplitName) -> Iterator[SourceRow]:
+def _hub_rows(source: Source, split: SplitName) -> Iterator[SourceRow]:
     match = HUB_NAME.fullmatch(source.path)
     assert match is not None, source.path
-    named = match["split"]
-    part, rows = _load_hub_split(match["name"], match["config"], (named,) if named else HUB_SPLITS[split], source.path)
-    where, task = f"{source.path.partition('@')[0]}@{part}", match["name"].rpartition("/")[2]
+    splits = (match["split"],) if match["split"] else HUB_SPLITS[split]
+    loaded_split, rows = _load_hub_split(match["name"], match["config"], splits, source.path)
+    where, task = f"{source.path.partition('@')[0]}@{loaded_split}", match["name"].rpartition("/")[2]
     number = 0
     for number, row in enumerate(_iterate_or_raise(rows, where), 1):
         yield SourceRow(row, f"{where}:{number}", f"{where}:{number}", task, source.weight)
@@ -176,7 +175,7 @@ def _of_hub(source: Source, split: SplitName) -> Iterator[SourceRow]:
 
 
 def _iterate_or_raise(rows: Iterator[Any], where: str) -> Iterator[Any]:
-    """All rows; raises `DataError` where they break off: a part of a data set is another data set."""
+    """All rows; raises `DataError` if reading fails in the middle: a part of a data set is another data set."""
     number = 0
     while True:
         try:
@@ -185,14 +184,17 @@ def _iterate_or_raise(rows: Iterator[Any], where: str) -> Iterator[Any]:
             return
         except Exception as broken:  # the hub, the network or a parser
             raise DataError(
-                f"{where}: broke off after {number} rows: {_one_line(broken)}; run it again, a resumed run goes on"
+                f"{where}: reading failed after {number} rows: {_one_line(broken)}; run it again, or resume the run"
             ) from broken
         number += 1
         yield row
 
 
 def _load_hub_split(name: str, config: str | None, splits: tuple[str, ...], written: str) -> tuple[str, Iterator[Any]]:
-    """The first of `splits` that the data set has. No code that comes with a data set is run."""
+    """(name, rows) of the first of these splits that the data set has; `written` is the source as the user wrote it.
+
+    No code that comes with a data set is run. Raises `DataError` and `MissingPackage`.
+    """
     try:
         import datasets
     except ModuleNotFoundError as missing:

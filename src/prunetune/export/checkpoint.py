@@ -15,21 +15,21 @@ from prunetune.export.per_layer import PerLayerNames, per_layer_overrides
 from prunetune.export.per_layer_code import write_code
 from prunetune.export.stock_config import build_meta_model, explain_family_change, shrink_config
 from prunetune.plan import Plan
-from prunetune.pruning.units import Site, effective_layout, surviving_layers
+from prunetune.pruning.units import Site, UnitKind, effective_layout, surviving_layers
 from prunetune.utils.files import atomic_folder
 
 
 @dataclass(frozen=True)
 class WrittenCheckpoint:
-    """A finished checkpoint."""
+    """A written checkpoint: where it is, and how it opens."""
 
     folder: Path
-    architecture: str  # class that opens it
+    architecture: str  # the class that opens it
     layout: str
-    needs_code: bool  # opens with trust_remote_code only
+    needs_code: bool  # opens only with trust_remote_code
     params: int
     bytes: int
-    note: str = ""  # why another class than the original's
+    note: str = ""  # why its class is not the original's
 
 
 def write_checkpoint(
@@ -44,25 +44,27 @@ def write_checkpoint(
     shards: Path | None = None,
     end_token: int | None = None,
 ) -> WrittenCheckpoint:
-    """Write `model`, already cut by `plan`, whole or not at all. Tensors keep their dtype.
+    """Write `model`, already cut by `plan`, completely or not at all. Tensors keep their dtype.
 
-    `end`: a token that ends an answer, beside those of the model's generation settings.
-    Where a folder of finished `shards` is given, these are its weights, and `model` has none.
+    `end_token`: a token that ends an answer, added to those of the model's generation settings.
+    `shards`: a folder of finished weight files, which are moved into the checkpoint; `model` then has no weights.
     """
     layout = effective_layout(layout, sites)
     config = uniform_config_from_plan(model.config, plan, sites) if layout == "uniform" else copy.deepcopy(model.config)
     with atomic_folder(folder) as partial:
         if layout == "uniform":
             target = build_meta_model(config)
-            _assign_tensors(target, model)
+            # A name or shape that does not fit the configuration fails here, before a file exists.
+            target.load_state_dict(model.state_dict(), assign=True)
+            target.tie_weights()
             target.generation_config = model.generation_config
             _save(target, partial, shards)
         else:
-            layered = PerLayerNames.from_model(model)
-            # Names as in memory: renaming on the way in goes by model_type, and this one is of our own.
+            names = PerLayerNames.from_model(model)
+            # Tensor names as in memory: transformers renames on loading by model_type, and does not know this one.
             _save(model, partial, shards, save_original_format=False)
-            write_code(partial, layered, sites, model)
-            edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | layered.auto_map())
+            write_code(partial, names, sites, model)
+            edit_json(partial / "config.json", per_layer_overrides(plan, sites, model.config) | names.auto_map())
         add_old_rope_keys(partial / "config.json")
         if end_token is not None:
             add_end_token(partial / "generation_config.json", end_token, tokenizer.eos_token_id)
@@ -83,37 +85,33 @@ def write_checkpoint(
 
 
 def uniform_config_from_plan(config: Any, plan: Plan, sites: Sequence[Site]) -> Any:
-    """The configuration of a uniform plan; raises `ModelError` where its layers differ."""
-    widths: dict[str, set[int]] = {}
-    left = set(surviving_layers(plan, sites))
+    """The configuration of a plan whose layers all keep the same widths; raises `ModelError` if they differ."""
+    widths_by_kind: dict[str, set[int]] = {}
+    layers = set(surviving_layers(plan, sites))
     for site in sites:
-        if site.layer in left and site.kind != "layers":
-            lanes = (
-                len({unit // site.units_per_group for unit in plan.kept[site.name]}) if site.parent_groups > 1 else 1
-            )
-            widths.setdefault(site.kind, set()).add(len(plan.kept[site.name]) // max(1, lanes))
-    if any(len(width) > 1 or 0 in width for width in widths.values()):
-        raise ModelError(f"plan has widths {widths} and layout uniform needs one of each kind: write it per-layer")
-    found = {kind: next(iter(width)) for kind, width in widths.items()}
+        if site.layer in layers and site.kind is not UnitKind.LAYER:
+            kept = plan.kept[site.name]
+            parents = len({unit // site.units_per_group for unit in kept}) if site.parent_groups > 1 else 1
+            widths_by_kind.setdefault(str(site.kind), set()).add(len(kept) // max(1, parents))
+    if any(len(widths) > 1 or 0 in widths for widths in widths_by_kind.values()):
+        raise ModelError(
+            f"the plan has widths {widths_by_kind}, and layout uniform needs one width of each kind: write it per-layer"
+        )
+    width = {kind: next(iter(widths)) for kind, widths in widths_by_kind.items()}
     return shrink_config(
         config,
-        found.get("attention"),
-        found.get("mlp"),
-        ratio=found.get("query-heads"),
-        experts=found.get("experts"),
-        expert_channels=found.get("expert-channels"),
+        width.get("attention"),
+        width.get("mlp"),
+        queries_per_kv_head=width.get("query-heads"),
+        experts=width.get("experts"),
+        expert_channels=width.get("expert-channels"),
     )
 
 
-def _assign_tensors(target: Any, model: Any) -> None:
-    """Hand the tensors over; a name or a shape that does not fit the configuration fails here, before a file exists."""
-    target.load_state_dict(model.state_dict(), assign=True)
-    target.tie_weights()
-
-
-def _save(model: Any, folder: Path, shards: Path | None, **how: Any) -> None:
+def _save(model: Any, folder: Path, shards: Path | None, **options: Any) -> None:
+    """`save_pretrained`, or for a model without weights the same files with finished shards."""
     if shards is None:
-        model.save_pretrained(folder, **how)
+        model.save_pretrained(folder, **options)
         return
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
@@ -125,27 +123,27 @@ def _save(model: Any, folder: Path, shards: Path | None, **how: Any) -> None:
 
 
 def edit_json(path: Path, changes: dict[str, Any], *, without: Collection[str] = ()) -> None:
-    """Change values of a configuration, and leave some out."""
+    """Change values of a JSON file, and remove the keys in `without`."""
     values = json.loads(path.read_text(encoding="utf-8")) | changes
     values = {key: value for key, value in values.items() if key not in without}
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def add_end_token(path: Path, end_token: int, end_of_text: int | None) -> None:
-    """Have whoever serves the checkpoint stop at `end` too, after what is named already, else the end of text."""
-    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    known = named if isinstance(named, list) else [end_of_text if named is None else named]
-    if end_token not in known:
-        edit_json(path, {"eos_token_id": [*(token for token in known if token is not None), end_token]})
+    """Add `end_token` to generation_config.json's `eos_token_id`, after its tokens or, without any, the end of text."""
+    stored = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    tokens = stored if isinstance(stored, list) else [end_of_text if stored is None else stored]
+    if end_token not in tokens:
+        edit_json(path, {"eos_token_id": [*(token for token in tokens if token is not None), end_token]})
 
 
 def add_old_rope_keys(path: Path) -> None:
-    """transformers 4 and others read `rope_theta`, which 5 does not write; without it they silently take 10,000."""
+    """Write `rope_theta` and `rope_scaling`, which transformers 4 and others read and transformers 5 does not write.
+
+    Without them they silently use a `rope_theta` of 10,000.
+    """
     rope = json.loads(path.read_text(encoding="utf-8")).get("rope_parameters") or {}
     if "rope_theta" in rope:
-        scaling = (
-            None
-            if rope.get("rope_type", "default") == "default"
-            else {k: v for k, v in rope.items() if k != "rope_theta"}
-        )
+        scaled = rope.get("rope_type", "default") != "default"
+        scaling = {key: value for key, value in rope.items() if key != "rope_theta"} if scaled else None
         edit_json(path, {"rope_theta": rope["rope_theta"], "rope_scaling": scaling})

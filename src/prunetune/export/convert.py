@@ -1,4 +1,4 @@
-"""A run's checkpoint once more: the same layout in another dtype, or layers of different width padded to equal ones."""
+"""Export to safetensors: the same layout in another dtype, or a per-layer model padded to layers of equal width."""
 
 from __future__ import annotations
 
@@ -20,61 +20,58 @@ from prunetune.export.per_layer import width_option_names
 from prunetune.export.result import ExportOptions, ExportResult, RuntimeCheck
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
 from prunetune.export.source import ExportSource
-from prunetune.export.stock_config import build_meta_model, kv_groups_validator
-from prunetune.export.stock_config import shrink_config as uniform_config
+from prunetune.export.stock_config import build_meta_model, kv_groups_validator, shrink_config
 from prunetune.pruning.families import head_counts
 from prunetune.pruning.linears import COLUMNS, ROWS, stored_axis
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import LinearSlice
+from prunetune.pruning.units import LinearSlice, UnitKind
 
 log = logging.getLogger(__name__)
 PADDABLE_OPTIONS = {"num_attention_heads", "num_key_value_heads", "skip"}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 
-def export_uniform(source: ExportSource, place: Path, options: ExportOptions) -> ExportResult:
-    """A folder that a stock class opens; of layers that differ in width only with `pad`, which costs parameters."""
+def export_uniform(source: ExportSource, path: Path, options: ExportOptions) -> ExportResult:
+    """Write a folder that a stock class opens; layers that differ in width need `pad`, which adds parameters."""
     dtype = DTYPES.get(options.dtype, source.dtype)
     if source.layout == "uniform":
-        return _copied(source, place, dtype)
-    target = build_meta_model(padded_config(source))
-    more = sum(parameter.numel() for parameter in target.parameters()) / source.params
+        return _copy_checkpoint(source, path, dtype)
+    padded = build_meta_model(padded_config(source))
+    factor = sum(parameter.numel() for parameter in padded.parameters()) / source.params
     if not options.pad:
         raise ModelError(
-            f"{source.folder}: its layers differ in width, and no stock class builds such: run again with "
-            f"--layout uniform, or export gguf or onnx, or fill up with zeros to {more:.2f} times the size with --pad"
+            f"{source.folder}: its layers differ in width, which no stock class supports: run again with "
+            f"--layout uniform, or export gguf or onnx, or pad with zeros to {factor:.2f} times the size with --pad"
         )
-    note = f"narrower layers are filled up with zeros: {more:.2f} times the parameters of the per-layer model"
+    note = f"narrower layers are padded with zeros: {factor:.2f} times the parameters of the per-layer model"
     log.info(note)
-    return _padded(source, target, place, dtype, note)
+    return _write_padded(source, padded, path, dtype, note)
 
 
-def export_per_layer(source: ExportSource, place: Path, options: ExportOptions) -> ExportResult:
-    """A folder with code of its own, for layers that differ in width."""
+def export_per_layer(source: ExportSource, path: Path, options: ExportOptions) -> ExportResult:
+    """Write a folder with generated code, for layers that differ in width."""
     if source.layout == "uniform":
         raise ModelError(f"{source.folder}: its layers are equal, so a stock class opens it: export --to uniform")
-    return _copied(source, place, DTYPES.get(options.dtype, source.dtype))
+    return _copy_checkpoint(source, path, DTYPES.get(options.dtype, source.dtype))
 
 
-def _copied(source: ExportSource, place: Path, dtype: torch.dtype) -> ExportResult:
-    """File by file, so that no more than one shard is in memory."""
-    model = _rounded(source, dtype)
-    expected, params = (
-        compute_logits(model, source.probe_tokens()),
-        sum(weight.numel() for weight in model.parameters()),
-    )
+def _copy_checkpoint(source: ExportSource, path: Path, dtype: torch.dtype) -> ExportResult:
+    """Copy the folder file by file, so that at most one shard is in memory, with weights in `dtype`."""
+    model = _load_rounded(source, dtype)
+    expected = compute_logits(model, source.probe_tokens())
+    params = sum(weight.numel() for weight in model.parameters())
     del model
-    place.mkdir()
+    path.mkdir()
     for file in sorted(source.folder.iterdir()):
         if file.suffix == ".safetensors":
-            with safe_open(file, framework="pt") as stored:
-                tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
-                kept = stored.metadata()
-            save_file({name: _cast(tensor, dtype) for name, tensor in tensors.items()}, place / file.name, kept)
+            with safe_open(file, framework="pt") as shard:
+                tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - no mapping
+                metadata = shard.metadata()
+            save_file({name: _cast(tensor, dtype) for name, tensor in tensors.items()}, path / file.name, metadata)
         elif file.is_file():
-            shutil.copyfile(file, place / file.name)
-    edit_json(place / "config.json", {"dtype": _name(dtype)})
-    return _checked(source, place, dtype, params, expected, str(source.config_json["architectures"][0]))
+            shutil.copyfile(file, path / file.name)
+    edit_json(path / "config.json", {"dtype": _dtype_name(dtype)})
+    return _check_export(source, path, dtype, params, expected, str(source.config_json["architectures"][0]))
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -82,85 +79,92 @@ def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def padded_config(source: ExportSource) -> Any:
-    """Every layer as wide as the widest, or as the next width that the stock class takes."""
+    """A uniform configuration with every layer as wide as the widest, or as the next width that the class accepts."""
     kinds, config = {site.kind for site in source.sites}, source.config
-    ratio = head_counts(config).queries_per_kv_head
-    others = {name for own in source.config_json["per_layer_config"].values() for name in own} - PADDABLE_OPTIONS
-    if others - {width_option_names(config)["mlp"]} or any(
-        layer.query_heads != ratio * layer.kv_heads for layer in source.layer_widths
+    queries_per_kv_head = head_counts(config).queries_per_kv_head
+    options = {name for layer in source.config_json["per_layer_config"].values() for name in layer}
+    if options - PADDABLE_OPTIONS - {width_option_names(config)["mlp"]} or any(
+        layer.query_heads != queries_per_kv_head * layer.kv_heads for layer in source.layer_widths
     ):
         raise ModelError(
-            f"{source.folder}: only KV groups and MLP channels can be filled up with zeros, and this model lost other "
+            f"{source.folder}: only KV groups and MLP channels can be padded with zeros, and this model lost other "
             "units, too: run again with --layout uniform, or export onnx"
         )
-    groups = max(layer.kv_heads for layer in source.layer_widths)
-    while "attention" in kinds and not kv_groups_validator(config)(groups):
-        groups += 1  # the dense width is legal
+    kv_groups = max(layer.kv_heads for layer in source.layer_widths)
+    while UnitKind.KV_GROUP in kinds and not kv_groups_validator(config)(kv_groups):
+        kv_groups += 1  # ends at the dense width, which is valid
     channels = max(layer.mlp_channels for layer in source.layer_widths)
-    return uniform_config(config, groups if "attention" in kinds else None, channels if "mlp" in kinds else None)
+    return shrink_config(
+        config, kv_groups if UnitKind.KV_GROUP in kinds else None, channels if UnitKind.MLP_CHANNEL in kinds else None
+    )
 
 
-def _padded(source: ExportSource, target: Any, place: Path, dtype: torch.dtype, note: str) -> ExportResult:
-    expected = compute_logits(_rounded(source, dtype), source.probe_tokens())
-    shapes = {name: tensor.shape for name, tensor in target.state_dict().items()}
+def _write_padded(source: ExportSource, padded: Any, path: Path, dtype: torch.dtype, note: str) -> ExportResult:
+    """Fill the `padded` model, which has no weights yet, with the stored weights and zeros, and write it."""
+    expected = compute_logits(_load_rounded(source, dtype), source.probe_tokens())
+    shapes = {name: tensor.shape for name, tensor in padded.state_dict().items()}
     state = {name: source.tensor(name).to(dtype) for name in shapes if name in source.tensor_files}
-    for site in find_sites(target):
+    for site in find_sites(padded):
         layer = source.layer_widths[site.layer]
-        wide = layer.kv_heads if site.kind == "attention" else layer.mlp_channels
-        assert site.consumer is not None  # of these two kinds
-        for cut, side in (*((cut, ROWS) for cut in site.producers), (site.consumer, COLUMNS)):
-            for name in (f"{cut.module}.weight", f"{cut.module}.bias"):
+        kept = layer.kv_heads if site.kind is UnitKind.KV_GROUP else layer.mlp_channels
+        assert site.consumer is not None  # sites of these two kinds have one
+        for linear, side in (*((linear, ROWS) for linear in site.producers), (site.consumer, COLUMNS)):
+            for name in (f"{linear.module}.weight", f"{linear.module}.bias"):
                 if name in shapes and not (side == COLUMNS and name.endswith("bias")):
-                    axis = stored_axis(target.get_submodule(cut.module), side) if name.endswith("weight") else ROWS
-                    state[name] = _filled(state.get(name), shapes[name], cut, wide, site.units, axis).to(dtype)
-        if not wide:  # what else such a block has (norms of its heads) is multiplied by nothing
-            state |= {n: torch.zeros(s, dtype=dtype) for n, s in shapes.items() if n.startswith(f"{site.name}.")}
-    missing, _ = target.load_state_dict(state, assign=True, strict=False)
-    target.tie_weights()
-    if lost := [name for name in missing if target.get_parameter(name).is_meta]:
-        raise ModelError(f"{source.folder}: {lost[0]} is missing; write the model again")
-    target.save_pretrained(place)
-    add_old_rope_keys(place / "config.json")
-    source.tokenizer.save_pretrained(place)
-    params = sum(weight.numel() for weight in target.parameters())
-    done = _checked(source, place, dtype, params, expected, type(target).__name__, plain=True)
-    return replace(done, notes=(note,))
+                    axis = stored_axis(padded.get_submodule(linear.module), side) if name.endswith("weight") else ROWS
+                    tensor = _pad_with_zeros(state.get(name), shapes[name], linear, kept, site.units, axis)
+                    state[name] = tensor.to(dtype)
+        if not kept:  # the block's other tensors, such as norms of heads, are multiplied by zero
+            block = f"{site.name}."
+            state |= {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items() if name.startswith(block)}
+    missing, _ = padded.load_state_dict(state, assign=True, strict=False)
+    padded.tie_weights()
+    if without_weights := [name for name in missing if padded.get_parameter(name).is_meta]:
+        raise ModelError(f"{source.folder}: {without_weights[0]} is missing; write the model again")
+    padded.save_pretrained(path)
+    add_old_rope_keys(path / "config.json")
+    source.tokenizer.save_pretrained(path)
+    params = sum(weight.numel() for weight in padded.parameters())
+    result = _check_export(source, path, dtype, params, expected, type(padded).__name__, padded=True)
+    return replace(result, notes=(note,))
 
 
-def _filled(stored: Tensor | None, shape: torch.Size, cut: LinearSlice, kept: int, units: int, axis: int) -> Tensor:
-    """Zeros of `shape` with what is stored in the first `kept` of so many units, along an axis."""
+def _pad_with_zeros(
+    stored: Tensor | None, shape: torch.Size, linear: LinearSlice, kept: int, units: int, axis: int
+) -> Tensor:
+    """A tensor of `shape`: `stored` in the first `kept` of `units` units along `axis`, zeros in the others."""
     full = torch.zeros(shape, dtype=stored.dtype if stored is not None else torch.float32)
     if stored is not None:
-        full.index_copy_(axis, cut.indices(range(kept), units), stored)
+        full.index_copy_(axis, linear.indices(range(kept), units), stored)
     return full
 
 
-def _rounded(source: ExportSource, dtype: torch.dtype) -> Any:
-    """The model in float32 with weights as the file will hold them."""
+def _load_rounded(source: ExportSource, dtype: torch.dtype) -> Any:
+    """The model in float32, with weights rounded to `dtype` as the file will hold them."""
     model = source.load_model()
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype).float()
     return model
 
 
-def _checked(
+def _check_export(
     source: ExportSource,
-    place: Path,
+    path: Path,
     dtype: torch.dtype,
     params: int,
     expected: Tensor,
     architecture: str,
     *,
-    plain: bool = False,
+    padded: bool = False,
 ) -> ExportResult:
-    """Open it in a fresh process and compare; raises `SelfCheckFailed`."""
-    size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
-    code = source.layout == "per-layer" and not plain
-    written = WrittenCheckpoint(place, architecture, source.layout, code, params, size)
-    found = check_checkpoint(written, source.probe_tokens(), expected)
-    checks = (RuntimeCheck(f"transformers {transformers.__version__}", f"logits within {found.max_relative:.1e}"),)
-    return ExportResult(place, architecture, _name(dtype), params, size, checks)
+    """Open the export in a fresh process and compare its logits; raises `SelfCheckFailed`."""
+    size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
+    needs_code = source.layout == "per-layer" and not padded
+    written = WrittenCheckpoint(path, architecture, source.layout, needs_code, params, size)
+    comparison = check_checkpoint(written, source.probe_tokens(), expected)
+    check = RuntimeCheck(f"transformers {transformers.__version__}", f"logits within {comparison.max_relative:.1e}")
+    return ExportResult(path, architecture, _dtype_name(dtype), params, size, (check,))
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

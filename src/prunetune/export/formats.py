@@ -1,4 +1,4 @@
-"""The formats that a finished run can be written in: one function each, in one table."""
+"""The export formats (uniform, per-layer, gguf, onnx) in one table, and `export_run`, which writes and checks one."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from prunetune.export.result import ExportOptions, ExportResult
 from prunetune.export.source import ExportSource
 from prunetune.utils.files import PARTIAL, explain_write_errors, require_disk_space, write_text
 
-# Writes to the path given, checks what it wrote (raises `SelfCheckFailed`), and says so. The path is new, and is moved
-# to its place afterwards. What cannot be is refused before anything is written.
+# Writes to a path that does not exist yet, and checks what it wrote (raises `SelfCheckFailed`). Raises another
+# `PrunetuneError`, before anything is written, for a model or options that the format cannot have.
 Exporter = Callable[[ExportSource, Path, ExportOptions], ExportResult]
 
 
 @dataclass(frozen=True)
 class ExportFormat:
-    """One entry of the table."""
+    """One export format."""
 
     write: Exporter
-    dtypes: tuple[str, ...]  # the first is what is taken where none is named; "": as stored
-    suffix: str = ""  # of the file; "": a folder
+    dtypes: tuple[str, ...]  # the first is the default; "": as stored
+    suffix: str = ""  # of the file; "": the format is a folder
 
 
 EXPORT_FORMATS: Mapping[str, ExportFormat] = {
@@ -51,15 +51,15 @@ def export_run(
     options: ExportOptions | None = None,
     trust_remote_code: bool = False,
 ) -> ExportResult:
-    """Write a run's model (a run folder, or its model folder) in another format, and check what was written.
+    """Write a run's model (`path`: a run folder, or its model folder) in another format, and check the result.
 
-    Where `to` names no format, the model keeps its layout. Without `out` the result stands in the run folder, in
-    exports/, or beside a model folder. Nothing is overwritten, and the name exists only once the check has passed.
-    Raises a `PrunetuneError`.
+    `to`: one of `EXPORT_FORMATS`; "" keeps the model's layout.
+    `out`: the path to write; by default in the run folder's exports/, or next to a model folder.
+    Nothing is overwritten, and `out` exists only after the check has passed. Raises a `PrunetuneError`.
     """
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # what was found is said in lines of our own
+    transformers_logging.disable_progress_bar()  # the command prints lines of its own
     options = options or ExportOptions()
     if to and to not in EXPORT_FORMATS:
         raise ConfigError(f"format {to!r} is not known; known are {', '.join(EXPORT_FORMATS)}")
@@ -67,30 +67,33 @@ def export_run(
     to = to or source.layout
     options = replace(options, dtype=options.dtype or EXPORT_FORMATS[to].dtypes[0])
     _check_options(to, source, options)
-    place = out or _default_path(source, to, options.quantize or options.dtype, EXPORT_FORMATS[to].suffix)
-    if place.exists():
-        raise ConfigError(f"{place} exists already: name another place with --out, or remove it")
-    require_disk_space(place.parent, source.params * BYTES_PER_WEIGHT.get(options.dtype, source.dtype.itemsize))
-    partial = place.with_name(place.name + PARTIAL)
-    with explain_write_errors(place):
-        _clear(partial)
-        place.parent.mkdir(parents=True, exist_ok=True)
+    path = out or _default_path(source, to, options.quantize or options.dtype)
+    if path.exists():
+        raise ConfigError(f"{path} exists already: name another path with --out, or remove it")
+    require_disk_space(path.parent, source.params * BYTES_PER_WEIGHT.get(options.dtype, source.dtype.itemsize))
+    partial = path.with_name(path.name + PARTIAL)
+    with explain_write_errors(path):
+        _remove(partial)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
             if options.quantize:
-                done = export_quantized(source, partial, options.quantize)
+                result = export_quantized(source, partial, options.quantize)
             else:
-                done = EXPORT_FORMATS[to].write(source, partial, options)
+                result = EXPORT_FORMATS[to].write(source, partial, options)
             if partial.is_dir():
-                _write_card(source, partial, to, done)
+                if (card := source.folder / "README.md").is_file():
+                    description = f"{to}, {result.dtype}, {result.bytes / 1e6:,.1f} MB"
+                    text = format_export_card(card.read_text(encoding="utf-8"), to, description)
+                    write_text(partial / card.name, text)
                 write_checksums(partial)
-            partial.rename(place)
+            partial.rename(path)
         finally:
-            _clear(partial)
-    return replace(done, path=place)
+            _remove(partial)
+    return replace(result, path=path)
 
 
 def _check_options(to: str, source: ExportSource, options: ExportOptions) -> None:
-    """Refuse options that a format, or this model in it, cannot have; raises `ConfigError`."""
+    """Raises `ConfigError` for options that the format, or this model in it, cannot have."""
     dtypes = EXPORT_FORMATS[to].dtypes
     if options.dtype not in dtypes:
         raise ConfigError(f"{to} takes no dtype {options.dtype!r}; use one of {', '.join(filter(None, dtypes))}")
@@ -108,21 +111,12 @@ def _check_options(to: str, source: ExportSource, options: ExportOptions) -> Non
         )
 
 
-def _write_card(source: ExportSource, partial: Path, to: str, done: ExportResult) -> None:
-    card = source.folder / "README.md"
-    if card.is_file():
-        what = f"{to}, {done.dtype}, {done.bytes / 1e6:,.1f} MB"
-        write_text(partial / card.name, format_export_card(card.read_text(encoding="utf-8"), to, what))
+def _default_path(source: ExportSource, to: str, dtype: str) -> Path:
+    name = "-".join(filter(None, (to, dtype))) + EXPORT_FORMATS[to].suffix
+    return source.run / "exports" / name if source.run else source.folder.with_name(f"{source.name}-{name}")
 
 
-def _default_path(source: ExportSource, to: str, dtype: str, suffix: str) -> Path:
-    parts = "-".join(filter(None, (to, dtype)))
-    if source.run:
-        return source.run / "exports" / f"{parts}{suffix}"
-    return source.folder.with_name(f"{source.name}-{parts}{suffix}")
-
-
-def _clear(partial: Path) -> None:
+def _remove(partial: Path) -> None:
     if partial.is_dir():
         shutil.rmtree(partial)
     partial.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The two modules that go with a per-layer checkpoint: text, made from the sites of one layer."""
+"""Generates the two Python modules of a per-layer checkpoint, from the sites of one layer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prunetune.export.per_layer_templates import (
 )
 from prunetune.pruning.families import get_family
 from prunetune.pruning.linears import is_transposed
-from prunetune.pruning.units import ParamSlice, Site
+from prunetune.pruning.units import Site, UnitKind
 
 
 def write_code(folder: Path, names: PerLayerNames, sites: Sequence[Site], model: Any) -> None:
@@ -35,7 +35,7 @@ def write_code(folder: Path, names: PerLayerNames, sites: Sequence[Site], model:
 
 
 def generate_code(names: PerLayerNames, sites: Sequence[Site], model: Any) -> tuple[str, str]:
-    """The text of both modules; `hub` runs it, too."""
+    """The text of configuration_pruned.py and of modeling_pruned.py; `prunetune.hub` executes it, too."""
     lines = layer_lines(sites, names, model)
     text = "".join(lines)
     mixture = get_family(model.config).mixture
@@ -62,29 +62,33 @@ def generate_code(names: PerLayerNames, sites: Sequence[Site], model: Any) -> tu
 
 
 def layer_lines(sites: Sequence[Site], names: PerLayerNames, model: Any) -> list[str]:
-    """What `resize` does to one layer."""
-    kinds: dict[int, set[str]] = {}
+    """The statements of the generated `resize` for one layer.
+
+    Raises `ModelError` if layers differ in their kinds of sites, as MLPs and mixtures do.
+    """
+    kinds_by_layer: dict[int, set[str]] = {}
     for site in sites:
-        kinds.setdefault(site.layer, set()).add(site.kind)
-    if len({frozenset(found) for found in kinds.values()}) > 1 or model.config.num_hidden_layers > len(kinds):
-        raise ModelError("layout per-layer needs layers of the same make, and this model has MLPs beside mixtures")
-    first = [site for site in sites if site.layer == sites[0].layer]
-    return _LayerStatements(
-        first, width_option_names(model.config), f"{names.base_attribute}.{names.layers_path}.{sites[0].layer}", model
-    ).statements()
+        kinds_by_layer.setdefault(site.layer, set()).add(site.kind)
+    layers = len(kinds_by_layer)
+    if len(set(map(frozenset, kinds_by_layer.values()))) > 1 or model.config.num_hidden_layers > layers:
+        raise ModelError("layout per-layer needs layers of the same make, and this model has both MLPs and mixtures")
+    first = sites[0].layer
+    path = f"{names.base_attribute}.{names.layers_path}.{first}"
+    own_sites = [site for site in sites if site.layer == first]
+    return _LayerStatements(own_sites, width_option_names(model.config), path, model).statements()
 
 
 @dataclass(frozen=True)
 class _LayerStatements:
-    """Statements of the generated code, from the sites of one layer."""
+    """Writes the statements of the generated code from the sites of one layer."""
 
     sites: Sequence[Site]
-    words: dict[str, str]
-    layer: str
+    options: dict[str, str]  # kind of a site -> the option for its width
+    layer: str  # path of the layer in the model
     model: Any
 
     def statements(self) -> list[str]:
-        """Resize, tell, then leave out."""
+        """Resize weights, set attributes that count units, then replace skipped blocks."""
         lines = [
             *self._resize_linears(),
             *(line for site in self.sites for line in self._resize_parameters(site)),
@@ -96,81 +100,80 @@ class _LayerStatements:
         return "layer" + name.removeprefix(self.layer)
 
     def _resize_linears(self) -> list[str]:
-        terms: dict[tuple[str, int], list[str]] = {}
+        """`resized(linear, rows=...)` for every linear; rows that no unit owns are a constant term."""
+        terms_by_linear: dict[tuple[str, int], list[str]] = {}
         for site in self.sites:
-            for cut, axis in site.linear_slices():
-                times = f" * {cut.rows_per_unit}" if cut.rows_per_unit > 1 else ""
-                found = terms.setdefault((cut.module, axis), [])
-                found.append(f"own.{self.words[site.kind]}{times}")
-                others = cut.total_rows - site.units * cut.rows_per_unit if cut.total_rows else 0
-                if others and not any(cut.module == o.module for s in self.sites if s is not site for o in s.producers):
-                    found.append(str(others))
-        return [
-            f"{self._local_name(name)} = resized({self._local_name(name)}, {('rows', 'columns')[axis]}={' + '.join(found)})"
-            for (name, axis), found in terms.items()
-        ]
-
-    def _resize_parameters(self, site: Site) -> list[str]:
+            others = {linear.module for other in self.sites if other is not site for linear in other.producers}
+            for linear, axis in site.linear_slices():
+                factor = f" * {linear.rows_per_unit}" if linear.rows_per_unit > 1 else ""
+                terms = terms_by_linear.setdefault((linear.module, axis), [])
+                terms.append(f"own.{self.options[site.kind]}{factor}")
+                fixed_rows = linear.total_rows - site.units * linear.rows_per_unit if linear.total_rows else 0
+                if fixed_rows and linear.module not in others:
+                    terms.append(str(fixed_rows))
         lines = []
-        for part in site.param_slices:
-            place = self._local_name(part.parameter)
-            if part.parent_groups > 1 and any(other.kind == "experts" for other in self.sites):
-                lines.append(f"{place} = shorter({place}, 0, own.{self.words['experts']})")
-            lines.append(f"{place} = shorter({place}, {part.axis}, {self._count(site, part)})")
+        for (module, axis), terms in terms_by_linear.items():
+            name = self._local_name(module)
+            lines.append(f"{name} = resized({name}, {('rows', 'columns')[axis]}={' + '.join(terms)})")
         return lines
 
-    def _count(self, site: Site, part: ParamSlice) -> str:
-        per_unit = sum(part.part_sizes)
-        return f"own.{self.words[site.kind]}" + (f" * {per_unit}" if per_unit > 1 else "")
+    def _resize_parameters(self, site: Site) -> list[str]:
+        """`shorter(parameter, axis, size)` for parameters outside linears; stacked experts lose experts first."""
+        lines = []
+        for param in site.weights.params:
+            name = self._local_name(param.parameter)
+            if param.parent_groups > 1 and any(other.kind is UnitKind.EXPERT for other in self.sites):
+                lines.append(f"{name} = shorter({name}, 0, own.{self.options['experts']})")
+            per_unit = sum(param.part_sizes)
+            factor = f" * {per_unit}" if per_unit > 1 else ""
+            lines.append(f"{name} = shorter({name}, {param.axis}, own.{self.options[site.kind]}{factor})")
+        return lines
 
     def _set_attributes(self) -> list[str]:
-        """Modules that know how many units they have."""
-        found: dict[str, Site] = {site.kind: site for site in self.sites}
+        """Set the attributes of modules that hold a number of units."""
+        site_of_kind: dict[str, Site] = {site.kind: site for site in self.sites}
         lines = []
-        heads = [found[kind] for kind in ("attention", "query-heads") if kind in found]
+        heads = [site_of_kind[kind] for kind in ("attention", "query-heads") if kind in site_of_kind]
         if heads:
             block = self._local_name(heads[0].name.partition(":")[0])
-            if any(len(cut.part_sizes) > 1 or cut.total_rows for site in heads for cut in site.producers):
+            if any(len(linear.part_sizes) > 1 or linear.total_rows for site in heads for linear in site.producers):
                 lines += [
                     f"{block}.config = OwnHeads(config, own.num_attention_heads)",
                     f"{block}.num_key_value_heads = own.num_key_value_heads",
                 ]
-            if "query-heads" in found:
+            if "query-heads" in site_of_kind:
                 lines.append(f"{block}.num_key_value_groups = own.num_attention_heads // own.num_key_value_heads")
         mixture = get_family(self.model.config).mixture
-        if "experts" in found and mixture:
+        if "experts" in site_of_kind and mixture:
             lines += [
-                f"layer.{place}.num_experts = own.{self.words['experts']}"
-                for place in (mixture.router, mixture.experts)
+                f"layer.{module}.num_experts = own.{self.options['experts']}"
+                for module in (mixture.router, mixture.experts)
             ]
-        if "expert-channels" in found and mixture:
-            name = (
-                "intermediate_dim"
-                if hasattr(self._experts(mixture.experts), "intermediate_dim")
-                else "intermediate_size"
+        if "expert-channels" in site_of_kind and mixture:
+            layers = self.model.get_submodule(self.layer.rpartition(".")[0])
+            # Of the first layer that still has experts.
+            experts = next(
+                module for layer in layers for name, module in layer.named_modules() if name == mixture.experts
             )
-            lines.append(f"layer.{mixture.experts}.{name} = own.{mixture.intermediate_size_key}")
+            attribute = "intermediate_dim" if hasattr(experts, "intermediate_dim") else "intermediate_size"
+            lines.append(f"layer.{mixture.experts}.{attribute} = own.{mixture.intermediate_size_key}")
         return lines
 
-    def _experts(self, name: str) -> Any:
-        """Of some layer that still has them."""
-        layers = self.model.get_submodule(self.layer.rpartition(".")[0])
-        return next(module for layer in layers for place, module in layer.named_modules() if place == name)
-
     def _skip_blocks(self) -> list[str]:
-        found: dict[str, Site] = {site.kind: site for site in self.sites}
+        """Replace the blocks that a layer's `skip` names by modules that return zeros."""
+        site_of_kind: dict[str, Site] = {site.kind: site for site in self.sites}
         lines = []
-        attention = found.get("attention-blocks") or found.get("attention")
+        attention = site_of_kind.get("attention-blocks") or site_of_kind.get("attention")
         if attention:
             block = self._local_name(attention.name.partition(":")[0])
             lines += ['if "attention" in own.skip:', f"    {block} = NoAttention()"]
-        if "mlp-blocks" in found:
+        if "mlp-blocks" in site_of_kind:
             lines.append('if "mlp" in own.skip:')
-            mixture, site = get_family(self.model.config).mixture, found["mlp-blocks"]
+            mixture, site = get_family(self.model.config).mixture, site_of_kind["mlp-blocks"]
             if mixture and site.gated_module.endswith(f".{mixture.block}"):
                 lines.append(f"    layer.{mixture.block} = NoMixture()")
             else:
-                *producers, consumer = (self._local_name(name) for name in site.block_linears)
-                lines += [f"    {place} = NoLinear(0)" for place in producers]
+                *producers, consumer = (self._local_name(name) for name in site.weights.block_linears)
+                lines += [f"    {producer} = NoLinear(0)" for producer in producers]
                 lines.append(f"    {consumer} = NoLinear(config.hidden_size)")
         return lines

@@ -1,4 +1,4 @@
-"""The texts that generated modules are put together from."""
+"""The source text that generated modules are put together from; existing checkpoints are compared with it."""
 
 from __future__ import annotations
 

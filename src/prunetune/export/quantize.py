@@ -1,9 +1,9 @@
-"""Weight-only quantisation of a finished model, saved so that stock transformers opens it: int8 and int4.
+"""Weight-only quantisation of a finished model to int8 or int4, saved so that stock transformers opens it.
 
-int8 is torchao's, a scale a row, for any width. int4 is bitsandbytes' nf4, which asks for rows of whole blocks of 64
-weights: a linear whose input is no multiple of 64 would be wrong or fail, so it stays as it is, and that is said before
-anything is loaded. (torchao's own int4 needs kernels that come apart from it, and cannot be written without them.)
-Embeddings and the head stay as they are. The error against the model before is stated, and a large one refused.
+int8 is torchao's, with a scale for each row, for any width. int4 is bitsandbytes' nf4, which needs rows of whole blocks
+of 64 weights: a linear whose input is no multiple of 64 would be wrong or fail, so it is not quantised, with a warning
+before anything is loaded. (torchao's own int4 needs separate kernels, and cannot be saved without them.)
+Embeddings and the head are not quantised. The error against the unquantised model is reported, and a large one refused.
 """
 
 from __future__ import annotations
@@ -13,48 +13,47 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunetune.errors import MissingPackage, ModelError, SelfCheckFailed
+from prunetune.errors import ModelError, SelfCheckFailed
 from prunetune.export.checkpoint import WrittenCheckpoint, edit_json
 from prunetune.export.result import ExportResult, RuntimeCheck
 from prunetune.export.selfcheck import compute_logits, reopen_in_fresh_process
 from prunetune.export.source import ExportSource
 from prunetune.export.stock_config import build_meta_model
+from prunetune.utils.optional import require_installed
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class QuantizationScheme:
-    """One way to hold a weight in fewer bits."""
+    """One way to store a weight in fewer bits."""
 
     package: str
-    bits: float  # a weight, scales included
-    block_size: int  # a row's weights have to be a multiple of this
-    max_error: float  # largest relative error of logits (root mean square) that is kept
-    make_config: Callable[
-        [list[str], Any], Any
-    ]  # modules left as they are, dtype of the arithmetic -> transformers' config
+    bits: float  # per weight, scales included
+    block_size: int  # the weights in a row must be a multiple of this
+    max_error: float  # largest relative error of logits (root mean square) that is accepted
+    # Modules that are not quantised, dtype of the arithmetic -> transformers' configuration.
+    make_config: Callable[[list[str], Any], Any]
 
 
-def _int8(left: list[str], _: Any) -> Any:
+def _int8(skipped: list[str], _: Any) -> Any:
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import TorchAoConfig
 
-    return TorchAoConfig(Int8WeightOnlyConfig(version=2), modules_to_not_convert=left)
+    return TorchAoConfig(Int8WeightOnlyConfig(version=2), modules_to_not_convert=skipped)
 
 
-def _nf4(left: list[str], dtype: Any) -> Any:
+def _nf4(skipped: list[str], dtype: Any) -> Any:
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=left
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skipped
     )
 
 
@@ -66,98 +65,97 @@ SCHEMES: Mapping[str, QuantizationScheme] = {
 
 @dataclass(frozen=True)
 class QuantizableLinears:
-    """Which linears a scheme can hold."""
+    """The linears that a scheme can quantise, and those that it cannot."""
 
     quantized: tuple[str, ...]
-    skipped: Mapping[str, int]  # name -> weights in a row, of those that stay as they are
+    skipped: Mapping[str, int]  # name -> weights in a row
 
     def explain_skipped(self, scheme: QuantizationScheme) -> str:
-        """What stays as it is, why, and what would do; "" where all fit."""
+        """How many linears are not quantised, why, and what to do; "" if all are."""
         if not self.skipped:
             return ""
         name, width = next(iter(self.skipped.items()))
+        linears, block = len(self.skipped) + len(self.quantized), scheme.block_size
         return (
-            f"{len(self.skipped)} of {len(self.skipped) + len(self.quantized)} linears stay unquantised: their rows are no "
-            f"multiple of {scheme.block_size} ({name}: {width}); prune with --budget.align {scheme.block_size}, or take int8"
+            f"{len(self.skipped)} of {linears} linears stay unquantised: their rows are no multiple of {block} "
+            f"({name}: {width}); prune with --budget.align {block}, or take int8"
         )
 
 
 def find_quantizable(source: ExportSource, scheme: QuantizationScheme) -> QuantizableLinears:
-    """Go by the stored shapes; no weight is read."""
+    """Sort the linears by their stored shapes; no weight is read."""
     model = build_meta_model(source.config)
     head = model.get_output_embeddings()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
-    rows = {name: source.shape(f"{name}.weight")[1] for name in names if f"{name}.weight" in source.tensor_files}
-    left = {name: width for name, width in rows.items() if width % scheme.block_size}
-    return QuantizableLinears(tuple(name for name in rows if name not in left), left)
+    widths = {name: source.shape(f"{name}.weight")[1] for name in names if f"{name}.weight" in source.tensor_files}
+    skipped = {name: width for name, width in widths.items() if width % scheme.block_size}
+    return QuantizableLinears(tuple(name for name in widths if name not in skipped), skipped)
 
 
-def export_quantized(source: ExportSource, place: Path, kind: str) -> ExportResult:
-    """Quantise, write, open in a fresh process, and compare with the model before; refuses first what cannot be."""
+def export_quantized(source: ExportSource, path: Path, kind: str) -> ExportResult:
+    """Quantise and write the model, open it in a fresh process, and compare it with the unquantised one.
+
+    Raises `ModelError` or `MissingPackage` before anything is loaded, `SelfCheckFailed` for a large error.
+    """
     scheme = SCHEMES[kind]
-    fitting = find_quantizable(source, scheme)
-    if not fitting.quantized:
-        raise ModelError(f"{source.folder}: no linear can be held in {kind}: {fitting.explain_skipped(scheme)}")
-    if note := fitting.explain_skipped(scheme):
-        log.warning("%s: %s", kind, note)
-    if find_spec(scheme.package) is None:
-        raise MissingPackage(f"{kind} needs {scheme.package}; run: pip install 'prunetune[quant]'")
+    linears = find_quantizable(source, scheme)
+    skipped_note = linears.explain_skipped(scheme)
+    if not linears.quantized:
+        raise ModelError(f"{source.folder}: no linear can be quantised to {kind}: {skipped_note}")
+    if skipped_note:
+        log.warning("%s: %s", kind, skipped_note)
+    require_installed(scheme.package, extra="quant", use=kind)
     expected = compute_logits(source.load_model(), source.probe_tokens())
-    rounding = 0.0
+    rounding_error = 0.0
     if source.dtype != torch.float32:  # torchao's tensors compute in the dtype that they are stored in
-        rounding = _error(compute_logits(source.load_model(source.dtype), source.probe_tokens()), expected)
-    place.mkdir()
-    _write(source, place, scheme, fitting)
-    size = sum(file.stat().st_size for file in place.glob("*.safetensors"))
-    checks = (_check_quantized(source, place, scheme, expected, rounding),)
-    notes = (f"opens where {scheme.package} is installed", *filter(None, (note,)))
+        rounded = compute_logits(source.load_model(source.dtype), source.probe_tokens())
+        rounding_error = _relative_error(rounded, expected)
+    path.mkdir()
+    _write(source, path, scheme, linears)
     return ExportResult(
-        place,
-        str(source.config_json["architectures"][0]),
-        f"{kind} ({scheme.package})",
-        source.params,
-        size,
-        checks,
-        notes,
+        path=path,
+        format=str(source.config_json["architectures"][0]),
+        dtype=f"{kind} ({scheme.package})",
+        params=source.params,
+        bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")),
+        checks=(_check_quantized(source, path, scheme, expected, rounding_error),),
+        notes=(f"opens where {scheme.package} is installed", *filter(None, (skipped_note,))),
     )
 
 
-def _write(source: ExportSource, place: Path, scheme: QuantizationScheme, fitting: QuantizableLinears) -> None:
-    config = scheme.make_config([*_head(source), *fitting.skipped], source.dtype)
+def _write(source: ExportSource, path: Path, scheme: QuantizationScheme, linears: QuantizableLinears) -> None:
+    meta_model = build_meta_model(source.config)
+    # transformers skips the head by itself only if no other module is named.
+    head = [name for name, module in meta_model.named_modules() if module is meta_model.get_output_embeddings()]
+    config = scheme.make_config([*head, *linears.skipped], source.dtype)
     model = source.load_model(source.dtype, quantization_config=config)
-    # Names as in memory, as per-layer folders have them; a stock class renames by itself.
-    model.save_pretrained(place, save_original_format=source.layout == "uniform")
-    said = model.config.quantization_config
+    # Tensor names as in memory, as per-layer folders have them; a stock class renames by itself.
+    model.save_pretrained(path, save_original_format=source.layout == "uniform")
     for file in sorted(source.folder.iterdir()):
-        if file.is_file() and file.suffix not in (".safetensors", ".index.json") and not (place / file.name).exists():
-            shutil.copyfile(file, place / file.name)
-    edit_json(place / "config.json", {"quantization_config": said if isinstance(said, dict) else said.to_dict()})
+        if file.is_file() and file.suffix not in (".safetensors", ".index.json") and not (path / file.name).exists():
+            shutil.copyfile(file, path / file.name)
+    saved = model.config.quantization_config
+    edit_json(path / "config.json", {"quantization_config": saved if isinstance(saved, dict) else saved.to_dict()})
 
 
-def _head(source: ExportSource) -> list[str]:
-    """The head, which transformers would leave out by itself were no other named."""
-    model = build_meta_model(source.config)
-    head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if module is head]
-
-
-def _error(found: Tensor, expected: Tensor) -> float:
-    """Relative, root mean square."""
-    return float((found - expected).norm() / expected.norm())
+def _relative_error(logits: Tensor, expected: Tensor) -> float:
+    """The root mean square error as a share of the expected logits' root mean square."""
+    return float((logits - expected).norm() / expected.norm())
 
 
 def _check_quantized(
-    source: ExportSource, place: Path, scheme: QuantizationScheme, expected: Tensor, rounding: float
+    source: ExportSource, path: Path, scheme: QuantizationScheme, expected: Tensor, rounding_error: float
 ) -> RuntimeCheck:
-    """Open it as its user would; raises `SelfCheckFailed` where it is far from the model before."""
-    written = WrittenCheckpoint(place, "", source.layout, source.layout == "per-layer", 0, 0)
-    found = reopen_in_fresh_process(written, source.probe_tokens())["logits"]
-    error = _error(found, expected)
-    same = float((found.argmax(-1) == expected.argmax(-1)).float().mean())
-    said = f"{100 * error:.2f}% root mean square error of logits, {100 * same:.0f}% of most likely tokens equal"
-    if rounding:
-        said += f" ({100 * rounding:.2f}% without quantising, by arithmetic in {str(source.dtype)[6:]} alone)"
-    limit = scheme.max_error + rounding
+    """Open the model in a fresh process; raises `SelfCheckFailed` if its logits are far from those `expected`."""
+    written = WrittenCheckpoint(path, "", source.layout, source.layout == "per-layer", 0, 0)
+    logits = reopen_in_fresh_process(written, source.probe_tokens())["logits"]
+    error = _relative_error(logits, expected)
+    same = float((logits.argmax(-1) == expected.argmax(-1)).float().mean())
+    detail = f"{100 * error:.2f}% root mean square error of logits, {100 * same:.0f}% of most likely tokens equal"
+    if rounding_error:
+        dtype = str(source.dtype).removeprefix("torch.")
+        detail += f" ({100 * rounding_error:.2f}% without quantising, by arithmetic in {dtype} alone)"
+    limit = scheme.max_error + rounding_error
     if not error <= limit:  # NaN fails too
-        raise SelfCheckFailed(f"{place}: {said} against the unquantised model (limit {100 * limit:.0f}%)")
-    return RuntimeCheck(f"transformers {version('transformers')}, {scheme.package} {version(scheme.package)}", said)
+        raise SelfCheckFailed(f"{path}: {detail} against the unquantised model (limit {100 * limit:.0f}%)")
+    return RuntimeCheck(f"transformers {version('transformers')}, {scheme.package} {version(scheme.package)}", detail)

@@ -1,4 +1,4 @@
-"""What an exporter is told, and what it says."""
+"""The options of an export, and its result: the path, format, size and checks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class ExportOptions:
-    """What the formats can be told; each refuses what means nothing to it."""
+    """The options of all formats; a format refuses those that do not apply to it."""
 
-    dtype: str = ""  # of the weights: f32, f16, bf16, q8_0, ...; "": the format's own choice
-    pad: bool = False  # uniform: fill narrower layers up with zeros
-    quantize: str = ""  # int8, int4: of uniform and per-layer folders
+    dtype: str = ""  # of the weights: f32, f16, bf16, q8_0, ...; "": the format's default
+    pad: bool = False  # uniform: pad narrower layers with zeros
+    quantize: str = ""  # uniform, per-layer: int8 or int4
 
 
 @dataclass(frozen=True)
 class RuntimeCheck:
-    """What was found when the written thing was opened again; a check that finds a difference raises instead."""
+    """A check that passed, or could not run, in one runtime; a check that fails raises `SelfCheckFailed` instead."""
 
     runtime: str  # "transformers 5.23.0"
     detail: str  # "logits within 2.1e-06", or why it did not run
@@ -37,7 +37,7 @@ class ExportResult:
     notes: tuple[str, ...] = ()  # "written as MistralForCausalLM because ..."
 
     def __str__(self) -> str:
-        """Lines for the command line."""
+        """The lines that the command prints."""
         lines = [f"{self.format}, {self.dtype}: {self.params / 1e6:,.1f} M parameters, {self.bytes / 1e6:,.1f} MB"]
         for check in self.checks:
             lines.append(f"{'checked' if check.ran else 'not run'} in {check.runtime}: {check.detail}")

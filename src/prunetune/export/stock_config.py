@@ -1,4 +1,7 @@
-"""Which shapes a stock configuration class accepts, found out before training so that no run ends in a refusal."""
+"""Uniform configurations of stock classes: which widths a class accepts, and the configuration of a cut model.
+
+What a class accepts is asked before training, so that no run ends with a checkpoint that cannot be written.
+"""
 
 from __future__ import annotations
 
@@ -12,38 +15,39 @@ import torch
 from prunetune.errors import PlanError
 from prunetune.pruning.families import get_family, head_counts, num_experts_key
 from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import UnitKind
 
 
 def kv_groups_validator(config: Any) -> Callable[..., bool]:
-    """Whether a uniform model of this architecture may keep so many KV groups, of so many query heads, in every layer.
+    """A function that says whether a uniform model of this architecture may keep `(kv_groups, queries_per_kv_head)`.
 
-    Asked of the class itself: an empty model of that shape has to be made, and its heads to be as wide as before.
-    Some classes demand a hidden size divisible by the heads, others derive the head dimension from it. Making a model
-    changes settings of the whole process, so the first time is not for threads. What was found is remembered.
+    It builds a model without weights of that shape, and compares the width of its heads with the dense model's: some
+    classes demand a hidden size that the heads divide, others derive the head dimension from it. Answers are cached.
+    Building a model changes settings of the whole process, so the first call must not be in a thread.
     """
     heads = head_counts(config)
 
     @functools.cache
-    def legal(groups: int, ratio: int = heads.queries_per_kv_head) -> bool:
-        if (groups, ratio) == (heads.kv_heads, heads.queries_per_kv_head) or groups < 1:
-            return groups >= 1
+    def is_valid(kv_groups: int, queries_per_kv_head: int = heads.queries_per_kv_head) -> bool:
+        if (kv_groups, queries_per_kv_head) == (heads.kv_heads, heads.queries_per_kv_head) or kv_groups < 1:
+            return kv_groups >= 1
         try:
-            found = _query_columns(shrink_config(config, groups, None, ratio=ratio))
-        except Exception:  # each class says no in its own way
+            shape = _attention_shape(shrink_config(config, kv_groups, None, queries_per_kv_head=queries_per_kv_head))
+        except Exception:  # each class refuses in its own way
             return False
-        return found == (groups, ratio * heads.head_dim)
+        return shape == (kv_groups, queries_per_kv_head * heads.head_dim)
 
-    return legal
+    return is_valid
 
 
-def _query_columns(config: Any) -> tuple[int, int]:
-    """(KV groups, columns that one group's queries have); zeros where attention cannot be pruned."""
-    site = next((site for site in find_sites(build_meta_model(config)) if site.kind == "attention"), None)
+def _attention_shape(config: Any) -> tuple[int, int]:
+    """(KV groups, columns of one group's queries); zeros if attention cannot be pruned."""
+    site = next((site for site in find_sites(build_meta_model(config)) if site.kind is UnitKind.KV_GROUP), None)
     return (site.units, site.consumer.rows_per_unit) if site and site.consumer else (0, 0)
 
 
 def build_meta_model(config: Any) -> Any:
-    """A causal language model without weights."""
+    """A causal language model of the configuration, without weights (on the meta device)."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -52,37 +56,37 @@ def build_meta_model(config: Any) -> Any:
 
 def shrink_config(
     config: Any,
-    groups: int | None,
-    channels: int | None,
+    kv_groups: int | None,
+    mlp_channels: int | None,
     *,
-    ratio: int | None = None,
+    queries_per_kv_head: int | None = None,
     experts: int | None = None,
     expert_channels: int | None = None,
 ) -> Any:
-    """The configuration of equal, smaller layers, None leaving a width as it is; a sibling's where its own fails.
+    """The configuration with smaller, equal layers; None keeps a width.
 
-    `ratio` is the query heads of a KV group.
+    If the family's own class cannot carry the head count, the configuration is that of its `EquivalentFamily`.
     """
     from transformers import CONFIG_MAPPING
 
     values, dense = config.to_dict(), head_counts(config)
-    heads = (dense.kv_heads if groups is None else groups) * (ratio or dense.queries_per_kv_head)
+    kv_heads = dense.kv_heads if kv_groups is None else kv_groups
+    heads = kv_heads * (queries_per_kv_head or dense.queries_per_kv_head)
     values.pop("transformers_version", None)
-    if groups is not None or ratio is not None:
-        kept = dense.kv_heads if groups is None else groups
-        values |= {"num_attention_heads": heads, "num_key_value_heads": kept, "head_dim": dense.head_dim}
+    if kv_groups is not None or queries_per_kv_head is not None:
+        values |= {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": dense.head_dim}
     if experts is not None:
         values[num_experts_key(config)] = experts
     if expert_channels is not None:
         values[get_family(config).mixture.intermediate_size_key] = expert_channels  # type: ignore[union-attr]
-    if channels is not None:
-        values[mlp_width_option(config)] = channels
-    sibling = EQUIVALENT_FAMILIES.get(config.model_type)
-    if sibling is None or not sibling.is_needed(config, heads, dense.head_dim):
+    if mlp_channels is not None:
+        values[mlp_width_option(config)] = mlp_channels
+    equivalent = EQUIVALENT_FAMILIES.get(config.model_type)
+    if equivalent is None or not equivalent.is_needed(config, heads, dense.head_dim):
         return type(config).from_dict(values | {"architectures": [_causal_class(config)]})
-    shared = {name: value for name, value in values.items() if name not in sibling.removed_options}
-    shared |= {"model_type": sibling.model_type, **sibling.values}
-    changed = CONFIG_MAPPING[sibling.model_type].from_dict(shared)
+    shared = {name: value for name, value in values.items() if name not in equivalent.removed_options}
+    shared |= {"model_type": equivalent.model_type, **equivalent.values}
+    changed = CONFIG_MAPPING[equivalent.model_type].from_dict(shared)
     changed.architectures = [_causal_class(changed)]
     return changed
 
@@ -92,10 +96,10 @@ class EquivalentFamily:
     """A family with the same tensors and arithmetic, for head counts that a family's own configuration cannot carry."""
 
     model_type: str
-    is_needed: Callable[[Any, int, int], bool]  # configuration, query heads, rows of a head
-    reason: str
-    removed_options: tuple[str, ...]  # options that it lacks
-    values: Mapping[str, Any]
+    is_needed: Callable[[Any, int, int], bool]  # configuration, query heads, head dimension
+    reason: str  # why the family's own configuration cannot, for `explain_family_change`
+    removed_options: tuple[str, ...]  # options of the family that this one lacks
+    values: Mapping[str, Any]  # options that this one adds
 
 
 def _does_not_divide(config: Any, heads: int, _: int) -> bool:
@@ -103,8 +107,8 @@ def _does_not_divide(config: Any, heads: int, _: int) -> bool:
     return bool(config.hidden_size % heads) and not biased  # Mistral has no biases
 
 
-def _is_not_square(config: Any, heads: int, size: int) -> bool:
-    return bool(heads * size != config.hidden_size) and not config.use_sliding_window
+def _is_not_square(config: Any, heads: int, head_dim: int) -> bool:
+    return bool(heads * head_dim != config.hidden_size) and not config.use_sliding_window
 
 
 EQUIVALENT_FAMILIES: Mapping[str, EquivalentFamily] = {
@@ -126,22 +130,24 @@ EQUIVALENT_FAMILIES: Mapping[str, EquivalentFamily] = {
 
 
 def explain_family_change(config: Any, written: Any) -> str:
-    """Why `written` is of another class than `config`; "" where it is of the same."""
+    """Why the written configuration has another class than the dense one; "" if it has the same."""
     if type(config) is type(written):
         return ""
     heads = head_counts(written)
-    why = EQUIVALENT_FAMILIES[config.model_type].reason.format(
+    reason = EQUIVALENT_FAMILIES[config.model_type].reason.format(
         heads=heads.query_heads, size=heads.head_dim, hidden=config.hidden_size
     )
-    return f"written as {written.architectures[0]}: {type(config).__name__} {why}; tensors and arithmetic are the same"
+    return (
+        f"written as {written.architectures[0]}: {type(config).__name__} {reason}; tensors and arithmetic are the same"
+    )
 
 
 def mlp_width_option(config: Any) -> str:
-    """The configuration's name for the channels of an MLP; raises `PlanError` where it has none."""
-    width = get_family(config).intermediate_size_key
-    if not width:
+    """The configuration's option for the width of the MLP; raises `PlanError` if it has none."""
+    option = get_family(config).intermediate_size_key
+    if not option:
         raise PlanError(f"{config.model_type} has no option for the width of an MLP: use layout per-layer")
-    return width
+    return option
 
 
 def _causal_class(config: Any) -> str:

@@ -1,1 +1,1 @@
-"""Opening models, and what makes their passes faster or smaller."""
+"""Opening models, and making their forward and backward passes faster or smaller."""

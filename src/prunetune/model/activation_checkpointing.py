@@ -1,7 +1,8 @@
-"""Layers that keep their inputs alone for the backward pass, and compute the rest again in it.
+"""Activation checkpointing (Chen et al. 2016, arXiv 1604.06174) for a block of code, in training mode or not.
 
-Activation checkpointing (Chen et al. 2016, arXiv 1604.06174): one more forward pass of time, one layer's activations of
-memory instead of all layers'. transformers' own does it in training mode only, where the search is not.
+Every layer keeps only its input for the backward pass, and is computed again there: the time of one more forward pass,
+for the memory of one layer's activations instead of all layers'. The checkpointing of transformers works in training
+mode only, and the search runs in eval mode.
 """
 
 from __future__ import annotations
@@ -20,30 +21,30 @@ from prunetune.pruning.families import architecture_info
 
 
 def uses_checkpointing(config: RunConfig) -> bool:
-    """Whether a recipe has it so from the first step on."""
+    """Whether a recipe asks for checkpointing from the first step on."""
     wanted = config.train.checkpointing
     return wanted == "on" or (wanted == "auto" and config.lora.quantize != "off")
 
 
 @contextmanager
 def use_checkpointing(model: Any) -> Iterator[None]:
-    """For the block, forward passes with a gradient keep one input a layer.
+    """For the block, checkpoint every layer in forward passes with a gradient.
 
-    Their backward pass runs the layers' submodules again: hooks on these and the choice of attention have to be as they
-    were until it is over.
+    The backward pass runs the layers' submodules again, so hooks on them and the attention implementation must not
+    change until it is done.
     """
     layers = [model.get_submodule(prefix) for prefix in architecture_info(model).layer_prefixes]
-    before = [vars(layer).get("forward") for layer in layers]
+    own_forwards = [vars(layer).get("forward") for layer in layers]
     for layer in layers:
         layer.forward = _checkpointed_forward(layer)
     try:
         yield
     finally:
-        for layer, own in zip(layers, before, strict=True):
-            if own is None:
+        for layer, own_forward in zip(layers, own_forwards, strict=True):
+            if own_forward is None:
                 del layer.forward
             else:
-                layer.forward = own
+                layer.forward = own_forward
 
 
 def _checkpointed_forward(layer: nn.Module) -> Callable[..., Any]:
@@ -52,13 +53,8 @@ def _checkpointed_forward(layer: nn.Module) -> Callable[..., Any]:
     def run(*inputs: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*inputs, **options)
-        # Dropout draws the same numbers again; where there is none, as always while recording, none are saved.
-        return checkpoint(
-            partial(forward, **options), *inputs, use_reentrant=False, preserve_rng_state=_draws(layer)
-        )  # fmt: skip
+        # With dropout, the recomputation draws the same numbers; without, as always in CUDA graphs, none are saved.
+        has_dropout = any(isinstance(module, nn.Dropout) and module.training for module in layer.modules())
+        return checkpoint(partial(forward, **options), *inputs, use_reentrant=False, preserve_rng_state=has_dropout)
 
     return run
-
-
-def _draws(layer: nn.Module) -> bool:
-    return any(isinstance(module, nn.Dropout) and module.training for module in layer.modules())

@@ -1,4 +1,4 @@
-"""A .gguf file as a model folder: dequantised once, kept in the cache, opened from there like any other model."""
+"""Opening a .gguf file: it is dequantised once into a model folder in the cache, and opened from there."""
 
 from __future__ import annotations
 
@@ -12,21 +12,24 @@ from typing import Any
 import torch
 
 from prunetune.errors import ModelError
+from prunetune.utils.failures import first_line
 from prunetune.utils.files import atomic_folder
 
-# Wide enough for what 4 to 8 bits held, and the width that users serve.
-STORAGE_DTYPE = torch.bfloat16
-SAMPLED = 2000  # tokens of a vocabulary that are looked at
+STORAGE_DTYPE = torch.bfloat16  # precise enough for values of 4 to 8 bits
+SAMPLED_TOKENS = 2000  # of a vocabulary, in the check of its tokenizer
 
 
 def cache_folder() -> Path:
-    """$PRUNETUNE_CACHE, else prunetune/ in the user's cache folder."""
+    """$PRUNETUNE_CACHE; if unset, prunetune/ in the user's cache folder."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("PRUNETUNE_CACHE") or base / "prunetune")
 
 
 def dequantize_gguf(file: Path) -> Path:
-    """The folder with the file's weights in bfloat16, its configuration and its tokenizer; made on first use."""
+    """The model folder of a file, with weights in bfloat16; made on first use.
+
+    Raises `ModelError` where transformers cannot read the file or its tokenizer.
+    """
     status = file.stat()
     key = hashlib.sha256(f"{file.resolve()}/{status.st_size}/{status.st_mtime_ns}".encode()).hexdigest()[:16]
     folder = cache_folder() / "gguf" / f"{file.stem}-{key}"
@@ -43,37 +46,36 @@ def _convert(file: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except (OSError, ValueError, RuntimeError, KeyError, IndexError, struct.error) as broken:
-        reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
         raise ModelError(
-            f"model {file}: cannot be read as GGUF: {reason}; check the file or fetch it again"
+            f"model {file}: cannot be read as GGUF: {first_line(broken)}; check the file or fetch it again"
         ) from broken
     if not _tokenizer_is_intact(tokenizer):
         raise ModelError(
             f"model {file}: transformers {transformers.__version__} reads its tokenizer wrongly: words of the "
             "vocabulary come out in pieces; upgrade transformers, or name a folder with the model's own tokenizer"
         )
-    # A model that remembers being quantised refuses to be saved, though its weights are plain again.
+    # transformers refuses to save a model that was quantised, though its weights are plain again.
     del model.config.quantization_config
     model.hf_quantizer = None
     model.is_quantized = False
-    own = folder.with_name(f"{folder.name}-{os.getpid()}")
-    with atomic_folder(own) as partial:
+    process_folder = folder.with_name(f"{folder.name}-{os.getpid()}")
+    with atomic_folder(process_folder) as partial:
         model.to(STORAGE_DTYPE).save_pretrained(partial)
         tokenizer.save_pretrained(partial)
     try:
-        own.rename(folder)
+        process_folder.rename(folder)
     except OSError:  # another process was first, with the same weights
         if not folder.is_dir():
             raise
-        shutil.rmtree(own)
+        shutil.rmtree(process_folder)
 
 
 def _tokenizer_is_intact(tokenizer: Any) -> bool:
-    """Whether most words that are one token of the vocabulary are one when read as text.
+    """Whether most words that are one token of the vocabulary are encoded as one token.
 
-    transformers 5.17 takes Gemma's for another kind and reads it letter by letter, without a word.
+    transformers 5.17 mistakes the kind of Gemma's tokenizer and encodes letter by letter, without a warning.
     """
-    pieces = (tokenizer.decode([token]) for token in range(0, len(tokenizer), max(1, len(tokenizer) // SAMPLED)))
+    pieces = (tokenizer.decode([token]) for token in range(0, len(tokenizer), max(1, len(tokenizer) // SAMPLED_TOKENS)))
     words = [piece for piece in pieces if piece.strip().isascii() and piece.strip().isalpha() and len(piece) > 4]
-    whole = sum(len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1 for word in words)
-    return 2 * whole >= len(words)
+    intact = sum(len(tokenizer(word, add_special_tokens=False)["input_ids"]) == 1 for word in words)
+    return 2 * intact >= len(words)

@@ -1,4 +1,4 @@
-"""The licence that a base model states, in its card's front matter or the keys of a .gguf file. Nothing is fetched."""
+"""The licence of a base model, read from its card, its .gguf file or a LICENSE file, without a network."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import yaml
 from prunetune.errors import PrunetuneError
 from prunetune.model.loading import DEMO, cached_hub_file, demo_file
 
-FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
+LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
 
 
 @dataclass(frozen=True)
 class LicenseInfo:
-    """What the base says of itself; all empty where it says nothing."""
+    """The licence that a base model states; all fields are empty where it states none."""
 
     id: str = ""  # "apache-2.0", "llama3.2", "other"
     name: str = ""
@@ -25,45 +25,45 @@ class LicenseInfo:
 
 
 def read_license(model: str) -> LicenseInfo:
-    """Look where the model is: a folder, a .gguf file, `demo`, or a hub name whose card is in the cache."""
+    """Read the licence of a folder, a .gguf file, `demo`, or a hub name whose card is in the cache."""
     path = Path(model).expanduser()
     try:
         if model == DEMO or path.suffix == ".gguf":
-            return _of_gguf(demo_file() if model == DEMO else path)
+            return _license_in_gguf(demo_file() if model == DEMO else path)
         card = path / "README.md" if path.is_dir() else cached_hub_file(model, "README.md")
-        found = _of_card(card) if card and card.is_file() else LicenseInfo()
-        beside = next((name for name in FILES if (path / name).is_file()), "")
-        return found if found.id or not beside else LicenseInfo(id="other", where=f"its file {beside}")
-    except (OSError, ValueError, LookupError, PrunetuneError):  # a card can be written without
+        license_info = _license_in_card(card) if card and card.is_file() else LicenseInfo()
+        file = next((name for name in LICENSE_FILES if (path / name).is_file()), "")
+        return license_info if license_info.id or not file else LicenseInfo(id="other", where=f"its file {file}")
+    except (OSError, ValueError, LookupError, PrunetuneError):  # a model card can be written without a licence
         return LicenseInfo()
 
 
-def _of_card(card: Path) -> LicenseInfo:
+def _license_in_card(card: Path) -> LicenseInfo:
     """Hugging Face's keys `license`, `license_name`, `license_link`."""
-    head, begin, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
-    front, end, _ = rest.partition("\n---")
-    if head.strip() or not begin or not end:
+    before, begin, rest = card.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    front_matter, end, _ = rest.partition("\n---")
+    if before.strip() or not begin or not end:
         return LicenseInfo()
     try:
-        values: Any = yaml.safe_load(front)
+        values: Any = yaml.safe_load(front_matter)
     except yaml.YAMLError:
         return LicenseInfo()
-    return _said(values, "license", "_", "its model card") if isinstance(values, dict) else LicenseInfo()
+    return _license_in_values(values, "license", "_", "its model card") if isinstance(values, dict) else LicenseInfo()
 
 
-def _of_gguf(file: Path) -> LicenseInfo:
+def _license_in_gguf(file: Path) -> LicenseInfo:
     """The keys `general.license`, `general.license.name`, `general.license.link`."""
     from gguf import GGUFReader
 
     fields = GGUFReader(file).fields
     values = {key: fields[key].contents() for key in fields if key.startswith("general.license")}
-    return _said(values, "general.license", ".", "its .gguf file")
+    return _license_in_values(values, "general.license", ".", "its .gguf file")
 
 
-def _said(values: dict[str, Any], key: str, joint: str, where: str) -> LicenseInfo:
-    found = values.get(key)
-    first = found[0] if isinstance(found, list) and found else found
-    if not first:
+def _license_in_values(values: dict[str, Any], key: str, separator: str, where: str) -> LicenseInfo:
+    ids = values.get(key)
+    first_id = ids[0] if isinstance(ids, list) and ids else ids
+    if not first_id:
         return LicenseInfo()
-    name, link = (str(values.get(f"{key}{joint}{part}") or "") for part in ("name", "link"))
-    return LicenseInfo(str(first), name, link, where)
+    name, link = (str(values.get(f"{key}{separator}{suffix}") or "") for suffix in ("name", "link"))
+    return LicenseInfo(str(first_id), name, link, where)

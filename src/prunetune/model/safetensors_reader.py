@@ -1,4 +1,4 @@
-"""A model's weights as they lie in its files, one at a time: for models that are never in one memory as a whole."""
+"""Reading single tensors from a model's .safetensors files, for models that are too large to load whole."""
 
 from __future__ import annotations
 
@@ -16,36 +16,36 @@ from prunetune.model.loading import checkpoint_dtype, load_config, weight_files
 
 @dataclass(frozen=True)
 class SafetensorsReader:
-    """Tensor name -> the .safetensors file that holds it."""
+    """The tensors of a model's files."""
 
-    files: dict[str, Path]
-    dtype: torch.dtype
+    files: dict[str, Path]  # tensor name -> the file that holds it
+    dtype: torch.dtype  # of the checkpoint
 
     @classmethod
     def from_model(cls, name: str, *, trust_remote_code: bool = False) -> SafetensorsReader:
-        """Of a model's name; empty where its files are not of this kind."""
-        places: dict[str, Path] = {}
+        """Find the tensors of a model; none where its weights are no readable .safetensors files."""
+        files: dict[str, Path] = {}
         for file in weight_files(name):
             try:
                 with safe_open(file, framework="pt") as tensors:
-                    places |= dict.fromkeys(tensors.keys(), file)
+                    files |= dict.fromkeys(tensors.keys(), file)
             except (SafetensorError, OSError):
                 return cls({}, torch.float32)
-        return cls(places, checkpoint_dtype(name, trust_remote_code=trust_remote_code))
+        return cls(files, checkpoint_dtype(name, trust_remote_code=trust_remote_code))
 
     def has_all(self, names: Iterable[str]) -> bool:
-        """Whether all of these are stored under these names."""
+        """Whether the files hold tensors of all these names."""
         return all(name in self.files for name in names)
 
     def tensor(self, name: str) -> Tensor:
-        """One tensor, as stored."""
+        """Read one tensor, in its stored dtype."""
         with safe_open(self.files[name], framework="pt") as tensors:
-            found: Tensor = tensors.get_tensor(name)
-        return found
+            tensor: Tensor = tensors.get_tensor(name)
+        return tensor
 
 
 def load_empty_model(name: str, *, trust_remote_code: bool = False) -> Any:
-    """The model without its weights, which are on the meta device; for arithmetic in float32."""
+    """The model in float32, with weights on the meta device and buffers in memory."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
@@ -57,10 +57,10 @@ def load_empty_model(name: str, *, trust_remote_code: bool = False) -> Any:
 
 
 def set_tensor(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Another tensor in place of a weight or a buffer."""
-    place, _, own = name.rpartition(".")
-    holder = module.get_submodule(place)
-    if own in holder._parameters:
-        holder._parameters[own] = nn.Parameter(tensor, requires_grad=False)
+    """Put a tensor in place of a weight, which becomes frozen, or of a buffer."""
+    owner_name, _, attribute = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if attribute in owner._parameters:
+        owner._parameters[attribute] = nn.Parameter(tensor, requires_grad=False)
     else:
-        holder._buffers[own] = tensor
+        owner._buffers[attribute] = tensor

@@ -1,4 +1,4 @@
-"""What budgets would mean, before anything is trained: dense, at some shares of the parameters, and at the least."""
+"""Budgets before training: what the dense, some smaller, and the smallest feasible model would cost under each kind."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from prunetune.search.feasibility import uniform_scores
 from prunetune.search.nested_sites import NestedSites
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import min_feasible_keep, min_widths, select
+from prunetune.utils.tables import table_lines
 
 PREVIEW_SHARES = (0.7, 0.6, 0.5)  # shares that may remain
-STORED = 2  # bytes of a weight in 16 bits
+BYTES_PER_WEIGHT = 2  # in 16 bits
 
 
 @dataclass(frozen=True)
@@ -49,16 +50,22 @@ class BudgetPreview:
 
 
 def preview_budget(dense: ParamCounts, keep: float) -> BudgetPreview:
-    """Of the budget met to the last parameter; a real plan keeps up to one block less."""
-    gone = round((1 - keep) * dense.prunable)
-    read = dense.total - dense.embedding
-    blocks = read - dense.lm_head
-    left = dense.total - gone
-    return BudgetPreview(keep, left, STORED * left, blocks / (blocks - gone), read / (read - gone))
+    """A model that meets the budget exactly; a real plan keeps up to one block of units less."""
+    pruned = round((1 - keep) * dense.prunable)
+    multiplied = dense.total - dense.embedding
+    blocks = multiplied - dense.lm_head
+    kept = dense.total - pruned
+    return BudgetPreview(
+        keep,
+        parameters=kept,
+        weight_bytes=BYTES_PER_WEIGHT * kept,
+        prefill_speedup=blocks / (blocks - pruned),
+        decode_speedup=multiplied / (multiplied - pruned),
+    )
 
 
 NO_LATENCY_TABLE = "no table for this device yet: --measure makes one, in a minute or two on a GPU"
-NOT_FEASIBLE = "-"  # or not known: a time that noise in the table made nothing, or less
+NOT_FEASIBLE = "-"  # also for a time that noise in the latency table made zero or negative
 
 
 def budget_table_lines(
@@ -70,77 +77,68 @@ def budget_table_lines(
     *,
     measure: bool = False,
 ) -> list[str]:
-    """A table of every kind of budget under this workload; `measure` times the device where no table is kept."""
-    anatomy = model_shape(meta_model, sites)
+    """A table of every kind of budget under this workload; with `measure`, time the device if no table is cached."""
+    dense_shape = model_shape(meta_model, sites)
     try:
-        table: LatencyTable | None = _table(
-            meta_model.config, sites, workload, device, constraints.align, measure=measure
-        )
-        why = NO_LATENCY_TABLE
+        header = checked_header(meta_model.config, sites, workload, device, constraints.align)
+        table, untimed_reason = load_cached_table(header), NO_LATENCY_TABLE
+        if table is None and measure:
+            table = measure_table(meta_model.config, sites, workload, device, constraints.align, header)
     except ConfigError as untimed:
         if measure:
             raise
-        table, why = None, str(untimed)
-    plans = _example_widths(sites, constraints)
-    lines = [
-        f"budgets of {workload.batch} x {workload.prompt} + {workload.generate} tokens, {workload.cached_tokens} in the "
-        f"cache, {workload.dtype}, weights {workload.weights}, layout {constraints.layout} (even plans):",
-        f"{'budget':<11}" + "".join(f"{name:>11}" for name in plans),
+        table, untimed_reason = None, str(untimed)
+    widths_by_plan = _example_widths(sites, constraints)
+    rows, uncounted = [], []
+    for kind in BUDGET_KINDS:
+        try:
+            if kind in TIMED_BUDGETS and table is None:
+                raise ConfigError(untimed_reason)
+            rows.append([kind, *_costs(kind, dense_shape, workload, table, widths_by_plan)])
+        except ConfigError as reason:
+            uncounted.append(f"{kind:<11} {reason}")
+    return [
+        f"budgets of {workload.batch} x {workload.prompt} + {workload.generate} tokens, {workload.cached_tokens} in "
+        f"the cache, {workload.dtype}, weights {workload.weights}, layout {constraints.layout} (even plans):",
+        *table_lines(["budget", *(f">{plan}" for plan in widths_by_plan)], rows),
+        *uncounted,
     ]
-    return [*lines, *(_row(kind, anatomy, workload, table, plans, why) for kind in BUDGET_KINDS)]
-
-
-def _table(
-    config: Any, sites: tuple[Site, ...], workload: WorkloadConfig, device: torch.device, align: int, *, measure: bool
-) -> LatencyTable | None:
-    header = checked_header(config, sites, workload, device, align)
-    found = load_cached_table(header)
-    return measure_table(config, sites, workload, device, align, header) if found is None and measure else found
 
 
 def _example_widths(sites: Sequence[Site], constraints: PlanConstraints) -> dict[str, dict[str, int] | None]:
-    """{heading: units kept by site}; None where that is not feasible. Shares of parameters, whatever the budget is."""
-    nest, constraints = NestedSites(sites), replace(constraints, limits=None)
-    least = min_feasible_keep(sites, constraints)
-    found: dict[str, dict[str, int] | None] = {"dense": {site.name: site.units for site in sites}}
+    """{heading: units kept by site}, None if not feasible; shares are of parameters, whatever the budget's kind."""
+    nested_sites, constraints = NestedSites(sites), replace(constraints, limits=None)
+    min_keep = min_feasible_keep(sites, constraints)
+    widths: dict[str, dict[str, int] | None] = {"dense": {site.name: site.units for site in sites}}
     for keep in PREVIEW_SHARES:
-        feasible = keep >= least
-        found[f"keep {keep:.2f}"] = (
-            select(uniform_scores(sites), sites, keep, constraints).widths() if feasible else None
-        )
-    return found | {"least": nest.kept_unit_counts(min_widths(nest, constraints), nest.sites)}
+        plan = select(uniform_scores(sites), sites, keep, constraints) if keep >= min_keep else None
+        widths[f"keep {keep:.2f}"] = plan.widths() if plan else None
+    return widths | {"least": nested_sites.kept_unit_counts(min_widths(nested_sites, constraints), nested_sites.sites)}
 
 
-def _row(
+def _costs(
     kind: str,
-    anatomy: ModelShape,
+    dense_shape: ModelShape,
     workload: WorkloadConfig,
     table: LatencyTable | None,
-    widths_by_heading: dict[str, dict[str, int] | None],
-    untimed_reason: str,
-) -> str:
-    if kind in TIMED_BUDGETS and table is None:
-        return f"{kind:<11}  {untimed_reason}"
-    try:
-        costs = costs_for_budget(kind, anatomy, workload, table)
-    except ConfigError as uncounted:
-        return f"{kind:<11}  {uncounted}"
-    tokens = workload.batch * workload.generate
-
-    def words(heading: str, counts: dict[str, int] | None) -> str:
-        if counts is None:
-            return NOT_FEASIBLE
-        found = max_cost(costs, counts)
-        if not found > 0:
-            return NOT_FEASIBLE
-        found = tokens / found if kind == "throughput" else found
-        return format_amount_rounded_to_limit(found, kind) if heading == "least" else format_amount(found, kind)
-
-    return f"{kind:<11}" + "".join(f"{words(heading, counts):>11}" for heading, counts in widths_by_heading.items())
+    widths_by_plan: dict[str, dict[str, int] | None],
+) -> list[str]:
+    """What each plan costs in a kind of budget, as text; raises `ConfigError` where it cannot be counted."""
+    costs = costs_for_budget(kind, dense_shape, workload, table)
+    cells = []
+    for plan, widths in widths_by_plan.items():
+        cost = 0.0 if widths is None else max_cost(costs, widths)
+        if not cost > 0:
+            cells.append(NOT_FEASIBLE)
+            continue
+        amount = workload.batch * workload.generate / cost if kind == "throughput" else cost
+        # "least" is what users copy into a recipe, so it is rounded to the side that is feasible.
+        cells.append((format_amount_rounded_to_limit if plan == "least" else format_amount)(amount, kind))
+    return cells
 
 
 def budget_usage_lines(limits: BudgetLimits, plan: Plan) -> Iterator[str]:
-    """What a plan takes of every budget that a run was given."""
+    """One line for each budget of a run: its limit, and what a plan and the dense model cost under it."""
     for cap in limits.limits:
         cost = cap.cost(plan.widths())
         below = cost < 0.99 * cap.limit and not cap.is_met_by_dense

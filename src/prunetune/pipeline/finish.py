@@ -1,11 +1,11 @@
-"""From a tuned run's last checkpoint to `model/`: merged and cut in one operation, written, opened and compared."""
+"""From a run's last checkpoint to `model/`: adapters merged and units cut at once, written, opened and compared."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,10 +17,13 @@ from prunetune.data.encoding import chat_stop_id, uses_chat_template
 from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
 from prunetune.export.streamed_cut import AdapterMerger, StreamedModel, cut_streamed
+from prunetune.manifest import PrunedModelFacts, QuantisedFacts, SelfCheckFacts
 from prunetune.model.safetensors_reader import SafetensorsReader, load_empty_model
 from prunetune.pipeline.model_card import render_card
+from prunetune.pipeline.monitor import tuning_facts
 from prunetune.pipeline.nf4_check import compare_with_merged, has_nf4_adapters
 from prunetune.pipeline.prepare import RunContext
+from prunetune.pipeline.recording import record_timing
 from prunetune.pruning.cut import cut, merge_adapters
 from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear, is_transposed
 from prunetune.pruning.masking import masked
@@ -32,7 +35,6 @@ from prunetune.train.adapters import (
     add_adapters,
     expand_adapter_tensors,
     load_into_dense,
-    trains_all_weights,
 )
 from prunetune.train.checkpoints import Checkpoints, TrainingState
 from prunetune.utils.files import write_text
@@ -41,70 +43,77 @@ log = logging.getLogger(__name__)
 
 
 class CutModel(NamedTuple):
-    """A cut model, and what its gated original says to the tokens of the check."""
+    """A cut model, with the logits of its gated original on the tokens of the check."""
 
     model: Any
     storage_dtype: torch.dtype
     expected_logits: Tensor
-    shards: Path | None = None  # finished files, where the model has no weights
+    shards: Path | None = None  # folder of its weights, if it was cut layer by layer and holds none itself
 
 
 def finish(context: RunContext, *, streamed: bool = False) -> None:
-    """Cut from the dense weights as they are stored, a large model's with one layer in memory at a time.
+    """Write the tuned model to `model/`, cut, and check it; skipped where that is written.
 
-    `streamed`: any model's.
+    A large model is cut with one layer in memory at a time, and any model if `streamed`. Raises `SelfCheckFailed`.
     """
+    if context.folder.model_folder.exists():
+        return
+    context.folder.update_manifest(**tuning_facts(context))
+    with record_timing(context.folder, "cut and check"):
+        _cut_write_and_check(context, streamed=streamed)
+
+
+def _cut_write_and_check(context: RunContext, *, streamed: bool) -> None:
     context.console.stage("cut, write and check", 0)
     state = Checkpoints(context.folder.checkpoints).latest()
     assert state is not None
     assert state.plan is not None
     tokens = _check_tokens(context)
     streamer = _open_streamed(context, state) if streamed or _is_large(context) else None
-    small = (
-        _cut_in_memory(context, state, tokens)
-        if streamer is None
-        else _cut_layer_by_layer(context, streamer, state, tokens)
-    )
+    if streamer is None:
+        pruned = _cut_in_memory(context, state, tokens)
+    else:
+        pruned = _cut_layer_by_layer(context, streamer, state, tokens)
     if has_nf4_adapters(context, state):
-        context.folder.update_manifest(quantised=_compare_with_tuned(context, state, tokens, small.expected_logits))
+        compared = _compare_with_tuned(context, state, tokens, pruned.expected_logits)
+        context.folder.update_manifest(quantised=QuantisedFacts(**compared))
     write_text(context.folder.plan_file, state.plan.to_json())
     unchecked = context.folder.path / "model.unchecked"
     written = write_checkpoint(
-        small.model,
+        pruned.model,
         context.tokenizer,
         state.plan,
         context.sites,
         unchecked,
         layout=context.config.layout,
-        card=render_card(context.folder, context.config, state.plan, context.sites),
-        shards=small.shards,
+        card=render_card(context.folder, context.reported_config, state.plan, context.sites),
+        shards=pruned.shards,
         end_token=_chat_stop(context),
     )
-    found = check_checkpoint(written, tokens, small.expected_logits, streamed=streamer is not None)
+    selfcheck = check_checkpoint(written, tokens, pruned.expected_logits, streamed=streamer is not None)
     context.folder.update_manifest(
-        model=context.folder.read_manifest()["model"] | {"bytes": context.dense_params * small.storage_dtype.itemsize},
-        pruned=asdict(written)
-        | {
-            "folder": "model",
-            "class": written.architecture,
-            "decoder_params": kept_params(context.sites, state.plan) + context.unprunable_block_params,
-            "dtype": str(small.storage_dtype).removeprefix("torch."),
-        },
-        selfcheck=found.to_dict(),
+        model=replace(context.folder.read_manifest().model, bytes=context.dense_params * pruned.storage_dtype.itemsize),
+        pruned=PrunedModelFacts(
+            **asdict(written) | {"folder": "model"},
+            class_name=written.architecture,
+            decoder_params=kept_params(context.sites, state.plan) + context.unprunable_block_params,
+            dtype=str(pruned.storage_dtype).removeprefix("torch."),
+        ),
+        selfcheck=SelfCheckFacts(**selfcheck.to_dict()),
     )
     unchecked.rename(context.folder.model_folder)  # from here on model/ exists, is whole, and has passed its check
 
 
 def _chat_stop(context: RunContext) -> int | None:
-    """Where an answer is over, if the model was tuned on turns of a chat."""
-    chats = any(uses_chat_template(record, context.config.data.template) for record in context.splits.train)
-    return chat_stop_id(context.tokenizer) if chats else None
+    """The token that ends a turn, if the model was tuned on chats."""
+    has_chats = any(uses_chat_template(record, context.config.data.template) for record in context.splits.train)
+    return chat_stop_id(context.tokenizer) if has_chats else None
 
 
 def _compare_with_tuned(
     context: RunContext, state: TrainingState, tokens: Tensor, expected_logits: Tensor
 ) -> dict[str, Any]:
-    """The model as it was tuned, in 4 bits, against what the merged one says."""
+    """Compare the logits of the model as it was tuned, in 4 bits, with those of the merged one."""
     assert state.plan is not None
     base = context.load_for_training()
     _load_adapters(base, context, state)
@@ -112,17 +121,15 @@ def _compare_with_tuned(
 
 
 def _is_large(context: RunContext) -> bool:
-    """Whether weights would fill a computer's memory, and what was learnt about them is in adapters."""
-    return prunable_params(context.sites) >= LARGE_MODEL_PARAMS and not trains_all_weights(
-        context.config.train, context.sites
-    )
+    """Whether the weights may not fit into memory, and only adapters were tuned."""
+    return prunable_params(context.sites) >= LARGE_MODEL_PARAMS and context.config.train.weights != "all"
 
 
 def _cut_in_memory(context: RunContext, state: TrainingState, tokens: Tensor) -> CutModel:
     assert state.plan is not None
     loaded = context.load_dense(torch.float32, torch.device("cpu"))
     gated = loaded.model
-    if has_nf4_adapters(context, state):  # merged is what was tuned: adapters know the rounded weights only
+    if has_nf4_adapters(context, state):  # adapters were tuned on the rounded weights
         round_linears_to_nf4(gated, context.sites, dtype=context.dtype, device=context.device)
     _load_adapters(gated, context, state)
     merge_adapters(gated)
@@ -137,8 +144,8 @@ def _cut_in_memory(context: RunContext, state: TrainingState, tokens: Tensor) ->
 
 
 def _load_adapters(model: Any, context: RunContext, state: TrainingState) -> None:
-    """A checkpoint's adapters, or the weights they were merged into, on a dense model: zero for removed units."""
-    if not (state.is_cut and trains_all_weights(context.config.train, context.sites)):
+    """Put a checkpoint's adapters, or the weights they were merged into, on a dense model: zero for removed units."""
+    if not (state.is_cut and context.config.train.weights == "all"):
         add_adapters(model, context.sites, context.config.lora, seed=0)
     load_into_dense(model, state, context.sites, context.config.train)
 
@@ -147,14 +154,12 @@ def _load_adapters(model: Any, context: RunContext, state: TrainingState) -> Non
 
 
 def _open_streamed(context: RunContext, state: TrainingState) -> StreamedModel | None:
-    """None where weights are not stored under the names that they have in memory."""
+    """The model to cut layer by layer; None if its weights are not stored under the names that they have in memory."""
     name, trust = context.config.model, context.config.trust_remote_code
-    model, stored = (
-        load_empty_model(name, trust_remote_code=trust),
-        SafetensorsReader.from_model(name, trust_remote_code=trust),
-    )
-    if not stored.has_all(name for name, _ in model.named_parameters()):
-        log.warning("the model's files use other names than its class: it is cut as a whole, in the memory of the CPU")
+    model = load_empty_model(name, trust_remote_code=trust)
+    stored = SafetensorsReader.from_model(name, trust_remote_code=trust)
+    if not stored.has_all(parameter for parameter, _ in model.named_parameters()):
+        log.warning("the model's files use other names than its class: it is cut as a whole, in CPU memory")
         return None
     return StreamedModel(model, stored, _adapter_merge(model, context, state))
 
@@ -169,35 +174,33 @@ def _cut_layer_by_layer(context: RunContext, streamer: StreamedModel, state: Tra
 
 
 def _adapter_merge(model: Any, context: RunContext, state: TrainingState) -> AdapterMerger:
-    """What `merge_adapters` adds, weight by weight."""
+    """A function that merges the checkpoint's adapters into one weight at a time, as `merge_adapters` does."""
     assert state.plan is not None
-    rank, settings = context.config.lora.rank, context.config.lora
+    rank, alpha = context.config.lora.rank, context.config.lora.alpha
     linears = {name: get_base_linear(model, name) for name in lora_target_modules(model)}
-    shapes = {
-        f"{name}.lora_A.{ADAPTER_NAME}.weight": torch.Size((rank, axis_size(linears[name], COLUMNS)))
-        for name in linears
-    }
-    shapes |= {
-        f"{name}.lora_B.{ADAPTER_NAME}.weight": torch.Size((axis_size(linears[name], ROWS), rank)) for name in linears
-    }
-    weights: Mapping[str, Tensor] = state.tensors["adapters"]
-    grown = expand_adapter_tensors(weights, shapes, state.plan, context.sites) if state.is_cut else weights
-    scale = (settings.alpha or 2 * rank) / rank
-    held = cut_axes(model, context.sites) if has_nf4_adapters(context, state) else {}
+    shapes: dict[str, torch.Size] = {}
+    for name, linear in linears.items():
+        shapes[f"{name}.lora_A.{ADAPTER_NAME}.weight"] = torch.Size((rank, axis_size(linear, COLUMNS)))
+        shapes[f"{name}.lora_B.{ADAPTER_NAME}.weight"] = torch.Size((axis_size(linear, ROWS), rank))
+    adapters: Mapping[str, Tensor] = state.tensors["adapters"]
+    if state.is_cut:
+        adapters = expand_adapter_tensors(adapters, shapes, state.plan, context.sites)
+    scale = (alpha or 2 * rank) / rank
+    axes_in_nf4 = cut_axes(model, context.sites) if has_nf4_adapters(context, state) else {}
 
-    def merged(name: str, weight: Tensor) -> Tensor:
-        linear = name.removesuffix(".weight")
-        if linear not in linears or not name.endswith(".weight"):
+    def merge(name: str, weight: Tensor) -> Tensor:
+        module_name = name.removesuffix(".weight")
+        if module_name not in linears or not name.endswith(".weight"):
             return weight
-        if linear in held:
-            how: Any = {"lines": held[linear], "dtype": context.dtype, "device": context.device}
-            weight = round_to_nf4(linears[linear], weight, **how).to(weight)
-        delta = (
-            grown[f"{linear}.lora_B.{ADAPTER_NAME}.weight"] @ grown[f"{linear}.lora_A.{ADAPTER_NAME}.weight"] * scale
-        )
-        return weight + (delta.t() if is_transposed(linears[linear]) else delta)
+        linear = linears[module_name]
+        if module_name in axes_in_nf4:
+            axis = axes_in_nf4[module_name]
+            weight = round_to_nf4(linear, weight, cut_axis=axis, dtype=context.dtype, device=context.device).to(weight)
+        lora_a, lora_b = (adapters[f"{module_name}.lora_{half}.{ADAPTER_NAME}.weight"] for half in "AB")
+        delta = lora_b @ lora_a * scale
+        return weight + (delta.t() if is_transposed(linear) else delta)
 
-    return merged
+    return merge
 
 
 def _check_tokens(context: RunContext) -> Tensor:

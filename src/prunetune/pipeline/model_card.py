@@ -1,4 +1,4 @@
-"""The model card of a run: written with the checkpoint, and again when its scores are there."""
+"""The model card of a run: written with the checkpoint, and again once the scores are known."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MODEL_NAMES = ("dense", "tuned", "pruned")
 
 
 def render_card(folder: RunFolder, config: RunConfig, plan: Plan, sites: Sequence[Site]) -> str:
-    """The card by what the run folder holds so far."""
+    """The text of the card, from what the run folder holds so far."""
     recipe = folder.path / "config.yaml"
     origin = Provenance(
         config=config,
@@ -31,25 +31,27 @@ def render_card(folder: RunFolder, config: RunConfig, plan: Plan, sites: Sequenc
 
 
 def rewrite_card(folder: RunFolder, config: RunConfig, sites: Sequence[Site]) -> Path:
-    """Put the scores into the finished model's card; `SHA256SUMS` leaves the card out."""
+    """Write the finished model's card again, now with scores; `SHA256SUMS` does not list the card."""
     path = folder.model_folder / "README.md"
     write_text(path, render_card(folder, config, Plan.load(folder.plan_file), sites))
     return path
 
 
 def card_scores(folder: RunFolder) -> tuple[ScoreRow, ...]:
-    """The headline metric of each task, and its NLL, of the models scored so far; none before the pruned one is."""
+    """Headline metric and NLL of each task, of the models scored so far; empty until the pruned one is."""
     files = {name: folder.evaluation_file(name) for name in MODEL_NAMES}
-    found = {name: Evaluation.from_json(file.read_text("utf-8")) for name, file in files.items() if file.is_file()}
-    if "pruned" not in found:
+    evaluations = {
+        name: Evaluation.from_json(file.read_text("utf-8")) for name, file in files.items() if file.is_file()
+    }
+    if "pruned" not in evaluations:
         return ()
     rows = []
-    for task, result in found["pruned"].tasks.items():
+    for task, result in evaluations["pruned"].tasks.items():
         for metric in dict.fromkeys((headline_metric(result), "nll")):
             scores = {
-                name: scored.tasks[task].scores[metric]
-                for name, scored in found.items()
-                if task in scored.tasks and metric in scored.tasks[task].scores
+                name: evaluation.tasks[task].scores[metric]
+                for name, evaluation in evaluations.items()
+                if task in evaluation.tasks and metric in evaluation.tasks[task].scores
             }
             if scores:
                 rows.append(ScoreRow(task, metric, {name: (s.value, s.se, s.n) for name, s in scores.items()}))

@@ -1,9 +1,9 @@
-"""Runs of several sizes: the largest is a plain run; each smaller one is cut out of the tuned one before it, and tuned.
+"""A run of several sizes: the largest is a plain run; each smaller one is cut out of the one tuned before it.
 
 The plans are nested and come from the scores that the one search ended with. Every size has a run folder of its own,
-`sizes/0.6`, with checkpoints, model, scores and report; the run's own folder holds what they share: the teacher, the
-dense models' scores, the speed of all beside the dense model, and a report of the front. A run that was stopped goes on
-in the size it was in.
+`sizes/0.6`, with checkpoints, model, scores and report. The run's own folder holds what they share: the teacher, the
+dense models' scores, the speed of all relative to the dense model, and a report that compares the sizes. A run that was
+stopped continues in the size it was in.
 """
 
 from __future__ import annotations
@@ -19,33 +19,47 @@ from pathlib import Path
 from prunetune.config.recipe import RunConfig
 from prunetune.data.batches import BatchStream
 from prunetune.errors import ConfigError, LimitBroken, RunFolderError, SelfCheckFailed
+from prunetune.manifest import ModelSpeeds, SizeFacts
 from prunetune.model.loading import pick_device
-from prunetune.pipeline import stages
+from prunetune.pipeline.finish import finish
 from prunetune.pipeline.monitor import ValidationMonitor, make_monitor
-from prunetune.pipeline.prepare import Console, RunContext, data_and_model_facts, prepare
-from prunetune.pipeline.recording import raise_if_limits_broken, run_lifecycle
+from prunetune.pipeline.prepare import Console, RunContext, prepare
+from prunetune.pipeline.recording import (
+    raise_if_limits_broken,
+    record_origin,
+    record_timing,
+    record_training,
+    run_lifecycle,
+)
 from prunetune.pipeline.requirements import measure_gain
-from prunetune.runs.folder import TUNING_STAGE, RunFolder, create_run_folder
-from prunetune.runs.trackers import require_trackers, start_trackers
+from prunetune.pipeline.stages import (
+    TeacherFactory,
+    dense_model_names,
+    evaluate_all,
+    evaluate_models,
+    load_model,
+    make_teacher_factory,
+    measure_budgets,
+    resume_training,
+)
+from prunetune.runs.folder import RunFolder, create_run_folder
+from prunetune.runs.trackers import require_trackers
 from prunetune.search.searcher import Searcher, detach_to
 from prunetune.search.select import Scores, select
 from prunetune.train.checkpoints import Checkpoints, TrainingState
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import build_schedule, tune_only_schedule
-from prunetune.utils import environment
 from prunetune.utils.console import make_console
 from prunetune.utils.determinism import deterministic
 from prunetune.utils.launch import rank_and_world_size
 from prunetune.utils.seeds import derive_seed
 
 
-def run(config: RunConfig, *, resume: bool = False, console: Console | None = None, command: str = "") -> Path:
-    """Tune, prune, cut, check, evaluate and report, one size or several; returns the run folder.
+def run_sizes(config: RunConfig, *, resume: bool = False, console: Console | None = None, command: str = "") -> Path:
+    """`run` for a recipe whose budget names several sizes; returns the folder of the whole run.
 
-    Raises a `PrunetuneError` for what the user can mend, before anything is written where that can be known.
+    A limit that stops one size leaves the larger ones: they are finished before `LimitBroken` is raised.
     """
-    if not config.budget.sizes:
-        return stages.run(config, resume=resume, console=console, command=command)
     if rank_and_world_size()[1] > 1:
         raise ConfigError(
             "budget.keep names several sizes, which one process makes: start it without accelerate launch"
@@ -53,40 +67,50 @@ def run(config: RunConfig, *, resume: bool = False, console: Console | None = No
     require_trackers(config.report_to)
     console = console or make_console(config.train.log_every)
     with closing(console), deterministic(config.deterministic, pick_device(config.device)):
-        setting = prepare(config, resume=resume, console=console)
-        sizes = make_size_runs(setting)
-        create_run_folder(setting.folder, config)
-        with run_lifecycle(setting.folder, config, command):
-            _run_stages(setting, sizes, command)
-    return setting.folder.path
+        context = prepare(config, resume=resume, console=console)
+        sizes = make_size_runs(context)
+        create_run_folder(context.folder, config)
+        with run_lifecycle(context, command):
+            folders = tuple(str(size.folder.path.relative_to(context.folder.path)) for size in sizes)
+            record_origin(context, command, sizes=folders)
+            stopped = SizeTraining(context, sizes, command).train()
+            tuned = [size for size in sizes if size.is_tuned]
+            _finish_and_evaluate(context, tuned, command)
+            if any(not size.folder.read_manifest().gain for size in tuned):
+                with record_timing(context.folder, "bench"):
+                    measure_gain(context.folder, [size.folder for size in tuned], context)
+            failures = [*_broken_limits(tuned, command), *([stopped] if stopped else [])]
+            if failures:
+                raise LimitBroken("; ".join(failures))
+    return context.folder.path
 
 
 @dataclass(frozen=True)
 class SizeRun:
-    """One of several: a setting whose recipe and folder are its own."""
+    """One of several sizes: a context whose recipe and folder are its own."""
 
     context: RunContext
     monitor: ValidationMonitor
-    index: int  # from the largest on
+    index: int  # 0 for the largest
 
     @property
     def folder(self) -> RunFolder:
-        """Where its checkpoints, model and scores lie."""
+        """The run folder of this size."""
         return self.context.folder
 
     @property
     def config(self) -> RunConfig:
-        """The run's recipe with the budget and the steps of this size."""
+        """The run's config with the budget and the steps of this size."""
         return self.context.config
 
     @property
     def latest_state(self) -> TrainingState | None:
-        """How far it has come."""
+        """Its newest checkpoint."""
         return Checkpoints(self.folder.checkpoints).latest()
 
     @property
     def is_tuned(self) -> bool:
-        """Whether nothing is left but to write it."""
+        """Whether its training is complete."""
         if self.folder.model_folder.exists():
             return True
         state = self.latest_state
@@ -94,17 +118,22 @@ class SizeRun:
 
 
 def make_size_runs(context: RunContext) -> tuple[SizeRun, ...]:
-    """The sizes of a run, the largest first; raises where a gate could never act."""
+    """The sizes of a run, the largest first; raises a `ConfigError` or `DataError` for a limit that cannot act."""
     sizes = []
-    for number, keep in enumerate(context.config.budget.keeps):
+    for index, keep in enumerate(context.config.budget.keeps):
         folder = context.folder.size_folder(keep)
-        own = replace(context, config=size_config(context.config, number, folder.path), folder=folder)
-        sizes.append(SizeRun(own, make_monitor(own), number))
+        size_context = replace(
+            context,
+            recipe=size_config(context.recipe, index, folder.path),
+            config=size_config(context.config, index, folder.path),
+            folder=folder,
+        )
+        sizes.append(SizeRun(size_context, make_monitor(size_context), index))
     return tuple(sizes)
 
 
 def size_config(config: RunConfig, index: int, out: Path) -> RunConfig:
-    """The recipe of one size: for the first that of a plain run, for the others of tuning alone."""
+    """The recipe of one size: for the first that of a plain run, for the others that of tuning alone."""
     shares, steps = config.train.size_share, config.train.steps
     if index:
         steps = max(1, round(steps * shares[min(index, len(shares)) - 1]))
@@ -112,101 +141,51 @@ def size_config(config: RunConfig, index: int, out: Path) -> RunConfig:
     return replace(config, out=str(out), budget=budget, train=replace(config.train, steps=steps))
 
 
-# -- the chain -------------------------------------------------------------------------------------------------------
-
-
-def _run_stages(context: RunContext, sizes: Sequence[SizeRun], command: str) -> None:
-    folder = context.folder
-    facts = environment.describe_environment(context.device, context.dtype, command, context.config.seed)
-    folder.update_manifest(
-        **facts,
-        **data_and_model_facts(context),
-        sizes=[str(size.folder.path.relative_to(folder.path)) for size in sizes],
-    )
-    failed = _SizeChain(context, sizes, command).run()
-    made = [size for size in sizes if size.is_tuned]
-    if made:
-        with stages.record_timing(folder, "evaluate"):
-            stages.evaluate_models(context, stages.dense_model_names(context.config))
-    for size in made:
-        _copy_dense_scores(context, size)
-        with run_lifecycle(size.folder, size.config, command):
-            stages.finish_and_evaluate(size.context)
-    if any("gain" not in size.folder.read_manifest() for size in made):
-        with stages.record_timing(folder, "bench"):
-            measure_gain(folder, [size.folder for size in made], context)
-    failures = [*_check_limits(made, command), *([failed] if failed else [])]
-    if failures:
-        raise LimitBroken("; ".join(failures))
-
-
-def _copy_dense_scores(context: RunContext, size: SizeRun) -> None:
-    """The dense models are scored once, for all sizes."""
-    for name in stages.dense_model_names(context.config):
-        if not size.folder.evaluation_file(name).exists():
-            shutil.copyfile(context.folder.evaluation_file(name), size.folder.evaluation_file(name))
-    speed = size.folder.read_manifest().get("speed", {})
-    size.folder.update_manifest(speed=context.folder.read_manifest().get("speed", {}) | speed)
-
-
-def _check_limits(sizes: Sequence[SizeRun], command: str) -> list[str]:
-    """What is outside a gate, in words; each size's report and history say so, too."""
-    failures = []
-    for size in sizes:
-        try:
-            with run_lifecycle(size.folder, size.config, command):
-                raise_if_limits_broken(size.context)
-        except SelfCheckFailed:
-            raise
-        except LimitBroken as failed:
-            failures.append(str(failed))
-    return failures
+# -- training of all sizes, one after the other ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _SizeChain:
-    """The tuning of all sizes, in turn."""
+class SizeTraining:
+    """Trains the sizes in turn, the largest first, with one teacher."""
 
     context: RunContext
     sizes: Sequence[SizeRun]
     command: str
 
-    def run(self) -> str:
-        """Tune every size that is not; what a gate said that stopped the chain, or nothing."""
+    def train(self) -> str:
+        """Train every size that is not tuned yet; returns why a limit stopped this, or an empty text."""
         for size in self.sizes:
             if size.is_tuned:
                 continue
             try:
-                self._tune(size)
+                self.train_size(size)
             except LimitBroken as stopped:
                 return f"size {size.config.budget.keep:g}: {stopped}"
-            gc.collect()  # one model leaves before the next is loaded
+            gc.collect()  # one model frees its memory before the next is loaded
         return ""
 
-    def _tune(self, size: SizeRun) -> None:
-        setting, folder = size.context, size.folder
-        create_run_folder(folder, size.config)
-        teaching = self._teacher_factory
-        facts = environment.describe_environment(setting.device, setting.dtype, self.command, setting.config.seed)
+    def train_size(self, size: SizeRun) -> None:
+        """Train one size to its last step."""
+        create_run_folder(size.folder, size.context.recipe)
+        teacher_factory = self._teacher_factory
+        keep = size.config.budget.keep
         larger = self.sizes[size.index - 1].config.budget.keep if size.index else None
-        folder.update_manifest(
-            **facts, **data_and_model_facts(setting), size={"keep": size.config.budget.keep, "larger": larger}
-        )
-        setting.console.stage(f"tune and prune, size {size.config.budget.keep:g}", size.config.train.steps)
-        with (
-            stages.record_timing(folder, TUNING_STAGE),
-            start_trackers(setting.config, folder, cpu=setting.device.type == "cpu") as trackers,
-        ):
-            stages.tune(setting, teaching, size.monitor, trackers, lambda job: self._job_for_size(job, size))
+        record_origin(size.context, self.command, size=SizeFacts(keep=keep, larger=larger))
+        size.context.console.stage(f"tune and prune, size {keep:g}", size.config.train.steps)
+        with record_training(size.context) as observer:
+            while not resume_training(
+                size.context, teacher_factory, observer, size.monitor, lambda job: self._job_for_size(job, size)
+            ):
+                gc.collect()  # the model that was rolled back frees its memory before another is loaded
 
     @cached_property
-    def _teacher_factory(self) -> stages.TeacherFactory:
+    def _teacher_factory(self) -> TeacherFactory:
         """One for all sizes, tuned by the run's own recipe; or the untuned model, which each has in its own memory."""
-        with stages.record_timing(self.context.folder, "teacher"):
-            return stages.make_teacher_factory(self.context, lambda: stages.load_model(self.context, "tuned"))
+        with record_timing(self.context.folder, "teacher"):
+            return make_teacher_factory(self.context, lambda: load_model(self.context, "tuned"))
 
     def _job_for_size(self, job: TrainingJob, size: SizeRun) -> TrainingJob:
-        """The first size's job as it is; a smaller one's goes on where the larger one ended, with other examples."""
+        """The first size's job unchanged; a smaller one's starts where the larger one ended, with other examples."""
         if not size.index:
             return job
         larger = self.sizes[size.index - 1]
@@ -217,26 +196,58 @@ class _SizeChain:
                 "from it: put it back, or start anew with another --out"
             )
         seed = derive_seed(size.config.seed, "train", size.index)
+        keep = size.config.budget.keep
         return replace(
             job,
             schedule=tune_only_schedule(size.config),
             train_stream=BatchStream(job.train_stream.examples, size.config.train.batch_size, seed),
-            given_plan=select(
-                self._final_search_scores(job),
-                job.sites,
-                size.config.budget.keep,
-                job.constraints,
-                larger_plan=start.plan,
-            ),
+            given_plan=select(self._final_search_scores(job), job.sites, keep, job.constraints, larger_plan=start.plan),
             start_state=start,
         )
 
     def _final_search_scores(self, job: TrainingJob) -> Scores:
-        """What the one search ended with."""
+        """The scores that the one search, of the first size, ended with."""
         first = self.sizes[0]
         state = first.latest_state
         assert state is not None
         device = self.context.device
-        searcher = Searcher(job.sites, job.constraints, first.config, build_schedule(first.config).keep_at, device)
+        searcher = Searcher(
+            job.sites, job.constraints, first.config, build_schedule(first.config).annealed_keep, device
+        )
         searcher.load_state_tensors(state.tensors["generator"])
         return detach_to(searcher.logits(), "cpu")
+
+
+# -- after training ----------------------------------------------------------------------------------------------------
+
+
+def _finish_and_evaluate(context: RunContext, sizes: Sequence[SizeRun], command: str) -> None:
+    """Finish, evaluate and measure every size that is tuned; the dense models are evaluated once, for all."""
+    names = dense_model_names(context.config)
+    if sizes:
+        with record_timing(context.folder, "evaluate"):
+            evaluate_models(context, names)
+    for size in sizes:
+        for name in names:
+            if not size.folder.evaluation_file(name).exists():
+                shutil.copyfile(context.folder.evaluation_file(name), size.folder.evaluation_file(name))
+        dense_speed, speed = (folder.read_manifest().speed.to_dict() for folder in (context.folder, size.folder))
+        size.folder.update_manifest(speed=ModelSpeeds.from_dict(dense_speed | speed))
+        with run_lifecycle(size.context, command):
+            finish(size.context)
+            evaluate_all(size.context)
+            measure_budgets(size.context)
+
+
+def _broken_limits(sizes: Sequence[SizeRun], command: str) -> list[str]:
+    """What is outside a limit, in words; each size's own report and history show it, too."""
+    failures = []
+    for size in sizes:
+        try:
+            with run_lifecycle(size.context, command):
+                raise_if_limits_broken(size.context)
+        except SelfCheckFailed:
+            raise
+        except LimitBroken as failed:
+            failures.append(str(failed))
+    return failures

@@ -1,47 +1,83 @@
-"""What a run tells while it goes on and when it ends: to its folder, the console, trackers, the report, the history."""
+"""What a run records: steps and scores to its folder, console and trackers; times, failures, report and history."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from prunetune.config.recipe import RunConfig
 from prunetune.errors import LimitBroken
-from prunetune.pipeline.prepare import RunContext
+from prunetune.pipeline.prepare import RunContext, data_and_model_facts
 from prunetune.report import write_report
 from prunetune.runs import history
-from prunetune.runs.folder import RunFolder, run_lock
-from prunetune.runs.trackers import Trackers
+from prunetune.runs.folder import TUNING_STAGE, RunFolder, run_lock
+from prunetune.runs.trackers import Trackers, start_trackers
+from prunetune.train.job import Observer
 from prunetune.utils import environment
 
 
 @dataclass(frozen=True)
 class RunRecorder:
-    """Keeps the records of a run in its folder and passes them on to the console and to trackers."""
+    """Writes the records of a training run to its folder and passes them to the console and to trackers."""
 
     context: RunContext
     trackers: Trackers
 
     def step(self, record: dict[str, Any]) -> None:
-        """A tuning step is done."""
+        """Record a tuning step."""
         record = record | {"memory_mb": environment.peak_memory_mb(self.context.device)}
         self.context.folder.append_record("metrics.jsonl", record)
         self.context.console.step(record)
         self.trackers.log(record, "train")
 
     def validation(self, record: dict[str, Any]) -> None:
-        """The decided sub-network was scored."""
+        """Record the scores of a validation."""
         self.context.folder.append_record("validation.jsonl", record)
         self.context.console.validation(record)
         self.trackers.log(record, "validation")
 
 
 @contextmanager
-def run_lifecycle(folder: RunFolder, config: RunConfig, command: str) -> Iterator[None]:
-    """However the block ends, the report and the history say so. No other process works on the run meanwhile."""
-    with run_lock(folder), history.register_run(folder, config, command):
+def record_training(context: RunContext) -> Iterator[Observer]:
+    """The observer of the training in the block, which is timed; on other ranks than 0 nothing is recorded."""
+    if not context.ranks.is_main:
+        yield context.console
+        return
+    with (
+        record_timing(context.folder, TUNING_STAGE),
+        start_trackers(context.reported_config, context.folder, cpu=context.device.type == "cpu") as trackers,
+    ):
+        yield RunRecorder(context, trackers)
+
+
+@contextmanager
+def record_timing(folder: RunFolder, stage: str) -> Iterator[None]:
+    """Add the seconds that the block took to the stage's in the manifest, which earlier processes may have begun."""
+    started = time.monotonic()
+    try:
+        yield
+    finally:
+        timings = folder.read_manifest().timings
+        seconds = (timings.get(stage) or 0) + time.monotonic() - started
+        folder.update_manifest(timings={**timings, stage: seconds})
+
+
+def record_origin(context: RunContext, command: str, **facts: Any) -> None:
+    """Write to the manifest what the run is made of: machine, versions, command, data, dense model, and `facts`."""
+    context.folder.update_manifest(
+        **environment.describe_environment(context.device, context.dtype, command, context.config.seed),
+        **data_and_model_facts(context),
+        **facts,
+    )
+
+
+@contextmanager
+def run_lifecycle(context: RunContext, command: str) -> Iterator[None]:
+    """Lock the run folder for the block; whatever ends the block, the report and the history then show it."""
+    folder = context.folder
+    with run_lock(folder), history.register_run(folder, context.reported_config, command):
         try:
             yield
             folder.update_manifest(failed="")
@@ -53,16 +89,15 @@ def run_lifecycle(folder: RunFolder, config: RunConfig, command: str) -> Iterato
 
 
 def raise_if_limits_broken(context: RunContext) -> None:
-    """Raises `GateFailed` where the run ended outside a gate; what it made is there."""
+    """Raises `LimitBroken` if the finished run is outside a limit on scores or gain; model and report are kept."""
     manifest = context.folder.read_manifest()
-    limits = [limit for part in ("gates", "gain") for limit in manifest.get(part, {}).get("limits", [])]
-    broken = [limit for limit in limits if not limit["held"]]
+    broken = [limit for limit in (*manifest.limits.limits, *manifest.gain.limits) if not limit.is_met]
     if broken:
-        words = "; and ".join(
-            limit.get("says") or f"{limit['gate']}, limit {limit['limit']:.4g}, found {limit['found']:.4g}"
+        reasons = "; and ".join(
+            limit.explanation or f"{limit.condition}, limit {limit.limit:.4g}, found {limit.measured:.4g}"
             for limit in broken
         )
         raise LimitBroken(
-            f"{context.folder.path} ended outside a gate: {words}; "
-            "model and report are there, to look at before they are used"
+            f"{context.folder.path} ended outside a limit: {reasons}; "
+            "model and report are written: look at them before the model is used"
         )

@@ -1,17 +1,13 @@
-"""A whole run: model and data in; plan, checkpoint, scores and report out.
+"""The stages of a run that `run` calls: training with its job and teacher, evaluation, and measurement.
 
-Each stage leaves one thing on disk (checkpoints, model/, evaluation/*.json, report.html) and is skipped where that is
-whole already: so a run that was stopped anywhere goes on from there.
+Each stage leaves one thing on disk and is skipped where that is complete. Cutting and writing is in `finish`.
 """
 
 from __future__ import annotations
 
 import gc
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from prunetune.bench.latency.verify import verify_budgets
@@ -21,160 +17,61 @@ from prunetune.data.batches import BatchStream, pad_token_id, unlabelled_example
 from prunetune.data.encoding import Example
 from prunetune.data.records import Record
 from prunetune.data.sources import SplitName
-from prunetune.errors import ConfigError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
 from prunetune.export.checksums import verify_checksums
-from prunetune.model.loading import DTYPES, load_model_and_tokenizer, pick_device
-from prunetune.pipeline.finish import finish
+from prunetune.manifest import BudgetFacts, ModelSpeeds
+from prunetune.model.loading import DTYPES, load_model_and_tokenizer
 from prunetune.pipeline.model_card import rewrite_card
-from prunetune.pipeline.monitor import ValidationMonitor, make_monitor, tuning_facts
-from prunetune.pipeline.prepare import Console, RunContext, data_and_model_facts, prepare
-from prunetune.pipeline.recording import RunRecorder, raise_if_limits_broken, run_lifecycle
+from prunetune.pipeline.monitor import ValidationMonitor
+from prunetune.pipeline.prepare import RunContext
+from prunetune.pipeline.recording import record_timing, record_training
 from prunetune.pipeline.requirements import measure_gain
 from prunetune.plan import Plan
 from prunetune.pruning.cut import finalize_adapters
 from prunetune.pruning.sites import dense_plan
-from prunetune.runs.folder import TUNING_STAGE, RunFolder, create_run_folder
-from prunetune.runs.trackers import Trackers, require_trackers, start_trackers
+from prunetune.runs.folder import TUNING_STAGE
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore
 from prunetune.train.job import Monitor, Observer, TrainingJob
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.losses import Teacher
 from prunetune.train.parallel.distributed_passes import distribute_checkpoints
-from prunetune.train.parallel.ranks import SINGLE_PROCESS, init_distributed
+from prunetune.train.parallel.ranks import SINGLE_PROCESS
 from prunetune.train.parallel.sharding import shard_layers
 from prunetune.train.schedule import build_schedule, tune_only_schedule
-from prunetune.train.teacher import base_teacher, resolve_auto
+from prunetune.train.teacher import Teacher, base_teacher
 from prunetune.train.validation import RolledBack
 from prunetune.utils import environment
-from prunetune.utils.console import SilentConsole, make_console
-from prunetune.utils.determinism import deterministic
 from prunetune.utils.files import write_text
 from prunetune.utils.seeds import derive_seed
 
 TeacherFactory = Callable[[Any], Teacher | None]  # from a dense student, without adapters yet, to its teacher
 
 
-def run(config: RunConfig, *, resume: bool = False, console: Console | None = None, command: str = "") -> Path:
-    """Tune, prune, cut, check, evaluate and report; returns the run folder.
-
-    Raises a `PrunetuneError` for what the user can mend, before anything is written where that can be known.
-    """
-    if config.budget.sizes:
-        raise ConfigError("budget.keep names several sizes: call prunetune.run, which makes each of them")
-    require_trackers(config.report_to)
-    ranks = init_distributed(pick_device(config.device))
-    device = pick_device(config.device) if ranks.world_size == 1 else ranks.device
-    console = console or (make_console(config.train.log_every) if ranks.is_main else SilentConsole())
-    with closing(console), deterministic(config.deterministic, device):
-        with ranks.main_process_first():
-            setting = prepare(config, resume=resume, console=console, ranks=ranks)
-        if "size" in setting.folder.read_manifest():
-            raise RunFolderError(f"{setting.folder.path} is one size of a run: go on with the run around it")
-        watcher = make_monitor(setting)
-        ranks.barrier()  # until all have looked at the folder as it was
-        if not ranks.is_main:
-            with ranks.barrier_before_failing():
-                _run_other_ranks(setting, watcher)
-            return setting.folder.path
-        create_run_folder(setting.folder, config)
-        with ranks.barrier_before_failing(), run_lifecycle(setting.folder, setting.config, command):
-            _run_stages(setting, watcher, command)
-            raise_if_limits_broken(setting)
-    return setting.folder.path
+# -- training --------------------------------------------------------------------------------------------------------
 
 
-def _run_stages(context: RunContext, monitor: ValidationMonitor, command: str) -> None:
-    config, folder = context.config, context.folder
-    folder.update_manifest(
-        **environment.describe_environment(context.device, context.dtype, command, config.seed),
-        **data_and_model_facts(context),
-    )
-    if context.ranks.broadcast_from_main(not folder.model_folder.exists()):
-        with (
-            record_timing(folder, TUNING_STAGE),
-            start_trackers(config, folder, cpu=context.device.type == "cpu") as trackers,
-        ):
-            train(context, monitor, trackers)
-    sharded = context.ranks.uses_fsdp
-    finish_and_evaluate(_release_other_ranks(context), streamed=sharded)
-    if config.require.has_requirements and "gain" not in folder.read_manifest():
-        with record_timing(folder, "bench"):
-            measure_gain(folder, [folder], context)
+def train(context: RunContext, monitor: ValidationMonitor | None = None) -> None:
+    """Search, settle and tune, on every rank; the last checkpoint holds the result. Skipped where model/ is written."""
+    if not context.ranks.broadcast_from_main(not context.folder.model_folder.exists()):
+        return
+    with record_training(context) as observer:
+        teacher_factory = make_teacher_factory(context, lambda: load_model(context, "tuned"))
+        context.console.stage(TUNING_STAGE, context.config.train.steps)
+        while not resume_training(context, teacher_factory, observer, monitor):
+            gc.collect()  # the model that was rolled back frees its memory before another is loaded
+        config = context.config
+        if context.ranks.world_size > 1 and config.evaluate.dense_tuned and config.distill.teacher != "dense":
+            load_model(context, "tuned")  # tuned now, on all ranks; evaluated later, by rank 0
 
 
-def finish_and_evaluate(context: RunContext, *, streamed: bool = False) -> None:
-    """Cut, write, check and evaluate what is tuned, as far as it is not done; `streamed`: cut layer by layer."""
-    folder = context.folder
-    if not folder.model_folder.exists():
-        folder.update_manifest(**tuning_facts(context))
-        with record_timing(folder, "cut and check"):
-            finish(context, streamed=streamed)
-    with record_timing(folder, "evaluate"):
-        evaluate_all(context)
-    measure_budgets(context)
-    folder.update_manifest(peak_memory_mb=environment.peak_memory_mb(context.device))
-
-
-def _run_other_ranks(context: RunContext, monitor: ValidationMonitor) -> None:
-    """What the other ranks do: they tune. What comes after is rank 0's."""
-    if context.ranks.broadcast_from_main(False):
-        train(context, monitor)
-    _release_other_ranks(context)
-
-
-def _release_other_ranks(context: RunContext) -> RunContext:
-    """The other ranks may leave; the setting of what rank 0 does without them."""
-    context.ranks.destroy_process_group()
-    return replace(context, ranks=SINGLE_PROCESS)
-
-
-@contextmanager
-def record_timing(folder: RunFolder, stage: str) -> Iterator[None]:
-    """The manifest says how long the block took, with what earlier processes took for it."""
-    started = time.monotonic()
-    try:
-        yield
-    finally:
-        timings = folder.read_manifest().get("timings", {})
-        folder.update_manifest(timings=timings | {stage: timings.get(stage, 0) + time.monotonic() - started})
-
-
-# -- stages ----------------------------------------------------------------------------------------------------------
-
-
-def train(context: RunContext, monitor: ValidationMonitor | None = None, trackers: Trackers | None = None) -> None:
-    """Search, settle and tune; the last checkpoint holds the result. Where a gate goes back, a new model goes on."""
-    teaching = make_teacher_factory(context, lambda: load_model(context, "tuned"))
-    context.console.stage(TUNING_STAGE, context.config.train.steps)
-    tune(context, teaching, monitor, trackers)
-    teacher = resolve_auto(context.config, context.sites).distill.teacher
-    if context.ranks.world_size > 1 and context.config.evaluate.dense_tuned and teacher != "dense":
-        load_model(context, "tuned")  # while all ranks are here
-
-
-def tune(
+def resume_training(
     context: RunContext,
     teacher_factory: TeacherFactory,
-    monitor: ValidationMonitor | None = None,
-    trackers: Trackers | None = None,
-    transform_job: Callable[[TrainingJob], TrainingJob] = lambda job: job,
-) -> None:
-    """`train` with a way to a teacher; `shaped` gives the job another form."""
-    observer = RunRecorder(context, trackers or Trackers()) if context.ranks.is_main else context.console
-    while not _tune_once(context, teacher_factory, monitor, observer, transform_job):
-        gc.collect()  # the model that went back lets go of its memory before another is loaded
-
-
-def _tune_once(
-    context: RunContext,
-    teacher_factory: TeacherFactory,
-    monitor: ValidationMonitor | None,
     observer: Observer,
-    transform_job: Callable[[TrainingJob], TrainingJob],
+    monitor: ValidationMonitor | None = None,
+    transform_job: Callable[[TrainingJob], TrainingJob] = lambda job: job,
 ) -> bool:
-    """Go on from the newest checkpoint; false where a gate went back on the way."""
+    """Train from the newest checkpoint to the last step; False where a limit rolled back: call again to continue."""
     checkpoints = distribute_checkpoints(Checkpoints(context.folder.checkpoints), context.ranks)
     state = checkpoints.latest()
     if context.ranks.is_main:
@@ -188,6 +85,12 @@ def _tune_once(
     return True
 
 
+def release_other_ranks(context: RunContext) -> RunContext:
+    """Let the other ranks end; returns the context in which rank 0 works alone."""
+    context.ranks.destroy_process_group()
+    return replace(context, ranks=SINGLE_PROCESS)
+
+
 def make_job(
     context: RunContext,
     model: Any,
@@ -197,10 +100,10 @@ def make_job(
     teacher: Teacher | None = None,
     monitor: Monitor | None = None,
 ) -> TrainingJob:
-    """What the loop needs; with a plan given, it only tunes."""
+    """What the loop needs; with a plan given, it only tunes. Of the context's resolved config."""
     from accelerate import Accelerator
 
-    config = resolve_auto(context.config, context.sites)
+    config = context.config
     return TrainingJob(
         model=model,
         sites=context.sites,
@@ -219,7 +122,9 @@ def make_job(
         schedule=tune_only_schedule(config) if plan else build_schedule(config),
         checkpoints=checkpoints,
         observer=observer,
-        accelerator=Accelerator(cpu=context.device.type == "cpu", mixed_precision="no"),  # passes see to it
+        accelerator=Accelerator(
+            cpu=context.device.type == "cpu", mixed_precision="no"
+        ),  # passes set the precision themselves
         teacher=teacher,
         monitor=monitor,
         ranks=context.ranks,
@@ -228,7 +133,7 @@ def make_job(
 
 
 def plain_lora_config(context: RunContext) -> RunContext:
-    """The setting of plain LoRA tuning: adapters of a rank of their own at the same scale, moved by AdamW."""
+    """The context of plain LoRA tuning: adapters of rank `lora.dense_rank` at the same scale, updated by AdamW."""
     lora = context.config.lora
     lora = replace(lora, rank=lora.dense_rank, alpha=lora.alpha * lora.dense_rank / lora.rank)
     train = replace(context.config.train, weights="adapters", optimizer="adamw")
@@ -236,14 +141,14 @@ def plain_lora_config(context: RunContext) -> RunContext:
 
 
 def dense_config(context: RunContext) -> RunContext:
-    """The setting in which the dense model is tuned: the same, at a learning rate of its own."""
+    """The context in which the dense model is tuned: plain LoRA at `lora.dense_learning_rate`."""
     plain = plain_lora_config(context)
     train = replace(plain.config.train, learning_rate=plain.config.lora.dense_learning_rate)
     return replace(plain, config=replace(plain.config, train=train))
 
 
 def _with_distill_texts(context: RunContext, split: SplitName, teacher: Teacher | None) -> tuple[Example, ...]:
-    """The examples of a split and, where there is a teacher, the share of texts on which only it counts."""
+    """The examples of a split and, where there is a teacher, a share of texts on which only distillation counts."""
     examples = context.encoded[split].examples
     if teacher is None or "texts" not in context.encoded:
         return examples
@@ -253,12 +158,12 @@ def _with_distill_texts(context: RunContext, split: SplitName, teacher: Teacher 
 
 
 def make_teacher_factory(context: RunContext, load_dense_tuned: Callable[[], Any]) -> TeacherFactory:
-    """The way to the recipe's teacher; `dense_tuned` gives the dense model tuned with the same data and steps.
+    """From a student to its teacher; `load_dense_tuned` gives the dense model tuned with the same data and steps.
 
-    The untuned model teaches a student in the student's own memory, so each student has a teacher of its own; but not
-    where weights are sharded: those are one model's only. Any other teacher is made here, once.
+    An untuned teacher shares its student's weights, so each student has a teacher of its own; except where weights are
+    sharded: those belong to one model only. Any other teacher is made here, once.
     """
-    distill = resolve_auto(context.config, context.sites).distill
+    distill = context.config.distill
     if distill.teacher == "base" and not context.ranks.uses_fsdp:
         return lambda student: base_teacher(student, distill)
     teacher = _separate_teacher(context, distill, load_dense_tuned)
@@ -275,8 +180,8 @@ def _separate_teacher(
         shard_layers(model, context.ranks)
     else:
         model = load_dense_tuned()
-    model, tuned = model.requires_grad_(False).eval(), distill.teacher != "base"
-    return Teacher(model, distill.logits, distill.hidden, is_tuned=tuned, share=distill.share)
+    model, tuned = model.requires_grad_(False).eval(), distill.teacher == "dense"
+    return Teacher(model, is_tuned=tuned, share=distill.share)
 
 
 def validation_subset(examples: tuple[Example, ...], limit: int) -> tuple[Example, ...]:
@@ -284,20 +189,24 @@ def validation_subset(examples: tuple[Example, ...], limit: int) -> tuple[Exampl
     return examples[:: max(1, -(-len(examples) // limit))]
 
 
+# -- evaluation and measurement ----------------------------------------------------------------------------------------
+
+
 def evaluate_all(context: RunContext) -> None:
-    """Scores and speed of the dense, the dense tuned and the pruned model."""
-    evaluate_models(context, ("pruned", *dense_model_names(context.config)))
-    rewrite_card(context.folder, context.config, context.sites)
+    """Score the pruned, the dense and the dense tuned model, and put the scores into the model card."""
+    with record_timing(context.folder, "evaluate"):
+        evaluate_models(context, ("pruned", *dense_model_names(context.config)))
+        rewrite_card(context.folder, context.reported_config, context.sites)
 
 
 def dense_model_names(config: RunConfig) -> tuple[str, ...]:
-    """What a pruned model is scored beside."""
+    """The models that a pruned model is compared with."""
     return ("dense", "tuned") if config.evaluate.dense_tuned else ("dense",)
 
 
 def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
-    """Scores, and speed of all but the dense tuned model; what has scores is left as it is."""
-    speeds: dict[str, Any] = context.folder.read_manifest().get("speed", {})
+    """Score models on the test split, and time all but the dense tuned one; skips those that have scores."""
+    speeds = context.folder.read_manifest().speed
     for name in names:
         if context.folder.evaluation_file(name).exists():
             continue
@@ -305,29 +214,40 @@ def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
         context.console.stage(f"evaluate {name}", 1)
         result = score_model(context, model, context.splits.test)
         if name != "tuned":
-            speeds |= {name: measure_speed(model).to_dict()}
+            speeds = ModelSpeeds.from_dict(speeds.to_dict() | {name: measure_speed(model).to_dict()})
             context.folder.update_manifest(speed=speeds)
         write_text(context.folder.evaluation_file(name), result.to_json())
 
 
+def measure(context: RunContext) -> None:
+    """Measure what the finished model uses, and its gain over the dense model where the recipe requires one."""
+    measure_budgets(context)
+    if context.config.require.has_requirements and not context.folder.read_manifest().gain:
+        with record_timing(context.folder, "bench"):
+            measure_gain(context.folder, [context.folder], context)
+
+
 def measure_budgets(context: RunContext) -> None:
-    """What the finished model takes of budgets beside `budget.keep`, timed where they are times."""
+    """Write to the manifest what the model uses of its budgets, timed if need be, and the run's peak memory."""
     limits, workload, folder = context.constraints.limits, context.config.workload, context.folder
-    if limits is None or "budgets" in folder.read_manifest():
-        return
+    if limits is not None and not folder.read_manifest().budgets:
 
-    def opened() -> Any:
-        own = context.config.layout == "per-layer"
-        dtype = DTYPES[workload.dtype]
-        return load_model_and_tokenizer(
-            str(folder.model_folder), device=context.device, dtype=dtype, trust_remote_code=own
-        ).model
+        def open_model() -> Any:
+            generated_code = context.config.layout == "per-layer"
+            return load_model_and_tokenizer(
+                str(folder.model_folder),
+                device=context.device,
+                dtype=DTYPES[workload.dtype],
+                trust_remote_code=generated_code,
+            ).model
 
-    folder.update_manifest(budgets=verify_budgets(limits, Plan.load(folder.plan_file), workload, opened))
+        rows = verify_budgets(limits, Plan.load(folder.plan_file), workload, open_model)
+        folder.update_manifest(budgets=tuple(BudgetFacts(**row) for row in rows))
+    folder.update_manifest(peak_memory_mb=environment.peak_memory_mb(context.device))
 
 
 def score_model(context: RunContext, model: Any, records: tuple[Record, ...]) -> Evaluation:
-    """The suite of the run on one model."""
+    """Score one model on records, as the recipe's `evaluate` says."""
     return evaluate(
         model,
         context.tokenizer,
@@ -339,21 +259,23 @@ def score_model(context: RunContext, model: Any, records: tuple[Record, ...]) ->
 
 
 def load_model(context: RunContext, name: str) -> Any:
-    """The "pruned" model as it is opened again, the "dense" one, or the "tuned" dense one."""
+    """The "pruned" model as it was written, the "dense" one, or the "tuned" dense one, tuned here if it is not yet."""
     if name == "pruned":
-        # What runs here is code that this run generated and checked.
-        own = context.config.layout == "per-layer"
         verify_checksums(context.folder.model_folder)
+        generated_code = context.config.layout == "per-layer"  # that this run generated and checked
         return load_model_and_tokenizer(
-            str(context.folder.model_folder), device=context.device, dtype=context.dtype, trust_remote_code=own
+            str(context.folder.model_folder),
+            device=context.device,
+            dtype=context.dtype,
+            trust_remote_code=generated_code,
         ).model
     if name == "tuned":
         model = context.load_for_training()
-        # As a teacher and for comparison: tuned once, and gone on with.
+        # As a teacher and for comparison: tuned once, continued from its checkpoints.
         context.console.stage("tune the dense model (once: what is done is kept)", context.config.train.steps)
-        kept = distribute_checkpoints(Checkpoints(context.folder.dense_tuned_checkpoints), context.ranks)
-        tune_and_prune(make_job(dense_config(context), model, kept, context.console, dense_plan(context.sites)))
-        if not context.ranks.uses_fsdp:  # sharded weights stay as they are, adapters beside them
+        checkpoints = distribute_checkpoints(Checkpoints(context.folder.dense_tuned_checkpoints), context.ranks)
+        tune_and_prune(make_job(dense_config(context), model, checkpoints, context.console, dense_plan(context.sites)))
+        if not context.ranks.uses_fsdp:  # adapters are not merged into sharded weights
             finalize_adapters(model)
         return model
     return context.load_dense().model

@@ -1,4 +1,4 @@
-"""Gates on experts and on their channels, which have no linear of their own.
+"""Gates on experts and on their channels, whose weights are fused parameters instead of linears.
 
 Shapes: N tokens, E experts, K of them picked for a token, H hidden size, I channels of an expert.
 """
@@ -11,63 +11,68 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from prunetune.pruning.units import Site
+from prunetune.pruning.units import ParamSlice, Site
 
-MOST = 80.0  # exp of more is no float32
-LEAST = torch.finfo(torch.float32).tiny  # in a layer that is closed, no expert is open, and nothing is to be NaN
+MAX_EXPONENT = 80.0  # exp of more overflows float32
+MIN_TOTAL = torch.finfo(torch.float32).tiny  # with every expert closed, shares are 0 / tiny, and not NaN
 
 
 def gate_router(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHandle]:
-    """Route as if closed experts were not there: the softmax is over the open ones, and only they are picked.
+    """Route as if closed experts were absent: the softmax is over open experts, and only they are picked.
 
-    A router gives (logits [N, E], weights [N, K], experts [N, K]); its weights are probabilities over all experts, or
-    over those picked (`norm_topk_prob`, and where the class has no such option).
+    A router returns (logits [N, E], weights [N, K], experts [N, K]). Its weights are probabilities over the picked
+    experts, or over all experts if the router's `norm_topk_prob` is false.
     """
 
     def reroute(router: Any, _: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
         logits, weights, picked = output
-        shares = _gated_softmax(logits.float(), gate)
-        chosen = shares.topk(picked.shape[-1], dim=-1).indices
-        given = shares.gather(-1, chosen)
-        total = (
-            given.sum(-1, keepdim=True) if getattr(router, "norm_topk_prob", True) else torch.ones_like(given[:, :1])
-        )
-        total = total.clamp_min(LEAST)
-        if gate.requires_grad:  # a closed expert's gate hears what it would have added, where it would have been picked
-            lost = (picked[:, :, None] != chosen[:, None, :]).all(-1)
-            given = torch.cat([given, shares.gather(-1, picked) * lost], -1)
-            chosen = torch.cat([chosen, picked], -1)
-        return logits, (given / total).to(weights.dtype), chosen
+        probabilities = _gated_softmax(logits.float(), gate)
+        experts = probabilities.topk(picked.shape[-1], dim=-1).indices
+        shares = probabilities.gather(-1, experts)
+        is_normalised = getattr(router, "norm_topk_prob", True)
+        total = shares.sum(-1, keepdim=True) if is_normalised else torch.ones_like(shares[:, :1])
+        total = total.clamp_min(MIN_TOTAL)
+        if gate.requires_grad:
+            # Closed experts that the dense router picks get weight 0, so that their gates get a gradient.
+            is_closed = (picked[:, :, None] != experts[:, None, :]).all(-1)
+            shares = torch.cat([shares, probabilities.gather(-1, picked) * is_closed], -1)
+            experts = torch.cat([experts, picked], -1)
+        return logits, (shares / total).to(weights.dtype), experts
 
     return [model.get_submodule(site.gated_module).register_forward_hook(reroute)]
 
 
 def _gated_softmax(logits: Tensor, gate: Tensor) -> Tensor:
-    """Softmax over open experts, [N, E]: each counts as much as its gate. The gradient at a closed gate is finite."""
+    """Softmax of [N, E], each term times the expert's gate. The gradient at a closed gate is finite."""
     highest = logits.masked_fill(gate <= 0, -torch.inf).amax(-1, keepdim=True)
-    raised = (logits - highest).clamp(max=MOST).exp() * gate.to(logits.dtype)
-    return raised / raised.sum(-1, keepdim=True).clamp_min(LEAST)
+    terms = (logits - highest).clamp(max=MAX_EXPONENT).exp() * gate.to(logits.dtype)
+    return terms / terms.sum(-1, keepdim=True).clamp_min(MIN_TOTAL)
 
 
 def gate_expert_columns(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHandle]:
-    """Scale the columns of every expert's second linear; the weights are their own again after each pass.
+    """Scale the columns of every expert's second linear during each pass; the weights are restored after it.
 
-    A scaled copy of these weights lives as long as the pass, or as long as its gradient is wanted.
+    The scaled copy of the weights is held for the pass, or until its gradient is taken.
     """
     experts: Any = model.get_submodule(site.gated_module)
-    part = next(part for part in site.param_slices if part.parameter.endswith(".down_proj"))
-    scale = gate.view(site.parent_groups, 1, -1) if part.axis == 2 else gate.view(site.parent_groups, -1, 1)
-    kept: list[nn.Parameter] = []
+    down_proj = down_proj_slice(site)
+    scale = gate.view(site.parent_groups, 1, -1) if down_proj.axis == 2 else gate.view(site.parent_groups, -1, 1)
+    unscaled: list[nn.Parameter] = []
 
-    def put_on(module: Any, _: tuple[Any, ...]) -> None:
-        kept.append(module._parameters["down_proj"])
-        module._parameters["down_proj"] = kept[-1] * scale.to(kept[-1].dtype)
+    def scale_weights(module: Any, _: tuple[Any, ...]) -> None:
+        unscaled.append(module._parameters["down_proj"])
+        module._parameters["down_proj"] = unscaled[-1] * scale.to(unscaled[-1].dtype)
 
-    def take_off(module: Any, _: tuple[Any, ...], __: Any) -> None:
-        if kept:
-            module._parameters["down_proj"] = kept.pop()
+    def restore_weights(module: Any, _: tuple[Any, ...], __: Any) -> None:
+        if unscaled:
+            module._parameters["down_proj"] = unscaled.pop()
 
     return [
-        experts.register_forward_pre_hook(put_on),
-        experts.register_forward_hook(take_off, always_call=True),
+        experts.register_forward_pre_hook(scale_weights),
+        experts.register_forward_hook(restore_weights, always_call=True),
     ]
+
+
+def down_proj_slice(site: Site) -> ParamSlice:
+    """The slice of the experts' second linears, in a site of expert channels."""
+    return next(part for part in site.weights.params if part.parameter.endswith(".down_proj"))

@@ -1,19 +1,32 @@
-"""The sites of one layer: which lines of which weights its units own, and what they cost."""
+"""The sites of one layer: which weights each unit owns, how many parameters it has, and where its gate acts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
 from prunetune.errors import UnknownArchitecture
-from prunetune.pruning.families import ArchitectureInfo, BlockLinears
+from prunetune.pruning.families import ArchitectureInfo, BlockLinears, MixtureOfExperts
 from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear
-from prunetune.pruning.units import Gating, LinearSlice, ParamSlice, Site, UnitKind
+from prunetune.pruning.units import LinearSlice, ParamSlice, Site, SiteWeights, UnitKind
 
 
-def _has(layer: nn.Module, name: str) -> bool:
+def count_base_params(module: nn.Module) -> int:
+    """Parameters without those of adapters."""
+    return sum(weight.numel() for name, weight in module.named_parameters() if "lora_" not in name)
+
+
+def layer_target_modules(model: nn.Module, architecture: ArchitectureInfo, prefix: str) -> list[str]:
+    """The linears of one layer that get adapters."""
+    layer = model.get_submodule(prefix)
+    names = [name for block in architecture.blocks.values() for name in (*block.producers, block.consumer)]
+    return [f"{prefix}.{name}" for name in names if _has_module(layer, name)]
+
+
+def _has_module(layer: nn.Module, name: str) -> bool:
     try:
         layer.get_submodule(name)
     except AttributeError:
@@ -21,238 +34,225 @@ def _has(layer: nn.Module, name: str) -> bool:
     return True
 
 
-def count_base_params(module: nn.Module) -> int:
-    """Without adapters."""
-    return sum(weight.numel() for name, weight in module.named_parameters() if "lora_" not in name)
-
-
 @dataclass(frozen=True)
 class LayerSites:
-    """One layer, and the kinds of unit that it may lose."""
+    """Builds the sites of one layer."""
 
     model: nn.Module
     architecture: ArchitectureInfo
-    prefix: str
     layer: int
-    kinds: frozenset[UnitKind]
+    kinds: frozenset[UnitKind]  # that the recipe asks for
+    # The cache reads a sequence's length from the first layer of each attention type, so its attention is kept.
     first_of_type: bool
 
+    @property
+    def prefix(self) -> str:
+        """The layer's module: "model.layers.3"."""
+        return self.architecture.layer_prefixes[self.layer]
+
     def sites(self) -> list[Site]:
-        """Outer ones first."""
-        around = self._name("", "layers") if "layers" in self.kinds else ""
-        inner = [*self._attention(around), *self._mlp(around)]
-        if not around:
-            return inner
-        whole = self._whole("layers", "", around, inner, module=self.prefix, gating="layer", keep=self.first_of_type)
-        return [whole, *inner]
+        """All sites of the layer, outer ones first."""
+        name = f"{self.prefix}:{UnitKind.LAYER}" if UnitKind.LAYER in self.kinds else ""
+        children = [*self._attention_sites(name), *self._mlp_sites(name)]
+        if not name:
+            return children
+        whole = self._whole_block(
+            name, UnitKind.LAYER, self.prefix, children, parent="", min_units=int(self.first_of_type)
+        )
+        return [whole, *children]
 
-    def lora_target_modules(self) -> list[str]:
-        """The linears that adapters go on."""
-        blocks = self.architecture.blocks.values()
-        names = (name for block in blocks for name in (*block.producers, block.consumer))
-        return [f"{self.prefix}.{name}" for name in names if _has(self.model.get_submodule(self.prefix), name)]
-
-    def _name(self, module: str, kind: UnitKind) -> str:
+    def _block_name(self, module: str, kind: UnitKind) -> str:
         return f"{self.prefix}{'.' if module else ''}{module}:{kind}"
 
-    def _whole(
-        self, kind: UnitKind, within: str, name: str, inner: Sequence[Site], *, module: str, gating: Gating, keep: bool
+    def _whole_block(
+        self, name: str, kind: UnitKind, module: str, children: Sequence[Site], *, parent: str, min_units: int
     ) -> Site:
-        """A block or the layer as the only unit of a site."""
-        parts = self._linears_of_mlp() if gating == "output" and kind == "mlp-blocks" else ()
-        weights = sum(count_base_params(self.model.get_submodule(part)) for part in parts or (module,))
-        inside = parts or tuple(name for name in self.lora_target_modules() if name.startswith(f"{module}."))
-        own = weights - sum(site.params for site in inner)
+        """A block, or the layer, as the only unit of a site; `module` is the one whose output is gated."""
+        mlp_linears = self._plain_mlp_linears() if kind is UnitKind.MLP_BLOCK else ()
+        targets = layer_target_modules(self.model, self.architecture, self.prefix)
+        params = sum(count_base_params(self.model.get_submodule(removed)) for removed in mlp_linears or (module,))
+        child_params = sum(site.params for site in children)
         return Site(
-            name, self.layer, kind, 1, (), None, own, int(keep), gating, module, block_linears=inside, parent=within,
-            params_with_children=weights,
+            name=name,
+            layer=self.layer,
+            kind=kind,
+            units=1,
+            unit_params=params - child_params,
+            min_units_per_group=min_units,
+            weights=SiteWeights(
+                block_linears=mlp_linears or tuple(target for target in targets if target.startswith(f"{module}."))
+            ),
+            gating="layer" if kind is UnitKind.LAYER else "output",
+            gated_module=module,
+            parent=parent,
+            child_params=child_params,
+        )
+
+    def _site(self, name: str, kind: UnitKind, units: int, weights: SiteWeights, parent: str, **options: Any) -> Site:
+        """A site of several units, with their parameters counted.
+
+        Raises `UnknownArchitecture` where a linear has other rows than those of so many units.
+        """
+        params = sum(self.model.get_parameter(part.parameter).numel() // units for part in weights.params)
+        for part in weights.producers:
+            linear = get_base_linear(self.model, part.module)
+            rows = axis_size(linear, ROWS)
+            if rows != (part.total_rows or units * part.rows_per_unit):
+                raise UnknownArchitecture(f"{part.module}: {rows} rows are not of {units} units")
+            params += part.rows_per_unit * (axis_size(linear, COLUMNS) + (linear.bias is not None))
+        if weights.consumer and not weights.consumer_is_childs:
+            params += get_base_linear(self.model, weights.consumer.module).weight.numel() // units
+        return Site(
+            name=name, layer=self.layer, kind=kind, units=units, unit_params=params, weights=weights, parent=parent,
+            **options,
         )  # fmt: skip
 
     # -- attention ---------------------------------------------------------------------------------------------------
 
-    def _attention(self, around: str) -> list[Site]:
-        module, inner = f"{self.prefix}.{self.architecture.attention_name}", []
-        block = (
-            self._name(self.architecture.attention_name, "attention-blocks") if "attention-blocks" in self.kinds else ""
-        )
-        if "attention" in self.architecture.blocks and self.kinds & {"attention", "query-heads"}:
-            inner = self._groups_and_heads(self.architecture.blocks["attention"], block or around)
-        if not block:
-            return inner
-        keep = self.first_of_type
-        return [
-            self._whole("attention-blocks", around, block, inner, module=module, gating="output", keep=keep), *inner
-        ]  # fmt: skip
+    def _attention_sites(self, parent: str) -> list[Site]:
+        attention, kind = self.architecture.attention_name, UnitKind.ATTENTION_BLOCK
+        name = self._block_name(attention, kind) if kind in self.kinds else ""
+        block = self.architecture.blocks.get(UnitKind.KV_GROUP)
+        children = self._head_sites(block, name or parent) if block and any(k.is_head for k in self.kinds) else []
+        if not name:
+            return children
+        module, min_units = f"{self.prefix}.{attention}", int(self.first_of_type)
+        return [self._whole_block(name, kind, module, children, parent=parent, min_units=min_units), *children]
 
-    def _groups_and_heads(self, block: BlockLinears, within: str) -> list[Site]:
+    def _head_sites(self, block: BlockLinears, parent: str) -> list[Site]:
+        """KV groups, query heads, or query heads inside KV groups."""
         heads, consumer = self.architecture.heads, f"{self.prefix}.{block.consumer}"
         output = get_base_linear(self.model, consumer)
-        queries = heads.queries_per_kv_head * heads.head_dim
         if heads.query_heads % heads.kv_heads or axis_size(output, COLUMNS) != heads.query_heads * heads.head_dim:
             raise UnknownArchitecture(
-                f"{self.prefix}: {heads.query_heads} query heads of {heads.head_dim} do not divide over {heads.kv_heads} "
-                f"key-value heads, or are not the {axis_size(output, COLUMNS)} columns of {block.consumer}"
+                f"{self.prefix}: {heads.query_heads} query heads of {heads.head_dim} do not divide over "
+                f"{heads.kv_heads} key-value heads, or are not the {axis_size(output, COLUMNS)} columns of "
+                f"{block.consumer}"
             )
-        apart = "query-heads" in self.kinds
-        of_groups, of_heads = self._projections(block, apart=apart)
-        sinks = (
-            f"{self.prefix}.{self.architecture.family.attention_sinks}"
-            if self.architecture.family.attention_sinks
-            else ""
-        )
+        has_groups, has_queries = UnitKind.KV_GROUP in self.kinds, UnitKind.QUERY_HEAD in self.kinds
+        group_rows, query_rows = self._head_rows(block, split_queries=has_queries)
+        sinks = f"{self.prefix}.{self.architecture.family.attention_sinks}"
+        has_sinks = bool(self.architecture.family.attention_sinks)
         name, sites = consumer.rpartition(".")[0], []
-        if "attention" in self.kinds:
-            # The cache tells a sequence's length from the first layer of each type, so that layer has to attend; and an
-            # output bias outlives its last group, which a layer without attention cannot express.
-            keep = self.first_of_type or output.bias is not None or "attention-blocks" in self.kinds
-            slices = (ParamSlice(sinks, 0, (heads.queries_per_kv_head,)),) if sinks and not apart else ()
-            group = _Units(
-                name, "attention", heads.kv_heads, of_groups, LinearSlice(consumer, (queries,)), slices, within
+        if has_groups:
+            # An output bias outlives the last group, which a layer without attention cannot express.
+            min_groups = self.first_of_type or output.bias is not None or UnitKind.ATTENTION_BLOCK in self.kinds
+            ratio = heads.queries_per_kv_head
+            weights = SiteWeights(
+                producers=group_rows,
+                consumer=LinearSlice(consumer, (ratio * heads.head_dim,)),
+                consumer_is_childs=has_queries,
+                params=(ParamSlice(sinks, 0, (ratio,)),) if has_sinks and not has_queries else (),
             )
-            sites.append(self._site(group, min_units_per_group=int(keep), columns_owned_by_child=apart))
-        if apart:
-            slices = (ParamSlice(sinks, 0),) if sinks else ()
-            head = _Units(
-                f"{name}:query-heads", "query-heads", heads.query_heads, of_heads, LinearSlice(consumer, (heads.head_dim,)), slices,
-                sites[0].name if sites else within,
-            )  # fmt: skip
-            sites.append(self._site(head, parent_groups=heads.kv_heads))
-        return _with_children_params(sites)
+            options = {"min_units_per_group": int(min_groups)}
+            sites.append(self._site(name, UnitKind.KV_GROUP, heads.kv_heads, weights, parent, **options))
+        if has_queries:
+            weights = SiteWeights(
+                producers=query_rows,
+                consumer=LinearSlice(consumer, (heads.head_dim,)),
+                params=(ParamSlice(sinks, 0),) if has_sinks else (),
+            )
+            parent, name = name if has_groups else parent, f"{name}:{UnitKind.QUERY_HEAD}"
+            options = {"parent_groups": heads.kv_heads}
+            sites.append(self._site(name, UnitKind.QUERY_HEAD, heads.query_heads, weights, parent, **options))
+        return _with_child_params(sites)
 
-    def _projections(self, block: BlockLinears, *, apart: bool) -> tuple[list[LinearSlice], list[LinearSlice]]:
-        """Cuts by KV group, and by query head where these are units of their own."""
-        heads = self.architecture.heads
-        groups, one, queries = heads.kv_heads, heads.head_dim, heads.queries_per_kv_head * heads.head_dim
-        of_groups, of_heads = [], []
+    def _head_rows(
+        self, block: BlockLinears, *, split_queries: bool
+    ) -> tuple[tuple[LinearSlice, ...], tuple[LinearSlice, ...]]:
+        """The rows that KV groups own, and those that query heads own where these are units of their own."""
+        heads, dim = self.architecture.heads, self.architecture.heads.head_dim
+        group_queries = heads.queries_per_kv_head * dim
+        group_rows, query_rows = [], []
         for name in block.producers:
             module = f"{self.prefix}.{name}"
             rows = axis_size(get_base_linear(self.model, module), ROWS)
-            fused = rows == groups * (queries + 2 * one)  # query, key, value in this order: Phi-3
-            if not apart:
-                of_groups.append(LinearSlice(module, (queries, one, one) if fused else (rows // groups,)))
-            elif fused:
-                of_heads.append(LinearSlice(module, (one,), 0, rows))
-                of_groups.append(LinearSlice(module, (one, one), groups * queries, rows))
-            else:
-                (of_heads if rows == groups * queries else of_groups).append(
-                    LinearSlice(module, (one,) if rows == groups * queries else (rows // groups,))
+            fused = rows == heads.kv_heads * (group_queries + 2 * dim)  # query, key, value in this order: Phi-3
+            if not split_queries:
+                group_rows.append(
+                    LinearSlice(module, (group_queries, dim, dim) if fused else (rows // heads.kv_heads,))
                 )
-        return of_groups, of_heads
+            elif fused:
+                query_rows.append(LinearSlice(module, (dim,), 0, rows))
+                group_rows.append(LinearSlice(module, (dim, dim), heads.kv_heads * group_queries, rows))
+            elif rows == heads.kv_heads * group_queries:
+                query_rows.append(LinearSlice(module, (dim,)))
+            else:
+                group_rows.append(LinearSlice(module, (rows // heads.kv_heads,)))
+        return tuple(group_rows), tuple(query_rows)
 
     # -- MLP and experts ---------------------------------------------------------------------------------------------
 
-    def _has_experts(self) -> bool:
+    def _mixture(self) -> MixtureOfExperts | None:
+        """The family's experts, where this layer has them."""
         mixture = self.architecture.family.mixture
-        return mixture is not None and _has(self.model.get_submodule(self.prefix), mixture.experts)
+        return mixture if mixture and _has_module(self.model.get_submodule(self.prefix), mixture.experts) else None
 
-    def _linears_of_mlp(self) -> tuple[str, ...]:
-        """Of a plain MLP; a mixture goes as one module."""
+    def _plain_mlp_linears(self) -> tuple[str, ...]:
+        """The linears of a plain MLP; none where the layer has experts, which are removed as one module."""
         block = self.architecture.mlp
-        if block is None or self._has_experts():
+        if block is None or self._mixture():
             return ()
         return tuple(f"{self.prefix}.{name}" for name in (*block.producers, block.consumer))
 
-    def _mlp(self, around: str) -> list[Site]:
-        mixture, block = self.architecture.family.mixture, self.architecture.mlp
-        place = mixture.block if mixture and self._has_experts() else block.module if block else ""
-        whole = self._name(place, "mlp-blocks") if "mlp-blocks" in self.kinds else ""
-        if self._has_experts():
-            inner = self._experts(whole or around)
-        elif block and "mlp" in self.kinds & set(self.architecture.blocks):
-            inner = [self._channels(block, whole or around)]
-        else:
-            inner = []
-        if not whole:
-            return inner
-        module = f"{self.prefix}.{block.consumer if block and not self._has_experts() else place}"
-        return [self._whole("mlp-blocks", around, whole, inner, module=module, gating="output", keep=False), *inner]
+    def _mlp_sites(self, parent: str) -> list[Site]:
+        mixture, block, kind = self._mixture(), self.architecture.mlp, UnitKind.MLP_BLOCK
+        module = mixture.block if mixture else block.module if block else ""
+        name = self._block_name(module, kind) if kind in self.kinds else ""
+        children = []
+        if mixture:
+            children = self._expert_sites(mixture, name or parent)
+        elif block and UnitKind.MLP_CHANNEL in self.kinds and UnitKind.MLP_CHANNEL in self.architecture.blocks:
+            children = [self._channel_site(block, name or parent)]
+        if not name:
+            return children
+        gated = f"{self.prefix}.{block.consumer if block and not mixture else module}"
+        return [self._whole_block(name, kind, gated, children, parent=parent, min_units=0), *children]
 
-    def _channels(self, block: BlockLinears, within: str) -> Site:
+    def _channel_site(self, block: BlockLinears, parent: str) -> Site:
         consumer = f"{self.prefix}.{block.consumer}"
-        units = axis_size(get_base_linear(self.model, consumer), COLUMNS)
-        # Gate above up in one linear: Phi-3, GLM.
-        modules = [f"{self.prefix}.{name}" for name in block.producers]
-        cuts = [
-            LinearSlice(name, (1,) * (axis_size(get_base_linear(self.model, name), ROWS) // units)) for name in modules
-        ]
-        name = consumer.rpartition(".")[0]
-        return self._site(_Units(name, "mlp", units, cuts, LinearSlice(consumer, (1,)), (), within))
+        channels = axis_size(get_base_linear(self.model, consumer), COLUMNS)
+        producers = []
+        for name in block.producers:
+            module = f"{self.prefix}.{name}"
+            parts = axis_size(get_base_linear(self.model, module), ROWS) // channels  # 2: gate above up, as in Phi-3
+            producers.append(LinearSlice(module, (1,) * parts))
+        weights = SiteWeights(producers=tuple(producers), consumer=LinearSlice(consumer, (1,)))
+        return self._site(consumer.rpartition(".")[0], UnitKind.MLP_CHANNEL, channels, weights, parent)
 
-    def _experts(self, within: str) -> list[Site]:
-        mixture = self.architecture.family.mixture
-        assert mixture is not None
-        place, router = f"{self.prefix}.{mixture.experts}", f"{self.prefix}.{mixture.router}"
-        there = dict(self.model.get_submodule(place).named_parameters())
-        count, channels = there["down_proj"].shape[0], there["down_proj"].shape[1 if mixture.transposed else 2]
-        pair = (2,) if mixture.interleaved else (1, 1)
-        out, into = (2, 1) if mixture.transposed else (1, 2)  # axes of what an expert's linear gives and takes
-        lines = {"gate_up_proj": (out, pair), "gate_up_proj_bias": (1, pair), "down_proj": (into, (1,))}
-        apart = "expert-channels" in self.kinds
-        sites = []
-        if "experts" in self.kinds:
-            rows = [f"{router}.{name}" for name, _ in self.model.get_submodule(router).named_parameters()]
-            rows += [f"{place}.{name}" for name in there if not (apart and name in lines)]
-            slices = tuple(ParamSlice(name, 0) for name in rows)
-            name = self._name(mixture.block, "experts")
-            unit = _Units(name, "experts", count, [], None, slices, within)
-            sites.append(
-                self._site(
-                    unit, min_units_per_group=self.architecture.experts_per_token, gating="router", module=router
-                )
-            )
-        if apart:
-            slices = tuple(
-                ParamSlice(f"{place}.{name}", axis, parts, count)
-                for name, (axis, parts) in lines.items()
-                if name in there
-            )
-            name = self._name(mixture.block, "expert-channels")
-            unit = _Units(
-                name, "expert-channels", count * channels, [], None, slices, sites[0].name if sites else within
-            )
-            sites.append(self._site(unit, parent_groups=count, gating="expert columns", module=place))
-        return _with_children_params(sites)
-
-    def _site(
-        self, unit: _Units, *, min_units_per_group: int = 1, parent_groups: int = 1, columns_owned_by_child: bool = False,
-        gating: Gating = "columns", module: str = "",
-    ) -> Site:  # fmt: skip
-        return Site(
-            unit.name, self.layer, unit.kind, unit.count, tuple(unit.producers), unit.consumer,
-            unit.params_per_unit(self.model, columns_owned_by_child=columns_owned_by_child), min_units_per_group, gating, module, columns_owned_by_child, unit.slices,
-            parent_groups=parent_groups, parent=unit.parent,
-        )  # fmt: skip
+    def _expert_sites(self, mixture: MixtureOfExperts, parent: str) -> list[Site]:
+        """Experts, channels of every expert, or channels inside experts."""
+        module, router = f"{self.prefix}.{mixture.experts}", f"{self.prefix}.{mixture.router}"
+        fused = dict(self.model.get_submodule(module).named_parameters())
+        out, into = (2, 1) if mixture.transposed else (1, 2)  # axes of an expert's outputs and inputs
+        experts, channels = fused["down_proj"].shape[0], fused["down_proj"].shape[into]
+        gate_up = (2,) if mixture.interleaved else (1, 1)
+        channel_axes = {"gate_up_proj": (out, gate_up), "gate_up_proj_bias": (1, gate_up), "down_proj": (into, (1,))}
+        has_experts, has_channels = UnitKind.EXPERT in self.kinds, UnitKind.EXPERT_CHANNEL in self.kinds
+        name, sites, options = self._block_name(mixture.block, UnitKind.EXPERT), [], dict[str, Any]()
+        if has_experts:
+            owned = [f"{router}.{param}" for param, _ in self.model.get_submodule(router).named_parameters()]
+            owned += [f"{module}.{param}" for param in fused if not (has_channels and param in channel_axes)]
+            weights = SiteWeights(params=tuple(ParamSlice(param, 0) for param in owned))
+            options = {"min_units_per_group": self.architecture.experts_per_token}
+            options |= {"gating": "router", "gated_module": router}
+            sites.append(self._site(name, UnitKind.EXPERT, experts, weights, parent, **options))
+        if has_channels:
+            slices = [
+                ParamSlice(f"{module}.{param}", axis, part_sizes, experts)
+                for param, (axis, part_sizes) in channel_axes.items()
+                if param in fused
+            ]
+            weights = SiteWeights(params=tuple(slices))
+            parent, name = name if has_experts else parent, self._block_name(mixture.block, UnitKind.EXPERT_CHANNEL)
+            options = {"parent_groups": experts, "gating": "expert columns", "gated_module": module}
+            sites.append(self._site(name, UnitKind.EXPERT_CHANNEL, experts * channels, weights, parent, **options))
+        return _with_child_params(sites)
 
 
-@dataclass(frozen=True)
-class _Units:
-    """Units of one kind in one layer, and the lines of weights that they own."""
-
-    name: str
-    kind: UnitKind
-    count: int
-    producers: Sequence[LinearSlice]
-    consumer: LinearSlice | None
-    slices: tuple[ParamSlice, ...]
-    parent: str
-
-    def params_per_unit(self, model: nn.Module, *, columns_owned_by_child: bool) -> int:
-        """Weights and biases of one unit; refuses lines that are not of so many units."""
-        params = 0
-        if self.consumer and not columns_owned_by_child:
-            params += get_base_linear(model, self.consumer.module).weight.numel() // self.count
-        for cut in self.producers:
-            makes = get_base_linear(model, cut.module)
-            rows = axis_size(makes, ROWS)
-            if rows != (cut.total_rows or self.count * cut.rows_per_unit):
-                raise UnknownArchitecture(f"{cut.module}: {rows} rows are not of {self.count} units")
-            params += cut.rows_per_unit * (axis_size(makes, COLUMNS) + (makes.bias is not None))
-        return params + sum(model.get_parameter(part.parameter).numel() // self.count for part in self.slices)
-
-
-def _with_children_params(sites: list[Site]) -> list[Site]:
-    """Tell the outer of two sites what a unit of it takes along."""
+def _with_child_params(sites: list[Site]) -> list[Site]:
+    """Of an outer and an inner site, add to the outer one the inner parameters that leave with each of its units."""
     if len(sites) < 2:
         return sites
     outer, inner = sites
-    return [replace(outer, params_with_children=outer.unit_params + inner.params // outer.units), inner]
+    return [replace(outer, child_params=inner.params // outer.units), inner]

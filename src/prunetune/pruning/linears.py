@@ -1,6 +1,6 @@
-"""Linear layers as the cut sees them: rows are outputs and columns inputs, also where weights are stored transposed.
+"""Sizes and weights of linear layers as [out, in]: rows are outputs, columns are inputs.
 
-GPT-2's `Conv1D` holds [in, out] instead of [out, in]; it is asked for by its two attributes `nx` and `nf`.
+GPT-2's `Conv1D` stores its weight as [in, out], and calls its sizes `nx` (in) and `nf` (out).
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ ROWS, COLUMNS = 0, 1  # axes of a weight, seen as [out, in]
 
 
 def unwrap_adapter(module: nn.Module) -> Any:
-    """The linear itself, where an adapter is around it."""
+    """The linear inside an adapter; any other module as it is."""
     return getattr(module, "base_layer", module)
 
 
 def get_base_linear(model: nn.Module, name: str) -> Any:
-    """The linear of that name without its adapter; raises `UnknownArchitecture` where it cannot be cut."""
+    """The linear of that name without its adapter; raises `UnknownArchitecture` for a module that cannot be cut."""
     module = unwrap_adapter(model.get_submodule(name))
     if not isinstance(module, nn.Linear | Conv1D):
         raise UnknownArchitecture(
             f"{name} is a {type(module).__name__}, and only nn.Linear and Conv1D can be cut: "
-            "load the model unquantised, or prune a family listed in docs/add-an-architecture.md"
+            "load the model unquantised, or prune a family listed in docs/extend/family.md"
         )
     return module
 
@@ -44,7 +44,7 @@ def axis_size(linear: Any, axis: int) -> int:
 
 
 def set_axis_size(linear: Any, axis: int, count: int) -> None:
-    """Tell the linear how many outputs or inputs it has now."""
+    """Set the number of outputs (axis 0) or inputs (axis 1) that the linear states."""
     names = ("nf", "nx") if is_transposed(linear) else ("out_features", "in_features")
     setattr(linear, names[axis], count)
 
@@ -55,5 +55,5 @@ def stored_axis(linear: nn.Module, axis: int) -> int:
 
 
 def as_out_in(linear: nn.Module, weight: Tensor) -> Tensor:
-    """A tensor of the weight's shape as [out, in]."""
+    """A tensor of the stored weight's shape as [out, in]; a bias as it is."""
     return weight.t() if is_transposed(linear) and weight.dim() > 1 else weight

@@ -1,6 +1,6 @@
-"""Gates by hooks: a model behaves as if units were gone, and nothing is left behind.
+"""Masking: a model behaves as if units were removed, for the length of a block, by hooks that scale activations.
 
-Scaling what a consumer reads equals removing what it does not read, so no modelling code is copied.
+Scaling what a consumer reads by zero equals removing it, so no modelling code is copied.
 """
 
 from __future__ import annotations
@@ -20,90 +20,79 @@ from prunetune.pruning.linears import unwrap_adapter
 from prunetune.pruning.sites import sites_from_plan
 from prunetune.pruning.units import Site, kept_mask
 
-Gates = Mapping[str, Tensor]  # site name -> one gate per unit, in [0, 1]
+Gates = Mapping[str, Tensor]  # site name -> one gate per unit in [0, 1]: [U]
 AdapterGating = Literal["gated", "free"]
-Gate = Callable[[nn.Module, Site, Tensor], list[RemovableHandle]]
+GateFunction = Callable[[nn.Module, Site, Tensor], list[RemovableHandle]]
 
 
 def gates_from_plan(plan: Plan, sites: Iterable[Site], device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """The plan as gates of 0 and 1 (float32, one vector of `units` per site); raises `PlanError` where it cannot be."""
-    gates, seen = {}, dict[str, Site]()
+    """The plan as gates of 0 and 1, float32 [U] per site; raises `PlanError` where it was made for another model."""
+    gates, by_name = {}, dict[str, Site]()
     for site in sites:
         if plan.units.get(site.name) != site.units:
             raise PlanError(
                 f"plan has {plan.units.get(site.name, 'no')} units at {site.name}, the model has {site.units}: "
                 "a plan fits only the dense model it was made for"
             )
-        stays = kept_mask(plan.kept[site.name], site.units)
-        _check_parent_groups(plan, site, seen.get(site.parent), stays)
-        seen[site.name] = site
-        gates[site.name] = stays.to(device, torch.float32)
+        mask = kept_mask(plan.kept[site.name], site.units)
+        _check_parent_groups(plan, site, by_name.get(site.parent), mask)
+        by_name[site.name] = site
+        gates[site.name] = mask.to(device, torch.float32)
     return gates
 
 
-def _check_parent_groups(plan: Plan, site: Site, outer: Site | None, stays: Tensor) -> None:
-    """Lanes of open units keep the same number, others nothing."""
-    if site.parent_groups == 1 and outer is None:
+def _check_parent_groups(plan: Plan, site: Site, parent: Site | None, mask: Tensor) -> None:
+    """Raises `PlanError` unless parent groups in kept units keep equal numbers of units, and others none."""
+    if site.parent_groups == 1 and parent is None:
         return
-    counts = stays.view(site.parent_groups, -1).sum(1).tolist()
-    is_open = set(site.open_parent_groups(plan.kept[outer.name] if outer else None, outer.units if outer else 1))
-    if len({counts[lane] for lane in is_open}) > 1 or any(
-        counts[lane] for lane in set(range(site.parent_groups)) - is_open
-    ):
+    counts = mask.view(site.parent_groups, -1).sum(1).tolist()
+    open_groups = set(
+        site.open_parent_groups(plan.kept[parent.name] if parent else None, parent.units if parent else 1)
+    )
+    closed_groups = set(range(site.parent_groups)) - open_groups
+    if len({counts[group] for group in open_groups}) > 1 or any(counts[group] for group in closed_groups):
         raise PlanError(
-            f"plan at {site.name}: {site.parent_groups} lanes keep {counts} units, "
+            f"plan at {site.name}: {site.parent_groups} groups keep {counts} units, "
             "and each open one has to keep the same number, a closed one none"
         )
 
 
 @contextmanager
 def masked(
-    model: nn.Module,
-    plan: Plan | Gates,
-    *,
-    adapters: AdapterGating = "gated",
-    sites: Iterable[Site] | None = None,
+    model: nn.Module, plan: Plan | Gates, *, adapters: AdapterGating = "gated", sites: Iterable[Site] | None = None
 ) -> Iterator[nn.Module]:
-    """Gate every site of `model` for the length of the block; yields the model itself.
+    """Gate every site of the model for the length of the block; yields the model itself.
 
     `adapters="gated"` behaves as after the cut. `adapters="free"` is the LoRA-aware forward of ATP (section 3.3,
-    arXiv 2412.14426): y = gate * (W x) + B A x, so that a unit under a zero gate still learns and can come back.
-    Whole blocks and layers are gated with their adapters either way: these rest, and come back as they were.
+    arXiv 2412.14426): y = gate * (W x) + B A x, so that a unit with a zero gate still learns and can come back.
+    Whole blocks and layers are gated with their adapters either way, which get no gradient while the gate is zero.
     """
     if sites is None:
-        sites = sites_from_plan(model, plan if isinstance(plan, Plan) else _dense(plan))
+        units = plan.units if isinstance(plan, Plan) else {name: len(gate) for name, gate in plan.items()}
+        sites = sites_from_plan(model, Plan(dict.fromkeys(units, ()), units))
     sites = tuple(sites)
-    if isinstance(plan, Plan):
-        plan = gates_from_plan(plan, sites, next(model.parameters()).device)
+    gates = gates_from_plan(plan, sites, next(model.parameters()).device) if isinstance(plan, Plan) else plan
     handles: list[RemovableHandle] = []
     try:
         for site in sites:
             if site.gating == "columns":
-                handles += _gate_consumer(model, site, plan[site.name], adapters)
-                if adapters == "free":
-                    handles += _gate_producers(model, site, plan[site.name])
+                handles += _gate_columns(model, site, gates[site.name], adapters)
             else:
-                handles += GATES[site.gating](model, site, plan[site.name])
+                handles += GATE_FUNCTIONS[site.gating](model, site, gates[site.name])
         yield model
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _dense(gates: Gates) -> Plan:
-    return Plan(dict.fromkeys(gates, ()), {name: len(gate) for name, gate in gates.items()})
-
-
-def _gate_consumer(model: nn.Module, site: Site, gate: Tensor, adapters: AdapterGating) -> list[RemovableHandle]:
+def _gate_columns(model: nn.Module, site: Site, gate: Tensor, adapters: AdapterGating) -> list[RemovableHandle]:
+    """Scale what the consumer reads; with free adapters, scale the base linears alone, of producers too."""
     assert site.consumer is not None
     consumer = model.get_submodule(site.consumer.module)
-    if adapters == "free":
-        consumer = unwrap_adapter(consumer)
-    return [consumer.register_forward_pre_hook(_scale_input(site.consumer.expand_to_rows(gate)))]
-
-
-def _gate_producers(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHandle]:
-    handles = []
+    scale_input = _scale_input(site.consumer.expand_to_rows(gate))
+    if adapters == "gated":
+        return [consumer.register_forward_pre_hook(scale_input)]
+    handles = [unwrap_adapter(consumer).register_forward_pre_hook(scale_input)]
     for producer in site.producers:
         base = unwrap_adapter(model.get_submodule(producer.module))
         handles.append(base.register_forward_hook(_scale_output(producer.expand_to_rows(gate))))
@@ -115,11 +104,11 @@ def _scale_input(scale: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[
 
 
 def _scale_output(scale: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
-    """Of a module that gives a tensor, or a tuple that begins with one."""
-    return lambda _, __, output: _first(output, lambda tensor: tensor * scale.to(tensor.dtype))
+    """For a module that returns a tensor, or a tuple that begins with one."""
+    return lambda _, __, output: _map_first(output, lambda tensor: tensor * scale.to(tensor.dtype))
 
 
-def _first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _map_first(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
 
@@ -128,19 +117,21 @@ def _gate_block(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHan
 
 
 def _gate_layer(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHandle]:
-    """From the layer's input (gate 0) to its output (gate 1), exact at both ends.
+    """Interpolate between the layer's input (gate 0) and its output (gate 1), exact at both ends.
 
-    Before all other hooks: those by which transformers collects hidden states come once and stay, and are to see this.
+    The hook comes before all others: transformers collects hidden states by hooks that are added once and never
+    removed, and these have to see the gated output.
     """
 
-    def hear(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
+    def interpolate(_: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any) -> Any:
         before = inputs[0] if inputs else options["hidden_states"]
-        return _first(output, lambda after: torch.lerp(before, after, gate.to(after.dtype)))
+        return _map_first(output, lambda after: torch.lerp(before, after, gate.to(after.dtype)))
 
-    return [model.get_submodule(site.gated_module).register_forward_hook(hear, with_kwargs=True, prepend=True)]
+    layer = model.get_submodule(site.gated_module)
+    return [layer.register_forward_hook(interpolate, with_kwargs=True, prepend=True)]
 
 
-GATES: Mapping[str, Gate] = {
+GATE_FUNCTIONS: Mapping[str, GateFunction] = {
     "output": _gate_block,
     "layer": _gate_layer,
     "router": gate_router,

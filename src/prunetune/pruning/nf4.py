@@ -1,54 +1,55 @@
-"""Linears whose frozen weights are held in 4 bits: the base of QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
+"""Linears with frozen weights in 4 bits (nf4): the base of QLoRA (Dettmers et al. 2023, arXiv 2305.14314).
 
-nf4 rounds blocks of 64 weights, each by a scale of its own. Here no block crosses a line that a cut takes out: blocks
-run along the inputs of what produces units (it loses rows) and along the outputs of what consumes them (it loses
-columns). So a unit leaves with whole blocks, what stays keeps every bit, and the cut of a quantised model is exact.
+nf4 rounds blocks of 64 weights, each by a scale of its own. Here every block lies inside one row or column that a cut
+keeps or removes whole: blocks run along the rows of producers, which lose rows, and along the columns of consumers,
+which lose columns. So a unit leaves with whole blocks, every other bit is kept, and cutting a quantised model is exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from prunetune.errors import MissingPackage
 from prunetune.pruning.linears import COLUMNS, ROWS, as_out_in, get_base_linear, set_axis_size
 from prunetune.pruning.sites import lora_target_modules
 from prunetune.pruning.units import Site
+from prunetune.utils.optional import require_installed
 
-NF4_BLOCK_SIZE = 64  # weights of a scale
-NF4_SCALE_BYTES = 4  # bytes of a scale, float32
+NF4_BLOCK_SIZE = 64  # weights that share a scale
+NF4_SCALE_BYTES = 4  # float32
 
 
 def require_nf4() -> None:
-    """Raises `MissingPackage` where bitsandbytes, whose kernels these are, is not installed."""
-    if find_spec("bitsandbytes") is None:
-        raise MissingPackage("lora.quantize nf4 needs bitsandbytes; run: pip install 'prunetune[quant]'")
+    """Raises `MissingPackage` if bitsandbytes, which has the kernels, is not installed."""
+    require_installed("bitsandbytes", extra="quant", use="lora.quantize nf4")
 
 
 class NF4Linear(nn.Linear):
-    """A frozen linear in nf4. `weight` is dequantised anew whenever it is read, and cannot be set."""
+    """A frozen linear in nf4. `weight` is dequantised whenever it is read, and cannot be set.
 
-    packed: Tensor  # uint8 [lines, bytes]: two weights a byte, each line padded with zeros to whole blocks
-    scales: Tensor  # float32 [lines, blocks]
+    Shapes: L rows or columns along the axis that a cut shortens.
+    """
+
+    packed: Tensor  # uint8 [L, bytes]: two weights a byte, padded with zeros to whole blocks
+    scales: Tensor  # float32 [L, blocks]
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, cut_axis: int, dtype: torch.dtype) -> None:
-        """`weight` [out, in]; `lines`: the axis that may be cut; `dtype`: of the arithmetic."""
+        """Quantise a weight [out, in]; `dtype` is that of the arithmetic."""
         nn.Module.__init__(self)
         self.out_features, self.in_features = weight.shape
         self.cut_axis, self.dtype = cut_axis, dtype
-        packed, scales = _quantised(weight if cut_axis == ROWS else weight.t())
+        packed, scales = _quantize(weight if cut_axis == ROWS else weight.t())
         self.register_buffer("packed", packed)
         self.register_buffer("scales", scales)
         self.bias: Any = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
 
     @classmethod
     def from_linear(cls, linear: Any, *, cut_axis: int, dtype: torch.dtype, device: torch.device) -> NF4Linear:
-        """A linear or Conv1D in 4 bits on a device; no more than its own weight, in `dtype`, goes there on the way."""
+        """A linear or Conv1D in 4 bits on a device, which for a moment also holds its weight in `dtype`."""
         weight = as_out_in(linear, linear.weight.detach()).to(device, dtype)
         bias = None if linear.bias is None else linear.bias.to(device, dtype)
         return cls(weight, bias, cut_axis=cut_axis, dtype=dtype)
@@ -72,7 +73,7 @@ class NF4Linear(nn.Linear):
 
     @torch.no_grad()
     def keep_indices(self, index: Tensor, axis: int) -> None:
-        """Keep these rows or columns, in place: those that `lines` names and no others."""
+        """Keep these rows or columns, in place; raises `ValueError` on an axis other than `cut_axis`."""
         if axis != self.cut_axis:
             raise ValueError(f"blocks of 4-bit weights run along axis {axis}: only axis {self.cut_axis} can be cut")
         self.packed, self.scales = self.packed.index_select(0, index), self.scales.index_select(0, index)
@@ -81,13 +82,13 @@ class NF4Linear(nn.Linear):
         set_axis_size(self, axis, len(index))
 
     def dequantize(self) -> nn.Linear:
-        """The same as an ordinary linear."""
+        """The ordinary linear with the values held in 4 bits."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight, linear.bias = nn.Parameter(self.weight.contiguous(), requires_grad=False), self.bias
         return linear
 
     def _apply(self, fn: Any, recurse: bool = True) -> NF4Linear:
-        """Scales move with the rest, and stay float32 whatever the rest becomes."""
+        """Move to a device or dtype as any module, but keep the scales in float32."""
         scales = self.scales
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.scales = scales.to(self.packed.device)
@@ -95,7 +96,7 @@ class NF4Linear(nn.Linear):
 
 
 class _Multiply(torch.autograd.Function):
-    """x W^T + b. The dense weight lives in neither direction longer than its product."""
+    """x W^T + b. Forward and backward free the dequantised weight after its product."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, linear: NF4Linear) -> Tensor:
@@ -107,55 +108,54 @@ class _Multiply(torch.autograd.Function):
         return upstream[0] @ ctx.linear.weight, None
 
 
-def _quantised(lines: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of a weight [L, length]: what `NF4Linear` holds as `packed` and `scales`."""
     from bitsandbytes.functional import quantize_4bit
 
-    whole = F.pad(lines, (0, -lines.shape[1] % NF4_BLOCK_SIZE)).contiguous()
-    packed, state = quantize_4bit(whole, blocksize=NF4_BLOCK_SIZE, quant_type="nf4")
-    return packed.view(len(lines), -1), state.absmax.float().view(len(lines), -1)
+    padded = F.pad(weight, (0, -weight.shape[1] % NF4_BLOCK_SIZE)).contiguous()
+    packed, state = quantize_4bit(padded, blocksize=NF4_BLOCK_SIZE, quant_type="nf4")
+    return packed.view(len(weight), -1), state.absmax.float().view(len(weight), -1)
 
 
 def cut_axes(model: nn.Module, sites: Iterable[Site]) -> Mapping[str, int]:
-    """The linears that 4 bits hold, those with adapters, each with the axis that a cut by these sites may shorten."""
-    consumers = {cut.module for site in sites for cut, axis in site.linear_slices() if axis == COLUMNS}
+    """{linear with adapters: the axis that a cut of these sites shortens}. These are the linears held in 4 bits."""
+    consumers = {part.module for site in sites for part, axis in site.linear_slices() if axis == COLUMNS}
     return {name: COLUMNS if name in consumers else ROWS for name in lora_target_modules(model)}
 
 
 def quantize_linears_to_nf4(
     model: nn.Module, sites: Iterable[Site], *, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """Put every linear that gets adapters onto `device` in 4 bits, one after the other, in place.
+    """Replace every linear that gets adapters by one in 4 bits on a device, one after the other, in place.
 
-    The rest of the model (embeddings, head, norms, experts) stays where and as it is. Sites are those of the model
-    before, see `find_sites`.
+    Embeddings, head, norms and experts stay on their device, in their dtype. The sites are those that `find_sites`
+    found before.
     """
-    for name, lines in cut_axes(model, sites).items():
+    for name, axis in cut_axes(model, sites).items():
+        linear = NF4Linear.from_linear(get_base_linear(model, name), cut_axis=axis, dtype=dtype, device=device)
         parent, _, child = name.rpartition(".")
-        setattr(
-            model.get_submodule(parent), child,
-            NF4Linear.from_linear(get_base_linear(model, name), cut_axis=lines, dtype=dtype, device=device),
-        )  # fmt: skip
+        setattr(model.get_submodule(parent), child, linear)
 
 
 @torch.no_grad()
 def round_linears_to_nf4(model: nn.Module, sites: Iterable[Site], *, dtype: torch.dtype, device: torch.device) -> None:
-    """Give every linear the values that `hold_in_four_bits` would hold, as ordinary weights in place.
+    """Round the weights of every linear that gets adapters to their 4-bit values, in place, in their own dtype.
 
-    `dtype` and `device` as of the run whose base is meant: what its adapters were tuned on.
+    `dtype` and `device` are those of the run that tuned the adapters, so that the base is the one it tuned on.
     """
-    for name, lines in cut_axes(model, sites).items():
+    for name, axis in cut_axes(model, sites).items():
         linear = get_base_linear(model, name)
-        linear.weight.copy_(round_to_nf4(linear, linear.weight, cut_axis=lines, dtype=dtype, device=device))
+        linear.weight.copy_(round_to_nf4(linear, linear.weight, cut_axis=axis, dtype=dtype, device=device))
 
 
 def round_to_nf4(
     linear: nn.Module, weight: Tensor, *, cut_axis: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """What 4 bits hold of a weight that this linear has, or will have: of its shape, in `dtype` on `device`."""
-    held = NF4Linear(as_out_in(linear, weight.detach()).to(device, dtype), None, cut_axis=cut_axis, dtype=dtype)
-    return as_out_in(linear, held.weight)
+    """The 4-bit values of a weight as this linear stores it, in `dtype` on `device`."""
+    quantized = NF4Linear(as_out_in(linear, weight.detach()).to(device, dtype), None, cut_axis=cut_axis, dtype=dtype)
+    return as_out_in(linear, quantized.weight)
 
 
 def has_nf4_linears(model: nn.Module) -> bool:
-    """Whether any linear is held in 4 bits."""
+    """Whether any linear holds its weight in 4 bits."""
     return any(isinstance(module, NF4Linear) for module in model.modules())

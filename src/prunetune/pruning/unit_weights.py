@@ -1,4 +1,4 @@
-"""The weights of a site, each with the way from its entries to units."""
+"""The parameters that the units of a site own, each with the sums of its entries by unit."""
 
 from __future__ import annotations
 
@@ -15,49 +15,50 @@ from prunetune.pruning.units import LinearSlice, ParamSlice, Site
 
 @dataclass(frozen=True)
 class UnitWeight:
-    """One parameter of which units of a site own lines, or all."""
+    """One parameter that the units of a site own, in part or whole."""
 
     parameter: nn.Parameter
-    sum_per_unit: Callable[
-        [Tensor], Tensor
-    ]  # values of its shape -> sums over each unit's entries, float64 [U] on the CPU
+    # Values of the parameter's shape -> their sum over the entries of each unit, float64 [U] on the CPU.
+    sum_per_unit: Callable[[Tensor], Tensor]
 
 
 def unit_weights(model: Any, site: Site) -> list[UnitWeight]:
-    """Each producer's weight and bias, then the consumer's weight, then parameters that are no linear's."""
-    if site.is_whole_block:
-        modules = site.block_linears if site.gated_module in site.block_linears else (site.gated_module,)
+    """Each producer's weight and bias, then the consumer's weight, then parameters that belong to no linear."""
+    if site.kind.is_whole_block:
+        linears = site.weights.block_linears
+        modules = linears if site.gated_module in linears else (site.gated_module,)
         return [
             UnitWeight(parameter, lambda values: values.sum(dtype=torch.float64).cpu()[None])
             for name in modules
             for parameter in model.get_submodule(name).parameters()
         ]
-    found = []
-    for cut, axis in site.linear_slices():
-        linear = get_base_linear(model, cut.module)
-        found.append(UnitWeight(linear.weight, _lines_of(cut, site.units, linear, axis)))
+    weights = []
+    for linear_slice, axis in site.linear_slices():
+        linear = get_base_linear(model, linear_slice.module)
+        sum_per_unit = _linear_sums(linear_slice, site.units, linear, axis)
+        weights.append(UnitWeight(linear.weight, sum_per_unit))
         if axis == ROWS and linear.bias is not None:
-            found.append(UnitWeight(linear.bias, _lines_of(cut, site.units, linear, axis)))
-    return found + [
-        UnitWeight(model.get_parameter(part.parameter), _slices_of(part, site)) for part in site.param_slices
-    ]
+            weights.append(UnitWeight(linear.bias, sum_per_unit))
+    for part in site.weights.params:
+        weights.append(UnitWeight(model.get_parameter(part.parameter), _param_sums(part, site)))
+    return weights
 
 
-def _lines_of(cut: LinearSlice, units: int, linear: Any, axis: int) -> Callable[[Tensor], Tensor]:
-    def per_unit(values: Tensor) -> Tensor:
-        lines = as_out_in(linear, values) if axis == ROWS else as_out_in(linear, values).t()
-        sums = lines.sum(1, dtype=torch.float64) if lines.dim() > 1 else lines.double()
-        return cut.sum_per_unit(sums.cpu(), units)
+def _linear_sums(linear_slice: LinearSlice, units: int, linear: Any, axis: int) -> Callable[[Tensor], Tensor]:
+    def sum_per_unit(values: Tensor) -> Tensor:
+        rows = as_out_in(linear, values) if axis == ROWS else as_out_in(linear, values).t()
+        sums = rows.sum(1, dtype=torch.float64) if rows.dim() > 1 else rows.double()
+        return linear_slice.sum_per_unit(sums.cpu(), units)
 
-    return per_unit
+    return sum_per_unit
 
 
-def _slices_of(part: ParamSlice, site: Site) -> Callable[[Tensor], Tensor]:
-    cut = LinearSlice(part.parameter, part.part_sizes)
+def _param_sums(part: ParamSlice, site: Site) -> Callable[[Tensor], Tensor]:
+    rows = LinearSlice(part.parameter, part.part_sizes)
 
-    def per_unit(values: Tensor) -> Tensor:
-        lanes = values.double().cpu()
-        lanes = lanes[None].moveaxis(part.axis + 1, 1) if part.parent_groups == 1 else lanes.moveaxis(part.axis, 1)
-        return torch.cat([cut.sum_per_unit(lane, site.units // part.parent_groups) for lane in lanes])
+    def sum_per_unit(values: Tensor) -> Tensor:
+        groups = values.double().cpu()
+        groups = groups[None].moveaxis(part.axis + 1, 1) if part.parent_groups == 1 else groups.moveaxis(part.axis, 1)
+        return torch.cat([rows.sum_per_unit(group, site.units // part.parent_groups) for group in groups])
 
-    return per_unit
+    return sum_per_unit

@@ -1,14 +1,15 @@
-"""What a site is: the units in one place of one layer, the lines of weights that each owns, and where its gate acts.
+"""What a site is: the units at one place of one layer, the weights that each unit owns, and where its gate acts.
 
 Sites nest. A layer holds its blocks, a block its KV groups or experts, a KV group its query heads, an expert its
-channels; each kind is there only where it was asked for. A unit's own price leaves out what inner sites own, so the
-price of a plan is a plain sum over the units it keeps.
+channels; a recipe chooses the kinds. A unit's own parameters leave out what the sites inside it own, so a plan's
+parameters are a plain sum over the units that it keeps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Literal
 
 import numpy as np
@@ -18,38 +19,86 @@ from torch import Tensor
 from prunetune.plan import Plan
 from prunetune.pruning.linears import COLUMNS, ROWS
 
-UnitKind = Literal[
-    "attention", "mlp", "query-heads", "experts", "expert-channels", "attention-blocks", "mlp-blocks", "layers"
-]
+# What a gate scales: a consumer's input columns, a block's output, a layer's change of its input, the router's softmax,
+# or the columns of every expert's second linear.
 Gating = Literal["columns", "output", "layer", "router", "expert columns"]
-
-# What recipes call the kinds of unit, from the outermost to the innermost.
-KIND_BY_NAME: Mapping[str, UnitKind] = {
-    "layers": "layers",
-    "attention-blocks": "attention-blocks",
-    "kv-groups": "attention",
-    "query-heads": "query-heads",
-    "mlp-blocks": "mlp-blocks",
-    "mlp-channels": "mlp",
-    "experts": "experts",
-    "expert-channels": "expert-channels",
-}
-NAME_BY_KIND: Mapping[UnitKind, str] = {kind: name for name, kind in KIND_BY_NAME.items()}
 DEFAULT_UNITS = ("kv-groups", "mlp-channels")
+
+
+class UnitKind(StrEnum):
+    """The kinds of unit, outer ones first. The value is the kind's name in code, site names, tables and files."""
+
+    LAYER = "layers"
+    ATTENTION_BLOCK = "attention-blocks"
+    KV_GROUP = "attention"
+    QUERY_HEAD = "query-heads"
+    MLP_BLOCK = "mlp-blocks"
+    MLP_CHANNEL = "mlp"
+    EXPERT = "experts"
+    EXPERT_CHANNEL = "expert-channels"
+
+    @property
+    def recipe_name(self) -> str:
+        """The kind's name in `budget.units`."""
+        return {UnitKind.KV_GROUP: "kv-groups", UnitKind.MLP_CHANNEL: "mlp-channels"}.get(self, self.value)
+
+    @property
+    def label(self) -> str:
+        """One unit's parameters in a sentence: "MLP parameters", "query head parameters"."""
+        words = {UnitKind.KV_GROUP: "attention", UnitKind.MLP_CHANNEL: "MLP", UnitKind.MLP_BLOCK: "MLP block"}
+        return words.get(self, self.value.removesuffix("s").replace("-", " "))
+
+    @property
+    def is_whole_block(self) -> bool:
+        """Whether a site has one unit: a whole block, or the whole layer."""
+        return self in (UnitKind.LAYER, UnitKind.ATTENTION_BLOCK, UnitKind.MLP_BLOCK)
+
+    @property
+    def removes_attention(self) -> bool:
+        """Whether a whole block of this kind takes the layer's attention along."""
+        return self in (UnitKind.LAYER, UnitKind.ATTENTION_BLOCK)
+
+    @property
+    def removes_mlp(self) -> bool:
+        """Whether a whole block of this kind takes the layer's MLP, or its experts, along."""
+        return self in (UnitKind.LAYER, UnitKind.MLP_BLOCK)
+
+    @property
+    def is_head(self) -> bool:
+        """Whether units are attention heads: KV groups, or query heads inside them."""
+        return self in (UnitKind.KV_GROUP, UnitKind.QUERY_HEAD)
+
+    @property
+    def is_channel(self) -> bool:
+        """Whether units are channels, whose number is aligned to `budget.align`: of an MLP, or of every expert."""
+        return self in (UnitKind.MLP_CHANNEL, UnitKind.EXPERT_CHANNEL)
+
+    @property
+    def is_divided_by_tensor_parallel(self) -> bool:
+        """Whether tensor parallelism spreads the units over devices, so that their number has to divide."""
+        return self.is_channel or self is UnitKind.KV_GROUP
+
+    @property
+    def is_in_latency_table(self) -> bool:
+        """Whether a latency table prices the kind."""
+        return self.is_whole_block or self in (UnitKind.KV_GROUP, UnitKind.MLP_CHANNEL)
+
+
+KIND_BY_NAME: Mapping[str, UnitKind] = {kind.recipe_name: kind for kind in UnitKind}
 
 
 @dataclass(frozen=True)
 class LinearSlice:
-    """One linear layer's share in the units of a site: which rows (producer) or columns (consumer) each of them owns.
+    """The rows (of a producer) or columns (of a consumer) of one linear that each unit of a site owns.
 
     The rows fall into parts that lie end to end, one for each of query, key and value or of gate and up where these
-    share a linear; in a part of p, unit u owns the p rows from u * p on.
+    share a linear. In a part of size p, unit u owns the p rows from u * p on.
     """
 
     module: str  # "model.layers.3.self_attn.q_proj"
     part_sizes: tuple[int, ...]  # rows of a unit in each part
-    start: int = 0  # rows before the first part, which are another site's
-    total_rows: int = 0  # of the whole linear, where others are not the site's; 0: all are
+    start: int = 0  # rows before the first part, which another site owns
+    total_rows: int = 0  # of the whole linear, where another site owns some; 0: this site owns all
 
     @property
     def rows_per_unit(self) -> int:
@@ -57,15 +106,15 @@ class LinearSlice:
         return sum(self.part_sizes)
 
     def indices(self, kept: Iterable[int], units: int) -> Tensor:
-        """The rows that the kept of so many units own, in order: long [len(kept) * per_unit]."""
-        chosen, start, found = torch.from_numpy(np.array(tuple(kept), dtype=np.int64)), self.start, []
+        """The rows that these units, of a site of so many `units`, own: long [len(kept) * rows_per_unit], by part."""
+        kept_units, start, rows = torch.from_numpy(np.array(tuple(kept), dtype=np.int64)), self.start, []
         for size in self.part_sizes:
-            found.append((start + chosen[:, None] * size + torch.arange(size)).flatten())
+            rows.append((start + kept_units[:, None] * size + torch.arange(size)).flatten())
             start += units * size
-        return torch.cat(found)
+        return torch.cat(rows)
 
     def expand_to_rows(self, values: Tensor) -> Tensor:
-        """One value per unit -> one per row. Query heads of a KV group lie side by side, so a group is one run."""
+        """One value per unit, [U], to one per row of the linear; rows of another site get 1."""
         parts = [values if size == 1 else values.repeat_interleave(size) for size in self.part_sizes]
         owned = parts[0] if len(parts) == 1 else torch.cat(parts)
         if not self.total_rows:
@@ -74,19 +123,20 @@ class LinearSlice:
         return torch.cat([owned.new_ones(self.start), owned, owned.new_ones(after)])
 
     def sum_per_unit(self, rows: Tensor, units: int) -> Tensor:
-        """[rows, ...] -> [U]: the sum over what each unit owns, in the dtype of `rows`."""
+        """[rows, ...] -> [U]: the sum over what each unit owns, in the dtype of the input."""
         rows = rows.flatten(1).sum(1) if rows.dim() > 1 else rows
         if self.total_rows:
             rows = rows[self.start : self.start + units * self.rows_per_unit]
-        parts = [part.view(units, -1).sum(1) for part in torch.split(rows, [units * size for size in self.part_sizes])]
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        parts = torch.split(rows, [units * size for size in self.part_sizes])
+        sums = [part.view(units, -1).sum(1) for part in parts]
+        return torch.stack(sums).sum(0) if len(sums) > 1 else sums[0]
 
 
 @dataclass(frozen=True)
 class ParamSlice:
-    """The same of a parameter that is no linear's: attention sinks, a router, the fused weights of experts.
+    """The entries of a parameter outside linears that each unit owns: attention sinks, a router, fused experts.
 
-    With lanes, the first axis is theirs and each lane loses lines of its own along `axis`.
+    With parent groups, the first axis is the groups', and each group loses entries of its own along `axis`.
     """
 
     parameter: str  # "model.layers.3.mlp.experts.down_proj"
@@ -95,159 +145,174 @@ class ParamSlice:
     parent_groups: int = 1
 
     def indices(self, kept: Iterable[int], units: int) -> Tensor:
-        """As of `Cut`; `units` of one lane."""
+        """As `LinearSlice.indices`; both arguments count inside one parent group."""
         return LinearSlice(self.parameter, self.part_sizes).indices(kept, units)
 
 
-@dataclass(frozen=True)
-class Site:
-    """A place in one layer where whole units can go."""
+@dataclass(frozen=True, kw_only=True)
+class SiteWeights:
+    """The weights that the units of a site own."""
 
-    name: str  # "model.layers.3.self_attn": the module that holds the producers and the consumer; ":kind" of others
+    producers: tuple[LinearSlice, ...] = ()  # lose output rows
+    consumer: LinearSlice | None = None  # loses input columns
+    consumer_is_childs: bool = False  # the consumer's columns are owned by the units of the site inside this one
+    params: tuple[ParamSlice, ...] = ()  # parameters that belong to no linear
+    block_linears: tuple[str, ...] = ()  # linears of a whole block or layer, which leave with its only unit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """The units of one kind at one place of one layer: which they are, their size, their weights, how they nest."""
+
+    name: str  # "model.layers.3.self_attn": the module with the producers and the consumer; ":kind" for other kinds
     layer: int
     kind: UnitKind
-    units: int
-    producers: tuple[LinearSlice, ...]  # lose output rows
-    consumer: LinearSlice | None  # loses input columns
-    unit_params: int  # weights and biases that leave with one unit, without what inner sites own
-    min_units_per_group: int = 1  # fewest units of a lane that may stay
-    gating: Gating = "columns"
-    gated_module: str = ""  # that the gate acts on, where this is not the consumer
-    columns_owned_by_child: bool = False  # the consumer's columns leave with the units of an inner site
-    param_slices: tuple[ParamSlice, ...] = ()
-    block_linears: tuple[str, ...] = ()  # linears that leave with the only unit of a whole block or layer
-    parent_groups: int = 1  # of equal length, lane after lane; each keeps the same number of units
-    parent: str = ""  # the site around this one, whose units own the lanes
-    params_with_children: int = (
-        0  # parameters that leave with a unit of the dense model, with what inner sites own; 0: unit_params
-    )
+
+    units: int  # of the dense model
+    unit_params: int  # weights and biases that leave with one unit, without those of the sites inside it
+    min_units_per_group: int = 1  # fewest units that each parent group may keep
+
+    weights: SiteWeights
+    gating: Gating = "columns"  # how a gate acts
+    gated_module: str = ""  # the module that a gate acts on, where this is not the consumer
+
+    parent: str = ""  # name of the site around this one; "" for an outermost site
+    parent_groups: int = 1  # units fall into this many groups of equal length, side by side, that keep equal numbers
+    child_params: int = 0  # weights and biases of the sites inside that leave with one unit of the dense model
+
+    @property
+    def producers(self) -> tuple[LinearSlice, ...]:
+        """The slices that lose output rows."""
+        return self.weights.producers
+
+    @property
+    def consumer(self) -> LinearSlice | None:
+        """The slice that loses input columns; None for whole blocks and experts."""
+        return self.weights.consumer
 
     @property
     def params(self) -> int:
-        """Prunable parameters of the dense site."""
+        """Prunable parameters of the dense site, without those of the sites inside it."""
         return self.units * self.unit_params
 
     @property
     def total_unit_params(self) -> int:
-        """Parameters that leave with one unit of the dense model."""
-        return self.params_with_children or self.unit_params
+        """Parameters that leave with one unit of the dense model, with those of the sites inside it."""
+        return self.unit_params + self.child_params
 
     @property
     def units_per_group(self) -> int:
-        """Units of a lane."""
+        """Units of one parent group."""
         return self.units // self.parent_groups
 
     @property
     def layer_prefix(self) -> str:
-        """The layer: "model.layers.3"."""
-        mark = f".{self.layer}"
-        return self.name[: f"{self.name}.".replace(":", ".").index(f"{mark}.") + len(mark)]
-
-    @property
-    def is_whole_block(self) -> bool:
-        """Whether its only unit is a whole block or layer."""
-        return self.kind in ("layers", "attention-blocks", "mlp-blocks")
+        """The layer's module: "model.layers.3"."""
+        end = f".{self.layer}"
+        return self.name[: f"{self.name}.".replace(":", ".").index(f"{end}.") + len(end)]
 
     @property
     def has_linear_slices(self) -> bool:
-        """Whether its units are lines of linears, which adapters follow."""
+        """Whether its units are rows and columns of linears, where adapters are cut along."""
         return bool(self.linear_slices())
 
     def linear_slices(self) -> tuple[tuple[LinearSlice, int], ...]:
-        """The lines of linears that leave with its units, with their axis."""
-        columns = () if self.consumer is None or self.columns_owned_by_child else ((self.consumer, COLUMNS),)
-        return (*((cut, ROWS) for cut in self.producers), *columns)
+        """(slice, axis) of every linear that loses rows or columns with a unit."""
+        weights = self.weights
+        columns = () if weights.consumer is None or weights.consumer_is_childs else ((weights.consumer, COLUMNS),)
+        return (*((rows, ROWS) for rows in weights.producers), *columns)
 
     def linears(self) -> tuple[str, ...]:
-        """The linears that it holds or cuts."""
-        return tuple(dict.fromkeys([*(cut.module for cut, _ in self.linear_slices()), *self.block_linears]))
+        """Names of the linears that it cuts, or removes whole."""
+        cut = [linear_slice.module for linear_slice, _ in self.linear_slices()]
+        return tuple(dict.fromkeys([*cut, *self.weights.block_linears]))
 
-    def open_parent_groups(self, kept: Sequence[int] | None, units: int) -> range | list[int]:
-        """The lanes that the kept of the outer site's units own; all, where there is no outer site."""
-        if kept is None:
+    def open_parent_groups(self, kept_parents: Sequence[int] | None, parent_units: int) -> range | list[int]:
+        """The parent groups inside kept units of the parent site; all groups where there is none (None)."""
+        if kept_parents is None:
             return range(self.parent_groups)
-        share = self.parent_groups // units
-        return [lane for unit in kept for lane in range(unit * share, (unit + 1) * share)]
+        share = self.parent_groups // parent_units
+        return [group for unit in kept_parents for group in range(unit * share, (unit + 1) * share)]
 
 
 def dense_plan(sites: Iterable[Site]) -> Plan:
-    """The plan that keeps everything."""
+    """The plan that keeps every unit."""
     sites = tuple(sites)
     return Plan({site.name: tuple(range(site.units)) for site in sites}, {site.name: site.units for site in sites})
 
 
 def kept_params(sites: Iterable[Site], plan: Plan) -> int:
-    """Prunable parameters that stay under a plan."""
+    """Prunable parameters that a plan keeps."""
     return sum(site.unit_params * len(plan.kept[site.name]) for site in sites)
 
 
 def kept_mask(kept: Sequence[int], units: int) -> Tensor:
-    """Which of so many units are kept: bool [U]. By NumPy, which reads many Python numbers in a fifth of the time."""
-    found = np.zeros(units, dtype=bool)
-    found[np.array(kept, dtype=np.int64)] = True
-    return torch.from_numpy(found)
+    """Which units are kept: bool [U]. NumPy reads a long tuple of Python numbers in a fifth of PyTorch's time."""
+    mask = np.zeros(units, dtype=bool)
+    mask[np.array(kept, dtype=np.int64)] = True
+    return torch.from_numpy(mask)
 
 
 def kept_indices(plan: Plan, sites: Iterable[Site]) -> dict[tuple[str, int], Tensor]:
-    """Rows (axis 0) and columns (axis 1) that stay, {(linear, axis): ascending long}, of linears that lose some.
+    """{(linear, axis): rows (axis 0) or columns (axis 1) that a plan keeps, ascending long}, of linears that lose some.
 
-    Linears of which nothing stays are left out: they go as a whole.
+    Linears that are removed whole are left out, see `removed_linears`.
     """
     masks: dict[tuple[str, int], Tensor] = {}
     for site in sites:
         kept = plan.kept[site.name]
         if not kept or len(kept) == site.units:
             continue
-        stays = kept_mask(kept, site.units)
-        for cut, axis in site.linear_slices():
-            lines, key = cut.expand_to_rows(stays), (cut.module, axis)
-            masks[key] = masks[key] & lines if key in masks else lines
+        units = kept_mask(kept, site.units)
+        for linear_slice, axis in site.linear_slices():
+            rows, key = linear_slice.expand_to_rows(units), (linear_slice.module, axis)
+            masks[key] = masks[key] & rows if key in masks else rows
     return {key: mask.nonzero().flatten() for key, mask in masks.items()}
 
 
 def removed_linears(plan: Plan, sites: Iterable[Site]) -> set[str]:
-    """Linears of which nothing stays."""
+    """Linears that a plan removes whole."""
     return {name for site in sites if not plan.kept[site.name] for name in site.linears()}
 
 
 def surviving_layers(plan: Plan, sites: Iterable[Site]) -> Iterator[int]:
-    """Layers that stay in the stack, of those that sites name."""
+    """Layers that a plan keeps, of those that have sites, ascending."""
     sites = tuple(sites)
-    gone = {site.layer for site in sites if site.kind == "layers" and not plan.kept[site.name]}
-    yield from sorted({site.layer for site in sites} - gone)
+    removed = {site.layer for site in sites if site.kind is UnitKind.LAYER and not plan.kept[site.name]}
+    yield from sorted({site.layer for site in sites} - removed)
 
 
 def children_by_site(sites: Iterable[Site]) -> dict[str, list[Site]]:
-    """{site: the sites right inside it}."""
-    found: dict[str, list[Site]] = {}
+    """{site: the sites directly inside it}."""
+    children: dict[str, list[Site]] = {}
     for site in sites:
         if site.parent:
-            found.setdefault(site.parent, []).append(site)
-    return found
+            children.setdefault(site.parent, []).append(site)
+    return children
 
 
 def effective_gates(gates: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
-    """Each gate times those around it: what is in a closed unit is closed."""
-    found: dict[str, Tensor] = {}
-    named = {site.name: site for site in sites}
+    """Each gate times those of the sites around it: what is inside a closed unit is closed."""
+    effective: dict[str, Tensor] = {}
+    by_name = {site.name: site for site in sites}
     for site in sites:
         gate = gates[site.name]
         if site.parent:
-            around = found[site.parent]
-            gate = gate * around.repeat_interleave(site.units // named[site.parent].units)
-        found[site.name] = gate
-    return found
+            outer = effective[site.parent]
+            gate = gate * outer.repeat_interleave(site.units // by_name[site.parent].units)
+        effective[site.name] = gate
+    return effective
 
 
 def closed_fractions(gates: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
-    """{site: [U]}: 1 - gate of what is in open blocks and layers; what is in a closed one rests with it: 0."""
-    whole = {
-        site.name: gates[site.name] if site.is_whole_block else torch.ones_like(gates[site.name]) for site in sites
+    """{site: [U]}: 1 - gate inside open blocks and layers, and 0 inside closed ones, which are not trained."""
+    of_blocks = {
+        site.name: gates[site.name] if site.kind.is_whole_block else torch.ones_like(gates[site.name]) for site in sites
     }
-    blocks, units = effective_gates(whole, sites), effective_gates(gates, sites)
+    blocks, units = effective_gates(of_blocks, sites), effective_gates(gates, sites)
     return {site.name: blocks[site.name] - units[site.name] for site in sites}
 
 
 def effective_layout(layout: str, sites: Sequence[Site]) -> str:
-    """A model that lost whole layers and nothing else is uniform, whatever was asked for."""
-    return "uniform" if all(site.kind == "layers" for site in sites) else layout
+    """The layout asked for, but "uniform" where only whole layers can be pruned: equal layers are left."""
+    return "uniform" if all(site.kind is UnitKind.LAYER for site in sites) else layout

@@ -1,4 +1,7 @@
-"""The pictures of the page, drawn with matplotlib. Sizes in inches; one width for all keeps type at one size."""
+"""The figures of the report, drawn with matplotlib: scores, recovery, kept units, training curves.
+
+Sizes are in inches; all figures have one width, so that type has one size.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WIDTH = 5.0
-MOST_POINTS = 300
-MOST_GROUPS = 32  # up to here every KV group is drawn
+MAX_POINTS = 300
+MAX_GROUPS = 32  # up to here every KV group is drawn
 MODEL_MARKS = {"dense": (svg.DENSE, "o"), "tuned": (svg.TUNED, "s"), "pruned": (svg.PRUNED, "D")}
 PHASE_COLOURS = {"search": svg.SEARCH, "settle": svg.SETTLE, "tune": svg.TUNE}
 
@@ -51,7 +54,13 @@ def scores_figure(label: str, rows: Sequence[TaskMetricRow]) -> Markup:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for position, row in enumerate(rows):
-            _score_marks(axes, position, row)
+            for offset, (name, (colour, marker)) in zip((-0.22, 0.0, 0.22), MODEL_MARKS.items(), strict=True):
+                score = row.scores.get(name)
+                if score is not None and math.isfinite(score.value):
+                    axes.errorbar(
+                        score.value, position + offset, xerr=score.se if math.isfinite(score.se) else None,
+                        fmt=marker, color=colour, markersize=5.5, elinewidth=1.6,
+                    )  # fmt: skip
         axes.set_yticks(range(len(rows)), [truncated(row.task) for row in rows], color=svg.INK)
         axes.set_ylim(len(rows) - 0.45, -0.55)
         axes.grid(visible=True, axis="both")
@@ -61,18 +70,8 @@ def scores_figure(label: str, rows: Sequence[TaskMetricRow]) -> Markup:
     return svg.render_svg(f"scores-{rows[0].metric}", label, WIDTH, 0.75 + 0.46 * len(rows), draw)
 
 
-def _score_marks(axes: Axes, position: int, row: TaskMetricRow) -> None:
-    for place, (name, (colour, marker)) in enumerate(MODEL_MARKS.items()):
-        score = row.scores.get(name)
-        if score is not None and math.isfinite(score.value):
-            axes.errorbar(
-                score.value, position + 0.22 * (place - 1), xerr=score.se if math.isfinite(score.se) else None,
-                fmt=marker, color=colour, markersize=5.5, elinewidth=1.6,
-            )  # fmt: skip
-
-
 def recovery_figure(label: str, rows: Sequence[tuple[str, float, float]]) -> Markup:
-    """(task, share of the reference that is left, its standard error): a mark and a bar each, all of it dashed."""
+    """Recovery by task from (task, share of the reference, its standard error); a dashed line at 100%."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -93,28 +92,26 @@ def recovery_figure(label: str, rows: Sequence[tuple[str, float, float]]) -> Mar
 
 
 def groups_figure(label: str, layers: Sequence[KeptLayer]) -> Markup:
-    """KV groups by layer: a cell for each, filled where it stays; bars of the share where there are too many."""
-    most = max(layer.attention.units for layer in layers if layer.attention)
-    if most > MOST_GROUPS:
-        return _shares_figure("groups", label, [(y.index, y.attention.share) for y in layers if y.attention])
+    """KV groups by layer: a cell for each, filled where it is kept; bars of the share where there are too many."""
+    attention = {layer.index: layer.attention for layer in layers if layer.attention}
+    max_groups = max(groups.units for groups in attention.values())
+    if max_groups > MAX_GROUPS:
+        return unit_share_figure("groups", label, attention)
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        stays: list[tuple[int, int]] = []
-        goes: list[tuple[int, int]] = []
-        for layer in layers:
-            for unit in range(layer.attention.units) if layer.attention else ():
-                (stays if layer.attention and unit in layer.attention.kept else goes).append((layer.index, unit))
-        draw_cells(axes, stays, svg.PRUNED)
-        draw_cells(axes, goes, svg.REMOVED)
-        axes.set_ylim(most - 0.5, -0.5)
-        axes.set_yticks(range(0, most, 1 + most // 9))
+        cells = {(index, unit) for index, groups in attention.items() for unit in range(groups.units)}
+        kept = {(index, unit) for index, groups in attention.items() for unit in groups.kept}
+        draw_cells(axes, sorted(kept), svg.PRUNED)
+        draw_cells(axes, sorted(cells - kept), svg.REMOVED)
+        axes.set_ylim(max_groups - 0.5, -0.5)
+        axes.set_yticks(range(0, max_groups, 1 + max_groups // 9))
         axes.set_ylabel("KV group")
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
         _layer_axis(axes, [layer.index for layer in layers])
 
-    return svg.render_svg("groups", label, WIDTH, max(1.9, 1.0 + 0.22 * min(most, 12)), draw)
+    return svg.render_svg("groups", label, WIDTH, max(1.9, 1.0 + 0.22 * min(max_groups, 12)), draw)
 
 
 def draw_cells(axes: Axes, cells: Sequence[tuple[int, int]], colour: str, alpha: float | None = None) -> None:
@@ -130,21 +127,18 @@ def draw_cells(axes: Axes, cells: Sequence[tuple[int, int]], colour: str, alpha:
 
 
 def widths_figure(label: str, layers: Sequence[KeptLayer]) -> Markup:
-    """Share of the MLP channels that stays, by layer, in front of the dense width."""
-    return _shares_figure("widths", label, [(layer.index, layer.mlp.share) for layer in layers if layer.mlp])
+    """Share of the MLP channels that is kept, by layer, in front of the dense width."""
+    return unit_share_figure("widths", label, {layer.index: layer.mlp for layer in layers if layer.mlp})
 
 
-def unit_share_figure(kind: str, label: str, kept: Mapping[int, LayerKeptUnits]) -> Markup:
-    """Share of the units of another kind that stays, by layer."""
-    return _shares_figure(kind, label, [(index, part.share) for index, part in sorted(kept.items())])
+def unit_share_figure(name: str, label: str, kept: Mapping[int, LayerKeptUnits]) -> Markup:
+    """Share of the units of one kind that is kept, by layer."""
 
-
-def _shares_figure(name: str, label: str, shares: Sequence[tuple[int, float]]) -> Markup:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        indices = [index for index, _ in shares]
-        axes.bar(indices, [1.0] * len(shares), color=svg.REMOVED, width=0.8)
-        axes.bar(indices, [value for _, value in shares], color=svg.PRUNED, width=0.8)
+        indices = sorted(kept)
+        axes.bar(indices, [1.0] * len(indices), color=svg.REMOVED, width=0.8)
+        axes.bar(indices, [kept[index].share for index in indices], color=svg.PRUNED, width=0.8)
         axes.set_ylim(0, 1)
         _percent_axis(axes.yaxis)
         axes.grid(visible=False)
@@ -170,33 +164,29 @@ def training_curve_figure(
     name: str, label: str, curves: Sequence[TrainingCurve], spans: Sequence[PhaseSpan], *,
     target: float | None = None, kind: Literal["plain", "share", "rate"] = "plain",
 ) -> Markup:  # fmt: skip
-    """Quantities over the steps of the run, the phases shaded; `target` is a dashed line."""
+    """Quantities over the steps of the run, the phases shaded, and a dashed line at the target."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for span in spans:
             axes.axvspan(span.first, span.last, color=PHASE_COLOURS.get(span.phase, svg.GRID), linewidth=0)
         for curve in curves:
-            _line(axes, curve)
+            _plot_curve(axes, curve)
         if target is not None:
             axes.axhline(target, color=svg.INK, linewidth=1, linestyle=(0, (4, 3)))
-        _value_axis(axes, kind)
+        if kind == "share":
+            _percent_axis(axes.yaxis)
+        if kind == "rate":
+            axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=False)
+        if kind != "plain":
+            axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
         axes.margins(x=0)
 
     return svg.render_svg(name, label, WIDTH, 2.2, draw)
 
 
-def _value_axis(axes: Axes, kind: Literal["plain", "share", "rate"]) -> None:
-    if kind == "share":
-        _percent_axis(axes.yaxis)
-        axes.set_ylim(bottom=0)
-    if kind == "rate":
-        axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=False)
-        axes.set_ylim(bottom=0)
-
-
-def _line(axes: Axes, curve: TrainingCurve) -> None:
+def _plot_curve(axes: Axes, curve: TrainingCurve) -> None:
     points = downsample(curve.points)
     steps, values = [step for step, _ in points], [value for _, value in points]
     marker = "o" if curve.markers or len(points) == 1 else None
@@ -208,15 +198,17 @@ def _line(axes: Axes, curve: TrainingCurve) -> None:
 
 
 def downsample(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most `MOST_POINTS` points: means of equal runs of neighbours."""
-    run = math.ceil(len(points) / MOST_POINTS)
-    parts = [points[start : start + run] for start in range(0, len(points), max(run, 1))]
-    return [(sum(step for step, _ in part) / len(part), sum(value for _, value in part) / len(part)) for part in parts]
+    """At most `MAX_POINTS` points: means of equal runs of neighbours."""
+    size = max(1, math.ceil(len(points) / MAX_POINTS))
+    chunks = [points[start : start + size] for start in range(0, len(points), size)]
+    return [
+        (sum(step for step, _ in chunk) / len(chunk), sum(value for _, value in chunk) / len(chunk)) for chunk in chunks
+    ]
 
 
-def running_mean(values: Sequence[float], reach: int) -> list[float]:
-    """Mean over `reach` neighbours to either side, fewer at the ends."""
-    windows = [values[max(0, centre - reach) : centre + reach + 1] for centre in range(len(values))]
+def running_mean(values: Sequence[float], neighbours: int) -> list[float]:
+    """Mean over so many neighbours to either side, fewer at the ends."""
+    windows = [values[max(0, centre - neighbours) : centre + neighbours + 1] for centre in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 
 

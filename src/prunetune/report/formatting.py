@@ -1,4 +1,4 @@
-"""Numbers as a reader wants them. Each function returns "n/a" for None."""
+"""Numbers as text: counts, sizes, shares, durations. Each function returns "n/a" for None."""
 
 from __future__ import annotations
 
@@ -71,15 +71,13 @@ def duration(seconds: float | None) -> str:
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = round(seconds / 60)
-    return (
-        f"{minutes // 60} h {minutes % 60:02d} min"
-        if minutes >= 60
-        else f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
-    )
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"
 
 
 def truncated(label: str, max_length: int = 22) -> str:
-    """At most `longest` characters."""
+    """The label, or its beginning and "…", at most `max_length` characters."""
     return label if len(label) <= max_length else f"{label[: max_length - 1]}…"
 
 

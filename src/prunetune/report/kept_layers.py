@@ -1,4 +1,4 @@
-"""What a plan keeps, layer by layer."""
+"""The units that a plan keeps, by layer and kind."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class LayerKeptUnits:
 
     @property
     def share(self) -> float:
-        """Share of the units that stays."""
+        """Share of the units that is kept."""
         return len(self.kept) / self.units if self.units else 0.0
 
 
@@ -34,37 +34,36 @@ class KeptLayer:
 
 
 def parse_site_layer(site: str) -> tuple[int, bool] | None:
-    """The layer's number, and whether the site is attention; None for a name of another form."""
+    """(layer number, whether it is attention) of "<any>.<layer number>[.<block>]"; None for other names."""
     match = re.match(r"(?:.*?\.)?(\d+)(?:\.(.*))?$", site)
     return (int(match[1]), ATTENTION_WORD in (match[2] or "")) if match else None
 
 
 def layers_from_plan(plan: Plan) -> tuple[KeptLayer, ...]:
-    """The plan's layers in order; a site is "<any>.<layer number>[.<block>]", others are left out."""
-    found: dict[int, dict[bool, LayerKeptUnits]] = {}
+    """The plan's layers in order; sites that `parse_site_layer` cannot read and `other_units_by_layer` are left out."""
+    blocks: dict[int, dict[bool, LayerKeptUnits]] = {}
     for site, kept in plan.kept.items():
-        if (
-            ":" not in site and (place := parse_site_layer(site)) is not None
-        ):  # others are of another kind, see `others_of`
-            layer, is_attention = place
-            found.setdefault(layer, {})[is_attention] = LayerKeptUnits(plan.units[site], kept)
-    return tuple(KeptLayer(index, found[index].get(True), found[index].get(False)) for index in sorted(found))
+        parsed = parse_site_layer(site)
+        if parsed is not None and ":" not in site:
+            layer, is_attention = parsed
+            blocks.setdefault(layer, {})[is_attention] = LayerKeptUnits(plan.units[site], kept)
+    return tuple(KeptLayer(index, blocks[index].get(True), blocks[index].get(False)) for index in sorted(blocks))
 
 
 def other_units_by_layer(plan: Plan) -> dict[str, dict[int, LayerKeptUnits]]:
     """{kind of unit: {layer: kept}} of sites that name their kind: "<any>.<layer number>[.<block>]:<kind>"."""
-    found: dict[str, dict[int, LayerKeptUnits]] = {}
+    by_kind: dict[str, dict[int, LayerKeptUnits]] = {}
     for site, kept in plan.kept.items():
-        place, _, kind = site.partition(":")
-        if kind and (match := re.match(r"(?:.*?\.)?(\d+)(?:\.|$)", place)):
-            found.setdefault(kind, {})[int(match[1])] = LayerKeptUnits(plan.units[site], kept)
-    return found
+        block, _, kind = site.partition(":")
+        if kind and (match := re.match(r"(?:.*?\.)?(\d+)(?:\.|$)", block)):
+            by_kind.setdefault(kind, {})[int(match[1])] = LayerKeptUnits(plan.units[site], kept)
+    return by_kind
 
 
-def count_kept(parts: Iterable[LayerKeptUnits | None]) -> tuple[int, int]:
-    """Units kept and units there were, over the layers."""
-    present = [part for part in parts if part is not None]
-    return sum(len(part.kept) for part in present), sum(part.units for part in present)
+def count_kept(layers: Iterable[LayerKeptUnits | None]) -> tuple[int, int]:
+    """(units kept, units of the dense model) over the layers."""
+    present = [layer for layer in layers if layer is not None]
+    return sum(len(layer.kept) for layer in present), sum(layer.units for layer in present)
 
 
 def format_ranges(indices: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""The page: every part that the run's files allow, in one HTML file that needs nothing else."""
+"""The report of a run: one HTML file that needs nothing else, with every part that the run's files allow."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from prunetune.report import (
     training_curves,
     verdicts,
 )
-from prunetune.report.run_folder import MODELS, RunFiles, get_number, lookup, read_run
+from prunetune.report.run_folder import MODELS, RunFiles, get_number, read_run
 from prunetune.report.speed import speed_rows
+from prunetune.report.training_curves import ReportFigure
 from prunetune.utils.files import write_text
 
 MODEL_NAMES = {"dense": "Dense, untuned", "tuned": "Dense, tuned", "pruned": "Pruned"}
@@ -36,6 +37,7 @@ FLIP_NAMES = {
     "wrong": "both wrong",
     "open": "generated",
 }
+VALIDATION_COLUMNS = ("valid.accuracy", "guard.perplexity", "guard.accuracy")
 
 
 def write_report(run_folder: Path) -> Path:
@@ -46,159 +48,136 @@ def write_report(run_folder: Path) -> Path:
     """
     target, run = run_folder / "report.html", read_run(run_folder)
     if size_frontier.has_multiple_sizes(run):
-        write_text(target, _rendered("size_frontier.html.j2", size_frontier.template_context(run_folder, run)))
+        page = _render("size_frontier.html.j2", size_frontier.template_context(run_folder, run))
     else:
-        write_text(target, render(run))
+        page = _render("template.html.j2", _template_context(run))
+    write_text(target, page)
     return target
 
 
-def render(run: RunFiles) -> str:
-    """The page of one size as HTML text."""
-    return _rendered("template.html.j2", _template_context(run))
-
-
-def _rendered(template: str, content: Mapping[str, Any]) -> str:
+def _render(template: str, context: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters |= {
-        "count": formatting.count, "decimal": formatting.decimal, "share": formatting.share, "runs": kept_layers.format_ranges,
-    }  # fmt: skip
-    return environment.get_template(template).render(content)
+        "count": formatting.count,
+        "decimal": formatting.decimal,
+        "share": formatting.share,
+        "ranges": kept_layers.format_ranges,
+    }
+    return environment.get_template(template).render(context)
 
 
 def _template_context(run: RunFiles) -> dict[str, Any]:
-    headline = scores.headline_score(run.evaluations)
-    rows = scores.metric_rows(run.evaluations)
-    kept = kept_layers.layers_from_plan(run.plan) if run.plan else ()
-    spans = training_curves.phase_spans(run.metrics)
+    manifest, evaluations = run.manifest, run.evaluations
+    models = [name for name in MODELS if name in evaluations]
+    headline, rows = scores.headline_score(evaluations), scores.metric_rows(evaluations)
+    tasks: dict[str, list[scores.TaskMetricRow]] = {}
+    for row in rows:
+        tasks.setdefault(row.task, []).append(row)
+    layers = kept_layers.layers_from_plan(run.plan) if run.plan else ()
     return {
         "run": run,
-        "model_name": str(lookup(run.manifest, "model", "name") or lookup(run.config, "model") or ""),
+        "model_name": run.model_name,
         "verdict": summary.summary_line(run, headline),
         "answers": verdicts.run_verdicts(run, headline, rows),
         "tiles": summary.summary_tiles(run, headline),
         "headline": headline,
-        "models": [name for name in MODELS if name in run.evaluations],
+        "models": models,
         "model_names": MODEL_NAMES,
-        "reference_name": scores.REFERENCE_NAMES.get(scores.reference_model(run.evaluations), ""),
-        "tasks": _by_task(rows),
-        "score_figures": [*(_recovery_figures(rows) if "tuned" in run.evaluations else ()), *_score_figures(rows)],
+        "reference_name": scores.REFERENCE_NAMES.get(scores.reference_model(evaluations), ""),
+        "tasks": tasks,
+        "score_figures": [*(_recovery_figures(rows) if "tuned" in evaluations else ()), *_score_figures(rows)],
         "score_legend": figures.legend_entries(
-            {figures.MODEL_MARKS[name][0]: MODEL_NAMES[name].lower() for name in MODELS if name in run.evaluations}
+            {figures.MODEL_MARKS[name][0]: MODEL_NAMES[name].lower() for name in models}
         ),
-        "layers": kept,
-        "groups": kept_layers.count_kept(layer.attention for layer in kept),
-        "channels": kept_layers.count_kept(layer.mlp for layer in kept),
-        "kept_figures": _kept_figures(kept)
-        + (_other_figures(kept_layers.other_units_by_layer(run.plan)) if run.plan else []),
-        "heat": decision_heatmap.heatmap_figures(run),
-        "limits": verdicts.limit_verdicts(run.manifest),
-        "events": verdicts.limit_events(run.manifest),
-        "watched": verdicts.monitored_metrics(run.manifest),
-        "gates_failed": str(lookup(run.manifest, "failed") or ""),
-        "uneven": verdicts.misaligned_widths(run.manifest),
+        "layers": layers,
+        "groups": kept_layers.count_kept(layer.attention for layer in layers),
+        "channels": kept_layers.count_kept(layer.mlp for layer in layers),
+        "kept_figures": _kept_figures(run, layers),
         "kept_legend": figures.legend_entries({svg.PRUNED: "kept", svg.REMOVED: "removed"}),
-        "course": training_curves.training_figures(run),
-        "phases": training_curves.phase_legend(spans),
-        "validation": _validation(run),
-        "watched_names": [
-            name for name in VALIDATION_METRICS if any(get_number(line, name) is not None for line in run.validation)
+        "heatmaps": decision_heatmap.heatmap_figures(run),
+        "limits": verdicts.limit_verdicts(manifest),
+        "limit_events": verdicts.limit_events(manifest),
+        "failed": manifest.failed,
+        "misaligned_widths": verdicts.misaligned_widths(manifest),
+        "validation_scores": verdicts.validation_scores(manifest),
+        "training_curves": training_curves.training_figures(run),
+        "phases": training_curves.phase_legend(training_curves.phase_spans(run.metrics)),
+        "validation": _validation_rows(run),
+        "validation_columns": [
+            name for name in VALIDATION_COLUMNS if any(get_number(line, name) is not None for line in run.validation)
         ],
-        "samples": samples.select_samples(run.evaluations),
+        "samples": samples.select_samples(evaluations),
         "flip_names": FLIP_NAMES,
-        "splits": run_details.split_summaries(run.manifest),
-        "data_notes": run_details.data_notes(run.manifest),
+        "splits": run_details.split_summaries(manifest.data),
+        "data_notes": run_details.data_notes(manifest.data),
         "environment": run_details.environment_rows(run),
-        "command": run_details.command_line(run.manifest),
-        "timings": run_details.timing_rows(run.manifest),
-        "speeds": speed_rows(run.manifest),
+        "command": manifest.command,
+        "timings": run_details.timing_rows(manifest),
+        "speeds": speed_rows(manifest),
         "cost": run_details.cost_rows(run),
     }
 
 
-def _by_task(rows: Sequence[scores.TaskMetricRow]) -> dict[str, list[scores.TaskMetricRow]]:
-    tasks: dict[str, list[scores.TaskMetricRow]] = {}
-    for row in rows:
-        tasks.setdefault(row.task, []).append(row)
-    return tasks
-
-
-def _recovery_figures(rows: Sequence[scores.TaskMetricRow]) -> list[training_curves.ReportFigure]:
+def _recovery_figures(rows: Sequence[scores.TaskMetricRow]) -> list[ReportFigure]:
     """How much of the reference is left in each task, by the metric that stands for it."""
     shares = [
         (row.task, *row.recovery_with_se) for row in rows if row.is_headline and math.isfinite(row.recovery_with_se[0])
     ]
     if not shares:
         return []
-    label = "Recovery by task; the numbers stand in the table above"
+    label = "Recovery by task; the table above has the numbers"
     note = "Of the reference's score, upside down for perplexity. Bars: one standard error of the paired difference."
-    return [training_curves.ReportFigure("Recovery", figures.recovery_figure(label, shares), note=note)]
+    return [ReportFigure("Recovery", figures.recovery_figure(label, shares), note=note)]
 
 
-def _score_figures(rows: Sequence[scores.TaskMetricRow]) -> list[training_curves.ReportFigure]:
-    """The headline metrics, one figure for each."""
-    metrics = dict.fromkeys(row.metric for row in rows if row.is_headline)
-    return [_score_figure([row for row in rows if row.is_headline and row.metric == metric]) for metric in metrics]
+def _score_figures(rows: Sequence[scores.TaskMetricRow]) -> list[ReportFigure]:
+    """A figure for each headline metric."""
+    by_metric: dict[str, list[scores.TaskMetricRow]] = {}
+    for row in rows:
+        if row.is_headline:
+            by_metric.setdefault(row.metric, []).append(row)
+    drawn = []
+    for metric, metric_rows in by_metric.items():
+        better = "Higher is better." if higher_is_better(metric) else "Lower is better."
+        title = metric_rows[0].label[:1].upper() + metric_rows[0].label[1:]
+        label = f"{title} of each model by task; the table above has the numbers"
+        picture = figures.scores_figure(label, metric_rows)
+        drawn.append(ReportFigure(title, picture, note=f"{better} Bars: one standard error."))
+    return drawn
 
 
-def _score_figure(rows: Sequence[scores.TaskMetricRow]) -> training_curves.ReportFigure:
-    better = "Higher is better." if higher_is_better(rows[0].metric) else "Lower is better."
-    title = rows[0].label[:1].upper() + rows[0].label[1:]
-    label = f"{title} of each model by task; the numbers stand in the table above"
-    return training_curves.ReportFigure(
-        title, figures.scores_figure(label, rows), note=f"{better} Bars: one standard error."
-    )
-
-
-def _kept_figures(kept: Sequence[kept_layers.KeptLayer]) -> list[training_curves.ReportFigure]:
-    made = []
-    if any(layer.attention for layer in kept):
-        stay, units = kept_layers.count_kept(layer.attention for layer in kept)
-        label = f"KV groups kept by layer: {stay} of {units}; the numbers stand in the table below"
-        made.append(
-            training_curves.ReportFigure(
-                "KV groups", figures.groups_figure(label, kept), note=f"{stay:,} of {units:,} stay."
-            )
-        )
-    if any(layer.mlp for layer in kept):
-        stay, units = kept_layers.count_kept(layer.mlp for layer in kept)
-        label = f"Share of MLP channels kept by layer: {stay} of {units}; the numbers stand in the table below"
-        made.append(
-            training_curves.ReportFigure(
-                "MLP width", figures.widths_figure(label, kept), note=f"{stay:,} of {units:,} channels stay."
-            )
-        )
-    return made
-
-
-def _other_figures(
-    others: Mapping[str, Mapping[int, kept_layers.LayerKeptUnits]],
-) -> list[training_curves.ReportFigure]:
-    made = []
-    for kind, kept in others.items():
-        stay, units = kept_layers.count_kept(kept.values())
+def _kept_figures(run: RunFiles, layers: Sequence[kept_layers.KeptLayer]) -> list[ReportFigure]:
+    """A figure for each kind of unit that the plan names."""
+    drawn = []
+    if any(layer.attention for layer in layers):
+        kept, units = kept_layers.count_kept(layer.attention for layer in layers)
+        label = f"KV groups kept by layer: {kept} of {units}; the table below has the numbers"
+        picture = figures.groups_figure(label, layers)
+        drawn.append(ReportFigure("KV groups", picture, note=f"{kept:,} of {units:,} are kept."))
+    if any(layer.mlp for layer in layers):
+        kept, units = kept_layers.count_kept(layer.mlp for layer in layers)
+        label = f"Share of MLP channels kept by layer: {kept} of {units}; the table below has the numbers"
+        picture = figures.widths_figure(label, layers)
+        drawn.append(ReportFigure("MLP width", picture, note=f"{kept:,} of {units:,} channels are kept."))
+    for kind, by_layer in (kept_layers.other_units_by_layer(run.plan) if run.plan else {}).items():
+        kept, units = kept_layers.count_kept(by_layer.values())
         name = kind.replace("-", " ")
-        label = f"Share of {name} kept by layer: {stay} of {units}"
-        note = f"{stay:,} of {units:,} stay."
-        made.append(
-            training_curves.ReportFigure(name.capitalize(), figures.unit_share_figure(kind, label, kept), note=note)
-        )
-    return made
+        picture = figures.unit_share_figure(kind, f"Share of {name} kept by layer: {kept} of {units}", by_layer)
+        drawn.append(ReportFigure(name.capitalize(), picture, note=f"{kept:,} of {units:,} are kept."))
+    return drawn
 
 
-VALIDATION_METRICS = ("valid.accuracy", "guard.perplexity", "guard.accuracy")
-
-
-def _validation(run: RunFiles) -> list[dict[str, str]]:
+def _validation_rows(run: RunFiles) -> list[dict[str, str]]:
     return [
         {
             "step": formatting.count(get_number(line, "step")),
             "phase": str(line.get("phase", "")),
             "nll": formatting.decimal(get_number(line, "nll")),
             "kept": formatting.share(get_number(line, "kept"), 1),
-            **{name: formatting.decimal(get_number(line, name)) for name in VALIDATION_METRICS},
+            **{name: formatting.decimal(get_number(line, name)) for name in VALIDATION_COLUMNS},
             "broken": "; ".join(map(str, broken)) if isinstance(broken := line.get("broken"), list) else "",
         }
         for line in run.validation

@@ -1,4 +1,4 @@
-"""Tables of what went in and what it ran on."""
+"""Tables of a run's data, environment, timings and cost."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from prunetune.manifest import DataFacts, Manifest, QuantisedFacts
 from prunetune.report import formatting
-from prunetune.report.run_folder import RunFiles, get_mapping, get_number, lookup
+from prunetune.report.run_folder import RunFiles, get_number, lookup
 
 SPLITS = ("train", "search", "texts", "guard", "valid", "test")
 
@@ -21,115 +22,88 @@ class SplitSummary:
     sha256: str
 
 
-def split_summaries(manifest: Mapping[str, Any]) -> list[SplitSummary]:
+def split_summaries(data: DataFacts) -> list[SplitSummary]:
     """The splits that the manifest names, in the order of their use."""
-    counts, hashes = get_mapping(manifest, "data", "counts"), get_mapping(manifest, "data", "hashes")
-    names = [name for name in SPLITS if name in counts or name in hashes]
-    names += sorted({str(name) for name in (*counts, *hashes)} - set(SPLITS))
+    named = data.counts.keys() | data.hashes.keys()
     return [
-        SplitSummary(name, formatting.count(get_number(counts, name)), str(hashes.get(name, formatting.NOT_KNOWN)))
-        for name in names
+        SplitSummary(name, formatting.count(data.counts.get(name)), data.hashes.get(name, formatting.NOT_KNOWN))
+        for name in (*(name for name in SPLITS if name in named), *sorted(named - set(SPLITS)))
     ]
 
 
-def data_notes(manifest: Mapping[str, Any]) -> list[str]:
-    """Rows that did not go in as they were."""
-    too_long, dropped = get_number(manifest, "data", "too_long"), get_number(manifest, "data", "dropped")
+def data_notes(data: DataFacts) -> list[str]:
+    """How many rows were cut or left out, a sentence for each reason."""
     notes = []
-    if too_long:
-        notes.append(f"{formatting.count(too_long)} rows were longer than the limit and were cut or dropped.")
-    if dropped:
-        notes.append(f"{formatting.count(dropped)} rows that also stood in another split were dropped.")
+    if data.too_long:
+        notes.append(f"{formatting.count(data.too_long)} rows were longer than the limit and were cut or dropped.")
+    if data.dropped:
+        notes.append(f"{formatting.count(data.dropped)} rows that also stood in another split were dropped.")
     return notes
 
 
 def environment_rows(run: RunFiles) -> list[tuple[str, str]]:
-    """What ran on what, as (name, value)."""
-    manifest = run.manifest
-    memory = get_number(manifest, "peak_memory_mb")
+    """Model, device, packages and memory of the run, as (name, value)."""
+    manifest, memory = run.manifest, run.manifest.peak_memory_mb
     if memory is None:
-        memory = max(
-            (value for line in run.metrics if (value := get_number(line, "memory_mb")) is not None), default=None
-        )
-    found = {
-        "Model": lookup(manifest, "model", "name") or lookup(run.config, "model"),
-        "Result": _joined(lookup(manifest, "pruned", "class"), lookup(manifest, "pruned", "layout")),
-        "Device": lookup(manifest, "device"),
-        "Arithmetic": lookup(manifest, "dtype"),
-        "Base": _base(manifest),
-        "Seed": _plain(lookup(manifest, "seeds")) or _plain(lookup(run.config, "seed")),
-        "Budgets": "; ".join(f"{row['budget']} {row['words']}" for row in lookup(manifest, "budgets") or ()),
+        memory = max(_logged_numbers(run, "memory_mb"), default=None)
+    rows = {
+        "Model": run.model_name,
+        "Result": ", ".join(filter(None, (manifest.pruned.class_name, manifest.pruned.layout))),
+        "Device": manifest.device,
+        "Arithmetic": manifest.dtype,
+        "Base": _describe_quantised(manifest.quantised),
+        "Seed": _as_text(manifest.seeds) or _as_text(lookup(run.config, "seed")),
+        "Budgets": "; ".join(f"{budget.budget} {budget.words}" for budget in manifest.budgets),
         "Peak memory": None if memory is None else f"{formatting.count(memory)} MB",
-        **{str(name): version for name, version in get_mapping(manifest, "versions").items()},
+        **manifest.versions,
     }
-    return [(name, _plain(value)) for name, value in found.items() if value not in (None, "")]
+    return [(name, value) for name, value in rows.items() if value]
 
 
-def _base(manifest: Mapping[str, Any]) -> str:
-    """How the tuned linears were held, and how far the written model is from what was tuned so."""
-    error, same = get_number(manifest, "quantised", "error"), get_number(manifest, "quantised", "same")
-    if error is None or same is None:
+def _describe_quantised(quantised: QuantisedFacts) -> str:
+    """The type in which the base was tuned, and how far the written model is from the tuned one."""
+    if quantised.error is None or quantised.same is None:
         return ""
     return (
-        f"{lookup(manifest, 'quantised', 'scheme')}; merged differs from it by {formatting.share(error, 2)} "
-        f"(root mean square of logits), {formatting.share(same)} of most likely tokens equal"
+        f"{quantised.scheme}; merged differs from it by {formatting.share(quantised.error, 2)} "
+        f"(root mean square of logits), {formatting.share(quantised.same)} of most likely tokens equal"
     )
 
 
-def _joined(*parts: Any) -> str:
-    return ", ".join(str(part) for part in parts if part)
-
-
-def _plain(value: Any) -> str:
+def _as_text(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {each}" for key, each in value.items())
+        return ", ".join(f"{name} {entry}" for name, entry in value.items() if entry is not None)
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(str(each) for each in value)
+        return ", ".join(map(str, value))
     return "" if value is None else str(value)
 
 
-def command_line(manifest: Mapping[str, Any]) -> str:
-    """The command line, as one string."""
-    found = lookup(manifest, "command")
-    return (
-        found
-        if isinstance(found, str)
-        else " ".join(_quoted(str(part)) for part in found)
-        if isinstance(found, list)
-        else ""
-    )
-
-
-def _quoted(part: str) -> str:
-    import shlex
-
-    return shlex.quote(part)
-
-
-def timing_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+def timing_rows(manifest: Manifest) -> list[tuple[str, str]]:
     """How long each stage took, as (stage, duration), the total last."""
-    seconds = {
-        str(stage): get_number(get_mapping(manifest, "timings"), stage) for stage in get_mapping(manifest, "timings")
-    }
-    known = {stage: value for stage, value in seconds.items() if value is not None}
-    rows = [(stage, formatting.duration(value)) for stage, value in known.items()]
+    known = {stage: seconds for stage, seconds in manifest.timings.items() if seconds is not None}
+    rows = [(stage, formatting.duration(seconds)) for stage, seconds in known.items()]
     if len(known) > 1 and "total" not in known:
         rows.append(("total", formatting.duration(sum(known.values()))))
     return rows
 
 
 def cost_rows(run: RunFiles) -> list[tuple[str, str]]:
-    """What the run itself took, as (what, how much)."""
-    manifest, validation = run.manifest, get_mapping(run.manifest, "validation")
-    paces = sorted(value for line in run.metrics if (value := get_number(line, "tokens_per_s")) is not None)
-    steps = [value for line in run.metrics if (value := get_number(line, "step")) is not None]
-    share, seconds = get_number(validation, "share"), get_number(validation, "seconds")
-    memory = get_number(manifest, "peak_memory_mb")
-    found = {
+    """Steps, speed, validation and memory of tuning, as (what, how much)."""
+    validation, memory = run.manifest.validation, run.manifest.peak_memory_mb
+    speeds, steps = sorted(_logged_numbers(run, "tokens_per_s")), _logged_numbers(run, "step")
+    rows = {
         "Tuning steps": formatting.count(max(steps)) if steps else "",
-        "Tuning speed": f"{formatting.count(paces[len(paces) // 2])} tokens a second (median)" if paces else "",
-        "Validation": f"every {formatting.count(get_number(validation, 'every'))} steps, {formatting.duration(seconds)} in all, "
-        f"{formatting.share(share, 1)} of the tuning time" if share is not None else "",
+        "Tuning speed": f"{formatting.count(speeds[len(speeds) // 2])} tokens a second (median)" if speeds else "",
+        "Validation": "",
         "Peak memory": f"{formatting.count(memory)} MB" if memory is not None else "",
-    }  # fmt: skip
-    return [(name, words) for name, words in found.items() if words]
+    }
+    if validation.share is not None:
+        rows["Validation"] = (
+            f"every {formatting.count(validation.every)} steps, {formatting.duration(validation.seconds)} in all, "
+            f"{formatting.share(validation.share, 1)} of the tuning time"
+        )
+    return [(name, words) for name, words in rows.items() if words]
+
+
+def _logged_numbers(run: RunFiles, key: str) -> list[float]:
+    return [value for line in run.metrics if (value := get_number(line, key)) is not None]

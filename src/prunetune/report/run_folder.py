@@ -1,9 +1,7 @@
-"""What a run folder holds, read leniently: a page about half a run beats no page."""
+"""The files of a run folder, read leniently: what is missing or broken is noted, and the rest is shown."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +13,9 @@ from prunetune.config.fields import with_current_names
 from prunetune.config.recipe import RunConfig
 from prunetune.errors import PrunetuneError, RunFolderError
 from prunetune.evaluation.results import Evaluation
+from prunetune.manifest import Manifest, finite_number
 from prunetune.plan import Plan
+from prunetune.utils.json_lines import read_json_lines
 
 Parsed = TypeVar("Parsed")
 RunLogEntry = Mapping[str, Any]
@@ -34,8 +34,13 @@ class RunFiles:
     metrics: tuple[RunLogEntry, ...]
     validation: tuple[RunLogEntry, ...]
     evaluations: Mapping[str, Evaluation]  # by name in MODELS
-    manifest: Mapping[str, Any]
+    manifest: Manifest
     missing: tuple[str, ...]
+
+    @property
+    def model_name(self) -> str:
+        """The dense model by its manifest or its recipe; "" where neither names it."""
+        return self.manifest.model.name or str(lookup(self.config, "model") or "")
 
 
 def read_run(folder: Path) -> RunFiles:
@@ -55,23 +60,21 @@ def read_run(folder: Path) -> RunFiles:
         config_text=config_text,
         config=config,
         plan=_parse_file(folder / "plan.json", Plan.from_json, missing, "the units kept are not shown"),
-        metrics=_read_log(folder / "metrics.jsonl", missing, "the course of the run is not shown"),
+        metrics=_read_log(folder / "metrics.jsonl", missing, "the training curves are not shown"),
         validation=_read_log(folder / "validation.jsonl", missing, "validation is not shown"),
         evaluations=_evaluations(folder / "evaluation", config, missing),
         manifest=_parse_file(
-            folder / "manifest.json", _parse_object, missing, "sizes, speed and environment are not shown"
+            folder / "manifest.json", Manifest.from_json, missing, "sizes, speed and environment are not shown"
         )
-        or {},
+        or Manifest.empty(),
         missing=tuple(missing),
     )
 
 
 def get_number(values: Any, *path: str) -> float | None:
     """The finite number at a path of nested mappings, or None."""
-    value = lookup(values, *path)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        return None
-    return float(value)
+    value = finite_number(lookup(values, *path))
+    return None if value is None else float(value)
 
 
 def lookup(values: Any, *path: str) -> Any:
@@ -83,8 +86,8 @@ def lookup(values: Any, *path: str) -> Any:
 
 def get_mapping(values: Any, *path: str) -> Mapping[str, Any]:
     """The mapping at a path of nested mappings, or an empty one."""
-    found = lookup(values, *path)
-    return found if isinstance(found, Mapping) else {}
+    value = lookup(values, *path)
+    return value if isinstance(value, Mapping) else {}
 
 
 def _config(text: str, missing: list[str]) -> Mapping[str, Any]:
@@ -96,51 +99,38 @@ def _config(text: str, missing: list[str]) -> Mapping[str, Any]:
 
 
 def _evaluations(folder: Path, config: Mapping[str, Any], missing: list[str]) -> dict[str, Evaluation]:
-    lost = {
+    notes = {
         "dense": "no scores of the untuned dense model",
         "tuned": "no scores of the dense tuned model",
         "pruned": "no scores of the pruned model",
     }
     if lookup(config, "evaluate", "dense_tuned") is False and not (folder / "tuned.json").exists():
-        del lost["tuned"]  # was never to be there
-    found = {
-        name: _parse_file(folder / f"{name}.json", Evaluation.from_json, missing, words) for name, words in lost.items()
+        del notes["tuned"]  # was never to be there
+    evaluations = {
+        name: _parse_file(folder / f"{name}.json", Evaluation.from_json, missing, note) for name, note in notes.items()
     }
-    return {name: evaluation for name, evaluation in found.items() if evaluation is not None}
+    return {name: evaluation for name, evaluation in evaluations.items() if evaluation is not None}
 
 
-def _parse_file(path: Path, parse: Callable[[str], Parsed], missing: list[str], lost: str) -> Parsed | None:
-    shown = path.name if path.parent.name != "evaluation" else f"evaluation/{path.name}"
+def _parse_file(path: Path, parse: Callable[[str], Parsed], missing: list[str], consequence: str) -> Parsed | None:
+    name = path.name if path.parent.name != "evaluation" else f"evaluation/{path.name}"
     if not path.is_file():
-        missing.append(f"{shown} is missing: {lost}")
+        missing.append(f"{name} is missing: {consequence}")
         return None
     try:
         return parse(path.read_text(encoding="utf-8"))
     except (OSError, PrunetuneError, ValueError, KeyError, TypeError, AttributeError):
-        missing.append(f"{shown} cannot be read: {lost}")
+        missing.append(f"{name} cannot be read: {consequence}")
         return None
 
 
-def _parse_object(text: str) -> Mapping[str, Any]:
-    values = json.loads(text)
-    if not isinstance(values, Mapping):
-        raise ValueError("not an object")
-    return values
-
-
-def _read_log(path: Path, missing: list[str], lost: str) -> tuple[RunLogEntry, ...]:
+def _read_log(path: Path, missing: list[str], consequence: str) -> tuple[RunLogEntry, ...]:
     if not path.is_file():
-        missing.append(f"{path.name} is missing: {lost}")
+        missing.append(f"{path.name} is missing: {consequence}")
         return ()
-    lines: list[RunLogEntry] = []
-    broken = 0
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            lines.append(_parse_object(text))
-        except ValueError:  # a run stopped in the middle of a line
-            broken += bool(text.strip())
+    lines, broken = read_json_lines(path)  # a run may have stopped in the middle of a line
     if broken:
         missing.append(f"{path.name} has {broken} line{'s' * (broken > 1)} that cannot be read: left out")
     elif not lines:
-        missing.append(f"{path.name} is empty: {lost}")
+        missing.append(f"{path.name} is empty: {consequence}")
     return tuple(lines)

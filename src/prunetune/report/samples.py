@@ -1,4 +1,4 @@
-"""Answers of the dense and the pruned model to the same question, side by side."""
+"""Sample answers of the dense and the pruned model to the same test items, side by side."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_CHARACTERS = 4_000  # characters of any one text
 
 @dataclass(frozen=True)
 class AnswerMark:
-    """What an answer was found to be."""
+    """Whether an answer is right, as far as it can be said."""
 
     is_correct: bool | None  # None for a generated text, which has no right and wrong
     label: str
@@ -52,18 +52,17 @@ def select_samples(evaluations: Mapping[str, Evaluation]) -> AnswerSamples:
     reference = reference_model(evaluations)
     if "pruned" not in evaluations or not reference:
         return AnswerSamples(reference, (), {})
-    pairs = _pairs(evaluations[reference], evaluations["pruned"])
+    pairs = _paired_answers(evaluations[reference], evaluations["pruned"])
     counts: dict[FlipKind, int] = {flip: sum(sample.flip == flip for sample in pairs) for flip in SAMPLES_PER_FLIP}
     return AnswerSamples(reference, tuple(_select_per_flip(pairs)), counts)
 
 
-def _pairs(reference: Evaluation, pruned: Evaluation) -> list[AnswerSample]:
+def _paired_answers(reference: Evaluation, pruned: Evaluation) -> list[AnswerSample]:
     pairs = []
     for task, result in pruned.tasks.items():
         before = {item.id: item for item in reference.tasks[task].items} if task in reference.tasks else {}
-        pairs += [
-            _sample(task, before[item.id], item) for item in result.items if item.id in before and _answered(item)
-        ]
+        answered = [item for item in result.items if item.got or item.correct is not None]
+        pairs += [_sample(task, before[item.id], item) for item in answered if item.id in before]
     return pairs
 
 
@@ -81,12 +80,8 @@ def _sample(task: str, reference: Item, pruned: Item) -> AnswerSample:
     )
 
 
-def _answered(item: Item) -> bool:
-    return bool(item.got) or item.correct is not None
-
-
 def _mark(item: Item) -> AnswerMark:
-    """A generated text that is not word for word the expected one may still be good: it has its overlap, no verdict."""
+    """Right or wrong; of a generated text its overlap, for one that differs from the expected may still be good."""
     if "rouge_l" in item.scores:
         return AnswerMark(None, f"ROUGE-L {formatting.decimal(item.scores['rouge_l'])}")
     return AnswerMark(item.correct, "" if item.correct is None else "✓ right" if item.correct else "✗ wrong")
@@ -100,16 +95,13 @@ def _flip_kind(reference: AnswerMark, pruned: AnswerMark) -> FlipKind:
     return "gained" if pruned.is_correct else "lost"
 
 
-def _truncate(words: str) -> str:
-    return (
-        words
-        if len(words) <= MAX_CHARACTERS
-        else f"{words[:MAX_CHARACTERS]} [… {len(words) - MAX_CHARACTERS:,} more characters]"
-    )
+def _truncate(text: str) -> str:
+    left_out = len(text) - MAX_CHARACTERS
+    return text if left_out <= 0 else f"{text[:MAX_CHARACTERS]} [… {left_out:,} more characters]"
 
 
 def _select_per_flip(pairs: Sequence[AnswerSample]) -> list[AnswerSample]:
-    """The wanted number of each flip, one task after the other; what a flip lacks goes to the others."""
+    """The wanted number of each flip, in turns over the tasks; where a flip has fewer, others fill its place."""
     queues = {flip: _round_robin([sample for sample in pairs if sample.flip == flip]) for flip in SAMPLES_PER_FLIP}
     chosen = {flip: queues[flip][:wanted] for flip, wanted in SAMPLES_PER_FLIP.items()}
     spare = sum(SAMPLES_PER_FLIP.values()) - sum(map(len, chosen.values()))

@@ -1,9 +1,9 @@
-"""Scores of the three models side by side, and what is left of the dense model's."""
+"""The score table: dense, tuned and pruned model by task and metric, with recovery and paired change."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prunetune.errors import DataError
@@ -67,58 +67,41 @@ class HeadlineScore:
 
 
 def reference_model(evaluations: Mapping[str, Evaluation]) -> str:
-    """The model that the pruned one is held against: "tuned" where it was evaluated, else "dense", else ""."""
+    """The model that the pruned one is compared with: "tuned" where it was evaluated, else "dense", else ""."""
     return next((name for name in ("tuned", "dense") if name in evaluations), "")
 
 
 def metric_rows(evaluations: Mapping[str, Evaluation]) -> list[TaskMetricRow]:
     """One row for each task and metric, tasks in order of first mention, headline metrics first."""
     reference = reference_model(evaluations)
-    return [
-        _row(
-            task,
-            metric,
-            {name: evaluation.tasks[task] for name, evaluation in evaluations.items() if task in evaluation.tasks},
-            reference,
-            first=position == 0,
-        )
-        for task in _ordered(task for evaluation in evaluations.values() for task in evaluation.tasks)
-        for position, metric in enumerate(_metrics(evaluations, task))
-    ]
+    rows = []
+    for task in dict.fromkeys(task for evaluation in evaluations.values() for task in evaluation.tasks):
+        results = {name: evaluation.tasks[task] for name, evaluation in evaluations.items() if task in evaluation.tasks}
+        metrics = dict.fromkeys(metric for result in results.values() for metric in result.scores)
+        ordered = sorted(metrics, key=lambda metric: ORDER.index(metric) if metric in ORDER else len(ORDER))
+        rows += [
+            _metric_row(task, metric, results, reference, is_headline=position == 0)
+            for position, metric in enumerate(ordered)
+        ]
+    return rows
 
 
-def _ordered(names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(names))
-
-
-def _metrics(evaluations: Mapping[str, Evaluation], task: str) -> list[str]:
-    found = _ordered(
-        m for evaluation in evaluations.values() if task in evaluation.tasks for m in evaluation.tasks[task].scores
-    )
-    return sorted(found, key=lambda metric: ORDER.index(metric) if metric in ORDER else len(ORDER))
-
-
-def _row(task: str, metric: str, results: Mapping[str, TaskResult], reference: str, *, first: bool) -> TaskMetricRow:
+def _metric_row(
+    task: str, metric: str, results: Mapping[str, TaskResult], reference: str, *, is_headline: bool
+) -> TaskMetricRow:
     scores = {name: result.scores[metric] for name, result in results.items() if metric in result.scores}
-    left = change = verdict = ""
-    share = (math.nan, math.nan)
+    recovered = change = verdict = ""
+    with_se = (math.nan, math.nan)
     if "pruned" in scores and reference in scores:
         difference, error = _difference(results["pruned"], results[reference], metric)
-        left = _recovery(metric, scores["pruned"], scores[reference])
-        change = formatting.signed_decimal(difference) + (
-            f" ± {formatting.decimal(error)}" if math.isfinite(error) else ""
-        )
+        change = formatting.signed_decimal(difference)
+        change += f" ± {formatting.decimal(error)}" if math.isfinite(error) else ""
         verdict = _verdict(metric, difference, error)
-        share = _share(metric, scores["pruned"], scores[reference], error)
+        with_se = _recovery_with_se(metric, scores["pruned"], scores[reference], error)
+        if metric != "nll" and math.isfinite(with_se[0]):  # of a logarithm the ratio says little, the change all
+            recovered = formatting.share(with_se[0], 1)
     n = max(score.n for score in scores.values())
-    return TaskMetricRow(task, metric, scores, n, first, left, change, verdict, share)
-
-
-def _recovery(metric: str, pruned: Score, reference: Score) -> str:
-    if metric == "nll":  # a logarithm: its ratio says little, its change says all
-        return ""
-    left = recovery(pruned, reference, metric)
-    return formatting.share(left, 1) if math.isfinite(left) else ""
+    return TaskMetricRow(task, metric, scores, n, is_headline, recovered, change, verdict, with_se)
 
 
 def _verdict(metric: str, difference: float, error: float) -> str:
@@ -129,45 +112,49 @@ def _verdict(metric: str, difference: float, error: float) -> str:
     return "better" if (difference > 0) == higher_is_better(metric) else "worse"
 
 
-def _share(metric: str, pruned: Score, reference: Score, error: float) -> tuple[float, float]:
+def _recovery_with_se(metric: str, pruned: Score, reference: Score, error: float) -> tuple[float, float]:
     """Recovery, and its error to first order: that of the paired difference, over the score that is divided by."""
     ratio = recovery(pruned, reference, metric)
-    below = reference.value if higher_is_better(metric) else pruned.value
-    return ratio, error * (1.0 if higher_is_better(metric) else ratio) / below if below > 0 else math.nan
+    divisor = reference.value if higher_is_better(metric) else pruned.value
+    return ratio, error * (1.0 if higher_is_better(metric) else ratio) / divisor if divisor > 0 else math.nan
 
 
 def _difference(pruned: TaskResult, reference: TaskResult, metric: str) -> tuple[float, float]:
     """Pruned minus reference with its standard error: paired over the same items, else as if independent."""
-    ours, theirs = pruned.scores[metric], reference.scores[metric]
+    after, before = pruned.scores[metric], reference.scores[metric]
     try:
         paired = paired_difference(pruned, reference, metric)
     except (DataError, KeyError):  # items that were not kept, or kept without what the score is made of
         paired = Score(math.nan, math.nan, 0)
-    if paired.n == ours.n == theirs.n and math.isfinite(paired.se):
+    if paired.n == after.n == before.n and math.isfinite(paired.se):
         return paired.value, paired.se
-    return ours.value - theirs.value, math.hypot(ours.se, theirs.se)
+    return after.value - before.value, math.hypot(after.se, before.se)
 
 
 def headline_score(evaluations: Mapping[str, Evaluation]) -> HeadlineScore | None:
-    """The mean of the first of `HEADLINES` that pruned and reference share, over the tasks that have it."""
+    """The mean of the first of `HEADLINE_METRICS` that pruned and reference share, over the tasks that have it."""
     reference = reference_model(evaluations)
     if "pruned" not in evaluations or not reference:
         return None
     for metric in HEADLINE_METRICS:
-        ours, theirs = (_finite(evaluations[name], metric) for name in ("pruned", reference))
-        tasks = [task for task in ours if task in theirs]
+        finite = {name: _finite_scores(evaluation, metric) for name, evaluation in evaluations.items()}
+        tasks = [task for task in finite["pruned"] if task in finite[reference]]
         if tasks:
-            return _mean(evaluations, reference, metric, tasks)
+            return _headline_over(tasks, metric, finite, reference)
     return None
 
 
-def _mean(evaluations: Mapping[str, Evaluation], reference: str, metric: str, tasks: list[str]) -> HeadlineScore:
-    finite = {name: _finite(evaluation, metric) for name, evaluation in evaluations.items()}
+def _headline_over(
+    tasks: list[str], metric: str, finite: Mapping[str, Mapping[str, Score]], reference: str
+) -> HeadlineScore:
+    """The means over the tasks; `finite`: {model: {task: score}}."""
     means = {
         name: math.fsum(scores[task].value for task in tasks) / len(tasks)
         for name, scores in finite.items()
         if all(task in scores for task in tasks)
     }
+    # More than all of an untuned model's score says that tuning helped, not that pruning cost nothing.
+    has_recovery = reference == "tuned" and higher_is_better(metric) and means[reference] > 0
     return HeadlineScore(
         metric=metric,
         reference_name=REFERENCE_NAMES[reference],
@@ -175,17 +162,11 @@ def _mean(evaluations: Mapping[str, Evaluation], reference: str, metric: str, ta
         means=means,
         pruned_se=math.hypot(*(finite["pruned"][task].se for task in tasks)) / len(tasks),
         reference=means[reference],
-        # More than all of an untuned model's score says that tuning helped, not that pruning cost nothing.
-        recovery=means["pruned"] / means[reference]
-        if reference == "tuned" and _recovers(metric, means[reference])
-        else None,
+        recovery=means["pruned"] / means[reference] if has_recovery else None,
     )
 
 
-def _recovers(metric: str, reference: float) -> bool:
-    return higher_is_better(metric) and reference > 0
-
-
-def _finite(evaluation: Evaluation, metric: str) -> dict[str, Score]:
-    found = {task: result.scores[metric] for task, result in evaluation.tasks.items() if metric in result.scores}
-    return {task: score for task, score in found.items() if math.isfinite(score.value)}
+def _finite_scores(evaluation: Evaluation, metric: str) -> dict[str, Score]:
+    """The metric by task, where a task has it and it is finite."""
+    scores = {task: result.scores[metric] for task, result in evaluation.tasks.items() if metric in result.scores}
+    return {task: score for task, score in scores.items() if math.isfinite(score.value)}

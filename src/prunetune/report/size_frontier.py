@@ -1,10 +1,10 @@
-"""The page of a run of several sizes: quality, size and speed of each beside the dense model."""
+"""The page of a run of several sizes: quality, size and speed of each against the dense model."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,260 +14,235 @@ from prunetune.errors import RunFolderError
 from prunetune.evaluation.results import Score, higher_is_better
 from prunetune.report import formatting, run_details, scores, svg, verdicts
 from prunetune.report.figures import WIDTH, legend_entries
-from prunetune.report.run_folder import RunFiles, get_mapping, get_number, lookup, read_run
+from prunetune.report.run_folder import RunFiles, get_mapping, get_number, read_run
 from prunetune.report.scores import HeadlineScore
 from prunetune.report.speed import interleaved_ratio
+from prunetune.report.summary import share_saved
 from prunetune.report.training_curves import ReportFigure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
 
-SPEEDS = {"throughput": "tokens a second", "prefill": "first token", "decode": "decode step"}
-
 
 @dataclass(frozen=True)
 class SizeRow:
-    """One size."""
+    """One size of the run."""
 
     name: str
     run: RunFiles
     headline: HeadlineScore | None
-    on_frontier: bool = False  # no other size is as good, as fast and as small, and better in one of them
+    on_frontier: bool = False  # no other size is at least as good, as fast and as small
 
     @property
-    def quality(self) -> float | None:
-        """Mean of the headline metric."""
-        return self.headline.pruned if self.headline else None
+    def params(self) -> int | None:
+        """Parameters of the whole model."""
+        return self.run.manifest.pruned.params
 
     @property
-    def params(self) -> float | None:
-        """Of the whole model."""
-        return get_number(self.run.manifest, "pruned", "params")
-
-    def speed_ratio(self, speed: str = "throughput") -> float | None:
-        """How many times the dense model's speed."""
-        found = interleaved_ratio(self.run.manifest, speed)
-        return found.ratio if found else None
+    def speed_ratio(self) -> float | None:
+        """Tokens a second over the dense model's, measured in turns."""
+        ratio = interleaved_ratio(self.run.manifest, "throughput")
+        return ratio.ratio if ratio else None
 
     @property
-    def failed(self) -> str:
-        """What gate it is outside of, in words."""
-        return str(lookup(self.run.manifest, "failed") or "")
+    def saved(self) -> float | None:
+        """Share of the decoder's parameters that is gone."""
+        return share_saved(self.run.manifest.model.decoder_params, self.run.manifest.pruned.decoder_params)
+
+    @property
+    def objectives(self) -> tuple[float, float, float] | None:
+        """Quality, speed and smallness, more is better; None where one is not known."""
+        if self.headline is None or self.speed_ratio is None or self.params is None:
+            return None
+        sign = 1 if higher_is_better(self.headline.metric) else -1
+        return sign * self.headline.pruned, self.speed_ratio, -self.params
 
 
 def has_multiple_sizes(run: RunFiles) -> bool:
     """Whether a run made several sizes."""
-    return isinstance(lookup(run.manifest, "sizes"), list)
+    return bool(run.manifest.sizes)
 
 
 def load_size_rows(folder: Path, run: RunFiles) -> list[SizeRow]:
     """The sizes that are there, the largest first."""
-    found = []
-    for place in map(str, run.manifest["sizes"]):
-        if Path(place).is_absolute() or ".." in Path(place).parts:
+    rows = []
+    for size in map(Path, run.manifest.sizes):
+        if size.is_absolute() or ".." in size.parts:
             continue
         try:
-            size = read_run(folder / place)
+            files = read_run(folder / size)
         except RunFolderError:  # not begun yet
             continue
-        found.append(SizeRow(Path(place).name, size, scores.headline_score(size.evaluations)))
-    return [SizeRow(row.name, row.run, row.headline, _is_on_frontier(row, found)) for row in found]
+        rows.append(SizeRow(size.name, files, scores.headline_score(files.evaluations)))
+    known = [row.objectives for row in rows if row.objectives is not None]
+    return [replace(row, on_frontier=_is_on_frontier(row, known)) for row in rows]
 
 
-def _is_on_frontier(row: SizeRow, rows: Sequence[SizeRow]) -> bool:
-    mine = _objectives(row)
+def _is_on_frontier(row: SizeRow, known: Sequence[tuple[float, float, float]]) -> bool:
+    mine = row.objectives
     if mine is None:
         return False
-    others = [merits for other in rows if other is not row and (merits := _objectives(other)) is not None]
-    return not any(all(a >= b for a, b in zip(other, mine, strict=True)) and other != mine for other in others)
-
-
-def _objectives(row: SizeRow) -> tuple[float, float, float] | None:
-    """Quality, speed and smallness; more is better."""
-    speed, params = row.speed_ratio(), row.params
-    if row.headline is None or row.quality is None or speed is None or params is None:
-        return None
-    return (row.quality if higher_is_better(row.headline.metric) else -row.quality), speed, -params
+    return not any(other != mine and all(a >= b for a, b in zip(other, mine, strict=True)) for other in known)
 
 
 def template_context(folder: Path, run: RunFiles) -> dict[str, Any]:
-    """What the template shows."""
+    """The values that the template shows."""
     rows = load_size_rows(folder, run)
-    known = next((row.headline for row in rows if row.headline), None)
+    headline = next((row.headline for row in rows if row.headline), None)
+    reference_name = headline.reference_name if headline else "dense"
     return {
         "run": run,
-        "model_name": str(lookup(run.manifest, "model", "name") or lookup(run.config, "model") or ""),
+        "model_name": run.model_name,
         "verdict": summary_line(rows),
         "rows": [_table_row(row) for row in rows],
-        "headline": known,
-        "dense": _dense(run, rows),
-        "figures": _figures(rows, known),
-        "legend": legend_entries(
-            {svg.PRUNED: "sizes of this run", svg.TUNED: f"{known.reference_name if known else 'dense'}"}
-        ),
-        "tasks": _tasks(rows),
+        "headline": headline,
+        "dense": _dense_row(rows[0].run if rows else run, headline, reference_name),
+        "figures": _frontier_figures(rows, headline),
+        "legend": legend_entries({svg.PRUNED: "sizes of this run", svg.TUNED: reference_name}),
+        "tasks": _task_rows(rows),
         "names": [row.name for row in rows],
         "limits": [(row.name, limit) for row in rows for limit in verdicts.limit_verdicts(row.run.manifest)],
-        "failed": [(row.name, row.failed) for row in rows if row.failed],
-        "stopped": str(lookup(run.manifest, "failed") or ""),
-        "costs": _costs(run, rows),
-        "splits": run_details.split_summaries(run.manifest),
+        "failed": [(row.name, row.run.manifest.failed) for row in rows if row.run.manifest.failed],
+        "run_failed": run.manifest.failed,
+        "costs": _cost_rows(run, rows),
+        "splits": run_details.split_summaries(run.manifest.data),
         "environment": run_details.environment_rows(run),
-        "command": run_details.command_line(run.manifest),
-        "settings": _settings(run),
+        "command": run.manifest.command,
+        "workload": _describe_workload(run),
     }
 
 
 def summary_line(rows: Sequence[SizeRow]) -> str:
     """All sizes in a sentence."""
-    saved = [share for row in rows if (share := _saved(row)) is not None]
+    saved = [formatting.share(row.saved) for row in rows if row.saved is not None]
     if not saved:
         return "Several sizes from one run: no results yet"
-    words = f"{len(saved)} sizes from one run, decoder {_range(saved)} smaller"
-    known = [row.headline for row in rows if row.headline]
-    if known:
-        label = f"{'mean ' if known[0].tasks > 1 else ''}{known[0].label}"
-        words += f"; {label} {_span([formatting.decimal(one.pruned) for one in known])}"
-        left = [one.recovery for one in known if one.recovery is not None]
-        words += f", {_range(left)} of the {known[0].reference_name} model" if left else ""
+    words = f"{len(saved)} sizes from one run, decoder {_first_to_last(saved)} smaller"
+    headlines = [row.headline for row in rows if row.headline]
+    if headlines:
+        label = f"{'mean ' if headlines[0].tasks > 1 else ''}{headlines[0].label}"
+        words += f"; {label} {_first_to_last([formatting.decimal(headline.pruned) for headline in headlines])}"
+    recoveries = [formatting.share(headline.recovery) for headline in headlines if headline.recovery is not None]
+    if recoveries:
+        words += f", {_first_to_last(recoveries)} of the {headlines[0].reference_name} model"
     return words
 
 
-def _range(shares: Sequence[float]) -> str:
-    return _span([formatting.share(share) for share in shares])
-
-
-def _span(words: Sequence[str]) -> str:
+def _first_to_last(words: Sequence[str]) -> str:
     return words[0] if words[0] == words[-1] else f"{words[0]} to {words[-1]}"
 
 
-def _saved(row: SizeRow) -> float | None:
-    dense, pruned = (get_number(row.run.manifest, model, "decoder_params") for model in ("model", "pruned"))
-    return 1 - pruned / dense if dense and pruned is not None else None
-
-
 def _table_row(row: SizeRow) -> dict[str, Any]:
-    manifest, saved = row.run.manifest, _saved(row)
-    measured = {name: get_mapping(manifest, "gain", "figures", name) for name in SPEEDS}
-    prefill, decode = (get_number(measured[name], "pruned") for name in ("prefill", "decode"))
+    manifest, headline = row.run.manifest, row.headline
+    figures = manifest.gain.figures
     return {
         "name": row.name,
-        "kept": formatting.share(None if saved is None else 1 - saved, 1),
+        "kept": formatting.share(None if row.saved is None else 1 - row.saved, 1),
         "params": formatting.short(row.params),
-        "bytes": formatting.size(get_number(manifest, "pruned", "bytes")),
-        "quality": _quality(row.headline),
-        "recovery": formatting.share(row.headline.recovery, 1)
-        if row.headline and row.headline.recovery is not None
-        else "–",
+        "bytes": formatting.size(manifest.pruned.bytes),
+        "quality": Score(headline.pruned, headline.pruned_se, headline.tasks) if headline else None,
+        "recovery": formatting.share(headline.recovery, 1) if headline and headline.recovery is not None else "–",
         "speed": str(interleaved_ratio(manifest, "throughput") or formatting.NOT_KNOWN),
-        "prefill": formatting.decimal(None if prefill is None else 1000 * prefill),
-        "decode": formatting.decimal(None if decode is None else 1000 * decode),
-        "front": row.on_frontier,
-        "passed": not row.failed,
+        "prefill": _milliseconds(figures["prefill"].pruned if "prefill" in figures else None),
+        "decode": _milliseconds(figures["decode"].pruned if "decode" in figures else None),
+        "on_frontier": row.on_frontier,
+        "passed": not manifest.failed,
         "report": f"sizes/{row.name}/report.html",
     }
 
 
-def _quality(headline: HeadlineScore | None) -> Score | None:
-    return Score(headline.pruned, headline.pruned_se, headline.tasks) if headline else None
-
-
-def _dense(run: RunFiles, rows: Sequence[SizeRow]) -> dict[str, str]:
-    """The row that all sizes are held against."""
-    known = next((row.headline for row in rows if row.headline), None)
-    measured = get_mapping(rows[0].run.manifest, "gain", "figures") if rows else {}
-    waits = {name: get_number(measured, name, "dense") for name in ("prefill", "decode")}
-    first = rows[0].run.manifest if rows else run.manifest
+def _dense_row(run: RunFiles, headline: HeadlineScore | None, reference_name: str) -> dict[str, str]:
+    """The row of the model that all sizes are compared with; `run`: the first size, which measured it."""
+    model, figures = run.manifest.model, run.manifest.gain.figures
     return {
-        "name": known.reference_name if known else "dense",
-        "params": formatting.short(get_number(first, "model", "params")),
-        "bytes": formatting.size(get_number(first, "model", "bytes")),
-        "quality": formatting.decimal(known.reference if known else None),
-        **{name: formatting.decimal(None if wait is None else 1000 * wait) for name, wait in waits.items()},
+        "name": reference_name,
+        "params": formatting.short(model.params),
+        "bytes": formatting.size(model.bytes),
+        "quality": formatting.decimal(headline.reference if headline else None),
+        "prefill": _milliseconds(figures["prefill"].dense if "prefill" in figures else None),
+        "decode": _milliseconds(figures["decode"].dense if "decode" in figures else None),
     }
 
 
-def _tasks(rows: Sequence[SizeRow]) -> list[tuple[str, str, list[scores.TaskMetricRow | None]]]:
+def _milliseconds(seconds: float | None) -> str:
+    return formatting.decimal(None if seconds is None else 1000 * seconds)
+
+
+def _task_rows(rows: Sequence[SizeRow]) -> list[tuple[str, str, list[scores.TaskMetricRow | None]]]:
     """(task, metric, the row of each size) of the metric that stands for each task."""
-    found = [{row.task: row for row in scores.metric_rows(size.run.evaluations) if row.is_headline} for size in rows]
-    tasks = dict.fromkeys(task for size in found for task in size)
+    by_size = [{row.task: row for row in scores.metric_rows(size.run.evaluations) if row.is_headline} for size in rows]
+    tasks = dict.fromkeys(task for by_task in by_size for task in by_task)
     return [
-        (task, next(size[task].label for size in found if task in size), [size.get(task) for size in found])
+        (
+            task,
+            next(by_task[task].label for by_task in by_size if task in by_task),
+            [size.get(task) for size in by_size],
+        )
         for task in tasks
     ]
 
 
-def _costs(run: RunFiles, rows: Sequence[SizeRow]) -> list[tuple[str, str, str]]:
+def _cost_rows(run: RunFiles, rows: Sequence[SizeRow]) -> list[tuple[str, str, str]]:
     """(what, steps, wall time), the sum last."""
-    shared = get_mapping(run.manifest, "timings")
-    lines: list[tuple[str, str, float | None]] = [("teacher, for all sizes", "", get_number(shared, "teacher"))]
+    shared = run.manifest.timings
+    costs: list[tuple[str, str, float | None]] = [("teacher, for all sizes", "", shared.get("teacher"))]
     for row in rows:
-        steps, spent = (
-            get_number(row.run.config, "train", "steps"),
-            get_number(row.run.manifest, "timings", "tune and prune"),
-        )
-        lines.append((f"size {row.name}: tune", formatting.count(steps), spent))
-    others = [get_number(row.run.manifest, "timings", stage) for row in rows for stage in ("cut and check", "evaluate")]
-    lines.append(("cut, check and evaluate", "", math.fsum(value for value in others if value is not None)))
-    lines += [
-        (f"{stage}, all models", "", get_number(shared, stage)) for stage in ("evaluate", "bench") if stage in shared
-    ]
-    seconds = math.fsum(value for _, _, value in lines if value is not None)
-    return [(name, steps, formatting.duration(value)) for name, steps, value in [*lines, ("total", "", seconds)]]
+        steps = formatting.count(get_number(row.run.config, "train", "steps"))
+        costs.append((f"size {row.name}: tune", steps, row.run.manifest.timings.get("tune and prune")))
+    others = [row.run.manifest.timings.get(stage) for row in rows for stage in ("cut and check", "evaluate")]
+    costs.append(("cut, check and evaluate", "", math.fsum(seconds for seconds in others if seconds is not None)))
+    costs += [(f"{stage}, all models", "", shared[stage]) for stage in ("evaluate", "bench") if stage in shared]
+    total = math.fsum(seconds for _, _, seconds in costs if seconds is not None)
+    return [(name, steps, formatting.duration(seconds)) for name, steps, seconds in [*costs, ("total", "", total)]]
 
 
-def _settings(run: RunFiles) -> str:
+def _describe_workload(run: RunFiles) -> str:
     """How speed was measured."""
     workload = get_mapping(run.config, "require")
     prompt, generate, batch = (formatting.count(get_number(workload, key)) for key in ("prompt", "generate", "batch"))
-    return (
-        f"prompts of up to {prompt} tokens, {generate} written, batch {batch}, the dense model and each size in turns"
-    )
+    return f"prompts of up to {prompt} tokens, {generate} generated, batch {batch}, in turns with the dense model"
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
-
-
-def _figures(rows: Sequence[SizeRow], known: HeadlineScore | None) -> list[ReportFigure]:
-    if known is None:
+def _frontier_figures(rows: Sequence[SizeRow], headline: HeadlineScore | None) -> list[ReportFigure]:
+    if headline is None:
         return []
-    label = f"{'Mean ' if known.tasks > 1 else ''}{known.label}"
+    label = f"{'Mean ' if headline.tasks > 1 else ''}{headline.label}"
     label = label[:1].upper() + label[1:]
     by_size = [(row, row.params / 1e6) for row in rows if row.params is not None]
-    by_speed = [(row, speed) for row in rows if (speed := row.speed_ratio()) is not None]
-    better = "Higher is better." if higher_is_better(known.metric) else "Lower is better."
-    note = f"{better} Bars: one standard error. Dashed: the {known.reference_name} model."
-    made = []
+    by_speed = [(row, speed) for row in rows if (speed := row.speed_ratio) is not None]
+    better = "Higher is better." if higher_is_better(headline.metric) else "Lower is better."
+    note = f"{better} Bars: one standard error. Dashed: the {headline.reference_name} model."
+    figures = []
     if by_size:
-        picture = _frontier_plot("front-size", f"{label} over parameters", by_size, known, "parameters, millions")
-        made.append(ReportFigure(f"{label} and size", picture, note=note))
+        picture = _draw_frontier("frontier-size", f"{label} over parameters", by_size, headline, "parameters, millions")
+        figures.append(ReportFigure(f"{label} and size", picture, note=note))
     if by_speed:
-        across = "times the dense model's tokens a second"
-        picture = _frontier_plot("front-speed", f"{label} over speed", by_speed, known, across)
-        made.append(ReportFigure(f"{label} and speed", picture, note=note))
-    return made
+        x_label = "times the dense model's tokens a second"
+        picture = _draw_frontier("frontier-speed", f"{label} over speed", by_speed, headline, x_label)
+        figures.append(ReportFigure(f"{label} and speed", picture, note=note))
+    return figures
 
 
-def _frontier_plot(
-    name: str, label: str, points: Sequence[tuple[SizeRow, float]], known: HeadlineScore, across: str
+def _draw_frontier(
+    name: str, label: str, points: Sequence[tuple[SizeRow, float]], headline: HeadlineScore, x_label: str
 ) -> Markup:
     """Each size a mark with its name and its standard error; the reference a dashed line."""
 
     def draw(drawing: Drawing) -> None:
         axes = drawing.subplots()
         axes.locator_params(axis="x", nbins=5)  # sizes that are nearly equal have long numbers
-        shown = [(x, row.headline.pruned, row.headline.pruned_se, row.name) for row, x in points if row.headline]
-        axes.plot([x for x, *_ in shown], [quality for _, quality, *_ in shown], color=svg.PRUNED, linewidth=1)
-        for x, quality, error, size in shown:
+        marks = [(x, row.headline.pruned, row.headline.pruned_se, row.name) for row, x in points if row.headline]
+        axes.plot([x for x, *_ in marks], [quality for _, quality, *_ in marks], color=svg.PRUNED, linewidth=1)
+        for x, quality, error, size in marks:
             axes.errorbar(
                 x, quality, yerr=error if math.isfinite(error) else None,
                 fmt="D", color=svg.PRUNED, markersize=5.5, elinewidth=1.6,
             )  # fmt: skip
-            place: Any = {"xytext": (7, 5), "textcoords": "offset points"}
-            axes.annotate(size, (x, quality), color=svg.INK, fontsize=9, **place)
-        axes.axhline(known.reference, color=svg.TUNED, linewidth=1.2, linestyle=(0, (4, 3)))
+            offset: Any = {"xytext": (7, 5), "textcoords": "offset points"}
+            axes.annotate(size, (x, quality), color=svg.INK, fontsize=9, **offset)
+        axes.axhline(headline.reference, color=svg.TUNED, linewidth=1.2, linestyle=(0, (4, 3)))
         axes.margins(x=0.14, y=0.14)
         axes.grid(visible=True, axis="both")
-        axes.set_xlabel(across)
+        axes.set_xlabel(x_label)
 
-    return svg.render_svg(name, f"{label}; the numbers stand in the table above", WIDTH, 2.6, draw)
+    return svg.render_svg(name, f"{label}; the table above has the numbers", WIDTH, 2.6, draw)

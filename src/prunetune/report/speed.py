@@ -1,13 +1,12 @@
-"""How many times the dense model's speed a pruned model has, told with how far its runs scatter."""
+"""Speed of the pruned model over the dense one's, with the spread of the runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
+from prunetune.manifest import Manifest
 from prunetune.report import formatting
-from prunetune.report.run_folder import get_number
 
 
 @dataclass(frozen=True)
@@ -22,48 +21,46 @@ class SpeedRatio:
         return f"{formatting.ratio(self.ratio)} ({self.spread})" if self.spread else formatting.ratio(self.ratio)
 
 
-def interleaved_ratio(manifest: Mapping[str, Any], kind: str) -> SpeedRatio | None:
-    """Of "throughput", "decode" or "prefill", run by run, where the models took turns: "1.28× (1.25 to 1.32)"."""
-    middle, low, high = (get_number(manifest, "gain", "speed", kind, end) for end in ("median", "min", "max"))
-    if middle is None:
+def interleaved_ratio(manifest: Manifest, kind: str) -> SpeedRatio | None:
+    """Ratio of "throughput", "decode" or "prefill", run by run, both models in turns: "1.28× (1.25 to 1.32)"."""
+    speedup = manifest.gain.speedups.get(kind)
+    if speedup is None or speedup.median is None:
         return None
-    return SpeedRatio(middle, "" if low is None or high is None else f"{low:.2f} to {high:.2f}")
+    is_spread_known = speedup.min is not None and speedup.max is not None
+    return SpeedRatio(speedup.median, f"{speedup.min:.2f} to {speedup.max:.2f}" if is_spread_known else "")
 
 
-def separate_ratio(manifest: Mapping[str, Any], kind: str) -> SpeedRatio | None:
-    """Of "decode" or "prefill", each model measured alone: "1.28× (runs differ by 4%)".
+def separate_ratio(manifest: Manifest, kind: str) -> SpeedRatio | None:
+    """Ratio of "decode" or "prefill", each model measured alone: "1.28× (runs differ by 4%)".
 
-    Not clear where the two models differ less than the runs of one.
+    Not significant where the two models differ less than the runs of one.
     """
-    dense, pruned = _both(manifest, "speed", f"{kind}_tokens_per_s")
+    models = (manifest.speed.dense, manifest.speed.pruned)
+    dense, pruned = (model.tokens_per_s(kind) for model in models)
     if not dense or not pruned:
         return None
-    spreads = [spread for spread in _both(manifest, "speed", f"{kind}_spread") if spread is not None]
+    spreads = [spread for model in models if (spread := model.spread(kind)) is not None]
     ratio, noise = pruned / dense, max(spreads, default=0.0)
-    return SpeedRatio(
-        ratio, f"runs differ by {formatting.share(noise)}" if spreads else "", noise <= max(ratio, 1 / ratio) - 1
-    )
+    words = f"runs differ by {formatting.share(noise)}" if spreads else ""
+    return SpeedRatio(ratio, words, is_significant=noise <= max(ratio, 1 / ratio) - 1)
 
 
-def speed_rows(manifest: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+def speed_rows(manifest: Manifest) -> list[tuple[str, str, str, str]]:
     """(what, dense, pruned, ratio) of latency and memory."""
-    decode, prefill = (_both(manifest, "speed", kind) for kind in ("decode_tokens_per_s", "prefill_tokens_per_s"))
-    waits = tuple(1000 / speed if speed else None for speed in decode)
-    weights = tuple(get_number(manifest, model, "bytes") for model in ("model", "pruned"))
-    params = tuple(get_number(manifest, model, "params") for model in ("model", "pruned"))
+    dense, pruned, speed = manifest.model, manifest.pruned, manifest.speed
+    decode, prefill = (
+        tuple(model.tokens_per_s(kind) for model in (speed.dense, speed.pruned)) for kind in ("decode", "prefill")
+    )
+    token_ms = tuple(1000 / per_second if per_second else None for per_second in decode)
     rows: list[tuple[str, tuple[float | None, ...], Callable[[float | None], str], SpeedRatio | None]] = [
         ("Decode, tokens a second", decode, formatting.count, separate_ratio(manifest, "decode")),
-        ("Decode, ms a token", waits, formatting.decimal, None),
+        ("Decode, ms a token", token_ms, formatting.decimal, None),
         ("Prefill, tokens a second", prefill, formatting.count, separate_ratio(manifest, "prefill")),
-        ("Weights", weights, formatting.size, None),
-        ("Parameters", params, formatting.short, None),
+        ("Weights", (dense.bytes, pruned.bytes), formatting.size, None),
+        ("Parameters", (dense.params, pruned.params), formatting.short, None),
     ]
     return [
-        (name, shown(dense), shown(pruned), str(times or SpeedRatio(pruned / dense)))
-        for name, (dense, pruned), shown, times in rows
-        if dense and pruned
+        (name, formatted(before), formatted(after), str(ratio or SpeedRatio(after / before)))
+        for name, (before, after), formatted, ratio in rows
+        if before and after
     ]
-
-
-def _both(manifest: Mapping[str, Any], section: str, key: str) -> tuple[float | None, ...]:
-    return tuple(get_number(manifest, section, model, key) for model in ("dense", "pruned"))

@@ -1,15 +1,16 @@
-"""The first lines of the page: what was saved, and what it cost."""
+"""The headline of the page, and its tiles: what was saved, and what it cost."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from prunetune.manifest import Manifest, SelfCheckFacts
 from prunetune.report import formatting
 from prunetune.report.kept_layers import count_kept, layers_from_plan
-from prunetune.report.run_folder import RunFiles, get_mapping, get_number, lookup
+from prunetune.report.run_folder import RunFiles
 from prunetune.report.scores import HeadlineScore
 from prunetune.report.speed import separate_ratio
 
@@ -31,17 +32,23 @@ def summary_line(run: RunFiles, headline: HeadlineScore | None) -> str:
 
 
 def _size_summary(run: RunFiles) -> str:
-    saved = _saved(run.manifest, "decoder_params")
+    saved = share_saved(run.manifest.model.decoder_params, run.manifest.pruned.decoder_params)
     if saved is not None:
         return f"{formatting.share(saved)} smaller decoder"
     if run.plan is None:
         return ""
     layers = layers_from_plan(run.plan)
-    kinds = {"KV groups": count_kept(y.attention for y in layers), "MLP channels": count_kept(y.mlp for y in layers)}
-    return (
-        " and ".join(f"{formatting.share(kept / units)} of {kind}" for kind, (kept, units) in kinds.items() if units)
-        + " kept"
-    )
+    counts = {
+        "KV groups": count_kept(layer.attention for layer in layers),
+        "MLP channels": count_kept(layer.mlp for layer in layers),
+    }
+    shares = [f"{formatting.share(kept / units)} of {kind}" for kind, (kept, units) in counts.items() if units]
+    return f"{' and '.join(shares)} kept"
+
+
+def share_saved(dense: float | None, pruned: float | None) -> float | None:
+    """Share of the dense model's size that is gone; None where a size is not known."""
+    return 1 - pruned / dense if dense and pruned is not None else None
 
 
 def _quality_summary(headline: HeadlineScore | None) -> str:
@@ -55,88 +62,71 @@ def _quality_summary(headline: HeadlineScore | None) -> str:
 
 def summary_tiles(run: RunFiles, headline: HeadlineScore | None) -> list[Tile]:
     """The numbers that the files allow."""
-    made = [
+    manifest = run.manifest
+    dense, pruned = manifest.model, manifest.pruned
+    tiles = [
         _quality_tile(headline),
-        _size_tile(run.manifest, "decoder_params", "Decoder parameters", formatting.short),
-        _size_tile(run.manifest, "params", "All parameters", formatting.short),
-        _size_tile(run.manifest, "bytes", "Checkpoint", formatting.size),
-        _speed_tile(run.manifest, "decode", "Decode speed"),
-        _speed_tile(run.manifest, "prefill", "Prefill speed"),
-        _check_tile(get_mapping(run.manifest, "selfcheck")),
-        _time_tile(run.manifest),
+        _size_tile("Decoder parameters", dense.decoder_params, pruned.decoder_params, formatting.short),
+        _size_tile("All parameters", dense.params, pruned.params, formatting.short),
+        _size_tile("Checkpoint", dense.bytes, pruned.bytes, formatting.size),
+        _speed_tile("Decode speed", manifest, "decode"),
+        _speed_tile("Prefill speed", manifest, "prefill"),
+        _selfcheck_tile(manifest.selfcheck),
+        _time_tile(manifest),
     ]
-    return [tile for tile in made if tile is not None]
-
-
-def _saved(manifest: Mapping[str, Any], key: str) -> float | None:
-    dense, pruned = get_number(manifest, "model", key), get_number(manifest, "pruned", key)
-    return 1 - pruned / dense if dense and pruned is not None else None
+    return [tile for tile in tiles if tile is not None]
 
 
 def _quality_tile(headline: HeadlineScore | None) -> Tile | None:
     if headline is None:
         return None
     error = f" ± {formatting.decimal(headline.pruned_se)}" if math.isfinite(headline.pruned_se) else ""
-    mean, over = f"{formatting.decimal(headline.pruned)}{error}", f"{headline.tasks} task{'s' * (headline.tasks > 1)}"
+    mean, tasks = f"{formatting.decimal(headline.pruned)}{error}", f"{headline.tasks} task{'s' * (headline.tasks > 1)}"
     if headline.recovery is None:
-        detail = f"{headline.reference_name} {formatting.decimal(headline.reference)}, {over}"
+        detail = f"{headline.reference_name} {formatting.decimal(headline.reference)}, {tasks}"
         return Tile(f"Mean {headline.label}", mean, detail)
     label = f"Recovery of {headline.reference_name}"
-    return Tile(label, formatting.share(headline.recovery, 1), f"mean {headline.label} {mean}, {over}")
+    return Tile(label, formatting.share(headline.recovery, 1), f"mean {headline.label} {mean}, {tasks}")
 
 
-def _size_tile(manifest: Mapping[str, Any], key: str, label: str, shown: Any) -> Tile | None:
-    dense, pruned, saved = (
-        get_number(manifest, "model", key),
-        get_number(manifest, "pruned", key),
-        _saved(manifest, key),
-    )
+def _size_tile(
+    label: str, dense: float | None, pruned: float | None, formatted: Callable[[float | None], str]
+) -> Tile | None:
+    saved = share_saved(dense, pruned)
     if saved is None:
         return None
-    return Tile(
-        label,
-        formatting.with_minus_sign(f"-{formatting.share(saved, 1)}")
-        if saved >= 0
-        else f"+{formatting.share(-saved, 1)}",
-        f"{shown(dense)} → {shown(pruned)}",
-    )
+    change = f"-{formatting.share(saved, 1)}" if saved >= 0 else f"+{formatting.share(-saved, 1)}"
+    return Tile(label, formatting.with_minus_sign(change), f"{formatted(dense)} → {formatted(pruned)}")
 
 
-def _speed_tile(manifest: Mapping[str, Any], kind: str, label: str) -> Tile | None:
-    found = separate_ratio(manifest, kind)
-    if found is None:
+def _speed_tile(label: str, manifest: Manifest, kind: str) -> Tile | None:
+    ratio = separate_ratio(manifest, kind)
+    if ratio is None:
         return None
-    dense, pruned = (get_number(manifest, "speed", model, f"{kind}_tokens_per_s") for model in ("dense", "pruned"))
-    detail = f"{formatting.count(dense)} → {formatting.count(pruned)} tokens/s" + (
-        f", {found.spread}" if found.spread else ""
-    )
-    return Tile(
-        label, formatting.ratio(found.ratio), detail, "bad" if found.ratio < 1 and found.is_significant else "plain"
-    )
+    dense, pruned = manifest.speed.dense.tokens_per_s(kind), manifest.speed.pruned.tokens_per_s(kind)
+    detail = f"{formatting.count(dense)} → {formatting.count(pruned)} tokens/s"
+    detail += f", {ratio.spread}" if ratio.spread else ""
+    is_slower = ratio.ratio < 1 and ratio.is_significant
+    return Tile(label, formatting.ratio(ratio.ratio), detail, "bad" if is_slower else "plain")
 
 
-def _time_tile(manifest: Mapping[str, Any]) -> Tile | None:
-    stages = get_mapping(manifest, "timings")
-    seconds = [value for stage in stages if stage != "total" and (value := get_number(stages, stage)) is not None]
+def _time_tile(manifest: Manifest) -> Tile | None:
+    seconds = [value for stage, value in manifest.timings.items() if stage != "total" and value is not None]
     if not seconds:
         return None
-    memory = get_number(manifest, "peak_memory_mb")
-    return Tile(
-        "Run time",
-        formatting.duration(sum(seconds)),
-        f"peak memory {formatting.count(memory)} MB" if memory is not None else "all stages",
-    )
+    memory = manifest.peak_memory_mb
+    detail = f"peak memory {formatting.count(memory)} MB" if memory is not None else "all stages"
+    return Tile("Run time", formatting.duration(sum(seconds)), detail)
 
 
-def _check_tile(check: Mapping[str, Any]) -> Tile | None:
+def _selfcheck_tile(check: SelfCheckFacts) -> Tile | None:
     if not check:
         return None
-    worst, tokens = get_number(check, "max_relative"), get_number(check, "tokens")
+    worst = check.max_relative
     detail = (
-        f"reloaded; differs by {formatting.scientific(worst)} at most" if worst is not None else "reloaded and compared"
+        "reloaded and compared" if worst is None else f"reloaded; differs by {formatting.scientific(worst)} at most"
     )
-    detail += f", {formatting.count(tokens)} tokens" if tokens is not None else ""
-    passed = lookup(check, "ok")
-    if not isinstance(passed, bool):
+    detail += f", {formatting.count(check.tokens)} tokens" if check.tokens is not None else ""
+    if check.ok is None:
         return Tile("Self-check", "no verdict", detail)
-    return Tile("Self-check", "passed" if passed else "failed", detail, "good" if passed else "bad")
+    return Tile("Self-check", "passed" if check.ok else "failed", detail, "good" if check.ok else "bad")

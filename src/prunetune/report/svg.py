@@ -22,7 +22,7 @@ PAGE_COLOURS = {
     INK: "currentColor", MUTED: "var(--muted)", GRID: "var(--line)", SURFACE: "var(--surface)",
     DENSE: "var(--dense)", TUNED: "var(--tuned)", PRUNED: "var(--pruned)", REMOVED: "var(--gone)",
     SEARCH: "var(--search)", SETTLE: "var(--settle)", TUNE: "var(--tune)",
-    **{colour: f"var(--series-{place})" for place, colour in enumerate(SERIES)},
+    **{colour: f"var(--series-{number})" for number, colour in enumerate(SERIES)},
 }  # fmt: skip
 
 STYLE: dict[str, Any] = {
@@ -59,10 +59,9 @@ STYLE: dict[str, Any] = {
 
 
 def render_svg(name: str, label: str, width: float, height: float, draw: Callable[[Figure], None]) -> Markup:
-    """Let `draw` fill a figure of that size (inches) and return it as inline SVG.
+    """A figure of that size (inches), filled by `draw`, as inline SVG; the same drawing gives the same bytes.
 
-    `name` tells the figures of a page apart; `label` is what a screen reader says.
-    The same drawing gives the same bytes.
+    `name` has to be unique on the page; screen readers read out the label.
     """
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -72,7 +71,7 @@ def render_svg(name: str, label: str, width: float, height: float, draw: Callabl
         matplotlib.style.context(["default", {**STYLE, "svg.hashsalt": f"prunetune-{name}"}]),
         warnings.catch_warnings(),
     ):
-        # Measured with matplotlib's font, set in the reader's: a glyph that the former lacks is no matter.
+        # Text is measured with matplotlib's font and shown in the reader's: matplotlib need not have every glyph.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         figure = Figure(figsize=(width, height), layout="constrained")
         draw(figure)
@@ -92,6 +91,6 @@ def _inlined(svg: str, label: str) -> str:
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # figure_1, axes_1: the same in every figure of the page
     svg = svg.replace("xlink:href", "href")
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)
-    # What is not painted in a page colour is painted by nobody: black by default, and invisible on dark.
+    # The stand-ins become the page's own colours, which follow its light or dark mode.
     svg = re.sub(r"(?<=(?:fill|roke): )#0101[0-9a-f]{2}", lambda colour: PAGE_COLOURS.get(colour[0], colour[0]), svg)
     return re.sub(r"\n\s*", "\n", svg)

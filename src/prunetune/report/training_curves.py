@@ -1,23 +1,34 @@
-"""How the run went: its log as curves, phases and captions."""
+"""Training curves: the log of a run over its steps, with phases, captions and limits."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from markupsafe import Markup
 
 from prunetune.report import svg
 from prunetune.report.figures import PhaseSpan, TrainingCurve, legend_entries, training_curve_figure
-from prunetune.report.run_folder import RunFiles, RunLogEntry, get_number, lookup
+from prunetune.report.run_folder import RunFiles, RunLogEntry, get_number
 
-RATE = "Of the adapters; of all weights once these are tuned."
+PHASES = {
+    "search": (svg.SEARCH, "search: decisions move while adapters tune"),
+    "settle": (svg.SETTLE, "settle: the decision is frozen, adapters of removed units empty"),
+    "tune": (svg.TUNE, "tune: the cut model"),
+}
+# Key in validation.jsonl: title, the metric that limits name, caption.
+VALIDATION_METRICS = {
+    "nll": ("Validation loss", "valid.nll", "NLL per token of the decided sub-network on the validation split"),
+    "valid.accuracy": ("Validation accuracy", "valid.accuracy", "By likelihood, on rows of the validation split"),
+    "guard.perplexity": ("Guard: perplexity", "guard.perplexity", "Of general texts that are never tuned on"),
+    "guard.accuracy": ("Guard: accuracy", "guard.accuracy", "By likelihood, on general rows that are never tuned on"),
+}
 
 
 @dataclass(frozen=True)
 class ReportFigure:
-    """A picture with its words."""
+    """A picture with title, legend and caption."""
 
     title: str
     picture: Markup
@@ -32,13 +43,17 @@ def phase_spans(metrics: Sequence[RunLogEntry]) -> list[PhaseSpan]:
         step, phase = get_number(line, "step"), line.get("phase")
         if step is None or not isinstance(phase, str):
             continue
-        if spans and spans[-1].phase == phase:
-            spans[-1] = PhaseSpan(phase, spans[-1].first, step)
-        else:
-            if spans:
-                spans[-1] = PhaseSpan(spans[-1].phase, spans[-1].first, step)
+        if spans:
+            spans[-1] = PhaseSpan(spans[-1].phase, spans[-1].first, step)
+        if not spans or spans[-1].phase != phase:
             spans.append(PhaseSpan(phase, step, step))
     return spans
+
+
+def phase_legend(spans: Sequence[PhaseSpan]) -> list[tuple[str, str]]:
+    """(CSS colour, words) for the phases that occurred."""
+    phases = dict.fromkeys(span.phase for span in spans)
+    return [(svg.PAGE_COLOURS[PHASES[phase][0]], PHASES[phase][1]) for phase in phases if phase in PHASES]
 
 
 def training_curve(
@@ -52,98 +67,72 @@ def training_curve(
 
 
 def training_figures(run: RunFiles) -> list[ReportFigure]:
-    """The pictures that the log has data for."""
-    asked = get_number(run.manifest, "gates", "keep_asked")  # of another budget, what it leaves of the parameters
-    target = get_number(run.config, "budget", "keep") if asked is None else asked
-    log = run.metrics
-    made = [
-        _losses(run),
+    """The figures that the log has data for."""
+    log, target = run.metrics, run.manifest.limits.requested_keep  # of another budget, what it leaves of the parameters
+    target = get_number(run.config, "budget", "keep") if target is None else target
+    dashed = f"; the dashed line is the target, {target:.0%}." if target is not None else "."
+    figures = [
+        _loss_figure(run),
         _curve_figure(
-            run, "kept", "Share kept against the target", [training_curve(log, "kept", svg.PRUNED)], kind="share", target=target,
-            note="Share of the prunable parameters that the current decision keeps"
-            + (f"; the dashed line is the target, {target:.0%}." if target is not None else "."),
+            run, "kept", "Share kept against the target", [training_curve(log, "kept", svg.PRUNED)],
+            kind="share", target=target,
+            note=f"Share of the prunable parameters that the current decision keeps{dashed}",
         ),
         _curve_figure(
             run, "changed", "Decisions changed", [training_curve(log, "changed", svg.PRUNED)], kind="share",
-            note="Share of the units whose fate changed since the line before.",
+            note="Share of the units whose decision changed since the line before.",
         ),
-        *_validations(run),
-        _curve_figure(run, "rate", "Learning rate", [training_curve(log, "lr", svg.DENSE)], kind="rate", note=RATE),
+        *_validation_figures(run),
+        _curve_figure(
+            run, "rate", "Learning rate", [training_curve(log, "lr", svg.DENSE)], kind="rate",
+            note="Of the adapters; of all weights once these are tuned.",
+        ),
         _curve_figure(
             run, "speed", "Training speed", [training_curve(log, "tokens_per_s", svg.DENSE)],
             note="Tokens a second of the tuning steps.",
         ),
     ]  # fmt: skip
-    return [figure for figure in made if figure is not None]
+    return [figure for figure in figures if figure is not None]
 
 
-VALIDATION_METRICS = {
-    "nll": ("Validation loss", "valid.nll", "NLL per token of the decided sub-network on the validation split"),
-    "valid.accuracy": ("Validation accuracy", "valid.accuracy", "By likelihood, on rows of the validation split"),
-    "guard.perplexity": ("Guard: perplexity", "guard.perplexity", "Of general texts that are never tuned on"),
-    "guard.accuracy": ("Guard: accuracy", "guard.accuracy", "By likelihood, on general rows that are never tuned on"),
-}
-
-
-def _validations(run: RunFiles) -> list[ReportFigure | None]:
-    """Each metric that validations scored; the dashed line is the limit of a gate on it."""
-    made: list[ReportFigure | None] = []
-    for key, (title, metric, words) in VALIDATION_METRICS.items():
-        limit = _limit(run, metric)
-        note = f"{words}; the dashed line is the limit of a gate." if limit is not None else f"{words}."
-        line = training_curve(run.validation, key, svg.TUNED, markers=True)
-        name = f"validation-{key.replace('.', '-')}"
-        made.append(_curve_figure(run, name, title, [line], note=note, target=limit))
-    return made
-
-
-def _limit(run: RunFiles, metric: str) -> float | None:
-    listed = lookup(run.manifest, "gates", "limits")
-    found = (
-        [one for one in listed if str(lookup(one, "gate")).startswith(f"{metric} ")] if isinstance(listed, list) else []
-    )
-    return get_number(found[0], "limit") if found else None
-
-
-def _losses(run: RunFiles) -> ReportFigure | None:
+def _loss_figure(run: RunFiles) -> ReportFigure | None:
     tuning = training_curve(run.metrics, "loss", svg.TUNED, smoothed=True)
     search = training_curve(run.metrics, "search_loss", svg.PRUNED, smoothed=True)
-    words = {svg.TUNED: "tuning loss"} if tuning else {}
+    legend = {svg.TUNED: "tuning loss"} if tuning else {}
     if search:
-        words[svg.PRUNED] = "search loss"
-    return _curve_figure(
-        run, "losses", "Losses", [tuning, search], words=words, note="Faint: as logged. Strong: running mean."
-    )
+        legend[svg.PRUNED] = "search loss"
+    note = "Faint: as logged. Strong: running mean."
+    return _curve_figure(run, "losses", "Losses", [tuning, search], legend=legend, note=note)
+
+
+def _validation_figures(run: RunFiles) -> list[ReportFigure | None]:
+    """Each metric that validations scored; the dashed line is its limit."""
+    figures = []
+    for key, (title, metric, caption) in VALIDATION_METRICS.items():
+        limits = [limit for limit in run.manifest.limits.limits if limit.condition.startswith(f"{metric} ")]
+        target = limits[0].limit if limits else None
+        note = f"{caption}; the dashed line is the limit." if target is not None else f"{caption}."
+        curve = training_curve(run.validation, key, svg.TUNED, markers=True)
+        name = f"validation-{key.replace('.', '-')}"
+        figures.append(_curve_figure(run, name, title, [curve], note=note, target=target))
+    return figures
 
 
 def _curve_figure(
     run: RunFiles, name: str, title: str, curves: Sequence[TrainingCurve | None], *, note: str,
-    words: dict[str, str] | None = None, target: float | None = None, kind: Literal["plain", "share", "rate"] = "plain",
+    legend: dict[str, str] | None = None, target: float | None = None,
+    kind: Literal["plain", "share", "rate"] = "plain",
 ) -> ReportFigure | None:  # fmt: skip
-    present = [each for each in curves if each is not None]
+    present = [curve for curve in curves if curve is not None]
     if not present:
         return None
-    label = f"{title} over steps. {'; '.join(_describe_curve(each) for each in present)}."
+    spoken = "; ".join(_describe_curve(curve) for curve in present)
     picture = training_curve_figure(
-        f"course-{name}", label, present, phase_spans(run.metrics), target=target, kind=kind
+        f"curve-{name}", f"{title} over steps. {spoken}.", present, phase_spans(run.metrics), target=target, kind=kind
     )
-    return ReportFigure(title, picture, legend_entries(words or {}), note)
+    return ReportFigure(title, picture, legend_entries(legend or {}), note)
 
 
-def _describe_curve(line: TrainingCurve) -> str:
-    (first, start), (last, end) = line.points[0], line.points[-1]
+def _describe_curve(curve: TrainingCurve) -> str:
+    (first, start), (last, end) = curve.points[0], curve.points[-1]
     return f"From {start:.4g} at step {first:.0f} to {end:.4g} at step {last:.0f}"
-
-
-def phase_legend(spans: Sequence[PhaseSpan]) -> list[tuple[str, str]]:
-    """(CSS colour, words) for the phases that occurred."""
-    words: dict[str, Any] = {
-        "search": (svg.SEARCH, "search: decisions move while adapters tune"),
-        "settle": (svg.SETTLE, "settle: the decision is frozen, adapters of removed units empty"),
-        "tune": (svg.TUNE, "tune: the cut model"),
-    }
-    return [
-        (svg.PAGE_COLOURS[words[phase][0]], words[phase][1])
-        for phase in dict.fromkeys(span.phase for span in spans)
-        if phase in words
-    ]

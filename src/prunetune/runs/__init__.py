@@ -1,1 +1,1 @@
-"""A run's folder, and who reads it: history, list, diff, live view, trackers."""
+"""A run's folder and its readers: history, list, comparison, live view, trackers."""

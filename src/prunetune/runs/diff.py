@@ -1,9 +1,8 @@
-"""Finished runs beside each other: what was set otherwise, what came out, which units stayed, which items flipped."""
+"""Comparison of finished runs (`compare-runs`): options, scores, kept units, items that flipped."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,13 @@ from typing import Any
 
 from prunetune.config.recipe import to_mapping
 from prunetune.errors import DataError, PlanError, RunFolderError
-from prunetune.evaluation.results import Evaluation, Item, Score
+from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.statistics import is_same_question, keep_same_questions, paired_difference
 from prunetune.plan import Plan
 from prunetune.runs.folder import flatten_options, open_run
 
-SHOWN = 10  # flips that the text lists by name
-IGNORED_OPTIONS = {"out"}  # differs always
+MAX_FLIPS = 10  # that the text lists by name
+IGNORED_OPTIONS = {"out"}  # of every run another
 
 
 @dataclass(frozen=True)
@@ -43,89 +42,81 @@ class FlippedItem:
 
 
 def load_compared_run(path: Path) -> ComparedRun:
-    """Read a run folder; raises `RunFolderError` for what is none."""
+    """Read a run folder; raises `RunFolderError` where it is none, or a file of it is broken."""
     folder, config = open_run(path)
     try:
         plan = Plan.load(folder.plan_file) if folder.plan_file.exists() else None
         file = folder.evaluation_file("pruned")
-        scores = Evaluation.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
-        hashes = folder.read_manifest().get("data", {}).get("hashes", {})
+        evaluation = Evaluation.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
+        hashes = folder.read_manifest().data.hashes
     except (PlanError, DataError, OSError, ValueError, AttributeError) as broken:
-        raise RunFolderError(f"{path} cannot be read ({broken}); make it anew, or leave it out") from broken
-    return ComparedRun(path.resolve().name, flatten_options(to_mapping(config)), plan, scores, hashes)
+        raise RunFolderError(f"{path} cannot be read ({broken}): run it again, or leave it out") from broken
+    return ComparedRun(path.resolve().name, flatten_options(to_mapping(config)), plan, evaluation, hashes)
 
 
 def diff_runs(paths: Sequence[Path]) -> str:
-    """The first run beside each of the others, as text; raises `RunFolderError`."""
+    """The first run compared with each of the others, as text; raises `RunFolderError`."""
     if len(paths) < 2:
         raise RunFolderError("compare-runs needs two run folders or more: name another")
-    sides = [load_compared_run(path) for path in paths]
-    parts = [_differences(sides), _scores(sides)]
-    for other in sides[1:]:
-        parts += [_overlap(sides[0], other), _flips(sides[0], other)]
-    return "\n\n".join(parts)
+    runs = [load_compared_run(path) for path in paths]
+    sections = [_option_differences(runs), _score_table(runs)]
+    for other in runs[1:]:
+        sections += [_overlap(runs[0], other), _flips(runs[0], other)]
+    return "\n\n".join(sections)
 
 
-def _differences(sides: Sequence[ComparedRun]) -> str:
-    lines = [f"{'set otherwise':<28}" + "".join(f"{side.name:>24}" for side in sides)]
-    for key in sides[0].options:
-        values = [side.options.get(key) for side in sides]
-        if key not in IGNORED_OPTIONS and any(value != values[0] for value in values):
-            lines.append(f"{key:<28}" + "".join(f"{_short(value):>24}" for value in values))
-    changed = [name for name in sides[0].hashes if any(s.hashes.get(name) != sides[0].hashes[name] for s in sides)]
-    lines += [f"rows of {name} differ" for name in changed]
-    return "\n".join(lines if len(lines) > 1 else ["set otherwise: nothing"])
+def _option_differences(runs: Sequence[ComparedRun]) -> str:
+    first = runs[0]
+    lines = [f"{'options that differ':<28}" + "".join(f"{run.name:>24}" for run in runs)]
+    for name, option in first.options.items():
+        values = [run.options.get(name) for run in runs]
+        if name not in IGNORED_OPTIONS and any(value != option for value in values):
+            lines.append(f"{name:<28}" + "".join(f"{_format_option(value):>24}" for value in values))
+    changed = [split for split in first.hashes if any(run.hashes.get(split) != first.hashes[split] for run in runs)]
+    lines += [f"rows of {split} differ" for split in changed]
+    return "\n".join(lines if len(lines) > 1 else ["options that differ: none"])
 
 
-def _short(value: Any) -> str:
+def _format_option(value: Any) -> str:
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= 22 else f"…{text[-21:]}"
 
 
-def _scores(sides: Sequence[ComparedRun]) -> str:
-    first = sides[0].evaluation
+def _score_table(runs: Sequence[ComparedRun]) -> str:
+    """Each score of the first run in all runs, and how the last run differs from it."""
+    first, last = runs[0].evaluation, runs[-1].evaluation
     if first is None:
-        return f"{sides[0].name} has no scores"
-    lines = [f"{'score':<28}" + "".join(f"{side.name:>24}" for side in sides) + f"{'last - first (paired)':>28}"]
+        return f"{runs[0].name} has no scores"
+    lines = [f"{'score':<28}" + "".join(f"{run.name:>24}" for run in runs) + f"{'last - first (paired)':>28}"]
+    tasks_by_run = [run.evaluation.tasks if run.evaluation else {} for run in runs]
     for task, result in first.tasks.items():
         for metric in result.scores:
-            cells = [_cell(side, task, metric) for side in sides]
-            lines.append(
-                f"{task + ' ' + metric:<28}" + "".join(cells) + f"{_change(sides[0], sides[-1], task, metric):>28}"
-            )
-    return "\n".join([*lines, *_unpaired_reasons(sides[0], sides[-1])])
+            scores = [tasks[task].scores.get(metric) if task in tasks else None for tasks in tasks_by_run]
+            cells = ["–" if score is None else f"{score.value:.3f} ± {score.se:.3f}" for score in scores]
+            change = "–" if last is None else _paired_change(first, last, task, metric)
+            lines.append(f"{task + ' ' + metric:<28}" + "".join(f"{cell:>24}" for cell in cells) + f"{change:>28}")
+    return "\n".join([*lines, *(_unpaired_reasons(first, last) if last else ())])
 
 
-def _cell(side: ComparedRun, task: str, metric: str) -> str:
-    score = (
-        side.evaluation.tasks[task].scores.get(metric) if side.evaluation and task in side.evaluation.tasks else None
-    )
-    return f"{'–' if score is None else f'{score.value:.3f} ± {score.se:.3f}':>24}"
-
-
-def _change(first: ComparedRun, last: ComparedRun, task: str, metric: str) -> str:
-    """Over the items that both scored, with the standard error of the paired difference."""
+def _paired_change(first: Evaluation, last: Evaluation, task: str, metric: str) -> str:
+    """The difference over the items that both scored, with its standard error; "–" where there is none."""
     try:
-        assert first.evaluation is not None
-        assert last.evaluation is not None
-        found: Score = paired_difference(last.evaluation.tasks[task], first.evaluation.tasks[task], metric)
-    except (AssertionError, DataError, KeyError):
+        change = paired_difference(last.tasks[task], first.tasks[task], metric)
+    except (DataError, KeyError):
         return "–"
-    return f"{found.value:+.3f} ± {found.se:.3f}" if math.isfinite(found.value) else "–"
+    return f"{change.value:+.3f} ± {change.se:.3f}" if math.isfinite(change.value) else "–"
 
 
-def _unpaired_reasons(first: ComparedRun, last: ComparedRun) -> list[str]:
-    """Why tasks of both are not paired: their rows are others."""
-    tasks = first.evaluation.tasks if first.evaluation else {}
-    others = last.evaluation.tasks if last.evaluation else {}
-    found = []
-    for task in (name for name in tasks if name in others):
-        items = {item.id: item for item in tasks[task].items}
+def _unpaired_reasons(first: Evaluation, last: Evaluation) -> list[str]:
+    """Tasks that cannot be paired because the same ids belong to other questions."""
+    reasons = []
+    for task in (name for name in first.tasks if name in last.tasks):
+        items = {item.id: item for item in first.tasks[task].items}
         try:
-            keep_same_questions(task, [(items[item.id], item) for item in others[task].items if item.id in items])
-        except DataError as moved:
-            found.append(str(moved))
-    return found
+            keep_same_questions(task, [(items[item.id], item) for item in last.tasks[task].items if item.id in items])
+        except DataError as other_questions:
+            reasons.append(str(other_questions))
+    return reasons
 
 
 def _overlap(first: ComparedRun, other: ComparedRun) -> str:
@@ -135,19 +126,21 @@ def _overlap(first: ComparedRun, other: ComparedRun) -> str:
     if first.plan.units != other.plan.units:
         return f"{title}: plans of different models"
     lines = [f"{title:<44}{'first':>10}{'second':>10}{'in both':>10}{'overlap':>10}"]
-    for kind, (one, two, both) in count_kept_units(first.plan, other.plan).items():
-        either = one + two - both
-        lines.append(f"{kind:<44}{one:>10,}{two:>10,}{both:>10,}{both / either if either else 1.0:>10.1%}")
+    for kind, (in_first, in_other, in_both) in count_kept_units(first.plan, other.plan).items():
+        in_either = in_first + in_other - in_both
+        overlap = in_both / in_either if in_either else 1.0
+        lines.append(f"{kind:<44}{in_first:>10,}{in_other:>10,}{in_both:>10,}{overlap:>10.1%}")
     return "\n".join(lines)
 
 
 def count_kept_units(first: Plan, other: Plan) -> dict[str, tuple[int, int, int]]:
-    """(units of the first, of the second, of both) by kind of site, which is the last word of its name."""
-    found: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+    """Units kept by (the first plan, the other, both), by kind of site, which is the last word of its name."""
+    counts: dict[str, tuple[int, int, int]] = {}
     for site, kept in first.kept.items():
-        counts = (len(kept), len(other.kept[site]), len(set(kept) & set(other.kept[site])))
-        found[site.rpartition(".")[2]] = [a + b for a, b in zip(found[site.rpartition(".")[2]], counts, strict=True)]
-    return {kind: (one, two, both) for kind, (one, two, both) in found.items()}
+        kind, others = site.rpartition(".")[2], other.kept[site]
+        in_first, in_other, in_both = counts.get(kind, (0, 0, 0))
+        counts[kind] = (in_first + len(kept), in_other + len(others), in_both + len(set(kept) & set(others)))
+    return counts
 
 
 def _flips(first: ComparedRun, other: ComparedRun) -> str:
@@ -157,33 +150,29 @@ def _flips(first: ComparedRun, other: ComparedRun) -> str:
     flips, common = find_flips(first.evaluation, other.evaluation)
     lost = sum(not flip.gained for flip in flips)
     lines = [f"{title}: of {common:,} that both answered, {lost:,} lost and {len(flips) - lost:,} gained"]
-    for flip in sorted(flips, key=lambda flip: flip.gained)[:SHOWN]:
-        what = "gained" if flip.gained else "lost"
-        lines.append(f"  {what:<7}{flip.task} {flip.id}: {_line(flip.before)} -> {_line(flip.after)}")
-    if len(flips) > SHOWN:
-        lines.append(f"  and {len(flips) - SHOWN:,} more")
+    for flip in sorted(flips, key=lambda flip: flip.gained)[:MAX_FLIPS]:
+        answers = f"{_quote_line(flip.before)} -> {_quote_line(flip.after)}"
+        lines.append(f"  {'gained' if flip.gained else 'lost':<7}{flip.task} {flip.id}: {answers}")
+    if len(flips) > MAX_FLIPS:
+        lines.append(f"  and {len(flips) - MAX_FLIPS:,} more")
     return "\n".join(lines)
 
 
 def find_flips(first: Evaluation, other: Evaluation) -> tuple[list[FlippedItem], int]:
-    """Items that one got right and the other wrong, and how many both answered: of the same question, not just id."""
+    """Items that one got right and the other wrong, and how many both answered: same id and same question."""
     flips, common = [], 0
     for task in (name for name in first.tasks if name in other.tasks):
-        before = {item.id: item for item in first.tasks[task].items if item.correct is not None}
-        for item in other.tasks[task].items:
-            if item.correct is not None and item.id in before and is_same_question(before[item.id], item):
+        items = {item.id: item for item in first.tasks[task].items if item.correct is not None}
+        for after in other.tasks[task].items:
+            before = items.get(after.id)
+            if after.correct is not None and before is not None and is_same_question(before, after):
                 common += 1
-                flips += _flip(task, before[item.id], item)
+                if before.correct != after.correct:
+                    flips.append(FlippedItem(task, after.id, bool(after.correct), before.got, after.got))
     return flips, common
 
 
-def _flip(task: str, before: Item, after: Item) -> list[FlippedItem]:
-    if before.correct == after.correct:
-        return []
-    return [FlippedItem(task, after.id, bool(after.correct), before.got, after.got)]
-
-
-def _line(text: str) -> str:
+def _quote_line(text: str) -> str:
     """Text of a model as one line without control characters: it is shown in a terminal."""
-    plain = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
+    plain = " ".join("".join(character if character.isprintable() else " " for character in text).split())
     return repr(plain if len(plain) <= 40 else f"{plain[:39]}…")

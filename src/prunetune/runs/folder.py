@@ -1,16 +1,14 @@
-"""The run folder: what is in it, and when it may be made or gone on with."""
+"""The run folder: its files, its manifest, its lock, and the checks before a run is started or resumed."""
 
 from __future__ import annotations
 
-import difflib
 import fcntl
-import json
 import logging
 import os
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +16,25 @@ import yaml
 
 from prunetune.config.recipe import RunConfig, load_saved_recipe, to_mapping
 from prunetune.errors import ConfigError, RunFolderError
+from prunetune.manifest import Manifest
 from prunetune.utils.files import PARTIAL, write_text
+from prunetune.utils.json_lines import JsonObject, append_json_line, read_json_lines, write_json_lines
+from prunetune.utils.suggest import similar_names
 
 log = logging.getLogger(__name__)
-JsonObject = dict[str, Any]
 TUNING_STAGE = "tune and prune"  # a stage, in the manifest's timings
 CHANGEABLE_ON_RESUME = frozenset({"out", "report_to"})  # what a resumed run may say otherwise
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths and records of one run."""
+    """Paths, manifest and logs of one run."""
 
     path: Path
 
     @property
     def model_folder(self) -> Path:
-        """The resulting checkpoint; exists only whole."""
+        """The resulting checkpoint; it exists only when it is complete and has passed its check."""
         return self.path / "model"
 
     @property
@@ -49,110 +49,100 @@ class RunFolder:
 
     @property
     def good_checkpoints(self) -> Path:
-        """States within all gates, to go back to."""
+        """States within all limits, to roll back to."""
         return self.path / "good"
 
     @property
     def dense_tuned_checkpoints(self) -> Path:
-        """The same for the dense model that is tuned as a teacher or for comparison."""
+        """States of the dense model that is tuned as a teacher or for comparison."""
         return self.path / "tuned"
 
     @property
     def bench_file(self) -> Path:
-        """Speed beside the dense model, measured in turns."""
+        """Speed of the dense and the pruned model, measured in turns."""
         return self.path / "bench.json"
 
     def size_folder(self, keep: float) -> RunFolder:
-        """The folder of one of several sizes; a run folder, too."""
+        """The run folder of one of several sizes."""
         return RunFolder(self.path / "sizes" / f"{keep:g}")
 
     def evaluation_file(self, name: str) -> Path:
-        """Scores of `dense`, `tuned` or `pruned`."""
+        """Scores of the "dense", "tuned" or "pruned" model."""
         return self.path / "evaluation" / f"{name}.json"
 
-    def read_manifest(self) -> JsonObject:
-        """What is known of the run so far."""
+    def read_manifest(self) -> Manifest:
+        """What is known of the run so far; raises `ValueError` where the file is no JSON object."""
         file = self.path / "manifest.json"
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        return Manifest.from_json(file.read_text(encoding="utf-8")) if file.exists() else Manifest.empty()
 
     def update_manifest(self, **facts: Any) -> None:
-        """Add facts to the manifest."""
-        write_text(self.path / "manifest.json", json.dumps(self.read_manifest() | facts, indent=2) + "\n")
+        """Replace fields of the manifest."""
+        write_text(self.path / "manifest.json", replace(self.read_manifest(), **facts).to_json())
 
     def append_record(self, name: str, record: JsonObject) -> None:
         """Add a line to `metrics.jsonl` or `validation.jsonl`."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        append_json_line(self.path / name, record)
 
     def drop_records_after(self, step: int) -> None:
         """Drop records of steps that will be done again (-1: of all), and a line that a kill cut short."""
-        for name in ("metrics.jsonl", "validation.jsonl"):
-            file = self.path / name
+        for file in (self.path / "metrics.jsonl", self.path / "validation.jsonl"):
             if file.exists():
-                kept = [
-                    line for line in file.read_text(encoding="utf-8").splitlines() if 0 <= _parse_step(line) <= step
-                ]
-                write_text(file, "".join(line + "\n" for line in kept))
+                records, _ = read_json_lines(file)
+                write_json_lines(file, [record for record in records if 0 <= record.get("step", -1) <= step])
         for file in (self.path / "decisions").glob("step-*.json"):
             if int(file.stem.removeprefix("step-")) > step:
                 file.unlink()
 
 
-def _parse_step(line: str) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return -1
-
-
 def check_folder(config: RunConfig, *, resume: bool, changeable: Collection[str] = CHANGEABLE_ON_RESUME) -> RunFolder:
-    """The folder of a new or resumed run, where only what is in `free` may differ; writes nothing.
+    """The folder of a new or a resumed run, of which only the `changeable` options may differ; writes nothing.
 
-    Raises `RunFolderError`.
+    Raises `RunFolderError` for a folder that another run fills, that is no run, or that cannot be written to.
     """
     folder = RunFolder(run_path(config))
     recipe = folder.path / "config.yaml"
     _raise_if_not_writable(folder.path)
     if not resume:
         if _has_contents(folder.path):
-            raise RunFolderError(f"{folder.path} exists already: go on with it by --resume, or name another with --out")
+            raise RunFolderError(f"{folder.path} exists already: continue it with --resume, or name another with --out")
     elif recipe.exists():
         _raise_if_recipe_changed(recipe, config, changeable)
     elif _has_contents(folder.path):
-        raise RunFolderError(f"{folder.path} holds no config.yaml, so it is no run to resume; name another with --out")
+        raise RunFolderError(f"{folder.path} holds no config.yaml, so it is no run to resume: name another with --out")
     else:
-        log.warning("%s holds no run to go on with%s: a run begins anew", folder.path, _similar_runs_hint(folder.path))
+        log.warning("%s holds no run to resume%s: a new run starts", folder.path, _similar_runs_hint(folder.path))
     return folder
 
 
 def _similar_runs_hint(path: Path) -> str:
-    """Runs of a like name beside a folder that is not there."""
+    """Runs of a similar name in the same folder, in parentheses; "" where there are none."""
     names = [recipe.parent.name for recipe in path.parent.glob("*/config.yaml")]
-    close = ", ".join(str(path.with_name(name)) for name in difflib.get_close_matches(path.name, names))
-    return f" (of a like name: {close})" if close else ""
+    close = ", ".join(str(path.with_name(name)) for name in similar_names(path.name, names))
+    return f" (similar names: {close})" if close else ""
 
 
 def run_path(config: RunConfig) -> Path:
-    """Where the run goes; raises `RunFolderError` for what names no folder."""
+    """The folder that `out` names; raises `RunFolderError` where it names none."""
     if not config.out.strip() or "\0" in config.out:
         raise RunFolderError(f"out {config.out!r} names no folder: name one with --out, such as runs/support")
     return Path(config.out).expanduser()
 
 
 def _raise_if_not_writable(path: Path) -> None:
-    """Where no folder can be made, or written to."""
     try:
-        there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    except OSError as wrong:
-        raise RunFolderError(f"{path} cannot be opened ({wrong.strerror}): name another folder with --out") from wrong
-    if not there.is_dir():
-        raise RunFolderError(f"{there} is a file; name another folder with --out")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RunFolderError(f"{there} cannot be written to: change its permissions, or name another folder with --out")
+        existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    except OSError as failed:
+        raise RunFolderError(f"{path} cannot be opened ({failed.strerror}): name another folder with --out") from failed
+    if not existing.is_dir():
+        raise RunFolderError(f"{existing} is a file: name another folder with --out")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise RunFolderError(
+            f"{existing} cannot be written to: change its permissions, or name another folder with --out"
+        )
 
 
 def _has_contents(path: Path) -> bool:
-    """Whether there is more than what a run that was killed as it began may leave."""
+    """Whether it holds more than the partial files that a run leaves when it is killed at its start."""
     return path.exists() and any(child.suffix != PARTIAL for child in path.iterdir())
 
 
@@ -176,16 +166,16 @@ def _raise_if_recipe_changed(recipe: Path, config: RunConfig, changeable: Collec
 
 def flatten_options(values: JsonObject, prefix: str = "") -> JsonObject:
     """Nested options by their dotted names."""
-    found: JsonObject = {}
+    flat: JsonObject = {}
     for key, value in values.items():
-        found |= flatten_options(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return found
+        flat |= flatten_options(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def create_run_folder(folder: RunFolder, config: RunConfig) -> None:
-    """Make the folder and write the recipe, if it is new."""
+    """Make the folder and write the recipe, unless they are there."""
     folder.path.mkdir(parents=True, exist_ok=True)
-    if not (folder.path / "config.yaml").exists():  # first: it is what makes the folder one that can be resumed
+    if not (folder.path / "config.yaml").exists():  # first: with it, the folder can be resumed
         write_text(folder.path / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
     (folder.path / "evaluation").mkdir(exist_ok=True)
     folder.checkpoints.mkdir(exist_ok=True)
@@ -193,26 +183,23 @@ def create_run_folder(folder: RunFolder, config: RunConfig) -> None:
 
 @contextmanager
 def run_lock(folder: RunFolder) -> Iterator[None]:
-    """No other process may work on the run meanwhile; raises `RunFolderError` where one does.
+    """Keep other processes off the run for the length of the block; raises `RunFolderError` where one works on it.
 
-    The lock is on the folder itself and ends with the process, however it ends. File systems without locks have none.
+    The lock is on the folder itself and ends with the process, however it ends. Without effect on file systems that
+    have no locks.
     """
     handle = os.open(folder.path, os.O_RDONLY)
     try:
         with suppress(OSError):
-            if not (_try_lock(handle, fcntl.LOCK_EX) or _retry_lock(handle)):
-                raise RunFolderError(
-                    f"{folder.path}: another process works on this run: wait until it ends, or stop it first"
-                )
+            if not _try_lock(handle, fcntl.LOCK_EX):
+                time.sleep(0.2)  # `is_locked` of another process holds it for a moment
+                if not _try_lock(handle, fcntl.LOCK_EX):
+                    raise RunFolderError(
+                        f"{folder.path}: another process works on this run: wait until it ends, or stop it first"
+                    )
         yield
     finally:
         os.close(handle)
-
-
-def _retry_lock(handle: int) -> bool:
-    """`is_held` may have looked at this very moment."""
-    time.sleep(0.2)
-    return _try_lock(handle, fcntl.LOCK_EX)
 
 
 def is_locked(path: Path) -> bool:
@@ -223,23 +210,23 @@ def is_locked(path: Path) -> bool:
         return False
     try:
         return not _try_lock(handle, fcntl.LOCK_SH)
-    except OSError:  # no locks here: nothing is known
+    except OSError:  # a file system without locks: it may be
         return True
     finally:
         os.close(handle)
 
 
-def _try_lock(handle: int, how: int) -> bool:
+def _try_lock(handle: int, kind: int) -> bool:
     try:
-        fcntl.flock(handle, how | fcntl.LOCK_NB)
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
 
 
 def open_run(path: Path) -> tuple[RunFolder, RunConfig]:
-    """A run folder that exists, with its config; raises `RunFolderError`."""
+    """A run folder that exists, with its config; raises `RunFolderError` where there is none."""
     recipe = path / "config.yaml"
     if not recipe.is_file():
-        raise RunFolderError(f"{path} is no run folder (no config.yaml); name one that `prunetune run` made")
+        raise RunFolderError(f"{path} is no run folder (no config.yaml): name one that `prunetune run` made")
     return RunFolder(path), load_saved_recipe(recipe)

@@ -1,15 +1,15 @@
-"""The runs of a place in one SQLite file, so that they can be listed, filtered and compared. No service, no network.
+"""The history of runs: one SQLite file for the runs of a folder, so that they can be listed and filtered.
 
-The file is an index: run folders hold all there is to know, and what it lacks is read from them. So nothing that goes
-wrong with it may stop a run: it is said in one line, and the run goes on.
+The file is an index: run folders hold everything, and runs that it lacks are read from them. So no error with it stops
+a run: a warning of one line is logged, and the run continues.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
-import shlex
 import socket
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -28,12 +28,13 @@ from prunetune.runs.folder import RunFolder, is_locked, open_run
 log = logging.getLogger(__name__)
 
 NAME = "runs.sqlite"
-LOCK_TIMEOUT = 5.0  # seconds for another process that writes
+LOCK_TIMEOUT = 5.0  # seconds to wait for another process that writes
 TABLE = """create table if not exists runs (
     path text primary key, status text not null, started text, ended text, model text, layout text, seed integer,
     asked real, kept real, metrics text not null default '{}', command text, process text
 )"""
-STATUSES = ("running", "done", "failed", "interrupted", "gate failed", "gone")  # gone: its folder is
+# "gate failed": it ended outside a limit. "gone": its folder was removed.
+STATUSES = ("running", "done", "failed", "interrupted", "gate failed", "gone")
 COLUMNS = (
     "path", "status", "started", "ended", "model", "layout", "seed", "asked", "kept", "metrics", "command", "process",
 )  # fmt: skip
@@ -41,7 +42,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class RunEntry:
-    """One run as the history knows it."""
+    """One run in the history."""
 
     path: Path
     status: str  # of STATUSES
@@ -62,17 +63,18 @@ class RunEntry:
 
 
 def history_file(run: Path) -> Path:
-    """Where a run is registered: `$PRUNETUNE_HOME/runs.sqlite`, or `runs.sqlite` beside the run folder."""
+    """The file of a run's history: `$PRUNETUNE_HOME/runs.sqlite`, or `runs.sqlite` in the parent of the run folder."""
     home = os.environ.get("PRUNETUNE_HOME")
     return (Path(home).expanduser() if home else run.absolute().parent) / NAME
 
 
 @contextmanager
 def register_run(folder: RunFolder, config: RunConfig, command: str) -> Iterator[None]:
-    """Register a run as it begins, and how it ended; a history that cannot be written costs one line of the log."""
-    status, begun = "failed", _now()
+    """Register a run at its start, and how it ended at its end; where that cannot be written, a warning is logged."""
+    status, started = "failed", _now()
     _write_or_warn(
-        folder, {**_facts(folder, config), "status": "running", "started": begun, "ended": "", "command": command}
+        folder,
+        {**_run_values(folder, config), "status": "running", "started": started, "ended": "", "command": command},
     )
     try:
         yield
@@ -84,67 +86,69 @@ def register_run(folder: RunFolder, config: RunConfig, command: str) -> Iterator
         status = "gate failed" if failed.exit_code == 1 else "failed"
         raise
     finally:
-        ending = {"status": status, "started": begun, "ended": _now(), "command": command}
-        _write_or_warn(folder, {**_facts(folder, config), **ending})
+        ending = {"status": status, "started": started, "ended": _now(), "command": command}
+        _write_or_warn(folder, {**_run_values(folder, config), **ending})
 
 
 def _write_or_warn(folder: RunFolder, values: Mapping[str, Any]) -> None:
     try:
         file = history_file(folder.path)
         with closing(_open(file)) as store, store:
-            _put(store, values)
+            _insert(store, values)
     except (OSError, sqlite3.Error, ValueError) as broken:
-        log.warning("history: %s cannot be written (%s); the run goes on without", NAME, " ".join(str(broken).split()))
+        reason = " ".join(str(broken).split())
+        log.warning("history: %s cannot be written (%s); the run continues without it", NAME, reason)
 
 
-def _facts(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
+def _run_values(folder: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """The columns that a run folder tells."""
     manifest = folder.read_manifest()
-    model, pruned = manifest.get("model", {}), manifest.get("pruned", {})
-    known = bool(model.get("decoder_params") and pruned.get("decoder_params"))
+    dense, pruned = manifest.model.decoder_params, manifest.pruned.decoder_params
     return {
         "path": str(folder.path.absolute()),
         "model": config.model,
         "layout": config.layout,
         "seed": config.seed,
         "asked": config.budget.keep,
-        "kept": pruned["decoder_params"] / model["decoder_params"] if known else None,
-        "metrics": json.dumps(_metrics(folder)),
+        "kept": pruned / dense if dense and pruned else None,
+        "metrics": json.dumps(_mean_and_task_scores(folder)),
         "process": f"{socket.gethostname()} {os.getpid()}",
     }
 
 
-def _metrics(folder: RunFolder) -> dict[str, float]:
-    """The pruned model's scores: every task's, and the mean of each metric."""
+def _mean_and_task_scores(folder: RunFolder) -> dict[str, float]:
+    """Scores of the pruned model: the mean of each metric ("accuracy"), and every task's ("TASK.accuracy")."""
     from prunetune.evaluation.results import Evaluation
 
     file = folder.evaluation_file("pruned")
     if not file.exists():
         return {}
-    tasks = Evaluation.from_json(file.read_text(encoding="utf-8"))
-    names = dict.fromkeys(name for result in tasks.tasks.values() for name in result.scores)
-    each = {f"{task}.{name}": s.value for task, result in tasks.tasks.items() for name, s in result.scores.items()}
-    found = {name: tasks.mean(name).value for name in names} | each
-    return {name: value for name, value in found.items() if value == value}
+    evaluation = Evaluation.from_json(file.read_text(encoding="utf-8"))
+    metrics = dict.fromkeys(metric for result in evaluation.tasks.values() for metric in result.scores)
+    scores = {metric: evaluation.mean(metric).value for metric in metrics}
+    for task, result in evaluation.tasks.items():
+        scores |= {f"{task}.{metric}": score.value for metric, score in result.scores.items()}
+    return {name: value for name, value in scores.items() if not math.isnan(value)}
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
 def _open(file: Path) -> sqlite3.Connection:
-    """The store, made where there is none; one that is no database steps aside."""
+    """The database, created where there is none; a file that is no database is renamed, and a new one created."""
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return _connected(file)
+        return _connect(file)
     except sqlite3.DatabaseError as broken:
-        if isinstance(broken, sqlite3.OperationalError):  # locked, or no right to it: it is whole
+        if isinstance(broken, sqlite3.OperationalError):  # locked, or without permission: the file is intact
             raise
         aside = file.with_name(f"{NAME}.broken-{datetime.now(UTC):%Y%m%d-%H%M%S}")
         file.rename(aside)
-        log.warning("history: %s is no database any more: put aside as %s, begun anew", file, aside.name)
-        return _connected(file)
+        log.warning("history: %s is no database any more: renamed to %s, and a new one created", file, aside.name)
+        return _connect(file)
 
 
-def _connected(file: Path) -> sqlite3.Connection:
+def _connect(file: Path) -> sqlite3.Connection:
     store = sqlite3.connect(file, timeout=LOCK_TIMEOUT)
     try:
         with store:
@@ -155,17 +159,16 @@ def _connected(file: Path) -> sqlite3.Connection:
     return store
 
 
-def _put(store: sqlite3.Connection, values: Mapping[str, Any]) -> None:
-    names = ", ".join(values)
-    places = ", ".join("?" * len(values))
+def _insert(store: sqlite3.Connection, values: Mapping[str, Any]) -> None:
+    columns, marks = ", ".join(values), ", ".join("?" * len(values))
     # Column names are ours, values are bound.
-    store.execute(f"insert or replace into runs ({names}) values ({places})", tuple(values.values()))  # noqa: S608
+    store.execute(f"insert or replace into runs ({columns}) values ({marks})", tuple(values.values()))  # noqa: S608
 
 
 def list_runs(runs_folder: Path) -> list[RunEntry]:
-    """The runs registered in a folder's history, and run folders in it that are not; the newest first.
+    """The runs in a folder's history, and run folders in it that are not registered yet; the newest first.
 
-    Raises `ConfigError` where the history cannot be read.
+    Raises `ConfigError` where the folder does not exist or the history cannot be read.
     """
     home = os.environ.get("PRUNETUNE_HOME")
     file = (Path(home).expanduser() if home else runs_folder) / NAME
@@ -176,19 +179,20 @@ def list_runs(runs_folder: Path) -> list[RunEntry]:
     try:
         with closing(_open(file)) as store, store:
             known = {row[0] for row in store.execute("select path from runs")}
-            for found in _unregistered(runs_folder, known):
-                _put(store, found)
+            for values in _unregistered(runs_folder, known):
+                _insert(store, values)
             rows = store.execute(f"select {', '.join(COLUMNS)} from runs order by started desc, path").fetchall()  # noqa: S608
     except (OSError, sqlite3.Error) as broken:
         if not file.exists():
             raise ConfigError(
-                f"{file} cannot be made ({broken}); let PRUNETUNE_HOME name a folder that can be written to"
+                f"{file} cannot be created ({broken}): set PRUNETUNE_HOME to a folder that can be written to"
             ) from broken
-        raise ConfigError(f"{file} cannot be read ({broken}); try again, or remove it: it is made anew") from broken
+        raise ConfigError(f"{file} cannot be read ({broken}): try again, or remove it to have it rebuilt") from broken
     return [_entry(dict(zip(COLUMNS, row, strict=True))) for row in rows]
 
 
 def _unregistered(runs_folder: Path, known: set[str]) -> Iterator[dict[str, Any]]:
+    """The columns of each run folder that is not in the history."""
     for recipe in sorted(runs_folder.glob("*/config.yaml")):
         path = recipe.parent
         if str(path.absolute()) in known or (path / "cells").is_dir():  # a comparison is no run
@@ -196,16 +200,14 @@ def _unregistered(runs_folder: Path, known: set[str]) -> Iterator[dict[str, Any]
         try:
             folder, config = open_run(path)
             manifest = folder.read_manifest()
-            facts = _facts(folder, config)
+            values = _run_values(folder, config)
         except (PrunetuneError, OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
             continue  # no run folder of this version
-        when = datetime.fromtimestamp(recipe.stat().st_mtime, UTC).isoformat(timespec="seconds")
-        whole = folder.evaluation_file("pruned").exists() or ("sizes" in manifest and folder.bench_file.exists())
-        status = "done" if whole else "interrupted"
-        status = "gate failed" if manifest.get("failed") else status
-        command = manifest.get("command", "")
-        own = {"status": status, "started": when, "ended": "", "process": ""}
-        yield {**facts, **own, "command": command if isinstance(command, str) else shlex.join(map(str, command))}
+        started = datetime.fromtimestamp(recipe.stat().st_mtime, UTC).isoformat(timespec="seconds")
+        is_done = folder.evaluation_file("pruned").exists() or (manifest.sizes and folder.bench_file.exists())
+        status = "gate failed" if manifest.failed else "done" if is_done else "interrupted"
+        ending = {"status": status, "started": started, "ended": "", "command": manifest.command or ""}
+        yield {**values, **ending, "process": ""}
 
 
 def _entry(row: Mapping[str, Any]) -> RunEntry:
@@ -225,12 +227,12 @@ def _entry(row: Mapping[str, Any]) -> RunEntry:
     )
 
 
-def _status(path: Path, noted: str, process: str) -> str:
-    """As noted, unless the folder is gone, or the process was killed and could note nothing."""
+def _status(path: Path, recorded: str, process: str) -> str:
+    """The recorded status, unless the folder is gone, or the process was killed and could record nothing."""
     if not path.exists():
         return "gone"
-    here = process.split(" ")[0] == socket.gethostname()
-    return "interrupted" if noted == "running" and here and not is_locked(path) else noted
+    is_local = process.split(" ")[0] == socket.gethostname()
+    return "interrupted" if recorded == "running" and is_local and not is_locked(path) else recorded
 
 
 def _now() -> str:

@@ -1,4 +1,4 @@
-"""The runs of a place as a table, filtered."""
+"""The list of runs (`prunetune runs`): filters by model, status and conditions, and the table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SIGNS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "=": operator.eq,
 }  # fmt: skip
 
-OWN: dict[str, Callable[[RunEntry], float | None]] = {
+RUN_VALUES: dict[str, Callable[[RunEntry], float | None]] = {
     "kept": lambda entry: entry.kept,
     "keep": lambda entry: entry.requested_keep,
     "seed": lambda entry: float(entry.seed),
@@ -27,16 +27,15 @@ OWN: dict[str, Callable[[RunEntry], float | None]] = {
 def filter_runs(
     entries: Sequence[RunEntry], *, model: str = "", status: str = "", where: Sequence[str] = ()
 ) -> list[RunEntry]:
-    """Runs whose model contains `model`, with that status, and for which every condition holds.
+    """Runs whose model's name contains `model`, with that status, and for which every condition holds.
 
-    A condition is on `kept`, `keep`, `seed`, or a metric: `accuracy >= 0.7`, `TASK.accuracy > 0.5`. A run that lacks
-    the value is left out. Raises `ConfigError` for a condition that cannot be read, and for a status or a name that
-    there is not.
+    A condition is on kept, keep, seed, or a metric: "accuracy >= 0.7", "TASK.accuracy > 0.5". A run that lacks the
+    value is left out. Raises `ConfigError` for a condition that cannot be read, and for an unknown status or name.
     """
     if status:
         validate_name(status, STATUSES, "--status")
-    known = dict.fromkeys([*OWN, *HEADLINE_METRICS, *(name for entry in entries for name in entry.metrics)])
-    conditions = [_condition(text, known) for text in where]
+    known = dict.fromkeys([*RUN_VALUES, *HEADLINE_METRICS, *(name for entry in entries for name in entry.metrics)])
+    conditions = [_parse_condition(text, known) for text in where]
     return [
         entry
         for entry in entries
@@ -46,26 +45,21 @@ def filter_runs(
     ]
 
 
-def _condition(text: str, known: Iterable[str]) -> Callable[[RunEntry], bool]:
+def _parse_condition(text: str, known: Iterable[str]) -> Callable[[RunEntry], bool]:
     match = CONDITION.fullmatch(text)
     try:
         value = float(match["value"]) if match else math.nan
     except ValueError:
         value = math.nan
     if match is None or math.isnan(value):
-        raise ConfigError(f"--where {text!r} is no condition; write one such as 'accuracy >= 0.7' or 'kept < 0.6'")
+        raise ConfigError(f"--where {text!r} is no condition: write one such as 'accuracy >= 0.7' or 'kept < 0.6'")
     sign, name = SIGNS[match["sign"]], validate_name(match["name"], known, "--where")
 
     def holds(entry: RunEntry) -> bool:
-        found = value_of(entry, name)
-        return found is not None and sign(found, value)
+        own = RUN_VALUES[name](entry) if name in RUN_VALUES else entry.metrics.get(name)
+        return own is not None and sign(own, value)
 
     return holds
-
-
-def value_of(entry: RunEntry, name: str) -> float | None:
-    """A number of a run by name, or None where it has none."""
-    return OWN[name](entry) if name in OWN else entry.metrics.get(name)
 
 
 def render_runs_table(entries: Sequence[RunEntry]) -> str:

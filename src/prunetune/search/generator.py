@@ -1,4 +1,4 @@
-"""The pruning-decision generator (ATP, section 3.2): from fixed layer vectors to one logit per unit.
+"""The pruning-decision generator (ATP, section 3.2): a network from fixed layer vectors to one logit per unit.
 
 L layers, E embedding width, U units of a site.
 """
@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 from prunetune.pruning.sites import Site
 
-EMBEDDING = 64
-HIDDEN = 128
+EMBEDDING = 64  # width of a layer vector
+HIDDEN = 128  # width of the GRU's output, both directions
 
 
 class DecisionGenerator(nn.Module):
     """A small network over the layer sequence, and one linear head per site.
 
-    `forward()` takes nothing and returns {site name: logits [U]}: what it decides is in its weights alone. The layer
+    `forward()` has no input and returns {site name: logits [U]}: the decision depends on the weights alone. The layer
     vectors are fixed and orthogonal, so that layers start out distinct. `kind` is "transformer" (two encoder layers,
-    four heads, feed-forward 256: the authors' code) or "gru" (bidirectional: the paper).
+    four heads, feed-forward 256, as in the authors' code) or "gru" (bidirectional, as in the paper).
     """
 
     def __init__(self, sites: Sequence[Site], *, kind: str, seed: int) -> None:
@@ -30,10 +30,13 @@ class DecisionGenerator(nn.Module):
         layers = max(site.layer for site in sites) + 1
         self.register_buffer("layer_vectors", orthogonal_vectors(layers, EMBEDDING, rng))
         width = EMBEDDING if kind == "transformer" else HIDDEN
-        with torch.random.fork_rng(devices=[]):  # modules draw from the global state as they are made
-            self.mixer: nn.Module = (
-                _encoder() if kind == "transformer" else nn.GRU(EMBEDDING, HIDDEN // 2, bidirectional=True)
-            )
+        with torch.random.fork_rng(devices=[]):  # modules draw from the global generator when they are created
+            self.mixer: nn.Module
+            if kind == "transformer":
+                layer = nn.TransformerEncoderLayer(EMBEDDING, nhead=4, dim_feedforward=256, dropout=0.0)
+                self.mixer = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
+            else:
+                self.mixer = nn.GRU(EMBEDDING, HIDDEN // 2, bidirectional=True)
             self.norm = nn.LayerNorm(width)
             self.heads = nn.ModuleList(nn.Linear(width, site.units) for site in sites)
         self.sites = tuple(sites)
@@ -41,13 +44,14 @@ class DecisionGenerator(nn.Module):
             _initialise(name, parameter, rng)
 
     def forward(self) -> dict[str, Tensor]:
+        """{site name: logits [U]}."""
         mixed = self.mixer(self.get_buffer("layer_vectors")[:, None, :])  # [L, 1, E]
         features: Tensor = self.norm(mixed[0] if isinstance(mixed, tuple) else mixed)[:, 0]
         return {site.name: head(features[site.layer]) for site, head in zip(self.sites, self.heads, strict=True)}
 
 
 class FreeLogits(nn.Module):
-    """No network: one parameter a unit, zero at first. The ablation of the generator; called as `Generator` is."""
+    """The ablation of the generator, called in the same way: no network, one parameter per unit, zero at first."""
 
     def __init__(self, sites: Sequence[Site]) -> None:
         super().__init__()
@@ -55,32 +59,28 @@ class FreeLogits(nn.Module):
         self.logits = nn.ParameterList(nn.Parameter(torch.zeros(site.units)) for site in sites)
 
     def forward(self) -> dict[str, Tensor]:
+        """{site name: logits [U]}."""
         return {site.name: logits for site, logits in zip(self.sites, self.logits, strict=True)}
 
 
 def build_generator(sites: Sequence[Site], *, kind: str, seed: int) -> nn.Module:
-    """What `search.generator` names: a network, or none."""
+    """The generator that `search.generator` names: "transformer", "gru", or "none" for `FreeLogits`."""
     return FreeLogits(sites) if kind == "none" else DecisionGenerator(sites, kind=kind, seed=seed)
 
 
-def _encoder() -> nn.TransformerEncoder:
-    layer = nn.TransformerEncoderLayer(EMBEDDING, nhead=4, dim_feedforward=256, dropout=0.0)
-    return nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
-
-
 def _initialise(name: str, parameter: nn.Parameter, rng: torch.Generator) -> None:
-    """From the given generator alone, so that a run does not depend on global random state."""
+    """Xavier-uniform weights and zero biases, from the given random generator alone."""
     with torch.no_grad():
         if "bias" in name:
             parameter.zero_()
         if parameter.dim() < 2:
-            return  # norms start at one already
+            return  # weights of norms are one
         bound = (6 / (parameter.shape[0] + parameter.shape[1])) ** 0.5
         parameter.uniform_(-bound, bound, generator=rng)
 
 
 def orthogonal_vectors(rows: int, width: int, rng: torch.Generator) -> Tensor:
-    """[rows, width] fixed vectors of norm sqrt(width): orthogonal while rows <= width, in blocks of that after."""
+    """[rows, width] vectors of norm sqrt(width); each run of `width` rows from the first on is orthogonal."""
     blocks = [torch.linalg.qr(torch.randn(width, width, generator=rng))[0] for _ in range(-(-rows // width))]
     vectors: Tensor = torch.cat(blocks)[:rows] * width**0.5
     return vectors

@@ -1,4 +1,4 @@
-"""From measured importance to starting logits, so that the search begins with what the pretrained weights say."""
+"""Initial logits of the search from measured importance, and the score threshold that keeps a given share."""
 
 from __future__ import annotations
 
@@ -18,38 +18,37 @@ def importance_to_logits(
     """Normal scores of importance per parameter: {site: [U]}, mean about 0 and deviation about 1 over parameters.
 
     Ranks instead of values, because importances span many orders of magnitude and only their order is trusted. A unit
-    counts as often as it has parameters, so that the budget's quantile of the logits is the budget. Under limits, their
-    prices stand in for parameters.
+    counts as often as it has parameters, so that the budget's quantile of the logits is the budget. Under limits, the
+    prices of units take the place of parameters.
     """
-    names = [site.name for site in sites]
-    spans = (
-        limits.prices_with_children
-        if limits and limits.prices_with_children
-        else {site.name: site.total_unit_params for site in sites}
-    )
-    density = torch.cat([importance[site.name].double().cpu() / spans[site.name] for site in sites])
+    params = {site.name: site.total_unit_params for site in sites}
+    prices_with_children = (limits and limits.prices_with_children) or params
+    density = torch.cat([importance[site.name].double().cpu() / prices_with_children[site.name] for site in sites])
     prices = _unit_prices(sites, limits)
     order = torch.argsort(density, stable=True)
-    below = torch.cumsum(prices[order], 0) - prices[order] / 2
+    middles = torch.cumsum(prices[order], 0) - prices[order] / 2  # price of the units below, and half of this one
+    middles = middles.clamp(0.5, float(prices.sum()) - 0.5)  # units without parameters of their own: finite logits
     logits = torch.empty_like(density)
-    below = below.clamp(0.5, float(prices.sum()) - 0.5)  # of units without weights of their own
-    logits[order] = torch.special.ndtri(below / prices.sum())
-    parts = torch.split(logits.float(), [site.units for site in sites])
-    return dict(zip(names, parts, strict=True))
-
-
-def _unit_prices(sites: Sequence[Site], limits: BudgetLimits | None) -> Tensor:
-    """Of every unit, site after site."""
-    each = limits.prices if limits and limits.prices else {site.name: float(site.unit_params) for site in sites}
-    prices = torch.tensor([each[site.name] for site in sites], dtype=torch.float64)
-    return prices.repeat_interleave(torch.tensor([site.units for site in sites]))
+    logits[order] = torch.special.ndtri(middles / prices.sum())
+    by_site = torch.split(logits.float(), [site.units for site in sites])
+    return dict(zip((site.name for site in sites), by_site, strict=True))
 
 
 def score_threshold(nested_sites: NestedSites, keep: float, limits: BudgetLimits | None = None) -> float:
-    """The score above which units hold the share `keep` of the prunable parameters, or what limits make of it."""
-    keep = limits.price_share_at(keep) if limits else keep
+    """The score above which units hold the share `keep` of the prunable parameters.
+
+    Under limits, the share of all prices that belongs to this keep.
+    """
+    share = limits.price_share_at(keep) if limits else keep
     prices = _unit_prices(nested_sites.sites, limits)
-    held = torch.cumsum(prices.index_select(0, nested_sites.units_by_score), 0) / prices.sum()
-    return float(
-        nested_sites.scores[nested_sites.units_by_score[torch.searchsorted(held, keep).clamp(max=len(held) - 1)]]
-    )
+    order = nested_sites.units_by_score
+    price_shares = torch.cumsum(prices.index_select(0, order), 0) / prices.sum()
+    position = torch.searchsorted(price_shares, share).clamp(max=len(order) - 1)
+    return float(nested_sites.scores[order[position]])
+
+
+def _unit_prices(sites: Sequence[Site], limits: BudgetLimits | None) -> Tensor:
+    """Price of every unit without what it contains, site after site: float64 [N]."""
+    by_site = (limits and limits.prices) or {site.name: float(site.unit_params) for site in sites}
+    prices = torch.tensor([by_site[site.name] for site in sites], dtype=torch.float64)
+    return prices.repeat_interleave(torch.tensor([site.units for site in sites]))

@@ -1,6 +1,11 @@
-"""Plans of sites that lie in one another: their price under given widths, and the units that these widths keep.
+"""Nested sites: units ranked by score, parameters under given widths, and the units that these widths keep.
 
-A width is the number of units that each open lane of a site keeps; a lane is open where the unit around it stays.
+A unit may contain units of another site: a KV group its query heads, an expert its channels, a layer all its blocks. So
+a site's units fall into `Site.parent_groups` groups of equal length, one or more for each unit of the parent site; a
+site without a parent is one group. The *width* of a site is the number of units that each of its groups keeps. A group
+is *open* if the unit that contains it is kept.
+
+Shapes: N units of all sites, numbered through site after site; U units of one site, in G groups.
 """
 
 from __future__ import annotations
@@ -14,126 +19,124 @@ from torch import Tensor
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site, children_by_site, kept_mask
 
+SiteWidths = Mapping[str, int]  # site name -> units that each open group keeps
+
 
 def argsort_descending(scores: Tensor) -> Tensor:
-    """float32 [n] -> long [n]: where the highest score is, then the next; equal ones by index, NaN before all.
+    """float32 [n] -> long [n]: indices by descending score; equal scores by index, NaN before all others.
 
-    As `argsort(descending=True, stable=True)` in a tenth of the time: torch sorts integers by radix, and the bits of a
-    float are in order once those of negative ones are turned round.
+    The same as `argsort(descending=True, stable=True)` in a tenth of the time: torch sorts integers by radix, and the
+    bits of floats sort like integers once all bits but the sign of the negative ones are inverted.
     """
-    one_zero = (scores + 0.0).nan_to_num(torch.nan, torch.inf, -torch.inf)  # there are two, and NaN of either sign
-    bits = one_zero.view(torch.int32)
+    # One zero and one NaN: both exist with either sign.
+    bits = (scores + 0.0).nan_to_num(torch.nan, torch.inf, -torch.inf).view(torch.int32)
     ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return (~ascending).argsort(stable=True)
 
 
-SiteWidths = Mapping[str, int]  # site name -> units that a lane keeps
-
-
 class NestedSites:
-    """Sites with the sites inside them, and their units ranked by score in each lane; ties go by index.
+    """Sites with their child sites and, where scores are given, their units ranked by score within each group.
 
-    With `within`, what that plan does not keep ranks last, and `most` says how many there are before it.
+    Equal scores rank by index. With a `larger_plan`, the units that it removes rank last, and `max_width` is the number
+    of units that it keeps in a group.
     """
 
-    # Where scores are given; units are counted through, site after site.
-    scores: Tensor  # of all units
-    units_by_score: Tensor  # all units, the one of the highest score first
-    ranked_units: Mapping[str, Tensor]  # {site: [lanes, units of a lane]}: the same in each lane
-    ranked_scores: Mapping[str, Tensor] = {}  # the scores of these, in double precision
+    # Only where scores are given:
+    scores: Tensor  # float32 [N]
+    units_by_score: Tensor  # long [N]: unit numbers, the highest score first
+    ranked_units: Mapping[str, Tensor]  # {site: long [G, U / G]}: unit numbers, the highest score of each group first
+    ranked_scores: Mapping[str, Tensor] = {}  # {site: float64 [G, U / G]}: their scores
 
     def __init__(
         self, sites: Sequence[Site], scores: Mapping[str, Tensor] | None = None, larger_plan: Plan | None = None
     ) -> None:
-        self.sites = tuple(sites)
+        self.sites = tuple(sites)  # parents before their children
         self.sites_by_name = {site.name: site for site in sites}
         self.child_sites = children_by_site(sites)
         starts = itertools.accumulate((site.units for site in sites), initial=0)
-        self.first_unit = dict(zip(self.sites_by_name, starts, strict=False))  # unit of a site, counted through
-        self.max_widths = (
-            {site.name: _widest_kept_group(site, larger_plan.kept[site.name]) for site in sites} if larger_plan else {}
-        )
+        self.first_unit = dict(zip(self.sites_by_name, starts, strict=False))  # {site: number of its first unit}
+        self.max_widths: dict[str, int] = {}
+        if larger_plan is not None:
+            for site in sites:
+                kept = kept_mask(larger_plan.kept[site.name], site.units)
+                self.max_widths[site.name] = int(kept.view(site.parent_groups, -1).sum(1).max())
         if scores is not None:
             self.scores = torch.cat([scores[site.name].detach() for site in sites]).float().cpu()
             self.units_by_score = argsort_descending(self.scores)
-            order = self._rank_per_parent(larger_plan)
-            self.ranked_units, self.ranked_scores = (
-                self._split(order),
-                self._split(self.scores.index_select(0, order).double()),
-            )
+            ranked = self._rank_within_groups(larger_plan)
+            self.ranked_units = self._split_by_site(ranked)
+            self.ranked_scores = self._split_by_site(self.scores.index_select(0, ranked).double())
 
-    def _rank_per_parent(self, larger_plan: Plan | None) -> Tensor:
-        """Indices by rank in the first lane, then in the next; what `within` keeps before all others."""
-        lengths = torch.tensor([site.units_per_group for site in self.sites for _ in range(site.parent_groups)])
-        places = 2 * len(lengths)
-        small = next(kind for kind in (torch.uint8, torch.int16, torch.int32) if places <= torch.iinfo(kind).max)
-        place = torch.arange(0, places, 2, dtype=small).repeat_interleave(lengths)  # sorted by radix, byte by byte
+    def _rank_within_groups(self, larger_plan: Plan | None) -> Tensor:
+        """long [N]: unit numbers, group after group: by descending score, first those that the larger plan keeps."""
+        group_lengths = torch.tensor([site.units_per_group for site in self.sites for _ in range(site.parent_groups)])
+        num_keys = 2 * len(group_lengths)  # 2 g for units of group g, 2 g + 1 for those that the larger plan removes
+        # The smallest type: a radix sort takes time for each byte.
+        dtype = next(dtype for dtype in (torch.uint8, torch.int16, torch.int32) if num_keys <= torch.iinfo(dtype).max)
+        sort_keys = torch.arange(0, num_keys, 2, dtype=dtype).repeat_interleave(group_lengths)
         if larger_plan is not None:
-            place += ~torch.cat([kept_mask(larger_plan.kept[site.name], site.units) for site in self.sites])
-        return self.units_by_score.index_select(0, place.index_select(0, self.units_by_score).argsort(stable=True))
+            sort_keys += ~torch.cat([kept_mask(larger_plan.kept[site.name], site.units) for site in self.sites])
+        by_group = sort_keys.index_select(0, self.units_by_score).argsort(stable=True)
+        return self.units_by_score.index_select(0, by_group)
 
-    def _split(self, values: Tensor) -> dict[str, Tensor]:
-        """[units] -> {site: [lanes, units of a lane]}."""
-        parts = torch.split(values, [site.units for site in self.sites])
-        return {site.name: part.view(site.parent_groups, -1) for site, part in zip(self.sites, parts, strict=True)}
+    def _split_by_site(self, values: Tensor) -> dict[str, Tensor]:
+        """[N] -> {site: [G, U / G]}."""
+        by_site = torch.split(values, [site.units for site in self.sites])
+        return {site.name: own.view(site.parent_groups, -1) for site, own in zip(self.sites, by_site, strict=True)}
 
     def parent(self, site: Site) -> Site | None:
-        """The site around this one."""
+        """The site whose units contain the groups of this one."""
         return self.sites_by_name[site.parent] if site.parent else None
 
     def max_width(self, site: Site) -> int:
-        """Most units that a lane may keep."""
+        """The most units that a group of this site may keep."""
         return self.max_widths.get(site.name, site.units_per_group)
 
     def mean_scores(self, site: Site) -> Tensor:
-        """Scores by rank, the best first, as a mean over lanes: [units of a lane]."""
-        lanes = self.ranked_scores[site.name]
-        return lanes[0] if site.parent_groups == 1 else lanes.float().mean(0).double()
+        """Mean score over groups of the units of each rank, best rank first: float64 [U / G]."""
+        scores = self.ranked_scores[site.name]
+        return scores[0] if site.parent_groups == 1 else scores.float().mean(0).double()
+
+    def best_score(self, site: Site) -> float:
+        """Mean score over groups of their best units."""
+        return float(self.mean_scores(site)[0])
 
     def params_with_children(self, site: Site, widths: SiteWidths) -> int:
-        """Parameters of one unit with what it keeps inside."""
-        price = site.unit_params
-        for inner in self.child_sites.get(site.name, ()):
-            price += widths[inner.name] * (inner.parent_groups // site.units) * self.params_with_children(inner, widths)
-        return price
+        """Parameters of one unit and of all that it contains under these widths."""
+        params = site.unit_params
+        for child in self.child_sites.get(site.name, ()):
+            groups_per_unit = child.parent_groups // site.units
+            params += widths[child.name] * groups_per_unit * self.params_with_children(child, widths)
+        return params
 
     def open_parent_groups(self, site: Site, widths: SiteWidths) -> int:
-        """Lanes whose surroundings stay."""
-        outer = self.parent(site)
-        if outer is None:
+        """The number of groups of this site whose parent unit is kept under these widths."""
+        parent = self.parent(site)
+        if parent is None:
             return site.parent_groups
-        return widths[outer.name] * self.open_parent_groups(outer, widths) * (site.parent_groups // outer.units)
+        return widths[parent.name] * self.open_parent_groups(parent, widths) * (site.parent_groups // parent.units)
 
     def total_params(self, widths: SiteWidths) -> int:
-        """Parameters under these widths."""
+        """Prunable parameters of all sites under these widths."""
         roots = (site for site in self.sites if not site.parent)
         return sum(widths[site.name] * site.parent_groups * self.params_with_children(site, widths) for site in roots)
 
     def kept_unit_counts(self, widths: SiteWidths, sites: Sequence[Site]) -> dict[str, int]:
-        """Units that these sites keep in all."""
+        """{site: units kept in all its groups} of these sites."""
         return {site.name: widths[site.name] * self.open_parent_groups(site, widths) for site in sites}
 
     def best_units(self, widths: SiteWidths) -> dict[str, Tensor]:
-        """The best units of every open lane: {site: bool [U]}, true where one stays."""
+        """The best units of every open group, as many as these widths say: {site: bool [U]}, true where kept."""
         best = torch.cat([self.ranked_units[site.name][:, : widths[site.name]].flatten() for site in self.sites])
-        found = self._split(torch.zeros(len(self.units_by_score), dtype=torch.bool).index_fill_(0, best, True))
-        for site in self.sites:  # outer ones first
-            if outer := self.parent(site):
-                found[site.name] &= (
-                    found[outer.name].flatten().repeat_interleave(site.parent_groups // outer.units)[:, None]
-                )
-        return {name: stays.flatten() for name, stays in found.items()}
-
-    def best_score(self, site: Site) -> float:
-        """Score of the unit that comes first."""
-        return float(self.mean_scores(site)[0])
-
-
-def _widest_kept_group(site: Site, kept: Sequence[int]) -> int:
-    return int(kept_mask(kept, site.units).view(site.parent_groups, -1).sum(1).max())
+        kept = self._split_by_site(torch.zeros(len(self.units_by_score), dtype=torch.bool).index_fill_(0, best, True))
+        for site in self.sites:
+            if parent := self.parent(site):
+                groups_per_unit = site.parent_groups // parent.units
+                kept[site.name] &= kept[parent.name].flatten().repeat_interleave(groups_per_unit)[:, None]
+        return {name: mask.flatten() for name, mask in kept.items()}
 
 
 def plan_from_gates(gates: Mapping[str, Tensor]) -> Plan:
-    """The units under open gates, bool or of 0 and 1."""
+    """The plan that keeps the units with open gates; gates are bool or 0 and 1, {site: [U]}."""
     kept = {name: tuple(gate.nonzero()[:, 0].tolist()) for name, gate in gates.items()}
     return Plan(kept, {name: len(gate) for name, gate in gates.items()})

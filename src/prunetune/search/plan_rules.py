@@ -1,4 +1,4 @@
-"""What a legal plan looks like: alignment, floors, layers that keep everything."""
+"""Rules of a legal plan: multiples that widths have to be, least numbers of units, layers that keep everything."""
 
 from __future__ import annotations
 
@@ -8,70 +8,71 @@ from dataclasses import dataclass
 
 from prunetune.cost.limits import BudgetLimits
 from prunetune.errors import PlanError
-from prunetune.pruning.units import Site
+from prunetune.pruning.units import Site, UnitKind
 
 EXPERT_ROW_ALIGN = 8  # grouped kernels for experts want rows of 16 bytes
-CHANNEL_KINDS = ("mlp", "expert-channels")
 
 
 @dataclass(frozen=True)
 class PlanConstraints:
-    """What a legal plan looks like."""
+    """The rules that every plan of a run keeps to. A width is the number of units that each group of a site keeps."""
 
-    layout: str = "per-layer"
-    align: int = 128  # MLP widths are multiples of this (or the dense width)
-    min_groups: int = 0  # KV groups that every layer keeps
-    # May all layers have this many? (uniform layout); where query heads go on their own, asked with those of a group.
+    layout: str = "per-layer"  # or "uniform": one width per kind for all layers
+    align: int = 128  # MLP widths are multiples of this, or the dense width
+    min_groups: int = 0  # least KV groups of a layer
+    # Whether a uniform model may have this many KV groups in all its layers. Where query heads are units of their own,
+    # the second argument is the number of them in a group.
     allows_groups: Callable[..., bool] = lambda groups, ratio=None: True
-    min_share: float = 0.0  # of the units that every place keeps
-    min_experts: int = 0  # that every layer keeps
-    min_queries: int = 1  # query heads that every KV group keeps
+    min_share: float = 0.0  # least share of the units of a site, but for whole blocks and layers
+    min_experts: int = 0  # least experts of a layer
+    min_queries: int = 1  # least query heads of a KV group
     protected: frozenset[int] = frozenset()  # layers that keep everything
-    limits: BudgetLimits | None = None  # budgets beside the share of parameters
-    tensor_parallel: int = 1  # KV groups and MLP widths are multiples of this, so that so many devices share a layer
+    limits: BudgetLimits | None = None  # budgets other than a share of the parameters
+    tensor_parallel: int = 1  # KV groups and MLP widths are multiples of this, so that as many devices share a layer
 
 
 def default_align(sites: Sequence[Site]) -> int:
-    """128 channels, the width that GPUs and 4-bit formats want; 32, the floor of both, for narrow models."""
-    widest = max((site.units_per_group for site in sites if site.kind in CHANNEL_KINDS), default=1)
+    """128 channels, as GPUs and 4-bit formats want it; for narrow models at most 32, which both want at least."""
+    widest = max((site.units_per_group for site in sites if site.kind.is_channel), default=1)
     align = 128 if widest >= 4096 else max(1, min(32, widest // 4))
-    if any(site.kind == "expert-channels" for site in sites):
+    if any(site.kind is UnitKind.EXPERT_CHANNEL for site in sites):
         return max(EXPERT_ROW_ALIGN, align - align % EXPERT_ROW_ALIGN)
     return align
 
 
 def block_size(site: Site, constraints: PlanConstraints) -> int:
-    """Units of a lane that come or go together."""
-    if site.kind in CHANNEL_KINDS:
+    """Units of a group that are added or removed together."""
+    if site.kind.is_channel:
         return math.lcm(constraints.align, constraints.tensor_parallel)
-    return constraints.tensor_parallel if site.kind == "attention" else 1
+    return constraints.tensor_parallel if site.kind.is_divided_by_tensor_parallel else 1
 
 
 def check_tensor_parallel(sites: Sequence[Site], constraints: PlanConstraints) -> None:
-    """A number of devices that the dense model itself does not divide over raises `PlanError`."""
-    shared = [site for site in sites if site.kind in (*CHANNEL_KINDS, "attention")]
-    odd = next((site for site in shared if site.units_per_group % constraints.tensor_parallel), None)
-    if odd:
-        units = "KV groups" if odd.kind == "attention" else "channels"
-        fitting = math.gcd(*(site.units_per_group for site in shared))
+    """Raises `PlanError` if the widths of the dense model are no multiples of `tensor_parallel`."""
+    devices = constraints.tensor_parallel
+    split_sites = [site for site in sites if site.kind.is_divided_by_tensor_parallel]
+    uneven = next((site for site in split_sites if site.units_per_group % devices), None)
+    if uneven is not None:
+        units = "KV groups" if uneven.kind is UnitKind.KV_GROUP else "channels"
+        divisor = math.gcd(*(site.units_per_group for site in split_sites))
         raise PlanError(
-            f"budget.tensor_parallel {constraints.tensor_parallel} does not divide the {odd.units_per_group} {units} of {odd.name}: "
-            f"use a divisor of {fitting}"
+            f"budget.tensor_parallel {devices} does not divide the {uneven.units_per_group} {units} of {uneven.name}: "
+            f"use a divisor of {divisor}"
         )
 
 
 def min_width(site: Site, constraints: PlanConstraints) -> int:
-    """Fewest units that a lane of a site keeps, where what is around it stays."""
+    """The fewest units that each open group of a site may keep."""
     if site.layer in constraints.protected:
         return site.units_per_group
     size = block_size(site, constraints)
     lowest = {
-        "mlp": size,
-        "expert-channels": size,
-        "attention": -(-max(site.min_units_per_group, constraints.min_groups) // size) * size,
-        "query-heads": max(1, constraints.min_queries),
-        "experts": max(site.min_units_per_group, constraints.min_experts),
+        UnitKind.MLP_CHANNEL: size,
+        UnitKind.EXPERT_CHANNEL: size,
+        UnitKind.KV_GROUP: size * math.ceil(max(site.min_units_per_group, constraints.min_groups) / size),
+        UnitKind.QUERY_HEAD: max(1, constraints.min_queries),
+        UnitKind.EXPERT: max(site.min_units_per_group, constraints.min_experts),
     }.get(site.kind, site.min_units_per_group)
-    if constraints.min_share and not site.is_whole_block:
+    if constraints.min_share and not site.kind.is_whole_block:
         lowest = max(lowest, size * -int(-constraints.min_share * site.units_per_group // size))
     return min(lowest, site.units_per_group)

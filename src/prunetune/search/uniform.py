@@ -1,4 +1,8 @@
-"""One width per kind for all layers: of the maximal shapes, the one that keeps the highest scores."""
+"""The layout uniform: one width per kind for all layers, chosen among the maximal shapes by the scores it keeps.
+
+A *shape* is the number of layers and the width of every kind of unit in each of them. A width is the number of units
+that each open group of a site keeps: MLP channels, KV groups, query heads of a KV group, experts.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from prunetune.errors import PlanError
-from prunetune.pruning.units import NAME_BY_KIND, Site, UnitKind
-from prunetune.search.nested_sites import NestedSites
-from prunetune.search.plan_rules import CHANNEL_KINDS, PlanConstraints, block_size, min_width
+from prunetune.pruning.units import Site, UnitKind
+from prunetune.search.nested_sites import NestedSites, SiteWidths
+from prunetune.search.plan_rules import PlanConstraints, block_size, min_width
 
-FitsBudgets = Callable[[Mapping[str, int]], bool]  # whether widths by site are within all further budgets
+FitsBudgets = Callable[[SiteWidths], bool]  # whether these widths are within all budgets but that of parameters
 
 
 @dataclass(frozen=True)
 class UniformCounts:
-    """Layers, and what each of them has of all but channels."""
+    """A shape without its channels: the number of layers, and the width of every other kind in each of them."""
 
     layers: int
     groups: int = 0
@@ -25,204 +29,227 @@ class UniformCounts:
     experts: int = 0
 
     def __le__(self, other: UniformCounts) -> bool:
-        """Whether nothing of it is more."""
-        return all(mine <= theirs for mine, theirs in zip(self.as_tuple(), other.as_tuple(), strict=True))
-
-    def as_tuple(self) -> tuple[int, ...]:
-        """As a tuple."""
-        return (self.layers, self.groups, self.queries, self.experts)
+        """Whether no count is larger than the other's."""
+        return (
+            self.layers <= other.layers
+            and self.groups <= other.groups
+            and self.queries <= other.queries
+            and self.experts <= other.experts
+        )
 
 
 class UniformPlanner:
-    """The shapes that all layers may have, their prices, and what they are worth under given scores."""
+    """The shapes that all layers of a model may have, their parameters, and the scores that each keeps."""
 
     def __init__(self, nested_sites: NestedSites, constraints: PlanConstraints) -> None:
         self.nested_sites, self.constraints = nested_sites, constraints
-        self.unprotected_constraints = replace(
-            constraints, protected=frozenset()
-        )  # a layer that stays may be as narrow as all
-        self.layers = tuple(site for site in nested_sites.sites if site.kind == "layers")
-        whole = [site.name for site in self.layers if nested_sites.max_width(site)]
-        self.count = len(whole) if self.layers else len({site.layer for site in nested_sites.sites})
+        # Protected layers are kept, but may be as narrow as all others.
+        self.width_constraints = replace(constraints, protected=frozenset())
+        self.layer_sites = tuple(site for site in nested_sites.sites if site.kind is UnitKind.LAYER)
+        if self.layer_sites:
+            self.num_layers = sum(nested_sites.max_width(site) > 0 for site in self.layer_sites)
+        else:
+            self.num_layers = len({site.layer for site in nested_sites.sites})
         first = nested_sites.sites[0].layer
         self.sites_by_kind: dict[UnitKind, Site] = {
             site.kind: site for site in nested_sites.sites if site.layer == first
         }
-        self._refuse()
-        self.sums: dict[tuple[str, int, int, bool], float] = {}
+        self._check_layers_are_equal()
+        self.score_sums: dict[tuple[str, int, int], float] = {}  # by site, width, width of its parent
 
-    def _refuse(self) -> None:
-        blocks = [NAME_BY_KIND[kind] for kind in ("attention-blocks", "mlp-blocks") if kind in self.sites_by_kind]
+    def _check_layers_are_equal(self) -> None:
+        """Raises `PlanError` if layers differ, or could lose one of their blocks."""
+        blocks = [
+            kind.recipe_name for kind in (UnitKind.ATTENTION_BLOCK, UnitKind.MLP_BLOCK) if kind in self.sites_by_kind
+        ]
         if blocks:
-            raise PlanError(
-                f"layout uniform has no word for layers without {' or '.join(blocks)}: use layout per-layer"
-            )
-        made = {(site.kind, site.units, site.unit_params, site.parent_groups) for site in self.nested_sites.sites}
-        if len(made) > len({site.kind for site in self.nested_sites.sites}):
+            raise PlanError(f"layout uniform cannot express layers without {' or '.join(blocks)}: use layout per-layer")
+        sizes = {(site.kind, site.units, site.unit_params, site.parent_groups) for site in self.nested_sites.sites}
+        if len(sizes) > len({site.kind for site in self.nested_sites.sites}):
             raise PlanError("layout uniform needs equal layers, and this model's differ: use layout per-layer")
 
-    def _range(self, kind: UnitKind, *, least: int = 1) -> range:
-        site = self.sites_by_kind.get(kind)
-        return (
-            range(max(least, min_width(site, self.unprotected_constraints)), self._most(kind) + 1) if site else range(1)
-        )
-
-    def _most(self, kind: UnitKind) -> int:
-        """Most units that a lane of any layer may keep."""
-        return max(self.nested_sites.max_width(site) for site in self.nested_sites.sites if site.kind == kind)
+    # -- legal shapes ----------------------------------------------------------------------------------------------
 
     def legal_counts(self) -> Iterator[UniformCounts]:
-        """All that are legal."""
-        kept = sum(min_width(site, self.constraints) for site in self.layers)
-        layers = range(max(1, kept), self.count + 1) if self.layers else range(self.count, self.count + 1)
-        for number, experts in itertools.product(layers, self._range("experts")):
-            for groups, queries in itertools.product(self._range("attention"), self._range("query-heads")):
-                if self._is_legal(groups, queries):
-                    yield UniformCounts(number, groups, queries, experts)
+        """All legal numbers of layers, KV groups, query heads and experts."""
+        min_layers = self.num_layers
+        if self.layer_sites:
+            min_layers = max(1, sum(min_width(site, self.constraints) for site in self.layer_sites))
+        layer_range = range(min_layers, self.num_layers + 1)
+        for layers, experts in itertools.product(layer_range, self._width_range(UnitKind.EXPERT)):
+            for groups, queries in itertools.product(
+                self._width_range(UnitKind.KV_GROUP), self._width_range(UnitKind.QUERY_HEAD)
+            ):
+                if self._allows_heads(groups, queries):
+                    yield UniformCounts(layers, groups, queries, experts)
 
-    def _is_legal(self, groups: int, queries: int) -> bool:
+    def _width_range(self, kind: UnitKind) -> range:
+        """Widths of a kind, from the least to the most; 0 alone where the kind is not pruned."""
+        site = self.sites_by_kind.get(kind)
+        if site is None:
+            return range(1)
+        return range(max(1, min_width(site, self.width_constraints)), self._max_width(kind) + 1)
+
+    def _max_width(self, kind: UnitKind) -> int:
+        """The most units that a group may keep in any layer."""
+        return max(self.nested_sites.max_width(site) for site in self.nested_sites.sites if site.kind == kind)
+
+    def _allows_heads(self, groups: int, queries: int) -> bool:
         if groups % self.constraints.tensor_parallel:
             return False
-        if "query-heads" in self.sites_by_kind:
-            return self.constraints.allows_groups(groups or self.sites_by_kind["query-heads"].parent_groups, queries)
+        if UnitKind.QUERY_HEAD in self.sites_by_kind:
+            groups = (
+                groups or self.sites_by_kind[UnitKind.QUERY_HEAD].parent_groups
+            )  # all, where KV groups are not pruned
+            return self.constraints.allows_groups(groups, queries)
         return self.constraints.allows_groups(groups) if groups else True
 
     def channel_widths(self) -> list[int]:
-        """Widths of an MLP or of an expert; 0 where these are no units."""
-        site = next((self.sites_by_kind[kind] for kind in CHANNEL_KINDS if kind in self.sites_by_kind), None)
+        """Ascending widths of an MLP or of an expert; 0 alone where channels are not pruned."""
+        site = next((site for kind, site in self.sites_by_kind.items() if kind.is_channel), None)
         if site is None:
             return [0]
-        size, most = block_size(site, self.unprotected_constraints), self._most(site.kind)
-        return [*range(min_width(site, self.unprotected_constraints), most, size), most]
+        least, most = min_width(site, self.width_constraints), self._max_width(site.kind)
+        return [*range(least, most, block_size(site, self.width_constraints)), most]
+
+    # -- widths and parameters of a shape --------------------------------------------------------------------------
 
     def widths_by_kind(self, counts: UniformCounts, channels: int) -> dict[UnitKind, int]:
-        """Units that a lane keeps, by kind."""
+        """The shape as widths of a layer that is kept: {kind: units of each open group}."""
         return {
-            "layers": 1, "attention": counts.groups, "query-heads": counts.queries, "experts": counts.experts,
-            "mlp": channels, "expert-channels": channels,
-        }  # fmt: skip
+            UnitKind.LAYER: 1,
+            UnitKind.KV_GROUP: counts.groups,
+            UnitKind.QUERY_HEAD: counts.queries,
+            UnitKind.EXPERT: counts.experts,
+            UnitKind.MLP_CHANNEL: channels,
+            UnitKind.EXPERT_CHANNEL: channels,
+        }
 
     def widths_by_site(self, counts: UniformCounts, channels: int) -> dict[str, int]:
-        """The same by site: of layers, those that stay."""
-        by_kind, left = self.widths_by_kind(counts, channels), self.kept_layers(counts.layers)
+        """The shape as widths of all sites, with the best layers kept: {site: units of each open group}."""
+        by_kind, kept_layers = self.widths_by_kind(counts, channels), self.kept_layers(counts.layers)
         return {
-            site.name: int(site.layer in left) if site.kind == "layers" else by_kind[site.kind]
+            site.name: int(site.layer in kept_layers) if site.kind is UnitKind.LAYER else by_kind[site.kind]
             for site in self.nested_sites.sites
         }
 
+    def kept_layers(self, number: int) -> set[int]:
+        """So many layers: first those that must be kept, then those of highest score."""
+        if not self.layer_sites:
+            return {site.layer for site in self.nested_sites.sites}
+
+        def rank(site: Site) -> tuple[float, ...]:
+            score = self.nested_sites.best_score(site) if self.nested_sites.ranked_scores else 0.0
+            return (-min_width(site, self.constraints), -self.nested_sites.max_width(site), -score, site.layer)
+
+        return {site.layer for site in sorted(self.layer_sites, key=rank)[:number]}
+
     def total_params(self, counts: UniformCounts, channels: int) -> int:
-        """Parameters of so many such layers."""
+        """Prunable parameters of a model of this shape."""
         by_kind = self.widths_by_kind(counts, channels)
         widths = {site.name: by_kind[kind] for kind, site in self.sites_by_kind.items()}
-        roots = (site for site in self.sites_by_kind.values() if not site.parent)
-        return counts.layers * sum(
+        layer_params = sum(
             widths[site.name] * site.parent_groups * self.nested_sites.params_with_children(site, widths)
-            for site in roots
+            for site in self.sites_by_kind.values()
+            if not site.parent
         )
+        return counts.layers * layer_params
 
-    def maximal_fits(self, target: int, fits_budgets: FitsBudgets | None) -> dict[UniformCounts, tuple[int, int]]:
-        """{counts: (price, channels)}: the widest channels that still fit; maximal ones only.
+    # -- shapes within the budgets ---------------------------------------------------------------------------------
 
-        Scores may be negative, and then a shape with room to spare would look worth more.
+    def maximal_fits(
+        self, target_params: int, fits_budgets: FitsBudgets | None
+    ) -> dict[UniformCounts, tuple[int, int]]:
+        """{counts: (parameters, channels)} of the maximal shapes: each with the widest channels that fit.
+
+        Only maximal ones are compared by score: scores may be negative, and then a smaller shape would look better.
         """
-        found = {}
-        widths = self.channel_widths()
+        fits: dict[UniformCounts, tuple[int, int]] = {}
+        channel_widths = self.channel_widths()
+        narrowest = channel_widths[0]
         for counts in self.legal_counts():
-            low, slope = (
-                self.total_params(counts, widths[0]),
-                self.total_params(counts, widths[0] + 1) - self.total_params(counts, widths[0]),
-            )
-            fits = [width for width in widths if low + (width - widths[0]) * slope <= target]
+            least_params = self.total_params(counts, narrowest)
+            channel_params = self.total_params(counts, narrowest + 1) - least_params
+            params_by_width = {width: least_params + (width - narrowest) * channel_params for width in channel_widths}
+            widths = [width for width in channel_widths if params_by_width[width] <= target_params]
             if fits_budgets is not None:
-                fits = fits[: self._count_within_budgets(counts, fits, fits_budgets)]
-            if fits:
-                found[counts] = (low + (fits[-1] - widths[0]) * slope, fits[-1])
-        return {counts: fit for counts, fit in found.items() if not self._is_dominated(counts, fit[1], found)}
+                widths = widths[: self._count_within_budgets(counts, widths, fits_budgets)]
+            if widths:
+                fits[counts] = (params_by_width[widths[-1]], widths[-1])
+        return {counts: fit for counts, fit in fits.items() if not self._is_dominated(counts, fit[1], fits)}
 
     def _count_within_budgets(self, counts: UniformCounts, widths: Sequence[int], fits_budgets: FitsBudgets) -> int:
-        """How many are within further budgets: wider ones cost no less, so that a bisection finds the last."""
+        """How many of these channel widths fit the budgets, by bisection: wider ones cost no less."""
         return bisect.bisect_left(widths, True, key=lambda width: not fits_budgets(self.widths_by_site(counts, width)))
 
     def _is_dominated(
-        self, counts: UniformCounts, channels: int, found: Mapping[UniformCounts, tuple[int, int]]
+        self, counts: UniformCounts, channels: int, fits: Mapping[UniformCounts, tuple[int, int]]
     ) -> bool:
-        """Whether a shape that is nowhere less and somewhere more fits too; widths fall as counts rise, so that the
-        next shape in each direction tells of all behind it."""
-        more = [replace(counts, layers=counts.layers + 1), replace(counts, experts=counts.experts + 1)]
-        heads = itertools.product(self._range("attention"), self._range("query-heads"))
-        more += [replace(counts, groups=groups, queries=queries) for groups, queries in heads]
-        others = (other for other in more if other in found and other != counts and counts <= other)
-        return any(found[other][1] >= channels for other in others)
+        """Whether a shape that is nowhere smaller and somewhere larger fits too.
 
-    def kept_layers(self, number: int) -> set[int]:
-        """Those that have to stay, then the best."""
-        if not self.layers:
-            return {site.layer for site in self.nested_sites.sites}
-        ranked = sorted(
-            self.layers,
-            key=lambda site: (
-                -min_width(site, self.constraints),
-                -self.nested_sites.max_width(site),
-                -self._best(site),
-                site.layer,
-            ),
+        More layers or experts are tried one step further only: the widest channels fall as other counts rise, so a
+        shape two steps further cannot dominate this one if the next does not.
+        """
+        larger = [replace(counts, layers=counts.layers + 1), replace(counts, experts=counts.experts + 1)]
+        heads = itertools.product(self._width_range(UnitKind.KV_GROUP), self._width_range(UnitKind.QUERY_HEAD))
+        larger += [replace(counts, groups=groups, queries=queries) for groups, queries in heads]
+        return any(
+            other in fits and other != counts and counts <= other and fits[other][1] >= channels for other in larger
         )
-        return {site.layer for site in ranked[:number]}
 
-    def _best(self, site: Site) -> float:
-        return self.nested_sites.best_score(site) if self.nested_sites.ranked_scores else 0.0
+    # -- scores of a shape -----------------------------------------------------------------------------------------
 
     def weighted_score(self, counts: UniformCounts, channels: int) -> float:
-        """Scores of all that stays, each times its parameters."""
-        by_kind, left, value = self.widths_by_kind(counts, channels), self.kept_layers(counts.layers), 0.0
+        """The sum over all kept units of score times parameters."""
+        by_kind, kept_layers, total = self.widths_by_kind(counts, channels), self.kept_layers(counts.layers), 0.0
         for site in self.nested_sites.sites:
-            if site.layer in left:
-                outer = self.nested_sites.parent(site)
-                around = by_kind[outer.kind] if outer else 1
-                value += self._cached_score_sum(site, by_kind[site.kind], around) * site.unit_params
-        return value
+            if site.layer in kept_layers:
+                parent = self.nested_sites.parent(site)
+                parent_width = by_kind[parent.kind] if parent else 1
+                key = (site.name, by_kind[site.kind], parent_width)
+                if key not in self.score_sums:
+                    self.score_sums[key] = self._score_sum(site, by_kind[site.kind], parent_width)
+                total += self.score_sums[key] * site.unit_params
+        return total
 
-    def _cached_score_sum(self, site: Site, width: int, around: int) -> float:
-        """Of the best scores in a site; none counts for more than its layer."""
-        key = (site.name, width, around, bool(self.layers))
-        if key not in self.sums:
-            self.sums[key] = self._score_sum(site, width, around)
-        return self.sums[key]
-
-    def _score_sum(self, site: Site, width: int, around: int) -> float:
-        outer = self.nested_sites.parent(site)
-        ranked = self.nested_sites.ranked_scores[site.name]
-        if outer and outer.kind != "layers":
-            units = self.nested_sites.ranked_units[outer.name][0][:around] - self.nested_sites.first_unit[outer.name]
-            ranked = ranked[site.open_parent_groups(units.tolist(), outer.units)]
-        if self.layers:
-            layer = next(one for one in self.layers if one.layer == site.layer)
-            ranked = ranked.clamp(max=self.nested_sites.best_score(layer))
-        top = ranked[:, :width]
-        return float((top[0] if len(top) == 1 else top).sum()) if top.numel() else 0.0
+    def _score_sum(self, site: Site, width: int, parent_width: int) -> float:
+        """Sum of the best scores of a site's open groups; where layers are pruned, none exceeds its layer's."""
+        nested_sites, parent = self.nested_sites, self.nested_sites.parent(site)
+        scores = nested_sites.ranked_scores[site.name]  # [G, U / G]
+        if parent and parent.kind is not UnitKind.LAYER:
+            best_parents = nested_sites.ranked_units[parent.name][0][:parent_width]
+            kept_parents = (best_parents - nested_sites.first_unit[parent.name]).tolist()
+            scores = scores[site.open_parent_groups(kept_parents, parent.units)]
+        if self.layer_sites:
+            layer_site = next(layer_site for layer_site in self.layer_sites if layer_site.layer == site.layer)
+            scores = scores.clamp(max=nested_sites.best_score(layer_site))
+        best = scores[:, :width]
+        return float((best[0] if len(best) == 1 else best).sum()) if best.numel() else 0.0
 
 
 def uniform_widths(
-    nested_sites: NestedSites, target: int, constraints: PlanConstraints, fits_budgets: FitsBudgets | None
+    nested_sites: NestedSites, target_params: int, constraints: PlanConstraints, fits_budgets: FitsBudgets | None
 ) -> dict[str, int]:
-    """One width per kind for all layers: of the maximal shapes, the one that keeps the highest scores."""
-    uniform = UniformPlanner(nested_sites, constraints)
-    best = uniform.maximal_fits(target, fits_budgets)
-    if not best:
+    """Widths of the maximal shape that keeps the highest scores: {site: units of each open group}.
+
+    Raises `PlanError` if no shape is within all budgets.
+    """
+    planner = UniformPlanner(nested_sites, constraints)
+    fits = planner.maximal_fits(target_params, fits_budgets)
+    if not fits:
         raise PlanError("no uniform shape meets all budgets at once: use layout per-layer, or raise one of them")
 
-    def worth(counts: UniformCounts) -> tuple[float, int]:
-        price, channels = best[counts]
-        return uniform.weighted_score(counts, channels), price
+    def score_then_params(counts: UniformCounts) -> tuple[float, int]:
+        params, channels = fits[counts]
+        return planner.weighted_score(counts, channels), params
 
-    chosen = max(best, key=worth)
-    return uniform.widths_by_site(chosen, best[chosen][1])
+    best = max(fits, key=score_then_params)
+    return planner.widths_by_site(best, fits[best][1])
 
 
 def min_uniform_widths(nested_sites: NestedSites, constraints: PlanConstraints) -> dict[str, int]:
-    """Widths of the smallest shape."""
-    uniform = UniformPlanner(nested_sites, constraints)
-    lowest = uniform.channel_widths()[0]
-    return uniform.widths_by_site(
-        min(uniform.legal_counts(), key=lambda counts: uniform.total_params(counts, lowest)), lowest
-    )
+    """Widths of the smallest legal shape: {site: units of each open group}."""
+    planner = UniformPlanner(nested_sites, constraints)
+    narrowest = planner.channel_widths()[0]
+    smallest = min(planner.legal_counts(), key=lambda counts: planner.total_params(counts, narrowest))
+    return planner.widths_by_site(smallest, narrowest)

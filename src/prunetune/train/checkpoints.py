@@ -1,7 +1,7 @@
 """Checkpoints: adapters, generator, both optimisers and the plan at a step; safetensors, atomic, verified on load.
 
-Base weights are not saved (they come from the model), nor random states and data positions (they are functions of the
-seed and the step).
+Not saved: base weights, which come from the model; random states and data positions, which are functions of the seed
+and the step.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from torch import Tensor
 from prunetune.plan import Plan
 from prunetune.utils.files import atomic_folder, sha256, write_text
 
-MAX_CHECKPOINTS = 2  # checkpoints that stay
+MAX_CHECKPOINTS = 2  # older ones are deleted
 Tensors = Mapping[str, Tensor]
+# Key in state.json: attribute of `TrainingState`; old checkpoints may lack them.
+LATER_FIELDS = {"seen": "validation_history", "faults": "guard_state", "seconds": "seconds"}
 
 
 @dataclass
 class TrainingState:
-    """All that a run knows after `step` tuning steps."""
+    """Everything that a run needs to continue after `step` steps."""
 
     step: int = 0
-    plan: Plan | None = None  # decided at the end of the search
+    plan: Plan | None = None  # once the search has ended
     is_cut: bool = False  # adapters have the cut model's shapes
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # "adapters", "generator", "..._optimizer"
-    validation_history: dict[str, Any] = field(
-        default_factory=dict
-    )  # what validations have found and changed, see `validation`
-    guard_state: dict[str, Any] = field(default_factory=dict)  # what went wrong and was survived, see `faults`
+    validation_history: dict[str, Any] = field(default_factory=dict)  # of `ValidationHistory`
+    guard_state: dict[str, Any] = field(default_factory=dict)  # of `StepGuard`
     seconds: float = 0.0  # that these steps took, over all processes
 
 
@@ -56,9 +56,9 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensor
     for moment, values in group_by_moment(tensors).items():
         for name, parameter in parameters.items():
             if name in values:
-                # Moments live beside their parameter, and so does the count of a fused optimiser's steps.
-                beside = moment != "step" or optimizer.defaults.get("fused")
-                device = parameter.device if beside else "cpu"
+                # Moments are on their parameter's device, and so is the count of a fused optimiser's steps.
+                on_device = moment != "step" or optimizer.defaults.get("fused")
+                device = parameter.device if on_device else "cpu"
                 optimizer.state[parameter][moment] = values[name].to(device, copy=True)
 
 
@@ -72,13 +72,13 @@ def group_by_moment(tensors: Tensors) -> dict[str, dict[str, Tensor]]:
 
 
 class CheckpointStore(Protocol):
-    """Where the loop leaves its states."""
+    """Where the loop saves its states, and finds the newest one."""
 
     def save(self, state: TrainingState) -> None:
-        """Keep a state."""
+        """Save a state."""
 
     def latest(self) -> TrainingState | None:
-        """The newest state kept."""
+        """The newest state saved, if any."""
 
 
 class Checkpoints:
@@ -88,28 +88,22 @@ class Checkpoints:
         self.folder = folder
 
     def save(self, state: TrainingState) -> None:
-        """Write one checkpoint whole, then drop all but the newest two."""
+        """Write one checkpoint, all of it or nothing, then delete all but the newest two."""
         with atomic_folder(self.folder / f"step-{state.step:07d}") as folder:
             hashes = {}
-            for part, tensors in state.tensors.items():
-                file = folder / f"{part}.safetensors"
-                save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, file)
+            for name, tensors in state.tensors.items():
+                file = folder / f"{name}.safetensors"
+                save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, file)
                 hashes[file.name] = sha256(file)
             plan = json.loads(state.plan.to_json()) if state.plan else None
-            about = {
-                "step": state.step,
-                "is_cut": state.is_cut,
-                "plan": plan,
-                "sha256": hashes,
-                "seen": state.validation_history,
-            }
-            about |= {"faults": state.guard_state, "seconds": state.seconds}
-            write_text(folder / "state.json", json.dumps(about))
+            fields = {"step": state.step, "is_cut": state.is_cut, "plan": plan, "sha256": hashes}
+            fields |= {key: getattr(state, attribute) for key, attribute in LATER_FIELDS.items()}
+            write_text(folder / "state.json", json.dumps(fields))
         for old in self._all()[:-MAX_CHECKPOINTS]:
             shutil.rmtree(old)
 
     def latest(self) -> TrainingState | None:
-        """The newest checkpoint that is whole; older ones stand in for a damaged one."""
+        """The newest checkpoint that is whole: damaged ones are passed over."""
         for folder in reversed(self._all()):
             state = _read(folder)
             if state is not None:
@@ -121,29 +115,24 @@ class Checkpoints:
 
 
 class NullCheckpointStore:
-    """Saves nothing: for a comparison that is simply made again."""
+    """Saves nothing, for runs that are not resumed but run again."""
 
     def save(self, state: TrainingState) -> None:
-        """Let go of it."""
+        """Do nothing."""
 
     def latest(self) -> TrainingState | None:
-        """There is none."""
+        """None."""
         return None
 
 
 def _read(folder: Path) -> TrainingState | None:
     try:
-        about: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        if any(sha256(folder / name) != digest for name, digest in about["sha256"].items()):
+        fields: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        if any(sha256(folder / name) != digest for name, digest in fields["sha256"].items()):
             return None
-        tensors = {Path(name).stem: load_file(folder / name) for name in about["sha256"]}
+        tensors = {Path(name).stem: load_file(folder / name) for name in fields["sha256"]}
     except (OSError, ValueError, KeyError, SafetensorError):
         return None
-    plan = Plan.from_json(json.dumps(about["plan"])) if about["plan"] else None
-    attributes = {
-        "seen": "validation_history",
-        "faults": "guard_state",
-        "seconds": "seconds",
-    }  # older ones may lack these
-    later = {attribute: about[key] for key, attribute in attributes.items() if key in about}
-    return TrainingState(about["step"], plan, about["is_cut"], tensors, **later)
+    plan = Plan.from_json(json.dumps(fields["plan"])) if fields["plan"] else None
+    later = {attribute: fields[key] for key, attribute in LATER_FIELDS.items() if key in fields}
+    return TrainingState(fields["step"], plan, fields["is_cut"], tensors, **later)

@@ -1,4 +1,4 @@
-"""One step's arithmetic, recorded once and replayed: a GPU then waits for neither Python nor single launches.
+"""CUDA graphs: functions of tensors, recorded once and replayed, so that a GPU waits for neither Python nor launches.
 
 A small model's step is thousands of kernels of a few microseconds each; launching them one by one takes many times as
 long as their work (PyTorch documentation, "CUDA Graphs" in the notes on CUDA semantics).
@@ -14,46 +14,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunetune.errors import ModelError, gpu_fault_message
+from prunetune.errors import ModelError
+from prunetune.utils.failures import first_line, is_gpu_fault
 
 
 class OwnStream:
-    """A stream of CUDA that is its holder's as long as this object lives.
+    """A CUDA stream that nobody else uses as long as this object lives.
 
-    It stands between for the sake of weak references: those to a freed stream itself dangle before pull request 183403
-    of pytorch/pytorch (seen with 2.11), and Python then crashes at its end.
+    Weak references are to this object, not to the stream: those to a freed stream dangle before pull request 183403 of
+    pytorch/pytorch (seen with 2.11), and Python then crashes at exit.
     """
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self.stream = stream
 
 
-# Recording runs the model's Python under hooks and settings that are not made for two at once.
+# Recording runs the model's Python under hooks and settings that two threads cannot use at once.
 CAPTURE_LOCK = threading.Lock()
-HELD: weakref.WeakValueDictionary[int, OwnStream] = weakref.WeakValueDictionary()  # by handle
-POOL = 32  # streams that PyTorch hands out, over and over
+STREAMS_IN_USE: weakref.WeakValueDictionary[int, OwnStream] = weakref.WeakValueDictionary()  # by handle
+STREAM_POOL_SIZE = 32  # streams that PyTorch hands out, in turn
 Function = Callable[[Sequence[Tensor]], None]
 
 
 def own_stream(device: torch.device) -> OwnStream:
-    """A stream that nobody else who asked here still holds, as long as there is any.
+    """A stream that no other caller still uses, as long as there is one.
 
-    Workspaces of matrix products belong to a stream: two threads on one stream overwrite each other's.
+    Matrix products have one workspace per stream: two threads on one stream overwrite each other's.
     """
     with CAPTURE_LOCK:
-        for _ in range(POOL):
+        for _ in range(STREAM_POOL_SIZE):
             own = OwnStream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-            if HELD.setdefault(own.stream.cuda_stream, own) is own:
+            if STREAMS_IN_USE.setdefault(own.stream.cuda_stream, own) is own:
                 break
     return own
 
 
 class CudaGraphRecorder:
-    """Functions of tensors as CUDA graphs: one for each key, recorded at its second call; on a CPU simply called.
+    """Functions of tensors as CUDA graphs, one per key, recorded at its second call; on a CPU they are just called.
 
-    The first call runs as is: it chooses kernels and makes workspaces, which a recording cannot, and a key that never
-    comes again is not worth recording. Several threads may each have a recorder, on a stream of their own: small graphs
-    then share the GPU.
+    The first call runs as is: it chooses kernels and allocates workspaces, which a recording cannot, and a key that
+    does not recur is not worth recording. Several threads may each have a recorder, on a stream of their own.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -64,39 +64,39 @@ class CudaGraphRecorder:
         self._own = own_stream(device) if device.type == "cuda" else None
 
     def run(self, key: Hashable, function: Function, inputs: Sequence[Tensor]) -> None:
-        """`function(inputs)`, whose results stay in the same tensors; `key` is all that its kernels depend on.
+        """`function(inputs)`, which writes its results to tensors of its own; `key` is all that its kernels depend on.
 
-        `inputs` may be on the CPU. Raises `ModelError` where the function cannot be recorded.
+        `inputs` may be on the CPU. Raises `ModelError` if the function cannot be recorded.
         """
         if self.device.type != "cuda":
             function(inputs)
             return
         if key not in self._warmed_up:
-            beside, current = self._side_stream(), torch.cuda.current_stream(self.device)
+            side, current = self._side_stream(), torch.cuda.current_stream(self.device)
             try:
-                with CAPTURE_LOCK, torch.cuda.stream(beside):
+                with CAPTURE_LOCK, torch.cuda.stream(side):
                     function([value.to(self.device) for value in inputs])
-            finally:  # also where memory ran out: what was launched still adds to gradients
-                current.wait_stream(beside)
+            finally:  # also if memory ran out: kernels already launched still add to gradients
+                current.wait_stream(side)
             self._warmed_up.add(key)
             return
         if key not in self._graphs:
             with CAPTURE_LOCK:
                 self._graphs[key] = self._capture(function, inputs)
         graph, static = self._graphs[key]
-        for place, value in zip(static, inputs, strict=True):
-            place.copy_(value)
+        for tensor, value in zip(static, inputs, strict=True):
+            tensor.copy_(value)
         graph.replay()
 
     def reset_recordings(self) -> None:
         """Drop all recordings and their memory."""
-        with CAPTURE_LOCK:  # none is let go while another is made
+        with CAPTURE_LOCK:  # graphs must not be freed while another thread records
             self._warmed_up.clear()
             self._graphs.clear()
             self._pool = None
 
     def _side_stream(self) -> torch.cuda.Stream:
-        """The recorder's stream, behind all that has been asked of the current one."""
+        """The recorder's stream, made to wait for all work of the current one."""
         assert self._own is not None
         self._own.stream.wait_stream(torch.cuda.current_stream(self.device))
         return self._own.stream
@@ -107,30 +107,27 @@ class CudaGraphRecorder:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
-            beside = self._side_stream()
-            with torch.cuda.graph(graph, pool=self._pool, stream=beside, capture_error_mode="thread_local"):
+            side = self._side_stream()
+            with torch.cuda.graph(graph, pool=self._pool, stream=side, capture_error_mode="thread_local"):
                 function(static)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as failed:
-            line = (str(failed).strip().splitlines() or [type(failed).__name__])[0]
-            for each in _behind(failed):
-                if gpu_fault_message(each) and "captur" not in str(each):  # no matter of recording
-                    raise each from None
-            if not _lacks_memory(failed):
+            line = first_line(failed)
+            errors = list(_with_contexts(failed))
+            for error in errors:
+                if is_gpu_fault(error) and "captur" not in str(error):  # a fault of the GPU, not of recording
+                    raise error from None
+            # CUDA says so in words, too.
+            if not any(isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error) for error in errors):
                 raise ModelError(f"this model's pass cannot be recorded ({line}): set train.packing to off") from failed
         else:
             return graph, static
         raise torch.OutOfMemoryError(line)  # out of the handler, whose traceback holds the tensors of the pass
 
 
-def _lacks_memory(failed: BaseException) -> bool:
-    """Whether that is why: CUDA says so in words."""
-    return any(isinstance(each, torch.OutOfMemoryError) or "out of memory" in str(each) for each in _behind(failed))
-
-
-def _behind(failed: BaseException | None) -> Iterator[BaseException]:
-    """The error, and those that it came on top of: the end of a recording fails after any in it."""
-    while failed is not None:
-        yield failed
-        failed = failed.__context__
+def _with_contexts(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, and those during whose handling it came up: an error in a recording makes its end fail, too."""
+    while error is not None:
+        yield error
+        error = error.__context__

@@ -1,4 +1,4 @@
-"""What the loop works on, and who listens."""
+"""What a training run works on, and the interfaces of those who record and watch it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from prunetune.data.encoding import Example
 from prunetune.plan import Plan
 from prunetune.pruning.sites import Site
 from prunetune.search.select import PlanConstraints
+from prunetune.train.adapters import trains_all_weights
 from prunetune.train.checkpoints import CheckpointStore, TrainingState
-from prunetune.train.losses import Teacher
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
 from prunetune.train.schedule import Schedule
+from prunetune.train.teacher import Teacher
 
 StepRecord = dict[str, Any]
 
 
 class Observer(Protocol):
-    """Hears of every step and validation."""
+    """Gets the record of every step and validation."""
 
     def step(self, record: StepRecord) -> None:
         """A tuning step is done."""
@@ -33,7 +34,7 @@ class Observer(Protocol):
 
 
 class Monitor(Protocol):
-    """Looks at the sub-network decided now from outside the loop: what a validation scores beside the loss on valid."""
+    """What a validation scores besides the loss on the validation split, and the limits on these scores."""
 
     @property
     def limits(self) -> tuple[ScoreLimit, ...]:
@@ -45,10 +46,10 @@ class Monitor(Protocol):
 
     @property
     def good_checkpoints(self) -> CheckpointStore:
-        """Of the states that a gate can go back to."""
+        """Of the states that a limit can roll back to."""
 
     def score(self, model: Any) -> dict[str, float]:
-        """Metrics by name, of the model as it is: gated by whoever calls, or cut."""
+        """Scores by metric of the model as it is; the caller has gated or cut it."""
 
     def record_decision(self, record: StepRecord, plan: Plan) -> None:
         """This plan was validated, with this outcome."""
@@ -56,7 +57,7 @@ class Monitor(Protocol):
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """Everything the loop is given."""
+    """Everything that `tune_and_prune` is given."""
 
     model: Any  # dense, on its device, frozen; adapters are added to it
     sites: tuple[Site, ...]
@@ -65,7 +66,7 @@ class TrainingJob:
     search_stream: BatchStream
     valid_examples: tuple[Example, ...]
     pad_id: int
-    config: RunConfig  # in which `teaching.by_size` has decided
+    config: RunConfig  # `resolve_auto` has decided what depends on the model's size
     schedule: Schedule
     checkpoints: CheckpointStore
     observer: Observer
@@ -73,5 +74,15 @@ class TrainingJob:
     teacher: Teacher | None = None
     monitor: Monitor | None = None
     ranks: Ranks = SINGLE_PROCESS
-    given_plan: Plan | None = None  # given for baselines and for further sizes: no search, only cut and tune
-    start_state: TrainingState | None = None  # of a larger size, whose weights are gone on with
+    given_plan: Plan | None = None  # of a baseline or a further size: no search, only cut and tune
+    start_state: TrainingState | None = None  # of a larger size, whose weights tuning starts from
+
+    @property
+    def weight_owner(self) -> Any | None:
+        """The model that owns the dense weights which the student shares after the cut, if any: the teacher's.
+
+        Only where the two share weights that stay frozen.
+        """
+        if self.teacher is None or not self.teacher.shares_weights or trains_all_weights(self.config.train, self.sites):
+            return None
+        return self.teacher.model

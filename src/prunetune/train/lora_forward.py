@@ -1,10 +1,10 @@
-"""The forward pass of a linear with its LoRA adapter: y = W x + b + s B A x, in as few tensors as can be.
+"""A fused forward pass of a linear with its LoRA adapter: y = W x + b + s B A x.
 
-peft computes B A x, scales it and adds it: three tensors more of the output's size, written and read, and one backward.
-Here the product with B is added onto W x as it is made, as gemm of BLAS can; and where the base is a frozen linear that
-nobody else looks into, the same is done to the two gradients of x, which autograd would make one by one and add.
+peft computes B A x, scales it and adds it: three more tensors of the output's size, written and read, and as many in
+the backward pass. Here the product with B is added to W x in one kernel (addmm). If the base is a frozen linear without
+hooks, so are the two gradients of x, which autograd would compute one by one and add.
 
-Shapes: N rows of all that comes in, R the adapter's rank.
+Shapes: N rows of input, R the adapter's rank.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# Products of 16-bit factors can be written in 32 bits, as they are summed: only NVIDIA's, since PyTorch 2.8.
+# Products of 16-bit factors can be returned in 32 bits, in which they are summed: on NVIDIA GPUs, since PyTorch 2.8.
 HAS_MIXED_DTYPE_MM = torch.version.cuda is not None and hasattr(torch.ops.aten.mm, "dtype")
 
 
 def use_fused_forward(layer: Any, name: str) -> None:
-    """Give a peft LoRA layer this forward, in place, for its one adapter `name`; layers with dropout keep their own."""
+    """Give a peft LoRA layer this forward, in place, for its one adapter `name`; a layer with dropout keeps peft's."""
     if isinstance(layer.lora_dropout[name], nn.Identity):
-        layer.forward = types.MethodType(_forward_of(name), layer)
+        layer.forward = types.MethodType(_fused_forward(name), layer)
 
 
-def _forward_of(name: str) -> Any:
+def _fused_forward(name: str) -> Any:
     def forward(layer: Any, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         linear, scale = layer.base_layer, layer.scaling[name]
         down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-        dtype = _dtype_at(x)
-        if _is_bare(linear, dtype) and _accepts_dtypes(x, down, up, dtype=dtype):
+        dtype = _compute_dtype(x)
+        if _is_plain(linear, dtype) and _accepts_dtypes(x, down, up, dtype=dtype):
             inputs = x.flatten(0, -2).to(dtype)
-            rows: Tensor = _Adapted.apply(inputs, linear.weight, linear.bias, down, up, scale)  # type: ignore[no-untyped-call]
+            rows: Tensor = _FusedLora.apply(inputs, linear.weight, linear.bias, down, up, scale)  # type: ignore[no-untyped-call]
             return rows.view(*x.shape[:-1], len(up))
         base = linear(x)
         low = F.linear(x, down)
@@ -45,16 +45,16 @@ def _forward_of(name: str) -> Any:
     return forward
 
 
-def _dtype_at(x: Tensor) -> torch.dtype:
-    """What a linear computes in, here and now."""
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a linear computes in, under autocast if that is on."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def _is_bare(linear: Any, dtype: torch.dtype) -> bool:
-    """Whether calling it is W x + b with frozen weights of that dtype, whole and at hand, and nothing else.
+def _is_plain(linear: Any, dtype: torch.dtype) -> bool:
+    """Whether calling it is W x + b with frozen, unsharded weights of that dtype, and nothing else.
 
-    Asked at every call: gates are hooks, and come and go.
+    Checked at every call: gates are hooks that are added and removed.
     """
     return (
         type(linear) is nn.Linear
@@ -70,12 +70,12 @@ def _is_bare(linear: Any, dtype: torch.dtype) -> bool:
 
 
 def _accepts_dtypes(x: Tensor, *weights: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a linear may take these in that dtype, as they are or cast by autocast."""
-    taken = (dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else (dtype,)
-    return x.dim() > 1 and all(each.dtype in taken for each in (x, *weights))
+    """Whether x and the weights are in that dtype, or autocast would cast them to it."""
+    accepted = (dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else (dtype,)
+    return x.dim() > 1 and all(tensor.dtype in accepted for tensor in (x, *weights))
 
 
-class _Adapted(torch.autograd.Function):
+class _FusedLora(torch.autograd.Function):
     """[N, in] -> [N, out] in the dtype of x and W; gradients of A and B are in theirs."""
 
     @staticmethod
@@ -84,7 +84,7 @@ class _Adapted(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale, ctx.dtypes = scale, (down.dtype, up.dtype)
         down, up = down.to(x.dtype), up.to(x.dtype)
-        low = _scaled(x, down.t(), scale)
+        low = _scaled_product(x, down.t(), scale)
         _, _, _, tunes_down, tunes_up, _ = ctx.needs_input_grad
         ctx.save_for_backward(x if tunes_down else None, low if tunes_up else None, weight, down, up)
         return F.linear(x, weight, bias).addmm_(low, up.t())
@@ -93,27 +93,27 @@ class _Adapted(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
         x, low, weight, down, up = ctx.saved_tensors
-        passes_on, _, _, tunes_down, tunes_up, _ = ctx.needs_input_grad
-        of_x = of_down = of_up = None
+        tunes_x, _, _, tunes_down, tunes_up, _ = ctx.needs_input_grad
+        x_gradient = down_gradient = up_gradient = None
         with torch.autocast(upstream[0].device.type, enabled=False):
-            if passes_on or tunes_down:
-                of_low = _scaled(upstream[0], up, ctx.scale)
-            if passes_on:
-                of_x = (upstream[0] @ weight).addmm_(of_low, down)
+            if tunes_x or tunes_down:
+                low_gradient = _scaled_product(upstream[0], up, ctx.scale)
+            if tunes_x:
+                x_gradient = (upstream[0] @ weight).addmm_(low_gradient, down)
             if tunes_down:
-                of_down = _product(of_low.t(), x, ctx.dtypes[0])
+                down_gradient = _product(low_gradient.t(), x, ctx.dtypes[0])
             if tunes_up:
-                of_up = _product(upstream[0].t(), low, ctx.dtypes[1])
-        return of_x, None, None, of_down, of_up, None
+                up_gradient = _product(upstream[0].t(), low, ctx.dtypes[1])
+        return x_gradient, None, None, down_gradient, up_gradient, None
 
 
-def _scaled(one: Tensor, other: Tensor, scale: float) -> Tensor:
-    """The product times a number, in one kernel: what is in the tensor before does not count."""
-    return one.new_empty(len(one), other.shape[1]).addmm_(one, other, beta=0, alpha=scale)
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """left @ right * scale, in one kernel; with beta 0 the empty tensor's values do not count."""
+    return left.new_empty(len(left), right.shape[1]).addmm_(left, right, beta=0, alpha=scale)
 
 
-def _product(one: Tensor, other: Tensor, dtype: torch.dtype) -> Tensor:
-    """In that dtype, which is the factors' or float32."""
-    if HAS_MIXED_DTYPE_MM and one.is_cuda and one.dtype != dtype:
-        return torch.mm(one, other, out_dtype=dtype)
-    return (one @ other).to(dtype)
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left @ right in `dtype`, which is the factors' or float32."""
+    if HAS_MIXED_DTYPE_MM and left.is_cuda and left.dtype != dtype:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)

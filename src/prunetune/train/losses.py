@@ -1,4 +1,7 @@
-"""What is minimised: cross-entropy on answers, distance to a teacher, group sparsity of adapters under closed gates.
+"""The training loss: a weighted sum of named terms (`TERMS`), and the group sparsity of adapters under closed gates.
+
+A new term is one entry of `TERMS`, and its weight one option in `config/training.py`: docs/extend/loss-term.md.
+Padded, packed, recorded, compiled and distributed passes all go through `TrainingLoss`.
 
 Shapes: N tokens of a pass in all its rows, M of them with a label behind them, V vocabulary, H hidden size.
 """
@@ -6,91 +9,81 @@ Shapes: N tokens of a pass in all its rows, M of them with a label behind them, 
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from prunetune.data.batches import IGNORE_INDEX, SMALL_BATCH_TOKENS, Batch, collate, micro_batches
+from prunetune.config.recipe import RunConfig
+from prunetune.data.batches import IGNORE_INDEX
 from prunetune.data.encoding import Example
-from prunetune.data.packing import PackedBatch
-from prunetune.model.lm_head import capture_head_inputs, chunked_loss, logits_function
 from prunetune.pruning.units import Site, closed_fractions
 from prunetune.train.adapters import adapter_group_norms
+from prunetune.train.forward import ForwardInputs, ForwardOutputs, autocast, micro_batch_inputs, run_forward
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
+from prunetune.train.teacher import Teacher, split_by_teacher
+
+# -- the terms ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Teacher:
-    """A frozen model of the same hidden size, and how much its logits and its layers' outputs weigh."""
+class Term:
+    """One addend of the training loss."""
 
-    model: Any
-    logits_weight: float
-    hidden_weight: float
-    is_tuned: bool = True  # knows the task; one that does not is heard only where there is no label
-    shares_weights: bool = False  # its weights are the student's, see `model.shared`
-    share: float = 1.0  # of a batch's examples that it sees, in (0, 1]
-
-    def __post_init__(self) -> None:
-        assert 0 < self.share <= 1, "`by_size` decides what 0 means"
+    function: Callable[[ForwardOutputs], Tensor]  # one pass -> a scalar: the sum over its labels or real tokens
+    weight: Callable[[RunConfig], float]  # 0: the term is left out
+    per: Literal["label", "token"]  # what the sum over a batch is divided by: the labels, or the tokens of its examples
+    metric: str  # key in metrics.jsonl; terms with the same key are added up there, and divide by the same
+    needs_teacher: bool = False  # `outputs.teacher` is there, and only the examples that the teacher sees count
+    needs_layers: bool = False  # `outputs.layer_outputs` is there
 
 
-def split_by_teacher(
-    examples: Sequence[Example], teacher: Teacher | None
-) -> list[tuple[Teacher | None, Sequence[Example]]]:
-    """A batch by who teaches: (the teacher, those it sees), (None, the others); none of the parts is empty.
-
-    It sees its share, rounded up, and first what has no label: nothing else would teach that, so all of it is seen.
-    """
-    if teacher is None or teacher.share == 1:
-        return [(teacher, examples)] if examples else []
-    ordered = sorted(examples, key=lambda example: example.answer_start < len(example.token_ids))
-    bare = sum(example.answer_start == len(example.token_ids) for example in examples)
-    seen = max(bare, math.ceil(teacher.share * len(examples)))
-    parts = [(teacher, ordered[:seen]), (None, ordered[seen:])]
-    return [(each, part) for each, part in parts if part]
+def answer_loss(outputs: ForwardOutputs) -> Tensor:
+    """Cross-entropy (nats) of the labels; the head runs only where labels are."""
+    inputs, loss = outputs.inputs, compile_once(cross_entropy) if outputs.compiled else cross_entropy
+    return outputs.sum_over_logits(
+        lambda logits, portion: loss(logits, inputs.targets[portion]), inputs.label_positions
+    )
 
 
-@dataclass(frozen=True)
-class ForwardInputs:
-    """One pass, whatever its layout; places count along the flattened rows."""
-
-    model_kwargs: Mapping[str, Any]  # of the model's forward
-    label_positions: Tensor  # long [M], where logits are needed
-    targets: Tensor  # long [M], what they predict; -100 does not count
-    token_mask: Tensor  # bool [N], false at padding
-
-
-def inputs_from_batch(batch: Batch) -> ForwardInputs:
-    """A padded batch."""
-    predicting = batch.prediction_mask.flatten().nonzero()[:, 0]
-    return ForwardInputs({"input_ids": batch.input_ids}, predicting, batch.targets, batch.token_mask.flatten())
+def distill_logits_loss(outputs: ForwardOutputs) -> Tensor:
+    """KL(teacher || student) of the next token (Hinton et al. 2015) over the tokens on which the teacher counts."""
+    teacher, loss = outputs.teacher, compile_once(kl_divergence) if outputs.compiled else kl_divergence
+    assert teacher is not None
+    return outputs.sum_over_logits(
+        lambda logits, portion: loss(logits, teacher.logits(portion), teacher.inputs.token_mask[portion])
+    )
 
 
-def inputs_from_pack(row: PackedBatch) -> ForwardInputs:
-    """A packed row, for a model under `packed_rows`."""
-    arguments = {
-        "input_ids": row.input_ids,
-        "position_ids": row.position_ids,
-        "cu_seq_lens_q": row.cu_seq_lens,
-        "cu_seq_lens_k": row.cu_seq_lens,
-        "max_length_q": row.max_seq_len,
-        "max_length_k": row.max_seq_len,
-    }
-    real = torch.arange(row.input_ids.shape[1], device=row.unpadded_length.device) < row.unpadded_length
-    return ForwardInputs(arguments, row.prediction_positions, row.targets, real)
+def distill_hidden_loss(outputs: ForwardOutputs) -> Tensor:
+    """Relative squared error of every layer's output, mean over layers, over the tokens on which the teacher counts."""
+    teacher, loss = outputs.teacher, compile_once(relative_error) if outputs.compiled else checkpointed_relative_error
+    assert teacher is not None
+    pairs = zip(outputs.layer_outputs, teacher.layer_outputs, strict=True)
+    errors = torch.stack([loss(output, target) for output, target in pairs])
+    return (errors.mean(0) * teacher.inputs.token_mask).sum()
 
 
-def unlabelled_mask(feed: ForwardInputs) -> Tensor:
-    """Bool [N]: real tokens behind which no label stands."""
-    labels = torch.zeros_like(feed.token_mask, dtype=torch.int32)
-    labels = labels.index_add(0, feed.label_positions, (feed.targets != IGNORE_INDEX).to(torch.int32))
-    return feed.token_mask & (labels == 0)
+TERMS: dict[str, Term] = {
+    "answer": Term(answer_loss, lambda config: 1.0, per="label", metric="loss"),
+    "distill_logits": Term(
+        distill_logits_loss, lambda config: config.distill.logits, per="token", metric="distance", needs_teacher=True
+    ),
+    "distill_hidden": Term(
+        distill_hidden_loss,
+        lambda config: config.distill.hidden,
+        per="token",
+        metric="distance",
+        needs_teacher=True,
+        needs_layers=True,
+    ),
+}
+
+# -- functions of tensors that terms are made of -----------------------------------------------------------------------
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -98,156 +91,84 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), targets, reduction="sum", ignore_index=IGNORE_INDEX)
 
 
-def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, real: Tensor) -> Tensor:
-    """[n, V] logits twice -> KL(wanted || found) of the next token, summed over the places of bool [n] `real`."""
-    student_logits, teacher_logits = (
-        F.log_softmax(student_logits.float(), -1),
-        F.log_softmax(teacher_logits.float(), -1),
-    )
-    apart = F.kl_div(student_logits, teacher_logits, reduction="none", log_target=True).sum(-1)
-    return (apart * real).sum()
+def kl_divergence(student_logits: Tensor, teacher_logits: Tensor, mask: Tensor) -> Tensor:
+    """[n, V] logits twice -> KL(teacher || student), summed over the tokens that bool [n] `mask` marks."""
+    student, teacher = (F.log_softmax(logits.float(), -1) for logits in (student_logits, teacher_logits))
+    return (F.kl_div(student, teacher, reduction="none", log_target=True).sum(-1) * mask).sum()
 
 
-def relative_error(output: Tensor, aim: Tensor) -> Tensor:
-    """[rows, T, H] twice -> [N]: squared distance over the aim's squared length, token by token.
+def relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """[rows, T, H] twice -> [N]: squared distance over the target's squared length, token by token.
 
     Relative, because single tokens (the first above all) have outputs a thousand times as long as others'.
     """
-    aim = aim.float().flatten(0, 1)
-    return (output.float().flatten(0, 1) - aim).square().sum(-1) / aim.square().sum(-1).clamp_min(1e-6)
+    target = target.float().flatten(0, 1)
+    return (output.float().flatten(0, 1) - target).square().sum(-1) / target.square().sum(-1).clamp_min(1e-6)
 
 
-def checkpointed_relative_error(output: Tensor, aim: Tensor) -> Tensor:
-    """The same to the bit, of which autograd keeps the two inputs and no float32 copies: a layer's are made again."""
-    error: Tensor = checkpoint(relative_error, output, aim, use_reentrant=False, preserve_rng_state=False)
+def checkpointed_relative_error(output: Tensor, target: Tensor) -> Tensor:
+    """The same to the bit, but autograd keeps the inputs only and recomputes their float32 copies."""
+    error: Tensor = checkpoint(relative_error, output, target, use_reentrant=False, preserve_rng_state=False)
     return error
 
 
-@dataclass(frozen=True)
-class LossTerms:
-    """What the losses are made of: functions of tensors, as they are or compiled."""
-
-    cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy
-    divergence: Callable[[Tensor, Tensor, Tensor], Tensor] = kl_divergence
-    relative_error: Callable[[Tensor, Tensor], Tensor] = (
-        checkpointed_relative_error  # compiled, it keeps no more by itself
-    )
-
-
-EAGER_TERMS = LossTerms()
-
-
 @functools.cache
-def compiled_terms() -> LossTerms:
-    """The same, each compiled at its first call: logits are then read and written once, not a dozen times."""
-    return LossTerms(*(torch.compile(term, dynamic=True) for term in (cross_entropy, kl_divergence, relative_error)))
+def compile_once(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A function of tensors, compiled at its first call: logits are then read and written once, not a dozen times."""
+    return torch.compile(function, dynamic=True)
 
 
-def answer_loss(model: Any, feed: ForwardInputs, terms: LossTerms = EAGER_TERMS) -> Tensor:
-    """Summed cross-entropy (nats) over the labelled tokens; the head runs only where labels are."""
-    with _autocast(model, feed):
-        return _answer_loss_from_hidden(model, feed, _forward(model, feed)[0], terms)
+# -- their sum ---------------------------------------------------------------------------------------------------------
 
 
-def answer_and_distill_loss(
-    model: Any, feed: ForwardInputs, teacher: Teacher | None, terms: LossTerms = EAGER_TERMS
-) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy over the labelled tokens, and summed distance to the teacher over all tokens it is heard on.
+@dataclass(frozen=True)
+class TrainingLoss:
+    """The sum of the terms in use, by their weights; a pass without the teacher leaves out the terms that need it."""
 
-    Distance: KL(teacher || student) of the next token (Hinton et al. 2015) and the squared error of every layer's
-    output relative to the teacher's, mean over layers; weighed as the teacher says.
-    """
-    if teacher is None:
-        loss = answer_loss(model, feed, terms)
-        return loss, torch.zeros_like(loss.detach())
-    deep, heard = teacher.hidden_weight > 0, feed.token_mask if teacher.is_tuned else unlabelled_mask(feed)
-    with _autocast(model, feed):
-        hidden, layers = _forward(model, feed, deep=deep)
-        with torch.no_grad():
-            aim, aims = _forward(teacher.model, feed, deep=deep)
-        distance = torch.zeros((), device=hidden.device)
-        if teacher.logits_weight:
-            distance = distance + teacher.logits_weight * _kl_from_hidden(
-                model, hidden, teacher.model, aim, heard, terms
+    weights: Mapping[str, float]  # by name of the term
+    compiled: bool = False
+
+    @classmethod
+    def from_config(cls, config: RunConfig, *, has_teacher: bool, compiled: bool = False) -> TrainingLoss:
+        """The terms to which the recipe gives a weight, and whose teacher there is."""
+        usable = {name: term for name, term in TERMS.items() if has_teacher or not term.needs_teacher}
+        weights = {name: term.weight(config) for name, term in usable.items()}
+        return cls({name: weight for name, weight in weights.items() if weight}, compiled)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Keys of the losses in the records of steps."""
+        return tuple(dict.fromkeys(TERMS[name].metric for name in self.weights))
+
+    def normalisers(self, examples: Sequence[Example], seen: Sequence[Example]) -> dict[str, int]:
+        """By metric: the labels of a batch, or the tokens of those of its examples that the term sees; at least 1.
+
+        `examples` are the batch, `seen` the part of it that the teacher sees.
+        """
+        labels = max(1, sum(len(example.token_ids) - example.answer_start for example in examples))
+        tokens, seen_tokens = (max(1, sum(len(one.token_ids) for one in some)) for some in (examples, seen))
+        terms = [TERMS[name] for name in self.weights]
+        return {
+            term.metric: labels if term.per == "label" else seen_tokens if term.needs_teacher else tokens
+            for term in terms
+        }
+
+    def __call__(self, model: Any, inputs: ForwardInputs, teacher: Teacher | None) -> dict[str, Tensor]:
+        """One pass of model and teacher -> {metric: weighted sum of its terms}, not yet divided."""
+        terms = {name: TERMS[name] for name in self.weights if teacher is not None or not TERMS[name].needs_teacher}
+        sums: dict[str, Tensor] = {}
+        with autocast(model, inputs.token_mask.device):
+            outputs = run_forward(
+                model,
+                inputs,
+                teacher if any(term.needs_teacher for term in terms.values()) else None,
+                layer_outputs=any(term.needs_layers for term in terms.values()),
+                compiled=self.compiled,
             )
-        if deep:
-            errors = torch.stack([terms.relative_error(one, other) for one, other in zip(layers, aims, strict=True)])
-            distance = distance + teacher.hidden_weight * (errors.mean(0) * heard).sum()
-        return _answer_loss_from_hidden(model, feed, hidden, terms), distance
-
-
-def _autocast(model: Any, feed: ForwardInputs) -> Any:
-    """Adapters are float32 and compute in the base's dtype, as is usual for mixed precision."""
-    device = feed.token_mask.device
-    # Without a cache of casts, which would outlive a recording of the pass.
-    return torch.autocast(
-        device.type, model.dtype, enabled=model.dtype != torch.float32, cache_enabled=device.type != "cuda"
-    )
-
-
-def _forward(model: Any, feed: ForwardInputs, *, deep: bool = False) -> tuple[Tensor, Sequence[Tensor]]:
-    """What the head would read, [N, H], and every layer's output where asked for."""
-    with capture_head_inputs(model) as seen:
-        result = model(**feed.model_kwargs, use_cache=False, output_hidden_states=deep)
-    return seen[0], result.hidden_states[1:] if deep else ()
-
-
-def _answer_loss_from_hidden(model: Any, feed: ForwardInputs, hidden: Tensor, terms: LossTerms) -> Tensor:
-    """Cross-entropy of all labels, from what the head would read."""
-    head = logits_function(model)
-
-    def loss(portion: Tensor, places: slice) -> Tensor:
-        return terms.cross_entropy(head(portion), feed.targets[places])
-
-    return chunked_loss(hidden.index_select(0, feed.label_positions), _vocabulary(model), loss)
-
-
-def _kl_from_hidden(model: Any, hidden: Tensor, teacher: Any, aim: Tensor, heard: Tensor, terms: LossTerms) -> Tensor:
-    """KL(teacher || student) of the next token, summed over the tokens that bool [N] `heard` marks."""
-    head, other = logits_function(model), logits_function(teacher)
-
-    def loss(portion: Tensor, places: slice) -> Tensor:
-        with torch.no_grad():
-            wanted = other(aim[places])
-        return terms.divergence(head(portion), wanted, heard[places])
-
-    return chunked_loss(hidden, _vocabulary(model), loss)
-
-
-def _vocabulary(model: Any) -> int:
-    return int(model.config.get_text_config().vocab_size)
-
-
-def micro_batch_inputs(
-    examples: Sequence[Example], pad_id: int, micro_tokens: int, device: torch.device, ranks: Ranks = SINGLE_PROCESS
-) -> list[ForwardInputs]:
-    """This rank's share of all examples in padded batches of at most `micro_tokens`.
-
-    Ranks that exchange weights in every pass take equally many: the last may count for nothing.
-    """
-    # A GPU waits for launches, not for tokens: there, one padded pass is cheaper than two lean ones.
-    small = SMALL_BATCH_TOKENS if device.type == "cpu" else micro_tokens
-    shares = [micro_batches(share, micro_tokens, small) for share in ranks.split_examples(examples)]
-    found = [inputs_from_batch(collate(part, pad_id).to(device)) for part in shares[ranks.rank]]
-    if ranks.uses_fsdp:
-        found += [_zero_weight_inputs(examples[0], pad_id, device)] * (max(map(len, shares)) - len(found))
-    return found
-
-
-def _zero_weight_inputs(example: Example, pad_id: int, device: torch.device) -> ForwardInputs:
-    """A pass of which nothing counts."""
-    feed = inputs_from_batch(collate([replace(example, answer_start=len(example.token_ids))], pad_id).to(device))
-    return replace(feed, token_mask=torch.zeros_like(feed.token_mask))
-
-
-def count_labels(examples: Sequence[Example]) -> int:
-    """Labels that count, at least 1: what a sum of losses is divided by."""
-    return max(1, sum(len(example.token_ids) - example.answer_start for example in examples))
-
-
-def count_tokens(examples: Sequence[Example]) -> int:
-    """Tokens, at least 1: what a sum of distances is divided by."""
-    return max(1, sum(len(example.token_ids) for example in examples))
+            for name, term in terms.items():
+                value = self.weights[name] * term.function(outputs)
+                sums[term.metric] = sums[term.metric] + value if term.metric in sums else value
+        return sums
 
 
 def accumulate_gradients(
@@ -255,43 +176,53 @@ def accumulate_gradients(
     examples: Sequence[Example],
     pad_id: int,
     micro_tokens: int,
+    loss: TrainingLoss,
     teacher: Teacher | None = None,
     ranks: Ranks = SINGLE_PROCESS,
-) -> tuple[float, float]:
-    """Accumulate gradients of the mean answer loss per label plus the mean distance per token seen; returns the two.
+) -> dict[str, float]:
+    """Add the gradients of a batch's loss to the weights', in padded passes; returns the loss by metric.
 
     Of several ranks each has its share of both, which add up.
     """
     device = next(model.parameters()).device
-    labels = count_labels(examples)
-    loss, distance = torch.zeros((), device=device), torch.zeros((), device=device)
-    for who, part in split_by_teacher(examples, teacher):
-        tokens = count_tokens(part)
-        for feed in micro_batch_inputs(part, pad_id, micro_tokens, device, ranks):
-            answers, apart = answer_and_distill_loss(model, feed, who)
-            (answers / labels + apart / tokens).backward()  # type: ignore[no-untyped-call]
-            loss += answers.detach() / labels
-            distance += apart.detach() / tokens
-    return float(loss), float(distance)
+    totals = {metric: torch.zeros((), device=device) for metric in loss.metrics}
+    for seen_by, part in split_by_teacher(examples, teacher):
+        counts = loss.normalisers(examples, part)
+        for inputs in micro_batch_inputs(part, pad_id, micro_tokens, device, ranks):
+            means = {metric: value / counts[metric] for metric, value in loss(model, inputs, seen_by).items()}
+            torch.stack(list(means.values())).sum().backward()  # type: ignore[no-untyped-call]
+            for metric, mean in means.items():
+                totals[metric] += mean.detach()
+    return {metric: float(total) for metric, total in totals.items()}
+
+
+# -- the answer loss alone, and the penalty on adapters ----------------------------------------------------------------
+
+
+def summed_answer_loss(model: Any, inputs: ForwardInputs) -> Tensor:
+    """Cross-entropy (nats) summed over the labels of one pass: what validation scores."""
+    with autocast(model, inputs.token_mask.device):
+        return answer_loss(run_forward(model, inputs))
 
 
 @torch.no_grad()
 def mean_loss(
     model: Any, examples: Sequence[Example], pad_id: int, micro_tokens: int, ranks: Ranks = SINGLE_PROCESS
 ) -> float:
-    """Mean answer loss per token over `examples`, nats; of several ranks each has its share, which add up."""
-    parts = (
-        micro_batch_inputs(examples, pad_id, micro_tokens, next(model.parameters()).device, ranks) if examples else []
-    )
-    return sum(float(answer_loss(model, feed)) for feed in parts) / count_labels(examples)
+    """Mean answer loss per label over `examples`, nats; of several ranks each has its share, which add up."""
+    if not examples:
+        return 0.0
+    passes = micro_batch_inputs(examples, pad_id, micro_tokens, next(model.parameters()).device, ranks)
+    labels = sum(len(example.token_ids) - example.answer_start for example in examples)
+    return sum(float(summed_answer_loss(model, inputs)) for inputs in passes) / max(1, labels)
 
 
 def group_lasso(model: Any, gates: Mapping[str, Tensor], sites: Sequence[Site]) -> Tensor:
-    """Sum over closed units of the L2 norm of their adapter parts, mean over sites (ATP, section 3.3); a scalar.
+    """Sum over closed units of the L2 norm of their adapter parts, mean over sites: a scalar.
 
-    Drives what adapters hold for removed units to zero, so that cutting it changes nothing.
+    Drives what adapters hold for removed units to zero, so that cutting it changes nothing (ATP, authors' code).
     """
-    shut = closed_fractions(gates, sites)
+    closed = closed_fractions(gates, sites)
     return torch.stack(
-        [(adapter_group_norms(model, site) * shut[site.name]).sum() for site in sites if site.has_linear_slices]
+        [(adapter_group_norms(model, site) * closed[site.name]).sum() for site in sites if site.has_linear_slices]
     ).mean()

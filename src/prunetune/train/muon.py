@@ -1,9 +1,9 @@
-"""Muon: momentum whose matrices are made orthogonal before they are applied (Jordan et al. 2024).
+"""The Muon optimiser: momentum, orthogonalised matrix by matrix (Jordan et al. 2024).
 
 The update has the root mean square of an AdamW step (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that learning
 rates mean the same. As `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"` and no weight decay, but matrices of
-one shape go together, and on a GPU an update is one recorded graph: there are hundreds of small matrices, and products
-of so few numbers are launches, not work.
+one shape are updated together, and on a GPU an update is one CUDA graph: with hundreds of small matrices, launches take
+longer than the products.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from prunetune.train.cuda_graphs import CudaGraphRecorder
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic Newton-Schulz iteration
 MOMENTUM = 0.95
 ADAMW_UPDATE_RMS = 0.2  # root mean square of AdamW's updates
-WARMUP = 20  # updates: momentum starts from nothing
+WARMUP = 20  # updates, because momentum starts at zero
 
 
 class Muon(torch.optim.Optimizer):
-    """Of matrices only, each of which has a gradient at every update."""
+    """Muon for matrices, each of which has a gradient at every update."""
 
     def __init__(self, weights: Iterable[nn.Parameter], *, lr: float) -> None:
         super().__init__(list(weights), {"lr": lr})
@@ -49,19 +49,19 @@ class Muon(torch.optim.Optimizer):
         shapes: dict[tuple[int, ...], list[Tensor]] = {}
         for weight in self._weights:
             shapes.setdefault(tuple(weight.shape), []).append(weight)
-        for (rows, columns), alike in shapes.items():
-            gradients = [weight.grad for weight in alike if weight.grad is not None]
-            buffers = [self.state[weight]["momentum"] for weight in alike]
+        for (rows, columns), weights in shapes.items():
+            gradients = [weight.grad for weight in weights if weight.grad is not None]
+            buffers = [self.state[weight]["momentum"] for weight in weights]
             torch._foreach_lerp_(buffers, gradients, 1 - MOMENTUM)
-            ahead = torch.stack(torch._foreach_lerp(gradients, buffers, MOMENTUM))  # Nesterov
-            updates = orthogonalize(ahead).float() * (-ADAMW_UPDATE_RMS * max(rows, columns) ** 0.5 * inputs[0])
-            torch._foreach_add_(alike, list(updates.unbind()))
+            nesterov = torch.stack(torch._foreach_lerp(gradients, buffers, MOMENTUM))
+            updates = orthogonalize(nesterov).float() * (-ADAMW_UPDATE_RMS * max(rows, columns) ** 0.5 * inputs[0])
+            torch._foreach_add_(weights, list(updates.unbind()))
 
 
 def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
-    """[n, rows, columns] -> the same singular vectors with singular values near one.
+    """[n, rows, columns] -> matrices with the same singular vectors and singular values near one.
 
-    In bfloat16, which is enough, but in float32 on a CPU: most have no fast bfloat16.
+    In bfloat16, which is precise enough, but in float32 on a CPU: most have no fast bfloat16.
     """
     a, b, c = COEFFICIENTS
     x: Tensor = matrices.float() if matrices.device.type == "cpu" else matrices.bfloat16()
@@ -70,6 +70,6 @@ def orthogonalize(matrices: Tensor, iterations: int = 5) -> Tensor:
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
     for _ in range(iterations):
         square = x @ x.mT
-        even = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        x = torch.baddbmm(x, even, x, beta=a)
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x.mT if tall else x

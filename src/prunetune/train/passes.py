@@ -1,13 +1,13 @@
-"""Forward and backward passes of the two players: padded batches anywhere, packed and recorded ones on a GPU.
+"""Forward and backward passes of generator and adapter steps: padded anywhere, packed and recorded on a GPU.
 
-Both give the same losses and gradients; see `tests/test_train_passes.py`.
+Both give the same losses and gradients (`tests/train/test_passes.py`).
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import InitVar, dataclass
 from typing import Any, Protocol
 
@@ -24,39 +24,28 @@ from prunetune.pruning.masking import AdapterGating, masked
 from prunetune.pruning.sites import Site
 from prunetune.train.adapters import frozen_adapters, lora_dropout_enabled, trainable_parameters
 from prunetune.train.cuda_graphs import CudaGraphRecorder
-from prunetune.train.losses import (
-    EAGER_TERMS,
-    Teacher,
-    accumulate_gradients,
-    answer_and_distill_loss,
-    answer_loss,
-    compiled_terms,
-    count_labels,
-    count_tokens,
-    group_lasso,
-    inputs_from_pack,
-    mean_loss,
-    split_by_teacher,
-)
+from prunetune.train.forward import inputs_from_pack
+from prunetune.train.losses import TrainingLoss, accumulate_gradients, group_lasso, mean_loss, summed_answer_loss
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
+from prunetune.train.teacher import Teacher, split_by_teacher
 
 log = logging.getLogger(__name__)
 
 COMPILE_MIN_STEPS = 1000  # steps from which compiling pays
 GateTensors = Mapping[str, Tensor]
-Losses = Mapping[str, float]  # "loss", and "distance" where there is a teacher
-# Over a row, with its teacher; the second holds the share of one label, and of one token that a teacher sees.
-PackFunction = Callable[[PackedBatch, Tensor, Teacher | None], None]
+Losses = Mapping[str, float]  # by metric, see `losses.TERMS`
+# Over a row, with its teacher; by metric, what a sum over the row is multiplied by to give its part of the mean.
+PackFunction = Callable[[PackedBatch, Mapping[str, Tensor], Teacher | None], None]
 
 
 class Passes(Protocol):
-    """What the players ask of the model.
+    """What generator and adapter steps need of the model.
 
-    "loss" is a mean over answer tokens in nats, "distance" over the teacher's tokens; gradients are of their sum.
+    Losses are means over the batch, by metric; gradients are of their sum.
     """
 
     micro_tokens: int  # most tokens of one pass
-    recompute: bool  # layers are computed again for the backward pass, see `model.recompute`
+    recompute: bool  # layers are computed again for the backward pass, see `model/activation_checkpointing.py`
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
         """Losses of the LoRA-aware forward (or of the model as it is); adapters accumulate their gradient.
@@ -76,10 +65,10 @@ class Passes(Protocol):
         """`tune`, and the gradient at each gate from the same backward pass: {site: [U]}."""
 
     def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
-        """Loss of the gated model (or of the model as it is), no gradient."""
+        """Mean answer loss of the gated model (or of the model as it is), no gradient."""
 
     def reset_recordings(self) -> None:
-        """The model has changed its shape."""
+        """Forget recorded passes, because the model has changed its shape."""
 
 
 def build_passes(
@@ -109,7 +98,7 @@ def should_compile(train: TrainConfig) -> bool:
 
 @dataclass(eq=False)
 class _BasePasses:
-    """What both kinds of passes are given, and what the recipe says of it."""
+    """What padded and packed passes share: model, sites, teacher, the loss and how adapters are gated."""
 
     model: Any
     sites: Sequence[Site]
@@ -119,13 +108,17 @@ class _BasePasses:
     ranks: Ranks = SINGLE_PROCESS
 
     def __post_init__(self, config: RunConfig) -> None:
+        self.loss = TrainingLoss.from_config(config, has_teacher=self.teacher is not None)
         self.micro_tokens = config.train.micro_tokens
         self.recompute = uses_checkpointing(config)
         self.adapter_mode: AdapterGating = "free" if config.search.lora_aware else "gated"
 
+    def _checkpointed(self) -> AbstractContextManager[object]:
+        return use_checkpointing(self.model) if self.recompute else nullcontext()
+
 
 class PaddedPasses(_BasePasses):
-    """Examples side by side, run as they come."""
+    """Examples side by side in padded batches, run as they come."""
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
         """See `Passes`."""
@@ -142,8 +135,8 @@ class PaddedPasses(_BasePasses):
         """See `Passes`."""
         leaves = _leaves(gates)
         with frozen_adapters(self.model), masked(self.model, leaves, sites=self.sites):
-            result = self._backward(examples)
-        return result, _gradients_at(leaves)
+            losses = self._backward(examples)
+        return losses, _gradients_at(leaves)
 
     def tune_with_gate_gradients(
         self, examples: Sequence[Example], gates: GateTensors
@@ -161,16 +154,13 @@ class PaddedPasses(_BasePasses):
         """See `Passes`."""
 
     def _backward(self, examples: Sequence[Example]) -> Losses:
-        with use_checkpointing(self.model) if self.recompute else nullcontext():
-            loss, distance = accumulate_gradients(
-                self.model, examples, self.pad_id, self.micro_tokens, self.teacher, self.ranks
+        with self._checkpointed():
+            return accumulate_gradients(
+                self.model, examples, self.pad_id, self.micro_tokens, self.loss, self.teacher, self.ranks
             )
-        return {"loss": loss, "distance": distance} if self.teacher else {"loss": loss}
 
-    def _gated(self, gates: GateTensors | None, kind: AdapterGating) -> Any:
-        if gates is None:
-            return nullcontext()
-        return masked(self.model, gates, adapters=kind, sites=self.sites)
+    def _gated(self, gates: GateTensors | None, mode: AdapterGating) -> AbstractContextManager[object]:
+        return nullcontext() if gates is None else masked(self.model, gates, adapters=mode, sites=self.sites)
 
 
 class PackedPasses(_BasePasses):
@@ -185,8 +175,10 @@ class PackedPasses(_BasePasses):
         self.device = next(self.model.parameters()).device
         self.recorder = CudaGraphRecorder(self.device)
         self.compiles = should_compile(config.train)
+        self.loss = TrainingLoss(self.loss.weights, self.compiles)
         self.trainable: list[nn.Parameter] = []  # looked up once for all passes: a walk over a large model takes long
-        self.sums = torch.zeros(2, device=self.device)  # answer loss and distance, or the lasso
+        self.totals = torch.zeros(len(self.loss.metrics) + 1, device=self.device)  # read at once: one wait for the GPU
+        self.sums = dict(zip((*self.loss.metrics, "lasso"), self.totals, strict=True))  # views, by metric
         self.gates = torch.zeros(sum(site.units for site in self.sites), device=self.device, requires_grad=True)
         self.gates.grad = torch.zeros_like(self.gates)
 
@@ -196,23 +188,23 @@ class PackedPasses(_BasePasses):
         if gates is None:
             return self._run_packs(examples, "tune", self._forward_backward, self.teacher)
         self._set_gates(gates)
-        return self._run_packs(examples, "tune gated", self._learn_gated, self.teacher)
+        return self._run_packs(examples, "tune gated", self._tune_gated, self.teacher)
 
     def group_lasso_step(self, gates: GateTensors, weight: float) -> float:
         """See `Passes`."""
         self._set_gates(gates)
-        self.sums.zero_()
+        self.totals.zero_()
         self._make_gradients()
-        self.recorder.run("shrink", self._group_lasso_pass, [torch.tensor(weight)])
-        return float(self.sums[0])
+        self.recorder.run("group lasso", self._group_lasso_pass, [torch.tensor(weight)])
+        return float(self.sums["lasso"])
 
     def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, dict[str, Tensor]]:
         """See `Passes`."""
         assert self.gates.grad is not None
         self._set_gates(gates)
         self.gates.grad.zero_()
-        result = self._run_packs(examples, "slopes", self._gate_gradients_pass, self.teacher)
-        return result, self._by_site(self.gates.grad.clone())
+        losses = self._run_packs(examples, "gate gradients", self._gate_gradients_pass, self.teacher)
+        return losses, self._by_site(self.gates.grad.clone())
 
     def tune_with_gate_gradients(
         self, examples: Sequence[Example], gates: GateTensors
@@ -222,8 +214,8 @@ class PackedPasses(_BasePasses):
         self._set_gates(gates)
         self.gates.grad.zero_()
         self._make_gradients()
-        result = self._run_packs(examples, "both", self._tune_with_gate_gradients_pass, self.teacher)
-        return result, self._by_site(self.gates.grad.clone())
+        losses = self._run_packs(examples, "tune with gate gradients", self._tune_with_gate_gradients, self.teacher)
+        return losses, self._by_site(self.gates.grad.clone())
 
     def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
         """See `Passes`."""
@@ -240,26 +232,28 @@ class PackedPasses(_BasePasses):
     def _run_packs(
         self, examples: Sequence[Example], kind: str, function: PackFunction, teacher: Teacher | None = None
     ) -> Losses:
-        """Run `function` on packs of all examples; mean losses."""
-        self.sums.zero_()
-        for who, part in split_by_teacher(examples, teacher):
-            shares = torch.tensor([1 / count_labels(examples), 1 / count_tokens(part)])
-            for some in group_for_packing(self.ranks.local_examples(part), self.micro_tokens):
-                one = pack_examples(some, self.pad_id, max_sequences=len(examples))
+        """Run `function` on packs of all examples, recorded by kind, teacher and shape; mean losses by metric."""
+        self.totals.zero_()
+        for seen_by, part in split_by_teacher(examples, teacher):
+            counts = self.loss.normalisers(examples, part)
+            shares = torch.tensor([1 / counts[metric] for metric in self.loss.metrics])
+            for group in group_for_packing(self.ranks.local_examples(part), self.micro_tokens):
+                pack = pack_examples(group, self.pad_id, max_sequences=len(examples))
 
-                def run(inputs: Sequence[Tensor], one: PackedBatch = one, who: Teacher | None = who) -> None:
-                    function(one.with_tensors(inputs[:-1]), inputs[-1], who)
+                def run(inputs: Sequence[Tensor], pack: PackedBatch = pack, seen_by: Teacher | None = seen_by) -> None:
+                    by_metric = dict(zip(self.loss.metrics, inputs[-1], strict=True))
+                    function(pack.with_tensors(inputs[:-1]), by_metric, seen_by)
 
-                self.recorder.run((kind, who is None, *one.shape_key), run, [*one.tensors(), shares])
-        loss, distance = self.sums.tolist()
-        return {"loss": loss, "distance": distance} if teacher else {"loss": loss}
+                self.recorder.run((kind, seen_by is None, *pack.shape_key), run, [*pack.tensors(), shares])
+        return dict(zip(self.loss.metrics, self.totals.tolist()[:-1], strict=True))
 
-    def _forward_backward(self, row: PackedBatch, shares: Tensor, teacher: Teacher | None) -> None:
-        terms = compiled_terms() if self.compiles else EAGER_TERMS
-        with self._packed(), use_checkpointing(self.model) if self.recompute else nullcontext():
-            parts = torch.stack(answer_and_distill_loss(self.model, inputs_from_pack(row), teacher, terms)) * shares
-            parts.sum().backward()  # type: ignore[no-untyped-call]
-        self.sums += parts.detach()
+    def _forward_backward(self, row: PackedBatch, shares: Mapping[str, Tensor], teacher: Teacher | None) -> None:
+        with self._packed(), self._checkpointed():
+            losses = self.loss(self.model, inputs_from_pack(row), teacher)
+            means = {metric: value * shares[metric] for metric, value in losses.items()}
+            torch.stack(list(means.values())).sum().backward()  # type: ignore[no-untyped-call]
+        for metric, mean in means.items():
+            self.sums[metric] += mean.detach()
 
     @contextmanager
     def _packed(self) -> Iterator[None]:
@@ -271,29 +265,31 @@ class PackedPasses(_BasePasses):
                 stack.enter_context(use_compiled_kernels(*models))
             yield
 
-    def _learn_gated(self, row: PackedBatch, shares: Tensor, teacher: Teacher | None) -> None:
+    def _tune_gated(self, row: PackedBatch, shares: Mapping[str, Tensor], teacher: Teacher | None) -> None:
         with masked(self.model, self._by_site(self.gates.detach()), adapters=self.adapter_mode, sites=self.sites):
             self._forward_backward(row, shares, teacher)
 
-    def _tune_with_gate_gradients_pass(self, row: PackedBatch, shares: Tensor, teacher: Teacher | None) -> None:
+    def _tune_with_gate_gradients(
+        self, row: PackedBatch, shares: Mapping[str, Tensor], teacher: Teacher | None
+    ) -> None:
         with masked(self.model, self._by_site(self.gates), adapters=self.adapter_mode, sites=self.sites):
+            self._forward_backward(row, shares, teacher)
+
+    def _gate_gradients_pass(self, row: PackedBatch, shares: Mapping[str, Tensor], teacher: Teacher | None) -> None:
+        with frozen_adapters(self.model), masked(self.model, self._by_site(self.gates), sites=self.sites):
             self._forward_backward(row, shares, teacher)
 
     def _group_lasso_pass(self, inputs: Sequence[Tensor]) -> None:
         penalty = group_lasso(self.model, self._by_site(self.gates.detach()), self.sites)
         (penalty * inputs[0]).backward()  # type: ignore[no-untyped-call]
-        self.sums[0] += penalty.detach()
-
-    def _gate_gradients_pass(self, row: PackedBatch, shares: Tensor, teacher: Teacher | None) -> None:
-        with frozen_adapters(self.model), masked(self.model, self._by_site(self.gates), sites=self.sites):
-            self._forward_backward(row, shares, teacher)
+        self.sums["lasso"] += penalty.detach()
 
     @torch.no_grad()
-    def _score(self, row: PackedBatch, shares: Tensor, _: Teacher | None = None) -> None:
+    def _score(self, row: PackedBatch, shares: Mapping[str, Tensor], _: Teacher | None = None) -> None:
         with self._packed():
-            self.sums[0] += answer_loss(self.model, inputs_from_pack(row)) * shares[0]
+            self.sums["loss"] += summed_answer_loss(self.model, inputs_from_pack(row)) * shares["loss"]
 
-    def _score_gated(self, row: PackedBatch, shares: Tensor, _: Teacher | None = None) -> None:
+    def _score_gated(self, row: PackedBatch, shares: Mapping[str, Tensor], _: Teacher | None = None) -> None:
         with masked(self.model, self._by_site(self.gates.detach()), sites=self.sites):
             self._score(row, shares)
 
@@ -301,11 +297,12 @@ class PackedPasses(_BasePasses):
         self.gates.detach().copy_(torch.cat([gates[site.name].detach() for site in self.sites]))
 
     def _by_site(self, flat: Tensor) -> dict[str, Tensor]:
-        parts = torch.split(flat, [site.units for site in self.sites])
-        return {site.name: part for site, part in zip(self.sites, parts, strict=True)}
+        """[all units] as {site: [U]}."""
+        by_site = torch.split(flat, [site.units for site in self.sites])
+        return {site.name: values for site, values in zip(self.sites, by_site, strict=True)}
 
     def _make_gradients(self) -> None:
-        """Every adapter has a gradient before a pass is recorded, which then adds to it."""
+        """Give every adapter a gradient before a pass is recorded, which then adds to it."""
         self.trainable = self.trainable or list(trainable_parameters(self.model).values())
         for parameter in self.trainable:
             if parameter.grad is None:

@@ -1,4 +1,4 @@
-"""Looking on while the loop runs: records, validation, checkpoints, and where to go on from."""
+"""Progress of a training run: records of steps, validations and checkpoints, and how a run resumes."""
 
 from __future__ import annotations
 
@@ -20,31 +20,27 @@ from prunetune.train.validation import Validation
 
 
 class TrainingProgress:
-    """Knows how far the run has come."""
+    """The step that a run has reached, and everything that is recorded or saved there."""
 
     def __init__(
         self, job: TrainingJob, generator_trainer: GeneratorTrainer, adapter_trainer: AdapterTrainer, guard: StepGuard
     ) -> None:
-        self.job, self.generator_trainer, self.adapter_trainer, self.guard = (
-            job,
-            generator_trainer,
-            adapter_trainer,
-            guard,
-        )
+        self.job, self.guard = job, guard
+        self.generator_trainer, self.adapter_trainer = generator_trainer, adapter_trainer
         self.validation = Validation(job, generator_trainer, adapter_trainer)
         self.step = 0
-        self.last: Decision | None = None
-        self.gates: Mapping[str, Tensor] = {}  # of the last decision, on the CPU
+        self.recorded: Decision | None = None  # the newest decision in the records
+        self.gates: Mapping[str, Tensor] = {}  # of that decision, on the CPU
         self.kept = 1.0
         self.started = time.monotonic()
 
     @property
     def schedule(self) -> Schedule:
-        """The job's own, until a gate moves it."""
+        """The job's own, until a limit changes it."""
         return self.validation.history.schedule
 
     def resume(self) -> Decision:
-        """Go back to the newest whole checkpoint, or to the start; returns the decision that stood there."""
+        """Load the newest whole checkpoint, if there is one; returns the decision that held there."""
         searcher, state = self.generator_trainer.searcher, self.job.checkpoints.latest()
         plan = self.job.given_plan if state is None else state.plan
         if state is not None:
@@ -57,51 +53,44 @@ class TrainingProgress:
             )
             self.guard.restore(state.guard_state)
             self.step, self.started = state.step, self.started - state.seconds
-            if opened := state.tensors.get("decision"):
-                self.gates = {name: gate.float() for name, gate in opened.items()}
+            if gates := state.tensors.get("decision"):
+                self.gates = {name: gate.float() for name, gate in gates.items()}
         self.validation.resume(state)
         return searcher.decision_from_plan(plan) if plan else searcher.dense_decision()
 
     def record_step(self, record: StepRecord, decision: Decision) -> None:
-        """A step is done: complete its record and tell the observer."""
-        job, self.step, before, is_new = self.job, record["step"], self.gates, decision is not self.last
+        """Complete the record of a step and give it to the observer."""
+        job, self.step, before, is_new = self.job, record["step"], self.gates, decision is not self.recorded
         if is_new:
-            self.gates = detach_to(decision.gates, "cpu")  # by one transfer, where a GPU would wait for many small sums
+            self.gates = detach_to(decision.gates, "cpu")  # one transfer, not many small sums on a GPU
             self.kept = float(kept_share(self.gates, job.sites))
         record["kept"] = self.kept
         record["seconds"] = self._seconds()
-        if before and is_new:
-            record["changed"] = self._changed(before)
-        self.last = decision
-        if self._should_log_widths(record):
+        if before and is_new:  # share of all units whose gate changed
+            changed = torch.cat([self.gates[site.name] != before[site.name] for site in job.sites])
+            record["changed"] = float(changed.float().mean())
+        self.recorded = decision
+        is_logged = self.step == 1 or self.step % job.config.train.log_every == 0
+        if record["phase"] == "search" and is_logged:  # what a picture of decisions over time needs
             record["widths"] = {name: int(gate.sum()) for name, gate in self.gates.items()}
         job.observer.step(record)
 
     def validate(self, record: StepRecord, decision: Decision) -> Decision:
-        """Score the sub-network decided now, where it is time to; a gate may change what holds from here on."""
+        """Score the decided sub-network if a validation is due; a limit may change the decision from here on."""
         return self.validation.validate_if_due(record, decision, self._state)
 
     def save_if_due(self, decision: Decision) -> None:
-        """Leave a checkpoint every so often, and where a phase ends."""
+        """Save a checkpoint every `train.checkpoint_every` steps, and where a phase ends."""
         if self.step % self.job.config.train.checkpoint_every == 0 or self.schedule.ends_phase(self.step - 1):
             self.save(decision)
 
     def save(self, decision: Decision) -> None:
-        """Leave a checkpoint of where the run stands."""
+        """Save a checkpoint of this step."""
         self.job.checkpoints.save(self._state(decision))
 
     def _seconds(self) -> float:
-        """Of this run's steps and what stood between them, those before a resumption too."""
+        """Of all steps and validations so far, those before a resumption included."""
         return time.monotonic() - self.started
-
-    def _changed(self, before: Mapping[str, Tensor]) -> float:
-        """Share of all units whose gate moved."""
-        moved = torch.cat([self.gates[site.name] != before[site.name] for site in self.job.sites])
-        return float(moved.float().mean())
-
-    def _should_log_widths(self, record: StepRecord) -> bool:
-        """While decisions move, every few steps: what a picture of them over time needs."""
-        return record["phase"] == "search" and (self.step == 1 or self.step % self.job.config.train.log_every == 0)
 
     def _state(self, decision: Decision) -> TrainingState:
         named, searcher = trainable_parameters(self.job.model), self.generator_trainer.searcher
@@ -113,7 +102,7 @@ class TrainingProgress:
         }
         if self.gates and decision.plan is None:
             tensors["decision"] = {name: gate.bool() for name, gate in self.gates.items()}
-        seen, faults = self.validation.history.to_dict(), self.guard.to_dict()
+        history, guard_state = self.validation.history.to_dict(), self.guard.to_dict()
         return TrainingState(
-            self.step, decision.plan, self.adapter_trainer.is_cut, tensors, seen, faults, self._seconds()
+            self.step, decision.plan, self.adapter_trainer.is_cut, tensors, history, guard_state, self._seconds()
         )

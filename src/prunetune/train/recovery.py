@@ -1,6 +1,6 @@
-"""What goes wrong in a step and need not end a run: numbers that are none, and memory that runs out.
+"""Recovery from a failed step: a batch without finite numbers is skipped, a pass that runs out of memory made smaller.
 
-Both change what the run does from then on, so both are part of its state: a resumed run goes on as it would have.
+Both change the steps that follow, so both are part of every checkpoint: a resumed run continues as it would have.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ T = TypeVar("T")
 
 @dataclass
 class StepGuard:
-    """What a run has met so far: each batch left out halves the learning rates, each lack of memory the passes."""
+    """Counts skipped batches, each of which halves the learning rates; halves passes that run out of memory."""
 
     passes: Passes
-    max_skipped: int  # batches that may be left out
-    may_recompute: bool = True  # where a single example is too large
+    max_skipped: int  # skipped batches after which the run fails
+    may_recompute: bool = True  # layers, if a single example is too large
     skipped: int = 0
 
     @property
     def lr_scale(self) -> float:
-        """What learning rates are multiplied by."""
+        """Factor of all learning rates."""
         return 0.5**self.skipped
 
     def to_dict(self) -> dict[str, Any]:
@@ -42,35 +42,35 @@ class StepGuard:
         return {"skipped": self.skipped, "micro_tokens": self.passes.micro_tokens, "recompute": self.passes.recompute}
 
     def restore(self, values: Mapping[str, Any]) -> None:
-        """Go on with what a checkpoint had met."""
+        """Continue from what a checkpoint holds."""
         self.skipped = int(values.get("skipped", 0))
         self.passes.micro_tokens = int(values.get("micro_tokens", self.passes.micro_tokens))
         self.passes.recompute = bool(values.get("recompute", self.passes.recompute))
 
-    def should_skip(self, step: int, found: Mapping[str, float], batch: Sequence[Example]) -> bool:
-        """Whether the step's update is to be left out, which is counted and told; False where all is finite.
+    def should_skip(self, step: int, values: Mapping[str, float], batch: Sequence[Example]) -> bool:
+        """Whether a value of the step is not finite, so that its update is to be skipped; this is counted and logged.
 
-        Raises `ModelError` with the rows of the batch where it is one too many.
+        Raises `ModelError` with rows of the batch if more than `max_skipped` batches were.
         """
-        worst = next((name for name, value in found.items() if not math.isfinite(value)), None)
-        if worst is None:
+        name = next((name for name, value in values.items() if not math.isfinite(value)), None)
+        if name is None:
             return False
         self.skipped += 1
         rows = f" (rows {', '.join(example.id for example in batch[:3])}, ...)" if batch else ""
-        what = f"the {worst} is {found[worst]} at step {step + 1}{rows}"
+        problem = f"the {name} is {values[name]} at step {step + 1}{rows}"
         if self.skipped > self.max_skipped:
             raise ModelError(
-                f"{what}, and {self.max_skipped} batches were left out before: "
-                "look at these rows, lower the learning rates, or set dtype float32; then go on with --resume"
+                f"{problem}, and {self.max_skipped} batches were skipped before: "
+                "look at these rows, lower the learning rates, or set dtype float32; then continue with --resume"
             )
-        log.warning("%s: the batch is left out, and learning rates are halved from here on", what)
+        log.warning("%s: the batch is skipped, and learning rates are halved from here on", problem)
         return True
 
     def retry_smaller(self, examples: Sequence[Example], work: Callable[[], T], undo: Callable[[], None]) -> T:
-        """`work()`, in passes half as large where a GPU's memory runs out, `undo()` first; examples stay the same.
+        """`work()`; if GPU memory runs out, `undo()` and again in passes half as large, of the same examples.
 
-        Where a single example is too large, layers are computed twice from then on. Raises torch's error where it
-        still is.
+        If a single example is too large, activations are recomputed from then on (`train.checkpointing`). Raises
+        torch's error if that does not help, either.
         """
         while True:
             try:
@@ -85,10 +85,10 @@ class StepGuard:
                 log.warning("out of GPU memory: passes of %d tokens from here on, of the same examples", smaller)
                 self.passes.micro_tokens = smaller
             else:
-                log.warning("out of GPU memory with one example: activations are computed twice from here on (slower)")
+                log.warning("out of GPU memory with one example: activations are recomputed from here on (slower)")
                 self.passes.recompute = True
             self.passes.reset_recordings()
             undo()
             if torch.cuda.is_available():
-                with CAPTURE_LOCK:  # a recording of another thread's would be lost
+                with CAPTURE_LOCK:  # it would break the recording of another thread
                     torch.cuda.empty_cache()

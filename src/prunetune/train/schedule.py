@@ -1,10 +1,11 @@
-"""Which phase a step belongs to, how far the budget has come, and the learning rate."""
+"""Phases of a run, the annealed budget and the learning rate: functions of the step."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
 from prunetune.config.recipe import RunConfig, TrainConfig
 
@@ -13,13 +14,13 @@ Phase = Literal["search", "settle", "tune"]
 
 @dataclass(frozen=True)
 class Schedule:
-    """Steps [0, search) search, [search, settle) settle, [settle, steps) tune the cut model."""
+    """Phases by step: search in [0, search), settle in [search, settle), tune the cut model in [settle, steps)."""
 
     search: int
     settle: int
     steps: int
-    anneal: int  # steps over which the budget falls from dense to `keep`
-    keep: float
+    anneal: int  # steps over which the budget falls from dense to `allowed_keep`
+    allowed_keep: float  # at the end: as requested, until a limit on scores raises it (back-off)
 
     def phase_at(self, step: int) -> Phase:
         """The phase of a step (steps count from 0)."""
@@ -27,18 +28,27 @@ class Schedule:
             return "search"
         return "settle" if step < self.settle else "tune"
 
-    def keep_at(self, step: int) -> float:
-        """The budget at a step: a straight line from 1 to `keep`."""
+    def annealed_keep(self, step: int) -> float:
+        """The budget at a step: a straight line from 1 to `allowed_keep`."""
         done = min(1.0, (step + 1) / self.anneal) if self.anneal else 1.0
-        return 1 - (1 - self.keep) * done
+        return 1 - (1 - self.allowed_keep) * done
 
-    def with_keep(self, keep: float) -> Schedule:
+    def with_allowed_keep(self, allowed_keep: float) -> Schedule:
         """The same with another budget at its end."""
-        return replace(self, keep=keep)
+        return replace(self, allowed_keep=allowed_keep)
 
     def decided_at(self, step: int) -> Schedule:
-        """The search is over from here on; settling takes as many steps as it was to, as far as there are any."""
+        """The same, but the search ends at `step`; settling takes as many steps as planned, if so many are left."""
         return replace(self, search=step, settle=min(self.steps, step + self.settle - self.search))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `allowed_keep` is called `keep` there."""
+        return {"keep" if name == "allowed_keep" else name: value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Schedule:
+        """Read what `to_dict` wrote."""
+        return cls(**{"allowed_keep" if name == "keep" else name: value for name, value in values.items()})
 
     def ends_phase(self, step: int) -> bool:
         """Whether the next step, if any, belongs to another phase."""

@@ -1,52 +1,67 @@
-"""What a recipe leaves to the model's size; and the untuned model as a teacher, in the memory of its student."""
+"""The teacher that a student is distilled from, the examples it sees, and what `auto` means for a model's size."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import replace
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from prunetune.config.recipe import DistillConfig, RunConfig
 from prunetune.cost.parameters import prunable_params
+from prunetune.data.encoding import Example
 from prunetune.pruning.shared_weights import copy_sharing_weights
 from prunetune.pruning.units import Site
 from prunetune.train.adapters import LARGE_MODEL_PARAMS, trains_all_weights
-from prunetune.train.job import TrainingJob
-from prunetune.train.losses import Teacher
 
 
-def resolve_auto(config: RunConfig, sites: Iterable[Site]) -> RunConfig:
-    """The recipe with what it leaves to the model's size decided: who teaches, how much, and the search's step.
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model of the student's hidden size; `distill.logits` and `distill.hidden` weigh what it is for."""
+
+    model: Any
+    is_tuned: bool = True  # on the task; an untuned one counts only on tokens without a label
+    shares_weights: bool = False  # its weights are the student's, see `pruning/shared_weights.py`
+    share: float = 1.0  # of a batch's examples that it sees, in (0, 1]
+
+    def __post_init__(self) -> None:
+        assert 0 < self.share <= 1, "`resolve_auto` decides what 0 means"
+
+
+def split_by_teacher(
+    examples: Sequence[Example], teacher: Teacher | None
+) -> list[tuple[Teacher | None, Sequence[Example]]]:
+    """A batch in the part that the teacher sees and the part that it does not, (None, examples); neither is empty.
+
+    It sees its share, rounded up, and examples without a label first: nothing else teaches these, so it sees them all.
+    """
+    if teacher is None or teacher.share == 1:
+        return [(teacher, examples)] if examples else []
+    ordered = sorted(examples, key=lambda example: example.answer_start < len(example.token_ids))
+    unlabelled = sum(example.answer_start == len(example.token_ids) for example in examples)
+    seen = max(unlabelled, math.ceil(teacher.share * len(examples)))
+    parts = [(teacher, ordered[:seen]), (None, ordered[seen:])]
+    return [(seen_by, part) for seen_by, part in parts if part]
+
+
+def base_teacher(model: Any, distill: DistillConfig) -> Teacher:
+    """The untuned model, over the student's own tensors; to be made before adapters are added to the student.
+
+    `distill` is of a recipe that `resolve_auto` has decided.
+    """
+    return Teacher(copy_sharing_weights(model), is_tuned=False, shares_weights=True, share=distill.share)
+
+
+def resolve_auto(config: RunConfig, sites: Sequence[Site]) -> RunConfig:
+    """The recipe with all `auto` that depend on the size decided: teacher, its share, search step, tuned weights.
 
     From 1e9 prunable parameters on, a step must not cost more than LoRA on the dense model does.
     """
     distill, search, large = config.distill, config.search, prunable_params(sites) >= LARGE_MODEL_PARAMS
+    train = replace(config.train, weights="all" if trains_all_weights(config.train, sites) else "adapters")
     if distill.teacher == "auto":
         distill = replace(distill, teacher="base" if large else "dense")
     distill = replace(distill, share=distill.share or (0.5 if large else 1.0))
     if search.step == "auto":
         search = replace(search, step="joint", lora_aware=False) if large else replace(search, step="alternate")
-    return replace(config, distill=distill, search=search)
-
-
-def base_teacher(model: Any, distill: DistillConfig) -> Teacher:
-    """The model as it is now, over the same tensors; to be asked for before adapters are added to it.
-
-    Of a recipe in which `by_size` has decided.
-    """
-    return Teacher(
-        copy_sharing_weights(model),
-        distill.logits,
-        distill.hidden,
-        is_tuned=False,
-        shares_weights=True,
-        share=distill.share,
-    )
-
-
-def find_weight_owner(job: TrainingJob) -> Any | None:
-    """Whose weights the student keeps after the cut: the teacher's, where the two share them and these stay frozen."""
-    lends = (
-        job.teacher is not None and job.teacher.shares_weights and not trains_all_weights(job.config.train, job.sites)
-    )
-    return job.teacher.model if job.teacher is not None and lends else None
+    return replace(config, distill=distill, search=search, train=train)

@@ -1,4 +1,4 @@
-"""The two players of the loop: the generator's search, and the adapters' tuning."""
+"""The two trainers of the loop: of the pruning-decision generator, and of the adapters (later all weights)."""
 
 from __future__ import annotations
 
@@ -24,41 +24,41 @@ from prunetune.utils.seeds import derive_seed
 
 
 class GeneratorTrainer:
-    """Moves the pruning-decision generator; the model's weights stay as they are."""
+    """Trains the pruning-decision generator; the model's weights are frozen in its passes."""
 
     def __init__(self, job: TrainingJob, passes: Passes, guard: StepGuard) -> None:
         self.job, self.passes, self.guard = job, passes, guard
         self.device = next(job.model.parameters()).device
-        self.searcher = Searcher(job.sites, job.constraints, job.config, job.schedule.keep_at, self.device)
-        decay = 0.0 if job.config.search.generator == "none" else 0.01  # free logits would be drawn to zero
+        self.searcher = Searcher(job.sites, job.constraints, job.config, job.schedule.annealed_keep, self.device)
+        decay = 0.0 if job.config.search.generator == "none" else 0.01  # free logits would decay to zero
         self.optimizer = adamw(
             self.searcher.generator.parameters(), lr=job.config.search.learning_rate, weight_decay=decay
         )
 
     def train_step(self, step: int) -> StepRecord:
-        """One generator step on a calibration batch (ATP, section 3.2)."""
+        """One generator step on a calibration batch (ATP, authors' code)."""
         gates, batch = self.sample_gates(step), self.job.search_stream.batch_at(step)
-        losses, slopes = self._gate_gradients(batch, gates)
-        return {f"search_{name}": loss for name, loss in losses.items()} | self.update(step, gates, slopes, batch)
+        losses, gradients = self._gate_gradients(batch, gates)
+        return {f"search_{name}": loss for name, loss in losses.items()} | self.update(step, gates, gradients, batch)
 
     def sample_gates(self, step: int) -> dict[str, Tensor]:
-        """Gates of a step, with a gradient in the generator."""
+        """The gates that the generator proposes at a step, differentiable; the first step initialises its logits."""
         if step == 0 and self.job.config.search.init_batches:
             self.searcher.init_from_importance(self._importance())
         return self.searcher.sample(step)
 
     def update(
-        self, step: int, gates: Mapping[str, Tensor], slopes: Mapping[str, Tensor], batch: Sequence[Example] = ()
+        self, step: int, gates: Mapping[str, Tensor], gradients: Mapping[str, Tensor], batch: Sequence[Example] = ()
     ) -> StepRecord:
-        """Move the generator by the model's gradient at the gates it proposed, and by the budget's."""
+        """Update the generator from the loss's gradient at the gates it proposed, and from the budget loss."""
         job = self.job
         ratio = self.searcher.budget_loss(gates) if self.searcher.is_sampled else None
-        # The model's gradient stops at the gates; from there it flows on into the generator, with the budget's.
-        total = torch.cat(list(gates.values())) @ torch.cat([slopes[name] for name in gates])
+        # The gradient of gates @ gradients at the gates is the model's: so it flows on into the generator.
+        total = torch.cat(list(gates.values())) @ torch.cat([gradients[name] for name in gates])
         if ratio is not None:
             total = total + job.config.search.ratio_weight * ratio
         job.accelerator.backward(total)
-        self._average()
+        self._average_gradients()
         norm = job.accelerator.clip_grad_norm_(self.searcher.generator.parameters(), job.config.train.clip)
         if not self.guard.should_skip(step, {"generator's gradient": float(norm)}, batch):
             self.optimizer.param_groups[0]["lr"] = job.config.search.learning_rate * self.guard.lr_scale
@@ -66,11 +66,11 @@ class GeneratorTrainer:
         self.optimizer.zero_grad()
         return {} if ratio is None else {"ratio_loss": float(ratio.detach())}
 
-    def _average(self) -> None:
-        """Over ranks: they hold the same gradients but for kernels that add in no fixed order (a GRU's, on a GPU)."""
+    def _average_gradients(self) -> None:
+        """Average over ranks: gradients are equal but for kernels that add in no fixed order (a GRU's, on a GPU)."""
         if self.job.ranks.world_size == 1:
             return
-        gradients = [each.grad for each in self.searcher.generator.parameters() if each.grad is not None]
+        gradients = [weight.grad for weight in self.searcher.generator.parameters() if weight.grad is not None]
         self.job.ranks.all_reduce_sum_(gradients)
         torch._foreach_div_(gradients, self.job.ranks.world_size)
 
@@ -79,7 +79,7 @@ class GeneratorTrainer:
         return self.searcher.decide(step)
 
     def final_decision(self) -> Decision:
-        """The decision that stands."""
+        """The decision of the search as a whole: no noise, exact budget."""
         return self.searcher.final_decision()
 
     def _gate_gradients(
@@ -93,30 +93,29 @@ class GeneratorTrainer:
         importance = {name: torch.zeros_like(gate) for name, gate in dense.items()}
         for index in range(self.job.config.search.init_batches):
             batch = self.job.search_stream.batch_at(index)
-            _, slopes = self._gate_gradients(batch, dense)
-            largest = torch.cat(list(slopes.values())).abs().amax()
-            if not self.guard.should_skip(0, {"evidence": float(largest)}, batch):
-                for name, slope in slopes.items():
-                    importance[name] += slope.square()
+            _, gradients = self._gate_gradients(batch, dense)
+            largest = torch.cat(list(gradients.values())).abs().amax()
+            if not self.guard.should_skip(0, {"initial importance": float(largest)}, batch):
+                for name, gradient in gradients.items():
+                    importance[name] += gradient.square()
         return importance
 
 
 class AdapterTrainer:
-    """Moves the LoRA adapters; cuts the model when the decision has settled, and may then move all of its weights."""
+    """Trains the LoRA adapters; cuts the model once the decision has settled, and may then train all of its weights."""
 
     def __init__(self, job: TrainingJob, passes: Passes, guard: StepGuard, layers: DecoderLayers) -> None:
         self.job, self.passes, self.guard, self.layers = job, passes, guard, layers
         self.is_cut = self.is_merged = False
         self.optimizer = self._new_optimizer()
-        self.gate_gradients: Mapping[
-            str, Tensor
-        ] = {}  # at the gates that `advance` was given; none of a batch left out
+        # At the gates that `train_step` was given; empty if its batch was skipped.
+        self.gate_gradients: Mapping[str, Tensor] = {}
 
     def train_step(self, step: int, decision: Decision, gates: Mapping[str, Tensor] | None = None) -> StepRecord:
         """One tuning step: LoRA-aware under the decision while it is a mask, plain once the model is cut.
 
-        Where the generator's own `gates` are given they take the decision's place in the pass, which then gives the
-        generator its `slopes`, too.
+        With the generator's own `gates`, these replace the decision in the pass, whose backward then also sets
+        `gate_gradients`.
         """
         job, batch, started = self.job, self.job.train_stream.batch_at(step), time.monotonic()
         torch.manual_seed(derive_seed(job.config.seed, "dropout", step) + job.ranks.rank)
@@ -127,17 +126,14 @@ class AdapterTrainer:
             self.gate_gradients = {}
         else:
             rate *= self.guard.lr_scale
-            self._move(rate, decision)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            self.optimizer.step()
+            if job.config.search.sparsity == "proximal" and not self.is_cut:
+                soft_threshold(job.model, decision.gates, job.sites, rate * job.config.search.lasso)
         self._zero_gradients()
         tokens = sum(len(example.token_ids) for example in batch)
         return record | {"lr": rate, "tokens_per_s": tokens / (time.monotonic() - started)}
-
-    def _move(self, rate: float, decision: Decision) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        if self.job.config.search.sparsity == "proximal" and not self.is_cut:
-            soft_threshold(self.job.model, decision.gates, self.job.sites, rate * self.job.config.search.lasso)
 
     def _zero_gradients(self) -> None:
         """Gradients are zeroed, not dropped: recorded passes add to the same tensors every time."""
@@ -155,23 +151,20 @@ class AdapterTrainer:
         return {**losses, "lasso": self.passes.group_lasso_step(decision.gates, self.job.config.search.lasso)}
 
     def cut(self, plan: Plan) -> None:
-        """Cut the running model. The optimiser goes on with the moments of what stays, or anew with all weights."""
+        """Cut the model. The optimiser keeps the moments of units that are kept, or starts anew on merged weights."""
         moments = optimizer_tensors(self.optimizer, list(trainable_parameters(self.job.model)))
         self.apply_cut(plan)
         self.optimizer = self._new_optimizer()
         if self.is_merged:
             return
-        stay = {
-            f"{name}#{moment}": tensor
-            for moment, tensors in group_by_moment(moments).items()
-            for name, tensor in (
-                tensors if moment == "step" else cut_adapter_tensors(tensors, plan, self.job.sites)
-            ).items()
-        }
-        restore_optimizer(self.optimizer, list(trainable_parameters(self.job.model)), stay)
+        kept: dict[str, Tensor] = {}
+        for moment, tensors in group_by_moment(moments).items():
+            cut = tensors if moment == "step" else cut_adapter_tensors(tensors, plan, self.job.sites)
+            kept |= {f"{name}#{moment}": tensor for name, tensor in cut.items()}
+        restore_optimizer(self.optimizer, list(trainable_parameters(self.job.model)), kept)
 
     def apply_cut(self, plan: Plan) -> None:
-        """Give model and adapters their smaller shapes; where all weights are to be tuned, merge the two."""
+        """Give model and adapters their smaller shapes; merge the two if all weights are to be tuned."""
         self.layers.cut(plan, self.job.sites)
         self.passes.reset_recordings()
         self.is_cut = True
@@ -180,7 +173,7 @@ class AdapterTrainer:
             self.is_merged = True
 
     def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        """Put back weights and moments of a checkpoint; the model has been shrunk where they are of a cut one."""
+        """Load weights and moments of a checkpoint; if they are of a cut model, `apply_cut` has run before."""
         named = trainable_parameters(self.job.model)
         for name, parameter in named.items():
             parameter.data = weights[name].to(parameter.device)

@@ -1,1 +1,1 @@
-"""What every package may use: files, seeds, devices, the terminal."""
+"""Helpers for every package: files, JSON lines, tables, consoles, failures, seeds, environment, launchers."""

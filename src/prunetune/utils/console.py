@@ -1,11 +1,12 @@
-"""What a run shows while it runs: a live bar in a terminal, plain lines elsewhere; both keep the records."""
+"""Progress of a run on standard error: a live bar in a terminal, plain log lines elsewhere."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console as RichConsole
 from rich.progress import (
@@ -18,78 +19,72 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-log = logging.getLogger(__name__)
+from prunetune.utils.json_lines import JsonObject
 
-ConsoleRecord = dict[str, Any]
+log = logging.getLogger(__name__)
 
 
 class PlainConsole:
-    """Lines of a log, every `every` steps."""
+    """Log lines, one every `log_every` steps."""
 
     def __init__(self, log_every: int) -> None:
         self.log_every = log_every
         self.total = 0
-        self.stage_start: tuple[int, float] | None = None  # the first step of the stage that was seen, and when
+        self.stage_start: tuple[int, float] | None = None  # first step of the stage, and its time
 
     def stage(self, name: str, total: int) -> None:
-        """A stage of so many steps begins."""
+        """A stage of `total` steps begins."""
         self.total, self.stage_start = total, None
         log.info("%s", name)
 
-    def step(self, record: ConsoleRecord) -> None:
-        """A tuning step is done."""
+    def step(self, record: JsonObject) -> None:
+        """A tuning step is done; `record` is its line of metrics.jsonl."""
         step, now = record["step"], time.monotonic()
         self.stage_start = self.stage_start or (step, now)
         if step % self.log_every == 0 or step in (1, self.total):
             log.info("step %d/%d %s%s", step, self.total, format_step(record), self._format_time_left(step, now))
 
     def _format_time_left(self, step: int, now: float) -> str:
-        """The time left at the mean pace so far, from a minute on."""
-        first, since = self.stage_start or (step, now)
-        left = (now - since) / max(1, step - first) * (self.total - step)
-        return f", about {left / 60:.0f} min left" if left >= 60 else ""
+        """The time left at the mean pace so far; "" below a minute."""
+        first_step, started = self.stage_start or (step, now)
+        seconds = (now - started) / max(1, step - first_step) * (self.total - step)
+        return f", about {seconds / 60:.0f} min left" if seconds >= 60 else ""
 
-    def validation(self, record: ConsoleRecord) -> None:
-        """The decided sub-network was scored."""
-        kept = 100 * record["kept"]
-        log.info(
-            "step %d validation nll %.4f%s at %.1f%% kept",
-            record["step"],
-            record["nll"],
-            format_validation_scores(record),
-            kept,
-        )
+    def validation(self, record: JsonObject) -> None:
+        """The decided sub-network was scored; `record` is its line of validation.jsonl."""
+        scores, kept = format_validation_scores(record), 100 * record["kept"]
+        log.info("step %d validation nll %.4f%s at %.1f%% kept", record["step"], record["nll"], scores, kept)
 
     def evaluation_progress(self, task: str, done: int, total: int) -> None:
-        """An evaluation has come so far."""
+        """`done` of `total` items of an evaluation task have their scores."""
         if done == total:
             log.info("evaluated %s", task)
 
     def close(self) -> None:
-        """Nothing to leave behind."""
+        """Nothing to restore."""
 
 
 class SilentConsole:
-    """Says nothing: rank 0 speaks for all."""
+    """Prints nothing; for ranks other than 0."""
 
     def stage(self, name: str, total: int) -> None:
-        """Nothing."""
+        """Print nothing."""
 
-    def step(self, record: ConsoleRecord) -> None:
-        """Nothing."""
+    def step(self, record: JsonObject) -> None:
+        """Print nothing."""
 
-    def validation(self, record: ConsoleRecord) -> None:
-        """Nothing."""
+    def validation(self, record: JsonObject) -> None:
+        """Print nothing."""
 
     def evaluation_progress(self, task: str, done: int, total: int) -> None:
-        """Nothing."""
+        """Print nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Print nothing."""
 
 
 class LiveConsole:
-    """A progress bar with the time left and the memory held."""
+    """A progress bar with the time left, the loss and the memory in use."""
 
     def __init__(self) -> None:
         columns = (
@@ -105,25 +100,25 @@ class LiveConsole:
         self.validation_text = ""
 
     def stage(self, name: str, total: int) -> None:
-        """A stage of so many steps begins."""
+        """A stage of `total` steps begins."""
         self._finish()
         self.progress.start()
         self.task = self.progress.add_task(name, total=total or None, text="")
 
-    def step(self, record: ConsoleRecord) -> None:
-        """A tuning step is done."""
+    def step(self, record: JsonObject) -> None:
+        """A tuning step is done; `record` is its line of metrics.jsonl."""
         self._update(record["step"], f"{format_step(record)} {self.validation_text}")
 
-    def validation(self, record: ConsoleRecord) -> None:
-        """The decided sub-network was scored."""
+    def validation(self, record: JsonObject) -> None:
+        """The decided sub-network was scored; `record` is its line of validation.jsonl."""
         self.validation_text = f"valid {record['nll']:.3f}{format_validation_scores(record)}"
 
     def evaluation_progress(self, task: str, done: int, total: int) -> None:
-        """An evaluation has come so far."""
+        """`done` of `total` items of an evaluation task have their scores."""
         self._update(done, task, total)
 
     def close(self) -> None:
-        """Leave the terminal as it was."""
+        """Finish the bar and restore the terminal."""
         self._finish()
         self.progress.stop()
 
@@ -139,8 +134,8 @@ class LiveConsole:
         self.task = None
 
 
-def format_step(record: ConsoleRecord) -> str:
-    """One step in a few words."""
+def format_step(record: JsonObject) -> str:
+    """A step as text: phase, loss, share kept, memory and speed where they are known."""
     parts = [record["phase"], f"loss {record['loss']:.3f}", f"kept {100 * record['kept']:.1f}%"]
     if "memory_mb" in record:
         parts.append(f"{record['memory_mb'] / 1e3:.2f} GB")
@@ -149,12 +144,23 @@ def format_step(record: ConsoleRecord) -> str:
     return " ".join(parts)
 
 
-def format_validation_scores(record: ConsoleRecord) -> str:
-    """What a validation scored beside the loss on valid, in a few words."""
+def format_validation_scores(record: JsonObject) -> str:
+    """The scores of a validation other than the loss on valid, as text."""
     names = ("valid.accuracy", "guard.perplexity", "guard.accuracy")
     return "".join(f", {name} {record[name]:.4g}" for name in names if name in record)
 
 
 def make_console(log_every: int) -> PlainConsole | LiveConsole:
-    """Live in a terminal, plain elsewhere."""
+    """A live console in a terminal, a plain one elsewhere."""
     return LiveConsole() if sys.stderr.isatty() else PlainConsole(log_every)
+
+
+@contextmanager
+def evaluation_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A function for the block that shows how far an evaluation is: task, items done, items in all."""
+    console = make_console(1)
+    console.stage("evaluate", 1)
+    try:
+        yield console.evaluation_progress
+    finally:
+        console.close()

@@ -1,4 +1,4 @@
-"""Same seed, same machine, same bits: on a GPU, too, where kernels otherwise add in the order that threads arrive."""
+"""Deterministic kernels: the same seed on the same machine gives the same bits, on a GPU too."""
 
 from __future__ import annotations
 
@@ -11,18 +11,15 @@ import torch
 from prunetune.errors import ConfigError, ModelError
 
 CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
-DETERMINISTIC_WORKSPACES = (
-    ":4096:8",
-    ":16:8",
-)  # workspaces with which cuBLAS repeats itself (PyTorch's note on reproducibility)
+DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS repeats itself (PyTorch's note on reproducibility)
 
 
 @contextmanager
 def deterministic(enabled: bool, device: torch.device) -> Iterator[None]:
-    """For the block, operations have deterministic kernels or are refused; all settings are put back afterwards.
+    """Use deterministic kernels in the block, and refuse operations that have none; restore all settings afterwards.
 
-    Raises `ConfigError` where CUDA's matrix products were in use in this process before, and `ModelError` for an
-    operation that has no such kernel on this device.
+    Without it, GPU kernels add in the order in which threads arrive. Raises `ConfigError` if this process has used
+    CUDA's matrix products before, and `ModelError` for an operation without such a kernel on this device.
     """
     if not enabled:
         yield
@@ -51,15 +48,15 @@ def deterministic(enabled: bool, device: torch.device) -> Iterator[None]:
 
 
 def _raise_explained(refused: RuntimeError) -> None:
-    """Raise what PyTorch says of this mode as an error of ours; return where it says something else."""
-    words = str(refused)
-    if CUBLAS in words:
+    """Raise PyTorch's errors about this mode as errors for users; return for all others."""
+    message = str(refused)
+    if CUBLAS in message:
         raise ConfigError(
-            f"deterministic: this process has used CUDA before, without {CUBLAS}: set it to {DETERMINISTIC_WORKSPACES[0]} before Python "
-            "starts, or make the run in a process of its own"
+            f"deterministic: this process has used CUDA before, without {CUBLAS}: "
+            f"set it to {DETERMINISTIC_WORKSPACES[0]} before Python starts, or make the run in a process of its own"
         ) from refused
-    if "does not have a deterministic implementation" in words:
+    if "does not have a deterministic implementation" in message:
         raise ModelError(
-            f"deterministic: {words.split()[0]} has no deterministic form on this device, and this model needs it: "
+            f"deterministic: {message.split()[0]} has no deterministic form on this device, and this model needs it: "
             "leave deterministic out"
         ) from refused

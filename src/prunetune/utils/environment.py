@@ -1,4 +1,4 @@
-"""What a run ran on."""
+"""Facts on the machine and the software: versions, commit, device, peak memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PACKAGES = ("prunetune", "torch", "transformers", "peft", "accelerate", "safeten
 
 
 def describe_environment(device: torch.device, dtype: torch.dtype, command: str, seed: int) -> dict[str, Any]:
-    """Command, versions, device and seed, for the manifest."""
+    """Command, commit, versions, device, dtype and seed, for the manifest."""
     return {
         "command": command,
         "commit": installed_commit(),
@@ -30,24 +30,24 @@ def describe_environment(device: torch.device, dtype: torch.dtype, command: str,
 
 
 def package_versions() -> dict[str, str]:
-    """Of Python and the packages that a result depends on."""
+    """Versions of Python and of the packages that a result depends on."""
     return {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
 
 
 def installed_commit() -> str:
-    """The commit that prunetune was installed from or runs in; "" where that is not known."""
+    """The git commit that prunetune was installed from or runs in; "" where it is not known."""
     try:
         origin = json.loads(distribution("prunetune").read_text("direct_url.json") or "{}")
     except (PackageNotFoundError, ValueError):
         origin = {}
-    if found := origin.get("vcs_info", {}).get("commit_id"):
-        return str(found)
+    if commit := origin.get("vcs_info", {}).get("commit_id"):
+        return str(commit)
     root = Path(__file__).parents[3]
     git = shutil.which("git")
-    if git is None or not (root / ".git").exists():  # of another project, or installed
+    if git is None or not (root / ".git").exists():  # an installed package: a repository around it is another project
         return ""
-    asked = subprocess.run([git, "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S603
-    return asked.stdout.strip()
+    revision = subprocess.run([git, "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)  # noqa: S603
+    return revision.stdout.strip()
 
 
 def _version(package: str) -> str:
@@ -58,7 +58,7 @@ def _version(package: str) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The device's name for people."""
+    """The device's name for people: the GPU's model, or the CPU's threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
@@ -67,7 +67,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Most memory held so far: allocated on the GPU, resident on the CPU; in MB."""
+    """Peak memory of this process in MB: allocated on the GPU, resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, kilobytes elsewhere

@@ -1,8 +1,7 @@
-"""Files and folders that are whole or absent: written beside their place, then moved into it."""
+"""Files and folders that are written whole or not at all, checks of disk and permissions, digests."""
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import shutil
@@ -10,13 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from prunetune.errors import RunFolderError
+from prunetune.errors import ConfigError, RunFolderError
+from prunetune.utils.failures import is_disk_full, is_permission_denied
 
 PARTIAL = ".partial"
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step."""
+    """Replace a file in one step: written under another name first, then renamed."""
     partial = path.with_name(path.name + PARTIAL)
     try:
         with partial.open("w", encoding="utf-8") as file:
@@ -24,16 +24,16 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError:
-        partial.unlink(missing_ok=True)  # room that a full disk has use for
+        partial.unlink(missing_ok=True)  # a full disk needs the space
         raise
     partial.replace(path)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside `path` that becomes `path` when the block ends well.
+    """Yield an empty folder that is renamed to `path` when the block ends without an error.
 
-    A block that fails leaves nothing; a killed process at most a `.partial` folder, which the next attempt clears.
+    A block that fails leaves nothing; a killed process leaves a `.partial` folder, which the next attempt removes.
     """
     partial = path.with_name(path.name + PARTIAL)
     shutil.rmtree(partial, ignore_errors=True)
@@ -48,12 +48,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             _sync(file)
     _sync(partial)
     if path.exists():
-        # A folder cannot be replaced by one in a single step: the old one steps aside first.
-        aside = path.with_name(path.name + ".old")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+        # A folder cannot be replaced in a single step: the old one is renamed first.
+        old = path.with_name(path.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
         partial.rename(path)
-        shutil.rmtree(aside)
+        shutil.rmtree(old)
     else:
         partial.rename(path)
     _sync(path.parent)
@@ -68,44 +68,40 @@ def _sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The file's digest, in hexadecimal."""
+    """The file's SHA-256 digest, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def require_disk_space(folder: Path, needed_bytes: int) -> None:
-    """Refuse before anything is written where the disk cannot hold `needed` bytes; raises `RunFolderError`."""
+    """Check that the disk can hold what will be written; raises `RunFolderError`."""
     existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise RunFolderError(
             f"{folder}: the disk has {free / 1e9:.2f} GB free and the run writes up to {needed_bytes / 1e9:.2f} GB: "
-            "free some room or choose another folder with --out"
+            "free some space or choose another folder with --out"
         )
 
 
-def is_disk_full(error: Exception) -> bool:
-    """No space, or no quota; as Python says it, or safetensors."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return type(error).__name__ == "SafetensorError" and "No space left" in str(error)
-
-
-def is_permission_denied(error: Exception) -> bool:
-    """No permission, or a file system that is only read."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
-    return type(error).__name__ == "SafetensorError" and "Permission denied" in str(error)
+def check_writable(path: Path | None, flag: str) -> None:
+    """Check that a file named by `flag` can be written, before anything is computed; raises `ConfigError`."""
+    if path is None:
+        return
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ConfigError(f"{flag} {path}: name a file in a folder that exists")
+    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"{flag} {path}: its folder cannot be written to; name a file in another one")
 
 
 @contextmanager
 def explain_write_errors(path: Path) -> Iterator[None]:
-    """Say in one line what keeps a block from writing to `place`; raises `RunFolderError`."""
+    """Turn a full disk or a missing permission in the block into a `RunFolderError` that names `path`."""
     try:
         yield
     except Exception as error:
         if is_disk_full(error):
-            reason, remedy = "the disk is full", "free some room, or name another place with --out"
+            reason, remedy = "the disk is full", "free some space, or name another place with --out"
         elif is_permission_denied(error):
             reason, remedy = "no permission to write there", "change its permissions, or name another place with --out"
         else:

@@ -1,9 +1,8 @@
-"""One process among several that a launcher started: who it is, and a last line however it ends. No torch here."""
+"""One process among several that a launcher started: its rank, and a last line however it ends. No torch here."""
 
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import threading
@@ -11,13 +10,12 @@ import time
 import traceback
 from collections.abc import Callable
 
-STOP_GRACE_SECONDS = 15.0  # seconds for a clean end once told to stop; launchers kill after 30
-LOST_RANK_PATTERN = re.compile(r"gloo|NCCL|connection (closed|reset)|timed out", re.IGNORECASE)
-MULTI_PROCESS_COMMANDS = ("run", "demo")  # what several processes can do together
+STOP_GRACE_SECONDS = 15.0  # for a clean end after a stop signal; launchers kill after 30
+MULTI_PROCESS_COMMANDS = ("run", "demo")  # the commands that several processes can run together
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """This process's rank and how many there are, as `accelerate launch` and torchrun say; (0, 1) without them."""
+    """This process's rank and the number of processes, as `accelerate launch` and torchrun set them; else (0, 1)."""
     if "LOCAL_RANK" not in os.environ:
         return 0, 1
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -30,24 +28,14 @@ def rank_prefix() -> str:
 
 
 def single_process_error(command: str) -> str:
-    """Why this verb is nothing for several processes; "" where it is, or where there is one."""
+    """Why several processes cannot run this command; "" if they can, or if there is one process."""
     if rank_and_world_size()[1] == 1 or command in MULTI_PROCESS_COMMANDS:
         return ""
     return f"{command or 'this'} is work for one process: start it without accelerate launch"
 
 
-def lost_rank_message(error: Exception) -> str:
-    """Another rank that is gone, in one line; "" where the error is about something else."""
-    if rank_and_world_size()[1] == 1 or not isinstance(error, RuntimeError):
-        return ""
-    first = (str(error).strip().splitlines() or [""])[0]
-    if not (type(error).__name__.startswith("Dist") or LOST_RANK_PATTERN.search(first)):
-        return ""
-    return "another rank is gone, and with it the run: see what that one said last, then go on with --resume"
-
-
 def run_and_exit_on_failure(main: Callable[[], int]) -> int:
-    """`work()` as the whole of this process; among several it ends at once where it fails, whatever others wait for."""
+    """Run `main` and return its exit code; one of several processes ends at once on failure: others may wait for it."""
     if rank_and_world_size()[1] == 1:
         return main()
     _start_stop_watchdog()
@@ -66,17 +54,17 @@ def run_and_exit_on_failure(main: Callable[[], int]) -> int:
 
 
 def _start_stop_watchdog() -> None:
-    """A thread says a last line where the main one is told to stop and cannot: it may wait for ranks that are gone."""
-    inlet, outlet = os.pipe()
-    os.set_blocking(outlet, False)
-    signal.set_wakeup_fd(outlet, warn_on_full_buffer=False)
-    threading.Thread(target=_exit_after_stop_signal, args=(inlet,), daemon=True).start()
+    """Start a thread that ends a process which cannot stop by itself: it may wait for ranks that are gone."""
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    threading.Thread(target=_exit_after_stop_signal, args=(read_end,), daemon=True).start()
 
 
-def _exit_after_stop_signal(inlet: int) -> None:
-    while os.read(inlet, 1)[0] not in (signal.SIGTERM, signal.SIGINT):
+def _exit_after_stop_signal(read_end: int) -> None:
+    while os.read(read_end, 1)[0] not in (signal.SIGTERM, signal.SIGINT):
         pass
     time.sleep(STOP_GRACE_SECONDS)
-    sys.stderr.write(f"prunetune: {rank_prefix()}told to stop, as when another rank ends; go on with --resume\n")
+    sys.stderr.write(f"prunetune: {rank_prefix()}told to stop, as when another rank ends; continue with --resume\n")
     sys.stderr.flush()
     os._exit(130)

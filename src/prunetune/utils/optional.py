@@ -1,18 +1,31 @@
-"""Packages that only some scores need."""
+"""Packages that only some jobs need: asked for, imported, or reported missing with the command that installs them."""
 
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 from prunetune.errors import MissingPackage
 
 
+def is_installed(module: str) -> bool:
+    """Whether a top-level module can be imported; it is not imported here."""
+    return find_spec(module) is not None
+
+
 def import_optional(module: str, *, extra: str, use: str) -> ModuleType:
-    """The module, or a `MissingPackage` that says what for and how to get it."""
+    """The module; raises `MissingPackage`, which says what needs it and how to install it."""
     try:
         return import_module(module)
     except ModuleNotFoundError as missing:
         raise MissingPackage(
             f"{use} needs the package {missing.name}; run: pip install 'prunetune[{extra}]'"
         ) from missing
+
+
+def require_installed(*modules: str, extra: str, use: str) -> None:
+    """Raise `MissingPackage` before any work where one of the modules cannot be imported."""
+    missing = [module.replace("_", "-") for module in modules if not is_installed(module)]
+    if missing:
+        raise MissingPackage(f"{use} needs {', '.join(missing)}; run: pip install 'prunetune[{extra}]'")

@@ -1,4 +1,4 @@
-"""Names that a suite may use, and what was probably meant where one is not known."""
+"""Suggestions for a name that is not known: "did you mean ...?"."""
 
 from __future__ import annotations
 
@@ -7,19 +7,28 @@ from collections.abc import Iterable
 
 from prunetune.errors import ConfigError
 
-LISTED = 50  # most names that an error lists
+MAX_NAMES_LISTED = 50  # in one error
+
+
+def similar_names(name: str, known: Iterable[str], *, at_most: int = 3) -> list[str]:
+    """Known names that are spelt like `name`, the likest first."""
+    return difflib.get_close_matches(name, list(known), n=at_most, cutoff=0.6)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "did you mean accuracy?", or "" where no known name is spelt like it."""
+    similar = similar_names(name, known, at_most=1)
+    return f"did you mean {similar[0]}?" if similar else ""
 
 
 def validate_name(name: str, known: Iterable[str], what: str) -> str:
-    """`name`, where it is known; raises `ConfigError`, with `what` in front, where it is not."""
-    choices = list(known)
-    if name in choices:
+    """`name`, if it is known; raises `ConfigError` that begins with `what`, such as "scorer", if it is not."""
+    names = list(known)
+    if name in names:
         return name
-    close = difflib.get_close_matches(name, choices, n=1)
-    raise ConfigError(f"{what} {name!r} is not known; {f'did you mean {close[0]}?' if close else _listed(choices)}")
-
-
-def _listed(choices: list[str]) -> str:
-    if len(choices) <= LISTED:
-        return f"known are {', '.join(choices)}"
-    return f"{len(choices):,} are known, and none has a name like it"
+    listed = (
+        f"known are {', '.join(names)}"
+        if len(names) <= MAX_NAMES_LISTED
+        else f"{len(names):,} are known, and none has a name like it"
+    )
+    raise ConfigError(f"{what} {name!r} is not known; {did_you_mean(name, names) or listed}")

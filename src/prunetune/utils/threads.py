@@ -1,4 +1,4 @@
-"""How many threads this process may keep busy. No torch here: libraries read their share when they are imported."""
+"""The number of CPU threads that this process may use. No torch here: it reads the number when it is imported."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
 def limit_openmp_threads(environment: MutableMapping[str, str], cgroup_root: Path = CGROUP_ROOT) -> None:
-    """Have OpenMP start no more threads than a container may use, unless the user has said how many.
+    """Have OpenMP start no more threads than the container may use, unless the user has set a number.
 
-    It goes by the machine's cores, and with many times as many threads as may run these wait for each other: small sums
-    on the CPU then take ten times as long, also in a run on a GPU.
+    OpenMP counts the machine's cores. With more threads than may run, threads wait for each other: small sums on the
+    CPU then take ten times as long, in a run on a GPU too.
     """
     cores = usable_cores(cgroup_root)
     if cores < (os.cpu_count() or 1):
@@ -21,7 +21,7 @@ def limit_openmp_threads(environment: MutableMapping[str, str], cgroup_root: Pat
 
 
 def usable_cores(cgroup_root: Path = CGROUP_ROOT) -> int:
-    """Cores that this process may run on and has the time of, by affinity and the container's quota (cgroup 2 or 1)."""
+    """Cores that this process may use, by its affinity and the container's quota (cgroup 2 or 1)."""
     affinity = getattr(os, "sched_getaffinity", None)
     allowed = len(affinity(0)) if affinity else os.cpu_count() or 1
     quota = _read_cpu_quota(cgroup_root / "cpu.max") or _read_cpu_quota(
@@ -31,7 +31,7 @@ def usable_cores(cgroup_root: Path = CGROUP_ROOT) -> int:
 
 
 def _read_cpu_quota(*files: Path) -> float:
-    """Quota over period, which stand in one file or two; 0 where there is none."""
+    """Quota divided by period, read from one file or two; 0 where there is no quota."""
     try:
         words = [word for file in files for word in file.read_text(encoding="ascii").split()]
         quota, period = map(float, words)

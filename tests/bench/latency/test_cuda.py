@@ -1,4 +1,4 @@
-"""What runs on CUDA alone, with CUDA played by the CPU: the order of things, and that they come together."""
+"""Timing code for CUDA, run on the CPU with stand-ins for CUDA: the order of calls, and the results."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from prunetune.cost.latency_table import TRACKS
 from prunetune.pruning.cut import cut
 from support.models import random_plan, tiny, tokens
 
-DIARY: list[str] = []
+CALLS: list[str] = []
 
 
 class Event:
-    """Notes when it was recorded."""
+    """An event that stores the time when it is recorded."""
 
     def __init__(self, *, enable_timing: bool) -> None:
         assert enable_timing
 
     def record(self) -> None:
-        DIARY.append("event")
+        CALLS.append("event")
         self.at = time.perf_counter()
 
     def elapsed_time(self, end: Event) -> float:
@@ -36,14 +36,14 @@ class Event:
 
 
 class Stream:
-    """Waits for nothing."""
+    """A stream that does not wait."""
 
     def wait_stream(self, other: Any) -> None:
-        DIARY.append("wait")
+        CALLS.append("wait")
 
 
 class Graph:
-    """Replays by doing again what was recorded."""
+    """A graph that replays by running the step again."""
 
     made: CudaGraphStep
 
@@ -52,11 +52,11 @@ class Graph:
 
 
 @pytest.fixture(autouse=True)
-def _played(monkeypatch: pytest.MonkeyPatch) -> None:
-    DIARY.clear()
+def _fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    CALLS.clear()
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: DIARY.append("synchronize"))
-    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: DIARY.append("sleep"), raising=False)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: CALLS.append("synchronize"))
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: CALLS.append("sleep"), raising=False)
     monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
@@ -65,15 +65,15 @@ def _played(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("generate", [2, 4, 40])
-def test_host_and_device_are_told_apart(generate: int) -> None:
-    found = HostDeviceTimer(tiny("llama"), WorkloadConfig(prompt=6, generate=generate, dtype="float32"))()
-    assert set(found) == set(TRACKS)
-    assert all(seconds > 0 for seconds in found.values())
+def test_host_and_device_are_timed_separately(generate: int) -> None:
+    seconds = HostDeviceTimer(tiny("llama"), WorkloadConfig(prompt=6, generate=generate, dtype="float32"))()
+    assert set(seconds) == set(TRACKS)
+    assert all(value > 0 for value in seconds.values())
     steps = min(generate - 1, STEPS)
-    assert DIARY.count("sleep") == 1 + steps  # before what is timed on the device, and nowhere else
-    asleep = [place for place, what in enumerate(DIARY) if what == "sleep"]
+    assert CALLS.count("sleep") == 1 + steps  # before what is timed on the device, and nowhere else
+    sleeps = [index for index, call in enumerate(CALLS) if call == "sleep"]
     assert all(
-        DIARY[place - 1 : place + 4] == ["synchronize", "sleep", "event", "event", "synchronize"] for place in asleep
+        CALLS[index - 1 : index + 4] == ["synchronize", "sleep", "event", "event", "synchronize"] for index in sleeps
     )
 
 
@@ -84,7 +84,7 @@ def test_steps_are_timed_in_the_middle_of_the_answer() -> None:
 
 
 @pytest.mark.parametrize("pruned", [False, True])
-def test_recorded_steps_say_what_steps_say(pruned: bool) -> None:
+def test_recorded_steps_equal_eager_steps(pruned: bool) -> None:
     model = tiny("llama", layers=4)
     if pruned:
         cut(model, random_plan(model))
@@ -107,8 +107,10 @@ def test_recorded_steps_say_what_steps_say(pruned: bool) -> None:
         assert torch.equal(*answers)
 
 
-def test_what_was_recorded_is_timed_as_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_recorded_steps_have_device_time_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(request_timing, "CudaGraphStep", lambda model: model)
-    found = HostDeviceTimer(tiny("llama"), WorkloadConfig(prompt=6, generate=4, runtime="recorded", dtype="float32"))()
-    assert found["decode.host"] == 0
-    assert found["decode.device"] > 0
+    seconds = HostDeviceTimer(
+        tiny("llama"), WorkloadConfig(prompt=6, generate=4, runtime="recorded", dtype="float32")
+    )()
+    assert seconds["decode.host"] == 0
+    assert seconds["decode.device"] > 0

@@ -1,4 +1,4 @@
-"""Laws of latency tables: what is additive they tell exactly, and they are about one device, driver and workload."""
+"""Laws of latency tables: exact for additive devices, and for one device, driver and workload only."""
 
 from __future__ import annotations
 
@@ -45,39 +45,39 @@ def _short_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tiles(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
-    """Seconds as a device would have them that computes in tiles: of the shapes alone, and different by phase."""
-    found = []
+    """Seconds of a made-up device that computes in tiles: they depend on shapes and differ by phase."""
+    timings = []
     for model in models:
         seconds = 0.5
         for name, weight in model.named_parameters():
             if ".layers." in name and weight.dim() == 2:
                 seconds += -(-weight.numel() // TILE) * (2 if "self_attn" in name else 1)
-        found.append({"prefill": seconds, "decode": 1 + seconds / 7})
-    return found
+        timings.append({"prefill": seconds, "decode": 1 + seconds / 7})
+    return timings
 
 
 def tracks(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
-    """The same as host and device: one binds the prefill, the other decoding."""
-    found = tiles(models, workload, runs)
+    """The same as tracks: the device is longer in the prefill, the host in decoding."""
+    timings = tiles(models, workload, runs)
     return [
         {
-            "prefill.device": one["prefill"],
+            "prefill.device": own["prefill"],
             "prefill.host": len(model.model.layers),
             "decode.device": 0.01,
-            "decode.host": one["decode"],
+            "decode.host": own["decode"],
         }
-        for model, one in zip(models, found, strict=True)
+        for model, own in zip(models, timings, strict=True)
     ]
 
 
-def meter(config: Any, **changes: Any) -> LatencyTableBuilder:
-    return LatencyTableBuilder(config, WORKLOAD, CPU, 8, tracks=tracks, seconds=tiles, **changes)
+def builder(config: Any, **changes: Any) -> LatencyTableBuilder:
+    return LatencyTableBuilder(config, WORKLOAD, CPU, 8, track_timer=tracks, request_timer=tiles, **changes)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen2"])
-def test_an_additive_device_is_told_exactly(family: str) -> None:
+def test_table_of_an_additive_device_is_exact(family: str) -> None:
     config = tiny_config(family, layers=4, vocab_size=16)
-    table = meter(config, whole=True).measure({})
+    table = builder(config, includes_zero_width=True).measure({})
     model = build_short_model(config, range(4), WORKLOAD, CPU)
     sites = find_sites(model, ("kv-groups", "mlp-channels", "mlp-blocks", "layers"))
     anatomy = model_shape(model, sites)
@@ -102,19 +102,19 @@ def test_an_additive_device_is_told_exactly(family: str) -> None:
         assert max_cost(latency_costs(anatomy, WORKLOAD, table, "mix"), plan.widths()) == pytest.approx(whole)
 
 
-def test_a_table_is_read_back() -> None:
-    table = meter(tiny_config("llama", layers=2)).measure({"device": "d"})
+def test_table_survives_json() -> None:
+    table = builder(tiny_config("llama", layers=2)).measure({"device": "d"})
     assert LatencyTable.from_json(table.to_json(), "here") == table
 
 
-def test_between_two_widths_lies_the_line() -> None:
+def test_interpolation_is_linear_between_widths() -> None:
     curve = ((0, -4.0), (2, -2.0), (6, 0.0))
     assert [interpolate(curve, units) for units in (0, 1, 2, 4, 6, 9, None)] == [-4, -3, -2, -1, 0, 0, 0]
     assert interpolate((), 3) == 0
     assert interpolate(((4, -1.0), (8, 0.0)), 2) == -1  # nothing narrower was measured
 
 
-def test_narrowed_keeps_its_first_layer() -> None:
+def test_narrow_layers_keeps_the_first_layer() -> None:
     model = tiny("llama", layers=3)
     for kind, units in (("attention", 0), ("attention", 1), ("mlp", 8), ("mlp", 0)):
         small = narrow_layers(model, kind, units, remove_empty_blocks=True)
@@ -123,14 +123,14 @@ def test_narrowed_keeps_its_first_layer() -> None:
         assert widths == ([96, units, units] if kind == "mlp" else [96] * 3)
 
 
-def test_times_are_real_and_by_phase() -> None:
+def test_request_times_are_positive_for_each_phase() -> None:
     found = time_requests([tiny("llama")], WORKLOAD, 1)
     assert set(found[0]) == set(PHASES)
     assert all(seconds > 0 for seconds in found[0].values())
 
 
 class Slow:
-    """A device on which a short model's request takes so many seconds by a clock of its own; runs are noted."""
+    """A device with a clock of its own, on which a run of a short model takes so many seconds; it stores the runs."""
 
     def __init__(self, seconds: float, told: Timer = tracks) -> None:
         self.seconds, self.told, self.now = seconds, told, 0.0
@@ -152,7 +152,7 @@ def test_slow_requests_are_timed_fewer_times_and_then_at_fewer_widths(caplog: py
     found = {}
     for seconds in (0.01, 0.4, 0.6, 10.0):
         slow = Slow(seconds)
-        changed = dataclasses.replace(meter(config), tracks=slow.tracks, clock=slow.clock)
+        changed = dataclasses.replace(builder(config), track_timer=slow.tracks, clock=slow.clock)
         table = changed.measure({})
         (timed, *_) = table.layers["prefill.device"].values()
         found[seconds] = (slow.asked[-1], len(timed.mlp), len(timed.attention))
@@ -163,8 +163,8 @@ def test_slow_requests_are_timed_fewer_times_and_then_at_fewer_widths(caplog: py
     assert found == {0.01: (5, 33, 3), 0.4: (5, 33, 3), 0.6: (3, 33, 3), 10.0: (1, 9, 3)}  # with the dense width
 
 
-def test_fewer_widths_tell_the_same_of_an_even_device() -> None:
-    """What is a line between widths is told exactly from few of them."""
+def test_fewer_widths_give_the_same_table_of_a_linear_device() -> None:
+    """Times that are linear in the width are exact from few widths."""
     config = tiny_config("llama", layers=2, intermediate_size=512)
 
     def even(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
@@ -173,14 +173,14 @@ def test_fewer_widths_tell_the_same_of_an_even_device() -> None:
 
     curves = []
     for slow in (Slow(0.01, even), Slow(10.0, even)):
-        table = dataclasses.replace(meter(config), tracks=slow.tracks, clock=slow.clock).measure({})
+        table = dataclasses.replace(builder(config), track_timer=slow.tracks, clock=slow.clock).measure({})
         curves.append(table.layers["prefill.host"][0].mlp)
     many, few = curves
     assert len(few) < len(many)
     assert [interpolate(few, units) for units, _ in many] == pytest.approx([value for _, value in many])
 
 
-def test_steps_in_the_middle_see_the_mean_context() -> None:
+def test_sampled_steps_have_the_mean_context() -> None:
     seen: list[tuple[int, int]] = []
     model = tiny("llama")
 
@@ -200,7 +200,7 @@ def test_steps_in_the_middle_see_the_mean_context() -> None:
         assert sampled == pytest.approx(whole, abs=0.5)
 
 
-def test_whole_requests_that_take_long_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_whole_requests_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     model = tiny("llama")
     model.register_forward_pre_hook(lambda *_: asked.append("pass"))
@@ -212,24 +212,24 @@ def test_whole_requests_that_take_long_are_run_once(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("most", [12, 8, 5])
-def test_a_deep_model_that_does_not_fit_is_halved(most: int) -> None:
+def test_dense_model_that_does_not_fit_is_halved(most: int) -> None:
     def tight(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
         if len(models[0].model.layers) > most:
             raise torch.OutOfMemoryError
         return tiles(models, workload, runs)
 
-    small = dataclasses.replace(meter(tiny_config("llama", layers=24)), seconds=tight, points=2)
+    small = dataclasses.replace(builder(tiny_config("llama", layers=24)), request_timer=tight, points=2)
     assert small.measure({}).outside_layers["prefill.device"] == pytest.approx(0.5)
 
 
-# -- what a table is about -------------------------------------------------------------------------------------------
+# -- header and cache -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
-        tables, "LatencyTableBuilder", lambda *args: LatencyTableBuilder(*args, tracks=tracks, seconds=tiles)
+        tables, "LatencyTableBuilder", lambda *args: LatencyTableBuilder(*args, track_timer=tracks, request_timer=tiles)
     )
     return tmp_path / "cache"
 
@@ -254,7 +254,7 @@ def test_a_broken_file_in_the_cache_is_measured_again(cache: Path, caplog: pytes
     assert "measured again" in caplog.text
 
 
-def test_a_table_that_cannot_be_kept_is_measured_all_the_same(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_table_is_measured_if_the_cache_cannot_be_written(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))
     cache.write_text("no folder", encoding="utf-8")
     table = tables.get_latency_table(config, sites, WORKLOAD, CPU, 8)
@@ -263,7 +263,7 @@ def test_a_table_that_cannot_be_kept_is_measured_all_the_same(cache: Path, caplo
 
 
 @pytest.mark.parametrize("name", ["device", "driver", "torch", "runtime", "prompt", "batch", "geometry", "blocks"])
-def test_a_table_of_something_else_is_refused(cache: Path, tmp_path: Path, name: str) -> None:
+def test_table_with_another_header_is_refused(cache: Path, tmp_path: Path, name: str) -> None:
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))
     header = tables.checked_header(config, sites, WORKLOAD, CPU, 8)
     other = LatencyTable({**header, name: "another"}, dict.fromkeys(TRACKS, 0.0), {track: {} for track in TRACKS})
@@ -277,24 +277,24 @@ def test_a_table_of_something_else_is_refused(cache: Path, tmp_path: Path, name:
 @pytest.mark.parametrize(
     "text", ["", "{}", "[]", "null", '{"format": "x"}', '{"format": "prunetune-latency-1", "header": {}, "rest": {}}']
 )
-def test_what_is_no_table_is_refused(cache: Path, tmp_path: Path, text: str) -> None:
+def test_malformed_table_is_refused(cache: Path, tmp_path: Path, text: str) -> None:
     file = tmp_path / "table.json"
     file.write_text(text, encoding="utf-8")
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))
-    with pytest.raises(ConfigError, match=r"no latency table"):
+    with pytest.raises(ConfigError, match=r"not a latency table"):
         tables.get_latency_table(config, sites, WORKLOAD, CPU, 8, str(file))
     with pytest.raises(ConfigError, match="cannot be read"):
         tables.get_latency_table(config, sites, WORKLOAD, CPU, 8, str(tmp_path / "none.json"))
 
 
-def test_widths_that_do_not_ascend_are_no_table() -> None:
+def test_table_with_unordered_widths_is_refused() -> None:
     timed = LayerTiming(1.0, ((2, 0.0), (1, 0.0)), ())
     text = LatencyTable({}, dict.fromkeys(TRACKS, 0.0), {track: {0: timed} for track in TRACKS}).to_json()
     with pytest.raises(ConfigError, match="ascend"):
         LatencyTable.from_json(text, "here")
 
 
-def test_what_is_not_timed_is_refused() -> None:
+def test_untimed_workloads_and_units_are_refused() -> None:
     config = tiny_config("llama")
     for changes, says in (({"weights": "int8"}, "plain weights"), ({"runtime": "recorded"}, "CUDA device")):
         with pytest.raises(ConfigError, match=says):
@@ -305,14 +305,14 @@ def test_what_is_not_timed_is_refused() -> None:
     assert driver(CPU) == ""
 
 
-def test_names_say_nothing_about_sizes() -> None:
+def test_header_ignores_names_and_types() -> None:
     config, other = tiny_config("llama"), tiny_config("llama")
     other.architectures, other.dtype = ["X"], torch.float16
     assert table_header(config, WORKLOAD, CPU, 8) == table_header(other, WORKLOAD, CPU, 8)
     assert table_header(config, WORKLOAD, CPU, 8) != table_header(tiny_config("llama", layers=5), WORKLOAD, CPU, 8)
 
 
-def test_steps_are_recorded_on_cuda_alone() -> None:
+def test_recording_on_a_cpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="CUDA"):
         CudaGraphStep(tiny("llama"))
     with pytest.raises(ConfigError, match="name one"):
@@ -322,7 +322,7 @@ def test_steps_are_recorded_on_cuda_alone() -> None:
 # -- in a run --------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_by_its_table_and_is_proved(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_is_planned_by_its_table_and_verified(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama", layers=4)
     sites = find_sites(model)
     budget = {"latency": 0.7, "throughput": "1.2x", "align": 8}
@@ -345,10 +345,10 @@ def test_a_run_goes_by_its_table_and_is_proved(cache: Path, monkeypatch: pytest.
     json.dumps(rows)
 
 
-def test_a_table_that_is_off_is_told(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inaccurate_table_is_a_warning(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny("llama")
     anatomy = model_shape(model, find_sites(model))
-    table = meter(model.config).measure({})
+    table = builder(model.config).measure({})
     amounts = from_mapping({"budget": {"latency": "0.7"}}).budget.amounts()
     limits = BudgetLimits(make_budget_limits(amounts, anatomy, WORKLOAD, table))
     slow = {phase: 1.1 * seconds for phase, seconds in tiles([model], WORKLOAD, 1)[0].items()}
@@ -358,12 +358,12 @@ def test_a_table_that_is_off_is_told(caplog: pytest.LogCaptureFixture, monkeypat
     assert "+10.0% of what the table says" in caplog.text
 
 
-def test_a_noisy_machine_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_noisy_machine_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     clock = iter(range(1, 10**6))
 
     def drifting(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
         return [{track: float(next(clock)) for track in TRACKS} for _ in models]
 
-    dataclasses.replace(meter(tiny_config("llama", layers=2)), tracks=drifting).measure({})
+    dataclasses.replace(builder(tiny_config("llama", layers=2)), track_timer=drifting).measure({})
     assert "quiet the machine" in caplog.text
     assert measure.NOISY < 0.5

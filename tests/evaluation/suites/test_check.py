@@ -337,7 +337,7 @@ def test_run_of_a_gguf_file_is_checked_against_the_dequantised_file(tmp_path: Pa
             "suite.yaml.json: evaluation has format 3",
         ),
         (("eval", "http:///v1", "--suite", "{suite}"), "is no URL"),
-        (("eval", "{model}", "--suite", "{suite}", "--device", "warp"), "device 'warp' is not there"),
+        (("eval", "{model}", "--suite", "{suite}", "--device", "warp"), "device 'warp' is not available"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, say: Said, arguments: tuple[str, ...], said: str) -> None:
@@ -395,4 +395,4 @@ def test_root_overrides_where_a_suite_finds_its_data(tmp_path: Path, say: Said) 
 
 def test_render_evaluation_shows_scores_and_errors() -> None:
     text = render_evaluation(Evaluation({"t": answers("10"), "bad": TaskResult("bad", {}, (), error="why")}))
-    assert "bad                      not scored: why" in text
+    assert "bad: not scored: why" in text

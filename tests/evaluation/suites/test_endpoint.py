@@ -14,7 +14,7 @@ from prunetune.evaluation.suites.api import evaluate
 from prunetune.evaluation.suites.endpoint import Endpoint
 from prunetune.evaluation.suites.http_client import EndpointClient
 from prunetune.evaluation.suites.judge_scorer import _mark
-from prunetune.evaluation.suites.open_model import BackendOptions
+from prunetune.evaluation.suites.options import EvalOptions
 from prunetune.evaluation.suites.protocol import BackendError, GenerationSettings
 from support.endpoint import Reply, characters_model, now, serving, unused_port
 from support.suites import ALL, ScriptedBackend, suite_in
@@ -82,7 +82,7 @@ def test_server_without_echo_still_generates(tmp_path: Path) -> None:
 
 def test_evaluate_opens_an_endpoint_by_its_address(tmp_path: Path) -> None:
     with serving(characters_model) as server:
-        outcome = evaluate(server.url, suite_in(tmp_path, ALL), options=BackendOptions(model_name="mine"))
+        outcome = evaluate(server.url, suite_in(tmp_path, ALL), options=EvalOptions(model_name="mine"))
     assert [result.error for result in outcome.tasks.values()] == [""] * len(ALL)
     assert {body["model"] for _, body, _ in server.requests} == {"mine"}
 

@@ -13,7 +13,8 @@ from prunetune.errors import MissingPackage, ModelError
 from prunetune.evaluation.suites import LocalModel, evaluate_suite, parse_suite
 from prunetune.evaluation.suites.cache import CachedBackend
 from prunetune.evaluation.suites.llamacpp import LlamaCpp
-from prunetune.evaluation.suites.open_model import BackendOptions, open_backend
+from prunetune.evaluation.suites.open_model import open_backend
+from prunetune.evaluation.suites.options import EvalOptions
 from prunetune.evaluation.suites.protocol import BackendError, GenerationSettings
 from prunetune.export.gguf.write import write_gguf
 from prunetune.export.source import ExportSource
@@ -78,7 +79,7 @@ def test_real_gguf_answers_as_its_weights_do(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     from prunetune.model.loading import demo_file, load_model_and_tokenizer
 
-    model = open_backend(str(demo_file()), BackendOptions(cache=False))
+    model = open_backend(str(demo_file()), EvalOptions(cache=False))
     dense = load_model_and_tokenizer("demo", device=torch.device("cpu"), dtype=torch.float32)
     local = LocalModel(dense.model, dense.tokenizer)
     ours = model.run_requests("loglikelihood", RECORDS, GenerationSettings(), lambda _: None)
@@ -105,7 +106,7 @@ def test_answers_of_a_gguf_are_cached(tmp_path: Path, monkeypatch: pytest.Monkey
     suite = parse_suite({"tasks": {"t": {"data": "a.jsonl", "scorer": "accuracy"}}}, folder=tmp_path)
     asked = []
     for _ in range(2):
-        model = open_backend(str(demo_file()), BackendOptions())
+        model = open_backend(str(demo_file()), EvalOptions())
         assert isinstance(model, CachedBackend)
         assert evaluate_suite(model, suite).tasks["t"].scores["accuracy"].value == 1.0
         asked.append(model.cache_misses)

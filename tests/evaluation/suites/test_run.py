@@ -17,7 +17,8 @@ from prunetune.evaluation.suites.cache import AnswerStore, CachedBackend, cache_
 from prunetune.evaluation.suites.endpoint import Endpoint
 from prunetune.evaluation.suites.http_client import EndpointClient
 from prunetune.evaluation.suites.local import truncate_at_stop
-from prunetune.evaluation.suites.open_model import BackendOptions, CheckpointBackend
+from prunetune.evaluation.suites.open_model import CheckpointBackend
+from prunetune.evaluation.suites.options import EvalOptions
 from prunetune.evaluation.suites.protocol import GenerationSettings, RequestKind
 from support.data import write_lines
 from support.endpoint import Reply, serving
@@ -28,7 +29,7 @@ FULL = {**ALL, "letters": {"data": "chosen.jsonl", "scorer": "accuracy", "letter
 
 
 def on_cpu(folder: Path, store: AnswerStore) -> CachedBackend:
-    return CachedBackend(CheckpointBackend(str(folder), BackendOptions(device="cpu", dtype="float32"), store), store)
+    return CachedBackend(CheckpointBackend(str(folder), EvalOptions(device="cpu", dtype="float32"), store), store)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])

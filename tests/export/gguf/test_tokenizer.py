@@ -1,4 +1,4 @@
-"""The tokenizer's keys: taken over to the letter, made where llama.cpp has a name, refused where it has none."""
+"""The tokenizer's keys: copied from the base GGUF, made if llama.cpp has a name for the pattern, refused if not."""
 
 from __future__ import annotations
 
@@ -30,25 +30,27 @@ def byte_level(pattern: str | None, *, digits: bool = False, whole: bool = False
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     steps += [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
     steps += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]
-    made = Tokenizer(models.BPE(ignore_merges=whole))
-    made.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend = Tokenizer(models.BPE(ignore_merges=whole))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    made.train_from_iterator(CORPUS, trainers.BpeTrainer(
+    backend.train_from_iterator(CORPUS, trainers.BpeTrainer(
         vocab_size=tokens, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     ))  # fmt: skip
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
 
 
-def pieces() -> Any:
-    """As converted from SentencePiece: ▁ for a space, bytes for what is not in the vocabulary."""
-    made = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
-    made.normalizer = normalizers.Replace(" ", "▁")
+def sentencepiece() -> Any:
+    """A tokenizer converted from SentencePiece: ▁ for a space, bytes for what is not in the vocabulary."""
+    backend = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
+    backend.normalizer = normalizers.Replace(" ", "▁")
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
-    made.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False))
-    values = json.loads(made.to_str())
+    backend.train_from_iterator(
+        CORPUS, trainers.BpeTrainer(vocab_size=320, special_tokens=special, show_progress=False)
+    )
+    values = json.loads(backend.to_str())
     values["added_tokens"] = values["added_tokens"][:3]  # bytes are plain entries of such a vocabulary
-    made = Tokenizer.from_str(json.dumps(values))
-    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    backend = Tokenizer.from_str(json.dumps(values))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 KINDS: dict[str, tuple[Any, str]] = {
@@ -59,52 +61,52 @@ KINDS: dict[str, tuple[Any, str]] = {
     "qwen": (lambda: byte_level(tokenizer.CL100K % ""), "qwen2"),
     "nemo": (lambda: byte_level(tokenizer.O200K % ("", "", ""), whole=True), "tekken"),
     "o200k": (lambda: byte_level(tokenizer.O200K % (tokenizer.SHORT, tokenizer.SHORT, "{1,3}")), "gpt-4o"),
-    "pieces": (pieces, "default"),
+    "sentencepiece": (sentencepiece, "default"),
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_texts_fall_into_the_same_tokens_in_llama_cpp(kind: str, tmp_path: Path) -> None:
+def test_llama_cpp_has_the_same_tokens_for_every_kind_of_tokenizer(kind: str, tmp_path: Path) -> None:
     make, name = KINDS[kind]
     run, _ = run_folder(tmp_path / "run", make(), layout="uniform")
     source, file = ExportSource.open(run), tmp_path / "model.gguf"
-    _, told = write_gguf(source, file, "f16")
-    assert told.endswith(f"pre-tokenizer {name}")
+    _, note = write_gguf(source, file, "f16")
+    assert note.endswith(f"pre-tokenizer {name}")
     if llamacpp.runtime_version():
         assert llamacpp.compare_tokens(file, source, [[1]], [llamacpp.GreedyContinuation((1,), (0.0,))]).texts == len(
             llamacpp.CHECK_TEXTS
         )
 
 
-def test_keys_of_the_base_are_taken_over(tmp_path: Path) -> None:
+def test_tokenizer_keys_are_copied_from_the_base_gguf(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "first", subwords(), layout="uniform")
     base = export_run(run, "gguf", out=tmp_path / "base.gguf").path
     again, _ = run_folder(tmp_path / "second", byte_level(None, digits=True), layout="uniform")
     (again / "config.yaml").write_text(f"model: {base}\n")
-    done = export_run(again, "gguf")
-    assert "tokenizer keys of base.gguf" in done.notes
-    first, second = (gguf.GGUFReader(path).fields for path in (base, done.path))
+    result = export_run(again, "gguf")
+    assert "tokenizer keys of base.gguf" in result.notes
+    first, second = (gguf.GGUFReader(path).fields for path in (base, result.path))
     names = [name for name in first if name.startswith("tokenizer.")]
     assert len(names) > 6
     assert all(first[name].contents() == second[name].contents() for name in names)
 
 
-def test_a_base_that_is_gone_is_done_without(tmp_path: Path) -> None:
+def test_missing_base_gguf_falls_back_to_tokenizer_json(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     (run / "config.yaml").write_text(f"model: {tmp_path / 'gone.gguf'}\n")
     assert "tokenizer keys made from tokenizer.json, pre-tokenizer gpt-2" in export_run(run, "gguf").notes
 
 
-def test_what_llama_cpp_has_no_name_for_is_refused(tmp_path: Path) -> None:
+def test_export_refuses_an_unknown_pre_tokenizer(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", byte_level(r"\d+|\w+"), layout="uniform")
-    with pytest.raises(ModelError, match=r"splits texts by .* no name known here: begin the run from the model's GGUF"):
+    with pytest.raises(ModelError, match=r"splits texts by .* no name known here: start the run from the model's GGUF"):
         export_run(run, "gguf")
     (run / "model" / "tokenizer.json").unlink()
     with pytest.raises(ModelError, match=r"tokenizer.json is missing"):
         export_run(run, "gguf")
 
 
-def test_a_tokenizer_without_merges_is_refused_before_a_tensor_is_written(
+def test_export_refuses_a_tokenizer_without_merges_before_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, _ = run_folder(tmp_path / "run", byte_level(None, tokens=len(SPECIAL) + 256), layout="uniform")
@@ -113,7 +115,7 @@ def test_a_tokenizer_without_merges_is_refused_before_a_tensor_is_written(
         export_run(run, "gguf")
 
 
-def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
+def test_export_refuses_a_vocabulary_larger_than_the_embedding(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform", vocab_size=300)
     with pytest.raises(ModelError, match="the tokenizer has 320 tokens, the embedding 300 rows"):
         export_run(run, "gguf")
@@ -124,9 +126,9 @@ def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
         export_run(run, "gguf")
 
 
-def test_a_longer_embedding_is_filled_up(tmp_path: Path) -> None:
+def test_unused_embedding_rows_get_padding_tokens(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform", vocab_size=352)
-    done = export_run(run, "gguf")
-    fields = gguf.GGUFReader(done.path).fields
+    result = export_run(run, "gguf")
+    fields = gguf.GGUFReader(result.path).fields
     assert fields["tokenizer.ggml.tokens"].contents()[320:] == [f"[PAD{index}]" for index in range(320, 352)]
     assert set(fields["tokenizer.ggml.token_type"].contents()[320:]) == {int(gguf.TokenType.UNUSED)}

@@ -1,4 +1,4 @@
-"""C3: head counts that a family's own configuration, or runtimes' reading of it, cannot carry."""
+"""Head counts that a family's own configuration, or a runtime's reading of it, cannot carry."""
 
 from __future__ import annotations
 
@@ -28,32 +28,34 @@ TRAPS: dict[str, tuple[dict[str, Any], int, str, str]] = {
 
 
 @pytest.mark.parametrize("family", TRAPS)
-def test_pruned_heads_open_and_agree(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In transformers as the sibling that takes them, and in llama.cpp."""
+def test_pruned_heads_are_written_as_an_equivalent_family(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In transformers as the equivalent family, and in llama.cpp."""
     monkeypatch.setattr(llamacpp, "reference_continuations", reference_here)
-    shape, groups, written, arch = TRAPS[family]
-    plan = plan_of(tiny(family, **(SMALL | shape)), groups, 64)
-    run, model = run_folder(tmp_path / "run", subwords(), family, layout="uniform", plan=plan, **(SMALL | shape))
+    sizes, groups, written, arch = TRAPS[family]
+    plan = plan_of(tiny(family, **(SMALL | sizes)), groups, 64)
+    run, model = run_folder(tmp_path / "run", subwords(), family, layout="uniform", plan=plan, **(SMALL | sizes))
     source = ExportSource.open(run)
     config = json.loads((source.folder / "config.json").read_text())
     assert config["architectures"] == [written]
-    assert config["num_attention_heads"] == groups * shape["ratio"]
+    assert config["num_attention_heads"] == groups * sizes["ratio"]
     ids = torch.arange(32)[None]
     assert relative(compute_logits(source.load_model(), ids), compute_logits(model, ids)) <= 1e-5
-    done = export_run(run, "gguf", options=ExportOptions(dtype="f32"))
-    assert done.format == f"GGUF, architecture {arch}"
+    result = export_run(run, "gguf", options=ExportOptions(dtype="f32"))
+    assert result.format == f"GGUF, architecture {arch}"
 
 
-def test_qwen2_that_keeps_its_heads_stays_qwen2(tmp_path: Path) -> None:
-    shape = SMALL | TRAPS["qwen2"][0]
-    plan = plan_of(tiny("qwen2", **shape), 2, 64)
-    run, _ = run_folder(tmp_path / "run", subwords(), "qwen2", layout="uniform", plan=plan, **shape)
+def test_qwen2_with_all_heads_stays_qwen2(tmp_path: Path) -> None:
+    sizes = SMALL | TRAPS["qwen2"][0]
+    plan = plan_of(tiny("qwen2", **sizes), 2, 64)
+    run, _ = run_folder(tmp_path / "run", subwords(), "qwen2", layout="uniform", plan=plan, **sizes)
     assert ExportSource.open(run).config.model_type == "qwen2"
 
 
-def test_the_run_says_why_another_class_was_written(tmp_path: Path) -> None:
-    shape = SMALL | TRAPS["qwen2"][0]
-    model = tiny("qwen2", **shape)
+def test_written_checkpoint_explains_another_class(tmp_path: Path) -> None:
+    sizes = SMALL | TRAPS["qwen2"][0]
+    model = tiny("qwen2", **sizes)
     sites, plan = find_sites(model), plan_of(model, 1, 96)
     written = write_checkpoint(cut(model, plan), subwords(), plan, sites, tmp_path / "model", layout="uniform", card="")
     assert written.note == (

@@ -1,4 +1,4 @@
-"""Laws of GGUF: the file says what the model in memory says (in llama.cpp where it is there), or is refused."""
+"""GGUF export: llama.cpp generates the tokens of the model, or the export is refused and nothing is left."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from safetensors.torch import load_file, save_file
 
 from prunetune import Plan, export_run
 from prunetune.errors import MissingPackage, ModelError, SelfCheckFailed
-from prunetune.export.gguf import kquants, llamacpp, tensors
+from prunetune.export.gguf import llamacpp, tensors
 from prunetune.export.gguf.architectures import UNIFORM_ARCHITECTURES, select_architecture
 from prunetune.export.gguf.write import verify_tensors, write_gguf
 from prunetune.export.result import ExportOptions
 from prunetune.export.source import ExportSource
+from prunetune.utils import optional
 from support.data import subwords
 from support.export import WIDE, greedy, plan_of, reference_here, run_folder
 from support.models import random_plan, tiny
 
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-# name -> family, layout, what its configuration has beside the rest, the architecture that is expected
+# name -> family, layout, changes of its configuration, expected architecture
 CASES: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "llama": ("llama", "uniform", {}, "llama"),
     "llama with biases": ("llama", "uniform", {"attention_bias": True, "mlp_bias": True}, "llama"),
@@ -46,8 +47,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any], str]] = {
 }
 
 
-def made(case: str, folder: Path) -> tuple[Path, Any]:
-    """The run's folder, and the model in memory."""
+def case_run(case: str, folder: Path) -> tuple[Path, Any]:
+    """The run's folder, and its model in memory."""
     family, layout, changes, _ = CASES[case]
     changes = {"rope_theta": 5e4, "original_max_position_embeddings": 32} | dict(changes)
     rope = changes.pop("rope_parameters", None)
@@ -65,33 +66,35 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_llama_cpp_says_what_the_model_says(case: str, tmp_path: Path) -> None:
+def test_llama_cpp_generates_the_tokens_of_the_model(case: str, tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp", reason="pip install 'prunetune[llamacpp]'")
-    run, model = made(case, tmp_path / "run")
+    run, model = case_run(case, tmp_path / "run")
     source = ExportSource.open(run)
     assert select_architecture(source).name == CASES[case][3]
     for dtype in ("f32", "f16"):
         file = tmp_path / f"{dtype}.gguf"
-        tensors_written, tokenizer = write_gguf(source, file, dtype)
-        verify_tensors(source, file, tensors_written)
-        assert "pre-tokenizer gpt-2" in tokenizer
+        written, tokenizer_note = write_gguf(source, file, dtype)
+        verify_tensors(source, file, written)
+        assert "pre-tokenizer gpt-2" in tokenizer_note
         prompts = llamacpp.check_prompts(source)
-        found = llamacpp.compare_tokens(file, source, prompts, [greedy(model, prompt) for prompt in prompts], threads=1)
-        assert found.all_equal, str(found)
-        assert found.texts == len(llamacpp.CHECK_TEXTS)
+        agreement = llamacpp.compare_tokens(
+            file, source, prompts, [greedy(model, prompt) for prompt in prompts], threads=1
+        )
+        assert agreement.all_equal, str(agreement)
+        assert agreement.texts == len(llamacpp.CHECK_TEXTS)
 
 
-def test_what_is_written_is_what_was_stored(tmp_path: Path) -> None:
-    """Whether or not llama.cpp is there: names, shapes, rows and values, read by gguf-py alone."""
+def test_gguf_file_has_names_shapes_and_values_of_the_model(tmp_path: Path) -> None:
+    """Read by gguf-py, so that it is tested without llama.cpp, too."""
     run, model = run_folder(tmp_path / "run", subwords(), "qwen3", tie_word_embeddings=True)
     source, file = ExportSource.open(run), tmp_path / "model.gguf"
     write_gguf(source, file, "f32")
     reader = gguf.GGUFReader(file)
-    found = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
+    stored = {tensor.name: torch.tensor(tensor.data) for tensor in reader.tensors}
     weights = model.state_dict()
     for layer, widths in enumerate(source.layer_widths):
         names = [f"model.layers.{layer}.self_attn.{name}_proj.weight" for name in "qkv"]
-        fused = found[f"blk.{layer}.attn_qkv.weight"]
+        fused = stored[f"blk.{layer}.attn_qkv.weight"]
         assert torch.equal(fused, torch.cat([weights[name] for name in names]))
         assert len(fused) == (widths.query_heads + 2 * widths.kv_heads) * 16
     assert reader.fields["openelm.attention.head_count"].contents() == [
@@ -100,11 +103,11 @@ def test_what_is_written_is_what_was_stored(tmp_path: Path) -> None:
     assert reader.fields["openelm.feed_forward_length"].contents() == [
         widths.mlp_channels for widths in source.layer_widths
     ]
-    assert "output.weight" not in found
+    assert "output.weight" not in stored
 
 
 @pytest.mark.parametrize("heads", [1, 3])
-def test_halves_of_heads_are_interleaved(heads: int) -> None:
+def test_interleave_rope_rows_makes_rotary_pairs_adjacent(heads: int) -> None:
     rows = torch.arange(heads * 6 * 2).view(heads * 6, 2)
     swapped = tensors.interleave_rope_rows(rows, heads)
     for head in range(heads):
@@ -116,11 +119,11 @@ def test_halves_of_heads_are_interleaved(heads: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
-def test_every_type_is_read_back_within_its_rounding(dtype: str, tmp_path: Path) -> None:
+def test_every_dtype_is_read_back_within_its_rounding(dtype: str, tmp_path: Path) -> None:
     run, model = run_folder(tmp_path / "run", subwords(), "mistral", layout="uniform", dtype=torch.bfloat16)
     source, file = ExportSource.open(run), tmp_path / "model.gguf"
-    made, _ = write_gguf(source, file, dtype)
-    verify_tensors(source, file, made)
+    written, _ = write_gguf(source, file, dtype)
+    verify_tensors(source, file, written)
     limit = {"f32": 0.0, "f16": 1e-3, "bf16": 0.0, "q8_0": 1 / 127}[dtype]
     weights = model.state_dict()
     for tensor in gguf.GGUFReader(file).tensors:
@@ -133,38 +136,40 @@ def test_every_type_is_read_back_within_its_rounding(dtype: str, tmp_path: Path)
 
 
 @pytest.mark.usefixtures("_quick")
-def test_rows_that_do_not_divide_stay_float16_and_are_told(tmp_path: Path) -> None:
+def test_rows_that_do_not_divide_into_blocks_stay_float16_with_a_note(tmp_path: Path) -> None:
     plan = plan_of(tiny("llama", **WIDE), 2, 72)
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform", plan=plan)
-    done = export_run(run, "gguf", options=ExportOptions(dtype="q8_0"))
-    assert "3 tensors stay f16: their rows do not divide into blocks of q8_0 (budget.align 32 would do)" in done.notes
-    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(done.path).tensors}
+    result = export_run(run, "gguf", options=ExportOptions(dtype="q8_0"))
+    assert (
+        "3 tensors stay f16: their rows do not divide into blocks of q8_0 (budget.align 32 avoids it)" in result.notes
+    )
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(result.path).tensors}
     assert types["blk.0.ffn_down.weight"] == "F16"
     assert types["blk.0.ffn_up.weight"] == "Q8_0"
 
 
-def test_the_whole_way(tmp_path: Path) -> None:
-    """A layer without attention, in deci."""
+def test_export_run_writes_a_checked_gguf_file(tmp_path: Path) -> None:
+    """With a layer without attention, as deci."""
     plan = random_plan(tiny("llama", **WIDE))
     plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
     run, _ = run_folder(tmp_path / "run", subwords(), plan=plan)
-    done = export_run(run, "gguf")
-    assert done.path == run / "exports" / "gguf-f16.gguf"
-    assert done.bytes == done.path.stat().st_size
-    assert [check.ran for check in done.checks] == [True, bool(llamacpp.runtime_version())]
-    names = {tensor.name for tensor in gguf.GGUFReader(done.path).tensors}
+    result = export_run(run, "gguf")
+    assert result.path == run / "exports" / "gguf-f16.gguf"
+    assert result.bytes == result.path.stat().st_size
+    assert [check.ran for check in result.checks] == [True, bool(llamacpp.runtime_version())]
+    names = {tensor.name for tensor in gguf.GGUFReader(result.path).tensors}
     assert not {"blk.1.attn_norm.weight", "blk.1.attn_q.weight"} & names
 
 
-def test_without_llama_cpp_the_result_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_result_says_that_llama_cpp_did_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     monkeypatch.setattr(llamacpp, "find_spec", lambda name: None)
-    done = export_run(run, "gguf")
-    assert "not run in llama.cpp: install it with pip install 'prunetune[llamacpp]'" in str(done)
+    result = export_run(run, "gguf")
+    assert "not run in llama.cpp: install it with pip install 'prunetune[llamacpp]'" in str(result)
 
 
 @pytest.mark.usefixtures("_quick")
-def test_a_file_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gguf_file_that_differs_in_llama_cpp_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp", reason="pip install 'prunetune[llamacpp]'")
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     monkeypatch.setattr(tensors, "interleave_rope_rows", lambda rows, heads: rows)
@@ -173,22 +178,22 @@ def test_a_file_that_says_something_else_is_not_kept(tmp_path: Path, monkeypatch
     assert not list(run.rglob("*.gguf*"))
 
 
-def test_a_changed_byte_is_found(tmp_path: Path) -> None:
+def test_verify_tensors_finds_a_changed_byte(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     source, file = ExportSource.open(run), tmp_path / "model.gguf"
-    made, _ = write_gguf(source, file, "f16")
+    written, _ = write_gguf(source, file, "f16")
     data = bytearray(file.read_bytes())
     data[-40] ^= 1
     file.write_bytes(data)
     with pytest.raises(SelfCheckFailed, match="is not what was written"):
-        verify_tensors(source, file, made)
+        verify_tensors(source, file, written)
 
 
 REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
     "gemma, layers": ("gemma3_text", "per-layer", {}, "no architecture for gemma3_text in this layout"),
     "untied qwen3, layers": ("qwen3", "per-layer", {}, "its output head is the embedding, the model's is not"),
-    "phi3, heads": ("phi3", "uniform", {}, "it wants heads of 64 rows in all, these have 32"),
-    "gemma3 scale": ("gemma3_text", "uniform", {}, "takes another query_pre_attn_scalar for granted"),
+    "phi3, heads": ("phi3", "uniform", {}, "it needs heads of 64 rows in all, these have 32"),
+    "gemma3 scale": ("gemma3_text", "uniform", {}, "it assumes another value of query_pre_attn_scalar"),
     "glm": ("glm", "uniform", {}, "no architecture for glm"),
     "activation": ("llama", "uniform", {"hidden_act": "relu"}, "its activation is silu, the model's relu"),
     "bias": ("qwen3", "uniform", {"attention_bias": True}, "it has no bias at o_proj"),
@@ -196,12 +201,12 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], str]] = {
                 "it does not scale positions by dynamic"),
     "yarn's own": ("qwen3", "uniform", {"rope_parameters": {
         "rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32, "beta_fast": 16
-    }}, "it takes beta_fast of the positions for granted"),
+    }}, "it does not read the rotary option beta_fast"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_llama_cpp_cannot_hold_is_refused(case: str, tmp_path: Path) -> None:
+def test_export_refuses_models_that_llama_cpp_cannot_hold(case: str, tmp_path: Path) -> None:
     family, layout, changes, match = REFUSED[case]
     run, _ = run_folder(tmp_path / "run", subwords(), family, layout=layout, **changes)
     with pytest.raises(ModelError, match=match) as refusal:
@@ -212,7 +217,7 @@ def test_what_llama_cpp_cannot_hold_is_refused(case: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.usefixtures("_quick")
-def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
+def test_export_refuses_values_beyond_float16(tmp_path: Path) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     file = run / "model" / "model.safetensors"
     weights = load_file(file)
@@ -224,14 +229,14 @@ def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
     assert not list(run.rglob("*.gguf*"))
 
 
-def test_k_quants_need_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kquants_need_llama_cpp_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
-    monkeypatch.setattr(kquants, "find_spec", lambda name: None)
+    monkeypatch.setattr(optional, "find_spec", lambda name: None)
     with pytest.raises(MissingPackage, match="pip install llama-cpp-python"):
         export_run(run, "gguf", options=ExportOptions(dtype="q4_k_m"))
 
 
-def test_every_family_of_the_table_is_tried() -> None:
+def test_every_family_of_the_table_has_a_case() -> None:
     assert {family for family, *_ in CASES.values()} | {"seed_oss", "mistral"} == set(UNIFORM_ARCHITECTURES)
 
 
@@ -239,7 +244,7 @@ STAND_IN = """
 import shutil
 from types import SimpleNamespace as llama_model_quantize_default_params
 def llama_model_quantize(source, target, params):
-    if params.ftype != {kind}:
+    if params.ftype != {file_type}:
         return 1
     shutil.copyfile(source.decode(), target.decode())
     return 0
@@ -247,25 +252,25 @@ def llama_model_quantize(source, target, params):
 
 
 @pytest.mark.usefixtures("_quick")
-def test_k_quants_are_made_by_llama_cpp_of_the_exact_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for llama-cpp-python, which is built for minutes: it copies, and knows one type."""
+def test_kquants_are_made_by_llama_cpp_from_the_exact_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in for llama-cpp-python, whose build takes minutes: it copies the file, and knows one type."""
     (tmp_path / "site").mkdir()
-    kind = int(gguf.LlamaFileType.MOSTLY_Q4_K_M)
-    (tmp_path / "site" / "llama_cpp.py").write_text(STAND_IN.replace("{kind}", str(kind)))
+    file_type = int(gguf.LlamaFileType.MOSTLY_Q4_K_M)
+    (tmp_path / "site" / "llama_cpp.py").write_text(STAND_IN.replace("{file_type}", str(file_type)))
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform", dtype=torch.bfloat16)
-    done = export_run(run, "gguf", options=ExportOptions(dtype="q4_k_m"))
-    assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(done.path).tensors} == {"F32", "BF16"}
-    assert "rows of 23 tensors do not divide by 256: llama.cpp gave them a larger type than q4_k_m" in done.notes
-    assert [path.name for path in done.path.parent.iterdir()] == ["gguf-q4_k_m.gguf"]
+    result = export_run(run, "gguf", options=ExportOptions(dtype="q4_k_m"))
+    assert {tensor.tensor_type.name for tensor in gguf.GGUFReader(result.path).tensors} == {"F32", "BF16"}
+    assert "rows of 23 tensors do not divide by 256: llama.cpp gave them a larger type than q4_k_m" in result.notes
+    assert [path.name for path in result.path.parent.iterdir()] == ["gguf-q4_k_m.gguf"]
     with pytest.raises(ModelError, match=r"could not quantise to q5_k_m .*; take --dtype q8_0"):
         export_run(run, "gguf", options=ExportOptions(dtype="q5_k_m"))
-    assert [path.name for path in done.path.parent.iterdir()] == ["gguf-q4_k_m.gguf"]
+    assert [path.name for path in result.path.parent.iterdir()] == ["gguf-q4_k_m.gguf"]
 
 
-def test_llama_cpp_has_the_first_word_on_what_it_cannot_load() -> None:
-    said = "E error loading model: no merges\nE failed to load\nRuntimeError: Failed to init server"
-    assert llamacpp._reason(said) == "no merges"
-    assert llamacpp._reason("odd\nRuntimeError: worse") == "RuntimeError: worse"
-    assert llamacpp._reason("") == ""
+def test_error_line_prefers_the_message_of_llama_cpp() -> None:
+    output = "E error loading model: no merges\nE failed to load\nRuntimeError: Failed to init server"
+    assert llamacpp._error_line(output) == "no merges"
+    assert llamacpp._error_line("odd\nRuntimeError: worse") == "RuntimeError: worse"
+    assert llamacpp._error_line("") == ""

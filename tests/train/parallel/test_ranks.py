@@ -1,4 +1,4 @@
-"""Laws of several ranks: they decide, lose and learn as one does; what one leaves, any number goes on with."""
+"""Laws of several ranks: decisions, losses and weights equal those of one process; any number resumes a run."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks, fingerprint, i
 from prunetune.train.recovery import StepGuard
 from prunetune.train.trainers import GeneratorTrainer
 from prunetune.utils.console import SilentConsole
-from prunetune.utils.launch import lost_rank_message, rank_and_world_size, single_process_error
+from prunetune.utils.failures import is_lost_rank
+from prunetune.utils.launch import rank_and_world_size, single_process_error
 from support.data import write_lines
 from support.distributed_worker import OTHERS, STEPS, STOP, result
 from support.evaluation import characters, speaker
@@ -52,8 +53,8 @@ RECIPE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, data, a recipe, and a run that one process left."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data, a recipe, and the checkpoints of an interrupted run of one process."""
     folder = tmp_path_factory.mktemp("place")
     speaker().save_pretrained(folder / "dense")
     characters().save_pretrained(folder / "dense")
@@ -66,23 +67,23 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(place: Path) -> dict[str, Any]:
-    """What two ranks found: the only launch of this file."""
-    port = free_port()
+def results(folder: Path) -> dict[str, Any]:
+    """Results of two ranks: the only launch of this file."""
+    port, paths = free_port(), os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "support.distributed_worker", place],
+            [sys.executable, "-m", "support.distributed_worker", folder],
             env=os.environ
             | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(TESTS)},
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": paths},
             stderr=subprocess.PIPE,
             text=True,
         )
         for rank in range(2)
     ]
-    said = [rank.communicate()[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], said
-    values: dict[str, Any] = json.loads((place / "found.json").read_text(encoding="utf-8"))
+    errors = [rank.communicate()[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], errors
+    values: dict[str, Any] = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     return values
 
 
@@ -110,40 +111,40 @@ def close(one: dict[str, Any], other: dict[str, Any]) -> None:
         assert max(abs(a - b) for a, b in pairs) < CLOSE
 
 
-def test_two_ranks_are_one(found: dict[str, Any], alone: dict[str, Any]) -> None:
+def test_two_ranks_equal_one_process(results: dict[str, Any], alone: dict[str, Any]) -> None:
     """Batches of 5 and 3 for two ranks: shares are uneven, and every label counts the same."""
     assert len(alone["loss"]) == STEPS
-    close(found["ddp"], alone)
+    close(results["ddp"], alone)
 
 
-def test_sharded_weights_are_the_same_weights(found: dict[str, Any]) -> None:
+def test_sharded_run_with_teacher_equals_one_process(results: dict[str, Any]) -> None:
     """With a teacher, also sharded; the model is cut while it is sharded."""
-    close(found["fsdp"], result(SINGLE_PROCESS, distil=True))
+    close(results["fsdp"], result(SINGLE_PROCESS, distil=True))
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_whatever_a_run_is(name: str, found: dict[str, Any]) -> None:
+def test_other_runs_of_two_ranks_equal_one_process(name: str, results: dict[str, Any]) -> None:
     """With fewer examples than ranks, one of them passes over nothing."""
-    close(found[name], result(SINGLE_PROCESS, **OTHERS[name][1]))
+    close(results[name], result(SINGLE_PROCESS, **OTHERS[name][1]))
 
 
-def test_packed_rows_are_shared_alike(found: dict[str, Any]) -> None:
-    close(found["packed"], result(SINGLE_PROCESS, train={"steps": 6}))
+def test_packed_passes_of_two_ranks_equal_one_process(results: dict[str, Any]) -> None:
+    close(results["packed"], result(SINGLE_PROCESS, train={"steps": 6}))
 
 
-def test_two_go_on_with_what_one_left(found: dict[str, Any], alone: dict[str, Any]) -> None:
-    assert len(found["one to two"]["loss"]) < STEPS
-    close(found["one to two"], alone)
+def test_two_ranks_resume_a_run_of_one(results: dict[str, Any], alone: dict[str, Any]) -> None:
+    assert len(results["one to two"]["loss"]) < STEPS
+    close(results["one to two"], alone)
 
 
-def test_one_goes_on_with_what_two_left(found: dict[str, Any], alone: dict[str, Any], place: Path) -> None:
-    assert len(found["two to one"]["loss"]) == STOP
-    assert Checkpoints(place / "two").latest() is not None
-    close(result(SINGLE_PROCESS, Checkpoints(place / "two")), alone)
+def test_one_process_resumes_a_run_of_two(results: dict[str, Any], alone: dict[str, Any], folder: Path) -> None:
+    assert len(results["two to one"]["loss"]) == STOP
+    assert Checkpoints(folder / "two").latest() is not None
+    close(result(SINGLE_PROCESS, Checkpoints(folder / "two")), alone)
 
 
-def test_memory_that_runs_out_on_one_rank_does_on_all(found: dict[str, Any]) -> None:
-    assert found["room"] == [16, 16]
+def test_out_of_memory_on_one_rank_makes_passes_smaller_on_all(results: dict[str, Any]) -> None:
+    assert results["micro tokens"] == [16, 16]
 
 
 class Full:
@@ -172,20 +173,20 @@ class Cramped(Ranks):
     ("world", "joined", "error", "waits"),
     [(2, True, LimitBroken, 1), (2, False, LimitBroken, 0), (1, False, LimitBroken, 0), (2, True, ModelError, 0)],
 )
-def test_a_gate_that_stops_the_run_is_told_of_before_any_rank_ends(
+def test_broken_limit_is_reported_before_any_rank_ends(
     world: int, joined: bool, error: type[Exception], waits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """But not where the others are gone, nor for what goes wrong on one rank alone."""
-    found: list[Ranks] = []
-    monkeypatch.setattr(Ranks, "barrier", lambda self: found.append(self))
+    waits_of: list[Ranks] = []
+    monkeypatch.setattr(Ranks, "barrier", lambda self: waits_of.append(self))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: joined)
     with pytest.raises(error), Ranks(world_size=world).barrier_before_failing():
         raise error
-    assert len(found) == waits
+    assert len(waits_of) == waits
 
 
 @pytest.mark.parametrize("shards", [True, False])
-def test_memory_that_runs_out_in_an_exchange_ends_the_run(shards: bool) -> None:
+def test_out_of_memory_in_an_exchange_ends_the_run(shards: bool) -> None:
     """Nobody takes the step again alone: what the others wait for would be another exchange."""
     passes: Any = Full(full=shards)
     several = distribute_passes(passes, None, Cramped(world_size=2, uses_fsdp=shards))
@@ -193,12 +194,12 @@ def test_memory_that_runs_out_in_an_exchange_ends_the_run(shards: bool) -> None:
         StepGuard(several, 0).retry_smaller((), lambda: several.score((), {}), lambda: None)
 
 
-def test_nobody_goes_on_before_all_are_there(found: dict[str, Any]) -> None:
-    assert found["waits"]
+def test_barrier_waits_for_all_ranks(results: dict[str, Any]) -> None:
+    assert results["waits"]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_the_generator_moves_by_the_mean_over_ranks(world: int) -> None:
+def test_generator_gradients_are_averaged_over_ranks(world: int) -> None:
     """Ranks hold the same gradients here, as they do but for the order in which kernels add."""
 
     class Alike(Ranks):
@@ -212,24 +213,26 @@ def test_the_generator_moves_by_the_mean_over_ranks(world: int) -> None:
     generator = search.searcher.generator
     torch.stack([logits.square().sum() for logits in generator().values()]).sum().backward()
     before = [parameter.grad.clone() for parameter in generator.parameters() if parameter.grad is not None]
-    search._average()
+    search._average_gradients()
     after = [parameter.grad for parameter in generator.parameters() if parameter.grad is not None]
     assert len(before) == len(after) > 0
     for one, other in zip(before, after, strict=True):
         torch.testing.assert_close(one, other)
 
 
-def test_decisions_that_differ_end_the_run(found: dict[str, Any]) -> None:
+def test_gates_that_differ_between_ranks_end_the_run(results: dict[str, Any]) -> None:
     """On every rank: none goes on alone."""
-    assert found["differ"].startswith("the gates differ between ranks")
+    assert results["differ"].startswith("the gates differ between ranks")
 
 
-def test_a_whole_run_by_sharded_ranks(found: dict[str, Any], place: Path) -> None:
+def test_run_of_sharded_ranks_writes_the_folder_of_one_process(results: dict[str, Any], folder: Path) -> None:
     """Rank 0 wrote the folder, layer by layer; one process decides and cuts the same, but for rounding."""
-    there, here = RunFolder(place / "run"), RunFolder(place / "again")
-    assert there.read_manifest()["selfcheck"]["ok"]
+    there, here = RunFolder(folder / "run"), RunFolder(folder / "again")
+    assert there.read_manifest().selfcheck.ok
     assert len(list(there.model_folder.glob("*.safetensors"))) == 4  # three layers, and what is outside
-    config = from_mapping(yaml.safe_load((place / "recipe.yaml").read_text(encoding="utf-8")) | {"out": str(here.path)})
+    config = from_mapping(
+        yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) | {"out": str(here.path)}
+    )
     setting = prepare(config, resume=False, console=SilentConsole())
     create_run_folder(here, config)
     train(setting)
@@ -251,7 +254,7 @@ def rows(*lengths: int) -> list[Example]:
 
 @pytest.mark.parametrize("count", [1, 2, 5, 16])
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
-def test_shares_hold_every_example_once(count: int, world: int) -> None:
+def test_split_examples_holds_every_example_once(count: int, world: int) -> None:
     examples = rows(*(3 + 7 * index % 11 for index in range(count)))
     shares = Ranks(world_size=world).split_examples(examples)
     assert len(shares) == world
@@ -260,20 +263,20 @@ def test_shares_hold_every_example_once(count: int, world: int) -> None:
     assert max(loads) - min(loads) <= max(len(example.token_ids) for example in examples)
 
 
-def test_a_fingerprint_sees_order_and_every_bit() -> None:
+def test_fingerprint_depends_on_order_and_every_bit() -> None:
     values = torch.tensor([1.0, 2.0, 3.0])
     assert fingerprint([values]) == fingerprint([values.clone()])
     for other in (values.flip(0), values * (1 + 2**-23), torch.tensor([1.0, 2.0, float("nan")])):
         assert fingerprint([values]) != fingerprint([other])
 
 
-def test_alone_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_init_distributed_without_a_launch_is_a_single_process(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     assert init_distributed(torch.device("cpu")) is SINGLE_PROCESS
     monkeypatch.setenv("WORLD_SIZE", "8")  # of a cluster's job, not of a launcher
     assert rank_and_world_size() == (0, 1)
-    assert not lost_rank_message(RuntimeError("Connection closed by peer"))
+    assert not is_lost_rank(RuntimeError("Connection closed by peer"))
     assert not single_process_error("compare")
 
 
@@ -288,7 +291,7 @@ def test_alone_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
         ("cpu", {"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED"),
     ],
 )
-def test_what_cannot_work_is_refused_before_ranks_meet(
+def test_unsupported_launch_is_refused(
     device: str, changes: dict[str, str], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"} | changes).items():
@@ -297,24 +300,24 @@ def test_what_cannot_work_is_refused_before_ranks_meet(
         init_distributed(torch.device(device))
 
 
-def test_other_verbs_are_for_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_commands_refuse_several_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(name, value)
     assert "one process" in single_process_error("compare")
     assert not single_process_error("run")
-    assert lost_rank_message(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3"))
-    assert not lost_rank_message(RuntimeError("shapes differ"))
+    assert is_lost_rank(RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3"))
+    assert not is_lost_rank(RuntimeError("shapes differ"))
 
 
-def test_a_rank_that_waits_for_one_that_is_gone_says_so_and_ends() -> None:
+def test_rank_waiting_for_a_lost_one_exits_with_a_message() -> None:
     """The main thread is held where no signal handler of Python runs."""
     held = (
-        "import ctypes, os, signal; from prunetune import launch; launch.GRACE = 0.1\n"
+        "import ctypes, os, signal; from prunetune.utils import launch; launch.STOP_GRACE_SECONDS = 0.1\n"
         "signal.signal(signal.SIGTERM, lambda *_: None)\n"
         "def wait():\n"
         "    print('waits', flush=True)\n"
         "    while True: ctypes.CDLL(None).sleep(60)\n"  # the handler runs, and the wait goes on
-        "launch.end(wait)"
+        "launch.run_and_exit_on_failure(wait)"
     )
     environment = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
     process = subprocess.Popen(
@@ -325,4 +328,4 @@ def test_a_rank_that_waits_for_one_that_is_gone_says_so_and_ends() -> None:
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert said == "prunetune: rank 1 of 2: told to stop, as when another rank ends; go on with --resume\n"
+    assert said == "prunetune: rank 1 of 2: told to stop, as when another rank ends; continue with --resume\n"

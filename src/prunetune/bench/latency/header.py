@@ -1,4 +1,4 @@
-"""What a latency table is about: device, driver, versions, workload and the model's geometry."""
+"""The header of a latency table: device, driver, versions, workload and geometry of the model it was measured for."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from prunetune.errors import ConfigError
 from prunetune.model.gguf_import import cache_folder
 from prunetune.utils import environment
 
-NVIDIA = Path("/proc/driver/nvidia/version")
-# Of a configuration: what says nothing about sizes.
-NAMES = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+# Fields of a configuration that do not change the geometry.
+NON_GEOMETRY_FIELDS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version")
 
 
 def table_header(config: Any, workload: WorkloadConfig, device: torch.device, align: int) -> dict[str, Any]:
-    """All that a measured time depends on; raises `ConfigError` for a workload that is not timed."""
+    """All that measured times depend on, as plain values; raises `ConfigError` for a workload that cannot be timed."""
     if workload.weights != "plain":
         raise ConfigError(
             f"workload.weights {workload.weights}: latency is measured with plain weights; set it to plain, "
@@ -42,23 +42,25 @@ def table_header(config: Any, workload: WorkloadConfig, device: torch.device, al
         "batch": workload.batch,
         "align": align,
         "model": config.model_type,
-        "geometry": _digest({name: value for name, value in config.to_dict().items() if name not in NAMES}),
+        "geometry": _digest(
+            {name: value for name, value in config.to_dict().items() if name not in NON_GEOMETRY_FIELDS}
+        ),
     }
 
 
 def driver(device: torch.device) -> str:
-    """The driver's version; "" where there is none to speak of."""
+    """Version of the NVIDIA driver; "" on other devices than CUDA."""
     if device.type != "cuda":
         return ""
     try:
-        found = re.search(r"\b\d+\.\d+(\.\d+)?\b", NVIDIA.read_text(encoding="ascii", errors="replace"))
+        match = re.search(r"\b\d+\.\d+(\.\d+)?\b", DRIVER_FILE.read_text(encoding="ascii", errors="replace"))
     except OSError:
-        found = None
-    return found.group() if found else f"CUDA {torch.version.cuda}"
+        match = None
+    return match.group() if match else f"CUDA {torch.version.cuda}"
 
 
 def table_path(header: dict[str, Any]) -> Path:
-    """Where a table with this header is kept."""
+    """The file of the cache for a table with this header."""
     return cache_folder() / "latency" / f"{header['model']}-{_digest(header)}.json"
 
 

@@ -1,4 +1,4 @@
-"""The table of this device: the one that is named, the one in the cache, or one that is measured now."""
+"""The latency table for a model on this device: read from a file, taken from the cache, or measured now."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from prunetune.bench.latency.request_timing import RUNS
 from prunetune.config.recipe import WorkloadConfig
 from prunetune.cost.latency_table import LatencyTable
 from prunetune.errors import ConfigError
-from prunetune.pruning.units import KIND_BY_NAME, Site
+from prunetune.pruning.units import Site, UnitKind
 from prunetune.utils.files import write_text
 
 log = logging.getLogger(__name__)
-TIMED_KINDS = ("attention", "mlp", "attention-blocks", "mlp-blocks", "layers")  # kinds of unit that a table can price
 
 
 def get_latency_table(
@@ -30,38 +29,38 @@ def get_latency_table(
     align: int,
     table_path: str = "",
 ) -> LatencyTable:
-    """Raises `ConfigError` where a file is about another device, driver, version or workload."""
+    """The table of `table_path`, or the one in the cache, or a new one that is measured and cached.
+
+    Raises `ConfigError` if a file is for another device, driver, version or workload.
+    """
     header = checked_header(config, sites, workload, device, align)
     if table_path:
         return LatencyTable.load(Path(table_path), header)
-    found = load_cached_table(header)
-    return found if found is not None else measure_table(config, sites, workload, device, align, header)
+    cached = load_cached_table(header)
+    return cached if cached is not None else measure_table(config, sites, workload, device, align, header)
 
 
 def checked_header(
     config: Any, sites: tuple[Site, ...], workload: WorkloadConfig, device: torch.device, align: int
 ) -> dict[str, Any]:
     """The header of a table for these units; raises `ConfigError` for kinds that no table prices."""
-    odd = [
-        name
-        for name, kind in KIND_BY_NAME.items()
-        if kind not in TIMED_KINDS and any(site.kind == kind for site in sites)
-    ]
-    if odd:
+    kinds = {site.kind for site in sites}
+    unmeasured = [kind.recipe_name for kind in UnitKind if kind in kinds and not kind.is_in_latency_table]
+    if unmeasured:
         raise ConfigError(
-            f"latency is not measured for {odd[0]}: leave it out of budget.units, "
+            f"latency is not measured for {unmeasured[0]}: leave it out of budget.units, "
             "or budget.latency and budget.throughput out"
         )
-    return table_header(config, workload, device, align) | {"blocks": any(site.kind == "mlp-blocks" for site in sites)}
+    return table_header(config, workload, device, align) | {"blocks": UnitKind.MLP_BLOCK in kinds}
 
 
 def load_cached_table(header: dict[str, Any]) -> LatencyTable | None:
-    """The table that was measured before; None where there is none, or it cannot be read."""
-    place = table_path(header)
-    if not place.is_file():
+    """The table in the cache; None if there is none, or it cannot be read."""
+    path = table_path(header)
+    if not path.is_file():
         return None
     try:
-        return LatencyTable.load(place, header)
+        return LatencyTable.load(path, header)
     except ConfigError as broken:
         log.warning("%s: measured again", broken)
         return None
@@ -78,18 +77,18 @@ def measure_table(
     points: int = POINTS,
     runs: int = RUNS,
 ) -> LatencyTable:
-    """Measure now, and keep it in the cache; where that cannot be written, the minutes that it took are not lost."""
-    whole = any(site.kind == "mlp-blocks" for site in sites)
-    begun = time.monotonic()
-    table = LatencyTableBuilder(config, workload, device, align, points, runs, whole).measure(header)
-    place, seconds = table_path(header), time.monotonic() - begun
+    """Measure a table and write it to the cache; if that fails, the table is returned all the same, with a warning."""
+    includes_zero_width = any(site.kind is UnitKind.MLP_BLOCK for site in sites)
+    start = time.monotonic()
+    table = LatencyTableBuilder(config, workload, device, align, points, runs, includes_zero_width).measure(header)
+    path, seconds = table_path(header), time.monotonic() - start
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_text(place, table.to_json() + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, table.to_json() + "\n")
     except OSError as broken:
         log.warning(
-            "measured latency in %.0f s; not kept in %s (%s): set PRUNETUNE_CACHE", seconds, place, broken.strerror
+            "measured latency in %.0f s; not written to %s (%s): set PRUNETUNE_CACHE", seconds, path, broken.strerror
         )
     else:
-        log.info("measured latency in %.0f s; the table is kept in %s", seconds, place)
+        log.info("measured latency in %.0f s; the table is in %s", seconds, path)
     return table

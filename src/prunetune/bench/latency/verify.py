@@ -1,4 +1,4 @@
-"""What a finished model takes of its budgets: counted, and timed on the device where a budget is a time."""
+"""Check a finished model against its budgets: costs counted, and timed on the device for latency and throughput."""
 
 from __future__ import annotations
 
@@ -12,38 +12,41 @@ from prunetune.cost.limits import TIMED_BUDGETS, BudgetLimit, BudgetLimits
 from prunetune.plan import Plan
 
 log = logging.getLogger(__name__)
-TRUSTED = 0.05  # largest share that a table may be off
+MAX_TABLE_ERROR = 0.05  # of the counted time, above which a warning says that the table is off
 
 
 def verify_budgets(
     limits: BudgetLimits, plan: Plan, workload: WorkloadConfig, open_model: Callable[[], Any], runs: int = RUNS
 ) -> list[dict[str, Any]]:
-    """A row a budget, for the manifest; `opened` gives the finished model, where one is to be timed."""
+    """One row for each budget, for the manifest; `open_model` opens the finished model if a budget is a time."""
     rows: list[dict[str, Any]] = []
     seconds: dict[str, float] = {}
-    for cap in limits.limits:
-        counted = cap.cost(plan.widths())
+    for budget in limits.limits:
+        counted = budget.cost(plan.widths())
+        side = "at least" if budget.kind == "throughput" else "at most"
         row = {
-            "budget": cap.kind, "limit": cap.to_amount(cap.limit), "dense": cap.to_amount(cap.dense_cost),
-            "counted": cap.to_amount(counted), "words": f"{cap.format_cost(counted)} of at most {cap.format_cost(cap.limit)}",
-        }  # fmt: skip
-        if cap.kind == "throughput":
-            row["words"] = f"{cap.format_cost(counted)} of at least {cap.format_cost(cap.limit)}"
-        if cap.kind in TIMED_BUDGETS:
+            "budget": budget.kind,
+            "limit": budget.to_amount(budget.limit),
+            "dense": budget.to_amount(budget.dense_cost),
+            "counted": budget.to_amount(counted),
+            "words": f"{budget.format_cost(counted)} of {side} {budget.format_cost(budget.limit)}",
+        }
+        if budget.kind in TIMED_BUDGETS:
             seconds = seconds or time_requests([open_model()], workload, runs)[0]
-            row |= _timed(cap, counted, seconds, workload)
+            row |= _timed(budget, counted, seconds, workload)
         rows.append(row)
     return rows
 
 
-def _timed(cap: BudgetLimit, counted: float, seconds: dict[str, float], workload: WorkloadConfig) -> dict[str, Any]:
-    phase = "mix" if cap.kind == "throughput" else workload.phase
-    whole = seconds["prefill"] + (workload.generate - 1) * seconds["decode"]
-    found = whole if phase == "mix" else seconds[phase]
-    error = found / counted - 1
-    if abs(error) > TRUSTED:
+def _timed(budget: BudgetLimit, counted: float, seconds: dict[str, float], workload: WorkloadConfig) -> dict[str, Any]:
+    """The measured amount and its relative error, from median seconds by phase."""
+    phase = "mix" if budget.kind == "throughput" else workload.phase
+    request_seconds = seconds["prefill"] + (workload.generate - 1) * seconds["decode"]
+    measured = request_seconds if phase == "mix" else seconds[phase]
+    error = measured / counted - 1
+    if abs(error) > MAX_TABLE_ERROR:
         log.warning(
             "budget.%s: the finished model takes %s, %+.1f%% of what the table says; measure again on a quiet machine",
-            cap.kind, cap.format_cost(found), 100 * error,
+            budget.kind, budget.format_cost(measured), 100 * error,
         )  # fmt: skip
-    return {"measured": cap.to_amount(found), "error": error}
+    return {"measured": budget.to_amount(measured), "error": error}

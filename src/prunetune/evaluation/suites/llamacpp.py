@@ -16,6 +16,7 @@ from prunetune.errors import ModelError
 from prunetune.evaluation.suites.endpoint import Endpoint
 from prunetune.evaluation.suites.http_client import EndpointClient
 from prunetune.evaluation.suites.protocol import BackendError, GenerationSettings, OnRequestsDone, RequestKind
+from prunetune.utils.failures import first_line
 from prunetune.utils.optional import import_optional
 
 ERRORS_ONLY = 1  # log level; by default llama.cpp logs several lines a reply
@@ -38,8 +39,7 @@ def start_server(file: Path, *, context: int = 0, slots: int = 1, threads: int =
     try:
         return llama.Server(params)
     except Exception as broken:  # llama.cpp's errors have no type of their own
-        reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
-        raise ModelError(f"model {file}: llama.cpp cannot open it ({reason}); check the file") from broken
+        raise ModelError(f"model {file}: llama.cpp cannot open it ({first_line(broken)}); check the file") from broken
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from prunetune.evaluation.suites.cache import AnswerStore, CachedBackend, files_
 from prunetune.evaluation.suites.endpoint import Endpoint
 from prunetune.evaluation.suites.http_client import EndpointClient
 from prunetune.evaluation.suites.llamacpp import LlamaCpp
-from prunetune.evaluation.suites.local import MAX_TOKENS, LocalModel
+from prunetune.evaluation.suites.local import LocalModel
+from prunetune.evaluation.suites.options import EvalOptions
 from prunetune.evaluation.suites.protocol import Backend, GenerationSettings, OnRequestsDone, RequestKind
 from prunetune.model.loading import (
     load_config,
@@ -27,22 +28,8 @@ from prunetune.model.loading import (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class BackendOptions:
-    """Device, precision, batch size, cache and endpoint settings of a model under test."""
-
-    device: str = "auto"
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-    max_tokens: int = MAX_TOKENS  # of one scoring pass
-    cache: bool = True
-    model_name: str = ""  # at an endpoint
-    key_env: str = ""
-    timeout: float = 60.0  # seconds for a reply
-
-
-def open_backend(name: str, options: BackendOptions, store: AnswerStore | None = None) -> Backend | Evaluation:
-    """The backend or saved results of a name; weights are read at the first request. Raises a `PrunetuneError`."""
+def open_backend(name: str, options: EvalOptions, store: AnswerStore | None = None) -> Backend | Evaluation:
+    """Whatever the name stands for; weights are read when a question needs them. Raises a `PrunetuneError`."""
     if name.startswith(("http://", "https://")):
         return Endpoint(EndpointClient(name, key_env=options.key_env, timeout=options.timeout), options.model_name)
     path = Path(name).expanduser()
@@ -56,8 +43,8 @@ def open_backend(name: str, options: BackendOptions, store: AnswerStore | None =
     return _with_cache(CheckpointBackend(source, options, store, trust=trust), store, options)
 
 
-def check_can_open(name: str, options: BackendOptions) -> None:
-    """Raise what opening a name would raise later, as far as it is known without weights and servers."""
+def check_can_open(name: str, options: EvalOptions) -> None:
+    """Raise now what opening a name would raise later, as far as is known before weights are read and servers asked."""
     target = open_backend(name, options)
     backend = target.backend if isinstance(target, CachedBackend) else target
     if isinstance(backend, CheckpointBackend):
@@ -121,13 +108,13 @@ def _read_results(path: Path) -> Evaluation:
         raise DataError(f"{path}: {error}") from error
 
 
-def _gguf(path: Path, options: BackendOptions, store: AnswerStore) -> LlamaCpp:
+def _gguf(path: Path, options: EvalOptions, store: AnswerStore) -> LlamaCpp:
     return LlamaCpp(
         check_gguf_file(path), f"llama.cpp {files_hash([path], store)}", timeout=max(options.timeout, 600.0)
     )
 
 
-def _with_cache(backend: Backend, store: AnswerStore, options: BackendOptions) -> Backend:
+def _with_cache(backend: Backend, store: AnswerStore, options: EvalOptions) -> Backend:
     return CachedBackend(backend, store) if options.cache else backend
 
 
@@ -136,7 +123,7 @@ class CheckpointBackend:
     """A model folder or hub name; its weights are read at the first request that is not cached."""
 
     name: str
-    options: BackendOptions
+    options: EvalOptions
     store: AnswerStore
     trust: bool | None = None
 

@@ -6,36 +6,36 @@ import math
 
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suites.check import CheckResult, Failure
+from prunetune.utils.tables import table_lines
 
 LISTED = 20  # most new failures shown; --json has all
 MAX_TEXT_CHARS = 100
 
 
 def render_evaluation(evaluation: Evaluation) -> str:
-    """Every task's scores with their standard errors, or why it has none."""
-    lines = [f"{'task':<24} {'metric':<16} {'score':>10} {'± SE':>9} {'items':>7}"]
-    for name, result in evaluation.tasks.items():
-        lines += [
-            f"{name:<24} {metric:<16} {score.value:>10.4f} {_error(score.se):>9} {score.n:>7}"
-            for metric, score in result.scores.items()
-        ]
-        if result.error:
-            lines.append(f"{name:<24} not scored: {result.error}")
-    return "\n".join(lines)
+    """Every task's scores with their standard errors, and why a task has none."""
+    rows = [
+        (name, metric, f"{score.value:.4f}", _format_error(score.se), str(score.n))
+        for name, result in evaluation.tasks.items()
+        for metric, score in result.scores.items()
+    ]
+    lines = table_lines(("task", "metric", ">score", ">± SE", ">items"), rows)
+    unscored = [f"{name}: not scored: {result.error}" for name, result in evaluation.tasks.items() if result.error]
+    return "\n".join([*lines, *unscored])
 
 
-def _error(value: float) -> str:
+def _format_error(value: float) -> str:
     return f"{value:.4f}" if math.isfinite(value) else "–"
 
 
 def render_check(check: CheckResult) -> str:
     """Scores side by side, limits, new failures with both answers, and what could not be judged."""
-    lines = [f"{'task':<24} {'metric':<16} {'model':>10} {'reference':>10}"]
-    lines += [
-        f"{task:<24} {metric:<16} {mine:>10.4f} {theirs:>10.4f}"
+    rows = [
+        (task, metric, f"{score:.4f}", f"{reference:.4f}")
         for task, metrics in check.scores.items()
-        for metric, (mine, theirs) in metrics.items()
+        for metric, (score, reference) in metrics.items()
     ]
+    lines = table_lines(("task", "metric", ">model", ">reference"), rows)
     lines += ["", *(f"{'BROKEN' if verdict.broken else 'holds '}  {verdict.says}" for verdict in check.verdicts)]
     lines += [f"ERROR   {task}: {error}" for task, error in check.errors.items()]
     if check.failures:

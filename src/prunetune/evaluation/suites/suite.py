@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from prunetune.config.fields import merge_mappings, option, read_options
+from prunetune.config.fields import merge_mappings, option, read_options, sources
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError, PrunetuneError
 from prunetune.evaluation.suites.limits import DEFAULT_SIGNIFICANCE, SuiteLimit, parse_limits
@@ -34,7 +34,7 @@ NON_OPTION_KEYS = ("name", "scorer", "limits")  # keys of a task that are no pla
 class TaskOptions:
     """The options of one task; each is a key in its mapping, beside `scorer` and `limits`."""
 
-    data: tuple[str, ...] = option((), "Sources of the rows: a file, a glob, a hub name, or `demo`.")
+    data: tuple[str, ...] = sources("Sources of the rows: a file, a glob, a hub name, or `demo`.")
     split: Literal["test", "valid", "search", "train"] = option("test", "The part of a hub data set or of the demo.")
     limit: int = option(200, "Most rows, a fixed sample; 0: all.", ge=0)
     template: Literal["auto", "chat", "raw"] = option("auto", "As data.template of a recipe.")

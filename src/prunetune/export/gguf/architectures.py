@@ -1,6 +1,6 @@
-"""What llama.cpp can hold: one entry for each of its architectures, and which of them a family of transformers takes.
+"""llama.cpp's architectures: what each supports, and which one a family of transformers is written as.
 
-Read off its loaders (src/models/*.cpp, release of 2026-10-01) and tried in it. Names of tensors are gguf-py's own.
+Read from its loaders (src/models/*.cpp, release of 2026-10-01) and tested in it. Names of tensors are gguf-py's own.
 """
 
 from __future__ import annotations
@@ -15,49 +15,50 @@ from prunetune.export.source import ExportSource
 from prunetune.pruning.families import FAMILIES, head_counts
 
 QKV = frozenset({"q_proj", "k_proj", "v_proj"})
-ALL = QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}
-# Options of positions that llama.cpp does not read, with what it computes for them; None: from the factor.
+ALL_LINEARS = QKV | {"o_proj", "gate_proj", "up_proj", "down_proj"}
+# Rotary options that llama.cpp does not read, with the value that it assumes; None: computed from the factor.
 UNREAD_ROPE_OPTIONS: Mapping[str, Any] = {
     "attention_factor": None, "mscale": None, "mscale_all_dim": None, "beta_fast": 32, "beta_slow": 1, "truncate": True,
 }  # fmt: skip
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True, kw_only=True)
 class GgufArchitecture:
-    """One of llama.cpp's architectures."""
+    """What one of llama.cpp's architectures supports."""
 
     name: str  # general.architecture
-    interleaved_rope: bool = (
-        False  # rotary pairs lie side by side, not in two halves: rows of query and key change places
-    )
-    act: str = "silu"
-    rope_types: frozenset[str] = frozenset({"default", "linear", "yarn"})  # scalings of the positions it knows
+    interleaved_rope: bool = False  # rotary pairs are adjacent rows, not rows of two halves: query and key are permuted
+    activation: str = "silu"
+    rope_types: frozenset[str] = frozenset({"default", "linear", "yarn"})  # scalings of positions
     biased: frozenset[str] = frozenset()  # linears that may have a bias
-    heads_fill_hidden: bool = False  # takes no other heads than those that make up the hidden size
-    tied_embeddings: bool = False  # its output head is the embedding
-    fused_qkv: bool = False  # query, key and value lie in one tensor
-    window: bool = False  # layers of sliding attention
+    heads_fill_hidden: bool = False  # heads * head size must be the hidden size
+    tied_embeddings: bool = False  # the output head must be the embedding
+    fused_qkv: bool = False  # query, key and value are one tensor
+    sliding_window: bool = False  # layers may have sliding attention
     per_layer_widths: bool = False  # widths may differ by layer
     allows_no_attention: bool = False  # a layer may skip attention
-    norm_offset: float = 0.0  # of norms: transformers keeps Gemma's less one
-    float_keys: Mapping[str, str] = field(default_factory=lambda: NOTHING)  # key -> the configuration's name
+    norm_offset: float = 0.0  # added to weights of norms: transformers stores Gemma's less one
+    float_keys: Mapping[str, str] = field(default_factory=lambda: EMPTY)  # GGUF key -> option of the configuration
     required_values: Mapping[str, Callable[[Any], Any]] = field(
-        default_factory=lambda: NOTHING
-    )  # values taken for granted
+        default_factory=lambda: EMPTY
+    )  # option -> assumed value
 
 
-def _scale(config: Any) -> Any:
+def _head_dim(config: Any) -> Any:
     return head_counts(config).head_dim
 
 
 LLAMA = GgufArchitecture(
-    name="llama", interleaved_rope=True, biased=ALL, rope_types=frozenset({"default", "linear", "yarn", "llama3"})
+    name="llama",
+    interleaved_rope=True,
+    biased=ALL_LINEARS,
+    rope_types=frozenset({"default", "linear", "yarn", "llama3"}),
 )
 DECI = GgufArchitecture(
     name="deci",
     interleaved_rope=True,
-    biased=ALL,
+    biased=ALL_LINEARS,
     rope_types=LLAMA.rope_types,
     per_layer_widths=True,
     allows_no_attention=True,
@@ -75,7 +76,7 @@ SMOLLM3 = GgufArchitecture(
 GRANITE = GgufArchitecture(
     name="granite",
     interleaved_rope=True,
-    biased=ALL,
+    biased=ALL_LINEARS,
     rope_types=LLAMA.rope_types,
     float_keys={
         "attention.scale": "attention_multiplier",
@@ -84,28 +85,28 @@ GRANITE = GgufArchitecture(
         "logit_scale": "logits_scaling",
     },
 )
-GEMMA = GgufArchitecture(name="gemma", act="gelu_pytorch_tanh", tied_embeddings=True, norm_offset=1.0)
+GEMMA = GgufArchitecture(name="gemma", activation="gelu_pytorch_tanh", tied_embeddings=True, norm_offset=1.0)
 GEMMA2 = GgufArchitecture(
     name="gemma2",
-    act="gelu_pytorch_tanh",
+    activation="gelu_pytorch_tanh",
     tied_embeddings=True,
     norm_offset=1.0,
-    window=True,
+    sliding_window=True,
     float_keys={
         "attn_logit_softcapping": "attn_logit_softcapping",
         "final_logit_softcapping": "final_logit_softcapping",
     },
-    required_values={"query_pre_attn_scalar": _scale},
+    required_values={"query_pre_attn_scalar": _head_dim},
 )
 GEMMA3 = GgufArchitecture(
     name="gemma3",
-    act="gelu_pytorch_tanh",
+    activation="gelu_pytorch_tanh",
     norm_offset=1.0,
-    window=True,
-    required_values={"query_pre_attn_scalar": _scale, "attn_logit_softcapping": lambda _: None},
+    sliding_window=True,
+    required_values={"query_pre_attn_scalar": _head_dim, "attn_logit_softcapping": lambda _: None},
 )
 
-# By model_type; the first that fits is taken.
+# By model_type; the first that supports the model is chosen.
 UNIFORM_ARCHITECTURES: Mapping[str, tuple[GgufArchitecture, ...]] = {
     "llama": (LLAMA,),
     "mistral": (LLAMA,),
@@ -129,61 +130,55 @@ PER_LAYER_ARCHITECTURES: Mapping[str, tuple[GgufArchitecture, ...]] = {
 
 
 def select_architecture(source: ExportSource) -> GgufArchitecture:
-    """The architecture that holds this model; raises `ModelError` with the reason where there is none."""
-    family = source.config.model_type
-    candidates = (PER_LAYER_ARCHITECTURES if source.layout == "per-layer" else UNIFORM_ARCHITECTURES).get(family, ())
+    """The architecture to write this model as; raises `ModelError` with the reasons if none supports it."""
+    family, per_layer = source.config.model_type, source.layout == "per-layer"
     reasons = []
-    for candidate in candidates:
-        reason = incompatibility(candidate, source)
+    for arch in (PER_LAYER_ARCHITECTURES if per_layer else UNIFORM_ARCHITECTURES).get(family, ()):
+        reason = incompatibility(arch, source)
         if not reason:
-            return candidate
-        reasons.append(f"{candidate.name}: {reason}")
-    found = "; ".join(reasons) or f"it has no architecture for {family} in this layout"
-    ways = (
-        ["run again with --layout uniform"] if source.layout == "per-layer" and family in UNIFORM_ARCHITECTURES else []
-    )
-    mixed = family in FAMILIES and FAMILIES[family].mixture
-    ways += ["use the folder itself" if mixed else "export onnx"]
-    raise ModelError(f"{source.folder}: llama.cpp cannot hold this model ({found}): {', or '.join(ways)}")
+            return arch
+        reasons.append(f"{arch.name}: {reason}")
+    problem = "; ".join(reasons) or f"it has no architecture for {family} in this layout"
+    remedies = ["run again with --layout uniform"] if per_layer and family in UNIFORM_ARCHITECTURES else []
+    is_mixture = family in FAMILIES and FAMILIES[family].mixture
+    remedies.append("use the folder itself" if is_mixture else "export onnx")
+    raise ModelError(f"{source.folder}: llama.cpp cannot hold this model ({problem}): {', or '.join(remedies)}")
 
 
 def incompatibility(arch: GgufArchitecture, source: ExportSource) -> str:
-    """Why this architecture cannot hold the model; "" where it can."""
+    """Why this architecture cannot hold the model; "" if it can."""
     config, heads = source.config, head_counts(source.config)
-    act = getattr(config, "hidden_activation", None) or config.hidden_act
-    ropes = {str(rope.get("rope_type", "default")) for rope in rope_options(config).values()}
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    ropes = rope_options(config).values()
+    rope_types = {str(rope.get("rope_type", "default")) for rope in ropes}
+    unread = {key for rope in ropes for key, value in rope.items() if value != UNREAD_ROPE_OPTIONS.get(key, value)}
     biased = {name.split(".")[-2] for name in source.tensor_files if name.endswith(".bias")} - arch.biased
-    odd = [name for name, value in arch.required_values.items() if getattr(config, name, None) != value(config)]
-    tuned = {
-        key
-        for rope in rope_options(config).values()
-        for key in rope
-        if rope[key] != UNREAD_ROPE_OPTIONS.get(key, rope[key])
-    }
-    narrow = [i for i, layer in enumerate(source.layer_widths) if not layer.mlp_channels]
-    bare = [i for i, layer in enumerate(source.layer_widths) if not layer.query_heads]
+    other_values = [key for key, value in arch.required_values.items() if getattr(config, key, None) != value(config)]
+    rows = heads.query_heads * heads.head_dim
+    without_mlp = [str(i) for i, layer in enumerate(source.layer_widths) if not layer.mlp_channels]
+    without_attention = [str(i) for i, layer in enumerate(source.layer_widths) if not layer.query_heads]
     rules = (
-        (act != arch.act, f"its activation is {arch.act}, the model's {act}"),
-        (bool(ropes - arch.rope_types), f"it does not scale positions by {', '.join(sorted(ropes))}"),
-        (bool(tuned), f"it takes {', '.join(sorted(tuned))} of the positions for granted"),
-        (getattr(config, "partial_rotary_factor", None) not in (None, 1.0), "it turns whole heads"),
-        (bool(biased), f"it has no bias at {', '.join(sorted(biased))}"),
-        (bool(odd), f"it takes another {', '.join(odd)} for granted"),
+        (activation != arch.activation, f"its activation is {arch.activation}, the model's {activation}"),
+        (rope_types - arch.rope_types, f"it does not scale positions by {', '.join(sorted(rope_types))}"),
+        (unread, f"it does not read the rotary option {', '.join(sorted(unread))}, and assumes another value"),
+        (getattr(config, "partial_rotary_factor", None) not in (None, 1.0), "it rotates whole heads"),
+        (biased, f"it has no bias at {', '.join(sorted(biased))}"),
+        (other_values, f"it assumes another value of {', '.join(other_values)}"),
         (
             arch.tied_embeddings and not config.tie_word_embeddings,
             "its output head is the embedding, the model's is not",
         ),
         (
-            arch.heads_fill_hidden and heads.query_heads * heads.head_dim != config.hidden_size,
-            f"it wants heads of {config.hidden_size} rows in all, these have {heads.query_heads * heads.head_dim}",
+            arch.heads_fill_hidden and rows != config.hidden_size,
+            f"it needs heads of {config.hidden_size} rows in all, these have {rows}",
         ),
-        (bool(narrow), f"layer {', '.join(map(str, narrow))} has no MLP"),
-        (bool(bare) and not arch.allows_no_attention, f"layer {', '.join(map(str, bare))} has no attention"),
+        (without_mlp, f"layer {', '.join(without_mlp)} has no MLP"),
+        (without_attention and not arch.allows_no_attention, f"layer {', '.join(without_attention)} has no attention"),
     )
-    return next((why for wrong, why in rules if wrong), "")
+    return next((reason for is_violated, reason in rules if is_violated), "")
 
 
 def rope_options(config: Any) -> Mapping[str, Mapping[str, Any]]:
-    """The rotary options by type of attention; "full_attention" is always there."""
-    found = dict(config.rope_parameters or {})
-    return found if "full_attention" in found else {"full_attention": found}
+    """Type of attention -> its rotary options; always has "full_attention"."""
+    options = dict(config.rope_parameters or {})
+    return options if "full_attention" in options else {"full_attention": options}

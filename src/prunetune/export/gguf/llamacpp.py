@@ -1,4 +1,4 @@
-"""The check in llama.cpp itself: next tokens against transformers in float32, and how texts fall into tokens."""
+"""Checks a GGUF file in llama.cpp (xllamacpp): next tokens against transformers in float32, and texts' tokens."""
 
 from __future__ import annotations
 
@@ -10,57 +10,58 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from prunetune.errors import SelfCheckFailed
 from prunetune.export.source import ExportSource
+from prunetune.utils.optional import is_installed
 
 STEPS = 16  # greedy tokens
-TIE = 1e-3  # the two best logits are nearer to each other than this share of the largest: rounding may turn them
+TIE_MARGIN = 1e-3  # if the two best logits differ by less than this share of the largest, rounding may swap them
 CHECK_TEXTS = (
     "The patient, 47, was given 12.5 mg on 2024-03-01.",
     "  Two  spaces,\ttabs\nand\n\nlines; it's O'Neill's.",
     "def f(x): return x**2  # Größe, naïve, 東京, 🙂",
 )
 
-# Both run in processes of their own: llama.cpp ends the process where it cannot go on, and neither model stays here.
-REFERENCE = """
+# Both run in processes of their own: llama.cpp ends the process on an error, and both models are freed with it.
+REFERENCE_SCRIPT = """
 import json, sys, torch
 from transformers import AutoModelForCausalLM
-folder, code, wanted, found = sys.argv[1:]
-asked = json.load(open(wanted))
+folder, code, request_file, answer_file = sys.argv[1:]
+request = json.load(open(request_file))
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=code == "code").eval()
 answers = []
-for ids in asked["prompts"]:
+for ids in request["prompts"]:
     tokens, gaps = [], []
-    for _ in range(asked["steps"]):
+    for _ in range(request["steps"]):
         with torch.inference_mode():
             logits = model(torch.tensor([ids + tokens]), logits_to_keep=1).logits[0, -1]
         best = logits.topk(2)
         tokens.append(int(best.indices[0]))
         gaps.append(float((best.values[0] - best.values[1]) / logits.abs().max()))
     answers.append({"tokens": tokens, "gaps": gaps})
-json.dump(answers, open(found, "w"))
+json.dump(answers, open(answer_file, "w"))
 """
-RUNNER = """
+LLAMACPP_SCRIPT = """
 import json, sys, urllib.request, xllamacpp
-file, wanted, found = sys.argv[1:]
-asked = json.load(open(wanted))
+file, request_file, answer_file = sys.argv[1:]
+request = json.load(open(request_file))
 params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.n_gpu_layers, params.warmup = file, asked["context"], 0, False
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = asked["threads"]
+params.model.path, params.n_ctx, params.n_gpu_layers, params.warmup = file, request["context"], 0, False
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request["threads"]
 server = xllamacpp.Server(params)
-def ask(path, **body):
-    kind = {"Content-Type": "application/json"}
-    request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), kind)
-    return json.load(urllib.request.urlopen(request))["tokens"]
-said = {
-    "next": [ask("/completion", prompt=ids, n_predict=1, temperature=0, return_tokens=True)[0] for ids in asked["ids"]],
-    "pieces": [ask("/tokenize", content=text, add_special=False) for text in asked["texts"]],
+def post(path, **body):
+    headers = {"Content-Type": "application/json"}
+    http_request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), headers)
+    return json.load(urllib.request.urlopen(http_request))["tokens"]
+options = {"n_predict": 1, "temperature": 0, "return_tokens": True}
+answer = {
+    "next": [post("/completion", prompt=ids, **options)[0] for ids in request["ids"]],
+    "tokens": [post("/tokenize", content=text, add_special=False) for text in request["texts"]],
 }
-json.dump(said, open(found, "w"))
+json.dump(answer, open(answer_file, "w"))
 """
 
 
@@ -74,20 +75,20 @@ class GreedyContinuation:
 
 @dataclass(frozen=True)
 class TokenAgreement:
-    """What llama.cpp says where transformers was."""
+    """How far llama.cpp agrees with transformers."""
 
-    steps: int
+    steps: int  # greedy tokens compared
     equal: int
-    ties: int  # of the others: the two best logits were all but equal
-    texts: int  # of TEXTS, into the same tokens
+    ties: int  # not equal, but the two best logits were within `TIE_MARGIN`
+    texts: int  # of `CHECK_TEXTS`, with the same tokens
 
     @property
     def all_equal(self) -> bool:
-        """Whether every token is that of transformers, up to ties."""
+        """Whether every token is equal or a tie."""
         return self.equal + self.ties == self.steps
 
     def __str__(self) -> str:
-        """For a line of results."""
+        """The agreement as a line of the export's checks."""
         ties = f", {self.ties} of them ties" if self.ties else ""
         return (
             f"{self.equal} of {self.steps} greedy tokens equal{ties}, "
@@ -96,12 +97,12 @@ class TokenAgreement:
 
 
 def runtime_version() -> str:
-    """llama.cpp and the release of the package that brings it; "" where it is not there."""
-    return f"llama.cpp (xllamacpp {version('xllamacpp')})" if find_spec("xllamacpp") else ""
+    """Name and release of the package that runs llama.cpp; "" if it is not installed."""
+    return f"llama.cpp (xllamacpp {version('xllamacpp')})" if is_installed("xllamacpp") else ""
 
 
 def check_prompts(source: ExportSource) -> list[list[int]]:
-    """Two beginnings of texts."""
+    """The token ids of two short prompts."""
     return [list(ids[:12]) for ids in source.tokenizer([CHECK_TEXTS[0], CHECK_TEXTS[2]])["input_ids"]]
 
 
@@ -109,58 +110,56 @@ def reference_continuations(
     source: ExportSource, prompts: Sequence[Sequence[int]], steps: int = STEPS
 ) -> list[GreedyContinuation]:
     """Greedy continuations of the checkpoint in stock transformers, float32, in a fresh process."""
-    code = "code" if source.trusts_code else "plain"
-    said = _process(
-        REFERENCE, [str(source.folder.absolute()), code], {"prompts": prompts, "steps": steps}, f"{source.folder}"
-    )
-    return [GreedyContinuation(tuple(answer["tokens"]), tuple(answer["gaps"])) for answer in said]
+    arguments = [str(source.folder.absolute()), "code" if source.trusts_code else "plain"]
+    answers = _run_script(REFERENCE_SCRIPT, arguments, {"prompts": prompts, "steps": steps}, f"{source.folder}")
+    return [GreedyContinuation(tuple(answer["tokens"]), tuple(answer["gaps"])) for answer in answers]
 
 
 def compare_tokens(
     file: Path,
     source: ExportSource,
     prompts: Sequence[Sequence[int]],
-    answers: Sequence[GreedyContinuation],
+    references: Sequence[GreedyContinuation],
     threads: int = 0,
 ) -> TokenAgreement:
-    """Ask llama.cpp for the next token after every beginning of the reference's answers, and for the texts' tokens."""
-    ids = [
-        [*prompt, *answer.tokens[:step]]
-        for prompt, answer in zip(prompts, answers, strict=True)
-        for step in range(len(answer.tokens))
+    """Compare llama.cpp's next token after every prefix of the references, and its tokens of `CHECK_TEXTS`."""
+    prefixes = [
+        [*prompt, *reference.tokens[:step]]
+        for prompt, reference in zip(prompts, references, strict=True)
+        for step in range(len(reference.tokens))
     ]
     threads = threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-    asked = {"ids": ids, "texts": CHECK_TEXTS, "context": 8 + max(map(len, ids)), "threads": threads}
-    said = _process(RUNNER, [str(file.absolute())], asked, f"{file} in llama.cpp")
-    wanted = [token for answer in answers for token in answer.tokens]
-    gaps = [gap for answer in answers for gap in answer.gaps]
-    differ = [index for index, token in enumerate(said["next"]) if token != wanted[index]]
-    pieces = source.tokenizer(list(CHECK_TEXTS), add_special_tokens=False)["input_ids"]
+    request = {"ids": prefixes, "texts": CHECK_TEXTS, "context": 8 + max(map(len, prefixes)), "threads": threads}
+    answer = _run_script(LLAMACPP_SCRIPT, [str(file.absolute())], request, f"{file} in llama.cpp")
+    expected = [token for reference in references for token in reference.tokens]
+    gaps = [gap for reference in references for gap in reference.gaps]
+    different = [step for step, token in enumerate(answer["next"]) if token != expected[step]]
+    text_tokens = source.tokenizer(list(CHECK_TEXTS), add_special_tokens=False)["input_ids"]
     return TokenAgreement(
-        steps=len(wanted),
-        equal=len(wanted) - len(differ),
-        ties=sum(gaps[index] < TIE for index in differ),
-        texts=sum(list(own) == theirs for own, theirs in zip(pieces, said["pieces"], strict=True)),
+        steps=len(expected),
+        equal=len(expected) - len(different),
+        ties=sum(gaps[step] < TIE_MARGIN for step in different),
+        texts=sum(list(ours) == theirs for ours, theirs in zip(text_tokens, answer["tokens"], strict=True)),
     )
 
 
-def _reason(said: str) -> str:
-    """The line that says why: llama.cpp's own, which stands before what Python makes of it, or the last error."""
-    lines = said.splitlines()
+def _error_line(output: str) -> str:
+    """The line of a process's output that says why it failed: llama.cpp's own if there is one, else the last error."""
+    lines = output.splitlines()
     own = [line.partition("error loading model:")[2] for line in lines if "error loading model:" in line]
     return (own or ([line for line in lines if "error" in line.lower()] or lines or [""])[-1:])[0].strip()
 
 
-def _process(script: str, arguments: list[str], asked: Any, what: str) -> Any:
-    """Run a script that reads and writes JSON; raises `SelfCheckFailed` where it ends badly."""
+def _run_script(script: str, arguments: list[str], request: Any, name: str) -> Any:
+    """Run a script that reads and writes JSON; raises `SelfCheckFailed` if it writes no answer."""
     with tempfile.TemporaryDirectory() as scratch:
-        wanted, found = Path(scratch) / "wanted.json", Path(scratch) / "found.json"
-        wanted.write_text(json.dumps(asked))
-        done = subprocess.run(  # noqa: S603 - our own interpreter and text
-            [sys.executable, "-c", script, *arguments, str(wanted), str(found)],
+        request_file, answer_file = Path(scratch) / "request.json", Path(scratch) / "answer.json"
+        request_file.write_text(json.dumps(request))
+        process = subprocess.run(  # noqa: S603 - our own interpreter and text
+            [sys.executable, "-c", script, *arguments, str(request_file), str(answer_file)],
             capture_output=True, text=True, cwd=scratch, check=False,
             env=os.environ | {"HF_MODULES_CACHE": scratch, "TOKENIZERS_PARALLELISM": "false"},
         )  # fmt: skip
-        if not found.is_file():
-            raise SelfCheckFailed(f"{what} does not run: {_reason(done.stderr) or done.returncode}")
-        return json.loads(found.read_text())
+        if not answer_file.is_file():
+            raise SelfCheckFailed(f"{name} does not run: {_error_line(process.stderr) or process.returncode}")
+        return json.loads(answer_file.read_text())

@@ -1,4 +1,4 @@
-"""The keys of a GGUF file that say what the model is."""
+"""The metadata keys of a GGUF file: sizes, positions and scales; and notes on what the file cannot express."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE_TYPES = {
 
 
 def add_metadata(writer: gguf.GGUFWriter, source: ExportSource, arch: GgufArchitecture, dtype: str) -> None:
-    """Sizes, positions and scales; the tokenizer's keys are another matter."""
+    """Write all keys but the tokenizer's."""
     config, heads = source.config, head_counts(source.config)
     writer.add_name(source.name)
     writer.add_file_type(FILE_TYPES[dtype])
@@ -27,9 +27,9 @@ def add_metadata(writer: gguf.GGUFWriter, source: ExportSource, arch: GgufArchit
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(_one_or_all(arch, [layer.mlp_channels for layer in source.layer_widths]))
-    writer.add_head_count(_one_or_all(arch, [layer.query_heads for layer in source.layer_widths]))
-    writer.add_head_count_kv(_one_or_all(arch, [layer.kv_heads for layer in source.layer_widths]))
+    writer.add_feed_forward_length(_one_or_per_layer(arch, [layer.mlp_channels for layer in source.layer_widths]))
+    writer.add_head_count(_one_or_per_layer(arch, [layer.query_heads for layer in source.layer_widths]))
+    writer.add_head_count_kv(_one_or_per_layer(arch, [layer.kv_heads for layer in source.layer_widths]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_key_length(heads.head_dim)
     writer.add_value_length(heads.head_dim)
@@ -40,33 +40,33 @@ def add_metadata(writer: gguf.GGUFWriter, source: ExportSource, arch: GgufArchit
         if value is not None:
             writer.add_float32(f"{arch.name}.{key}", float(value))
     _add_rope(writer, rope_options(config))
-    if arch.window and config.sliding_window:
+    if arch.sliding_window and config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
 
 
-def _one_or_all(arch: GgufArchitecture, widths: list[int]) -> int | list[int]:
+def _one_or_per_layer(arch: GgufArchitecture, widths: list[int]) -> int | list[int]:
     return widths if arch.per_layer_widths else widths[0]
 
 
-def _add_rope(writer: gguf.GGUFWriter, ropes: Any) -> None:
-    rope = ropes["full_attention"]
+def _add_rope(writer: gguf.GGUFWriter, options: Any) -> None:
+    rope = options["full_attention"]
     writer.add_rope_freq_base(float(rope["rope_theta"]))
-    if "sliding_attention" in ropes:
-        writer.add_rope_freq_base_swa(float(ropes["sliding_attention"]["rope_theta"]))
-    kind = rope.get("rope_type", "default")
-    if kind in ("linear", "yarn"):
-        writer.add_rope_scaling_type(gguf.RopeScalingType(kind))
+    if "sliding_attention" in options:
+        writer.add_rope_freq_base_swa(float(options["sliding_attention"]["rope_theta"]))
+    rope_type = rope.get("rope_type", "default")
+    if rope_type in ("linear", "yarn"):
+        writer.add_rope_scaling_type(gguf.RopeScalingType(rope_type))
         writer.add_rope_scaling_factor(float(rope["factor"]))
-    if kind == "yarn":
+    if rope_type == "yarn":
         writer.add_rope_scaling_orig_ctx_len(int(rope["original_max_position_embeddings"]))
 
 
 def export_notes(source: ExportSource, arch: GgufArchitecture) -> tuple[str, ...]:
-    """What the file does not hold as the checkpoint does."""
+    """Notes for the export's result on differences between the file and the checkpoint."""
     config = source.config
     window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
     notes = [f"written as {arch.name}"] if arch.name != config.model_type else []
-    if window and not arch.window and window < config.max_position_embeddings:
+    if window and not arch.sliding_window and window < config.max_position_embeddings:
         notes.append(f"llama.cpp's {arch.name} has no window of {window} tokens: longer texts are read differently")
     return tuple(notes)

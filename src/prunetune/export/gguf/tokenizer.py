@@ -1,7 +1,7 @@
-"""The tokenizer's keys: taken over from the base model's GGUF where there is one, else made from tokenizer.json.
+"""The tokenizer's keys of a GGUF file: copied from the base model's GGUF if there is one, else from tokenizer.json.
 
-llama.cpp does not read the pattern that splits a text before merging; it has a list of names. So the pattern is looked
-up, and one that is not in the table is refused: a wrong name is a tokenizer that is almost right.
+llama.cpp does not read the pattern that splits a text before merging; it has a list of named patterns. So the pattern
+is looked up, and one that is not in the table is refused: with a wrong name the tokenizer would be almost right.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ O200K = (
     r"|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SHORT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-# The patterns that split one after the other, and whether whole words are looked up before merging
-# -> tokenizer.ggml.pre.
+# (Patterns that split a text one after another, whether whole words are looked up before merging)
+# -> the name for tokenizer.ggml.pre.
 PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((GPT2,), False): "gpt-2",
     ((DIGIT, GPT2), False): "smollm",  # also StarCoder 2, Granite 3, Command R
@@ -43,16 +43,16 @@ PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, source: ExportSource) -> str:
-    """Write the keys; returns where they are from. Raises `ModelError` for a tokenizer that llama.cpp does not know."""
+    """Write the keys; returns a note on their origin. Raises `ModelError` if llama.cpp cannot open the tokenizer."""
     base = gguf_file(source.base) if source.base else None
     if base is not None and base.is_file():
-        _copy(writer, source, base)
+        _copy_base_keys(writer, source, base)
         return f"tokenizer keys of {base.name}"
-    return _keys_from_tokenizer_json(writer, source)
+    return _write_from_tokenizer_json(writer, source)
 
 
-def _copy(writer: gguf.GGUFWriter, source: ExportSource, base: Path) -> None:
-    """All keys of the tokenizer, as they stand in the file that the run began with."""
+def _copy_base_keys(writer: gguf.GGUFWriter, source: ExportSource, base: Path) -> None:
+    """Copy all keys of the tokenizer from the GGUF file that the run started from."""
     reader = gguf.GGUFReader(base)
     fields = {name: field for name, field in reader.fields.items() if name.startswith("tokenizer.")}
     tokens = len(fields["tokenizer.ggml.tokens"].data)
@@ -62,50 +62,50 @@ def _copy(writer: gguf.GGUFWriter, source: ExportSource, base: Path) -> None:
         writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
 
 
-def _keys_from_tokenizer_json(writer: gguf.GGUFWriter, source: ExportSource) -> str:
+def _write_from_tokenizer_json(writer: gguf.GGUFWriter, source: ExportSource) -> str:
     file = source.folder / "tokenizer.json"
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as broken:
-        raise ModelError(f"{file} cannot be read, and GGUF needs it: save a fast tokenizer into the folder") from broken
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{file} cannot be read, and GGUF needs it: save a fast tokenizer into the folder") from error
     if values["model"]["type"] != "BPE":
         raise ModelError(f"{file}: a {values['model']['type']} tokenizer cannot be written as GGUF: export onnx")
-    pieces = bool(values["model"].get("byte_fallback"))  # SentencePiece's, ▁ for a space
-    pre = "default" if pieces else pre_tokenizer_name(values, file)
-    writer.add_tokenizer_model("llama" if pieces else "gpt2")
-    writer.add_tokenizer_pre(pre)
-    tokens, types = _tokens(source, values, pieces=pieces)
+    is_sentencepiece = bool(values["model"].get("byte_fallback"))  # ▁ for a space
+    pre_tokenizer = "default" if is_sentencepiece else pre_tokenizer_name(values, file)
+    writer.add_tokenizer_model("llama" if is_sentencepiece else "gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer)
+    tokens, types = _tokens_and_types(source, values, is_sentencepiece=is_sentencepiece)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    if pieces:
-        writer.add_token_scores(_scores(values, tokens))
-        writer.add_add_space_prefix(_has_prefix(values))
-    special = gguf.SpecialVocab(source.folder, load_merges=not pieces, n_vocab=len(tokens))
-    if not pieces and not special.merges:
+    if is_sentencepiece:
+        writer.add_token_scores(_merge_scores(values, tokens))
+        writer.add_add_space_prefix(_adds_space_prefix(values))
+    special = gguf.SpecialVocab(source.folder, load_merges=not is_sentencepiece, n_vocab=len(tokens))
+    if not is_sentencepiece and not special.merges:
         raise ModelError(
-            f"{file} has no merges, and llama.cpp opens no byte-level tokenizer without: save one that has them "
+            f"{file} has no merges, and llama.cpp opens no byte-level tokenizer without them: save one that has them "
             "into the folder, or export onnx"
         )
     special.add_to_gguf(writer, quiet=True)
-    return f"tokenizer keys made from tokenizer.json, pre-tokenizer {pre}"
+    return f"tokenizer keys made from tokenizer.json, pre-tokenizer {pre_tokenizer}"
 
 
 def pre_tokenizer_name(values: Mapping[str, Any], file: Path) -> str:
-    """llama.cpp's name for the way a byte-level tokenizer splits texts; raises `ModelError` where it has none."""
-    step = values.get("pre_tokenizer") or {}
-    steps = step.get("pretokenizers", [step])
-    patterns = tuple(pattern for part in steps for pattern in _patterns(part))
+    """llama.cpp's name for the way a byte-level tokenizer splits texts; raises `ModelError` if it has none."""
+    pre_tokenizer = values.get("pre_tokenizer") or {}
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    patterns = tuple(pattern for step in steps for pattern in _patterns(step))
     name = PRE_TOKENIZERS.get((patterns, bool(values["model"].get("ignore_merges"))))
     if name is None:
         raise ModelError(
             f"{file} splits texts by {patterns or 'nothing'}, for which llama.cpp has no name known here: "
-            "begin the run from the model's GGUF, whose tokenizer keys are taken over, or export onnx"
+            "start the run from the model's GGUF, whose tokenizer keys are copied, or export onnx"
         )
     return name
 
 
 def _patterns(step: Mapping[str, Any]) -> tuple[str, ...]:
-    """The patterns of one step; one that this cannot tell stands for itself, and is not found in the table."""
+    """The patterns of one step; of an unknown step its type, which is not in the table."""
     kind = step.get("type")
     if kind == "ByteLevel" and not step.get("add_prefix_space"):
         return (GPT2,) if step.get("use_regex", True) else ()
@@ -116,8 +116,10 @@ def _patterns(step: Mapping[str, Any]) -> tuple[str, ...]:
     return (str(kind),)
 
 
-def _tokens(source: ExportSource, values: Mapping[str, Any], *, pieces: bool) -> tuple[list[str], list[int]]:
-    """One entry for each row of the embedding."""
+def _tokens_and_types(
+    source: ExportSource, values: Mapping[str, Any], *, is_sentencepiece: bool
+) -> tuple[list[str], list[int]]:
+    """The token and its type for each row of the embedding; raises `ModelError` for more tokens than rows."""
     rows = source.config.vocab_size
     tokens, types = [f"[PAD{index}]" for index in range(rows)], [int(gguf.TokenType.UNUSED)] * rows
     added = {token["id"]: token for token in values.get("added_tokens", ())}
@@ -128,7 +130,7 @@ def _tokens(source: ExportSource, values: Mapping[str, Any], *, pieces: bool) ->
     for index, token in vocabulary.items():
         tokens[index] = token
         types[index] = int(gguf.TokenType.NORMAL)
-        if pieces and len(token) == 6 and token.startswith("<0x"):
+        if is_sentencepiece and len(token) == 6 and token.startswith("<0x"):
             types[index] = int(gguf.TokenType.BYTE)
         if index in added:
             special = added[index]["special"]
@@ -136,15 +138,15 @@ def _tokens(source: ExportSource, values: Mapping[str, Any], *, pieces: bool) ->
     return tokens, types
 
 
-def _scores(values: Mapping[str, Any], tokens: list[str]) -> list[float]:
-    """SentencePiece merges the pair of best score first; ranks of merges are those scores in order."""
+def _merge_scores(values: Mapping[str, Any], tokens: list[str]) -> list[float]:
+    """Scores of tokens: SentencePiece merges the pair with the best score first, so the score is minus the rank."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(values["model"]["merges"]):
         ranks.setdefault("".join(merge) if isinstance(merge, list) else merge.replace(" ", "", 1), rank)
     return [-float(ranks.get(token, len(ranks))) for token in tokens]
 
 
-def _has_prefix(values: Mapping[str, Any]) -> bool:
-    """Whether a space is put before a text."""
-    parts = json.dumps([values.get("normalizer"), values.get("pre_tokenizer")])
-    return '"Prepend"' in parts or '"prepend_scheme": "first"' in parts or '"prepend_scheme": "always"' in parts
+def _adds_space_prefix(values: Mapping[str, Any]) -> bool:
+    """Whether the tokenizer puts a space before a text."""
+    steps = json.dumps([values.get("normalizer"), values.get("pre_tokenizer")])
+    return '"Prepend"' in steps or '"prepend_scheme": "first"' in steps or '"prepend_scheme": "always"' in steps

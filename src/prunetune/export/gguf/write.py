@@ -1,4 +1,4 @@
-"""Write a model as one GGUF file, tensor by tensor, read it back, and ask llama.cpp."""
+"""Export to GGUF: writes a model as one file, tensor by tensor, reads it back, and checks it in llama.cpp."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import torch
 
 from prunetune.errors import SelfCheckFailed
 from prunetune.export.gguf import kquants, llamacpp
@@ -19,88 +20,94 @@ from prunetune.export.result import ExportOptions, ExportResult, RuntimeCheck
 from prunetune.export.source import ExportSource
 
 DTYPES = ("f16", "f32", "bf16", "q8_0", *kquants.KQUANT_TYPES)
-EXACT_DTYPES = ("f32", "f16")  # in which llama.cpp has to say what transformers says in float32
+EXACT_DTYPES = ("f32", "f16")  # in these llama.cpp must generate the tokens of transformers in float32
 
-# It logs every key and tensor at INFO, and warns of what is meant.
+# gguf-py logs every key and tensor at INFO, and warns of float16, which is meant here.
 logging.getLogger("gguf").setLevel(logging.ERROR)
 
 
-def export_gguf(source: ExportSource, place: Path, options: ExportOptions) -> ExportResult:
-    """One file for llama.cpp; of unequal layers where it has an architecture for them. Raises a `PrunetuneError`."""
+def export_gguf(source: ExportSource, path: Path, options: ExportOptions) -> ExportResult:
+    """Write one file for llama.cpp, and check it; layers may differ in width if it has an architecture for them.
+
+    Raises `ModelError` or `MissingPackage` before anything is written, `SelfCheckFailed` if a check fails.
+    """
     arch = select_architecture(source)
-    mixes = options.dtype in kquants.KQUANT_TYPES
-    dtype = kquants.unquantized_dtype(source.dtype) if mixes else options.dtype
-    if mixes:
+    is_kquant = options.dtype in kquants.KQUANT_TYPES
+    exact, dtype = path, options.dtype
+    if is_kquant:  # made from a file in the dtype of the stored weights
         kquants.require_llama_cpp()
-    written = place.with_name(place.name + ".exact") if mixes else place
+        exact = path.with_name(path.name + ".exact")
+        dtype = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(source.dtype, "f32")
     try:
-        made, tokenizer = write_gguf(source, written, dtype)
-        verify_tensors(source, written, made)
-        mixed = kquants.quantize(written, place, options.dtype) if mixes else ()
+        tensors, tokenizer_note = write_gguf(source, exact, dtype)
+        verify_tensors(source, exact, tensors)
+        kquant_notes = kquants.quantize(exact, path, options.dtype) if is_kquant else ()
     finally:
-        if mixes:
-            written.unlink(missing_ok=True)
-    read = RuntimeCheck(f"gguf {version('gguf')}", f"{len(made)} tensors of {dtype} read back, equal to the bit")
+        if is_kquant:
+            exact.unlink(missing_ok=True)
+    readback = RuntimeCheck(f"gguf {version('gguf')}", f"{len(tensors)} tensors of {dtype} read back, equal to the bit")
     return ExportResult(
-        path=place,
+        path=path,
         format=f"GGUF, architecture {arch.name}",
         dtype=options.dtype,
         params=source.params,
-        bytes=place.stat().st_size,
-        checks=(read, check_in_llamacpp(source, place, exact=options.dtype in EXACT_DTYPES)),
-        notes=(*export_notes(source, arch), *fallback_notes(made, dtype), *mixed, tokenizer),
+        bytes=path.stat().st_size,
+        checks=(readback, check_in_llamacpp(source, path, exact=options.dtype in EXACT_DTYPES)),
+        notes=(*export_notes(source, arch), *fallback_notes(tensors, dtype), *kquant_notes, tokenizer_note),
     )
 
 
-def write_gguf(source: ExportSource, place: Path, dtype: str) -> tuple[tuple[GgufTensor, ...], str]:
-    """Write the file once through: keys, tokenizer, tensors. Returns the tensors, and where the tokenizer is from."""
+def write_gguf(source: ExportSource, path: Path, dtype: str) -> tuple[tuple[GgufTensor, ...], str]:
+    """Write metadata, tokenizer and tensors in one pass; returns the tensors, and a note on the tokenizer's origin."""
     arch = select_architecture(source)
-    made = build_tensors(source, arch, dtype)
-    writer = gguf.GGUFWriter(place, arch.name)
+    tensors = build_tensors(source, arch, dtype)
+    writer = gguf.GGUFWriter(path, arch.name)
     try:
         add_metadata(writer, source, arch, dtype)
-        tokenizer = add_tokenizer(writer, source)
-        for tensor in made:
+        tokenizer_note = add_tokenizer(writer, source)
+        for tensor in tensors:
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, tensor.type)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for tensor in made:
+        for tensor in tensors:
             writer.write_tensor_data(TensorStream(tensor, source))
     finally:
         writer.close()
-    return made, tokenizer
+    return tensors, tokenizer_note
 
 
-def verify_tensors(source: ExportSource, place: Path, made: tuple[GgufTensor, ...]) -> None:
-    """Every tensor of the file, to the bit; raises `SelfCheckFailed`."""
-    stored = {tensor.name: (int(tensor.data_offset), int(tensor.n_bytes)) for tensor in gguf.GGUFReader(place).tensors}
-    if set(stored) != {tensor.name for tensor in made}:
-        raise SelfCheckFailed(f"{place} holds other tensors than were written")
-    with place.open("rb") as file:
-        for tensor in made:
+def verify_tensors(source: ExportSource, path: Path, tensors: tuple[GgufTensor, ...]) -> None:
+    """Read the file back; raises `SelfCheckFailed` if a tensor differs from the stored weights by a bit."""
+    stored = {tensor.name: (int(tensor.data_offset), int(tensor.n_bytes)) for tensor in gguf.GGUFReader(path).tensors}
+    if set(stored) != {tensor.name for tensor in tensors}:
+        raise SelfCheckFailed(f"{path} holds other tensors than were written")
+    with path.open("rb") as file:
+        for tensor in tensors:
             start, length = stored[tensor.name]
             file.seek(start)
             same = all(file.read(block.nbytes) == block.tobytes() for block in tensor.iter_blocks(source))
             if not same or file.tell() != start + length:
-                raise SelfCheckFailed(f"{place}: {tensor.name} is not what was written; try again on another disk")
+                raise SelfCheckFailed(f"{path}: {tensor.name} is not what was written; try again on another disk")
 
 
-def check_in_llamacpp(source: ExportSource, place: Path, *, exact: bool) -> RuntimeCheck:
-    """Next tokens in llama.cpp; raises `SelfCheckFailed` where they have to be those of transformers and are not."""
+def check_in_llamacpp(source: ExportSource, path: Path, *, exact: bool) -> RuntimeCheck:
+    """Compare next tokens in llama.cpp and transformers; with `exact` raises `SelfCheckFailed` if they differ."""
     runtime = llamacpp.runtime_version()
     if not runtime:
         return RuntimeCheck("llama.cpp", "install it with pip install 'prunetune[llamacpp]'", ran=False)
     prompts = llamacpp.check_prompts(source)
-    found = llamacpp.compare_tokens(place, source, prompts, llamacpp.reference_continuations(source, prompts))
-    if exact and not found.all_equal:
-        raise SelfCheckFailed(f"{place}: {runtime} differs from transformers: {found}; please report this")
-    return RuntimeCheck(runtime, str(found))
+    agreement = llamacpp.compare_tokens(path, source, prompts, llamacpp.reference_continuations(source, prompts))
+    if exact and not agreement.all_equal:
+        raise SelfCheckFailed(f"{path}: {runtime} differs from transformers: {agreement}; please report this")
+    return RuntimeCheck(runtime, str(agreement))
 
 
-def fallback_notes(made: tuple[GgufTensor, ...], dtype: str) -> tuple[str, ...]:
-    """Says so where rows did not divide into the type's blocks."""
-    odd = [tensor for tensor in made if len(tensor.shape) > 1 and tensor.type.name.lower() != dtype]
-    if not odd:
+def fallback_notes(tensors: tuple[GgufTensor, ...], dtype: str) -> tuple[str, ...]:
+    """A note if tensors have another type, as their rows do not divide into the type's blocks."""
+    fallbacks = sum(len(tensor.shape) > 1 and tensor.type.name.lower() != dtype for tensor in tensors)
+    if not fallbacks:
         return ()
-    return (f"{len(odd)} tensors stay f16: their rows do not divide into blocks of {dtype} (budget.align 32 would do)",)
+    return (
+        f"{fallbacks} tensors stay f16: their rows do not divide into blocks of {dtype} (budget.align 32 avoids it)",
+    )

@@ -1,1 +1,1 @@
-"""Training over several ranks."""
+"""Training over several ranks: the processes of one launch, sharded weights, passes and checkpoints."""

@@ -1,8 +1,8 @@
-"""Passes and checkpoints of several ranks as if they were one's."""
+"""Passes and checkpoints of several ranks: losses and gradients summed, checkpoints written by the first rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,12 +21,15 @@ T = TypeVar("T")
 
 
 def distribute_passes(passes: Passes, model: Any, ranks: Ranks) -> Passes:
-    """Passes whose losses and gradients are those of the whole batch, on every rank."""
+    """Passes whose losses and gradients are of the whole batch, on every rank."""
     return passes if ranks.world_size == 1 else DistributedPasses(passes, model, ranks)
 
 
 class DistributedPasses:
-    """Each rank passes over its share; losses and gradients are summed. Gradients are zero before `tune` and `both`."""
+    """Each rank passes over its share of a batch; losses and gradients are summed.
+
+    The caller zeroes the weights' gradients before `tune` and `tune_with_gate_gradients`.
+    """
 
     def __init__(self, passes: Passes, model: Any, ranks: Ranks) -> None:
         self.passes, self.model, self.ranks = passes, model, ranks
@@ -46,8 +49,8 @@ class DistributedPasses:
         return self.passes.recompute
 
     @recompute.setter
-    def recompute(self, wanted: bool) -> None:
-        self.passes.recompute = wanted
+    def recompute(self, recompute: bool) -> None:
+        self.passes.recompute = recompute
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
         """See `Passes`."""
@@ -55,20 +58,20 @@ class DistributedPasses:
         return self._sum_over_ranks(losses, self._gradients)
 
     def group_lasso_step(self, gates: GateTensors, weight: float) -> float:
-        """See `Passes`; of no example, so that every rank has the whole of it."""
+        """See `Passes`. It reads no example, so every rank computes all of it and nothing is summed."""
         return self._run_on_all_ranks(lambda: self.passes.group_lasso_step(gates, weight), None)
 
     def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, dict[str, Tensor]]:
         """See `Passes`."""
-        losses, slopes = self._run_on_all_ranks(lambda: self.passes.gate_gradients(examples, gates), gates)
-        return self._sum_over_ranks(losses, slopes.values), slopes
+        losses, gradients = self._run_on_all_ranks(lambda: self.passes.gate_gradients(examples, gates), gates)
+        return self._sum_over_ranks(losses, gradients.values), gradients
 
     def tune_with_gate_gradients(
         self, examples: Sequence[Example], gates: GateTensors
     ) -> tuple[Losses, dict[str, Tensor]]:
         """See `Passes`."""
-        losses, slopes = self._run_on_all_ranks(lambda: self.passes.tune_with_gate_gradients(examples, gates), gates)
-        return self._sum_over_ranks(losses, lambda: [*slopes.values(), *self._gradients()]), slopes
+        losses, gradients = self._run_on_all_ranks(lambda: self.passes.tune_with_gate_gradients(examples, gates), gates)
+        return self._sum_over_ranks(losses, lambda: [*gradients.values(), *self._gradients()]), gradients
 
     def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
         """See `Passes`."""
@@ -80,7 +83,7 @@ class DistributedPasses:
         self.passes.reset_recordings()
 
     def _run_on_all_ranks(self, work: Callable[[], T], gates: GateTensors | None) -> T:
-        """`work()`; where one rank's memory runs out, so it does on all, and all take smaller passes."""
+        """`work()`; if one rank runs out of memory, all ranks raise torch's error, so that all take smaller passes."""
         result: T | None = None
         failed: torch.OutOfMemoryError | None = None
         try:
@@ -88,8 +91,8 @@ class DistributedPasses:
                 result = work()
         except torch.OutOfMemoryError as error:
             failed = error.with_traceback(None)  # which held the tensors of the pass
-        seen = () if gates is None else [gates[name] for name in sorted(gates)]
-        if self.ranks.any_rank(failed is not None, "gates", seen):
+        gate_values = () if gates is None else [gates[name] for name in sorted(gates)]
+        if self.ranks.any_rank(failed is not None, "gates", gate_values):
             raise failed or torch.OutOfMemoryError("out of memory on another rank")
         return result  # type: ignore[return-value]
 
@@ -100,50 +103,50 @@ class DistributedPasses:
         return dict(zip(losses, values.tolist(), strict=True))
 
     def _gradients(self) -> list[Tensor]:
-        """Of all that is tuned, zero where this rank had no example."""
-        found = []
+        """Of all weights that are tuned; zero if this rank had no example."""
+        gradients = []
         for parameter in trainable_parameters(self.model).values():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            found.append(parameter.grad)
-        return found
+            gradients.append(parameter.grad)
+        return gradients
 
 
 @contextmanager
 def _fatal_out_of_memory() -> Iterator[None]:
-    """Memory that runs out in the block ends the run: others wait in an exchange, and a second try is no part of it."""
+    """If memory runs out in the block, the run ends: the other ranks wait in an exchange, so a retry would hang.
+
+    Raises `ModelError`.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise ModelError(
             "out of GPU memory while ranks exchange weights or gradients, where passes cannot be made smaller: "
-            "lower train.micro_tokens or set train.checkpointing on, then go on with --resume"
+            "lower train.micro_tokens or set train.checkpointing on, then continue with --resume"
         ) from error
 
 
 @dataclass(frozen=True)
 class DistributedCheckpointStore:
-    """A keeper that all ranks read and the first one writes; the folder has to be within reach of all."""
+    """Checkpoints that all ranks read and the first one writes; the folder must be visible to all."""
 
     store: CheckpointStore
     ranks: Ranks
 
     def save(self, state: TrainingState) -> None:
-        """Keep a state, which is the same on all ranks; raises `ModelError` where it is not."""
-        self.ranks.any_rank(False, "adapters", _in_order(state.tensors.get("adapters", {})))
+        """Save a state; raises `ModelError` if the adapters differ between ranks."""
+        adapters = state.tensors.get("adapters", {})
+        self.ranks.any_rank(False, "adapters", [weight for _, weight in sorted(adapters.items())])
         if self.ranks.is_main:
             self.store.save(state)
 
     def latest(self) -> TrainingState | None:
-        """The newest state kept."""
+        """The newest state saved, if any."""
         self.ranks.barrier()
         return self.store.latest()
 
 
 def distribute_checkpoints(store: CheckpointStore, ranks: Ranks) -> CheckpointStore:
-    """The keeper of one rank as that of all."""
+    """The store of one rank as that of all ranks."""
     return store if ranks.world_size == 1 else DistributedCheckpointStore(store, ranks)
-
-
-def _in_order(tensors: Mapping[str, Tensor]) -> list[Tensor]:
-    return [tensors[name] for name in sorted(tensors)]

@@ -1,7 +1,7 @@
-"""Where frozen weights are: whole on every rank, or sharded by FSDP2 (Zhao et al. 2023, arXiv 2304.11277).
+"""Frozen weights sharded over ranks by FSDP2 (Zhao et al. 2023, arXiv 2304.11277), and the cut of sharded layers.
 
-Sharded is each decoder layer, and the embedding where it is not the head's. Every rank has adapters, norms between
-layers and the head whole: adapters are what optimiser and cut work on, the head is read outside the model's forward.
+Each decoder layer is sharded, and the embedding if it is not tied to the head. Every rank has all adapters, norms
+between layers and the head: optimiser and cut work on adapters, and the head runs outside the model's forward.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from prunetune.train.parallel.ranks import Ranks
 
 
 class DecoderLayers(Protocol):
-    """The decoder layers of a model, wherever their weights are."""
+    """The decoder layers of a model, sharded or not."""
 
     def cut(self, plan: Plan, sites: Iterable[Site]) -> None:
         """`cut_linears`, in place."""
@@ -35,10 +35,10 @@ class UnshardedLayers:
     """All weights on this rank."""
 
     model: Any
-    weight_owner: Any = None  # who goes on holding the dense weights, where they are another's, too
+    weight_owner: Any = None  # a model that shares the dense weights and keeps them: the teacher
 
     def cut(self, plan: Plan, sites: Iterable[Site]) -> None:
-        """See `Layers`."""
+        """See `DecoderLayers`."""
         if self.weight_owner is None:
             cut_linears(self.model, plan, sites=sites)
         else:
@@ -46,9 +46,10 @@ class UnshardedLayers:
 
 
 def shard_layers(model: Any, ranks: Ranks, weight_owner: Any = None) -> DecoderLayers:
-    """Shard the frozen weights where the launch says so, in place.
+    """Shard the frozen weights if the launch says so, in place.
 
-    Only rank 0 needs them before: on the others the model may be on the meta device. What is sharded has no `lender`.
+    Only rank 0 needs them before: on the others the model may be on the meta device. Sharded weights have no
+    `weight_owner`.
     """
     if not ranks.uses_fsdp:
         return UnshardedLayers(model, weight_owner)
@@ -56,9 +57,9 @@ def shard_layers(model: Any, ranks: Ranks, weight_owner: Any = None) -> DecoderL
 
 
 class ShardedLayers:
-    """Each rank holds a part of every layer, and sees one layer whole at a time: in a pass, and at the cut.
+    """Each rank holds a shard of every layer, and gathers one layer at a time: in a pass, and at the cut.
 
-    FSDP2 cannot be taken off a module, so the cut fills a new decoder, layer by layer, from the old one.
+    FSDP2 cannot be removed from a module, so the cut fills a new decoder, layer by layer, from the old one.
     """
 
     def __init__(self, model: Any, ranks: Ranks) -> None:
@@ -77,28 +78,28 @@ class ShardedLayers:
         _broadcast_weights(
             [module for name, module in model.named_modules() if not f"{name}.".startswith(layers)], ranks
         )
-        self._complete()
+        self._shard_embedding()
 
     def cut(self, plan: Plan, sites: Iterable[Site]) -> None:
-        """See `Layers`; every rank has the weights of one layer at a time."""
-        listed, old, new = tuple(sites), self._decoder(), self.blueprint.train(self.model.training)
+        """See `DecoderLayers`; every rank gathers the weights of one layer at a time."""
+        sites, old, new = tuple(sites), self._decoder(), self.blueprint.train(self.model.training)
         self.blueprint = _meta_copy(self.model, new)
         setattr(self.model, self.prefix, new)
         for index, name in enumerate(self.names):
             within = name.removeprefix(f"{self.prefix}.")
             _copy_weights(new.get_submodule(within), old.get_submodule(within))
-            place, _, child = within.rpartition(".")
-            setattr(old.get_submodule(place), child, nn.Identity())
-            cut_linears(self.model, plan, sites=[site for site in listed if site.layer == index])
+            parent, _, child = within.rpartition(".")
+            setattr(old.get_submodule(parent), child, nn.Identity())
+            cut_linears(self.model, plan, sites=[site for site in sites if site.layer == index])
             self._shard(self.model.get_submodule(name))
         _copy_weights(new, old)
-        self._complete()
+        self._shard_embedding()
 
     def _decoder(self) -> nn.Module:
         decoder: nn.Module = self.model.get_submodule(self.prefix)
         return decoder
 
-    def _complete(self) -> None:
+    def _shard_embedding(self) -> None:
         from torch.distributed import fsdp
 
         shards = [self.model.get_submodule(name) for name in self.names]
@@ -118,47 +119,50 @@ class ShardedLayers:
 
 @torch.no_grad()
 def _broadcast_weights(modules: Iterable[nn.Module], ranks: Ranks) -> None:
-    """Rank 0's weights and buffers to all ranks and onto their devices, in place; tied ones stay tied."""
-    slots = [(kept, name) for module in modules for kept in _stores(module) for name in kept if kept[name] is not None]
-    dtypes = ranks.broadcast_from_main([kept[name].dtype for kept, name in slots])
-    placed: dict[int, Tensor] = {}
-    for (kept, name), dtype in zip(slots, dtypes, strict=True):
-        before = kept[name]
-        if id(before) not in placed:
-            here = before.detach().to(ranks.device).contiguous() if ranks.is_main else None
-            after = torch.empty(before.shape, dtype=dtype, device=ranks.device) if here is None else here
+    """Send rank 0's weights and buffers to all ranks and onto their devices, in place; tied ones stay tied."""
+    slots = [
+        (store, name) for module in modules for store in _stores(module) for name in store if store[name] is not None
+    ]
+    dtypes = ranks.broadcast_from_main([store[name].dtype for store, name in slots])
+    sent: dict[int, Tensor] = {}
+    for (store, name), dtype in zip(slots, dtypes, strict=True):
+        before = store[name]
+        if id(before) not in sent:
+            if ranks.is_main:
+                after = before.detach().to(ranks.device).contiguous()
+            else:
+                after = torch.empty(before.shape, dtype=dtype, device=ranks.device)
             dist.broadcast(after, 0)
-            placed[id(before)] = _like(before, after)
-        kept[name] = placed[id(before)]
+            sent[id(before)] = _like(before, after)
+        store[name] = sent[id(before)]
 
 
 def _meta_copy(model: Any, module: nn.Module) -> nn.Module:
     """The same module without its weights, sharing the model's configuration."""
     memo: dict[int, Any] = {id(config): config for config in (model.config, model.config.get_text_config())}
-    for part in module.modules():
-        for kept in _stores(part):
-            memo |= {id(one): _like(one, one.detach().to("meta")) for one in kept.values() if one is not None}
+    for store in (store for submodule in module.modules() for store in _stores(submodule)):
+        memo |= {id(value): _like(value, value.detach().to("meta")) for value in store.values() if value is not None}
     return copy.deepcopy(module, memo)
 
 
 def _copy_weights(new: nn.Module, old: nn.Module) -> None:
-    """Give a module the weights and buffers of another, by name; gathers what is sharded, and frees the old shards."""
+    """Give a module the weights and buffers of another, by name; gathers sharded ones and frees the old shards."""
     from torch.distributed.tensor import DTensor
 
     for name, module in old.named_modules():
-        for kept, wanted in zip(_stores(module), _stores(new.get_submodule(name)), strict=True):
-            for key, one in kept.items():
-                wanted[key] = one
-                if isinstance(one, DTensor):
-                    wanted[key] = _like(one, one.full_tensor().detach())
-                    one.to_local().untyped_storage().resize_(0)  # module and hooks hold each other, and this
+        for source, target in zip(_stores(module), _stores(new.get_submodule(name)), strict=True):
+            for key, value in source.items():
+                target[key] = value
+                if isinstance(value, DTensor):
+                    target[key] = _like(value, value.full_tensor().detach())
+                    value.to_local().untyped_storage().resize_(0)  # a cycle of module and hooks keeps it alive
 
 
 def _like(before: Tensor, after: Tensor) -> Tensor:
-    """A weight where `before` is one, with a gradient where it has one."""
+    """`after` as a parameter if `before` is one, requiring a gradient if that does."""
     return nn.Parameter(after, before.requires_grad) if isinstance(before, nn.Parameter) else after
 
 
 def _stores(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Where a module keeps its own weights and buffers."""
+    """The dicts of a module's own weights and buffers."""
     return module._parameters, module._buffers

@@ -1,0 +1,100 @@
+"""Failures of disk, memory, GPU and other ranks: one table of how each is recognised and what to do about it.
+
+Libraries raise these as errors of their own, so they are recognised by type name, error number and text; no torch here.
+"""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from prunetune.utils.launch import rank_and_world_size
+
+LOST_RANK_PATTERN = re.compile(r"gloo|NCCL|connection (closed|reset)|timed out", re.IGNORECASE)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its type's name where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def last_line(output: str) -> str:
+    """The last line that a process printed: where it failed, usually its error."""
+    return (output.strip().splitlines() or ["no output"])[-1]
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether another process of this run is gone, as gloo or NCCL report it."""
+    if rank_and_world_size()[1] == 1 or not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__.startswith("Dist") or bool(LOST_RANK_PATTERN.search(first_line(error)))
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether there is no space, or no quota, as Python or safetensors report it."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return type(error).__name__ == "SafetensorError" and "No space left" in str(error)
+
+
+def is_permission_denied(error: BaseException) -> bool:
+    """Whether a file may not be used, or its file system is read-only, as Python or safetensors report it."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)
+    return type(error).__name__ == "SafetensorError" and "Permission denied" in str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether host or GPU memory ran out, as Python or PyTorch report it."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+        or "CUDA error: out of memory" in str(error)
+    )
+
+
+def is_gpu_fault(error: BaseException) -> bool:
+    """Whether driver, card or a kernel failed, so that nothing more can be computed in this process."""
+    return type(error).__name__ == "AcceleratorError" and "out of memory" not in first_line(error)
+
+
+@dataclass(frozen=True)
+class FailureRule:
+    """A kind of failure: how it is recognised, and one line that says what to do about it."""
+
+    recognise: Callable[[BaseException], bool]
+    message: str  # {file}: the file that the error names; {line}: the first line of the error
+
+
+# The first that recognises an error explains it.
+FAILURES = (
+    FailureRule(
+        is_lost_rank,
+        "another rank is gone, and with it the run: read the last lines of its log, then continue with --resume",
+    ),
+    FailureRule(is_disk_full, "the disk is full ({file}): free some space, then continue with --resume"),
+    FailureRule(
+        is_permission_denied,
+        "no permission to read or write {file}: change its permissions, or name another folder with --out",
+    ),
+    FailureRule(
+        is_out_of_memory,
+        "out of memory: lower train.micro_tokens, train.batch_size or data.max_length, then continue with --resume; "
+        "in eval and check lower --max-tokens",
+    ),
+    FailureRule(
+        is_gpu_fault,
+        "the GPU failed ({line}): continue with --resume; if it happens again, let no other process use this GPU, or "
+        "look for Xid in the kernel's log (dmesg)",
+    ),
+)
+
+
+def explain_failure(error: BaseException) -> str | None:
+    """What failed and what to do, in one line; None for a bug, which keeps its traceback."""
+    file = getattr(error, "filename", None) or "run folder"
+    messages = (rule.message for rule in FAILURES if rule.recognise(error))
+    return next((message.format(file=file, line=first_line(error)) for message in messages), None)

@@ -1,0 +1,38 @@
+"""JSON objects, and files that hold one a line (.jsonl)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from prunetune.utils.files import write_text
+
+JsonObject = dict[str, Any]
+
+
+def append_json_line(path: Path, record: JsonObject) -> None:
+    """Add a record at the end of a file."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def write_json_lines(path: Path, records: Iterable[JsonObject]) -> None:
+    """Replace a file in one step."""
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_json_lines(path: Path) -> tuple[list[JsonObject], int]:
+    """The records of a file, and the count of lines that hold none, as the last one after a kill; raises `OSError`."""
+    records, broken = [], 0
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict):
+            records.append(value)
+        else:
+            broken += bool(line.strip())
+    return records, broken

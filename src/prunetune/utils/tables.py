@@ -1,0 +1,43 @@
+"""Tables as plain text, laid out by rich: fitted to a terminal, one line a row in files and pipes."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+MIN_WIDTH = 80  # columns that a table may take in a narrower terminal, too
+UNLIMITED_WIDTH = 10_000  # columns in files and pipes: rows are not broken, so that grep finds them
+
+
+def table_width() -> int:
+    """Columns that a table may take on standard output."""
+    return max(MIN_WIDTH, shutil.get_terminal_size().columns) if sys.stdout.isatty() else UNLIMITED_WIDTH
+
+
+def table_lines(headings: Sequence[str], rows: Iterable[Sequence[str]], *, width: int | None = None) -> list[str]:
+    """The lines of a table without rules and colours, headings first.
+
+    A heading that begins with ">" is of numbers: its column is set to the right and never broken. A row may end early.
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
+    for heading in headings:
+        is_number = heading.startswith(">")
+        table.add_column(
+            Text(heading.removeprefix(">")),
+            justify="right" if is_number else "left",
+            no_wrap=is_number,
+            overflow="fold",
+        )
+    for row in rows:
+        table.add_row(*map(Text, row))  # as Text: square brackets are no markup
+    file = io.StringIO()
+    Console(
+        file=file, width=width or table_width(), color_system=None, force_terminal=False, force_jupyter=False
+    ).print(table)
+    return [line.rstrip() for line in file.getvalue().splitlines()]
