@@ -17,7 +17,7 @@ from prunetune.train.adapters import LARGE_MODEL_PARAMS
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model of the student's hidden size; `distill.logits` and `distill.hidden` weigh the terms that need it."""
+    """A frozen model of the student's hidden size; `distill.logits` and `distill.hidden` weigh its loss terms."""
 
     model: Any
     is_tuned: bool = True  # on the task; an untuned one counts only on tokens without a label
