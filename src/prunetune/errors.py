@@ -43,3 +43,9 @@ class LimitBroken(PrunetuneError):
 
 class SelfCheckFailed(LimitBroken):
     """The written checkpoint does not equal the model that was trained."""
+
+
+def gpu_fault_message(error: BaseException) -> str:
+    """What a GPU said as it gave up: nothing more can be computed in its process. "" for any other error."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return first if type(error).__name__ == "AcceleratorError" and "out of memory" not in first else ""

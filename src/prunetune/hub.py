@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from functools import cache
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +21,6 @@ from prunetune.export.stock_config import build_meta_model
 from prunetune.pruning.families import FAMILIES, architecture_info
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import KIND_BY_NAME
-from prunetune.utils.optional import is_installed
 
 VLLM_BACKEND_MODULE = (
     "vllm.model_executor.models.transformers:"  # its backend for models that it has no code of its own for
@@ -39,7 +39,7 @@ def register() -> None:
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModel.register(config, base, exist_ok=True)
         AutoModelForCausalLM.register(config, causal, exist_ok=True)
-        if "vllm" in sys.modules or is_installed("vllm"):
+        if "vllm" in sys.modules or find_spec("vllm"):
             _register_with_vllm(family, causal.__name__)
 
 

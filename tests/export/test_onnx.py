@@ -16,7 +16,6 @@ from prunetune import Plan, export_run
 from prunetune.errors import ConfigError, MissingPackage, ModelError, SelfCheckFailed
 from prunetune.export import onnx
 from prunetune.export.result import ExportOptions, ExportResult
-from prunetune.utils import optional
 from support.data import subwords
 from support.export import WIDE, run_folder
 from support.models import random_plan, relative, tiny
@@ -92,7 +91,7 @@ def test_what_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
     with pytest.raises(ConfigError, match="onnx takes no dtype 'q8_0'; use one of f32"):
         export_run(run, "onnx", options=ExportOptions(dtype="q8_0"))
-    monkeypatch.setattr(optional, "find_spec", lambda name: None)
+    monkeypatch.setattr(onnx, "find_spec", lambda name: None)
     with pytest.raises(MissingPackage, match=r"pip install 'prunetune\[onnx\]'"):
         export_run(run, "onnx")
     assert not any((run / "exports").iterdir())

@@ -15,7 +15,6 @@ from prunetune.export import quantize
 from prunetune.export.quantize import SCHEMES, find_quantizable
 from prunetune.export.result import ExportOptions
 from prunetune.export.source import ExportSource
-from prunetune.utils import optional
 from support.data import subwords
 from support.export import plan_of, run_folder
 from support.models import tiny
@@ -74,7 +73,7 @@ def test_what_cannot_be_is_refused_before_anything_is_read(tmp_path: Path, monke
     with pytest.raises(ModelError, match=r"no linear can be held in int4: 14 of 14 linears .* multiple of 64"):
         export_run(odd, options=ExportOptions(quantize="int4"))
     run = run_of(tmp_path / "run", 128)
-    monkeypatch.setattr(optional, "find_spec", lambda name: None)
+    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
     for kind in SCHEMES:
         with pytest.raises(MissingPackage, match=r"pip install 'prunetune\[quant\]'"):
             export_run(run, options=ExportOptions(quantize=kind))

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from prunetune.errors import ConfigError, ModelError
-from prunetune.utils.failures import first_line
 
 WARM_UPS = 2  # runs before recording, in which kernels are chosen and workspaces made
 
@@ -56,7 +55,8 @@ class CudaGraphStep:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as failed:
-            raise ModelError(f"this model's step cannot be recorded ({first_line(failed)}); run it eagerly") from failed
+            line = (str(failed).strip().splitlines() or ["RuntimeError"])[0]
+            raise ModelError(f"this model's step cannot be recorded ({line}); run it eagerly") from failed
         for length, was in zip(lengths, before, strict=True):
             length.copy_(was)  # warm-ups wrote places of the cache that replays write again
         self.graph = graph

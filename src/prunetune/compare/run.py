@@ -23,7 +23,7 @@ from prunetune.compare.methods import DENSE, Method, apply_overrides, resolve_me
 from prunetune.compare.page import write_page
 from prunetune.compare.table import aggregate
 from prunetune.config.recipe import RunConfig, to_mapping
-from prunetune.errors import ConfigError, LimitBroken, PrunetuneError
+from prunetune.errors import ConfigError, LimitBroken, PrunetuneError, gpu_fault_message
 from prunetune.evaluation.score_records import SDPA_BACKENDS
 from prunetune.model.loading import load_config, pick_device
 from prunetune.pipeline.prepare import Console, RunContext, data_and_model_facts, make_plan_constraints, prepare
@@ -34,7 +34,6 @@ from prunetune.train.teacher import resolve_auto
 from prunetune.utils import environment
 from prunetune.utils.console import make_console
 from prunetune.utils.determinism import deterministic
-from prunetune.utils.failures import is_gpu_fault
 from prunetune.utils.files import write_text
 
 log = logging.getLogger(__name__)
@@ -201,7 +200,7 @@ class _Comparison:
         except PrunetuneError as failed:
             result = {**cell_header(cell), "error": str(failed)}
         except Exception as failed:
-            if is_gpu_fault(failed):  # of all cells that run: none of them is to blame
+            if gpu_fault_message(failed):  # of all cells that run: none of them is to blame
                 raise
             lacks = isinstance(failed, torch.OutOfMemoryError)
             log.exception("%s failed", cell.name)

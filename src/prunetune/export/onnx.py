@@ -15,18 +15,17 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunetune.errors import ModelError, SelfCheckFailed
+from prunetune.errors import MissingPackage, ModelError, SelfCheckFailed
 from prunetune.export.checkpoint import edit_json
 from prunetune.export.result import ExportOptions, ExportResult, RuntimeCheck
 from prunetune.export.source import ExportSource
-from prunetune.utils.failures import first_line
-from prunetune.utils.optional import require_installed
 
 GRAPH = "model.onnx"
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")  # of a terminal
@@ -37,7 +36,8 @@ PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 def export_onnx(source: ExportSource, place: Path, options: ExportOptions) -> ExportResult:
     """Trace, write `model.onnx` and its weights with the tokenizer, run it in onnxruntime and compare."""
-    require_installed(*PACKAGES, extra="onnx", use="onnx export")
+    if missing := missing_packages():
+        raise MissingPackage(f"onnx export needs {', '.join(missing)}; run: pip install 'prunetune[onnx]'")
     model = source.load_model()
     place.mkdir()
     program = _traced(model, source.config.vocab_size)
@@ -54,6 +54,11 @@ def export_onnx(source: ExportSource, place: Path, options: ExportOptions) -> Ex
     return ExportResult(
         place, f"onnx: {type(model).__name__}", "float32", params, size, (check_onnx(model, place / GRAPH),)
     )
+
+
+def missing_packages() -> list[str]:
+    """What `prunetune[onnx]` would install and is not there."""
+    return [name for name in PACKAGES if find_spec(name) is None]
 
 
 class _Logits(nn.Module):
@@ -82,8 +87,9 @@ def _traced(model: Any, vocabulary: int) -> Any:
             )  # fmt: skip
         except (torch.onnx.errors.OnnxExporterError, RuntimeError) as failed:
             cause = failed.__cause__ or failed
+            reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0]
             raise ModelError(
-                f"{type(model).__name__} cannot be traced for ONNX ({COLOURS.sub('', first_line(cause))}); "
+                f"{type(model).__name__} cannot be traced for ONNX ({COLOURS.sub('', reason)}); "
                 "use the folder itself, or see whether llama.cpp knows it with --to gguf"
             ) from failed
 

@@ -13,19 +13,19 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunetune.errors import ModelError, SelfCheckFailed
+from prunetune.errors import MissingPackage, ModelError, SelfCheckFailed
 from prunetune.export.checkpoint import WrittenCheckpoint, edit_json
 from prunetune.export.result import ExportResult, RuntimeCheck
 from prunetune.export.selfcheck import compute_logits, reopen_in_fresh_process
 from prunetune.export.source import ExportSource
 from prunetune.export.stock_config import build_meta_model
-from prunetune.utils.optional import require_installed
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,8 @@ def export_quantized(source: ExportSource, place: Path, kind: str) -> ExportResu
         raise ModelError(f"{source.folder}: no linear can be held in {kind}: {fitting.explain_skipped(scheme)}")
     if note := fitting.explain_skipped(scheme):
         log.warning("%s: %s", kind, note)
-    require_installed(scheme.package, extra="quant", use=kind)
+    if find_spec(scheme.package) is None:
+        raise MissingPackage(f"{kind} needs {scheme.package}; run: pip install 'prunetune[quant]'")
     expected = compute_logits(source.load_model(), source.probe_tokens())
     rounding = 0.0
     if source.dtype != torch.float32:  # torchao's tensors compute in the dtype that they are stored in

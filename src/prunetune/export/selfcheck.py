@@ -16,7 +16,6 @@ from torch import Tensor
 
 from prunetune.errors import SelfCheckFailed
 from prunetune.export.checkpoint import WrittenCheckpoint
-from prunetune.utils.failures import last_line
 
 LIMIT = 1e-4  # largest relative difference of logits, float32
 
@@ -94,6 +93,6 @@ def reopen_in_fresh_process(written: WrittenCheckpoint, tokens: Tensor, *, strea
             capture_output=True, text=True, env=environment, cwd=scratch, check=False,
         )  # fmt: skip
         if reader.returncode:
-            last = last_line(reader.stderr)
+            last = (reader.stderr.strip().splitlines() or ["no output"])[-1]
             raise SelfCheckFailed(f"{written.folder} does not open in a fresh process: {last}")
         return load_file(outputs)

@@ -21,7 +21,6 @@ from prunetune.plan import Plan
 from prunetune.pruning.families import head_counts
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import Site
-from prunetune.utils.failures import first_line
 
 Layout = Literal["uniform", "per-layer"]
 # Not of the stock class: the per-layer schema, and rotary keys that only older releases read.
@@ -145,7 +144,8 @@ class ExportSource:
                 self.folder, dtype=dtype, trust_remote_code=self.trusts_code, **how
             )
         except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as broken:
-            raise ModelError(f"{self.folder} cannot be opened: {first_line(broken)}; write the model again") from broken
+            reason = (str(broken).strip().splitlines() or [type(broken).__name__])[0]
+            raise ModelError(f"{self.folder} cannot be opened: {reason}; write the model again") from broken
         return (loaded if how else loaded.requires_grad_(False)).eval()
 
     @property

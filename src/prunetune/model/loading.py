@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,8 +15,6 @@ from safetensors import SafetensorError, safe_open
 
 from prunetune.errors import ConfigError, MissingPackage, ModelError, UnknownArchitecture
 from prunetune.model.gguf_import import dequantize_gguf
-from prunetune.utils.failures import first_line
-from prunetune.utils.suggest import similar_names
 
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -72,7 +71,7 @@ def resolve_model_path(name: str) -> str:
 def _did_you_mean(path: Path) -> str:
     """What was probably meant: folders and .gguf files beside it, of a like name."""
     beside = [each.name for each in path.parent.glob("*") if each.is_dir() or each.suffix == ".gguf"]
-    close = similar_names(path.name, beside)
+    close = difflib.get_close_matches(path.name, beside)
     return f"; did you mean {' or '.join(str(path.with_name(one)) for one in close)}?" if close else ""
 
 
@@ -109,7 +108,7 @@ def pick_device(wanted: str) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as absent:
         odd = str(absent).startswith("Expected one of")  # and every device that PyTorch knows
-        why = "" if odd else f" ({first_line(absent)})"
+        why = "" if odd else f" ({str(absent).splitlines()[0]})"
         raise ConfigError(f"device {wanted!r} is not there{why}; use cpu, cuda or auto") from absent
     return device
 
@@ -143,7 +142,7 @@ def load_model_and_tokenizer(
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as broken:
         raise ModelError(
-            f"model {name}: cannot be loaded: {first_line(broken)}; check the files or fetch them again"
+            f"model {name}: cannot be loaded: {_first_line(broken)}; check the files or fetch them again"
         ) from broken
     if absent := sorted(found["missing_keys"]):  # which transformers fills with random numbers
         raise ModelError(
@@ -204,7 +203,7 @@ def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
                 f"model {name} opens with code of its own: read it, then say --trust-remote-code"
             ) from broken
         raise ModelError(
-            f"model {name}: no configuration found: {first_line(broken)}; name a folder, a .gguf file or a hub name"
+            f"model {name}: no configuration found: {_first_line(broken)}; name a folder, a .gguf file or a hub name"
         ) from broken
 
 
@@ -216,7 +215,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(name), trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as broken:
         raise ModelError(
-            f"model {name}: no tokenizer found: {first_line(broken)}; save the tokenizer into the model's folder"
+            f"model {name}: no tokenizer found: {_first_line(broken)}; save the tokenizer into the model's folder"
         ) from broken
     if not tokenizer("a")["input_ids"]:  # made from a configuration alone
         raise ModelError(
@@ -238,7 +237,7 @@ def load_meta_model(name: str, *, trust_remote_code: bool = False) -> Any:
             safe_open(file, framework="pt")
         except (SafetensorError, OSError) as broken:
             raise ModelError(
-                f"model {name}: {file.name} cannot be read: {first_line(broken)}; fetch it again"
+                f"model {name}: {file.name} cannot be read: {_first_line(broken)}; fetch it again"
             ) from broken
     if getattr(config.get_text_config(), "num_hidden_layers", 1) < 1:
         raise ModelError(f"model {name}: config.json: num_hidden_layers has to be 1 or more; correct it")
@@ -247,5 +246,9 @@ def load_meta_model(name: str, *, trust_remote_code: bool = False) -> Any:
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (RuntimeError, KeyError, TypeError, ZeroDivisionError) as odd:
         raise ModelError(
-            f"model {name}: its config.json describes no model: {type(odd).__name__}: {first_line(odd)}; correct it"
+            f"model {name}: its config.json describes no model: {type(odd).__name__}: {_first_line(odd)}; correct it"
         ) from odd
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,6 @@ from prunetune.search.feasibility import uniform_scores
 from prunetune.search.nested_sites import NestedSites
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import min_feasible_keep, min_widths, select
-from prunetune.utils.tables import table_lines
 
 PREVIEW_SHARES = (0.7, 0.6, 0.5)  # shares that may remain
 STORED = 2  # bytes of a weight in 16 bits
@@ -72,31 +71,23 @@ def budget_table_lines(
     measure: bool = False,
 ) -> list[str]:
     """A table of every kind of budget under this workload; `measure` times the device where no table is kept."""
-    shape = model_shape(meta_model, sites)
+    anatomy = model_shape(meta_model, sites)
     try:
         table: LatencyTable | None = _table(
             meta_model.config, sites, workload, device, constraints.align, measure=measure
         )
-        untimed_reason = NO_LATENCY_TABLE
+        why = NO_LATENCY_TABLE
     except ConfigError as untimed:
         if measure:
             raise
-        table, untimed_reason = None, str(untimed)
-    widths_by_plan = _example_widths(sites, constraints)
-    rows, uncounted = [], []
-    for kind in BUDGET_KINDS:
-        try:
-            if kind in TIMED_BUDGETS and table is None:
-                raise ConfigError(untimed_reason)
-            rows.append([kind, *_costs(kind, shape, workload, table, widths_by_plan)])
-        except ConfigError as reason:
-            uncounted.append(f"{kind:<11} {reason}")
-    return [
-        f"budgets of {workload.batch} x {workload.prompt} + {workload.generate} tokens, {workload.cached_tokens} in "
-        f"the cache, {workload.dtype}, weights {workload.weights}, layout {constraints.layout} (even plans):",
-        *table_lines(["budget", *(f">{plan}" for plan in widths_by_plan)], rows),
-        *uncounted,
+        table, why = None, str(untimed)
+    plans = _example_widths(sites, constraints)
+    lines = [
+        f"budgets of {workload.batch} x {workload.prompt} + {workload.generate} tokens, {workload.cached_tokens} in the "
+        f"cache, {workload.dtype}, weights {workload.weights}, layout {constraints.layout} (even plans):",
+        f"{'budget':<11}" + "".join(f"{name:>11}" for name in plans),
     ]
+    return [*lines, *(_row(kind, anatomy, workload, table, plans, why) for kind in BUDGET_KINDS)]
 
 
 def _table(
@@ -120,25 +111,32 @@ def _example_widths(sites: Sequence[Site], constraints: PlanConstraints) -> dict
     return found | {"least": nest.kept_unit_counts(min_widths(nest, constraints), nest.sites)}
 
 
-def _costs(
+def _row(
     kind: str,
-    shape: ModelShape,
+    anatomy: ModelShape,
     workload: WorkloadConfig,
     table: LatencyTable | None,
-    widths_by_plan: dict[str, dict[str, int] | None],
-) -> list[str]:
-    """What each plan costs in a kind of budget, as text; raises `ConfigError` where it cannot be counted."""
-    costs = costs_for_budget(kind, shape, workload, table)
-    cells = []
-    for plan, widths in widths_by_plan.items():
-        cost = 0.0 if widths is None else max_cost(costs, widths)
-        if not cost > 0:
-            cells.append(NOT_FEASIBLE)
-            continue
-        amount = workload.batch * workload.generate / cost if kind == "throughput" else cost
-        # "least" is what users copy into a recipe, so it is rounded to the side that is feasible.
-        cells.append((format_amount_rounded_to_limit if plan == "least" else format_amount)(amount, kind))
-    return cells
+    widths_by_heading: dict[str, dict[str, int] | None],
+    untimed_reason: str,
+) -> str:
+    if kind in TIMED_BUDGETS and table is None:
+        return f"{kind:<11}  {untimed_reason}"
+    try:
+        costs = costs_for_budget(kind, anatomy, workload, table)
+    except ConfigError as uncounted:
+        return f"{kind:<11}  {uncounted}"
+    tokens = workload.batch * workload.generate
+
+    def words(heading: str, counts: dict[str, int] | None) -> str:
+        if counts is None:
+            return NOT_FEASIBLE
+        found = max_cost(costs, counts)
+        if not found > 0:
+            return NOT_FEASIBLE
+        found = tokens / found if kind == "throughput" else found
+        return format_amount_rounded_to_limit(found, kind) if heading == "least" else format_amount(found, kind)
+
+    return f"{kind:<11}" + "".join(f"{words(heading, counts):>11}" for heading, counts in widths_by_heading.items())
 
 
 def budget_usage_lines(limits: BudgetLimits, plan: Plan) -> Iterator[str]:

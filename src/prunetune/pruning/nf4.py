@@ -8,16 +8,17 @@ columns). So a unit leaves with whole blocks, what stays keeps every bit, and th
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from prunetune.errors import MissingPackage
 from prunetune.pruning.linears import COLUMNS, ROWS, as_out_in, get_base_linear, set_axis_size
 from prunetune.pruning.sites import lora_target_modules
 from prunetune.pruning.units import Site
-from prunetune.utils.optional import require_installed
 
 NF4_BLOCK_SIZE = 64  # weights of a scale
 NF4_SCALE_BYTES = 4  # bytes of a scale, float32
@@ -25,7 +26,8 @@ NF4_SCALE_BYTES = 4  # bytes of a scale, float32
 
 def require_nf4() -> None:
     """Raises `MissingPackage` where bitsandbytes, whose kernels these are, is not installed."""
-    require_installed("bitsandbytes", extra="quant", use="lora.quantize nf4")
+    if find_spec("bitsandbytes") is None:
+        raise MissingPackage("lora.quantize nf4 needs bitsandbytes; run: pip install 'prunetune[quant]'")
 
 
 class NF4Linear(nn.Linear):

@@ -16,7 +16,6 @@ from prunetune.config.recipe import RunConfig
 from prunetune.errors import PrunetuneError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.plan import Plan
-from prunetune.utils.json_lines import read_json_lines
 
 Parsed = TypeVar("Parsed")
 RunLogEntry = Mapping[str, Any]
@@ -133,7 +132,13 @@ def _read_log(path: Path, missing: list[str], lost: str) -> tuple[RunLogEntry, .
     if not path.is_file():
         missing.append(f"{path.name} is missing: {lost}")
         return ()
-    lines, broken = read_json_lines(path)  # a run may have stopped in the middle of a line
+    lines: list[RunLogEntry] = []
+    broken = 0
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            lines.append(_parse_object(text))
+        except ValueError:  # a run stopped in the middle of a line
+            broken += bool(text.strip())
     if broken:
         missing.append(f"{path.name} has {broken} line{'s' * (broken > 1)} that cannot be read: left out")
     elif not lines:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import json
 import logging
@@ -18,8 +19,6 @@ import yaml
 from prunetune.config.recipe import RunConfig, load_saved_recipe, to_mapping
 from prunetune.errors import ConfigError, RunFolderError
 from prunetune.utils.files import PARTIAL, write_text
-from prunetune.utils.json_lines import JsonObject, append_json_line, read_json_lines, write_json_lines
-from prunetune.utils.suggest import similar_names
 
 log = logging.getLogger(__name__)
 TUNING_STAGE = "tune and prune"  # a stage, in the manifest's timings
@@ -81,18 +80,28 @@ class RunFolder:
 
     def append_record(self, name: str, record: JsonObject) -> None:
         """Add a line to `metrics.jsonl` or `validation.jsonl`."""
-        append_json_line(self.path / name, record)
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
 
     def drop_records_after(self, step: int) -> None:
         """Drop records of steps that will be done again (-1: of all), and a line that a kill cut short."""
         for name in ("metrics.jsonl", "validation.jsonl"):
             file = self.path / name
             if file.exists():
-                records, _ = read_json_lines(file)
-                write_json_lines(file, [record for record in records if 0 <= record.get("step", -1) <= step])
+                kept = [
+                    line for line in file.read_text(encoding="utf-8").splitlines() if 0 <= _parse_step(line) <= step
+                ]
+                write_text(file, "".join(line + "\n" for line in kept))
         for file in (self.path / "decisions").glob("step-*.json"):
             if int(file.stem.removeprefix("step-")) > step:
                 file.unlink()
+
+
+def _parse_step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return -1
 
 
 def check_folder(config: RunConfig, *, resume: bool, changeable: Collection[str] = CHANGEABLE_ON_RESUME) -> RunFolder:
@@ -118,7 +127,7 @@ def check_folder(config: RunConfig, *, resume: bool, changeable: Collection[str]
 def _similar_runs_hint(path: Path) -> str:
     """Runs of a like name beside a folder that is not there."""
     names = [recipe.parent.name for recipe in path.parent.glob("*/config.yaml")]
-    close = ", ".join(str(path.with_name(name)) for name in similar_names(path.name, names))
+    close = ", ".join(str(path.with_name(name)) for name in difflib.get_close_matches(path.name, names))
     return f" (of a like name: {close})" if close else ""
 
 

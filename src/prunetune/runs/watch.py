@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,6 @@ from rich.text import Text
 
 from prunetune.config.recipe import RunConfig
 from prunetune.runs.folder import RunFolder, is_locked, open_run
-from prunetune.utils.json_lines import read_json_lines
 
 REFRESH_SECONDS = 1.0  # seconds between looks
 LOCK_CHECK_SECONDS = 30.0  # seconds of silence after which it is asked whether a process works on the run
@@ -76,11 +76,19 @@ def read_snapshot(folder: RunFolder, config: RunConfig) -> RunSnapshot:
 
 
 def _read_records(file: Path) -> tuple[JsonLine, ...]:
+    found = []
     try:
-        records, _ = read_json_lines(file)
+        text = file.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ()
-    return tuple(record for record in records if isinstance(record.get("step"), int))
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict) and isinstance(value.get("step"), int):
+            found.append(value)
+    return tuple(found)
 
 
 def watch_run(path: Path, *, console: Console | None = None, interval: float = REFRESH_SECONDS) -> None:

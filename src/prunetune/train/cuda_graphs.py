@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunetune.errors import ModelError
-from prunetune.utils.failures import first_line, is_gpu_fault
+from prunetune.errors import ModelError, gpu_fault_message
 
 
 class OwnStream:
@@ -114,9 +113,9 @@ class CudaGraphRecorder:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as failed:
-            line = first_line(failed)
+            line = (str(failed).strip().splitlines() or [type(failed).__name__])[0]
             for each in _behind(failed):
-                if is_gpu_fault(each) and "captur" not in str(each):  # no matter of recording
+                if gpu_fault_message(each) and "captur" not in str(each):  # no matter of recording
                     raise each from None
             if not _lacks_memory(failed):
                 raise ModelError(f"this model's pass cannot be recorded ({line}): set train.packing to off") from failed

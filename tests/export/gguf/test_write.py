@@ -12,12 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from prunetune import Plan, export_run
 from prunetune.errors import MissingPackage, ModelError, SelfCheckFailed
-from prunetune.export.gguf import llamacpp, tensors
+from prunetune.export.gguf import kquants, llamacpp, tensors
 from prunetune.export.gguf.architectures import UNIFORM_ARCHITECTURES, select_architecture
 from prunetune.export.gguf.write import verify_tensors, write_gguf
 from prunetune.export.result import ExportOptions
 from prunetune.export.source import ExportSource
-from prunetune.utils import optional
 from support.data import subwords
 from support.export import WIDE, greedy, plan_of, reference_here, run_folder
 from support.models import random_plan, tiny
@@ -159,7 +158,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
 
 def test_without_llama_cpp_the_result_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
-    monkeypatch.setattr(optional, "find_spec", lambda name: None)
+    monkeypatch.setattr(llamacpp, "find_spec", lambda name: None)
     done = export_run(run, "gguf")
     assert "not run in llama.cpp: install it with pip install 'prunetune[llamacpp]'" in str(done)
 
@@ -227,7 +226,7 @@ def test_values_beyond_float16_are_refused(tmp_path: Path) -> None:
 
 def test_k_quants_need_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
-    monkeypatch.setattr(optional, "find_spec", lambda name: None)
+    monkeypatch.setattr(kquants, "find_spec", lambda name: None)
     with pytest.raises(MissingPackage, match="pip install llama-cpp-python"):
         export_run(run, "gguf", options=ExportOptions(dtype="q4_k_m"))
 

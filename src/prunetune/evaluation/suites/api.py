@@ -1,4 +1,4 @@
-"""`prunetune eval` and `prunetune check` as functions."""
+"""`prunetune eval` and `prunetune check` as Python functions."""
 
 from __future__ import annotations
 
@@ -54,5 +54,5 @@ def check(
 
 
 def evaluation_to_json(evaluation: Evaluation, model: str, suite: str) -> str:
-    """The evaluation with what it is of; `Evaluation.from_json` reads it."""
+    """The evaluation with the names of model and suite, as JSON that `Evaluation.from_json` reads."""
     return json.dumps({**json.loads(evaluation.to_json()), "model": model, "suite": suite}, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""What `eval` and `check` are given: a run, a checkpoint, a hub name, a .gguf file, an endpoint, or kept results."""
+"""Open the model of `eval` and `check`: a run, checkpoint, hub name, .gguf file, endpoint, or saved results."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from prunetune.model.loading import (
 
 
 def open_backend(name: str, options: EvalOptions, store: AnswerStore | None = None) -> Backend | Evaluation:
-    """Whatever the name stands for; weights are read when a question needs them. Raises a `PrunetuneError`."""
+    """The backend or saved results of a name; weights are read at the first request. Raises a `PrunetuneError`."""
     if name.startswith(("http://", "https://")):
         return Endpoint(EndpointClient(name, key_env=options.key_env, timeout=options.timeout), options.model_name)
     path = Path(name).expanduser()
     if path.suffix == ".json":
         return _read_results(path)
     store = store or AnswerStore()
-    pick_device(options.device)  # refuses in time
+    pick_device(options.device)  # raises before anything is read
     if path.suffix == ".gguf":
         return _with_cache(_gguf(path, options, store), store, options)
     source, trust = resolve_checkpoint(name, trust_remote_code=options.trust_remote_code)
@@ -44,47 +44,49 @@ def open_backend(name: str, options: EvalOptions, store: AnswerStore | None = No
 
 
 def check_can_open(name: str, options: EvalOptions) -> None:
-    """Raise now what opening a name would raise later, as far as is known before weights are read and servers asked."""
+    """Raise what opening a name would raise later, as far as it is known without weights and servers."""
     target = open_backend(name, options)
-    found = target.backend if isinstance(target, CachedBackend) else target
-    if isinstance(found, CheckpointBackend):
-        load_config(found.name, trust_remote_code=found.trusted)
-        load_tokenizer(found.name, trust_remote_code=found.trusted)
+    backend = target.backend if isinstance(target, CachedBackend) else target
+    if isinstance(backend, CheckpointBackend):
+        load_config(backend.name, trust_remote_code=backend.trusted)
+        load_tokenizer(backend.name, trust_remote_code=backend.trusted)
 
 
 def resolve_checkpoint(name: str, *, trust_remote_code: bool) -> tuple[str, bool]:
-    """The folder or hub name that a run or a name stands for, and whether code in it may run; raises `ModelError`."""
+    """The folder or hub name that a run or a name means, and whether code in it may run; raises `ModelError`."""
     path = Path(name).expanduser()
     run = read_run_config(path)
     if run is None:
-        resolve_model_path(name)  # refuses in time
+        resolve_model_path(name)  # raises before anything is read
         return name, trust_remote_code
     folder = path / "model"
     if not folder.is_dir() and list_run_sizes(path):
         raise ModelError(f"{path}: this run has several sizes; name one of {', '.join(map(str, list_run_sizes(path)))}")
     if not folder.is_dir():
-        raise ModelError(f"{path}: this run has no model yet; go on with it by prunetune run RECIPE --resume")
-    # What opens here is code that the run generated and checked.
+        raise ModelError(f"{path}: this run has no model yet; resume it with prunetune run RECIPE --resume")
+    # The code of a per-layer checkpoint was generated and checked by the run.
     return str(folder), trust_remote_code or run.layout == "per-layer"
 
 
 def check_gguf_file(path: Path) -> Path:
-    """A .gguf file that is there; raises `ModelError`."""
+    """`path`, if it is a file; raises `ModelError` if not."""
     if not path.is_file():
         raise ModelError(f"model {path}: no such file; name a .gguf file, a model folder or a hub name")
     return path
 
 
 def dense_model_of_run(name: str) -> str:
-    """The dense model that a run began with, a .gguf file dequantised, as the run opened it; raises `ModelError`."""
+    """The dense model of a run, as the run opened it (a .gguf file is dequantised); raises `ModelError`."""
     run = read_run_config(Path(name).expanduser())
     if run is None:
-        raise ModelError(f"{name} is no run folder, so what to check it against has to be named with --against")
+        raise ModelError(
+            f"{name} is no run folder, which would know its dense model; name the reference with --against"
+        )
     return resolve_model_path(run.model)
 
 
 def read_run_config(path: Path) -> RunConfig | None:
-    """The recipe of a run folder; None for what is none."""
+    """The recipe of a run folder; None for any other path."""
     recipe = path / "config.yaml"
     if not recipe.is_file() or (path / "config.json").exists():
         return None
@@ -93,17 +95,17 @@ def read_run_config(path: Path) -> RunConfig | None:
 
 def list_run_sizes(run: Path) -> list[Path]:
     """The folders of a run of several sizes that have a model, the largest first; each is a run folder itself."""
-    found = [place for place in (run / "sizes").glob("*") if (place / "model").is_dir()]
-    return sorted(found, key=lambda place: place.name, reverse=True)  # "0.8", "0.65": shares
+    folders = [folder for folder in (run / "sizes").glob("*") if (folder / "model").is_dir()]
+    return sorted(folders, key=lambda folder: folder.name, reverse=True)  # named by share kept: "0.8", "0.65"
 
 
 def _read_results(path: Path) -> Evaluation:
     try:
         return Evaluation.from_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as missing:
-        raise DataError(f"{path}: cannot be read ({missing}); name what prunetune eval --out wrote") from missing
-    except DataError as odd:
-        raise DataError(f"{path}: {odd}") from odd
+        raise DataError(f"{path}: cannot be read ({missing}); name a file that prunetune eval --out wrote") from missing
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error
 
 
 def _gguf(path: Path, options: EvalOptions, store: AnswerStore) -> LlamaCpp:
@@ -118,7 +120,7 @@ def _with_cache(backend: Backend, store: AnswerStore, options: EvalOptions) -> B
 
 @dataclass(frozen=True)
 class CheckpointBackend:
-    """A model folder or hub name; its weights are read at the first question that was not asked before."""
+    """A model folder or hub name; its weights are read at the first request that is not cached."""
 
     name: str
     options: EvalOptions
@@ -127,23 +129,23 @@ class CheckpointBackend:
 
     @property
     def trusted(self) -> bool:
-        """Whether code in its folder may run."""
+        """Whether Python code in its folder may run."""
         return self.options.trust_remote_code if self.trust is None else self.trust
 
     @cached_property
     def _folder(self) -> Path:
-        """Where its files are: a hub name's lie together once they are fetched."""
-        place = Path(resolve_model_path(self.name))
-        if place.is_dir():
-            return place
+        """The folder of its files; those of a hub name are in one folder once they are downloaded."""
+        path = Path(resolve_model_path(self.name))
+        if path.is_dir():
+            return path
         from transformers.utils import cached_file
 
-        self.model_and_tokenizer()  # the weights have to be here to be hashed
+        self.model_and_tokenizer()  # downloads the weights, which are hashed
         return Path(cached_file(self.name, "config.json")).parent
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of weights, configuration and tokenizer, and of the arithmetic."""
+        """Hash of weights, configuration and tokenizer, with device, precision and package versions."""
         device = pick_device(self.options.device)
         dtype = str(pick_dtype(self.options.dtype, device))
         packages = [f"{name} {version(name)}" for name in ("torch", "transformers")]
@@ -163,5 +165,5 @@ class CheckpointBackend:
     def run_requests(
         self, kind: RequestKind, records: Any, settings: GenerationSettings, tick: OnRequestsDone
     ) -> list[Any]:
-        """See `Respondent`."""
+        """See `Backend`."""
         return self._local.run_requests(kind, records, settings, tick)

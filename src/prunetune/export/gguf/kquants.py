@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
 import torch
 
 from prunetune.errors import MissingPackage, ModelError
-from prunetune.utils.failures import last_line
-from prunetune.utils.optional import is_installed
 
 BLOCK = 256  # values of a row that a k-quant takes together
 KQUANT_TYPES = ("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_0", "q4_k_s", "q4_k_m", "q5_0", "q5_k_s", "q5_k_m", "q6_k")
@@ -24,7 +23,7 @@ def unquantized_dtype(dtype: torch.dtype) -> str:
 
 def require_llama_cpp() -> None:
     """Raises `MissingPackage` before anything is written."""
-    if not is_installed("llama_cpp"):
+    if find_spec("llama_cpp") is None:
         raise MissingPackage(
             "k-quants are made by llama.cpp; run: pip install llama-cpp-python (it is built, which takes minutes), "
             "or export f16 and run its llama-quantize, or take --dtype q8_0"
@@ -48,7 +47,7 @@ def quantize(file: Path, place: Path, name: str) -> tuple[str, ...]:
         [sys.executable, "-c", QUANTIZE, str(file), str(place), str(kind)], capture_output=True, text=True, check=False
     )
     if done.returncode or not place.is_file():
-        last = last_line(done.stderr)
+        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise ModelError(f"{place}: llama.cpp could not quantise to {name} ({last}); take --dtype q8_0")
     odd = sum(len(tensor.shape) > 1 and tensor.shape[0] % BLOCK != 0 for tensor in gguf.GGUFReader(place).tensors)
     if not odd:

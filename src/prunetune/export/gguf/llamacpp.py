@@ -10,12 +10,12 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from prunetune.errors import SelfCheckFailed
 from prunetune.export.source import ExportSource
-from prunetune.utils.optional import is_installed
 
 STEPS = 16  # greedy tokens
 TIE = 1e-3  # the two best logits are nearer to each other than this share of the largest: rounding may turn them
@@ -97,7 +97,7 @@ class TokenAgreement:
 
 def runtime_version() -> str:
     """llama.cpp and the release of the package that brings it; "" where it is not there."""
-    return f"llama.cpp (xllamacpp {version('xllamacpp')})" if is_installed("xllamacpp") else ""
+    return f"llama.cpp (xllamacpp {version('xllamacpp')})" if find_spec("xllamacpp") else ""
 
 
 def check_prompts(source: ExportSource) -> list[list[int]]:
