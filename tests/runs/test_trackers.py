@@ -14,7 +14,6 @@ from prunetune.errors import ConfigError, MissingPackage
 from prunetune.runs import trackers
 from prunetune.runs.folder import RunFolder
 from prunetune.runs.trackers import Trackers, require_trackers, start_trackers
-from prunetune.utils import optional
 
 
 class Tracker:
@@ -80,7 +79,7 @@ def test_one_that_does_not_start_is_said(
 
 
 def test_a_package_that_is_not_there_is_one_line_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optional, "find_spec", lambda _: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda _: None)
     with pytest.raises(
         MissingPackage, match=r"wandb is not installed; run: pip install 'prunetune\[track\]'"
     ) as refused:

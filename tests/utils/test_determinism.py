@@ -91,7 +91,7 @@ def test_errors_of_pytorch_about_the_mode_are_explained_and_others_pass() -> Non
 
 @pytest.mark.parametrize("run", [multi_size.run, stages.run])
 @pytest.mark.parametrize("wanted", [True, False])
-def test_run_uses_deterministic_kernels(
+def test_a_run_is_made_in_the_block(
     run: Callable[[RunConfig], Path], wanted: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = []

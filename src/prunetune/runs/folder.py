@@ -19,6 +19,7 @@ import yaml
 from prunetune.config.recipe import RunConfig, load_saved_recipe, to_mapping
 from prunetune.errors import ConfigError, RunFolderError
 from prunetune.utils.files import PARTIAL, write_text
+from prunetune.utils.json_lines import JsonObject
 
 log = logging.getLogger(__name__)
 TUNING_STAGE = "tune and prune"  # a stage, in the manifest's timings

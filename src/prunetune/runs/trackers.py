@@ -10,12 +10,12 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import Any
 
 from prunetune.config.recipe import RunConfig, to_mapping
 from prunetune.errors import MissingPackage
 from prunetune.runs.folder import RunFolder, flatten_options
-from prunetune.utils.optional import is_installed
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ TrackedRecord = Mapping[str, Any]
 def require_trackers(names: Sequence[str]) -> None:
     """Raises `MissingPackage` for a tracker that is not installed, before anything is made."""
     for name in names:
-        if not is_installed(PACKAGES[name]):
+        if find_spec(PACKAGES[name]) is None:
             raise MissingPackage(
                 f"track: {name} is not installed; run: pip install 'prunetune[track]', or {PACKAGES[name]}"
             )
