@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,6 @@ from prunetune.config.fields import fields_by_path, merge_mappings, with_current
 from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError
-from prunetune.utils.suggest import did_you_mean
 
 MethodKind = Literal["untuned", "dense", "two-stage", "one-stage"]
 NO_QUANTIZE = "models of a comparison share one dense model in memory, unquantised; leave lora.quantize out"
@@ -72,7 +72,8 @@ def resolve_methods(config: RunConfig) -> tuple[Method, ...]:
     names = dict.fromkeys(config.compare.methods)
     for name in names:
         if name not in known:
-            hint = did_you_mean(name, known) or f"known are {', '.join(known)}"
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(known)}"
             raise ConfigError(f"compare.methods: unknown method {name!r}; {hint}")
     if not names:
         raise ConfigError(f"compare.methods is empty; known are {', '.join(known)}")
