@@ -25,9 +25,10 @@ def evaluate(
     allow: Collection[Permission] = NO_PERMISSIONS,
     progress: SuiteProgressCallback | None = None,
 ) -> Evaluation:
-    """Score a run, checkpoint, hub name, .gguf file or endpoint on a suite; results in a JSON file come back as they are.
+    """The suite's scores of a run, checkpoint, hub name, .gguf file or endpoint; saved results are returned unchanged.
 
-    `allow` adds to the permissions in `options`. A task that fails has its `error` instead of scores. Raises a `PrunetuneError` where there is nothing to ask.
+    `allow` adds to the permissions in `options`. A task that fails has its `error` instead of scores. Raises a
+    `PrunetuneError` where the model cannot be opened.
     """
     suite = options.open_suite(suite)
     backend = open_backend(model, options)
