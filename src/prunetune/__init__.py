@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from prunetune.evaluation.suites.check import CheckResult
     from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
     from prunetune.evaluation.suites.run import SuiteProgressCallback, evaluate_suite
+    from prunetune.evaluation.suites.scorers import Permission
     from prunetune.evaluation.suites.suite import Suite
     from prunetune.export.formats import export_run
     from prunetune.pipeline.prepare import Console
