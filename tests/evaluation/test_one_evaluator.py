@@ -16,13 +16,13 @@ from prunetune.data.sources import read_records
 from prunetune.evaluation import score_records
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suites import LocalModel, Suite, parse_suite
-from prunetune.evaluation.suites.open_model import BackendOptions
+from prunetune.evaluation.suites.options import CheckOptions
 from prunetune.pipeline import monitor, stages
 from support.data import subwords, write_lines
 from support.evaluation import characters, speaker
 from support.models import tiny
 
-ON_CPU = BackendOptions(device="cpu", dtype="float32", cache=False)
+ON_CPU = CheckOptions(device="cpu", dtype="float32", cache=False)
 MAX_NEW_TOKENS = 6
 FLOAT32 = 1e-5  # relative
 BFLOAT16 = 2e-2  # relative: a run takes a right choice's NLL from its choices' pass, `eval` scores it by itself
