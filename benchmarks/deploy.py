@@ -29,9 +29,10 @@ from prunetune.errors import PrunetuneError
 from prunetune.export.gguf import llamacpp
 from prunetune.export.gguf.architectures import select_architecture
 from prunetune.export.gguf.write import verify_tensors, write_gguf
-from prunetune.export.onnx import export_onnx, missing_packages
+from prunetune.export.onnx import PACKAGES, export_onnx
 from prunetune.export.result import ExportOptions
 from prunetune.export.source import ExportSource
+from prunetune.utils.optional import is_installed
 
 MARKS = ("<!-- measured by benchmarks/deploy.py -->", "<!-- end -->")
 
@@ -157,7 +158,7 @@ def llama_cpp(case: Case) -> Iterator[Row]:
 
 def onnxruntime(case: Case) -> Iterator[Row]:
     """The export to ONNX, float32."""
-    if missing := missing_packages():
+    if missing := [name for name in PACKAGES if not is_installed(name)]:
         raise Skipped(f"{', '.join(missing)} is not installed")
     import onnxruntime as runtime
 

@@ -124,8 +124,10 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
 
     job = TrainingJob(
         model=model, sites=sites, constraints=PlanConstraints("per-layer", 32 if options.tiny else 128),
-        train_stream=BatchStream(rows, options.batch, 1), search_stream=BatchStream(rows, options.batch, 2),
-        valid_examples=(), pad_id=0, config=config, schedule=build_schedule(config), checkpoints=NullCheckpointStore(), observer=notes,
+        train_stream=BatchStream(rows, options.batch, 1),
+        search_stream=BatchStream(rows, options.batch, 2),
+        valid_examples=(), pad_id=0, config=config, schedule=build_schedule(config),
+        checkpoints=NullCheckpointStore(), observer=notes,
         accelerator=Accelerator(cpu=device.type == "cpu"), ranks=ranks,
     )  # fmt: skip
     del model

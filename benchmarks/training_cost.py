@@ -155,7 +155,8 @@ def ours(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype, ki
     stream, clock = stream_of(asked, model.config.vocab_size), Clock(device)
     tune_and_prune(TrainingJob(
         model=model, sites=sites, constraints=PlanConstraints("per-layer", default_align(sites)),
-        train_stream=stream, search_stream=stream, valid_examples=(), pad_id=0, config=config, checkpoints=NullCheckpointStore(), observer=clock,
+        train_stream=stream, search_stream=stream, valid_examples=(), pad_id=0,
+        config=config, checkpoints=NullCheckpointStore(), observer=clock,
         schedule=tune_only_schedule(config) if dense else build_schedule(config),
         accelerator=Accelerator(cpu=device.type == "cpu"), teacher=teacher,
         given_plan=dense_plan(sites) if dense else None,

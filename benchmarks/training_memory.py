@@ -120,7 +120,8 @@ def main() -> None:
     stream = BatchStream(examples(shapes.vocab_size, args.sequence), args.batch, 0)
     job = TrainingJob(
         model=model, sites=sites, constraints=PlanConstraints("per-layer", default_align(sites)),
-        train_stream=stream, search_stream=stream, valid_examples=(), pad_id=0, config=config, schedule=build_schedule(config),
+        train_stream=stream, search_stream=stream, valid_examples=(), pad_id=0,
+        config=config, schedule=build_schedule(config),
         checkpoints=NullCheckpointStore(), observer=phases,
         accelerator=Accelerator(cpu=device.type == "cpu"), teacher=teacher,
     )  # fmt: skip

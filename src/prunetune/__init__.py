@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from prunetune.evaluation.suites.check import CheckResult
     from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
     from prunetune.evaluation.suites.run import SuiteProgressCallback, evaluate_suite
+    from prunetune.evaluation.suites.scorers import Permission
     from prunetune.evaluation.suites.suite import Suite
     from prunetune.export.formats import export_run
     from prunetune.pipeline.prepare import Console
@@ -84,6 +86,7 @@ def evaluate(
     suite: Suite | Path | str,
     *,
     options: EvalOptions | None = None,
+    allow: Collection[Permission] = (),
     progress: SuiteProgressCallback | None = None,
 ) -> Evaluation:
     """The suite's scores of a run, checkpoint, hub name, .gguf file or endpoint; saved results are returned unchanged.
@@ -92,7 +95,7 @@ def evaluate(
     """
     from prunetune.evaluation.suites import api
 
-    return api.evaluate(model, suite, options=options or api.DEFAULTS, progress=progress)
+    return api.evaluate(model, suite, options=options or api.DEFAULTS, allow=allow, progress=progress)
 
 
 def check(
@@ -101,9 +104,10 @@ def check(
     against: str = "",
     *,
     options: CheckOptions | None = None,
+    allow: Collection[Permission] = (),
     progress: SuiteProgressCallback | None = None,
 ) -> CheckResult:
     """Compare a model with the suite's limits and with another model; for a run, by default its dense model."""
     from prunetune.evaluation.suites import api
 
-    return api.check(model, suite, against, options=options or api.DEFAULTS, progress=progress)
+    return api.check(model, suite, against, options=options or api.DEFAULTS, allow=allow, progress=progress)

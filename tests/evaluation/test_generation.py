@@ -92,7 +92,7 @@ def taught() -> tuple[Any, list[Record]]:
 
 
 @pytest.mark.parametrize("max_tokens", [4096, 1])
-def test_a_chat_s_answer_is_over_where_its_turn_ends(taught: tuple[Any, list[Record]], max_tokens: int) -> None:
+def test_chat_answer_ends_where_its_turn_ends(taught: tuple[Any, list[Record]], max_tokens: int) -> None:
     model, records = taught
     end, config = "<|end|>", EvaluateConfig(max_new_tokens=12, max_tokens=max_tokens)
     ids = subwords().convert_tokens_to_ids(["</s>", end])

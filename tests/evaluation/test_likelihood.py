@@ -57,8 +57,8 @@ def scored(model: Any, asked: list[TokenizedQuestion], max_tokens: int = 4096) -
         return choice_loglikelihoods(model, asked, pad_id=0, max_tokens=max_tokens, tick=silent)
 
 
-def assert_equal(found: list[list[float]], expected: list[list[float]], tolerance: float = 1e-5) -> None:
-    for ours, theirs in zip(found, expected, strict=True):
+def assert_equal(loglikelihoods: list[list[float]], expected: list[list[float]], tolerance: float = 1e-5) -> None:
+    for ours, theirs in zip(loglikelihoods, expected, strict=True):
         assert ours == pytest.approx(theirs, abs=tolerance)
 
 
@@ -109,9 +109,9 @@ def test_layers_without_attention_are_scored(family: str) -> None:
         expected = scored(model, asked)
     cut(model, plan)
     assert any(isinstance(module, RemovedAttention) for module in model.modules())
-    found = scored(model, asked)
-    assert_equal(found, [naive(model, question) for question in asked])
-    assert_equal(found, expected)
+    loglikelihoods = scored(model, asked)
+    assert_equal(loglikelihoods, [naive(model, question) for question in asked])
+    assert_equal(loglikelihoods, expected)
 
 
 def test_masked_and_cut_models_score_alike() -> None:
@@ -136,7 +136,7 @@ def test_each_prompt_is_run_once_and_single_tokens_need_no_second_pass() -> None
     assert shapes == [(1, 5), (1, 2)]
 
 
-def test_branches_serve_every_choice_from_what_it_begins_with() -> None:
+def test_branches_cover_every_choice_by_a_shared_prefix() -> None:
     rng = random.Random(7)
     for _ in range(50):
         choices = tuple(tuple(rng.randrange(2) for _ in range(rng.randint(1, 6))) for _ in range(8))
@@ -166,8 +166,10 @@ def test_a_cuda_device_scores_as_the_cpu_does() -> None:
     on_cpu, on_cuda = tiny("gemma3_text"), tiny("gemma3_text").cuda()
     assert_equal(scored(on_cuda, asked), scored(on_cpu, asked), tolerance=1e-3)
     with torch.inference_mode():
-        found = [answer_nll(model, made, pad_id=0, max_tokens=99, tick=silent) for model in (on_cuda, on_cpu)]
-    assert [total for total, _ in found[0]] == pytest.approx([total for total, _ in found[1]], abs=1e-2)
+        loglikelihoods = [answer_nll(model, made, pad_id=0, max_tokens=99, tick=silent) for model in (on_cuda, on_cpu)]
+    assert [total for total, _ in loglikelihoods[0]] == pytest.approx(
+        [total for total, _ in loglikelihoods[1]], abs=1e-2
+    )
 
 
 def test_nan_logits_give_nan() -> None:
@@ -188,8 +190,8 @@ def test_answers_equal_full_forward_passes(family: str, max_tokens: int) -> None
     model = tiny(family)
     made = examples(0)
     with torch.inference_mode():
-        found = answer_nll(model, made, pad_id=0, max_tokens=max_tokens, tick=silent)
-        for example, (total, tokens) in zip(made, found, strict=True):
+        loglikelihoods = answer_nll(model, made, pad_id=0, max_tokens=max_tokens, tick=silent)
+        for example, (total, tokens) in zip(made, loglikelihoods, strict=True):
             logits = model(input_ids=torch.tensor([example.token_ids])).logits[0].double().log_softmax(-1)
             places = range(example.answer_start, len(example.token_ids))
             expected = -sum(float(logits[at - 1, example.token_ids[at]]) for at in places)
@@ -204,8 +206,8 @@ def test_few_logits_a_pass_do_not_change_answers(monkeypatch: pytest.MonkeyPatch
         expected = answer_nll(model, made, pad_id=0, max_tokens=4096, tick=silent)
         monkeypatch.setattr(likelihood, "MAX_LOGITS_PER_PASS", 3 * VOCABULARY)
         monkeypatch.setattr(likelihood, "_CHUNK", VOCABULARY)
-        found = answer_nll(model, made, pad_id=0, max_tokens=4096, tick=silent)
-    assert [total for total, _ in found] == pytest.approx([total for total, _ in expected], abs=1e-4)
+        loglikelihoods = answer_nll(model, made, pad_id=0, max_tokens=4096, tick=silent)
+    assert [total for total, _ in loglikelihoods] == pytest.approx([total for total, _ in expected], abs=1e-4)
 
 
 def test_packing_keeps_everything_once_and_pads_little() -> None:

@@ -47,11 +47,13 @@ def test_the_interval_is_that_of_the_differences() -> None:
     rng = np.random.default_rng(4)
     a = rng.random(300)
     b = np.clip(a + rng.normal(0.05, 0.1, 300), 0.01, 0.99)
-    found = compare_paired(task(b, "rouge_l"), task(a, "rouge_l"), "rouge_l")
+    comparison = compare_paired(task(b, "rouge_l"), task(a, "rouge_l"), "rouge_l")
     gains = b - a
     half = 1.96 * gains.std(ddof=1) / math.sqrt(300)
-    assert found.difference == pytest.approx(gains.mean())
-    assert (found.ci_low, found.ci_high) == pytest.approx((gains.mean() - half, gains.mean() + half), abs=0.003)
+    assert comparison.difference == pytest.approx(gains.mean())
+    assert (comparison.ci_low, comparison.ci_high) == pytest.approx(
+        (gains.mean() - half, gains.mean() + half), abs=0.003
+    )
 
 
 Kind = Callable[[np.random.Generator], Scores]
@@ -64,7 +66,7 @@ KINDS: dict[str, Kind] = {
 
 
 @pytest.mark.parametrize("metric", KINDS)
-def test_a_model_against_its_own_bootstrap_rarely_alarms(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paired_test_of_equal_models_rarely_alarms(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """200 comparisons of a model's items with the same items drawn anew; an alarm is: worse, and p within the level."""
     monkeypatch.setattr("prunetune.evaluation.paired.RESAMPLES", 799)
     rng = np.random.default_rng(7)
@@ -72,9 +74,9 @@ def test_a_model_against_its_own_bootstrap_rarely_alarms(metric: str, monkeypatc
     for _ in range(200):
         scores = KINDS[metric](rng)
         first, second = (task(rng.choice(scores, len(scores)), metric) for _ in range(2))
-        found = compare_paired(first, second, metric)
-        worse = found.difference > 0 if metric == "perplexity" else found.difference < 0
-        alarms += worse and found.p_value <= LEVEL
+        comparison = compare_paired(first, second, metric)
+        worse = comparison.difference > 0 if metric == "perplexity" else comparison.difference < 0
+        alarms += worse and comparison.p_value <= LEVEL
     assert alarms <= LEVEL * 200
 
 
@@ -88,20 +90,20 @@ def test_a_real_loss_is_found(metric: str) -> None:
         worse = scores * 0.7
     else:
         worse = np.where(rng.random(len(scores)) < 0.3, 0.0, scores)
-    found = compare_paired(task(worse, metric), task(scores, metric), metric)
-    assert found.p_value < 0.001
-    assert (found.ci_low > 0) if metric == "perplexity" else (found.ci_high < 0)
+    comparison = compare_paired(task(worse, metric), task(scores, metric), metric)
+    assert comparison.p_value < 0.001
+    assert (comparison.ci_low > 0) if metric == "perplexity" else (comparison.ci_high < 0)
 
 
 @pytest.mark.parametrize("metric", KINDS)
 def test_a_model_equals_itself(metric: str) -> None:
     same = task(KINDS[metric](np.random.default_rng(9)), metric)
-    found = compare_paired(same, same, metric)
-    assert (found.difference, found.p_value) == (0.0, 1.0)
-    assert compare_paired(same, same, metric) == found
+    comparison = compare_paired(same, same, metric)
+    assert (comparison.difference, comparison.p_value) == (0.0, 1.0)
+    assert compare_paired(same, same, metric) == comparison
 
 
-def test_nan_stays_nan_and_strangers_are_refused() -> None:
+def test_nan_scores_give_nan_and_unpaired_items_are_refused() -> None:
     known, unknown = task(np.array([0.1, 0.2, 0.3]), "rouge_l"), task(np.array([0.1, math.nan, 0.3]), "rouge_l")
     assert math.isnan(compare_paired(unknown, known, "rouge_l").p_value)
     assert math.isnan(compare_paired(known, unknown, "rouge_l").difference)

@@ -72,7 +72,7 @@ def test_json_keeps_the_beginning_of_long_prompts() -> None:
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"format": "other"}', '{"format": "prunetune-evaluation-1", "tasks": 3}']
 )
-def test_other_json_is_refused_in_one_line(text: str) -> None:
+def test_other_json_is_a_one_line_error(text: str) -> None:
     with pytest.raises(DataError) as refused:
         Evaluation.from_json(text)
     assert "\n" not in str(refused.value)
@@ -153,7 +153,7 @@ def test_only_common_items_are_paired() -> None:
         paired_difference(a, b, "rouge_l")
 
 
-def test_items_of_one_id_that_ask_something_else_are_no_pair() -> None:
+def test_items_of_one_id_with_other_questions_are_not_paired() -> None:
     """An id is a line of a file where rows have none of their own, and lines move."""
     asked = [replace(one, prompt=f"{n} " + "x" * MAX_PROMPT_CHARS) for n, one in enumerate(chosen(8, wrong=2))]
     a = result(asked, "accuracy")
@@ -166,7 +166,7 @@ def test_items_of_one_id_that_ask_something_else_are_no_pair() -> None:
         assert "\n" not in str(moved.value)
 
 
-def test_what_is_not_kept_of_a_question_does_not_part_a_pair() -> None:
+def test_pairs_compare_only_the_kept_beginning_of_a_prompt() -> None:
     long = [replace(one, prompt=f"{n} " + "x" * 2 * MAX_PROMPT_CHARS) for n, one in enumerate(chosen(4, wrong=1))]
     a = result(long, "accuracy")
     kept = Evaluation.from_json(Evaluation({"task": a}).to_json()).tasks["task"]

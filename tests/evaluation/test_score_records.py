@@ -77,7 +77,7 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary() -> None:
     assert tasks["organ"].items[0].got == "heart"  # ties go to the first choice
 
 
-def test_company_and_pass_size_do_not_change_scores() -> None:
+def test_batch_composition_and_pass_size_do_not_change_scores() -> None:
     model = speaker("gemma3_text")
     whole = scored(mixed(), model)
     small = scored(mixed()[::-1], model, EvaluateConfig(max_new_tokens=6, max_tokens=1))
@@ -94,7 +94,7 @@ def test_an_evaluation_repeats_and_round_trips() -> None:
     assert Evaluation.from_json(evaluation.to_json()).to_json() == evaluation.to_json()
 
 
-def test_limits_take_a_stable_sample() -> None:
+def test_limit_and_generate_limit_take_a_stable_sample() -> None:
     records = [question(index) for index in range(30)]
     config = EvaluateConfig(limit=10, generate_limit=4, max_new_tokens=4)
     few = scored(records, config=config).tasks["open"]
@@ -125,7 +125,7 @@ def test_an_answer_has_the_same_nll_with_and_without_choices(family: str) -> Non
         assert ours.scores["tokens"] == theirs.scores["tokens"]
 
 
-def test_modes_come_back_and_no_gradient_stays() -> None:
+def test_module_modes_are_restored_and_no_gradient_is_left() -> None:
     model = speaker().train()
     model.model.norm.eval()
     before = [module.training for module in model.modules()]
@@ -138,7 +138,7 @@ def test_modes_come_back_and_no_gradient_stays() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_training_goes_on_after_an_evaluation() -> None:
+def test_training_continues_after_an_evaluation() -> None:
     model = speaker("gemma3_text")
     scored(mixed(), model)
     ids = torch.tensor([[1, 5, 6, 7]])
@@ -233,7 +233,7 @@ def asked_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     return asked
 
 
-def test_repeated_ids_stay_apart() -> None:
+def test_repeated_ids_are_made_unique() -> None:
     assert make_ids_unique(["a", "b", "a", "a"]) == ["a", "b", "a#2", "a#3"]
     twice = scored([question(0), question(1, id="q0")]).tasks["open"]
     assert sorted(item.id for item in twice.items) == ["q0", "q0#2"]

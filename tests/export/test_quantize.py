@@ -15,6 +15,7 @@ from prunetune.export import quantize
 from prunetune.export.quantize import SCHEMES, find_quantizable
 from prunetune.export.result import ExportOptions
 from prunetune.export.source import ExportSource
+from prunetune.utils import optional
 from support.data import subwords
 from support.export import plan_of, run_folder
 from support.models import tiny
@@ -79,7 +80,7 @@ def test_quantize_refuses_unfit_models_and_missing_packages_before_loading(
     with pytest.raises(ModelError, match=r"no linear can be quantised to int4: 14 of 14 linears .* multiple of 64"):
         export_run(unfit, options=ExportOptions(quantize="int4"))
     run = run_with(tmp_path / "run", 128)
-    monkeypatch.setattr(quantize, "find_spec", lambda name: None)
+    monkeypatch.setattr(optional, "find_spec", lambda name: None)
     for kind in SCHEMES:
         with pytest.raises(MissingPackage, match=r"pip install 'prunetune\[quant\]'"):
             export_run(run, options=ExportOptions(quantize=kind))

@@ -1,4 +1,4 @@
-"""A small OpenAI-compatible server on this machine that can also misbehave."""
+"""A small OpenAI-compatible server for tests, which can be slow, busy or reply with anything."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Reply = dict[str, Any] | bytes | int  # JSON, raw bytes, or a status
 Answer = Callable[[str, dict[str, Any]], Reply]  # path, request
 
 
-class Heard:
-    """Where the server is, and what it was asked."""
+class RecordingServer:
+    """The server's address, and the requests that it received."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -23,15 +23,15 @@ class Heard:
 
 
 @contextmanager
-def serving(answer: Answer, *, wait: float = 0.0, drip: float = 0.0) -> Iterator[Heard]:
+def serving(answer: Answer, *, wait: float = 0.0, drip: float = 0.0) -> Iterator[RecordingServer]:
     """Answer every request by `answer`, after `wait` seconds, and `drip` seconds between bytes."""
-    gone = threading.Event()
+    closed = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            heard.requests.append((self.path, body, dict(self.headers)))
-            gone.wait(wait)
+            recording.requests.append((self.path, body, dict(self.headers)))
+            closed.wait(wait)
             reply = answer(self.path, body)
             data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
             try:
@@ -41,29 +41,29 @@ def serving(answer: Answer, *, wait: float = 0.0, drip: float = 0.0) -> Iterator
                 for part in [data] if not drip else [data[n : n + 1] for n in range(len(data))]:
                     self.wfile.write(part)
                     self.wfile.flush()
-                    gone.wait(drip)
+                    closed.wait(drip)
             except OSError:
-                pass  # the other side has had enough
+                pass  # the client closed the connection
 
         def log_message(self, *_: Any) -> None:
             """Nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
-    heard = Heard(f"http://127.0.0.1:{server.server_port}/v1")
+    recording = RecordingServer(f"http://127.0.0.1:{server.server_port}/v1")
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     try:
-        yield heard
+        yield recording
     finally:
-        gone.set()
+        closed.set()
         server.shutdown()
         thread.join()
         server.server_close()
 
 
 def unused_port() -> int:
-    """A port on which nobody listens."""
+    """A free port that nothing listens on."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
     port = server.server_port
     server.server_close()

@@ -1,4 +1,4 @@
-"""A tokenizer of single characters, made in the test, and records to score."""
+"""A tokenizer with one token for each byte, a tiny model with its vocabulary, and records to score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Suites in a folder of the test, model folders, and a respondent that answers as it is told."""
+"""Suite files with their data, tiny model folders, and a backend whose answers the test decides."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def suite_in(folder: Path, tasks: Any, *, strict: bool = True, **keys: Any) -> S
 
 
 def suite_file(folder: Path, tasks: Any, **keys: Any) -> Path:
-    """The same, not read."""
+    """The same file, written but not read."""
     write_lines(folder / "chosen.jsonl", *chosen())
     write_lines(folder / "open.jsonl", *open_rows())
     write_lines(folder / "texts.jsonl", *texts())
@@ -64,8 +64,8 @@ def model_folder(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-class Told:
-    """Writes what a function of the record says; the right choice is the likeliest, or another where it says so."""
+class ScriptedBackend:
+    """Generates what a function of the record returns; the right choice is the likeliest, except for ids in `wrong`."""
 
     def __init__(self, write: Callable[[Record], str] = lambda record: record.completion, wrong: Sequence[str] = ()):
         self.write, self.wrong = write, set(wrong)

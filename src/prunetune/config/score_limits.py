@@ -51,7 +51,7 @@ class ScoreLimit:
         side = "<=" if match["side"] == "<=" else ">="
         if (side == ">=") != metric.endswith("accuracy"):
             better = "at least (>=)" if metric.endswith("accuracy") else "at most (<=)"
-            raise ConfigError(f"limits: {text!r} would refuse good scores; {metric} has to be {better} a value")
+            raise ConfigError(f"limits: {text!r} would refuse what is good; {metric} has to be {better} a value")
         return cls(metric, cast(Any, side), float(match["value"]), bool(match["relative"]), cast(LimitAction, action))
 
     def __str__(self) -> str:

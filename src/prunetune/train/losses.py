@@ -146,7 +146,7 @@ class TrainingLoss:
         `examples` are the batch, `seen` the part of it that the teacher sees.
         """
         labels = max(1, sum(len(example.token_ids) - example.answer_start for example in examples))
-        tokens, seen_tokens = (max(1, sum(len(one.token_ids) for one in some)) for some in (examples, seen))
+        tokens, seen_tokens = (max(1, sum(len(row.token_ids) for row in rows)) for rows in (examples, seen))
         terms = [TERMS[name] for name in self.weights]
         return {
             term.metric: labels if term.per == "label" else seen_tokens if term.needs_teacher else tokens

@@ -56,12 +56,10 @@ class Passes(Protocol):
     def group_lasso_step(self, gates: GateTensors, weight: float) -> float:
         """Group lasso under these gates; adapters accumulate `weight` times its gradient."""
 
-    def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, dict[str, Tensor]]:
+    def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         """Losses of the gated model with frozen adapters, and their gradient at each gate: {site: [U]}."""
 
-    def tune_with_gate_gradients(
-        self, examples: Sequence[Example], gates: GateTensors
-    ) -> tuple[Losses, dict[str, Tensor]]:
+    def tune_with_gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         """`tune`, and the gradient at each gate from the same backward pass: {site: [U]}."""
 
     def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
@@ -131,16 +129,14 @@ class PaddedPasses(_BasePasses):
         (weight * penalty).backward()  # type: ignore[no-untyped-call]
         return float(penalty.detach())
 
-    def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, dict[str, Tensor]]:
+    def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         """See `Passes`."""
         leaves = _leaves(gates)
         with frozen_adapters(self.model), masked(self.model, leaves, sites=self.sites):
             losses = self._backward(examples)
         return losses, _gradients_at(leaves)
 
-    def tune_with_gate_gradients(
-        self, examples: Sequence[Example], gates: GateTensors
-    ) -> tuple[Losses, dict[str, Tensor]]:
+    def tune_with_gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         """See `Passes`."""
         leaves = _leaves(gates)
         return self.tune(examples, leaves), _gradients_at(leaves)
@@ -198,7 +194,7 @@ class PackedPasses(_BasePasses):
         self.recorder.run("group lasso", self._group_lasso_pass, [torch.tensor(weight)])
         return float(self.sums["lasso"])
 
-    def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, dict[str, Tensor]]:
+    def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         """See `Passes`."""
         assert self.gates.grad is not None
         self._set_gates(gates)
@@ -206,9 +202,7 @@ class PackedPasses(_BasePasses):
         losses = self._run_packs(examples, "gate gradients", self._gate_gradients_pass, self.teacher)
         return losses, self._by_site(self.gates.grad.clone())
 
-    def tune_with_gate_gradients(
-        self, examples: Sequence[Example], gates: GateTensors
-    ) -> tuple[Losses, dict[str, Tensor]]:
+    def tune_with_gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         """See `Passes`."""
         assert self.gates.grad is not None
         self._set_gates(gates)

@@ -71,7 +71,7 @@ class TrainingProgress:
             record["changed"] = float(changed.float().mean())
         self.recorded = decision
         is_logged = self.step == 1 or self.step % job.config.train.log_every == 0
-        if record["phase"] == "search" and is_logged:  # what a picture of decisions over time needs
+        if record["phase"] == "search" and is_logged:  # for the picture of decisions over time
             record["widths"] = {name: int(gate.sum()) for name, gate in self.gates.items()}
         job.observer.step(record)
 

@@ -17,7 +17,7 @@ from prunetune.train.adapters import LARGE_MODEL_PARAMS, trains_all_weights
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model of the student's hidden size; `distill.logits` and `distill.hidden` weigh what it is for."""
+    """A frozen model of the student's hidden size; `distill.logits` and `distill.hidden` weigh its loss terms."""
 
     model: Any
     is_tuned: bool = True  # on the task; an untuned one counts only on tokens without a label
@@ -39,8 +39,8 @@ def split_by_teacher(
         return [(teacher, examples)] if examples else []
     ordered = sorted(examples, key=lambda example: example.answer_start < len(example.token_ids))
     unlabelled = sum(example.answer_start == len(example.token_ids) for example in examples)
-    seen = max(unlabelled, math.ceil(teacher.share * len(examples)))
-    parts = [(teacher, ordered[:seen]), (None, ordered[seen:])]
+    count = max(unlabelled, math.ceil(teacher.share * len(examples)))
+    parts = [(teacher, ordered[:count]), (None, ordered[count:])]
     return [(seen_by, part) for seen_by, part in parts if part]
 
 

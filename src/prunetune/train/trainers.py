@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from prunetune.train.checkpoints import group_by_moment, optimizer_tensors, rest
 from prunetune.train.job import StepRecord, TrainingJob
 from prunetune.train.muon import Muon
 from prunetune.train.parallel.sharding import DecoderLayers
-from prunetune.train.passes import Passes
+from prunetune.train.passes import GateTensors, Losses, Passes
 from prunetune.train.recovery import StepGuard
 from prunetune.train.schedule import learning_rate
 from prunetune.utils.seeds import derive_seed
@@ -48,7 +48,7 @@ class GeneratorTrainer:
         return self.searcher.sample(step)
 
     def update(
-        self, step: int, gates: Mapping[str, Tensor], gradients: Mapping[str, Tensor], batch: Sequence[Example] = ()
+        self, step: int, gates: GateTensors, gradients: GateTensors, batch: Sequence[Example] = ()
     ) -> StepRecord:
         """Update the generator from the loss's gradient at the gates it proposed, and from the budget loss."""
         job = self.job
@@ -82,9 +82,7 @@ class GeneratorTrainer:
         """The decision of the search as a whole: no noise, exact budget."""
         return self.searcher.final_decision()
 
-    def _gate_gradients(
-        self, batch: Sequence[Example], gates: Mapping[str, Tensor]
-    ) -> tuple[Mapping[str, float], dict[str, Tensor]]:
+    def _gate_gradients(self, batch: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         return self.guard.retry_smaller(batch, lambda: self.passes.gate_gradients(batch, gates), lambda: None)
 
     def _importance(self) -> dict[str, Tensor]:
@@ -109,9 +107,9 @@ class AdapterTrainer:
         self.is_cut = self.is_merged = False
         self.optimizer = self._new_optimizer()
         # At the gates that `train_step` was given; empty if its batch was skipped.
-        self.gate_gradients: Mapping[str, Tensor] = {}
+        self.gate_gradients: GateTensors = {}
 
-    def train_step(self, step: int, decision: Decision, gates: Mapping[str, Tensor] | None = None) -> StepRecord:
+    def train_step(self, step: int, decision: Decision, gates: GateTensors | None = None) -> StepRecord:
         """One tuning step: LoRA-aware under the decision while it is a mask, plain once the model is cut.
 
         With the generator's own `gates`, these replace the decision in the pass, whose backward then also sets
@@ -139,7 +137,7 @@ class AdapterTrainer:
         """Gradients are zeroed, not dropped: recorded passes add to the same tensors every time."""
         self.optimizer.zero_grad(set_to_none=False)
 
-    def _gradients(self, batch: list[Example], decision: Decision, gates: Mapping[str, Tensor] | None) -> StepRecord:
+    def _gradients(self, batch: list[Example], decision: Decision, gates: GateTensors | None) -> StepRecord:
         if self.is_cut:
             return dict(self.passes.tune(batch, None))
         if gates is None:

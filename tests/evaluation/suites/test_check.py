@@ -26,7 +26,7 @@ from prunetune.export.source import ExportSource
 from support.data import subwords, write_lines
 from support.export import WIDE, plan_of, run_folder
 from support.models import tiny
-from support.suites import Told, model_folder, suite_file, suite_in
+from support.suites import ScriptedBackend, model_folder, suite_file, suite_in
 
 DATA: dict[str, Any] = {"data": "x.jsonl", "scorer": "accuracy"}
 
@@ -50,8 +50,8 @@ def graded(values: list[float], metric: str = "rouge_l") -> TaskResult:
 
 
 def held(mine: TaskResult, theirs: TaskResult | None, limits: Any = None, **keys: Any) -> CheckResult:
-    told = {**DATA, "scorer": "rouge"} if "rouge_l" in mine.scores else DATA
-    suite = parse_suite({"tasks": {"t": {**told, **({"limits": limits} if limits else {})}}, **keys})
+    scripted = {**DATA, "scorer": "rouge"} if "rouge_l" in mine.scores else DATA
+    suite = parse_suite({"tasks": {"t": {**scripted, **({"limits": limits} if limits else {})}}, **keys})
     return check_limits(Evaluation({"t": mine}), Evaluation({"t": theirs}) if theirs else None, suite)
 
 
@@ -71,12 +71,12 @@ def held(mine: TaskResult, theirs: TaskResult | None, limits: Any = None, **keys
     ],
 )
 def test_a_limit_holds_up_to_its_bound(limits: dict[str, Any], breaks: bool) -> None:
-    found = held(answers("11110000"), answers("11111100"), limits)
-    assert bool(found.broken) is breaks
-    assert found.exit_code == int(breaks)
+    result = held(answers("11110000"), answers("11111100"), limits)
+    assert bool(result.broken) is breaks
+    assert result.exit_code == int(breaks)
 
 
-def test_lower_is_better_where_it_is() -> None:
+def test_limits_on_perplexity_take_lower_as_better() -> None:
     worse, better = (
         TaskResult("t", {"perplexity": Score(value, 0.1, 3)}, graded([math.log(value)] * 3).items)
         for value in (20.0, 10.0)
@@ -106,34 +106,34 @@ def test_many_tests_are_corrected_for_each_other() -> None:
 
 
 def test_new_failures_are_those_that_were_right_before() -> None:
-    found = held(answers("0110"), answers("1101"))
-    assert [failure.id for failure in found.failures] == ["i0", "i3"]
-    first = found.failures[0]
+    result = held(answers("0110"), answers("1101"))
+    assert [failure.id for failure in result.failures] == ["i0", "i3"]
+    first = result.failures[0]
     assert (first.prompt, first.expected, first.before, first.after, first.lost) == ("ask 0", "yes", "yes", "no", 1.0)
     assert held(answers("1111"), answers("0000")).failures == ()
 
 
-def test_of_graded_items_the_worst_are_listed() -> None:
-    found = held(graded([0.5, 0.1, 0.9, 0.3]), graded([0.5, 0.9, 0.8, 0.4]))
-    assert [failure.id for failure in found.failures] == ["i1", "i3"]
-    assert found.failures[0].lost == pytest.approx(0.8)
+def test_new_failures_of_graded_items_are_the_worst() -> None:
+    result = held(graded([0.5, 0.1, 0.9, 0.3]), graded([0.5, 0.9, 0.8, 0.4]))
+    assert [failure.id for failure in result.failures] == ["i1", "i3"]
+    assert result.failures[0].lost == pytest.approx(0.8)
     many = held(graded([0.0] * 30), graded([n / 30 for n in range(30)]))
     assert len(many.failures) == 10
     assert many.failures[0].id == "i29"
 
 
-def test_of_graded_items_both_scores_are_listed() -> None:
-    found = held(graded([0.5, 0.125]), graded([0.5, 0.75]))
-    (failure,) = found.failures
+def test_new_failures_of_graded_items_show_both_scores() -> None:
+    result = held(graded([0.5, 0.125]), graded([0.5, 0.75]))
+    (failure,) = result.failures
     assert (failure.metric, failure.score_before, failure.score_after) == ("rouge_l", 0.75, 0.125)
-    for listed in (render_check(found), render_junit(found)):
+    for listed in (render_check(result), render_junit(result)):
         assert "rouge_l 0.75 before, 0.125 after" in listed
     (text,) = held(graded([3.5], "perplexity"), graded([1.5], "perplexity")).failures
     assert text.score_change == "nll 1.5 before, 3.5 after"  # an item has no perplexity of its own
     assert "scored" not in render_check(held(answers("0"), answers("1")))  # its two answers say it
 
 
-def test_what_cannot_be_judged_does_not_pass() -> None:
+def test_task_that_cannot_be_judged_does_not_pass() -> None:
     fine = answers("1111")
     failed = TaskResult("t", {}, (), error="the server is down")
     assert held(failed, fine).exit_code == 2
@@ -157,20 +157,20 @@ def inserted(suite: Suite, path: Path, *, at: int) -> tuple[Evaluation, Evaluati
     """Kept results of 40 rows without an id, and those after a row was inserted."""
     rows = [{"prompt": f"case {n}", "choices": ["yes", "no"], "answer": n % 3 % 2} for n in range(40)]
     write_lines(path, *rows)
-    kept = Evaluation.from_json(evaluate_suite(Told(), suite).to_json())
+    kept = Evaluation.from_json(evaluate_suite(ScriptedBackend(), suite).to_json())
     write_lines(path, *rows[:at], {"prompt": "case 1000", "choices": ["yes", "no"], "answer": 0}, *rows[at:])
-    return evaluate_suite(Told(), suite), kept
+    return evaluate_suite(ScriptedBackend(), suite), kept
 
 
 @pytest.mark.parametrize("limits", [None, {"statistical": True}, {"relative": 0.9}, {"drop": 0.5}])
-def test_a_reference_of_moved_rows_judges_nothing(tmp_path: Path, limits: Any) -> None:
-    told = {"data": "rows.jsonl", "scorer": "accuracy", **({"limits": limits} if limits else {})}
-    suite = suite_in(tmp_path, {"t": told})
+def test_reference_of_other_rows_is_refused(tmp_path: Path, limits: Any) -> None:
+    scripted = {"data": "rows.jsonl", "scorer": "accuracy", **({"limits": limits} if limits else {})}
+    suite = suite_in(tmp_path, {"t": scripted})
     now, kept = inserted(suite, tmp_path / "rows.jsonl", at=0)
-    found = check_limits(now, kept, suite)
-    assert (found.exit_code, found.verdicts, found.failures) == (2, (), ())
-    assert "evaluate the reference anew, and give rows an" in found.errors["t"]
-    assert "\n" not in found.errors["t"]
+    result = check_limits(now, kept, suite)
+    assert (result.exit_code, result.verdicts, result.failures) == (2, (), ())
+    assert "evaluate the reference anew, and give rows an" in result.errors["t"]
+    assert "\n" not in result.errors["t"]
 
 
 def test_moved_rows_are_no_new_failures(tmp_path: Path) -> None:
@@ -178,30 +178,30 @@ def test_moved_rows_are_no_new_failures(tmp_path: Path) -> None:
     suite = suite_in(tmp_path, {"t": {"data": "rows.jsonl", "scorer": "accuracy", "limits": {"min": 0.5}}})
     now, kept = inserted(suite, tmp_path / "rows.jsonl", at=30)
     wrong = replace(now.tasks["t"], items=tuple(replace(item, correct=False) for item in now.tasks["t"].items))
-    found = check_limits(Evaluation({"t": wrong}), kept, suite)
-    assert found.exit_code == 0
+    result = check_limits(Evaluation({"t": wrong}), kept, suite)
+    assert result.exit_code == 0
     before = {item.id: item.prompt for item in kept.tasks["t"].items}
-    assert {(failure.id, failure.prompt) for failure in found.failures} <= set(before.items())
-    assert len(found.failures) == 30
+    assert {(failure.id, failure.prompt) for failure in result.failures} <= set(before.items())
+    assert len(result.failures) == 30
 
 
 def test_limits_of_a_group_hold_for_its_tasks() -> None:
     suite = parse_suite({"tasks": {"g": {"lm_eval": "group", "limits": {"accuracy": {"min": 0.5}}}}})
-    found = check_limits(Evaluation({"g/a": answers("1", task="g/a"), "g/b": answers("0", task="g/b")}), None, suite)
-    assert [verdict.broken for verdict in found.verdicts] == [False, True]
+    result = check_limits(Evaluation({"g/a": answers("1", task="g/a"), "g/b": answers("0", task="g/b")}), None, suite)
+    assert [verdict.broken for verdict in result.verdicts] == [False, True]
 
 
 def test_limits_of_a_task_hold_for_no_other() -> None:
     """Not for one whose name begins with its name and a slash, and such a one does not stand in for it."""
 
-    def limited(least: float, **told: Any) -> dict[str, Any]:
-        return {**(told or DATA), "limits": {"accuracy": {"min": least}}}
+    def limited(least: float, **scripted: Any) -> dict[str, Any]:
+        return {**(scripted or DATA), "limits": {"accuracy": {"min": least}}}
 
     own = parse_suite({"tasks": {"legal": limited(0.9), "legal/hard": limited(0.3)}})
     easy, hard = answers("1", task="legal"), answers("10", task="legal/hard")
-    found = check_limits(Evaluation({"legal": easy, "legal/hard": hard}), None, own)
-    assert [(each.limit.task, each.limit.bound) for each in found.verdicts] == [("legal", 0.9), ("legal/hard", 0.3)]
-    assert found.exit_code == 0
+    result = check_limits(Evaluation({"legal": easy, "legal/hard": hard}), None, own)
+    assert [(each.limit.task, each.limit.bound) for each in result.verdicts] == [("legal", 0.9), ("legal/hard", 0.3)]
+    assert result.exit_code == 0
     assert "not among the results" in check_limits(Evaluation({"legal/hard": hard}), None, own).errors["legal"]
     alone = parse_suite({"tasks": {"legal": limited(0.9)}})  # and results hold a task of another suite
     assert len(check_limits(Evaluation({"legal": easy, "legal/hard": hard}), None, alone).verdicts) == 1
@@ -209,18 +209,18 @@ def test_limits_of_a_task_hold_for_no_other() -> None:
         {"tasks": {"g": limited(0.9, lm_eval="g"), "g/own": limited(0.3), "g/h": limited(0.2, lm_eval="h")}}
     )
     names = ("g/a", "g/own", "g/h/a")
-    found = check_limits(Evaluation({name: answers("1", task=name) for name in names}), None, groups)
-    assert [(each.limit.task, each.limit.bound) for each in found.verdicts] == list(
+    result = check_limits(Evaluation({name: answers("1", task=name) for name in names}), None, groups)
+    assert [(each.limit.task, each.limit.bound) for each in result.verdicts] == list(
         zip(names, (0.9, 0.3, 0.2), strict=True)
     )
-    assert not found.errors
+    assert not result.errors
 
 
-def test_junit_says_what_ci_shows() -> None:
+def test_junit_has_verdicts_failures_and_errors() -> None:
     mine = answers("0" * 20)
     odd = replace(mine, items=(replace(mine.items[0], got="\x00\x1b[31m <b>&\ud800"), *mine.items[1:]))
-    found = held(odd, answers("1" * 20), {"min": 0.5, "max": 2})
-    root = ElementTree.fromstring(render_junit(found))
+    result = held(odd, answers("1" * 20), {"min": 0.5, "max": 2})
+    root = ElementTree.fromstring(render_junit(result))
     assert (root.get("tests"), root.get("failures"), root.get("errors")) == ("2", "1", "0")
     cases = root.findall(".//testcase")
     assert [case.get("name") for case in cases] == ["accuracy min 0.5", "accuracy max 2"]
@@ -232,20 +232,22 @@ def test_junit_says_what_ci_shows() -> None:
     assert [case.find("error") is not None for case in errors.findall(".//testcase")] == [True]
 
 
-def test_json_holds_everything_and_no_nan() -> None:
-    found = held(answers("0" * 20), answers("1" * 20), {"min": 0.5})
-    data = json.loads(found.to_json(), parse_constant=lambda name: pytest.fail(name))
+def test_check_json_is_complete_and_has_no_nan() -> None:
+    result = held(answers("0" * 20), answers("1" * 20), {"min": 0.5})
+    data = json.loads(result.to_json(), parse_constant=lambda name: pytest.fail(name))
     assert (data["format"], data["ok"], len(data["failures"])) == ("prunetune-check-1", False, 20)
     assert data["verdicts"][0]["limit"] == {"task": "t", "metric": "accuracy", "kind": "min", "bound": 0.5}
-    assert "BROKEN  t: accuracy is 0, at least 0.5 is required" in render_check(found)
+    assert "BROKEN  t: accuracy is 0, at least 0.5 is required" in render_check(result)
 
 
 def test_a_planted_regression_is_caught_with_its_items(tmp_path: Path) -> None:
     suite = suite_in(tmp_path, {"organ": {"data": "chosen.jsonl", "scorer": "accuracy"}})
     wrong = [f"c{n}" for n in range(7)]
-    found = check_limits(evaluate_suite(Told(wrong=wrong), suite), evaluate_suite(Told(), suite), suite)
-    assert found.exit_code == 1
-    assert {failure.id for failure in found.failures} == set(wrong)
+    result = check_limits(
+        evaluate_suite(ScriptedBackend(wrong=wrong), suite), evaluate_suite(ScriptedBackend(), suite), suite
+    )
+    assert result.exit_code == 1
+    assert {failure.id for failure in result.failures} == set(wrong)
 
 
 # -- the command line ----------------------------------------------------------------------------------------------
@@ -263,7 +265,7 @@ def say(say: Said, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Said:
 TASKS: dict[str, Any] = {"organ": {"data": "chosen.jsonl", "scorer": "accuracy", "limits": {"relative": 1.0}}}
 
 
-def test_a_model_passes_against_itself_and_against_what_it_wrote(tmp_path: Path, say: Said) -> None:
+def test_model_passes_against_itself_and_its_saved_results(tmp_path: Path, say: Said) -> None:
     model, suite = model_folder(tmp_path / "model"), suite_file(tmp_path, TASKS)
     code, out, _ = say("eval", model, "--suite", suite, "--out", tmp_path / "kept.json", "--device", "cpu")
     assert code == 0
@@ -274,7 +276,7 @@ def test_a_model_passes_against_itself_and_against_what_it_wrote(tmp_path: Path,
         assert (code, "holds" in out) == (0, True)
 
 
-def test_a_file_that_cannot_be_written_is_known_before_anything_is_scored(
+def test_unwritable_output_is_refused_before_scoring(
     tmp_path: Path, say: Said, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "access", lambda *_: False)
@@ -286,8 +288,8 @@ def test_a_file_that_cannot_be_written_is_known_before_anything_is_scored(
 
 def test_a_worse_model_exits_1_with_reports(tmp_path: Path, say: Said) -> None:
     suite = suite_file(tmp_path, TASKS)
-    for name, told in (("old", Told()), ("new", Told(wrong=["c3"]))):
-        (tmp_path / f"{name}.json").write_text(evaluate_suite(told, suite_in(tmp_path, TASKS)).to_json())
+    for name, scripted in (("old", ScriptedBackend()), ("new", ScriptedBackend(wrong=["c3"]))):
+        (tmp_path / f"{name}.json").write_text(evaluate_suite(scripted, suite_in(tmp_path, TASKS)).to_json())
     flags = ("--junit", tmp_path / "c.xml", "--json", tmp_path / "c.json")
     code, out, err = say("check", tmp_path / "new.json", "--suite", suite, "--against", tmp_path / "old.json", *flags)
     assert code == 1
@@ -297,7 +299,7 @@ def test_a_worse_model_exits_1_with_reports(tmp_path: Path, say: Said) -> None:
     assert [failure["id"] for failure in json.loads((tmp_path / "c.json").read_text())["failures"]] == ["c3"]
 
 
-def test_a_run_is_checked_against_the_model_it_began_with(tmp_path: Path, say: Said) -> None:
+def test_run_is_checked_against_its_dense_model(tmp_path: Path, say: Said) -> None:
     dense, run = model_folder(tmp_path / "dense"), tmp_path / "run"
     run.mkdir()
     (run / "config.yaml").write_text(yaml.safe_dump({"model": str(dense), "layout": "uniform"}))
@@ -308,7 +310,7 @@ def test_a_run_is_checked_against_the_model_it_began_with(tmp_path: Path, say: S
     assert say("check", run, "--suite", suite, "--device", "cpu")[0] == 0
 
 
-def test_a_run_of_a_gguf_file_is_checked_against_it_as_it_was_opened(tmp_path: Path, say: Said) -> None:
+def test_run_of_a_gguf_file_is_checked_against_the_dequantised_file(tmp_path: Path, say: Said) -> None:
     """In transformers, dequantised: llama.cpp would give no likelihood of texts."""
     run, _ = run_folder(
         tmp_path / "run", subwords(), layout="uniform", plan=plan_of(tiny("llama", **WIDE), groups=2, channels=64)
@@ -381,7 +383,7 @@ def test_the_other_tasks_are_reported_where_one_fails(tmp_path: Path, say: Said)
     assert err.strip().endswith("1 of 2 tasks could not be scored: bad")
 
 
-def test_a_suite_finds_its_data_elsewhere(tmp_path: Path, say: Said) -> None:
+def test_root_overrides_where_a_suite_finds_its_data(tmp_path: Path, say: Said) -> None:
     (tmp_path / "data").mkdir()
     suite_file(tmp_path / "data", TASKS)
     suite = tmp_path / "suite.yaml"
@@ -391,6 +393,6 @@ def test_a_suite_finds_its_data_elsewhere(tmp_path: Path, say: Said) -> None:
     assert say("eval", model, "--suite", suite, "--device", "cpu", "--root", tmp_path / "data")[0] == 0
 
 
-def test_an_evaluation_as_lines() -> None:
+def test_render_evaluation_shows_scores_and_errors() -> None:
     text = render_evaluation(Evaluation({"t": answers("10"), "bad": TaskResult("bad", {}, (), error="why")}))
     assert "bad: not scored: why" in text

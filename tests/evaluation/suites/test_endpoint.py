@@ -17,7 +17,7 @@ from prunetune.evaluation.suites.judge_scorer import _mark
 from prunetune.evaluation.suites.options import EvalOptions
 from prunetune.evaluation.suites.protocol import BackendError, GenerationSettings
 from support.endpoint import Reply, characters_model, now, serving, unused_port
-from support.suites import ALL, Told, suite_in
+from support.suites import ALL, ScriptedBackend, suite_in
 
 RECORD = Record(kind="completion", prompt="Where? ", completion="heart", choices=("heart", "head"), answer=0)
 
@@ -29,8 +29,8 @@ def endpoint(url: str, **options: Any) -> Endpoint:
 PLAIN = GenerationSettings()
 
 
-def asked(respondent: Endpoint, ask: Any, record: Record = RECORD, manner: GenerationSettings = PLAIN) -> Any:
-    return respondent.run_requests(ask, [record], manner, lambda _: None)[0]
+def asked(backend: Endpoint, request_kind: Any, record: Record = RECORD, settings: GenerationSettings = PLAIN) -> Any:
+    return backend.run_requests(request_kind, [record], settings, lambda _: None)[0]
 
 
 def nats(text: str) -> float:
@@ -38,58 +38,58 @@ def nats(text: str) -> float:
 
 
 def test_likelihoods_come_from_the_echo_of_the_prompt() -> None:
-    with serving(characters_model) as heard:
-        found = asked(endpoint(heard.url), "loglikelihood")
-        assert [tokens for _, tokens in found] == [5, 4]
-        assert [value for value, _ in found] == pytest.approx([-nats("heart"), -nats("head")])
-        assert asked(endpoint(heard.url), "nll") == pytest.approx([nats("heart"), 5, 5])
+    with serving(characters_model) as server:
+        outcome = asked(endpoint(server.url), "loglikelihood")
+        assert [tokens for _, tokens in outcome] == [5, 4]
+        assert [value for value, _ in outcome] == pytest.approx([-nats("heart"), -nats("head")])
+        assert asked(endpoint(server.url), "nll") == pytest.approx([nats("heart"), 5, 5])
         text = Record(kind="text", completion="föx")
-        assert asked(endpoint(heard.url), "nll", text) == pytest.approx([nats("öx"), 2, 3])  # the first has none
-    body = heard.requests[0][1]
+        assert asked(endpoint(server.url), "nll", text) == pytest.approx([nats("öx"), 2, 3])  # the first has none
+    body = server.requests[0][1]
     assert (body["model"], body["temperature"], body["echo"]) == ("m", 0, True)
 
 
-def test_answers_are_written_by_completion_or_chat() -> None:
-    with serving(characters_model) as heard:
-        assert asked(endpoint(heard.url), "generate") == "to Where?"
-        assert asked(endpoint(heard.url), "generate", manner=GenerationSettings(template="chat")) == "re: Where?"
+def test_answers_are_generated_by_completion_or_chat() -> None:
+    with serving(characters_model) as server:
+        assert asked(endpoint(server.url), "generate") == "to Where?"
+        assert asked(endpoint(server.url), "generate", settings=GenerationSettings(template="chat")) == "re: Where?"
         chat = Record(kind="chat", completion="c", messages=(("system", "s"), ("user", "u")))
-        assert asked(endpoint(heard.url), "generate", chat, GenerationSettings(max_new_tokens=3, stop=(":",))) == "re"
-    path, body, _ = heard.requests[-1]
+        assert asked(endpoint(server.url), "generate", chat, GenerationSettings(max_new_tokens=3, stop=(":",))) == "re"
+    path, body, _ = server.requests[-1]
     assert path == "/v1/chat/completions"
     assert body["messages"] == [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     assert (body["max_tokens"], body["stop"]) == (3, [":"])
 
 
 def test_a_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(characters_model) as heard:
+    with serving(characters_model) as server:
         with pytest.raises(BackendError, match="variable PRUNETUNE_TEST_KEY is not set"):
-            asked(endpoint(heard.url, key_env="PRUNETUNE_TEST_KEY"), "generate")
+            asked(endpoint(server.url, key_env="PRUNETUNE_TEST_KEY"), "generate")
         monkeypatch.setenv("PRUNETUNE_TEST_KEY", "k")
-        asked(endpoint(heard.url, key_env="PRUNETUNE_TEST_KEY"), "generate")
-    assert heard.requests[-1][2]["Authorization"] == "Bearer k"
+        asked(endpoint(server.url, key_env="PRUNETUNE_TEST_KEY"), "generate")
+    assert server.requests[-1][2]["Authorization"] == "Bearer k"
 
 
-def test_a_server_without_echo_still_writes(tmp_path: Path) -> None:
-    with serving(lambda path, body: characters_model(path, body, echo=False)) as heard:
-        found = evaluate_suite(
-            endpoint(heard.url), suite_in(tmp_path, ALL | {"open": {**ALL["open"], "scorer": "rouge"}})
+def test_server_without_echo_still_generates(tmp_path: Path) -> None:
+    with serving(lambda path, body: characters_model(path, body, echo=False)) as server:
+        outcome = evaluate_suite(
+            endpoint(server.url), suite_in(tmp_path, ALL | {"open": {**ALL["open"], "scorer": "rouge"}})
         )
-    assert "likelihoods are not possible here" in found.tasks["organ"].error
-    assert "likelihoods are not possible here" in found.tasks["prose"].error
-    assert found.tasks["open"].scores["rouge_l"].n == 6
+    assert "likelihoods are not possible here" in outcome.tasks["organ"].error
+    assert "likelihoods are not possible here" in outcome.tasks["prose"].error
+    assert outcome.tasks["open"].scores["rouge_l"].n == 6
 
 
-def test_an_endpoint_by_its_address(tmp_path: Path) -> None:
-    with serving(characters_model) as heard:
-        found = evaluate(heard.url, suite_in(tmp_path, ALL), options=EvalOptions(model_name="mine"))
-    assert [result.error for result in found.tasks.values()] == [""] * len(ALL)
-    assert {body["model"] for _, body, _ in heard.requests} == {"mine"}
+def test_evaluate_opens_an_endpoint_by_its_address(tmp_path: Path) -> None:
+    with serving(characters_model) as server:
+        outcome = evaluate(server.url, suite_in(tmp_path, ALL), options=EvalOptions(model_name="mine"))
+    assert [result.error for result in outcome.tasks.values()] == [""] * len(ALL)
+    assert {body["model"] for _, body, _ in server.requests} == {"mine"}
 
 
 def test_likelihoods_of_chats_and_lm_eval_tasks_are_refused() -> None:
     with pytest.raises(BackendError, match="likelihoods of a chat"):
-        asked(endpoint("http://127.0.0.1:9/v1"), "loglikelihood", manner=GenerationSettings(template="chat"))
+        asked(endpoint("http://127.0.0.1:9/v1"), "loglikelihood", settings=GenerationSettings(template="chat"))
     with pytest.raises(BackendError, match="need the weights"):
         endpoint("http://127.0.0.1:9/v1").model_and_tokenizer()
 
@@ -109,56 +109,56 @@ GARBAGE: dict[str, Reply] = {
 
 
 @pytest.mark.parametrize("said", GARBAGE)
-def test_garbage_is_said_in_one_line(said: str) -> None:
-    with serving(lambda *_: GARBAGE[said]) as heard, pytest.raises(BackendError, match=said) as refused:
-        asked(endpoint(heard.url), "generate")
+def test_unusable_reply_is_a_one_line_error(said: str) -> None:
+    with serving(lambda *_: GARBAGE[said]) as server, pytest.raises(BackendError, match=said) as refused:
+        asked(endpoint(server.url), "generate")
     assert "\n" not in str(refused.value)
     # What may pass is tried again; what will not is not.
-    assert len(heard.requests) == (3 if "503" in said else 1)
+    assert len(server.requests) == (3 if "503" in said else 1)
 
 
-def test_a_busy_server_gets_a_second_chance() -> None:
+def test_busy_server_is_asked_again() -> None:
     replies: list[Reply] = [503, 429, {"choices": [{"text": "yes"}]}]
-    with serving(lambda *_: replies.pop(0)) as heard:
-        assert asked(endpoint(heard.url), "generate") == "yes"
+    with serving(lambda *_: replies.pop(0)) as server:
+        assert asked(endpoint(server.url), "generate") == "yes"
 
 
 @pytest.mark.parametrize("slow", [{"wait": 30.0}, {"drip": 0.2}])
-def test_time_is_bounded(slow: dict[str, float]) -> None:
+def test_slow_reply_ends_at_the_deadline(slow: dict[str, float]) -> None:
     started = now()
     late = r"no complete reply within 0.3 s"
-    with serving(characters_model, **slow) as heard, pytest.raises(BackendError, match=late):
-        asked(endpoint(heard.url, timeout=0.3, max_attempts=2), "generate")
+    with serving(characters_model, **slow) as server, pytest.raises(BackendError, match=late):
+        asked(endpoint(server.url, timeout=0.3, max_attempts=2), "generate")
     assert now() - started < 20  # not a measure: it ends at all
-    assert len(heard.requests) == 2
+    assert len(server.requests) == 2
 
 
-def test_one_that_is_down_costs_every_task_a_line(tmp_path: Path) -> None:
+def test_server_that_is_down_gives_every_task_an_error(tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{unused_port()}/v1"
-    found = evaluate_suite(endpoint(url), suite_in(tmp_path, ALL))
-    for result in found.tasks.values():
+    outcome = evaluate_suite(endpoint(url), suite_in(tmp_path, ALL))
+    for result in outcome.tasks.values():
         assert f"endpoint {url}" in result.error
         assert "is it up" in result.error
         assert "\n" not in result.error
 
 
 def test_empty_answers_are_scored_as_wrong(tmp_path: Path) -> None:
-    with serving(lambda *_: {"choices": [{"text": ""}]}) as heard:
+    with serving(lambda *_: {"choices": [{"text": ""}]}) as server:
         tasks = {"open": {"data": "open.jsonl", "scorer": ["rouge", "exact_match", "bleu"]}}
-        found = evaluate_suite(endpoint(heard.url), suite_in(tmp_path, tasks))
-    assert {metric: score.value for metric, score in found.tasks["open"].scores.items()} == dict.fromkeys(
+        outcome = evaluate_suite(endpoint(server.url), suite_in(tmp_path, tasks))
+    assert {metric: score.value for metric, score in outcome.tasks["open"].scores.items()} == dict.fromkeys(
         ("rouge_l", "rouge_1", "rouge_2", "exact_match", "bleu"), 0.0
     )
 
 
 def test_the_first_failure_stops_a_task() -> None:
-    with serving(lambda *_: 404) as heard, pytest.raises(BackendError):
-        endpoint(heard.url).run_requests("generate", [RECORD] * 200, GenerationSettings(), lambda _: None)
-    assert len(heard.requests) < 20
+    with serving(lambda *_: 404) as server, pytest.raises(BackendError):
+        endpoint(server.url).run_requests("generate", [RECORD] * 200, GenerationSettings(), lambda _: None)
+    assert len(server.requests) < 20
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "ftp://x/v1", "http://", "file:///etc/passwd"])
-def test_an_address_that_is_none_is_refused(url: str) -> None:
+def test_invalid_address_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="is no URL"):
         EndpointClient(url)
 
@@ -168,30 +168,32 @@ JUDGED: dict[str, Any] = {"data": "open.jsonl", "limit": 2}
 
 def judged(tmp_path: Path, url: str, *, allow: Any = ("judge",), **options: Any) -> Any:
     tasks = {"t": {**JUDGED, "scorer": {"judge": {"url": url, "model": "j", **options}}}}
-    return evaluate_suite(Told(lambda record: "my answer"), suite_in(tmp_path, tasks), allow=allow).tasks["t"]
+    return evaluate_suite(ScriptedBackend(lambda record: "my answer"), suite_in(tmp_path, tasks), allow=allow).tasks[
+        "t"
+    ]
 
 
-def test_a_judge_marks_between_nothing_and_everything(tmp_path: Path) -> None:
+def test_judge_scores_are_between_0_and_1(tmp_path: Path) -> None:
     def mark(path: str, body: dict[str, Any]) -> Reply:
         content = body["messages"][0]["content"]
         assert "my answer" in content
         return {"choices": [{"message": {"content": "I say 5 of 5" if "Q0" in content else "1"}}]}
 
-    with serving(mark) as heard:
-        first = judged(tmp_path, heard.url)
+    with serving(mark) as server:
+        first = judged(tmp_path, server.url)
         assert sorted(item.scores["judge"] for item in first.items) == sorted(
             1.0 if "Q0" in item.prompt else 0.0 for item in first.items
         )
-        own = judged(tmp_path, heard.url, prompt="{{ prompt }} {{ got }} {{ id }}", low=0.0, high=10.0)
+        own = judged(tmp_path, server.url, prompt="{{ prompt }} {{ got }} {{ id }}", low=0.0, high=10.0)
         assert {item.scores["judge"] for item in own.items} <= {0.5, 0.1}
-        assert "allow it" in judged(tmp_path, heard.url, allow=()).error
-    assert heard.requests[0][1]["temperature"] == 0
+        assert "allow it" in judged(tmp_path, server.url, allow=()).error
+    assert server.requests[0][1]["temperature"] == 0
 
 
-def test_a_judge_that_does_not_judge_is_said(tmp_path: Path) -> None:
-    with serving(lambda *_: {"choices": [{"message": {"content": "It is 77\nfine."}}]}) as heard:
-        assert "no number from 1 to 5 in its reply" in judged(tmp_path, heard.url).error
-        assert "the scale has to rise" in judged(tmp_path, heard.url, low=5.0, high=5.0).error
+def test_judge_without_a_mark_is_an_error(tmp_path: Path) -> None:
+    with serving(lambda *_: {"choices": [{"message": {"content": "It is 77\nfine."}}]}) as server:
+        assert "no number from 1 to 5 in its reply" in judged(tmp_path, server.url).error
+        assert "the scale has to rise" in judged(tmp_path, server.url, low=5.0, high=5.0).error
     assert "is it up" in judged(tmp_path, f"http://127.0.0.1:{unused_port()}/v1", timeout=1.0).error
 
 
@@ -224,7 +226,7 @@ def test_a_judge_that_does_not_judge_is_said(tmp_path: Path) -> None:
         ("Scale: 1-5. Score: 4/5", 4),
     ],
 )
-def test_a_mark_is_read_beside_its_scale(reply: str, mark: float) -> None:
+def test_mark_is_read_from_a_reply_that_names_its_scale(reply: str, mark: float) -> None:
     assert _mark(reply, 1, 5, "i") == mark
 
 
@@ -246,7 +248,7 @@ def test_every_mark_of_every_scale_is_read_in_every_form() -> None:
         ("none", "no number"),
     ],
 )
-def test_no_mark_and_several_marks_are_none(reply: str, said: str) -> None:
+def test_reply_without_exactly_one_mark_is_refused(reply: str, said: str) -> None:
     with pytest.raises(BackendError, match=said) as refused:
         _mark(reply, 1, 5, "i")
     assert "\n" not in str(refused.value)

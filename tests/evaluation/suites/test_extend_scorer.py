@@ -12,7 +12,7 @@ import yaml
 from prunetune.evaluation.results import TaskResult
 from prunetune.evaluation.suites import evaluate_suite, load_suite, scorers, text_scorers
 from support.data import write_lines
-from support.suites import Told
+from support.suites import ScriptedBackend
 
 PAGE = Path(__file__).parents[3] / "docs" / "extend" / "scorer.md"
 ROWS = [{"prompt": "How much? ", "completion": "take 20 mg 3 times"}, {"prompt": "And then? ", "completion": "stop"}]
@@ -28,7 +28,7 @@ def scored(folder: Path, suite: str, answer: str) -> TaskResult:
     (task,) = yaml.safe_load(suite)["tasks"].values()
     write_lines(folder / task["data"], *ROWS)
     (folder / "suite.yaml").write_text(suite, encoding="utf-8")
-    backend = Told(lambda record: answer)
+    backend = ScriptedBackend(lambda record: answer)
     (result,) = evaluate_suite(backend, load_suite(folder / "suite.yaml"), allow={"code"}).tasks.values()
     assert not result.error
     return result

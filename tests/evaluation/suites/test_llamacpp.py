@@ -31,14 +31,14 @@ RECORDS = [
 ]
 
 
-def test_a_file_that_is_none_is_said(tmp_path: Path) -> None:
+def test_missing_or_broken_file_is_a_one_line_error(tmp_path: Path) -> None:
     pytest.importorskip("xllamacpp")
     (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(ModelError, match=r"llama\.cpp cannot open it"):
         LlamaCpp(tmp_path / "broken.gguf", "").run_requests("generate", RECORDS, GenerationSettings(), lambda _: None)
 
 
-def test_without_llama_cpp_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_llama_cpp_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(MissingPackage, match=r"pip install 'prunetune\[llamacpp\]'"):
         LlamaCpp(tmp_path / "any.gguf", "").run_requests("loglikelihood", RECORDS, GenerationSettings(), lambda _: None)
@@ -54,29 +54,27 @@ def test_texts_chats_and_lm_eval_are_refused(tmp_path: Path) -> None:
         model.model_and_tokenizer()
 
 
-def test_a_small_file_answers_as_its_weights_do_and_says_nothing(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_tiny_gguf_answers_as_its_weights_do_without_output(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("xllamacpp")
     run, dense = run_folder(tmp_path / "run", subwords())
     write_gguf(ExportSource.open(run), tmp_path / "a.gguf", "f32")
     model, local = LlamaCpp(tmp_path / "a.gguf", ""), LocalModel(dense, subwords())
-    manner = GenerationSettings(max_new_tokens=4)
+    settings = GenerationSettings(max_new_tokens=4)
     capfd.readouterr()
-    ours = model.run_requests("loglikelihood", RECORDS, manner, lambda _: None)
-    weighed = model.run_requests("nll", RECORDS, manner, lambda _: None)
-    written = model.run_requests("generate", RECORDS, manner, lambda _: None)
+    ours = model.run_requests("loglikelihood", RECORDS, settings, lambda _: None)
+    nlls = model.run_requests("nll", RECORDS, settings, lambda _: None)
+    texts = model.run_requests("generate", RECORDS, settings, lambda _: None)
     assert capfd.readouterr() == ("", "")
-    for mine, other in zip(ours, local.run_requests("loglikelihood", RECORDS, manner, lambda _: None), strict=True):
+    for mine, other in zip(ours, local.run_requests("loglikelihood", RECORDS, settings, lambda _: None), strict=True):
         assert [tokens for _, tokens in mine] == [tokens for _, tokens in other]
         assert [value for value, _ in mine] == pytest.approx([value for value, _ in other], rel=0.001)
-    for mine, other in zip(weighed, local.run_requests("nll", RECORDS, manner, lambda _: None), strict=True):
+    for mine, other in zip(nlls, local.run_requests("nll", RECORDS, settings, lambda _: None), strict=True):
         assert mine == pytest.approx(other, rel=0.001)
-    assert written == local.run_requests("generate", RECORDS, manner, lambda _: None)
+    assert texts == local.run_requests("generate", RECORDS, settings, lambda _: None)
 
 
 @pytest.mark.slow
-def test_a_real_file_answers_as_its_weights_do(tmp_path: Path) -> None:
+def test_real_gguf_answers_as_its_weights_do(tmp_path: Path) -> None:
     """llama.cpp rounds what 4-bit weights are multiplied with: likelihoods agree to some tenths of a nat."""
     pytest.importorskip("xllamacpp")
     from prunetune.model.loading import demo_file, load_model_and_tokenizer
@@ -97,7 +95,7 @@ def test_a_real_file_answers_as_its_weights_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_answers_of_a_file_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_of_a_gguf_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("xllamacpp")
     from prunetune.model.loading import demo_file
 

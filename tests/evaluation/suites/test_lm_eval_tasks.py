@@ -69,7 +69,7 @@ def test_lm_eval_s_numbers_equal_ours(tmp_path: Path, monkeypatch: pytest.Monkey
     assert (theirs.scores["acc"].n, len(found.tasks["few"].items)) == (12, 5)
 
 
-def test_an_unknown_task_is_said_and_asks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_lm_eval_task_is_an_error_before_any_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = SimpleNamespace(all_tasks=["arc_easy", "pubmedqa"])  # reading lm-eval's own takes a while
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=lambda **_: index))
     found = scored(tmp_path, monkeypatch, wrong={"lm_eval": "arc_eazy"})
@@ -79,7 +79,7 @@ def test_an_unknown_task_is_said_and_asks_nothing(tmp_path: Path, monkeypatch: p
     assert "2,000 are known, and none has a name like it" in found.tasks["wrong"].error
 
 
-def test_without_lm_eval_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_lm_eval_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)

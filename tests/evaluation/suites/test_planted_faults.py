@@ -118,13 +118,13 @@ def mixed_tokenizer(folder: Path, to: Path) -> None:
 def right_by_hand(folder: Path) -> set[str]:
     """The rows whose right choice is the likeliest, one at a time, with nothing of the suite's."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
-    found = set()
+    result = set()
     for row in rows():
         logits = model(torch.tensor([tokenizer(row["prompt"])["input_ids"]])).logits[0, -1]
         ids = [tokenizer(choice, add_special_tokens=False)["input_ids"][0] for choice in row["choices"]]
         if int(logits[ids].argmax()) == row["answer"]:
-            found.add(row["id"])
-    return found
+            result.add(row["id"])
+    return result
 
 
 def checked(folder: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> tuple[int, dict[str, Any]]:
@@ -145,13 +145,13 @@ def test_a_planted_regression_is_caught_with_the_right_items(
     plant(folder, folder / plant.__name__)
     knew, knows = right_by_hand(folder / "dense"), right_by_hand(folder / plant.__name__)
     assert len(knew) > 0.9 * CASES
-    code, found = checked(folder, plant.__name__, monkeypatch)
+    code, result = checked(folder, plant.__name__, monkeypatch)
     assert code == 1
-    assert "nll" in [verdict["limit"]["metric"] for verdict in found["verdicts"] if verdict["broken"]]
-    assert {failure["id"] for failure in found["failures"]} == knew - knows
+    assert "nll" in [verdict["limit"]["metric"] for verdict in result["verdicts"] if verdict["broken"]]
+    assert {failure["id"] for failure in result["failures"]} == knew - knows
 
 
 def test_an_identical_model_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(folder / "dense", folder / "same")
-    code, found = checked(folder, "same", monkeypatch)
-    assert (code, found["failures"], found["ok"]) == (0, [], True)
+    code, result = checked(folder, "same", monkeypatch)
+    assert (code, result["failures"], result["ok"]) == (0, [], True)

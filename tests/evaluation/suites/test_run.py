@@ -23,7 +23,7 @@ from prunetune.evaluation.suites.protocol import GenerationSettings, RequestKind
 from support.data import write_lines
 from support.endpoint import Reply, serving
 from support.evaluation import characters, speaker
-from support.suites import ALL, Told, model_folder, suite_in
+from support.suites import ALL, ScriptedBackend, model_folder, suite_in
 
 FULL = {**ALL, "letters": {"data": "chosen.jsonl", "scorer": "accuracy", "lettered": True}}
 
@@ -46,7 +46,7 @@ def test_batched_equals_one_by_one(tmp_path: Path, family: str) -> None:
             assert score.value == pytest.approx(single.tasks[name].scores[metric].value, rel=1e-4)
 
 
-def test_it_repeats_to_the_byte(tmp_path: Path) -> None:
+def test_evaluation_repeats_to_the_byte(tmp_path: Path) -> None:
     suite, model = suite_in(tmp_path, FULL), speaker()
     first = evaluate_suite(LocalModel(model, characters()), suite)
     again = evaluate_suite(LocalModel(model, characters()), suite, prompts=load_prompts(suite))
@@ -54,7 +54,7 @@ def test_it_repeats_to_the_byte(tmp_path: Path) -> None:
     assert Evaluation.from_json(first.to_json()).to_json() == first.to_json()
 
 
-def test_the_second_time_nothing_is_computed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_evaluation_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     suite, folder, store = (
         suite_in(tmp_path, FULL),
         model_folder(tmp_path / "model"),
@@ -72,28 +72,28 @@ def test_the_second_time_nothing_is_computed(tmp_path: Path, monkeypatch: pytest
     assert (second.cache_hits, second.cache_misses) == (first.cache_misses, 0)
 
 
-def test_only_what_is_new_is_asked(tmp_path: Path) -> None:
-    store, told = AnswerStore(tmp_path / "a.sqlite"), Told()
+def test_cache_asks_the_backend_only_for_new_requests(tmp_path: Path) -> None:
+    store, scripted = AnswerStore(tmp_path / "a.sqlite"), ScriptedBackend()
     records = [Record(kind="completion", prompt=f"p{n}", completion="c") for n in range(4)]
-    remembered = CachedBackend(told, store)
-    remembered.run_requests("generate", records[:2], GenerationSettings(), lambda _: None)
-    assert remembered.run_requests("generate", records, GenerationSettings(), lambda _: None) == ["c"] * 4
-    assert told.calls == 4
-    for manner in (
+    cached = CachedBackend(scripted, store)
+    cached.run_requests("generate", records[:2], GenerationSettings(), lambda _: None)
+    assert cached.run_requests("generate", records, GenerationSettings(), lambda _: None) == ["c"] * 4
+    assert scripted.calls == 4
+    for how in (
         GenerationSettings(max_new_tokens=3),
         GenerationSettings(stop=("x",)),
         GenerationSettings(template="chat"),
     ):
-        remembered.run_requests("generate", records[:1], manner, lambda _: None)
-    assert told.calls == 7
-    remembered.run_requests("nll", records[:1], GenerationSettings(max_new_tokens=3), lambda _: None)
-    remembered.run_requests("nll", records[:1], GenerationSettings(max_new_tokens=4), lambda _: None)
-    assert told.calls == 8
-    told.fingerprint = "another"
-    remembered.run_requests("generate", records[:1], GenerationSettings(), lambda _: None)
-    told.fingerprint = ""
-    remembered.run_requests("generate", records[:1], GenerationSettings(), lambda _: None)
-    assert told.calls == 10
+        cached.run_requests("generate", records[:1], how, lambda _: None)
+    assert scripted.calls == 7
+    cached.run_requests("nll", records[:1], GenerationSettings(max_new_tokens=3), lambda _: None)
+    cached.run_requests("nll", records[:1], GenerationSettings(max_new_tokens=4), lambda _: None)
+    assert scripted.calls == 8
+    scripted.fingerprint = "another"
+    cached.run_requests("generate", records[:1], GenerationSettings(), lambda _: None)
+    scripted.fingerprint = ""
+    cached.run_requests("generate", records[:1], GenerationSettings(), lambda _: None)
+    assert scripted.calls == 10
 
 
 KEYS_OF_0_1_0 = {
@@ -118,9 +118,9 @@ def test_cache_keys_are_those_of_0_1_0(kind: RequestKind) -> None:
     assert cache_key("model cpu", kind, chat, settings) == CHAT_KEYS_OF_0_1_0[kind]
 
 
-def test_what_was_answered_before_a_stop_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_before_an_interrupt_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prunetune.evaluation.suites.cache.ANSWERS_PER_WRITE", 2)
-    told, store = Told(), AnswerStore(tmp_path / "a.sqlite")
+    scripted, store = ScriptedBackend(), AnswerStore(tmp_path / "a.sqlite")
     records = [Record(kind="completion", prompt=f"p{n}", completion="c") for n in range(5)]
 
     def stop(record: Record) -> str:
@@ -128,14 +128,15 @@ def test_what_was_answered_before_a_stop_is_kept(tmp_path: Path, monkeypatch: py
             raise KeyboardInterrupt
         return record.completion
 
-    told.write = stop
+    scripted.write = stop
     with pytest.raises(KeyboardInterrupt):
-        CachedBackend(told, store).run_requests("generate", records, GenerationSettings(), lambda _: None)
-    told.write, told.calls = (lambda record: record.completion), 0
+        CachedBackend(scripted, store).run_requests("generate", records, GenerationSettings(), lambda _: None)
+    scripted.write, scripted.calls = (lambda record: record.completion), 0
     assert (
-        CachedBackend(told, store).run_requests("generate", records, GenerationSettings(), lambda _: None) == ["c"] * 5
+        CachedBackend(scripted, store).run_requests("generate", records, GenerationSettings(), lambda _: None)
+        == ["c"] * 5
     )
-    assert told.calls == 3
+    assert scripted.calls == 3
 
 
 def test_a_folder_s_hash_follows_its_contents(tmp_path: Path) -> None:
@@ -161,26 +162,26 @@ def test_a_folder_s_files_are_read_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert folder_hash(folder, store) == before
 
 
-def test_a_broken_cache_costs_its_answers_and_nothing_else(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_broken_cache_is_a_warning_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.sqlite").write_bytes(b"no database at all, but long enough to be taken for one" * 40)
-    remembered = CachedBackend(Told(), AnswerStore(tmp_path / "a.sqlite"))
+    cached = CachedBackend(ScriptedBackend(), AnswerStore(tmp_path / "a.sqlite"))
     record = Record(kind="completion", prompt="p", completion="c")
-    assert remembered.run_requests("generate", [record], GenerationSettings(), lambda _: None) == ["c"]
+    assert cached.run_requests("generate", [record], GenerationSettings(), lambda _: None) == ["c"]
     assert "cannot be read" in caplog.text
 
 
-def test_a_store_keeps_many_and_nan(tmp_path: Path) -> None:
+def test_cache_stores_many_answers_and_nan(tmp_path: Path) -> None:
     store = AnswerStore(tmp_path / "deep" / "a.sqlite")
     store.put("answers", [(f"k{n}", str(n)) for n in range(1200)])
     assert len(store.get("answers", [f"k{n}" for n in range(2000)])) == 1200
-    told = Told()
-    told._weigh = lambda record: [math.nan, 1, 1]  # type: ignore[method-assign]
+    scripted = ScriptedBackend()
+    scripted._weigh = lambda record: [math.nan, 1, 1]  # type: ignore[method-assign]
     for _ in range(2):
-        (answer,) = CachedBackend(told, store).run_requests(
+        (answer,) = CachedBackend(scripted, store).run_requests(
             "nll", [Record(kind="text", completion="c")], GenerationSettings(), print
         )
         assert math.isnan(answer[0])
-    assert told.calls == 1
+    assert scripted.calls == 1
     with sqlite3.connect(store.path) as base:
         assert base.execute("SELECT count(*) FROM answers").fetchone() == (1201,)
     base.close()
@@ -199,7 +200,7 @@ def test_a_failing_task_does_not_stop_the_others(tmp_path: Path) -> None:
         "code": {"data": "open.jsonl", "scorer": {"python": {"function": "os:system"}}},
         "judge": {"data": "open.jsonl", "scorer": {"judge": {"url": "http://127.0.0.1:9/v1", "model": "m"}}},
     }
-    found = evaluate_suite(Told(), suite_in(tmp_path, {**bad, **ALL}, strict=False))
+    found = evaluate_suite(ScriptedBackend(), suite_in(tmp_path, {**bad, **ALL}, strict=False))
     said = {name: result.error for name, result in found.tasks.items()}
     assert all("\n" not in error for error in said.values())
     assert [name for name, error in said.items() if not error] == list(ALL)
@@ -216,7 +217,7 @@ def test_a_failing_task_does_not_stop_the_others(tmp_path: Path) -> None:
 
 
 def test_choices_are_compared_as_the_task_says(tmp_path: Path) -> None:
-    class Likely(Told):
+    class Likely(ScriptedBackend):
         def _choose(self, record: Record) -> list[list[float]]:
             return [[-3.0, 1], [-4.0, 2]]  # sum: the first; mean: the second; per character: 3 / 2 and 4 / 10
 
@@ -227,7 +228,7 @@ def test_choices_are_compared_as_the_task_says(tmp_path: Path) -> None:
         assert found.tasks["t"].scores["accuracy"].value == score
 
 
-def test_a_text_is_weighed_whole_and_each_byte_counts(tmp_path: Path) -> None:
+def test_nll_of_a_text_counts_every_token_and_byte(tmp_path: Path) -> None:
     model = speaker(max_position_embeddings=16)
     torch.nn.init.zeros_(model.lm_head.weight)
     found = evaluate_suite(LocalModel(model, characters()), suite_in(tmp_path, {"prose": ALL["prose"]}))
@@ -239,7 +240,7 @@ def test_a_text_is_weighed_whole_and_each_byte_counts(tmp_path: Path) -> None:
     assert max(item.scores["tokens"] for item in result.items) > 16
 
 
-def test_a_window_goes_on_where_the_last_ended() -> None:
+def test_windows_of_a_long_text_continue_each_other() -> None:
     local = LocalModel(speaker(max_position_embeddings=8), characters())
     windows = local._windows(Record(kind="text", completion="abcdefghijklmnopq"))
     assert [len(window.token_ids) for window in windows] == [8, 8, 4]
@@ -273,16 +274,16 @@ def test_a_model_here_ends_its_answer_as_a_server_does(text: str, stop: tuple[st
     model, tokenizer = speaker(), characters()
     said = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
     model.generate = lambda ids, **_: torch.cat([ids, said], dim=1)
-    record, manner = Record(kind="completion", prompt="Capital?", completion="Paris"), GenerationSettings(stop=stop)
-    (here,) = LocalModel(model, tokenizer).run_requests("generate", [record], manner, lambda _: None)
+    record, how = Record(kind="completion", prompt="Capital?", completion="Paris"), GenerationSettings(stop=stop)
+    (here,) = LocalModel(model, tokenizer).run_requests("generate", [record], how, lambda _: None)
 
     def served(path: str, body: dict[str, Any]) -> Reply:
         cut = min([text.find(each) for each in body.get("stop", []) if each in text], default=len(text))
         return {"choices": [{"text": text[:cut]}]}
 
-    with serving(served) as heard:
-        endpoint = Endpoint(EndpointClient(heard.url), "m")
-        assert endpoint.run_requests("generate", [record], manner, lambda _: None) == [here]
+    with serving(served) as server:
+        endpoint = Endpoint(EndpointClient(server.url), "m")
+        assert endpoint.run_requests("generate", [record], how, lambda _: None) == [here]
 
 
 def test_chats_are_asked_as_chats(tmp_path: Path) -> None:
@@ -299,7 +300,7 @@ def test_chats_are_asked_as_chats(tmp_path: Path) -> None:
     assert found.tasks["t"].items[0].prompt == "user: which"
 
 
-def test_nan_is_said(tmp_path: Path) -> None:
+def test_nan_scores_are_reported(tmp_path: Path) -> None:
     model = speaker()
     torch.nn.init.constant_(model.lm_head.weight, math.nan)
     found = evaluate_suite(LocalModel(model, characters()), suite_in(tmp_path, ALL))

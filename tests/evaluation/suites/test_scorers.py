@@ -243,7 +243,7 @@ def broken(got: str, expected: str, row: Any) -> str:
     return "much"
 
 
-def test_a_function_of_ones_own() -> None:
+def test_python_scorer_calls_a_function_by_its_name() -> None:
     here = __name__
     told = [answered("a", "a", bonus=1), answered("a", "b")]
     assert values("python", told, function=f"{here}:double") == {"python": [3.0, 0.0]}
@@ -257,7 +257,7 @@ def test_a_function_of_ones_own() -> None:
         values("python", told, function=f"{here}:broken")
 
 
-def test_a_function_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_scorer_imports_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "prunetune_own_scorer.py").write_text("def long(got, expected, row): return len(got) > 2\n")
     monkeypatch.chdir(tmp_path)
     told = [answered("", "abc"), answered("", "a")]
@@ -265,7 +265,7 @@ def test_a_function_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.Mo
     assert str(tmp_path) not in sys.path
 
 
-def test_a_scorer_twice_needs_two_names() -> None:
+def test_scorer_used_twice_needs_two_names() -> None:
     uses = parse_scorers(
         [{"regex": {"pattern": "a", "name": "one"}}, {"regex": {"pattern": "b", "name": "two"}}], "test"
     )
@@ -285,6 +285,6 @@ def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> N
             values(scorer, **options)
 
 
-def test_every_scorer_says_what_it_does() -> None:
+def test_every_scorer_has_a_docstring() -> None:
     for scorer in SCORERS.values():
         assert scorer.score.__doc__

@@ -19,8 +19,8 @@ FINE: dict[str, Any] = {"data": "chosen.jsonl", "scorer": "accuracy"}
 
 
 def only(task: dict[str, Any], **keys: Any) -> Task:
-    (found,) = parse_suite({"tasks": {"t": task}, **keys}).tasks
-    return found
+    (loaded,) = parse_suite({"tasks": {"t": task}, **keys}).tasks
+    return loaded
 
 
 def test_tasks_are_a_mapping_or_a_list(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_tasks_are_a_mapping_or_a_list(tmp_path: Path) -> None:
     assert [task.metrics[0] for task in mapped.tasks] == ["accuracy", "rouge_l", "perplexity"]
 
 
-def test_defaults_stand_below_every_task(tmp_path: Path) -> None:
+def test_defaults_apply_to_every_task_that_does_not_override_them(tmp_path: Path) -> None:
     suite = suite_in(tmp_path, {"a": FINE, "b": {**FINE, "limit": 2}}, defaults={"limit": 5, "scorer": "macro_f1"})
     assert [len(build_prompts(task)) for task in suite.tasks] == [5, 2]
     assert [task.metrics for task in suite.tasks] == [("accuracy",), ("accuracy",)]
@@ -76,7 +76,7 @@ def test_a_limit_is_one_bound_on_one_metric() -> None:
         ({"lm_eval": "arc_easy", "limits": {"min": 0.5}}, "name their metric"),
     ],
 )
-def test_what_is_wrong_is_said_and_the_other_tasks_stand(task: Any, said: str) -> None:
+def test_faulty_task_keeps_its_error_and_the_others_load(task: Any, said: str) -> None:
     suite = parse_suite({"tasks": {"wrong": task, "fine": FINE}})
     assert [bool(each.error) for each in suite.tasks] == [True, False]
     with pytest.raises(ConfigError, match=said):
@@ -99,12 +99,12 @@ def test_what_is_wrong_is_said_and_the_other_tasks_stand(task: Any, said: str) -
         ({"tasks": [{**FINE, "name": "a"}, {**FINE, "name": "a"}]}, "two tasks are called a"),
     ],
 )
-def test_a_suite_that_is_none_is_refused(values: Any, said: str) -> None:
+def test_file_that_is_no_suite_is_refused(values: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         parse_suite(values)
 
 
-def test_a_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+def test_unreadable_suite_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("tasks: [")
     (tmp_path / "latin.yaml").write_bytes(b"tasks: \xe9")
     (tmp_path / "twice.yaml").write_text("tasks:\n  t: {data: x}\n  t: {data: y}\n")  # one would be lost
@@ -196,7 +196,7 @@ def test_lettered_questions_list_their_choices(tmp_path: Path) -> None:
         rows(tmp_path, {"scorer": "accuracy", "lettered": True}, {**row, "prompt": "a", "choices": many})
 
 
-def test_a_sample_stays_when_rows_are_added(tmp_path: Path) -> None:
+def test_sample_is_stable_when_rows_are_added(tmp_path: Path) -> None:
     lines = [{"prompt": f"p{n}", "completion": "c", "id": n} for n in range(30)]
     few = {posed.record.id for posed in rows(tmp_path, {"scorer": "rouge", "limit": 5}, *lines[:20])}
     more = {posed.record.id for posed in rows(tmp_path, {"scorer": "rouge", "limit": 15}, *lines[:20][::-1])}
@@ -204,8 +204,8 @@ def test_a_sample_stays_when_rows_are_added(tmp_path: Path) -> None:
     assert few < more
 
 
-def test_the_suites_that_come_along_load() -> None:
+def test_bundled_suites_load() -> None:
     folder = Path(__file__).parents[3] / "suites"
-    found = sorted(folder.glob("*.yaml"))
-    assert {path.stem for path in found} >= {"demo", "healthcare", "legal"}
-    assert all(isinstance(load_suite(path), Suite) for path in found)
+    loaded = sorted(folder.glob("*.yaml"))
+    assert {path.stem for path in loaded} >= {"demo", "healthcare", "legal"}
+    assert all(isinstance(load_suite(path), Suite) for path in loaded)

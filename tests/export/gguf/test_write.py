@@ -163,7 +163,7 @@ def test_export_run_writes_a_checked_gguf_file(tmp_path: Path) -> None:
 
 def test_result_says_that_llama_cpp_did_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = run_folder(tmp_path / "run", subwords(), layout="uniform")
-    monkeypatch.setattr(llamacpp, "find_spec", lambda name: None)
+    monkeypatch.setattr(optional, "find_spec", lambda name: None)
     result = export_run(run, "gguf")
     assert "not run in llama.cpp: install it with pip install 'prunetune[llamacpp]'" in str(result)
 

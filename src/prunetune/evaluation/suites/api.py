@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suites.check import CheckResult, check_limits
 from prunetune.evaluation.suites.open_model import check_can_open, dense_model_of_run, open_backend
 from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
-from prunetune.evaluation.suites.run import SuiteProgressCallback, evaluate_suite
+from prunetune.evaluation.suites.run import NO_PERMISSIONS, SuiteProgressCallback, evaluate_suite
+from prunetune.evaluation.suites.scorers import Permission
 from prunetune.evaluation.suites.suite import Suite
 
 DEFAULTS = CheckOptions()
@@ -20,17 +22,19 @@ def evaluate(
     suite: Suite | Path | str,
     *,
     options: EvalOptions = DEFAULTS,
+    allow: Collection[Permission] = NO_PERMISSIONS,
     progress: SuiteProgressCallback | None = None,
 ) -> Evaluation:
     """Score a run, checkpoint, hub name, .gguf file or endpoint on a suite; results of `eval` are returned as they are.
 
-    A task that fails has its `error` instead of scores. Raises a `PrunetuneError` where the model cannot be opened.
+    `allow` adds to the permissions in `options`. A task that fails has its `error` instead of scores. Raises a
+    `PrunetuneError` where the model cannot be opened.
     """
     suite = options.open_suite(suite)
     backend = open_backend(model, options)
     if isinstance(backend, Evaluation):
         return backend
-    return evaluate_suite(backend, suite, allow=options.permissions, progress=progress)
+    return evaluate_suite(backend, suite, allow={*allow, *options.permissions}, progress=progress)
 
 
 def check(
@@ -39,6 +43,7 @@ def check(
     against: str = "",
     *,
     options: CheckOptions = DEFAULTS,
+    allow: Collection[Permission] = NO_PERMISSIONS,
     progress: SuiteProgressCallback | None = None,
 ) -> CheckResult:
     """Check a model against the suite's limits and a reference model.
@@ -48,8 +53,8 @@ def check(
     suite = options.open_suite(suite)
     against = against or options.against or dense_model_of_run(model)
     check_can_open(against, options)  # before the model is scored for nothing
-    scores = evaluate(model, suite, options=options, progress=progress)
-    reference = evaluate(against, suite, options=options, progress=progress)
+    scores = evaluate(model, suite, options=options, allow=allow, progress=progress)
+    reference = evaluate(against, suite, options=options, allow=allow, progress=progress)
     return check_limits(scores, reference, suite)
 
 

@@ -61,14 +61,12 @@ class DistributedPasses:
         """See `Passes`. It reads no example, so every rank computes all of it and nothing is summed."""
         return self._run_on_all_ranks(lambda: self.passes.group_lasso_step(gates, weight), None)
 
-    def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, dict[str, Tensor]]:
+    def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         """See `Passes`."""
         losses, gradients = self._run_on_all_ranks(lambda: self.passes.gate_gradients(examples, gates), gates)
         return self._sum_over_ranks(losses, gradients.values), gradients
 
-    def tune_with_gate_gradients(
-        self, examples: Sequence[Example], gates: GateTensors
-    ) -> tuple[Losses, dict[str, Tensor]]:
+    def tune_with_gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         """See `Passes`."""
         losses, gradients = self._run_on_all_ranks(lambda: self.passes.tune_with_gate_gradients(examples, gates), gates)
         return self._sum_over_ranks(losses, lambda: [*gradients.values(), *self._gradients()]), gradients
