@@ -172,8 +172,8 @@ def test_nearest_feasible_value_of_an_error_is_accepted(say: Said, recipe: Calla
 
 
 def test_missing_device_is_refused(say: Said, recipe: Callable[..., str], dense: Path) -> None:
-    refused(say("run", recipe(latency=0.8), "--device", "cuda:7"), "cuda:7", "not there")
-    refused(say("sites", str(dense), "--measure", "--device", "cuda:7"), "cuda:7", "not there")
+    refused(say("run", recipe(latency=0.8), "--device", "cuda:7"), "cuda:7", "not available")
+    refused(say("sites", str(dense), "--measure", "--device", "cuda:7"), "cuda:7", "not available")
 
 
 def test_latency_table_of_another_device_is_refused(say: Said, recipe: Callable[..., str], tmp_path: Path) -> None:

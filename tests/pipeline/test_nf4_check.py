@@ -17,10 +17,10 @@ from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.errors import ConfigError, MissingPackage, SelfCheckFailed
 from prunetune.pipeline import finish, nf4_check, recording, stages
 from prunetune.pipeline.run import run
-from prunetune.pruning import nf4
 from prunetune.pruning.nf4 import has_nf4_linears, quantize_linears_to_nf4
 from prunetune.pruning.sites import find_sites, lora_target_modules
 from prunetune.train.loop import tune_and_prune
+from prunetune.utils import optional
 from support.data import write_lines
 from support.evaluation import characters, speaker
 from support.loop import config_of as loop_config
@@ -150,7 +150,7 @@ def test_merged_model_that_differs_is_refused(place: Path, tmp_path: Path, monke
 def test_impossible_combinations_are_refused_in_one_line(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nf4, "find_spec", lambda _: None)
+    monkeypatch.setattr(optional, "find_spec", lambda _: None)
     with pytest.raises(MissingPackage, match="bitsandbytes"):
         run(config_of(place, tmp_path / "run"))
     assert not (tmp_path / "run").exists()

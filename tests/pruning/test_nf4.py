@@ -14,6 +14,7 @@ from prunetune.pruning.cut import cut, cut_linears, finalize_adapters, merge_ada
 from prunetune.pruning.linears import COLUMNS, ROWS
 from prunetune.pruning.masking import masked
 from prunetune.pruning.sites import find_sites, lora_target_modules
+from prunetune.utils import optional
 from support.models import random_plan, relative, tiny, tokens, with_lora
 from support.nf4 import needs_nf4
 
@@ -147,6 +148,6 @@ def test_finalize_adapters_keeps_adapters_on_a_quantised_base() -> None:
 
 
 def test_missing_bitsandbytes_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nf4, "find_spec", lambda _: None)
+    monkeypatch.setattr(optional, "find_spec", lambda _: None)
     with pytest.raises(MissingPackage, match=r"needs bitsandbytes; run: pip install 'prunetune\[quant\]'"):
         nf4.require_nf4()

@@ -14,6 +14,7 @@ from prunetune.errors import ConfigError, MissingPackage
 from prunetune.runs import trackers
 from prunetune.runs.folder import RunFolder
 from prunetune.runs.trackers import Trackers, require_trackers, start_trackers
+from prunetune.utils import optional
 
 
 class Tracker:
@@ -79,7 +80,7 @@ def test_tracker_that_does_not_start_costs_a_warning(
 
 
 def test_missing_package_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trackers, "find_spec", lambda _: None)
+    monkeypatch.setattr(optional, "find_spec", lambda _: None)
     with pytest.raises(
         MissingPackage, match=r"wandb is not installed; run: pip install 'prunetune\[track\]'"
     ) as refused:

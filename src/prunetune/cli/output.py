@@ -14,7 +14,7 @@ from prunetune.utils.tables import table_lines
 
 
 def render_run(folder: Path) -> str:
-    """Sizes, scores beside the dense model, and where to look."""
+    """Sizes, limits, speed and scores of a run, and the folders to look into."""
     manifest = Manifest.from_json((folder / "manifest.json").read_text(encoding="utf-8"))
     if manifest.sizes:
         return _render_sizes(folder, manifest)
@@ -43,7 +43,7 @@ def render_run(folder: Path) -> str:
 
 
 def _speed_lines(manifest: Manifest) -> list[str]:
-    """Beside the dense model: measured in turns where the run did that, and one by one."""
+    """Speed and speed-up over the dense model: interleaved measurements, if the run made them, and separate ones."""
     turns = {kind: interleaved_ratio(manifest, kind) for kind in ("throughput", "prefill", "decode")}
     lines = [f"{f'{kind} in turns':<19} {times}" for kind, times in turns.items() if times]
     for kind in ("prefill", "decode"):
@@ -62,14 +62,14 @@ def _measured_budget_lines(budgets: Sequence[BudgetFacts]) -> list[str]:
 
 
 def _validation_limit_lines(limits: LimitsFacts, validation: ValidationFacts) -> list[str]:
-    """What gates did, what the budget became, and what watching cost."""
+    """What limits did, the budget that they left, and the cost of validations."""
     lines = [
-        f"gate                step {action.step}: {action.action} ({action.conditions[0]})" for action in limits.actions
+        f"limit               step {action.step}: {action.action} ({action.conditions[0]})" for action in limits.actions
     ]
     lines += _limits(limits.limits)
     kept, requested = limits.kept, limits.requested_keep
     if kept is not None and requested is not None and kept > requested:
-        lines.append(f"budget              {kept:.1%} remains, {requested:.0%} was asked for: a gate held it")
+        lines.append(f"budget              {kept:.1%} remains, {requested:.0%} was asked for: a limit kept it")
     if validation.share is not None:
         lines.append(f"validation          every {validation.every} steps, {validation.share:.1%} of the tuning time")
     return lines
@@ -77,7 +77,7 @@ def _validation_limit_lines(limits: LimitsFacts, validation: ValidationFacts) ->
 
 def _limits(limits: Sequence[LimitFacts]) -> list[str]:
     return [
-        f"gate                {limit.condition}: {limit.measured:.4g}, limit {limit.limit:.4g}"
+        f"limit               {limit.condition}: {limit.measured:.4g}, limit {limit.limit:.4g}"
         f"{'' if limit.is_met else ', OUTSIDE'}"
         for limit in limits
         if limit.measured is not None
