@@ -40,12 +40,12 @@ RUNNER = """
 import json, os, sys
 plan = json.loads(sys.argv.pop(1))
 import torch
-from prunetune import cli
-from prunetune.folder import RunFolder
-from prunetune.train.passes import Padded, Packed
+from prunetune.cli import app
+from prunetune.runs.folder import RunFolder
+from prunetune.train.passes import PackedPasses, PaddedPasses
 
 if "fill" in plan:
-    plain = RunFolder.append
+    plain = RunFolder.append_record
     def append(self, name, record):
         plain(self, name, record)
         if name == "metrics.jsonl" and record["step"] == plan["fill"]["step"]:
@@ -55,7 +55,7 @@ if "fill" in plan:
                         os.write(file.fileno(), b"0" * plan["fill"]["grain"])
                 except OSError:
                     pass
-    RunFolder.append = append
+    RunFolder.append_record = append
 if "break" in plan:
     import datasets
     def rows(*args, **options):
@@ -65,7 +65,7 @@ if "break" in plan:
             raise ConnectionError("the stream was closed by the server")
         return all_of()
     datasets.load_dataset = rows
-for kind in (Padded, Packed):
+for kind in (PaddedPasses, PackedPasses):
     def spoil(tune=kind.tune, seen=[0]):
         def spoilt(self, examples, gates):
             seen[0] += 1
@@ -77,7 +77,7 @@ for kind in (Padded, Packed):
             return found
         return spoilt
     kind.tune = spoil()
-cli.main()
+app.main()
 """
 RECIPE: dict[str, Any] = {
     "budget": {"keep": 0.6, "align": 8},

@@ -86,7 +86,7 @@ def evaluate(
     suite: Suite | Path | str,
     *,
     options: EvalOptions | None = None,
-    allow: Collection[Permission] = (),
+    allow: Collection[Permission] = frozenset(),
     progress: SuiteProgressCallback | None = None,
 ) -> Evaluation:
     """The suite's scores of a run, checkpoint, hub name, .gguf file or endpoint; saved results are returned unchanged.
@@ -104,7 +104,7 @@ def check(
     against: str = "",
     *,
     options: CheckOptions | None = None,
-    allow: Collection[Permission] = (),
+    allow: Collection[Permission] = frozenset(),
     progress: SuiteProgressCallback | None = None,
 ) -> CheckResult:
     """Compare a model with the suite's limits and with another model; for a run, by default its dense model."""

@@ -125,7 +125,7 @@ def test_checkpoint_without_whole_layers_needs_no_code(tmp_path: Path) -> None:
 
 def test_uniform_layout_refuses_removed_blocks() -> None:
     model = tiny("llama")
-    with pytest.raises(PlanError, match="no word for layers without attention-blocks or mlp-blocks: use layout per"):
+    with pytest.raises(PlanError, match="cannot express layers without attention-blocks or mlp-blocks: use layout per"):
         uniform_plan(model, ("attention-blocks", "mlp-blocks"))
 
 

@@ -164,7 +164,7 @@ def recipe(layout: str = "per-layer", **budget: Any) -> RunConfig:
 
 @pytest.mark.parametrize("text", ["x", "3-1", "1-", "-1", "1.5", "0--2"])
 def test_malformed_protect_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="no layer and no span"):
+    with pytest.raises(ConfigError, match="no layer and no range"):
         recipe(protect=text).budget.protected_layers()
 
 

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 # In a process of its own: what is set has to be set before CUDA multiplies matrices.
 SUMS = """
 import torch
-from prunetune.determinism import deterministic
+from prunetune.utils.determinism import deterministic
 device = torch.device("cuda")
 with deterministic(True, device):
     values, places = torch.randn(10**6, device=device), torch.randint(0, 8, (10**6,), device=device)
