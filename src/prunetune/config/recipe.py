@@ -89,14 +89,7 @@ class DataConfig:
 
 
 UnitName = Literal[
-    "kv-groups",
-    "query-heads",
-    "mlp-channels",
-    "experts",
-    "expert-channels",
-    "attention-blocks",
-    "mlp-blocks",
-    "layers",
+    "kv-groups", "query-heads", "mlp-channels", "experts", "expert-channels", "attention-blocks", "mlp-blocks", "layers"
 ]
 
 
@@ -155,10 +148,7 @@ class BudgetConfig:
         0, "Fewest experts that a layer keeps, if units has experts; never fewer than a token is routed to.", ge=0
     )
     min_share: float = option(
-        0.0,
-        "Smallest share of units that every site keeps: of a layer's KV groups, channels or experts.",
-        ge=0,
-        le=1,
+        0.0, "Smallest share of units that every site keeps: of a layer's KV groups, channels or experts.", ge=0, le=1
     )
     protect: str = option(
         "", "Layers that are not pruned, counted from 0: 0-1,29. With layout uniform: layers that are not removed."
@@ -319,8 +309,7 @@ class RunConfig:
     out: str = option("runs/latest", "The run folder to make.")
     seed: int = option(0, "Seed of everything random.", ge=0)
     deterministic: bool = option(
-        False,
-        "Use deterministic kernels: the same seed gives the same bits on the same machine, on a GPU too; slower.",
+        False, "Use deterministic kernels: the same seed gives the same bits on the same machine, on a GPU too; slower."
     )
     layout: Literal["per-layer", "uniform"] = option(
         "per-layer", "per-layer: widths differ by layer; uniform: one width, a stock architecture."

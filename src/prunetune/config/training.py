@@ -18,8 +18,7 @@ class TrainConfig:
         16384, "Most tokens, padding included, that one forward pass holds; larger batches are split.", ge=1
     )
     packing: Literal["auto", "off"] = option(
-        "auto",
-        "auto: examples are packed and passes recorded as CUDA graphs, if GPU and model allow it; off: padded.",
+        "auto", "auto: examples are packed and passes recorded as CUDA graphs, if GPU and model allow it; off: padded."
     )
     compile: Literal["auto", "on", "off"] = option(
         "auto",
@@ -69,9 +68,7 @@ class LoraSettings:
 
     rank: int = option(128, "Rank of the adapters; recovery after pruning needs a higher one than plain tuning.", ge=1)
     dense_rank: int = option(
-        32,
-        "Rank of the dense model's adapters, when it is tuned for comparison or as a teacher.",
-        ge=1,
+        32, "Rank of the dense model's adapters, when it is tuned for comparison or as a teacher.", ge=1
     )
     dense_learning_rate: float = option(5e-4, "Peak learning rate of the dense model's adapters.", gt=0)
     alpha: float = option(0.0, "Scale alpha / rank; 0: twice the rank.", ge=0)
@@ -121,10 +118,7 @@ class SearchConfig:
         "projected: decisions meet the (annealed) budget; sampled: Gumbel draws and a budget loss, as in the paper.",
     )
     init_batches: int = option(
-        16,
-        "Batches whose gate gradients give the initial logits; 0: none, as in the paper.",
-        ge=0,
-        formerly="evidence",
+        16, "Batches whose gate gradients give the initial logits; 0: none, as in the paper.", ge=0, formerly="evidence"
     )
     straight_through: bool = option(
         True,
@@ -139,10 +133,7 @@ class SearchConfig:
         0.6, "Share of the search over which the budget is annealed from dense to its target (projected).", ge=0, le=1
     )
     settle: float = option(
-        0.05,
-        "Share of the steps, after the search, in which the adapters of removed units shrink to zero.",
-        ge=0,
-        le=1,
+        0.05, "Share of the steps, after the search, in which the adapters of removed units shrink to zero.", ge=0, le=1
     )
     learning_rate: float = option(1e-3, "Learning rate of the generator (AdamW).", gt=0)
     batch_size: int = option(16, "Examples a search step.", ge=1)
