@@ -30,7 +30,7 @@ from prunetune.config.recipe import from_mapping
 from prunetune.data.batches import BatchStream
 from prunetune.data.encoding import Example
 from prunetune.pruning.sites import find_sites
-from prunetune.search.select import PlanConstraints
+from prunetune.search.plan_rules import PlanConstraints
 from prunetune.train.checkpoints import NullCheckpointStore
 from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune

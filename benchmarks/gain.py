@@ -39,8 +39,9 @@ from prunetune.export.stock_config import kv_groups_validator
 from prunetune.model.loading import pick_device
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
-from prunetune.pruning.sites import Site, kept_params
-from prunetune.search.select import PlanConstraints, default_align, select
+from prunetune.pruning.units import Site, kept_params
+from prunetune.search.plan_rules import PlanConstraints, default_align
+from prunetune.search.select import select
 from prunetune.utils import environment
 
 FALL, APART = 1.5, 0.3  # of scores from the first layer to the last, and by site: in deviations of a unit's own

@@ -12,7 +12,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from prunetune.pruning.nf4 import NF4Linear, cut_axes
-from prunetune.pruning.sites import Site, find_sites
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import Site
 
 GEOMETRIES: Mapping[str, dict[str, Any]] = {
     "smollm2-135m": {

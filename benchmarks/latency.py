@@ -36,7 +36,8 @@ from prunetune.cost.layer_shapes import ModelShape, model_shape
 from prunetune.model.loading import pick_device
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
-from prunetune.pruning.sites import Site, find_sites
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import Site
 from prunetune.utils.environment import device_name, installed_commit
 
 LLAMA_8B = {

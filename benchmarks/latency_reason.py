@@ -18,8 +18,10 @@ from prunetune.cost.limits import costs_for_budget
 from prunetune.model.loading import load_meta_model
 from prunetune.pipeline.prepare import make_plan_constraints
 from prunetune.plan import Plan
-from prunetune.pruning.sites import Site, find_sites
-from prunetune.search.select import PlanConstraints, select
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import Site
+from prunetune.search.plan_rules import PlanConstraints
+from prunetune.search.select import select
 
 TRIES = 200  # random plans of as many parameters
 

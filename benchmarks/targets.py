@@ -33,10 +33,12 @@ from prunetune.errors import PlanError
 from prunetune.export.stock_config import kv_groups_validator
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
-from prunetune.pruning.sites import find_sites, kept_params
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import kept_params
 from prunetune.search.feasibility import with_limits
 from prunetune.search.nested_sites import NestedSites
-from prunetune.search.select import PlanConstraints, default_align, min_feasible_keep, min_widths, select
+from prunetune.search.plan_rules import PlanConstraints, default_align
+from prunetune.search.select import min_feasible_keep, min_widths, select
 from prunetune.utils.environment import installed_commit
 
 GEOMETRIES: dict[str, tuple[str, dict[str, Any]]] = {

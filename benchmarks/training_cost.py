@@ -33,8 +33,8 @@ from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.cost.parameters import prunable_params
 from prunetune.data.batches import BatchStream
 from prunetune.data.encoding import Example
-from prunetune.pruning.sites import dense_plan
-from prunetune.search.select import PlanConstraints, default_align
+from prunetune.pruning.units import dense_plan
+from prunetune.search.plan_rules import PlanConstraints, default_align
 from prunetune.train.checkpoints import NullCheckpointStore
 from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune

@@ -26,8 +26,8 @@ from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.cost.training_memory import estimate_memory, training_setup, training_shapes
 from prunetune.data.batches import BatchStream
 from prunetune.data.encoding import Example
-from prunetune.pruning.sites import kept_params
-from prunetune.search.select import PlanConstraints, default_align
+from prunetune.pruning.units import kept_params
+from prunetune.search.plan_rules import PlanConstraints, default_align
 from prunetune.train import loop
 from prunetune.train.checkpoints import NullCheckpointStore
 from prunetune.train.job import TrainingJob

@@ -15,8 +15,10 @@ from prunetune.compare.methods import resolve_methods
 from prunetune.config.recipe import from_mapping
 from prunetune.cost.parameters import prunable_params
 from prunetune.errors import ConfigError
-from prunetune.pruning.sites import find_sites, kept_params
-from prunetune.search.select import PlanConstraints, select
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import kept_params
+from prunetune.search.plan_rules import PlanConstraints
+from prunetune.search.select import select
 from support.models import tiny
 
 PAGE = Path(__file__).parents[2] / "docs" / "extend" / "baseline.md"

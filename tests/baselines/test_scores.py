@@ -18,7 +18,8 @@ from prunetune.data.batches import Batch, collate
 from prunetune.data.encoding import Example
 from prunetune.pruning.cut import RemovedAttention, add_biases, cut, cut_linears
 from prunetune.pruning.masking import masked
-from prunetune.search.select import PlanConstraints, select
+from prunetune.search.plan_rules import PlanConstraints
+from prunetune.search.select import select
 from support.models import FAMILIES, random_plan, relative, tiny, tokens, with_lora
 
 LENGTHS = (9, 6, 7)

@@ -16,7 +16,8 @@ from prunetune.export import stock_config
 from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
 from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
-from prunetune.search.select import PlanConstraints, select
+from prunetune.search.plan_rules import PlanConstraints
+from prunetune.search.select import select
 from support.data import subwords
 from support.models import ALL_FAMILIES, FAMILIES, random_plan, relative, tiny, tokens, with_lora
 

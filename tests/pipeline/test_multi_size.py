@@ -29,7 +29,8 @@ from prunetune.pipeline import finish, multi_size, recording
 from prunetune.pipeline import run as run_module
 from prunetune.pipeline.run import run as run_pipeline
 from prunetune.plan import Plan
-from prunetune.pruning.sites import find_sites, kept_params
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import kept_params
 from prunetune.runs.folder import RunFolder, create_run_folder, open_run
 from prunetune.runs.history import list_runs
 from prunetune.runs.watch import active_run

@@ -15,8 +15,7 @@ from prunetune.bench.tile_alignment import misaligned_widths
 from prunetune.config.recipe import RequireConfig, from_mapping
 from prunetune.pipeline.requirements import gain_bench_options, judge_gain
 from prunetune.plan import Plan
-from prunetune.pruning.sites import LinearSlice, Site, dense_plan
-from prunetune.pruning.units import SiteWeights, UnitKind
+from prunetune.pruning.units import LinearSlice, Site, SiteWeights, UnitKind, dense_plan
 from support.bench import Scripted, facts
 from support.suites import model_folder
 

@@ -26,7 +26,8 @@ from prunetune.evaluation.results import Evaluation
 from prunetune.pipeline import stages
 from prunetune.pipeline.run import run
 from prunetune.plan import Plan
-from prunetune.pruning.sites import find_sites, kept_params
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import kept_params
 from prunetune.runs.folder import RunFolder, run_lock
 from prunetune.train import teacher
 from prunetune.train.loop import tune_and_prune

@@ -9,7 +9,8 @@ from prunetune import Plan, cut, find_sites, masked
 from prunetune.errors import PlanError, UnknownArchitecture
 from prunetune.pruning.cut import cut_linears
 from prunetune.pruning.masking import gates_from_plan
-from prunetune.pruning.sites import dense_plan, kept_params, unprunable_kinds
+from prunetune.pruning.sites import unprunable_kinds
+from prunetune.pruning.units import dense_plan, kept_params
 from prunetune.train.adapters import (
     adapter_group_norms,
     cut_adapter_tensors,

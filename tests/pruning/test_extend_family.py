@@ -14,8 +14,8 @@ from prunetune import Plan, cut, find_sites, masked
 from prunetune.errors import UnknownArchitecture
 from prunetune.export.checkpoint import write_checkpoint
 from prunetune.pruning.families import FAMILIES, Family
-from prunetune.pruning.sites import dense_plan, unprunable_kinds
-from prunetune.pruning.units import KIND_BY_NAME, UnitKind
+from prunetune.pruning.sites import unprunable_kinds
+from prunetune.pruning.units import KIND_BY_NAME, UnitKind, dense_plan
 from support.data import subwords
 from support.models import random_plan, relative, tiny, tokens, with_lora
 

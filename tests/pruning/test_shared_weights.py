@@ -23,8 +23,8 @@ from prunetune.pruning.shared_weights import (
     cut_sharing_weights,
     unshare_weights,
 )
-from prunetune.pruning.sites import dense_plan, find_sites
-from prunetune.pruning.units import DEFAULT_UNITS, Site
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import DEFAULT_UNITS, Site, dense_plan
 from prunetune.train.adapters import trainable_parameters
 from support.memory import SIZES, Live, config_of, needs
 from support.models import ALL_FAMILIES, FAMILIES, random_plan, relative, tiny, tokens, with_lora

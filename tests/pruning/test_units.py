@@ -12,8 +12,8 @@ from prunetune.config.recipe import LoraSettings
 from prunetune.errors import ConfigError, ModelError, PlanError
 from prunetune.pruning.cut import cut_linears
 from prunetune.pruning.masking import gates_from_plan
-from prunetune.pruning.sites import dense_plan, kept_params, sites_from_plan, unprunable_kinds
-from prunetune.pruning.units import KIND_BY_NAME, UnitKind
+from prunetune.pruning.sites import sites_from_plan, unprunable_kinds
+from prunetune.pruning.units import KIND_BY_NAME, UnitKind, dense_plan, kept_params
 from prunetune.train.adapters import add_adapters, cut_adapter_tensors, expand_adapter_tensors, trainable_parameters
 from support.models import ALL_FAMILIES, kinds_of, random_plan, relative, tiny, tokens, with_lora
 

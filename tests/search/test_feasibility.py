@@ -25,13 +25,14 @@ from prunetune.cost.limits import (
 from prunetune.cost.parameters import kept_share
 from prunetune.errors import PlanError
 from prunetune.pruning.masking import gates_from_plan
-from prunetune.pruning.sites import Site, dense_plan, find_sites, kept_params
-from prunetune.pruning.units import KIND_BY_NAME, UnitKind
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import KIND_BY_NAME, Site, UnitKind, dense_plan, kept_params
 from prunetune.search.feasibility import uniform_scores, with_limits
 from prunetune.search.initial_logits import importance_to_logits, score_threshold
 from prunetune.search.nested_sites import NestedSites
+from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.searcher import Searcher
-from prunetune.search.select import PlanConstraints, min_feasible_keep, min_widths, select
+from prunetune.search.select import min_feasible_keep, min_widths, select
 from prunetune.train.schedule import build_schedule
 from support.models import tiny
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from prunetune.cost.parameters import keep_ratio_loss, kept_share, prunable_params
-from prunetune.pruning.sites import Site, find_sites
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import Site
 from prunetune.search.generator import EMBEDDING, DecisionGenerator, orthogonal_vectors
 from prunetune.search.initial_logits import importance_to_logits, score_threshold
 from prunetune.search.nested_sites import NestedSites

@@ -11,11 +11,11 @@ from prunetune.cost.parameters import prunable_params
 from prunetune.errors import PlanError
 from prunetune.plan import Plan
 from prunetune.pruning.masking import gates_from_plan
-from prunetune.pruning.sites import dense_plan, find_sites, kept_params
-from prunetune.pruning.units import Site
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import Site, dense_plan, kept_params
 from prunetune.search.nested_sites import NestedSites
-from prunetune.search.plan_rules import block_size
-from prunetune.search.select import PlanConstraints, min_feasible_keep, min_width, select
+from prunetune.search.plan_rules import PlanConstraints, block_size, min_width
+from prunetune.search.select import min_feasible_keep, select
 from support.geometries import GEOMETRIES, geometry
 from support.models import tiny
 from support.nested import both_layouts, constraints_for, every_family, random_scores, sites_of

@@ -14,13 +14,13 @@ from prunetune.errors import ConfigError, PlanError
 from prunetune.pipeline.prepare import make_plan_constraints
 from prunetune.plan import Plan
 from prunetune.pruning.masking import gates_from_plan
-from prunetune.pruning.sites import find_sites, kept_params
-from prunetune.pruning.units import Site, UnitKind, effective_gates
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import Site, UnitKind, effective_gates, kept_params
 from prunetune.search.initial_logits import importance_to_logits
 from prunetune.search.nested_sites import NestedSites
-from prunetune.search.plan_rules import block_size, default_align
+from prunetune.search.plan_rules import block_size, default_align, min_width
 from prunetune.search.searcher import Searcher
-from prunetune.search.select import min_feasible_keep, min_width, select
+from prunetune.search.select import min_feasible_keep, select
 from support.models import tiny
 from support.nested import FAMILIES, both_layouts, constraints_for, every_family, random_scores, sites_of
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from prunetune.config.recipe import from_mapping
 from prunetune.plan import Plan
 from prunetune.pruning.masking import gates_from_plan
-from prunetune.pruning.sites import Site, dense_plan, find_sites
-from prunetune.pruning.units import KIND_BY_NAME, kept_indices
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import KIND_BY_NAME, Site, dense_plan, kept_indices
 from prunetune.search.initial_logits import score_threshold
 from prunetune.search.nested_sites import NestedSites, argsort_descending, plan_from_gates
+from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.searcher import Searcher
-from prunetune.search.select import PlanConstraints, select
+from prunetune.search.select import select
 from support.models import ALL_FAMILIES, kinds_of, random_plan, tiny
 
 UNITS = ["layers", "kv-groups", "query-heads", "experts", "expert-channels"]

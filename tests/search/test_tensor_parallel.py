@@ -9,10 +9,9 @@ import torch
 
 from prunetune.cost.parameters import prunable_params
 from prunetune.errors import PlanError
-from prunetune.pruning.sites import dense_plan
-from prunetune.pruning.units import LinearSlice, Site, SiteWeights, UnitKind, kept_params
-from prunetune.search.plan_rules import block_size
-from prunetune.search.select import PlanConstraints, min_feasible_keep, select
+from prunetune.pruning.units import LinearSlice, Site, SiteWeights, UnitKind, dense_plan, kept_params
+from prunetune.search.plan_rules import PlanConstraints, block_size
+from prunetune.search.select import min_feasible_keep, select
 
 RATIO = 4  # query heads in a group
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from functools import cache
 
-from prunetune.pruning.sites import LinearSlice, Site, find_sites
-from prunetune.pruning.units import SiteWeights, UnitKind
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import LinearSlice, Site, SiteWeights, UnitKind
 from support.models import tiny
 
 

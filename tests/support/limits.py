@@ -18,7 +18,7 @@ from prunetune.data.batches import BatchStream
 from prunetune.data.encoding import Example
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
-from prunetune.search.select import PlanConstraints
+from prunetune.search.plan_rules import PlanConstraints
 from prunetune.train.adapters import trainable_parameters
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore
 from prunetune.train.job import TrainingJob

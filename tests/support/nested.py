@@ -10,7 +10,7 @@ import torch
 
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import Site
-from prunetune.search.select import PlanConstraints
+from prunetune.search.plan_rules import PlanConstraints
 from support.models import kinds_of, tiny
 
 UNIFORM_UNITS = ("layers", "kv-groups", "query-heads", "mlp-channels", "experts", "expert-channels")

@@ -13,7 +13,8 @@ import torch
 
 from prunetune.config.recipe import LoraSettings
 from prunetune.pruning.masking import gates_from_plan
-from prunetune.pruning.sites import dense_plan, find_sites
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import dense_plan
 from prunetune.train.adapters import (
     adapter_group_norms,
     add_adapters,

@@ -9,7 +9,8 @@ import torch
 
 from prunetune.cost.parameters import prunable_params
 from prunetune.pruning.masking import masked
-from prunetune.pruning.sites import find_sites, kept_params, lora_target_modules
+from prunetune.pruning.sites import find_sites, lora_target_modules
+from prunetune.pruning.units import kept_params
 from prunetune.train.adapters import expand_weights, trains_all_weights
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.schedule import learning_rate

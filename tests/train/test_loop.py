@@ -14,7 +14,8 @@ from torch import Tensor
 
 from prunetune.cost.parameters import prunable_params
 from prunetune.errors import ModelError
-from prunetune.pruning.sites import dense_plan, find_sites, kept_params
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import dense_plan, kept_params
 from prunetune.train.adapters import trainable_parameters
 from prunetune.train.checkpoints import Checkpoints, TrainingState
 from prunetune.train.loop import tune_and_prune

@@ -16,10 +16,11 @@ from prunetune.config.recipe import RunConfig, from_mapping, load_recipe
 from prunetune.cost.parameters import prunable_params
 from prunetune.data import packing
 from prunetune.pruning.masking import gates_from_plan, masked
-from prunetune.pruning.sites import find_sites, kept_params
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import kept_params
 from prunetune.search.generator import FreeLogits, build_generator
+from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.searcher import Searcher
-from prunetune.search.select import PlanConstraints
 from prunetune.train.adapters import adapter_group_norms, soft_threshold, trainable_parameters
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import TrainingLoss, accumulate_gradients

@@ -13,7 +13,7 @@ import pytest
 
 from prunetune.cost.parameters import prunable_params
 from prunetune.errors import LimitBroken
-from prunetune.pruning.sites import kept_params
+from prunetune.pruning.units import kept_params
 from prunetune.train.checkpoints import Checkpoints, TrainingState
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.validation import RolledBack

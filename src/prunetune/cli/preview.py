@@ -145,7 +145,7 @@ def render_dry_run(config: RunConfig, *, resume: bool = False) -> str:
     from prunetune.pipeline.budget_preview import budget_table_lines, budget_usage_lines
     from prunetune.pipeline.monitor import make_monitor
     from prunetune.pipeline.prepare import prepare
-    from prunetune.pruning.sites import kept_params
+    from prunetune.pruning.units import kept_params
     from prunetune.runs.trackers import require_trackers
     from prunetune.search.feasibility import uniform_scores
     from prunetune.search.select import select

@@ -23,7 +23,7 @@ from prunetune.pipeline.stages import TeacherFactory, make_job, plain_lora_confi
 from prunetune.plan import Plan
 from prunetune.pruning.cut import add_biases, merge_adapters
 from prunetune.pruning.shared_weights import unshare_weights
-from prunetune.pruning.sites import dense_plan, kept_params
+from prunetune.pruning.units import dense_plan, kept_params
 from prunetune.search.select import select
 from prunetune.train.checkpoints import NullCheckpointStore
 from prunetune.train.cuda_graphs import own_stream

@@ -28,7 +28,8 @@ from prunetune.pruning.cut import cut, merge_adapters
 from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear, is_transposed
 from prunetune.pruning.masking import masked
 from prunetune.pruning.nf4 import cut_axes, round_linears_to_nf4, round_to_nf4
-from prunetune.pruning.sites import kept_params, lora_target_modules
+from prunetune.pruning.sites import lora_target_modules
+from prunetune.pruning.units import kept_params
 from prunetune.train.adapters import (
     ADAPTER_NAME,
     LARGE_MODEL_PARAMS,

@@ -10,7 +10,7 @@ from prunetune.evaluation.results import Evaluation, headline_metric
 from prunetune.export.card import Provenance, ScoreRow, format_model_card
 from prunetune.model.license import read_license
 from prunetune.plan import Plan
-from prunetune.pruning.sites import Site
+from prunetune.pruning.units import Site
 from prunetune.runs.folder import RunFolder
 from prunetune.utils.files import sha256, write_text
 

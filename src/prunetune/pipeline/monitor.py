@@ -21,7 +21,7 @@ from prunetune.evaluation.score_records import evaluate
 from prunetune.manifest import LimitActionFacts, LimitFacts, LimitsFacts, ValidationFacts
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
-from prunetune.pruning.sites import kept_params
+from prunetune.pruning.units import kept_params
 from prunetune.runs.folder import TUNING_STAGE
 from prunetune.search.nested_sites import NestedSites
 from prunetune.search.plan_rules import block_size

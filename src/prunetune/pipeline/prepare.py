@@ -34,12 +34,12 @@ from prunetune.model.loading import (
 from prunetune.pipeline.budget_preview import budget_usage_lines
 from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear
 from prunetune.pruning.nf4 import quantize_linears_to_nf4, require_nf4
-from prunetune.pruning.sites import Site, find_sites, lora_target_modules, unprunable_params
-from prunetune.pruning.units import UnitKind
+from prunetune.pruning.sites import find_sites, lora_target_modules, unprunable_params
+from prunetune.pruning.units import Site, UnitKind
 from prunetune.runs.folder import CHANGEABLE_ON_RESUME, RunFolder, check_folder
 from prunetune.search.feasibility import uniform_scores, with_limits
-from prunetune.search.plan_rules import EXPERT_ROW_ALIGN
-from prunetune.search.select import PlanConstraints, default_align, select
+from prunetune.search.plan_rules import EXPERT_ROW_ALIGN, PlanConstraints, default_align
+from prunetune.search.select import select
 from prunetune.train.job import Observer
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
 from prunetune.train.teacher import resolve_auto

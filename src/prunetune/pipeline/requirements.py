@@ -22,7 +22,7 @@ from prunetune.config.recipe import RequireConfig, RunConfig
 from prunetune.manifest import GainFacts
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
-from prunetune.pruning.sites import Site
+from prunetune.pruning.units import Site
 from prunetune.runs.folder import RunFolder
 from prunetune.utils.files import write_text
 

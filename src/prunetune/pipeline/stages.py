@@ -29,7 +29,7 @@ from prunetune.pipeline.recording import record_timing, record_training
 from prunetune.pipeline.requirements import measure_gain
 from prunetune.plan import Plan
 from prunetune.pruning.cut import finalize_adapters
-from prunetune.pruning.sites import dense_plan
+from prunetune.pruning.units import dense_plan
 from prunetune.runs.folder import TUNING_STAGE
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore
 from prunetune.train.job import Monitor, Observer, TrainingJob

@@ -15,19 +15,7 @@ from prunetune.errors import ConfigError
 from prunetune.plan import Plan
 from prunetune.pruning.families import architecture_info
 from prunetune.pruning.layer_sites import LayerSites, count_base_params, layer_target_modules
-from prunetune.pruning.units import DEFAULT_UNITS, KIND_BY_NAME, LinearSlice, Site, UnitKind, dense_plan, kept_params
-
-__all__ = [
-    "LinearSlice",
-    "Site",
-    "dense_plan",
-    "find_sites",
-    "kept_params",
-    "lora_target_modules",
-    "sites_from_plan",
-    "unprunable_kinds",
-    "unprunable_params",
-]
+from prunetune.pruning.units import DEFAULT_UNITS, KIND_BY_NAME, Site, UnitKind
 
 
 def find_sites(model: nn.Module, units: Collection[str] = DEFAULT_UNITS) -> tuple[Site, ...]:

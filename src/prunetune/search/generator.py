@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from prunetune.pruning.sites import Site
+from prunetune.pruning.units import Site
 
 EMBEDDING = 64  # width of a layer vector
 HIDDEN = 128  # width of the GRU's output, both directions

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prunetune.cost.limits import BudgetLimits
-from prunetune.pruning.sites import Site
+from prunetune.pruning.units import Site
 from prunetune.search.nested_sites import NestedSites
 
 

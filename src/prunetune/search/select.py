@@ -19,13 +19,8 @@ from prunetune.errors import PlanError
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site
 from prunetune.search.nested_sites import NestedSites, SiteWidths, plan_from_gates
-from prunetune.search.plan_rules import PlanConstraints, block_size, check_tensor_parallel, default_align, min_width
+from prunetune.search.plan_rules import PlanConstraints, block_size, check_tensor_parallel, min_width
 from prunetune.search.uniform import min_uniform_widths, uniform_widths
-
-__all__ = [
-    "PlanConstraints", "Scores", "best_units", "default_align", "min_feasible_keep", "min_params", "min_width",
-    "min_widths", "select",
-]  # fmt: skip
 
 Scores = Mapping[str, Tensor]  # site name -> one score per unit [U]; higher ones are kept
 

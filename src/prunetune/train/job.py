@@ -12,8 +12,8 @@ from prunetune.config.score_limits import ScoreLimit
 from prunetune.data.batches import BatchStream
 from prunetune.data.encoding import Example
 from prunetune.plan import Plan
-from prunetune.pruning.sites import Site
-from prunetune.search.select import PlanConstraints
+from prunetune.pruning.units import Site
+from prunetune.search.plan_rules import PlanConstraints
 from prunetune.train.adapters import trains_all_weights
 from prunetune.train.checkpoints import CheckpointStore, TrainingState
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks

@@ -21,7 +21,7 @@ from prunetune.model.activation_checkpointing import use_checkpointing, uses_che
 from prunetune.model.compiled_kernels import use_compiled_kernels
 from prunetune.model.sequence_packing import supports_packing, use_packed_attention
 from prunetune.pruning.masking import AdapterGating, masked
-from prunetune.pruning.sites import Site
+from prunetune.pruning.units import Site
 from prunetune.train.adapters import frozen_adapters, lora_dropout_enabled, trainable_parameters
 from prunetune.train.cuda_graphs import CudaGraphRecorder
 from prunetune.train.forward import inputs_from_pack

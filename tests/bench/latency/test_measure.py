@@ -30,7 +30,7 @@ from prunetune.pipeline.prepare import apply_budgets
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
 from prunetune.pruning.sites import find_sites
-from prunetune.search.select import PlanConstraints
+from prunetune.search.plan_rules import PlanConstraints
 from support.models import tiny, tiny_config
 
 CPU = torch.device("cpu")
