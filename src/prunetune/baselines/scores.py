@@ -46,7 +46,8 @@ def magnitude(calibration: Calibration) -> Scores:
     sums = {}
     for site in calibration.sites:
         weights = unit_weights(calibration.model, site)
-        sums[site.name] = _sum_all([weight.sum_per_unit(weight.parameter.float().square()) for weight in weights], site)
+        squares = (weight.sum_per_unit(weight.parameter.float().square()) for weight in weights)
+        sums[site.name] = sum(squares, torch.zeros(site.units).double())
     return {name: mean.sqrt() for name, mean in _per_price(sums, calibration).items()}
 
 
@@ -131,7 +132,7 @@ def taylor(calibration: Calibration) -> Scores:
                 weight.sum_per_unit((next(gradients) * weight.parameter.detach().float()).abs())
                 for weight in weights[site.name]
             ]
-            sums[site.name] = _sum_all(products, site)
+            sums[site.name] = sum(products, torch.zeros(site.units).double())
     return _per_price(sums, calibration)
 
 
@@ -195,19 +196,12 @@ def _weight(model: Any, name: str) -> Tensor:
     return as_out_in(linear, linear.weight)
 
 
-def _sum_all(sums: Sequence[Tensor], site: Site) -> Tensor:
-    """Sum of vectors [U] in double precision."""
-    return sum(sums, torch.zeros(site.units).double())
-
-
 def _per_price(sums: Mapping[str, Tensor], calibration: Calibration) -> Scores:
     """Sums over each unit's own parameters -> float32 sums over all that is removed with it, divided by its price."""
     sites, totals = {site.name: site for site in calibration.sites}, dict(sums)
     for site in calibration.sites:
         parent = sites.get(site.parent)
-        if (
-            parent is not None and not parent.kind.is_whole_block
-        ):  # the sum of a whole block has all its weights already
+        if parent is not None and not parent.kind.is_whole_block:  # a whole block's sum has all its weights already
             totals[parent.name] = totals[parent.name] + sums[site.name].view(parent.units, -1).sum(1)
     return {name: (total / calibration.unit_price(sites[name])).float() for name, total in totals.items()}
 

@@ -127,12 +127,9 @@ class BatchStream:
             raise DataError("no example to train on: none fits data.max_length; raise it or set data.too_long=truncate")
         if batch_size < 1:
             raise ValueError(f"batch size must be 1 or more, got {batch_size}")
-        self.examples = tuple(examples)
-        self.batch_size = batch_size
-        self.seed = seed
+        self.examples, self.batch_size, self.seed = tuple(examples), batch_size, seed
         weights = torch.tensor([example.weight for example in self.examples], dtype=torch.float64)
-        self._whole = weights.floor().long()
-        self._fractions = weights - weights.floor()
+        self._whole, self._fractions = weights.floor().long(), weights - weights.floor()
         # Where each example starts in its cycle of extra appearances, in [0, 1).
         self._phase = torch.rand(len(self.examples), generator=self._generator("phase"), dtype=torch.float64)
 

@@ -20,29 +20,10 @@ from prunetune.errors import DataError, MissingPackage
 
 # By chapter number, 1 to 22. Each is one token of the demo's model, so that no label is favoured for its length.
 LABELS = (
-    " infections",
-    " tumors",
-    " blood",
-    " endocrine",
-    " mental",
-    " nervous",
-    " eye",
-    " ear",
-    " circulatory",
-    " respiratory",
-    " digestive",
-    " skin",
-    " musculoskeletal",
-    " urinary",
-    " pregnancy",
-    " newborn",
-    " congenital",
-    " symptoms",
-    " injuries",
-    " external",
-    " services",
-    " special",
-)
+    " infections", " tumors", " blood", " endocrine", " mental", " nervous", " eye", " ear", " circulatory",
+    " respiratory", " digestive", " skin", " musculoskeletal", " urinary", " pregnancy", " newborn", " congenital",
+    " symptoms", " injuries", " external", " services", " special",
+)  # fmt: skip
 SHARES = {"train": 80, "search": 8, "valid": 4, "test": 8}  # percent of categories
 SALT = 22  # the first number with which every chapter is in train and test, and the splits have about these shares
 

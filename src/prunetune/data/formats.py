@@ -17,11 +17,6 @@ NESTED = ("choices", "messages")  # written as JSON in a cell of CSV
 UNTYPED = (".csv", ".tsv")  # all other cells are text
 
 
-def read_file_rows(path: Path) -> NumberedRows:
-    """The rows of a data file, read by its suffix; raises `DataError` with file and line if it cannot be read."""
-    return READERS[path.suffix.lower()](path)
-
-
 def _read_text(path: Path) -> str:
     """The text of a UTF-8 file, without a byte order mark; raises `DataError`."""
     try:
@@ -115,6 +110,7 @@ def _parquet(path: Path) -> NumberedRows:
     yield from enumerate(rows, 1)
 
 
+# By suffix. Each raises `DataError` with file and line if a file cannot be read.
 READERS: dict[str, Callable[[Path], NumberedRows]] = {
     ".jsonl": _json_lines,
     ".ndjson": _json_lines,

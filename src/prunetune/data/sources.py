@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from prunetune.config.recipe import DataConfig
 from prunetune.data.demo import read_demo
-from prunetune.data.formats import READERS, UNTYPED, read_file_rows
+from prunetune.data.formats import READERS, UNTYPED
 from prunetune.data.records import Record, record_from_row
 from prunetune.errors import DataError, MissingPackage
 
@@ -153,10 +153,10 @@ def _task_names(paths: set[Path]) -> dict[Path, str]:
 
 
 def _file_rows(path: Path, task: str, weight: float) -> Iterator[SourceRow]:
-    is_typed, is_empty = path.suffix.lower() not in UNTYPED, True
-    for line, row in read_file_rows(path):
+    suffix, is_empty = path.suffix.lower(), True
+    for line, row in READERS[suffix](path):
         is_empty = False
-        yield SourceRow(row, f"{path}:{line}", f"{task}/{path.name}:{line}", task, weight, is_typed)
+        yield SourceRow(row, f"{path}:{line}", f"{task}/{path.name}:{line}", task, weight, suffix not in UNTYPED)
     if is_empty:
         raise DataError(f"{path}: empty; a data file needs at least one row")
 

@@ -16,19 +16,11 @@ CARVED: tuple[SplitName, ...] = ("test", "valid", "search")  # in this order: te
 
 # Records in both splits of a pair are refused, or dropped from the first.
 DISJOINT: tuple[tuple[SplitName, SplitName], ...] = (
-    ("valid", "test"),
-    ("search", "test"),
-    ("search", "valid"),
-    ("train", "test"),
-    ("train", "valid"),
-    ("train", "search"),
-    ("texts", "test"),
-    ("texts", "valid"),
+    ("valid", "test"), ("search", "test"), ("search", "valid"),
+    ("train", "test"), ("train", "valid"), ("train", "search"), ("texts", "test"), ("texts", "valid"),
     ("guard", "test"),  # limits decide by the guard, so its rows are not reported as test scores
-    ("train", "guard"),
-    ("search", "guard"),
-    ("texts", "guard"),
-)
+    ("train", "guard"), ("search", "guard"), ("texts", "guard"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -95,9 +95,8 @@ def _prices_with_children(
         prunable_cost = sum(site.units * unit_costs[site.name] for site in nested_sites.sites if not site.parent)
         for name, unit_cost in unit_costs.items():
             prices[name] += removal / sum(removals) * unit_cost * all_params / prunable_cost if prunable_cost else 0.0
-    return {
-        site.name: max(prices[site.name], MIN_PRICE * site.total_unit_params, MIN_PRICE) for site in nested_sites.sites
-    }
+    total_params = {site.name: site.total_unit_params for site in nested_sites.sites}
+    return {name: max(price, MIN_PRICE * total_params[name], MIN_PRICE) for name, price in prices.items()}
 
 
 def _mean_unit_cost(nested_sites: NestedSites, site: Site, constraints: PlanConstraints, cost: Cost) -> float:
@@ -105,9 +104,9 @@ def _mean_unit_cost(nested_sites: NestedSites, site: Site, constraints: PlanCons
     layer_sites = [other for other in nested_sites.sites if other.layer == site.layer]
     widths = {other.name: other.units_per_group for other in layer_sites}
     unprotected = replace(constraints, protected=frozenset())
-    least = 0 if site.kind.is_whole_block else min(min_width(site, unprotected), site.units_per_group - 1)
+    narrowest = 0 if site.kind.is_whole_block else min(min_width(site, unprotected), site.units_per_group - 1)
     dense = nested_sites.kept_unit_counts(widths, layer_sites)
-    narrow = nested_sites.kept_unit_counts({**widths, site.name: least}, layer_sites)
+    narrow = nested_sites.kept_unit_counts({**widths, site.name: narrowest}, layer_sites)
     saved = cost.layer_cost(site.layer, dense) - cost.layer_cost(site.layer, narrow)
     return saved / (dense[site.name] - narrow[site.name])
 

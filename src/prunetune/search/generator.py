@@ -1,4 +1,4 @@
-"""The pruning-decision generator (ATP, section 3.2): a network from fixed layer vectors to one logit per unit.
+"""The pruning-decision generator (ATP, authors' code): a network from fixed layer vectors to one logit per unit.
 
 L layers, E embedding width, U units of a site.
 """
@@ -21,7 +21,7 @@ class DecisionGenerator(nn.Module):
 
     `forward()` has no input and returns {site name: logits [U]}: the decision depends on the weights alone. The layer
     vectors are fixed and orthogonal, so that layers start out distinct. `kind` is "transformer" (two encoder layers,
-    four heads, feed-forward 256, as in the authors' code) or "gru" (bidirectional, as in the paper).
+    four heads, feed-forward 256, as in the authors' code) or "gru" (bidirectional).
     """
 
     def __init__(self, sites: Sequence[Site], *, kind: str, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""Straight-through Gumbel-sigmoid sampling of gates (ATP, section 3.2)."""
+"""Straight-through Gumbel-sigmoid sampling of gates (ATP, authors' code)."""
 
 from __future__ import annotations
 

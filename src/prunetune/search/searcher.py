@@ -33,7 +33,7 @@ class Decision:
 class Searcher:
     """The generator, the initial logits that its output is added to, and the way from logits to gates.
 
-    *sampled* gates are Gumbel draws that may keep any share; a budget loss pulls them to the target (ATP, section 3.2).
+    *sampled* gates are Gumbel draws that may keep any share; a budget loss pulls it to the target (ATP, authors' code).
     *projected* gates keep the highest logits within the budget of the step, so that adapters always train under a legal
     plan; their gradient is that of a sigmoid around the budget's quantile of the logits.
 
@@ -108,9 +108,8 @@ class Searcher:
     @torch.no_grad()
     def final_decision(self) -> Decision:
         """The final gates and their plan: no noise, within the budget, equal logits by index."""
-        return self.decision_from_plan(
-            select(detach_to(self.logits(), "cpu"), self.sites, self.allowed_keep, self.constraints)
-        )
+        logits = detach_to(self.logits(), "cpu")
+        return self.decision_from_plan(select(logits, self.sites, self.allowed_keep, self.constraints))
 
     @torch.no_grad()
     def with_legal_plan(self, decision: Decision) -> Decision:
@@ -152,13 +151,12 @@ class Searcher:
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state_tensors` returned."""
-        weights = {name.removeprefix("net."): weight for name, weight in tensors.items() if name.startswith("net.")}
+        weights, logits = (
+            {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+            for prefix in ("net.", "start.")
+        )
         self.generator.load_state_dict(weights)
-        self.initial_logits = {
-            name.removeprefix("start."): logits.to(self.device)
-            for name, logits in tensors.items()
-            if name.startswith("start.")
-        }
+        self.initial_logits = {name: value.to(self.device) for name, value in logits.items()}
 
 
 def detach_to(values: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from prunetune.errors import PlanError
@@ -16,6 +16,7 @@ from prunetune.pruning.units import Site, UnitKind
 from prunetune.search.nested_sites import NestedSites, SiteWidths
 from prunetune.search.plan_rules import PlanConstraints, block_size, min_width
 
+HEADS = (UnitKind.KV_GROUP, UnitKind.QUERY_HEAD)
 FitsBudgets = Callable[[SiteWidths], bool]  # whether these widths are within all budgets but that of parameters
 
 
@@ -38,6 +39,9 @@ class UniformCounts:
         )
 
 
+Fits = dict[UniformCounts, tuple[int, int]]  # counts -> (parameters, channels) of a shape within the budgets
+
+
 class UniformPlanner:
     """The shapes that all layers of a model may have, their parameters, and the scores that each keeps."""
 
@@ -51,18 +55,14 @@ class UniformPlanner:
         else:
             self.num_layers = len({site.layer for site in nested_sites.sites})
         first = nested_sites.sites[0].layer
-        self.sites_by_kind: dict[UnitKind, Site] = {
-            site.kind: site for site in nested_sites.sites if site.layer == first
-        }
+        self.sites_by_kind = {site.kind: site for site in nested_sites.sites if site.layer == first}
         self._check_layers_are_equal()
         self.score_sums: dict[tuple[str, int, int], float] = {}  # by site, width, width of its parent
 
     def _check_layers_are_equal(self) -> None:
         """Raises `PlanError` if layers differ, or could lose one of their blocks."""
-        blocks = [
-            kind.recipe_name for kind in (UnitKind.ATTENTION_BLOCK, UnitKind.MLP_BLOCK) if kind in self.sites_by_kind
-        ]
-        if blocks:
+        block_kinds = (UnitKind.ATTENTION_BLOCK, UnitKind.MLP_BLOCK)
+        if blocks := [kind.recipe_name for kind in block_kinds if kind in self.sites_by_kind]:
             raise PlanError(f"layout uniform cannot express layers without {' or '.join(blocks)}: use layout per-layer")
         sizes = {(site.kind, site.units, site.unit_params, site.parent_groups) for site in self.nested_sites.sites}
         if len(sizes) > len({site.kind for site in self.nested_sites.sites}):
@@ -75,13 +75,10 @@ class UniformPlanner:
         min_layers = self.num_layers
         if self.layer_sites:
             min_layers = max(1, sum(min_width(site, self.constraints) for site in self.layer_sites))
-        layer_range = range(min_layers, self.num_layers + 1)
-        for layers, experts in itertools.product(layer_range, self._width_range(UnitKind.EXPERT)):
-            for groups, queries in itertools.product(
-                self._width_range(UnitKind.KV_GROUP), self._width_range(UnitKind.QUERY_HEAD)
-            ):
-                if self._allows_heads(groups, queries):
-                    yield UniformCounts(layers, groups, queries, experts)
+        layer_range, kinds = range(min_layers, self.num_layers + 1), (UnitKind.EXPERT, *HEADS)
+        for layers, experts, groups, queries in itertools.product(layer_range, *map(self._width_range, kinds)):
+            if self._allows_heads(groups, queries):
+                yield UniformCounts(layers, groups, queries, experts)
 
     def _width_range(self, kind: UnitKind) -> range:
         """Widths of a kind, from the least to the most; 0 alone where the kind is not pruned."""
@@ -97,11 +94,9 @@ class UniformPlanner:
     def _allows_heads(self, groups: int, queries: int) -> bool:
         if groups % self.constraints.tensor_parallel:
             return False
-        if UnitKind.QUERY_HEAD in self.sites_by_kind:
-            groups = (
-                groups or self.sites_by_kind[UnitKind.QUERY_HEAD].parent_groups
-            )  # all, where KV groups are not pruned
-            return self.constraints.allows_groups(groups, queries)
+        if site := self.sites_by_kind.get(UnitKind.QUERY_HEAD):
+            # Where KV groups are not pruned, all are kept.
+            return self.constraints.allows_groups(groups or site.parent_groups, queries)
         return self.constraints.allows_groups(groups) if groups else True
 
     def channel_widths(self) -> list[int]:
@@ -109,8 +104,8 @@ class UniformPlanner:
         site = next((site for kind, site in self.sites_by_kind.items() if kind.is_channel), None)
         if site is None:
             return [0]
-        least, most = min_width(site, self.width_constraints), self._max_width(site.kind)
-        return [*range(least, most, block_size(site, self.width_constraints)), most]
+        narrowest, widest = min_width(site, self.width_constraints), self._max_width(site.kind)
+        return [*range(narrowest, widest, block_size(site, self.width_constraints)), widest]
 
     # -- widths and parameters of a shape --------------------------------------------------------------------------
 
@@ -157,14 +152,12 @@ class UniformPlanner:
 
     # -- shapes within the budgets ---------------------------------------------------------------------------------
 
-    def maximal_fits(
-        self, target_params: int, fits_budgets: FitsBudgets | None
-    ) -> dict[UniformCounts, tuple[int, int]]:
-        """{counts: (parameters, channels)} of the maximal shapes: each with the widest channels that fit.
+    def maximal_fits(self, target_params: int, fits_budgets: FitsBudgets | None) -> Fits:
+        """The maximal shapes: each with the widest channels that fit.
 
         Only maximal ones are compared by score: scores may be negative, and then a smaller shape would look better.
         """
-        fits: dict[UniformCounts, tuple[int, int]] = {}
+        fits: Fits = {}
         channel_widths = self.channel_widths()
         narrowest = channel_widths[0]
         for counts in self.legal_counts():
@@ -182,20 +175,17 @@ class UniformPlanner:
         """How many of these channel widths fit the budgets, by bisection: wider ones cost no less."""
         return bisect.bisect_left(widths, True, key=lambda width: not fits_budgets(self.widths_by_site(counts, width)))
 
-    def _is_dominated(
-        self, counts: UniformCounts, channels: int, fits: Mapping[UniformCounts, tuple[int, int]]
-    ) -> bool:
+    def _is_dominated(self, counts: UniformCounts, channels: int, fits: Fits) -> bool:
         """Whether a shape that is nowhere smaller and somewhere larger fits too.
 
         More layers or experts are tried one step further only: the widest channels fall as other counts rise, so a
         shape two steps further cannot dominate this one if the next does not.
         """
         larger = [replace(counts, layers=counts.layers + 1), replace(counts, experts=counts.experts + 1)]
-        heads = itertools.product(self._width_range(UnitKind.KV_GROUP), self._width_range(UnitKind.QUERY_HEAD))
+        heads = itertools.product(*map(self._width_range, HEADS))
         larger += [replace(counts, groups=groups, queries=queries) for groups, queries in heads]
-        return any(
-            other in fits and other != counts and counts <= other and fits[other][1] >= channels for other in larger
-        )
+        wide_enough = [other for other in larger if other in fits and fits[other][1] >= channels]
+        return any(other != counts and counts <= other for other in wide_enough)
 
     # -- scores of a shape -----------------------------------------------------------------------------------------
 
@@ -238,12 +228,8 @@ def uniform_widths(
     fits = planner.maximal_fits(target_params, fits_budgets)
     if not fits:
         raise PlanError("no uniform shape meets all budgets at once: use layout per-layer, or raise one of them")
-
-    def score_then_params(counts: UniformCounts) -> tuple[float, int]:
-        params, channels = fits[counts]
-        return planner.weighted_score(counts, channels), params
-
-    best = max(fits, key=score_then_params)
+    # By score, then by parameters.
+    best = max(fits, key=lambda counts: (planner.weighted_score(counts, fits[counts][1]), fits[counts][0]))
     return planner.widths_by_site(best, fits[best][1])
 
 
