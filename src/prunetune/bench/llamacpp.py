@@ -25,7 +25,7 @@ REPLY_TIMEOUT_S = 600.0  # seconds until a request fails
 
 
 class LlamaCppRunner:
-    """A llama.cpp server that runs while this is open.
+    """A `Runner`: a llama.cpp server that runs while this is open.
 
     A batch of one is timed by llama.cpp itself. Several prompts are sent at once, and only their total is timed, since
     the server mixes the prefill of one with the decode steps of others.
@@ -46,7 +46,6 @@ class LlamaCppRunner:
         )
 
     def facts(self) -> ModelFacts:
-        """See `Runner`."""
         return ModelFacts(
             runtime=f"llama.cpp (xllamacpp {version('xllamacpp')})",
             device=f"{self.threads} CPU threads",
@@ -57,12 +56,10 @@ class LlamaCppRunner:
         )
 
     def warm_up(self, batch: int) -> WorkEstimate:
-        """See `Runner`."""
         self.run(batch)
         return estimate_gguf_work(self.file, self.options.prompt * batch)
 
     def run(self, batch: int) -> BenchSample:
-        """See `Runner`."""
         has_peak = clock.reset_peak_memory(CPU)
         start = time.perf_counter()
         with ThreadPoolExecutor(batch) as pool:
@@ -76,7 +73,7 @@ class LlamaCppRunner:
         return BenchSample(total, prefill, decode / (self.options.generate - 1), peak)
 
     def close(self) -> None:
-        """See `Runner`: the process ends."""
+        """Nothing to do: the process ends."""
 
     def _complete(self, seed: int) -> dict[str, Any]:
         """Complete one random prompt and return llama.cpp's timings."""

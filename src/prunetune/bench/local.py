@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -47,7 +46,7 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the first pattern that matc
 
 
 class LocalRunner:
-    """A model that is loaded when this is created. Prompts are random; no end-of-text token ends a run early."""
+    """A `Runner` that loads its model when it is created. Prompts are random; no end-of-text token ends a run early."""
 
     def __init__(self, model: ModelSpec, options: BenchOptions) -> None:
         self.spec, self.options = model, options
@@ -70,9 +69,9 @@ class LocalRunner:
         elif options.compile:
             mode = "reduce-overhead" if self.device.type == "cuda" else None
             self.prefill = self.step = torch.compile(self.model, mode=mode, dynamic=False)
+        self.energy_meter = clock.energy_meter(self.device)
 
     def facts(self) -> ModelFacts:
-        """See `Runner`."""
         compiled = ", decode recorded" if self.options.record else ", compiled" if self.options.compile else ""
         return ModelFacts(
             runtime=f"transformers {version('transformers')}{compiled}",
@@ -84,7 +83,6 @@ class LocalRunner:
         )
 
     def warm_up(self, batch: int) -> WorkEstimate:
-        """See `Runner`."""
         try:
             flops = self._flops(batch)
             cache = self._run(batch)[1]
@@ -101,15 +99,10 @@ class LocalRunner:
         return WorkEstimate(flops, decode_bytes(self.model, cache))
 
     def run(self, batch: int) -> BenchSample:
-        """See `Runner`."""
         return self._run(batch)[0]
 
     def close(self) -> None:
-        """See `Runner`: the process ends."""
-
-    @cached_property
-    def _meter(self) -> Any:
-        return clock.energy_meter(self.device)
+        """Nothing to do: the process ends."""
 
     def _tokens(self, batch: int) -> Tensor:
         return random_prompts(self.model, batch, self.options.prompt)
@@ -144,14 +137,14 @@ class LocalRunner:
         with _raise_out_of_memory(f"batch {batch} of {self.spec.label}"):
             tokens, cache = self._tokens(batch), self._cache(batch)
             has_peak = clock.reset_peak_memory(self.device)
-            joules_before = self._meter() if self._meter else 0.0
+            joules_before = self.energy_meter() if self.energy_meter else 0.0
             times = time_request(self.prefill, tokens, cache, self.options.generate, self.step)
         sample = BenchSample(
             total_s=times.total,
             prefill_s=times.prefill,
             decode_s=times.decode,
             peak_bytes=clock.peak_bytes(self.device) - self.baseline_bytes if has_peak else None,
-            joules=self._meter() - joules_before if self._meter else None,
+            joules=self.energy_meter() - joules_before if self.energy_meter else None,
         )
         return sample, cache
 

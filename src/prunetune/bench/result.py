@@ -24,13 +24,9 @@ class BenchMetric:
 METRICS = (
     BenchMetric("prefill", "s", lambda sample, batch, tokens: sample.prefill_s),
     BenchMetric("decode", "s/step", lambda sample, batch, tokens: sample.decode_s),
-    BenchMetric(
-        "throughput", "tokens/s", lambda sample, batch, tokens: batch * tokens / sample.total_s, higher_is_better=True
-    ),
+    BenchMetric("throughput", "tokens/s", lambda s, batch, tokens: batch * tokens / s.total_s, higher_is_better=True),
     BenchMetric("peak_memory", "bytes", lambda sample, batch, tokens: sample.peak_bytes),
-    BenchMetric(
-        "energy", "J/token", lambda s, batch, tokens: None if s.joules is None else s.joules / (batch * tokens)
-    ),
+    BenchMetric("energy", "J/token", lambda s, batch, tokens: s.joules and s.joules / (batch * tokens)),
 )
 
 

@@ -48,11 +48,6 @@ def measure_speed(model: Any, *, prompt: int = 256, batch: int = 2, new_tokens: 
         if run:
             prefill.append(tokens.numel() / (prefill_end - prefill_start))
             decode.append(new_tokens / (decode_end - decode_start))
-    return Speed(
-        statistics.median(prefill), statistics.median(decode), _relative_spread(prefill), _relative_spread(decode)
-    )
-
-
-def _relative_spread(values: list[float]) -> float:
-    """Largest minus smallest value, over the median."""
-    return (max(values) - min(values)) / statistics.median(values)
+    medians = [statistics.median(speeds) for speeds in (prefill, decode)]
+    spreads = [(max(speeds) - min(speeds)) / statistics.median(speeds) for speeds in (prefill, decode)]
+    return Speed(*medians, *spreads)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from prunetune.bench.interleaved import SummaryStats
 from prunetune.bench.result import BenchCell, BenchedModel, BenchResult
+from prunetune.utils.tables import table_lines
 
 SHOWN: dict[str, tuple[str, float, int]] = {  # metric -> heading, factor to the unit shown, decimals
     "prefill": ("first token, ms", 1e3, 1),
@@ -15,64 +16,49 @@ SHOWN: dict[str, tuple[str, float, int]] = {  # metric -> heading, factor to the
     "energy": ("J/token", 1, 3),
 }
 COUNTS = {"prefill": "FLOPs", "decode": "bytes"}
+FACTS: dict[str, Callable[[BenchedModel], float]] = {
+    "parameters, M": lambda model: model.facts.parameters / 1e6,
+    "weights' file, MB": lambda model: model.facts.file_bytes / 1e6,
+    "load (once), s": lambda model: model.facts.load_s,
+}
 
 
 def render_bench(bench: BenchResult) -> str:
     """Every metric as median (least to most), and how many times better than the first model it is."""
-    options = bench.options
-    threads = "" if not options.threads else f", {options.threads} threads"
-    lines = [
-        f"prompt {options.prompt}, {options.generate} tokens written, {options.runs} interleaved runs{threads}; "
-        "median (least to most)"
+    options, ratio_heading = bench.options, "times better than [0]" if len(bench.models) > 1 else ""
+    threads = f", {options.threads} threads" if options.threads else ""
+    settings = f"prompt {options.prompt}, {options.generate} tokens written, {options.runs} interleaved runs{threads}"
+    facts = [
+        f"{model.name}: {model.facts.runtime}, {model.facts.dtype}, {model.facts.device}" for model in bench.models
     ]
-    for number, model in enumerate(bench.models):
-        lines.append(f"[{number}] {model.name}: {model.facts.runtime}, {model.facts.dtype}, {model.facts.device}")
-    lines += ["", *_model_rows(bench)]
-    for index, cell in enumerate(bench.models[0].cells):
-        lines += ["", f"batch {cell.batch}", *_batch_rows(bench, index)]
-    if len(bench.models) > 1:
-        lines += ["", "x: times better than [0]; above 1 is smaller or faster"]
+    lines = [settings, *(f"[{number}] {text}" for number, text in enumerate(facts)), ""]
+    lines += table_lines(("", "model", "", ratio_heading), _fact_rows(bench.models))
+    for cells in zip(*(model.cells for model in bench.models), strict=True):
+        headings = (f"batch {cells[0].batch}", "model", "median (least to most)", ratio_heading)
+        lines += ["", *table_lines(headings, _metric_rows(cells)), *(cell.failed for cell in cells if cell.failed)]
     return "\n".join(lines)
 
 
-def _model_rows(bench: BenchResult) -> Iterator[str]:
+def _fact_rows(models: Sequence[BenchedModel]) -> Iterator[tuple[str, ...]]:
     """Rows of parameters, file size and loading time."""
-    rows: dict[str, Callable[[BenchedModel], float]] = {
-        "parameters, M": lambda model: model.facts.parameters / 1e6,
-        "weights' file, MB": lambda model: model.facts.file_bytes / 1e6,
-        "load (once), s": lambda model: model.facts.load_s,
-    }
-    for heading, value in rows.items():
-        first = value(bench.models[0])
-        for number, model in enumerate(bench.models):
-            own = value(model)
+    for heading, value in FACTS.items():
+        for number, model in enumerate(models):
+            own, first = value(model), value(models[0])
             ratio = f"x{first / own:.2f}" if number and own else ""
-            yield _row(heading if not number else "", number, f"{own:.2f}" if own else "unknown", ratio)
+            yield heading if not number else "", f"[{number}]", f"{own:.2f}" if own else "unknown", ratio
 
 
-def _batch_rows(bench: BenchResult, batch_index: int) -> Iterator[str]:
-    """Rows of the measured metrics at one batch size, then why a model has none."""
-    cells = [model.cells[batch_index] for model in bench.models]
+def _metric_rows(cells: Sequence[BenchCell]) -> Iterator[tuple[str, ...]]:
+    """Rows of the metrics that were measured for any model at one batch size."""
     for metric, (heading, factor, decimals) in SHOWN.items():
         if not any(metric in cell.figures for cell in cells):
             continue
         for number, cell in enumerate(cells):
-            stats = cell.figures.get(metric)
-            text = _median_and_range(stats, factor, decimals) if stats else "not measured"
-            yield _row(heading if not number else "", number, text, _ratio(cell, metric))
-    yield from (cell.failed for cell in cells if cell.failed)
-
-
-def _ratio(cell: BenchCell, metric: str) -> str:
-    """The ratio to the first model as measured and, where it is known, by count."""
-    if metric not in cell.ratios:
-        return ""
-    counted = f"; by {COUNTS[metric]} x{cell.counted[metric]:.2f}" if metric in cell.counted else ""
-    return f"x{_median_and_range(cell.ratios[metric], 1, 2)}{counted}"
-
-
-def _row(heading: str, number: int, value: str, ratio: str) -> str:
-    return f"  {heading:<20} [{number}] {value:<30} {ratio}".rstrip()
+            stats, ratio, counted = cell.figures.get(metric), cell.ratios.get(metric), cell.counted.get(metric)
+            value = _median_and_range(stats, factor, decimals) if stats else "not measured"
+            ratio_text = f"x{_median_and_range(ratio, 1, 2)}" if ratio else ""
+            ratio_text += f"; by {COUNTS[metric]} x{counted:.2f}" if ratio and counted else ""
+            yield heading if not number else "", f"[{number}]", value, ratio_text
 
 
 def _median_and_range(stats: SummaryStats, factor: float, decimals: int) -> str:

@@ -57,19 +57,15 @@ class Worker:
             raise
 
     def facts(self) -> ModelFacts:
-        """See `Runner`."""
         return self._facts
 
     def warm_up(self, batch: int) -> WorkEstimate:
-        """See `Runner`."""
         return self._ask(("warm_up", batch), f"batch {batch}")  # type: ignore[no-any-return]
 
     def run(self, batch: int) -> BenchSample:
-        """See `Runner`."""
         return self._ask(("run", batch), f"batch {batch}")  # type: ignore[no-any-return]
 
     def close(self) -> None:
-        """See `Runner`."""
         self.pipe.close()
         self._end()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
@@ -15,10 +14,8 @@ from prunetune.errors import ConfigError
 from prunetune.utils.suggest import did_you_mean, similar_names
 
 log = logging.getLogger(__name__)
-
-
+# Turns one entry as written, and the option's name for errors, into its value; raises `ConfigError`.
 Parse = Callable[[Any, str], Any]
-"""Turns one entry as written, and the option's name for errors, into its value; raises `ConfigError`."""
 
 
 def option(
@@ -46,21 +43,9 @@ def option(
     - `flag_alias` is a second name of the flag.
     - `formerly` is the option's name in the version before, under which it is still read.
     """
-    return field(
-        default=default,
-        metadata={
-            "help": help,
-            "parse": parse,
-            "entry_name": entry_name,
-            "accepts_number": accepts_number,
-            "flag_type": flag_type,
-            "flag_alias": flag_alias,
-            "formerly": formerly,
-            "ge": ge,
-            "le": le,
-            "gt": gt,
-        },
-    )
+    metadata: dict[str, Any] = {"help": help, "parse": parse, "entry_name": entry_name, "formerly": formerly}
+    metadata |= {"accepts_number": accepts_number, "flag_type": flag_type, "flag_alias": flag_alias}
+    return field(default=default, metadata=metadata | {"ge": ge, "le": le, "gt": gt})
 
 
 def sources(help: str, *, formerly: str = "") -> Any:
@@ -106,8 +91,7 @@ def with_current_names(cls: type[Any], values: Any, *, prefix: str = "", quiet: 
                     "%s%s is now %s%s: the next version will not read the old name", prefix, old, prefix, item.name
                 )
         if item.name in current and dataclasses.is_dataclass(kinds[item.name]):
-            inner = f"{prefix}{item.name}."
-            kind = typing.cast(Any, kinds[item.name])
+            inner, kind = f"{prefix}{item.name}.", typing.cast(Any, kinds[item.name])
             current[item.name] = with_current_names(kind, current[item.name], prefix=inner, quiet=quiet)
     return current
 
@@ -122,16 +106,13 @@ def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type
             raise ConfigError(f"{where}: unknown key {prefix}{key}{_suggest_key(prefix, str(key), root)}")
     given = {}
     for item in dataclasses.fields(cls):
-        kind = kinds[item.name]
-        if item.name not in values:
+        name = item.name
+        if name not in values:
             continue
-        if dataclasses.is_dataclass(kind):
-            inner = typing.cast(Any, kind)
-            given[item.name] = _section(
-                inner, values[item.name], prefix=f"{prefix}{item.name}.", where=where, root=root
-            )
+        if dataclasses.is_dataclass(kinds[name]):
+            given[name] = _section(kinds[name], values[name], prefix=f"{prefix}{name}.", where=where, root=root)
         else:
-            given[item.name] = _value(item, kind, values[item.name], f"{where}: {prefix}{item.name}")
+            given[name] = _value(item, kinds[name], values[name], f"{where}: {prefix}{name}")
     return cls(**given)
 
 
@@ -173,14 +154,11 @@ def _value(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> An
     if kind is float:
         value = parse_number(value, name)
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{name} must be {_type_name(kind)}, got {value!r}")
+        expected = {int: "a whole number", str: "text", bool: "true or false"}.get(kind, str(kind))
+        raise ConfigError(f"{name} must be {expected}, got {value!r}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         _check_bounds(item.metadata, value, name)
     return value
-
-
-def _type_name(kind: type[Any] | types.UnionType) -> str:
-    return {int: "a whole number", str: "text", bool: "true or false"}.get(typing.cast(Any, kind), str(kind))
 
 
 def _choice(allowed: Sequence[str], value: Any, name: str) -> str:
@@ -205,11 +183,7 @@ def parse_number(value: Any, name: str) -> float:
 
 def _check_bounds(bounds: Mapping[str, Any], value: float, name: str) -> None:
     low, high, above = bounds["ge"], bounds["le"], bounds["gt"]
-    if (
-        (low is not None and value < low)
-        or (high is not None and value > high)
-        or (above is not None and value <= above)
-    ):
+    if not ((low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)):
         left = f"[{low:g}" if low is not None else f"({above:g}" if above is not None else "(-inf"
         right = f"{high:g}]" if high is not None else "inf)"
         raise ConfigError(f"{name} must lie in {left}, {right}, got {value:g}")

@@ -25,25 +25,9 @@ from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError
 
 __all__ = [
-    "BUDGET_KINDS",
-    "TRACKERS",
-    "BudgetConfig",
-    "CompareConfig",
-    "DataConfig",
-    "DistillConfig",
-    "EvaluateConfig",
-    "LoraSettings",
-    "RequireConfig",
-    "RunConfig",
-    "SearchConfig",
-    "TrainConfig",
-    "UnitName",
-    "ValidateConfig",
-    "WorkloadConfig",
-    "from_mapping",
-    "load_recipe",
-    "load_saved_recipe",
-    "to_mapping",
+    "BUDGET_KINDS", "TRACKERS", "BudgetConfig", "CompareConfig", "DataConfig", "DistillConfig", "EvaluateConfig",
+    "LoraSettings", "RequireConfig", "RunConfig", "SearchConfig", "TrainConfig", "UnitName", "ValidateConfig",
+    "WorkloadConfig", "from_mapping", "load_recipe", "load_saved_recipe", "to_mapping",
 ]  # fmt: skip
 
 BUDGET_KINDS = ("flops", "memory", "file", "latency", "throughput")  # other than keep
@@ -384,11 +368,11 @@ class RunConfig:
 
 def to_mapping(config: RunConfig) -> dict[str, Any]:
     """The config as plain values that can be written as YAML; `from_mapping` reads them."""
-    plain: dict[str, Any] = dataclasses.asdict(
-        config,
-        dict_factory=lambda pairs: {key: list(value) if isinstance(value, tuple) else value for key, value in pairs},
-    )
-    return plain
+
+    def with_lists(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in pairs}
+
+    return dataclasses.asdict(config, dict_factory=with_lists)
 
 
 def load_recipe(path: Path, overrides: Mapping[str, Any] | None = None) -> RunConfig:

@@ -103,7 +103,7 @@ class DistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """The pruning-decision generator (ATP, section 3.2)."""
+    """The pruning-decision generator (ATP, authors' code)."""
 
     step: Literal["auto", "alternate", "joint"] = option(
         "auto",
@@ -115,10 +115,13 @@ class SearchConfig:
     )
     gates: Literal["projected", "sampled"] = option(
         "projected",
-        "projected: decisions meet the (annealed) budget; sampled: Gumbel draws and a budget loss, as in the paper.",
+        "projected: decisions meet the (annealed) budget; sampled: Gumbel draws and a budget loss, as in ATP's code.",
     )
     init_batches: int = option(
-        16, "Batches whose gate gradients give the initial logits; 0: none, as in the paper.", ge=0, formerly="evidence"
+        16,
+        "Batches whose gate gradients give the initial logits; 0: none, as in ATP's code.",
+        ge=0,
+        formerly="evidence",
     )
     straight_through: bool = option(
         True,

@@ -23,7 +23,7 @@ from prunetune.pruning.units import UnitKind
 
 FORMAT = "prunetune-latency-1"
 PHASES = ("prefill", "decode")
-TRACKS = tuple(f"{phase}.{part}" for phase in PHASES for part in ("host", "device"))
+TRACKS = tuple(f"{phase}.{processor}" for phase in PHASES for processor in ("host", "device"))
 LatencyCurve = tuple[tuple[int, float], ...]  # (units, seconds more than in the dense layer), units ascending
 
 
@@ -139,9 +139,8 @@ class LatencyCost:
         seconds = 0.0
         for track, times in self.tracks:
             timing = self.table.layers[track][self._representative[layer]]
-            seconds += times * (
-                timing.dense + interpolate(timing.attention, kv_heads) + interpolate(timing.mlp, channels)
-            )
+            attention, mlp = interpolate(timing.attention, kv_heads), interpolate(timing.mlp, channels)
+            seconds += times * (timing.dense + attention + mlp)
         return max(0.0, seconds)
 
     @cached_property
@@ -160,14 +159,11 @@ def latency_costs(
     phases = {"prefill": 1.0, "decode": workload.generate - 1.0} if phase == "mix" else {phase: 1.0}
     choices = []
     for name, times in phases.items():
-        tracks = [track for track in TRACKS if track.startswith(name)]
-        measured = [track for track in tracks if track.endswith("device") or _is_measured(table, track)]
-        choices.append([(track, times) for track in measured])
+        host, device = f"{name}.host", f"{name}.device"
+        is_measured = table.outside_layers[host] or any(timing.dense for timing in table.layers[host].values())
+        tracks = [host, device] if is_measured else [device]
+        choices.append([(track, times) for track in tracks])
     return tuple(LatencyCost(dense_shape, table, tracks) for tracks in itertools.product(*choices))
-
-
-def _is_measured(table: LatencyTable, track: str) -> bool:
-    return bool(table.outside_layers[track]) or any(timing.dense for timing in table.layers[track].values())
 
 
 def interpolate(curve: LatencyCurve, units: int | None) -> float:

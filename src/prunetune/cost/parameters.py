@@ -25,5 +25,5 @@ def kept_share(gates: Mapping[str, Tensor], sites: Iterable[Site], prices: Mappi
 
 
 def keep_ratio_loss(share: Tensor, target: float) -> Tensor:
-    """|log(share / target)| (ATP, section 3.2): zero on target; twice the target costs as much as half of it."""
+    """|log(share / target)| (ATP, authors' code): zero on target; twice the target costs as much as half of it."""
     return torch.log(share.clamp_min(1e-6) / target).abs()

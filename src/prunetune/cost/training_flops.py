@@ -39,13 +39,8 @@ def step_flops(
     backward = 2 * (weights * (2 if is_merged else 1) + 2 * adapters) + 2 * attention
     teacher_share = setup.teacher_share if setup.teacher else 0.0
     teacher = 2 * sum(linear.weight_count for linear in shapes.linears) + attention + 2 * head
-    per_pass = (
-        forward
-        + backward
-        + (forward if setup.recompute else 0)
-        + 4 * head * (label_share + teacher_share)
-        + teacher_share * teacher
-    )
+    layers = forward * (2 if setup.recompute else 1) + backward
+    per_pass = layers + 4 * head * (label_share + teacher_share) + teacher_share * teacher
     passes = 2 if phase == "search" and not setup.joint else 1
     frozen_adapters = 2 * adapters if passes == 2 else 0  # in the generator's pass adapters have no gradient
     return round(tokens * (passes * per_pass - frozen_adapters))

@@ -107,7 +107,7 @@ class TrainingMemory:
 def training_shapes(meta_model: Any, sites: Iterable[Site]) -> TrainingShapes:
     """Read the sizes of a model without adapters, which may be on the meta device."""
     sites, config = tuple(sites), meta_model.config.get_text_config()
-    shareable = {part.module for site in sites if can_share_weights(site) for part, _ in site.linear_slices()}
+    shareable = {linear.module for site in sites if can_share_weights(site) for linear, _ in site.linear_slices()}
     linears = []
     for name, axis in cut_axes(meta_model, sites).items():
         linear = get_base_linear(meta_model, name)
@@ -153,20 +153,16 @@ def estimate_memory(
     teacher = _teacher_bytes(shapes, setup, phase)
     teacher += 2 * setup.tokens * shapes.layers * shapes.hidden_size * setup.dtype_bytes * setup.distills_hidden
     if phase == "tune":
-        shapes = replace(
-            shapes,
-            linears=tuple(linear.after_cut(setup.keep) for linear in shapes.linears),
-            mlp_channels=round(setup.keep * shapes.mlp_channels),
-        )
+        linears = tuple(linear.after_cut(setup.keep) for linear in shapes.linears)
+        shapes = replace(shapes, linears=linears, mlp_channels=round(setup.keep * shapes.mlp_channels))
     is_merged = phase == "tune" and setup.all_weights
     linear_bytes = sum(linear.weight_bytes(setup.dtype_bytes, setup.quantize) for linear in shapes.linears)
     linear_params = sum(linear.weight_count for linear in shapes.linears)
     adapter_params = setup.rank * sum(linear.rows + linear.columns for linear in shapes.linears)
     features = GENERATOR_FEATURES[setup.generator]
     generator_params = shapes.total_units * (features + 1) + (GENERATOR_ENCODER_PARAMS if features else 0)
-    activations, recomputed_layer, dequantized = _activation_bytes(
-        shapes, setup, is_merged=is_merged, is_gated=phase == "search"
-    )
+    kept_bytes = _activation_bytes(shapes, setup, is_merged=is_merged, is_gated=phase == "search")
+    activations, recomputed_layer, dequantized = kept_bytes
     chunk = min(setup.tokens, max(1, LOGITS_PER_CHUNK // shapes.vocab_size)) * shapes.vocab_size
     # Log-softmax, its gradient and that of the logits; with a teacher also the teacher's and their difference.
     logits = chunk * FP32_BYTES * (5 if setup.teacher else 3)

@@ -6,10 +6,11 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import get_args
 
 from prunetune.config.recipe import DataConfig
 from prunetune.data.records import Record
-from prunetune.data.sources import Source, SplitName, read_records
+from prunetune.data.sources import EXTRA_SPLITS, Source, SplitName, read_records
 from prunetune.errors import DataError
 
 CARVED: tuple[SplitName, ...] = ("test", "valid", "search")  # in this order: test first
@@ -37,11 +38,8 @@ class Splits:
 
     def by_name(self) -> dict[SplitName, tuple[Record, ...]]:
         """The records by the name of their split; texts and guard only where there are any."""
-        splits: dict[SplitName, tuple[Record, ...]] = {
-            "train": self.train, "search": self.search, "valid": self.valid, "test": self.test,
-        }  # fmt: skip
-        extra: dict[SplitName, tuple[Record, ...]] = {"texts": self.texts, "guard": self.guard}
-        return splits | {name: records for name, records in extra.items() if records}
+        splits: dict[SplitName, tuple[Record, ...]] = {name: getattr(self, name) for name in get_args(SplitName)}
+        return {name: records for name, records in splits.items() if records or name not in EXTRA_SPLITS}
 
     @property
     def hashes(self) -> dict[str, str]:

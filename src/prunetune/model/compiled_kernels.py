@@ -38,11 +38,12 @@ def _compiled_forward(module_class: type[nn.Module]) -> Callable[..., Any] | Non
     is_norm = module_class.__name__.endswith("RMSNorm")
     if is_norm and not issubclass(module_class, nn.RMSNorm):  # PyTorch's own is one kernel already
         return _norm_by_shape(forward)
-    if isinstance(forward, types.FunctionType) and ROTARY in forward.__code__.co_names:
+    if not isinstance(forward, types.FunctionType):
+        return None
+    if ROTARY in forward.__code__.co_names:
         return _copy_function(forward, {ROTARY: _compiled(forward.__globals__[ROTARY])})
-    if _is_gated_mlp(forward):
-        return _gated_mlp_forward(_compiled(_gated_activation))
-    return None
+    is_gated_mlp = _code_signature(forward) in map(_code_signature, (_mlp, _mlp_in_two_statements))
+    return _gated_mlp_forward(_compiled(_gated_activation)) if is_gated_mlp else None
 
 
 @functools.cache
@@ -94,13 +95,7 @@ def _gated_mlp_forward(gated_activation: Callable[..., Tensor]) -> Callable[...,
     return forward
 
 
-def _is_gated_mlp(forward: Any) -> bool:
-    """Whether a forward has the bytecode of one of the two ways in which transformers writes a gated MLP."""
-    if not isinstance(forward, types.FunctionType):
-        return False
-    return _code_signature(forward) in (_code_signature(_mlp), _code_signature(_mlp_in_two_statements))
-
-
+# The two ways in which transformers writes a gated MLP, which is recognised by its bytecode.
 def _mlp(self: Any, x: Tensor) -> Any:
     return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 

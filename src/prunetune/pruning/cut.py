@@ -88,8 +88,8 @@ def cut_linears(model: nn.Module, plan: Plan, *, sites: Iterable[Site] | None = 
     for (name, axis), index in kept_indices(plan, kept_sites).items():
         _keep_in_module(model.get_submodule(name), index, axis)
     for site in reversed(kept_sites):  # inner ones first: their parent groups are counted as in the dense model
-        for part in site.weights.params:
-            _keep_in_parameter(model, part, site, plan.kept[site.name])
+        for param in site.weights.params:
+            _keep_in_parameter(model, param, site, plan.kept[site.name])
     for layer in {site.layer for site in kept_sites}:
         by_kind = {site.kind: site for site in kept_sites if site.layer == layer}
         _update_head_counts(model, by_kind, plan)
@@ -118,7 +118,7 @@ def _update_head_counts(model: Any, by_kind: Mapping[UnitKind, Site], plan: Plan
 def _update_expert_counts(model: nn.Module, by_kind: Mapping[UnitKind, Site], plan: Plan) -> None:
     """Set the numbers of experts, and their width, that a layer's router and fused experts hold."""
     if site := by_kind.get(UnitKind.EXPERT):
-        for name in {part.parameter.rpartition(".")[0] for part in site.weights.params}:
+        for name in {param.parameter.rpartition(".")[0] for param in site.weights.params}:
             module: Any = model.get_submodule(name)
             module.num_experts = len(plan.kept[site.name])
     if site := by_kind.get(UnitKind.EXPERT_CHANNEL):
@@ -156,22 +156,22 @@ def _selected(parameter: nn.Parameter, index: Tensor, axis: int) -> nn.Parameter
     return nn.Parameter(kept, requires_grad=parameter.requires_grad)
 
 
-def _keep_in_parameter(model: nn.Module, part: ParamSlice, site: Site, kept: Sequence[int]) -> None:
+def _keep_in_parameter(model: nn.Module, param: ParamSlice, site: Site, kept: Sequence[int]) -> None:
     """Keep the entries of a parameter that belong to kept units; parent groups without a kept unit leave whole."""
-    module_name, _, name = part.parameter.rpartition(".")
+    module_name, _, name = param.parameter.rpartition(".")
     module: Any = model.get_submodule(module_name)
     parameter = getattr(module, name)
-    if part.parent_groups == 1:
-        index = part.indices(kept, site.units).to(parameter.device)
-        setattr(module, name, _selected(parameter, index, part.axis))
+    if param.parent_groups == 1:
+        index = param.indices(kept, site.units).to(parameter.device)
+        setattr(module, name, _selected(parameter, index, param.axis))
         return
     kept_by_group: dict[int, list[int]] = {}
     for unit in kept:
         kept_by_group.setdefault(unit // site.units_per_group, []).append(unit % site.units_per_group)
     groups = []
     for group, units in kept_by_group.items():
-        index = part.indices(units, site.units_per_group).to(parameter.device)
-        groups.append(parameter.detach()[group].index_select(part.axis - 1, index))
+        index = param.indices(units, site.units_per_group).to(parameter.device)
+        groups.append(parameter.detach()[group].index_select(param.axis - 1, index))
     setattr(module, name, nn.Parameter(torch.stack(groups), requires_grad=parameter.requires_grad))
 
 

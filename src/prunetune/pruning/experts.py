@@ -75,4 +75,4 @@ def gate_expert_columns(model: nn.Module, site: Site, gate: Tensor) -> list[Remo
 
 def down_proj_slice(site: Site) -> ParamSlice:
     """The slice of the experts' second linears, in a site of expert channels."""
-    return next(part for part in site.weights.params if part.parameter.endswith(".down_proj"))
+    return next(param for param in site.weights.params if param.parameter.endswith(".down_proj"))

@@ -226,9 +226,8 @@ def _layer_prefixes(model: nn.Module) -> tuple[str, ...]:
     decoder = cast(Any, model).get_decoder()
     base = next(name for name, module in model.named_modules() if module is decoder)
     count = cast(Any, model).config.num_hidden_layers
-    lists = [
-        name for name, child in decoder.named_children() if isinstance(child, nn.ModuleList) and len(child) == count
-    ]
+    children = decoder.named_children()
+    lists = [name for name, child in children if isinstance(child, nn.ModuleList) and len(child) == count]
     if len(lists) != 1:
         raise UnknownArchitecture(f"{base} has {len(lists)} lists of {count} layers, and one is needed")
     return tuple(f"{base}.{lists[0]}.{index}" for index in range(count))

@@ -56,16 +56,14 @@ class LayerSites:
         children = [*self._attention_sites(name), *self._mlp_sites(name)]
         if not name:
             return children
-        whole = self._whole_block(
-            name, UnitKind.LAYER, self.prefix, children, parent="", min_units=int(self.first_of_type)
-        )
-        return [whole, *children]
+        min_units = int(self.first_of_type)
+        return [self._whole_block(name, UnitKind.LAYER, self.prefix, children, min_units=min_units), *children]
 
     def _block_name(self, module: str, kind: UnitKind) -> str:
         return f"{self.prefix}{'.' if module else ''}{module}:{kind}"
 
     def _whole_block(
-        self, name: str, kind: UnitKind, module: str, children: Sequence[Site], *, parent: str, min_units: int
+        self, name: str, kind: UnitKind, module: str, children: Sequence[Site], *, parent: str = "", min_units: int
     ) -> Site:
         """A block, or the layer, as the only unit of a site; `module` is the one whose output is gated."""
         mlp_linears = self._plain_mlp_linears() if kind is UnitKind.MLP_BLOCK else ()
@@ -93,13 +91,13 @@ class LayerSites:
 
         Raises `UnknownArchitecture` where a linear has other rows than those of so many units.
         """
-        params = sum(self.model.get_parameter(part.parameter).numel() // units for part in weights.params)
-        for part in weights.producers:
-            linear = get_base_linear(self.model, part.module)
+        params = sum(self.model.get_parameter(param.parameter).numel() // units for param in weights.params)
+        for producer in weights.producers:
+            linear = get_base_linear(self.model, producer.module)
             rows = axis_size(linear, ROWS)
-            if rows != (part.total_rows or units * part.rows_per_unit):
-                raise UnknownArchitecture(f"{part.module}: {rows} rows are not of {units} units")
-            params += part.rows_per_unit * (axis_size(linear, COLUMNS) + (linear.bias is not None))
+            if rows != (producer.total_rows or units * producer.rows_per_unit):
+                raise UnknownArchitecture(f"{producer.module}: {rows} rows are not of {units} units")
+            params += producer.rows_per_unit * (axis_size(linear, COLUMNS) + (linear.bias is not None))
         if weights.consumer and not weights.consumer_is_childs:
             params += get_base_linear(self.model, weights.consumer.module).weight.numel() // units
         return Site(
@@ -169,9 +167,8 @@ class LayerSites:
             rows = axis_size(get_base_linear(self.model, module), ROWS)
             fused = rows == heads.kv_heads * (group_queries + 2 * dim)  # query, key, value in this order: Phi-3
             if not split_queries:
-                group_rows.append(
-                    LinearSlice(module, (group_queries, dim, dim) if fused else (rows // heads.kv_heads,))
-                )
+                part_sizes = (group_queries, dim, dim) if fused else (rows // heads.kv_heads,)
+                group_rows.append(LinearSlice(module, part_sizes))
             elif fused:
                 query_rows.append(LinearSlice(module, (dim,), 0, rows))
                 group_rows.append(LinearSlice(module, (dim, dim), heads.kv_heads * group_queries, rows))

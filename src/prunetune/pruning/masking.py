@@ -46,9 +46,8 @@ def _check_parent_groups(plan: Plan, site: Site, parent: Site | None, mask: Tens
     if site.parent_groups == 1 and parent is None:
         return
     counts = mask.view(site.parent_groups, -1).sum(1).tolist()
-    open_groups = set(
-        site.open_parent_groups(plan.kept[parent.name] if parent else None, parent.units if parent else 1)
-    )
+    kept_parents, parent_units = (plan.kept[parent.name], parent.units) if parent else (None, 1)
+    open_groups = set(site.open_parent_groups(kept_parents, parent_units))
     closed_groups = set(range(site.parent_groups)) - open_groups
     if len({counts[group] for group in open_groups}) > 1 or any(counts[group] for group in closed_groups):
         raise PlanError(
@@ -63,8 +62,8 @@ def masked(
 ) -> Iterator[nn.Module]:
     """Gate every site of the model for the length of the block; yields the model itself.
 
-    `adapters="gated"` behaves as after the cut. `adapters="free"` is the LoRA-aware forward of ATP (section 3.3,
-    arXiv 2412.14426): y = gate * (W x) + B A x, so that a unit with a zero gate still learns and can come back.
+    `adapters="gated"` behaves as after the cut. `adapters="free"` is the LoRA-aware forward of ATP (authors' code):
+    y = gate * (W x) + B A x, so that a unit with a zero gate still learns and can come back.
     Whole blocks and layers are gated with their adapters either way, which get no gradient while the gate is zero.
     """
     if sites is None:
@@ -89,7 +88,11 @@ def _gate_columns(model: nn.Module, site: Site, gate: Tensor, adapters: AdapterG
     """Scale what the consumer reads; with free adapters, scale the base linears alone, of producers too."""
     assert site.consumer is not None
     consumer = model.get_submodule(site.consumer.module)
-    scale_input = _scale_input(site.consumer.expand_to_rows(gate))
+    columns = site.consumer.expand_to_rows(gate)
+
+    def scale_input(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Tensor]:
+        return (inputs[0] * columns.to(inputs[0].dtype),)
+
     if adapters == "gated":
         return [consumer.register_forward_pre_hook(scale_input)]
     handles = [unwrap_adapter(consumer).register_forward_pre_hook(scale_input)]
@@ -97,10 +100,6 @@ def _gate_columns(model: nn.Module, site: Site, gate: Tensor, adapters: AdapterG
         base = unwrap_adapter(model.get_submodule(producer.module))
         handles.append(base.register_forward_hook(_scale_output(producer.expand_to_rows(gate))))
     return handles
-
-
-def _scale_input(scale: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor]]:
-    return lambda _, inputs: (inputs[0] * scale.to(inputs[0].dtype),)
 
 
 def _scale_output(scale: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:

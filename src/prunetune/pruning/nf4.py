@@ -119,7 +119,7 @@ def _quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def cut_axes(model: nn.Module, sites: Iterable[Site]) -> Mapping[str, int]:
     """{linear with adapters: the axis that a cut of these sites shortens}. These are the linears held in 4 bits."""
-    consumers = {part.module for site in sites for part, axis in site.linear_slices() if axis == COLUMNS}
+    consumers = {linear.module for site in sites for linear, axis in site.linear_slices() if axis == COLUMNS}
     return {name: COLUMNS if name in consumers else ROWS for name in lora_target_modules(model)}
 
 

@@ -64,9 +64,9 @@ def cut_sharing_weights(model: nn.Module, weight_owner: nn.Module, plan: Plan, *
         for site in shared:
             kept = plan.kept[site.name]
             removed = (~kept_mask(kept, site.units)).nonzero().flatten().tolist()
-            for part, axis in site.linear_slices():
-                order = part.indices((*kept, *removed), site.units)
-                owned, cut = (get_base_linear(module, part.module) for module in (weight_owner, model))
+            for linear_slice, axis in site.linear_slices():
+                order = linear_slice.indices((*kept, *removed), site.units)
+                owned, cut = (get_base_linear(module, linear_slice.module) for module in (weight_owner, model))
                 _reorder_and_view(owned, cut, order, axis)
 
 
@@ -75,7 +75,7 @@ def can_share_weights(site: Site) -> bool:
     weights, plain_kinds = site.weights, (UnitKind.KV_GROUP, UnitKind.MLP_CHANNEL)
     if site.kind not in plain_kinds or weights.params or weights.consumer_is_childs:
         return False
-    return not any(len(part.part_sizes) > 1 or part.total_rows for part, _ in site.linear_slices())
+    return not any(len(linear.part_sizes) > 1 or linear.total_rows for linear, _ in site.linear_slices())
 
 
 @torch.no_grad()
@@ -90,8 +90,8 @@ def _shares_weights(weight_owner: nn.Module, model: nn.Module, site: Site) -> bo
     """Whether the weight owner's tensors at a site are the model's, and can be reordered."""
     if not can_share_weights(site):
         return False
-    for part, _ in site.linear_slices():
-        linear, owned = get_base_linear(model, part.module), get_base_linear(weight_owner, part.module)
+    for linear_slice, _ in site.linear_slices():
+        linear, owned = (get_base_linear(module, linear_slice.module) for module in (model, weight_owner))
         if any(getattr(linear, name).data_ptr() != getattr(owned, name).data_ptr() for name in _weight_names(linear)):
             return False
     return True

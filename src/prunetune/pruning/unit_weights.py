@@ -39,8 +39,8 @@ def unit_weights(model: Any, site: Site) -> list[UnitWeight]:
         weights.append(UnitWeight(linear.weight, sum_per_unit))
         if axis == ROWS and linear.bias is not None:
             weights.append(UnitWeight(linear.bias, sum_per_unit))
-    for part in site.weights.params:
-        weights.append(UnitWeight(model.get_parameter(part.parameter), _param_sums(part, site)))
+    for param in site.weights.params:
+        weights.append(UnitWeight(model.get_parameter(param.parameter), _param_sums(param, site)))
     return weights
 
 
@@ -53,12 +53,13 @@ def _linear_sums(linear_slice: LinearSlice, units: int, linear: Any, axis: int) 
     return sum_per_unit
 
 
-def _param_sums(part: ParamSlice, site: Site) -> Callable[[Tensor], Tensor]:
-    rows = LinearSlice(part.parameter, part.part_sizes)
+def _param_sums(param: ParamSlice, site: Site) -> Callable[[Tensor], Tensor]:
+    rows = LinearSlice(param.parameter, param.part_sizes)
 
     def sum_per_unit(values: Tensor) -> Tensor:
         groups = values.double().cpu()
-        groups = groups[None].moveaxis(part.axis + 1, 1) if part.parent_groups == 1 else groups.moveaxis(part.axis, 1)
-        return torch.cat([rows.sum_per_unit(group, site.units // part.parent_groups) for group in groups])
+        groups, axis = (groups[None], param.axis + 1) if param.parent_groups == 1 else (groups, param.axis)
+        units = site.units // param.parent_groups
+        return torch.cat([rows.sum_per_unit(group, units) for group in groups.moveaxis(axis, 1)])
 
     return sum_per_unit

@@ -298,17 +298,15 @@ def effective_gates(gates: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[
     for site in sites:
         gate = gates[site.name]
         if site.parent:
-            outer = effective[site.parent]
-            gate = gate * outer.repeat_interleave(site.units // by_name[site.parent].units)
+            gate = gate * effective[site.parent].repeat_interleave(site.units // by_name[site.parent].units)
         effective[site.name] = gate
     return effective
 
 
 def closed_fractions(gates: Mapping[str, Tensor], sites: Sequence[Site]) -> dict[str, Tensor]:
     """{site: [U]}: 1 - gate inside open blocks and layers, and 0 inside closed ones, which are not trained."""
-    of_blocks = {
-        site.name: gates[site.name] if site.kind.is_whole_block else torch.ones_like(gates[site.name]) for site in sites
-    }
+    block_names = {site.name for site in sites if site.kind.is_whole_block}
+    of_blocks = {name: gate if name in block_names else torch.ones_like(gate) for name, gate in gates.items()}
     blocks, units = effective_gates(of_blocks, sites), effective_gates(gates, sites)
     return {site.name: blocks[site.name] - units[site.name] for site in sites}
 

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import (
@@ -42,13 +43,10 @@ class PlainConsole:
         step, now = record["step"], time.monotonic()
         self.stage_start = self.stage_start or (step, now)
         if step % self.log_every == 0 or step in (1, self.total):
-            log.info("step %d/%d %s%s", step, self.total, format_step(record), self._format_time_left(step, now))
-
-    def _format_time_left(self, step: int, now: float) -> str:
-        """The time left at the mean pace so far; "" below a minute."""
-        first_step, started = self.stage_start or (step, now)
-        seconds = (now - started) / max(1, step - first_step) * (self.total - step)
-        return f", about {seconds / 60:.0f} min left" if seconds >= 60 else ""
+            first_step, started = self.stage_start
+            seconds_left = (now - started) / max(1, step - first_step) * (self.total - step)  # at the mean pace so far
+            time_left = f", about {seconds_left / 60:.0f} min left" if seconds_left >= 60 else ""
+            log.info("step %d/%d %s%s", step, self.total, format_step(record), time_left)
 
     def validation(self, record: JsonObject) -> None:
         """The decided sub-network was scored; `record` is its line of validation.jsonl."""
@@ -67,20 +65,10 @@ class PlainConsole:
 class SilentConsole:
     """Prints nothing; for ranks other than 0."""
 
-    def stage(self, name: str, total: int) -> None:
+    def stage(self, *_: Any, **__: Any) -> None:
         """Print nothing."""
 
-    def step(self, record: JsonObject) -> None:
-        """Print nothing."""
-
-    def validation(self, record: JsonObject) -> None:
-        """Print nothing."""
-
-    def evaluation_progress(self, task: str, done: int, total: int) -> None:
-        """Print nothing."""
-
-    def close(self) -> None:
-        """Print nothing."""
+    step = validation = evaluation_progress = close = stage
 
 
 class LiveConsole:

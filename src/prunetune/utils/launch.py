@@ -38,7 +38,11 @@ def run_and_exit_on_failure(main: Callable[[], int]) -> int:
     """Run `main` and return its exit code; one of several processes ends at once on failure: others may wait for it."""
     if rank_and_world_size()[1] == 1:
         return main()
-    _start_stop_watchdog()
+    # A process that waits for ranks that are gone cannot stop by itself, so a thread ends it.
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+    threading.Thread(target=_exit_after_stop_signal, args=(read_end,), daemon=True).start()
     try:
         code = main()
     except SystemExit:
@@ -51,14 +55,6 @@ def run_and_exit_on_failure(main: Callable[[], int]) -> int:
         sys.stderr.flush()
         os._exit(code)
     return code
-
-
-def _start_stop_watchdog() -> None:
-    """Start a thread that ends a process which cannot stop by itself: it may wait for ranks that are gone."""
-    read_end, write_end = os.pipe()
-    os.set_blocking(write_end, False)
-    signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
-    threading.Thread(target=_exit_after_stop_signal, args=(read_end,), daemon=True).start()
 
 
 def _exit_after_stop_signal(read_end: int) -> None:

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Iterable, Sequence
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -27,17 +27,11 @@ def table_lines(headings: Sequence[str], rows: Iterable[Sequence[str]], *, width
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="")
     for heading in headings:
-        is_number = heading.startswith(">")
-        table.add_column(
-            Text(heading.removeprefix(">")),
-            justify="right" if is_number else "left",
-            no_wrap=is_number,
-            overflow="fold",
-        )
+        is_number, heading = heading.startswith(">"), heading.removeprefix(">")
+        justify: JustifyMethod = "right" if is_number else "left"
+        table.add_column(Text(heading), justify=justify, no_wrap=is_number, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))  # as Text: square brackets are no markup
-    file = io.StringIO()
-    Console(
-        file=file, width=width or table_width(), color_system=None, force_terminal=False, force_jupyter=False
-    ).print(table)
+    file, width = io.StringIO(), width or table_width()
+    Console(file=file, width=width, color_system=None, force_terminal=False, force_jupyter=False).print(table)
     return [line.rstrip() for line in file.getvalue().splitlines()]

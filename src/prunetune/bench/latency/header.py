@@ -29,7 +29,7 @@ def table_header(config: Any, workload: WorkloadConfig, device: torch.device, al
         )
     if workload.runtime == "recorded" and device.type != "cuda":
         raise ConfigError(f"workload.runtime recorded needs a CUDA device, and this is {device}: set it to eager")
-    versions = environment.package_versions()
+    versions, values = environment.package_versions(), config.to_dict()
     return {
         "device": environment.device_name(device),
         "driver": driver(device),
@@ -42,9 +42,7 @@ def table_header(config: Any, workload: WorkloadConfig, device: torch.device, al
         "batch": workload.batch,
         "align": align,
         "model": config.model_type,
-        "geometry": _digest(
-            {name: value for name, value in config.to_dict().items() if name not in NON_GEOMETRY_FIELDS}
-        ),
+        "geometry": _digest({name: value for name, value in values.items() if name not in NON_GEOMETRY_FIELDS}),
     }
 
 

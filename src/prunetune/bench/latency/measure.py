@@ -57,9 +57,8 @@ class LatencyTableBuilder:
 
     def measure(self, header: Mapping[str, Any]) -> LatencyTable:
         """The table, which takes about a second for each width on a GPU."""
-        meta_model = build_short_model(
-            self.config, range(self.config.num_hidden_layers), self.workload, torch.device("meta")
-        )
+        all_layers = range(self.config.num_hidden_layers)
+        meta_model = build_short_model(self.config, all_layers, self.workload, torch.device("meta"))
         dense = model_shape(meta_model, find_sites(meta_model))
         representative = representative_layers(dense)  # {layer: the layer that is measured for it}
         counts = dense.dense_counts()
@@ -166,8 +165,7 @@ class LatencyTableBuilder:
             longer = max(predicted, key=lambda track: predicted[track])
             if predicted[longer] > 0:
                 factors[longer] = seconds[phase] / predicted[longer]
-        scales = ", ".join(f"{track} {factor:.3f}" for track, factor in factors.items())
-        log.info("scaled to the dense model: %s", scales)
+        log.info("scaled to the dense model: %s", ", ".join(f"{track} {scale:.3f}" for track, scale in factors.items()))
         return table.scaled(factors)
 
     def _time_dense_model(self, layers: Sequence[int]) -> tuple[Seconds, Sequence[int]]:

@@ -22,20 +22,15 @@ log = logging.getLogger(__name__)
 
 
 def get_latency_table(
-    config: Any,
-    sites: tuple[Site, ...],
-    workload: WorkloadConfig,
-    device: torch.device,
-    align: int,
-    table_path: str = "",
+    config: Any, sites: tuple[Site, ...], workload: WorkloadConfig, device: torch.device, align: int, file: str = ""
 ) -> LatencyTable:
-    """The table of `table_path`, or the one in the cache, or a new one that is measured and cached.
+    """The table of `file`, or the one in the cache, or a new one that is measured and cached.
 
     Raises `ConfigError` if a file is for another device, driver, version or workload.
     """
     header = checked_header(config, sites, workload, device, align)
-    if table_path:
-        return LatencyTable.load(Path(table_path), header)
+    if file:
+        return LatencyTable.load(Path(file), header)
     cached = load_cached_table(header)
     return cached if cached is not None else measure_table(config, sites, workload, device, align, header)
 
