@@ -42,9 +42,8 @@ def measure_models(
             log.info("opened %s in %.1f s", spec.label, worker.facts().load_s)
         measured = run_interleaved(workers, batches, options.runs)
         facts = [worker.facts() for worker in workers]
-    return summarise_bench(
-        [spec.label for spec in specs], facts, measured, options=options, versions=environment.package_versions()
-    )
+    labels, versions = [spec.label for spec in specs], environment.package_versions()
+    return summarise_bench(labels, facts, measured, options=options, versions=versions)
 
 
 def measure_in_process(

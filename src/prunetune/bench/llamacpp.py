@@ -41,9 +41,7 @@ class LlamaCppRunner:
         slots, length = max(options.batches), options.prompt + options.generate + 8
         self.server = start_server(self.file, context=slots * length, slots=slots, threads=self.threads, on_cpu=True)
         self.load_s = time.perf_counter() - start
-        self.client = EndpointClient(
-            self.server.listening_address, timeout=REPLY_TIMEOUT_S, concurrency=max(options.batches)
-        )
+        self.client = EndpointClient(self.server.listening_address, timeout=REPLY_TIMEOUT_S, concurrency=slots)
 
     def facts(self) -> ModelFacts:
         return ModelFacts(
@@ -77,20 +75,14 @@ class LlamaCppRunner:
 
     def _complete(self, seed: int) -> dict[str, Any]:
         """Complete one random prompt and return llama.cpp's timings."""
-        rng = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(self.vocabulary, (self.options.prompt,), generator=rng).tolist()
-        body = {
-            "prompt": tokens,
-            "n_predict": self.options.generate,
-            "temperature": 0,
-            "ignore_eos": True,
-            "cache_prompt": False,
-        }
+        rng, prompt, generate = torch.Generator().manual_seed(seed), self.options.prompt, self.options.generate
+        tokens = torch.randint(self.vocabulary, (prompt,), generator=rng).tolist()
+        body = {"prompt": tokens, "n_predict": generate, "temperature": 0, "ignore_eos": True, "cache_prompt": False}
         timings: dict[str, Any] = self.client.post("/completion", body)["timings"]
-        if timings["prompt_n"] != self.options.prompt or timings["predicted_n"] != self.options.generate:
+        if (timings["prompt_n"], timings["predicted_n"]) != (prompt, generate):
             raise ModelError(
                 f"model {self.file}: llama.cpp read {timings['prompt_n']} tokens and wrote {timings['predicted_n']}, "
-                f"not {self.options.prompt} and {self.options.generate}; lower --prompt or --batch"
+                f"not {prompt} and {generate}; lower --prompt or --batch"
             )
         return timings
 
@@ -111,12 +103,10 @@ def estimate_gguf_work(file: Path, tokens: int) -> WorkEstimate:
     tensors = {tensor.name: tensor for tensor in _reader(file).tensors}
     if any("_exps." in name for name in tensors):
         return WorkEstimate()
-    matrix_params = sum(
-        int(tensor.n_elements) for name, tensor in tensors.items() if "blk." in name and len(tensor.shape) > 1
-    )
+    matrices = [tensor for name, tensor in tensors.items() if "blk." in name and len(tensor.shape) > 1]
     looked_up = {"token_embd.weight"} if "output.weight" in tensors else set()
     bytes_read = sum(int(tensor.n_bytes) for name, tensor in tensors.items() if name not in looked_up)
-    return WorkEstimate(2.0 * matrix_params * tokens, float(bytes_read))
+    return WorkEstimate(2.0 * sum(int(tensor.n_elements) for tensor in matrices) * tokens, float(bytes_read))
 
 
 def _describe(file: Path) -> tuple[int, int, str]:

@@ -115,11 +115,10 @@ class LocalRunner:
             return DynamicCache(config=self.model.config)
         if batch not in self.static_caches:
             length = self.options.prompt + self.options.generate
-            self.static_caches = {batch: StaticCache(self.model.config, max_cache_len=length)}
+            cache = StaticCache(self.model.config, max_cache_len=length)
+            self.static_caches = {batch: cache}
             if self.options.compile:  # allocates its tensors, outside of the compiled step
-                self.model(
-                    self._tokens(batch), past_key_values=self.static_caches[batch], use_cache=True, logits_to_keep=1
-                )
+                self.model(self._tokens(batch), past_key_values=cache, use_cache=True, logits_to_keep=1)
         self.static_caches[batch].reset()
         return self.static_caches[batch]
 

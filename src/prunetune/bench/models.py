@@ -56,9 +56,8 @@ def _dense_models(models: Sequence[str], options: BenchOptions) -> Iterator[Mode
     for name in models:
         run = read_run_config(Path(name).expanduser())
         if run is not None:
-            yield ModelSpec(
-                f"{run.model} (dense)", resolve_model_path(run.model), trust_remote_code=options.trust_remote_code
-            )
+            trust = options.trust_remote_code
+            yield ModelSpec(f"{run.model} (dense)", resolve_model_path(run.model), trust_remote_code=trust)
 
 
 def _check_context(model: ModelSpec, options: BenchOptions) -> None:

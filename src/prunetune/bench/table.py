@@ -28,11 +28,10 @@ def render_bench(bench: BenchResult) -> str:
     options, ratio_heading = bench.options, "times better than [0]" if len(bench.models) > 1 else ""
     threads = f", {options.threads} threads" if options.threads else ""
     settings = f"prompt {options.prompt}, {options.generate} tokens written, {options.runs} interleaved runs{threads}"
-    facts = [
-        f"{model.name}: {model.facts.runtime}, {model.facts.dtype}, {model.facts.device}" for model in bench.models
-    ]
-    lines = [settings, *(f"[{number}] {text}" for number, text in enumerate(facts)), ""]
-    lines += table_lines(("", "model", "", ratio_heading), _fact_rows(bench.models))
+    lines = [settings]
+    for number, model in enumerate(bench.models):
+        lines.append(f"[{number}] {model.name}: {model.facts.runtime}, {model.facts.dtype}, {model.facts.device}")
+    lines += ["", *table_lines(("", "model", "", ratio_heading), _fact_rows(bench.models))]
     for cells in zip(*(model.cells for model in bench.models), strict=True):
         headings = (f"batch {cells[0].batch}", "model", "median (least to most)", ratio_heading)
         lines += ["", *table_lines(headings, _metric_rows(cells)), *(cell.failed for cell in cells if cell.failed)]

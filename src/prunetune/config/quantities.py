@@ -40,14 +40,13 @@ class Amount:
         match = AMOUNT_PATTERN.fullmatch(text.strip())
         value = float(match["number"]) if match else math.nan
         scale = _parse_unit(match["unit"], kind) if match else None
+        share = "1.5x, of the dense model's" if kind == "throughput" else "0.6 or 60%, of the dense model's"
         if scale is None or not math.isfinite(value * scale[0]) or value <= 0:
-            raise ConfigError(
-                f"budget.{kind}: {text!r} is no amount above 0; write {EXAMPLES[kind]}, or {_share_example(kind)}"
-            )
+            raise ConfigError(f"budget.{kind}: {text!r} is no amount above 0; write {EXAMPLES[kind]}, or {share}")
         if scale[1] and (value * scale[0] > 1) != (kind == "throughput") and value * scale[0] != 1:
             raise ConfigError(
                 f"budget.{kind}: {text!r} is no share of the dense model's that makes it smaller or faster: "
-                f"write {_share_example(kind)}, or give a unit, as in {EXAMPLES[kind]}"
+                f"write {share}, or give a unit, as in {EXAMPLES[kind]}"
             )
         if match and not match["unit"] and value > MAX_PLAUSIBLE_SPEEDUP:
             raise ConfigError(
@@ -67,10 +66,6 @@ def _parse_unit(unit: str, kind: str) -> tuple[float, bool] | None:
         return (0.01 if unit == "%" else 1.0), True
     factor = {name.lower(): scale for name, scale in UNITS[kind].items()}.get(unit.lower())
     return None if factor is None else (factor, False)
-
-
-def _share_example(kind: str) -> str:
-    return "1.5x, of the dense model's" if kind == "throughput" else "0.6 or 60%, of the dense model's"
 
 
 def format_amount(value: float, kind: str, digits: int = 4) -> str:

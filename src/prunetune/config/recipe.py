@@ -92,10 +92,7 @@ class BudgetConfig:
         flag_alias="--keep",
     )
     sizes: tuple[float, ...] = option(
-        (),
-        "Smaller budgets of the same run, each model nested in the one before; budget.keep may name all.",
-        gt=0,
-        le=1,
+        (), "Smaller budgets of one run, each model nested in the one before; budget.keep may name all.", gt=0, le=1
     )
     flops: str = option(
         "", "Most FLOPs of one request of the workload: 0.6 or 60% (of dense), or 1.2T.", accepts_number=True
@@ -107,9 +104,7 @@ class BudgetConfig:
         "", "Largest file of the weights, as workload.weights stores them: 0.6 or 800MB.", accepts_number=True
     )
     latency: str = option(
-        "",
-        "Longest time of the workload's phase on this device, by a measured table: 0.8 or 25ms.",
-        accepts_number=True,
+        "", "Longest time of the workload's phase on this device, as measured: 0.8 or 25ms.", accepts_number=True
     )
     throughput: str = option(
         "", "Fewest generated tokens per second over all requests: 1.3x or 300/s.", accepts_number=True
@@ -204,9 +199,7 @@ class ValidateConfig:
     """Validations, every train.validate_every steps: they score the sub-network decided so far as if it were cut."""
 
     limit: int = option(64, "Most items that a validation scores of valid, and of data.guard.", ge=1)
-    accuracy: bool = option(
-        False, "Also score the accuracy on rows of valid that have choices; implied by a limit on it."
-    )
+    accuracy: bool = option(False, "Also score accuracy on rows of valid that have choices; implied by a limit on it.")
     share: float = option(
         1.0, "Largest share of the tuning time that validations may take; beyond it, some are skipped. 1: none.",
         gt=0, le=1,
@@ -238,10 +231,7 @@ class RequireConfig:
     """What the pruned model has to gain over the dense one, in interleaved measurements; else the exit code is 1."""
 
     smaller: float = option(
-        0.0,
-        "Smallest share of all parameters, embeddings included, that has to be removed; 0: no requirement.",
-        ge=0,
-        le=1,
+        0.0, "Smallest share of all parameters, with embeddings, that must be removed; 0: no requirement.", ge=0, le=1
     )
     faster: float = option(0.0, "Smallest speed-up over the dense model, such as 1.3; 0: no requirement.", ge=0)
     speed: Literal["throughput", "prefill", "decode"] = option(
@@ -271,9 +261,7 @@ class CompareConfig:
         entry_name="name",
     )  # fmt: skip
     keeps: tuple[float, ...] = option((), "Values of budget.keep; default: that of the recipe.", gt=0, le=1)
-    seeds: tuple[int, ...] = option(
-        (0,), "Seeds of tuning and search; splits are always those of the recipe's seed.", ge=0
-    )
+    seeds: tuple[int, ...] = option((0,), "Seeds of tuning and search; splits are those of the recipe's seed.", ge=0)
     learning_rates: tuple[float, ...] = option(
         (),
         "Learning rates; default: train.learning_rate. Of several, each method gets its best, chosen on valid; "
@@ -353,11 +341,9 @@ class RunConfig:
 
     def _validate_sizes(self) -> None:
         """Raise `ConfigError` for options that exclude several sizes."""
-        count, shares = len(self.budget.sizes), self.train.size_share
-        if not 0 < len(shares) <= count:
-            raise ConfigError(
-                f"train.size_share has {len(shares)} numbers for {count} further sizes: give 1 to {count}"
-            )
+        more, shares = len(self.budget.sizes), self.train.size_share
+        if not 0 < len(shares) <= more:
+            raise ConfigError(f"train.size_share has {len(shares)} numbers for {more} further sizes: give 1 to {more}")
         moving = [limit for limit in self.limits if not limit.endswith("-> stop")]
         if moving:
             raise ConfigError(

@@ -14,6 +14,7 @@ from typing import Any, Literal, cast, get_args
 from prunetune.errors import ConfigError
 
 LimitAction = Literal["stop", "back-off", "roll-back"]
+ACTIONS = get_args(LimitAction)
 LIMITABLE_METRICS = (
     "valid.nll", "valid.perplexity", "valid.accuracy", "guard.nll", "guard.perplexity", "guard.accuracy",
 )  # fmt: skip
@@ -44,10 +45,8 @@ class ScoreLimit:
             raise ConfigError(
                 f"limits: unknown metric {metric!r} in {text!r}; known are {', '.join(LIMITABLE_METRICS)}"
             )
-        if action not in get_args(LimitAction):
-            raise ConfigError(
-                f"limits: unknown action {action!r} in {text!r}; known are {', '.join(get_args(LimitAction))}"
-            )
+        if action not in ACTIONS:
+            raise ConfigError(f"limits: unknown action {action!r} in {text!r}; known are {', '.join(ACTIONS)}")
         side = "<=" if match["side"] == "<=" else ">="
         if (side == ">=") != metric.endswith("accuracy"):
             better = "at least (>=)" if metric.endswith("accuracy") else "at most (<=)"

@@ -53,9 +53,7 @@ class TrainConfig:
     weight_decay: float = option(0.0, "Decoupled weight decay of the adapters with AdamW; Muon has none.", ge=0)
     clip: float = option(1.0, "Largest gradient norm; longer gradients are scaled down to it.", gt=0)
     max_skipped: int = option(
-        5,
-        "Most batches with a loss or gradient that is not finite; each is skipped and halves the learning rates.",
-        ge=0,
+        5, "Most batches with a loss or gradient that is not finite; each is skipped and halves learning rates.", ge=0
     )
     checkpoint_every: int = option(100, "Steps between checkpoints; one is also written at the end of a phase.", ge=1)
     validate_every: int = option(100, "Steps between validations of the decided sub-network.", ge=1)
@@ -67,9 +65,7 @@ class LoraSettings:
     """The adapters, on all linears of attention and MLP."""
 
     rank: int = option(128, "Rank of the adapters; recovery after pruning needs a higher one than plain tuning.", ge=1)
-    dense_rank: int = option(
-        32, "Rank of the dense model's adapters, when it is tuned for comparison or as a teacher.", ge=1
-    )
+    dense_rank: int = option(32, "Rank of the dense model's adapters, if tuned for comparison or as a teacher.", ge=1)
     dense_learning_rate: float = option(5e-4, "Peak learning rate of the dense model's adapters.", gt=0)
     alpha: float = option(0.0, "Scale alpha / rank; 0: twice the rank.", ge=0)
     dropout: float = option(0.0, "Dropout on the adapters' input.", ge=0, le=0.9)
@@ -118,10 +114,7 @@ class SearchConfig:
         "projected: decisions meet the (annealed) budget; sampled: Gumbel draws and a budget loss, as in ATP's code.",
     )
     init_batches: int = option(
-        16,
-        "Batches whose gate gradients give the initial logits; 0: none, as in ATP's code.",
-        ge=0,
-        formerly="evidence",
+        16, "Batches whose gate gradients give initial logits; 0: none, as in ATP's code.", ge=0, formerly="evidence"
     )
     straight_through: bool = option(
         True,

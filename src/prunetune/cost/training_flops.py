@@ -6,9 +6,7 @@ A frozen weight takes 2 FLOPs a token forward, and 2 backward for the gradient o
 
 from __future__ import annotations
 
-from typing import Literal
-
-from prunetune.cost.training_memory import TrainingSetup, TrainingShapes
+from prunetune.cost.training_memory import TrainingPhase, TrainingSetup, TrainingShapes
 from prunetune.pruning.linears import COLUMNS
 
 
@@ -16,7 +14,7 @@ def step_flops(
     shapes: TrainingShapes,
     setup: TrainingSetup,
     *,
-    phase: Literal["search", "tune"],
+    phase: TrainingPhase,
     tokens: int,
     length: int,
     label_share: float = 1.0,

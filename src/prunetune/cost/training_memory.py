@@ -22,6 +22,7 @@ from prunetune.pruning.nf4 import NF4_BLOCK_SIZE, NF4_SCALE_BYTES, cut_axes
 from prunetune.pruning.shared_weights import can_share_weights
 from prunetune.pruning.units import Site, UnitKind
 
+TrainingPhase = Literal["search", "tune"]
 FP32_BYTES = 4  # trained parameters, their gradients and their moments are float32
 GENERATOR_FEATURES = {"transformer": 64, "gru": 128, "none": 0}  # inputs of the generator's heads
 GENERATOR_ENCODER_PARAMS = 100_000  # the generator without its heads, roughly
@@ -146,9 +147,7 @@ def training_setup(config: RunConfig, dtype: torch.dtype, *, longest: int, all_w
     )
 
 
-def estimate_memory(
-    shapes: TrainingShapes, setup: TrainingSetup, *, phase: Literal["search", "tune"]
-) -> TrainingMemory:
+def estimate_memory(shapes: TrainingShapes, setup: TrainingSetup, *, phase: TrainingPhase) -> TrainingMemory:
     """Peak memory of the dense model in the search phase, or of the cut model in the tune phase."""
     teacher = _teacher_bytes(shapes, setup, phase)
     teacher += 2 * setup.tokens * shapes.layers * shapes.hidden_size * setup.dtype_bytes * setup.distills_hidden
@@ -176,7 +175,7 @@ def estimate_memory(
     )
 
 
-def _teacher_bytes(shapes: TrainingShapes, setup: TrainingSetup, phase: Literal["search", "tune"]) -> int:
+def _teacher_bytes(shapes: TrainingShapes, setup: TrainingSetup, phase: TrainingPhase) -> int:
     """Bytes of the teacher's weights that it does not share with the student."""
     if not setup.teacher or (setup.teacher_is_base and phase == "search"):
         return 0

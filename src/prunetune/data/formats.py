@@ -112,10 +112,5 @@ def _parquet(path: Path) -> NumberedRows:
 
 # By suffix. Each raises `DataError` with file and line if a file cannot be read.
 READERS: dict[str, Callable[[Path], NumberedRows]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": _csv,
-    ".parquet": _parquet,
-}
+    ".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet,
+}  # fmt: skip

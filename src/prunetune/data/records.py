@@ -54,9 +54,8 @@ class Record:
 
     def content_json(self) -> str:
         """All that a model sees or is scored on as a line of JSON: without id, source and weight."""
-        return json.dumps(
-            [self.kind, self.prompt, self.completion, self.choices, self.answer, self.messages, self.task, self.group]
-        )
+        answer = (self.completion, self.choices, self.answer)
+        return json.dumps([self.kind, self.prompt, *answer, self.messages, self.task, self.group])
 
 
 def _normalise_text(text: str) -> str:

@@ -172,9 +172,7 @@ def carve_splits(
     for split, share in shares.items():
         split_by_cluster |= dict.fromkeys(_choose_clusters(remaining, clusters, share * len(records)), split)
         remaining = [name for name in remaining if name not in split_by_cluster]
-    split_of = {
-        id(record): split_by_cluster.get(name, "train") for name, cluster in clusters.items() for record in cluster
-    }
+    split_of = {id(record): split_by_cluster.get(name, "train") for name in clusters for record in clusters[name]}
     names: tuple[SplitName, ...] = ("train", *shares)
     return {name: tuple(record for record in records if split_of[id(record)] == name) for name in names}
 

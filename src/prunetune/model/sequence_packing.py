@@ -115,11 +115,9 @@ def packed_attention(
 def _attend_by_kernel(
     query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, longest: int, scale: float | None, window: int | None
 ) -> Tensor:
-    left = -1 if window is None else window - 1
-    options: dict[str, Any] = {"enable_gqa": True} if HAS_ENABLE_GQA else {}
-    result = varlen_attn(
-        query, key, value, bounds, bounds, longest, longest, scale=scale, window_size=(left, 0), **options
-    )
+    options: dict[str, Any] = {"window_size": (-1 if window is None else window - 1, 0)}
+    options |= {"enable_gqa": True} if HAS_ENABLE_GQA else {}
+    result = varlen_attn(query, key, value, bounds, bounds, longest, longest, scale=scale, **options)
     assert isinstance(result, Tensor)
     return result
 

@@ -68,6 +68,7 @@ class LayerSites:
         """A block, or the layer, as the only unit of a site; `module` is the one whose output is gated."""
         mlp_linears = self._plain_mlp_linears() if kind is UnitKind.MLP_BLOCK else ()
         targets = layer_target_modules(self.model, self.architecture, self.prefix)
+        linears = mlp_linears or tuple(target for target in targets if target.startswith(f"{module}."))
         params = sum(count_base_params(self.model.get_submodule(removed)) for removed in mlp_linears or (module,))
         child_params = sum(site.params for site in children)
         return Site(
@@ -77,9 +78,7 @@ class LayerSites:
             units=1,
             unit_params=params - child_params,
             min_units_per_group=min_units,
-            weights=SiteWeights(
-                block_linears=mlp_linears or tuple(target for target in targets if target.startswith(f"{module}."))
-            ),
+            weights=SiteWeights(block_linears=linears),
             gating="layer" if kind is UnitKind.LAYER else "output",
             gated_module=module,
             parent=parent,

@@ -76,7 +76,5 @@ def unprunable_params(model: nn.Module, units: Collection[str] = DEFAULT_UNITS) 
 
 def lora_target_modules(model: nn.Module) -> list[str]:
     """The linears that get adapters: those of attention and MLP that can be cut, whatever kinds a recipe prunes."""
-    architecture = architecture_info(model)
-    return [
-        name for prefix in architecture.layer_prefixes for name in layer_target_modules(model, architecture, prefix)
-    ]
+    info = architecture_info(model)
+    return [name for prefix in info.layer_prefixes for name in layer_target_modules(model, info, prefix)]

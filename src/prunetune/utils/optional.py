@@ -18,10 +18,8 @@ def import_optional(module: str, *, extra: str, use: str) -> ModuleType:
     """The module; raises `MissingPackage`, which says what needs it and how to install it."""
     try:
         return import_module(module)
-    except ModuleNotFoundError as missing:
-        raise MissingPackage(
-            f"{use} needs the package {missing.name}; run: pip install 'prunetune[{extra}]'"
-        ) from missing
+    except ModuleNotFoundError as error:
+        raise MissingPackage(f"{use} needs the package {error.name}; run: pip install 'prunetune[{extra}]'") from error
 
 
 def require_installed(*modules: str, extra: str, use: str) -> None:

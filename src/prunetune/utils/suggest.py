@@ -26,9 +26,7 @@ def validate_name(name: str, known: Iterable[str], what: str) -> str:
     names = list(known)
     if name in names:
         return name
-    listed = (
-        f"known are {', '.join(names)}"
-        if len(names) <= MAX_NAMES_LISTED
-        else f"{len(names):,} are known, and none has a name like it"
-    )
+    listed = f"known are {', '.join(names)}"
+    if len(names) > MAX_NAMES_LISTED:
+        listed = f"{len(names):,} are known, and none has a name like it"
     raise ConfigError(f"{what} {name!r} is not known; {did_you_mean(name, names) or listed}")
