@@ -50,10 +50,11 @@ def _json_lines(path: Path) -> NumberedRows:
 
 def _json(path: Path) -> NumberedRows:
     text = _read_text(path)
-    if not text.lstrip().startswith("["):
+    if text.lstrip().startswith("["):
+        wanted = "a .json file holds a list of objects, or one object a line"
+        yield from enumerate(_parse_json(text, str(path), wanted), 1)
+    else:
         yield from _json_lines(path)
-        return
-    yield from enumerate(_parse_json(text, str(path), "a .json file holds a list of objects, or one object a line"), 1)
 
 
 @contextmanager

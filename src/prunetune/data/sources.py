@@ -110,12 +110,8 @@ def _rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> Itera
 
 def _fields(record: Record) -> dict[str, Any]:
     """A record of the demo as the row it would have been in a file."""
-    return {
-        "prompt": record.prompt,
-        "completion": record.completion,
-        "choices": list(record.choices),
-        "answer": record.answer,
-    }
+    texts = {"prompt": record.prompt, "completion": record.completion}
+    return {**texts, "choices": list(record.choices), "answer": record.answer}
 
 
 def _matching_files(path: str, config: DataConfig) -> tuple[Path, ...]:

@@ -57,6 +57,7 @@ class Family:
 
 
 HEAD_DIM_DERIVED = "its head dimension is the hidden size divided by the heads, so no head can be removed"
+FIXED_HEADS = {UnitKind.KV_GROUP: HEAD_DIM_DERIVED}
 IN_EXPERTS = "its channels are in experts: see experts and expert-channels"
 WIDE_NORM = "its norms of queries or keys hold more than one head's weights"
 ADDS_RESIDUAL = "its attention adds the residual itself, so that its output is more than its own"
@@ -93,27 +94,25 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         tp_plan={"mlp.c_fc": "colwise", "mlp.c_proj": "rowwise"},
         intermediate_size_key="n_inner",
-        unprunable={UnitKind.KV_GROUP: HEAD_DIM_DERIVED},
+        unprunable=FIXED_HEADS,
     ),
-    "gpt_neox": Family(unprunable={UnitKind.KV_GROUP: HEAD_DIM_DERIVED}),
+    "gpt_neox": Family(unprunable=FIXED_HEADS),
     "stablelm": Family(
         tp_plan={"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"},
-        unprunable={UnitKind.KV_GROUP: HEAD_DIM_DERIVED},
+        unprunable=FIXED_HEADS,
     ),
     "opt": Family(
-        tp_plan={"fc1": "colwise", "fc2": "rowwise"},
-        intermediate_size_key="ffn_dim",
-        unprunable={UnitKind.KV_GROUP: HEAD_DIM_DERIVED},
+        tp_plan={"fc1": "colwise", "fc2": "rowwise"}, intermediate_size_key="ffn_dim", unprunable=FIXED_HEADS
     ),
     "falcon": Family(
         tp_plan={"mlp.dense_h_to_4h": "colwise", "mlp.dense_4h_to_h": "rowwise"},
         intermediate_size_key="ffn_hidden_size",
-        unprunable={UnitKind.KV_GROUP: HEAD_DIM_DERIVED},
+        unprunable=FIXED_HEADS,
     ),
     "bloom": Family(
         tp_plan={"mlp.dense_h_to_4h": "colwise", "mlp.dense_4h_to_h": "rowwise"},
         intermediate_size_key="",
-        unprunable={UnitKind.KV_GROUP: HEAD_DIM_DERIVED, UnitKind.ATTENTION_BLOCK: ADDS_RESIDUAL},
+        unprunable={**FIXED_HEADS, UnitKind.ATTENTION_BLOCK: ADDS_RESIDUAL},
         adds_residual=True,
     ),
 }

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from prunetune.pruning.linears import COLUMNS, ROWS, as_out_in, get_base_linear, set_axis_size
 from prunetune.pruning.sites import lora_target_modules
 from prunetune.pruning.units import Site
+from prunetune.pruning.whole_blocks import replace_module
 from prunetune.utils.optional import require_installed
 
 NF4_BLOCK_SIZE = 64  # weights that share a scale
@@ -133,8 +134,7 @@ def quantize_linears_to_nf4(
     """
     for name, axis in cut_axes(model, sites).items():
         linear = NF4Linear.from_linear(get_base_linear(model, name), cut_axis=axis, dtype=dtype, device=device)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, linear)
+        replace_module(model, name, linear)
 
 
 @torch.no_grad()

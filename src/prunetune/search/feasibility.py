@@ -74,9 +74,6 @@ def _check_feasible(budget: BudgetLimit, lowest: float, constraints: PlanConstra
     )
 
 
-# -- prices --------------------------------------------------------------------------------------------------------
-
-
 def _prices_with_children(
     nested_sites: NestedSites, constraints: PlanConstraints, budgets: Sequence[BudgetLimit]
 ) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -135,10 +136,8 @@ class Searcher:
     def _draw(self, logits: Mapping[str, Tensor], purpose: str, step: int) -> dict[str, Tensor]:
         """Soft Gumbel gates {site: [U]}, from a random stream of this purpose and step."""
         rng = torch.Generator().manual_seed(derive_seed(self.seed, f"gates-{purpose}", step))
-        return {
-            name: gumbel_sigmoid(value, temperature=self.config.temperature, offset=self.config.offset, rng=rng)
-            for name, value in logits.items()
-        }
+        draw = partial(gumbel_sigmoid, temperature=self.config.temperature, offset=self.config.offset, rng=rng)
+        return {name: draw(value) for name, value in logits.items()}
 
     def parameter_names(self) -> list[str]:
         """Names of the generator's parameters, in the order of its optimiser."""

@@ -69,9 +69,6 @@ def best_units(nested_sites: NestedSites, keep: float, constraints: PlanConstrai
     return nested_sites.best_units(_per_layer_widths(nested_sites, target_params, constraints, tracker))
 
 
-# -- the smallest legal plan ---------------------------------------------------------------------------------------
-
-
 def min_widths(nested_sites: NestedSites, constraints: PlanConstraints) -> dict[str, int]:
     """Widths of the smallest legal plan: {site: units of each open group}."""
     if constraints.layout == "uniform":
@@ -88,9 +85,6 @@ def min_params(sites: Sequence[Site], constraints: PlanConstraints) -> int:
 def min_feasible_keep(sites: Sequence[Site], constraints: PlanConstraints) -> float:
     """The smallest keep that some legal plan meets, as a share of the prunable parameters."""
     return min_params(sites, constraints) / prunable_params(sites)
-
-
-# -- layout per-layer ----------------------------------------------------------------------------------------------
 
 
 def _per_layer_widths(

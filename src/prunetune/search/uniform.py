@@ -43,7 +43,10 @@ Fits = dict[UniformCounts, tuple[int, int]]  # counts -> (parameters, channels) 
 
 
 class UniformPlanner:
-    """The shapes that all layers of a model may have, their parameters, and the scores that each keeps."""
+    """The shapes that all layers of a model may have, their parameters, and the scores that each keeps.
+
+    Raises `PlanError` if layers differ, or could lose one of their blocks.
+    """
 
     def __init__(self, nested_sites: NestedSites, constraints: PlanConstraints) -> None:
         self.nested_sites, self.constraints = nested_sites, constraints
@@ -56,16 +59,12 @@ class UniformPlanner:
             self.num_layers = len({site.layer for site in nested_sites.sites})
         first = nested_sites.sites[0].layer
         self.sites_by_kind = {site.kind: site for site in nested_sites.sites if site.layer == first}
-        self._check_layers_are_equal()
         self.score_sums: dict[tuple[str, int, int], float] = {}  # by site, width, width of its parent
-
-    def _check_layers_are_equal(self) -> None:
-        """Raises `PlanError` if layers differ, or could lose one of their blocks."""
         block_kinds = (UnitKind.ATTENTION_BLOCK, UnitKind.MLP_BLOCK)
         if blocks := [kind.recipe_name for kind in block_kinds if kind in self.sites_by_kind]:
             raise PlanError(f"layout uniform cannot express layers without {' or '.join(blocks)}: use layout per-layer")
-        sizes = {(site.kind, site.units, site.unit_params, site.parent_groups) for site in self.nested_sites.sites}
-        if len(sizes) > len({site.kind for site in self.nested_sites.sites}):
+        sizes = {(site.kind, site.units, site.unit_params, site.parent_groups) for site in nested_sites.sites}
+        if len(sizes) > len({site.kind for site in nested_sites.sites}):
             raise PlanError("layout uniform needs equal layers, and this model's differ: use layout per-layer")
 
     # -- legal shapes ----------------------------------------------------------------------------------------------
