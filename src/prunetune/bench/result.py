@@ -60,7 +60,6 @@ class BenchResult:
     models: tuple[BenchedModel, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain values, for JSON."""
         units = {metric.name: metric.unit for metric in METRICS}
         return {"reference": self.models[0].name, "units": units, **asdict(self)}
 

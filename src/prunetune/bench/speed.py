@@ -21,7 +21,6 @@ class Speed:
     decode_spread: float
 
     def to_dict(self) -> dict[str, Any]:
-        """For the manifest."""
         return asdict(self)
 
 

@@ -148,7 +148,6 @@ class MemoryCost:
 
     @property
     def fixed_cost(self) -> float:
-        """As of the weights."""
         return self._weights.fixed_cost
 
     @cached_property

@@ -62,7 +62,6 @@ class LatencyTable:
         )
 
     def to_json(self) -> str:
-        """The table as JSON text."""
         layers = {
             track: {str(index): asdict(timing) for index, timing in timings.items()}
             for track, timings in self.layers.items()

@@ -30,7 +30,6 @@ class OwnedLines:
     lines_per_unit: int
 
     def removed(self, counts: UnitCounts) -> int:
-        """Rows or columns that are removed."""
         return (self.units - counts[self.site]) * self.lines_per_unit
 
 
@@ -106,7 +105,6 @@ class ModelShape:
         return {site.name: site.units for layer in self.layers.values() for site in layer.sites}
 
     def params(self, counts: UnitCounts) -> int:
-        """Parameters of the whole model."""
         return self.unprunable_params + sum(layer.params(counts) for layer in self.layers.values())
 
 

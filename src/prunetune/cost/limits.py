@@ -63,11 +63,9 @@ class BudgetLimit:
 
     @property
     def is_met_by_dense(self) -> bool:
-        """Whether the dense model is within the limit."""
         return self.dense_cost <= self.limit
 
     def cost(self, counts: UnitCounts) -> float:
-        """The cost of a plan with these unit counts."""
         return max_cost(self.costs, counts)
 
     def limit_at(self, progress: float) -> float:
@@ -79,7 +77,6 @@ class BudgetLimit:
         return self.batch_tokens / cost if self.batch_tokens else cost
 
     def format_cost(self, cost: float) -> str:
-        """A cost as text with its unit."""
         return format_amount(self.to_amount(cost), self.kind)
 
 

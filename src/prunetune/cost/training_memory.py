@@ -101,7 +101,6 @@ class TrainingMemory:
 
     @property
     def total(self) -> int:
-        """Bytes of all parts."""
         return sum(astuple(self))
 
 

@@ -36,7 +36,6 @@ class Batch:
     example_ids: tuple[str, ...]
 
     def to(self, device: torch.device | str) -> Batch:
-        """The batch with its tensors on a device."""
         return replace(self, input_ids=self.input_ids.to(device), labels=self.labels.to(device))
 
     @property

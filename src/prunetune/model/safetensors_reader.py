@@ -34,7 +34,6 @@ class SafetensorsReader:
         return cls(files, checkpoint_dtype(name, trust_remote_code=trust_remote_code))
 
     def has_all(self, names: Iterable[str]) -> bool:
-        """Whether the files hold tensors of all these names."""
         return all(name in self.files for name in names)
 
     def tensor(self, name: str) -> Tensor:

@@ -128,7 +128,6 @@ class HeadCounts:
 
     @property
     def queries_per_kv_head(self) -> int:
-        """Query heads of a KV group."""
         return self.query_heads // self.kv_heads
 
 

@@ -102,7 +102,6 @@ class LinearSlice:
 
     @property
     def rows_per_unit(self) -> int:
-        """Rows that one unit owns."""
         return sum(self.part_sizes)
 
     def indices(self, kept: Iterable[int], units: int) -> Tensor:
@@ -182,7 +181,6 @@ class Site:
 
     @property
     def producers(self) -> tuple[LinearSlice, ...]:
-        """The slices that lose output rows."""
         return self.weights.producers
 
     @property
@@ -202,7 +200,6 @@ class Site:
 
     @property
     def units_per_group(self) -> int:
-        """Units of one parent group."""
         return self.units // self.parent_groups
 
     @property

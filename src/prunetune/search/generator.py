@@ -44,7 +44,6 @@ class DecisionGenerator(nn.Module):
             _initialise(name, parameter, rng)
 
     def forward(self) -> dict[str, Tensor]:
-        """{site name: logits [U]}."""
         mixed = self.mixer(self.get_buffer("layer_vectors")[:, None, :])  # [L, 1, E]
         features: Tensor = self.norm(mixed[0] if isinstance(mixed, tuple) else mixed)[:, 0]
         return {site.name: head(features[site.layer]) for site, head in zip(self.sites, self.heads, strict=True)}
@@ -59,7 +58,6 @@ class FreeLogits(nn.Module):
         self.logits = nn.ParameterList(nn.Parameter(torch.zeros(site.units)) for site in sites)
 
     def forward(self) -> dict[str, Tensor]:
-        """{site name: logits [U]}."""
         return {site.name: logits for site, logits in zip(self.sites, self.logits, strict=True)}
 
 

@@ -34,12 +34,10 @@ class PlainConsole:
         self.stage_start: tuple[int, float] | None = None  # first step of the stage, and its time
 
     def stage(self, name: str, total: int) -> None:
-        """A stage of `total` steps begins."""
         self.total, self.stage_start = total, None
         log.info("%s", name)
 
     def step(self, record: JsonObject) -> None:
-        """A tuning step is done; `record` is its line of metrics.jsonl."""
         step, now = record["step"], time.monotonic()
         self.stage_start = self.stage_start or (step, now)
         if step % self.log_every == 0 or step in (1, self.total):
@@ -49,12 +47,10 @@ class PlainConsole:
             log.info("step %d/%d %s%s", step, self.total, format_step(record), time_left)
 
     def validation(self, record: JsonObject) -> None:
-        """The decided sub-network was scored; `record` is its line of validation.jsonl."""
         scores, kept = format_validation_scores(record), 100 * record["kept"]
         log.info("step %d validation nll %.4f%s at %.1f%% kept", record["step"], record["nll"], scores, kept)
 
     def evaluation_progress(self, task: str, done: int, total: int) -> None:
-        """`done` of `total` items of an evaluation task have their scores."""
         if done == total:
             log.info("evaluated %s", task)
 
@@ -88,21 +84,17 @@ class LiveConsole:
         self.validation_text = ""
 
     def stage(self, name: str, total: int) -> None:
-        """A stage of `total` steps begins."""
         self._finish()
         self.progress.start()
         self.task = self.progress.add_task(name, total=total or None, text="")
 
     def step(self, record: JsonObject) -> None:
-        """A tuning step is done; `record` is its line of metrics.jsonl."""
         self._update(record["step"], f"{format_step(record)} {self.validation_text}")
 
     def validation(self, record: JsonObject) -> None:
-        """The decided sub-network was scored; `record` is its line of validation.jsonl."""
         self.validation_text = f"valid {record['nll']:.3f}{format_validation_scores(record)}"
 
     def evaluation_progress(self, task: str, done: int, total: int) -> None:
-        """`done` of `total` items of an evaluation task have their scores."""
         self._update(done, task, total)
 
     def close(self) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from prunetune.bench.latency.header import table_header, table_path
-from prunetune.bench.latency.measure import POINTS, LatencyTableBuilder
-from prunetune.bench.latency.request_timing import RUNS
+from prunetune.bench.latency.measure import LatencyTableBuilder
 from prunetune.config.recipe import WorkloadConfig
 from prunetune.cost.latency_table import LatencyTable
 from prunetune.errors import ConfigError
 from prunetune.pruning.units import Site, UnitKind
 from prunetune.utils.files import write_text
+from prunetune.utils.json_lines import JsonObject
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ def get_latency_table(
 
 def checked_header(
     config: Any, sites: tuple[Site, ...], workload: WorkloadConfig, device: torch.device, align: int
-) -> dict[str, Any]:
+) -> JsonObject:
     """The header of a table for these units; raises `ConfigError` for kinds that no table prices."""
     kinds = {site.kind for site in sites}
     unmeasured = [kind.recipe_name for kind in UnitKind if kind in kinds and not kind.is_in_latency_table]
@@ -49,7 +49,7 @@ def checked_header(
     return table_header(config, workload, device, align) | {"blocks": UnitKind.MLP_BLOCK in kinds}
 
 
-def load_cached_table(header: dict[str, Any]) -> LatencyTable | None:
+def load_cached_table(header: JsonObject) -> LatencyTable | None:
     """The table in the cache; None if there is none, or it cannot be read."""
     path = table_path(header)
     if not path.is_file():
@@ -62,20 +62,11 @@ def load_cached_table(header: dict[str, Any]) -> LatencyTable | None:
 
 
 def measure_table(
-    config: Any,
-    sites: tuple[Site, ...],
-    workload: WorkloadConfig,
-    device: torch.device,
-    align: int,
-    header: dict[str, Any],
-    *,
-    points: int = POINTS,
-    runs: int = RUNS,
+    config: Any, sites: tuple[Site, ...], workload: WorkloadConfig, device: torch.device, align: int, header: JsonObject
 ) -> LatencyTable:
     """Measure a table and write it to the cache; if that fails, the table is returned all the same, with a warning."""
-    includes_zero_width = any(site.kind is UnitKind.MLP_BLOCK for site in sites)
-    start = time.monotonic()
-    table = LatencyTableBuilder(config, workload, device, align, points, runs, includes_zero_width).measure(header)
+    zero_width, start = any(site.kind is UnitKind.MLP_BLOCK for site in sites), time.monotonic()
+    table = LatencyTableBuilder(config, workload, device, align, includes_zero_width=zero_width).measure(header)
     path, seconds = table_path(header), time.monotonic() - start
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
