@@ -23,8 +23,6 @@ from prunetune.errors import ModelError
 from prunetune.model.loading import load_model_and_tokenizer, pick_device, pick_dtype
 from prunetune.utils import environment
 
-_aten = torch.ops.aten
-
 
 def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
     """FLOPs of both products for shapes [batch, heads, tokens, width], without a mask.
@@ -34,14 +32,8 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
     return 2 * query[0] * query[1] * query[2] * key[2] * (query[3] + value[3])
 
 
-ATTENTION = dict.fromkeys(
-    (
-        _aten._scaled_dot_product_flash_attention,
-        _aten._scaled_dot_product_efficient_attention,
-        _aten._scaled_dot_product_cudnn_attention,
-    ),
-    _attention_flops,
-)
+KERNELS = ("flash", "efficient", "cudnn")
+ATTENTION = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}_attention"): _attention_flops for name in KERNELS}
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin")  # the first pattern that matches files in a folder
 
 

@@ -52,14 +52,12 @@ class LatencyTable:
 
     def scaled(self, factors: Mapping[str, float]) -> LatencyTable:
         """Every track multiplied by a factor of its own."""
-        return replace(
-            self,
-            outside_layers={track: factors[track] * seconds for track, seconds in self.outside_layers.items()},
-            layers={
-                track: {index: timing.scaled(factors[track]) for index, timing in timings.items()}
-                for track, timings in self.layers.items()
-            },
-        )
+        outside_layers = {track: factors[track] * seconds for track, seconds in self.outside_layers.items()}
+        layers = {
+            track: {index: timing.scaled(factors[track]) for index, timing in timings.items()}
+            for track, timings in self.layers.items()
+        }
+        return replace(self, outside_layers=outside_layers, layers=layers)
 
     def to_json(self) -> str:
         layers = {

@@ -64,11 +64,9 @@ def encode(records: Sequence[Record], tokenizer: Any, config: DataConfig, contex
     lengths = [len(example.token_ids) for example in examples]
     long = [index for index, length in enumerate(lengths) if length > limit]
     if long and config.too_long == "error":
-        advice = (
-            f"raise data.max_length (the model's context is {context_length})"
-            if limit < context_length
-            else f"take a model with more context (data.max_length cannot pass its {context_length})"
-        )
+        advice = f"take a model with more context (data.max_length cannot pass its {context_length})"
+        if limit < context_length:
+            advice = f"raise data.max_length (the model's context is {context_length})"
         raise DataError(
             f"{len(long)} of {len(records)} rows have more than {limit} tokens (longest {max(lengths)}), "
             f"first {records[long[0]].source}; set data.too_long=truncate or data.too_long=drop, or {advice}"

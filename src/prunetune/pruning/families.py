@@ -57,7 +57,7 @@ class Family:
 
 
 HEAD_DIM_DERIVED = "its head dimension is the hidden size divided by the heads, so no head can be removed"
-FIXED_HEADS = {UnitKind.KV_GROUP: HEAD_DIM_DERIVED}
+NO_HEADS = {UnitKind.KV_GROUP: HEAD_DIM_DERIVED}
 IN_EXPERTS = "its channels are in experts: see experts and expert-channels"
 WIDE_NORM = "its norms of queries or keys hold more than one head's weights"
 ADDS_RESIDUAL = "its attention adds the residual itself, so that its output is more than its own"
@@ -92,27 +92,22 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "gpt2": Family(
-        tp_plan={"mlp.c_fc": "colwise", "mlp.c_proj": "rowwise"},
-        intermediate_size_key="n_inner",
-        unprunable=FIXED_HEADS,
+        tp_plan={"mlp.c_fc": "colwise", "mlp.c_proj": "rowwise"}, intermediate_size_key="n_inner", unprunable=NO_HEADS
     ),
-    "gpt_neox": Family(unprunable=FIXED_HEADS),
+    "gpt_neox": Family(unprunable=NO_HEADS),
     "stablelm": Family(
-        tp_plan={"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"},
-        unprunable=FIXED_HEADS,
+        tp_plan={"mlp.gate_proj": "colwise", "mlp.up_proj": "colwise", "mlp.down_proj": "rowwise"}, unprunable=NO_HEADS
     ),
-    "opt": Family(
-        tp_plan={"fc1": "colwise", "fc2": "rowwise"}, intermediate_size_key="ffn_dim", unprunable=FIXED_HEADS
-    ),
+    "opt": Family(tp_plan={"fc1": "colwise", "fc2": "rowwise"}, intermediate_size_key="ffn_dim", unprunable=NO_HEADS),
     "falcon": Family(
         tp_plan={"mlp.dense_h_to_4h": "colwise", "mlp.dense_4h_to_h": "rowwise"},
         intermediate_size_key="ffn_hidden_size",
-        unprunable=FIXED_HEADS,
+        unprunable=NO_HEADS,
     ),
     "bloom": Family(
         tp_plan={"mlp.dense_h_to_4h": "colwise", "mlp.dense_4h_to_h": "rowwise"},
         intermediate_size_key="",
-        unprunable={**FIXED_HEADS, UnitKind.ATTENTION_BLOCK: ADDS_RESIDUAL},
+        unprunable={**NO_HEADS, UnitKind.ATTENTION_BLOCK: ADDS_RESIDUAL},
         adds_residual=True,
     ),
 }

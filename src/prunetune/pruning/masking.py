@@ -131,8 +131,5 @@ def _gate_layer(model: nn.Module, site: Site, gate: Tensor) -> list[RemovableHan
 
 
 GATE_FUNCTIONS: Mapping[str, GateFunction] = {
-    "output": _gate_block,
-    "layer": _gate_layer,
-    "router": gate_router,
-    "expert columns": gate_expert_columns,
-}
+    "output": _gate_block, "layer": _gate_layer, "router": gate_router, "expert columns": gate_expert_columns,
+}  # fmt: skip

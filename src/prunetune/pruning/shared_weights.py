@@ -35,14 +35,8 @@ def copy_sharing_weights(model: nn.Module) -> Any:
     Putting another tensor into the model leaves the copy as it is. Writing into a weight, as `merge_adapters` does
     without `trainable`, changes both.
     """
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for weight in module._parameters.values():
-            if weight is not None:
-                memo[id(weight)] = nn.Parameter(weight.detach(), requires_grad=False)
-        for buffer in module._buffers.values():
-            if buffer is not None:
-                memo[id(buffer)] = buffer.detach()
+    memo: dict[int, Any] = {id(buffer): buffer.detach() for buffer in model.buffers()}
+    memo |= {id(weight): nn.Parameter(weight.detach(), requires_grad=False) for weight in model.parameters()}
     return copy.deepcopy(model, memo).eval()
 
 

@@ -48,12 +48,9 @@ def is_permission_denied(error: BaseException) -> bool:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether host or GPU memory ran out, as Python or PyTorch report it."""
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "can't allocate memory" in str(error)
-        or "CUDA error: out of memory" in str(error)
-    )
+    texts = ("can't allocate memory", "CUDA error: out of memory")
+    is_named_so = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_named_so or any(text in str(error) for text in texts)
 
 
 def is_gpu_fault(error: BaseException) -> bool:

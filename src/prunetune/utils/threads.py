@@ -24,9 +24,8 @@ def usable_cores(cgroup_root: Path = CGROUP_ROOT) -> int:
     """Cores that this process may use, by its affinity and the container's quota (cgroup 2 or 1)."""
     affinity = getattr(os, "sched_getaffinity", None)
     allowed = len(affinity(0)) if affinity else os.cpu_count() or 1
-    quota = _read_cpu_quota(cgroup_root / "cpu.max") or _read_cpu_quota(
-        cgroup_root / "cpu/cpu.cfs_quota_us", cgroup_root / "cpu/cpu.cfs_period_us"
-    )
+    quota = _read_cpu_quota(cgroup_root / "cpu.max")
+    quota = quota or _read_cpu_quota(cgroup_root / "cpu/cpu.cfs_quota_us", cgroup_root / "cpu/cpu.cfs_period_us")
     return max(1, min(allowed, int(quota) if quota else allowed))
 
 

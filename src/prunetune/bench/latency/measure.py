@@ -115,8 +115,6 @@ class LatencyTableBuilder:
         step = self.align * -(-units // (self.align * self.points))
         return [*([0] if self.includes_zero_width else []), *sorted({self.align, *range(step, units, step)} - {units})]
 
-    # -- fewer runs and widths on a slow CPU -----------------------------------------------------------------------
-
     def _within_time_limit(self, model: Any, sites: Sequence[Site], max_seconds: float) -> LatencyTableBuilder:
         """This builder or, on a CPU, one of fewer runs and widths, so that all widths take no longer than that."""
         if self.device.type != "cpu":
@@ -146,8 +144,6 @@ class LatencyTableBuilder:
         yield from (replace(self, runs=runs) for runs in range(self.runs, few - 1, -1))
         yield from (replace(self, runs=few, points=points) for points in range(self.points - 1, sparse - 1, -1))
         yield from (replace(self, runs=runs, points=sparse) for runs in range(few - 1, 0, -1))
-
-    # -- scale to the dense model ----------------------------------------------------------------------------------
 
     def _scaled(self, table: LatencyTable, layers: Sequence[int]) -> LatencyTable:
         """The table with the longer track of each phase scaled to the time that the dense model takes.
