@@ -104,8 +104,6 @@ class LayerSites:
             **options,
         )  # fmt: skip
 
-    # -- attention ---------------------------------------------------------------------------------------------------
-
     def _attention_sites(self, parent: str) -> list[Site]:
         attention, kind = self.architecture.attention_name, UnitKind.ATTENTION_BLOCK
         name = self._block_name(attention, kind) if kind in self.kinds else ""
@@ -176,8 +174,6 @@ class LayerSites:
             else:
                 group_rows.append(LinearSlice(module, (rows // heads.kv_heads,)))
         return tuple(group_rows), tuple(query_rows)
-
-    # -- MLP and experts ---------------------------------------------------------------------------------------------
 
     def _mixture(self) -> MixtureOfExperts | None:
         """The family's experts, where this layer has them."""

@@ -38,7 +38,16 @@ def with_limits(
     nested_sites = NestedSites(sites)
     lowest = nested_sites.kept_unit_counts(min_widths(nested_sites, constraints), nested_sites.sites)
     for budget in budgets:
-        _check_feasible(budget, budget.cost(lowest), constraints)
+        least = budget.cost(lowest)
+        if least > budget.limit * (1 + RELATIVE_TOLERANCE):
+            side = "above" if budget.kind == "throughput" else "below"
+            nearest = format_amount_rounded_to_limit(budget.to_amount(least), budget.kind)
+            raise PlanError(
+                f"budget.{budget.kind} {budget.format_cost(budget.limit)} is {side} what is feasible "
+                f"({nearest}; dense {budget.format_cost(budget.dense_cost)}) for layout {constraints.layout} with "
+                f"budget.align {constraints.align}: state that, or lower budget.align, budget.min_groups or "
+                "budget.min_share"
+            )
     if requested_keep >= 1 and all(budget.is_met_by_dense for budget in budgets):
         first = budgets[0]
         raise PlanError(
@@ -59,19 +68,6 @@ def _kept_share(plan: Plan, prices: Mapping[str, float]) -> float:
     """Price of the kept units over that of all units."""
     kept = sum(len(units) * prices[site] for site, units in plan.kept.items())
     return float(kept / sum(count * prices[site] for site, count in plan.units.items()))
-
-
-def _check_feasible(budget: BudgetLimit, lowest: float, constraints: PlanConstraints) -> None:
-    """Raises `PlanError` if the smallest plan, of cost `lowest`, is above the budget."""
-    if lowest <= budget.limit * (1 + RELATIVE_TOLERANCE):
-        return
-    side = "above" if budget.kind == "throughput" else "below"
-    nearest = format_amount_rounded_to_limit(budget.to_amount(lowest), budget.kind)
-    raise PlanError(
-        f"budget.{budget.kind} {budget.format_cost(budget.limit)} is {side} what is feasible "
-        f"({nearest}; dense {budget.format_cost(budget.dense_cost)}) for layout {constraints.layout} with "
-        f"budget.align {constraints.align}: state that, or lower budget.align, budget.min_groups or budget.min_share"
-    )
 
 
 def _prices_with_children(
