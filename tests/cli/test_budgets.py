@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -59,7 +60,7 @@ def _a_device_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("prunetune.bench.latency.short_models.CPU_CACHE", 1)
     monkeypatch.setattr(
-        tables, "LatencyTableBuilder", lambda *args: LatencyTableBuilder(*args, track_timer=tracks, request_timer=sizes)
+        tables, "LatencyTableBuilder", functools.partial(LatencyTableBuilder, track_timer=tracks, request_timer=sizes)
     )
     monkeypatch.setattr("prunetune.bench.latency.verify.time_requests", sizes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -229,7 +230,7 @@ def test_dense_model_that_does_not_fit_is_halved(most: int) -> None:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
-        tables, "LatencyTableBuilder", lambda *args: LatencyTableBuilder(*args, track_timer=tracks, request_timer=tiles)
+        tables, "LatencyTableBuilder", functools.partial(LatencyTableBuilder, track_timer=tracks, request_timer=tiles)
     )
     return tmp_path / "cache"
 
