@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from prunetune.baselines import BASELINES, Calibration
-from prunetune.compare.grid import Cell, CellResult, cell_header
+from prunetune.compare.grid import Cell, cell_header
 from prunetune.compare.methods import DENSE, apply_overrides, built_in_methods
 from prunetune.compare.scoring import finite_or_none, score_model
 from prunetune.config.recipe import DistillConfig
@@ -30,6 +30,7 @@ from prunetune.train.cuda_graphs import own_stream
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.teacher import Teacher, base_teacher, resolve_auto
 from prunetune.utils import environment
+from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.seeds import derive_seed
 
 CALIBRATION_BATCHES = 16  # if the recipe's search.init_batches is 0
@@ -47,7 +48,7 @@ class TunedDenseModel:
     model: Any = None
     plan: Plan | None = None
     seconds: float = 0.0
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[JsonObject] = field(default_factory=list)
 
 
 @dataclass
@@ -55,15 +56,15 @@ class CellMonitor:
     """Records the validation curve, shows steps if one cell runs at a time, and stops an interrupted cell."""
 
     runner: CellRunner
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[JsonObject] = field(default_factory=list)
 
-    def step(self, record: dict[str, Any]) -> None:
+    def step(self, record: JsonObject) -> None:
         """Take the record of a tuning step."""
         self.runner.raise_if_interrupted()
         if not self.runner.concurrent:
             self.runner.context.console.step(record)
 
-    def validation(self, record: dict[str, Any]) -> None:
+    def validation(self, record: JsonObject) -> None:
         """Take the record of a validation."""
         self.curve.append({"step": record["step"], "kept": record["kept"], "nll": finite_or_none(record["nll"])})
         if not self.runner.concurrent:
@@ -92,15 +93,36 @@ class CellRunner:
             torch.cuda.synchronize(self.context.device)
         self.concurrent = concurrent
 
-    def select_teachers(self, rate: float, *, needed: bool) -> None:
-        """Keep the dense models of this learning rate as teachers if `needed`; free all others."""
+    def select_teachers(self, rate: float, *, is_needed: bool) -> None:
+        """Keep the dense models of this learning rate as teachers if that `is_needed`; free all others."""
         self.dense_learning_rate = rate
-        self.teachers = {key: tuned for key, tuned in self.teachers.items() if needed and key[1] == rate}
+        self.teachers = {key: tuned for key, tuned in self.teachers.items() if is_needed and key[1] == rate}
 
-    def run_cell(self, cell: Cell, *, needs_valid_nll: bool) -> CellResult:
+    def run_cell(self, cell: Cell, *, needs_valid_nll: bool) -> JsonObject:
         """Train and score a cell; returns the content of its file. Raises whatever goes wrong."""
         with self._stream():
-            return self._run_cell(cell, needs_valid_nll=needs_valid_nll)
+            context = self.cell_context(cell)
+            if not self.concurrent:
+                context.console.stage(cell.name, 0 if cell.method.kind == "untuned" else context.config.train.steps)
+                if context.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(context.device)
+            model, plan, facts = self._model(cell, context)
+            peak = torch.cuda.max_memory_allocated(context.device) / 1e6 if context.device.type == "cuda" else None
+            started = time.monotonic()
+            scores = score_model(model, context, self._on_progress, needs_valid_nll=needs_valid_nll)
+            return {
+                **cell_header(cell),
+                **scores,
+                "kept": kept_params(context.sites, plan) / sum(site.params for site in context.sites),
+                "widths": plan.widths(),
+                **facts,
+                "eval_seconds": time.monotonic() - started,
+                "peak_mb": None if self.concurrent else peak,  # concurrent cells share the peak
+                "crowded": self.concurrent,
+                "device": environment.device_name(context.device),
+                "dtype": str(context.dtype).removeprefix("torch."),
+                "versions": environment.describe_environment(context.device, context.dtype, "", cell.seed)["versions"],
+            }
 
     def raise_if_interrupted(self) -> None:
         """Raises `Interrupted` if the comparison has been interrupted."""
@@ -114,31 +136,6 @@ class CellRunner:
         if not hasattr(self.thread_local, "own_stream"):
             self.thread_local.own_stream = own_stream(device)
         return torch.cuda.stream(self.thread_local.own_stream.stream)
-
-    def _run_cell(self, cell: Cell, *, needs_valid_nll: bool) -> CellResult:
-        context = self.cell_context(cell)
-        if not self.concurrent:
-            context.console.stage(cell.name, 0 if cell.method.kind == "untuned" else context.config.train.steps)
-            if context.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(context.device)
-        model, plan, facts = self._model(cell, context)
-        peak = torch.cuda.max_memory_allocated(context.device) / 1e6 if context.device.type == "cuda" else None
-        started = time.monotonic()
-        scores = score_model(model, context, self._on_progress, needs_valid_nll=needs_valid_nll)
-        prunable = sum(site.params for site in context.sites)
-        return {
-            **cell_header(cell),
-            **scores,
-            "kept": kept_params(context.sites, plan) / prunable,
-            "widths": plan.widths(),
-            **facts,
-            "eval_seconds": time.monotonic() - started,
-            "peak_mb": None if self.concurrent else peak,  # concurrent cells share the peak
-            "crowded": self.concurrent,
-            "device": environment.device_name(context.device),
-            "dtype": str(context.dtype).removeprefix("torch."),
-            "versions": environment.describe_environment(context.device, context.dtype, "", cell.seed)["versions"],
-        }
 
     def cell_context(self, cell: Cell) -> RunContext:
         """The context of one cell: data and tokens are shared, unless the cell names other texts for distillation."""
@@ -158,7 +155,7 @@ class CellRunner:
 
     # -- models ------------------------------------------------------------------------------------------------------
 
-    def _model(self, cell: Cell, context: RunContext) -> tuple[Any, Plan, CellResult]:
+    def _model(self, cell: Cell, context: RunContext) -> tuple[Any, Plan, JsonObject]:
         """Train the cell's model; returns it with its plan, and the seconds and validation curve of the training."""
         if cell.method.kind == "untuned":
             facts = {"train_seconds": 0.0, "teacher_seconds": 0.0, "curve": []}
