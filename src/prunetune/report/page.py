@@ -47,7 +47,7 @@ def write_report(run_folder: Path) -> Path:
     Raises `RunFolderError` where the folder or its `config.yaml` is missing.
     """
     target, run = run_folder / "report.html", read_run(run_folder)
-    if size_frontier.has_multiple_sizes(run):
+    if run.manifest.sizes:
         page = _render("size_frontier.html.j2", size_frontier.template_context(run_folder, run))
     else:
         page = _render("template.html.j2", _template_context(run))
@@ -160,7 +160,9 @@ def _kept_figures(run: RunFiles, layers: Sequence[kept_layers.KeptLayer]) -> lis
     if any(layer.mlp for layer in layers):
         kept, units = kept_layers.count_kept(layer.mlp for layer in layers)
         label = f"Share of MLP channels kept by layer: {kept} of {units}; the table below has the numbers"
-        picture = figures.widths_figure(label, layers)
+        picture = figures.unit_share_figure(
+            "mlp-width", label, {layer.index: layer.mlp for layer in layers if layer.mlp}
+        )
         drawn.append(ReportFigure("MLP width", picture, note=f"{kept:,} of {units:,} channels are kept."))
     for kind, by_layer in (kept_layers.other_units_by_layer(run.plan) if run.plan else {}).items():
         kept, units = kept_layers.count_kept(by_layer.values())

@@ -137,7 +137,14 @@ def headline_score(evaluations: Mapping[str, Evaluation]) -> HeadlineScore | Non
     if "pruned" not in evaluations or not reference:
         return None
     for metric in HEADLINE_METRICS:
-        finite = {name: _finite_scores(evaluation, metric) for name, evaluation in evaluations.items()}
+        finite = {
+            name: {
+                task: result.scores[metric]
+                for task, result in evaluation.tasks.items()
+                if metric in result.scores and math.isfinite(result.scores[metric].value)
+            }
+            for name, evaluation in evaluations.items()
+        }
         tasks = [task for task in finite["pruned"] if task in finite[reference]]
         if tasks:
             return _headline_over(tasks, metric, finite, reference)
@@ -164,9 +171,3 @@ def _headline_over(
         reference=means[reference],
         recovery=means["pruned"] / means[reference] if has_recovery else None,
     )
-
-
-def _finite_scores(evaluation: Evaluation, metric: str) -> dict[str, Score]:
-    """The metric by task, where a task has it and it is finite."""
-    scores = {task: result.scores[metric] for task, result in evaluation.tasks.items() if metric in result.scores}
-    return {task: score for task, score in scores.items() if math.isfinite(score.value)}
