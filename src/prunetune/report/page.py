@@ -160,9 +160,8 @@ def _kept_figures(run: RunFiles, layers: Sequence[kept_layers.KeptLayer]) -> lis
     if any(layer.mlp for layer in layers):
         kept, units = kept_layers.count_kept(layer.mlp for layer in layers)
         label = f"Share of MLP channels kept by layer: {kept} of {units}; the table below has the numbers"
-        picture = figures.unit_share_figure(
-            "mlp-width", label, {layer.index: layer.mlp for layer in layers if layer.mlp}
-        )
+        by_layer = {layer.index: layer.mlp for layer in layers if layer.mlp}
+        picture = figures.unit_share_figure("widths", label, by_layer)
         drawn.append(ReportFigure("MLP width", picture, note=f"{kept:,} of {units:,} channels are kept."))
     for kind, by_layer in (kept_layers.other_units_by_layer(run.plan) if run.plan else {}).items():
         kept, units = kept_layers.count_kept(by_layer.values())
