@@ -25,7 +25,8 @@ from prunetune.config.recipe import RunConfig, to_mapping
 from prunetune.errors import ConfigError, LimitBroken, PrunetuneError
 from prunetune.evaluation.inference import SDPA_BACKENDS
 from prunetune.model.loading import load_config, pick_device
-from prunetune.pipeline.prepare import Console, RunContext, data_and_model_facts, make_plan_constraints, prepare
+from prunetune.pipeline.plan_constraints import make_plan_constraints
+from prunetune.pipeline.prepare import Console, RunContext, data_and_model_facts, prepare
 from prunetune.runs.folder import CHANGEABLE_ON_RESUME, run_lock
 from prunetune.search.select import select
 from prunetune.train.cuda_graphs import CAPTURE_LOCK
