@@ -47,10 +47,8 @@ class Trackers:
     def log(self, record: JsonObject, prefix: str) -> None:
         """Send the finite numbers of a record at its step, named `prefix`/NAME."""
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
-        numbers = {
-            name: value for name, value in numbers.items() if not isinstance(value, bool) and math.isfinite(value)
-        }
-        values = {f"{prefix}/{name}": float(value) for name, value in numbers.items()}
+        is_sent = {name: not isinstance(value, bool) and math.isfinite(value) for name, value in numbers.items()}
+        values = {f"{prefix}/{name}": float(value) for name, value in numbers.items() if is_sent[name]}
         for tracker in list(self.active):
             self._call_or_drop(tracker, "log", values, step=record["step"])
 

@@ -213,10 +213,10 @@ class PackedPasses(_BasePasses):
     ) -> Losses:
         """Run `function` on packs of all examples, recorded by kind, teacher and shape; mean losses by metric."""
         self.totals.zero_()
-        for seen_by, part in split_by_teacher(examples, teacher):
-            counts = self.loss.normalisers(examples, part)
+        for seen_by, subset in split_by_teacher(examples, teacher):
+            counts = self.loss.normalisers(examples, subset)
             shares = torch.tensor([1 / counts[metric] for metric in self.loss.metrics])
-            for group in group_for_packing(self.ranks.local_examples(part), self.micro_tokens):
+            for group in group_for_packing(self.ranks.local_examples(subset), self.micro_tokens):
                 pack = pack_examples(group, self.pad_id, max_sequences=len(examples))
 
                 def run(inputs: Sequence[Tensor], pack: PackedBatch = pack, seen_by: Teacher | None = seen_by) -> None:
