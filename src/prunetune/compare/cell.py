@@ -141,12 +141,9 @@ class CellRunner:
     def cell_context(self, cell: Cell) -> RunContext:
         """The context of one cell: data and tokens are shared, unless the cell names other texts for distillation."""
         config = cell.config(self.context.config)
-        constraints = make_plan_constraints(
-            config, self.context.sites, self.model.config, self.context.constraints.allows_groups
-        )
-        context = replace(
-            self.context, config=config, constraints=replace(constraints, limits=self.context.constraints.limits)
-        )
+        shared = self.context.constraints
+        constraints = make_plan_constraints(config, self.context.sites, self.model.config, shared.allows_groups)
+        context = replace(self.context, config=config, constraints=replace(constraints, limits=shared.limits))
         if config.data.distill_texts and config.data.distill_texts != self.context.config.data.distill_texts:
             context = with_distill_texts(context, context_length(self.model))
         if not cell.method.uses_teacher:
@@ -176,11 +173,8 @@ class CellRunner:
         merge_adapters(model)
         model.requires_grad_(False).to(context.dtype)  # as a checkpoint would hold it
         self._synchronize()
-        facts = {
-            "train_seconds": time.monotonic() - started,
-            "teacher_seconds": teacher_seconds,
-            "curve": monitor.curve,
-        }
+        train_seconds = time.monotonic() - started
+        facts = {"train_seconds": train_seconds, "teacher_seconds": teacher_seconds, "curve": monitor.curve}
         has_dense_teacher = teacher is not None and context.config.distill.teacher == "dense"
         return model, plan, facts | ({"teacher_rate": self.dense_learning_rate} if has_dense_teacher else {})
 
@@ -220,9 +214,8 @@ class CellRunner:
     def _tune_dense(self, tuned: TunedDenseModel, seed: int, rate: float) -> None:
         context = self.cell_context(Cell(built_in_methods()[DENSE], 1.0, seed, rate))
         model, monitor, started = copy.deepcopy(self.model), CellMonitor(self), time.monotonic()
-        tuned.plan = tune_and_prune(
-            make_job(context, model, NullCheckpointStore(), monitor, plan=dense_plan(context.sites))
-        )
+        job = make_job(context, model, NullCheckpointStore(), monitor, plan=dense_plan(context.sites))
+        tuned.plan = tune_and_prune(job)
         merge_adapters(model)
         self._synchronize()
         tuned.seconds, tuned.curve = time.monotonic() - started, monitor.curve
@@ -243,12 +236,11 @@ class CellRunner:
 def build_calibration(context: RunContext, model: Any) -> Calibration:
     """The calibration data of a baseline: the first batches of the search."""
     config, pad = context.config, pad_token_id(context.tokenizer)
-    stream = BatchStream(
-        context.encoded["search"].examples, config.search.batch_size, derive_seed(config.seed, "search")
-    )
+    examples, seed = context.encoded["search"].examples, derive_seed(config.seed, "search")
+    stream = BatchStream(examples, config.search.batch_size, seed)
     batches = [
-        collate(examples, pad)
+        collate(micro_batch, pad)
         for step in range(config.search.init_batches or CALIBRATION_BATCHES)
-        for examples in micro_batches(stream.batch_at(step), config.train.micro_tokens)
+        for micro_batch in micro_batches(stream.batch_at(step), config.train.micro_tokens)
     ]
     return Calibration(model, context.sites, tuple(batches), config.seed, context.constraints.limits)

@@ -31,12 +31,9 @@ from prunetune.utils.files import write_text
 
 MODEL_NAMES = {"dense": "Dense, untuned", "tuned": "Dense, tuned", "pruned": "Pruned"}
 FLIP_NAMES = {
-    "lost": "right → wrong",
-    "gained": "wrong → right",
-    "right": "both right",
-    "wrong": "both wrong",
-    "open": "generated",
-}
+    "lost": "right → wrong", "gained": "wrong → right",
+    "right": "both right", "wrong": "both wrong", "open": "generated",
+}  # fmt: skip
 VALIDATION_COLUMNS = ("valid.accuracy", "guard.perplexity", "guard.accuracy")
 
 
@@ -77,6 +74,7 @@ def _template_context(run: RunFiles) -> dict[str, Any]:
     for row in rows:
         tasks.setdefault(row.task, []).append(row)
     layers = kept_layers.layers_from_plan(run.plan) if run.plan else ()
+    marks = {figures.MODEL_MARKS[name][0]: MODEL_NAMES[name].lower() for name in models}
     return {
         "run": run,
         "model_name": run.model_name,
@@ -89,9 +87,7 @@ def _template_context(run: RunFiles) -> dict[str, Any]:
         "reference_name": scores.REFERENCE_NAMES.get(scores.reference_model(evaluations), ""),
         "tasks": tasks,
         "score_figures": [*(_recovery_figures(rows) if "tuned" in evaluations else ()), *_score_figures(rows)],
-        "score_legend": figures.legend_entries(
-            {figures.MODEL_MARKS[name][0]: MODEL_NAMES[name].lower() for name in models}
-        ),
+        "score_legend": figures.legend_entries(marks),
         "layers": layers,
         "groups": kept_layers.count_kept(layer.attention for layer in layers),
         "channels": kept_layers.count_kept(layer.mlp for layer in layers),

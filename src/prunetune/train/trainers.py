@@ -32,9 +32,8 @@ class GeneratorTrainer:
         self.device = next(job.model.parameters()).device
         self.searcher = Searcher(job.sites, job.constraints, job.config, job.schedule.annealed_keep, self.device)
         decay = 0.0 if job.config.search.generator == "none" else 0.01  # free logits would decay to zero
-        self.optimizer = adamw(
-            self.searcher.generator.parameters(), lr=job.config.search.learning_rate, weight_decay=decay
-        )
+        rate, weights = job.config.search.learning_rate, self.searcher.generator.parameters()
+        self.optimizer = adamw(weights, lr=rate, weight_decay=decay)
 
     def train_step(self, step: int) -> JsonObject:
         """One generator step on a calibration batch (ATP, authors' code)."""
