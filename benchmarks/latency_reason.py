@@ -16,7 +16,7 @@ from prunetune.cost.deployment import Costs, total_cost
 from prunetune.cost.layer_shapes import ModelShape, model_shape
 from prunetune.cost.limits import costs_for_budget
 from prunetune.model.loading import load_meta_model
-from prunetune.pipeline.prepare import make_plan_constraints
+from prunetune.pipeline.plan_constraints import make_plan_constraints
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import Site

@@ -16,7 +16,7 @@ from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
 from prunetune.config.score_limits import ScoreLimit, normalize_limit
 from prunetune.errors import ConfigError, DataError, LimitBroken
 from prunetune.pipeline import stages
-from prunetune.pipeline.monitor import make_monitor, pack_plan, unpack_plan
+from prunetune.pipeline.monitor import make_monitor, pack_plan
 from prunetune.pipeline.prepare import prepare
 from prunetune.pipeline.run import run
 from prunetune.plan import Plan
@@ -35,6 +35,13 @@ RECIPE: dict[str, Any] = {
     "distill": {"teacher": "none"},
     "evaluate": {"limit": 4, "generate_limit": 0, "dense_tuned": False},
 }
+
+
+def unpack_plan(sites: dict[str, dict[str, Any]]) -> Plan:
+    """Read what `pack_plan` wrote."""
+    masks = {site: int(value["mask"], 16) for site, value in sites.items()}
+    units = {site: int(value["units"]) for site, value in sites.items()}
+    return Plan({site: tuple(u for u in range(units[site]) if mask >> u & 1) for site, mask in masks.items()}, units)
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ def models(
 
 
 def verdict(plan: Plan, pair: tuple[BenchedModel, BenchedModel] | None = None, **gain: Any) -> dict[str, Any]:
-    return judge_gain(*(pair or models()), RequireConfig(**gain), plan, SITES)
+    return judge_gain(*(pair or models()), RequireConfig(**gain), plan, SITES).to_dict()
 
 
 def test_met_margins_are_recorded() -> None:

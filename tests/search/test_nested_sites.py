@@ -11,7 +11,7 @@ import torch
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.cost.parameters import kept_share, prunable_params
 from prunetune.errors import ConfigError, PlanError
-from prunetune.pipeline.prepare import make_plan_constraints
+from prunetune.pipeline.plan_constraints import make_plan_constraints
 from prunetune.plan import Plan
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites

@@ -23,12 +23,7 @@ from prunetune.config.recipe import RunConfig, UnitName, WorkloadConfig, load_re
 from prunetune.errors import DataError, LimitBroken, PrunetuneError
 from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
 from prunetune.utils.failures import explain_failure, is_gpu_fault
-from prunetune.utils.launch import (
-    rank_and_world_size,
-    rank_prefix,
-    run_and_exit_on_failure,
-    single_process_error,
-)
+from prunetune.utils.launch import rank_and_world_size, rank_prefix, run_and_exit_on_failure, single_process_error
 from prunetune.utils.threads import limit_openmp_threads
 
 app = App(
@@ -383,9 +378,8 @@ def _run_app() -> int:
         sys.stdout.flush()
     except UnusedCliTokensError as wrong:
         given = " ".join(wrong.unused_tokens or ())
-        return _fail(
-            f"{given}: belongs to no option; write the value of a switch with =, such as --deterministic=true", 2
-        )
+        advice = "write the value of a switch with =, such as --deterministic=true"
+        return _fail(f"{given}: belongs to no option; {advice}", 2)
     except CycloptsError as wrong:
         return _fail(" ".join(str(wrong).split()), 2)
     except PrunetuneError as wrong:

@@ -30,16 +30,8 @@ def render_run(folder: Path) -> str:
         *_limits(manifest.gain.limits),
         *_speed_lines(manifest),
     ]
-    return "\n".join(
-        [
-            *lines,
-            "",
-            *_score_table_lines(folder),
-            "",
-            f"checkpoint {folder / 'model'}",
-            f"report     {folder / 'report.html'}",
-        ]
-    )
+    paths = (f"checkpoint {folder / 'model'}", f"report     {folder / 'report.html'}")
+    return "\n".join([*lines, "", *_score_table_lines(folder), "", *paths])
 
 
 def _speed_lines(manifest: Manifest) -> list[str]:
@@ -54,11 +46,8 @@ def _speed_lines(manifest: Manifest) -> list[str]:
 
 
 def _measured_budget_lines(budgets: Sequence[BudgetFacts]) -> list[str]:
-    return [
-        f"{budget.budget:<19} {budget.words}"
-        + (f"; measured {100 * budget.error:+.1f}% off that" if budget.error is not None else "")
-        for budget in budgets
-    ]
+    errors = ["" if budget.error is None else f"; measured {100 * budget.error:+.1f}% off that" for budget in budgets]
+    return [f"{budget.budget:<19} {budget.words}{error}" for budget, error in zip(budgets, errors, strict=True)]
 
 
 def _validation_limit_lines(limits: LimitsFacts, validation: ValidationFacts) -> list[str]:

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 
 from prunetune.baselines import BASELINES, Calibration
-from prunetune.compare.grid import Cell, CellResult, cell_header
+from prunetune.compare.grid import Cell, cell_header
 from prunetune.compare.methods import DENSE, apply_overrides, built_in_methods
 from prunetune.compare.scoring import finite_or_none, score_model
 from prunetune.config.recipe import DistillConfig
 from prunetune.data.batches import BatchStream, collate, micro_batches, pad_token_id
 from prunetune.evaluation.inference import context_length
-from prunetune.pipeline.prepare import RunContext, make_plan_constraints, with_distill_texts
+from prunetune.pipeline.plan_constraints import make_plan_constraints
+from prunetune.pipeline.prepare import RunContext, with_distill_texts
 from prunetune.pipeline.stages import TeacherFactory, make_job, plain_lora_config
 from prunetune.plan import Plan
 from prunetune.pruning.cut import add_biases, merge_adapters
@@ -30,6 +31,7 @@ from prunetune.train.cuda_graphs import own_stream
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.teacher import Teacher, base_teacher, resolve_auto
 from prunetune.utils import environment
+from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.seeds import derive_seed
 
 CALIBRATION_BATCHES = 16  # if the recipe's search.init_batches is 0
@@ -47,7 +49,7 @@ class TunedDenseModel:
     model: Any = None
     plan: Plan | None = None
     seconds: float = 0.0
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[JsonObject] = field(default_factory=list)
 
 
 @dataclass
@@ -55,15 +57,15 @@ class CellMonitor:
     """Records the validation curve, shows steps if one cell runs at a time, and stops an interrupted cell."""
 
     runner: CellRunner
-    curve: list[dict[str, Any]] = field(default_factory=list)
+    curve: list[JsonObject] = field(default_factory=list)
 
-    def step(self, record: dict[str, Any]) -> None:
+    def step(self, record: JsonObject) -> None:
         """Take the record of a tuning step."""
         self.runner.raise_if_interrupted()
         if not self.runner.concurrent:
             self.runner.context.console.step(record)
 
-    def validation(self, record: dict[str, Any]) -> None:
+    def validation(self, record: JsonObject) -> None:
         """Take the record of a validation."""
         self.curve.append({"step": record["step"], "kept": record["kept"], "nll": finite_or_none(record["nll"])})
         if not self.runner.concurrent:
@@ -92,15 +94,36 @@ class CellRunner:
             torch.cuda.synchronize(self.context.device)
         self.concurrent = concurrent
 
-    def select_teachers(self, rate: float, *, needed: bool) -> None:
-        """Keep the dense models of this learning rate as teachers if `needed`; free all others."""
+    def select_teachers(self, rate: float, *, is_needed: bool) -> None:
+        """Keep the dense models of this learning rate as teachers if that `is_needed`; free all others."""
         self.dense_learning_rate = rate
-        self.teachers = {key: tuned for key, tuned in self.teachers.items() if needed and key[1] == rate}
+        self.teachers = {key: tuned for key, tuned in self.teachers.items() if is_needed and key[1] == rate}
 
-    def run_cell(self, cell: Cell, *, needs_valid_nll: bool) -> CellResult:
+    def run_cell(self, cell: Cell, *, needs_valid_nll: bool) -> JsonObject:
         """Train and score a cell; returns the content of its file. Raises whatever goes wrong."""
         with self._stream():
-            return self._run_cell(cell, needs_valid_nll=needs_valid_nll)
+            context = self.cell_context(cell)
+            if not self.concurrent:
+                context.console.stage(cell.name, 0 if cell.method.kind == "untuned" else context.config.train.steps)
+                if context.device.type == "cuda":
+                    torch.cuda.reset_peak_memory_stats(context.device)
+            model, plan, facts = self._model(cell, context)
+            peak = torch.cuda.max_memory_allocated(context.device) / 1e6 if context.device.type == "cuda" else None
+            started = time.monotonic()
+            scores = score_model(model, context, self._on_progress, needs_valid_nll=needs_valid_nll)
+            return {
+                **cell_header(cell),
+                **scores,
+                "kept": kept_params(context.sites, plan) / sum(site.params for site in context.sites),
+                "widths": plan.widths(),
+                **facts,
+                "eval_seconds": time.monotonic() - started,
+                "peak_mb": None if self.concurrent else peak,  # concurrent cells share the peak
+                "crowded": self.concurrent,
+                "device": environment.device_name(context.device),
+                "dtype": str(context.dtype).removeprefix("torch."),
+                "versions": environment.describe_environment(context.device, context.dtype, "", cell.seed)["versions"],
+            }
 
     def raise_if_interrupted(self) -> None:
         """Raises `Interrupted` if the comparison has been interrupted."""
@@ -115,40 +138,12 @@ class CellRunner:
             self.thread_local.own_stream = own_stream(device)
         return torch.cuda.stream(self.thread_local.own_stream.stream)
 
-    def _run_cell(self, cell: Cell, *, needs_valid_nll: bool) -> CellResult:
-        context = self.cell_context(cell)
-        if not self.concurrent:
-            context.console.stage(cell.name, 0 if cell.method.kind == "untuned" else context.config.train.steps)
-            if context.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(context.device)
-        model, plan, facts = self._model(cell, context)
-        peak = torch.cuda.max_memory_allocated(context.device) / 1e6 if context.device.type == "cuda" else None
-        started = time.monotonic()
-        scores = score_model(model, context, self._on_progress, needs_valid_nll=needs_valid_nll)
-        prunable = sum(site.params for site in context.sites)
-        return {
-            **cell_header(cell),
-            **scores,
-            "kept": kept_params(context.sites, plan) / prunable,
-            "widths": plan.widths(),
-            **facts,
-            "eval_seconds": time.monotonic() - started,
-            "peak_mb": None if self.concurrent else peak,  # concurrent cells share the peak
-            "crowded": self.concurrent,
-            "device": environment.device_name(context.device),
-            "dtype": str(context.dtype).removeprefix("torch."),
-            "versions": environment.describe_environment(context.device, context.dtype, "", cell.seed)["versions"],
-        }
-
     def cell_context(self, cell: Cell) -> RunContext:
         """The context of one cell: data and tokens are shared, unless the cell names other texts for distillation."""
         config = cell.config(self.context.config)
-        constraints = make_plan_constraints(
-            config, self.context.sites, self.model.config, self.context.constraints.allows_groups
-        )
-        context = replace(
-            self.context, config=config, constraints=replace(constraints, limits=self.context.constraints.limits)
-        )
+        shared = self.context.constraints
+        constraints = make_plan_constraints(config, self.context.sites, self.model.config, shared.allows_groups)
+        context = replace(self.context, config=config, constraints=replace(constraints, limits=shared.limits))
         if config.data.distill_texts and config.data.distill_texts != self.context.config.data.distill_texts:
             context = with_distill_texts(context, context_length(self.model))
         if not cell.method.uses_teacher:
@@ -158,7 +153,7 @@ class CellRunner:
 
     # -- models ------------------------------------------------------------------------------------------------------
 
-    def _model(self, cell: Cell, context: RunContext) -> tuple[Any, Plan, CellResult]:
+    def _model(self, cell: Cell, context: RunContext) -> tuple[Any, Plan, JsonObject]:
         """Train the cell's model; returns it with its plan, and the seconds and validation curve of the training."""
         if cell.method.kind == "untuned":
             facts = {"train_seconds": 0.0, "teacher_seconds": 0.0, "curve": []}
@@ -178,11 +173,8 @@ class CellRunner:
         merge_adapters(model)
         model.requires_grad_(False).to(context.dtype)  # as a checkpoint would hold it
         self._synchronize()
-        facts = {
-            "train_seconds": time.monotonic() - started,
-            "teacher_seconds": teacher_seconds,
-            "curve": monitor.curve,
-        }
+        train_seconds = time.monotonic() - started
+        facts = {"train_seconds": train_seconds, "teacher_seconds": teacher_seconds, "curve": monitor.curve}
         has_dense_teacher = teacher is not None and context.config.distill.teacher == "dense"
         return model, plan, facts | ({"teacher_rate": self.dense_learning_rate} if has_dense_teacher else {})
 
@@ -222,9 +214,8 @@ class CellRunner:
     def _tune_dense(self, tuned: TunedDenseModel, seed: int, rate: float) -> None:
         context = self.cell_context(Cell(built_in_methods()[DENSE], 1.0, seed, rate))
         model, monitor, started = copy.deepcopy(self.model), CellMonitor(self), time.monotonic()
-        tuned.plan = tune_and_prune(
-            make_job(context, model, NullCheckpointStore(), monitor, plan=dense_plan(context.sites))
-        )
+        job = make_job(context, model, NullCheckpointStore(), monitor, plan=dense_plan(context.sites))
+        tuned.plan = tune_and_prune(job)
         merge_adapters(model)
         self._synchronize()
         tuned.seconds, tuned.curve = time.monotonic() - started, monitor.curve
@@ -245,12 +236,11 @@ class CellRunner:
 def build_calibration(context: RunContext, model: Any) -> Calibration:
     """The calibration data of a baseline: the first batches of the search."""
     config, pad = context.config, pad_token_id(context.tokenizer)
-    stream = BatchStream(
-        context.encoded["search"].examples, config.search.batch_size, derive_seed(config.seed, "search")
-    )
+    examples, seed = context.encoded["search"].examples, derive_seed(config.seed, "search")
+    stream = BatchStream(examples, config.search.batch_size, seed)
     batches = [
-        collate(examples, pad)
+        collate(micro_batch, pad)
         for step in range(config.search.init_batches or CALIBRATION_BATCHES)
-        for examples in micro_batches(stream.batch_at(step), config.train.micro_tokens)
+        for micro_batch in micro_batches(stream.batch_at(step), config.train.micro_tokens)
     ]
     return Calibration(model, context.sites, tuple(batches), config.seed, context.constraints.limits)

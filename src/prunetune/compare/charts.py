@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from prunetune.compare.methods import DENSE
 from prunetune.report import svg
+from prunetune.utils.json_lines import JsonObject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,8 +22,6 @@ MARKERS = ("s", "^", "v", "P", "X", "<", ">", "d")
 GLYPHS = dict(zip("s^vPX<>doD*", "■▲▼✚✖◀▶◆●◆★", strict=True))
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 LOG_AXIS_RATIO = 4.0  # perplexities that lie farther apart than this get a logarithmic axis
-
-ComparisonRow = Mapping[str, Any]  # of comparison.json
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def legend(styles: Mapping[str, MethodStyle]) -> list[tuple[str, str, str]]:
 
 
 def draw_metric_chart(
-    number: int, metric: str, label: str, rows: Sequence[ComparisonRow], styles: Mapping[str, MethodStyle]
+    number: int, metric: str, label: str, rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]
 ) -> ComparisonChart | None:
     """One metric over the share that is removed; None if no row has the metric."""
     scored = [row for row in rows if row["scores"].get(metric, {}).get("value") is not None]
@@ -88,12 +87,12 @@ def draw_metric_chart(
     return ComparisonChart(label, markup, f"{better}. Bars: one standard error over items.")
 
 
-def _score(row: ComparisonRow, metric: str) -> tuple[float, float | None]:
+def _score(row: JsonObject, metric: str) -> tuple[float, float | None]:
     score = row["scores"][metric]
     return score["value"], score["se"]
 
 
-def _draw_curves(figure: Figure, metric: str, rows: Sequence[ComparisonRow], styles: Mapping[str, MethodStyle]) -> None:
+def _draw_curves(figure: Figure, metric: str, rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> None:
     """A line over sizes for each method; a dense method is a point and a level."""
     from matplotlib.ticker import PercentFormatter
 
@@ -117,7 +116,7 @@ def _draw_curves(figure: Figure, metric: str, rows: Sequence[ComparisonRow], sty
     _set_log_scale(axes, metric, rows, vertical=True)
 
 
-def _draw_dots(figure: Figure, metric: str, rows: Sequence[ComparisonRow], styles: Mapping[str, MethodStyle]) -> None:
+def _draw_dots(figure: Figure, metric: str, rows: Sequence[JsonObject], styles: Mapping[str, MethodStyle]) -> None:
     """A row with a point for each method; the dense model and the reference are levels, too."""
     axes = figure.subplots()
     for position, row in enumerate(rows):
@@ -141,7 +140,7 @@ def _draw_level(axes: Axes, value: float, style: MethodStyle, *, horizontal: boo
     draw(value, color=style.colour, linewidth=0.9, linestyle=(0, (4, 3)))
 
 
-def _set_log_scale(axes: Axes, metric: str, rows: Sequence[ComparisonRow], *, vertical: bool) -> None:
+def _set_log_scale(axes: Axes, metric: str, rows: Sequence[JsonObject], *, vertical: bool) -> None:
     """A logarithmic axis for perplexities that lie far apart."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 

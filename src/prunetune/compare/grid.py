@@ -13,8 +13,7 @@ from prunetune.config.fields import with_current_names
 from prunetune.config.recipe import RunConfig
 from prunetune.errors import RunFolderError
 from prunetune.utils.files import write_text
-
-CellResult = dict[str, Any]  # the content of a cell's file
+from prunetune.utils.json_lines import JsonObject
 
 
 @dataclass(frozen=True)
@@ -82,22 +81,21 @@ class CellStore:
 
     folder: Path
 
-    def save(self, cell: Cell, result: CellResult) -> None:
+    def save(self, cell: Cell, result: JsonObject) -> None:
         """Write a cell's file at once, so that an interruption leaves no half of it."""
         write_text(self._file(cell), json.dumps(result, allow_nan=False) + "\n")
 
-    def load(self, cell: Cell) -> CellResult | None:
+    def load(self, cell: Cell) -> JsonObject | None:
         """Read a cell's file; None if there is none. Raises `RunFolderError` if another variant wrote it."""
         file = self._file(cell)
         if not file.exists():
             return None
         try:
-            result: CellResult = json.loads(file.read_text(encoding="utf-8"))
+            result: JsonObject = json.loads(file.read_text(encoding="utf-8"))
             same = with_current_names(RunConfig, result["changes"], quiet=True) == cell_header(cell)["changes"]
         except (ValueError, KeyError, TypeError) as error:
-            raise RunFolderError(
-                f"{file} cannot be read ({error!r}): remove it, then continue with --resume"
-            ) from error
+            problem = f"{file} cannot be read ({error!r}): remove it, then continue with --resume"
+            raise RunFolderError(problem) from error
         if not same:
             raise RunFolderError(
                 f"{file} was made by another variant of the same name: rename the variant, or name another --out"
@@ -109,7 +107,7 @@ class CellStore:
         result = self.load(cell)
         return result is not None and "error" not in result and ("valid_nll" in result or not needs_valid_nll)
 
-    def load_all(self, cells: Iterable[Cell]) -> list[CellResult]:
+    def load_all(self, cells: Iterable[Cell]) -> list[JsonObject]:
         """The results of those cells that have a file."""
         return [result for cell in cells if (result := self.load(cell)) is not None]
 
@@ -117,7 +115,7 @@ class CellStore:
         return self.folder / "cells" / f"{cell.name}.json"
 
 
-def cell_header(cell: Cell) -> CellResult:
+def cell_header(cell: Cell) -> JsonObject:
     """The first entries of a cell's file: which cell it is, and what its method changes of the recipe."""
     method = cell.method
     kind = {method.kind: method.baseline or True} if method.kind != "one-stage" else {}
@@ -131,7 +129,7 @@ def cell_header(cell: Cell) -> CellResult:
     }
 
 
-def best_learning_rate(trials: Sequence[CellResult]) -> float | None:
+def best_learning_rate(trials: Sequence[JsonObject]) -> float | None:
     """The learning rate with the lowest NLL on valid, the first of equals; None if no trial has a finite NLL."""
     scored = [trial for trial in trials if isinstance(trial.get("valid_nll"), int | float)]
     return float(min(scored, key=lambda trial: trial["valid_nll"])["learning_rate"]) if scored else None

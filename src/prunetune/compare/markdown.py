@@ -39,22 +39,11 @@ def _budget_table(comparison: Mapping[str, Any], keep: float) -> str:
 
 def _row_cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     share = row["acc_of_dense"]
-    cells = [
-        row["method"],
-        format_learning_rate(row),
-        format_seeds(row),
-        formatting.share(row["kept"], 1),
-        format_signed(row["gap"]),
-    ]
-    cells.append(ABSENT if share is None else formatting.share(share, 1))
+    cells = [row["method"], format_learning_rate(row), format_seeds(row), formatting.share(row["kept"], 1)]
+    cells += [format_signed(row["gap"]), ABSENT if share is None else formatting.share(share, 1)]
     for metric in metrics:
         score = row["scores"].get(metric, {})
-        cells += [
-            format_number(score.get("value")),
-            format_number(score.get("sd")),
-            format_number(score.get("se")),
-            format_difference(score),
-        ]
+        cells += [format_number(score.get(name)) for name in ("value", "sd", "se")] + [format_difference(score)]
     memory = ABSENT if row["peak_mb"] is None else formatting.count(row["peak_mb"])
     return [*cells, format_seconds(row["train_seconds"]), format_seconds(row["teacher_seconds"]), memory]
 
@@ -96,15 +85,10 @@ def format_seconds(value: float | None) -> str:
 
 
 def _learning_rate_table(trials: Sequence[Mapping[str, Any]]) -> str:
-    rows = [
-        [
-            trial["method"],
-            f"{trial['learning_rate']:g}",
-            format_number(trial["valid_nll"]),
-            "chosen" if trial["chosen"] else "",
-        ]
-        for trial in trials
-    ]
+    rows = []
+    for trial in trials:
+        nll, chosen = format_number(trial["valid_nll"]), "chosen" if trial["chosen"] else ""
+        rows.append([trial["method"], f"{trial['learning_rate']:g}", nll, chosen])
     title = "Learning rates, chosen on valid at the first seed and budget:"
     return f"{title}\n\n" + _table(["method", "lr", "nll on valid", ""], rows)
 

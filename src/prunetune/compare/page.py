@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jinja2
 
@@ -15,28 +14,22 @@ from prunetune.compare.methods import DENSE
 from prunetune.manifest import Manifest
 from prunetune.report import formatting
 from prunetune.utils.files import write_text
+from prunetune.utils.json_lines import JsonObject
 
 LABELS = {"acc": "Mean accuracy", "nll": "Mean NLL per answer token", "rouge_l": "Mean ROUGE-L"}
-ComparisonData = Mapping[str, Any]  # comparison.json
 
 
 def write_page(folder: Path) -> Path:
-    """Write `comparison.html` from `comparison.json`, `manifest.json` and `config.yaml`.
-
-    The same files give the same bytes.
-    """
+    """Write `comparison.html` from `comparison.json`, `manifest.json` and `config.yaml`; the same files, same bytes."""
     comparison = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-    manifest = Manifest.from_json(_read_if_present(folder / "manifest.json") or "{}")
-    page = folder / "comparison.html"
-    write_text(page, render_page(comparison, manifest, _read_if_present(folder / "config.yaml"), folder.name))
+    files = {name: folder / name for name in ("manifest.json", "config.yaml")}
+    texts = {name: file.read_text(encoding="utf-8") if file.exists() else "" for name, file in files.items()}
+    manifest, page = Manifest.from_json(texts["manifest.json"] or "{}"), folder / "comparison.html"
+    write_text(page, render_page(comparison, manifest, texts["config.yaml"], folder.name))
     return page
 
 
-def _read_if_present(file: Path) -> str:
-    return file.read_text(encoding="utf-8") if file.exists() else ""
-
-
-def render_page(comparison: ComparisonData, manifest: Manifest, recipe: str, name: str) -> str:
+def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: str) -> str:
     """The page as HTML text."""
     folders = [Path(__file__).parent, *map(Path, report.__path__)]
     environment = jinja2.Environment(
@@ -51,7 +44,7 @@ def render_page(comparison: ComparisonData, manifest: Manifest, recipe: str, nam
     }  # fmt: skip
     rows, reference = comparison["rows"], comparison["reference"]
     styles = charts.method_styles(list(dict.fromkeys(row["method"] for row in rows)), reference)
-    labels = {metric: metric_label(metric) for metric in comparison["metrics"]}
+    labels = {name: LABELS.get(name) or f"Perplexity, {name.removeprefix('ppl ')}" for name in comparison["metrics"]}
     metric_charts = [
         charts.draw_metric_chart(number, metric, label, rows, styles)
         for number, (metric, label) in enumerate(labels.items())
@@ -73,12 +66,7 @@ def render_page(comparison: ComparisonData, manifest: Manifest, recipe: str, nam
     )
 
 
-def metric_label(metric: str) -> str:
-    """A metric's name in headings and charts."""
-    return LABELS.get(metric) or f"Perplexity, {metric.removeprefix('ppl ')}"
-
-
-def verdict(comparison: ComparisonData) -> str:
+def verdict(comparison: JsonObject) -> str:
     """The result in a sentence: the gap to dense of one stage and of the best two-stage method at the smallest size.
 
     A size that lacks one of these is skipped.
@@ -99,7 +87,7 @@ def verdict(comparison: ComparisonData) -> str:
     return f"{methods} method{'s' if methods != 1 else ''} on {comparison['model']}"
 
 
-def significance_class(score: Mapping[str, Any], metric: str) -> str:
+def significance_class(score: JsonObject, metric: str) -> str:
     """The CSS class of a score: `better` or `worse` than the reference by more than two standard errors, else ""."""
     difference, error = score.get("difference"), score.get("difference_se")
     if difference is None or error is None or abs(difference) <= 2 * error:
@@ -107,9 +95,9 @@ def significance_class(score: Mapping[str, Any], metric: str) -> str:
     return "better" if (difference > 0) == (metric in ("acc", "rouge_l")) else "worse"
 
 
-def cost_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def cost_rows(rows: Sequence[JsonObject]) -> list[JsonObject]:
     """The rows of each method and size, once, with `total`: the seconds of its own training and its teacher's."""
-    unique: dict[tuple[str, float], dict[str, Any]] = {}
+    unique: dict[tuple[str, float], JsonObject] = {}
     for row in rows:
         seconds = [row[key] for key in ("train_seconds", "teacher_seconds") if row[key] is not None]
         if seconds:

@@ -10,14 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
 from torch.nn.attention import sdpa_kernel
 
 from prunetune.compare.cell import CellRunner, Interrupted
-from prunetune.compare.grid import Cell, CellResult, CellStore, Grid, best_learning_rate, cell_header, grid_from_config
+from prunetune.compare.grid import Cell, CellStore, Grid, best_learning_rate, cell_header, grid_from_config
 from prunetune.compare.markdown import render_markdown
 from prunetune.compare.methods import DENSE, Method, apply_overrides, resolve_methods
 from prunetune.compare.page import write_page
@@ -26,7 +25,8 @@ from prunetune.config.recipe import RunConfig, to_mapping
 from prunetune.errors import ConfigError, LimitBroken, PrunetuneError
 from prunetune.evaluation.inference import SDPA_BACKENDS
 from prunetune.model.loading import load_config, pick_device
-from prunetune.pipeline.prepare import Console, RunContext, data_and_model_facts, make_plan_constraints, prepare
+from prunetune.pipeline.plan_constraints import make_plan_constraints
+from prunetune.pipeline.prepare import Console, RunContext, data_and_model_facts, prepare
 from prunetune.runs.folder import CHANGEABLE_ON_RESUME, run_lock
 from prunetune.search.select import select
 from prunetune.train.cuda_graphs import CAPTURE_LOCK
@@ -36,6 +36,7 @@ from prunetune.utils.console import make_console
 from prunetune.utils.determinism import deterministic
 from prunetune.utils.failures import is_gpu_fault
 from prunetune.utils.files import write_text
+from prunetune.utils.json_lines import JsonObject
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,10 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
         _validate_before_start(context, methods, grid)
         context.folder.path.mkdir(parents=True, exist_ok=True)
         with run_lock(context.folder):
-            _create_folder(context, config, command)
+            (context.folder.path / "cells").mkdir(exist_ok=True)
+            write_text(context.folder.path / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
+            facts = environment.describe_environment(context.device, context.dtype, command, context.config.seed)
+            context.folder.update_manifest(**facts, **data_and_model_facts(context))
             cells, rates = _Comparison(context, methods, grid, CellStore(context.folder.path)).run()
     return _write_results(context, cells, rates)
 
@@ -86,15 +90,6 @@ def _validate_before_start(context: RunContext, methods: Sequence[Method], grid:
                 )
             constraints = make_plan_constraints(config, context.sites, model_config, context.constraints.allows_groups)
             select(scores, context.sites, cell.keep, replace(constraints, limits=context.constraints.limits))
-
-
-def _create_folder(context: RunContext, config: RunConfig, command: str) -> None:
-    """Make the folder, and write the recipe and the manifest."""
-    path = context.folder.path
-    (path / "cells").mkdir(parents=True, exist_ok=True)
-    write_text(path / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
-    facts = environment.describe_environment(context.device, context.dtype, command, context.config.seed)
-    context.folder.update_manifest(**facts, **data_and_model_facts(context))
 
 
 def _write_results(context: RunContext, cells: Sequence[Cell], rates: Mapping[str, float]) -> Path:
@@ -130,9 +125,10 @@ class _Comparison:
             self._run_missing_cells(runner, self._trials(dense), jobs=jobs, needs_valid_nll=True)
             self._run_missing_cells(runner, self._cells(dense), jobs=jobs)
             rate = next((self._rate(method) for method in dense if method.name == DENSE), runner.dense_learning_rate)
-            runner.select_teachers(rate, needed=any(self._has_dense_teacher(method) for method in pruned))
+            runner.select_teachers(rate, is_needed=any(self._has_dense_teacher(method) for method in pruned))
             self._run_missing_cells(runner, self._trials(pruned), jobs=jobs, needs_valid_nll=True)
-            self._run_missing_cells(runner, sort_by_seed(self._cells(pruned)), jobs=jobs)
+            by_seed = sorted(self._cells(pruned), key=lambda cell: self.grid.seeds.index(cell.seed))
+            self._run_missing_cells(runner, by_seed, jobs=jobs)  # an interrupted comparison has whole seeds
         cells = {cell.name: cell for cell in (*self._trials(self.methods), *self._cells(self.methods))}
         return list(cells.values()), {method.name: self._rate(method) for method in self.methods}
 
@@ -218,16 +214,10 @@ def concurrent_jobs(context: RunContext) -> int:
     return context.config.compare.jobs if context.device.type == "cuda" else 1
 
 
-def sort_by_seed(cells: Sequence[Cell]) -> list[Cell]:
-    """Seed by seed, so that an interrupted comparison has whole seeds."""
-    seeds = list(dict.fromkeys(cell.seed for cell in cells))
-    return sorted(cells, key=lambda cell: seeds.index(cell.seed))
-
-
-def summary_line(result: CellResult) -> str:
+def summary_line(result: JsonObject) -> str:
     """One line for the log: a cell's scores, or why it failed."""
     if "error" in result:
         return f"{result['cell']}: failed: {result['error']}"
-    values: dict[str, Any] = {**result["headline"], "valid nll": result.get("valid_nll")}
+    values: JsonObject = {**result["headline"], "valid nll": result.get("valid_nll")}
     scores = ", ".join(f"{name} {value:.3f}" for name, value in values.items() if value is not None)
     return f"{result['cell']}: kept {100 * result['kept']:.1f}%, {scores}, {result['train_seconds']:.0f} s"

@@ -6,56 +6,52 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from prunetune.data.records import Record
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import ProgressCallback, evaluate
 from prunetune.pipeline.prepare import RunContext
+from prunetune.utils.json_lines import JsonObject
 
-CellScores = dict[str, Any]  # part of a cell's file
 
+def score_model(model: Any, context: RunContext, progress: ProgressCallback, *, needs_valid_nll: bool) -> JsonObject:
+    """Scores on the split that is compared; with `needs_valid_nll`, "valid_nll" too."""
 
-def score_model(model: Any, context: RunContext, progress: ProgressCallback, *, needs_valid_nll: bool) -> CellScores:
-    """Scores on the split that is compared; with `choose`, "valid_nll" too."""
-
-    def evaluated(setting: RunContext, records: tuple[Record, ...]) -> Evaluation:
-        return evaluate(model, setting.tokenizer, records, setting.config.data, setting.config.evaluate, progress)
-
-    config, parts = context.config, context.splits.by_name()
-    found = evaluated(context, parts[config.compare.split])
+    config, splits = context.config, context.splits.by_name()
+    records = splits[config.compare.split]
+    evaluation = evaluate(model, context.tokenizer, records, config.data, config.evaluate, progress)
+    scores = scores_from_evaluation(evaluation)
     if not needs_valid_nll:
-        return scores_from_evaluation(found)
-    if config.compare.split == "valid":
-        return {**scores_from_evaluation(found), "valid_nll": validation_nll(found)}
-    quick = replace(context, config=replace(config, evaluate=replace(config.evaluate, generate_limit=0)))
-    answers = tuple(record for record in parts["valid"] if record.kind != "text")
-    return {**scores_from_evaluation(found), "valid_nll": validation_nll(evaluated(quick, answers or parts["valid"]))}
+        return scores
+    if config.compare.split != "valid":
+        answers = tuple(record for record in splits["valid"] if record.kind != "text") or splits["valid"]
+        quick = replace(config.evaluate, generate_limit=0)
+        evaluation = evaluate(model, context.tokenizer, answers, config.data, quick, progress)
+    return {**scores, "valid_nll": validation_nll(evaluation)}
 
 
-def scores_from_evaluation(evaluation: Evaluation) -> CellScores:
+def scores_from_evaluation(evaluation: Evaluation) -> JsonObject:
     """Scores with standard errors, and what each item contributed: {task: {id: {metric: value}}}."""
     return {
         "headline": headline(evaluation),
         "scores": {
-            task: {metric: [finite_or_none(s.value), finite_or_none(s.se), s.n] for metric, s in found.scores.items()}
-            for task, found in evaluation.tasks.items()
+            task: {metric: [finite_or_none(s.value), finite_or_none(s.se), s.n] for metric, s in result.scores.items()}
+            for task, result in evaluation.tasks.items()
         },
         "items": {
             task: {
                 item.id: {metric: finite_or_none(value) for metric, value in item.scores.items()}
-                for item in found.items
+                for item in result.items
             }
-            for task, found in evaluation.tasks.items()
+            for task, result in evaluation.tasks.items()
         },
     }
 
 
 def headline(result: Evaluation) -> dict[str, float | None]:
     """Means over tasks of accuracy, NLL and ROUGE-L, and each text's perplexity."""
-    found = {"acc": result.mean_accuracy(), "nll": result.mean_nll(), "rouge_l": result.mean("rouge_l").value}
-    for task, scored in result.tasks.items():
-        if "perplexity" in scored.scores:
-            found[f"ppl {task}"] = scored.scores["perplexity"].value
-    return {name: finite_or_none(value) for name, value in found.items()}
+    means = {"acc": result.mean_accuracy(), "nll": result.mean_nll(), "rouge_l": result.mean("rouge_l").value}
+    texts = {task: scored.scores for task, scored in result.tasks.items() if "perplexity" in scored.scores}
+    means |= {f"ppl {task}": scores["perplexity"].value for task, scores in texts.items()}
+    return {name: finite_or_none(value) for name, value in means.items()}
 
 
 def validation_nll(evaluation: Evaluation) -> float | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -14,14 +13,14 @@ from prunetune.compare.scoring import finite_or_none
 from prunetune.config.recipe import RunConfig
 from prunetune.evaluation.results import Item, Score, TaskResult
 from prunetune.evaluation.statistics import aggregate_items, paired_difference
+from prunetune.utils.json_lines import JsonObject
 
-TableCell = Mapping[str, Any]  # the content of a cell's file
 ITEM_METRICS = {"acc": "accuracy", "nll": "nll", "rouge_l": "rouge_l"}
 PERPLEXITY_PREFIX = "ppl "  # of a column's name, before the name of the text
 FORMAT = "prunetune-comparison-1"
 COST_KEYS = ("train_seconds", "teacher_seconds", "eval_seconds", "peak_mb")
 # The values of a row whose cells all failed.
-EMPTY_ROW: Mapping[str, Any] = {
+EMPTY_ROW: JsonObject = {
     "kept": None, "scores": {}, "gap": None, "acc_of_dense": None, **dict.fromkeys(COST_KEYS), "crowded": False,
 }  # fmt: skip
 
@@ -30,7 +29,7 @@ EMPTY_ROW: Mapping[str, Any] = {
 class SeedGroup:
     """The cells of one row: one method, budget and learning rate over its seeds."""
 
-    cells: tuple[TableCell, ...]
+    cells: tuple[JsonObject, ...]
 
     @property
     def seeds(self) -> tuple[int, ...]:
@@ -80,13 +79,16 @@ def _mean_scores(scores_by_seed: Sequence[Mapping[str, float | None]]) -> dict[s
     }
 
 
-def aggregate(cells: Sequence[TableCell], learning_rates: Mapping[str, float], config: RunConfig) -> dict[str, Any]:
+def aggregate(cells: Sequence[JsonObject], learning_rates: Mapping[str, float], config: RunConfig) -> JsonObject:
     """The content of comparison.json: all rows, the trials of learning rates, and the errors of failed cells.
 
     `learning_rates` is each method's choice. Values that are not finite are None, as JSON has none.
     """
     keeps = sorted(set(config.compare.keeps or (config.budget.keep,)), reverse=True)
-    reference = pick_reference(cells, learning_rates)
+    kinds = {cell["method"]: method_kind(cell) for cell in cells}
+    one_stage = [name for name in learning_rates if kinds.get(name) == "one-stage"]
+    # That others are compared with: `one-stage`, or the first variant of it if that did not run.
+    reference = REFERENCE if REFERENCE in one_stage or not one_stage else one_stage[0]
     rows = [row for keep in keeps for row in _rows(cells, learning_rates, keep, reference)]
     return {
         "format": FORMAT,
@@ -101,14 +103,7 @@ def aggregate(cells: Sequence[TableCell], learning_rates: Mapping[str, float], c
     }
 
 
-def pick_reference(cells: Sequence[TableCell], learning_rates: Mapping[str, float]) -> str:
-    """The method that others are compared with: `one-stage`, or the first variant of it if `one-stage` did not run."""
-    kinds = {cell["method"]: method_kind(cell) for cell in cells}
-    one_stage = [name for name in learning_rates if kinds.get(name) == "one-stage"]
-    return REFERENCE if REFERENCE in one_stage or not one_stage else one_stage[0]
-
-
-def _learning_rate_trials(cells: Sequence[TableCell], learning_rates: Mapping[str, float]) -> list[dict[str, Any]]:
+def _learning_rate_trials(cells: Sequence[JsonObject], learning_rates: Mapping[str, float]) -> list[JsonObject]:
     """The learning rates of every method that had several, each with its NLL on valid."""
     rows = []
     for method, chosen_rate in learning_rates.items():
@@ -116,21 +111,16 @@ def _learning_rate_trials(cells: Sequence[TableCell], learning_rates: Mapping[st
         first = [(cell["keep"], cell["seed"]) for cell in of_method][:1]
         trials = [cell for cell in of_method if (cell["keep"], cell["seed"]) in first]
         if len(trials) > 1:
-            rows += [
-                {
-                    "method": method,
-                    "learning_rate": cell["learning_rate"],
-                    "valid_nll": cell.get("valid_nll"),
-                    "chosen": cell["learning_rate"] == chosen_rate,
-                }
-                for cell in trials
-            ]
+            for cell in trials:
+                rate, nll = cell["learning_rate"], cell.get("valid_nll")
+                chosen = rate == chosen_rate
+                rows.append({"method": method, "learning_rate": rate, "valid_nll": nll, "chosen": chosen})
     return rows
 
 
 def _rows(
-    cells: Sequence[TableCell], learning_rates: Mapping[str, float], keep: float, reference_name: str
-) -> list[dict[str, Any]]:
+    cells: Sequence[JsonObject], learning_rates: Mapping[str, float], keep: float, reference_name: str
+) -> list[JsonObject]:
     """A row for each method at one budget; dense methods are in the rows of every budget."""
     cells_by_method = {
         method: [
@@ -161,12 +151,12 @@ def _rows(
     ]
 
 
-def method_kind(cell: TableCell) -> str:
+def method_kind(cell: JsonObject) -> str:
     """How the cell's model was trained: dense, untuned, two-stage or one-stage."""
     return next((kind for kind in ("dense", "untuned", "two-stage") if kind in cell["changes"]), "one-stage")
 
 
-def _row_scores(method: str, groups: Mapping[str, SeedGroup], reference_name: str) -> dict[str, Any]:
+def _row_scores(method: str, groups: Mapping[str, SeedGroup], reference_name: str) -> JsonObject:
     group, dense, reference = groups[method], groups.get(DENSE), groups.get(reference_name)
     scores = {}
     for metric in group.cells[0]["headline"]:

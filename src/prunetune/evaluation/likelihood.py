@@ -101,16 +101,16 @@ def _group_loglikelihoods(
 def build_branches(question_index: int, choices: Sequence[Tokens]) -> list[ChoiceBranch]:
     """The fewest branches that predict every later token: inputs that are a prefix of others need none of their own."""
     inputs = {choice[:-1] for choice in choices if len(choice) > 1}
-    longest = [tokens for tokens in sorted(inputs) if not any(_is_proper_prefix(tokens, other) for other in inputs)]
+    longest = [
+        tokens
+        for tokens in sorted(inputs)
+        if not any(len(tokens) < len(other) and other[: len(tokens)] == tokens for other in inputs)
+    ]
     choices_of: dict[Tokens, list[int]] = {tokens: [] for tokens in longest}
     for index, choice in enumerate(choices):
         if len(choice) > 1:
             choices_of[next(tokens for tokens in longest if tokens[: len(choice) - 1] == choice[:-1])].append(index)
     return [ChoiceBranch(question_index, tokens, tuple(indices)) for tokens, indices in choices_of.items()]
-
-
-def _is_proper_prefix(tokens: Tokens, other: Tokens) -> bool:
-    return len(tokens) < len(other) and other[: len(tokens)] == tokens
 
 
 def _first_token_logprobs(logits: Tensor, question: TokenizedQuestion) -> list[float]:
@@ -130,22 +130,18 @@ def _branch_logits(
     padded = [[*branch.tokens, *[pad_id] * (width - len(branch.tokens))] for branch in branches]
     ids = torch.tensor(padded, device=owners.device)
     mask = torch.cat([prompts.attention_mask[owners], torch.ones_like(ids)], dim=1)
+    # A copy: the cache itself is unchanged, because a layer that grows makes new tensors.
+    branch_cache = copy.copy(cache)
+    branch_cache.layers = [copy.copy(layer) for layer in cache.layers]
+    branch_cache.batch_select_indices(owners)
     logits: Tensor = model(
         input_ids=ids,
         attention_mask=mask,
         position_ids=position_ids_from_mask(mask)[:, -width:],
-        past_key_values=_select_cache_rows(cache, owners),
+        past_key_values=branch_cache,
         use_cache=True,
     ).logits
     return logits
-
-
-def _select_cache_rows(cache: Any, rows: Tensor) -> Any:
-    """A KV cache of the given rows; the original is unchanged, because a layer that grows makes new tensors."""
-    chosen = copy.copy(cache)
-    chosen.layers = [copy.copy(layer) for layer in cache.layers]
-    chosen.batch_select_indices(rows)
-    return chosen
 
 
 def _later_token_logprobs(

@@ -50,7 +50,8 @@ def compare_paired(a: TaskResult, b: TaskResult, metric: str, *, seed: int = 0) 
         if not math.isfinite(difference):
             return PairedComparison(difference, math.nan, math.nan, math.nan, n, "randomisation")
         low, high = _interval(gap, n, seed)
-        if statistic_for_metric(metric) is None and _binary([*left, *right], metric):
+        is_mean = statistic_for_metric(metric) is None
+        if is_mean and all(item.scores[metric] in (0.0, 1.0) for item in (*left, *right)):
             lost = sum(x.scores[metric] < y.scores[metric] for x, y in zip(left, right, strict=True))
             won = sum(x.scores[metric] > y.scores[metric] for x, y in zip(left, right, strict=True))
             return PairedComparison(difference, low, high, mcnemar(lost, won), n, "McNemar")
@@ -67,10 +68,6 @@ def _joint(left: Sequence[Item], right: Sequence[Item], metric: str) -> Statisti
     if np.isnan(values).any():
         return lambda weights: np.full(len(weights), math.nan)
     return lambda weights: (weights @ values) / weights.sum(axis=1)
-
-
-def _binary(items: Sequence[Item], metric: str) -> bool:
-    return all(item.scores[metric] in (0.0, 1.0) for item in items)
 
 
 def _interval(gap: Callable[[Array], Array], n: int, seed: int) -> tuple[float, float]:

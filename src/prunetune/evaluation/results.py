@@ -115,14 +115,13 @@ def _task_to_dict(result: TaskResult) -> dict[str, Any]:
             metric: {"value": _finite(score.value), "se": _finite(score.se), "n": score.n}
             for metric, score in result.scores.items()
         },
-        "items": [_item_to_dict(item) for item in result.items],
+        "items": [
+            dataclasses.asdict(item)
+            | {"prompt": item.prompt[:MAX_PROMPT_CHARS], "scores": {k: _finite(v) for k, v in item.scores.items()}}
+            for item in result.items
+        ],
         **({"error": result.error} if result.error else {}),
     }
-
-
-def _item_to_dict(item: Item) -> dict[str, Any]:
-    scores = {metric: _finite(value) for metric, value in item.scores.items()}
-    return dataclasses.asdict(item) | {"prompt": item.prompt[:MAX_PROMPT_CHARS], "scores": scores}
 
 
 def _finite(value: float) -> float | None:

@@ -24,7 +24,7 @@ from prunetune.export.stock_config import build_meta_model, kv_groups_validator,
 from prunetune.pruning.families import head_counts
 from prunetune.pruning.linears import COLUMNS, ROWS, stored_axis
 from prunetune.pruning.sites import find_sites
-from prunetune.pruning.units import LinearSlice, UnitKind
+from prunetune.pruning.units import UnitKind
 
 log = logging.getLogger(__name__)
 PADDABLE_OPTIONS = {"num_attention_heads", "num_key_value_heads", "skip"}
@@ -67,15 +67,12 @@ def _copy_checkpoint(source: ExportSource, path: Path, dtype: torch.dtype) -> Ex
             with safe_open(file, framework="pt") as shard:
                 tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - no mapping
                 metadata = shard.metadata()
-            save_file({name: _cast(tensor, dtype) for name, tensor in tensors.items()}, path / file.name, metadata)
+            cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
+            save_file(cast, path / file.name, metadata)
         elif file.is_file():
             shutil.copyfile(file, path / file.name)
     edit_json(path / "config.json", {"dtype": _dtype_name(dtype)})
     return _check_export(source, path, dtype, params, expected, str(source.config_json["architectures"][0]))
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def padded_config(source: ExportSource) -> Any:
@@ -112,8 +109,11 @@ def _write_padded(source: ExportSource, padded: Any, path: Path, dtype: torch.dt
             for name in (f"{linear.module}.weight", f"{linear.module}.bias"):
                 if name in shapes and not (side == COLUMNS and name.endswith("bias")):
                     axis = stored_axis(padded.get_submodule(linear.module), side) if name.endswith("weight") else ROWS
-                    tensor = _pad_with_zeros(state.get(name), shapes[name], linear, kept, site.units, axis)
-                    state[name] = tensor.to(dtype)
+                    stored = state.get(name)
+                    full = torch.zeros(shapes[name], dtype=torch.float32 if stored is None else stored.dtype)
+                    if stored is not None:  # in the first units, zeros in the others
+                        full.index_copy_(axis, linear.indices(range(kept), site.units), stored)
+                    state[name] = full.to(dtype)
         if not kept:  # the block's other tensors, such as norms of heads, are multiplied by zero
             block = f"{site.name}."
             state |= {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items() if name.startswith(block)}
@@ -127,16 +127,6 @@ def _write_padded(source: ExportSource, padded: Any, path: Path, dtype: torch.dt
     params = sum(weight.numel() for weight in padded.parameters())
     result = _check_export(source, path, dtype, params, expected, type(padded).__name__, padded=True)
     return replace(result, notes=(note,))
-
-
-def _pad_with_zeros(
-    stored: Tensor | None, shape: torch.Size, linear: LinearSlice, kept: int, units: int, axis: int
-) -> Tensor:
-    """A tensor of `shape`: `stored` in the first `kept` of `units` units along `axis`, zeros in the others."""
-    full = torch.zeros(shape, dtype=stored.dtype if stored is not None else torch.float32)
-    if stored is not None:
-        full.index_copy_(axis, linear.indices(range(kept), units), stored)
-    return full
 
 
 def _load_rounded(source: ExportSource, dtype: torch.dtype) -> Any:

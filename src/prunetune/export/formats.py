@@ -67,7 +67,9 @@ def export_run(
     to = to or source.layout
     options = replace(options, dtype=options.dtype or EXPORT_FORMATS[to].dtypes[0])
     _check_options(to, source, options)
-    path = out or _default_path(source, to, options.quantize or options.dtype)
+    name = "-".join(filter(None, (to, options.quantize or options.dtype))) + EXPORT_FORMATS[to].suffix
+    exports = source.run / "exports" / name if source.run else source.folder.with_name(f"{source.name}-{name}")
+    path = out or exports
     if path.exists():
         raise ConfigError(f"{path} exists already: name another path with --out, or remove it")
     require_disk_space(path.parent, source.params * BYTES_PER_WEIGHT.get(options.dtype, source.dtype.itemsize))
@@ -109,11 +111,6 @@ def _check_options(to: str, source: ExportSource, options: ExportOptions) -> Non
         raise ConfigError(
             f"--quantize keeps the layout ({source.layout}) and has types of its own: leave out --to, --dtype and --pad"
         )
-
-
-def _default_path(source: ExportSource, to: str, dtype: str) -> Path:
-    name = "-".join(filter(None, (to, dtype))) + EXPORT_FORMATS[to].suffix
-    return source.run / "exports" / name if source.run else source.folder.with_name(f"{source.name}-{name}")
 
 
 def _remove(partial: Path) -> None:

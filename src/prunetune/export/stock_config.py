@@ -32,18 +32,15 @@ def kv_groups_validator(config: Any) -> Callable[..., bool]:
         if (kv_groups, queries_per_kv_head) == (heads.kv_heads, heads.queries_per_kv_head) or kv_groups < 1:
             return kv_groups >= 1
         try:
-            shape = _attention_shape(shrink_config(config, kv_groups, None, queries_per_kv_head=queries_per_kv_head))
+            model = build_meta_model(shrink_config(config, kv_groups, None, queries_per_kv_head=queries_per_kv_head))
+            site = next((site for site in find_sites(model) if site.kind is UnitKind.KV_GROUP), None)
         except Exception:  # each class refuses in its own way
             return False
-        return shape == (kv_groups, queries_per_kv_head * heads.head_dim)
+        if site is None or site.consumer is None:  # attention cannot be pruned
+            return False
+        return (site.units, site.consumer.rows_per_unit) == (kv_groups, queries_per_kv_head * heads.head_dim)
 
     return is_valid
-
-
-def _attention_shape(config: Any) -> tuple[int, int]:
-    """(KV groups, columns of one group's queries); zeros if attention cannot be pruned."""
-    site = next((site for site in find_sites(build_meta_model(config)) if site.kind is UnitKind.KV_GROUP), None)
-    return (site.units, site.consumer.rows_per_unit) if site and site.consumer else (0, 0)
 
 
 def build_meta_model(config: Any) -> Any:

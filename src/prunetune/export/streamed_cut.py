@@ -91,14 +91,13 @@ def cut_streamed(streamed: StreamedModel, plan: Plan, sites: Sequence[Site], tok
     The model ends up cut and without weights. The files are those of `masked` followed by `cut`.
     """
     model, prefixes = streamed.model, architecture_info(streamed.model).layer_prefixes
-    new_prefixes = _renumbered_prefixes(prefixes, plan, sites)
+    new_prefixes = {prefix: prefix for prefix in prefixes}  # of the layers that are kept, once the others are removed
+    if any(site.kind is UnitKind.LAYER for site in sites):
+        new_prefixes = {prefixes[old]: prefixes[new] for new, old in enumerate(surviving_layers(plan, sites))}
     shards = ShardWriter(folder, len(new_prefixes) + 1)
     outside = [module for name, module in model.named_modules() if not _is_in_layer(name, prefixes)]
     _load_non_layer_weights(streamed, prefixes)
     handles = []
-
-    def load_before(index: int) -> Callable[..., None]:
-        return lambda layer, *_: streamed.load(layer, f"{prefixes[index]}.")
 
     def cut_and_write_after(index: int) -> Callable[..., None]:
         def hook(layer: nn.Module, *_: Any) -> None:
@@ -113,7 +112,9 @@ def cut_streamed(streamed: StreamedModel, plan: Plan, sites: Sequence[Site], tok
     with masked(model, plan, sites=sites):
         for index, prefix in enumerate(prefixes):
             layer = model.get_submodule(prefix)
-            handles.append(layer.register_forward_pre_hook(load_before(index)))
+            handles.append(
+                layer.register_forward_pre_hook(lambda layer, _, prefix=prefix: streamed.load(layer, f"{prefix}."))
+            )
             handles.append(layer.register_forward_hook(cut_and_write_after(index)))
         try:
             logits = compute_logits(model, tokens)
@@ -144,20 +145,13 @@ def _load_non_layer_weights(streamed: StreamedModel, prefixes: Sequence[str]) ->
 def _non_layer_state(model: Any, prefixes: Sequence[str]) -> dict[str, Tensor]:
     """The tensors outside layers that a checkpoint stores; of tied weights the first."""
     state: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    stored: set[int] = set()
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if not _is_in_layer(name, prefixes) and id(tensor) not in seen:
-            seen.add(id(tensor))
+        if not _is_in_layer(name, prefixes) and id(tensor) not in stored:
+            stored.add(id(tensor))
             state[name] = tensor.detach()
     return state
 
 
 def _is_in_layer(name: str, prefixes: Sequence[str]) -> bool:
     return f"{name}.".startswith(tuple(f"{prefix}." for prefix in prefixes))
-
-
-def _renumbered_prefixes(prefixes: Sequence[str], plan: Plan, sites: Sequence[Site]) -> dict[str, str]:
-    """The prefixes of layers that are kept -> their prefixes once the other layers are removed."""
-    if not any(site.kind is UnitKind.LAYER for site in sites):
-        return {prefix: prefix for prefix in prefixes}
-    return {prefixes[old]: prefixes[new] for new, old in enumerate(surviving_layers(plan, sites))}

@@ -27,11 +27,11 @@ from prunetune.search.nested_sites import NestedSites
 from prunetune.search.plan_rules import block_size
 from prunetune.search.select import min_params
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore
-from prunetune.train.job import StepRecord
 from prunetune.train.parallel.distributed_passes import distribute_checkpoints
 from prunetune.train.schedule import build_schedule
 from prunetune.train.validation import perplexity
 from prunetune.utils.files import write_text
+from prunetune.utils.json_lines import JsonObject
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ValidationMonitor:
         scores = {"valid.accuracy": valid["accuracy"]} if "accuracy" in valid else {}
         return scores | {f"guard.{name}": value for name, value in guard.items()}
 
-    def record_decision(self, record: StepRecord, plan: Plan) -> None:
+    def record_decision(self, record: JsonObject, plan: Plan) -> None:
         """Write the plan with its scores, such as `decisions/step-0000040.json`; rank 0 only."""
         if not self.context.ranks.is_main:
             return
@@ -153,13 +153,6 @@ def pack_plan(plan: Plan) -> dict[str, dict[str, Any]]:
     }
 
 
-def unpack_plan(sites: dict[str, dict[str, Any]]) -> Plan:
-    """Read what `pack_plan` wrote."""
-    masks = {site: int(value["mask"], 16) for site, value in sites.items()}
-    units = {site: int(value["units"]) for site, value in sites.items()}
-    return Plan({site: tuple(u for u in range(units[site]) if mask >> u & 1) for site, mask in masks.items()}, units)
-
-
 # -- facts for the manifest --------------------------------------------------------------------------------------------
 
 
@@ -172,34 +165,33 @@ def tuning_facts(context: RunContext) -> dict[str, Any]:
     timed = {"timings": {**timings, TUNING_STAGE: seconds}}
     if not state.validation_history:
         return timed
-    seen, config = state.validation_history, context.config
-    gates = [ScoreLimit.parse(text) for text in config.limits]
+    history, config = state.validation_history, context.config
+    dense, last = history["dense"], history["last"]
     limits = tuple(
         LimitFacts(
-            condition=str(gate),
-            limit=gate.threshold(seen["dense"]),
-            measured=seen["last"].get(gate.metric),
-            is_met=gate.is_met(seen["last"], seen["dense"]),
+            condition=str(limit),
+            limit=limit.threshold(dense),
+            measured=last.get(limit.metric),
+            is_met=limit.is_met(last, dense),
         )
-        for gate in gates
-        if seen["last"]
+        for limit in map(ScoreLimit.parse, config.limits if last else ())
     )
     kept = kept_params(context.sites, state.plan) / prunable_params(context.sites) if state.plan else None
     # Under budgets of other kinds no share of parameters was requested: only a limit can have raised it.
-    asked = kept if context.constraints.limits and not seen["events"] else config.budget.keep
+    requested_keep = kept if context.constraints.limits and not history["events"] else config.budget.keep
     return timed | {
         "validation": ValidationFacts(
-            every=config.train.validate_every * max(1, seen["stride"]),
-            seconds=seen["seconds"],
-            share=seen["seconds"] / seconds if seconds else None,
-            dense=seen["dense"],
-            last=seen["last"],
+            every=config.train.validate_every * max(1, history["stride"]),
+            seconds=history["seconds"],
+            share=history["seconds"] / seconds if seconds else None,
+            dense=dense,
+            last=last,
         ),
         "limits": LimitsFacts(
             limits=limits,
-            actions=tuple(LimitActionFacts.from_dict(event) for event in seen["events"]),
-            requested_keep=asked,
-            allowed_keep=seen["schedule"]["keep"],
+            actions=tuple(LimitActionFacts.from_dict(event) for event in history["events"]),
+            requested_keep=requested_keep,
+            allowed_keep=history["schedule"]["keep"],
             kept=kept,
         ),
     }

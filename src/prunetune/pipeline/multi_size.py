@@ -61,9 +61,8 @@ def run_sizes(config: RunConfig, *, resume: bool = False, console: Console | Non
     A limit that stops one size leaves the larger ones: they are finished before `LimitBroken` is raised.
     """
     if rank_and_world_size()[1] > 1:
-        raise ConfigError(
-            "budget.keep names several sizes, which one process makes: start it without accelerate launch"
-        )
+        problem = "budget.keep names several sizes, which one process makes: start it without accelerate launch"
+        raise ConfigError(problem)
     require_trackers(config.report_to)
     console = console or make_console(config.train.log_every)
     with closing(console), deterministic(config.deterministic, pick_device(config.device)):
@@ -211,9 +210,8 @@ class SizeTraining:
         state = first.latest_state
         assert state is not None
         device = self.context.device
-        searcher = Searcher(
-            job.sites, job.constraints, first.config, build_schedule(first.config).annealed_keep, device
-        )
+        annealed_keep = build_schedule(first.config).annealed_keep
+        searcher = Searcher(job.sites, job.constraints, first.config, annealed_keep, device)
         searcher.load_state_tensors(state.tensors["generator"])
         return detach_to(searcher.logits(), "cpu")
 

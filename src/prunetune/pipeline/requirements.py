@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -19,7 +19,7 @@ from prunetune.bench.options import BenchOptions
 from prunetune.bench.result import BenchedModel
 from prunetune.bench.tile_alignment import SHOWN, TILE, misaligned_widths
 from prunetune.config.recipe import RequireConfig, RunConfig
-from prunetune.manifest import GainFacts
+from prunetune.manifest import FigureFacts, GainFacts, LimitFacts, SpeedupFacts
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site
@@ -27,7 +27,6 @@ from prunetune.runs.folder import RunFolder
 from prunetune.utils.files import write_text
 
 SPEED_METRICS = ("throughput", "prefill", "decode")
-GainRecord = dict[str, Any]
 
 
 def measure_gain(run_folder: RunFolder, folders: Sequence[RunFolder], context: RunContext) -> None:
@@ -38,11 +37,10 @@ def measure_gain(run_folder: RunFolder, folders: Sequence[RunFolder], context: R
         gc.collect()  # free the models that were open before
         if context.device.type == "cuda":
             torch.cuda.empty_cache()
-        found = measure_in_process([str(folder.path)], options)
-        benches.append(found.to_dict())
-        plan = Plan.load(folder.plan_file)
-        gain = judge_gain(found.models[0], found.models[-1], context.config.require, plan, context.sites)
-        folder.update_manifest(gain=GainFacts.from_dict(gain))
+        bench, plan = measure_in_process([str(folder.path)], options), Plan.load(folder.plan_file)
+        benches.append(bench.to_dict())
+        gain = judge_gain(bench.models[0], bench.models[-1], context.config.require, plan, context.sites)
+        folder.update_manifest(gain=gain)
     write_text(run_folder.bench_file, json.dumps(benches, indent=2) + "\n")
 
 
@@ -64,65 +62,59 @@ def gain_bench_options(config: RunConfig) -> BenchOptions:
 
 def judge_gain(
     dense: BenchedModel, model: BenchedModel, requirements: RequireConfig, plan: Plan, sites: Sequence[Site]
-) -> GainRecord:
-    """The gain of one model, and of each required margin whether it is met or why not; JSON-ready."""
-    cell = model.cells[0]
+) -> GainFacts:
+    """The gain of one model, and of each required margin whether it is met or why not."""
+    cell, dense_cell = model.cells[0], dense.cells[0]
     ratios = {name: cell.ratios[name] for name in SPEED_METRICS if name in cell.ratios}
-    speed = {name: {"median": ratio.median, "min": ratio.min, "max": ratio.max} for name, ratio in ratios.items()}
+    speedups = {name: SpeedupFacts(median=ratio.median, min=ratio.min, max=ratio.max) for name, ratio in ratios.items()}
     smaller = 1 - model.facts.parameters / dense.facts.parameters
-    faster = speed[requirements.speed]["median"] if requirements.speed in speed else None
-    limits = [_limit_verdict("smaller", requirements.smaller, smaller)] if requirements.smaller else []
+    faster = ratios[requirements.speed].median if requirements.speed in ratios else None
+    limits = []
+    if requirements.smaller:
+        limit = _limit_facts("smaller", requirements.smaller, smaller)
+        limits.append(limit if limit.is_met else _explain_not_smaller(limit, dense, plan, sites))
     if requirements.faster:
-        limits.append(_limit_verdict("faster", requirements.faster, faster) | {"figure": requirements.speed})
-    for limit in limits:
-        if not limit["held"]:
-            limit["says"] = _explain_missed(limit, dense, model, plan, sites)
-    return {
-        "smaller": smaller,
-        "speed": speed,
-        "figures": {name: {"dense": dense.cells[0].figures[name].median, "pruned": cell.figures[name].median}
-                    for name in SPEED_METRICS if name in cell.figures and name in dense.cells[0].figures},
-        "counted": dict(cell.counted),
-        "limits": limits,
-        "uneven": [str(width) for width in misaligned_widths(plan, sites)],
-    }  # fmt: skip
+        limit = replace(_limit_facts("faster", requirements.faster, faster), figure=requirements.speed)
+        limits.append(limit if limit.is_met else _explain_not_faster(limit, model, plan, sites))
+    both = [name for name in SPEED_METRICS if name in cell.figures and name in dense_cell.figures]
+    return GainFacts(
+        smaller=smaller,
+        speedups=speedups,
+        figures={
+            name: FigureFacts(dense=dense_cell.figures[name].median, pruned=cell.figures[name].median) for name in both
+        },
+        counted=dict(cell.counted),
+        limits=tuple(limits),
+        misaligned_widths=tuple(map(str, misaligned_widths(plan, sites))),
+    )
 
 
-def _limit_verdict(name: str, limit: float, measured: float | None) -> GainRecord:
-    held = measured is not None and measured >= limit
-    return {"gate": f"require.{name} >= {limit:g}", "limit": limit, "found": measured, "held": held}
+def _limit_facts(name: str, limit: float, measured: float | None) -> LimitFacts:
+    is_met = measured is not None and measured >= limit
+    return LimitFacts(condition=f"require.{name} >= {limit:g}", limit=limit, measured=measured, is_met=is_met)
 
 
-def _explain_missed(
-    limit: GainRecord, dense: BenchedModel, model: BenchedModel, plan: Plan, sites: Sequence[Site]
-) -> str:
-    if "figure" not in limit:
-        return _explain_not_smaller(limit, dense, plan, sites)
-    if limit["found"] is None:
-        return f"{limit['gate']}: {limit['figure']} could not be measured ({model.cells[0].failed or 'no figure'})"
-    measured = _format_below_limit(limit["found"], limit["limit"])
-    missed = f"{limit['gate']}: {limit['figure']} is {measured} times the dense model's"
-    misaligned, upper_bounds = misaligned_widths(plan, sites), _format_upper_bounds(model.cells[0].counted)
-    if not misaligned:
-        return f"{missed}; all widths are multiples of {TILE}, so none is to blame{upper_bounds}"
-    more = f" and {len(misaligned) - SHOWN} more" if len(misaligned) > SHOWN else ""
-    return f"{missed}; {'; '.join(map(str, misaligned[:SHOWN]))}{more}: set budget.align to {TILE}{upper_bounds}"
-
-
-def _format_below_limit(measured: float, limit: float) -> str:
-    """`measured` with as many digits, two or more, as show that it is below `limit`."""
-    digits = next(digits for digits in range(2, 20) if round(measured, digits) < limit or digits == 19)
-    return f"{measured:.{digits}f}"
-
-
-def _format_upper_bounds(counted: Mapping[str, float]) -> str:
-    """The largest speed-ups that FLOPs and bytes allow."""
+def _explain_not_faster(limit: LimitFacts, model: BenchedModel, plan: Plan, sites: Sequence[Site]) -> LimitFacts:
+    start, cell = f"{limit.condition}: {limit.figure}", model.cells[0]
+    if limit.measured is None or limit.limit is None:
+        return replace(limit, explanation=f"{start} could not be measured ({cell.failed or 'no figure'})")
+    # As many digits, two or more, as show that it is below the limit.
+    digits = next(digits for digits in range(2, 20) if round(limit.measured, digits) < limit.limit or digits == 19)
+    missed = f"{start} is {limit.measured:.{digits}f} times the dense model's"
     labels = {"prefill": "by FLOPs the prefill", "decode": "by bytes a decode step"}
-    known = [f"{labels[name]} can gain x{value:.2f} at most" for name, value in counted.items() if name in labels]
-    return f"; {', '.join(known)}: lower budget.keep, or ask for what is possible" if known else ""
+    known = [f"{labels[name]} can gain x{bound:.2f} at most" for name, bound in cell.counted.items() if name in labels]
+    upper_bounds = f"; {', '.join(known)}: lower budget.keep, or ask for what is possible" if known else ""
+    misaligned = misaligned_widths(plan, sites)
+    if not misaligned:
+        reason = f"{missed}; all widths are multiples of {TILE}, so none is to blame{upper_bounds}"
+    else:
+        more = f" and {len(misaligned) - SHOWN} more" if len(misaligned) > SHOWN else ""
+        widths = "; ".join(map(str, misaligned[:SHOWN]))
+        reason = f"{missed}; {widths}{more}: set budget.align to {TILE}{upper_bounds}"
+    return replace(limit, explanation=reason)
 
 
-def _explain_not_smaller(limit: GainRecord, dense: BenchedModel, plan: Plan, sites: Sequence[Site]) -> str:
+def _explain_not_smaller(limit: LimitFacts, dense: BenchedModel, plan: Plan, sites: Sequence[Site]) -> LimitFacts:
     prunable = sum(site.params for site in sites)
     params: dict[int, list[int]] = {}  # layer -> prunable parameters kept, and of the dense model
     for site in sites:
@@ -132,7 +124,8 @@ def _explain_not_smaller(limit: GainRecord, dense: BenchedModel, plan: Plan, sit
     fullest = sorted(shares, key=lambda layer: -shares[layer])[:SHOWN]
     named = ", ".join(f"layer {layer} ({shares[layer]:.0%})" for layer in fullest)
     unprunable = 1 - prunable / dense.facts.parameters
-    return (
-        f"{limit['gate']}: {limit['found']:.1%} of all parameters are pruned; {unprunable:.0%} (embeddings, head, "
+    reason = (
+        f"{limit.condition}: {limit.measured:.1%} of all parameters are pruned; {unprunable:.0%} (embeddings, head, "
         f"norms) cannot be, and of the rest most is kept in {named}: lower budget.keep"
     )
+    return replace(limit, explanation=reason)

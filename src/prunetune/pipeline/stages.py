@@ -13,7 +13,7 @@ from typing import Any
 
 from prunetune.bench.latency.verify import verify_budgets
 from prunetune.bench.speed import measure_speed
-from prunetune.config.recipe import DistillConfig, RunConfig
+from prunetune.config.recipe import RunConfig
 from prunetune.data.batches import BatchStream, pad_token_id, unlabelled_examples
 from prunetune.data.encoding import Example
 from prunetune.data.records import Record
@@ -106,28 +106,26 @@ def make_job(
     """What the loop needs; with a plan given, it only tunes. Of the context's resolved config."""
     from accelerate import Accelerator
 
-    config = context.config
+    config, valid = context.config, context.encoded["valid"].examples
+    batch_sizes: dict[SplitName, int] = {"train": config.train.batch_size, "search": config.search.batch_size}
+    streams = {
+        split: BatchStream(_with_distill_texts(context, split, teacher), size, derive_seed(config.seed, split))
+        for split, size in batch_sizes.items()
+    }
     return TrainingJob(
         model=model,
         sites=context.sites,
         constraints=context.constraints,
-        train_stream=BatchStream(
-            _with_distill_texts(context, "train", teacher), config.train.batch_size, derive_seed(config.seed, "train")
-        ),
-        search_stream=BatchStream(
-            _with_distill_texts(context, "search", teacher),
-            config.search.batch_size,
-            derive_seed(config.seed, "search"),
-        ),
-        valid_examples=validation_subset(context.encoded["valid"].examples, config.validate.limit),
+        train_stream=streams["train"],
+        search_stream=streams["search"],
+        valid_examples=valid[:: max(1, -(-len(valid) // config.validate.limit))],  # spread evenly over the split
         pad_id=pad_token_id(context.tokenizer),
         config=config,
         schedule=tune_only_schedule(config) if plan else build_schedule(config),
         checkpoints=checkpoints,
         observer=observer,
-        accelerator=Accelerator(
-            cpu=context.device.type == "cpu", mixed_precision="no"
-        ),  # passes set the precision themselves
+        # Passes set the precision themselves.
+        accelerator=Accelerator(cpu=context.device.type == "cpu", mixed_precision="no"),
         teacher=teacher,
         monitor=monitor,
         ranks=context.ranks,
@@ -143,21 +141,12 @@ def plain_lora_config(context: RunContext) -> RunContext:
     return replace(context, config=replace(context.config, lora=lora, train=train))
 
 
-def dense_config(context: RunContext) -> RunContext:
-    """The context in which the dense model is tuned: plain LoRA at `lora.dense_learning_rate`."""
-    plain = plain_lora_config(context)
-    train = replace(plain.config.train, learning_rate=plain.config.lora.dense_learning_rate)
-    return replace(plain, config=replace(plain.config, train=train))
-
-
 def _with_distill_texts(context: RunContext, split: SplitName, teacher: Teacher | None) -> tuple[Example, ...]:
     """The examples of a split and, where there is a teacher, a share of texts on which only distillation counts."""
-    examples = context.encoded[split].examples
+    examples, share = context.encoded[split].examples, context.config.data.distill_texts_share
     if teacher is None or "texts" not in context.encoded:
         return examples
-    return examples + unlabelled_examples(
-        context.encoded["texts"].examples, examples, context.config.data.distill_texts_share
-    )
+    return examples + unlabelled_examples(context.encoded["texts"].examples, examples, share)
 
 
 def make_teacher_factory(context: RunContext, load_dense_tuned: Callable[[], Any]) -> TeacherFactory:
@@ -169,27 +158,14 @@ def make_teacher_factory(context: RunContext, load_dense_tuned: Callable[[], Any
     distill = context.config.distill
     if distill.teacher == "base" and not context.ranks.uses_fsdp:
         return lambda student: base_teacher(student, distill)
-    teacher = _separate_teacher(context, distill, load_dense_tuned)
-    return lambda _: teacher
-
-
-def _separate_teacher(
-    context: RunContext, distill: DistillConfig, load_dense_tuned: Callable[[], Any]
-) -> Teacher | None:
     if distill.teacher == "none":
-        return None
+        return lambda _: None
+    model = context.load_for_training() if distill.teacher == "base" else load_dense_tuned()
     if distill.teacher == "base":
-        model = context.load_for_training()
         shard_layers(model, context.ranks)
-    else:
-        model = load_dense_tuned()
-    model, tuned = model.requires_grad_(False).eval(), distill.teacher == "dense"
-    return Teacher(model, is_tuned=tuned, share=distill.share)
-
-
-def validation_subset(examples: tuple[Example, ...], limit: int) -> tuple[Example, ...]:
-    """The validation examples scored during the run: spread evenly over the split."""
-    return examples[:: max(1, -(-len(examples) // limit))]
+    model, is_tuned = model.requires_grad_(False).eval(), distill.teacher == "dense"
+    teacher = Teacher(model, is_tuned=is_tuned, share=distill.share)
+    return lambda _: teacher
 
 
 # -- evaluation and measurement ----------------------------------------------------------------------------------------
@@ -256,14 +232,8 @@ def measure_budgets(context: RunContext) -> None:
 
 def score_model(context: RunContext, model: Any, records: tuple[Record, ...]) -> Evaluation:
     """Score one model on records, as the recipe's `evaluate` says."""
-    return evaluate(
-        model,
-        context.tokenizer,
-        records,
-        context.config.data,
-        context.config.evaluate,
-        context.console.evaluation_progress,
-    )
+    config, progress = context.config, context.console.evaluation_progress
+    return evaluate(model, context.tokenizer, records, config.data, config.evaluate, progress)
 
 
 def load_model(context: RunContext, name: str) -> Any:
@@ -282,7 +252,10 @@ def load_model(context: RunContext, name: str) -> Any:
         # As a teacher and for comparison: tuned once, continued from its checkpoints.
         context.console.stage("tune the dense model (once: what is done is kept)", context.config.train.steps)
         checkpoints = distribute_checkpoints(Checkpoints(context.folder.dense_tuned_checkpoints), context.ranks)
-        tune_and_prune(make_job(dense_config(context), model, checkpoints, context.console, dense_plan(context.sites)))
+        plain = plain_lora_config(context)
+        train_config = replace(plain.config.train, learning_rate=plain.config.lora.dense_learning_rate)
+        plain = replace(plain, config=replace(plain.config, train=train_config))
+        tune_and_prune(make_job(plain, model, checkpoints, context.console, dense_plan(context.sites)))
         if not context.ranks.uses_fsdp:  # adapters are not merged into sharded weights
             finalize_adapters(model)
         return model

@@ -12,8 +12,9 @@ from prunetune.plan import Plan
 from prunetune.report import svg
 from prunetune.report.figures import WIDTH, draw_cells
 from prunetune.report.kept_layers import parse_site_layer
-from prunetune.report.run_folder import RunFiles, RunLogEntry, get_number
+from prunetune.report.run_folder import RunFiles, get_number
 from prunetune.report.training_curves import ReportFigure
+from prunetune.utils.json_lines import JsonObject
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Drawing
@@ -40,13 +41,15 @@ def heatmap_figures(run: RunFiles) -> list[ReportFigure]:
     for is_attention, kind in KINDS.items():
         columns = heatmap_columns(run.metrics, run.plan, is_attention=is_attention)
         if len(columns) > 1 and columns[-1].shares:
-            label = f"{kind} kept by layer over the search: {describe_columns(columns)}"
+            ends = [sum(column.shares.values()) / max(1, len(column.shares)) for column in (columns[0], columns[-1])]
+            means = f"mean share {ends[0]:.0%} at step {columns[0].step}, {ends[1]:.0%} in the plan"
+            label = f"{kind} kept by layer over the search: {means}; the table has each layer"
             picture = _draw_heatmap(f"heatmap-{kind[:2]}", label, columns)
             figures.append(ReportFigure(f"{kind} by layer over time", picture, note=note))
     return figures
 
 
-def heatmap_columns(metrics: Sequence[RunLogEntry], plan: Plan, *, is_attention: bool) -> list[HeatmapColumn]:
+def heatmap_columns(metrics: Sequence[JsonObject], plan: Plan, *, is_attention: bool) -> list[HeatmapColumn]:
     """At most `MAX_COLUMNS` of the logged steps, and the plan."""
     layers = {}
     for site in plan.units:
@@ -66,12 +69,6 @@ def heatmap_columns(metrics: Sequence[RunLogEntry], plan: Plan, *, is_attention:
     last_step = max((int(step) for line in metrics if (step := get_number(line, "step")) is not None), default=0)
     kept = {layer: len(plan.kept[site]) / plan.units[site] for site, layer in layers.items() if plan.units[site]}
     return [*columns[::stride], HeatmapColumn(last_step, kept)]
-
-
-def describe_columns(columns: Sequence[HeatmapColumn]) -> str:
-    """The first and the last column in words."""
-    means = [sum(column.shares.values()) / max(1, len(column.shares)) for column in columns]
-    return f"mean share {means[0]:.0%} at step {columns[0].step}, {means[-1]:.0%} in the plan; the table has each layer"
 
 
 def _draw_heatmap(name: str, label: str, columns: Sequence[HeatmapColumn]) -> Markup:

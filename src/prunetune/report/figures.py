@@ -126,11 +126,6 @@ def draw_cells(axes: Axes, cells: Sequence[tuple[int, int]], colour: str, alpha:
         axes.add_patch(PathPatch(Path.make_compound_path(*squares), facecolor=colour, linewidth=0, alpha=alpha))
 
 
-def widths_figure(label: str, layers: Sequence[KeptLayer]) -> Markup:
-    """Share of the MLP channels that is kept, by layer, in front of the dense width."""
-    return unit_share_figure("widths", label, {layer.index: layer.mlp for layer in layers if layer.mlp})
-
-
 def unit_share_figure(name: str, label: str, kept: Mapping[int, LayerKeptUnits]) -> Markup:
     """Share of the units of one kind that is kept, by layer."""
 

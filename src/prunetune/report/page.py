@@ -31,12 +31,9 @@ from prunetune.utils.files import write_text
 
 MODEL_NAMES = {"dense": "Dense, untuned", "tuned": "Dense, tuned", "pruned": "Pruned"}
 FLIP_NAMES = {
-    "lost": "right → wrong",
-    "gained": "wrong → right",
-    "right": "both right",
-    "wrong": "both wrong",
-    "open": "generated",
-}
+    "lost": "right → wrong", "gained": "wrong → right",
+    "right": "both right", "wrong": "both wrong", "open": "generated",
+}  # fmt: skip
 VALIDATION_COLUMNS = ("valid.accuracy", "guard.perplexity", "guard.accuracy")
 
 
@@ -47,7 +44,7 @@ def write_report(run_folder: Path) -> Path:
     Raises `RunFolderError` where the folder or its `config.yaml` is missing.
     """
     target, run = run_folder / "report.html", read_run(run_folder)
-    if size_frontier.has_multiple_sizes(run):
+    if run.manifest.sizes:
         page = _render("size_frontier.html.j2", size_frontier.template_context(run_folder, run))
     else:
         page = _render("template.html.j2", _template_context(run))
@@ -77,6 +74,7 @@ def _template_context(run: RunFiles) -> dict[str, Any]:
     for row in rows:
         tasks.setdefault(row.task, []).append(row)
     layers = kept_layers.layers_from_plan(run.plan) if run.plan else ()
+    marks = {figures.MODEL_MARKS[name][0]: MODEL_NAMES[name].lower() for name in models}
     return {
         "run": run,
         "model_name": run.model_name,
@@ -89,9 +87,7 @@ def _template_context(run: RunFiles) -> dict[str, Any]:
         "reference_name": scores.REFERENCE_NAMES.get(scores.reference_model(evaluations), ""),
         "tasks": tasks,
         "score_figures": [*(_recovery_figures(rows) if "tuned" in evaluations else ()), *_score_figures(rows)],
-        "score_legend": figures.legend_entries(
-            {figures.MODEL_MARKS[name][0]: MODEL_NAMES[name].lower() for name in models}
-        ),
+        "score_legend": figures.legend_entries(marks),
         "layers": layers,
         "groups": kept_layers.count_kept(layer.attention for layer in layers),
         "channels": kept_layers.count_kept(layer.mlp for layer in layers),
@@ -160,7 +156,8 @@ def _kept_figures(run: RunFiles, layers: Sequence[kept_layers.KeptLayer]) -> lis
     if any(layer.mlp for layer in layers):
         kept, units = kept_layers.count_kept(layer.mlp for layer in layers)
         label = f"Share of MLP channels kept by layer: {kept} of {units}; the table below has the numbers"
-        picture = figures.widths_figure(label, layers)
+        by_layer = {layer.index: layer.mlp for layer in layers if layer.mlp}
+        picture = figures.unit_share_figure("widths", label, by_layer)
         drawn.append(ReportFigure("MLP width", picture, note=f"{kept:,} of {units:,} channels are kept."))
     for kind, by_layer in (kept_layers.other_units_by_layer(run.plan) if run.plan else {}).items():
         kept, units = kept_layers.count_kept(by_layer.values())

@@ -15,10 +15,9 @@ from prunetune.errors import PrunetuneError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.manifest import Manifest, finite_number
 from prunetune.plan import Plan
-from prunetune.utils.json_lines import read_json_lines
+from prunetune.utils.json_lines import JsonObject, read_json_lines
 
 Parsed = TypeVar("Parsed")
-RunLogEntry = Mapping[str, Any]
 
 MODELS = ("dense", "tuned", "pruned")
 
@@ -31,8 +30,8 @@ class RunFiles:
     config_text: str
     config: Mapping[str, Any]
     plan: Plan | None
-    metrics: tuple[RunLogEntry, ...]
-    validation: tuple[RunLogEntry, ...]
+    metrics: tuple[JsonObject, ...]
+    validation: tuple[JsonObject, ...]
     evaluations: Mapping[str, Evaluation]  # by name in MODELS
     manifest: Manifest
     missing: tuple[str, ...]
@@ -124,7 +123,7 @@ def _parse_file(path: Path, parse: Callable[[str], Parsed], missing: list[str], 
         return None
 
 
-def _read_log(path: Path, missing: list[str], consequence: str) -> tuple[RunLogEntry, ...]:
+def _read_log(path: Path, missing: list[str], consequence: str) -> tuple[JsonObject, ...]:
     if not path.is_file():
         missing.append(f"{path.name} is missing: {consequence}")
         return ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -113,8 +114,9 @@ def _select_per_flip(pairs: Sequence[AnswerSample]) -> list[AnswerSample]:
 
 
 def _round_robin(samples: Sequence[AnswerSample]) -> list[AnswerSample]:
-    seen: dict[str, int] = {}
-    turn: dict[int, int] = {}
-    for position, sample in enumerate(samples):
-        turn[position] = seen[sample.task] = seen.get(sample.task, -1) + 1
-    return [samples[position] for position in sorted(turn, key=lambda position: (turn[position], position))]
+    counts: Counter[str] = Counter()
+    turns = []  # of each sample within its task
+    for sample in samples:
+        turns.append(counts[sample.task])
+        counts[sample.task] += 1
+    return [samples[position] for position in sorted(range(len(samples)), key=turns.__getitem__)]

@@ -97,7 +97,10 @@ def _metric_row(
         change = formatting.signed_decimal(difference)
         change += f" ± {formatting.decimal(error)}" if math.isfinite(error) else ""
         verdict = _verdict(metric, difference, error)
-        with_se = _recovery_with_se(metric, scores["pruned"], scores[reference], error)
+        # To first order, the error of the paired difference over the score that is divided by.
+        ratio, is_higher = recovery(scores["pruned"], scores[reference], metric), higher_is_better(metric)
+        divisor = scores[reference if is_higher else "pruned"].value
+        with_se = ratio, error * (1.0 if is_higher else ratio) / divisor if divisor > 0 else math.nan
         if metric != "nll" and math.isfinite(with_se[0]):  # of a logarithm the ratio says little, the change all
             recovered = formatting.share(with_se[0], 1)
     n = max(score.n for score in scores.values())
@@ -110,13 +113,6 @@ def _verdict(metric: str, difference: float, error: float) -> str:
     if abs(difference) <= 2 * error:
         return "within noise"
     return "better" if (difference > 0) == higher_is_better(metric) else "worse"
-
-
-def _recovery_with_se(metric: str, pruned: Score, reference: Score, error: float) -> tuple[float, float]:
-    """Recovery, and its error to first order: that of the paired difference, over the score that is divided by."""
-    ratio = recovery(pruned, reference, metric)
-    divisor = reference.value if higher_is_better(metric) else pruned.value
-    return ratio, error * (1.0 if higher_is_better(metric) else ratio) / divisor if divisor > 0 else math.nan
 
 
 def _difference(pruned: TaskResult, reference: TaskResult, metric: str) -> tuple[float, float]:
@@ -137,7 +133,14 @@ def headline_score(evaluations: Mapping[str, Evaluation]) -> HeadlineScore | Non
     if "pruned" not in evaluations or not reference:
         return None
     for metric in HEADLINE_METRICS:
-        finite = {name: _finite_scores(evaluation, metric) for name, evaluation in evaluations.items()}
+        finite = {
+            name: {
+                task: result.scores[metric]
+                for task, result in evaluation.tasks.items()
+                if metric in result.scores and math.isfinite(result.scores[metric].value)
+            }
+            for name, evaluation in evaluations.items()
+        }
         tasks = [task for task in finite["pruned"] if task in finite[reference]]
         if tasks:
             return _headline_over(tasks, metric, finite, reference)
@@ -164,9 +167,3 @@ def _headline_over(
         reference=means[reference],
         recovery=means["pruned"] / means[reference] if has_recovery else None,
     )
-
-
-def _finite_scores(evaluation: Evaluation, metric: str) -> dict[str, Score]:
-    """The metric by task, where a task has it and it is finite."""
-    scores = {task: result.scores[metric] for task, result in evaluation.tasks.items() if metric in result.scores}
-    return {task: score for task, score in scores.items() if math.isfinite(score.value)}

@@ -58,11 +58,6 @@ class SizeRow:
         return sign * self.headline.pruned, self.speed_ratio, -self.params
 
 
-def has_multiple_sizes(run: RunFiles) -> bool:
-    """Whether a run made several sizes."""
-    return bool(run.manifest.sizes)
-
-
 def load_size_rows(folder: Path, run: RunFiles) -> list[SizeRow]:
     """The sizes that are there, the largest first."""
     rows = []
@@ -90,6 +85,9 @@ def template_context(folder: Path, run: RunFiles) -> dict[str, Any]:
     rows = load_size_rows(folder, run)
     headline = next((row.headline for row in rows if row.headline), None)
     reference_name = headline.reference_name if headline else "dense"
+    require = get_mapping(run.config, "require")
+    prompt, generate, batch = (formatting.count(get_number(require, key)) for key in ("prompt", "generate", "batch"))
+    workload = f"prompts of up to {prompt} tokens, {generate} generated, batch {batch}, in turns with the dense model"
     return {
         "run": run,
         "model_name": run.model_name,
@@ -108,7 +106,7 @@ def template_context(folder: Path, run: RunFiles) -> dict[str, Any]:
         "splits": run_details.split_summaries(run.manifest.data),
         "environment": run_details.environment_rows(run),
         "command": run.manifest.command,
-        "workload": _describe_workload(run),
+        "workload": workload,
     }
 
 
@@ -194,13 +192,6 @@ def _cost_rows(run: RunFiles, rows: Sequence[SizeRow]) -> list[tuple[str, str, s
     costs += [(f"{stage}, all models", "", shared[stage]) for stage in ("evaluate", "bench") if stage in shared]
     total = math.fsum(seconds for _, _, seconds in costs if seconds is not None)
     return [(name, steps, formatting.duration(seconds)) for name, steps, seconds in [*costs, ("total", "", total)]]
-
-
-def _describe_workload(run: RunFiles) -> str:
-    """How speed was measured."""
-    workload = get_mapping(run.config, "require")
-    prompt, generate, batch = (formatting.count(get_number(workload, key)) for key in ("prompt", "generate", "batch"))
-    return f"prompts of up to {prompt} tokens, {generate} generated, batch {batch}, in turns with the dense model"
 
 
 def _frontier_figures(rows: Sequence[SizeRow], headline: HeadlineScore | None) -> list[ReportFigure]:

@@ -10,7 +10,8 @@ from markupsafe import Markup
 
 from prunetune.report import svg
 from prunetune.report.figures import PhaseSpan, TrainingCurve, legend_entries, training_curve_figure
-from prunetune.report.run_folder import RunFiles, RunLogEntry, get_number
+from prunetune.report.run_folder import RunFiles, get_number
+from prunetune.utils.json_lines import JsonObject
 
 PHASES = {
     "search": (svg.SEARCH, "search: decisions move while adapters tune"),
@@ -36,7 +37,7 @@ class ReportFigure:
     note: str = ""
 
 
-def phase_spans(metrics: Sequence[RunLogEntry]) -> list[PhaseSpan]:
+def phase_spans(metrics: Sequence[JsonObject]) -> list[PhaseSpan]:
     """The phases in the order they came, each up to where the next begins."""
     spans: list[PhaseSpan] = []
     for line in metrics:
@@ -57,7 +58,7 @@ def phase_legend(spans: Sequence[PhaseSpan]) -> list[tuple[str, str]]:
 
 
 def training_curve(
-    lines: Sequence[RunLogEntry], key: str, colour: str, *, smoothed: bool = False, markers: bool = False
+    lines: Sequence[JsonObject], key: str, colour: str, *, smoothed: bool = False, markers: bool = False
 ) -> TrainingCurve | None:
     """One key of the log over steps, or None where no line has it."""
     points = ((get_number(line, "step"), get_number(line, key)) for line in lines)
@@ -126,13 +127,9 @@ def _curve_figure(
     present = [curve for curve in curves if curve is not None]
     if not present:
         return None
-    spoken = "; ".join(_describe_curve(curve) for curve in present)
+    ends = [(curve.points[0], curve.points[-1]) for curve in present]
+    spoken = "; ".join(f"From {a[1]:.4g} at step {a[0]:.0f} to {b[1]:.4g} at step {b[0]:.0f}" for a, b in ends)
     picture = training_curve_figure(
         f"curve-{name}", f"{title} over steps. {spoken}.", present, phase_spans(run.metrics), target=target, kind=kind
     )
     return ReportFigure(title, picture, legend_entries(legend or {}), note)
-
-
-def _describe_curve(curve: TrainingCurve) -> str:
-    (first, start), (last, end) = curve.points[0], curve.points[-1]
-    return f"From {start:.4g} at step {first:.0f} to {end:.4g} at step {last:.0f}"

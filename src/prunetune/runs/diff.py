@@ -14,6 +14,7 @@ from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.statistics import is_same_question, keep_same_questions, paired_difference
 from prunetune.plan import Plan
 from prunetune.runs.folder import flatten_options, open_run
+from prunetune.utils.tables import table_lines
 
 MAX_FLIPS = 10  # that the text lists by name
 IGNORED_OPTIONS = {"out"}  # of every run another
@@ -67,19 +68,16 @@ def diff_runs(paths: Sequence[Path]) -> str:
 
 def _option_differences(runs: Sequence[ComparedRun]) -> str:
     first = runs[0]
-    lines = [f"{'options that differ':<28}" + "".join(f"{run.name:>24}" for run in runs)]
+    rows = []
     for name, option in first.options.items():
         values = [run.options.get(name) for run in runs]
         if name not in IGNORED_OPTIONS and any(value != option for value in values):
-            lines.append(f"{name:<28}" + "".join(f"{_format_option(value):>24}" for value in values))
+            texts = [", ".join(map(str, value)) if isinstance(value, list) else str(value) for value in values]
+            rows.append((name, *(text if len(text) <= 22 else f"…{text[-21:]}" for text in texts)))
     changed = [split for split in first.hashes if any(run.hashes.get(split) != first.hashes[split] for run in runs)]
+    lines = table_lines(("options that differ", *(f">{run.name}" for run in runs)), rows)
     lines += [f"rows of {split} differ" for split in changed]
     return "\n".join(lines if len(lines) > 1 else ["options that differ: none"])
-
-
-def _format_option(value: Any) -> str:
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) <= 22 else f"…{text[-21:]}"
 
 
 def _score_table(runs: Sequence[ComparedRun]) -> str:
@@ -87,14 +85,15 @@ def _score_table(runs: Sequence[ComparedRun]) -> str:
     first, last = runs[0].evaluation, runs[-1].evaluation
     if first is None:
         return f"{runs[0].name} has no scores"
-    lines = [f"{'score':<28}" + "".join(f"{run.name:>24}" for run in runs) + f"{'last - first (paired)':>28}"]
+    rows = []
     tasks_by_run = [run.evaluation.tasks if run.evaluation else {} for run in runs]
     for task, result in first.tasks.items():
         for metric in result.scores:
             scores = [tasks[task].scores.get(metric) if task in tasks else None for tasks in tasks_by_run]
             cells = ["–" if score is None else f"{score.value:.3f} ± {score.se:.3f}" for score in scores]
             change = "–" if last is None else _paired_change(first, last, task, metric)
-            lines.append(f"{task + ' ' + metric:<28}" + "".join(f"{cell:>24}" for cell in cells) + f"{change:>28}")
+            rows.append((f"{task} {metric}", *cells, change))
+    lines = table_lines(("score", *(f">{run.name}" for run in runs), ">last - first (paired)"), rows)
     return "\n".join([*lines, *(_unpaired_reasons(first, last) if last else ())])
 
 
@@ -125,12 +124,12 @@ def _overlap(first: ComparedRun, other: ComparedRun) -> str:
         return f"{title}: a run has no plan"
     if first.plan.units != other.plan.units:
         return f"{title}: plans of different models"
-    lines = [f"{title:<44}{'first':>10}{'second':>10}{'in both':>10}{'overlap':>10}"]
+    rows = []
     for kind, (in_first, in_other, in_both) in count_kept_units(first.plan, other.plan).items():
         in_either = in_first + in_other - in_both
         overlap = in_both / in_either if in_either else 1.0
-        lines.append(f"{kind:<44}{in_first:>10,}{in_other:>10,}{in_both:>10,}{overlap:>10.1%}")
-    return "\n".join(lines)
+        rows.append((kind, f"{in_first:,}", f"{in_other:,}", f"{in_both:,}", f"{overlap:.1%}"))
+    return "\n".join(table_lines((title, ">first", ">second", ">in both", ">overlap"), rows))
 
 
 def count_kept_units(first: Plan, other: Plan) -> dict[str, tuple[int, int, int]]:

@@ -110,15 +110,11 @@ def check_folder(config: RunConfig, *, resume: bool, changeable: Collection[str]
     elif _has_contents(folder.path):
         raise RunFolderError(f"{folder.path} holds no config.yaml, so it is no run to resume: name another with --out")
     else:
-        log.warning("%s holds no run to resume%s: a new run starts", folder.path, _similar_runs_hint(folder.path))
+        names = [recipe.parent.name for recipe in folder.path.parent.glob("*/config.yaml")]
+        close = ", ".join(str(folder.path.with_name(name)) for name in similar_names(folder.path.name, names))
+        hint = f" (similar names: {close})" if close else ""
+        log.warning("%s holds no run to resume%s: a new run starts", folder.path, hint)
     return folder
-
-
-def _similar_runs_hint(path: Path) -> str:
-    """Runs of a similar name in the same folder, in parentheses; "" where there are none."""
-    names = [recipe.parent.name for recipe in path.parent.glob("*/config.yaml")]
-    close = ", ".join(str(path.with_name(name)) for name in similar_names(path.name, names))
-    return f" (similar names: {close})" if close else ""
 
 
 def run_path(config: RunConfig) -> Path:

@@ -62,20 +62,12 @@ class RunEntry:
         return self.path.name
 
 
-def history_file(run: Path) -> Path:
-    """The file of a run's history: `$PRUNETUNE_HOME/runs.sqlite`, or `runs.sqlite` in the parent of the run folder."""
-    home = os.environ.get("PRUNETUNE_HOME")
-    return (Path(home).expanduser() if home else run.absolute().parent) / NAME
-
-
 @contextmanager
 def register_run(folder: RunFolder, config: RunConfig, command: str) -> Iterator[None]:
     """Register a run at its start, and how it ended at its end; where that cannot be written, a warning is logged."""
     status, started = "failed", _now()
-    _write_or_warn(
-        folder,
-        {**_run_values(folder, config), "status": "running", "started": started, "ended": "", "command": command},
-    )
+    beginning = {"status": "running", "started": started, "ended": "", "command": command}
+    _write_or_warn(folder, {**_run_values(folder, config), **beginning})
     try:
         yield
         status = "done"
@@ -92,8 +84,7 @@ def register_run(folder: RunFolder, config: RunConfig, command: str) -> Iterator
 
 def _write_or_warn(folder: RunFolder, values: Mapping[str, Any]) -> None:
     try:
-        file = history_file(folder.path)
-        with closing(_open(file)) as store, store:
+        with closing(_open(_history_file(folder.path.absolute().parent))) as store, store:
             _insert(store, values)
     except (OSError, sqlite3.Error, ValueError) as broken:
         reason = " ".join(str(broken).split())
@@ -134,6 +125,12 @@ def _mean_and_task_scores(folder: RunFolder) -> dict[str, float]:
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
+def _history_file(runs_folder: Path) -> Path:
+    """`$PRUNETUNE_HOME/runs.sqlite`, or `runs.sqlite` in the parent of the run folders."""
+    home = os.environ.get("PRUNETUNE_HOME")
+    return (Path(home).expanduser() if home else runs_folder) / NAME
+
+
 def _open(file: Path) -> sqlite3.Connection:
     """The database, created where there is none; a file that is no database is renamed, and a new one created."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -170,8 +167,7 @@ def list_runs(runs_folder: Path) -> list[RunEntry]:
 
     Raises `ConfigError` where the folder does not exist or the history cannot be read.
     """
-    home = os.environ.get("PRUNETUNE_HOME")
-    file = (Path(home).expanduser() if home else runs_folder) / NAME
+    file = _history_file(runs_folder)
     if not file.exists() and not runs_folder.is_dir():
         raise ConfigError(
             f"{runs_folder}: no such folder; name the one that holds the run folders, or set PRUNETUNE_HOME"

@@ -11,6 +11,7 @@ from prunetune.errors import ConfigError
 from prunetune.evaluation.results import HEADLINE_METRICS
 from prunetune.runs.history import STATUSES, RunEntry
 from prunetune.utils.suggest import validate_name
+from prunetune.utils.tables import table_lines
 
 CONDITION = re.compile(r"\s*(?P<name>[^<>=!]+?)\s*(?P<sign><=|>=|<|>|=)\s*(?P<value>[-+\d.e]+)\s*")
 SIGNS: dict[str, Callable[[float, float], bool]] = {
@@ -66,24 +67,15 @@ def render_runs_table(entries: Sequence[RunEntry]) -> str:
     """The runs in lines of text, newest first."""
     if not entries:
         return "no runs"
-    rows = [("run", "status", "started (UTC)", "model", "kept", "scores")]
-    rows += [
+    rows = [
         (
             entry.name,
             entry.status,
             entry.started[:16].replace("T", " "),
             entry.model if len(entry.model) <= 36 else "…" + entry.model[-35:],
             f"{entry.kept:.1%}" if entry.kept is not None else f"({entry.requested_keep:.0%} asked)",
-            _scores(entry),
+            ", ".join(f"{name} {entry.metrics[name]:.3f}" for name in HEADLINE_METRICS if name in entry.metrics) or "–",
         )
         for entry in entries
     ]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def _scores(entry: RunEntry) -> str:
-    """The means of the metrics that stand for tasks."""
-    return ", ".join(f"{name} {entry.metrics[name]:.3f}" for name in HEADLINE_METRICS if name in entry.metrics) or "–"
+    return "\n".join(table_lines(("run", "status", "started (UTC)", "model", "kept", "scores"), rows))

@@ -8,13 +8,14 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from prunetune.config.recipe import RunConfig, to_mapping
 from prunetune.errors import MissingPackage
 from prunetune.runs.folder import RunFolder, flatten_options
+from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.optional import is_installed
 
 log = logging.getLogger(__name__)
@@ -26,7 +27,6 @@ TIMEOUT_VARIABLES = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "WANDB_INIT_TIMEOUT": "20",
 }
-TrackedRecord = Mapping[str, Any]
 
 
 def require_trackers(names: Sequence[str]) -> None:
@@ -44,16 +44,11 @@ class Trackers:
     def __init__(self, trackers: Sequence[Any] = ()) -> None:
         self.active = list(trackers)
 
-    def log(self, record: TrackedRecord, prefix: str) -> None:
+    def log(self, record: JsonObject, prefix: str) -> None:
         """Send the finite numbers of a record at its step, named `prefix`/NAME."""
-        values = {
-            f"{prefix}/{name}": float(value)
-            for name, value in record.items()
-            if isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and name != "step"
-            and math.isfinite(value)
-        }
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
+        is_sent = {name: not isinstance(value, bool) and math.isfinite(value) for name, value in numbers.items()}
+        values = {f"{prefix}/{name}": float(value) for name, value in numbers.items() if is_sent[name]}
         for tracker in list(self.active):
             self._call_or_drop(tracker, "log", values, step=record["step"])
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -19,13 +18,12 @@ from rich.text import Text
 from prunetune.config.recipe import RunConfig
 from prunetune.manifest import Manifest
 from prunetune.runs.folder import RunFolder, is_locked, open_run
-from prunetune.utils.json_lines import read_json_lines
+from prunetune.utils.json_lines import JsonObject, read_json_lines
 
 REFRESH_SECONDS = 1.0
 LOCK_CHECK_SECONDS = 30.0  # without a new line; then the lock says whether a process works on the run
 STOPPED_AFTER_SECONDS = 900.0  # without a new line; then a run counts as stopped
 BARS = "▁▂▃▄▅▆▇█"
-JsonLine = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -34,8 +32,8 @@ class RunSnapshot:
 
     name: str
     total_steps: int
-    metrics: tuple[JsonLine, ...]
-    validation: tuple[JsonLine, ...]
+    metrics: tuple[JsonObject, ...]
+    validation: tuple[JsonObject, ...]
     manifest: Manifest
     idle_seconds: float  # seconds since a file was last written
     is_finished: bool
@@ -77,7 +75,7 @@ def read_snapshot(folder: RunFolder, config: RunConfig) -> RunSnapshot:
     )
 
 
-def _read_records(file: Path) -> tuple[JsonLine, ...]:
+def _read_records(file: Path) -> tuple[JsonObject, ...]:
     try:
         records, _ = read_json_lines(file)
     except OSError:
@@ -112,20 +110,25 @@ def active_run(path: Path) -> tuple[RunFolder, RunConfig]:
 
 def render_snapshot(snapshot: RunSnapshot) -> RenderableType:
     """The snapshot as a panel."""
-    last: JsonLine = snapshot.metrics[-1] if snapshot.metrics else {}
+    last: JsonObject = snapshot.metrics[-1] if snapshot.metrics else {}
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", min_width=12)
     rows.add_column()
     rows.add_row("phase", Text(_phase_text(snapshot, last)))  # Text: square brackets are no style
     if snapshot.metrics or not snapshot.is_finished:  # a run of several sizes has its steps in their folders
-        rows.add_row("step", f"{snapshot.step:,} of {snapshot.total_steps:,}{_time_left_text(snapshot)}")
+        left, time_left = snapshot.seconds_left, ""
+        if not snapshot.is_finished and snapshot.step < snapshot.total_steps and left is not None:
+            time_left = f", about {round(left) // 60} min {round(left) % 60:02d} s of tuning left"
+        rows.add_row("step", f"{snapshot.step:,} of {snapshot.total_steps:,}{time_left}")
         rows.add_row("", ProgressBar(total=snapshot.total_steps, completed=snapshot.step, width=50))
     for key, name in (("loss", "tuning loss"), ("search_loss", "search loss"), ("kept", "kept")):
         values = [float(line[key]) for line in snapshot.metrics if isinstance(line.get(key), int | float)]
         if values:
             last_value = f"{values[-1]:.1%}" if key == "kept" else f"{values[-1]:.3f}"
             rows.add_row(name, f"{last_value:<8} {sparkline(values)}")
-    rows.add_row("speed", _speed_text(last))
+    speed = [f"{last['tokens_per_s']:,.0f} tokens/s"] if "tokens_per_s" in last else []
+    speed += [f"{last['memory_mb'] / 1e3:.2f} GB"] if "memory_mb" in last else []
+    rows.add_row("speed", ", ".join(speed) or "–")
     blocks: list[RenderableType] = [rows]
     if snapshot.validation:
         blocks += [Text(""), _validation_table(snapshot.validation[-5:])]
@@ -134,7 +137,7 @@ def render_snapshot(snapshot: RunSnapshot) -> RenderableType:
     return Panel(Group(*blocks), title=Text(snapshot.name), title_align="left", width=100)
 
 
-def _phase_text(snapshot: RunSnapshot, last: JsonLine) -> str:
+def _phase_text(snapshot: RunSnapshot, last: JsonObject) -> str:
     if snapshot.manifest.failed:
         return f"ended: {snapshot.manifest.failed}"
     if snapshot.is_finished:
@@ -149,20 +152,7 @@ def _phase_text(snapshot: RunSnapshot, last: JsonLine) -> str:
     return str(last.get("phase", "before the first step"))
 
 
-def _time_left_text(snapshot: RunSnapshot) -> str:
-    if snapshot.is_finished or snapshot.step >= snapshot.total_steps or snapshot.seconds_left is None:
-        return ""
-    minutes, seconds = divmod(round(snapshot.seconds_left), 60)
-    return f", about {minutes} min {seconds:02d} s of tuning left"
-
-
-def _speed_text(last: JsonLine) -> str:
-    parts = [f"{last['tokens_per_s']:,.0f} tokens/s"] if "tokens_per_s" in last else []
-    parts += [f"{last['memory_mb'] / 1e3:.2f} GB"] if "memory_mb" in last else []
-    return ", ".join(parts) or "–"
-
-
-def _validation_table(lines: Sequence[JsonLine]) -> Table:
+def _validation_table(lines: Sequence[JsonObject]) -> Table:
     names = [name for name in ("valid.accuracy", "guard.perplexity", "guard.accuracy") if name in lines[-1]]
     table = Table(box=None, padding=(0, 2), header_style="dim")
     for name in ("validation", "phase", "kept", "valid.nll", *names):

@@ -135,9 +135,8 @@ def load_into_dense(model: nn.Module, state: TrainingState, sites: Sequence[Site
     named = trainable_parameters(model)
     if state.is_cut:
         assert state.plan is not None
-        weights = expand_adapter_tensors(
-            weights, {name: parameter.shape for name, parameter in named.items()}, state.plan, sites
-        )
+        shapes = {name: parameter.shape for name, parameter in named.items()}
+        weights = expand_adapter_tensors(weights, shapes, state.plan, sites)
     for name, parameter in named.items():
         parameter.data = weights[name].to(parameter.device)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -114,7 +114,9 @@ class CudaGraphRecorder:
             raise
         except RuntimeError as failed:
             line = first_line(failed)
-            errors = list(_with_contexts(failed))
+            errors: list[BaseException] = [failed]  # and those during whose handling it came up
+            while (context := errors[-1].__context__) is not None:
+                errors.append(context)
             for error in errors:
                 if is_gpu_fault(error) and "captur" not in str(error):  # a fault of the GPU, not of recording
                     raise error from None
@@ -124,10 +126,3 @@ class CudaGraphRecorder:
         else:
             return graph, static
         raise torch.OutOfMemoryError(line)  # out of the handler, whose traceback holds the tensors of the pass
-
-
-def _with_contexts(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, and those during whose handling it came up: an error in a recording makes its end fail, too."""
-    while error is not None:
-        yield error
-        error = error.__context__

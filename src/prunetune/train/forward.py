@@ -51,13 +51,6 @@ def inputs_from_pack(row: PackedBatch) -> ForwardInputs:
     return ForwardInputs(model_kwargs, row.prediction_positions, row.targets, token_mask)
 
 
-def unlabelled_mask(inputs: ForwardInputs) -> Tensor:
-    """Bool [N]: real tokens whose next token is no label."""
-    labels = torch.zeros_like(inputs.token_mask, dtype=torch.int32)
-    labels = labels.index_add(0, inputs.label_positions, (inputs.targets != IGNORE_INDEX).to(torch.int32))
-    return inputs.token_mask & (labels == 0)
-
-
 def micro_batch_inputs(
     examples: Sequence[Example], pad_id: int, micro_tokens: int, device: torch.device, ranks: Ranks = SINGLE_PROCESS
 ) -> list[ForwardInputs]:
@@ -118,7 +111,11 @@ def run_forward(
     if teacher is not None:
         with torch.no_grad():
             teacher_hidden, teacher_layers = _hidden_states(teacher.model, inputs, layer_outputs)
-        mask = inputs.token_mask if teacher.is_tuned else unlabelled_mask(inputs)
+        mask = inputs.token_mask
+        if not teacher.is_tuned:  # real tokens whose next token is no label
+            labels = torch.zeros_like(mask, dtype=torch.int32)
+            labels = labels.index_add(0, inputs.label_positions, (inputs.targets != IGNORE_INDEX).to(torch.int32))
+            mask = mask & (labels == 0)
         taught = ForwardOutputs(teacher.model, replace(inputs, token_mask=mask), teacher_hidden, teacher_layers)
     return ForwardOutputs(model, inputs, hidden, layers, taught, compiled)
 

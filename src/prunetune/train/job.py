@@ -19,17 +19,16 @@ from prunetune.train.checkpoints import CheckpointStore, TrainingState
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
 from prunetune.train.schedule import Schedule
 from prunetune.train.teacher import Teacher
-
-StepRecord = dict[str, Any]
+from prunetune.utils.json_lines import JsonObject
 
 
 class Observer(Protocol):
     """Gets the record of every step and validation."""
 
-    def step(self, record: StepRecord) -> None:
+    def step(self, record: JsonObject) -> None:
         """A tuning step is done."""
 
-    def validation(self, record: StepRecord) -> None:
+    def validation(self, record: JsonObject) -> None:
         """The decided sub-network was scored."""
 
 
@@ -51,7 +50,7 @@ class Monitor(Protocol):
     def score(self, model: Any) -> dict[str, float]:
         """Scores by metric of the model as it is; the caller has gated or cut it."""
 
-    def record_decision(self, record: StepRecord, plan: Plan) -> None:
+    def record_decision(self, record: JsonObject, plan: Plan) -> None:
         """This plan was validated, with this outcome."""
 
 

@@ -19,13 +19,14 @@ from __future__ import annotations
 
 from prunetune.plan import Plan
 from prunetune.train.adapters import add_adapters, load_into_dense
-from prunetune.train.job import StepRecord, TrainingJob
+from prunetune.train.job import TrainingJob
 from prunetune.train.parallel.distributed_passes import distribute_passes
 from prunetune.train.parallel.sharding import shard_layers
 from prunetune.train.passes import build_passes
 from prunetune.train.progress import TrainingProgress
 from prunetune.train.recovery import StepGuard
 from prunetune.train.trainers import AdapterTrainer, GeneratorTrainer
+from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.seeds import derive_seed
 
 
@@ -48,7 +49,7 @@ def tune_and_prune(job: TrainingJob) -> Plan:
 
     for step in range(progress.step, job.schedule.steps):
         phase = progress.schedule.phase_at(step)
-        record: StepRecord = {"step": step + 1, "phase": phase}
+        record: JsonObject = {"step": step + 1, "phase": phase}
 
         gates = None
         if phase == "search" and job.config.search.step == "joint":

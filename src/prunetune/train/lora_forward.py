@@ -32,8 +32,11 @@ def _fused_forward(name: str) -> Any:
         """[..., in] -> [..., out]."""
         linear, scale = layer.base_layer, layer.scaling[name]
         down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-        dtype = _compute_dtype(x)
-        if _is_plain(linear, dtype) and _accepts_dtypes(x, down, up, dtype=dtype):
+        casts = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if casts else x.dtype  # that a linear computes in
+        accepted = (dtype, torch.float32) if casts else (dtype,)
+        is_accepted = x.dim() > 1 and all(tensor.dtype in accepted for tensor in (x, down, up))
+        if is_accepted and _is_plain(linear, dtype):
             inputs = x.flatten(0, -2).to(dtype)
             rows: Tensor = _FusedLora.apply(inputs, linear.weight, linear.bias, down, up, scale)  # type: ignore[no-untyped-call]
             return rows.view(*x.shape[:-1], len(up))
@@ -43,12 +46,6 @@ def _fused_forward(name: str) -> Any:
         return rows.view_as(base)
 
     return forward
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a linear computes in, under autocast if that is on."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _is_plain(linear: Any, dtype: torch.dtype) -> bool:
@@ -67,12 +64,6 @@ def _is_plain(linear: Any, dtype: torch.dtype) -> bool:
             if weight is not None
         )
     )
-
-
-def _accepts_dtypes(x: Tensor, *weights: Tensor, dtype: torch.dtype) -> bool:
-    """Whether x and the weights are in that dtype, or autocast would cast them to it."""
-    accepted = (dtype, torch.float32) if torch.is_autocast_enabled(x.device.type) else (dtype,)
-    return x.dim() > 1 and all(tensor.dtype in accepted for tensor in (x, *weights))
 
 
 class _FusedLora(torch.autograd.Function):

@@ -140,16 +140,16 @@ class TrainingLoss:
         """Keys of the losses in the records of steps."""
         return tuple(dict.fromkeys(TERMS[name].metric for name in self.weights))
 
-    def normalisers(self, examples: Sequence[Example], seen: Sequence[Example]) -> dict[str, int]:
+    def normalisers(self, examples: Sequence[Example], taught: Sequence[Example]) -> dict[str, int]:
         """By metric: the labels of a batch, or the tokens of those of its examples that the term sees; at least 1.
 
-        `examples` are the batch, `seen` the part of it that the teacher sees.
+        `examples` are the batch, `taught` those of them that the teacher sees.
         """
         labels = max(1, sum(len(example.token_ids) - example.answer_start for example in examples))
-        tokens, seen_tokens = (max(1, sum(len(row.token_ids) for row in rows)) for rows in (examples, seen))
+        tokens, taught_tokens = (max(1, sum(len(row.token_ids) for row in rows)) for rows in (examples, taught))
         terms = [TERMS[name] for name in self.weights]
         return {
-            term.metric: labels if term.per == "label" else seen_tokens if term.needs_teacher else tokens
+            term.metric: labels if term.per == "label" else taught_tokens if term.needs_teacher else tokens
             for term in terms
         }
 
@@ -186,9 +186,9 @@ def accumulate_gradients(
     """
     device = next(model.parameters()).device
     totals = {metric: torch.zeros((), device=device) for metric in loss.metrics}
-    for seen_by, part in split_by_teacher(examples, teacher):
-        counts = loss.normalisers(examples, part)
-        for inputs in micro_batch_inputs(part, pad_id, micro_tokens, device, ranks):
+    for seen_by, subset in split_by_teacher(examples, teacher):
+        counts = loss.normalisers(examples, subset)
+        for inputs in micro_batch_inputs(subset, pad_id, micro_tokens, device, ranks):
             means = {metric: value / counts[metric] for metric, value in loss(model, inputs, seen_by).items()}
             torch.stack(list(means.values())).sum().backward()  # type: ignore[no-untyped-call]
             for metric, mean in means.items():

@@ -33,16 +33,13 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every weight."""
-        states = [self._state_of(weight) for weight in self._weights]
+        states = [self.state[weight] for weight in self._weights]
+        for weight, state in zip(self._weights, states, strict=True):
+            if not state:
+                state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(weight)}
         torch._foreach_add_([state["step"] for state in states], 1)
         rate = torch.tensor(self.param_groups[0]["lr"] * min(1.0, float(states[0]["step"]) / WARMUP))
         self._recorder.run("update", self._update, [rate])
-
-    def _state_of(self, weight: nn.Parameter) -> dict[str, Tensor]:
-        state: dict[str, Tensor] = self.state[weight]
-        if not state:
-            state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(weight)}
-        return state
 
     @torch.no_grad()
     def _update(self, inputs: Sequence[Tensor]) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from prunetune.config.recipe import RunConfig, TrainConfig
+from prunetune.config.recipe import RunConfig
 from prunetune.data.encoding import Example
 from prunetune.data.packing import PackedBatch, group_for_packing, pack_examples
 from prunetune.model.activation_checkpointing import use_checkpointing, uses_checkpointing
@@ -89,11 +89,6 @@ def build_passes(
     return PaddedPasses(model, sites, pad_id, config, teacher, ranks)
 
 
-def should_compile(train: TrainConfig) -> bool:
-    """Compiling takes half a minute or more, which short runs would not get back."""
-    return train.compile == "on" or (train.compile == "auto" and train.steps >= COMPILE_MIN_STEPS)
-
-
 @dataclass(eq=False)
 class _BasePasses:
     """What padded and packed passes share: model, sites, teacher, the loss and how adapters are gated."""
@@ -119,35 +114,30 @@ class PaddedPasses(_BasePasses):
     """Examples side by side in padded batches, run as they come."""
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
-        """See `Passes`."""
         with lora_dropout_enabled(self.model), self._gated(gates, self.adapter_mode):
             return self._backward(examples)
 
     def group_lasso_step(self, gates: GateTensors, weight: float) -> float:
-        """See `Passes`."""
         penalty = group_lasso(self.model, gates, self.sites)
         (weight * penalty).backward()  # type: ignore[no-untyped-call]
         return float(penalty.detach())
 
     def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
-        """See `Passes`."""
         leaves = _leaves(gates)
         with frozen_adapters(self.model), masked(self.model, leaves, sites=self.sites):
             losses = self._backward(examples)
         return losses, _gradients_at(leaves)
 
     def tune_with_gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
-        """See `Passes`."""
         leaves = _leaves(gates)
         return self.tune(examples, leaves), _gradients_at(leaves)
 
     def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
-        """See `Passes`."""
         with self._gated(gates, "gated"):
             return mean_loss(self.model, examples, self.pad_id, self.micro_tokens, self.ranks)
 
     def reset_recordings(self) -> None:
-        """See `Passes`."""
+        pass
 
     def _backward(self, examples: Sequence[Example]) -> Losses:
         with self._checkpointed():
@@ -170,7 +160,8 @@ class PackedPasses(_BasePasses):
         super().__post_init__(config)
         self.device = next(self.model.parameters()).device
         self.recorder = CudaGraphRecorder(self.device)
-        self.compiles = should_compile(config.train)
+        mode, is_long = config.train.compile, config.train.steps >= COMPILE_MIN_STEPS
+        self.compiles = mode == "on" or (mode == "auto" and is_long)
         self.loss = TrainingLoss(self.loss.weights, self.compiles)
         self.trainable: list[nn.Parameter] = []  # looked up once for all passes: a walk over a large model takes long
         self.totals = torch.zeros(len(self.loss.metrics) + 1, device=self.device)  # read at once: one wait for the GPU
@@ -179,7 +170,6 @@ class PackedPasses(_BasePasses):
         self.gates.grad = torch.zeros_like(self.gates)
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
-        """See `Passes`."""
         self._make_gradients()
         if gates is None:
             return self._run_packs(examples, "tune", self._forward_backward, self.teacher)
@@ -187,7 +177,6 @@ class PackedPasses(_BasePasses):
         return self._run_packs(examples, "tune gated", self._tune_gated, self.teacher)
 
     def group_lasso_step(self, gates: GateTensors, weight: float) -> float:
-        """See `Passes`."""
         self._set_gates(gates)
         self.totals.zero_()
         self._make_gradients()
@@ -195,7 +184,6 @@ class PackedPasses(_BasePasses):
         return float(self.sums["lasso"])
 
     def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
-        """See `Passes`."""
         assert self.gates.grad is not None
         self._set_gates(gates)
         self.gates.grad.zero_()
@@ -203,7 +191,6 @@ class PackedPasses(_BasePasses):
         return losses, self._by_site(self.gates.grad.clone())
 
     def tune_with_gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
-        """See `Passes`."""
         assert self.gates.grad is not None
         self._set_gates(gates)
         self.gates.grad.zero_()
@@ -212,14 +199,12 @@ class PackedPasses(_BasePasses):
         return losses, self._by_site(self.gates.grad.clone())
 
     def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
-        """See `Passes`."""
         if gates is None:
             return self._run_packs(examples, "score", self._score)["loss"]
         self._set_gates(gates)
         return self._run_packs(examples, "score gated", self._score_gated)["loss"]
 
     def reset_recordings(self) -> None:
-        """See `Passes`."""
         self.recorder.reset_recordings()
         self.trainable = []
 
@@ -228,10 +213,10 @@ class PackedPasses(_BasePasses):
     ) -> Losses:
         """Run `function` on packs of all examples, recorded by kind, teacher and shape; mean losses by metric."""
         self.totals.zero_()
-        for seen_by, part in split_by_teacher(examples, teacher):
-            counts = self.loss.normalisers(examples, part)
+        for seen_by, subset in split_by_teacher(examples, teacher):
+            counts = self.loss.normalisers(examples, subset)
             shares = torch.tensor([1 / counts[metric] for metric in self.loss.metrics])
-            for group in group_for_packing(self.ranks.local_examples(part), self.micro_tokens):
+            for group in group_for_packing(self.ranks.local_examples(subset), self.micro_tokens):
                 pack = pack_examples(group, self.pad_id, max_sequences=len(examples))
 
                 def run(inputs: Sequence[Tensor], pack: PackedBatch = pack, seen_by: Teacher | None = seen_by) -> None:

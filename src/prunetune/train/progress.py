@@ -12,11 +12,12 @@ from prunetune.cost.parameters import kept_share
 from prunetune.search.searcher import Decision, detach_to
 from prunetune.train.adapters import trainable_parameters
 from prunetune.train.checkpoints import TrainingState, optimizer_tensors, restore_optimizer
-from prunetune.train.job import StepRecord, TrainingJob
+from prunetune.train.job import TrainingJob
 from prunetune.train.recovery import StepGuard
 from prunetune.train.schedule import Schedule
 from prunetune.train.trainers import AdapterTrainer, GeneratorTrainer
 from prunetune.train.validation import Validation
+from prunetune.utils.json_lines import JsonObject
 
 
 class TrainingProgress:
@@ -32,7 +33,7 @@ class TrainingProgress:
         self.recorded: Decision | None = None  # the newest decision in the records
         self.gates: Mapping[str, Tensor] = {}  # of that decision, on the CPU
         self.kept = 1.0
-        self.started = time.monotonic()
+        self.started = time.monotonic()  # of the run, less the time between its processes
 
     @property
     def schedule(self) -> Schedule:
@@ -58,14 +59,14 @@ class TrainingProgress:
         self.validation.resume(state)
         return searcher.decision_from_plan(plan) if plan else searcher.dense_decision()
 
-    def record_step(self, record: StepRecord, decision: Decision) -> None:
+    def record_step(self, record: JsonObject, decision: Decision) -> None:
         """Complete the record of a step and give it to the observer."""
         job, self.step, before, is_new = self.job, record["step"], self.gates, decision is not self.recorded
         if is_new:
             self.gates = detach_to(decision.gates, "cpu")  # one transfer, not many small sums on a GPU
             self.kept = float(kept_share(self.gates, job.sites))
         record["kept"] = self.kept
-        record["seconds"] = self._seconds()
+        record["seconds"] = time.monotonic() - self.started
         if before and is_new:  # share of all units whose gate changed
             changed = torch.cat([self.gates[site.name] != before[site.name] for site in job.sites])
             record["changed"] = float(changed.float().mean())
@@ -75,7 +76,7 @@ class TrainingProgress:
             record["widths"] = {name: int(gate.sum()) for name, gate in self.gates.items()}
         job.observer.step(record)
 
-    def validate(self, record: StepRecord, decision: Decision) -> Decision:
+    def validate(self, record: JsonObject, decision: Decision) -> Decision:
         """Score the decided sub-network if a validation is due; a limit may change the decision from here on."""
         return self.validation.validate_if_due(record, decision, self._state)
 
@@ -88,10 +89,6 @@ class TrainingProgress:
         """Save a checkpoint of this step."""
         self.job.checkpoints.save(self._state(decision))
 
-    def _seconds(self) -> float:
-        """Of all steps and validations so far, those before a resumption included."""
-        return time.monotonic() - self.started
-
     def _state(self, decision: Decision) -> TrainingState:
         named, searcher = trainable_parameters(self.job.model), self.generator_trainer.searcher
         tensors = {
@@ -103,6 +100,5 @@ class TrainingProgress:
         if self.gates and decision.plan is None:
             tensors["decision"] = {name: gate.bool() for name, gate in self.gates.items()}
         history, guard_state = self.validation.history.to_dict(), self.guard.to_dict()
-        return TrainingState(
-            self.step, decision.plan, self.adapter_trainer.is_cut, tensors, history, guard_state, self._seconds()
-        )
+        is_cut, seconds = self.adapter_trainer.is_cut, time.monotonic() - self.started
+        return TrainingState(self.step, decision.plan, is_cut, tensors, history, guard_state, seconds)

@@ -33,10 +33,6 @@ class Schedule:
         done = min(1.0, (step + 1) / self.anneal) if self.anneal else 1.0
         return 1 - (1 - self.allowed_keep) * done
 
-    def with_allowed_keep(self, allowed_keep: float) -> Schedule:
-        """The same with another budget at its end."""
-        return replace(self, allowed_keep=allowed_keep)
-
     def decided_at(self, step: int) -> Schedule:
         """The same, but the search ends at `step`; settling takes as many steps as planned, if so many are left."""
         return replace(self, search=step, settle=min(self.steps, step + self.settle - self.search))

@@ -40,8 +40,8 @@ def split_by_teacher(
     ordered = sorted(examples, key=lambda example: example.answer_start < len(example.token_ids))
     unlabelled = sum(example.answer_start == len(example.token_ids) for example in examples)
     count = max(unlabelled, math.ceil(teacher.share * len(examples)))
-    parts = [(teacher, ordered[:count]), (None, ordered[count:])]
-    return [(seen_by, part) for seen_by, part in parts if part]
+    subsets = [(teacher, ordered[:count]), (None, ordered[count:])]
+    return [(seen_by, subset) for seen_by, subset in subsets if subset]
 
 
 def base_teacher(model: Any, distill: DistillConfig) -> Teacher:

@@ -14,12 +14,13 @@ from prunetune.pruning.cut import merge_adapters
 from prunetune.search.searcher import Decision, Searcher
 from prunetune.train.adapters import cut_adapter_tensors, soft_threshold, trainable_parameters, trains_all_weights
 from prunetune.train.checkpoints import group_by_moment, optimizer_tensors, restore_optimizer
-from prunetune.train.job import StepRecord, TrainingJob
+from prunetune.train.job import TrainingJob
 from prunetune.train.muon import Muon
 from prunetune.train.parallel.sharding import DecoderLayers
 from prunetune.train.passes import GateTensors, Losses, Passes
 from prunetune.train.recovery import StepGuard
 from prunetune.train.schedule import learning_rate
+from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.seeds import derive_seed
 
 
@@ -31,11 +32,10 @@ class GeneratorTrainer:
         self.device = next(job.model.parameters()).device
         self.searcher = Searcher(job.sites, job.constraints, job.config, job.schedule.annealed_keep, self.device)
         decay = 0.0 if job.config.search.generator == "none" else 0.01  # free logits would decay to zero
-        self.optimizer = adamw(
-            self.searcher.generator.parameters(), lr=job.config.search.learning_rate, weight_decay=decay
-        )
+        rate, weights = job.config.search.learning_rate, self.searcher.generator.parameters()
+        self.optimizer = adamw(weights, lr=rate, weight_decay=decay)
 
-    def train_step(self, step: int) -> StepRecord:
+    def train_step(self, step: int) -> JsonObject:
         """One generator step on a calibration batch (ATP, authors' code)."""
         gates, batch = self.sample_gates(step), self.job.search_stream.batch_at(step)
         losses, gradients = self._gate_gradients(batch, gates)
@@ -49,7 +49,7 @@ class GeneratorTrainer:
 
     def update(
         self, step: int, gates: GateTensors, gradients: GateTensors, batch: Sequence[Example] = ()
-    ) -> StepRecord:
+    ) -> JsonObject:
         """Update the generator from the loss's gradient at the gates it proposed, and from the budget loss."""
         job = self.job
         ratio = self.searcher.budget_loss(gates) if self.searcher.is_sampled else None
@@ -109,7 +109,7 @@ class AdapterTrainer:
         # At the gates that `train_step` was given; empty if its batch was skipped.
         self.gate_gradients: GateTensors = {}
 
-    def train_step(self, step: int, decision: Decision, gates: GateTensors | None = None) -> StepRecord:
+    def train_step(self, step: int, decision: Decision, gates: GateTensors | None = None) -> JsonObject:
         """One tuning step: LoRA-aware under the decision while it is a mask, plain once the model is cut.
 
         With the generator's own `gates`, these replace the decision in the pass, whose backward then also sets
@@ -137,7 +137,7 @@ class AdapterTrainer:
         """Gradients are zeroed, not dropped: recorded passes add to the same tensors every time."""
         self.optimizer.zero_grad(set_to_none=False)
 
-    def _gradients(self, batch: list[Example], decision: Decision, gates: GateTensors | None) -> StepRecord:
+    def _gradients(self, batch: list[Example], decision: Decision, gates: GateTensors | None) -> JsonObject:
         if self.is_cut:
             return dict(self.passes.tune(batch, None))
         if gates is None:

@@ -20,9 +20,10 @@ from prunetune.plan import Plan
 from prunetune.pruning.masking import masked
 from prunetune.search.searcher import Decision
 from prunetune.train.checkpoints import TrainingState
-from prunetune.train.job import StepRecord, TrainingJob
+from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import Schedule
 from prunetune.train.trainers import AdapterTrainer, GeneratorTrainer
+from prunetune.utils.json_lines import JsonObject
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class ValidationHistory:
     dense: Mapping[str, float] = field(default_factory=dict)  # scores before the first step
     last: Mapping[str, float] = field(default_factory=dict)  # newest scores of the current state
     good: Mapping[str, float] = field(default_factory=dict)  # scores, "step" and "kept" of the state to roll back to
-    events: tuple[StepRecord, ...] = ()  # what broken limits did
+    events: tuple[JsonObject, ...] = ()  # what broken limits did
     stride: int = 0  # one of so many due validations takes place; 0: not measured yet
     seconds: float = 0.0  # spent on validations
 
@@ -82,16 +83,20 @@ class Validation:
             self._report({"step": 0, "phase": "dense", "kept": 1.0}, scores, seconds)
         self._set_schedule(self.history.schedule)
 
-    def validate_if_due(self, record: StepRecord, decision: Decision, state_of: StateBuilder) -> Decision:
+    def validate_if_due(self, record: JsonObject, decision: Decision, state_of: StateBuilder) -> Decision:
         """Validate at the steps where it is due; returns the decision that holds from here on."""
-        if self._is_for_timing(record["step"]):
+        step, every, last = record["step"], self.job.config.train.validate_every, self.job.schedule.steps
+        if not self.job.valid_examples:
+            return decision
+        unmeasured = self.job.config.validate.share < 1 and not self.history.stride
+        if unmeasured and step == max(1, every // 2) and step != last:
             self._set_stride(record, decision)
             self.job.checkpoints.save(state_of(decision))  # measured once: a resumed run validates at the same steps
-        elif self._is_due(record["step"]):
+        elif step % (every * (self.history.stride or 1)) == 0 or step == last:
             return self._validate(record, decision, state_of)
         return decision
 
-    def _validate(self, record: StepRecord, decision: Decision, state_of: StateBuilder) -> Decision:
+    def _validate(self, record: JsonObject, decision: Decision, state_of: StateBuilder) -> Decision:
         legal = self._with_plan(decision)
         scores, seconds = self._timed_scores(None if self.adapter_trainer.is_cut else legal)
         self.history = replace(self.history, last=scores)
@@ -105,18 +110,9 @@ class Validation:
         self._save_if_good(record, legal, scores, state_of)
         return decision
 
-    # -- when a validation is due, and what it scores ------------------------------------------------------------------
+    # -- what a validation scores, and its price ------------------------------------------------------------------
 
-    def _is_due(self, step: int) -> bool:
-        every, last = self.job.config.train.validate_every * (self.history.stride or 1), self.job.schedule.steps
-        return bool(self.job.valid_examples) and (step % every == 0 or step == last)
-
-    def _is_for_timing(self, step: int) -> bool:
-        config, last = self.job.config, self.job.schedule.steps
-        unmeasured = config.validate.share < 1 and not self.history.stride and bool(self.job.valid_examples)
-        return unmeasured and step == max(1, config.train.validate_every // 2) and step != last
-
-    def _set_stride(self, record: StepRecord, decision: Decision) -> None:
+    def _set_stride(self, record: JsonObject, decision: Decision) -> None:
         """Time one validation, and set how many due ones are skipped to stay below the share `validate.share`."""
         pace = (record["seconds"] - self.excluded_seconds) / (record["step"] - self.first_step)
         _, cost = self._timed_scores(None if self.adapter_trainer.is_cut else self._with_plan(decision))
@@ -147,7 +143,7 @@ class Validation:
         return self.job.ranks.broadcast_from_main(scores), seconds
 
     def _report(
-        self, fields: StepRecord, scores: Mapping[str, float], seconds: float, plan: Plan | None = None
+        self, fields: JsonObject, scores: Mapping[str, float], seconds: float, plan: Plan | None = None
     ) -> None:
         record = {**fields, "nll": scores["valid.nll"], **scores, "seconds": seconds}
         self.job.observer.validation(record)
@@ -157,7 +153,7 @@ class Validation:
     # -- what limits do ------------------------------------------------------------------------------------------------
 
     def _save_if_good(
-        self, record: StepRecord, legal: Decision, scores: Mapping[str, float], state_of: StateBuilder
+        self, record: JsonObject, legal: Decision, scores: Mapping[str, float], state_of: StateBuilder
     ) -> None:
         """Keep a state that meets all limits, if a limit may have to roll back to it."""
         if self.job.monitor is None or not self.can_roll_back:
@@ -169,7 +165,7 @@ class Validation:
         self.job.monitor.good_checkpoints.save(state_of(legal))
 
     def _handle_broken_limits(
-        self, record: StepRecord, broken: list[ScoreLimit], decision: Decision, state_of: StateBuilder
+        self, record: JsonObject, broken: list[ScoreLimit], decision: Decision, state_of: StateBuilder
     ) -> Decision:
         step, reason = record["step"], broken[0].describe(self.history.last, self.history.dense)
         actions = {limit.action for limit in broken}
@@ -194,7 +190,7 @@ class Validation:
         keep = min(1.0, before + self.job.config.validate.back_off)
         self._add_event(step, broken, f"budget raised from {before:.4g} to {keep:.4g}")
         log.warning("step %d: %s: the budget is raised from %.4g to %.4g", step, reason, before, keep)
-        self._set_schedule(self.history.schedule.with_allowed_keep(keep))
+        self._set_schedule(replace(self.history.schedule, allowed_keep=keep))
         return replace(decision, plan=None)
 
     def _roll_back(self, step: int, broken: list[ScoreLimit], good: TrainingState, reason: str) -> None:

@@ -27,7 +27,7 @@ from prunetune.cost.latency_table import PHASES, TRACKS, LatencyTable, LayerTimi
 from prunetune.cost.layer_shapes import model_shape
 from prunetune.cost.limits import BudgetLimits, make_budget_limits
 from prunetune.errors import ConfigError
-from prunetune.pipeline.prepare import apply_budgets
+from prunetune.pipeline.plan_constraints import apply_budgets
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut
 from prunetune.pruning.sites import find_sites

@@ -53,7 +53,6 @@ class DistributedPasses:
         self.passes.recompute = recompute
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
-        """See `Passes`."""
         losses = self._run_on_all_ranks(lambda: self.passes.tune(examples, gates), gates)
         return self._sum_over_ranks(losses, self._gradients)
 
@@ -62,22 +61,18 @@ class DistributedPasses:
         return self._run_on_all_ranks(lambda: self.passes.group_lasso_step(gates, weight), None)
 
     def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
-        """See `Passes`."""
         losses, gradients = self._run_on_all_ranks(lambda: self.passes.gate_gradients(examples, gates), gates)
         return self._sum_over_ranks(losses, gradients.values), gradients
 
     def tune_with_gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
-        """See `Passes`."""
         losses, gradients = self._run_on_all_ranks(lambda: self.passes.tune_with_gate_gradients(examples, gates), gates)
         return self._sum_over_ranks(losses, lambda: [*gradients.values(), *self._gradients()]), gradients
 
     def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
-        """See `Passes`."""
         loss = self._run_on_all_ranks(lambda: self.passes.score(examples, gates), gates)
         return self._sum_over_ranks({"loss": loss}, list)["loss"]
 
     def reset_recordings(self) -> None:
-        """See `Passes`."""
         self.passes.reset_recordings()
 
     def _run_on_all_ranks(self, work: Callable[[], T], gates: GateTensors | None) -> T:
