@@ -50,31 +50,31 @@ def commands() -> list[str]:
     return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
 
 
-def test_the_list_of_options_is_up_to_date() -> None:
+def test_page_of_options_is_up_to_date() -> None:
     """Run `python docs/make_recipes.py` where it is not."""
     made = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))["page"]()
     assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == made
 
 
-def test_the_list_of_modules_is_up_to_date() -> None:
+def test_page_of_modules_is_up_to_date() -> None:
     """Run `python docs/make_modules.py` where it is not."""
     made = runpy.run_path(str(ROOT / "docs" / "make_modules.py"))["page"]()
     assert (ROOT / "docs" / "reference" / "modules.md").read_text(encoding="utf-8") == made
 
 
-def test_every_module_says_in_one_line_what_is_in_it() -> None:
+def test_module_docstring_begins_with_one_line() -> None:
     for path in (ROOT / "src" / "prunetune").rglob("*.py"):
         line = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
         assert 10 < len(line) <= 120, path
 
 
 @pytest.mark.parametrize("command", [line for line in commands() if line.startswith("prunetune ")])
-def test_a_command_in_the_docs_is_understood(command: str) -> None:
+def test_commands_in_the_docs_are_parsed(command: str) -> None:
     app.parse_args(shlex.split(command)[1:], exit_on_error=False, print_error=False)
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("yaml"), ids=first_line)
-def test_a_recipe_or_a_suite_in_the_docs_is_one(page: str, text: str) -> None:
+def test_recipes_and_suites_in_the_docs_are_valid(page: str, text: str) -> None:
     values = yaml.safe_load(text)
     if "tasks" in values:  # a suite
         assert not [task.error for task in parse_suite(values, where=page).tasks if task.error]
@@ -83,7 +83,7 @@ def test_a_recipe_or_a_suite_in_the_docs_is_one(page: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("json"), ids=first_line)
-def test_rows_in_the_docs_are_rows(page: str, text: str) -> None:
+def test_rows_in_the_docs_are_valid_records(page: str, text: str) -> None:
     for number, line in enumerate(text.splitlines(), 1):
         assert record_from_row(json.loads(line), source=f"{page}:{number}").completion
 
@@ -96,7 +96,7 @@ def test_names_in_the_docs_are_public(page: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_in_the_docs_have_targets(page: Path) -> None:
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     for target in targets:
         file, _, heading = target.partition("#")
@@ -109,7 +109,7 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
 
 
-def test_readme_and_ci_set_up_and_test_in_the_same_way() -> None:
+def test_readme_and_ci_use_the_same_set_up_and_test_commands() -> None:
     first, second = (text for page, text in blocks("bash") if page == "README.md" and "venv" in text)
     *set_up, demo = map(str.strip, first.split("&&"))
     *again, test = map(str.strip, second.split("&&"))
@@ -121,7 +121,7 @@ def test_readme_and_ci_set_up_and_test_in_the_same_way() -> None:
     assert [step for step in as_told if step.startswith("pip ")] == [step for step in set_up if step.startswith("pip ")]
 
 
-def test_the_page_of_architectures_lists_the_table() -> None:
+def test_family_page_lists_every_supported_architecture() -> None:
     text = (ROOT / "docs" / "extend" / "family.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| (attention and MLP|MLP|attention and experts) \| (.*) \|$", text, re.MULTILINE))
     listed = {
@@ -135,7 +135,7 @@ def test_the_page_of_architectures_lists_the_table() -> None:
     assert f"Models: {len(FAMILIES)}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_constraints_pin_what_the_package_asks_for() -> None:
+def test_constraints_pin_every_dependency_within_its_bounds() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -148,7 +148,7 @@ def test_constraints_pin_what_the_package_asks_for() -> None:
         assert wanted.specifier.contains(pins[canonicalize_name(wanted.name)]), wanted.name
 
 
-def test_without_a_tag_the_version_is_before_the_newest_of_the_changes() -> None:
+def test_fallback_version_is_a_dev_version_of_the_newest_changelog_entry() -> None:
     hatch = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]
     newest = re.search(r"^## \[(.+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest

@@ -92,17 +92,17 @@ def public_types(tree: ast.Module) -> Iterator[str]:
         yield from (name for name in names if name[0].isupper() and not name.isupper())
 
 
-def test_every_module_stands_on_a_line() -> None:
+def test_every_package_is_on_exactly_one_line() -> None:
     """A new package is given its place in the list above before it is used."""
     assert set(HOMES.values()) == set(HEIGHT)
     assert len(HEIGHT) == sum(map(len, LINES))
 
 
-def test_twelve_lines_are_all_there_are() -> None:
+def test_layers_are_at_most_twelve() -> None:
     assert len(LINES) <= 12
 
 
-def test_few_modules_stand_outside_packages() -> None:
+def test_modules_outside_packages_are_few() -> None:
     assert len(list(SOURCE.glob("*.py"))) <= MOST_AT_THE_TOP
 
 
@@ -112,7 +112,7 @@ def test_imports_point_down(module: str) -> None:
     assert faults(module, ast.parse(MODULES[module].read_text(encoding="utf-8"))) == []
 
 
-def test_no_module_needs_itself_to_be_imported() -> None:
+def test_import_cycles_do_not_exist() -> None:
     """Within packages as well."""
     needs = {
         name: set(imported(at_import(ast.parse(path.read_text(encoding="utf-8"))))) - {name}
@@ -122,7 +122,7 @@ def test_no_module_needs_itself_to_be_imported() -> None:
     tuple(TopologicalSorter(needs).static_order())  # raises CycleError
 
 
-def test_no_public_type_name_is_defined_twice() -> None:
+def test_public_type_names_are_unique() -> None:
     """A reader who searches for a type finds one."""
     homes = defaultdict(set)
     for module, path in MODULES.items():
@@ -141,7 +141,7 @@ def test_no_test_imports_a_test(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(TESTS.glob("*/**/test_*.py")), ids=lambda path: str(path.relative_to(TESTS)))
-def test_tests_lie_where_what_they_test_lies(path: Path) -> None:
+def test_test_folders_mirror_source_folders(path: Path) -> None:
     assert (SOURCE / path.relative_to(TESTS).parent).is_dir()
 
 
@@ -160,12 +160,12 @@ def test_tests_lie_where_what_they_test_lies(path: Path) -> None:
         ("prunetune.report.page", "from prunetune import Plan"),
     ],
 )
-def test_the_rules_bite(module: str, line: str) -> None:
+def test_faults_names_an_upward_or_sideways_import(module: str, line: str) -> None:
     """Each of these is found, so that silence above means something."""
     assert len(faults(module, ast.parse(line))) == 1
 
 
-def test_what_is_allowed_is_allowed() -> None:
+def test_faults_accepts_imports_from_below_and_within_a_package() -> None:
     """Down, and inside one's own package."""
     fine = "import torch\nfrom prunetune.errors import PlanError\nfrom prunetune.train import trainers, checkpoints"
     assert faults("prunetune.train.loop", ast.parse(fine)) == []

@@ -55,7 +55,7 @@ def paths(values: Any) -> list[tuple[Any, ...]]:
     return [path for name, value in items for path in [(name,), *((name, *rest) for rest in paths(value))]]
 
 
-def test_what_was_read_is_written_to_the_byte(tmp_path: Path) -> None:
+def test_manifest_is_written_as_read_to_the_byte(tmp_path: Path) -> None:
     for folder in (make_run(tmp_path / "one"), make_sizes(tmp_path / "several")):
         values = json.loads((folder / "manifest.json").read_text())
         text = json.dumps(values | {"later": {"version": [1]}}, indent=2) + "\n"
@@ -72,7 +72,7 @@ def test_unknown_keys_survive_an_update(tmp_path: Path) -> None:
     assert list(after) == list(before)
 
 
-def test_parts_are_written_with_their_keys_in_order() -> None:
+def test_sections_are_written_with_their_keys_in_order() -> None:
     limit = LimitFacts(condition="guard.nll <= 3", limit=3, measured=None, is_met=False)
     action = LimitActionFacts(step=2, conditions=("guard.nll <= 3",), action="stopped at step 2")
     limits = LimitsFacts(limits=(limit,), actions=(action,), requested_keep=0.5, allowed_keep=0.6, kept=None)
@@ -90,7 +90,7 @@ def test_parts_are_written_with_their_keys_in_order() -> None:
     })  # fmt: skip
 
 
-def test_an_empty_part_is_false_and_has_every_field() -> None:
+def test_empty_section_is_false_and_has_every_field() -> None:
     empty = Manifest.empty()
     assert not empty
     assert empty.to_dict() == {}
@@ -101,26 +101,26 @@ def test_an_empty_part_is_false_and_has_every_field() -> None:
     assert {item.name for item in fields(DataFacts)} == {"source", "hashes", "counts", "too_long", "dropped"}
 
 
-def test_a_command_in_words_is_one_line() -> None:
+def test_command_is_read_from_a_list_or_a_string() -> None:
     assert Manifest.from_dict(manifest()).command == "prunetune run recipes/legal.yaml --budget.keep 0.6"
     assert Manifest.from_dict({"command": ["a", "b c"]}).command == "a 'b c'"
     assert Manifest.from_dict({"command": "a b"}).command == "a b"
 
 
-def test_a_score_that_is_not_finite_is_told_and_no_other_number_is() -> None:
+def test_nan_is_kept_for_scores_alone() -> None:
     limit = LimitFacts.from_dict(json.loads('{"found": NaN, "limit": Infinity}'))
     assert str(limit.measured) == "nan"
     assert limit.limit is None
     assert SpeedFacts.from_dict({"decode_spread": 10**400, "prefill_spread": True}).spread("decode") is None
 
 
-def test_an_unknown_field_is_refused(tmp_path: Path) -> None:
+def test_update_manifest_refuses_an_unknown_field(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="gates"):
         RunFolder(tmp_path).update_manifest(gates={})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3"])
-def test_what_is_no_object_is_refused(text: str) -> None:
+def test_manifest_that_is_no_object_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         Manifest.from_json(text)
 

@@ -69,7 +69,7 @@ def test_metadata_leaves_urls_and_version_to_the_build() -> None:
     assert PYPROJECT["tool"]["hatch"]["version"]["source"] == "vcs"
 
 
-def test_the_version_flag_prints_the_installed_version(say: Callable[..., tuple[int, str, str]]) -> None:
+def test_version_flag_prints_the_installed_version(say: Callable[..., tuple[int, str, str]]) -> None:
     assert say("--version") == (0, f"{version('prunetune')}\n", "")
 
 
@@ -80,7 +80,7 @@ def test_classifiers_name_the_pythons_of_the_workflow() -> None:
     assert PROJECT["requires-python"] == f">={versions[0]}"
 
 
-def test_the_workflow_runs_the_checks_on_a_clone_with_tags() -> None:
+def test_workflow_runs_checks_on_a_clone_with_tags() -> None:
     workflow = parsed(".github/workflows/ci.yml")
     (job,) = workflow["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
@@ -99,7 +99,7 @@ def test_hooks_run_pinned_tools_of_the_environment() -> None:
     assert all(f"\n{tool}==" in pins for tool in tools)
 
 
-def test_the_citation_names_no_version_and_the_licence_of_the_package() -> None:
+def test_citation_names_the_licence_and_no_version() -> None:
     cited = parsed("CITATION.cff")
     assert "version" not in cited
     assert (cited["title"], cited["license"], cited["abstract"]) == (
@@ -110,7 +110,7 @@ def test_the_citation_names_no_version_and_the_licence_of_the_package() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.stem)
-def test_an_issue_form_asks_for_version_command_error_and_manifest(form: Path) -> None:
+def test_issue_form_asks_for_version_command_error_and_manifest(form: Path) -> None:
     asked = str(yaml.safe_load(form.read_text(encoding="utf-8"))["body"])
     for wanted in ("prunetune --version", "command", "manifest.json"):
         assert wanted in asked

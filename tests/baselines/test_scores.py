@@ -131,7 +131,7 @@ def test_magnitude_is_root_mean_square() -> None:
 @pytest.mark.parametrize(
     ("family", "outer", "inner"), [("mixtral", "experts", "expert-channels"), ("qwen3", "kv-groups", "query-heads")]
 )
-def test_a_score_includes_the_units_inside(name: str, family: str, outer: str, inner: str) -> None:
+def test_score_includes_the_units_inside(name: str, family: str, outer: str, inner: str) -> None:
     model = tiny(family)
     alone, both = (replace(calibration(model), sites=find_sites(model, kinds)) for kinds in ([outer], [outer, inner]))
     scores = BASELINES[name](both)

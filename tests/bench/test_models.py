@@ -48,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, dense: Path) -> Path:
 # -- names -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_dense_model_of_a_run_comes_first(run: Path, dense: Path) -> None:
+def test_dense_model_of_a_run_is_measured_first(run: Path, dense: Path) -> None:
     specs = resolve_models([str(run)], SMALL)
     assert [spec.label for spec in specs] == [f"{dense} (dense)", str(run)]
     assert [spec.trust_remote_code for spec in specs] == [False, True]
@@ -83,7 +83,7 @@ def test_unknown_and_unreadable_models_are_refused(tmp_path: Path, run: Path, mo
         resolve_models([str(tmp_path / "a.gguf")], SMALL)
 
 
-def test_a_prompt_beyond_the_context_is_refused(dense: Path) -> None:
+def test_prompt_beyond_the_context_is_refused(dense: Path) -> None:
     assert resolve_models([str(dense)], BenchOptions(prompt=250, generate=6))
     with pytest.raises(ConfigError, match="make 257 tokens, its context has 256"):
         resolve_models([str(dense)], BenchOptions(prompt=251, generate=6))
@@ -150,7 +150,7 @@ def test_compiled_steps_use_the_same_cache_again(dense: Path, monkeypatch: pytes
     assert runner.facts().runtime.endswith(", compiled")
 
 
-def test_a_failed_compilation_is_an_error_with_its_reason(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_compilation_is_an_error_with_its_reason(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object, **__: object) -> None:
         raise ValueError("no compiler\nmore")
 
@@ -193,7 +193,7 @@ def test_energy_meter_is_none_on_a_cpu() -> None:
 # -- processes -------------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_survives_out_of_memory_and_its_death_is_an_error() -> None:
+def test_worker_survives_out_of_memory_and_its_exit_is_an_error() -> None:
     worker = Worker(ModelSpec("m", "m"), SMALL, bench_helpers.unstable_runner)
     assert worker.facts() == bench_helpers.facts()
     assert worker.run(1).total_s == 1.0
@@ -215,7 +215,7 @@ print(found.models[1].cells[0].ratios["decode"].median)
 """
 
 
-def test_a_script_without_a_guard_can_measure(run: Path, tmp_path: Path) -> None:
+def test_script_without_main_guard_can_measure(run: Path, tmp_path: Path) -> None:
     """As in docs/bench.md: starting a worker does not run the script again."""
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run([sys.executable, tmp_path / "script.py", run], capture_output=True, text=True, check=False)
@@ -223,7 +223,7 @@ def test_a_script_without_a_guard_can_measure(run: Path, tmp_path: Path) -> None
     assert float(done.stdout) > 0
 
 
-def test_a_bug_has_its_traceback_and_an_error_its_line() -> None:
+def test_bug_has_a_traceback_and_an_error_one_line() -> None:
     worker = Worker(ModelSpec("m", "m"), SMALL, bench_helpers.unstable_runner)
     with pytest.raises(RuntimeError, match=r"(?s)in the process of m.*ZeroDivisionError: a bug"):
         worker.run(3)

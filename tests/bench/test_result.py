@@ -62,7 +62,7 @@ def test_runs_are_interleaved_and_every_other_round_is_reversed() -> None:
     assert [[len(cell.samples) for cell in cells] for cells in measurements] == [[3, 3], [3, 3]]
 
 
-def test_a_batch_that_does_not_fit_has_no_samples_and_others_do() -> None:
+def test_batch_that_does_not_fit_alone_has_no_samples() -> None:
     dense, pruned = run_interleaved([Scripted("dense", max_batch=4), Scripted("pruned")], [1, 8, 2], 2)
     assert [len(cell.samples) for cell in dense] == [2, 0, 2]
     assert [len(cell.samples) for cell in pruned] == [2, 2, 2]

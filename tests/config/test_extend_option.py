@@ -58,7 +58,7 @@ def test_one_field_is_a_flag_of_eval_and_check(edited: Path, command: str) -> No
     assert "Only these tasks of the suite" in shown
 
 
-def test_the_new_option_of_eval_selects_tasks(edited: Path) -> None:
+def test_new_option_of_eval_selects_tasks(edited: Path) -> None:
     (edited / "suite.yaml").write_text(SUITE, encoding="utf-8")
     code = (
         "from prunetune.evaluation.suites.options import EvalOptions; "

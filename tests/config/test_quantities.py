@@ -28,7 +28,7 @@ def test_rounded_amount_meets_the_limit_and_is_close(kind: str) -> None:
 
 
 @kinds
-def test_examples_of_errors_are_parsed(kind: str) -> None:
+def test_examples_in_error_messages_are_parsed(kind: str) -> None:
     assert not Amount.parse(EXAMPLES[kind], kind).is_share
 
 

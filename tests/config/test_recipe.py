@@ -213,14 +213,14 @@ def test_bounds_hold_to_the_edge(path: str) -> None:
 
 @pytest.mark.parametrize("path", OPTIONS)
 @pytest.mark.parametrize("value", [{"a": 1}, None, [None]], ids=["mapping", "nothing", "nothings"])
-def test_wrong_type_is_refused_by_name(path: str, value: Any) -> None:
+def test_value_of_a_wrong_type_is_refused_by_name(path: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=path):
         from_mapping(nested(path, value))
 
 
 @pytest.mark.parametrize("path", NUMBERS)
 @pytest.mark.parametrize("value", [True, "many", float("nan"), float("inf")], ids=str)
-def test_number_must_be_finite(path: str, value: Any) -> None:
+def test_number_that_is_not_finite_is_refused(path: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=path):
         from_mapping(nested(path, value))
 
@@ -315,7 +315,7 @@ def tokens_of(path: str, value: Any) -> list[str]:
     return [token for part in (value if isinstance(value, list) else [value]) for token in (flag, str(part))]
 
 
-def test_without_flags_nothing_is_overridden() -> None:
+def test_command_line_without_flags_overrides_no_option() -> None:
     assert flags_to_overrides(make_flags_class(RunConfig)()) == {}
     assert flags_to_overrides(None) == {}
     assert parsed() == (Path("r.yaml"), {})
@@ -343,7 +343,7 @@ def test_flag_overrides_only_its_option(path: str, tmp_path: Path) -> None:
     assert config == from_mapping(merge_mappings(merge_mappings(keep, rest), nested(path, other(path))))
 
 
-def test_zero_and_false_count_as_given() -> None:
+def test_flags_of_zero_and_false_override() -> None:
     """A falsy flag is not an absent one."""
     flags = parsed("--seed", "0", "--lora.dropout", "0", "--no-trust-remote-code")[1]
     assert flags == {"seed": 0, "lora": {"dropout": 0.0}, "trust_remote_code": False}
@@ -403,7 +403,7 @@ def prunetune(*arguments: str) -> subprocess.CompletedProcess[str]:
     [("--help",), ("--version",), (), ("run", "--help"), ("demo", "--help"), ("compare", "--help")],
     ids=str,
 )
-def test_help_loads_no_torch(arguments: tuple[str, ...]) -> None:
+def test_help_imports_no_torch(arguments: tuple[str, ...]) -> None:
     done = prunetune(*arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("HEAVY []")

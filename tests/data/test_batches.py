@@ -78,7 +78,7 @@ def test_padding_changes_no_loss(seed: int) -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [1, 10, 30, 64, 1000])
-def test_micro_batches_cover_exactly_and_fit(max_tokens: int) -> None:
+def test_micro_batches_hold_every_example_once_within_the_limit(max_tokens: int) -> None:
     given = examples(40)
     batches = micro_batches(given, max_tokens)
     assert sorted(id(example) for batch in batches for example in batch) == sorted(map(id, given))
@@ -102,7 +102,7 @@ def test_every_example_appears_once_an_epoch(batch_size: int) -> None:
     assert len(epochs) == 1 or len(set(map(tuple, epochs))) > 1
 
 
-def test_a_batch_depends_on_seed_and_step_alone() -> None:
+def test_batch_depends_on_seed_and_step_alone() -> None:
     given = examples(50)
     forward, backward = BatchStream(given, 8, seed=1), BatchStream(given, 8, seed=1)
     ahead = [forward.batch_at(step) for step in range(40)]
@@ -136,7 +136,7 @@ def test_epochs_may_be_empty_where_all_weights_are_small() -> None:
     assert [len(stream.batch_at(step)) for step in (0, 1, 1000)] == [3, 3, 3]
 
 
-def test_a_stream_needs_examples() -> None:
+def test_stream_needs_examples() -> None:
     with pytest.raises(DataError, match="no example to train on"):
         BatchStream([], 4, seed=0)
     with pytest.raises(ValueError, match="batch size"):

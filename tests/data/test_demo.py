@@ -38,7 +38,7 @@ def test_terms_are_read_with_chapter_and_category(tmp_path: Path) -> None:
     assert (contradictory, repeated) == (2, 1)
 
 
-def test_the_package_has_all_terms() -> None:
+def test_demo_package_has_all_terms() -> None:
     pytest.importorskip("simple_icd_10_cm")
     terms = list(read_terms(tabular_list()))
     kept, contradictory, repeated = drop_ambiguous(terms)
@@ -62,7 +62,7 @@ def test_demo_splits_share_no_category_and_no_term() -> None:
     assert len({r.id for part in parts.values() for r in part}) == total
 
 
-def test_labels_are_distinct_words_behind_a_space() -> None:
+def test_labels_are_distinct_words_after_a_space() -> None:
     assert len(set(LABELS)) == 22
     assert all(label.startswith(" ") and label.strip().isalpha() for label in LABELS)
 
@@ -87,7 +87,7 @@ def test_demo_alone_has_all_four_splits() -> None:
     assert splits.hashes == load_splits(DataConfig(train=("demo",)), seed=9).hashes
 
 
-def test_without_the_package_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_error_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "simple_icd_10_cm", None)
     with pytest.raises(MissingPackage, match=r"pip install 'prunetune\[demo\]'"):
         demo.tabular_list()

@@ -28,7 +28,7 @@ def one(record: Record, tokenizer: Any, **options: Any) -> Any:
 
 
 @pytest.mark.parametrize("adds", ["<s> $A", "$A", "<s> $A </s>", "$A </s>"])
-def test_prompt_then_answer_then_end_whatever_the_tokenizer_adds(adds: str) -> None:
+def test_example_is_prompt_answer_and_end_for_every_tokenizer(adds: str) -> None:
     tokenizer = subwords(adds=adds)
     start = [tokenizer.bos_token_id] if adds.startswith("<s>") else []
     example = one(PAIR, tokenizer)
@@ -42,7 +42,7 @@ def test_prompt_then_answer_then_end_whatever_the_tokenizer_adds(adds: str) -> N
 
 
 @pytest.mark.parametrize("template", ["auto", "chat", "raw"])
-def test_an_example_begins_with_the_prompt_that_generation_starts_from(template: Any) -> None:
+def test_example_begins_with_the_prompt_that_generation_starts_from(template: Any) -> None:
     tokenizer = subwords()
     for record in ALL:
         example = one(record, tokenizer, template=template)
@@ -83,7 +83,7 @@ def test_chat_follows_the_template_up_to_the_end_of_the_turn() -> None:
         (CHAT.replace("{{ m['content'] }}", "{{ m['content'] | trim }}"), "</s>", "<|end|>"),
     ],
 )
-def test_a_turn_ends_where_generation_would_stop(chat: str, end: str, closing: str) -> None:
+def test_turn_ends_where_generation_would_stop(chat: str, end: str, closing: str) -> None:
     tokenizer = subwords(chat=chat, end=end)
     example = one(TALK, tokenizer)
     assert tokenizer.decode(example.token_ids[example.answer_start :]) == "no" + closing
@@ -114,14 +114,14 @@ def test_raw_chat_names_the_speakers() -> None:
     assert decoded == "<s>user: has the patient a fever\nassistant: yes\nuser: a cough\nassistant:no</s>"
 
 
-def test_a_missing_or_refusing_chat_template_names_the_row() -> None:
+def test_missing_or_failing_chat_template_error_names_the_row() -> None:
     with pytest.raises(DataError, match=r"^f:2: .*none.*data\.template=raw"):
         one(TALK, subwords(chat=None))
     with pytest.raises(DataError, match=r"^f:2: .*refuses these messages \(only one turn\)"):
         one(TALK, subwords(chat="{% if messages|length > 2 %}{{ raise_exception('only one turn') }}{% endif %}"))
 
 
-def test_a_tokenizer_without_an_end_is_refused() -> None:
+def test_tokenizer_without_an_end_is_refused() -> None:
     tokenizer = subwords()
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="no end-of-text token"):
@@ -190,6 +190,6 @@ def test_truncating_cuts_the_beginning_of_the_prompt_first(limit: int, adds: str
             assert before.token_ids[before.answer_start - len(prompt) : before.answer_start] == prompt
 
 
-def test_a_limit_below_two_tokens_is_refused() -> None:
+def test_limit_below_two_tokens_is_refused() -> None:
     with pytest.raises(DataError, match="needs 2 tokens"):
         encode([PAIR], subwords(), DataConfig(max_length=1), 100)

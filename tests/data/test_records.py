@@ -50,7 +50,7 @@ def test_question_hash_ignores_case_space_answer_and_order_of_choices() -> None:
 
 
 @pytest.mark.parametrize("answered", [{"completion": "a"}, {"choices": ["a", "b"], "answer": 0}])
-def test_a_user_s_only_message_is_the_prompt(answered: dict[str, Any]) -> None:
+def test_user_s_only_message_is_the_prompt(answered: dict[str, Any]) -> None:
     def chat(*turns: tuple[str, str]) -> str:
         messages = [{"role": role, "content": content} for role, content in (*turns, ("assistant", "a"))]
         return str(made(messages=messages, **answered).question_hash())
@@ -109,7 +109,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("fields", "problem", "advice"), WRONG)
-def test_wrong_rows_are_refused_in_one_line_that_names_them(fields: dict[str, Any], problem: str, advice: str) -> None:
+def test_malformed_row_is_refused_in_one_line_that_names_it(fields: dict[str, Any], problem: str, advice: str) -> None:
     with pytest.raises(DataError) as refused:
         made(**fields)
     message = str(refused.value)
@@ -121,12 +121,12 @@ def test_wrong_rows_are_refused_in_one_line_that_names_them(fields: dict[str, An
 
 
 @pytest.mark.parametrize("row", [3, "text", ["prompt"], None, float("inf")])
-def test_a_row_that_is_no_object_is_refused(row: Any) -> None:
+def test_row_that_is_no_object_is_refused(row: Any) -> None:
     with pytest.raises(DataError, match=r"^f:1: row is .*object"):
         record_from_row(row, source="f:1")
 
 
-def test_a_row_without_the_group_field_is_refused() -> None:
+def test_row_without_the_group_field_is_refused() -> None:
     assert record_from_row({"text": "a", "doc": 7}, source="f:1", group_field="doc").group == "7"
     with pytest.raises(DataError, match=r"^f:1: row has no doc, which data.group names"):
         record_from_row({"text": "a"}, source="f:1", group_field="doc")

@@ -113,7 +113,7 @@ def test_globs_under_a_root_have_weights_and_task_names(tmp_path: Path) -> None:
     assert str(tmp_path) not in records[0].id
 
 
-def test_a_root_with_glob_characters_is_taken_literally(tmp_path: Path) -> None:
+def test_root_with_glob_characters_is_read_literally(tmp_path: Path) -> None:
     write_lines(tmp_path / "a[1]" / "x.jsonl", {"text": "a"})
     assert len(read_records(["*.jsonl"], DataConfig(root=str(tmp_path / "a[1]")), "train")) == 1
 
@@ -225,7 +225,7 @@ def test_hub_failures_name_config_and_splits_tried(monkeypatch: pytest.MonkeyPat
     assert len(hub.calls) == 1
 
 
-def test_a_hub_stream_that_fails_midway_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_stream_that_fails_midway_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def rows() -> Iterator[Any]:
         yield from pairs(3)
         raise ConnectionError("closed\nby the server")
@@ -238,13 +238,13 @@ def test_a_hub_stream_that_fails_midway_is_refused(monkeypatch: pytest.MonkeyPat
     assert "\n" not in str(refused.value)
 
 
-def test_without_the_package_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_error_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingPackage, match="pip install datasets"):
         read_records(["owner/name"], DataConfig(), "train")
 
 
-def test_an_existing_file_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_file_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub(monkeypatch, {"train": pairs(1)})
     write_lines(tmp_path / "owner" / "name", {"text": "a"})
     with pytest.raises(DataError, match="ending '' is not read"):

@@ -70,7 +70,7 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("one", "other"), [*combinations(FORMS, 2)])
-def test_a_question_is_the_same_in_every_form_but_for_two_lists_of_choices(
+def test_question_hash_is_equal_in_every_form_but_for_two_lists_of_choices(
     one: str, other: str, tmp_path: Path
 ) -> None:
     for loser, keeper in ((one, other), (other, one)):
@@ -116,7 +116,7 @@ CARVED = {
 
 
 @pytest.mark.parametrize("form", CARVED)
-def test_rows_of_one_form_are_carved_as_ever(form: str, tmp_path: Path) -> None:
+def test_rows_of_one_form_keep_their_carved_split(form: str, tmp_path: Path) -> None:
     rows, expected = CARVED[form]
     splits = loaded(tmp_path, 3, options={"group": "doc"} if "group" in form else {}, train=rows)
     carved = splits.search + splits.valid + splits.test
@@ -136,14 +136,14 @@ def test_groups_and_questions_that_link_them_stay_together(tmp_path: Path) -> No
     assert all(len(home) == 1 for home in homes.values())
 
 
-def test_a_split_takes_one_group_even_if_all_are_large(tmp_path: Path) -> None:
+def test_split_takes_one_group_even_if_all_are_large(tmp_path: Path) -> None:
     rows = [row | {"doc": f"d{index % 4}"} for index, row in enumerate(pairs(40))]
     parts = loaded(tmp_path, options={"group": "doc"}, train=rows).by_name()
     assert [len(part) for part in parts.values()] == [10, 10, 10, 10]
 
 
 @pytest.mark.parametrize(("rows", "given"), [(3, {}), (1, {"valid": pairs(1, 90), "test": pairs(1, 91)})])
-def test_too_few_rows_to_carve_says_how_many_are_needed(rows: int, given: dict[str, Any], tmp_path: Path) -> None:
+def test_too_few_rows_to_carve_error_names_the_number_needed(rows: int, given: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"has {rows} different rows, too few .* {rows + 1} are needed"):
         loaded(tmp_path, train=pairs(rows), **given)
 
@@ -152,7 +152,7 @@ def test_four_rows_are_enough(tmp_path: Path) -> None:
     assert [len(part) for part in loaded(tmp_path, train=pairs(4)).by_name().values()] == [1, 1, 1, 1]
 
 
-def test_given_splits_stand_as_they_are(tmp_path: Path) -> None:
+def test_given_splits_are_unchanged(tmp_path: Path) -> None:
     splits = loaded(tmp_path, train=pairs(10), search=pairs(2, 20), valid=pairs(3, 30), test=pairs(4, 40))
     assert [len(records) for records in splits.by_name().values()] == [10, 2, 3, 4]
 
@@ -210,7 +210,7 @@ def test_texts_that_are_all_dropped_are_refused(tmp_path: Path) -> None:
         loaded(tmp_path / "b", train=pairs(40), texts=texts)
 
 
-def test_a_group_in_two_given_splits_is_overlap(tmp_path: Path) -> None:
+def test_group_in_two_given_splits_is_overlap(tmp_path: Path) -> None:
     rows = {"train": pairs(20, doc="a") + pairs(20, 20, doc="b")}
     rows |= {"test": pairs(1, 90, doc="a"), "valid": pairs(1, 91, doc="c")}
     with pytest.raises(DataError, match=r"20 of 40 rows of train, first .* with group 'a' as"):
@@ -238,7 +238,7 @@ def test_rows_are_dropped_before_splits_are_carved(tmp_path: Path) -> None:
     assert not prompts(splits.test) & prompts(splits.train + splits.search + splits.valid)
 
 
-def test_a_split_that_is_all_dropped_is_refused(tmp_path: Path) -> None:
+def test_split_that_is_all_dropped_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.train keeps no row"):
         loaded(tmp_path, options={"overlap": "drop"}, train=pairs(5), test=pairs(5))
 

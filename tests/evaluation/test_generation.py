@@ -55,7 +55,7 @@ def test_answers_equal_argmax_step_by_step(family: str) -> None:
     assert written(model, PROMPTS[::-1])[::-1] == expected
 
 
-def test_an_answer_ends_at_every_known_end() -> None:
+def test_answer_ends_at_every_known_end() -> None:
     model = speaker()
     torch.nn.init.zeros_(model.lm_head.weight)
     model.generation_config.eos_token_id = [0]  # the first token wins ties

@@ -80,7 +80,7 @@ def test_choices_equal_full_forward_passes_beyond_the_sliding_window(family: str
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_size_of_a_pass_does_not_change_scores(family: str) -> None:
+def test_pass_size_does_not_change_scores(family: str) -> None:
     model = tiny(family)
     asked = questions(2)
     assert_equal(scored(model, asked, max_tokens=1), scored(model, asked, max_tokens=100_000))
@@ -161,7 +161,7 @@ def test_half_precision_is_scored_in_float32() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_cuda_device_scores_as_the_cpu_does() -> None:
+def test_cuda_scores_equal_cpu_scores() -> None:
     asked, made = questions(9), examples(2)
     on_cpu, on_cuda = tiny("gemma3_text"), tiny("gemma3_text").cuda()
     assert_equal(scored(on_cuda, asked), scored(on_cpu, asked), tolerance=1e-3)
@@ -210,7 +210,7 @@ def test_few_logits_a_pass_do_not_change_answers(monkeypatch: pytest.MonkeyPatch
     assert [total for total, _ in loglikelihoods] == pytest.approx([total for total, _ in expected], abs=1e-4)
 
 
-def test_packing_keeps_everything_once_and_pads_little() -> None:
+def test_packing_holds_every_token_once_with_little_padding() -> None:
     rng = random.Random(0)
     lengths = [rng.randint(1, 400) for _ in range(300)]
     runs = list(batch_by_length(lengths, int, lambda rows, longest: rows * longest <= 8192, max_length_ratio=1.2))

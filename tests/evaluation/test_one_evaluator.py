@@ -89,7 +89,7 @@ def assert_same_scores(of_run: Evaluation, of_eval: Evaluation, rel: float = FLO
 @pytest.mark.parametrize(("family", "dtype", "rel"), [
     ("llama", torch.float32, FLOAT32), ("gemma3_text", torch.float32, FLOAT32), ("llama", torch.bfloat16, BFLOAT16),
 ])  # fmt: skip
-def test_a_run_scores_rows_as_a_suite_does(
+def test_run_scores_rows_as_a_suite_does(
     family: str, dtype: torch.dtype, rel: float, max_tokens: int, template: Any, tmp_path: Path
 ) -> None:
     """Over choices, written answers, chats and texts; one row of each is longer than the model's context of 64."""
@@ -153,7 +153,7 @@ def test_check_gives_the_scores_of_a_run(tuned: tuple[Path, dict[str, str]]) -> 
                 assert result.scores[task][metric][position] == pytest.approx(score.value, rel=FLOAT32)
 
 
-def test_a_limit_reads_the_scores_that_eval_gives(tuned: tuple[Path, dict[str, str]]) -> None:
+def test_limit_reads_the_scores_that_eval_gives(tuned: tuple[Path, dict[str, str]]) -> None:
     folder, _ = tuned
     dense = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["validation"]["dense"]
     task = {"data": [str(folder.parent / "guard.jsonl")], "scorer": "perplexity"}

@@ -43,7 +43,7 @@ def test_randomisation_agrees_with_every_swap() -> None:
     assert compare_paired(task(a, "rouge_l"), task(b, "rouge_l"), "rouge_l").p_value == pytest.approx(theirs, abs=0.02)
 
 
-def test_the_interval_is_that_of_the_differences() -> None:
+def test_interval_is_that_of_the_differences() -> None:
     rng = np.random.default_rng(4)
     a = rng.random(300)
     b = np.clip(a + rng.normal(0.05, 0.1, 300), 0.01, 0.99)
@@ -81,7 +81,7 @@ def test_paired_test_of_equal_models_rarely_alarms(metric: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("metric", KINDS)
-def test_a_real_loss_is_found(metric: str) -> None:
+def test_paired_test_finds_a_real_loss(metric: str) -> None:
     rng = np.random.default_rng(8)
     scores = KINDS[metric](rng)
     if metric == "perplexity":
@@ -96,7 +96,7 @@ def test_a_real_loss_is_found(metric: str) -> None:
 
 
 @pytest.mark.parametrize("metric", KINDS)
-def test_a_model_equals_itself(metric: str) -> None:
+def test_paired_test_of_identical_scores_has_p_one(metric: str) -> None:
     same = task(KINDS[metric](np.random.default_rng(9)), metric)
     comparison = compare_paired(same, same, metric)
     assert (comparison.difference, comparison.p_value) == (0.0, 1.0)

@@ -78,7 +78,7 @@ def test_other_json_is_a_one_line_error(text: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_a_mean_has_the_textbook_error() -> None:
+def test_mean_has_the_textbook_error() -> None:
     values = [0.0, 1.0, 1.0, 0.5]
     score = mean_score(values)
     assert score.value == textbook.fmean(values)
@@ -97,7 +97,7 @@ def test_macro_f1_is_nan_where_an_item_is() -> None:
     assert math.isnan(aggregate_items([*chosen(4, wrong=1), item("n", got="", accuracy=math.nan)], "macro_f1").value)
 
 
-def test_macro_f1_error_is_near_that_of_accuracy_on_balanced_labels() -> None:
+def test_macro_f1_error_is_near_accuracy_error_on_balanced_labels() -> None:
     items = chosen(200, wrong=60)
     assert aggregate_items(items, "macro_f1").se == pytest.approx(aggregate_items(items, "accuracy").se, rel=0.15)
 
@@ -124,7 +124,7 @@ def test_huge_losses_do_not_raise() -> None:
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "nll", "perplexity"])
-def test_a_result_does_not_differ_from_itself(metric: str) -> None:
+def test_result_equals_itself_in_a_comparison(metric: str) -> None:
     items = [
         Item(one.id, "", one.expected, one.got, one.correct, one.scores | {"nll": n / 7, "tokens": 3.0 + n})
         for n, one in enumerate(chosen(9, wrong=3))
@@ -134,7 +134,7 @@ def test_a_result_does_not_differ_from_itself(metric: str) -> None:
     assert (difference.value, difference.se, difference.n) == (0.0, 0.0, 9)
 
 
-def test_pairing_removes_what_both_share() -> None:
+def test_pairing_removes_shared_variance() -> None:
     rng = random.Random(0)
     base = [rng.gauss(0, 1) for _ in range(50)]
     a = result([item(str(n), nll=value + 0.5) for n, value in enumerate(base)], "nll")
@@ -175,7 +175,7 @@ def test_pairs_compare_only_the_kept_beginning_of_a_prompt() -> None:
         assert paired_difference(a, other, "accuracy").n == paired_difference(other, a, "accuracy").n == 4
 
 
-def test_headlines_and_their_direction() -> None:
+def test_headline_metric_has_its_direction() -> None:
     some = Score(0.5, 0.1, 4)
     assert headline_metric(TaskResult("t", {"nll": some, "accuracy": some}, ())) == "accuracy"
     assert headline_metric(TaskResult("t", {"nll": some, "rouge_l": some}, ())) == "rouge_l"
@@ -185,7 +185,7 @@ def test_headlines_and_their_direction() -> None:
     assert not any(map(higher_is_better, ("perplexity", "nll")))
 
 
-def test_recovery_is_one_where_nothing_is_lost_and_less_where_something_is() -> None:
+def test_recovery_is_one_without_loss_and_less_with_one() -> None:
     dense, worse = Score(0.8, 0, 1), Score(0.6, 0, 1)
     assert recovery(dense, dense, "nll") == recovery(dense, dense, "accuracy") == 1
     assert recovery(worse, dense, "accuracy") == pytest.approx(0.75)

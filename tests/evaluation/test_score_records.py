@@ -42,7 +42,7 @@ def test_each_kind_gets_its_scores() -> None:
     assert all(len(result.items) == 6 for result in tasks.values())
 
 
-def test_items_show_what_was_asked_and_what_came() -> None:
+def test_items_hold_prompt_and_answer() -> None:
     tasks = scored(mixed()).tasks
     first = next(item for item in tasks["organ"].items if item.id == "c0")
     assert (first.prompt, first.expected) == ("Where is case 0 ", "heart")
@@ -54,7 +54,7 @@ def test_items_show_what_was_asked_and_what_came() -> None:
     assert all(item.correct is None for item in tasks["prose"].items)
 
 
-def test_a_model_that_knows_the_answer_scores_one() -> None:
+def test_model_that_knows_the_answer_scores_one() -> None:
     model = speaker()
     model.lm_head = torch.nn.Linear(48, model.config.vocab_size, bias=True)
     torch.nn.init.zeros_(model.lm_head.weight)
@@ -68,7 +68,7 @@ def test_a_model_that_knows_the_answer_scores_one() -> None:
     assert scored([answer], model).tasks["open"].scores["exact_match"].value == 1.0
 
 
-def test_a_uniform_model_has_the_perplexity_of_its_vocabulary() -> None:
+def test_uniform_model_has_the_perplexity_of_its_vocabulary() -> None:
     model = speaker()
     torch.nn.init.zeros_(model.lm_head.weight)
     tasks = scored(mixed(), model).tasks
@@ -88,7 +88,7 @@ def test_batch_composition_and_pass_size_do_not_change_scores() -> None:
             assert ours.scores == pytest.approx(theirs.scores, abs=1e-5)
 
 
-def test_an_evaluation_repeats_and_round_trips() -> None:
+def test_evaluation_repeats_and_round_trips() -> None:
     evaluation = scored(mixed())
     assert scored(mixed()).to_json() == evaluation.to_json()
     assert Evaluation.from_json(evaluation.to_json()).to_json() == evaluation.to_json()
@@ -115,7 +115,7 @@ def test_macro_f1_needs_one_label_set() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_an_answer_has_the_same_nll_with_and_without_choices(family: str) -> None:
+def test_answer_has_the_same_nll_with_and_without_choices(family: str) -> None:
     records = [choice(index) for index in range(6)]
     asked = scored(records, speaker(family)).tasks["organ"]
     plain = scored([replace(record, choices=(), answer=None) for record in records], speaker(family)).tasks["organ"]
@@ -205,7 +205,7 @@ def test_generation_leaves_room_within_the_context() -> None:
 
 
 @pytest.mark.parametrize("length", [30, 31, 32, 200])
-def test_a_long_prompt_keeps_its_start_token_and_is_cut_as_in_a_suite(
+def test_long_prompt_keeps_its_start_token_and_is_cut_as_in_a_suite(
     length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, record = speaker(max_position_embeddings=64), question(0, prompt="x" * (length - 1) + "y", completion="a")
@@ -239,6 +239,6 @@ def test_repeated_ids_are_made_unique() -> None:
     assert sorted(item.id for item in twice.items) == ["q0", "q0#2"]
 
 
-def test_the_first_of_the_likeliest_wins() -> None:
+def test_ties_go_to_the_first_choice() -> None:
     assert argmax_unless_nan([-2.0, -1.0, -1.0]) == 1
     assert argmax_unless_nan([-2.0, math.nan]) is None

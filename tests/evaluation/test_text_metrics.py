@@ -61,7 +61,7 @@ def test_words_of_ascii_are_those_of_rouge_score(stemmer: bool) -> None:
         ("für Äpfel", "fär Öpfel"),
     ],
 )
-def test_rouge_l_sees_every_script(text: str, other: str) -> None:
+def test_rouge_l_scores_every_script(text: str, other: str) -> None:
     same, decomposed, different = rouge_l([text] * 3, [text, unicodedata.normalize("NFD", text), other])
     assert same == decomposed == 1.0
     assert different < 1

@@ -109,7 +109,7 @@ def test_streamed_checkpoint_opens_streamed_in_a_fresh_process(tmp_path: Path) -
     assert relative(reopened["logits"], expected) < 1e-5
 
 
-def test_reader_lacks_tensors_of_renamed_or_damaged_files(tmp_path: Path) -> None:
+def test_reader_leaves_out_tensors_of_renamed_or_damaged_files(tmp_path: Path) -> None:
     """Tensors under other names than the class has, or files that cannot be read."""
     tiny("mixtral").save_pretrained(tmp_path / "dense")  # stored expert by expert
     model, stored = load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense"))

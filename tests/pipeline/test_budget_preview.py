@@ -26,7 +26,7 @@ def test_keep_one_previews_the_dense_model() -> None:
     assert (found.parameters, found.weight_bytes, found.prefill_speedup, found.decode_speedup) == (100, 200, 1.0, 1.0)
 
 
-def test_prefill_gains_more_than_decode() -> None:
+def test_preview_prefill_speedup_exceeds_decode_speedup() -> None:
     found = preview_budget(ParamCounts(100, 60, 10, 10), 0.5)
     assert found.parameters == 70
     assert found.prefill_speedup == pytest.approx(80 / 50)

@@ -154,7 +154,7 @@ def test_commands_take_the_folder_of_a_size(done: Path) -> None:
     assert [one.label for one in found[1:]] == own
 
 
-def test_a_finished_run_resumes_to_itself(place: Path, done: Path, tmp_path: Path) -> None:
+def test_finished_run_resumes_to_itself(place: Path, done: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"budget": {"keep": [0.8, 0.5]}, "require": {"smaller": 0.01}}
     before = {keep: (of(done, keep) / "model" / "model.safetensors").read_bytes() for keep in (0.8, 0.5)}
     bench = (done / "bench.json").read_text()

@@ -136,7 +136,7 @@ class Down:
         raise AssertionError("it was let go of")
 
 
-def test_failing_tracker_changes_nothing(
+def test_failing_tracker_changes_no_result(
     place: Path,
     whole: dict[str, bytes],
     tmp_path: Path,

@@ -62,7 +62,7 @@ def assert_same_result(run: Path) -> None:
         assert torch.allclose(weight, before[name], rtol=0, atol=TOLERANCE), name
 
 
-def test_the_fixture_is_what_0_1_0_left() -> None:
+def test_fixture_equals_files_of_0_1_0() -> None:
     assert {name: sha256(FIXTURE / name) for name in EXPECTED["sha256"]} == EXPECTED["sha256"]
     assert EXPECTED["commit"].startswith("03ca826")
     assert EXPECTED["made_with"]["prunetune"] == "0.1.0"
@@ -217,7 +217,7 @@ def test_comparison_of_0_1_0_grows_by_a_method(say: Said, release: Path) -> None
 
 
 @pytest.mark.parametrize("command", ["bench", "eval", "check", "export"])
-def test_comparison_of_0_1_0_has_no_model_to_open(say: Said, command: str) -> None:
+def test_commands_on_a_comparison_of_0_1_0_are_refused(say: Said, command: str) -> None:
     suite = ("--suite", "suite.yaml") if command in ("eval", "check") else ()
     code, out, err = say(command, "comparison", *suite)
     assert (code, out) == (2, "")
@@ -225,6 +225,6 @@ def test_comparison_of_0_1_0_has_no_model_to_open(say: Said, command: str) -> No
     assert "Traceback" not in err
 
 
-def test_comparison_of_0_1_0_is_no_run_for_runs(say: Said) -> None:
+def test_runs_refuses_a_comparison_of_0_1_0(say: Said) -> None:
     _, out, _ = say("runs", ".")
     assert "comparison" not in out

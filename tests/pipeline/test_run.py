@@ -50,7 +50,7 @@ def frames_of_the_package() -> list[str]:
     return found
 
 
-def test_few_frames_from_the_command_to_the_loop(
+def test_command_reaches_the_loop_in_few_frames(
     tmp_path: Path, say: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frames: list[str] = []
@@ -88,7 +88,7 @@ def test_reported_config_has_the_decided_budget_and_the_rest_as_asked(tmp_path: 
     assert context.reported_config.train.weights == "auto"
 
 
-def test_stages_come_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_executes_stages_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("prepare", "train", "finish", "evaluate_all", "measure", "raise_if_limits_broken")
     called = []
 

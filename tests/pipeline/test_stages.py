@@ -301,7 +301,7 @@ def test_run_killed_several_times_ends_with_the_same_bytes(
     assert left == []
 
 
-def test_a_finished_run_resumes_to_itself(place: Path, done: dict[str, Path], tmp_path: Path) -> None:
+def test_finished_run_resumes_to_itself(place: Path, done: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(done["uniform"], out)
     (out / "report.html").unlink()

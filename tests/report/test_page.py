@@ -148,7 +148,7 @@ def test_log_line_cut_short_is_left_out(run_folder: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("folder", ["absent", "empty", "file"])
-def test_no_run_folder_is_refused_in_one_line(tmp_path: Path, folder: str) -> None:
+def test_folder_that_is_no_run_is_refused_in_one_line(tmp_path: Path, folder: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="name the run folder that `prunetune run` made") as refused:

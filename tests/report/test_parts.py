@@ -220,7 +220,7 @@ NOISY = {
 }
 
 
-def test_speed_within_the_noise_is_no_plain_yes(tmp_path: Path) -> None:
+def test_speed_within_the_noise_is_an_uncertain_verdict(tmp_path: Path) -> None:
     found = answered(tmp_path / "both", speed=NOISY)["Faster?"]
     assert found.answer == "partly"  # prefill, which is clear
     assert "Runs of decode differ more than the models" in found.explanation

@@ -102,7 +102,7 @@ every_kind = pytest.mark.parametrize("kind", KIND_NAMES)
 
 @every_model
 @every_kind
-def test_a_budget_is_met_from_below_within_a_hundredth(name: str, kind: str) -> None:
+def test_budget_is_met_from_below_within_a_hundredth(name: str, kind: str) -> None:
     sites, _, constraints = geometry(name)
     for seed, position in enumerate((0.13, 0.71)):
         budget = budget_at(kind, name, position)
@@ -153,7 +153,7 @@ def test_no_further_block_fits_under_a_memory_budget(name: str) -> None:
         assert more >= spent
 
 
-def test_a_uniform_plan_meets_budgets_too() -> None:
+def test_uniform_plan_meets_budgets_too() -> None:
     sites, _, constraints = geometry("llama3-8b")
     uniform = PlanConstraints("uniform", constraints.align)
     caps = [budget_at("memory", "llama3-8b", 0.5), budget_at("latency", "llama3-8b", 0.5)]
@@ -183,7 +183,7 @@ def test_budget_below_the_least_widths_is_named() -> None:
         with_limits(guarded, sites, [budget_at("memory", "smollm", 1.0)], 0.5)
 
 
-def test_a_long_cache_raises_the_price_of_kv_groups() -> None:
+def test_long_cache_raises_the_price_of_kv_groups() -> None:
     sites, _, constraints = geometry("llama3-8b")
     prices = []
     for workload in (WORKLOAD, WorkloadConfig(batch=32, context=32768)):
@@ -220,7 +220,7 @@ def test_limits_fall_in_a_straight_line_from_the_dense_model() -> None:
 
 
 @pytest.mark.parametrize("gates", ["projected", "sampled"])
-def test_a_search_meets_the_budget(gates: str) -> None:
+def test_search_meets_the_budget(gates: str) -> None:
     model = tiny("llama", layers=4)
     sites = find_sites(model)
     anatomy, constraints = model_shape(model, sites), PlanConstraints("per-layer", 8)

@@ -100,7 +100,7 @@ def test_uniform_layers_are_equal_and_no_wider_block_fits(family: str) -> None:
 
 
 @both_layouts
-def test_keep_of_one_keeps_everything(layout: str) -> None:
+def test_keep_of_one_keeps_every_unit(layout: str) -> None:
     for family in FAMILIES:
         sites = sites_of(family, layout == "uniform")
         plan = select(random_scores(sites, 0), sites, 1.0, constraints_for(layout))

@@ -104,7 +104,7 @@ def test_no_wider_uniform_shape_fits(name: str) -> None:
 
 @every_geometry
 @both_layouts
-def test_the_best_units_of_a_site_are_kept(name: str, layout: str) -> None:
+def test_best_units_of_a_site_are_kept(name: str, layout: str) -> None:
     for _, scores, plan in cases(name, layout):
         for site, kept in plan.kept.items():
             stays = torch.zeros(plan.units[site], dtype=torch.bool)
@@ -125,7 +125,7 @@ def blocks(site: Site, scores: Tensor, legal: PlanConstraints) -> list[tuple[flo
 
 
 @every_geometry
-def test_an_omitted_block_does_not_fit_with_better_ones(name: str) -> None:
+def test_omitted_block_does_not_fit_with_better_ones(name: str) -> None:
     sites, legal = geometry(name)[0], constraints_for(name, "per-layer")
     for keep, scores, plan in cases(name, "per-layer"):
         candidates = {site.name: blocks(site, scores[site.name], legal) for site in sites}
@@ -165,7 +165,7 @@ def test_uniform_is_the_best_of_the_widest_shapes(name: str) -> None:
 
 @every_geometry
 @both_layouts
-def test_same_scores_same_plan(name: str, layout: str) -> None:
+def test_equal_scores_give_equal_plans(name: str, layout: str) -> None:
     sites, legal = geometry(name)[0], constraints_for(name, layout)
     for keep, scores, plan in itertools.islice(cases(name, layout), 5):
         copied = {site: score.clone().double() for site, score in reversed(scores.items())}
@@ -199,7 +199,7 @@ def test_rounded_score_sums_keep_widths_aligned() -> None:
 
 @every_geometry
 @both_layouts
-def test_keep_of_one_keeps_everything(name: str, layout: str) -> None:
+def test_keep_of_one_keeps_every_unit(name: str, layout: str) -> None:
     sites = geometry(name)[0]
     assert select(random_scores(sites, 0), sites, 1.0, constraints_for(name, layout)) == dense_plan(sites)
 

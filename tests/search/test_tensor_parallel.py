@@ -72,7 +72,7 @@ def test_no_further_block_of_all_devices_fits(devices: int, align: int) -> None:
 
 
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
-def test_one_device_changes_nothing(layout: str) -> None:
+def test_one_device_gives_the_same_plan(layout: str) -> None:
     sites = build_sites(8, 1000)
     for seed in range(10):
         scores = scores_of(sites, seed)

@@ -144,7 +144,7 @@ def test_dropout_acts_on_adapters_only(family: str) -> None:
     assert padded.score(examples(), None) == pytest.approx(plain, rel=1e-5)
 
 
-def test_teacher_sees_its_share_and_all_unlabelled_examples() -> None:
+def test_teacher_gets_its_share_and_all_unlabelled_examples() -> None:
     model, teacher = with_lora(tiny()), tiny(seed=5)
     bare = [Example(tuple(range(3, 9 + index)), 6 + index, f"text {index}") for index in range(2)]
     batch = [*examples(), *bare]

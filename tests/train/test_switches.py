@@ -62,7 +62,7 @@ def steps_of(job: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_option_ends_on_budget_and_repeats_itself(name: str) -> None:
+def test_option_ends_on_budget_and_is_reproducible(name: str) -> None:
     first, second = job_of(config_with(name)), job_of(config_with(name))
     torch.manual_seed(1)
     plan = tune_and_prune(first)

@@ -44,7 +44,9 @@ def settings() -> Settings:
 
 
 @pytest.mark.parametrize("workspace", [None, ":0:0", ":16:8"])
-def test_settings_hold_in_the_block_and_are_restored(workspace: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_restores_settings_after_the_block(
+    workspace: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv(CUBLAS, raising=False)
     if workspace:
         monkeypatch.setenv(CUBLAS, workspace)
@@ -72,13 +74,13 @@ def test_nested_blocks_and_an_earlier_mode_are_restored() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def test_disabled_changes_no_setting() -> None:
+def test_deterministic_false_changes_no_setting() -> None:
     before = settings()
     with deterministic(False, CPU):
         assert settings() == before
 
 
-def test_errors_of_pytorch_about_the_mode_are_explained_and_others_pass() -> None:
+def test_deterministic_explains_errors_of_its_mode_and_passes_on_others() -> None:
     words = "histc_cuda does not have a deterministic implementation, but you set ..."
     with pytest.raises(ModelError, match="histc_cuda has no deterministic form"), deterministic(True, CPU):
         raise RuntimeError(words)
@@ -92,7 +94,9 @@ def test_errors_of_pytorch_about_the_mode_are_explained_and_others_pass() -> Non
 
 @pytest.mark.parametrize("sizes", [(0.5,), ()])
 @pytest.mark.parametrize("wanted", [True, False])
-def test_a_run_is_made_in_the_block(sizes: tuple[float, ...], wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_uses_deterministic_kernels_only_if_asked(
+    sizes: tuple[float, ...], wanted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
 
     def prepare(*_: object, **__: object) -> None:

@@ -234,7 +234,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_table_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))
     table = tables.get_latency_table(config, sites, WORKLOAD, CPU, 8)
     monkeypatch.setattr(tables, "measure_table", None)
@@ -245,7 +245,7 @@ def test_a_table_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) 
         tables.get_latency_table(config, sites, dataclasses.replace(WORKLOAD, batch=2), CPU, 8)
 
 
-def test_a_broken_file_in_the_cache_is_measured_again(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_broken_file_in_the_cache_is_measured_again(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))
     header = tables.checked_header(config, sites, WORKLOAD, CPU, 8)
     table_path(header).parent.mkdir(parents=True)

@@ -70,7 +70,7 @@ def held(mine: TaskResult, theirs: TaskResult | None, limits: Any = None, **keys
         ({"min": 0.1, "relative": 0.9}, True),
     ],
 )
-def test_a_limit_holds_up_to_its_bound(limits: dict[str, Any], breaks: bool) -> None:
+def test_limit_holds_up_to_its_bound(limits: dict[str, Any], breaks: bool) -> None:
     result = held(answers("11110000"), answers("11111100"), limits)
     assert bool(result.broken) is breaks
     assert result.exit_code == int(breaks)
@@ -240,7 +240,7 @@ def test_check_json_is_complete_and_has_no_nan() -> None:
     assert "BROKEN  t: accuracy is 0, at least 0.5 is required" in render_check(result)
 
 
-def test_a_planted_regression_is_caught_with_its_items(tmp_path: Path) -> None:
+def test_planted_regression_is_caught_with_its_items(tmp_path: Path) -> None:
     suite = suite_in(tmp_path, {"organ": {"data": "chosen.jsonl", "scorer": "accuracy"}})
     wrong = [f"c{n}" for n in range(7)]
     result = check_limits(
@@ -286,7 +286,7 @@ def test_unwritable_output_is_refused_before_scoring(
     assert "kept.json: its folder cannot be written to; name a file in another one" in err
 
 
-def test_a_worse_model_exits_1_with_reports(tmp_path: Path, say: Said) -> None:
+def test_worse_model_exits_1_with_reports(tmp_path: Path, say: Said) -> None:
     suite = suite_file(tmp_path, TASKS)
     for name, scripted in (("old", ScriptedBackend()), ("new", ScriptedBackend(wrong=["c3"]))):
         (tmp_path / f"{name}.json").write_text(evaluate_suite(scripted, suite_in(tmp_path, TASKS)).to_json())
@@ -361,7 +361,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, say: Said, arguments: 
         ("http:///v1", "is no URL"),
     ],
 )
-def test_a_reference_that_cannot_be_opened_is_refused_before_the_model_is_scored(
+def test_reference_that_cannot_be_opened_is_refused_before_the_model_is_scored(
     tmp_path: Path, say: Said, monkeypatch: pytest.MonkeyPatch, against: str, said: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -374,7 +374,7 @@ def test_a_reference_that_cannot_be_opened_is_refused_before_the_model_is_scored
     assert re.search(said, err.splitlines()[-1])
 
 
-def test_the_other_tasks_are_reported_where_one_fails(tmp_path: Path, say: Said) -> None:
+def test_other_tasks_are_reported_if_one_fails(tmp_path: Path, say: Said) -> None:
     suite = suite_file(tmp_path, {**TASKS, "bad": {"data": "nowhere.jsonl", "scorer": "accuracy"}})
     code, out, err = say("eval", model_folder(tmp_path / "model"), "--suite", suite, "--device", "cpu")
     assert code == 2

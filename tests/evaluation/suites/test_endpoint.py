@@ -61,7 +61,7 @@ def test_answers_are_generated_by_completion_or_chat() -> None:
     assert (body["max_tokens"], body["stop"]) == (3, [":"])
 
 
-def test_a_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(characters_model) as server:
         with pytest.raises(BackendError, match="variable PRUNETUNE_TEST_KEY is not set"):
             asked(endpoint(server.url, key_env="PRUNETUNE_TEST_KEY"), "generate")
@@ -151,7 +151,7 @@ def test_empty_answers_are_scored_as_wrong(tmp_path: Path) -> None:
     )
 
 
-def test_the_first_failure_stops_a_task() -> None:
+def test_first_failure_stops_a_task() -> None:
     with serving(lambda *_: 404) as server, pytest.raises(BackendError):
         endpoint(server.url).run_requests("generate", [RECORD] * 200, GenerationSettings(), lambda _: None)
     assert len(server.requests) < 20
@@ -190,7 +190,7 @@ def test_judge_scores_are_between_0_and_1(tmp_path: Path) -> None:
     assert server.requests[0][1]["temperature"] == 0
 
 
-def test_judge_without_a_mark_is_an_error(tmp_path: Path) -> None:
+def test_judge_reply_without_a_mark_is_an_error(tmp_path: Path) -> None:
     with serving(lambda *_: {"choices": [{"message": {"content": "It is 77\nfine."}}]}) as server:
         assert "no number from 1 to 5 in its reply" in judged(tmp_path, server.url).error
         assert "the scale has to rise" in judged(tmp_path, server.url, low=5.0, high=5.0).error

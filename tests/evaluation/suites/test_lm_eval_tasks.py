@@ -46,7 +46,7 @@ def scored(folder: Path, monkeypatch: pytest.MonkeyPatch, **tasks: Any) -> Any:
     return evaluate_suite(LocalModel(speaker(), characters()), parse_suite({"tasks": tasks}, folder=folder))
 
 
-def test_lm_eval_s_numbers_equal_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_eval_scores_equal_those_of_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval")
     tasks_in(tmp_path)
     ours = {"data": "organs.jsonl", "scorer": "accuracy", "limit": 0}

@@ -139,7 +139,7 @@ def checked(folder: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> tuple[
 
 
 @pytest.mark.parametrize("plant", [without_channels, corrupted_head, mixed_tokenizer])
-def test_a_planted_regression_is_caught_with_the_right_items(
+def test_planted_regression_is_caught_with_the_right_items(
     folder: Path, plant: Callable[[Path, Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(folder, folder / plant.__name__)
@@ -151,7 +151,7 @@ def test_a_planted_regression_is_caught_with_the_right_items(
     assert {failure["id"] for failure in result["failures"]} == knew - knows
 
 
-def test_an_identical_model_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_identical_model_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(folder / "dense", folder / "same")
     code, result = checked(folder, "same", monkeypatch)
     assert (code, result["failures"], result["ok"]) == (0, [], True)

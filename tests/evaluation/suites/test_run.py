@@ -139,7 +139,7 @@ def test_answers_before_an_interrupt_are_cached(tmp_path: Path, monkeypatch: pyt
     assert scripted.calls == 3
 
 
-def test_a_folder_s_hash_follows_its_contents(tmp_path: Path) -> None:
+def test_folder_hash_depends_on_contents(tmp_path: Path) -> None:
     folder, store = model_folder(tmp_path / "model"), AnswerStore(tmp_path / "a.sqlite")
     before = folder_hash(folder, store)
     assert folder_hash(folder, store) == before == folder_hash(folder, AnswerStore(tmp_path / "b.sqlite"))
@@ -153,7 +153,7 @@ def test_a_folder_s_hash_follows_its_contents(tmp_path: Path) -> None:
     assert len(seen) == 4
 
 
-def test_a_folder_s_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, store = model_folder(tmp_path / "model"), AnswerStore(tmp_path / "a.sqlite")
     before = folder_hash(folder, store)
     monkeypatch.setattr(
@@ -187,7 +187,7 @@ def test_cache_stores_many_answers_and_nan(tmp_path: Path) -> None:
     base.close()
 
 
-def test_a_failing_task_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_failing_task_does_not_stop_the_others(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9", "completion": "a"}\n')
     (tmp_path / "empty.jsonl").write_text("")
     write_lines(tmp_path / "hollow.jsonl", {"prompt": "p", "completion": " "})
@@ -249,7 +249,7 @@ def test_windows_of_a_long_text_continue_each_other() -> None:
     assert windows[1].token_ids[0] == windows[0].token_ids[-1]
 
 
-def test_a_long_prompt_keeps_its_end_and_its_start_token(caplog: pytest.LogCaptureFixture) -> None:
+def test_long_prompt_keeps_its_end_and_its_start_token(caplog: pytest.LogCaptureFixture) -> None:
     local = LocalModel(speaker(max_position_embeddings=32), characters())
     record = Record(kind="completion", prompt="x" * 100 + "yz", completion="a", choices=("a", "bcd"), answer=0)
     ((first, *_, last),) = local._prompts([record], [3], GenerationSettings())
@@ -260,7 +260,7 @@ def test_a_long_prompt_keeps_its_end_and_its_start_token(caplog: pytest.LogCaptu
     assert "1 prompts lost their beginning: the model's context is 32" in caplog.text
 
 
-def test_an_answer_ends_before_its_first_stop() -> None:
+def test_answer_ends_before_its_first_stop() -> None:
     assert truncate_at_stop("yes\nno. end", ("\n", "end")) == "yes"
     assert truncate_at_stop("yes", ("\n",)) == "yes"
     assert truncate_at_stop(" yes ", ()) == "yes"
@@ -269,7 +269,7 @@ def test_an_answer_ends_before_its_first_stop() -> None:
 
 @pytest.mark.parametrize("text", ["\n\nParis\n\nQ", "Paris\n\nQ", " Paris\n", "\n\n"])
 @pytest.mark.parametrize("stop", [(), ("\n\n",), ("\n", "Q")])
-def test_a_model_here_ends_its_answer_as_a_server_does(text: str, stop: tuple[str, ...]) -> None:
+def test_local_model_ends_its_answer_as_a_server_does(text: str, stop: tuple[str, ...]) -> None:
     """A stop in front of an answer ends it, before white space is taken off."""
     model, tokenizer = speaker(), characters()
     said = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
@@ -286,7 +286,7 @@ def test_a_model_here_ends_its_answer_as_a_server_does(text: str, stop: tuple[st
         assert endpoint.run_requests("generate", [record], how, lambda _: None) == [here]
 
 
-def test_chats_are_asked_as_chats(tmp_path: Path) -> None:
+def test_chat_rows_are_rendered_with_roles(tmp_path: Path) -> None:
     from support.data import subwords
     from support.models import tiny
 

@@ -101,7 +101,7 @@ def test_rouge_of_ascii_equals_rouge_score(stemmer: bool) -> None:
         assert ours[metric] == [scores[name].fmeasure for scores in theirs]
 
 
-def test_rouge_sees_other_scripts() -> None:
+def test_rouge_scores_other_scripts() -> None:
     chinese = [answered("答案是北京", "答案是北京"), answered("答案是北京", "答案是南京")]
     found = values("rouge", chinese)
     assert {found[metric][0] for metric in found} == {1.0}
@@ -121,7 +121,7 @@ def test_bleu_and_chrf_equal_sacrebleu_item_by_item_and_as_a_corpus(metric: str)
     assert 0 < score.se < 5
 
 
-def test_a_corpus_in_a_resample_is_the_corpus_of_its_items() -> None:
+def test_corpus_in_a_resample_is_the_corpus_of_its_items() -> None:
     import sacrebleu
 
     from prunetune.evaluation.statistics import statistic_for_metric
@@ -218,12 +218,14 @@ def test_json_equals_jsonschema() -> None:
         ("regex", {"pattern": r"#### (\d+)?"}, "42", "so #### ", 0.0),
     ],
 )
-def test_right_and_wrong(scorer: str, options: dict[str, Any], expected: str, got: str, score: float) -> None:
+def test_each_scorer_marks_right_and_wrong_answers(
+    scorer: str, options: dict[str, Any], expected: str, got: str, score: float
+) -> None:
     (found,) = values(scorer, [answered(expected, got)], **options).values()
     assert found == [score]
 
 
-def test_empty_answers_score_nothing_and_break_nothing() -> None:
+def test_empty_answers_score_zero() -> None:
     empty = [answered("a fever", ""), answered("§", "")]
     for scorer in ("rouge", "bleu", "chrf", "token_f1", "exact_match", "label_f1", "contains"):
         for found in values(scorer, empty).values():
@@ -273,7 +275,7 @@ def test_scorer_used_twice_needs_two_names() -> None:
     assert uses[1].score([answered("", "b")]) == {"two": [1.0]}
 
 
-def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, scorer, options in (
         ("sacrebleu", "bleu", {}),
         ("jsonschema", "json_schema", {"schema": {"type": "null"}}),

@@ -36,7 +36,7 @@ def test_defaults_apply_to_every_task_that_does_not_override_them(tmp_path: Path
     assert [task.metrics for task in suite.tasks] == [("accuracy",), ("accuracy",)]
 
 
-def test_a_limit_is_one_bound_on_one_metric() -> None:
+def test_limit_is_one_bound_on_one_metric() -> None:
     task = only({**FINE, "limits": {"min": 0.5, "relative": 0.9, "statistical": True}}, level=0.01)
     assert [(limit.metric, limit.kind, limit.bound) for limit in task.limits] == [
         ("accuracy", "min", 0.5),
@@ -154,12 +154,12 @@ def test_templates_make_records_of_any_row(tmp_path: Path) -> None:
         ({"prompt": "q"}, "no completion"),
     ],
 )
-def test_a_template_that_does_not_fit_names_the_row(tmp_path: Path, task: dict[str, Any], said: str) -> None:
+def test_template_error_names_the_row(tmp_path: Path, task: dict[str, Any], said: str) -> None:
     with pytest.raises((DataError, ConfigError), match=said):
         rows(tmp_path, {"scorer": "accuracy", **task}, NESTED)
 
 
-def test_a_scorer_that_does_not_fit_the_rows_is_refused(tmp_path: Path) -> None:
+def test_scorer_that_does_not_fit_the_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="compares choices, and the row has none"):
         rows(tmp_path, {"scorer": "accuracy"}, {"prompt": "a", "completion": "b"})
     with pytest.raises(DataError, match="generates answers, and the row is a text"):
