@@ -26,8 +26,8 @@ def parsed(name: str) -> Any:
     return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
 
 
-class Interface:
-    """hatchling's, which is there only while a package is built."""
+class FakeInterface:
+    """Stands in for hatchling's, which is installed only while a package is built."""
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -37,7 +37,7 @@ class Interface:
 def urls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], dict[str, str]]:
     """What the metadata hook makes of the addresses.toml in a folder."""
     hatchling = ModuleType("hatchling.metadata.plugin.interface")
-    hatchling.MetadataHookInterface = Interface  # type: ignore[attr-defined]
+    hatchling.MetadataHookInterface = FakeInterface  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, hatchling.__name__, hatchling)
     hook = runpy.run_path(str(ROOT / "hatch_build.py"))["Addresses"]
 

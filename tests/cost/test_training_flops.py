@@ -20,7 +20,7 @@ from prunetune.train.teacher import Teacher
 from support.memory import LENGTH, SIZES, built, config_of, needs, tiny
 
 
-class Counted(TorchDispatchMode):
+class FlopCounter(TorchDispatchMode):
     """Sums torch's FLOPs of each operation; torch's own counter fails inside the gradient of a chunk."""
 
     total = 0
@@ -69,7 +69,7 @@ def test_step_flops_are_near_those_torch_counts(changes: dict[str, str]) -> None
         passes.gate_gradients(half, gates)
         return passes.tune(half, gates)
 
-    with Counted() as counted:
+    with FlopCounter() as counted:
         step()
     setup = training_setup(config, torch.float32, longest=LENGTH, all_weights=merged)
     found = step_flops(

@@ -20,7 +20,7 @@ from prunetune.search.generator import build_generator
 from prunetune.train.adapters import add_adapters, trainable_parameters
 from prunetune.train.passes import PaddedPasses
 from prunetune.train.teacher import Teacher
-from support.memory import LENGTH, SIZES, Live, built, config_of, needs
+from support.memory import LENGTH, SIZES, LiveMemoryCounter, built, config_of, needs
 from support.models import tiny
 
 
@@ -80,7 +80,7 @@ def test_activations_are_near_those_held(dtype: torch.dtype, changes: dict[str, 
             passes.tune(batch, None if merged else gates)
 
     run()  # gradients have their place
-    with Live() as live:
+    with LiveMemoryCounter() as live:
         run()
     setup = training_setup(config, dtype, longest=LENGTH, all_weights=merged)
     shapes = training_shapes(plain_model, sites)

@@ -177,7 +177,7 @@ def test_missing_sources_are_refused(source: str, message: str, tmp_path: Path) 
         read_records([source], DataConfig(root=str(tmp_path)), "train")
 
 
-class Hub:
+class FakeHub:
     """Stands in for the datasets package: holds the splits of one data set, and what was asked for."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, splits: dict[str, list[Any]], error: Exception | None = None):
@@ -195,7 +195,7 @@ class Hub:
 
 
 def test_hub_names_read_the_split_of_their_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(monkeypatch, {"train": pairs(2), "validation": pairs(1, 5), "odd": pairs(3, 9)})
+    hub = FakeHub(monkeypatch, {"train": pairs(2), "validation": pairs(1, 5), "odd": pairs(3, 9)})
     config = DataConfig()
     assert len(read_records(["owner/name*2"], config, "train")) == 2
     (record,) = read_records(["owner/name:small"], config, "valid")
@@ -209,17 +209,17 @@ def test_hub_names_read_the_split_of_their_option(monkeypatch: pytest.MonkeyPatc
 
 
 def test_hub_rows_are_checked_like_file_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    Hub(monkeypatch, {"train": [{"text": "a"}, {"body": "b"}]})
+    FakeHub(monkeypatch, {"train": [{"text": "a"}, {"body": "b"}]})
     with pytest.raises(DataError, match=r"^owner/name@train:2: row has body; it needs"):
         read_records(["owner/name"], DataConfig(), "train")
 
 
 def test_hub_failures_name_config_and_splits_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    Hub(monkeypatch, {"train": pairs(2)})
+    FakeHub(monkeypatch, {"train": pairs(2)})
     with pytest.raises(DataError, match=r"owner/name.*validation or valid or dev.*Unknown split") as refused:
         read_records(["owner/name"], DataConfig(), "valid")
     assert "\n" not in str(refused.value)
-    hub = Hub(monkeypatch, {}, ConnectionError("no\nnetwork"))
+    hub = FakeHub(monkeypatch, {}, ConnectionError("no\nnetwork"))
     with pytest.raises(DataError, match=r"no such file, and not to be had from the hub .*ConnectionError: no network"):
         read_records(["owner/name"], DataConfig(), "valid")
     assert len(hub.calls) == 1
@@ -245,7 +245,7 @@ def test_missing_package_error_names_the_install_command(monkeypatch: pytest.Mon
 
 
 def test_existing_file_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(monkeypatch, {"train": pairs(1)})
+    hub = FakeHub(monkeypatch, {"train": pairs(1)})
     write_lines(tmp_path / "owner" / "name", {"text": "a"})
     with pytest.raises(DataError, match="ending '' is not read"):
         read_records(["owner/name"], DataConfig(root=str(tmp_path)), "train")

@@ -64,7 +64,7 @@ def test_tokenizer_that_splits_words_into_letters_is_refused(file: Path, monkeyp
 
 
 def test_two_processes_dequantise_the_same_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Slow:
+    class SlowTokenizer:
         """A tokenizer while whose writing another process begins and ends."""
 
         def __len__(self) -> int:
@@ -77,7 +77,7 @@ def test_two_processes_dequantise_the_same_file(file: Path, monkeypatch: pytest.
                 gguf_import.dequantize_gguf(file)
             characters().save_pretrained(folder)
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: Slow())
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: SlowTokenizer())
     folder = gguf_import.dequantize_gguf(file)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]

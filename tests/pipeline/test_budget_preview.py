@@ -43,9 +43,9 @@ def test_preview_equals_the_cut_model(tied: bool) -> None:
     plan = Plan({site.name: tuple(range(site.units // 2)) for site in sites}, {site.name: site.units for site in sites})
     small = cut(model, plan)
 
-    class Empty:  # of layers that have lost their attention: their caches are never filled
+    class EmptyCache:  # of layers that have lost their attention: their caches are never filled
         layers = (SimpleNamespace(keys=None, values=None),)
 
     found = preview_budget(dense, 0.5)
     assert found.parameters == sum(weight.numel() for weight in small.parameters())
-    assert found.decode_speedup == pytest.approx(read / decode_bytes(small, Empty()))
+    assert found.decode_speedup == pytest.approx(read / decode_bytes(small, EmptyCache()))

@@ -119,21 +119,21 @@ def test_partial_checkpoint_is_removed(tmp_path: Path, monkeypatch: pytest.Monke
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "old"}
 
 
-class Down:
-    """A tracker whose server goes away on the way."""
+class FailingTracker:
+    """A tracker whose server is lost at the third call."""
 
     name = "down"
 
     def __init__(self) -> None:
-        self.heard = 0
+        self.calls = 0
 
     def log(self, *_: Any, **__: Any) -> None:
-        self.heard += 1
-        if self.heard == 3:
+        self.calls += 1
+        if self.calls == 3:
             raise ConnectionError("the server is gone")
 
     def finish(self) -> None:
-        raise AssertionError("it was let go of")
+        raise AssertionError("the broken tracker was not dropped")
 
 
 def test_failing_tracker_changes_no_result(
@@ -143,9 +143,9 @@ def test_failing_tracker_changes_no_result(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    down = Down()
-    monkeypatch.setattr(trackers, "_start", lambda *_: down)
+    tracker = FailingTracker()
+    monkeypatch.setattr(trackers, "_start", lambda *_: tracker)
     folder = run(config_of(place, tmp_path / "run", track=["tensorboard"]))
-    assert down.heard == 3
+    assert tracker.calls == 3
     assert caplog.text.count("the run continues without it") == 1
     assert results(folder) == whole

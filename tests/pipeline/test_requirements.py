@@ -17,7 +17,7 @@ from prunetune.pipeline.requirements import gain_bench_options, judge_gain
 from prunetune.plan import Plan
 from prunetune.pruning.sites import LinearSlice, Site, dense_plan
 from prunetune.pruning.units import SiteWeights, UnitKind
-from support.bench import Scripted, facts
+from support.bench import ScriptedRunner, facts
 from support.suites import model_folder
 
 
@@ -40,8 +40,8 @@ def models(
     pruned: BenchSample | None = None, parameters: int = 700, **pruned_as: Any
 ) -> tuple[BenchedModel, BenchedModel]:
     runners = (
-        Scripted("dense", work=WorkEstimate(200.0, 90.0)),
-        Scripted(
+        ScriptedRunner("dense", work=WorkEstimate(200.0, 90.0)),
+        ScriptedRunner(
             "pruned",
             [pruned or BenchSample(0.5, 0.25, 0.05)],
             model_facts=facts(parameters),

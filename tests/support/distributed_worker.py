@@ -61,7 +61,7 @@ class Stopped(Exception):
 
 def result(
     ranks: Ranks,
-    keeper: CheckpointStore | None = None,
+    store: CheckpointStore | None = None,
     *,
     stop: int = 0,
     distil: bool = False,
@@ -71,7 +71,7 @@ def result(
 ) -> dict[str, Any]:
     """Plan, losses and validations of a run of the loop; stopped after `stop` steps, if not 0."""
     config, model = config_of(merge_mappings(CHANGES, changes)), tiny(family, tie_word_embeddings=family == "gpt2")
-    job = job_of(config, keeper=distribute_checkpoints(keeper or NullCheckpointStore(), ranks), model=model)
+    job = job_of(config, store=distribute_checkpoints(store or NullCheckpointStore(), ranks), model=model)
     job = replace(job, ranks=ranks, sites=find_sites(model, units))
     if distil:
         teacher = tiny(seed=3).requires_grad_(False)
@@ -109,7 +109,7 @@ def packed(ranks: Ranks) -> dict[str, Any]:
         loop.build_passes = before
 
 
-class Full:
+class FailingPasses:
     """Passes whose memory runs out above 16 tokens, on rank 1 alone."""
 
     def __init__(self, ranks: Ranks) -> None:
@@ -129,7 +129,7 @@ class Full:
 
 def micro_tokens_after_retry(ranks: Ranks, *, method: str = "score") -> int:
     """The size of passes on which all ranks agree; for a rank that continued alone, the others would wait for ever."""
-    passes: Any = distribute_passes(Full(ranks), None, ranks)  # type: ignore[arg-type]
+    passes: Any = distribute_passes(FailingPasses(ranks), None, ranks)  # type: ignore[arg-type]
     work = {"score": lambda: passes.score((), {}), "group lasso": lambda: passes.group_lasso_step({}, 0.0)}[method]
     guard = StepGuard(passes, 0)
     guard.retry_smaller([Example((1, 2), 1)], work, lambda: None)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 
-def held(*models: Any) -> int:
+def memory_of(*models: Any) -> int:
     """Bytes of all storages of weights and buffers, each counted once; without adapters."""
     tensors: Iterable[tuple[str, Tensor]] = (
         pair for model in models for pair in (*model.named_parameters(), *model.named_buffers())

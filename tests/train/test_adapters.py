@@ -24,7 +24,7 @@ from prunetune.train.adapters import (
 )
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import group_lasso
-from support.loop import Every, config_of, identical, job_of, tuned
+from support.loop import AllCheckpoints, config_of, identical, job_of, tuned
 from support.models import random_plan, tiny
 
 
@@ -131,9 +131,9 @@ def test_group_lasso_and_threshold_leave_adapters_of_closed_blocks() -> None:
 
 
 def test_settling_drives_adapters_of_removed_units_to_zero(tmp_path: Path) -> None:
-    every = Every(tmp_path)
+    every = AllCheckpoints(tmp_path)
     changes = {"train": {"steps": 40}, "search": {"share": 0.2, "settle": 0.75, "lasso": 1.0}}
-    job = job_of(config_of(changes), keeper=every)
+    job = job_of(config_of(changes), store=every)
     plan = tune_and_prune(job)
 
     def held(step: int) -> tuple[float, float]:

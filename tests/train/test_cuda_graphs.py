@@ -17,22 +17,22 @@ from prunetune.train.cuda_graphs import CAPTURE_LOCK, STREAM_POOL_SIZE, STREAMS_
 CUDA = torch.device("cuda")
 
 
-class Stream:
-    """One of a few that are handed out over and over; knows whom it waited for."""
+class FakeStream:
+    """A CUDA stream from a pool of few; records the streams that it waited for."""
 
     __slots__ = ("cuda_stream", "waited")  # no weak reference can be had: PyTorch's would dangle
     made = 0
 
     def __init__(self, device: object = None) -> None:
-        self.cuda_stream = 1 + Stream.made % STREAM_POOL_SIZE
-        Stream.made += 1
-        self.waited: list[Stream] = []
+        self.cuda_stream = 1 + FakeStream.made % STREAM_POOL_SIZE
+        FakeStream.made += 1
+        self.waited: list[FakeStream] = []
 
-    def wait_stream(self, other: Stream) -> None:
+    def wait_stream(self, other: FakeStream) -> None:
         self.waited.append(other)
 
 
-class Graph:
+class FakeGraph:
     """Counts how often it was replayed."""
 
     replayed = 0
@@ -42,12 +42,12 @@ class Graph:
 
 
 @pytest.fixture
-def current(monkeypatch: pytest.MonkeyPatch) -> Stream:
+def current(monkeypatch: pytest.MonkeyPatch) -> FakeStream:
     """The stream that the caller is on."""
-    one = Stream()
+    one = FakeStream()
     STREAMS_IN_USE.clear()
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: one)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
@@ -66,7 +66,7 @@ def nothing(inputs: Sequence[Tensor]) -> None:
     """A pass."""
 
 
-def test_key_is_run_then_recorded_then_replayed(current: Stream) -> None:
+def test_key_is_run_then_recorded_then_replayed(current: FakeStream) -> None:
     recorder, seen = CudaGraphRecorder(CUDA), []
     for _ in range(4):
         recorder.run("key", lambda _: seen.append(CAPTURE_LOCK.locked()), [])
@@ -76,7 +76,7 @@ def test_key_is_run_then_recorded_then_replayed(current: Stream) -> None:
     assert len(seen) == 3
 
 
-def test_current_stream_waits_for_kernels_of_a_failed_pass(current: Stream) -> None:
+def test_current_stream_waits_for_kernels_of_a_failed_pass(current: FakeStream) -> None:
     """Else gradients that are zeroed for a second try are added to by the first."""
     recorder = CudaGraphRecorder(CUDA)
     with pytest.raises(torch.OutOfMemoryError):
@@ -110,7 +110,7 @@ def failing_at_its_end(*_: Any, **__: Any) -> Iterator[None]:
     ],
 )
 def test_recording_errors_distinguish_out_of_memory_from_unrecordable(
-    failed: Exception, hidden: bool, expected: type[Exception], current: Stream, monkeypatch: pytest.MonkeyPatch
+    failed: Exception, hidden: bool, expected: type[Exception], current: FakeStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For the one there are smaller passes, whatever the recording says of it."""
     if hidden:
@@ -122,7 +122,7 @@ def test_recording_errors_distinguish_out_of_memory_from_unrecordable(
     assert not CAPTURE_LOCK.locked()
 
 
-def test_recorders_in_use_have_different_streams(current: Stream) -> None:
+def test_recorders_in_use_have_different_streams(current: FakeStream) -> None:
     held = [own_stream(CUDA) for _ in range(STREAM_POOL_SIZE - 1)]
     for _ in range(2 * STREAM_POOL_SIZE):
         recorder = CudaGraphRecorder(CUDA)

@@ -23,7 +23,7 @@ from prunetune.train.schedule import learning_rate
 from prunetune.train.teacher import Teacher
 from support.loop import (
     KEEP,
-    Every,
+    AllCheckpoints,
     config_of,
     examples,
     identical,
@@ -147,11 +147,11 @@ def test_resumed_at_any_step_equals_uninterrupted(
     family: str, gates: str, train: dict[str, Any], tmp_path: Path
 ) -> None:
     config = config_of({"search": {"gates": gates}, "lora": {"dropout": 0.1}, "train": train})
-    every = Every(tmp_path)
-    whole = job_of(config, family=family, keeper=every)
+    every = AllCheckpoints(tmp_path)
+    whole = job_of(config, family=family, store=every)
     plan = tune_and_prune(whole)
     for step in range(1, config.train.steps + 1):
-        resumed = job_of(config, family=family, keeper=every.at(step))
+        resumed = job_of(config, family=family, store=every.at(step))
         assert tune_and_prune(resumed) == plan
         assert identical(weights_of(resumed), weights_of(whole)), step
         assert losses(resumed) == losses(whole)[step:]
@@ -159,13 +159,13 @@ def test_resumed_at_any_step_equals_uninterrupted(
 
 
 def test_seconds_of_a_resumed_run_continue(tmp_path: Path) -> None:
-    every, config = Every(tmp_path), config_of()
-    tune_and_prune(job_of(config, keeper=every))
+    every, config = AllCheckpoints(tmp_path), config_of()
+    tune_and_prune(job_of(config, store=every))
     state = every.at(3).latest()
     assert state is not None
     assert state.seconds > 0
     every.at(3).save(replace(state, seconds=1000.0))
-    resumed = job_of(config, keeper=every.at(3))
+    resumed = job_of(config, store=every.at(3))
     tune_and_prune(resumed)
     seconds = [record["seconds"] for record in resumed.observer.steps]  # type: ignore[attr-defined]
     assert seconds == sorted(seconds)
@@ -173,13 +173,13 @@ def test_seconds_of_a_resumed_run_continue(tmp_path: Path) -> None:
 
 
 def test_checkpoints_keep_the_newest_two(tmp_path: Path) -> None:
-    tune_and_prune(job_of(config_of(), keeper=Checkpoints(tmp_path)))
+    tune_and_prune(job_of(config_of(), store=Checkpoints(tmp_path)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000009", "step-0000010"]
 
 
 def test_checkpoints_are_written_where_phases_end(tmp_path: Path) -> None:
-    every = Every(tmp_path)
-    tune_and_prune(job_of(config_of({"train": {"checkpoint_every": 100}}), keeper=every))
+    every = AllCheckpoints(tmp_path)
+    tune_and_prune(job_of(config_of({"train": {"checkpoint_every": 100}}), store=every))
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [4, 7, 10]
 
 
@@ -212,12 +212,12 @@ def test_latest_passes_over_a_damaged_checkpoint(part: str, how: str, tmp_path: 
 
 def test_run_resumed_past_a_damaged_checkpoint_ends_the_same(tmp_path: Path) -> None:
     config, checkpoints = config_of(), Checkpoints(tmp_path / "a")
-    whole = job_of(config, keeper=Every(tmp_path / "b"))
+    whole = job_of(config, store=AllCheckpoints(tmp_path / "b"))
     plan = tune_and_prune(whole)
     for step in (5, 6):
         shutil.copytree(tmp_path / "b" / str(step) / f"step-{step:07d}", tmp_path / "a" / f"step-{step:07d}")
     damage(tmp_path / "a" / "step-0000006" / "adapters.safetensors", "one bit")
-    resumed = job_of(config, keeper=checkpoints)
+    resumed = job_of(config, store=checkpoints)
     assert tune_and_prune(resumed) == plan
     assert identical(weights_of(resumed), weights_of(whole))
 

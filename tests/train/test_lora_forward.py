@@ -170,7 +170,7 @@ def test_backward_under_autocast_computes_in_the_dtype_of_forward() -> None:
     torch.testing.assert_close(short, x.grad)
 
 
-class Other(nn.Linear):
+class DoubledLinear(nn.Linear):
     """A linear with a forward of its own."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -189,7 +189,7 @@ def _replaced(linear: Any) -> None:
         lambda linear: linear.register_full_backward_hook(lambda *_: None),
         lambda linear: linear.weight.requires_grad_(),
         lambda linear: linear.bias.requires_grad_(),
-        lambda linear: setattr(linear, "__class__", Other),
+        lambda linear: setattr(linear, "__class__", DoubledLinear),
         _replaced,
     ],
 )

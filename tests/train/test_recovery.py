@@ -17,7 +17,7 @@ from prunetune.train.adapters import trainable_parameters
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.passes import PaddedPasses
 from prunetune.train.schedule import learning_rate
-from support.loop import Every, config_of, identical, job_of, losses, weights_of
+from support.loop import AllCheckpoints, config_of, identical, job_of, losses, weights_of
 
 Tune = Callable[..., Any]
 
@@ -70,8 +70,8 @@ def test_nan_gate_gradients_do_not_change_the_generator(monkeypatch: pytest.Monk
         return found, {name: slope * math.nan for name, slope in slopes.items()}
 
     monkeypatch.setattr(PaddedPasses, "gate_gradients", slopes)
-    every = Every(tmp_path)
-    job = job_of(config_of({"search": {"init_batches": 0}}), keeper=every)
+    every = AllCheckpoints(tmp_path)
+    job = job_of(config_of({"search": {"init_batches": 0}}), store=every)
     tune_and_prune(job)
     first, last = every.at(1).latest(), every.at(10).latest()
     assert first is not None
@@ -118,13 +118,13 @@ def test_joint_batch_with_nan_is_skipped_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_resumed_run_remembers_skipped_batches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    every = Every(tmp_path)
+    every = AllCheckpoints(tmp_path)
     with monkeypatch.context() as patched:
         spoiled(patched, [2])
-        whole = job_of(config_of(), keeper=every)
+        whole = job_of(config_of(), store=every)
         plan = tune_and_prune(whole)
     for step in (2, 5, 8):
-        resumed = job_of(config_of(), keeper=every.at(step))
+        resumed = job_of(config_of(), store=every.at(step))
         assert tune_and_prune(resumed) == plan
         assert identical(weights_of(resumed), weights_of(whole))
         assert rates(resumed) == rates(whole)[step:]
@@ -148,16 +148,16 @@ def test_smaller_passes_give_the_same_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     small = {"train": {"micro_tokens": 16}, "search": {"init_batches": 0}}
-    whole, every = job_of(config_of(small)), Every(tmp_path)
+    whole, every = job_of(config_of(small)), AllCheckpoints(tmp_path)
     plan = tune_and_prune(whole)
     cramped(monkeypatch, room=16)
-    job = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"init_batches": 0}}), keeper=every)
+    job = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"init_batches": 0}}), store=every)
     with caplog.at_level(logging.WARNING):
         assert tune_and_prune(job) == plan
     assert "passes of 16 tokens" in caplog.text
     for name, weight in weights_of(job).items():
         torch.testing.assert_close(weight, weights_of(whole)[name], rtol=1e-3, atol=1e-4)
-    resumed = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"init_batches": 0}}), keeper=every.at(5))
+    resumed = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"init_batches": 0}}), store=every.at(5))
     monkeypatch.undo()
     assert tune_and_prune(resumed) == plan
     assert identical(weights_of(resumed), weights_of(job))
@@ -167,7 +167,7 @@ def test_smaller_passes_give_the_same_steps(
 def test_example_too_large_for_memory_turns_recomputation_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole, every = job_of(config_of()), Every(tmp_path)
+    whole, every = job_of(config_of()), AllCheckpoints(tmp_path)
     plan = tune_and_prune(whole)
     genuine = PaddedPasses.tune
 
@@ -178,13 +178,13 @@ def test_example_too_large_for_memory_turns_recomputation_on(
         return found
 
     monkeypatch.setattr(PaddedPasses, "tune", tune)
-    job = job_of(config_of(), keeper=every)
+    job = job_of(config_of(), store=every)
     with caplog.at_level(logging.WARNING):
         assert tune_and_prune(job) == plan
     assert caplog.text.count("are recomputed") == 1
     for name, weight in weights_of(job).items():
         torch.testing.assert_close(weight, weights_of(whole)[name], rtol=1e-3, atol=1e-4)
-    resumed = job_of(config_of(), keeper=every.at(5))
+    resumed = job_of(config_of(), store=every.at(5))
     assert tune_and_prune(resumed) == plan
     assert identical(weights_of(resumed), weights_of(job))
     with pytest.raises(torch.OutOfMemoryError):

@@ -25,7 +25,7 @@ from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import TrainingLoss, accumulate_gradients
 from prunetune.train.passes import PackedPasses, PaddedPasses
 from prunetune.train.schedule import build_schedule
-from support.loop import KEEP, Every, config_of, examples, identical, job_of, losses, weights_of
+from support.loop import KEEP, AllCheckpoints, config_of, examples, identical, job_of, losses, weights_of
 from support.models import random_plan, tiny, with_lora
 from support.passes import assert_same, gradients
 
@@ -88,11 +88,11 @@ def test_option_changes_losses(name: str) -> None:
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
-    config, every = config_with(name), Every(tmp_path)
-    whole = job_of(config, keeper=every)
+    config, every = config_with(name), AllCheckpoints(tmp_path)
+    whole = job_of(config, store=every)
     plan = tune_and_prune(whole)
     for step in (2, 5, 7):
-        resumed = job_of(config, keeper=every.at(step))
+        resumed = job_of(config, store=every.at(step))
         assert tune_and_prune(resumed) == plan
         assert identical(weights_of(resumed), weights_of(whole)), step
         assert losses(resumed) == losses(whole)[step:]
@@ -298,7 +298,7 @@ def test_proximal_steps_drive_removed_units_to_zero() -> None:
     for name, changes in (("off", {"sparsity": "off"}), ("proximal", {"sparsity": "proximal", "lasso": 20.0})):
         seen: dict[int, float] = {}
 
-        class Watch:
+        class NormRecordingStore:
             def save(self, state: Any) -> None:
                 if state.plan is not None and not state.is_cut:
                     model = tiny()
@@ -313,6 +313,6 @@ def test_proximal_steps_drive_removed_units_to_zero() -> None:
             def latest(self) -> None:
                 return None
 
-        tune_and_prune(job_of(config_of(merge_mappings(PAPER, {"search": changes})), keeper=Watch()))
+        tune_and_prune(job_of(config_of(merge_mappings(PAPER, {"search": changes})), store=NormRecordingStore()))
         sums[name] = seen[max(seen)]
     assert sums["proximal"] < 0.5 * sums["off"]

@@ -129,12 +129,12 @@ def test_request_times_are_positive_for_each_phase() -> None:
     assert all(seconds > 0 for seconds in found[0].values())
 
 
-class Slow:
-    """A device with a clock of its own, on which a run of a short model takes so many seconds; it stores the runs."""
+class SlowDevice:
+    """A device with a clock of its own, on which a run of a short model takes `seconds`; records the runs of each call."""
 
-    def __init__(self, seconds: float, told: Timer = tracks) -> None:
-        self.seconds, self.told, self.now = seconds, told, 0.0
-        self.asked: list[int] = []
+    def __init__(self, seconds: float, timer: Timer = tracks) -> None:
+        self.seconds, self.timer, self.now = seconds, timer, 0.0
+        self.runs_timed: list[int] = []
 
     def clock(self) -> float:
         return self.now
@@ -142,8 +142,8 @@ class Slow:
     def tracks(self, models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
         layers = sum(len(model.model.layers) for model in models)
         self.now += self.seconds * layers / SHORT * (runs + 1)
-        self.asked.append(runs)
-        return self.told(models, workload, runs)
+        self.runs_timed.append(runs)
+        return self.timer(models, workload, runs)
 
 
 def test_slow_requests_are_timed_fewer_times_and_then_at_fewer_widths(caplog: pytest.LogCaptureFixture) -> None:
@@ -151,15 +151,15 @@ def test_slow_requests_are_timed_fewer_times_and_then_at_fewer_widths(caplog: py
     config = tiny_config("llama", layers=2, intermediate_size=512)
     found = {}
     for seconds in (0.01, 0.4, 0.6, 10.0):
-        slow = Slow(seconds)
-        changed = dataclasses.replace(builder(config), track_timer=slow.tracks, clock=slow.clock)
+        device = SlowDevice(seconds)
+        changed = dataclasses.replace(builder(config), track_timer=device.tracks, clock=device.clock)
         table = changed.measure({})
         (timed, *_) = table.layers["prefill.device"].values()
-        found[seconds] = (slow.asked[-1], len(timed.mlp), len(timed.attention))
+        found[seconds] = (device.runs_timed[-1], len(timed.mlp), len(timed.attention))
         line = next(line for line in reversed(caplog.messages) if "about" in line)
-        told = float(line.rpartition("about ")[2].removesuffix(" s"))
-        assert told == pytest.approx(max(1, slow.now - 4 * seconds), abs=1)  # less what it took to find out
-        assert told <= measure.LONGEST or found[seconds][0] == 1
+        announced = float(line.rpartition("about ")[2].removesuffix(" s"))
+        assert announced == pytest.approx(max(1, device.now - 4 * seconds), abs=1)  # less what it took to find out
+        assert announced <= measure.LONGEST or found[seconds][0] == 1
     assert found == {0.01: (5, 33, 3), 0.4: (5, 33, 3), 0.6: (3, 33, 3), 10.0: (1, 9, 3)}  # with the dense width
 
 
@@ -172,8 +172,8 @@ def test_fewer_widths_give_the_same_table_of_a_linear_device() -> None:
         return [dict.fromkeys(TRACKS, float(count)) for count in counts]
 
     curves = []
-    for slow in (Slow(0.01, even), Slow(10.0, even)):
-        table = dataclasses.replace(builder(config), track_timer=slow.tracks, clock=slow.clock).measure({})
+    for device in (SlowDevice(0.01, even), SlowDevice(10.0, even)):
+        table = dataclasses.replace(builder(config), track_timer=device.tracks, clock=device.clock).measure({})
         curves.append(table.layers["prefill.host"][0].mlp)
     many, few = curves
     assert len(few) < len(many)
@@ -201,14 +201,14 @@ def test_sampled_steps_have_the_mean_context() -> None:
 
 
 def test_slow_whole_requests_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+    passes: list[str] = []
     model = tiny("llama")
-    model.register_forward_pre_hook(lambda *_: asked.append("pass"))
+    model.register_forward_pre_hook(lambda *_: passes.append("pass"))
     for patience, runs in ((1e9, 5), (0.0, 1)):
-        asked.clear()
+        passes.clear()
         monkeypatch.setattr(request_timing, "PATIENCE", patience)
         time_requests([model], WORKLOAD, 5)
-        assert len(asked) == (runs + 1) * WORKLOAD.generate
+        assert len(passes) == (runs + 1) * WORKLOAD.generate
 
 
 @pytest.mark.parametrize("most", [12, 8, 5])

@@ -217,14 +217,14 @@ def test_failing_task_does_not_stop_the_others(tmp_path: Path) -> None:
 
 
 def test_choices_are_compared_as_the_task_says(tmp_path: Path) -> None:
-    class Likely(ScriptedBackend):
+    class FixedLikelihoodBackend(ScriptedBackend):
         def _choose(self, record: Record) -> list[list[float]]:
             return [[-3.0, 1], [-4.0, 2]]  # sum: the first; mean: the second; per character: 3 / 2 and 4 / 10
 
     write_lines(tmp_path / "two.jsonl", {"prompt": "p", "choices": ["ab", "abcdefghij"], "answer": 1})
     for likelihood, score in (("sum", 0.0), ("mean", 1.0), ("characters", 1.0)):
         task = {"data": "two.jsonl", "scorer": "accuracy", "likelihood": likelihood}
-        found = evaluate_suite(Likely(), parse_suite({"tasks": {"t": task}}, folder=tmp_path))
+        found = evaluate_suite(FixedLikelihoodBackend(), parse_suite({"tasks": {"t": task}}, folder=tmp_path))
         assert found.tasks["t"].scores["accuracy"].value == score
 
 

@@ -147,8 +147,8 @@ def test_out_of_memory_on_one_rank_makes_passes_smaller_on_all(results: dict[str
     assert results["micro tokens"] == [16, 16]
 
 
-class Full:
-    """Passes of one number, or none where memory has run out."""
+class FailingPasses:
+    """Passes that score 1, or raise an out-of-memory error."""
 
     def __init__(self, *, full: bool) -> None:
         self.full = full
@@ -159,8 +159,8 @@ class Full:
         return 1.0
 
 
-class Cramped(Ranks):
-    """Two ranks, of which this one has no room to sum in."""
+class OutOfMemoryRanks(Ranks):
+    """Two ranks, of which this one runs out of memory in a sum."""
 
     def any_rank(self, *arguments: Any) -> bool:
         return False
@@ -188,8 +188,8 @@ def test_broken_limit_is_reported_before_any_rank_ends(
 @pytest.mark.parametrize("shards", [True, False])
 def test_out_of_memory_in_an_exchange_ends_the_run(shards: bool) -> None:
     """Nobody takes the step again alone: what the others wait for would be another exchange."""
-    passes: Any = Full(full=shards)
-    several = distribute_passes(passes, None, Cramped(world_size=2, uses_fsdp=shards))
+    passes: Any = FailingPasses(full=shards)
+    several = distribute_passes(passes, None, OutOfMemoryRanks(world_size=2, uses_fsdp=shards))
     with pytest.raises(ModelError, match="out of GPU memory while ranks exchange"):
         StepGuard(several, 0).retry_smaller((), lambda: several.score((), {}), lambda: None)
 
@@ -202,13 +202,13 @@ def test_barrier_waits_for_all_ranks(results: dict[str, Any]) -> None:
 def test_generator_gradients_are_averaged_over_ranks(world: int) -> None:
     """Ranks hold the same gradients here, as they do but for the order in which kernels add."""
 
-    class Alike(Ranks):
+    class EqualRanks(Ranks):
         def all_reduce_sum_(self, tensors: Iterable[torch.Tensor]) -> None:
             for tensor in tensors:
                 tensor.mul_(self.world_size)
 
     search = GeneratorTrainer(
-        replace(job_of(config_of()), ranks=Alike(world_size=world)), cast(Any, None), cast(Any, None)
+        replace(job_of(config_of()), ranks=EqualRanks(world_size=world)), cast(Any, None), cast(Any, None)
     )
     generator = search.searcher.generator
     torch.stack([logits.square().sum() for logits in generator().values()]).sum().backward()
