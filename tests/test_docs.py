@@ -34,8 +34,8 @@ def blocks(language: str) -> list[tuple[str, str]]:
         (page.name, text)
         for page in PAGES
         if page.parent.name != "extend"
-        for found, text in FENCE.findall(page.read_text(encoding="utf-8"))
-        if found == language
+        for fence_language, text in FENCE.findall(page.read_text(encoding="utf-8"))
+        if fence_language == language
     ]
 
 
@@ -47,19 +47,19 @@ def first_line(text: str) -> str:
 def commands() -> list[str]:
     """Every command in a bash block, comments taken off."""
     lines = [line.partition("  #")[0] for _, text in blocks("bash") for line in text.splitlines()]
-    return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
+    return [command.strip() for line in lines for command in line.split("&&") if command.strip()]
 
 
 def test_page_of_options_is_up_to_date() -> None:
     """Run `python docs/make_recipes.py` where it is not."""
-    made = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))["page"]()
-    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == made
+    page = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))["page"]()
+    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == page
 
 
 def test_page_of_modules_is_up_to_date() -> None:
     """Run `python docs/make_modules.py` where it is not."""
-    made = runpy.run_path(str(ROOT / "docs" / "make_modules.py"))["page"]()
-    assert (ROOT / "docs" / "reference" / "modules.md").read_text(encoding="utf-8") == made
+    page = runpy.run_path(str(ROOT / "docs" / "make_modules.py"))["page"]()
+    assert (ROOT / "docs" / "reference" / "modules.md").read_text(encoding="utf-8") == page
 
 
 def test_module_docstring_begins_with_one_line() -> None:
@@ -102,10 +102,10 @@ def test_links_in_the_docs_have_targets(page: Path) -> None:
         file, _, heading = target.partition("#")
         if "://" in file:
             continue
-        place = page.parent / file if file else page
-        assert place.exists(), target
+        target_page = page.parent / file if file else page
+        assert target_page.exists(), target
         if heading:
-            titles = re.findall(r"^#+ (.+)$", place.read_text(encoding="utf-8"), re.MULTILINE)
+            titles = re.findall(r"^#+ (.+)$", target_page.read_text(encoding="utf-8"), re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
 
 
@@ -127,11 +127,13 @@ def test_family_page_lists_every_supported_architecture() -> None:
     listed = {
         kinds: re.findall(r"\w+", row.partition(";")[0].replace("(per-layer only)", "")) for kinds, row in rows.items()
     }
-    found: dict[str, list[str]] = {kinds: [] for kinds in listed}
+    supported: dict[str, list[str]] = {kinds: [] for kinds in listed}
     for family in sorted(FAMILIES):
         whole = set(architecture_info(tiny(family)).unprunable) & {"attention", "mlp"}
-        found["attention and experts" if whole == {"mlp"} else "MLP" if whole else "attention and MLP"].append(family)
-    assert listed == found
+        supported["attention and experts" if whole == {"mlp"} else "MLP" if whole else "attention and MLP"].append(
+            family
+        )
+    assert listed == supported
     assert f"Models: {len(FAMILIES)}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -141,11 +143,11 @@ def test_constraints_pin_every_dependency_within_its_bounds() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     named = [*project["dependencies"], *extras["dev"], *extras["demo"], *extras["onnx"]]
-    for wanted in map(Requirement, named):
-        if wanted.name == "prunetune":  # extras of its own that dev takes in
-            assert wanted.extras <= set(extras)
+    for requirement in map(Requirement, named):
+        if requirement.name == "prunetune":  # extras of its own that dev takes in
+            assert requirement.extras <= set(extras)
             continue
-        assert wanted.specifier.contains(pins[canonicalize_name(wanted.name)]), wanted.name
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement.name
 
 
 def test_fallback_version_is_a_dev_version_of_the_newest_changelog_entry() -> None:

@@ -40,12 +40,12 @@ WHOLE = manifest() | {
 }
 
 
-def with_value(values: Any, path: tuple[Any, ...], odd: Any) -> Any:
+def with_value(values: Any, path: tuple[Any, ...], value: Any) -> Any:
     """The same JSON with another value at a path."""
     if not path:
-        return odd
+        return value
     changed = dict(values) if isinstance(values, dict) else list(values)
-    changed[path[0]] = with_value(changed[path[0]], path[1:], odd)
+    changed[path[0]] = with_value(changed[path[0]], path[1:], value)
     return changed
 
 
@@ -125,15 +125,15 @@ def test_manifest_that_is_no_object_is_refused(text: str) -> None:
         Manifest.from_json(text)
 
 
-@pytest.mark.parametrize("odd", ODD, ids=lambda odd: str(odd)[:20])
-def test_any_value_is_read_and_written_back(odd: Any) -> None:
+@pytest.mark.parametrize("value", ODD, ids=lambda value: str(value)[:20])
+def test_any_value_is_read_and_written_back(value: Any) -> None:
     for path in paths(WHOLE):
-        text = json.dumps(with_value(WHOLE, path, odd), indent=2) + "\n"
+        text = json.dumps(with_value(WHOLE, path, value), indent=2) + "\n"
         assert Manifest.from_json(text).to_json() == text, path
 
 
-@pytest.mark.parametrize("odd", ODD, ids=lambda odd: str(odd)[:20])
-def test_any_value_has_a_report(odd: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ODD, ids=lambda value: str(value)[:20])
+def test_any_value_has_a_report(value: Any, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     for name in (
         "evaluation/dense.json",
@@ -149,6 +149,6 @@ def test_any_value_has_a_report(odd: Any, tmp_path: Path) -> None:
     ):  # half of the values of a depth at once, then the others
         values: Any = WHOLE
         for path in [path for path in paths(WHOLE) if len(path) == depth][parity::2]:
-            values = with_value(values, path, odd)
+            values = with_value(values, path, value)
         (folder / "manifest.json").write_text(json.dumps(values))
         assert "<h1>" in write_report(folder).read_text(encoding="utf-8"), (depth, parity)

@@ -45,8 +45,8 @@ def urls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], dict[str, str]]:
         metadata: dict[str, Any] = {}
         hook(str(root)).update(metadata)
         assert set(metadata) == {"urls"}
-        made: dict[str, str] = metadata["urls"]
-        return made
+        urls: dict[str, str] = metadata["urls"]
+        return urls
 
     return make
 
@@ -111,7 +111,7 @@ def test_citation_names_the_licence_and_no_version() -> None:
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.stem)
 def test_issue_form_asks_for_version_command_error_and_manifest(form: Path) -> None:
-    asked = str(yaml.safe_load(form.read_text(encoding="utf-8"))["body"])
-    for wanted in ("prunetune --version", "command", "manifest.json"):
-        assert wanted in asked
-    assert re.search("error|what it printed", asked)
+    body = str(yaml.safe_load(form.read_text(encoding="utf-8"))["body"])
+    for item in ("prunetune --version", "command", "manifest.json"):
+        assert item in body
+    assert re.search("error|what it printed", body)

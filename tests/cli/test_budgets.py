@@ -68,8 +68,8 @@ def _a_device_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def recipe(dense: Path, tmp_path: Path) -> Callable[..., str]:
     def write(**budget: Any) -> str:
         write_lines(tmp_path / "rows.jsonl", *pairs(20))
-        own = {"model": str(dense), "out": str(tmp_path / "run"), "data": {"train": [str(tmp_path / "rows.jsonl")]}}
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | own | {"budget": {"align": 8, **budget}}))
+        paths = {"model": str(dense), "out": str(tmp_path / "run"), "data": {"train": [str(tmp_path / "rows.jsonl")]}}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | paths | {"budget": {"align": 8, **budget}}))
         return str(tmp_path / "recipe.yaml")
 
     return write
@@ -84,8 +84,8 @@ def refused(outcome: tuple[int, str, str], *parts: str) -> None:
     assert (code, out) == (2, "")
     assert err.startswith("prunetune: ")
     assert err.count("\n") == 1, err
-    for part in parts:
-        assert part in err
+    for words in parts:
+        assert words in err
 
 
 # -- before any training ---------------------------------------------------------------------------------------------

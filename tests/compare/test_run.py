@@ -220,13 +220,13 @@ def test_concurrent_cells_have_the_same_results(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"methods": ["dense", "taylor", "one-stage"], "seeds": [0, 1], "keeps": [0.8, 0.6]}
-    one = compare(config_of(workspace, tmp_path / "one", compare=options))
+    serial = compare(config_of(workspace, tmp_path / "one", compare=options))
     monkeypatch.setattr(prunetune.compare.run, "concurrent_jobs", lambda _: 3)
-    three = compare(config_of(workspace, tmp_path / "three", compare=options))
-    assert list(cells(three)) == list(cells(one))
-    for name, cell in cells(three).items():
+    concurrent = compare(config_of(workspace, tmp_path / "three", compare=options))
+    assert list(cells(concurrent)) == list(cells(serial))
+    for name, cell in cells(concurrent).items():
         for key in ("items", "widths", "curve"):
-            assert cell[key] == cells(one)[name][key]
+            assert cell[key] == cells(serial)[name][key]
         assert cell["crowded"]
 
 

@@ -35,22 +35,22 @@ OPTIONS = fields_by_path(RunConfig)
 def kind_of(path: str) -> Any:
     """The type of an option."""
     cls: Any = RunConfig
-    for part in path.split("."):
-        cls = typing.get_type_hints(cls)[part]
+    for name in path.split("."):
+        cls = typing.get_type_hints(cls)[name]
     return cls
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
     """{"a.b": v} as {"a": {"b": v}}."""
-    for part in reversed(path.split(".")):
-        value = {part: value}
+    for name in reversed(path.split(".")):
+        value = {name: value}
     return value
 
 
 def value_at(values: Any, path: str) -> Any:
     """The value under a dotted path, of a mapping or of a config."""
-    for part in path.split("."):
-        values = values[part] if isinstance(values, dict) else getattr(values, part)
+    for name in path.split("."):
+        values = values[name] if isinstance(values, dict) else getattr(values, name)
     return values
 
 
@@ -312,7 +312,7 @@ def tokens_of(path: str, value: Any) -> list[str]:
         flag = f"{section}.{'' if value else 'no-'}{name}" if section else f"{'' if value else 'no-'}{name}"
         return [f"--{flag.replace('_', '-')}"]
     flag = f"--{path.replace('_', '-')}"
-    return [token for part in (value if isinstance(value, list) else [value]) for token in (flag, str(part))]
+    return [token for entry in (value if isinstance(value, list) else [value]) for token in (flag, str(entry))]
 
 
 def test_command_line_without_flags_overrides_no_option() -> None:

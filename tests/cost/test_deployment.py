@@ -77,9 +77,9 @@ def test_memory_cost_equals_bytes_of_weights_and_cache(family: str) -> None:
         cache = StaticCache(small.config, max_cache_len=WORKLOAD.cached_tokens)
         with torch.no_grad():
             small(tokens(batch=WORKLOAD.batch, length=WORKLOAD.prompt), past_key_values=cache, use_cache=True)
-        held = [layer for layer in cache.layers if layer.is_initialized]
-        found = total_cost(MemoryCost(shape, WORKLOAD), plan.widths())
-        assert found == 4 * params(small) + sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
+        layers = [layer for layer in cache.layers if layer.is_initialized]
+        cost = total_cost(MemoryCost(shape, WORKLOAD), plan.widths())
+        assert cost == 4 * params(small) + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 def test_sliding_window_caches_at_most_its_length() -> None:
@@ -127,7 +127,7 @@ def test_q8_0_bytes_equal_those_of_a_gguf_file(layout: str, tmp_path: Path) -> N
     plan = plan_of(model, 1, 64)
     folder, _ = run_folder(tmp_path / "run", subwords(), layout=layout, plan=plan)
     source = ExportSource.open(folder)
-    written = sum(made.nbytes for made in build_tensors(source, select_architecture(source), "q8_0"))
+    written = sum(tensor.nbytes for tensor in build_tensors(source, select_architecture(source), "q8_0"))
     workload = dataclasses.replace(WORKLOAD, weights="q8_0")
     assert total_cost(WeightsCost(model_shape(model, find_sites(model)), workload), plan.widths()) == written
 

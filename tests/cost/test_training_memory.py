@@ -33,16 +33,16 @@ def test_weights_and_trained_parameters_are_exact(quantize: str) -> None:
     needs(quantize)
     config = config_of(quantize=quantize)
     plain_model, (model, sites) = tiny(**SIZES), built(config, torch.bfloat16)
-    found = estimate_memory(
+    estimate = estimate_memory(
         training_shapes(plain_model, sites), training_setup(config, torch.bfloat16, longest=LENGTH), phase="search"
     )
-    held = [*model.parameters(), *(tensor for name, tensor in model.named_buffers() if "inv_freq" not in name)]
-    assert found.weights == size(held)
-    assert found.teacher == 0
+    tensors = [*model.parameters(), *(tensor for name, tensor in model.named_buffers() if "inv_freq" not in name)]
+    assert estimate.weights == size(tensors)
+    assert estimate.teacher == 0
     add_adapters(model, sites, config.lora, seed=0)
-    assert found.tuned == 4 * size(trainable_parameters(model).values())  # itself, its gradient, two moments
+    assert estimate.tuned == 4 * size(trainable_parameters(model).values())  # itself, its gradient, two moments
     generator = build_generator(sites, kind="transformer", seed=0)
-    assert found.generator == pytest.approx(4 * size(generator.parameters()), rel=0.05)
+    assert estimate.generator == pytest.approx(4 * size(generator.parameters()), rel=0.05)
 
 
 CASES: list[tuple[torch.dtype, dict[str, str]]] = [
@@ -84,9 +84,9 @@ def test_activations_are_near_those_held(dtype: torch.dtype, changes: dict[str, 
         run()
     setup = training_setup(config, dtype, longest=LENGTH, all_weights=merged)
     shapes = training_shapes(plain_model, sites)
-    found = estimate_memory(shapes, setup, phase="tune" if merged else "search")
-    beside = found.teacher - estimate_memory(shapes, replace(setup, distills_hidden=False), phase="search").teacher
-    assert 0.85 * live.peak < found.activations + found.passing + beside < 1.2 * live.peak
+    estimate = estimate_memory(shapes, setup, phase="tune" if merged else "search")
+    beside = estimate.teacher - estimate_memory(shapes, replace(setup, distills_hidden=False), phase="search").teacher
+    assert 0.85 * live.peak < estimate.activations + estimate.passing + beside < 1.2 * live.peak
 
 
 def test_estimate_grows_and_shrinks_with_its_parts() -> None:
@@ -124,13 +124,13 @@ def test_memory_estimate_is_logged_with_a_warning_if_it_does_not_fit(caplog: pyt
     plain_model = tiny(**SIZES)
     sites = find_sites(plain_model)
     config = from_mapping({"train": {"weights": "all"}, "lora": {"rank": 4}, "distill": {"teacher": "none"}})
-    found = estimate_peak_memory(plain_model, sites, config, torch.bfloat16, longest=LENGTH)
+    estimate = estimate_peak_memory(plain_model, sites, config, torch.bfloat16, longest=LENGTH)
     setup = training_setup(config, torch.bfloat16, longest=LENGTH, all_weights=True)
     shapes = training_shapes(plain_model, sites)
-    assert found.total == max(estimate_memory(shapes, setup, phase=phase).total for phase in ("search", "tune"))
+    assert estimate.total == max(estimate_memory(shapes, setup, phase=phase).total for phase in ("search", "tune"))
     with caplog.at_level(logging.INFO):
-        log_memory_estimate(replace(found, weights=2 * 10**9), 80 * 10**9)
+        log_memory_estimate(replace(estimate, weights=2 * 10**9), 80 * 10**9)
         assert re.fullmatch(r"memory: about 2\.\d GB of 80\.0 \(weights 2\.0.*\)", caplog.messages[-1])
-        log_memory_estimate(replace(found, weights=90 * 10**9), 80 * 10**9)
+        log_memory_estimate(replace(estimate, weights=90 * 10**9), 80 * 10**9)
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO", "WARNING"]
     assert "lora.quantize nf4" in caplog.messages[-1]

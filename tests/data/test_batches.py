@@ -149,12 +149,12 @@ def test_texts_have_their_share_and_no_labels(share: float) -> None:
     texts[0] = replace(texts[0], weight=3.0)
     mixed = unlabelled_examples(texts, labelled, share)
     assert collate(mixed, PAD).target_tokens == 0
-    seen = Counter(
+    counts = Counter(
         example.answer_start == len(example.token_ids)
         for step in range(2000)
         for example in BatchStream([*labelled, *mixed], 8, seed=0).batch_at(step)
     )
-    assert seen[True] / seen.total() == pytest.approx(share, abs=0.02)
+    assert counts[True] / counts.total() == pytest.approx(share, abs=0.02)
     assert mixed[0].weight == pytest.approx(3 * mixed[1].weight)
 
 

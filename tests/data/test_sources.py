@@ -75,8 +75,8 @@ def test_ambiguous_digits_of_a_table_are_refused(ending: str, tmp_path: Path) ->
     assert stars(ending, tmp_path, "answer", cell="3") == ["3"]
     assert stars(ending, tmp_path, "answer", choices='["0","1","2"]') == ["1"]
     assert stars(ending, tmp_path, "answer", choices='["no","yes"]') == ["yes"]
-    asked = {"prompt": "How many?", "choices": ["1", "2", "3"]}
-    lines = write_lines(tmp_path / "stars.jsonl", asked | {"answer": 1}, asked | {"answer": "1"})
+    question = {"prompt": "How many?", "choices": ["1", "2", "3"]}
+    lines = write_lines(tmp_path / "stars.jsonl", question | {"answer": 1}, question | {"answer": "1"})
     assert [record.completion for record in read_records([lines], DataConfig(), "test")] == ["2", "1"]
 
 

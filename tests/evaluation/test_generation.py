@@ -97,11 +97,11 @@ def test_chat_answer_ends_where_its_turn_ends(taught: tuple[Any, list[Record]], 
     end, config = "<|end|>", EvaluateConfig(max_new_tokens=12, max_tokens=max_tokens)
     ids = subwords().convert_tokens_to_ids(["</s>", end])
     assert (stop_token_ids(model, subwords()), stop_token_ids(model, subwords(), chat=True)) == (ids[:1], sorted(ids))
-    wanted = [record.completion.replace(end, "") for record in records]
+    expected = [record.completion.replace(end, "") for record in records]
     of_run = {item.id: item.got for item in evaluate(model, subwords(), records, DataConfig(), config).tasks[""].items}
-    assert [of_run[record.id] for record in records] == wanted
+    assert [of_run[record.id] for record in records] == expected
     local = LocalModel(model, subwords(), max_tokens=max_tokens)
-    assert local.run_requests("generate", records, GenerationSettings(max_new_tokens=12), lambda _: None) == wanted
+    assert local.run_requests("generate", records, GenerationSettings(max_new_tokens=12), lambda _: None) == expected
 
 
 def test_sampling_settings_of_a_checkpoint_are_ignored(caplog: pytest.LogCaptureFixture) -> None:

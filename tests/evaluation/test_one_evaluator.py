@@ -106,23 +106,23 @@ def test_run_scores_rows_as_a_suite_does(
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """A real run on test rows of every kind, and the files of these rows."""
-    place = tmp_path_factory.mktemp("one_evaluator")
+    folder = tmp_path_factory.mktemp("one_evaluator")
     model, tokenizer = speaker(), characters()
     tokenizer.chat_template = subwords().chat_template
-    model.save_pretrained(place / "dense")
-    tokenizer.save_pretrained(place / "dense")
-    files = write_rows(place, long=4)
+    model.save_pretrained(folder / "dense")
+    tokenizer.save_pretrained(folder / "dense")
+    files = write_rows(folder, long=4)
     train = [{"prompt": f"Case {n}: ", "completion": f"{n} {n}"} for n in range(24)]
     guard = [{"prompt": f"Guard {n}: ", "completion": f"{n} is {n + 1}"} for n in range(6)]
     recipe = {
-        "model": str(place / "dense"),
-        "out": str(place / "run"),
+        "model": str(folder / "dense"),
+        "out": str(folder / "run"),
         "device": "cpu",
         "dtype": "float32",
         "data": {
-            "train": [write_lines(place / "train.jsonl", *train)],
+            "train": [write_lines(folder / "train.jsonl", *train)],
             "test": list(files.values()),
-            "guard": [write_lines(place / "guard.jsonl", *guard)],
+            "guard": [write_lines(folder / "guard.jsonl", *guard)],
         },
         "budget": {"keep": 0.6, "align": 8},
         "train": {"steps": 4, "batch_size": 4, "validate_every": 2},

@@ -109,8 +109,8 @@ def test_nan_scores_give_nan_and_unpaired_items_are_refused() -> None:
     assert math.isnan(compare_paired(known, unknown, "rouge_l").difference)
     with pytest.raises(DataError, match="no item has accuracy in both"):
         compare_paired(known, known, "accuracy")
-    one = task(np.array([0.5]), "rouge_l")
-    assert math.isnan(compare_paired(one, one, "rouge_l").ci_low)
+    single = task(np.array([0.5]), "rouge_l")
+    assert math.isnan(compare_paired(single, single, "rouge_l").ci_low)
 
 
 def test_holm_keeps_the_order_and_never_lowers() -> None:

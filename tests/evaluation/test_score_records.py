@@ -117,10 +117,10 @@ def test_macro_f1_needs_one_label_set() -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_answer_has_the_same_nll_with_and_without_choices(family: str) -> None:
     records = [choice(index) for index in range(6)]
-    asked = scored(records, speaker(family)).tasks["organ"]
+    with_choices = scored(records, speaker(family)).tasks["organ"]
     plain = scored([replace(record, choices=(), answer=None) for record in records], speaker(family)).tasks["organ"]
     assert "accuracy" not in plain.scores
-    for ours, theirs in zip(asked.items, plain.items, strict=True):
+    for ours, theirs in zip(with_choices.items, plain.items, strict=True):
         assert ours.scores["nll"] == pytest.approx(theirs.scores["nll"], abs=1e-5)
         assert ours.scores["tokens"] == theirs.scores["tokens"]
 
@@ -158,10 +158,10 @@ def test_nan_is_reported_and_not_hidden() -> None:
 
 
 def test_progress_ends_at_its_total() -> None:
-    seen: list[tuple[str, int, int]] = []
-    evaluate(speaker(), characters(), mixed(), DataConfig(), CONFIG, progress=lambda *now: seen.append(now))
+    updates: list[tuple[str, int, int]] = []
+    evaluate(speaker(), characters(), mixed(), DataConfig(), CONFIG, progress=lambda *update: updates.append(update))
     for task in ("organ", "open", "prose"):
-        counts = [(done, total) for name, done, total in seen if name == task]
+        counts = [(done, total) for name, done, total in updates if name == task]
         assert counts == sorted(counts)
         assert counts[-1][0] == counts[-1][1]
 
@@ -193,15 +193,15 @@ def test_texts_longer_than_the_context_are_scored_whole() -> None:
 
 def test_generation_leaves_room_within_the_context() -> None:
     model = speaker(max_position_embeddings=64)
-    seen: list[int] = []
+    positions: list[int] = []
 
-    def watch(_: Any, __: Any, named: dict[str, Any]) -> None:
+    def record_positions(_: Any, __: Any, named: dict[str, Any]) -> None:
         if "position_ids" in named:  # generation steps; plain scoring leaves positions to the model
-            seen.append(int(named["position_ids"].max()))
+            positions.append(int(named["position_ids"].max()))
 
-    model.register_forward_pre_hook(watch, with_kwargs=True)
+    model.register_forward_pre_hook(record_positions, with_kwargs=True)
     scored([question(0, prompt="p" * 40)], model, EvaluateConfig(max_new_tokens=128))
-    assert 48 < max(seen) < 64
+    assert 48 < max(positions) < 64
 
 
 @pytest.mark.parametrize("length", [30, 31, 32, 200])
@@ -209,28 +209,28 @@ def test_long_prompt_keeps_its_start_token_and_is_cut_as_in_a_suite(
     length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, record = speaker(max_position_embeddings=64), question(0, prompt="x" * (length - 1) + "y", completion="a")
-    asked = asked_of(monkeypatch)
+    prompts = record_prompts(monkeypatch)
     scored([record], model, EvaluateConfig(max_new_tokens=33), too_long="truncate")
     LocalModel(model, characters()).run_requests(
         "generate", [record], GenerationSettings(max_new_tokens=33), lambda _: None
     )
-    of_run, of_suite = asked
+    of_run, of_suite = prompts
     assert of_run == of_suite
     assert len(of_run) == min(32, length + 1)
     assert of_run[0] == characters().bos_token_id
     assert characters().decode(of_run[-1:]) == "y"
 
 
-def asked_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+def record_prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The prompts that answers are written to from now on."""
-    asked: list[tuple[int, ...]] = []
+    prompts: list[tuple[int, ...]] = []
 
-    def spied(model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], **how: Any) -> list[str]:
-        asked.extend(map(tuple, prompts))
-        return generate(model, tokenizer, prompts, **how)
+    def spied(model: Any, tokenizer: Any, batch: list[tuple[int, ...]], **how: Any) -> list[str]:
+        prompts.extend(map(tuple, batch))
+        return generate(model, tokenizer, batch, **how)
 
     monkeypatch.setattr("prunetune.evaluation.suites.local.generate", spied)
-    return asked
+    return prompts
 
 
 def test_repeated_ids_are_made_unique() -> None:

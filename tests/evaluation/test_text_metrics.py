@@ -14,10 +14,10 @@ from prunetune.evaluation.suites.text_scorers import rouge
 from prunetune.evaluation.text_metrics import RougeTokenizer, exact_match
 
 
-def rouge_l(expected: list[str], got: list[str]) -> list[float]:
+def rouge_l(expected: list[str], texts: list[str]) -> list[float]:
     """ROUGE-L F1 of each pair, as the scorer gives it."""
-    prompts = [Prompt(Record(kind="completion", completion=wanted), (), {}) for wanted in expected]
-    answers = [Response(prompt, text=text) for prompt, text in zip(prompts, got, strict=True)]
+    prompts = [Prompt(Record(kind="completion", completion=completion), (), {}) for completion in expected]
+    answers = [Response(prompt, text=text) for prompt, text in zip(prompts, texts, strict=True)]
     return rouge(answers, {"stemmer": False})["rouge_l"]
 
 

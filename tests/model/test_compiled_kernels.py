@@ -45,8 +45,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 @torch.no_grad()
 def logits(model: nn.Module, length: int) -> torch.Tensor:
-    found: torch.Tensor = model(input_ids=torch.arange(3, 3 + length)[None], use_cache=False).logits
-    return found
+    result: torch.Tensor = model(input_ids=torch.arange(3, 3 + length)[None], use_cache=False).logits
+    return result
 
 
 def with_float_norms(model: Any) -> Any:
@@ -118,18 +118,18 @@ def test_compiled_kernels_give_gates_and_adapters_the_same_gradients(
     gates = {name: gate.requires_grad_() for name, gate in gates_from_plan(random_plan(model), sites).items()}
     with_lora(model)
     results = []
-    for way in (nullcontext(), use_compiled_kernels(model)):
+    for kernels in (nullcontext(), use_compiled_kernels(model)):
         parameters = [*gates.values(), *trainable_parameters(model).values()]
-        for one in parameters:
-            one.grad = None
+        for parameter in parameters:
+            parameter.grad = None
         with (
-            way,
+            kernels,
             use_checkpointing(model) if again else nullcontext(),
             masked(model, gates, adapters=form, sites=sites),
         ):
-            found = model(tokens(), use_cache=False).logits
-            found.square().mean().backward()
-        results.append([found.detach(), *(one.grad for one in parameters if one.grad is not None)])
+            output = model(tokens(), use_cache=False).logits
+            output.square().mean().backward()
+        results.append([output.detach(), *(parameter.grad for parameter in parameters if parameter.grad is not None)])
     assert compiled
     assert len(results[0]) == len(results[1]) > len(gates)
     for plain, fast in zip(*results, strict=True):

@@ -20,7 +20,7 @@ from support.suites import model_folder
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"num_hidden_layers": 0}, "num_hidden_layers must be 1 or more"),
         ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
@@ -28,13 +28,13 @@ from support.suites import model_folder
         ({"hidden_act": "zzz"}, "KeyError: 'zzz'"),
     ],
 )
-def test_invalid_configuration_is_refused_in_one_line(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_invalid_configuration_is_refused_in_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ModelError) as refused:
         load_meta_model(str(folder))
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert "config.json" in str(refused.value)
     assert "\n" not in str(refused.value)
 

@@ -22,16 +22,21 @@ def holdings(model: object, prunable: int) -> ParamCounts:
 
 
 def test_keep_one_previews_the_dense_model() -> None:
-    found = preview_budget(ParamCounts(100, 60, 10, 10), 1.0)
-    assert (found.parameters, found.weight_bytes, found.prefill_speedup, found.decode_speedup) == (100, 200, 1.0, 1.0)
+    preview = preview_budget(ParamCounts(100, 60, 10, 10), 1.0)
+    assert (preview.parameters, preview.weight_bytes, preview.prefill_speedup, preview.decode_speedup) == (
+        100,
+        200,
+        1.0,
+        1.0,
+    )
 
 
 def test_preview_prefill_speedup_exceeds_decode_speedup() -> None:
-    found = preview_budget(ParamCounts(100, 60, 10, 10), 0.5)
-    assert found.parameters == 70
-    assert found.prefill_speedup == pytest.approx(80 / 50)
-    assert found.decode_speedup == pytest.approx(90 / 60)
-    assert found.decode_speedup < found.prefill_speedup < 1 / 0.5
+    preview = preview_budget(ParamCounts(100, 60, 10, 10), 0.5)
+    assert preview.parameters == 70
+    assert preview.prefill_speedup == pytest.approx(80 / 50)
+    assert preview.decode_speedup == pytest.approx(90 / 60)
+    assert preview.decode_speedup < preview.prefill_speedup < 1 / 0.5
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -46,6 +51,6 @@ def test_preview_equals_the_cut_model(tied: bool) -> None:
     class EmptyCache:  # of layers that have lost their attention: their caches are never filled
         layers = (SimpleNamespace(keys=None, values=None),)
 
-    found = preview_budget(dense, 0.5)
-    assert found.parameters == sum(weight.numel() for weight in small.parameters())
-    assert found.decode_speedup == pytest.approx(read / decode_bytes(small, EmptyCache()))
+    preview = preview_budget(dense, 0.5)
+    assert preview.parameters == sum(weight.numel() for weight in small.parameters())
+    assert preview.decode_speedup == pytest.approx(read / decode_bytes(small, EmptyCache()))

@@ -37,7 +37,7 @@ RECIPE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     speaker().save_pretrained(folder / "dense")
     characters().save_pretrained(folder / "dense")
@@ -45,9 +45,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config_of(place: Path, out: Path, **changes: Any) -> RunConfig:
-    own = {"model": str(place / "dense"), "out": str(out), "data": {"train": [str(place / "rows.jsonl")]}}
-    return from_mapping(merge_mappings(merge_mappings(RECIPE, own), changes))
+def config_of(workspace: Path, out: Path, **changes: Any) -> RunConfig:
+    paths = {"model": str(workspace / "dense"), "out": str(out), "data": {"train": [str(workspace / "rows.jsonl")]}}
+    return from_mapping(merge_mappings(merge_mappings(RECIPE, paths), changes))
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -55,8 +55,8 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    return results(run(config_of(place, tmp_path_factory.mktemp("runs") / "whole")))
+def whole(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return results(run(config_of(workspace, tmp_path_factory.mktemp("runs") / "whole")))
 
 
 def full(genuine: Callable[..., Any], after: int) -> Callable[..., Any]:
@@ -74,9 +74,9 @@ def full(genuine: Callable[..., Any], after: int) -> Callable[..., Any]:
 
 
 def test_full_disk_costs_one_checkpoint(
-    place: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(place, tmp_path / "run")
+    config = config_of(workspace, tmp_path / "run")
     with monkeypatch.context() as patched:
         patched.setattr(
             checkpoints, "save_file", full(checkpoints.save_file, after=6)
@@ -86,9 +86,9 @@ def test_full_disk_costs_one_checkpoint(
     assert is_disk_full(ended.value)
     folder = tmp_path / "run" / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["step-0000002"]
-    found = Checkpoints(folder).latest()
-    assert found is not None
-    assert found.step == 2
+    state = Checkpoints(folder).latest()
+    assert state is not None
+    assert state.step == 2
     with monkeypatch.context() as patched:  # now a line of the records, cut short
         genuine = recording.RunFolder.append_record
 
@@ -137,7 +137,7 @@ class FailingTracker:
 
 
 def test_failing_tracker_changes_no_result(
-    place: Path,
+    workspace: Path,
     whole: dict[str, bytes],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -145,7 +145,7 @@ def test_failing_tracker_changes_no_result(
 ) -> None:
     tracker = FailingTracker()
     monkeypatch.setattr(trackers, "_start", lambda *_: tracker)
-    folder = run(config_of(place, tmp_path / "run", track=["tensorboard"]))
+    folder = run(config_of(workspace, tmp_path / "run", track=["tensorboard"]))
     assert tracker.calls == 3
     assert caplog.text.count("the run continues without it") == 1
     assert results(folder) == whole

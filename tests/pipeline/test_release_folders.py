@@ -106,15 +106,15 @@ def test_run_of_0_1_0_opens_with_check_and_holds(say: Said) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "made"),
+    ("options", "export_name"),
     [("", "per-layer"), ("--to uniform --pad", "uniform"), ("--to gguf --dtype f32", "gguf-f32.gguf")],
 )
-def test_run_of_0_1_0_opens_with_export(say: Said, release: Path, asked: str, made: str) -> None:
-    code, out, _ = say("export", "run", *asked.split())
+def test_run_of_0_1_0_opens_with_export(say: Said, release: Path, options: str, export_name: str) -> None:
+    code, out, _ = say("export", "run", *options.split())
     assert code == 0
-    assert out.splitlines()[-1] == f"run/exports/{made}"
-    if made == "per-layer":
-        exported = load_file(release / "run" / "exports" / made / "model.safetensors")
+    assert out.splitlines()[-1] == f"run/exports/{export_name}"
+    if export_name == "per-layer":
+        exported = load_file(release / "run" / "exports" / export_name / "model.safetensors")
         before = load_file(FIXTURE / "run" / "model" / "model.safetensors")
         assert exported.keys() == before.keys()
         assert all(torch.equal(exported[name], before[name]) for name in before)
@@ -201,13 +201,15 @@ def test_finished_comparison_of_0_1_0_resumes_to_the_same_table(say: Said, relea
     assert code == 0
     assert cells(release) == cells(FIXTURE)
     assert "| one-stage |" in out
-    now, before = (json.loads((folder / "comparison" / "comparison.json").read_text()) for folder in (release, FIXTURE))
-    assert [row | old for row, old in zip(now["rows"], before["rows"], strict=True)] == now["rows"]
+    after, before = (
+        json.loads((folder / "comparison" / "comparison.json").read_text()) for folder in (release, FIXTURE)
+    )
+    assert [row | old for row, old in zip(after["rows"], before["rows"], strict=True)] == after["rows"]
     assert (release / "comparison" / "comparison.html").exists()
 
 
 def test_comparison_of_0_1_0_grows_by_a_method(say: Said, release: Path) -> None:
-    methods = [part for name in ("dense", "one-stage", "magnitude") for part in ("--compare.methods", name)]
+    methods = [token for name in ("dense", "one-stage", "magnitude") for token in ("--compare.methods", name)]
     code, out, _ = say("compare", *IN_COMPARISON, *methods)
     assert code == 0
     grown = cells(release)

@@ -25,12 +25,12 @@ MAX_FRAMES = 5  # from the command to the loop, both counted
 
 def recipe_values(folder: Path) -> dict[str, Any]:
     """A run of two steps without a teacher."""
-    place = furnished(folder, 24)
+    workspace = furnished(folder, 24)
     return {
-        "model": str(place / "dense"),
+        "model": str(workspace / "dense"),
         "out": str(folder / "run"),
         "device": "cpu",
-        "data": {"train": [str(place / "rows.jsonl")]},
+        "data": {"train": [str(workspace / "rows.jsonl")]},
         "budget": {"align": 8},
         "train": {"steps": 2, "batch_size": 2},
         "search": {"init_batches": 0},
@@ -41,13 +41,13 @@ def recipe_values(folder: Path) -> dict[str, Any]:
 
 def frames_of_the_package() -> list[str]:
     """`file:function` of every frame of prunetune on the stack, the innermost first."""
-    frame, found = sys._getframe(), []
+    frame, frames = sys._getframe(), []
     while frame.f_back is not None:
         frame = frame.f_back
         file = Path(frame.f_code.co_filename)
         if file.is_relative_to(PACKAGE):
-            found.append(f"{file.relative_to(PACKAGE)}:{frame.f_code.co_name}")
-    return found
+            frames.append(f"{file.relative_to(PACKAGE)}:{frame.f_code.co_name}")
+    return frames
 
 
 def test_command_reaches_the_loop_in_few_frames(

@@ -62,7 +62,9 @@ def test_copy_sharing_weights_computes_the_same_and_holds_no_memory(family: str)
     teacher = copy_sharing_weights(model)
     mine, others = dict(model.named_parameters()), dict(teacher.named_parameters())
     assert mine.keys() == others.keys()
-    assert all(one.data_ptr() == others[name].data_ptr() and one is not others[name] for name, one in mine.items())
+    assert all(
+        tensor.data_ptr() == others[name].data_ptr() and tensor is not others[name] for name, tensor in mine.items()
+    )
     assert memory_of(model, teacher) == size
     with_lora(model)
     assert not any("lora" in name for name, _ in teacher.named_parameters())
@@ -99,16 +101,16 @@ def test_cut_sharing_weights_equals_cut_linears(family: str) -> None:
     cut_sharing_weights(student, teacher, plan, sites=sites)
     assert relative(logits_of(teacher), before) < TOLERANCE
     assert relative(logits_of(student), logits_of(apart)) < TOLERANCE
-    for (name, one), (other, expected) in zip(student.named_parameters(), apart.named_parameters(), strict=True):
-        assert (name, one.requires_grad) == (other, expected.requires_grad)
-        assert torch.equal(one, expected), name
-    copied = {part.module for site in sites if not can_share_weights(site) for part, _ in site.linear_slices()}
-    own = sum(
-        one.nbytes
-        for name, one in apart.named_parameters()
+    for (name, parameter), (other, expected) in zip(student.named_parameters(), apart.named_parameters(), strict=True):
+        assert (name, parameter.requires_grad) == (other, expected.requires_grad)
+        assert torch.equal(parameter, expected), name
+    copied = {linear.module for site in sites if not can_share_weights(site) for linear, _ in site.linear_slices()}
+    copied_bytes = sum(
+        parameter.nbytes
+        for name, parameter in apart.named_parameters()
         if name.endswith("bias") or any(name.startswith(f"{module}.") for module in copied)
     )
-    assert size <= memory_of(student, teacher) <= size + own
+    assert size <= memory_of(student, teacher) <= size + copied_bytes
 
 
 def test_can_share_weights_by_family_and_kind() -> None:
@@ -131,7 +133,9 @@ def test_cut_sharing_weights_equals_cut_linears_in_4_bits(family: str) -> None:
     cut_sharing_weights(student, teacher, plan, sites=sites)
     assert relative(logits_of(teacher), before) < TOLERANCE
     assert torch.equal(logits_of(student), logits_of(apart))
-    biases = sum(one.bias.nbytes for one in apart.modules() if isinstance(one, NF4Linear) and one.bias is not None)
+    biases = sum(
+        linear.bias.nbytes for linear in apart.modules() if isinstance(linear, NF4Linear) and linear.bias is not None
+    )
     assert size <= memory_of(student, teacher) <= size + biases
 
 
@@ -145,22 +149,22 @@ def test_estimated_memory_equals_held_memory(family: str, quantize: str) -> None
     shapes = training_shapes(plain_model, sites)
     setup = replace(training_setup(config, torch.float32, longest=1), distills_hidden=False, keep=0.5)
 
-    def found(phase: Literal["search", "tune"], **changes: Any) -> int:
+    def estimate(phase: Literal["search", "tune"], **changes: Any) -> int:
         computed = estimate_memory(shapes, replace(setup, **changes), phase=phase)
         return computed.weights + computed.teacher
 
     student, teacher, sites = student_and_teacher(family, four_bits=quantize != "off", **SIZES)
-    rest = sum(one.nbytes for name, one in teacher.named_buffers() if "inv_freq" in name)
-    assert found("search") == memory_of(student, teacher) - rest
-    assert found("search", teacher_is_base=False) == 2 * found("search")
+    rest = sum(tensor.nbytes for name, tensor in teacher.named_buffers() if "inv_freq" in name)
+    assert estimate("search") == memory_of(student, teacher) - rest
+    assert estimate("search", teacher_is_base=False) == 2 * estimate("search")
     plan = Plan(
         {site.name: tuple(range(1, site.units, 2)) for site in sites}, {site.name: site.units for site in sites}
     )
     cut_sharing_weights(student, teacher, plan, sites=sites)
-    assert found("tune") == memory_of(student, teacher) - rest
+    assert estimate("tune") == memory_of(student, teacher) - rest
     merge_adapters(student, trainable=True)
-    tuned = sum(one.nbytes for one in trainable_parameters(student).values())
-    assert found("tune", all_weights=True) == memory_of(student, teacher) - rest - tuned
+    tuned = sum(tensor.nbytes for tensor in trainable_parameters(student).values())
+    assert estimate("tune", all_weights=True) == memory_of(student, teacher) - rest - tuned
 
 
 def test_cut_sharing_weights_with_nested_units() -> None:
@@ -177,8 +181,8 @@ def test_cut_sharing_weights_with_nested_units() -> None:
 def test_cut_sharing_weights_holds_at_most_one_more_layer() -> None:
     student, teacher, sites = student_and_teacher(layers=6)
     plan = random_plan(tiny(layers=6), keep=0.9)
-    layer = sum(one.nbytes for one in teacher.model.layers[0].parameters())
-    adapter = sum(one.nbytes for one in trainable_parameters(student).values())
+    layer = sum(weight.nbytes for weight in teacher.model.layers[0].parameters())
+    adapter = sum(weight.nbytes for weight in trainable_parameters(student).values())
     with LiveMemoryCounter() as live:
         cut_sharing_weights(student, teacher, plan, sites=sites)
     assert live.peak <= layer + adapter + 2**14  # indices
@@ -211,10 +215,10 @@ def test_unshared_weights_own_their_memory_and_can_be_saved(tmp_path: Path) -> N
     before = logits_of(student)
     unshare_weights(student)
     assert torch.equal(logits_of(student), before)
-    for name, one in student.named_parameters():
-        assert one.is_contiguous()
-        assert one.untyped_storage().nbytes() == one.nbytes, name
+    for name, parameter in student.named_parameters():
+        assert parameter.is_contiguous()
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
     merge_adapters(student)
     save_file(dict(student.named_parameters()), tmp_path / "model.safetensors")
-    found = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(found[name], one) for name, one in student.named_parameters())
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[name], parameter) for name, parameter in student.named_parameters())

@@ -109,8 +109,8 @@ def test_cut_model_generates_the_same_with_and_without_cache(family: str, units:
     cut(model, random_plan(model, units=units, seed=5))
     options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
-        found = [model.generate(tokens(length=10), use_cache=cache, **options) for cache in (True, False)]
-    assert torch.equal(*found)
+        answers = [model.generate(tokens(length=10), use_cache=cache, **options) for cache in (True, False)]
+    assert torch.equal(*answers)
 
 
 def test_removed_layers_leave_the_model_and_its_configuration() -> None:

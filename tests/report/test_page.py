@@ -70,8 +70,10 @@ def test_ids_are_unique_and_references_resolve(page: str) -> None:
     outline = Outline(page)
     names = outline.attributes("id")
     assert len(names) == len(set(names))
-    wanted = [target.removeprefix("#") for target in outline.attributes("href")] + re.findall(r"url\(#([^)]*)\)", page)
-    assert set(wanted) | set(outline.attributes("aria-labelledby")) <= set(names)
+    references = [target.removeprefix("#") for target in outline.attributes("href")] + re.findall(
+        r"url\(#([^)]*)\)", page
+    )
+    assert set(references) | set(outline.attributes("aria-labelledby")) <= set(names)
 
 
 def test_figures_use_page_colours_only(page: str) -> None:
@@ -165,7 +167,7 @@ def hostile_evaluation(right: bool) -> Evaluation:
 def hostile(value: Any) -> Any:
     """The same structure with every text replaced."""
     if isinstance(value, dict):
-        return {key: hostile(each) for key, each in value.items()} | {ATTACK: ATTACK}
+        return {key: hostile(entry) for key, entry in value.items()} | {ATTACK: ATTACK}
     return ATTACK if isinstance(value, str) else value
 
 

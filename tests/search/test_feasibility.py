@@ -252,8 +252,8 @@ def test_logits_rank_by_importance_per_price() -> None:
     plain, priced = importance_to_logits(importance, sites), importance_to_logits(importance, sites, limits)
     group, channel = sites[0].name, sites[1].name
     assert plain[group].mean() - plain[channel].mean() > priced[group].mean() - priced[channel].mean()
-    held = score_threshold(NestedSites(sites, priced), limits.feasible_keep, limits)
-    assert float(torch.cat(list(priced.values())).min()) <= held <= float(torch.cat(list(priced.values())).max())
+    threshold = score_threshold(NestedSites(sites, priced), limits.feasible_keep, limits)
+    assert float(torch.cat(list(priced.values())).min()) <= threshold <= float(torch.cat(list(priced.values())).max())
 
 
 def test_units_of_every_kind_are_priced() -> None:

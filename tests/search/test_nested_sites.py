@@ -89,11 +89,11 @@ def test_uniform_layers_are_equal_and_no_wider_block_fits(family: str) -> None:
         params_left = keep * prunable_params(sites) - kept_params(sites, plan)
         for site in (site for site in sites if site.layer == 0 and site.kind is not UnitKind.LAYER):
             block = min(block_size(site, constraints), site.units_per_group - width_by_kind[site.kind])
-            own = {other.name: width_by_kind[other.kind] for other in sites}
+            width_by_site = {other.name: width_by_kind[other.kind] for other in sites}
             price = (
                 block
-                * nested_sites.open_parent_groups(site, own)
-                * nested_sites.params_with_children(site, own)
+                * nested_sites.open_parent_groups(site, width_by_site)
+                * nested_sites.params_with_children(site, width_by_site)
                 * len(kept_layers)
             )
             assert not block or price > params_left, site.name

@@ -36,9 +36,9 @@ def subwords(*, chat: str | None = CHAT, adds: str = "<s> $A", end: str = "</s>"
     tokenizer = Tokenizer.from_str(_trained())
     specials = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
     tokenizer.post_processor = processors.TemplateProcessing(single=adds, special_tokens=specials)
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token=end)
-    made.chat_template = chat
-    return made
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token=end)
+    wrapped.chat_template = chat
+    return wrapped
 
 
 def write_lines(path: Path, *rows: Any) -> str:

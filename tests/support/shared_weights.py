@@ -13,5 +13,5 @@ def memory_of(*models: Any) -> int:
     tensors: Iterable[tuple[str, Tensor]] = (
         pair for model in models for pair in (*model.named_parameters(), *model.named_buffers())
     )
-    storages = (one.untyped_storage() for name, one in tensors if ".lora_" not in name)
+    storages = (tensor.untyped_storage() for name, tensor in tensors if ".lora_" not in name)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -87,8 +87,8 @@ def test_group_lasso_equals_value_by_hand() -> None:
             square += float(columns[:, unit * reads.rows_per_unit : (unit + 1) * reads.rows_per_unit].square().sum())
             norms += math.sqrt(square)
         sums.append(norms)
-    found = group_lasso(model, gates_from_plan(plan, sites), sites)
-    assert float(found.detach()) == pytest.approx(sum(sums) / len(sums), rel=1e-5)
+    penalty = group_lasso(model, gates_from_plan(plan, sites), sites)
+    assert float(penalty.detach()) == pytest.approx(sum(sums) / len(sums), rel=1e-5)
 
 
 def test_group_lasso_has_no_gradient_at_open_units_and_is_smooth_at_zero() -> None:
@@ -117,28 +117,30 @@ def test_group_lasso_and_threshold_leave_adapters_of_closed_blocks() -> None:
     before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
     group_lasso(model, gates, sites).backward()  # type: ignore[no-untyped-call]
     for linear in channels.linears():
-        for part in ("lora_A", "lora_B"):
-            slope = model.get_submodule(linear).get_submodule(part)["default"].weight.grad
+        for matrix in ("lora_A", "lora_B"):
+            slope = model.get_submodule(linear).get_submodule(matrix)["default"].weight.grad
             assert slope is None or not slope.any()
     (queries,) = heads.producers  # of a closed group, which is not gated with its adapters
     assert model.get_submodule(queries.module).lora_B["default"].weight.grad[: queries.rows_per_unit].any()
     soft_threshold(model, gates, sites, 0.1)
     after = trainable_parameters(model)
     assert all(
-        torch.equal(after[name], before[name]) for name in before if any(one in name for one in channels.linears())
+        torch.equal(after[name], before[name])
+        for name in before
+        if any(linear_name in name for linear_name in channels.linears())
     )
     assert not identical(after, before)
 
 
 def test_settling_drives_adapters_of_removed_units_to_zero(tmp_path: Path) -> None:
-    every = AllCheckpoints(tmp_path)
+    store = AllCheckpoints(tmp_path)
     changes = {"train": {"steps": 40}, "search": {"share": 0.2, "settle": 0.75, "lasso": 1.0}}
-    job = job_of(config_of(changes), store=every)
+    job = job_of(config_of(changes), store=store)
     plan = tune_and_prune(job)
 
-    def held(step: int) -> tuple[float, float]:
+    def mean_norms(step: int) -> tuple[float, float]:
         """Mean norm of removed units' and of kept units' adapters."""
-        state = every.at(step).latest()
+        state = store.at(step).latest()
         assert state is not None
         assert not state.is_cut
         model = tiny()
@@ -149,8 +151,8 @@ def test_settling_drives_adapters_of_removed_units_to_zero(tmp_path: Path) -> No
         gates = torch.cat([gates_from_plan(plan, job.sites)[site.name] for site in job.sites])
         return float(norms[gates == 0].mean()), float(norms[gates == 1].mean())
 
-    removed_before, kept_before = held(job.schedule.search)
-    removed_after, kept_after = held(job.schedule.settle)
+    removed_before, kept_before = mean_norms(job.schedule.search)
+    removed_after, kept_after = mean_norms(job.schedule.settle)
     assert removed_after < 0.5 * removed_before
     assert removed_after / kept_after < 0.5 * removed_before / kept_before
 

@@ -44,15 +44,15 @@ class FakeGraph:
 @pytest.fixture
 def current(monkeypatch: pytest.MonkeyPatch) -> FakeStream:
     """The stream that the caller is on."""
-    one = FakeStream()
+    stream = FakeStream()
     STREAMS_IN_USE.clear()
     monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: one)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    return one
+    return stream
 
 
 def raising(error: Exception) -> Any:
@@ -67,13 +67,13 @@ def nothing(inputs: Sequence[Tensor]) -> None:
 
 
 def test_key_is_run_then_recorded_then_replayed(current: FakeStream) -> None:
-    recorder, seen = CudaGraphRecorder(CUDA), []
+    recorder, locked = CudaGraphRecorder(CUDA), []
     for _ in range(4):
-        recorder.run("key", lambda _: seen.append(CAPTURE_LOCK.locked()), [])
-    assert seen == [True, True]  # run once, recorded once, each by itself
+        recorder.run("key", lambda _: locked.append(CAPTURE_LOCK.locked()), [])
+    assert locked == [True, True]  # run once, recorded once, each by itself
     recorder.reset_recordings()
-    recorder.run("key", lambda _: seen.append(True), [])
-    assert len(seen) == 3
+    recorder.run("key", lambda _: locked.append(True), [])
+    assert len(locked) == 3
 
 
 def test_current_stream_waits_for_kernels_of_a_failed_pass(current: FakeStream) -> None:
@@ -123,15 +123,15 @@ def test_recording_errors_distinguish_out_of_memory_from_unrecordable(
 
 
 def test_recorders_in_use_have_different_streams(current: FakeStream) -> None:
-    held = [own_stream(CUDA) for _ in range(STREAM_POOL_SIZE - 1)]
+    in_use = [own_stream(CUDA) for _ in range(STREAM_POOL_SIZE - 1)]
     for _ in range(2 * STREAM_POOL_SIZE):
         recorder = CudaGraphRecorder(CUDA)
-        own = recorder._own
-        assert own is not None
-        assert len({each.stream.cuda_stream for each in (*held, own)}) == STREAM_POOL_SIZE
-        del own
+        recorder_stream = recorder._own
+        assert recorder_stream is not None
+        assert len({shared.stream.cuda_stream for shared in (*in_use, recorder_stream)}) == STREAM_POOL_SIZE
+        del recorder_stream
         del recorder
         gc.collect()
-    full = [*held, own_stream(CUDA)]
+    full = [*in_use, own_stream(CUDA)]
     assert own_stream(CUDA) is not None  # there are no more: better a shared one than none
     assert len(full) == STREAM_POOL_SIZE

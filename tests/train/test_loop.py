@@ -203,9 +203,9 @@ def test_latest_passes_over_a_damaged_checkpoint(part: str, how: str, tmp_path: 
     for step in (3, 6):
         checkpoints.save(TrainingState(step, None, False, state))
     damage(tmp_path / "step-0000006" / part, how)
-    found = checkpoints.latest()
-    assert found is not None
-    assert found.step == 3
+    newest = checkpoints.latest()
+    assert newest is not None
+    assert newest.step == 3
     damage(tmp_path / "step-0000003" / part, how)
     assert checkpoints.latest() is None
 
@@ -227,14 +227,14 @@ def test_latest_ignores_a_partly_written_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.latest() is None
     checkpoints.save(TrainingState(1, None, False, {"adapters": {"w": torch.zeros(1)}}))
     (tmp_path / "step-0000002.partial").mkdir()
-    found = checkpoints.latest()
-    assert found is not None
-    assert found.step == 1
+    state = checkpoints.latest()
+    assert state is not None
+    assert state.step == 1
     checkpoints.save(TrainingState(2, random_plan(tiny()), True, {"adapters": {"w": torch.ones(1)}}))
-    found = checkpoints.latest()
-    assert found is not None
-    assert (found.step, found.plan, found.is_cut) == (2, random_plan(tiny()), True)
-    assert torch.equal(found.tensors["adapters"]["w"], torch.ones(1))
+    state = checkpoints.latest()
+    assert state is not None
+    assert (state.step, state.plan, state.is_cut) == (2, random_plan(tiny()), True)
+    assert torch.equal(state.tensors["adapters"]["w"], torch.ones(1))
 
 
 # -- losses ------------------------------------------------------------------------------------------------------------
@@ -279,8 +279,8 @@ def test_mean_loss_is_per_answer_token() -> None:
     summed, count = 0.0, 0
     for row in rows:
         logits = model(torch.tensor([row.token_ids])).logits[0].detach().log_softmax(-1)
-        for place in range(row.answer_start, len(row.token_ids)):
-            summed -= float(logits[place - 1, row.token_ids[place]])
+        for position in range(row.answer_start, len(row.token_ids)):
+            summed -= float(logits[position - 1, row.token_ids[position]])
             count += 1
     assert mean_loss(model, rows, 0, 16384) == pytest.approx(summed / count, rel=1e-5)
     assert mean_loss(model, rows, 0, 1) == pytest.approx(summed / count, rel=1e-5)

@@ -27,12 +27,12 @@ def spoiled(monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], *, gradient: 
     genuine, count = PaddedPasses.tune, [0]
 
     def tune(self: PaddedPasses, *arguments: Any) -> Any:
-        found = genuine(self, *arguments)
+        result = genuine(self, *arguments)
         count[0] += 1
         if count[0] in calls:
             next(iter(trainable_parameters(self.model).values())).grad.fill_(math.nan)  # type: ignore[union-attr]
-            return found if gradient else {**found, "loss": math.nan}
-        return found
+            return result if gradient else {**result, "loss": math.nan}
+        return result
 
     monkeypatch.setattr(PaddedPasses, "tune", tune)
 
@@ -65,15 +65,15 @@ def test_too_many_skipped_batches_fail_with_their_rows(monkeypatch: pytest.Monke
 def test_nan_gate_gradients_do_not_change_the_generator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     genuine = PaddedPasses.gate_gradients
 
-    def slopes(self: PaddedPasses, *arguments: Any) -> Any:
-        found, slopes = genuine(self, *arguments)
-        return found, {name: slope * math.nan for name, slope in slopes.items()}
+    def gate_gradients(self: PaddedPasses, *arguments: Any) -> Any:
+        losses, gate_gradients = genuine(self, *arguments)
+        return losses, {name: gradient * math.nan for name, gradient in gate_gradients.items()}
 
-    monkeypatch.setattr(PaddedPasses, "gate_gradients", slopes)
-    every = AllCheckpoints(tmp_path)
-    job = job_of(config_of({"search": {"init_batches": 0}}), store=every)
+    monkeypatch.setattr(PaddedPasses, "gate_gradients", gate_gradients)
+    store = AllCheckpoints(tmp_path)
+    job = job_of(config_of({"search": {"init_batches": 0}}), store=store)
     tune_and_prune(job)
-    first, last = every.at(1).latest(), every.at(10).latest()
+    first, last = store.at(1).latest(), store.at(10).latest()
     assert first is not None
     assert last is not None
     assert identical(first.tensors["generator"], last.tensors["generator"])
@@ -84,33 +84,39 @@ def test_nan_gate_gradients_do_not_change_the_generator(monkeypatch: pytest.Monk
 def test_importance_that_is_not_finite_is_skipped(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    genuine, heard, started = PaddedPasses.gate_gradients, [], []
+    genuine, recorded, started = PaddedPasses.gate_gradients, [], []
 
-    def slopes(self: PaddedPasses, *arguments: Any) -> Any:
-        found, slopes = genuine(self, *arguments)
-        heard.append({name: slope.clone() for name, slope in slopes.items()})
-        return found, {name: slope * (math.nan if len(heard) == 2 else 1) for name, slope in slopes.items()}
+    def gate_gradients(self: PaddedPasses, *arguments: Any) -> Any:
+        losses, gate_gradients = genuine(self, *arguments)
+        recorded.append({name: gradient.clone() for name, gradient in gate_gradients.items()})
+        return losses, {
+            name: gradient * (math.nan if len(recorded) == 2 else 1) for name, gradient in gate_gradients.items()
+        }
 
-    monkeypatch.setattr(PaddedPasses, "gate_gradients", slopes)
+    monkeypatch.setattr(PaddedPasses, "gate_gradients", gate_gradients)
     monkeypatch.setattr(Searcher, "init_from_importance", lambda _, importance: started.append(importance))
     job = job_of(config_of({"search": {"init_batches": 3}}))
     with caplog.at_level(logging.WARNING):
         tune_and_prune(job)
-    ((importance,), (one, _, other)) = started, heard[:3]
-    assert all(torch.equal(importance[name], one[name].square() + other[name].square()) for name in importance)
+    ((importance,), (first_pass, _, third_pass)) = started, recorded[:3]
+    assert all(
+        torch.equal(importance[name], first_pass[name].square() + third_pass[name].square()) for name in importance
+    )
     assert "the initial importance is nan at step 1 (rows row" in caplog.text
 
 
 def test_joint_batch_with_nan_is_skipped_once(monkeypatch: pytest.MonkeyPatch) -> None:
     genuine, count = PaddedPasses.tune_with_gate_gradients, [0]
 
-    def both(self: PaddedPasses, *arguments: Any) -> Any:
-        losses, slopes = genuine(self, *arguments)
+    def tune_with_gate_gradients(self: PaddedPasses, *arguments: Any) -> Any:
+        losses, gate_gradients = genuine(self, *arguments)
         count[0] += 1
         factor = math.nan if count[0] == 2 else 1.0
-        return {**losses, "loss": losses["loss"] * factor}, {name: slope * factor for name, slope in slopes.items()}
+        return {**losses, "loss": losses["loss"] * factor}, {
+            name: gradient * factor for name, gradient in gate_gradients.items()
+        }
 
-    monkeypatch.setattr(PaddedPasses, "tune_with_gate_gradients", both)
+    monkeypatch.setattr(PaddedPasses, "tune_with_gate_gradients", tune_with_gate_gradients)
     job = job_of(config_of({"search": {"step": "joint"}}))
     tune_and_prune(job)
     train = job.config.train
@@ -136,10 +142,10 @@ def cramped(monkeypatch: pytest.MonkeyPatch, room: int, at: int = 1) -> None:
 
     def tune(self: PaddedPasses, *arguments: Any) -> Any:
         count[0] += 1
-        found = genuine(self, *arguments)
+        result = genuine(self, *arguments)
         if count[0] >= at and self.micro_tokens > room:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return found
+        return result
 
     monkeypatch.setattr(PaddedPasses, "tune", tune)
 
@@ -172,10 +178,10 @@ def test_example_too_large_for_memory_turns_recomputation_on(
     genuine = PaddedPasses.tune
 
     def tune(self: PaddedPasses, *arguments: Any) -> Any:
-        found = genuine(self, *arguments)
+        result = genuine(self, *arguments)
         if not self.recompute:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return found
+        return result
 
     monkeypatch.setattr(PaddedPasses, "tune", tune)
     job = job_of(config_of(), store=every)

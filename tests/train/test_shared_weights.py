@@ -73,7 +73,7 @@ def test_run_equals_that_with_a_teacher_of_its_own_weights(family: str, weights:
     if exact > CUT:
         assert identical(before, after)
     else:  # in another order
-        assert all(torch.allclose(one.norm(), after[name].norm()) for name, one in before.items())
+        assert all(torch.allclose(tensor.norm(), after[name].norm()) for name, tensor in before.items())
 
 
 @both
@@ -114,12 +114,12 @@ def test_checkpoint_equals_model_in_memory(family: str, weights: str, tmp_path: 
         add_adapters(dense, job.sites, config.lora, seed=0)
     load_into_dense(dense, state, job.sites, config.train)
     with torch.no_grad():
-        found = job.model(tokens).logits
+        logits = job.model(tokens).logits
         with masked(dense, plan, sites=job.sites):
-            torch.testing.assert_close(found, dense(tokens).logits, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(logits, dense(tokens).logits, rtol=1e-5, atol=1e-5)
         unshare_weights(job.model)
         merge_adapters(job.model)
-        torch.testing.assert_close(job.model(tokens).logits, found, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(job.model(tokens).logits, logits, rtol=1e-5, atol=1e-5)
 
 
 class MemoryObserver(RecordingObserver):
@@ -144,18 +144,18 @@ def test_shared_teacher_takes_no_memory_of_its_own(family: str, packed: bool, mo
         monkeypatch.setattr(loop, "build_passes", PackedPasses)
     observer = MemoryObserver()
     job = observer.job = replace(taught(config_of(), family), observer=observer)
-    one = memory_of(job.model)
+    expected = memory_of(job.model)
     tune_and_prune(job)
-    assert observer.memory == [one] * 10
+    assert observer.memory == [expected] * 10
 
 
 def test_tuning_all_weights_adds_their_memory_after_the_cut() -> None:
     observer = MemoryObserver()
     job = observer.job = replace(taught(config_of({"train": {"weights": "all"}})), observer=observer)
-    one = memory_of(job.model)
+    shared = memory_of(job.model)
     tune_and_prune(job)
     tuned = sum(weight.nbytes for weight in weights_of(job).values())
-    assert observer.memory == [one] * CUT + [one + tuned] * 3
+    assert observer.memory == [shared] * CUT + [shared + tuned] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -164,9 +164,9 @@ def test_checkpointed_relative_error_equals_plain_and_saves_inputs_only(dtype: t
     output, aim = (torch.randn(2, 7, 16).to(dtype) for _ in range(2))
     output.requires_grad_()
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         lean = checkpointed_relative_error(output, aim)
-    assert sum(one.nbytes for one in kept) <= output.nbytes + aim.nbytes
+    assert sum(tensor.nbytes for tensor in kept) <= output.nbytes + aim.nbytes
     plain, share = relative_error(output, aim), torch.rand(14)
     assert torch.equal(lean, plain)
     gradients = [torch.autograd.grad((error * share).sum(), output)[0] for error in (lean, plain)]

@@ -77,7 +77,9 @@ def test_roll_back_restores_weights_and_moments_of_that_step(tmp_path: Path) -> 
             self.saved: list[TrainingState] = []
 
         def save(self, state: TrainingState) -> None:
-            tensors = {part: {n: t.detach().clone() for n, t in named.items()} for part, named in state.tensors.items()}
+            tensors = {
+                group: {n: t.detach().clone() for n, t in named.items()} for group, named in state.tensors.items()
+            }
             self.saved.append(replace(state, tensors=tensors))
             super().save(state)
 
@@ -87,7 +89,7 @@ def test_roll_back_restores_weights_and_moments_of_that_step(tmp_path: Path) -> 
     target = int(event["did"].rpartition(" ")[2])
     earlier = next(state for state in store.saved if state.step == target)
     back = next(state for state in store.saved if state.step == event["step"])
-    assert all(identical(earlier.tensors[part], tensors) for part, tensors in back.tensors.items())
+    assert all(identical(earlier.tensors[group], tensors) for group, tensors in back.tensors.items())
     assert set(earlier.tensors) - set(back.tensors) == {"decision"}, "which stands by now, as a plan"
     assert back.plan == limited.plan
     assert back.validation_history["last"]["guard.nll"] <= 0.4

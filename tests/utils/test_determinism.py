@@ -93,21 +93,21 @@ def test_deterministic_explains_errors_of_its_mode_and_passes_on_others() -> Non
 
 
 @pytest.mark.parametrize("sizes", [(0.5,), ()])
-@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("option", [True, False])
 def test_run_uses_deterministic_kernels_only_if_asked(
-    sizes: tuple[float, ...], wanted: bool, monkeypatch: pytest.MonkeyPatch
+    sizes: tuple[float, ...], option: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen = []
+    modes = []
 
     def prepare(*_: object, **__: object) -> None:
-        seen.append(settings()[0])
+        modes.append(settings()[0])
         raise ConfigError("enough")
 
     monkeypatch.setattr(multi_size if sizes else run_module, "prepare", prepare)
     before = settings()
     with pytest.raises(ConfigError, match="enough"):
-        run_module.run(RunConfig(deterministic=wanted, device="cpu", budget=BudgetConfig(sizes=sizes)))
-    assert seen == [wanted]
+        run_module.run(RunConfig(deterministic=option, device="cpu", budget=BudgetConfig(sizes=sizes)))
+    assert modes == [option]
     assert settings() == before
 
 

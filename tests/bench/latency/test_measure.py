@@ -61,12 +61,12 @@ def tracks(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[d
     timings = tiles(models, workload, runs)
     return [
         {
-            "prefill.device": own["prefill"],
+            "prefill.device": seconds["prefill"],
             "prefill.host": len(model.model.layers),
             "decode.device": 0.01,
-            "decode.host": own["decode"],
+            "decode.host": seconds["decode"],
         }
-        for model, own in zip(models, timings, strict=True)
+        for model, seconds in zip(models, timings, strict=True)
     ]
 
 
@@ -96,8 +96,8 @@ def test_table_of_an_additive_device_is_exact(family: str) -> None:
         small = cut(copy.deepcopy(model), plan, sites=sites)
         seconds = tiles([small], WORKLOAD, 1)[0]
         for phase in PHASES:
-            found = max_cost(latency_costs(anatomy, WORKLOAD, table, phase), plan.widths())
-            assert found == pytest.approx(seconds[phase])
+            cost = max_cost(latency_costs(anatomy, WORKLOAD, table, phase), plan.widths())
+            assert cost == pytest.approx(seconds[phase])
         whole = seconds["prefill"] + (WORKLOAD.generate - 1) * seconds["decode"]
         assert max_cost(latency_costs(anatomy, WORKLOAD, table, "mix"), plan.widths()) == pytest.approx(whole)
 
@@ -124,13 +124,13 @@ def test_narrow_layers_keeps_the_first_layer() -> None:
 
 
 def test_request_times_are_positive_for_each_phase() -> None:
-    found = time_requests([tiny("llama")], WORKLOAD, 1)
-    assert set(found[0]) == set(PHASES)
-    assert all(seconds > 0 for seconds in found[0].values())
+    timings = time_requests([tiny("llama")], WORKLOAD, 1)
+    assert set(timings[0]) == set(PHASES)
+    assert all(seconds > 0 for seconds in timings[0].values())
 
 
 class SlowDevice:
-    """A device with a clock of its own, on which a run of a short model takes `seconds`; records the runs of each call."""
+    """A device with a clock of its own, on which a run of a short model takes `seconds`; records calls."""
 
     def __init__(self, seconds: float, timer: Timer = tracks) -> None:
         self.seconds, self.timer, self.now = seconds, timer, 0.0
@@ -149,18 +149,18 @@ class SlowDevice:
 def test_slow_requests_are_timed_fewer_times_and_then_at_fewer_widths(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "prunetune")
     config = tiny_config("llama", layers=2, intermediate_size=512)
-    found = {}
+    counts = {}
     for seconds in (0.01, 0.4, 0.6, 10.0):
         device = SlowDevice(seconds)
         changed = dataclasses.replace(builder(config), track_timer=device.tracks, clock=device.clock)
         table = changed.measure({})
         (timed, *_) = table.layers["prefill.device"].values()
-        found[seconds] = (device.runs_timed[-1], len(timed.mlp), len(timed.attention))
+        counts[seconds] = (device.runs_timed[-1], len(timed.mlp), len(timed.attention))
         line = next(line for line in reversed(caplog.messages) if "about" in line)
         announced = float(line.rpartition("about ")[2].removesuffix(" s"))
         assert announced == pytest.approx(max(1, device.now - 4 * seconds), abs=1)  # less what it took to find out
-        assert announced <= measure.LONGEST or found[seconds][0] == 1
-    assert found == {0.01: (5, 33, 3), 0.4: (5, 33, 3), 0.6: (3, 33, 3), 10.0: (1, 9, 3)}  # with the dense width
+        assert announced <= measure.LONGEST or counts[seconds][0] == 1
+    assert counts == {0.01: (5, 33, 3), 0.4: (5, 33, 3), 0.6: (3, 33, 3), 10.0: (1, 9, 3)}  # with the dense width
 
 
 def test_fewer_widths_give_the_same_table_of_a_linear_device() -> None:
@@ -181,20 +181,20 @@ def test_fewer_widths_give_the_same_table_of_a_linear_device() -> None:
 
 
 def test_sampled_steps_have_the_mean_context() -> None:
-    seen: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     model = tiny("llama")
 
-    def look(_: Any, args: Any, kwargs: Any) -> None:
-        seen.append((args[0].shape[1], kwargs["past_key_values"].get_seq_length()))
+    def record_call(_: Any, args: Any, kwargs: Any) -> None:
+        calls.append((args[0].shape[1], kwargs["past_key_values"].get_seq_length()))
 
-    model.register_forward_pre_hook(look, with_kwargs=True)
+    model.register_forward_pre_hook(record_call, with_kwargs=True)
     for generate in (60, 3, 2):
         workload = dataclasses.replace(WORKLOAD, generate=generate)
         contexts = []
         for timer in (time_tracks, time_requests):
-            seen.clear()
+            calls.clear()
             timer([model], workload, 1)
-            steps = [context for width, context in seen if width == 1]
+            steps = [context for width, context in calls if width == 1]
             contexts.append(sum(steps) / len(steps))
         sampled, whole = contexts
         assert sampled == pytest.approx(whole, abs=0.5)
@@ -211,14 +211,14 @@ def test_slow_whole_requests_are_run_once(monkeypatch: pytest.MonkeyPatch) -> No
         assert len(passes) == (runs + 1) * WORKLOAD.generate
 
 
-@pytest.mark.parametrize("most", [12, 8, 5])
-def test_dense_model_that_does_not_fit_is_halved(most: int) -> None:
-    def tight(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
-        if len(models[0].model.layers) > most:
+@pytest.mark.parametrize("max_layers", [12, 8, 5])
+def test_dense_model_that_does_not_fit_is_halved(max_layers: int) -> None:
+    def limited_timer(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
+        if len(models[0].model.layers) > max_layers:
             raise torch.OutOfMemoryError
         return tiles(models, workload, runs)
 
-    small = dataclasses.replace(builder(tiny_config("llama", layers=24)), request_timer=tight, points=2)
+    small = dataclasses.replace(builder(tiny_config("llama", layers=24)), request_timer=limited_timer, points=2)
     assert small.measure({}).outside_layers["prefill.device"] == pytest.approx(0.5)
 
 

@@ -104,10 +104,10 @@ def test_answers_of_a_gguf_are_cached(tmp_path: Path, monkeypatch: pytest.Monkey
         tmp_path / "a.jsonl", {"prompt": "The capital of France is", "choices": [" Paris", " Rome"], "answer": 0}
     )
     suite = parse_suite({"tasks": {"t": {"data": "a.jsonl", "scorer": "accuracy"}}}, folder=tmp_path)
-    asked = []
+    misses = []
     for _ in range(2):
         model = open_backend(str(demo_file()), EvalOptions())
         assert isinstance(model, CachedBackend)
         assert evaluate_suite(model, suite).tasks["t"].scores["accuracy"].value == 1.0
-        asked.append(model.cache_misses)
-    assert asked == [1, 0]
+        misses.append(model.cache_misses)
+    assert misses == [1, 0]

@@ -50,7 +50,7 @@ def examples() -> Any:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """dense/, which knows the table, and the suite."""
-    place = tmp_path_factory.mktemp("planted")
+    workspace = tmp_path_factory.mktemp("planted")
     model = speaker(max_position_embeddings=64).train()
     batch = collate(examples(), 0)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
@@ -61,13 +61,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimiser.zero_grad()
         if loss < 0.02:
             break
-    save(model.eval(), place / "dense")
-    write_lines(place / "table.jsonl", *rows())
+    save(model.eval(), workspace / "dense")
+    write_lines(workspace / "table.jsonl", *rows())
     # The likelihood of right answers falls before answers flip: it sees what accuracy cannot yet.
     limits = {"accuracy": {"statistical": True}, "nll": {"statistical": True}}
     task = {"data": "table.jsonl", "scorer": ["accuracy", "nll"], "limits": limits}
-    (place / "suite.yaml").write_text(yaml.safe_dump({"tasks": {"table": task}}))
-    return place
+    (workspace / "suite.yaml").write_text(yaml.safe_dump({"tasks": {"table": task}}))
+    return workspace
 
 
 def save(model: Any, folder: Path) -> None:
@@ -108,10 +108,10 @@ def corrupted_head(folder: Path, to: Path) -> None:
 def mixed_tokenizer(folder: Path, to: Path) -> None:
     """Two letters have each other's number."""
     shutil.copytree(folder / "dense", to)
-    told = json.loads((to / "tokenizer.json").read_text(encoding="utf-8"))
-    words = told["model"]["vocab"]
+    tokenizer = json.loads((to / "tokenizer.json").read_text(encoding="utf-8"))
+    words = tokenizer["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
-    (to / "tokenizer.json").write_text(json.dumps(told), encoding="utf-8")
+    (to / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
 
 
 @torch.inference_mode()

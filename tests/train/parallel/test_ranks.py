@@ -60,8 +60,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     characters().save_pretrained(folder / "dense")
     rows = [{"prompt": f"Repeat {n}: ", "completion": f"{n} {n}", "task": "open"} for n in range(24)]
     write_lines(folder / "rows.jsonl", *rows)
-    own = {"model": str(folder / "dense"), "out": str(folder / "run"), "data": {"train": [str(folder / "rows.jsonl")]}}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | own), encoding="utf-8")
+    paths = {
+        "model": str(folder / "dense"),
+        "out": str(folder / "run"),
+        "data": {"train": [str(folder / "rows.jsonl")]},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | paths), encoding="utf-8")
     result(SINGLE_PROCESS, Checkpoints(folder / "one"), stop=STOP)
     return folder
 
@@ -102,11 +106,11 @@ def alone() -> dict[str, Any]:
     return result(SINGLE_PROCESS)
 
 
-def close(one: dict[str, Any], other: dict[str, Any]) -> None:
+def close(first: dict[str, Any], second: dict[str, Any]) -> None:
     """Same plan, same losses from the last step backwards."""
-    assert one["plan"] == other["plan"]
+    assert first["plan"] == second["plan"]
     for name in ("loss", "valid"):
-        pairs = list(zip(reversed(one[name]), reversed(other[name]), strict=False))
+        pairs = list(zip(reversed(first[name]), reversed(second[name]), strict=False))
         assert pairs
         assert max(abs(a - b) for a, b in pairs) < CLOSE
 
@@ -216,8 +220,8 @@ def test_generator_gradients_are_averaged_over_ranks(world: int) -> None:
     search._average_gradients()
     after = [parameter.grad for parameter in generator.parameters() if parameter.grad is not None]
     assert len(before) == len(after) > 0
-    for one, other in zip(before, after, strict=True):
-        torch.testing.assert_close(one, other)
+    for expected, averaged in zip(before, after, strict=True):
+        torch.testing.assert_close(expected, averaged)
 
 
 def test_gates_that_differ_between_ranks_end_the_run(results: dict[str, Any]) -> None:
@@ -227,21 +231,21 @@ def test_gates_that_differ_between_ranks_end_the_run(results: dict[str, Any]) ->
 
 def test_run_of_sharded_ranks_writes_the_folder_of_one_process(results: dict[str, Any], folder: Path) -> None:
     """Rank 0 wrote the folder, layer by layer; one process decides and cuts the same, but for rounding."""
-    there, here = RunFolder(folder / "run"), RunFolder(folder / "again")
-    assert there.read_manifest().selfcheck.ok
-    assert len(list(there.model_folder.glob("*.safetensors"))) == 4  # three layers, and what is outside
+    sharded, single = RunFolder(folder / "run"), RunFolder(folder / "again")
+    assert sharded.read_manifest().selfcheck.ok
+    assert len(list(sharded.model_folder.glob("*.safetensors"))) == 4  # three layers, and what is outside
     config = from_mapping(
-        yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) | {"out": str(here.path)}
+        yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) | {"out": str(single.path)}
     )
-    setting = prepare(config, resume=False, console=SilentConsole())
-    create_run_folder(here, config)
-    train(setting)
-    state = Checkpoints(here.checkpoints).latest()
+    context = prepare(config, resume=False, console=SilentConsole())
+    create_run_folder(single, config)
+    train(context)
+    state = Checkpoints(single.checkpoints).latest()
     assert state is not None
     assert state.plan is not None
-    assert state.plan.to_json() == there.plan_file.read_text(encoding="utf-8")
-    lines = [(folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for folder in (here, there)]
-    losses = [[json.loads(line)["loss"] for line in part] for part in lines]
+    assert state.plan.to_json() == sharded.plan_file.read_text(encoding="utf-8")
+    lines = [(folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for folder in (single, sharded)]
+    losses = [[json.loads(line)["loss"] for line in records] for records in lines]
     assert losses[0] == pytest.approx(losses[1], abs=CLOSE)
 
 
@@ -311,7 +315,7 @@ def test_other_commands_refuse_several_processes(monkeypatch: pytest.MonkeyPatch
 
 def test_rank_waiting_for_a_lost_one_exits_with_a_message() -> None:
     """The main thread is held where no signal handler of Python runs."""
-    held = (
+    program = (
         "import ctypes, os, signal; from prunetune.utils import launch; launch.STOP_GRACE_SECONDS = 0.1\n"
         "signal.signal(signal.SIGTERM, lambda *_: None)\n"
         "def wait():\n"
@@ -321,11 +325,11 @@ def test_rank_waiting_for_a_lost_one_exits_with_a_message() -> None:
     )
     environment = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
     process = subprocess.Popen(
-        [sys.executable, "-c", held], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert said == "prunetune: rank 1 of 2: told to stop, as when another rank ends; continue with --resume\n"
+    assert err == "prunetune: rank 1 of 2: told to stop, as when another rank ends; continue with --resume\n"
