@@ -1,4 +1,4 @@
-"""addresses.toml is the only place with addresses of the project, and every file that shows one follows it."""
+"""addresses.toml is the only source of the project's addresses, and every file that shows one agrees with it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def page(name: str, addresses: dict[str, str]) -> str:
 
 
 def lines(addresses: dict[str, str]) -> str:
-    """Everything that the script would put between marks."""
+    """All text that the script writes between its marks."""
     return "".join(write(addresses) for write in SCRIPT["LINES"].values())
 
 
 def test_files_equal_those_the_script_writes() -> None:
-    """Run `python docs/make_addresses.py` where they are not."""
+    """If this fails, run `python docs/make_addresses.py`."""
     for file, text in SCRIPT["pages"](SCRIPT["read"]()).items():
         assert file.read_text(encoding="utf-8") == text, file.name
 

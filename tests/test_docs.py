@@ -1,4 +1,4 @@
-"""What the documents say is what the code does, as far as a test can read."""
+"""Documents agree with the code: commands, recipes, rows, names, links, generated pages and versions."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ def blocks(language: str) -> list[tuple[str, str]]:
 
 
 def first_line(text: str) -> str:
-    """A name for a test."""
+    """The id of a parametrised test: the first line of its block."""
     return text.split("\n")[0]
 
 
 def commands() -> list[str]:
-    """Every command in a bash block, comments taken off."""
+    """Every command in a bash block, without comments."""
     lines = [line.partition("  #")[0] for _, text in blocks("bash") for line in text.splitlines()]
     return [command.strip() for line in lines for command in line.split("&&") if command.strip()]
 
 
 def test_page_of_options_is_up_to_date() -> None:
-    """Run `python docs/make_recipes.py` where it is not."""
+    """If this fails, run `python docs/make_recipes.py`."""
     page = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))["page"]()
     assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == page
 
 
 def test_page_of_modules_is_up_to_date() -> None:
-    """Run `python docs/make_modules.py` where it is not."""
+    """If this fails, run `python docs/make_modules.py`."""
     page = runpy.run_path(str(ROOT / "docs" / "make_modules.py"))["page"]()
     assert (ROOT / "docs" / "reference" / "modules.md").read_text(encoding="utf-8") == page
 

@@ -1,4 +1,4 @@
-"""After `hub.register()` a per-layer folder opens without a trust flag, and its own modules are not run."""
+"""After `hub.register()` a per-layer folder opens without a trust flag, and the folder's own code is not run."""
 
 from __future__ import annotations
 

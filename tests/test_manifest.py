@@ -1,4 +1,4 @@
-"""manifest.json: written to the byte as it was read, and read whatever is in it."""
+"""manifest.json: it is written back to the byte, and any JSON object can be read."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def with_value(values: Any, path: tuple[Any, ...], value: Any) -> Any:
 
 
 def paths(values: Any) -> list[tuple[Any, ...]]:
-    """The way to every value of a JSON."""
+    """Paths to all values of a JSON."""
     items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
     return [path for name, value in items for path in [(name,), *((name, *rest) for rest in paths(value))]]
 

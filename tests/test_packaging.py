@@ -1,4 +1,4 @@
-"""Metadata, version and what a host of repositories reads. Nothing is built and nothing is fetched."""
+"""Package metadata, version, citation, hooks and CI files; nothing is built or downloaded."""
 
 from __future__ import annotations
 

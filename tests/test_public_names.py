@@ -1,4 +1,4 @@
-"""What `import prunetune` gives, and that it does not import the heavy packages."""
+"""Public names of `prunetune`, which imports no heavy package."""
 
 from __future__ import annotations
 

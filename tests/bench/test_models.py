@@ -91,7 +91,7 @@ def test_prompt_beyond_the_context_is_refused(dense: Path) -> None:
 
 @pytest.mark.parametrize("heads", [1, 2, 8])
 def test_attention_flops_count_keys_for_each_query_head(heads: int) -> None:
-    """By PyTorch's count of the two products."""
+    """Against PyTorch's own count of the two matrix products."""
     query, key, value = (
         torch.empty(3, *shape, device="meta", dtype=torch.bfloat16)
         for shape in ((8, 5, 4), (heads, 7, 4), (heads, 7, 6))
@@ -143,7 +143,7 @@ COMPILED = dataclasses.replace(SMALL, compile=True)
 
 
 def test_compiled_steps_use_the_same_cache_again(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the same address: with another cache, the timed runs would compile again."""
+    """The cache keeps its address; with another one, the timed runs would compile again."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     runner = LocalRunner(ModelSpec("dense", str(dense)), COMPILED)
     runner.warm_up(2)

@@ -1,4 +1,4 @@
-"""The command line: a user error is one line that says what to do, exit code 2, and nothing is written."""
+"""The command line: a user error prints one line with the next step, exits with 2, and writes nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(dense: Path, tmp_path: Path) -> Callable[..., str]:
-    """A recipe that would run but for the changes; the run folder is tmp_path/run."""
+    """A recipe that is valid except for the changes; its run folder is tmp_path/run."""
 
     def write(**changes: Any) -> str:
         rows = tmp_path / "rows.jsonl"
@@ -460,7 +460,7 @@ def test_value_after_a_switch_is_refused_with_the_right_form(
     ("verb", "code"), [("runs", prunetune.cli.app.EXIT_OUTPUT_CLOSED), ("--help", 1)]
 )  # 1: how rich ends so
 def test_closed_output_ends_silently(verb: str, code: int, tmp_path: Path) -> None:
-    """As behind `| head`, which closes its input."""
+    """The same happens with `| head`, which closes its input."""
     words = [verb, str(tmp_path)] if verb == "runs" else [verb]
     with subprocess.Popen(
         [sys.executable, "-m", "prunetune.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

@@ -1,4 +1,4 @@
-"""Budgets from the command line: what is said before any training, what is refused, and a run that meets them."""
+"""Budgets from the command line: previews before training, refused budgets, and a run that meets its budgets."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ RECIPE: dict[str, Any] = {
 
 
 def sizes(models: Sequence[Any], workload: Any, runs: int) -> list[dict[str, float]]:
-    """Seconds by parameters."""
+    """Seconds proportional to the number of parameters."""
     counts = [sum(weight.numel() for weight in model.parameters()) for model in models]
     return [dict.fromkeys(PHASES, 1e-6 * count) for count in counts]
 
 
 def tracks(models: Sequence[Any], workload: Any, runs: int) -> list[dict[str, float]]:
-    """All of it the device's."""
+    """The same seconds by track, all of them on the device."""
     times = sizes(models, workload, runs)
     return [dict.fromkeys(TRACKS, 0.0) | {f"{phase}.device": time[phase] for phase in PHASES} for time in times]
 

@@ -88,7 +88,7 @@ def test_existing_export_is_not_overwritten(say: Said, run: Path, tmp_path: Path
 
 
 def test_partial_folder_of_a_killed_export_is_removed(say: Said, run: Path, tmp_path: Path) -> None:
-    """As a killed export leaves it."""
+    """A killed export leaves such a folder."""
     (tmp_path / "x.gguf.partial").write_text("half")
     assert say(str(run), "--to", "gguf", "--out", str(tmp_path / "x.gguf"))[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]

@@ -1,4 +1,4 @@
-"""Laws of amounts: what is shown is read back, shares only make smaller, and a rounded amount would do."""
+"""Laws of amounts: a formatted amount is parsed back, shares are at most 1, and a rounded amount meets its limit."""
 
 from __future__ import annotations
 

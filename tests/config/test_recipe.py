@@ -1,4 +1,4 @@
-"""Options: every one is a key, a flag and a check, and what is written is read back."""
+"""Options: each is a recipe key and a flag with checked bounds, and a written recipe is read back."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def other(path: str) -> Any:
 
 
 def beside(path: str) -> dict[str, Any]:
-    """What an option cannot do without."""
+    """Other options that an option requires."""
     return {"distill": {"teacher": "base"}} if path == "data.texts" else {}
 
 
@@ -117,7 +117,7 @@ def test_every_option_has_help_that_ends_a_sentence(path: str) -> None:
 
 @pytest.mark.parametrize("path", OPTIONS)
 def test_default_is_within_its_own_bounds(path: str) -> None:
-    """Else the recipe that a run writes down could not be read back."""
+    """Otherwise the recipe that a run saves could not be read back."""
     default = OPTIONS[path].default
     given_back = value_at(from_mapping(nested(path, list(default) if isinstance(default, tuple) else default)), path)
     assert given_back == default
@@ -227,7 +227,7 @@ def test_number_that_is_not_finite_is_refused(path: str, value: Any) -> None:
 
 @pytest.mark.parametrize(("written", "read"), [("1e-3", 1e-3), ("5.0e-4", 5e-4), ("1", 1.0), ("2.5E+1", 25.0)])
 def test_yaml_spellings_of_a_number_are_read(tmp_path: Path, written: str, read: float) -> None:
-    """YAML takes 1e-3 for text."""
+    """YAML reads 1e-3 as text."""
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"train: {{learning_rate: {written}}}")
     rate = load_recipe(recipe).train.learning_rate
@@ -334,7 +334,7 @@ def test_flag_alias_sets_the_same_option() -> None:
 
 @pytest.mark.parametrize("path", OPTIONS)
 def test_flag_overrides_only_its_option(path: str, tmp_path: Path) -> None:
-    """And what the recipe says beside it stays."""
+    """Other options of the recipe keep their values."""
     recipe = tmp_path / "r.yaml"
     rest = merge_mappings(beside(path), {"seed": 5} if path != "seed" else {"out": "there"})
     recipe.write_text(yaml.safe_dump(merge_mappings(to_mapping(RunConfig()), rest)))
@@ -344,7 +344,7 @@ def test_flag_overrides_only_its_option(path: str, tmp_path: Path) -> None:
 
 
 def test_flags_of_zero_and_false_override() -> None:
-    """A falsy flag is not an absent one."""
+    """A flag with a false value still overrides the recipe."""
     flags = parsed("--seed", "0", "--lora.dropout", "0", "--no-trust-remote-code")[1]
     assert flags == {"seed": 0, "lora": {"dropout": 0.0}, "trust_remote_code": False}
 

@@ -1,4 +1,4 @@
-"""Laws of batches: padding changes no loss, every example is seen as often as it weighs, a step depends on its seed."""
+"""Laws of batches: padding changes no loss, examples appear by weight, a step depends on its seed."""
 
 from __future__ import annotations
 

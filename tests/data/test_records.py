@@ -1,4 +1,4 @@
-"""Records from rows: every form, what follows from what, identity of questions, and wrong rows refused in one line."""
+"""Records from rows: every form, derived fields, identity of questions, and malformed rows refused in one line."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def test_every_format_gives_the_same_records(ending: str, tmp_path: Path) -> Non
 
 
 def stars(ending: str, folder: Path, *columns: str, choices: str = '["1","2","3"]', cell: str = "1") -> list[str]:
-    """The right answers of one row of digits in a table, its last `columns` holding `cell`."""
+    """The answers that a table of digits gives, where `cell` fills its last `columns`."""
     mark = "\t" if ending == ".tsv" else ","
     quoted = choices.replace('"', '""')
     header, row = ["prompt", "choices", *columns], ["How many?", f'"{quoted}"', *[cell] * len(columns)]
@@ -178,7 +178,7 @@ def test_missing_sources_are_refused(source: str, message: str, tmp_path: Path) 
 
 
 class FakeHub:
-    """Stands in for the datasets package: holds the splits of one data set, and what was asked for."""
+    """Stands in for the datasets package: serves the splits of one data set and records its calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, splits: dict[str, list[Any]], error: Exception | None = None):
         self.calls: list[tuple[Any, ...]] = []

@@ -1,4 +1,4 @@
-"""Greedy answers do not depend on their company or on a checkpoint's sampling settings."""
+"""Greedy answers depend neither on the other rows of a batch nor on a checkpoint's sampling settings."""
 
 from __future__ import annotations
 

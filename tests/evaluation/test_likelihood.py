@@ -1,4 +1,4 @@
-"""Cached and shared scoring equals one full forward pass a choice."""
+"""Likelihoods from cached and shared prompts equal one full forward pass for each choice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOCABULARY = 97
 
 
 def silent(count: int) -> None:
-    """Nobody watches."""
+    """A progress callback that does nothing."""
 
 
 def ids(rng: random.Random, longest: int, shortest: int = 1) -> tuple[int, ...]:

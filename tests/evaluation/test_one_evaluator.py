@@ -36,7 +36,7 @@ METRICS = {
 
 
 def write_rows(folder: Path, *, long: int) -> dict[str, str]:
-    """A file of each kind of row; of each, one row is `long` times longer than the others."""
+    """Write a file for each kind of row; one row of each is `long` times longer than the others."""
     times = [1, 2, 1, 3, long]
     rows: dict[str, list[dict[str, Any]]] = {
         "choice": [
@@ -67,7 +67,7 @@ def suite_over(files: dict[str, str], template: str = "auto") -> Suite:
 
 
 def assert_same_scores(of_run: Evaluation, of_eval: Evaluation, rel: float = FLOAT32) -> None:
-    """Every metric of the run, its standard error, and every item behind it."""
+    """Compare every metric of the run, its standard error, and every item."""
     assert {name: set(result.scores) for name, result in of_run.tasks.items()} == METRICS
     assert not [result.error for result in of_eval.tasks.values() if result.error]
     for name, result in of_run.tasks.items():
@@ -92,7 +92,7 @@ def assert_same_scores(of_run: Evaluation, of_eval: Evaluation, rel: float = FLO
 def test_run_scores_rows_as_a_suite_does(
     family: str, dtype: torch.dtype, rel: float, max_tokens: int, template: Any, tmp_path: Path
 ) -> None:
-    """Over choices, written answers, chats and texts; one row of each is longer than the model's context of 64."""
+    """Rows are choices, generated answers, chats and texts; one of each is longer than the model's context of 64."""
     model, tokenizer = tiny(family, vocab_size=len(subwords()), max_position_embeddings=64).to(dtype), subwords()
     files = write_rows(tmp_path, long=30)
     data = DataConfig(template=template, max_length=16, too_long="drop")  # about tuning, not about scores

@@ -1,4 +1,4 @@
-"""Paired tests hold their level, find what is there, and agree with tests made another way."""
+"""Paired tests hold their level, find real losses, and agree with tests computed in another way."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Scores = np.ndarray
 
 
 def task(values: Scores, metric: str, name: str = "t") -> TaskResult:
-    """Items with these scores; labels of two kinds, of which a score of 1 says that the right one was given."""
+    """Items with these scores and two labels; the answer is the right label where the score is 1."""
     items = tuple(
         Item(
             str(index), "", "ab"[index % 2], "ab"[(index + (value < 1)) % 2], bool(value == 1),
@@ -67,7 +67,7 @@ KINDS: dict[str, Kind] = {
 
 @pytest.mark.parametrize("metric", KINDS)
 def test_paired_test_of_equal_models_rarely_alarms(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """200 comparisons of a model's items with the same items drawn anew; an alarm is: worse, and p within the level."""
+    """200 comparisons of a model's items with a resample of them; an alarm is a loss with p within the level."""
     monkeypatch.setattr("prunetune.evaluation.paired.RESAMPLES", 799)
     rng = np.random.default_rng(7)
     alarms = 0

@@ -1,4 +1,4 @@
-"""Results round-trip, and their statistics agree with the textbook."""
+"""Results round-trip through JSON, and their statistics agree with textbook formulas."""
 
 from __future__ import annotations
 
@@ -156,7 +156,7 @@ def test_only_common_items_are_paired() -> None:
 
 
 def test_items_of_one_id_with_other_questions_are_not_paired() -> None:
-    """An id is a line of a file where rows have none of their own, and lines move."""
+    """Rows without an id are numbered by line, and lines move."""
     items = [replace(item, prompt=f"{n} " + "x" * MAX_PROMPT_CHARS) for n, item in enumerate(chosen(8, wrong=2))]
     a = result(items, "accuracy")
     for change in ({"prompt": "other"}, {"expected": "other"}):

@@ -1,4 +1,4 @@
-"""A whole evaluation: which scores a task gets, and what may not change them."""
+"""A whole evaluation: the scores of each kind of task, and that batches, caches and order do not change them."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def test_nothing_to_score_is_refused() -> None:
 
 @pytest.mark.parametrize("too_long", ["error", "truncate", "drop"])
 def test_rows_longer_than_the_context_are_scored_without_their_beginning(too_long: str) -> None:
-    """`data.too_long` and `data.max_length` are about the rows that tuning sees; `eval` knows neither."""
+    """`data.too_long` and `data.max_length` apply to rows for tuning only; `eval` has neither."""
     records = [question(0, prompt="long " * 100), question(1)]
     result = scored(records, too_long=too_long, max_length=4).tasks["open"]
     assert sorted(item.id for item in result.items) == ["q0", "q1"]
@@ -222,7 +222,7 @@ def test_long_prompt_keeps_its_start_token_and_is_cut_as_in_a_suite(
 
 
 def record_prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The prompts that answers are written to from now on."""
+    """The prompts of all generations from this call on, in order."""
     prompts: list[tuple[int, ...]] = []
 
     def spied(model: Any, tokenizer: Any, batch: list[tuple[int, ...]], **how: Any) -> list[str]:

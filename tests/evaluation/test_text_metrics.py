@@ -1,4 +1,4 @@
-"""Exact match and ROUGE-L compare texts as readers would, in any script."""
+"""Exact match ignores case and white space, and ROUGE-L compares words in any script."""
 
 from __future__ import annotations
 

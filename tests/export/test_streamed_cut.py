@@ -25,7 +25,7 @@ DEFAULT_UNITS = ("kv-groups", "mlp-channels")
 
 
 def double(name: str, weight: Tensor) -> Tensor:
-    """A stand-in for an adapter, on one kind of linear."""
+    """Double one kind of linear, in place of merging adapters."""
     return weight * 1.7 if name.endswith(("up_proj.weight", "fc.weight")) else weight
 
 
@@ -91,7 +91,7 @@ def test_cut_streamed_has_one_layer_in_memory_at_a_time(tmp_path: Path) -> None:
 
 
 def test_streamed_checkpoint_opens_streamed_in_a_fresh_process(tmp_path: Path) -> None:
-    """By its generated code."""
+    """The folder's generated code opens it."""
     dense = tiny(tie_word_embeddings=True)
     dense.save_pretrained(tmp_path / "dense")
     plan, sites = random_plan(dense), tuple(find_sites(dense))
@@ -110,7 +110,7 @@ def test_streamed_checkpoint_opens_streamed_in_a_fresh_process(tmp_path: Path) -
 
 
 def test_reader_leaves_out_tensors_of_renamed_or_damaged_files(tmp_path: Path) -> None:
-    """Tensors under other names than the class has, or files that cannot be read."""
+    """`has_all` is false if tensors have other names than the class, or if files cannot be read."""
     tiny("mixtral").save_pretrained(tmp_path / "dense")  # stored expert by expert
     model, stored = load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense"))
     assert not stored.has_all(name for name, _ in model.named_parameters())

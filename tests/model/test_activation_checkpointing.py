@@ -31,7 +31,7 @@ CASES: list[tuple[str, Collection[str]]] = [
 
 @pytest.fixture(autouse=True)
 def _short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of a thousand tokens are for GPUs."""
+    """Round row lengths up to 32 tokens: the default of a thousand is for GPUs."""
     monkeypatch.setattr(packing, "TOKEN_STEP", 32)
     monkeypatch.setattr(packing, "LABEL_STEP", 32)
 

@@ -26,7 +26,7 @@ SOME = ("llama", "gemma3_text", "qwen3", "olmo2", "phi3", "gpt_neox", "opt")
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Names of what is compiled; graphs are taken, but run as they are: kernels are PyTorch's matter."""
+    """Names of the compiled graphs; they run eagerly, since PyTorch's kernels are not tested here."""
     names: list[str] = []
 
     def backend(graph: Any, _: Any) -> Callable[..., Any]:

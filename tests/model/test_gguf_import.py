@@ -1,4 +1,4 @@
-"""The dequantised copy of a .gguf file: complete, made once, also by two processes at a time."""
+"""The dequantised copy of a .gguf file: complete, and written once, even by two processes at a time."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_broken_gguf_file_is_refused(content: bytes, tmp_path: Path, monkeypatch
 
 
 def test_tokenizer_that_splits_words_into_letters_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers 5.17 on Gemma's."""
+    """transformers 5.17 reads Gemma's tokenizer in this way."""
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: subwords())
     assert gguf_import.dequantize_gguf(file).is_dir()
     os.utime(file, ns=(1, 1))
@@ -65,7 +65,7 @@ def test_tokenizer_that_splits_words_into_letters_is_refused(file: Path, monkeyp
 
 def test_two_processes_dequantise_the_same_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class SlowTokenizer:
-        """A tokenizer while whose writing another process begins and ends."""
+        """A tokenizer: while it is being written, another process begins and ends."""
 
         def __len__(self) -> int:
             return 0

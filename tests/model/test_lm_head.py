@@ -1,4 +1,4 @@
-"""The output head: apart from the model, and in chunks, it gives the same logits, losses and gradients."""
+"""The output head: run outside the model or in chunks, it gives the same logits, losses and gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Limits on scores in a whole run: what is recorded, reported and refused, and how the run ends."""
+"""Limits on scores in a whole run: records, reports, refused limits, and how the run ends."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def model_that_knows(texts: list[str]) -> Any:
-    """A model with something to lose."""
+    """A model trained on these texts, so that pruning raises its loss on them."""
     model = speaker().train()
     ids = torch.tensor(characters()(texts)["input_ids"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -81,12 +81,12 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def free(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is watched, without gates."""
+    """A run with validation and without limits."""
     return run(config_of(workspace, tmp_path_factory.mktemp("free") / "run", validate={"accuracy": True}))
 
 
 def limit_between(free: Path) -> float:
-    """A guard limit that holds for the dense model and not for what the run ends with."""
+    """A guard limit that the dense model meets and the final model of the run `free` breaks."""
     scores = [line["guard.nll"] for line in lines(free / "validation.jsonl")]
     assert scores[-1] > scores[0], "pruning costs this model something"
     return (scores[0] + scores[-1]) / 2
@@ -262,7 +262,7 @@ def test_limit_that_could_never_act_is_refused_before_anything_is_written(worksp
 
 @pytest.mark.parametrize("gates", ["projected", "sampled"])
 def test_last_validated_plan_is_the_plan_that_is_cut(gates: str, workspace: Path, tmp_path: Path) -> None:
-    """Even where the search lasts to the last step."""
+    """This holds even if the search lasts until the last step."""
     search = {"share": 1.0, "settle": 0, "gates": gates, "learning_rate": 0.05}
     folder = run(config_of(workspace, tmp_path / "run", "valid.nll <= 9x -> stop", search=search))
     last = json.loads((folder / "decisions" / "step-0000008.json").read_text())

@@ -72,7 +72,7 @@ def config_of(workspace: Path, out: Path, **changes: Any) -> RunConfig:
 
 @pytest.fixture(scope="module")
 def done(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One uninterrupted run of two sizes, everything of it."""
+    """One uninterrupted run of two sizes, with all stages."""
     changes: dict[str, Any] = {"budget": {"keep": [0.8, 0.5]}, "require": {"smaller": 0.01}}
     return run_pipeline(
         config_of(workspace, tmp_path_factory.mktemp("runs") / "two", **changes), command="prunetune run"
@@ -81,7 +81,7 @@ def done(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def only_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is written, scored or timed: what tuning left in the checkpoints is looked at."""
+    """Skip writing, scoring and timing; tests read the checkpoints of tuning."""
     for name in ("_finish_and_evaluate", "measure_gain"):
         monkeypatch.setattr(multi_size, name, lambda *_: None)
     monkeypatch.setattr(recording, "write_report", lambda _: None)
@@ -89,7 +89,7 @@ def only_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No process opens what was written; other tests have that."""
+    """Skip the check of written models in a fresh process, which other tests cover."""
     monkeypatch.setattr(finish, "check_checkpoint", lambda *_, **__: SOUND)
 
 

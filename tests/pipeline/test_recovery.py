@@ -60,7 +60,7 @@ def whole(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def full(genuine: Callable[..., Any], after: int) -> Callable[..., Any]:
-    """Writes of tensors, the last of which leaves half a file, as safetensors says it."""
+    """A `save_file` that fails after some calls with half a file and the error of safetensors."""
     count = [0]
 
     def save(tensors: Any, file: Path) -> None:

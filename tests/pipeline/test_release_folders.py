@@ -45,7 +45,7 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def is_same_machine() -> bool:
-    """Whether sums come out as they did for the fixture, to the bit."""
+    """Whether this machine computes the same sums as the fixture's, to the bit."""
     present = (torch.__version__, machine(), torch.get_num_threads())
     return present == (EXPECTED["torch"], EXPECTED["machine"], EXPECTED["threads"])
 
@@ -140,7 +140,7 @@ def test_runs_of_0_1_0_are_listed_by_runs(say: Said) -> None:
 
 
 def test_history_of_0_1_0_is_listed_by_runs(say: Said, release: Path) -> None:
-    """Its runs.sqlite, kept as SQL, for it names places and the host."""
+    """The fixture holds runs.sqlite as SQL, since it names paths and the host."""
     words = (release / "runs.sql").read_text(encoding="utf-8").replace("{here}", str(release))
     with closing(sqlite3.connect(release / "runs.sqlite")) as store:
         store.executescript(words.replace("{host}", "elsewhere"))

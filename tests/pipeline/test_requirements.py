@@ -1,4 +1,4 @@
-"""The required gain: margins are met, or the reason is named."""
+"""Required gains of a run: met margins are recorded, and a missed one names its reason."""
 
 from __future__ import annotations
 

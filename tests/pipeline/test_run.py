@@ -1,4 +1,4 @@
-"""How a run is called: how deep its training is, and in which order its stages come."""
+"""Structure of `run`: few frames from the command to the training loop, and the order of stages."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MAX_FRAMES = 5  # from the command to the loop, both counted
 
 
 def recipe_values(folder: Path) -> dict[str, Any]:
-    """A run of two steps without a teacher."""
+    """Recipe of a run of two steps without a teacher."""
     workspace = furnished(folder, 24)
     return {
         "model": str(workspace / "dense"),

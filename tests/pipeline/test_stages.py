@@ -88,7 +88,7 @@ def done(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """What has to be equal to the byte."""
+    """Files of a run that have to be equal to the byte, by name."""
     return {name: (folder / name).read_bytes() for name in ("plan.json", "model/model.safetensors", "model/plan.json")}
 
 
@@ -253,7 +253,7 @@ prunetune.pipeline.run.run(from_mapping(values), resume=True)
 
 
 def killed(values: dict[str, Any], moment: str) -> None:
-    """Run in a process that is killed at a moment of the run; fails where the moment never comes."""
+    """Run in a process that is killed at a moment of the run; fails if the moment never comes."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [sys.executable, "-c", RUNNER, json.dumps(values), moment],
@@ -266,7 +266,7 @@ def killed(values: dict[str, Any], moment: str) -> None:
 
 
 def assert_nothing_half_written(folder: Path) -> None:
-    """Whatever stands under its final name is whole."""
+    """Every file with its final name is complete."""
     if (folder / "model").exists():
         plan = Plan.load(folder / "model" / "plan.json")
         stored = sum(tensor.numel() for tensor in load_file(folder / "model" / "model.safetensors").values())
@@ -415,7 +415,7 @@ def test_split_without_a_fitting_row_is_refused(
 
 
 def test_token_without_an_embedding_row_is_refused(workspace: Path, tmp_path: Path) -> None:
-    """One that only pads is as good as any other; one that rows hold is refused."""
+    """A token that is used for padding only is accepted; one that rows contain is refused."""
     folder = tmp_path / "dense"
     shutil.copytree(workspace / "dense", folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -434,7 +434,7 @@ def test_token_without_an_embedding_row_is_refused(workspace: Path, tmp_path: Pa
 
 
 def test_weights_are_written_in_the_dtype_they_were_stored_in(workspace: Path, tmp_path: Path) -> None:
-    """Also where the configuration does not say how."""
+    """This holds even if the configuration names no dtype."""
     folder = tmp_path / "dense"
     shutil.copytree(workspace / "dense", folder)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)

@@ -52,7 +52,7 @@ def test_masking_equals_cutting(family: str, units: tuple[str, ...], lora: bool)
 
 @pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if "layers" in kinds_of(family)])
 def test_closed_layer_returns_its_input_in_every_pass(family: str) -> None:
-    """A teacher compares hidden states, which transformers collects by hooks of its own from the first pass on."""
+    """Hidden states, which a teacher compares, are collected by hooks of transformers from the first pass on."""
     model = tiny(family, layers=LAYERS)
     sites = find_sites(model, ("layers",))
     gates = {site.name: torch.tensor([float(site.layer != 1)]) for site in sites}

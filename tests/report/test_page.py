@@ -1,4 +1,4 @@
-"""The report page: it loads and executes nothing, shows what is there, names what is missing, escapes all text."""
+"""The report page: it loads and executes nothing, shows existing files, names missing ones, and escapes all text."""
 
 from __future__ import annotations
 

@@ -271,7 +271,7 @@ def test_change_without_spread_has_a_verdict() -> None:
 
 @pytest.mark.parametrize("order", [("zero", "wide"), ("wide", "zero")])
 def test_task_without_recovery_hides_no_other_loss(order: tuple[str, str], tmp_path: Path) -> None:
-    """Of a score of 0 there is no recovery; the other task's possible loss counts wherever it stands."""
+    """A reference score of 0 has no recovery; a loss on the other task is still reported, in either order."""
     results = {"zero": (task("zero", [0] * 20), task("zero", [0] * 20))}
     results["wide"] = (task("wide", [1, 0, 1, 1] * 5), task("wide", [1, 1, 0, 1] * 5))
     scored = {

@@ -61,7 +61,7 @@ def geometry(name: str) -> tuple[tuple[Site, ...], ModelShape, PlanConstraints]:
 
 
 def table_of(anatomy: ModelShape, tile: int = 256) -> LatencyTable:
-    """Seconds that rise at every tile; the last channels of one come free."""
+    """A latency table whose seconds rise with each started tile of channels, so that the rest of a tile is free."""
     layers = {}
     for layer in set(representative_layers(anatomy).values()):
         units = {site.kind: site.units for site in anatomy.layers[layer].sites}
@@ -174,7 +174,7 @@ def test_budget_that_the_dense_model_meets_is_refused() -> None:
 
 
 def test_budget_below_the_least_widths_is_named() -> None:
-    """The only contradiction there is, since all budgets are upper limits."""
+    """Budgets are upper limits, so they can only contradict the least widths."""
     sites, _, constraints = geometry("smollm")
     guarded = PlanConstraints("per-layer", constraints.align, min_share=0.9)
     with pytest.raises(PlanError, match=r"budget\.memory.*min_share"):

@@ -55,7 +55,7 @@ def test_plan_is_on_budget_nested_and_survives_json(family: str, layout: str) ->
 
 @every_family
 def test_no_further_block_fits(family: str) -> None:
-    """Neither a wider site, nor a pruned block or layer with the least that it must keep."""
+    """No site can be one block wider, and no pruned block or layer fits at its least width."""
     constraints = constraints_for("per-layer")
     for sites, keep, plan in cases(family, "per-layer"):
         nested_sites, widths = NestedSites(sites), widths_of(plan, sites)

@@ -107,14 +107,14 @@ def test_no_wider_uniform_shape_fits(name: str) -> None:
 def test_best_units_of_a_site_are_kept(name: str, layout: str) -> None:
     for _, scores, plan in cases(name, layout):
         for site, kept in plan.kept.items():
-            stays = torch.zeros(plan.units[site], dtype=torch.bool)
-            stays[list(kept)] = True
-            if kept and not stays.all():
-                assert scores[site][stays].min() >= scores[site][~stays].max()
+            is_kept = torch.zeros(plan.units[site], dtype=torch.bool)
+            is_kept[list(kept)] = True
+            if kept and not is_kept.all():
+                assert scores[site][is_kept].min() >= scores[site][~is_kept].max()
 
 
 def blocks(site: Site, scores: Tensor, legal: PlanConstraints) -> list[tuple[float, int, int]]:
-    """(mean score, width once taken, price) of each block above the floor."""
+    """(mean score, width with the block, price) of each block above the least width."""
     size = legal.align if site.kind is UnitKind.MLP_CHANNEL else 1
     edges = [*range(min_width(site, legal), site.units, size), site.units]
     ranked = scores.double().sort(descending=True).values

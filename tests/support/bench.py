@@ -74,5 +74,5 @@ def failing_runner(model: ModelSpec, options: BenchOptions) -> Runner:
 
 
 def slowed(base: Mapping[str, float], factors: Sequence[float]) -> list[BenchSample]:
-    """The same run on a machine that is slower by a factor for each round."""
+    """Samples of the same run on a machine that is slower by a factor in each round."""
     return [BenchSample(base["total"] * f, base["prefill"] * f, base["decode"] * f) for f in factors]

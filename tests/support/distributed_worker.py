@@ -100,7 +100,7 @@ def result(
 
 
 def packed(ranks: Ranks) -> dict[str, Any]:
-    """The same by packed passes, which a GPU takes."""
+    """The same with packed passes, which runs on a GPU use."""
     before = loop.build_passes
     loop.build_passes = PackedPasses  # type: ignore[assignment]
     try:
@@ -170,7 +170,7 @@ def refused(work: Callable[[], object]) -> str:
 
 
 def opened(written: WrittenCheckpoint, tokens: torch.Tensor, *, streamed: bool) -> dict[str, torch.Tensor]:
-    """What `selfcheck.reopen_in_fresh_process` returns, without a new process: that one is tested elsewhere."""
+    """Replaces `selfcheck.reopen_in_fresh_process` in this process; the original is tested elsewhere."""
     assert streamed
     how: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "trust_remote_code": True}
     model = load_model_and_tokenizer(str(written.folder.absolute()), **how).model

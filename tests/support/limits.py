@@ -60,7 +60,7 @@ def guard_nll(model: Any) -> float:
 
 @dataclass
 class FakeMonitor:
-    """A monitor whose score is a function of the model as it is."""
+    """A monitor whose score is a function of the current model."""
 
     limits: tuple[ScoreLimit, ...]
     good_checkpoints: CheckpointStore

@@ -43,7 +43,7 @@ def config_of(changes: dict[str, Any] | None = None) -> RunConfig:
 
 
 def examples(count: int = 24, seed: int = 0) -> tuple[Example, ...]:
-    """Prompts of random tokens; the answer repeats the last one three times: soon learnt."""
+    """Prompts of random tokens; the answer repeats the last one three times, which is learnt quickly."""
     rng = torch.Generator().manual_seed(seed)
     rows = []
     for index in range(count):
@@ -106,7 +106,7 @@ def losses(job: TrainingJob) -> list[float]:
 
 
 def search_losses(job: TrainingJob) -> list[float]:
-    """0 where the search is over."""
+    """Loss of the search at each step; 0 after the search."""
     return [record.get("search_loss", 0.0) for record in job.observer.steps]  # type: ignore[attr-defined]
 
 

@@ -79,7 +79,7 @@ def plan(rng: random.Random) -> Plan:
 
 
 def metrics(config: RunConfig, rng: random.Random) -> list[dict[str, object]]:
-    """A log of 70 lines over search, settle and tune."""
+    """70 records of training over search, settle and tune."""
     return [_logged(step, config, rng) for step in range(10, STEPS + 1, 10)]
 
 
@@ -180,7 +180,7 @@ def _mean(values: list[float]) -> Score:
 
 
 def manifest() -> dict[str, object]:
-    """What a run on one GPU would note."""
+    """The manifest of a run on one GPU."""
     counts = {"train": 4592, "search": 540, "valid": 270, "test": 1170}
     return {
         "command": ["prunetune", "run", "recipes/legal.yaml", "--budget.keep", "0.6"],
@@ -225,7 +225,7 @@ def manifest() -> dict[str, object]:
 
 
 def make_sizes(folder: Path, keeps: tuple[float, ...] = (0.8, 0.6, 0.4)) -> Path:
-    """A run of several sizes: each a made-up run folder, the last of them slower than was asked."""
+    """A run of several sizes: each a made-up run folder, the last slower than required."""
     config = from_mapping({"model": MODEL, "budget": {"keep": list(keeps)}, "require": {"faster": 1.2}})
     for index, keep in enumerate(keeps):
         size_folder = make_run(folder / "sizes" / f"{keep:g}")

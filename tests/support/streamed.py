@@ -1,4 +1,4 @@
-"""Shared by tests of export."""
+"""Tensors of a checkpoint folder, for tests that compare written checkpoints."""
 
 from __future__ import annotations
 

@@ -96,8 +96,8 @@ def test_group_lasso_has_no_gradient_at_open_units_and_is_smooth_at_zero() -> No
     sites, plan = find_sites(model), random_plan(tiny(), keep=0.4)
     group_lasso(model, gates_from_plan(plan, sites), sites).backward()  # type: ignore[no-untyped-call]
     for site in sites:
-        slope = model.get_submodule(site.consumer.module).lora_A["default"].weight.grad
-        moved = slope.abs().sum(0).view(site.units, site.consumer.rows_per_unit).sum(1) > 0
+        gradient = model.get_submodule(site.consumer.module).lora_A["default"].weight.grad
+        moved = gradient.abs().sum(0).view(site.units, site.consumer.rows_per_unit).sum(1) > 0
         assert torch.equal(~moved, gates_from_plan(plan, sites)[site.name].bool())
     for parameter in trainable_parameters(model).values():
         parameter.data.zero_()
@@ -118,8 +118,8 @@ def test_group_lasso_and_threshold_leave_adapters_of_closed_blocks() -> None:
     group_lasso(model, gates, sites).backward()  # type: ignore[no-untyped-call]
     for linear in channels.linears():
         for matrix in ("lora_A", "lora_B"):
-            slope = model.get_submodule(linear).get_submodule(matrix)["default"].weight.grad
-            assert slope is None or not slope.any()
+            gradient = model.get_submodule(linear).get_submodule(matrix)["default"].weight.grad
+            assert gradient is None or not gradient.any()
     (queries,) = heads.producers  # of a closed group, which is not gated with its adapters
     assert model.get_submodule(queries.module).lora_B["default"].weight.grad[: queries.rows_per_unit].any()
     soft_threshold(model, gates, sites, 0.1)
@@ -158,7 +158,7 @@ def test_settling_drives_adapters_of_removed_units_to_zero(tmp_path: Path) -> No
 
 
 def test_threads_add_adapters_at_the_same_time() -> None:
-    """Nothing that all modules share is changed meanwhile, or left changed (by peft's way to make shapes only, say)."""
+    """No state that modules share is changed during or after the call (peft patches torch to create empty weights)."""
     before = torch.nn.Module.register_parameter
     models, start = [tiny(seed=seed) for seed in range(4)], Barrier(4)
 

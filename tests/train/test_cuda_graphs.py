@@ -63,7 +63,7 @@ def raising(error: Exception) -> Any:
 
 
 def nothing(inputs: Sequence[Tensor]) -> None:
-    """A pass."""
+    """A pass that does nothing."""
 
 
 def test_key_is_run_then_recorded_then_replayed(current: FakeStream) -> None:
@@ -77,7 +77,7 @@ def test_key_is_run_then_recorded_then_replayed(current: FakeStream) -> None:
 
 
 def test_current_stream_waits_for_kernels_of_a_failed_pass(current: FakeStream) -> None:
-    """Else gradients that are zeroed for a second try are added to by the first."""
+    """Otherwise the first try adds to gradients that were zeroed for the second."""
     recorder = CudaGraphRecorder(CUDA)
     with pytest.raises(torch.OutOfMemoryError):
         recorder.run("key", raising(torch.OutOfMemoryError("full")), [])
@@ -88,7 +88,7 @@ def test_current_stream_waits_for_kernels_of_a_failed_pass(current: FakeStream) 
 
 @contextmanager
 def failing_at_its_end(*_: Any, **__: Any) -> Iterator[None]:
-    """A recording whose end cannot be told apart from any other error."""
+    """A recording that ends with an error that hides the first one."""
     try:
         yield
     finally:
@@ -112,7 +112,7 @@ def failing_at_its_end(*_: Any, **__: Any) -> Iterator[None]:
 def test_recording_errors_distinguish_out_of_memory_from_unrecordable(
     failed: Exception, hidden: bool, expected: type[Exception], current: FakeStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the one there are smaller passes, whatever the recording says of it."""
+    """Out of memory is retried with smaller passes, whichever error the recording ends with."""
     if hidden:
         monkeypatch.setattr(torch.cuda, "graph", failing_at_its_end)
     recorder = CudaGraphRecorder(CUDA)

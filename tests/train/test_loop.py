@@ -270,8 +270,8 @@ def test_micro_batches_add_up_to_one_batch(micro_tokens: int) -> None:
     small_loss, parts = gradients(micro_tokens)
     assert small_loss == pytest.approx(loss, rel=1e-5)
     assert whole.keys() == parts.keys()
-    for name, slope in whole.items():
-        assert torch.allclose(parts[name], slope, rtol=1e-3, atol=1e-5 * float(slope.abs().max())), name
+    for name, gradient in whole.items():
+        assert torch.allclose(parts[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max())), name
 
 
 def test_mean_loss_is_per_answer_token() -> None:

@@ -1,6 +1,6 @@
 """Laws of the adapters' fused forward pass: its outputs and gradients are those of peft.
 
-A hook on the linear below makes it go the long way, which is what the short one is held against.
+A hook on the base linear disables fusing, which gives the reference of the fused forward.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def test_layer_with_dropout_keeps_the_forward_of_peft() -> None:
 
 
 def layer(*, bias: bool = True, dtype: torch.dtype = torch.float64, of_adapters: torch.dtype | None = None) -> Any:
-    """One linear with its adapter, frozen below: 7 inputs, 5 outputs."""
+    """One frozen linear with its adapter: 7 inputs, 5 outputs."""
     torch.manual_seed(2)
     model = nn.ModuleDict({"down_proj": nn.Linear(7, 5, bias=bias).to(dtype).requires_grad_(False)})
     config = LoraConfig(r=3, lora_alpha=5, target_modules=["down_proj"], init_lora_weights=False)
@@ -107,7 +107,7 @@ def fused_and_unfused(model: Any, run: Callable[[], dict[str, Tensor]]) -> tuple
 
 
 def is_fused(result: Tensor) -> bool:
-    """Whether a layer's result was fused; a view of 2-D rows is behind one node more."""
+    """Whether a layer's result was fused; a view of 2-D rows adds one node."""
     node: Any = result.grad_fn
     return "_FusedLora" in str([node, *(before for before, _ in node.next_functions)])
 
@@ -235,10 +235,10 @@ def test_model_has_equal_gradients_fused_and_unfused(family: str, form: Any, aga
         with use_checkpointing(model) if again else nullcontext(), gated:
             logits = model(tokens, use_cache=False).logits
             logits.square().mean().backward()
-        slopes = {f"slope {name}": gate.grad for name, gate in gates.items() if gate.grad is not None}
+        gate_gradients = {f"gate {name}": gate.grad for name, gate in gates.items() if gate.grad is not None}
         with torch.no_grad():
             torch.testing.assert_close(model(tokens).logits, plain, rtol=1e-5, atol=1e-5)
-        return {"logits": logits.detach(), **slopes}
+        return {"logits": logits.detach(), **gate_gradients}
 
     with unfused(model), torch.no_grad():
         plain = model(tokens).logits
@@ -250,7 +250,7 @@ def test_model_has_equal_gradients_fused_and_unfused(family: str, form: Any, aga
 
 @pytest.mark.parametrize(("trainable", "sizes"), [("AB", 2), ("B", 1), ("A", 1), ("", 0)])
 def test_fused_lora_saves_only_tensors_that_gradients_need(trainable: str, sizes: int) -> None:
-    """Of what is as long as the rows: x for A, and A x for B; neither where adapters are frozen."""
+    """Of tensors as long as the rows, A needs x and B needs A x; frozen adapters need neither."""
     linear = layer()
     linear.lora_A["default"].weight.requires_grad_("A" in trainable)
     linear.lora_B["default"].weight.requires_grad_("B" in trainable)

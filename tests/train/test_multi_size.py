@@ -40,7 +40,7 @@ def test_first_step_of_a_smaller_size_has_the_tuned_weights_cut_further(weights:
 
 @both
 def test_smaller_size_without_steps_is_a_slice_of_the_larger(weights: str) -> None:
-    """At a learning rate of next to nothing, each weight is the larger size's at the rows and columns that stay."""
+    """At a learning rate near zero, each weight is that of the larger size at the kept rows and columns."""
     state = larger(weights, "llama")
     still: dict[str, Any] = {"learning_rate": 1e-30, "weights_rate": 1e-30}
     job, plan = smaller(state, weights, "llama", **still)
@@ -82,7 +82,7 @@ def test_smaller_size_starts_from_float32_weights() -> None:
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_tuned_weights_replace_four_bit_ones(wrapped: bool) -> None:
-    """These are read anew from their packed form, so that what is written into them is lost."""
+    """4-bit weights are dequantised anew at each read, so values written into them are lost."""
     state, whole, packed = larger("all", "llama"), tiny("llama"), tiny("llama")
     job, _ = smaller(state, "all", "llama")
     quantize_linears_to_nf4(packed, job.sites, dtype=torch.float32, device=torch.device("cpu"))

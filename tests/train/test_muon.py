@@ -24,7 +24,7 @@ def fill(listed: list[nn.Parameter], step: int, scale: float = 1.0) -> None:
 
 
 def warm(optimizer: Muon, listed: list[nn.Parameter]) -> None:
-    """As after the rise of the learning rate, with no momentum yet."""
+    """Set the step as after the warm-up of the learning rate, without momentum."""
     for weight in listed:
         optimizer.state[weight] = {"step": torch.tensor(float(WARMUP)), "momentum": torch.zeros_like(weight)}
 
@@ -57,7 +57,7 @@ def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, int], s
 
 
 def test_orthogonalize_computes_in_float32_on_a_cpu() -> None:
-    """Most have no fast bfloat16, in which a step takes longer than its passes."""
+    """Most CPUs have no fast bfloat16, so a step would take longer than its passes."""
     matrix = torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(1))
     assert orthogonalize(matrix).dtype == torch.float32
     assert torch.equal(orthogonalize(matrix), orthogonalize(matrix.double()))

@@ -136,14 +136,14 @@ def test_resumed_run_remembers_skipped_batches(monkeypatch: pytest.MonkeyPatch, 
         assert rates(resumed) == rates(whole)[step:]
 
 
-def cramped(monkeypatch: pytest.MonkeyPatch, room: int, at: int = 1) -> None:
-    """From tuning pass `at` on, one of more than so many tokens is too much, having added to the gradients."""
+def limit_memory(monkeypatch: pytest.MonkeyPatch, max_tokens: int, at: int = 1) -> None:
+    """From tuning pass `at` on, larger passes than this run out of memory after they added to the gradients."""
     genuine, count = PaddedPasses.tune, [0]
 
     def tune(self: PaddedPasses, *arguments: Any) -> Any:
         count[0] += 1
         result = genuine(self, *arguments)
-        if count[0] >= at and self.micro_tokens > room:
+        if count[0] >= at and self.micro_tokens > max_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return result
 
@@ -156,7 +156,7 @@ def test_smaller_passes_give_the_same_steps(
     small = {"train": {"micro_tokens": 16}, "search": {"init_batches": 0}}
     whole, every = job_of(config_of(small)), AllCheckpoints(tmp_path)
     plan = tune_and_prune(whole)
-    cramped(monkeypatch, room=16)
+    limit_memory(monkeypatch, max_tokens=16)
     job = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"init_batches": 0}}), store=every)
     with caplog.at_level(logging.WARNING):
         assert tune_and_prune(job) == plan
@@ -198,6 +198,6 @@ def test_example_too_large_for_memory_turns_recomputation_on(
 
 
 def test_example_too_large_even_with_recomputation_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    cramped(monkeypatch, room=0)
+    limit_memory(monkeypatch, max_tokens=0)
     with pytest.raises(torch.OutOfMemoryError):
         tune_and_prune(job_of(config_of()))

@@ -51,7 +51,7 @@ def recipe(weights: str) -> RunConfig:
 
 
 def taught(config: RunConfig, family: str = "llama", *, store: CheckpointStore | None = None) -> TrainingJob:
-    """A run whose teacher is the model itself, untuned."""
+    """The job of a run whose teacher is the untuned model, with shared weights."""
     job = job_of(config, family=family, store=store)
     return replace(job, teacher=base_teacher(job.model, DISTILL))
 

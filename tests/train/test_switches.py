@@ -127,7 +127,7 @@ def test_off_in_yaml_needs_no_quotes() -> None:
         assert from_mapping(yaml.safe_load(text)).search.sparsity == "off"
 
 
-# -- one backward for both players -----------------------------------------------------------------------------------
+# -- one backward pass for adapters and gates -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("aware", [True, False])
@@ -136,9 +136,9 @@ def test_off_in_yaml_needs_no_quotes() -> None:
 def test_joint_pass_equals_both_passes(
     micro_tokens: int, soft: bool, aware: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Adapters' gradients are always those of `tune`. Slopes are those of `slopes` where the forward is the same:
+    """Adapters get the gradients of `tune`. Gates get those of `gate_gradients` if `lora_aware` is off.
 
-    under gates on both branches. The LoRA-aware forward is another function of the gates.
+    The LoRA-aware forward is another function of the gates.
     """
     monkeypatch.setattr(packing, "TOKEN_STEP", 32)
     monkeypatch.setattr(packing, "LABEL_STEP", 32)
@@ -220,7 +220,7 @@ def test_free_logits_have_no_network() -> None:
 @pytest.mark.parametrize("gates", ["sampled", "projected"])
 def test_soft_gates_have_the_gradient_of_hard_ones(gates: str) -> None:
     sites = find_sites(tiny())
-    drawn, slopes = [], []
+    drawn, gate_gradients = [], []
     for hard in (True, False):
         config = config_of({"search": {"straight_through": hard, "gates": gates}})
         searcher = Searcher(sites, PlanConstraints(align=8), config, lambda step: KEEP, torch.device("cpu"))
@@ -228,12 +228,14 @@ def test_soft_gates_have_the_gradient_of_hard_ones(gates: str) -> None:
         weights = torch.linspace(-1, 1, sum(site.units for site in sites))
         (torch.cat(list(sample.values())) @ weights).backward()  # type: ignore[no-untyped-call]
         drawn.append(torch.cat(list(sample.values())).detach())
-        slopes.append({name: p.grad.clone() for name, p in searcher.generator.named_parameters() if p.grad is not None})
+        gate_gradients.append(
+            {name: p.grad.clone() for name, p in searcher.generator.named_parameters() if p.grad is not None}
+        )
         decided = torch.cat(list(searcher.last_gates.values()))
         assert ((decided == 0) | (decided == 1)).all()
         if hard:
             torch.testing.assert_close(drawn[0], decided)
-    assert_same(*slopes)
+    assert_same(*gate_gradients)
     assert ((drawn[1] > 0.01) & (drawn[1] < 0.99)).any()
 
 

@@ -96,7 +96,7 @@ def test_roll_back_restores_weights_and_moments_of_that_step(tmp_path: Path) -> 
 
 
 def test_roll_back_after_the_cut_restores_removed_units(tmp_path: Path) -> None:
-    """The model has lost the units by then: a new one takes the earlier decision."""
+    """The model has lost the units by then, so the decision is restored in a new one."""
     config = config_of(train={"validate_every": 5}, search={"share": 0.5, "settle": 0.0})
     limited = run_with_limits(config, tmp_path, "guard.nll <= 0.55 -> roll-back")
     assert [event["step"] for event in limited.history["events"]] == [10]
@@ -174,11 +174,11 @@ def test_relative_limit_is_of_the_dense_score(tmp_path: Path) -> None:
 
 
 class Killed(Exception):
-    """The process is gone."""
+    """Stands for a kill of the process."""
 
 
 class KilledObserver(RecordingObserver):
-    """Dies when a step is done."""
+    """An observer that raises `Killed` after a step."""
 
     def __init__(self, step: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`deterministic`: the block alone has deterministic kernels, and all settings are as they were after it."""
+"""`deterministic`: only the block uses deterministic kernels, and all settings are restored after it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Settings = tuple[bool, bool, bool, str | None]
 
 
 def settings() -> Settings:
-    """All that the option touches."""
+    """All settings that the option changes."""
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),

@@ -1,4 +1,4 @@
-"""Tables are text that fits a terminal, holds every word and no colour."""
+"""Tables: text that fits a terminal, with every word and without colours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The share of a machine that a container may use."""
+"""CPU cores that a container may use, by quota and affinity."""
 
 from __future__ import annotations
 

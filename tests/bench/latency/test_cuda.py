@@ -1,4 +1,4 @@
-"""Timing code for CUDA, run on the CPU with stand-ins for CUDA: the order of calls, and the results."""
+"""Timing code for CUDA, run on the CPU with fakes of CUDA: the order of calls, and the results."""
 
 from __future__ import annotations
 

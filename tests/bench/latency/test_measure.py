@@ -57,7 +57,7 @@ def tiles(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[di
 
 
 def tracks(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
-    """The same as tracks: the device is longer in the prefill, the host in decoding."""
+    """Seconds of the same device by track: the prefill takes longer on the device, decoding on the host."""
     timings = tiles(models, workload, runs)
     return [
         {

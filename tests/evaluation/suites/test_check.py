@@ -1,4 +1,4 @@
-"""A check breaks where a limit does, lists the right items, and never passes what it could not judge."""
+"""A check fails if a limit is broken, lists the right items, and never passes a task that it could not judge."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DATA: dict[str, Any] = {"data": "x.jsonl", "scorer": "accuracy"}
 
 
 def answers(right: str, metric: str = "accuracy", task: str = "t") -> TaskResult:
-    """An item a letter: "1" is right, "0" is wrong."""
+    """One item for each letter: "1" is right, "0" is wrong."""
     items = tuple(
         Item(f"i{index}", f"ask {index}", "yes", "yes" if sign == "1" else "no", sign == "1", {metric: float(sign)})
         for index, sign in enumerate(right)
@@ -154,7 +154,7 @@ def test_task_that_cannot_be_judged_does_not_pass() -> None:
 
 
 def inserted(suite: Suite, path: Path, *, at: int) -> tuple[Evaluation, Evaluation]:
-    """Kept results of 40 rows without an id, and those after a row was inserted."""
+    """Results of 40 rows without ids after a row was inserted, and saved results from before."""
     rows = [{"prompt": f"case {n}", "choices": ["yes", "no"], "answer": n % 3 % 2} for n in range(40)]
     write_lines(path, *rows)
     kept = Evaluation.from_json(evaluate_suite(ScriptedBackend(), suite).to_json())
@@ -174,7 +174,7 @@ def test_reference_of_other_rows_is_refused(tmp_path: Path, limits: Any) -> None
 
 
 def test_moved_rows_are_no_new_failures(tmp_path: Path) -> None:
-    """Right before and wrong now counts for the same question alone; a least score needs no reference at all."""
+    """A new failure is the same question, right before and wrong now; a limit `min` needs no reference."""
     suite = suite_in(tmp_path, {"t": {"data": "rows.jsonl", "scorer": "accuracy", "limits": {"min": 0.5}}})
     current, saved = inserted(suite, tmp_path / "rows.jsonl", at=30)
     wrong = replace(current.tasks["t"], items=tuple(replace(item, correct=False) for item in current.tasks["t"].items))
@@ -192,7 +192,7 @@ def test_limits_of_a_group_hold_for_its_tasks() -> None:
 
 
 def test_limits_of_a_task_hold_for_no_other() -> None:
-    """Not for one whose name begins with its name and a slash, and such a one does not stand in for it."""
+    """A task named `legal/hard` is neither limited by `legal` nor accepted as a result of it."""
 
     def limited(least: float, **scripted: Any) -> dict[str, Any]:
         return {**(scripted or DATA), "limits": {"accuracy": {"min": least}}}
@@ -260,7 +260,7 @@ Said = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def say(say: Said, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Said:
-    """The command line, with a cache of its own."""
+    """The command line with an empty cache."""
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
     return say
 
@@ -314,7 +314,7 @@ def test_run_is_checked_against_its_dense_model(tmp_path: Path, say: Said) -> No
 
 
 def test_run_of_a_gguf_file_is_checked_against_the_dequantised_file(tmp_path: Path, say: Said) -> None:
-    """In transformers, dequantised: llama.cpp would give no likelihood of texts."""
+    """The reference is dequantised in transformers, since llama.cpp gives no likelihoods of texts."""
     run, _ = run_folder(
         tmp_path / "run", subwords(), layout="uniform", plan=plan_of(tiny("llama", **WIDE), groups=2, channels=64)
     )

@@ -1,4 +1,4 @@
-"""An endpoint that works is scored like a model; one that does not costs its tasks, in bounded time, and says why."""
+"""Endpoints: scores equal those of a model, and a failing endpoint gives each task an error in bounded time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The example of docs/extend/scorer.md works as written: a function of one's own, and a scorer in the table."""
+"""The example of docs/extend/scorer.md works as written: a custom function, and a scorer in the table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def blocks(language: str) -> list[str]:
 
 
 def scored(folder: Path, suite: str, answer: str) -> TaskResult:
-    """The one task of a suite file, where the model answers every row the same."""
+    """Result of the only task of a suite file; the model gives every row the same answer."""
     (task,) = yaml.safe_load(suite)["tasks"].values()
     write_lines(folder / task["data"], *ROWS)
     (folder / "suite.yaml").write_text(suite, encoding="utf-8")

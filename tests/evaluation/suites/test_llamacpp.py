@@ -1,4 +1,4 @@
-"""A .gguf file through llama.cpp: what it writes, and how likely it finds choices."""
+"""Evaluation of a .gguf file through llama.cpp: generated answers and likelihoods of choices."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_tiny_gguf_answers_as_its_weights_do_without_output(tmp_path: Path, capf
 
 @pytest.mark.slow
 def test_real_gguf_answers_as_its_weights_do(tmp_path: Path) -> None:
-    """llama.cpp rounds what 4-bit weights are multiplied with: likelihoods agree to some tenths of a nat."""
+    """llama.cpp rounds the inputs of 4-bit weights, so likelihoods agree to some tenths of a nat."""
     pytest.importorskip("xllamacpp")
     from prunetune.model.loading import demo_file, load_model_and_tokenizer
 

@@ -1,4 +1,4 @@
-"""lm-eval's tasks by name: its own numbers, on a task made in the test."""
+"""Tasks of lm-eval by name: scores equal those of lm-eval, on a task defined in the test."""
 
 from __future__ import annotations
 

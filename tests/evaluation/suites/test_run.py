@@ -1,4 +1,4 @@
-"""A suite on a model: batches change nothing, answers are kept, and one task's failure is its own."""
+"""A suite on a model: batches change no score, answers are cached, and a failing task does not stop the others."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ CHAT_KEYS_OF_0_1_0 = {
 
 @pytest.mark.parametrize("kind", get_args(RequestKind))
 def test_cache_keys_are_those_of_0_1_0(kind: RequestKind) -> None:
-    """They were written at commit 03ca826, which called the kinds choose, write and weigh."""
+    """The keys were written at commit 03ca826, which named the kinds choose, write and weigh."""
     choices = Record(kind="completion", prompt="Where? ", completion="heart", choices=("heart", "head"), answer=0)
     chat = Record(kind="chat", messages=(("user", "föx"),), completion="yes")
     settings = GenerationSettings(template="raw", max_new_tokens=7, stop=("\n",))
@@ -270,7 +270,7 @@ def test_answer_ends_before_its_first_stop() -> None:
 @pytest.mark.parametrize("text", ["\n\nParis\n\nQ", "Paris\n\nQ", " Paris\n", "\n\n"])
 @pytest.mark.parametrize("stop", [(), ("\n\n",), ("\n", "Q")])
 def test_local_model_ends_its_answer_as_a_server_does(text: str, stop: tuple[str, ...]) -> None:
-    """A stop in front of an answer ends it, before white space is taken off."""
+    """A stop string before the answer ends it, before white space is stripped."""
     model, tokenizer = speaker(), characters()
     answer_ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
     model.generate = lambda ids, **_: torch.cat([ids, answer_ids], dim=1)

@@ -1,4 +1,4 @@
-"""Scorers equal the libraries that people compare with, on a thousand random pairs."""
+"""Scorers equal reference libraries on a thousand random pairs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def random_text(rng: random.Random) -> str:
 
 
 def near(text: str, rng: random.Random) -> str:
-    """The same with some words gone, doubled or swapped; sometimes something else."""
+    """The text with some words removed, doubled or swapped; sometimes another text."""
     if rng.random() < 0.2:
         return random_text(rng)
     words = [word for word in text.split() for _ in range(rng.choice([0, 1, 1, 1, 2]))]
@@ -151,7 +151,7 @@ def test_macro_f1_equals_scikit_learn(metric: str) -> None:
 
 def test_token_f1_equals_the_rule_of_squad() -> None:
     def squad(expected: str, got: str) -> float:
-        """After the evaluation script of SQuAD 1.1, as its paper describes it."""
+        """Token F1 as the paper of SQuAD 1.1 describes its evaluation script."""
         import re
         import string
 

@@ -1,4 +1,4 @@
-"""The suite file: what it may say, what it is told where it is wrong, and how rows become questions."""
+"""The suite file: accepted keys, errors of faulty tasks, and records made from rows."""
 
 from __future__ import annotations
 

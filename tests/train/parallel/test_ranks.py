@@ -92,7 +92,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def free_port() -> str:
-    """Below those that systems hand out by themselves: nobody else is given it until the ranks listen."""
+    """A free port below the ephemeral ones, so that no other process gets it before the ranks listen."""
     for port in random.sample(range(20000, 32000), 100):
         with socket.socket() as free, suppress(OSError):
             free.bind(("127.0.0.1", port))
@@ -102,7 +102,7 @@ def free_port() -> str:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    """The same run by one process."""
+    """Result of the same run in one process."""
     return result(SINGLE_PROCESS)
 
 
@@ -180,7 +180,7 @@ class OutOfMemoryRanks(Ranks):
 def test_broken_limit_is_reported_before_any_rank_ends(
     world: int, joined: bool, error: type[Exception], waits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But not where the others are gone, nor for what goes wrong on one rank alone."""
+    """There is no barrier if the other ranks have ended, nor for an error of one rank alone."""
     waits_of: list[Ranks] = []
     monkeypatch.setattr(Ranks, "barrier", lambda self: waits_of.append(self))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: joined)
@@ -191,7 +191,7 @@ def test_broken_limit_is_reported_before_any_rank_ends(
 
 @pytest.mark.parametrize("shards", [True, False])
 def test_out_of_memory_in_an_exchange_ends_the_run(shards: bool) -> None:
-    """Nobody takes the step again alone: what the others wait for would be another exchange."""
+    """No rank repeats the step alone, since the others wait in another exchange."""
     passes: Any = FailingPasses(full=shards)
     several = distribute_passes(passes, None, OutOfMemoryRanks(world_size=2, uses_fsdp=shards))
     with pytest.raises(ModelError, match="out of GPU memory while ranks exchange"):
@@ -204,7 +204,7 @@ def test_barrier_waits_for_all_ranks(results: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_generator_gradients_are_averaged_over_ranks(world: int) -> None:
-    """Ranks hold the same gradients here, as they do but for the order in which kernels add."""
+    """All ranks have the same gradients here; real ranks differ by the order of sums only."""
 
     class EqualRanks(Ranks):
         def all_reduce_sum_(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -225,7 +225,7 @@ def test_generator_gradients_are_averaged_over_ranks(world: int) -> None:
 
 
 def test_gates_that_differ_between_ranks_end_the_run(results: dict[str, Any]) -> None:
-    """On every rank: none goes on alone."""
+    """The error is raised on every rank, so none continues alone."""
     assert results["differ"].startswith("the gates differ between ranks")
 
 
@@ -314,7 +314,7 @@ def test_other_commands_refuse_several_processes(monkeypatch: pytest.MonkeyPatch
 
 
 def test_rank_waiting_for_a_lost_one_exits_with_a_message() -> None:
-    """The main thread is held where no signal handler of Python runs."""
+    """The main thread blocks in C, where Python runs no signal handler."""
     program = (
         "import ctypes, os, signal; from prunetune.utils import launch; launch.STOP_GRACE_SECONDS = 0.1\n"
         "signal.signal(signal.SIGTERM, lambda *_: None)\n"
