@@ -92,7 +92,7 @@ def refused(outcome: tuple[int, str, str], *parts: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
-def test_sites_prints_what_budgets_mean(layout: str, say: Said, dense: Path) -> None:
+def test_sites_prints_previews_of_budgets(layout: str, say: Said, dense: Path) -> None:
     code, out, err = say("sites", str(dense), *ALIGN, "--layout", layout, "--context", "64", "--batch", "4")
     assert (code, err) == (0, "")
     for kind in ("flops", "memory", "file"):

@@ -23,7 +23,7 @@ from prunetune.errors import ConfigError, LimitBroken, PlanError, PrunetuneError
 from prunetune.runs.folder import RunFolder, run_lock
 from prunetune.train.loop import tune_and_prune
 from support.data import write_lines
-from support.evaluation import furnished
+from support.evaluation import write_model_and_rows
 
 RECIPE: dict[str, Any] = {
     "device": "cpu",
@@ -43,7 +43,7 @@ RECIPE: dict[str, Any] = {
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and data."""
     prose = ({"text": f"the quick fox {n} jumps", "task": "prose"} for n in range(20))
-    return furnished(tmp_path_factory.mktemp("workspace"), 20, *prose)
+    return write_model_and_rows(tmp_path_factory.mktemp("workspace"), 20, *prose)
 
 
 def config_of(workspace: Path, out: Path, **changes: Any) -> RunConfig:

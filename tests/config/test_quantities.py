@@ -55,7 +55,7 @@ def test_bad_amount_is_refused_in_one_line(kind: str, text: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_keep_is_1_where_only_another_budget_is_given() -> None:
+def test_keep_is_1_if_only_other_budgets_are_given() -> None:
     assert RunConfig().budget.keep == 0.6
     assert from_mapping({"budget": {"memory": "1GB"}}).budget.keep == 1
     assert from_mapping({"budget": {"memory": 0.5, "keep": 0.6}}).budget.keep == 0.6

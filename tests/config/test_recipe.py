@@ -65,7 +65,7 @@ OWN_WORDS: dict[str, Any] = {
 }
 
 
-def other(path: str) -> Any:
+def other_value(path: str) -> Any:
     """A legal value that is not the default."""
     kind, default, bounds = kind_of(path), OPTIONS[path].default, OPTIONS[path].metadata
     if typing.get_origin(kind) is typing.Literal:
@@ -86,12 +86,12 @@ def other(path: str) -> Any:
     return default / 2 if default else (low or 0.0) + 0.25
 
 
-def beside(path: str) -> dict[str, Any]:
+def required_options(path: str) -> dict[str, Any]:
     """Other options that an option requires."""
     return {"distill": {"teacher": "base"}} if path == "data.texts" else {}
 
 
-def edges(path: str) -> tuple[list[float], list[float]]:
+def boundary_values(path: str) -> tuple[list[float], list[float]]:
     """Values just allowed and just refused by an option's bounds."""
     low, high, above = (OPTIONS[path].metadata[name] for name in ("ge", "le", "gt"))
     step = 1 if int in (kind_of(path), *typing.get_args(kind_of(path))) else 1e-6
@@ -100,7 +100,7 @@ def edges(path: str) -> tuple[list[float], list[float]]:
     return fine, wrong + ([above] if above is not None else [])
 
 
-BOUNDED = [path for path in OPTIONS if edges(path)[1]]
+BOUNDED = [path for path in OPTIONS if boundary_values(path)[1]]
 NUMBERS = [path for path in OPTIONS if kind_of(path) in (int, float)]
 
 
@@ -141,10 +141,10 @@ def test_default_recipe_round_trips() -> None:
 
 @pytest.mark.parametrize("path", OPTIONS)
 def test_every_option_round_trips_through_yaml(path: str) -> None:
-    config = from_mapping(merge_mappings(beside(path), nested(path, other(path))))
+    config = from_mapping(merge_mappings(required_options(path), nested(path, other_value(path))))
     assert config != RunConfig()
     plain = to_mapping(config)
-    assert value_at(plain, path) == other(path)
+    assert value_at(plain, path) == other_value(path)
     assert from_mapping(yaml.safe_load(yaml.safe_dump(plain, sort_keys=False))) == config
 
 
@@ -198,7 +198,7 @@ def test_unknown_key_gets_a_suggestion(values: dict[str, Any], says: str) -> Non
 
 @pytest.mark.parametrize("path", BOUNDED)
 def test_bounds_hold_to_the_edge(path: str) -> None:
-    fine, wrong = edges(path)
+    fine, wrong = boundary_values(path)
     for value in fine:
         # The two phases share the steps: what one takes, the other leaves.
         other_values: dict[str, Any] = {"search": {"share": 1e-6, "settle": 0}} if path.startswith("search.") else {}
@@ -323,7 +323,7 @@ def test_command_line_without_flags_overrides_no_option() -> None:
 
 @pytest.mark.parametrize("path", OPTIONS)
 def test_every_option_is_a_flag(path: str) -> None:
-    value = other(path)
+    value = other_value(path)
     read = OPTIONS[path].metadata["flag_type"] or (lambda value: value)  # more than one type may be written there
     assert parsed(*tokens_of(path, value))[1] == nested(path, read(value))
 
@@ -336,11 +336,11 @@ def test_flag_alias_sets_the_same_option() -> None:
 def test_flag_overrides_only_its_option(path: str, tmp_path: Path) -> None:
     """Other options of the recipe keep their values."""
     recipe = tmp_path / "r.yaml"
-    rest = merge_mappings(beside(path), {"seed": 5} if path != "seed" else {"out": "there"})
+    rest = merge_mappings(required_options(path), {"seed": 5} if path != "seed" else {"out": "there"})
     recipe.write_text(yaml.safe_dump(merge_mappings(to_mapping(RunConfig()), rest)))
-    config = load_recipe(recipe, parsed(*tokens_of(path, other(path)))[1])
+    config = load_recipe(recipe, parsed(*tokens_of(path, other_value(path)))[1])
     keep = {"budget": {"keep": RunConfig().budget.keep}}  # a recipe that names it means it, whatever else is given
-    assert config == from_mapping(merge_mappings(merge_mappings(keep, rest), nested(path, other(path))))
+    assert config == from_mapping(merge_mappings(merge_mappings(keep, rest), nested(path, other_value(path))))
 
 
 def test_flags_of_zero_and_false_override() -> None:

@@ -17,7 +17,7 @@ from prunetune.pruning.sites import find_sites
 from prunetune.train.adapters import add_adapters
 from prunetune.train.passes import PaddedPasses
 from prunetune.train.teacher import Teacher
-from support.memory import LENGTH, SIZES, built, config_of, needs, tiny
+from support.memory import LENGTH, SIZES, build_model, config_of, skip_without_bitsandbytes, tiny
 
 
 class FlopCounter(TorchDispatchMode):
@@ -46,12 +46,12 @@ class FlopCounter(TorchDispatchMode):
     ],
 )
 def test_step_flops_are_near_those_torch_counts(changes: dict[str, str]) -> None:
-    needs(changes.get("quantize", "off"))
+    skip_without_bitsandbytes(changes.get("quantize", "off"))
     merged = changes.get("weights") == "all"
     config = config_of(**{name: value for name, value in changes.items() if name != "weights"})
-    plain_model, (model, sites) = tiny(**SIZES), built(config, torch.float32)
+    plain_model, (model, sites) = tiny(**SIZES), build_model(config, torch.float32)
     share = float(changes.get("share", 1))
-    teacher = Teacher(built(config, torch.float32)[0], share=share) if "teacher" in changes else None
+    teacher = Teacher(build_model(config, torch.float32)[0], share=share) if "teacher" in changes else None
     add_adapters(model, sites, config.lora, seed=0)
     if merged:
         merge_adapters(model, trainable=True)

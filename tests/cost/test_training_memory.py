@@ -20,7 +20,7 @@ from prunetune.search.generator import build_generator
 from prunetune.train.adapters import add_adapters, trainable_parameters
 from prunetune.train.passes import PaddedPasses
 from prunetune.train.teacher import Teacher
-from support.memory import LENGTH, SIZES, LiveMemoryCounter, built, config_of, needs
+from support.memory import LENGTH, SIZES, LiveMemoryCounter, build_model, config_of, skip_without_bitsandbytes
 from support.models import tiny
 
 
@@ -30,9 +30,9 @@ def size(tensors: Any) -> int:
 
 @pytest.mark.parametrize("quantize", ["off", "nf4"])
 def test_weights_and_trained_parameters_are_exact(quantize: str) -> None:
-    needs(quantize)
+    skip_without_bitsandbytes(quantize)
     config = config_of(quantize=quantize)
-    plain_model, (model, sites) = tiny(**SIZES), built(config, torch.bfloat16)
+    plain_model, (model, sites) = tiny(**SIZES), build_model(config, torch.bfloat16)
     estimate = estimate_memory(
         training_shapes(plain_model, sites), training_setup(config, torch.bfloat16, longest=LENGTH), phase="search"
     )
@@ -59,11 +59,11 @@ CASES: list[tuple[torch.dtype, dict[str, str]]] = [
 
 @pytest.mark.parametrize(("dtype", "changes"), CASES)
 def test_activations_are_near_those_held(dtype: torch.dtype, changes: dict[str, str]) -> None:
-    needs(changes.get("quantize", "off"))
+    skip_without_bitsandbytes(changes.get("quantize", "off"))
     merged = changes.get("weights") == "all"
     config = config_of(**{name: value for name, value in changes.items() if name != "weights"})
-    plain_model, (model, sites) = tiny(**SIZES), built(config, dtype)
-    teacher = Teacher(built(config, dtype)[0]) if "teacher" in changes else None
+    plain_model, (model, sites) = tiny(**SIZES), build_model(config, dtype)
+    teacher = Teacher(build_model(config, dtype)[0]) if "teacher" in changes else None
     add_adapters(model, sites, config.lora, seed=0)
     if merged:
         merge_adapters(model, trainable=True)

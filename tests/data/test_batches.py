@@ -131,7 +131,7 @@ def test_weights_hold_in_the_long_run_and_within_one_an_epoch(weight: float) -> 
         assert abs(drawn[f"w{example.id}"] - weight * epochs) < 1 + 1e-9
 
 
-def test_epochs_may_be_empty_where_all_weights_are_small() -> None:
+def test_epochs_may_be_empty_if_all_weights_are_small() -> None:
     stream = BatchStream(examples(2, weight=0.001), 3, seed=0)
     assert [len(stream.batch_at(step)) for step in (0, 1, 1000)] == [3, 3, 3]
 

@@ -83,7 +83,7 @@ def test_chat_follows_the_template_up_to_the_end_of_the_turn() -> None:
         (CHAT.replace("{{ m['content'] }}", "{{ m['content'] | trim }}"), "</s>", "<|end|>"),
     ],
 )
-def test_turn_ends_where_generation_would_stop(chat: str, end: str, closing: str) -> None:
+def test_encoded_turn_ends_at_the_token_that_stops_generation(chat: str, end: str, closing: str) -> None:
     tokenizer = subwords(chat=chat, end=end)
     example = encode_one(TALK, tokenizer)
     assert tokenizer.decode(example.token_ids[example.answer_start :]) == "no" + closing

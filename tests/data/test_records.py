@@ -55,7 +55,7 @@ def test_question_hash_ignores_case_space_answer_and_order_of_choices() -> None:
 
 
 @pytest.mark.parametrize("answered", [{"completion": "a"}, {"choices": ["a", "b"], "answer": 0}])
-def test_user_s_only_message_is_the_prompt(answered: dict[str, Any]) -> None:
+def test_only_user_message_is_the_prompt(answered: dict[str, Any]) -> None:
     def chat(*turns: tuple[str, str]) -> str:
         messages = [{"role": role, "content": content} for role, content in (*turns, ("assistant", "a"))]
         return str(record_of(messages=messages, **answered).question_hash())
@@ -137,7 +137,7 @@ def test_row_without_the_group_field_is_refused() -> None:
         record_from_row({"text": "a"}, source="f:1", group_field="doc")
 
 
-def test_messages_stay_one_line_whatever_the_row_holds() -> None:
+def test_error_messages_are_one_line_for_any_row() -> None:
     with pytest.raises(DataError) as refused:
         record_of(prompt=["line\nline"] * 1000, completion="c")
     assert "\n" not in str(refused.value)

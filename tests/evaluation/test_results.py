@@ -93,7 +93,7 @@ def test_macro_f1_weighs_labels_alike() -> None:
     assert aggregate_items(chosen(10, wrong=0), "macro_f1").value == 1.0
 
 
-def test_macro_f1_is_nan_where_an_item_is() -> None:
+def test_macro_f1_with_a_nan_item_is_nan() -> None:
     assert math.isnan(aggregate_items([*chosen(4, wrong=1), item("n", got="", accuracy=math.nan)], "macro_f1").value)
 
 

@@ -24,8 +24,8 @@ from support.streamed import tensors_of
 DEFAULT_UNITS = ("kv-groups", "mlp-channels")
 
 
-def double(name: str, weight: Tensor) -> Tensor:
-    """Double one kind of linear, in place of merging adapters."""
+def scale_up_projection(name: str, weight: Tensor) -> Tensor:
+    """Scale the weights of one kind of linear, in place of merging adapters."""
     return weight * 1.7 if name.endswith(("up_proj.weight", "fc.weight")) else weight
 
 
@@ -47,7 +47,7 @@ def test_cut_streamed_writes_the_files_of_the_whole_cut(
     whole: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
     with torch.no_grad():
         for name, weight in whole.named_parameters():
-            weight.copy_(double(name, weight).to(dtype).float())
+            weight.copy_(scale_up_projection(name, weight).to(dtype).float())
     with masked(whole, plan, sites=sites):
         expected = compute_logits(whole, tokens())
     small = cut(whole, plan, sites=sites).to(dtype)
@@ -56,7 +56,9 @@ def test_cut_streamed_writes_the_files_of_the_whole_cut(
     )
 
     streamed = StreamedModel(
-        load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense")), double
+        load_empty_model(str(tmp_path / "dense")),
+        SafetensorsReader.from_model(str(tmp_path / "dense")),
+        scale_up_projection,
     )
     assert streamed.stored.has_all(name for name, _ in streamed.model.named_parameters())
     shards = tmp_path / "shards"
@@ -78,7 +80,9 @@ def test_cut_streamed_has_one_layer_in_memory_at_a_time(tmp_path: Path) -> None:
     dense = tiny()
     dense.save_pretrained(tmp_path / "dense")
     streamed = StreamedModel(
-        load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense")), double
+        load_empty_model(str(tmp_path / "dense")),
+        SafetensorsReader.from_model(str(tmp_path / "dense")),
+        scale_up_projection,
     )
     layers, loaded_layers = streamed.model.model.layers, []
     for layer in layers:
@@ -96,7 +100,9 @@ def test_streamed_checkpoint_opens_streamed_in_a_fresh_process(tmp_path: Path) -
     dense.save_pretrained(tmp_path / "dense")
     plan, sites = random_plan(dense), tuple(find_sites(dense))
     streamed = StreamedModel(
-        load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense")), double
+        load_empty_model(str(tmp_path / "dense")),
+        SafetensorsReader.from_model(str(tmp_path / "dense")),
+        scale_up_projection,
     )
     (tmp_path / "shards").mkdir()
     expected = cut_streamed(streamed, plan, sites, tokens(), tmp_path / "shards")

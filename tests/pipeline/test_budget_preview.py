@@ -15,7 +15,7 @@ from prunetune.pruning.cut import cut
 from support.models import tiny
 
 
-def holdings(model: object, prunable: int) -> ParamCounts:
+def count_params(model: object, prunable: int) -> ParamCounts:
     table, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     everything = sum(weight.numel() for weight in model.parameters())
     return ParamCounts(everything, prunable, 0 if head is table else table.numel(), head.numel())
@@ -43,7 +43,7 @@ def test_preview_prefill_speedup_exceeds_decode_speedup() -> None:
 def test_preview_equals_the_cut_model(tied: bool) -> None:
     model = tiny(tie_word_embeddings=tied)
     sites = find_sites(model)
-    dense = holdings(model, prunable_params(sites))
+    dense = count_params(model, prunable_params(sites))
     read = 4 * (dense.total - dense.embedding)
     plan = Plan({site.name: tuple(range(site.units // 2)) for site in sites}, {site.name: site.units for site in sites})
     small = cut(model, plan)

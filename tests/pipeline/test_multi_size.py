@@ -35,7 +35,7 @@ from prunetune.runs.history import list_runs
 from prunetune.runs.watch import active_run
 from prunetune.search.select import select
 from prunetune.train.checkpoints import Checkpoints, TrainingState
-from support.evaluation import furnished, speaker
+from support.evaluation import speaker, write_model_and_rows
 
 KEEPS = (0.8, 0.6, 0.45)
 RECIPE: dict[str, Any] = {
@@ -62,7 +62,7 @@ SOUND = SimpleNamespace(to_dict=lambda: {"ok": True, "max_relative": 0.0, "limit
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and data."""
-    return furnished(tmp_path_factory.mktemp("place"), 24)
+    return write_model_and_rows(tmp_path_factory.mktemp("place"), 24)
 
 
 def config_of(workspace: Path, out: Path, **changes: Any) -> RunConfig:
@@ -131,7 +131,7 @@ def test_every_size_is_a_run_folder(done: Path) -> None:
     assert [entry.path.name for entry in list_runs(done / "sizes")] == ["0.5", "0.8"]
 
 
-def test_run_folder_holds_what_sizes_share(done: Path) -> None:
+def test_run_folder_holds_files_that_sizes_share(done: Path) -> None:
     assert json.loads((done / "manifest.json").read_text())["sizes"] == ["sizes/0.8", "sizes/0.5"]
     assert {file.name for file in (done / "evaluation").iterdir()} == {"dense.json"}
     benches = json.loads((done / "bench.json").read_text())

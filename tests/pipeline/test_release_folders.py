@@ -177,7 +177,7 @@ def test_finished_run_of_0_1_0_resumes_to_itself(say: Said, release: Path, caplo
     assert len(lines) == 3  # dense, tuned and pruned scores counted the ends of answers
 
 
-def test_interrupted_run_of_0_1_0_resumes_to_the_weights_of_the_whole_one(say: Said, release: Path) -> None:
+def test_interrupted_run_of_0_1_0_resumes_to_the_weights_of_the_uninterrupted_one(say: Said, release: Path) -> None:
     code, _, _ = say("run", "recipe.yaml", "--out", "interrupted", "--resume")
     assert code == 0
     assert_same_result(release / "interrupted")

@@ -17,7 +17,7 @@ from prunetune.pipeline import run as run_module
 from prunetune.pipeline import stages
 from prunetune.pipeline.prepare import prepare
 from prunetune.utils.console import SilentConsole
-from support.evaluation import furnished
+from support.evaluation import write_model_and_rows
 
 PACKAGE = Path(prunetune.__file__).parent
 MAX_FRAMES = 5  # from the command to the loop, both counted
@@ -25,7 +25,7 @@ MAX_FRAMES = 5  # from the command to the loop, both counted
 
 def recipe_values(folder: Path) -> dict[str, Any]:
     """Recipe of a run of two steps without a teacher."""
-    workspace = furnished(folder, 24)
+    workspace = write_model_and_rows(folder, 24)
     return {
         "model": str(workspace / "dense"),
         "out": str(folder / "run"),
@@ -68,7 +68,7 @@ def test_command_reaches_the_loop_in_few_frames(
     assert len(between) + 1 <= MAX_FRAMES, between  # and the loop's own
 
 
-def test_prepare_decides_what_the_recipe_leaves_open(tmp_path: Path) -> None:
+def test_prepare_resolves_auto_options(tmp_path: Path) -> None:
     config = from_mapping(recipe_values(tmp_path) | {"distill": {"teacher": "auto"}})
     context = prepare(config, resume=False, console=SilentConsole())
     assert context.recipe == context.reported_config == config

@@ -26,7 +26,7 @@ from prunetune.pruning.shared_weights import (
 from prunetune.pruning.sites import dense_plan, find_sites
 from prunetune.pruning.units import DEFAULT_UNITS, Site
 from prunetune.train.adapters import trainable_parameters
-from support.memory import SIZES, LiveMemoryCounter, config_of, needs
+from support.memory import SIZES, LiveMemoryCounter, config_of, skip_without_bitsandbytes
 from support.models import ALL_FAMILIES, FAMILIES, random_plan, relative, tiny, tokens, with_lora
 from support.nf4 import needs_nf4
 from support.shared_weights import memory_of
@@ -142,7 +142,7 @@ def test_cut_sharing_weights_equals_cut_linears_in_4_bits(family: str) -> None:
 @pytest.mark.parametrize("quantize", ["off", "nf4"])
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_estimated_memory_equals_held_memory(family: str, quantize: str) -> None:
-    needs(quantize)
+    skip_without_bitsandbytes(quantize)
     values: Any = {"teacher": "base", "quantize": quantize}
     plain_model, config = tiny(family, **SIZES), config_of(**values)
     sites = find_sites(plain_model)

@@ -111,7 +111,7 @@ def test_format_ranges_joins_neighbours() -> None:
     assert format_ranges(()) == ""
 
 
-def test_phase_ends_where_the_next_begins() -> None:
+def test_phase_ends_at_the_start_of_the_next() -> None:
     spans = phase_spans([{"step": s, "phase": p} for s, p in ((1, "search"), (5, "search"), (9, "tune"), (20, "tune"))])
     assert [(span.phase, span.first, span.last) for span in spans] == [("search", 1, 9), ("tune", 9, 20)]
 

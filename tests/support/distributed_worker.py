@@ -136,7 +136,7 @@ def micro_tokens_after_retry(ranks: Ranks, *, method: str = "score") -> int:
     return int(ranks.broadcast_from_main(guard.passes.micro_tokens))
 
 
-def waits(ranks: Ranks, folder: Path) -> bool:
+def waits_at_barrier(ranks: Ranks, folder: Path) -> bool:
     """Whether rank 0, once it has waited at the barrier, finds the file that the late rank 1 wrote before.
 
     As with NCCL, where the sender of a broadcast does not wait; gloo's would.
@@ -169,7 +169,7 @@ def refused(work: Callable[[], object]) -> str:
     return ""
 
 
-def opened(written: WrittenCheckpoint, tokens: torch.Tensor, *, streamed: bool) -> dict[str, torch.Tensor]:
+def reopen_here(written: WrittenCheckpoint, tokens: torch.Tensor, *, streamed: bool) -> dict[str, torch.Tensor]:
     """Replaces `selfcheck.reopen_in_fresh_process` in this process; the original is tested elsewhere."""
     assert streamed
     how: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "trust_remote_code": True}
@@ -188,10 +188,10 @@ def scenarios(ranks: Ranks, folder: Path) -> dict[str, Any]:
         "one to two": result(sharded, Checkpoints(folder / "one")),
         "two to one": result(ranks, Checkpoints(folder / "two"), stop=STOP),
         "micro tokens": [micro_tokens_after_retry(ranks), micro_tokens_after_retry(ranks, method="group lasso")],
-        "waits": waits(ranks, folder),
+        "waits": waits_at_barrier(ranks, folder),
         "differ": refused(lambda: ranks.any_rank(False, "gates", [torch.tensor([1.0, float(ranks.rank)])])),
     }
-    selfcheck.reopen_in_fresh_process = opened  # type: ignore[assignment]
+    selfcheck.reopen_in_fresh_process = reopen_here  # type: ignore[assignment]
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     run(from_mapping(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))))
     return results

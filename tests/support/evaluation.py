@@ -31,7 +31,7 @@ def speaker(family: str = "llama", **changes: Any) -> Any:
     return tiny(family, **({"vocab_size": len(SPECIAL) + len(ALPHABET), "max_position_embeddings": 256} | changes))
 
 
-def furnished(folder: Path, count: int, *more: dict[str, Any]) -> Path:
+def write_model_and_rows(folder: Path, count: int, *more: dict[str, Any]) -> Path:
     """Write a model folder `dense`, and `rows.jsonl` with `count` choices, `count` open questions, and rows `more`."""
     speaker().save_pretrained(folder / "dense")
     characters().save_pretrained(folder / "dense")

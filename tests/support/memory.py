@@ -58,7 +58,7 @@ def config_of(**changes: Any) -> RunConfig:
     })  # fmt: skip
 
 
-def built(config: RunConfig, dtype: torch.dtype) -> tuple[Any, Any]:
+def build_model(config: RunConfig, dtype: torch.dtype) -> tuple[Any, Any]:
     model = tiny(**SIZES).to(dtype).requires_grad_(False)
     sites = find_sites(model)
     if config.lora.quantize != "off":
@@ -66,6 +66,6 @@ def built(config: RunConfig, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, sites
 
 
-def needs(quantize: str) -> None:
+def skip_without_bitsandbytes(quantize: str) -> None:
     if quantize != "off" and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed: pip install 'prunetune[quant]'")

@@ -23,7 +23,7 @@ def fill(listed: list[nn.Parameter], step: int, scale: float = 1.0) -> None:
         weight.grad = scale * torch.randn(weight.shape, generator=rng)
 
 
-def warm(optimizer: Muon, listed: list[nn.Parameter]) -> None:
+def end_warmup(optimizer: Muon, listed: list[nn.Parameter]) -> None:
     """Set the step as after the warm-up of the learning rate, without momentum."""
     for weight in listed:
         optimizer.state[weight] = {"step": torch.tensor(float(WARMUP)), "momentum": torch.zeros_like(weight)}
@@ -33,7 +33,7 @@ def warm(optimizer: Muon, listed: list[nn.Parameter]) -> None:
 def test_muon_equals_torch_muon() -> None:
     ours, theirs = weights(), weights()
     muon = Muon(ours, lr=1e-2)
-    warm(muon, ours)
+    end_warmup(muon, ours)
     other = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for step in range(4):
         fill(ours, step)

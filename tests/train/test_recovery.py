@@ -22,7 +22,7 @@ from support.loop import AllCheckpoints, config_of, identical, job_of, losses, w
 Tune = Callable[..., Any]
 
 
-def spoiled(monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], *, gradient: bool = False) -> None:
+def give_nan(monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], *, gradient: bool = False) -> None:
     """Tuning passes of these numbers (from 1) give NaN, as the loss or in the gradient alone."""
     genuine, count = PaddedPasses.tune, [0]
 
@@ -46,7 +46,7 @@ def rates(job: Any) -> list[float]:
 def test_batch_with_nan_is_skipped_and_halves_learning_rates(
     gradient: bool, at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spoiled(monkeypatch, [at], gradient=gradient)
+    give_nan(monkeypatch, [at], gradient=gradient)
     job = job_of(config_of())
     with caplog.at_level(logging.WARNING):
         tune_and_prune(job)
@@ -57,7 +57,7 @@ def test_batch_with_nan_is_skipped_and_halves_learning_rates(
 
 
 def test_too_many_skipped_batches_fail_with_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    spoiled(monkeypatch, range(1, 11))
+    give_nan(monkeypatch, range(1, 11))
     with pytest.raises(ModelError, match=r"loss is nan at step 3 \(rows row .*2 batches were skipped before.*--resume"):
         tune_and_prune(job_of(config_of({"train": {"max_skipped": 2}})))
 
@@ -126,7 +126,7 @@ def test_joint_batch_with_nan_is_skipped_once(monkeypatch: pytest.MonkeyPatch) -
 def test_resumed_run_remembers_skipped_batches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     every = AllCheckpoints(tmp_path)
     with monkeypatch.context() as patched:
-        spoiled(patched, [2])
+        give_nan(patched, [2])
         whole = job_of(config_of(), store=every)
         plan = tune_and_prune(whole)
     for step in (2, 5, 8):

@@ -50,7 +50,9 @@ def recipe(weights: str) -> RunConfig:
     )
 
 
-def taught(config: RunConfig, family: str = "llama", *, store: CheckpointStore | None = None) -> TrainingJob:
+def job_with_shared_teacher(
+    config: RunConfig, family: str = "llama", *, store: CheckpointStore | None = None
+) -> TrainingJob:
     """The job of a run whose teacher is the untuned model, with shared weights."""
     job = job_of(config, family=family, store=store)
     return replace(job, teacher=base_teacher(job.model, DISTILL))
@@ -60,7 +62,7 @@ def taught(config: RunConfig, family: str = "llama", *, store: CheckpointStore |
 @families
 def test_run_equals_that_with_a_teacher_of_its_own_weights(family: str, weights: str) -> None:
     config = recipe(weights)
-    together, apart = taught(config, family), job_of(config, family=family)
+    together, apart = job_with_shared_teacher(config, family), job_of(config, family=family)
     apart = replace(apart, teacher=Teacher(tiny(family).requires_grad_(False), is_tuned=False))
     before = tiny(family).state_dict()
     assert tune_and_prune(together) == tune_and_prune(apart)
@@ -79,10 +81,10 @@ def test_run_equals_that_with_a_teacher_of_its_own_weights(family: str, weights:
 @both
 def test_resumed_at_any_step_equals_uninterrupted(weights: str, tmp_path: Path) -> None:
     config, store = recipe(weights), AllCheckpoints(tmp_path)
-    whole = taught(config, "qwen2", store=store)
+    whole = job_with_shared_teacher(config, "qwen2", store=store)
     plan = tune_and_prune(whole)
     for step in (5, CUT, 8):
-        resumed = taught(config, "qwen2", store=store.at(step))
+        resumed = job_with_shared_teacher(config, "qwen2", store=store.at(step))
         assert tune_and_prune(resumed) == plan
         assert identical(weights_of(resumed), weights_of(whole)), step
         assert losses(resumed) == losses(whole)[step:]
@@ -106,7 +108,7 @@ def test_smaller_size_with_shared_teacher_equals_a_separate_one(weights: str) ->
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_checkpoint_equals_model_in_memory(family: str, weights: str, tmp_path: Path) -> None:
     config, store, tokens = recipe(weights), Checkpoints(tmp_path), torch.tensor([[1, 5, 6, 7, 3, 4]])
-    job = taught(config, family, store=store)
+    job = job_with_shared_teacher(config, family, store=store)
     plan, state = tune_and_prune(job), store.latest()
     assert state is not None
     dense = tiny(family).requires_grad_(False)
@@ -143,7 +145,7 @@ def test_shared_teacher_takes_no_memory_of_its_own(family: str, packed: bool, mo
     if packed:
         monkeypatch.setattr(loop, "build_passes", PackedPasses)
     observer = MemoryObserver()
-    job = observer.job = replace(taught(config_of(), family), observer=observer)
+    job = observer.job = replace(job_with_shared_teacher(config_of(), family), observer=observer)
     expected = memory_of(job.model)
     tune_and_prune(job)
     assert observer.memory == [expected] * 10
@@ -151,7 +153,7 @@ def test_shared_teacher_takes_no_memory_of_its_own(family: str, packed: bool, mo
 
 def test_tuning_all_weights_adds_their_memory_after_the_cut() -> None:
     observer = MemoryObserver()
-    job = observer.job = replace(taught(config_of({"train": {"weights": "all"}})), observer=observer)
+    job = observer.job = replace(job_with_shared_teacher(config_of({"train": {"weights": "all"}})), observer=observer)
     shared = memory_of(job.model)
     tune_and_prune(job)
     tuned = sum(weight.nbytes for weight in weights_of(job).values())

@@ -51,7 +51,7 @@ def random_text(rng: random.Random) -> str:
     return " ".join(rng.choices(WORDS, k=rng.randint(0, 14))) + rng.choice(["", ".", "\n", " ?"])
 
 
-def near(text: str, rng: random.Random) -> str:
+def perturbed(text: str, rng: random.Random) -> str:
     """The text with some words removed, doubled or swapped; sometimes another text."""
     if rng.random() < 0.2:
         return random_text(rng)
@@ -62,7 +62,7 @@ def near(text: str, rng: random.Random) -> str:
 def pairs() -> tuple[list[str], list[str]]:
     rng = random.Random(0)
     expected = [random_text(rng) for _ in range(MANY)]
-    return expected, [near(text, rng) for text in expected]
+    return expected, [perturbed(text, rng) for text in expected]
 
 
 EXPECTED, GOT = pairs()

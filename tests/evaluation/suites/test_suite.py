@@ -168,7 +168,7 @@ def test_scorer_that_does_not_fit_the_rows_is_refused(tmp_path: Path) -> None:
         rows(tmp_path, {"scorer": "rouge"}, 3)
 
 
-def test_rows_need_no_answer_where_nothing_compares_with_it(tmp_path: Path) -> None:
+def test_rows_without_answer_are_accepted_if_no_scorer_needs_it(tmp_path: Path) -> None:
     (posed,) = rows(tmp_path, {"scorer": {"regex": {"pattern": "^yes"}}}, {"prompt": "a"})
     assert posed.expected == ""
     with pytest.raises(DataError, match="no completion"):
