@@ -187,7 +187,7 @@ def test_verdicts_of_a_good_run(tmp_path: Path) -> None:
         ({"model": {}}, "Smaller?", "unknown", "not known"),
         ({"gates": {}}, "Within limits?", "none", "No limit was set"),
         (
-            {"gates": {"limits": [{"gate": "g", "limit": 1, "answer": 2, "held": False}]}},
+            {"gates": {"limits": [{"gate": "g", "limit": 1, "found": 2, "held": False}]}},
             "Within limits?",
             "no",
             "g: 2",
