@@ -1,4 +1,4 @@
-"""addresses.toml is the only place with addresses of the project, and every file that shows one follows it."""
+"""addresses.toml is the only source of the project's addresses, and every file that shows one agrees with it."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ def page(name: str, addresses: dict[str, str]) -> str:
 
 
 def lines(addresses: dict[str, str]) -> str:
-    """Everything that the script would put between marks."""
+    """All text that the script writes between its marks."""
     return "".join(write(addresses) for write in SCRIPT["LINES"].values())
 
 
-def test_the_files_are_as_the_script_writes_them() -> None:
-    """Run `python docs/make_addresses.py` where they are not."""
+def test_files_equal_those_the_script_writes() -> None:
+    """If this fails, run `python docs/make_addresses.py`."""
     for file, text in SCRIPT["pages"](SCRIPT["read"]()).items():
         assert file.read_text(encoding="utf-8") == text, file.name
 
 
-def test_the_file_of_addresses_has_every_name_and_no_other() -> None:
+def test_addresses_toml_has_every_name_and_no_other() -> None:
     assert tuple(SCRIPT["read"]()) == NAMES
 
 
-def test_without_addresses_there_is_no_link() -> None:
+def test_files_without_addresses_have_no_link() -> None:
     assert "://" not in lines(NONE)
     assert "@" not in lines(NONE)
     assert "There is no public contact yet." in page("SECURITY.md", NONE)
 
 
 @pytest.mark.parametrize("addresses", [NONE, ALL], ids=["none", "all"])
-def test_written_files_are_yaml_with_the_addresses_that_there_are(addresses: dict[str, str]) -> None:
+def test_written_yaml_files_hold_the_given_addresses(addresses: dict[str, str]) -> None:
     cited = yaml.safe_load(page("CITATION.cff", addresses))
     assert (cited.get("repository-code", ""), cited.get("url", "")) == (addresses["repository"], addresses["homepage"])
     chooser = yaml.safe_load(page(".github/ISSUE_TEMPLATE/config.yml", addresses))
@@ -51,24 +51,24 @@ def test_written_files_are_yaml_with_the_addresses_that_there_are(addresses: dic
     assert urls == [url for url in (addresses["documentation"], addresses["security_contact"]) if url]
 
 
-def test_a_badge_needs_a_repository() -> None:
+def test_badge_is_written_only_with_a_repository() -> None:
     assert "badge" not in SCRIPT["badges"](ALL | {"repository": ""})
     assert f"{ALL['repository']}/actions/workflows/ci.yml/badge.svg" in page("README.md", ALL)
 
 
-def test_a_report_goes_to_the_contact_else_to_the_repository() -> None:
+def test_security_reports_go_to_the_contact_else_to_the_repository() -> None:
     assert f"<{ALL['security_contact']}>" in SCRIPT["contact"](ALL)
     assert f"<{ALL['repository']}/security/advisories/new>" in SCRIPT["contact"](ALL | {"security_contact": ""})
 
 
-def test_an_email_address_is_a_contact_and_no_page() -> None:
+def test_email_address_is_a_contact_without_a_link() -> None:
     addresses = NONE | {"security_contact": "reports@mail.invalid"}
     assert "(mailto:reports@mail.invalid)" in SCRIPT["contact"](addresses)
     assert SCRIPT["links"](addresses) == ""
 
 
 @pytest.mark.parametrize("text", ["# A page\n", "docs/make_addresses.py -->\nold\n"], ids=["none", "half"])
-def test_a_file_without_its_marks_is_refused(text: str, tmp_path: Path) -> None:
+def test_file_without_its_marks_is_refused(text: str, tmp_path: Path) -> None:
     file = tmp_path / "page.md"
     file.write_text(text)
     with pytest.raises(SystemExit, match=r"page\.md: 0 blocks of addresses, one is wanted"):

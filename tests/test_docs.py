@@ -1,4 +1,4 @@
-"""What the documents say is what the code does, as far as a test can read."""
+"""Documents agree with the code: commands, recipes, rows, names, links, generated pages and versions."""
 
 from __future__ import annotations
 
@@ -34,47 +34,47 @@ def blocks(language: str) -> list[tuple[str, str]]:
         (page.name, text)
         for page in PAGES
         if page.parent.name != "extend"
-        for found, text in FENCE.findall(page.read_text(encoding="utf-8"))
-        if found == language
+        for fence_language, text in FENCE.findall(page.read_text(encoding="utf-8"))
+        if fence_language == language
     ]
 
 
 def first_line(text: str) -> str:
-    """A name for a test."""
+    """The id of a parametrised test: the first line of its block."""
     return text.split("\n")[0]
 
 
 def commands() -> list[str]:
-    """Every command in a bash block, comments taken off."""
+    """Every command in a bash block, without comments."""
     lines = [line.partition("  #")[0] for _, text in blocks("bash") for line in text.splitlines()]
-    return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
+    return [command.strip() for line in lines for command in line.split("&&") if command.strip()]
 
 
-def test_the_list_of_options_is_up_to_date() -> None:
-    """Run `python docs/make_recipes.py` where it is not."""
-    made = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))["page"]()
-    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == made
+def test_page_of_options_is_up_to_date() -> None:
+    """If this fails, run `python docs/make_recipes.py`."""
+    page = runpy.run_path(str(ROOT / "docs" / "make_recipes.py"))["page"]()
+    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == page
 
 
-def test_the_list_of_modules_is_up_to_date() -> None:
-    """Run `python docs/make_modules.py` where it is not."""
-    made = runpy.run_path(str(ROOT / "docs" / "make_modules.py"))["page"]()
-    assert (ROOT / "docs" / "reference" / "modules.md").read_text(encoding="utf-8") == made
+def test_page_of_modules_is_up_to_date() -> None:
+    """If this fails, run `python docs/make_modules.py`."""
+    page = runpy.run_path(str(ROOT / "docs" / "make_modules.py"))["page"]()
+    assert (ROOT / "docs" / "reference" / "modules.md").read_text(encoding="utf-8") == page
 
 
-def test_every_module_says_in_one_line_what_is_in_it() -> None:
+def test_module_docstring_begins_with_one_line() -> None:
     for path in (ROOT / "src" / "prunetune").rglob("*.py"):
         line = (ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or "").partition("\n")[0]
         assert 10 < len(line) <= 120, path
 
 
 @pytest.mark.parametrize("command", [line for line in commands() if line.startswith("prunetune ")])
-def test_a_command_in_the_docs_is_understood(command: str) -> None:
+def test_commands_in_the_docs_are_parsed(command: str) -> None:
     app.parse_args(shlex.split(command)[1:], exit_on_error=False, print_error=False)
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("yaml"), ids=first_line)
-def test_a_recipe_or_a_suite_in_the_docs_is_one(page: str, text: str) -> None:
+def test_recipes_and_suites_in_the_docs_are_valid(page: str, text: str) -> None:
     values = yaml.safe_load(text)
     if "tasks" in values:  # a suite
         assert not [task.error for task in parse_suite(values, where=page).tasks if task.error]
@@ -83,7 +83,7 @@ def test_a_recipe_or_a_suite_in_the_docs_is_one(page: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("json"), ids=first_line)
-def test_rows_in_the_docs_are_rows(page: str, text: str) -> None:
+def test_rows_in_the_docs_are_valid_records(page: str, text: str) -> None:
     for number, line in enumerate(text.splitlines(), 1):
         assert record_from_row(json.loads(line), source=f"{page}:{number}").completion
 
@@ -96,20 +96,20 @@ def test_names_in_the_docs_are_public(page: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_in_the_docs_have_targets(page: Path) -> None:
     targets = re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8"))
     for target in targets:
         file, _, heading = target.partition("#")
         if "://" in file:
             continue
-        place = page.parent / file if file else page
-        assert place.exists(), target
+        target_page = page.parent / file if file else page
+        assert target_page.exists(), target
         if heading:
-            titles = re.findall(r"^#+ (.+)$", place.read_text(encoding="utf-8"), re.MULTILINE)
+            titles = re.findall(r"^#+ (.+)$", target_page.read_text(encoding="utf-8"), re.MULTILINE)
             assert heading in {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}, target
 
 
-def test_readme_and_ci_set_up_and_test_in_the_same_way() -> None:
+def test_readme_and_ci_use_the_same_set_up_and_test_commands() -> None:
     first, second = (text for page, text in blocks("bash") if page == "README.md" and "venv" in text)
     *set_up, demo = map(str.strip, first.split("&&"))
     *again, test = map(str.strip, second.split("&&"))
@@ -121,34 +121,36 @@ def test_readme_and_ci_set_up_and_test_in_the_same_way() -> None:
     assert [step for step in as_told if step.startswith("pip ")] == [step for step in set_up if step.startswith("pip ")]
 
 
-def test_the_page_of_architectures_lists_the_table() -> None:
+def test_family_page_lists_every_supported_architecture() -> None:
     text = (ROOT / "docs" / "extend" / "family.md").read_text(encoding="utf-8")
     rows = dict(re.findall(r"^\| (attention and MLP|MLP|attention and experts) \| (.*) \|$", text, re.MULTILINE))
     listed = {
         kinds: re.findall(r"\w+", row.partition(";")[0].replace("(per-layer only)", "")) for kinds, row in rows.items()
     }
-    found: dict[str, list[str]] = {kinds: [] for kinds in listed}
+    supported: dict[str, list[str]] = {kinds: [] for kinds in listed}
     for family in sorted(FAMILIES):
         whole = set(architecture_info(tiny(family)).unprunable) & {"attention", "mlp"}
-        found["attention and experts" if whole == {"mlp"} else "MLP" if whole else "attention and MLP"].append(family)
-    assert listed == found
+        supported["attention and experts" if whole == {"mlp"} else "MLP" if whole else "attention and MLP"].append(
+            family
+        )
+    assert listed == supported
     assert f"Models: {len(FAMILIES)}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_constraints_pin_what_the_package_asks_for() -> None:
+def test_constraints_pin_every_dependency_within_its_bounds() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
     named = [*project["dependencies"], *extras["dev"], *extras["demo"], *extras["onnx"]]
-    for wanted in map(Requirement, named):
-        if wanted.name == "prunetune":  # extras of its own that dev takes in
-            assert wanted.extras <= set(extras)
+    for requirement in map(Requirement, named):
+        if requirement.name == "prunetune":  # extras of its own that dev takes in
+            assert requirement.extras <= set(extras)
             continue
-        assert wanted.specifier.contains(pins[canonicalize_name(wanted.name)]), wanted.name
+        assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement.name
 
 
-def test_without_a_tag_the_version_is_before_the_newest_of_the_changes() -> None:
+def test_fallback_version_is_a_dev_version_of_the_newest_changelog_entry() -> None:
     hatch = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["hatch"]
     newest = re.search(r"^## \[(.+)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest

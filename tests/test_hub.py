@@ -1,4 +1,4 @@
-"""After `hub.register()` a per-layer folder opens without a trust flag, and its own modules are not run."""
+"""After `hub.register()` a per-layer folder opens without a trust flag, and the folder's own code is not run."""
 
 from __future__ import annotations
 
@@ -75,8 +75,8 @@ def test_every_family_opens_without_running_its_own_code(tmp_path: Path) -> None
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr[-2000:]
     for name in CASES:
-        found = load_file(tmp_path / name / "logits.st")["logits"]
-        assert relative(found, expected[name]) <= 1e-5, name
+        logits = load_file(tmp_path / name / "logits.st")["logits"]
+        assert relative(logits, expected[name]) <= 1e-5, name
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "opt"])
@@ -88,9 +88,9 @@ def test_registered_class_has_the_widths_of_the_configuration(family: str, tmp_p
     config_class, base, causal = hub.per_layer_classes(family)
     config = config_class.from_pretrained(tmp_path / "model")
     with torch.device("meta"):
-        made = causal(config)
+        registered = causal(config)
         assert {name: p.shape for name, p in base(config).named_parameters()}
-    shapes = {name: parameter.shape for name, parameter in made.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in registered.named_parameters()}
     assert shapes == {name: parameter.shape for name, parameter in model.named_parameters()}
 
 

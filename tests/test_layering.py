@@ -1,4 +1,4 @@
-"""Imports point down: the twelve lines of the package, read off its source; and what keeps its names apart."""
+"""Imports point down through the twelve lines of the package; type names are unique; tests mirror the source."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def imported(tree: ast.AST) -> Iterator[str]:
 
 
 def at_import(tree: ast.Module) -> ast.Module:
-    """What runs when the module is imported: neither functions nor what only type checkers read."""
+    """The code that runs when the module is imported: without functions and `TYPE_CHECKING` blocks."""
 
     class Skip(ast.NodeTransformer):
         def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
@@ -64,7 +64,7 @@ def at_import(tree: ast.Module) -> ast.Module:
 
 
 def faults(module: str, tree: ast.AST) -> list[str]:
-    """What a module imports against the rules."""
+    """The imports of a module that break the rules, one message for each."""
     home = module.split(".")[1]
     wrong = []
     for name in imported(tree):
@@ -92,28 +92,28 @@ def public_types(tree: ast.Module) -> Iterator[str]:
         yield from (name for name in names if name[0].isupper() and not name.isupper())
 
 
-def test_every_module_stands_on_a_line() -> None:
-    """A new package is given its place in the list above before it is used."""
+def test_every_package_is_on_exactly_one_line() -> None:
+    """A new package needs an entry in pyproject.toml before it is used."""
     assert set(HOMES.values()) == set(HEIGHT)
     assert len(HEIGHT) == sum(map(len, LINES))
 
 
-def test_twelve_lines_are_all_there_are() -> None:
+def test_layers_are_at_most_twelve() -> None:
     assert len(LINES) <= 12
 
 
-def test_few_modules_stand_outside_packages() -> None:
+def test_modules_outside_packages_are_few() -> None:
     assert len(list(SOURCE.glob("*.py"))) <= MOST_AT_THE_TOP
 
 
 @pytest.mark.parametrize("module", HOMES)
 def test_imports_point_down(module: str) -> None:
-    """In functions, too: an import that waits is an import."""
+    """Imports within functions count, too."""
     assert faults(module, ast.parse(MODULES[module].read_text(encoding="utf-8"))) == []
 
 
-def test_no_module_needs_itself_to_be_imported() -> None:
-    """Within packages as well."""
+def test_import_cycles_do_not_exist() -> None:
+    """This holds within packages, too."""
     needs = {
         name: set(imported(at_import(ast.parse(path.read_text(encoding="utf-8"))))) - {name}
         for name, path in MODULES.items()
@@ -122,8 +122,8 @@ def test_no_module_needs_itself_to_be_imported() -> None:
     tuple(TopologicalSorter(needs).static_order())  # raises CycleError
 
 
-def test_no_public_type_name_is_defined_twice() -> None:
-    """A reader who searches for a type finds one."""
+def test_public_type_names_are_unique() -> None:
+    """A search for a type name finds one definition."""
     homes = defaultdict(set)
     for module, path in MODULES.items():
         for name in public_types(ast.parse(path.read_text(encoding="utf-8"))):
@@ -133,7 +133,7 @@ def test_no_public_type_name_is_defined_twice() -> None:
 
 @pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
 def test_no_test_imports_a_test(path: Path) -> None:
-    """What tests share lies in tests/support."""
+    """Helpers that tests share are in tests/support."""
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -141,7 +141,7 @@ def test_no_test_imports_a_test(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(TESTS.glob("*/**/test_*.py")), ids=lambda path: str(path.relative_to(TESTS)))
-def test_tests_lie_where_what_they_test_lies(path: Path) -> None:
+def test_test_folders_mirror_source_folders(path: Path) -> None:
     assert (SOURCE / path.relative_to(TESTS).parent).is_dir()
 
 
@@ -160,12 +160,12 @@ def test_tests_lie_where_what_they_test_lies(path: Path) -> None:
         ("prunetune.report.page", "from prunetune import Plan"),
     ],
 )
-def test_the_rules_bite(module: str, line: str) -> None:
-    """Each of these is found, so that silence above means something."""
+def test_faults_names_an_upward_or_sideways_import(module: str, line: str) -> None:
+    """The rules find each of these imports, so that the tests above can fail."""
     assert len(faults(module, ast.parse(line))) == 1
 
 
-def test_what_is_allowed_is_allowed() -> None:
-    """Down, and inside one's own package."""
+def test_faults_accepts_imports_from_below_and_within_a_package() -> None:
+    """Imports from lower lines and from the module's own package are allowed."""
     fine = "import torch\nfrom prunetune.errors import PlanError\nfrom prunetune.train import trainers, checkpoints"
     assert faults("prunetune.train.loop", ast.parse(fine)) == []

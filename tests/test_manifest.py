@@ -1,4 +1,4 @@
-"""manifest.json: written to the byte as it was read, and read whatever is in it."""
+"""manifest.json: it is written back to the byte, and any JSON object can be read."""
 
 from __future__ import annotations
 
@@ -40,22 +40,22 @@ WHOLE = manifest() | {
 }
 
 
-def with_value(values: Any, path: tuple[Any, ...], odd: Any) -> Any:
+def with_value(values: Any, path: tuple[Any, ...], value: Any) -> Any:
     """The same JSON with another value at a path."""
     if not path:
-        return odd
+        return value
     changed = dict(values) if isinstance(values, dict) else list(values)
-    changed[path[0]] = with_value(changed[path[0]], path[1:], odd)
+    changed[path[0]] = with_value(changed[path[0]], path[1:], value)
     return changed
 
 
 def paths(values: Any) -> list[tuple[Any, ...]]:
-    """The way to every value of a JSON."""
+    """Paths to all values of a JSON."""
     items = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
     return [path for name, value in items for path in [(name,), *((name, *rest) for rest in paths(value))]]
 
 
-def test_what_was_read_is_written_to_the_byte(tmp_path: Path) -> None:
+def test_manifest_is_written_as_read_to_the_byte(tmp_path: Path) -> None:
     for folder in (make_run(tmp_path / "one"), make_sizes(tmp_path / "several")):
         values = json.loads((folder / "manifest.json").read_text())
         text = json.dumps(values | {"later": {"version": [1]}}, indent=2) + "\n"
@@ -72,7 +72,7 @@ def test_unknown_keys_survive_an_update(tmp_path: Path) -> None:
     assert list(after) == list(before)
 
 
-def test_parts_are_written_with_their_keys_in_order() -> None:
+def test_sections_are_written_with_their_keys_in_order() -> None:
     limit = LimitFacts(condition="guard.nll <= 3", limit=3, measured=None, is_met=False)
     action = LimitActionFacts(step=2, conditions=("guard.nll <= 3",), action="stopped at step 2")
     limits = LimitsFacts(limits=(limit,), actions=(action,), requested_keep=0.5, allowed_keep=0.6, kept=None)
@@ -90,7 +90,7 @@ def test_parts_are_written_with_their_keys_in_order() -> None:
     })  # fmt: skip
 
 
-def test_an_empty_part_is_false_and_has_every_field() -> None:
+def test_empty_section_is_false_and_has_every_field() -> None:
     empty = Manifest.empty()
     assert not empty
     assert empty.to_dict() == {}
@@ -101,39 +101,39 @@ def test_an_empty_part_is_false_and_has_every_field() -> None:
     assert {item.name for item in fields(DataFacts)} == {"source", "hashes", "counts", "too_long", "dropped"}
 
 
-def test_a_command_in_words_is_one_line() -> None:
+def test_command_is_read_from_a_list_or_a_string() -> None:
     assert Manifest.from_dict(manifest()).command == "prunetune run recipes/legal.yaml --budget.keep 0.6"
     assert Manifest.from_dict({"command": ["a", "b c"]}).command == "a 'b c'"
     assert Manifest.from_dict({"command": "a b"}).command == "a b"
 
 
-def test_a_score_that_is_not_finite_is_told_and_no_other_number_is() -> None:
+def test_nan_is_kept_for_scores_alone() -> None:
     limit = LimitFacts.from_dict(json.loads('{"found": NaN, "limit": Infinity}'))
     assert str(limit.measured) == "nan"
     assert limit.limit is None
     assert SpeedFacts.from_dict({"decode_spread": 10**400, "prefill_spread": True}).spread("decode") is None
 
 
-def test_an_unknown_field_is_refused(tmp_path: Path) -> None:
+def test_update_manifest_refuses_an_unknown_field(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="gates"):
         RunFolder(tmp_path).update_manifest(gates={})
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "3"])
-def test_what_is_no_object_is_refused(text: str) -> None:
+def test_manifest_that_is_no_object_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         Manifest.from_json(text)
 
 
-@pytest.mark.parametrize("odd", ODD, ids=lambda odd: str(odd)[:20])
-def test_any_value_is_read_and_written_back(odd: Any) -> None:
+@pytest.mark.parametrize("value", ODD, ids=lambda value: str(value)[:20])
+def test_any_value_is_read_and_written_back(value: Any) -> None:
     for path in paths(WHOLE):
-        text = json.dumps(with_value(WHOLE, path, odd), indent=2) + "\n"
+        text = json.dumps(with_value(WHOLE, path, value), indent=2) + "\n"
         assert Manifest.from_json(text).to_json() == text, path
 
 
-@pytest.mark.parametrize("odd", ODD, ids=lambda odd: str(odd)[:20])
-def test_any_value_has_a_report(odd: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", ODD, ids=lambda value: str(value)[:20])
+def test_any_value_has_a_report(value: Any, tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     for name in (
         "evaluation/dense.json",
@@ -149,6 +149,6 @@ def test_any_value_has_a_report(odd: Any, tmp_path: Path) -> None:
     ):  # half of the values of a depth at once, then the others
         values: Any = WHOLE
         for path in [path for path in paths(WHOLE) if len(path) == depth][parity::2]:
-            values = with_value(values, path, odd)
+            values = with_value(values, path, value)
         (folder / "manifest.json").write_text(json.dumps(values))
         assert "<h1>" in write_report(folder).read_text(encoding="utf-8"), (depth, parity)

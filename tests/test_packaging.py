@@ -1,4 +1,4 @@
-"""Metadata, version and what a host of repositories reads. Nothing is built and nothing is fetched."""
+"""Package metadata, version, citation, hooks and CI files; nothing is built or downloaded."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def parsed(name: str) -> Any:
     return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
 
 
-class Interface:
-    """hatchling's, which is there only while a package is built."""
+class FakeInterface:
+    """Stands in for hatchling's, which is installed only while a package is built."""
 
     def __init__(self, root: str) -> None:
         self.root = root
@@ -37,7 +37,7 @@ class Interface:
 def urls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], dict[str, str]]:
     """What the metadata hook makes of the addresses.toml in a folder."""
     hatchling = ModuleType("hatchling.metadata.plugin.interface")
-    hatchling.MetadataHookInterface = Interface  # type: ignore[attr-defined]
+    hatchling.MetadataHookInterface = FakeInterface  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, hatchling.__name__, hatchling)
     hook = runpy.run_path(str(ROOT / "hatch_build.py"))["Addresses"]
 
@@ -45,8 +45,8 @@ def urls(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], dict[str, str]]:
         metadata: dict[str, Any] = {}
         hook(str(root)).update(metadata)
         assert set(metadata) == {"urls"}
-        made: dict[str, str] = metadata["urls"]
-        return made
+        urls: dict[str, str] = metadata["urls"]
+        return urls
 
     return make
 
@@ -69,7 +69,7 @@ def test_metadata_leaves_urls_and_version_to_the_build() -> None:
     assert PYPROJECT["tool"]["hatch"]["version"]["source"] == "vcs"
 
 
-def test_the_version_flag_prints_the_installed_version(say: Callable[..., tuple[int, str, str]]) -> None:
+def test_version_flag_prints_the_installed_version(say: Callable[..., tuple[int, str, str]]) -> None:
     assert say("--version") == (0, f"{version('prunetune')}\n", "")
 
 
@@ -80,7 +80,7 @@ def test_classifiers_name_the_pythons_of_the_workflow() -> None:
     assert PROJECT["requires-python"] == f">={versions[0]}"
 
 
-def test_the_workflow_runs_the_checks_on_a_clone_with_tags() -> None:
+def test_workflow_runs_checks_on_a_clone_with_tags() -> None:
     workflow = parsed(".github/workflows/ci.yml")
     (job,) = workflow["jobs"].values()
     assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
@@ -99,7 +99,7 @@ def test_hooks_run_pinned_tools_of_the_environment() -> None:
     assert all(f"\n{tool}==" in pins for tool in tools)
 
 
-def test_the_citation_names_no_version_and_the_licence_of_the_package() -> None:
+def test_citation_names_the_licence_and_no_version() -> None:
     cited = parsed("CITATION.cff")
     assert "version" not in cited
     assert (cited["title"], cited["license"], cited["abstract"]) == (
@@ -110,8 +110,8 @@ def test_the_citation_names_no_version_and_the_licence_of_the_package() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.stem)
-def test_an_issue_form_asks_for_version_command_error_and_manifest(form: Path) -> None:
-    asked = str(yaml.safe_load(form.read_text(encoding="utf-8"))["body"])
-    for wanted in ("prunetune --version", "command", "manifest.json"):
-        assert wanted in asked
-    assert re.search("error|what it printed", asked)
+def test_issue_form_asks_for_version_command_error_and_manifest(form: Path) -> None:
+    body = str(yaml.safe_load(form.read_text(encoding="utf-8"))["body"])
+    for item in ("prunetune --version", "command", "manifest.json"):
+        assert item in body
+    assert re.search("error|what it printed", body)

@@ -1,4 +1,4 @@
-"""What `import prunetune` gives, and that it does not import the heavy packages."""
+"""Public names of `prunetune`, which imports no heavy package."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def test_every_public_name_can_be_imported() -> None:
         (prunetune.check, prunetune.evaluation.suites.api.check),
     ],
 )
-def test_public_functions_take_what_they_pass_on(public: Callable[..., Any], internal: Callable[..., Any]) -> None:
+def test_public_functions_accept_every_argument_they_pass_on(
+    public: Callable[..., Any], internal: Callable[..., Any]
+) -> None:
     signatures = [inspect.signature(function).parameters for function in (public, internal)]
     names = [[(name, parameter.kind) for name, parameter in signature.items()] for signature in signatures]
     assert names[0] == names[1]

@@ -123,7 +123,7 @@ def test_magnitude_is_root_mean_square() -> None:
     model = tiny("qwen2")
     scores = BASELINES["magnitude"](calibration(model))
     for site in find_sites(model):
-        entries = torch.cat([part.flatten() for part in entries_of(model, site, 1, dict(model.named_parameters()))])
+        entries = torch.cat([entry.flatten() for entry in entries_of(model, site, 1, dict(model.named_parameters()))])
         assert len(entries) == site.unit_params
         assert float(scores[site.name][1]) == pytest.approx(float(entries.square().mean().sqrt()), rel=1e-5)
 
@@ -132,7 +132,7 @@ def test_magnitude_is_root_mean_square() -> None:
 @pytest.mark.parametrize(
     ("family", "outer", "inner"), [("mixtral", "experts", "expert-channels"), ("qwen3", "kv-groups", "query-heads")]
 )
-def test_a_score_includes_the_units_inside(name: str, family: str, outer: str, inner: str) -> None:
+def test_score_includes_the_units_inside(name: str, family: str, outer: str, inner: str) -> None:
     model = tiny(family)
     alone, both = (replace(calibration(model), sites=find_sites(model, kinds)) for kinds in ([outer], [outer, inner]))
     scores = BASELINES[name](both)
@@ -192,7 +192,7 @@ def test_taylor_sums_weight_times_gradient() -> None:
     sum(loss_of(twin, row) / 3 for row in rows()).backward()
     products = {key: (p.grad * p).detach().abs() for key, p in twin.named_parameters()}
     for site in find_sites(model):
-        total = sum(float(part.sum()) for part in entries_of(model, site, 1, products))
+        total = sum(float(product.sum()) for product in entries_of(model, site, 1, products))
         assert float(scores[site.name][1]) == pytest.approx(total / site.unit_params, rel=1e-3)
 
 

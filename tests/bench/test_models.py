@@ -48,7 +48,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, dense: Path) -> Path:
 # -- names -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_dense_model_of_a_run_comes_first(run: Path, dense: Path) -> None:
+def test_dense_model_of_a_run_is_measured_first(run: Path, dense: Path) -> None:
     specs = resolve_models([str(run)], SMALL)
     assert [spec.label for spec in specs] == [f"{dense} (dense)", str(run)]
     assert [spec.trust_remote_code for spec in specs] == [False, True]
@@ -83,7 +83,7 @@ def test_unknown_and_unreadable_models_are_refused(tmp_path: Path, run: Path, mo
         resolve_models([str(tmp_path / "a.gguf")], SMALL)
 
 
-def test_a_prompt_beyond_the_context_is_refused(dense: Path) -> None:
+def test_prompt_beyond_the_context_is_refused(dense: Path) -> None:
     assert resolve_models([str(dense)], BenchOptions(prompt=250, generate=6))
     with pytest.raises(ConfigError, match="make 257 tokens, its context has 256"):
         resolve_models([str(dense)], BenchOptions(prompt=251, generate=6))
@@ -91,13 +91,15 @@ def test_a_prompt_beyond_the_context_is_refused(dense: Path) -> None:
 
 @pytest.mark.parametrize("heads", [1, 2, 8])
 def test_attention_flops_count_keys_for_each_query_head(heads: int) -> None:
-    """By PyTorch's count of the two products."""
+    """Against PyTorch's own count of the two matrix products."""
     query, key, value = (
         torch.empty(3, *shape, device="meta", dtype=torch.bfloat16)
         for shape in ((8, 5, 4), (heads, 7, 4), (heads, 7, 6))
     )
     with FlopCounterMode(display=False) as products:
-        apart = (torch.empty(24, *each.shape[2:], device="meta", dtype=each.dtype) for each in (query, key, value))
+        apart = (
+            torch.empty(24, *tensor.shape[2:], device="meta", dtype=tensor.dtype) for tensor in (query, key, value)
+        )
         query_apart, key_apart, value_apart = apart
         torch.bmm(torch.bmm(query_apart, key_apart.mT), value_apart)
     for operation, formula in ATTENTION.items():
@@ -109,15 +111,15 @@ def test_attention_flops_count_keys_for_each_query_head(heads: int) -> None:
 
 def test_local_runner_counts_and_times_a_model(dense: Path) -> None:
     runner = LocalRunner(ModelSpec("dense", str(dense)), SMALL)
-    one, two = runner.warm_up(1), runner.warm_up(2)
-    assert one.prefill_flops
-    assert two.prefill_flops == 2 * one.prefill_flops
+    single, double = runner.warm_up(1), runner.warm_up(2)
+    assert single.prefill_flops
+    assert double.prefill_flops == 2 * single.prefill_flops
     weights = sum(weight.nbytes for weight in runner.model.parameters())
     table = runner.model.get_input_embeddings().weight.nbytes
     config = runner.model.config
     entry = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     written = SMALL.prompt + SMALL.generate - 1
-    assert (one.decode_bytes, two.decode_bytes) == tuple(weights - table + b * written * entry for b in (1, 2))
+    assert (single.decode_bytes, double.decode_bytes) == tuple(weights - table + b * written * entry for b in (1, 2))
     sample = runner.run(2)
     assert sample.total_s == pytest.approx(sample.prefill_s + 3 * sample.decode_s)
     assert sample.joules is None
@@ -141,7 +143,7 @@ COMPILED = dataclasses.replace(SMALL, compile=True)
 
 
 def test_compiled_steps_use_the_same_cache_again(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the same address: with another cache, the timed runs would compile again."""
+    """The cache keeps its address; with another one, the timed runs would compile again."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     runner = LocalRunner(ModelSpec("dense", str(dense)), COMPILED)
     runner.warm_up(2)
@@ -150,7 +152,7 @@ def test_compiled_steps_use_the_same_cache_again(dense: Path, monkeypatch: pytes
     assert runner.facts().runtime.endswith(", compiled")
 
 
-def test_a_failed_compilation_is_an_error_with_its_reason(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_compilation_is_an_error_with_its_reason(dense: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: object, **__: object) -> None:
         raise ValueError("no compiler\nmore")
 
@@ -193,7 +195,7 @@ def test_energy_meter_is_none_on_a_cpu() -> None:
 # -- processes -------------------------------------------------------------------------------------------------------
 
 
-def test_a_worker_survives_out_of_memory_and_its_death_is_an_error() -> None:
+def test_worker_survives_out_of_memory_and_its_exit_is_an_error() -> None:
     worker = Worker(ModelSpec("m", "m"), SMALL, bench_helpers.unstable_runner)
     assert worker.facts() == bench_helpers.facts()
     assert worker.run(1).total_s == 1.0
@@ -215,7 +217,7 @@ print(found.models[1].cells[0].ratios["decode"].median)
 """
 
 
-def test_a_script_without_a_guard_can_measure(run: Path, tmp_path: Path) -> None:
+def test_script_without_main_guard_can_measure(run: Path, tmp_path: Path) -> None:
     """As in docs/bench.md: starting a worker does not run the script again."""
     (tmp_path / "script.py").write_text(SCRIPT)
     done = subprocess.run([sys.executable, tmp_path / "script.py", run], capture_output=True, text=True, check=False)
@@ -223,7 +225,7 @@ def test_a_script_without_a_guard_can_measure(run: Path, tmp_path: Path) -> None
     assert float(done.stdout) > 0
 
 
-def test_a_bug_has_its_traceback_and_an_error_its_line() -> None:
+def test_bug_has_a_traceback_and_an_error_one_line() -> None:
     worker = Worker(ModelSpec("m", "m"), SMALL, bench_helpers.unstable_runner)
     with pytest.raises(RuntimeError, match=r"(?s)in the process of m.*ZeroDivisionError: a bug"):
         worker.run(3)
@@ -244,10 +246,10 @@ def test_llama_cpp_runner_counts_and_times_a_file(run: Path, tmp_path: Path) -> 
     work = runner.warm_up(1)
     assert runner.warm_up(2).prefill_flops == 2 * (work.prefill_flops or 0) > 0
     assert 0 < (work.decode_bytes or 0) < file.stat().st_size
-    one, two = runner.run(1), runner.run(2)
-    assert one.prefill_s
-    assert one.decode_s
-    assert (two.prefill_s, two.decode_s) == (None, None)
+    single, double = runner.run(1), runner.run(2)
+    assert single.prefill_s
+    assert single.decode_s
+    assert (double.prefill_s, double.decode_s) == (None, None)
     facts = runner.facts()
     assert facts.dtype == "f16"
     assert facts.file_bytes == file.stat().st_size
@@ -272,14 +274,14 @@ def test_command_measures_a_run_and_its_dense_model(say: Said, run: Path, tmp_pa
     code, out, _ = say(str(run), *short, "--json", str(where))
     assert code == 0
     assert f"[1] {run}" in out
-    found = json.loads(where.read_text(encoding="utf-8"))
-    assert [len(model["cells"][0]["samples"]) for model in found["models"]] == [2, 2]
-    assert set(found["models"][1]["cells"][0]["counted"]) == {"prefill", "decode"}
-    assert found["models"][1]["facts"]["device"].startswith("1 CPU threads")
+    result = json.loads(where.read_text(encoding="utf-8"))
+    assert [len(model["cells"][0]["samples"]) for model in result["models"]] == [2, 2]
+    assert set(result["models"][1]["cells"][0]["counted"]) == {"prefill", "decode"}
+    assert result["models"][1]["facts"]["device"].startswith("1 CPU threads")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "part"),
+    ("arguments", "message"),
     [
         ((), "bench needs a model"),
         (("--batch", "0"), "batch '0'"),
@@ -292,9 +294,9 @@ def test_command_measures_a_run_and_its_dense_model(say: Said, run: Path, tmp_pa
     ],
 )
 def test_wrong_arguments_exit_with_two_and_one_line(
-    arguments: tuple[str, ...], part: str, say: Said, dense: Path
+    arguments: tuple[str, ...], message: str, say: Said, dense: Path
 ) -> None:
     code, out, err = say(*((str(dense),) if arguments else ()), *arguments)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
-    assert part in err
+    assert message in err

@@ -12,14 +12,14 @@ from prunetune.bench.result import BenchResult, summarise_bench
 from prunetune.bench.runner import BenchSample, WorkEstimate
 from prunetune.bench.table import render_bench
 from prunetune.errors import ConfigError
-from support.bench import Scripted, facts, slowed
+from support.bench import ScriptedRunner, facts, slowed
 
 DENSE = {"total": 4.0, "prefill": 2.0, "decode": 0.2}
 PRUNED = {"total": 2.0, "prefill": 1.0, "decode": 0.16}
 SLOWDOWNS = (1.0, 3.0, 1.5, 9.0, 1.1)
 
 
-def benched(*runners: Scripted, options: BenchOptions | None = None) -> BenchResult:
+def benched(*runners: ScriptedRunner, options: BenchOptions | None = None) -> BenchResult:
     options = options or BenchOptions(batch="1,4", generate=10, runs=len(SLOWDOWNS))
     measured = run_interleaved(runners, options.batches, options.runs)
     model_facts = [runner.facts() for runner in runners]
@@ -54,7 +54,7 @@ def test_paired_ratios_are_of_the_same_round() -> None:
 
 def test_runs_are_interleaved_and_every_other_round_is_reversed() -> None:
     calls: list[tuple[str, str, int]] = []
-    measurements = run_interleaved([Scripted("a", calls=calls), Scripted("b", calls=calls)], [1, 8], 3)
+    measurements = run_interleaved([ScriptedRunner("a", calls=calls), ScriptedRunner("b", calls=calls)], [1, 8], 3)
     calls_at_8 = [(call, name) for call, name, batch in calls if batch == 8]
     assert calls_at_8[:2] == [("warm", "a"), ("warm", "b")]
     assert [name for _, name in calls_at_8[2:]] == ["a", "b", "b", "a", "a", "b"]
@@ -62,8 +62,8 @@ def test_runs_are_interleaved_and_every_other_round_is_reversed() -> None:
     assert [[len(cell.samples) for cell in cells] for cells in measurements] == [[3, 3], [3, 3]]
 
 
-def test_a_batch_that_does_not_fit_has_no_samples_and_others_do() -> None:
-    dense, pruned = run_interleaved([Scripted("dense", max_batch=4), Scripted("pruned")], [1, 8, 2], 2)
+def test_batch_that_does_not_fit_alone_has_no_samples() -> None:
+    dense, pruned = run_interleaved([ScriptedRunner("dense", max_batch=4), ScriptedRunner("pruned")], [1, 8, 2], 2)
     assert [len(cell.samples) for cell in dense] == [2, 0, 2]
     assert [len(cell.samples) for cell in pruned] == [2, 2, 2]
     assert dense[1].failed == "batch 8 of dense: out of memory"
@@ -73,7 +73,9 @@ def test_a_batch_that_does_not_fit_has_no_samples_and_others_do() -> None:
 
 
 def test_slow_rounds_do_not_change_the_ratios() -> None:
-    result = benched(Scripted("dense", slowed(DENSE, SLOWDOWNS)), Scripted("pruned", slowed(PRUNED, SLOWDOWNS)))
+    result = benched(
+        ScriptedRunner("dense", slowed(DENSE, SLOWDOWNS)), ScriptedRunner("pruned", slowed(PRUNED, SLOWDOWNS))
+    )
     dense, pruned = (model.cells[0] for model in result.models)
     assert pruned.figures["prefill"].max == 9 * pruned.figures["prefill"].min
     expected = {"prefill": 2.0, "decode": 1.25, "throughput": 2.0}
@@ -86,7 +88,7 @@ def test_slow_rounds_do_not_change_the_ratios() -> None:
 
 
 def test_unmeasured_metrics_are_absent() -> None:
-    result = benched(Scripted("dense"), Scripted("pruned", [BenchSample(1.0)]))
+    result = benched(ScriptedRunner("dense"), ScriptedRunner("pruned", [BenchSample(1.0)]))
     assert set(result.models[0].cells[0].figures) == {"prefill", "decode", "throughput"}
     assert set(result.models[1].cells[0].figures) == {"throughput"}
     assert set(result.models[1].cells[0].ratios) == {"throughput"}
@@ -95,9 +97,9 @@ def test_unmeasured_metrics_are_absent() -> None:
 
 
 def test_counted_ratios_are_shown_with_measured_ones() -> None:
-    dense = Scripted("dense", work=WorkEstimate(100.0, 60.0))
+    dense = ScriptedRunner("dense", work=WorkEstimate(100.0, 60.0))
     result = benched(
-        dense, Scripted("pruned", work=WorkEstimate(50.0, 40.0)), Scripted("other", work=WorkEstimate(80.0))
+        dense, ScriptedRunner("pruned", work=WorkEstimate(50.0, 40.0)), ScriptedRunner("other", work=WorkEstimate(80.0))
     )
     assert result.models[1].cells[0].counted == {"prefill": 2.0, "decode": 1.5}
     assert result.models[2].cells[0].counted == {"prefill": 1.25}
@@ -106,8 +108,8 @@ def test_counted_ratios_are_shown_with_measured_ones() -> None:
 
 
 def test_table_shows_sizes_ratios_and_failures() -> None:
-    small = Scripted("pruned", slowed(PRUNED, SLOWDOWNS), model_facts=facts(600, 1000))
-    text = render_bench(benched(Scripted("dense", slowed(DENSE, SLOWDOWNS), max_batch=1), small))
+    small = ScriptedRunner("pruned", slowed(PRUNED, SLOWDOWNS), model_facts=facts(600, 1000))
+    text = render_bench(benched(ScriptedRunner("dense", slowed(DENSE, SLOWDOWNS), max_batch=1), small))
     assert "[1] pruned" in text
     assert "x1.67" in text  # parameters
     assert "x2.00 (2.00 to 2.00)" in text
@@ -116,7 +118,9 @@ def test_table_shows_sizes_ratios_and_failures() -> None:
 
 
 def test_json_has_options_and_every_sample() -> None:
-    result = json.loads(json.dumps(benched(Scripted("a", slowed(DENSE, SLOWDOWNS)), Scripted("b")).to_dict()))
+    result = json.loads(
+        json.dumps(benched(ScriptedRunner("a", slowed(DENSE, SLOWDOWNS)), ScriptedRunner("b")).to_dict())
+    )
     assert (result["reference"], result["options"]["generate"]) == ("a", 10)
     cell = result["models"][0]["cells"][0]
     assert [sample["prefill_s"] for sample in cell["samples"]] == [2.0 * factor for factor in SLOWDOWNS]

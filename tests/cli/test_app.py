@@ -1,4 +1,4 @@
-"""The command line: a user error is one line that says what to do, exit code 2, and nothing is written."""
+"""The command line: a user error prints one line with the next step, exits with 2, and writes nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(dense: Path, tmp_path: Path) -> Callable[..., str]:
-    """A recipe that would run but for the changes; the run folder is tmp_path/run."""
+    """A recipe that is valid except for the changes; its run folder is tmp_path/run."""
 
     def write(**changes: Any) -> str:
         rows = tmp_path / "rows.jsonl"
@@ -56,8 +56,8 @@ def refused(outcome: tuple[int, str, str], *parts: str) -> None:
     assert err.count("\n") == 1, err
     assert err.startswith("prunetune: ")
     assert "Traceback" not in err
-    for part in parts:
-        assert part in err
+    for words in parts:
+        assert words in err
 
 
 @pytest.fixture(autouse=True)
@@ -315,7 +315,7 @@ def test_run_folder_that_cannot_be_made_is_refused(
 def test_read_only_folder_is_refused(
     say: Said, recipe: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("os.access", lambda place, _: Path(place) != tmp_path)  # root may write anywhere
+    monkeypatch.setattr("os.access", lambda path, _: Path(path) != tmp_path)  # root may write anywhere
     refused(say("run", recipe(), "--dry-run"), f"{tmp_path} cannot be written to", "--out")
 
 
@@ -437,14 +437,14 @@ def test_log_holds_own_info_and_warnings_of_libraries() -> None:
 
 
 def test_plain_log_has_the_time_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    now = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: now[0])
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
     plain = console.PlainConsole(10)
     with caplog.at_level("INFO"):
         plain.stage("tune", 700)
         for step in range(1, 21):
             plain.step({"step": step, "phase": "search", "loss": 1.0, "kept": 1.0})
-            now[0] += 6
+            clock[0] += 6
     assert [line.partition(", ")[2] for line in caplog.messages] == ["", "", "about 69 min left", "about 68 min left"]
 
 
@@ -460,7 +460,7 @@ def test_value_after_a_switch_is_refused_with_the_right_form(
     ("verb", "code"), [("runs", prunetune.cli.app.EXIT_OUTPUT_CLOSED), ("--help", 1)]
 )  # 1: how rich ends so
 def test_closed_output_ends_silently(verb: str, code: int, tmp_path: Path) -> None:
-    """As behind `| head`, which closes its input."""
+    """The same happens with `| head`, which closes its input."""
     words = [verb, str(tmp_path)] if verb == "runs" else [verb]
     with subprocess.Popen(
         [sys.executable, "-m", "prunetune.cli", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

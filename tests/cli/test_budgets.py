@@ -1,4 +1,4 @@
-"""Budgets from the command line: what is said before any training, what is refused, and a run that meets them."""
+"""Budgets from the command line: previews before training, refused budgets, and a run that meets its budgets."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ RECIPE: dict[str, Any] = {
 
 
 def sizes(models: Sequence[Any], workload: Any, runs: int) -> list[dict[str, float]]:
-    """Seconds by parameters."""
+    """Seconds proportional to the number of parameters."""
     counts = [sum(weight.numel() for weight in model.parameters()) for model in models]
     return [dict.fromkeys(PHASES, 1e-6 * count) for count in counts]
 
 
 def tracks(models: Sequence[Any], workload: Any, runs: int) -> list[dict[str, float]]:
-    """All of it the device's."""
+    """The same seconds by track, all of them on the device."""
     times = sizes(models, workload, runs)
     return [dict.fromkeys(TRACKS, 0.0) | {f"{phase}.device": time[phase] for phase in PHASES} for time in times]
 
@@ -69,8 +69,8 @@ def _a_device_of_tests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def recipe(dense: Path, tmp_path: Path) -> Callable[..., str]:
     def write(**budget: Any) -> str:
         write_lines(tmp_path / "rows.jsonl", *pairs(20))
-        own = {"model": str(dense), "out": str(tmp_path / "run"), "data": {"train": [str(tmp_path / "rows.jsonl")]}}
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | own | {"budget": {"align": 8, **budget}}))
+        paths = {"model": str(dense), "out": str(tmp_path / "run"), "data": {"train": [str(tmp_path / "rows.jsonl")]}}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | paths | {"budget": {"align": 8, **budget}}))
         return str(tmp_path / "recipe.yaml")
 
     return write
@@ -85,15 +85,15 @@ def refused(outcome: tuple[int, str, str], *parts: str) -> None:
     assert (code, out) == (2, "")
     assert err.startswith("prunetune: ")
     assert err.count("\n") == 1, err
-    for part in parts:
-        assert part in err
+    for words in parts:
+        assert words in err
 
 
 # -- before any training ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
-def test_sites_prints_what_budgets_mean(layout: str, say: Said, dense: Path) -> None:
+def test_sites_prints_previews_of_budgets(layout: str, say: Said, dense: Path) -> None:
     code, out, err = say("sites", str(dense), *ALIGN, "--layout", layout, "--context", "64", "--batch", "4")
     assert (code, err) == (0, "")
     for kind in ("flops", "memory", "file"):

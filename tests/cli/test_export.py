@@ -40,7 +40,7 @@ def test_export_prints_what_it_wrote_and_where(say: Said, run: Path, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("arguments", "part"),
+    ("arguments", "message"),
     [
         (("--to", "tar"), "tar"),
         (("--to", "gguf", "--dtype", "f8"), "takes no dtype 'f8'; use one of f16, f32, bf16, q8_0"),
@@ -49,13 +49,13 @@ def test_export_prints_what_it_wrote_and_where(say: Said, run: Path, tmp_path: P
     ],
 )
 def test_impossible_export_exits_with_2_and_one_line(
-    arguments: tuple[str, ...], part: str, say: Said, run: Path, tmp_path: Path
+    arguments: tuple[str, ...], message: str, say: Said, run: Path, tmp_path: Path
 ) -> None:
     code, out, err = say(str(run), *arguments, "--out", str(tmp_path / "x"))
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert err.startswith("prunetune: ")
-    assert part in err
+    assert message in err
     assert not list(tmp_path.iterdir())
 
 
@@ -88,7 +88,7 @@ def test_existing_export_is_not_overwritten(say: Said, run: Path, tmp_path: Path
 
 
 def test_partial_folder_of_a_killed_export_is_removed(say: Said, run: Path, tmp_path: Path) -> None:
-    """As a killed export leaves it."""
+    """A killed export leaves such a folder."""
     (tmp_path / "x.gguf.partial").write_text("half")
     assert say(str(run), "--to", "gguf", "--out", str(tmp_path / "x.gguf"))[0] == 0
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]

@@ -23,7 +23,7 @@ from prunetune.errors import ConfigError, LimitBroken, PlanError, PrunetuneError
 from prunetune.runs.folder import RunFolder, run_lock
 from prunetune.train.loop import tune_and_prune
 from support.data import write_lines
-from support.evaluation import furnished
+from support.evaluation import write_model_and_rows
 
 RECIPE: dict[str, Any] = {
     "device": "cpu",
@@ -43,7 +43,7 @@ RECIPE: dict[str, Any] = {
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and data."""
     prose = ({"text": f"the quick fox {n} jumps", "task": "prose"} for n in range(20))
-    return furnished(tmp_path_factory.mktemp("workspace"), 20, *prose)
+    return write_model_and_rows(tmp_path_factory.mktemp("workspace"), 20, *prose)
 
 
 def config_of(workspace: Path, out: Path, **changes: Any) -> RunConfig:
@@ -220,13 +220,13 @@ def test_concurrent_cells_have_the_same_results(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"methods": ["dense", "taylor", "one-stage"], "seeds": [0, 1], "keeps": [0.8, 0.6]}
-    one = compare(config_of(workspace, tmp_path / "one", compare=options))
+    serial = compare(config_of(workspace, tmp_path / "one", compare=options))
     monkeypatch.setattr(prunetune.compare.run, "concurrent_jobs", lambda _: 3)
-    three = compare(config_of(workspace, tmp_path / "three", compare=options))
-    assert list(cells(three)) == list(cells(one))
-    for name, cell in cells(three).items():
+    concurrent = compare(config_of(workspace, tmp_path / "three", compare=options))
+    assert list(cells(concurrent)) == list(cells(serial))
+    for name, cell in cells(concurrent).items():
         for key in ("items", "widths", "curve"):
-            assert cell[key] == cells(one)[name][key]
+            assert cell[key] == cells(serial)[name][key]
         assert cell["crowded"]
 
 

@@ -18,7 +18,7 @@ SUITE = "tasks: {a: {data: a.jsonl, scorer: accuracy}, b: {data: b.jsonl, scorer
 
 @pytest.fixture(scope="module")
 def edited(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources with every edit of the page made."""
+    """A copy of the sources to which every edit of the page was applied."""
     copy = tmp_path_factory.mktemp("edited")
     shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__"))
     edits = EDIT.findall((ROOT / "docs" / "extend" / "option.md").read_text(encoding="utf-8"))
@@ -58,7 +58,7 @@ def test_one_field_is_a_flag_of_eval_and_check(edited: Path, command: str) -> No
     assert "Only these tasks of the suite" in shown
 
 
-def test_the_new_option_of_eval_selects_tasks(edited: Path) -> None:
+def test_new_option_of_eval_selects_tasks(edited: Path) -> None:
     (edited / "suite.yaml").write_text(SUITE, encoding="utf-8")
     code = (
         "from prunetune.evaluation.suites.options import EvalOptions; "

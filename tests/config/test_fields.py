@@ -1,4 +1,4 @@
-"""Fields of options: a parser of one's own reads the value, or each entry of a tuple."""
+"""Fields of options: a custom parser reads the value, or each entry of a tuple."""
 
 from __future__ import annotations
 

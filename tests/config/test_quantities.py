@@ -1,4 +1,4 @@
-"""Laws of amounts: what is shown is read back, shares only make smaller, and a rounded amount would do."""
+"""Laws of amounts: a formatted amount is parsed back, shares are at most 1, and a rounded amount meets its limit."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_rounded_amount_meets_the_limit_and_is_close(kind: str) -> None:
 
 
 @kinds
-def test_examples_of_errors_are_parsed(kind: str) -> None:
+def test_examples_in_error_messages_are_parsed(kind: str) -> None:
     assert not Amount.parse(EXAMPLES[kind], kind).is_share
 
 
@@ -55,7 +55,7 @@ def test_bad_amount_is_refused_in_one_line(kind: str, text: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_keep_is_1_where_only_another_budget_is_given() -> None:
+def test_keep_is_1_if_only_other_budgets_are_given() -> None:
     assert RunConfig().budget.keep == 0.6
     assert from_mapping({"budget": {"memory": "1GB"}}).budget.keep == 1
     assert from_mapping({"budget": {"memory": 0.5, "keep": 0.6}}).budget.keep == 0.6

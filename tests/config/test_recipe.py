@@ -1,4 +1,4 @@
-"""Options: every one is a key, a flag and a check, and what is written is read back."""
+"""Options: each is a recipe key and a flag with checked bounds, and a written recipe is read back."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ OPTIONS = fields_by_path(RunConfig)
 def kind_of(path: str) -> Any:
     """The type of an option."""
     cls: Any = RunConfig
-    for part in path.split("."):
-        cls = typing.get_type_hints(cls)[part]
+    for name in path.split("."):
+        cls = typing.get_type_hints(cls)[name]
     return cls
 
 
 def nested(path: str, value: Any) -> dict[str, Any]:
     """{"a.b": v} as {"a": {"b": v}}."""
-    for part in reversed(path.split(".")):
-        value = {part: value}
+    for name in reversed(path.split(".")):
+        value = {name: value}
     return value
 
 
 def value_at(values: Any, path: str) -> Any:
     """The value under a dotted path, of a mapping or of a config."""
-    for part in path.split("."):
-        values = values[part] if isinstance(values, dict) else getattr(values, part)
+    for name in path.split("."):
+        values = values[name] if isinstance(values, dict) else getattr(values, name)
     return values
 
 
@@ -65,7 +65,7 @@ OWN_WORDS: dict[str, Any] = {
 }
 
 
-def other(path: str) -> Any:
+def other_value(path: str) -> Any:
     """A legal value that is not the default."""
     kind, default, bounds = kind_of(path), OPTIONS[path].default, OPTIONS[path].metadata
     if typing.get_origin(kind) is typing.Literal:
@@ -86,12 +86,12 @@ def other(path: str) -> Any:
     return default / 2 if default else (low or 0.0) + 0.25
 
 
-def beside(path: str) -> dict[str, Any]:
-    """What an option cannot do without."""
+def required_options(path: str) -> dict[str, Any]:
+    """Other options that an option requires."""
     return {"distill": {"teacher": "base"}} if path == "data.texts" else {}
 
 
-def edges(path: str) -> tuple[list[float], list[float]]:
+def boundary_values(path: str) -> tuple[list[float], list[float]]:
     """Values just allowed and just refused by an option's bounds."""
     low, high, above = (OPTIONS[path].metadata[name] for name in ("ge", "le", "gt"))
     step = 1 if int in (kind_of(path), *typing.get_args(kind_of(path))) else 1e-6
@@ -100,7 +100,7 @@ def edges(path: str) -> tuple[list[float], list[float]]:
     return fine, wrong + ([above] if above is not None else [])
 
 
-BOUNDED = [path for path in OPTIONS if edges(path)[1]]
+BOUNDED = [path for path in OPTIONS if boundary_values(path)[1]]
 NUMBERS = [path for path in OPTIONS if kind_of(path) in (int, float)]
 
 
@@ -117,7 +117,7 @@ def test_every_option_has_help_that_ends_a_sentence(path: str) -> None:
 
 @pytest.mark.parametrize("path", OPTIONS)
 def test_default_is_within_its_own_bounds(path: str) -> None:
-    """Else the recipe that a run writes down could not be read back."""
+    """Otherwise the recipe that a run saves could not be read back."""
     default = OPTIONS[path].default
     given_back = value_at(from_mapping(nested(path, list(default) if isinstance(default, tuple) else default)), path)
     assert given_back == default
@@ -141,10 +141,10 @@ def test_default_recipe_round_trips() -> None:
 
 @pytest.mark.parametrize("path", OPTIONS)
 def test_every_option_round_trips_through_yaml(path: str) -> None:
-    config = from_mapping(merge_mappings(beside(path), nested(path, other(path))))
+    config = from_mapping(merge_mappings(required_options(path), nested(path, other_value(path))))
     assert config != RunConfig()
     plain = to_mapping(config)
-    assert value_at(plain, path) == other(path)
+    assert value_at(plain, path) == other_value(path)
     assert from_mapping(yaml.safe_load(yaml.safe_dump(plain, sort_keys=False))) == config
 
 
@@ -198,7 +198,7 @@ def test_unknown_key_gets_a_suggestion(values: dict[str, Any], says: str) -> Non
 
 @pytest.mark.parametrize("path", BOUNDED)
 def test_bounds_hold_to_the_edge(path: str) -> None:
-    fine, wrong = edges(path)
+    fine, wrong = boundary_values(path)
     for value in fine:
         # The two phases share the steps: what one takes, the other leaves.
         other_values: dict[str, Any] = {"search": {"share": 1e-6, "settle": 0}} if path.startswith("search.") else {}
@@ -213,21 +213,21 @@ def test_bounds_hold_to_the_edge(path: str) -> None:
 
 @pytest.mark.parametrize("path", OPTIONS)
 @pytest.mark.parametrize("value", [{"a": 1}, None, [None]], ids=["mapping", "nothing", "nothings"])
-def test_wrong_type_is_refused_by_name(path: str, value: Any) -> None:
+def test_value_of_a_wrong_type_is_refused_by_name(path: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=path):
         from_mapping(nested(path, value))
 
 
 @pytest.mark.parametrize("path", NUMBERS)
 @pytest.mark.parametrize("value", [True, "many", float("nan"), float("inf")], ids=str)
-def test_number_must_be_finite(path: str, value: Any) -> None:
+def test_number_that_is_not_finite_is_refused(path: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=path):
         from_mapping(nested(path, value))
 
 
 @pytest.mark.parametrize(("written", "read"), [("1e-3", 1e-3), ("5.0e-4", 5e-4), ("1", 1.0), ("2.5E+1", 25.0)])
 def test_yaml_spellings_of_a_number_are_read(tmp_path: Path, written: str, read: float) -> None:
-    """YAML takes 1e-3 for text."""
+    """YAML reads 1e-3 as text."""
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"train: {{learning_rate: {written}}}")
     rate = load_recipe(recipe).train.learning_rate
@@ -312,10 +312,10 @@ def tokens_of(path: str, value: Any) -> list[str]:
         flag = f"{section}.{'' if value else 'no-'}{name}" if section else f"{'' if value else 'no-'}{name}"
         return [f"--{flag.replace('_', '-')}"]
     flag = f"--{path.replace('_', '-')}"
-    return [token for part in (value if isinstance(value, list) else [value]) for token in (flag, str(part))]
+    return [token for entry in (value if isinstance(value, list) else [value]) for token in (flag, str(entry))]
 
 
-def test_without_flags_nothing_is_overridden() -> None:
+def test_command_line_without_flags_overrides_no_option() -> None:
     assert flags_to_overrides(make_flags_class(RunConfig)()) == {}
     assert flags_to_overrides(None) == {}
     assert parsed() == (Path("r.yaml"), {})
@@ -323,7 +323,7 @@ def test_without_flags_nothing_is_overridden() -> None:
 
 @pytest.mark.parametrize("path", OPTIONS)
 def test_every_option_is_a_flag(path: str) -> None:
-    value = other(path)
+    value = other_value(path)
     read = OPTIONS[path].metadata["flag_type"] or (lambda value: value)  # more than one type may be written there
     assert parsed(*tokens_of(path, value))[1] == nested(path, read(value))
 
@@ -334,17 +334,17 @@ def test_flag_alias_sets_the_same_option() -> None:
 
 @pytest.mark.parametrize("path", OPTIONS)
 def test_flag_overrides_only_its_option(path: str, tmp_path: Path) -> None:
-    """And what the recipe says beside it stays."""
+    """Other options of the recipe keep their values."""
     recipe = tmp_path / "r.yaml"
-    rest = merge_mappings(beside(path), {"seed": 5} if path != "seed" else {"out": "there"})
+    rest = merge_mappings(required_options(path), {"seed": 5} if path != "seed" else {"out": "there"})
     recipe.write_text(yaml.safe_dump(merge_mappings(to_mapping(RunConfig()), rest)))
-    config = load_recipe(recipe, parsed(*tokens_of(path, other(path)))[1])
+    config = load_recipe(recipe, parsed(*tokens_of(path, other_value(path)))[1])
     keep = {"budget": {"keep": RunConfig().budget.keep}}  # a recipe that names it means it, whatever else is given
-    assert config == from_mapping(merge_mappings(merge_mappings(keep, rest), nested(path, other(path))))
+    assert config == from_mapping(merge_mappings(merge_mappings(keep, rest), nested(path, other_value(path))))
 
 
-def test_zero_and_false_count_as_given() -> None:
-    """A falsy flag is not an absent one."""
+def test_flags_of_zero_and_false_override() -> None:
+    """A flag with a false value still overrides the recipe."""
     flags = parsed("--seed", "0", "--lora.dropout", "0", "--no-trust-remote-code")[1]
     assert flags == {"seed": 0, "lora": {"dropout": 0.0}, "trust_remote_code": False}
 
@@ -403,7 +403,7 @@ def prunetune(*arguments: str) -> subprocess.CompletedProcess[str]:
     [("--help",), ("--version",), (), ("run", "--help"), ("demo", "--help"), ("compare", "--help")],
     ids=str,
 )
-def test_help_loads_no_torch(arguments: tuple[str, ...]) -> None:
+def test_help_imports_no_torch(arguments: tuple[str, ...]) -> None:
     done = prunetune(*arguments)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip().endswith("HEAVY []")

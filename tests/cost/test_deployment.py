@@ -1,4 +1,4 @@
-"""Costs of a plan equal those of the cut model by independent counters, and never fall as more units are kept."""
+"""Costs of a plan equal independent counts on the cut model, and never fall as more units are kept."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DERIVED = {family: {"head_dim": 12} for family in ("gpt_neox", "opt", "bloom")} 
 
 
 def cases(family: str, **changes: Any) -> Any:
-    """(shape, plan, cut model) of random plans: of the usual units, and of all that the family can lose."""
+    """(shape, plan, cut model) of random plans: over default units, and over every prunable kind of the family."""
     for seed, units in enumerate((DEFAULT_UNITS, kinds_of(family))):
         model = tiny(family, layers=2, **DERIVED.get(family, {}), **changes)
         sites = find_sites(model, units)
@@ -55,7 +55,7 @@ def test_parameters_bytes_and_flops_equal_those_of_the_cut_model(family: str) ->
 
 
 def flops(model: Any) -> int:
-    """Of one request, by PyTorch's counter; the CPU's fused attention is not known to it."""
+    """FLOPs of one request by PyTorch's counter, which does not know the CPU's fused attention."""
     model.set_attn_implementation("eager")
     cache, ids = DynamicCache(config=model.config), tokens(batch=1, length=WORKLOAD.prompt)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -77,9 +77,9 @@ def test_memory_cost_equals_bytes_of_weights_and_cache(family: str) -> None:
         cache = StaticCache(small.config, max_cache_len=WORKLOAD.cached_tokens)
         with torch.no_grad():
             small(tokens(batch=WORKLOAD.batch, length=WORKLOAD.prompt), past_key_values=cache, use_cache=True)
-        held = [layer for layer in cache.layers if layer.is_initialized]
-        found = total_cost(MemoryCost(shape, WORKLOAD), plan.widths())
-        assert found == 4 * params(small) + sum(layer.keys.nbytes + layer.values.nbytes for layer in held)
+        layers = [layer for layer in cache.layers if layer.is_initialized]
+        cost = total_cost(MemoryCost(shape, WORKLOAD), plan.widths())
+        assert cost == 4 * params(small) + sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
 
 def test_sliding_window_caches_at_most_its_length() -> None:
@@ -95,7 +95,7 @@ def test_sliding_window_caches_at_most_its_length() -> None:
 
 @pytest.mark.parametrize("weights", ["int8", "int4", "q8_0"])
 def test_quantised_bytes_equal_those_of_the_linears(weights: Any) -> None:
-    """Counted the other way round, from the linears of the cut model."""
+    """The expected bytes are summed over the linears of the cut model."""
     workload = dataclasses.replace(WORKLOAD, weights=weights, dtype="bfloat16")
 
     def row(columns: int) -> float:
@@ -127,7 +127,7 @@ def test_q8_0_bytes_equal_those_of_a_gguf_file(layout: str, tmp_path: Path) -> N
     plan = plan_of(model, 1, 64)
     folder, _ = run_folder(tmp_path / "run", subwords(), layout=layout, plan=plan)
     source = ExportSource.open(folder)
-    written = sum(made.nbytes for made in build_tensors(source, select_architecture(source), "q8_0"))
+    written = sum(tensor.nbytes for tensor in build_tensors(source, select_architecture(source), "q8_0"))
     workload = dataclasses.replace(WORKLOAD, weights="q8_0")
     assert total_cost(WeightsCost(model_shape(model, find_sites(model)), workload), plan.widths()) == written
 

@@ -17,10 +17,10 @@ from prunetune.pruning.sites import find_sites
 from prunetune.train.adapters import add_adapters
 from prunetune.train.passes import PaddedPasses
 from prunetune.train.teacher import Teacher
-from support.memory import LENGTH, SIZES, built, config_of, needs, tiny
+from support.memory import LENGTH, SIZES, build_model, config_of, skip_without_bitsandbytes, tiny
 
 
-class Counted(TorchDispatchMode):
+class FlopCounter(TorchDispatchMode):
     """Sums torch's FLOPs of each operation; torch's own counter fails inside the gradient of a chunk."""
 
     total = 0
@@ -46,12 +46,12 @@ class Counted(TorchDispatchMode):
     ],
 )
 def test_step_flops_are_near_those_torch_counts(changes: dict[str, str]) -> None:
-    needs(changes.get("quantize", "off"))
+    skip_without_bitsandbytes(changes.get("quantize", "off"))
     merged = changes.get("weights") == "all"
     config = config_of(**{name: value for name, value in changes.items() if name != "weights"})
-    plain_model, (model, sites) = tiny(**SIZES), built(config, torch.float32)
+    plain_model, (model, sites) = tiny(**SIZES), build_model(config, torch.float32)
     share = float(changes.get("share", 1))
-    teacher = Teacher(built(config, torch.float32)[0], share=share) if "teacher" in changes else None
+    teacher = Teacher(build_model(config, torch.float32)[0], share=share) if "teacher" in changes else None
     add_adapters(model, sites, config.lora, seed=0)
     if merged:
         merge_adapters(model, trainable=True)
@@ -69,10 +69,10 @@ def test_step_flops_are_near_those_torch_counts(changes: dict[str, str]) -> None
         passes.gate_gradients(half, gates)
         return passes.tune(half, gates)
 
-    with Counted() as counted:
+    with FlopCounter() as counter:
         step()
     setup = training_setup(config, torch.float32, longest=LENGTH, all_weights=merged)
-    found = step_flops(
+    estimate = step_flops(
         training_shapes(plain_model, find_sites(plain_model)),
         setup,
         phase="tune" if merged else "search",
@@ -80,7 +80,7 @@ def test_step_flops_are_near_those_torch_counts(changes: dict[str, str]) -> None
         length=0,  # torch does not count attention on a CPU
         label_share=0.5,
     )
-    assert found == pytest.approx(counted.total, rel=0.03)
+    assert estimate == pytest.approx(counter.total, rel=0.03)
 
 
 def test_attention_flops_grow_with_the_square_of_the_length() -> None:
@@ -89,7 +89,9 @@ def test_attention_flops_grow_with_the_square_of_the_length() -> None:
         training_shapes(plain_model, find_sites(plain_model)),
         training_setup(config_of(), torch.float32, longest=LENGTH),
     )
-    none, one, two = (step_flops(shapes, setup, phase="search", tokens=512, length=length) for length in (0, 256, 512))
-    assert two - none == 2 * (one - none) > 0
+    without, once, twice = (
+        step_flops(shapes, setup, phase="search", tokens=512, length=length) for length in (0, 256, 512)
+    )
+    assert twice - without == 2 * (once - without) > 0
     read = SIZES["groups"] * 2 * SIZES["head_dim"] * SIZES["layers"]  # 2 queries a group
-    assert one - none == 2 * 512 * 3 * (2 * 256 * read)  # passes, tokens, forward and backward
+    assert once - without == 2 * 512 * 3 * (2 * 256 * read)  # passes, tokens, forward and backward

@@ -20,7 +20,7 @@ from prunetune.search.generator import build_generator
 from prunetune.train.adapters import add_adapters, trainable_parameters
 from prunetune.train.passes import PaddedPasses
 from prunetune.train.teacher import Teacher
-from support.memory import LENGTH, SIZES, Live, built, config_of, needs
+from support.memory import LENGTH, SIZES, LiveMemoryCounter, build_model, config_of, skip_without_bitsandbytes
 from support.models import tiny
 
 
@@ -30,19 +30,19 @@ def size(tensors: Any) -> int:
 
 @pytest.mark.parametrize("quantize", ["off", "nf4"])
 def test_weights_and_trained_parameters_are_exact(quantize: str) -> None:
-    needs(quantize)
+    skip_without_bitsandbytes(quantize)
     config = config_of(quantize=quantize)
-    plain_model, (model, sites) = tiny(**SIZES), built(config, torch.bfloat16)
-    found = estimate_memory(
+    plain_model, (model, sites) = tiny(**SIZES), build_model(config, torch.bfloat16)
+    estimate = estimate_memory(
         training_shapes(plain_model, sites), training_setup(config, torch.bfloat16, longest=LENGTH), phase="search"
     )
-    held = [*model.parameters(), *(tensor for name, tensor in model.named_buffers() if "inv_freq" not in name)]
-    assert found.weights == size(held)
-    assert found.teacher == 0
+    tensors = [*model.parameters(), *(tensor for name, tensor in model.named_buffers() if "inv_freq" not in name)]
+    assert estimate.weights == size(tensors)
+    assert estimate.teacher == 0
     add_adapters(model, sites, config.lora, seed=0)
-    assert found.tuned == 4 * size(trainable_parameters(model).values())  # itself, its gradient, two moments
+    assert estimate.tuned == 4 * size(trainable_parameters(model).values())  # itself, its gradient, two moments
     generator = build_generator(sites, kind="transformer", seed=0)
-    assert found.generator == pytest.approx(4 * size(generator.parameters()), rel=0.05)
+    assert estimate.generator == pytest.approx(4 * size(generator.parameters()), rel=0.05)
 
 
 CASES: list[tuple[torch.dtype, dict[str, str]]] = [
@@ -59,11 +59,11 @@ CASES: list[tuple[torch.dtype, dict[str, str]]] = [
 
 @pytest.mark.parametrize(("dtype", "changes"), CASES)
 def test_activations_are_near_those_held(dtype: torch.dtype, changes: dict[str, str]) -> None:
-    needs(changes.get("quantize", "off"))
+    skip_without_bitsandbytes(changes.get("quantize", "off"))
     merged = changes.get("weights") == "all"
     config = config_of(**{name: value for name, value in changes.items() if name != "weights"})
-    plain_model, (model, sites) = tiny(**SIZES), built(config, dtype)
-    teacher = Teacher(built(config, dtype)[0]) if "teacher" in changes else None
+    plain_model, (model, sites) = tiny(**SIZES), build_model(config, dtype)
+    teacher = Teacher(build_model(config, dtype)[0]) if "teacher" in changes else None
     add_adapters(model, sites, config.lora, seed=0)
     if merged:
         merge_adapters(model, trainable=True)
@@ -80,13 +80,13 @@ def test_activations_are_near_those_held(dtype: torch.dtype, changes: dict[str, 
             passes.tune(batch, None if merged else gates)
 
     run()  # gradients have their place
-    with Live() as live:
+    with LiveMemoryCounter() as live:
         run()
     setup = training_setup(config, dtype, longest=LENGTH, all_weights=merged)
     shapes = training_shapes(plain_model, sites)
-    found = estimate_memory(shapes, setup, phase="tune" if merged else "search")
-    beside = found.teacher - estimate_memory(shapes, replace(setup, distills_hidden=False), phase="search").teacher
-    assert 0.85 * live.peak < found.activations + found.passing + beside < 1.2 * live.peak
+    estimate = estimate_memory(shapes, setup, phase="tune" if merged else "search")
+    beside = estimate.teacher - estimate_memory(shapes, replace(setup, distills_hidden=False), phase="search").teacher
+    assert 0.85 * live.peak < estimate.activations + estimate.passing + beside < 1.2 * live.peak
 
 
 def test_estimate_grows_and_shrinks_with_its_parts() -> None:
@@ -124,13 +124,13 @@ def test_memory_estimate_is_logged_with_a_warning_if_it_does_not_fit(caplog: pyt
     plain_model = tiny(**SIZES)
     sites = find_sites(plain_model)
     config = from_mapping({"train": {"weights": "all"}, "lora": {"rank": 4}, "distill": {"teacher": "none"}})
-    found = estimate_peak_memory(plain_model, sites, config, torch.bfloat16, longest=LENGTH)
+    estimate = estimate_peak_memory(plain_model, sites, config, torch.bfloat16, longest=LENGTH)
     setup = training_setup(config, torch.bfloat16, longest=LENGTH, all_weights=True)
     shapes = training_shapes(plain_model, sites)
-    assert found.total == max(estimate_memory(shapes, setup, phase=phase).total for phase in ("search", "tune"))
+    assert estimate.total == max(estimate_memory(shapes, setup, phase=phase).total for phase in ("search", "tune"))
     with caplog.at_level(logging.INFO):
-        log_memory_estimate(replace(found, weights=2 * 10**9), 80 * 10**9)
+        log_memory_estimate(replace(estimate, weights=2 * 10**9), 80 * 10**9)
         assert re.fullmatch(r"memory: about 2\.\d GB of 80\.0 \(weights 2\.0.*\)", caplog.messages[-1])
-        log_memory_estimate(replace(found, weights=90 * 10**9), 80 * 10**9)
+        log_memory_estimate(replace(estimate, weights=90 * 10**9), 80 * 10**9)
     assert [record.levelname for record in caplog.records] == ["INFO", "INFO", "WARNING"]
     assert "lora.quantize nf4" in caplog.messages[-1]

@@ -1,4 +1,4 @@
-"""Laws of batches: padding changes no loss, every example is seen as often as it weighs, a step depends on its seed."""
+"""Laws of batches: padding changes no loss, examples appear by weight, a step depends on its seed."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_padding_changes_no_loss(seed: int) -> None:
 
 
 @pytest.mark.parametrize("max_tokens", [1, 10, 30, 64, 1000])
-def test_micro_batches_cover_exactly_and_fit(max_tokens: int) -> None:
+def test_micro_batches_hold_every_example_once_within_the_limit(max_tokens: int) -> None:
     given = examples(40)
     batches = micro_batches(given, max_tokens)
     assert sorted(id(example) for batch in batches for example in batch) == sorted(map(id, given))
@@ -102,7 +102,7 @@ def test_every_example_appears_once_an_epoch(batch_size: int) -> None:
     assert len(epochs) == 1 or len(set(map(tuple, epochs))) > 1
 
 
-def test_a_batch_depends_on_seed_and_step_alone() -> None:
+def test_batch_depends_on_seed_and_step_alone() -> None:
     given = examples(50)
     forward, backward = BatchStream(given, 8, seed=1), BatchStream(given, 8, seed=1)
     ahead = [forward.batch_at(step) for step in range(40)]
@@ -131,12 +131,12 @@ def test_weights_hold_in_the_long_run_and_within_one_an_epoch(weight: float) -> 
         assert abs(drawn[f"w{example.id}"] - weight * epochs) < 1 + 1e-9
 
 
-def test_epochs_may_be_empty_where_all_weights_are_small() -> None:
+def test_epochs_may_be_empty_if_all_weights_are_small() -> None:
     stream = BatchStream(examples(2, weight=0.001), 3, seed=0)
     assert [len(stream.batch_at(step)) for step in (0, 1, 1000)] == [3, 3, 3]
 
 
-def test_a_stream_needs_examples() -> None:
+def test_stream_needs_examples() -> None:
     with pytest.raises(DataError, match="no example to train on"):
         BatchStream([], 4, seed=0)
     with pytest.raises(ValueError, match="batch size"):
@@ -149,12 +149,12 @@ def test_texts_have_their_share_and_no_labels(share: float) -> None:
     texts[0] = replace(texts[0], weight=3.0)
     mixed = unlabelled_examples(texts, labelled, share)
     assert collate(mixed, PAD).target_tokens == 0
-    seen = Counter(
+    counts = Counter(
         example.answer_start == len(example.token_ids)
         for step in range(2000)
         for example in BatchStream([*labelled, *mixed], 8, seed=0).batch_at(step)
     )
-    assert seen[True] / seen.total() == pytest.approx(share, abs=0.02)
+    assert counts[True] / counts.total() == pytest.approx(share, abs=0.02)
     assert mixed[0].weight == pytest.approx(3 * mixed[1].weight)
 
 

@@ -38,7 +38,7 @@ def test_terms_are_read_with_chapter_and_category(tmp_path: Path) -> None:
     assert (contradictory, repeated) == (2, 1)
 
 
-def test_the_package_has_all_terms() -> None:
+def test_demo_package_has_all_terms() -> None:
     pytest.importorskip("simple_icd_10_cm")
     terms = list(read_terms(tabular_list()))
     kept, contradictory, repeated = drop_ambiguous(terms)
@@ -51,18 +51,18 @@ def test_the_package_has_all_terms() -> None:
 def test_demo_splits_share_no_category_and_no_term() -> None:
     pytest.importorskip("simple_icd_10_cm")
     parts = {name: read_demo(name) for name in SHARES}
-    for one, other in combinations(parts.values(), 2):
-        assert not {r.group for r in one} & {r.group for r in other}
-        assert not {r.question_hash() for r in one} & {r.question_hash() for r in other}
+    for first, second in combinations(parts.values(), 2):
+        assert not {r.group for r in first} & {r.group for r in second}
+        assert not {r.question_hash() for r in first} & {r.question_hash() for r in second}
     total = sum(map(len, parts.values()))
     assert len(parts["test"]) >= 400
     for name, share in SHARES.items():
         assert len(parts[name]) / total == pytest.approx(share / 100, rel=0.3)
     assert len({r.answer for r in parts["train"]}) == len({r.answer for r in parts["test"]}) == len(LABELS)
-    assert len({r.id for part in parts.values() for r in part}) == total
+    assert len({r.id for split in parts.values() for r in split}) == total
 
 
-def test_labels_are_distinct_words_behind_a_space() -> None:
+def test_labels_are_distinct_words_after_a_space() -> None:
     assert len(set(LABELS)) == 22
     assert all(label.startswith(" ") and label.strip().isalpha() for label in LABELS)
 
@@ -82,12 +82,12 @@ def test_source_demo_gives_the_records_of_the_split(split: SplitName) -> None:
 def test_demo_alone_has_all_four_splits() -> None:
     pytest.importorskip("simple_icd_10_cm")
     splits = load_splits(DataConfig(train=("demo",)), seed=0)
-    assert {name: len(part) for name, part in splits.by_name().items()} == {n: len(read_demo(n)) for n in SHARES}
+    assert {name: len(records) for name, records in splits.by_name().items()} == {n: len(read_demo(n)) for n in SHARES}
     assert splits.dropped == 0
     assert splits.hashes == load_splits(DataConfig(train=("demo",)), seed=9).hashes
 
 
-def test_without_the_package_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_error_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "simple_icd_10_cm", None)
     with pytest.raises(MissingPackage, match=r"pip install 'prunetune\[demo\]'"):
         demo.tabular_list()

@@ -23,29 +23,29 @@ TEXT = Record(kind="text", completion="the patient has a fever and a cough", sou
 ALL = [PAIR, TALK, TEXT]
 
 
-def one(record: Record, tokenizer: Any, **options: Any) -> Any:
+def encode_one(record: Record, tokenizer: Any, **options: Any) -> Any:
     return encode([record], tokenizer, DataConfig(**options), 1000).examples[0]
 
 
 @pytest.mark.parametrize("adds", ["<s> $A", "$A", "<s> $A </s>", "$A </s>"])
-def test_prompt_then_answer_then_end_whatever_the_tokenizer_adds(adds: str) -> None:
+def test_example_is_prompt_answer_and_end_for_every_tokenizer(adds: str) -> None:
     tokenizer = subwords(adds=adds)
     start = [tokenizer.bos_token_id] if adds.startswith("<s>") else []
-    example = one(PAIR, tokenizer)
+    example = encode_one(PAIR, tokenizer)
     prompt = start + encode_answer(PAIR.prompt, tokenizer)
     assert example.token_ids == (*prompt, *encode_answer(" fever", tokenizer), tokenizer.eos_token_id)
     assert example.answer_start == len(prompt)
     assert (example.id, example.weight) == ("a", 2.0)
-    text = one(TEXT, tokenizer)
+    text = encode_one(TEXT, tokenizer)
     assert text.token_ids == (*start, *encode_answer(TEXT.completion, tokenizer), tokenizer.eos_token_id)
     assert text.answer_start == 1
 
 
 @pytest.mark.parametrize("template", ["auto", "chat", "raw"])
-def test_an_example_begins_with_the_prompt_that_generation_starts_from(template: Any) -> None:
+def test_example_begins_with_the_prompt_that_generation_starts_from(template: Any) -> None:
     tokenizer = subwords()
     for record in ALL:
-        example = one(record, tokenizer, template=template)
+        example = encode_one(record, tokenizer, template=template)
         prompt = encode_prompt(record, tokenizer, template)
         assert list(example.token_ids[: example.answer_start]) == prompt
         answer = encode_answer(record.completion, tokenizer)
@@ -56,7 +56,7 @@ def test_an_example_begins_with_the_prompt_that_generation_starts_from(template:
 def test_encoding_many_equals_encoding_one_by_one() -> None:
     tokenizer = subwords()
     together = encode(ALL * 2, tokenizer, DataConfig(), 1000)
-    assert list(together.examples) == [one(record, tokenizer) for record in ALL * 2]
+    assert list(together.examples) == [encode_one(record, tokenizer) for record in ALL * 2]
     assert together.kept_indices == tuple(range(6))
     assert together.num_too_long == 0
     assert together.longest == max(len(example.token_ids) for example in together.examples)
@@ -68,8 +68,8 @@ def test_chat_follows_the_template_up_to_the_end_of_the_turn() -> None:
         "<s><|user|>has the patient a fever<|end|>\n<|assistant|>yes<|end|>\n"
         "<|user|>a cough<|end|>\n<|assistant|>no<|end|>"
     )
-    assert tokenizer.decode(one(TALK, tokenizer).token_ids) == expected
-    assert tokenizer.decode(one(PAIR, tokenizer, template="chat").token_ids) == (
+    assert tokenizer.decode(encode_one(TALK, tokenizer).token_ids) == expected
+    assert tokenizer.decode(encode_one(PAIR, tokenizer, template="chat").token_ids) == (
         "<s><|user|>the patient has<|end|>\n<|assistant|> fever<|end|>"
     )
 
@@ -83,9 +83,9 @@ def test_chat_follows_the_template_up_to_the_end_of_the_turn() -> None:
         (CHAT.replace("{{ m['content'] }}", "{{ m['content'] | trim }}"), "</s>", "<|end|>"),
     ],
 )
-def test_a_turn_ends_where_generation_would_stop(chat: str, end: str, closing: str) -> None:
+def test_encoded_turn_ends_at_the_token_that_stops_generation(chat: str, end: str, closing: str) -> None:
     tokenizer = subwords(chat=chat, end=end)
-    example = one(TALK, tokenizer)
+    example = encode_one(TALK, tokenizer)
     assert tokenizer.decode(example.token_ids[example.answer_start :]) == "no" + closing
 
 
@@ -101,31 +101,31 @@ def test_a_turn_ends_where_generation_would_stop(chat: str, end: str, closing: s
 )
 def test_generation_stops_at_the_special_token_that_ends_a_turn(closing: str, end: str, stop: str) -> None:
     tokenizer = subwords(chat="{% for m in messages %}{{ m['content'] }}" + closing + "{% endfor %}", end=end)
-    found = chat_stop_id(tokenizer)
-    assert found == (tokenizer.convert_tokens_to_ids(stop) if stop else None)
-    assert found in chat_end_ids(tokenizer) or not stop
+    stop_id = chat_stop_id(tokenizer)
+    assert stop_id == (tokenizer.convert_tokens_to_ids(stop) if stop else None)
+    assert stop_id in chat_end_ids(tokenizer) or not stop
     tokenizer.eos_token = None
-    assert chat_stop_id(tokenizer) == found
+    assert chat_stop_id(tokenizer) == stop_id
 
 
 def test_raw_chat_names_the_speakers() -> None:
     tokenizer = subwords(chat=None)
-    decoded = tokenizer.decode(one(TALK, tokenizer, template="raw").token_ids)
+    decoded = tokenizer.decode(encode_one(TALK, tokenizer, template="raw").token_ids)
     assert decoded == "<s>user: has the patient a fever\nassistant: yes\nuser: a cough\nassistant:no</s>"
 
 
-def test_a_missing_or_refusing_chat_template_names_the_row() -> None:
+def test_missing_or_failing_chat_template_error_names_the_row() -> None:
     with pytest.raises(DataError, match=r"^f:2: .*none.*data\.template=raw"):
-        one(TALK, subwords(chat=None))
+        encode_one(TALK, subwords(chat=None))
     with pytest.raises(DataError, match=r"^f:2: .*refuses these messages \(only one turn\)"):
-        one(TALK, subwords(chat="{% if messages|length > 2 %}{{ raise_exception('only one turn') }}{% endif %}"))
+        encode_one(TALK, subwords(chat="{% if messages|length > 2 %}{{ raise_exception('only one turn') }}{% endif %}"))
 
 
-def test_a_tokenizer_without_an_end_is_refused() -> None:
+def test_tokenizer_without_an_end_is_refused() -> None:
     tokenizer = subwords()
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="no end-of-text token"):
-        one(PAIR, tokenizer)
+        encode_one(PAIR, tokenizer)
 
 
 def rows(count: int) -> list[Record]:
@@ -155,8 +155,8 @@ def test_too_long_rows_are_counted_in_the_error(option: int, context: int, advic
     message = str(refused.value)
     assert message.startswith(f"3 of 10 rows have more than {limit} tokens (longest {size[-1]}), first f:8;")
     assert advice in message
-    for part in ("data.too_long=truncate", "data.too_long=drop", "data.max_length"):
-        assert part in message
+    for remedy in ("data.too_long=truncate", "data.too_long=drop", "data.max_length"):
+        assert remedy in message
 
 
 def test_drop_keeps_the_rows_that_fit() -> None:
@@ -190,6 +190,6 @@ def test_truncating_cuts_the_beginning_of_the_prompt_first(limit: int, adds: str
             assert before.token_ids[before.answer_start - len(prompt) : before.answer_start] == prompt
 
 
-def test_a_limit_below_two_tokens_is_refused() -> None:
+def test_limit_below_two_tokens_is_refused() -> None:
     with pytest.raises(DataError, match="needs 2 tokens"):
         encode([PAIR], subwords(), DataConfig(max_length=1), 100)

@@ -1,4 +1,4 @@
-"""Records from rows: every form, what follows from what, identity of questions, and wrong rows refused in one line."""
+"""Records from rows: every form, derived fields, identity of questions, and malformed rows refused in one line."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from prunetune.data.records import record_from_row
 from prunetune.errors import DataError
 
 
-def made(**fields: Any) -> Any:
+def record_of(**fields: Any) -> Any:
     return record_from_row(fields, source="f.jsonl:7", id="f.jsonl:7", task="t")
 
 
 def test_each_form_becomes_a_record() -> None:
-    pair = made(prompt="p", completion="c", id=3, task="own")
+    pair = record_of(prompt="p", completion="c", id=3, task="own")
     assert (pair.kind, pair.prompt, pair.completion, pair.id, pair.task) == ("completion", "p", "c", "3", "own")
-    text = made(text="all of it")
+    text = record_of(text="all of it")
     assert (text.kind, text.completion, text.id, text.task) == ("text", "all of it", "f.jsonl:7", "t")
-    chat = made(messages=[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}])
+    chat = record_of(messages=[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}])
     assert (chat.kind, chat.messages, chat.completion) == ("chat", (("user", "hi"),), "yo")
 
 
@@ -27,45 +27,50 @@ def test_each_form_becomes_a_record() -> None:
     "fields", [{"answer": 1}, {"answer": "b"}, {"answer": "1"}, {"completion": "b"}, {"completion": "b", "answer": 1}]
 )
 def test_completion_choices_and_answer_follow_from_each_other(fields: dict[str, Any]) -> None:
-    record = made(prompt="p", choices=["a", "b"], **fields)
+    record = record_of(prompt="p", choices=["a", "b"], **fields)
     assert record.completion == record.choices[record.answer] == "b"
 
 
 def test_digits_that_are_a_choice_are_its_text_not_an_index() -> None:
-    assert made(prompt="p", choices=["1", "0"], answer="0").answer == 1
+    assert record_of(prompt="p", choices=["1", "0"], answer="0").answer == 1
 
 
 def test_nulls_are_absent_and_unused_fields_are_free() -> None:
-    record = made(prompt="p", completion="c", choices=None, answer=None, messages=None, score=float("nan"), n=10**5000)
+    record = record_of(
+        prompt="p", completion="c", choices=None, answer=None, messages=None, score=float("nan"), n=10**5000
+    )
     assert record.kind == "completion"
     assert record.choices == ()
 
 
 def test_question_hash_ignores_case_space_answer_and_order_of_choices() -> None:
-    assert made(prompt="A  b\n", completion="x").question_hash() == made(prompt=" a B", completion="y").question_hash()
-    asked = made(prompt="p", choices=["a", "b"], answer=0)
-    assert asked.question_hash() == made(prompt="p", choices=["b", "a"], answer=0).question_hash()
-    assert asked.question_hash() != made(prompt="p", choices=["a", "c"], answer=0).question_hash()
-    assert made(text="a").question_hash() != made(text="b").question_hash()
+    assert (
+        record_of(prompt="A  b\n", completion="x").question_hash()
+        == record_of(prompt=" a B", completion="y").question_hash()
+    )
+    record = record_of(prompt="p", choices=["a", "b"], answer=0)
+    assert record.question_hash() == record_of(prompt="p", choices=["b", "a"], answer=0).question_hash()
+    assert record.question_hash() != record_of(prompt="p", choices=["a", "c"], answer=0).question_hash()
+    assert record_of(text="a").question_hash() != record_of(text="b").question_hash()
 
 
 @pytest.mark.parametrize("answered", [{"completion": "a"}, {"choices": ["a", "b"], "answer": 0}])
-def test_a_user_s_only_message_is_the_prompt(answered: dict[str, Any]) -> None:
+def test_only_user_message_is_the_prompt(answered: dict[str, Any]) -> None:
     def chat(*turns: tuple[str, str]) -> str:
         messages = [{"role": role, "content": content} for role, content in (*turns, ("assistant", "a"))]
-        return str(made(messages=messages, **answered).question_hash())
+        return str(record_of(messages=messages, **answered).question_hash())
 
-    asked = made(prompt="Is it so?", **answered).question_hash()
-    assert chat(("user", "is it  SO?")) == asked
-    assert asked not in {chat(("system", "Is it so?")), chat(("system", "Be brief."), ("user", "Is it so?"))}
-    assert chat(("user", "Hi"), ("assistant", "Yes?"), ("user", "Is it so?")) != asked
+    expected = record_of(prompt="Is it so?", **answered).question_hash()
+    assert chat(("user", "is it  SO?")) == expected
+    assert expected not in {chat(("system", "Is it so?")), chat(("system", "Be brief."), ("user", "Is it so?"))}
+    assert chat(("user", "Hi"), ("assistant", "Yes?"), ("user", "Is it so?")) != expected
 
 
 def test_question_hash_without_choices_is_that_of_the_question_alone() -> None:
-    listed = made(prompt="p", choices=["a", "b"], answer=0)
+    listed = record_of(prompt="p", choices=["a", "b"], answer=0)
     assert (
         listed.question_hash(with_choices=False)
-        == made(prompt="P", completion="x").question_hash()
+        == record_of(prompt="P", completion="x").question_hash()
         != listed.question_hash()
     )
 
@@ -109,9 +114,9 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("fields", "problem", "advice"), WRONG)
-def test_wrong_rows_are_refused_in_one_line_that_names_them(fields: dict[str, Any], problem: str, advice: str) -> None:
+def test_malformed_row_is_refused_in_one_line_that_names_it(fields: dict[str, Any], problem: str, advice: str) -> None:
     with pytest.raises(DataError) as refused:
-        made(**fields)
+        record_of(**fields)
     message = str(refused.value)
     assert message.startswith("f.jsonl:7: ")
     assert "\n" not in message
@@ -121,21 +126,21 @@ def test_wrong_rows_are_refused_in_one_line_that_names_them(fields: dict[str, An
 
 
 @pytest.mark.parametrize("row", [3, "text", ["prompt"], None, float("inf")])
-def test_a_row_that_is_no_object_is_refused(row: Any) -> None:
+def test_row_that_is_no_object_is_refused(row: Any) -> None:
     with pytest.raises(DataError, match=r"^f:1: row is .*object"):
         record_from_row(row, source="f:1")
 
 
-def test_a_row_without_the_group_field_is_refused() -> None:
+def test_row_without_the_group_field_is_refused() -> None:
     assert record_from_row({"text": "a", "doc": 7}, source="f:1", group_field="doc").group == "7"
     with pytest.raises(DataError, match=r"^f:1: row has no doc, which data.group names"):
         record_from_row({"text": "a"}, source="f:1", group_field="doc")
 
 
-def test_messages_stay_one_line_whatever_the_row_holds() -> None:
+def test_error_messages_are_one_line_for_any_row() -> None:
     with pytest.raises(DataError) as refused:
-        made(prompt=["line\nline"] * 1000, completion="c")
+        record_of(prompt=["line\nline"] * 1000, completion="c")
     assert "\n" not in str(refused.value)
     with pytest.raises(DataError) as refused:
-        made(**{"a\nb" * 3: 1})
+        record_of(**{"a\nb" * 3: 1})
     assert "\n" not in str(refused.value)

@@ -51,7 +51,7 @@ def test_every_format_gives_the_same_records(ending: str, tmp_path: Path) -> Non
 
 
 def stars(ending: str, folder: Path, *columns: str, choices: str = '["1","2","3"]', cell: str = "1") -> list[str]:
-    """The right answers of one row of digits in a table, its last `columns` holding `cell`."""
+    """The answers that a table of digits gives, where `cell` fills its last `columns`."""
     mark = "\t" if ending == ".tsv" else ","
     quoted = choices.replace('"', '""')
     header, row = ["prompt", "choices", *columns], ["How many?", f'"{quoted}"', *[cell] * len(columns)]
@@ -75,8 +75,8 @@ def test_ambiguous_digits_of_a_table_are_refused(ending: str, tmp_path: Path) ->
     assert stars(ending, tmp_path, "answer", cell="3") == ["3"]
     assert stars(ending, tmp_path, "answer", choices='["0","1","2"]') == ["1"]
     assert stars(ending, tmp_path, "answer", choices='["no","yes"]') == ["yes"]
-    asked = {"prompt": "How many?", "choices": ["1", "2", "3"]}
-    lines = write_lines(tmp_path / "stars.jsonl", asked | {"answer": 1}, asked | {"answer": "1"})
+    question = {"prompt": "How many?", "choices": ["1", "2", "3"]}
+    lines = write_lines(tmp_path / "stars.jsonl", question | {"answer": 1}, question | {"answer": "1"})
     assert [record.completion for record in read_records([lines], DataConfig(), "test")] == ["2", "1"]
 
 
@@ -113,7 +113,7 @@ def test_globs_under_a_root_have_weights_and_task_names(tmp_path: Path) -> None:
     assert str(tmp_path) not in records[0].id
 
 
-def test_a_root_with_glob_characters_is_taken_literally(tmp_path: Path) -> None:
+def test_root_with_glob_characters_is_read_literally(tmp_path: Path) -> None:
     write_lines(tmp_path / "a[1]" / "x.jsonl", {"text": "a"})
     assert len(read_records(["*.jsonl"], DataConfig(root=str(tmp_path / "a[1]")), "train")) == 1
 
@@ -177,8 +177,8 @@ def test_missing_sources_are_refused(source: str, message: str, tmp_path: Path) 
         read_records([source], DataConfig(root=str(tmp_path)), "train")
 
 
-class Hub:
-    """Stands in for the datasets package: holds the splits of one data set, and what was asked for."""
+class FakeHub:
+    """Stands in for the datasets package: serves the splits of one data set and records its calls."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, splits: dict[str, list[Any]], error: Exception | None = None):
         self.calls: list[tuple[Any, ...]] = []
@@ -195,7 +195,7 @@ class Hub:
 
 
 def test_hub_names_read_the_split_of_their_option(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(monkeypatch, {"train": pairs(2), "validation": pairs(1, 5), "odd": pairs(3, 9)})
+    hub = FakeHub(monkeypatch, {"train": pairs(2), "validation": pairs(1, 5), "odd": pairs(3, 9)})
     config = DataConfig()
     assert len(read_records(["owner/name*2"], config, "train")) == 2
     (record,) = read_records(["owner/name:small"], config, "valid")
@@ -209,23 +209,23 @@ def test_hub_names_read_the_split_of_their_option(monkeypatch: pytest.MonkeyPatc
 
 
 def test_hub_rows_are_checked_like_file_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    Hub(monkeypatch, {"train": [{"text": "a"}, {"body": "b"}]})
+    FakeHub(monkeypatch, {"train": [{"text": "a"}, {"body": "b"}]})
     with pytest.raises(DataError, match=r"^owner/name@train:2: row has body; it needs"):
         read_records(["owner/name"], DataConfig(), "train")
 
 
 def test_hub_failures_name_config_and_splits_tried(monkeypatch: pytest.MonkeyPatch) -> None:
-    Hub(monkeypatch, {"train": pairs(2)})
+    FakeHub(monkeypatch, {"train": pairs(2)})
     with pytest.raises(DataError, match=r"owner/name.*validation or valid or dev.*Unknown split") as refused:
         read_records(["owner/name"], DataConfig(), "valid")
     assert "\n" not in str(refused.value)
-    hub = Hub(monkeypatch, {}, ConnectionError("no\nnetwork"))
+    hub = FakeHub(monkeypatch, {}, ConnectionError("no\nnetwork"))
     with pytest.raises(DataError, match=r"no such file, and not to be had from the hub .*ConnectionError: no network"):
         read_records(["owner/name"], DataConfig(), "valid")
     assert len(hub.calls) == 1
 
 
-def test_a_hub_stream_that_fails_midway_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_stream_that_fails_midway_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def rows() -> Iterator[Any]:
         yield from pairs(3)
         raise ConnectionError("closed\nby the server")
@@ -238,14 +238,14 @@ def test_a_hub_stream_that_fails_midway_is_refused(monkeypatch: pytest.MonkeyPat
     assert "\n" not in str(refused.value)
 
 
-def test_without_the_package_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_error_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(MissingPackage, match="pip install datasets"):
         read_records(["owner/name"], DataConfig(), "train")
 
 
-def test_an_existing_file_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub = Hub(monkeypatch, {"train": pairs(1)})
+def test_existing_file_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = FakeHub(monkeypatch, {"train": pairs(1)})
     write_lines(tmp_path / "owner" / "name", {"text": "a"})
     with pytest.raises(DataError, match="ending '' is not read"):
         read_records(["owner/name"], DataConfig(root=str(tmp_path)), "train")

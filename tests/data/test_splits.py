@@ -22,8 +22,8 @@ def loaded(
 ) -> Splits:
     """Splits of these rows: the rows of each split are written to a file of its own."""
     sources = {
-        "distill_texts" if name == "texts" else name: (write_lines(folder / name / f"{name}.jsonl", *own),)
-        for name, own in rows.items()
+        "distill_texts" if name == "texts" else name: (write_lines(folder / name / f"{name}.jsonl", *split_rows),)
+        for name, split_rows in rows.items()
     }
     return load_splits(DataConfig(**sources, **(options or {})), seed)
 
@@ -69,14 +69,14 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("one", "other"), [*combinations(FORMS, 2)])
-def test_a_question_is_the_same_in_every_form_but_for_two_lists_of_choices(
-    one: str, other: str, tmp_path: Path
+@pytest.mark.parametrize(("first", "second"), [*combinations(FORMS, 2)])
+def test_question_hash_is_equal_in_every_form_but_for_two_lists_of_choices(
+    first: str, second: str, tmp_path: Path
 ) -> None:
-    for loser, keeper in ((one, other), (other, one)):
+    for loser, keeper in ((first, second), (second, first)):
         rows = {"train": [*pairs(20), FORMS[loser]], "test": [*pairs(2, 40), FORMS[keeper]]}
         splits = loaded(tmp_path / loser, options={"overlap": "drop"}, **rows)
-        assert splits.dropped == ({one, other} != {"choices", "other choices"})
+        assert splits.dropped == ({first, second} != {"choices", "other choices"})
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -88,13 +88,13 @@ def test_forms_of_a_question_are_carved_together(seed: int, tmp_path: Path) -> N
         return [*listed, {"prompt": question, "completion": "yes"}, {"messages": messages}]
 
     parts = loaded(tmp_path, seed, train=[row for number in range(30) for row in forms(number)]).by_name()
-    asked = [{record.question_hash(with_choices=False) for record in part} for part in parts.values()]
-    assert sum(map(len, asked)) == 30 == len(set().union(*asked))
+    hashes = [{record.question_hash(with_choices=False) for record in records} for records in parts.values()]
+    assert sum(map(len, hashes)) == 30 == len(set().union(*hashes))
 
 
-def turns(*told: str) -> dict[str, Any]:
+def turns(*messages: str) -> dict[str, Any]:
     roles = ("user", "assistant") * 2
-    return {"messages": [{"role": role, "content": content} for role, content in zip(roles, told, strict=False)]}
+    return {"messages": [{"role": role, "content": content} for role, content in zip(roles, messages, strict=False)]}
 
 
 # Where rows 1 to 24 went under seed 3, in version 0.1: a new version must not reshuffle data of one form.
@@ -116,7 +116,7 @@ CARVED = {
 
 
 @pytest.mark.parametrize("form", CARVED)
-def test_rows_of_one_form_are_carved_as_ever(form: str, tmp_path: Path) -> None:
+def test_rows_of_one_form_keep_their_carved_split(form: str, tmp_path: Path) -> None:
     rows, expected = CARVED[form]
     splits = loaded(tmp_path, 3, options={"group": "doc"} if "group" in form else {}, train=rows)
     carved = splits.search + splits.valid + splits.test
@@ -128,31 +128,31 @@ def test_groups_and_questions_that_link_them_stay_together(tmp_path: Path) -> No
     rows += [{"prompt": f"Shared {n}", "completion": "x", "doc": f"d{doc}"} for n in range(5) for doc in (n, 29 - n)]
     parts = loaded(tmp_path, options={"group": "doc"}, train=rows).by_name()
     homes = defaultdict(set)
-    for name, part in parts.items():
-        assert part
-        for record in part:
+    for name, records in parts.items():
+        assert records
+        for record in records:
             homes[record.group].add(name)
             homes[record.question_hash()].add(name)
     assert all(len(home) == 1 for home in homes.values())
 
 
-def test_a_split_takes_one_group_even_if_all_are_large(tmp_path: Path) -> None:
+def test_split_takes_one_group_even_if_all_are_large(tmp_path: Path) -> None:
     rows = [row | {"doc": f"d{index % 4}"} for index, row in enumerate(pairs(40))]
     parts = loaded(tmp_path, options={"group": "doc"}, train=rows).by_name()
-    assert [len(part) for part in parts.values()] == [10, 10, 10, 10]
+    assert [len(records) for records in parts.values()] == [10, 10, 10, 10]
 
 
 @pytest.mark.parametrize(("rows", "given"), [(3, {}), (1, {"valid": pairs(1, 90), "test": pairs(1, 91)})])
-def test_too_few_rows_to_carve_says_how_many_are_needed(rows: int, given: dict[str, Any], tmp_path: Path) -> None:
+def test_too_few_rows_to_carve_error_names_the_number_needed(rows: int, given: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"has {rows} different rows, too few .* {rows + 1} are needed"):
         loaded(tmp_path, train=pairs(rows), **given)
 
 
 def test_four_rows_are_enough(tmp_path: Path) -> None:
-    assert [len(part) for part in loaded(tmp_path, train=pairs(4)).by_name().values()] == [1, 1, 1, 1]
+    assert [len(records) for records in loaded(tmp_path, train=pairs(4)).by_name().values()] == [1, 1, 1, 1]
 
 
-def test_given_splits_stand_as_they_are(tmp_path: Path) -> None:
+def test_given_splits_are_unchanged(tmp_path: Path) -> None:
     splits = loaded(tmp_path, train=pairs(10), search=pairs(2, 20), valid=pairs(3, 30), test=pairs(4, 40))
     assert [len(records) for records in splits.by_name().values()] == [10, 2, 3, 4]
 
@@ -210,7 +210,7 @@ def test_texts_that_are_all_dropped_are_refused(tmp_path: Path) -> None:
         loaded(tmp_path / "b", train=pairs(40), texts=texts)
 
 
-def test_a_group_in_two_given_splits_is_overlap(tmp_path: Path) -> None:
+def test_group_in_two_given_splits_is_overlap(tmp_path: Path) -> None:
     rows = {"train": pairs(20, doc="a") + pairs(20, 20, doc="b")}
     rows |= {"test": pairs(1, 90, doc="a"), "valid": pairs(1, 91, doc="c")}
     with pytest.raises(DataError, match=r"20 of 40 rows of train, first .* with group 'a' as"):
@@ -238,7 +238,7 @@ def test_rows_are_dropped_before_splits_are_carved(tmp_path: Path) -> None:
     assert not prompts(splits.test) & prompts(splits.train + splits.search + splits.valid)
 
 
-def test_a_split_that_is_all_dropped_is_refused(tmp_path: Path) -> None:
+def test_split_that_is_all_dropped_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.train keeps no row"):
         loaded(tmp_path, options={"overlap": "drop"}, train=pairs(5), test=pairs(5))
 

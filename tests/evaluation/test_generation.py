@@ -1,4 +1,4 @@
-"""Greedy answers do not depend on their company or on a checkpoint's sampling settings."""
+"""Greedy answers depend neither on the other rows of a batch nor on a checkpoint's sampling settings."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_answers_equal_argmax_step_by_step(family: str) -> None:
     assert written(model, PROMPTS[::-1])[::-1] == expected
 
 
-def test_an_answer_ends_at_every_known_end() -> None:
+def test_answer_ends_at_every_known_end() -> None:
     model = speaker()
     torch.nn.init.zeros_(model.lm_head.weight)
     model.generation_config.eos_token_id = [0]  # the first token wins ties
@@ -97,11 +97,11 @@ def test_chat_answer_ends_where_its_turn_ends(taught: tuple[Any, list[Record]], 
     end, config = "<|end|>", EvaluateConfig(max_new_tokens=12, max_tokens=max_tokens)
     ids = subwords().convert_tokens_to_ids(["</s>", end])
     assert (stop_token_ids(model, subwords()), stop_token_ids(model, subwords(), chat=True)) == (ids[:1], sorted(ids))
-    wanted = [record.completion.replace(end, "") for record in records]
+    expected = [record.completion.replace(end, "") for record in records]
     of_run = {item.id: item.got for item in evaluate(model, subwords(), records, DataConfig(), config).tasks[""].items}
-    assert [of_run[record.id] for record in records] == wanted
+    assert [of_run[record.id] for record in records] == expected
     local = LocalModel(model, subwords(), max_tokens=max_tokens)
-    assert local.run_requests("generate", records, GenerationSettings(max_new_tokens=12), lambda _: None) == wanted
+    assert local.run_requests("generate", records, GenerationSettings(max_new_tokens=12), lambda _: None) == expected
 
 
 def test_sampling_settings_of_a_checkpoint_are_ignored(caplog: pytest.LogCaptureFixture) -> None:

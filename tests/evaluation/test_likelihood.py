@@ -1,4 +1,4 @@
-"""Cached and shared scoring equals one full forward pass a choice."""
+"""Likelihoods from cached and shared prompts equal one full forward pass for each choice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ VOCABULARY = 97
 
 
 def silent(count: int) -> None:
-    """Nobody watches."""
+    """A progress callback that does nothing."""
 
 
 def ids(rng: random.Random, longest: int, shortest: int = 1) -> tuple[int, ...]:
@@ -33,28 +33,28 @@ def ids(rng: random.Random, longest: int, shortest: int = 1) -> tuple[int, ...]:
 def questions(seed: int, count: int = 7, longest: int = 20) -> list[TokenizedQuestion]:
     """Prompts and choices of many lengths, with shared beginnings, one-token choices and a repeated one."""
     rng = random.Random(seed)
-    made = []
+    tokenized = []
     for _ in range(count):
         stem = ids(rng, 4, 2)
         choices = [ids(rng, 1), stem, stem + ids(rng, 3), stem + ids(rng, 6), stem[:1] + ids(rng, 5), ids(rng, 9), stem]
-        made.append(TokenizedQuestion(ids(rng, longest), tuple(choices)))
-    return made
+        tokenized.append(TokenizedQuestion(ids(rng, longest), tuple(choices)))
+    return tokenized
 
 
 @torch.inference_mode()
-def naive(model: Any, asked: TokenizedQuestion) -> list[float]:
+def naive(model: Any, question: TokenizedQuestion) -> list[float]:
     values = []
-    for tokens in asked.choices:
-        whole = torch.tensor([asked.prompt + tokens])
-        logits = model(input_ids=whole, use_cache=False).logits[0].double().log_softmax(-1)
-        start = len(asked.prompt) - 1
+    for tokens in question.choices:
+        sequence = torch.tensor([question.prompt + tokens])
+        logits = model(input_ids=sequence, use_cache=False).logits[0].double().log_softmax(-1)
+        start = len(question.prompt) - 1
         values.append(sum(float(logits[start + step, token]) for step, token in enumerate(tokens)) / len(tokens))
     return values
 
 
-def scored(model: Any, asked: list[TokenizedQuestion], max_tokens: int = 4096) -> list[list[float]]:
+def scored(model: Any, questions: list[TokenizedQuestion], max_tokens: int = 4096) -> list[list[float]]:
     with torch.inference_mode():
-        return choice_loglikelihoods(model, asked, pad_id=0, max_tokens=max_tokens, tick=silent)
+        return choice_loglikelihoods(model, questions, pad_id=0, max_tokens=max_tokens, tick=silent)
 
 
 def assert_equal(loglikelihoods: list[list[float]], expected: list[list[float]], tolerance: float = 1e-5) -> None:
@@ -67,33 +67,33 @@ def assert_equal(loglikelihoods: list[list[float]], expected: list[list[float]],
 def test_choices_equal_full_forward_passes(family: str, attention: str) -> None:
     model = tiny(family)
     model.set_attn_implementation(attention)
-    asked = questions(0)
-    assert_equal(scored(model, asked), [naive(model, question) for question in asked])
+    batch = questions(0)
+    assert_equal(scored(model, batch), [naive(model, question) for question in batch])
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma3_text"])
 def test_choices_equal_full_forward_passes_beyond_the_sliding_window(family: str) -> None:
     window = {"sliding_window": 4} | ({"use_sliding_window": True, "max_window_layers": 1} if family == "qwen2" else {})
     model = tiny(family, **window)
-    asked = questions(1, longest=30)
-    assert_equal(scored(model, asked), [naive(model, question) for question in asked])
+    batch = questions(1, longest=30)
+    assert_equal(scored(model, batch), [naive(model, question) for question in batch])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_size_of_a_pass_does_not_change_scores(family: str) -> None:
+def test_pass_size_does_not_change_scores(family: str) -> None:
     model = tiny(family)
-    asked = questions(2)
-    assert_equal(scored(model, asked, max_tokens=1), scored(model, asked, max_tokens=100_000))
-    assert_equal(scored(model, asked, max_tokens=60), scored(model, asked[::-1])[::-1])
+    batch = questions(2)
+    assert_equal(scored(model, batch, max_tokens=1), scored(model, batch, max_tokens=100_000))
+    assert_equal(scored(model, batch, max_tokens=60), scored(model, batch[::-1])[::-1])
 
 
 def test_few_logits_a_pass_do_not_change_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
-    asked = questions(3)
-    expected = scored(model, asked)
+    batch = questions(3)
+    expected = scored(model, batch)
     monkeypatch.setattr(likelihood, "MAX_LOGITS_PER_PASS", 5 * VOCABULARY)
     monkeypatch.setattr(likelihood, "_CHUNK", 2 * VOCABULARY)
-    assert_equal(scored(model, asked), expected)
+    assert_equal(scored(model, batch), expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
@@ -104,30 +104,30 @@ def test_layers_without_attention_are_scored(family: str) -> None:
         site.name: tuple(range(site.min_units_per_group if site.kind == "attention" else site.units)) for site in sites
     }
     plan = Plan(kept, {site.name: site.units for site in sites})
-    asked = questions(4, longest=12)
+    batch = questions(4, longest=12)
     with masked(model, plan):
-        expected = scored(model, asked)
+        expected = scored(model, batch)
     cut(model, plan)
     assert any(isinstance(module, RemovedAttention) for module in model.modules())
-    loglikelihoods = scored(model, asked)
-    assert_equal(loglikelihoods, [naive(model, question) for question in asked])
+    loglikelihoods = scored(model, batch)
+    assert_equal(loglikelihoods, [naive(model, question) for question in batch])
     assert_equal(loglikelihoods, expected)
 
 
 def test_masked_and_cut_models_score_alike() -> None:
     model = tiny("qwen3")
     plan = random_plan(model)
-    asked = questions(5)
+    batch = questions(5)
     with masked(model, plan):
-        expected = scored(model, asked)
-    assert_equal(scored(cut(model, plan), asked), expected)
+        expected = scored(model, batch)
+    assert_equal(scored(cut(model, plan), batch), expected)
 
 
 def test_each_prompt_is_run_once_and_single_tokens_need_no_second_pass() -> None:
     model = tiny()
     shapes: list[tuple[int, ...]] = []
-    watch = lambda _, __, named: shapes.append(tuple(named["input_ids"].shape))  # noqa: E731
-    model.register_forward_pre_hook(watch, with_kwargs=True)
+    record_shape = lambda _, __, named: shapes.append(tuple(named["input_ids"].shape))  # noqa: E731
+    model.register_forward_pre_hook(record_shape, with_kwargs=True)
     rng = random.Random(0)
     scored(model, [TokenizedQuestion(ids(rng, 5, 5), ((4,), (5,), (6,))) for _ in range(3)])
     assert shapes == [(3, 5)]
@@ -155,18 +155,20 @@ def test_branches_cover_every_choice_by_a_shared_prefix() -> None:
 
 def test_half_precision_is_scored_in_float32() -> None:
     model = tiny().to(torch.bfloat16)
-    asked = questions(6)
-    assert_equal(scored(model, asked), [naive(model, question) for question in asked], tolerance=0.1)
+    batch = questions(6)
+    assert_equal(scored(model, batch), [naive(model, question) for question in batch], tolerance=0.1)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_a_cuda_device_scores_as_the_cpu_does() -> None:
-    asked, made = questions(9), examples(2)
+def test_cuda_scores_equal_cpu_scores() -> None:
+    batch, answers = questions(9), examples(2)
     on_cpu, on_cuda = tiny("gemma3_text"), tiny("gemma3_text").cuda()
-    assert_equal(scored(on_cuda, asked), scored(on_cpu, asked), tolerance=1e-3)
+    assert_equal(scored(on_cuda, batch), scored(on_cpu, batch), tolerance=1e-3)
     with torch.inference_mode():
-        loglikelihoods = [answer_nll(model, made, pad_id=0, max_tokens=99, tick=silent) for model in (on_cuda, on_cpu)]
+        loglikelihoods = [
+            answer_nll(model, answers, pad_id=0, max_tokens=99, tick=silent) for model in (on_cuda, on_cpu)
+        ]
     assert [total for total, _ in loglikelihoods[0]] == pytest.approx(
         [total for total, _ in loglikelihoods[1]], abs=1e-2
     )
@@ -180,18 +182,18 @@ def test_nan_logits_give_nan() -> None:
 
 def examples(seed: int, count: int = 9) -> list[Example]:
     rng = random.Random(seed)
-    made = [ids(rng, 30, 2) for _ in range(count)]
-    return [Example(tokens, rng.randrange(1, len(tokens)), id=str(index)) for index, tokens in enumerate(made)]
+    rows = [ids(rng, 30, 2) for _ in range(count)]
+    return [Example(tokens, rng.randrange(1, len(tokens)), id=str(index)) for index, tokens in enumerate(rows)]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 70, 4096])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_equal_full_forward_passes(family: str, max_tokens: int) -> None:
     model = tiny(family)
-    made = examples(0)
+    answers = examples(0)
     with torch.inference_mode():
-        loglikelihoods = answer_nll(model, made, pad_id=0, max_tokens=max_tokens, tick=silent)
-        for example, (total, tokens) in zip(made, loglikelihoods, strict=True):
+        loglikelihoods = answer_nll(model, answers, pad_id=0, max_tokens=max_tokens, tick=silent)
+        for example, (total, tokens) in zip(answers, loglikelihoods, strict=True):
             logits = model(input_ids=torch.tensor([example.token_ids])).logits[0].double().log_softmax(-1)
             places = range(example.answer_start, len(example.token_ids))
             expected = -sum(float(logits[at - 1, example.token_ids[at]]) for at in places)
@@ -201,16 +203,16 @@ def test_answers_equal_full_forward_passes(family: str, max_tokens: int) -> None
 
 def test_few_logits_a_pass_do_not_change_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny()
-    made = examples(1)
+    answers = examples(1)
     with torch.inference_mode():
-        expected = answer_nll(model, made, pad_id=0, max_tokens=4096, tick=silent)
+        expected = answer_nll(model, answers, pad_id=0, max_tokens=4096, tick=silent)
         monkeypatch.setattr(likelihood, "MAX_LOGITS_PER_PASS", 3 * VOCABULARY)
         monkeypatch.setattr(likelihood, "_CHUNK", VOCABULARY)
-        loglikelihoods = answer_nll(model, made, pad_id=0, max_tokens=4096, tick=silent)
+        loglikelihoods = answer_nll(model, answers, pad_id=0, max_tokens=4096, tick=silent)
     assert [total for total, _ in loglikelihoods] == pytest.approx([total for total, _ in expected], abs=1e-4)
 
 
-def test_packing_keeps_everything_once_and_pads_little() -> None:
+def test_packing_holds_every_token_once_with_little_padding() -> None:
     rng = random.Random(0)
     lengths = [rng.randint(1, 400) for _ in range(300)]
     runs = list(batch_by_length(lengths, int, lambda rows, longest: rows * longest <= 8192, max_length_ratio=1.2))

@@ -36,7 +36,7 @@ METRICS = {
 
 
 def write_rows(folder: Path, *, long: int) -> dict[str, str]:
-    """A file of each kind of row; of each, one row is `long` times longer than the others."""
+    """Write a file for each kind of row; one row of each is `long` times longer than the others."""
     times = [1, 2, 1, 3, long]
     rows: dict[str, list[dict[str, Any]]] = {
         "choice": [
@@ -67,7 +67,7 @@ def suite_over(files: dict[str, str], template: str = "auto") -> Suite:
 
 
 def assert_same_scores(of_run: Evaluation, of_eval: Evaluation, rel: float = FLOAT32) -> None:
-    """Every metric of the run, its standard error, and every item behind it."""
+    """Compare every metric of the run, its standard error, and every item."""
     assert {name: set(result.scores) for name, result in of_run.tasks.items()} == METRICS
     assert not [result.error for result in of_eval.tasks.values() if result.error]
     for name, result in of_run.tasks.items():
@@ -89,10 +89,10 @@ def assert_same_scores(of_run: Evaluation, of_eval: Evaluation, rel: float = FLO
 @pytest.mark.parametrize(("family", "dtype", "rel"), [
     ("llama", torch.float32, FLOAT32), ("gemma3_text", torch.float32, FLOAT32), ("llama", torch.bfloat16, BFLOAT16),
 ])  # fmt: skip
-def test_a_run_scores_rows_as_a_suite_does(
+def test_run_scores_rows_as_a_suite_does(
     family: str, dtype: torch.dtype, rel: float, max_tokens: int, template: Any, tmp_path: Path
 ) -> None:
-    """Over choices, written answers, chats and texts; one row of each is longer than the model's context of 64."""
+    """Rows are choices, generated answers, chats and texts; one of each is longer than the model's context of 64."""
     model, tokenizer = tiny(family, vocab_size=len(subwords()), max_position_embeddings=64).to(dtype), subwords()
     files = write_rows(tmp_path, long=30)
     data = DataConfig(template=template, max_length=16, too_long="drop")  # about tuning, not about scores
@@ -106,23 +106,23 @@ def test_a_run_scores_rows_as_a_suite_does(
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
     """A real run on test rows of every kind, and the files of these rows."""
-    place = tmp_path_factory.mktemp("one_evaluator")
+    folder = tmp_path_factory.mktemp("one_evaluator")
     model, tokenizer = speaker(), characters()
     tokenizer.chat_template = subwords().chat_template
-    model.save_pretrained(place / "dense")
-    tokenizer.save_pretrained(place / "dense")
-    files = write_rows(place, long=4)
+    model.save_pretrained(folder / "dense")
+    tokenizer.save_pretrained(folder / "dense")
+    files = write_rows(folder, long=4)
     train = [{"prompt": f"Case {n}: ", "completion": f"{n} {n}"} for n in range(24)]
     guard = [{"prompt": f"Guard {n}: ", "completion": f"{n} is {n + 1}"} for n in range(6)]
     recipe = {
-        "model": str(place / "dense"),
-        "out": str(place / "run"),
+        "model": str(folder / "dense"),
+        "out": str(folder / "run"),
         "device": "cpu",
         "dtype": "float32",
         "data": {
-            "train": [write_lines(place / "train.jsonl", *train)],
+            "train": [write_lines(folder / "train.jsonl", *train)],
             "test": list(files.values()),
-            "guard": [write_lines(place / "guard.jsonl", *guard)],
+            "guard": [write_lines(folder / "guard.jsonl", *guard)],
         },
         "budget": {"keep": 0.6, "align": 8},
         "train": {"steps": 4, "batch_size": 4, "validate_every": 2},
@@ -153,7 +153,7 @@ def test_check_gives_the_scores_of_a_run(tuned: tuple[Path, dict[str, str]]) -> 
                 assert result.scores[task][metric][position] == pytest.approx(score.value, rel=FLOAT32)
 
 
-def test_a_limit_reads_the_scores_that_eval_gives(tuned: tuple[Path, dict[str, str]]) -> None:
+def test_limit_reads_the_scores_that_eval_gives(tuned: tuple[Path, dict[str, str]]) -> None:
     folder, _ = tuned
     dense = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["validation"]["dense"]
     task = {"data": [str(folder.parent / "guard.jsonl")], "scorer": "perplexity"}

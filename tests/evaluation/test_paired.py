@@ -1,4 +1,4 @@
-"""Paired tests hold their level, find what is there, and agree with tests made another way."""
+"""Paired tests hold their level, find real losses, and agree with tests computed in another way."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Scores = np.ndarray
 
 
 def task(values: Scores, metric: str, name: str = "t") -> TaskResult:
-    """Items with these scores; labels of two kinds, of which a score of 1 says that the right one was given."""
+    """Items with these scores and two labels; the answer is the right label where the score is 1."""
     items = tuple(
         Item(
             str(index), "", "ab"[index % 2], "ab"[(index + (value < 1)) % 2], bool(value == 1),
@@ -43,7 +43,7 @@ def test_randomisation_agrees_with_every_swap() -> None:
     assert compare_paired(task(a, "rouge_l"), task(b, "rouge_l"), "rouge_l").p_value == pytest.approx(theirs, abs=0.02)
 
 
-def test_the_interval_is_that_of_the_differences() -> None:
+def test_interval_is_that_of_the_differences() -> None:
     rng = np.random.default_rng(4)
     a = rng.random(300)
     b = np.clip(a + rng.normal(0.05, 0.1, 300), 0.01, 0.99)
@@ -67,7 +67,7 @@ KINDS: dict[str, Kind] = {
 
 @pytest.mark.parametrize("metric", KINDS)
 def test_paired_test_of_equal_models_rarely_alarms(metric: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """200 comparisons of a model's items with the same items drawn anew; an alarm is: worse, and p within the level."""
+    """200 comparisons of a model's items with a resample of them; an alarm is a loss with p within the level."""
     monkeypatch.setattr("prunetune.evaluation.paired.RESAMPLES", 799)
     rng = np.random.default_rng(7)
     alarms = 0
@@ -81,7 +81,7 @@ def test_paired_test_of_equal_models_rarely_alarms(metric: str, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("metric", KINDS)
-def test_a_real_loss_is_found(metric: str) -> None:
+def test_paired_test_finds_a_real_loss(metric: str) -> None:
     rng = np.random.default_rng(8)
     scores = KINDS[metric](rng)
     if metric == "perplexity":
@@ -96,7 +96,7 @@ def test_a_real_loss_is_found(metric: str) -> None:
 
 
 @pytest.mark.parametrize("metric", KINDS)
-def test_a_model_equals_itself(metric: str) -> None:
+def test_paired_test_of_identical_scores_has_p_one(metric: str) -> None:
     same = task(KINDS[metric](np.random.default_rng(9)), metric)
     comparison = compare_paired(same, same, metric)
     assert (comparison.difference, comparison.p_value) == (0.0, 1.0)
@@ -109,8 +109,8 @@ def test_nan_scores_give_nan_and_unpaired_items_are_refused() -> None:
     assert math.isnan(compare_paired(known, unknown, "rouge_l").difference)
     with pytest.raises(DataError, match="no item has accuracy in both"):
         compare_paired(known, known, "accuracy")
-    one = task(np.array([0.5]), "rouge_l")
-    assert math.isnan(compare_paired(one, one, "rouge_l").ci_low)
+    single = task(np.array([0.5]), "rouge_l")
+    assert math.isnan(compare_paired(single, single, "rouge_l").ci_low)
 
 
 def test_holm_keeps_the_order_and_never_lowers() -> None:

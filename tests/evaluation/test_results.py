@@ -1,4 +1,4 @@
-"""Results round-trip, and their statistics agree with the textbook."""
+"""Results round-trip through JSON, and their statistics agree with textbook formulas."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def item(name: str, expected: str = "a", got: str = "a", **scores: float) -> Ite
 
 def chosen(count: int, *, wrong: int, labels: str = "ab") -> list[Item]:
     """`count` items, the first `wrong` of them answered with the next label."""
-    made = []
+    items = []
     for index in range(count):
         expected = labels[index % len(labels)]
-        got = labels[(index + 1) % len(labels)] if index < wrong else expected
-        made.append(item(f"i{index}", expected, got, accuracy=float(expected == got)))
-    return made
+        answer = labels[(index + 1) % len(labels)] if index < wrong else expected
+        items.append(item(f"i{index}", expected, answer, accuracy=float(expected == answer)))
+    return items
 
 
 def result(items: list[Item], *metrics: str) -> TaskResult:
@@ -78,7 +78,7 @@ def test_other_json_is_a_one_line_error(text: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_a_mean_has_the_textbook_error() -> None:
+def test_mean_has_the_textbook_error() -> None:
     values = [0.0, 1.0, 1.0, 0.5]
     score = mean_score(values)
     assert score.value == textbook.fmean(values)
@@ -93,11 +93,11 @@ def test_macro_f1_weighs_labels_alike() -> None:
     assert aggregate_items(chosen(10, wrong=0), "macro_f1").value == 1.0
 
 
-def test_macro_f1_is_nan_where_an_item_is() -> None:
+def test_macro_f1_with_a_nan_item_is_nan() -> None:
     assert math.isnan(aggregate_items([*chosen(4, wrong=1), item("n", got="", accuracy=math.nan)], "macro_f1").value)
 
 
-def test_macro_f1_error_is_near_that_of_accuracy_on_balanced_labels() -> None:
+def test_macro_f1_error_is_near_accuracy_error_on_balanced_labels() -> None:
     items = chosen(200, wrong=60)
     assert aggregate_items(items, "macro_f1").se == pytest.approx(aggregate_items(items, "accuracy").se, rel=0.15)
 
@@ -115,7 +115,9 @@ def test_bootstrap_repeats_and_shrinks_with_more_documents() -> None:
     few, many = aggregate_items(items[:100], "perplexity"), aggregate_items(items, "perplexity")
     assert many.se == pytest.approx(few.se / 2, rel=0.3)
     # By the delta method the error of exp(mean) is exp(mean) times the error of the mean.
-    assert many.se == pytest.approx(many.value * mean_score([one.scores["nll"] for one in items]).se, rel=0.15)
+    assert many.se == pytest.approx(
+        many.value * mean_score([document.scores["nll"] for document in items]).se, rel=0.15
+    )
 
 
 def test_huge_losses_do_not_raise() -> None:
@@ -124,17 +126,17 @@ def test_huge_losses_do_not_raise() -> None:
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "macro_f1", "nll", "perplexity"])
-def test_a_result_does_not_differ_from_itself(metric: str) -> None:
+def test_result_equals_itself_in_a_comparison(metric: str) -> None:
     items = [
-        Item(one.id, "", one.expected, one.got, one.correct, one.scores | {"nll": n / 7, "tokens": 3.0 + n})
-        for n, one in enumerate(chosen(9, wrong=3))
+        Item(base.id, "", base.expected, base.got, base.correct, base.scores | {"nll": n / 7, "tokens": 3.0 + n})
+        for n, base in enumerate(chosen(9, wrong=3))
     ]
     same = result(items, "accuracy", "macro_f1", "nll", "perplexity")
     difference = paired_difference(same, same, metric)
     assert (difference.value, difference.se, difference.n) == (0.0, 0.0, 9)
 
 
-def test_pairing_removes_what_both_share() -> None:
+def test_pairing_removes_shared_variance() -> None:
     rng = random.Random(0)
     base = [rng.gauss(0, 1) for _ in range(50)]
     a = result([item(str(n), nll=value + 0.5) for n, value in enumerate(base)], "nll")
@@ -154,28 +156,28 @@ def test_only_common_items_are_paired() -> None:
 
 
 def test_items_of_one_id_with_other_questions_are_not_paired() -> None:
-    """An id is a line of a file where rows have none of their own, and lines move."""
-    asked = [replace(one, prompt=f"{n} " + "x" * MAX_PROMPT_CHARS) for n, one in enumerate(chosen(8, wrong=2))]
-    a = result(asked, "accuracy")
+    """Rows without an id are numbered by line, and lines move."""
+    items = [replace(item, prompt=f"{n} " + "x" * MAX_PROMPT_CHARS) for n, item in enumerate(chosen(8, wrong=2))]
+    a = result(items, "accuracy")
     for change in ({"prompt": "other"}, {"expected": "other"}):
-        b = result([replace(one, **change) if n < 4 else one for n, one in enumerate(asked)], "accuracy")
+        b = result([replace(item, **change) if n < 4 else item for n, item in enumerate(items)], "accuracy")
         assert paired_difference(a, b, "accuracy").n == 4
-        c = result([replace(one, **change) if n < 5 else one for n, one in enumerate(asked)], "accuracy")
+        c = result([replace(item, **change) if n < 5 else item for n, item in enumerate(items)], "accuracy")
         with pytest.raises(DataError, match="of 8 items with the same id in both results only 3 ask the same") as moved:
             paired_difference(a, c, "accuracy")
         assert "\n" not in str(moved.value)
 
 
 def test_pairs_compare_only_the_kept_beginning_of_a_prompt() -> None:
-    long = [replace(one, prompt=f"{n} " + "x" * 2 * MAX_PROMPT_CHARS) for n, one in enumerate(chosen(4, wrong=1))]
+    long = [replace(item, prompt=f"{n} " + "x" * 2 * MAX_PROMPT_CHARS) for n, item in enumerate(chosen(4, wrong=1))]
     a = result(long, "accuracy")
     kept = Evaluation.from_json(Evaluation({"task": a}).to_json()).tasks["task"]
-    bare = result([replace(one, prompt="", expected="") for one in long], "accuracy")
+    bare = result([replace(item, prompt="", expected="") for item in long], "accuracy")
     for other in (kept, bare):
         assert paired_difference(a, other, "accuracy").n == paired_difference(other, a, "accuracy").n == 4
 
 
-def test_headlines_and_their_direction() -> None:
+def test_headline_metric_has_its_direction() -> None:
     some = Score(0.5, 0.1, 4)
     assert headline_metric(TaskResult("t", {"nll": some, "accuracy": some}, ())) == "accuracy"
     assert headline_metric(TaskResult("t", {"nll": some, "rouge_l": some}, ())) == "rouge_l"
@@ -185,7 +187,7 @@ def test_headlines_and_their_direction() -> None:
     assert not any(map(higher_is_better, ("perplexity", "nll")))
 
 
-def test_recovery_is_one_where_nothing_is_lost_and_less_where_something_is() -> None:
+def test_recovery_is_one_without_loss_and_less_with_one() -> None:
     dense, worse = Score(0.8, 0, 1), Score(0.6, 0, 1)
     assert recovery(dense, dense, "nll") == recovery(dense, dense, "accuracy") == 1
     assert recovery(worse, dense, "accuracy") == pytest.approx(0.75)

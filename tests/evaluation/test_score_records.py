@@ -1,4 +1,4 @@
-"""A whole evaluation: which scores a task gets, and what may not change them."""
+"""A whole evaluation: the scores of each kind of task, and that batches, caches and order do not change them."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_each_kind_gets_its_scores() -> None:
     assert all(len(result.items) == 6 for result in tasks.values())
 
 
-def test_items_show_what_was_asked_and_what_came() -> None:
+def test_items_hold_prompt_and_answer() -> None:
     tasks = scored(mixed()).tasks
     first = next(item for item in tasks["organ"].items if item.id == "c0")
     assert (first.prompt, first.expected) == ("Where is case 0 ", "heart")
@@ -54,7 +54,7 @@ def test_items_show_what_was_asked_and_what_came() -> None:
     assert all(item.correct is None for item in tasks["prose"].items)
 
 
-def test_a_model_that_knows_the_answer_scores_one() -> None:
+def test_model_that_knows_the_answer_scores_one() -> None:
     model = speaker()
     model.lm_head = torch.nn.Linear(48, model.config.vocab_size, bias=True)
     torch.nn.init.zeros_(model.lm_head.weight)
@@ -68,7 +68,7 @@ def test_a_model_that_knows_the_answer_scores_one() -> None:
     assert scored([answer], model).tasks["open"].scores["exact_match"].value == 1.0
 
 
-def test_a_uniform_model_has_the_perplexity_of_its_vocabulary() -> None:
+def test_uniform_model_has_the_perplexity_of_its_vocabulary() -> None:
     model = speaker()
     torch.nn.init.zeros_(model.lm_head.weight)
     tasks = scored(mixed(), model).tasks
@@ -88,7 +88,7 @@ def test_batch_composition_and_pass_size_do_not_change_scores() -> None:
             assert ours.scores == pytest.approx(theirs.scores, abs=1e-5)
 
 
-def test_an_evaluation_repeats_and_round_trips() -> None:
+def test_evaluation_repeats_and_round_trips() -> None:
     evaluation = scored(mixed())
     assert scored(mixed()).to_json() == evaluation.to_json()
     assert Evaluation.from_json(evaluation.to_json()).to_json() == evaluation.to_json()
@@ -115,12 +115,12 @@ def test_macro_f1_needs_one_label_set() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_an_answer_has_the_same_nll_with_and_without_choices(family: str) -> None:
+def test_answer_has_the_same_nll_with_and_without_choices(family: str) -> None:
     records = [choice(index) for index in range(6)]
-    asked = scored(records, speaker(family)).tasks["organ"]
+    with_choices = scored(records, speaker(family)).tasks["organ"]
     plain = scored([replace(record, choices=(), answer=None) for record in records], speaker(family)).tasks["organ"]
     assert "accuracy" not in plain.scores
-    for ours, theirs in zip(asked.items, plain.items, strict=True):
+    for ours, theirs in zip(with_choices.items, plain.items, strict=True):
         assert ours.scores["nll"] == pytest.approx(theirs.scores["nll"], abs=1e-5)
         assert ours.scores["tokens"] == theirs.scores["tokens"]
 
@@ -158,10 +158,10 @@ def test_nan_is_reported_and_not_hidden() -> None:
 
 
 def test_progress_ends_at_its_total() -> None:
-    seen: list[tuple[str, int, int]] = []
-    evaluate(speaker(), characters(), mixed(), DataConfig(), CONFIG, progress=lambda *now: seen.append(now))
+    updates: list[tuple[str, int, int]] = []
+    evaluate(speaker(), characters(), mixed(), DataConfig(), CONFIG, progress=lambda *update: updates.append(update))
     for task in ("organ", "open", "prose"):
-        counts = [(done, total) for name, done, total in seen if name == task]
+        counts = [(done, total) for name, done, total in updates if name == task]
         assert counts == sorted(counts)
         assert counts[-1][0] == counts[-1][1]
 
@@ -175,7 +175,7 @@ def test_nothing_to_score_is_refused() -> None:
 
 @pytest.mark.parametrize("too_long", ["error", "truncate", "drop"])
 def test_rows_longer_than_the_context_are_scored_without_their_beginning(too_long: str) -> None:
-    """`data.too_long` and `data.max_length` are about the rows that tuning sees; `eval` knows neither."""
+    """`data.too_long` and `data.max_length` apply to rows for tuning only; `eval` has neither."""
     records = [question(0, prompt="long " * 100), question(1)]
     result = scored(records, too_long=too_long, max_length=4).tasks["open"]
     assert sorted(item.id for item in result.items) == ["q0", "q1"]
@@ -193,44 +193,44 @@ def test_texts_longer_than_the_context_are_scored_whole() -> None:
 
 def test_generation_leaves_room_within_the_context() -> None:
     model = speaker(max_position_embeddings=64)
-    seen: list[int] = []
+    positions: list[int] = []
 
-    def watch(_: Any, __: Any, named: dict[str, Any]) -> None:
+    def record_positions(_: Any, __: Any, named: dict[str, Any]) -> None:
         if "position_ids" in named:  # generation steps; plain scoring leaves positions to the model
-            seen.append(int(named["position_ids"].max()))
+            positions.append(int(named["position_ids"].max()))
 
-    model.register_forward_pre_hook(watch, with_kwargs=True)
+    model.register_forward_pre_hook(record_positions, with_kwargs=True)
     scored([question(0, prompt="p" * 40)], model, EvaluateConfig(max_new_tokens=128))
-    assert 48 < max(seen) < 64
+    assert 48 < max(positions) < 64
 
 
 @pytest.mark.parametrize("length", [30, 31, 32, 200])
-def test_a_long_prompt_keeps_its_start_token_and_is_cut_as_in_a_suite(
+def test_long_prompt_keeps_its_start_token_and_is_cut_as_in_a_suite(
     length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, record = speaker(max_position_embeddings=64), question(0, prompt="x" * (length - 1) + "y", completion="a")
-    asked = asked_of(monkeypatch)
+    prompts = record_prompts(monkeypatch)
     scored([record], model, EvaluateConfig(max_new_tokens=33), too_long="truncate")
     LocalModel(model, characters()).run_requests(
         "generate", [record], GenerationSettings(max_new_tokens=33), lambda _: None
     )
-    of_run, of_suite = asked
+    of_run, of_suite = prompts
     assert of_run == of_suite
     assert len(of_run) == min(32, length + 1)
     assert of_run[0] == characters().bos_token_id
     assert characters().decode(of_run[-1:]) == "y"
 
 
-def asked_of(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The prompts that answers are written to from now on."""
-    asked: list[tuple[int, ...]] = []
+def record_prompts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The prompts of all generations from this call on, in order."""
+    prompts: list[tuple[int, ...]] = []
 
-    def spied(model: Any, tokenizer: Any, prompts: list[tuple[int, ...]], **how: Any) -> list[str]:
-        asked.extend(map(tuple, prompts))
-        return generate(model, tokenizer, prompts, **how)
+    def spied(model: Any, tokenizer: Any, batch: list[tuple[int, ...]], **how: Any) -> list[str]:
+        prompts.extend(map(tuple, batch))
+        return generate(model, tokenizer, batch, **how)
 
     monkeypatch.setattr("prunetune.evaluation.suites.local.generate", spied)
-    return asked
+    return prompts
 
 
 def test_repeated_ids_are_made_unique() -> None:
@@ -239,6 +239,6 @@ def test_repeated_ids_are_made_unique() -> None:
     assert sorted(item.id for item in twice.items) == ["q0", "q0#2"]
 
 
-def test_the_first_of_the_likeliest_wins() -> None:
+def test_ties_go_to_the_first_choice() -> None:
     assert argmax_unless_nan([-2.0, -1.0, -1.0]) == 1
     assert argmax_unless_nan([-2.0, math.nan]) is None

@@ -1,4 +1,4 @@
-"""Exact match and ROUGE-L compare texts as readers would, in any script."""
+"""Exact match ignores case and white space, and ROUGE-L compares words in any script."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from prunetune.evaluation.suites.text_scorers import rouge
 from prunetune.evaluation.text_metrics import RougeTokenizer, exact_match
 
 
-def rouge_l(expected: list[str], got: list[str]) -> list[float]:
+def rouge_l(expected: list[str], texts: list[str]) -> list[float]:
     """ROUGE-L F1 of each pair, as the scorer gives it."""
-    prompts = [Prompt(Record(kind="completion", completion=wanted), (), {}) for wanted in expected]
-    answers = [Response(prompt, text=text) for prompt, text in zip(prompts, got, strict=True)]
+    prompts = [Prompt(Record(kind="completion", completion=completion), (), {}) for completion in expected]
+    answers = [Response(prompt, text=text) for prompt, text in zip(prompts, texts, strict=True)]
     return rouge(answers, {"stemmer": False})["rouge_l"]
 
 
@@ -61,7 +61,7 @@ def test_words_of_ascii_are_those_of_rouge_score(stemmer: bool) -> None:
         ("für Äpfel", "fär Öpfel"),
     ],
 )
-def test_rouge_l_sees_every_script(text: str, other: str) -> None:
+def test_rouge_l_scores_every_script(text: str, other: str) -> None:
     same, decomposed, different = rouge_l([text] * 3, [text, unicodedata.normalize("NFD", text), other])
     assert same == decomposed == 1.0
     assert different < 1

@@ -41,7 +41,7 @@ def test_export_rewrites_the_same_layout_in_another_dtype(layout: str, tmp_path:
 
 @pytest.fixture
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Skip the check in a fresh process, as the test itself opens what was written."""
+    """Skip the check in a fresh process; the test itself opens the written folder."""
     monkeypatch.setattr(convert, "check_checkpoint", lambda written, tokens, expected: SelfCheck(0.0, tokens.numel()))
 
 

@@ -24,8 +24,8 @@ from support.streamed import tensors_of
 DEFAULT_UNITS = ("kv-groups", "mlp-channels")
 
 
-def double(name: str, weight: Tensor) -> Tensor:
-    """A stand-in for an adapter, on one kind of linear."""
+def scale_up_projection(name: str, weight: Tensor) -> Tensor:
+    """Scale the weights of one kind of linear, in place of merging adapters."""
     return weight * 1.7 if name.endswith(("up_proj.weight", "fc.weight")) else weight
 
 
@@ -47,7 +47,7 @@ def test_cut_streamed_writes_the_files_of_the_whole_cut(
     whole: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval()
     with torch.no_grad():
         for name, weight in whole.named_parameters():
-            weight.copy_(double(name, weight).to(dtype).float())
+            weight.copy_(scale_up_projection(name, weight).to(dtype).float())
     with masked(whole, plan, sites=sites):
         expected = compute_logits(whole, tokens())
     small = cut(whole, plan, sites=sites).to(dtype)
@@ -56,7 +56,9 @@ def test_cut_streamed_writes_the_files_of_the_whole_cut(
     )
 
     streamed = StreamedModel(
-        load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense")), double
+        load_empty_model(str(tmp_path / "dense")),
+        SafetensorsReader.from_model(str(tmp_path / "dense")),
+        scale_up_projection,
     )
     assert streamed.stored.has_all(name for name, _ in streamed.model.named_parameters())
     shards = tmp_path / "shards"
@@ -78,7 +80,9 @@ def test_cut_streamed_has_one_layer_in_memory_at_a_time(tmp_path: Path) -> None:
     dense = tiny()
     dense.save_pretrained(tmp_path / "dense")
     streamed = StreamedModel(
-        load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense")), double
+        load_empty_model(str(tmp_path / "dense")),
+        SafetensorsReader.from_model(str(tmp_path / "dense")),
+        scale_up_projection,
     )
     layers, loaded_layers = streamed.model.model.layers, []
     for layer in layers:
@@ -91,12 +95,14 @@ def test_cut_streamed_has_one_layer_in_memory_at_a_time(tmp_path: Path) -> None:
 
 
 def test_streamed_checkpoint_opens_streamed_in_a_fresh_process(tmp_path: Path) -> None:
-    """By its generated code."""
+    """The folder's generated code opens it."""
     dense = tiny(tie_word_embeddings=True)
     dense.save_pretrained(tmp_path / "dense")
     plan, sites = random_plan(dense), tuple(find_sites(dense))
     streamed = StreamedModel(
-        load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense")), double
+        load_empty_model(str(tmp_path / "dense")),
+        SafetensorsReader.from_model(str(tmp_path / "dense")),
+        scale_up_projection,
     )
     (tmp_path / "shards").mkdir()
     expected = cut_streamed(streamed, plan, sites, tokens(), tmp_path / "shards")
@@ -109,8 +115,8 @@ def test_streamed_checkpoint_opens_streamed_in_a_fresh_process(tmp_path: Path) -
     assert relative(reopened["logits"], expected) < 1e-5
 
 
-def test_reader_lacks_tensors_of_renamed_or_damaged_files(tmp_path: Path) -> None:
-    """Tensors under other names than the class has, or files that cannot be read."""
+def test_reader_leaves_out_tensors_of_renamed_or_damaged_files(tmp_path: Path) -> None:
+    """`has_all` is false if tensors have other names than the class, or if files cannot be read."""
     tiny("mixtral").save_pretrained(tmp_path / "dense")  # stored expert by expert
     model, stored = load_empty_model(str(tmp_path / "dense")), SafetensorsReader.from_model(str(tmp_path / "dense"))
     assert not stored.has_all(name for name, _ in model.named_parameters())

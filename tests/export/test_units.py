@@ -34,7 +34,7 @@ def uniform_plan(model: Any, units: tuple[str, ...], keep: float = 0.6) -> Plan:
 
 
 def uniform_kinds(family: str) -> tuple[str, ...]:
-    """The kinds that its uniform configuration can express; Bloom has no option for the width of an MLP."""
+    """The kinds that the family's uniform configuration can express; Bloom has no option for the MLP width."""
     return tuple(
         kind for kind in kinds_of(family) if kind not in BLOCKS and (family, kind) != ("bloom", "mlp-channels")
     )

@@ -31,7 +31,7 @@ CASES: list[tuple[str, Collection[str]]] = [
 
 @pytest.fixture(autouse=True)
 def _short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of a thousand tokens are for GPUs."""
+    """Round row lengths up to 32 tokens: the default of a thousand is for GPUs."""
     monkeypatch.setattr(packing, "TOKEN_STEP", 32)
     monkeypatch.setattr(packing, "LABEL_STEP", 32)
 
@@ -47,19 +47,19 @@ def config_of(checkpointing: str, **changes: Any) -> RunConfig:
 
 def losses_and_gradients(passes: Any, model: Any, gates: dict[str, Tensor]) -> dict[str, Tensor]:
     """Losses and gradients of one batch, by every kind of pass."""
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     for name, (losses, gradients) in {
         "tune": (passes.tune(examples(), gates), {}),
         "as it is": (passes.tune(examples(), None), {}),
         "gate gradients": passes.gate_gradients(examples(), gates),
         "both": passes.tune_with_gate_gradients(examples(), gates),
     }.items():
-        found |= {f"{name} {key}": torch.tensor(value) for key, value in losses.items()}
-        found |= {f"{name} {site}": gradient for site, gradient in gradients.items()}
+        results |= {f"{name} {key}": torch.tensor(value) for key, value in losses.items()}
+        results |= {f"{name} {site}": gradient for site, gradient in gradients.items()}
     for name, weight in trainable_parameters(model).items():
         assert weight.grad is not None
-        found[name], weight.grad = weight.grad, None
-    return found
+        results[name], weight.grad = weight.grad, None
+    return results
 
 
 @pytest.mark.parametrize("taught", [False, True])
@@ -81,8 +81,8 @@ def test_checkpointing_changes_no_loss_and_no_gradient(
     with_lora(model)
     teacher = Teacher(tiny(family, seed=4).requires_grad_(False)) if taught else None
     kept, again = (
-        losses_and_gradients(kind(model, sites, 0, config_of(wanted), teacher), model, gates)
-        for wanted in ("off", "on")
+        losses_and_gradients(kind(model, sites, 0, config_of(checkpointing), teacher), model, gates)
+        for checkpointing in ("off", "on")
     )
     assert kept.keys() == again.keys()
     for name, value in kept.items():
@@ -90,8 +90,8 @@ def test_checkpointing_changes_no_loss_and_no_gradient(
 
 
 def test_checkpointing_redraws_the_same_dropout() -> None:
-    found = []
-    for wanted in ("off", "on"):
+    results = []
+    for checkpointing in ("off", "on"):
         model = tiny().requires_grad_(False)
         sites = find_sites(model)
         with_lora(model)
@@ -99,11 +99,11 @@ def test_checkpointing_redraws_the_same_dropout() -> None:
             if hasattr(module, "lora_dropout"):
                 module.lora_dropout["default"] = torch.nn.Dropout(0.5)
         torch.manual_seed(3)
-        loss = PaddedPasses(model, sites, 0, config_of(wanted)).tune(examples(), None)
-        found.append((loss, [weight.grad for weight in trainable_parameters(model).values()]))
-    assert found[0][0] == found[1][0]
-    for one, other in zip(found[0][1], found[1][1], strict=True):
-        torch.testing.assert_close(one, other)
+        loss = PaddedPasses(model, sites, 0, config_of(checkpointing)).tune(examples(), None)
+        results.append((loss, [weight.grad for weight in trainable_parameters(model).values()]))
+    assert results[0][0] == results[1][0]
+    for gradient, other in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(gradient, other)
 
 
 def test_checkpointing_keeps_less_and_restores_the_model() -> None:

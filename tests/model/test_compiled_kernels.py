@@ -26,7 +26,7 @@ SOME = ("llama", "gemma3_text", "qwen3", "olmo2", "phi3", "gpt_neox", "opt")
 
 @pytest.fixture
 def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Names of what is compiled; graphs are taken, but run as they are: kernels are PyTorch's matter."""
+    """Names of the compiled graphs; they run eagerly, since PyTorch's kernels are not tested here."""
     names: list[str] = []
 
     def backend(graph: Any, _: Any) -> Callable[..., Any]:
@@ -45,8 +45,8 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 @torch.no_grad()
 def logits(model: nn.Module, length: int) -> torch.Tensor:
-    found: torch.Tensor = model(input_ids=torch.arange(3, 3 + length)[None], use_cache=False).logits
-    return found
+    result: torch.Tensor = model(input_ids=torch.arange(3, 3 + length)[None], use_cache=False).logits
+    return result
 
 
 def with_float_norms(model: Any) -> Any:
@@ -117,22 +117,22 @@ def test_compiled_kernels_give_gates_and_adapters_the_same_gradients(
     sites = find_sites(model)
     gates = {name: gate.requires_grad_() for name, gate in gates_from_plan(random_plan(model), sites).items()}
     with_lora(model)
-    heard = []
-    for way in (nullcontext(), use_compiled_kernels(model)):
-        heard_by = [*gates.values(), *trainable_parameters(model).values()]
-        for one in heard_by:
-            one.grad = None
+    results = []
+    for kernels in (nullcontext(), use_compiled_kernels(model)):
+        parameters = [*gates.values(), *trainable_parameters(model).values()]
+        for parameter in parameters:
+            parameter.grad = None
         with (
-            way,
+            kernels,
             use_checkpointing(model) if again else nullcontext(),
             masked(model, gates, adapters=form, sites=sites),
         ):
-            found = model(tokens(), use_cache=False).logits
-            found.square().mean().backward()
-        heard.append([found.detach(), *(one.grad for one in heard_by if one.grad is not None)])
+            output = model(tokens(), use_cache=False).logits
+            output.square().mean().backward()
+        results.append([output.detach(), *(parameter.grad for parameter in parameters if parameter.grad is not None)])
     assert compiled
-    assert len(heard[0]) == len(heard[1]) > len(gates)
-    for plain, fast in zip(*heard, strict=True):
+    assert len(results[0]) == len(results[1]) > len(gates)
+    for plain, fast in zip(*results, strict=True):
         torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-7)
 
 
@@ -149,8 +149,8 @@ def test_layers_share_one_gated_activation(family: str, compiled: list[str]) -> 
     assert len(compiled) == 1
 
 
-class Usual(nn.Module):
-    """Four parts under the usual names."""
+class GatedMLP(nn.Module):
+    """A gated MLP with the usual attribute names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -158,42 +158,42 @@ class Usual(nn.Module):
         self.act_fn = nn.SiLU()
 
     def forward(self, x):  # type: ignore[no-untyped-def]
-        """Said in the usual way."""
+        """The usual gated MLP, over two statements."""
         down_proj = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
         return down_proj  # noqa: RET504
 
 
-class Clamped(Usual):
+class ClampedMLP(GatedMLP):
     def forward(self, x):  # type: ignore[no-untyped-def]
         return self.down_proj(self.act_fn(self.gate_proj(x)).clamp(max=1) * self.up_proj(x))
 
 
-class Swapped(Usual):
+class SwappedMLP(GatedMLP):
     def forward(self, x):  # type: ignore[no-untyped-def]
         return self.down_proj(self.act_fn(self.up_proj(x)) * self.gate_proj(x))
 
 
-class Summed(Usual):
+class SummedMLP(GatedMLP):
     def forward(self, x):  # type: ignore[no-untyped-def]
         return self.down_proj(self.act_fn(self.gate_proj(x)) + self.up_proj(x))
 
 
-class Longer(Usual):
+class VariadicMLP(GatedMLP):
     def forward(self, x, *rest):  # type: ignore[no-untyped-def]
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
-class Chosen(Usual):
+class KeywordMLP(GatedMLP):
     def forward(self, x, *, scale=None):  # type: ignore[no-untyped-def]
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [Usual, Clamped, Swapped, Summed, Longer, Chosen])
-def test_only_gated_mlps_are_compiled(kind: type[Usual], compiled: list[str]) -> None:
+@pytest.mark.parametrize("kind", [GatedMLP, ClampedMLP, SwappedMLP, SummedMLP, VariadicMLP, KeywordMLP])
+def test_only_gated_mlps_are_compiled(kind: type[GatedMLP], compiled: list[str]) -> None:
     module = kind()
     x = torch.randn(3, 4)
     before = module(x)
     with use_compiled_kernels(module):
-        assert ("forward" in vars(module)) is (kind is Usual)
+        assert ("forward" in vars(module)) is (kind is GatedMLP)
         torch.testing.assert_close(module(x), before)

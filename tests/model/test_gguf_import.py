@@ -1,4 +1,4 @@
-"""The dequantised copy of a .gguf file: complete, made once, also by two processes at a time."""
+"""The dequantised copy of a .gguf file: complete, and written once, even by two processes at a time."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_broken_gguf_file_is_refused(content: bytes, tmp_path: Path, monkeypatch
 
 
 def test_tokenizer_that_splits_words_into_letters_is_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers 5.17 on Gemma's."""
+    """transformers 5.17 reads Gemma's tokenizer in this way."""
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: subwords())
     assert gguf_import.dequantize_gguf(file).is_dir()
     os.utime(file, ns=(1, 1))
@@ -64,8 +64,8 @@ def test_tokenizer_that_splits_words_into_letters_is_refused(file: Path, monkeyp
 
 
 def test_two_processes_dequantise_the_same_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Slow:
-        """A tokenizer while whose writing another process begins and ends."""
+    class SlowTokenizer:
+        """A tokenizer: while it is being written, another process begins and ends."""
 
         def __len__(self) -> int:
             return 0
@@ -77,7 +77,7 @@ def test_two_processes_dequantise_the_same_file(file: Path, monkeypatch: pytest.
                 gguf_import.dequantize_gguf(file)
             characters().save_pretrained(folder)
 
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: Slow())
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: SlowTokenizer())
     folder = gguf_import.dequantize_gguf(file)
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in folder.iterdir()}
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]

@@ -1,4 +1,4 @@
-"""The output head: apart from the model, and in chunks, it gives the same logits, losses and gradients."""
+"""The output head: run outside the model or in chunks, it gives the same logits, losses and gradients."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ def assert_apart(model: Any) -> None:
     ids = tokens()
     with torch.no_grad():
         whole = model(input_ids=ids).logits
-        with capture_head_inputs(model) as seen:
+        with capture_head_inputs(model) as hidden:
             assert model(input_ids=ids).logits.numel() == 0
-        torch.testing.assert_close(logits_function(model)(seen[0]).view(whole.shape), whole)
+        torch.testing.assert_close(logits_function(model)(hidden[0]).view(whole.shape), whole)
         torch.testing.assert_close(model(input_ids=ids).logits, whole)  # the hook is removed
 
 
@@ -65,9 +65,9 @@ def test_chunks_change_neither_loss_nor_gradient(chunk: int, monkeypatch: pytest
         return F.cross_entropy(rows @ weight.T, targets[places], reduction="sum")
 
     (expected,) = torch.autograd.grad(0.3 * loss(hidden, slice(None)), hidden)
-    found = chunked_loss(hidden, 97, loss)
-    torch.testing.assert_close(found, loss(hidden, slice(None)))
-    (gradient,) = torch.autograd.grad(0.3 * found, hidden)
+    chunked = chunked_loss(hidden, 97, loss)
+    torch.testing.assert_close(chunked, loss(hidden, slice(None)))
+    (gradient,) = torch.autograd.grad(0.3 * chunked, hidden)
     torch.testing.assert_close(gradient, expected)
 
 

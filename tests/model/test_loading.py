@@ -20,7 +20,7 @@ from support.suites import model_folder
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"num_hidden_layers": 0}, "num_hidden_layers must be 1 or more"),
         ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
@@ -28,13 +28,13 @@ from support.suites import model_folder
         ({"hidden_act": "zzz"}, "KeyError: 'zzz'"),
     ],
 )
-def test_invalid_configuration_is_refused_in_one_line(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+def test_invalid_configuration_is_refused_in_one_line(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | changes))
     with pytest.raises(ModelError) as refused:
         load_meta_model(str(folder))
-    assert said in str(refused.value)
+    assert message in str(refused.value)
     assert "config.json" in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -97,7 +97,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_misspelt_path_is_refused_without_asking_the_hub(
     name: str, meant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the owner in a name is a folder of runs here, the hub is not asked."""
+    """A name whose owner is a local folder of runs is not looked up on the hub."""
     monkeypatch.setattr("transformers.AutoConfig.from_pretrained", lambda *_, **__: pytest.fail("the hub was asked"))
     with pytest.raises(ModelError) as refused:
         load_config(name)
@@ -106,7 +106,7 @@ def test_misspelt_path_is_refused_without_asking_the_hub(
 
 
 def test_other_names_are_hub_names(offline: Path) -> None:
-    """Also where a folder of models has the name of the owner."""
+    """This holds even if a local folder of models has the owner's name."""
     (offline.parent / "owner" / "fetched-by-hand").mkdir(parents=True)
     assert [resolve_model_path(name) for name in ("owner/name", "gpt2")] == ["owner/name", "gpt2"]
 

@@ -1,4 +1,4 @@
-"""Limits on scores in a whole run: what is recorded, reported and refused, and how the run ends."""
+"""Limits on scores in a whole run: records, reports, refused limits, and how the run ends."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def unpack_plan(sites: dict[str, dict[str, Any]]) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     guard = [f"The {n}th fox is quick and brown." for n in range(6)]
     model_that_knows(guard).save_pretrained(folder / "dense")
@@ -57,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def model_that_knows(texts: list[str]) -> Any:
-    """A model with something to lose."""
+    """A model trained on these texts, so that pruning raises its loss on them."""
     model = speaker().train()
     ids = torch.tensor(characters()(texts)["input_ids"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -68,14 +68,18 @@ def model_that_knows(texts: list[str]) -> Any:
     return model.eval()
 
 
-def config_of(place: Path, out: Path, *gates: str, **changes: Any) -> RunConfig:
-    own = {
-        "model": str(place / "dense"),
+def config_of(workspace: Path, out: Path, *gates: str, **changes: Any) -> RunConfig:
+    paths = {
+        "model": str(workspace / "dense"),
         "out": str(out),
-        "data": {"train": [str(place / "rows.jsonl")], "guard": [str(place / "guard.jsonl")], "valid_share": 0.2},
+        "data": {
+            "train": [str(workspace / "rows.jsonl")],
+            "guard": [str(workspace / "guard.jsonl")],
+            "valid_share": 0.2,
+        },
         "limits": list(gates),
     }
-    return from_mapping(merge_mappings(merge_mappings(RECIPE, own), changes))
+    return from_mapping(merge_mappings(merge_mappings(RECIPE, paths), changes))
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -83,13 +87,13 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def free(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that is watched, without gates."""
-    return run(config_of(place, tmp_path_factory.mktemp("free") / "run", validate={"accuracy": True}))
+def free(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with validation and without limits."""
+    return run(config_of(workspace, tmp_path_factory.mktemp("free") / "run", validate={"accuracy": True}))
 
 
 def limit_between(free: Path) -> float:
-    """A guard limit that holds for the dense model and not for what the run ends with."""
+    """A guard limit that the dense model meets and the final model of the run `free` breaks."""
     scores = [line["guard.nll"] for line in lines(free / "validation.jsonl")]
     assert scores[-1] > scores[0], "pruning costs this model something"
     return (scores[0] + scores[-1]) / 2
@@ -114,19 +118,19 @@ def test_guard_scores_are_recorded_and_reported(free: Path) -> None:
     assert last["guard.nll"] == validation[-1]["guard.nll"]
 
 
-def test_guard_changes_no_weight(place: Path, free: Path, tmp_path: Path) -> None:
-    alone = run(config_of(place, tmp_path / "run", data={"guard": []}))
+def test_guard_changes_no_weight(workspace: Path, free: Path, tmp_path: Path) -> None:
+    alone = run(config_of(workspace, tmp_path / "run", data={"guard": []}))
     for name in ("plan.json", "model/model.safetensors"):
         assert (alone / name).read_bytes() == (free / name).read_bytes()
     assert [line["step"] for line in lines(alone / "validation.jsonl")] == list(range(1, 9))
 
 
-def test_roll_back_is_reported_and_the_run_ends_within_the_limit(place: Path, free: Path, tmp_path: Path) -> None:
+def test_roll_back_is_reported_and_the_run_ends_within_the_limit(workspace: Path, free: Path, tmp_path: Path) -> None:
     limit = limit_between(free)
-    folder = run(config_of(place, tmp_path / "run", f"guard.nll <= {limit:.6f} -> roll-back"))
+    folder = run(config_of(workspace, tmp_path / "run", f"guard.nll <= {limit:.6f} -> roll-back"))
     manifest = json.loads((folder / "manifest.json").read_text())
     gates = manifest["gates"]
-    assert all(one["held"] for one in gates["limits"])
+    assert all(limit_facts["held"] for limit_facts in gates["limits"])
     assert gates["events"][0]["did"].startswith("rolled back to step")
     assert gates["kept"] > gates["keep_asked"] == gates["keep_allowed"] == 0.5
     assert lines(folder / "validation.jsonl")[-1]["guard.nll"] <= limit
@@ -139,7 +143,7 @@ def test_roll_back_is_reported_and_the_run_ends_within_the_limit(place: Path, fr
 
 
 def test_rolled_back_model_shares_its_weights_with_its_teacher(
-    place: Path, free: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, free: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     heads: list[tuple[int, int]] = []
     genuine = stages.tune_and_prune
@@ -150,23 +154,25 @@ def test_rolled_back_model_shares_its_weights_with_its_teacher(
 
     monkeypatch.setattr(stages, "tune_and_prune", watched)
     changes: dict[str, Any] = {"distill": {"teacher": "base"}, "train": {"weights": "adapters"}}
-    folder = run(config_of(place, tmp_path / "run", f"guard.nll <= {limit_between(free):.6f} -> roll-back", **changes))
+    folder = run(
+        config_of(workspace, tmp_path / "run", f"guard.nll <= {limit_between(free):.6f} -> roll-back", **changes)
+    )
     assert json.loads((folder / "manifest.json").read_text())["gates"]["events"]
     assert len(heads) > 1
     assert all(mine == other for mine, other in heads)
 
 
-def test_back_off_reports_the_allowed_budget(place: Path, free: Path, tmp_path: Path) -> None:
+def test_back_off_reports_the_allowed_budget(workspace: Path, free: Path, tmp_path: Path) -> None:
     limit = limit_between(free)
     gate = f"guard.nll <= {limit:.6f} -> back-off"
-    folder = run(config_of(place, tmp_path / "run", gate, validate={"back_off": 0.25}))
+    folder = run(config_of(workspace, tmp_path / "run", gate, validate={"back_off": 0.25}))
     gates = json.loads((folder / "manifest.json").read_text())["gates"]
     assert gates["keep_allowed"] > gates["keep_asked"] == 0.5
     assert "50% was asked for" in render_run(folder)
 
 
-def test_stop_leaves_a_report_and_exits_one(place: Path, free: Path, tmp_path: Path) -> None:
-    config = config_of(place, tmp_path / "run", f"guard.nll <= {limit_between(free):.6f} -> stop")
+def test_stop_leaves_a_report_and_exits_one(workspace: Path, free: Path, tmp_path: Path) -> None:
+    config = config_of(workspace, tmp_path / "run", f"guard.nll <= {limit_between(free):.6f} -> stop")
     for resume in (False, True):
         with pytest.raises(LimitBroken, match=r"stopped at step \d"):
             run(config, resume=resume)
@@ -178,20 +184,20 @@ def test_stop_leaves_a_report_and_exits_one(place: Path, free: Path, tmp_path: P
     assert entry.status == "gate failed"
 
 
-def test_run_outside_a_limit_keeps_its_model_and_exits_one(place: Path, tmp_path: Path) -> None:
+def test_run_outside_a_limit_keeps_its_model_and_exits_one(workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(LimitBroken, match=r"ended outside a limit: guard\.nll <= 0 -> roll-back") as failed:
-        run(config_of(place, tmp_path / "run", "guard.nll <= 0 -> roll-back"))
+        run(config_of(workspace, tmp_path / "run", "guard.nll <= 0 -> roll-back"))
     assert "\n" not in str(failed.value)
     assert (tmp_path / "run" / "model").exists()
 
 
-def test_validation_scores_at_most_limit_items(place: Path, tmp_path: Path) -> None:
+def test_validation_scores_at_most_limit_items(workspace: Path, tmp_path: Path) -> None:
     rows = [{"text": f"The {n}th fox.", "task": f"task {n % 5}"} for n in range(30)]
-    config = config_of(place, tmp_path / "run", data={"guard": [write_lines(tmp_path / "guard.jsonl", *rows)]})
-    setting = prepare(
+    config = config_of(workspace, tmp_path / "run", data={"guard": [write_lines(tmp_path / "guard.jsonl", *rows)]})
+    context = prepare(
         replace(config, validate=replace(config.validate, limit=7)), resume=False, console=PlainConsole(1)
     )
-    assert len(make_monitor(setting).guard_rows) == 7
+    assert len(make_monitor(context).guard_rows) == 7
 
 
 # -- what a gate is --------------------------------------------------------------------------------------------------
@@ -237,35 +243,35 @@ def test_malformed_limit_is_refused_in_one_line(entry: Any, words: str) -> None:
     assert "\n" not in str(refused.value)
 
 
-def test_limit_that_could_never_act_is_refused_before_anything_is_written(place: Path, tmp_path: Path) -> None:
-    late = config_of(place, tmp_path / "run", "valid.nll <= 9 -> roll-back", train={"validate_every": 5})
+def test_limit_that_could_never_act_is_refused_before_anything_is_written(workspace: Path, tmp_path: Path) -> None:
+    late = config_of(workspace, tmp_path / "run", "valid.nll <= 9 -> roll-back", train={"validate_every": 5})
     with pytest.raises(ConfigError, match=r"no validation comes before the search ends at step 4.* lower train"):
         run(late)
-    blind = config_of(place, tmp_path / "run", "guard.accuracy >= 0.5 -> stop")
+    blind = config_of(workspace, tmp_path / "run", "guard.accuracy >= 0.5 -> stop")
     with pytest.raises(DataError, match=r"needs rows with choices in data\.guard"):
         run(blind)
     write_lines(tmp_path / "long.jsonl", {"prompt": "long " * 50, "choices": ["yes", "no"], "answer": 0})
-    small = config_of(place, tmp_path / "run", gain={"smaller": 0.9})
+    small = config_of(workspace, tmp_path / "run", gain={"smaller": 0.9})
     with pytest.raises(
         ConfigError, match=r"under budget\.keep 0\.5 at most \d\d\.\d% of all parameters can be pruned .*: lower one"
     ):
         run(small)
     short = {"valid": [str(tmp_path / "long.jsonl")], "max_length": 40, "too_long": "drop"}
-    idle = config_of(place, tmp_path / "run", "valid.nll <= 9 -> stop", data=short)
+    idle = config_of(workspace, tmp_path / "run", "valid.nll <= 9 -> stop", data=short)
     with pytest.raises(DataError, match=r"valid has no row, or none that fits"):
         run(idle)
     (tmp_path / "long.jsonl").unlink()
-    same = config_of(place, tmp_path / "run", data={"guard": [str(place / "rows.jsonl")]})
+    same = config_of(workspace, tmp_path / "run", data={"guard": [str(workspace / "rows.jsonl")]})
     with pytest.raises(DataError, match=r"data\.train and data\.guard overlap"):
         run(same)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("gates", ["projected", "sampled"])
-def test_last_validated_plan_is_the_plan_that_is_cut(gates: str, place: Path, tmp_path: Path) -> None:
-    """Even where the search lasts to the last step."""
+def test_last_validated_plan_is_the_plan_that_is_cut(gates: str, workspace: Path, tmp_path: Path) -> None:
+    """This holds even if the search lasts until the last step."""
     search = {"share": 1.0, "settle": 0, "gates": gates, "learning_rate": 0.05}
-    folder = run(config_of(place, tmp_path / "run", "valid.nll <= 9x -> stop", search=search))
+    folder = run(config_of(workspace, tmp_path / "run", "valid.nll <= 9x -> stop", search=search))
     last = json.loads((folder / "decisions" / "step-0000008.json").read_text())
     assert unpack_plan(last["kept_units"]) == Plan.load(folder / "plan.json")
 

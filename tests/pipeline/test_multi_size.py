@@ -36,7 +36,7 @@ from prunetune.runs.history import list_runs
 from prunetune.runs.watch import active_run
 from prunetune.search.select import select
 from prunetune.train.checkpoints import Checkpoints, TrainingState
-from support.evaluation import furnished, speaker
+from support.evaluation import speaker, write_model_and_rows
 
 KEEPS = (0.8, 0.6, 0.45)
 RECIPE: dict[str, Any] = {
@@ -61,26 +61,28 @@ SOUND = SimpleNamespace(to_dict=lambda: {"ok": True, "max_relative": 0.0, "limit
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and data."""
-    return furnished(tmp_path_factory.mktemp("place"), 24)
+    return write_model_and_rows(tmp_path_factory.mktemp("place"), 24)
 
 
-def config_of(place: Path, out: Path, **changes: Any) -> RunConfig:
-    own = {"model": str(place / "dense"), "out": str(out), "data": {"train": [str(place / "rows.jsonl")]}}
-    return from_mapping(merge_mappings(merge_mappings(RECIPE, own), changes))
+def config_of(workspace: Path, out: Path, **changes: Any) -> RunConfig:
+    paths = {"model": str(workspace / "dense"), "out": str(out), "data": {"train": [str(workspace / "rows.jsonl")]}}
+    return from_mapping(merge_mappings(merge_mappings(RECIPE, paths), changes))
 
 
 @pytest.fixture(scope="module")
-def done(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One uninterrupted run of two sizes, everything of it."""
+def done(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One uninterrupted run of two sizes, with all stages."""
     changes: dict[str, Any] = {"budget": {"keep": [0.8, 0.5]}, "require": {"smaller": 0.01}}
-    return run_pipeline(config_of(place, tmp_path_factory.mktemp("runs") / "two", **changes), command="prunetune run")
+    return run_pipeline(
+        config_of(workspace, tmp_path_factory.mktemp("runs") / "two", **changes), command="prunetune run"
+    )
 
 
 @pytest.fixture
 def only_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is written, scored or timed: what tuning left in the checkpoints is looked at."""
+    """Skip writing, scoring and timing; tests read the checkpoints of tuning."""
     for name in ("_finish_and_evaluate", "measure_gain"):
         monkeypatch.setattr(multi_size, name, lambda *_: None)
     monkeypatch.setattr(recording, "write_report", lambda _: None)
@@ -88,7 +90,7 @@ def only_tuning(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No process opens what was written; other tests have that."""
+    """Skip the check of written models in a fresh process, which other tests cover."""
     monkeypatch.setattr(finish, "check_checkpoint", lambda *_, **__: SOUND)
 
 
@@ -130,7 +132,7 @@ def test_every_size_is_a_run_folder(done: Path) -> None:
     assert [entry.path.name for entry in list_runs(done / "sizes")] == ["0.5", "0.8"]
 
 
-def test_run_folder_holds_what_sizes_share(done: Path) -> None:
+def test_run_folder_holds_files_that_sizes_share(done: Path) -> None:
     assert json.loads((done / "manifest.json").read_text())["sizes"] == ["sizes/0.8", "sizes/0.5"]
     assert {file.name for file in (done / "evaluation").iterdir()} == {"dense.json"}
     benches = json.loads((done / "bench.json").read_text())
@@ -144,22 +146,22 @@ def test_run_folder_holds_what_sizes_share(done: Path) -> None:
 
 
 def test_commands_take_the_folder_of_a_size(done: Path) -> None:
-    own = [str(of(done, keep)) for keep in (0.8, 0.5)]
+    folders = [str(of(done, keep)) for keep in (0.8, 0.5)]
     with pytest.raises(ModelError, match="several sizes; name one of") as refused:
         resolve_checkpoint(str(done), trust_remote_code=False)
-    assert all(name in str(refused.value) for name in own)
+    assert all(name in str(refused.value) for name in folders)
     with pytest.raises(ModelError, match="several sizes: export one of") as refused:
         ExportSource.open(done)
-    assert str(refused.value).endswith(", ".join(own))
-    found = resolve_models([str(done)], BenchOptions(prompt=4, generate=2))  # a bench takes all of them
-    assert [one.label for one in found[1:]] == own
+    assert str(refused.value).endswith(", ".join(folders))
+    models = resolve_models([str(done)], BenchOptions(prompt=4, generate=2))  # a bench takes all of them
+    assert [model.label for model in models[1:]] == folders
 
 
-def test_a_finished_run_resumes_to_itself(place: Path, done: Path, tmp_path: Path) -> None:
+def test_finished_run_resumes_to_itself(workspace: Path, done: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"budget": {"keep": [0.8, 0.5]}, "require": {"smaller": 0.01}}
     before = {keep: (of(done, keep) / "model" / "model.safetensors").read_bytes() for keep in (0.8, 0.5)}
     bench = (done / "bench.json").read_text()
-    run_pipeline(config_of(place, done, **changes), resume=True)
+    run_pipeline(config_of(workspace, done, **changes), resume=True)
     assert {keep: (of(done, keep) / "model" / "model.safetensors").read_bytes() for keep in (0.8, 0.5)} == before
     assert (done / "bench.json").read_text() == bench
     assert [entry.path.name for entry in list_runs(done / "sizes")] == ["0.5", "0.8"]
@@ -170,10 +172,10 @@ def test_a_finished_run_resumes_to_itself(place: Path, done: Path, tmp_path: Pat
 
 @pytest.mark.parametrize("weights", ["all", "adapters"])
 def test_run_killed_in_any_size_ends_with_the_same_bytes(
-    weights: str, place: Path, tmp_path: Path, only_tuning: None, monkeypatch: pytest.MonkeyPatch
+    weights: str, workspace: Path, tmp_path: Path, only_tuning: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def config(name: str) -> RunConfig:
-        return config_of(place, tmp_path / name, train={"weights": weights})
+        return config_of(workspace, tmp_path / name, train={"weights": weights})
 
     whole = run_pipeline(config("whole"))
     plain, left = RunFolder.append_record, [("0.8", 2), ("0.8", 6), ("0.6", 1), ("0.45", 2)]
@@ -191,13 +193,13 @@ def test_run_killed_in_any_size_ends_with_the_same_bytes(
     killed = run_pipeline(config("killed"), resume=True)
     assert not left
     for keep in KEEPS:
-        one, other = last_state(whole, keep), last_state(killed, keep)
-        assert (one.step, one.plan, one.is_cut) == (other.step, other.plan, True)
-        for part, tensors in one.tensors.items():
-            assert tensors.keys() == other.tensors[part].keys()
-            assert all(torch.equal(tensor, other.tensors[part][name]) for name, tensor in tensors.items())
+        expected, resumed = last_state(whole, keep), last_state(killed, keep)
+        assert (expected.step, expected.plan, expected.is_cut) == (resumed.step, resumed.plan, True)
+        for group, tensors in expected.tensors.items():
+            assert tensors.keys() == resumed.tensors[group].keys()
+            assert all(torch.equal(tensor, resumed.tensors[group][name]) for name, tensor in tensors.items())
         steps = [line["step"] for line in lines(of(killed, keep) / "metrics.jsonl")]
-        assert steps == list(range(1, one.step + 1))
+        assert steps == list(range(1, expected.step + 1))
     plans = [last_state(whole, keep).plan for keep in KEEPS]
     for larger, smaller in itertools.pairwise(plans):
         assert larger is not None
@@ -207,36 +209,36 @@ def test_run_killed_in_any_size_ends_with_the_same_bytes(
 
 
 def test_only_the_largest_size_searches(
-    place: Path, tmp_path: Path, only_tuning: None, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, tmp_path: Path, only_tuning: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[float, Plan]] = []
+    calls: list[tuple[float, Plan]] = []
 
-    def noted(scores: Any, sites: Any, keep: float, constraints: Any, *, larger_plan: Plan) -> Plan:
-        asked.append((keep, larger_plan))
+    def record_call(scores: Any, sites: Any, keep: float, constraints: Any, *, larger_plan: Plan) -> Plan:
+        calls.append((keep, larger_plan))
         return select(scores, sites, keep, constraints, larger_plan=larger_plan)
 
-    monkeypatch.setattr(multi_size, "select", noted)
-    run = run_pipeline(config_of(place, tmp_path / "run", train={"size_share": [0.3, 0.5]}))
+    monkeypatch.setattr(multi_size, "select", record_call)
+    run = run_pipeline(config_of(workspace, tmp_path / "run", train={"size_share": [0.3, 0.5]}))
     phases = {keep: [line["phase"] for line in lines(of(run, keep) / "metrics.jsonl")] for keep in KEEPS}
     assert phases == {0.8: ["search"] * 3 + ["settle"] + ["tune"] * 6, 0.6: ["tune"] * 3, 0.45: ["tune"] * 5}
-    assert asked == [(0.6, last_state(run, 0.8).plan), (0.45, last_state(run, 0.6).plan)]
-    own = {keep: open_run(of(run, keep))[1] for keep in KEEPS}
-    assert [config.train.steps for config in own.values()] == [10, 3, 5]
+    assert calls == [(0.6, last_state(run, 0.8).plan), (0.45, last_state(run, 0.6).plan)]
+    configs = {keep: open_run(of(run, keep))[1] for keep in KEEPS}
+    assert [config.train.steps for config in configs.values()] == [10, 3, 5]
 
 
-def test_largest_size_equals_a_plain_run_to_the_bit(place: Path, tmp_path: Path, only_tuning: None) -> None:
-    several = last_state(run_pipeline(config_of(place, tmp_path / "several")), 0.8)
-    plain = run_pipeline(config_of(place, tmp_path / "plain", budget={"keep": 0.8}))
+def test_largest_size_equals_a_plain_run_to_the_bit(workspace: Path, tmp_path: Path, only_tuning: None) -> None:
+    several = last_state(run_pipeline(config_of(workspace, tmp_path / "several")), 0.8)
+    plain = run_pipeline(config_of(workspace, tmp_path / "plain", budget={"keep": 0.8}))
     state = Checkpoints(plain / "checkpoints").latest()
     assert state is not None
     assert (state.step, state.plan) == (several.step, several.plan)
-    for part, tensors in state.tensors.items():
-        assert tensors.keys() == several.tensors[part].keys()
-        assert all(torch.equal(tensor, several.tensors[part][name]) for name, tensor in tensors.items())
+    for group, tensors in state.tensors.items():
+        assert tensors.keys() == several.tensors[group].keys()
+        assert all(torch.equal(tensor, several.tensors[group][name]) for name, tensor in tensors.items())
 
 
-def test_limits_of_every_size_refer_to_the_same_dense_model(place: Path, tmp_path: Path, only_tuning: None) -> None:
-    run = run_pipeline(config_of(place, tmp_path / "run", gates=["valid.nll <= 100x -> stop"]))
+def test_limits_of_every_size_refer_to_the_same_dense_model(workspace: Path, tmp_path: Path, only_tuning: None) -> None:
+    run = run_pipeline(config_of(workspace, tmp_path / "run", gates=["valid.nll <= 100x -> stop"]))
     dense = last_state(run, 0.8).validation_history["dense"]
     assert dense["valid.nll"] > 0
     assert all(last_state(run, keep).validation_history["dense"] == dense for keep in KEEPS)
@@ -244,8 +246,8 @@ def test_limits_of_every_size_refer_to_the_same_dense_model(place: Path, tmp_pat
     assert [0 in steps for steps in scored.values()] == [True, False, False]
 
 
-def test_watch_follows_the_size_in_training(place: Path, tmp_path: Path) -> None:
-    config = config_of(place, tmp_path / "run")
+def test_watch_follows_the_size_in_training(workspace: Path, tmp_path: Path) -> None:
+    config = config_of(workspace, tmp_path / "run")
     create_run_folder(RunFolder(tmp_path / "run"), config)
     assert active_run(tmp_path / "run")[0].path == tmp_path / "run"
     create_run_folder(RunFolder(of(tmp_path / "run", 0.8)), config)
@@ -255,7 +257,7 @@ def test_watch_follows_the_size_in_training(place: Path, tmp_path: Path) -> None
 
 
 def test_limit_that_stops_a_size_keeps_the_larger_ones(
-    place: Path, tmp_path: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, tmp_path: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = multi_size.SizeTraining.train_size
 
@@ -266,15 +268,15 @@ def test_limit_that_stops_a_size_keeps_the_larger_ones(
 
     monkeypatch.setattr(multi_size.SizeTraining, "train_size", stopped)
     with pytest.raises(LimitBroken, match=r"size 0\.6: stopped at step 2"):
-        run_pipeline(config_of(place, tmp_path / "run"))
+        run_pipeline(config_of(workspace, tmp_path / "run"))
     assert (of(tmp_path / "run", 0.8) / "report.html").is_file()
     assert not of(tmp_path / "run", 0.6).exists()
     assert "stopped at step 2" in (tmp_path / "run" / "report.html").read_text()
     assert "not made" in render_run(tmp_path / "run")
 
 
-def test_one_size_alone_is_not_resumed(place: Path, tmp_path: Path, only_tuning: None) -> None:
-    run = run_pipeline(config_of(place, tmp_path / "run"))
+def test_one_size_alone_is_not_resumed(workspace: Path, tmp_path: Path, only_tuning: None) -> None:
+    run = run_pipeline(config_of(workspace, tmp_path / "run"))
     with pytest.raises(RunFolderError, match="go on with the run around it"):
         run_pipeline(open_run(of(run, 0.6))[1], resume=True)
     newest = max(of(run, 0.8).glob("checkpoints/step-*"))
@@ -283,14 +285,14 @@ def test_one_size_alone_is_not_resumed(place: Path, tmp_path: Path, only_tuning:
     for folder in of(run, 0.6).glob("checkpoints/*"):
         shutil.rmtree(folder)
     with pytest.raises(RunFolderError, match="cannot be read, and the next one goes on from it"):
-        run_pipeline(config_of(place, tmp_path / "run"), resume=True)
+        run_pipeline(config_of(workspace, tmp_path / "run"), resume=True)
 
 
 # -- one size, and what is refused -----------------------------------------------------------------------------------
 
 
-def test_one_size_in_a_list_is_a_plain_run(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    listed, plain = (config_of(place, tmp_path, budget={"keep": keep}) for keep in ([0.6], 0.6))
+def test_one_size_in_a_list_is_a_plain_run(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed, plain = (config_of(workspace, tmp_path, budget={"keep": keep}) for keep in ([0.6], 0.6))
     assert listed == plain
 
     def prepare(config: RunConfig, **_: Any) -> None:
@@ -330,10 +332,10 @@ def test_impossible_sizes_are_refused(changes: dict[str, Any], words: str) -> No
         from_mapping(changes)
 
 
-def test_infeasible_sizes_are_refused_before_anything_is_written(place: Path, tmp_path: Path) -> None:
+def test_infeasible_sizes_are_refused_before_anything_is_written(workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="below what is feasible"):
-        run_pipeline(config_of(place, tmp_path / "run", budget={"keep": "0.8,0.01"}))
-    several = config_of(place, tmp_path / "run")
+        run_pipeline(config_of(workspace, tmp_path / "run", budget={"keep": "0.8,0.01"}))
+    several = config_of(workspace, tmp_path / "run")
     with pytest.raises(ConfigError, match=r"compare\.keeps"):
         compare(several)
     assert not (tmp_path / "run").exists()
@@ -343,20 +345,24 @@ def test_infeasible_sizes_are_refused_before_anything_is_written(place: Path, tm
 
 
 def test_run_below_the_required_gain_fails_and_names_widths(
-    place: Path, tmp_path: Path, unchecked: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    workspace: Path,
+    tmp_path: Path,
+    unchecked: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     changes: dict[str, Any] = {"budget": {"keep": 0.7, "align": 1}, "require": {"faster": 1e6, "smaller": 0.1}}
     out = tmp_path / "run"
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(to_mapping(config_of(place, out, **changes))))
+    recipe.write_text(yaml.safe_dump(to_mapping(config_of(workspace, out, **changes))))
     monkeypatch.setattr("sys.argv", ["prunetune", "run", str(recipe)])
     assert app._run_app() == 1
-    said = capsys.readouterr().err
-    assert "require.faster >= 1e+06" in said
-    assert "require.smaller" not in said  # reached
+    err = capsys.readouterr().err
+    assert "require.faster >= 1e+06" in err
+    assert "require.smaller" not in err  # reached
     worst = misaligned_widths(Plan.load(out / "plan.json"), find_sites(speaker()))
-    assert f"layer {worst[0].layer} is {worst[0].width}" in said
-    assert "budget.align to 128" in said
+    assert f"layer {worst[0].layer} is {worst[0].width}" in err
+    assert "budget.align to 128" in err
     page = (out / "report.html").read_text()
     assert f"layer {worst[0].layer} is {worst[0].width}" in page
     assert "✗ no" in page

@@ -48,7 +48,7 @@ needs_nf4 = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     speaker().save_pretrained(folder / "dense")
     characters().save_pretrained(folder / "dense")
@@ -57,55 +57,55 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config_of(place: Path, out: Path, **changes: Any) -> RunConfig:
-    own = {"model": str(place / "dense"), "out": str(out), "data": {"train": [str(place / "rows.jsonl")]}}
-    return from_mapping(merge_mappings(merge_mappings(RECIPE, own), changes))
+def config_of(workspace: Path, out: Path, **changes: Any) -> RunConfig:
+    paths = {"model": str(workspace / "dense"), "out": str(out), "data": {"train": [str(workspace / "rows.jsonl")]}}
+    return from_mapping(merge_mappings(merge_mappings(RECIPE, paths), changes))
 
 
 def manifest(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-    return found
+    values: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+    return values
 
 
 @pytest.fixture(scope="module")
-def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run in float32."""
-    return run(config_of(place, tmp_path_factory.mktemp("runs") / "whole"))
+    return run(config_of(workspace, tmp_path_factory.mktemp("runs") / "whole"))
 
 
 @needs_nf4
 def test_written_model_equals_the_tuned_one(whole: Path) -> None:
-    said = manifest(whole)
-    assert said["selfcheck"]["ok"]
-    assert said["quantised"]["scheme"] == "nf4"
-    assert said["quantised"]["error"] < 1e-5  # in float32 nothing but the order of sums differs
-    assert said["quantised"]["same"] == 1
+    values = manifest(whole)
+    assert values["selfcheck"]["ok"]
+    assert values["quantised"]["scheme"] == "nf4"
+    assert values["quantised"]["error"] < 1e-5  # in float32 nothing but the order of sums differs
+    assert values["quantised"]["same"] == 1
     assert "nf4; merged differs from it by" in (whole / "report.html").read_text()
 
 
 @needs_nf4
 def test_teacher_is_in_4_bits_too_and_the_error_in_16_bits_is_recorded(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    held: list[bool] = []
+    quantized: list[bool] = []
     genuine = tune_and_prune
 
-    def watched(job: Any) -> Any:
-        held.append(has_nf4_linears(job.model) and (job.teacher is None or has_nf4_linears(job.teacher.model)))
+    def record_job(job: Any) -> Any:
+        quantized.append(has_nf4_linears(job.model) and (job.teacher is None or has_nf4_linears(job.teacher.model)))
         return genuine(job)
 
-    monkeypatch.setattr(stages, "tune_and_prune", watched)
+    monkeypatch.setattr(stages, "tune_and_prune", record_job)
     changes = {"distill": {"teacher": "dense"}, "evaluate": {"dense_tuned": True}, "train": {"steps": 4}}
-    folder = run(config_of(place, tmp_path / "run", layout="uniform", dtype="bfloat16", **changes))
-    assert held == [True] * 3  # the teacher, its pupil, and the teacher again to be scored
+    folder = run(config_of(workspace, tmp_path / "run", layout="uniform", dtype="bfloat16", **changes))
+    assert quantized == [True] * 3  # the teacher, its pupil, and the teacher again to be scored
     assert 0 < manifest(folder)["quantised"]["error"] < 0.05
 
 
 @needs_nf4
 def test_resumed_run_ends_with_the_same_bytes(
-    whole: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Path, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stopped = config_of(place, tmp_path / "stopped")
+    stopped = config_of(workspace, tmp_path / "stopped")
     with monkeypatch.context() as patched:
         genuine = recording.RunRecorder.step
 
@@ -139,29 +139,29 @@ def weights_of_linears(model: Any) -> list[Any]:
 
 
 @needs_nf4
-def test_merged_model_that_differs_is_refused(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_merged_model_that_differs_is_refused(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finish, "round_linears_to_nf4", lambda *_, **__: None)  # merged into weights never tuned on
     monkeypatch.setattr(nf4_check, "LIMIT", 1e-4)
     with pytest.raises(SelfCheckFailed, match="not the one that was tuned in 4 bits"):
-        run(config_of(place, tmp_path / "run"))
+        run(config_of(workspace, tmp_path / "run"))
     assert not (tmp_path / "run" / "model").exists()
 
 
 def test_impossible_combinations_are_refused_in_one_line(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(optional, "find_spec", lambda _: None)
     with pytest.raises(MissingPackage, match="bitsandbytes"):
-        run(config_of(place, tmp_path / "run"))
+        run(config_of(workspace, tmp_path / "run"))
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match=r"lora.quantize must be one of off, nf4"):
-        config_of(place, tmp_path / "run", lora={"quantize": "int3"})
+        config_of(workspace, tmp_path / "run", lora={"quantize": "int3"})
     with pytest.raises(ConfigError, match=r"compare: .*leave lora.quantize out"):
-        resolve_methods(config_of(place, tmp_path / "run"))
+        resolve_methods(config_of(workspace, tmp_path / "run"))
     file = tmp_path / "variants.yaml"
     file.write_text("small: {lora: {quantize: nf4}}")
     with pytest.raises(ConfigError, match=r"small: .*leave lora.quantize out"):
-        read_variants(file, config_of(place, tmp_path / "run", lora={"quantize": "off"}))
+        read_variants(file, config_of(workspace, tmp_path / "run", lora={"quantize": "off"}))
 
 
 @pytest.mark.parametrize(
@@ -173,14 +173,14 @@ def test_impossible_combinations_are_refused_in_one_line(
     ],
 )
 def test_layer_by_layer_cut_equals_the_cut_in_memory(
-    quantize: str, dtype: str, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantize: str, dtype: str, workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes: dict[str, Any] = {"dtype": dtype, "lora": {"quantize": quantize}}
-    once = run(config_of(place, tmp_path / "once", **changes))
+    once = run(config_of(workspace, tmp_path / "once", **changes))
     monkeypatch.setattr(finish, "LARGE_MODEL_PARAMS", 0)
     monkeypatch.setattr(finish, "merge_adapters", None)  # of whole models
-    found = run(config_of(place, tmp_path / "layers", **changes))
-    one, other = tensors_of(once / "model"), tensors_of(found / "model")
-    assert one.keys() == other.keys()
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-    assert manifest(found).get("quantised") == manifest(once).get("quantised")
+    streamed = run(config_of(workspace, tmp_path / "layers", **changes))
+    expected, written = tensors_of(once / "model"), tensors_of(streamed / "model")
+    assert expected.keys() == written.keys()
+    assert all(torch.equal(tensor, written[name]) for name, tensor in expected.items())
+    assert manifest(streamed).get("quantised") == manifest(once).get("quantised")

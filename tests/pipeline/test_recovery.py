@@ -37,7 +37,7 @@ RECIPE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     speaker().save_pretrained(folder / "dense")
     characters().save_pretrained(folder / "dense")
@@ -45,9 +45,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def config_of(place: Path, out: Path, **changes: Any) -> RunConfig:
-    own = {"model": str(place / "dense"), "out": str(out), "data": {"train": [str(place / "rows.jsonl")]}}
-    return from_mapping(merge_mappings(merge_mappings(RECIPE, own), changes))
+def config_of(workspace: Path, out: Path, **changes: Any) -> RunConfig:
+    paths = {"model": str(workspace / "dense"), "out": str(out), "data": {"train": [str(workspace / "rows.jsonl")]}}
+    return from_mapping(merge_mappings(merge_mappings(RECIPE, paths), changes))
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -55,12 +55,12 @@ def results(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    return results(run(config_of(place, tmp_path_factory.mktemp("runs") / "whole")))
+def whole(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    return results(run(config_of(workspace, tmp_path_factory.mktemp("runs") / "whole")))
 
 
 def full(genuine: Callable[..., Any], after: int) -> Callable[..., Any]:
-    """Writes of tensors, the last of which leaves half a file, as safetensors says it."""
+    """A `save_file` that fails after some calls with half a file and the error of safetensors."""
     count = [0]
 
     def save(tensors: Any, file: Path) -> None:
@@ -74,9 +74,9 @@ def full(genuine: Callable[..., Any], after: int) -> Callable[..., Any]:
 
 
 def test_full_disk_costs_one_checkpoint(
-    place: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, whole: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = config_of(place, tmp_path / "run")
+    config = config_of(workspace, tmp_path / "run")
     with monkeypatch.context() as patched:
         patched.setattr(
             checkpoints, "save_file", full(checkpoints.save_file, after=6)
@@ -86,9 +86,9 @@ def test_full_disk_costs_one_checkpoint(
     assert is_disk_full(ended.value)
     folder = tmp_path / "run" / "checkpoints"
     assert [path.name for path in folder.iterdir()] == ["step-0000002"]
-    found = Checkpoints(folder).latest()
-    assert found is not None
-    assert found.step == 2
+    state = Checkpoints(folder).latest()
+    assert state is not None
+    assert state.step == 2
     with monkeypatch.context() as patched:  # now a line of the records, cut short
         genuine = recording.RunFolder.append_record
 
@@ -119,33 +119,33 @@ def test_partial_checkpoint_is_removed(tmp_path: Path, monkeypatch: pytest.Monke
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "old"}
 
 
-class Down:
-    """A tracker whose server goes away on the way."""
+class FailingTracker:
+    """A tracker whose server is lost at the third call."""
 
     name = "down"
 
     def __init__(self) -> None:
-        self.heard = 0
+        self.calls = 0
 
     def log(self, *_: Any, **__: Any) -> None:
-        self.heard += 1
-        if self.heard == 3:
+        self.calls += 1
+        if self.calls == 3:
             raise ConnectionError("the server is gone")
 
     def finish(self) -> None:
-        raise AssertionError("it was let go of")
+        raise AssertionError("the broken tracker was not dropped")
 
 
-def test_failing_tracker_changes_nothing(
-    place: Path,
+def test_failing_tracker_changes_no_result(
+    workspace: Path,
     whole: dict[str, bytes],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    down = Down()
-    monkeypatch.setattr(trackers, "_start", lambda *_: down)
-    folder = run(config_of(place, tmp_path / "run", track=["tensorboard"]))
-    assert down.heard == 3
+    tracker = FailingTracker()
+    monkeypatch.setattr(trackers, "_start", lambda *_: tracker)
+    folder = run(config_of(workspace, tmp_path / "run", track=["tensorboard"]))
+    assert tracker.calls == 3
     assert caplog.text.count("the run continues without it") == 1
     assert results(folder) == whole

@@ -45,7 +45,7 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def is_same_machine() -> bool:
-    """Whether sums come out as they did for the fixture, to the bit."""
+    """Whether this machine computes the same sums as the fixture's, to the bit."""
     present = (torch.__version__, machine(), torch.get_num_threads())
     return present == (EXPECTED["torch"], EXPECTED["machine"], EXPECTED["threads"])
 
@@ -62,7 +62,7 @@ def assert_same_result(run: Path) -> None:
         assert torch.allclose(weight, before[name], rtol=0, atol=TOLERANCE), name
 
 
-def test_the_fixture_is_what_0_1_0_left() -> None:
+def test_fixture_equals_files_of_0_1_0() -> None:
     assert {name: sha256(FIXTURE / name) for name in EXPECTED["sha256"]} == EXPECTED["sha256"]
     assert EXPECTED["commit"].startswith("03ca826")
     assert EXPECTED["made_with"]["prunetune"] == "0.1.0"
@@ -106,15 +106,15 @@ def test_run_of_0_1_0_opens_with_check_and_holds(say: Said) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "made"),
+    ("options", "export_name"),
     [("", "per-layer"), ("--to uniform --pad", "uniform"), ("--to gguf --dtype f32", "gguf-f32.gguf")],
 )
-def test_run_of_0_1_0_opens_with_export(say: Said, release: Path, asked: str, made: str) -> None:
-    code, out, _ = say("export", "run", *asked.split())
+def test_run_of_0_1_0_opens_with_export(say: Said, release: Path, options: str, export_name: str) -> None:
+    code, out, _ = say("export", "run", *options.split())
     assert code == 0
-    assert out.splitlines()[-1] == f"run/exports/{made}"
-    if made == "per-layer":
-        exported = load_file(release / "run" / "exports" / made / "model.safetensors")
+    assert out.splitlines()[-1] == f"run/exports/{export_name}"
+    if export_name == "per-layer":
+        exported = load_file(release / "run" / "exports" / export_name / "model.safetensors")
         before = load_file(FIXTURE / "run" / "model" / "model.safetensors")
         assert exported.keys() == before.keys()
         assert all(torch.equal(exported[name], before[name]) for name in before)
@@ -140,7 +140,7 @@ def test_runs_of_0_1_0_are_listed_by_runs(say: Said) -> None:
 
 
 def test_history_of_0_1_0_is_listed_by_runs(say: Said, release: Path) -> None:
-    """Its runs.sqlite, kept as SQL, for it names places and the host."""
+    """The fixture holds runs.sqlite as SQL, since it names paths and the host."""
     words = (release / "runs.sql").read_text(encoding="utf-8").replace("{here}", str(release))
     with closing(sqlite3.connect(release / "runs.sqlite")) as store:
         store.executescript(words.replace("{host}", "elsewhere"))
@@ -177,7 +177,7 @@ def test_finished_run_of_0_1_0_resumes_to_itself(say: Said, release: Path, caplo
     assert len(lines) == 3  # dense, tuned and pruned scores counted the ends of answers
 
 
-def test_interrupted_run_of_0_1_0_resumes_to_the_weights_of_the_whole_one(say: Said, release: Path) -> None:
+def test_interrupted_run_of_0_1_0_resumes_to_the_weights_of_the_uninterrupted_one(say: Said, release: Path) -> None:
     code, _, _ = say("run", "recipe.yaml", "--out", "interrupted", "--resume")
     assert code == 0
     assert_same_result(release / "interrupted")
@@ -205,13 +205,15 @@ def test_finished_comparison_of_0_1_0_resumes_to_the_same_table(say: Said, relea
     assert code == 0
     assert cells(release) == cells(FIXTURE)
     assert "| one-stage |" in out
-    now, before = (json.loads((folder / "comparison" / "comparison.json").read_text()) for folder in (release, FIXTURE))
-    assert [row | old for row, old in zip(now["rows"], before["rows"], strict=True)] == now["rows"]
+    after, before = (
+        json.loads((folder / "comparison" / "comparison.json").read_text()) for folder in (release, FIXTURE)
+    )
+    assert [row | old for row, old in zip(after["rows"], before["rows"], strict=True)] == after["rows"]
     assert (release / "comparison" / "comparison.html").exists()
 
 
 def test_comparison_of_0_1_0_grows_by_a_method(say: Said, release: Path) -> None:
-    methods = [part for name in ("dense", "one-stage", "magnitude") for part in ("--compare.methods", name)]
+    methods = [token for name in ("dense", "one-stage", "magnitude") for token in ("--compare.methods", name)]
     code, out, _ = say("compare", *IN_COMPARISON, *methods)
     assert code == 0
     grown = cells(release)
@@ -221,7 +223,7 @@ def test_comparison_of_0_1_0_grows_by_a_method(say: Said, release: Path) -> None
 
 
 @pytest.mark.parametrize("command", ["bench", "eval", "check", "export"])
-def test_comparison_of_0_1_0_has_no_model_to_open(say: Said, command: str) -> None:
+def test_commands_on_a_comparison_of_0_1_0_are_refused(say: Said, command: str) -> None:
     suite = ("--suite", "suite.yaml") if command in ("eval", "check") else ()
     code, out, err = say(command, "comparison", *suite)
     assert (code, out) == (2, "")
@@ -229,6 +231,6 @@ def test_comparison_of_0_1_0_has_no_model_to_open(say: Said, command: str) -> No
     assert "Traceback" not in err
 
 
-def test_comparison_of_0_1_0_is_no_run_for_runs(say: Said) -> None:
+def test_runs_refuses_a_comparison_of_0_1_0(say: Said) -> None:
     _, out, _ = say("runs", ".")
     assert "comparison" not in out

@@ -1,4 +1,4 @@
-"""The required gain: margins are met, or the reason is named."""
+"""Required gains of a run: met margins are recorded, and a missed one names its reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prunetune.config.recipe import RequireConfig, from_mapping
 from prunetune.pipeline.requirements import gain_bench_options, judge_gain
 from prunetune.plan import Plan
 from prunetune.pruning.units import LinearSlice, Site, SiteWeights, UnitKind, dense_plan
-from support.bench import Scripted, facts
+from support.bench import ScriptedRunner, facts
 from support.suites import model_folder
 
 
@@ -30,17 +30,17 @@ SITES = (site(0, "attention", 8, 64), site(0, "mlp", 1000), site(7, "attention",
 
 
 def plan_of(*widths: int) -> Plan:
-    names = [one.name for one in SITES]
+    names = [site.name for site in SITES]
     kept = {name: tuple(range(width)) for name, width in zip(names, widths, strict=True)}
-    return Plan(kept, {one.name: one.units for one in SITES})
+    return Plan(kept, {site.name: site.units for site in SITES})
 
 
 def models(
     pruned: BenchSample | None = None, parameters: int = 700, **pruned_as: Any
 ) -> tuple[BenchedModel, BenchedModel]:
     runners = (
-        Scripted("dense", work=WorkEstimate(200.0, 90.0)),
-        Scripted(
+        ScriptedRunner("dense", work=WorkEstimate(200.0, 90.0)),
+        ScriptedRunner(
             "pruned",
             [pruned or BenchSample(0.5, 0.25, 0.05)],
             model_facts=facts(parameters),
@@ -51,8 +51,8 @@ def models(
     options = BenchOptions(batch="1", generate=4, runs=3)
     measured = run_interleaved(runners, options.batches, options.runs)
     known = [runner.facts() for runner in runners]
-    found = summarise_bench(["dense", "pruned"], known, measured, options=options, versions={})
-    return found.models[0], found.models[1]
+    result = summarise_bench(["dense", "pruned"], known, measured, options=options, versions={})
+    return result.models[0], result.models[1]
 
 
 def verdict(plan: Plan, pair: tuple[BenchedModel, BenchedModel] | None = None, **gain: Any) -> dict[str, Any]:
@@ -60,11 +60,11 @@ def verdict(plan: Plan, pair: tuple[BenchedModel, BenchedModel] | None = None, *
 
 
 def test_met_margins_are_recorded() -> None:
-    found = verdict(plan_of(4, 512, 2, 256), smaller=0.3, faster=2.0)
-    assert [limit["held"] for limit in found["limits"]] == [True, True]
-    assert found["smaller"] == pytest.approx(0.3)
-    assert found["speed"]["throughput"]["median"] == pytest.approx(2.0)
-    assert not any("says" in limit for limit in found["limits"])
+    facts = verdict(plan_of(4, 512, 2, 256), smaller=0.3, faster=2.0)
+    assert [limit["held"] for limit in facts["limits"]] == [True, True]
+    assert facts["smaller"] == pytest.approx(0.3)
+    assert facts["speed"]["throughput"]["median"] == pytest.approx(2.0)
+    assert not any("says" in limit for limit in facts["limits"])
 
 
 @pytest.mark.parametrize("speed", ["throughput", "prefill", "decode"])
@@ -83,7 +83,7 @@ def test_no_requirement_gives_no_limit() -> None:
 
 def test_misaligned_widths_are_named_worst_first() -> None:
     plan = plan_of(3, 613, 1, 624)
-    words = [str(one) for one in misaligned_widths(plan, SITES)]
+    words = [str(width) for width in misaligned_widths(plan, SITES)]
     assert words == [
         "MLP width of layer 0 is 613, no multiple of 64 or 128",
         "MLP width of layer 7 is 624, no multiple of 64 or 128",

@@ -1,4 +1,4 @@
-"""How a run is called: how deep its training is, and in which order its stages come."""
+"""Structure of `run`: few frames from the command to the training loop, and the order of stages."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from prunetune.pipeline import run as run_module
 from prunetune.pipeline import stages
 from prunetune.pipeline.prepare import prepare
 from prunetune.utils.console import SilentConsole
-from support.evaluation import furnished
+from support.evaluation import write_model_and_rows
 
 PACKAGE = Path(prunetune.__file__).parent
 MAX_FRAMES = 5  # from the command to the loop, both counted
 
 
 def recipe_values(folder: Path) -> dict[str, Any]:
-    """A run of two steps without a teacher."""
-    place = furnished(folder, 24)
+    """Recipe of a run of two steps without a teacher."""
+    workspace = write_model_and_rows(folder, 24)
     return {
-        "model": str(place / "dense"),
+        "model": str(workspace / "dense"),
         "out": str(folder / "run"),
         "device": "cpu",
-        "data": {"train": [str(place / "rows.jsonl")]},
+        "data": {"train": [str(workspace / "rows.jsonl")]},
         "budget": {"align": 8},
         "train": {"steps": 2, "batch_size": 2},
         "search": {"init_batches": 0},
@@ -41,16 +41,16 @@ def recipe_values(folder: Path) -> dict[str, Any]:
 
 def frames_of_the_package() -> list[str]:
     """`file:function` of every frame of prunetune on the stack, the innermost first."""
-    frame, found = sys._getframe(), []
+    frame, frames = sys._getframe(), []
     while frame.f_back is not None:
         frame = frame.f_back
         file = Path(frame.f_code.co_filename)
         if file.is_relative_to(PACKAGE):
-            found.append(f"{file.relative_to(PACKAGE)}:{frame.f_code.co_name}")
-    return found
+            frames.append(f"{file.relative_to(PACKAGE)}:{frame.f_code.co_name}")
+    return frames
 
 
-def test_few_frames_from_the_command_to_the_loop(
+def test_command_reaches_the_loop_in_few_frames(
     tmp_path: Path, say: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     frames: list[str] = []
@@ -68,7 +68,7 @@ def test_few_frames_from_the_command_to_the_loop(
     assert len(between) + 1 <= MAX_FRAMES, between  # and the loop's own
 
 
-def test_prepare_decides_what_the_recipe_leaves_open(tmp_path: Path) -> None:
+def test_prepare_resolves_auto_options(tmp_path: Path) -> None:
     config = from_mapping(recipe_values(tmp_path) | {"distill": {"teacher": "auto"}})
     context = prepare(config, resume=False, console=SilentConsole())
     assert context.recipe == context.reported_config == config
@@ -88,7 +88,7 @@ def test_reported_config_has_the_decided_budget_and_the_rest_as_asked(tmp_path: 
     assert context.reported_config.train.weights == "auto"
 
 
-def test_stages_come_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_executes_stages_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ("prepare", "train", "finish", "evaluate_all", "measure", "raise_if_limits_broken")
     called = []
 

@@ -50,7 +50,7 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a model and data."""
     folder = tmp_path_factory.mktemp("place")
     save_model(folder / "dense")
@@ -66,30 +66,30 @@ def save_model(folder: Path) -> None:
     characters().save_pretrained(folder)
 
 
-def values_of(place: Path, out: Path, layout: str = "per-layer", **changes: Any) -> dict[str, Any]:
-    own = {
-        "model": str(place / "dense"),
+def values_of(workspace: Path, out: Path, layout: str = "per-layer", **changes: Any) -> dict[str, Any]:
+    paths = {
+        "model": str(workspace / "dense"),
         "out": str(out),
         "layout": layout,
-        "data": {"train": [str(place / "rows.jsonl")]},
+        "data": {"train": [str(workspace / "rows.jsonl")]},
         "distill": {"teacher": "dense" if layout == "per-layer" else "none"},
     }
-    return merge_mappings(merge_mappings(RECIPE, own), changes)
+    return merge_mappings(merge_mappings(RECIPE, paths), changes)
 
 
-def config_of(place: Path, out: Path, layout: str = "per-layer", **changes: Any) -> RunConfig:
-    return from_mapping(values_of(place, out, layout, **changes))
+def config_of(workspace: Path, out: Path, layout: str = "per-layer", **changes: Any) -> RunConfig:
+    return from_mapping(values_of(workspace, out, layout, **changes))
 
 
 @pytest.fixture(scope="module")
-def done(place: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def done(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One uninterrupted run of each layout."""
     folder = tmp_path_factory.mktemp("runs")
-    return {layout: run(config_of(place, folder / layout, layout), command="prunetune run") for layout in LAYOUTS}
+    return {layout: run(config_of(workspace, folder / layout, layout), command="prunetune run") for layout in LAYOUTS}
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """What has to be equal to the byte."""
+    """Files of a run that have to be equal to the byte, by name."""
     return {name: (folder / name).read_bytes() for name in ("plan.json", "model/model.safetensors", "model/plan.json")}
 
 
@@ -102,12 +102,12 @@ def steps_in(file: Path) -> list[int]:
     [("phi3", "per-layer"), ("phi3", "uniform"), ("glm4", "per-layer"), ("gpt_neox", "uniform"), ("opt", "per-layer"),
      ("falcon", "uniform"), ("mixtral", "per-layer"), ("gemma2", "per-layer"), ("bloom", "per-layer")],
 )  # fmt: skip
-def test_run_of_other_families_ends_on_budget(family: str, layout: str, place: Path, tmp_path: Path) -> None:
+def test_run_of_other_families_ends_on_budget(family: str, layout: str, workspace: Path, tmp_path: Path) -> None:
     model = speaker(family)
     model.save_pretrained(tmp_path / "dense")
     characters().save_pretrained(tmp_path / "dense")
     changes = {"model": str(tmp_path / "dense"), "train": {"steps": 4}, "distill": {"teacher": "base"}}
-    folder = run(config_of(place, tmp_path / "run", layout, **changes))
+    folder = run(config_of(workspace, tmp_path / "run", layout, **changes))
     plan = Plan.load(folder / "plan.json")
     assert kept_params(find_sites(model), plan) <= 0.6 * sum(site.params for site in find_sites(model))
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -129,7 +129,7 @@ def test_run_of_other_families_ends_on_budget(family: str, layout: str, place: P
         ("qwen3", "per-layer", ["layers", "attention-blocks", "mlp-blocks", "query-heads", "mlp-channels"]),
     ],
 )
-def test_run_prunes_other_units(family: str, layout: str, units: list[str], place: Path, tmp_path: Path) -> None:
+def test_run_prunes_other_units(family: str, layout: str, units: list[str], workspace: Path, tmp_path: Path) -> None:
     model = speaker(family, layers=4)
     model.save_pretrained(tmp_path / "dense")
     characters().save_pretrained(tmp_path / "dense")
@@ -138,7 +138,7 @@ def test_run_prunes_other_units(family: str, layout: str, units: list[str], plac
         "evaluate": {"dense_tuned": False},
         "budget": {"units": units, "protect": "2" if len(units) > 3 else ""},
     }
-    folder = run(config_of(place, tmp_path / "run", layout, **changes))
+    folder = run(config_of(workspace, tmp_path / "run", layout, **changes))
     plan, sites = Plan.load(folder / "plan.json"), find_sites(model, units)
     assert kept_params(sites, plan) <= 0.6 * sum(site.params for site in sites)
     assert plan.kept.get("model.layers.2:layers", (0,)) == (0,)
@@ -158,13 +158,13 @@ def test_run_prunes_other_units(family: str, layout: str, units: list[str], plac
 @layouts
 def test_run_leaves_every_file(layout: str, done: dict[str, Path]) -> None:
     folder = done[layout]
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     expected = {"config.yaml", "plan.json", "metrics.jsonl", "validation.jsonl", "manifest.json", "report.html"}
     expected |= {f"evaluation/{name}.json" for name in ("dense", "tuned", "pruned")}
     expected |= {f"model/{name}" for name in ("config.json", "model.safetensors", "plan.json", "README.md")}
     expected |= {"model/tokenizer.json", "model/tokenizer_config.json"}
-    assert expected <= found
-    assert not [name for name in found if ".partial" in name or ".unchecked" in name or ".old" in name]
+    assert expected <= files
+    assert not [name for name in files if ".partial" in name or ".unchecked" in name or ".old" in name]
     assert steps_in(folder / "metrics.jsonl") == list(range(1, STEPS + 1))
     assert steps_in(folder / "validation.jsonl") == [4, 8]
     for name in ("dense", "tuned", "pruned"):
@@ -208,9 +208,9 @@ def test_checkpoint_opens_with_the_widths_of_the_plan(layout: str, done: dict[st
 
 
 @layouts
-def test_same_recipe_gives_the_same_bytes(layout: str, place: Path, done: dict[str, Path], tmp_path: Path) -> None:
+def test_same_recipe_gives_the_same_bytes(layout: str, workspace: Path, done: dict[str, Path], tmp_path: Path) -> None:
     torch.manual_seed(1234)
-    config = config_of(place, tmp_path / "again", layout, evaluate={"dense_tuned": False})
+    config = config_of(workspace, tmp_path / "again", layout, evaluate={"dense_tuned": False})
     assert results(run(config)) == results(done[layout])
     assert not (tmp_path / "again" / "evaluation" / "tuned.json").exists()
 
@@ -254,7 +254,7 @@ prunetune.pipeline.run.run(from_mapping(values), resume=True)
 
 
 def killed(values: dict[str, Any], moment: str) -> None:
-    """Run in a process that is killed at a moment of the run; fails where the moment never comes."""
+    """Run in a process that is killed at a moment of the run; fails if the moment never comes."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     ended = subprocess.run(
         [sys.executable, "-c", RUNNER, json.dumps(values), moment],
@@ -267,15 +267,15 @@ def killed(values: dict[str, Any], moment: str) -> None:
 
 
 def assert_nothing_half_written(folder: Path) -> None:
-    """Whatever stands under its final name is whole."""
+    """Every file with its final name is complete."""
     if (folder / "model").exists():
         plan = Plan.load(folder / "model" / "plan.json")
-        held = sum(tensor.numel() for tensor in load_file(folder / "model" / "model.safetensors").values())
+        stored = sum(tensor.numel() for tensor in load_file(folder / "model" / "model.safetensors").values())
         sites = find_sites(speaker())
         dense = sum(parameter.numel() for parameter in speaker().parameters())
-        assert held == dense - sum(site.params for site in sites) + kept_params(sites, plan)
+        assert stored == dense - sum(site.params for site in sites) + kept_params(sites, plan)
     for file in folder.rglob("*.json"):
-        if not any(".partial" in part for part in file.parts):
+        if not any(".partial" in name for name in file.parts):
             json.loads(file.read_text())
 
 
@@ -287,10 +287,10 @@ def assert_nothing_half_written(folder: Path) -> None:
     ],
 )
 def test_run_killed_several_times_ends_with_the_same_bytes(
-    layout: str, moments: tuple[str, ...], place: Path, done: dict[str, Path], tmp_path: Path
+    layout: str, moments: tuple[str, ...], workspace: Path, done: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    values = values_of(place, out, layout, evaluate={"dense_tuned": False})
+    values = values_of(workspace, out, layout, evaluate={"dense_tuned": False})
     for moment in moments:
         killed(values, moment)
         assert_nothing_half_written(out)
@@ -302,12 +302,12 @@ def test_run_killed_several_times_ends_with_the_same_bytes(
     assert left == []
 
 
-def test_a_finished_run_resumes_to_itself(place: Path, done: dict[str, Path], tmp_path: Path) -> None:
+def test_finished_run_resumes_to_itself(workspace: Path, done: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(done["uniform"], out)
     (out / "report.html").unlink()
     before = results(out)
-    run(config_of(place, out, "uniform"), resume=True)
+    run(config_of(workspace, out, "uniform"), resume=True)
     assert results(out) == before
     assert (out / "report.html").exists()
 
@@ -319,22 +319,22 @@ def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("asked", [run, render_dry_run])
-def test_resume_refuses_changed_data(asked: Callable[..., Any], done: dict[str, Path], place: Path) -> None:
-    file, before = place / "rows.jsonl", files_of(done["uniform"])
+@pytest.mark.parametrize("command", [run, render_dry_run])
+def test_resume_refuses_changed_data(command: Callable[..., Any], done: dict[str, Path], workspace: Path) -> None:
+    file, before = workspace / "rows.jsonl", files_of(done["uniform"])
     rows = file.read_text()
     try:
         file.write_text(rows.replace("Case 3", "Case three"))
         with pytest.raises(RunFolderError, match=r"the data of .+ changed since the run began: put the old rows back"):
-            asked(config_of(place, done["uniform"], "uniform"), resume=True)
+            command(config_of(workspace, done["uniform"], "uniform"), resume=True)
     finally:
         file.write_text(rows)
     assert files_of(done["uniform"]) == before
 
 
-def test_resume_refuses_a_changed_recipe(place: Path, done: dict[str, Path]) -> None:
+def test_resume_refuses_a_changed_recipe(workspace: Path, done: dict[str, Path]) -> None:
     before = files_of(done["uniform"])
-    other = config_of(place, done["uniform"], "uniform", budget={"keep": 0.7}, seed=3)
+    other = config_of(workspace, done["uniform"], "uniform", budget={"keep": 0.7}, seed=3)
     with pytest.raises(RunFolderError, match=r"budget\.keep was 0\.6 and is now 0\.7") as refused:
         run(other, resume=True)
     assert "seed was 0 and is now 3" in str(refused.value)
@@ -342,111 +342,113 @@ def test_resume_refuses_a_changed_recipe(place: Path, done: dict[str, Path]) -> 
     assert files_of(done["uniform"]) == before
 
 
-def test_existing_folder_is_not_overwritten(place: Path, done: dict[str, Path], tmp_path: Path) -> None:
+def test_existing_folder_is_not_overwritten(workspace: Path, done: dict[str, Path], tmp_path: Path) -> None:
     before = files_of(done["uniform"])
     with pytest.raises(RunFolderError, match="--resume"):
-        run(config_of(place, done["uniform"], "uniform"))
+        run(config_of(workspace, done["uniform"], "uniform"))
     assert files_of(done["uniform"]) == before
     (tmp_path / "notes.txt").write_text("mine")
     for resume in (False, True):
         with pytest.raises(RunFolderError, match="--out"):
-            run(config_of(place, tmp_path), resume=resume)
+            run(config_of(workspace, tmp_path), resume=resume)
     assert files_of(tmp_path) == {"notes.txt": b"mine"}
     with pytest.raises(RunFolderError, match="is a file"):
-        run(config_of(place, tmp_path / "notes.txt"))
+        run(config_of(workspace, tmp_path / "notes.txt"))
 
 
-def test_second_process_on_a_run_is_refused(place: Path, done: dict[str, Path], tmp_path: Path) -> None:
+def test_second_process_on_a_run_is_refused(workspace: Path, done: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(done["uniform"], out)
     with run_lock(RunFolder(out)), pytest.raises(RunFolderError, match="another process works on this run") as refused:
-        run(config_of(place, out, "uniform"), resume=True)
+        run(config_of(workspace, out, "uniform"), resume=True)
     assert "\n" not in str(refused.value)
-    assert results(run(config_of(place, out, "uniform"), resume=True)) == results(done["uniform"])
+    assert results(run(config_of(workspace, out, "uniform"), resume=True)) == results(done["uniform"])
 
 
 def test_run_killed_while_its_folder_is_made_can_be_resumed(
-    place: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    workspace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "rum").mkdir()
     (tmp_path / "rum" / "config.yaml").touch()
     out = tmp_path / "run"
     out.mkdir()
     (out / "config.yaml.partial").write_text("mod")
-    run(config_of(place, out, evaluate={"dense_tuned": False}, train={"steps": 1}), resume=True)
+    run(config_of(workspace, out, evaluate={"dense_tuned": False}, train={"steps": 1}), resume=True)
     assert (out / "report.html").exists()
     assert f"{out} holds no run to resume (similar names: {tmp_path / 'rum'}): a new run starts" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["cut short", "no file", "not safetensors"])
-def test_broken_weights_raise_one_line(how: str, place: Path, tmp_path: Path) -> None:
-    shutil.copytree(place / "dense", tmp_path / "dense")
+def test_broken_weights_raise_one_line(how: str, workspace: Path, tmp_path: Path) -> None:
+    shutil.copytree(workspace / "dense", tmp_path / "dense")
     file = tmp_path / "dense" / "model.safetensors"
     data = file.read_bytes()
     file.unlink()
     if how != "no file":
         file.write_bytes(data[: len(data) // 2] if how == "cut short" else b"not weights")
     with pytest.raises(ModelError, match="dense") as refused:
-        run(config_of(place, tmp_path / "run", model=str(tmp_path / "dense")))
+        run(config_of(workspace, tmp_path / "run", model=str(tmp_path / "dense")))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run" / "model").exists()
 
 
 def test_full_disk_is_refused_before_anything_is_written(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(RunFolderError, match="free some space") as refused:
-        run(config_of(place, tmp_path / "deep" / "run"))
+        run(config_of(workspace, tmp_path / "deep" / "run"))
     assert "\n" not in str(refused.value)
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("asked", [run, render_dry_run])
+@pytest.mark.parametrize("command", [run, render_dry_run])
 def test_split_without_a_fitting_row_is_refused(
-    asked: Callable[..., Any], split: str, place: Path, tmp_path: Path
+    command: Callable[..., Any], split: str, workspace: Path, tmp_path: Path
 ) -> None:
     write_lines(tmp_path / "long.jsonl", *({"text": f"{n} is far too long. " * 9} for n in range(20)))
     data = {split: [str(tmp_path / "long.jsonl")], "max_length": 60, "too_long": "drop"}
     with pytest.raises(DataError, match=rf"no example of {split} fits the limit .* raise data\.max_length"):
-        asked(config_of(place, tmp_path / "run", data=data))
+        command(config_of(workspace, tmp_path / "run", data=data))
     assert not (tmp_path / "run").exists()
 
 
-def test_token_without_an_embedding_row_is_refused(place: Path, tmp_path: Path) -> None:
-    """One that only pads is as good as any other; one that rows hold is refused."""
+def test_token_without_an_embedding_row_is_refused(workspace: Path, tmp_path: Path) -> None:
+    """A token that is used for padding only is accepted; one that rows contain is refused."""
     folder = tmp_path / "dense"
-    shutil.copytree(place / "dense", folder)
+    shutil.copytree(workspace / "dense", folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
     tokenizer.save_pretrained(folder)
-    config = config_of(place, tmp_path / "run", model=str(folder), evaluate={"dense_tuned": False}, distill=NONE)
+    config = config_of(workspace, tmp_path / "run", model=str(folder), evaluate={"dense_tuned": False}, distill=NONE)
     assert (run(config) / "model").is_dir()
     tokenizer.add_tokens(["Case"])
     tokenizer.save_pretrained(folder)
     with pytest.raises(
         ModelError, match=r"gives token \d+ \(\w+\), and its embedding has \d+ rows; resize it"
     ) as refused:
-        run(config_of(place, tmp_path / "other", model=str(folder)))
+        run(config_of(workspace, tmp_path / "other", model=str(folder)))
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "other").exists()
 
 
-def test_weights_are_written_in_the_dtype_they_were_stored_in(place: Path, tmp_path: Path) -> None:
-    """Also where the configuration does not say how."""
+def test_weights_are_written_in_the_dtype_they_were_stored_in(workspace: Path, tmp_path: Path) -> None:
+    """This holds even if the configuration names no dtype."""
     folder = tmp_path / "dense"
-    shutil.copytree(place / "dense", folder)
+    shutil.copytree(workspace / "dense", folder)
     AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
-    said = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({key: said[key] for key in said if "dtype" not in key}))
-    done = run(config_of(place, tmp_path / "run", model=str(folder), evaluate={"dense_tuned": False}, distill=NONE))
+    config_values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({key: config_values[key] for key in config_values if "dtype" not in key})
+    )
+    done = run(config_of(workspace, tmp_path / "run", model=str(folder), evaluate={"dense_tuned": False}, distill=NONE))
     assert {tensor.dtype for tensor in load_file(done / "model" / "model.safetensors").values()} == {torch.bfloat16}
 
 
-def test_distance_to_the_teacher_is_recorded(place: Path, tmp_path: Path) -> None:
-    values = values_of(place, tmp_path / "run", distill={"teacher": "base"}, evaluate={"dense_tuned": False})
+def test_distance_to_the_teacher_is_recorded(workspace: Path, tmp_path: Path) -> None:
+    values = values_of(workspace, tmp_path / "run", distill={"teacher": "base"}, evaluate={"dense_tuned": False})
     folder = run(from_mapping(values))
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert all(record["distance"] >= 0 for record in records)
@@ -457,52 +459,54 @@ def test_distance_to_the_teacher_is_recorded(place: Path, tmp_path: Path) -> Non
 def test_model_tuned_on_chats_stops_at_the_end_of_a_turn(template: str, tmp_path: Path) -> None:
     tokenizer, model = subwords(), speaker(vocab_size=len(subwords()))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    for part in (model, tokenizer):
-        part.save_pretrained(tmp_path / "dense")
-    asked = [[{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}"}] for n in range(24)]
-    rows = write_lines(tmp_path / "rows.jsonl", *({"messages": messages} for messages in asked))
-    own = {"distill": NONE, "evaluate": {"dense_tuned": False}, "data": {"train": [rows], "template": template}}
-    done = run(config_of(tmp_path, tmp_path / "run", **own))
-    said = json.loads((done / "model" / "generation_config.json").read_text())["eos_token_id"]
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "dense")
+    chats = [[{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}"}] for n in range(24)]
+    rows = write_lines(tmp_path / "rows.jsonl", *({"messages": messages} for messages in chats))
+    changes = {"distill": NONE, "evaluate": {"dense_tuned": False}, "data": {"train": [rows], "template": template}}
+    done = run(config_of(tmp_path, tmp_path / "run", **changes))
+    eos_token_id = json.loads((done / "model" / "generation_config.json").read_text())["eos_token_id"]
     ends = tokenizer.convert_tokens_to_ids(["</s>", "<|end|>"])
-    assert said == (ends[0] if template == "raw" else ends)
+    assert eos_token_id == (ends[0] if template == "raw" else ends)
 
 
 def test_large_model_gets_base_teacher_and_joint_steps(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = {"distill": {"teacher": "base", "share": 0.5}, "search": {"step": "joint", "lora_aware": False}}
-    wanted = run(config_of(place, tmp_path / "told", **told))
+    explicit = {"distill": {"teacher": "base", "share": 0.5}, "search": {"step": "joint", "lora_aware": False}}
+    expected = run(config_of(workspace, tmp_path / "told", **explicit))
     monkeypatch.setattr(teacher, "LARGE_MODEL_PARAMS", 1)
-    found = run(config_of(place, tmp_path / "large", distill={"teacher": "auto"}))
-    assert results(found) == results(wanted)
+    decided = run(config_of(workspace, tmp_path / "large", distill={"teacher": "auto"}))
+    assert results(decided) == results(expected)
 
 
 def test_distill_texts_are_used_with_a_teacher_only_and_the_dense_model_is_tuned_once(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_lines(tmp_path / "texts.jsonl", *({"text": f"Some text, number {n}."} for n in range(5)))
-    seen: list[Any] = []
-    monkeypatch.setattr(stages, "tune_and_prune", lambda job: (seen.append(job), tune_and_prune(job))[1])
+    jobs: list[Any] = []
+    monkeypatch.setattr(stages, "tune_and_prune", lambda job: (jobs.append(job), tune_and_prune(job))[1])
     run(
         config_of(
-            place, tmp_path / "run", data={"distill_texts": [str(tmp_path / "texts.jsonl")], "distill_texts_share": 0.5}
+            workspace,
+            tmp_path / "run",
+            data={"distill_texts": [str(tmp_path / "texts.jsonl")], "distill_texts_share": 0.5},
         )
     )
-    dense, pruned, again = seen
-    assert [job.teacher is None for job in seen] == [True, False, True]
+    dense, pruned, again = jobs
+    assert [job.teacher is None for job in jobs] == [True, False, True]
     assert again.checkpoints.latest().step == STEPS, "the third has nothing left to do"
     assert dense.config.lora.rank == pruned.config.lora.dense_rank != pruned.config.lora.rank
     unlabelled = [
-        one
+        example
         for step in range(50)
-        for one in pruned.train_stream.batch_at(step)
-        if one.answer_start == len(one.token_ids)
+        for example in pruned.train_stream.batch_at(step)
+        if example.answer_start == len(example.token_ids)
     ]
     assert 0.4 < len(unlabelled) / (50 * pruned.config.train.batch_size) < 0.6
-    assert all(one.answer_start < len(one.token_ids) for one in dense.train_stream.examples)
+    assert all(example.answer_start < len(example.token_ids) for example in dense.train_stream.examples)
 
 
-def test_distill_texts_without_a_teacher_are_refused(place: Path, tmp_path: Path) -> None:
+def test_distill_texts_without_a_teacher_are_refused(workspace: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.distill_texts needs a teacher .* set distill\.teacher"):
-        config_of(place, tmp_path / "run", data={"distill_texts": ["a.jsonl"]}, distill={"teacher": "none"})
+        config_of(workspace, tmp_path / "run", data={"distill_texts": ["a.jsonl"]}, distill={"teacher": "none"})

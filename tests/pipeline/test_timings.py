@@ -1,4 +1,4 @@
-"""Seconds of a run, however its processes ended."""
+"""Timings of a run include processes that failed or were killed."""
 
 from __future__ import annotations
 

@@ -34,8 +34,8 @@ def test_masking_equals_cutting(family: str, tied: bool, lora: bool) -> None:
         with masked(model, plan):
             expected = model(tokens()).logits
         dense = model(tokens()).logits
-        found = cut(model, plan)(tokens()).logits
-    assert relative(found, expected) <= TOLERANCE
+        logits = cut(model, plan)(tokens()).logits
+    assert relative(logits, expected) <= TOLERANCE
     assert relative(dense, expected) > 0.01, "the plan must matter"
 
 
@@ -66,9 +66,11 @@ def test_adapter_group_norm_covers_a_units_rows_and_columns(family: str) -> None
         norms = adapter_group_norms(model, site).detach()
         for unit in (0, site.units - 1):
             squares = 0.0
-            for part in site.producers:
-                rows = part.indices([unit], site.units)
-                squares += float(model.get_submodule(part.module).lora_B["default"].weight.data[rows].square().sum())
+            for producer in site.producers:
+                rows = producer.indices([unit], site.units)
+                squares += float(
+                    model.get_submodule(producer.module).lora_B["default"].weight.data[rows].square().sum()
+                )
             columns = site.consumer.indices([unit], site.units)
             squares += float(
                 model.get_submodule(site.consumer.module).lora_A["default"].weight.data[:, columns].square().sum()
@@ -83,8 +85,8 @@ def test_masking_equals_cutting_for_every_grouping_of_query_heads(groups: int, r
     with torch.no_grad():
         with masked(model, plan):
             expected = model(tokens()).logits
-        found = cut(model, plan)(tokens()).logits
-    assert relative(found, expected) <= TOLERANCE
+        logits = cut(model, plan)(tokens()).logits
+    assert relative(logits, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("changes", [{"attention_bias": True}, {"mlp_bias": True}])
@@ -94,8 +96,8 @@ def test_masking_equals_cutting_with_biases(changes: dict[str, bool]) -> None:
     with torch.no_grad():
         with masked(model, plan):
             expected = model(tokens()).logits
-        found = cut(model, plan)(tokens()).logits
-    assert relative(found, expected) <= TOLERANCE
+        logits = cut(model, plan)(tokens()).logits
+    assert relative(logits, expected) <= TOLERANCE
 
 
 @pytest.mark.parametrize("family", ALL_FAMILIES)

@@ -1,4 +1,4 @@
-"""The example in docs/extend/family.md: one entry is all that an architecture without one needs."""
+"""The example in docs/extend/family.md: one entry in the table makes an architecture prunable."""
 
 from __future__ import annotations
 

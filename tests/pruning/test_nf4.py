@@ -44,11 +44,11 @@ def test_nf4_linear_equals_a_linear_with_its_rounded_weights(rows: int, columns:
     assert packed.weight.shape == plain.weight.shape
     assert float((packed.weight - plain.weight).detach().norm() / plain.weight.detach().norm()) < 0.12
     again, inputs = packed.dequantize(), torch.randn(2, 7, columns, requires_grad=True)
-    found, expected = packed(inputs), again(inputs)
-    torch.testing.assert_close(found, expected)
-    weights = torch.randn_like(found)
+    output, expected = packed(inputs), again(inputs)
+    torch.testing.assert_close(output, expected)
+    weights = torch.randn_like(output)
     torch.testing.assert_close(
-        torch.autograd.grad((found * weights).sum(), inputs), torch.autograd.grad((expected * weights).sum(), inputs)
+        torch.autograd.grad((output * weights).sum(), inputs), torch.autograd.grad((expected * weights).sum(), inputs)
     )
 
 
@@ -117,7 +117,7 @@ def test_rounded_weights_equal_the_quantised_ones() -> None:
 @pytest.mark.parametrize("adapters", ["gated", "free"])
 def test_gradients_equal_those_of_the_dequantised_model(adapters: Any) -> None:
     """The gradients of a base in 4 bits are those of its rounded weights in float32."""
-    found = []
+    gradients = []
     for dequantized in (False, True):
         model, sites = quantized("qwen2")
         if dequantized:
@@ -127,9 +127,9 @@ def test_gradients_equal_those_of_the_dequantised_model(adapters: Any) -> None:
         with masked(model, leaves, adapters=adapters, sites=sites):
             model(tokens()).logits.square().mean().backward()
         lora = [weight.grad for name, weight in model.named_parameters() if "lora_" in name]
-        found.append([*lora, *(leaf.grad for leaf in leaves.values())])
-    for one, other in zip(*found, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        gradients.append([*lora, *(leaf.grad for leaf in leaves.values())])
+    for gradient, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-6)
 
 
 @needs_nf4

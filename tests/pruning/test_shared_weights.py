@@ -26,10 +26,10 @@ from prunetune.pruning.shared_weights import (
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import DEFAULT_UNITS, Site, dense_plan
 from prunetune.train.adapters import trainable_parameters
-from support.memory import SIZES, Live, config_of, needs
+from support.memory import SIZES, LiveMemoryCounter, config_of, skip_without_bitsandbytes
 from support.models import ALL_FAMILIES, FAMILIES, random_plan, relative, tiny, tokens, with_lora
 from support.nf4 import needs_nf4
-from support.shared_weights import held
+from support.shared_weights import memory_of
 
 TOLERANCE = 1e-6  # the same terms are summed in another order, in float32
 
@@ -58,12 +58,14 @@ def student_and_teacher(
 @pytest.mark.parametrize("family", [*FAMILIES, "gpt2", "phi3", "gpt_oss", "mixtral", "bloom"])
 def test_copy_sharing_weights_computes_the_same_and_holds_no_memory(family: str) -> None:
     model = tiny(family, tie_word_embeddings=family in FAMILIES).requires_grad_(False)
-    before, size, sites, plan = logits_of(model), held(model), find_sites(model), random_plan(model)
+    before, size, sites, plan = logits_of(model), memory_of(model), find_sites(model), random_plan(model)
     teacher = copy_sharing_weights(model)
     mine, others = dict(model.named_parameters()), dict(teacher.named_parameters())
     assert mine.keys() == others.keys()
-    assert all(one.data_ptr() == others[name].data_ptr() and one is not others[name] for name, one in mine.items())
-    assert held(model, teacher) == size
+    assert all(
+        tensor.data_ptr() == others[name].data_ptr() and tensor is not others[name] for name, tensor in mine.items()
+    )
+    assert memory_of(model, teacher) == size
     with_lora(model)
     assert not any("lora" in name for name, _ in teacher.named_parameters())
     with masked(model, plan, sites=sites):
@@ -94,21 +96,21 @@ def test_tuning_the_students_weights_leaves_the_teacher_unchanged(dtype: torch.d
 @pytest.mark.parametrize("family", ALL_FAMILIES)
 def test_cut_sharing_weights_equals_cut_linears(family: str) -> None:
     (student, teacher, sites), apart = student_and_teacher(family), with_lora(tiny(family).requires_grad_(False))
-    plan, before, size = random_plan(tiny(family)), logits_of(teacher), held(teacher)
+    plan, before, size = random_plan(tiny(family)), logits_of(teacher), memory_of(teacher)
     cut_linears(apart, plan, sites=sites)
     cut_sharing_weights(student, teacher, plan, sites=sites)
     assert relative(logits_of(teacher), before) < TOLERANCE
     assert relative(logits_of(student), logits_of(apart)) < TOLERANCE
-    for (name, one), (other, expected) in zip(student.named_parameters(), apart.named_parameters(), strict=True):
-        assert (name, one.requires_grad) == (other, expected.requires_grad)
-        assert torch.equal(one, expected), name
-    copied = {part.module for site in sites if not can_share_weights(site) for part, _ in site.linear_slices()}
-    own = sum(
-        one.nbytes
-        for name, one in apart.named_parameters()
+    for (name, parameter), (other, expected) in zip(student.named_parameters(), apart.named_parameters(), strict=True):
+        assert (name, parameter.requires_grad) == (other, expected.requires_grad)
+        assert torch.equal(parameter, expected), name
+    copied = {linear.module for site in sites if not can_share_weights(site) for linear, _ in site.linear_slices()}
+    copied_bytes = sum(
+        parameter.nbytes
+        for name, parameter in apart.named_parameters()
         if name.endswith("bias") or any(name.startswith(f"{module}.") for module in copied)
     )
-    assert size <= held(student, teacher) <= size + own
+    assert size <= memory_of(student, teacher) <= size + copied_bytes
 
 
 def test_can_share_weights_by_family_and_kind() -> None:
@@ -125,42 +127,44 @@ def test_can_share_weights_by_family_and_kind() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
 def test_cut_sharing_weights_equals_cut_linears_in_4_bits(family: str) -> None:
     (student, teacher, sites), (apart, _, _) = (student_and_teacher(family, four_bits=True) for _ in range(2))
-    plan, before, size = random_plan(tiny(family)), logits_of(teacher), held(teacher)
-    assert held(student, teacher) == size
+    plan, before, size = random_plan(tiny(family)), logits_of(teacher), memory_of(teacher)
+    assert memory_of(student, teacher) == size
     cut_linears(apart, plan, sites=sites)
     cut_sharing_weights(student, teacher, plan, sites=sites)
     assert relative(logits_of(teacher), before) < TOLERANCE
     assert torch.equal(logits_of(student), logits_of(apart))
-    biases = sum(one.bias.nbytes for one in apart.modules() if isinstance(one, NF4Linear) and one.bias is not None)
-    assert size <= held(student, teacher) <= size + biases
+    biases = sum(
+        linear.bias.nbytes for linear in apart.modules() if isinstance(linear, NF4Linear) and linear.bias is not None
+    )
+    assert size <= memory_of(student, teacher) <= size + biases
 
 
 @pytest.mark.parametrize("quantize", ["off", "nf4"])
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_estimated_memory_equals_held_memory(family: str, quantize: str) -> None:
-    needs(quantize)
+    skip_without_bitsandbytes(quantize)
     values: Any = {"teacher": "base", "quantize": quantize}
     plain_model, config = tiny(family, **SIZES), config_of(**values)
     sites = find_sites(plain_model)
     shapes = training_shapes(plain_model, sites)
     setup = replace(training_setup(config, torch.float32, longest=1), distills_hidden=False, keep=0.5)
 
-    def found(phase: Literal["search", "tune"], **changes: Any) -> int:
+    def estimate(phase: Literal["search", "tune"], **changes: Any) -> int:
         computed = estimate_memory(shapes, replace(setup, **changes), phase=phase)
         return computed.weights + computed.teacher
 
     student, teacher, sites = student_and_teacher(family, four_bits=quantize != "off", **SIZES)
-    rest = sum(one.nbytes for name, one in teacher.named_buffers() if "inv_freq" in name)
-    assert found("search") == held(student, teacher) - rest
-    assert found("search", teacher_is_base=False) == 2 * found("search")
+    rest = sum(tensor.nbytes for name, tensor in teacher.named_buffers() if "inv_freq" in name)
+    assert estimate("search") == memory_of(student, teacher) - rest
+    assert estimate("search", teacher_is_base=False) == 2 * estimate("search")
     plan = Plan(
         {site.name: tuple(range(1, site.units, 2)) for site in sites}, {site.name: site.units for site in sites}
     )
     cut_sharing_weights(student, teacher, plan, sites=sites)
-    assert found("tune") == held(student, teacher) - rest
+    assert estimate("tune") == memory_of(student, teacher) - rest
     merge_adapters(student, trainable=True)
-    tuned = sum(one.nbytes for one in trainable_parameters(student).values())
-    assert found("tune", all_weights=True) == held(student, teacher) - rest - tuned
+    tuned = sum(tensor.nbytes for tensor in trainable_parameters(student).values())
+    assert estimate("tune", all_weights=True) == memory_of(student, teacher) - rest - tuned
 
 
 def test_cut_sharing_weights_with_nested_units() -> None:
@@ -177,9 +181,9 @@ def test_cut_sharing_weights_with_nested_units() -> None:
 def test_cut_sharing_weights_holds_at_most_one_more_layer() -> None:
     student, teacher, sites = student_and_teacher(layers=6)
     plan = random_plan(tiny(layers=6), keep=0.9)
-    layer = sum(one.nbytes for one in teacher.model.layers[0].parameters())
-    adapter = sum(one.nbytes for one in trainable_parameters(student).values())
-    with Live() as live:
+    layer = sum(weight.nbytes for weight in teacher.model.layers[0].parameters())
+    adapter = sum(weight.nbytes for weight in trainable_parameters(student).values())
+    with LiveMemoryCounter() as live:
         cut_sharing_weights(student, teacher, plan, sites=sites)
     assert live.peak <= layer + adapter + 2**14  # indices
 
@@ -188,10 +192,10 @@ def test_weights_of_another_model_are_copied() -> None:
     """A teacher that does not hold the student's weights keeps its own."""
     student, _, sites = student_and_teacher()
     other = tiny(seed=3).requires_grad_(False)
-    before, size = logits_of(other), held(other)
+    before, size = logits_of(other), memory_of(other)
     cut_sharing_weights(student, other, random_plan(tiny()), sites=sites)
     assert torch.equal(logits_of(other), before)
-    assert held(student, other) > size + 1000
+    assert memory_of(student, other) > size + 1000
 
 
 def test_cut_sharing_weights_refuses_a_plan_of_another_model_before_it_changes_anything() -> None:
@@ -202,7 +206,7 @@ def test_cut_sharing_weights_refuses_a_plan_of_another_model_before_it_changes_a
     assert torch.equal(logits_of(student), before)
     cut_sharing_weights(student, teacher, dense_plan(sites), sites=sites)  # a plan that keeps all does nothing
     assert torch.equal(logits_of(student), before)
-    assert held(student, teacher) == held(teacher)
+    assert memory_of(student, teacher) == memory_of(teacher)
 
 
 def test_unshared_weights_own_their_memory_and_can_be_saved(tmp_path: Path) -> None:
@@ -211,10 +215,10 @@ def test_unshared_weights_own_their_memory_and_can_be_saved(tmp_path: Path) -> N
     before = logits_of(student)
     unshare_weights(student)
     assert torch.equal(logits_of(student), before)
-    for name, one in student.named_parameters():
-        assert one.is_contiguous()
-        assert one.untyped_storage().nbytes() == one.nbytes, name
+    for name, parameter in student.named_parameters():
+        assert parameter.is_contiguous()
+        assert parameter.untyped_storage().nbytes() == parameter.nbytes, name
     merge_adapters(student)
     save_file(dict(student.named_parameters()), tmp_path / "model.safetensors")
-    found = load_file(tmp_path / "model.safetensors")
-    assert all(torch.equal(found[name], one) for name, one in student.named_parameters())
+    saved = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(saved[name], parameter) for name, parameter in student.named_parameters())

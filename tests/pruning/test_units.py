@@ -51,8 +51,8 @@ def test_masking_equals_cutting(family: str, units: tuple[str, ...], lora: bool)
 
 
 @pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if "layers" in kinds_of(family)])
-def test_closed_layer_passes_its_input_on_in_every_pass(family: str) -> None:
-    """A teacher compares hidden states, which transformers collects by hooks of its own from the first pass on."""
+def test_closed_layer_returns_its_input_in_every_pass(family: str) -> None:
+    """Hidden states, which a teacher compares, are collected by hooks of transformers from the first pass on."""
     model = tiny(family, layers=LAYERS)
     sites = find_sites(model, ("layers",))
     gates = {site.name: torch.tensor([float(site.layer != 1)]) for site in sites}
@@ -109,8 +109,8 @@ def test_cut_model_generates_the_same_with_and_without_cache(family: str, units:
     cut(model, random_plan(model, units=units, seed=5))
     options: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
-        found = [model.generate(tokens(length=10), use_cache=cache, **options) for cache in (True, False)]
-    assert torch.equal(*found)
+        answers = [model.generate(tokens(length=10), use_cache=cache, **options) for cache in (True, False)]
+    assert torch.equal(*answers)
 
 
 def test_removed_layers_leave_the_model_and_its_configuration() -> None:

@@ -1,4 +1,4 @@
-"""The report page: it loads and executes nothing, shows what is there, names what is missing, escapes all text."""
+"""The report page: it loads and executes nothing, shows existing files, names missing ones, and escapes all text."""
 
 from __future__ import annotations
 
@@ -70,8 +70,10 @@ def test_ids_are_unique_and_references_resolve(page: str) -> None:
     outline = Outline(page)
     names = outline.attributes("id")
     assert len(names) == len(set(names))
-    wanted = [target.removeprefix("#") for target in outline.attributes("href")] + re.findall(r"url\(#([^)]*)\)", page)
-    assert set(wanted) | set(outline.attributes("aria-labelledby")) <= set(names)
+    references = [target.removeprefix("#") for target in outline.attributes("href")] + re.findall(
+        r"url\(#([^)]*)\)", page
+    )
+    assert set(references) | set(outline.attributes("aria-labelledby")) <= set(names)
 
 
 def test_figures_use_page_colours_only(page: str) -> None:
@@ -148,7 +150,7 @@ def test_log_line_cut_short_is_left_out(run_folder: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("folder", ["absent", "empty", "file"])
-def test_no_run_folder_is_refused_in_one_line(tmp_path: Path, folder: str) -> None:
+def test_folder_that_is_no_run_is_refused_in_one_line(tmp_path: Path, folder: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="name the run folder that `prunetune run` made") as refused:
@@ -165,7 +167,7 @@ def hostile_evaluation(right: bool) -> Evaluation:
 def hostile(value: Any) -> Any:
     """The same structure with every text replaced."""
     if isinstance(value, dict):
-        return {key: hostile(each) for key, each in value.items()} | {ATTACK: ATTACK}
+        return {key: hostile(entry) for key, entry in value.items()} | {ATTACK: ATTACK}
     return ATTACK if isinstance(value, str) else value
 
 

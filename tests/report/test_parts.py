@@ -48,25 +48,25 @@ def test_change_over_other_items_has_the_unpaired_error() -> None:
 def test_headline_is_the_mean_over_common_tasks() -> None:
     reference = Evaluation({"a": task("a", [1, 1, 1, 0]), "b": task("b", [1, 0])})
     pruned = Evaluation({"a": task("a", [1, 1, 0, 0]), "c": task("c", [1, 1])})
-    found = headline_score({"tuned": reference, "pruned": pruned})
-    assert found is not None
-    assert (found.tasks, found.pruned, found.reference) == (1, 0.5, 0.75)
-    assert found.recovery == pytest.approx(2 / 3)
+    headline = headline_score({"tuned": reference, "pruned": pruned})
+    assert headline is not None
+    assert (headline.tasks, headline.pruned, headline.reference) == (1, 0.5, 0.75)
+    assert headline.recovery == pytest.approx(2 / 3)
 
 
 def test_headline_of_a_loss_has_no_recovery() -> None:
     results = {
         name: Evaluation({"a": TaskResult("a", {"perplexity": Score(9.0, 0.1, 5)}, ())}) for name in ("dense", "pruned")
     }
-    found = headline_score(results)
-    assert found is not None
-    assert (found.metric, found.recovery, found.reference_name) == ("perplexity", None, "dense untuned")
+    headline = headline_score(results)
+    assert headline is not None
+    assert (headline.metric, headline.recovery, headline.reference_name) == ("perplexity", None, "dense untuned")
 
 
 def test_headline_needs_reference_and_result() -> None:
-    one = Evaluation({"a": task("a", [1, 0])})
-    assert headline_score({"pruned": one}) is None
-    assert headline_score({"tuned": one, "dense": one}) is None
+    evaluation = Evaluation({"a": task("a", [1, 0])})
+    assert headline_score({"pruned": evaluation}) is None
+    assert headline_score({"tuned": evaluation, "dense": evaluation}) is None
     assert headline_score({}) is None
 
 
@@ -111,7 +111,7 @@ def test_format_ranges_joins_neighbours() -> None:
     assert format_ranges(()) == ""
 
 
-def test_phase_ends_where_the_next_begins() -> None:
+def test_phase_ends_at_the_start_of_the_next() -> None:
     spans = phase_spans([{"step": s, "phase": p} for s, p in ((1, "search"), (5, "search"), (9, "tune"), (20, "tune"))])
     assert [(span.phase, span.first, span.last) for span in spans] == [("search", 1, 9), ("tune", 9, 20)]
 
@@ -141,7 +141,7 @@ def test_running_mean_of_a_constant_is_the_constant() -> None:
     assert running_mean([2.0] * 9, 3) == [2.0] * 9
 
 
-@pytest.mark.parametrize(("shown", "wanted"), [
+@pytest.mark.parametrize(("formatted", "expected"), [
     (formatting.count(1536), "1,536"),
     (formatting.short(134_515_008), "134.5M"),
     (formatting.short(999), "999"),
@@ -157,8 +157,8 @@ def test_running_mean_of_a_constant_is_the_constant() -> None:
     (formatting.decimal(math.nan), formatting.NOT_KNOWN),
     (formatting.share(None), formatting.NOT_KNOWN),
 ])  # fmt: skip
-def test_numbers_are_formatted(shown: str, wanted: str) -> None:
-    assert shown == wanted
+def test_numbers_are_formatted(formatted: str, expected: str) -> None:
+    assert formatted == expected
 
 
 # -- the four answers ------------------------------------------------------------------------------------------------
@@ -169,15 +169,15 @@ def answered(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     manifest = json.loads((folder / "manifest.json").read_text()) | changes
     (folder / "manifest.json").write_text(json.dumps(manifest))
     run = read_run(folder)
-    found = verdicts.run_verdicts(run, headline_score(run.evaluations), metric_rows(run.evaluations))
-    return {answer.question: answer for answer in found}
+    answers = verdicts.run_verdicts(run, headline_score(run.evaluations), metric_rows(run.evaluations))
+    return {answer.question: answer for answer in answers}
 
 
 def test_verdicts_of_a_good_run(tmp_path: Path) -> None:
-    found = answered(tmp_path)
-    assert [answer.answer for answer in found.values()] == ["yes", "yes", "partly", "yes"]
-    assert "106.2M → 63.7M" in found["Smaller?"].explanation
-    assert "after acting once" in found["Within limits?"].explanation
+    answers = answered(tmp_path)
+    assert [answer.answer for answer in answers.values()] == ["yes", "yes", "partly", "yes"]
+    assert "106.2M → 63.7M" in answers["Smaller?"].explanation
+    assert "after acting once" in answers["Within limits?"].explanation
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,12 @@ def test_verdicts_of_a_good_run(tmp_path: Path) -> None:
         ({"speed": {}}, "Faster?", "unknown", "was not measured"),
         ({"model": {}}, "Smaller?", "unknown", "not known"),
         ({"gates": {}}, "Within limits?", "none", "No limit was set"),
-        ({"gates": {"limits": [{"gate": "g", "limit": 1, "found": 2, "held": False}]}}, "Within limits?", "no", "g: 2"),
+        (
+            {"gates": {"limits": [{"gate": "g", "limit": 1, "found": 2, "held": False}]}},
+            "Within limits?",
+            "no",
+            "g: 2",
+        ),
         (
             {"gates": {"keep_asked": 0.5, "kept": 0.6}},
             "Smaller?",
@@ -200,9 +205,9 @@ def test_verdicts_of_a_good_run(tmp_path: Path) -> None:
 def test_verdicts_follow_the_manifest(
     changes: dict[str, Any], question: str, reading: str, words: str, tmp_path: Path
 ) -> None:
-    found = answered(tmp_path, **changes)[question]
-    assert found.answer == reading
-    assert words in found.explanation
+    answer = answered(tmp_path, **changes)[question]
+    assert answer.answer == reading
+    assert words in answer.explanation
 
 
 def test_quality_is_unknown_without_a_tuned_reference(tmp_path: Path) -> None:
@@ -220,12 +225,12 @@ NOISY = {
 }
 
 
-def test_speed_within_the_noise_is_no_plain_yes(tmp_path: Path) -> None:
-    found = answered(tmp_path / "both", speed=NOISY)["Faster?"]
-    assert found.answer == "partly"  # prefill, which is clear
-    assert "Runs of decode differ more than the models" in found.explanation
-    assert "prunetune bench" in found.explanation
-    assert "Decode 0.90× (runs differ by 35%), prefill 1.30× (runs differ by 2%)" in found.explanation
+def test_speed_within_the_noise_is_an_uncertain_verdict(tmp_path: Path) -> None:
+    answer = answered(tmp_path / "both", speed=NOISY)["Faster?"]
+    assert answer.answer == "partly"  # prefill, which is clear
+    assert "Runs of decode differ more than the models" in answer.explanation
+    assert "prunetune bench" in answer.explanation
+    assert "Decode 0.90× (runs differ by 35%), prefill 1.30× (runs differ by 2%)" in answer.explanation
     decode = {model: {key: value for key, value in speed.items() if "decode" in key} for model, speed in NOISY.items()}
     assert answered(tmp_path / "one", speed=decode)["Faster?"].answer == "unknown"
     (tile,) = (tile for tile in summary_tiles(read_run(tmp_path / "one" / "run"), None) if tile.label == "Decode speed")
@@ -234,15 +239,15 @@ def test_speed_within_the_noise_is_no_plain_yes(tmp_path: Path) -> None:
 
 def test_speed_has_its_spread_on_pages_and_in_the_terminal(tmp_path: Path) -> None:
     folder = make_sizes(tmp_path / "run")
-    own = folder / "sizes" / "0.8"
+    size_folder = folder / "sizes" / "0.8"
     turns, alone = "1.14× (1.11 to 1.18)", "1.29× (runs differ by 3%)"
     assert turns in render_run(folder)
-    said = render_run(own)
-    assert turns in said
-    assert alone in said
+    text = render_run(size_folder)
+    assert turns in text
+    assert alone in text
     page = write_report(folder).read_text(encoding="utf-8")
     assert f"<td>{turns}</td>" in page
-    page = write_report(own).read_text(encoding="utf-8")
+    page = write_report(size_folder).read_text(encoding="utf-8")
     assert f"Throughput {turns} of the dense model" in page
     assert f'<td class="wrapped">{alone}</td>' in page
 
@@ -266,10 +271,12 @@ def test_change_without_spread_has_a_verdict() -> None:
 
 @pytest.mark.parametrize("order", [("zero", "wide"), ("wide", "zero")])
 def test_task_without_recovery_hides_no_other_loss(order: tuple[str, str], tmp_path: Path) -> None:
-    """Of a score of 0 there is no recovery; the other task's possible loss counts wherever it stands."""
+    """A reference score of 0 has no recovery; a loss on the other task is still reported, in either order."""
     results = {"zero": (task("zero", [0] * 20), task("zero", [0] * 20))}
     results["wide"] = (task("wide", [1, 0, 1, 1] * 5), task("wide", [1, 1, 0, 1] * 5))
-    scored = {who: Evaluation({name: results[name][n] for name in order}) for n, who in enumerate(("tuned", "pruned"))}
+    scored = {
+        model: Evaluation({name: results[name][n] for name in order}) for n, model in enumerate(("tuned", "pruned"))
+    }
     run = replace(read_run(make_run(tmp_path / "run")), evaluations=scored)
     answer = verdicts.run_verdicts(run, headline_score(scored), metric_rows(scored))[2]
     assert answer.answer == "unknown"
@@ -298,12 +305,16 @@ def test_heatmap_ends_with_the_plan(tmp_path: Path) -> None:
     assert columns[-1].step == 700
     assert columns[-1].shares[0] == len(run.plan.kept["model.layers.0.mlp"]) / 1536
     assert decision_heatmap.heatmap_columns([], run.plan, is_attention=False) == []
-    odd = [{"step": 1, "widths": {"model.layers.0.mlp": "x", "other": 3}}, {"step": None, "widths": {}}, {"widths": 3}]
-    assert decision_heatmap.heatmap_columns(odd, run.plan, is_attention=False)[0].shares == {}
+    malformed = [
+        {"step": 1, "widths": {"model.layers.0.mlp": "x", "other": 3}},
+        {"step": None, "widths": {}},
+        {"widths": 3},
+    ]
+    assert decision_heatmap.heatmap_columns(malformed, run.plan, is_attention=False)[0].shares == {}
 
 
-@pytest.mark.parametrize(("count", "said"), [(None, 0), (0, 0), (3, 2)])
-def test_data_notes_count_rows_left_out(count: int | None, said: int) -> None:
+@pytest.mark.parametrize(("count", "expected"), [(None, 0), (0, 0), (3, 2)])
+def test_data_notes_count_rows_left_out(count: int | None, expected: int) -> None:
     notes = run_details.data_notes(DataFacts.from_dict({"too_long": count, "dropped": count}))
-    assert len(notes) == said
+    assert len(notes) == expected
     assert all(note.startswith("3 rows") for note in notes)

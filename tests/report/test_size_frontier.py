@@ -66,7 +66,7 @@ def test_hostile_text_is_escaped(copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())
     manifest |= {"sizes": [*manifest["sizes"], ATTACK, "/etc", "../three"], "failed": ATTACK, "command": ATTACK}
     (copy / "manifest.json").write_text(json.dumps(manifest))
-    own = copy / "sizes" / "0.4" / "manifest.json"
-    own.write_text(json.dumps(json.loads(own.read_text()) | {"failed": ATTACK}))
+    size_manifest = copy / "sizes" / "0.4" / "manifest.json"
+    size_manifest.write_text(json.dumps(json.loads(size_manifest.read_text()) | {"failed": ATTACK}))
     outline = Outline(page_of(copy))
     assert not {"script", "img"} & {tag for tag, _ in outline.tags}

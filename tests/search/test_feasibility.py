@@ -62,7 +62,7 @@ def geometry(name: str) -> tuple[tuple[Site, ...], ModelShape, PlanConstraints]:
 
 
 def table_of(anatomy: ModelShape, tile: int = 256) -> LatencyTable:
-    """Seconds that rise at every tile; the last channels of one come free."""
+    """A latency table whose seconds rise with each started tile of channels, so that the rest of a tile is free."""
     layers = {}
     for layer in set(representative_layers(anatomy).values()):
         units = {site.kind: site.units for site in anatomy.layers[layer].sites}
@@ -103,7 +103,7 @@ every_kind = pytest.mark.parametrize("kind", KIND_NAMES)
 
 @every_model
 @every_kind
-def test_a_budget_is_met_from_below_within_a_hundredth(name: str, kind: str) -> None:
+def test_budget_is_met_from_below_within_a_hundredth(name: str, kind: str) -> None:
     sites, _, constraints = geometry(name)
     for seed, position in enumerate((0.13, 0.71)):
         budget = budget_at(kind, name, position)
@@ -154,7 +154,7 @@ def test_no_further_block_fits_under_a_memory_budget(name: str) -> None:
         assert more >= spent
 
 
-def test_a_uniform_plan_meets_budgets_too() -> None:
+def test_uniform_plan_meets_budgets_too() -> None:
     sites, _, constraints = geometry("llama3-8b")
     uniform = PlanConstraints("uniform", constraints.align)
     caps = [budget_at("memory", "llama3-8b", 0.5), budget_at("latency", "llama3-8b", 0.5)]
@@ -175,7 +175,7 @@ def test_budget_that_the_dense_model_meets_is_refused() -> None:
 
 
 def test_budget_below_the_least_widths_is_named() -> None:
-    """The only contradiction there is, since all budgets are upper limits."""
+    """Budgets are upper limits, so they can only contradict the least widths."""
     sites, _, constraints = geometry("smollm")
     guarded = PlanConstraints("per-layer", constraints.align, min_share=0.9)
     with pytest.raises(PlanError, match=r"budget\.memory.*min_share"):
@@ -184,7 +184,7 @@ def test_budget_below_the_least_widths_is_named() -> None:
         with_limits(guarded, sites, [budget_at("memory", "smollm", 1.0)], 0.5)
 
 
-def test_a_long_cache_raises_the_price_of_kv_groups() -> None:
+def test_long_cache_raises_the_price_of_kv_groups() -> None:
     sites, _, constraints = geometry("llama3-8b")
     prices = []
     for workload in (WORKLOAD, WorkloadConfig(batch=32, context=32768)):
@@ -221,7 +221,7 @@ def test_limits_fall_in_a_straight_line_from_the_dense_model() -> None:
 
 
 @pytest.mark.parametrize("gates", ["projected", "sampled"])
-def test_a_search_meets_the_budget(gates: str) -> None:
+def test_search_meets_the_budget(gates: str) -> None:
     model = tiny("llama", layers=4)
     sites = find_sites(model)
     anatomy, constraints = model_shape(model, sites), PlanConstraints("per-layer", 8)
@@ -253,8 +253,8 @@ def test_logits_rank_by_importance_per_price() -> None:
     plain, priced = importance_to_logits(importance, sites), importance_to_logits(importance, sites, limits)
     group, channel = sites[0].name, sites[1].name
     assert plain[group].mean() - plain[channel].mean() > priced[group].mean() - priced[channel].mean()
-    held = score_threshold(NestedSites(sites, priced), limits.feasible_keep, limits)
-    assert float(torch.cat(list(priced.values())).min()) <= held <= float(torch.cat(list(priced.values())).max())
+    threshold = score_threshold(NestedSites(sites, priced), limits.feasible_keep, limits)
+    assert float(torch.cat(list(priced.values())).min()) <= threshold <= float(torch.cat(list(priced.values())).max())
 
 
 def test_units_of_every_kind_are_priced() -> None:

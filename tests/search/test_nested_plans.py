@@ -75,7 +75,7 @@ def assert_no_block_fits(
 
 
 @both_layouts
-def test_dense_larger_plan_changes_nothing(layout: str) -> None:
+def test_dense_larger_plan_gives_the_same_plan(layout: str) -> None:
     sites = sites_of("qwen3", layout == "uniform")
     for seed in range(SEEDS):
         scores = random_scores(sites, seed)

@@ -55,7 +55,7 @@ def test_plan_is_on_budget_nested_and_survives_json(family: str, layout: str) ->
 
 @every_family
 def test_no_further_block_fits(family: str) -> None:
-    """Neither a wider site, nor a pruned block or layer with the least that it must keep."""
+    """No site can be one block wider, and no pruned block or layer fits at its least width."""
     constraints = constraints_for("per-layer")
     for sites, keep, plan in cases(family, "per-layer"):
         nested_sites, widths = NestedSites(sites), widths_of(plan, sites)
@@ -89,18 +89,18 @@ def test_uniform_layers_are_equal_and_no_wider_block_fits(family: str) -> None:
         params_left = keep * prunable_params(sites) - kept_params(sites, plan)
         for site in (site for site in sites if site.layer == 0 and site.kind is not UnitKind.LAYER):
             block = min(block_size(site, constraints), site.units_per_group - width_by_kind[site.kind])
-            own = {other.name: width_by_kind[other.kind] for other in sites}
+            width_by_site = {other.name: width_by_kind[other.kind] for other in sites}
             price = (
                 block
-                * nested_sites.open_parent_groups(site, own)
-                * nested_sites.params_with_children(site, own)
+                * nested_sites.open_parent_groups(site, width_by_site)
+                * nested_sites.params_with_children(site, width_by_site)
                 * len(kept_layers)
             )
             assert not block or price > params_left, site.name
 
 
 @both_layouts
-def test_keep_of_one_keeps_everything(layout: str) -> None:
+def test_keep_of_one_keeps_every_unit(layout: str) -> None:
     for family in FAMILIES:
         sites = sites_of(family, layout == "uniform")
         plan = select(random_scores(sites, 0), sites, 1.0, constraints_for(layout))

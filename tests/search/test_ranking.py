@@ -106,6 +106,6 @@ def test_kept_indices_are_all_but_those_of_pruned_units(family: str) -> None:
         units = [unit for unit in units if unit in kinds_of(family)]
         sites, plan = find_sites(model, units), random_plan(model, units=units)
         indices = kept_indices(plan, sites)
-        assert {key: own.tolist() for key, own in indices.items()} == kept_indices_by_lists(plan, sites)
-        assert all(own.dtype == torch.long for own in indices.values())
+        assert {key: kept_units.tolist() for key, kept_units in indices.items()} == kept_indices_by_lists(plan, sites)
+        assert all(kept_units.dtype == torch.long for kept_units in indices.values())
         assert kept_indices(dense_plan(sites), sites) == {}

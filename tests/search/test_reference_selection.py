@@ -133,8 +133,10 @@ class ReferenceSearch:
     def threshold(self, keep: float, constraints: PlanConstraints) -> float:
         """The score down to which units have the kept share of all prices."""
         limits, scores = constraints.limits, torch.cat([self.scores[site.name] for site in self.sites]).tolist()
-        each = limits.prices if limits and limits.prices else {site.name: site.unit_params for site in self.sites}
-        prices = [float(each[site.name]) for site in self.sites for _ in range(site.units)]
+        price_by_site = (
+            limits.prices if limits and limits.prices else {site.name: site.unit_params for site in self.sites}
+        )
+        prices = [float(price_by_site[site.name]) for site in self.sites for _ in range(site.units)]
         order = sorted(range(len(scores)), key=lambda unit: (-scores[unit], unit))
         total, all_prices = 0.0, float(torch.tensor(prices, dtype=torch.float64).sum())
         for unit in order:

@@ -105,17 +105,17 @@ def test_no_wider_uniform_shape_fits(name: str) -> None:
 
 @every_geometry
 @both_layouts
-def test_the_best_units_of_a_site_are_kept(name: str, layout: str) -> None:
+def test_best_units_of_a_site_are_kept(name: str, layout: str) -> None:
     for _, scores, plan in cases(name, layout):
         for site, kept in plan.kept.items():
-            stays = torch.zeros(plan.units[site], dtype=torch.bool)
-            stays[list(kept)] = True
-            if kept and not stays.all():
-                assert scores[site][stays].min() >= scores[site][~stays].max()
+            is_kept = torch.zeros(plan.units[site], dtype=torch.bool)
+            is_kept[list(kept)] = True
+            if kept and not is_kept.all():
+                assert scores[site][is_kept].min() >= scores[site][~is_kept].max()
 
 
 def blocks(site: Site, scores: Tensor, legal: PlanConstraints) -> list[tuple[float, int, int]]:
-    """(mean score, width once taken, price) of each block above the floor."""
+    """(mean score, width with the block, price) of each block above the least width."""
     size = legal.align if site.kind is UnitKind.MLP_CHANNEL else 1
     edges = [*range(min_width(site, legal), site.units, size), site.units]
     ranked = scores.double().sort(descending=True).values
@@ -126,7 +126,7 @@ def blocks(site: Site, scores: Tensor, legal: PlanConstraints) -> list[tuple[flo
 
 
 @every_geometry
-def test_an_omitted_block_does_not_fit_with_better_ones(name: str) -> None:
+def test_omitted_block_does_not_fit_with_better_ones(name: str) -> None:
     sites, legal = geometry(name)[0], constraints_for(name, "per-layer")
     for keep, scores, plan in cases(name, "per-layer"):
         candidates = {site.name: blocks(site, scores[site.name], legal) for site in sites}
@@ -166,7 +166,7 @@ def test_uniform_is_the_best_of_the_widest_shapes(name: str) -> None:
 
 @every_geometry
 @both_layouts
-def test_same_scores_same_plan(name: str, layout: str) -> None:
+def test_equal_scores_give_equal_plans(name: str, layout: str) -> None:
     sites, legal = geometry(name)[0], constraints_for(name, layout)
     for keep, scores, plan in itertools.islice(cases(name, layout), 5):
         copied = {site: score.clone().double() for site, score in reversed(scores.items())}
@@ -200,7 +200,7 @@ def test_rounded_score_sums_keep_widths_aligned() -> None:
 
 @every_geometry
 @both_layouts
-def test_keep_of_one_keeps_everything(name: str, layout: str) -> None:
+def test_keep_of_one_keeps_every_unit(name: str, layout: str) -> None:
     sites = geometry(name)[0]
     assert select(random_scores(sites, 0), sites, 1.0, constraints_for(name, layout)) == dense_plan(sites)
 

@@ -71,12 +71,12 @@ def test_no_further_block_of_all_devices_fits(devices: int, align: int) -> None:
 
 
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
-def test_one_device_changes_nothing(layout: str) -> None:
+def test_one_device_gives_the_same_plan(layout: str) -> None:
     sites = build_sites(8, 1000)
     for seed in range(10):
         scores = scores_of(sites, seed)
-        plain, one = PlanConstraints(layout, 32), PlanConstraints(layout, 32, tensor_parallel=1)
-        assert select(scores, sites, 0.6, plain) == select(scores, sites, 0.6, one)
+        plain, on_one_device = PlanConstraints(layout, 32), PlanConstraints(layout, 32, tensor_parallel=1)
+        assert select(scores, sites, 0.6, plain) == select(scores, sites, 0.6, on_one_device)
 
 
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
@@ -89,10 +89,13 @@ def test_devices_that_do_not_divide_the_dense_model_are_refused(layout: str) -> 
 
 def test_keep_below_the_least_widths_of_all_devices_is_refused() -> None:
     sites = build_sites(8, 1024)
-    one, eight = PlanConstraints("per-layer", 32), PlanConstraints("per-layer", 32, tensor_parallel=8)
-    assert min_feasible_keep(sites, one) < min_feasible_keep(sites, eight)
+    on_one_device, on_eight_devices = (
+        PlanConstraints("per-layer", 32),
+        PlanConstraints("per-layer", 32, tensor_parallel=8),
+    )
+    assert min_feasible_keep(sites, on_one_device) < min_feasible_keep(sites, on_eight_devices)
     with pytest.raises(PlanError, match=r"budget\.keep .* is below what is feasible"):
-        select(scores_of(sites, 0), sites, min_feasible_keep(sites, one), eight)
+        select(scores_of(sites, 0), sites, min_feasible_keep(sites, on_one_device), on_eight_devices)
 
 
 @pytest.mark.parametrize("legal", [(1, 2, 4, 8), (1, 3, 5, 8)])

@@ -15,7 +15,7 @@ def facts(parameters: int = 1000, file_bytes: int = 2000) -> ModelFacts:
     return ModelFacts("transformers 5", "a CPU", "float32", parameters, file_bytes, 0.5)
 
 
-class Scripted:
+class ScriptedRunner:
     """Returns the samples it was given, in order, and logs every call."""
 
     def __init__(
@@ -54,7 +54,7 @@ class Scripted:
             raise OutOfMemory(f"batch {batch} of {self.name}: out of memory")
 
 
-class Unstable(Scripted):
+class UnstableRunner(ScriptedRunner):
     """Batches up to 4 fit; at 3 there is a bug, at 2 the process exits."""
 
     def run(self, batch: int) -> BenchSample:
@@ -66,7 +66,7 @@ class Unstable(Scripted):
 
 
 def unstable_runner(model: ModelSpec, options: BenchOptions) -> Runner:
-    return Unstable(model.label, max_batch=4)
+    return UnstableRunner(model.label, max_batch=4)
 
 
 def failing_runner(model: ModelSpec, options: BenchOptions) -> Runner:
@@ -74,5 +74,5 @@ def failing_runner(model: ModelSpec, options: BenchOptions) -> Runner:
 
 
 def slowed(base: Mapping[str, float], factors: Sequence[float]) -> list[BenchSample]:
-    """The same run on a machine that is slower by a factor for each round."""
+    """Samples of the same run on a machine that is slower by a factor in each round."""
     return [BenchSample(base["total"] * f, base["prefill"] * f, base["decode"] * f) for f in factors]

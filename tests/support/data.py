@@ -32,17 +32,17 @@ def _trained() -> str:
 
 
 def subwords(*, chat: str | None = CHAT, adds: str = "<s> $A", end: str = "</s>") -> Any:
-    """The tokenizer; `adds` says which special tokens it puts around a text."""
+    """The tokenizer; `adds` names the special tokens that it puts around a text."""
     tokenizer = Tokenizer.from_str(_trained())
     specials = [(token, tokenizer.token_to_id(token)) for token in ("<s>", "</s>")]
     tokenizer.post_processor = processors.TemplateProcessing(single=adds, special_tokens=specials)
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token=end)
-    made.chat_template = chat
-    return made
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token=end)
+    wrapped.chat_template = chat
+    return wrapped
 
 
 def write_lines(path: Path, *rows: Any) -> str:
-    """Rows as JSON lines (text as it stands), in folders made where needed; returns the path as a source."""
+    """Write rows as JSON lines (a string unchanged) and create folders; returns the path as a source."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -61,7 +61,7 @@ class Stopped(Exception):
 
 def result(
     ranks: Ranks,
-    keeper: CheckpointStore | None = None,
+    store: CheckpointStore | None = None,
     *,
     stop: int = 0,
     distil: bool = False,
@@ -71,7 +71,7 @@ def result(
 ) -> dict[str, Any]:
     """Plan, losses and validations of a run of the loop; stopped after `stop` steps, if not 0."""
     config, model = config_of(merge_mappings(CHANGES, changes)), tiny(family, tie_word_embeddings=family == "gpt2")
-    job = job_of(config, keeper=distribute_checkpoints(keeper or NullCheckpointStore(), ranks), model=model)
+    job = job_of(config, store=distribute_checkpoints(store or NullCheckpointStore(), ranks), model=model)
     job = replace(job, ranks=ranks, sites=find_sites(model, units))
     if distil:
         teacher = tiny(seed=3).requires_grad_(False)
@@ -100,7 +100,7 @@ def result(
 
 
 def packed(ranks: Ranks) -> dict[str, Any]:
-    """The same by packed passes, which a GPU takes."""
+    """The same with packed passes, which runs on a GPU use."""
     before = loop.build_passes
     loop.build_passes = PackedPasses  # type: ignore[assignment]
     try:
@@ -109,7 +109,7 @@ def packed(ranks: Ranks) -> dict[str, Any]:
         loop.build_passes = before
 
 
-class Full:
+class FailingPasses:
     """Passes whose memory runs out above 16 tokens, on rank 1 alone."""
 
     def __init__(self, ranks: Ranks) -> None:
@@ -129,14 +129,14 @@ class Full:
 
 def micro_tokens_after_retry(ranks: Ranks, *, method: str = "score") -> int:
     """The size of passes on which all ranks agree; for a rank that continued alone, the others would wait for ever."""
-    passes: Any = distribute_passes(Full(ranks), None, ranks)  # type: ignore[arg-type]
+    passes: Any = distribute_passes(FailingPasses(ranks), None, ranks)  # type: ignore[arg-type]
     work = {"score": lambda: passes.score((), {}), "group lasso": lambda: passes.group_lasso_step({}, 0.0)}[method]
     guard = StepGuard(passes, 0)
     guard.retry_smaller([Example((1, 2), 1)], work, lambda: None)
     return int(ranks.broadcast_from_main(guard.passes.micro_tokens))
 
 
-def waits(ranks: Ranks, folder: Path) -> bool:
+def waits_at_barrier(ranks: Ranks, folder: Path) -> bool:
     """Whether rank 0, once it has waited at the barrier, finds the file that the late rank 1 wrote before.
 
     As with NCCL, where the sender of a broadcast does not wait; gloo's would.
@@ -169,8 +169,8 @@ def refused(work: Callable[[], object]) -> str:
     return ""
 
 
-def opened(written: WrittenCheckpoint, tokens: torch.Tensor, *, streamed: bool) -> dict[str, torch.Tensor]:
-    """What `selfcheck.reopen_in_fresh_process` returns, without a new process: that one is tested elsewhere."""
+def reopen_here(written: WrittenCheckpoint, tokens: torch.Tensor, *, streamed: bool) -> dict[str, torch.Tensor]:
+    """Replaces `selfcheck.reopen_in_fresh_process` in this process; the original is tested elsewhere."""
     assert streamed
     how: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32, "trust_remote_code": True}
     model = load_model_and_tokenizer(str(written.folder.absolute()), **how).model
@@ -188,10 +188,10 @@ def scenarios(ranks: Ranks, folder: Path) -> dict[str, Any]:
         "one to two": result(sharded, Checkpoints(folder / "one")),
         "two to one": result(ranks, Checkpoints(folder / "two"), stop=STOP),
         "micro tokens": [micro_tokens_after_retry(ranks), micro_tokens_after_retry(ranks, method="group lasso")],
-        "waits": waits(ranks, folder),
+        "waits": waits_at_barrier(ranks, folder),
         "differ": refused(lambda: ranks.any_rank(False, "gates", [torch.tensor([1.0, float(ranks.rank)])])),
     }
-    selfcheck.reopen_in_fresh_process = opened  # type: ignore[assignment]
+    selfcheck.reopen_in_fresh_process = reopen_here  # type: ignore[assignment]
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     run(from_mapping(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))))
     return results

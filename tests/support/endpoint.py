@@ -38,8 +38,8 @@ def serving(answer: Answer, *, wait: float = 0.0, drip: float = 0.0) -> Iterator
                 self.send_response(reply if isinstance(reply, int) else 200)
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
-                for part in [data] if not drip else [data[n : n + 1] for n in range(len(data))]:
-                    self.wfile.write(part)
+                for chunk in [data] if not drip else [data[n : n + 1] for n in range(len(data))]:
+                    self.wfile.write(chunk)
                     self.wfile.flush()
                     closed.wait(drip)
             except OSError:

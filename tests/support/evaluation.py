@@ -17,7 +17,7 @@ ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def characters() -> Any:
-    """One token a byte, <s> in front."""
+    """A tokenizer with one token for each byte, and <s> at the start."""
     vocabulary = {token: index for index, token in enumerate([*SPECIAL, *ALPHABET])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -31,8 +31,8 @@ def speaker(family: str = "llama", **changes: Any) -> Any:
     return tiny(family, **({"vocab_size": len(SPECIAL) + len(ALPHABET), "max_position_embeddings": 256} | changes))
 
 
-def furnished(folder: Path, count: int, *more: dict[str, Any]) -> Path:
-    """A model folder `dense`, and `rows.jsonl` of so many choices, as many open questions, and what is given."""
+def write_model_and_rows(folder: Path, count: int, *more: dict[str, Any]) -> Path:
+    """Write a model folder `dense`, and `rows.jsonl` with `count` choices, `count` open questions, and rows `more`."""
     speaker().save_pretrained(folder / "dense")
     characters().save_pretrained(folder / "dense")
     rows = [

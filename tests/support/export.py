@@ -17,7 +17,7 @@ from support.models import random_plan, tiny
 
 @torch.inference_mode()
 def greedy(model: Any, prompt: Sequence[int]) -> llamacpp.GreedyContinuation:
-    """What `llamacpp.reference_continuations` gives for one prompt, in this process."""
+    """The result of `llamacpp.reference_continuations` for one prompt, computed in this process."""
     tokens, gaps = [], []
     for _ in range(llamacpp.STEPS):
         logits = model(torch.tensor([[*prompt, *tokens]])).logits[0, -1]

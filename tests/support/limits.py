@@ -15,7 +15,6 @@ from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
 from prunetune.config.score_limits import ScoreLimit
 from prunetune.data.batches import BatchStream
-from prunetune.data.encoding import Example
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
 from prunetune.search.plan_rules import PlanConstraints
@@ -26,6 +25,7 @@ from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import mean_loss
 from prunetune.train.schedule import build_schedule
 from prunetune.train.validation import RolledBack
+from support.loop import RecordingObserver, examples
 from support.models import tiny
 
 RECIPE: dict[str, Any] = {
@@ -40,40 +40,31 @@ def config_of(**changes: Any) -> RunConfig:
     return from_mapping(merge_mappings(RECIPE, changes))
 
 
-def examples(count: int = 24, seed: int = 0) -> tuple[Example, ...]:
-    rng = torch.Generator().manual_seed(seed)
-    rows = []
-    for index in range(count):
-        prompt = torch.randint(3, 8, (2 + index % 5,), generator=rng).tolist()
-        rows.append(Example((1, *prompt, *[prompt[-1]] * 3, 2), len(prompt) + 1, f"row {index}"))
-    return tuple(rows)
-
-
-def closed(model: Any) -> float:
-    """The share removed, measured at the consumers: what hooks and cuts take from an all-ones input."""
+def removed_share(model: Any) -> float:
+    """The share removed, measured at the consumers: what hooks and cuts remove from an input of ones."""
     sites = find_sites(tiny())
-    kept, whole = 0.0, 0.0
+    kept, total = 0.0, 0.0
     for site in sites:
         consumer = model.get_submodule(site.consumer.module)
-        seen = torch.ones(1, consumer.in_features)
+        inputs = torch.ones(1, consumer.in_features)
         for hook in consumer._forward_pre_hooks.values():
-            (seen,) = hook(consumer, (seen,))
-        kept += float(seen.sum())
-        whole += site.units * site.consumer.rows_per_unit
-    return 1 - kept / whole
+            (inputs,) = hook(consumer, (inputs,))
+        kept += float(inputs.sum())
+        total += site.units * site.consumer.rows_per_unit
+    return 1 - kept / total
 
 
-def on_guard(model: Any) -> float:
+def guard_nll(model: Any) -> float:
     return mean_loss(model, examples(6, seed=9), 0, 16384)
 
 
 @dataclass
-class Looker:
-    """A monitor whose score is a function of the model as it is."""
+class FakeMonitor:
+    """A monitor whose score is a function of the current model."""
 
     limits: tuple[ScoreLimit, ...]
     good_checkpoints: CheckpointStore
-    score_function: Callable[[Any], float] = closed
+    score_function: Callable[[Any], float] = removed_share
     needs_dense_scores: bool = True
     plans: dict[int, Plan] = field(default_factory=dict)
 
@@ -85,27 +76,13 @@ class Looker:
 
 
 @dataclass
-class Notes:
-    """An observer that keeps all records."""
-
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    validations: list[dict[str, Any]] = field(default_factory=list)
-
-    def step(self, record: dict[str, Any]) -> None:
-        self.steps.append(record)
-
-    def validation(self, record: dict[str, Any]) -> None:
-        self.validations.append(record)
-
-
-@dataclass
-class Run:
-    """Results of a run by `drive`."""
+class MonitoredRun:
+    """Results of a run by `run_with_limits`."""
 
     plan: Plan
     job: TrainingJob
-    notes: Notes
-    watch: Looker
+    observer: RecordingObserver
+    monitor: FakeMonitor
     roll_backs: int
 
     @property
@@ -113,33 +90,35 @@ class Run:
         return {name: weight.detach().clone() for name, weight in trainable_parameters(self.job.model).items()}
 
     @property
-    def seen(self) -> dict[str, Any]:
+    def history(self) -> dict[str, Any]:
         state = self.job.checkpoints.latest()
         assert state is not None
         return state.validation_history
 
 
-def drive(
+def run_with_limits(
     config: RunConfig,
     folder: Path,
-    *gates: str,
-    score: Callable[[Any], float] = closed,
-    watched: bool = True,
-    keeper: CheckpointStore | None = None,
-) -> Run:
+    *limits: str,
+    score: Callable[[Any], float] = removed_share,
+    monitored: bool = True,
+    store: CheckpointStore | None = None,
+) -> MonitoredRun:
     """Run the loop, and again after each roll-back, as the pipeline does."""
-    notes, kept = Notes(), keeper or Checkpoints(folder / "checkpoints")
-    watch = Looker(tuple(ScoreLimit.parse(gate) for gate in gates), Checkpoints(folder / "good"), score)
+    observer, store = RecordingObserver(), store or Checkpoints(folder / "checkpoints")
+    monitor = FakeMonitor(tuple(ScoreLimit.parse(limit) for limit in limits), Checkpoints(folder / "good"), score)
     for roll_backs in range(100):
-        job = job_of(config, notes, kept, watch if watched else None)
+        job = job_of(config, observer, store, monitor if monitored else None)
         try:
-            return Run(tune_and_prune(job), job, notes, watch, roll_backs)
+            return MonitoredRun(tune_and_prune(job), job, observer, monitor, roll_backs)
         except RolledBack:
             continue
     raise AssertionError("roll-backs do not end")
 
 
-def job_of(config: RunConfig, notes: Notes, keeper: CheckpointStore, watch: Looker | None) -> TrainingJob:
+def job_of(
+    config: RunConfig, observer: RecordingObserver, store: CheckpointStore, monitor: FakeMonitor | None
+) -> TrainingJob:
     model = tiny().requires_grad_(False)
     return TrainingJob(
         model=model,
@@ -151,12 +130,8 @@ def job_of(config: RunConfig, notes: Notes, keeper: CheckpointStore, watch: Look
         pad_id=0,
         config=config,
         schedule=build_schedule(config),
-        checkpoints=keeper,
-        observer=notes,
+        checkpoints=store,
+        observer=observer,
         accelerator=Accelerator(cpu=True),
-        monitor=watch,
+        monitor=monitor,
     )
-
-
-def identical(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(torch.equal(tensor, second[name]) for name, tensor in first.items())

@@ -43,7 +43,7 @@ def config_of(changes: dict[str, Any] | None = None) -> RunConfig:
 
 
 def examples(count: int = 24, seed: int = 0) -> tuple[Example, ...]:
-    """Prompts of random tokens; the answer repeats the last one three times: soon learnt."""
+    """Prompts of random tokens; the answer repeats the last one three times, which is learnt quickly."""
     rng = torch.Generator().manual_seed(seed)
     rows = []
     for index in range(count):
@@ -52,7 +52,7 @@ def examples(count: int = 24, seed: int = 0) -> tuple[Example, ...]:
     return tuple(rows)
 
 
-class Notes:
+class RecordingObserver:
     """An observer that keeps all records."""
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ def job_of(
     config: RunConfig,
     *,
     family: str = "llama",
-    keeper: CheckpointStore | None = None,
+    store: CheckpointStore | None = None,
     plan: Plan | None = None,
     model: Any = None,
 ) -> TrainingJob:
@@ -86,8 +86,8 @@ def job_of(
         pad_id=0,
         config=config,
         schedule=tune_only_schedule(config) if plan else build_schedule(config),
-        checkpoints=keeper or NullCheckpointStore(),
-        observer=Notes(),
+        checkpoints=store or NullCheckpointStore(),
+        observer=RecordingObserver(),
         accelerator=Accelerator(cpu=True),
         given_plan=plan,
     )
@@ -106,11 +106,11 @@ def losses(job: TrainingJob) -> list[float]:
 
 
 def search_losses(job: TrainingJob) -> list[float]:
-    """0 where the search is over."""
+    """Loss of the search at each step; 0 after the search."""
     return [record.get("search_loss", 0.0) for record in job.observer.steps]  # type: ignore[attr-defined]
 
 
-class Every:
+class AllCheckpoints:
     """A checkpoint store that keeps every state, in a folder for each step."""
 
     def __init__(self, folder: Path) -> None:

@@ -24,12 +24,12 @@ SIZES: Mapping[str, Any] = {
 CPU = torch.device("cpu")
 
 
-class Live(TorchDispatchMode):
+class LiveMemoryCounter(TorchDispatchMode):
     """Counts the bytes of newly allocated tensors, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.held: dict[int, int] = {}
+        self.bytes_by_storage: dict[int, int] = {}
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -40,10 +40,10 @@ class Live(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 storage = leaf.untyped_storage()
-                if storage._cdata not in before and storage._cdata not in self.held:
-                    self.held[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self.held.pop, storage._cdata, None)
-        self.peak = max(self.peak, sum(self.held.values()))
+                if storage._cdata not in before and storage._cdata not in self.bytes_by_storage:
+                    self.bytes_by_storage[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.bytes_by_storage.pop, storage._cdata, None)
+        self.peak = max(self.peak, sum(self.bytes_by_storage.values()))
         return result
 
 
@@ -58,7 +58,7 @@ def config_of(**changes: Any) -> RunConfig:
     })  # fmt: skip
 
 
-def built(config: RunConfig, dtype: torch.dtype) -> tuple[Any, Any]:
+def build_model(config: RunConfig, dtype: torch.dtype) -> tuple[Any, Any]:
     model = tiny(**SIZES).to(dtype).requires_grad_(False)
     sites = find_sites(model)
     if config.lora.quantize != "off":
@@ -66,6 +66,6 @@ def built(config: RunConfig, dtype: torch.dtype) -> tuple[Any, Any]:
     return model, sites
 
 
-def needs(quantize: str) -> None:
+def skip_without_bitsandbytes(quantize: str) -> None:
     if quantize != "off" and importlib.util.find_spec("bitsandbytes") is None:
         pytest.skip("bitsandbytes is not installed: pip install 'prunetune[quant]'")

@@ -120,6 +120,6 @@ def tokens(*, batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
+def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
     """Largest difference over largest magnitude."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return float((result - expected).abs().max() / expected.abs().max())

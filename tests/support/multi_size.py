@@ -30,10 +30,10 @@ class MemoryStore:
 
 def larger(weights: str, family: str) -> TrainingState:
     """The state of a size that was searched, cut and tuned."""
-    keeper = MemoryStore()
-    tune_and_prune(job_of(config_of({"train": {"weights": weights}}), family=family, keeper=keeper))
-    assert keeper.state is not None
-    return keeper.state
+    store = MemoryStore()
+    tune_and_prune(job_of(config_of({"train": {"weights": weights}}), family=family, store=store))
+    assert store.state is not None
+    return store.state
 
 
 def smaller(state: TrainingState, weights: str, family: str, **train: Any) -> tuple[TrainingJob, Plan]:

@@ -79,7 +79,7 @@ def plan(rng: random.Random) -> Plan:
 
 
 def metrics(config: RunConfig, rng: random.Random) -> list[dict[str, object]]:
-    """A log of 70 lines over search, settle and tune."""
+    """70 records of training over search, settle and tune."""
     return [_logged(step, config, rng) for step in range(10, STEPS + 1, 10)]
 
 
@@ -151,9 +151,9 @@ def _choice_task(model: str, task: str, choices: int) -> TaskResult:
         )
         luck = random.Random(f"luck {model}{task}{index}").random() < 1 / choices
         right = known or luck
-        got = "option 1" if right else "option 2"
+        answer = "option 1" if right else "option 2"
         prompt = f"### Instruction:\nAnswer {index} of {task}.\n\n### Input:\nA farmer owned land.\n\n### Response:\n"
-        items.append(Item(f"{task}-{index}", prompt, "option 1", got, right, {"accuracy": float(right)}))
+        items.append(Item(f"{task}-{index}", prompt, "option 1", answer, right, {"accuracy": float(right)}))
     scores = {"accuracy": _mean([item.scores["accuracy"] for item in items])}
     if task == "overruling":
         scores["macro_f1"] = Score(scores["accuracy"].value - 0.006, scores["accuracy"].se * 1.1, 200)
@@ -164,9 +164,9 @@ def _billsum(model: str) -> TaskResult:
     words = SUMMARY.split()
     items = []
     for index in range(50):
-        got = " ".join(words[: round(len(words) * SKILL[model])])
+        answer = " ".join(words[: round(len(words) * SKILL[model])])
         scores = {"rouge_l": SKILL[model] * 0.6 + random.Random(f"{model}{index}").gauss(0, 0.05), "exact_match": 0.0}
-        items.append(Item(f"billsum-{index}", BILL, SUMMARY, got, False, scores))
+        items.append(Item(f"billsum-{index}", BILL, SUMMARY, answer, False, scores))
     means = {metric: _mean([item.scores[metric] for item in items]) for metric in ("rouge_l", "exact_match")}
     return TaskResult("billsum", means | {"nll": Score(LOSS[model], 0.03, 200)}, tuple(items))
 
@@ -180,7 +180,7 @@ def _mean(values: list[float]) -> Score:
 
 
 def manifest() -> dict[str, object]:
-    """What a run on one GPU would note."""
+    """The manifest of a run on one GPU."""
     counts = {"train": 4592, "search": 540, "valid": 270, "test": 1170}
     return {
         "command": ["prunetune", "run", "recipes/legal.yaml", "--budget.keep", "0.6"],
@@ -225,11 +225,11 @@ def manifest() -> dict[str, object]:
 
 
 def make_sizes(folder: Path, keeps: tuple[float, ...] = (0.8, 0.6, 0.4)) -> Path:
-    """A run of several sizes: each a made-up run folder, the last of them slower than was asked."""
+    """A run of several sizes: each a made-up run folder, the last slower than required."""
     config = from_mapping({"model": MODEL, "budget": {"keep": list(keeps)}, "require": {"faster": 1.2}})
-    for place, keep in enumerate(keeps):
-        own = make_run(folder / "sizes" / f"{keep:g}")
-        about = json.loads((own / "manifest.json").read_text())
+    for index, keep in enumerate(keeps):
+        size_folder = make_run(folder / "sizes" / f"{keep:g}")
+        about = json.loads((size_folder / "manifest.json").read_text())
         removed = round((1 - keep) * about["model"]["decoder_params"])
         about["pruned"] |= {
             "params": about["model"]["params"] - removed,
@@ -251,11 +251,11 @@ def make_sizes(folder: Path, keeps: tuple[float, ...] = (0.8, 0.6, 0.4)) -> Path
             "limits": [limit | ({} if limit["held"] else {"says": missed})],
             "uneven": ["MLP width of layer 7 is 613, no multiple of 64 or 128"],
         }
-        about |= {"gates": {}, "timings": {"tune and prune": 80.0 + place, "cut and check": 9.0, "evaluate": 31.0}}
-        about["failed"] = "" if limit["held"] else f"{own} ended outside a limit: {missed}"
-        (own / "manifest.json").write_text(json.dumps(about))
+        about |= {"gates": {}, "timings": {"tune and prune": 80.0 + index, "cut and check": 9.0, "evaluate": 31.0}}
+        about["failed"] = "" if limit["held"] else f"{size_folder} ended outside a limit: {missed}"
+        (size_folder / "manifest.json").write_text(json.dumps(about))
         pruned = evaluations() | {"pruned": Evaluation({**_choice_tasks("pruned" if keep > 0.5 else "dense")})}
-        (own / "evaluation" / "pruned.json").write_text(pruned["pruned"].to_json())
+        (size_folder / "evaluation" / "pruned.json").write_text(pruned["pruned"].to_json())
     (folder / "config.yaml").write_text(yaml.safe_dump(to_mapping(config), sort_keys=False))
     shared = {name: value for name, value in manifest().items() if name not in ("pruned", "gates", "selfcheck")}
     shared |= {

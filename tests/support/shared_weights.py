@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 
 
-def held(*models: Any) -> int:
+def memory_of(*models: Any) -> int:
     """Bytes of all storages of weights and buffers, each counted once; without adapters."""
     tensors: Iterable[tuple[str, Tensor]] = (
         pair for model in models for pair in (*model.named_parameters(), *model.named_buffers())
     )
-    storages = (one.untyped_storage() for name, one in tensors if ".lora_" not in name)
+    storages = (tensor.untyped_storage() for name, tensor in tensors if ".lora_" not in name)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -25,7 +25,7 @@ from prunetune.train.adapters import (
 )
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import group_lasso
-from support.loop import Every, config_of, identical, job_of, tuned
+from support.loop import AllCheckpoints, config_of, identical, job_of, tuned
 from support.models import random_plan, tiny
 
 
@@ -88,8 +88,8 @@ def test_group_lasso_equals_value_by_hand() -> None:
             square += float(columns[:, unit * reads.rows_per_unit : (unit + 1) * reads.rows_per_unit].square().sum())
             norms += math.sqrt(square)
         sums.append(norms)
-    found = group_lasso(model, gates_from_plan(plan, sites), sites)
-    assert float(found.detach()) == pytest.approx(sum(sums) / len(sums), rel=1e-5)
+    penalty = group_lasso(model, gates_from_plan(plan, sites), sites)
+    assert float(penalty.detach()) == pytest.approx(sum(sums) / len(sums), rel=1e-5)
 
 
 def test_group_lasso_has_no_gradient_at_open_units_and_is_smooth_at_zero() -> None:
@@ -97,8 +97,8 @@ def test_group_lasso_has_no_gradient_at_open_units_and_is_smooth_at_zero() -> No
     sites, plan = find_sites(model), random_plan(tiny(), keep=0.4)
     group_lasso(model, gates_from_plan(plan, sites), sites).backward()  # type: ignore[no-untyped-call]
     for site in sites:
-        slope = model.get_submodule(site.consumer.module).lora_A["default"].weight.grad
-        moved = slope.abs().sum(0).view(site.units, site.consumer.rows_per_unit).sum(1) > 0
+        gradient = model.get_submodule(site.consumer.module).lora_A["default"].weight.grad
+        moved = gradient.abs().sum(0).view(site.units, site.consumer.rows_per_unit).sum(1) > 0
         assert torch.equal(~moved, gates_from_plan(plan, sites)[site.name].bool())
     for parameter in trainable_parameters(model).values():
         parameter.data.zero_()
@@ -118,28 +118,30 @@ def test_group_lasso_and_threshold_leave_adapters_of_closed_blocks() -> None:
     before = {name: parameter.detach().clone() for name, parameter in trainable_parameters(model).items()}
     group_lasso(model, gates, sites).backward()  # type: ignore[no-untyped-call]
     for linear in channels.linears():
-        for part in ("lora_A", "lora_B"):
-            slope = model.get_submodule(linear).get_submodule(part)["default"].weight.grad
-            assert slope is None or not slope.any()
+        for matrix in ("lora_A", "lora_B"):
+            gradient = model.get_submodule(linear).get_submodule(matrix)["default"].weight.grad
+            assert gradient is None or not gradient.any()
     (queries,) = heads.producers  # of a closed group, which is not gated with its adapters
     assert model.get_submodule(queries.module).lora_B["default"].weight.grad[: queries.rows_per_unit].any()
     soft_threshold(model, gates, sites, 0.1)
     after = trainable_parameters(model)
     assert all(
-        torch.equal(after[name], before[name]) for name in before if any(one in name for one in channels.linears())
+        torch.equal(after[name], before[name])
+        for name in before
+        if any(linear_name in name for linear_name in channels.linears())
     )
     assert not identical(after, before)
 
 
 def test_settling_drives_adapters_of_removed_units_to_zero(tmp_path: Path) -> None:
-    every = Every(tmp_path)
+    store = AllCheckpoints(tmp_path)
     changes = {"train": {"steps": 40}, "search": {"share": 0.2, "settle": 0.75, "lasso": 1.0}}
-    job = job_of(config_of(changes), keeper=every)
+    job = job_of(config_of(changes), store=store)
     plan = tune_and_prune(job)
 
-    def held(step: int) -> tuple[float, float]:
+    def mean_norms(step: int) -> tuple[float, float]:
         """Mean norm of removed units' and of kept units' adapters."""
-        state = every.at(step).latest()
+        state = store.at(step).latest()
         assert state is not None
         assert not state.is_cut
         model = tiny()
@@ -150,14 +152,14 @@ def test_settling_drives_adapters_of_removed_units_to_zero(tmp_path: Path) -> No
         gates = torch.cat([gates_from_plan(plan, job.sites)[site.name] for site in job.sites])
         return float(norms[gates == 0].mean()), float(norms[gates == 1].mean())
 
-    removed_before, kept_before = held(job.schedule.search)
-    removed_after, kept_after = held(job.schedule.settle)
+    removed_before, kept_before = mean_norms(job.schedule.search)
+    removed_after, kept_after = mean_norms(job.schedule.settle)
     assert removed_after < 0.5 * removed_before
     assert removed_after / kept_after < 0.5 * removed_before / kept_before
 
 
 def test_threads_add_adapters_at_the_same_time() -> None:
-    """Nothing that all modules share is changed meanwhile, or left changed (by peft's way to make shapes only, say)."""
+    """No state that modules share is changed during or after the call (peft patches torch to create empty weights)."""
     before = torch.nn.Module.register_parameter
     models, start = [tiny(seed=seed) for seed in range(4)], Barrier(4)
 

@@ -17,22 +17,22 @@ from prunetune.train.cuda_graphs import CAPTURE_LOCK, STREAM_POOL_SIZE, STREAMS_
 CUDA = torch.device("cuda")
 
 
-class Stream:
-    """One of a few that are handed out over and over; knows whom it waited for."""
+class FakeStream:
+    """A CUDA stream from a pool of few; records the streams that it waited for."""
 
     __slots__ = ("cuda_stream", "waited")  # no weak reference can be had: PyTorch's would dangle
     made = 0
 
     def __init__(self, device: object = None) -> None:
-        self.cuda_stream = 1 + Stream.made % STREAM_POOL_SIZE
-        Stream.made += 1
-        self.waited: list[Stream] = []
+        self.cuda_stream = 1 + FakeStream.made % STREAM_POOL_SIZE
+        FakeStream.made += 1
+        self.waited: list[FakeStream] = []
 
-    def wait_stream(self, other: Stream) -> None:
+    def wait_stream(self, other: FakeStream) -> None:
         self.waited.append(other)
 
 
-class Graph:
+class FakeGraph:
     """Counts how often it was replayed."""
 
     replayed = 0
@@ -42,17 +42,17 @@ class Graph:
 
 
 @pytest.fixture
-def current(monkeypatch: pytest.MonkeyPatch) -> Stream:
+def current(monkeypatch: pytest.MonkeyPatch) -> FakeStream:
     """The stream that the caller is on."""
-    one = Stream()
+    stream = FakeStream()
     STREAMS_IN_USE.clear()
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: one)
+    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: stream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
-    return one
+    return stream
 
 
 def raising(error: Exception) -> Any:
@@ -63,21 +63,21 @@ def raising(error: Exception) -> Any:
 
 
 def nothing(inputs: Sequence[Tensor]) -> None:
-    """A pass."""
+    """A pass that does nothing."""
 
 
-def test_key_is_run_then_recorded_then_replayed(current: Stream) -> None:
-    recorder, seen = CudaGraphRecorder(CUDA), []
+def test_key_is_run_then_recorded_then_replayed(current: FakeStream) -> None:
+    recorder, locked = CudaGraphRecorder(CUDA), []
     for _ in range(4):
-        recorder.run("key", lambda _: seen.append(CAPTURE_LOCK.locked()), [])
-    assert seen == [True, True]  # run once, recorded once, each by itself
+        recorder.run("key", lambda _: locked.append(CAPTURE_LOCK.locked()), [])
+    assert locked == [True, True]  # run once, recorded once, each by itself
     recorder.reset_recordings()
-    recorder.run("key", lambda _: seen.append(True), [])
-    assert len(seen) == 3
+    recorder.run("key", lambda _: locked.append(True), [])
+    assert len(locked) == 3
 
 
-def test_current_stream_waits_for_kernels_of_a_failed_pass(current: Stream) -> None:
-    """Else gradients that are zeroed for a second try are added to by the first."""
+def test_current_stream_waits_for_kernels_of_a_failed_pass(current: FakeStream) -> None:
+    """Otherwise the first try adds to gradients that were zeroed for the second."""
     recorder = CudaGraphRecorder(CUDA)
     with pytest.raises(torch.OutOfMemoryError):
         recorder.run("key", raising(torch.OutOfMemoryError("full")), [])
@@ -88,7 +88,7 @@ def test_current_stream_waits_for_kernels_of_a_failed_pass(current: Stream) -> N
 
 @contextmanager
 def failing_at_its_end(*_: Any, **__: Any) -> Iterator[None]:
-    """A recording whose end cannot be told apart from any other error."""
+    """A recording that ends with an error that hides the first one."""
     try:
         yield
     finally:
@@ -110,9 +110,9 @@ def failing_at_its_end(*_: Any, **__: Any) -> Iterator[None]:
     ],
 )
 def test_recording_errors_distinguish_out_of_memory_from_unrecordable(
-    failed: Exception, hidden: bool, expected: type[Exception], current: Stream, monkeypatch: pytest.MonkeyPatch
+    failed: Exception, hidden: bool, expected: type[Exception], current: FakeStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For the one there are smaller passes, whatever the recording says of it."""
+    """Out of memory is retried with smaller passes, whichever error the recording ends with."""
     if hidden:
         monkeypatch.setattr(torch.cuda, "graph", failing_at_its_end)
     recorder = CudaGraphRecorder(CUDA)
@@ -122,16 +122,16 @@ def test_recording_errors_distinguish_out_of_memory_from_unrecordable(
     assert not CAPTURE_LOCK.locked()
 
 
-def test_recorders_in_use_have_different_streams(current: Stream) -> None:
-    held = [own_stream(CUDA) for _ in range(STREAM_POOL_SIZE - 1)]
+def test_recorders_in_use_have_different_streams(current: FakeStream) -> None:
+    in_use = [own_stream(CUDA) for _ in range(STREAM_POOL_SIZE - 1)]
     for _ in range(2 * STREAM_POOL_SIZE):
         recorder = CudaGraphRecorder(CUDA)
-        own = recorder._own
-        assert own is not None
-        assert len({each.stream.cuda_stream for each in (*held, own)}) == STREAM_POOL_SIZE
-        del own
+        recorder_stream = recorder._own
+        assert recorder_stream is not None
+        assert len({shared.stream.cuda_stream for shared in (*in_use, recorder_stream)}) == STREAM_POOL_SIZE
+        del recorder_stream
         del recorder
         gc.collect()
-    full = [*held, own_stream(CUDA)]
+    full = [*in_use, own_stream(CUDA)]
     assert own_stream(CUDA) is not None  # there are no more: better a shared one than none
     assert len(full) == STREAM_POOL_SIZE

@@ -27,7 +27,7 @@ def blocks(language: str) -> list[str]:
 
 
 def apply_edit(diff: str, root: Path) -> str:
-    """Apply a diff without line numbers: its context stands once in the file; returns the file's name."""
+    """Apply a diff without line numbers, whose context occurs once in the file; returns the file's name."""
     (name,) = re.findall(r"^\+\+\+ b/(.+)$", diff, re.MULTILINE)
     lines = diff.splitlines()[2:]
     before, after = ("\n".join(line[1:] for line in lines if line[:1] != sign) for sign in "+-")
@@ -39,7 +39,7 @@ def apply_edit(diff: str, root: Path) -> str:
 
 @pytest.fixture(scope="module")
 def script() -> dict[str, Any]:
-    """The names that the page's script leaves behind; its term is taken out again."""
+    """The names that the page's script defines; its term is removed after the test."""
     names: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(losses, "TERMS", dict(losses.TERMS))

@@ -24,7 +24,7 @@ from prunetune.train.schedule import learning_rate
 from prunetune.train.teacher import Teacher
 from support.loop import (
     KEEP,
-    Every,
+    AllCheckpoints,
     config_of,
     examples,
     identical,
@@ -148,11 +148,11 @@ def test_resumed_at_any_step_equals_uninterrupted(
     family: str, gates: str, train: dict[str, Any], tmp_path: Path
 ) -> None:
     config = config_of({"search": {"gates": gates}, "lora": {"dropout": 0.1}, "train": train})
-    every = Every(tmp_path)
-    whole = job_of(config, family=family, keeper=every)
+    every = AllCheckpoints(tmp_path)
+    whole = job_of(config, family=family, store=every)
     plan = tune_and_prune(whole)
     for step in range(1, config.train.steps + 1):
-        resumed = job_of(config, family=family, keeper=every.at(step))
+        resumed = job_of(config, family=family, store=every.at(step))
         assert tune_and_prune(resumed) == plan
         assert identical(weights_of(resumed), weights_of(whole)), step
         assert losses(resumed) == losses(whole)[step:]
@@ -160,13 +160,13 @@ def test_resumed_at_any_step_equals_uninterrupted(
 
 
 def test_seconds_of_a_resumed_run_continue(tmp_path: Path) -> None:
-    every, config = Every(tmp_path), config_of()
-    tune_and_prune(job_of(config, keeper=every))
+    every, config = AllCheckpoints(tmp_path), config_of()
+    tune_and_prune(job_of(config, store=every))
     state = every.at(3).latest()
     assert state is not None
     assert state.seconds > 0
     every.at(3).save(replace(state, seconds=1000.0))
-    resumed = job_of(config, keeper=every.at(3))
+    resumed = job_of(config, store=every.at(3))
     tune_and_prune(resumed)
     seconds = [record["seconds"] for record in resumed.observer.steps]  # type: ignore[attr-defined]
     assert seconds == sorted(seconds)
@@ -174,13 +174,13 @@ def test_seconds_of_a_resumed_run_continue(tmp_path: Path) -> None:
 
 
 def test_checkpoints_keep_the_newest_two(tmp_path: Path) -> None:
-    tune_and_prune(job_of(config_of(), keeper=Checkpoints(tmp_path)))
+    tune_and_prune(job_of(config_of(), store=Checkpoints(tmp_path)))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000009", "step-0000010"]
 
 
 def test_checkpoints_are_written_where_phases_end(tmp_path: Path) -> None:
-    every = Every(tmp_path)
-    tune_and_prune(job_of(config_of({"train": {"checkpoint_every": 100}}), keeper=every))
+    every = AllCheckpoints(tmp_path)
+    tune_and_prune(job_of(config_of({"train": {"checkpoint_every": 100}}), store=every))
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == [4, 7, 10]
 
 
@@ -204,21 +204,21 @@ def test_latest_passes_over_a_damaged_checkpoint(part: str, how: str, tmp_path: 
     for step in (3, 6):
         checkpoints.save(TrainingState(step, None, False, state))
     damage(tmp_path / "step-0000006" / part, how)
-    found = checkpoints.latest()
-    assert found is not None
-    assert found.step == 3
+    newest = checkpoints.latest()
+    assert newest is not None
+    assert newest.step == 3
     damage(tmp_path / "step-0000003" / part, how)
     assert checkpoints.latest() is None
 
 
 def test_run_resumed_past_a_damaged_checkpoint_ends_the_same(tmp_path: Path) -> None:
     config, checkpoints = config_of(), Checkpoints(tmp_path / "a")
-    whole = job_of(config, keeper=Every(tmp_path / "b"))
+    whole = job_of(config, store=AllCheckpoints(tmp_path / "b"))
     plan = tune_and_prune(whole)
     for step in (5, 6):
         shutil.copytree(tmp_path / "b" / str(step) / f"step-{step:07d}", tmp_path / "a" / f"step-{step:07d}")
     damage(tmp_path / "a" / "step-0000006" / "adapters.safetensors", "one bit")
-    resumed = job_of(config, keeper=checkpoints)
+    resumed = job_of(config, store=checkpoints)
     assert tune_and_prune(resumed) == plan
     assert identical(weights_of(resumed), weights_of(whole))
 
@@ -228,14 +228,14 @@ def test_latest_ignores_a_partly_written_checkpoint(tmp_path: Path) -> None:
     assert checkpoints.latest() is None
     checkpoints.save(TrainingState(1, None, False, {"adapters": {"w": torch.zeros(1)}}))
     (tmp_path / "step-0000002.partial").mkdir()
-    found = checkpoints.latest()
-    assert found is not None
-    assert found.step == 1
+    state = checkpoints.latest()
+    assert state is not None
+    assert state.step == 1
     checkpoints.save(TrainingState(2, random_plan(tiny()), True, {"adapters": {"w": torch.ones(1)}}))
-    found = checkpoints.latest()
-    assert found is not None
-    assert (found.step, found.plan, found.is_cut) == (2, random_plan(tiny()), True)
-    assert torch.equal(found.tensors["adapters"]["w"], torch.ones(1))
+    state = checkpoints.latest()
+    assert state is not None
+    assert (state.step, state.plan, state.is_cut) == (2, random_plan(tiny()), True)
+    assert torch.equal(state.tensors["adapters"]["w"], torch.ones(1))
 
 
 # -- losses ------------------------------------------------------------------------------------------------------------
@@ -271,8 +271,8 @@ def test_micro_batches_add_up_to_one_batch(micro_tokens: int) -> None:
     small_loss, parts = gradients(micro_tokens)
     assert small_loss == pytest.approx(loss, rel=1e-5)
     assert whole.keys() == parts.keys()
-    for name, slope in whole.items():
-        assert torch.allclose(parts[name], slope, rtol=1e-3, atol=1e-5 * float(slope.abs().max())), name
+    for name, gradient in whole.items():
+        assert torch.allclose(parts[name], gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max())), name
 
 
 def test_mean_loss_is_per_answer_token() -> None:
@@ -280,8 +280,8 @@ def test_mean_loss_is_per_answer_token() -> None:
     summed, count = 0.0, 0
     for row in rows:
         logits = model(torch.tensor([row.token_ids])).logits[0].detach().log_softmax(-1)
-        for place in range(row.answer_start, len(row.token_ids)):
-            summed -= float(logits[place - 1, row.token_ids[place]])
+        for position in range(row.answer_start, len(row.token_ids)):
+            summed -= float(logits[position - 1, row.token_ids[position]])
             count += 1
     assert mean_loss(model, rows, 0, 16384) == pytest.approx(summed / count, rel=1e-5)
     assert mean_loss(model, rows, 0, 1) == pytest.approx(summed / count, rel=1e-5)

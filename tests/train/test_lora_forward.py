@@ -1,6 +1,6 @@
 """Laws of the adapters' fused forward pass: its outputs and gradients are those of peft.
 
-A hook on the linear below makes it go the long way, which is what the short one is held against.
+A hook on the base linear disables fusing, which gives the reference of the fused forward.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def test_layer_with_dropout_keeps_the_forward_of_peft() -> None:
 
 
 def layer(*, bias: bool = True, dtype: torch.dtype = torch.float64, of_adapters: torch.dtype | None = None) -> Any:
-    """One linear with its adapter, frozen below: 7 inputs, 5 outputs."""
+    """One frozen linear with its adapter: 7 inputs, 5 outputs."""
     torch.manual_seed(2)
     model = nn.ModuleDict({"down_proj": nn.Linear(7, 5, bias=bias).to(dtype).requires_grad_(False)})
     config = LoraConfig(r=3, lora_alpha=5, target_modules=["down_proj"], init_lora_weights=False)
@@ -107,29 +107,29 @@ def fused_and_unfused(model: Any, run: Callable[[], dict[str, Tensor]]) -> tuple
 
 
 def is_fused(result: Tensor) -> bool:
-    """Whether a layer's result was fused; a view of 2-D rows is behind one node more."""
+    """Whether a layer's result was fused; a view of 2-D rows adds one node."""
     node: Any = result.grad_fn
     return "_FusedLora" in str([node, *(before for before, _ in node.next_functions)])
 
 
 @pytest.mark.parametrize("shape", [(4, 7), (2, 3, 7), (2, 2, 3, 7), (0, 7)])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("wanted", ["xAB", "AB", "x", "A", "B", "xA", "xB"])
-def test_fused_lora_equals_unfused(shape: tuple[int, ...], bias: bool, wanted: str) -> None:
-    one = layer(bias=bias)
-    one.lora_A["default"].weight.requires_grad_("A" in wanted)
-    one.lora_B["default"].weight.requires_grad_("B" in wanted)
+@pytest.mark.parametrize("trainable", ["xAB", "AB", "x", "A", "B", "xA", "xB"])
+def test_fused_lora_equals_unfused(shape: tuple[int, ...], bias: bool, trainable: str) -> None:
+    linear = layer(bias=bias)
+    linear.lora_A["default"].weight.requires_grad_("A" in trainable)
+    linear.lora_B["default"].weight.requires_grad_("B" in trainable)
     weights = torch.randn(*shape[:-1], 5, dtype=torch.float64)
 
     def run() -> dict[str, Tensor]:
         torch.manual_seed(4)
-        x = torch.randn(shape, dtype=torch.float64, requires_grad="x" in wanted)
-        result = one(x)
-        assert is_fused(result) is not bool(one.base_layer._forward_hooks)
+        x = torch.randn(shape, dtype=torch.float64, requires_grad="x" in trainable)
+        result = linear(x)
+        assert is_fused(result) is not bool(linear.base_layer._forward_hooks)
         (result * weights).sum().backward()
         return {"y": result.detach()} | ({"x": x.grad} if x.grad is not None else {})
 
-    short, long = fused_and_unfused(one, run)
+    short, long = fused_and_unfused(linear, run)
     assert short.keys() == long.keys()
     for name, value in long.items():
         torch.testing.assert_close(short[name], value, rtol=1e-12, atol=1e-12)
@@ -137,20 +137,20 @@ def test_fused_lora_equals_unfused(shape: tuple[int, ...], bias: bool, wanted: s
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_float32_adapters_on_16_bit_base_have_float32_gradients(dtype: torch.dtype) -> None:
-    one = layer(dtype=torch.bfloat16, of_adapters=torch.float32)
+    linear = layer(dtype=torch.bfloat16, of_adapters=torch.float32)
 
     def run() -> dict[str, Tensor]:
         x = torch.randn(2, 9, 7, generator=torch.Generator().manual_seed(4)).to(dtype).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
-            result = one(x)
-            assert is_fused(result) is not bool(one.base_layer._forward_hooks)
+            result = linear(x)
+            assert is_fused(result) is not bool(linear.base_layer._forward_hooks)
         assert result.dtype == torch.bfloat16
         result.float().square().sum().backward()
         assert x.grad is not None
         assert x.grad.dtype == dtype
         return {"y": result.detach(), "x": x.grad}
 
-    short, long = fused_and_unfused(one, run)
+    short, long = fused_and_unfused(linear, run)
     for name, value in long.items():
         assert short[name].dtype == value.dtype
         torch.testing.assert_close(short[name], value, rtol=0.02, atol=0.02 * float(value.abs().max()))
@@ -158,19 +158,19 @@ def test_float32_adapters_on_16_bit_base_have_float32_gradients(dtype: torch.dty
 
 
 def test_backward_under_autocast_computes_in_the_dtype_of_forward() -> None:
-    one = layer(dtype=torch.float32)
+    linear = layer(dtype=torch.float32)
     x = torch.ones(3, 7, requires_grad=True)
-    result = one(x).sum()
+    result = linear(x).sum()
     with torch.autocast("cpu", torch.bfloat16):
         result.backward()
     short = x.grad
     x.grad = None
-    with unfused(one):
-        one(x).sum().backward()
+    with unfused(linear):
+        linear(x).sum().backward()
     torch.testing.assert_close(short, x.grad)
 
 
-class Other(nn.Linear):
+class DoubledLinear(nn.Linear):
     """A linear with a forward of its own."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -189,28 +189,30 @@ def _replaced(linear: Any) -> None:
         lambda linear: linear.register_full_backward_hook(lambda *_: None),
         lambda linear: linear.weight.requires_grad_(),
         lambda linear: linear.bias.requires_grad_(),
-        lambda linear: setattr(linear, "__class__", Other),
+        lambda linear: setattr(linear, "__class__", DoubledLinear),
         _replaced,
     ],
 )
 def test_linear_with_hooks_or_trainable_weights_is_not_fused(change: Callable[[Any], Any]) -> None:
-    one = layer()
+    lora_linear = layer()
     x = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
-    assert is_fused(one(x))
-    change(one.base_layer)
-    expected = one.base_layer(x) + one.scaling["default"] * one.lora_B["default"](one.lora_A["default"](x))
-    result = one(x)
+    assert is_fused(lora_linear(x))
+    change(lora_linear.base_layer)
+    expected = lora_linear.base_layer(x) + lora_linear.scaling["default"] * lora_linear.lora_B["default"](
+        lora_linear.lora_A["default"](x)
+    )
+    result = lora_linear(x)
     assert not is_fused(result)
     torch.testing.assert_close(result, expected)
 
 
 def test_fusing_is_decided_at_every_call() -> None:
-    one = layer()
+    linear = layer()
     x = torch.randn(2, 7, dtype=torch.float64, requires_grad=True)
-    handle = one.base_layer.register_forward_hook(lambda *args: 0 * args[-1])
-    assert not is_fused(one(x))
+    handle = linear.base_layer.register_forward_hook(lambda *args: 0 * args[-1])
+    assert not is_fused(linear(x))
     handle.remove()
-    assert is_fused(one(x))
+    assert is_fused(linear(x))
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -233,10 +235,10 @@ def test_model_has_equal_gradients_fused_and_unfused(family: str, form: Any, aga
         with use_checkpointing(model) if again else nullcontext(), gated:
             logits = model(tokens, use_cache=False).logits
             logits.square().mean().backward()
-        slopes = {f"slope {name}": gate.grad for name, gate in gates.items() if gate.grad is not None}
+        gate_gradients = {f"gate {name}": gate.grad for name, gate in gates.items() if gate.grad is not None}
         with torch.no_grad():
             torch.testing.assert_close(model(tokens).logits, plain, rtol=1e-5, atol=1e-5)
-        return {"logits": logits.detach(), **slopes}
+        return {"logits": logits.detach(), **gate_gradients}
 
     with unfused(model), torch.no_grad():
         plain = model(tokens).logits
@@ -246,12 +248,12 @@ def test_model_has_equal_gradients_fused_and_unfused(family: str, form: Any, aga
         torch.testing.assert_close(short[name], value, rtol=1e-4, atol=1e-6, msg=lambda text, at=name: f"{at}: {text}")
 
 
-@pytest.mark.parametrize(("wanted", "sizes"), [("AB", 2), ("B", 1), ("A", 1), ("", 0)])
-def test_fused_lora_saves_only_tensors_that_gradients_need(wanted: str, sizes: int) -> None:
-    """Of what is as long as the rows: x for A, and A x for B; neither where adapters are frozen."""
-    one = layer()
-    one.lora_A["default"].weight.requires_grad_("A" in wanted)
-    one.lora_B["default"].weight.requires_grad_("B" in wanted)
+@pytest.mark.parametrize(("trainable", "sizes"), [("AB", 2), ("B", 1), ("A", 1), ("", 0)])
+def test_fused_lora_saves_only_tensors_that_gradients_need(trainable: str, sizes: int) -> None:
+    """Of tensors as long as the rows, A needs x and B needs A x; frozen adapters need neither."""
+    linear = layer()
+    linear.lora_A["default"].weight.requires_grad_("A" in trainable)
+    linear.lora_B["default"].weight.requires_grad_("B" in trainable)
     kept: list[Tensor] = []
 
     def keep(tensor: Tensor) -> Tensor:
@@ -259,14 +261,14 @@ def test_fused_lora_saves_only_tensors_that_gradients_need(wanted: str, sizes: i
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        one(torch.randn(11, 7, dtype=torch.float64, requires_grad=True))
+        linear(torch.randn(11, 7, dtype=torch.float64, requires_grad=True))
     assert sum(len(tensor) == 11 for tensor in kept) == sizes
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_adapter_gradients_are_float32_on_a_gpu() -> None:
-    one, other = (torch.randn(64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    wide = lora_forward._product(one.t(), other, torch.float32)
+    left, right = (torch.randn(64, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    wide = lora_forward._product(left.t(), right, torch.float32)
     assert wide.dtype == torch.float32
-    torch.testing.assert_close(wide, one.t().float() @ other.float(), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(wide, left.t().float() @ right.float(), rtol=1e-3, atol=1e-3)

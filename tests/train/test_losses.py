@@ -68,17 +68,17 @@ def test_loss_is_the_weighted_sum_of_its_terms() -> None:
 
 
 def test_pass_without_the_teacher_leaves_out_its_terms(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[ForwardOutputs] = []
+    passes: list[ForwardOutputs] = []
 
     def spy(outputs: ForwardOutputs) -> Tensor:
-        seen.append(outputs)
+        passes.append(outputs)
         return outputs.hidden.sum()
 
     monkeypatch.setattr(losses, "TERMS", {**TERMS, "spy": Term(spy, lambda _: 1.0, "token", "spy")})
     loss, inputs = loss_of(True), inputs_from_batch(collate(BATCH, 0))
     assert set(loss(tiny(), inputs, None)) == {"loss", "spy"}
     assert set(loss(tiny(), inputs, Teacher(tiny(seed=2)))) == {"loss", "distance", "spy"}
-    alone, taught = seen
+    alone, taught = passes
     assert alone.teacher is None
     assert not alone.layer_outputs
     assert taught.teacher is not None

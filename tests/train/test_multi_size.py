@@ -40,21 +40,25 @@ def test_first_step_of_a_smaller_size_has_the_tuned_weights_cut_further(weights:
 
 @both
 def test_smaller_size_without_steps_is_a_slice_of_the_larger(weights: str) -> None:
-    """At a learning rate of next to nothing, each weight is the larger size's at the rows and columns that stay."""
+    """At a learning rate near zero, each weight is that of the larger size at the kept rows and columns."""
     state = larger(weights, "llama")
     still: dict[str, Any] = {"learning_rate": 1e-30, "weights_rate": 1e-30}
     job, plan = smaller(state, weights, "llama", **still)
     tune_and_prune(job)
     assert state.plan is not None
-    held = state.tensors["adapters"]
+    adapters = state.tensors["adapters"]
     for name, weight in weights_of(job).items():
         index = [
-            [place for place, unit in enumerate(state.plan.kept[site.name]) if unit in set(plan.kept[site.name])]
+            [
+                index_in_larger
+                for index_in_larger, unit in enumerate(state.plan.kept[site.name])
+                if unit in set(plan.kept[site.name])
+            ]
             for site in job.sites
             if name.startswith(f"{site.name}.") and "down_proj" in name and "lora_B" not in name
         ]
         if index:
-            assert torch.equal(weight, held[name][:, index[0]])
+            assert torch.equal(weight, adapters[name][:, index[0]])
 
 
 def test_smaller_size_starts_from_float32_weights() -> None:
@@ -68,17 +72,17 @@ def test_smaller_size_starts_from_float32_weights() -> None:
     expand_weights(again, state.tensors["adapters"], state.plan, job.sites)
     assert trains_all_weights(job.config.train, job.sites)
     grown = {name: tensor for name, tensor in again.state_dict().items() if name in state.tensors["adapters"]}
-    found = {
+    weights = {
         name: half.get_submodule(name.removesuffix(".weight")).get_parameter("base_layer.weight") for name in grown
     }
-    assert all(tensor.dtype == torch.float32 for tensor in found.values())
-    assert identical(grown, found)
+    assert all(tensor.dtype == torch.float32 for tensor in weights.values())
+    assert identical(grown, weights)
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_tuned_weights_replace_four_bit_ones(wrapped: bool) -> None:
-    """These are read anew from their packed form, so that what is written into them is lost."""
+    """4-bit weights are dequantised anew at each read, so values written into them are lost."""
     state, whole, packed = larger("all", "llama"), tiny("llama"), tiny("llama")
     job, _ = smaller(state, "all", "llama")
     quantize_linears_to_nf4(packed, job.sites, dtype=torch.float32, device=torch.device("cpu"))

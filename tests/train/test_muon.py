@@ -23,8 +23,8 @@ def fill(listed: list[nn.Parameter], step: int, scale: float = 1.0) -> None:
         weight.grad = scale * torch.randn(weight.shape, generator=rng)
 
 
-def warm(optimizer: Muon, listed: list[nn.Parameter]) -> None:
-    """As after the rise of the learning rate, with no momentum yet."""
+def end_warmup(optimizer: Muon, listed: list[nn.Parameter]) -> None:
+    """Set the step as after the warm-up of the learning rate, without momentum."""
     for weight in listed:
         optimizer.state[weight] = {"step": torch.tensor(float(WARMUP)), "momentum": torch.zeros_like(weight)}
 
@@ -32,13 +32,13 @@ def warm(optimizer: Muon, listed: list[nn.Parameter]) -> None:
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="torch.optim.Muon came with torch 2.9")
 def test_muon_equals_torch_muon() -> None:
     ours, theirs = weights(), weights()
-    one = Muon(ours, lr=1e-2)
-    warm(one, ours)
+    muon = Muon(ours, lr=1e-2)
+    end_warmup(muon, ours)
     other = torch.optim.Muon(theirs, lr=1e-2, weight_decay=0.0, momentum=0.95, adjust_lr_fn="match_rms_adamw")
     for step in range(4):
         fill(ours, step)
         fill(theirs, step)
-        one.step()
+        muon.step()
         other.step()
     before = weights()
     for mine, torchs, start in zip(ours, theirs, before, strict=True):
@@ -57,7 +57,7 @@ def test_orthogonalize_brings_singular_values_near_one(shape: tuple[int, int], s
 
 
 def test_orthogonalize_computes_in_float32_on_a_cpu() -> None:
-    """Most have no fast bfloat16, in which a step takes longer than its passes."""
+    """Most CPUs have no fast bfloat16, so a step would take longer than its passes."""
     matrix = torch.randn(1, 12, 8, generator=torch.Generator().manual_seed(1))
     assert orthogonalize(matrix).dtype == torch.float32
     assert torch.equal(orthogonalize(matrix), orthogonalize(matrix.double()))
@@ -87,13 +87,13 @@ def test_learning_rate_of_muon_warms_up() -> None:
 def test_restored_muon_equals_uninterrupted() -> None:
     names = [f"w{index}" for index in range(len(SHAPES))]
     whole, halved = weights(), weights()
-    one, other = Muon(whole, lr=1e-2), Muon(halved, lr=1e-2)
+    uninterrupted, restored = Muon(whole, lr=1e-2), Muon(halved, lr=1e-2)
     for step in range(6):
         if step == 3:
-            kept = {name: tensor.clone() for name, tensor in optimizer_tensors(other, names).items()}
-            other = Muon(halved, lr=1e-2)
-            restore_optimizer(other, names, kept)
-        for optimizer, listed in ((one, whole), (other, halved)):
+            kept = {name: tensor.clone() for name, tensor in optimizer_tensors(restored, names).items()}
+            restored = Muon(halved, lr=1e-2)
+            restore_optimizer(restored, names, kept)
+        for optimizer, listed in ((uninterrupted, whole), (restored, halved)):
             fill(listed, step)
             optimizer.step()
     assert all(torch.equal(first, second) for first, second in zip(whole, halved, strict=True))

@@ -40,18 +40,18 @@ def config_of(micro_tokens: int = 10_000, logits: float = 1.0, hidden: float = 1
 
 @pytest.fixture(autouse=True)
 def _short_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows of a thousand tokens are for GPUs."""
+    """Round row lengths up to 32 tokens: the default of a thousand is for GPUs."""
     monkeypatch.setattr(packing, "TOKEN_STEP", 32)
     monkeypatch.setattr(packing, "LABEL_STEP", 32)
 
 
 # Soft-capped scores; keyword arguments that end before attention; attention of their own; sinks.
 UNPACKED = ("gemma2", "nemotron", "stablelm", "falcon", "bloom", "gpt_oss")
-Setting = tuple[Any, tuple[Any, ...], dict[str, Tensor]]
+MaskedModel = tuple[Any, tuple[Any, ...], dict[str, Tensor]]
 
 
 @pytest.fixture(params=[family for family in ALL_FAMILIES if family not in UNPACKED])
-def setting(request: pytest.FixtureRequest) -> Setting:
+def masked_model(request: pytest.FixtureRequest) -> MaskedModel:
     model = tiny(request.param, groups=2, ratio=2)
     sites = tuple(find_sites(model))
     gates = gates_from_plan(random_plan(model), sites)
@@ -112,8 +112,8 @@ def test_rounding_error_is_not_taken_for_attention_across_sequences(seed: int, m
 
 @pytest.mark.parametrize("weights", [None, (1.0, 0.0), (0.0, 1.0), (0.5, 2.0), (0.5, 2.0, False, False, 0.4)])
 @pytest.mark.parametrize("micro_tokens", [10_000, 25])
-def test_packed_equals_padded(setting: Setting, micro_tokens: int, weights: tuple[Any, ...] | None) -> None:
-    model, sites, gates = setting
+def test_packed_equals_padded(masked_model: MaskedModel, micro_tokens: int, weights: tuple[Any, ...] | None) -> None:
+    model, sites, gates = masked_model
     batch = [*examples(), Example(tuple(range(3, 12)), 9, "a text without labels")]
     logits, hidden, *rest = weights or (0.0, 0.0)
     teacher = Teacher(tiny(model.config.model_type, seed=5), *rest) if weights else None
@@ -131,8 +131,8 @@ def test_packed_equals_padded(setting: Setting, micro_tokens: int, weights: tupl
 
 @pytest.mark.parametrize("family", ["llama", "opt"])
 def test_dropout_acts_on_adapters_only(family: str) -> None:
-    own = {"attention_dropout": 0.9} | ({"dropout": 0.9} if family == "opt" else {})
-    model = with_lora(tiny(family, **own)).eval()
+    dropouts = {"attention_dropout": 0.9} | ({"dropout": 0.9} if family == "opt" else {})
+    model = with_lora(tiny(family, **dropouts)).eval()
     padded, packed = (kind(model, tuple(find_sites(model)), 0, config_of()) for kind in (PaddedPasses, PackedPasses))
     plain = padded.tune(examples(), None)["loss"]
     assert plain == pytest.approx(packed.tune(examples(), None)["loss"], rel=1e-5)
@@ -144,18 +144,18 @@ def test_dropout_acts_on_adapters_only(family: str) -> None:
     assert padded.score(examples(), None) == pytest.approx(plain, rel=1e-5)
 
 
-def test_teacher_sees_its_share_and_all_unlabelled_examples() -> None:
+def test_teacher_gets_its_share_and_all_unlabelled_examples() -> None:
     model, teacher = with_lora(tiny()), tiny(seed=5)
     bare = [Example(tuple(range(3, 9 + index)), 6 + index, f"text {index}") for index in range(2)]
     batch = [*examples(), *bare]
-    for share, seen in ((0.1, bare), (0.3, [*bare, batch[0]]), (1.0, batch)):
+    for share, taught in ((0.1, bare), (0.3, [*bare, batch[0]]), (1.0, batch)):
         passes = PaddedPasses(model, find_sites(tiny()), 0, config_of(), Teacher(teacher, share=share))
         losses, grads = passes.tune(batch, None), gradients(model)
         alone = PaddedPasses(model, find_sites(tiny()), 0, config_of(), Teacher(teacher))
-        assert losses["distance"] == pytest.approx(alone.tune(seen, None)["distance"], rel=1e-5)
+        assert losses["distance"] == pytest.approx(alone.tune(taught, None)["distance"], rel=1e-5)
         of_seen = gradients(model)
         labels = PaddedPasses(model, find_sites(tiny()), 0, config_of())
-        labels.tune(seen, None)
+        labels.tune(taught, None)
         of_their_labels = gradients(model)
         assert losses["loss"] == pytest.approx(labels.tune(batch, None)["loss"], rel=1e-5)
         whole = gradients(model)
@@ -171,15 +171,18 @@ def test_untuned_teacher_counts_only_on_unlabelled_tokens(kind: Any) -> None:
     for example in batch:
         ids = torch.tensor([example.token_ids])
         with torch.no_grad():
-            found, wanted = (model(ids, output_hidden_states=True) for model in (student, teacher))
-        logs = [result.logits[0].log_softmax(-1) for result in (found, wanted)]
+            student_output, teacher_output = (model(ids, output_hidden_states=True) for model in (student, teacher))
+        logs = [result.logits[0].log_softmax(-1) for result in (student_output, teacher_output)]
         apart = torch.nn.functional.kl_div(*logs, reduction="none", log_target=True).sum(-1)
-        pairs = zip(found.hidden_states[1:], wanted.hidden_states[1:], strict=True)
-        errors = [(one - other)[0].square().sum(-1) / other[0].square().sum(-1) for one, other in pairs]
-        heard = [
+        pairs = zip(student_output.hidden_states[1:], teacher_output.hidden_states[1:], strict=True)
+        errors = [
+            (student_hidden - teacher_hidden)[0].square().sum(-1) / teacher_hidden[0].square().sum(-1)
+            for student_hidden, teacher_hidden in pairs
+        ]
+        taught_positions = [
             at for at in range(len(example.token_ids)) if not example.answer_start <= at + 1 < len(example.token_ids)
         ]
-        expected += float((0.5 * apart + 2 * torch.stack(errors).mean(0))[heard].sum()) / tokens
+        expected += float((0.5 * apart + 2 * torch.stack(errors).mean(0))[taught_positions].sum()) / tokens
     config = config_of(logits=0.5, hidden=2.0)
     passes = kind(with_lora(student), find_sites(tiny()), 0, config, Teacher(teacher, is_tuned=False))
     for name, parameter in trainable_parameters(passes.model).items():
@@ -188,12 +191,14 @@ def test_untuned_teacher_counts_only_on_unlabelled_tokens(kind: Any) -> None:
     assert passes.tune(batch, None)["distance"] == pytest.approx(expected, rel=1e-4)
 
 
-def test_gate_gradients_and_lasso_are_equal_packed_and_padded(setting: Setting) -> None:
-    model, sites, gates = setting
+def test_gate_gradients_and_lasso_are_equal_packed_and_padded(masked_model: MaskedModel) -> None:
+    model, sites, gates = masked_model
     padded, packed = (kind(model, sites, 0, config_of()) for kind in (PaddedPasses, PackedPasses))
-    (loss, slopes), (again, others) = (passes.gate_gradients(examples(), gates) for passes in (padded, packed))
+    (loss, padded_gradients), (again, packed_gradients) = (
+        passes.gate_gradients(examples(), gates) for passes in (padded, packed)
+    )
     assert again == pytest.approx(loss, rel=1e-5, abs=1e-6)
-    assert_same(slopes, others)
+    assert_same(padded_gradients, packed_gradients)
     assert not gradients(model), "the search leaves no gradient at the adapters"
     penalties, grads = [], []
     for passes in (padded, packed):
@@ -203,8 +208,8 @@ def test_gate_gradients_and_lasso_are_equal_packed_and_padded(setting: Setting) 
     assert_same({name: grads[0].get(name, torch.zeros_like(value)) for name, value in grads[1].items()}, grads[1])
 
 
-def test_packed_equals_padded_once_cut(setting: Setting) -> None:
-    model, sites, _ = setting
+def test_packed_equals_padded_once_cut(masked_model: MaskedModel) -> None:
+    model, sites, _ = masked_model
     cut_linears(model, random_plan(model), sites=sites)
     padded, packed = (kind(model, sites, 0, config_of()) for kind in (PaddedPasses, PackedPasses))
     losses, grads = [], []
@@ -252,8 +257,8 @@ def test_groups_for_packing_hold_at_most_the_limit() -> None:
     batch = examples(30)
     for limit in (1, 25, 60, 10_000):
         lists = group_for_packing(batch, limit)
-        assert [example for part in lists for example in part] == batch
-        assert all(len(part) == 1 or sum(len(example.token_ids) for example in part) <= limit for part in lists)
+        assert [example for group in lists for example in group] == batch
+        assert all(len(group) == 1 or sum(len(example.token_ids) for example in group) <= limit for group in lists)
 
 
 def test_build_passes_pads_on_a_cpu() -> None:

@@ -17,22 +17,22 @@ from prunetune.train.adapters import trainable_parameters
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.passes import PaddedPasses
 from prunetune.train.schedule import learning_rate
-from support.loop import Every, config_of, identical, job_of, losses, weights_of
+from support.loop import AllCheckpoints, config_of, identical, job_of, losses, weights_of
 
 Tune = Callable[..., Any]
 
 
-def spoiled(monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], *, gradient: bool = False) -> None:
+def give_nan(monkeypatch: pytest.MonkeyPatch, calls: Sequence[int], *, gradient: bool = False) -> None:
     """Tuning passes of these numbers (from 1) give NaN, as the loss or in the gradient alone."""
     genuine, count = PaddedPasses.tune, [0]
 
     def tune(self: PaddedPasses, *arguments: Any) -> Any:
-        found = genuine(self, *arguments)
+        result = genuine(self, *arguments)
         count[0] += 1
         if count[0] in calls:
             next(iter(trainable_parameters(self.model).values())).grad.fill_(math.nan)  # type: ignore[union-attr]
-            return found if gradient else {**found, "loss": math.nan}
-        return found
+            return result if gradient else {**result, "loss": math.nan}
+        return result
 
     monkeypatch.setattr(PaddedPasses, "tune", tune)
 
@@ -46,7 +46,7 @@ def rates(job: Any) -> list[float]:
 def test_batch_with_nan_is_skipped_and_halves_learning_rates(
     gradient: bool, at: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    spoiled(monkeypatch, [at], gradient=gradient)
+    give_nan(monkeypatch, [at], gradient=gradient)
     job = job_of(config_of())
     with caplog.at_level(logging.WARNING):
         tune_and_prune(job)
@@ -57,7 +57,7 @@ def test_batch_with_nan_is_skipped_and_halves_learning_rates(
 
 
 def test_too_many_skipped_batches_fail_with_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    spoiled(monkeypatch, range(1, 11))
+    give_nan(monkeypatch, range(1, 11))
     with pytest.raises(ModelError, match=r"loss is nan at step 3 \(rows row .*2 batches were skipped before.*--resume"):
         tune_and_prune(job_of(config_of({"train": {"max_skipped": 2}})))
 
@@ -65,15 +65,15 @@ def test_too_many_skipped_batches_fail_with_their_rows(monkeypatch: pytest.Monke
 def test_nan_gate_gradients_do_not_change_the_generator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     genuine = PaddedPasses.gate_gradients
 
-    def slopes(self: PaddedPasses, *arguments: Any) -> Any:
-        found, slopes = genuine(self, *arguments)
-        return found, {name: slope * math.nan for name, slope in slopes.items()}
+    def gate_gradients(self: PaddedPasses, *arguments: Any) -> Any:
+        losses, gate_gradients = genuine(self, *arguments)
+        return losses, {name: gradient * math.nan for name, gradient in gate_gradients.items()}
 
-    monkeypatch.setattr(PaddedPasses, "gate_gradients", slopes)
-    every = Every(tmp_path)
-    job = job_of(config_of({"search": {"init_batches": 0}}), keeper=every)
+    monkeypatch.setattr(PaddedPasses, "gate_gradients", gate_gradients)
+    store = AllCheckpoints(tmp_path)
+    job = job_of(config_of({"search": {"init_batches": 0}}), store=store)
     tune_and_prune(job)
-    first, last = every.at(1).latest(), every.at(10).latest()
+    first, last = store.at(1).latest(), store.at(10).latest()
     assert first is not None
     assert last is not None
     assert identical(first.tensors["generator"], last.tensors["generator"])
@@ -84,33 +84,39 @@ def test_nan_gate_gradients_do_not_change_the_generator(monkeypatch: pytest.Monk
 def test_importance_that_is_not_finite_is_skipped(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    genuine, heard, started = PaddedPasses.gate_gradients, [], []
+    genuine, recorded, started = PaddedPasses.gate_gradients, [], []
 
-    def slopes(self: PaddedPasses, *arguments: Any) -> Any:
-        found, slopes = genuine(self, *arguments)
-        heard.append({name: slope.clone() for name, slope in slopes.items()})
-        return found, {name: slope * (math.nan if len(heard) == 2 else 1) for name, slope in slopes.items()}
+    def gate_gradients(self: PaddedPasses, *arguments: Any) -> Any:
+        losses, gate_gradients = genuine(self, *arguments)
+        recorded.append({name: gradient.clone() for name, gradient in gate_gradients.items()})
+        return losses, {
+            name: gradient * (math.nan if len(recorded) == 2 else 1) for name, gradient in gate_gradients.items()
+        }
 
-    monkeypatch.setattr(PaddedPasses, "gate_gradients", slopes)
+    monkeypatch.setattr(PaddedPasses, "gate_gradients", gate_gradients)
     monkeypatch.setattr(Searcher, "init_from_importance", lambda _, importance: started.append(importance))
     job = job_of(config_of({"search": {"init_batches": 3}}))
     with caplog.at_level(logging.WARNING):
         tune_and_prune(job)
-    ((importance,), (one, _, other)) = started, heard[:3]
-    assert all(torch.equal(importance[name], one[name].square() + other[name].square()) for name in importance)
+    ((importance,), (first_pass, _, third_pass)) = started, recorded[:3]
+    assert all(
+        torch.equal(importance[name], first_pass[name].square() + third_pass[name].square()) for name in importance
+    )
     assert "the initial importance is nan at step 1 (rows row" in caplog.text
 
 
 def test_joint_batch_with_nan_is_skipped_once(monkeypatch: pytest.MonkeyPatch) -> None:
     genuine, count = PaddedPasses.tune_with_gate_gradients, [0]
 
-    def both(self: PaddedPasses, *arguments: Any) -> Any:
-        losses, slopes = genuine(self, *arguments)
+    def tune_with_gate_gradients(self: PaddedPasses, *arguments: Any) -> Any:
+        losses, gate_gradients = genuine(self, *arguments)
         count[0] += 1
         factor = math.nan if count[0] == 2 else 1.0
-        return {**losses, "loss": losses["loss"] * factor}, {name: slope * factor for name, slope in slopes.items()}
+        return {**losses, "loss": losses["loss"] * factor}, {
+            name: gradient * factor for name, gradient in gate_gradients.items()
+        }
 
-    monkeypatch.setattr(PaddedPasses, "tune_with_gate_gradients", both)
+    monkeypatch.setattr(PaddedPasses, "tune_with_gate_gradients", tune_with_gate_gradients)
     job = job_of(config_of({"search": {"step": "joint"}}))
     tune_and_prune(job)
     train = job.config.train
@@ -118,28 +124,28 @@ def test_joint_batch_with_nan_is_skipped_once(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_resumed_run_remembers_skipped_batches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    every = Every(tmp_path)
+    every = AllCheckpoints(tmp_path)
     with monkeypatch.context() as patched:
-        spoiled(patched, [2])
-        whole = job_of(config_of(), keeper=every)
+        give_nan(patched, [2])
+        whole = job_of(config_of(), store=every)
         plan = tune_and_prune(whole)
     for step in (2, 5, 8):
-        resumed = job_of(config_of(), keeper=every.at(step))
+        resumed = job_of(config_of(), store=every.at(step))
         assert tune_and_prune(resumed) == plan
         assert identical(weights_of(resumed), weights_of(whole))
         assert rates(resumed) == rates(whole)[step:]
 
 
-def cramped(monkeypatch: pytest.MonkeyPatch, room: int, at: int = 1) -> None:
-    """From tuning pass `at` on, one of more than so many tokens is too much, having added to the gradients."""
+def limit_memory(monkeypatch: pytest.MonkeyPatch, max_tokens: int, at: int = 1) -> None:
+    """From tuning pass `at` on, larger passes than this run out of memory after they added to the gradients."""
     genuine, count = PaddedPasses.tune, [0]
 
     def tune(self: PaddedPasses, *arguments: Any) -> Any:
         count[0] += 1
-        found = genuine(self, *arguments)
-        if count[0] >= at and self.micro_tokens > room:
+        result = genuine(self, *arguments)
+        if count[0] >= at and self.micro_tokens > max_tokens:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return found
+        return result
 
     monkeypatch.setattr(PaddedPasses, "tune", tune)
 
@@ -148,16 +154,16 @@ def test_smaller_passes_give_the_same_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     small = {"train": {"micro_tokens": 16}, "search": {"init_batches": 0}}
-    whole, every = job_of(config_of(small)), Every(tmp_path)
+    whole, every = job_of(config_of(small)), AllCheckpoints(tmp_path)
     plan = tune_and_prune(whole)
-    cramped(monkeypatch, room=16)
-    job = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"init_batches": 0}}), keeper=every)
+    limit_memory(monkeypatch, max_tokens=16)
+    job = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"init_batches": 0}}), store=every)
     with caplog.at_level(logging.WARNING):
         assert tune_and_prune(job) == plan
     assert "passes of 16 tokens" in caplog.text
     for name, weight in weights_of(job).items():
         torch.testing.assert_close(weight, weights_of(whole)[name], rtol=1e-3, atol=1e-4)
-    resumed = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"init_batches": 0}}), keeper=every.at(5))
+    resumed = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"init_batches": 0}}), store=every.at(5))
     monkeypatch.undo()
     assert tune_and_prune(resumed) == plan
     assert identical(weights_of(resumed), weights_of(job))
@@ -167,24 +173,24 @@ def test_smaller_passes_give_the_same_steps(
 def test_example_too_large_for_memory_turns_recomputation_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole, every = job_of(config_of()), Every(tmp_path)
+    whole, every = job_of(config_of()), AllCheckpoints(tmp_path)
     plan = tune_and_prune(whole)
     genuine = PaddedPasses.tune
 
     def tune(self: PaddedPasses, *arguments: Any) -> Any:
-        found = genuine(self, *arguments)
+        result = genuine(self, *arguments)
         if not self.recompute:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return found
+        return result
 
     monkeypatch.setattr(PaddedPasses, "tune", tune)
-    job = job_of(config_of(), keeper=every)
+    job = job_of(config_of(), store=every)
     with caplog.at_level(logging.WARNING):
         assert tune_and_prune(job) == plan
     assert caplog.text.count("are recomputed") == 1
     for name, weight in weights_of(job).items():
         torch.testing.assert_close(weight, weights_of(whole)[name], rtol=1e-3, atol=1e-4)
-    resumed = job_of(config_of(), keeper=every.at(5))
+    resumed = job_of(config_of(), store=every.at(5))
     assert tune_and_prune(resumed) == plan
     assert identical(weights_of(resumed), weights_of(job))
     with pytest.raises(torch.OutOfMemoryError):
@@ -192,6 +198,6 @@ def test_example_too_large_for_memory_turns_recomputation_on(
 
 
 def test_example_too_large_even_with_recomputation_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    cramped(monkeypatch, room=0)
+    limit_memory(monkeypatch, max_tokens=0)
     with pytest.raises(torch.OutOfMemoryError):
         tune_and_prune(job_of(config_of()))

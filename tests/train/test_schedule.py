@@ -12,7 +12,7 @@ KEEP = 0.6
 
 @pytest.mark.parametrize(("share", "settle"), [(0.4, 0.05), (1.0, 0.0), (0.01, 0.0), (0.5, 0.5)])
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])
-def test_phases_come_in_order(steps: int, share: float, settle: float) -> None:
+def test_schedule_has_phases_in_order(steps: int, share: float, settle: float) -> None:
     search = {"share": share, "settle": settle}
     recipe = {"budget": {"keep": KEEP}, "train": {"steps": steps}, "search": search}
     schedule = build_schedule(from_mapping(recipe))
@@ -46,7 +46,7 @@ def test_learning_rate_rises_then_falls(decay: str, warmup: float, left: float) 
         assert learning_rate(50, train) == pytest.approx(2.0 if decay == "constant" else 2.0 * left)
 
 
-def test_a_schedule_is_saved_with_keep_as_its_key() -> None:
+def test_schedule_is_saved_with_keep_as_its_key() -> None:
     """Checkpoints and manifests of earlier versions are read by this key."""
     schedule = Schedule(search=2, settle=4, steps=8, anneal=1, allowed_keep=0.6)
     assert schedule.to_dict() == {"search": 2, "settle": 4, "steps": 8, "anneal": 1, "keep": 0.6}

@@ -24,10 +24,19 @@ from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import checkpointed_relative_error, relative_error
 from prunetune.train.passes import PackedPasses
 from prunetune.train.teacher import Teacher, base_teacher, resolve_auto
-from support.loop import Every, Notes, config_of, identical, job_of, losses, search_losses, weights_of
+from support.loop import (
+    AllCheckpoints,
+    RecordingObserver,
+    config_of,
+    identical,
+    job_of,
+    losses,
+    search_losses,
+    weights_of,
+)
 from support.models import tiny
 from support.multi_size import larger, smaller
-from support.shared_weights import held
+from support.shared_weights import memory_of
 
 CUT = 7  # steps before it
 DISTILL = DistillConfig(share=1.0)
@@ -41,9 +50,11 @@ def recipe(weights: str) -> RunConfig:
     )
 
 
-def taught(config: RunConfig, family: str = "llama", *, keeper: CheckpointStore | None = None) -> TrainingJob:
-    """A run whose teacher is the model itself, untuned."""
-    job = job_of(config, family=family, keeper=keeper)
+def job_with_shared_teacher(
+    config: RunConfig, family: str = "llama", *, store: CheckpointStore | None = None
+) -> TrainingJob:
+    """The job of a run whose teacher is the untuned model, with shared weights."""
+    job = job_of(config, family=family, store=store)
     return replace(job, teacher=base_teacher(job.model, DISTILL))
 
 
@@ -51,7 +62,7 @@ def taught(config: RunConfig, family: str = "llama", *, keeper: CheckpointStore 
 @families
 def test_run_equals_that_with_a_teacher_of_its_own_weights(family: str, weights: str) -> None:
     config = recipe(weights)
-    together, apart = taught(config, family), job_of(config, family=family)
+    together, apart = job_with_shared_teacher(config, family), job_of(config, family=family)
     apart = replace(apart, teacher=Teacher(tiny(family).requires_grad_(False), is_tuned=False))
     before = tiny(family).state_dict()
     assert tune_and_prune(together) == tune_and_prune(apart)
@@ -64,16 +75,16 @@ def test_run_equals_that_with_a_teacher_of_its_own_weights(family: str, weights:
     if exact > CUT:
         assert identical(before, after)
     else:  # in another order
-        assert all(torch.allclose(one.norm(), after[name].norm()) for name, one in before.items())
+        assert all(torch.allclose(tensor.norm(), after[name].norm()) for name, tensor in before.items())
 
 
 @both
 def test_resumed_at_any_step_equals_uninterrupted(weights: str, tmp_path: Path) -> None:
-    config, every = recipe(weights), Every(tmp_path)
-    whole = taught(config, "qwen2", keeper=every)
+    config, store = recipe(weights), AllCheckpoints(tmp_path)
+    whole = job_with_shared_teacher(config, "qwen2", store=store)
     plan = tune_and_prune(whole)
     for step in (5, CUT, 8):
-        resumed = taught(config, "qwen2", keeper=every.at(step))
+        resumed = job_with_shared_teacher(config, "qwen2", store=store.at(step))
         assert tune_and_prune(resumed) == plan
         assert identical(weights_of(resumed), weights_of(whole)), step
         assert losses(resumed) == losses(whole)[step:]
@@ -90,40 +101,40 @@ def test_smaller_size_with_shared_teacher_equals_a_separate_one(weights: str) ->
     if weights == "all":  # whose weights took the place of the student's, and were tuned
         assert identical(tiny("llama").state_dict(), job.teacher.model.state_dict())
     else:
-        assert held(job.model, job.teacher.model) == held(job.teacher.model)
+        assert memory_of(job.model, job.teacher.model) == memory_of(job.teacher.model)
 
 
 @both
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_checkpoint_equals_model_in_memory(family: str, weights: str, tmp_path: Path) -> None:
-    config, keeper, tokens = recipe(weights), Checkpoints(tmp_path), torch.tensor([[1, 5, 6, 7, 3, 4]])
-    job = taught(config, family, keeper=keeper)
-    plan, state = tune_and_prune(job), keeper.latest()
+    config, store, tokens = recipe(weights), Checkpoints(tmp_path), torch.tensor([[1, 5, 6, 7, 3, 4]])
+    job = job_with_shared_teacher(config, family, store=store)
+    plan, state = tune_and_prune(job), store.latest()
     assert state is not None
     dense = tiny(family).requires_grad_(False)
     if weights == "adapters":
         add_adapters(dense, job.sites, config.lora, seed=0)
     load_into_dense(dense, state, job.sites, config.train)
     with torch.no_grad():
-        found = job.model(tokens).logits
+        logits = job.model(tokens).logits
         with masked(dense, plan, sites=job.sites):
-            torch.testing.assert_close(found, dense(tokens).logits, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(logits, dense(tokens).logits, rtol=1e-5, atol=1e-5)
         unshare_weights(job.model)
         merge_adapters(job.model)
-        torch.testing.assert_close(job.model(tokens).logits, found, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(job.model(tokens).logits, logits, rtol=1e-5, atol=1e-5)
 
 
-class Scales(Notes):
-    """Weighs student and teacher together after every step."""
+class MemoryObserver(RecordingObserver):
+    """Measures the memory of student and teacher after every step."""
 
     def __init__(self) -> None:
         super().__init__()
         self.job: Any = None
-        self.held: list[int] = []
+        self.memory: list[int] = []
 
     def step(self, record: dict[str, Any]) -> None:
         super().step(record)
-        self.held.append(held(self.job.model, self.job.teacher.model))
+        self.memory.append(memory_of(self.job.model, self.job.teacher.model))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -133,20 +144,20 @@ def test_shared_teacher_takes_no_memory_of_its_own(family: str, packed: bool, mo
     monkeypatch.setattr(packing, "LABEL_STEP", 32)
     if packed:
         monkeypatch.setattr(loop, "build_passes", PackedPasses)
-    scales = Scales()
-    job = scales.job = replace(taught(config_of(), family), observer=scales)
-    one = held(job.model)
+    observer = MemoryObserver()
+    job = observer.job = replace(job_with_shared_teacher(config_of(), family), observer=observer)
+    expected = memory_of(job.model)
     tune_and_prune(job)
-    assert scales.held == [one] * 10
+    assert observer.memory == [expected] * 10
 
 
 def test_tuning_all_weights_adds_their_memory_after_the_cut() -> None:
-    scales = Scales()
-    job = scales.job = replace(taught(config_of({"train": {"weights": "all"}})), observer=scales)
-    one = held(job.model)
+    observer = MemoryObserver()
+    job = observer.job = replace(job_with_shared_teacher(config_of({"train": {"weights": "all"}})), observer=observer)
+    shared = memory_of(job.model)
     tune_and_prune(job)
     tuned = sum(weight.nbytes for weight in weights_of(job).values())
-    assert scales.held == [one] * CUT + [one + tuned] * 3
+    assert observer.memory == [shared] * CUT + [shared + tuned] * 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -155,13 +166,13 @@ def test_checkpointed_relative_error_equals_plain_and_saves_inputs_only(dtype: t
     output, aim = (torch.randn(2, 7, 16).to(dtype) for _ in range(2))
     output.requires_grad_()
     kept: list[Tensor] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         lean = checkpointed_relative_error(output, aim)
-    assert sum(one.nbytes for one in kept) <= output.nbytes + aim.nbytes
+    assert sum(tensor.nbytes for tensor in kept) <= output.nbytes + aim.nbytes
     plain, share = relative_error(output, aim), torch.rand(14)
     assert torch.equal(lean, plain)
-    slopes = [torch.autograd.grad((error * share).sum(), output)[0] for error in (lean, plain)]
-    assert torch.equal(*slopes)
+    gradients = [torch.autograd.grad((error * share).sum(), output)[0] for error in (lean, plain)]
+    assert torch.equal(*gradients)
 
 
 def test_resolve_auto_depends_on_the_model_size() -> None:
@@ -170,11 +181,11 @@ def test_resolve_auto_depends_on_the_model_size() -> None:
     config = config_of({"distill": {"teacher": "auto"}, "train": {"weights": "auto"}})
     assert resolve_auto(config, sites).distill.teacher == "dense"
     assert resolve_auto(config, large).distill.teacher == "base"
-    assert [resolve_auto(config, each).distill.share for each in (sites, large)] == [1, 0.5]
-    assert [resolve_auto(config, each).search.step for each in (sites, large)] == ["alternate", "joint"]
-    assert [resolve_auto(config, each).search.lora_aware for each in (sites, large)] == [True, False]
-    assert [resolve_auto(config, each).train.weights for each in (sites, large)] == ["all", "adapters"]
-    for wanted, step in (("none", "joint"), ("base", "alternate"), ("dense", "joint")):
-        decided = {"distill": {"teacher": wanted, "share": 0.3}, "search": {"step": step}, "train": {"weights": "all"}}
-        told = config_of(decided)
-        assert resolve_auto(told, sites) == resolve_auto(told, large) == told
+    assert [resolve_auto(config, given_sites).distill.share for given_sites in (sites, large)] == [1, 0.5]
+    assert [resolve_auto(config, given_sites).search.step for given_sites in (sites, large)] == ["alternate", "joint"]
+    assert [resolve_auto(config, given_sites).search.lora_aware for given_sites in (sites, large)] == [True, False]
+    assert [resolve_auto(config, given_sites).train.weights for given_sites in (sites, large)] == ["all", "adapters"]
+    for teacher, step in (("none", "joint"), ("base", "alternate"), ("dense", "joint")):
+        decided = {"distill": {"teacher": teacher, "share": 0.3}, "search": {"step": step}, "train": {"weights": "all"}}
+        explicit = config_of(decided)
+        assert resolve_auto(explicit, sites) == resolve_auto(explicit, large) == explicit

@@ -26,7 +26,7 @@ from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import TrainingLoss, accumulate_gradients
 from prunetune.train.passes import PackedPasses, PaddedPasses
 from prunetune.train.schedule import build_schedule
-from support.loop import KEEP, Every, config_of, examples, identical, job_of, losses, weights_of
+from support.loop import KEEP, AllCheckpoints, config_of, examples, identical, job_of, losses, weights_of
 from support.models import random_plan, tiny, with_lora
 from support.passes import assert_same, gradients
 
@@ -63,7 +63,7 @@ def steps_of(job: Any) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", SWITCHES)
-def test_option_ends_on_budget_and_repeats_itself(name: str) -> None:
+def test_option_ends_on_budget_and_is_reproducible(name: str) -> None:
     first, second = job_of(config_with(name)), job_of(config_with(name))
     torch.manual_seed(1)
     plan = tune_and_prune(first)
@@ -81,19 +81,19 @@ def test_option_ends_on_budget_and_repeats_itself(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in SWITCHES if name != "paper"])
 def test_option_changes_losses(name: str) -> None:
-    one, other = job_of(config_with("paper")), job_of(config_with(name))
-    tune_and_prune(one)
-    tune_and_prune(other)
-    assert losses(one) != losses(other)
+    paper, changed = job_of(config_with("paper")), job_of(config_with(name))
+    tune_and_prune(paper)
+    tune_and_prune(changed)
+    assert losses(paper) != losses(changed)
 
 
 @pytest.mark.parametrize("name", SWITCHES)
 def test_resumed_equals_uninterrupted(name: str, tmp_path: Path) -> None:
-    config, every = config_with(name), Every(tmp_path)
-    whole = job_of(config, keeper=every)
+    config, every = config_with(name), AllCheckpoints(tmp_path)
+    whole = job_of(config, store=every)
     plan = tune_and_prune(whole)
     for step in (2, 5, 7):
-        resumed = job_of(config, keeper=every.at(step))
+        resumed = job_of(config, store=every.at(step))
         assert tune_and_prune(resumed) == plan
         assert identical(weights_of(resumed), weights_of(whole)), step
         assert losses(resumed) == losses(whole)[step:]
@@ -128,7 +128,7 @@ def test_off_in_yaml_needs_no_quotes() -> None:
         assert from_mapping(yaml.safe_load(text)).search.sparsity == "off"
 
 
-# -- one backward for both players -----------------------------------------------------------------------------------
+# -- one backward pass for adapters and gates -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("aware", [True, False])
@@ -137,9 +137,9 @@ def test_off_in_yaml_needs_no_quotes() -> None:
 def test_joint_pass_equals_both_passes(
     micro_tokens: int, soft: bool, aware: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Adapters' gradients are always those of `tune`. Slopes are those of `slopes` where the forward is the same:
+    """Adapters get the gradients of `tune`. Gates get those of `gate_gradients` if `lora_aware` is off.
 
-    under gates on both branches. The LoRA-aware forward is another function of the gates.
+    The LoRA-aware forward is another function of the gates.
     """
     monkeypatch.setattr(packing, "TOKEN_STEP", 32)
     monkeypatch.setattr(packing, "LABEL_STEP", 32)
@@ -150,22 +150,22 @@ def test_joint_pass_equals_both_passes(
     model.requires_grad_(False)
     with_lora(model)
     config = from_mapping({"train": {"micro_tokens": micro_tokens}, "search": {"lora_aware": aware}})
-    found = []
+    results = []
     for kind in (PaddedPasses, PackedPasses):
         passes: Any = kind(model, sites, 0, config)
-        loss, slopes = passes.tune_with_gate_gradients(examples(), gates)
+        loss, gate_gradients = passes.tune_with_gate_gradients(examples(), gates)
         learnt = gradients(model)
         assert loss == pytest.approx(passes.tune(examples(), gates), rel=1e-5)
         assert_same(gradients(model), learnt)
         others = passes.gate_gradients(examples(), gates)[1]
         if aware:
-            assert any(not torch.allclose(slopes[name], others[name], rtol=1e-2) for name in slopes)
+            assert any(not torch.allclose(gate_gradients[name], others[name], rtol=1e-2) for name in gate_gradients)
         else:
-            assert_same(others, slopes)
-        found.append((loss, slopes, learnt))
-    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
-    assert_same(found[0][1], found[1][1])
-    assert_same(found[0][2], found[1][2])
+            assert_same(others, gate_gradients)
+        results.append((loss, gate_gradients, learnt))
+    assert results[1][0] == pytest.approx(results[0][0], rel=1e-5)
+    assert_same(results[0][1], results[1][1])
+    assert_same(results[0][2], results[1][2])
 
 
 def test_joint_pass_adds_to_gradients_and_does_not_change_gates() -> None:
@@ -192,17 +192,17 @@ def test_gated_adapters_have_the_gradients_of_the_cut_model() -> None:
     sites, gates = find_sites(model), gates_from_plan(random_plan(model), find_sites(model))
     model.requires_grad_(False)
     with_lora(model)
-    found: dict[str, tuple[float, dict[str, Tensor]]] = {}
+    results: dict[str, tuple[float, dict[str, Tensor]]] = {}
     for form in ("free", "gated"):
         with masked(model, gates, adapters=form, sites=sites):  # type: ignore[arg-type]
             loss = accumulate_gradients(model, examples(), 0, 10_000, TrainingLoss({"answer": 1.0}))["loss"]
-        found[form] = loss, gradients(model)
+        results[form] = loss, gradients(model)
     for aware, form in ((True, "free"), (False, "gated")):
         config = from_mapping({"search": {"lora_aware": aware}})
         loss, learnt = PaddedPasses(model, sites, 0, config).tune(examples(), gates)["loss"], gradients(model)
-        assert loss == pytest.approx(found[form][0])
-        assert_same(found[form][1], learnt)
-    assert found["free"][0] != pytest.approx(found["gated"][0])
+        assert loss == pytest.approx(results[form][0])
+        assert_same(results[form][1], learnt)
+    assert results["free"][0] != pytest.approx(results["gated"][0])
 
 
 def test_free_logits_have_no_network() -> None:
@@ -221,7 +221,7 @@ def test_free_logits_have_no_network() -> None:
 @pytest.mark.parametrize("gates", ["sampled", "projected"])
 def test_soft_gates_have_the_gradient_of_hard_ones(gates: str) -> None:
     sites = find_sites(tiny())
-    drawn, slopes = [], []
+    drawn, gate_gradients = [], []
     for hard in (True, False):
         config = config_of({"search": {"straight_through": hard, "gates": gates}})
         searcher = Searcher(sites, PlanConstraints(align=8), config, lambda step: KEEP, torch.device("cpu"))
@@ -229,12 +229,14 @@ def test_soft_gates_have_the_gradient_of_hard_ones(gates: str) -> None:
         weights = torch.linspace(-1, 1, sum(site.units for site in sites))
         (torch.cat(list(sample.values())) @ weights).backward()  # type: ignore[no-untyped-call]
         drawn.append(torch.cat(list(sample.values())).detach())
-        slopes.append({name: p.grad.clone() for name, p in searcher.generator.named_parameters() if p.grad is not None})
+        gate_gradients.append(
+            {name: p.grad.clone() for name, p in searcher.generator.named_parameters() if p.grad is not None}
+        )
         decided = torch.cat(list(searcher.last_gates.values()))
         assert ((decided == 0) | (decided == 1)).all()
         if hard:
             torch.testing.assert_close(drawn[0], decided)
-    assert_same(*slopes)
+    assert_same(*gate_gradients)
     assert ((drawn[1] > 0.01) & (drawn[1] < 0.99)).any()
 
 
@@ -262,7 +264,7 @@ def test_soft_threshold_equals_value_by_hand() -> None:
     first[0, 0], columns[0, 0] = 3.0, 4.0  # unit 0: norm 5
     first[1, 0] = 0.5  # unit 1: norm below the threshold
     first[2, 0] = 3.0  # unit 2: open
-    gates = {name: torch.ones(one.units) for name, one in ((one.name, one) for one in sites)}
+    gates = {name: torch.ones(entry.units) for name, entry in ((entry.name, entry) for entry in sites)}
     gates[site.name][:2] = 0
     soft_threshold(model, gates, sites, 1.0)
     assert (float(first[0, 0]), float(columns[0, 0])) == pytest.approx((3 * 0.8, 4 * 0.8))  # 1 - 1/5
@@ -297,9 +299,9 @@ def test_closed_norms_fall_by_the_threshold_and_open_units_keep_every_bit(thresh
 def test_proximal_steps_drive_removed_units_to_zero() -> None:
     sums = {}
     for name, changes in (("off", {"sparsity": "off"}), ("proximal", {"sparsity": "proximal", "lasso": 20.0})):
-        seen: dict[int, float] = {}
+        sums_by_step: dict[int, float] = {}
 
-        class Watch:
+        class NormRecordingStore:
             def save(self, state: Any) -> None:
                 if state.plan is not None and not state.is_cut:
                     model = tiny()
@@ -309,11 +311,11 @@ def test_proximal_steps_drive_removed_units_to_zero() -> None:
                     for key, parameter in trainable_parameters(model).items():
                         parameter.data = state.tensors["adapters"][key].clone()
                     norms = [(adapter_group_norms(model, s) * (1 - gates[s.name])).sum() for s in sites]
-                    seen[state.step] = float(torch.stack(norms).sum().detach())  # noqa: B023
+                    sums_by_step[state.step] = float(torch.stack(norms).sum().detach())  # noqa: B023
 
             def latest(self) -> None:
                 return None
 
-        tune_and_prune(job_of(config_of(merge_mappings(PAPER, {"search": changes})), keeper=Watch()))
-        sums[name] = seen[max(seen)]
+        tune_and_prune(job_of(config_of(merge_mappings(PAPER, {"search": changes})), store=NormRecordingStore()))
+        sums[name] = sums_by_step[max(sums_by_step)]
     assert sums["proximal"] < 0.5 * sums["off"]

@@ -17,7 +17,8 @@ from prunetune.pruning.units import kept_params
 from prunetune.train.checkpoints import Checkpoints, TrainingState
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.validation import RolledBack
-from support.limits import Notes, config_of, drive, identical, job_of, on_guard
+from support.limits import config_of, guard_nll, job_of, run_with_limits
+from support.loop import RecordingObserver, identical
 
 BACK = "guard.nll <= 0.4 -> roll-back"  # of what is closed: crossed on the way to 0.4 kept
 sampled = pytest.mark.parametrize("gates", ["projected", "sampled"])
@@ -26,82 +27,88 @@ sampled = pytest.mark.parametrize("gates", ["projected", "sampled"])
 @sampled
 def test_validation_changes_no_weight(gates: str, tmp_path: Path) -> None:
     config = config_of(search={"gates": gates}, lora={"dropout": 0.1})
-    alone = drive(config, tmp_path / "a", watched=False)
-    watched = drive(config, tmp_path / "b", "guard.nll <= 9 -> roll-back", "valid.nll <= 99 -> stop", score=on_guard)
-    assert watched.plan == alone.plan
-    assert identical(watched.weights, alone.weights)
-    assert [record["loss"] for record in watched.notes.steps] == [record["loss"] for record in alone.notes.steps]
-    assert [record["step"] for record in alone.notes.validations] == list(range(1, 13))
-    assert [record["step"] for record in watched.notes.validations] == list(range(13)), "the dense model first"
-    assert watched.notes.validations[0]["kept"] == 1.0
+    alone = run_with_limits(config, tmp_path / "a", monitored=False)
+    monitored = run_with_limits(
+        config, tmp_path / "b", "guard.nll <= 9 -> roll-back", "valid.nll <= 99 -> stop", score=guard_nll
+    )
+    assert monitored.plan == alone.plan
+    assert identical(monitored.weights, alone.weights)
+    assert [record["loss"] for record in monitored.observer.steps] == [
+        record["loss"] for record in alone.observer.steps
+    ]
+    assert [record["step"] for record in alone.observer.validations] == list(range(1, 13))
+    assert [record["step"] for record in monitored.observer.validations] == list(range(13)), "the dense model first"
+    assert monitored.observer.validations[0]["kept"] == 1.0
 
 
 def test_validated_decisions_are_recorded_with_their_plans(tmp_path: Path) -> None:
-    run = drive(config_of(), tmp_path, "valid.nll <= 99 -> stop")
-    assert sorted(run.watch.plans) == list(range(1, 13))
-    assert run.watch.plans[12] == run.plan
-    for step, record in zip(range(1, 13), run.notes.validations[1:], strict=True):
-        share = kept_params(run.job.sites, run.watch.plans[step]) / prunable_params(run.job.sites)
+    run = run_with_limits(config_of(), tmp_path, "valid.nll <= 99 -> stop")
+    assert sorted(run.monitor.plans) == list(range(1, 13))
+    assert run.monitor.plans[12] == run.plan
+    for step, record in zip(range(1, 13), run.observer.validations[1:], strict=True):
+        share = kept_params(run.job.sites, run.monitor.plans[step]) / prunable_params(run.job.sites)
         assert record["kept"] == pytest.approx(share, abs=1e-6)
 
 
 @pytest.mark.parametrize("gates", ["sampled"])
 def test_roll_back_ends_within_the_limit_that_the_same_run_breaks(gates: str, tmp_path: Path) -> None:
     config = config_of(search={"gates": gates, "offset": 1.0})
-    free = drive(config, tmp_path / "free", "guard.nll <= 99 -> stop")
-    held = drive(config, tmp_path / "held", BACK)
-    assert free.notes.validations[-1]["guard.nll"] > 0.4
-    assert held.notes.validations[-1]["guard.nll"] <= 0.4
-    assert held.roll_backs >= 1
-    event = held.seen["events"][0]
+    free = run_with_limits(config, tmp_path / "free", "guard.nll <= 99 -> stop")
+    limited = run_with_limits(config, tmp_path / "held", BACK)
+    assert free.observer.validations[-1]["guard.nll"] > 0.4
+    assert limited.observer.validations[-1]["guard.nll"] <= 0.4
+    assert limited.roll_backs >= 1
+    event = limited.history["events"][0]
     assert event["did"].startswith("rolled back to step ")
     target = int(event["did"].rpartition(" ")[2])
-    assert held.plan == held.watch.plans[target], "the decision stands as it was"
-    assert kept_params(held.job.sites, held.plan) > 0.4 * prunable_params(held.job.sites)
-    phases = [record["phase"] for record in held.notes.steps]
+    assert limited.plan == limited.monitor.plans[target], "the decision stands as it was"
+    assert kept_params(limited.job.sites, limited.plan) > 0.4 * prunable_params(limited.job.sites)
+    phases = [record["phase"] for record in limited.observer.steps]
     assert phases[event["step"] :] == ["settle"] * 3 + ["tune"] * (12 - 3 - event["step"])
-    assert [record["step"] for record in held.notes.steps] == list(range(1, 13)), "no step is done again"
+    assert [record["step"] for record in limited.observer.steps] == list(range(1, 13)), "no step is done again"
 
 
 def test_roll_back_restores_weights_and_moments_of_that_step(tmp_path: Path) -> None:
-    class All(Checkpoints):
-        """Keeps what is saved, too."""
+    class RecordingCheckpoints(Checkpoints):
+        """Checkpoints that also keep every saved state in memory."""
 
         def __init__(self, folder: Path) -> None:
             super().__init__(folder)
             self.saved: list[TrainingState] = []
 
         def save(self, state: TrainingState) -> None:
-            tensors = {part: {n: t.detach().clone() for n, t in named.items()} for part, named in state.tensors.items()}
+            tensors = {
+                group: {n: t.detach().clone() for n, t in named.items()} for group, named in state.tensors.items()
+            }
             self.saved.append(replace(state, tensors=tensors))
             super().save(state)
 
-    keeper = All(tmp_path / "checkpoints")
-    held = drive(config_of(), tmp_path, BACK, keeper=keeper)
-    event = held.seen["events"][0]
+    store = RecordingCheckpoints(tmp_path / "checkpoints")
+    limited = run_with_limits(config_of(), tmp_path, BACK, store=store)
+    event = limited.history["events"][0]
     target = int(event["did"].rpartition(" ")[2])
-    then = next(state for state in keeper.saved if state.step == target)
-    back = next(state for state in keeper.saved if state.step == event["step"])
-    assert all(identical(then.tensors[part], tensors) for part, tensors in back.tensors.items())
-    assert set(then.tensors) - set(back.tensors) == {"decision"}, "which stands by now, as a plan"
-    assert back.plan == held.plan
+    earlier = next(state for state in store.saved if state.step == target)
+    back = next(state for state in store.saved if state.step == event["step"])
+    assert all(identical(earlier.tensors[group], tensors) for group, tensors in back.tensors.items())
+    assert set(earlier.tensors) - set(back.tensors) == {"decision"}, "which stands by now, as a plan"
+    assert back.plan == limited.plan
     assert back.validation_history["last"]["guard.nll"] <= 0.4
 
 
 def test_roll_back_after_the_cut_restores_removed_units(tmp_path: Path) -> None:
-    """The model has lost the units by then: a new one takes the earlier decision."""
+    """The model has lost the units by then, so the decision is restored in a new one."""
     config = config_of(train={"validate_every": 5}, search={"share": 0.5, "settle": 0.0})
-    held = drive(config, tmp_path, "guard.nll <= 0.55 -> roll-back")
-    assert [event["step"] for event in held.seen["events"]] == [10]
-    assert held.plan == held.watch.plans[5]
-    assert held.notes.validations[-1]["guard.nll"] <= 0.55
+    limited = run_with_limits(config, tmp_path, "guard.nll <= 0.55 -> roll-back")
+    assert [event["step"] for event in limited.history["events"]] == [10]
+    assert limited.plan == limited.monitor.plans[5]
+    assert limited.observer.validations[-1]["guard.nll"] <= 0.55
 
 
 def test_best_state_is_the_smallest_then_the_best_on_valid(tmp_path: Path) -> None:
     config = config_of(validate={"back_to": "best"}, train={"steps": 16})
-    held = drive(config, tmp_path, BACK)
-    good = held.seen["good"]
-    inside = [record for record in held.notes.validations[1:] if record["guard.nll"] <= 0.4]
+    limited = run_with_limits(config, tmp_path, BACK)
+    good = limited.history["good"]
+    inside = [record for record in limited.observer.validations[1:] if record["guard.nll"] <= 0.4]
     smallest = min(record["kept"] for record in inside)
     best = min((record for record in inside if record["kept"] <= smallest + 1e-6), key=lambda record: record["nll"])
     assert (good["step"], good["valid.nll"]) == (best["step"], best["nll"])
@@ -109,29 +116,29 @@ def test_best_state_is_the_smallest_then_the_best_on_valid(tmp_path: Path) -> No
 
 def test_back_off_raises_the_budget_until_the_limit_is_met(tmp_path: Path) -> None:
     config = config_of(validate={"back_off": 0.1})
-    held = drive(config, tmp_path, "guard.nll <= 0.4 -> back-off")
-    raised = [event for event in held.seen["events"] if event["did"].startswith("budget raised")]
+    limited = run_with_limits(config, tmp_path, "guard.nll <= 0.4 -> back-off")
+    raised = [event for event in limited.history["events"] if event["did"].startswith("budget raised")]
     assert raised
-    keep = held.seen["schedule"]["keep"]
+    keep = limited.history["schedule"]["keep"]
     assert keep == pytest.approx(min(1.0, 0.4 + 0.1 * len(raised)))
-    assert kept_params(held.job.sites, held.plan) <= keep * prunable_params(held.job.sites)
-    assert kept_params(held.job.sites, held.plan) > 0.4 * prunable_params(held.job.sites)
-    assert held.notes.validations[-1]["guard.nll"] <= 0.4
+    assert kept_params(limited.job.sites, limited.plan) <= keep * prunable_params(limited.job.sites)
+    assert kept_params(limited.job.sites, limited.plan) > 0.4 * prunable_params(limited.job.sites)
+    assert limited.observer.validations[-1]["guard.nll"] <= 0.4
 
 
 def test_back_off_while_settling_decides_again(tmp_path: Path) -> None:
     config = config_of(validate={"back_off": 0.3}, train={"validate_every": 7}, search={"share": 0.5})
-    held = drive(config, tmp_path, "guard.nll <= 0.4 -> back-off")
-    assert held.seen["events"][0]["step"] == 7  # settling since step 6
-    assert held.watch.plans[12] != held.watch.plans[7]
-    assert held.plan == held.watch.plans[12]
+    limited = run_with_limits(config, tmp_path, "guard.nll <= 0.4 -> back-off")
+    assert limited.history["events"][0]["step"] == 7  # settling since step 6
+    assert limited.monitor.plans[12] != limited.monitor.plans[7]
+    assert limited.plan == limited.monitor.plans[12]
 
 
 def test_stop_ends_the_run_at_once_and_again_when_resumed(tmp_path: Path) -> None:
     with pytest.raises(LimitBroken, match=r"stopped at step \d+: guard\.nll is 0\.\d+ and has to be at most 0\.4; "):
-        drive(config_of(), tmp_path, "guard.nll <= 0.4 -> stop")
+        run_with_limits(config_of(), tmp_path, "guard.nll <= 0.4 -> stop")
     with pytest.raises(LimitBroken, match="stopped at step") as stopped:
-        drive(config_of(), tmp_path, "guard.nll <= 0.4 -> stop")
+        run_with_limits(config_of(), tmp_path, "guard.nll <= 0.4 -> stop")
     assert stopped.value.exit_code == 1
     assert "\n" not in str(stopped.value)
 
@@ -140,36 +147,38 @@ def test_run_continues_with_a_warning_if_there_is_no_state_to_roll_back_to(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        held = drive(config_of(train={"validate_every": 6}), tmp_path, "guard.nll <= 0 -> roll-back")
-    assert [event["did"] for event in held.seen["events"]] == ["nothing to go back to"] * 2
+        limited = run_with_limits(config_of(train={"validate_every": 6}), tmp_path, "guard.nll <= 0 -> roll-back")
+    assert [event["did"] for event in limited.history["events"]] == ["nothing to go back to"] * 2
     assert "no earlier validation met all limits" in caplog.text
-    assert held.roll_backs == 0
+    assert limited.roll_backs == 0
 
 
 def test_nan_score_breaks_the_limit(tmp_path: Path) -> None:
     with pytest.raises(LimitBroken, match=r"guard\.nll is nan"):
-        drive(config_of(), tmp_path, "guard.nll <= 2x -> stop", score=lambda _: math.nan)
+        run_with_limits(config_of(), tmp_path, "guard.nll <= 2x -> stop", score=lambda _: math.nan)
 
 
 def test_relative_limit_is_of_the_dense_score(tmp_path: Path) -> None:
-    free = drive(config_of(), tmp_path / "a", "guard.nll <= 99 -> stop", score=on_guard)
-    dense = free.notes.validations[0]["guard.nll"]
-    worst = max(record["guard.nll"] for record in free.notes.validations)
-    drive(config_of(), tmp_path / "b", f"guard.nll <= {1.001 * worst / dense}x -> stop", score=on_guard)
+    free = run_with_limits(config_of(), tmp_path / "a", "guard.nll <= 99 -> stop", score=guard_nll)
+    dense = free.observer.validations[0]["guard.nll"]
+    worst = max(record["guard.nll"] for record in free.observer.validations)
+    run_with_limits(config_of(), tmp_path / "b", f"guard.nll <= {1.001 * worst / dense}x -> stop", score=guard_nll)
     if worst > 1.01 * dense:
         with pytest.raises(LimitBroken):
-            drive(config_of(), tmp_path / "c", f"guard.nll <= {0.999 * worst / dense}x -> stop", score=on_guard)
+            run_with_limits(
+                config_of(), tmp_path / "c", f"guard.nll <= {0.999 * worst / dense}x -> stop", score=guard_nll
+            )
 
 
 # -- resuming --------------------------------------------------------------------------------------------------------
 
 
 class Killed(Exception):
-    """The process is gone."""
+    """Stands for a kill of the process."""
 
 
-class Mortal(Notes):
-    """Dies when a step is done."""
+class KilledObserver(RecordingObserver):
+    """An observer that raises `Killed` after a step."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
@@ -185,26 +194,26 @@ class Mortal(Notes):
 def test_resumed_after_any_step_equals_uninterrupted(gate: str, gates: str, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"search": {"gates": gates, "offset": 1.0}, "lora": {"dropout": 0.1}}
     config = config_of(**changes, train={"checkpoint_every": 3})
-    whole = drive(config, tmp_path / "whole", gate)
-    assert whole.seen["events"]
-    first = whole.seen["events"][0]["step"]
+    whole = run_with_limits(config, tmp_path / "whole", gate)
+    assert whole.history["events"]
+    first = whole.history["events"][0]["step"]
     for step in (first - 1, first):
         folder = tmp_path / f"{step}"
         while True:  # killed once at that step, whatever went back before
-            mortal = Mortal(step)
-            job = job_of(config, mortal, Checkpoints(folder / "checkpoints"), whole.watch)
-            whole.watch.good_checkpoints = Checkpoints(folder / "good")
+            observer = KilledObserver(step)
+            job = job_of(config, observer, Checkpoints(folder / "checkpoints"), whole.monitor)
+            whole.monitor.good_checkpoints = Checkpoints(folder / "good")
             try:
                 tune_and_prune(job)
             except Killed:
                 break
             except RolledBack:
                 continue
-        resumed = drive(config, folder, gate)
+        resumed = run_with_limits(config, folder, gate)
         assert resumed.plan == whole.plan
         assert identical(resumed.weights, whole.weights), step
-        known = {name: value for name, value in whole.seen.items() if name != "seconds"}
-        assert {name: value for name, value in resumed.seen.items() if name != "seconds"} == known
+        known = {name: value for name, value in whole.history.items() if name != "seconds"}
+        assert {name: value for name, value in resumed.history.items() if name != "seconds"} == known
         shutil.rmtree(folder)
 
 
@@ -213,25 +222,25 @@ def test_resumed_after_any_step_equals_uninterrupted(gate: str, gates: str, tmp_
 
 def test_validate_share_skips_validations_except_the_last(tmp_path: Path) -> None:
     config = config_of(validate={"share": 1e-6}, train={"validate_every": 2})
-    run = drive(config, tmp_path, "valid.nll <= 99 -> stop")
-    assert [record["step"] for record in run.notes.validations] == [0, 12]
-    assert run.seen["stride"] > 6
-    generous = drive(config_of(validate={"share": 0.999999}, train={"validate_every": 2}), tmp_path / "b")
-    assert [record["step"] for record in generous.notes.validations][-1] == 12
-    assert generous.seen["stride"] == 1
+    run = run_with_limits(config, tmp_path, "valid.nll <= 99 -> stop")
+    assert [record["step"] for record in run.observer.validations] == [0, 12]
+    assert run.history["stride"] > 6
+    generous = run_with_limits(config_of(validate={"share": 0.999999}, train={"validate_every": 2}), tmp_path / "b")
+    assert [record["step"] for record in generous.observer.validations][-1] == 12
+    assert generous.history["stride"] == 1
 
 
 def test_resumed_run_keeps_the_measured_stride(tmp_path: Path) -> None:
     config = config_of(validate={"share": 1e-6}, train={"validate_every": 2, "checkpoint_every": 100})
     with pytest.raises(Killed):
-        tune_and_prune(job_of(config, Mortal(3), Checkpoints(tmp_path / "checkpoints"), None))
+        tune_and_prune(job_of(config, KilledObserver(3), Checkpoints(tmp_path / "checkpoints"), None))
     before = Checkpoints(tmp_path / "checkpoints").latest()
     assert before is not None
     assert before.step == 1
-    resumed = drive(config, tmp_path)
-    assert resumed.seen["stride"] == before.validation_history["stride"]
+    resumed = run_with_limits(config, tmp_path)
+    assert resumed.history["stride"] == before.validation_history["stride"]
 
 
 def test_history_holds_the_seconds_of_validations(tmp_path: Path) -> None:
-    run = drive(config_of(), tmp_path)
-    assert run.seen["seconds"] == pytest.approx(sum(record["seconds"] for record in run.notes.validations))
+    run = run_with_limits(config_of(), tmp_path)
+    assert run.history["seconds"] == pytest.approx(sum(record["seconds"] for record in run.observer.validations))

@@ -1,4 +1,4 @@
-"""`deterministic`: the block alone has deterministic kernels, and all settings are as they were after it."""
+"""`deterministic`: only the block uses deterministic kernels, and all settings are restored after it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Settings = tuple[bool, bool, bool, str | None]
 
 
 def settings() -> Settings:
-    """All that the option touches."""
+    """All settings that the option changes."""
     return (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
@@ -44,7 +44,9 @@ def settings() -> Settings:
 
 
 @pytest.mark.parametrize("workspace", [None, ":0:0", ":16:8"])
-def test_settings_hold_in_the_block_and_are_restored(workspace: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deterministic_restores_settings_after_the_block(
+    workspace: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv(CUBLAS, raising=False)
     if workspace:
         monkeypatch.setenv(CUBLAS, workspace)
@@ -72,13 +74,13 @@ def test_nested_blocks_and_an_earlier_mode_are_restored() -> None:
         torch.use_deterministic_algorithms(False)
 
 
-def test_disabled_changes_no_setting() -> None:
+def test_deterministic_false_changes_no_setting() -> None:
     before = settings()
     with deterministic(False, CPU):
         assert settings() == before
 
 
-def test_errors_of_pytorch_about_the_mode_are_explained_and_others_pass() -> None:
+def test_deterministic_explains_errors_of_its_mode_and_passes_on_others() -> None:
     words = "histc_cuda does not have a deterministic implementation, but you set ..."
     with pytest.raises(ModelError, match="histc_cuda has no deterministic form"), deterministic(True, CPU):
         raise RuntimeError(words)
@@ -91,19 +93,21 @@ def test_errors_of_pytorch_about_the_mode_are_explained_and_others_pass() -> Non
 
 
 @pytest.mark.parametrize("sizes", [(0.5,), ()])
-@pytest.mark.parametrize("wanted", [True, False])
-def test_a_run_is_made_in_the_block(sizes: tuple[float, ...], wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
+@pytest.mark.parametrize("option", [True, False])
+def test_run_uses_deterministic_kernels_only_if_asked(
+    sizes: tuple[float, ...], option: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes = []
 
     def prepare(*_: object, **__: object) -> None:
-        seen.append(settings()[0])
+        modes.append(settings()[0])
         raise ConfigError("enough")
 
     monkeypatch.setattr(multi_size if sizes else run_module, "prepare", prepare)
     before = settings()
     with pytest.raises(ConfigError, match="enough"):
-        run_module.run(RunConfig(deterministic=wanted, device="cpu", budget=BudgetConfig(sizes=sizes)))
-    assert seen == [wanted]
+        run_module.run(RunConfig(deterministic=option, device="cpu", budget=BudgetConfig(sizes=sizes)))
+    assert modes == [option]
     assert settings() == before
 
 

@@ -1,4 +1,4 @@
-"""Files of JSON lines: what is written is read back, and broken lines are counted."""
+"""Files of JSON lines: written records are read back, and broken lines are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Suggestions for unknown names: the error says what was probably meant, or what is accepted."""
+"""Suggestions for unknown names: the error offers the most similar name, or all accepted ones."""
 
 from __future__ import annotations
 

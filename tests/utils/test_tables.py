@@ -1,4 +1,4 @@
-"""Tables are text that fits a terminal, holds every word and no colour."""
+"""Tables: text that fits a terminal, with every word and without colours."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def test_markup_and_colours_are_plain_text() -> None:
     assert lines == ["name", "[bold red]x[/] [0]"]
 
 
-def test_a_row_is_one_line_in_a_file() -> None:
+def test_table_row_is_one_line_in_a_file() -> None:
     assert table_width() == UNLIMITED_WIDTH  # pytest captures standard output
     assert len(table_lines(HEADINGS, [("x", "1", "word " * 200)])) == 2
 
 
-def test_a_row_is_folded_into_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_row_is_folded_to_the_width_of_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tables.sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "20")
     assert table_width() == MIN_WIDTH

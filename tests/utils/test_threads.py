@@ -1,4 +1,4 @@
-"""The share of a machine that a container may use."""
+"""CPU cores that a container may use, by quota and affinity."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def test_quota_bounds_the_cores(
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
-    place = group(tmp_path, files)
-    assert usable_cores(place) == (cores or 8)
-    for own in ({}, {"OMP_NUM_THREADS": "5"}):
-        environment = dict(own)
-        limit_openmp_threads(environment, place)
-        assert environment == (own or ({"OMP_NUM_THREADS": str(cores)} if cores else {}))
+    cgroup = group(tmp_path, files)
+    assert usable_cores(cgroup) == (cores or 8)
+    for variables in ({}, {"OMP_NUM_THREADS": "5"}):
+        environment = dict(variables)
+        limit_openmp_threads(environment, cgroup)
+        assert environment == (variables or ({"OMP_NUM_THREADS": str(cores)} if cores else {}))
 
 
 def test_affinity_bounds_the_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

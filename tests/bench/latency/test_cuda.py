@@ -1,4 +1,4 @@
-"""Timing code for CUDA, run on the CPU with stand-ins for CUDA: the order of calls, and the results."""
+"""Timing code for CUDA, run on the CPU with fakes of CUDA: the order of calls, and the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.models import random_plan, tiny, tokens
 CALLS: list[str] = []
 
 
-class Event:
+class FakeEvent:
     """An event that stores the time when it is recorded."""
 
     def __init__(self, *, enable_timing: bool) -> None:
@@ -31,36 +31,36 @@ class Event:
         CALLS.append("event")
         self.at = time.perf_counter()
 
-    def elapsed_time(self, end: Event) -> float:
+    def elapsed_time(self, end: FakeEvent) -> float:
         return 1e3 * (end.at - self.at)
 
 
-class Stream:
+class FakeStream:
     """A stream that does not wait."""
 
     def wait_stream(self, other: Any) -> None:
         CALLS.append("wait")
 
 
-class Graph:
+class FakeGraph:
     """A graph that replays by running the step again."""
 
-    made: CudaGraphStep
+    step: CudaGraphStep
 
     def replay(self) -> None:
-        self.made.out.logits.copy_(self.made._step().logits)
+        self.step.out.logits.copy_(self.step._step().logits)
 
 
 @pytest.fixture(autouse=True)
 def _fake_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     CALLS.clear()
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: CALLS.append("synchronize"))
     monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: CALLS.append("sleep"), raising=False)
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: Stream())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: FakeStream())
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: nullcontext())
 
 
@@ -79,8 +79,8 @@ def test_host_and_device_are_timed_separately(generate: int) -> None:
 
 def test_steps_are_timed_in_the_middle_of_the_answer() -> None:
     tracker = HostDeviceTimer(tiny("llama"), WorkloadConfig(prompt=6, generate=41, dtype="float32"))
-    seen = tracker.middle.shape[1] + (tracker.steps + 1) / 2
-    assert seen == pytest.approx(6 + (40 + 1) / 2, abs=0.51)
+    context = tracker.middle.shape[1] + (tracker.steps + 1) / 2
+    assert context == pytest.approx(6 + (40 + 1) / 2, abs=0.51)
 
 
 @pytest.mark.parametrize("pruned", [False, True])
@@ -90,7 +90,7 @@ def test_recorded_steps_equal_eager_steps(pruned: bool) -> None:
         cut(model, random_plan(model))
     recorded = CudaGraphStep.__new__(CudaGraphStep)
     recorded.model, recorded.graph, recorded.cache = model, None, None
-    Graph.made = recorded
+    FakeGraph.step = recorded
     caches = [StaticCache(model.config, max_cache_len=12) for _ in range(2)]
     ids = tokens(batch=2, length=6)
     for _ in range(2):  # the second time with a cache that is known

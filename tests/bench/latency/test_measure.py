@@ -58,16 +58,16 @@ def tiles(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[di
 
 
 def tracks(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
-    """The same as tracks: the device is longer in the prefill, the host in decoding."""
+    """Seconds of the same device by track: the prefill takes longer on the device, decoding on the host."""
     timings = tiles(models, workload, runs)
     return [
         {
-            "prefill.device": own["prefill"],
+            "prefill.device": seconds["prefill"],
             "prefill.host": len(model.model.layers),
             "decode.device": 0.01,
-            "decode.host": own["decode"],
+            "decode.host": seconds["decode"],
         }
-        for model, own in zip(models, timings, strict=True)
+        for model, seconds in zip(models, timings, strict=True)
     ]
 
 
@@ -97,8 +97,8 @@ def test_table_of_an_additive_device_is_exact(family: str) -> None:
         small = cut(copy.deepcopy(model), plan, sites=sites)
         seconds = tiles([small], WORKLOAD, 1)[0]
         for phase in PHASES:
-            found = max_cost(latency_costs(anatomy, WORKLOAD, table, phase), plan.widths())
-            assert found == pytest.approx(seconds[phase])
+            cost = max_cost(latency_costs(anatomy, WORKLOAD, table, phase), plan.widths())
+            assert cost == pytest.approx(seconds[phase])
         whole = seconds["prefill"] + (WORKLOAD.generate - 1) * seconds["decode"]
         assert max_cost(latency_costs(anatomy, WORKLOAD, table, "mix"), plan.widths()) == pytest.approx(whole)
 
@@ -125,17 +125,17 @@ def test_narrow_layers_keeps_the_first_layer() -> None:
 
 
 def test_request_times_are_positive_for_each_phase() -> None:
-    found = time_requests([tiny("llama")], WORKLOAD, 1)
-    assert set(found[0]) == set(PHASES)
-    assert all(seconds > 0 for seconds in found[0].values())
+    timings = time_requests([tiny("llama")], WORKLOAD, 1)
+    assert set(timings[0]) == set(PHASES)
+    assert all(seconds > 0 for seconds in timings[0].values())
 
 
-class Slow:
-    """A device with a clock of its own, on which a run of a short model takes so many seconds; it stores the runs."""
+class SlowDevice:
+    """A device with a clock of its own, on which a run of a short model takes `seconds`; records calls."""
 
-    def __init__(self, seconds: float, told: Timer = tracks) -> None:
-        self.seconds, self.told, self.now = seconds, told, 0.0
-        self.asked: list[int] = []
+    def __init__(self, seconds: float, timer: Timer = tracks) -> None:
+        self.seconds, self.timer, self.now = seconds, timer, 0.0
+        self.runs_timed: list[int] = []
 
     def clock(self) -> float:
         return self.now
@@ -143,25 +143,25 @@ class Slow:
     def tracks(self, models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
         layers = sum(len(model.model.layers) for model in models)
         self.now += self.seconds * layers / SHORT * (runs + 1)
-        self.asked.append(runs)
-        return self.told(models, workload, runs)
+        self.runs_timed.append(runs)
+        return self.timer(models, workload, runs)
 
 
 def test_slow_requests_are_timed_fewer_times_and_then_at_fewer_widths(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "prunetune")
     config = tiny_config("llama", layers=2, intermediate_size=512)
-    found = {}
+    counts = {}
     for seconds in (0.01, 0.4, 0.6, 10.0):
-        slow = Slow(seconds)
-        changed = dataclasses.replace(builder(config), track_timer=slow.tracks, clock=slow.clock)
+        device = SlowDevice(seconds)
+        changed = dataclasses.replace(builder(config), track_timer=device.tracks, clock=device.clock)
         table = changed.measure({})
         (timed, *_) = table.layers["prefill.device"].values()
-        found[seconds] = (slow.asked[-1], len(timed.mlp), len(timed.attention))
+        counts[seconds] = (device.runs_timed[-1], len(timed.mlp), len(timed.attention))
         line = next(line for line in reversed(caplog.messages) if "about" in line)
-        told = float(line.rpartition("about ")[2].removesuffix(" s"))
-        assert told == pytest.approx(max(1, slow.now - 4 * seconds), abs=1)  # less what it took to find out
-        assert told <= measure.LONGEST or found[seconds][0] == 1
-    assert found == {0.01: (5, 33, 3), 0.4: (5, 33, 3), 0.6: (3, 33, 3), 10.0: (1, 9, 3)}  # with the dense width
+        announced = float(line.rpartition("about ")[2].removesuffix(" s"))
+        assert announced == pytest.approx(max(1, device.now - 4 * seconds), abs=1)  # less what it took to find out
+        assert announced <= measure.LONGEST or counts[seconds][0] == 1
+    assert counts == {0.01: (5, 33, 3), 0.4: (5, 33, 3), 0.6: (3, 33, 3), 10.0: (1, 9, 3)}  # with the dense width
 
 
 def test_fewer_widths_give_the_same_table_of_a_linear_device() -> None:
@@ -173,8 +173,8 @@ def test_fewer_widths_give_the_same_table_of_a_linear_device() -> None:
         return [dict.fromkeys(TRACKS, float(count)) for count in counts]
 
     curves = []
-    for slow in (Slow(0.01, even), Slow(10.0, even)):
-        table = dataclasses.replace(builder(config), track_timer=slow.tracks, clock=slow.clock).measure({})
+    for device in (SlowDevice(0.01, even), SlowDevice(10.0, even)):
+        table = dataclasses.replace(builder(config), track_timer=device.tracks, clock=device.clock).measure({})
         curves.append(table.layers["prefill.host"][0].mlp)
     many, few = curves
     assert len(few) < len(many)
@@ -182,44 +182,44 @@ def test_fewer_widths_give_the_same_table_of_a_linear_device() -> None:
 
 
 def test_sampled_steps_have_the_mean_context() -> None:
-    seen: list[tuple[int, int]] = []
+    calls: list[tuple[int, int]] = []
     model = tiny("llama")
 
-    def look(_: Any, args: Any, kwargs: Any) -> None:
-        seen.append((args[0].shape[1], kwargs["past_key_values"].get_seq_length()))
+    def record_call(_: Any, args: Any, kwargs: Any) -> None:
+        calls.append((args[0].shape[1], kwargs["past_key_values"].get_seq_length()))
 
-    model.register_forward_pre_hook(look, with_kwargs=True)
+    model.register_forward_pre_hook(record_call, with_kwargs=True)
     for generate in (60, 3, 2):
         workload = dataclasses.replace(WORKLOAD, generate=generate)
         contexts = []
         for timer in (time_tracks, time_requests):
-            seen.clear()
+            calls.clear()
             timer([model], workload, 1)
-            steps = [context for width, context in seen if width == 1]
+            steps = [context for width, context in calls if width == 1]
             contexts.append(sum(steps) / len(steps))
         sampled, whole = contexts
         assert sampled == pytest.approx(whole, abs=0.5)
 
 
 def test_slow_whole_requests_are_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[str] = []
+    passes: list[str] = []
     model = tiny("llama")
-    model.register_forward_pre_hook(lambda *_: asked.append("pass"))
+    model.register_forward_pre_hook(lambda *_: passes.append("pass"))
     for patience, runs in ((1e9, 5), (0.0, 1)):
-        asked.clear()
+        passes.clear()
         monkeypatch.setattr(request_timing, "PATIENCE", patience)
         time_requests([model], WORKLOAD, 5)
-        assert len(asked) == (runs + 1) * WORKLOAD.generate
+        assert len(passes) == (runs + 1) * WORKLOAD.generate
 
 
-@pytest.mark.parametrize("most", [12, 8, 5])
-def test_dense_model_that_does_not_fit_is_halved(most: int) -> None:
-    def tight(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
-        if len(models[0].model.layers) > most:
+@pytest.mark.parametrize("max_layers", [12, 8, 5])
+def test_dense_model_that_does_not_fit_is_halved(max_layers: int) -> None:
+    def limited_timer(models: Sequence[Any], workload: WorkloadConfig, runs: int) -> list[dict[str, float]]:
+        if len(models[0].model.layers) > max_layers:
             raise torch.OutOfMemoryError
         return tiles(models, workload, runs)
 
-    small = dataclasses.replace(builder(tiny_config("llama", layers=24)), request_timer=tight, points=2)
+    small = dataclasses.replace(builder(tiny_config("llama", layers=24)), request_timer=limited_timer, points=2)
     assert small.measure({}).outside_layers["prefill.device"] == pytest.approx(0.5)
 
 
@@ -235,7 +235,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def test_a_table_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_table_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))
     table = tables.get_latency_table(config, sites, WORKLOAD, CPU, 8)
     monkeypatch.setattr(tables, "measure_table", None)
@@ -246,7 +246,7 @@ def test_a_table_is_measured_once(cache: Path, monkeypatch: pytest.MonkeyPatch) 
         tables.get_latency_table(config, sites, dataclasses.replace(WORKLOAD, batch=2), CPU, 8)
 
 
-def test_a_broken_file_in_the_cache_is_measured_again(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_broken_file_in_the_cache_is_measured_again(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))
     header = tables.checked_header(config, sites, WORKLOAD, CPU, 8)
     table_path(header).parent.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""A check breaks where a limit does, lists the right items, and never passes what it could not judge."""
+"""A check fails if a limit is broken, lists the right items, and never passes a task that it could not judge."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DATA: dict[str, Any] = {"data": "x.jsonl", "scorer": "accuracy"}
 
 
 def answers(right: str, metric: str = "accuracy", task: str = "t") -> TaskResult:
-    """An item a letter: "1" is right, "0" is wrong."""
+    """One item for each letter: "1" is right, "0" is wrong."""
     items = tuple(
         Item(f"i{index}", f"ask {index}", "yes", "yes" if sign == "1" else "no", sign == "1", {metric: float(sign)})
         for index, sign in enumerate(right)
@@ -49,7 +49,7 @@ def graded(values: list[float], metric: str = "rouge_l") -> TaskResult:
     return TaskResult("t", {metric: Score(sum(values) / len(values), 0.1, len(values))}, items)
 
 
-def held(mine: TaskResult, theirs: TaskResult | None, limits: Any = None, **keys: Any) -> CheckResult:
+def check_task(mine: TaskResult, theirs: TaskResult | None, limits: Any = None, **keys: Any) -> CheckResult:
     scripted = {**DATA, "scorer": "rouge"} if "rouge_l" in mine.scores else DATA
     suite = parse_suite({"tasks": {"t": {**scripted, **({"limits": limits} if limits else {})}}, **keys})
     return check_limits(Evaluation({"t": mine}), Evaluation({"t": theirs}) if theirs else None, suite)
@@ -70,8 +70,8 @@ def held(mine: TaskResult, theirs: TaskResult | None, limits: Any = None, **keys
         ({"min": 0.1, "relative": 0.9}, True),
     ],
 )
-def test_a_limit_holds_up_to_its_bound(limits: dict[str, Any], breaks: bool) -> None:
-    result = held(answers("11110000"), answers("11111100"), limits)
+def test_limit_holds_up_to_its_bound(limits: dict[str, Any], breaks: bool) -> None:
+    result = check_task(answers("11110000"), answers("11111100"), limits)
     assert bool(result.broken) is breaks
     assert result.exit_code == int(breaks)
 
@@ -88,9 +88,9 @@ def test_limits_on_perplexity_take_lower_as_better() -> None:
 
 
 def test_without_limits_a_task_must_not_be_significantly_worse() -> None:
-    assert held(answers("1" * 20 + "0" * 20), answers("1" * 40)).broken
-    assert not held(answers("1" * 39 + "0"), answers("1" * 40)).broken
-    assert not held(answers("1" * 40), answers("1" * 20 + "0" * 20)).broken  # better is not worse
+    assert check_task(answers("1" * 20 + "0" * 20), answers("1" * 40)).broken
+    assert not check_task(answers("1" * 39 + "0"), answers("1" * 40)).broken
+    assert not check_task(answers("1" * 40), answers("1" * 20 + "0" * 20)).broken  # better is not worse
 
 
 def test_many_tests_are_corrected_for_each_other() -> None:
@@ -106,55 +106,55 @@ def test_many_tests_are_corrected_for_each_other() -> None:
 
 
 def test_new_failures_are_those_that_were_right_before() -> None:
-    result = held(answers("0110"), answers("1101"))
+    result = check_task(answers("0110"), answers("1101"))
     assert [failure.id for failure in result.failures] == ["i0", "i3"]
     first = result.failures[0]
     assert (first.prompt, first.expected, first.before, first.after, first.lost) == ("ask 0", "yes", "yes", "no", 1.0)
-    assert held(answers("1111"), answers("0000")).failures == ()
+    assert check_task(answers("1111"), answers("0000")).failures == ()
 
 
 def test_new_failures_of_graded_items_are_the_worst() -> None:
-    result = held(graded([0.5, 0.1, 0.9, 0.3]), graded([0.5, 0.9, 0.8, 0.4]))
+    result = check_task(graded([0.5, 0.1, 0.9, 0.3]), graded([0.5, 0.9, 0.8, 0.4]))
     assert [failure.id for failure in result.failures] == ["i1", "i3"]
     assert result.failures[0].lost == pytest.approx(0.8)
-    many = held(graded([0.0] * 30), graded([n / 30 for n in range(30)]))
+    many = check_task(graded([0.0] * 30), graded([n / 30 for n in range(30)]))
     assert len(many.failures) == 10
     assert many.failures[0].id == "i29"
 
 
 def test_new_failures_of_graded_items_show_both_scores() -> None:
-    result = held(graded([0.5, 0.125]), graded([0.5, 0.75]))
+    result = check_task(graded([0.5, 0.125]), graded([0.5, 0.75]))
     (failure,) = result.failures
     assert (failure.metric, failure.score_before, failure.score_after) == ("rouge_l", 0.75, 0.125)
     for listed in (render_check(result), render_junit(result)):
         assert "rouge_l 0.75 before, 0.125 after" in listed
-    (text,) = held(graded([3.5], "perplexity"), graded([1.5], "perplexity")).failures
+    (text,) = check_task(graded([3.5], "perplexity"), graded([1.5], "perplexity")).failures
     assert text.score_change == "nll 1.5 before, 3.5 after"  # an item has no perplexity of its own
-    assert "scored" not in render_check(held(answers("0"), answers("1")))  # its two answers say it
+    assert "scored" not in render_check(check_task(answers("0"), answers("1")))  # its two answers say it
 
 
 def test_task_that_cannot_be_judged_does_not_pass() -> None:
     fine = answers("1111")
     failed = TaskResult("t", {}, (), error="the server is down")
-    assert held(failed, fine).exit_code == 2
-    assert held(fine, failed).errors == {"t": "the reference: the server is down"}
-    assert "needs a reference" in held(fine, None, {"relative": 0.9}).errors["t"]
-    assert held(fine, None, {"min": 0.5}).exit_code == 0
+    assert check_task(failed, fine).exit_code == 2
+    assert check_task(fine, failed).errors == {"t": "the reference: the server is down"}
+    assert "needs a reference" in check_task(fine, None, {"relative": 0.9}).errors["t"]
+    assert check_task(fine, None, {"min": 0.5}).exit_code == 0
     nothing = check_limits(
         Evaluation({}), Evaluation({}), parse_suite({"tasks": {"t": {**DATA, "limits": {"min": 0.5}}}})
     )
     assert nothing.exit_code == 2
     others = TaskResult("t", fine.scores, tuple(replace(item, id=f"x{item.id}") for item in fine.items))
-    assert "no item has accuracy in both" in held(fine, others, {"statistical": True}).errors["t"]
+    assert "no item has accuracy in both" in check_task(fine, others, {"statistical": True}).errors["t"]
     nan = TaskResult("t", {"accuracy": Score(math.nan, math.nan, 4)}, fine.items)
     for limits in ({"min": 0.5}, {"statistical": True}, {"relative": 0.5}):
-        assert held(nan, fine, limits).exit_code == 1
-    broken_reference = held(fine, nan, {"relative": 0.5})
+        assert check_task(nan, fine, limits).exit_code == 1
+    broken_reference = check_task(fine, nan, {"relative": 0.5})
     assert broken_reference.exit_code != 0
 
 
 def inserted(suite: Suite, path: Path, *, at: int) -> tuple[Evaluation, Evaluation]:
-    """Kept results of 40 rows without an id, and those after a row was inserted."""
+    """Results of 40 rows without ids after a row was inserted, and saved results from before."""
     rows = [{"prompt": f"case {n}", "choices": ["yes", "no"], "answer": n % 3 % 2} for n in range(40)]
     write_lines(path, *rows)
     kept = Evaluation.from_json(evaluate_suite(ScriptedBackend(), suite).to_json())
@@ -166,21 +166,21 @@ def inserted(suite: Suite, path: Path, *, at: int) -> tuple[Evaluation, Evaluati
 def test_reference_of_other_rows_is_refused(tmp_path: Path, limits: Any) -> None:
     scripted = {"data": "rows.jsonl", "scorer": "accuracy", **({"limits": limits} if limits else {})}
     suite = suite_in(tmp_path, {"t": scripted})
-    now, kept = inserted(suite, tmp_path / "rows.jsonl", at=0)
-    result = check_limits(now, kept, suite)
+    current, saved = inserted(suite, tmp_path / "rows.jsonl", at=0)
+    result = check_limits(current, saved, suite)
     assert (result.exit_code, result.verdicts, result.failures) == (2, (), ())
     assert "evaluate the reference anew, and give rows an" in result.errors["t"]
     assert "\n" not in result.errors["t"]
 
 
 def test_moved_rows_are_no_new_failures(tmp_path: Path) -> None:
-    """Right before and wrong now counts for the same question alone; a least score needs no reference at all."""
+    """A new failure is the same question, right before and wrong now; a limit `min` needs no reference."""
     suite = suite_in(tmp_path, {"t": {"data": "rows.jsonl", "scorer": "accuracy", "limits": {"min": 0.5}}})
-    now, kept = inserted(suite, tmp_path / "rows.jsonl", at=30)
-    wrong = replace(now.tasks["t"], items=tuple(replace(item, correct=False) for item in now.tasks["t"].items))
-    result = check_limits(Evaluation({"t": wrong}), kept, suite)
+    current, saved = inserted(suite, tmp_path / "rows.jsonl", at=30)
+    wrong = replace(current.tasks["t"], items=tuple(replace(item, correct=False) for item in current.tasks["t"].items))
+    result = check_limits(Evaluation({"t": wrong}), saved, suite)
     assert result.exit_code == 0
-    before = {item.id: item.prompt for item in kept.tasks["t"].items}
+    before = {item.id: item.prompt for item in saved.tasks["t"].items}
     assert {(failure.id, failure.prompt) for failure in result.failures} <= set(before.items())
     assert len(result.failures) == 30
 
@@ -192,17 +192,20 @@ def test_limits_of_a_group_hold_for_its_tasks() -> None:
 
 
 def test_limits_of_a_task_hold_for_no_other() -> None:
-    """Not for one whose name begins with its name and a slash, and such a one does not stand in for it."""
+    """A task named `legal/hard` is neither limited by `legal` nor accepted as a result of it."""
 
     def limited(least: float, **scripted: Any) -> dict[str, Any]:
         return {**(scripted or DATA), "limits": {"accuracy": {"min": least}}}
 
-    own = parse_suite({"tasks": {"legal": limited(0.9), "legal/hard": limited(0.3)}})
+    suite = parse_suite({"tasks": {"legal": limited(0.9), "legal/hard": limited(0.3)}})
     easy, hard = answers("1", task="legal"), answers("10", task="legal/hard")
-    result = check_limits(Evaluation({"legal": easy, "legal/hard": hard}), None, own)
-    assert [(each.limit.task, each.limit.bound) for each in result.verdicts] == [("legal", 0.9), ("legal/hard", 0.3)]
+    result = check_limits(Evaluation({"legal": easy, "legal/hard": hard}), None, suite)
+    assert [(verdict.limit.task, verdict.limit.bound) for verdict in result.verdicts] == [
+        ("legal", 0.9),
+        ("legal/hard", 0.3),
+    ]
     assert result.exit_code == 0
-    assert "not among the results" in check_limits(Evaluation({"legal/hard": hard}), None, own).errors["legal"]
+    assert "not among the results" in check_limits(Evaluation({"legal/hard": hard}), None, suite).errors["legal"]
     alone = parse_suite({"tasks": {"legal": limited(0.9)}})  # and results hold a task of another suite
     assert len(check_limits(Evaluation({"legal": easy, "legal/hard": hard}), None, alone).verdicts) == 1
     groups = parse_suite(
@@ -210,7 +213,7 @@ def test_limits_of_a_task_hold_for_no_other() -> None:
     )
     names = ("g/a", "g/own", "g/h/a")
     result = check_limits(Evaluation({name: answers("1", task=name) for name in names}), None, groups)
-    assert [(each.limit.task, each.limit.bound) for each in result.verdicts] == list(
+    assert [(verdict.limit.task, verdict.limit.bound) for verdict in result.verdicts] == list(
         zip(names, (0.9, 0.3, 0.2), strict=True)
     )
     assert not result.errors
@@ -218,8 +221,8 @@ def test_limits_of_a_task_hold_for_no_other() -> None:
 
 def test_junit_has_verdicts_failures_and_errors() -> None:
     mine = answers("0" * 20)
-    odd = replace(mine, items=(replace(mine.items[0], got="\x00\x1b[31m <b>&\ud800"), *mine.items[1:]))
-    result = held(odd, answers("1" * 20), {"min": 0.5, "max": 2})
+    unprintable = replace(mine, items=(replace(mine.items[0], got="\x00\x1b[31m <b>&\ud800"), *mine.items[1:]))
+    result = check_task(unprintable, answers("1" * 20), {"min": 0.5, "max": 2})
     root = ElementTree.fromstring(render_junit(result))
     assert (root.get("tests"), root.get("failures"), root.get("errors")) == ("2", "1", "0")
     cases = root.findall(".//testcase")
@@ -228,19 +231,19 @@ def test_junit_has_verdicts_failures_and_errors() -> None:
     assert failure.text is not None
     assert failure.text.startswith("20 new failures\ni0\n  asked: ask 0\n  expected: yes\n  before: yes\n  after: ")
     assert "<b>&" in failure.text
-    errors = ElementTree.fromstring(render_junit(held(TaskResult("t", {}, (), error="down"), answers("1"))))
+    errors = ElementTree.fromstring(render_junit(check_task(TaskResult("t", {}, (), error="down"), answers("1"))))
     assert [case.find("error") is not None for case in errors.findall(".//testcase")] == [True]
 
 
 def test_check_json_is_complete_and_has_no_nan() -> None:
-    result = held(answers("0" * 20), answers("1" * 20), {"min": 0.5})
+    result = check_task(answers("0" * 20), answers("1" * 20), {"min": 0.5})
     data = json.loads(result.to_json(), parse_constant=lambda name: pytest.fail(name))
     assert (data["format"], data["ok"], len(data["failures"])) == ("prunetune-check-1", False, 20)
     assert data["verdicts"][0]["limit"] == {"task": "t", "metric": "accuracy", "kind": "min", "bound": 0.5}
     assert "BROKEN  t: accuracy is 0, at least 0.5 is required" in render_check(result)
 
 
-def test_a_planted_regression_is_caught_with_its_items(tmp_path: Path) -> None:
+def test_planted_regression_is_caught_with_its_items(tmp_path: Path) -> None:
     suite = suite_in(tmp_path, {"organ": {"data": "chosen.jsonl", "scorer": "accuracy"}})
     wrong = [f"c{n}" for n in range(7)]
     result = check_limits(
@@ -257,7 +260,7 @@ Said = Callable[..., tuple[int, str, str]]
 
 @pytest.fixture
 def say(say: Said, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Said:
-    """The command line, with a cache of its own."""
+    """The command line with an empty cache."""
     monkeypatch.setenv("PRUNETUNE_CACHE", str(tmp_path / "cache"))
     return say
 
@@ -286,7 +289,7 @@ def test_unwritable_output_is_refused_before_scoring(
     assert "kept.json: its folder cannot be written to; name a file in another one" in err
 
 
-def test_a_worse_model_exits_1_with_reports(tmp_path: Path, say: Said) -> None:
+def test_worse_model_exits_1_with_reports(tmp_path: Path, say: Said) -> None:
     suite = suite_file(tmp_path, TASKS)
     for name, scripted in (("old", ScriptedBackend()), ("new", ScriptedBackend(wrong=["c3"]))):
         (tmp_path / f"{name}.json").write_text(evaluate_suite(scripted, suite_in(tmp_path, TASKS)).to_json())
@@ -311,7 +314,7 @@ def test_run_is_checked_against_its_dense_model(tmp_path: Path, say: Said) -> No
 
 
 def test_run_of_a_gguf_file_is_checked_against_the_dequantised_file(tmp_path: Path, say: Said) -> None:
-    """In transformers, dequantised: llama.cpp would give no likelihood of texts."""
+    """The reference is dequantised in transformers, since llama.cpp gives no likelihoods of texts."""
     run, _ = run_folder(
         tmp_path / "run", subwords(), layout="uniform", plan=plan_of(tiny("llama", **WIDE), groups=2, channels=64)
     )
@@ -324,7 +327,7 @@ def test_run_of_a_gguf_file_is_checked_against_the_dequantised_file(tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (("eval", "{model}", "--suite", "{tmp}/none.yaml"), "cannot read the suite"),
         (("eval", "{tmp}/none", "--suite", "{suite}"), "not a model folder"),
@@ -340,17 +343,17 @@ def test_run_of_a_gguf_file_is_checked_against_the_dequantised_file(tmp_path: Pa
         (("eval", "{model}", "--suite", "{suite}", "--device", "warp"), "device 'warp' is not available"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, say: Said, arguments: tuple[str, ...], said: str) -> None:
+def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, say: Said, arguments: tuple[str, ...], message: str) -> None:
     suite = suite_file(tmp_path, TASKS)
     Path(f"{suite}.json").write_text('{"format": 3}')
     names = {"model": model_folder(tmp_path / "model"), "tmp": tmp_path, "suite": suite}
     code, out, err = say(*(argument.format(**names) for argument in arguments))
     assert (code, out) == (2, "")
-    assert said in err.splitlines()[-1]
+    assert message in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
-    ("against", "said"),
+    ("against", "message"),
     [
         ("{tmp}/typo", "not a model folder"),
         ("{tmp}/typo.gguf", "no such file"),
@@ -361,8 +364,8 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, say: Said, arguments: 
         ("http:///v1", "is no URL"),
     ],
 )
-def test_a_reference_that_cannot_be_opened_is_refused_before_the_model_is_scored(
-    tmp_path: Path, say: Said, monkeypatch: pytest.MonkeyPatch, against: str, said: str
+def test_reference_that_cannot_be_opened_is_refused_before_the_model_is_scored(
+    tmp_path: Path, say: Said, monkeypatch: pytest.MonkeyPatch, against: str, message: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("prunetune.evaluation.suites.api.evaluate_suite", lambda *_, **__: pytest.fail("it was scored"))
@@ -371,10 +374,10 @@ def test_a_reference_that_cannot_be_opened_is_refused_before_the_model_is_scored
     (tmp_path / "void").mkdir()
     code, out, err = say("check", model, "--suite", suite, "--against", against.format(tmp=tmp_path), "--device", "cpu")
     assert (code, out) == (2, "")
-    assert re.search(said, err.splitlines()[-1])
+    assert re.search(message, err.splitlines()[-1])
 
 
-def test_the_other_tasks_are_reported_where_one_fails(tmp_path: Path, say: Said) -> None:
+def test_other_tasks_are_reported_if_one_fails(tmp_path: Path, say: Said) -> None:
     suite = suite_file(tmp_path, {**TASKS, "bad": {"data": "nowhere.jsonl", "scorer": "accuracy"}})
     code, out, err = say("eval", model_folder(tmp_path / "model"), "--suite", suite, "--device", "cpu")
     assert code == 2

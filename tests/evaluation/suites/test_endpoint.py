@@ -1,4 +1,4 @@
-"""An endpoint that works is scored like a model; one that does not costs its tasks, in bounded time, and says why."""
+"""Endpoints: scores equal those of a model, and a failing endpoint gives each task an error in bounded time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ def endpoint(url: str, **options: Any) -> Endpoint:
 PLAIN = GenerationSettings()
 
 
-def asked(backend: Endpoint, request_kind: Any, record: Record = RECORD, settings: GenerationSettings = PLAIN) -> Any:
+def request_one(
+    backend: Endpoint, request_kind: Any, record: Record = RECORD, settings: GenerationSettings = PLAIN
+) -> Any:
     return backend.run_requests(request_kind, [record], settings, lambda _: None)[0]
 
 
@@ -39,34 +41,39 @@ def nats(text: str) -> float:
 
 def test_likelihoods_come_from_the_echo_of_the_prompt() -> None:
     with serving(characters_model) as server:
-        outcome = asked(endpoint(server.url), "loglikelihood")
+        outcome = request_one(endpoint(server.url), "loglikelihood")
         assert [tokens for _, tokens in outcome] == [5, 4]
         assert [value for value, _ in outcome] == pytest.approx([-nats("heart"), -nats("head")])
-        assert asked(endpoint(server.url), "nll") == pytest.approx([nats("heart"), 5, 5])
+        assert request_one(endpoint(server.url), "nll") == pytest.approx([nats("heart"), 5, 5])
         text = Record(kind="text", completion="föx")
-        assert asked(endpoint(server.url), "nll", text) == pytest.approx([nats("öx"), 2, 3])  # the first has none
+        assert request_one(endpoint(server.url), "nll", text) == pytest.approx([nats("öx"), 2, 3])  # the first has none
     body = server.requests[0][1]
     assert (body["model"], body["temperature"], body["echo"]) == ("m", 0, True)
 
 
 def test_answers_are_generated_by_completion_or_chat() -> None:
     with serving(characters_model) as server:
-        assert asked(endpoint(server.url), "generate") == "to Where?"
-        assert asked(endpoint(server.url), "generate", settings=GenerationSettings(template="chat")) == "re: Where?"
+        assert request_one(endpoint(server.url), "generate") == "to Where?"
+        assert (
+            request_one(endpoint(server.url), "generate", settings=GenerationSettings(template="chat")) == "re: Where?"
+        )
         chat = Record(kind="chat", completion="c", messages=(("system", "s"), ("user", "u")))
-        assert asked(endpoint(server.url), "generate", chat, GenerationSettings(max_new_tokens=3, stop=(":",))) == "re"
+        assert (
+            request_one(endpoint(server.url), "generate", chat, GenerationSettings(max_new_tokens=3, stop=(":",)))
+            == "re"
+        )
     path, body, _ = server.requests[-1]
     assert path == "/v1/chat/completions"
     assert body["messages"] == [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
     assert (body["max_tokens"], body["stop"]) == (3, [":"])
 
 
-def test_a_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(characters_model) as server:
         with pytest.raises(BackendError, match="variable PRUNETUNE_TEST_KEY is not set"):
-            asked(endpoint(server.url, key_env="PRUNETUNE_TEST_KEY"), "generate")
+            request_one(endpoint(server.url, key_env="PRUNETUNE_TEST_KEY"), "generate")
         monkeypatch.setenv("PRUNETUNE_TEST_KEY", "k")
-        asked(endpoint(server.url, key_env="PRUNETUNE_TEST_KEY"), "generate")
+        request_one(endpoint(server.url, key_env="PRUNETUNE_TEST_KEY"), "generate")
     assert server.requests[-1][2]["Authorization"] == "Bearer k"
 
 
@@ -89,7 +96,7 @@ def test_evaluate_opens_an_endpoint_by_its_address(tmp_path: Path) -> None:
 
 def test_likelihoods_of_chats_and_lm_eval_tasks_are_refused() -> None:
     with pytest.raises(BackendError, match="likelihoods of a chat"):
-        asked(endpoint("http://127.0.0.1:9/v1"), "loglikelihood", settings=GenerationSettings(template="chat"))
+        request_one(endpoint("http://127.0.0.1:9/v1"), "loglikelihood", settings=GenerationSettings(template="chat"))
     with pytest.raises(BackendError, match="need the weights"):
         endpoint("http://127.0.0.1:9/v1").model_and_tokenizer()
 
@@ -108,19 +115,19 @@ GARBAGE: dict[str, Reply] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("said", GARBAGE)
-def test_unusable_reply_is_a_one_line_error(said: str) -> None:
-    with serving(lambda *_: GARBAGE[said]) as server, pytest.raises(BackendError, match=said) as refused:
-        asked(endpoint(server.url), "generate")
+@pytest.mark.parametrize("message", GARBAGE)
+def test_unusable_reply_is_a_one_line_error(message: str) -> None:
+    with serving(lambda *_: GARBAGE[message]) as server, pytest.raises(BackendError, match=message) as refused:
+        request_one(endpoint(server.url), "generate")
     assert "\n" not in str(refused.value)
     # What may pass is tried again; what will not is not.
-    assert len(server.requests) == (3 if "503" in said else 1)
+    assert len(server.requests) == (3 if "503" in message else 1)
 
 
 def test_busy_server_is_asked_again() -> None:
     replies: list[Reply] = [503, 429, {"choices": [{"text": "yes"}]}]
     with serving(lambda *_: replies.pop(0)) as server:
-        assert asked(endpoint(server.url), "generate") == "yes"
+        assert request_one(endpoint(server.url), "generate") == "yes"
 
 
 @pytest.mark.parametrize("slow", [{"wait": 30.0}, {"drip": 0.2}])
@@ -128,7 +135,7 @@ def test_slow_reply_ends_at_the_deadline(slow: dict[str, float]) -> None:
     started = now()
     late = r"no complete reply within 0.3 s"
     with serving(characters_model, **slow) as server, pytest.raises(BackendError, match=late):
-        asked(endpoint(server.url, timeout=0.3, max_attempts=2), "generate")
+        request_one(endpoint(server.url, timeout=0.3, max_attempts=2), "generate")
     assert now() - started < 20  # not a measure: it ends at all
     assert len(server.requests) == 2
 
@@ -151,7 +158,7 @@ def test_empty_answers_are_scored_as_wrong(tmp_path: Path) -> None:
     )
 
 
-def test_the_first_failure_stops_a_task() -> None:
+def test_first_failure_stops_a_task() -> None:
     with serving(lambda *_: 404) as server, pytest.raises(BackendError):
         endpoint(server.url).run_requests("generate", [RECORD] * 200, GenerationSettings(), lambda _: None)
     assert len(server.requests) < 20
@@ -184,13 +191,13 @@ def test_judge_scores_are_between_0_and_1(tmp_path: Path) -> None:
         assert sorted(item.scores["judge"] for item in first.items) == sorted(
             1.0 if "Q0" in item.prompt else 0.0 for item in first.items
         )
-        own = judged(tmp_path, server.url, prompt="{{ prompt }} {{ got }} {{ id }}", low=0.0, high=10.0)
-        assert {item.scores["judge"] for item in own.items} <= {0.5, 0.1}
+        custom = judged(tmp_path, server.url, prompt="{{ prompt }} {{ got }} {{ id }}", low=0.0, high=10.0)
+        assert {item.scores["judge"] for item in custom.items} <= {0.5, 0.1}
         assert "allow it" in judged(tmp_path, server.url, allow=()).error
     assert server.requests[0][1]["temperature"] == 0
 
 
-def test_judge_without_a_mark_is_an_error(tmp_path: Path) -> None:
+def test_judge_reply_without_a_mark_is_an_error(tmp_path: Path) -> None:
     with serving(lambda *_: {"choices": [{"message": {"content": "It is 77\nfine."}}]}) as server:
         assert "no number from 1 to 5 in its reply" in judged(tmp_path, server.url).error
         assert "the scale has to rise" in judged(tmp_path, server.url, low=5.0, high=5.0).error
@@ -238,7 +245,7 @@ def test_every_mark_of_every_scale_is_read_in_every_form() -> None:
 
 
 @pytest.mark.parametrize(
-    ("reply", "said"),
+    ("reply", "message"),
     [
         ("2 points are right. I say 4", "2 numbers from 1 to 5 in its reply on item i"),
         ("between 3 and 4", "no number"),
@@ -248,7 +255,7 @@ def test_every_mark_of_every_scale_is_read_in_every_form() -> None:
         ("none", "no number"),
     ],
 )
-def test_reply_without_exactly_one_mark_is_refused(reply: str, said: str) -> None:
-    with pytest.raises(BackendError, match=said) as refused:
+def test_reply_without_exactly_one_mark_is_refused(reply: str, message: str) -> None:
+    with pytest.raises(BackendError, match=message) as refused:
         _mark(reply, 1, 5, "i")
     assert "\n" not in str(refused.value)

@@ -1,4 +1,4 @@
-"""The example of docs/extend/scorer.md works as written: a function of one's own, and a scorer in the table."""
+"""The example of docs/extend/scorer.md works as written: a custom function, and a scorer in the table."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def blocks(language: str) -> list[str]:
 
 
 def scored(folder: Path, suite: str, answer: str) -> TaskResult:
-    """The one task of a suite file, where the model answers every row the same."""
+    """Result of the only task of a suite file; the model gives every row the same answer."""
     (task,) = yaml.safe_load(suite)["tasks"].values()
     write_lines(folder / task["data"], *ROWS)
     (folder / "suite.yaml").write_text(suite, encoding="utf-8")
@@ -34,14 +34,14 @@ def scored(folder: Path, suite: str, answer: str) -> TaskResult:
     return result
 
 
-def test_a_function_of_your_own_is_used_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scorer_of_the_example_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_scores.py").write_text(blocks("python")[0], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     result = scored(tmp_path, blocks("yaml")[0], "20 pills")
     assert result.scores["same_numbers"].value == pytest.approx((0.5 + 0.0) / 2)
 
 
-def test_a_scorer_is_one_function_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scorer_is_one_function_and_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     function, table = blocks("python")[1:]
     names: dict[str, Any] = {**vars(text_scorers), **vars(scorers)}
     exec(function, names)

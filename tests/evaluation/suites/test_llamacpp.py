@@ -1,4 +1,4 @@
-"""A .gguf file through llama.cpp: what it writes, and how likely it finds choices."""
+"""Evaluation of a .gguf file through llama.cpp: generated answers and likelihoods of choices."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_tiny_gguf_answers_as_its_weights_do_without_output(tmp_path: Path, capf
 
 @pytest.mark.slow
 def test_real_gguf_answers_as_its_weights_do(tmp_path: Path) -> None:
-    """llama.cpp rounds what 4-bit weights are multiplied with: likelihoods agree to some tenths of a nat."""
+    """llama.cpp rounds the inputs of 4-bit weights, so likelihoods agree to some tenths of a nat."""
     pytest.importorskip("xllamacpp")
     from prunetune.model.loading import demo_file, load_model_and_tokenizer
 
@@ -104,10 +104,10 @@ def test_answers_of_a_gguf_are_cached(tmp_path: Path, monkeypatch: pytest.Monkey
         tmp_path / "a.jsonl", {"prompt": "The capital of France is", "choices": [" Paris", " Rome"], "answer": 0}
     )
     suite = parse_suite({"tasks": {"t": {"data": "a.jsonl", "scorer": "accuracy"}}}, folder=tmp_path)
-    asked = []
+    misses = []
     for _ in range(2):
         model = open_backend(str(demo_file()), EvalOptions())
         assert isinstance(model, CachedBackend)
         assert evaluate_suite(model, suite).tasks["t"].scores["accuracy"].value == 1.0
-        asked.append(model.cache_misses)
-    assert asked == [1, 0]
+        misses.append(model.cache_misses)
+    assert misses == [1, 0]

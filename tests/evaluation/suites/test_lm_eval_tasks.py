@@ -1,4 +1,4 @@
-"""lm-eval's tasks by name: its own numbers, on a task made in the test."""
+"""Tasks of lm-eval by name: scores equal those of lm-eval, on a task defined in the test."""
 
 from __future__ import annotations
 
@@ -46,11 +46,11 @@ def scored(folder: Path, monkeypatch: pytest.MonkeyPatch, **tasks: Any) -> Any:
     return evaluate_suite(LocalModel(speaker(), characters()), parse_suite({"tasks": tasks}, folder=folder))
 
 
-def test_lm_eval_s_numbers_equal_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_eval_scores_equal_those_of_the_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("lm_eval")
     tasks_in(tmp_path)
     ours = {"data": "organs.jsonl", "scorer": "accuracy", "limit": 0}
-    found = scored(
+    evaluation = scored(
         tmp_path,
         monkeypatch,
         theirs={"lm_eval": NAME, "include": ".", "limit": 0},
@@ -58,30 +58,30 @@ def test_lm_eval_s_numbers_equal_ours(tmp_path: Path, monkeypatch: pytest.Monkey
         characters={**ours, "likelihood": "characters"},
         few={"lm_eval": NAME, "include": ".", "limit": 5},
     )
-    assert [result.error for result in found.tasks.values()] == [""] * 4
-    theirs = found.tasks["theirs"]
-    assert theirs.scores["acc"].value == pytest.approx(found.tasks["sums"].scores["accuracy"].value, abs=1e-9)
-    assert theirs.scores["acc_norm"].value == pytest.approx(found.tasks["characters"].scores["accuracy"].value)
-    assert theirs.scores["acc"].se == pytest.approx(found.tasks["sums"].scores["accuracy"].se, abs=1e-9)
-    by_prompt = {item.prompt: item for item in found.tasks["sums"].items}
+    assert [result.error for result in evaluation.tasks.values()] == [""] * 4
+    theirs = evaluation.tasks["theirs"]
+    assert theirs.scores["acc"].value == pytest.approx(evaluation.tasks["sums"].scores["accuracy"].value, abs=1e-9)
+    assert theirs.scores["acc_norm"].value == pytest.approx(evaluation.tasks["characters"].scores["accuracy"].value)
+    assert theirs.scores["acc"].se == pytest.approx(evaluation.tasks["sums"].scores["accuracy"].se, abs=1e-9)
+    by_prompt = {item.prompt: item for item in evaluation.tasks["sums"].items}
     for item in theirs.items:
         assert item.correct == by_prompt[item.prompt].correct
-    assert (theirs.scores["acc"].n, len(found.tasks["few"].items)) == (12, 5)
+    assert (theirs.scores["acc"].n, len(evaluation.tasks["few"].items)) == (12, 5)
 
 
 def test_unknown_lm_eval_task_is_an_error_before_any_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     index = SimpleNamespace(all_tasks=["arc_easy", "pubmedqa"])  # reading lm-eval's own takes a while
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=lambda **_: index))
-    found = scored(tmp_path, monkeypatch, wrong={"lm_eval": "arc_eazy"})
-    assert "lm_eval task 'arc_eazy' is not known; did you mean arc_easy?" in found.tasks["wrong"].error
+    evaluation = scored(tmp_path, monkeypatch, wrong={"lm_eval": "arc_eazy"})
+    assert "lm_eval task 'arc_eazy' is not known; did you mean arc_easy?" in evaluation.tasks["wrong"].error
     index.all_tasks = [f"task_{number}" for number in range(2000)]
-    found = scored(tmp_path, monkeypatch, wrong={"lm_eval": "zzz"})
-    assert "2,000 are known, and none has a name like it" in found.tasks["wrong"].error
+    evaluation = scored(tmp_path, monkeypatch, wrong={"lm_eval": "zzz"})
+    assert "2,000 are known, and none has a name like it" in evaluation.tasks["wrong"].error
 
 
 def test_missing_lm_eval_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.split(".")[0] == "lm_eval"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    found = scored(tmp_path, monkeypatch, any={"lm_eval": "arc_easy"})
-    assert "pip install 'prunetune[lm-eval]'" in found.tasks["any"].error
+    evaluation = scored(tmp_path, monkeypatch, any={"lm_eval": "arc_easy"})
+    assert "pip install 'prunetune[lm-eval]'" in evaluation.tasks["any"].error

@@ -1,4 +1,4 @@
-"""D1 in small: a model that knows its task, planted regressions, and what `prunetune check` says of them."""
+"""Planted regressions in a tiny trained model: `prunetune check` reports each with the right items."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CASES = 64
 
 
 def rows() -> list[dict[str, Any]]:
-    """After two letters comes a third: a table of 64 that has to be learnt by heart."""
+    """64 questions: two letters and the third that follows, which a model has to memorise."""
     table = torch.randint(0, 4, (CASES,), generator=torch.Generator().manual_seed(0)).tolist()
     return [
         {"prompt": f"{LETTERS[n // 8]}{LETTERS[n % 8]}=", "choices": list("wxyz"), "answer": right, "id": f"k{n}"}
@@ -49,8 +49,8 @@ def examples() -> Any:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """dense/, which knows the table, and the suite."""
-    place = tmp_path_factory.mktemp("planted")
+    """A folder with `dense/`, a model that memorised the table, and the suite."""
+    workspace = tmp_path_factory.mktemp("planted")
     model = speaker(max_position_embeddings=64).train()
     batch = collate(examples(), 0)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
@@ -61,13 +61,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         optimiser.zero_grad()
         if loss < 0.02:
             break
-    save(model.eval(), place / "dense")
-    write_lines(place / "table.jsonl", *rows())
+    save(model.eval(), workspace / "dense")
+    write_lines(workspace / "table.jsonl", *rows())
     # The likelihood of right answers falls before answers flip: it sees what accuracy cannot yet.
     limits = {"accuracy": {"statistical": True}, "nll": {"statistical": True}}
     task = {"data": "table.jsonl", "scorer": ["accuracy", "nll"], "limits": limits}
-    (place / "suite.yaml").write_text(yaml.safe_dump({"tasks": {"table": task}}))
-    return place
+    (workspace / "suite.yaml").write_text(yaml.safe_dump({"tasks": {"table": task}}))
+    return workspace
 
 
 def save(model: Any, folder: Path) -> None:
@@ -80,7 +80,7 @@ def dense(folder: Path) -> Any:
 
 
 def without_channels(folder: Path, to: Path) -> None:
-    """The 5% of MLP channels that weigh most go, in every layer."""
+    """Remove the 5% of MLP channels with the highest scores from every layer."""
     model = dense(folder)
     sites = tuple(find_sites(model))
     scores = wanda_sp(Calibration(model, sites, (collate(examples(), 0),)))
@@ -97,7 +97,7 @@ def without_channels(folder: Path, to: Path) -> None:
 
 
 def corrupted_head(folder: Path, to: Path) -> None:
-    """The rows of the answers move on by one."""
+    """Shift the output rows of the answers by one."""
     model = dense(folder)
     ids = torch.tensor(characters()("wxyz", add_special_tokens=False)["input_ids"])
     with torch.no_grad():
@@ -106,17 +106,17 @@ def corrupted_head(folder: Path, to: Path) -> None:
 
 
 def mixed_tokenizer(folder: Path, to: Path) -> None:
-    """Two letters have each other's number."""
+    """Swap the token ids of two letters."""
     shutil.copytree(folder / "dense", to)
-    told = json.loads((to / "tokenizer.json").read_text(encoding="utf-8"))
-    words = told["model"]["vocab"]
+    tokenizer = json.loads((to / "tokenizer.json").read_text(encoding="utf-8"))
+    words = tokenizer["model"]["vocab"]
     words["a"], words["b"] = words["b"], words["a"]
-    (to / "tokenizer.json").write_text(json.dumps(told), encoding="utf-8")
+    (to / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
 
 
 @torch.inference_mode()
 def right_by_hand(folder: Path) -> set[str]:
-    """The rows whose right choice is the likeliest, one at a time, with nothing of the suite's."""
+    """Rows whose right choice is the likeliest, scored one at a time without the suite."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     result = set()
     for row in rows():
@@ -139,7 +139,7 @@ def checked(folder: Path, model: str, monkeypatch: pytest.MonkeyPatch) -> tuple[
 
 
 @pytest.mark.parametrize("plant", [without_channels, corrupted_head, mixed_tokenizer])
-def test_a_planted_regression_is_caught_with_the_right_items(
+def test_planted_regression_is_caught_with_the_right_items(
     folder: Path, plant: Callable[[Path, Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plant(folder, folder / plant.__name__)
@@ -151,7 +151,7 @@ def test_a_planted_regression_is_caught_with_the_right_items(
     assert {failure["id"] for failure in result["failures"]} == knew - knows
 
 
-def test_an_identical_model_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_identical_model_passes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(folder / "dense", folder / "same")
     code, result = checked(folder, "same", monkeypatch)
     assert (code, result["failures"], result["ok"]) == (0, [], True)

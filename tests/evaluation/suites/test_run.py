@@ -1,4 +1,4 @@
-"""A suite on a model: batches change nothing, answers are kept, and one task's failure is its own."""
+"""A suite on a model: batches change no score, answers are cached, and a failing task does not stop the others."""
 
 from __future__ import annotations
 
@@ -61,14 +61,14 @@ def test_second_evaluation_is_read_from_the_cache(tmp_path: Path, monkeypatch: p
         AnswerStore(tmp_path / "a.sqlite"),
     )
     first = on_cpu(folder, store)
-    found = evaluate_suite(first, suite)
+    evaluation = evaluate_suite(first, suite)
     assert (first.cache_hits, first.cache_misses > 20) == (0, True)
     monkeypatch.setattr(
         "prunetune.evaluation.suites.open_model.load_model_and_tokenizer",
         lambda *_, **__: pytest.fail("weights were read"),
     )
     second = on_cpu(folder, store)
-    assert evaluate_suite(second, suite).to_json() == found.to_json()
+    assert evaluate_suite(second, suite).to_json() == evaluation.to_json()
     assert (second.cache_hits, second.cache_misses) == (first.cache_misses, 0)
 
 
@@ -110,7 +110,7 @@ CHAT_KEYS_OF_0_1_0 = {
 
 @pytest.mark.parametrize("kind", get_args(RequestKind))
 def test_cache_keys_are_those_of_0_1_0(kind: RequestKind) -> None:
-    """They were written at commit 03ca826, which called the kinds choose, write and weigh."""
+    """The keys were written at commit 03ca826, which named the kinds choose, write and weigh."""
     choices = Record(kind="completion", prompt="Where? ", completion="heart", choices=("heart", "head"), answer=0)
     chat = Record(kind="chat", messages=(("user", "föx"),), completion="yes")
     settings = GenerationSettings(template="raw", max_new_tokens=7, stop=("\n",))
@@ -139,21 +139,21 @@ def test_answers_before_an_interrupt_are_cached(tmp_path: Path, monkeypatch: pyt
     assert scripted.calls == 3
 
 
-def test_a_folder_s_hash_follows_its_contents(tmp_path: Path) -> None:
+def test_folder_hash_depends_on_contents(tmp_path: Path) -> None:
     folder, store = model_folder(tmp_path / "model"), AnswerStore(tmp_path / "a.sqlite")
     before = folder_hash(folder, store)
     assert folder_hash(folder, store) == before == folder_hash(folder, AnswerStore(tmp_path / "b.sqlite"))
     (folder / "README.md").write_text("a card")
     assert folder_hash(folder, store) == before
-    seen = {before}
+    hashes = {before}
     for name in ("model.safetensors", "config.json", "tokenizer.json"):
         data = (folder / name).read_bytes()
         (folder / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))  # of the same size
-        seen.add(folder_hash(folder, store))
-    assert len(seen) == 4
+        hashes.add(folder_hash(folder, store))
+    assert len(hashes) == 4
 
 
-def test_a_folder_s_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, store = model_folder(tmp_path / "model"), AnswerStore(tmp_path / "a.sqlite")
     before = folder_hash(folder, store)
     monkeypatch.setattr(
@@ -187,7 +187,7 @@ def test_cache_stores_many_answers_and_nan(tmp_path: Path) -> None:
     base.close()
 
 
-def test_a_failing_task_does_not_stop_the_others(tmp_path: Path) -> None:
+def test_failing_task_does_not_stop_the_others(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"prompt": "caf\xe9", "completion": "a"}\n')
     (tmp_path / "empty.jsonl").write_text("")
     write_lines(tmp_path / "hollow.jsonl", {"prompt": "p", "completion": " "})
@@ -200,40 +200,40 @@ def test_a_failing_task_does_not_stop_the_others(tmp_path: Path) -> None:
         "code": {"data": "open.jsonl", "scorer": {"python": {"function": "os:system"}}},
         "judge": {"data": "open.jsonl", "scorer": {"judge": {"url": "http://127.0.0.1:9/v1", "model": "m"}}},
     }
-    found = evaluate_suite(ScriptedBackend(), suite_in(tmp_path, {**bad, **ALL}, strict=False))
-    said = {name: result.error for name, result in found.tasks.items()}
-    assert all("\n" not in error for error in said.values())
-    assert [name for name, error in said.items() if not error] == list(ALL)
-    assert "did you mean rouge" in said["unknown"]
-    assert "no such file" in said["missing"]
-    assert "latin.jsonl:1: not UTF-8" in said["latin"]
-    assert "needs at least one row" in said["empty"]
-    assert "hollow.jsonl:1: completion is empty" in said["hollow"]
-    assert "allow it with --allow-code" in said["code"]
-    assert "allow it with --allow-judge" in said["judge"]
-    kept = Evaluation.from_json(found.to_json())
-    assert kept.tasks["missing"].error == said["missing"]
-    assert found.tasks["organ"].scores["accuracy"].value == found.tasks["open"].scores["rouge_l"].value == 1.0
+    evaluation = evaluate_suite(ScriptedBackend(), suite_in(tmp_path, {**bad, **ALL}, strict=False))
+    errors = {name: result.error for name, result in evaluation.tasks.items()}
+    assert all("\n" not in error for error in errors.values())
+    assert [name for name, error in errors.items() if not error] == list(ALL)
+    assert "did you mean rouge" in errors["unknown"]
+    assert "no such file" in errors["missing"]
+    assert "latin.jsonl:1: not UTF-8" in errors["latin"]
+    assert "needs at least one row" in errors["empty"]
+    assert "hollow.jsonl:1: completion is empty" in errors["hollow"]
+    assert "allow it with --allow-code" in errors["code"]
+    assert "allow it with --allow-judge" in errors["judge"]
+    loaded = Evaluation.from_json(evaluation.to_json())
+    assert loaded.tasks["missing"].error == errors["missing"]
+    assert evaluation.tasks["organ"].scores["accuracy"].value == evaluation.tasks["open"].scores["rouge_l"].value == 1.0
 
 
 def test_choices_are_compared_as_the_task_says(tmp_path: Path) -> None:
-    class Likely(ScriptedBackend):
+    class FixedLikelihoodBackend(ScriptedBackend):
         def _choose(self, record: Record) -> list[list[float]]:
             return [[-3.0, 1], [-4.0, 2]]  # sum: the first; mean: the second; per character: 3 / 2 and 4 / 10
 
     write_lines(tmp_path / "two.jsonl", {"prompt": "p", "choices": ["ab", "abcdefghij"], "answer": 1})
     for likelihood, score in (("sum", 0.0), ("mean", 1.0), ("characters", 1.0)):
         task = {"data": "two.jsonl", "scorer": "accuracy", "likelihood": likelihood}
-        found = evaluate_suite(Likely(), parse_suite({"tasks": {"t": task}}, folder=tmp_path))
-        assert found.tasks["t"].scores["accuracy"].value == score
+        evaluation = evaluate_suite(FixedLikelihoodBackend(), parse_suite({"tasks": {"t": task}}, folder=tmp_path))
+        assert evaluation.tasks["t"].scores["accuracy"].value == score
 
 
 def test_nll_of_a_text_counts_every_token_and_byte(tmp_path: Path) -> None:
     model = speaker(max_position_embeddings=16)
     torch.nn.init.zeros_(model.lm_head.weight)
-    found = evaluate_suite(LocalModel(model, characters()), suite_in(tmp_path, {"prose": ALL["prose"]}))
+    evaluation = evaluate_suite(LocalModel(model, characters()), suite_in(tmp_path, {"prose": ALL["prose"]}))
     bits = math.log2(model.config.vocab_size)  # of one token, which is one byte
-    result = found.tasks["prose"]
+    result = evaluation.tasks["prose"]
     assert result.scores["bits_per_byte"].value == pytest.approx(bits, rel=1e-5)
     assert result.scores["perplexity"].value == pytest.approx(model.config.vocab_size, rel=1e-4)
     assert all(item.scores["bytes"] == item.scores["tokens"] == len(item.prompt.encode()) for item in result.items)
@@ -249,7 +249,7 @@ def test_windows_of_a_long_text_continue_each_other() -> None:
     assert windows[1].token_ids[0] == windows[0].token_ids[-1]
 
 
-def test_a_long_prompt_keeps_its_end_and_its_start_token(caplog: pytest.LogCaptureFixture) -> None:
+def test_long_prompt_keeps_its_end_and_its_start_token(caplog: pytest.LogCaptureFixture) -> None:
     local = LocalModel(speaker(max_position_embeddings=32), characters())
     record = Record(kind="completion", prompt="x" * 100 + "yz", completion="a", choices=("a", "bcd"), answer=0)
     ((first, *_, last),) = local._prompts([record], [3], GenerationSettings())
@@ -260,7 +260,7 @@ def test_a_long_prompt_keeps_its_end_and_its_start_token(caplog: pytest.LogCaptu
     assert "1 prompts lost their beginning: the model's context is 32" in caplog.text
 
 
-def test_an_answer_ends_before_its_first_stop() -> None:
+def test_answer_ends_before_its_first_stop() -> None:
     assert truncate_at_stop("yes\nno. end", ("\n", "end")) == "yes"
     assert truncate_at_stop("yes", ("\n",)) == "yes"
     assert truncate_at_stop(" yes ", ()) == "yes"
@@ -269,24 +269,24 @@ def test_an_answer_ends_before_its_first_stop() -> None:
 
 @pytest.mark.parametrize("text", ["\n\nParis\n\nQ", "Paris\n\nQ", " Paris\n", "\n\n"])
 @pytest.mark.parametrize("stop", [(), ("\n\n",), ("\n", "Q")])
-def test_a_model_here_ends_its_answer_as_a_server_does(text: str, stop: tuple[str, ...]) -> None:
-    """A stop in front of an answer ends it, before white space is taken off."""
+def test_local_model_ends_its_answer_as_a_server_does(text: str, stop: tuple[str, ...]) -> None:
+    """A stop string before the answer ends it, before white space is stripped."""
     model, tokenizer = speaker(), characters()
-    said = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
-    model.generate = lambda ids, **_: torch.cat([ids, said], dim=1)
-    record, how = Record(kind="completion", prompt="Capital?", completion="Paris"), GenerationSettings(stop=stop)
-    (here,) = LocalModel(model, tokenizer).run_requests("generate", [record], how, lambda _: None)
+    answer_ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
+    model.generate = lambda ids, **_: torch.cat([ids, answer_ids], dim=1)
+    record, settings = Record(kind="completion", prompt="Capital?", completion="Paris"), GenerationSettings(stop=stop)
+    (answer,) = LocalModel(model, tokenizer).run_requests("generate", [record], settings, lambda _: None)
 
     def served(path: str, body: dict[str, Any]) -> Reply:
-        cut = min([text.find(each) for each in body.get("stop", []) if each in text], default=len(text))
+        cut = min([text.find(end) for end in body.get("stop", []) if end in text], default=len(text))
         return {"choices": [{"text": text[:cut]}]}
 
     with serving(served) as server:
         endpoint = Endpoint(EndpointClient(server.url), "m")
-        assert endpoint.run_requests("generate", [record], how, lambda _: None) == [here]
+        assert endpoint.run_requests("generate", [record], settings, lambda _: None) == [answer]
 
 
-def test_chats_are_asked_as_chats(tmp_path: Path) -> None:
+def test_chat_rows_are_rendered_with_roles(tmp_path: Path) -> None:
     from support.data import subwords
     from support.models import tiny
 
@@ -295,24 +295,24 @@ def test_chats_are_asked_as_chats(tmp_path: Path) -> None:
         {"messages": [{"role": "user", "content": "which"}, {"role": "assistant", "content": "yes"}]},
     )
     tasks = {"t": {"data": "chat.jsonl", "scorer": ["exact_match", "nll"], "max_new_tokens": 4}}
-    found = evaluate_suite(LocalModel(tiny(vocab_size=320), subwords()), suite_in(tmp_path, tasks))
-    assert found.tasks["t"].error == ""
-    assert found.tasks["t"].items[0].prompt == "user: which"
+    evaluation = evaluate_suite(LocalModel(tiny(vocab_size=320), subwords()), suite_in(tmp_path, tasks))
+    assert evaluation.tasks["t"].error == ""
+    assert evaluation.tasks["t"].items[0].prompt == "user: which"
 
 
 def test_nan_scores_are_reported(tmp_path: Path) -> None:
     model = speaker()
     torch.nn.init.constant_(model.lm_head.weight, math.nan)
-    found = evaluate_suite(LocalModel(model, characters()), suite_in(tmp_path, ALL))
-    assert math.isnan(found.tasks["organ"].scores["accuracy"].value)
-    assert math.isnan(found.tasks["prose"].scores["perplexity"].value)
-    assert found.tasks["organ"].items[0].correct is None
+    evaluation = evaluate_suite(LocalModel(model, characters()), suite_in(tmp_path, ALL))
+    assert math.isnan(evaluation.tasks["organ"].scores["accuracy"].value)
+    assert math.isnan(evaluation.tasks["prose"].scores["perplexity"].value)
+    assert evaluation.tasks["organ"].items[0].correct is None
 
 
 def test_progress_ends_at_its_total(tmp_path: Path) -> None:
-    seen: list[tuple[str, int, int]] = []
+    updates: list[tuple[str, int, int]] = []
     suite = suite_in(tmp_path, ALL)
-    evaluate_suite(LocalModel(speaker(), characters()), suite, progress=lambda *now: seen.append(now))
+    evaluate_suite(LocalModel(speaker(), characters()), suite, progress=lambda *update: updates.append(update))
     for name in ALL:
-        counts = [(done, total) for task, done, total in seen if task == name]
+        counts = [(done, total) for task, done, total in updates if task == name]
         assert counts[-1][0] == counts[-1][1]

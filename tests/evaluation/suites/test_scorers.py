@@ -1,4 +1,4 @@
-"""Scorers equal the libraries that people compare with, on a thousand random pairs."""
+"""Scorers equal reference libraries on a thousand random pairs."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def random_text(rng: random.Random) -> str:
     return " ".join(rng.choices(WORDS, k=rng.randint(0, 14))) + rng.choice(["", ".", "\n", " ?"])
 
 
-def near(text: str, rng: random.Random) -> str:
-    """The same with some words gone, doubled or swapped; sometimes something else."""
+def perturbed(text: str, rng: random.Random) -> str:
+    """The text with some words removed, doubled or swapped; sometimes another text."""
     if rng.random() < 0.2:
         return random_text(rng)
     words = [word for word in text.split() for _ in range(rng.choice([0, 1, 1, 1, 2]))]
@@ -62,7 +62,7 @@ def near(text: str, rng: random.Random) -> str:
 def pairs() -> tuple[list[str], list[str]]:
     rng = random.Random(0)
     expected = [random_text(rng) for _ in range(MANY)]
-    return expected, [near(text, rng) for text in expected]
+    return expected, [perturbed(text, rng) for text in expected]
 
 
 EXPECTED, GOT = pairs()
@@ -81,10 +81,10 @@ def values(scorer: str, answers: list[Response] = ANSWERS, **options: Any) -> di
     return use.score(answers)
 
 
-def as_items(metric: str, found: list[float]) -> list[Item]:
+def as_items(metric: str, scores: list[float]) -> list[Item]:
     return [
-        Item(str(index), "", expected, got, None, {metric: value})
-        for index, (expected, got, value) in enumerate(zip(EXPECTED, GOT, found, strict=True))
+        Item(str(index), "", expected, answer, None, {metric: value})
+        for index, (expected, answer, value) in enumerate(zip(EXPECTED, GOT, scores, strict=True))
     ]
 
 
@@ -92,20 +92,20 @@ def as_items(metric: str, found: list[float]) -> list[Item]:
 def test_rouge_of_ascii_equals_rouge_score(stemmer: bool) -> None:
     from rouge_score.rouge_scorer import RougeScorer
 
-    plain = [each for each in ANSWERS if (each.prompt.expected + each.text).isascii()]
+    plain = [response for response in ANSWERS if (response.prompt.expected + response.text).isascii()]
     assert len(plain) > 50
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=stemmer)
-    theirs = [scorer.score(each.prompt.expected, each.text) for each in plain]
+    theirs = [scorer.score(response.prompt.expected, response.text) for response in plain]
     ours = values("rouge", plain, stemmer=stemmer)
     for metric, name in (("rouge_1", "rouge1"), ("rouge_2", "rouge2"), ("rouge_l", "rougeL")):
         assert ours[metric] == [scores[name].fmeasure for scores in theirs]
 
 
-def test_rouge_sees_other_scripts() -> None:
+def test_rouge_scores_other_scripts() -> None:
     chinese = [answered("答案是北京", "答案是北京"), answered("答案是北京", "答案是南京")]
-    found = values("rouge", chinese)
-    assert {found[metric][0] for metric in found} == {1.0}
-    assert found["rouge_1"][1] == found["rouge_l"][1] == pytest.approx(0.8)
+    scores = values("rouge", chinese)
+    assert {scores[metric][0] for metric in scores} == {1.0}
+    assert scores["rouge_1"][1] == scores["rouge_l"][1] == pytest.approx(0.8)
 
 
 @pytest.mark.parametrize("metric", ["bleu", "chrf"])
@@ -121,7 +121,7 @@ def test_bleu_and_chrf_equal_sacrebleu_item_by_item_and_as_a_corpus(metric: str)
     assert 0 < score.se < 5
 
 
-def test_a_corpus_in_a_resample_is_the_corpus_of_its_items() -> None:
+def test_corpus_in_a_resample_is_the_corpus_of_its_items() -> None:
     import sacrebleu
 
     from prunetune.evaluation.statistics import statistic_for_metric
@@ -130,9 +130,9 @@ def test_a_corpus_in_a_resample_is_the_corpus_of_its_items() -> None:
     drawn = [index for index, count in enumerate(weights[0]) for _ in range(int(count))]
     make = statistic_for_metric("bleu")
     assert make is not None
-    found = make(as_items("bleu", [0.0] * MANY))(weights)[0]
+    bleu = make(as_items("bleu", [0.0] * MANY))(weights)[0]
     theirs = sacrebleu.corpus_bleu([GOT[index] for index in drawn], [[EXPECTED[index] for index in drawn]])
-    assert found == pytest.approx(theirs.score, abs=1e-9)
+    assert bleu == pytest.approx(theirs.score, abs=1e-9)
 
 
 @pytest.mark.parametrize("metric", ["macro_f1", "label_f1"])
@@ -140,18 +140,18 @@ def test_macro_f1_equals_scikit_learn(metric: str) -> None:
     rng = random.Random(1)
     labels = ["yes", "no", "maybe", "other"]
     expected = rng.choices(labels[:3], k=MANY)
-    got = [rng.choice(labels) if rng.random() < 0.4 else label for label in expected]
+    answers = [rng.choice(labels) if rng.random() < 0.4 else label for label in expected]
     items = [
         Item(str(n), "", want, have, None, {"accuracy": float(want == have), "label_f1": float(want == have)})
-        for n, (want, have) in enumerate(zip(expected, got, strict=True))
+        for n, (want, have) in enumerate(zip(expected, answers, strict=True))
     ]
-    theirs = f1_score(expected, got, average="macro", labels=sorted({*expected, *got}), zero_division=0)
+    theirs = f1_score(expected, answers, average="macro", labels=sorted({*expected, *answers}), zero_division=0)
     assert aggregate_items(items, metric).value == pytest.approx(theirs, abs=1e-12)
 
 
 def test_token_f1_equals_the_rule_of_squad() -> None:
     def squad(expected: str, got: str) -> float:
-        """After the evaluation script of SQuAD 1.1, as its paper describes it."""
+        """Token F1 as the paper of SQuAD 1.1 describes its evaluation script."""
         import re
         import string
 
@@ -192,9 +192,9 @@ def test_json_equals_jsonschema() -> None:
             return 0.0
         return 1.0
 
-    found = values("json_schema", [answered("", text) for text in replies], schema=schema)["json_schema"]
-    assert found == [fits(text) for text in replies]
-    assert 0 < sum(found) < MANY
+    scores = values("json_schema", [answered("", text) for text in replies], schema=schema)["json_schema"]
+    assert scores == [fits(text) for text in replies]
+    assert 0 < sum(scores) < MANY
     assert values("json_schema", [answered("", "[" * 100_000)], schema=schema)["json_schema"] == [0.0]
     with pytest.raises(ConfigError, match="not a JSON schema"):
         values("json_schema", schema={"type": "objekt"})
@@ -218,18 +218,20 @@ def test_json_equals_jsonschema() -> None:
         ("regex", {"pattern": r"#### (\d+)?"}, "42", "so #### ", 0.0),
     ],
 )
-def test_right_and_wrong(scorer: str, options: dict[str, Any], expected: str, got: str, score: float) -> None:
-    (found,) = values(scorer, [answered(expected, got)], **options).values()
-    assert found == [score]
+def test_each_scorer_marks_right_and_wrong_answers(
+    scorer: str, options: dict[str, Any], expected: str, got: str, score: float
+) -> None:
+    (scores,) = values(scorer, [answered(expected, got)], **options).values()
+    assert scores == [score]
 
 
-def test_empty_answers_score_nothing_and_break_nothing() -> None:
+def test_empty_answers_score_zero() -> None:
     empty = [answered("a fever", ""), answered("§", "")]
     for scorer in ("rouge", "bleu", "chrf", "token_f1", "exact_match", "label_f1", "contains"):
-        for found in values(scorer, empty).values():
-            assert found[0] == 0.0
-            assert all(math.isfinite(value) for value in found)
-    items = [Item(str(n), "", each.prompt.expected, "", None, {"bleu": 0.0}) for n, each in enumerate(empty)]
+        for scores in values(scorer, empty).values():
+            assert scores[0] == 0.0
+            assert all(math.isfinite(value) for value in scores)
+    items = [Item(str(n), "", response.prompt.expected, "", None, {"bleu": 0.0}) for n, response in enumerate(empty)]
     assert aggregate_items(items, "bleu").value == 0.0
 
 
@@ -244,24 +246,24 @@ def broken(got: str, expected: str, row: Any) -> str:
 
 
 def test_python_scorer_calls_a_function_by_its_name() -> None:
-    here = __name__
-    told = [answered("a", "a", bonus=1), answered("a", "b")]
-    assert values("python", told, function=f"{here}:double") == {"python": [3.0, 0.0]}
-    assert values("python", told, function=f"{here}:double", name="mine") == {"mine": [3.0, 0.0]}
-    for name in ("nowhere:double", f"{here}:nothing", f"{here}:WORDS", here, ":"):
+    module = __name__
+    responses = [answered("a", "a", bonus=1), answered("a", "b")]
+    assert values("python", responses, function=f"{module}:double") == {"python": [3.0, 0.0]}
+    assert values("python", responses, function=f"{module}:double", name="mine") == {"mine": [3.0, 0.0]}
+    for name in ("nowhere:double", f"{module}:nothing", f"{module}:WORDS", module, ":"):
         with pytest.raises(ConfigError, match=r"python: .* cannot be imported|name a function"):
-            values("python", told, function=name)
+            values("python", responses, function=name)
     with pytest.raises(DataError, match=r"failed on item 0: KeyError: 'no\\nsuch key'"):
-        values("python", [answered("", "raise")], function=f"{here}:broken")
+        values("python", [answered("", "raise")], function=f"{module}:broken")
     with pytest.raises(DataError, match="has to give a number"):
-        values("python", told, function=f"{here}:broken")
+        values("python", responses, function=f"{module}:broken")
 
 
 def test_python_scorer_imports_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "prunetune_own_scorer.py").write_text("def long(got, expected, row): return len(got) > 2\n")
     monkeypatch.chdir(tmp_path)
-    told = [answered("", "abc"), answered("", "a")]
-    assert values("python", told, function="prunetune_own_scorer:long") == {"python": [1.0, 0.0]}
+    responses = [answered("", "abc"), answered("", "a")]
+    assert values("python", responses, function="prunetune_own_scorer:long") == {"python": [1.0, 0.0]}
     assert str(tmp_path) not in sys.path
 
 
@@ -273,7 +275,7 @@ def test_scorer_used_twice_needs_two_names() -> None:
     assert uses[1].score([answered("", "b")]) == {"two": [1.0]}
 
 
-def test_a_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     for module, scorer, options in (
         ("sacrebleu", "bleu", {}),
         ("jsonschema", "json_schema", {"schema": {"type": "null"}}),

@@ -1,4 +1,4 @@
-"""The suite file: what it may say, what it is told where it is wrong, and how rows become questions."""
+"""The suite file: accepted keys, errors of faulty tasks, and records made from rows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_defaults_apply_to_every_task_that_does_not_override_them(tmp_path: Path
     assert [task.metrics for task in suite.tasks] == [("accuracy",), ("accuracy",)]
 
 
-def test_a_limit_is_one_bound_on_one_metric() -> None:
+def test_limit_is_one_bound_on_one_metric() -> None:
     task = only({**FINE, "limits": {"min": 0.5, "relative": 0.9, "statistical": True}}, level=0.01)
     assert [(limit.metric, limit.kind, limit.bound) for limit in task.limits] == [
         ("accuracy", "min", 0.5),
@@ -49,7 +49,7 @@ def test_a_limit_is_one_bound_on_one_metric() -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "message"),
     [
         ({**FINE, "scorer": "acuracy"}, "scorer 'acuracy' is not known; did you mean accuracy"),
         ({**FINE, "scorer": "zzz"}, "known are accuracy, macro_f1"),
@@ -76,17 +76,17 @@ def test_a_limit_is_one_bound_on_one_metric() -> None:
         ({"lm_eval": "arc_easy", "limits": {"min": 0.5}}, "name their metric"),
     ],
 )
-def test_faulty_task_keeps_its_error_and_the_others_load(task: Any, said: str) -> None:
+def test_faulty_task_keeps_its_error_and_the_others_load(task: Any, message: str) -> None:
     suite = parse_suite({"tasks": {"wrong": task, "fine": FINE}})
-    assert [bool(each.error) for each in suite.tasks] == [True, False]
-    with pytest.raises(ConfigError, match=said):
+    assert [bool(loaded.error) for loaded in suite.tasks] == [True, False]
+    with pytest.raises(ConfigError, match=message):
         raise ConfigError(suite.tasks[0].error)
     assert "\n" not in suite.tasks[0].error
     assert "task wrong" in suite.tasks[0].error
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         (None, "has the key tasks"),
         ([], "has the key tasks"),
@@ -99,8 +99,8 @@ def test_faulty_task_keeps_its_error_and_the_others_load(task: Any, said: str) -
         ({"tasks": [{**FINE, "name": "a"}, {**FINE, "name": "a"}]}, "two tasks are called a"),
     ],
 )
-def test_file_that_is_no_suite_is_refused(values: Any, said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_file_that_is_no_suite_is_refused(values: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         parse_suite(values)
 
 
@@ -142,7 +142,7 @@ def test_templates_make_records_of_any_row(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("task", "said"),
+    ("task", "message"),
     [
         ({"prompt": "{{ qestion }}"}, "'qestion' is undefined; the row has key, options, question"),
         ({"prompt": "{{ question"}, "not a Jinja2 template"),
@@ -154,12 +154,12 @@ def test_templates_make_records_of_any_row(tmp_path: Path) -> None:
         ({"prompt": "q"}, "no completion"),
     ],
 )
-def test_a_template_that_does_not_fit_names_the_row(tmp_path: Path, task: dict[str, Any], said: str) -> None:
-    with pytest.raises((DataError, ConfigError), match=said):
+def test_template_error_names_the_row(tmp_path: Path, task: dict[str, Any], message: str) -> None:
+    with pytest.raises((DataError, ConfigError), match=message):
         rows(tmp_path, {"scorer": "accuracy", **task}, NESTED)
 
 
-def test_a_scorer_that_does_not_fit_the_rows_is_refused(tmp_path: Path) -> None:
+def test_scorer_that_does_not_fit_the_rows_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="compares choices, and the row has none"):
         rows(tmp_path, {"scorer": "accuracy"}, {"prompt": "a", "completion": "b"})
     with pytest.raises(DataError, match="generates answers, and the row is a text"):
@@ -168,7 +168,7 @@ def test_a_scorer_that_does_not_fit_the_rows_is_refused(tmp_path: Path) -> None:
         rows(tmp_path, {"scorer": "rouge"}, 3)
 
 
-def test_rows_need_no_answer_where_nothing_compares_with_it(tmp_path: Path) -> None:
+def test_rows_without_answer_are_accepted_if_no_scorer_needs_it(tmp_path: Path) -> None:
     (posed,) = rows(tmp_path, {"scorer": {"regex": {"pattern": "^yes"}}}, {"prompt": "a"})
     assert posed.expected == ""
     with pytest.raises(DataError, match="no completion"):

@@ -1,4 +1,4 @@
-"""The tokenizer's keys: copied from the base GGUF, made if llama.cpp has a name for the pattern, refused if not."""
+"""Tokenizer keys of a GGUF file: copied from the base file or from tokenizer.json; unknown patterns are refused."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def byte_level(pattern: str | None, *, digits: bool = False, whole: bool = False, tokens: int = 320) -> Any:
-    """A byte-level tokenizer that splits texts by a pattern first."""
+    """A byte-level tokenizer that first splits texts by a pattern."""
     steps: list[Any] = [pre_tokenizers.Digits(individual_digits=True)] if digits else []
     steps += [pre_tokenizers.Split(Regex(pattern), "isolated")] if pattern else []
     steps += [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)]

@@ -1,4 +1,4 @@
-"""Head counts that a family's own configuration, or a runtime's reading of it, cannot carry."""
+"""Head counts that a family's configuration, or a runtime's reading of it, cannot express."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ TRAPS: dict[str, tuple[dict[str, Any], int, str, str]] = {
 def test_pruned_heads_are_written_as_an_equivalent_family(
     family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In transformers as the equivalent family, and in llama.cpp."""
+    """Both transformers and llama.cpp read the equivalent family."""
     monkeypatch.setattr(llamacpp, "reference_continuations", reference_here)
     sizes, groups, written, arch = TRAPS[family]
     plan = plan_of(tiny(family, **(SMALL | sizes)), groups, 64)

@@ -85,7 +85,7 @@ def test_llama_cpp_generates_the_tokens_of_the_model(case: str, tmp_path: Path) 
 
 
 def test_gguf_file_has_names_shapes_and_values_of_the_model(tmp_path: Path) -> None:
-    """Read by gguf-py, so that it is tested without llama.cpp, too."""
+    """gguf-py reads the file, so the test runs without llama.cpp, too."""
     run, model = run_folder(tmp_path / "run", subwords(), "qwen3", tie_word_embeddings=True)
     source, file = ExportSource.open(run), tmp_path / "model.gguf"
     write_gguf(source, file, "f32")
@@ -149,7 +149,7 @@ def test_rows_that_do_not_divide_into_blocks_stay_float16_with_a_note(tmp_path: 
 
 
 def test_export_run_writes_a_checked_gguf_file(tmp_path: Path) -> None:
-    """With a layer without attention, as deci."""
+    """A model with a layer without attention is written as deci."""
     plan = random_plan(tiny("llama", **WIDE))
     plan = Plan({**plan.kept, "model.layers.1.self_attn": ()}, plan.units)
     run, _ = run_folder(tmp_path / "run", subwords(), plan=plan)
@@ -253,7 +253,7 @@ def llama_model_quantize(source, target, params):
 
 @pytest.mark.usefixtures("_quick")
 def test_kquants_are_made_by_llama_cpp_from_the_exact_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a stand-in for llama-cpp-python, whose build takes minutes: it copies the file, and knows one type."""
+    """A fake replaces llama-cpp-python, which takes minutes to build: it copies the file and accepts one type."""
     (tmp_path / "site").mkdir()
     file_type = int(gguf.LlamaFileType.MOSTLY_Q4_K_M)
     (tmp_path / "site" / "llama_cpp.py").write_text(STAND_IN.replace("{file_type}", str(file_type)))

@@ -60,8 +60,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     characters().save_pretrained(folder / "dense")
     rows = [{"prompt": f"Repeat {n}: ", "completion": f"{n} {n}", "task": "open"} for n in range(24)]
     write_lines(folder / "rows.jsonl", *rows)
-    own = {"model": str(folder / "dense"), "out": str(folder / "run"), "data": {"train": [str(folder / "rows.jsonl")]}}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | own), encoding="utf-8")
+    paths = {
+        "model": str(folder / "dense"),
+        "out": str(folder / "run"),
+        "data": {"train": [str(folder / "rows.jsonl")]},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | paths), encoding="utf-8")
     result(SINGLE_PROCESS, Checkpoints(folder / "one"), stop=STOP)
     return folder
 
@@ -88,7 +92,7 @@ def results(folder: Path) -> dict[str, Any]:
 
 
 def free_port() -> str:
-    """Below those that systems hand out by themselves: nobody else is given it until the ranks listen."""
+    """A free port below the ephemeral ones, so that no other process gets it before the ranks listen."""
     for port in random.sample(range(20000, 32000), 100):
         with socket.socket() as free, suppress(OSError):
             free.bind(("127.0.0.1", port))
@@ -98,15 +102,15 @@ def free_port() -> str:
 
 @pytest.fixture(scope="module")
 def alone() -> dict[str, Any]:
-    """The same run by one process."""
+    """Result of the same run in one process."""
     return result(SINGLE_PROCESS)
 
 
-def close(one: dict[str, Any], other: dict[str, Any]) -> None:
+def close(first: dict[str, Any], second: dict[str, Any]) -> None:
     """Same plan, same losses from the last step backwards."""
-    assert one["plan"] == other["plan"]
+    assert first["plan"] == second["plan"]
     for name in ("loss", "valid"):
-        pairs = list(zip(reversed(one[name]), reversed(other[name]), strict=False))
+        pairs = list(zip(reversed(first[name]), reversed(second[name]), strict=False))
         assert pairs
         assert max(abs(a - b) for a, b in pairs) < CLOSE
 
@@ -147,8 +151,8 @@ def test_out_of_memory_on_one_rank_makes_passes_smaller_on_all(results: dict[str
     assert results["micro tokens"] == [16, 16]
 
 
-class Full:
-    """Passes of one number, or none where memory has run out."""
+class FailingPasses:
+    """Passes that score 1, or raise an out-of-memory error."""
 
     def __init__(self, *, full: bool) -> None:
         self.full = full
@@ -159,8 +163,8 @@ class Full:
         return 1.0
 
 
-class Cramped(Ranks):
-    """Two ranks, of which this one has no room to sum in."""
+class OutOfMemoryRanks(Ranks):
+    """Two ranks, of which this one runs out of memory in a sum."""
 
     def any_rank(self, *arguments: Any) -> bool:
         return False
@@ -176,7 +180,7 @@ class Cramped(Ranks):
 def test_broken_limit_is_reported_before_any_rank_ends(
     world: int, joined: bool, error: type[Exception], waits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But not where the others are gone, nor for what goes wrong on one rank alone."""
+    """There is no barrier if the other ranks have ended, nor for an error of one rank alone."""
     waits_of: list[Ranks] = []
     monkeypatch.setattr(Ranks, "barrier", lambda self: waits_of.append(self))
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: joined)
@@ -187,9 +191,9 @@ def test_broken_limit_is_reported_before_any_rank_ends(
 
 @pytest.mark.parametrize("shards", [True, False])
 def test_out_of_memory_in_an_exchange_ends_the_run(shards: bool) -> None:
-    """Nobody takes the step again alone: what the others wait for would be another exchange."""
-    passes: Any = Full(full=shards)
-    several = distribute_passes(passes, None, Cramped(world_size=2, uses_fsdp=shards))
+    """No rank repeats the step alone, since the others wait in another exchange."""
+    passes: Any = FailingPasses(full=shards)
+    several = distribute_passes(passes, None, OutOfMemoryRanks(world_size=2, uses_fsdp=shards))
     with pytest.raises(ModelError, match="out of GPU memory while ranks exchange"):
         StepGuard(several, 0).retry_smaller((), lambda: several.score((), {}), lambda: None)
 
@@ -200,15 +204,15 @@ def test_barrier_waits_for_all_ranks(results: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_generator_gradients_are_averaged_over_ranks(world: int) -> None:
-    """Ranks hold the same gradients here, as they do but for the order in which kernels add."""
+    """All ranks have the same gradients here; real ranks differ by the order of sums only."""
 
-    class Alike(Ranks):
+    class EqualRanks(Ranks):
         def all_reduce_sum_(self, tensors: Iterable[torch.Tensor]) -> None:
             for tensor in tensors:
                 tensor.mul_(self.world_size)
 
     search = GeneratorTrainer(
-        replace(job_of(config_of()), ranks=Alike(world_size=world)), cast(Any, None), cast(Any, None)
+        replace(job_of(config_of()), ranks=EqualRanks(world_size=world)), cast(Any, None), cast(Any, None)
     )
     generator = search.searcher.generator
     torch.stack([logits.square().sum() for logits in generator().values()]).sum().backward()
@@ -216,32 +220,32 @@ def test_generator_gradients_are_averaged_over_ranks(world: int) -> None:
     search._average_gradients()
     after = [parameter.grad for parameter in generator.parameters() if parameter.grad is not None]
     assert len(before) == len(after) > 0
-    for one, other in zip(before, after, strict=True):
-        torch.testing.assert_close(one, other)
+    for expected, averaged in zip(before, after, strict=True):
+        torch.testing.assert_close(expected, averaged)
 
 
 def test_gates_that_differ_between_ranks_end_the_run(results: dict[str, Any]) -> None:
-    """On every rank: none goes on alone."""
+    """The error is raised on every rank, so none continues alone."""
     assert results["differ"].startswith("the gates differ between ranks")
 
 
 def test_run_of_sharded_ranks_writes_the_folder_of_one_process(results: dict[str, Any], folder: Path) -> None:
     """Rank 0 wrote the folder, layer by layer; one process decides and cuts the same, but for rounding."""
-    there, here = RunFolder(folder / "run"), RunFolder(folder / "again")
-    assert there.read_manifest().selfcheck.ok
-    assert len(list(there.model_folder.glob("*.safetensors"))) == 4  # three layers, and what is outside
+    sharded, single = RunFolder(folder / "run"), RunFolder(folder / "again")
+    assert sharded.read_manifest().selfcheck.ok
+    assert len(list(sharded.model_folder.glob("*.safetensors"))) == 4  # three layers, and what is outside
     config = from_mapping(
-        yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) | {"out": str(here.path)}
+        yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")) | {"out": str(single.path)}
     )
-    setting = prepare(config, resume=False, console=SilentConsole())
-    create_run_folder(here, config)
-    train(setting)
-    state = Checkpoints(here.checkpoints).latest()
+    context = prepare(config, resume=False, console=SilentConsole())
+    create_run_folder(single, config)
+    train(context)
+    state = Checkpoints(single.checkpoints).latest()
     assert state is not None
     assert state.plan is not None
-    assert state.plan.to_json() == there.plan_file.read_text(encoding="utf-8")
-    lines = [(folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for folder in (here, there)]
-    losses = [[json.loads(line)["loss"] for line in part] for part in lines]
+    assert state.plan.to_json() == sharded.plan_file.read_text(encoding="utf-8")
+    lines = [(folder.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines() for folder in (single, sharded)]
+    losses = [[json.loads(line)["loss"] for line in records] for records in lines]
     assert losses[0] == pytest.approx(losses[1], abs=CLOSE)
 
 
@@ -310,8 +314,8 @@ def test_other_commands_refuse_several_processes(monkeypatch: pytest.MonkeyPatch
 
 
 def test_rank_waiting_for_a_lost_one_exits_with_a_message() -> None:
-    """The main thread is held where no signal handler of Python runs."""
-    held = (
+    """The main thread blocks in C, where Python runs no signal handler."""
+    program = (
         "import ctypes, os, signal; from prunetune.utils import launch; launch.STOP_GRACE_SECONDS = 0.1\n"
         "signal.signal(signal.SIGTERM, lambda *_: None)\n"
         "def wait():\n"
@@ -321,11 +325,11 @@ def test_rank_waiting_for_a_lost_one_exits_with_a_message() -> None:
     )
     environment = os.environ | {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}
     process = subprocess.Popen(
-        [sys.executable, "-c", held], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout is not None
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=30)
     assert process.returncode == 130
-    assert said == "prunetune: rank 1 of 2: told to stop, as when another rank ends; continue with --resume\n"
+    assert err == "prunetune: rank 1 of 2: told to stop, as when another rank ends; continue with --resume\n"
