@@ -24,7 +24,7 @@ from geometries import GEOMETRIES, made
 from prunetune.config.recipe import LoraSettings
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut, cut_linears
-from prunetune.pruning.shared_weights import copy_sharing_weights, cut_sharing_weights
+from prunetune.pruning.teacher_student_weights import copy_sharing_weights, cut_sharing_weights
 from prunetune.pruning.units import Site
 from prunetune.train.adapters import add_adapters, trainable_parameters
 from prunetune.utils.environment import device_name

@@ -34,7 +34,7 @@ from prunetune.bench.local import LocalRunner
 from prunetune.bench.models import ModelSpec
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.result import summarise_bench
-from prunetune.bench.runner import ModelFacts
+from prunetune.bench.runner_protocol import ModelFacts
 from prunetune.export.stock_config import kv_groups_validator
 from prunetune.model.loading import pick_device
 from prunetune.plan import Plan

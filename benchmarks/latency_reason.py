@@ -12,9 +12,9 @@ import torch
 
 from prunetune.bench.latency.tables import get_latency_table
 from prunetune.config.recipe import RunConfig
+from prunetune.cost.budget_limits import costs_for_budget
 from prunetune.cost.deployment import Costs, total_cost
 from prunetune.cost.layer_shapes import ModelShape, model_shape
-from prunetune.cost.limits import costs_for_budget
 from prunetune.model.loading import load_meta_model
 from prunetune.pipeline.plan_constraints import make_plan_constraints
 from prunetune.plan import Plan

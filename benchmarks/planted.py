@@ -34,8 +34,8 @@ from prunetune.config.recipe import DataConfig
 from prunetune.data.batches import collate
 from prunetune.data.encoding import encode
 from prunetune.data.sources import read_records
-from prunetune.evaluation.inference import context_length
 from prunetune.evaluation.results import Evaluation, TaskResult
+from prunetune.evaluation.scoring_mode import context_length
 from prunetune.evaluation.statistics import aggregate_items
 from prunetune.evaluation.suites import load_suite
 from prunetune.evaluation.suites.check import check_limits

@@ -25,10 +25,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from prunetune.config.quantities import UNITS, Amount
 from prunetune.config.recipe import WorkloadConfig
+from prunetune.cost.budget_limits import BudgetLimit, costs_for_budget, make_budget_limit
 from prunetune.cost.deployment import DTYPE_BYTES, max_cost
 from prunetune.cost.latency_table import TRACKS, LatencyTable, LayerTiming, representative_layers
 from prunetune.cost.layer_shapes import ModelShape, model_shape
-from prunetune.cost.limits import BudgetLimit, costs_for_budget, make_budget_limit
 from prunetune.errors import PlanError
 from prunetune.export.stock_config import kv_groups_validator
 from prunetune.plan import Plan

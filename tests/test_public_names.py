@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import prunetune.evaluation.suites.evaluate_and_check
 import pytest
 
 import prunetune
-import prunetune.evaluation.suites.api
 import prunetune.evaluation.suites.suite
 import prunetune.pipeline.run
 
@@ -41,8 +41,8 @@ def test_every_public_name_can_be_imported() -> None:
     [
         (prunetune.run, prunetune.pipeline.run.run),
         (prunetune.load_suite, prunetune.evaluation.suites.suite.load_suite),
-        (prunetune.evaluate, prunetune.evaluation.suites.api.evaluate),
-        (prunetune.check, prunetune.evaluation.suites.api.check),
+        (prunetune.evaluate, prunetune.evaluation.suites.evaluate_and_check.evaluate),
+        (prunetune.check, prunetune.evaluation.suites.evaluate_and_check.check),
     ],
 )
 def test_public_functions_accept_every_argument_they_pass_on(

@@ -11,7 +11,7 @@ from prunetune.config.recipe import RunConfig
 from prunetune.plan import Plan
 
 if TYPE_CHECKING:
-    from prunetune.bench.api import measure_models
+    from prunetune.bench.measure_models import measure_models
     from prunetune.evaluation.results import Evaluation
     from prunetune.evaluation.suites.check import CheckResult
     from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
@@ -48,7 +48,7 @@ _LAZY_NAMES = {
     "export_run": "prunetune.export.formats",
     "find_sites": "prunetune.pruning.sites",
     "masked": "prunetune.pruning.masking",
-    "measure_models": "prunetune.bench.api",
+    "measure_models": "prunetune.bench.measure_models",
     "write_report": "prunetune.report",
 }
 
@@ -93,9 +93,11 @@ def evaluate(
 
     A task that fails has its `error` instead of scores. Raises a `PrunetuneError` if the model cannot be opened.
     """
-    from prunetune.evaluation.suites import api
+    from prunetune.evaluation.suites import evaluate_and_check
 
-    return api.evaluate(model, suite, options=options or api.DEFAULTS, allow=allow, progress=progress)
+    return evaluate_and_check.evaluate(
+        model, suite, options=options or evaluate_and_check.DEFAULTS, allow=allow, progress=progress
+    )
 
 
 def check(
@@ -108,6 +110,8 @@ def check(
     progress: SuiteProgressCallback | None = None,
 ) -> CheckResult:
     """Compare a model with the suite's limits and with another model; for a run, by default its dense model."""
-    from prunetune.evaluation.suites import api
+    from prunetune.evaluation.suites import evaluate_and_check
 
-    return api.check(model, suite, against, options=options or api.DEFAULTS, allow=allow, progress=progress)
+    return evaluate_and_check.check(
+        model, suite, against, options=options or evaluate_and_check.DEFAULTS, allow=allow, progress=progress
+    )

@@ -13,8 +13,8 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
-from prunetune.export.per_layer import MODEL_TYPE_PREFIX, PerLayerNames
 from prunetune.export.per_layer_code import generate_code
+from prunetune.export.per_layer_config import MODEL_TYPE_PREFIX, PerLayerNames
 from prunetune.export.per_layer_templates import CONFIGURATION_TEMPLATE
 from prunetune.export.stock_config import build_meta_model
 from prunetune.pruning.families import FAMILIES, architecture_info

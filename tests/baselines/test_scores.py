@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from prunetune import Plan, find_sites
 from prunetune.baselines import BASELINES, Calibration, bias_compensation
-from prunetune.cost.limits import BudgetLimits
+from prunetune.cost.budget_limits import BudgetLimits
 from prunetune.data.batches import Batch, collate
 from prunetune.data.encoding import Example
 from prunetune.pruning.cut import RemovedAttention, add_biases, cut, cut_linears

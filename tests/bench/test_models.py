@@ -19,7 +19,7 @@ from prunetune.bench.llamacpp import LlamaCppRunner, gguf_context_length
 from prunetune.bench.local import ATTENTION, LocalRunner
 from prunetune.bench.models import ModelSpec, resolve_models
 from prunetune.bench.options import BenchOptions
-from prunetune.bench.runner import OutOfMemory
+from prunetune.bench.runner_protocol import OutOfMemory
 from prunetune.bench.worker import Worker
 from prunetune.errors import ConfigError, MissingPackage, ModelError
 from prunetune.export.formats import export_run

@@ -9,7 +9,7 @@ import pytest
 from prunetune.bench.interleaved import SummaryStats, paired_ratios, run_interleaved, summary_stats
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.result import BenchResult, summarise_bench
-from prunetune.bench.runner import BenchSample, WorkEstimate
+from prunetune.bench.runner_protocol import BenchSample, WorkEstimate
 from prunetune.bench.table import render_bench
 from prunetune.errors import ConfigError
 from support.bench import ScriptedRunner, facts, slowed

@@ -17,14 +17,7 @@ import yaml
 from prunetune.cli.app import app
 from prunetune.cli.flags import flags_to_overrides, make_flags_class
 from prunetune.config.fields import fields_by_path, merge_mappings
-from prunetune.config.recipe import (
-    RequireConfig,
-    RunConfig,
-    from_mapping,
-    load_recipe,
-    load_saved_recipe,
-    to_mapping,
-)
+from prunetune.config.recipe import RequireConfig, RunConfig, from_mapping, load_recipe, load_saved_recipe, to_mapping
 from prunetune.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -13,9 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache, StaticCache
 
 from prunetune.config.recipe import WorkloadConfig
+from prunetune.cost.budget_limits import costs_for_budget
 from prunetune.cost.deployment import FlopsCost, MemoryCost, WeightsCost, total_cost
 from prunetune.cost.layer_shapes import model_shape
-from prunetune.cost.limits import costs_for_budget
 from prunetune.errors import ConfigError
 from prunetune.export.gguf.architectures import select_architecture
 from prunetune.export.gguf.tensors import build_tensors

@@ -16,7 +16,7 @@ from prunetune.data.encoding import Example
 from prunetune.pipeline.prepare import estimate_peak_memory, log_memory_estimate
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.sites import find_sites
-from prunetune.search.generator import build_generator
+from prunetune.search.decision_generator import build_generator
 from prunetune.train.adapters import add_adapters, trainable_parameters
 from prunetune.train.passes import PaddedPasses
 from prunetune.train.teacher import Teacher

@@ -15,7 +15,7 @@ from prunetune.data.records import Record
 from prunetune.errors import DataError
 from prunetune.evaluation import Evaluation, evaluate
 from prunetune.evaluation.generation import generate
-from prunetune.evaluation.sampling import make_ids_unique, stable_sample
+from prunetune.evaluation.item_subset import make_ids_unique, stable_sample
 from prunetune.evaluation.suites.local import LocalModel
 from prunetune.evaluation.suites.protocol import GenerationSettings
 from prunetune.evaluation.suites.run import argmax_unless_nan

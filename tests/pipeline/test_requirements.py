@@ -10,7 +10,7 @@ from prunetune.bench.interleaved import run_interleaved
 from prunetune.bench.models import context_length
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.result import BenchedModel, summarise_bench
-from prunetune.bench.runner import BenchSample, WorkEstimate
+from prunetune.bench.runner_protocol import BenchSample, WorkEstimate
 from prunetune.bench.tile_alignment import misaligned_widths
 from prunetune.config.recipe import RequireConfig, from_mapping
 from prunetune.pipeline.requirements import gain_bench_options, judge_gain

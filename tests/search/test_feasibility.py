@@ -11,10 +11,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from prunetune.config.quantities import Amount
 from prunetune.config.recipe import WorkloadConfig, from_mapping
-from prunetune.cost.deployment import max_cost
-from prunetune.cost.latency_table import TRACKS, LatencyCost, LatencyTable, LayerTiming, representative_layers
-from prunetune.cost.layer_shapes import ModelShape, model_shape
-from prunetune.cost.limits import (
+from prunetune.cost.budget_limits import (
     TIMED_BUDGETS,
     BudgetLimit,
     BudgetLimits,
@@ -22,6 +19,9 @@ from prunetune.cost.limits import (
     make_budget_limit,
     make_budget_limits,
 )
+from prunetune.cost.deployment import max_cost
+from prunetune.cost.latency_table import TRACKS, LatencyCost, LatencyTable, LayerTiming, representative_layers
+from prunetune.cost.layer_shapes import ModelShape, model_shape
 from prunetune.cost.parameters import kept_share
 from prunetune.errors import PlanError
 from prunetune.pruning.masking import gates_from_plan

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from prunetune.config.quantities import Amount
 from prunetune.config.recipe import WorkloadConfig, from_mapping
+from prunetune.cost.budget_limits import make_budget_limits
 from prunetune.cost.layer_shapes import model_shape
-from prunetune.cost.limits import make_budget_limits
 from prunetune.cost.parameters import prunable_params
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites

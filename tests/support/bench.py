@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from prunetune.bench.models import ModelSpec
 from prunetune.bench.options import BenchOptions
-from prunetune.bench.runner import BenchSample, ModelFacts, OutOfMemory, Runner, WorkEstimate
+from prunetune.bench.runner_protocol import BenchSample, ModelFacts, OutOfMemory, Runner, WorkEstimate
 from prunetune.errors import ModelError
 
 

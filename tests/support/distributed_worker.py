@@ -32,7 +32,7 @@ from prunetune.train.parallel.distributed_passes import distribute_checkpoints, 
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks, init_distributed
 from prunetune.train.parallel.sharding import shard_layers
 from prunetune.train.passes import PackedPasses
-from prunetune.train.recovery import StepGuard
+from prunetune.train.step_guard import StepGuard
 from prunetune.train.teacher import Teacher
 from support.loop import config_of, job_of
 from support.models import tiny

@@ -14,8 +14,8 @@ from prunetune.config.recipe import DistillConfig, RunConfig
 from prunetune.data import packing
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.masking import masked
-from prunetune.pruning.shared_weights import can_share_weights, unshare_weights
 from prunetune.pruning.sites import find_sites
+from prunetune.pruning.teacher_student_weights import can_share_weights, unshare_weights
 from prunetune.train import loop
 from prunetune.train.adapters import LARGE_MODEL_PARAMS, add_adapters, load_into_dense
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore

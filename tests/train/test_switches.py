@@ -18,7 +18,7 @@ from prunetune.data import packing
 from prunetune.pruning.masking import gates_from_plan, masked
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import kept_params
-from prunetune.search.generator import FreeLogits, build_generator
+from prunetune.search.decision_generator import FreeLogits, build_generator
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.searcher import Searcher
 from prunetune.train.adapters import adapter_group_norms, soft_threshold, trainable_parameters

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunetune.cost.limits import BudgetLimits
+from prunetune.cost.budget_limits import BudgetLimits
 from prunetune.data.batches import Batch
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from prunetune.bench.runner import BenchSample, OutOfMemory, Runner, WorkEstimate
+from prunetune.bench.runner_protocol import BenchSample, OutOfMemory, Runner, WorkEstimate
 
 log = logging.getLogger(__name__)
 

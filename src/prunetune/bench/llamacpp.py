@@ -13,7 +13,7 @@ import torch
 from prunetune.bench import clock
 from prunetune.bench.models import ModelSpec
 from prunetune.bench.options import BenchOptions
-from prunetune.bench.runner import BenchSample, ModelFacts, WorkEstimate
+from prunetune.bench.runner_protocol import BenchSample, ModelFacts, WorkEstimate
 from prunetune.errors import ModelError
 from prunetune.evaluation.suites.http_client import EndpointClient
 from prunetune.evaluation.suites.llamacpp import start_server

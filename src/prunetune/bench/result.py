@@ -8,7 +8,7 @@ from typing import Any
 
 from prunetune.bench.interleaved import BatchMeasurement, SummaryStats, paired_ratios, summary_stats
 from prunetune.bench.options import BenchOptions
-from prunetune.bench.runner import BenchSample, ModelFacts
+from prunetune.bench.runner_protocol import BenchSample, ModelFacts
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from prunetune.bench.models import ModelSpec
 from prunetune.bench.options import BenchOptions
-from prunetune.bench.runner import BenchSample, ModelFacts, Runner, WorkEstimate
+from prunetune.bench.runner_protocol import BenchSample, ModelFacts, Runner, WorkEstimate
 from prunetune.errors import ModelError, PrunetuneError
 
 RunnerFactory = Callable[[ModelSpec, BenchOptions], Runner]

@@ -265,16 +265,16 @@ def evaluate(
     suite
         A YAML file of tasks; see suites/.
     """
-    from prunetune.evaluation.suites import api, output
+    from prunetune.evaluation.suites import evaluate_and_check, output
     from prunetune.utils.console import evaluation_progress
     from prunetune.utils.files import check_writable, write_text
 
     options = read_options(EvalOptions, flags_to_overrides(flags), where="eval")
     check_writable(out, "--out")
     with evaluation_progress() as progress:
-        scores = api.evaluate(model, suite, options=options, progress=progress)
+        scores = evaluate_and_check.evaluate(model, suite, options=options, progress=progress)
     if out is not None:
-        write_text(out, api.evaluation_to_json(scores, model, str(suite)))
+        write_text(out, evaluate_and_check.evaluation_to_json(scores, model, str(suite)))
     print(output.render_evaluation(scores))
     unscored = [name for name, result in scores.tasks.items() if result.error]
     if unscored:
@@ -300,7 +300,7 @@ def check(
     suite
         A YAML file of tasks with limits; see suites/.
     """
-    from prunetune.evaluation.suites import api, output
+    from prunetune.evaluation.suites import evaluate_and_check, output
     from prunetune.evaluation.suites.junit import render_junit
     from prunetune.utils.console import evaluation_progress
     from prunetune.utils.files import check_writable, write_text
@@ -309,7 +309,7 @@ def check(
     check_writable(junit, "--junit")
     check_writable(json, "--json")
     with evaluation_progress() as progress:
-        result = api.check(model, suite, options=options, progress=progress)
+        result = evaluate_and_check.check(model, suite, options=options, progress=progress)
     if junit is not None:
         write_text(junit, render_junit(result, f"prunetune check {model}"))
     if json is not None:
@@ -338,7 +338,7 @@ def bench(
     """
     from json import dumps
 
-    from prunetune.bench.api import measure_models
+    from prunetune.bench.measure_models import measure_models
     from prunetune.bench.table import render_bench
     from prunetune.utils.files import check_writable, write_text
 

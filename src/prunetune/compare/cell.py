@@ -17,13 +17,13 @@ from prunetune.compare.methods import DENSE, apply_overrides, built_in_methods
 from prunetune.compare.scoring import finite_or_none, score_model
 from prunetune.config.recipe import DistillConfig
 from prunetune.data.batches import BatchStream, collate, micro_batches, pad_token_id
-from prunetune.evaluation.inference import context_length
+from prunetune.evaluation.scoring_mode import context_length
 from prunetune.pipeline.plan_constraints import make_plan_constraints
 from prunetune.pipeline.prepare import RunContext, with_distill_texts
 from prunetune.pipeline.stages import TeacherFactory, make_job, plain_lora_config
 from prunetune.plan import Plan
 from prunetune.pruning.cut import add_biases, merge_adapters
-from prunetune.pruning.shared_weights import unshare_weights
+from prunetune.pruning.teacher_student_weights import unshare_weights
 from prunetune.pruning.units import dense_plan, kept_params
 from prunetune.search.select import select
 from prunetune.train.checkpoints import NullCheckpointStore

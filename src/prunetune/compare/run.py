@@ -23,7 +23,7 @@ from prunetune.compare.page import write_page
 from prunetune.compare.table import aggregate
 from prunetune.config.recipe import RunConfig, to_mapping
 from prunetune.errors import ConfigError, LimitBroken, PrunetuneError
-from prunetune.evaluation.inference import SDPA_BACKENDS
+from prunetune.evaluation.scoring_mode import SDPA_BACKENDS
 from prunetune.model.loading import load_config, pick_device
 from prunetune.pipeline.plan_constraints import make_plan_constraints
 from prunetune.pipeline.prepare import Console, RunContext, data_and_model_facts, prepare

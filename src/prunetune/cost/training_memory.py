@@ -19,7 +19,7 @@ from prunetune.model.activation_checkpointing import uses_checkpointing
 from prunetune.model.lm_head import LOGITS_PER_CHUNK
 from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear
 from prunetune.pruning.nf4 import NF4_BLOCK_SIZE, NF4_SCALE_BYTES, cut_axes
-from prunetune.pruning.shared_weights import can_share_weights
+from prunetune.pruning.teacher_student_weights import can_share_weights
 from prunetune.pruning.units import Site, UnitKind
 
 TrainingPhase = Literal["search", "tune"]

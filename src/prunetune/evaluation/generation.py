@@ -10,7 +10,7 @@ from transformers import GenerationConfig
 
 from prunetune.data.encoding import chat_stop_id
 from prunetune.evaluation.batching import MAX_LOGITS_PER_PASS, OnItemsDone, batch_by_length, left_pad
-from prunetune.evaluation.inference import vocab_size
+from prunetune.evaluation.scoring_mode import vocab_size
 
 
 def generate(

@@ -21,7 +21,7 @@ from prunetune.evaluation.batching import (
     left_pad,
     position_ids_from_mask,
 )
-from prunetune.evaluation.inference import vocab_size
+from prunetune.evaluation.scoring_mode import vocab_size
 from prunetune.model.lm_head import select_head_inputs
 
 Tokens = tuple[int, ...]

@@ -8,8 +8,8 @@ from typing import Any
 from prunetune.config.recipe import DataConfig, EvaluateConfig
 from prunetune.data.records import Record
 from prunetune.errors import DataError
+from prunetune.evaluation.item_subset import stable_sample
 from prunetune.evaluation.results import Evaluation, TaskResult
-from prunetune.evaluation.sampling import stable_sample
 from prunetune.evaluation.suites.local import LocalModel
 from prunetune.evaluation.suites.protocol import GenerationSettings, OnRequestsDone, Prompt, RequestKind
 from prunetune.evaluation.suites.run import score_task

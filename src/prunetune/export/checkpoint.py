@@ -11,8 +11,8 @@ from typing import Any
 
 from prunetune.errors import ModelError
 from prunetune.export.checksums import write_checksums
-from prunetune.export.per_layer import PerLayerNames, per_layer_overrides
 from prunetune.export.per_layer_code import write_code
+from prunetune.export.per_layer_config import PerLayerNames, per_layer_overrides
 from prunetune.export.stock_config import build_meta_model, explain_family_change, shrink_config
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site, UnitKind, effective_layout, surviving_layers

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prunetune.errors import ModelError
 from prunetune.export.checkpoint import WrittenCheckpoint, add_old_rope_keys, edit_json
-from prunetune.export.per_layer import width_option_names
+from prunetune.export.per_layer_config import width_option_names
 from prunetune.export.result import ExportOptions, ExportResult, RuntimeCheck
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
 from prunetune.export.source import ExportSource

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from prunetune.errors import ConfigError
 from prunetune.export import convert
-from prunetune.export.card import format_export_card
 from prunetune.export.checksums import write_checksums
 from prunetune.export.gguf import write as gguf
+from prunetune.export.model_card import format_export_card
 from prunetune.export.onnx import export_onnx
 from prunetune.export.quantize import SCHEMES, export_quantized
 from prunetune.export.result import ExportOptions, ExportResult

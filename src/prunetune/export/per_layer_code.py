@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.errors import ModelError
-from prunetune.export.per_layer import PerLayerNames, width_option_names
+from prunetune.export.per_layer_config import PerLayerNames, width_option_names
 from prunetune.export.per_layer_templates import (
     CONFIGURATION_TEMPLATE,
     MODELING_TEMPLATE,

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ModelError
-from prunetune.export.per_layer import width_option_names
+from prunetune.export.per_layer_config import width_option_names
 from prunetune.export.source_checks import check_source
 from prunetune.export.stock_config import build_meta_model
 from prunetune.plan import Plan

@@ -11,10 +11,10 @@ import torch
 from prunetune.bench.latency.tables import checked_header, load_cached_table, measure_table
 from prunetune.config.quantities import format_amount, format_amount_rounded_to_limit
 from prunetune.config.recipe import BUDGET_KINDS, WorkloadConfig
+from prunetune.cost.budget_limits import TIMED_BUDGETS, BudgetLimits, costs_for_budget
 from prunetune.cost.deployment import max_cost
 from prunetune.cost.latency_table import LatencyTable
 from prunetune.cost.layer_shapes import ModelShape, model_shape
-from prunetune.cost.limits import TIMED_BUDGETS, BudgetLimits, costs_for_budget
 from prunetune.errors import ConfigError
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site

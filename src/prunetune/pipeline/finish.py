@@ -19,7 +19,7 @@ from prunetune.export.selfcheck import check_checkpoint, compute_logits
 from prunetune.export.streamed_cut import AdapterMerger, StreamedModel, cut_streamed
 from prunetune.manifest import PrunedModelFacts, QuantisedFacts, SelfCheckFacts
 from prunetune.model.safetensors_reader import SafetensorsReader, load_empty_model
-from prunetune.pipeline.model_card import render_card
+from prunetune.pipeline.card_facts import render_card
 from prunetune.pipeline.monitor import tuning_facts
 from prunetune.pipeline.nf4_check import compare_with_merged, has_nf4_adapters
 from prunetune.pipeline.prepare import RunContext

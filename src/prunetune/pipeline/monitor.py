@@ -15,8 +15,8 @@ from prunetune.config.score_limits import ScoreLimit
 from prunetune.cost.parameters import prunable_params
 from prunetune.data.records import Record
 from prunetune.errors import ConfigError, DataError
+from prunetune.evaluation.item_subset import stable_sample
 from prunetune.evaluation.results import Evaluation
-from prunetune.evaluation.sampling import stable_sample
 from prunetune.evaluation.score_records import evaluate
 from prunetune.manifest import LimitActionFacts, LimitFacts, LimitsFacts, ValidationFacts
 from prunetune.pipeline.prepare import RunContext

@@ -11,8 +11,8 @@ import torch
 
 from prunetune.bench.latency.tables import get_latency_table
 from prunetune.config.recipe import RunConfig
+from prunetune.cost.budget_limits import TIMED_BUDGETS, make_budget_limits
 from prunetune.cost.layer_shapes import model_shape
-from prunetune.cost.limits import TIMED_BUDGETS, make_budget_limits
 from prunetune.errors import ConfigError
 from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
 from prunetune.pipeline.budget_preview import budget_usage_lines

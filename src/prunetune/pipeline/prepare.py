@@ -17,7 +17,7 @@ from prunetune.data.encoding import EncodedExamples, encode
 from prunetune.data.sources import SplitName
 from prunetune.data.splits import Splits, load_splits
 from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
-from prunetune.evaluation.inference import context_length
+from prunetune.evaluation.scoring_mode import context_length
 from prunetune.manifest import DataFacts
 from prunetune.model.loading import (
     LoadedModel,

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from prunetune.bench.api import measure_in_process
+from prunetune.bench.measure_models import measure_in_process
 from prunetune.bench.models import context_length
 from prunetune.bench.options import BenchOptions
 from prunetune.bench.result import BenchedModel

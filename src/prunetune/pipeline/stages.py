@@ -23,7 +23,7 @@ from prunetune.evaluation.score_records import evaluate
 from prunetune.export.checksums import verify_checksums
 from prunetune.manifest import BudgetFacts, ModelSpeeds
 from prunetune.model.loading import DTYPES, load_model_and_tokenizer
-from prunetune.pipeline.model_card import rewrite_card
+from prunetune.pipeline.card_facts import rewrite_card
 from prunetune.pipeline.monitor import ValidationMonitor
 from prunetune.pipeline.prepare import RunContext
 from prunetune.pipeline.recording import record_timing, record_training

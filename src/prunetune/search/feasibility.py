@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from prunetune.config.quantities import format_amount_rounded_to_limit
+from prunetune.cost.budget_limits import BudgetLimit, BudgetLimits
 from prunetune.cost.deployment import Cost, total_cost
-from prunetune.cost.limits import BudgetLimit, BudgetLimits
 from prunetune.errors import PlanError
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site, children_by_site

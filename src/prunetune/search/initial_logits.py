@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from prunetune.cost.limits import BudgetLimits
+from prunetune.cost.budget_limits import BudgetLimits
 from prunetune.pruning.units import Site
 from prunetune.search.nested_sites import NestedSites
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from prunetune.cost.limits import BudgetLimits
+from prunetune.cost.budget_limits import BudgetLimits
 from prunetune.errors import PlanError
 from prunetune.pruning.units import Site, UnitKind
 

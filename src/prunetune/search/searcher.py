@@ -14,11 +14,11 @@ from prunetune.cost.parameters import keep_ratio_loss, kept_share
 from prunetune.plan import Plan
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.units import Site
-from prunetune.search.generator import build_generator
+from prunetune.search.decision_generator import build_generator
+from prunetune.search.gumbel_gates import gumbel_sigmoid, round_straight_through, straight_through
 from prunetune.search.initial_logits import importance_to_logits, score_threshold
 from prunetune.search.nested_sites import NestedSites, plan_from_gates
 from prunetune.search.plan_rules import PlanConstraints
-from prunetune.search.sampling import gumbel_sigmoid, round_straight_through, straight_through
 from prunetune.search.select import best_units, min_feasible_keep, select
 from prunetune.utils.seeds import derive_seed
 

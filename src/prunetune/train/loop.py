@@ -24,7 +24,7 @@ from prunetune.train.parallel.distributed_passes import distribute_passes
 from prunetune.train.parallel.sharding import shard_layers
 from prunetune.train.passes import build_passes
 from prunetune.train.progress import TrainingProgress
-from prunetune.train.recovery import StepGuard
+from prunetune.train.step_guard import StepGuard
 from prunetune.train.trainers import AdapterTrainer, GeneratorTrainer
 from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.seeds import derive_seed

@@ -13,8 +13,8 @@ from prunetune.search.searcher import Decision, detach_to
 from prunetune.train.adapters import trainable_parameters
 from prunetune.train.checkpoints import TrainingState, optimizer_tensors, restore_optimizer
 from prunetune.train.job import TrainingJob
-from prunetune.train.recovery import StepGuard
 from prunetune.train.schedule import Schedule
+from prunetune.train.step_guard import StepGuard
 from prunetune.train.trainers import AdapterTrainer, GeneratorTrainer
 from prunetune.train.validation import Validation
 from prunetune.utils.json_lines import JsonObject

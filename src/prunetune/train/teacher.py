@@ -10,7 +10,7 @@ from typing import Any
 from prunetune.config.recipe import DistillConfig, RunConfig
 from prunetune.cost.parameters import prunable_params
 from prunetune.data.encoding import Example
-from prunetune.pruning.shared_weights import copy_sharing_weights
+from prunetune.pruning.teacher_student_weights import copy_sharing_weights
 from prunetune.pruning.units import Site
 from prunetune.train.adapters import LARGE_MODEL_PARAMS, trains_all_weights
 
@@ -21,7 +21,7 @@ class Teacher:
 
     model: Any
     is_tuned: bool = True  # on the task; an untuned one counts only on tokens without a label
-    shares_weights: bool = False  # its weights are the student's, see `pruning/shared_weights.py`
+    shares_weights: bool = False  # its weights are the student's, see `pruning/teacher_student_weights.py`
     share: float = 1.0  # of a batch's examples that it sees, in (0, 1]
 
     def __post_init__(self) -> None:

@@ -18,8 +18,8 @@ from prunetune.train.job import TrainingJob
 from prunetune.train.muon import Muon
 from prunetune.train.parallel.sharding import DecoderLayers
 from prunetune.train.passes import GateTensors, Losses, Passes
-from prunetune.train.recovery import StepGuard
 from prunetune.train.schedule import learning_rate
+from prunetune.train.step_guard import StepGuard
 from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.seeds import derive_seed
 

@@ -22,10 +22,10 @@ from prunetune.bench.latency.short_models import build_short_model, narrow_layer
 from prunetune.bench.latency.verify import verify_budgets
 from prunetune.bench.options import BenchOptions
 from prunetune.config.recipe import WorkloadConfig, from_mapping
+from prunetune.cost.budget_limits import BudgetLimits, make_budget_limits
 from prunetune.cost.deployment import max_cost
 from prunetune.cost.latency_table import PHASES, TRACKS, LatencyTable, LayerTiming, interpolate, latency_costs
 from prunetune.cost.layer_shapes import model_shape
-from prunetune.cost.limits import BudgetLimits, make_budget_limits
 from prunetune.errors import ConfigError
 from prunetune.pipeline.plan_constraints import apply_budgets
 from prunetune.plan import Plan

@@ -368,7 +368,9 @@ def test_reference_that_cannot_be_opened_is_refused_before_the_model_is_scored(
     tmp_path: Path, say: Said, monkeypatch: pytest.MonkeyPatch, against: str, message: str
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("prunetune.evaluation.suites.api.evaluate_suite", lambda *_, **__: pytest.fail("it was scored"))
+    monkeypatch.setattr(
+        "prunetune.evaluation.suites.evaluate_and_check.evaluate_suite", lambda *_, **__: pytest.fail("it was scored")
+    )
     model, suite = model_folder(tmp_path / "model"), suite_file(tmp_path, TASKS)
     tiny("llama").save_pretrained(tmp_path / "bare")
     (tmp_path / "void").mkdir()

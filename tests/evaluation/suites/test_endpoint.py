@@ -10,8 +10,8 @@ import pytest
 from prunetune.data.records import Record
 from prunetune.errors import ConfigError
 from prunetune.evaluation.suites import evaluate_suite
-from prunetune.evaluation.suites.api import evaluate
 from prunetune.evaluation.suites.endpoint import Endpoint
+from prunetune.evaluation.suites.evaluate_and_check import evaluate
 from prunetune.evaluation.suites.http_client import EndpointClient
 from prunetune.evaluation.suites.judge_scorer import _mark
 from prunetune.evaluation.suites.options import EvalOptions

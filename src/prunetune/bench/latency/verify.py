@@ -8,7 +8,7 @@ from typing import Any
 
 from prunetune.bench.latency.request_timing import RUNS, time_requests
 from prunetune.config.recipe import WorkloadConfig
-from prunetune.cost.limits import TIMED_BUDGETS, BudgetLimit, BudgetLimits
+from prunetune.cost.budget_limits import TIMED_BUDGETS, BudgetLimit, BudgetLimits
 from prunetune.plan import Plan
 
 log = logging.getLogger(__name__)

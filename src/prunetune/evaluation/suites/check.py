@@ -20,8 +20,8 @@ from prunetune.evaluation.results import (
     recovery,
 )
 from prunetune.evaluation.statistics import PER_ITEM_METRIC, is_same_question, keep_same_questions
-from prunetune.evaluation.suites.limits import SuiteLimit
 from prunetune.evaluation.suites.suite import Suite, Task
+from prunetune.evaluation.suites.suite_limits import SuiteLimit
 
 FORMAT = "prunetune-check-1"
 MAX_GRADED_FAILURES = 10  # items listed of a task whose items are neither right nor wrong

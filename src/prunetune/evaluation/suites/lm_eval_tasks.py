@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.errors import DataError, PrunetuneError
-from prunetune.evaluation.inference import evaluation_mode
 from prunetune.evaluation.results import Item, Score, TaskResult
+from prunetune.evaluation.scoring_mode import evaluation_mode
 from prunetune.evaluation.suites.protocol import Backend
 from prunetune.evaluation.suites.suite import Task
 from prunetune.utils.optional import import_optional

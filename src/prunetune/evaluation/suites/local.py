@@ -21,8 +21,8 @@ from prunetune.data.encoding import (
 from prunetune.data.records import Record
 from prunetune.errors import DataError
 from prunetune.evaluation.generation import generate
-from prunetune.evaluation.inference import context_length, evaluation_mode, max_prompt_tokens
 from prunetune.evaluation.likelihood import TokenizedQuestion, answer_nll, choice_loglikelihoods
+from prunetune.evaluation.scoring_mode import context_length, evaluation_mode, max_prompt_tokens
 from prunetune.evaluation.suites.protocol import GenerationSettings, OnRequestsDone, RequestKind
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from prunetune.config.recipe import DataConfig
 from prunetune.data.records import Record
 from prunetune.data.sources import SourceRow, read_rows
 from prunetune.errors import DataError
-from prunetune.evaluation.sampling import stable_sample
+from prunetune.evaluation.item_subset import stable_sample
 from prunetune.evaluation.suites.protocol import Prompt
 from prunetune.evaluation.suites.suite import Task
 from prunetune.evaluation.suites.templates import RowRenderer, compile_expression, compile_template

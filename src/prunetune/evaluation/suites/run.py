@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 
 from prunetune.errors import ConfigError, PrunetuneError
+from prunetune.evaluation.item_subset import make_ids_unique
 from prunetune.evaluation.results import Evaluation, Item, TaskResult
-from prunetune.evaluation.sampling import make_ids_unique
 from prunetune.evaluation.statistics import PER_ITEM_METRIC, aggregate_items
 from prunetune.evaluation.suites.prompts import build_prompts
 from prunetune.evaluation.suites.protocol import Backend, OnRequestsDone, Prompt, RequestKind, Response

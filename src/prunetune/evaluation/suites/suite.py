@@ -21,9 +21,9 @@ from typing import Any, Literal
 from prunetune.config.fields import merge_mappings, option, read_options, sources
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError, PrunetuneError
-from prunetune.evaluation.suites.limits import DEFAULT_SIGNIFICANCE, SuiteLimit, parse_limits
 from prunetune.evaluation.suites.protocol import GenerationSettings
 from prunetune.evaluation.suites.scorers import TaskScorer, is_reference_free, parse_scorers
+from prunetune.evaluation.suites.suite_limits import DEFAULT_SIGNIFICANCE, SuiteLimit, parse_limits
 from prunetune.utils.suggest import validate_name
 
 SUITE_KEYS = ("tasks", "defaults", "root", "level", "correction")

@@ -18,7 +18,7 @@ from torch import distributed as dist
 from prunetune.plan import Plan
 from prunetune.pruning.cut import cut_linears
 from prunetune.pruning.families import architecture_info
-from prunetune.pruning.shared_weights import cut_sharing_weights
+from prunetune.pruning.teacher_student_weights import cut_sharing_weights
 from prunetune.pruning.units import Site
 from prunetune.train.parallel.ranks import Ranks
 

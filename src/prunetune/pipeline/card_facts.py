@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prunetune.config.recipe import RunConfig
 from prunetune.evaluation.results import Evaluation, headline_metric
-from prunetune.export.card import Provenance, ScoreRow, format_model_card
+from prunetune.export.model_card import Provenance, ScoreRow, format_model_card
 from prunetune.model.license import read_license
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site

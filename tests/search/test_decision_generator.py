@@ -10,10 +10,10 @@ import torch
 from prunetune.cost.parameters import keep_ratio_loss, kept_share, prunable_params
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import Site
-from prunetune.search.generator import EMBEDDING, DecisionGenerator, orthogonal_vectors
+from prunetune.search.decision_generator import EMBEDDING, DecisionGenerator, orthogonal_vectors
+from prunetune.search.gumbel_gates import gumbel_sigmoid, round_straight_through, straight_through
 from prunetune.search.initial_logits import importance_to_logits, score_threshold
 from prunetune.search.nested_sites import NestedSites
-from prunetune.search.sampling import gumbel_sigmoid, round_straight_through, straight_through
 from support.models import tiny
 
 every_kind = pytest.mark.parametrize("kind", ["transformer", "gru"])

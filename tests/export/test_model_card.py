@@ -12,11 +12,11 @@ import yaml
 from prunetune.config.recipe import from_mapping
 from prunetune.errors import MissingPackage
 from prunetune.evaluation.results import Evaluation, Score, TaskResult
-from prunetune.export.card import Provenance, ScoreRow, format_export_card, format_model_card
+from prunetune.export.model_card import Provenance, ScoreRow, format_export_card, format_model_card
 from prunetune.manifest import Manifest
 from prunetune.model import license
 from prunetune.model.license import LicenseInfo, read_license
-from prunetune.pipeline.model_card import card_scores, render_card, rewrite_card
+from prunetune.pipeline.card_facts import card_scores, render_card, rewrite_card
 from prunetune.pruning.sites import find_sites
 from prunetune.runs.folder import RunFolder
 from support.models import random_plan, tiny

@@ -17,13 +17,13 @@ from prunetune.errors import PlanError
 from prunetune.pruning.cut import add_biases, cut_linears, merge_adapters
 from prunetune.pruning.masking import masked
 from prunetune.pruning.nf4 import NF4Linear, quantize_linears_to_nf4
-from prunetune.pruning.shared_weights import (
+from prunetune.pruning.sites import find_sites
+from prunetune.pruning.teacher_student_weights import (
     can_share_weights,
     copy_sharing_weights,
     cut_sharing_weights,
     unshare_weights,
 )
-from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import DEFAULT_UNITS, Site, dense_plan
 from prunetune.train.adapters import trainable_parameters
 from support.memory import SIZES, LiveMemoryCounter, config_of, skip_without_bitsandbytes
