@@ -293,6 +293,8 @@ def test_cell_out_of_memory_among_others_runs_again_alone(
     assert comparison_of(folder)["errors"] == []
     assert "random-keep0.6-seed0-lr0.01: out of memory among concurrent cells" in caplog.text
     assert len(calls) == 3
+    cells = [json.loads(file.read_text()) for file in sorted((folder / "cells").iterdir())]
+    assert [(cell["method"], cell["crowded"]) for cell in cells] == [("magnitude", True), ("random", False)]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])

@@ -163,7 +163,7 @@ def test_runs_of_0_1_0_open_with_compare_runs(say: Said) -> None:
 # -- going on, and again ---------------------------------------------------------------------------------------------
 
 
-def test_finished_run_of_0_1_0_resumes_to_itself(say: Said, release: Path) -> None:
+def test_finished_run_of_0_1_0_resumes_to_itself(say: Said, release: Path, caplog: pytest.LogCaptureFixture) -> None:
     before = sha256(release / "run" / "model" / "SHA256SUMS")
     code, out, _ = say("run", "recipe.yaml", "--resume")
     assert code == 0
@@ -171,6 +171,10 @@ def test_finished_run_of_0_1_0_resumes_to_itself(say: Said, release: Path) -> No
     assert (release / "run" / "report.html").exists()
     assert sha256(release / "run" / "model" / "SHA256SUMS") == before
     assert not list((release / "run" / "checkpoints").iterdir())  # nothing was tuned
+    sizes = [json.loads((folder / "run" / "manifest.json").read_text())["model"] for folder in (release, FIXTURE)]
+    assert sizes[0] == sizes[1]
+    lines = [record.getMessage() for record in caplog.records if "version 0.1.0" in record.getMessage()]
+    assert len(lines) == 3  # dense, tuned and pruned scores counted the ends of answers
 
 
 def test_interrupted_run_of_0_1_0_resumes_to_the_weights_of_the_whole_one(say: Said, release: Path) -> None:

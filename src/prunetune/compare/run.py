@@ -173,6 +173,8 @@ class _Comparison:
                 runner.stop_event.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        if out_of_memory:
+            runner.load_model(concurrent=False)
         for cell in out_of_memory:
             log.warning("%s: out of memory among concurrent cells; running it again, alone", cell.name)
             self._run_cell(runner, cell, needs_valid_nll)

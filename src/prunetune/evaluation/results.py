@@ -71,6 +71,11 @@ class Evaluation:
         """Mean NLL per answer token over the tasks that have answers; nan where none has."""
         return self.mean("nll").value
 
+    def counts_ends(self) -> bool:
+        """Whether NLL and perplexity count the end of answers and texts as a token, as the runs of 0.1.0 did."""
+        items = [item.scores for result in self.tasks.values() for item in result.items]
+        return any("nll" in scores and "bytes" not in scores for scores in items)
+
     def to_json(self) -> str:
         """The evaluation as JSON text, stable to the byte: nan and inf become null, long prompts lose their end."""
         tasks = {name: _task_to_dict(result) for name, result in self.tasks.items()}

@@ -132,7 +132,11 @@ def _write(source: ExportSource, path: Path, scheme: QuantizationScheme, linears
     # Tensor names as in memory, as per-layer folders have them; a stock class renames by itself.
     model.save_pretrained(path, save_original_format=source.layout == "uniform")
     for file in sorted(source.folder.iterdir()):
-        if file.is_file() and file.suffix not in (".safetensors", ".index.json") and not (path / file.name).exists():
+        if (
+            file.is_file()
+            and not file.name.endswith((".safetensors", ".safetensors.index.json"))
+            and not (path / file.name).exists()
+        ):
             shutil.copyfile(file, path / file.name)
     saved = model.config.quantization_config
     edit_json(path / "config.json", {"quantization_config": saved if isinstance(saved, dict) else saved.to_dict()})

@@ -18,7 +18,7 @@ from prunetune.data.sources import SplitName
 from prunetune.data.splits import Splits, load_splits
 from prunetune.errors import ConfigError, DataError, ModelError, RunFolderError
 from prunetune.evaluation.inference import context_length
-from prunetune.manifest import DataFacts, DenseModelFacts
+from prunetune.manifest import DataFacts
 from prunetune.model.loading import (
     LoadedModel,
     load_meta_model,
@@ -256,7 +256,8 @@ def data_and_model_facts(context: RunContext) -> dict[str, Any]:
             too_long=sum(split.num_too_long for split in context.encoded.values()),
             dropped=context.splits.dropped,
         ),
-        "model": DenseModelFacts(
+        "model": replace(
+            context.folder.read_manifest().model,  # a resumed run knows the bytes, too
             name=context.config.model,
             params=context.dense_params,
             decoder_params=prunable_params(context.sites) + context.unprunable_block_params,

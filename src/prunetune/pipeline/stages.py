@@ -6,6 +6,7 @@ Each stage leaves one thing on disk and is skipped where that is complete. Cutti
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -45,6 +46,8 @@ from prunetune.utils.files import write_text
 from prunetune.utils.seeds import derive_seed
 
 TeacherFactory = Callable[[Any], Teacher | None]  # from a dense student, without adapters yet, to its teacher
+
+log = logging.getLogger(__name__)
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -184,7 +187,12 @@ def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
     """Score models on the test split, and time all but the dense tuned one; skips those that have scores."""
     speeds = context.folder.read_manifest().speed
     for name in names:
-        if context.folder.evaluation_file(name).exists():
+        file = context.folder.evaluation_file(name)
+        if file.exists():
+            if Evaluation.from_json(file.read_text(encoding="utf-8")).counts_ends():
+                log.warning(
+                    "%s is of version 0.1.0, whose NLL counts the end of an answer: remove it to score anew", file
+                )
             continue
         model = load_model(context, name)
         context.console.stage(f"evaluate {name}", 1)
@@ -192,7 +200,7 @@ def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
         if name != "tuned":
             speeds = ModelSpeeds.from_dict(speeds.to_dict() | {name: measure_speed(model).to_dict()})
             context.folder.update_manifest(speed=speeds)
-        write_text(context.folder.evaluation_file(name), result.to_json())
+        write_text(file, result.to_json())
 
 
 def measure(context: RunContext) -> None:

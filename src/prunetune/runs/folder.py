@@ -88,7 +88,7 @@ class RunFolder:
         for file in (self.path / "metrics.jsonl", self.path / "validation.jsonl"):
             if file.exists():
                 records, _ = read_json_lines(file)
-                write_json_lines(file, [record for record in records if 0 <= record.get("step", -1) <= step])
+                write_json_lines(file, [record for record in records if record.get("step") in range(step + 1)])
         for file in (self.path / "decisions").glob("step-*.json"):
             if int(file.stem.removeprefix("step-")) > step:
                 file.unlink()
