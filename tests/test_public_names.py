@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import prunetune.evaluation.suites.evaluate_and_check
 import pytest
 
 import prunetune
+import prunetune.evaluation.suites.evaluate_and_check
 import prunetune.evaluation.suites.suite
 import prunetune.pipeline.run
 

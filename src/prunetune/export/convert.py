@@ -67,12 +67,15 @@ def _copy_checkpoint(source: ExportSource, path: Path, dtype: torch.dtype) -> Ex
             with safe_open(file, framework="pt") as shard:
                 tensors = {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118 - no mapping
                 metadata = shard.metadata()
-            cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in tensors.items()}
-            save_file(cast, path / file.name, metadata)
+            save_file({name: _cast(tensor, dtype) for name, tensor in tensors.items()}, path / file.name, metadata)
         elif file.is_file():
             shutil.copyfile(file, path / file.name)
     edit_json(path / "config.json", {"dtype": _dtype_name(dtype)})
     return _check_export(source, path, dtype, params, expected, str(source.config_json["architectures"][0]))
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def padded_config(source: ExportSource) -> Any:
