@@ -141,7 +141,7 @@ def weights_of_linears(model: Any) -> list[Any]:
 @needs_nf4
 def test_merged_model_that_differs_is_refused(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finish, "round_linears_to_nf4", lambda *_, **__: None)  # merged into weights never tuned on
-    monkeypatch.setattr(nf4_check, "LIMIT", 1e-4)
+    monkeypatch.setattr(nf4_check, "MAX_LOGIT_ERROR", 1e-4)
     with pytest.raises(SelfCheckFailed, match="not the one that was tuned in 4 bits"):
         run(config_of(workspace, tmp_path / "run"))
     assert not (tmp_path / "run" / "model").exists()
