@@ -33,7 +33,7 @@ from prunetune.train.checkpoints import NullCheckpointStore
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import build_schedule
 from prunetune.train.teacher import base_teacher, resolve_auto
-from prunetune.train.trainers import AdapterTrainer
+from prunetune.train.weight_trainer import WeightTrainer
 from prunetune.utils.environment import device_name, peak_memory_mb
 
 
@@ -125,14 +125,14 @@ def main() -> None:
         checkpoints=NullCheckpointStore(), observer=phases,
         accelerator=Accelerator(cpu=device.type == "cpu"), teacher=teacher,
     )  # fmt: skip
-    genuine = AdapterTrainer.cut
+    genuine = WeightTrainer.cut
 
-    def cut(self: AdapterTrainer, plan: Any) -> None:
+    def cut(self: WeightTrainer, plan: Any) -> None:
         phases.mark("before the cut")
         genuine(self, plan)
         phases.mark("cut")
 
-    AdapterTrainer.cut = cut  # type: ignore[method-assign]  # to tell its memory from that of the steps
+    WeightTrainer.cut = cut  # type: ignore[method-assign]  # to tell its memory from that of the steps
     plan = loop.tune_and_prune(job)
     computed = {name: estimate_memory(shapes, setup, phase=name) for name in ("search", "tune")}
     print(json.dumps({

@@ -1,1 +1,1 @@
-"""Training: the loop, its generator and adapter trainers, their passes, losses, checkpoints and limits."""
+"""Training: the loop, the trainers of weights and generator, their passes, losses, checkpoints and limits."""

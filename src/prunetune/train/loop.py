@@ -19,13 +19,14 @@ from __future__ import annotations
 
 from prunetune.plan import Plan
 from prunetune.train.adapters import add_adapters, load_into_dense
+from prunetune.train.generator_trainer import GeneratorTrainer
 from prunetune.train.job import TrainingJob
 from prunetune.train.parallel.distributed_passes import distribute_passes
 from prunetune.train.parallel.sharding import shard_layers
 from prunetune.train.passes import build_passes
 from prunetune.train.progress import TrainingProgress
 from prunetune.train.step_guard import StepGuard
-from prunetune.train.trainers import AdapterTrainer, GeneratorTrainer
+from prunetune.train.weight_trainer import WeightTrainer
 from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.seeds import derive_seed
 
@@ -43,7 +44,7 @@ def tune_and_prune(job: TrainingJob) -> Plan:
     passes = build_passes(job.model, job.sites, job.pad_id, job.config, job.teacher, job.ranks)
     passes = distribute_passes(passes, job.model, job.ranks)  # from here on, losses and gradients are of whole batches
     guard = StepGuard(passes, job.config.train.max_skipped, job.config.train.checkpointing != "off")
-    generator, adapters = GeneratorTrainer(job, passes, guard), AdapterTrainer(job, passes, guard, layers)
+    generator, adapters = GeneratorTrainer(job, passes, guard), WeightTrainer(job, passes, guard, layers)
     progress = TrainingProgress(job, generator, adapters, guard)
     decision = progress.resume()
 

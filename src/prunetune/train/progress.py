@@ -12,11 +12,12 @@ from prunetune.cost.parameters import kept_share
 from prunetune.search.searcher import Decision, detach_to
 from prunetune.train.adapters import trainable_parameters
 from prunetune.train.checkpoints import TrainingState, optimizer_tensors, restore_optimizer
+from prunetune.train.generator_trainer import GeneratorTrainer
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import Schedule
 from prunetune.train.step_guard import StepGuard
-from prunetune.train.trainers import AdapterTrainer, GeneratorTrainer
 from prunetune.train.validation import Validation
+from prunetune.train.weight_trainer import WeightTrainer
 from prunetune.utils.json_lines import JsonObject
 
 
@@ -24,11 +25,11 @@ class TrainingProgress:
     """The step that a run has reached, and everything that is recorded or saved there."""
 
     def __init__(
-        self, job: TrainingJob, generator_trainer: GeneratorTrainer, adapter_trainer: AdapterTrainer, guard: StepGuard
+        self, job: TrainingJob, generator_trainer: GeneratorTrainer, weight_trainer: WeightTrainer, guard: StepGuard
     ) -> None:
         self.job, self.guard = job, guard
-        self.generator_trainer, self.adapter_trainer = generator_trainer, adapter_trainer
-        self.validation = Validation(job, generator_trainer, adapter_trainer)
+        self.generator_trainer, self.weight_trainer = generator_trainer, weight_trainer
+        self.validation = Validation(job, generator_trainer, weight_trainer)
         self.step = 0
         self.recorded: Decision | None = None  # the newest decision in the records
         self.gates: Mapping[str, Tensor] = {}  # of that decision, on the CPU
@@ -46,8 +47,8 @@ class TrainingProgress:
         plan = self.job.given_plan if state is None else state.plan
         if state is not None:
             if state.is_cut and plan is not None:
-                self.adapter_trainer.apply_cut(plan)
-            self.adapter_trainer.load(state.tensors["adapters"], state.tensors["adapter_optimizer"])
+                self.weight_trainer.apply_cut(plan)
+            self.weight_trainer.load(state.tensors["adapters"], state.tensors["adapter_optimizer"])
             searcher.load_state_tensors(state.tensors["generator"])
             restore_optimizer(
                 self.generator_trainer.optimizer, searcher.parameter_names(), state.tensors["generator_optimizer"]
@@ -93,12 +94,12 @@ class TrainingProgress:
         named, searcher = trainable_parameters(self.job.model), self.generator_trainer.searcher
         tensors = {
             "adapters": {name: parameter.detach() for name, parameter in named.items()},
-            "adapter_optimizer": optimizer_tensors(self.adapter_trainer.optimizer, list(named)),
+            "adapter_optimizer": optimizer_tensors(self.weight_trainer.optimizer, list(named)),
             "generator": searcher.state_tensors(),
             "generator_optimizer": optimizer_tensors(self.generator_trainer.optimizer, searcher.parameter_names()),
         }
         if self.gates and decision.plan is None:
             tensors["decision"] = {name: gate.bool() for name, gate in self.gates.items()}
         history, guard_state = self.validation.history.to_dict(), self.guard.to_dict()
-        is_cut, seconds = self.adapter_trainer.is_cut, time.monotonic() - self.started
+        is_cut, seconds = self.weight_trainer.is_cut, time.monotonic() - self.started
         return TrainingState(self.step, decision.plan, is_cut, tensors, history, guard_state, seconds)

@@ -20,9 +20,10 @@ from prunetune.plan import Plan
 from prunetune.pruning.masking import masked
 from prunetune.search.searcher import Decision
 from prunetune.train.checkpoints import TrainingState
+from prunetune.train.generator_trainer import GeneratorTrainer
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import Schedule
-from prunetune.train.trainers import AdapterTrainer, GeneratorTrainer
+from prunetune.train.weight_trainer import WeightTrainer
 from prunetune.utils.json_lines import JsonObject
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,8 @@ class ValidationHistory:
 class Validation:
     """Scores the sub-network between steps, checks the limits and acts on broken ones."""
 
-    def __init__(self, job: TrainingJob, generator_trainer: GeneratorTrainer, adapter_trainer: AdapterTrainer) -> None:
-        self.job, self.generator_trainer, self.adapter_trainer = job, generator_trainer, adapter_trainer
+    def __init__(self, job: TrainingJob, generator_trainer: GeneratorTrainer, weight_trainer: WeightTrainer) -> None:
+        self.job, self.generator_trainer, self.weight_trainer = job, generator_trainer, weight_trainer
         self.limits = job.monitor.limits if job.monitor else ()
         self.can_roll_back = any(limit.action != "stop" for limit in self.limits)
         self.history = ValidationHistory(job.schedule)
@@ -98,7 +99,7 @@ class Validation:
 
     def _validate(self, record: JsonObject, decision: Decision, state_of: StateBuilder) -> Decision:
         legal = self._with_plan(decision)
-        scores, seconds = self._timed_scores(None if self.adapter_trainer.is_cut else legal)
+        scores, seconds = self._timed_scores(None if self.weight_trainer.is_cut else legal)
         self.history = replace(self.history, last=scores)
         broken = [limit for limit in self.limits if not limit.is_met(scores, self.history.dense)]
         fields = {name: record[name] for name in ("step", "phase", "kept")}
@@ -115,7 +116,7 @@ class Validation:
     def _set_stride(self, record: JsonObject, decision: Decision) -> None:
         """Time one validation, and set how many due ones are skipped to stay below the share `validate.share`."""
         pace = (record["seconds"] - self.excluded_seconds) / (record["step"] - self.first_step)
-        _, cost = self._timed_scores(None if self.adapter_trainer.is_cut else self._with_plan(decision))
+        _, cost = self._timed_scores(None if self.weight_trainer.is_cut else self._with_plan(decision))
         share, every = self.job.config.validate.share, self.job.config.train.validate_every
         # share = cost / (cost + steps * pace), solved for the steps from one validation to the next
         stride = self.job.ranks.broadcast_from_main(max(1, math.ceil(cost * (1 - share) / (share * pace) / every)))
@@ -133,7 +134,7 @@ class Validation:
         """Scores of the model as it is or gated by the decision, the same on all ranks; and the seconds they took."""
         started = time.monotonic()
         gates, monitor = decision.gates if decision else None, self.job.monitor
-        nll = self.adapter_trainer.passes.score(self.job.valid_examples, gates)
+        nll = self.weight_trainer.passes.score(self.job.valid_examples, gates)
         with masked(self.job.model, gates, sites=self.job.sites) if gates else nullcontext():
             monitored = monitor.score(self.job.model) if monitor else {}
         seconds = time.monotonic() - started
@@ -174,7 +175,7 @@ class Validation:
             raise LimitBroken(
                 f"stopped at step {step}: {reason}; raise budget.keep or the limit, and start a new run with --out"
             )
-        if "roll-back" not in actions and not self.adapter_trainer.is_cut:
+        if "roll-back" not in actions and not self.weight_trainer.is_cut:
             return self._back_off(step, broken, decision, reason)
         good = self.job.monitor.good_checkpoints.latest() if self.job.monitor and self.history.good else None
         if good is None:

@@ -26,10 +26,10 @@ from prunetune.pipeline.prepare import prepare
 from prunetune.pipeline.stages import train
 from prunetune.runs.folder import RunFolder, create_run_folder
 from prunetune.train.checkpoints import Checkpoints
+from prunetune.train.generator_trainer import GeneratorTrainer
 from prunetune.train.parallel.distributed_passes import distribute_passes
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks, fingerprint, init_distributed
 from prunetune.train.step_guard import StepGuard
-from prunetune.train.trainers import GeneratorTrainer
 from prunetune.utils.console import SilentConsole
 from prunetune.utils.failures import is_lost_rank
 from prunetune.utils.launch import rank_and_world_size, single_process_error
