@@ -38,7 +38,7 @@ from prunetune.search.plan_rules import PlanConstraints, default_align
 from prunetune.train.checkpoints import NullCheckpointStore
 from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.schedule import build_schedule, tune_only_schedule
+from prunetune.train.schedule import build_schedule, one_cut_schedule
 from prunetune.train.teacher import base_teacher, resolve_auto
 from prunetune.utils.environment import device_name, peak_memory_mb
 
@@ -157,7 +157,7 @@ def ours(asked: argparse.Namespace, device: torch.device, dtype: torch.dtype, ki
         model=model, sites=sites, constraints=PlanConstraints("per-layer", default_align(sites)),
         train_stream=stream, search_stream=stream, valid_examples=(), pad_id=0,
         config=config, checkpoints=NullCheckpointStore(), observer=clock,
-        schedule=tune_only_schedule(config) if dense else build_schedule(config),
+        schedule=one_cut_schedule(config) if dense else build_schedule(config),
         accelerator=Accelerator(cpu=device.type == "cpu"), teacher=teacher,
         given_plan=dense_plan(sites) if dense else None,
     ))  # fmt: skip

@@ -13,7 +13,7 @@ from prunetune.pruning.sites import unprunable_kinds
 from prunetune.pruning.units import dense_plan, kept_params
 from prunetune.train.adapters import (
     adapter_group_norms,
-    cut_adapter_tensors,
+    cut_tensors,
     expand_adapter_tensors,
     trainable_parameters,
 )
@@ -50,12 +50,12 @@ def test_cut_adapters_expand_to_the_dense_shape_again(family: str) -> None:
     model = with_lora(tiny(family))
     sites, plan = find_sites(model), random_plan(model)
     before = {name: weight.detach().clone() for name, weight in trainable_parameters(model).items()}
-    small = cut_adapter_tensors(before, plan, sites)
+    small = cut_tensors(model, before, plan, sites)
     cut_linears(model, plan)
     assert set(small) == set(trainable_parameters(model))
     assert all(torch.equal(weight, small[name]) for name, weight in trainable_parameters(model).items())
     grown = expand_adapter_tensors(small, {name: weight.shape for name, weight in before.items()}, plan, sites)
-    again = cut_adapter_tensors(grown, plan, sites)
+    again = cut_tensors(model, grown, plan, sites)
     assert all(torch.equal(again[name], weight) for name, weight in small.items())
 
 

@@ -19,7 +19,7 @@ from prunetune.search.plan_rules import PlanConstraints
 from prunetune.train.adapters import add_adapters, trainable_parameters
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore, NullCheckpointStore, TrainingState
 from prunetune.train.job import TrainingJob
-from prunetune.train.schedule import build_schedule, tune_only_schedule
+from prunetune.train.schedule import build_schedule, one_cut_schedule
 from support.models import tiny
 
 KEEP = 0.6
@@ -85,7 +85,7 @@ def job_of(
         valid_examples=examples(4, seed=2),
         pad_id=0,
         config=config,
-        schedule=tune_only_schedule(config) if plan else build_schedule(config),
+        schedule=one_cut_schedule(config) if plan else build_schedule(config),
         checkpoints=store or NullCheckpointStore(),
         observer=RecordingObserver(),
         accelerator=Accelerator(cpu=True),

@@ -18,7 +18,7 @@ from prunetune.pruning.units import dense_plan
 from prunetune.train.adapters import (
     adapter_group_norms,
     add_adapters,
-    cut_adapter_tensors,
+    cut_tensors,
     expand_adapter_tensors,
     soft_threshold,
     trainable_parameters,
@@ -34,9 +34,9 @@ def test_expanding_undoes_cutting_except_for_removed_units() -> None:
     sites, plan = find_sites(model), random_plan(tiny(), keep=0.4)
     state = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    small = cut_adapter_tensors(state, plan, sites)
+    small = cut_tensors(model, state, plan, sites)
     grown = expand_adapter_tensors(small, shapes, plan, sites)
-    assert identical(cut_adapter_tensors(grown, plan, sites), small)
+    assert identical(cut_tensors(model, grown, plan, sites), small)
     assert {name: tensor.shape for name, tensor in grown.items()} == shapes
     gates = gates_from_plan(plan, sites)
     for site in sites:
@@ -54,7 +54,7 @@ def test_dense_plan_cuts_no_adapter() -> None:
     sites = find_sites(model)
     state = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
     shapes = {name: tensor.shape for name, tensor in state.items()}
-    assert identical(cut_adapter_tensors(state, dense_plan(sites), sites), state)
+    assert identical(cut_tensors(model, state, dense_plan(sites), sites), state)
     assert identical(expand_adapter_tensors(state, shapes, dense_plan(sites), sites), state)
 
 

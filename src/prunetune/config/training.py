@@ -99,8 +99,17 @@ class DistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """The pruning-decision generator (ATP, authors' code)."""
+    """When units are removed, and what decides which."""
 
+    method: Literal["progressive", "generator"] = option(
+        "progressive",
+        "progressive: several cuts while the model tunes, each decided by scores on the weights as they then are; "
+        "generator: one cut, decided by a generator that is trained beside the adapters (ATP).",
+    )
+    cuts: int = option(
+        4, "Number of cuts (progressive); each removes an equal share of what the budget asks for.", ge=1
+    )
+    span: float = option(0.2, "Share of the steps over which the cuts are spread, from step 0 on.", gt=0, le=1)
     step: Literal["auto", "alternate", "joint"] = option(
         "auto",
         "alternate: the generator learns on its own batches; joint: from the adapters' pass, in one backward. "
@@ -114,7 +123,7 @@ class SearchConfig:
         "projected: decisions meet the (annealed) budget; sampled: Gumbel draws and a budget loss, as in ATP's code.",
     )
     init_batches: int = option(
-        16, "Batches whose gate gradients give initial logits; 0: none, as in ATP's code.", ge=0, formerly="evidence"
+        16, "Batches of search whose gate gradients give the scores of a cut (progressive).", ge=1, formerly="evidence"
     )
     straight_through: bool = option(
         True,

@@ -1,9 +1,9 @@
-"""A run of several sizes: the largest is a plain run; each smaller one is cut out of the one tuned before it.
+"""A run of several sizes: the largest is a plain run; each smaller one goes on from where the larger has been cut.
 
-The plans are nested and come from the scores that the one search ended with. Every size has a run folder of its own,
-`sizes/0.6`, with checkpoints, model, scores and report. The run's own folder holds what they share: the teacher, the
-dense models' scores, the speed of all relative to the dense model, and a report that compares the sizes. A run that was
-stopped continues in the size it was in.
+So the plans are nested, and a size shares the steps in which the larger ones were cut. Every size has a run folder of
+its own, `sizes/0.6`, with checkpoints, model, scores and report. The run's own folder holds what they share: the
+teacher, the dense models' scores, the speed of all relative to the dense model, and a report that compares the sizes.
+A run that was stopped continues in the size it was in.
 """
 
 from __future__ import annotations
@@ -44,11 +44,9 @@ from prunetune.pipeline.stages import (
 )
 from prunetune.runs.folder import RunFolder, create_run_folder
 from prunetune.runs.trackers import require_trackers
-from prunetune.search.searcher import Searcher, detach_to
-from prunetune.search.select import Scores, select
 from prunetune.train.checkpoints import Checkpoints, TrainingState
 from prunetune.train.job import TrainingJob
-from prunetune.train.schedule import build_schedule, tune_only_schedule
+from prunetune.train.schedule import build_schedule
 from prunetune.utils.console import make_console
 from prunetune.utils.determinism import deterministic
 from prunetune.utils.launch import rank_and_world_size
@@ -132,12 +130,13 @@ def make_size_runs(context: RunContext) -> tuple[SizeRun, ...]:
 
 
 def size_config(config: RunConfig, index: int, out: Path) -> RunConfig:
-    """The recipe of one size: for the first that of a plain run, for the others that of tuning alone."""
+    """The recipe of one size: for the first that of a plain run, for the others one of fewer steps."""
     shares, steps = config.train.size_share, config.train.steps
     if index:
         steps = max(1, round(steps * shares[min(index, len(shares)) - 1]))
     budget = replace(config.budget, keep=config.budget.keeps[index], sizes=())
-    return replace(config, out=str(out), budget=budget, train=replace(config.train, steps=steps))
+    search = replace(config.search, method="progressive") if index else config.search
+    return replace(config, out=str(out), budget=budget, search=search, train=replace(config.train, steps=steps))
 
 
 # -- training of all sizes, one after the other ------------------------------------------------------------------------
@@ -184,36 +183,23 @@ class SizeTraining:
             return make_teacher_factory(self.context, lambda: load_model(self.context, "tuned"))
 
     def _job_for_size(self, job: TrainingJob, size: SizeRun) -> TrainingJob:
-        """The first size's job unchanged; a smaller one's starts where the larger one ended, with other examples."""
+        """The job of one size: it keeps the state from which a smaller size goes on, and goes on from a larger one."""
+        if size.index + 1 < len(self.sizes):
+            job = replace(job, branch_checkpoints=Checkpoints(size.folder.branch))
         if not size.index:
             return job
         larger = self.sizes[size.index - 1]
-        start = larger.latest_state
-        if start is None or start.step < larger.config.train.steps:
+        start = Checkpoints(larger.folder.branch).latest()
+        if start is None:
             raise RunFolderError(
-                f"{larger.folder.checkpoints}: the last state of this size cannot be read, and the next one goes on "
-                "from it: put it back, or start anew with another --out"
+                f"{larger.folder.branch}: the state that the next size goes on from cannot be read: put it back, or "
+                "start anew with another --out"
             )
+        assert start.plan is not None
         seed = derive_seed(size.config.seed, "train", size.index)
-        keep = size.config.budget.keep
-        return replace(
-            job,
-            schedule=tune_only_schedule(size.config),
-            train_stream=BatchStream(job.train_stream.examples, size.config.train.batch_size, seed),
-            given_plan=select(self._final_search_scores(job), job.sites, keep, job.constraints, larger_plan=start.plan),
-            start_state=start,
-        )
-
-    def _final_search_scores(self, job: TrainingJob) -> Scores:
-        """The scores that the one search, of the first size, ended with."""
-        first = self.sizes[0]
-        state = first.latest_state
-        assert state is not None
-        device = self.context.device
-        annealed_keep = build_schedule(first.config).annealed_keep
-        searcher = Searcher(job.sites, job.constraints, first.config, annealed_keep, device)
-        searcher.load_state_tensors(state.tensors["generator"])
-        return detach_to(searcher.logits(), "cpu")
+        schedule = replace(build_schedule(size.config), start_keep=larger.config.budget.keep)
+        stream = BatchStream(job.train_stream.examples, size.config.train.batch_size, seed)
+        return replace(job, schedule=schedule, train_stream=stream, start_state=start)
 
 
 # -- after training ----------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from prunetune.train.loop import tune_and_prune
 from prunetune.train.parallel.distributed_passes import distribute_checkpoints
 from prunetune.train.parallel.ranks import SINGLE_PROCESS
 from prunetune.train.parallel.sharding import shard_layers
-from prunetune.train.schedule import build_schedule, tune_only_schedule
+from prunetune.train.schedule import build_schedule, one_cut_schedule
 from prunetune.train.teacher import Teacher, base_teacher
 from prunetune.train.validation import RolledBack
 from prunetune.utils import environment
@@ -121,7 +121,7 @@ def make_job(
         valid_examples=valid[:: max(1, -(-len(valid) // config.validate.limit))],  # spread evenly over the split
         pad_id=pad_token_id(context.tokenizer),
         config=config,
-        schedule=tune_only_schedule(config) if plan else build_schedule(config),
+        schedule=one_cut_schedule(config) if plan else build_schedule(config),
         checkpoints=checkpoints,
         observer=observer,
         # Passes set the precision themselves.

@@ -48,6 +48,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def branch(self) -> Path:
+        """The state from which the next smaller size of a run goes on."""
+        return self.checkpoints / "branch"
+
+    @property
     def good_checkpoints(self) -> Path:
         """States within all limits, to roll back to."""
         return self.path / "good"

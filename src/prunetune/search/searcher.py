@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,9 +10,8 @@ from torch import Tensor
 
 from prunetune.config.recipe import RunConfig
 from prunetune.cost.parameters import keep_ratio_loss, kept_share
-from prunetune.plan import Plan
-from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.units import Site
+from prunetune.search.decision import Decision, detach_to, split_like
 from prunetune.search.decision_generator import build_generator
 from prunetune.search.gumbel_gates import gumbel_sigmoid, round_straight_through, straight_through
 from prunetune.search.initial_logits import importance_to_logits, score_threshold
@@ -21,14 +19,6 @@ from prunetune.search.nested_sites import NestedSites, plan_from_gates
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import best_units, min_feasible_keep, select
 from prunetune.utils.seeds import derive_seed
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Hard gates under which the adapters are trained, and their plan once it is final."""
-
-    gates: Mapping[str, Tensor]  # {site: [U]}, each 0 or 1
-    plan: Plan | None = None
 
 
 class Searcher:
@@ -110,7 +100,9 @@ class Searcher:
     def final_decision(self) -> Decision:
         """The final gates and their plan: no noise, within the budget, equal logits by index."""
         logits = detach_to(self.logits(), "cpu")
-        return self.decision_from_plan(select(logits, self.sites, self.allowed_keep, self.constraints))
+        return Decision.from_plan(
+            select(logits, self.sites, self.allowed_keep, self.constraints), self.sites, self.device
+        )
 
     @torch.no_grad()
     def with_legal_plan(self, decision: Decision) -> Decision:
@@ -119,19 +111,13 @@ class Searcher:
             return Decision(decision.gates, plan_from_gates(detach_to(decision.gates, "cpu")))
         share = float(kept_share(decision.gates, self.sites))
         keep = max(min_feasible_keep(self.sites, self.constraints), share)
-        return self.decision_from_plan(select(detach_to(self.logits(), "cpu"), self.sites, keep, self.constraints))
+        return Decision.from_plan(
+            select(detach_to(self.logits(), "cpu"), self.sites, keep, self.constraints), self.sites, self.device
+        )
 
     def set_budget(self, annealed_keep: Callable[[int], float], allowed_keep: float) -> None:
         """Change the budget from here on: `annealed_keep` of each step, and `allowed_keep` of the final plan."""
         self.annealed_keep, self.allowed_keep = annealed_keep, allowed_keep
-
-    def decision_from_plan(self, plan: Plan) -> Decision:
-        """The gates of a given plan, with it."""
-        return Decision(detach_to(gates_from_plan(plan, self.sites), self.device), plan)
-
-    def dense_decision(self) -> Decision:
-        """Gates that keep everything."""
-        return Decision({site.name: torch.ones(site.units, device=self.device) for site in self.sites})
 
     def _draw(self, logits: Mapping[str, Tensor], purpose: str, step: int) -> dict[str, Tensor]:
         """Soft Gumbel gates {site: [U]}, from a random stream of this purpose and step."""
@@ -156,13 +142,3 @@ class Searcher:
         )
         self.generator.load_state_dict(weights)
         self.initial_logits = {name: value.to(self.device) for name, value in logits.items()}
-
-
-def detach_to(values: Mapping[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
-    """{site: [U]} detached and on a device, in one transfer instead of one per site."""
-    return split_like(values, torch.cat([value.detach() for value in values.values()]).to(device))
-
-
-def split_like(values: Mapping[str, Tensor], joined: Tensor) -> dict[str, Tensor]:
-    """A vector over all units, split into {site: [U]} of the same names and lengths."""
-    return dict(zip(values, torch.split(joined, [len(value) for value in values.values()]), strict=True))

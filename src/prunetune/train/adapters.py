@@ -96,23 +96,27 @@ def frozen_adapters(model: Any) -> Iterator[None]:
             weight.requires_grad_(True)
 
 
-def cut_adapter_tensors(state: Mapping[str, Tensor], plan: Plan, sites: Iterable[Site]) -> dict[str, Tensor]:
-    """Adapter-shaped tensors {adapter name: tensor} after the cut; those of removed blocks are left out."""
+def cut_tensors(model: nn.Module, state: Mapping[str, Tensor], plan: Plan, sites: Iterable[Site]) -> dict[str, Tensor]:
+    """Tensors of the shapes of adapters or weights, {name: tensor}, after a cut; those of removed blocks are left out.
+
+    The model tells how its weights are stored, and may be cut already.
+    """
     sites, result = tuple(sites), dict(state)
     for (module, axis), index in kept_indices(plan, sites).items():
-        name = _weight_name(module, axis)
-        if name in result:
-            result[name] = result[name].index_select(axis, index.to(result[name].device)).contiguous()
+        for name, dim in ((_weight_name(module, axis), axis), (f"{module}.weight", None)):
+            if name in result:
+                dim = stored_axis(get_base_linear(model, module), axis) if dim is None else dim
+                result[name] = result[name].index_select(dim, index.to(result[name].device)).contiguous()
     for module in removed_linears(plan, sites):
-        for axis in (ROWS, COLUMNS):
-            result.pop(_weight_name(module, axis), None)
+        for name in (_weight_name(module, ROWS), _weight_name(module, COLUMNS), f"{module}.weight"):
+            result.pop(name, None)
     return result
 
 
 def expand_adapter_tensors(
     state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size], plan: Plan, sites: Iterable[Site]
 ) -> dict[str, Tensor]:
-    """The inverse of `cut_adapter_tensors`: dense shapes again, zero for removed units."""
+    """The inverse of `cut_tensors` for adapters: dense shapes again, zero for removed units."""
     result = {name: state.get(name, torch.zeros(shape)) for name, shape in shapes.items()}
     for (module, axis), index in kept_indices(plan, sites).items():
         name = _weight_name(module, axis)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from prunetune.data.encoding import Example
-from prunetune.search.searcher import Decision, Searcher
+from prunetune.search.decision import Decision
+from prunetune.search.searcher import Searcher
+from prunetune.train.checkpoints import optimizer_tensors, restore_optimizer
 from prunetune.train.job import TrainingJob
 from prunetune.train.passes import GateTensors, Losses, Passes
 from prunetune.train.step_guard import StepGuard
@@ -22,7 +24,9 @@ class GeneratorTrainer:
     def __init__(self, job: TrainingJob, passes: Passes, guard: StepGuard) -> None:
         self.job, self.passes, self.guard = job, passes, guard
         self.device = next(job.model.parameters()).device
-        self.searcher = Searcher(job.sites, job.constraints, job.config, job.schedule.annealed_keep, self.device)
+        self.searcher = Searcher(
+            job.sites, job.constraints, job.config, lambda step: job.config.budget.keep, self.device
+        )
         decay = 0.0 if job.config.search.generator == "none" else 0.01  # free logits would decay to zero
         rate, weights = job.config.search.learning_rate, self.searcher.generator.parameters()
         self.optimizer = adamw(weights, lr=rate, weight_decay=decay)
@@ -73,6 +77,16 @@ class GeneratorTrainer:
     def final_decision(self) -> Decision:
         """The decision of the search as a whole: no noise, exact budget."""
         return self.searcher.final_decision()
+
+    def state_tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Generator and its optimiser, for a checkpoint."""
+        optimizer = optimizer_tensors(self.optimizer, self.searcher.parameter_names())
+        return {"generator": self.searcher.state_tensors(), "generator_optimizer": optimizer}
+
+    def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore what `state_tensors` returned."""
+        self.searcher.load_state_tensors(tensors["generator"])
+        restore_optimizer(self.optimizer, self.searcher.parameter_names(), tensors["generator_optimizer"])
 
     def _gate_gradients(self, batch: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         return self.guard.retry_smaller(batch, lambda: self.passes.gate_gradients(batch, gates), lambda: None)

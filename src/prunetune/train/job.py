@@ -73,8 +73,19 @@ class TrainingJob:
     teacher: Teacher | None = None
     monitor: Monitor | None = None
     ranks: Ranks = SINGLE_PROCESS
-    given_plan: Plan | None = None  # of a baseline or a further size: no search, only cut and tune
-    start_state: TrainingState | None = None  # of a larger size, whose weights tuning starts from
+    given_plan: Plan | None = None  # of a baseline: one cut, then tuning
+    start_state: TrainingState | None = None  # of a larger size, from whose cut model this one goes on
+    branch_checkpoints: CheckpointStore | None = None  # gets the state that a smaller size goes on from
+
+    @property
+    def uses_generator(self) -> bool:
+        """Whether a generator decides (recipes/paper.yaml)."""
+        return self.given_plan is None and self.config.search.method == "generator"
+
+    @property
+    def decides_by_scores(self) -> bool:
+        """Whether every cut is decided by scores of the units that are left (progressive removal)."""
+        return self.given_plan is None and not self.uses_generator
 
     @property
     def weight_owner(self) -> Any | None:

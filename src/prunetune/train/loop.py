@@ -1,25 +1,29 @@
-"""One-stage tuning and structural pruning (ATP, arXiv 2412.14426, and its authors' code), from top to bottom.
+"""Tuning and structural pruning in one run (ATP, arXiv 2412.14426, and beyond it), from top to bottom.
 
-The model is pruned while it is tuned. A small network, the generator, proposes which units to keep; the LoRA adapters
-learn under its proposals. A unit is a KV group, an MLP channel, an expert or a block, and a gate of 0 masks it. A run
-has three phases (`train/schedule.py`):
+The model is pruned while it is tuned. A unit is a KV group, an MLP channel, an expert or a block.
 
-1. *search*: every step trains the generator on a calibration batch, then the adapters on a training batch under the
-   generator's decision. Over the phase, the share kept falls to `budget.keep`.
-2. *settle*: the decision is frozen, and group sparsity drives the adapters of removed units to zero.
-3. *tune*: the model is cut to the units kept. Tuning goes on with the adapters or, once these are merged, with all
-   weights (`train.weights`).
+*Progressive removal*, the default, cuts the model several times within the first fifth of the run. At each cut it
 
-The loss is a sum of named terms: the answers' cross-entropy, and the distance to a teacher (`train/losses.py`). With
-`search.step: joint`, a large model's default, there is no calibration batch: the adapters' backward pass also gives the
-gradient at the gates, which trains the generator.
+1. scores every unit that is left, by the gradient of the training loss at its gate, on the weights as they now are;
+2. decides: the plan keeps the highest scores per parameter within the budget of this cut;
+3. cuts the model for real;
+4. tunes, until the next cut and then to the last step: all weights, or adapters in a large model.
+
+*ATP's own way* (`search.method: generator`, recipes/paper.yaml) makes one cut. Before it a small network, the
+generator, proposes at every step which units to mask, and LoRA adapters learn under its proposals; then the decision
+settles while group sparsity drives the adapters of masked units to zero.
+
+The loss is a sum of named terms: the answers' cross-entropy, and the distance to a teacher (`train/losses.py`).
 """
 
 from __future__ import annotations
 
 from prunetune.plan import Plan
-from prunetune.train.adapters import add_adapters, load_into_dense
+from prunetune.search.decision import Decision
+from prunetune.search.select import select
+from prunetune.train.adapters import add_adapters
 from prunetune.train.generator_trainer import GeneratorTrainer
+from prunetune.train.importance import score_units
 from prunetune.train.job import TrainingJob
 from prunetune.train.parallel.distributed_passes import distribute_passes
 from prunetune.train.parallel.sharding import shard_layers
@@ -38,47 +42,47 @@ def tune_and_prune(job: TrainingJob) -> Plan:
     continue from with a new model. Raises `LimitBroken` if a limit stopped the run.
     """
     add_adapters(job.model, job.sites, job.config.lora, seed=derive_seed(job.config.seed, "adapters"))
-    if job.start_state is not None:
-        load_into_dense(job.model, job.start_state, job.sites, job.config.train)
     layers = shard_layers(job.model, job.ranks, job.weight_owner)  # over GPUs, if the launch says so
     passes = build_passes(job.model, job.sites, job.pad_id, job.config, job.teacher, job.ranks)
     passes = distribute_passes(passes, job.model, job.ranks)  # from here on, losses and gradients are of whole batches
     guard = StepGuard(passes, job.config.train.max_skipped, job.config.train.checkpointing != "off")
-    generator, adapters = GeneratorTrainer(job, passes, guard), WeightTrainer(job, passes, guard, layers)
-    progress = TrainingProgress(job, generator, adapters, guard)
+    weights = WeightTrainer(job, passes, guard, layers)
+    generator = GeneratorTrainer(job, passes, guard) if job.uses_generator else None
+    progress = TrainingProgress(job, weights, generator, guard)
     decision = progress.resume()
 
     for step in range(progress.step, job.schedule.steps):
-        phase = progress.schedule.phase_at(step)
-        record: JsonObject = {"step": step + 1, "phase": phase}
+        schedule = progress.schedule
+        record: JsonObject = {"step": step + 1, "phase": schedule.phase_at(step)}
 
-        gates = None
-        if phase == "search" and job.config.search.step == "joint":
-            gates = generator.sample_gates(step)  # the adapters' pass below trains the generator, too
-            decision = generator.decide(step)
-        elif phase == "search":
+        if generator is not None and step < schedule.search:
             record |= generator.train_step(step)  # on calibration data; weights frozen, base and adapters gated
             decision = generator.decide(step)
-        elif decision.plan is None:
+        elif generator is not None and decision.plan is None:
             decision = generator.final_decision()  # no noise, exact budget
-        if phase == "tune" and decision.plan and not adapters.is_cut:
-            adapters.cut(decision.plan)  # exact: the gated model and the cut one are equal
+
+        if cut := schedule.cut_at(step):
+            if job.decides_by_scores:
+                scores = score_units(job, passes, guard, weights.sites, decision.plan, step)
+                keep, before = schedule.keep_after(cut), decision.plan
+                plan = select(scores, job.sites, keep, job.constraints, larger_plan=before)
+                decision = Decision.from_plan(plan, job.sites)
+            assert decision.plan is not None
+            weights.cut(decision.plan)  # exact: the masked model and the cut one are equal
 
         # On training data; LoRA-aware while the decision is a mask: y = gate * (W x) + B A x.
-        record |= adapters.train_step(step, decision, gates)
-        if gates is not None and adapters.gate_gradients:
-            record |= generator.update(step, gates, adapters.gate_gradients)
+        record |= weights.train_step(step, decision)
 
-        if decision.plan is None and step + 1 == job.schedule.steps:
+        if generator is not None and decision.plan is None and step + 1 == schedule.steps:
             decision = generator.final_decision()  # the search lasts to the end: what is validated is what will be cut
         progress.record_step(record, decision)
         decision = progress.validate(record, decision)  # a limit may raise the budget, roll back, or stop the run
         progress.save_if_due(decision)
 
-    if decision.plan is None:  # a limit raised the budget at the last step
-        decision = generator.final_decision()
-    assert decision.plan is not None
-    if not adapters.is_cut:  # no step was left after the search or the settling
-        adapters.cut(decision.plan)
+    if generator is not None and not weights.is_cut:  # no step was left after the search or the settling
+        decision = decision if decision.plan else generator.final_decision()
+        assert decision.plan is not None
+        weights.cut(decision.plan)
         progress.save(decision)
+    assert decision.plan is not None
     return decision.plan

@@ -59,14 +59,14 @@ class Passes(Protocol):
     def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         """Losses of the gated model with frozen adapters, and their gradient at each gate: {site: [U]}."""
 
-    def tune_with_gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
-        """`tune`, and the gradient at each gate from the same backward pass: {site: [U]}."""
-
     def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
         """Mean answer loss of the gated model (or of the model as it is), no gradient."""
 
+    def use_sites(self, sites: Sequence[Site]) -> None:
+        """The model has been cut, and these are its sites now."""
+
     def reset_recordings(self) -> None:
-        """Forget recorded passes, because the model has changed its shape."""
+        """Forget recorded passes: they are made anew, of another size."""
 
 
 def build_passes(
@@ -106,6 +106,9 @@ class _BasePasses:
         self.recompute = uses_checkpointing(config)
         self.adapter_mode: AdapterGating = "free" if config.search.lora_aware else "gated"
 
+    def use_sites(self, sites: Sequence[Site]) -> None:
+        self.sites = sites
+
     def _checkpointed(self) -> AbstractContextManager[object]:
         return use_checkpointing(self.model) if self.recompute else nullcontext()
 
@@ -127,10 +130,6 @@ class PaddedPasses(_BasePasses):
         with frozen_adapters(self.model), masked(self.model, leaves, sites=self.sites):
             losses = self._backward(examples)
         return losses, _gradients_at(leaves)
-
-    def tune_with_gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
-        leaves = _leaves(gates)
-        return self.tune(examples, leaves), _gradients_at(leaves)
 
     def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
         with self._gated(gates, "gated"):
@@ -166,8 +165,7 @@ class PackedPasses(_BasePasses):
         self.trainable: list[nn.Parameter] = []  # looked up once for all passes: a walk over a large model takes long
         self.totals = torch.zeros(len(self.loss.metrics) + 1, device=self.device)  # read at once: one wait for the GPU
         self.sums = dict(zip((*self.loss.metrics, "lasso"), self.totals, strict=True))  # views, by metric
-        self.gates = torch.zeros(sum(site.units for site in self.sites), device=self.device, requires_grad=True)
-        self.gates.grad = torch.zeros_like(self.gates)
+        self.use_sites(self.sites)
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
         self._make_gradients()
@@ -190,19 +188,17 @@ class PackedPasses(_BasePasses):
         losses = self._run_packs(examples, "gate gradients", self._gate_gradients_pass, self.teacher)
         return losses, self._by_site(self.gates.grad.clone())
 
-    def tune_with_gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
-        assert self.gates.grad is not None
-        self._set_gates(gates)
-        self.gates.grad.zero_()
-        self._make_gradients()
-        losses = self._run_packs(examples, "tune with gate gradients", self._tune_with_gate_gradients, self.teacher)
-        return losses, self._by_site(self.gates.grad.clone())
-
     def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
         if gates is None:
             return self._run_packs(examples, "score", self._score)["loss"]
         self._set_gates(gates)
         return self._run_packs(examples, "score gated", self._score_gated)["loss"]
+
+    def use_sites(self, sites: Sequence[Site]) -> None:
+        self.sites = sites
+        self.gates = torch.zeros(sum(site.units for site in sites), device=self.device, requires_grad=True)
+        self.gates.grad = torch.zeros_like(self.gates)
+        self.reset_recordings()
 
     def reset_recordings(self) -> None:
         self.recorder.reset_recordings()
@@ -246,12 +242,6 @@ class PackedPasses(_BasePasses):
 
     def _tune_gated(self, row: PackedBatch, shares: Mapping[str, Tensor], teacher: Teacher | None) -> None:
         with masked(self.model, self._by_site(self.gates.detach()), adapters=self.adapter_mode, sites=self.sites):
-            self._forward_backward(row, shares, teacher)
-
-    def _tune_with_gate_gradients(
-        self, row: PackedBatch, shares: Mapping[str, Tensor], teacher: Teacher | None
-    ) -> None:
-        with masked(self.model, self._by_site(self.gates), adapters=self.adapter_mode, sites=self.sites):
             self._forward_backward(row, shares, teacher)
 
     def _gate_gradients_pass(self, row: PackedBatch, shares: Mapping[str, Tensor], teacher: Teacher | None) -> None:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from prunetune.cost.parameters import kept_share
-from prunetune.search.searcher import Decision, detach_to
+from prunetune.search.decision import Decision, detach_to
 from prunetune.train.adapters import trainable_parameters
-from prunetune.train.checkpoints import TrainingState, optimizer_tensors, restore_optimizer
+from prunetune.train.checkpoints import TrainingState, optimizer_tensors
 from prunetune.train.generator_trainer import GeneratorTrainer
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import Schedule
@@ -25,11 +25,15 @@ class TrainingProgress:
     """The step that a run has reached, and everything that is recorded or saved there."""
 
     def __init__(
-        self, job: TrainingJob, generator_trainer: GeneratorTrainer, weight_trainer: WeightTrainer, guard: StepGuard
+        self,
+        job: TrainingJob,
+        weight_trainer: WeightTrainer,
+        generator_trainer: GeneratorTrainer | None,
+        guard: StepGuard,
     ) -> None:
         self.job, self.guard = job, guard
-        self.generator_trainer, self.weight_trainer = generator_trainer, weight_trainer
-        self.validation = Validation(job, generator_trainer, weight_trainer)
+        self.weight_trainer, self.generator_trainer = weight_trainer, generator_trainer
+        self.validation = Validation(job, weight_trainer, generator_trainer.searcher if generator_trainer else None)
         self.step = 0
         self.recorded: Decision | None = None  # the newest decision in the records
         self.gates: Mapping[str, Tensor] = {}  # of that decision, on the CPU
@@ -42,23 +46,23 @@ class TrainingProgress:
         return self.validation.history.schedule
 
     def resume(self) -> Decision:
-        """Load the newest whole checkpoint, if there is one; returns the decision that held there."""
-        searcher, state = self.generator_trainer.searcher, self.job.checkpoints.latest()
-        plan = self.job.given_plan if state is None else state.plan
+        """Load the newest whole checkpoint, or else the state to start from; returns the decision that held there."""
+        job, state = self.job, self.job.checkpoints.latest()
+        loaded = state or job.start_state
+        if loaded is not None:
+            if loaded.is_cut and loaded.plan is not None:
+                self.weight_trainer.apply_cut(loaded.plan)
+            self.weight_trainer.load(loaded.tensors["adapters"], loaded.tensors["adapter_optimizer"])
         if state is not None:
-            if state.is_cut and plan is not None:
-                self.weight_trainer.apply_cut(plan)
-            self.weight_trainer.load(state.tensors["adapters"], state.tensors["adapter_optimizer"])
-            searcher.load_state_tensors(state.tensors["generator"])
-            restore_optimizer(
-                self.generator_trainer.optimizer, searcher.parameter_names(), state.tensors["generator_optimizer"]
-            )
+            if self.generator_trainer is not None:
+                self.generator_trainer.load(state.tensors)
             self.guard.restore(state.guard_state)
             self.step, self.started = state.step, self.started - state.seconds
             if gates := state.tensors.get("decision"):
                 self.gates = {name: gate.float() for name, gate in gates.items()}
         self.validation.resume(state)
-        return searcher.decision_from_plan(plan) if plan else searcher.dense_decision()
+        plan = job.given_plan if loaded is None else loaded.plan
+        return Decision.from_plan(plan, job.sites) if plan else Decision.dense(job.sites)
 
     def record_step(self, record: JsonObject, decision: Decision) -> None:
         """Complete the record of a step and give it to the observer."""
@@ -73,7 +77,8 @@ class TrainingProgress:
             record["changed"] = float(changed.float().mean())
         self.recorded = decision
         is_logged = self.step == 1 or self.step % job.config.train.log_every == 0
-        if record["phase"] == "search" and is_logged:  # for the picture of decisions over time
+        # For the picture of decisions over time: what every cut leaves, and what a search proposes.
+        if self.schedule.cut_at(self.step - 1) or (record["phase"] == "search" and is_logged):
             record["widths"] = {name: int(gate.sum()) for name, gate in self.gates.items()}
         job.observer.step(record)
 
@@ -85,19 +90,21 @@ class TrainingProgress:
         """Save a checkpoint every `train.checkpoint_every` steps, and where a phase ends."""
         if self.step % self.job.config.train.checkpoint_every == 0 or self.schedule.ends_phase(self.step - 1):
             self.save(decision)
+        if self.job.branch_checkpoints is not None and self.step == self.schedule.branch_step:
+            self.job.branch_checkpoints.save(self._state(decision))
 
     def save(self, decision: Decision) -> None:
         """Save a checkpoint of this step."""
         self.job.checkpoints.save(self._state(decision))
 
     def _state(self, decision: Decision) -> TrainingState:
-        named, searcher = trainable_parameters(self.job.model), self.generator_trainer.searcher
+        named = trainable_parameters(self.job.model)
         tensors = {
             "adapters": {name: parameter.detach() for name, parameter in named.items()},
             "adapter_optimizer": optimizer_tensors(self.weight_trainer.optimizer, list(named)),
-            "generator": searcher.state_tensors(),
-            "generator_optimizer": optimizer_tensors(self.generator_trainer.optimizer, searcher.parameter_names()),
         }
+        if self.generator_trainer is not None:
+            tensors |= self.generator_trainer.state_tensors()
         if self.gates and decision.plan is None:
             tensors["decision"] = {name: gate.bool() for name, gate in self.gates.items()}
         history, guard_state = self.validation.history.to_dict(), self.guard.to_dict()

@@ -1,4 +1,4 @@
-"""Phases of a run, the annealed budget and the learning rate: functions of the step."""
+"""When a run cuts, searches and tunes, and the learning rate: functions of the step."""
 
 from __future__ import annotations
 
@@ -9,33 +9,67 @@ from typing import Any, Literal
 
 from prunetune.config.recipe import RunConfig, TrainConfig
 
-Phase = Literal["search", "settle", "tune"]
+Phase = Literal["search", "settle", "prune", "tune"]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A real cut before the step `step`; `share` of all that the run removes is gone after it."""
+
+    step: int
+    share: float
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Phases by step: search in [0, search), settle in [search, settle), tune the cut model in [settle, steps)."""
+    """The cuts of a run, and the steps in which a generator searches and its decision settles.
 
-    search: int
-    settle: int
+    Progressive removal cuts several times and never searches. A generator (`recipes/paper.yaml`) searches in
+    [0, search), settles in [search, settle) and cuts once, at `settle`.
+    """
+
     steps: int
-    anneal: int  # steps over which the budget falls from dense to `allowed_keep`
-    allowed_keep: float  # at the end: as requested, until a limit on scores raises it (back-off)
+    cuts: tuple[Cut, ...]
+    allowed_keep: float  # left after the last cut: as requested, until a limit on scores raises it (back-off)
+    start_keep: float = 1.0  # before the first cut; less where a smaller size goes on from a larger one
+    search: int = 0
+    settle: int = 0
 
     def phase_at(self, step: int) -> Phase:
-        """The phase of a step (steps count from 0)."""
-        if step < self.search:
-            return "search"
-        return "settle" if step < self.settle else "tune"
+        """The phase of a step (steps count from 0). "prune": more cuts are to come."""
+        if step < self.settle:
+            return "search" if step < self.search else "settle"
+        return "prune" if self.cuts and step < self.cuts[-1].step else "tune"
 
-    def annealed_keep(self, step: int) -> float:
-        """The budget at a step: a straight line from 1 to `allowed_keep`."""
-        done = min(1.0, (step + 1) / self.anneal) if self.anneal else 1.0
-        return 1 - (1 - self.allowed_keep) * done
+    def cut_at(self, step: int) -> Cut | None:
+        """The cut that comes before a step, if any."""
+        return next((cut for cut in self.cuts if cut.step == step), None)
+
+    def keep_after(self, cut: Cut) -> float:
+        """The share of the prunable parameters that a cut may leave."""
+        return self.start_keep - (self.start_keep - self.allowed_keep) * cut.share
+
+    @property
+    def branch_step(self) -> int:
+        """The step from which a smaller size goes on: the last cut has been tuned as long as those before."""
+        if len(self.cuts) < 2:
+            return self.steps
+        return min(self.steps, 2 * self.cuts[-1].step - self.cuts[-2].step)
+
+    def ends_phase(self, step: int) -> bool:
+        """Whether a cut, another phase or the end comes after a step."""
+        return step + 1 in (self.search, self.settle, self.steps, *(cut.step for cut in self.cuts))
+
+    def decides_after(self, steps: int) -> bool:
+        """Whether a cut is still to be made when so many steps are done."""
+        return bool(self.cuts) and self.cuts[-1].step >= steps
 
     def decided_at(self, step: int) -> Schedule:
-        """The same, but the search ends at `step`; settling takes as many steps as planned, if so many are left."""
-        return replace(self, search=step, settle=min(self.steps, step + self.settle - self.search))
+        """The same, but decided at `step`: no further cut, or a search that ends there and settles as planned."""
+        if not self.settle:
+            return replace(self, cuts=())
+        settle = min(self.steps, step + self.settle - self.search)
+        return replace(self, search=step, settle=settle, cuts=(Cut(settle, 1.0),))
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `allowed_keep` is called `keep` there."""
@@ -44,24 +78,29 @@ class Schedule:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Schedule:
         """Read what `to_dict` wrote."""
-        return cls(**{"allowed_keep" if name == "keep" else name: value for name, value in values.items()})
-
-    def ends_phase(self, step: int) -> bool:
-        """Whether the next step, if any, belongs to another phase."""
-        return step + 1 in (self.search, self.settle, self.steps)
+        fields = {"allowed_keep" if name == "keep" else name: value for name, value in values.items()}
+        return cls(**{**fields, "cuts": tuple(Cut(**cut) for cut in values["cuts"])})
 
 
 def build_schedule(config: RunConfig) -> Schedule:
-    """The schedule of a one-stage run."""
-    steps = config.train.steps
-    search = max(1, round(steps * config.search.share))
-    settle = min(steps, search + round(steps * config.search.settle))
-    return Schedule(search, settle, steps, round(search * config.search.anneal), config.budget.keep)
+    """The schedule of a run that decides itself what to remove.
+
+    `search.cuts` cuts remove equal shares, spread evenly from step 0 over `search.span` of the steps. A short run makes
+    as many as it has steps, so that each is followed by a step at least.
+    """
+    steps, search, keep = config.train.steps, config.search, config.budget.keep
+    if search.method == "generator":
+        end = max(1, round(steps * search.share))
+        settle = min(steps, end + round(steps * search.settle))
+        return Schedule(steps, (Cut(settle, 1.0),), keep, search=end, settle=settle)
+    count = min(search.cuts, steps)
+    span = min(steps, max(count, round(steps * search.span)))
+    return Schedule(steps, tuple(Cut(index * span // count, (index + 1) / count) for index in range(count)), keep)
 
 
-def tune_only_schedule(config: RunConfig) -> Schedule:
-    """The schedule of a run whose plan is given: nothing but tuning."""
-    return Schedule(0, 0, config.train.steps, 0, config.budget.keep)
+def one_cut_schedule(config: RunConfig) -> Schedule:
+    """The schedule of a run whose plan is given: one cut, then tuning."""
+    return Schedule(config.train.steps, (Cut(0, 1.0),), config.budget.keep)
 
 
 def learning_rate(step: int, config: TrainConfig, peak: float | None = None) -> float:

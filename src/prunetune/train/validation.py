@@ -18,9 +18,9 @@ from prunetune.config.score_limits import ScoreLimit
 from prunetune.errors import LimitBroken
 from prunetune.plan import Plan
 from prunetune.pruning.masking import masked
-from prunetune.search.searcher import Decision
+from prunetune.search.decision import Decision
+from prunetune.search.searcher import Searcher
 from prunetune.train.checkpoints import TrainingState
-from prunetune.train.generator_trainer import GeneratorTrainer
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import Schedule
 from prunetune.train.weight_trainer import WeightTrainer
@@ -60,8 +60,8 @@ class ValidationHistory:
 class Validation:
     """Scores the sub-network between steps, checks the limits and acts on broken ones."""
 
-    def __init__(self, job: TrainingJob, generator_trainer: GeneratorTrainer, weight_trainer: WeightTrainer) -> None:
-        self.job, self.generator_trainer, self.weight_trainer = job, generator_trainer, weight_trainer
+    def __init__(self, job: TrainingJob, weight_trainer: WeightTrainer, searcher: Searcher | None) -> None:
+        self.job, self.weight_trainer, self.searcher = job, weight_trainer, searcher
         self.limits = job.monitor.limits if job.monitor else ()
         self.can_roll_back = any(limit.action != "stop" for limit in self.limits)
         self.history = ValidationHistory(job.schedule)
@@ -125,10 +125,9 @@ class Validation:
 
     def _with_plan(self, decision: Decision) -> Decision:
         """The decision with a plan; a noisy draw gets one of its size if limits could roll back to it."""
-        searcher = self.generator_trainer.searcher
-        if decision.plan or (searcher.is_sampled and not self.limits):
+        if decision.plan or self.searcher is None or not self.limits:
             return decision
-        return searcher.with_legal_plan(decision)
+        return self.searcher.with_legal_plan(decision)
 
     def _timed_scores(self, decision: Decision | None) -> tuple[dict[str, float], float]:
         """Scores of the model as it is or gated by the decision, the same on all ranks; and the seconds they took."""
@@ -175,7 +174,7 @@ class Validation:
             raise LimitBroken(
                 f"stopped at step {step}: {reason}; raise budget.keep or the limit, and start a new run with --out"
             )
-        if "roll-back" not in actions and not self.weight_trainer.is_cut:
+        if "roll-back" not in actions and self.history.schedule.decides_after(step):
             return self._back_off(step, broken, decision, reason)
         good = self.job.monitor.good_checkpoints.latest() if self.job.monitor and self.history.good else None
         if good is None:
@@ -186,20 +185,22 @@ class Validation:
         raise RolledBack
 
     def _back_off(self, step: int, broken: list[ScoreLimit], decision: Decision, reason: str) -> Decision:
-        """Raise the budget from here on; a decision that was final is made again."""
+        """Raise the budget from here on; a generator's decision that was final is made again."""
         before = self.history.schedule.allowed_keep
         keep = min(1.0, before + self.job.config.validate.back_off)
         self._add_event(step, broken, f"budget raised from {before:.4g} to {keep:.4g}")
         log.warning("step %d: %s: the budget is raised from %.4g to %.4g", step, reason, before, keep)
         self._set_schedule(replace(self.history.schedule, allowed_keep=keep))
-        return replace(decision, plan=None)
+        return replace(decision, plan=None) if self.searcher else decision
 
     def _roll_back(self, step: int, broken: list[ScoreLimit], good: TrainingState, reason: str) -> None:
         """Make the good state the newest checkpoint: weights, optimisers, and its decision, which is now final."""
         self._add_event(step, broken, f"rolled back to step {good.step}")
         kept = 100 * self.history.good["kept"]
         log.warning("step %d: %s: rolled back to step %d, %.1f%% kept", step, reason, good.step, kept)
-        schedule = self.history.schedule if good.is_cut else self.history.schedule.decided_at(step)
+        schedule = self.history.schedule
+        if schedule.decides_after(good.step):
+            schedule = schedule.decided_at(step)
         scores = {name: value for name, value in self.history.good.items() if name not in ("step", "kept")}
         history = replace(self.history, schedule=schedule, last=scores)
         self.job.checkpoints.save(replace(good, step=step, validation_history=history.to_dict()))
@@ -211,7 +212,8 @@ class Validation:
     def _set_schedule(self, schedule: Schedule) -> None:
         """Use this schedule from here on, in the loop and the search."""
         self.history = replace(self.history, schedule=schedule)
-        self.generator_trainer.searcher.set_budget(schedule.annealed_keep, schedule.allowed_keep)
+        if self.searcher is not None:
+            self.searcher.allowed_keep = schedule.allowed_keep
 
 
 def _is_better(candidate: Mapping[str, float], best: Mapping[str, float]) -> bool:

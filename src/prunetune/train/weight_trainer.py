@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from prunetune.data.encoding import Example
 from prunetune.plan import Plan
 from prunetune.pruning.cut import merge_adapters
-from prunetune.search.searcher import Decision
-from prunetune.train.adapters import cut_adapter_tensors, soft_threshold, trainable_parameters, trains_all_weights
+from prunetune.pruning.remaining_sites import plan_within, remaining_sites
+from prunetune.search.decision import Decision
+from prunetune.train.adapters import cut_tensors, trainable_parameters, trains_all_weights
 from prunetune.train.checkpoints import group_by_moment, optimizer_tensors, restore_optimizer
 from prunetune.train.job import TrainingJob
 from prunetune.train.muon import Muon
 from prunetune.train.parallel.sharding import DecoderLayers
-from prunetune.train.passes import GateTensors, Passes
+from prunetune.train.passes import Passes
 from prunetune.train.schedule import learning_rate
 from prunetune.train.step_guard import StepGuard
 from prunetune.utils.json_lines import JsonObject
@@ -25,35 +26,32 @@ from prunetune.utils.seeds import derive_seed
 
 
 class WeightTrainer:
-    """Trains the LoRA adapters; cuts the model once the decision has settled, and may then train all of its weights."""
+    """Trains the LoRA adapters, or all weights once the model is cut; makes the cuts."""
 
     def __init__(self, job: TrainingJob, passes: Passes, guard: StepGuard, layers: DecoderLayers) -> None:
         self.job, self.passes, self.guard, self.layers = job, passes, guard, layers
-        self.is_cut = self.is_merged = False
+        self.sites = job.sites  # of the model as it is now
+        self.plan: Plan | None = None  # by which it has been cut
+        self.is_merged = False
         self.optimizer = self._new_optimizer()
-        # At the gates that `train_step` was given; empty if its batch was skipped.
-        self.gate_gradients: GateTensors = {}
 
-    def train_step(self, step: int, decision: Decision, gates: GateTensors | None = None) -> JsonObject:
-        """One tuning step: LoRA-aware under the decision while it is a mask, plain once the model is cut.
+    @property
+    def is_cut(self) -> bool:
+        """Whether anything has been cut."""
+        return self.plan is not None
 
-        With the generator's own `gates`, these replace the decision in the pass, whose backward then also sets
-        `gate_gradients`.
-        """
+    def train_step(self, step: int, decision: Decision) -> JsonObject:
+        """One tuning step: LoRA-aware under the decision while it is a mask, plain once the model is cut."""
         job, batch, started = self.job, self.job.train_stream.batch_at(step), time.monotonic()
         torch.manual_seed(derive_seed(job.config.seed, "dropout", step) + job.ranks.rank)
-        record = self.guard.retry_smaller(batch, lambda: self._gradients(batch, decision, gates), self._zero_gradients)
+        record = self.guard.retry_smaller(batch, lambda: self._gradients(batch, decision), self._zero_gradients)
         norm = job.accelerator.clip_grad_norm_(self.weights, job.config.train.clip)
         rate = learning_rate(step, job.config.train, job.config.train.weights_rate if self.is_merged else None)
-        if self.guard.should_skip(step, {**record, "gradient": float(norm)}, batch):
-            self.gate_gradients = {}
-        else:
+        if not self.guard.should_skip(step, {**record, "gradient": float(norm)}, batch):
             rate *= self.guard.lr_scale
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-            if job.config.search.sparsity == "proximal" and not self.is_cut:
-                soft_threshold(job.model, decision.gates, job.sites, rate * job.config.search.lasso)
         self._zero_gradients()
         tokens = sum(len(example.token_ids) for example in batch)
         return record | {"lr": rate, "tokens_per_s": tokens / (time.monotonic() - started)}
@@ -62,40 +60,44 @@ class WeightTrainer:
         """Gradients are zeroed, not dropped: recorded passes add to the same tensors every time."""
         self.optimizer.zero_grad(set_to_none=False)
 
-    def _gradients(self, batch: list[Example], decision: Decision, gates: GateTensors | None) -> JsonObject:
+    def _gradients(self, batch: list[Example], decision: Decision) -> JsonObject:
         if self.is_cut:
             return dict(self.passes.tune(batch, None))
-        if gates is None:
-            losses = self.passes.tune(batch, decision.gates)
-        else:
-            losses, self.gate_gradients = self.passes.tune_with_gate_gradients(batch, gates)
+        losses = self.passes.tune(batch, decision.gates)
         if self.job.config.search.sparsity != "lasso" or not any(site.has_linear_slices for site in self.job.sites):
             return dict(losses)
         return {**losses, "lasso": self.passes.group_lasso_step(decision.gates, self.job.config.search.lasso)}
 
     def cut(self, plan: Plan) -> None:
-        """Cut the model. The optimiser keeps the moments of units that are kept, or starts anew on merged weights."""
-        moments = optimizer_tensors(self.optimizer, list(trainable_parameters(self.job.model)))
+        """Cut the model to a plan of the dense model's units; the optimiser keeps the moments of what is kept.
+
+        Only moments of adapters that are merged now are dropped.
+        """
+        if plan == self.plan:
+            return
+        sites, relative = self.sites, plan if self.plan is None else plan_within(plan, self.plan)
+        before, was_merged = list(trainable_parameters(self.job.model)), self.is_merged
+        moments = group_by_moment(optimizer_tensors(self.optimizer, before))
         self.apply_cut(plan)
         self.optimizer = self._new_optimizer()
-        if self.is_merged:
+        if self.is_merged and not was_merged:
             return
         kept: dict[str, Tensor] = {}
-        for moment, tensors in group_by_moment(moments).items():
-            cut = tensors if moment == "step" else cut_adapter_tensors(tensors, plan, self.job.sites)
+        for moment, tensors in moments.items():
+            cut = tensors if moment == "step" else cut_tensors(self.job.model, tensors, relative, sites)
             kept |= {f"{name}#{moment}": tensor for name, tensor in cut.items()}
         restore_optimizer(self.optimizer, list(trainable_parameters(self.job.model)), kept)
 
     def apply_cut(self, plan: Plan) -> None:
         """Give model and adapters their smaller shapes; merge the two if all weights are to be tuned."""
-        self.layers.cut(plan, self.job.sites)
-        self.passes.reset_recordings()
-        self.is_cut = True
-        if trains_all_weights(self.job.config.train, self.job.sites):
+        self.layers.cut(plan if self.plan is None else plan_within(plan, self.plan), self.sites)
+        self.plan, self.sites = plan, remaining_sites(self.job.sites, plan)
+        self.passes.use_sites(self.sites)
+        if trains_all_weights(self.job.config.train, self.job.sites) and not self.is_merged:
             merge_adapters(self.job.model, trainable=True)
             self.is_merged = True
 
-    def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+    def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Load weights and moments of a checkpoint; if they are of a cut model, `apply_cut` has run before."""
         named = trainable_parameters(self.job.model)
         for name, parameter in named.items():

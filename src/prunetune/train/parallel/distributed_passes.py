@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prunetune.data.encoding import Example
 from prunetune.errors import ModelError
+from prunetune.pruning.units import Site
 from prunetune.train.adapters import trainable_parameters
 from prunetune.train.checkpoints import CheckpointStore, TrainingState
 from prunetune.train.parallel.ranks import Ranks
@@ -28,7 +29,7 @@ def distribute_passes(passes: Passes, model: Any, ranks: Ranks) -> Passes:
 class DistributedPasses:
     """Each rank passes over its share of a batch; losses and gradients are summed.
 
-    The caller zeroes the weights' gradients before `tune` and `tune_with_gate_gradients`.
+    The caller zeroes the weights' gradients before `tune`.
     """
 
     def __init__(self, passes: Passes, model: Any, ranks: Ranks) -> None:
@@ -64,13 +65,12 @@ class DistributedPasses:
         losses, gradients = self._run_on_all_ranks(lambda: self.passes.gate_gradients(examples, gates), gates)
         return self._sum_over_ranks(losses, gradients.values), gradients
 
-    def tune_with_gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
-        losses, gradients = self._run_on_all_ranks(lambda: self.passes.tune_with_gate_gradients(examples, gates), gates)
-        return self._sum_over_ranks(losses, lambda: [*gradients.values(), *self._gradients()]), gradients
-
     def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
         loss = self._run_on_all_ranks(lambda: self.passes.score(examples, gates), gates)
         return self._sum_over_ranks({"loss": loss}, list)["loss"]
+
+    def use_sites(self, sites: Sequence[Site]) -> None:
+        self.passes.use_sites(sites)
 
     def reset_recordings(self) -> None:
         self.passes.reset_recordings()
