@@ -68,7 +68,7 @@ def tune_and_prune(job: TrainingJob) -> Plan:
                 plan = select(scores, job.sites, keep, job.constraints, larger_plan=before)
                 decision = Decision.from_plan(plan, job.sites)
             assert decision.plan is not None
-            weights.cut(decision.plan)  # exact: the masked model and the cut one are equal
+            weights.cut(decision.plan, schedule.stage_steps(step))  # exact: the masked model and the cut one are equal
 
         # On training data; LoRA-aware while the decision is a mask: y = gate * (W x) + B A x.
         record |= weights.train_step(step, decision)
@@ -82,7 +82,7 @@ def tune_and_prune(job: TrainingJob) -> Plan:
     if generator is not None and not weights.is_cut:  # no step was left after the search or the settling
         decision = decision if decision.plan else generator.final_decision()
         assert decision.plan is not None
-        weights.cut(decision.plan)
+        weights.cut(decision.plan, 0)
         progress.save(decision)
     assert decision.plan is not None
     return decision.plan

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prunetune.config.recipe import RunConfig
 from prunetune.data.encoding import Example
-from prunetune.data.packing import PackedBatch, group_for_packing, pack_examples
+from prunetune.data.packing import TOKEN_STEP, PackedBatch, group_for_packing, pack_examples
 from prunetune.model.activation_checkpointing import use_checkpointing, uses_checkpointing
 from prunetune.model.compiled_kernels import use_compiled_kernels
 from prunetune.model.sequence_packing import supports_packing, use_packed_attention
@@ -32,6 +32,7 @@ from prunetune.train.teacher import Teacher, split_by_teacher
 log = logging.getLogger(__name__)
 
 COMPILE_MIN_STEPS = 1000  # steps from which compiling pays
+FINE_MIN_STEPS = 100  # steps between two cuts from which it pays to record many lengths of rows, with little padding
 GateTensors = Mapping[str, Tensor]
 Losses = Mapping[str, float]  # by metric, see `losses.TERMS`
 # Over a row, with its teacher; by metric, what a sum over the row is multiplied by to give its part of the mean.
@@ -62,8 +63,8 @@ class Passes(Protocol):
     def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
         """Mean answer loss of the gated model (or of the model as it is), no gradient."""
 
-    def use_sites(self, sites: Sequence[Site]) -> None:
-        """The model has been cut, and these are its sites now."""
+    def use_sites(self, sites: Sequence[Site], steps: int) -> None:
+        """The model has been cut: these are its sites now, for so many steps."""
 
     def reset_recordings(self) -> None:
         """Forget recorded passes: they are made anew, of another size."""
@@ -106,7 +107,7 @@ class _BasePasses:
         self.recompute = uses_checkpointing(config)
         self.adapter_mode: AdapterGating = "free" if config.search.lora_aware else "gated"
 
-    def use_sites(self, sites: Sequence[Site]) -> None:
+    def use_sites(self, sites: Sequence[Site], steps: int) -> None:
         self.sites = sites
 
     def _checkpointed(self) -> AbstractContextManager[object]:
@@ -165,7 +166,7 @@ class PackedPasses(_BasePasses):
         self.trainable: list[nn.Parameter] = []  # looked up once for all passes: a walk over a large model takes long
         self.totals = torch.zeros(len(self.loss.metrics) + 1, device=self.device)  # read at once: one wait for the GPU
         self.sums = dict(zip((*self.loss.metrics, "lasso"), self.totals, strict=True))  # views, by metric
-        self.use_sites(self.sites)
+        self.use_sites(self.sites, config.train.steps)
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
         self._make_gradients()
@@ -194,8 +195,9 @@ class PackedPasses(_BasePasses):
         self._set_gates(gates)
         return self._run_packs(examples, "score gated", self._score_gated)["loss"]
 
-    def use_sites(self, sites: Sequence[Site]) -> None:
+    def use_sites(self, sites: Sequence[Site], steps: int) -> None:
         self.sites = sites
+        self.token_step = TOKEN_STEP if steps >= FINE_MIN_STEPS else 4 * TOKEN_STEP
         self.gates = torch.zeros(sum(site.units for site in sites), device=self.device, requires_grad=True)
         self.gates.grad = torch.zeros_like(self.gates)
         self.reset_recordings()
@@ -213,7 +215,7 @@ class PackedPasses(_BasePasses):
             counts = self.loss.normalisers(examples, subset)
             shares = torch.tensor([1 / counts[metric] for metric in self.loss.metrics])
             for group in group_for_packing(self.ranks.local_examples(subset), self.micro_tokens):
-                pack = pack_examples(group, self.pad_id, max_sequences=len(examples))
+                pack = pack_examples(group, self.pad_id, max_sequences=len(examples), token_step=self.token_step)
 
                 def run(inputs: Sequence[Tensor], pack: PackedBatch = pack, seen_by: Teacher | None = seen_by) -> None:
                     by_metric = dict(zip(self.loss.metrics, inputs[-1], strict=True))

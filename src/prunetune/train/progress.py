@@ -49,9 +49,10 @@ class TrainingProgress:
         """Load the newest whole checkpoint, or else the state to start from; returns the decision that held there."""
         job, state = self.job, self.job.checkpoints.latest()
         loaded = state or job.start_state
+        self.validation.resume(state)
         if loaded is not None:
             if loaded.is_cut and loaded.plan is not None:
-                self.weight_trainer.apply_cut(loaded.plan)
+                self.weight_trainer.apply_cut(loaded.plan, self.schedule.stage_steps(state.step - 1 if state else 0))
             self.weight_trainer.load(loaded.tensors["adapters"], loaded.tensors["adapter_optimizer"])
         if state is not None:
             if self.generator_trainer is not None:
@@ -60,7 +61,6 @@ class TrainingProgress:
             self.step, self.started = state.step, self.started - state.seconds
             if gates := state.tensors.get("decision"):
                 self.gates = {name: gate.float() for name, gate in gates.items()}
-        self.validation.resume(state)
         plan = job.given_plan if loaded is None else loaded.plan
         return Decision.from_plan(plan, job.sites) if plan else Decision.dense(job.sites)
 

@@ -45,6 +45,11 @@ class Schedule:
         """The cut that comes before a step, if any."""
         return next((cut for cut in self.cuts if cut.step == step), None)
 
+    def stage_steps(self, step: int) -> int:
+        """The steps between the cuts around this one: how long the model has the shape that it has there."""
+        first = max((cut.step for cut in self.cuts if cut.step <= step), default=0)
+        return next((cut.step for cut in self.cuts if cut.step > step), self.steps) - first
+
     def keep_after(self, cut: Cut) -> float:
         """The share of the prunable parameters that a cut may leave."""
         return self.start_keep - (self.start_keep - self.allowed_keep) * cut.share

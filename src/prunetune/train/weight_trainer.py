@@ -68,8 +68,8 @@ class WeightTrainer:
             return dict(losses)
         return {**losses, "lasso": self.passes.group_lasso_step(decision.gates, self.job.config.search.lasso)}
 
-    def cut(self, plan: Plan) -> None:
-        """Cut the model to a plan of the dense model's units; the optimiser keeps the moments of what is kept.
+    def cut(self, plan: Plan, steps: int) -> None:
+        """Cut the model to a plan of the dense model's units, for so many steps; the optimiser keeps its moments.
 
         Only moments of adapters that are merged now are dropped.
         """
@@ -78,7 +78,7 @@ class WeightTrainer:
         sites, relative = self.sites, plan if self.plan is None else plan_within(plan, self.plan)
         before, was_merged = list(trainable_parameters(self.job.model)), self.is_merged
         moments = group_by_moment(optimizer_tensors(self.optimizer, before))
-        self.apply_cut(plan)
+        self.apply_cut(plan, steps)
         self.optimizer = self._new_optimizer()
         if self.is_merged and not was_merged:
             return
@@ -88,11 +88,11 @@ class WeightTrainer:
             kept |= {f"{name}#{moment}": tensor for name, tensor in cut.items()}
         restore_optimizer(self.optimizer, list(trainable_parameters(self.job.model)), kept)
 
-    def apply_cut(self, plan: Plan) -> None:
+    def apply_cut(self, plan: Plan, steps: int) -> None:
         """Give model and adapters their smaller shapes; merge the two if all weights are to be tuned."""
         self.layers.cut(plan if self.plan is None else plan_within(plan, self.plan), self.sites)
         self.plan, self.sites = plan, remaining_sites(self.job.sites, plan)
-        self.passes.use_sites(self.sites)
+        self.passes.use_sites(self.sites, steps)
         if trains_all_weights(self.job.config.train, self.job.sites) and not self.is_merged:
             merge_adapters(self.job.model, trainable=True)
             self.is_merged = True

@@ -69,8 +69,8 @@ class DistributedPasses:
         loss = self._run_on_all_ranks(lambda: self.passes.score(examples, gates), gates)
         return self._sum_over_ranks({"loss": loss}, list)["loss"]
 
-    def use_sites(self, sites: Sequence[Site]) -> None:
-        self.passes.use_sites(sites)
+    def use_sites(self, sites: Sequence[Site], steps: int) -> None:
+        self.passes.use_sites(sites, steps)
 
     def reset_recordings(self) -> None:
         self.passes.reset_recordings()
