@@ -48,7 +48,7 @@ from prunetune.search.searcher import Searcher, detach_to
 from prunetune.search.select import Scores, select
 from prunetune.train.checkpoints import Checkpoints, TrainingState
 from prunetune.train.job import TrainingJob
-from prunetune.train.schedule import build_schedule, tune_only_schedule
+from prunetune.train.schedule import tune_only_schedule
 from prunetune.utils.console import make_console
 from prunetune.utils.determinism import deterministic
 from prunetune.utils.launch import rank_and_world_size
@@ -210,8 +210,7 @@ class SizeTraining:
         state = first.latest_state
         assert state is not None
         device = self.context.device
-        annealed_keep = build_schedule(first.config).annealed_keep
-        searcher = Searcher(job.sites, job.constraints, first.config, annealed_keep, device)
+        searcher = Searcher(job.sites, job.constraints, first.config, device)
         searcher.load_state_tensors(state.tensors["generator"])
         return detach_to(searcher.logits(), "cpu")
 

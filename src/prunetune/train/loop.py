@@ -5,14 +5,12 @@ learn under its proposals. A unit is a KV group, an MLP channel, an expert or a 
 has three phases (`train/schedule.py`):
 
 1. *search*: every step trains the generator on a calibration batch, then the adapters on a training batch under the
-   generator's decision. Over the phase, the share kept falls to `budget.keep`.
+   generator's decision. A budget loss pulls the share kept to `budget.keep`.
 2. *settle*: the decision is frozen, and group sparsity drives the adapters of removed units to zero.
 3. *tune*: the model is cut to the units kept. Tuning goes on with the adapters or, once these are merged, with all
    weights (`train.weights`).
 
-The loss is a sum of named terms: the answers' cross-entropy, and the distance to a teacher (`train/losses.py`). With
-`search.step: joint`, a large model's default, there is no calibration batch: the adapters' backward pass also gives the
-gradient at the gates, which trains the generator.
+The loss is a sum of named terms: the answers' cross-entropy, and the distance to a teacher (`train/losses.py`).
 """
 
 from __future__ import annotations
@@ -52,11 +50,7 @@ def tune_and_prune(job: TrainingJob) -> Plan:
         phase = progress.schedule.phase_at(step)
         record: JsonObject = {"step": step + 1, "phase": phase}
 
-        gates = None
-        if phase == "search" and job.config.search.step == "joint":
-            gates = generator.sample_gates(step)  # the adapters' pass below trains the generator, too
-            decision = generator.decide(step)
-        elif phase == "search":
+        if phase == "search":
             record |= generator.train_step(step)  # on calibration data; weights frozen, base and adapters gated
             decision = generator.decide(step)
         elif decision.plan is None:
@@ -65,9 +59,7 @@ def tune_and_prune(job: TrainingJob) -> Plan:
             adapters.cut(decision.plan)  # exact: the gated model and the cut one are equal
 
         # On training data; LoRA-aware while the decision is a mask: y = gate * (W x) + B A x.
-        record |= adapters.train_step(step, decision, gates)
-        if gates is not None and adapters.gate_gradients:
-            record |= generator.update(step, gates, adapters.gate_gradients)
+        record |= adapters.train_step(step, decision)
 
         if decision.plan is None and step + 1 == job.schedule.steps:
             decision = generator.final_decision()  # the search lasts to the end: what is validated is what will be cut

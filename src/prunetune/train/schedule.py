@@ -56,7 +56,7 @@ def build_schedule(config: RunConfig) -> Schedule:
     steps = config.train.steps
     search = max(1, round(steps * config.search.share))
     settle = min(steps, search + round(steps * config.search.settle))
-    return Schedule(search, settle, steps, round(search * config.search.anneal), config.budget.keep)
+    return Schedule(search, settle, steps, 0, config.budget.keep)
 
 
 def tune_only_schedule(config: RunConfig) -> Schedule:

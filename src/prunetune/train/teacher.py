@@ -53,15 +53,13 @@ def base_teacher(model: Any, distill: DistillConfig) -> Teacher:
 
 
 def resolve_auto(config: RunConfig, sites: Sequence[Site]) -> RunConfig:
-    """The recipe with all `auto` that depend on the size decided: teacher, its share, search step, tuned weights.
+    """The recipe with all `auto` that depend on the size decided: teacher, its share, tuned weights.
 
     From 1e9 prunable parameters on, a step must not cost more than LoRA on the dense model does.
     """
-    distill, search, large = config.distill, config.search, prunable_params(sites) >= LARGE_MODEL_PARAMS
+    distill, large = config.distill, prunable_params(sites) >= LARGE_MODEL_PARAMS
     train = replace(config.train, weights="all" if trains_all_weights(config.train, sites) else "adapters")
     if distill.teacher == "auto":
         distill = replace(distill, teacher="base" if large else "dense")
     distill = replace(distill, share=distill.share or (0.5 if large else 1.0))
-    if search.step == "auto":
-        search = replace(search, step="joint", lora_aware=False) if large else replace(search, step="alternate")
-    return replace(config, distill=distill, search=search, train=train)
+    return replace(config, distill=distill, train=train)

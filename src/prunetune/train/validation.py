@@ -125,10 +125,9 @@ class Validation:
 
     def _with_plan(self, decision: Decision) -> Decision:
         """The decision with a plan; a noisy draw gets one of its size if limits could roll back to it."""
-        searcher = self.generator_trainer.searcher
-        if decision.plan or (searcher.is_sampled and not self.limits):
+        if decision.plan or not self.limits:
             return decision
-        return searcher.with_legal_plan(decision)
+        return self.generator_trainer.searcher.with_legal_plan(decision)
 
     def _timed_scores(self, decision: Decision | None) -> tuple[dict[str, float], float]:
         """Scores of the model as it is or gated by the decision, the same on all ranks; and the seconds they took."""
@@ -211,7 +210,7 @@ class Validation:
     def _set_schedule(self, schedule: Schedule) -> None:
         """Use this schedule from here on, in the loop and the search."""
         self.history = replace(self.history, schedule=schedule)
-        self.generator_trainer.searcher.set_budget(schedule.annealed_keep, schedule.allowed_keep)
+        self.generator_trainer.searcher.allowed_keep = schedule.allowed_keep
 
 
 def _is_better(candidate: Mapping[str, float], best: Mapping[str, float]) -> bool:

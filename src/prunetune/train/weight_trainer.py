@@ -12,9 +12,10 @@ from prunetune.data.encoding import Example
 from prunetune.plan import Plan
 from prunetune.pruning.cut import merge_adapters
 from prunetune.search.searcher import Decision
-from prunetune.train.adapters import cut_adapter_tensors, soft_threshold, trainable_parameters, trains_all_weights
+from prunetune.train.adapters import cut_adapter_tensors, trainable_parameters, trains_all_weights
 from prunetune.train.checkpoints import group_by_moment, optimizer_tensors, restore_optimizer
 from prunetune.train.job import TrainingJob
+from prunetune.train.losses import lasso_weight
 from prunetune.train.muon import Muon
 from prunetune.train.parallel.sharding import DecoderLayers
 from prunetune.train.passes import GateTensors, Passes
@@ -52,8 +53,6 @@ class WeightTrainer:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
             self.optimizer.step()
-            if job.config.search.sparsity == "proximal" and not self.is_cut:
-                soft_threshold(job.model, decision.gates, job.sites, rate * job.config.search.lasso)
         self._zero_gradients()
         tokens = sum(len(example.token_ids) for example in batch)
         return record | {"lr": rate, "tokens_per_s": tokens / (time.monotonic() - started)}
@@ -71,7 +70,8 @@ class WeightTrainer:
             losses, self.gate_gradients = self.passes.tune_with_gate_gradients(batch, gates)
         if self.job.config.search.sparsity != "lasso" or not any(site.has_linear_slices for site in self.job.sites):
             return dict(losses)
-        return {**losses, "lasso": self.passes.group_lasso_step(decision.gates, self.job.config.search.lasso)}
+        weight = lasso_weight(is_final=decision.plan is not None)
+        return {**losses, "lasso": self.passes.group_lasso_step(decision.gates, weight)}
 
     def cut(self, plan: Plan) -> None:
         """Cut the model. The optimiser keeps the moments of units that are kept, or starts anew on merged weights."""
