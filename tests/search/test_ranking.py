@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 from torch import Tensor
 
-from prunetune.config.recipe import from_mapping
 from prunetune.plan import Plan
-from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import KIND_BY_NAME, Site, dense_plan, kept_indices
-from prunetune.search.initial_logits import score_threshold
-from prunetune.search.nested_sites import NestedSites, argsort_descending, plan_from_gates
-from prunetune.search.plan_rules import PlanConstraints
-from prunetune.search.searcher import Searcher
-from prunetune.search.select import select
+from prunetune.search.nested_sites import NestedSites, argsort_descending
 from support.models import ALL_FAMILIES, kinds_of, random_plan, tiny
 
 UNITS = ["layers", "kv-groups", "query-heads", "experts", "expert-channels"]
@@ -53,35 +45,6 @@ def test_each_group_is_ranked_separately(seed: int) -> None:
         starts = nested_sites.first_unit[site.name] + site.units_per_group * torch.arange(site.parent_groups)[:, None]
         assert torch.equal(nested_sites.ranked_units[site.name], starts + order)
         assert torch.equal(nested_sites.ranked_scores[site.name], groups.gather(1, order).double())
-
-
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("keep", [0.3, 0.8, 1.0])
-def test_score_threshold_is_where_sorted_parameters_reach_the_share(seed: int, keep: float) -> None:
-    sites = find_sites(tiny("llama"))
-    scores = drawn(sites, seed)
-    units = sorted((-float(score), site.unit_params) for site in sites for score in scores[site.name])
-    params, limit = itertools.accumulate(price for _, price in units), keep * sum(price for _, price in units)
-    first = next(index for index, total in enumerate(params) if total >= limit)
-    assert score_threshold(NestedSites(sites, scores), keep) == -units[first][0]
-
-
-@pytest.mark.parametrize("seed", range(2))
-def test_gates_of_a_step_are_those_of_the_selected_plan(seed: int) -> None:
-    sites = find_sites(tiny("qwen3_moe"), UNITS)
-    searcher = Searcher(
-        sites, PlanConstraints(align=8), from_mapping({"seed": seed}), lambda step: 0.6, torch.device("cpu")
-    )
-    searcher.init_from_importance({name: scores.exp() for name, scores in drawn(sites, seed).items()})
-    sampled, decided = searcher.sample(1), searcher.decide(1).gates
-    plan = select(
-        {name: logits.detach() for name, logits in searcher.logits().items()}, sites, 0.6, PlanConstraints(align=8)
-    )
-    for name, gate in gates_from_plan(plan, sites).items():
-        assert torch.equal(decided[name], gate)
-        assert torch.allclose(sampled[name].detach(), gate)
-        assert gate.dtype == decided[name].dtype == torch.float32
-    assert plan_from_gates(decided) == plan
 
 
 def kept_indices_by_lists(plan: Plan, sites: tuple[Site, ...]) -> dict[tuple[str, int], list[int]]:
