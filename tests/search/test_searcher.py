@@ -1,4 +1,4 @@
-"""Laws of the searcher: draws repeat by seed and step, the budget loss rounds gates, the final plan is within budget."""
+"""Laws of the searcher: draws repeat by seed and step, the budget loss rounds gates, the final plan is in budget."""
 
 from __future__ import annotations
 
