@@ -1,4 +1,4 @@
-"""Laws: fast ranking on bits and masks equals plain sorting and lists, to the bit."""
+"""Laws: ranking within groups and kept indices equal plain sorting and lists."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import KIND_BY_NAME, Site, dense_plan, kept_indices
-from prunetune.search.nested_sites import NestedSites, argsort_descending
+from prunetune.search.nested_sites import NestedSites
 from support.models import ALL_FAMILIES, kinds_of, random_plan, tiny
 
 UNITS = ["layers", "kv-groups", "query-heads", "experts", "expert-channels"]
@@ -22,17 +22,12 @@ def drawn(sites: tuple[Site, ...], seed: int) -> dict[str, Tensor]:
     return {name: values.round() if seed % 2 else values for name, values in scores.items()}
 
 
-@pytest.mark.parametrize("count", [0, 1, 100, 40_000])  # torch sorts long integers by radix, short ones otherwise
-def test_argsort_descending_is_a_stable_sort(count: int) -> None:
-    rng = torch.Generator().manual_seed(count)
-    for scores in (torch.randn(count, generator=rng), torch.randint(-3, 3, (count,), generator=rng).float()):
-        assert torch.equal(argsort_descending(scores), scores.argsort(descending=True, stable=True))
-
-
-def test_argsort_descending_orders_every_float() -> None:
-    nan, inf = torch.tensor([torch.nan, -torch.nan]), torch.tensor([torch.inf, -torch.inf])
-    scores = torch.cat([torch.tensor([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, -0.0, 0.0, 3e38, -3e38]), -nan, nan, inf])
-    assert torch.equal(argsort_descending(scores), scores.argsort(descending=True, stable=True))
+def test_equal_scores_rank_by_index_and_nan_before_all() -> None:
+    sites = find_sites(tiny("llama"))
+    scores = {site.name: torch.tensor([0.0, -0.0, torch.nan, 1.0]).repeat(site.units)[: site.units] for site in sites}
+    for site, ranked in zip(sites, NestedSites(sites, scores).ranked_units.values(), strict=True):
+        own = ranked[0] - ranked[0].min()
+        assert own.tolist() == sorted(range(site.units), key=lambda unit: ({2: 0, 3: 1}.get(unit % 4, 2), unit))
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -60,8 +60,12 @@ class DecisionGenerator(nn.Module):
             self.norm = nn.LayerNorm(width)
             self.heads = nn.ModuleList(nn.Linear(width, site.units, bias=False) for site in sites)
         self.sites = tuple(sites)
-        for name, parameter in self.named_parameters():
-            _initialise(name, parameter, rng)
+        for name, parameter in self.named_parameters():  # weights as `nn.Linear` draws them, but zero biases
+            if parameter.dim() > 1:
+                bound = parameter.shape[1] ** -0.5
+                parameter.data.uniform_(-bound, bound, generator=rng)
+            elif "bias" in name:
+                parameter.data.zero_()
 
     def forward(self, dropout_rng: torch.Generator | None = None) -> dict[str, Tensor]:
         """{site: logits [U]}; with a random generator, the transformer's dropout is drawn from it."""
@@ -93,16 +97,6 @@ class FreeLogits(nn.Module):
 def build_generator(sites: Sequence[Site], *, kind: str, seed: int) -> nn.Module:
     """The generator that `search.generator` names: "transformer", "gru", or "none" for `FreeLogits`."""
     return FreeLogits(sites) if kind == "none" else DecisionGenerator(sites, kind=kind, seed=seed)
-
-
-def _initialise(name: str, parameter: nn.Parameter, rng: torch.Generator) -> None:
-    """Weights as `nn.Linear` draws them, from the given random generator alone, and zero biases."""
-    with torch.no_grad():
-        if "bias" in name:
-            parameter.zero_()
-        elif parameter.dim() > 1:  # weights of norms are one
-            bound = parameter.shape[1] ** -0.5
-            parameter.uniform_(-bound, bound, generator=rng)
 
 
 def orthogonal_vectors(rows: int, width: int, rng: torch.Generator) -> Tensor:
