@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ class GeneratorTrainer:
         if self.has_stopped:
             return {}
         gates, batch = self.searcher.sample(step), self.job.search_stream.batch_at(step)
-        work = lambda: self.passes.gate_gradients(batch, gates)  # noqa: E731
+        work = partial(self.passes.gate_gradients, batch, gates)
         losses, gradients = self.guard.retry_smaller(batch, work, lambda: None)
         budget_loss = self._backward(gates, gradients)
         norm = self.job.accelerator.clip_grad_norm_(self.searcher.generator.parameters(), CLIP)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,7 +32,8 @@ def gate_importance(
     ones = {site.name: torch.ones(site.units, device=device) for site in sites}
     importance, counted = {name: torch.zeros_like(gate) for name, gate in ones.items()}, 0
     for batch in batches:
-        _, gradients = guard.retry_smaller(batch, lambda batch=batch: passes.gate_gradients(batch, ones), lambda: None)
+        work = partial(passes.gate_gradients, batch, ones)
+        _, gradients = guard.retry_smaller(batch, work, lambda: None)
         largest = torch.cat(list(gradients.values())).abs().amax()
         if guard.should_skip(step, {"importance": float(largest)}, batch):
             continue
