@@ -5,11 +5,10 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from prunetune.search.searcher import Decision, Searcher
 from prunetune.train.job import TrainingJob
-from prunetune.train.passes import GateTensors, Passes
+from prunetune.train.passes import Passes
 from prunetune.train.step_guard import StepGuard
 from prunetune.train.weight_trainer import adamw
 from prunetune.utils.json_lines import JsonObject
@@ -38,30 +37,33 @@ class GeneratorTrainer:
         """One generator step on a calibration batch; nothing once training has stopped. Returns its losses."""
         if self.has_stopped:
             return {}
-        gates, batch = self.searcher.sample(step), self.job.search_stream.batch_at(step)
+        job, searcher = self.job, self.searcher
+        gates, batch = searcher.sample(step), job.search_stream.batch_at(step)
         work = partial(self.passes.gate_gradients, batch, gates)
         losses, gradients = self.guard.retry_smaller(batch, work, lambda: None)
-        budget_loss = self._backward(gates, gradients)
-        norm = self.job.accelerator.clip_grad_norm_(self.searcher.generator.parameters(), CLIP)
+        ratio_loss = searcher.budget_loss(gates)
+        # The gradient of gates @ gradients at the gates is the model's: so it flows on into the generator.
+        total = torch.cat(list(gates.values())) @ torch.cat([gradients[name] for name in gates])
+        job.accelerator.backward(total + job.config.search.ratio_weight * ratio_loss)
+        self._average_gradients()
+        norm = job.accelerator.clip_grad_norm_(searcher.generator.parameters(), CLIP)
         if not self.guard.should_skip(step, {"generator's gradient": float(norm)}, batch):
-            rate = generator_learning_rate(step, self.job.schedule.search, self.job.config.search.learning_rate)
+            rate = generator_learning_rate(step, job.schedule.search, job.config.search.learning_rate)
             self.optimizer.param_groups[0]["lr"] = rate * self.guard.lr_scale
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.searcher.steps_on_budget = self.searcher.steps_on_budget + 1 if budget_loss <= SMALL_BUDGET_LOSS else 0
-        return {f"search_{name}": loss for name, loss in losses.items()} | {"ratio_loss": budget_loss}
+        record = {f"search_{name}": loss for name, loss in losses.items()} | {"ratio_loss": float(ratio_loss.detach())}
+        is_small = record["ratio_loss"] <= SMALL_BUDGET_LOSS
+        searcher.steps_on_budget = searcher.steps_on_budget + 1 if is_small else 0
+        return record
 
-    def _backward(self, gates: dict[str, Tensor], gradients: GateTensors) -> float:
-        """Gradients of the generator, averaged over ranks, from those of the loss at its gates; the budget loss."""
-        budget_loss = self.searcher.budget_loss(gates)
-        # The gradient of gates @ gradients at the gates is the model's: so it flows on into the generator.
-        total = torch.cat(list(gates.values())) @ torch.cat([gradients[name] for name in gates])
-        self.job.accelerator.backward(total + self.job.config.search.ratio_weight * budget_loss)
-        if self.job.ranks.world_size > 1:  # equal but for kernels that add in no fixed order (a GRU's, on a GPU)
-            averaged = [weight.grad for weight in self.searcher.generator.parameters() if weight.grad is not None]
-            self.job.ranks.all_reduce_sum_(averaged)
-            torch._foreach_div_(averaged, self.job.ranks.world_size)
-        return float(budget_loss.detach())
+    def _average_gradients(self) -> None:
+        """Average over ranks: gradients are equal but for kernels that add in no fixed order (a GRU's, on a GPU)."""
+        if self.job.ranks.world_size == 1:
+            return
+        gradients = [weight.grad for weight in self.searcher.generator.parameters() if weight.grad is not None]
+        self.job.ranks.all_reduce_sum_(gradients)
+        torch._foreach_div_(gradients, self.job.ranks.world_size)
 
     def decide(self, step: int) -> Decision:
         """The hard decision under which the adapters take their step: a draw, or the final one once training stopped.
