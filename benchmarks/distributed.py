@@ -111,7 +111,6 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
                 "settle": 0.25,
                 "init_batches": 1,
                 "batch_size": options.batch,
-                "step": "alternate",  # as when the figures in docs/scaling.md were measured
             },
             "budget": {"keep": 0.6},
         }

@@ -34,7 +34,7 @@ def main() -> None:
         model: Any = AutoModelForCausalLM.from_config(config_of(options.geometry))
         sites = find_sites(model)
         add_adapters(model, sites, LoraSettings(rank=1), seed=0)
-    searcher = Searcher(sites, PlanConstraints(), from_mapping({}), lambda step: 0.5, torch.device("cpu"))
+    searcher = Searcher(sites, PlanConstraints(), from_mapping({}), torch.device("cpu"))
     logits = {name: values.detach() for name, values in searcher.logits().items()}
     plan = select(logits, sites, 0.5, PlanConstraints())
     state = {name: torch.zeros(weight.shape) for name, weight in trainable_parameters(model).items()}

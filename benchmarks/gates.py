@@ -138,7 +138,7 @@ def config_of(options: argparse.Namespace, out: Path, guard: Path, gates: list[s
                 "checkpoint_every": options.steps, "log_every": options.every,
             },
             "lora": {"rank": 16},
-            "search": {"init_batches": 4, "share": 0.5, "batch_size": 8, "anneal": 1.0},
+            "search": {"init_batches": 4, "share": 0.5, "batch_size": 8},
             "distill": {"teacher": "none"},
             "validate": {"limit": WATCHED},
             "limits": gates,

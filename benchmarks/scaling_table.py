@@ -34,12 +34,10 @@ BASE = TrainingSetup(dtype_bytes=2, tokens=1024, rank=128, keep=0.6)
 
 
 def usual(name: str) -> tuple[TrainingShapes, TrainingSetup]:
-    """A model and how it is tuned by default: from a size on both players share a pass, and a teacher sees half."""
+    """A model and how it is tuned by default: from a size on a teacher sees half."""
     structure, sites = made(name, torch.device("meta"), torch.bfloat16)
     config = resolve_auto(from_mapping({}), sites)
-    return training_shapes(structure, sites), replace(
-        BASE, joint=config.search.step == "joint", share=config.distill.share
-    )
+    return training_shapes(structure, sites), replace(BASE, share=config.distill.share)
 
 
 def row(*cells: Any) -> str:
@@ -109,7 +107,7 @@ def work_table() -> None:
 def several_table(ranks: int = 2) -> None:
     """What `distributed.py scale` does, on one GPU and sharded over `ranks`; operations of its steps."""
     (model, base), batch, length = usual("llama-3-8b"), 16, 768
-    setup = replace(base, rank=32, tokens=batch * length // 2, joint=False)
+    setup = replace(base, rank=32, tokens=batch * length // 2)
     one = estimate_memory(model, setup, phase="search")
     here = estimate_memory(model, replace(setup, tokens=setup.tokens // ranks), phase="search")
     layers = setup.dtype_bytes * sum(linear.weight_count for linear in model.linears)

@@ -1,8 +1,8 @@
 """E1 and E2: what a one-stage run costs beside plain LoRA tuning of the dense model by transformers' Trainer and peft.
 
     python benchmarks/training_cost.py [--geometry smollm2-135m] [--sequence 512] [--batch 16] [--steps 60] [--keep 0.6]
-        [--runs trainer dense one-stage taught] [--teacher-share 0] [--search-step auto|alternate|joint]
-        [--compile on|off|auto] [--repeats 1] [--device cuda]
+        [--runs trainer dense one-stage taught] [--teacher-share 0] [--compile on|off|auto]
+        [--repeats 1] [--device cuda]
 
 Random weights in a known shape, random tokens, the last third of a sequence is its answer; every run sees the same
 batches in the same order, with AdamW of one learning rate. `trainer`: Trainer and peft, eager, bfloat16; `dense`: our
@@ -175,7 +175,7 @@ def config_of(asked: argparse.Namespace, kind: str) -> RunConfig:
         },
         "lora": {"rank": RANK},
         "distill": {"share": asked.teacher_share},
-        "search": {"batch_size": asked.batch, "step": asked.search_step, "lora_aware": asked.search_step != "joint"},
+        "search": {"batch_size": asked.batch},
     })  # fmt: skip
 
 
@@ -218,7 +218,6 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.6)
     parser.add_argument("--runs", nargs="+", default=list(RUNS), choices=RUNS)
     parser.add_argument("--teacher-share", type=float, default=0, help="`distill.share`; 0: by the model's size")
-    parser.add_argument("--search-step", default="auto", choices=["auto", "alternate", "joint"])
     parser.add_argument("--compile", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--weights", default="auto", choices=["auto", "all", "adapters"])
     parser.add_argument("--repeats", type=int, default=1)

@@ -78,7 +78,6 @@ def config_of(args: argparse.Namespace) -> RunConfig:
         "lora": {"rank": args.rank, "quantize": "nf4" if args.precision == "nf4" else "off"},
         "search": {
             "share": args.steps / steps, "settle": 1 / steps, "init_batches": 1, "batch_size": args.batch,
-            "step": args.search_step, "lora_aware": args.search_step != "joint",
         },
         "distill": {"teacher": args.teacher},
     })  # fmt: skip
@@ -104,7 +103,6 @@ def main() -> None:
     parser.add_argument("--checkpointing", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--packing", default="auto", choices=["auto", "off"])
     parser.add_argument("--weights", default="auto", choices=["auto", "all", "adapters"])
-    parser.add_argument("--search-step", default="auto", choices=["auto", "alternate", "joint"])
     parser.add_argument("--teacher", default="none", choices=["none", "base"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -138,7 +136,7 @@ def main() -> None:
     print(json.dumps({
         "geometry": args.geometry, "precision": args.precision, "layers": shapes.layers, "sequence": args.sequence,
         "batch": args.batch, "rank": args.rank, "checkpointing": config.train.checkpointing, "teacher": args.teacher,
-        "search_step": config.search.step, "device": device_name(device), "torch": torch.__version__,
+        "device": device_name(device), "torch": torch.__version__,
         "kept": kept_params(sites, plan) / sum(site.params for site in sites),
         "peak_gb": {name: round(value, 3) for name, value in phases.peaks.items()},
         "peak_gib": round(max(phases.peaks.values()) * 1e9 / 2**30, 3),

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import yaml
 
 from prunetune.cli.app import app
 from prunetune.cli.flags import flags_to_overrides, make_flags_class
-from prunetune.config.fields import fields_by_path, merge_mappings
+from prunetune.config.fields import RETIRED, fields_by_path, merge_mappings
 from prunetune.config.recipe import RequireConfig, RunConfig, from_mapping, load_recipe, load_saved_recipe, to_mapping
 from prunetune.errors import ConfigError
 
@@ -439,7 +440,7 @@ def test_user_error_is_one_line_and_exit_code_2(arguments: tuple[str, ...], line
             {"data": {"texts": ["t.jsonl"], "texts_share": 0.5}},
             {"data": {"distill_texts": ["t.jsonl"], "distill_texts_share": 0.5}},
         ),
-        ({"search": {"evidence": 3, "hard": False}}, {"search": {"init_batches": 3, "straight_through": False}}),
+        ({"search": {"evidence": 3}}, {"search": {"init_batches": 3}}),
     ],
 )
 def test_old_option_names_read_as_the_new_ones_with_one_line(
@@ -478,3 +479,47 @@ def test_saved_recipe_with_old_names_is_read_without_a_line(tmp_path: Path, capl
     config = load_saved_recipe(tmp_path / "config.yaml")
     assert (config.search.init_batches, config.report_to) == (3, ("wandb",))
     assert not caplog.records
+
+
+# -- retired options ---------------------------------------------------------------------------------------------------
+
+
+def retired_recipe(path: str) -> dict[str, Any]:
+    """A recipe that names a retired option, or a retired value of one."""
+    name, _, value = path.partition("=")
+    section, _, option = name.rpartition(".")
+    return {section: {option: value or "anything", "share": 0.2}}
+
+
+@pytest.mark.parametrize("path", RETIRED)
+def test_retired_option_is_refused_in_one_line_with_the_next_step(path: str, tmp_path: Path) -> None:
+    name = path.partition("=")[0]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(retired_recipe(path)), encoding="utf-8")
+    for read in (lambda: from_mapping(retired_recipe(path)), lambda: load_recipe(tmp_path / "recipe.yaml")):
+        with pytest.raises(ConfigError, match=rf"^{re.escape(name)} '.*' is of an earlier version: .*: .+$") as refused:
+            read()
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("path", RETIRED)
+def test_saved_recipe_with_a_retired_option_is_read_without_it_and_a_line(
+    path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(retired_recipe(path)), encoding="utf-8")
+    assert load_saved_recipe(tmp_path / "config.yaml") == from_mapping({"search": {"share": 0.2}})
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("path", [path for path in RETIRED if "=" not in path])
+def test_retired_flag_says_what_to_do_and_is_not_shown(
+    path: str, tmp_path: Path, say: Callable[..., tuple[int, str, str]]
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("{}", encoding="utf-8")
+    code, _, err = say("run", tmp_path / "recipe.yaml", f"--{path}", "x")
+    assert code == 2
+    assert f"{path} 'x' is of an earlier version" in err
+    assert f"--{path} " not in say("run", "--help")[1]
+
+
+def test_values_that_are_not_retired_are_read() -> None:
+    assert from_mapping({"search": {"sparsity": "off"}}).search.sparsity == "off"

@@ -40,7 +40,6 @@ class FlopCounter(TorchDispatchMode):
         {"checkpointing": "on"},
         {"teacher": "base"},
         {"teacher": "base", "share": "0.5"},
-        {"step": "joint"},
         {"weights": "all"},
         {"quantize": "nf4"},
     ],
@@ -64,8 +63,6 @@ def test_step_flops_are_near_those_torch_counts(changes: dict[str, str]) -> None
     def step() -> Any:
         if merged:
             return passes.tune(half, None)
-        if config.search.step == "joint":
-            return passes.tune_with_gate_gradients(half, gates)
         passes.gate_gradients(half, gates)
         return passes.tune(half, gates)
 

@@ -52,7 +52,6 @@ CASES: list[tuple[torch.dtype, dict[str, str]]] = [
     (torch.bfloat16, {"quantize": "nf4", "checkpointing": "off"}),
     (torch.bfloat16, {"quantize": "nf4", "checkpointing": "auto"}),
     (torch.bfloat16, {"teacher": "base"}),
-    (torch.bfloat16, {"step": "joint"}),
     (torch.bfloat16, {"weights": "all"}),
 ]
 
@@ -74,10 +73,7 @@ def test_activations_are_near_those_held(dtype: torch.dtype, changes: dict[str, 
     batch = [Example(tuple(range(3, 3 + LENGTH)), 1, "row")]
 
     def run() -> None:
-        if config.search.step == "joint":
-            passes.tune_with_gate_gradients(batch, gates)
-        else:
-            passes.tune(batch, None if merged else gates)
+        passes.tune(batch, None if merged else gates)
 
     run()  # gradients have their place
     with LiveMemoryCounter() as live:

@@ -1,4 +1,4 @@
-"""Folders made by version 0.1.0 open with every command, its interrupted run resumes, its recipe gives the same model.
+"""Folders made by version 0.1.0 open with every command, and its interrupted run resumes.
 
 The fixture is what `fixtures/make_release_fixture.py` made at commit 03ca826: `run` and `interrupted` of one recipe,
 `second` of less budget (without its model), `comparison`; pages and states that no command needs are left out.
@@ -185,12 +185,6 @@ def test_interrupted_run_of_0_1_0_resumes_to_the_weights_of_the_uninterrupted_on
     assert [json.loads(line)["step"] for line in lines] == list(range(1, 13))
     before = (FIXTURE / "interrupted" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert lines[:9] == before[:9]  # up to its checkpoint they are its own
-
-
-def test_recipe_of_0_1_0_gives_the_same_plan_and_weights(say: Said, release: Path) -> None:
-    code, _, _ = say("run", "recipe.yaml", "--out", "again")
-    assert code == 0
-    assert_same_result(release / "again")
 
 
 # -- a comparison ----------------------------------------------------------------------------------------------------

@@ -73,10 +73,10 @@ def test_prepare_resolves_auto_options(tmp_path: Path) -> None:
     context = prepare(config, resume=False, console=SilentConsole())
     assert context.recipe == context.reported_config == config
     assert (config.distill.teacher, config.distill.share) == ("auto", 0)
-    assert (config.search.step, config.train.weights) == ("auto", "auto")
+    assert config.train.weights == "auto"
     decided = context.config
     assert (decided.distill.teacher, decided.distill.share) == ("dense", 1)
-    assert (decided.search.step, decided.train.weights) == ("alternate", "all")
+    assert decided.train.weights == "all"
 
 
 def test_reported_config_has_the_decided_budget_and_the_rest_as_asked(tmp_path: Path) -> None:

@@ -470,10 +470,8 @@ def test_model_tuned_on_chats_stops_at_the_end_of_a_turn(template: str, tmp_path
     assert eos_token_id == (ends[0] if template == "raw" else ends)
 
 
-def test_large_model_gets_base_teacher_and_joint_steps(
-    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    explicit = {"distill": {"teacher": "base", "share": 0.5}, "search": {"step": "joint", "lora_aware": False}}
+def test_large_model_gets_base_teacher(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    explicit = {"distill": {"teacher": "base", "share": 0.5}}
     expected = run(config_of(workspace, tmp_path / "told", **explicit))
     monkeypatch.setattr(teacher, "LARGE_MODEL_PARAMS", 1)
     decided = run(config_of(workspace, tmp_path / "large", distill={"teacher": "auto"}))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import pytest
 import torch
@@ -28,12 +27,10 @@ from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import KIND_BY_NAME, Site, UnitKind, dense_plan, kept_params
 from prunetune.search.feasibility import uniform_scores, with_limits
-from prunetune.search.initial_logits import importance_to_logits, score_threshold
 from prunetune.search.nested_sites import NestedSites
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.searcher import Searcher
 from prunetune.search.select import min_feasible_keep, min_widths, select
-from prunetune.train.schedule import build_schedule
 from support.models import tiny
 
 WORKLOAD = WorkloadConfig()
@@ -220,17 +217,14 @@ def test_limits_fall_in_a_straight_line_from_the_dense_model() -> None:
     assert sizes == sorted(sizes, reverse=True)
 
 
-@pytest.mark.parametrize("gates", ["projected", "sampled"])
-def test_search_meets_the_budget(gates: str) -> None:
+def test_search_meets_the_budget() -> None:
     model = tiny("llama", layers=4)
     sites = find_sites(model)
     anatomy, constraints = model_shape(model, sites), PlanConstraints("per-layer", 8)
     caps = make_budget_limits({"memory": Amount.parse("0.7", "memory")}, anatomy, WorkloadConfig(context=16))
     limited = with_limits(constraints, sites, caps, 1.0)
-    values: dict[str, Any] = {"budget": {"keep": limits_of(limited).feasible_keep}, "search": {"gates": gates}}
-    config = from_mapping(values)
-    searcher = Searcher(sites, limited, config, build_schedule(config).annealed_keep, torch.device("cpu"))
-    searcher.init_from_importance({site.name: torch.rand(site.units) for site in sites})
+    config = from_mapping({"budget": {"keep": limits_of(limited).feasible_keep}})
+    searcher = Searcher(sites, limited, config, torch.device("cpu"))
     drawn = searcher.sample(0)
     assert all(gate.requires_grad for gate in drawn.values())
     assert torch.isfinite(searcher.budget_loss(drawn))
@@ -240,21 +234,6 @@ def test_search_meets_the_budget(gates: str) -> None:
     even_plan = select(uniform_scores(sites), sites, limits_of(limited).feasible_keep, limited)
     share = kept_share(gates_from_plan(even_plan, sites), sites, limits_of(limited).prices)
     assert float(share) == pytest.approx(limits_of(limited).feasible_price_share, rel=1e-5)
-
-
-def test_logits_rank_by_importance_per_price() -> None:
-    sites, _, constraints = geometry("llama3-8b")
-    limits = limits_of(
-        with_limits(
-            constraints, sites, [budget_at("memory", "llama3-8b", 0.5, WorkloadConfig(batch=32, context=32768))], 1.0
-        )
-    )
-    importance = {site.name: torch.ones(site.units) * site.unit_params for site in sites}
-    plain, priced = importance_to_logits(importance, sites), importance_to_logits(importance, sites, limits)
-    group, channel = sites[0].name, sites[1].name
-    assert plain[group].mean() - plain[channel].mean() > priced[group].mean() - priced[channel].mean()
-    threshold = score_threshold(NestedSites(sites, priced), limits.feasible_keep, limits)
-    assert float(torch.cat(list(priced.values())).min()) <= threshold <= float(torch.cat(list(priced.values())).max())
 
 
 def test_units_of_every_kind_are_priced() -> None:

@@ -130,21 +130,6 @@ class ReferenceSearch:
             kept[site.name] = tuple(sorted(best))
         return Plan(kept, {site.name: site.units for site in self.sites})
 
-    def threshold(self, keep: float, constraints: PlanConstraints) -> float:
-        """The score down to which units have the kept share of all prices."""
-        limits, scores = constraints.limits, torch.cat([self.scores[site.name] for site in self.sites]).tolist()
-        price_by_site = (
-            limits.prices if limits and limits.prices else {site.name: site.unit_params for site in self.sites}
-        )
-        prices = [float(price_by_site[site.name]) for site in self.sites for _ in range(site.units)]
-        order = sorted(range(len(scores)), key=lambda unit: (-scores[unit], unit))
-        total, all_prices = 0.0, float(torch.tensor(prices, dtype=torch.float64).sum())
-        for unit in order:
-            total += prices[unit]
-            if total / all_prices >= (limits.price_share_at(keep) if limits else keep):
-                break
-        return float(scores[unit])
-
 
 def constraints_of(sites: tuple[Site, ...], family: str, layout: str, seed: int) -> PlanConstraints:
     """Constraints with other bounds for each seed, and a memory budget for some."""
@@ -169,13 +154,11 @@ def assert_equals_reference(sites: tuple[Site, ...], constraints: PlanConstraint
     if constraints.limits is None:
         nested_plan = select(other_scores, sites, smaller_keep, constraints, larger_plan=plan)
         assert nested_plan == ReferenceSearch(sites, other_scores, plan).plan(smaller_keep, constraints)
-    config = from_mapping({"layout": constraints.layout, "search": {"generator": "none", "straight_through": False}})
-    searcher = Searcher(sites, constraints, config, lambda step: keep, torch.device("cpu"))
-    searcher.initial_logits = scores
-    gates, threshold = searcher.sample(1), ReferenceSearch(sites, scores, None).threshold(keep, constraints)
-    soft = torch.sigmoid((torch.cat(list(scores.values())) - threshold) / config.search.temperature)
-    assert torch.equal(torch.cat(list(gates.values())), soft)
-    assert searcher.with_legal_plan(searcher.decide(1)).plan == plan
+    values = {"layout": constraints.layout, "search": {"generator": "none"}, "budget": {"keep": keep}}
+    searcher = Searcher(sites, constraints, from_mapping(values), torch.device("cpu"))
+    for logits, score in zip(searcher.generator.parameters(), scores.values(), strict=True):
+        logits.data = score
+    assert searcher.final_decision().plan == plan
 
 
 @every_family

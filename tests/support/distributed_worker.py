@@ -49,7 +49,6 @@ CHANGES: dict[str, Any] = {
 OTHERS: dict[str, tuple[bool, dict[str, Any]]] = {
     "all weights": (False, {"train": {"steps": 6, "weights": "all"}}),
     "few examples": (True, {"train": {"steps": 6, "batch_size": 1}, "search": {"batch_size": 1}}),
-    "joint": (False, {"train": {"steps": 6}, "search": {"step": "joint"}}),
     "layers": (True, {"train": {"steps": 6}, "units": ("layers", *DEFAULT_UNITS)}),
     "tied": (True, {"train": {"steps": 6}, "family": "gpt2"}),
 }

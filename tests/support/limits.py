@@ -32,7 +32,7 @@ RECIPE: dict[str, Any] = {
     "budget": {"keep": 0.4, "align": 8},
     "train": {"steps": 12, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 1, "validate_every": 1},
     "lora": {"rank": 4},
-    "search": {"share": 0.5, "settle": 0.25, "init_batches": 2, "batch_size": 4, "anneal": 1.0},
+    "search": {"share": 0.5, "settle": 0.25, "init_batches": 2, "batch_size": 4},
 }
 
 
@@ -45,12 +45,14 @@ def removed_share(model: Any) -> float:
     sites = find_sites(tiny())
     kept, total = 0.0, 0.0
     for site in sites:
-        consumer = model.get_submodule(site.consumer.module)
+        total += site.units * site.consumer.rows_per_unit
+        consumer = dict(model.named_modules()).get(site.consumer.module)
+        if consumer is None:  # removed whole
+            continue
         inputs = torch.ones(1, consumer.in_features)
         for hook in consumer._forward_pre_hooks.values():
             (inputs,) = hook(consumer, (inputs,))
         kept += float(inputs.sum())
-        total += site.units * site.consumer.rows_per_unit
     return 1 - kept / total
 
 

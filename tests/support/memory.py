@@ -52,7 +52,6 @@ def config_of(**changes: Any) -> RunConfig:
     lora = {"rank": 8, "quantize": changes.pop("quantize", "off")}
     return from_mapping({
         "train": train, "lora": lora, "budget": {"keep": 1.0},
-        "search": {"step": changes.pop("step", "alternate")},
         "distill": {"teacher": changes.pop("teacher", "none"), "logits": 1.0, "hidden": 1.0}
         | {"share": float(changes.pop("share", 0))},
     })  # fmt: skip

@@ -41,12 +41,9 @@ from support.models import random_plan, tiny
 
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
 @pytest.mark.parametrize("generator", ["transformer", "gru"])
-@pytest.mark.parametrize("gates", ["projected", "sampled"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_run_learns_and_ends_on_budget(family: str, gates: str, generator: str, layout: str) -> None:
-    config = config_of(
-        {"layout": layout, "search": {"gates": gates, "generator": generator}, "train": {"steps": 20, "batch_size": 8}}
-    )
+def test_run_learns_and_ends_on_budget(family: str, generator: str, layout: str) -> None:
+    config = config_of({"layout": layout, "search": {"generator": generator}, "train": {"steps": 20, "batch_size": 8}})
     job = job_of(config, family=family)
     plan = tune_and_prune(job)
     assert kept_params(job.sites, plan) <= KEEP * prunable_params(job.sites)
@@ -71,8 +68,6 @@ def test_records_hold_phase_losses_and_widths() -> None:
     assert [record["lr"] for record in notes.steps] == [learning_rate(step, job.config.train) for step in range(10)]
     kept = [record["kept"] for record in notes.steps]
     assert kept[-1] == pytest.approx(kept_params(job.sites, plan) / prunable_params(job.sites))
-    assert kept[0] > kept[3]
-    assert all(record["kept"] <= job.schedule.annealed_keep(record["step"] - 1) + 1e-6 for record in notes.steps[:4])
     assert all(("search_loss" in record) == (record["phase"] == "search") for record in notes.steps)
     assert all(("lasso" in record) == (record["phase"] != "tune") for record in notes.steps)
     assert [record["step"] for record in notes.validations] == [5, 10]
@@ -101,10 +96,9 @@ def test_given_plan_is_tuned_without_search() -> None:
     assert {record["kept"] for record in dense.observer.steps} == {1.0}  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("gates", ["projected", "sampled"])
 @pytest.mark.parametrize("generator", ["transformer", "gru"])
-def test_same_seed_gives_the_same_bits(gates: str, generator: str) -> None:
-    config = config_of({"search": {"gates": gates, "generator": generator}, "lora": {"dropout": 0.1}})
+def test_same_seed_gives_the_same_bits(generator: str) -> None:
+    config = config_of({"search": {"generator": generator}, "lora": {"dropout": 0.1}})
     first, second = job_of(config), job_of(config)
     torch.manual_seed(1)
     plan = tune_and_prune(first)
@@ -133,21 +127,17 @@ def test_base_weights_are_unchanged_until_the_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "gates", "train"),
+    ("family", "train"),
     [
-        ("llama", "projected", {}),
-        ("llama", "sampled", {}),
-        ("qwen3", "projected", {}),
-        ("qwen3", "sampled", {}),
-        ("llama", "projected", {"optimizer": "muon"}),
-        ("qwen2", "projected", {"weights": "all"}),
-        ("phi3", "projected", {"weights": "all"}),
+        ("llama", {}),
+        ("qwen3", {}),
+        ("llama", {"optimizer": "muon"}),
+        ("qwen2", {"weights": "all"}),
+        ("phi3", {"weights": "all"}),
     ],
 )
-def test_resumed_at_any_step_equals_uninterrupted(
-    family: str, gates: str, train: dict[str, Any], tmp_path: Path
-) -> None:
-    config = config_of({"search": {"gates": gates}, "lora": {"dropout": 0.1}, "train": train})
+def test_resumed_at_any_step_equals_uninterrupted(family: str, train: dict[str, Any], tmp_path: Path) -> None:
+    config = config_of({"lora": {"dropout": 0.1}, "train": train})
     every = AllCheckpoints(tmp_path)
     whole = job_of(config, family=family, store=every)
     plan = tune_and_prune(whole)

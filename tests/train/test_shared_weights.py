@@ -182,10 +182,8 @@ def test_resolve_auto_depends_on_the_model_size() -> None:
     assert resolve_auto(config, sites).distill.teacher == "dense"
     assert resolve_auto(config, large).distill.teacher == "base"
     assert [resolve_auto(config, given_sites).distill.share for given_sites in (sites, large)] == [1, 0.5]
-    assert [resolve_auto(config, given_sites).search.step for given_sites in (sites, large)] == ["alternate", "joint"]
-    assert [resolve_auto(config, given_sites).search.lora_aware for given_sites in (sites, large)] == [True, False]
     assert [resolve_auto(config, given_sites).train.weights for given_sites in (sites, large)] == ["all", "adapters"]
-    for teacher, step in (("none", "joint"), ("base", "alternate"), ("dense", "joint")):
-        decided = {"distill": {"teacher": teacher, "share": 0.3}, "search": {"step": step}, "train": {"weights": "all"}}
+    for teacher in ("none", "base", "dense"):
+        decided = {"distill": {"teacher": teacher, "share": 0.3}, "train": {"weights": "all"}}
         explicit = config_of(decided)
         assert resolve_auto(explicit, sites) == resolve_auto(explicit, large) == explicit

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from prunetune.errors import ModelError
-from prunetune.search.searcher import Searcher
 from prunetune.train.adapters import trainable_parameters
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.passes import PaddedPasses
@@ -79,48 +78,6 @@ def test_nan_gate_gradients_do_not_change_the_generator(monkeypatch: pytest.Monk
     assert identical(first.tensors["generator"], last.tensors["generator"])
     assert all(weight.isfinite().all() for weight in last.tensors["generator"].values())
     assert last.guard_state["skipped"] == 4
-
-
-def test_importance_that_is_not_finite_is_skipped(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    genuine, recorded, started = PaddedPasses.gate_gradients, [], []
-
-    def gate_gradients(self: PaddedPasses, *arguments: Any) -> Any:
-        losses, gate_gradients = genuine(self, *arguments)
-        recorded.append({name: gradient.clone() for name, gradient in gate_gradients.items()})
-        return losses, {
-            name: gradient * (math.nan if len(recorded) == 2 else 1) for name, gradient in gate_gradients.items()
-        }
-
-    monkeypatch.setattr(PaddedPasses, "gate_gradients", gate_gradients)
-    monkeypatch.setattr(Searcher, "init_from_importance", lambda _, importance: started.append(importance))
-    job = job_of(config_of({"search": {"init_batches": 3}}))
-    with caplog.at_level(logging.WARNING):
-        tune_and_prune(job)
-    ((importance,), (first_pass, _, third_pass)) = started, recorded[:3]
-    assert all(
-        torch.equal(importance[name], first_pass[name].square() + third_pass[name].square()) for name in importance
-    )
-    assert "the initial importance is nan at step 1 (rows row" in caplog.text
-
-
-def test_joint_batch_with_nan_is_skipped_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    genuine, count = PaddedPasses.tune_with_gate_gradients, [0]
-
-    def tune_with_gate_gradients(self: PaddedPasses, *arguments: Any) -> Any:
-        losses, gate_gradients = genuine(self, *arguments)
-        count[0] += 1
-        factor = math.nan if count[0] == 2 else 1.0
-        return {**losses, "loss": losses["loss"] * factor}, {
-            name: gradient * factor for name, gradient in gate_gradients.items()
-        }
-
-    monkeypatch.setattr(PaddedPasses, "tune_with_gate_gradients", tune_with_gate_gradients)
-    job = job_of(config_of({"search": {"step": "joint"}}))
-    tune_and_prune(job)
-    train = job.config.train
-    assert rates(job) == [learning_rate(step, train) * (0.5 if step >= 2 else 1) for step in range(10)]
 
 
 def test_resumed_run_remembers_skipped_batches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

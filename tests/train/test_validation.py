@@ -21,12 +21,10 @@ from support.limits import config_of, guard_nll, job_of, run_with_limits
 from support.loop import RecordingObserver, identical
 
 BACK = "guard.nll <= 0.4 -> roll-back"  # of what is closed: crossed on the way to 0.4 kept
-sampled = pytest.mark.parametrize("gates", ["projected", "sampled"])
 
 
-@sampled
-def test_validation_changes_no_weight(gates: str, tmp_path: Path) -> None:
-    config = config_of(search={"gates": gates}, lora={"dropout": 0.1})
+def test_validation_changes_no_weight(tmp_path: Path) -> None:
+    config = config_of(lora={"dropout": 0.1})
     alone = run_with_limits(config, tmp_path / "a", monitored=False)
     monitored = run_with_limits(
         config, tmp_path / "b", "guard.nll <= 9 -> roll-back", "valid.nll <= 99 -> stop", score=guard_nll
@@ -50,9 +48,8 @@ def test_validated_decisions_are_recorded_with_their_plans(tmp_path: Path) -> No
         assert record["kept"] == pytest.approx(share, abs=1e-6)
 
 
-@pytest.mark.parametrize("gates", ["sampled"])
-def test_roll_back_ends_within_the_limit_that_the_same_run_breaks(gates: str, tmp_path: Path) -> None:
-    config = config_of(search={"gates": gates, "offset": 1.0})
+def test_roll_back_ends_within_the_limit_that_the_same_run_breaks(tmp_path: Path) -> None:
+    config = config_of(search={"offset": 1.0})
     free = run_with_limits(config, tmp_path / "free", "guard.nll <= 99 -> stop")
     limited = run_with_limits(config, tmp_path / "held", BACK)
     assert free.observer.validations[-1]["guard.nll"] > 0.4
@@ -190,9 +187,9 @@ class KilledObserver(RecordingObserver):
             raise Killed
 
 
-@pytest.mark.parametrize(("gate", "gates"), [(BACK, "projected"), ("guard.nll <= 0.4 -> back-off", "sampled")])
-def test_resumed_after_any_step_equals_uninterrupted(gate: str, gates: str, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"search": {"gates": gates, "offset": 1.0}, "lora": {"dropout": 0.1}}
+@pytest.mark.parametrize("gate", [BACK, "guard.nll <= 0.4 -> back-off"])
+def test_resumed_after_any_step_equals_uninterrupted(gate: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"search": {"offset": 1.0}, "lora": {"dropout": 0.1}}
     config = config_of(**changes, train={"checkpoint_every": 3})
     whole = run_with_limits(config, tmp_path / "whole", gate)
     assert whole.history["events"]

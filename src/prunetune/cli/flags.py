@@ -8,16 +8,19 @@ from typing import Annotated, Any, Optional
 
 from cyclopts import Parameter
 
+from prunetune.config.fields import retired_options
+
 
 def make_flags_class(cls: type[Any]) -> type[Any]:
     """A dataclass with the fields of `cls`, each None unless its flag is given, with help and default in its text.
 
-    The name that an option had in the version before is a flag too; `--help` does not list it.
+    The name that an option had in the version before is a flag too, and so is a retired option, whose error then says
+    what to do; `--help` lists neither.
     """
-    return _flags_class(cls, show=True)
+    return _flags_class(cls, "", show=True)
 
 
-def _flags_class(cls: type[Any], *, show: bool) -> type[Any]:
+def _flags_class(cls: type[Any], prefix: str, *, show: bool) -> type[Any]:
     kinds = typing.get_type_hints(cls)
     fields: list[tuple[str, Any, Any]] = []
     for item in dataclasses.fields(cls):
@@ -26,10 +29,12 @@ def _flags_class(cls: type[Any], *, show: bool) -> type[Any]:
         for name in (item.name, old) if old else (item.name,):
             is_shown = show and name == item.name
             if dataclasses.is_dataclass(kind):
-                inner = _flags_class(typing.cast(Any, kind), show=is_shown)
+                inner = _flags_class(typing.cast(Any, kind), f"{prefix}{item.name}.", show=is_shown)
                 fields.append((name, Optional[inner], None))  # noqa: UP045 - built at run time
             else:
                 fields.append((name, Annotated[kind | None, _flag(item, kind, show=is_shown)], None))
+    hidden = Annotated[str | None, Parameter(show=False)]
+    fields += [(name, hidden, None) for name, value, _ in retired_options(prefix) if not value]
     flags_class = dataclasses.make_dataclass(
         f"{cls.__name__}Flags", [(name, kind, dataclasses.field(default=default)) for name, kind, default in fields],
         frozen=True, kw_only=True,

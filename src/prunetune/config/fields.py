@@ -14,6 +14,16 @@ from prunetune.errors import ConfigError
 from prunetune.utils.suggest import did_you_mean, similar_names
 
 log = logging.getLogger(__name__)
+# Options, and values of options, of earlier versions that are gone: what there is now, and what to do. A recipe that
+# names one is an error; the recipe that a run folder keeps loses it.
+RETIRED = {
+    "search.gates": "the generator's gates are always draws, as in ATP's code: leave it out",
+    "search.step": "the generator always learns on its own batches: leave it out",
+    "search.anneal": "the generator's budget is a loss and needs no annealing: leave it out",
+    "search.hard": "true was its default, and soft gates are now: leave it out, or set search.straight_through",
+    "search.lasso": "the group lasso has the weights of ATP's code: leave it out, or set search.sparsity off",
+    "search.sparsity=proximal": "removed units' adapters shrink by a group lasso: set search.sparsity lasso or off",
+}
 # Turns one entry as written, and the option's name for errors, into its value; raises `ConfigError`.
 Parse = Callable[[Any, str], Any]
 
@@ -71,12 +81,18 @@ def read_options(cls: type[OptionsT], values: Any, *, where: str) -> OptionsT:
 def with_current_names(cls: type[Any], values: Any, *, prefix: str = "", quiet: bool = False) -> Any:
     """The mapping with old names of options replaced by current ones; a warning for each, unless `quiet`.
 
-    Raises `ConfigError` for an option that is given under both names.
+    `RETIRED` options are left out if `quiet`. Raises `ConfigError` for one otherwise, and for an option that is given
+    under both names.
     """
     if not isinstance(values, Mapping):
         return values
     kinds = typing.get_type_hints(cls)
     current = dict(values)
+    for name, value, advice in retired_options(prefix):
+        if name in current and value in ("", current[name]):
+            if not quiet:
+                raise ConfigError(f"{prefix}{name} {current[name]!r} is of an earlier version: {advice}")
+            del current[name]
     for item in dataclasses.fields(cls):
         old = item.metadata.get("formerly")
         if old and old in current:
@@ -94,6 +110,16 @@ def with_current_names(cls: type[Any], values: Any, *, prefix: str = "", quiet: 
             inner, kind = f"{prefix}{item.name}.", typing.cast(Any, kinds[item.name])
             current[item.name] = with_current_names(kind, current[item.name], prefix=inner, quiet=quiet)
     return current
+
+
+def retired_options(prefix: str) -> list[tuple[str, str, str]]:
+    """(name, value that is gone or "" for all, advice) of the `RETIRED` options of a section, "search." or ""."""
+    split = [(*path.partition("="), advice) for path, advice in RETIRED.items()]
+    return [
+        (path.removeprefix(prefix), value, advice)
+        for path, _, value, advice in split
+        if path.rpartition(".")[0] == prefix.rstrip(".")
+    ]
 
 
 def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type[Any]) -> Any:

@@ -99,7 +99,7 @@ class DistillConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
-    """When units are removed, and what decides which."""
+    """When units are removed, and what decides which; the generator's defaults are those of ATP's authors' code."""
 
     method: Literal["progressive", "generator"] = option(
         "progressive",
@@ -110,45 +110,32 @@ class SearchConfig:
         4, "Number of cuts (progressive); each removes an equal share of what the budget asks for.", ge=1
     )
     span: float = option(0.2, "Share of the steps over which the cuts are spread, from step 0 on.", gt=0, le=1)
-    step: Literal["auto", "alternate", "joint"] = option(
-        "auto",
-        "alternate: the generator learns on its own batches; joint: from the adapters' pass, in one backward. "
-        "auto: alternate, but joint with lora_aware false from 1e9 prunable parameters on.",
-    )
+
     generator: Literal["transformer", "gru", "none"] = option(
         "transformer", "Network over the layer sequence that gives the logits; none: one free logit per unit."
-    )
-    gates: Literal["projected", "sampled"] = option(
-        "projected",
-        "projected: decisions meet the (annealed) budget; sampled: Gumbel draws and a budget loss, as in ATP's code.",
     )
     init_batches: int = option(
         16, "Batches of search whose gate gradients give the scores of a cut (progressive).", ge=1, formerly="evidence"
     )
     straight_through: bool = option(
-        True,
-        "The generator learns with gates rounded to 0 or 1 (straight-through estimator); false: with soft gates.",
-        formerly="hard",
+        False,
+        "The generator learns with gates rounded to 0 or 1 (straight-through estimator); false: with soft gates, of "
+        "which only the budget loss sees the rounded ones.",
     )
     lora_aware: bool = option(
         True, "Adapters learn with y = gate * (W x) + B A x; false: under gates on both branches, as after the cut."
     )
     share: float = option(0.1, "Share of the steps in which decisions are searched.", gt=0, le=1)
-    anneal: float = option(
-        0.6, "Share of the search over which the budget is annealed from dense to its target (projected).", ge=0, le=1
-    )
     settle: float = option(
         0.05, "Share of the steps, after the search, in which the adapters of removed units shrink to zero.", ge=0, le=1
     )
-    learning_rate: float = option(1e-3, "Learning rate of the generator (AdamW).", gt=0)
-    batch_size: int = option(16, "Examples a search step.", ge=1)
-    ratio_weight: float = option(5.0, "Weight of |log(kept / target)| in the generator's loss (sampled).", ge=0)
-    temperature: float = option(0.4, "Temperature of the gates' sigmoid.", gt=0)
-    offset: float = option(3.0, "Added to every logit, so that training starts dense (sampled).")
-    sparsity: Literal["lasso", "proximal", "off"] = option(
-        "lasso",
-        "Of removed units' adapters: a group lasso in the loss, group soft-thresholding after each step, or nothing.",
+    learning_rate: float = option(
+        1e-3, "Learning rate of the generator (AdamW); a fifth of it in the last fifth of the search.", gt=0
     )
-    lasso: float = option(
-        0.1, "Weight of the group lasso; soft-thresholding subtracts learning rate * weight from each norm.", ge=0
+    batch_size: int = option(16, "Examples a search step.", ge=1)
+    ratio_weight: float = option(5.0, "Weight of |log(kept / target)| in the generator's loss.", ge=0)
+    temperature: float = option(0.4, "Temperature of the gates' sigmoid.", gt=0)
+    offset: float = option(3.0, "Added to every logit, so that training starts dense.")
+    sparsity: Literal["lasso", "off"] = option(
+        "lasso", "Of removed units' adapters: a group lasso in the loss, or nothing."
     )

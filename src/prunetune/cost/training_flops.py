@@ -21,7 +21,7 @@ def step_flops(
 ) -> int:
     """FLOPs of one step on so many tokens, in examples of a length.
 
-    In the search phase the generator has a pass of its own over as many tokens, except with `search.step: joint`.
+    In the search phase the generator has a pass of its own over as many tokens.
     `label_share` is the share of tokens that are labels, which the head reads. Tokens that a teacher sees go through
     the teacher and through both heads.
     """
@@ -39,6 +39,6 @@ def step_flops(
     teacher = 2 * sum(linear.weight_count for linear in shapes.linears) + attention + 2 * head
     layers = forward * (2 if setup.recompute else 1) + backward
     per_pass = layers + 4 * head * (label_share + teacher_share) + teacher_share * teacher
-    passes = 2 if phase == "search" and not setup.joint else 1
+    passes = 2 if phase == "search" else 1
     frozen_adapters = 2 * adapters if passes == 2 else 0  # in the generator's pass adapters have no gradient
     return round(tokens * (passes * per_pass - frozen_adapters))

@@ -24,7 +24,7 @@ from prunetune.pruning.units import Site, UnitKind
 
 TrainingPhase = Literal["search", "tune"]
 FP32_BYTES = 4  # trained parameters, their gradients and their moments are float32
-GENERATOR_FEATURES = {"transformer": 64, "gru": 128, "none": 0}  # inputs of the generator's heads
+GENERATOR_FEATURES = {"transformer": 64, "gru": 256, "none": 0}  # inputs of the generator's heads
 GENERATOR_ENCODER_PARAMS = 100_000  # the generator without its heads, roughly
 
 
@@ -80,7 +80,6 @@ class TrainingSetup:
     quantize: str = "off"
     recompute: bool = False  # train.checkpointing
     all_weights: bool = False  # all weights are tuned after the cut, instead of adapters
-    joint: bool = False  # search.step: one pass for generator and adapters
     teacher: bool = False
     teacher_share: float = 1.0  # of a batch's labelled rows that the teacher sees, in passes of their own
     teacher_is_base: bool = False  # the teacher is the untuned model, which shares its student's memory
@@ -137,7 +136,6 @@ def training_setup(config: RunConfig, dtype: torch.dtype, *, longest: int, all_w
         quantize=config.lora.quantize,
         recompute=uses_checkpointing(config),
         all_weights=all_weights,
-        joint=config.search.step == "joint",
         teacher=has_teacher,
         teacher_share=teacher_share,
         teacher_is_base=config.distill.teacher == "base",
@@ -158,9 +156,8 @@ def estimate_memory(shapes: TrainingShapes, setup: TrainingSetup, *, phase: Trai
     linear_params = sum(linear.weight_count for linear in shapes.linears)
     adapter_params = setup.rank * sum(linear.rows + linear.columns for linear in shapes.linears)
     features = GENERATOR_FEATURES[setup.generator]
-    generator_params = shapes.total_units * (features + 1) + (GENERATOR_ENCODER_PARAMS if features else 0)
-    kept_bytes = _activation_bytes(shapes, setup, is_merged=is_merged, is_gated=phase == "search")
-    activations, recomputed_layer, dequantized = kept_bytes
+    generator_params = shapes.total_units * (features or 1) + (GENERATOR_ENCODER_PARAMS if features else 0)
+    activations, recomputed_layer, dequantized = _activation_bytes(shapes, setup, is_merged=is_merged)
     chunk = min(setup.tokens, max(1, LOGITS_PER_CHUNK // shapes.vocab_size)) * shapes.vocab_size
     # Log-softmax, its gradient and that of the logits; with a teacher also the teacher's and their difference.
     logits = chunk * FP32_BYTES * (5 if setup.teacher else 3)
@@ -185,16 +182,13 @@ def _teacher_bytes(shapes: TrainingShapes, setup: TrainingSetup, phase: Training
     return dense - sum(linear.weight_bytes(setup.dtype_bytes, setup.quantize) for linear in shared)
 
 
-def _activation_bytes(
-    shapes: TrainingShapes, setup: TrainingSetup, *, is_merged: bool, is_gated: bool
-) -> tuple[int, int, int]:
+def _activation_bytes(shapes: TrainingShapes, setup: TrainingSetup, *, is_merged: bool) -> tuple[int, int, int]:
     """Bytes that autograd keeps of one pass, of one layer that is recomputed, and of one dequantised linear."""
     dtype_bytes, hidden = setup.dtype_bytes, setup.tokens * shapes.layers * shapes.hidden_size
     produced = sum(linear.rows for linear in shapes.linears if linear.cut_axis == ROWS)  # q, k, v, gate, up
     consumed = sum(linear.columns for linear in shapes.linears if linear.cut_axis == COLUMNS)  # by o and down
-    # Gates that get gradients keep their input; the MLP keeps its activation of gate.
-    per_token = produced * (2 if is_gated and setup.joint else 1) + consumed + shapes.mlp_channels
-    kept = setup.tokens * dtype_bytes * per_token
+    # The MLP keeps its activation of gate.
+    kept = setup.tokens * dtype_bytes * (produced + consumed + shapes.mlp_channels)
     kept += 2 * hidden * (dtype_bytes + FP32_BYTES)  # of both norms: the input in float32, and the output
     if is_merged:
         trained = sum(linear.weight_count for linear in shapes.linears)

@@ -5,23 +5,47 @@ L layers, E embedding width, U units of a site.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from prunetune.pruning.units import Site
 
+# Authors' code:
 EMBEDDING = 64  # width of a layer vector
-HIDDEN = 128  # width of the GRU's output, both directions
+HEADS, FEED_FORWARD, DROPOUT = 4, 256, 0.1  # of each of the transformer's two layers
+GRU_WIDTH = 256  # width of the GRU's output, both directions
+
+
+class EncoderLayer(nn.Module):
+    """A transformer encoder layer (Vaswani et al. 2017: norms behind the sums) that is told what to drop.
+
+    PyTorch's own draws its dropout from the process's random state, which runs in other threads change.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queries_keys_values, self.mixed = nn.Linear(EMBEDDING, 3 * EMBEDDING), nn.Linear(EMBEDDING, EMBEDDING)
+        self.up, self.down = nn.Linear(EMBEDDING, FEED_FORWARD), nn.Linear(FEED_FORWARD, EMBEDDING)
+        self.attention_norm, self.feed_forward_norm = nn.LayerNorm(EMBEDDING), nn.LayerNorm(EMBEDDING)
+
+    def forward(self, x: Tensor, drop: Callable[[Tensor], Tensor]) -> Tensor:
+        """[L, E] -> [L, E]; `drop` is applied where an encoder layer has dropout."""
+        heads = self.queries_keys_values(x).view(len(x), 3, HEADS, -1)
+        queries, keys, values = heads.permute(1, 2, 0, 3)  # [HEADS, L, E / HEADS] each
+        attention = drop(torch.softmax(queries @ keys.mT / queries.shape[-1] ** 0.5, -1))
+        x = self.attention_norm(x + drop(self.mixed((attention @ values).transpose(0, 1).flatten(1))))
+        output: Tensor = self.feed_forward_norm(x + drop(self.down(drop(F.relu(self.up(x))))))
+        return output
 
 
 class DecisionGenerator(nn.Module):
     """A small network over the layer sequence, and one linear head per site.
 
-    `forward()` has no input and returns {site name: logits [U]}: the decision depends on the weights alone. The layer
-    vectors are fixed and orthogonal, so that layers start out distinct. `kind` is "transformer" (two encoder layers,
-    four heads, feed-forward 256, as in the authors' code) or "gru" (bidirectional).
+    The decision has no input: it depends on the weights alone. The layer vectors are fixed and orthogonal, so that
+    layers start out distinct. `kind` is "transformer" or "gru" (bidirectional, an earlier version of the authors').
     """
 
     def __init__(self, sites: Sequence[Site], *, kind: str, seed: int) -> None:
@@ -29,23 +53,32 @@ class DecisionGenerator(nn.Module):
         rng = torch.Generator().manual_seed(seed)
         layers = max(site.layer for site in sites) + 1
         self.register_buffer("layer_vectors", orthogonal_vectors(layers, EMBEDDING, rng))
-        width = EMBEDDING if kind == "transformer" else HIDDEN
+        width = EMBEDDING if kind == "transformer" else GRU_WIDTH
         with torch.random.fork_rng(devices=[]):  # modules draw from the global generator when they are created
-            self.mixer: nn.Module
-            if kind == "transformer":
-                layer = nn.TransformerEncoderLayer(EMBEDDING, nhead=4, dim_feedforward=256, dropout=0.0)
-                self.mixer = nn.TransformerEncoder(layer, num_layers=2, enable_nested_tensor=False)
-            else:
-                self.mixer = nn.GRU(EMBEDDING, HIDDEN // 2, bidirectional=True)
+            self.encoder = nn.ModuleList(EncoderLayer() for _ in range(2)) if kind == "transformer" else None
+            self.gru = None if self.encoder else nn.GRU(EMBEDDING, GRU_WIDTH // 2, bidirectional=True)
             self.norm = nn.LayerNorm(width)
-            self.heads = nn.ModuleList(nn.Linear(width, site.units) for site in sites)
+            self.heads = nn.ModuleList(nn.Linear(width, site.units, bias=False) for site in sites)
         self.sites = tuple(sites)
-        for name, parameter in self.named_parameters():
-            _initialise(name, parameter, rng)
+        for name, parameter in self.named_parameters():  # weights as `nn.Linear` draws them, but zero biases
+            if parameter.dim() > 1:
+                bound = parameter.shape[1] ** -0.5
+                parameter.data.uniform_(-bound, bound, generator=rng)
+            elif "bias" in name:
+                parameter.data.zero_()
 
-    def forward(self) -> dict[str, Tensor]:
-        mixed = self.mixer(self.get_buffer("layer_vectors")[:, None, :])  # [L, 1, E]
-        features: Tensor = self.norm(mixed[0] if isinstance(mixed, tuple) else mixed)[:, 0]
+    def forward(self, dropout_rng: torch.Generator | None = None) -> dict[str, Tensor]:
+        """{site: logits [U]}; with a random generator, the transformer's dropout is drawn from it."""
+
+        def drop(x: Tensor) -> Tensor:
+            if dropout_rng is None:
+                return x
+            return x * (torch.rand(x.shape, generator=dropout_rng) >= DROPOUT).to(x.device) / (1 - DROPOUT)
+
+        x = self.get_buffer("layer_vectors")
+        for layer in self.encoder or ():
+            x = layer(x, drop)
+        features = self.norm(self.gru(x)[0] if self.gru else x)
         return {site.name: head(features[site.layer]) for site, head in zip(self.sites, self.heads, strict=True)}
 
 
@@ -57,7 +90,7 @@ class FreeLogits(nn.Module):
         self.sites = tuple(sites)
         self.logits = nn.ParameterList(nn.Parameter(torch.zeros(site.units)) for site in sites)
 
-    def forward(self) -> dict[str, Tensor]:
+    def forward(self, dropout_rng: torch.Generator | None = None) -> dict[str, Tensor]:
         return {site.name: logits for site, logits in zip(self.sites, self.logits, strict=True)}
 
 
@@ -66,19 +99,7 @@ def build_generator(sites: Sequence[Site], *, kind: str, seed: int) -> nn.Module
     return FreeLogits(sites) if kind == "none" else DecisionGenerator(sites, kind=kind, seed=seed)
 
 
-def _initialise(name: str, parameter: nn.Parameter, rng: torch.Generator) -> None:
-    """Xavier-uniform weights and zero biases, from the given random generator alone."""
-    with torch.no_grad():
-        if "bias" in name:
-            parameter.zero_()
-        if parameter.dim() < 2:
-            return  # weights of norms are one
-        bound = (6 / (parameter.shape[0] + parameter.shape[1])) ** 0.5
-        parameter.uniform_(-bound, bound, generator=rng)
-
-
 def orthogonal_vectors(rows: int, width: int, rng: torch.Generator) -> Tensor:
-    """[rows, width] vectors of norm sqrt(width); each run of `width` rows from the first on is orthogonal."""
+    """[rows, width] vectors of norm 1; each run of `width` rows from the first on is orthogonal."""
     blocks = [torch.linalg.qr(torch.randn(width, width, generator=rng))[0] for _ in range(-(-rows // width))]
-    vectors: Tensor = torch.cat(blocks)[:rows] * width**0.5
-    return vectors
+    return torch.cat(blocks)[:rows]

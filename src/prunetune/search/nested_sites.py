@@ -22,18 +22,6 @@ from prunetune.pruning.units import Site, children_by_site, kept_mask
 SiteWidths = Mapping[str, int]  # site name -> units that each open group keeps
 
 
-def argsort_descending(scores: Tensor) -> Tensor:
-    """float32 [n] -> long [n]: indices by descending score; equal scores by index, NaN before all others.
-
-    The same as `argsort(descending=True, stable=True)` in a tenth of the time: torch sorts integers by radix, and the
-    bits of floats sort like integers once all bits but the sign of the negative ones are inverted.
-    """
-    # One zero and one NaN: both exist with either sign.
-    bits = (scores + 0.0).nan_to_num(torch.nan, torch.inf, -torch.inf).view(torch.int32)
-    ascending = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (~ascending).argsort(stable=True)
-
-
 class NestedSites:
     """Sites with their child sites and, where scores are given, their units ranked by score within each group.
 
@@ -42,8 +30,6 @@ class NestedSites:
     """
 
     # Only where scores are given:
-    scores: Tensor  # float32 [N]
-    units_by_score: Tensor  # long [N]: unit numbers, the highest score first
     ranked_units: Mapping[str, Tensor]  # {site: long [G, U / G]}: unit numbers, the highest score of each group first
     ranked_scores: Mapping[str, Tensor] = {}  # {site: float64 [G, U / G]}: their scores
 
@@ -61,23 +47,20 @@ class NestedSites:
                 kept = kept_mask(larger_plan.kept[site.name], site.units)
                 self.max_widths[site.name] = int(kept.view(site.parent_groups, -1).sum(1).max())
         if scores is not None:
-            self.scores = torch.cat([scores[site.name].detach() for site in sites]).float().cpu()
-            self.units_by_score = argsort_descending(self.scores)
-            ranked = self._rank_within_groups(larger_plan)
+            joined = torch.cat([scores[site.name].detach() for site in sites]).float().cpu()
+            ranked = self._rank_within_groups(joined, larger_plan)
             self.ranked_units = self._split_by_site(ranked)
-            self.ranked_scores = self._split_by_site(self.scores.index_select(0, ranked).double())
+            self.ranked_scores = self._split_by_site(joined[ranked].double())
 
-    def _rank_within_groups(self, larger_plan: Plan | None) -> Tensor:
-        """long [N]: unit numbers, group after group: by descending score, first those that the larger plan keeps."""
+    def _rank_within_groups(self, scores: Tensor, larger_plan: Plan | None) -> Tensor:
+        """[N] -> long [N]: unit numbers, group after group: by descending score, first those the larger plan keeps."""
         group_lengths = torch.tensor([site.units_per_group for site in self.sites for _ in range(site.parent_groups)])
-        num_keys = 2 * len(group_lengths)  # 2 g for units of group g, 2 g + 1 for those that the larger plan removes
-        # The smallest type: a radix sort takes time for each byte.
-        dtype = next(dtype for dtype in (torch.uint8, torch.int16, torch.int32) if num_keys <= torch.iinfo(dtype).max)
-        sort_keys = torch.arange(0, num_keys, 2, dtype=dtype).repeat_interleave(group_lengths)
+        # 2 g for units of group g, 2 g + 1 for those that the larger plan removes
+        sort_keys = torch.arange(0, 2 * len(group_lengths), 2).repeat_interleave(group_lengths)
         if larger_plan is not None:
             sort_keys += ~torch.cat([kept_mask(larger_plan.kept[site.name], site.units) for site in self.sites])
-        by_group = sort_keys.index_select(0, self.units_by_score).argsort(stable=True)
-        return self.units_by_score.index_select(0, by_group)
+        by_score = scores.argsort(descending=True, stable=True)
+        return by_score[sort_keys[by_score].argsort(stable=True)]
 
     def _split_by_site(self, values: Tensor) -> dict[str, Tensor]:
         """[N] -> {site: [G, U / G]}."""
@@ -125,18 +108,14 @@ class NestedSites:
         """{site: units kept in all its groups} of these sites."""
         return {site.name: widths[site.name] * self.open_parent_groups(site, widths) for site in sites}
 
-    def best_units(self, widths: SiteWidths) -> dict[str, Tensor]:
-        """The best units of every open group, as many as these widths say: {site: bool [U]}, true where kept."""
+    def best_plan(self, widths: SiteWidths) -> Plan:
+        """The plan that keeps the best units of every open group, as many as these widths say."""
         best = torch.cat([self.ranked_units[site.name][:, : widths[site.name]].flatten() for site in self.sites])
-        kept = self._split_by_site(torch.zeros(len(self.units_by_score), dtype=torch.bool).index_fill_(0, best, True))
+        is_best = torch.zeros(sum(site.units for site in self.sites), dtype=torch.bool).index_fill_(0, best, True)
+        kept = self._split_by_site(is_best)
         for site in self.sites:
             if parent := self.parent(site):
                 groups_per_unit = site.parent_groups // parent.units
                 kept[site.name] &= kept[parent.name].flatten().repeat_interleave(groups_per_unit)[:, None]
-        return {name: mask.flatten() for name, mask in kept.items()}
-
-
-def plan_from_gates(gates: Mapping[str, Tensor]) -> Plan:
-    """The plan that keeps the units with open gates; gates are bool or 0 and 1, {site: [U]}."""
-    kept = {name: tuple(gate.nonzero()[:, 0].tolist()) for name, gate in gates.items()}
-    return Plan(kept, {name: len(gate) for name, gate in gates.items()})
+        indices = {name: tuple(mask.flatten().nonzero()[:, 0].tolist()) for name, mask in kept.items()}
+        return Plan(indices, {site.name: site.units for site in self.sites})

@@ -18,7 +18,7 @@ from prunetune.cost.parameters import prunable_params
 from prunetune.errors import PlanError
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site
-from prunetune.search.nested_sites import NestedSites, SiteWidths, plan_from_gates
+from prunetune.search.nested_sites import NestedSites, SiteWidths
 from prunetune.search.plan_rules import PlanConstraints, block_size, check_tensor_parallel, min_width
 from prunetune.search.uniform import min_uniform_widths, uniform_widths
 
@@ -31,21 +31,13 @@ KEEP_TOLERANCE = 1e-12  # of a keep that was computed as a share of parameters, 
 def select(
     scores: Scores, sites: Sequence[Site], keep: float, constraints: PlanConstraints, *, larger_plan: Plan | None = None
 ) -> Plan:
-    """The plan of the highest scores that keeps at most `keep` of the prunable parameters; see `best_units`.
+    """The plan of the highest scores that keeps at most `keep` of the prunable parameters.
 
-    With a `larger_plan` of the same constraints, only units that it keeps.
+    With a `larger_plan` of the same constraints, only units that it keeps. Under `constraints.limits`, `keep` is a
+    point between the dense model and these budgets (see `BudgetLimits`), and the plan meets all of them as they are at
+    that point. Raises `PlanError` with the smallest feasible keep if even the smallest legal plan is too large.
     """
-    return plan_from_gates(best_units(NestedSites(sites, scores, larger_plan), keep, constraints))
-
-
-def best_units(nested_sites: NestedSites, keep: float, constraints: PlanConstraints) -> dict[str, Tensor]:
-    """The units of highest scores that hold at most `keep` of the prunable parameters: {site: bool [U]}.
-
-    Under `constraints.limits`, `keep` is a point between the dense model and these budgets (see `BudgetLimits`), and
-    the plan meets all of them as they are at that point. Raises `PlanError` with the smallest feasible keep if even the
-    smallest legal plan is too large.
-    """
-    sites, limits = nested_sites.sites, constraints.limits
+    nested_sites, limits = NestedSites(sites, scores, larger_plan), constraints.limits
     cost_limits = limits.cost_limits_at(keep) if limits else ()
     keep = limits.params_share_at(keep) if limits else keep
     target_params = int(keep * prunable_params(sites) * (1 + KEEP_TOLERANCE))
@@ -65,8 +57,8 @@ def best_units(nested_sites: NestedSites, keep: float, constraints: PlanConstrai
         )
     if constraints.layout == "uniform":
         fits_limits = tracker.fits if cost_limits else None
-        return nested_sites.best_units(uniform_widths(nested_sites, target_params, constraints, fits_limits))
-    return nested_sites.best_units(_per_layer_widths(nested_sites, target_params, constraints, tracker))
+        return nested_sites.best_plan(uniform_widths(nested_sites, target_params, constraints, fits_limits))
+    return nested_sites.best_plan(_per_layer_widths(nested_sites, target_params, constraints, tracker))
 
 
 def min_widths(nested_sites: NestedSites, constraints: PlanConstraints) -> dict[str, int]:

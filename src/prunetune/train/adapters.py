@@ -16,11 +16,12 @@ from prunetune.plan import Plan
 from prunetune.pruning.linears import COLUMNS, ROWS, get_base_linear, is_transposed, stored_axis
 from prunetune.pruning.nf4 import NF4Linear
 from prunetune.pruning.sites import lora_target_modules
-from prunetune.pruning.units import Site, closed_fractions, kept_indices, removed_linears
+from prunetune.pruning.units import Site, kept_indices, removed_linears
 from prunetune.train.checkpoints import TrainingState
 from prunetune.train.lora_forward import use_fused_forward
 
 ADAPTER_NAME = "default"
+SMOOTHING = 1e-8  # added to the square of a norm, so that it has a gradient at zero (ATP, authors' code)
 LARGE_MODEL_PARAMS = 10**9  # prunable parameters from which `auto` means: adapters only (see `resolve_auto`)
 
 
@@ -185,37 +186,14 @@ def _weight_name(module: str, axis: int) -> str:
     return f"{module}.{'lora_B' if axis == ROWS else 'lora_A'}.{ADAPTER_NAME}.weight"
 
 
-def _adapter_weight_rows(model: Any, module: str, axis: int) -> Tensor:
-    """The adapter weight for a linear's rows or columns, these first."""
-    weight: Tensor = model.get_parameter(_weight_name(module, axis))
-    return weight if axis == ROWS else weight.t()
+def adapter_norms(model: Any, site: Site) -> Tensor:
+    """Per unit of a site, the sum of the L2 norms of its pieces of the adapters: [U].
 
-
-def adapter_group_norms(model: Any, site: Site) -> Tensor:
-    """L2 norm of all adapter weights of each unit of a site: [U].
-
-    Rows of B where the unit is produced, columns of A where it is consumed (ATP, authors' code).
+    A piece is a row of B where the unit is produced, or a column of A where it is consumed (ATP, authors' code).
     """
-    squares = torch.zeros((), device=next(model.parameters()).device)
-    for cut, axis in site.linear_slices():
-        rows = _adapter_weight_rows(model, cut.module, axis)
-        squares = squares + cut.sum_per_unit(rows.square() if axis == ROWS else rows.t().square().sum(0), site.units)
-    norms: Tensor = (squares + 1e-12).sqrt()
-    return norms
-
-
-@torch.no_grad()
-def soft_threshold(model: Any, gates: Mapping[str, Tensor], sites: Sequence[Site], threshold: float) -> None:
-    """Reduce the norm of each closed unit's adapter weights by `threshold`, in place, but not below zero.
-
-    The proximal step of the group lasso (Yuan and Lin 2006), on the groups of `adapter_group_norms`: an alternative to
-    the penalty of ATP (authors' code). Weights of open units keep every bit.
-    """
-    closed = closed_fractions(gates, sites)
-    for site in sites:
-        if not site.has_linear_slices:
-            continue
-        reduction = (threshold / adapter_group_norms(model, site)).clamp(max=1)
-        scale = 1 - closed[site.name] * reduction
-        for cut, axis in site.linear_slices():
-            _adapter_weight_rows(model, cut.module, axis).mul_(cut.expand_to_rows(scale)[:, None])
+    sums = torch.zeros(site.units, device=next(model.parameters()).device)
+    for linear_slice, axis in site.linear_slices():
+        weight = model.get_parameter(_weight_name(linear_slice.module, axis))
+        norms = (weight.square().sum(1 - axis) + SMOOTHING).sqrt()
+        sums = sums + linear_slice.sum_per_unit(norms, site.units)
+    return sums

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from prunetune.data.encoding import Example
 from prunetune.search.decision import Decision
 from prunetune.search.searcher import Searcher
 from prunetune.train.checkpoints import optimizer_tensors, restore_optimizer
 from prunetune.train.job import TrainingJob
-from prunetune.train.passes import GateTensors, Losses, Passes
+from prunetune.train.passes import Passes
 from prunetune.train.step_guard import StepGuard
 from prunetune.train.weight_trainer import adamw
 from prunetune.utils.json_lines import JsonObject
+
+# Authors' code:
+CLIP = 3.0  # largest norm of the generator's gradient
+SMALL_BUDGET_LOSS, ENOUGH_STEPS = 0.005, 4000  # so many steps in a row with so small a budget loss end its training
 
 
 class GeneratorTrainer:
@@ -23,44 +27,39 @@ class GeneratorTrainer:
 
     def __init__(self, job: TrainingJob, passes: Passes, guard: StepGuard) -> None:
         self.job, self.passes, self.guard = job, passes, guard
-        self.device = next(job.model.parameters()).device
-        self.searcher = Searcher(
-            job.sites, job.constraints, job.config, lambda step: job.config.budget.keep, self.device
-        )
+        self.searcher = Searcher(job.sites, job.constraints, job.config, next(job.model.parameters()).device)
         decay = 0.0 if job.config.search.generator == "none" else 0.01  # free logits would decay to zero
         rate, weights = job.config.search.learning_rate, self.searcher.generator.parameters()
         self.optimizer = adamw(weights, lr=rate, weight_decay=decay)
 
+    @property
+    def has_stopped(self) -> bool:
+        """Whether the generator has met the budget for long enough, and learns no more."""
+        return self.searcher.steps_on_budget >= ENOUGH_STEPS
+
     def train_step(self, step: int) -> JsonObject:
-        """One generator step on a calibration batch (ATP, authors' code)."""
-        gates, batch = self.sample_gates(step), self.job.search_stream.batch_at(step)
-        losses, gradients = self._gate_gradients(batch, gates)
-        return {f"search_{name}": loss for name, loss in losses.items()} | self.update(step, gates, gradients, batch)
-
-    def sample_gates(self, step: int) -> dict[str, Tensor]:
-        """The gates that the generator proposes at a step, differentiable; the first step initialises its logits."""
-        if step == 0 and self.job.config.search.init_batches:
-            self.searcher.init_from_importance(self._importance())
-        return self.searcher.sample(step)
-
-    def update(
-        self, step: int, gates: GateTensors, gradients: GateTensors, batch: Sequence[Example] = ()
-    ) -> JsonObject:
-        """Update the generator from the loss's gradient at the gates it proposed, and from the budget loss."""
-        job = self.job
-        ratio = self.searcher.budget_loss(gates) if self.searcher.is_sampled else None
+        """One generator step on a calibration batch; nothing once training has stopped. Returns its losses."""
+        if self.has_stopped:
+            return {}
+        job, searcher = self.job, self.searcher
+        gates, batch = searcher.sample(step), job.search_stream.batch_at(step)
+        work = partial(self.passes.gate_gradients, batch, gates)
+        losses, gradients = self.guard.retry_smaller(batch, work, lambda: None)
+        ratio_loss = searcher.budget_loss(gates)
         # The gradient of gates @ gradients at the gates is the model's: so it flows on into the generator.
         total = torch.cat(list(gates.values())) @ torch.cat([gradients[name] for name in gates])
-        if ratio is not None:
-            total = total + job.config.search.ratio_weight * ratio
-        job.accelerator.backward(total)
+        job.accelerator.backward(total + job.config.search.ratio_weight * ratio_loss)
         self._average_gradients()
-        norm = job.accelerator.clip_grad_norm_(self.searcher.generator.parameters(), job.config.train.clip)
+        norm = job.accelerator.clip_grad_norm_(searcher.generator.parameters(), CLIP)
         if not self.guard.should_skip(step, {"generator's gradient": float(norm)}, batch):
-            self.optimizer.param_groups[0]["lr"] = job.config.search.learning_rate * self.guard.lr_scale
+            rate = generator_learning_rate(step, job.schedule.search, job.config.search.learning_rate)
+            self.optimizer.param_groups[0]["lr"] = rate * self.guard.lr_scale
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return {} if ratio is None else {"ratio_loss": float(ratio.detach())}
+        record = {f"search_{name}": loss for name, loss in losses.items()} | {"ratio_loss": float(ratio_loss.detach())}
+        is_small = record["ratio_loss"] <= SMALL_BUDGET_LOSS
+        searcher.steps_on_budget = searcher.steps_on_budget + 1 if is_small else 0
+        return record
 
     def _average_gradients(self) -> None:
         """Average over ranks: gradients are equal but for kernels that add in no fixed order (a GRU's, on a GPU)."""
@@ -71,8 +70,11 @@ class GeneratorTrainer:
         torch._foreach_div_(gradients, self.job.ranks.world_size)
 
     def decide(self, step: int) -> Decision:
-        """The hard decision under which the adapters take their step."""
-        return self.searcher.decide(step)
+        """The hard decision under which the adapters take their step: a draw, or the final one once training stopped.
+
+        It has no plan yet: the search goes on.
+        """
+        return Decision(self.searcher.final_decision().gates) if self.has_stopped else self.searcher.decide(step)
 
     def final_decision(self) -> Decision:
         """The decision of the search as a whole: no noise, exact budget."""
@@ -88,18 +90,10 @@ class GeneratorTrainer:
         self.searcher.load_state_tensors(tensors["generator"])
         restore_optimizer(self.optimizer, self.searcher.parameter_names(), tensors["generator_optimizer"])
 
-    def _gate_gradients(self, batch: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
-        return self.guard.retry_smaller(batch, lambda: self.passes.gate_gradients(batch, gates), lambda: None)
 
-    def _importance(self) -> dict[str, Tensor]:
-        """Mean squared gradient at each gate of the dense model: first-order, over batches (Molchanov et al. 2019)."""
-        dense = {site.name: torch.ones(site.units, device=self.device) for site in self.job.sites}
-        importance = {name: torch.zeros_like(gate) for name, gate in dense.items()}
-        for index in range(self.job.config.search.init_batches):
-            batch = self.job.search_stream.batch_at(index)
-            _, gradients = self._gate_gradients(batch, dense)
-            largest = torch.cat(list(gradients.values())).abs().amax()
-            if not self.guard.should_skip(0, {"initial importance": float(largest)}, batch):
-                for name, gradient in gradients.items():
-                    importance[name] += gradient.square()
-        return importance
+def generator_learning_rate(step: int, steps: int, peak: float) -> float:
+    """`peak`, and a fifth of it in the last fifth of the search's `steps` (ATP, authors' code).
+
+    Their cosine to 1e-4 moves once an epoch, at its end, and the generator learns for one epoch: it never acts.
+    """
+    return peak * (1 if step < int(0.8 * steps) else 0.2)

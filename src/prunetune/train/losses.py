@@ -21,11 +21,15 @@ from torch.utils.checkpoint import checkpoint
 from prunetune.config.recipe import RunConfig
 from prunetune.data.batches import IGNORE_INDEX
 from prunetune.data.encoding import Example
-from prunetune.pruning.units import Site, closed_fractions
-from prunetune.train.adapters import adapter_group_norms
+from prunetune.pruning.units import Site, UnitKind, closed_fractions
+from prunetune.train.adapters import adapter_norms
 from prunetune.train.forward import ForwardInputs, ForwardOutputs, autocast, micro_batch_inputs, run_forward
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
 from prunetune.train.teacher import Teacher, split_by_teacher
+
+# The group lasso's gradient is multiplied by these: while decisions are searched, and in the last epoch, when the
+# decision is final (ATP, authors' code).
+SEARCH_LASSO, FINAL_LASSO = 0.03, 100.0
 
 # -- the terms ---------------------------------------------------------------------------------------------------------
 
@@ -218,11 +222,16 @@ def mean_loss(
 
 
 def group_lasso(model: Any, gates: Mapping[str, Tensor], sites: Sequence[Site]) -> Tensor:
-    """Sum over closed units of the L2 norm of their adapter parts, mean over sites: a scalar.
+    """Sum of the L2 norms of closed units' pieces of the adapters, mean over groups: a scalar (ATP, authors' code).
 
-    Drives what adapters hold for removed units to zero, so that cutting it changes nothing (ATP, authors' code).
+    Drives what adapters hold for removed units to zero, so that cutting it changes nothing. A layer has three groups:
+    keys with queries and values with outputs, which a KV group joins, and the MLP.
     """
-    closed = closed_fractions(gates, sites)
-    return torch.stack(
-        [(adapter_group_norms(model, site) * closed[site.name]).sum() for site in sites if site.has_linear_slices]
-    ).mean()
+    closed, sites = closed_fractions(gates, sites), [site for site in sites if site.has_linear_slices]
+    groups = sum(2 if site.kind is UnitKind.KV_GROUP else 1 for site in sites)
+    return torch.stack([(adapter_norms(model, site) * closed[site.name]).sum() for site in sites]).sum() / groups
+
+
+def lasso_weight(*, is_final: bool) -> float:
+    """Weight of the group lasso: while decisions are searched, or once the decision is final (authors' code)."""
+    return FINAL_LASSO if is_final else SEARCH_LASSO

@@ -16,6 +16,7 @@ from prunetune.search.decision import Decision
 from prunetune.train.adapters import cut_tensors, trainable_parameters, trains_all_weights
 from prunetune.train.checkpoints import group_by_moment, optimizer_tensors, restore_optimizer
 from prunetune.train.job import TrainingJob
+from prunetune.train.losses import lasso_weight
 from prunetune.train.muon import Muon
 from prunetune.train.parallel.sharding import DecoderLayers
 from prunetune.train.passes import Passes
@@ -66,7 +67,8 @@ class WeightTrainer:
         losses = self.passes.tune(batch, decision.gates)
         if self.job.config.search.sparsity != "lasso" or not any(site.has_linear_slices for site in self.job.sites):
             return dict(losses)
-        return {**losses, "lasso": self.passes.group_lasso_step(decision.gates, self.job.config.search.lasso)}
+        weight = lasso_weight(is_final=decision.plan is not None)
+        return {**losses, "lasso": self.passes.group_lasso_step(decision.gates, weight)}
 
     def cut(self, plan: Plan, steps: int) -> None:
         """Cut the model to a plan of the dense model's units, for so many steps; the optimiser keeps its moments.
