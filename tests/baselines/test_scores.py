@@ -327,7 +327,7 @@ def test_batches_of_these_tests_equal_collate() -> None:
 
 
 def test_gate_gradients_are_those_of_answers_teacher_and_texts() -> None:
-    """The gradient of the sum of the weighted terms at a gate, squared and averaged over batches, by finite differences."""
+    """The gradient of all weighted terms at a gate by finite differences, squared and averaged over batches."""
     model, teacher = tiny("llama"), tiny("llama", seed=5).requires_grad_(False)
     given = calibration(model)
     text = replace(examples()[2], answer_start=LENGTHS[2])  # no label: only the teacher counts

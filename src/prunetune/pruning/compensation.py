@@ -2,8 +2,8 @@
 
 A linear reads columns x [C] and outputs W x. Of the Gram matrix G = sum of x x^T over tokens, damped by a share of its
 mean diagonal, the change of the kept columns K that changes the output least when the columns R are removed is
-W[:, R] G[R, K] G[K, K]^-1 (optimal brain surgeon, Hassibi and Stork 1993; for structures OSSCAR, Meng et al. 2024, arXiv
-2403.12983, and SlimGPT, Ling et al. 2024, arXiv 2412.18110).
+W[:, R] G[R, K] G[K, K]^-1 (optimal brain surgeon, Hassibi and Stork 1993; for structures OSSCAR, Meng et al. 2024,
+arXiv 2403.12983, and SlimGPT, Ling et al. 2024, arXiv 2412.18110).
 """
 
 from __future__ import annotations
@@ -99,17 +99,14 @@ def removal_errors(weight: Tensor, gram: Tensor, units: int, damping: float = DA
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damping)))
     weight, size = weight.double(), weight.shape[1] // units
-    errors, largest = (
-        torch.zeros(units, dtype=torch.float64, device=weight.device),
-        torch.zeros((), device=weight.device),
-    )
+    errors, largest = weight.new_zeros(units), weight.new_zeros(())
     left = torch.arange(units, device=weight.device)
     while len(left):
         blocks = inverse.view(len(left), size, len(left), size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         columns = weight.view(len(weight), len(left), size).permute(1, 2, 0)  # [left, size, out]
         alone = (torch.linalg.solve(blocks, columns) * columns).sum((1, 2))
         removed = alone.argsort(stable=True)[: max(1, units // 64)]
-        for_removed = torch.maximum(alone[removed], largest.double())
+        for_removed = torch.maximum(alone[removed], largest)
         errors[left[removed]], largest = for_removed, for_removed[-1]
         stays = torch.ones(len(left), dtype=torch.bool, device=weight.device).index_fill_(0, removed, False)
         left, kept = left[stays], stays.repeat_interleave(size)
