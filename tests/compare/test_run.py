@@ -38,8 +38,7 @@ RECIPE: dict[str, Any] = {
     "distill": {"teacher": "dense"},
     "compare": {"methods": ["dense", "progressive"], "seeds": [0, 1]},
 }
-TAUGHT = {"teacher": "dense", "texts": False, "weights": "all", "optimizer": "muon", "rank": None}
-PLAIN = {"teacher": "none", "texts": False, "weights": "adapters", "optimizer": "adamw", "rank": 32}
+TAUGHT, PLAIN = "dense teacher, all weights, muon", "no teacher, rank 32, adamw"
 
 
 @pytest.fixture(scope="module")
@@ -438,7 +437,7 @@ def test_texts_are_part_of_equal_help(workspace: Path, tmp_path: Path, monkeypat
         search = {"init_batches": 4}
         folder = compare(config_of(workspace, tmp_path / help, compare=options, data=texts, search=search))
         (cell,) = cells(folder).values()
-        assert cell["help"] == ({**TAUGHT, "texts": True} if help == "equal" else PLAIN)
+        assert cell["help"] == ("dense teacher, texts, all weights, muon" if help == "equal" else PLAIN)
     assert seen == {"equal": {"row", "text"}, "as-published": {"row"}}
 
 

@@ -241,17 +241,14 @@ class CellRunner:
             torch.cuda.current_stream(self.context.device).synchronize()
 
 
-def describe_help(context: RunContext, teacher: Teacher | None) -> JsonObject:
-    """What a cell's model was tuned with: teacher, texts, weights, optimiser, and the rank of its adapters, if any."""
+def describe_help(context: RunContext, teacher: Teacher | None) -> str:
+    """What a cell was tuned with: "dense teacher, texts, all weights, muon", or "no teacher, rank 32, adamw"."""
     config = context.config
-    all_weights = config.train.weights == "all"
-    return {
-        "teacher": "none" if teacher is None else config.distill.teacher,
-        "texts": teacher is not None and "texts" in context.encoded,
-        "weights": config.train.weights,
-        "optimizer": "muon" if all_weights else config.train.optimizer,
-        "rank": None if all_weights else config.lora.rank,
-    }
+    teacher_name = "no teacher" if teacher is None else f"{config.distill.teacher} teacher"
+    texts = ["texts"] if teacher is not None and "texts" in context.encoded else []
+    if config.train.weights == "all":
+        return ", ".join([teacher_name, *texts, "all weights", "muon"])
+    return ", ".join([teacher_name, *texts, f"rank {config.lora.rank}", config.train.optimizer])
 
 
 def build_calibration(context: RunContext, job: TrainingJob, passes: Passes) -> Calibration:
