@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prunetune.baselines.registry import Calibration, baseline
-from prunetune.baselines.scores import fisher
+from prunetune.baselines.scores import fisher, mean_squared_gate_gradients
 from prunetune.data.batches import Batch
 from prunetune.model.lm_head import capture_head_inputs, chunked_loss, logits_function
 from prunetune.plan import Plan
 from prunetune.pruning.masking import gates_from_plan, masked
 from prunetune.search.nested_sites import argsort_descending
 from prunetune.search.plan_rules import block_size, min_width
-from prunetune.search.searcher import Searcher
+from prunetune.search.searcher import Searcher, split_like
 from prunetune.utils.seeds import derive_seed
 
 GENERATIONS, OFFSPRING = 16, 8
@@ -32,17 +32,12 @@ def generator(calibration: Calibration) -> Plan:
     logits are the gate gradients of `search.init_batches`, as there; 0 starts from nothing, as the authors do.
     """
     config, sites = calibration.config, calibration.sites
-    search = replace(config.search, gates="sampled")
-    gates = calibration.open_gates()
-    device = next(iter(gates.values())).device
-    keep = config.budget.keep
+    search, keep = replace(config.search, gates="sampled"), config.budget.keep
+    device = next(calibration.model.parameters()).device
     searcher = Searcher(sites, calibration.constraints, replace(config, search=search), lambda _: keep, device)
     if search.init_batches:
-        importance = {name: torch.zeros_like(gate) for name, gate in gates.items()}
-        for step in range(search.init_batches):
-            for name, gradient in calibration.gate_gradients(step, gates).items():
-                importance[name] += gradient.square()
-        searcher.init_from_importance(importance)
+        with torch.no_grad():
+            searcher.init_from_importance(mean_squared_gate_gradients(calibration))
     decay = 0.0 if search.generator == "none" else 0.01  # free logits would decay to zero
     weights = list(searcher.generator.parameters())
     optimizer = torch.optim.AdamW(weights, lr=search.learning_rate, weight_decay=decay)
@@ -76,11 +71,10 @@ def evolution(calibration: Calibration) -> Plan:
     parent = calibration.select(scores)
     if calibration.constraints.layout == "uniform":
         return parent
-    order = argsort_descending(torch.cat([scores[site.name] for site in calibration.sites]))
+    order = argsort_descending(torch.cat(list(scores.values())))
     ranks = torch.empty(len(order))
     ranks[order] = 1 - (torch.arange(len(order)) + 0.5) / len(order)  # in (0, 1), all different
-    sizes = [site.units for site in calibration.sites]
-    by_site = dict(zip((site.name for site in calibration.sites), ranks.split(sizes), strict=True))
+    by_site = split_like(scores, ranks)
     rng = random.Random(derive_seed(calibration.seed, "baseline evolution"))  # noqa: S311
     for generation in range(GENERATIONS):
         candidates = [_mutate(parent, by_site, calibration, rng) for _ in range(OFFSPRING)]
@@ -101,8 +95,8 @@ def _mutate(plan: Plan, ranks: dict[str, Tensor], calibration: Calibration, rng:
     sites, constraints = calibration.sites, calibration.constraints
     gates = gates_from_plan(plan, sites)
     for _ in range(min(rng.randint(1, 3), rng.randint(1, 3))):
-        counts = {site.name: int(gates[site.name].sum()) for site in sites if not site.parent}
         outer = [site for site in sites if not site.parent]
+        counts = {site.name: int(gates[site.name].sum()) for site in outer}
         pairs = [
             (donor, taker)
             for donor in outer

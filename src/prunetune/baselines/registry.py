@@ -24,10 +24,7 @@ DEFAULT_BATCHES = 16  # that a method measures on, if the recipe's search.init_b
 
 
 def _no_training_loss(step: int, gates: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    raise ConfigError(
-        "this baseline reads the training loss, and its calibration has none: run it by `prunetune compare`, or give "
-        "Calibration a function gate_gradients"
-    )
+    raise ConfigError("this baseline reads the training loss: run it by `prunetune compare`, or set gate_gradients")
 
 
 @dataclass(frozen=True)

@@ -158,6 +158,7 @@ class CellRunner:
 
     def _model(self, cell: Cell, context: RunContext) -> tuple[Any, Plan, JsonObject]:
         """Train the cell's model; returns it with its plan, and the seconds and validation curve of the training."""
+        facts: JsonObject
         if cell.method.kind == "untuned":
             facts = {"help": None, "train_seconds": 0.0, "teacher_seconds": 0.0, "curve": []}
             return copy.deepcopy(self.model), dense_plan(context.sites), facts
@@ -165,8 +166,8 @@ class CellRunner:
             tuned = self.tuned_dense(cell.seed, cell.learning_rate)
             assert tuned.plan is not None
             # A copy: an evaluation must not hook a model that is a teacher in other threads.
-            facts = {"train_seconds": tuned.seconds, "teacher_seconds": 0.0, "curve": tuned.curve}
-            return copy.deepcopy(tuned.model), tuned.plan, {"help": describe_help(context, None), **facts}
+            facts = {"help": describe_help(context, None), "train_seconds": tuned.seconds, "teacher_seconds": 0.0}
+            return copy.deepcopy(tuned.model), tuned.plan, facts | {"curve": tuned.curve}
         make_teacher, teacher_seconds = self._teacher_factory(cell, context.config.distill)
         model, monitor, started = copy.deepcopy(self.model), CellMonitor(self), time.monotonic()
         teacher = make_teacher(model)
