@@ -53,7 +53,7 @@ def _score_rows(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> li
     return [
         [row["method"]]
         + [
-            " ".join(filter(None, (format_number(score.get("value")), format_difference(score))))
+            " Δ ".join(filter(None, (format_number(score.get("value")), format_difference(score))))
             for score in (row["scores"].get(metric, {}) for metric in metrics)
         ]
         for row in rows
