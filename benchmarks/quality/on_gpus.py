@@ -5,8 +5,8 @@
         [--seeds 0 1 2] [--rates 5e-4 1e-3 2e-3] [--jobs 4] [--gpus 0 1] [--seconds 540] [-- OPTIONS OF `compare`]
 
 A comparison is one domain and one group of methods (OUT/legal-0, ...). Each GPU runs one comparison at a time with
-`--jobs` cells at once, and takes the next one when it is done. Each comparison begins with the dense model, which is the
-teacher: one for each seed, so few large groups cost least. Of several rates each method that sets none gets its own,
+`--jobs` cells at once, and takes the next one when it is done. Each comparison begins with the dense model, its
+teacher, one for each seed, so few large groups cost least. Of several rates each method that sets none gets its own,
 chosen on valid. At the end of the time all are interrupted; the same command continues them. On valid the recipes are
 `benchmarks/quality/DOMAIN-valid.yaml`, else `recipes/DOMAIN.yaml`.
 
