@@ -46,7 +46,7 @@ def test_figure_that_was_typed_is_put_right(tables: ModuleType) -> None:
 
 def test_table_of_methods_is_computed_from_the_cells(tables: ModuleType, tmp_path: Path) -> None:
     merged = sys.modules["merged"]
-    file, cells = tmp_path / "legal.json", realistic(["dense", "fisher", "one-stage"], [0.6], [0, 1])
+    file, cells = tmp_path / "legal.json", realistic(["dense", "fisher", "progressive"], [0.6], [0, 1])
     merged.write_results(file, merged.Results("SmolLM2-135M-Instruct", "test", cells))
     assert merged.read_results([file]).cells == cells
     mark = f'<!-- figures: methods {file} keep=0.6 methods=dense,fisher columns="nll,-nll,cost" -->'
@@ -56,6 +56,6 @@ def test_table_of_methods_is_computed_from_the_cells(tables: ModuleType, tmp_pat
     written = tables.with_tables(page)
     assert written.startswith(page.partition("\n\nAfter")[0] + "\n_SmolLM2-135M-Instruct, 2026-11-30, commit")
     assert written.endswith(" |\n\nAfter.\n")
-    assert "| method | nll | nll - one-stage | cost |" in written
+    assert "| method | nll | nll - progressive | cost |" in written
     assert f"| fisher | {score['value']:.3f} | {format_difference(score)} | 60 |" in written
     assert tables.with_tables(written) == written

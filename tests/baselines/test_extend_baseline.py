@@ -35,10 +35,14 @@ def added() -> Iterator[Baseline]:
 
 
 def test_example_is_a_method_of_compare(added: Baseline) -> None:
-    config = from_mapping({"compare": {"methods": ["dense", added.name, "one-stage"]}})
+    config = from_mapping({"compare": {"methods": ["dense", added.name, "progressive"]}})
     method = resolve_methods(config)[1]
     assert (method.name, method.kind, method.baseline) == ("late-weights", "two-stage", "late-weights")
-    assert set(method_styles(["dense", added.name, "one-stage"], "one-stage")) == {"dense", added.name, "one-stage"}
+    assert set(method_styles(["dense", added.name, "progressive"], "progressive")) == {
+        "dense",
+        added.name,
+        "progressive",
+    }
 
 
 def test_example_can_be_the_baseline_of_a_variant(added: Baseline, tmp_path: Path) -> None:

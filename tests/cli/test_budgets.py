@@ -207,7 +207,7 @@ def test_run_meets_its_budgets(say: Said, recipe: Callable[..., str], tmp_path: 
 
 def test_comparison_meets_its_budget(recipe: Callable[..., str], tmp_path: Path) -> None:
     values = yaml.safe_load(Path(recipe(memory=0.85)).read_text())
-    methods = {"methods": ["magnitude", "one-stage"]}
+    methods = {"methods": ["magnitude", "progressive"]}
     folder = compare(from_mapping(values | {"compare": methods}))
     cells = [json.loads(file.read_text()) for file in (folder / "cells").glob("*.json")]
     assert len(cells) >= 2

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from prunetune.baselines import BASELINES
 from prunetune.compare.grid import Cell, best_learning_rate, grid_from_config
 from prunetune.compare.methods import built_in_methods, resolve_methods
 from prunetune.config.fields import merge_mappings
-from prunetune.config.recipe import RunConfig, from_mapping
+from prunetune.config.recipe import CompareConfig, RunConfig, from_mapping
 from prunetune.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -28,9 +30,26 @@ def names(config: RunConfig) -> list[str]:
     return [method.name for method in resolve_methods(config)]
 
 
-def test_default_methods_are_seven_baselines_between_dense_and_one_stage() -> None:
-    baselines = ["random", "magnitude", "wanda-sp", "flap", "taylor", "fisher", "block-influence"]
-    assert names(RunConfig()) == ["dense", *baselines, "one-stage"]
+def test_default_methods_are_five_baselines_between_dense_and_progressive() -> None:
+    baselines = ["wanda-sp", "taylor", "fisher", "gate-gradients", "obs"]
+    assert names(RunConfig()) == ["dense", "dense-equal-help", *baselines, "progressive"]
+
+
+def test_every_baseline_that_is_not_default_is_named_in_the_help() -> None:
+    (option,) = (item for item in dataclasses.fields(CompareConfig) if item.name == "methods")
+    assert all(
+        name in (*option.default, *option.metadata["help"].replace(",", " ").replace(")", " ").split())
+        for name in BASELINES
+    )
+
+
+@pytest.mark.parametrize(("help", "baselines_have_it"), [("equal", True), ("as-published", False)])
+def test_help_goes_to_all_methods_or_to_the_recipes_own(help: str, baselines_have_it: bool, tmp_path: Path) -> None:
+    config = config_of(tmp_path, {"mine": {"two-stage": "fisher"}, "plain": {"dense": True}}, help=help)
+    had = {method.name: method.equal_help for method in resolve_methods(config)}
+    assert [had[name] for name in ("progressive", "dense-equal-help", "mine")] == [True] * 3
+    assert [had[name] for name in ("dense", "plain")] == [False] * 2
+    assert {had[name] for name in BASELINES if name in had} == {baselines_have_it}
 
 
 def test_variants_are_all_added_unless_some_are_named(tmp_path: Path) -> None:
@@ -91,7 +110,7 @@ def test_cell_names_are_unique() -> None:
         for rate in grid.learning_rates
         for cell in grid.cells(method, rate)
     ]
-    assert len(set(cells)) == len(cells) == 2 * 2 * (1 + 2 * 8)
+    assert len(set(cells)) == len(cells) == 2 * 2 * (2 + 2 * 6)
 
 
 def test_best_learning_rate_is_the_first_with_the_lowest_nll() -> None:

@@ -17,7 +17,7 @@ from prunetune.manifest import Manifest
 from support.comparison import failed, realistic
 from support.page import ATTACK, Outline
 
-METHODS = ("dense", "untuned", "random", "taylor", "one-stage")
+METHODS = ("dense", "untuned", "random", "taylor", "progressive")
 
 
 def comparison_of(keeps: list[float], methods: tuple[str, ...] = METHODS) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def test_page_loads_nothing_and_has_every_section(keeps: list[float]) -> None:
 
 
 def test_page_escapes_text_from_files() -> None:
-    hostile = {**comparison_of([0.6], ("dense", "one-stage")), "model": ATTACK}
+    hostile = {**comparison_of([0.6], ("dense", "progressive")), "model": ATTACK}
     for row in hostile["rows"]:
         row["method"] = ATTACK if row["method"] == "dense" else row["method"]
         row["scores"][f"ppl {ATTACK}"] = row["scores"].pop("ppl legal/text")
@@ -94,5 +94,5 @@ def test_significance_class_needs_two_standard_errors(score: dict[str, Any], exp
 
 def test_method_styles_are_distinct() -> None:
     names = [*METHODS, *(f"variant-{n}" for n in range(20))]
-    styles = method_styles(names, "one-stage")
+    styles = method_styles(names, "progressive")
     assert len({(style.colour, style.marker) for style in styles.values()}) == len(names)  # as the legend shows them

@@ -17,6 +17,7 @@ import prunetune.compare.scoring as scoring
 from prunetune.baselines import BASELINES
 from prunetune.compare.cell import CellRunner
 from prunetune.compare.grid import Cell
+from prunetune.compare.methods import built_in_methods
 from prunetune.compare.run import compare
 from prunetune.config.fields import merge_mappings
 from prunetune.config.recipe import RunConfig, from_mapping
@@ -36,8 +37,9 @@ RECIPE: dict[str, Any] = {
     "search": {"share": 0.4, "settle": 0.25, "init_batches": 1, "batch_size": 4},
     "evaluate": {"limit": 5, "generate_limit": 1, "max_new_tokens": 2},
     "distill": {"teacher": "dense"},
-    "compare": {"methods": ["dense", "one-stage"], "seeds": [0, 1]},
+    "compare": {"methods": ["dense", "progressive"], "seeds": [0, 1]},
 }
+TAUGHT, PLAIN = "dense teacher, all weights, muon", "no teacher, rank 32, adamw"
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +95,7 @@ def test_comparison_writes_a_file_for_every_cell(done: Path) -> None:
     }  # fmt: skip
     assert list(cells(done)) == [
         "dense-keep1-seed0-lr0.01", "dense-keep1-seed1-lr0.01",
-        "one-stage-keep0.6-seed0-lr0.01", "one-stage-keep0.6-seed1-lr0.01",
+        "progressive-keep0.6-seed0-lr0.01", "progressive-keep0.6-seed1-lr0.01",
     ]  # fmt: skip
     for name, cell in cells(done).items():
         assert cell["cell"] == name
@@ -108,7 +110,7 @@ def test_teacher_is_tuned_once_for_each_seed_and_its_seconds_are_reported(
 ) -> None:
     folder = compare(config_of(workspace, tmp_path / "run"))
     assert sorted(trained_seeds) == [0, 0, 1, 1]
-    student = cells(folder)["one-stage-keep0.6-seed1-lr0.01"]
+    student = cells(folder)["progressive-keep0.6-seed1-lr0.01"]
     assert student["teacher_seconds"] == cells(folder)["dense-keep1-seed1-lr0.01"]["train_seconds"] > 0
     for name, cell in cells(folder).items():  # a second comparison has the same results
         assert (cell["items"], cell["widths"]) == (cells(done)[name]["items"], cells(done)[name]["widths"])
@@ -119,10 +121,10 @@ def test_comparison_writes_the_table(done: Path) -> None:
     assert f", {date.today().isoformat()}, prunetune " in table.splitlines()[0]
     assert "\nKeep 0.6, split test" in table
     assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")] == [
-        "method", "dense", "one-stage", "method", "chance", "majority", "longest", "dense", "one-stage",
+        "method", "dense", "progressive", "method", "chance", "majority", "longest", "dense", "progressive",
     ]  # fmt: skip
     assert comparison_of(done)["floors"]["choice"]["chance"] == 0.5
-    assert row_of(done, "one-stage")["seeds"] == [0, 1]
+    assert row_of(done, "progressive")["seeds"] == [0, 1]
     assert row_of(done, "dense")["gap"] == 0
 
 
@@ -140,7 +142,7 @@ def test_variant_distils_from_its_own_texts(workspace: Path, tmp_path: Path, mon
         return tune_and_prune(job)
 
     monkeypatch.setattr(cell_module, "tune_and_prune", recording)
-    options = {"methods": ["one-stage", "own"], "seeds": [0], "variants": str(tmp_path / "v.yaml")}
+    options = {"methods": ["progressive", "own"], "seeds": [0], "variants": str(tmp_path / "v.yaml")}
     compare(
         config_of(
             workspace, tmp_path / "run", compare=options, data={"distill_texts": [str(tmp_path / "shared.jsonl")]}
@@ -159,7 +161,7 @@ def test_resume_runs_only_missing_cells(workspace: Path, tmp_path: Path, trained
     compare(config_of(workspace, folder), resume=True)
     assert trained_seeds == []
     assert comparison_of(folder) == before
-    lost = folder / "cells" / "one-stage-keep0.6-seed1-lr0.01.json"
+    lost = folder / "cells" / "progressive-keep0.6-seed1-lr0.01.json"
     before_loss = json.loads(lost.read_text())
     lost.unlink()
     compare(config_of(workspace, folder), resume=True)
@@ -172,9 +174,10 @@ def test_resume_runs_only_missing_cells(workspace: Path, tmp_path: Path, trained
 
 
 def test_resume_adds_methods_and_seeds(workspace: Path, tmp_path: Path, trained_seeds: list[int]) -> None:
-    small = {"methods": ["random"], "seeds": [0]}
+    small = {"methods": ["random"], "seeds": [0], "help": "as-published"}  # no teacher is trained
     folder = compare(config_of(workspace, tmp_path / "run", compare=small))
-    compare(config_of(workspace, folder, compare={"methods": ["random", "magnitude"], "seeds": [0, 2]}), resume=True)
+    more = small | {"methods": ["random", "magnitude"], "seeds": [0, 2]}
+    compare(config_of(workspace, folder, compare=more), resume=True)
     assert trained_seeds == [0, 0, 2, 2]
     assert row_of(folder, "magnitude")["seeds"] == [0, 2]
 
@@ -222,7 +225,7 @@ def test_resume_refuses_a_changed_variant_of_the_same_name(workspace: Path, tmp_
 def test_concurrent_cells_have_the_same_results(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"methods": ["dense", "taylor", "one-stage"], "seeds": [0, 1], "keeps": [0.8, 0.6]}
+    options = {"methods": ["dense", "taylor", "progressive"], "seeds": [0, 1], "keeps": [0.8, 0.6]}
     serial = compare(config_of(workspace, tmp_path / "one", compare=options))
     monkeypatch.setattr(prunetune.compare.run, "concurrent_jobs", lambda _: 3)
     concurrent = compare(config_of(workspace, tmp_path / "three", compare=options))
@@ -330,7 +333,8 @@ def test_comparison_raises_if_every_cell_failed(
 def test_interruption_keeps_finished_cells(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained_seeds: list[int]
 ) -> None:
-    config = config_of(workspace, tmp_path / "run", compare={"methods": ["magnitude", "random"], "seeds": [0]})
+    options = {"methods": ["magnitude", "random"], "seeds": [0], "help": "as-published"}
+    config = config_of(workspace, tmp_path / "run", compare=options)
     with monkeypatch.context() as broken:
         broken.setitem(BASELINES, "random", raising(KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
@@ -345,7 +349,7 @@ def test_interruption_stops_concurrent_cells(
 ) -> None:
     monkeypatch.setattr(prunetune.compare.run, "concurrent_jobs", lambda _: 2)
     monkeypatch.setitem(BASELINES, "random", raising(KeyboardInterrupt()))
-    options = {"methods": ["random", "magnitude"], "seeds": [0, 1, 2]}
+    options = {"methods": ["random", "magnitude"], "seeds": [0, 1, 2], "help": "as-published"}
     with pytest.raises(KeyboardInterrupt):
         compare(config_of(workspace, tmp_path / "run", compare=options, train={"steps": 500}))
     assert cells(tmp_path / "run") == {}
@@ -355,7 +359,7 @@ def test_interruption_stops_concurrent_cells(
 @pytest.mark.parametrize(
     ("changes", "error", "line"),
     [
-        ({"compare": {"methods": ["oen-stage"]}}, ConfigError, "unknown method 'oen-stage'; did you mean one-stage?"),
+        ({"compare": {"methods": ["fihser"]}}, ConfigError, "unknown method 'fihser'; did you mean fisher?"),
         ({"compare": {"methods": []}}, ConfigError, "compare.methods is empty"),
         ({"compare": {"keeps": [0.6, 0.001]}}, PlanError, "0.001 is below what is feasible"),
         ({"compare": {"variants": "absent.yaml"}}, ConfigError, "absent.yaml: cannot read"),
@@ -378,7 +382,7 @@ def test_all_methods_and_variants_have_rows(workspace: Path, tmp_path: Path) -> 
         "taught: {two-stage: magnitude}\nsteep: {train: {learning_rate: 0.03}}\nwide: {dense: true, lora: {rank: 8}}\n"
         "alone: {distill: {teacher: none}}\nbase: {distill: {teacher: base}}\n"
     )
-    names = ["untuned", "dense", *BASELINES, "one-stage"]
+    names = ["untuned", "dense", "dense-equal-help", *BASELINES, "progressive"]
     options = {"methods": names, "seeds": [3], "keeps": [0.8, 0.6], "variants": str(tmp_path / "v.yaml")}
     folder = compare(config_of(workspace, tmp_path / "run", compare=options))
     rows = {(row["method"], row["keep"]): row for row in comparison_of(folder)["rows"]}
@@ -386,10 +390,81 @@ def test_all_methods_and_variants_have_rows(workspace: Path, tmp_path: Path) -> 
     assert {name for name, _ in rows} == {*names, "taught", "steep", "wide", "alone", "base"}
     assert len(rows) == 2 * len({name for name, _ in rows})
     assert rows["steep", 0.8]["learning_rate"] == 0.03
-    assert [rows[name, 0.6]["teacher_seconds"] > 0 for name in ("taught", "one-stage", "flap", "alone", "base")] == [
-        True, True, False, False, False,
-    ]  # fmt: skip
+    taught = [*names[2:], "taught", "steep"]
+    assert all(rows[name, 0.6]["teacher_seconds"] > 0 for name in taught)
+    assert not any(rows[name, 0.6]["teacher_seconds"] for name in ("untuned", "dense", "wide", "alone", "base"))
     assert rows["untuned", 0.6] == {**rows["untuned", 0.8], "keep": 0.6, "scores": rows["untuned", 0.6]["scores"]}
+
+
+def test_baselines_get_the_recipes_help_unless_it_is_as_published(
+    workspace: Path, tmp_path: Path, trained_seeds: list[int]
+) -> None:
+    """The record of every cell says what it had; resumed with other help, baselines alone run again."""
+    names = ["untuned", "dense", "dense-equal-help", "magnitude", "progressive"]
+    options = {"methods": names, "seeds": [0], "learning_rates": [1e-2]}
+    folder = compare(config_of(workspace, tmp_path / "run", compare=options))
+    had = {cell["method"]: cell["help"] for cell in cells(folder).values()}
+    assert had == {"untuned": None, "dense": PLAIN, **dict.fromkeys(names[2:], TAUGHT)}
+    before = cells(folder)
+    trained_seeds.clear()
+    compare(config_of(workspace, folder, compare=options | {"help": "as-published"}), resume=True)
+    assert len(trained_seeds) == 1
+    changed = {name for name, cell in cells(folder).items() if cell != before[name]}
+    assert changed == {"magnitude-keep0.6-seed0-lr0.01"}
+    assert cells(folder)[changed.pop()]["help"] == PLAIN
+    assert row_of(folder, "magnitude")["teacher_seconds"] == 0
+
+
+def test_texts_are_part_of_equal_help(workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_lines(tmp_path / "texts.jsonl", *({"text": f"shared text {n}"} for n in range(4)))
+    seen: dict[str, set[str]] = {}
+    real = cell_module.build_passes
+
+    def recording(model: Any, sites: Any, pad_id: int, config: RunConfig, teacher: Any) -> Any:
+        passes = real(model, sites, pad_id, config, teacher)
+        gate_gradients = passes.gate_gradients
+
+        def watched(examples: Any, gates: Any) -> Any:
+            seen[config.compare.help] = seen.get(config.compare.help, set()) | {
+                "text" if example.answer_start == len(example.token_ids) else "row" for example in examples
+            }
+            return gate_gradients(examples, gates)
+
+        passes.gate_gradients = watched
+        return passes
+
+    monkeypatch.setattr(cell_module, "build_passes", recording)
+    for help in ("equal", "as-published"):
+        options = {"methods": ["gate-gradients"], "seeds": [0], "help": help}
+        texts = {"distill_texts": [str(tmp_path / "texts.jsonl")], "distill_texts_share": 0.5}
+        search = {"init_batches": 4}
+        folder = compare(config_of(workspace, tmp_path / help, compare=options, data=texts, search=search))
+        (cell,) = cells(folder).values()
+        assert cell["help"] == ("dense teacher, texts, all weights, muon" if help == "equal" else PLAIN)
+    assert seen == {"equal": {"row", "text"}, "as-published": {"row"}}
+
+
+def test_rates_of_all_weights_mean_the_same_for_all_methods(workspace: Path, tmp_path: Path) -> None:
+    """Of the rates that are tried each gives a two-stage method what it gives to the recipe's own."""
+    options = {"learning_rates": [5e-3, 1e-2, 2e-2]}
+    config = config_of(workspace, tmp_path / "run", compare=options, train={"weights_rate": 4e-3})
+    methods = built_in_methods()
+    for rate, weights_rate in ((5e-3, 2e-3), (1e-2, 4e-3), (2e-2, 8e-3)):
+        rates = {
+            name: Cell(methods[name], 0.6, 0, rate).config(config).train
+            for name in ("progressive", "fisher", "dense-equal-help")
+        }
+        assert rates["fisher"] == rates["dense-equal-help"] == rates["progressive"]
+        assert (rates["fisher"].learning_rate, rates["fisher"].weights_rate) == pytest.approx((rate, weights_rate))
+
+
+def test_old_name_of_the_recipes_method_is_read_with_one_line(
+    workspace: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = compare(config_of(workspace, tmp_path / "run", compare={"methods": ["dense", "one-stage"], "seeds": [0]}))
+    assert caplog.text.count("one-stage is now progressive") == 1
+    assert "one-stage-keep0.6-seed0-lr0.01" in cells(folder)
+    assert comparison_of(folder)["reference"] == "one-stage"
 
 
 def test_dense_variant_is_tuned_with_its_own_options(

@@ -16,7 +16,7 @@ from prunetune.evaluation.statistics import mean_score as mean_of
 from support.comparison import cell, failed, item, realistic, task
 
 CONFIG = from_mapping({"compare": {"keeps": [0.6]}})
-RATES = {"dense": 1e-3, "random": 1e-3, "one-stage": 1e-3}
+RATES = {"dense": 1e-3, "random": 1e-3, "progressive": 1e-3}
 
 
 def simple(method: str, *nlls: float, seed: int = 0, **values: Any) -> dict[str, Any]:
@@ -34,8 +34,8 @@ def test_aggregate_gives_means_deviations_and_paired_errors() -> None:
         simple("dense", 1.0, 1.0, 1.0, 1.0),
         simple("random", 1.0, 2.0, 3.0, 4.0, seed=0),
         simple("random", 3.0, 2.0, 3.0, 6.0, seed=1),
-        simple("one-stage", 1.0, 1.0, 2.0, 4.0, seed=0),
-        simple("one-stage", 1.0, 2.0, 3.0, 4.0, seed=1),
+        simple("progressive", 1.0, 1.0, 2.0, 4.0, seed=0),
+        simple("progressive", 1.0, 2.0, 3.0, 4.0, seed=1),
     ]
     comparison = aggregate(cells, RATES, CONFIG)
     scores = row_of(comparison, "random")["scores"]
@@ -54,14 +54,14 @@ def test_aggregate_gives_means_deviations_and_paired_errors() -> None:
     assert row_of(comparison, "random")["acc_of_dense"] == pytest.approx(0.25)
     assert row_of(comparison, "dense")["scores"]["nll"]["sd"] is None
     assert row_of(comparison, "dense")["gap"] == 0
-    assert "difference" not in row_of(comparison, "one-stage")["scores"]["nll"]
-    assert row_of(comparison, "one-stage")["teacher_seconds"] == 60
+    assert "difference" not in row_of(comparison, "progressive")["scores"]["nll"]
+    assert row_of(comparison, "progressive")["teacher_seconds"] == 60
     assert [row_of(comparison, name)["cost_seconds"] for name in RATES] == [60, 60, 120]
     assert comparison["made"]["dates"] == ["2026-11-30"]
     assert render_markdown(comparison).startswith("demo, 2026-11-30, commit a7e92a6a7.\n")
 
 
-def test_reference_is_the_first_one_stage_variant_without_one_stage() -> None:
+def test_reference_is_the_first_progressive_variant_without_progressive() -> None:
     cells = [
         simple("random", 1.0, 3.0),
         simple("faster", 1.0, 2.0, changes={"train": {"learning_rate": 2e-3}}),
@@ -73,9 +73,9 @@ def test_reference_is_the_first_one_stage_variant_without_one_stage() -> None:
     assert row_of(comparison, "random")["scores"]["nll"]["difference"] == pytest.approx(0.5)
     assert row_of(comparison, "slower")["scores"]["nll"]["difference"] == pytest.approx(0.5)
     assert "difference" not in row_of(comparison, "faster")["scores"]["nll"]
-    whole = aggregate([*cells, simple("one-stage", 1.0, 1.0)], rates | {"one-stage": 1e-3}, CONFIG)
-    assert whole["reference"] == "one-stage"
-    assert aggregate(cells[:1], {"random": 1e-3}, CONFIG)["reference"] == "one-stage"
+    whole = aggregate([*cells, simple("progressive", 1.0, 1.0)], rates | {"progressive": 1e-3}, CONFIG)
+    assert whole["reference"] == "progressive"
+    assert aggregate(cells[:1], {"random": 1e-3}, CONFIG)["reference"] == "progressive"
 
 
 def test_aggregate_weighs_tasks_equally_and_keeps_perplexity_apart() -> None:
@@ -87,7 +87,7 @@ def test_aggregate_weighs_tasks_equally_and_keeps_perplexity_apart() -> None:
             method, task("a", few, "nll", "accuracy"), task("b", many, "nll"), task("prose", texts, "perplexity")
         )
 
-    group, other = SeedGroup((cell_of("random", 0.5),)), SeedGroup((cell_of("one-stage", 0.0),))
+    group, other = SeedGroup((cell_of("random", 0.5),)), SeedGroup((cell_of("progressive", 0.0),))
     scores = row_of(aggregate([*group.cells, *other.cells], RATES, CONFIG), "random")["scores"]
     assert scores["nll"]["value"] == pytest.approx((2.0 + 4.0) / 2)
     assert scores["nll"]["se"] == pytest.approx(math.hypot(mean_of([1.5, 2.5]).se, mean_of([3.5, 4.5] * 4).se) / 2)
@@ -107,7 +107,7 @@ def test_gap_of_untuned_is_to_the_mean_over_seeds() -> None:
 def test_failed_seeds_are_counted_and_left_out_of_means() -> None:
     cells = [
         simple("random", 1.0, 2.0), failed("random", "nan", seed=1), failed("dense", "no memory"),
-        simple("one-stage", 1.0, 2.0, seed=1),
+        simple("progressive", 1.0, 2.0, seed=1),
     ]  # fmt: skip
     comparison = aggregate(cells, RATES, CONFIG)
     assert (row_of(comparison, "random")["seeds"], row_of(comparison, "random")["failed"]) == ([0], 1)
@@ -120,7 +120,7 @@ def test_failed_seeds_are_counted_and_left_out_of_means() -> None:
 
 
 def test_values_that_are_not_finite_are_null() -> None:
-    comparison = aggregate([simple("random", 1.0, math.nan), simple("one-stage", 1.0, 1.0)], RATES, CONFIG)
+    comparison = aggregate([simple("random", 1.0, math.nan), simple("progressive", 1.0, 1.0)], RATES, CONFIG)
     json.dumps(comparison, allow_nan=False)
     render_markdown(comparison)
 
@@ -154,7 +154,7 @@ def test_general_tasks_are_in_a_table_of_their_own_and_in_no_mean() -> None:
         floors = {"a": {"chance": 0.25, "majority": 0.3, "longest": 0.375}}
         return cell(method, *tasks, task("law", texts, "perplexity", general=True), floors=floors)
 
-    comparison = aggregate([cell_of("random", 0.5), cell_of("one-stage", 0.0)], RATES, CONFIG)
+    comparison = aggregate([cell_of("random", 0.5), cell_of("progressive", 0.0)], RATES, CONFIG)
     scores = row_of(comparison, "random")["scores"]
     assert (scores["nll"]["value"], scores["acc"]["value"]) == (1.5, 1.0)
     assert scores["nll"]["difference"] == pytest.approx(0.5)

@@ -10,7 +10,7 @@ from prunetune.compare.scoring import scores_from_evaluation
 from prunetune.evaluation.results import Evaluation, Item, TaskResult
 from prunetune.evaluation.statistics import aggregate_items
 
-KINDS = {"dense": {"dense": True}, "untuned": {"untuned": True}, "one-stage": {}}
+KINDS = {"dense": {"dense": True}, "untuned": {"untuned": True}, "progressive": {}}
 
 
 def item(name: str, **scores: float) -> Item:
@@ -36,7 +36,7 @@ def cell(method: str, *tasks: TaskResult, keep: float = 0.6, seed: int = 0, **va
         "kept": 1.0 if dense else keep - 0.004,
         "widths": {},
         "train_seconds": 0.0 if method == "untuned" else 60.0,
-        "teacher_seconds": 60.0 if method == "one-stage" else 0.0,
+        "teacher_seconds": 60.0 if method == "progressive" else 0.0,
         "eval_seconds": 20.0,
         "peak_mb": 3000.0,
         "crowded": False,

@@ -1,4 +1,4 @@
-"""Statistics of a frozen model on calibration batches: moments of linears' inputs, cosines across layers. No padding.
+"""Statistics of a frozen model on calibration batches without padding: moments of inputs, cosines across layers.
 
 Shapes: B examples, T tokens, N tokens without padding, C columns of a linear.
 """
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from prunetune.data.batches import Batch
 from prunetune.model.lm_head import select_head_inputs
+from prunetune.pruning.compensation import record_grams
 
 
 @dataclass
@@ -63,6 +64,14 @@ def input_moments(model: Any, modules: Iterable[str], batches: Sequence[Batch]) 
     handles = [model.get_submodule(name).register_forward_pre_hook(hook(own)) for name, own in moments.items()]
     _forward_batches(model, batches, masks, handles)
     return moments
+
+
+def input_grams(model: Any, modules: Iterable[str], batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Sum of x x^T over the first inputs x of each module, all tokens without padding: {module: float32 [C, C]}."""
+    masks: list[Tensor] = []
+    with record_grams(model, modules, masks) as grams:
+        _forward_batches(model, batches, masks, ())
+    return grams
 
 
 def block_influences(model: Any, layers: Iterable[str], batches: Sequence[Batch]) -> dict[str, float]:

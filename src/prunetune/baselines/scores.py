@@ -7,19 +7,21 @@ H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from prunetune.baselines.activations import Moments, block_influences, input_moments
+from prunetune.baselines.activations import Moments, block_influences, input_grams, input_moments
 from prunetune.baselines.registry import Calibration, baseline
 from prunetune.data.batches import IGNORE_INDEX, Batch
 from prunetune.errors import ConfigError
 from prunetune.model.lm_head import select_head_inputs
 from prunetune.plan import Plan
+from prunetune.pruning.compensation import compensate_consumers, damped, removal_errors
+from prunetune.pruning.cut import add_biases
 from prunetune.pruning.linears import as_out_in, get_base_linear
 from prunetune.pruning.masking import masked
 from prunetune.pruning.unit_weights import unit_weights
@@ -27,7 +29,7 @@ from prunetune.pruning.units import Site
 from prunetune.search.select import Scores
 from prunetune.utils.seeds import derive_seed
 
-MAX_GRADIENT_PARAMS = 2**28  # parameters that `taylor` has gradients of at a time: 1 GiB in float32
+MAX_CHUNK_ENTRIES = 2**28  # of gradients or Gram matrices that are held at a time: 1 GiB in float32
 
 
 @baseline("random", source="none: the floor that every method has to beat")
@@ -75,7 +77,7 @@ def wanda_sp(calibration: Calibration) -> Scores:
 def bias_compensation(calibration: Calibration, plan: Plan) -> dict[str, Tensor]:
     """Mean output of the removed columns: {consumer: float32 [H] on the CPU}, for sites that lose units.
 
-    The baseline bias of FLAP (An et al. 2024, arXiv 2312.11983, section 3), for `cut.add_biases`.
+    The baseline bias of FLAP (An et al. 2024, arXiv 2312.11983, section 3).
     """
     sites = [site for site in calibration.sites if len(plan.kept[site.name]) < site.units and site.consumer]
     moments = input_moments(calibration.model, [_consumer(site) for site in sites], calibration.batches)
@@ -89,7 +91,11 @@ def bias_compensation(calibration: Calibration, plan: Plan) -> dict[str, Tensor]
     return biases
 
 
-@baseline("flap", source="An et al. 2024, arXiv 2312.11983, section 3, variant AL-AM", biases=bias_compensation)
+@baseline(
+    "flap",
+    source="An et al. 2024, arXiv 2312.11983, section 3, variant AL-AM",
+    compensate=lambda calibration, plan: add_biases(calibration.model, bias_compensation(calibration, plan)),
+)
 def flap(calibration: Calibration) -> Scores:
     """Input variance times squared column norm, standardised within the site, then averaged over a unit's columns.
 
@@ -110,20 +116,11 @@ def flap(calibration: Calibration) -> Scores:
 def taylor(calibration: Calibration) -> Scores:
     """|w dL/dw| of each weight, L the mean loss of all labels, summed over a unit and divided by its parameters.
 
-    Gradients are taken of as many sites at a time as have `MAX_GRADIENT_PARAMS` parameters: a large model takes more
+    Gradients are taken of as many sites at a time as have `MAX_CHUNK_ENTRIES` parameters: a large model takes more
     passes, not more memory.
     """
-    chunks: list[list[Site]] = [[]]
-    chunk_params = 0
-    for site in calibration.sites:
-        site_params = site.units * site.total_unit_params
-        if chunks[-1] and chunk_params + site_params > MAX_GRADIENT_PARAMS:
-            chunks.append([])
-            chunk_params = 0
-        chunks[-1].append(site)
-        chunk_params += site_params
     sums: dict[str, Tensor] = {}
-    for sites in chunks:
+    for sites in _chunks(calibration.sites, lambda site: site.units * site.total_unit_params):
         weights = {site.name: unit_weights(calibration.model, site) for site in sites}
         parameters = [weight.parameter for site in sites for weight in weights[site.name]]
         gradients = iter(_loss_gradients(calibration, parameters))
@@ -143,8 +140,7 @@ def fisher(calibration: Calibration) -> Scores:
     The loss of an example is the mean over its labels.
     """
     model, sites = calibration.model, calibration.sites
-    device = next(model.parameters()).device
-    gates = {site.name: torch.ones(site.units, device=device, requires_grad=True) for site in sites}
+    gates = {name: gate.requires_grad_() for name, gate in calibration.open_gates().items()}
     sums = {site.name: torch.zeros(site.units, dtype=torch.float64) for site in sites}
     examples = [example for batch in calibration.batches for example in _single_examples(batch)]
     for example in examples:
@@ -155,6 +151,58 @@ def fisher(calibration: Calibration) -> Scores:
             sums[name] += gradient.double().square().cpu()
     count = max(len(examples), 1)
     return {site.name: (sums[site.name] / count / calibration.unit_price(site)).float() for site in sites}
+
+
+@baseline("gate-gradients", source="Molchanov et al. 2019, arXiv 1906.10771, section 3, on the recipe's training loss")
+def gate_gradients(calibration: Calibration) -> Scores:
+    """Mean squared gradient of the whole training loss at a gate of one on each unit, per parameter.
+
+    The mean is over batches. What progressive removal decides by, here in one shot: the loss has the answers, and the
+    teacher's logits, hidden states and texts.
+    """
+    gates = calibration.open_gates()
+    sums = {name: torch.zeros(len(gate), dtype=torch.float64) for name, gate in gates.items()}
+    for step in range(calibration.num_batches):
+        for name, gradient in calibration.gate_gradients(step, gates).items():
+            sums[name] += gradient.double().square().cpu()
+    return {
+        site.name: (sums[site.name] / calibration.num_batches / calibration.unit_price(site)).float()
+        for site in calibration.sites
+    }
+
+
+def _compensate_consumers(calibration: Calibration, plan: Plan) -> None:
+    """Let the kept columns of every consumer take over the output of the removed ones, on dense inputs."""
+    for sites in _chunks(calibration.sites, _gram_entries(calibration)):
+        grams = input_grams(calibration.model, map(_consumer, sites), calibration.batches)
+        compensate_consumers(calibration.model, calibration.sites, plan, grams)
+
+
+@baseline(
+    "obs",
+    source="Kurtic et al. 2023 (ZipLM), arXiv 2302.04089; Meng et al. 2024 (OSSCAR), arXiv 2403.12983; layers compared "
+    "as in van der Ouderaa et al. 2024 (LLM Surgeon), arXiv 2312.17244",
+    needs_gradients=True,
+    compensate=_compensate_consumers,
+)
+def obs(calibration: Calibration) -> Scores:
+    """Output error of a unit's consumer that its other columns cannot make up for, in terms of the loss, per parameter.
+
+    Optimal brain surgeon for structures: `removal_errors` of each consumer. To be comparable over layers, its output is
+    first multiplied by a root of the Gram matrix of the loss's gradients there (a Kronecker-factored Fisher matrix), so
+    that an error is the change of the loss to second order. After the plan is known, the kept columns are updated.
+    """
+    scores = {}
+    for sites in _chunks(calibration.sites, _gram_entries(calibration)):
+        grams = input_grams(calibration.model, map(_consumer, sites), calibration.batches)
+        gradient_grams = _output_gradient_grams(calibration, map(_consumer, sites))
+        for site in sites:
+            name = _consumer(site)
+            root = torch.linalg.cholesky(damped(gradient_grams[name]))  # L of G = L L^T
+            weight = root.t() @ _weight(calibration.model, name).detach().double()
+            errors = removal_errors(weight, grams[name], site.units)
+            scores[site.name] = (errors / calibration.unit_price(site)).float().cpu()
+    return scores
 
 
 @baseline("block-influence", source="Men et al. 2024 (ShortGPT), arXiv 2403.03853, section 3")
@@ -169,6 +217,23 @@ def block_influence(calibration: Calibration) -> Scores:
 
 
 # -- shared by the methods -----------------------------------------------------------------------------------------
+
+
+def _chunks(sites: Iterable[Site], entries: Callable[[Site], int]) -> Iterator[list[Site]]:
+    """The sites in lists of at most `MAX_CHUNK_ENTRIES` entries, or of one; sites of one consumer stay together."""
+    chunk: list[Site] = []
+    for site in sites:
+        shares_consumer = chunk and site.consumer is not None and site.parent == chunk[-1].name
+        if chunk and not shares_consumer and sum(map(entries, (*chunk, site))) > MAX_CHUNK_ENTRIES:
+            yield chunk
+            chunk = []
+        chunk.append(site)
+    yield chunk
+
+
+def _gram_entries(calibration: Calibration) -> Callable[[Site], int]:
+    """Entries of the Gram matrices of a site's consumer: of its input and of the gradient at its output."""
+    return lambda site: sum(size**2 for size in _weight(calibration.model, _consumer(site)).shape)
 
 
 def _consumers(calibration: Calibration) -> Iterator[tuple[Site, Tensor, Moments]]:
@@ -222,6 +287,33 @@ def _loss_gradients(calibration: Calibration, parameters: Sequence[Tensor]) -> l
         for parameter, value in zip(parameters, required, strict=True):
             parameter.requires_grad_(value)
     return sums
+
+
+def _output_gradient_grams(calibration: Calibration, modules: Iterable[str]) -> dict[str, Tensor]:
+    """Sum over tokens of g g^T, g the gradient of the summed loss at a module's output: {module: float32 [H, H]}."""
+    grams: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def add(gradient: Tensor) -> None:
+            rows = gradient.flatten(0, -2).float()  # of padding they are zero
+            grams[name] = grams[name] + rows.t() @ rows if name in grams else rows.t() @ rows
+
+        def record(_: Any, __: Any, output: Tensor) -> None:
+            if not output.requires_grad:  # the first one: weights are frozen
+                output.requires_grad_()
+            output.register_hook(add)
+
+        return record
+
+    model = calibration.model
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in dict.fromkeys(modules)]
+    try:
+        for batch in calibration.batches:
+            _loss_sum(model, batch).backward()  # type: ignore[no-untyped-call]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return grams
 
 
 def _loss_sum(model: Any, batch: Batch) -> Tensor:

@@ -108,7 +108,7 @@ def compare(
     resume: Annotated[bool, Parameter(negative=(), help="Resume a comparison that was stopped, or extend it.")] = False,
     flags: Annotated[Flags, Parameter(name="*")] = NO_FLAGS,
 ) -> None:
-    """Compare dense, two-stage and one-stage models on equal data and steps, over budgets, seeds and learning rates.
+    """Compare dense, two-stage and progressive models with equal help, over budgets, seeds and learning rates.
 
     Parameters
     ----------

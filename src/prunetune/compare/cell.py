@@ -5,36 +5,39 @@ from __future__ import annotations
 import copy
 import threading
 import time
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from prunetune.baselines import BASELINES, Calibration
 from prunetune.compare.grid import Cell, cell_header
 from prunetune.compare.methods import DENSE, apply_overrides, built_in_methods
 from prunetune.compare.scoring import finite_or_none, score_model
 from prunetune.config.recipe import DistillConfig
-from prunetune.data.batches import BatchStream, collate, micro_batches, pad_token_id
+from prunetune.data.batches import BatchStream, collate, micro_batches
 from prunetune.evaluation.scoring_mode import context_length
 from prunetune.pipeline.plan_constraints import make_plan_constraints
 from prunetune.pipeline.prepare import RunContext, with_distill_texts
 from prunetune.pipeline.stages import TeacherFactory, make_job, plain_lora_config
 from prunetune.plan import Plan
-from prunetune.pruning.cut import add_biases, merge_adapters
+from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.teacher_student_weights import unshare_weights
 from prunetune.pruning.units import dense_plan, kept_params
-from prunetune.search.select import select
 from prunetune.train.checkpoints import NullCheckpointStore
 from prunetune.train.cuda_graphs import own_stream
+from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
+from prunetune.train.passes import Passes, build_passes
+from prunetune.train.step_guard import StepGuard
 from prunetune.train.teacher import Teacher, base_teacher, resolve_auto
 from prunetune.utils import environment
 from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.seeds import derive_seed
-
-CALIBRATION_BATCHES = 16  # if the recipe's search.init_batches is 0
 
 
 class Interrupted(Exception):
@@ -146,7 +149,7 @@ class CellRunner:
         context = replace(self.context, config=config, constraints=replace(constraints, limits=shared.limits))
         if config.data.distill_texts and config.data.distill_texts != self.context.config.data.distill_texts:
             context = with_distill_texts(context, context_length(self.model))
-        if not cell.method.uses_teacher:
+        if not cell.method.equal_help:
             plain = plain_lora_config(context)  # a variant's own options win
             context = replace(plain, config=apply_overrides(plain.config, cell.method.overrides))
         return replace(context, config=resolve_auto(context.config, context.sites))
@@ -156,43 +159,48 @@ class CellRunner:
     def _model(self, cell: Cell, context: RunContext) -> tuple[Any, Plan, JsonObject]:
         """Train the cell's model; returns it with its plan, and the seconds and validation curve of the training."""
         if cell.method.kind == "untuned":
-            facts = {"train_seconds": 0.0, "teacher_seconds": 0.0, "curve": []}
+            facts = {"help": None, "train_seconds": 0.0, "teacher_seconds": 0.0, "curve": []}
             return copy.deepcopy(self.model), dense_plan(context.sites), facts
-        if cell.method.kind == "dense" and not cell.method.overrides:
+        if cell.method.kind == "dense" and not cell.method.overrides and not cell.method.equal_help:
             tuned = self.tuned_dense(cell.seed, cell.learning_rate)
             assert tuned.plan is not None
             # A copy: an evaluation must not hook a model that is a teacher in other threads.
             facts = {"train_seconds": tuned.seconds, "teacher_seconds": 0.0, "curve": tuned.curve}
-            return copy.deepcopy(tuned.model), tuned.plan, facts
+            return copy.deepcopy(tuned.model), tuned.plan, {"help": describe_help(context, None), **facts}
         make_teacher, teacher_seconds = self._teacher_factory(cell, context.config.distill)
         model, monitor, started = copy.deepcopy(self.model), CellMonitor(self), time.monotonic()
         teacher = make_teacher(model)
-        plan = self._plan(cell, context, model)
-        plan = tune_and_prune(make_job(context, model, NullCheckpointStore(), monitor, plan=plan, teacher=teacher))
+        make = partial(make_job, context, model, NullCheckpointStore(), monitor, teacher=teacher)
+        plan = tune_and_prune(make(plan=self._plan(cell, context, make)))
         unshare_weights(model)  # a base teacher shares its memory
         merge_adapters(model)
         model.requires_grad_(False).to(context.dtype)  # as a checkpoint would hold it
         self._synchronize()
         train_seconds = time.monotonic() - started
-        facts = {"train_seconds": train_seconds, "teacher_seconds": teacher_seconds, "curve": monitor.curve}
+        facts = {"help": describe_help(context, teacher), "train_seconds": train_seconds, "curve": monitor.curve}
+        facts["teacher_seconds"] = teacher_seconds
         has_dense_teacher = teacher is not None and context.config.distill.teacher == "dense"
         return model, plan, facts | ({"teacher_rate": self.dense_learning_rate} if has_dense_teacher else {})
 
-    def _plan(self, cell: Cell, context: RunContext, model: Any) -> Plan | None:
-        """The plan fixed before training, None if a search finds it; a baseline's biases are added to the model."""
+    def _plan(self, cell: Cell, context: RunContext, make: Callable[[], TrainingJob]) -> Plan | None:
+        """The plan fixed before training, None if a search finds it; a baseline's compensation changes the model."""
         if cell.method.kind == "dense":
             return dense_plan(context.sites)
         if cell.method.kind != "two-stage":
             return None
-        baseline, calibration = BASELINES[cell.method.baseline], build_calibration(context, model)
-        plan = select(baseline(calibration), context.sites, context.config.budget.keep, context.constraints)
-        if baseline.biases is not None:
-            add_biases(model, baseline.biases(calibration, plan))
+        baseline, job = BASELINES[cell.method.baseline], make()
+        passes = build_passes(job.model, job.sites, job.pad_id, job.config, job.teacher)
+        calibration = build_calibration(context, job, passes)
+        result = baseline(calibration)
+        plan = result if isinstance(result, Plan) else calibration.select(result)
+        if baseline.compensate is not None:
+            baseline.compensate(calibration, plan)
+        passes.reset_recordings()
         return plan
 
     def _teacher_factory(self, cell: Cell, distill: DistillConfig) -> tuple[TeacherFactory, float]:
         """What makes the cell's teacher from its model, and the seconds that the teacher's own tuning took."""
-        if not cell.method.uses_teacher or distill.teacher == "none":
+        if not cell.method.equal_help or distill.teacher == "none":
             return lambda _: None, 0.0
         if distill.teacher == "base":
             return lambda student: base_teacher(student, distill), 0.0
@@ -233,14 +241,31 @@ class CellRunner:
             torch.cuda.current_stream(self.context.device).synchronize()
 
 
-def build_calibration(context: RunContext, model: Any) -> Calibration:
-    """The calibration data of a baseline: the first batches of the search."""
-    config, pad = context.config, pad_token_id(context.tokenizer)
-    examples, seed = context.encoded["search"].examples, derive_seed(config.seed, "search")
-    stream = BatchStream(examples, config.search.batch_size, seed)
+def describe_help(context: RunContext, teacher: Teacher | None) -> str:
+    """What a cell was tuned with: "dense teacher, texts, all weights, muon", or "no teacher, rank 32, adamw"."""
+    config = context.config
+    teacher_name = "no teacher" if teacher is None else f"{config.distill.teacher} teacher"
+    texts = ["texts"] if teacher is not None and "texts" in context.encoded else []
+    if config.train.weights == "all":
+        return ", ".join([teacher_name, *texts, "all weights", "muon"])
+    return ", ".join([teacher_name, *texts, f"rank {config.lora.rank}", config.train.optimizer])
+
+
+def build_calibration(context: RunContext, job: TrainingJob, passes: Passes) -> Calibration:
+    """What a baseline is given: the first batches of the search, without texts, and the training loss on all of it."""
+    config, examples = job.config, context.encoded["search"].examples
+    stream = BatchStream(examples, config.search.batch_size, derive_seed(config.seed, "search"))
+    guard = StepGuard(passes, config.train.max_skipped, config.train.checkpointing != "off")
+
+    def gate_gradients(step: int, gates: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        batch = job.search_stream.batch_at(step)
+        with torch.enable_grad():
+            return guard.retry_smaller(batch, lambda: passes.gate_gradients(batch, gates)[1], lambda: None)
+
+    calibration = Calibration(job.model, job.sites, (), config, job.constraints, gate_gradients)
     batches = [
-        collate(micro_batch, pad)
-        for step in range(config.search.init_batches or CALIBRATION_BATCHES)
+        collate(micro_batch, job.pad_id)
+        for step in range(calibration.num_batches)
         for micro_batch in micro_batches(stream.batch_at(step), config.train.micro_tokens)
     ]
-    return Calibration(model, context.sites, tuple(batches), config.seed, context.constraints.limits)
+    return replace(calibration, batches=tuple(batches))

@@ -103,9 +103,13 @@ class CellStore:
         return result
 
     def is_done(self, cell: Cell, *, needs_valid_nll: bool) -> bool:
-        """Whether a cell has a result, and an NLL on valid if it is needed; a failed cell is not done."""
+        """Whether a cell has a result with the same help, and an NLL on valid if needed; a failed cell is not done."""
         result = self.load(cell)
-        return result is not None and "error" not in result and ("valid_nll" in result or not needs_valid_nll)
+        if result is None or "error" in result:
+            return False
+        without_help = cell.method.name == cell.method.baseline  # what version 0.1.0, which did not say, gave it
+        equal_help = result.get("equal_help", cell.method.equal_help and not without_help)
+        return equal_help == cell.method.equal_help and ("valid_nll" in result or not needs_valid_nll)
 
     def load_all(self, cells: Iterable[Cell]) -> list[JsonObject]:
         """The results of those cells that have a file."""
@@ -118,7 +122,7 @@ class CellStore:
 def cell_header(cell: Cell) -> JsonObject:
     """The first entries of a cell's file: which cell it is, and what its method changes of the recipe."""
     method = cell.method
-    kind = {method.kind: method.baseline or True} if method.kind != "one-stage" else {}
+    kind = {method.kind: method.baseline or True} if method.kind != "progressive" else {}
     return {
         "cell": cell.name,
         "method": method.name,
@@ -126,6 +130,7 @@ def cell_header(cell: Cell) -> JsonObject:
         "seed": cell.seed,
         "learning_rate": cell.learning_rate,
         "changes": json.loads(json.dumps({**kind, **method.overrides})),
+        "equal_help": method.equal_help,
     }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +16,14 @@ from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError
 from prunetune.utils.suggest import did_you_mean
 
-MethodKind = Literal["untuned", "dense", "two-stage", "one-stage"]
+log = logging.getLogger(__name__)
+
+MethodKind = Literal["untuned", "dense", "two-stage", "progressive"]
 NO_QUANTIZE = "models of a comparison share one dense model in memory, unquantised; leave lora.quantize out"
-REFERENCE = "one-stage"  # the method that others are compared with
-DENSE = "dense"
+REFERENCE = "progressive"  # the recipe's own method, that others are compared with
+OLD_REFERENCE = "one-stage"  # its name in version 0.1.0
+DENSE = "dense"  # tuned by LoRA: also the teacher
+DENSE_EQUAL_HELP = "dense-equal-help"
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # Options that a variant may change; the others are read once for all cells.
 VARIANT_OPTIONS = (
@@ -33,7 +38,7 @@ class Method:
     name: str
     kind: MethodKind
     baseline: str = ""  # two-stage: the baseline that gives the plan
-    uses_teacher: bool = False  # distils from the recipe's teacher
+    equal_help: bool = False  # the recipe's teacher, texts, rank and optimiser; else plain LoRA without a teacher
     overrides: Mapping[str, Any] = field(default_factory=dict)  # changes of the recipe, nested
 
     @property
@@ -48,13 +53,17 @@ class Method:
         return None if rate is None else float(rate)
 
 
-def built_in_methods() -> dict[str, Method]:
-    """Name -> method of all that need no file of variants, every registered baseline among them."""
+def built_in_methods(help: str = "equal") -> dict[str, Method]:
+    """Name -> method of all that need no file of variants, every registered baseline among them.
+
+    `help` is `compare.help`: whether baselines get what the recipe gives to its own method.
+    """
     return {
         "untuned": Method("untuned", "untuned"),
         DENSE: Method(DENSE, "dense"),
-        **{name: Method(name, "two-stage", baseline=name) for name in BASELINES},
-        REFERENCE: Method(REFERENCE, "one-stage", uses_teacher=True),
+        DENSE_EQUAL_HELP: Method(DENSE_EQUAL_HELP, "dense", equal_help=True),
+        **{name: Method(name, "two-stage", baseline=name, equal_help=help == "equal") for name in BASELINES},
+        REFERENCE: Method(REFERENCE, "progressive", equal_help=True),
     }
 
 
@@ -63,8 +72,14 @@ def resolve_methods(config: RunConfig) -> tuple[Method, ...]:
     if config.lora.quantize != "off":
         raise ConfigError(f"compare: {NO_QUANTIZE}")
     variants = read_variants(Path(config.compare.variants), config) if config.compare.variants else {}
-    known = {**built_in_methods(), **variants}
+    known = {**built_in_methods(config.compare.help), **variants}
     names = dict.fromkeys(config.compare.methods)
+    if OLD_REFERENCE in names and OLD_REFERENCE not in known:
+        # Under its old name, so that cells of a comparison of version 0.1.0 are found again.
+        log.warning(
+            "compare.methods: %s is now %s: the next version will not read the old name", OLD_REFERENCE, REFERENCE
+        )
+        known[OLD_REFERENCE] = replace(known[REFERENCE], name=OLD_REFERENCE)
     for name in names:
         if name not in known:
             hint = did_you_mean(name, known) or f"known are {', '.join(known)}"
@@ -99,11 +114,11 @@ def _variant(name: str, changes: Any, where: str, config: RunConfig) -> Method:
     kinds: list[MethodKind] = [kind for kind in ("dense", "untuned", "two-stage") if flags.get(kind)]
     if len(kinds) > 1:
         raise ConfigError(f"{where}: {' and '.join(kinds)} exclude each other")
-    kind: MethodKind = kinds[0] if kinds else "one-stage"
+    kind: MethodKind = kinds[0] if kinds else "progressive"
     baseline = flags["two-stage"] if kind == "two-stage" else ""
     if baseline and baseline not in BASELINES:
         raise ConfigError(f"{where}: two-stage must be one of {', '.join(BASELINES)}, got {baseline!r}")
-    method = Method(name, kind, baseline, uses_teacher=kind in ("one-stage", "two-stage"), overrides=overrides)
+    method = Method(name, kind, baseline, equal_help=kind in ("progressive", "two-stage"), overrides=overrides)
     apply_overrides(config, overrides, where=where)  # checks them
     for key in _changed_options(overrides):
         if not key.startswith(VARIANT_OPTIONS):

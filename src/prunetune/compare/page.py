@@ -81,7 +81,7 @@ def metric_label(name: str) -> str:
 
 
 def verdict(comparison: JsonObject) -> str:
-    """The result in a sentence: the gap to dense of one stage and of the best two-stage method at the smallest size.
+    """The result in a sentence: the gap to dense of the reference and the best two-stage method at the smallest size.
 
     A size that lacks one of these is skipped.
     """
@@ -94,7 +94,7 @@ def verdict(comparison: JsonObject) -> str:
             removed = formatting.share(1 - ours["kept"])
             gap, best_gap = (formatting.signed_decimal(row["gap"]) for row in (ours, best))
             return (
-                f"{removed} removed: NLL {gap} over dense with one stage, "
+                f"{removed} removed: NLL {gap} over dense with {comparison['reference']}, "
                 f"{best_gap} with {best['method']}, the best two-stage"
             )
     methods = len({row["method"] for row in comparison["rows"]})

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 # With --resume a comparison may get more cells: a cell's file holds everything that defines it.
 EXTENDABLE_OPTIONS = CHANGEABLE_ON_RESUME | {
-    f"compare.{name}" for name in ("methods", "keeps", "seeds", "learning_rates", "variants", "jobs")
+    f"compare.{name}" for name in ("methods", "help", "keeps", "seeds", "learning_rates", "variants", "jobs")
 }
 
 
@@ -117,8 +117,8 @@ class _Comparison:
 
     def run(self) -> tuple[list[Cell], dict[str, float]]:
         """Run all cells; returns those that belong in the table, and each method's learning rate."""
-        dense = [method for method in self.methods if method.is_dense]
-        pruned = [method for method in self.methods if not method.is_dense]
+        dense = [method for method in self.methods if method.is_dense and not method.equal_help]
+        others = [method for method in self.methods if method not in dense]
         rate = self.context.config.train.learning_rate
         runner = CellRunner(self.context, rate if rate in self.grid.learning_rates else self.grid.learning_rates[0])
         jobs = concurrent_jobs(self.context)
@@ -127,16 +127,16 @@ class _Comparison:
             self._run_missing_cells(runner, self._trials(dense), jobs=jobs, needs_valid_nll=True)
             self._run_missing_cells(runner, self._cells(dense), jobs=jobs)
             rate = next((self._rate(method) for method in dense if method.name == DENSE), runner.dense_learning_rate)
-            runner.select_teachers(rate, is_needed=any(self._has_dense_teacher(method) for method in pruned))
-            self._run_missing_cells(runner, self._trials(pruned), jobs=jobs, needs_valid_nll=True)
-            by_seed = sorted(self._cells(pruned), key=lambda cell: self.grid.seeds.index(cell.seed))
+            runner.select_teachers(rate, is_needed=any(self._has_dense_teacher(method) for method in others))
+            self._run_missing_cells(runner, self._trials(others), jobs=jobs, needs_valid_nll=True)
+            by_seed = sorted(self._cells(others), key=lambda cell: self.grid.seeds.index(cell.seed))
             self._run_missing_cells(runner, by_seed, jobs=jobs)  # an interrupted comparison has whole seeds
         cells = {cell.name: cell for cell in (*self._trials(self.methods), *self._cells(self.methods))}
         return list(cells.values()), {method.name: self._rate(method) for method in self.methods}
 
     def _has_dense_teacher(self, method: Method) -> bool:
         config = resolve_auto(apply_overrides(self.context.config, method.overrides), self.context.sites)
-        return method.uses_teacher and config.distill.teacher == "dense"
+        return method.equal_help and config.distill.teacher == "dense"
 
     def _trials(self, methods: Sequence[Method]) -> list[Cell]:
         """The cells that choose a learning rate, of methods that have several to choose from."""

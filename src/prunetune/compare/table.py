@@ -102,9 +102,9 @@ def aggregate(cells: Sequence[JsonObject], learning_rates: Mapping[str, float], 
     """
     keeps = sorted(set(config.compare.keeps or (config.budget.keep,)), reverse=True)
     kinds = {cell["method"]: method_kind(cell) for cell in cells}
-    one_stage = [name for name in learning_rates if kinds.get(name) == "one-stage"]
-    # That others are compared with: `one-stage`, or the first variant of it if that did not run.
-    reference = REFERENCE if REFERENCE in one_stage or not one_stage else one_stage[0]
+    own = [name for name in learning_rates if kinds.get(name) == "progressive"]
+    # That others are compared with: `progressive`, or the first variant of it if that did not run.
+    reference = REFERENCE if REFERENCE in own or not own else own[0]
     rows = [row for keep in keeps for row in _rows(cells, learning_rates, keep, reference)]
     return {
         "format": FORMAT,
@@ -189,8 +189,8 @@ def _rows(
 
 
 def method_kind(cell: JsonObject) -> str:
-    """How the cell's model was trained: dense, untuned, two-stage or one-stage."""
-    return next((kind for kind in ("dense", "untuned", "two-stage") if kind in cell["changes"]), "one-stage")
+    """How the cell's model was trained: dense, untuned, two-stage or progressive."""
+    return next((kind for kind in ("dense", "untuned", "two-stage") if kind in cell["changes"]), "progressive")
 
 
 def _row_scores(method: str, groups: Mapping[str, SeedGroup], reference_name: str) -> JsonObject:

@@ -259,12 +259,18 @@ class CompareConfig:
 
     methods: tuple[str, ...] = option(
         (  # a baseline that is added later is named, so that the default comparison costs what it did
-            "dense", "random", "magnitude", "wanda-sp", "flap", "taylor", "fisher", "block-influence", "one-stage",
+            "dense", "dense-equal-help", "wanda-sp", "taylor", "fisher", "gate-gradients", "obs", "progressive",
         ),
-        "dense: tuned, not pruned; untuned: the dense model as loaded; one-stage: the recipe; a baseline: its plan, "
-        "then LoRA; or a name from compare.variants (all of them if none is named).",
+        "dense: tuned by LoRA, not pruned; dense-equal-help: the same with the recipe's help; untuned: the dense model "
+        "as loaded; progressive: the recipe; a baseline: its plan, then tuning (also random, magnitude, flap, "
+        "block-influence, generator, evolution); or a name from compare.variants (all of them if none is named).",
         entry_name="name",
     )  # fmt: skip
+    help: Literal["equal", "as-published"] = option(
+        "equal",
+        "What baselines are tuned with. equal: the recipe's teacher, texts, weights, optimizer and rank; as-published: "
+        "no teacher, adapters of rank lora.dense_rank by AdamW.",
+    )
     keeps: tuple[float, ...] = option((), "Values of budget.keep; default: that of the recipe.", gt=0, le=1)
     seeds: tuple[int, ...] = option((0,), "Seeds of tuning and search; splits are those of the recipe's seed.", ge=0)
     learning_rates: tuple[float, ...] = option(

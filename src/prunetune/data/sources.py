@@ -99,8 +99,8 @@ def _rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> Itera
     parsed = [Source.parse(source) for source in sources]
     files = {source: _matching_files(source.path, config) for source in parsed if source.path != "demo"}
     # Test and general rows are scored side by side, so their files get names that differ.
-    others = (*config.test, *config.general) if split in ("test", "general") else ()
-    siblings = {path for text in others for path in _matching_files(Source.parse(text).path, config)}
+    others = [Source.parse(text).path for text in (*config.test, *config.general) if split in ("test", "general")]
+    siblings = {file for path in others if path != "demo" for file in _matching_files(path, config)}
     tasks = _task_names(siblings.union(*files.values()))
     for source in parsed:
         if source.path == "demo":

@@ -1,0 +1,116 @@
+"""Compensation: the columns of a linear that stay take over the output of those that a plan removes (least squares).
+
+A linear reads columns x [C] and outputs W x. Of the Gram matrix G = sum of x x^T over tokens, damped by a share of its
+mean diagonal, the change of the kept columns K that changes the output least when the columns R are removed is
+W[:, R] G[R, K] G[K, K]^-1 (optimal brain surgeon, Hassibi and Stork 1993; for structures OSSCAR, Meng et al. 2024,
+arXiv 2403.12983, and SlimGPT, Ling et al. 2024, arXiv 2412.18110).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from prunetune.plan import Plan
+from prunetune.pruning.linears import COLUMNS, as_out_in, get_base_linear
+from prunetune.pruning.units import Site, kept_indices
+
+DAMPING = 0.01  # of the mean diagonal, added to the diagonal
+
+
+@contextmanager
+def record_grams(
+    model: nn.Module, linears: Iterable[str], token_masks: Sequence[Tensor] = ()
+) -> Iterator[dict[str, Tensor]]:
+    """For the block, add x x^T of every input of these linears: {linear: float32 [C, C]}, on their device.
+
+    The last entry of `token_masks`, if there is one when a pass runs, marks the tokens that count: bool, as many as
+    the pass has, of any shape.
+    """
+    grams: dict[str, Tensor] = {}
+
+    def hook(name: str) -> Any:
+        def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            rows = inputs[0].detach().flatten(0, -2).float()
+            if token_masks:
+                rows = rows[token_masks[-1].flatten()]
+            gram = rows.t() @ rows
+            grams[name] = grams[name] + gram if name in grams else gram
+
+        return add
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in dict.fromkeys(linears)]
+    try:
+        yield grams
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def compensate_consumers(
+    model: nn.Module, sites: Iterable[Site], plan: Plan, grams: Mapping[str, Tensor], damping: float = DAMPING
+) -> None:
+    """Update the kept columns of every linear that loses some and has a Gram matrix in `grams`; to call before the cut.
+
+    `grams` are as `record_grams` gives them, of the model that `plan` is of. The linears get new parameters, solved in
+    float64 and stored in the dtype that they had, so that whoever shares the old ones keeps them; an adapter counts in
+    what is removed. Call it once for a plan and linear. Linears that lose all their columns stay as they are.
+    """
+    for (name, axis), kept in kept_indices(plan, sites).items():
+        if axis != COLUMNS or name not in grams:
+            continue
+        module, linear = model.get_submodule(name), get_base_linear(model, name)
+        weight = as_out_in(linear, linear.weight).detach().double()  # [out, C]
+        removed_weight = weight
+        if isinstance(module, LoraLayer):
+            changes = [as_out_in(linear, module.get_delta_weight(adapter)) for adapter in module.active_adapters]
+            removed_weight = weight + sum(changes, torch.zeros_like(weight))
+        kept, gram = kept.to(weight.device), damped(grams[name].to(weight.device), damping)
+        is_removed = torch.ones(len(gram), dtype=torch.bool, device=weight.device).index_fill_(0, kept, False)
+        removed = is_removed.nonzero().flatten()
+        target = removed_weight[:, removed] @ gram[removed][:, kept]  # [out, K]
+        change = torch.cholesky_solve(target.t(), torch.linalg.cholesky(gram[kept][:, kept])).t()
+        updated = as_out_in(linear, weight.index_add(1, kept, change))
+        stored = updated.to(linear.weight.dtype).contiguous()
+        linear.weight = nn.Parameter(stored, requires_grad=linear.weight.requires_grad)
+
+
+def damped(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """A Gram matrix that can be inverted: [C, C] in float64, with this share of its mean diagonal on its diagonal."""
+    gram = gram.double()
+    ridge = damping * gram.diagonal().mean().clamp_min(1e-12)
+    return gram + ridge * torch.eye(len(gram), dtype=torch.float64, device=gram.device)
+
+
+@torch.no_grad()
+def removal_errors(weight: Tensor, gram: Tensor, units: int, damping: float = DAMPING) -> Tensor:
+    """What removing each unit adds to the squared output error, all others compensating: float64 [units].
+
+    Units own equal runs of the C columns of `weight` [out, C], whose input's Gram matrix is `gram` [C, C]. They are
+    removed greedily, the one of the least error first, and weight and inverse Gram matrix are updated after each
+    (Kurtic et al. 2023, ZipLM, arXiv 2302.04089, algorithm 1). Of many units a 64th goes at a time. Errors never fall
+    along this order, so that they rank units as they were removed.
+    """
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped(gram, damping)))
+    weight, size = weight.double(), weight.shape[1] // units
+    errors, largest = weight.new_zeros(units), weight.new_zeros(())
+    left = torch.arange(units, device=weight.device)
+    while len(left):
+        blocks = inverse.view(len(left), size, len(left), size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+        columns = weight.view(len(weight), len(left), size).permute(1, 2, 0)  # [left, size, out]
+        alone = (torch.linalg.solve(blocks, columns) * columns).sum((1, 2))
+        removed = alone.argsort(stable=True)[: max(1, units // 64)]
+        for_removed = torch.maximum(alone[removed], largest)
+        errors[left[removed]], largest = for_removed, for_removed[-1]
+        stays = torch.ones(len(left), dtype=torch.bool, device=weight.device).index_fill_(0, removed, False)
+        left, kept = left[stays], stays.repeat_interleave(size)
+        update = torch.linalg.solve(inverse[~kept][:, ~kept], inverse[~kept][:, kept])
+        weight = weight[:, kept] - weight[:, ~kept] @ update
+        inverse = inverse[kept][:, kept] - inverse[kept][:, ~kept] @ update
+    return errors
