@@ -1,6 +1,7 @@
 """All cells of several comparisons in one file of results, items included; prints their table.
 
     python benchmarks/quality/merged.py RESULTS.json FOLDER_OR_RESULTS [...] [--keeps 0.6] [--seeds 0] [--model NAME]
+        [--commit COMMIT]
 
 A folder is a comparison's, such as `on_gpus.py` leaves them (OUT/legal-0). Of cells with one name the first source's
 counts; of a method's learning rates, that which is best on valid. `pairs.py` and `tables.py` read the file: every mean,
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--keeps", nargs="+", type=float, default=[])
     parser.add_argument("--seeds", nargs="+", type=int)
     parser.add_argument("--model", help="its name in the tables")
+    parser.add_argument("--commit", help="of cells that name none, since they ran in a copy without git")
     arguments = parser.parse_args()
     found = read_results(arguments.sources)
     cells = [
@@ -110,6 +112,9 @@ def main() -> None:
         if (not arguments.seeds or cell["seed"] in arguments.seeds)
         and (not arguments.keeps or cell["keep"] in (*arguments.keeps, 1))
     ]
+    for cell in cells:
+        made = cell.setdefault("made", {})
+        made["commit"] = made.get("commit") or arguments.commit
     results = Results(arguments.model or found.model, found.split, cells)
     write_results(arguments.results, results)
     print(render_markdown(results.comparison()))
