@@ -85,6 +85,8 @@ def test_page_of_failed_cells_only_lists_the_errors() -> None:
         ({"difference": -0.1, "difference_se": 0.0}, "worse"),
         ({"difference": 0.0, "difference_se": 0.0}, ""),
         ({"difference": -0.1, "difference_se": None}, ""),
+        ({"difference": -0.1, "difference_se": 0.04, "difference_seed_se": 0.06}, ""),
+        ({"difference": -0.1, "difference_se": 0.04, "difference_seed_se": 0.02}, "worse"),
         ({}, ""),
     ],
 )

@@ -33,7 +33,7 @@ def _budget_tables(comparison: Mapping[str, Any], keep: float, rows: Sequence[Ma
     head += ["cost s", "train s", "teacher s", "MB"]
     title = (
         f"Keep {keep:g}, split {comparison['split']}: means over seeds; sd over seeds, se over items; "
-        f"minus {reference} with its standard error over paired items (over seeds), * beyond two of the first; "
+        f"minus {reference} with its standard error over paired items (over seeds), * beyond two of both; "
         "gap: nll minus dense; cost: training and its teacher's tuning."
     )
     sections = [f"{title}\n\n" + markdown_table(head, [_row_cells(row, comparison["metrics"]) for row in rows])]
@@ -102,16 +102,23 @@ def format_signed(value: float | None) -> str:
 
 
 def format_difference(score: Mapping[str, Any]) -> str:
-    """A difference ± its standard error over items (over seeds), * beyond two of the first; "" if there is none."""
+    """A difference ± its standard error over items (over seeds), * beyond two of both; "" if there is none."""
     if score.get("difference") is None:
         return ABSENT
     error = score.get("difference_se")
     if error is None:
         return format_signed(score["difference"])
-    mark = "*" if abs(score["difference"]) > 2 * error else ""
-    over_seeds = score.get("difference_seed_se")
+    mark, over_seeds = "*" if is_significant(score) else "", score.get("difference_seed_se")
     seeds = "" if over_seeds is None else f" ({format_number(over_seeds)})"
     return f"{format_signed(score['difference'])} ± {format_number(error)}{mark}{seeds}"
+
+
+def is_significant(score: Mapping[str, Any]) -> bool:
+    """Whether a difference is more than two standard errors over items, and two over seeds if there are several."""
+    difference, error = score.get("difference"), score.get("difference_se")
+    if difference is None or error is None:
+        return False
+    return abs(difference) > 2 * max(error, score.get("difference_seed_se") or 0.0)
 
 
 def format_seconds(value: float | None) -> str:

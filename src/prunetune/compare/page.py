@@ -103,10 +103,9 @@ def verdict(comparison: JsonObject) -> str:
 
 def significance_class(score: JsonObject, metric: str) -> str:
     """The CSS class of a score: `better` or `worse` than the reference by more than two standard errors, else ""."""
-    difference, error = score.get("difference"), score.get("difference_se")
-    if difference is None or error is None or abs(difference) <= 2 * error:
+    if not markdown.is_significant(score):
         return ""
-    return "better" if (difference > 0) == (metric in ("acc", "rouge_l")) else "worse"
+    return "better" if (score["difference"] > 0) == metric.startswith(("acc", "rouge_l")) else "worse"
 
 
 def cost_rows(rows: Sequence[JsonObject]) -> list[JsonObject]:
