@@ -19,6 +19,7 @@ import json
 import re
 import shlex
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +59,15 @@ def floors_table(file: Path, domains: str) -> str:
     return f"_{made['date']}, commit {made['commit'][:9]}._\n\n" + markdown.markdown_table(head, rows) + "\n"
 
 
+@cache
+def comparison_of(file: Path, keep: float) -> dict[str, Any]:
+    """The comparison at one budget, computed from the items of a file of results."""
+    return read_results([file]).comparison([keep])
+
+
 def methods_table(file: Path, keep: str, columns: str, methods: str = "") -> str:
     """Rows of a comparison at one budget, all methods or those named, in that order."""
-    comparison = read_results([file]).comparison([float(keep)])
+    comparison = comparison_of(file, float(keep))
     by_method = {row["method"]: row for row in comparison["rows"]}
     rows = []
     for method in methods.split(",") if methods else by_method:

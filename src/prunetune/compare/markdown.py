@@ -118,7 +118,7 @@ def is_significant(score: Mapping[str, Any]) -> bool:
     difference, error = score.get("difference"), score.get("difference_se")
     if difference is None or error is None:
         return False
-    return abs(difference) > 2 * max(error, score.get("difference_seed_se") or 0.0)
+    return bool(abs(difference) > 2 * max(error, score.get("difference_seed_se") or 0.0))
 
 
 def format_seconds(value: float | None) -> str:
