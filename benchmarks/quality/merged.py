@@ -1,11 +1,11 @@
-"""One table of the cells of several comparisons, as `prunetune compare` makes of its own: the files beside this one.
+"""All cells of several comparisons in one file of results, items included; prints their table.
 
-    python benchmarks/quality/merged.py TABLE.json RECIPE FOLDER [FOLDER ...] [--split test] [--keeps 0.6] [--seeds 0]
-        [--model NAME]
+    python benchmarks/quality/merged.py RESULTS.json FOLDER_OR_RESULTS [...] [--keeps 0.6] [--seeds 0] [--model NAME]
+        [--commit COMMIT]
 
-A folder is a comparison's, such as `on_gpus.py` leaves them (OUT/legal-0). Of cells with one name the first folder's
-counts; of a method's learning rates, that which is best on valid. Writes the table with all standard errors and paired
-differences, and prints it.
+A folder is a comparison's, such as `on_gpus.py` leaves them (OUT/legal-0). Of cells with one name the first source's
+counts; of a method's learning rates, that which is best on valid. `pairs.py` and `tables.py` read the file: every mean,
+standard error and paired difference is computed from it again.
 """
 
 from __future__ import annotations
@@ -13,54 +13,111 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from prunetune.compare.grid import best_learning_rate
 from prunetune.compare.markdown import render_markdown
-from prunetune.compare.table import aggregate
-from prunetune.config.recipe import load_recipe
+from prunetune.compare.table import SeedGroup, aggregate
+from prunetune.config.recipe import from_mapping
 from prunetune.utils.files import write_text
+
+FORMAT = "prunetune-cells-1"
+
+
+@dataclass(frozen=True)
+class Results:
+    """The cells of one model on one split, as their files have them."""
+
+    model: str
+    split: str
+    cells: list[dict[str, Any]]
+
+    def comparison(self, keeps: Sequence[float] = ()) -> dict[str, Any]:
+        """What `prunetune compare` would write to comparison.json of these cells."""
+        keeps = keeps or sorted({cell["keep"] for cell in self.cells if cell["keep"] < 1}, reverse=True)
+        config = from_mapping({"model": self.model, "compare": {"keeps": list(keeps), "split": self.split}})
+        rates = {name: self.rate(name) for name in dict.fromkeys(cell["method"] for cell in self.cells)}
+        return aggregate(self.cells, rates, config)
+
+    def rate(self, method: str) -> float:
+        """The learning rate that is the best on valid of those tried; or the only one there is."""
+        own = [cell for cell in self.cells if cell["method"] == method]
+        return best_learning_rate(own) or float(own[-1]["learning_rate"])
+
+    def group(self, method: str, keep: float) -> SeedGroup | None:
+        """A method's cells at one budget and its learning rate, by seed; None without one."""
+        own = [cell for cell in self.cells if cell["method"] == method and cell["keep"] in (keep, 1)]
+        rated = [cell for cell in own if cell["learning_rate"] == self.rate(method)]
+        return SeedGroup(tuple(sorted(rated, key=lambda cell: cell["seed"]))) if rated else None
+
+
+def read_results(sources: Sequence[Path]) -> Results:
+    """The cells of comparisons' folders and of files of results, without those that failed."""
+    cells: dict[str, dict[str, Any]] = {}
+    models, splits = [], []
+    for source in sources:
+        if source.is_dir():
+            recipe = yaml.safe_load((source / "config.yaml").read_text(encoding="utf-8"))
+            models.append(Path(recipe["model"]).stem)
+            splits.append(recipe["compare"]["split"])
+            found = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(source.glob("cells/*.json"))]
+        else:
+            content = json.loads(source.read_text(encoding="utf-8"))
+            models.append(content["model"])
+            splits.append(content["split"])
+            found = content["cells"]
+            for cell in found:
+                for task, columns in cell["items"].items():
+                    columns["id"] = columns["id"] or content["ids"][task]
+        for cell in found:
+            if "error" not in cell:
+                cells.setdefault(cell["cell"], cell)
+    if len(set(models)) != 1 or len(set(splits)) != 1:
+        raise SystemExit(f"results are of one model on one split; these are of {set(models)} on {set(splits)}")
+    return Results(models[0], splits[0], list(cells.values()))
+
+
+def write_results(path: Path, results: Results) -> None:
+    """Write a file of results, a line for each cell; ids that all cells of a task share are written once."""
+    ids: dict[str, list[str]] = {}
+    lines = []
+    for cell in results.cells:
+        items = {}
+        for task, columns in cell["items"].items():
+            is_shared = ids.setdefault(task, columns["id"]) == columns["id"]
+            items[task] = columns | {"id": None} if is_shared else columns
+        lines.append(json.dumps(cell | {"items": items}, allow_nan=False, separators=(",", ":")))
+    head = {"format": FORMAT, "model": results.model, "split": results.split, "ids": ids}
+    text = json.dumps(head, separators=(",", ":"))[:-1]
+    write_text(path, f'{text},\n"cells":[\n' + ",\n".join(lines) + "\n]}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", type=Path)
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--keeps", nargs="+", type=float)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("sources", nargs="+", type=Path)
+    parser.add_argument("--keeps", nargs="+", type=float, default=[])
     parser.add_argument("--seeds", nargs="+", type=int)
-    parser.add_argument("--model", help="where it was not the recipe's")
-    told = parser.parse_args()
-    cells = [cell for cell in cells_of(told.folders) if not told.seeds or cell["seed"] in told.seeds]
-    compared = {
-        "methods": list(dict.fromkeys(cell["method"] for cell in cells)),
-        "keeps": told.keeps or sorted({cell["keep"] for cell in cells if cell["keep"] < 1}, reverse=True),
-        "seeds": sorted({cell["seed"] for cell in cells}),
-        "split": told.split,
-    }
-    config = load_recipe(told.recipe, {"compare": compared} | ({"model": told.model} if told.model else {}))
-    found = aggregate(cells, {name: rate_of(name, cells) for name in compared["methods"]}, config)
-    write_text(told.table, json.dumps(found, indent=1, allow_nan=False) + "\n")
-    print(render_markdown(found))
-
-
-def rate_of(method: str, cells: Sequence[dict[str, Any]]) -> float:
-    """The best on valid of those tried there; or the only one there is."""
-    own = [cell for cell in cells if cell["method"] == method]
-    return best_learning_rate(own) or float(own[-1]["learning_rate"])
-
-
-def cells_of(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Each cell once."""
-    found: dict[str, dict[str, Any]] = {}
-    for folder in folders:
-        for file in sorted((folder / "cells").glob("*.json")):
-            cell = json.loads(file.read_text(encoding="utf-8"))
-            if "error" not in cell:
-                found.setdefault(cell["cell"], cell)
-    return list(found.values())
+    parser.add_argument("--model", help="its name in the tables")
+    parser.add_argument("--commit", help="of cells that name none, since they ran in a copy without git")
+    arguments = parser.parse_args()
+    found = read_results(arguments.sources)
+    cells = [
+        cell
+        for cell in found.cells
+        if (not arguments.seeds or cell["seed"] in arguments.seeds)
+        and (not arguments.keeps or cell["keep"] in (*arguments.keeps, 1))
+    ]
+    for cell in cells:
+        made = cell.setdefault("made", {})
+        made["commit"] = made.get("commit") or arguments.commit
+    results = Results(arguments.model or found.model, found.split, cells)
+    write_results(arguments.results, results)
+    print(render_markdown(results.comparison()))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_page_loads_nothing_and_has_every_section(keeps: list[float]) -> None:
     names = outline.attributes("id")
     assert len(names) == len(set(names))
     assert page.count("<svg") == 5  # accuracy, NLL, ROUGE-L and two perplexities
-    assert page.count("<caption") == page.count("<table") == len(keeps) + 1
+    assert page.count("<caption") == page.count("<table") == 2 * len(keeps) + 1
     colours = set(re.findall(r"(?:fill|stroke): ([^;\"]+)", "".join(re.findall(r"<svg.*?</svg>", page, re.DOTALL))))
     assert all(colour.startswith("var(--") or colour in ("none", "currentColor") for colour in colours), colours
     assert "the loss is nan" in page
@@ -85,6 +85,8 @@ def test_page_of_failed_cells_only_lists_the_errors() -> None:
         ({"difference": -0.1, "difference_se": 0.0}, "worse"),
         ({"difference": 0.0, "difference_se": 0.0}, ""),
         ({"difference": -0.1, "difference_se": None}, ""),
+        ({"difference": -0.1, "difference_se": 0.04, "difference_seed_se": 0.06}, ""),
+        ({"difference": -0.1, "difference_se": 0.04, "difference_seed_se": 0.02}, "worse"),
         ({}, ""),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,12 @@ def test_teacher_is_tuned_once_for_each_seed_and_its_seconds_are_reported(
 
 def test_comparison_writes_the_table(done: Path) -> None:
     table = (done / "table.md").read_text()
-    assert table.startswith("Keep 0.6, split test")
+    assert f", {date.today().isoformat()}, prunetune " in table.splitlines()[0]
+    assert "\nKeep 0.6, split test" in table
     assert [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")] == [
-        "method", "dense", "progressive",
+        "method", "dense", "progressive", "method", "chance", "majority", "longest", "dense", "progressive",
     ]  # fmt: skip
+    assert comparison_of(done)["floors"]["choice"]["chance"] == 0.5
     assert row_of(done, "progressive")["seeds"] == [0, 1]
     assert row_of(done, "dense")["gap"] == 0
 
@@ -495,9 +498,9 @@ def test_learning_rate_is_chosen_on_valid_alone(
     """Scores on test are the opposite of those on valid, and do not change the choice."""
     real_evaluate = scoring.evaluate
 
-    def evaluate(model: Any, tokenizer: Any, records: Any, *rest: Any) -> Any:
+    def evaluate(model: Any, tokenizer: Any, records: Any, *rest: Any, **general: Any) -> Any:
         scored.append(records)
-        return real_evaluate(model, tokenizer, records, *rest)
+        return real_evaluate(model, tokenizer, records, *rest, **general)
 
     scored: list[Any] = []
     monkeypatch.setattr(scoring, "evaluate", evaluate)

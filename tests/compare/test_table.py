@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 import pytest
@@ -45,6 +46,8 @@ def test_aggregate_gives_means_deviations_and_paired_errors() -> None:
     # One-stage's items over seeds: 1, 1.5, 2.5, 4; apart by 1, 0.5, 0.5, 1.
     assert scores["nll"]["difference"] == pytest.approx(0.75)
     assert scores["nll"]["difference_se"] == pytest.approx(math.sqrt(0.25 / 3) / 2)
+    # The seeds' differences are 0.5 and 1.
+    assert scores["nll"]["difference_seed_se"] == pytest.approx(math.sqrt(0.125 / 2))
     assert scores["acc"]["value"] == pytest.approx(0.125)
     # Beside dense only the seed that both have: 2.5 - 1, and 1 of 4 right against 4 of 4.
     assert row_of(comparison, "random")["gap"] == pytest.approx(1.5)
@@ -53,6 +56,9 @@ def test_aggregate_gives_means_deviations_and_paired_errors() -> None:
     assert row_of(comparison, "dense")["gap"] == 0
     assert "difference" not in row_of(comparison, "progressive")["scores"]["nll"]
     assert row_of(comparison, "progressive")["teacher_seconds"] == 60
+    assert [row_of(comparison, name)["cost_seconds"] for name in RATES] == [60, 60, 120]
+    assert comparison["made"]["dates"] == ["2026-11-30"]
+    assert render_markdown(comparison).startswith("demo, 2026-11-30, commit a7e92a6a7.\n")
 
 
 def test_reference_is_the_first_progressive_variant_without_progressive() -> None:
@@ -133,6 +139,45 @@ def test_markdown_has_a_table_for_each_budget_with_dense_in_all() -> None:
     assert [(row["method"], row["keep"]) for row in comparison["rows"]] == [
         (method, keep) for keep in (0.8, 0.6) for method in RATES
     ]
-    lines = [line for line in render_markdown(comparison).splitlines() if line.startswith("|")]
-    assert len({line.replace("\\|", "").count("|") for line in lines}) == 1
-    assert len(lines) == 2 * 5
+    tables = re.findall(r"(?:^\|.*\n)+", render_markdown(comparison), re.MULTILINE)
+    assert [len(table.splitlines()) for table in tables] == [5, 5] * 2  # means and tasks
+    for table in tables:
+        assert len({line.replace("\\|", "").count("|") for line in table.splitlines()}) == 1
+
+
+def test_general_tasks_are_in_a_table_of_their_own_and_in_no_mean() -> None:
+    def cell_of(method: str, shift: float) -> dict[str, Any]:
+        own = [item(f"a{n}", nll=1.0 + shift, tokens=1.0, accuracy=1.0) for n in range(4)]
+        school = [item(f"b{n}", nll=5.0 + shift, tokens=1.0, accuracy=0.0) for n in range(4)]
+        texts = [item(f"t{n}", nll=math.log(10) + shift, tokens=5.0) for n in range(4)]
+        tasks = task("a", own, "nll", "accuracy"), task("school", school, "nll", "accuracy", general=True)
+        floors = {"a": {"chance": 0.25, "majority": 0.3, "longest": 0.375}}
+        return cell(method, *tasks, task("law", texts, "perplexity", general=True), floors=floors)
+
+    comparison = aggregate([cell_of("random", 0.5), cell_of("progressive", 0.0)], RATES, CONFIG)
+    scores = row_of(comparison, "random")["scores"]
+    assert (scores["nll"]["value"], scores["acc"]["value"]) == (1.5, 1.0)
+    assert scores["nll"]["difference"] == pytest.approx(0.5)
+    assert (comparison["metrics"], comparison["tasks"]) == (["acc", "nll"], ["acc a"])
+    assert comparison["forgetting"] == ["acc school", "ppl law"]
+    assert scores["acc school"]["value"] == 0
+    assert scores["ppl law"]["difference"] == pytest.approx(10 * math.exp(0.5) - 10)
+    text = render_markdown(comparison)
+    assert "| method | acc school | ppl law |" in text
+    assert "| method | acc a |\n|---|---|\n| chance | 0.250 |\n| majority | 0.300 |\n| longest | 0.375 |\n" in text
+
+
+def test_cells_of_0_1_0_give_the_same_table() -> None:
+    """Their items are {id: {metric: value}}, and they name no general tasks, floors, day and commit."""
+    cells = realistic(list(RATES), [0.6], [0, 1])
+    old = []
+    for new in cells:
+        items = {
+            name: {
+                id: {metric: values[n] for metric, values in columns.items() if metric != "id"}
+                for n, id in enumerate(columns["id"])
+            }
+            for name, columns in new["items"].items()
+        }
+        old.append({key: value for key, value in new.items() if key not in ("general", "made")} | {"items": items})
+    assert aggregate(old, RATES, CONFIG)["rows"] == aggregate(cells, RATES, CONFIG)["rows"]

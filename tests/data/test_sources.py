@@ -97,6 +97,16 @@ def test_blank_lines_are_skipped_and_still_counted(tmp_path: Path) -> None:
     assert [r.source for r in read_records([source], DataConfig(), "train")] == [f"{source}:2", f"{source}:4"]
 
 
+def test_files_of_test_and_general_have_names_that_differ(tmp_path: Path) -> None:
+    for name in ("legal/text", "health/text", "general/quiz"):
+        write_lines(tmp_path / name / "test.jsonl", {"text": name})
+    general = ("health/text/test.jsonl", "general/quiz/test.jsonl")
+    config = DataConfig(root=str(tmp_path), test=("legal/text/test.jsonl", "demo"), general=general)
+    assert [record.task for record in read_records(config.test[:1], config, "test")] == ["legal/text"]
+    assert [record.task for record in read_records(general, config, "general")] == ["health/text", "quiz"]
+    assert [record.task for record in read_records(config.test[:1], config, "valid")] == ["text"]
+
+
 def test_globs_under_a_root_have_weights_and_task_names(tmp_path: Path) -> None:
     for name in ("legal/text", "general/text", "legal/ask"):
         write_lines(tmp_path / name / "train.jsonl", *pairs(2, start=len(name)))

@@ -232,6 +232,15 @@ def test_texts_and_guard_may_lack_the_group_but_must_not_share_one(tmp_path: Pat
         loaded(tmp_path, options={"group": "doc"}, test=pairs(1, 200), **rows)
 
 
+def test_general_rows_are_a_split_beside_test_that_train_shares_nothing_with(tmp_path: Path) -> None:
+    rows = {"train": pairs(9), "search": pairs(1, 20), "valid": pairs(1, 30), "test": pairs(2, 40)}
+    splits = loaded(tmp_path, general=pairs(3, 50), **rows)
+    assert (len(splits.test), len(splits.general)) == (2, 3)
+    assert set(splits.hashes) == {"train", "search", "valid", "test", "general"}
+    with pytest.raises(DataError, match=r"data\.train and data\.general overlap"):
+        loaded(tmp_path, general=pairs(3, 7), **rows)
+
+
 def test_rows_are_dropped_before_splits_are_carved(tmp_path: Path) -> None:
     splits = loaded(tmp_path, options={"overlap": "drop"}, train=pairs(100), test=pairs(50))
     assert splits.dropped == 50

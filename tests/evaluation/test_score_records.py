@@ -42,6 +42,18 @@ def test_each_kind_gets_its_scores() -> None:
     assert all(len(result.items) == 6 for result in tasks.values())
 
 
+def test_general_tasks_are_scored_and_in_no_mean() -> None:
+    model, school = speaker(), [choice(index, task="school") for index in range(6)]
+    alone = evaluate(model, characters(), mixed(), DataConfig(), CONFIG)
+    both = evaluate(model, characters(), mixed(), DataConfig(), CONFIG, general=school)
+    assert {name for name, result in both.tasks.items() if result.general} == {"school"}
+    assert both.tasks["school"].scores["accuracy"].n == 6
+    assert (both.mean("accuracy"), both.mean("nll")) == (alone.mean("accuracy"), alone.mean("nll"))
+    assert Evaluation.from_json(both.to_json()).mean("nll") == alone.mean("nll")
+    with pytest.raises(DataError, match=r"'organ' is in the rows of data\.test and of data\.general"):
+        evaluate(model, characters(), mixed(), DataConfig(), CONFIG, general=[choice(9)])
+
+
 def test_items_hold_prompt_and_answer() -> None:
     tasks = scored(mixed()).tasks
     first = next(item for item in tasks["organ"].items if item.id == "c0")

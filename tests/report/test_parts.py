@@ -54,6 +54,14 @@ def test_headline_is_the_mean_over_common_tasks() -> None:
     assert headline.recovery == pytest.approx(2 / 3)
 
 
+def test_headline_leaves_general_tasks_out() -> None:
+    school = replace(task("school", [0, 0]), general=True)
+    results = {name: Evaluation({"a": task("a", [1, 0]), "school": school}) for name in ("tuned", "pruned")}
+    headline = headline_score(results)
+    assert headline is not None
+    assert (headline.tasks, headline.pruned) == (1, 0.5)
+
+
 def test_headline_of_a_loss_has_no_recovery() -> None:
     results = {
         name: Evaluation({"a": TaskResult("a", {"perplexity": Score(9.0, 0.1, 5)}, ())}) for name in ("dense", "pruned")

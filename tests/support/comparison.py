@@ -17,8 +17,9 @@ def item(name: str, **scores: float) -> Item:
     return Item(name, "", "", "", None, scores)
 
 
-def task(name: str, items: Sequence[Item], *metrics: str) -> TaskResult:
-    return TaskResult(name, {metric: aggregate_items(items, metric) for metric in metrics}, tuple(items))
+def task(name: str, items: Sequence[Item], *metrics: str, general: bool = False) -> TaskResult:
+    scores = {metric: aggregate_items(items, metric) for metric in metrics}
+    return TaskResult(name, scores, tuple(items), general=general)
 
 
 def cell(method: str, *tasks: TaskResult, keep: float = 0.6, seed: int = 0, **values: Any) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def cell(method: str, *tasks: TaskResult, keep: float = 0.6, seed: int = 0, **va
         "peak_mb": 3000.0,
         "crowded": False,
         "curve": [],
+        "made": {"date": "2026-11-30", "commit": "a7e92a6" * 5},
         **values,
     }
 

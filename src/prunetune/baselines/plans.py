@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import random
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from prunetune.baselines.registry import Calibration, baseline
-from prunetune.baselines.scores import fisher, mean_squared_gate_gradients
+from prunetune.baselines.scores import fisher
 from prunetune.data.batches import Batch
 from prunetune.model.lm_head import capture_head_inputs, chunked_loss, logits_function
 from prunetune.plan import Plan
 from prunetune.pruning.masking import gates_from_plan, masked
-from prunetune.search.nested_sites import argsort_descending
+from prunetune.search.decision import split_like
 from prunetune.search.plan_rules import block_size, min_width
-from prunetune.search.searcher import Searcher, split_like
+from prunetune.search.searcher import Searcher
 from prunetune.utils.seeds import derive_seed
 
 GENERATIONS, OFFSPRING = 16, 8
@@ -28,25 +27,20 @@ SELECTION = ((2, 1), (1, 4))  # (survivors, batches that they are chosen on), on
 def generator(calibration: Calibration) -> Plan:
     """Plan of a pruning-decision generator, trained by Gumbel gates and a budget loss while all weights are frozen.
 
-    It takes `search.share` of train.steps, as the search of version 0.1.0 did while it tuned: 70 of 700. Its initial
-    logits are the gate gradients of `search.init_batches`, as there; 0 starts from nothing, as the authors do.
+    It takes as many steps as progressive removal takes for all its cuts: `search.span` of train.steps.
     """
-    config, sites = calibration.config, calibration.sites
-    search, keep = replace(config.search, gates="sampled"), config.budget.keep
+    config, search = calibration.config, calibration.config.search
     device = next(calibration.model.parameters()).device
-    searcher = Searcher(sites, calibration.constraints, replace(config, search=search), lambda _: keep, device)
-    if search.init_batches:
-        with torch.no_grad():
-            searcher.init_from_importance(mean_squared_gate_gradients(calibration))
+    searcher = Searcher(calibration.sites, calibration.constraints, config, device)
     decay = 0.0 if search.generator == "none" else 0.01  # free logits would decay to zero
     weights = list(searcher.generator.parameters())
     optimizer = torch.optim.AdamW(weights, lr=search.learning_rate, weight_decay=decay)
-    for step in range(max(1, round(config.train.steps * search.share))):
-        sampled = searcher.sample(step)
-        gradients = calibration.gate_gradients(step, {name: gate.detach() for name, gate in sampled.items()})
+    for step in range(max(1, round(config.train.steps * search.span))):
+        gates = searcher.sample(step)
+        gradients = calibration.gate_gradients(step, {name: gate.detach() for name, gate in gates.items()})
         # The gradient of this product at the gates is the model's, and flows on into the generator.
-        loss = torch.stack([(gate * gradients[name]).sum() for name, gate in sampled.items()]).sum()
-        (loss + search.ratio_weight * searcher.budget_loss(sampled)).backward()  # type: ignore[no-untyped-call]
+        loss = torch.cat(list(gates.values())) @ torch.cat([gradients[name] for name in gates])
+        (loss + search.ratio_weight * searcher.budget_loss(gates)).backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(weights, config.train.clip)
         optimizer.step()
         optimizer.zero_grad()
@@ -71,7 +65,7 @@ def evolution(calibration: Calibration) -> Plan:
     parent = calibration.select(scores)
     if calibration.constraints.layout == "uniform":
         return parent
-    order = argsort_descending(torch.cat(list(scores.values())))
+    order = torch.cat(list(scores.values())).argsort(descending=True, stable=True)
     ranks = torch.empty(len(order))
     ranks[order] = 1 - (torch.arange(len(order)) + 0.5) / len(order)  # in (0, 1), all different
     by_site = split_like(scores, ranks)

@@ -92,7 +92,7 @@ def _render_sizes(folder: Path, manifest: Manifest) -> str:
 
 def _format_mean_scores(file: Path) -> str:
     evaluation = Evaluation.from_json(file.read_text(encoding="utf-8"))
-    metrics = dict.fromkeys(headline_metric(result) for result in evaluation.tasks.values())
+    metrics = dict.fromkeys(headline_metric(result) for result in evaluation.tasks.values() if not result.general)
     scores = {metric: evaluation.mean(metric) for metric in metrics}
     return ", ".join(f"{metric} {score.value:.3f} ±{score.se:.3f}" for metric, score in scores.items())
 

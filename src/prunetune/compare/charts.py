@@ -83,7 +83,7 @@ def draw_metric_chart(
         3.0 if several_sizes else 0.7 + 0.24 * len(scored),
         lambda figure: draw(figure, metric, scored, styles),
     )
-    better = "Higher is better" if metric in ("acc", "rouge_l") else "Lower is better"
+    better = "Higher is better" if metric.startswith(("acc", "rouge_l")) else "Lower is better"
     return ComparisonChart(label, markup, f"{better}. Bars: one standard error over items.")
 
 

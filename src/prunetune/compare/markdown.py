@@ -7,12 +7,16 @@ from typing import Any
 
 from prunetune.report import formatting
 
+FLOORS = ("chance", "majority", "longest")  # rows of the table of tasks that need no model
 ABSENT = ""  # a value that a cell of the table does not have
 
 
 def render_markdown(comparison: Mapping[str, Any]) -> str:
-    """A Markdown table for each budget, one of the learning-rate trials, and a list of failed cells."""
-    sections = [_budget_table(comparison, keep) for keep in comparison["keeps"]]
+    """Markdown tables: of each budget the means, what was forgotten and the tasks; the learning rates; failed cells."""
+    sections = [format_made(comparison)]
+    for keep in comparison["keeps"]:
+        if rows := [row for row in comparison["rows"] if row["keep"] == keep]:
+            sections += _budget_tables(comparison, keep, rows)
     if comparison["rates"]:
         sections.append(_learning_rate_table(comparison["rates"]))
     if comparison["errors"]:
@@ -21,31 +25,60 @@ def render_markdown(comparison: Mapping[str, Any]) -> str:
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _budget_table(comparison: Mapping[str, Any], keep: float) -> str:
-    rows = [row for row in comparison["rows"] if row["keep"] == keep]
-    if not rows:
-        return ""
-    metrics, reference = comparison["metrics"], comparison["reference"]
-    head = ["method", "lr", "seeds", "kept", "gap", "acc of dense"]
-    for metric in metrics:
+def _budget_tables(comparison: Mapping[str, Any], keep: float, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    reference = comparison["reference"]
+    head = ["method", "help", "lr", "seeds", "kept", "gap", "acc of dense"]
+    for metric in comparison["metrics"]:
         head += [metric, "sd", "se", f"- {reference}"]
-    head += ["s", "teacher s", "MB"]
+    head += ["cost s", "train s", "teacher s", "MB"]
     title = (
         f"Keep {keep:g}, split {comparison['split']}: means over seeds; sd over seeds, se over items; "
-        f"minus {reference} with its standard error over paired items, * beyond two of them; gap: nll minus dense."
+        f"minus {reference} with its standard error over paired items (over seeds), * beyond two of both; "
+        "gap: nll minus dense; cost: training and its teacher's tuning."
     )
-    return f"{title}\n\n" + _table(head, [_row_cells(row, metrics) for row in rows])
+    sections = [f"{title}\n\n" + markdown_table(head, [_row_cells(row, comparison["metrics"]) for row in rows])]
+    if forgetting := comparison["forgetting"]:
+        title = f"Keep {keep:g}, outside the domain: zero-shot accuracy and perplexity, minus {reference}."
+        sections.append(f"{title}\n\n" + markdown_table(["method", *forgetting], _score_rows(rows, forgetting)))
+    if tasks := comparison["tasks"]:
+        title = f"Keep {keep:g}, each task, minus {reference}; first what needs no model, on the same rows."
+        by_task = [comparison["floors"].get(task.removeprefix("acc "), {}) for task in tasks]
+        floors = [[name, *(format_number(floor.get(name)) for floor in by_task)] for name in FLOORS if any(by_task)]
+        sections.append(f"{title}\n\n" + markdown_table(["method", *tasks], [*floors, *_score_rows(rows, tasks)]))
+    return sections
+
+
+def _score_rows(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[list[str]]:
+    """Each method's scores, each followed by its difference to the reference."""
+    return [
+        [row["method"]]
+        + [
+            " Δ ".join(filter(None, (format_number(score.get("value")), format_difference(score))))
+            for score in (row["scores"].get(metric, {}) for metric in metrics)
+        ]
+        for row in rows
+    ]
 
 
 def _row_cells(row: Mapping[str, Any], metrics: Sequence[str]) -> list[str]:
     share = row["acc_of_dense"]
-    cells = [row["method"], format_learning_rate(row), format_seeds(row), formatting.share(row["kept"], 1)]
-    cells += [format_signed(row["gap"]), ABSENT if share is None else formatting.share(share, 1)]
+    cells = [row["method"], row["help"] or ABSENT, format_learning_rate(row), format_seeds(row)]
+    cells += [formatting.share(row["kept"], 1), format_signed(row["gap"])]
+    cells += [ABSENT if share is None else formatting.share(share, 1)]
     for metric in metrics:
         score = row["scores"].get(metric, {})
         cells += [format_number(score.get(name)) for name in ("value", "sd", "se")] + [format_difference(score)]
-    memory = ABSENT if row["peak_mb"] is None else formatting.count(row["peak_mb"])
-    return [*cells, format_seconds(row["train_seconds"]), format_seconds(row["teacher_seconds"]), memory]
+    seconds = [format_seconds(row[key]) for key in ("cost_seconds", "train_seconds", "teacher_seconds")]
+    return [*cells, *seconds, ABSENT if row["peak_mb"] is None else formatting.count(row["peak_mb"])]
+
+
+def format_made(comparison: Mapping[str, Any]) -> str:
+    """When the cells ran, and by which version and commit."""
+    made = comparison["made"]
+    days = " to ".join(dict.fromkeys(made["dates"][:1] + made["dates"][-1:]))
+    parts = [days, *(f"prunetune {version}" for version in made["versions"])]
+    parts += [f"commit {commit[:9]}" for commit in made["commits"]]
+    return ", ".join([comparison["model"], *filter(None, parts)]) + "."
 
 
 def format_learning_rate(row: Mapping[str, Any]) -> str:
@@ -69,14 +102,23 @@ def format_signed(value: float | None) -> str:
 
 
 def format_difference(score: Mapping[str, Any]) -> str:
-    """A difference ± its standard error, with * if it is more than two of them; "" if there is none."""
+    """A difference ± its standard error over items (over seeds), * beyond two of both; "" if there is none."""
     if score.get("difference") is None:
         return ABSENT
     error = score.get("difference_se")
     if error is None:
         return format_signed(score["difference"])
-    mark = "*" if abs(score["difference"]) > 2 * error else ""
-    return f"{format_signed(score['difference'])} ± {format_number(error)}{mark}"
+    mark, over_seeds = "*" if is_significant(score) else "", score.get("difference_seed_se")
+    seeds = "" if over_seeds is None else f" ({format_number(over_seeds)})"
+    return f"{format_signed(score['difference'])} ± {format_number(error)}{mark}{seeds}"
+
+
+def is_significant(score: Mapping[str, Any]) -> bool:
+    """Whether a difference is more than two standard errors over items, and two over seeds if there are several."""
+    difference, error = score.get("difference"), score.get("difference_se")
+    if difference is None or error is None:
+        return False
+    return bool(abs(difference) > 2 * max(error, score.get("difference_seed_se") or 0.0))
 
 
 def format_seconds(value: float | None) -> str:
@@ -90,9 +132,10 @@ def _learning_rate_table(trials: Sequence[Mapping[str, Any]]) -> str:
         nll, chosen = format_number(trial["valid_nll"]), "chosen" if trial["chosen"] else ""
         rows.append([trial["method"], f"{trial['learning_rate']:g}", nll, chosen])
     title = "Learning rates, chosen on valid at the first seed and budget:"
-    return f"{title}\n\n" + _table(["method", "lr", "nll on valid", ""], rows)
+    return f"{title}\n\n" + markdown_table(["method", "lr", "nll on valid", ""], rows)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; a bar within a cell is escaped."""
     lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])

@@ -17,6 +17,7 @@ from prunetune.utils.files import write_text
 from prunetune.utils.json_lines import JsonObject
 
 LABELS = {"acc": "Mean accuracy", "nll": "Mean NLL per answer token", "rouge_l": "Mean ROUGE-L"}
+TASK_LABELS = {"acc": "Accuracy", "rouge_l": "ROUGE-L", "ppl": "Perplexity"}
 
 
 def write_page(folder: Path) -> Path:
@@ -41,19 +42,26 @@ def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: s
         "signed": markdown.format_signed, "difference": markdown.format_difference,
         "seconds": markdown.format_seconds, "learning_rate": markdown.format_learning_rate,
         "seeds": markdown.format_seeds, "significance": significance_class,
+        "number": markdown.format_number,
     }  # fmt: skip
     rows, reference = comparison["rows"], comparison["reference"]
     styles = charts.method_styles(list(dict.fromkeys(row["method"] for row in rows)), reference)
-    labels = {name: LABELS.get(name) or f"Perplexity, {name.removeprefix('ppl ')}" for name in comparison["metrics"]}
+    labels, forgetting, tasks = (
+        {name: metric_label(name) for name in comparison[key]} for key in ("metrics", "forgetting", "tasks")
+    )
     metric_charts = [
         charts.draw_metric_chart(number, metric, label, rows, styles)
-        for number, (metric, label) in enumerate(labels.items())
+        for number, (metric, label) in enumerate((labels | forgetting).items())
     ]
     return environment.get_template("comparison.html.j2").render(
         name=name,
         comparison=comparison,
         verdict=verdict(comparison),
         labels=labels,
+        forgetting=forgetting,
+        tasks=tasks,
+        floor_names=markdown.FLOORS if comparison["floors"] else (),
+        made=markdown.format_made(comparison),
         reference=reference,
         rows_by_keep={keep: [row for row in rows if row["keep"] == keep] for keep in comparison["keeps"]},
         charts=[chart for chart in metric_charts if chart is not None],
@@ -66,8 +74,14 @@ def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: s
     )
 
 
+def metric_label(name: str) -> str:
+    """The heading of a column: "acc" is a mean over tasks, "acc casehold" one task's."""
+    metric, _, task = name.partition(" ")
+    return LABELS.get(name) or f"{TASK_LABELS[metric]}, {task}"
+
+
 def verdict(comparison: JsonObject) -> str:
-    """The result in a sentence: the gap to dense of one stage and of the best two-stage method at the smallest size.
+    """The result in a sentence: the gap to dense of the reference and the best two-stage method at the smallest size.
 
     A size that lacks one of these is skipped.
     """
@@ -80,7 +94,7 @@ def verdict(comparison: JsonObject) -> str:
             removed = formatting.share(1 - ours["kept"])
             gap, best_gap = (formatting.signed_decimal(row["gap"]) for row in (ours, best))
             return (
-                f"{removed} removed: NLL {gap} over dense with one stage, "
+                f"{removed} removed: NLL {gap} over dense with {comparison['reference']}, "
                 f"{best_gap} with {best['method']}, the best two-stage"
             )
     methods = len({row["method"] for row in comparison["rows"]})
@@ -89,20 +103,15 @@ def verdict(comparison: JsonObject) -> str:
 
 def significance_class(score: JsonObject, metric: str) -> str:
     """The CSS class of a score: `better` or `worse` than the reference by more than two standard errors, else ""."""
-    difference, error = score.get("difference"), score.get("difference_se")
-    if difference is None or error is None or abs(difference) <= 2 * error:
+    if not markdown.is_significant(score):
         return ""
-    return "better" if (difference > 0) == (metric in ("acc", "rouge_l")) else "worse"
+    return "better" if (score["difference"] > 0) == metric.startswith(("acc", "rouge_l")) else "worse"
 
 
 def cost_rows(rows: Sequence[JsonObject]) -> list[JsonObject]:
-    """The rows of each method and size, once, with `total`: the seconds of its own training and its teacher's."""
-    unique: dict[tuple[str, float], JsonObject] = {}
-    for row in rows:
-        seconds = [row[key] for key in ("train_seconds", "teacher_seconds") if row[key] is not None]
-        if seconds:
-            unique.setdefault((row["method"], row["kept"]), {**row, "total": sum(seconds)})
-    return list(unique.values())
+    """The rows of each method and size that has scores, once."""
+    unique = {(row["method"], row["kept"]): row for row in reversed(rows) if row["cost_seconds"] is not None}
+    return list(reversed(unique.values()))
 
 
 def _environment_rows(manifest: Manifest) -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -71,7 +72,7 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
             write_text(context.folder.path / "config.yaml", yaml.safe_dump(to_mapping(config), sort_keys=False))
             facts = environment.describe_environment(context.device, context.dtype, command, context.config.seed)
             context.folder.update_manifest(**facts, **data_and_model_facts(context))
-            cells, rates = _Comparison(context, methods, grid, CellStore(context.folder.path)).run()
+            cells, rates = _Comparison(context, methods, grid, CellStore(context.folder.path), facts["commit"]).run()
     return _write_results(context, cells, rates)
 
 
@@ -112,6 +113,7 @@ class _Comparison:
     methods: Sequence[Method]
     grid: Grid
     store: CellStore
+    commit: str  # of prunetune, "" where it is not known
 
     def run(self) -> tuple[list[Cell], dict[str, float]]:
         """Run all cells; returns those that belong in the table, and each method's learning rate."""
@@ -202,6 +204,7 @@ class _Comparison:
             out_of_memory = isinstance(error, torch.OutOfMemoryError)
             log.exception("%s failed", cell.name)
             result = {**cell_header(cell), "error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+        result["made"] = {"date": date.today().isoformat(), "commit": self.commit}
         with CAPTURE_LOCK:  # CUDA graphs are freed while no thread captures one
             gc.collect()
         self.store.save(cell, result)

@@ -12,16 +12,17 @@ from prunetune.compare.methods import DENSE, REFERENCE
 from prunetune.compare.scoring import finite_or_none
 from prunetune.config.recipe import RunConfig
 from prunetune.evaluation.results import Item, Score, TaskResult
-from prunetune.evaluation.statistics import aggregate_items, paired_difference
+from prunetune.evaluation.statistics import PER_ITEM_METRIC, aggregate_items, paired_difference
 from prunetune.utils.json_lines import JsonObject
 
-ITEM_METRICS = {"acc": "accuracy", "nll": "nll", "rouge_l": "rouge_l"}
-PERPLEXITY_PREFIX = "ppl "  # of a column's name, before the name of the text
+# A column is a metric, which is a mean over the domain's tasks, or a metric and a task: "acc", "acc casehold".
+SCORE_NAMES = {"acc": "accuracy", "nll": "nll", "rouge_l": "rouge_l", "ppl": "perplexity"}
 FORMAT = "prunetune-comparison-1"
 COST_KEYS = ("train_seconds", "teacher_seconds", "eval_seconds", "peak_mb")
 # The values of a row whose cells all failed.
 EMPTY_ROW: JsonObject = {
-    "kept": None, "scores": {}, "gap": None, "acc_of_dense": None, **dict.fromkeys(COST_KEYS), "crowded": False,
+    "kept": None, "scores": {}, "gap": None, "acc_of_dense": None, "help": None, **dict.fromkeys(COST_KEYS),
+    "cost_seconds": None, "crowded": False,
 }  # fmt: skip
 
 
@@ -42,38 +43,53 @@ class SeedGroup:
 
     def values(self, metric: str) -> list[float]:
         """The metric's value for each seed that has one."""
-        return [value for cell in self.cells if (value := cell["headline"].get(metric)) is not None]
+        name, _, task = metric.partition(" ")
+        of_task = [cell["scores"].get(task, {}).get(SCORE_NAMES[name], [None])[0] for cell in self.cells]
+        values = of_task if task else [cell["headline"].get(metric) for cell in self.cells]
+        return [value for value in values if value is not None]
 
     def costs(self, key: str) -> list[float]:
         """One of `COST_KEYS` of each seed that has it."""
         return [cell[key] for cell in self.cells if cell.get(key) is not None]
 
     def task_results(self, metric: str) -> dict[str, TaskResult]:
-        """The tasks that have the metric; an item's score is its mean over seeds."""
-        score_name = item_metric(metric)
-        scores = self.cells[0]["scores"]
-        tasks = [metric.removeprefix(PERPLEXITY_PREFIX)] if score_name == "perplexity" else list(scores)
-        return {task: self._task_result(task, score_name) for task in tasks if score_name in scores.get(task, {})}
+        """The tasks that make up the metric; an item's score is its mean over seeds."""
+        name, _, task = metric.partition(" ")
+        scores, general = self.cells[0]["scores"], self.cells[0].get("general", [])
+        tasks = [task] if task else [task for task in scores if task not in general]
+        metric = SCORE_NAMES[name]
+        return {task: self._task_result(task, metric) for task in tasks if metric in scores.get(task, {})}
 
     def _task_result(self, task: str, metric: str) -> TaskResult:
-        items_by_seed = [cell["items"].get(task, {}) for cell in self.cells]
+        items_by_seed = [_item_scores(cell["items"].get(task, {})) for cell in self.cells]
         common = [name for name in items_by_seed[0] if all(name in items for items in items_by_seed)]
         items = tuple(
             Item(name, "", "", "", None, _mean_scores([items[name] for items in items_by_seed])) for name in common
         )
-        scored = [item for item in items if ("nll" if metric == "perplexity" else metric) in item.scores]
+        scored = [item for item in items if PER_ITEM_METRIC.get(metric, metric) in item.scores]
         return TaskResult(task, {metric: aggregate_items(scored, metric)}, items)
 
 
-def item_metric(metric: str) -> str:
-    """A column's metric as items and tasks name it."""
-    return "perplexity" if metric.startswith(PERPLEXITY_PREFIX) else ITEM_METRICS[metric]
+def _item_scores(columns: JsonObject) -> dict[str, dict[str, float]]:
+    """{id: {metric: score}} from the columns in a cell's file; cells of 0.1.0 are laid out so, with None for nan."""
+    if "id" not in columns:
+        return {
+            name: {metric: math.nan if value is None else value for metric, value in scores.items()}
+            for name, scores in columns.items()
+        }
+    scores: dict[str, dict[str, float]] = {name: {} for name in columns["id"]}
+    for metric, values in columns.items():
+        if metric != "id":
+            for name, value in zip(columns["id"], values, strict=True):
+                if value is not None:
+                    scores[name][metric] = float(value)
+    return scores
 
 
-def _mean_scores(scores_by_seed: Sequence[Mapping[str, float | None]]) -> dict[str, float]:
-    """The mean over seeds of every score that all seeds have; nan if one of them is not finite."""
+def _mean_scores(scores_by_seed: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean over seeds of every score that all seeds have; nan if one of them is."""
     return {
-        name: mean([math.nan if (value := scores[name]) is None else value for scores in scores_by_seed])
+        name: mean([scores[name] for scores in scores_by_seed])
         for name in scores_by_seed[0]
         if all(name in scores for scores in scores_by_seed)
     }
@@ -86,9 +102,9 @@ def aggregate(cells: Sequence[JsonObject], learning_rates: Mapping[str, float], 
     """
     keeps = sorted(set(config.compare.keeps or (config.budget.keep,)), reverse=True)
     kinds = {cell["method"]: method_kind(cell) for cell in cells}
-    one_stage = [name for name in learning_rates if kinds.get(name) == "one-stage"]
-    # That others are compared with: `one-stage`, or the first variant of it if that did not run.
-    reference = REFERENCE if REFERENCE in one_stage or not one_stage else one_stage[0]
+    own = [name for name in learning_rates if kinds.get(name) == "progressive"]
+    # That others are compared with: `progressive`, or the first variant of it if that did not run.
+    reference = REFERENCE if REFERENCE in own or not own else own[0]
     rows = [row for keep in keeps for row in _rows(cells, learning_rates, keep, reference)]
     return {
         "format": FORMAT,
@@ -96,11 +112,32 @@ def aggregate(cells: Sequence[JsonObject], learning_rates: Mapping[str, float], 
         "split": config.compare.split,
         "reference": reference,
         "keeps": keeps,
-        "metrics": list(dict.fromkeys(name for row in rows for name in row["scores"])),
+        **_columns(cells, rows),
+        "made": _made(cells),
         "rows": rows,
         "rates": _learning_rate_trials(cells, learning_rates),
         "errors": [{"cell": cell["cell"], "error": cell["error"]} for cell in cells if "error" in cell],
     }
+
+
+def _columns(cells: Sequence[JsonObject], rows: Sequence[JsonObject]) -> JsonObject:
+    """Names of scores by table: the domain's means and texts, what was known outside it, each task; and the floors."""
+    scored = [cell for cell in cells if "error" not in cell]
+    general = {task for cell in scored for task in cell.get("general", [])}
+    named = dict.fromkeys(name for row in rows for name in row["scores"])
+    means = dict.fromkeys(name for cell in scored for name in cell["headline"] if name in named)
+    return {
+        "metrics": [name for name in means if name.partition(" ")[2] not in general],
+        "forgetting": [name for name in means if name.partition(" ")[2] in general],
+        "tasks": [name for name in named if name not in means and not name.startswith("nll ")],
+        "floors": {task: floors for cell in scored for task, floors in cell.get("floors", {}).items()},
+    }
+
+
+def _made(cells: Sequence[JsonObject]) -> JsonObject:
+    """The days on which the cells ran, and the commits and versions that ran them; cells of 0.1.0 name the version."""
+    made = [{"version": cell.get("versions", {}).get("prunetune")} | cell.get("made", {}) for cell in cells]
+    return {f"{key}s": sorted({part[key] for part in made if part.get(key)}) for key in ("date", "commit", "version")}
 
 
 def _learning_rate_trials(cells: Sequence[JsonObject], learning_rates: Mapping[str, float]) -> list[JsonObject]:
@@ -134,7 +171,7 @@ def _rows(
     groups = {
         method: SeedGroup(scored)
         for method, row_cells in cells_by_method.items()
-        if (scored := tuple(cell for cell in row_cells if "error" not in cell))
+        if (scored := tuple(sorted((c for c in row_cells if "error" not in c), key=lambda cell: cell["seed"])))
     }
     return [
         {
@@ -152,14 +189,20 @@ def _rows(
 
 
 def method_kind(cell: JsonObject) -> str:
-    """How the cell's model was trained: dense, untuned, two-stage or one-stage."""
-    return next((kind for kind in ("dense", "untuned", "two-stage") if kind in cell["changes"]), "one-stage")
+    """How the cell's model was trained: dense, untuned, two-stage or progressive."""
+    return next((kind for kind in ("dense", "untuned", "two-stage") if kind in cell["changes"]), "progressive")
 
 
 def _row_scores(method: str, groups: Mapping[str, SeedGroup], reference_name: str) -> JsonObject:
     group, dense, reference = groups[method], groups.get(DENSE), groups.get(reference_name)
-    scores = {}
-    for metric in group.cells[0]["headline"]:
+    first, scores = group.cells[0], {}
+    of_tasks = [
+        f"{short} {task}"
+        for task, of_task in first["scores"].items()
+        for short, name in SCORE_NAMES.items()
+        if name in of_task and task not in first.get("general", [])
+    ]
+    for metric in dict.fromkeys([*first["headline"], *of_tasks]):
         if values := group.values(metric):
             scores[metric] = {
                 "value": finite_or_none(mean(values)),
@@ -172,7 +215,9 @@ def _row_scores(method: str, groups: Mapping[str, SeedGroup], reference_name: st
         "scores": scores,
         "gap": _relative_to_dense(group, dense, "nll", ratio=False),
         "acc_of_dense": _relative_to_dense(group, dense, "acc", ratio=True),
+        "help": first.get("help"),
         **{key: finite_or_none(mean(group.costs(key))) for key in COST_KEYS},
+        "cost_seconds": sum(mean(group.costs(key)) for key in ("train_seconds", "teacher_seconds")),
         "crowded": any(cell["crowded"] for cell in group.cells),
     }
 
@@ -199,21 +244,30 @@ def _pair_by_seed(group: SeedGroup, other: SeedGroup | None) -> tuple[SeedGroup,
 
 
 def mean_difference(group: SeedGroup, other: SeedGroup | None, metric: str) -> dict[str, float | None]:
-    """The group's mean minus the other's over common seeds, with the standard error over paired items."""
+    """The group's mean minus the other's over common seeds, {} without one: the paired difference of every table.
+
+    `difference_se` is over items: each item's scores are averaged over the seeds and paired, the tasks' errors combine
+    as independent. `difference_seed_se` is over seeds: the deviation of the seeds' differences over the root of their
+    number, None for one seed.
+    """
     pair = _pair_by_seed(group, other)
     if pair is None or not (pair[0].values(metric) and pair[1].values(metric)):
         return {}
     ours, theirs = pair
     our_tasks, their_tasks = ours.task_results(metric), theirs.task_results(metric)
     by_task = [
-        paired_difference(our_tasks[task], their_tasks[task], item_metric(metric))
+        paired_difference(our_tasks[task], their_tasks[task], SCORE_NAMES[metric.partition(" ")[0]])
         for task in our_tasks
         if task in their_tasks
     ]
     error = math.hypot(*(difference.se for difference in by_task)) / len(by_task) if by_task else math.nan
+    by_seed = [left - right for left, right in zip(ours.values(metric), theirs.values(metric), strict=False)]
+    is_paired = len(by_seed) == len(ours.cells) == len(theirs.cells) > 1
+    seed_error = float(np.std(by_seed, ddof=1)) / math.sqrt(len(by_seed)) if is_paired else math.nan
     return {
         "difference": finite_or_none(mean(ours.values(metric)) - mean(theirs.values(metric))),
         "difference_se": finite_or_none(error),
+        "difference_seed_se": finite_or_none(seed_error),
     }
 
 

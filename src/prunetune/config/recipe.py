@@ -53,12 +53,17 @@ class DataConfig:
     guard: tuple[str, ...] = sources(
         "Sources of general knowledge that validations score, never tuned on: texts, or rows with choices."
     )
+    general: tuple[str, ...] = sources(
+        "Sources scored at the end beside data.test, never tuned on and kept out of the means: what the model knows "
+        "outside its domain."
+    )
     root: str = option("", "Folder that relative sources start from; default: the working folder.")
     search_share: float = option(0.1, "Share of train that becomes search, if data.search is not given.", gt=0, le=0.5)
     valid_share: float = option(0.05, "Share of train that becomes valid, if data.valid is not given.", gt=0, le=0.5)
     test_share: float = option(0.1, "Share of train that becomes test, if data.test is not given.", gt=0, le=0.5)
     group: str = option(
-        "", "Row field whose rows stay in one split (patient, category, document); only texts and guard may lack it."
+        "",
+        "Row field whose rows stay in one split (patient, category); only texts, guard and general may lack it.",
     )
     template: Literal["auto", "chat", "raw"] = option(
         "auto", "chat: the tokenizer's template; raw: prompt then completion; auto: chat for rows with messages."

@@ -17,8 +17,8 @@ from prunetune.data.formats import READERS, UNTYPED
 from prunetune.data.records import Record, record_from_row
 from prunetune.errors import DataError, MissingPackage
 
-SplitName = Literal["train", "search", "valid", "test", "texts", "guard"]
-EXTRA_SPLITS: tuple[SplitName, ...] = ("texts", "guard")  # often from elsewhere, so rows may lack data.group
+SplitName = Literal["train", "search", "valid", "test", "texts", "guard", "general"]
+EXTRA_SPLITS: tuple[SplitName, ...] = ("texts", "guard", "general")  # often from elsewhere, so rows may lack data.group
 # Names that a split may have on the hub, the first that exists is read.
 HUB_SPLITS: dict[SplitName, tuple[str, ...]] = {
     "train": ("train",),
@@ -27,6 +27,7 @@ HUB_SPLITS: dict[SplitName, tuple[str, ...]] = {
     "test": ("test",),
     "texts": ("train",),
     "guard": ("validation", "valid", "dev", "test"),
+    "general": ("test",),
 }
 SPLIT_STEM = re.compile(r"(train|search|valid|validation|val|dev|test|eval)(-\d+-of-\d+)?")
 WEIGHT = re.compile(r"(?P<path>.+)\*(?P<weight>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", re.IGNORECASE)
@@ -97,7 +98,10 @@ def read_rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> t
 def _rows(sources: Sequence[str], config: DataConfig, split: SplitName) -> Iterator[SourceRow | Record]:
     parsed = [Source.parse(source) for source in sources]
     files = {source: _matching_files(source.path, config) for source in parsed if source.path != "demo"}
-    tasks = _task_names({path for paths in files.values() for path in paths})
+    # Test and general rows are scored side by side, so their files get names that differ.
+    others = [Source.parse(text).path for text in (*config.test, *config.general) if split in ("test", "general")]
+    siblings = {file for path in others if path != "demo" for file in _matching_files(path, config)}
+    tasks = _task_names(siblings.union(*files.values()))
     for source in parsed:
         if source.path == "demo":
             yield from read_demo(split, source.weight)

@@ -1,4 +1,4 @@
-"""Splits: train, search, valid, test, texts and guard; the missing ones are carved off train, overlaps are refused."""
+"""The splits of a run, from train to general; missing ones are carved off train, overlaps are refused."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ DISJOINT: tuple[tuple[SplitName, SplitName], ...] = (
     ("train", "test"), ("train", "valid"), ("train", "search"), ("texts", "test"), ("texts", "valid"),
     ("guard", "test"),  # limits decide by the guard, so its rows are not reported as test scores
     ("train", "guard"), ("search", "guard"), ("texts", "guard"),
+    ("train", "general"), ("search", "general"), ("valid", "general"), ("texts", "general"), ("guard", "general"),
 )  # fmt: skip
 
 
@@ -34,10 +35,11 @@ class Splits:
     test: tuple[Record, ...]
     texts: tuple[Record, ...] = ()  # unlabelled, for distillation
     guard: tuple[Record, ...] = ()  # scored during the run to check limits
+    general: tuple[Record, ...] = ()  # scored beside test, kept out of the means
     dropped: int = 0  # records left out because another split has them too
 
     def by_name(self) -> dict[SplitName, tuple[Record, ...]]:
-        """The records by the name of their split; texts and guard only where there are any."""
+        """The records by the name of their split; texts, guard and general only where there are any."""
         splits: dict[SplitName, tuple[Record, ...]] = {name: getattr(self, name) for name in get_args(SplitName)}
         return {name: records for name, records in splits.items() if records or name not in EXTRA_SPLITS}
 
@@ -83,13 +85,13 @@ def _drop_carved_overlap(texts: Sequence[Record], carved: Iterable[Sequence[Reco
 
 
 def _configured_sources(config: DataConfig) -> dict[SplitName, Sequence[str]]:
-    """{split: sources} of the splits that have any; the demo has all but texts and guard."""
+    """{split: sources} of the splits that have any; the demo has all but texts, guard and general."""
     sources: dict[SplitName, Sequence[str]] = {
         "train": config.train, "search": config.search, "valid": config.valid, "test": config.test,
     }  # fmt: skip
     if all(Source.parse(source).path == "demo" for source in config.train):
         sources = {name: own or ("demo",) for name, own in sources.items()}
-    sources |= {"texts": config.distill_texts, "guard": config.guard}
+    sources |= {"texts": config.distill_texts, "guard": config.guard, "general": config.general}
     return {name: own for name, own in sources.items() if own}
 
 

@@ -47,6 +47,7 @@ class TaskResult:
     scores: dict[str, Score]
     items: tuple[Item, ...]
     error: str = ""  # why there are no scores
+    general: bool = False  # of data.general: reported, but in no mean over tasks
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,9 @@ class Evaluation:
     tasks: dict[str, TaskResult]
 
     def mean(self, metric: str) -> Score:
-        """The mean over the tasks that have `metric`, each weighing the same; nan over no task. `n` counts tasks."""
-        scores = [result.scores[metric] for result in self.tasks.values() if metric in result.scores]
+        """The mean over the domain's tasks that have `metric`, weighing the same; nan over none. `n` counts tasks."""
+        results = [result for result in self.tasks.values() if not result.general]
+        scores = [result.scores[metric] for result in results if metric in result.scores]
         if not scores:
             return Score(math.nan, math.nan, 0)
         value = math.fsum(score.value for score in scores) / len(scores)
@@ -121,6 +123,7 @@ def _task_to_dict(result: TaskResult) -> dict[str, Any]:
             for item in result.items
         ],
         **({"error": result.error} if result.error else {}),
+        **({"general": True} if result.general else {}),
     }
 
 
@@ -141,6 +144,7 @@ def _result(task: str, data: Mapping[str, Any]) -> TaskResult:
         },
         tuple(_item(item) for item in data["items"]),
         str(data.get("error", "")),
+        bool(data.get("general")),
     )
 
 

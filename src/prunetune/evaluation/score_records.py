@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from prunetune.config.recipe import DataConfig, EvaluateConfig
@@ -35,6 +36,8 @@ def evaluate(
     data: DataConfig,
     config: EvaluateConfig,
     progress: ProgressCallback | None = None,
+    *,
+    general: Sequence[Record] = (),
 ) -> Evaluation:
     """Score `model` on `records`, task by task, on the device it is on. Raises `DataError` where there is no record.
 
@@ -48,17 +51,23 @@ def evaluate(
     - ROUGE-L and exact match of greedy answers, for the first `generate_limit` records without choices.
 
     Of `data` only the template counts: a prompt longer than the model's context loses its beginning, whatever
-    `data.max_length` and `data.too_long` say about tuning.
+    `data.max_length` and `data.too_long` say about tuning. Tasks of `general` are scored too, but kept out of means.
     """
     if not records:
         raise DataError("no test records to evaluate; name some in data.test, or raise data.test_share")
     by_task: dict[str, list[Record]] = {}
-    for record in records:
+    for record in (*records, *general):
         by_task.setdefault(record.task, []).append(record)
+    general_tasks = {record.task for record in general}
+    if shared := general_tasks & {record.task for record in records}:
+        raise DataError(f"task {min(shared)!r} is in the rows of data.test and of data.general: rename one of the two")
     backend = _SharedPasses(model, tokenizer, max_tokens=config.max_tokens)
     return Evaluation(
         {
-            task: _score(backend, task, stable_sample(rows, config.limit), data, config, progress)
+            task: replace(
+                _score(backend, task, stable_sample(rows, config.limit), data, config, progress),
+                general=task in general_tasks,
+            )
             for task, rows in by_task.items()
         }
     )

@@ -16,7 +16,6 @@ from prunetune.bench.speed import measure_speed
 from prunetune.config.recipe import RunConfig
 from prunetune.data.batches import BatchStream, pad_token_id, unlabelled_examples
 from prunetune.data.encoding import Example
-from prunetune.data.records import Record
 from prunetune.data.sources import SplitName
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
@@ -196,7 +195,7 @@ def evaluate_models(context: RunContext, names: Sequence[str]) -> None:
             continue
         model = load_model(context, name)
         context.console.stage(f"evaluate {name}", 1)
-        result = score_model(context, model, context.splits.test)
+        result = score_model(context, model)
         if name != "tuned":
             speeds = ModelSpeeds.from_dict(speeds.to_dict() | {name: measure_speed(model).to_dict()})
             context.folder.update_manifest(speed=speeds)
@@ -230,10 +229,12 @@ def measure_budgets(context: RunContext) -> None:
     folder.update_manifest(peak_memory_mb=environment.peak_memory_mb(context.device))
 
 
-def score_model(context: RunContext, model: Any, records: tuple[Record, ...]) -> Evaluation:
-    """Score one model on records, as the recipe's `evaluate` says."""
-    config, progress = context.config, context.console.evaluation_progress
-    return evaluate(model, context.tokenizer, records, config.data, config.evaluate, progress)
+def score_model(context: RunContext, model: Any) -> Evaluation:
+    """Score one model on test and general rows, as the recipe's `evaluate` says."""
+    config, splits, progress = context.config, context.splits, context.console.evaluation_progress
+    return evaluate(
+        model, context.tokenizer, splits.test, config.data, config.evaluate, progress, general=splits.general
+    )
 
 
 def load_model(context: RunContext, name: str) -> Any:

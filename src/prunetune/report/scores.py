@@ -137,7 +137,7 @@ def headline_score(evaluations: Mapping[str, Evaluation]) -> HeadlineScore | Non
             name: {
                 task: result.scores[metric]
                 for task, result in evaluation.tasks.items()
-                if metric in result.scores and math.isfinite(result.scores[metric].value)
+                if metric in result.scores and not result.general and math.isfinite(result.scores[metric].value)
             }
             for name, evaluation in evaluations.items()
         }

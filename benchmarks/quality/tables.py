@@ -1,0 +1,117 @@
+"""Tables of README and docs, written from files of results; `tests/test_figures.py` holds them against these files.
+
+    python benchmarks/quality/tables.py [NAME] [PAGE ...]
+
+writes every marked table of the pages (README.md, docs and benchmarks/README.md), or those of one name, anew. A mark is
+a line above a table: the table's name (one of `TABLES`), its file, and what it shows of it.
+
+    <!-- figures: floors benchmarks/quality/results/floors.json domains=legal,healthcare -->
+    <!-- figures: methods RESULTS.json keep=0.6 methods=dense,fisher columns="acc,nll,-nll,ppl general/text,cost" -->
+
+Columns of `methods` are scores (mean over seeds), scores with a minus (the difference to the reference, its standard
+error over items and in brackets over seeds), and those of `FACTS`. RESULTS.json is a file of `merged.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shlex
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from merged import read_results
+
+from prunetune.compare import markdown
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "benchmarks" / "README.md"]
+MARK = re.compile(r"^<!-- figures: (?P<name>\S+) (?P<call>.+) -->\n(?:(?:_.+_\n\n)?(?:^\|.*\n)+)?", re.MULTILINE)
+FLOORS = (*markdown.FLOORS, "words")
+FACTS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "help": lambda row: row["help"] or "",
+    "lr": markdown.format_learning_rate,
+    "seeds": markdown.format_seeds,
+    "kept": lambda row: f"{row['kept']:.3f}",
+    "gap": lambda row: markdown.format_signed(row["gap"]),
+    "cost": lambda row: markdown.format_seconds(row["cost_seconds"]),
+}
+
+
+def floors_table(file: Path, domains: str) -> str:
+    """Accuracies that need no model, by task, and the mean of the best over the tasks that have train rows."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    rows = []
+    for domain in domains.split(","):
+        tasks, best = content["domains"][domain], []
+        for task, found in tasks.items():
+            values = {name: found[name] for name in FLOORS if name in found}
+            best += [max(values.values())] if found["tuned"] else []
+            cells = [f"{values[name]:.3f}" if name in values else "" for name in FLOORS]
+            rows.append([domain, task, str(found["rows"]), *cells, f"{max(values.values()):.3f}"])
+        if best:
+            rows.append([domain, "mean of the tuned tasks", *[""] * (1 + len(FLOORS)), f"{sum(best) / len(best):.3f}"])
+    head = ["domain", "task", "rows", "chance", "majority", "longest", "bag of words", "best"]
+    made = content["made"]
+    return f"_{made['date']}, commit {made['commit'][:9]}._\n\n" + markdown.markdown_table(head, rows) + "\n"
+
+
+@cache
+def comparison_of(file: Path, keep: float) -> dict[str, Any]:
+    """The comparison at one budget, computed from the items of a file of results."""
+    return read_results([file]).comparison([keep])
+
+
+def methods_table(file: Path, keep: str, columns: str, methods: str = "") -> str:
+    """Rows of a comparison at one budget, all methods or those named, in that order."""
+    comparison = comparison_of(file, float(keep))
+    by_method = {row["method"]: row for row in comparison["rows"]}
+    rows = []
+    for method in methods.split(",") if methods else by_method:
+        cells = [method]
+        for column in columns.split(","):
+            score = by_method[method]["scores"].get(column.removeprefix("-"), {})
+            if column in FACTS:
+                cells.append(FACTS[column](by_method[method]))
+            elif column.startswith("-"):
+                cells.append(markdown.format_difference(score))
+            else:
+                cells.append(markdown.format_number(score["value"]))
+        rows.append(cells)
+    head = [f"{c[1:]} - {comparison['reference']}" if c.startswith("-") else c for c in columns.split(",")]
+    return f"_{markdown.format_made(comparison)}_\n\n" + markdown.markdown_table(["method", *head], rows) + "\n"
+
+
+TABLES: dict[str, Callable[..., str]] = {"floors": floors_table, "methods": methods_table}
+
+
+def with_tables(page: str, only: str = "") -> str:
+    """The text of a page with its marked tables (of one name) made from their files."""
+
+    def made(mark: re.Match[str]) -> str:
+        if only and mark["name"] != only:
+            return mark[0]
+        file, *options = shlex.split(mark["call"])
+        table = TABLES[mark["name"]](ROOT / file, **dict(option.split("=", 1) for option in options))
+        return f"{mark[0].splitlines()[0]}\n{table}"
+
+    return MARK.sub(made, page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", nargs="?", default="", choices=["", *TABLES], help="of the tables; default: all")
+    parser.add_argument("pages", nargs="*", type=Path, default=PAGES)
+    arguments = parser.parse_args()
+    for page in arguments.pages:
+        text = page.read_text(encoding="utf-8")
+        if (new := with_tables(text, arguments.name)) != text:
+            page.write_text(new, encoding="utf-8")
+            print(f"{page}: tables written")
+
+
+if __name__ == "__main__":
+    main()
