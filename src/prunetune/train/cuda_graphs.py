@@ -89,7 +89,9 @@ class CudaGraphRecorder:
         graph.replay()
 
     def reset_recordings(self) -> None:
-        """Drop all recordings and their memory."""
+        """Drop all recordings and their memory, once no kernel of theirs still runs."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
         with CAPTURE_LOCK:  # graphs must not be freed while another thread records
             self._warmed_up.clear()
             self._graphs.clear()

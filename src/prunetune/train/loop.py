@@ -84,5 +84,6 @@ def tune_and_prune(job: TrainingJob) -> Plan:
         assert decision.plan is not None
         weights.cut(decision.plan, 0)
         progress.save(decision)
+    weights.release_recordings()
     assert decision.plan is not None
     return decision.plan

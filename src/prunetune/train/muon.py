@@ -28,7 +28,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, weights: Iterable[nn.Parameter], *, lr: float) -> None:
         super().__init__(list(weights), {"lr": lr})
         self._weights: list[nn.Parameter] = self.param_groups[0]["params"]
-        self._recorder = CudaGraphRecorder(self._weights[0].device)
+        self.recorder = CudaGraphRecorder(self._weights[0].device)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -39,7 +39,7 @@ class Muon(torch.optim.Optimizer):
                 state |= {"step": torch.tensor(0.0), "momentum": torch.zeros_like(weight)}
         torch._foreach_add_([state["step"] for state in states], 1)
         rate = torch.tensor(self.param_groups[0]["lr"] * min(1.0, float(states[0]["step"]) / WARMUP))
-        self._recorder.run("update", self._update, [rate])
+        self.recorder.run("update", self._update, [rate])
 
     @torch.no_grad()
     def _update(self, inputs: Sequence[Tensor]) -> None:

@@ -32,7 +32,9 @@ from prunetune.train.teacher import Teacher, split_by_teacher
 log = logging.getLogger(__name__)
 
 COMPILE_MIN_STEPS = 1000  # steps from which compiling pays
-FINE_MIN_STEPS = 100  # steps between two cuts from which it pays to record many lengths of rows, with little padding
+# Lengths of packed rows are multiples of TOKEN_STEP times this, by the most steps that a recording is replayed for: each
+# length is recorded anew after a cut, which takes as long as some twenty replays.
+ROW_STEPS = {300: 4, 2000: 2}
 GateTensors = Mapping[str, Tensor]
 Losses = Mapping[str, float]  # by metric, see `losses.TERMS`
 # Over a row, with its teacher; by metric, what a sum over the row is multiplied by to give its part of the mean.
@@ -197,7 +199,7 @@ class PackedPasses(_BasePasses):
 
     def use_sites(self, sites: Sequence[Site], steps: int) -> None:
         self.sites = sites
-        self.token_step = TOKEN_STEP if steps >= FINE_MIN_STEPS else 4 * TOKEN_STEP
+        self.token_step = TOKEN_STEP * next((factor for most, factor in ROW_STEPS.items() if steps <= most), 1)
         self.gates = torch.zeros(sum(site.units for site in sites), device=self.device, requires_grad=True)
         self.gates.grad = torch.zeros_like(self.gates)
         self.reset_recordings()

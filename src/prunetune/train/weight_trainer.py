@@ -80,6 +80,7 @@ class WeightTrainer:
         sites, relative = self.sites, plan if self.plan is None else plan_within(plan, self.plan)
         before, was_merged = list(trainable_parameters(self.job.model)), self.is_merged
         moments = group_by_moment(optimizer_tensors(self.optimizer, before))
+        self.release_recordings()
         self.apply_cut(plan, steps)
         self.optimizer = self._new_optimizer()
         if self.is_merged and not was_merged:
@@ -106,6 +107,12 @@ class WeightTrainer:
             parameter.data = weights[name].to(parameter.device)
         self.optimizer = self._new_optimizer()
         restore_optimizer(self.optimizer, list(named), moments)
+
+    def release_recordings(self) -> None:
+        """Drop recorded passes and updates before what they read and write is let go."""
+        self.passes.reset_recordings()
+        if isinstance(self.optimizer, Muon):
+            self.optimizer.recorder.reset_recordings()
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         train, self.weights = self.job.config.train, list(trainable_parameters(self.job.model).values())
