@@ -101,13 +101,18 @@ def summary_rows(file: Path, files: str) -> dict[tuple[str, float], dict[str, An
 def summary_table(file: Path, files: str, keep: str, methods: str = "") -> str:
     """Mean scores at one budget: all methods of the files or those named, in that order."""
     rows = summary_rows(file, files)
-    names = methods.split(",") if methods else list(dict.fromkeys(name for name, kept in rows if kept in (1, float(keep))))
+    names = (
+        methods.split(",") if methods else list(dict.fromkeys(name for name, kept in rows if kept in (1, float(keep))))
+    )
     cells = []
     for name in names:
         row = rows.get((name, float(keep))) or rows[name, 1.0]
         scores = [markdown.format_number(row[key]) for key in ("acc", "nll", "nll_sd", "domain_ppl", "general_ppl")]
         cells.append([name, f"{row['learning_rate']:g}", str(row["seeds"]), *scores])
-    return markdown.markdown_table(["method", "lr", "seeds", "acc", "nll", "sd", "domain ppl", "general ppl"], cells) + "\n"
+    return (
+        markdown.markdown_table(["method", "lr", "seeds", "acc", "nll", "sd", "domain ppl", "general ppl"], cells)
+        + "\n"
+    )
 
 
 def budgets_table(file: Path, files: str, methods: str) -> str:
