@@ -90,7 +90,8 @@ def methods_table(file: Path, keep: str, columns: str, methods: str = "") -> str
 
 def summary_rows(file: Path, files: str) -> dict[tuple[str, float], dict[str, Any]]:
     """(method, keep) -> its mean scores; the dense model's keep is 1."""
-    content, rows = json.loads(file.read_text(encoding="utf-8")), {}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    rows: dict[tuple[str, float], dict[str, Any]] = {}
     for name in files.split(","):
         for values in content["files"][name]["rows"]:
             row = dict(zip(content["columns"], values, strict=True))
@@ -101,18 +102,14 @@ def summary_rows(file: Path, files: str) -> dict[tuple[str, float], dict[str, An
 def summary_table(file: Path, files: str, keep: str, methods: str = "") -> str:
     """Mean scores at one budget: all methods of the files or those named, in that order."""
     rows = summary_rows(file, files)
-    names = (
-        methods.split(",") if methods else list(dict.fromkeys(name for name, kept in rows if kept in (1, float(keep))))
-    )
+    at_keep = [name for name, kept in rows if kept in (1, float(keep))]
     cells = []
-    for name in names:
+    for name in methods.split(",") if methods else dict.fromkeys(at_keep):
         row = rows.get((name, float(keep))) or rows[name, 1.0]
         scores = [markdown.format_number(row[key]) for key in ("acc", "nll", "nll_sd", "domain_ppl", "general_ppl")]
         cells.append([name, f"{row['learning_rate']:g}", str(row["seeds"]), *scores])
-    return (
-        markdown.markdown_table(["method", "lr", "seeds", "acc", "nll", "sd", "domain ppl", "general ppl"], cells)
-        + "\n"
-    )
+    head = ["method", "lr", "seeds", "acc", "nll", "sd", "domain ppl", "general ppl"]
+    return markdown.markdown_table(head, cells) + "\n"
 
 
 def budgets_table(file: Path, files: str, methods: str) -> str:
