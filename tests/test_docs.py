@@ -17,7 +17,8 @@ from packaging.utils import canonicalize_name
 
 import prunetune
 from prunetune.cli.app import app
-from prunetune.config.recipe import from_mapping
+from prunetune.compare.methods import read_variants
+from prunetune.config.recipe import from_mapping, load_recipe
 from prunetune.data.records import record_from_row
 from prunetune.evaluation.suites import parse_suite
 from prunetune.pruning.families import FAMILIES, architecture_info
@@ -80,6 +81,14 @@ def test_recipes_and_suites_in_the_docs_are_valid(page: str, text: str) -> None:
         assert not [task.error for task in parse_suite(values, where=page).tasks if task.error]
     else:
         assert from_mapping(values, where=page).data.train
+
+
+def test_variants_of_the_benchmarks_are_valid() -> None:
+    """A variants file that names a retired option would fail only when its comparison runs."""
+    quality = ROOT / "benchmarks" / "quality"
+    for variants, recipe in (("equal-help", "legal"), ("equal-help", "healthcare"), ("paper", "paper")):
+        config = load_recipe(ROOT / "recipes" / f"{recipe}.yaml", {})
+        assert read_variants(quality / f"{variants}.yaml", config)
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("json"), ids=first_line)

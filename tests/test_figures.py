@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -59,3 +60,22 @@ def test_table_of_methods_is_computed_from_the_cells(tables: ModuleType, tmp_pat
     assert "| method | nll | nll - progressive | cost |" in written
     assert f"| fisher | {score['value']:.3f} | {format_difference(score)} | 60 |" in written
     assert tables.with_tables(written) == written
+
+
+def test_first_file_of_a_summary_counts_for_a_method_and_a_budget(tables: ModuleType, tmp_path: Path) -> None:
+    file = tmp_path / "summary.json"
+    columns = ["method", "keep", "learning_rate", "seeds", "acc", "nll", "nll_sd", "domain_ppl", "general_ppl"]
+    dense = ["dense", 0.6, 5e-4, 3, 0.7, 1.1, 0.01, 14.0, 23.0]
+    new, old = (["taylor", 0.6, 1e-3, 1, 0.6, nll, None, 30.0, ppl] for nll, ppl in ((1.3, 99.6), (1.4, 1234.0)))
+    other = ["taylor", 0.4, 1e-3, 1, 0.5, 1.5, None, 40.0, 1234.0]
+    files = {"new": {"rows": [dense, new]}, "old": {"rows": [old, other]}}
+    file.write_text(json.dumps({"columns": columns, "files": files}))
+    summary = tables.with_tables(f"<!-- figures: summary {file} files=new,old keep=0.6 -->\n")
+    assert "| dense | 0.0005 | 3 | 0.700 | 1.100 | 0.010 |" in summary
+    assert "| taylor | 0.001 | 1 | 0.600 | 1.300 |  |" in summary
+    budgets = tables.with_tables(f"<!-- figures: budgets {file} files=new,old methods=dense,taylor -->\n")
+    assert budgets.splitlines()[3:] == [
+        "| 0% | 1.100 (23) |  |",
+        "| 40% |  | 1.300 (100) |",
+        "| 60% |  | 1.500 (1,234) |",
+    ]

@@ -7,9 +7,12 @@ a line above a table: the table's name (one of `TABLES`), its file, and what it 
 
     <!-- figures: floors benchmarks/quality/results/floors.json domains=legal,healthcare -->
     <!-- figures: methods RESULTS.json keep=0.6 methods=dense,fisher columns="acc,nll,-nll,ppl general/text,cost" -->
+    <!-- figures: summary SUMMARY.json files=legal-rates keep=0.6 -->
+    <!-- figures: budgets SUMMARY.json files=legal-curves,legal-seeds methods=taylor-rank-32,flap-rank-32 -->
 
 Columns of `methods` are scores (mean over seeds), scores with a minus (the difference to the reference, its standard
-error over items and in brackets over seeds), and those of `FACTS`. RESULTS.json is a file of `merged.py`.
+error over items and in brackets over seeds), and those of `FACTS`. RESULTS.json is a file of `merged.py`. SUMMARY.json
+holds means only, of version 0.1.0: of several files, the first that has a method and a budget counts.
 """
 
 from __future__ import annotations
@@ -85,7 +88,48 @@ def methods_table(file: Path, keep: str, columns: str, methods: str = "") -> str
     return f"_{markdown.format_made(comparison)}_\n\n" + markdown.markdown_table(["method", *head], rows) + "\n"
 
 
-TABLES: dict[str, Callable[..., str]] = {"floors": floors_table, "methods": methods_table}
+def summary_rows(file: Path, files: str) -> dict[tuple[str, float], dict[str, Any]]:
+    """(method, keep) -> its mean scores; the dense model's keep is 1."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    rows: dict[tuple[str, float], dict[str, Any]] = {}
+    for name in files.split(","):
+        for values in content["files"][name]["rows"]:
+            row = dict(zip(content["columns"], values, strict=True))
+            rows.setdefault((row["method"], 1.0 if row["method"] == "dense" else row["keep"]), row)
+    return rows
+
+
+def summary_table(file: Path, files: str, keep: str, methods: str = "") -> str:
+    """Mean scores at one budget: all methods of the files or those named, in that order."""
+    rows = summary_rows(file, files)
+    at_keep = [name for name, kept in rows if kept in (1, float(keep))]
+    cells = []
+    for name in methods.split(",") if methods else dict.fromkeys(at_keep):
+        row = rows.get((name, float(keep))) or rows[name, 1.0]
+        scores = [markdown.format_number(row[key]) for key in ("acc", "nll", "nll_sd", "domain_ppl", "general_ppl")]
+        cells.append([name, f"{row['learning_rate']:g}", str(row["seeds"]), *scores])
+    head = ["method", "lr", "seeds", "acc", "nll", "sd", "domain ppl", "general ppl"]
+    return markdown.markdown_table(head, cells) + "\n"
+
+
+def budgets_table(file: Path, files: str, methods: str) -> str:
+    """NLL, and perplexity of general texts in brackets: a row for each budget, a column for each method."""
+    rows, names = summary_rows(file, files), methods.split(",")
+    cells = []
+    for keep in sorted({kept for _, kept in rows}, reverse=True):
+        found = [rows.get((name, keep)) for name in names]
+        scores = [f"{row['nll']:.3f} ({row['general_ppl']:,.0f})" if row else "" for row in found]
+        if any(found):
+            cells.append([f"{100 * (1 - keep):.0f}%", *scores])
+    return markdown.markdown_table(["removed", *names], cells) + "\n"
+
+
+TABLES: dict[str, Callable[..., str]] = {
+    "floors": floors_table,
+    "methods": methods_table,
+    "summary": summary_table,
+    "budgets": budgets_table,
+}
 
 
 def with_tables(page: str, only: str = "") -> str:
