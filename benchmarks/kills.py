@@ -1,13 +1,13 @@
-"""Kills a run at random moments, goes on with --resume each time, and compares plan and weights to the bit (E4).
+"""Kills a run at random moments, goes on with --resume each time, and compares plan and weights to the bit (M8).
 
     python benchmarks/kills.py [--kills 30] [--seed 0] [--steps 400] [--device cpu] [--jobs 1]
 
-The run is whole (teacher, search, cut, all weights, export, evaluation, report), on a small random model made here. A
+The run is whole (teacher, four cuts, all weights, export, evaluation, report), on a small random model made here. A
 kill is SIGKILL to the process: a stage is drawn among those that the run has not reached, and up to half a second after
-the run got there it is killed; while it writes a checkpoint, at once. Runs that end are compared, and another begins
-until the kills are used up. On a GPU, runs are `deterministic`: without it bits differ, killed or not. With `--jobs N`,
-N runs go on side by side, each with a seed and a share of the kills of its own, beside N uninterrupted ones, which have
-to be equal.
+the run got there it is killed; while it scores or cuts, or writes a checkpoint, at once. Runs that end are compared,
+and another begins until the kills are used up. On a GPU, runs are `deterministic`: without it bits differ, killed or
+not. With `--jobs N`, N runs go on side by side, each with a seed and a share of the kills of its own, beside N
+uninterrupted ones, which have to be equal.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ data: {{train: [{folder}/rows.jsonl], test_share: 0.25, valid_share: 0.2}}
 budget: {{keep: 0.6, align: 8}}
 train: {{steps: {steps}, batch_size: 4, checkpoint_every: 3, validate_every: 5}}
 lora: {{rank: 4, dense_rank: 4}}
-search: {{share: 0.4, settle: 0.2, evidence: 2, batch_size: 4}}
+search: {{init_batches: 2, batch_size: 4}}
 evaluate: {{limit: 5, generate_limit: 2, max_new_tokens: 4}}
 """
 
-STAGES = ("", "before it began", "start", "teacher", "search", "settle", "tune", "export", "evaluation")
-WRITING = "writing a checkpoint"
+STAGES = ("", "before it began", "start", "teacher", "between cuts", "tune", "export", "evaluation")
+WRITING, CUTTING = "writing a checkpoint", "at a cut"
 LATER = 0.5  # seconds
 
 
@@ -125,8 +125,8 @@ def killed(folder: Path, name: str, kills: int, rng: random.Random) -> Counter[s
 
 def ahead_of(where: str) -> tuple[str, ...]:
     """What the run has not reached."""
-    left = STAGES[STAGES.index(where) + 1 :]
-    return (*left, WRITING) if "tune" in left else left
+    left = STAGES[STAGES.index(where) + 1 :] if where in STAGES else STAGES[STAGES.index("between cuts") :]
+    return (*left, WRITING, CUTTING) if "between cuts" in left else (*left, WRITING) if "tune" in left else left
 
 
 def strike(process: subprocess.Popen[bytes], run: Path, target: str, rng: random.Random) -> str:
@@ -136,7 +136,7 @@ def strike(process: subprocess.Popen[bytes], run: Path, target: str, rng: random
             time.sleep(0.002)
             continue
         with suppress(subprocess.TimeoutExpired):
-            process.wait(0 if target == WRITING else rng.uniform(0, LATER))
+            process.wait(0 if target in (WRITING, CUTTING) else rng.uniform(0, LATER))
             break
         process.send_signal(signal.SIGKILL)
         process.wait()
@@ -164,7 +164,10 @@ def stage(run: Path) -> str:
         return stage(run)
     if about is None:
         return "teacher" if (run / "tuned").exists() else "start"
-    return "tune" if about["is_cut"] else "settle" if about["plan"] else "search"
+    cuts = [cut["step"] for cut in about["seen"]["schedule"]["cuts"]]
+    if about["step"] in cuts:  # the newest state is from before this cut
+        return CUTTING
+    return "between cuts" if about["step"] < cuts[-1] else "tune"
 
 
 def digest(run: Path) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from prunetune.config.recipe import DataConfig
-from prunetune.data.encoding import chat_end_ids, chat_stop_id, encode, encode_answer, encode_prompt
+from prunetune.data.encoding import chat_end_ids, chat_stop_id, encode, encode_answer, encode_prompts
 from prunetune.data.records import Record
 from prunetune.errors import DataError
 from support.data import CHAT, subwords
@@ -46,7 +46,7 @@ def test_example_begins_with_the_prompt_that_generation_starts_from(template: An
     tokenizer = subwords()
     for record in ALL:
         example = encode_one(record, tokenizer, template=template)
-        prompt = encode_prompt(record, tokenizer, template)
+        prompt = encode_prompts([record], tokenizer, template)[0]
         assert list(example.token_ids[: example.answer_start]) == prompt
         answer = encode_answer(record.completion, tokenizer)
         assert list(example.token_ids[example.answer_start :])[: len(answer)] == answer

@@ -36,11 +36,6 @@ class EncodedExamples:
     longest: int  # tokens, before truncation
 
 
-def encode_prompt(record: Record, tokenizer: Any, template: str = "auto") -> list[int]:
-    """Token ids that an answer is generated from or scored after; for a text row the start token, if there is one."""
-    return encode_prompts([record], tokenizer, template)[0]
-
-
 def encode_answer(text: str, tokenizer: Any) -> list[int]:
     """Token ids of an answer or a choice, without special tokens."""
     return encode_answers([text], tokenizer)[0]
@@ -94,7 +89,7 @@ def uses_chat_template(record: Record, template: str) -> bool:
 
 
 def encode_prompts(records: Sequence[Record], tokenizer: Any, template: str = "auto") -> list[list[int]]:
-    """`encode_prompt` of many records at once."""
+    """Token ids that answers are generated from or scored after; for a text row the start token, if there is one."""
     chat_texts, raw_texts = [], []
     for record in records:
         if uses_chat_template(record, template):
