@@ -32,8 +32,8 @@ from prunetune.train.teacher import Teacher, split_by_teacher
 log = logging.getLogger(__name__)
 
 COMPILE_MIN_STEPS = 1000  # steps from which compiling pays
-# Lengths of packed rows are multiples of TOKEN_STEP times this, by the most steps that a recording is replayed for: each
-# length is recorded anew after a cut, which takes as long as twenty replays.
+# Lengths of packed rows are multiples of TOKEN_STEP times this, by the most steps that a recording is replayed for:
+# each length is recorded anew after a cut, which takes as long as twenty replays.
 ROW_STEPS = {300: 4, 2000: 2}
 GateTensors = Mapping[str, Tensor]
 Losses = Mapping[str, float]  # by metric, see `losses.TERMS`
