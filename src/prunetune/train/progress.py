@@ -71,7 +71,11 @@ class TrainingProgress:
             if gates := state.tensors.get("decision"):
                 self.gates = {name: gate.float() for name, gate in gates.items()}
         plan = job.given_plan if loaded is None else loaded.plan
-        return Decision.from_plan(plan, job.sites) if plan else Decision.dense(job.sites)
+        decision = Decision.from_plan(plan, job.sites) if plan else Decision.dense(job.sites)
+        if state is not None and plan:
+            self.recorded, self.gates = decision, decision.gates
+            self.kept = float(kept_share(decision.gates, job.sites))
+        return decision
 
     def record_step(self, record: JsonObject, decision: Decision) -> None:
         """Complete the record of a step and give it to the observer."""
