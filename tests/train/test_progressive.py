@@ -1,4 +1,4 @@
-"""Laws of progressive removal, at every cut: masked equals cut, plans nest, momentum stays, and a resumed run is exact."""
+"""Laws of every cut of progressive removal: masked equals cut, plans nest, momentum stays, a resumed run is exact."""
 
 from __future__ import annotations
 
