@@ -114,10 +114,11 @@ def test_cut_sharing_weights_equals_cut_linears(family: str) -> None:
     assert size <= memory_of(student, teacher) <= size + copied_bytes
 
 
+@pytest.mark.parametrize("four_bits", [False, pytest.param(True, marks=needs_nf4)])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "gpt2", "phi3", "mixtral"])
-def test_two_cuts_give_both_models_the_bits_of_one(family: str) -> None:
+def test_two_cuts_give_both_models_the_bits_of_one(family: str, four_bits: bool) -> None:
     """Weights, biases and the order of the teacher's units, also where the second cut takes the last KV group."""
-    (twice, teacher, sites), (once, other, _) = (student_and_teacher(family) for _ in range(2))
+    (twice, teacher, sites), (once, other, _) = (student_and_teacher(family, four_bits=four_bits) for _ in range(2))
     before, size = logits_of(teacher), memory_of(teacher)
     second = random_plan(tiny(family), seed=1, keep=0.4)
     rng = torch.Generator().manual_seed(2)
@@ -138,9 +139,9 @@ def test_two_cuts_give_both_models_the_bits_of_one(family: str) -> None:
     cut_sharing_weights(twice, teacher, first, sites=sites)
     cut_sharing_weights(twice, teacher, plan_within(second, first), sites=remaining_sites(sites, first), before=first)
     for model, expected in ((twice, once), (teacher, other)):
-        named = dict(expected.named_parameters())
-        assert named.keys() == dict(model.named_parameters()).keys()
-        assert all(torch.equal(parameter, named[name]) for name, parameter in model.named_parameters())
+        named, state = expected.state_dict(), model.state_dict()
+        assert named.keys() == state.keys()
+        assert all(torch.equal(tensor, named[name]) for name, tensor in state.items())
     assert relative(logits_of(teacher), before) < TOLERANCE
     assert torch.equal(logits_of(twice), logits_of(once))
     assert memory_of(twice, teacher) == memory_of(once, other) >= size

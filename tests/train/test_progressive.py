@@ -11,12 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from prunetune.config.quantities import Amount
+from prunetune.config.recipe import WorkloadConfig
+from prunetune.cost.budget_limits import make_budget_limits
+from prunetune.cost.layer_shapes import model_shape
 from prunetune.cost.parameters import prunable_params
 from prunetune.errors import RunFolderError
 from prunetune.plan import Plan
 from prunetune.pruning.masking import gates_from_plan, masked
 from prunetune.pruning.remaining_sites import plan_within
 from prunetune.pruning.units import DEFAULT_UNITS, dense_plan, kept_params
+from prunetune.search.feasibility import with_limits
 from prunetune.search.select import select
 from prunetune.train import loop
 from prunetune.train.adapters import trainable_parameters
@@ -24,7 +29,7 @@ from prunetune.train.checkpoints import TrainingState, optimizer_tensors
 from prunetune.train.job import TrainingJob
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import mean_loss
-from prunetune.train.schedule import Schedule
+from prunetune.train.schedule import Schedule, build_schedule
 from prunetune.train.weight_trainer import WeightTrainer
 from support.loop import KEEP, MemoryStore, config_of, identical, job_of, losses, weights_of
 from support.models import tiny
@@ -253,6 +258,20 @@ def test_run_resumed_before_between_and_after_cuts_equals_the_uninterrupted_one(
 
 
 # -- budgets of other kinds ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["flops", "memory"])
+def test_budget_of_another_kind_is_met_by_the_last_cut_and_not_before(kind: str) -> None:
+    job = job_of_case(CASES[0])
+    (budget,) = make_budget_limits({kind: Amount(0.8, True)}, model_shape(job.model, job.sites), WorkloadConfig())
+    constraints = with_limits(job.constraints, job.sites, [budget], 1.0)
+    assert constraints.limits is not None
+    config = replace(job.config, budget=replace(job.config.budget, keep=constraints.limits.feasible_keep))
+    run = observed(replace(job, config=config, constraints=constraints, schedule=build_schedule(config)))
+    costs = [budget.cost(cut.plan.widths()) for cut in run.cuts]
+    for cost, progress in zip(costs, (1 / 3, 2 / 3, 1.0), strict=True):
+        assert 0.98 * budget.limit_at(progress) < cost <= budget.limit_at(progress) * (1 + 1e-9)
+    assert costs[-1] <= budget.limit * (1 + 1e-9) < costs[-2] < costs[0]
 
 
 # -- sizes -----------------------------------------------------------------------------------------------------------
