@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from prunetune.cost.training_flops import step_flops
+from prunetune.cost.training_flops import run_flops, step_flops
 from prunetune.cost.training_memory import training_setup, training_shapes
 from prunetune.data.encoding import Example
 from prunetune.pruning.cut import merge_adapters
@@ -78,6 +79,40 @@ def test_step_flops_are_near_those_torch_counts(changes: dict[str, str]) -> None
         label_share=0.5,
     )
     assert estimate == pytest.approx(counter.total, rel=0.03)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_flops_of_scores_are_near_those_torch_counts(merged: bool) -> None:
+    """On the dense model with adapters, and with all weights on a cut one, here cut by nothing that counts."""
+    config = config_of()
+    plain_model, (model, sites) = tiny(**SIZES), build_model(config, torch.float32)
+    add_adapters(model, sites, config.lora, seed=0)
+    if merged:
+        merge_adapters(model, trainable=True)
+    passes, batch = PaddedPasses(model, sites, 0, config), [Example(tuple(range(3, 3 + LENGTH)), LENGTH // 2, "row")]
+    with FlopCounter() as counter:
+        passes.gate_gradients(batch, {site.name: torch.ones(site.units) for site in sites})
+    setup = training_setup(config, torch.float32, longest=LENGTH, all_weights=merged)
+    setup = replace(setup, keep=1 - 1e-9 if merged else 1.0)
+    shapes = training_shapes(plain_model, find_sites(plain_model))
+    estimate = step_flops(shapes, setup, phase="scores", tokens=LENGTH, length=0, label_share=0.5)
+    assert estimate == pytest.approx(counter.total, rel=0.03)
+
+
+def test_flops_of_a_run_are_those_of_its_scores_and_steps() -> None:
+    plain_model = tiny(**SIZES)
+    shapes, setup = (
+        training_shapes(plain_model, find_sites(plain_model)),
+        training_setup(config_of(), torch.float32, longest=LENGTH, all_weights=True),
+    )
+    sizes: Any = {"tokens": 512, "length": LENGTH}
+
+    def flops(phase: Any, keep: float) -> int:
+        return step_flops(shapes, replace(setup, keep=keep), phase=phase, **sizes)
+
+    total = run_flops(shapes, setup, [(3, 0.75), (5, 0.5)], score_tokens=512, **sizes)
+    assert total == flops("scores", 1.0) + 3 * flops("tune", 0.75) + flops("scores", 0.75) + 5 * flops("tune", 0.5)
+    assert total < flops("scores", 1.0) * 2 + 8 * flops("tune", 0.75)
 
 
 def test_attention_flops_grow_with_the_square_of_the_length() -> None:

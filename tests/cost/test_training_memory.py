@@ -45,6 +45,16 @@ def test_weights_and_trained_parameters_are_exact(quantize: str) -> None:
     assert estimate.generator == pytest.approx(4 * size(generator.parameters()), rel=0.05)
 
 
+def test_scored_model_holds_adapters_without_gradients_and_no_generator() -> None:
+    config = config_of(method="progressive")
+    plain_model, (model, sites) = tiny(**SIZES), build_model(config, torch.bfloat16)
+    setup = training_setup(config, torch.bfloat16, longest=LENGTH, all_weights=True)
+    estimate = estimate_memory(training_shapes(plain_model, sites), setup, phase="scores")
+    add_adapters(model, sites, config.lora, seed=0)
+    assert estimate.tuned == size(trainable_parameters(model).values())
+    assert estimate.generator == 0
+
+
 CASES: list[tuple[torch.dtype, dict[str, str]]] = [
     (torch.float32, {}),
     (torch.bfloat16, {}),
@@ -100,6 +110,8 @@ def test_estimate_grows_and_shrinks_with_its_parts() -> None:
     assert total(quantize="nf4") < total() < total(rank=64)
     assert total(tokens=1024) > total()
     assert total("tune", all_weights=True) > total("tune")
+    assert total("scores", keep=1.0) < total("search", keep=1.0) < total("search", generator="transformer")
+    assert total("scores", keep=0.5, all_weights=True) == total("tune", all_weights=True)
 
 
 def test_tokens_of_a_pass_follow_the_recipe() -> None:
@@ -123,7 +135,11 @@ def test_memory_estimate_is_logged_with_a_warning_if_it_does_not_fit(caplog: pyt
     estimate = estimate_peak_memory(plain_model, sites, config, torch.bfloat16, longest=LENGTH)
     setup = training_setup(config, torch.bfloat16, longest=LENGTH, all_weights=True)
     shapes = training_shapes(plain_model, sites)
-    assert estimate.total == max(estimate_memory(shapes, setup, phase=phase).total for phase in ("search", "tune"))
+    scores = estimate_memory(shapes, replace(setup, keep=1.0), phase="scores")
+    kept = 1 - (1 - config.budget.keep) / config.search.cuts  # after the first cut
+    first_stage = estimate_memory(shapes, replace(setup, keep=kept), phase="tune")
+    assert estimate == max(scores, first_stage, key=lambda memory: memory.total)
+    assert first_stage.total > estimate_memory(shapes, setup, phase="tune").total, "later stages take less"
     with caplog.at_level(logging.INFO):
         log_memory_estimate(replace(estimate, weights=2 * 10**9), 80 * 10**9)
         assert re.fullmatch(r"memory: about 2\.\d GB of 80\.0 \(weights 2\.0.*\)", caplog.messages[-1])

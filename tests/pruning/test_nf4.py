@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import nn
 
+from prunetune import Plan
 from prunetune.errors import MissingPackage
 from prunetune.pruning import nf4
 from prunetune.pruning.cut import cut, cut_linears, finalize_adapters, merge_adapters
 from prunetune.pruning.linears import COLUMNS, ROWS
 from prunetune.pruning.masking import masked
+from prunetune.pruning.remaining_sites import remaining_sites
 from prunetune.pruning.sites import find_sites, lora_target_modules
+from prunetune.pruning.units import DEFAULT_UNITS
 from prunetune.utils import optional
 from support.models import random_plan, relative, tiny, tokens, with_lora
 from support.nf4 import needs_nf4
@@ -87,6 +90,33 @@ def test_cut_of_a_quantised_model_is_exact(family: str) -> None:
         assert relative(model(tokens()).logits, expected) < 1e-5
     merge_adapters(model)
     assert not nf4.has_nf4_linears(model)
+    with torch.no_grad():
+        assert relative(model(tokens()).logits, expected) < 1e-5
+
+
+@needs_nf4
+@pytest.mark.parametrize("units", [DEFAULT_UNITS, ("kv-groups", "query-heads", "mlp-channels")])
+@pytest.mark.parametrize("family", FAMILIES[:3])
+def test_second_cut_of_a_quantised_model_is_exact(family: str, units: tuple[str, ...]) -> None:
+    model, sites = quantized(family, units=units)
+    first = random_plan(tiny(family), seed=3, keep=0.7, units=units)
+    cut_linears(model, first, sites=sites)
+    left = remaining_sites(sites, first)
+    second = Plan(  # the first half of every group
+        {
+            site.name: tuple(
+                unit for unit in range(site.units) if unit % site.units_per_group < -(-site.units_per_group // 2)
+            )
+            for site in left
+        },
+        {site.name: site.units for site in left},
+    )
+    if "query-heads" in units:  # groups keep their heads, or leave with them
+        second = Plan({**second.kept, **{s.name: tuple(range(s.units)) for s in left if s.kind.is_head}}, second.units)
+    with masked(model, second, sites=left), torch.no_grad():
+        expected = model(tokens()).logits
+    cut_linears(model, second, sites=left)
+    assert nf4.has_nf4_linears(model)
     with torch.no_grad():
         assert relative(model(tokens()).logits, expected) < 1e-5
 

@@ -17,6 +17,7 @@ from prunetune.errors import PlanError
 from prunetune.pruning.cut import add_biases, cut_linears, merge_adapters
 from prunetune.pruning.masking import masked
 from prunetune.pruning.nf4 import NF4Linear, quantize_linears_to_nf4
+from prunetune.pruning.remaining_sites import plan_within, remaining_sites
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.teacher_student_weights import (
     can_share_weights,
@@ -111,6 +112,39 @@ def test_cut_sharing_weights_equals_cut_linears(family: str) -> None:
         if name.endswith("bias") or any(name.startswith(f"{module}.") for module in copied)
     )
     assert size <= memory_of(student, teacher) <= size + copied_bytes
+
+
+@pytest.mark.parametrize("four_bits", [False, pytest.param(True, marks=needs_nf4)])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma3_text", "gpt2", "phi3", "mixtral"])
+def test_two_cuts_give_both_models_the_bits_of_one(family: str, four_bits: bool) -> None:
+    """Weights, biases and the order of the teacher's units, also where the second cut takes the last KV group."""
+    (twice, teacher, sites), (once, other, _) = (student_and_teacher(family, four_bits=four_bits) for _ in range(2))
+    before, size = logits_of(teacher), memory_of(teacher)
+    second = random_plan(tiny(family), seed=1, keep=0.4)
+    rng = torch.Generator().manual_seed(2)
+    first = Plan(
+        {
+            site.name: tuple(
+                sorted(
+                    {*second.kept[site.name], *torch.randperm(site.units, generator=rng)[: site.units // 2].tolist()}
+                )
+            )
+            for site in sites
+        },
+        second.units,
+    )
+    attention = [site.name for site in sites if site.kind == "attention"]
+    second = Plan({**second.kept, **dict.fromkeys(attention[:1], ())}, second.units)
+    cut_sharing_weights(once, other, second, sites=sites)
+    cut_sharing_weights(twice, teacher, first, sites=sites)
+    cut_sharing_weights(twice, teacher, plan_within(second, first), sites=remaining_sites(sites, first), before=first)
+    for model, expected in ((twice, once), (teacher, other)):
+        named, state = expected.state_dict(), model.state_dict()
+        assert named.keys() == state.keys()
+        assert all(torch.equal(tensor, named[name]) for name, tensor in state.items())
+    assert relative(logits_of(teacher), before) < TOLERANCE
+    assert torch.equal(logits_of(twice), logits_of(once))
+    assert memory_of(twice, teacher) == memory_of(once, other) >= size
 
 
 def test_can_share_weights_by_family_and_kind() -> None:

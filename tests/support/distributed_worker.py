@@ -38,15 +38,17 @@ from support.loop import config_of, job_of
 from support.models import tiny
 
 STEPS = 20
-STOP = 9  # in the settling
+STOP = 9  # between the second cut and the third
 CHANGES: dict[str, Any] = {
     "train": {"steps": STEPS, "batch_size": 5, "learning_rate": 1e-3, "checkpoint_every": 6, "validate_every": 10},
-    "search": {"batch_size": 3, "init_batches": 1},
+    "search": {"batch_size": 3, "init_batches": 1, "cuts": 3, "span": 0.75},  # cuts before the steps 1, 6 and 11
 }
+PACKED: dict[str, Any] = {"train": {"steps": 2}, "search": {"cuts": 2}}  # a cut starts new recordings, which is slow
 
 
 # Other runs, of 6 steps each: (whether weights are sharded, arguments of `result`).
 OTHERS: dict[str, tuple[bool, dict[str, Any]]] = {
+    "generator": (True, {"train": {"steps": 6}, "search": {"method": "generator"}}),
     "all weights": (False, {"train": {"steps": 6, "weights": "all"}}),
     "few examples": (True, {"train": {"steps": 6, "batch_size": 1}, "search": {"batch_size": 1}}),
     "layers": (True, {"train": {"steps": 6}, "units": ("layers", *DEFAULT_UNITS)}),
@@ -103,7 +105,7 @@ def packed(ranks: Ranks) -> dict[str, Any]:
     before = loop.build_passes
     loop.build_passes = PackedPasses  # type: ignore[assignment]
     try:
-        return result(ranks, train={"steps": 6})
+        return result(ranks, **PACKED)
     finally:
         loop.build_passes = before
 

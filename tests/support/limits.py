@@ -32,7 +32,8 @@ RECIPE: dict[str, Any] = {
     "budget": {"keep": 0.4, "align": 8},
     "train": {"steps": 12, "batch_size": 4, "learning_rate": 1e-2, "checkpoint_every": 1, "validate_every": 1},
     "lora": {"rank": 4},
-    "search": {"share": 0.5, "settle": 0.25, "init_batches": 2, "batch_size": 4},
+    # Cuts before the steps 1, 3, 5 and 7; or the search of a generator, to step 6, settled at step 9.
+    "search": {"cuts": 4, "span": 0.75, "share": 0.5, "settle": 0.25, "init_batches": 2, "batch_size": 4},
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from prunetune.data.batches import BatchStream
 from prunetune.data.encoding import Example
 from prunetune.plan import Plan
 from prunetune.pruning.sites import find_sites
+from prunetune.pruning.units import DEFAULT_UNITS
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.train.adapters import add_adapters, trainable_parameters
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore, NullCheckpointStore, TrainingState
@@ -36,6 +39,7 @@ RECIPE: dict[str, Any] = {
     "lora": {"rank": 4},
     "search": {"share": 0.4, "settle": 0.3, "init_batches": 2, "batch_size": 4},
 }
+GENERATOR: dict[str, Any] = {"search": {"method": "generator"}}  # of the same recipe: searches 4 steps, settles 3
 
 
 def config_of(changes: dict[str, Any] | None = None) -> RunConfig:
@@ -73,12 +77,13 @@ def job_of(
     store: CheckpointStore | None = None,
     plan: Plan | None = None,
     model: Any = None,
+    units: Collection[str] = DEFAULT_UNITS,
 ) -> TrainingJob:
     model = tiny(family) if model is None else model
     model.requires_grad_(False)
     return TrainingJob(
         model=model,
-        sites=find_sites(model),
+        sites=find_sites(model, units),
         constraints=PlanConstraints(config.layout, config.budget.align),
         train_stream=BatchStream(examples(), config.train.batch_size, 1),
         search_stream=BatchStream(examples(seed=1), config.search.batch_size, 2),
@@ -124,6 +129,27 @@ class AllCheckpoints:
 
     def latest(self) -> TrainingState | None:
         return None
+
+
+class MemoryStore:
+    """A checkpoint store in memory that keeps every state by its step; `latest` is the state to start from."""
+
+    def __init__(self, start: TrainingState | None = None) -> None:
+        self.states: dict[int, TrainingState] = {}
+        self.start = start
+
+    def save(self, state: TrainingState) -> None:
+        self.states[state.step] = copied(state)
+
+    def latest(self) -> TrainingState | None:
+        state = self.states[max(self.states)] if self.states else self.start
+        return state and copied(state)
+
+
+def copied(state: TrainingState) -> TrainingState:
+    """The state with tensors of its own: training writes into those that it loads."""
+    tensors = {name: {key: value.clone() for key, value in own.items()} for name, own in state.tensors.items()}
+    return replace(state, tensors=tensors)
 
 
 def tuned(model: Any) -> Any:

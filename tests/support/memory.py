@@ -54,6 +54,7 @@ def config_of(**changes: Any) -> RunConfig:
         "train": train, "lora": lora, "budget": {"keep": 1.0},
         "distill": {"teacher": changes.pop("teacher", "none"), "logits": 1.0, "hidden": 1.0}
         | {"share": float(changes.pop("share", 0))},
+        "search": {"method": changes.pop("method", "generator")},
     })  # fmt: skip
 
 

@@ -155,7 +155,7 @@ def test_group_lasso_leaves_adapters_of_closed_blocks() -> None:
 
 def test_settling_drives_adapters_of_removed_units_to_zero(tmp_path: Path) -> None:
     store = AllCheckpoints(tmp_path)
-    changes = {"train": {"steps": 40}, "search": {"share": 0.2, "settle": 0.75}}
+    changes = {"train": {"steps": 40}, "search": {"method": "generator", "share": 0.2, "settle": 0.75}}
     job = job_of(config_of(changes), store=store)
     plan = tune_and_prune(job)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from prunetune.config.fields import merge_mappings
 from prunetune.cost.parameters import prunable_params
 from prunetune.pruning.masking import masked
 from prunetune.pruning.sites import find_sites, lora_target_modules
@@ -14,16 +15,16 @@ from prunetune.pruning.units import kept_params
 from prunetune.train.adapters import expand_weights, trains_all_weights
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.schedule import learning_rate
-from support.loop import KEEP, config_of, job_of, losses, weights_of
+from support.loop import GENERATOR, KEEP, config_of, job_of, losses, weights_of
 from support.models import tiny
 
-ALL = {"train": {"weights": "all", "weights_rate": 1e-2}}
+ALL = {"train": {"weights": "all", "weights_rate": 3e-3}}
 WHOLE_FAMILIES = ["llama", "qwen2", "phi3", "gpt2", "gpt_neox"]
 
 
 @pytest.mark.parametrize("family", WHOLE_FAMILIES)
 def test_weights_all_tunes_every_linear_of_the_cut_model(family: str) -> None:
-    job = job_of(config_of(ALL), family=family)
+    job = job_of(config_of(ALL | (GENERATOR if family == "llama" else {})), family=family)
     dense = {name: tensor.clone() for name, tensor in job.model.state_dict().items()}
     plan = tune_and_prune(job)
     tuned = weights_of(job)
@@ -33,16 +34,23 @@ def test_weights_all_tunes_every_linear_of_the_cut_model(family: str) -> None:
     others = {name: tensor for name, tensor in job.model.state_dict().items() if name not in tuned}
     assert all(tensor.shape != dense[name].shape or torch.equal(tensor, dense[name]) for name, tensor in others.items())
     rates = [record["lr"] for record in job.observer.steps]  # type: ignore[attr-defined]
-    expected = [learning_rate(step, job.config.train, 1e-2 if step >= 7 else None) for step in range(10)]
+    first = job.schedule.cuts[0].step  # adapters before it
+    expected = [learning_rate(step, job.config.train, 3e-3 if step >= first else None) for step in range(10)]
     assert rates == expected
 
 
+@pytest.mark.parametrize("method", ["progressive", "generator"])
 @pytest.mark.parametrize("family", WHOLE_FAMILIES)
-def test_merging_at_the_cut_changes_no_loss(family: str) -> None:
-    first, second = (job_of(config_of({"train": {"weights": kind}}), family=family) for kind in ("all", "adapters"))
+def test_merging_at_the_cut_changes_no_loss(family: str, method: str) -> None:
+    changes = {"train": {"steps": 8}, "search": {"method": method, "settle": 0.475}}
+    first, second = (
+        job_of(config_of(merge_mappings(changes, {"train": {"weights": kind}})), family=family)
+        for kind in ("all", "adapters")
+    )
     for job in (first, second):
         tune_and_prune(job)
-    at = 7  # the first step after the cut has seen no update yet
+    at = first.schedule.cuts[0].step  # the first step after it has seen no update yet
+    assert at == (7 if method == "generator" else 0)
     assert losses(first)[:at] == losses(second)[:at]
     assert losses(first)[at] == pytest.approx(losses(second)[at], rel=1e-5)
 

@@ -12,7 +12,7 @@ from prunetune.train.generator_trainer import CLIP, ENOUGH_STEPS, SMALL_BUDGET_L
 from prunetune.train.loop import tune_and_prune
 from support.loop import AllCheckpoints, config_of, identical, job_of, losses, weights_of
 
-SEARCH = {"search": {"share": 1.0, "settle": 0.0, "offset": 0.0}}
+SEARCH = {"search": {"method": "generator", "share": 1.0, "settle": 0.0, "offset": 0.0}}
 
 
 def test_learning_rate_is_a_fifth_in_the_last_fifth_of_the_search() -> None:

@@ -23,6 +23,7 @@ from prunetune.train.losses import TrainingLoss, accumulate_gradients, mean_loss
 from prunetune.train.schedule import learning_rate
 from prunetune.train.teacher import Teacher
 from support.loop import (
+    GENERATOR,
     KEEP,
     AllCheckpoints,
     config_of,
@@ -36,14 +37,21 @@ from support.loop import (
 )
 from support.models import random_plan, tiny
 
+METHODS = {
+    "progressive": {},
+    "transformer": {"method": "generator"},
+    "gru": {"method": "generator", "generator": "gru"},
+}
+every_method = pytest.mark.parametrize("method", METHODS)
+
 # -- whole runs ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["per-layer", "uniform"])
-@pytest.mark.parametrize("generator", ["transformer", "gru"])
+@every_method
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_run_learns_and_ends_on_budget(family: str, generator: str, layout: str) -> None:
-    config = config_of({"layout": layout, "search": {"generator": generator}, "train": {"steps": 20, "batch_size": 8}})
+def test_run_learns_and_ends_on_budget(family: str, method: str, layout: str) -> None:
+    config = config_of({"layout": layout, "search": METHODS[method], "train": {"steps": 20, "batch_size": 8}})
     job = job_of(config, family=family)
     plan = tune_and_prune(job)
     assert kept_params(job.sites, plan) <= KEEP * prunable_params(job.sites)
@@ -59,8 +67,25 @@ def test_run_learns_and_ends_on_budget(family: str, generator: str, layout: str)
             assert base.weight.shape[1] == len(plan.kept[site.name]) * site.consumer.rows_per_unit
 
 
-def test_records_hold_phase_losses_and_widths() -> None:
-    job = job_of(config_of())
+def test_records_of_progressive_removal_hold_phases_and_widths_of_every_cut() -> None:
+    job = job_of(config_of({"search": {"cuts": 3, "span": 0.6}}))
+    plan = tune_and_prune(job)
+    records = job.observer.steps  # type: ignore[attr-defined]
+    assert [record["step"] for record in records] == list(range(1, 11))
+    assert [record["phase"] for record in records] == ["prune"] * 4 + ["tune"] * 6
+    assert [record["step"] for record in records if "widths" in record] == [1, 3, 5]
+    assert [record["step"] for record in records if "changed" in record] == [3, 5]
+    kept = [record["kept"] for record in records]
+    assert kept == sorted(kept, reverse=True)
+    assert kept[-1] == pytest.approx(kept_params(job.sites, plan) / prunable_params(job.sites))
+    assert records[4]["widths"] == {name: len(units) for name, units in plan.kept.items()}
+    changed = sum(records[2]["widths"].values()) - sum(records[4]["widths"].values())
+    assert records[4]["changed"] == pytest.approx(changed / sum(site.units for site in job.sites))
+    assert not any("search_loss" in record or "lasso" in record for record in records)
+
+
+def test_records_of_a_generator_hold_phase_losses_and_widths() -> None:
+    job = job_of(config_of(GENERATOR))
     plan = tune_and_prune(job)
     notes: Any = job.observer
     assert [record["step"] for record in notes.steps] == list(range(1, 11))
@@ -75,12 +100,13 @@ def test_records_hold_phase_losses_and_widths() -> None:
 
 def test_run_without_settling_or_tuning_ends_on_budget() -> None:
     for search in ({"share": 1.0, "settle": 0.0}, {"share": 0.5, "settle": 0.0}, {"share": 0.5, "settle": 0.5}):
-        job = job_of(config_of({"train": {"steps": 4}, "search": search}))
+        job = job_of(config_of({"train": {"steps": 4}, "search": {"method": "generator", **search}}))
         assert kept_params(job.sites, tune_and_prune(job)) <= KEEP * prunable_params(job.sites)
 
 
-def test_run_of_one_step_ends_on_budget() -> None:
-    job = job_of(config_of({"train": {"steps": 1}}))
+@every_method
+def test_run_of_one_step_ends_on_budget(method: str) -> None:
+    job = job_of(config_of({"train": {"steps": 1}, "search": METHODS[method]}))
     assert kept_params(job.sites, tune_and_prune(job)) <= KEEP * prunable_params(job.sites)
 
 
@@ -96,9 +122,9 @@ def test_given_plan_is_tuned_without_search() -> None:
     assert {record["kept"] for record in dense.observer.steps} == {1.0}  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("generator", ["transformer", "gru"])
-def test_same_seed_gives_the_same_bits(generator: str) -> None:
-    config = config_of({"search": {"generator": generator}, "lora": {"dropout": 0.1}})
+@every_method
+def test_same_seed_gives_the_same_bits(method: str) -> None:
+    config = config_of({"search": METHODS[method], "lora": {"dropout": 0.1}})
     first, second = job_of(config), job_of(config)
     torch.manual_seed(1)
     plan = tune_and_prune(first)
@@ -127,17 +153,19 @@ def test_base_weights_are_unchanged_until_the_cut() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "train"),
+    ("family", "method", "train"),
     [
-        ("llama", {}),
-        ("qwen3", {}),
-        ("llama", {"optimizer": "muon"}),
-        ("qwen2", {"weights": "all"}),
-        ("phi3", {"weights": "all"}),
+        ("llama", "transformer", {}),
+        ("qwen3", "transformer", {"optimizer": "muon"}),
+        ("qwen2", "transformer", {"weights": "all"}),
+        ("llama", "progressive", {"optimizer": "muon"}),
+        ("phi3", "progressive", {"weights": "all"}),
     ],
 )
-def test_resumed_at_any_step_equals_uninterrupted(family: str, train: dict[str, Any], tmp_path: Path) -> None:
-    config = config_of({"lora": {"dropout": 0.1}, "train": train})
+def test_resumed_at_any_step_equals_uninterrupted(
+    family: str, method: str, train: dict[str, Any], tmp_path: Path
+) -> None:
+    config = config_of({"lora": {"dropout": 0.1}, "train": train, "search": METHODS[method]})
     every = AllCheckpoints(tmp_path)
     whole = job_of(config, family=family, store=every)
     plan = tune_and_prune(whole)
@@ -168,10 +196,14 @@ def test_checkpoints_keep_the_newest_two(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-0000009", "step-0000010"]
 
 
-def test_checkpoints_are_written_where_phases_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("method", "steps"), [("progressive", [1, 2, 3, 10]), ("generator", [4, 7, 10])])
+def test_checkpoints_are_written_before_cuts_and_where_phases_end(
+    method: str, steps: list[int], tmp_path: Path
+) -> None:
     every = AllCheckpoints(tmp_path)
-    tune_and_prune(job_of(config_of({"train": {"checkpoint_every": 100}}), store=every))
-    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [4, 7, 10]
+    changes = {"train": {"checkpoint_every": 100}, "search": {"method": method}}
+    tune_and_prune(job_of(config_of(changes), store=every))
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == steps
 
 
 def damage(file: Path, how: str) -> None:
@@ -231,11 +263,12 @@ def test_latest_ignores_a_partly_written_checkpoint(tmp_path: Path) -> None:
 # -- losses ------------------------------------------------------------------------------------------------------------
 
 
-def test_nan_loss_fails_with_step_and_rows() -> None:
+@pytest.mark.parametrize("method", ["progressive", "generator"])
+def test_nan_loss_fails_with_step_and_rows(method: str) -> None:
     model = tiny()
-    job = job_of(config_of({"train": {"max_skipped": 0}, "search": {"init_batches": 0}}), model=model)
+    job = job_of(config_of({"train": {"max_skipped": 0}, "search": {"method": method}}), model=model)
     model.lm_head.weight.data[5] = math.nan
-    with pytest.raises(ModelError, match=r"gradient is nan at step 1 \(rows row \d+, row \d+, row \d+") as refused:
+    with pytest.raises(ModelError, match=r"is nan at step 1 \(rows row \d+, row \d+, row \d+") as refused:
         tune_and_prune(job)
     assert "\n" not in str(refused.value)
 
@@ -243,7 +276,7 @@ def test_nan_loss_fails_with_step_and_rows() -> None:
 def test_nan_of_the_teacher_fails_the_run() -> None:
     model = tiny("llama", seed=5)
     model.lm_head.weight.data[5] = math.nan
-    job = job_of(config_of({"search": {"init_batches": 0, "sparsity": "off"}, "distill": {"hidden": 0}}))
+    job = job_of(config_of({**GENERATOR, "distill": {"hidden": 0}}))
     with pytest.raises(ModelError, match=r"is nan at step 3 \(rows row"):
         tune_and_prune(replace(job, teacher=Teacher(model)))
 

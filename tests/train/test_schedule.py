@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from dataclasses import replace
+
 import pytest
 
 from prunetune.config.recipe import from_mapping
@@ -13,7 +17,7 @@ KEEP = 0.6
 @pytest.mark.parametrize(("share", "settle"), [(0.4, 0.05), (1.0, 0.0), (0.01, 0.0), (0.5, 0.5)])
 @pytest.mark.parametrize("steps", [1, 2, 7, 100])
 def test_schedule_has_phases_in_order(steps: int, share: float, settle: float) -> None:
-    search = {"share": share, "settle": settle}
+    search = {"method": "generator", "share": share, "settle": settle}
     recipe = {"budget": {"keep": KEEP}, "train": {"steps": steps}, "search": search}
     schedule = build_schedule(from_mapping(recipe))
     order = ("search", "settle", "tune")
@@ -42,8 +46,65 @@ def test_learning_rate_rises_then_falls(decay: str, warmup: float, left: float) 
         assert learning_rate(50, train) == pytest.approx(2.0 if decay == "constant" else 2.0 * left)
 
 
-def test_schedule_is_saved_with_keep_as_its_key() -> None:
-    """Checkpoints and manifests of earlier versions are read by this key."""
-    schedule = Schedule(search=2, settle=4, steps=8, anneal=1, allowed_keep=0.6)
-    assert schedule.to_dict() == {"search": 2, "settle": 4, "steps": 8, "anneal": 1, "keep": 0.6}
-    assert Schedule.from_dict(schedule.to_dict()) == schedule
+@pytest.mark.parametrize("generator", [False, True])
+def test_schedule_is_saved_with_keep_as_its_key(generator: bool) -> None:
+    """Manifests of earlier versions are read by this key."""
+    recipe = {"budget": {"keep": KEEP}, "search": {"method": "generator" if generator else "progressive"}}
+    schedule = build_schedule(from_mapping(recipe))
+    saved = json.loads(json.dumps(schedule.to_dict()))
+    assert saved["keep"] == KEEP
+    assert Schedule.from_dict(saved) == schedule
+
+
+# -- progressive removal -----------------------------------------------------------------------------------------------
+
+
+def schedule_of(steps: int, cuts: int = 4, span: float = 0.2) -> Schedule:
+    recipe = {"budget": {"keep": KEEP}, "train": {"steps": steps}, "search": {"cuts": cuts, "span": span}}
+    return build_schedule(from_mapping(recipe))
+
+
+@pytest.mark.parametrize(
+    ("steps", "starts"),
+    [(1, [0]), (2, [0, 1]), (4, [0, 1, 2, 3]), (12, [0, 1, 2, 3]), (40, [0, 2, 4, 6]), (700, [0, 35, 70, 105])],
+)
+def test_default_makes_as_many_cuts_as_fit_from_step_0_on(steps: int, starts: list[int]) -> None:
+    schedule = schedule_of(steps)
+    assert [cut.step for cut in schedule.cuts] == starts
+    phases = [schedule.phase_at(step) for step in range(steps)]
+    assert phases == ["prune"] * starts[-1] + ["tune"] * (steps - starts[-1])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 7, 12, 20, 700])
+@pytest.mark.parametrize("cuts", [1, 2, 4, 9])
+@pytest.mark.parametrize("span", [0.01, 0.2, 0.5, 1.0])
+def test_every_cut_removes_an_equal_share_and_is_followed_by_a_step(steps: int, cuts: int, span: float) -> None:
+    schedule = schedule_of(steps, cuts, span)
+    starts = [cut.step for cut in schedule.cuts]
+    assert len(starts) == min(cuts, steps)
+    assert starts[0] == 0
+    assert all(later > earlier for earlier, later in itertools.pairwise([*starts, steps]))
+    shares = [cut.share for cut in schedule.cuts]
+    removed = [later - earlier for earlier, later in itertools.pairwise([0.0, *shares])]
+    assert removed == pytest.approx([1 / len(starts)] * len(starts))
+    assert shares[-1] == 1.0, "the last meets the budget, to the bit"
+    assert schedule.keep_after(schedule.cuts[-1]) == pytest.approx(KEEP)
+    assert [schedule.cut_at(step) for step in range(steps) if schedule.cut_at(step)] == list(schedule.cuts)
+    stages = [schedule.stage_steps(start) for start in starts]
+    assert sum(stages) == steps
+    assert all(schedule.ends_phase(start - 1) for start in starts[1:])
+    assert [schedule.decides_after(done) for done in range(steps + 1)] == [
+        done <= starts[-1] for done in range(steps + 1)
+    ]
+    assert starts[-1] < schedule.branch_step <= steps
+
+
+def test_a_smaller_size_starts_where_the_larger_one_ends() -> None:
+    schedule = replace(schedule_of(100), start_keep=0.8)
+    assert [schedule.keep_after(cut) for cut in schedule.cuts] == pytest.approx([0.75, 0.7, 0.65, 0.6])
+
+
+def test_schedule_decided_early_makes_no_further_cut() -> None:
+    schedule = schedule_of(100).decided_at(7)
+    assert not any(schedule.cut_at(step) for step in range(100))
+    assert not schedule.decides_after(7)

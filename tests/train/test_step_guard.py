@@ -16,7 +16,7 @@ from prunetune.train.adapters import trainable_parameters
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.passes import PaddedPasses
 from prunetune.train.schedule import learning_rate
-from support.loop import AllCheckpoints, config_of, identical, job_of, losses, weights_of
+from support.loop import GENERATOR, AllCheckpoints, config_of, identical, job_of, losses, weights_of
 
 Tune = Callable[..., Any]
 
@@ -70,7 +70,7 @@ def test_nan_gate_gradients_do_not_change_the_generator(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(PaddedPasses, "gate_gradients", gate_gradients)
     store = AllCheckpoints(tmp_path)
-    job = job_of(config_of({"search": {"init_batches": 0}}), store=store)
+    job = job_of(config_of(GENERATOR), store=store)
     tune_and_prune(job)
     first, last = store.at(1).latest(), store.at(10).latest()
     assert first is not None
@@ -110,17 +110,17 @@ def limit_memory(monkeypatch: pytest.MonkeyPatch, max_tokens: int, at: int = 1) 
 def test_smaller_passes_give_the_same_steps(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    small = {"train": {"micro_tokens": 16}, "search": {"init_batches": 0}}
+    small = {"train": {"micro_tokens": 16}}
     whole, every = job_of(config_of(small)), AllCheckpoints(tmp_path)
     plan = tune_and_prune(whole)
     limit_memory(monkeypatch, max_tokens=16)
-    job = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"init_batches": 0}}), store=every)
+    job = job_of(config_of({"train": {"micro_tokens": 64}}), store=every)
     with caplog.at_level(logging.WARNING):
         assert tune_and_prune(job) == plan
     assert "passes of 16 tokens" in caplog.text
     for name, weight in weights_of(job).items():
         torch.testing.assert_close(weight, weights_of(whole)[name], rtol=1e-3, atol=1e-4)
-    resumed = job_of(config_of({"train": {"micro_tokens": 64}, "search": {"init_batches": 0}}), store=every.at(5))
+    resumed = job_of(config_of({"train": {"micro_tokens": 64}}), store=every.at(5))
     monkeypatch.undo()
     assert tune_and_prune(resumed) == plan
     assert identical(weights_of(resumed), weights_of(job))

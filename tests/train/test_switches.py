@@ -29,7 +29,7 @@ from support.passes import assert_same, gradients
 ROOT = Path(__file__).parents[2]
 VARIANTS = yaml.safe_load((ROOT / "benchmarks" / "quality" / "paper.yaml").read_text(encoding="utf-8"))
 PAPER: dict[str, Any] = {
-    "search": {"share": 0.5, "settle": 0.5, "offset": 0.0},  # so that few steps close units
+    "search": {"method": "generator", "share": 0.5, "settle": 0.5, "offset": 0.0},  # so that few steps close units
     "train": {"warmup": 0.0, "decay": "constant"},
     "lora": {"dropout": 0.1},
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import shutil
@@ -20,6 +21,8 @@ from prunetune.train.validation import RolledBack
 from support.limits import config_of, guard_nll, job_of, run_with_limits
 from support.loop import RecordingObserver, identical
 
+METHODS: dict[str, dict[str, Any]] = {"progressive": {}, "generator": {"method": "generator", "offset": 1.0}}
+both_methods = pytest.mark.parametrize("method", METHODS)
 BACK = "guard.nll <= 0.4 -> roll-back"  # of what is closed: crossed on the way to 0.4 kept
 
 
@@ -48,8 +51,9 @@ def test_validated_decisions_are_recorded_with_their_plans(tmp_path: Path) -> No
         assert record["kept"] == pytest.approx(share, abs=1e-6)
 
 
-def test_roll_back_ends_within_the_limit_that_the_same_run_breaks(tmp_path: Path) -> None:
-    config = config_of(search={"offset": 1.0})
+@both_methods
+def test_roll_back_ends_within_the_limit_that_the_same_run_breaks(method: str, tmp_path: Path) -> None:
+    config = config_of(search=METHODS[method])
     free = run_with_limits(config, tmp_path / "free", "guard.nll <= 99 -> stop")
     limited = run_with_limits(config, tmp_path / "held", BACK)
     assert free.observer.validations[-1]["guard.nll"] > 0.4
@@ -61,11 +65,17 @@ def test_roll_back_ends_within_the_limit_that_the_same_run_breaks(tmp_path: Path
     assert limited.plan == limited.monitor.plans[target], "the decision stands as it was"
     assert kept_params(limited.job.sites, limited.plan) > 0.4 * prunable_params(limited.job.sites)
     phases = [record["phase"] for record in limited.observer.steps]
-    assert phases[event["step"] :] == ["settle"] * 3 + ["tune"] * (12 - 3 - event["step"])
+    settled = 3 if method == "generator" else 0  # progressive removal makes no further cut
+    assert phases[event["step"] :] == ["settle"] * settled + ["tune"] * (12 - settled - event["step"])
+    if method == "progressive":
+        kept = [record["kept"] for record in limited.observer.steps]
+        assert (target, event["step"]) == (4, 5), "the third cut broke the limit"
+        assert kept[5:] == [pytest.approx(kept[3])] * 7
     assert [record["step"] for record in limited.observer.steps] == list(range(1, 13)), "no step is done again"
 
 
-def test_roll_back_restores_weights_and_moments_of_that_step(tmp_path: Path) -> None:
+@both_methods
+def test_roll_back_restores_weights_and_moments_of_that_step(method: str, tmp_path: Path) -> None:
     class RecordingCheckpoints(Checkpoints):
         """Checkpoints that also keep every saved state in memory."""
 
@@ -81,20 +91,21 @@ def test_roll_back_restores_weights_and_moments_of_that_step(tmp_path: Path) -> 
             super().save(state)
 
     store = RecordingCheckpoints(tmp_path / "checkpoints")
-    limited = run_with_limits(config_of(), tmp_path, BACK, store=store)
+    limited = run_with_limits(config_of(search=METHODS[method]), tmp_path, BACK, store=store)
     event = limited.history["events"][0]
     target = int(event["did"].rpartition(" ")[2])
     earlier = next(state for state in store.saved if state.step == target)
     back = next(state for state in store.saved if state.step == event["step"])
     assert all(identical(earlier.tensors[group], tensors) for group, tensors in back.tensors.items())
-    assert set(earlier.tensors) - set(back.tensors) == {"decision"}, "which stands by now, as a plan"
+    draw = {"decision"} if method == "generator" else set()
+    assert set(earlier.tensors) - set(back.tensors) == draw, "which stands by now, as a plan"
     assert back.plan == limited.plan
     assert back.validation_history["last"]["guard.nll"] <= 0.4
 
 
 def test_roll_back_after_the_cut_restores_removed_units(tmp_path: Path) -> None:
     """The model has lost the units by then, so the decision is restored in a new one."""
-    config = config_of(train={"validate_every": 5}, search={"share": 0.5, "settle": 0.0})
+    config = config_of(train={"validate_every": 5}, search={"method": "generator", "settle": 0.0})
     limited = run_with_limits(config, tmp_path, "guard.nll <= 0.55 -> roll-back")
     assert [event["step"] for event in limited.history["events"]] == [10]
     assert limited.plan == limited.monitor.plans[5]
@@ -111,8 +122,34 @@ def test_best_state_is_the_smallest_then_the_best_on_valid(tmp_path: Path) -> No
     assert (good["step"], good["valid.nll"]) == (best["step"], best["nll"])
 
 
-def test_back_off_raises_the_budget_until_the_limit_is_met(tmp_path: Path) -> None:
-    config = config_of(validate={"back_off": 0.1})
+def test_back_off_raises_what_later_cuts_leave(tmp_path: Path) -> None:
+    calls = itertools.count()  # of the dense model, then after every step
+
+    def score(_: Any) -> float:
+        return float(next(calls) == 3)
+
+    config = config_of(validate={"back_off": 0.2})
+    limited = run_with_limits(config, tmp_path, "guard.nll <= 0.5 -> back-off", score=score)
+    assert [event["step"] for event in limited.history["events"]] == [3]
+    assert limited.history["schedule"]["keep"] == pytest.approx(0.6)
+    total, plans = prunable_params(limited.job.sites), limited.monitor.plans
+    kept = [kept_params(limited.job.sites, plans[step]) / total for step in (1, 3, 5, 7)]
+    for share, most in zip(kept, (0.85, 0.7, 0.7, 0.6), strict=True):
+        assert most - 0.05 < share <= most
+    assert plans[5] == plans[3], "what the third cut may leave is left already"
+    assert limited.plan == plans[7] != plans[5]
+
+
+def test_back_off_after_the_last_cut_rolls_back(tmp_path: Path) -> None:
+    """What is cut does not come back, so a limit on what is removed is met only by an earlier state."""
+    limited = run_with_limits(config_of(validate={"back_off": 0.3}), tmp_path, "guard.nll <= 0.5 -> back-off")
+    assert [event["did"] for event in limited.history["events"]] == ["rolled back to step 6"]
+    assert limited.plan == limited.monitor.plans[6]
+    assert limited.observer.validations[-1]["guard.nll"] <= 0.5
+
+
+def test_back_off_raises_the_budget_of_a_generator_until_the_limit_is_met(tmp_path: Path) -> None:
+    config = config_of(validate={"back_off": 0.1}, search=METHODS["generator"])
     limited = run_with_limits(config, tmp_path, "guard.nll <= 0.4 -> back-off")
     raised = [event for event in limited.history["events"] if event["did"].startswith("budget raised")]
     assert raised
@@ -124,7 +161,7 @@ def test_back_off_raises_the_budget_until_the_limit_is_met(tmp_path: Path) -> No
 
 
 def test_back_off_while_settling_decides_again(tmp_path: Path) -> None:
-    config = config_of(validate={"back_off": 0.3}, train={"validate_every": 7}, search={"share": 0.5})
+    config = config_of(validate={"back_off": 0.3}, train={"validate_every": 7}, search={"method": "generator"})
     limited = run_with_limits(config, tmp_path, "guard.nll <= 0.4 -> back-off")
     assert limited.history["events"][0]["step"] == 7  # settling since step 6
     assert limited.monitor.plans[12] != limited.monitor.plans[7]
@@ -187,14 +224,15 @@ class KilledObserver(RecordingObserver):
             raise Killed
 
 
+@both_methods
 @pytest.mark.parametrize("gate", [BACK, "guard.nll <= 0.4 -> back-off"])
-def test_resumed_after_any_step_equals_uninterrupted(gate: str, tmp_path: Path) -> None:
-    changes: dict[str, Any] = {"search": {"offset": 1.0}, "lora": {"dropout": 0.1}}
+def test_resumed_after_any_step_equals_uninterrupted(gate: str, method: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"search": METHODS[method], "lora": {"dropout": 0.1}}
     config = config_of(**changes, train={"checkpoint_every": 3})
     whole = run_with_limits(config, tmp_path / "whole", gate)
     assert whole.history["events"]
     first = whole.history["events"][0]["step"]
-    for step in (first - 1, first):
+    for step in (first - 1, first, first + 1):
         folder = tmp_path / f"{step}"
         while True:  # killed once at that step, whatever went back before
             observer = KilledObserver(step)
@@ -228,7 +266,9 @@ def test_validate_share_skips_validations_except_the_last(tmp_path: Path) -> Non
 
 
 def test_resumed_run_keeps_the_measured_stride(tmp_path: Path) -> None:
-    config = config_of(validate={"share": 1e-6}, train={"validate_every": 2, "checkpoint_every": 100})
+    config = config_of(
+        validate={"share": 1e-6}, train={"validate_every": 2, "checkpoint_every": 100}, search={"cuts": 1}
+    )
     with pytest.raises(Killed):
         tune_and_prune(job_of(config, KilledObserver(3), Checkpoints(tmp_path / "checkpoints"), None))
     before = Checkpoints(tmp_path / "checkpoints").latest()

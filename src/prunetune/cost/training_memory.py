@@ -22,7 +22,8 @@ from prunetune.pruning.nf4 import NF4_BLOCK_SIZE, NF4_SCALE_BYTES, cut_axes
 from prunetune.pruning.teacher_student_weights import can_share_weights
 from prunetune.pruning.units import Site, UnitKind
 
-TrainingPhase = Literal["search", "tune"]
+# A generator's search on the dense model; the scores that decide a cut, on the model as it then is; tuning after a cut.
+TrainingPhase = Literal["search", "scores", "tune"]
 FP32_BYTES = 4  # trained parameters, their gradients and their moments are float32
 GENERATOR_FEATURES = {"transformer": 64, "gru": 256, "none": 0}  # inputs of the generator's heads
 GENERATOR_ENCODER_PARAMS = 100_000  # the generator without its heads, roughly
@@ -76,7 +77,7 @@ class TrainingSetup:
     dtype_bytes: int  # of a number in the model's arithmetic
     tokens: int  # of one pass
     rank: int
-    keep: float
+    keep: float  # of the model in the phase; in "scores", 1 before the first cut
     quantize: str = "off"
     recompute: bool = False  # train.checkpointing
     all_weights: bool = False  # all weights are tuned after the cut, instead of adapters
@@ -84,7 +85,11 @@ class TrainingSetup:
     teacher_share: float = 1.0  # of a batch's labelled rows that the teacher sees, in passes of their own
     teacher_is_base: bool = False  # the teacher is the untuned model, which shares its student's memory
     distills_hidden: bool = False  # layers' outputs are compared, too
-    generator: str = "transformer"
+    generator: str = ""  # "" without one
+
+    def is_cut(self, phase: TrainingPhase) -> bool:
+        """Whether the model has been cut in this phase."""
+        return phase == "tune" or (phase == "scores" and self.keep < 1)
 
 
 @dataclass(frozen=True)
@@ -140,22 +145,23 @@ def training_setup(config: RunConfig, dtype: torch.dtype, *, longest: int, all_w
         teacher_share=teacher_share,
         teacher_is_base=config.distill.teacher == "base",
         distills_hidden=has_teacher and config.distill.hidden > 0,
-        generator=config.search.generator,
+        generator=config.search.generator if config.search.method == "generator" else "",
     )
 
 
 def estimate_memory(shapes: TrainingShapes, setup: TrainingSetup, *, phase: TrainingPhase) -> TrainingMemory:
-    """Peak memory of the dense model in the search phase, or of the cut model in the tune phase."""
+    """Peak memory of a phase. Before the first cut, adapters that are only scored have no gradient and no moments."""
     teacher = _teacher_bytes(shapes, setup, phase)
     teacher += 2 * setup.tokens * shapes.layers * shapes.hidden_size * setup.dtype_bytes * setup.distills_hidden
-    if phase == "tune":
+    if setup.is_cut(phase):
         linears = tuple(linear.after_cut(setup.keep) for linear in shapes.linears)
         shapes = replace(shapes, linears=linears, mlp_channels=round(setup.keep * shapes.mlp_channels))
-    is_merged = phase == "tune" and setup.all_weights
+    is_merged = setup.is_cut(phase) and setup.all_weights
     linear_bytes = sum(linear.weight_bytes(setup.dtype_bytes, setup.quantize) for linear in shapes.linears)
     linear_params = sum(linear.weight_count for linear in shapes.linears)
     adapter_params = setup.rank * sum(linear.rows + linear.columns for linear in shapes.linears)
-    features = GENERATOR_FEATURES[setup.generator]
+    adapter_copies = 1 if phase == "scores" and not setup.is_cut(phase) else 4  # with gradients and two moments
+    features = GENERATOR_FEATURES.get(setup.generator, 0)
     generator_params = shapes.total_units * (features or 1) + (GENERATOR_ENCODER_PARAMS if features else 0)
     activations, recomputed_layer, dequantized = _activation_bytes(shapes, setup, is_merged=is_merged)
     chunk = min(setup.tokens, max(1, LOGITS_PER_CHUNK // shapes.vocab_size)) * shapes.vocab_size
@@ -163,8 +169,8 @@ def estimate_memory(shapes: TrainingShapes, setup: TrainingSetup, *, phase: Trai
     logits = chunk * FP32_BYTES * (5 if setup.teacher else 3)
     return TrainingMemory(
         weights=setup.dtype_bytes * shapes.other_params + (0 if is_merged else linear_bytes),
-        tuned=3 * FP32_BYTES * linear_params if is_merged else 4 * FP32_BYTES * adapter_params,
-        generator=4 * FP32_BYTES * generator_params,
+        tuned=3 * FP32_BYTES * linear_params if is_merged else adapter_copies * FP32_BYTES * adapter_params,
+        generator=4 * FP32_BYTES * generator_params if setup.generator else 0,
         activations=activations,
         passing=dequantized + max(recomputed_layer, logits),
         teacher=teacher,
@@ -173,7 +179,7 @@ def estimate_memory(shapes: TrainingShapes, setup: TrainingSetup, *, phase: Trai
 
 def _teacher_bytes(shapes: TrainingShapes, setup: TrainingSetup, phase: TrainingPhase) -> int:
     """Bytes of the teacher's weights that it does not share with the student."""
-    if not setup.teacher or (setup.teacher_is_base and phase == "search"):
+    if not setup.teacher or (setup.teacher_is_base and not setup.is_cut(phase)):
         return 0
     dense = sum(linear.weight_bytes(setup.dtype_bytes, setup.quantize) for linear in shapes.linears)
     if not setup.teacher_is_base:

@@ -12,7 +12,13 @@ import torch
 
 from prunetune.config.recipe import RunConfig
 from prunetune.cost.parameters import prunable_params
-from prunetune.cost.training_memory import TrainingMemory, estimate_memory, training_setup, training_shapes
+from prunetune.cost.training_memory import (
+    TrainingMemory,
+    TrainingPhase,
+    estimate_memory,
+    training_setup,
+    training_shapes,
+)
 from prunetune.data.encoding import EncodedExamples, encode
 from prunetune.data.sources import SplitName
 from prunetune.data.splits import Splits, load_splits
@@ -37,6 +43,7 @@ from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import select
 from prunetune.train.job import Observer
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
+from prunetune.train.schedule import build_schedule
 from prunetune.train.teacher import resolve_auto
 from prunetune.utils.files import require_disk_space
 
@@ -212,10 +219,18 @@ def _raise_if_not_resumable(folder: RunFolder, splits: Splits) -> None:
 def estimate_peak_memory(
     meta_model: Any, sites: tuple[Site, ...], config: RunConfig, dtype: torch.dtype, *, longest: int
 ) -> TrainingMemory:
-    """Memory of the phase that takes more of it, under a resolved config; `longest`: tokens of the longest example."""
-    shapes = training_shapes(meta_model, sites)
+    """Memory of the phase that takes most of it, under a resolved config; `longest`: tokens of the longest example.
+
+    That is before the first cut, or after it: every later cut makes the model smaller.
+    """
+    shapes, schedule = training_shapes(meta_model, sites), build_schedule(config)
     setup = training_setup(config, dtype, longest=longest, all_weights=config.train.weights == "all")
-    phases = (estimate_memory(shapes, setup, phase="search"), estimate_memory(shapes, setup, phase="tune"))
+    first_stage = replace(setup, keep=schedule.keep_after(schedule.cuts[0]))
+    before: TrainingPhase = "search" if config.search.method == "generator" else "scores"
+    phases = (
+        estimate_memory(shapes, replace(setup, keep=1.0), phase=before),
+        estimate_memory(shapes, first_stage, phase="tune"),
+    )
     return max(phases, key=lambda memory: memory.total)
 
 

@@ -34,7 +34,7 @@ from prunetune.utils.console import SilentConsole
 from prunetune.utils.failures import is_lost_rank
 from prunetune.utils.launch import rank_and_world_size, single_process_error
 from support.data import write_lines
-from support.distributed_worker import OTHERS, STEPS, STOP, result
+from support.distributed_worker import OTHERS, PACKED, STEPS, STOP, result
 from support.evaluation import characters, speaker
 from support.loop import config_of, job_of
 
@@ -122,7 +122,7 @@ def test_two_ranks_equal_one_process(results: dict[str, Any], alone: dict[str, A
 
 
 def test_sharded_run_with_teacher_equals_one_process(results: dict[str, Any]) -> None:
-    """With a teacher, also sharded; the model is cut while it is sharded."""
+    """With a teacher, also sharded; the model is cut three times while it is sharded."""
     close(results["fsdp"], result(SINGLE_PROCESS, distil=True))
 
 
@@ -133,7 +133,7 @@ def test_other_runs_of_two_ranks_equal_one_process(name: str, results: dict[str,
 
 
 def test_packed_passes_of_two_ranks_equal_one_process(results: dict[str, Any]) -> None:
-    close(results["packed"], result(SINGLE_PROCESS, train={"steps": 6}))
+    close(results["packed"], result(SINGLE_PROCESS, **PACKED))
 
 
 def test_two_ranks_resume_a_run_of_one(results: dict[str, Any], alone: dict[str, Any]) -> None:
