@@ -31,7 +31,7 @@ RECIPE: dict[str, Any] = {
     "budget": {"keep": 0.5, "align": 8},
     "train": {"steps": 8, "batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 2, "validate_every": 1},
     "lora": {"rank": 4},
-    "search": {"share": 0.5, "settle": 0.25, "init_batches": 1, "batch_size": 4},
+    "search": {"cuts": 4, "span": 0.75, "init_batches": 1, "batch_size": 4},  # cuts before steps 1, 2, 4 and 5
     "distill": {"teacher": "none"},
     "evaluate": {"limit": 4, "generate_limit": 0, "dense_tuned": False},
 }
@@ -245,7 +245,7 @@ def test_malformed_limit_is_refused_in_one_line(entry: Any, words: str) -> None:
 
 def test_limit_that_could_never_act_is_refused_before_anything_is_written(workspace: Path, tmp_path: Path) -> None:
     late = config_of(workspace, tmp_path / "run", "valid.nll <= 9 -> roll-back", train={"validate_every": 5})
-    with pytest.raises(ConfigError, match=r"no validation comes before the search ends at step 4.* lower train"):
+    with pytest.raises(ConfigError, match=r"no validation comes before the last decision at step 4.* lower train"):
         run(late)
     blind = config_of(workspace, tmp_path / "run", "guard.accuracy >= 0.5 -> stop")
     with pytest.raises(DataError, match=r"needs rows with choices in data\.guard"):
@@ -268,8 +268,8 @@ def test_limit_that_could_never_act_is_refused_before_anything_is_written(worksp
 
 
 def test_last_validated_plan_is_the_plan_that_is_cut(workspace: Path, tmp_path: Path) -> None:
-    """This holds even if the search lasts until the last step."""
-    search = {"share": 1.0, "settle": 0, "learning_rate": 0.05}
+    """This holds even if a generator searches until the last step."""
+    search = {"method": "generator", "share": 1.0, "settle": 0, "learning_rate": 0.05}
     folder = run(config_of(workspace, tmp_path / "run", "valid.nll <= 9x -> stop", search=search))
     last = json.loads((folder / "decisions" / "step-0000008.json").read_text())
     assert unpack_plan(last["kept_units"]) == Plan.load(folder / "plan.json")

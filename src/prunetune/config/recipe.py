@@ -272,7 +272,7 @@ class CompareConfig:
         "no teacher, adapters of rank lora.dense_rank by AdamW.",
     )
     keeps: tuple[float, ...] = option((), "Values of budget.keep; default: that of the recipe.", gt=0, le=1)
-    seeds: tuple[int, ...] = option((0,), "Seeds of tuning and search; splits are those of the recipe's seed.", ge=0)
+    seeds: tuple[int, ...] = option((0,), "Seeds of tuning and pruning; splits are those of the recipe's seed.", ge=0)
     learning_rates: tuple[float, ...] = option(
         (),
         "Learning rates; default: train.learning_rate. Of several, each method gets its best, chosen on valid; "

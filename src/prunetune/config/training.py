@@ -12,7 +12,7 @@ from prunetune.config.fields import option
 class TrainConfig:
     """The tuning of the weights; options are named as in transformers' TrainingArguments if they mean the same."""
 
-    steps: int = option(700, "Tuning steps in all, the search included.", ge=1)
+    steps: int = option(700, "Steps in all; the model is pruned within them.", ge=1)
     batch_size: int = option(16, "Examples a step.", ge=1)
     micro_tokens: int = option(
         16384, "Most tokens, padding included, that one forward pass holds; larger batches are split.", ge=1
@@ -32,8 +32,8 @@ class TrainConfig:
     )
     size_share: tuple[float, ...] = option(
         (0.18,),
-        "With several sizes (budget.sizes): steps of each size after the first, as a share of train.steps and in "
-        "addition to them; the last number holds for all further sizes.",
+        "With several sizes (budget.sizes): steps of each size after the first, from where the larger one was cut, as "
+        "a share of train.steps and in addition to them; the last number holds for all further sizes.",
         gt=0,
         le=1,
     )
@@ -76,7 +76,7 @@ class LoraSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig:
-    """Knowledge distillation: a teacher whose outputs the student matches in tuning and search, token by token."""
+    """Knowledge distillation: a teacher whose outputs the student matches token by token, in tuning and in what decides."""
 
     teacher: Literal["auto", "none", "base", "dense"] = option(
         "auto",
@@ -125,14 +125,17 @@ class SearchConfig:
     lora_aware: bool = option(
         True, "Adapters learn with y = gate * (W x) + B A x; false: under gates on both branches, as after the cut."
     )
-    share: float = option(0.1, "Share of the steps in which decisions are searched.", gt=0, le=1)
+    share: float = option(0.1, "Share of the steps in which the generator searches.", gt=0, le=1)
     settle: float = option(
-        0.05, "Share of the steps, after the search, in which the adapters of removed units shrink to zero.", ge=0, le=1
+        0.05,
+        "Share of the steps, after the generator's search, in which the adapters of removed units shrink to zero.",
+        ge=0,
+        le=1,
     )
     learning_rate: float = option(
         1e-3, "Learning rate of the generator (AdamW); a fifth of it in the last fifth of the search.", gt=0
     )
-    batch_size: int = option(16, "Examples a search step.", ge=1)
+    batch_size: int = option(16, "Examples in a batch that a decision is made on.", ge=1)
     ratio_weight: float = option(5.0, "Weight of |log(kept / target)| in the generator's loss.", ge=0)
     temperature: float = option(0.4, "Temperature of the gates' sigmoid.", gt=0)
     offset: float = option(3.0, "Added to every logit, so that training starts dense.")

@@ -103,11 +103,12 @@ def make_monitor(context: RunContext) -> ValidationMonitor:
     limits_guard_accuracy = any(limit.metric == "guard.accuracy" for limit in limits)
     if limits_guard_accuracy and not any(row.choices for row in context.splits.guard):
         raise DataError("a limit on guard.accuracy needs rows with choices in data.guard: there are none")
-    every, search_steps = context.config.train.validate_every, build_schedule(context.config).search
-    if every > search_steps and any(limit.action != "stop" for limit in limits):
+    every, schedule = context.config.train.validate_every, build_schedule(context.config)
+    last_cut = schedule.search or schedule.cuts[-1].step  # a generator's decision is final where its search ends
+    if every > last_cut and any(limit.action != "stop" for limit in limits):
         raise ConfigError(
-            f"limits: no validation comes before the search ends at step {search_steps}, so there is nothing to go "
-            f"back to; lower train.validate_every ({every}) below it"
+            f"limits: no validation comes before the last decision at step {last_cut}, so there is nothing to go back "
+            f"to; lower train.validate_every ({every}) to that at most, or raise search.span"
         )
     _raise_if_gain_unreachable(context)
     max_rows = context.config.validate.limit

@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 
 def train(context: RunContext, monitor: ValidationMonitor | None = None) -> None:
-    """Search, settle and tune, on every rank; the last checkpoint holds the result. Skipped where model/ is written."""
+    """Prune and tune, on every rank; the last checkpoint holds the result. Skipped where model/ is written."""
     if not context.ranks.broadcast_from_main(not context.folder.model_folder.exists()):
         return
     with record_training(context) as observer:

@@ -126,6 +126,10 @@ def render_snapshot(snapshot: RunSnapshot) -> RenderableType:
         if values:
             last_value = f"{values[-1]:.1%}" if key == "kept" else f"{values[-1]:.3f}"
             rows.add_row(name, f"{last_value:<8} {sparkline(values)}")
+    cuts = [line for line in snapshot.metrics if "widths" in line and line.get("phase") in ("prune", "tune")]
+    if cuts:
+        words = ", ".join(f"step {line['step']}: {line.get('kept', 0):.1%}" for line in cuts)
+        rows.add_row("cuts", f"{words} kept")
     speed = [f"{last['tokens_per_s']:,.0f} tokens/s"] if "tokens_per_s" in last else []
     speed += [f"{last['memory_mb'] / 1e3:.2f} GB"] if "memory_mb" in last else []
     rows.add_row("speed", ", ".join(speed) or "–")
