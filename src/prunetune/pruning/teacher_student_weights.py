@@ -1,9 +1,9 @@
 """Sharing weights in memory between a dense teacher and its student, before the cut and after it.
 
 Before the cut, `copy_sharing_weights` gives the teacher modules of its own over the student's tensors, so that hooks
-and adapters of the student do not reach it. At the cut, `cut_sharing_weights` reorders the units of the teacher, the
-*weight owner*: those that the student keeps come first. The weights of the student are then views of the first rows or
-columns.
+and adapters of the student do not reach it. At every cut, `cut_sharing_weights` reorders the units of the teacher, the
+*weight owner*: those that the student keeps come first, then the others, both as in the dense model. The weights of the
+student are then views of the first rows or columns.
 
 The order of units changes the teacher's output by rounding only. KV groups attend independently, their query heads move
 along with them, and o sums what they output; channels are independent until down sums them. So where rows of q, k and
@@ -41,9 +41,13 @@ def copy_sharing_weights(model: nn.Module) -> Any:
 
 
 @torch.no_grad()
-def cut_sharing_weights(model: nn.Module, weight_owner: nn.Module, plan: Plan, *, sites: Iterable[Site]) -> None:
+def cut_sharing_weights(
+    model: nn.Module, weight_owner: nn.Module, plan: Plan, *, sites: Iterable[Site], before: Plan | None = None
+) -> None:
     """`cut_linears` of a model whose frozen weights are the weight owner's, in place, layer by layer.
 
+    At a further cut, `before` is the plan of the dense model's units that the earlier ones have left; the owner's order
+    afterwards is that of a single cut, so that a resumed run, which makes one, has a teacher of the same bits.
     Holds at most one more layer on the way. Where `can_share_weights` is false (fused projections, query heads,
     experts), the cut model gets a copy, and the weight owner keeps its order. Raises `PlanError` where the plan was
     made for another model.
@@ -52,16 +56,16 @@ def cut_sharing_weights(model: nn.Module, weight_owner: nn.Module, plan: Plan, *
     gates_from_plan(plan, sites)  # refuses a plan of another model before anything is cut
     for layer in dict.fromkeys(site.layer for site in sites):
         layer_sites = [site for site in sites if site.layer == layer]
-        partly_kept = [site for site in layer_sites if 0 < len(plan.kept[site.name]) < site.units]
-        shared = [site for site in partly_kept if _shares_weights(weight_owner, model, site)]
+        losing = [site for site in layer_sites if len(plan.kept[site.name]) < site.units]
+        shared = [site for site in losing if _shares_weights(weight_owner, model, site)]
         cut_linears(model, plan, sites=layer_sites)
         for site in shared:
-            kept = plan.kept[site.name]
-            removed = (~kept_mask(kept, site.units)).nonzero().flatten().tolist()
+            kept, units = plan.kept[site.name], _units_of_owner(site, before)
+            removed = sorted(set(range(len(units))) - set(kept), key=units.__getitem__)
             for linear_slice, axis in site.linear_slices():
-                order = linear_slice.indices((*kept, *removed), site.units)
-                owned, cut = (get_base_linear(module, linear_slice.module) for module in (weight_owner, model))
-                _reorder_and_view(owned, cut, order, axis)
+                order = linear_slice.indices((*kept, *removed), len(units))
+                owned = get_base_linear(weight_owner, linear_slice.module)
+                _reorder_and_view(owned, get_base_linear(model, linear_slice.module) if kept else None, order, axis)
 
 
 def can_share_weights(site: Site) -> bool:
@@ -91,6 +95,14 @@ def _shares_weights(weight_owner: nn.Module, model: nn.Module, site: Site) -> bo
     return True
 
 
+def _units_of_owner(site: Site, before: Plan | None) -> list[int]:
+    """The dense model's units of a site in the order that earlier cuts have given the weight owner."""
+    if before is None:
+        return list(range(site.units))
+    kept = before.kept[site.name]
+    return [*kept, *(~kept_mask(kept, before.units[site.name])).nonzero().flatten().tolist()]
+
+
 def _weight_names(linear: Any) -> tuple[str, ...]:
     """The attributes that hold a linear's weights."""
     return ("packed", "scales") if isinstance(linear, NF4Linear) else ("weight",)
@@ -99,16 +111,18 @@ def _weight_names(linear: Any) -> tuple[str, ...]:
 def _reorder_and_view(owned: Any, cut: Any, order: Tensor, axis: int) -> None:
     """Reorder the owner's rows or columns, in place, and make the cut linear's weights views of the first.
 
-    Holds no second weight but the rows or columns that the cut removed.
+    Holds no second weight but the rows or columns that the cut removed: all of them if there is no cut linear left.
     """
     dim = 0 if isinstance(owned, NF4Linear) else stored_axis(owned, axis)  # 4-bit weights are stored with them as rows
     for name in _weight_names(owned):
-        weight, cut_weight = getattr(owned, name), getattr(cut, name)
-        kept, index = cut_weight.shape[dim], order.to(weight.device)
+        weight, cut_weight = getattr(owned, name), getattr(cut, name, None)
+        kept, index = 0 if cut_weight is None else cut_weight.shape[dim], order.to(weight.device)
         removed = weight.index_select(dim, index[kept:])
         view = weight.detach().narrow(dim, 0, kept)
-        view.copy_(cut_weight)
         weight.narrow(dim, kept, len(index) - kept).copy_(removed)
+        if cut_weight is None:
+            continue
+        view.copy_(cut_weight)
         setattr(cut, name, nn.Parameter(view, requires_grad=False) if isinstance(cut_weight, nn.Parameter) else view)
     if axis == ROWS and owned.bias is not None:
         index = order.to(owned.bias.device)

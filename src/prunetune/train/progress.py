@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prunetune.cost.parameters import kept_share
+from prunetune.errors import RunFolderError
 from prunetune.search.decision import Decision, detach_to
 from prunetune.train.adapters import trainable_parameters
 from prunetune.train.checkpoints import TrainingState, optimizer_tensors
@@ -46,10 +47,18 @@ class TrainingProgress:
         return self.validation.history.schedule
 
     def resume(self) -> Decision:
-        """Load the newest whole checkpoint, or else the state to start from; returns the decision that held there."""
+        """Load the newest whole checkpoint, or else the state to start from; returns the decision that held there.
+
+        Raises `RunFolderError` for a checkpoint of version 0.1.0 whose model is not cut: how that decided is gone.
+        """
         job, state = self.job, self.job.checkpoints.latest()
         loaded = state or job.start_state
         self.validation.resume(state)
+        if state is not None and not state.is_cut and not self.schedule.cuts:
+            raise RunFolderError(
+                f"the run was begun by version 0.1.0 and stopped at step {state.step}, before its cut: this version "
+                "decides otherwise; finish it with 0.1.0, or start anew with another --out"
+            )
         if loaded is not None:
             if loaded.is_cut and loaded.plan is not None:
                 self.weight_trainer.apply_cut(loaded.plan, self.schedule.stage_steps(state.step - 1 if state else 0))

@@ -82,7 +82,9 @@ class Schedule:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Schedule:
-        """Read what `to_dict` wrote."""
+        """Read what `to_dict` wrote; one of version 0.1.0, of another search, gives a schedule without cuts."""
+        if "cuts" not in values:
+            return cls(values["steps"], (), values["keep"])
         fields = {"allowed_keep" if name == "keep" else name: value for name, value in values.items()}
         return cls(**{**fields, "cuts": tuple(Cut(**cut) for cut in values["cuts"])})
 

@@ -92,7 +92,7 @@ class WeightTrainer:
 
     def apply_cut(self, plan: Plan, steps: int) -> None:
         """Give model and adapters their smaller shapes; merge the two if all weights are to be tuned."""
-        self.layers.cut(plan if self.plan is None else plan_within(plan, self.plan), self.sites)
+        self.layers.cut(plan if self.plan is None else plan_within(plan, self.plan), self.sites, self.plan)
         self.plan, self.sites = plan, remaining_sites(self.job.sites, plan)
         self.passes.use_sites(self.sites, steps)
         if trains_all_weights(self.job.config.train, self.job.sites) and not self.is_merged:

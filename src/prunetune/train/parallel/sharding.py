@@ -20,14 +20,15 @@ from prunetune.pruning.cut import cut_linears
 from prunetune.pruning.families import architecture_info
 from prunetune.pruning.teacher_student_weights import cut_sharing_weights
 from prunetune.pruning.units import Site
+from prunetune.pruning.whole_blocks import replace_module
 from prunetune.train.parallel.ranks import Ranks
 
 
 class DecoderLayers(Protocol):
     """The decoder layers of a model, sharded or not."""
 
-    def cut(self, plan: Plan, sites: Iterable[Site]) -> None:
-        """`cut_linears`, in place."""
+    def cut(self, plan: Plan, sites: Iterable[Site], before: Plan | None = None) -> None:
+        """`cut_linears`, in place; `before` is what earlier cuts have left of the dense model."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ class UnshardedLayers:
     model: Any
     weight_owner: Any = None  # a model that shares the dense weights and keeps them: the teacher
 
-    def cut(self, plan: Plan, sites: Iterable[Site]) -> None:
+    def cut(self, plan: Plan, sites: Iterable[Site], before: Plan | None = None) -> None:
         """See `DecoderLayers`."""
         if self.weight_owner is None:
             cut_linears(self.model, plan, sites=sites)
         else:
-            cut_sharing_weights(self.model, self.weight_owner, plan, sites=sites)
+            cut_sharing_weights(self.model, self.weight_owner, plan, sites=sites, before=before)
 
 
 def shard_layers(model: Any, ranks: Ranks, weight_owner: Any = None) -> DecoderLayers:
@@ -80,7 +81,7 @@ class ShardedLayers:
         )
         self._shard_embedding()
 
-    def cut(self, plan: Plan, sites: Iterable[Site]) -> None:
+    def cut(self, plan: Plan, sites: Iterable[Site], before: Plan | None = None) -> None:
         """See `DecoderLayers`; every rank gathers the weights of one layer at a time."""
         sites, old, new = tuple(sites), self._decoder(), self.blueprint.train(self.model.training)
         self.blueprint = _meta_copy(self.model, new)
@@ -91,7 +92,9 @@ class ShardedLayers:
             parent, _, child = within.rpartition(".")
             setattr(old.get_submodule(parent), child, nn.Identity())
             cut_linears(self.model, plan, sites=[site for site in sites if site.layer == index])
-            self._shard(self.model.get_submodule(name))
+            layer = self.model.get_submodule(name)
+            replace_module(self.blueprint, within, _meta_copy(self.model, layer))  # for the next cut
+            self._shard(layer)
         _copy_weights(new, old)
         self._shard_embedding()
 
