@@ -276,7 +276,7 @@ class CompareConfig:
     learning_rates: tuple[float, ...] = option(
         (),
         "Learning rates; default: train.learning_rate. Of several, each method gets its best, chosen on valid; "
-        "train.weights_rate is scaled by the same factor.",
+        "train.weights_rate, if it is set, is scaled by the same factor.",
         gt=0,
     )
     split: Literal["test", "valid"] = option("test", "The split that is scored.")

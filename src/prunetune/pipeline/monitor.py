@@ -18,7 +18,7 @@ from prunetune.errors import ConfigError, DataError
 from prunetune.evaluation.item_subset import stable_sample
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
-from prunetune.manifest import LimitActionFacts, LimitFacts, LimitsFacts, ValidationFacts
+from prunetune.manifest import CutFacts, LimitActionFacts, LimitFacts, LimitsFacts, ValidationFacts
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
 from prunetune.pruning.units import kept_params
@@ -31,7 +31,7 @@ from prunetune.train.parallel.distributed_passes import distribute_checkpoints
 from prunetune.train.schedule import build_schedule
 from prunetune.train.validation import perplexity
 from prunetune.utils.files import write_text
-from prunetune.utils.json_lines import JsonObject
+from prunetune.utils.json_lines import JsonObject, is_cut, read_json_lines
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,10 @@ def tuning_facts(context: RunContext) -> dict[str, Any]:
     if state is None:
         return {}
     seconds = max(timings.get(TUNING_STAGE) or 0.0, state.seconds)  # a process that was killed recorded none
-    timed = {"timings": {**timings, TUNING_STAGE: seconds}}
+    log = context.folder.path / "metrics.jsonl"
+    records = read_json_lines(log)[0] if log.exists() else []
+    cuts = tuple(CutFacts.from_dict(record) for record in records if is_cut(record))
+    timed: dict[str, Any] = {"timings": {**timings, TUNING_STAGE: seconds}} | ({"cuts": cuts} if cuts else {})
     if not state.validation_history:
         return timed
     history, config = state.validation_history, context.config

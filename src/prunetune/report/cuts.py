@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from prunetune.plan import Plan
 from prunetune.report.kept_layers import parse_site_layer
 from prunetune.report.run_folder import RunFiles, get_mapping, get_number
-from prunetune.utils.json_lines import JsonObject
+from prunetune.utils.json_lines import JsonObject, is_cut
 
 NEIGHBOURS = 5  # steps whose mean stands for the loss before a cut and at the end of its stage
 UNIT_NAMES = {True: "KV groups", False: "MLP channels"}
@@ -29,12 +29,7 @@ class CutRow:
 
 def cut_lines(metrics: Sequence[JsonObject]) -> list[JsonObject]:
     """The log's lines that follow a real cut, by step; a generator's proposals also have widths, and are left out."""
-    lines = {
-        int(step): line
-        for line in metrics
-        if (step := get_number(line, "step")) is not None and line.get("phase") in ("prune", "tune")
-        if isinstance(line.get("widths"), Mapping)
-    }
+    lines = {int(step): line for line in metrics if is_cut(line) and (step := get_number(line, "step")) is not None}
     return [lines[step] for step in sorted(lines)]
 
 

@@ -153,6 +153,8 @@ def _raise_if_recipe_changed(recipe: Path, config: RunConfig, changeable: Collec
     except ConfigError as broken:
         raise RunFolderError(f"{recipe} cannot be read ({broken}): name another folder with --out") from broken
     now = flatten_options(to_mapping(config))
+    for options in (before, now):  # 0.1.0 wrote a rate of its own for all weights, which is now 0: the same
+        options["train.weights_rate"] = options["train.weights_rate"] or options["train.learning_rate"]
     changed = [
         f"{key} was {before[key]!r} and is now {now[key]!r}"
         for key in now
