@@ -105,7 +105,8 @@ def make_monitor(context: RunContext) -> ValidationMonitor:
         raise DataError("a limit on guard.accuracy needs rows with choices in data.guard: there are none")
     every, schedule = context.config.train.validate_every, build_schedule(context.config)
     last_cut = schedule.search or schedule.cuts[-1].step  # a generator's decision is final where its search ends
-    if every > last_cut and any(limit.action != "stop" for limit in limits):
+    is_resumed = (context.folder.path / "config.yaml").exists()  # it was checked when the run began, maybe by 0.1.0
+    if every > last_cut and not is_resumed and any(limit.action != "stop" for limit in limits):
         raise ConfigError(
             f"limits: no validation comes before the last decision at step {last_cut}, so there is nothing to go back "
             f"to; lower train.validate_every ({every}) to that at most, or raise search.span"
@@ -165,7 +166,7 @@ def tuning_facts(context: RunContext) -> dict[str, Any]:
     seconds = max(timings.get(TUNING_STAGE) or 0.0, state.seconds)  # a process that was killed recorded none
     log = context.folder.path / "metrics.jsonl"
     records = read_json_lines(log)[0] if log.exists() else []
-    cuts = tuple(CutFacts.from_dict(record) for record in records if is_cut(record))
+    cuts = tuple(CutFacts(step=line["step"], kept=line["kept"]) for line in records if is_cut(line))
     timed: dict[str, Any] = {"timings": {**timings, TUNING_STAGE: seconds}} | ({"cuts": cuts} if cuts else {})
     if not state.validation_history:
         return timed
