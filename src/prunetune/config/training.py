@@ -13,7 +13,7 @@ def parse_learning_rate(value: Any, name: str) -> float:
     """A learning rate, or 0 for auto; raises `ConfigError`."""
     rate = 0.0 if value == "auto" else parse_number(value, name)
     if rate < 0:
-        raise ConfigError(f"{name} must be above 0, or auto, got {value!r}")
+        raise ConfigError(f"{name} must lie in [0, inf), where 0 is auto, got {value!r}")
     return rate
 
 
