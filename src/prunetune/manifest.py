@@ -246,6 +246,43 @@ class LimitsFacts(ManifestPart):
     kept: float | None  # share of the prunable parameters
 
 
+@dataclass(frozen=True, kw_only=True)
+class CutFacts(ManifestPart):
+    """A real cut of the run."""
+
+    step: int | None  # the first step of the cut model
+    kept: float | None  # share of the prunable parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class RateTrialFacts(ManifestPart):
+    """A learning rate that was tried."""
+
+    rate: float | None
+    valid_nll: float | None  # at the end; None if it was not finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningRateFacts(ManifestPart):
+    """What `train.learning_rate: auto` has chosen, and its cost."""
+
+    rate: float | None
+    trials: tuple[RateTrialFacts, ...]
+    steps: int | None  # of each trial
+    seconds: float | None  # of all trials
+
+    @property
+    def description(self) -> str:
+        """The choice in one line; "" where nothing was chosen."""
+        if self.rate is None:
+            return ""
+        nlls = ", ".join(
+            f"{trial.rate:g} ({'not finite' if trial.valid_nll is None else f'{trial.valid_nll:.3f}'})"
+            for trial in self.trials
+        )
+        return f"{self.rate:g}: chosen on valid from {nlls} (loss after {self.steps} steps each)"
+
+
 # -- speed -------------------------------------------------------------------------------------------------------------
 
 
@@ -322,6 +359,8 @@ class Manifest(ManifestPart):
     sizes: tuple[str, ...]  # folders of a run of several sizes
     size: SizeFacts
     timings: Mapping[str, float | None]  # seconds by stage
+    learning_rate: LearningRateFacts
+    cuts: tuple[CutFacts, ...]
     validation: ValidationFacts
     limits: LimitsFacts = json_key("gates")
     quantised: QuantisedFacts

@@ -1,4 +1,4 @@
-"""A plan: the units that a pruned model keeps. It is all that the search passes on to the cut."""
+"""A plan: the units that a pruned model keeps. It is all that a decision passes on to the cut."""
 
 from __future__ import annotations
 

@@ -470,3 +470,17 @@ def test_closed_output_ends_silently(verb: str, code: int, tmp_path: Path) -> No
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == code
+
+
+def test_plain_log_names_every_cut_also_between_its_lines(caplog: pytest.LogCaptureFixture) -> None:
+    plain = console.PlainConsole(log_every=10)
+    plain.stage("tune and prune", 20)
+    with caplog.at_level("INFO"):
+        for step in range(1, 21):
+            cut: dict[str, Any] = {"widths": {"a": 3}} if step in (4, 7) else {}
+            plain.step({"step": step, "phase": "prune" if step < 7 else "tune", "loss": 1.0, "kept": 0.8, **cut})
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line for line in lines if "cut" in line] == [
+        "cut before step 4: 80.0% kept",
+        "cut before step 7: 80.0% kept",
+    ]

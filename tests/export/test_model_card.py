@@ -50,13 +50,24 @@ def test_card_names_base_licence_recipe_and_data() -> None:
         "base_model": "owner/name",
         "license": "llama3.2",
         "license_link": "https://licence",
-        "tags": ["prunetune", "pruning", "lora"],
+        "tags": ["prunetune", "pruning"],
     }
     for text in ("`owner/name`", "prunetune 0.1.0", "`abc123`", "`budget.keep: 0.5`", "t" * 64, "e" * 64, "c" * 64):
         assert text in card
     assert "| weights on disk, bfloat16 | 8.0 MB | 3.0 MB |" in card
     assert "llama3.2, https://licence, as its model card says" in card
     assert "secret" not in card
+
+
+def test_card_names_cuts_and_a_chosen_learning_rate() -> None:
+    trials = [{"rate": 5e-4, "valid_nll": 2.0}, {"rate": 1e-3, "valid_nll": None}]
+    chosen = {"rate": 5e-4, "trials": trials, "steps": 70, "seconds": 9.0}
+    cuts = [{"step": 1, "kept": 0.8}, {"step": 71, "kept": 0.6}]
+    text = card_of(manifest={**MANIFEST, "cuts": cuts, "learning_rate": chosen})
+    assert "tuned and pruned in one run, in 2 cuts (before step 1, 71 of 700)." in text
+    assert (
+        "- learning rate 0.0005: chosen on valid from 0.0005 (2.000), 0.001 (not finite) (loss after 70 steps" in text
+    )
 
 
 def test_card_lists_scores_with_standard_errors() -> None:

@@ -31,7 +31,7 @@ RECIPE: dict[str, Any] = {
     "budget": {"keep": 0.5, "align": 8},
     "train": {"steps": 8, "batch_size": 4, "learning_rate": 1e-3, "checkpoint_every": 2, "validate_every": 1},
     "lora": {"rank": 4},
-    "search": {"share": 0.5, "settle": 0.25, "init_batches": 1, "batch_size": 4},
+    "search": {"cuts": 4, "span": 0.75, "init_batches": 1, "batch_size": 4},  # cuts before steps 1, 2, 4 and 5
     "distill": {"teacher": "none"},
     "evaluate": {"limit": 4, "generate_limit": 0, "dense_tuned": False},
 }
@@ -92,11 +92,11 @@ def free(workspace: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(config_of(workspace, tmp_path_factory.mktemp("free") / "run", validate={"accuracy": True}))
 
 
-def limit_between(free: Path) -> float:
-    """A guard limit that the dense model meets and the final model of the run `free` breaks."""
+def limit_between(free: Path, step: int = 8) -> float:
+    """A guard limit that the dense model meets and the model of the run `free` at a step breaks."""
     scores = [line["guard.nll"] for line in lines(free / "validation.jsonl")]
-    assert scores[-1] > scores[0], "pruning costs this model something"
-    return (scores[0] + scores[-1]) / 2
+    assert scores[step] > scores[0], "pruning costs this model something"
+    return (scores[0] + scores[step]) / 2
 
 
 def test_guard_scores_are_recorded_and_reported(free: Path) -> None:
@@ -154,16 +154,15 @@ def test_rolled_back_model_shares_its_weights_with_its_teacher(
 
     monkeypatch.setattr(stages, "tune_and_prune", watched)
     changes: dict[str, Any] = {"distill": {"teacher": "base"}, "train": {"weights": "adapters"}}
-    folder = run(
-        config_of(workspace, tmp_path / "run", f"guard.nll <= {limit_between(free):.6f} -> roll-back", **changes)
-    )
+    limit = limit_between(free, step=2)
+    folder = run(config_of(workspace, tmp_path / "run", f"guard.nll <= {limit:.6f} -> roll-back", **changes))
     assert json.loads((folder / "manifest.json").read_text())["gates"]["events"]
     assert len(heads) > 1
     assert all(mine == other for mine, other in heads)
 
 
 def test_back_off_reports_the_allowed_budget(workspace: Path, free: Path, tmp_path: Path) -> None:
-    limit = limit_between(free)
+    limit = limit_between(free, step=2)  # two more cuts are to come
     gate = f"guard.nll <= {limit:.6f} -> back-off"
     folder = run(config_of(workspace, tmp_path / "run", gate, validate={"back_off": 0.25}))
     gates = json.loads((folder / "manifest.json").read_text())["gates"]
@@ -245,7 +244,7 @@ def test_malformed_limit_is_refused_in_one_line(entry: Any, words: str) -> None:
 
 def test_limit_that_could_never_act_is_refused_before_anything_is_written(workspace: Path, tmp_path: Path) -> None:
     late = config_of(workspace, tmp_path / "run", "valid.nll <= 9 -> roll-back", train={"validate_every": 5})
-    with pytest.raises(ConfigError, match=r"no validation comes before the search ends at step 4.* lower train"):
+    with pytest.raises(ConfigError, match=r"no validation comes before the last decision at step 4.* lower train"):
         run(late)
     blind = config_of(workspace, tmp_path / "run", "guard.accuracy >= 0.5 -> stop")
     with pytest.raises(DataError, match=r"needs rows with choices in data\.guard"):
@@ -268,8 +267,8 @@ def test_limit_that_could_never_act_is_refused_before_anything_is_written(worksp
 
 
 def test_last_validated_plan_is_the_plan_that_is_cut(workspace: Path, tmp_path: Path) -> None:
-    """This holds even if the search lasts until the last step."""
-    search = {"share": 1.0, "settle": 0, "learning_rate": 0.05}
+    """This holds even if a generator searches until the last step."""
+    search = {"method": "generator", "share": 1.0, "settle": 0, "learning_rate": 0.05}
     folder = run(config_of(workspace, tmp_path / "run", "valid.nll <= 9x -> stop", search=search))
     last = json.loads((folder / "decisions" / "step-0000008.json").read_text())
     assert unpack_plan(last["kept_units"]) == Plan.load(folder / "plan.json")

@@ -34,7 +34,6 @@ from prunetune.pruning.units import kept_params
 from prunetune.runs.folder import RunFolder, create_run_folder, open_run
 from prunetune.runs.history import list_runs
 from prunetune.runs.watch import active_run
-from prunetune.search.select import select
 from prunetune.train.checkpoints import Checkpoints, TrainingState
 from support.evaluation import speaker, write_model_and_rows
 
@@ -52,7 +51,7 @@ RECIPE: dict[str, Any] = {
         "validate_every": 2,
     },
     "lora": {"rank": 4, "dropout": 0.1},
-    "search": {"share": 0.3, "settle": 0.1, "init_batches": 1, "batch_size": 4},
+    "search": {"cuts": 3, "span": 0.3, "init_batches": 1, "batch_size": 4},
     "distill": {"teacher": "base"},
     "evaluate": {"limit": 2, "generate_limit": 0, "dense_tuned": False},
     "require": {"prompt": 8, "generate": 2, "runs": 1},
@@ -208,22 +207,20 @@ def test_run_killed_in_any_size_ends_with_the_same_bytes(
         assert all(set(smaller.kept[name]) <= set(larger.kept[name]) for name in larger.kept)
 
 
-def test_only_the_largest_size_searches(
-    workspace: Path, tmp_path: Path, only_tuning: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    calls: list[tuple[float, Plan]] = []
-
-    def record_call(scores: Any, sites: Any, keep: float, constraints: Any, *, larger_plan: Plan) -> Plan:
-        calls.append((keep, larger_plan))
-        return select(scores, sites, keep, constraints, larger_plan=larger_plan)
-
-    monkeypatch.setattr(multi_size, "select", record_call)
-    run = run_pipeline(config_of(workspace, tmp_path / "run", train={"size_share": [0.3, 0.5]}))
-    phases = {keep: [line["phase"] for line in lines(of(run, keep) / "metrics.jsonl")] for keep in KEEPS}
-    assert phases == {0.8: ["search"] * 3 + ["settle"] + ["tune"] * 6, 0.6: ["tune"] * 3, 0.45: ["tune"] * 5}
-    assert calls == [(0.6, last_state(run, 0.8).plan), (0.45, last_state(run, 0.6).plan)]
-    configs = {keep: open_run(of(run, keep))[1] for keep in KEEPS}
-    assert [config.train.steps for config in configs.values()] == [10, 3, 5]
+def test_every_size_is_cut_on_from_where_the_larger_one_was(workspace: Path, tmp_path: Path, only_tuning: None) -> None:
+    run = run_pipeline(config_of(workspace, tmp_path / "run", train={"size_share": [0.6, 0.5]}))
+    records = {keep: lines(of(run, keep) / "metrics.jsonl") for keep in KEEPS}
+    assert {keep: len(steps) for keep, steps in records.items()} == {0.8: 10, 0.6: 6, 0.45: 5}
+    cuts = {keep: [line["step"] for line in steps if "widths" in line] for keep, steps in records.items()}
+    assert cuts == {0.8: [1, 2, 3], 0.6: [1, 2, 3], 0.45: [1, 2, 3]}
+    for larger, smaller in itertools.pairwise(KEEPS):
+        kept = [line["kept"] for line in records[smaller]]
+        assert smaller >= kept[2] > smaller - 0.1
+        assert larger > kept[0] > kept[1] > kept[2] == kept[-1]
+        branch = Checkpoints(of(run, larger) / "checkpoints" / "branch").latest()
+        assert branch is not None
+        assert branch.step == 3  # the last cut was tuned as long as those before
+        assert branch.plan == last_state(run, larger).plan
 
 
 def test_largest_size_equals_a_plain_run_to_the_bit(workspace: Path, tmp_path: Path, only_tuning: None) -> None:
@@ -279,12 +276,12 @@ def test_one_size_alone_is_not_resumed(workspace: Path, tmp_path: Path, only_tun
     run = run_pipeline(config_of(workspace, tmp_path / "run"))
     with pytest.raises(RunFolderError, match="go on with the run around it"):
         run_pipeline(open_run(of(run, 0.6))[1], resume=True)
-    newest = max(of(run, 0.8).glob("checkpoints/step-*"))
-    (newest / "adapters.safetensors").write_bytes(b"damaged")
+    (branch,) = of(run, 0.8).glob("checkpoints/branch/step-*")
+    (branch / "adapters.safetensors").write_bytes(b"damaged")
     (of(run, 0.8) / "model").mkdir()
     for folder in of(run, 0.6).glob("checkpoints/*"):
         shutil.rmtree(folder)
-    with pytest.raises(RunFolderError, match="cannot be read, and the next one goes on from it"):
+    with pytest.raises(RunFolderError, match="the state that the next size goes on from cannot be read"):
         run_pipeline(config_of(workspace, tmp_path / "run"), resume=True)
 
 

@@ -30,7 +30,7 @@ RECIPE: dict[str, Any] = {
     "budget": {"keep": 0.6, "align": 8},
     "train": {"steps": 6, "batch_size": 4, "checkpoint_every": 2, "validate_every": 3},
     "lora": {"rank": 4},
-    "search": {"share": 0.4, "settle": 0.2, "init_batches": 1, "batch_size": 4},
+    "search": {"cuts": 2, "span": 0.4, "init_batches": 1, "batch_size": 4},
     "distill": {"teacher": "none"},
     "evaluate": {"limit": 4, "generate_limit": 0, "dense_tuned": False},
 }
@@ -79,16 +79,16 @@ def test_full_disk_costs_one_checkpoint(
     config = config_of(workspace, tmp_path / "run")
     with monkeypatch.context() as patched:
         patched.setattr(
-            checkpoints, "save_file", full(checkpoints.save_file, after=6)
-        )  # in the second checkpoint: 4 files each
+            checkpoints, "save_file", full(checkpoints.save_file, after=3)
+        )  # in the second checkpoint: 2 files each
         with pytest.raises(SafetensorError) as ended:
             run(config)
     assert is_disk_full(ended.value)
     folder = tmp_path / "run" / "checkpoints"
-    assert [path.name for path in folder.iterdir()] == ["step-0000002"]
+    assert [path.name for path in folder.iterdir()] == ["step-0000001"]
     state = Checkpoints(folder).latest()
     assert state is not None
-    assert state.step == 2
+    assert state.step == 1
     with monkeypatch.context() as patched:  # now a line of the records, cut short
         genuine = recording.RunFolder.append_record
 

@@ -33,7 +33,7 @@ def recipe_values(folder: Path) -> dict[str, Any]:
         "data": {"train": [str(workspace / "rows.jsonl")]},
         "budget": {"align": 8},
         "train": {"steps": 2, "batch_size": 2},
-        "search": {"init_batches": 0},
+        "search": {"init_batches": 1},
         "distill": {"teacher": "none"},
         "evaluate": {"dense_tuned": False},
     }

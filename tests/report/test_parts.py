@@ -14,7 +14,7 @@ from prunetune.cli.output import render_run
 from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from prunetune.manifest import DataFacts
 from prunetune.plan import Plan
-from prunetune.report import decision_heatmap, formatting, run_details, verdicts, write_report
+from prunetune.report import cuts, decision_heatmap, formatting, run_details, verdicts, write_report
 from prunetune.report.figures import MAX_POINTS, downsample, running_mean
 from prunetune.report.kept_layers import count_kept, format_ranges, layers_from_plan
 from prunetune.report.run_folder import read_run
@@ -318,7 +318,30 @@ def test_heatmap_ends_with_the_plan(tmp_path: Path) -> None:
         {"step": None, "widths": {}},
         {"widths": 3},
     ]
-    assert decision_heatmap.heatmap_columns(malformed, run.plan, is_attention=False)[0].shares == {}
+    assert decision_heatmap.heatmap_columns(malformed, run.plan, is_attention=False)[1].shares == {}
+
+
+def test_heatmap_and_table_of_cuts_show_what_each_cut_left(tmp_path: Path) -> None:
+    plan = Plan({"layers.0.attn": (0,), "layers.0.mlp": (0, 2, 5)}, {"layers.0.attn": 3, "layers.0.mlp": 8})
+    metrics = [{"step": step, "phase": "prune" if step < 4 else "tune", "loss": 9.0 - step} for step in range(1, 7)]
+    for step, kept, widths in ((1, 0.8, (3, 6)), (4, 0.4, (1, 3))):
+        metrics[step - 1] |= {"kept": kept, "widths": {"layers.0.attn": widths[0], "layers.0.mlp": widths[1]}}
+    validation = [{"step": step, "nll": float(step)} for step in (0, 2, 3, 6)]
+    run = replace(read_run(make_run(tmp_path / "run")), plan=plan, metrics=tuple(metrics), validation=tuple(validation))
+    columns = decision_heatmap.heatmap_columns(run.metrics, plan, is_attention=False)
+    assert [(column.step, column.shares[0]) for column in columns] == [(0, 1.0), (1, 6 / 8), (4, 3 / 8)]
+    first, last = cuts.cut_rows(run)
+    assert (first.step, first.kept, first.removed) == (1, 0.8, {"KV groups": 0, "MLP channels": 2})
+    assert (first.loss_before, first.loss_after, first.loss_at_end, first.validation) == (None, 8.0, 7.0, 3.0)
+    assert (last.step, last.kept, last.removed) == (4, 0.4, {"KV groups": 2, "MLP channels": 3})
+    assert (last.loss_before, last.loss_after, last.loss_at_end, last.validation) == (7.0, 5.0, 4.0, 6.0)
+
+
+def test_proposals_of_a_generator_are_no_cuts() -> None:
+    searched = {"step": 1, "phase": "search", "widths": {"layers.0.mlp": 3}}
+    assert cuts.cut_lines([searched, searched | {"step": 2, "phase": "tune"}]) == [
+        searched | {"step": 2, "phase": "tune"}
+    ]
 
 
 @pytest.mark.parametrize(("count", "expected"), [(None, 0), (0, 0), (3, 2)])

@@ -1,11 +1,17 @@
-"""Laws of a run folder's records: what will be done again is dropped, and no line is fatal."""
+"""Laws of a run folder: records that will be done again are dropped, and a changed recipe is refused in one line."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
-from prunetune.runs.folder import RunFolder
+import pytest
+import yaml
+
+from prunetune.config.recipe import from_mapping, to_mapping
+from prunetune.errors import RunFolderError
+from prunetune.runs.folder import RunFolder, check_folder
 
 
 def test_dropping_records_keeps_earlier_steps_and_survives_odd_lines(tmp_path: Path) -> None:
@@ -19,3 +25,21 @@ def test_dropping_records_keeps_earlier_steps_and_survives_odd_lines(tmp_path: P
     assert [json.loads(line) for line in lines] == [{"step": 0}, {"step": 1}, {"step": 2}]
     folder.drop_records_after(-1)
     assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == ""
+
+
+def test_changed_option_that_the_first_version_did_not_have_is_called_new(tmp_path: Path) -> None:
+    """A run of 0.1.0 has no `search.method`, and retired options: those are dropped without a word."""
+    values = to_mapping(from_mapping({"out": str(tmp_path / "run"), "train": {"learning_rate": 2e-3}}))
+    del values["search"]["method"]
+    values["search"]["anneal"], values["train"]["weights_rate"] = 0.6, 2e-3
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(values))
+    config = from_mapping({"out": str(tmp_path / "run"), "train": {"learning_rate": 2e-3}})
+    check_folder(config, resume=True)
+    changed = replace(config, search=replace(config.search, method="generator"), seed=3)
+    with pytest.raises(RunFolderError) as refused:
+        check_folder(changed, resume=True)
+    line = str(refused.value)
+    assert "seed was 0 and is now 3" in line
+    assert "search.method, which the version that began the run did not have, is now 'generator'" in line
+    assert "\n" not in line

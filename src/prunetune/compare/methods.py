@@ -50,6 +50,8 @@ class Method:
     def own_learning_rate(self) -> float | None:
         """The learning rate that a variant sets, if it sets one."""
         rate = self.overrides.get("train", {}).get("learning_rate")
+        if rate in ("auto", 0):
+            raise ConfigError(f"variant {self.name}: train.learning_rate auto is of one run: name a number")
         return None if rate is None else float(rate)
 
 

@@ -55,6 +55,11 @@ def compare(config: RunConfig, *, resume: bool = False, console: Console | None 
     """
     if config.budget.sizes:
         raise ConfigError("budget.keep names several sizes of one run: name budgets to compare in compare.keeps")
+    if not config.train.learning_rate:
+        raise ConfigError(
+            "train.learning_rate auto is of one run: name rates to choose from in compare.learning_rates, such as "
+            "5e-4, 1e-3, 2e-3, and a number in train.learning_rate"
+        )
     methods = resolve_methods(config)
     if config.compare.keeps and config.budget.amounts():
         raise ConfigError(

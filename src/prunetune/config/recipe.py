@@ -272,11 +272,11 @@ class CompareConfig:
         "no teacher, adapters of rank lora.dense_rank by AdamW.",
     )
     keeps: tuple[float, ...] = option((), "Values of budget.keep; default: that of the recipe.", gt=0, le=1)
-    seeds: tuple[int, ...] = option((0,), "Seeds of tuning and search; splits are those of the recipe's seed.", ge=0)
+    seeds: tuple[int, ...] = option((0,), "Seeds of tuning and pruning; splits are those of the recipe's seed.", ge=0)
     learning_rates: tuple[float, ...] = option(
         (),
         "Learning rates; default: train.learning_rate. Of several, each method gets its best, chosen on valid; "
-        "train.weights_rate is scaled by the same factor.",
+        "train.weights_rate, if it is set, is scaled by the same factor.",
         gt=0,
     )
     split: Literal["test", "valid"] = option("test", "The split that is scored.")

@@ -83,7 +83,7 @@ def _front_matter(provenance: Provenance) -> str:
     if licence.id:
         fields = {"license": licence.id, "license_name": licence.name, "license_link": licence.link}
         values |= {key: value for key, value in fields.items() if value}
-    text: str = yaml.safe_dump(values | {"tags": ["prunetune", "pruning", "lora"]}, sort_keys=False)
+    text: str = yaml.safe_dump(values | {"tags": ["prunetune", "pruning"]}, sort_keys=False)
     return f"---\n{text}---"
 
 
@@ -91,8 +91,11 @@ def _summary(provenance: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
     share = kept_params(sites, plan) / sum(site.params for site in sites)
     kinds = {site.kind for site in sites}  # only these were pruned
     blocks = " and ".join(kind.label for kind in UnitKind if kind in kinds)
+    cuts = provenance.manifest.cuts
+    steps = ", ".join(f"{cut.step}" for cut in cuts)
+    within = f", in {len(cuts)} cut{'s' * (len(cuts) > 1)} (before step {steps} of {provenance.config.train.steps})"
     return (
-        f"Made by prunetune from `{provenance.config.model}`: LoRA tuning and structural pruning in one run.\n"
+        f"Made by prunetune from `{provenance.config.model}`: tuned and pruned in one run{within if cuts else ''}.\n"
         f"{100 * share:.1f}% of the {blocks} parameters remain (layout {provenance.config.layout});\n"
         "`plan.json` names the units kept, `SHA256SUMS` the files as they were written."
     )
@@ -160,6 +163,8 @@ def _provenance_section(provenance: Provenance) -> str:
     lines = ["## Provenance", ""]
     lines += [f"- made with {versions}{commit}"] if versions else []
     lines += [f"- recipe, where it is not the default: {changed or 'all of it is'}"]
+    chosen = manifest.learning_rate.description
+    lines += [f"- learning rate {chosen}"] if chosen else []
     lines += [f"- SHA-256 of the run's config.yaml: `{provenance.recipe_sha256}`"] if provenance.recipe_sha256 else []
     lines += [f"- SHA-256 of the data, {split}: `{digest}`" for split, digest in manifest.data.hashes.items()]
     return "\n".join(lines)

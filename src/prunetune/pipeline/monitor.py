@@ -18,7 +18,7 @@ from prunetune.errors import ConfigError, DataError
 from prunetune.evaluation.item_subset import stable_sample
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
-from prunetune.manifest import LimitActionFacts, LimitFacts, LimitsFacts, ValidationFacts
+from prunetune.manifest import CutFacts, LimitActionFacts, LimitFacts, LimitsFacts, ValidationFacts
 from prunetune.pipeline.prepare import RunContext
 from prunetune.plan import Plan
 from prunetune.pruning.units import kept_params
@@ -31,7 +31,7 @@ from prunetune.train.parallel.distributed_passes import distribute_checkpoints
 from prunetune.train.schedule import build_schedule
 from prunetune.train.validation import perplexity
 from prunetune.utils.files import write_text
-from prunetune.utils.json_lines import JsonObject
+from prunetune.utils.json_lines import JsonObject, is_cut, read_json_lines
 
 
 @dataclass(frozen=True)
@@ -103,11 +103,13 @@ def make_monitor(context: RunContext) -> ValidationMonitor:
     limits_guard_accuracy = any(limit.metric == "guard.accuracy" for limit in limits)
     if limits_guard_accuracy and not any(row.choices for row in context.splits.guard):
         raise DataError("a limit on guard.accuracy needs rows with choices in data.guard: there are none")
-    every, search_steps = context.config.train.validate_every, build_schedule(context.config).search
-    if every > search_steps and any(limit.action != "stop" for limit in limits):
+    every, schedule = context.config.train.validate_every, build_schedule(context.config)
+    last_cut = schedule.search or schedule.cuts[-1].step  # a generator's decision is final where its search ends
+    is_resumed = (context.folder.path / "config.yaml").exists()  # it was checked when the run began, maybe by 0.1.0
+    if every > last_cut and not is_resumed and any(limit.action != "stop" for limit in limits):
         raise ConfigError(
-            f"limits: no validation comes before the search ends at step {search_steps}, so there is nothing to go "
-            f"back to; lower train.validate_every ({every}) below it"
+            f"limits: no validation comes before the last decision at step {last_cut}, so there is nothing to go back "
+            f"to; lower train.validate_every ({every}) to that at most, or raise search.span"
         )
     _raise_if_gain_unreachable(context)
     max_rows = context.config.validate.limit
@@ -162,7 +164,10 @@ def tuning_facts(context: RunContext) -> dict[str, Any]:
     if state is None:
         return {}
     seconds = max(timings.get(TUNING_STAGE) or 0.0, state.seconds)  # a process that was killed recorded none
-    timed = {"timings": {**timings, TUNING_STAGE: seconds}}
+    log = context.folder.path / "metrics.jsonl"
+    records = read_json_lines(log)[0] if log.exists() else []
+    cuts = tuple(CutFacts(step=line["step"], kept=line["kept"]) for line in records if is_cut(line))
+    timed: dict[str, Any] = {"timings": {**timings, TUNING_STAGE: seconds}} | ({"cuts": cuts} if cuts else {})
     if not state.validation_history:
         return timed
     history, config = state.validation_history, context.config

@@ -34,6 +34,7 @@ from prunetune.pipeline.recording import (
 from prunetune.pipeline.requirements import measure_gain
 from prunetune.pipeline.stages import (
     TeacherFactory,
+    choose_learning_rate,
     dense_model_names,
     evaluate_all,
     evaluate_models,
@@ -41,6 +42,7 @@ from prunetune.pipeline.stages import (
     make_teacher_factory,
     measure_budgets,
     resume_training,
+    with_learning_rate,
 )
 from prunetune.runs.folder import RunFolder, create_run_folder
 from prunetune.runs.trackers import require_trackers
@@ -165,14 +167,18 @@ class SizeTraining:
     def train_size(self, size: SizeRun) -> None:
         """Train one size to its last step."""
         create_run_folder(size.folder, size.context.recipe)
-        teacher_factory = self._teacher_factory
+        teacher_factory, learning_rate = self._teacher_factory, self._learning_rate
         keep = size.config.budget.keep
         larger = self.sizes[size.index - 1].config.budget.keep if size.index else None
-        record_origin(size.context, self.command, size=SizeFacts(keep=keep, larger=larger))
+        record_origin(
+            size.context, self.command, size=SizeFacts(keep=keep, larger=larger),
+            learning_rate=self.context.folder.read_manifest().learning_rate,
+        )  # fmt: skip
+        context = replace(size.context, config=with_learning_rate(size.config, learning_rate))
         size.context.console.stage(f"tune and prune, size {keep:g}", size.config.train.steps)
         with record_training(size.context) as observer:
             while not resume_training(
-                size.context, teacher_factory, observer, size.monitor, lambda job: self._job_for_size(job, size)
+                context, teacher_factory, observer, size.monitor, lambda job: self._job_for_size(job, size)
             ):
                 gc.collect()  # the model that was rolled back frees its memory before another is loaded
 
@@ -181,6 +187,12 @@ class SizeTraining:
         """One for all sizes, tuned by the run's own recipe; or the untuned model, which each has in its own memory."""
         with record_timing(self.context.folder, "teacher"):
             return make_teacher_factory(self.context, lambda: load_model(self.context, "tuned"))
+
+    @cached_property
+    def _learning_rate(self) -> float:
+        """Of all sizes; chosen once, by trials of the largest, if the recipe says auto."""
+        largest = replace(self.sizes[0].context, folder=self.context.folder)
+        return choose_learning_rate(largest, self._teacher_factory).config.train.learning_rate
 
     def _job_for_size(self, job: TrainingJob, size: SizeRun) -> TrainingJob:
         """The job of one size: it keeps the state from which a smaller size goes on, and goes on from a larger one."""

@@ -144,6 +144,11 @@ def prepare(
     if resume:
         _raise_if_not_resumable(folder, splits)
     encoded = _encode_splits(splits, tokenizer, meta_model, config)
+    if not config.train.learning_rate and not encoded["valid"].examples:
+        raise DataError(
+            "train.learning_rate auto chooses on valid, and valid has no row, or none that fits data.max_length: name "
+            "data.valid or a data.valid_share, or set a learning rate"
+        )
     if ranks.uses_fsdp and config.train.weights == "all":
         raise ConfigError(
             "train.weights: sharded weights are frozen, and a model of this size is tuned in all of its weights: "

@@ -6,7 +6,10 @@ Each stage leaves one thing on disk and is skipped where that is complete. Cutti
 from __future__ import annotations
 
 import gc
+import json
 import logging
+import math
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,10 +20,11 @@ from prunetune.config.recipe import RunConfig
 from prunetune.data.batches import BatchStream, pad_token_id, unlabelled_examples
 from prunetune.data.encoding import Example
 from prunetune.data.sources import SplitName
+from prunetune.errors import ModelError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
 from prunetune.export.checksums import verify_checksums
-from prunetune.manifest import BudgetFacts, ModelSpeeds
+from prunetune.manifest import BudgetFacts, LearningRateFacts, ModelSpeeds, RateTrialFacts
 from prunetune.model.loading import DTYPES, load_model_and_tokenizer
 from prunetune.pipeline.card_facts import rewrite_card
 from prunetune.pipeline.monitor import ValidationMonitor
@@ -30,7 +34,7 @@ from prunetune.pipeline.requirements import measure_gain
 from prunetune.plan import Plan
 from prunetune.pruning.cut import finalize_adapters
 from prunetune.pruning.units import dense_plan
-from prunetune.runs.folder import TUNING_STAGE
+from prunetune.runs.folder import TUNING_STAGE, RunFolder
 from prunetune.train.checkpoints import Checkpoints, CheckpointStore
 from prunetune.train.job import Monitor, Observer, TrainingJob
 from prunetune.train.loop import tune_and_prune
@@ -42,9 +46,13 @@ from prunetune.train.teacher import Teacher, base_teacher
 from prunetune.train.validation import RolledBack
 from prunetune.utils import environment
 from prunetune.utils.files import write_text
+from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.seeds import derive_seed
 
 TeacherFactory = Callable[[Any], Teacher | None]  # from a dense student, without adapters yet, to its teacher
+
+TRIED_RATES = (5e-4, 1e-3, 2e-3)  # of `train.learning_rate: auto`
+TRIAL_SHARE = 0.1  # of the steps, for each
 
 log = logging.getLogger(__name__)
 
@@ -53,11 +61,12 @@ log = logging.getLogger(__name__)
 
 
 def train(context: RunContext, monitor: ValidationMonitor | None = None) -> None:
-    """Search, settle and tune, on every rank; the last checkpoint holds the result. Skipped where model/ is written."""
+    """Prune and tune, on every rank; the last checkpoint holds the result. Skipped where model/ is written."""
     if not context.ranks.broadcast_from_main(not context.folder.model_folder.exists()):
         return
     with record_training(context) as observer:
         teacher_factory = make_teacher_factory(context, lambda: load_model(context, "tuned"))
+        context = choose_learning_rate(context, teacher_factory)
         context.console.stage(TUNING_STAGE, context.config.train.steps)
         while not resume_training(context, teacher_factory, observer, monitor):
             gc.collect()  # the model that was rolled back frees its memory before another is loaded
@@ -85,6 +94,64 @@ def resume_training(
     except RolledBack:
         return False
     return True
+
+
+def choose_learning_rate(context: RunContext, teacher_factory: TeacherFactory) -> RunContext:
+    """The context with a learning rate: as it is, or with `auto` decided and recorded in the manifest.
+
+    Each of `TRIED_RATES` gets a run of its own on the same data, a tenth as long and with all its cuts; the lowest loss
+    on valid wins, the first of equals. Finished trials are kept in `rates/`, and a stopped one goes on.
+    """
+    if context.config.train.learning_rate:
+        return context
+    steps = max(1, round(context.config.train.steps * TRIAL_SHARE))
+    trials = [_try_learning_rate(context, rate, steps, teacher_factory) for rate in TRIED_RATES]
+    facts = tuple(RateTrialFacts(rate=trial["rate"], valid_nll=trial["valid_nll"]) for trial in trials)
+    rate = min(trials, key=lambda trial: math.inf if trial["valid_nll"] is None else trial["valid_nll"])["rate"]
+    chosen = LearningRateFacts(
+        rate=rate, trials=facts, steps=steps, seconds=math.fsum(trial["seconds"] for trial in trials)
+    )
+    log.info("learning rate %s", chosen.description)
+    if context.ranks.is_main:
+        context.folder.update_manifest(learning_rate=chosen)
+    return replace(context, config=with_learning_rate(context.config, rate))
+
+
+def with_learning_rate(config: RunConfig, rate: float) -> RunConfig:
+    """The config with `train.learning_rate: auto` decided; one that names a rate is unchanged."""
+    if config.train.learning_rate:
+        return config
+    return replace(config, train=replace(config.train, learning_rate=rate, weights_rate=0.0))
+
+
+def _try_learning_rate(context: RunContext, rate: float, steps: int, teacher_factory: TeacherFactory) -> JsonObject:
+    """{rate, valid_nll, seconds} of a short run; `valid_nll` is None where it is not finite."""
+    folder = RunFolder(context.folder.path / "rates" / f"{rate:g}")
+    file = folder.path / "trial.json"
+    if found := context.ranks.broadcast_from_main(file.read_text(encoding="utf-8") if file.exists() else ""):
+        trial: JsonObject = json.loads(found)
+        return trial
+    if context.ranks.is_main:
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    config = with_learning_rate(context.config, rate)
+    train, validate = replace(config.train, steps=steps, validate_every=steps), replace(config.validate, share=1.0)
+    config = replace(config, train=train, validate=validate)
+    context = replace(context, folder=folder, config=config)
+    context.console.stage(f"try learning rate {rate:g}", steps)
+    try:
+        resume_training(context, teacher_factory, context.console)
+    except ModelError as diverged:  # more losses than train.max_skipped were not finite
+        log.warning("learning rate %g: %s", rate, diverged)
+    state = distribute_checkpoints(Checkpoints(folder.checkpoints), context.ranks).latest()
+    nll = state.validation_history["last"]["valid.nll"] if state and state.step == steps else math.nan
+    seconds = state.seconds if state else 0.0
+    trial = {"rate": rate, "valid_nll": nll if math.isfinite(nll) else None, "seconds": seconds}
+    if context.ranks.is_main:
+        write_text(file, json.dumps(trial) + "\n")
+        shutil.rmtree(folder.checkpoints)
+    context.ranks.barrier()
+    gc.collect()  # the trial's model frees its memory before the next is loaded
+    return trial
 
 
 def release_other_ranks(context: RunContext) -> RunContext:

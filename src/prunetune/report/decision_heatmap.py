@@ -1,4 +1,7 @@
-"""Heat map of the decisions: the share kept in each layer (downwards) at each logged step (to the right)."""
+"""Heat map of the decisions: the share kept in each layer (downwards) after each cut (to the right).
+
+Of a run with a generator it also shows what the generator proposed at each logged step of the search.
+"""
 
 from __future__ import annotations
 
@@ -36,21 +39,23 @@ def heatmap_figures(run: RunFiles) -> list[ReportFigure]:
     """One figure for attention and one for the MLP, where the log has widths and there is a plan to end with."""
     if run.plan is None:
         return []
-    note = "Each column is a step of the search, the last one the plan. Full colour: the whole layer is kept."
+    searched = any(line.get("phase") == "search" for line in run.metrics)
+    what = "a step of the search, the last one the plan" if searched else "the model after a cut, the first one dense"
+    note = f"Each column is {what}. Full colour: the whole layer is kept."
     figures = []
     for is_attention, kind in KINDS.items():
         columns = heatmap_columns(run.metrics, run.plan, is_attention=is_attention)
         if len(columns) > 1 and columns[-1].shares:
             ends = [sum(column.shares.values()) / max(1, len(column.shares)) for column in (columns[0], columns[-1])]
             means = f"mean share {ends[0]:.0%} at step {columns[0].step}, {ends[1]:.0%} in the plan"
-            label = f"{kind} kept by layer over the search: {means}; the table has each layer"
+            label = f"{kind} kept by layer over time: {means}; the table has each layer"
             picture = _draw_heatmap(f"heatmap-{kind[:2]}", label, columns)
             figures.append(ReportFigure(f"{kind} by layer over time", picture, note=note))
     return figures
 
 
 def heatmap_columns(metrics: Sequence[JsonObject], plan: Plan, *, is_attention: bool) -> list[HeatmapColumn]:
-    """At most `MAX_COLUMNS` of the logged steps, and the plan."""
+    """The dense model, at most `MAX_COLUMNS` of the steps whose widths are logged, and the plan if it came later."""
     layers = {}
     for site in plan.units:
         parsed = None if ":" in site else parse_site_layer(site)  # with a colon: units of another kind
@@ -68,7 +73,9 @@ def heatmap_columns(metrics: Sequence[JsonObject], plan: Plan, *, is_attention: 
     stride = -(-len(columns) // MAX_COLUMNS)
     last_step = max((int(step) for line in metrics if (step := get_number(line, "step")) is not None), default=0)
     kept = {layer: len(plan.kept[site]) / plan.units[site] for site, layer in layers.items() if plan.units[site]}
-    return [*columns[::stride], HeatmapColumn(last_step, kept)]
+    dense = [HeatmapColumn(0, dict.fromkeys(kept, 1.0))]
+    last = [HeatmapColumn(last_step, kept)] if columns[-1].shares != kept else []
+    return [*dense, *columns[::stride], *(last or columns[-1:] * ((len(columns) - 1) % stride > 0))]
 
 
 def _draw_heatmap(name: str, label: str, columns: Sequence[HeatmapColumn]) -> Markup:
@@ -88,7 +95,7 @@ def _draw_heatmap(name: str, label: str, columns: Sequence[HeatmapColumn]) -> Ma
         axes.set_xlim(-0.6, len(columns) - 0.4)
         axes.set_yticks(layers[:: 1 + len(layers) // 9])
         axes.set_ylabel("layer")
-        axes.set_xlabel("step (last: the plan)")
+        axes.set_xlabel("step (0: dense)")
         axes.grid(visible=False)
         ticks = range(0, len(columns), max(1, len(columns) // 6))
         axes.set_xticks(list(ticks), [str(columns[x].step) for x in ticks])

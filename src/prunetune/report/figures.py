@@ -26,7 +26,7 @@ WIDTH = 5.0
 MAX_POINTS = 300
 MAX_GROUPS = 32  # up to here every KV group is drawn
 MODEL_MARKS = {"dense": (svg.DENSE, "o"), "tuned": (svg.TUNED, "s"), "pruned": (svg.PRUNED, "D")}
-PHASE_COLOURS = {"search": svg.SEARCH, "settle": svg.SETTLE, "tune": svg.TUNE}
+PHASE_COLOURS = {"prune": svg.SEARCH, "search": svg.SEARCH, "settle": svg.SETTLE, "tune": svg.TUNE}
 
 
 @dataclass(frozen=True)
@@ -157,14 +157,16 @@ def _percent_axis(axis: Axis) -> None:
 
 def training_curve_figure(
     name: str, label: str, curves: Sequence[TrainingCurve], spans: Sequence[PhaseSpan], *,
-    target: float | None = None, kind: Literal["plain", "share", "rate"] = "plain",
+    target: float | None = None, kind: Literal["plain", "share", "rate"] = "plain", cuts: Sequence[float] = (),
 ) -> Markup:  # fmt: skip
-    """Quantities over the steps of the run, the phases shaded, and a dashed line at the target."""
+    """Quantities over the steps of the run: phases shaded, a vertical line at each cut, a dashed one at the target."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         for span in spans:
             axes.axvspan(span.first, span.last, color=PHASE_COLOURS.get(span.phase, svg.GRID), linewidth=0)
+        for step in cuts:
+            axes.axvline(step, color=svg.MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
         for curve in curves:
             _plot_curve(axes, curve)
         if target is not None:

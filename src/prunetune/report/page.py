@@ -11,6 +11,7 @@ import jinja2
 
 from prunetune.evaluation.results import higher_is_better
 from prunetune.report import (
+    cuts,
     decision_heatmap,
     figures,
     formatting,
@@ -74,6 +75,7 @@ def _template_context(run: RunFiles) -> dict[str, Any]:
     for row in rows:
         tasks.setdefault(row.task, []).append(row)
     layers = kept_layers.layers_from_plan(run.plan) if run.plan else ()
+    cut_rows = cuts.cut_rows(run)
     marks = {figures.MODEL_MARKS[name][0]: MODEL_NAMES[name].lower() for name in models}
     return {
         "run": run,
@@ -93,6 +95,9 @@ def _template_context(run: RunFiles) -> dict[str, Any]:
         "channels": kept_layers.count_kept(layer.mlp for layer in layers),
         "kept_figures": _kept_figures(run, layers),
         "kept_legend": figures.legend_entries({svg.PRUNED: "kept", svg.REMOVED: "removed"}),
+        "cuts": cut_rows,
+        "cut_kinds": list(dict.fromkeys(kind for cut in cut_rows for kind in cut.removed)),
+        "cut_neighbours": cuts.NEIGHBOURS,
         "heatmaps": decision_heatmap.heatmap_figures(run),
         "limits": verdicts.limit_verdicts(manifest),
         "limit_events": verdicts.limit_events(manifest),

@@ -88,11 +88,12 @@ def timing_rows(manifest: Manifest) -> list[tuple[str, str]]:
 
 
 def cost_rows(run: RunFiles) -> list[tuple[str, str]]:
-    """Steps, speed, validation and memory of tuning, as (what, how much)."""
+    """Steps, chosen learning rate, speed, validation and memory of tuning, as (what, how much)."""
     validation, memory = run.manifest.validation, run.manifest.peak_memory_mb
     speeds, steps = sorted(_logged_numbers(run, "tokens_per_s")), _logged_numbers(run, "step")
     rows = {
         "Tuning steps": formatting.count(max(steps)) if steps else "",
+        "Learning rate": run.manifest.learning_rate.description,
         "Tuning speed": f"{formatting.count(speeds[len(speeds) // 2])} tokens a second (median)" if speeds else "",
         "Validation": "",
         "Peak memory": f"{formatting.count(memory)} MB" if memory is not None else "",

@@ -1,4 +1,4 @@
-"""Training curves: the log of a run over its steps, with phases, captions and limits."""
+"""Training curves: the log of a run over its steps, with phases, cuts, captions and limits."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Literal
 from markupsafe import Markup
 
 from prunetune.report import svg
+from prunetune.report.cuts import cut_lines
 from prunetune.report.figures import PhaseSpan, TrainingCurve, legend_entries, training_curve_figure
 from prunetune.report.run_folder import RunFiles, get_number
 from prunetune.utils.json_lines import JsonObject
 
 PHASES = {
+    "prune": (svg.SEARCH, "prune: the model tunes between cuts"),
     "search": (svg.SEARCH, "search: decisions move while adapters tune"),
     "settle": (svg.SETTLE, "settle: the decision is frozen, adapters of removed units empty"),
-    "tune": (svg.TUNE, "tune: the cut model"),
+    "tune": (svg.TUNE, "tune: after the last cut"),
 }
 # Key in validation.jsonl: title, the metric that limits name, caption.
 VALIDATION_METRICS = {
@@ -81,12 +83,12 @@ def training_figures(run: RunFiles) -> list[ReportFigure]:
         ),
         _curve_figure(
             run, "changed", "Decisions changed", [training_curve(log, "changed", svg.PRUNED)], kind="share",
-            note="Share of the units whose decision changed since the line before.",
+            note="Share of the units whose decision changed since the step before.",
         ),
         *_validation_figures(run),
         _curve_figure(
             run, "rate", "Learning rate", [training_curve(log, "lr", svg.DENSE)], kind="rate",
-            note="Of the adapters; of all weights once these are tuned.",
+            note="Of what is tuned: all weights, or the adapters.",
         ),
         _curve_figure(
             run, "speed", "Training speed", [training_curve(log, "tokens_per_s", svg.DENSE)],
@@ -130,6 +132,7 @@ def _curve_figure(
     ends = [(curve.points[0], curve.points[-1]) for curve in present]
     spoken = "; ".join(f"From {a[1]:.4g} at step {a[0]:.0f} to {b[1]:.4g} at step {b[0]:.0f}" for a, b in ends)
     picture = training_curve_figure(
-        f"curve-{name}", f"{title} over steps. {spoken}.", present, phase_spans(run.metrics), target=target, kind=kind
-    )
+        f"curve-{name}", f"{title} over steps. {spoken}.", present, phase_spans(run.metrics), target=target, kind=kind,
+        cuts=[line["step"] for line in cut_lines(run.metrics)],
+    )  # fmt: skip
     return ReportFigure(title, picture, legend_entries(legend or {}), note)

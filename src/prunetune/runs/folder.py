@@ -14,7 +14,9 @@ from typing import Any
 
 import yaml
 
+from prunetune.config.fields import with_current_names
 from prunetune.config.recipe import RunConfig, load_saved_recipe, to_mapping
+from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError, RunFolderError
 from prunetune.manifest import Manifest
 from prunetune.utils.files import PARTIAL, write_text
@@ -152,9 +154,14 @@ def _raise_if_recipe_changed(recipe: Path, config: RunConfig, changeable: Collec
         before = flatten_options(to_mapping(load_saved_recipe(recipe)))
     except ConfigError as broken:
         raise RunFolderError(f"{recipe} cannot be read ({broken}): name another folder with --out") from broken
+    saved = flatten_options(with_current_names(RunConfig, read_yaml(recipe, "this run's recipe", ""), quiet=True) or {})
     now = flatten_options(to_mapping(config))
+    for options in (before, now):  # 0.1.0 wrote a rate of its own for all weights, which is now 0: the same
+        options["train.weights_rate"] = options["train.weights_rate"] or options["train.learning_rate"]
     changed = [
         f"{key} was {before[key]!r} and is now {now[key]!r}"
+        if key in saved
+        else f"{key}, which the version that began the run did not have, is now {now[key]!r}"
         for key in now
         if before[key] != now[key] and key not in changeable
     ]

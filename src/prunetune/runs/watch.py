@@ -18,7 +18,7 @@ from rich.text import Text
 from prunetune.config.recipe import RunConfig
 from prunetune.manifest import Manifest
 from prunetune.runs.folder import RunFolder, is_locked, open_run
-from prunetune.utils.json_lines import JsonObject, read_json_lines
+from prunetune.utils.json_lines import JsonObject, is_cut, read_json_lines
 
 REFRESH_SECONDS = 1.0
 LOCK_CHECK_SECONDS = 30.0  # without a new line; then the lock says whether a process works on the run
@@ -126,6 +126,10 @@ def render_snapshot(snapshot: RunSnapshot) -> RenderableType:
         if values:
             last_value = f"{values[-1]:.1%}" if key == "kept" else f"{values[-1]:.3f}"
             rows.add_row(name, f"{last_value:<8} {sparkline(values)}")
+    cuts = [line for line in snapshot.metrics if is_cut(line)]
+    if cuts:
+        words = ", ".join(f"step {line['step']}: {line.get('kept', 0):.1%}" for line in cuts)
+        rows.add_row("cuts", f"{words} kept")
     speed = [f"{last['tokens_per_s']:,.0f} tokens/s"] if "tokens_per_s" in last else []
     speed += [f"{last['memory_mb'] / 1e3:.2f} GB"] if "memory_mb" in last else []
     rows.add_row("speed", ", ".join(speed) or "–")

@@ -47,7 +47,7 @@ class WeightTrainer:
         torch.manual_seed(derive_seed(job.config.seed, "dropout", step) + job.ranks.rank)
         record = self.guard.retry_smaller(batch, lambda: self._gradients(batch, decision), self._zero_gradients)
         norm = job.accelerator.clip_grad_norm_(self.weights, job.config.train.clip)
-        rate = learning_rate(step, job.config.train, job.config.train.weights_rate if self.is_merged else None)
+        rate = learning_rate(step, job.config.train, (self.is_merged and job.config.train.weights_rate) or None)
         if not self.guard.should_skip(step, {**record, "gradient": float(norm)}, batch):
             rate *= self.guard.lr_scale
             for group in self.optimizer.param_groups:

@@ -20,7 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from prunetune.utils.json_lines import JsonObject
+from prunetune.utils.json_lines import JsonObject, is_cut
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +40,8 @@ class PlainConsole:
     def step(self, record: JsonObject) -> None:
         step, now = record["step"], time.monotonic()
         self.stage_start = self.stage_start or (step, now)
+        if is_cut(record):
+            log.info("cut before step %d: %.1f%% kept", step, 100 * record["kept"])
         if step % self.log_every == 0 or step in (1, self.total):
             first_step, started = self.stage_start
             seconds_left = (now - started) / max(1, step - first_step) * (self.total - step)  # at the mean pace so far

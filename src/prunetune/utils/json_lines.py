@@ -12,6 +12,11 @@ from prunetune.utils.files import write_text
 JsonObject = dict[str, Any]
 
 
+def is_cut(record: JsonObject) -> bool:
+    """Whether the record of a step is of the first one after a real cut; those of a search have widths, too."""
+    return "widths" in record and record.get("phase") in ("prune", "tune")
+
+
 def append_json_line(path: Path, record: JsonObject) -> None:
     """Add a record at the end of a file."""
     with path.open("a", encoding="utf-8") as file:
