@@ -39,8 +39,7 @@ from support.models import random_plan, tiny
 
 METHODS = {
     "progressive": {},
-    "transformer": {"method": "generator"},
-    "gru": {"method": "generator", "generator": "gru"},
+    "generator": {"method": "generator"},
 }
 every_method = pytest.mark.parametrize("method", METHODS)
 

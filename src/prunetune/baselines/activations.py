@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from prunetune.data.batches import Batch
 from prunetune.model.lm_head import select_head_inputs
-from prunetune.pruning.compensation import record_grams
 
 
 @dataclass
@@ -68,9 +67,20 @@ def input_moments(model: Any, modules: Iterable[str], batches: Sequence[Batch]) 
 
 def input_grams(model: Any, modules: Iterable[str], batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Sum of x x^T over the first inputs x of each module, all tokens without padding: {module: float32 [C, C]}."""
+    grams: dict[str, Tensor] = {}
     masks: list[Tensor] = []
-    with record_grams(model, modules, masks) as grams:
-        _forward_batches(model, batches, masks, ())
+
+    def hook(name: str) -> Any:
+        def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            rows = inputs[0].flatten(0, -2)[masks[-1].flatten()].float()
+            gram = rows.t() @ rows
+            grams[name] = grams[name] + gram if name in grams else gram
+
+        return add
+
+    names = dict.fromkeys(modules)
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    _forward_batches(model, batches, masks, handles)
     return grams
 
 

@@ -160,8 +160,12 @@ def gate_gradients(calibration: Calibration) -> Scores:
     The mean is over batches. What progressive removal decides by, here in one shot: the loss has the answers, and the
     teacher's logits, hidden states and texts.
     """
-    means = mean_squared_gate_gradients(calibration)
-    return {site.name: (means[site.name] / calibration.unit_price(site)).float() for site in calibration.sites}
+    gates, count = calibration.open_gates(), calibration.num_batches
+    sums = {name: torch.zeros(len(gate), dtype=torch.float64) for name, gate in gates.items()}
+    for step in range(count):
+        for name, gradient in calibration.gate_gradients(step, gates).items():
+            sums[name] += gradient.double().square().cpu() / count
+    return {site.name: (sums[site.name] / calibration.unit_price(site)).float() for site in calibration.sites}
 
 
 def _compensate_consumers(calibration: Calibration, plan: Plan) -> None:
@@ -210,16 +214,6 @@ def block_influence(calibration: Calibration) -> Scores:
 
 
 # -- shared by the methods -----------------------------------------------------------------------------------------
-
-
-def mean_squared_gate_gradients(calibration: Calibration) -> dict[str, Tensor]:
-    """Mean squared gradient of the training loss at a gate of one, over batches: {site: float64 [U]} on the CPU."""
-    gates, count = calibration.open_gates(), calibration.num_batches
-    sums = {name: torch.zeros(len(gate), dtype=torch.float64) for name, gate in gates.items()}
-    for step in range(count):
-        for name, gradient in calibration.gate_gradients(step, gates).items():
-            sums[name] += gradient.double().square().cpu() / count
-    return sums
 
 
 def _chunks(sites: Iterable[Site], entries: Callable[[Site], int]) -> Iterator[list[Site]]:

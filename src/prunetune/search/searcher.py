@@ -11,7 +11,7 @@ from prunetune.config.recipe import RunConfig
 from prunetune.cost.parameters import keep_ratio_loss, kept_share
 from prunetune.pruning.units import Site
 from prunetune.search.decision import Decision, detach_to, split_like
-from prunetune.search.decision_generator import build_generator
+from prunetune.search.decision_generator import DecisionGenerator
 from prunetune.search.gumbel_gates import gumbel_sigmoid, round_straight_through
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import min_feasible_keep, select
@@ -31,7 +31,7 @@ class Searcher:
         self.sites, self.constraints, self.device = sites, constraints, device
         self.config, self.seed, self.allowed_keep = config.search, config.seed, config.budget.keep
         seed = derive_seed(config.seed, "generator")
-        self.generator = build_generator(sites, kind=self.config.generator, seed=seed).to(device)
+        self.generator = DecisionGenerator(sites, seed=seed).to(device)
         self.steps_on_budget = 0  # the newest steps in a row whose budget loss was small, see `GeneratorTrainer`
 
     def logits(self) -> dict[str, Tensor]:
@@ -40,13 +40,12 @@ class Searcher:
         return logits
 
     def sample(self, step: int) -> dict[str, Tensor]:
-        """Gates of a generator step with their gradient, {site: [U]}: soft, or 0 and 1 with `search.straight_through`.
+        """Soft gates of a generator step with their gradient, {site: [U]}.
 
         The generator's dropout acts; it and the noise depend on the run's seed and the step alone.
         """
         dropout_rng = torch.Generator().manual_seed(derive_seed(self.seed, "generator-dropout", step))
-        soft = self._draw(self.generator(dropout_rng), "search", step)
-        return _rounded(soft) if self.config.straight_through else soft
+        return self._draw(self.generator(dropout_rng), "search", step)
 
     def budget_loss(self, gates: Mapping[str, Tensor]) -> Tensor:
         """|log(kept share / target)| of gates {site: [U]}: the share of parameters, or of prices under limits.

@@ -28,9 +28,7 @@ class GeneratorTrainer:
     def __init__(self, job: TrainingJob, passes: Passes, guard: StepGuard) -> None:
         self.job, self.passes, self.guard = job, passes, guard
         self.searcher = Searcher(job.sites, job.constraints, job.config, next(job.model.parameters()).device)
-        decay = 0.0 if job.config.search.generator == "none" else 0.01  # free logits would decay to zero
-        rate, weights = job.config.search.learning_rate, self.searcher.generator.parameters()
-        self.optimizer = adamw(weights, lr=rate, weight_decay=decay)
+        self.optimizer = adamw(self.searcher.generator.parameters(), lr=job.config.search.learning_rate)
 
     @property
     def has_stopped(self) -> bool:
@@ -49,7 +47,6 @@ class GeneratorTrainer:
         # The gradient of gates @ gradients at the gates is the model's: so it flows on into the generator.
         total = torch.cat(list(gates.values())) @ torch.cat([gradients[name] for name in gates])
         job.accelerator.backward(total + job.config.search.ratio_weight * ratio_loss)
-        self._average_gradients()
         norm = job.accelerator.clip_grad_norm_(searcher.generator.parameters(), CLIP)
         if not self.guard.should_skip(step, {"generator's gradient": float(norm)}, batch):
             rate = generator_learning_rate(step, job.schedule.search, job.config.search.learning_rate)
@@ -60,14 +57,6 @@ class GeneratorTrainer:
         is_small = record["ratio_loss"] <= SMALL_BUDGET_LOSS
         searcher.steps_on_budget = searcher.steps_on_budget + 1 if is_small else 0
         return record
-
-    def _average_gradients(self) -> None:
-        """Average over ranks: gradients are equal but for kernels that add in no fixed order (a GRU's, on a GPU)."""
-        if self.job.ranks.world_size == 1:
-            return
-        gradients = [weight.grad for weight in self.searcher.generator.parameters() if weight.grad is not None]
-        self.job.ranks.all_reduce_sum_(gradients)
-        torch._foreach_div_(gradients, self.job.ranks.world_size)
 
     def decide(self, step: int) -> Decision:
         """The hard decision under which the adapters take their step: a draw, or the final one once training stopped.

@@ -230,8 +230,3 @@ def group_lasso(model: Any, gates: Mapping[str, Tensor], sites: Sequence[Site]) 
     closed, sites = closed_fractions(gates, sites), [site for site in sites if site.has_linear_slices]
     groups = sum(2 if site.kind is UnitKind.KV_GROUP else 1 for site in sites)
     return torch.stack([(adapter_norms(model, site) * closed[site.name]).sum() for site in sites]).sum() / groups
-
-
-def lasso_weight(*, is_final: bool) -> float:
-    """Weight of the group lasso: while decisions are searched, or once the decision is final (authors' code)."""
-    return FINAL_LASSO if is_final else SEARCH_LASSO

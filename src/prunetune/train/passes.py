@@ -25,7 +25,7 @@ from prunetune.pruning.units import Site
 from prunetune.train.adapters import frozen_adapters, lora_dropout_enabled, trainable_parameters
 from prunetune.train.cuda_graphs import CudaGraphRecorder
 from prunetune.train.forward import inputs_from_pack
-from prunetune.train.losses import TrainingLoss, accumulate_gradients, group_lasso, mean_loss, summed_answer_loss
+from prunetune.train.losses import TrainingLoss, accumulate_gradients, mean_loss, summed_answer_loss
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
 from prunetune.train.teacher import Teacher, split_by_teacher
 
@@ -51,13 +51,7 @@ class Passes(Protocol):
     recompute: bool  # layers are computed again for the backward pass, see `model/activation_checkpointing.py`
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
-        """Losses of the LoRA-aware forward (or of the model as it is); adapters accumulate their gradient.
-
-        Without `search.lora_aware`, those of the gated model.
-        """
-
-    def group_lasso_step(self, gates: GateTensors, weight: float) -> float:
-        """Group lasso under these gates; adapters accumulate `weight` times its gradient."""
+        """Losses of the LoRA-aware forward (or of the model as it is); adapters accumulate their gradient."""
 
     def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         """Losses of the gated model with frozen adapters, and their gradient at each gate: {site: [U]}."""
@@ -107,7 +101,6 @@ class _BasePasses:
         self.loss = TrainingLoss.from_config(config, has_teacher=self.teacher is not None)
         self.micro_tokens = config.train.micro_tokens
         self.recompute = uses_checkpointing(config)
-        self.adapter_mode: AdapterGating = "free" if config.search.lora_aware else "gated"
 
     def use_sites(self, sites: Sequence[Site], steps: int) -> None:
         self.sites = sites
@@ -120,13 +113,8 @@ class PaddedPasses(_BasePasses):
     """Examples side by side in padded batches, run as they come."""
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
-        with lora_dropout_enabled(self.model), self._gated(gates, self.adapter_mode):
+        with lora_dropout_enabled(self.model), self._gated(gates, "free"):
             return self._backward(examples)
-
-    def group_lasso_step(self, gates: GateTensors, weight: float) -> float:
-        penalty = group_lasso(self.model, gates, self.sites)
-        (weight * penalty).backward()  # type: ignore[no-untyped-call]
-        return float(penalty.detach())
 
     def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         leaves = _leaves(gates)
@@ -166,8 +154,8 @@ class PackedPasses(_BasePasses):
         self.compiles = mode == "on" or (mode == "auto" and is_long)
         self.loss = TrainingLoss(self.loss.weights, self.compiles)
         self.trainable: list[nn.Parameter] = []  # looked up once for all passes: a walk over a large model takes long
-        self.totals = torch.zeros(len(self.loss.metrics) + 1, device=self.device)  # read at once: one wait for the GPU
-        self.sums = dict(zip((*self.loss.metrics, "lasso"), self.totals, strict=True))  # views, by metric
+        self.totals = torch.zeros(len(self.loss.metrics), device=self.device)  # read at once: one wait for the GPU
+        self.sums = dict(zip(self.loss.metrics, self.totals, strict=True))  # views, by metric
         self.use_sites(self.sites, config.train.steps)
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
@@ -176,13 +164,6 @@ class PackedPasses(_BasePasses):
             return self._run_packs(examples, "tune", self._forward_backward, self.teacher)
         self._set_gates(gates)
         return self._run_packs(examples, "tune gated", self._tune_gated, self.teacher)
-
-    def group_lasso_step(self, gates: GateTensors, weight: float) -> float:
-        self._set_gates(gates)
-        self.totals.zero_()
-        self._make_gradients()
-        self.recorder.run("group lasso", self._group_lasso_pass, [torch.tensor(weight)])
-        return float(self.sums["lasso"])
 
     def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         assert self.gates.grad is not None
@@ -224,7 +205,7 @@ class PackedPasses(_BasePasses):
                     function(pack.with_tensors(inputs[:-1]), by_metric, seen_by)
 
                 self.recorder.run((kind, seen_by is None, *pack.shape_key), run, [*pack.tensors(), shares])
-        return dict(zip(self.loss.metrics, self.totals.tolist()[:-1], strict=True))
+        return dict(zip(self.loss.metrics, self.totals.tolist(), strict=True))
 
     def _forward_backward(self, row: PackedBatch, shares: Mapping[str, Tensor], teacher: Teacher | None) -> None:
         with self._packed(), self._checkpointed():
@@ -245,17 +226,12 @@ class PackedPasses(_BasePasses):
             yield
 
     def _tune_gated(self, row: PackedBatch, shares: Mapping[str, Tensor], teacher: Teacher | None) -> None:
-        with masked(self.model, self._by_site(self.gates.detach()), adapters=self.adapter_mode, sites=self.sites):
+        with masked(self.model, self._by_site(self.gates.detach()), adapters="free", sites=self.sites):
             self._forward_backward(row, shares, teacher)
 
     def _gate_gradients_pass(self, row: PackedBatch, shares: Mapping[str, Tensor], teacher: Teacher | None) -> None:
         with frozen_adapters(self.model), masked(self.model, self._by_site(self.gates), sites=self.sites):
             self._forward_backward(row, shares, teacher)
-
-    def _group_lasso_pass(self, inputs: Sequence[Tensor]) -> None:
-        penalty = group_lasso(self.model, self._by_site(self.gates.detach()), self.sites)
-        (penalty * inputs[0]).backward()  # type: ignore[no-untyped-call]
-        self.sums["lasso"] += penalty.detach()
 
     @torch.no_grad()
     def _score(self, row: PackedBatch, shares: Mapping[str, Tensor], _: Teacher | None = None) -> None:
