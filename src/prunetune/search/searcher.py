@@ -14,7 +14,7 @@ from prunetune.search.decision import Decision, detach_to, split_like
 from prunetune.search.decision_generator import DecisionGenerator
 from prunetune.search.gumbel_gates import gumbel_sigmoid, round_straight_through
 from prunetune.search.plan_rules import PlanConstraints
-from prunetune.search.select import min_feasible_keep, select
+from prunetune.search.select import select
 from prunetune.utils.seeds import derive_seed
 
 
@@ -64,16 +64,7 @@ class Searcher:
     @torch.no_grad()
     def final_decision(self) -> Decision:
         """The final gates and their plan: no noise, within the budget, equal logits by index."""
-        return self._best_decision(self.allowed_keep)
-
-    @torch.no_grad()
-    def with_legal_plan(self, decision: Decision) -> Decision:
-        """For a draw, the decision of the highest logits that keeps as large a share, with its plan."""
-        share = float(kept_share(decision.gates, self.sites))
-        return self._best_decision(max(min_feasible_keep(self.sites, self.constraints), share))
-
-    def _best_decision(self, keep: float) -> Decision:
-        plan = select(detach_to(self.logits(), "cpu"), self.sites, keep, self.constraints)
+        plan = select(detach_to(self.logits(), "cpu"), self.sites, self.allowed_keep, self.constraints)
         return Decision.from_plan(plan, self.sites, self.device)
 
     def _draw(self, logits: Mapping[str, Tensor], purpose: str, step: int) -> dict[str, Tensor]:
