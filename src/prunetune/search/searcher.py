@@ -32,7 +32,6 @@ class Searcher:
         self.config, self.seed, self.allowed_keep = config.search, config.seed, config.budget.keep
         seed = derive_seed(config.seed, "generator")
         self.generator = DecisionGenerator(sites, seed=seed).to(device)
-        self.steps_on_budget = 0  # the newest steps in a row whose budget loss was small, see `GeneratorTrainer`
 
     def logits(self) -> dict[str, Tensor]:
         """{site: [U]}, differentiable in the generator, without its dropout."""
@@ -72,21 +71,6 @@ class Searcher:
         rng = torch.Generator().manual_seed(derive_seed(self.seed, f"gates-{purpose}", step))
         joined, config = torch.cat(list(logits.values())), self.config
         return split_like(logits, gumbel_sigmoid(joined, temperature=config.temperature, offset=config.offset, rng=rng))
-
-    def parameter_names(self) -> list[str]:
-        """Names of the generator's parameters, in the order of its optimiser."""
-        return [name for name, _ in self.generator.named_parameters()]
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Weights and the count of steps on budget, for a checkpoint."""
-        weights = {f"net.{name}": weight for name, weight in self.generator.state_dict().items()}
-        return weights | {"steps_on_budget": torch.tensor(self.steps_on_budget)}
-
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state_tensors` returned."""
-        weights = {name.removeprefix("net."): value for name, value in tensors.items() if name.startswith("net.")}
-        self.generator.load_state_dict(weights)
-        self.steps_on_budget = int(tensors["steps_on_budget"])
 
 
 def _rounded(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
