@@ -25,7 +25,7 @@ from prunetune.pruning.units import Site, UnitKind, closed_fractions
 from prunetune.train.adapters import adapter_norms
 from prunetune.train.forward import ForwardInputs, ForwardOutputs, autocast, micro_batch_inputs, run_forward
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
-from prunetune.train.teacher import Teacher, split_by_teacher
+from prunetune.train.teacher import Teacher
 
 # The group lasso's gradient is multiplied by these: while decisions are searched, and in the last epoch, when the
 # decision is final (ATP, authors' code).
@@ -173,31 +173,6 @@ class TrainingLoss:
                 value = self.weights[name] * term.function(outputs)
                 sums[term.metric] = sums[term.metric] + value if term.metric in sums else value
         return sums
-
-
-def accumulate_gradients(
-    model: Any,
-    examples: Sequence[Example],
-    pad_id: int,
-    micro_tokens: int,
-    loss: TrainingLoss,
-    teacher: Teacher | None = None,
-    ranks: Ranks = SINGLE_PROCESS,
-) -> dict[str, float]:
-    """Add the gradients of a batch's loss to the weights', in padded passes; returns the loss by metric.
-
-    Of several ranks each has its share of both, which add up.
-    """
-    device = next(model.parameters()).device
-    totals = {metric: torch.zeros((), device=device) for metric in loss.metrics}
-    for seen_by, subset in split_by_teacher(examples, teacher):
-        counts = loss.normalisers(examples, subset)
-        for inputs in micro_batch_inputs(subset, pad_id, micro_tokens, device, ranks):
-            means = {metric: value / counts[metric] for metric, value in loss(model, inputs, seen_by).items()}
-            torch.stack(list(means.values())).sum().backward()  # type: ignore[no-untyped-call]
-            for metric, mean in means.items():
-                totals[metric] += mean.detach()
-    return {metric: float(total) for metric, total in totals.items()}
 
 
 # -- the answer loss alone, and the penalty on adapters ----------------------------------------------------------------

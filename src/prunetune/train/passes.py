@@ -24,8 +24,8 @@ from prunetune.pruning.masking import AdapterGating, masked
 from prunetune.pruning.units import Site
 from prunetune.train.adapters import frozen_adapters, lora_dropout_enabled, trainable_parameters
 from prunetune.train.cuda_graphs import CudaGraphRecorder
-from prunetune.train.forward import inputs_from_pack
-from prunetune.train.losses import TrainingLoss, accumulate_gradients, mean_loss, summed_answer_loss
+from prunetune.train.forward import inputs_from_pack, micro_batch_inputs
+from prunetune.train.losses import TrainingLoss, mean_loss, summed_answer_loss
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
 from prunetune.train.teacher import Teacher, split_by_teacher
 
@@ -130,10 +130,19 @@ class PaddedPasses(_BasePasses):
         pass
 
     def _backward(self, examples: Sequence[Example]) -> Losses:
+        """Add the gradients of a batch's loss to the weights'; of several ranks each has its share, which add up."""
+        device = next(self.model.parameters()).device
+        totals = {metric: torch.zeros((), device=device) for metric in self.loss.metrics}
         with self._checkpointed():
-            return accumulate_gradients(
-                self.model, examples, self.pad_id, self.micro_tokens, self.loss, self.teacher, self.ranks
-            )
+            for seen_by, subset in split_by_teacher(examples, self.teacher):
+                counts = self.loss.normalisers(examples, subset)
+                for inputs in micro_batch_inputs(subset, self.pad_id, self.micro_tokens, device, self.ranks):
+                    losses = self.loss(self.model, inputs, seen_by)
+                    means = {metric: value / counts[metric] for metric, value in losses.items()}
+                    torch.stack(list(means.values())).sum().backward()  # type: ignore[no-untyped-call]
+                    for metric, mean in means.items():
+                        totals[metric] += mean.detach()
+        return {metric: float(total) for metric, total in totals.items()}
 
     def _gated(self, gates: GateTensors | None, mode: AdapterGating) -> AbstractContextManager[object]:
         return nullcontext() if gates is None else masked(self.model, gates, adapters=mode, sites=self.sites)
