@@ -117,10 +117,11 @@ class PaddedPasses(_BasePasses):
             return self._backward(examples)
 
     def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
-        leaves = _leaves(gates)
+        leaves = {name: gate.detach().clone().requires_grad_() for name, gate in gates.items()}
         with frozen_adapters(self.model), masked(self.model, leaves, sites=self.sites):
             losses = self._backward(examples)
-        return losses, _gradients_at(leaves)
+        missing = {name: torch.zeros_like(leaf) for name, leaf in leaves.items() if leaf.grad is None}
+        return losses, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None} | missing
 
     def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
         with self._gated(gates, "gated"):
@@ -265,11 +266,3 @@ class PackedPasses(_BasePasses):
         for parameter in self.trainable:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-
-
-def _leaves(gates: GateTensors) -> dict[str, Tensor]:
-    return {name: gate.detach().clone().requires_grad_() for name, gate in gates.items()}
-
-
-def _gradients_at(leaves: GateTensors) -> dict[str, Tensor]:
-    return {name: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for name, leaf in leaves.items()}
