@@ -133,11 +133,11 @@ class TrainingLoss:
     compiled: bool = False
 
     @classmethod
-    def from_config(cls, config: RunConfig, *, has_teacher: bool, compiled: bool = False) -> TrainingLoss:
+    def from_config(cls, config: RunConfig, *, has_teacher: bool) -> TrainingLoss:
         """The terms to which the recipe gives a weight, and whose teacher there is."""
         usable = {name: term for name, term in TERMS.items() if has_teacher or not term.needs_teacher}
         weights = {name: term.weight(config) for name, term in usable.items()}
-        return cls({name: weight for name, weight in weights.items() if weight}, compiled)
+        return cls({name: weight for name, weight in weights.items() if weight})
 
     @property
     def metrics(self) -> tuple[str, ...]:
