@@ -49,7 +49,6 @@ def main() -> None:
             "tune gated": lambda batch, passes=passes: passes.tune(batch, gates),
             "slopes": lambda batch, passes=passes: passes.gate_gradients(batch, gates),
             "score": lambda batch, passes=passes: passes.score(batch, gates),
-            "shrink": lambda _, passes=passes: passes.group_lasso_step(gates, 0.1),
         }
         timings[kind] = {name: timed(call, options.repeats) for name, call in calls.items()}
         print(json.dumps({kind: timings[kind]}), flush=True)

@@ -39,8 +39,7 @@ def plan_of(name: str, given: Calibration) -> Plan:
     return plan
 
 
-@pytest.mark.parametrize("network", ["none", "gru"])
-def test_generator_keeps_the_units_whose_gates_lower_the_loss(network: str) -> None:
+def test_generator_keeps_the_units_whose_gates_lower_the_loss() -> None:
     """The loss is minus the sum of the gates of one half of each site: its gradient is -1 there and 0 elsewhere."""
     wanted: dict[str, Tensor] = {}
 
@@ -48,7 +47,7 @@ def test_generator_keeps_the_units_whose_gates_lower_the_loss(network: str) -> N
         assert not any(gate.requires_grad for gate in gates.values())
         return {name: -1.0 * wanted[name] for name in gates}
 
-    options = {"generator": network, "share": 1.0, "settle": 0.0, "init_batches": 0, "learning_rate": 0.05}
+    options = {"span": 1.0, "learning_rate": 0.01}
     given = calibration(tiny("llama"), keep=0.5, search=options, train={"steps": 60})
     for site in given.sites:
         wanted[site.name] = torch.zeros(site.units)
@@ -59,17 +58,16 @@ def test_generator_keeps_the_units_whose_gates_lower_the_loss(network: str) -> N
     assert kept_params(given.sites, plan) <= 0.5 * prunable_params(given.sites)
 
 
-def test_generator_reads_the_gradients_of_its_share_of_the_steps_after_its_initial_ones() -> None:
+def test_generator_reads_the_gradients_of_as_many_steps_as_the_cuts_take() -> None:
     steps: list[int] = []
 
     def gate_gradients(step: int, gates: Any) -> Any:
         steps.append(step)
         return {name: torch.ones_like(gate) for name, gate in gates.items()}
 
-    options = {"generator": "none", "init_batches": 2, "share": 0.1}
-    given = replace(calibration(tiny(), search=options, train={"steps": 50}), gate_gradients=gate_gradients)
+    given = replace(calibration(tiny(), search={"span": 0.1}, train={"steps": 50}), gate_gradients=gate_gradients)
     plan_of("generator", given)
-    assert steps == [0, 1, *range(5)]
+    assert steps == [*range(5)]
 
 
 def test_divergence_is_that_of_all_tokens() -> None:

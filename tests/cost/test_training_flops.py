@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from prunetune.cost.training_flops import run_flops, step_flops
+from prunetune.cost.training_flops import step_flops
 from prunetune.cost.training_memory import training_setup, training_shapes
 from prunetune.data.encoding import Example
 from prunetune.pruning.cut import merge_adapters
@@ -97,22 +97,6 @@ def test_flops_of_scores_are_near_those_torch_counts(merged: bool) -> None:
     shapes = training_shapes(plain_model, find_sites(plain_model))
     estimate = step_flops(shapes, setup, phase="scores", tokens=LENGTH, length=0, label_share=0.5)
     assert estimate == pytest.approx(counter.total, rel=0.03)
-
-
-def test_flops_of_a_run_are_those_of_its_scores_and_steps() -> None:
-    plain_model = tiny(**SIZES)
-    shapes, setup = (
-        training_shapes(plain_model, find_sites(plain_model)),
-        training_setup(config_of(), torch.float32, longest=LENGTH, all_weights=True),
-    )
-    sizes: Any = {"tokens": 512, "length": LENGTH}
-
-    def flops(phase: Any, keep: float) -> int:
-        return step_flops(shapes, replace(setup, keep=keep), phase=phase, **sizes)
-
-    total = run_flops(shapes, setup, [(3, 0.75), (5, 0.5)], score_tokens=512, **sizes)
-    assert total == flops("scores", 1.0) + 3 * flops("tune", 0.75) + flops("scores", 0.75) + 5 * flops("tune", 0.5)
-    assert total < flops("scores", 1.0) * 2 + 8 * flops("tune", 0.75)
 
 
 def test_attention_flops_grow_with_the_square_of_the_length() -> None:

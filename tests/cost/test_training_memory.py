@@ -16,7 +16,7 @@ from prunetune.data.encoding import Example
 from prunetune.pipeline.prepare import estimate_peak_memory, log_memory_estimate
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.sites import find_sites
-from prunetune.search.decision_generator import build_generator
+from prunetune.search.decision_generator import DecisionGenerator
 from prunetune.train.adapters import add_adapters, trainable_parameters
 from prunetune.train.passes import PaddedPasses
 from prunetune.train.teacher import Teacher
@@ -41,7 +41,7 @@ def test_weights_and_trained_parameters_are_exact(quantize: str) -> None:
     assert estimate.teacher == 0
     add_adapters(model, sites, config.lora, seed=0)
     assert estimate.tuned == 4 * size(trainable_parameters(model).values())  # itself, its gradient, two moments
-    generator = build_generator(sites, kind="transformer", seed=0)
+    generator = DecisionGenerator(sites, seed=0)
     assert estimate.generator == pytest.approx(4 * size(generator.parameters()), rel=0.05)
 
 
@@ -110,7 +110,7 @@ def test_estimate_grows_and_shrinks_with_its_parts() -> None:
     assert total(quantize="nf4") < total() < total(rank=64)
     assert total(tokens=1024) > total()
     assert total("tune", all_weights=True) > total("tune")
-    assert total("scores", keep=1.0) < total("search", keep=1.0) < total("search", generator="transformer")
+    assert total("scores", keep=1.0) < total("search", keep=1.0) < total("search", uses_generator=True)
     assert total("scores", keep=0.5, all_weights=True) == total("tune", all_weights=True)
 
 

@@ -52,7 +52,6 @@ def losses_and_gradients(passes: Any, model: Any, gates: dict[str, Tensor]) -> d
         "tune": (passes.tune(examples(), gates), {}),
         "as it is": (passes.tune(examples(), None), {}),
         "gate gradients": passes.gate_gradients(examples(), gates),
-        "both": passes.tune_with_gate_gradients(examples(), gates),
     }.items():
         results |= {f"{name} {key}": torch.tensor(value) for key, value in losses.items()}
         results |= {f"{name} {site}": gradient for site, gradient in gradients.items()}

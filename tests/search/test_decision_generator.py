@@ -22,8 +22,6 @@ from prunetune.search.decision_generator import (
 from prunetune.search.gumbel_gates import gumbel_sigmoid, round_straight_through
 from support.models import tiny
 
-every_kind = pytest.mark.parametrize("kind", ["transformer", "gru"])
-
 
 @cache
 def sites() -> tuple[Site, ...]:
@@ -37,36 +35,32 @@ def generator_of(seed: int) -> torch.Generator:
 # -- the network -----------------------------------------------------------------------------------------------------
 
 
-@every_kind
-def test_generator_returns_one_logit_per_unit(kind: str) -> None:
-    logits = DecisionGenerator(sites(), kind=kind, seed=0)()
+def test_generator_returns_one_logit_per_unit() -> None:
+    logits = DecisionGenerator(sites(), seed=0)()
     assert {name: tuple(value.shape) for name, value in logits.items()} == {s.name: (s.units,) for s in sites()}
     assert all(value.isfinite().all() for value in logits.values())
 
 
-@every_kind
-def test_generator_depends_on_its_seed_alone(kind: str) -> None:
+def test_generator_depends_on_its_seed_alone() -> None:
     torch.manual_seed(1)
-    first = DecisionGenerator(sites(), kind=kind, seed=7)
+    first = DecisionGenerator(sites(), seed=7)
     torch.manual_seed(2)
-    again = DecisionGenerator(sites(), kind=kind, seed=7)
-    other = DecisionGenerator(sites(), kind=kind, seed=8)
+    again = DecisionGenerator(sites(), seed=7)
+    other = DecisionGenerator(sites(), seed=8)
     assert all(torch.equal(weight, again.state_dict()[name]) for name, weight in first.state_dict().items())
     assert any(not torch.equal(weight, other()[name]) for name, weight in first().items())
 
 
-@every_kind
-def test_generator_leaves_global_random_state_unchanged(kind: str) -> None:
+def test_generator_leaves_global_random_state_unchanged() -> None:
     sites()
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    DecisionGenerator(sites(), kind=kind, seed=0)()
+    DecisionGenerator(sites(), seed=0)()
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@every_kind
-def test_every_weight_has_a_gradient_and_layers_differ(kind: str) -> None:
-    net = DecisionGenerator(sites(), kind=kind, seed=0)
+def test_every_weight_has_a_gradient_and_layers_differ() -> None:
+    net = DecisionGenerator(sites(), seed=0)
     logits = net()
     torch.cat(
         [value * torch.randn(len(value), generator=generator_of(1)) for value in logits.values()]
@@ -86,13 +80,12 @@ def test_layer_vectors_are_orthogonal_within_a_block(rows: int) -> None:
         assert torch.allclose(block @ block.T, torch.eye(len(block)), atol=1e-5)
 
 
-def test_dropout_depends_on_its_random_generator_and_acts_in_the_transformer_alone() -> None:
-    for kind, acts in (("transformer", True), ("gru", False)):
-        net = DecisionGenerator(sites(), kind=kind, seed=0)
-        plain, first, again, other = (net(rng) for rng in (None, generator_of(1), generator_of(1), generator_of(2)))
-        assert all(torch.equal(logits, again[name]) for name, logits in first.items())
-        assert all(torch.equal(first[name], other[name]) != acts for name in first)
-        assert all(torch.equal(first[name], plain[name]) != acts for name in first)
+def test_dropout_depends_on_its_random_generator() -> None:
+    net = DecisionGenerator(sites(), seed=0)
+    plain, first, again, other = (net(rng) for rng in (None, generator_of(1), generator_of(1), generator_of(2)))
+    assert all(torch.equal(logits, again[name]) for name, logits in first.items())
+    assert not any(torch.equal(first[name], other[name]) for name in first)
+    assert not any(torch.equal(first[name], plain[name]) for name in first)
 
 
 def test_encoder_layer_without_dropout_equals_pytorchs() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -18,7 +17,6 @@ from support.models import tiny
 
 KEEP = 0.6
 SITES = find_sites(tiny())
-every_kind = pytest.mark.parametrize("kind", ["transformer", "gru", "none"])
 
 
 def searcher_of(seed: int = 0, **search: Any) -> Searcher:
@@ -30,13 +28,12 @@ def joined(gates: Any) -> Tensor:
     return torch.cat([gates[name] for name in sorted(gates)])
 
 
-@every_kind
-def test_same_seed_and_step_give_the_same_draws(kind: str) -> None:
+def test_same_seed_and_step_give_the_same_draws() -> None:
     torch.manual_seed(1)
-    first = searcher_of(generator=kind)
+    first = searcher_of()
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    again, other = searcher_of(generator=kind), searcher_of(seed=1, generator=kind)
+    again, other = searcher_of(), searcher_of(seed=1)
     for step in (0, 3):
         assert torch.equal(joined(first.sample(step)), joined(again.sample(step)))
         assert torch.equal(joined(first.decide(step).gates), joined(again.decide(step).gates))
@@ -45,15 +42,14 @@ def test_same_seed_and_step_give_the_same_draws(kind: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize(("kind", "least"), [("none", 1.0), ("transformer", 0.998), ("gru", 0.98)])
-def test_search_starts_dense(kind: str, least: float) -> None:
-    """Logits of zero drop no unit; those of a new network are spread, and drop few."""
-    searcher = searcher_of(generator=kind)
+def test_search_starts_dense() -> None:
+    """Logits of a new network are spread, and drop few units."""
+    searcher = searcher_of()
     for draws in (
         torch.cat([joined(searcher.sample(step)).detach() > 0.5 for step in range(20)]),
         torch.cat([joined(searcher.decide(step).gates) for step in range(20)]),
     ):
-        assert float(draws.float().mean()) >= least
+        assert float(draws.float().mean()) >= 0.998
 
 
 def test_decisions_are_hard_draws_of_their_own() -> None:
@@ -64,17 +60,10 @@ def test_decisions_are_hard_draws_of_their_own() -> None:
     assert not torch.equal(decided, joined(searcher.sample(3)).round())
 
 
-def test_straight_through_gates_are_rounded_soft_ones_with_their_gradient() -> None:
-    drawn, gradients = [], []
-    for straight in (True, False):
-        searcher = searcher_of(straight_through=straight, offset=0.0)
-        sample = joined(searcher.sample(3))
-        (sample @ torch.linspace(-1, 1, len(sample))).backward()  # type: ignore[no-untyped-call]
-        drawn.append(sample.detach())
-        gradients.append([weight.grad for weight in searcher.generator.parameters()])
-    assert torch.equal(drawn[0], (drawn[1] > 0.5).float())
-    assert ((drawn[1] > 0.01) & (drawn[1] < 0.99)).any()
-    assert all(torch.equal(first, second) for first, second in zip(*gradients, strict=True))
+def test_gates_of_a_generator_step_are_soft() -> None:
+    sample = joined(searcher_of(offset=0.0).sample(3))
+    assert ((sample > 0.01) & (sample < 0.99)).any()
+    assert sample.requires_grad
 
 
 def test_budget_loss_sees_rounded_gates_and_soft_ones_get_its_gradient() -> None:
@@ -91,9 +80,8 @@ def test_budget_loss_sees_rounded_gates_and_soft_ones_get_its_gradient() -> None
         assert (gate.grad != 0).all()
 
 
-@every_kind
-def test_final_plan_is_within_the_budget_and_ignores_noise(kind: str) -> None:
-    searcher = searcher_of(generator=kind)
+def test_final_plan_is_within_the_budget_and_ignores_noise() -> None:
+    searcher = searcher_of()
     plan = searcher.final_decision().plan
     assert plan is not None
     assert (KEEP - 0.15) * prunable_params(SITES) < kept_params(SITES, plan)
@@ -103,25 +91,3 @@ def test_final_plan_is_within_the_budget_and_ignores_noise(kind: str) -> None:
     larger = searcher.final_decision().plan
     assert larger is not None
     assert kept_params(SITES, larger) > kept_params(SITES, plan)
-
-
-def test_legal_plan_of_a_draw_keeps_as_large_a_share() -> None:
-    searcher = searcher_of(offset=1.0)
-    decision = searcher.decide(0)
-    share, legal = float(kept_share(decision.gates, SITES)), searcher.with_legal_plan(decision)
-    assert legal.plan is not None
-    kept = kept_params(SITES, legal.plan) / prunable_params(SITES)
-    assert share - 0.15 < kept <= share + 1e-6
-
-
-@every_kind
-def test_state_tensors_round_trip(kind: str) -> None:
-    searcher, other = searcher_of(generator=kind), searcher_of(seed=1, generator=kind)
-    searcher.steps_on_budget = 7
-    with torch.no_grad():
-        for weight in searcher.generator.parameters():
-            weight.add_(0.1)
-    other.load_state_tensors(searcher.state_tensors())
-    assert other.steps_on_budget == 7
-    assert all(torch.equal(logits, other.logits()[name]) for name, logits in searcher.logits().items())
-    assert searcher.state_tensors().keys() == other.state_tensors().keys()

@@ -121,19 +121,15 @@ class FailingPasses:
             raise torch.OutOfMemoryError("full")
         return 1.0
 
-    def group_lasso_step(self, gates: Any, weight: float) -> float:
-        return self.score((), gates)
-
     def reset_recordings(self) -> None:
         pass
 
 
-def micro_tokens_after_retry(ranks: Ranks, *, method: str = "score") -> int:
+def micro_tokens_after_retry(ranks: Ranks) -> int:
     """The size of passes on which all ranks agree; for a rank that continued alone, the others would wait for ever."""
     passes: Any = distribute_passes(FailingPasses(ranks), None, ranks)  # type: ignore[arg-type]
-    work = {"score": lambda: passes.score((), {}), "group lasso": lambda: passes.group_lasso_step({}, 0.0)}[method]
     guard = StepGuard(passes, 0)
-    guard.retry_smaller([Example((1, 2), 1)], work, lambda: None)
+    guard.retry_smaller([Example((1, 2), 1)], lambda: passes.score((), {}), lambda: None)
     return int(ranks.broadcast_from_main(guard.passes.micro_tokens))
 
 
@@ -188,7 +184,7 @@ def scenarios(ranks: Ranks, folder: Path) -> dict[str, Any]:
         "fsdp": result(sharded, distil=True),
         "one to two": result(sharded, Checkpoints(folder / "one")),
         "two to one": result(ranks, Checkpoints(folder / "two"), stop=STOP),
-        "micro tokens": [micro_tokens_after_retry(ranks), micro_tokens_after_retry(ranks, method="group lasso")],
+        "micro tokens": micro_tokens_after_retry(ranks),
         "waits": waits_at_barrier(ranks, folder),
         "differ": refused(lambda: ranks.any_rank(False, "gates", [torch.tensor([1.0, float(ranks.rank)])])),
     }

@@ -15,6 +15,7 @@ from prunetune.config.recipe import LoraSettings
 from prunetune.pruning.masking import gates_from_plan
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import dense_plan
+from prunetune.train import weight_trainer
 from prunetune.train.adapters import (
     adapter_norms,
     add_adapters,
@@ -23,9 +24,8 @@ from prunetune.train.adapters import (
     trainable_parameters,
 )
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.losses import group_lasso, lasso_weight
-from prunetune.train.passes import PaddedPasses
-from support.loop import AllCheckpoints, config_of, identical, job_of, tuned
+from prunetune.train.losses import group_lasso
+from support.loop import GENERATOR, AllCheckpoints, config_of, identical, job_of, tuned
 from support.models import random_plan, tiny
 
 
@@ -104,21 +104,19 @@ def test_group_lasso_of_two_pieces_is_computed_by_hand() -> None:
     assert float(penalty.detach()) == pytest.approx((5 + 2 + 1e-4) / 9, rel=1e-5)  # up's empty row counts 1e-4
 
 
-def test_lasso_weight_is_the_authors() -> None:
-    assert lasso_weight(is_final=False) == 0.03
-    assert lasso_weight(is_final=True) == 100
-
-
 def test_lasso_weight_rises_once_the_decision_is_final(monkeypatch: pytest.MonkeyPatch) -> None:
-    job, weights = job_of(config_of()), []
+    """From 0.03 to 100, the authors' numbers: the penalty's gradient is recorded."""
+    job, weights = job_of(config_of(GENERATOR)), []
 
-    def group_lasso_step(self: PaddedPasses, gates: Any, weight: float) -> float:
-        weights.append(weight)
-        return 0.0
+    def group_lasso(model: Any, gates: Any, sites: Any) -> Any:
+        penalty = torch.zeros((), requires_grad=True)
+        penalty.register_hook(lambda gradient: weights.append(round(float(gradient), 6)))
+        return penalty
 
-    monkeypatch.setattr(PaddedPasses, "group_lasso_step", group_lasso_step)
+    monkeypatch.setattr(weight_trainer, "group_lasso", group_lasso)
     tune_and_prune(job)
     assert weights == [0.03] * job.schedule.search + [100] * (job.schedule.settle - job.schedule.search)
+    assert weights
 
 
 def test_group_lasso_has_no_gradient_at_open_units_and_is_smooth_at_zero() -> None:

@@ -31,6 +31,9 @@ class FakeStream:
     def wait_stream(self, other: FakeStream) -> None:
         self.waited.append(other)
 
+    def synchronize(self) -> None:
+        """Wait for all of its kernels."""
+
 
 class FakeGraph:
     """Counts how often it was replayed."""

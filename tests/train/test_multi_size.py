@@ -10,7 +10,7 @@ import torch
 
 from prunetune.pruning.masking import masked
 from prunetune.pruning.nf4 import has_nf4_linears, quantize_linears_to_nf4
-from prunetune.train.adapters import add_adapters, expand_weights, load_into_dense, trains_all_weights
+from prunetune.train.adapters import add_adapters, load_into_dense, trains_all_weights
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import mean_loss
 from support.loop import identical, losses, weights_of
@@ -68,8 +68,7 @@ def test_smaller_size_starts_from_float32_weights() -> None:
     add_adapters(half, job.sites, job.config.lora, seed=0)
     load_into_dense(half, state, job.sites, job.config.train)
     again = tiny("llama")
-    assert state.plan is not None
-    expand_weights(again, state.tensors["adapters"], state.plan, job.sites)
+    load_into_dense(again, state, job.sites, job.config.train)
     assert trains_all_weights(job.config.train, job.sites)
     grown = {name: tensor for name, tensor in again.state_dict().items() if name in state.tensors["adapters"]}
     weights = {

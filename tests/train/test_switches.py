@@ -17,9 +17,7 @@ from prunetune.cost.parameters import prunable_params
 from prunetune.pruning.masking import gates_from_plan, masked
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import kept_params
-from prunetune.search.decision_generator import FreeLogits, build_generator
 from prunetune.train.loop import tune_and_prune
-from prunetune.train.losses import TrainingLoss, accumulate_gradients
 from prunetune.train.passes import PaddedPasses
 from prunetune.train.schedule import build_schedule
 from support.loop import KEEP, AllCheckpoints, config_of, examples, identical, job_of, losses, weights_of
@@ -35,12 +33,7 @@ PAPER: dict[str, Any] = {
 }
 SWITCHES: dict[str, dict[str, Any]] = {
     "paper": {},
-    "gru": {"generator": "gru"},
-    "free logits": {"generator": "none"},
-    "not LoRA-aware": {"lora_aware": False},
     "no sparsity": {"sparsity": "off"},
-    "straight-through": {"straight_through": True},
-    "straight-through, gated, gru": {"straight_through": True, "lora_aware": False, "generator": "gru"},
 }
 
 
@@ -118,7 +111,6 @@ def test_paper_recipe_has_the_numbers_of_the_authors_code() -> None:
         1e-4, "constant", 0, 0.01, 1.0,
     )  # fmt: skip
     assert (lora.rank, lora.alpha / lora.rank, lora.dropout) == (8, 1, 0.1)
-    assert (search.generator, search.straight_through, search.lora_aware) == ("transformer", False, True)
     assert (search.temperature, search.offset, search.ratio_weight, search.learning_rate) == (0.4, 3, 5, 1e-3)
     assert (search.batch_size, search.sparsity) == (20, "lasso")
 
@@ -135,10 +127,8 @@ def test_off_in_yaml_needs_no_quotes() -> None:
         assert from_mapping(yaml.safe_load(text)).search.sparsity == "off"
 
 
-# -- the other switches ----------------------------------------------------------------------------------------------
-
-
-def test_gated_adapters_have_the_gradients_of_the_cut_model() -> None:
+def test_adapters_are_tuned_with_their_own_branch_open() -> None:
+    """y = gate * (W x) + B A x: the loss of the cut model, in which both branches are gated, is another."""
     model = tiny()
     sites, gates = find_sites(model), gates_from_plan(random_plan(model), find_sites(model))
     model.requires_grad_(False)
@@ -146,24 +136,9 @@ def test_gated_adapters_have_the_gradients_of_the_cut_model() -> None:
     results: dict[str, tuple[float, dict[str, Tensor]]] = {}
     for form in ("free", "gated"):
         with masked(model, gates, adapters=form, sites=sites):  # type: ignore[arg-type]
-            loss = accumulate_gradients(model, examples(), 0, 10_000, TrainingLoss({"answer": 1.0}))["loss"]
+            loss = PaddedPasses(model, sites, 0, config_of()).tune(examples(), None)["loss"]
         results[form] = loss, gradients(model)
-    for aware, form in ((True, "free"), (False, "gated")):
-        config = from_mapping({"search": {"lora_aware": aware}})
-        loss, learnt = PaddedPasses(model, sites, 0, config).tune(examples(), gates)["loss"], gradients(model)
-        assert loss == pytest.approx(results[form][0])
-        assert_same(results[form][1], learnt)
+    loss, learnt = PaddedPasses(model, sites, 0, config_of()).tune(examples(), gates)["loss"], gradients(model)
+    assert loss == pytest.approx(results["free"][0])
+    assert_same(results["free"][1], learnt)
     assert results["free"][0] != pytest.approx(results["gated"][0])
-
-
-def test_free_logits_have_no_network() -> None:
-    sites = find_sites(tiny())
-    free = build_generator(sites, kind="none", seed=0)
-    assert isinstance(free, FreeLogits)
-    assert sum(parameter.numel() for parameter in free.parameters()) == sum(site.units for site in sites)
-    logits = free()
-    assert {name: len(value) for name, value in logits.items()} == {site.name: site.units for site in sites}
-    assert all(not value.any() for value in logits.values())
-    torch.cat(list(logits.values())).sum().backward()  # type: ignore[no-untyped-call]
-    assert all(torch.equal(p.grad, torch.ones_like(p)) for p in free.parameters() if p.grad is not None)
-    assert all(parameter.grad is not None for parameter in free.parameters())

@@ -51,9 +51,8 @@ def test_validated_decisions_are_recorded_with_their_plans(tmp_path: Path) -> No
         assert record["kept"] == pytest.approx(share, abs=1e-6)
 
 
-@both_methods
-def test_roll_back_ends_within_the_limit_that_the_same_run_breaks(method: str, tmp_path: Path) -> None:
-    config = config_of(search=METHODS[method])
+def test_roll_back_ends_within_the_limit_that_the_same_run_breaks(tmp_path: Path) -> None:
+    config = config_of()
     free = run_with_limits(config, tmp_path / "free", "guard.nll <= 99 -> stop")
     limited = run_with_limits(config, tmp_path / "held", BACK)
     assert free.observer.validations[-1]["guard.nll"] > 0.4
@@ -65,17 +64,14 @@ def test_roll_back_ends_within_the_limit_that_the_same_run_breaks(method: str, t
     assert limited.plan == limited.monitor.plans[target], "the decision stands as it was"
     assert kept_params(limited.job.sites, limited.plan) > 0.4 * prunable_params(limited.job.sites)
     phases = [record["phase"] for record in limited.observer.steps]
-    settled = 3 if method == "generator" else 0  # progressive removal makes no further cut
-    assert phases[event["step"] :] == ["settle"] * settled + ["tune"] * (12 - settled - event["step"])
-    if method == "progressive":
-        kept = [record["kept"] for record in limited.observer.steps]
-        assert (target, event["step"]) == (4, 5), "the third cut broke the limit"
-        assert kept[5:] == [pytest.approx(kept[3])] * 7
+    assert phases[event["step"] :] == ["tune"] * (12 - event["step"]), "no further cut"
+    kept = [record["kept"] for record in limited.observer.steps]
+    assert (target, event["step"]) == (4, 5), "the third cut broke the limit"
+    assert kept[5:] == [pytest.approx(kept[3])] * 7
     assert [record["step"] for record in limited.observer.steps] == list(range(1, 13)), "no step is done again"
 
 
-@both_methods
-def test_roll_back_restores_weights_and_moments_of_that_step(method: str, tmp_path: Path) -> None:
+def test_roll_back_restores_weights_and_moments_of_that_step(tmp_path: Path) -> None:
     class RecordingCheckpoints(Checkpoints):
         """Checkpoints that also keep every saved state in memory."""
 
@@ -91,25 +87,34 @@ def test_roll_back_restores_weights_and_moments_of_that_step(method: str, tmp_pa
             super().save(state)
 
     store = RecordingCheckpoints(tmp_path / "checkpoints")
-    limited = run_with_limits(config_of(search=METHODS[method]), tmp_path, BACK, store=store)
+    limited = run_with_limits(config_of(), tmp_path, BACK, store=store)
     event = limited.history["events"][0]
     target = int(event["did"].rpartition(" ")[2])
     earlier = next(state for state in store.saved if state.step == target)
     back = next(state for state in store.saved if state.step == event["step"])
     assert all(identical(earlier.tensors[group], tensors) for group, tensors in back.tensors.items())
-    draw = {"decision"} if method == "generator" else set()
-    assert set(earlier.tensors) - set(back.tensors) == draw, "which stands by now, as a plan"
+    assert set(earlier.tensors) == set(back.tensors)
     assert back.plan == limited.plan
     assert back.validation_history["last"]["guard.nll"] <= 0.4
 
 
 def test_roll_back_after_the_cut_restores_removed_units(tmp_path: Path) -> None:
-    """The model has lost the units by then, so the decision is restored in a new one."""
-    config = config_of(train={"validate_every": 5}, search={"method": "generator", "settle": 0.0})
-    limited = run_with_limits(config, tmp_path, "guard.nll <= 0.55 -> roll-back")
-    assert [event["step"] for event in limited.history["events"]] == [10]
-    assert limited.plan == limited.monitor.plans[5]
-    assert limited.observer.validations[-1]["guard.nll"] <= 0.55
+    """The model has lost the units by then, so the decision is restored in a new one, and cut at once."""
+    calls = itertools.count()  # of the dense model, then after every third step; the fourth one breaks the limit
+    config = config_of(train={"validate_every": 3}, search={"method": "generator", "share": 0.25, "settle": 0.5})
+    limited = run_with_limits(
+        config, tmp_path, "guard.nll <= 0.5 -> roll-back", score=lambda _: float(next(calls) == 4)
+    )
+    assert [event["did"] for event in limited.history["events"]] == ["rolled back to step 9"]
+    assert limited.plan == limited.monitor.plans[9]
+
+
+def test_search_of_a_generator_has_no_state_to_roll_back_to(tmp_path: Path) -> None:
+    """Its draws are noise; only a decision that is final is kept."""
+    config = config_of(search=METHODS["generator"], train={"validate_every": 3})
+    run = run_with_limits(config, tmp_path, "guard.nll <= 0 -> roll-back", score=lambda _: 1.0)
+    assert {event["did"] for event in run.history["events"]} == {"nothing to go back to"}
+    assert min(run.monitor.plans) > 6
 
 
 def test_best_state_is_the_smallest_then_the_best_on_valid(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ Shapes: B examples, T tokens, N tokens without padding, C columns of a linear.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 from prunetune.data.batches import Batch
 from prunetune.model.lm_head import select_head_inputs
-from prunetune.pruning.compensation import record_grams
 
 
 @dataclass
@@ -55,23 +54,35 @@ class Moments:
 def input_moments(model: Any, modules: Iterable[str], batches: Sequence[Batch]) -> dict[str, Moments]:
     """Moments of each module's first input over all tokens without padding: {module: of [C]}."""
     moments = {name: Moments() for name in modules}
-    masks: list[Tensor] = []
-
-    def hook(own: Moments) -> Any:
-        # [B, T, C], or [B * T, C] where a family flattens
-        return lambda _, inputs: own.add(inputs[0].flatten(0, -2)[masks[-1].flatten()])
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(own)) for name, own in moments.items()]
-    _forward_batches(model, batches, masks, handles)
+    _read_inputs(model, moments, batches, lambda name, rows: moments[name].add(rows))
     return moments
 
 
 def input_grams(model: Any, modules: Iterable[str], batches: Sequence[Batch]) -> dict[str, Tensor]:
     """Sum of x x^T over the first inputs x of each module, all tokens without padding: {module: float32 [C, C]}."""
-    masks: list[Tensor] = []
-    with record_grams(model, modules, masks) as grams:
-        _forward_batches(model, batches, masks, ())
+    grams: dict[str, Tensor] = {}
+
+    def add(name: str, rows: Tensor) -> None:
+        gram = rows.float().t() @ rows.float()
+        grams[name] = grams[name] + gram if name in grams else gram
+
+    _read_inputs(model, modules, batches, add)
     return grams
+
+
+def _read_inputs(
+    model: Any, modules: Iterable[str], batches: Sequence[Batch], read: Callable[[str, Tensor], None]
+) -> None:
+    """Call `read(module, rows [N, C])` with the tokens without padding of every first input of these modules."""
+    masks: list[Tensor] = []
+
+    def hook(name: str) -> Any:
+        # [B, T, C], or [B * T, C] where a family flattens
+        return lambda _, inputs: read(name, inputs[0].flatten(0, -2)[masks[-1].flatten()])
+
+    names = dict.fromkeys(modules)
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    _forward_batches(model, batches, masks, handles)
 
 
 def block_influences(model: Any, layers: Iterable[str], batches: Sequence[Batch]) -> dict[str, float]:

@@ -32,9 +32,8 @@ def generator(calibration: Calibration) -> Plan:
     config, search = calibration.config, calibration.config.search
     device = next(calibration.model.parameters()).device
     searcher = Searcher(calibration.sites, calibration.constraints, config, device)
-    decay = 0.0 if search.generator == "none" else 0.01  # free logits would decay to zero
     weights = list(searcher.generator.parameters())
-    optimizer = torch.optim.AdamW(weights, lr=search.learning_rate, weight_decay=decay)
+    optimizer = torch.optim.AdamW(weights, lr=search.learning_rate)
     for step in range(max(1, round(config.train.steps * search.span))):
         gates = searcher.sample(step)
         gradients = calibration.gate_gradients(step, {name: gate.detach() for name, gate in gates.items()})

@@ -7,7 +7,7 @@ H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,8 +28,6 @@ from prunetune.pruning.unit_weights import unit_weights
 from prunetune.pruning.units import Site
 from prunetune.search.select import Scores
 from prunetune.utils.seeds import derive_seed
-
-MAX_CHUNK_ENTRIES = 2**28  # of gradients or Gram matrices that are held at a time: 1 GiB in float32
 
 
 @baseline("random", source="none: the floor that every method has to beat")
@@ -116,20 +114,18 @@ def flap(calibration: Calibration) -> Scores:
 def taylor(calibration: Calibration) -> Scores:
     """|w dL/dw| of each weight, L the mean loss of all labels, summed over a unit and divided by its parameters.
 
-    Gradients are taken of as many sites at a time as have `MAX_CHUNK_ENTRIES` parameters: a large model takes more
-    passes, not more memory.
+    Gradients of all prunable weights are held at a time, in float32: 28 GB for 7e9 of them.
     """
     sums: dict[str, Tensor] = {}
-    for sites in _chunks(calibration.sites, lambda site: site.units * site.total_unit_params):
-        weights = {site.name: unit_weights(calibration.model, site) for site in sites}
-        parameters = [weight.parameter for site in sites for weight in weights[site.name]]
-        gradients = iter(_loss_gradients(calibration, parameters))
-        for site in sites:
-            products = [
-                weight.sum_per_unit((next(gradients) * weight.parameter.detach().float()).abs())
-                for weight in weights[site.name]
-            ]
-            sums[site.name] = sum(products, torch.zeros(site.units).double())
+    weights = {site.name: unit_weights(calibration.model, site) for site in calibration.sites}
+    parameters = [weight.parameter for own in weights.values() for weight in own]
+    gradients = iter(_loss_gradients(calibration, parameters))
+    for site in calibration.sites:
+        products = [
+            weight.sum_per_unit((next(gradients) * weight.parameter.detach().float()).abs())
+            for weight in weights[site.name]
+        ]
+        sums[site.name] = sum(products, torch.zeros(site.units).double())
     return _per_price(sums, calibration)
 
 
@@ -160,15 +156,18 @@ def gate_gradients(calibration: Calibration) -> Scores:
     The mean is over batches. What progressive removal decides by, here in one shot: the loss has the answers, and the
     teacher's logits, hidden states and texts.
     """
-    means = mean_squared_gate_gradients(calibration)
-    return {site.name: (means[site.name] / calibration.unit_price(site)).float() for site in calibration.sites}
+    gates, count = calibration.open_gates(), calibration.num_batches
+    sums = {name: torch.zeros(len(gate), dtype=torch.float64) for name, gate in gates.items()}
+    for step in range(count):
+        for name, gradient in calibration.gate_gradients(step, gates).items():
+            sums[name] += gradient.double().square().cpu() / count
+    return {site.name: (sums[site.name] / calibration.unit_price(site)).float() for site in calibration.sites}
 
 
 def _compensate_consumers(calibration: Calibration, plan: Plan) -> None:
     """Let the kept columns of every consumer take over the output of the removed ones, on dense inputs."""
-    for sites in _chunks(calibration.sites, _gram_entries(calibration)):
-        grams = input_grams(calibration.model, map(_consumer, sites), calibration.batches)
-        compensate_consumers(calibration.model, calibration.sites, plan, grams)
+    grams = input_grams(calibration.model, map(_consumer, calibration.sites), calibration.batches)
+    compensate_consumers(calibration.model, calibration.sites, plan, grams)
 
 
 @baseline(
@@ -186,15 +185,15 @@ def obs(calibration: Calibration) -> Scores:
     that an error is the change of the loss to second order. After the plan is known, the kept columns are updated.
     """
     scores = {}
-    for sites in _chunks(calibration.sites, _gram_entries(calibration)):
-        grams = input_grams(calibration.model, map(_consumer, sites), calibration.batches)
-        gradient_grams = _output_gradient_grams(calibration, map(_consumer, sites))
-        for site in sites:
-            name = _consumer(site)
-            root = torch.linalg.cholesky(damped(gradient_grams[name]))  # L of G = L L^T
-            weight = root.t() @ _weight(calibration.model, name).detach().double()
-            errors = removal_errors(weight, grams[name], site.units)
-            scores[site.name] = (errors / calibration.unit_price(site)).float().cpu()
+    names = {site.name: _consumer(site) for site in calibration.sites}
+    grams = input_grams(calibration.model, names.values(), calibration.batches)
+    gradient_grams = _output_gradient_grams(calibration, names.values())
+    for site in calibration.sites:
+        name = names[site.name]
+        root = torch.linalg.cholesky(damped(gradient_grams[name]))  # L of G = L L^T
+        weight = root.t() @ _weight(calibration.model, name).detach().double()
+        errors = removal_errors(weight, grams[name], site.units)
+        scores[site.name] = (errors / calibration.unit_price(site)).float().cpu()
     return scores
 
 
@@ -210,33 +209,6 @@ def block_influence(calibration: Calibration) -> Scores:
 
 
 # -- shared by the methods -----------------------------------------------------------------------------------------
-
-
-def mean_squared_gate_gradients(calibration: Calibration) -> dict[str, Tensor]:
-    """Mean squared gradient of the training loss at a gate of one, over batches: {site: float64 [U]} on the CPU."""
-    gates, count = calibration.open_gates(), calibration.num_batches
-    sums = {name: torch.zeros(len(gate), dtype=torch.float64) for name, gate in gates.items()}
-    for step in range(count):
-        for name, gradient in calibration.gate_gradients(step, gates).items():
-            sums[name] += gradient.double().square().cpu() / count
-    return sums
-
-
-def _chunks(sites: Iterable[Site], entries: Callable[[Site], int]) -> Iterator[list[Site]]:
-    """The sites in lists of at most `MAX_CHUNK_ENTRIES` entries, or of one; sites of one consumer stay together."""
-    chunk: list[Site] = []
-    for site in sites:
-        shares_consumer = chunk and site.consumer is not None and site.parent == chunk[-1].name
-        if chunk and not shares_consumer and sum(map(entries, (*chunk, site))) > MAX_CHUNK_ENTRIES:
-            yield chunk
-            chunk = []
-        chunk.append(site)
-    yield chunk
-
-
-def _gram_entries(calibration: Calibration) -> Callable[[Site], int]:
-    """Entries of the Gram matrices of a site's consumer: of its input and of the gradient at its output."""
-    return lambda site: sum(size**2 for size in _weight(calibration.model, _consumer(site)).shape)
 
 
 def _consumers(calibration: Calibration) -> Iterator[tuple[Site, Tensor, Moments]]:

@@ -20,7 +20,10 @@ RETIRED = {
     "search.gates": "the generator's gates are always draws, as in ATP's code: leave it out",
     "search.step": "the generator always learns on its own batches: leave it out",
     "search.anneal": "the generator's budget is a loss and needs no annealing: leave it out",
-    "search.hard": "true was its default, and soft gates are now: leave it out, or set search.straight_through",
+    "search.hard": "the generator always learns with soft gates, as in ATP's code: leave it out",
+    "search.straight_through": "the generator always learns with soft gates, as in ATP's code: leave it out",
+    "search.generator": "the generator is always ATP's transformer: leave it out",
+    "search.lora_aware": "adapters always learn with y = gate * (W x) + B A x, as in ATP: leave it out",
     "search.lasso": "the group lasso has the weights of ATP's code: leave it out, or set search.sparsity off",
     "search.sparsity=proximal": "removed units' adapters shrink by a group lasso: set search.sparsity lasso or off",
 }

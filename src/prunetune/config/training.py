@@ -127,19 +127,8 @@ class SearchConfig:
     )
     span: float = option(0.2, "Share of the steps over which the cuts are spread, from step 0 on.", gt=0, le=1)
 
-    generator: Literal["transformer", "gru", "none"] = option(
-        "transformer", "Network over the layer sequence that gives the logits; none: one free logit per unit."
-    )
     init_batches: int = option(
         16, "Batches of search whose gate gradients give the scores of a cut (progressive).", ge=1, formerly="evidence"
-    )
-    straight_through: bool = option(
-        False,
-        "The generator learns with gates rounded to 0 or 1 (straight-through estimator); false: with soft gates, of "
-        "which only the budget loss sees the rounded ones.",
-    )
-    lora_aware: bool = option(
-        True, "Adapters learn with y = gate * (W x) + B A x; false: under gates on both branches, as after the cut."
     )
     share: float = option(0.1, "Share of the steps in which the generator searches.", gt=0, le=1)
     settle: float = option(

@@ -6,9 +6,6 @@ A frozen weight takes 2 FLOPs a token forward, and 2 backward for the gradient o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
 from prunetune.cost.training_memory import TrainingPhase, TrainingSetup, TrainingShapes
 from prunetune.pruning.linears import COLUMNS
 
@@ -47,26 +44,3 @@ def step_flops(
     passes = 2 if phase == "search" else 1
     frozen_adapters = 0 if phase == "tune" else 2 * adapters  # which have no gradient where gates have one
     return round(tokens * (passes * per_pass - frozen_adapters))
-
-
-def run_flops(
-    shapes: TrainingShapes,
-    setup: TrainingSetup,
-    stages: Sequence[tuple[int, float]],
-    *,
-    score_tokens: int,
-    tokens: int,
-    length: int,
-    label_share: float = 1.0,
-) -> int:
-    """FLOPs of a run of progressive removal, of stages of (steps, share of the model that is kept in them).
-
-    Before each, the units of the model as it then is are scored on `score_tokens`; a step has `tokens`.
-    """
-    total, before = 0, 1.0
-    for steps, keep in stages:
-        scored, tuned = (replace(setup, keep=share) for share in (before, keep))
-        total += step_flops(shapes, scored, phase="scores", tokens=score_tokens, length=length, label_share=label_share)
-        total += steps * step_flops(shapes, tuned, phase="tune", tokens=tokens, length=length, label_share=label_share)
-        before = keep
-    return total

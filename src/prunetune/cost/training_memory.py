@@ -25,7 +25,7 @@ from prunetune.pruning.units import Site, UnitKind
 # A generator's search on the dense model; the scores that decide a cut, on the model as it then is; tuning after a cut.
 TrainingPhase = Literal["search", "scores", "tune"]
 FP32_BYTES = 4  # trained parameters, their gradients and their moments are float32
-GENERATOR_FEATURES = {"transformer": 64, "gru": 256, "none": 0}  # inputs of the generator's heads
+GENERATOR_FEATURES = 64  # inputs of the generator's heads
 GENERATOR_ENCODER_PARAMS = 100_000  # the generator without its heads, roughly
 
 
@@ -85,7 +85,7 @@ class TrainingSetup:
     teacher_share: float = 1.0  # of a batch's labelled rows that the teacher sees, in passes of their own
     teacher_is_base: bool = False  # the teacher is the untuned model, which shares its student's memory
     distills_hidden: bool = False  # layers' outputs are compared, too
-    generator: str = ""  # "" without one
+    uses_generator: bool = False
 
     def is_cut(self, phase: TrainingPhase) -> bool:
         """Whether the model has been cut in this phase."""
@@ -145,7 +145,7 @@ def training_setup(config: RunConfig, dtype: torch.dtype, *, longest: int, all_w
         teacher_share=teacher_share,
         teacher_is_base=config.distill.teacher == "base",
         distills_hidden=has_teacher and config.distill.hidden > 0,
-        generator=config.search.generator if config.search.method == "generator" else "",
+        uses_generator=config.search.method == "generator",
     )
 
 
@@ -161,8 +161,7 @@ def estimate_memory(shapes: TrainingShapes, setup: TrainingSetup, *, phase: Trai
     linear_params = sum(linear.weight_count for linear in shapes.linears)
     adapter_params = setup.rank * sum(linear.rows + linear.columns for linear in shapes.linears)
     adapter_copies = 1 if phase == "scores" and not setup.is_cut(phase) else 4  # with gradients and two moments
-    features = GENERATOR_FEATURES.get(setup.generator, 0)
-    generator_params = shapes.total_units * (features or 1) + (GENERATOR_ENCODER_PARAMS if features else 0)
+    generator_params = shapes.total_units * GENERATOR_FEATURES + GENERATOR_ENCODER_PARAMS
     activations, recomputed_layer, dequantized = _activation_bytes(shapes, setup, is_merged=is_merged)
     chunk = min(setup.tokens, max(1, LOGITS_PER_CHUNK // shapes.vocab_size)) * shapes.vocab_size
     # Log-softmax, its gradient and that of the logits; with a teacher also the teacher's and their difference.
@@ -170,7 +169,7 @@ def estimate_memory(shapes: TrainingShapes, setup: TrainingSetup, *, phase: Trai
     return TrainingMemory(
         weights=setup.dtype_bytes * shapes.other_params + (0 if is_merged else linear_bytes),
         tuned=3 * FP32_BYTES * linear_params if is_merged else adapter_copies * FP32_BYTES * adapter_params,
-        generator=4 * FP32_BYTES * generator_params if setup.generator else 0,
+        generator=4 * FP32_BYTES * generator_params if setup.uses_generator else 0,
         activations=activations,
         passing=dequantized + max(recomputed_layer, logits),
         teacher=teacher,

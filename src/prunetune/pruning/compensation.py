@@ -8,12 +8,9 @@ arXiv 2403.12983, and SlimGPT, Ling et al. 2024, arXiv 2412.18110).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from prunetune.plan import Plan
@@ -23,58 +20,25 @@ from prunetune.pruning.units import Site, kept_indices
 DAMPING = 0.01  # of the mean diagonal, added to the diagonal
 
 
-@contextmanager
-def record_grams(
-    model: nn.Module, linears: Iterable[str], token_masks: Sequence[Tensor] = ()
-) -> Iterator[dict[str, Tensor]]:
-    """For the block, add x x^T of every input of these linears: {linear: float32 [C, C]}, on their device.
-
-    The last entry of `token_masks`, if there is one when a pass runs, marks the tokens that count: bool, as many as
-    the pass has, of any shape.
-    """
-    grams: dict[str, Tensor] = {}
-
-    def hook(name: str) -> Any:
-        def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-            rows = inputs[0].detach().flatten(0, -2).float()
-            if token_masks:
-                rows = rows[token_masks[-1].flatten()]
-            gram = rows.t() @ rows
-            grams[name] = grams[name] + gram if name in grams else gram
-
-        return add
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in dict.fromkeys(linears)]
-    try:
-        yield grams
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.no_grad()
 def compensate_consumers(
     model: nn.Module, sites: Iterable[Site], plan: Plan, grams: Mapping[str, Tensor], damping: float = DAMPING
 ) -> None:
     """Update the kept columns of every linear that loses some and has a Gram matrix in `grams`; to call before the cut.
 
-    `grams` are as `record_grams` gives them, of the model that `plan` is of. The linears get new parameters, solved in
-    float64 and stored in the dtype that they had, so that whoever shares the old ones keeps them; an adapter counts in
-    what is removed. Call it once for a plan and linear. Linears that lose all their columns stay as they are.
+    `grams`, {linear: [C, C]}, are of the inputs of the model that `plan` is of. The linears get new parameters, solved
+    in float64 and stored in the dtype that they had, so that whoever shares the old ones keeps them. Call it once for
+    a plan and linear. Linears that lose all their columns stay as they are.
     """
     for (name, axis), kept in kept_indices(plan, sites).items():
         if axis != COLUMNS or name not in grams:
             continue
-        module, linear = model.get_submodule(name), get_base_linear(model, name)
+        linear = get_base_linear(model, name)
         weight = as_out_in(linear, linear.weight).detach().double()  # [out, C]
-        removed_weight = weight
-        if isinstance(module, LoraLayer):
-            changes = [as_out_in(linear, module.get_delta_weight(adapter)) for adapter in module.active_adapters]
-            removed_weight = weight + sum(changes, torch.zeros_like(weight))
         kept, gram = kept.to(weight.device), damped(grams[name].to(weight.device), damping)
         is_removed = torch.ones(len(gram), dtype=torch.bool, device=weight.device).index_fill_(0, kept, False)
         removed = is_removed.nonzero().flatten()
-        target = removed_weight[:, removed] @ gram[removed][:, kept]  # [out, K]
+        target = weight[:, removed] @ gram[removed][:, kept]  # [out, K]
         change = torch.cholesky_solve(target.t(), torch.linalg.cholesky(gram[kept][:, kept])).t()
         updated = as_out_in(linear, weight.index_add(1, kept, change))
         stored = updated.to(linear.weight.dtype).contiguous()

@@ -16,7 +16,6 @@ from prunetune.pruning.units import Site
 # Authors' code:
 EMBEDDING = 64  # width of a layer vector
 HEADS, FEED_FORWARD, DROPOUT = 4, 256, 0.1  # of each of the transformer's two layers
-GRU_WIDTH = 256  # width of the GRU's output, both directions
 
 
 class EncoderLayer(nn.Module):
@@ -42,23 +41,21 @@ class EncoderLayer(nn.Module):
 
 
 class DecisionGenerator(nn.Module):
-    """A small network over the layer sequence, and one linear head per site.
+    """A small transformer over the layer sequence, and one linear head per site.
 
     The decision has no input: it depends on the weights alone. The layer vectors are fixed and orthogonal, so that
-    layers start out distinct. `kind` is "transformer" or "gru" (bidirectional, an earlier version of the authors').
+    layers start out distinct.
     """
 
-    def __init__(self, sites: Sequence[Site], *, kind: str, seed: int) -> None:
+    def __init__(self, sites: Sequence[Site], *, seed: int) -> None:
         super().__init__()
         rng = torch.Generator().manual_seed(seed)
         layers = max(site.layer for site in sites) + 1
         self.register_buffer("layer_vectors", orthogonal_vectors(layers, EMBEDDING, rng))
-        width = EMBEDDING if kind == "transformer" else GRU_WIDTH
         with torch.random.fork_rng(devices=[]):  # modules draw from the global generator when they are created
-            self.encoder = nn.ModuleList(EncoderLayer() for _ in range(2)) if kind == "transformer" else None
-            self.gru = None if self.encoder else nn.GRU(EMBEDDING, GRU_WIDTH // 2, bidirectional=True)
-            self.norm = nn.LayerNorm(width)
-            self.heads = nn.ModuleList(nn.Linear(width, site.units, bias=False) for site in sites)
+            self.encoder = nn.ModuleList(EncoderLayer() for _ in range(2))
+            self.norm = nn.LayerNorm(EMBEDDING)
+            self.heads = nn.ModuleList(nn.Linear(EMBEDDING, site.units, bias=False) for site in sites)
         self.sites = tuple(sites)
         for name, parameter in self.named_parameters():  # weights as `nn.Linear` draws them, but zero biases
             if parameter.dim() > 1:
@@ -68,7 +65,7 @@ class DecisionGenerator(nn.Module):
                 parameter.data.zero_()
 
     def forward(self, dropout_rng: torch.Generator | None = None) -> dict[str, Tensor]:
-        """{site: logits [U]}; with a random generator, the transformer's dropout is drawn from it."""
+        """{site: logits [U]}; with a random generator, dropout is drawn from it."""
 
         def drop(x: Tensor) -> Tensor:
             if dropout_rng is None:
@@ -76,27 +73,10 @@ class DecisionGenerator(nn.Module):
             return x * (torch.rand(x.shape, generator=dropout_rng) >= DROPOUT).to(x.device) / (1 - DROPOUT)
 
         x = self.get_buffer("layer_vectors")
-        for layer in self.encoder or ():
+        for layer in self.encoder:
             x = layer(x, drop)
-        features = self.norm(self.gru(x)[0] if self.gru else x)
+        features = self.norm(x)
         return {site.name: head(features[site.layer]) for site, head in zip(self.sites, self.heads, strict=True)}
-
-
-class FreeLogits(nn.Module):
-    """The ablation of the generator, called in the same way: no network, one parameter per unit, zero at first."""
-
-    def __init__(self, sites: Sequence[Site]) -> None:
-        super().__init__()
-        self.sites = tuple(sites)
-        self.logits = nn.ParameterList(nn.Parameter(torch.zeros(site.units)) for site in sites)
-
-    def forward(self, dropout_rng: torch.Generator | None = None) -> dict[str, Tensor]:
-        return {site.name: logits for site, logits in zip(self.sites, self.logits, strict=True)}
-
-
-def build_generator(sites: Sequence[Site], *, kind: str, seed: int) -> nn.Module:
-    """The generator that `search.generator` names: "transformer", "gru", or "none" for `FreeLogits`."""
-    return FreeLogits(sites) if kind == "none" else DecisionGenerator(sites, kind=kind, seed=seed)
 
 
 def orthogonal_vectors(rows: int, width: int, rng: torch.Generator) -> Tensor:

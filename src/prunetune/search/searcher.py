@@ -11,10 +11,10 @@ from prunetune.config.recipe import RunConfig
 from prunetune.cost.parameters import keep_ratio_loss, kept_share
 from prunetune.pruning.units import Site
 from prunetune.search.decision import Decision, detach_to, split_like
-from prunetune.search.decision_generator import build_generator
+from prunetune.search.decision_generator import DecisionGenerator
 from prunetune.search.gumbel_gates import gumbel_sigmoid, round_straight_through
 from prunetune.search.plan_rules import PlanConstraints
-from prunetune.search.select import min_feasible_keep, select
+from prunetune.search.select import select
 from prunetune.utils.seeds import derive_seed
 
 
@@ -31,8 +31,7 @@ class Searcher:
         self.sites, self.constraints, self.device = sites, constraints, device
         self.config, self.seed, self.allowed_keep = config.search, config.seed, config.budget.keep
         seed = derive_seed(config.seed, "generator")
-        self.generator = build_generator(sites, kind=self.config.generator, seed=seed).to(device)
-        self.steps_on_budget = 0  # the newest steps in a row whose budget loss was small, see `GeneratorTrainer`
+        self.generator = DecisionGenerator(sites, seed=seed).to(device)
 
     def logits(self) -> dict[str, Tensor]:
         """{site: [U]}, differentiable in the generator, without its dropout."""
@@ -40,13 +39,12 @@ class Searcher:
         return logits
 
     def sample(self, step: int) -> dict[str, Tensor]:
-        """Gates of a generator step with their gradient, {site: [U]}: soft, or 0 and 1 with `search.straight_through`.
+        """Soft gates of a generator step with their gradient, {site: [U]}.
 
         The generator's dropout acts; it and the noise depend on the run's seed and the step alone.
         """
         dropout_rng = torch.Generator().manual_seed(derive_seed(self.seed, "generator-dropout", step))
-        soft = self._draw(self.generator(dropout_rng), "search", step)
-        return _rounded(soft) if self.config.straight_through else soft
+        return self._draw(self.generator(dropout_rng), "search", step)
 
     def budget_loss(self, gates: Mapping[str, Tensor]) -> Tensor:
         """|log(kept share / target)| of gates {site: [U]}: the share of parameters, or of prices under limits.
@@ -65,16 +63,7 @@ class Searcher:
     @torch.no_grad()
     def final_decision(self) -> Decision:
         """The final gates and their plan: no noise, within the budget, equal logits by index."""
-        return self._best_decision(self.allowed_keep)
-
-    @torch.no_grad()
-    def with_legal_plan(self, decision: Decision) -> Decision:
-        """For a draw, the decision of the highest logits that keeps as large a share, with its plan."""
-        share = float(kept_share(decision.gates, self.sites))
-        return self._best_decision(max(min_feasible_keep(self.sites, self.constraints), share))
-
-    def _best_decision(self, keep: float) -> Decision:
-        plan = select(detach_to(self.logits(), "cpu"), self.sites, keep, self.constraints)
+        plan = select(detach_to(self.logits(), "cpu"), self.sites, self.allowed_keep, self.constraints)
         return Decision.from_plan(plan, self.sites, self.device)
 
     def _draw(self, logits: Mapping[str, Tensor], purpose: str, step: int) -> dict[str, Tensor]:
@@ -82,21 +71,6 @@ class Searcher:
         rng = torch.Generator().manual_seed(derive_seed(self.seed, f"gates-{purpose}", step))
         joined, config = torch.cat(list(logits.values())), self.config
         return split_like(logits, gumbel_sigmoid(joined, temperature=config.temperature, offset=config.offset, rng=rng))
-
-    def parameter_names(self) -> list[str]:
-        """Names of the generator's parameters, in the order of its optimiser."""
-        return [name for name, _ in self.generator.named_parameters()]
-
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Weights and the count of steps on budget, for a checkpoint."""
-        weights = {f"net.{name}": weight for name, weight in self.generator.state_dict().items()}
-        return weights | {"steps_on_budget": torch.tensor(self.steps_on_budget)}
-
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore what `state_tensors` returned."""
-        weights = {name.removeprefix("net."): value for name, value in tensors.items() if name.startswith("net.")}
-        self.generator.load_state_dict(weights)
-        self.steps_on_budget = int(tensors["steps_on_budget"])
 
 
 def _rounded(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The layout uniform: one width per kind for all layers, chosen among the maximal shapes by the scores it keeps.
+"""The layout uniform: one width per kind for all layers, chosen by the scores it keeps.
 
 A *shape* is the number of layers and the width of every kind of unit in each of them. A width is the number of units
 that each open group of a site keeps: MLP channels, KV groups, query heads of a KV group, experts.
@@ -29,15 +29,6 @@ class UniformCounts:
     queries: int = 0  # query heads of a KV group
     experts: int = 0
 
-    def __le__(self, other: UniformCounts) -> bool:
-        """Whether no count is larger than the other's."""
-        return (
-            self.layers <= other.layers
-            and self.groups <= other.groups
-            and self.queries <= other.queries
-            and self.experts <= other.experts
-        )
-
 
 Fits = dict[UniformCounts, tuple[int, int]]  # counts -> (parameters, channels) of a shape within the budgets
 
@@ -60,6 +51,7 @@ class UniformPlanner:
         first = nested_sites.sites[0].layer
         self.sites_by_kind = {site.kind: site for site in nested_sites.sites if site.layer == first}
         self.score_sums: dict[tuple[str, int, int], float] = {}  # by site, width, width of its parent
+        self.lowest_score = min([0.0, *(float(own.min()) for own in nested_sites.ranked_scores.values())])
         block_kinds = (UnitKind.ATTENTION_BLOCK, UnitKind.MLP_BLOCK)
         if blocks := [kind.recipe_name for kind in block_kinds if kind in self.sites_by_kind]:
             raise PlanError(f"layout uniform cannot express layers without {' or '.join(blocks)}: use layout per-layer")
@@ -151,11 +143,8 @@ class UniformPlanner:
 
     # -- shapes within the budgets ---------------------------------------------------------------------------------
 
-    def maximal_fits(self, target_params: int, fits_budgets: FitsBudgets | None) -> Fits:
-        """The maximal shapes: each with the widest channels that fit.
-
-        Only maximal ones are compared by score: scores may be negative, and then a smaller shape would look better.
-        """
+    def fits(self, target_params: int, fits_budgets: FitsBudgets | None) -> Fits:
+        """The shapes within the budgets, each with the widest channels that fit."""
         fits: Fits = {}
         channel_widths = self.channel_widths()
         narrowest = channel_widths[0]
@@ -168,28 +157,19 @@ class UniformPlanner:
                 widths = widths[: self._count_within_budgets(counts, widths, fits_budgets)]
             if widths:
                 fits[counts] = (params_by_width[widths[-1]], widths[-1])
-        return {counts: fit for counts, fit in fits.items() if not self._is_dominated(counts, fit[1], fits)}
+        return fits
 
     def _count_within_budgets(self, counts: UniformCounts, widths: Sequence[int], fits_budgets: FitsBudgets) -> int:
         """How many of these channel widths fit the budgets, by bisection: wider ones cost no less."""
         return bisect.bisect_left(widths, True, key=lambda width: not fits_budgets(self.widths_by_site(counts, width)))
 
-    def _is_dominated(self, counts: UniformCounts, channels: int, fits: Fits) -> bool:
-        """Whether a shape that is nowhere smaller and somewhere larger fits too.
-
-        More layers or experts are tried one step further only: the widest channels fall as other counts rise, so a
-        shape two steps further cannot dominate this one if the next does not.
-        """
-        larger = [replace(counts, layers=counts.layers + 1), replace(counts, experts=counts.experts + 1)]
-        heads = itertools.product(*map(self._width_range, HEADS))
-        larger += [replace(counts, groups=groups, queries=queries) for groups, queries in heads]
-        wide_enough = [other for other in larger if other in fits and fits[other][1] >= channels]
-        return any(other != counts and counts <= other for other in wide_enough)
-
     # -- scores of a shape -----------------------------------------------------------------------------------------
 
     def weighted_score(self, counts: UniformCounts, channels: int) -> float:
-        """The sum over all kept units of score times parameters."""
+        """The sum over all kept units of score times parameters: a larger shape never has less, to the bit.
+
+        So scores count from the lowest if that is negative, and are added one after the other.
+        """
         by_kind, kept_layers, total = self.widths_by_kind(counts, channels), self.kept_layers(counts.layers), 0.0
         for site in self.nested_sites.sites:
             if site.layer in kept_layers:
@@ -204,27 +184,27 @@ class UniformPlanner:
     def _score_sum(self, site: Site, width: int, parent_width: int) -> float:
         """Sum of the best scores of a site's open groups; where layers are pruned, none exceeds its layer's."""
         nested_sites, parent = self.nested_sites, self.nested_sites.parent(site)
-        scores = nested_sites.ranked_scores[site.name]  # [G, U / G]
+        scores = nested_sites.ranked_scores[site.name] - self.lowest_score  # [G, U / G]
         if parent and parent.kind is not UnitKind.LAYER:
             best_parents = nested_sites.ranked_units[parent.name][0][:parent_width]
             kept_parents = (best_parents - nested_sites.first_unit[parent.name]).tolist()
             scores = scores[site.open_parent_groups(kept_parents, parent.units)]
         if self.layer_sites:
             layer_site = next(layer_site for layer_site in self.layer_sites if layer_site.layer == site.layer)
-            scores = scores.clamp(max=nested_sites.best_score(layer_site))
+            scores = scores.clamp(max=nested_sites.best_score(layer_site) - self.lowest_score)
         best = scores[:, :width]
-        return float((best[0] if len(best) == 1 else best).sum()) if best.numel() else 0.0
+        return float(best.cumsum(1)[:, -1].cumsum(0)[-1]) if best.numel() else 0.0
 
 
 def uniform_widths(
     nested_sites: NestedSites, target_params: int, constraints: PlanConstraints, fits_budgets: FitsBudgets | None
 ) -> dict[str, int]:
-    """Widths of the maximal shape that keeps the highest scores: {site: units of each open group}.
+    """Widths of the shape that keeps the highest scores: {site: units of each open group}.
 
     Raises `PlanError` if no shape is within all budgets.
     """
     planner = UniformPlanner(nested_sites, constraints)
-    fits = planner.maximal_fits(target_params, fits_budgets)
+    fits = planner.fits(target_params, fits_budgets)
     if not fits:
         raise PlanError("no uniform shape meets all budgets at once: use layout per-layer, or raise one of them")
     # By score, then by parameters.

@@ -130,35 +130,21 @@ def load_into_dense(model: nn.Module, state: TrainingState, sites: Sequence[Site
     """Load a state into the dense model and its adapters, in place; zero for removed units.
 
     Weights that adapters were merged into replace the dense ones in float32, as they were tuned; the adapters stay
-    zero.
+    zero. Linears in 4 bits become ordinary ones.
     """
     weights = state.tensors["adapters"]
-    if state.is_cut and trains_all_weights(train, sites):
-        assert state.plan is not None
-        expand_weights(model, weights, state.plan, sites, torch.float32)
+    if not (state.is_cut and trains_all_weights(train, sites)):
+        named = trainable_parameters(model)
+        if state.is_cut:
+            assert state.plan is not None
+            shapes = {name: parameter.shape for name, parameter in named.items()}
+            weights = expand_adapter_tensors(weights, shapes, state.plan, sites)
+        for name, parameter in named.items():
+            parameter.data = weights[name].to(parameter.device)
         return
-    named = trainable_parameters(model)
-    if state.is_cut:
-        assert state.plan is not None
-        shapes = {name: parameter.shape for name, parameter in named.items()}
-        weights = expand_adapter_tensors(weights, shapes, state.plan, sites)
-    for name, parameter in named.items():
-        parameter.data = weights[name].to(parameter.device)
-
-
-def expand_weights(
-    model: nn.Module,
-    state: Mapping[str, Tensor],
-    plan: Plan,
-    sites: Iterable[Site],
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Write weights of a cut model into the dense one, in place; zero for removed units.
-
-    In `dtype`, by default the dense model's. Linears in 4 bits become ordinary ones.
-    """
-    indices = kept_indices(plan, sites)
-    for name, weight in state.items():
+    assert state.plan is not None
+    indices = kept_indices(state.plan, sites)
+    for name, weight in weights.items():
         linear = _writable_linear(model, name.removesuffix(".weight"))
         for axis in (ROWS, COLUMNS):
             index = indices.get((name.removesuffix(".weight"), axis))
@@ -166,7 +152,7 @@ def expand_weights(
                 dim = stored_axis(linear, axis)
                 shape = [*weight.shape[:dim], linear.weight.shape[dim], *weight.shape[dim + 1 :]]
                 weight = torch.zeros(shape, dtype=weight.dtype).index_copy(dim, index, weight)
-        linear.weight.data = weight.to(linear.weight.device, dtype or linear.weight.dtype)
+        linear.weight.data = weight.to(linear.weight.device, torch.float32)
 
 
 def _writable_linear(model: nn.Module, name: str) -> Any:

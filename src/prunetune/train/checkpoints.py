@@ -23,7 +23,7 @@ from prunetune.utils.files import atomic_folder, sha256, write_text
 
 MAX_CHECKPOINTS = 2  # older ones are deleted
 Tensors = Mapping[str, Tensor]
-# Key in state.json: attribute of `TrainingState`; old checkpoints may lack them.
+# Key in state.json: attribute of `TrainingState`.
 LATER_FIELDS = {"seen": "validation_history", "faults": "guard_state", "seconds": "seconds"}
 
 
@@ -134,5 +134,5 @@ def _read(folder: Path) -> TrainingState | None:
     except (OSError, ValueError, KeyError, SafetensorError):
         return None
     plan = Plan.from_json(json.dumps(fields["plan"])) if fields["plan"] else None
-    later = {attribute: fields[key] for key, attribute in LATER_FIELDS.items() if key in fields}
+    later = {attribute: fields[key] for key, attribute in LATER_FIELDS.items()}
     return TrainingState(fields["step"], plan, fields["is_cut"], tensors, **later)

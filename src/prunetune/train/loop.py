@@ -57,9 +57,9 @@ def tune_and_prune(job: TrainingJob) -> Plan:
 
         if generator is not None and step < schedule.search:
             record |= generator.train_step(step)  # on calibration data; weights frozen, base and adapters gated
-            decision = generator.decide(step)
+            decision = generator.searcher.decide(step)  # a draw, without a plan
         elif generator is not None and decision.plan is None:
-            decision = generator.final_decision()  # no noise, exact budget
+            decision = generator.searcher.final_decision()  # no noise, exact budget
 
         if cut := schedule.cut_at(step):
             if job.decides_by_scores:
@@ -74,13 +74,13 @@ def tune_and_prune(job: TrainingJob) -> Plan:
         record |= weights.train_step(step, decision)
 
         if generator is not None and decision.plan is None and step + 1 == schedule.steps:
-            decision = generator.final_decision()  # the search lasts to the end: what is validated is what will be cut
+            decision = generator.searcher.final_decision()  # the search lasts to the end: validate what will be cut
         progress.record_step(record, decision)
         decision = progress.validate(record, decision)  # a limit may raise the budget, roll back, or stop the run
         progress.save_if_due(decision)
 
     if generator is not None and not weights.is_cut:  # no step was left after the search or the settling
-        decision = decision if decision.plan else generator.final_decision()
+        decision = decision if decision.plan else generator.searcher.final_decision()
         assert decision.plan is not None
         weights.cut(decision.plan, 0)
         progress.save(decision)

@@ -25,7 +25,7 @@ from prunetune.pruning.units import Site, UnitKind, closed_fractions
 from prunetune.train.adapters import adapter_norms
 from prunetune.train.forward import ForwardInputs, ForwardOutputs, autocast, micro_batch_inputs, run_forward
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
-from prunetune.train.teacher import Teacher, split_by_teacher
+from prunetune.train.teacher import Teacher
 
 # The group lasso's gradient is multiplied by these: while decisions are searched, and in the last epoch, when the
 # decision is final (ATP, authors' code).
@@ -133,11 +133,11 @@ class TrainingLoss:
     compiled: bool = False
 
     @classmethod
-    def from_config(cls, config: RunConfig, *, has_teacher: bool, compiled: bool = False) -> TrainingLoss:
+    def from_config(cls, config: RunConfig, *, has_teacher: bool) -> TrainingLoss:
         """The terms to which the recipe gives a weight, and whose teacher there is."""
         usable = {name: term for name, term in TERMS.items() if has_teacher or not term.needs_teacher}
         weights = {name: term.weight(config) for name, term in usable.items()}
-        return cls({name: weight for name, weight in weights.items() if weight}, compiled)
+        return cls({name: weight for name, weight in weights.items() if weight})
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -175,31 +175,6 @@ class TrainingLoss:
         return sums
 
 
-def accumulate_gradients(
-    model: Any,
-    examples: Sequence[Example],
-    pad_id: int,
-    micro_tokens: int,
-    loss: TrainingLoss,
-    teacher: Teacher | None = None,
-    ranks: Ranks = SINGLE_PROCESS,
-) -> dict[str, float]:
-    """Add the gradients of a batch's loss to the weights', in padded passes; returns the loss by metric.
-
-    Of several ranks each has its share of both, which add up.
-    """
-    device = next(model.parameters()).device
-    totals = {metric: torch.zeros((), device=device) for metric in loss.metrics}
-    for seen_by, subset in split_by_teacher(examples, teacher):
-        counts = loss.normalisers(examples, subset)
-        for inputs in micro_batch_inputs(subset, pad_id, micro_tokens, device, ranks):
-            means = {metric: value / counts[metric] for metric, value in loss(model, inputs, seen_by).items()}
-            torch.stack(list(means.values())).sum().backward()  # type: ignore[no-untyped-call]
-            for metric, mean in means.items():
-                totals[metric] += mean.detach()
-    return {metric: float(total) for metric, total in totals.items()}
-
-
 # -- the answer loss alone, and the penalty on adapters ----------------------------------------------------------------
 
 
@@ -230,8 +205,3 @@ def group_lasso(model: Any, gates: Mapping[str, Tensor], sites: Sequence[Site]) 
     closed, sites = closed_fractions(gates, sites), [site for site in sites if site.has_linear_slices]
     groups = sum(2 if site.kind is UnitKind.KV_GROUP else 1 for site in sites)
     return torch.stack([(adapter_norms(model, site) * closed[site.name]).sum() for site in sites]).sum() / groups
-
-
-def lasso_weight(*, is_final: bool) -> float:
-    """Weight of the group lasso: while decisions are searched, or once the decision is final (authors' code)."""
-    return FINAL_LASSO if is_final else SEARCH_LASSO

@@ -24,8 +24,8 @@ from prunetune.pruning.masking import AdapterGating, masked
 from prunetune.pruning.units import Site
 from prunetune.train.adapters import frozen_adapters, lora_dropout_enabled, trainable_parameters
 from prunetune.train.cuda_graphs import CudaGraphRecorder
-from prunetune.train.forward import inputs_from_pack
-from prunetune.train.losses import TrainingLoss, accumulate_gradients, group_lasso, mean_loss, summed_answer_loss
+from prunetune.train.forward import inputs_from_pack, micro_batch_inputs
+from prunetune.train.losses import TrainingLoss, mean_loss, summed_answer_loss
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
 from prunetune.train.teacher import Teacher, split_by_teacher
 
@@ -51,13 +51,7 @@ class Passes(Protocol):
     recompute: bool  # layers are computed again for the backward pass, see `model/activation_checkpointing.py`
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
-        """Losses of the LoRA-aware forward (or of the model as it is); adapters accumulate their gradient.
-
-        Without `search.lora_aware`, those of the gated model.
-        """
-
-    def group_lasso_step(self, gates: GateTensors, weight: float) -> float:
-        """Group lasso under these gates; adapters accumulate `weight` times its gradient."""
+        """Losses of the LoRA-aware forward (or of the model as it is); adapters accumulate their gradient."""
 
     def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         """Losses of the gated model with frozen adapters, and their gradient at each gate: {site: [U]}."""
@@ -107,7 +101,6 @@ class _BasePasses:
         self.loss = TrainingLoss.from_config(config, has_teacher=self.teacher is not None)
         self.micro_tokens = config.train.micro_tokens
         self.recompute = uses_checkpointing(config)
-        self.adapter_mode: AdapterGating = "free" if config.search.lora_aware else "gated"
 
     def use_sites(self, sites: Sequence[Site], steps: int) -> None:
         self.sites = sites
@@ -120,19 +113,15 @@ class PaddedPasses(_BasePasses):
     """Examples side by side in padded batches, run as they come."""
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
-        with lora_dropout_enabled(self.model), self._gated(gates, self.adapter_mode):
+        with lora_dropout_enabled(self.model), self._gated(gates, "free"):
             return self._backward(examples)
 
-    def group_lasso_step(self, gates: GateTensors, weight: float) -> float:
-        penalty = group_lasso(self.model, gates, self.sites)
-        (weight * penalty).backward()  # type: ignore[no-untyped-call]
-        return float(penalty.detach())
-
     def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
-        leaves = _leaves(gates)
+        leaves = {name: gate.detach().clone().requires_grad_() for name, gate in gates.items()}
         with frozen_adapters(self.model), masked(self.model, leaves, sites=self.sites):
             losses = self._backward(examples)
-        return losses, _gradients_at(leaves)
+        missing = {name: torch.zeros_like(leaf) for name, leaf in leaves.items() if leaf.grad is None}
+        return losses, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None} | missing
 
     def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
         with self._gated(gates, "gated"):
@@ -142,10 +131,19 @@ class PaddedPasses(_BasePasses):
         pass
 
     def _backward(self, examples: Sequence[Example]) -> Losses:
+        """Add the gradients of a batch's loss to the weights'; of several ranks each has its share, which add up."""
+        device = next(self.model.parameters()).device
+        totals = {metric: torch.zeros((), device=device) for metric in self.loss.metrics}
         with self._checkpointed():
-            return accumulate_gradients(
-                self.model, examples, self.pad_id, self.micro_tokens, self.loss, self.teacher, self.ranks
-            )
+            for seen_by, subset in split_by_teacher(examples, self.teacher):
+                counts = self.loss.normalisers(examples, subset)
+                for inputs in micro_batch_inputs(subset, self.pad_id, self.micro_tokens, device, self.ranks):
+                    losses = self.loss(self.model, inputs, seen_by)
+                    means = {metric: value / counts[metric] for metric, value in losses.items()}
+                    torch.stack(list(means.values())).sum().backward()  # type: ignore[no-untyped-call]
+                    for metric, mean in means.items():
+                        totals[metric] += mean.detach()
+        return {metric: float(total) for metric, total in totals.items()}
 
     def _gated(self, gates: GateTensors | None, mode: AdapterGating) -> AbstractContextManager[object]:
         return nullcontext() if gates is None else masked(self.model, gates, adapters=mode, sites=self.sites)
@@ -166,8 +164,8 @@ class PackedPasses(_BasePasses):
         self.compiles = mode == "on" or (mode == "auto" and is_long)
         self.loss = TrainingLoss(self.loss.weights, self.compiles)
         self.trainable: list[nn.Parameter] = []  # looked up once for all passes: a walk over a large model takes long
-        self.totals = torch.zeros(len(self.loss.metrics) + 1, device=self.device)  # read at once: one wait for the GPU
-        self.sums = dict(zip((*self.loss.metrics, "lasso"), self.totals, strict=True))  # views, by metric
+        self.totals = torch.zeros(len(self.loss.metrics), device=self.device)  # read at once: one wait for the GPU
+        self.sums = dict(zip(self.loss.metrics, self.totals, strict=True))  # views, by metric
         self.use_sites(self.sites, config.train.steps)
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
@@ -176,13 +174,6 @@ class PackedPasses(_BasePasses):
             return self._run_packs(examples, "tune", self._forward_backward, self.teacher)
         self._set_gates(gates)
         return self._run_packs(examples, "tune gated", self._tune_gated, self.teacher)
-
-    def group_lasso_step(self, gates: GateTensors, weight: float) -> float:
-        self._set_gates(gates)
-        self.totals.zero_()
-        self._make_gradients()
-        self.recorder.run("group lasso", self._group_lasso_pass, [torch.tensor(weight)])
-        return float(self.sums["lasso"])
 
     def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         assert self.gates.grad is not None
@@ -224,7 +215,7 @@ class PackedPasses(_BasePasses):
                     function(pack.with_tensors(inputs[:-1]), by_metric, seen_by)
 
                 self.recorder.run((kind, seen_by is None, *pack.shape_key), run, [*pack.tensors(), shares])
-        return dict(zip(self.loss.metrics, self.totals.tolist()[:-1], strict=True))
+        return dict(zip(self.loss.metrics, self.totals.tolist(), strict=True))
 
     def _forward_backward(self, row: PackedBatch, shares: Mapping[str, Tensor], teacher: Teacher | None) -> None:
         with self._packed(), self._checkpointed():
@@ -245,17 +236,12 @@ class PackedPasses(_BasePasses):
             yield
 
     def _tune_gated(self, row: PackedBatch, shares: Mapping[str, Tensor], teacher: Teacher | None) -> None:
-        with masked(self.model, self._by_site(self.gates.detach()), adapters=self.adapter_mode, sites=self.sites):
+        with masked(self.model, self._by_site(self.gates.detach()), adapters="free", sites=self.sites):
             self._forward_backward(row, shares, teacher)
 
     def _gate_gradients_pass(self, row: PackedBatch, shares: Mapping[str, Tensor], teacher: Teacher | None) -> None:
         with frozen_adapters(self.model), masked(self.model, self._by_site(self.gates), sites=self.sites):
             self._forward_backward(row, shares, teacher)
-
-    def _group_lasso_pass(self, inputs: Sequence[Tensor]) -> None:
-        penalty = group_lasso(self.model, self._by_site(self.gates.detach()), self.sites)
-        (penalty * inputs[0]).backward()  # type: ignore[no-untyped-call]
-        self.sums["lasso"] += penalty.detach()
 
     @torch.no_grad()
     def _score(self, row: PackedBatch, shares: Mapping[str, Tensor], _: Teacher | None = None) -> None:
@@ -280,11 +266,3 @@ class PackedPasses(_BasePasses):
         for parameter in self.trainable:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-
-
-def _leaves(gates: GateTensors) -> dict[str, Tensor]:
-    return {name: gate.detach().clone().requires_grad_() for name, gate in gates.items()}
-
-
-def _gradients_at(leaves: GateTensors) -> dict[str, Tensor]:
-    return {name: leaf.grad if leaf.grad is not None else torch.zeros_like(leaf) for name, leaf in leaves.items()}

@@ -68,8 +68,6 @@ class TrainingProgress:
                 self.generator_trainer.load(state.tensors)
             self.guard.restore(state.guard_state)
             self.step, self.started = state.step, self.started - state.seconds
-            if gates := state.tensors.get("decision"):
-                self.gates = {name: gate.float() for name, gate in gates.items()}
         plan = job.given_plan if loaded is None else loaded.plan
         decision = Decision.from_plan(plan, job.sites) if plan else Decision.dense(job.sites)
         if state is not None and plan:
@@ -118,8 +116,6 @@ class TrainingProgress:
         }
         if self.generator_trainer is not None:
             tensors |= self.generator_trainer.state_tensors()
-        if self.gates and decision.plan is None:
-            tensors["decision"] = {name: gate.bool() for name, gate in self.gates.items()}
         history, guard_state = self.validation.history.to_dict(), self.guard.to_dict()
         is_cut, seconds = self.weight_trainer.is_cut, time.monotonic() - self.started
         return TrainingState(self.step, decision.plan, is_cut, tensors, history, guard_state, seconds)

@@ -70,11 +70,8 @@ class Schedule:
         return bool(self.cuts) and self.cuts[-1].step >= steps
 
     def decided_at(self, step: int) -> Schedule:
-        """The same, but decided at `step`: no further cut, or a search that ends there and settles as planned."""
-        if not self.settle:
-            return replace(self, cuts=())
-        settle = min(self.steps, step + self.settle - self.search)
-        return replace(self, search=step, settle=settle, cuts=(Cut(settle, 1.0),))
+        """The same, but decided by `step`: no further cut, or a generator's once its decision has settled."""
+        return replace(self, cuts=(Cut(max(step, self.settle), 1.0),) if self.settle else ())
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `allowed_keep` is called `keep` there."""

@@ -98,17 +98,16 @@ class Validation:
         return decision
 
     def _validate(self, record: JsonObject, decision: Decision, state_of: StateBuilder) -> Decision:
-        legal = self._with_plan(decision)
-        scores, seconds = self._timed_scores(None if self.weight_trainer.is_cut else legal)
+        scores, seconds = self._timed_scores(None if self.weight_trainer.is_cut else decision)
         self.history = replace(self.history, last=scores)
         broken = [limit for limit in self.limits if not limit.is_met(scores, self.history.dense)]
         fields = {name: record[name] for name in ("step", "phase", "kept")}
         if broken:
             fields["broken"] = [str(limit) for limit in broken]
-        self._report(fields, scores, seconds, legal.plan)
+        self._report(fields, scores, seconds, decision.plan)
         if broken:
             return self._handle_broken_limits(record, broken, decision, state_of)
-        self._save_if_good(record, legal, scores, state_of)
+        self._save_if_good(record, decision, scores, state_of)
         return decision
 
     # -- what a validation scores, and its price ------------------------------------------------------------------
@@ -116,18 +115,12 @@ class Validation:
     def _set_stride(self, record: JsonObject, decision: Decision) -> None:
         """Time one validation, and set how many due ones are skipped to stay below the share `validate.share`."""
         pace = (record["seconds"] - self.excluded_seconds) / (record["step"] - self.first_step)
-        _, cost = self._timed_scores(None if self.weight_trainer.is_cut else self._with_plan(decision))
+        _, cost = self._timed_scores(None if self.weight_trainer.is_cut else decision)
         share, every = self.job.config.validate.share, self.job.config.train.validate_every
         # share = cost / (cost + steps * pace), solved for the steps from one validation to the next
         stride = self.job.ranks.broadcast_from_main(max(1, math.ceil(cost * (1 - share) / (share * pace) / every)))
         self.history = replace(self.history, stride=stride)
         log.info("a validation takes %.2f s, a step %.2f s: one takes place every %d steps", cost, pace, stride * every)
-
-    def _with_plan(self, decision: Decision) -> Decision:
-        """The decision with a plan; a noisy draw gets one of its size if limits could roll back to it."""
-        if decision.plan or self.searcher is None or not self.limits:
-            return decision
-        return self.searcher.with_legal_plan(decision)
 
     def _timed_scores(self, decision: Decision | None) -> tuple[dict[str, float], float]:
         """Scores of the model as it is or gated by the decision, the same on all ranks; and the seconds they took."""
@@ -153,16 +146,16 @@ class Validation:
     # -- what limits do ------------------------------------------------------------------------------------------------
 
     def _save_if_good(
-        self, record: JsonObject, legal: Decision, scores: Mapping[str, float], state_of: StateBuilder
+        self, record: JsonObject, decision: Decision, scores: Mapping[str, float], state_of: StateBuilder
     ) -> None:
-        """Keep a state that meets all limits, if a limit may have to roll back to it."""
-        if self.job.monitor is None or not self.can_roll_back:
+        """Keep a state that meets all limits, if a limit may have to roll back to it; draws have no plan to keep."""
+        if self.job.monitor is None or not self.can_roll_back or decision.plan is None:
             return
         candidate = {"step": record["step"], "kept": record["kept"], **scores}
         if self.job.config.validate.back_to == "best" and not _is_better(candidate, self.history.good):
             return
         self.history = replace(self.history, good=candidate)
-        self.job.monitor.good_checkpoints.save(state_of(legal))
+        self.job.monitor.good_checkpoints.save(state_of(decision))
 
     def _handle_broken_limits(
         self, record: JsonObject, broken: list[ScoreLimit], decision: Decision, state_of: StateBuilder

@@ -12,11 +12,11 @@ from prunetune.data.encoding import Example
 from prunetune.plan import Plan
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.remaining_sites import plan_within, remaining_sites
-from prunetune.search.decision import Decision
+from prunetune.search.decision import Decision, detach_to
 from prunetune.train.adapters import cut_tensors, trainable_parameters, trains_all_weights
 from prunetune.train.checkpoints import group_by_moment, optimizer_tensors, restore_optimizer
 from prunetune.train.job import TrainingJob
-from prunetune.train.losses import lasso_weight
+from prunetune.train.losses import FINAL_LASSO, SEARCH_LASSO, group_lasso
 from prunetune.train.muon import Muon
 from prunetune.train.parallel.sharding import DecoderLayers
 from prunetune.train.passes import Passes
@@ -67,8 +67,10 @@ class WeightTrainer:
         losses = self.passes.tune(batch, decision.gates)
         if self.job.config.search.sparsity != "lasso" or not any(site.has_linear_slices for site in self.job.sites):
             return dict(losses)
-        weight = lasso_weight(is_final=decision.plan is not None)
-        return {**losses, "lasso": self.passes.group_lasso_step(decision.gates, weight)}
+        # On every rank all of it: it reads no example.
+        penalty = group_lasso(self.job.model, detach_to(decision.gates, self.weights[0].device), self.sites)
+        (penalty * (FINAL_LASSO if decision.plan else SEARCH_LASSO)).backward()  # type: ignore[no-untyped-call]
+        return {**losses, "lasso": float(penalty.detach())}
 
     def cut(self, plan: Plan, steps: int) -> None:
         """Cut the model to a plan of the dense model's units, for so many steps; the optimiser keeps its moments.

@@ -9,11 +9,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -26,7 +24,6 @@ from prunetune.pipeline.prepare import prepare
 from prunetune.pipeline.stages import train
 from prunetune.runs.folder import RunFolder, create_run_folder
 from prunetune.train.checkpoints import Checkpoints
-from prunetune.train.generator_trainer import GeneratorTrainer
 from prunetune.train.parallel.distributed_passes import distribute_passes
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks, fingerprint, init_distributed
 from prunetune.train.step_guard import StepGuard
@@ -36,7 +33,6 @@ from prunetune.utils.launch import rank_and_world_size, single_process_error
 from support.data import write_lines
 from support.distributed_worker import OTHERS, PACKED, STEPS, STOP, result
 from support.evaluation import characters, speaker
-from support.loop import config_of, job_of
 
 TESTS = Path(__file__).parents[2]
 CLOSE = 1e-5
@@ -148,7 +144,7 @@ def test_one_process_resumes_a_run_of_two(results: dict[str, Any], alone: dict[s
 
 
 def test_out_of_memory_on_one_rank_makes_passes_smaller_on_all(results: dict[str, Any]) -> None:
-    assert results["micro tokens"] == [16, 16]
+    assert results["micro tokens"] == 16
 
 
 class FailingPasses:
@@ -200,28 +196,6 @@ def test_out_of_memory_in_an_exchange_ends_the_run(shards: bool) -> None:
 
 def test_barrier_waits_for_all_ranks(results: dict[str, Any]) -> None:
     assert results["waits"]
-
-
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_generator_gradients_are_averaged_over_ranks(world: int) -> None:
-    """All ranks have the same gradients here; real ranks differ by the order of sums only."""
-
-    class EqualRanks(Ranks):
-        def all_reduce_sum_(self, tensors: Iterable[torch.Tensor]) -> None:
-            for tensor in tensors:
-                tensor.mul_(self.world_size)
-
-    search = GeneratorTrainer(
-        replace(job_of(config_of()), ranks=EqualRanks(world_size=world)), cast(Any, None), cast(Any, None)
-    )
-    generator = search.searcher.generator
-    torch.stack([logits.square().sum() for logits in generator().values()]).sum().backward()
-    before = [parameter.grad.clone() for parameter in generator.parameters() if parameter.grad is not None]
-    search._average_gradients()
-    after = [parameter.grad for parameter in generator.parameters() if parameter.grad is not None]
-    assert len(before) == len(after) > 0
-    for expected, averaged in zip(before, after, strict=True):
-        torch.testing.assert_close(expected, averaged)
 
 
 def test_gates_that_differ_between_ranks_end_the_run(results: dict[str, Any]) -> None:

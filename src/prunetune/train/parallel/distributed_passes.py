@@ -57,10 +57,6 @@ class DistributedPasses:
         losses = self._run_on_all_ranks(lambda: self.passes.tune(examples, gates), gates)
         return self._sum_over_ranks(losses, self._gradients)
 
-    def group_lasso_step(self, gates: GateTensors, weight: float) -> float:
-        """See `Passes`. It reads no example, so every rank computes all of it and nothing is summed."""
-        return self._run_on_all_ranks(lambda: self.passes.group_lasso_step(gates, weight), None)
-
     def gate_gradients(self, examples: Sequence[Example], gates: GateTensors) -> tuple[Losses, GateTensors]:
         losses, gradients = self._run_on_all_ranks(lambda: self.passes.gate_gradients(examples, gates), gates)
         return self._sum_over_ranks(losses, gradients.values), gradients
