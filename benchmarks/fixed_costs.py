@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 from prunetune.config.recipe import LoraSettings, from_mapping
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import kept_indices
+from prunetune.search.decision import Decision
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.searcher import Searcher
 from prunetune.search.select import select
-from prunetune.train.adapters import add_adapters, cut_adapter_tensors, trainable_parameters
+from prunetune.train.adapters import add_adapters, cut_tensors, trainable_parameters
 
 
 def main() -> None:
@@ -41,9 +42,9 @@ def main() -> None:
     calls: dict[str, Callable[[], object]] = {
         "sample": lambda: searcher.sample(1),
         "select": lambda: select(logits, sites, 0.5, PlanConstraints()),
-        "fixed": lambda: searcher.decision_from_plan(plan),
+        "fixed": lambda: Decision.from_plan(plan, sites),
         "kept_lines": lambda: kept_indices(plan, sites),
-        "cut_state": lambda: cut_adapter_tensors(state, plan, sites),
+        "cut_state": lambda: cut_tensors(model, state, plan, sites),
         "adapters": lambda: trainable_parameters(model),
     }
     best = {name: min(timed(call) for _ in range(options.repeats)) for name, call in calls.items()}

@@ -37,7 +37,7 @@ def usual(name: str) -> tuple[TrainingShapes, TrainingSetup]:
     """A model and how it is tuned by default: from a size on a teacher sees half."""
     structure, sites = made(name, torch.device("meta"), torch.bfloat16)
     config = resolve_auto(from_mapping({}), sites)
-    return training_shapes(structure, sites), replace(BASE, share=config.distill.share)
+    return training_shapes(structure, sites), replace(BASE, teacher_share=config.distill.share)
 
 
 def row(*cells: Any) -> str:
@@ -57,21 +57,21 @@ def in_parts(found: TrainingMemory) -> list[str]:
 
 
 def peak(model: TrainingShapes, setup: TrainingSetup) -> int:
-    return max(estimate_memory(model, setup, phase="search").total, estimate_memory(model, setup, phase="tune").total)
+    return max(estimate_memory(model, setup, phase="scores").total, estimate_memory(model, setup, phase="tune").total)
 
 
 VARIANTS = (("off", False, 128), ("off", True, 128), ("nf4", True, 128), ("nf4", True, 32))
 
 
 def memory_table() -> None:
-    print(head("model", "base", "rank", "recomputed", *PARTS, "search", "tune", "teacher: base", "teacher: dense"))
+    print(head("model", "base", "rank", "recomputed", *PARTS, "scores", "tune", "teacher: base", "teacher: dense"))
     for name in NAMES:
         model, base = usual(name)
         for quantize, recompute, rank in VARIANTS:
             setup = replace(base, quantize=quantize, recompute=recompute, rank=rank)
-            found, tune = estimate_memory(model, setup, phase="search"), estimate_memory(model, setup, phase="tune")
-            taught = replace(setup, teacher=True, deep=True)
-            peaks = [peak(model, replace(taught, shared=shared)) for shared in (True, False)]
+            found, tune = estimate_memory(model, setup, phase="scores"), estimate_memory(model, setup, phase="tune")
+            taught = replace(setup, teacher=True, distills_hidden=True)
+            peaks = [peak(model, replace(taught, teacher_is_base=shared)) for shared in (True, False)]
             print(row(
                 name, "nf4" if quantize == "nf4" else "bf16", rank, "yes" if recompute else "no", *in_parts(found),
                 *map(gb, (found.total, tune.total, *peaks)),
@@ -86,20 +86,24 @@ def sequence_table() -> None:
         for quantize, recompute in (("off", False), ("off", True), ("nf4", True)):
             setup = replace(base, quantize=quantize, recompute=recompute)
             totals = [
-                gb(estimate_memory(model, replace(setup, tokens=length), phase="search").total) for length in lengths
+                gb(estimate_memory(model, replace(setup, tokens=length), phase="scores").total) for length in lengths
             ]
             print(row(name, "nf4" if quantize == "nf4" else "bf16", "yes" if recompute else "no", *totals))
 
 
 def work_table() -> None:
-    print(head("model", "recomputed", "search step", "tuning step, 60% kept", "the same with a teacher"))
+    print(head("model", "recomputed", "scores of a batch", "tuning step, 60% kept", "the same with a teacher"))
     for name in NAMES:
         model, base = usual(name)
         for recompute in (False, True):
             setup = replace(base, recompute=recompute)
             found = [
                 step_flops(model, one, phase=phase, tokens=1000, length=1024, label_share=0.33) / 1e12
-                for one, phase in ((setup, "search"), (setup, "tune"), (replace(setup, teacher=True), "tune"))
+                for one, phase in (
+                    (replace(setup, keep=1.0), "scores"),
+                    (setup, "tune"),
+                    (replace(setup, teacher=True), "tune"),
+                )
             ]
             print(row(name, "yes" if recompute else "no", *(f"{each:.2f}" for each in found)))
 
@@ -108,8 +112,8 @@ def several_table(ranks: int = 2) -> None:
     """What `distributed.py scale` does, on one GPU and sharded over `ranks`; operations of its steps."""
     (model, base), batch, length = usual("llama-3-8b"), 16, 768
     setup = replace(base, rank=32, tokens=batch * length // 2)
-    one = estimate_memory(model, setup, phase="search")
-    here = estimate_memory(model, replace(setup, tokens=setup.tokens // ranks), phase="search")
+    one = estimate_memory(model, setup, phase="scores")
+    here = estimate_memory(model, replace(setup, tokens=setup.tokens // ranks), phase="scores")
     layers = setup.dtype_bytes * sum(linear.weight_count for linear in model.linears)
     head = setup.dtype_bytes * model.vocab_size * model.hidden_size
     parts = {
@@ -119,14 +123,14 @@ def several_table(ranks: int = 2) -> None:
     total = sum(parts.values())
     words = ", ".join(f"{name} {gb(value)}" for name, value in parts.items())
     print(f"{words}; in all {gb(total)} of {gb(one.total)} GB: {total / one.total:.2f}")
-    for phase in ("search", "tune"):
+    for phase in ("scores", "tune"):
         work = step_flops(model, setup, phase=phase, tokens=batch * length, length=length, label_share=0.25)
         print(f"{phase}: {work / 1e12:.0f}e12 operations a step")
 
 
 def measured_table(file: Path) -> None:
-    print(head("model", "base", "rank", "tokens", "recomputed", "teacher", "search: measured", "computed",
-               "tune: measured", "computed", "s a search step", "s a tuning step", "device"))  # fmt: skip
+    print(head("model", "base", "rank", "tokens", "recomputed", "teacher", "scores: measured", "computed",
+               "tune: measured", "computed", "s of a batch's scores", "s a tuning step", "device"))  # fmt: skip
     for line in file.read_text(encoding="utf-8").splitlines():
         if not line.startswith("{"):
             continue
@@ -134,8 +138,8 @@ def measured_table(file: Path) -> None:
         peaks, computed, seconds = one["peak_gb"], one["computed_gb"], one["seconds"]
         print(row(
             one["geometry"], one["precision"], one["rank"], one["sequence"] * one["batch"], one["checkpointing"],
-            one["teacher"], peaks.get("search", "-"), computed["search"]["total"], peaks.get("tune", "-"),
-            computed["tune"]["total"], seconds.get("search", "-"), seconds.get("tune", "-"), one["device"],
+            one["teacher"], peaks.get("before a cut", "-"), computed["scores"]["total"], peaks.get("tune", "-"),
+            computed["tune"]["total"], seconds.get("prune", "-"), seconds.get("tune", "-"), one["device"],
         ))  # fmt: skip
 
 

@@ -1,9 +1,9 @@
-"""E3: the most memory that each phase of a one-stage run holds, and the time of its steps, by geometry and precision.
+"""E3: the most memory that each phase of a run holds, and the time of its steps, by geometry and precision.
 
     python benchmarks/training_memory.py [--geometry llama-3-8b] [--precision nf4|bf16] [--sequence 1024] [--batch 1]
         [--rank 128] [--checkpointing auto|on|off] [--teacher none|base] [--layers 0] [--micro-tokens N] [--device cuda]
 
-The loop of a run (`tune_and_prune`): evidence, `--steps` search steps, one to settle, the cut, as many to
+The loop of a run (`tune_and_prune`): `--steps` steps with up to four cuts, each after its scores, and as many to
 tune, on random weights and tokens; a third of a sequence is its answer. An nf4 model never stands in memory in full.
 Prints JSON: peak bytes and median seconds a step by phase, beside what `budget.memory` computes. On a CPU it tries the
 code alone (`--geometry tiny`): memory there is the whole process's.
@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -60,14 +60,14 @@ class Phases:
 
     def step(self, record: dict[str, Any]) -> None:
         self.losses.append(record["loss"])
-        self.mark(record["phase"] if record["step"] > 1 else "first step, evidence included")
+        self.mark(record["phase"] if record["step"] > 1 else "first step, scores included")
 
     def validation(self, record: dict[str, Any]) -> None:
         self.mark("validation")
 
 
 def config_of(args: argparse.Namespace) -> RunConfig:
-    steps = 2 * args.steps + 1
+    steps = 2 * args.steps
     return from_mapping({
         "budget": {"keep": args.keep},
         "train": {
@@ -76,9 +76,7 @@ def config_of(args: argparse.Namespace) -> RunConfig:
             "packing": args.packing,
         },
         "lora": {"rank": args.rank, "quantize": "nf4" if args.precision == "nf4" else "off"},
-        "search": {
-            "share": args.steps / steps, "settle": 1 / steps, "init_batches": 1, "batch_size": args.batch,
-        },
+        "search": {"cuts": 4, "span": args.steps / steps, "init_batches": 1, "batch_size": args.batch},
         "distill": {"teacher": args.teacher},
     })  # fmt: skip
 
@@ -98,7 +96,7 @@ def main() -> None:
     parser.add_argument("--micro-tokens", type=int, default=0, help="0: one sequence")
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--keep", type=float, default=0.6)
-    parser.add_argument("--steps", type=int, default=4, help="of search, and of tuning")
+    parser.add_argument("--steps", type=int, default=4, help="in which it is cut, and of tuning")
     parser.add_argument("--layers", type=int, default=0, help="0: all of them")
     parser.add_argument("--checkpointing", default="auto", choices=["auto", "on", "off"])
     parser.add_argument("--packing", default="auto", choices=["auto", "off"])
@@ -125,14 +123,18 @@ def main() -> None:
     )  # fmt: skip
     genuine = WeightTrainer.cut
 
-    def cut(self: WeightTrainer, plan: Any) -> None:
-        phases.mark("before the cut")
-        genuine(self, plan)
+    def cut(self: WeightTrainer, plan: Any, steps: int) -> None:
+        phases.mark("before a cut")
+        genuine(self, plan, steps)
         phases.mark("cut")
 
     WeightTrainer.cut = cut  # type: ignore[method-assign]  # to tell its memory from that of the steps
     plan = loop.tune_and_prune(job)
-    computed = {name: estimate_memory(shapes, setup, phase=name) for name in ("search", "tune")}
+    keep_by_phase = {"scores": 1.0, "prune": job.schedule.keep_after(job.schedule.cuts[0]), "tune": args.keep}
+    computed = {
+        name: estimate_memory(shapes, replace(setup, keep=keep), phase="scores" if name == "scores" else "tune")
+        for name, keep in keep_by_phase.items()
+    }
     print(json.dumps({
         "geometry": args.geometry, "precision": args.precision, "layers": shapes.layers, "sequence": args.sequence,
         "batch": args.batch, "rank": args.rank, "checkpointing": config.train.checkpointing, "teacher": args.teacher,
