@@ -57,7 +57,10 @@ def in_parts(found: TrainingMemory) -> list[str]:
 
 
 def peak(model: TrainingShapes, setup: TrainingSetup) -> int:
-    return max(estimate_memory(model, setup, phase="scores").total, estimate_memory(model, setup, phase="tune").total)
+    return max(
+        estimate_memory(model, replace(setup, keep=1.0), phase="scores").total,
+        estimate_memory(model, setup, phase="tune").total,
+    )
 
 
 VARIANTS = (("off", False, 128), ("off", True, 128), ("nf4", True, 128), ("nf4", True, 32))
@@ -69,7 +72,10 @@ def memory_table() -> None:
         model, base = usual(name)
         for quantize, recompute, rank in VARIANTS:
             setup = replace(base, quantize=quantize, recompute=recompute, rank=rank)
-            found, tune = estimate_memory(model, setup, phase="scores"), estimate_memory(model, setup, phase="tune")
+            found, tune = (
+                estimate_memory(model, replace(setup, keep=1.0), phase="scores"),
+                estimate_memory(model, setup, phase="tune"),
+            )
             taught = replace(setup, teacher=True, distills_hidden=True)
             peaks = [peak(model, replace(taught, teacher_is_base=shared)) for shared in (True, False)]
             print(row(
@@ -86,7 +92,8 @@ def sequence_table() -> None:
         for quantize, recompute in (("off", False), ("off", True), ("nf4", True)):
             setup = replace(base, quantize=quantize, recompute=recompute)
             totals = [
-                gb(estimate_memory(model, replace(setup, tokens=length), phase="scores").total) for length in lengths
+                gb(estimate_memory(model, replace(setup, tokens=length, keep=1.0), phase="scores").total)
+                for length in lengths
             ]
             print(row(name, "nf4" if quantize == "nf4" else "bf16", "yes" if recompute else "no", *totals))
 
@@ -111,8 +118,8 @@ def work_table() -> None:
 def several_table(ranks: int = 2) -> None:
     """What `distributed.py scale` does, on one GPU and sharded over `ranks`; operations of its steps."""
     (model, base), batch, length = usual("llama-3-8b"), 16, 768
-    setup = replace(base, rank=32, tokens=batch * length // 2)
-    one = estimate_memory(model, setup, phase="scores")
+    setup = replace(base, rank=32, tokens=batch * length // 2, keep=1.0)
+    one = estimate_memory(model, replace(setup, keep=1.0), phase="scores")
     here = estimate_memory(model, replace(setup, tokens=setup.tokens // ranks), phase="scores")
     layers = setup.dtype_bytes * sum(linear.weight_count for linear in model.linears)
     head = setup.dtype_bytes * model.vocab_size * model.hidden_size
