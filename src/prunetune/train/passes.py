@@ -190,7 +190,8 @@ class PackedPasses(_BasePasses):
 
     def use_sites(self, sites: Sequence[Site], steps: int) -> None:
         self.sites = sites
-        self.token_step = TOKEN_STEP * next((factor for most, factor in ROW_STEPS.items() if steps <= most), 1)
+        factor = next((factor for most, factor in ROW_STEPS.items() if steps <= most), 1)
+        self.token_step = TOKEN_STEP * (factor if self.device.type == "cuda" else 1)  # on a CPU nothing is recorded
         self.gates = torch.zeros(sum(site.units for site in sites), device=self.device, requires_grad=True)
         self.gates.grad = torch.zeros_like(self.gates)
         self.reset_recordings()
