@@ -106,6 +106,8 @@ def test_importance_of_a_batch_that_is_not_finite_does_not_count(
 
 def test_importance_without_finite_batches_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     job, passes = job_and_passes()
-    give_nan(passes, monkeypatch, 1, 2, 3)
+    give_nan(passes, monkeypatch, 1, 2, 3, 4, 5, 6)
     with pytest.raises(ModelError, match="2 batches were skipped before"):
         importance_of(job, passes, StepGuard(passes, 2))
+    with pytest.raises(ModelError, match="none of the 3 batches of search has finite gradients at step 7"):
+        importance_of(job, passes, StepGuard(passes, 5))

@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from prunetune.errors import ModelError
 from prunetune.plan import Plan
 from prunetune.pruning.remaining_sites import in_dense_numbering
 from prunetune.pruning.units import Site
@@ -42,7 +43,7 @@ def gate_importance(
     """Mean squared gradient of the training loss at a gate of one on each unit: {site: [U]}, over search batches.
 
     First-order importance (Molchanov et al. 2019, arXiv 1906.10771, section 3), of the loss that tuning minimises. A
-    batch whose gradients are not finite is skipped, and counted by the guard.
+    batch whose gradients are not finite is skipped, and counted by the guard. Raises `ModelError` if all are.
     """
     device = next(job.model.parameters()).device
     gates = {site.name: torch.ones(site.units, device=device) for site in sites}
@@ -55,4 +56,9 @@ def gate_importance(
             used += 1
             for name, gradient in gradients.items():
                 sums[name] += gradient.square()
-    return {name: total / max(used, 1) for name, total in sums.items()}
+    if not used:
+        raise ModelError(
+            f"none of the {job.config.search.init_batches} batches of search has finite gradients at step {step + 1}, so "
+            "no unit can be scored: look at these rows, lower the learning rate, or set dtype float32"
+        )
+    return {name: total / used for name, total in sums.items()}

@@ -77,7 +77,8 @@ class WeightTrainer:
 
         Only moments of adapters that are merged now are dropped.
         """
-        if plan == self.plan:
+        if plan == self.plan:  # a limit raised the budget: nothing goes, but another stage begins
+            self.passes.use_sites(self.sites, steps)
             return
         sites, relative = self.sites, plan if self.plan is None else plan_within(plan, self.plan)
         before, was_merged = list(trainable_parameters(self.job.model)), self.is_merged
