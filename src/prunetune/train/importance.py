@@ -58,7 +58,7 @@ def gate_importance(
                 sums[name] += gradient.square()
     if not used:
         raise ModelError(
-            f"none of the {job.config.search.init_batches} batches of search has finite gradients at step {step + 1}, so "
-            "no unit can be scored: look at these rows, lower the learning rate, or set dtype float32"
+            f"none of the {job.config.search.init_batches} batches of search has finite gradients at step {step + 1}, "
+            "so no unit can be scored: look at these rows, lower the learning rate, or set dtype float32"
         )
     return {name: total / used for name, total in sums.items()}
