@@ -297,3 +297,16 @@ def test_recorded_passes_equal_padded_ones_on_a_gpu_in_two_threads(compile: str)
                 assert other == pytest.approx(loss, rel=2e-2)
                 for name, value in grads.items():
                     torch.testing.assert_close(more[name], value, rtol=0.1, atol=0.05 * float(value.abs().max()))
+
+
+def test_short_stages_have_fewer_lengths_of_rows_and_the_same_losses() -> None:
+    model = tiny("llama").requires_grad_(False)
+    sites = find_sites(model)
+    add_adapters(model, sites, LoraSettings(rank=4), seed=0)
+    passes, losses, lengths = PackedPasses(model, sites, 0, config_of()), [], []
+    passes.recorder.run = lambda key, function, inputs: (lengths.append(key[2]), function(inputs))  # type: ignore
+    for steps in (5000, 5):
+        passes.use_sites(sites, steps)
+        losses.append([passes.tune(examples()[:count], None)["loss"] for count in range(1, 6)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert len(set(lengths[:5])) > len(set(lengths[5:])) == 1

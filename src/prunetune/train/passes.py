@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prunetune.config.recipe import RunConfig
 from prunetune.data.encoding import Example
-from prunetune.data.packing import TOKEN_STEP, PackedBatch, group_for_packing, pack_examples
+from prunetune.data.packing import PackedBatch, group_for_packing, pack_examples
 from prunetune.model.activation_checkpointing import use_checkpointing, uses_checkpointing
 from prunetune.model.compiled_kernels import use_compiled_kernels
 from prunetune.model.sequence_packing import supports_packing, use_packed_attention
@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 COMPILE_MIN_STEPS = 1000  # steps from which compiling pays
 # Lengths of packed rows are multiples of TOKEN_STEP times this, by the most steps that a recording is replayed for:
 # each length is recorded anew after a cut, which takes as long as twenty replays.
-ROW_STEPS = {300: 4, 2000: 2}
+STEP_FACTORS = {300: 4, 2000: 2}
 GateTensors = Mapping[str, Tensor]
 Losses = Mapping[str, float]  # by metric, see `losses.TERMS`
 # Over a row, with its teacher; by metric, what a sum over the row is multiplied by to give its part of the mean.
@@ -190,8 +190,7 @@ class PackedPasses(_BasePasses):
 
     def use_sites(self, sites: Sequence[Site], steps: int) -> None:
         self.sites = sites
-        factor = next((factor for most, factor in ROW_STEPS.items() if steps <= most), 1)
-        self.token_step = TOKEN_STEP * (factor if self.device.type == "cuda" else 1)  # on a CPU nothing is recorded
+        self.step_factor = next((factor for most, factor in STEP_FACTORS.items() if steps <= most), 1)
         self.gates = torch.zeros(sum(site.units for site in sites), device=self.device, requires_grad=True)
         self.gates.grad = torch.zeros_like(self.gates)
         self.reset_recordings()
@@ -209,7 +208,7 @@ class PackedPasses(_BasePasses):
             counts = self.loss.normalisers(examples, subset)
             shares = torch.tensor([1 / counts[metric] for metric in self.loss.metrics])
             for group in group_for_packing(self.ranks.local_examples(subset), self.micro_tokens):
-                pack = pack_examples(group, self.pad_id, max_sequences=len(examples), token_step=self.token_step)
+                pack = pack_examples(group, self.pad_id, max_sequences=len(examples), step_factor=self.step_factor)
 
                 def run(inputs: Sequence[Tensor], pack: PackedBatch = pack, seen_by: Teacher | None = seen_by) -> None:
                     by_metric = dict(zip(self.loss.metrics, inputs[-1], strict=True))
