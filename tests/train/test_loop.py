@@ -156,9 +156,9 @@ def test_base_weights_are_unchanged_until_the_cut() -> None:
 @pytest.mark.parametrize(
     ("family", "method", "train"),
     [
-        ("llama", "transformer", {}),
-        ("qwen3", "transformer", {"optimizer": "muon"}),
-        ("qwen2", "transformer", {"weights": "all"}),
+        ("llama", "generator", {}),
+        ("qwen3", "generator", {"optimizer": "muon"}),
+        ("qwen2", "generator", {"weights": "all"}),
         ("llama", "progressive", {"optimizer": "muon"}),
         ("phi3", "progressive", {"weights": "all"}),
     ],
