@@ -20,6 +20,7 @@ from prunetune.bench.options import BenchOptions
 from prunetune.bench.runner_protocol import BenchSample, ModelFacts, OutOfMemory, WorkEstimate
 from prunetune.bench.timed_request import random_prompts, time_request
 from prunetune.errors import ModelError
+from prunetune.model.checksums import verify_checksums
 from prunetune.model.loading import load_model_and_tokenizer, pick_device, pick_dtype
 from prunetune.utils import environment
 
@@ -46,7 +47,8 @@ class LocalRunner:
         if options.threads:
             torch.set_num_threads(options.threads)
         self.dtype = pick_dtype(options.dtype, self.device)
-        import_module("transformers.modeling_utils")  # importing it is not counted as loading
+        import_module("transformers.modeling_utils")  # importing it is not counted as loading, nor are checksums
+        verify_checksums(Path(model.source))
         self.baseline_bytes = clock.current_bytes(self.device) if clock.reset_peak_memory(self.device) else 0
         start = clock.synchronized_time(self.device)
         with _raise_out_of_memory(f"the weights of {model.label}"):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from prunetune.errors import ModelError, PlanError
-from prunetune.export.checksums import CHECKSUM_FILE, verify_checksums
+from prunetune.model.checksums import CHECKSUM_FILE, verify_checksums
 from prunetune.pruning.families import get_family, head_counts
 from prunetune.pruning.linears import COLUMNS, stored_axis
 from prunetune.pruning.units import UnitKind
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def check_source(source: ExportSource) -> None:
-    """Check files, permission to run the folder's code, architecture, widths and checksums, in this order.
+    """Check files, architecture, widths and checksums, in this order.
 
     Raises `ModelError` or, for a plan of another model, `PlanError`.
     """
@@ -35,10 +35,8 @@ def check_source(source: ExportSource) -> None:
         raise ModelError(
             f"{source.folder}: a .safetensors file is not whole ({error}); copy the folder again"
         ) from error
-    if source.layout == "per-layer" and not source.trusts_code:
-        raise ModelError(
-            f"{source.folder} opens with code of its own (modeling_pruned.py): read it, then say --trust-remote-code"
-        )
+    if (source.folder / "adapter_config.json").exists():  # which names a folder or hub model to open instead
+        raise ModelError(f"{source.folder} holds an adapter, and export needs whole weights: merge it into its model")
     get_family(source.config)  # raises for an unknown architecture
     _check_widths(source)
     if not verify_checksums(source.folder):

@@ -13,7 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from prunetune.errors import ConfigError, MissingPackage, ModelError, UnknownArchitecture
+from prunetune.model.checksums import verify_checksums
 from prunetune.model.gguf_import import dequantize_gguf
+from prunetune.model.per_layer_classes import register_folder
 from prunetune.utils.failures import first_line
 from prunetune.utils.suggest import similar_names
 
@@ -40,7 +42,7 @@ def gguf_file(name: str) -> Path | None:
 def resolve_model_path(name: str) -> str:
     """The folder or hub name to give to `from_pretrained`; raises `ModelError` for a path without a model.
 
-    A .gguf file is dequantised once into a folder of the cache.
+    A .gguf file is dequantised once into a folder of the cache. A per-layer folder opens by this package's own classes.
     """
     file = gguf_file(name)
     if file is not None:
@@ -51,6 +53,7 @@ def resolve_model_path(name: str) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model {name}: the folder has no config.json; name the folder that save_pretrained wrote")
+        register_folder(path)
         return str(path)
     if path.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelError(
@@ -133,6 +136,7 @@ def load_model_and_tokenizer(
     from transformers import AutoModelForCausalLM
 
     path = resolve_model_path(name)
+    verify_checksums(Path(path))
     try:
         model, loading_info = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True

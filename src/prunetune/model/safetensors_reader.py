@@ -11,7 +11,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from prunetune.model.loading import checkpoint_dtype, load_config, weight_files
+from prunetune.model.checksums import verify_checksums
+from prunetune.model.loading import checkpoint_dtype, load_config, resolve_model_path, weight_files
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class SafetensorsReader:
     @classmethod
     def from_model(cls, name: str, *, trust_remote_code: bool = False) -> SafetensorsReader:
         """Find the tensors of a model; none where its weights are no readable .safetensors files."""
+        verify_checksums(Path(resolve_model_path(name)))
         files: dict[str, Path] = {}
         for file in weight_files(name):
             try:

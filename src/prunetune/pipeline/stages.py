@@ -23,7 +23,6 @@ from prunetune.data.sources import SplitName
 from prunetune.errors import ModelError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
-from prunetune.export.checksums import verify_checksums
 from prunetune.manifest import BudgetFacts, LearningRateFacts, ModelSpeeds, RateTrialFacts
 from prunetune.model.loading import DTYPES, load_model_and_tokenizer
 from prunetune.pipeline.card_facts import rewrite_card
@@ -283,13 +282,8 @@ def measure_budgets(context: RunContext) -> None:
     if limits is not None and not folder.read_manifest().budgets:
 
         def open_model() -> Any:
-            generated_code = context.config.layout == "per-layer"
-            return load_model_and_tokenizer(
-                str(folder.model_folder),
-                device=context.device,
-                dtype=DTYPES[workload.dtype],
-                trust_remote_code=generated_code,
-            ).model
+            dtype = DTYPES[workload.dtype]
+            return load_model_and_tokenizer(str(folder.model_folder), device=context.device, dtype=dtype).model
 
         rows = verify_budgets(limits, Plan.load(folder.plan_file), workload, open_model)
         folder.update_manifest(budgets=tuple(BudgetFacts(**row) for row in rows))
@@ -307,14 +301,8 @@ def score_model(context: RunContext, model: Any) -> Evaluation:
 def load_model(context: RunContext, name: str) -> Any:
     """The "pruned" model as it was written, the "dense" one, or the "tuned" dense one, tuned here if it is not yet."""
     if name == "pruned":
-        verify_checksums(context.folder.model_folder)
-        generated_code = context.config.layout == "per-layer"  # that this run generated and checked
-        return load_model_and_tokenizer(
-            str(context.folder.model_folder),
-            device=context.device,
-            dtype=context.dtype,
-            trust_remote_code=generated_code,
-        ).model
+        written = str(context.folder.model_folder)
+        return load_model_and_tokenizer(written, device=context.device, dtype=context.dtype).model
     if name == "tuned":
         model = context.load_for_training()
         # As a teacher and for comparison: tuned once, continued from its checkpoints.
