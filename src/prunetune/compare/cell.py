@@ -169,7 +169,9 @@ class CellRunner:
             facts = {"help": describe_help(context, None), "train_seconds": tuned.seconds, "teacher_seconds": 0.0}
             return copy.deepcopy(tuned.model), tuned.plan, facts | {"curve": tuned.curve}
         make_teacher, teacher_seconds = self._teacher_factory(cell, context.config.distill)
-        model, monitor, started = copy.deepcopy(self.model), CellMonitor(self), time.monotonic()
+        starts_tuned = context.config.train.start == "teacher" and teacher_seconds > 0
+        start = self.tuned_dense(cell.seed, self.dense_learning_rate).model if starts_tuned else self.model
+        model, monitor, started = copy.deepcopy(start), CellMonitor(self), time.monotonic()
         teacher = make_teacher(model)
         make = partial(make_job, context, model, NullCheckpointStore(), monitor, teacher=teacher)
         plan = tune_and_prune(make(plan=self._plan(cell, context, make)))
