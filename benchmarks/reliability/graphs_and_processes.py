@@ -7,7 +7,8 @@ failure", Xid 13 and 43), never where it had the GPU to itself. TensorRT's issue
 own graphs, with three conditions: recorded graphs, replayed on several streams at once, and another process on the GPU.
 NVIDIA reproduced it (their bug 4479712). This program holds nothing of prunetune, so that a crash here is of CUDA or
 of PyTorch. Each thread has a stream and a small network of its own, whose forward and backward pass is recorded for
-some lengths and replayed; results are compared to the bit with those of its first replay. Prints one JSON object.
+some lengths and replayed; norms of gradients are compared with those of its first replay (attention's
+backward pass adds in any order, so within 1%). Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -102,14 +103,14 @@ def replay(seed: int, seconds: float, lock: threading.Lock, *, eager: bool) -> t
                 graphs[length] = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graphs[length], stream=stream, capture_error_mode="thread_local"):
                     step(length)
-    first: dict[int, list[float]] = {}
+    first: dict[int, torch.Tensor] = {}
     replays, different, end = 0, 0, time.monotonic() + seconds
     with torch.cuda.stream(stream):
         while time.monotonic() < end:
             length = LENGTHS[replays % len(LENGTHS)]
             step(length) if eager else graphs[length].replay()
-            sums = torch.stack([weight.grad.double().sum() for weight in weights if weight.grad is not None]).tolist()
-            different += first.setdefault(length, sums) != sums
+            norms = torch.stack([weight.grad.norm() for weight in weights if weight.grad is not None]).cpu()
+            different += not torch.allclose(first.setdefault(length, norms), norms, rtol=1e-2)
             replays += 1
     return replays, different
 
