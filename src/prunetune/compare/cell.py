@@ -139,7 +139,8 @@ class CellRunner:
             return nullcontext()
         if not hasattr(self.thread_local, "own_stream"):
             self.thread_local.own_stream = own_stream(device)
-        return torch.cuda.stream(self.thread_local.own_stream.stream)
+        own = self.thread_local.own_stream
+        return nullcontext() if own is None else torch.cuda.stream(own.stream)
 
     def cell_context(self, cell: Cell) -> RunContext:
         """The context of one cell: data and tokens are shared, unless the cell names other texts for distillation."""
