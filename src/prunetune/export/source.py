@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ModelError
 from prunetune.export.per_layer_config import width_option_names
 from prunetune.export.source_checks import check_source
 from prunetune.export.stock_config import build_meta_model
+from prunetune.model.config_checks import check_config_values
+from prunetune.model.safetensors_reader import SafetensorsReader, safetensors_files
 from prunetune.plan import Plan
 from prunetune.pruning.families import head_counts
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import Site
-from prunetune.utils.failures import first_line
+from prunetune.utils.failures import reading_model_files
 
 Layout = Literal["uniform", "per-layer"]
 # Keys that the stock class does not have: the per-layer schema, and rotary keys that only older releases read.
@@ -86,6 +88,7 @@ class ExportSource:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the stored weights."""
+        check_config_values(str(self.folder), self.config_json, trust_remote_code=self.trusts_code)
         name = self.config_json.get("dtype") or self.config_json.get("torch_dtype") or "float32"
         return getattr(torch, str(name))  # type: ignore[no-any-return]
 
@@ -98,11 +101,11 @@ class ExportSource:
         if family not in CONFIG_MAPPING:
             raise ModelError(f"{self.folder}: {family} is no architecture of transformers; export needs one that is")
         values = {key: value for key, value in self.config_json.items() if key not in NON_STOCK_KEYS}
-        try:
-            return CONFIG_MAPPING[family].from_dict(values | {"model_type": family})
-        except (ValueError, TypeError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise ModelError(f"{self.folder}/config.json does not fit {family}: {reason}") from error
+        with reading_model_files(f"{self.folder}/config.json does not fit {family}", "write the model again"):
+            config = CONFIG_MAPPING[family].from_dict(values | {"model_type": family})
+        if getattr(config, "tie_word_embeddings", False):  # transformers 5 goes by the files, other runtimes by this
+            config.tie_word_embeddings = not self.stored.has_own_head("lm_head.weight", "model.embed_tokens.weight")
+        return config
 
     @cached_property
     def layer_widths(self) -> tuple[LayerWidths, ...]:
@@ -144,11 +147,8 @@ class ExportSource:
         """The tokenizer in the folder; raises `ModelError` if it cannot be read."""
         from transformers import AutoTokenizer
 
-        try:
+        with reading_model_files(f"{self.folder}: no tokenizer found", "save it into the folder"):
             return AutoTokenizer.from_pretrained(self.folder, config=self.config)
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise ModelError(f"{self.folder}: no tokenizer found: {reason}; save it into the folder") from error
 
     def load_model(self, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
         """Open the model as its user would, in `dtype` on the CPU; `options` are passed to `from_pretrained`.
@@ -157,12 +157,10 @@ class ExportSource:
         """
         from transformers import AutoModelForCausalLM
 
-        try:
+        with reading_model_files(f"{self.folder} cannot be opened", "write the model again"):
             loaded = AutoModelForCausalLM.from_pretrained(
                 self.folder, dtype=dtype, trust_remote_code=self.trusts_code, **options
             )
-        except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-            raise ModelError(f"{self.folder} cannot be opened: {first_line(error)}; write the model again") from error
         return (loaded if options else loaded.requires_grad_(False)).eval()
 
     @property
@@ -171,13 +169,14 @@ class ExportSource:
         return self.layout == "per-layer" and (self.run is not None or self.trust_remote_code)
 
     @cached_property
+    def stored(self) -> SafetensorsReader:
+        """The tensors of the folder."""
+        return SafetensorsReader.from_files(safetensors_files(self.folder))
+
+    @property
     def tensor_files(self) -> dict[str, Path]:
         """Tensor name -> the .safetensors file that holds it."""
-        files: dict[str, Path] = {}
-        for file in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as tensors:
-                files |= dict.fromkeys(tensors.keys(), file)
-        return files
+        return self.stored.files
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a stored tensor, without reading it."""
@@ -186,8 +185,7 @@ class ExportSource:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A stored tensor, mapped from its file: it takes memory only while it is used."""
-        with safe_open(self.tensor_files[name], framework="pt") as tensors:
-            return tensors.get_tensor(name)  # type: ignore[no-any-return]
+        return self.stored.tensor(name)
 
     def iter_rows(self, name: str, max_rows: int) -> Iterator[torch.Tensor]:
         """A stored tensor in blocks of at most `max_rows` rows.
