@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from prunetune.errors import ModelError, PlanError
 from prunetune.model.checksums import CHECKSUM_FILE, verify_checksums
+from prunetune.model.safetensors_reader import safetensors_files
 from prunetune.pruning.families import get_family, head_counts
 from prunetune.pruning.linears import COLUMNS, stored_axis
 from prunetune.pruning.units import UnitKind
@@ -26,7 +25,7 @@ def check_source(source: ExportSource) -> None:
 
     Raises `ModelError` or, for a plan of another model, `PlanError`.
     """
-    if missing := sorted(_shards_in_index(source.folder) - {file.name for file in source.folder.glob("*.safetensors")}):
+    if missing := [file.name for file in safetensors_files(source.folder) if not file.is_file()]:
         raise ModelError(f"{source.folder}: {missing[0]} is missing; copy the folder again, or write the model again")
     try:
         if not source.tensor_files:
@@ -41,17 +40,6 @@ def check_source(source: ExportSource) -> None:
     _check_widths(source)
     if not verify_checksums(source.folder):
         log.info("%s has no %s: its files are not verified", source.folder, CHECKSUM_FILE)
-
-
-def _shards_in_index(folder: Path) -> set[str]:
-    """The weight files that the folder's index names; none without an index."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return set()
-    try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise ModelError(f"{index} cannot be read; copy the folder again") from error
 
 
 def _check_widths(source: ExportSource) -> None:

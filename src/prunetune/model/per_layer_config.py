@@ -15,6 +15,7 @@ from prunetune.errors import ModelError
 from prunetune.plan import Plan
 from prunetune.pruning.families import architecture_info, get_family, head_counts, num_experts_key
 from prunetune.pruning.units import Site, UnitKind, surviving_layers
+from prunetune.utils.failures import reading_model_files
 
 MODEL_TYPE_PREFIX = "pruned_"  # of a model_type
 # Keys that the stock class does not have: the per-layer schema, and rotary keys that only older releases read.
@@ -26,18 +27,14 @@ def dense_config(values: Mapping[str, Any], folder: object) -> Any:
 
     Raises `ModelError` for an unknown class, and for values that it refuses.
     """
-    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
 
     family = str(values["model_type"]).removeprefix(MODEL_TYPE_PREFIX)
     if family not in CONFIG_MAPPING:
         raise ModelError(f"{folder}: {family} is no architecture of transformers; name a model of one that is")
     stock_values = {key: value for key, value in values.items() if key not in NON_STOCK_KEYS}
-    try:
+    with reading_model_files(f"{folder}/config.json does not fit {family}", "write the model again"):
         return CONFIG_MAPPING[family].from_dict(stock_values | {"model_type": family})
-    except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())
-        raise ModelError(f"{folder}/config.json does not fit {family}: {reason}") from error
 
 
 @dataclass(frozen=True)
