@@ -139,6 +139,20 @@ def test_decode_bytes_include_a_tied_table_and_are_none_for_mixtures(tmp_path: P
     assert mixed.warm_up(1).decode_bytes is None
 
 
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_hybrids_are_timed_with_all_that_their_caches_hold(family: str, tmp_path: Path) -> None:
+    vocabulary = characters().backend_tokenizer.get_vocab_size()
+    hybrid(family, vocab_size=vocabulary).save_pretrained(tmp_path)
+    characters().save_pretrained(tmp_path)
+    runner = LocalRunner(ModelSpec(family, str(tmp_path)), SMALL)
+    small, large = runner.warm_up(1), runner.warm_up(3)
+    assert runner.run(1).total_s > 0
+    if small.decode_bytes is not None and large.decode_bytes is not None:
+        weights = sum(weight.nbytes for weight in runner.model.parameters())
+        table = runner.model.get_input_embeddings().weight.nbytes
+        assert large.decode_bytes - weights + table == 3 * (small.decode_bytes - weights + table) > 0
+
+
 COMPILED = dataclasses.replace(SMALL, compile=True)
 
 
