@@ -42,7 +42,10 @@ ON_CPU: dict[str, Any] = {"device": torch.device("cpu"), "dtype": torch.float32}
         ({"num_attention_heads": 0}, "num_attention_heads is 0, and must be 1 or more"),
         ({"num_hidden_layers": 10**6}, "num_hidden_layers is 1000000 in config.json, and the files hold"),
         ({"vocab_size": None}, "Field 'vocab_size' expected int, got NoneType"),
-        ({"vocab_size": 90}, "model.embed_tokens.weight has shape [259, 48] in the files, [90, 48] in config.json (vocab_size)"),
+        (
+            {"vocab_size": 90},
+            "has shape [259, 48] in the files, [90, 48] in config.json (vocab_size)",
+        ),
         ({"pad_token_id": 5000}, "Padding_idx must be within num_embeddings"),
         ({"dtype": "auto"}, "dtype is 'auto', and must be one of float32, bfloat16, float16"),
         ({"dtype": "int8"}, "dtype is 'int8', and must be one of"),
