@@ -97,6 +97,12 @@ def test_export_refuses_unknown_formats_dtypes_and_folders(tmp_path: Path) -> No
         export_run(tmp_path, "uniform")
 
 
+def lose_a_shard(run: Path) -> None:
+    names = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (run / "model" / "model.safetensors").rename(run / "model" / names["a"])
+    (run / "model" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
 def change_weights(run: Path) -> None:
     file = run / "model" / "model.safetensors"
     weights = load_file(file)
@@ -122,13 +128,7 @@ def change_plan(run: Path) -> None:
 DAMAGES = {
     "torn": (lambda run: cut_short(run / "model" / "model.safetensors"), ModelError, "not whole"),
     "no weights": (lambda run: (run / "model" / "model.safetensors").unlink(), ModelError, "no weights"),
-    "a shard is missing": (
-        lambda run: (run / "model" / "model.safetensors.index.json").write_text(
-            json.dumps({"weight_map": {"a": "model-00002-of-00002.safetensors"}})
-        ),
-        ModelError,
-        "model-00002-of-00002.safetensors is missing",
-    ),
+    "a shard is missing": (lose_a_shard, ModelError, "model-00002-of-00002.safetensors is missing"),
     "other weights": (change_weights, ModelError, "do not belong together"),
     "a changed byte": (change_a_byte, ModelError, "model.safetensors is not what was written"),
     "another plan": (change_plan, PlanError, "keeps 1 units at model.layers.1.mlp .* another model"),
