@@ -355,7 +355,7 @@ def main() -> None:
     is_rank_0 = not rank_and_world_size()[0]  # which logs for all
     logging.basicConfig(format="%(message)s", level=logging.WARNING if is_rank_0 else logging.ERROR, stream=sys.stderr)
     logging.getLogger("prunetune").setLevel(logging.INFO if is_rank_0 else logging.ERROR)
-    for noisy in ("httpx", "transformers", "peft", "accelerate", "absl"):
+    for noisy in ("httpx2", "transformers", "peft", "accelerate", "absl"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # Our log has what their bars and notes would say. transformers reads these when it is imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
