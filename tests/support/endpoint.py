@@ -26,7 +26,7 @@ class RecordingServer:
 def serving(
     answer: Answer, *, wait: float = 0.0, drip: float = 0.0, drip_headers: bool = False, error: str = ""
 ) -> Iterator[RecordingServer]:
-    """Answer every request by `answer`, after `wait` seconds, and `drip` seconds between bytes; with `error` as body."""
+    """Answer every request by `answer`, or with `error`, after `wait` seconds, and `drip` seconds between bytes."""
     closed = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):

@@ -1,7 +1,8 @@
-"""Text that others wrote: JSON read within bounds, and strings made safe for a terminal."""
+"""Text that others wrote: JSON read within bounds, and strings made safe for a terminal, a page, or Markdown."""
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -51,3 +52,17 @@ def _without_surrogates(value: Any) -> Any:
 def printable(text: str) -> str:
     r"""The text with what would steer a terminal written as an escape: `\x1b` in place of ESC. Tabs and lines stay."""
     return UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+def markdown_text(text: str) -> str:
+    """The text as part of one line of Markdown: it opens no tag, link, code or column of a table."""
+    line = html.escape(printable(" ".join(text.split())), quote=False)
+    return re.sub(r"[\\`\[\]|]", r"\\\g<0>", line)
+
+
+def markdown_code(text: str) -> str:
+    """The text as inline code of Markdown, in a fence that is longer than any in it."""
+    line = printable(" ".join(text.split()))
+    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{pad}{line}{pad}{fence}"
