@@ -177,7 +177,7 @@ def test_invalid_address_is_refused(url: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["http://user:hunter2@h:port/v1", "http://user:hun/ter2@h/v1", "x://u:hunter2@h?hunter2"]
+    "url", ["http://user:hunter2@h:port/v1", "http://user:hun/ter2@h/v1", "x://u:hunter2@h?hunter2", "u:hunter2@h/v1"]
 )
 def test_invalid_address_is_refused_without_its_secrets(url: str) -> None:
     with pytest.raises(ConfigError, match="is no URL") as refused:
@@ -191,7 +191,14 @@ def test_redirect_is_refused_and_no_key_leaves_its_host(status: int, monkeypatch
     places: list[str] = []
     with serving(characters_model) as thief, serving(lambda *_: (status, places[-1])) as server:
         host = thief.url.split("/")[2]
-        for place in (f"{thief.url}/steal?token=s3", "/v2", f"//{host}/v1", "ftp://x/v1", "file:///etc/passwd", ""):
+        for place in (
+            f"{thief.url}/steal?token=s3",
+            "/v2?token=s3",
+            f"//{host}/v1",
+            "ftp://x/v1",
+            "file:///etc/passwd",
+            "",
+        ):
             places.append(place)
             with pytest.raises(BackendError, match="redirects to") as refused:
                 request_one(endpoint(server.url, key_env="PRUNETUNE_TEST_KEY"), "generate")

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -67,7 +68,8 @@ class EndpointClient:
         except (InvalidURL, ValueError):
             url, port = URL(), None
         if url.scheme not in ("http", "https") or not url.host or port == 0:
-            raise ConfigError(f"endpoint {self.address!r} is no URL; write it as http://host:port/v1")
+            shown = self.address.rpartition("@")[2]
+            raise ConfigError(f"endpoint {shown!r} is no URL; write it as http://host:port/v1")
         if url.userinfo and self.key_env:
             raise ConfigError(
                 f"endpoint {self.address} names a user, and {self.key_env} a key; a request holds one: leave one out"
@@ -91,17 +93,12 @@ class EndpointClient:
         return self._read(self.post("/completions", body), lambda choice: choice["text"])
 
     def _read(self, reply: Any, text: Callable[[Any], Any]) -> str:
-        try:
+        with suppress(KeyError, IndexError, TypeError):
             answer = text(reply["choices"][0])
-        except (KeyError, IndexError, TypeError) as missing:
-            raise self._unexpected_reply(reply) from missing
-        if not isinstance(answer, str):
-            raise self._unexpected_reply(reply)
-        return answer
-
-    def _unexpected_reply(self, reply: Any) -> BackendError:
+            if isinstance(answer, str):
+                return answer
         shown = " ".join(json.dumps(reply, default=str).split())[:120]
-        return BackendError(f"endpoint {self.address} did not reply with a completion: {shown}")
+        raise BackendError(f"endpoint {self.address} did not reply with a completion: {shown}")
 
     def map_concurrently(self, items: Sequence[T], call: Callable[[T], R]) -> list[R]:
         """`call` on every item, `concurrency` at once; results are in order. The first failure stops the rest."""
@@ -132,12 +129,12 @@ class EndpointClient:
             if reply.is_success:
                 return self._decoded(data)
             if 300 <= reply.status_code < 400:
-                target = _one_line(public_url(reply.headers.get("Location", "nowhere")))
+                target = _one_line(public_url(reply.headers.get("Location", "").partition("?")[0]) or "nowhere")
                 raise BackendError(
                     f"endpoint {self.address}{path} redirects to {target} (HTTP {reply.status_code}); no redirect is "
                     "followed, because keys and prompts would go along: name the address that answers"
                 )
-            failure = f"HTTP {reply.status_code}: {_one_line(data.decode('utf-8', 'replace')) or reply.reason_phrase}"
+            failure = f"HTTP {reply.status_code}: {_one_line(data.decode('utf-8', 'replace') or reply.reason_phrase)}"
             if reply.status_code not in RETRY_STATUS_CODES:
                 break
         raise BackendError(
@@ -151,20 +148,23 @@ class EndpointClient:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **self._authorization()}
         parts, data = urlsplit(self.url), bytearray()
         url = parts._replace(path=parts.path.rstrip("/") + path, fragment="").geturl()
+        try:
+            client = AsyncClient(verify=self._tls, timeout=None, trust_env=parts.hostname not in LOOPBACK)
+        except (ImportError, ValueError) as unusable:
+            raise BackendError(
+                f"endpoint {self.address}: the proxy of the environment cannot be used ({type(unusable).__name__}): "
+                "name an http proxy, or add the host to NO_PROXY"
+            ) from unusable
         # The deadline holds for the whole, also for headers that come byte by byte; httpx2's are for each read.
-        async with asyncio.timeout(self.timeout):
-            try:
-                client = AsyncClient(verify=self._tls, timeout=None, trust_env=parts.hostname not in LOOPBACK)
-            except (ImportError, ValueError) as unusable:
-                raise BackendError(
-                    f"endpoint {self.address}: the proxy of the environment cannot be used "
-                    f"({type(unusable).__name__}): name an http proxy, or add the host to NO_PROXY"
-                ) from unusable
-            async with client, client.stream("POST", url, content=content, headers=headers) as reply:
-                async for chunk in reply.aiter_raw():
-                    data += chunk
-                    if len(data) > MAX_REPLY_BYTES:
-                        raise BackendError(f"endpoint {self.address}{path}: a reply of more than 64 MiB is refused")
+        async with (
+            asyncio.timeout(self.timeout),
+            client,
+            client.stream("POST", url, content=content, headers=headers) as reply,
+        ):
+            async for chunk in reply.aiter_raw():
+                data += chunk
+                if len(data) > MAX_REPLY_BYTES:
+                    raise BackendError(f"endpoint {self.address}{path}: a reply of more than 64 MiB is refused")
         return reply, data
 
     @cached_property
