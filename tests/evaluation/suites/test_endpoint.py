@@ -191,6 +191,7 @@ def test_redirect_is_refused_and_no_key_leaves_its_host(status: int, monkeypatch
     places: list[str] = []
     with serving(characters_model) as thief, serving(lambda *_: (status, places[-1])) as server:
         host = thief.url.split("/")[2]
+        backend = endpoint(server.url, key_env="PRUNETUNE_TEST_KEY")
         for place in (
             f"{thief.url}/steal?token=s3",
             "/v2?token=s3",
@@ -201,7 +202,7 @@ def test_redirect_is_refused_and_no_key_leaves_its_host(status: int, monkeypatch
         ):
             places.append(place)
             with pytest.raises(BackendError, match="redirects to") as refused:
-                request_one(endpoint(server.url, key_env="PRUNETUNE_TEST_KEY"), "generate")
+                request_one(backend, "generate")
             assert "\n" not in str(refused.value)
             assert "s3" not in str(refused.value)
         assert thief.requests == []

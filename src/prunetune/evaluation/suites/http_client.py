@@ -124,7 +124,7 @@ class EndpointClient:
                 failure = f"no complete reply within {self.timeout:g} s"
                 continue
             except (TransportError, UnicodeError) as broken:  # UnicodeError: a host that no name can be
-                failure = f"{type(broken).__name__}: {_one_line(str(broken))}"
+                failure = f"{type(broken).__name__}: {_one_line(str(broken))}".removesuffix(": ")
                 continue
             if reply.is_success:
                 return self._decoded(data)
