@@ -233,6 +233,18 @@ def test_secrets_of_an_address_stand_nowhere(
                 assert server.url in text or text in (out, err, caplog.text)
 
 
+@pytest.mark.parametrize("reply", [401, b"<html> no s3cret, hunter2, sk-key", {"choices": ["s3cret hunter2 sk-key"]}])
+def test_secrets_that_a_server_repeats_stand_in_no_error(reply: Reply, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRUNETUNE_TEST_KEY", "sk-key")
+    with serving(lambda *_: reply, error="no s3cret, hunter2, sk-key" if reply == 401 else "") as server:
+        hidden = server.url.replace("http://", "http://hunter:hunter2@")
+        for client in (endpoint(f"{hidden}?key=s3cret"), endpoint(server.url, key_env="PRUNETUNE_TEST_KEY")):
+            with pytest.raises(BackendError, match=r"\*\*\*") as refused:
+                request_one(client, "generate")
+            secrets = ("sk-key",) if client.client.key_env else ("s3cret", "hunter2")
+            assert not any(secret in str(refused.value) for secret in secrets)
+
+
 def test_key_that_no_header_can_hold_is_refused_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRUNETUNE_TEST_KEY", "sk-first\nsk-second")
     with serving(characters_model) as server, pytest.raises(BackendError, match="no key can have") as refused:

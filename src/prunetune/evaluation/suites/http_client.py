@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from prunetune.errors import ConfigError
 from prunetune.evaluation.suites.protocol import BackendError
@@ -97,7 +97,7 @@ class EndpointClient:
             answer = text(reply["choices"][0])
             if isinstance(answer, str):
                 return answer
-        shown = " ".join(json.dumps(reply, default=str).split())[:120]
+        shown = self._shown(json.dumps(reply, default=str))
         raise BackendError(f"endpoint {self.address} did not reply with a completion: {shown}")
 
     def map_concurrently(self, items: Sequence[T], call: Callable[[T], R]) -> list[R]:
@@ -124,17 +124,22 @@ class EndpointClient:
                 failure = f"no complete reply within {self.timeout:g} s"
                 continue
             except (TransportError, UnicodeError) as broken:  # UnicodeError: a host that no name can be
-                failure = f"{type(broken).__name__}: {_one_line(str(broken))}".removesuffix(": ")
+                failure = f"{type(broken).__name__}: {self._shown(str(broken))}".removesuffix(": ")
                 continue
+            text = data.decode("utf-8", "replace")
             if reply.is_success:
-                return self._decoded(data)
+                try:
+                    return parse_json(bytes(data))
+                except ValueError as garbage:
+                    shown = self._shown(text)[:80]
+                    raise BackendError(f"endpoint {self.address} did not reply with JSON: {shown!r}") from garbage
             if 300 <= reply.status_code < 400:
-                target = _one_line(public_url(reply.headers.get("Location", "").partition("?")[0]) or "nowhere")
+                target = self._shown(public_url(reply.headers.get("Location", "").partition("?")[0]) or "nowhere")
                 raise BackendError(
                     f"endpoint {self.address}{path} redirects to {target} (HTTP {reply.status_code}); no redirect is "
                     "followed, because keys and prompts would go along: name the address that answers"
                 )
-            failure = f"HTTP {reply.status_code}: {_one_line(data.decode('utf-8', 'replace') or reply.reason_phrase)}"
+            failure = f"HTTP {reply.status_code}: {self._shown(text or reply.reason_phrase)}"
             if reply.status_code not in RETRY_STATUS_CODES:
                 break
         raise BackendError(
@@ -183,13 +188,10 @@ class EndpointClient:
             raise BackendError(f"endpoint {self.address}: {self.key_env} holds characters that no key can have")
         return {"Authorization": f"Bearer {key}"}
 
-    def _decoded(self, data: bytearray) -> Any:
-        try:
-            return parse_json(bytes(data))
-        except ValueError as garbage:
-            shown = " ".join(data[:80].decode("utf-8", "replace").split())
-            raise BackendError(f"endpoint {self.address} did not reply with JSON: {shown!r}") from garbage
-
-
-def _one_line(text: str) -> str:
-    return printable(" ".join(text[:2000].split())[:200])
+    def _shown(self, text: str) -> str:
+        """A server's text for an error: short, in one line, and without the secrets that it may repeat."""
+        parts = urlsplit(self.url)
+        secrets = [os.environ.get(self.key_env), parts.password, *(value for _, value in parse_qsl(parts.query))]
+        for secret in (secret.strip() for secret in secrets if secret):
+            text = text.replace(secret, "***") if len(secret) > 3 else text
+        return printable(" ".join(text[:2000].split())[:200])
