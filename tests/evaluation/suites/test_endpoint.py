@@ -287,18 +287,24 @@ def test_error_of_a_server_is_one_line_that_steers_no_terminal() -> None:
     assert len(str(refused.value)) < 500
 
 
-@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "nonsense://x"])
-def test_proxy_of_the_environment_is_for_other_hosts(proxy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ALL_PROXY", proxy)
-    with serving(characters_model) as server:
-        assert request_one(endpoint(server.url), "generate") == "to Where?"
-    with pytest.raises(BackendError, match="proxy of the environment cannot be used"):
-        request_one(endpoint("http://host.invalid/v1", max_attempts=1), "generate")
-    monkeypatch.setenv("ALL_PROXY", "")
-    with serving(characters_model) as proxy_server:
-        monkeypatch.setenv("HTTP_PROXY", proxy_server.url)
-        assert request_one(endpoint("http://host.invalid/v1"), "generate") == "to Where?"
-    assert proxy_server.requests[0][0] == "http://host.invalid/v1/completions"
+def test_proxy_of_the_environment_is_for_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = endpoint("http://host.invalid/v1", max_attempts=1)
+    with serving(characters_model) as proxy, serving(characters_model) as server:
+        for address in (proxy.url, proxy.url.split("/")[2]):
+            monkeypatch.setenv("http_proxy", address)
+            assert request_one(other, "generate") == "to Where?"
+            assert request_one(endpoint(server.url), "generate") == "to Where?"
+        assert [path for path, _, _ in proxy.requests] == ["http://host.invalid/v1/completions"] * 2
+        monkeypatch.setenv("no_proxy", "example.org,host.invalid")
+        with pytest.raises(BackendError, match="does not answer"):
+            request_one(other, "generate")
+        assert len(proxy.requests) == 2
+        monkeypatch.setenv("no_proxy", "")
+        for unusable in ("socks5://127.0.0.1:9", "nonsense://x", "http://x:y"):
+            monkeypatch.setenv("http_proxy", unusable)
+            with pytest.raises(BackendError, match="HTTP_PROXY cannot be used"):
+                request_one(other, "generate")
+            assert request_one(endpoint(server.url), "generate") == "to Where?"
 
 
 @pytest.mark.parametrize("host", ["a..b", "x" * 70])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from prunetune.errors import ConfigError
 from prunetune.evaluation.suites.protocol import BackendError
@@ -148,17 +149,22 @@ class EndpointClient:
 
     async def _send(self, path: str, content: bytes) -> tuple[Response, bytearray]:
         """The reply and its body. Raises `TimeoutError`, httpx2's errors of transport, and `BackendError`."""
-        from httpx2 import AsyncClient
+        from httpx2 import AsyncClient, InvalidURL
 
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **self._authorization()}
         parts, data = urlsplit(self.url), bytearray()
         url = parts._replace(path=parts.path.rstrip("/") + path, fragment="").geturl()
+        proxy = getproxies().get(parts.scheme)
+        if parts.hostname in LOOPBACK or proxy_bypass(parts.netloc.rpartition("@")[2]):
+            proxy = None
+        elif proxy and "://" not in proxy:
+            proxy = f"http://{proxy}"
         try:
-            client = AsyncClient(verify=self._tls, timeout=None, trust_env=parts.hostname not in LOOPBACK)
-        except (ImportError, ValueError) as unusable:
+            client = AsyncClient(verify=self._tls, timeout=None, proxy=proxy, trust_env=False)
+        except (ImportError, ValueError, InvalidURL) as unusable:
             raise BackendError(
-                f"endpoint {self.address}: the proxy of the environment cannot be used ({type(unusable).__name__}): "
-                "name an http proxy, or add the host to NO_PROXY"
+                f"endpoint {self.address}: {parts.scheme.upper()}_PROXY cannot be used ({type(unusable).__name__}): "
+                "name an http proxy there, or add the host to NO_PROXY"
             ) from unusable
         # The deadline holds for the whole, also for headers that come byte by byte; httpx2's are for each read.
         async with (
