@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from prunetune.config.fields import merge_mappings
@@ -135,6 +134,5 @@ def job_of(
         schedule=build_schedule(config),
         checkpoints=store,
         observer=observer,
-        accelerator=Accelerator(cpu=True),
         monitor=monitor,
     )

@@ -37,9 +37,7 @@ def generator(calibration: Calibration) -> Plan:
     for step in range(max(1, round(config.train.steps * search.span))):
         gates = searcher.sample(step)
         gradients = calibration.gate_gradients(step, {name: gate.detach() for name, gate in gates.items()})
-        # The gradient of this product at the gates is the model's, and flows on into the generator.
-        loss = torch.cat(list(gates.values())) @ torch.cat([gradients[name] for name in gates])
-        (loss + search.ratio_weight * searcher.budget_loss(gates)).backward()  # type: ignore[no-untyped-call]
+        searcher.backward(gates, gradients)
         torch.nn.utils.clip_grad_norm_(weights, config.train.clip)
         optimizer.step()
         optimizer.zero_grad()

@@ -170,8 +170,6 @@ def make_job(
     monitor: Monitor | None = None,
 ) -> TrainingJob:
     """What the loop needs; with a plan given, it only tunes. Of the context's resolved config."""
-    from accelerate import Accelerator
-
     config, valid = context.config, context.encoded["valid"].examples
     batch_sizes: dict[SplitName, int] = {"train": config.train.batch_size, "search": config.search.batch_size}
     streams = {
@@ -190,8 +188,6 @@ def make_job(
         schedule=one_cut_schedule(config) if plan else build_schedule(config),
         checkpoints=checkpoints,
         observer=observer,
-        # Passes set the precision themselves.
-        accelerator=Accelerator(cpu=context.device.type == "cpu", mixed_precision="no"),
         teacher=teacher,
         monitor=monitor,
         ranks=context.ranks,

@@ -55,6 +55,14 @@ class Searcher:
         target = limits.price_share_at(self.allowed_keep) if limits else self.allowed_keep
         return keep_ratio_loss(kept_share(_rounded(gates), self.sites, limits.prices if limits else None), target)
 
+    def backward(self, gates: Mapping[str, Tensor], gradients: Mapping[str, Tensor]) -> float:
+        """Add the gradients of the model's loss, known at the gates, and of the budget loss; returns the latter."""
+        budget_loss = self.budget_loss(gates)
+        # The gradient of gates @ gradients at the gates is the model's: so it flows on into the generator.
+        loss = torch.cat(list(gates.values())) @ torch.cat([gradients[name] for name in gates])
+        (loss + self.config.ratio_weight * budget_loss).backward()  # type: ignore[no-untyped-call]
+        return float(budget_loss.detach())
+
     @torch.no_grad()
     def decide(self, step: int) -> Decision:
         """The hard gates under which the adapters take their half of a step: a draw of their own, without dropout."""

@@ -34,17 +34,14 @@ class GeneratorTrainer:
         gates, batch = searcher.sample(step), job.search_stream.batch_at(step)
         work = partial(self.passes.gate_gradients, batch, gates)
         losses, gradients = self.guard.retry_smaller(batch, work, lambda: None)
-        ratio_loss = searcher.budget_loss(gates)
-        # The gradient of gates @ gradients at the gates is the model's: so it flows on into the generator.
-        total = torch.cat(list(gates.values())) @ torch.cat([gradients[name] for name in gates])
-        job.accelerator.backward(total + job.config.search.ratio_weight * ratio_loss)
-        norm = job.accelerator.clip_grad_norm_(searcher.generator.parameters(), CLIP)
+        ratio_loss = searcher.backward(gates, gradients)
+        norm = torch.nn.utils.clip_grad_norm_(searcher.generator.parameters(), CLIP)
         if not self.guard.should_skip(step, {"generator's gradient": float(norm)}, batch):
             rate = generator_learning_rate(step, job.schedule.search, job.config.search.learning_rate)
             self.optimizer.param_groups[0]["lr"] = rate * self.guard.lr_scale
             self.optimizer.step()
         self.optimizer.zero_grad()
-        return {f"search_{name}": loss for name, loss in losses.items()} | {"ratio_loss": float(ratio_loss.detach())}
+        return {f"search_{name}": loss for name, loss in losses.items()} | {"ratio_loss": ratio_loss}
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Generator and its optimiser, for a checkpoint."""

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from accelerate import Accelerator
-
 from prunetune.config.recipe import RunConfig
 from prunetune.config.score_limits import ScoreLimit
 from prunetune.data.batches import BatchStream
@@ -69,7 +67,6 @@ class TrainingJob:
     schedule: Schedule
     checkpoints: CheckpointStore
     observer: Observer
-    accelerator: Accelerator
     teacher: Teacher | None = None
     monitor: Monitor | None = None
     ranks: Ranks = SINGLE_PROCESS

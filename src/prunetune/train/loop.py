@@ -42,11 +42,11 @@ def tune_and_prune(job: TrainingJob) -> Plan:
     continue from with a new model. Raises `LimitBroken` if a limit stopped the run.
     """
     add_adapters(job.model, job.sites, job.config.lora, seed=derive_seed(job.config.seed, "adapters"))
-    layers = shard_layers(job.model, job.ranks, job.weight_owner)  # over GPUs, if the launch says so
+    cut_layers = shard_layers(job.model, job.ranks, job.weight_owner)  # over GPUs, if the launch says so
     passes = build_passes(job.model, job.sites, job.pad_id, job.config, job.teacher, job.ranks)
     passes = distribute_passes(passes, job.model, job.ranks)  # from here on, losses and gradients are of whole batches
     guard = StepGuard(passes, job.config.train.max_skipped, job.config.train.checkpointing != "off")
-    weights = WeightTrainer(job, passes, guard, layers)
+    weights = WeightTrainer(job, passes, guard, cut_layers)
     generator = GeneratorTrainer(job, passes, guard) if job.uses_generator else None
     progress = TrainingProgress(job, weights, generator, guard)
     decision = progress.resume()

@@ -33,25 +33,7 @@ class DistributedPasses:
     """
 
     def __init__(self, passes: Passes, model: Any, ranks: Ranks) -> None:
-        self.passes, self.model, self.ranks = passes, model, ranks
-
-    @property
-    def micro_tokens(self) -> int:
-        """Most tokens of one pass of one rank."""
-        return self.passes.micro_tokens
-
-    @micro_tokens.setter
-    def micro_tokens(self, tokens: int) -> None:
-        self.passes.micro_tokens = tokens
-
-    @property
-    def recompute(self) -> bool:
-        """Whether layers are computed again for the backward pass."""
-        return self.passes.recompute
-
-    @recompute.setter
-    def recompute(self, recompute: bool) -> None:
-        self.passes.recompute = recompute
+        self.passes, self.model, self.ranks, self.size = passes, model, ranks, passes.size
 
     def tune(self, examples: Sequence[Example], gates: GateTensors | None) -> Losses:
         losses = self._run_on_all_ranks(lambda: self.passes.tune(examples, gates), gates)
