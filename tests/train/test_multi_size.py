@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from prunetune.pruning.masking import masked
-from prunetune.train.adapters import add_adapters, trains_all_weights
+from prunetune.train.adapters import add_adapters
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.losses import mean_loss
 from support.loop import load_into_dense, losses, weights_of
@@ -65,7 +65,6 @@ def test_smaller_size_starts_from_float32_weights() -> None:
     still: dict[str, Any] = {"learning_rate": 1e-30, "weights_rate": 1e-30}
     job = smaller(larger("all", "llama"), "all", "llama", **still)
     tune_and_prune(replace(job, model=job.model.to(torch.bfloat16)))
-    assert trains_all_weights(job.config.train, job.sites)
     for weight in weights_of(job).values():
         assert weight.dtype == torch.float32
         assert not torch.equal(weight, weight.bfloat16().float())

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prunetune.config.recipe import LoraSettings, TrainConfig
-from prunetune.cost.parameters import prunable_params
+from prunetune.config.recipe import LoraSettings
 from prunetune.errors import ModelError
 from prunetune.plan import Plan
 from prunetune.pruning.linears import COLUMNS, ROWS, axis_size, get_base_linear, is_transposed, stored_axis
@@ -62,11 +61,6 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     named = dict(model.named_parameters())
     adapters = {name: parameter for name, parameter in named.items() if ".lora_" in name}
     return adapters or {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-
-
-def trains_all_weights(train: TrainConfig, sites: Iterable[Site]) -> bool:
-    """Whether all weights are tuned once the model is cut; `auto` depends on the model's size, never on the machine."""
-    return train.weights == "all" or (train.weights == "auto" and prunable_params(sites) < LARGE_MODEL_PARAMS)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from prunetune.data.encoding import Example
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site
 from prunetune.search.plan_rules import PlanConstraints
-from prunetune.train.adapters import trains_all_weights
 from prunetune.train.checkpoints import CheckpointStore, TrainingState
 from prunetune.train.parallel.ranks import SINGLE_PROCESS, Ranks
 from prunetune.train.schedule import Schedule
@@ -90,6 +89,5 @@ class TrainingJob:
 
         Only where the two share weights that stay frozen.
         """
-        if self.teacher is None or not self.teacher.shares_weights or trains_all_weights(self.config.train, self.sites):
-            return None
-        return self.teacher.model
+        shares = self.teacher is not None and self.teacher.shares_weights and self.config.train.weights != "all"
+        return self.teacher.model if self.teacher and shares else None

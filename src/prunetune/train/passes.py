@@ -212,7 +212,8 @@ class PackedPasses(_BasePasses):
         for seen_by, subset in split_by_teacher(examples, None if kind == "score" else self.teacher):
             counts = self.loss.normalisers(examples, subset)
             shares = torch.tensor([1 / counts[metric] for metric in self.loss.metrics])
-            for group in group_for_packing(self.ranks.local_examples(subset), self.size.micro_tokens):
+            local = self.ranks.split_examples(subset)[self.ranks.rank]
+            for group in group_for_packing(local, self.size.micro_tokens):
                 pack = pack_examples(group, self.pad_id, max_sequences=len(examples), step_factor=self.step_factor)
 
                 def run(inputs: Sequence[Tensor], pack: PackedBatch = pack, seen_by: Teacher | None = seen_by) -> None:

@@ -13,7 +13,7 @@ from prunetune.plan import Plan
 from prunetune.pruning.cut import merge_adapters
 from prunetune.pruning.remaining_sites import plan_within, remaining_sites
 from prunetune.search.decision import Decision, detach_to
-from prunetune.train.adapters import cut_tensors, trainable_parameters, trains_all_weights
+from prunetune.train.adapters import cut_tensors, trainable_parameters
 from prunetune.train.checkpoints import group_by_moment, optimizer_tensors, restore_optimizer
 from prunetune.train.job import TrainingJob
 from prunetune.train.losses import FINAL_LASSO, SEARCH_LASSO, group_lasso
@@ -99,7 +99,7 @@ class WeightTrainer:
         self.cut_layers(plan if self.plan is None else plan_within(plan, self.plan), self.sites, self.plan)
         self.plan, self.sites = plan, remaining_sites(self.job.sites, plan)
         self.passes.use_sites(self.sites, steps)
-        if trains_all_weights(self.job.config.train, self.job.sites) and not self.is_merged:
+        if self.job.config.train.weights == "all" and not self.is_merged:
             merge_adapters(self.job.model, trainable=True)
             self.is_merged = True
 

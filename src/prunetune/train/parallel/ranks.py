@@ -53,10 +53,6 @@ class Ranks:
             loads[rank] += len(example.token_ids)
         return shares
 
-    def local_examples(self, examples: Sequence[Example]) -> list[Example]:
-        """This rank's share."""
-        return self.split_examples(examples)[self.rank]
-
     @torch.no_grad()
     def all_reduce_sum_(self, tensors: Iterable[Tensor]) -> None:
         """Sum float tensors over ranks, in place; all ranks end up with the same bits."""
