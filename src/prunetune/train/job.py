@@ -79,11 +79,6 @@ class TrainingJob:
         return self.given_plan is None and self.config.search.method == "generator"
 
     @property
-    def decides_by_scores(self) -> bool:
-        """Whether every cut is decided by scores of the units that are left (progressive removal)."""
-        return self.given_plan is None and not self.uses_generator
-
-    @property
     def weight_owner(self) -> Any | None:
         """The model that owns the dense weights which the student shares after the cut, if any: the teacher's.
 

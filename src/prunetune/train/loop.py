@@ -62,7 +62,7 @@ def tune_and_prune(job: TrainingJob) -> Plan:
             decision = generator.searcher.final_decision()  # no noise, exact budget
 
         if cut := schedule.cut_at(step):
-            if job.decides_by_scores:
+            if generator is None and job.given_plan is None:
                 scores = score_units(job, passes, guard, weights.sites, decision.plan, step)
                 keep, before = schedule.keep_after(cut), decision.plan
                 plan = select(scores, job.sites, keep, job.constraints, larger_plan=before)

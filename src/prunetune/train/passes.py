@@ -127,8 +127,7 @@ class PaddedPasses(_BasePasses):
         leaves = {name: gate.detach().clone().requires_grad_() for name, gate in gates.items()}
         with frozen_adapters(self.model), masked(self.model, leaves, sites=self.sites):
             losses = self._backward(examples)
-        missing = {name: torch.zeros_like(leaf) for name, leaf in leaves.items() if leaf.grad is None}
-        return losses, {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None} | missing
+        return losses, {n: torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for n, leaf in leaves.items()}
 
     def score(self, examples: Sequence[Example], gates: GateTensors | None) -> float:
         with self._gated(gates, "gated"):

@@ -33,7 +33,8 @@ class TrainingProgress:
     ) -> None:
         self.job, self.guard = job, guard
         self.weight_trainer, self.generator_trainer = weight_trainer, generator_trainer
-        self.validation = Validation(job, weight_trainer, generator_trainer.searcher if generator_trainer else None)
+        searcher = generator_trainer.searcher if generator_trainer else None
+        self.validation = Validation(job, weight_trainer, searcher, self._state)
         self.step = 0
         self.recorded: Decision | None = None  # the newest decision in the records
         self.gates: Mapping[str, Tensor] = {}  # of that decision, on the CPU
@@ -87,7 +88,7 @@ class TrainingProgress:
 
     def validate(self, record: JsonObject, decision: Decision) -> Decision:
         """Score the decided sub-network if a validation is due; a limit may change the decision from here on."""
-        return self.validation.validate_if_due(record, decision, self._state)
+        return self.validation.validate_if_due(record, decision)
 
     def save_if_due(self, decision: Decision) -> None:
         """Save a checkpoint every `train.checkpoint_every` steps, and where a phase ends."""
