@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from prunetune.config.recipe import RunConfig, TrainConfig
@@ -74,14 +74,19 @@ class Schedule:
         """The same, but decided by `step`: no further cut, or a generator's once its decision has settled."""
         return replace(self, cuts=(Cut(max(step, self.settle), 1.0),) if self.settle else ())
 
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `allowed_keep` is called `keep` there."""
+        return {"keep" if name == "allowed_keep" else name: value for name, value in asdict(self).items()}
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Schedule:
-        """Read a checkpoint's fields; raises `RunFolderError` for those of version 0.1, which searched otherwise."""
+        """Read what `to_dict` wrote; raises `RunFolderError` for a schedule of version 0.1, which decided otherwise."""
         if "cuts" not in values:
             raise RunFolderError(
                 "the run was begun by version 0.1, which decided otherwise: finish it there, or start anew with --out"
             )
-        return cls(**{**values, "cuts": tuple(Cut(**cut) for cut in values["cuts"])})
+        fields = {"allowed_keep" if name == "keep" else name: value for name, value in values.items()}
+        return cls(**{**fields, "cuts": tuple(Cut(**cut) for cut in values["cuts"])})
 
 
 def build_schedule(config: RunConfig) -> Schedule:

@@ -49,7 +49,7 @@ class ValidationHistory:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready; `from_dict` reads it back."""
-        return asdict(self)
+        return asdict(self) | {"schedule": self.schedule.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ValidationHistory:
