@@ -64,16 +64,28 @@ def _cut_write_and_check(context: RunContext, *, streamed: bool) -> None:
     assert state is not None
     assert state.plan is not None
     tokens = _check_tokens(context)
-    streamer = _open_streamed(context, state) if streamed or _is_large(context) else None
+    # The weights of a large model may not fit into memory; adapters alone were tuned, unless the recipe says otherwise.
+    is_large = prunable_params(context.sites) >= LARGE_MODEL_PARAMS and context.config.train.weights != "all"
+    streamer = _open_streamed(context, state) if streamed or is_large else None
     if streamer is None:
         pruned = _cut_in_memory(context, state, tokens)
     else:
-        pruned = _cut_layer_by_layer(context, streamer, state, tokens)
-    if has_nf4_adapters(context, state):
-        compared = _compare_with_tuned(context, state, tokens, pruned.expected_logits)
+        shards = context.folder.path / "model.shards"
+        shutil.rmtree(shards, ignore_errors=True)
+        shards.mkdir()
+        expected = cut_streamed(streamer, state.plan, context.sites, tokens, shards)
+        pruned = CutModel(streamer.model, streamer.storage_dtype, expected, shards)
+    if has_nf4_adapters(context, state):  # merged, the model has to give the logits that it was tuned to give
+        base = context.load_for_training()
+        add_adapters(base, context.sites, context.config.lora, seed=0)  # those of a removed block add nothing
+        for name, weight in _dense_tensors(base, context, state).items():
+            base.get_parameter(name).data = weight.to(context.device)
+        compared = compare_with_merged(base, state.plan, context, tokens, pruned.expected_logits)
+        del base  # its memory is free before the written model is opened
         context.folder.update_manifest(quantised=QuantisedFacts(**compared))
     write_text(context.folder.plan_file, state.plan.to_json())
     unchecked = context.folder.path / "model.unchecked"
+    has_chats = any(uses_chat_template(record, context.config.data.template) for record in context.splits.train)
     written = write_checkpoint(
         pruned.model,
         context.tokenizer,
@@ -83,7 +95,7 @@ def _cut_write_and_check(context: RunContext, *, streamed: bool) -> None:
         layout=context.config.layout,
         card=render_card(context.folder, context.reported_config, state.plan, context.sites),
         shards=pruned.shards,
-        end_token=_chat_stop(context),
+        end_token=chat_stop_id(context.tokenizer) if has_chats else None,
     )
     selfcheck = check_checkpoint(written, tokens, pruned.expected_logits, streamed=streamer is not None)
     context.folder.update_manifest(
@@ -99,24 +111,6 @@ def _cut_write_and_check(context: RunContext, *, streamed: bool) -> None:
     unchecked.rename(context.folder.model_folder)  # from here on model/ exists, is whole, and has passed its check
 
 
-def _chat_stop(context: RunContext) -> int | None:
-    """The token that ends a turn, if the model was tuned on chats."""
-    has_chats = any(uses_chat_template(record, context.config.data.template) for record in context.splits.train)
-    return chat_stop_id(context.tokenizer) if has_chats else None
-
-
-def _compare_with_tuned(
-    context: RunContext, state: TrainingState, tokens: Tensor, expected_logits: Tensor
-) -> dict[str, Any]:
-    """Compare the logits of the model as it was tuned, in 4 bits, with those of the merged one."""
-    assert state.plan is not None
-    base = context.load_for_training()
-    add_adapters(base, context.sites, context.config.lora, seed=0)  # those of a removed block add nothing
-    for name, weight in _dense_tensors(base, context, state).items():
-        base.get_parameter(name).data = weight.to(context.device)
-    return compare_with_merged(base, state.plan, context, tokens, expected_logits)
-
-
 def _dense_tensors(model: Any, context: RunContext, state: TrainingState) -> Mapping[str, Tensor]:
     """A checkpoint's adapters, or the weights they were merged into, in the dense model's shapes (`expand_tensors`)."""
     tensors = state.tensors["adapters"]
@@ -124,11 +118,6 @@ def _dense_tensors(model: Any, context: RunContext, state: TrainingState) -> Map
         return tensors
     assert state.plan is not None
     return expand_tensors(model, tensors, state.plan, context.sites)
-
-
-def _is_large(context: RunContext) -> bool:
-    """Whether the weights may not fit into memory, and only adapters were tuned."""
-    return prunable_params(context.sites) >= LARGE_MODEL_PARAMS and context.config.train.weights != "all"
 
 
 def _cut_in_memory(context: RunContext, state: TrainingState, tokens: Tensor) -> CutModel:
@@ -177,15 +166,6 @@ def _open_streamed(context: RunContext, state: TrainingState) -> StreamedModel |
         log.warning("the model's files use other names than its class: it is cut as a whole, in CPU memory")
         return None
     return StreamedModel(model, stored, _weight_merger(model, context, state))
-
-
-def _cut_layer_by_layer(context: RunContext, streamer: StreamedModel, state: TrainingState, tokens: Tensor) -> CutModel:
-    assert state.plan is not None
-    shards = context.folder.path / "model.shards"
-    shutil.rmtree(shards, ignore_errors=True)
-    shards.mkdir()
-    expected = cut_streamed(streamer, state.plan, context.sites, tokens, shards)
-    return CutModel(streamer.model, streamer.storage_dtype, expected, shards)
 
 
 def _check_tokens(context: RunContext) -> Tensor:

@@ -12,7 +12,10 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
+
+import torch
 
 from prunetune.bench.latency.verify import verify_budgets
 from prunetune.bench.speed import measure_speed
@@ -277,16 +280,7 @@ def measure_budgets(context: RunContext) -> None:
     """Write to the manifest what the model uses of its budgets, timed if need be, and the run's peak memory."""
     limits, workload, folder = context.constraints.limits, context.config.workload, context.folder
     if limits is not None and not folder.read_manifest().budgets:
-
-        def open_model() -> Any:
-            generated_code = context.config.layout == "per-layer"
-            return load_model_and_tokenizer(
-                str(folder.model_folder),
-                device=context.device,
-                dtype=DTYPES[workload.dtype],
-                trust_remote_code=generated_code,
-            ).model
-
+        open_model = partial(_load_pruned, context, DTYPES[workload.dtype])
         rows = verify_budgets(limits, Plan.load(folder.plan_file), workload, open_model)
         folder.update_manifest(budgets=tuple(BudgetFacts(**row) for row in rows))
     folder.update_manifest(peak_memory_mb=environment.peak_memory_mb(context.device))
@@ -304,13 +298,7 @@ def load_model(context: RunContext, name: str) -> Any:
     """The "pruned" model as it was written, the "dense" one, or the "tuned" dense one, tuned here if it is not yet."""
     if name == "pruned":
         verify_checksums(context.folder.model_folder)
-        generated_code = context.config.layout == "per-layer"  # that this run generated and checked
-        return load_model_and_tokenizer(
-            str(context.folder.model_folder),
-            device=context.device,
-            dtype=context.dtype,
-            trust_remote_code=generated_code,
-        ).model
+        return _load_pruned(context, context.dtype)
     if name == "tuned":
         model = context.load_for_training()
         # As a teacher and for comparison: tuned once, continued from its checkpoints.
@@ -324,3 +312,10 @@ def load_model(context: RunContext, name: str) -> Any:
             finalize_adapters(model)
         return model
     return context.load_dense().model
+
+
+def _load_pruned(context: RunContext, dtype: torch.dtype) -> Any:
+    generated_code = context.config.layout == "per-layer"  # that this run generated and checked
+    return load_model_and_tokenizer(
+        str(context.folder.model_folder), device=context.device, dtype=dtype, trust_remote_code=generated_code
+    ).model
