@@ -135,6 +135,14 @@ def test_recorders_in_use_have_different_streams(current: FakeStream) -> None:
         del recorder_stream
         del recorder
         gc.collect()
-    full = [*in_use, own_stream(CUDA)]
-    assert own_stream(CUDA) is not None  # there are no more: better a shared one than none
-    assert len(full) == STREAM_POOL_SIZE
+
+
+def test_recorder_that_finds_no_free_stream_calls_its_function_every_time(current: FakeStream) -> None:
+    in_use = [own_stream(CUDA) for _ in range(STREAM_POOL_SIZE)]
+    assert None not in in_use
+    assert own_stream(CUDA) is None
+    recorder, called = CudaGraphRecorder(CUDA), []
+    for _ in range(3):
+        recorder.run("key", called.append, [])
+    assert called == [[]] * 3
+    assert not any(own.stream.waited for own in in_use if own)
