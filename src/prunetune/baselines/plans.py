@@ -63,9 +63,7 @@ def evolution(calibration: Calibration) -> Plan:
     if calibration.constraints.layout == "uniform":
         return parent
     order = torch.cat(list(scores.values())).argsort(descending=True, stable=True)
-    ranks = torch.empty(len(order))
-    ranks[order] = 1 - (torch.arange(len(order)) + 0.5) / len(order)  # in (0, 1), all different
-    by_site = split_like(scores, ranks)
+    by_site = split_like(scores, 1 - (order.argsort() + 0.5) / len(order))  # ranks in (0, 1), all different
     rng = random.Random(derive_seed(calibration.seed, "baseline evolution"))  # noqa: S311
     for generation in range(GENERATIONS):
         candidates = [_mutate(parent, by_site, calibration, rng) for _ in range(OFFSPRING)]

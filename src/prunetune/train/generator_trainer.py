@@ -26,6 +26,7 @@ class GeneratorTrainer:
     def __init__(self, job: TrainingJob, passes: Passes, guard: StepGuard) -> None:
         self.job, self.passes, self.guard = job, passes, guard
         self.searcher = Searcher(job.sites, job.constraints, job.config, next(job.model.parameters()).device)
+        self.names = [name for name, _ in self.searcher.generator.named_parameters()]
         self.optimizer = adamw(self.searcher.generator.parameters(), lr=job.config.search.learning_rate)
 
     def train_step(self, step: int) -> JsonObject:
@@ -45,16 +46,13 @@ class GeneratorTrainer:
 
     def state_tensors(self) -> dict[str, dict[str, Tensor]]:
         """Generator and its optimiser, for a checkpoint."""
-        generator = self.searcher.generator
-        optimizer = optimizer_tensors(self.optimizer, list(dict(generator.named_parameters())))
-        return {"generator": generator.state_dict(), "generator_optimizer": optimizer}
+        optimizer = optimizer_tensors(self.optimizer, self.names)
+        return {"generator": self.searcher.generator.state_dict(), "generator_optimizer": optimizer}
 
     def load(self, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Restore what `state_tensors` returned."""
-        generator = self.searcher.generator
-        generator.load_state_dict(tensors["generator"])
-        names = list(dict(generator.named_parameters()))
-        restore_optimizer(self.optimizer, names, tensors["generator_optimizer"])
+        self.searcher.generator.load_state_dict(tensors["generator"])
+        restore_optimizer(self.optimizer, self.names, tensors["generator_optimizer"])
 
 
 def generator_learning_rate(step: int, steps: int, peak: float) -> float:

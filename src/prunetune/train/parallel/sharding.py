@@ -51,7 +51,7 @@ class ShardedLayers:
         self.model, self.ranks = model, ranks
         self.mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
         self.prefix: str = model.base_model_prefix
-        self.blueprint = _meta_copy(model, self._decoder())
+        self.blueprint = _meta_copy(model, model.get_submodule(self.prefix))
         self.names = architecture_info(model).layer_prefixes
         for name in self.names:
             layer = model.get_submodule(name)
@@ -65,7 +65,7 @@ class ShardedLayers:
 
     def cut(self, plan: Plan, sites: Sequence[Site], before: Plan | None) -> None:
         """`cut_linears`; every rank gathers the weights of one layer at a time."""
-        old, new = self._decoder(), self.blueprint.train(self.model.training)
+        old, new = self.model.get_submodule(self.prefix), self.blueprint.train(self.model.training)
         self.blueprint = _meta_copy(self.model, new)
         setattr(self.model, self.prefix, new)
         for index, name in enumerate(self.names):
@@ -79,10 +79,6 @@ class ShardedLayers:
             self._shard(layer)
         _copy_weights(new, old)
         self._shard_embedding()
-
-    def _decoder(self) -> nn.Module:
-        decoder: nn.Module = self.model.get_submodule(self.prefix)
-        return decoder
 
     def _shard_embedding(self) -> None:
         from torch.distributed import fsdp
