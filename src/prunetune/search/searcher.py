@@ -38,10 +38,7 @@ class Searcher:
         return logits
 
     def sample(self, step: int) -> dict[str, Tensor]:
-        """Soft gates of a generator step with their gradient, {site: [U]}.
-
-        The generator's dropout acts; it and the noise depend on the run's seed and the step alone.
-        """
+        """Soft gates {site: [U]} of a generator step, differentiable: functions of seed and step; its dropout acts."""
         dropout_rng = torch.Generator().manual_seed(derive_seed(self.seed, "generator-dropout", step))
         return self._draw(self.generator(dropout_rng), "search", step)
 

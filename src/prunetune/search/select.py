@@ -133,10 +133,7 @@ def _candidate_blocks(
 
 
 class BudgetTracker:
-    """Costs of a plan that grows, layer by layer, and whether its next block fits under every limit.
-
-    `cost_limits` are pairs of a cost and the limit on it.
-    """
+    """Costs of a plan that grows, layer by layer, and whether its next block fits under every (cost, limit)."""
 
     def __init__(self, nested_sites: NestedSites, cost_limits: Sequence[tuple[Cost, float]]) -> None:
         self.nested_sites, self.cost_limits = nested_sites, tuple(cost_limits)

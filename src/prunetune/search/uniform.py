@@ -159,10 +159,7 @@ def with_channels(shape: Shape, width: int) -> Shape:
 def uniform_widths(
     nested_sites: NestedSites, target_params: int, constraints: PlanConstraints, fits_budgets: FitsBudgets | None
 ) -> dict[str, int]:
-    """Widths of the shape that keeps the highest scores: {site: units of each open group}.
-
-    Raises `PlanError` if no shape is within all budgets.
-    """
+    """Widths {site: units of each open group} of the shape of the highest scores; raises `PlanError` if none fits."""
     planner = UniformPlanner(nested_sites, constraints)
     shapes = list(planner.shapes_within(target_params, fits_budgets))
     if not shapes:

@@ -80,9 +80,6 @@ class TrainingJob:
 
     @property
     def weight_owner(self) -> Any | None:
-        """The model that owns the dense weights which the student shares after the cut, if any: the teacher's.
-
-        Only where the two share weights that stay frozen.
-        """
+        """The model, if any, that owns frozen dense weights which the student shares after the cut: the teacher."""
         shares = self.teacher is not None and self.teacher.shares_weights and self.config.train.weights != "all"
         return self.teacher.model if self.teacher and shares else None

@@ -1,7 +1,4 @@
-"""Forward and backward passes of generator and adapter steps: padded anywhere, packed and recorded on a GPU.
-
-Both give the same losses and gradients (`tests/train/test_passes.py`).
-"""
+"""Forward and backward passes: padded anywhere, packed and recorded on a GPU, with the same losses and gradients."""
 
 from __future__ import annotations
 

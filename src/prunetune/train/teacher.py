@@ -48,10 +48,7 @@ def split_by_teacher(
 
 
 def base_teacher(model: Any, distill: DistillConfig) -> Teacher:
-    """The untuned model, over the student's own tensors; to be made before adapters are added to the student.
-
-    `distill` is of a recipe that `resolve_auto` has decided.
-    """
+    """The untuned model, over the student's own tensors; to be made before adapters are added to the student."""
     return Teacher(copy_sharing_weights(model), is_tuned=False, shares_weights=True, share=distill.share)
 
 

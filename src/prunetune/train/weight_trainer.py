@@ -73,10 +73,7 @@ class WeightTrainer:
         return {**losses, "lasso": float(penalty.detach())}
 
     def cut(self, plan: Plan, steps: int) -> None:
-        """Cut the model to a plan of the dense model's units, for so many steps; the optimiser keeps its moments.
-
-        Only moments of adapters that are merged now are dropped.
-        """
+        """Cut the model to a plan of dense units, for so many steps; moments stay, but for adapters merged now."""
         if plan == self.plan:  # a limit raised the budget: nothing goes, but another stage begins
             self.passes.use_sites(self.sites, steps)
             return

@@ -27,10 +27,7 @@ def distribute_passes(passes: Passes, model: Any, ranks: Ranks) -> Passes:
 
 
 class DistributedPasses:
-    """Each rank passes over its share of a batch; losses and gradients are summed.
-
-    The caller zeroes the weights' gradients before `tune`.
-    """
+    """Each rank passes over its share of a batch; losses and gradients, zeroed before `tune`, are summed."""
 
     def __init__(self, passes: Passes, model: Any, ranks: Ranks) -> None:
         self.passes, self.model, self.ranks, self.size = passes, model, ranks, passes.size
@@ -85,10 +82,7 @@ class DistributedPasses:
 
 @contextmanager
 def _fatal_out_of_memory() -> Iterator[None]:
-    """If memory runs out in the block, the run ends: the other ranks wait in an exchange, so a retry would hang.
-
-    Raises `ModelError`.
-    """
+    """Raises `ModelError` if memory runs out in the block: other ranks wait in an exchange, so a retry would hang."""
     try:
         yield
     except torch.OutOfMemoryError as error:

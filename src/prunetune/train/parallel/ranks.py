@@ -105,10 +105,7 @@ class Ranks:
 
     @contextmanager
     def barrier_before_failing(self) -> Iterator[None]:
-        """If a limit stops the block, as it does on all ranks, none ends before rank 0 has reported it.
-
-        A launcher stops all processes as soon as one has failed.
-        """
+        """If a limit stops the block on all ranks, none ends before rank 0 reports it: a launcher would stop all."""
         try:
             yield
         except LimitBroken:
