@@ -160,7 +160,18 @@ def run_tests(tree: Path, files: list[str]) -> int:
     printed = os.open(tree / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(printed, 1)
     os.dup2(printed, 2)
-    options = ["-x", "-q", "-W", "ignore::pytest.PytestAssertRewriteWarning", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts="]
+    options = [
+        "-x",
+        "-q",
+        "-W",
+        "ignore::pytest.PytestAssertRewriteWarning",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-o",
+        "addopts=",
+    ]
     return pytest.main([*options, f"--basetemp={tree / 'temporary'}", "--import-mode=importlib", *files])
 
 
@@ -208,7 +219,9 @@ def main() -> None:
             begun = time.monotonic()
             if mutant.module not in timeouts:
                 if not passes(tree, mutant.module, 900):
-                    sys.exit(f"the tests of {mutant.module} fail without a mutant:\n{(tree / 'output.txt').read_text()}")
+                    sys.exit(
+                        f"the tests of {mutant.module} fail without a mutant:\n{(tree / 'output.txt').read_text()}"
+                    )
                 timeouts[mutant.module] = 20 + 3 * (time.monotonic() - begun)
                 begun = time.monotonic()
             survived = survives(mutant, changed, tree, timeouts[mutant.module])
