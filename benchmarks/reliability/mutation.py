@@ -5,9 +5,9 @@ time, and the tests that judge this module are run: they should fail.
     python benchmarks/reliability/mutation.py --share 0.05 --seed 0 --found mutants.jsonl --minutes 30
     python benchmarks/reliability/mutation.py --found mutants.jsonl --minutes 0 --out benchmarks/results.jsonl
 
-A mutant takes about 5 seconds on one core. `--share` of all mutants are drawn, by their names and the seed alone, so that
-the same command goes on where it ended. Mutants that survived are tried again, since tests may have been added. What
-is found is appended to a file outside the repository, and summed up at the end. Text of messages is not mutated.
+A mutant takes about 10 seconds on one core. `--share` of all mutants are drawn, by their names and the seed alone, so
+that the same command goes on where it ended. Mutants that survived are tried again, since tests may have been added.
+What is found is appended to a file outside the repository, and summed up at the end. Text of messages is not mutated.
 
 Mutants that change nothing that a test could see are listed with reasons in mutation_equivalent.yaml, and not counted.
 """
@@ -29,6 +29,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import parso
 import pytest
@@ -68,7 +69,7 @@ MODULES = {
 class NameReplacer(Operator):
     """A name becomes its counterpart."""
 
-    PAIRS = {"min": "max", "max": "min", "any": "all", "all": "any", "floor": "ceil", "ceil": "floor"}
+    PAIRS: ClassVar = {"min": "max", "max": "min", "any": "all", "all": "any", "floor": "ceil", "ceil": "floor"}
 
     def mutation_positions(self, node):
         if isinstance(node, parso.python.tree.Name) and node.value in self.PAIRS:
@@ -209,7 +210,8 @@ def main() -> None:
         os.environ |= {"HF_MODULES_CACHE": str(tree / "modules"), "OMP_NUM_THREADS": "1"}
         os.environ["PYTHONDONTWRITEBYTECODE"] = "1"  # a changed file may have the time and size of the one before
         sys.dont_write_bytecode = True
-        import accelerate, datasets, peft, torch, transformers  # noqa: E401, F401 - once, for all forks
+        import accelerate  # noqa: F401 - once, for all forks
+        import torch
 
         torch.set_num_threads(1)
         timeouts: dict[str, float] = {}

@@ -69,7 +69,7 @@ def test_closed_block_takes_no_seconds() -> None:
 def test_noise_makes_no_layer_take_less_than_nothing() -> None:
     shape = shape_of(["kv-groups", "mlp-channels"])
     noisy = replace(TIMING, dense=4.0)
-    table = replace(table_of(shape), layers=dict.fromkeys(TRACKS, {0: noisy}))
+    table = replace(table_of(shape), layers={track: {0: noisy} for track in TRACKS})
     counts = shape.dense_counts() | dict.fromkeys((site.name for site in shape.layers[0].sites), 0)
     assert LatencyCost(shape, table, (("prefill.device", 1.0),)).layer_cost(0, counts) == 0.0
 
@@ -105,7 +105,7 @@ def test_costs_are_every_combination_of_measured_tracks() -> None:
     with_host = table_of(shape, decode_host=2.0)
     assert tracks_of("prefill", with_host, shape) == [{"prefill.device": 1.0}]
     assert tracks_of("decode", with_host, shape) == [{"decode.host": 1.0}, {"decode.device": 1.0}]
-    both = replace(only_device, layers=dict.fromkeys(TRACKS, {0: TIMING}))
+    both = replace(only_device, layers={track: {0: TIMING} for track in TRACKS})
     assert len(tracks_of("mix", both, shape)) == 4
 
 
@@ -122,7 +122,7 @@ def test_table_is_read_as_it_was_written(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", [{"format": "x"}, {"rest": {}}, {"layers": []}, {"header": 5}])
 def test_file_that_is_no_table_is_refused(change: dict[str, object]) -> None:
     values = json.loads(table_of(shape_of(["kv-groups"])).to_json())
-    with pytest.raises(ConfigError, match="x.json: not a latency table"):
+    with pytest.raises(ConfigError, match=r"x\.json: not a latency table"):
         LatencyTable.from_json(json.dumps(values | change), "x.json")
 
 
