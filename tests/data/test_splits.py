@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from prunetune.config.recipe import DataConfig
+from prunetune.data import splits
 from prunetune.data.records import Record
 from prunetune.data.splits import Splits, load_splits
 from prunetune.errors import DataError
@@ -294,3 +295,25 @@ def test_share_of_a_carved_split_is_of_rows_whatever_the_size_of_groups(seed: in
     shares = {"test_share": 0.2, "valid_share": 0.05, "search_share": 0.1}
     splits = loaded(tmp_path, seed, options={"group": "doc", **shares}, train=rows)
     assert [len(split) for split in (splits.test, splits.valid, splits.search, splits.train)] == [20, 5, 10, 65]
+
+
+def test_smallest_group_is_carved_where_none_fits_the_share(tmp_path: Path) -> None:
+    sizes = {"a": 30, "b": 12, "c": 20, "d": 25}
+    rows = [{"prompt": f"{doc} {n}", "completion": "x", "doc": doc} for doc, size in sizes.items() for n in range(size)]
+    shares = {"test_share": 0.05, "valid_share": 0.06, "search_share": 0.07}
+    splits = loaded(tmp_path, options={"group": "doc", **shares}, train=rows)
+    assert [len(split) for split in (splits.test, splits.valid, splits.search, splits.train)] == [12, 20, 25, 30]
+
+
+def test_demo_gives_every_split_only_if_nothing_else_is_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def rows(sources: Any, config: DataConfig, split: str) -> tuple[Record, ...]:
+        read.append(split)
+        return tuple(Record(kind="text", completion=f"{split} {n}", task="t", id=f"{split}{n}") for n in range(9))
+
+    monkeypatch.setattr(splits, "read_records", rows)
+    for train, expected in ((("demo",), ["train", "search", "valid", "test"]), (("demo", "x.jsonl"), ["train"])):
+        read.clear()
+        load_splits(DataConfig(train=train), 0)
+        assert read == expected

@@ -234,3 +234,22 @@ def test_no_pass_makes_more_logits_than_its_limit(monkeypatch: pytest.MonkeyPatc
     with torch.inference_mode():
         answer_nll(model, examples, pad_id=0, max_tokens=4096, tick=silent)
     assert max(made) <= 10 * VOCABULARY
+
+
+def test_pass_takes_as_many_tokens_as_are_allowed_and_no_more() -> None:
+    """With the cached prompt's; a single row is run however long it is."""
+    model, passes = tiny(), []
+
+    def count(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        mask = inputs.get("attention_mask")
+        passes.append(tuple((inputs["input_ids"] if mask is None else mask).shape))
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    examples = [Example(tuple(range(3, 13)), 4) for _ in range(8)]
+    with torch.inference_mode():
+        answer_nll(model, examples, pad_id=0, max_tokens=40, tick=silent)
+    assert passes == [(4, 10)] * 2
+    passes.clear()
+    same = [TokenizedQuestion((3, 4, 5, 6, 7, 8), ((9, 10, 11), (12, 13, 14), (15, 16, 17))) for _ in range(4)]
+    scored(model, same, max_tokens=24)
+    assert passes == [(4, 6)] + [(3, 8)] * 4

@@ -133,3 +133,11 @@ def test_p_value_of_a_randomisation_is_never_zero() -> None:
     better = rng.random(200) * 0.1
     comparison = compare_paired(task(better + 0.8, "rouge_l"), task(better, "rouge_l"), "rouge_l")
     assert comparison.p_value == pytest.approx(1 / 10_000)
+
+
+def test_answers_right_or_wrong_are_tested_by_mcnemar_and_graded_ones_by_randomisation() -> None:
+    first, second = np.repeat([0.0, 1.0, 1.0], [9, 2, 20]), np.repeat([1.0, 0.0, 1.0], [9, 2, 20])
+    counted = compare_paired(task(first, "accuracy"), task(second, "accuracy"), "accuracy")
+    assert (counted.test, counted.p_value) == ("McNemar", mcnemar(9, 2))
+    graded = compare_paired(task(first * 0.5, "rouge_l"), task(second, "rouge_l"), "rouge_l")
+    assert graded.test == "randomisation"
