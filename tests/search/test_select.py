@@ -303,3 +303,17 @@ def test_block_that_a_limit_refuses_is_added_with_the_next_if_both_fit() -> None
     assert sum(widths) == 3 * 80
     assert all(width % 16 == 0 for width in widths)
     assert all(len(plan.kept[site.name]) == site.units for site in sites if site.kind is UnitKind.KV_GROUP)
+
+
+def test_infeasible_keep_is_refused_with_the_least_that_is_accepted() -> None:
+    """In three digits."""
+    for name in GEOMETRIES:
+        sites, align, _ = geometry(name)
+        for min_share in (0.0, 0.7, 0.93):
+            constraints, scores = PlanConstraints("per-layer", align, min_share=min_share), random_scores(sites, 0)
+            with pytest.raises(PlanError, match=r"is below what is feasible \([01]\.\d{3}\)") as refused:
+                select(scores, sites, 0.001, constraints)
+            least = float(str(refused.value).partition("feasible (")[2][:5])
+            assert kept_params(sites, select(scores, sites, least, constraints)) <= least * prunable_params(sites)
+            with pytest.raises(PlanError):
+                select(scores, sites, least - 0.001, constraints)
