@@ -1,5 +1,5 @@
 """Which small faults would the tests miss (bar N5)? One operator, number or condition of a core module is changed at a
-time, and the tests that judge this module are run: they should fail.
+time, and the tests that judge this module are run: they should fail, or not end.
 
     pip install cosmic-ray      # makes the changes; not needed by the package
     python benchmarks/reliability/mutation.py --share 0.05 --seed 0 --found mutants.jsonl --minutes 30

@@ -130,7 +130,7 @@ def test_holm_keeps_the_order_and_never_lowers() -> None:
 def test_p_value_of_a_randomisation_is_never_zero() -> None:
     """The split that was seen is one of those that could have been: the least value is one of all resamples."""
     rng = np.random.default_rng(5)
-    better = rng.random(200) * 0.1
+    better = rng.random(40) * 0.1
     comparison = compare_paired(task(better + 0.8, "rouge_l"), task(better, "rouge_l"), "rouge_l")
     assert comparison.p_value == pytest.approx(1 / 10_000)
 

@@ -169,6 +169,7 @@ def test_each_size_is_timed_beside_its_dense_model(tmp_path: Path, monkeypatch: 
         return SimpleNamespace(models=models(), to_dict=lambda: {"names": names})
 
     gains: dict[str, GainFacts] = {}
+    monkeypatch.setattr(requirements.gc, "collect", lambda: 0)  # seconds in a process that has run other tests
     monkeypatch.setattr(requirements, "measure_in_process", measure)
     monkeypatch.setattr(requirements, "gain_bench_options", lambda config: BenchOptions())
     monkeypatch.setattr(RunFolder, "update_manifest", lambda self, gain: gains.update({self.path.name: gain}))
