@@ -157,7 +157,7 @@ def test_missed_size_says_how_much_cannot_be_pruned_and_counts_layers_without_pa
     facts_of_gain = judge_gain(dense, pruned, RequireConfig(smaller=0.99), plan, (*SITES, none))
     says = facts_of_gain.limits[0].explanation
     assert says is not None
-    assert "50% (embeddings, head, norms) cannot be" in says
+    assert "; 50% (embeddings, head, norms) cannot be" in says
     assert "layer 0 (90%), layer 7 (26%), layer 3 (0%)" in says
 
 
