@@ -84,6 +84,7 @@ def test_widths_between_two_measured_ones_are_on_a_straight_line() -> None:
     expected = {0: -4.0, 8: -4.0, 10: -3.75, 15: -3.125, 16: -3.0, 24: -1.5, 32: 0.0, 40: 0.0, None: 0.0}
     assert {units: interpolate(CURVE, units) for units in expected} == expected
     assert interpolate((), 3) == 0.0
+    assert interpolate(((8, 0.0), (16, 10.0)), 10) == 2.5  # ten seconds are not ten units
 
 
 def test_layers_share_times_if_their_windows_and_widths_are_equal() -> None:
