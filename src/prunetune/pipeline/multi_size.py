@@ -46,7 +46,7 @@ from prunetune.pipeline.stages import (
 )
 from prunetune.runs.folder import RunFolder, create_run_folder
 from prunetune.runs.trackers import require_trackers
-from prunetune.train.checkpoints import Checkpoints, TrainingState
+from prunetune.train.checkpoints import Checkpoints
 from prunetune.train.job import TrainingJob
 from prunetune.train.schedule import build_schedule
 from prunetune.utils.console import make_console
@@ -103,16 +103,11 @@ class SizeRun:
         return self.context.config
 
     @property
-    def latest_state(self) -> TrainingState | None:
-        """Its newest checkpoint."""
-        return Checkpoints(self.folder.checkpoints).latest()
-
-    @property
     def is_tuned(self) -> bool:
         """Whether its training is complete."""
         if self.folder.model_folder.exists():
             return True
-        state = self.latest_state
+        state = Checkpoints(self.folder.checkpoints).latest()
         return state is not None and state.is_cut and state.step >= self.config.train.steps
 
 

@@ -12,7 +12,10 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
+
+import torch
 
 from prunetune.bench.latency.verify import verify_budgets
 from prunetune.bench.speed import measure_speed
@@ -170,8 +173,6 @@ def make_job(
     monitor: Monitor | None = None,
 ) -> TrainingJob:
     """What the loop needs; with a plan given, it only tunes. Of the context's resolved config."""
-    from accelerate import Accelerator
-
     config, valid = context.config, context.encoded["valid"].examples
     batch_sizes: dict[SplitName, int] = {"train": config.train.batch_size, "search": config.search.batch_size}
     streams = {
@@ -190,8 +191,6 @@ def make_job(
         schedule=one_cut_schedule(config) if plan else build_schedule(config),
         checkpoints=checkpoints,
         observer=observer,
-        # Passes set the precision themselves.
-        accelerator=Accelerator(cpu=context.device.type == "cpu", mixed_precision="no"),
         teacher=teacher,
         monitor=monitor,
         ranks=context.ranks,
@@ -230,7 +229,12 @@ def make_teacher_factory(context: RunContext, load_dense_tuned: Callable[[], Any
     if distill.teacher == "base":
         shard_layers(model, context.ranks)
     model, is_tuned = model.requires_grad_(False).eval(), distill.teacher == "dense"
-    teacher = Teacher(model, is_tuned=is_tuned, share=distill.share)
+    adapters = None
+    if context.config.train.start == "teacher":
+        tuned = distribute_checkpoints(Checkpoints(context.folder.dense_tuned_checkpoints), context.ranks).latest()
+        assert tuned is not None
+        adapters = tuned.tensors["adapters"]
+    teacher = Teacher(model, is_tuned=is_tuned, share=distill.share, adapters=adapters)
     return lambda _: teacher
 
 
@@ -281,16 +285,7 @@ def measure_budgets(context: RunContext) -> None:
     """Write to the manifest what the model uses of its budgets, timed if need be, and the run's peak memory."""
     limits, workload, folder = context.constraints.limits, context.config.workload, context.folder
     if limits is not None and not folder.read_manifest().budgets:
-
-        def open_model() -> Any:
-            generated_code = context.config.layout == "per-layer"
-            return load_model_and_tokenizer(
-                str(folder.model_folder),
-                device=context.device,
-                dtype=DTYPES[workload.dtype],
-                trust_remote_code=generated_code,
-            ).model
-
+        open_model = partial(_load_pruned, context, DTYPES[workload.dtype])
         rows = verify_budgets(limits, Plan.load(folder.plan_file), workload, open_model)
         folder.update_manifest(budgets=tuple(BudgetFacts(**row) for row in rows))
     folder.update_manifest(peak_memory_mb=environment.peak_memory_mb(context.device))
@@ -308,13 +303,7 @@ def load_model(context: RunContext, name: str) -> Any:
     """The "pruned" model as it was written, the "dense" one, or the "tuned" dense one, tuned here if it is not yet."""
     if name == "pruned":
         verify_checksums(context.folder.model_folder)
-        generated_code = context.config.layout == "per-layer"  # that this run generated and checked
-        return load_model_and_tokenizer(
-            str(context.folder.model_folder),
-            device=context.device,
-            dtype=context.dtype,
-            trust_remote_code=generated_code,
-        ).model
+        return _load_pruned(context, context.dtype)
     if name == "tuned":
         model = context.load_for_training()
         # As a teacher and for comparison: tuned once, continued from its checkpoints.
@@ -328,3 +317,10 @@ def load_model(context: RunContext, name: str) -> Any:
             finalize_adapters(model)
         return model
     return context.load_dense().model
+
+
+def _load_pruned(context: RunContext, dtype: torch.dtype) -> Any:
+    generated_code = context.config.layout == "per-layer"  # that this run generated and checked
+    return load_model_and_tokenizer(
+        str(context.folder.model_folder), device=context.device, dtype=dtype, trust_remote_code=generated_code
+    ).model
