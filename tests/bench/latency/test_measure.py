@@ -267,7 +267,7 @@ def test_table_is_measured_if_the_cache_cannot_be_written(cache: Path, caplog: p
 def test_table_with_another_header_is_refused(cache: Path, tmp_path: Path, name: str) -> None:
     config, sites = tiny_config("llama"), find_sites(tiny("llama"))
     header = tables.checked_header(config, sites, WORKLOAD, CPU, 8)
-    other = LatencyTable({**header, name: "another"}, dict.fromkeys(TRACKS, 0.0), {track: {} for track in TRACKS})
+    other = LatencyTable({**header, name: "another"}, dict.fromkeys(TRACKS, 1.0), {track: {} for track in TRACKS})
     file = tmp_path / "table.json"
     file.write_text(other.to_json(), encoding="utf-8")
     with pytest.raises(ConfigError, match=rf"budget\.table .*{name} 'another', and here") as refused:
