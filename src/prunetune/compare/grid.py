@@ -14,6 +14,7 @@ from prunetune.config.recipe import RunConfig
 from prunetune.errors import RunFolderError
 from prunetune.utils.files import write_text
 from prunetune.utils.json_lines import JsonObject
+from prunetune.utils.untrusted import parse_json
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ class CellStore:
         if not file.exists():
             return None
         try:
-            result: JsonObject = json.loads(file.read_text(encoding="utf-8"))
+            result: JsonObject = parse_json(file.read_bytes())
             header = cell_header(cell)
             same = with_current_names(RunConfig, result["changes"], quiet=True) == header["changes"]
             numbers = {name: result[name] for name in ("keep", "seed", "learning_rate")}

@@ -86,14 +86,15 @@ def apply_budgets(
     if not amounts:
         return config, constraints
     workload, table, align = config.workload, None, constraints.align
-    if any(kind in TIMED_BUDGETS for kind in amounts):
-        if begun and begun.latency_table_file.exists():
+    kept_limits = begun.read_manifest().cost_limits if begun else {}
+    timed_budgets = [kind for kind in TIMED_BUDGETS if kind in amounts]
+    if timed_budgets:
+        if begun and (begun.latency_table_file.exists() or timed_budgets[0] in kept_limits):
             header = checked_header(meta_model.config, sites, workload, device, align)
             table = load_kept_table(begun.latency_table_file, header)
         else:
             table = get_latency_table(meta_model.config, sites, workload, device, align, config.budget.table)
     limits = make_budget_limits(amounts, model_shape(meta_model, sites), workload, table)
-    kept_limits = begun.read_manifest().cost_limits if begun else {}
     limits = tuple(replace(limit, limit=kept_limits.get(limit.kind) or limit.limit) for limit in limits)
     constraints = with_limits(constraints, sites, limits, requested_keep=config.budget.keep)
     assert constraints.limits is not None

@@ -162,7 +162,7 @@ def _read(folder: Path) -> tuple[TrainingState, Mapping[str, str]]:
         if sha256(folder / name) != digest:
             raise ValueError(f"{name} is not what was written")
     tensors = {Path(name).stem: load_file(folder / name) for name in hashes}
-    plan = Plan.from_json(json.dumps(fields["plan"])) if fields["plan"] else None
+    plan = Plan.from_json(json.dumps(fields["plan"])) if fields["plan"] is not None else None
     later = {attribute: fields[key] for key, attribute in LATER_FIELDS.items()}
     return TrainingState(fields["step"], plan, fields["is_cut"], tensors, **later), fields.get("base", {})
 

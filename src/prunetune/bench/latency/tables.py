@@ -38,10 +38,12 @@ def get_latency_table(
 
 
 def load_kept_table(path: Path, header: JsonObject) -> LatencyTable:
-    """The table that a run was begun with, whatever this device is; raises `RunFolderError` where it is damaged."""
+    """The table that a run was begun with, whatever this device is; raises `RunFolderError` without a sound file."""
     try:
         table = LatencyTable.from_json(path.read_text(encoding="utf-8"), str(path), KEPT_REMEDY)
-    except (ConfigError, OSError, UnicodeDecodeError) as damaged:
+    except (OSError, UnicodeDecodeError) as missing:
+        raise RunFolderError(f"{path} cannot be read ({missing}): {KEPT_REMEDY}") from missing
+    except ConfigError as damaged:
         raise RunFolderError(str(damaged)) from damaged
     if difference := table.difference_from(header):
         log.warning("%s was measured with %s: the run keeps its limits", path, difference)
