@@ -152,8 +152,11 @@ def _format_score(score: tuple[float, float, int] | None) -> str:
 
 def _provenance_section(provenance: Provenance) -> str:
     manifest = provenance.manifest
-    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-    commit = f"; prunetune at commit `{manifest.commit}`" if manifest.commit else ""
+    made_with = [
+        ", ".join(f"{name} {version}" for name, version in environment.versions.items())
+        + (f"; prunetune at commit `{environment.commit}`" if environment.commit else "")
+        for environment in manifest.known_environments
+    ]
     values, defaults = _option_values(provenance.config), _option_values(RunConfig())
     changed = ", ".join(
         f"`{name}: {value}`"
@@ -161,7 +164,7 @@ def _provenance_section(provenance: Provenance) -> str:
         if value != defaults[name] and name not in UNPUBLISHED_OPTIONS
     )
     lines = ["## Provenance", ""]
-    lines += [f"- made with {versions}{commit}"] if versions else []
+    lines += [f"- {'made' if index == 0 else 'resumed'} with {text}" for index, text in enumerate(made_with)]
     lines += [f"- recipe, where it is not the default: {changed or 'all of it is'}"]
     chosen = manifest.learning_rate.description
     lines += [f"- learning rate {chosen}"] if chosen else []
