@@ -192,11 +192,11 @@ class SizeTraining:
     def _job_for_size(self, job: TrainingJob, size: SizeRun) -> TrainingJob:
         """The job of one size: it keeps the state from which a smaller size goes on, and goes on from a larger one."""
         if size.index + 1 < len(self.sizes):
-            job = replace(job, branch_checkpoints=Checkpoints(size.folder.branch))
+            job = replace(job, branch_checkpoints=Checkpoints(size.folder.branch, self.context.base))
         if not size.index:
             return job
         larger = self.sizes[size.index - 1]
-        start = Checkpoints(larger.folder.branch).latest()
+        start = Checkpoints(larger.folder.branch, self.context.base).latest()
         if start is None:
             raise RunFolderError(
                 f"{larger.folder.branch}: the state that the next size goes on from cannot be read: put it back, or "

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from prunetune.plan import Plan
 from prunetune.pruning.cut import finalize_adapters
 from prunetune.pruning.units import dense_plan
 from prunetune.runs.folder import TUNING_STAGE, RunFolder
-from prunetune.train.checkpoints import Checkpoints, CheckpointStore
+from prunetune.train.checkpoints import Checkpoints, CheckpointStore, json_digest
 from prunetune.train.job import Monitor, Observer, TrainingJob
 from prunetune.train.loop import tune_and_prune
 from prunetune.train.parallel.distributed_passes import distribute_checkpoints
@@ -51,6 +52,7 @@ from prunetune.utils import environment
 from prunetune.utils.files import write_text
 from prunetune.utils.json_lines import JsonObject
 from prunetune.utils.seeds import derive_seed
+from prunetune.utils.untrusted import parse_json
 
 TeacherFactory = Callable[[Any], Teacher | None]  # from a dense student, without adapters yet, to its teacher
 
@@ -86,7 +88,7 @@ def resume_training(
     transform_job: Callable[[TrainingJob], TrainingJob] = lambda job: job,
 ) -> bool:
     """Train from the newest checkpoint to the last step; False where a limit rolled back: call again to continue."""
-    checkpoints = distribute_checkpoints(Checkpoints(context.folder.checkpoints), context.ranks)
+    checkpoints = distribute_checkpoints(Checkpoints(context.folder.checkpoints, context.base), context.ranks)
     state = checkpoints.latest()
     if context.ranks.is_main:
         context.folder.drop_records_after(state.step if state else -1)
@@ -131,9 +133,8 @@ def _try_learning_rate(context: RunContext, rate: float, steps: int, teacher_fac
     """{rate, valid_nll, seconds} of a short run; `valid_nll` is None where it is not finite."""
     folder = RunFolder(context.folder.path / "rates" / f"{rate:g}")
     file = folder.path / "trial.json"
-    if found := context.ranks.broadcast_from_main(file.read_text(encoding="utf-8") if file.exists() else ""):
-        trial: JsonObject = json.loads(found)
-        return trial
+    if finished := context.ranks.broadcast_from_main(_read_trial(file) if file.exists() else {}):
+        return finished
     if context.ranks.is_main:
         folder.checkpoints.mkdir(parents=True, exist_ok=True)
     config = with_learning_rate(context.config, rate)
@@ -150,11 +151,23 @@ def _try_learning_rate(context: RunContext, rate: float, steps: int, teacher_fac
     seconds = state.seconds if state else 0.0
     trial = {"rate": rate, "valid_nll": nll if math.isfinite(nll) else None, "seconds": seconds}
     if context.ranks.is_main:
-        write_text(file, json.dumps(trial) + "\n")
+        write_text(file, json.dumps(trial | {"sha256": json_digest(trial)}) + "\n")
         shutil.rmtree(folder.checkpoints)
     context.ranks.barrier()
     gc.collect()  # the trial's model frees its memory before the next is loaded
     return trial
+
+
+def _read_trial(file: Path) -> JsonObject:
+    """A finished trial; empty where the file is not what was written, so that the trial is repeated."""
+    try:
+        trial: JsonObject = parse_json(file.read_bytes())
+        if trial.pop("sha256", None) == json_digest(trial):
+            return trial
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass
+    log.warning("%s is not what was written: this learning rate is tried again", file)
+    return {}
 
 
 def release_other_ranks(context: RunContext) -> RunContext:
@@ -308,7 +321,8 @@ def load_model(context: RunContext, name: str) -> Any:
         model = context.load_for_training()
         # As a teacher and for comparison: tuned once, continued from its checkpoints.
         context.console.stage("tune the dense model (once: what is done is kept)", context.config.train.steps)
-        checkpoints = distribute_checkpoints(Checkpoints(context.folder.dense_tuned_checkpoints), context.ranks)
+        store = Checkpoints(context.folder.dense_tuned_checkpoints, context.base)
+        checkpoints = distribute_checkpoints(store, context.ranks)
         plain = plain_lora_config(context)
         train_config = replace(plain.config.train, learning_rate=plain.config.lora.dense_learning_rate)
         plain = replace(plain, config=replace(plain.config, train=train_config))
