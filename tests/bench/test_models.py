@@ -51,7 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, dense: Path) -> Path:
 def test_dense_model_of_a_run_is_measured_first(run: Path, dense: Path) -> None:
     specs = resolve_models([str(run)], SMALL)
     assert [spec.label for spec in specs] == [f"{dense} (dense)", str(run)]
-    assert [spec.trust_remote_code for spec in specs] == [False, True]
+    assert [spec.trust_remote_code for spec in specs] == [False, False]
     assert [spec.label for spec in resolve_models([str(run)], BenchOptions(prompt=12, generate=4, dense=False))] == [
         str(run)
     ]
@@ -253,10 +253,7 @@ def test_llama_cpp_runner_counts_and_times_a_file(run: Path, tmp_path: Path) -> 
     facts = runner.facts()
     assert facts.dtype == "f16"
     assert facts.file_bytes == file.stat().st_size
-    assert (
-        facts.parameters
-        == LocalRunner(ModelSpec("run", str(run / "model"), trust_remote_code=True), SMALL).facts().parameters
-    )
+    assert facts.parameters == LocalRunner(ModelSpec("run", str(run / "model")), SMALL).facts().parameters
 
 
 # -- the command -----------------------------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ from support.suites import model_folder
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_hidden_layers": 0}, "num_hidden_layers must be 1 or more"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, and must be 1 or more"),
         ({"hidden_size": "wide"}, "Field 'hidden_size' expected int, got str"),
-        ({"hidden_size": -4}, "negative dimension"),
+        ({"hidden_size": -4}, "hidden_size is -4, and must be 1 or more"),
         ({"hidden_act": "zzz"}, "KeyError: 'zzz'"),
     ],
 )

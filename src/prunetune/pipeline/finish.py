@@ -18,7 +18,7 @@ from prunetune.export.checkpoint import write_checkpoint
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
 from prunetune.export.streamed_cut import StreamedModel, WeightMerger, cut_streamed
 from prunetune.manifest import PrunedModelFacts, QuantisedFacts, SelfCheckFacts
-from prunetune.model.safetensors_reader import SafetensorsReader, load_empty_model
+from prunetune.model.loading import load_empty_model, open_safetensors
 from prunetune.pipeline.card_facts import render_card
 from prunetune.pipeline.monitor import tuning_facts
 from prunetune.pipeline.nf4_check import compare_with_merged, has_nf4_adapters
@@ -161,7 +161,7 @@ def _open_streamed(context: RunContext, state: TrainingState) -> StreamedModel |
     """The model to cut layer by layer; None if its weights are not stored under the names that they have in memory."""
     name, trust = context.config.model, context.config.trust_remote_code
     model = load_empty_model(name, trust_remote_code=trust)
-    stored = SafetensorsReader.from_model(name, trust_remote_code=trust)
+    stored = open_safetensors(name, trust_remote_code=trust)
     if not stored.has_all(parameter for parameter, _ in model.named_parameters()):
         log.warning("the model's files use other names than its class: it is cut as a whole, in CPU memory")
         return None

@@ -27,7 +27,6 @@ from prunetune.data.sources import SplitName
 from prunetune.errors import ModelError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.score_records import evaluate
-from prunetune.export.checksums import verify_checksums
 from prunetune.manifest import BudgetFacts, LearningRateFacts, ModelSpeeds, RateTrialFacts
 from prunetune.model.loading import DTYPES, load_model_and_tokenizer
 from prunetune.pipeline.card_facts import rewrite_card
@@ -315,7 +314,6 @@ def score_model(context: RunContext, model: Any) -> Evaluation:
 def load_model(context: RunContext, name: str) -> Any:
     """The "pruned" model as it was written, the "dense" one, or the "tuned" dense one, tuned here if it is not yet."""
     if name == "pruned":
-        verify_checksums(context.folder.model_folder)
         return _load_pruned(context, context.dtype)
     if name == "tuned":
         model = context.load_for_training()
@@ -334,7 +332,4 @@ def load_model(context: RunContext, name: str) -> Any:
 
 
 def _load_pruned(context: RunContext, dtype: torch.dtype) -> Any:
-    generated_code = context.config.layout == "per-layer"  # that this run generated and checked
-    return load_model_and_tokenizer(
-        str(context.folder.model_folder), device=context.device, dtype=dtype, trust_remote_code=generated_code
-    ).model
+    return load_model_and_tokenizer(str(context.folder.model_folder), device=context.device, dtype=dtype).model

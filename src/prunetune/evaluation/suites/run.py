@@ -58,17 +58,14 @@ def _evaluate_task(
 ) -> dict[str, TaskResult]:
     if task.error:
         raise ConfigError(task.error)
+    for permission, part in task.permissions.items():
+        if permission not in allow:
+            risk = {"code": "runs code of this machine", "judge": "sends answers to an endpoint"}[permission]
+            raise ConfigError(f"task {task.name}: {part} {risk} and is off; allow it with --allow-{permission}")
     if task.options.lm_eval:
         from prunetune.evaluation.suites.lm_eval_tasks import evaluate_lm_eval_task
 
         return evaluate_lm_eval_task(backend, task)
-    for scorer in (task_scorer.scorer for task_scorer in task.scorers):
-        if scorer.permission and scorer.permission not in allow:
-            risk = {"code": "runs code of this machine", "judge": "sends answers to an endpoint"}[scorer.permission]
-            raise ConfigError(
-                f"task {task.name}: scorer {scorer.metrics[0]} {risk} and is off; allow it with "
-                f"--allow-{scorer.permission}"
-            )
     return {task.name: score_task(backend, task, build_prompts(task) if prompts is None else prompts, progress)}
 
 
