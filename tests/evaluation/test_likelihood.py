@@ -17,7 +17,7 @@ from prunetune.plan import Plan
 from prunetune.pruning.cut import RemovedAttention, cut
 from prunetune.pruning.masking import masked
 from prunetune.pruning.sites import find_sites
-from support.models import FAMILIES, random_plan, tiny
+from support.models import FAMILIES, HYBRIDS, hybrid, random_plan, tiny
 
 VOCABULARY = 97
 
@@ -151,6 +151,13 @@ def test_branches_cover_every_choice_by_a_shared_prefix() -> None:
             )
             others = [other.tokens for other in branches if other is not branch]
             assert not any(other[: len(branch.tokens)] == branch.tokens for other in others)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_choices_of_hybrids_equal_full_forward_passes(family: str) -> None:
+    model = hybrid(family)
+    batch = questions(10, count=3)
+    assert_equal(scored(model, batch), [naive(model, question) for question in batch])
 
 
 def test_half_precision_is_scored_in_float32() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
@@ -56,6 +57,15 @@ class LocalRunner:
             ).model
         self.load_s = clock.synchronized_time(self.device) - start
         self.prefill, self.step = self.model, self.model
+        arguments = inspect.signature(self.model.forward).parameters
+        if "past_key_values" not in arguments:  # state-space models
+            if "cache_params" not in arguments or options.record or options.compile:
+                raise ModelError(
+                    f"model {model.label}: transformers passes its states in a way that is not timed here; leave out --compile and --record, or name another"
+                )
+            self.prefill = self.step = lambda tokens, *, past_key_values, **others: self.model(
+                tokens, cache_params=past_key_values, **others
+            )
         self.static_caches: dict[int, Any] = {}  # by batch size, of the last one
         if options.record:
             self.step = CudaGraphStep(self.model)

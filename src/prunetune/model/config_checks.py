@@ -27,6 +27,8 @@ def check_config_values(name: str, values: Mapping[str, Any], *, trust_remote_co
         )
     if not isinstance(values.get("model_type", ""), str):
         raise _wrong_value(name, "model_type", values, "the name of an architecture")
+    if "text_config" in values and not isinstance(values["text_config"], Mapping):
+        raise _wrong_value(name, "text_config", values, "a configuration")
     for key in ("dtype", "torch_dtype"):
         if values.get(key) not in (None, *FLOAT_DTYPES) and not isinstance(values[key], Mapping):
             raise _wrong_value(name, key, values, f"one of {', '.join(FLOAT_DTYPES)}")
@@ -80,7 +82,7 @@ def raise_if_multimodal(name: str, config: Any) -> None:
     text = config.get_text_config()
     if text is config:
         return
-    advice = "save its language model by itself, as docs/extend/family.md says, and name that folder"
+    advice = "save its language model by itself, as docs/quickstart.md says, and name that folder"
     if text.model_type not in FAMILIES:
         advice = f"which cannot be pruned either; can be: {', '.join(FAMILIES)}"
     raise ModelError(

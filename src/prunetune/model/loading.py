@@ -225,7 +225,7 @@ def _read_headers(name: str, config: Any, *, trust_remote_code: bool) -> Any:
             f"model {name}: num_hidden_layers is {layers} in config.json, and the files hold {len(stored_dtypes)} "
             f"tensors; {CORRECT_CONFIG}"
         )
-    with reading_model_files(f"model {name}: no model can be built from its config.json", CORRECT_CONFIG):
+    with reading_model_files(f"model {name}: cannot be opened", "check config.json and the files beside it"):
         if not stored_dtypes:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -339,22 +339,26 @@ def _config_values(name: str) -> dict[str, Any]:
 
 def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     """Load a model's configuration; raises `UnknownArchitecture` or `ModelError` where it cannot be read."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
-    check_config_values(name, _config_values(name), trust_remote_code=trust_remote_code)
+    values = _config_values(name)
+    check_config_values(name, values, trust_remote_code=trust_remote_code)
     with reading_model_files(f"model {name}: config.json", CORRECT_CONFIG):
         try:
-            return AutoConfig.from_pretrained(resolve_model_path(name), trust_remote_code=trust_remote_code)
-        except KeyError as unknown:
-            raise UnknownArchitecture(
-                f"model {name}: architecture {unknown} is not known to transformers; upgrade it"
-            ) from unknown
-        except ValueError as untrusted:
-            if "trust_remote_code" not in str(untrusted):
-                raise
-            raise ModelError(
-                f"model {name} comes with code of its own: read it, then say --trust-remote-code"
-            ) from untrusted
+            config = AutoConfig.from_pretrained(resolve_model_path(name), trust_remote_code=trust_remote_code)
+        except ValueError as broken:
+            if "trust_remote_code" in str(broken):
+                raise ModelError(
+                    f"model {name} comes with code of its own: read it, then say --trust-remote-code"
+                ) from broken
+            if "does not recognize this architecture" in str(broken):
+                raise UnknownArchitecture(
+                    f"model {name}: architecture {values['model_type']!r} is not known to transformers; upgrade it"
+                ) from broken
+            raise
+        if not isinstance(config.get_text_config(), PreTrainedConfig):
+            raise ValueError(f"text_config does not belong to {config.model_type!r}")
+    return config
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> Any:

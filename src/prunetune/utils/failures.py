@@ -111,9 +111,10 @@ def reading_model_files(subject: str, next_step: str) -> Iterator[None]:
     """
     try:
         yield
-    except PrunetuneError:
-        raise
-    except Exception as broken:
+    except BaseException as broken:
+        is_panic = type(broken).__name__ == "PanicException"  # of Rust in tokenizers; no subclass of Exception
+        if isinstance(broken, PrunetuneError) or not (isinstance(broken, Exception) or is_panic):
+            raise
         if explain_failure(broken):
             raise
         reason = first_line(broken).rstrip(".:")

@@ -15,6 +15,7 @@ from prunetune.evaluation.suites.prompts import build_prompts
 from prunetune.evaluation.suites.protocol import Backend, OnRequestsDone, Prompt, RequestKind, Response
 from prunetune.evaluation.suites.scorers import Permission
 from prunetune.evaluation.suites.suite import Suite, Task
+from prunetune.utils.failures import explain_failure, first_line
 
 log = logging.getLogger(__name__)
 SuiteProgressCallback = Callable[[str, int, int], None]  # task, requests done, requests in all
@@ -41,6 +42,12 @@ def evaluate_suite(
         except PrunetuneError as error:
             log.warning("task %s: %s", task.name, error)
             results[task.name] = TaskResult(task.name, {}, (), error=str(error))
+        except Exception as bug:
+            if explain_failure(bug):
+                raise
+            log.exception("task %s", task.name)
+            reason = f"{type(bug).__name__}: {first_line(bug)}; this is a bug, please report its traceback"
+            results[task.name] = TaskResult(task.name, {}, (), error=reason)
     return Evaluation(results)
 
 

@@ -148,7 +148,7 @@ def select_architecture(source: ExportSource) -> GgufArchitecture:
 
 
 def incompatibility(arch: GgufArchitecture, source: ExportSource, *, any_width: bool = False) -> str:
-    """Why this architecture cannot hold the model; "" if it can. `any_width`: its layers could have other widths."""
+    """Why this architecture cannot hold the model; "" if it can. `any_width`: whatever the widths of its layers are."""
     config, heads = source.config, head_counts(source.config)
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     ropes = rope_options(config).values()
