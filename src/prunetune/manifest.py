@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Self, get_args, get_origin, get_type_hints
 
+from prunetune.utils.untrusted import parse_json
+
 
 def finite_number(value: Any) -> Any:
     """The value where it is a finite number, else None."""
@@ -375,7 +377,7 @@ class Manifest(ManifestPart):
     @classmethod
     def from_json(cls, text: str) -> Manifest:
         """Read the text of a manifest.json; raises `ValueError` where it is no JSON object."""
-        values = json.loads(text)
+        values = parse_json(text, nan=True)
         if not isinstance(values, dict):
             raise ValueError("manifest.json is no JSON object")
         return cls.from_dict(values)

@@ -14,6 +14,7 @@ from prunetune.config.recipe import RunConfig
 from prunetune.errors import RunFolderError
 from prunetune.utils.files import write_text
 from prunetune.utils.json_lines import JsonObject
+from prunetune.utils.untrusted import parse_json, read_text, shorten
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,10 @@ class CellStore:
         if not file.exists():
             return None
         try:
-            result: JsonObject = json.loads(file.read_text(encoding="utf-8"))
+            result: JsonObject = parse_json(read_text(file))
             same = with_current_names(RunConfig, result["changes"], quiet=True) == cell_header(cell)["changes"]
         except (ValueError, KeyError, TypeError) as error:
-            problem = f"{file} cannot be read ({error!r}): remove it, then continue with --resume"
+            problem = f"{file} cannot be read ({shorten(repr(error))}): remove it, then continue with --resume"
             raise RunFolderError(problem) from error
         if not same:
             raise RunFolderError(

@@ -20,6 +20,7 @@ from prunetune.config.recipe import WorkloadConfig
 from prunetune.cost.layer_shapes import ModelShape, UnitCounts
 from prunetune.errors import ConfigError
 from prunetune.pruning.units import UnitKind
+from prunetune.utils.untrusted import parse_json, read_text, short_repr, shorten
 
 FORMAT = "prunetune-latency-1"
 PHASES = ("prefill", "decode")
@@ -71,9 +72,9 @@ class LatencyTable:
     def from_json(cls, text: str, where: str) -> LatencyTable:
         """Read what `to_json` wrote; raises `ConfigError` on anything else."""
         try:
-            data: Any = json.loads(text)
+            data: Any = parse_json(text)
             if data["format"] != FORMAT:
-                raise ValueError(f"format {data['format']!r}, and this version reads {FORMAT}")
+                raise ValueError(f"format {short_repr(data['format'])}, and this version reads {FORMAT}")
             layers = {
                 track: {int(index): _layer_timing(values) for index, values in data["layers"][track].items()}
                 for track in TRACKS
@@ -81,15 +82,15 @@ class LatencyTable:
             return cls(dict(data["header"]), {track: float(data["rest"][track]) for track in TRACKS}, layers)
         except (ValueError, KeyError, TypeError, AttributeError) as broken:
             raise ConfigError(
-                f"{where}: not a latency table ({broken}); leave budget.table out, and one is measured"
+                f"{where}: not a latency table ({shorten(str(broken))}); leave budget.table out, and one is measured"
             ) from broken
 
     @classmethod
     def load(cls, path: Path, header: Mapping[str, Any]) -> LatencyTable:
         """Read a table; raises `ConfigError` where its header differs from this one, with the first difference."""
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as missing:
+            text = read_text(path)
+        except (OSError, ValueError) as missing:
             raise ConfigError(
                 f"budget.table {path}: cannot be read ({missing}); leave budget.table out, and one is measured"
             ) from missing
@@ -98,7 +99,7 @@ class LatencyTable:
             actual = table.header.get(name)
             if actual != expected:
                 raise ConfigError(
-                    f"budget.table {path} was measured with {name} {actual!r}, and here it is {expected!r}: "
+                    f"budget.table {path} was measured with {name} {short_repr(actual)}, and here it is {expected!r}: "
                     "leave budget.table out, and one is measured here"
                 )
         return table

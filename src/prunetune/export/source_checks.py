@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +13,7 @@ from prunetune.export.checksums import CHECKSUM_FILE, verify_checksums
 from prunetune.pruning.families import get_family, head_counts
 from prunetune.pruning.linears import COLUMNS, stored_axis
 from prunetune.pruning.units import UnitKind
+from prunetune.utils.untrusted import parse_json, read_text
 
 if TYPE_CHECKING:
     from prunetune.export.source import ExportSource
@@ -51,7 +51,7 @@ def _shards_in_index(folder: Path) -> set[str]:
     if not index.is_file():
         return set()
     try:
-        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return set(parse_json(read_text(index))["weight_map"].values())
     except (ValueError, KeyError, AttributeError) as error:
         raise ModelError(f"{index} cannot be read; copy the folder again") from error
 

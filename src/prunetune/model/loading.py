@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from prunetune.errors import ConfigError, MissingPackage, ModelError, UnknownArchitecture
 from prunetune.model.gguf_import import dequantize_gguf
 from prunetune.utils.failures import first_line
+from prunetune.utils.files import expand_path
 from prunetune.utils.suggest import similar_names
 
 DEMO = "demo"
@@ -33,7 +34,7 @@ class LoadedModel:
 
 def gguf_file(name: str) -> Path | None:
     """The .gguf file that a model's name means; None where it means a folder or a hub name."""
-    path = demo_file() if name == DEMO else Path(name).expanduser()
+    path = demo_file() if name == DEMO else expand_path(name)
     return path if path.suffix == ".gguf" else None
 
 
@@ -47,7 +48,7 @@ def resolve_model_path(name: str) -> str:
         if not file.is_file():
             raise ModelError(f"model {name}: no such file; name a .gguf file, a model folder or a hub name")
         return str(dequantize_gguf(file))
-    path = Path(name).expanduser()
+    path = expand_path(name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelError(f"model {name}: the folder has no config.json; name the folder that save_pretrained wrote")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from prunetune.plan import Plan
 from prunetune.utils.files import atomic_folder, sha256, write_text
+from prunetune.utils.untrusted import parse_json, read_text
 
 MAX_CHECKPOINTS = 2  # older ones are deleted
 Tensors = Mapping[str, Tensor]
@@ -127,7 +128,7 @@ class NullCheckpointStore:
 
 def _read(folder: Path) -> TrainingState | None:
     try:
-        fields: dict[str, Any] = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+        fields: dict[str, Any] = parse_json(read_text(folder / "state.json"), nan=True)
         if any(sha256(folder / name) != digest for name, digest in fields["sha256"].items()):
             return None
         tensors = {Path(name).stem: load_file(folder / name) for name in fields["sha256"]}

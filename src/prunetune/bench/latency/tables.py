@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from prunetune.config.recipe import WorkloadConfig
 from prunetune.cost.latency_table import LatencyTable
 from prunetune.errors import ConfigError
 from prunetune.pruning.units import Site, UnitKind
-from prunetune.utils.files import write_text
+from prunetune.utils.files import expand_path, write_text
 from prunetune.utils.json_lines import JsonObject
 
 log = logging.getLogger(__name__)
@@ -30,7 +29,7 @@ def get_latency_table(
     """
     header = checked_header(config, sites, workload, device, align)
     if file:
-        return LatencyTable.load(Path(file), header)
+        return LatencyTable.load(expand_path(file), header)
     cached = load_cached_table(header)
     return cached if cached is not None else measure_table(config, sites, workload, device, align, header)
 

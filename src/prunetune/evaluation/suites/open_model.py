@@ -26,13 +26,15 @@ from prunetune.model.loading import (
     pick_dtype,
     resolve_model_path,
 )
+from prunetune.utils.files import expand_path
+from prunetune.utils.untrusted import read_text
 
 
 def open_backend(name: str, options: EvalOptions, store: AnswerStore | None = None) -> Backend | Evaluation:
     """Whatever the name stands for; weights are read when a question needs them. Raises a `PrunetuneError`."""
     if name.startswith(("http://", "https://")):
         return Endpoint(EndpointClient(name, key_env=options.key_env, timeout=options.timeout), options.model_name)
-    path = Path(name).expanduser()
+    path = expand_path(name)
     if path.suffix == ".json":
         return _read_results(path)
     store = store or AnswerStore()
@@ -54,7 +56,7 @@ def check_can_open(name: str, options: EvalOptions) -> None:
 
 def resolve_checkpoint(name: str, *, trust_remote_code: bool) -> tuple[str, bool]:
     """The folder or hub name that a run or a name means, and whether code in it may run; raises `ModelError`."""
-    path = Path(name).expanduser()
+    path = expand_path(name)
     run = read_run_config(path)
     if run is None:
         resolve_model_path(name)  # raises before anything is read
@@ -77,7 +79,7 @@ def check_gguf_file(path: Path) -> Path:
 
 def dense_model_of_run(name: str) -> str:
     """The dense model of a run, as the run opened it (a .gguf file is dequantised); raises `ModelError`."""
-    run = read_run_config(Path(name).expanduser())
+    run = read_run_config(expand_path(name))
     if run is None:
         raise ModelError(
             f"{name} is no run folder, which would know its dense model; name the reference with --against"
@@ -101,8 +103,8 @@ def list_run_sizes(run: Path) -> list[Path]:
 
 def _read_results(path: Path) -> Evaluation:
     try:
-        return Evaluation.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as missing:
+        return Evaluation.from_json(read_text(path))
+    except (OSError, ValueError) as missing:
         raise DataError(f"{path}: cannot be read ({missing}); name a file that prunetune eval --out wrote") from missing
     except DataError as error:
         raise DataError(f"{path}: {error}") from error

@@ -16,6 +16,7 @@ import gguf
 from prunetune.errors import ModelError
 from prunetune.export.source import ExportSource
 from prunetune.model.loading import gguf_file
+from prunetune.utils.untrusted import parse_json, read_text
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT = r"\p{N}"
@@ -65,7 +66,7 @@ def _copy_base_keys(writer: gguf.GGUFWriter, source: ExportSource, base: Path) -
 def _write_from_tokenizer_json(writer: gguf.GGUFWriter, source: ExportSource) -> str:
     file = source.folder / "tokenizer.json"
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parse_json(read_text(file))
     except (OSError, ValueError) as error:
         raise ModelError(f"{file} cannot be read, and GGUF needs it: save a fast tokenizer into the folder") from error
     if values["model"]["type"] != "BPE":
