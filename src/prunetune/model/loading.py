@@ -17,10 +17,14 @@ from prunetune.model.gguf_import import dequantize_gguf
 from prunetune.utils.failures import first_line
 from prunetune.utils.files import expand_path
 from prunetune.utils.suggest import similar_names
+from prunetune.utils.untrusted import short_repr
 
 DEMO = "demo"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+MAX_LAYERS = 512
 
 
 @dataclass(frozen=True)
@@ -180,9 +184,14 @@ def weight_files(name: str) -> list[Path]:
 def load_config(name: str, *, trust_remote_code: bool = False) -> Any:
     """Load a model's configuration; raises `UnknownArchitecture` or `ModelError` where it cannot be read."""
     from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     try:
+        stored = PreTrainedConfig.get_config_dict(resolve_model_path(name))[0]
+        for key in LAYER_COUNTS:
+            if isinstance(stored.get(key), int) and stored[key] > MAX_LAYERS:  # each takes time to build, even empty
+                layers = short_repr(stored[key])
+                raise ModelError(f"model {name}: config.json: {key} is {layers}, and {MAX_LAYERS} are read; correct it")
         return AutoConfig.from_pretrained(resolve_model_path(name), trust_remote_code=trust_remote_code)
     except KeyError as unknown:
         raise UnknownArchitecture(
