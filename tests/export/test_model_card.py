@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from prunetune.pipeline.card_facts import card_scores, render_card, rewrite_card
 from prunetune.pruning.sites import find_sites
 from prunetune.runs.folder import RunFolder
 from support.models import random_plan, tiny
+from support.page import ATTACK, steering
 
 MODEL = tiny("llama")
 MANIFEST: dict[str, Any] = {
@@ -100,6 +102,28 @@ def test_card_leaves_out_unknown_sections() -> None:
     assert "## Size" not in text
     assert "the base does not name one" in text
     assert "trust_remote_code=True" not in text
+
+
+def test_card_holds_names_of_others_as_text() -> None:
+    name = f"task | `{ATTACK}\n\n## Forged\n"
+    config = from_mapping({"model": name, "data": {"train": [name]}})
+    facts = {**MANIFEST, "versions": {name: name}, "commit": name, "data": {"hashes": {name: name}}, "dtype": name}
+    facts["learning_rate"] = {"chosen": 1e-3, "description": name}
+    licence = LicenseInfo(name, name, name, name)
+    scores = [ScoreRow(name, name, {"dense": (0.5, 0.1, 3)})]
+    provenance = Provenance(config, Manifest.from_dict(facts), licence, scores, "c" * 64)
+    card = format_model_card(provenance, random_plan(MODEL), find_sites(MODEL))
+    assert not steering(card)
+    body = re.sub(r"(?<![\\`])(`+)(?!`).*?(?<!`)\1(?!`)", "", card.split("---\n", 2)[2])
+    assert "<" not in body
+    assert "&lt;script&gt;" in body
+    assert [line for line in card.splitlines() if line.startswith("#")] == [
+        *[line for line in card.splitlines() if line.startswith("# ")],
+        "## Size", "## Scores", "## Provenance", "## Licence",
+    ]  # fmt: skip
+    (row,) = (line for line in card.splitlines() if "0.500 ± 0.100" in line)
+    assert len(re.findall(r"(?<!\\)\|", row)) == 5
+    assert front_matter(card)["license"] == name
 
 
 def test_rewrite_card_adds_scores_of_the_run(tmp_path: Path) -> None:

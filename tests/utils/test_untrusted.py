@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from prunetune.utils.untrusted import parse_json, printable
+from prunetune.utils.untrusted import markdown_code, markdown_text, parse_json, printable
 
 
 @pytest.mark.parametrize(
@@ -49,3 +49,24 @@ def test_nothing_printable_steers_a_terminal() -> None:
     assert "\n" in shown
     assert "\\x1b" in shown
     shown.encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "markdown"),
+    [
+        ("owner/name-1_b", "owner/name-1_b"),
+        ("<script>alert(1)</script>", "&lt;script&gt;alert(1)&lt;/script&gt;"),
+        ("![x](http://h) | a", "!\\[x\\](http://h) \\| a"),
+        ("`a`\n\n## b", "\\`a\\` ## b"),
+        ("\x1b[2J\u202e", "\\\\x1b\\[2J\\\\u202e"),
+    ],
+)
+def test_markdown_text_opens_no_markup(text: str, markdown: str) -> None:
+    assert markdown_text(text) == markdown
+
+
+@pytest.mark.parametrize(
+    ("text", "markdown"), [("a: <b>", "`a: <b>`"), ("``` x", "```` ``` x ````"), ("a`b\n\n# c", "``a`b # c``")]
+)
+def test_markdown_code_is_not_ended_by_its_text(text: str, markdown: str) -> None:
+    assert markdown_code(text) == markdown

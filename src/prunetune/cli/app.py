@@ -12,6 +12,7 @@ import traceback
 import typing
 from importlib import resources
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
@@ -26,6 +27,7 @@ from prunetune.utils.failures import explain_failure, is_gpu_fault
 from prunetune.utils.files import check_writable, expand_path, write_text
 from prunetune.utils.launch import rank_and_world_size, rank_prefix, run_and_exit_on_failure, single_process_error
 from prunetune.utils.threads import limit_openmp_threads
+from prunetune.utils.untrusted import printable
 
 app = App(
     name="prunetune",
@@ -73,7 +75,7 @@ def run(
     if dry_run:
         from prunetune.cli.preview import render_dry_run
 
-        print(render_dry_run(config, resume=resume))
+        _print(render_dry_run(config, resume=resume))
         return
     from prunetune.pipeline.run import run as run_pipeline
 
@@ -99,7 +101,7 @@ def _print_run(folder: Path) -> None:
     if not rank_and_world_size()[0]:
         from prunetune.cli.output import render_run
 
-        print(render_run(folder))
+        _print(render_run(folder))
 
 
 @app.command
@@ -121,8 +123,8 @@ def compare(
 
     config = load_recipe(recipe, flags_to_overrides(flags))
     folder = run_comparison(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
-    print((folder / "table.md").read_text(encoding="utf-8"))
-    print(f"page {folder / 'comparison.html'}")
+    _print((folder / "table.md").read_text(encoding="utf-8"))
+    _print(f"page {folder / 'comparison.html'}")
 
 
 @app.command
@@ -152,7 +154,7 @@ def sites(
     from prunetune.cli.preview import render_sites
 
     requests = read_options(WorkloadConfig, flags_to_overrides(workload), where="sites")
-    print(
+    _print(
         render_sites(
             model, layout=layout, align=align, units=units, trust_remote_code=trust_remote_code,
             workload=requests, device=device, measure=measure,
@@ -183,7 +185,7 @@ def runs(
     from prunetune.runs.history import list_runs
     from prunetune.runs.listing import filter_runs, render_runs_table
 
-    print(render_runs_table(filter_runs(list_runs(folder), model=model, status=status, where=where)))
+    _print(render_runs_table(filter_runs(list_runs(folder), model=model, status=status, where=where)))
 
 
 @app.command(name="compare-runs")
@@ -191,7 +193,7 @@ def compare_runs(first: UserPath, /, *others: UserPath) -> None:
     """Compare finished runs with the first: options, scores, units kept in both, and items that flipped."""
     from prunetune.runs.diff import diff_runs
 
-    print(diff_runs([first, *others]))
+    _print(diff_runs([first, *others]))
 
 
 @app.command
@@ -207,7 +209,7 @@ def report(run: UserPath, /) -> None:
     """Rewrite the report.html of a run."""
     from prunetune.report import write_report
 
-    print(write_report(run))
+    _print(write_report(run))
 
 
 @app.command
@@ -244,7 +246,7 @@ def export(
     from prunetune.export.result import ExportOptions
 
     options = ExportOptions(dtype=dtype, pad=pad, quantize=quantize or "")
-    print(export_run(run, to or "", out=out, options=options, trust_remote_code=trust_remote_code))
+    _print(export_run(run, to or "", out=out, options=options, trust_remote_code=trust_remote_code))
 
 
 @app.command(name="eval")
@@ -276,7 +278,7 @@ def evaluate(
         scores = evaluate_and_check.evaluate(model, suite, options=options, progress=progress)
     if out is not None:
         write_text(out, evaluate_and_check.evaluation_to_json(scores, model, str(suite)))
-    print(output.render_evaluation(scores))
+    _print(output.render_evaluation(scores))
     unscored = [name for name, result in scores.tasks.items() if result.error]
     if unscored:
         raise DataError(f"{len(unscored)} of {len(scores.tasks)} tasks could not be scored: {', '.join(unscored)}")
@@ -302,6 +304,7 @@ def check(
         A YAML file of tasks with limits; see suites/.
     """
     from prunetune.evaluation.suites import evaluate_and_check, output
+    from prunetune.evaluation.suites.http_client import public_url
     from prunetune.evaluation.suites.junit import render_junit
     from prunetune.utils.console import evaluation_progress
 
@@ -311,10 +314,10 @@ def check(
     with evaluation_progress() as progress:
         result = evaluate_and_check.check(model, suite, options=options, progress=progress)
     if junit is not None:
-        write_text(junit, render_junit(result, f"prunetune check {model}"))
+        write_text(junit, render_junit(result, f"prunetune check {public_url(model)}"))
     if json is not None:
         write_text(json, result.to_json())
-    print(output.render_check(result))
+    _print(output.render_check(result))
     if result.broken:
         raise LimitBroken(f"{len(result.broken)} of {len(result.verdicts)} limits broken: {result.broken[0].says}")
     if result.errors:
@@ -346,15 +349,19 @@ def bench(
     result = measure_models(models, options)
     if json is not None:
         write_text(json, dumps(result.to_dict(), indent=2) + "\n")
-    print(render_bench(result))
+    _print(render_bench(result))
 
 
 def main() -> None:
     """Entry point; exits with 0 (done), 1 (limit broken), 2 (user error), 130 (interrupted) or 141 (output closed)."""
     is_rank_0 = not rank_and_world_size()[0]  # which logs for all
-    logging.basicConfig(format="%(message)s", level=logging.WARNING if is_rank_0 else logging.ERROR, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PrintableFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING if is_rank_0 else logging.ERROR)
+    logging.captureWarnings(True)
+    sys.excepthook = _print_traceback
     logging.getLogger("prunetune").setLevel(logging.INFO if is_rank_0 else logging.ERROR)
-    for noisy in ("httpx", "transformers", "peft", "accelerate", "absl"):
+    for noisy in ("httpx2", "transformers", "peft", "accelerate", "absl"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # Our log has what their bars and notes would say. transformers reads these when it is imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -396,7 +403,7 @@ def _run_app() -> int:
         if explained is None:  # a bug: its traceback is what helps
             raise
         if is_gpu_fault(error):  # where it happened matters, too
-            traceback.print_exception(error)
+            _print_traceback(type(error), error, error.__traceback__)
         return _fail(explained, 2)
     return 0
 
@@ -411,9 +418,23 @@ def _is_output_closed() -> bool:
     return is_closed
 
 
+def _print(result: object) -> None:
+    """Print on standard output; texts of others, in names and errors, do not steer the terminal."""
+    print(printable(str(result)))
+
+
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, frames: TracebackType | None) -> None:
+    print(printable("".join(traceback.format_exception(kind, error, frames))), end="", file=sys.stderr)
+
+
 def _fail(line: str, code: int) -> int:
     """Print a line on standard error; returns the exit code."""
-    print(f"prunetune: {rank_prefix()}{line}", file=sys.stderr)
+    print(printable(f"prunetune: {rank_prefix()}{line}".replace("\n", " ")), file=sys.stderr)
     return code
 
 

@@ -14,7 +14,7 @@ from prunetune.manifest import Manifest
 from prunetune.report import formatting
 from prunetune.utils.files import write_text
 from prunetune.utils.json_lines import JsonObject
-from prunetune.utils.untrusted import parse_json, read_text
+from prunetune.utils.untrusted import parse_json, printable, read_text
 
 LABELS = {"acc": "Mean accuracy", "nll": "Mean NLL per answer token", "rouge_l": "Mean ROUGE-L"}
 TASK_LABELS = {"acc": "Accuracy", "rouge_l": "ROUGE-L", "ppl": "Perplexity"}
@@ -53,7 +53,7 @@ def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: s
         charts.draw_metric_chart(number, metric, label, rows, styles)
         for number, (metric, label) in enumerate((labels | forgetting).items())
     ]
-    return environment.get_template("comparison.html.j2").render(
+    page = environment.get_template("comparison.html.j2").render(
         name=name,
         comparison=comparison,
         verdict=verdict(comparison),
@@ -72,6 +72,7 @@ def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: s
         environment=_environment_rows(manifest),
         recipe=recipe,
     )
+    return printable(page)
 
 
 def metric_label(name: str) -> str:

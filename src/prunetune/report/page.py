@@ -29,6 +29,7 @@ from prunetune.report.run_folder import MODELS, RunFiles, get_number, read_run
 from prunetune.report.speed import speed_rows
 from prunetune.report.training_curves import ReportFigure
 from prunetune.utils.files import write_text
+from prunetune.utils.untrusted import printable
 
 MODEL_NAMES = {"dense": "Dense, untuned", "tuned": "Dense, tuned", "pruned": "Pruned"}
 FLIP_NAMES = {
@@ -64,7 +65,7 @@ def _render(template: str, context: Mapping[str, Any]) -> str:
         "share": formatting.share,
         "ranges": kept_layers.format_ranges,
     }
-    return environment.get_template(template).render(context)
+    return printable(environment.get_template(template).render(context))
 
 
 def _template_context(run: RunFiles) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def _flips(first: ComparedRun, other: ComparedRun) -> str:
     lines = [f"{title}: of {common:,} that both answered, {lost:,} lost and {len(flips) - lost:,} gained"]
     for flip in sorted(flips, key=lambda flip: flip.gained)[:MAX_FLIPS]:
         answers = f"{_quote_line(flip.before)} -> {_quote_line(flip.after)}"
-        lines.append(f"  {'gained' if flip.gained else 'lost':<7}{flip.task} {flip.id}: {answers}")
+        lines.append(f"  {'gained' if flip.gained else 'lost':<7}{flip.task} {flip.id}: {answers}".replace("\n", " "))
     if len(flips) > MAX_FLIPS:
         lines.append(f"  and {len(flips) - MAX_FLIPS:,} more")
     return "\n".join(lines)
@@ -173,6 +173,5 @@ def find_flips(first: Evaluation, other: Evaluation) -> tuple[list[FlippedItem],
 
 
 def _quote_line(text: str) -> str:
-    """Text of a model as one line without control characters: it is shown in a terminal."""
-    plain = " ".join("".join(character if character.isprintable() else " " for character in text).split())
-    return repr(plain if len(plain) <= 40 else f"{plain[:39]}…")
+    line = " ".join(text.split())
+    return repr(line if len(line) <= 40 else f"{line[:39]}…")

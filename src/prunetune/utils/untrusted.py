@@ -1,7 +1,8 @@
-"""Text that others wrote: files and JSON read within bounds, values shown short, strings made safe for a terminal."""
+"""What others wrote: files and JSON read within bounds, values shown short, text safe for terminals and Markdown."""
 
 from __future__ import annotations
 
+import html
 import json
 import math
 import re
@@ -102,3 +103,17 @@ def shorten(text: str, length: int = 80) -> str:
 def printable(text: str) -> str:
     r"""The text with what would steer a terminal written as an escape: `\x1b` in place of ESC. Tabs and lines stay."""
     return UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+def markdown_text(text: str) -> str:
+    """The text as part of one line of Markdown: it opens no tag, link, code or column of a table."""
+    line = html.escape(printable(" ".join(text.split())), quote=False)
+    return re.sub(r"[\\`\[\]|]", r"\\\g<0>", line)
+
+
+def markdown_code(text: str) -> str:
+    """The text as inline code of Markdown, in a fence that is longer than any in it."""
+    line = printable(" ".join(text.split()))
+    fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
+    pad = " " if line.startswith("`") or line.endswith("`") else ""
+    return f"{fence}{pad}{line}{pad}{fence}"

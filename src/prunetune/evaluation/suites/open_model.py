@@ -13,7 +13,7 @@ from prunetune.errors import DataError, ModelError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suites.cache import AnswerStore, CachedBackend, files_hash, folder_hash
 from prunetune.evaluation.suites.endpoint import Endpoint
-from prunetune.evaluation.suites.http_client import EndpointClient
+from prunetune.evaluation.suites.http_client import EndpointClient, public_url
 from prunetune.evaluation.suites.llamacpp import LlamaCpp
 from prunetune.evaluation.suites.local import LocalModel
 from prunetune.evaluation.suites.options import EvalOptions
@@ -32,7 +32,7 @@ from prunetune.utils.untrusted import read_text
 
 def open_backend(name: str, options: EvalOptions, store: AnswerStore | None = None) -> Backend | Evaluation:
     """Whatever the name stands for; weights are read when a question needs them. Raises a `PrunetuneError`."""
-    if name.startswith(("http://", "https://")):
+    if "://" in name:
         return Endpoint(EndpointClient(name, key_env=options.key_env, timeout=options.timeout), options.model_name)
     path = expand_path(name)
     if path.suffix == ".json":
@@ -82,7 +82,7 @@ def dense_model_of_run(name: str) -> str:
     run = read_run_config(expand_path(name))
     if run is None:
         raise ModelError(
-            f"{name} is no run folder, which would know its dense model; name the reference with --against"
+            f"{public_url(name)} is no run folder, which would know its dense model; name the reference with --against"
         )
     return resolve_model_path(run.model)
 
