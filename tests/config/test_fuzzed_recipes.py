@@ -40,7 +40,7 @@ def use(config: RunConfig) -> None:
 
 
 @given(values=damaged(RECIPE))
-@fuzzed(60)
+@fuzzed(40)
 def test_any_mapping_is_a_recipe_or_refused(values: Any) -> None:
     with refused_or_fine():
         use(from_mapping(values))

@@ -47,7 +47,7 @@ FILES = {
     rows=st.lists(st.one_of(*map(damaged, ROWS), ODD, st.sampled_from(ROWS)), min_size=1, max_size=3),
     data=st.data(),
 )
-@fuzzed(80)
+@fuzzed(40)
 def test_any_file_is_rows_or_refused(
     name: str, rows: list[Any], data: st.DataObject, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
