@@ -70,7 +70,7 @@ def damaged_file(draw: st.DrawFn, good: Path) -> tuple[str, bytes]:
 
 def test_report_of_a_damaged_run_is_written_or_refused(runs: Path) -> None:
     @given(file=damaged_file(runs / "good"))
-    @fuzzed(2)
+    @fuzzed(2, most=100)  # each draws all figures
     def check(file: tuple[str, bytes]) -> None:
         name, content = file
         shutil.copytree(runs / "good", runs / "other", dirs_exist_ok=True)

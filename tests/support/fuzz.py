@@ -21,10 +21,10 @@ from prunetune.errors import PrunetuneError
 LIMIT = 10.0  # seconds for one example
 
 
-def fuzzed(examples: int) -> Callable[[Any], Any]:
-    """Hypothesis with the same examples at every run: so many of them, unless the environment says how many."""
+def fuzzed(examples: int, *, most: int = 10**6) -> Callable[[Any], Any]:
+    """Hypothesis with the same examples at every run: so many, or what the environment says and `most` at most."""
     return settings(
-        max_examples=int(os.environ.get("PRUNETUNE_FUZZ_EXAMPLES") or examples),
+        max_examples=min(most, int(os.environ.get("PRUNETUNE_FUZZ_EXAMPLES") or examples)),
         derandomize=True,
         database=None,
         deadline=LIMIT * 1000,
