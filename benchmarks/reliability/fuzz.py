@@ -56,13 +56,13 @@ def main() -> None:
         slowest = max((example["seconds"] for example in examples), default=0.0)
         row = {
             "bar": "N2",
-            "case": f"{kind}: {len(examples)} of any content, {outcomes['fine']} fine, {outcomes['refused']} refused in "
-            f"a line, slowest {slowest:.1f} s",
+            "case": f"{kind} of any content, {len(examples)}: {outcomes['fine']} work, {outcomes['refused']} refused "
+            f"in one line; slowest {slowest:.1f} s",
             "value": outcomes["failed"] + (tests.returncode != 0 and not outcomes["failed"]),
             "target": 0,
             "met": tests.returncode == 0,
             "unit": "tracebacks or over 10 s",
-            "device": "CPU",
+            "device": "cpu",
             "command": f"benchmarks/reliability/fuzz.py --examples {given.examples} --kinds '{kind}'",
         }
         give(row, given.out)
