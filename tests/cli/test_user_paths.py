@@ -30,7 +30,7 @@ COMMANDS = (
 def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("recipe.yaml").write_text("data: {train: [rows.jsonl]}\n")
-    Path("rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 20)
+    Path("rows.jsonl").write_text("".join(f'{{"prompt": "a{n}", "completion": "b"}}\n' for n in range(20)))
     Path("suite.yaml").write_text("tasks: {a: {data: demo, scorer: accuracy}}\n")
 
 

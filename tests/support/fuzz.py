@@ -41,8 +41,8 @@ def refused_or_fine() -> Iterator[None]:
         outcome = "fine"
     except PrunetuneError as refused:
         outcome, message = "refused", str(refused)
-        if len(message) > 2500 or message != message.encode("utf-8", "replace").decode():
-            raise AssertionError(f"this is no message to read: {message[:200]!r}") from refused
+        if "\n" in message or len(message) > 3000 or message != message.encode("utf-8", "replace").decode():
+            raise AssertionError(f"this is no line to read: {message[:200]!r}") from refused
     finally:
         if log := os.environ.get("PRUNETUNE_FUZZ_LOG"):
             with open(log, "a", encoding="utf-8") as file:

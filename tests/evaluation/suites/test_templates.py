@@ -23,7 +23,7 @@ def test_templates_and_expressions_see_the_fields_of_a_row() -> None:
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes longer"),
         ("{% set r = 'x' * 99999 %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}", "takes longer"),
         ("{% macro m(n) %}{{ m(n) }}{% endmacro %}{{ m(1) }}", "recursion"),
-        ("{{ 9 ** 9 ** 9 ** 9 ** 9 }}", "gives more than"),
+        ("{{ 9 ** (9 ** 9) }}", "gives more than"),
         ("{{ 'x' * 10 ** 12 }}", "gives more than"),
         ("{{ 10 ** 12 * ['x'] }}", "gives more than"),
     ],
