@@ -61,7 +61,8 @@ class LocalRunner:
         if "past_key_values" not in arguments:  # state-space models
             if "cache_params" not in arguments or options.record or options.compile:
                 raise ModelError(
-                    f"model {model.label}: transformers passes its states in a way that is not timed here; leave out --compile and --record, or name another"
+                    f"model {model.label}: transformers passes its states in a way that is not timed here; leave out "
+                    "--compile and --record, or name another"
                 )
             self.prefill = self.step = lambda tokens, *, past_key_values, **others: self.model(
                 tokens, cache_params=past_key_values, **others

@@ -24,6 +24,7 @@ from prunetune.config.recipe import RunConfig, UnitName, WorkloadConfig, load_re
 from prunetune.errors import DataError, LimitBroken, PrunetuneError
 from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
 from prunetune.utils.failures import explain_failure, is_gpu_fault
+from prunetune.utils.files import check_writable, expand_path, write_text
 from prunetune.utils.launch import rank_and_world_size, rank_prefix, run_and_exit_on_failure, single_process_error
 from prunetune.utils.threads import limit_openmp_threads
 from prunetune.utils.untrusted import printable
@@ -48,11 +49,12 @@ NO_CHECK_FLAGS = CheckFlags()
 WorkloadFlags: typing.TypeAlias = make_flags_class(WorkloadConfig)  # type: ignore[valid-type]
 NO_WORKLOAD_FLAGS = WorkloadFlags()
 DEFAULT_UNITS: tuple[UnitName, ...] = ("kv-groups", "mlp-channels")
+UserPath: typing.TypeAlias = Annotated[Path, Parameter(converter=lambda _, tokens: expand_path(tokens[0].value))]
 
 
 @app.command
 def run(
-    recipe: Path,
+    recipe: UserPath,
     /,
     *,
     resume: Annotated[bool, Parameter(negative=(), help="Resume a run that was stopped.")] = False,
@@ -104,7 +106,7 @@ def _print_run(folder: Path) -> None:
 
 @app.command
 def compare(
-    recipe: Path,
+    recipe: UserPath,
     /,
     *,
     resume: Annotated[bool, Parameter(negative=(), help="Resume a comparison that was stopped, or extend it.")] = False,
@@ -162,7 +164,7 @@ def sites(
 
 @app.command
 def runs(
-    folder: Path = Path("runs"),
+    folder: UserPath = Path("runs"),
     /,
     *,
     model: Annotated[str, Parameter(help="Only runs whose model name contains this.")] = "",
@@ -187,7 +189,7 @@ def runs(
 
 
 @app.command(name="compare-runs")
-def compare_runs(first: Path, /, *others: Path) -> None:
+def compare_runs(first: UserPath, /, *others: UserPath) -> None:
     """Compare finished runs with the first: options, scores, units kept in both, and items that flipped."""
     from prunetune.runs.diff import diff_runs
 
@@ -195,7 +197,7 @@ def compare_runs(first: Path, /, *others: Path) -> None:
 
 
 @app.command
-def watch(run: Path, /) -> None:
+def watch(run: UserPath, /) -> None:
     """Show the progress of a run in a terminal until it ends."""
     from prunetune.runs.watch import watch_run
 
@@ -203,7 +205,7 @@ def watch(run: Path, /) -> None:
 
 
 @app.command
-def report(run: Path, /) -> None:
+def report(run: UserPath, /) -> None:
     """Rewrite the report.html of a run."""
     from prunetune.report import write_report
 
@@ -212,7 +214,7 @@ def report(run: Path, /) -> None:
 
 @app.command
 def export(
-    run: Path,
+    run: UserPath,
     /,
     *,
     to: Annotated[
@@ -222,7 +224,7 @@ def export(
         Literal["int8", "int4"] | None,
         Parameter(help="Weight-only quantization; opens with torchao, or bitsandbytes (int4)."),
     ] = None,
-    out: Annotated[Path | None, Parameter(help="Folder to write; default: exports/ of the run folder.")] = None,
+    out: Annotated[UserPath | None, Parameter(help="Folder to write; default: exports/ of the run folder.")] = None,
     dtype: Annotated[
         str, Parameter(help="f32, f16, bf16; gguf also q8_0, q4_k_m, ...; default: that of the format.")
     ] = "",
@@ -252,9 +254,9 @@ def evaluate(
     model: str,
     /,
     *,
-    suite: Path,
+    suite: UserPath,
     out: Annotated[
-        Path | None, Parameter(help="Write scores and items to this JSON file, which check reads too.")
+        UserPath | None, Parameter(help="Write scores and items to this JSON file, which check reads too.")
     ] = None,
     flags: Annotated[EvalFlags, Parameter(name="*")] = NO_EVAL_FLAGS,
 ) -> None:
@@ -269,7 +271,6 @@ def evaluate(
     """
     from prunetune.evaluation.suites import evaluate_and_check, output
     from prunetune.utils.console import evaluation_progress
-    from prunetune.utils.files import check_writable, write_text
 
     options = read_options(EvalOptions, flags_to_overrides(flags), where="eval")
     check_writable(out, "--out")
@@ -288,9 +289,9 @@ def check(
     model: str,
     /,
     *,
-    suite: Path,
-    junit: Annotated[Path | None, Parameter(help="Write a JUnit XML file for CI.")] = None,
-    json: Annotated[Path | None, Parameter(help="Write limits, scores and new failures to this JSON file.")] = None,
+    suite: UserPath,
+    junit: Annotated[UserPath | None, Parameter(help="Write a JUnit XML file for CI.")] = None,
+    json: Annotated[UserPath | None, Parameter(help="Write limits, scores and new failures to this JSON file.")] = None,
     flags: Annotated[CheckFlags, Parameter(name="*")] = NO_CHECK_FLAGS,
 ) -> None:
     """Compare a model with a reference: exit 1, with the new failures, if a limit of the suite is broken.
@@ -306,7 +307,6 @@ def check(
     from prunetune.evaluation.suites.http_client import public_url
     from prunetune.evaluation.suites.junit import render_junit
     from prunetune.utils.console import evaluation_progress
-    from prunetune.utils.files import check_writable, write_text
 
     options = read_options(CheckOptions, flags_to_overrides(flags), where="check")
     check_writable(junit, "--junit")
@@ -328,7 +328,7 @@ def check(
 def bench(
     *models: str,
     json: Annotated[
-        Path | None, Parameter(help="Write settings, device, versions and figures to this JSON file.")
+        UserPath | None, Parameter(help="Write settings, device, versions and figures to this JSON file.")
     ] = None,
     flags: Annotated[BenchFlags, Parameter(name="*")] = NO_BENCH_FLAGS,
 ) -> None:
@@ -343,7 +343,6 @@ def bench(
 
     from prunetune.bench.measure_models import measure_models
     from prunetune.bench.table import render_bench
-    from prunetune.utils.files import check_writable, write_text
 
     options = read_options(BenchOptions, flags_to_overrides(flags), where="bench")
     check_writable(json, "--json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from prunetune.report import formatting
 from prunetune.report.page import template_environment
 from prunetune.utils.files import write_text
 from prunetune.utils.json_lines import JsonObject
-from prunetune.utils.untrusted import printable
+from prunetune.utils.untrusted import parse_json, printable, read_text
 
 LABELS = {"acc": "Mean accuracy", "nll": "Mean NLL per answer token", "rouge_l": "Mean ROUGE-L"}
 TASK_LABELS = {"acc": "Accuracy", "rouge_l": "ROUGE-L", "ppl": "Perplexity"}
@@ -21,7 +20,7 @@ TASK_LABELS = {"acc": "Accuracy", "rouge_l": "ROUGE-L", "ppl": "Perplexity"}
 
 def write_page(folder: Path) -> Path:
     """Write `comparison.html` from `comparison.json`, `manifest.json` and `config.yaml`; the same files, same bytes."""
-    comparison = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    comparison = parse_json(read_text(folder / "comparison.json"))
     files = {name: folder / name for name in ("manifest.json", "config.yaml")}
     texts = {name: file.read_text(encoding="utf-8") if file.exists() else "" for name, file in files.items()}
     manifest, page = Manifest.from_json(texts["manifest.json"] or "{}"), folder / "comparison.html"

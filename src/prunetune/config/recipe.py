@@ -23,6 +23,7 @@ from prunetune.config.score_limits import normalize_limit
 from prunetune.config.training import DistillConfig, LoraSettings, SearchConfig, TrainConfig
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError
+from prunetune.utils.untrusted import short_repr
 
 __all__ = [
     "BUDGET_KINDS", "TRACKERS", "BudgetConfig", "CompareConfig", "DataConfig", "DistillConfig", "EvaluateConfig",
@@ -169,8 +170,11 @@ class BudgetConfig:
         for entry in filter(None, (entry.strip() for entry in self.protect.split(","))):
             first, dash, last = entry.partition("-")
             last = last if dash else first
-            if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-                raise ConfigError(f"budget.protect: {entry!r} is no layer and no range of layers: write 0-1,29")
+            is_short = all(text.isdecimal() and len(text) < 6 for text in (first, last))
+            if not is_short or int(first) > int(last):
+                raise ConfigError(
+                    f"budget.protect: {short_repr(entry)} is no layer and no range of layers: write 0-1,29"
+                )
             layers |= set(range(int(first), int(last) + 1))
         return frozenset(layers)
 

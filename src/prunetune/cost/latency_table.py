@@ -21,7 +21,7 @@ from prunetune.config.recipe import WorkloadConfig
 from prunetune.cost.layer_shapes import ModelShape, UnitCounts
 from prunetune.errors import ConfigError
 from prunetune.pruning.units import UnitKind
-from prunetune.utils.untrusted import parse_json
+from prunetune.utils.untrusted import parse_json, read_text, short_repr, shorten
 
 FORMAT = "prunetune-latency-1"
 PHASES, PROCESSORS = ("prefill", "decode"), ("host", "device")
@@ -98,7 +98,7 @@ class LatencyTable:
         try:
             data: Any = parse_json(text, nan=True)
             if data["format"] != FORMAT:
-                raise ValueError(f"format {data['format']!r}, and this version reads {FORMAT}")
+                raise ValueError(f"format {short_repr(data['format'])}, and this version reads {FORMAT}")
             layers = {
                 track: {int(index): _layer_timing(values) for index, values in data["layers"][track].items()}
                 for track in TRACKS
@@ -108,14 +108,14 @@ class LatencyTable:
                 raise ValueError(f"it says {table.impossible_time}, which cannot be")
             return table
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as broken:
-            raise ConfigError(f"{where}: not a latency table ({broken}); {remedy}") from broken
+            raise ConfigError(f"{where}: not a latency table ({shorten(str(broken))}); {remedy}") from broken
 
     @classmethod
     def load(cls, path: Path, header: Mapping[str, Any]) -> LatencyTable:
         """Read a table; raises `ConfigError` where its header differs from this one, with the first difference."""
         try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as missing:
+            text = read_text(path)
+        except (OSError, ValueError) as missing:
             raise ConfigError(f"budget.table {path}: cannot be read ({missing}); {REMEDY}") from missing
         table = cls.from_json(text, f"budget.table {path}")
         if difference := table.difference_from(header):
@@ -126,7 +126,7 @@ class LatencyTable:
         """The first entry in which its header differs from this one, in words; "" where all are equal."""
         for name, expected in header.items():
             if (actual := self.header.get(name)) != expected:
-                return f"{name} {actual!r}, and here it is {expected!r}"
+                return f"{name} {short_repr(actual)}, and here it is {expected!r}"
         return ""
 
 

@@ -15,6 +15,7 @@ from prunetune.evaluation.statistics import is_same_question, keep_same_question
 from prunetune.plan import Plan
 from prunetune.runs.folder import flatten_options, open_run
 from prunetune.utils.tables import table_lines
+from prunetune.utils.untrusted import read_text
 
 MAX_FLIPS = 10  # that the text lists by name
 IGNORED_OPTIONS = {"out"}  # of every run another
@@ -48,7 +49,7 @@ def load_compared_run(path: Path) -> ComparedRun:
     try:
         plan = Plan.load(folder.plan_file) if folder.plan_file.exists() else None
         file = folder.evaluation_file("pruned")
-        evaluation = Evaluation.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
+        evaluation = Evaluation.from_json(read_text(file)) if file.exists() else None
         hashes = folder.read_manifest().data.hashes
     except (PlanError, DataError, OSError, ValueError, AttributeError) as broken:
         raise RunFolderError(f"{path} cannot be read ({broken}): run it again, or leave it out") from broken

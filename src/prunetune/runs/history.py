@@ -25,8 +25,9 @@ import yaml
 from prunetune.config.recipe import RunConfig
 from prunetune.errors import ConfigError, PrunetuneError
 from prunetune.runs.folder import RunFolder, is_locked, open_run
+from prunetune.utils.files import expand_path
 from prunetune.utils.sqlite import UNUSABLE, run_in_database
-from prunetune.utils.untrusted import parse_json
+from prunetune.utils.untrusted import parse_json, read_text
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +116,7 @@ def _mean_and_task_scores(folder: RunFolder) -> dict[str, float]:
     file = folder.evaluation_file("pruned")
     if not file.exists():
         return {}
-    evaluation = Evaluation.from_json(file.read_text(encoding="utf-8"))
+    evaluation = Evaluation.from_json(read_text(file))
     metrics = dict.fromkeys(metric for result in evaluation.tasks.values() for metric in result.scores)
     scores = {metric: evaluation.mean(metric).value for metric in metrics}
     for task, result in evaluation.tasks.items():
@@ -129,7 +130,7 @@ def _mean_and_task_scores(folder: RunFolder) -> dict[str, float]:
 def _history_file(runs_folder: Path) -> Path:
     """`$PRUNETUNE_HOME/runs.sqlite`, or `runs.sqlite` in the parent of the run folders."""
     home = os.environ.get("PRUNETUNE_HOME")
-    return (Path(os.path.expanduser(home)) if home else runs_folder) / NAME
+    return (expand_path(home) if home else runs_folder) / NAME
 
 
 def _insert(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:

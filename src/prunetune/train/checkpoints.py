@@ -24,7 +24,7 @@ from prunetune.errors import PlanError, RunFolderError
 from prunetune.model.identity import ModelIdentity
 from prunetune.plan import Plan
 from prunetune.utils.files import atomic_folder, sha256, write_text
-from prunetune.utils.untrusted import parse_json
+from prunetune.utils.untrusted import parse_json, read_text
 
 log = logging.getLogger(__name__)
 STATE_FILE = "state.json"
@@ -149,7 +149,7 @@ class NullCheckpointStore:
 
 def _read(folder: Path) -> tuple[TrainingState, Mapping[str, str]]:
     """(state, digests of its base model's files); raises `ValueError` or what reading damaged values raises."""
-    fields: dict[str, Any] = parse_json((folder / STATE_FILE).read_bytes(), nan=True)
+    fields: dict[str, Any] = parse_json(read_text(folder / STATE_FILE), nan=True)
     hashes = dict(fields["sha256"])
     seal = hashes.pop(STATE_FILE, None)
     if seal is None and "base" not in fields:  # by 0.1.0, which sealed the tensors only

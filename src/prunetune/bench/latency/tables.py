@@ -15,8 +15,9 @@ from prunetune.config.recipe import WorkloadConfig
 from prunetune.cost.latency_table import LatencyTable
 from prunetune.errors import ConfigError, RunFolderError
 from prunetune.pruning.units import Site, UnitKind
-from prunetune.utils.files import write_text
+from prunetune.utils.files import expand_path, write_text
 from prunetune.utils.json_lines import JsonObject
+from prunetune.utils.untrusted import read_text
 
 log = logging.getLogger(__name__)
 KEPT_REMEDY = "put it back, or start anew with another --out"
@@ -32,7 +33,7 @@ def get_latency_table(
     """
     header = checked_header(config, sites, workload, device, align)
     if file:
-        return LatencyTable.load(Path(file), header)
+        return LatencyTable.load(expand_path(file), header)
     cached = load_cached_table(header)
     return cached if cached is not None else measure_table(config, sites, workload, device, align, header)
 
@@ -40,8 +41,8 @@ def get_latency_table(
 def load_kept_table(path: Path, header: JsonObject) -> LatencyTable:
     """The table that a run was begun with, whatever this device is; raises `RunFolderError` without a sound file."""
     try:
-        table = LatencyTable.from_json(path.read_text(encoding="utf-8"), str(path), KEPT_REMEDY)
-    except (OSError, UnicodeDecodeError) as missing:
+        table = LatencyTable.from_json(read_text(path), str(path), KEPT_REMEDY)
+    except (OSError, ValueError) as missing:
         raise RunFolderError(f"{path} cannot be read ({missing}): {KEPT_REMEDY}") from missing
     except ConfigError as damaged:
         raise RunFolderError(str(damaged)) from damaged
