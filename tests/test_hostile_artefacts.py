@@ -84,7 +84,7 @@ class Place:
 
     @property
     def pickled(self) -> bytes:
-        return pickle.dumps(Payload(self.code))
+        return pickle.dumps(Payload(self.code), protocol=2)
 
     @property
     def torch_pickled(self) -> bytes:
@@ -753,6 +753,7 @@ def templates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder and a per-layer run folder, which artefacts copy and change."""
     folder = tmp_path_factory.mktemp("templates")
     model_folder(folder / "model")
+    (folder / "model" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     run_folder(folder / "run", subwords())
     return folder
 
@@ -762,8 +763,13 @@ def place(tmp_path: Path, templates: Path, monkeypatch: pytest.MonkeyPatch) -> I
     def asked(*_: Any) -> str:
         raise AssertionError("a question at the terminal whether to run code")
 
-    index = SimpleNamespace(all_tasks=["arc_easy"])  # reading lm-eval's own takes a while
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=lambda **_: index))
+    def index(include_path: str = "", **_: Any) -> SimpleNamespace:
+        """As lm-eval's index: code beside the task files of an included folder may run. Its own takes long to read."""
+        if include_path:
+            exec((Path(include_path) / "evilutils.py").read_text())
+        return SimpleNamespace(all_tasks=["arc_easy"])
+
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", SimpleNamespace(TaskManager=index))
     monkeypatch.setattr("builtins.input", asked)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(gguf_import, "cache_folder", lambda: tmp_path / "cache")
@@ -835,8 +841,8 @@ def test_trust_is_never_left_to_a_question() -> None:
 
 @pytest.mark.parametrize("change", ["flipped", "missing", "added"])
 def test_changed_folder_is_refused_wherever_weights_are_read(change: str, place: Place) -> None:
-    shutil.copytree(place.templates / "run", place.folder / "run")
-    model = place.folder / "run" / "model"
+    model = place.model(evil=False)
+    write_checksums(model)
     load(model)
     if change == "flipped":
         content = bytearray((model / "model.safetensors").read_bytes())
@@ -847,7 +853,7 @@ def test_changed_folder_is_refused_wherever_weights_are_read(change: str, place:
         (model / "generation_config.json").unlink()
         named = "generation_config.json is missing"
     else:
-        place.write("run/model/model-00002.safetensors", (model / "model.safetensors").read_bytes())
+        place.write("model/model-00002.safetensors", (model / "model.safetensors").read_bytes())
         named = "model-00002.safetensors was not written with the model"
     for read in (load, lambda folder: open_safetensors(str(folder)), ExportSource.open):
         with pytest.raises(ModelError, match=named) as refused:
