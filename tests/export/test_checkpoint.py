@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from prunetune import Plan, cut, find_sites, masked
@@ -16,6 +17,7 @@ from prunetune.export import stock_config
 from prunetune.export.checkpoint import add_old_rope_keys, write_checkpoint
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
 from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
+from prunetune.model.loading import load_model_and_tokenizer
 from prunetune.search.plan_rules import PlanConstraints
 from prunetune.search.select import select
 from support.data import subwords
@@ -53,6 +55,22 @@ def test_checkpoint_equals_gated_model_in_a_fresh_process(family: str, layout: s
     assert written.needs_code == (layout == "per-layer")
     assert Plan.load(tmp_path / "model" / "plan.json") == plan
     assert "rope_theta" in (tmp_path / "model" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("layout", ["uniform", "per-layer"])
+def test_head_of_its_own_is_written_as_such_though_the_configuration_said_tied(layout: str, tmp_path: Path) -> None:
+    dense = tiny()
+    dense.config.tie_word_embeddings = True
+    dense.save_pretrained(tmp_path / "dense")
+    subwords().save_pretrained(tmp_path / "dense")
+    head = load_file(tmp_path / "dense" / "model.safetensors")["lm_head.weight"]
+    model = load_model_and_tokenizer(str(tmp_path / "dense"), device=torch.device("cpu"), dtype=torch.float32).model
+    plan = uniform_plan(model, 0.6)
+    sites = find_sites(model)
+    cut(model, plan)
+    written = write_checkpoint(model, subwords(), plan, sites, tmp_path / "model", layout=layout, card="")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert torch.equal(load_file(written.folder / "model.safetensors")["lm_head.weight"], head)
 
 
 @pytest.mark.parametrize("layout", ["uniform", "per-layer"])
