@@ -44,7 +44,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 from rows import give  # noqa: E402
 
-# Module of the package -> test files that judge it, the fastest first.
+# Module of the package -> test files that judge it: the one that mirrors it, then others that mutants have to survive.
 MODULES = {
     "cost/budget_limits": ["cost/test_budget_limits", "search/test_feasibility"],
     "cost/latency_table": ["cost/test_latency_table", "bench/latency/test_measure", "search/test_feasibility"],
@@ -128,9 +128,8 @@ def mutants(module: str, share: float, seed: int) -> Iterator[tuple[Mutant, str]
             yield Mutant(module, name, line, before, after), changed
 
 
-def passes(tree: Path, module: str, timeout: float) -> bool | None:
-    """Whether the module's tests pass with the package in `tree`, in a fork of this process; None after the timeout."""
-    files = [f"tests/{name}.py" for name in MODULES[module] if (ROOT / f"tests/{name}.py").exists()]
+def passes(tree: Path, files: tuple[str, ...], timeout: float) -> bool | None:
+    """Whether these tests pass with the package in `tree`, in a fork of this process; None after the timeout."""
     pid = os.fork()
     if not pid:
         code: int = 70
@@ -152,7 +151,7 @@ def passes(tree: Path, module: str, timeout: float) -> bool | None:
     return None
 
 
-def run_tests(tree: Path, files: list[str]) -> int:
+def run_tests(tree: Path, files: tuple[str, ...]) -> int:
     """Run test files on the package in `tree`; returns pytest's exit code, and leaves what it prints beside."""
     os.setpgid(0, 0)
     os.chdir(ROOT)
@@ -176,14 +175,27 @@ def run_tests(tree: Path, files: list[str]) -> int:
     return pytest.main([*options, f"--basetemp={tree / 'temporary'}", "--import-mode=importlib", *files])
 
 
-def survives(mutant: Mutant, changed: str, tree: Path, timeout: float) -> bool:
+def survives(mutant: Mutant, changed: str, tree: Path, timeouts: dict[tuple[str, ...], float]) -> bool:
+    """Whether the module's tests pass all the same: first those of the file that mirrors it, then the others.
+
+    `timeouts`: of the files that were seen to pass without a mutant.
+    """
     path = tree / f"prunetune/{mutant.module}.py"
     original = path.read_text(encoding="utf-8")
-    path.write_text(changed, encoding="utf-8")
-    try:
-        return passes(tree, mutant.module, timeout) is True
-    finally:
-        path.write_text(original, encoding="utf-8")
+    names = tuple(f"tests/{name}.py" for name in MODULES[mutant.module])
+    for files in filter(None, (names[:1], names[1:])):
+        if files not in timeouts:
+            begun = time.monotonic()
+            if not passes(tree, files, 900):
+                sys.exit(f"{files} fail without a mutant:\n{(tree / 'output.txt').read_text()}")
+            timeouts[files] = 20 + 3 * (time.monotonic() - begun)
+        path.write_text(changed, encoding="utf-8")
+        try:
+            if not passes(tree, files, timeouts[files]):
+                return False
+        finally:
+            path.write_text(original, encoding="utf-8")
+    return True
 
 
 def main() -> None:
@@ -214,19 +226,12 @@ def main() -> None:
         import torch
 
         torch.set_num_threads(1)
-        timeouts: dict[str, float] = {}
+        timeouts: dict[tuple[str, ...], float] = {}
         for mutant, changed in drawn:
             if outcomes.get(mutant.key) == "killed" or time.monotonic() > ends:
                 continue
             begun = time.monotonic()
-            if mutant.module not in timeouts:
-                if not passes(tree, mutant.module, 900):
-                    sys.exit(
-                        f"the tests of {mutant.module} fail without a mutant:\n{(tree / 'output.txt').read_text()}"
-                    )
-                timeouts[mutant.module] = 20 + 3 * (time.monotonic() - begun)
-                begun = time.monotonic()
-            survived = survives(mutant, changed, tree, timeouts[mutant.module])
+            survived = survives(mutant, changed, tree, timeouts)
             outcomes[mutant.key] = "survived" if survived else "killed"
             row = asdict(mutant) | {"outcome": outcomes[mutant.key], "seconds": round(time.monotonic() - begun, 1)}
             give(row, options.found)
