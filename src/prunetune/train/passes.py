@@ -217,7 +217,7 @@ class PackedPasses(_BasePasses):
                     with nullcontext() if gates is None else self._gated(kind):
                         function(pack.with_tensors(inputs[:-1]), by_metric, seen_by)
 
-                key = (kind, gates is None, seen_by is None, *pack.shape_key)
+                key = ((kind, gates is None), seen_by is None, *pack.shape_key)
                 self.recorder.run(key, run, [*pack.tensors(), shares])
         return dict(zip(self.loss.metrics, self.totals.tolist(), strict=True))
 
