@@ -6,6 +6,10 @@ class PrunetuneError(Exception):
 
     exit_code = 2
 
+    def __str__(self) -> str:
+        text = super().__str__().replace("\n", " ")  # names and values of users may hold anything
+        return text if len(text) <= 3000 else f"{text[:2997]}..."
+
 
 class ConfigError(PrunetuneError):
     """A recipe, suite or flag cannot be used."""

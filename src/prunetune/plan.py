@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.errors import PlanError
+from prunetune.utils.untrusted import parse_json, read_text, short_repr, shorten
 
 FORMAT = "prunetune-plan-1"
 
@@ -45,18 +46,21 @@ class Plan:
     def from_json(cls, text: str) -> Plan:
         """Read a plan that `to_json` wrote; raises `PlanError` on anything else."""
         try:
-            data: Any = json.loads(text)
+            data: Any = parse_json(text)
             if data["format"] != FORMAT:
-                raise PlanError(f"plan has format {data['format']!r}; this version reads {FORMAT!r}")
+                raise PlanError(f"plan has format {short_repr(data['format'])}; this version reads {FORMAT!r}")
             sites = data["sites"]
             return cls(
                 kept={name: tuple(int(unit) for unit in site["kept"]) for name, site in sites.items()},
                 units={name: int(site["units"]) for name, site in sites.items()},
             )
         except (ValueError, KeyError, TypeError, AttributeError) as broken:
-            raise PlanError(f"not a plan: {broken!r}; expected the text of a plan.json") from broken
+            raise PlanError(f"not a plan: {shorten(repr(broken))}; expected the text of a plan.json") from broken
 
     @classmethod
     def load(cls, path: Path) -> Plan:
         """Read a `plan.json`; raises `PlanError` where it is not a plan."""
-        return cls.from_json(path.read_text(encoding="utf-8"))
+        try:
+            return cls.from_json(read_text(path))
+        except (OSError, ValueError) as broken:
+            raise PlanError(f"{path}: cannot be read ({broken}); put it back, or name another run") from broken

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from prunetune.compare.charts import method_styles
+from prunetune.compare.markdown import render_markdown
 from prunetune.compare.page import render_page, significance_class, write_page
 from prunetune.compare.table import aggregate
 from prunetune.config.recipe import from_mapping
 from prunetune.manifest import Manifest
 from support.comparison import failed, realistic
-from support.page import ATTACK, Outline
+from support.page import ATTACK, Outline, steering
 
 METHODS = ("dense", "untuned", "random", "taylor", "progressive")
 
@@ -62,6 +63,10 @@ def test_page_escapes_text_from_files() -> None:
     assert not {tag for tag, _ in outline.tags} & {"script", "img"}
     assert not [name for _, attrs in outline.tags for name in attrs if name.startswith("on")]
     assert "&lt;script&gt;" in page
+    assert not steering(page)
+    table = render_markdown(hostile)
+    assert not steering(table)
+    assert "<" not in table
 
 
 def test_write_page_is_deterministic(tmp_path: Path) -> None:

@@ -156,3 +156,20 @@ def test_mixtures_are_refused_by_costs_that_do_not_count_them() -> None:
         FlopsCost(shape, WORKLOAD)
     with pytest.raises(ConfigError, match="plain"):
         WeightsCost(shape, dataclasses.replace(WORKLOAD, weights="q8_0"))
+
+
+@pytest.mark.parametrize("window", [0, 1, 7, 12, 40])
+def test_attention_counts_the_tokens_that_each_step_sees(window: int) -> None:
+    shape = model_shape(model := tiny(layers=1), find_sites(model, DEFAULT_UNITS))
+    layers = {0: dataclasses.replace(shape.layers[0], sliding_window=window)}
+    workload = WorkloadConfig(prompt=9, generate=12)
+    cost = FlopsCost(dataclasses.replace(shape, layers=layers), workload)
+    steps = [min(window or length, length) for length in range(10, 21)]
+    assert cost._attention_pairs == {window: 81 + sum(steps)}
+
+
+@pytest.mark.timeout(60)
+def test_many_tokens_are_counted_at_once() -> None:
+    sites = find_sites(model := tiny(layers=1), DEFAULT_UNITS)
+    cost = FlopsCost(model_shape(model, sites), WorkloadConfig(generate=10**12))
+    assert cost.layer_cost(0, {site.name: site.units for site in sites}) > 1e24

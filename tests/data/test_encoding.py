@@ -193,3 +193,10 @@ def test_truncating_cuts_the_beginning_of_the_prompt_first(limit: int, adds: str
 def test_limit_below_two_tokens_is_refused() -> None:
     with pytest.raises(DataError, match="needs 2 tokens"):
         encode([PAIR], subwords(), DataConfig(max_length=1), 100)
+
+
+def test_chat_template_without_an_end_is_refused_by_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prunetune.data.encoding.RENDER_SECONDS", 0.3)
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    with pytest.raises(DataError, match=r"^f:2: .*does not come to an end \(it takes longer than 0\.3 s\)"):
+        encode_prompts([TALK], subwords(chat=endless))

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from prunetune import Plan, cut, find_sites, masked
 from prunetune.errors import PlanError, SelfCheckFailed
 from prunetune.export import stock_config
-from prunetune.export.checkpoint import write_checkpoint
+from prunetune.export.checkpoint import add_old_rope_keys, write_checkpoint
 from prunetune.export.selfcheck import check_checkpoint, compute_logits
 from prunetune.export.stock_config import kv_groups_validator, mlp_width_option
 from prunetune.model.loading import load_model_and_tokenizer
@@ -202,3 +202,18 @@ def test_end_token_is_added_to_eos_tokens_of_generation_config(known: Any, layou
     unchanged, chat = (GenerationConfig.from_pretrained(tmp_path / name).eos_token_id for name in ("unchanged", "chat"))
     assert unchanged == model.generation_config.eos_token_id == known
     assert chat == ([9, 5] if known == [9, 5] else [2, 5])
+
+
+def test_old_readers_find_their_rope_keys(tmp_path: Path) -> None:
+    """transformers 4 reads `rope_theta` and `rope_scaling`; without them it takes a theta of 10,000, unscaled."""
+    file = tmp_path / "config.json"
+    scaled = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    for rope, scaling in ((scaled, scaled), ({"rope_type": "default"}, None), ({}, None)):
+        file.write_text(json.dumps({"hidden_size": 8, "rope_parameters": {**rope, "rope_theta": 5e4}}))
+        add_old_rope_keys(file)
+        values = json.loads(file.read_text())
+        assert (values["rope_theta"], values["rope_scaling"]) == (5e4, scaling)
+        assert (values["hidden_size"], values["rope_parameters"]) == (8, {**rope, "rope_theta": 5e4})
+    file.write_text(json.dumps({"hidden_size": 8}))  # a model with learned positions
+    add_old_rope_keys(file)
+    assert json.loads(file.read_text()) == {"hidden_size": 8}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from prunetune.pipeline.card_facts import card_scores, render_card, rewrite_card
 from prunetune.pruning.sites import find_sites
 from prunetune.runs.folder import RunFolder
 from support.models import random_plan, tiny
+from support.page import ATTACK, steering
 
 MODEL = tiny("llama")
 MANIFEST: dict[str, Any] = {
@@ -102,6 +104,28 @@ def test_card_leaves_out_unknown_sections() -> None:
     assert "trust_remote_code=True" not in text
 
 
+def test_card_holds_names_of_others_as_text() -> None:
+    name = f"task | `{ATTACK}\n\n## Forged\n"
+    config = from_mapping({"model": name, "data": {"train": [name]}})
+    facts = {**MANIFEST, "versions": {name: name}, "commit": name, "data": {"hashes": {name: name}}, "dtype": name}
+    facts["learning_rate"] = {"chosen": 1e-3, "description": name}
+    licence = LicenseInfo(name, name, name, name)
+    scores = [ScoreRow(name, name, {"dense": (0.5, 0.1, 3)})]
+    provenance = Provenance(config, Manifest.from_dict(facts), licence, scores, "c" * 64)
+    card = format_model_card(provenance, random_plan(MODEL), find_sites(MODEL))
+    assert not steering(card)
+    body = re.sub(r"(?<![\\`])(`+)(?!`).*?(?<!`)\1(?!`)", "", card.split("---\n", 2)[2])
+    assert "<" not in body
+    assert "&lt;script&gt;" in body
+    assert [line for line in card.splitlines() if line.startswith("#")] == [
+        *[line for line in card.splitlines() if line.startswith("# ")],
+        "## Size", "## Scores", "## Provenance", "## Licence",
+    ]  # fmt: skip
+    (row,) = (line for line in card.splitlines() if "0.500 ± 0.100" in line)
+    assert len(re.findall(r"(?<!\\)\|", row)) == 5
+    assert front_matter(card)["license"] == name
+
+
 def test_rewrite_card_adds_scores_of_the_run(tmp_path: Path) -> None:
     folder, plan, sites = RunFolder(tmp_path), random_plan(MODEL), find_sites(MODEL)
     config = from_mapping({"model": "owner/name"})
@@ -167,3 +191,9 @@ def test_read_license_of_unreadable_base_is_empty(tmp_path: Path, monkeypatch: p
     (tmp_path / "torn.gguf").write_bytes(b"GGUF")
     for name in ("demo", str(tmp_path / "torn.gguf"), str(tmp_path / "none"), "owner/never-fetched", "not a name !"):
         assert read_license(name) == LicenseInfo()
+
+
+def test_card_names_all_versions_that_a_run_was_made_with() -> None:
+    environments = [{"versions": {"torch": "1.0"}, "commit": "aa"}, {"versions": {"torch": "2.0"}}]
+    text = card_of(manifest={**MANIFEST, "environments": environments})
+    assert "- made with torch 1.0; prunetune at commit `aa`\n- resumed with torch 2.0\n" in text

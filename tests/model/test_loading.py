@@ -329,3 +329,12 @@ def test_cached_hub_model_opens_beside_a_folder_of_its_owners_name(offline: Path
     shutil.rmtree(stored)
     with pytest.raises(ModelError, match="did you mean"):
         load_config("runs/suport")
+
+
+@pytest.mark.timeout(60)
+def test_more_layers_than_any_model_has_are_refused_before_one_is_built(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "dense")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    with pytest.raises(ModelError, match="num_hidden_layers is 1000000000, and 512 are read"):
+        load_meta_model(str(folder))

@@ -15,7 +15,7 @@ from prunetune.errors import RunFolderError
 from prunetune.evaluation.results import Evaluation, Item, Score, TaskResult
 from prunetune.plan import Plan
 from prunetune.report import write_report
-from support.page import ATTACK, Outline
+from support.page import ATTACK, Outline, steering
 from support.report import OPTIONAL_FILES, make_run, write_lines
 
 
@@ -189,4 +189,6 @@ def test_hostile_text_is_escaped(run_folder: Path, tmp_path: Path) -> None:
     assert not {tag for tag, _ in outline.tags} & {"script", "img", "b"}
     assert not [name for _, attrs in outline.tags for name in attrs if name.startswith("on")]
     assert "&lt;script&gt;" in page
+    assert not steering(page)
+    assert "\\x1b]0;title\\x07" in page
     assert "\N{CJK UNIFIED IDEOGRAPH-6A21}" in page

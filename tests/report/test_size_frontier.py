@@ -11,7 +11,7 @@ import pytest
 from prunetune.report import write_report
 from prunetune.report.run_folder import read_run
 from prunetune.report.size_frontier import load_size_rows, summary_line
-from support.page import ATTACK, Outline
+from support.page import ATTACK, Outline, steering
 from support.report import make_sizes
 
 
@@ -68,5 +68,7 @@ def test_hostile_text_is_escaped(copy: Path) -> None:
     (copy / "manifest.json").write_text(json.dumps(manifest))
     size_manifest = copy / "sizes" / "0.4" / "manifest.json"
     size_manifest.write_text(json.dumps(json.loads(size_manifest.read_text()) | {"failed": ATTACK}))
-    outline = Outline(page_of(copy))
+    page = page_of(copy)
+    outline = Outline(page)
+    assert not steering(page)
     assert not {"script", "img"} & {tag for tag, _ in outline.tags}

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Reply = dict[str, Any] | bytes | int  # JSON, raw bytes, or a status
+Reply = dict[str, Any] | bytes | int | tuple[int, str]  # tuple: a redirect
 Answer = Callable[[str, dict[str, Any]], Reply]  # path, request
 
 
@@ -23,27 +23,39 @@ class RecordingServer:
 
 
 @contextmanager
-def serving(answer: Answer, *, wait: float = 0.0, drip: float = 0.0) -> Iterator[RecordingServer]:
-    """Answer every request by `answer`, after `wait` seconds, and `drip` seconds between bytes."""
+def serving(
+    answer: Answer, *, wait: float = 0.0, drip: float = 0.0, drip_headers: bool = False, error: str = ""
+) -> Iterator[RecordingServer]:
+    """Answer every request by `answer`, or with `error`, after `wait` seconds, and `drip` seconds between bytes."""
     closed = threading.Event()
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "{}")
             recording.requests.append((self.path, body, dict(self.headers)))
             closed.wait(wait)
             reply = answer(self.path, body)
-            data = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+            redirect = reply if isinstance(reply, tuple) else None
+            status, location = redirect or (reply if isinstance(reply, int) else 200, "")
+            data = reply if isinstance(reply, bytes) else error.encode() or json.dumps(reply).encode()
             try:
-                self.send_response(reply if isinstance(reply, int) else 200)
+                self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
+                if location:
+                    self.send_header("Location", location)
+                if drip_headers:
+                    data = b"".join(self._headers_buffer) + b"\r\n" + data  # type: ignore[attr-defined]
+                    self._headers_buffer = []
+                else:
+                    self.end_headers()
                 for chunk in [data] if not drip else [data[n : n + 1] for n in range(len(data))]:
                     self.wfile.write(chunk)
                     self.wfile.flush()
                     closed.wait(drip)
             except OSError:
                 pass  # the client closed the connection
+
+        do_GET = do_POST  # noqa: N815
 
         def log_message(self, *_: Any) -> None:
             """Nothing."""

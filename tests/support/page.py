@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 
-ATTACK = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>$x_1$ #010105 &amp; \N{CJK UNIFIED IDEOGRAPH-6A21}"
+STEERING = "\x1b]0;title\x07\x1b[2J\x9b\u202e\u2066\u200f\u2028\r"  # of terminals, and of who reads a page
+ATTACK = (
+    "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>$x_1$ #010105 &amp; \N{CJK UNIFIED IDEOGRAPH-6A21}"
+    + STEERING
+)
+
+
+def steering(text: str) -> set[str]:
+    """The characters of a text that steer a terminal, or the direction in which it is read."""
+    return set(text) & set("\x1b\x07\x9b\u202e\u2066\u200f\u2028\r")
+
+
 VOID = {"meta", "input", "br", "hr", "img", "link"}
 
 

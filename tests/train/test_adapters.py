@@ -21,7 +21,7 @@ from prunetune.train.adapters import (
     add_adapters,
     copy_adapters,
     cut_tensors,
-    expand_adapter_tensors,
+    expand_tensors,
     trainable_parameters,
 )
 from prunetune.train.loop import tune_and_prune
@@ -36,7 +36,7 @@ def test_expanding_undoes_cutting_except_for_removed_units() -> None:
     state = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
     shapes = {name: tensor.shape for name, tensor in state.items()}
     small = cut_tensors(model, state, plan, sites)
-    grown = expand_adapter_tensors(small, shapes, plan, sites)
+    grown = expand_tensors(model, small, plan, sites)
     assert identical(cut_tensors(model, grown, plan, sites), small)
     assert {name: tensor.shape for name, tensor in grown.items()} == shapes
     gates = gates_from_plan(plan, sites)
@@ -54,9 +54,8 @@ def test_dense_plan_cuts_no_adapter() -> None:
     model = tuned(tiny())
     sites = find_sites(model)
     state = {name: parameter.detach() for name, parameter in trainable_parameters(model).items()}
-    shapes = {name: tensor.shape for name, tensor in state.items()}
     assert identical(cut_tensors(model, state, dense_plan(sites), sites), state)
-    assert identical(expand_adapter_tensors(state, shapes, dense_plan(sites), sites), state)
+    assert identical(expand_tensors(model, state, dense_plan(sites), sites), state)
 
 
 def test_new_adapters_change_no_output_and_follow_the_seed() -> None:

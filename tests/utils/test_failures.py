@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from prunetune.errors import ConfigError, DataError
 from prunetune.utils.failures import explain_failure, first_line, is_gpu_fault, last_line
 
 
@@ -57,3 +58,8 @@ def test_first_and_last_line_are_never_empty() -> None:
     assert first_line(ValueError()) == "ValueError"
     assert last_line("a\nb\n") == "b"
     assert last_line(" \n") == "no output"
+
+
+def test_error_of_any_content_is_one_line_of_bounded_length() -> None:
+    assert str(DataError("a\nb: wrong")) == "a b: wrong"
+    assert len(str(ConfigError("x" * 10**6))) == 3000

@@ -10,6 +10,7 @@ from prunetune.bench.options import BenchOptions
 from prunetune.errors import ConfigError
 from prunetune.evaluation.suites.open_model import check_gguf_file, list_run_sizes, read_run_config, resolve_checkpoint
 from prunetune.model.loading import load_config, resolve_model_path
+from prunetune.utils.files import expand_path
 from prunetune.utils.optional import import_optional
 
 
@@ -31,7 +32,7 @@ def resolve_models(models: Sequence[str], options: BenchOptions) -> tuple[ModelS
     """
     names: list[str] = []
     for name in models:
-        run = Path(name).expanduser()
+        run = expand_path(name)
         sizes = list_run_sizes(run) if read_run_config(run) is not None else ()
         names += map(str, sizes or (name,))
     named = [_resolve_model(name, options) for name in names]
@@ -43,7 +44,7 @@ def resolve_models(models: Sequence[str], options: BenchOptions) -> tuple[ModelS
 
 
 def _resolve_model(name: str, options: BenchOptions) -> ModelSpec:
-    path = Path(name).expanduser()
+    path = expand_path(name)
     if path.suffix == ".gguf":
         import_optional("xllamacpp", extra="llamacpp", use=f"model {check_gguf_file(path)}")
         return ModelSpec(str(path), str(path), llama_cpp=True)
@@ -54,7 +55,7 @@ def _resolve_model(name: str, options: BenchOptions) -> ModelSpec:
 def _dense_models(models: Sequence[str], options: BenchOptions) -> Iterator[ModelSpec]:
     """The dense models of runs; a .gguf file among them is opened as the run did, dequantised in transformers."""
     for name in models:
-        run = read_run_config(Path(name).expanduser())
+        run = read_run_config(expand_path(name))
         if run is not None:
             trust = options.trust_remote_code
             yield ModelSpec(f"{run.model} (dense)", resolve_model_path(run.model), trust_remote_code=trust)

@@ -7,6 +7,7 @@ from typing import Literal
 
 from prunetune.config.fields import option
 from prunetune.errors import ConfigError
+from prunetune.utils.untrusted import short_repr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,6 @@ class BenchOptions:
     def batches(self) -> tuple[int, ...]:
         """The batch sizes in the order given, each once; raises `ConfigError`."""
         sizes = [size.strip() for size in self.batch.split(",")]
-        if not all(size.isdecimal() and int(size) for size in sizes):
-            raise ConfigError(f"batch {self.batch!r}: name sizes of at least 1 by commas, such as 1,8")
+        if not all(size.isdecimal() and len(size) < 10 and int(size) for size in sizes):
+            raise ConfigError(f"batch {short_repr(self.batch)}: name sizes of at least 1 by commas, such as 1,8")
         return tuple(dict.fromkeys(map(int, sizes)))

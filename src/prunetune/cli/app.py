@@ -12,6 +12,7 @@ import traceback
 import typing
 from importlib import resources
 from pathlib import Path
+from types import TracebackType
 from typing import Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter, UnusedCliTokensError
@@ -23,8 +24,10 @@ from prunetune.config.recipe import RunConfig, UnitName, WorkloadConfig, load_re
 from prunetune.errors import DataError, LimitBroken, PrunetuneError
 from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
 from prunetune.utils.failures import explain_failure, is_gpu_fault
+from prunetune.utils.files import check_writable, expand_path, write_text
 from prunetune.utils.launch import rank_and_world_size, rank_prefix, run_and_exit_on_failure, single_process_error
 from prunetune.utils.threads import limit_openmp_threads
+from prunetune.utils.untrusted import printable
 
 app = App(
     name="prunetune",
@@ -46,11 +49,12 @@ NO_CHECK_FLAGS = CheckFlags()
 WorkloadFlags: typing.TypeAlias = make_flags_class(WorkloadConfig)  # type: ignore[valid-type]
 NO_WORKLOAD_FLAGS = WorkloadFlags()
 DEFAULT_UNITS: tuple[UnitName, ...] = ("kv-groups", "mlp-channels")
+UserPath: typing.TypeAlias = Annotated[Path, Parameter(converter=lambda _, tokens: expand_path(tokens[0].value))]
 
 
 @app.command
 def run(
-    recipe: Path,
+    recipe: UserPath,
     /,
     *,
     resume: Annotated[bool, Parameter(negative=(), help="Resume a run that was stopped.")] = False,
@@ -71,7 +75,7 @@ def run(
     if dry_run:
         from prunetune.cli.preview import render_dry_run
 
-        print(render_dry_run(config, resume=resume))
+        _print(render_dry_run(config, resume=resume))
         return
     from prunetune.pipeline.run import run as run_pipeline
 
@@ -97,12 +101,12 @@ def _print_run(folder: Path) -> None:
     if not rank_and_world_size()[0]:
         from prunetune.cli.output import render_run
 
-        print(render_run(folder))
+        _print(render_run(folder))
 
 
 @app.command
 def compare(
-    recipe: Path,
+    recipe: UserPath,
     /,
     *,
     resume: Annotated[bool, Parameter(negative=(), help="Resume a comparison that was stopped, or extend it.")] = False,
@@ -119,8 +123,8 @@ def compare(
 
     config = load_recipe(recipe, flags_to_overrides(flags))
     folder = run_comparison(config, resume=resume, command=shlex.join(["prunetune", *sys.argv[1:]]))
-    print((folder / "table.md").read_text(encoding="utf-8"))
-    print(f"page {folder / 'comparison.html'}")
+    _print((folder / "table.md").read_text(encoding="utf-8"))
+    _print(f"page {folder / 'comparison.html'}")
 
 
 @app.command
@@ -150,7 +154,7 @@ def sites(
     from prunetune.cli.preview import render_sites
 
     requests = read_options(WorkloadConfig, flags_to_overrides(workload), where="sites")
-    print(
+    _print(
         render_sites(
             model, layout=layout, align=align, units=units, trust_remote_code=trust_remote_code,
             workload=requests, device=device, measure=measure,
@@ -160,7 +164,7 @@ def sites(
 
 @app.command
 def runs(
-    folder: Path = Path("runs"),
+    folder: UserPath = Path("runs"),
     /,
     *,
     model: Annotated[str, Parameter(help="Only runs whose model name contains this.")] = "",
@@ -181,19 +185,19 @@ def runs(
     from prunetune.runs.history import list_runs
     from prunetune.runs.listing import filter_runs, render_runs_table
 
-    print(render_runs_table(filter_runs(list_runs(folder), model=model, status=status, where=where)))
+    _print(render_runs_table(filter_runs(list_runs(folder), model=model, status=status, where=where)))
 
 
 @app.command(name="compare-runs")
-def compare_runs(first: Path, /, *others: Path) -> None:
+def compare_runs(first: UserPath, /, *others: UserPath) -> None:
     """Compare finished runs with the first: options, scores, units kept in both, and items that flipped."""
     from prunetune.runs.diff import diff_runs
 
-    print(diff_runs([first, *others]))
+    _print(diff_runs([first, *others]))
 
 
 @app.command
-def watch(run: Path, /) -> None:
+def watch(run: UserPath, /) -> None:
     """Show the progress of a run in a terminal until it ends."""
     from prunetune.runs.watch import watch_run
 
@@ -201,16 +205,16 @@ def watch(run: Path, /) -> None:
 
 
 @app.command
-def report(run: Path, /) -> None:
+def report(run: UserPath, /) -> None:
     """Rewrite the report.html of a run."""
     from prunetune.report import write_report
 
-    print(write_report(run))
+    _print(write_report(run))
 
 
 @app.command
 def export(
-    run: Path,
+    run: UserPath,
     /,
     *,
     to: Annotated[
@@ -220,7 +224,7 @@ def export(
         Literal["int8", "int4"] | None,
         Parameter(help="Weight-only quantization; opens with torchao, or bitsandbytes (int4)."),
     ] = None,
-    out: Annotated[Path | None, Parameter(help="Folder to write; default: exports/ of the run folder.")] = None,
+    out: Annotated[UserPath | None, Parameter(help="Folder to write; default: exports/ of the run folder.")] = None,
     dtype: Annotated[
         str, Parameter(help="f32, f16, bf16; gguf also q8_0, q4_k_m, ...; default: that of the format.")
     ] = "",
@@ -242,7 +246,7 @@ def export(
     from prunetune.export.result import ExportOptions
 
     options = ExportOptions(dtype=dtype, pad=pad, quantize=quantize or "")
-    print(export_run(run, to or "", out=out, options=options, trust_remote_code=trust_remote_code))
+    _print(export_run(run, to or "", out=out, options=options, trust_remote_code=trust_remote_code))
 
 
 @app.command(name="eval")
@@ -250,9 +254,9 @@ def evaluate(
     model: str,
     /,
     *,
-    suite: Path,
+    suite: UserPath,
     out: Annotated[
-        Path | None, Parameter(help="Write scores and items to this JSON file, which check reads too.")
+        UserPath | None, Parameter(help="Write scores and items to this JSON file, which check reads too.")
     ] = None,
     flags: Annotated[EvalFlags, Parameter(name="*")] = NO_EVAL_FLAGS,
 ) -> None:
@@ -267,7 +271,6 @@ def evaluate(
     """
     from prunetune.evaluation.suites import evaluate_and_check, output
     from prunetune.utils.console import evaluation_progress
-    from prunetune.utils.files import check_writable, write_text
 
     options = read_options(EvalOptions, flags_to_overrides(flags), where="eval")
     check_writable(out, "--out")
@@ -275,7 +278,7 @@ def evaluate(
         scores = evaluate_and_check.evaluate(model, suite, options=options, progress=progress)
     if out is not None:
         write_text(out, evaluate_and_check.evaluation_to_json(scores, model, str(suite)))
-    print(output.render_evaluation(scores))
+    _print(output.render_evaluation(scores))
     unscored = [name for name, result in scores.tasks.items() if result.error]
     if unscored:
         raise DataError(f"{len(unscored)} of {len(scores.tasks)} tasks could not be scored: {', '.join(unscored)}")
@@ -286,9 +289,9 @@ def check(
     model: str,
     /,
     *,
-    suite: Path,
-    junit: Annotated[Path | None, Parameter(help="Write a JUnit XML file for CI.")] = None,
-    json: Annotated[Path | None, Parameter(help="Write limits, scores and new failures to this JSON file.")] = None,
+    suite: UserPath,
+    junit: Annotated[UserPath | None, Parameter(help="Write a JUnit XML file for CI.")] = None,
+    json: Annotated[UserPath | None, Parameter(help="Write limits, scores and new failures to this JSON file.")] = None,
     flags: Annotated[CheckFlags, Parameter(name="*")] = NO_CHECK_FLAGS,
 ) -> None:
     """Compare a model with a reference: exit 1, with the new failures, if a limit of the suite is broken.
@@ -301,9 +304,9 @@ def check(
         A YAML file of tasks with limits; see suites/.
     """
     from prunetune.evaluation.suites import evaluate_and_check, output
+    from prunetune.evaluation.suites.http_client import public_url
     from prunetune.evaluation.suites.junit import render_junit
     from prunetune.utils.console import evaluation_progress
-    from prunetune.utils.files import check_writable, write_text
 
     options = read_options(CheckOptions, flags_to_overrides(flags), where="check")
     check_writable(junit, "--junit")
@@ -311,10 +314,10 @@ def check(
     with evaluation_progress() as progress:
         result = evaluate_and_check.check(model, suite, options=options, progress=progress)
     if junit is not None:
-        write_text(junit, render_junit(result, f"prunetune check {model}"))
+        write_text(junit, render_junit(result, f"prunetune check {public_url(model)}"))
     if json is not None:
         write_text(json, result.to_json())
-    print(output.render_check(result))
+    _print(output.render_check(result))
     if result.broken:
         raise LimitBroken(f"{len(result.broken)} of {len(result.verdicts)} limits broken: {result.broken[0].says}")
     if result.errors:
@@ -325,7 +328,7 @@ def check(
 def bench(
     *models: str,
     json: Annotated[
-        Path | None, Parameter(help="Write settings, device, versions and figures to this JSON file.")
+        UserPath | None, Parameter(help="Write settings, device, versions and figures to this JSON file.")
     ] = None,
     flags: Annotated[BenchFlags, Parameter(name="*")] = NO_BENCH_FLAGS,
 ) -> None:
@@ -340,22 +343,25 @@ def bench(
 
     from prunetune.bench.measure_models import measure_models
     from prunetune.bench.table import render_bench
-    from prunetune.utils.files import check_writable, write_text
 
     options = read_options(BenchOptions, flags_to_overrides(flags), where="bench")
     check_writable(json, "--json")
     result = measure_models(models, options)
     if json is not None:
         write_text(json, dumps(result.to_dict(), indent=2) + "\n")
-    print(render_bench(result))
+    _print(render_bench(result))
 
 
 def main() -> None:
     """Entry point; exits with 0 (done), 1 (limit broken), 2 (user error), 130 (interrupted) or 141 (output closed)."""
     is_rank_0 = not rank_and_world_size()[0]  # which logs for all
-    logging.basicConfig(format="%(message)s", level=logging.WARNING if is_rank_0 else logging.ERROR, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_PrintableFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING if is_rank_0 else logging.ERROR)
+    logging.captureWarnings(True)
+    sys.excepthook = _print_traceback
     logging.getLogger("prunetune").setLevel(logging.INFO if is_rank_0 else logging.ERROR)
-    for noisy in ("httpx", "transformers", "peft", "accelerate", "absl"):
+    for noisy in ("httpx2", "transformers", "peft", "accelerate", "absl"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # Our log has what their bars and notes would say. transformers reads these when it is imported.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -397,7 +403,7 @@ def _run_app() -> int:
         if explained is None:  # a bug: its traceback is what helps
             raise
         if is_gpu_fault(error):  # where it happened matters, too
-            traceback.print_exception(error)
+            _print_traceback(type(error), error, error.__traceback__)
         return _fail(explained, 2)
     return 0
 
@@ -412,9 +418,23 @@ def _is_output_closed() -> bool:
     return is_closed
 
 
+def _print(result: object) -> None:
+    """Print on standard output; texts of others, in names and errors, do not steer the terminal."""
+    print(printable(str(result)))
+
+
+class _PrintableFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def _print_traceback(kind: type[BaseException], error: BaseException, frames: TracebackType | None) -> None:
+    print(printable("".join(traceback.format_exception(kind, error, frames))), end="", file=sys.stderr)
+
+
 def _fail(line: str, code: int) -> int:
     """Print a line on standard error; returns the exit code."""
-    print(f"prunetune: {rank_prefix()}{line}", file=sys.stderr)
+    print(printable(f"prunetune: {rank_prefix()}{line}".replace("\n", " ")), file=sys.stderr)
     return code
 
 

@@ -14,6 +14,7 @@ from prunetune.config.recipe import RunConfig
 from prunetune.errors import RunFolderError
 from prunetune.utils.files import write_text
 from prunetune.utils.json_lines import JsonObject
+from prunetune.utils.untrusted import parse_json, read_text, shorten
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,19 @@ class CellStore:
         if not file.exists():
             return None
         try:
-            result: JsonObject = json.loads(file.read_text(encoding="utf-8"))
-            same = with_current_names(RunConfig, result["changes"], quiet=True) == cell_header(cell)["changes"]
+            result: JsonObject = parse_json(read_text(file))
+            header = cell_header(cell)
+            same = with_current_names(RunConfig, result["changes"], quiet=True) == header["changes"]
+            numbers = {name: result[name] for name in ("keep", "seed", "learning_rate")}
         except (ValueError, KeyError, TypeError) as error:
-            problem = f"{file} cannot be read ({error!r}): remove it, then continue with --resume"
+            problem = f"{file} cannot be read ({shorten(repr(error))}): remove it, then continue with --resume"
             raise RunFolderError(problem) from error
         if not same:
             raise RunFolderError(
                 f"{file} was made by another variant of the same name: rename the variant, or name another --out"
             )
+        if any(header[name] != value for name, value in numbers.items()):
+            raise RunFolderError(f"{file} was made with {numbers}: name the same numbers, or another --out")
         return result
 
     def is_done(self, cell: Cell, *, needs_valid_nll: bool) -> bool:

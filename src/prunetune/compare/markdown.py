@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prunetune.report import formatting
+from prunetune.utils.untrusted import markdown_text
 
 FLOORS = ("chance", "majority", "longest")  # rows of the table of tasks that need no model
 ABSENT = ""  # a value that a cell of the table does not have
@@ -13,15 +14,15 @@ ABSENT = ""  # a value that a cell of the table does not have
 
 def render_markdown(comparison: Mapping[str, Any]) -> str:
     """Markdown tables: of each budget the means, what was forgotten and the tasks; the learning rates; failed cells."""
-    sections = [format_made(comparison)]
+    sections = [markdown_text(format_made(comparison))]
     for keep in comparison["keeps"]:
         if rows := [row for row in comparison["rows"] if row["keep"] == keep]:
             sections += _budget_tables(comparison, keep, rows)
     if comparison["rates"]:
         sections.append(_learning_rate_table(comparison["rates"]))
     if comparison["errors"]:
-        failures = (f"- {failure['cell']}: {failure['error']}" for failure in comparison["errors"])
-        sections.append("Failed:\n\n" + "\n".join(failures))
+        failures = (f"{failure['cell']}: {failure['error']}" for failure in comparison["errors"])
+        sections.append("Failed:\n\n" + "\n".join(f"- {markdown_text(failure)}" for failure in failures))
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
@@ -136,6 +137,6 @@ def _learning_rate_table(trials: Sequence[Mapping[str, Any]]) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a bar within a cell is escaped."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |" for cells in (head, *rows)]
+    """A Markdown table; nothing in a cell is markup."""
+    lines = ["| " + " | ".join(map(markdown_text, cells)) + " |" for cells in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])

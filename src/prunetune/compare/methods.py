@@ -14,7 +14,9 @@ from prunetune.config.fields import fields_by_path, merge_mappings, with_current
 from prunetune.config.recipe import RunConfig, from_mapping, to_mapping
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError
+from prunetune.utils.files import expand_path
 from prunetune.utils.suggest import did_you_mean
+from prunetune.utils.untrusted import short_repr
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +75,7 @@ def resolve_methods(config: RunConfig) -> tuple[Method, ...]:
     """The methods that `compare.methods` names, and all variants unless it names some; raises `ConfigError`."""
     if config.lora.quantize != "off":
         raise ConfigError(f"compare: {NO_QUANTIZE}")
-    variants = read_variants(Path(config.compare.variants), config) if config.compare.variants else {}
+    variants = read_variants(expand_path(config.compare.variants), config) if config.compare.variants else {}
     known = {**built_in_methods(config.compare.help), **variants}
     names = dict.fromkeys(config.compare.methods)
     if OLD_REFERENCE in names and OLD_REFERENCE not in known:
@@ -85,7 +87,7 @@ def resolve_methods(config: RunConfig) -> tuple[Method, ...]:
     for name in names:
         if name not in known:
             hint = did_you_mean(name, known) or f"known are {', '.join(known)}"
-            raise ConfigError(f"compare.methods: unknown method {name!r}; {hint}")
+            raise ConfigError(f"compare.methods: unknown method {short_repr(name)}; {hint}")
     if not names:
         raise ConfigError(f"compare.methods is empty; known are {', '.join(known)}")
     if not any(name in variants for name in names):
@@ -110,7 +112,7 @@ def _variant(name: str, changes: Any, where: str, config: RunConfig) -> Method:
             f"{where}: a variant's name is letters, digits, dots and dashes, and none of {', '.join(built_in)}"
         )
     if not isinstance(changes or {}, Mapping):
-        raise ConfigError(f"{where}: a variant is a mapping of changes, got {changes!r}")
+        raise ConfigError(f"{where}: a variant is a mapping of changes, got {short_repr(changes)}")
     overrides = with_current_names(RunConfig, changes or {})
     flags = {key: overrides.pop(key) for key in ("dense", "untuned", "two-stage") if key in overrides}
     kinds: list[MethodKind] = [kind for kind in ("dense", "untuned", "two-stage") if flags.get(kind)]
@@ -119,7 +121,7 @@ def _variant(name: str, changes: Any, where: str, config: RunConfig) -> Method:
     kind: MethodKind = kinds[0] if kinds else "progressive"
     baseline = flags["two-stage"] if kind == "two-stage" else ""
     if baseline and baseline not in BASELINES:
-        raise ConfigError(f"{where}: two-stage must be one of {', '.join(BASELINES)}, got {baseline!r}")
+        raise ConfigError(f"{where}: two-stage must be one of {', '.join(BASELINES)}, got {short_repr(baseline)}")
     method = Method(name, kind, baseline, equal_help=kind in ("progressive", "two-stage"), overrides=overrides)
     apply_overrides(config, overrides, where=where)  # checks them
     for key in _changed_options(overrides):

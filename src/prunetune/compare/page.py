@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-import jinja2
-
-from prunetune import report
 from prunetune.compare import charts, markdown
 from prunetune.compare.methods import DENSE
 from prunetune.manifest import Manifest
 from prunetune.report import formatting
+from prunetune.report.page import template_environment
 from prunetune.utils.files import write_text
 from prunetune.utils.json_lines import JsonObject
+from prunetune.utils.untrusted import parse_json, printable, read_text
 
 LABELS = {"acc": "Mean accuracy", "nll": "Mean NLL per answer token", "rouge_l": "Mean ROUGE-L"}
 TASK_LABELS = {"acc": "Accuracy", "rouge_l": "ROUGE-L", "ppl": "Perplexity"}
@@ -22,7 +20,7 @@ TASK_LABELS = {"acc": "Accuracy", "rouge_l": "ROUGE-L", "ppl": "Perplexity"}
 
 def write_page(folder: Path) -> Path:
     """Write `comparison.html` from `comparison.json`, `manifest.json` and `config.yaml`; the same files, same bytes."""
-    comparison = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
+    comparison = parse_json(read_text(folder / "comparison.json"))
     files = {name: folder / name for name in ("manifest.json", "config.yaml")}
     texts = {name: file.read_text(encoding="utf-8") if file.exists() else "" for name, file in files.items()}
     manifest, page = Manifest.from_json(texts["manifest.json"] or "{}"), folder / "comparison.html"
@@ -32,13 +30,8 @@ def write_page(folder: Path) -> Path:
 
 def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: str) -> str:
     """The page as HTML text."""
-    folders = [Path(__file__).parent, *map(Path, report.__path__)]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(folders),
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
+    environment = template_environment(Path(__file__).parent)
     environment.filters |= {
-        "count": formatting.count, "decimal": formatting.decimal, "share": formatting.share,
         "signed": markdown.format_signed, "difference": markdown.format_difference,
         "seconds": markdown.format_seconds, "learning_rate": markdown.format_learning_rate,
         "seeds": markdown.format_seeds, "significance": significance_class,
@@ -53,7 +46,7 @@ def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: s
         charts.draw_metric_chart(number, metric, label, rows, styles)
         for number, (metric, label) in enumerate((labels | forgetting).items())
     ]
-    return environment.get_template("comparison.html.j2").render(
+    page = environment.get_template("comparison.html.j2").render(
         name=name,
         comparison=comparison,
         verdict=verdict(comparison),
@@ -72,6 +65,7 @@ def render_page(comparison: JsonObject, manifest: Manifest, recipe: str, name: s
         environment=_environment_rows(manifest),
         recipe=recipe,
     )
+    return printable(page)
 
 
 def metric_label(name: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from prunetune.errors import ConfigError
 from prunetune.utils.suggest import did_you_mean, similar_names
+from prunetune.utils.untrusted import short_repr, shorten
 
 log = logging.getLogger(__name__)
 # Options, and values of options, of earlier versions that are gone: what there is now, and what to do. A recipe that
@@ -94,7 +95,7 @@ def with_current_names(cls: type[Any], values: Any, *, prefix: str = "", quiet: 
     for name, value, advice in retired_options(prefix):
         if name in current and value in ("", current[name]):
             if not quiet:
-                raise ConfigError(f"{prefix}{name} {current[name]!r} is of an earlier version: {advice}")
+                raise ConfigError(f"{prefix}{name} {short_repr(current[name])} is of an earlier version: {advice}")
             del current[name]
     for item in dataclasses.fields(cls):
         old = item.metadata.get("formerly")
@@ -128,11 +129,12 @@ def retired_options(prefix: str) -> list[tuple[str, str, str]]:
 def _section(cls: type[Any], values: Any, *, prefix: str, where: str, root: type[Any]) -> Any:
     """Build the dataclass of one section; `prefix` is its path with a dot, `root` the class of the whole recipe."""
     if not isinstance(values, Mapping):
-        raise ConfigError(f"{where}: {prefix.rstrip('.')} is a section with keys of its own, got {values!r}")
+        raise ConfigError(f"{where}: {prefix.rstrip('.')} is a section with keys of its own, got {short_repr(values)}")
     kinds = typing.get_type_hints(cls)
     for key in values:
         if key not in kinds:
-            raise ConfigError(f"{where}: unknown key {prefix}{key}{_suggest_key(prefix, str(key), root)}")
+            text = shorten(str(key))
+            raise ConfigError(f"{where}: unknown key {prefix}{text}{_suggest_key(prefix, text, root)}")
     given = {}
     for item in dataclasses.fields(cls):
         name = item.name
@@ -172,6 +174,8 @@ def fields_by_path(cls: type[Any], prefix: str = "") -> dict[str, dataclasses.Fi
 
 def _value(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> Any:
     """The value of an option as its type, checked; `name` begins every error."""
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ConfigError(f"{name} must be a number of at most 18 digits, got {short_repr(value)}")
     if typing.get_origin(kind) is tuple:
         return _entries(item, typing.get_args(kind)[0], value, name)
     if item.metadata["parse"] is not None:
@@ -184,7 +188,7 @@ def _value(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> An
         value = parse_number(value, name)
     elif not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         expected = {int: "a whole number", str: "text", bool: "true or false"}.get(kind, str(kind))
-        raise ConfigError(f"{name} must be {expected}, got {value!r}")
+        raise ConfigError(f"{name} must be {expected}, got {short_repr(value)}")
     if isinstance(value, int | float) and not isinstance(value, bool):
         _check_bounds(item.metadata, value, name)
     return value
@@ -195,18 +199,18 @@ def _choice(allowed: Sequence[str], value: Any, name: str) -> str:
         return "off"  # how YAML reads a bare off
     if value in allowed:
         return str(value)
-    hint = did_you_mean(str(value), allowed)
-    raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}{hint and f'; {hint}'}")
+    hint = did_you_mean(shorten(str(value)), allowed)
+    raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {short_repr(value)}{hint and f'; {hint}'}")
 
 
 def parse_number(value: Any, name: str) -> float:
     """A finite number, also if it is written as text; raises `ConfigError` that begins with `name`."""
     try:
         number = float(value) if not isinstance(value, bool) else math.nan  # text, too: YAML reads 1e-3 as text
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise ConfigError(f"{name} must be a finite number, got {value!r}")
+        raise ConfigError(f"{name} must be a finite number, got {short_repr(value)}")
     return number
 
 
@@ -225,7 +229,7 @@ def _entries(item: dataclasses.Field[Any], kind: Any, value: Any, name: str) -> 
     entries = [value] if is_single else value
     if not isinstance(entries, Sequence):
         noun = item.metadata["entry_name"] if is_text else "number"
-        raise ConfigError(f"{name} must be a {noun} or a list of {noun}s, got {value!r}")
+        raise ConfigError(f"{name} must be a {noun} or a list of {noun}s, got {short_repr(value)}")
     return tuple(_value(item, kind, entry, name) for entry in entries)
 
 
@@ -236,7 +240,7 @@ def parse_source(entry: Any, name: str) -> str:
     if isinstance(entry, Mapping) and set(entry) <= {"source", "weight"} and isinstance(entry.get("source"), str):
         weight = parse_number(entry.get("weight", 1), f"{name}: weight")
         return entry["source"] if weight == 1 else f"{entry['source']}*{weight:g}"
-    raise ConfigError(f"{name}: a source is text, or {{source: ..., weight: ...}}, got {entry!r}")
+    raise ConfigError(f"{name}: a source is text, or {{source: ..., weight: ...}}, got {short_repr(entry)}")
 
 
 def merge_mappings(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from prunetune.errors import ConfigError
+from prunetune.utils.untrusted import short_repr
 
-AMOUNT_PATTERN = re.compile(r"(?P<number>\d+\.?\d*(?:e[-+]?\d+)?|\.\d+)\s*(?P<unit>[\w/%]*)", re.IGNORECASE)
+# No text is matched in more than a few ways, so that a long one is refused at once.
+NUMBER = r"\d+(?:\.\d*)?(?:e[-+]?\d+)?"
+AMOUNT_PATTERN = re.compile(rf"(?P<number>{NUMBER}|\.\d+)\s*(?P<unit>(?!\d)[\w/%]*)", re.IGNORECASE)
 BYTES = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 FLOPS = {"M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "MFLOPs": 1e6, "GFLOPs": 1e9, "TFLOPs": 1e12, "PFLOPs": 1e15}
 UNITS: Mapping[str, Mapping[str, float]] = {
@@ -42,15 +45,17 @@ class Amount:
         scale = _parse_unit(match["unit"], kind) if match else None
         share = "1.5x, of the dense model's" if kind == "throughput" else "0.6 or 60%, of the dense model's"
         if scale is None or not math.isfinite(value * scale[0]) or value <= 0:
-            raise ConfigError(f"budget.{kind}: {text!r} is no amount above 0; write {EXAMPLES[kind]}, or {share}")
+            raise ConfigError(
+                f"budget.{kind}: {short_repr(text)} is no amount above 0; write {EXAMPLES[kind]}, or {share}"
+            )
         if scale[1] and (value * scale[0] > 1) != (kind == "throughput") and value * scale[0] != 1:
             raise ConfigError(
-                f"budget.{kind}: {text!r} is no share of the dense model's that makes it smaller or faster: "
+                f"budget.{kind}: {short_repr(text)} is no share of the dense model's that makes it smaller or faster: "
                 f"write {share}, or give a unit, as in {EXAMPLES[kind]}"
             )
         if match and not match["unit"] and value > MAX_PLAUSIBLE_SPEEDUP:
             raise ConfigError(
-                f"budget.{kind}: {text!r} alone would be {value:g} times the dense model's: "
+                f"budget.{kind}: {short_repr(text)} alone would be {value:g} times the dense model's: "
                 f"write {value:g}/s for tokens a second, or {value:g}x"
             )
         return cls(value * scale[0], scale[1])

@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
 
+from prunetune.config.quantities import NUMBER
 from prunetune.errors import ConfigError
+from prunetune.utils.untrusted import short_repr
 
 LimitAction = Literal["stop", "back-off", "roll-back"]
 ACTIONS = get_args(LimitAction)
@@ -19,7 +21,7 @@ LIMITABLE_METRICS = (
     "valid.nll", "valid.perplexity", "valid.accuracy", "guard.nll", "guard.perplexity", "guard.accuracy",
 )  # fmt: skip
 LIMIT_PATTERN = re.compile(
-    r"(?P<metric>[\w.]+)\s*(?P<side><=|>=)\s*(?P<value>\d+\.?\d*(?:e[-+]?\d+)?)(?P<relative>x?)\s*->\s*(?P<action>[\w-]+)"
+    rf"(?P<metric>[\w.]+)\s*(?P<side><=|>=)\s*(?P<value>{NUMBER})(?P<relative>x?)\s*->\s*(?P<action>[\w-]+)"
 )
 EXAMPLE = "guard.perplexity <= 1.5x -> roll-back"
 
@@ -38,19 +40,26 @@ class ScoreLimit:
     def parse(cls, text: str) -> ScoreLimit:
         """Read a limit from the text that `str` gives; raises `ConfigError`."""
         match = LIMIT_PATTERN.fullmatch(text.strip())
-        if match is None:
-            raise ConfigError(f"limits: {text!r} is no limit; write one such as '{EXAMPLE}' (1.5x: of the dense model)")
+        if match is None or not math.isfinite(float(match["value"])):
+            raise ConfigError(
+                f"limits: {short_repr(text)} is no limit; write one such as '{EXAMPLE}' (1.5x: of the dense model)"
+            )
         metric, action = match["metric"], match["action"]
         if metric not in LIMITABLE_METRICS:
             raise ConfigError(
-                f"limits: unknown metric {metric!r} in {text!r}; known are {', '.join(LIMITABLE_METRICS)}"
+                f"limits: unknown metric {short_repr(metric)} in {short_repr(text)}; "
+                f"known are {', '.join(LIMITABLE_METRICS)}"
             )
         if action not in ACTIONS:
-            raise ConfigError(f"limits: unknown action {action!r} in {text!r}; known are {', '.join(ACTIONS)}")
+            raise ConfigError(
+                f"limits: unknown action {short_repr(action)} in {short_repr(text)}; known are {', '.join(ACTIONS)}"
+            )
         side = "<=" if match["side"] == "<=" else ">="
         if (side == ">=") != metric.endswith("accuracy"):
             better = "at least (>=)" if metric.endswith("accuracy") else "at most (<=)"
-            raise ConfigError(f"limits: {text!r} would refuse what is good; {metric} has to be {better} a value")
+            raise ConfigError(
+                f"limits: {short_repr(text)} would refuse what is good; {metric} has to be {better} a value"
+            )
         return cls(metric, cast(Any, side), float(match["value"]), bool(match["relative"]), cast(LimitAction, action))
 
     def __str__(self) -> str:
@@ -80,5 +89,6 @@ def normalize_limit(entry: Any, name: str = "limits") -> str:
         side, value = ("<=", entry["max"]) if "max" in entry else (">=", entry["min"])
         return str(ScoreLimit.parse(f"{entry['metric']} {side} {value} -> {entry['action']}"))
     raise ConfigError(
-        f"{name}: a limit is text such as '{EXAMPLE}', or metric, max or min, and action; this is {entry!r}: correct it"
+        f"{name}: a limit is text such as '{EXAMPLE}', or metric, max or min, and action; this is {short_repr(entry)}: "
+        "correct it"
     )

@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 from prunetune.config.fields import option, parse_number
 from prunetune.errors import ConfigError
+from prunetune.utils.untrusted import short_repr
 
 
 def parse_learning_rate(value: Any, name: str) -> float:
     """A learning rate, or 0 for auto; raises `ConfigError`."""
     rate = 0.0 if value == "auto" else parse_number(value, name)
     if rate < 0:
-        raise ConfigError(f"{name} must lie in [0, inf), where 0 is auto, got {value!r}")
+        raise ConfigError(f"{name} must lie in [0, inf), where 0 is auto, got {short_repr(value)}")
     return rate
 
 

@@ -81,11 +81,13 @@ class FlopsCost:
 
     @cached_property
     def _attention_pairs(self) -> dict[int, int]:
-        """{window: pairs of query and key in a request}."""
+        """{window: pairs of query and key in a request}; a step sees all tokens before it, or those in the window."""
         prompt, steps = self.workload.prompt, self.workload.generate - 1
-        lengths = range(prompt + 1, prompt + steps + 1)
-        windows = {layer.sliding_window for layer in self.dense_shape.layers.values()}
-        return {window: prompt**2 + sum(min(window or length, length) for length in lengths) for window in windows}
+        pairs = {}
+        for window in {layer.sliding_window for layer in self.dense_shape.layers.values()}:
+            growing = min(steps, max(0, window - prompt)) if window else steps  # steps until the window is full
+            pairs[window] = prompt * (prompt + growing) + growing * (growing + 1) // 2 + window * (steps - growing)
+        return pairs
 
 
 @dataclass(frozen=True)

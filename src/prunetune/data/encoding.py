@@ -12,7 +12,10 @@ from typing import Any
 from prunetune.config.recipe import DataConfig
 from prunetune.data.records import Record
 from prunetune.errors import DataError
+from prunetune.utils.deadline import RENDER_SECONDS, call_within
 
+Messages = Sequence[tuple[str, str]]  # (role, content)
+ROWS_RENDERED_AT_ONCE = 50
 PROBE = "prunetune probe"  # an answer to look for in the output of a chat template
 
 
@@ -90,18 +93,17 @@ def uses_chat_template(record: Record, template: str) -> bool:
 
 def encode_prompts(records: Sequence[Record], tokenizer: Any, template: str = "auto") -> list[list[int]]:
     """Token ids that answers are generated from or scored after; for a text row the start token, if there is one."""
-    chat_texts, raw_texts = [], []
+    chats, raw_texts = [], []
     for record in records:
         if uses_chat_template(record, template):
-            messages = record.messages or (("user", record.prompt),)
-            chat_texts.append(_render_chat(tokenizer, messages, record.source, generate=True))
+            chats.append((record.messages or (("user", record.prompt),), record.source))
         elif record.kind == "chat":
             turns = [f"{role}: {content}\n" for role, content in record.messages]
             raw_texts.append("".join([*turns, "assistant:"]))
         else:
             raw_texts.append(record.prompt)
     # A chat template writes the special tokens itself.
-    chat_ids = iter(_token_ids(chat_texts, tokenizer, special=False))
+    chat_ids = iter(_token_ids(_render_chats(tokenizer, chats, generate=True), tokenizer, special=False))
     raw_ids = iter(_token_ids(raw_texts, tokenizer, special=True))
     adds_end = bool(raw_texts) and _token_ids(["a"], tokenizer, special=True)[0][-1] == tokenizer.eos_token_id
     prompts = []
@@ -114,7 +116,26 @@ def encode_prompts(records: Sequence[Record], tokenizer: Any, template: str = "a
     return prompts
 
 
-def _render_chat(tokenizer: Any, messages: Sequence[tuple[str, str]], source: str, *, generate: bool) -> str:
+def _render_chats(tokenizer: Any, chats: Sequence[tuple[Messages, str]], *, generate: bool) -> list[str]:
+    """The text of each (messages, source); some rows at a time, as a template's loops may have no end."""
+    texts: list[str] = []
+    for start in range(0, len(chats), ROWS_RENDERED_AT_ONCE):
+        rows = chats[start : start + ROWS_RENDERED_AT_ONCE]
+
+        def render(rows: Sequence[tuple[Messages, str]] = rows) -> list[str]:
+            return [_render_chat(tokenizer, *row, generate=generate) for row in rows]
+
+        try:
+            texts += call_within(RENDER_SECONDS, render)
+        except TimeoutError as endless:
+            raise DataError(
+                f"{rows[0][1]}: the tokenizer's chat template does not come to an end ({endless}): correct it, or set "
+                "data.template=raw"
+            ) from endless
+    return texts
+
+
+def _render_chat(tokenizer: Any, messages: Messages, source: str, *, generate: bool) -> str:
     """Messages as the tokenizer's chat template writes them; `source` begins the message of a `DataError`."""
     from jinja2 import TemplateError
 
@@ -126,7 +147,7 @@ def _render_chat(tokenizer: Any, messages: Sequence[tuple[str, str]], source: st
     turns = [{"role": role, "content": content} for role, content in messages]
     try:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=generate))
-    except (TemplateError, ValueError, TypeError) as refused:
+    except (TemplateError, ValueError, TypeError, ArithmeticError, RecursionError) as refused:
         reason = " ".join(str(refused).split())[:200]
         raise DataError(
             f"{source}: the tokenizer's chat template refuses these messages ({reason}); "
@@ -150,7 +171,8 @@ def chat_stop_id(tokenizer: Any) -> int | None:
 def _ids_after_turn(tokenizer: Any) -> list[int]:
     """Token ids that the chat template writes after an assistant's message."""
     turns = (("user", PROBE.title()), ("assistant", PROBE))
-    after = _render_chat(tokenizer, turns, "data.template", generate=False).rpartition(PROBE)[2].rstrip()
+    (text,) = _render_chats(tokenizer, [(turns, "data.template")], generate=False)
+    after = text.rpartition(PROBE)[2].rstrip()
     return encode_answer(after, tokenizer) if after else []
 
 

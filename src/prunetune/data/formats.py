@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.errors import DataError
+from prunetune.utils.untrusted import parse_json
 
 NumberedRows = Iterator[tuple[int, Any]]
 NESTED = ("choices", "messages")  # written as JSON in a cell of CSV
@@ -33,12 +34,11 @@ def _read_text(path: Path) -> str:
 def _parse_json(text: str, where: str, wanted: str) -> Any:
     """The value of a JSON text; raises `DataError`, which begins with `where` and ends with what is wanted there."""
     try:
-        # Python refuses to parse integers of too many digits, also in fields that are never read: those become floats.
-        return json.loads(text, parse_int=lambda digits: int(digits) if len(digits) < 1000 else float(digits))
+        return parse_json(text, nan=True, surrogates=True)  # that a field is wrong matters only if it is read
     except json.JSONDecodeError as broken:
         raise DataError(f"{where}: not valid JSON ({broken.msg}, column {broken.colno}); {wanted}") from None
-    except RecursionError:
-        raise DataError(f"{where}: JSON nested too deeply; {wanted}") from None
+    except ValueError as broken:
+        raise DataError(f"{where}: not valid JSON ({broken}); {wanted}") from None
 
 
 def _json_lines(path: Path) -> NumberedRows:

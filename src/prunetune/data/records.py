@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prunetune.errors import DataError
+from prunetune.utils.untrusted import short_repr, shorten
 
 RecordKind = Literal["completion", "chat", "text"]
 FORMS = "prompt + completion (or prompt + choices + answer), messages, or text"
@@ -80,7 +81,7 @@ def record_from_row(
     """
     try:
         if not isinstance(row, Mapping):
-            raise DataError(f"row is {_short_repr(row)}; a row is an object with {FORMS}")
+            raise DataError(f"row is {short_repr(row)}; a row is an object with {FORMS}")
         # Tables have nulls where a row has no value.
         fields = {key: value for key, value in row.items() if value is not None}
         if not is_typed:
@@ -104,14 +105,14 @@ def _content(fields: Mapping[str, Any]) -> dict[str, Any]:
         return {"kind": "completion", "prompt": _text(fields["prompt"], "prompt"), **_answer_fields(fields)}
     if "text" in fields:
         return {"kind": "text", "completion": _text(fields["text"], "text")}
-    names = _shorten(", ".join(sorted(map(str, fields)))) or "no fields"
+    names = shorten(", ".join(sorted(map(str, fields)))) or "no fields"
     raise DataError(f"row has {names}; it needs {FORMS}")
 
 
 def _chat(fields: Mapping[str, Any]) -> dict[str, Any]:
     value = fields["messages"]
     if not _is_list(value):
-        raise DataError(f"messages must be a list of {{role, content}}, got {_short_repr(value)}")
+        raise DataError(f"messages must be a list of {{role, content}}, got {short_repr(value)}")
     messages = [_message(message, f"messages[{index}]") for index, message in enumerate(value)]
     if len(messages) < 2 or messages[-1][0] != "assistant":
         last = f"the last is from {messages[-1][0]!r}" if messages else "there is none"
@@ -122,7 +123,7 @@ def _chat(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _message(value: Any, name: str) -> tuple[str, str]:
     if not isinstance(value, Mapping) or not {"role", "content"} <= set(value):
-        raise DataError(f"{name} must have role and content, got {_short_repr(value)}")
+        raise DataError(f"{name} must have role and content, got {short_repr(value)}")
     return _text(value["role"], f"{name}.role"), _text(value["content"], f"{name}.content", empty=True)
 
 
@@ -138,24 +139,24 @@ def _answer_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         answer = _index(fields["answer"], choices)
         if completion is not None and completion != choices[answer]:
             raise DataError(
-                f"completion is {_short_repr(completion)} but choices[{answer}] is {_short_repr(choices[answer])}; "
+                f"completion is {short_repr(completion)} but choices[{answer}] is {short_repr(choices[answer])}; "
                 "they must be equal: correct one, or leave completion out"
             )
     elif completion in choices:
         answer = choices.index(completion)
     else:
-        got = "no completion" if completion is None else f"completion {_short_repr(completion)}, which is none of them"
+        got = "no completion" if completion is None else f"completion {short_repr(completion)}, which is none of them"
         raise DataError(f"row has choices and {got}; add answer, the index of the right choice")
     return {"completion": choices[answer], "choices": choices, "answer": answer}
 
 
 def _choices(value: Any) -> tuple[str, ...]:
     if not _is_list(value) or len(value) < 2:
-        raise DataError(f"choices must be a list of two texts or more, got {_short_repr(value)}")
+        raise DataError(f"choices must be a list of two texts or more, got {short_repr(value)}")
     choices = tuple(_text(choice, f"choices[{index}]") for index, choice in enumerate(value))
     repeated = next((choice for index, choice in enumerate(choices) if choice in choices[:index]), None)
     if repeated is not None:
-        raise DataError(f"choices has {_short_repr(repeated)} twice; choices must differ")
+        raise DataError(f"choices has {short_repr(repeated)} twice; choices must differ")
     return choices
 
 
@@ -167,8 +168,8 @@ def _index(value: Any, choices: tuple[str, ...]) -> int:
     if isinstance(number, int) and not isinstance(number, bool):
         if 0 <= number < len(choices):
             return number
-        raise DataError(f"answer {_short_repr(value)} lies outside choices, whose indices are 0..{len(choices) - 1}")
-    raise DataError(f"answer must be an index into choices, 0..{len(choices) - 1}, got {_short_repr(value)}")
+        raise DataError(f"answer {short_repr(value)} lies outside choices, whose indices are 0..{len(choices) - 1}")
+    raise DataError(f"answer must be an index into choices, 0..{len(choices) - 1}, got {short_repr(value)}")
 
 
 def _check_answer_unambiguous(fields: Mapping[str, Any]) -> None:
@@ -206,7 +207,7 @@ def _group(fields: Mapping[str, Any], key: str, *, needed: bool) -> str:
 
 def _text(value: Any, name: str, *, empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{name} must be text, got {_short_repr(value)}")
+        raise DataError(f"{name} must be text, got {short_repr(value)}")
     if not empty and not value.strip():
         raise DataError(f"{name} is empty; fill it, or remove the row")
     try:
@@ -218,16 +219,3 @@ def _text(value: Any, name: str, *, empty: bool = False) -> str:
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
-
-
-def _short_repr(value: Any) -> str:
-    try:
-        return _shorten(repr(value) if not isinstance(value, int) or value.bit_length() < 200 else "a huge number")
-    except ValueError:  # an int inside has more digits than Python writes
-        return f"a {type(value).__name__} with a huge number"
-
-
-def _shorten(text: str) -> str:
-    """One line of at most 80 characters, for a message: a row may be as long as a book."""
-    line = " ".join(text.split())
-    return line if len(line) <= 80 else f"{line[:77]}..."

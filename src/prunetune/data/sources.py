@@ -16,6 +16,8 @@ from prunetune.data.demo import read_demo
 from prunetune.data.formats import READERS, UNTYPED
 from prunetune.data.records import Record, record_from_row
 from prunetune.errors import DataError, MissingPackage
+from prunetune.utils.files import expand_path
+from prunetune.utils.untrusted import shorten
 
 SplitName = Literal["train", "search", "valid", "test", "texts", "guard", "general"]
 EXTRA_SPLITS: tuple[SplitName, ...] = ("texts", "guard", "general")  # often from elsewhere, so rows may lack data.group
@@ -30,7 +32,7 @@ HUB_SPLITS: dict[SplitName, tuple[str, ...]] = {
     "general": ("test",),
 }
 SPLIT_STEM = re.compile(r"(train|search|valid|validation|val|dev|test|eval)(-\d+-of-\d+)?")
-WEIGHT = re.compile(r"(?P<path>.+)\*(?P<weight>[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?)", re.IGNORECASE)
+WEIGHT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)(e[-+]?\d+)?", re.IGNORECASE)
 HUB_NAME = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<config>[\w.-]+))?(@(?P<split>[\w.-]+))?")
 
 
@@ -47,12 +49,15 @@ class Source:
 
         A glob that ends in a number needs a weight of its own.
         """
-        match = WEIGHT.fullmatch(text.strip())
-        path, weight = (match["path"], float(match["weight"])) if match else (text.strip(), 1.0)
+        path, _, factor = text.strip().rpartition("*")
+        has_weight = path and WEIGHT.fullmatch(factor)
+        path, weight = (path, float(factor)) if has_weight else (text.strip(), 1.0)
         if not path:
             raise DataError("a data source is empty text; name a file, a glob, a hub name, or demo")
         if not 0 < weight < math.inf:
-            raise DataError(f"{text}: a source's weight must be above 0 and finite; leave a source out to ignore it")
+            raise DataError(
+                f"{shorten(text)}: a source's weight must be above 0 and finite; leave a source out to ignore it"
+            )
         return cls(path, weight)
 
 
@@ -120,10 +125,10 @@ def _fields(record: Record) -> dict[str, Any]:
 
 def _matching_files(path: str, config: DataConfig) -> tuple[Path, ...]:
     """The files that a path or glob matches; none for a hub name. Raises `DataError`."""
-    file = Path(config.root).expanduser() / Path(path).expanduser()
+    file = expand_path(config.root) / expand_path(path)
     if file.is_dir():
         raise DataError(f"{file}: a folder; name its files, such as {path.rstrip('/')}/*.jsonl")
-    pattern = str(Path(glob.escape(config.root)).expanduser() / Path(path).expanduser())
+    pattern = str(Path(glob.escape(str(expand_path(config.root)))) / expand_path(path))
     matches = [file] if file.is_file() else map(Path, sorted(glob.glob(pattern, recursive=True)))
     files = tuple(match for match in matches if match.is_file())
     if not files and not (HUB_NAME.fullmatch(path) and not _has_reader(path)):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunetune.errors import DataError
+from prunetune.utils.untrusted import parse_json, short_repr, shorten
 
 FORMAT = "prunetune-evaluation-1"
 MAX_PROMPT_CHARS = 2000  # characters of a prompt that the JSON keeps
@@ -87,12 +88,14 @@ class Evaluation:
     def from_json(cls, text: str) -> Evaluation:
         """Read what `to_json` wrote (null becomes nan); raises `DataError` on anything else."""
         try:
-            data: Any = json.loads(text)
+            data: Any = parse_json(text)
             if data["format"] != FORMAT:
-                raise DataError(f"evaluation has format {data['format']!r}; this version reads {FORMAT!r}")
+                raise DataError(f"evaluation has format {short_repr(data['format'])}; this version reads {FORMAT!r}")
             return cls({name: _result(name, result) for name, result in data["tasks"].items()})
         except (ValueError, KeyError, TypeError, AttributeError) as broken:
-            raise DataError(f"not an evaluation: {broken!r}; expected what `prunetune eval` writes") from broken
+            raise DataError(
+                f"not an evaluation: {shorten(repr(broken))}; expected what `prunetune eval` writes"
+            ) from broken
 
 
 def headline_metric(result: TaskResult) -> str:

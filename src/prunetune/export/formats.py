@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +17,7 @@ from prunetune.export.quantize import SCHEMES, export_quantized
 from prunetune.export.result import ExportOptions, ExportResult
 from prunetune.export.source import ExportSource
 from prunetune.model.checksums import write_checksums
-from prunetune.utils.files import PARTIAL, explain_write_errors, require_disk_space, write_text
+from prunetune.utils.files import PARTIAL, expand_path, explain_write_errors, require_disk_space, write_text
 
 # Writes to a path that does not exist yet, and checks what it wrote (raises `SelfCheckFailed`). Raises another
 # `PrunetuneError`, before anything is written, for a model or options that the format cannot have.
@@ -69,8 +70,8 @@ def export_run(
     _check_options(to, source, options)
     name = "-".join(filter(None, (to, options.quantize or options.dtype))) + EXPORT_FORMATS[to].suffix
     exports = source.run / "exports" / name if source.run else source.folder.with_name(f"{source.name}-{name}")
-    path = out or exports
-    if path.exists():
+    path = expand_path(out) if out else exports
+    if os.path.lexists(path):
         raise ConfigError(f"{path} exists already: name another path with --out, or remove it")
     require_disk_space(path.parent, source.params * BYTES_PER_WEIGHT.get(options.dtype, source.dtype.itemsize))
     partial = path.with_name(path.name + PARTIAL)

@@ -15,6 +15,7 @@ from prunetune.manifest import Manifest
 from prunetune.model.license import LicenseInfo
 from prunetune.plan import Plan
 from prunetune.pruning.units import Site, UnitKind, effective_layout, kept_params
+from prunetune.utils.untrusted import markdown_code, markdown_text
 
 REMOTE_CODE_NOTE = """`trust_remote_code` runs `configuration_pruned.py` and `modeling_pruned.py` of this folder.
 They give each layer its own widths; read them first. Where prunetune is installed, `prunetune.hub.register()` opens the
@@ -55,7 +56,7 @@ def format_model_card(provenance: Provenance, plan: Plan, sites: Sequence[Site])
     """README.md of the model folder: where the model comes from, what was removed, its scores, how to open it."""
     sections = [
         _front_matter(provenance),
-        f"# {provenance.config.model}, tuned and pruned",
+        f"# {markdown_text(provenance.config.model)}, tuned and pruned",
         _summary(provenance, plan, sites),
         _usage_section(effective_layout(provenance.config.layout, sites)),
         _size_section(provenance.manifest),
@@ -94,8 +95,9 @@ def _summary(provenance: Provenance, plan: Plan, sites: Sequence[Site]) -> str:
     cuts = provenance.manifest.cuts
     steps = ", ".join(f"{cut.step}" for cut in cuts)
     within = f", in {len(cuts)} cut{'s' * (len(cuts) > 1)} (before step {steps} of {provenance.config.train.steps})"
+    base = markdown_code(provenance.config.model)
     return (
-        f"Made by prunetune from `{provenance.config.model}`: tuned and pruned in one run{within if cuts else ''}.\n"
+        f"Made by prunetune from {base}: tuned and pruned in one run{within if cuts else ''}.\n"
         f"{100 * share:.1f}% of the {blocks} parameters remain (layout {provenance.config.layout});\n"
         "`plan.json` names the units kept, `SHA256SUMS` the files as they were written."
     )
@@ -118,7 +120,7 @@ def _size_section(manifest: Manifest) -> str:
     rows = [
         ("parameters", dense.params, pruned.params, "M"),
         ("of them in the decoder", dense.decoder_params, pruned.decoder_params, "M"),
-        (f"weights on disk, {pruned.dtype}", dense.bytes, pruned.bytes, "MB"),
+        (f"weights on disk, {markdown_text(str(pruned.dtype))}", dense.bytes, pruned.bytes, "MB"),
     ]
     lines = [
         f"| {title} | {before / 1e6:,.1f} {unit} | {after / 1e6:,.1f} {unit} |"
@@ -135,11 +137,11 @@ def _score_section(scores: Sequence[ScoreRow], manifest: Manifest) -> str:
     head = ["| task | metric | items |" + "".join(f" {MODEL_TITLES[name]} |" for name in names)]
     head.append("|---|---|---:|" + "---:|" * len(names))
     lines = [
-        f"| {row.task} | {row.metric} | {max(n for *_, n in row.scores.values())} |"
+        f"| {markdown_text(row.task)} | {markdown_text(row.metric)} | {max(n for *_, n in row.scores.values())} |"
         + "".join(f" {_format_score(row.scores.get(name))} |" for name in names)
         for row in scores
     ]
-    computed = f", computed in {manifest.dtype}" if manifest.dtype else ""
+    computed = f", computed in {markdown_text(manifest.dtype)}" if manifest.dtype else ""
     return "\n".join(["## Scores", "", f"On the run's test split{computed}, ± standard error.", "", *head, *lines])
 
 
@@ -152,21 +154,27 @@ def _format_score(score: tuple[float, float, int] | None) -> str:
 
 def _provenance_section(provenance: Provenance) -> str:
     manifest = provenance.manifest
-    versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-    commit = f"; prunetune at commit `{manifest.commit}`" if manifest.commit else ""
+    made_with = [
+        markdown_text(", ".join(f"{name} {version}" for name, version in environment.versions.items()))
+        + (f"; prunetune at commit {markdown_code(environment.commit)}" if environment.commit else "")
+        for environment in manifest.known_environments
+    ]
     values, defaults = _option_values(provenance.config), _option_values(RunConfig())
     changed = ", ".join(
-        f"`{name}: {value}`"
+        markdown_code(f"{name}: {value}")
         for name, value in values.items()
         if value != defaults[name] and name not in UNPUBLISHED_OPTIONS
     )
     lines = ["## Provenance", ""]
-    lines += [f"- made with {versions}{commit}"] if versions else []
+    lines += [f"- {'made' if index == 0 else 'resumed'} with {text}" for index, text in enumerate(made_with)]
     lines += [f"- recipe, where it is not the default: {changed or 'all of it is'}"]
     chosen = manifest.learning_rate.description
-    lines += [f"- learning rate {chosen}"] if chosen else []
+    lines += [f"- learning rate {markdown_text(chosen)}"] if chosen else []
     lines += [f"- SHA-256 of the run's config.yaml: `{provenance.recipe_sha256}`"] if provenance.recipe_sha256 else []
-    lines += [f"- SHA-256 of the data, {split}: `{digest}`" for split, digest in manifest.data.hashes.items()]
+    lines += [
+        f"- SHA-256 of the data, {markdown_text(split)}: {markdown_code(digest)}"
+        for split, digest in manifest.data.hashes.items()
+    ]
     return "\n".join(lines)
 
 
@@ -186,4 +194,6 @@ def _licence_section(licence: LicenseInfo) -> str:
         return "## Licence\n\nThe licence of the base model applies; the base does not name one where it was read."
     name = f" ({licence.name})" if licence.name else ""
     link = f", {licence.link}" if licence.link else ""
-    return f"## Licence\n\nThat of the base model applies: {licence.id}{name}{link}, as {licence.where} says."
+    return "## Licence\n\n" + markdown_text(
+        f"That of the base model applies: {licence.id}{name}{link}, as {licence.where} says."
+    )

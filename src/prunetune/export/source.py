@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from prunetune.pruning.families import head_counts
 from prunetune.pruning.sites import find_sites
 from prunetune.pruning.units import Site
 from prunetune.utils.failures import reading_model_files
+from prunetune.utils.untrusted import parse_json, read_text
 
 Layout = Literal["uniform", "per-layer"]
 PROBE_LENGTH = 32  # tokens in a row of a self-check
@@ -74,7 +74,7 @@ class ExportSource:
     def config_json(self) -> dict[str, Any]:
         """The content of config.json."""
         try:
-            values = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+            values = parse_json(read_text(self.folder / "config.json"), nan=True)
         except (OSError, ValueError) as error:
             raise ModelError(f"{self.folder}/config.json cannot be read: {error}; write the model again") from error
         if not isinstance(values, dict) or "model_type" not in values:

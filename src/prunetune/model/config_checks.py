@@ -7,9 +7,12 @@ from typing import Any
 
 from prunetune.errors import ModelError
 from prunetune.pruning.families import FAMILIES
+from prunetune.utils.untrusted import short_repr
 
 CORRECT_CONFIG = "correct config.json, or fetch it again"
 FLOAT_DTYPES = ("float32", "bfloat16", "float16", "float64")
+LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers")
+MAX_LAYERS = 512  # each takes time to build, even empty
 # Values that count something, and so are 1 or more.
 COUNTS = (
     "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size", "intermediate_size", "vocab_size",
@@ -35,11 +38,14 @@ def check_config_values(name: str, values: Mapping[str, Any], *, trust_remote_co
     for key in COUNTS:
         if isinstance(values.get(key), int) and values[key] < 1:
             raise _wrong_value(name, key, values, "1 or more")
+    for key in LAYER_COUNTS:
+        if isinstance(values.get(key), int) and values[key] > MAX_LAYERS:
+            raise _wrong_value(name, key, values, f"{MAX_LAYERS} or fewer")
 
 
 def _wrong_value(name: str, key: str, values: Mapping[str, Any], accepted: str) -> ModelError:
     return ModelError(
-        f"model {name}: config.json: {key} is {repr(values[key])[:80]}, and must be {accepted}; {CORRECT_CONFIG}"
+        f"model {name}: config.json: {key} is {short_repr(values[key])}, and must be {accepted}; {CORRECT_CONFIG}"
     )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from prunetune.errors import ModelError
 from prunetune.utils.failures import reading_model_files
-from prunetune.utils.files import atomic_folder
+from prunetune.utils.files import atomic_folder, expand_path
 
 STORAGE_DTYPE = torch.bfloat16  # precise enough for values of 4 to 8 bits
 SAMPLED_TOKENS = 2000  # of a vocabulary, in the check of its tokenizer
@@ -21,7 +21,7 @@ SAMPLED_TOKENS = 2000  # of a vocabulary, in the check of its tokenizer
 def cache_folder() -> Path:
     """$PRUNETUNE_CACHE; if unset, prunetune/ in the user's cache folder."""
     base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("PRUNETUNE_CACHE") or base / "prunetune")
+    return expand_path(os.environ.get("PRUNETUNE_CACHE") or base / "prunetune")
 
 
 def dequantize_gguf(file: Path) -> Path:

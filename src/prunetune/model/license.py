@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from prunetune.config.yaml_file import parse_yaml
 from prunetune.model.loading import DEMO, cached_hub_file, demo_file
+from prunetune.utils.files import expand_path
 
 LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE")
 
@@ -25,7 +25,7 @@ class LicenseInfo:
 
 def read_license(model: str) -> LicenseInfo:
     """Read the licence of a folder, a .gguf file, `demo`, or a hub name whose card is in the cache."""
-    path = Path(model).expanduser()
+    path = expand_path(model)
     try:
         if model == DEMO or path.suffix == ".gguf":
             return _license_in_gguf(demo_file() if model == DEMO else path)
@@ -43,7 +43,7 @@ def _license_in_card(card: Path) -> LicenseInfo:
     front_matter, end, _ = rest.partition("\n---")
     if before.strip() or not begin or not end:
         return LicenseInfo()
-    values: Any = yaml.safe_load(front_matter)
+    values: Any = parse_yaml(front_matter)
     return _license_in_values(values, "license", "_", "its model card") if isinstance(values, dict) else LicenseInfo()
 
 

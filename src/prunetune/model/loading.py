@@ -28,6 +28,7 @@ from prunetune.model.gguf_import import dequantize_gguf
 from prunetune.model.per_layer_classes import register_folder
 from prunetune.model.safetensors_reader import SafetensorsReader, safetensors_files
 from prunetune.utils.failures import first_line, reading_model_files
+from prunetune.utils.files import expand_path
 from prunetune.utils.suggest import similar_names
 from prunetune.utils.untrusted import parse_json
 
@@ -47,7 +48,7 @@ class LoadedModel:
 
 def gguf_file(name: str) -> Path | None:
     """The .gguf file that a model's name means; None where it means a folder or a hub name."""
-    path = demo_file() if name == DEMO else Path(name).expanduser()
+    path = demo_file() if name == DEMO else expand_path(name)
     return path if path.suffix == ".gguf" else None
 
 
@@ -61,7 +62,7 @@ def resolve_model_path(name: str) -> str:
         if not file.is_file():
             raise ModelError(f"model {name}: no such file; name a .gguf file, a model folder or a hub name")
         return str(dequantize_gguf(file))
-    path = Path(name).expanduser()
+    path = expand_path(name)
     if path.is_dir():
         _raise_if_no_model_folder(name, path)
         register_folder(path)

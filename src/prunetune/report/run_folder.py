@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from prunetune.config.fields import with_current_names
 from prunetune.config.recipe import RunConfig
+from prunetune.config.yaml_file import parse_yaml
 from prunetune.errors import PrunetuneError, RunFolderError
 from prunetune.evaluation.results import Evaluation
 from prunetune.manifest import Manifest, finite_number
 from prunetune.plan import Plan
 from prunetune.utils.json_lines import JsonObject, read_json_lines
+from prunetune.utils.untrusted import read_text
 
 Parsed = TypeVar("Parsed")
 
@@ -91,8 +91,8 @@ def get_mapping(values: Any, *path: str) -> Mapping[str, Any]:
 
 def _config(text: str, missing: list[str]) -> Mapping[str, Any]:
     try:
-        return get_mapping(with_current_names(RunConfig, yaml.safe_load(text), quiet=True))
-    except yaml.YAMLError:
+        return get_mapping(with_current_names(RunConfig, parse_yaml(text), quiet=True))
+    except ValueError:
         missing.append("config.yaml is not valid YAML: it is shown as it stands")
         return {}
 
@@ -117,7 +117,7 @@ def _parse_file(path: Path, parse: Callable[[str], Parsed], missing: list[str], 
         missing.append(f"{name} is missing: {consequence}")
         return None
     try:
-        return parse(path.read_text(encoding="utf-8"))
+        return parse(read_text(path))
     except (OSError, PrunetuneError, ValueError, KeyError, TypeError, AttributeError):
         missing.append(f"{name} cannot be read: {consequence}")
         return None

@@ -15,6 +15,7 @@ from prunetune.evaluation.statistics import is_same_question, keep_same_question
 from prunetune.plan import Plan
 from prunetune.runs.folder import flatten_options, open_run
 from prunetune.utils.tables import table_lines
+from prunetune.utils.untrusted import read_text
 
 MAX_FLIPS = 10  # that the text lists by name
 IGNORED_OPTIONS = {"out"}  # of every run another
@@ -48,7 +49,7 @@ def load_compared_run(path: Path) -> ComparedRun:
     try:
         plan = Plan.load(folder.plan_file) if folder.plan_file.exists() else None
         file = folder.evaluation_file("pruned")
-        evaluation = Evaluation.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
+        evaluation = Evaluation.from_json(read_text(file)) if file.exists() else None
         hashes = folder.read_manifest().data.hashes
     except (PlanError, DataError, OSError, ValueError, AttributeError) as broken:
         raise RunFolderError(f"{path} cannot be read ({broken}): run it again, or leave it out") from broken
@@ -151,7 +152,7 @@ def _flips(first: ComparedRun, other: ComparedRun) -> str:
     lines = [f"{title}: of {common:,} that both answered, {lost:,} lost and {len(flips) - lost:,} gained"]
     for flip in sorted(flips, key=lambda flip: flip.gained)[:MAX_FLIPS]:
         answers = f"{_quote_line(flip.before)} -> {_quote_line(flip.after)}"
-        lines.append(f"  {'gained' if flip.gained else 'lost':<7}{flip.task} {flip.id}: {answers}")
+        lines.append(f"  {'gained' if flip.gained else 'lost':<7}{flip.task} {flip.id}: {answers}".replace("\n", " "))
     if len(flips) > MAX_FLIPS:
         lines.append(f"  and {len(flips) - MAX_FLIPS:,} more")
     return "\n".join(lines)
@@ -172,6 +173,5 @@ def find_flips(first: Evaluation, other: Evaluation) -> tuple[list[FlippedItem],
 
 
 def _quote_line(text: str) -> str:
-    """Text of a model as one line without control characters: it is shown in a terminal."""
-    plain = " ".join("".join(character if character.isprintable() else " " for character in text).split())
-    return repr(plain if len(plain) <= 40 else f"{plain[:39]}…")
+    line = " ".join(text.split())
+    return repr(line if len(line) <= 40 else f"{line[:39]}…")

@@ -19,9 +19,10 @@ from prunetune.config.recipe import RunConfig, load_saved_recipe, to_mapping
 from prunetune.config.yaml_file import read_yaml
 from prunetune.errors import ConfigError, RunFolderError
 from prunetune.manifest import Manifest
-from prunetune.utils.files import PARTIAL, write_text
+from prunetune.utils.files import PARTIAL, expand_path, write_text
 from prunetune.utils.json_lines import JsonObject, append_json_line, read_json_lines, write_json_lines
 from prunetune.utils.suggest import similar_names
+from prunetune.utils.untrusted import read_text
 
 log = logging.getLogger(__name__)
 TUNING_STAGE = "tune and prune"  # a stage, in the manifest's timings
@@ -65,6 +66,11 @@ class RunFolder:
         return self.path / "tuned"
 
     @property
+    def latency_table_file(self) -> Path:
+        """The latency table by which budgets of time were set, for as long as the run is resumed."""
+        return self.path / "latency.json"
+
+    @property
     def bench_file(self) -> Path:
         """Speed of the dense and the pruned model, measured in turns."""
         return self.path / "bench.json"
@@ -80,7 +86,7 @@ class RunFolder:
     def read_manifest(self) -> Manifest:
         """What is known of the run so far; raises `ValueError` where the file is no JSON object."""
         file = self.path / "manifest.json"
-        return Manifest.from_json(file.read_text(encoding="utf-8")) if file.exists() else Manifest.empty()
+        return Manifest.from_json(read_text(file)) if file.exists() else Manifest.empty()
 
     def update_manifest(self, **facts: Any) -> None:
         """Replace fields of the manifest."""
@@ -97,7 +103,8 @@ class RunFolder:
                 records, _ = read_json_lines(file)
                 write_json_lines(file, [record for record in records if record.get("step") in range(step + 1)])
         for file in (self.path / "decisions").glob("step-*.json"):
-            if int(file.stem.removeprefix("step-")) > step:
+            number = file.stem.removeprefix("step-")
+            if number.isdecimal() and int(number) > step:
                 file.unlink()
 
 
@@ -126,18 +133,18 @@ def check_folder(config: RunConfig, *, resume: bool, changeable: Collection[str]
 
 def run_path(config: RunConfig) -> Path:
     """The folder that `out` names; raises `RunFolderError` where it names none."""
-    if not config.out.strip() or "\0" in config.out:
+    if not config.out.strip():
         raise RunFolderError(f"out {config.out!r} names no folder: name one with --out, such as runs/support")
-    return Path(config.out).expanduser()
+    return expand_path(config.out)
 
 
 def _raise_if_not_writable(path: Path) -> None:
     try:
-        existing = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        existing = next(parent for parent in (path, *path.absolute().parents) if os.path.lexists(parent))
     except OSError as failed:
         raise RunFolderError(f"{path} cannot be opened ({failed.strerror}): name another folder with --out") from failed
     if not existing.is_dir():
-        raise RunFolderError(f"{existing} is a file: name another folder with --out")
+        raise RunFolderError(f"{existing} is no folder: name another folder with --out")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise RunFolderError(
             f"{existing} cannot be written to: change its permissions, or name another folder with --out"
@@ -145,8 +152,8 @@ def _raise_if_not_writable(path: Path) -> None:
 
 
 def _has_contents(path: Path) -> bool:
-    """Whether it holds more than the partial files that a run leaves when it is killed at its start."""
-    return path.exists() and any(child.suffix != PARTIAL for child in path.iterdir())
+    """Whether it holds more than what is left by a run that is killed at its start: partial files, empty folders."""
+    return any(child.suffix != PARTIAL and not child.is_dir() for child in path.rglob("*"))
 
 
 def _raise_if_recipe_changed(recipe: Path, config: RunConfig, changeable: Collection[str]) -> None:

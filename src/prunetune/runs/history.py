@@ -12,11 +12,12 @@ import math
 import os
 import socket
 import sqlite3
-from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import yaml
@@ -24,11 +25,13 @@ import yaml
 from prunetune.config.recipe import RunConfig
 from prunetune.errors import ConfigError, PrunetuneError
 from prunetune.runs.folder import RunFolder, is_locked, open_run
+from prunetune.utils.files import expand_path
+from prunetune.utils.sqlite import UNUSABLE, run_in_database
+from prunetune.utils.untrusted import parse_json, read_text
 
 log = logging.getLogger(__name__)
 
 NAME = "runs.sqlite"
-LOCK_TIMEOUT = 5.0  # seconds to wait for another process that writes
 TABLE = """create table if not exists runs (
     path text primary key, status text not null, started text, ended text, model text, layout text, seed integer,
     asked real, kept real, metrics text not null default '{}', command text, process text
@@ -36,8 +39,9 @@ TABLE = """create table if not exists runs (
 # "gate failed": it ended outside a limit. "gone": its folder was removed.
 STATUSES = ("running", "done", "failed", "interrupted", "gate failed", "gone")
 COLUMNS = (
-    "path", "status", "started", "ended", "model", "layout", "seed", "asked", "kept", "metrics", "command", "process",
+    "path", "status", "started", "ended", "model", "layout", "command", "process", "metrics", "seed", "asked", "kept",
 )  # fmt: skip
+NUMBERS = frozenset({"seed", "asked", "kept"})  # all other columns are text
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,7 @@ class RunEntry:
 def register_run(folder: RunFolder, config: RunConfig, command: str) -> Iterator[None]:
     """Register a run at its start, and how it ended at its end; where that cannot be written, a warning is logged."""
     status, started = "failed", _now()
-    beginning = {"status": "running", "started": started, "ended": "", "command": command}
-    _write_or_warn(folder, {**_run_values(folder, config), **beginning})
+    _write_or_warn(folder, config, {"status": "running", "started": started, "ended": "", "command": command})
     try:
         yield
         status = "done"
@@ -79,14 +82,13 @@ def register_run(folder: RunFolder, config: RunConfig, command: str) -> Iterator
         raise
     finally:
         ending = {"status": status, "started": started, "ended": _now(), "command": command}
-        _write_or_warn(folder, {**_run_values(folder, config), **ending})
+        _write_or_warn(folder, config, ending)
 
 
-def _write_or_warn(folder: RunFolder, values: Mapping[str, Any]) -> None:
+def _write_or_warn(folder: RunFolder, config: RunConfig, values: Mapping[str, Any]) -> None:
     try:
-        with closing(_open(_history_file(folder.path.absolute().parent))) as store, store:
-            _insert(store, values)
-    except (OSError, sqlite3.Error, ValueError) as broken:
+        _insert(_history_file(folder.path.absolute().parent), [{**_run_values(folder, config), **values}])
+    except (PrunetuneError, *UNUSABLE) as broken:
         reason = " ".join(str(broken).split())
         log.warning("history: %s cannot be written (%s); the run continues without it", NAME, reason)
 
@@ -114,12 +116,12 @@ def _mean_and_task_scores(folder: RunFolder) -> dict[str, float]:
     file = folder.evaluation_file("pruned")
     if not file.exists():
         return {}
-    evaluation = Evaluation.from_json(file.read_text(encoding="utf-8"))
+    evaluation = Evaluation.from_json(read_text(file))
     metrics = dict.fromkeys(metric for result in evaluation.tasks.values() for metric in result.scores)
     scores = {metric: evaluation.mean(metric).value for metric in metrics}
     for task, result in evaluation.tasks.items():
         scores |= {f"{task}.{metric}": score.value for metric, score in result.scores.items()}
-    return {name: value for name, value in scores.items() if not math.isnan(value)}
+    return {name: value for name, value in scores.items() if math.isfinite(value)}
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -128,66 +130,54 @@ def _mean_and_task_scores(folder: RunFolder) -> dict[str, float]:
 def _history_file(runs_folder: Path) -> Path:
     """`$PRUNETUNE_HOME/runs.sqlite`, or `runs.sqlite` in the parent of the run folders."""
     home = os.environ.get("PRUNETUNE_HOME")
-    return (Path(home).expanduser() if home else runs_folder) / NAME
+    return (expand_path(home) if home else runs_folder) / NAME
 
 
-def _open(file: Path) -> sqlite3.Connection:
-    """The database, created where there is none; a file that is no database is renamed, and a new one created."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        return _connect(file)
-    except sqlite3.DatabaseError as broken:
-        if isinstance(broken, sqlite3.OperationalError):  # locked, or without permission: the file is intact
-            raise
-        aside = file.with_name(f"{NAME}.broken-{datetime.now(UTC):%Y%m%d-%H%M%S}")
-        file.rename(aside)
-        log.warning("history: %s is no database any more: renamed to %s, and a new one created", file, aside.name)
-        return _connect(file)
+def _insert(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    def insert(store: sqlite3.Connection) -> None:
+        for row in rows:
+            columns, marks = ", ".join(row), ", ".join("?" * len(row))
+            # Column names are ours, values are bound.
+            store.execute(f"insert or replace into runs ({columns}) values ({marks})", tuple(row.values()))  # noqa: S608
 
-
-def _connect(file: Path) -> sqlite3.Connection:
-    store = sqlite3.connect(file, timeout=LOCK_TIMEOUT)
-    try:
-        with store:
-            store.execute(TABLE)
-    except sqlite3.Error:
-        store.close()
-        raise
-    return store
-
-
-def _insert(store: sqlite3.Connection, values: Mapping[str, Any]) -> None:
-    columns, marks = ", ".join(values), ", ".join("?" * len(values))
-    # Column names are ours, values are bound.
-    store.execute(f"insert or replace into runs ({columns}) values ({marks})", tuple(values.values()))  # noqa: S608
+    run_in_database(file, [TABLE], insert)
 
 
 def list_runs(runs_folder: Path) -> list[RunEntry]:
     """The runs in a folder's history, and run folders in it that are not registered yet; the newest first.
 
-    Raises `ConfigError` where the folder does not exist or the history cannot be read.
+    A history that cannot be read, and rows that are damaged, cost a warning: the run folders are read instead.
+    Raises `ConfigError` where there is neither a history nor the folder.
     """
     file = _history_file(runs_folder)
-    if not file.exists() and not runs_folder.is_dir():
+    is_there = os.path.exists(file)
+    if not is_there and not runs_folder.is_dir():
         raise ConfigError(
             f"{runs_folder}: no such folder; name the one that holds the run folders, or set PRUNETUNE_HOME"
         )
+    query = f"select {', '.join(COLUMNS)} from runs"  # noqa: S608 - column names are ours
+    rows: list[tuple[Any, ...]] | None = None
     try:
-        with closing(_open(file)) as store, store:
-            known = {row[0] for row in store.execute("select path from runs")}
-            for values in _unregistered(runs_folder, known):
-                _insert(store, values)
-            rows = store.execute(f"select {', '.join(COLUMNS)} from runs order by started desc, path").fetchall()  # noqa: S608
-    except (OSError, sqlite3.Error) as broken:
-        if not file.exists():
-            raise ConfigError(
-                f"{file} cannot be created ({broken}): set PRUNETUNE_HOME to a folder that can be written to"
-            ) from broken
-        raise ConfigError(f"{file} cannot be read ({broken}): try again, or remove it to have it rebuilt") from broken
-    return [_entry(dict(zip(COLUMNS, row, strict=True))) for row in rows]
+        rows = run_in_database(file, [TABLE], lambda store: store.execute(query).fetchall()) if is_there else []
+    except UNUSABLE as broken:
+        reason = " ".join(str(broken).split())
+        log.warning("history: %s cannot be read (%s); the run folders are read instead", file, reason)
+    entries: dict[str, RunEntry] = {}
+    for row in rows or ():
+        try:
+            entry = _entry(dict(zip(COLUMNS, row, strict=True)))
+            entries[str(entry.path)] = entry
+        except (ValueError, OSError) as damaged:
+            log.warning("history: a row of %s is damaged (%s); its run folder is read instead", file, damaged)
+    fresh = list(_unregistered(runs_folder, entries))
+    if fresh and rows is not None:
+        with suppress(*UNUSABLE):  # a place that is only read: they are read from their folders every time
+            _insert(file, fresh)
+    listed = sorted([*entries.values(), *map(_entry, fresh)], key=lambda entry: entry.path)
+    return sorted(listed, key=lambda entry: entry.started, reverse=True)
 
 
-def _unregistered(runs_folder: Path, known: set[str]) -> Iterator[dict[str, Any]]:
+def _unregistered(runs_folder: Path, known: Collection[str]) -> Iterator[dict[str, Any]]:
     """The columns of each run folder that is not in the history."""
     for recipe in sorted(runs_folder.glob("*/config.yaml")):
         path = recipe.parent
@@ -197,9 +187,11 @@ def _unregistered(runs_folder: Path, known: set[str]) -> Iterator[dict[str, Any]
             folder, config = open_run(path)
             manifest = folder.read_manifest()
             values = _run_values(folder, config)
-        except (PrunetuneError, OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError):
+            started = datetime.fromtimestamp(recipe.stat().st_mtime, UTC).isoformat(timespec="seconds")
+        except (
+            PrunetuneError, OSError, ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError, RecursionError,
+        ):  # fmt: skip
             continue  # no run folder of this version
-        started = datetime.fromtimestamp(recipe.stat().st_mtime, UTC).isoformat(timespec="seconds")
         is_done = folder.evaluation_file("pruned").exists() or (manifest.sizes and folder.bench_file.exists())
         status = "gate failed" if manifest.failed else "done" if is_done else "interrupted"
         ending = {"status": status, "started": started, "ended": "", "command": manifest.command or ""}
@@ -207,7 +199,15 @@ def _unregistered(runs_folder: Path, known: set[str]) -> Iterator[dict[str, Any]
 
 
 def _entry(row: Mapping[str, Any]) -> RunEntry:
-    path = Path(row["path"])
+    """A row as a run; raises `ValueError` where it holds what no run writes."""
+    for name, value in row.items():
+        if type(value) not in ((int, float, NoneType) if name in NUMBERS else (str, NoneType)):
+            raise ValueError(f"column {name}: {str(value)[:40]!r}")
+    metrics, path = parse_json(row["metrics"] or "", nan=True), Path(row["path"] or "")
+    if path == Path():
+        raise ValueError("no path")
+    if not isinstance(metrics, dict) or not all(type(value) in (int, float) for value in metrics.values()):
+        raise ValueError(f"column metrics: {row['metrics'][:40]!r}")
     return RunEntry(
         path=path,
         status=_status(path, row["status"], row["process"] or ""),
@@ -218,7 +218,7 @@ def _entry(row: Mapping[str, Any]) -> RunEntry:
         seed=row["seed"] or 0,
         requested_keep=row["asked"] or 0.0,
         kept=row["kept"],
-        metrics=json.loads(row["metrics"]),
+        metrics=metrics,
         command=row["command"] or "",
     )
 

@@ -12,8 +12,9 @@ from prunetune.evaluation.results import HEADLINE_METRICS
 from prunetune.runs.history import STATUSES, RunEntry
 from prunetune.utils.suggest import validate_name
 from prunetune.utils.tables import table_lines
+from prunetune.utils.untrusted import short_repr
 
-CONDITION = re.compile(r"\s*(?P<name>[^<>=!]+?)\s*(?P<sign><=|>=|<|>|=)\s*(?P<value>[-+\d.e]+)\s*")
+CONDITION = re.compile(r"(?P<name>[^<>=!]+)(?P<sign><=|>=|<|>|=)(?P<value>[-+\d.e\s]+)")
 SIGNS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le, ">=": operator.ge, "<": operator.lt, ">": operator.gt, "=": operator.eq,
 }  # fmt: skip
@@ -53,8 +54,10 @@ def _parse_condition(text: str, known: Iterable[str]) -> Callable[[RunEntry], bo
     except ValueError:
         value = math.nan
     if match is None or math.isnan(value):
-        raise ConfigError(f"--where {text!r} is no condition: write one such as 'accuracy >= 0.7' or 'kept < 0.6'")
-    sign, name = SIGNS[match["sign"]], validate_name(match["name"], known, "--where")
+        raise ConfigError(
+            f"--where {short_repr(text)} is no condition: write one such as 'accuracy >= 0.7' or 'kept < 0.6'"
+        )
+    sign, name = SIGNS[match["sign"]], validate_name(match["name"].strip(), known, "--where")
 
     def holds(entry: RunEntry) -> bool:
         own = RUN_VALUES[name](entry) if name in RUN_VALUES else entry.metrics.get(name)

@@ -19,10 +19,12 @@ from prunetune.config.recipe import RunConfig
 from prunetune.manifest import Manifest
 from prunetune.runs.folder import RunFolder, is_locked, open_run
 from prunetune.utils.json_lines import JsonObject, is_cut, read_json_lines
+from prunetune.utils.tables import plain_text
 
 REFRESH_SECONDS = 1.0
 LOCK_CHECK_SECONDS = 30.0  # without a new line; then the lock says whether a process works on the run
 STOPPED_AFTER_SECONDS = 900.0  # without a new line; then a run counts as stopped
+NUMBERS = ("kept", "seconds", "tokens_per_s", "memory_mb")  # a record that holds anything else there is not shown
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -48,7 +50,7 @@ class RunSnapshot:
     def seconds_left(self) -> float | None:
         """Seconds of tuning that are left, at the pace of the last fifty lines; None where that is not known."""
         recent = [line for line in self.metrics[-50:] if "seconds" in line]
-        if len(recent) < 2 or recent[-1]["seconds"] <= recent[0]["seconds"]:
+        if len(recent) < 2 or any(recent[-1][name] <= recent[0][name] for name in ("seconds", "step")):
             return None
         pace = (recent[-1]["seconds"] - recent[0]["seconds"]) / (recent[-1]["step"] - recent[0]["step"])
         return float(pace * (self.total_steps - self.step))
@@ -80,7 +82,12 @@ def _read_records(file: Path) -> tuple[JsonObject, ...]:
         records, _ = read_json_lines(file)
     except OSError:
         return ()
-    return tuple(record for record in records if isinstance(record.get("step"), int))
+    return tuple(
+        record
+        for record in records
+        if isinstance(record.get("step"), int)
+        and all(isinstance(record.get(name, 0.0), int | float) for name in NUMBERS)
+    )
 
 
 def watch_run(path: Path, *, console: Console | None = None, interval: float = REFRESH_SECONDS) -> None:
@@ -114,7 +121,7 @@ def render_snapshot(snapshot: RunSnapshot) -> RenderableType:
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim", min_width=12)
     rows.add_column()
-    rows.add_row("phase", Text(_phase_text(snapshot, last)))  # Text: square brackets are no style
+    rows.add_row("phase", plain_text(_phase_text(snapshot, last)))
     if snapshot.metrics or not snapshot.is_finished:  # a run of several sizes has its steps in their folders
         left, time_left = snapshot.seconds_left, ""
         if not snapshot.is_finished and snapshot.step < snapshot.total_steps and left is not None:
@@ -136,9 +143,10 @@ def render_snapshot(snapshot: RunSnapshot) -> RenderableType:
     blocks: list[RenderableType] = [rows]
     if snapshot.validation:
         blocks += [Text(""), _validation_table(snapshot.validation[-5:])]
-    for line in [line for line in snapshot.validation if line.get("broken")][-3:]:
-        blocks.append(Text(f"step {line['step']}, limits broken: {'; '.join(map(str, line['broken']))}", style="red"))
-    return Panel(Group(*blocks), title=Text(snapshot.name), title_align="left", width=100)
+    for line in [line for line in snapshot.validation if isinstance(line.get("broken"), list) and line["broken"]][-3:]:
+        broken = "; ".join(map(str, line["broken"]))
+        blocks.append(plain_text(f"step {line['step']}, limits broken: {broken}", style="red"))
+    return Panel(Group(*blocks), title=plain_text(snapshot.name), title_align="left", width=100)
 
 
 def _phase_text(snapshot: RunSnapshot, last: JsonObject) -> str:
@@ -163,7 +171,7 @@ def _validation_table(lines: Sequence[JsonObject]) -> Table:
         table.add_column(name, justify="left" if name == "phase" else "right")
     for line in lines:
         scores = [f"{line[name]:.4g}" if isinstance(line.get(name), int | float) else "–" for name in ("nll", *names)]
-        table.add_row(str(line["step"]), Text(str(line.get("phase", ""))), f"{line.get('kept', 0):.1%}", *scores)
+        table.add_row(str(line["step"]), plain_text(str(line.get("phase", ""))), f"{line.get('kept', 0):.1%}", *scores)
     return table
 
 

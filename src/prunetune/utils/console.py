@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from prunetune.utils.json_lines import JsonObject, is_cut
+from prunetune.utils.untrusted import printable
 
 log = logging.getLogger(__name__)
 
@@ -74,12 +75,12 @@ class LiveConsole:
 
     def __init__(self) -> None:
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+            TextColumn("{task.fields[text]}", markup=False),
         )
         self.progress = Progress(*columns, console=RichConsole(stderr=True))
         self.task: TaskID | None = None
@@ -107,7 +108,7 @@ class LiveConsole:
     def _update(self, done: int, text: str, total: int | None = None) -> None:
         if self.task is not None:
             known = {} if total is None else {"total": total}
-            self.progress.update(self.task, completed=done, text=text, **known)  # type: ignore[arg-type]
+            self.progress.update(self.task, completed=done, text=printable(text), **known)  # type: ignore[arg-type]
 
     def _finish(self) -> None:
         if self.task is not None:

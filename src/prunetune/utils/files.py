@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -11,22 +12,50 @@ from pathlib import Path
 
 from prunetune.errors import ConfigError, RunFolderError
 from prunetune.utils.failures import is_disk_full, is_permission_denied
+from prunetune.utils.untrusted import shorten
 
 PARTIAL = ".partial"
 
 
+def expand_path(name: str | os.PathLike[str]) -> Path:
+    """The path that a user's text names, `~` expanded; raises `ConfigError` where no file can have that name."""
+    shown = shorten(str(name))
+    try:
+        path = Path(name).expanduser()
+        path.stat()
+    except RuntimeError as unknown:
+        raise ConfigError(f"{shown}: there is no such user; write the path in full") from unknown
+    except ValueError as unwritable:  # a null byte, half of a surrogate pair
+        raise ConfigError(f"{shown!r}: no file can have such a name; correct it") from unwritable
+    except OSError as refused:
+        if refused.errno == errno.ENAMETOOLONG:
+            raise ConfigError(f"{shown}: no file can have so long a name; shorten it") from refused
+    return path  # where something else is wrong, whoever opens it says so
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace a file in one step: written under another name first, then renamed."""
+    """Replace a file in one step: written under another name first, then renamed.
+
+    A device, a pipe, an open descriptor (/dev/fd/3) and the target of a link are written into and stay what they are.
+    """
+    if not _is_replaceable(path):
+        with path.open("w", encoding="utf-8") as file:
+            file.write(text)
+        return
     partial = path.with_name(path.name + PARTIAL)
     try:
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-    except OSError:
+        partial.replace(path)
+    except BaseException:
         partial.unlink(missing_ok=True)  # a full disk needs the space
         raise
-    partial.replace(path)
+
+
+def _is_replaceable(path: Path) -> bool:
+    return not path.is_symlink() and (path.is_file() or not path.exists())
 
 
 @contextmanager
@@ -88,10 +117,15 @@ def check_writable(path: Path | None, flag: str) -> None:
     """Check that a file named by `flag` can be written, before anything is computed; raises `ConfigError`."""
     if path is None:
         return
-    if path.is_dir() or not path.absolute().parent.is_dir():
+    target = Path(os.path.realpath(path))  # of a link that leads nowhere yet, the file that will be made
+    if path.is_dir() or not (path.exists() or target.parent.is_dir()):
         raise ConfigError(f"{flag} {path}: name a file in a folder that exists")
-    if not os.access(path.absolute().parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"{flag} {path}: its folder cannot be written to; name a file in another one")
+    expand_path(path.with_name(path.name + PARTIAL))
+    if not path.exists() or _is_replaceable(path):
+        if not os.access(target.parent, os.W_OK | os.X_OK):
+            raise ConfigError(f"{flag} {path}: its folder cannot be written to; name a file in another one")
+    elif not os.access(path, os.W_OK):
+        raise ConfigError(f"{flag} {path}: it cannot be written to; name another file")
 
 
 @contextmanager

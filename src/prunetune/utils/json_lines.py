@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prunetune.utils.files import write_text
+from prunetune.utils.untrusted import parse_json
 
 JsonObject = dict[str, Any]
 
@@ -33,7 +34,7 @@ def read_json_lines(path: Path) -> tuple[list[JsonObject], int]:
     records, broken = [], 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            value = json.loads(line)
+            value = parse_json(line, nan=True)
         except ValueError:
             value = None
         if isinstance(value, dict):

@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 
 STOP_GRACE_SECONDS = 15.0  # for a clean end after a stop signal; launchers kill after 30
@@ -47,8 +46,8 @@ def run_and_exit_on_failure(main: Callable[[], int]) -> int:
         code = main()
     except SystemExit:
         raise
-    except BaseException:  # a bug: its traceback is what helps
-        traceback.print_exc()
+    except BaseException as bug:  # its traceback is what helps
+        sys.excepthook(type(bug), bug, bug.__traceback__)
         code = 1
     if code:
         sys.stdout.flush()

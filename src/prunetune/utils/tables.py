@@ -11,6 +11,8 @@ from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
+from prunetune.utils.untrusted import printable
+
 MIN_WIDTH = 80  # columns that a table may take in a narrower terminal, too
 UNLIMITED_WIDTH = 10_000  # columns in files and pipes: rows are not broken, so that grep finds them
 
@@ -29,9 +31,14 @@ def table_lines(headings: Sequence[str], rows: Iterable[Sequence[str]], *, width
     for heading in headings:
         is_number, heading = heading.startswith(">"), heading.removeprefix(">")
         justify: JustifyMethod = "right" if is_number else "left"
-        table.add_column(Text(heading), justify=justify, no_wrap=is_number, overflow="fold")
+        table.add_column(plain_text(heading), justify=justify, no_wrap=is_number, overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))  # as Text: square brackets are no markup
+        table.add_row(*map(plain_text, row))
     file, width = io.StringIO(), width or table_width()
     Console(file=file, width=width, color_system=None, force_terminal=False, force_jupyter=False).print(table)
     return [line.rstrip() for line in file.getvalue().splitlines()]
+
+
+def plain_text(text: str, style: str = "") -> Text:
+    """One line of text for rich in which nothing is markup, and nothing steers a terminal."""
+    return Text(printable(text.replace("\n", " ")), style=style)

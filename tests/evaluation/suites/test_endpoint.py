@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+from base64 import b64encode
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +113,8 @@ GARBAGE: dict[str, Reply] = {
     "did not reply with a completion: \"x\"": b'"x"',
     "did not reply with a completion: null": b"null",
     "completion: {\"choices\": \\[{\"text\": 3}\\]}": {"choices": [{"text": 3}]},
+    "did not reply with JSON: '\\[\\[": b"[" * 100_000,
+    "did not reply with JSON: '{\"choices\": NaN": b'{"choices": NaN}',
     "HTTP 404": 404,
     "HTTP 401": 401,
     "HTTP 503": 503,
@@ -130,8 +136,8 @@ def test_busy_server_is_asked_again() -> None:
         assert request_one(endpoint(server.url), "generate") == "yes"
 
 
-@pytest.mark.parametrize("slow", [{"wait": 30.0}, {"drip": 0.2}])
-def test_slow_reply_ends_at_the_deadline(slow: dict[str, float]) -> None:
+@pytest.mark.parametrize("slow", [{"wait": 30.0}, {"drip": 0.2}, {"drip": 0.2, "drip_headers": True}])
+def test_slow_reply_ends_at_the_deadline(slow: dict[str, Any]) -> None:
     started = now()
     late = r"no complete reply within 0.3 s"
     with serving(characters_model, **slow) as server, pytest.raises(BackendError, match=late):
@@ -168,6 +174,143 @@ def test_first_failure_stops_a_task() -> None:
 def test_invalid_address_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="is no URL"):
         EndpointClient(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://user:hunter2@h:port/v1", "http://user:hun/ter2@h/v1", "x://u:hunter2@h?hunter2", "u:hunter2@h/v1"]
+)
+def test_invalid_address_is_refused_without_its_secrets(url: str) -> None:
+    with pytest.raises(ConfigError, match="is no URL") as refused:
+        EndpointClient(url)
+    assert "ter2" not in str(refused.value)
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 303, 307, 308])
+def test_redirect_is_refused_and_no_key_leaves_its_host(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRUNETUNE_TEST_KEY", "k")
+    places: list[str] = []
+    with serving(characters_model) as thief, serving(lambda *_: (status, places[-1])) as server:
+        host = thief.url.split("/")[2]
+        backend = endpoint(server.url, key_env="PRUNETUNE_TEST_KEY")
+        for place in (
+            f"{thief.url}/steal?token=s3",
+            "/v2?token=s3",
+            f"//{host}/v1",
+            "ftp://x/v1",
+            "file:///etc/passwd",
+            "",
+        ):
+            places.append(place)
+            with pytest.raises(BackendError, match="redirects to") as refused:
+                request_one(backend, "generate")
+            assert "\n" not in str(refused.value)
+            assert "s3" not in str(refused.value)
+        assert thief.requests == []
+        assert len(server.requests) == len(places)
+
+
+def test_judge_is_not_redirected_either(tmp_path: Path) -> None:
+    with serving(characters_model) as thief, serving(lambda *_: (302, thief.url)) as server:
+        assert "redirects to" in judged(tmp_path, server.url).error
+    assert thief.requests == []
+
+
+def test_secrets_of_an_address_stand_nowhere(
+    tmp_path: Path, say: Callable[..., tuple[int, str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """User, password and query go to the server, and into no log, result or error."""
+    caplog.set_level(logging.DEBUG)
+    suite_in(tmp_path, {"open": {**ALL["open"], "scorer": "exact_match"}})
+    secrets = ("hunter2", "hunter", "s3cret")
+    for reply in (characters_model, lambda *_: 404, lambda *_: b"<html>", lambda *_: {"choices": []}):
+        with serving(reply) as server:
+            url = server.url.replace("http://", "http://hunter:hunter2@") + "?api_key=s3cret"
+            _, out, err = say("eval", url, "--suite", tmp_path / "suite.yaml", "--out", tmp_path / "scores.json")
+            assert server.requests[0][0] == "/v1/completions?api_key=s3cret"
+            assert server.requests[0][2]["Authorization"] == f"Basic {b64encode(b'hunter:hunter2').decode()}"
+            for text in (out, err, (tmp_path / "scores.json").read_text(), caplog.text):
+                assert not any(secret in text for secret in secrets)
+                assert server.url in text or text in (out, err, caplog.text)
+
+
+@pytest.mark.parametrize("reply", [401, b"<html> no s3cret, hunter2, sk-key", {"choices": ["s3cret hunter2 sk-key"]}])
+def test_secrets_that_a_server_repeats_stand_in_no_error(reply: Reply, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRUNETUNE_TEST_KEY", "sk-key")
+    with serving(lambda *_: reply, error="no s3cret, hunter2, sk-key" if reply == 401 else "") as server:
+        hidden = server.url.replace("http://", "http://hunter:hunter2@")
+        for client in (endpoint(f"{hidden}?key=s3cret"), endpoint(server.url, key_env="PRUNETUNE_TEST_KEY")):
+            with pytest.raises(BackendError, match=r"\*\*\*") as refused:
+                request_one(client, "generate")
+            secrets = ("sk-key",) if client.client.key_env else ("s3cret", "hunter2")
+            assert not any(secret in str(refused.value) for secret in secrets)
+
+
+def test_key_that_no_header_can_hold_is_refused_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRUNETUNE_TEST_KEY", "sk-first\nsk-second")
+    with serving(characters_model) as server, pytest.raises(BackendError, match="no key can have") as refused:
+        request_one(endpoint(server.url, key_env="PRUNETUNE_TEST_KEY"), "generate")
+    assert "sk-" not in str(refused.value)
+    assert server.requests == []
+    with pytest.raises(ConfigError, match="a request holds one: leave one out"):
+        EndpointClient("http://user:word@host/v1", key_env="PRUNETUNE_TEST_KEY")
+
+
+def test_reply_s_half_of_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:
+    with serving(lambda *_: b'{"choices": [{"text": "\\ud800 heart"}]}') as server:
+        assert request_one(endpoint(server.url), "generate") == "\ufffd heart"
+        suite = suite_in(tmp_path, {"open": {**ALL["open"], "scorer": "exact_match"}})
+        evaluation = evaluate(server.url, suite)
+    evaluation.to_json().encode()
+    assert not evaluation.tasks["open"].error
+
+
+@pytest.mark.parametrize("values", [["x"] * 8, [[]] * 8, [10**400] * 8, 5, {"a": 1}])
+def test_log_probabilities_of_any_type_are_a_one_line_error(values: Any) -> None:
+    logprobs = {"token_logprobs": values, "text_offset": list(range(5, 13)) if isinstance(values, list) else values}
+    reply = {"choices": [{"text": "Where? heart", "logprobs": logprobs}]}
+    with serving(lambda *_: reply) as server, pytest.raises(BackendError, match="likelihoods are not possible"):
+        request_one(endpoint(server.url), "nll")
+
+
+def test_reply_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prunetune.evaluation.suites.http_client.MAX_REPLY_BYTES", 1000)
+    with serving(lambda *_: b" " * 1001) as server, pytest.raises(BackendError, match="of more than 64 MiB is refused"):
+        request_one(endpoint(server.url), "generate")
+    assert len(server.requests) == 1
+
+
+def test_error_of_a_server_is_one_line_that_steers_no_terminal() -> None:
+    hostile = "busy\x1b[2J\u202e\n\x07" + "x" * 9999
+    with serving(lambda *_: 404, error=hostile) as server, pytest.raises(BackendError) as refused:
+        request_one(endpoint(server.url), "generate")
+    assert r"HTTP 404: busy\x1b[2J\u202e \x07xxx" in str(refused.value)
+    assert len(str(refused.value)) < 500
+
+
+def test_proxy_of_the_environment_is_for_other_hosts(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = endpoint("http://host.invalid/v1", max_attempts=1)
+    with serving(characters_model) as proxy, serving(characters_model) as server:
+        for address in (proxy.url, proxy.url.split("/")[2]):
+            monkeypatch.setenv("http_proxy", address)
+            assert request_one(other, "generate") == "to Where?"
+            assert request_one(endpoint(server.url), "generate") == "to Where?"
+        assert [path for path, _, _ in proxy.requests] == ["http://host.invalid/v1/completions"] * 2
+        monkeypatch.setenv("no_proxy", "example.org,host.invalid")
+        with pytest.raises(BackendError, match="does not answer"):
+            request_one(other, "generate")
+        assert len(proxy.requests) == 2
+        monkeypatch.setenv("no_proxy", "")
+        for unusable in ("socks5://127.0.0.1:9", "nonsense://x", "http://x:y"):
+            monkeypatch.setenv("http_proxy", unusable)
+            with pytest.raises(BackendError, match="HTTP_PROXY cannot be used"):
+                request_one(other, "generate")
+            assert request_one(endpoint(server.url), "generate") == "to Where?"
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 70])
+def test_impossible_host_is_a_one_line_error(host: str) -> None:
+    with pytest.raises(BackendError, match="does not answer"):
+        request_one(endpoint(f"http://{host}/v1", max_attempts=1), "generate")
 
 
 JUDGED: dict[str, Any] = {"data": "open.jsonl", "limit": 2}
@@ -259,3 +402,12 @@ def test_reply_without_exactly_one_mark_is_refused(reply: str, message: str) -> 
     with pytest.raises(BackendError, match=message) as refused:
         _mark(reply, 1, 5, "i")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("part", ["1", "1.", "/", "1/", "1 - ", "scale ", " ", "-", "from 1", "1 out of "])
+def test_long_reply_of_a_judge_ends(part: str) -> None:
+    """Patterns that look again at every character from every other would take hours."""
+    for reply in (part * (50_000 // len(part)), "1" + part * (50_000 // len(part))):
+        with suppress(BackendError):
+            _mark(reply, 1, 5, "i")

@@ -162,12 +162,69 @@ def test_folder_files_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert folder_hash(folder, store) == before
 
 
-def test_broken_cache_is_a_warning_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "a.sqlite").write_bytes(b"no database at all, but long enough to be taken for one" * 40)
-    cached = CachedBackend(ScriptedBackend(), AnswerStore(tmp_path / "a.sqlite"))
-    record = Record(kind="completion", prompt="p", completion="c")
-    assert cached.run_requests("generate", [record], GenerationSettings(), lambda _: None) == ["c"]
-    assert "cannot be read" in caplog.text
+@pytest.mark.parametrize("place", ["garbage", "folder", "flipped"])
+def test_broken_cache_is_a_warning_only(place: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store, record = AnswerStore(tmp_path / "a.sqlite"), Record(kind="completion", prompt="p", completion="c")
+    if place == "folder":
+        store.path.mkdir()
+    elif place == "garbage":
+        store.path.write_bytes(b"no database at all, but long enough to be taken for one" * 40)
+    else:
+        store.put("answers", [(f"k{number}", "x" * 1000) for number in range(20)])
+        whole = store.path.read_bytes()
+        store.path.write_bytes(whole[:4096] + b"\xff" * (len(whole) - 4096))
+    for _ in range(2):
+        cached = CachedBackend(ScriptedBackend(), store)
+        assert cached.run_requests("generate", [record], GenerationSettings(), lambda _: None) == ["c"]
+    if place == "folder":
+        assert "cannot be read" in caplog.text
+    else:
+        assert "is no database any more" in caplog.text
+        assert cached.cache_hits == 1, "a new file took its place"
+
+
+DAMAGED = [
+    "null",
+    "5",
+    "[]",
+    "NaN",
+    "{",
+    "",
+    '"x"',
+    "[[1]]",
+    '[["a", "b"]]',
+    "[1, 2, 3]",
+    "[[1, 2]]",
+    b"\xff",
+    "[" * 9999,
+]
+
+
+@pytest.mark.parametrize("kind", get_args(RequestKind))
+def test_damaged_answer_is_asked_again_and_replaced(kind: RequestKind, tmp_path: Path) -> None:
+    record = Record(kind="completion", prompt="p", completion="c", choices=("c", "d"), answer=0)
+    store, scripted, settings = AnswerStore(tmp_path / "a.sqlite"), ScriptedBackend(), GenerationSettings()
+    cached = CachedBackend(scripted, store)
+    (whole,) = cached.run_requests(kind, [record], settings, lambda _: None)
+    key = cache_key(cached.fingerprint, kind, record, settings)
+    for number, damage in enumerate(DAMAGED):
+        if {"generate": '"x"', "nll": "[1, 2, 3]"}.get(kind) == damage:
+            continue
+        store.put("answers", [(key, damage)])  # type: ignore[list-item]
+        asked = scripted.calls
+        for _ in range(2):
+            assert cached.run_requests(kind, [record], settings, lambda _: None) == [whole], damage
+        assert scripted.calls == asked + 1, f"{number}: once, and then kept"
+
+
+def test_damaged_digest_is_computed_again(tmp_path: Path) -> None:
+    folder, store = model_folder(tmp_path / "model"), AnswerStore(tmp_path / "a.sqlite")
+    whole = folder_hash(folder, store)
+    for damage in ("", "0" * 63, b"\xff"):
+        with sqlite3.connect(store.path) as base:
+            base.execute("UPDATE files SET digest = ?", (damage,))
+        base.close()
+        assert folder_hash(folder, store) == whole
 
 
 def test_cache_stores_many_answers_and_nan(tmp_path: Path) -> None:

@@ -68,8 +68,11 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_llama_cpp_generates_the_tokens_of_the_model(case: str, tmp_path: Path) -> None:
+def test_llama_cpp_generates_the_tokens_of_the_model(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("xllamacpp", reason="pip install 'prunetune[llamacpp]'")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # its requests stay on this machine
     run, model = case_run(case, tmp_path / "run")
     source = ExportSource.open(run)
     assert select_architecture(source).name == CASES[case][3]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from typing import Any
 from prunetune.data.records import Record
 from prunetune.evaluation.suites.protocol import Backend, GenerationSettings, OnRequestsDone, RequestKind
 from prunetune.model.gguf_import import cache_folder
+from prunetune.utils.sqlite import UNUSABLE, run_in_database
+from prunetune.utils.untrusted import parse_json
 
 log = logging.getLogger(__name__)
 # What a key calls each kind (the words of 0.1.0, so that its caches stay valid), and a version that rises whenever
@@ -37,31 +39,32 @@ class AnswerStore:
 
     def get(self, table: str, keys: Sequence[str]) -> dict[str, str]:
         """The stored values of these keys, as far as there are any."""
-        known: dict[str, str] = {}
+
+        def read(store: sqlite3.Connection) -> dict[str, str]:
+            known: dict[str, str] = {}
+            for start in range(0, len(keys), KEYS_PER_QUERY):
+                asked = keys[start : start + KEYS_PER_QUERY]
+                marks = ",".join("?" * len(asked))
+                known |= dict(store.execute(f"SELECT * FROM {table} WHERE {_KEYS[table]} IN ({marks})", asked))  # noqa: S608 - table names are ours
+            return {key: value for key, value in known.items() if isinstance(value, str)}
+
         try:
-            with closing(self._open()) as base:
-                for start in range(0, len(keys), KEYS_PER_QUERY):
-                    asked = keys[start : start + KEYS_PER_QUERY]
-                    marks = ",".join("?" * len(asked))
-                    known |= dict(base.execute(f"SELECT * FROM {table} WHERE {_KEYS[table]} IN ({marks})", asked))  # noqa: S608 - table names are ours
-        except (sqlite3.Error, OSError) as broken:
+            return run_in_database(self.path, TABLES, read)
+        except UNUSABLE as broken:
             log.warning("cache %s: cannot be read (%s); remove it to have one again", self.path, broken)
-        return known
+            return {}
 
     def put(self, table: str, pairs: Iterable[tuple[str, str]]) -> None:
         """Store (key, value) pairs; later ones replace earlier ones."""
+        rows = list(pairs)
         try:
-            with closing(self._open()) as base, base:
-                base.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", pairs)  # noqa: S608 - table names are ours
-        except (sqlite3.Error, OSError) as broken:
+            run_in_database(
+                self.path,
+                TABLES,
+                lambda store: store.executemany(f"INSERT OR REPLACE INTO {table} VALUES (?, ?)", rows),  # noqa: S608 - table names are ours
+            )
+        except UNUSABLE as broken:
             log.warning("cache %s: cannot be written (%s)", self.path, broken)
-
-    def _open(self) -> sqlite3.Connection:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        base = sqlite3.connect(self.path, timeout=30)
-        for table in TABLES:
-            base.execute(table)
-        return base
 
 
 _KEYS = {"answers": "key", "files": "stamp"}
@@ -98,7 +101,12 @@ class CachedBackend:
             self.cache_misses += len(records)
             return self.backend.run_requests(kind, records, settings, tick)
         keys = [cache_key(self.fingerprint, kind, record, settings) for record in records]
-        known = {key: json.loads(text) for key, text in self.store.get("answers", list(dict.fromkeys(keys))).items()}
+        stored = self.store.get("answers", list(dict.fromkeys(keys)))
+        known = {
+            key: answer
+            for key, record in zip(keys, records, strict=True)
+            if key in stored and (answer := parse_answer(stored[key], kind, record)) is not None
+        }
         missing = [index for index, key in enumerate(keys) if key not in known]
         self.cache_hits += len(keys) - len(missing)
         self.cache_misses += len(missing)
@@ -110,6 +118,24 @@ class CachedBackend:
             self.store.put("answers", [(key, json.dumps(answer)) for key, answer in fresh.items()])
             known |= fresh
         return [known[key] for key in keys]
+
+
+def parse_answer(text: str, kind: RequestKind, record: Record) -> Any:
+    """The answer in a row of the cache; None for one that is damaged, which is asked again and replaced."""
+    try:
+        answer = parse_json(text, nan=True)
+    except ValueError:
+        return None
+    if kind == "generate":
+        return answer if isinstance(answer, str) else None
+    rows, count, length = (answer, len(record.choices), 2) if kind == "loglikelihood" else ([answer], 1, 3)
+    is_whole = (
+        isinstance(rows, list)
+        and len(rows) == count
+        and all(isinstance(row, list) and len(row) == length for row in rows)
+        and all(type(number) in (int, float) for row in rows for number in row)
+    )
+    return answer if is_whole else None
 
 
 def cache_key(fingerprint: str, kind: RequestKind, record: Record, settings: GenerationSettings) -> str:
@@ -135,7 +161,8 @@ def folder_hash(folder: Path, store: AnswerStore) -> str:
 def files_hash(files: Sequence[Path], store: AnswerStore) -> str:
     """SHA-256 over the names and contents of files of different names."""
     stamps = {path.name: _stamp(path) for path in files}
-    known: Mapping[str, str] = store.get("files", list(stamps.values()))
+    stored = store.get("files", list(stamps.values()))
+    known = {stamp: digest for stamp, digest in stored.items() if re.fullmatch("[0-9a-f]{64}", digest)}
     digests, fresh = {}, []
     for path in files:
         stamp = stamps[path.name]

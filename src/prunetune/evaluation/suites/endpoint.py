@@ -24,8 +24,8 @@ class Endpoint:
 
     @property
     def name(self) -> str:
-        """The address, and the model's name there."""
-        return f"{self.client.url} {self.model}".strip()
+        """The address without secrets, and the model's name there."""
+        return f"{self.client.address} {self.model}".strip()
 
     def model_and_tokenizer(self) -> tuple[Any, Any]:
         """Raises `BackendError`: the weights are not in this process."""
@@ -88,27 +88,25 @@ class Endpoint:
         """NLL in nats, tokens and bytes of `text` after `prompt`; the server's first token has no likelihood."""
         body = {"model": self.model, "prompt": prompt + text, "max_tokens": 1, "temperature": 0, "logprobs": 1}
         reply = self.client.post("/completions", {**body, "echo": True})
+        end = len(prompt + text)
         try:
             choice = reply["choices"][0]
-            values, offsets = choice["logprobs"]["token_logprobs"], choice["logprobs"]["text_offset"]
-            echoed = choice["text"].startswith(prompt + text) and len(values) == len(offsets)
-        except (KeyError, IndexError, TypeError, AttributeError) as missing:
-            raise self._no_likelihood() from missing
-        if not echoed:
-            raise self._no_likelihood()
-        end = len(prompt + text)
-        scored = [
-            (float(value), int(offset))
-            for value, offset in zip(values, offsets, strict=True)
-            if value is not None and len(prompt) <= offset < end
-        ]
+            if not choice["text"].startswith(prompt + text):
+                raise ValueError("the prompt is not echoed")
+            scored = [
+                (float(value), int(offset))
+                for value, offset in zip(
+                    choice["logprobs"]["token_logprobs"], choice["logprobs"]["text_offset"], strict=True
+                )
+                if value is not None and len(prompt) <= offset < end
+            ]
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, OverflowError) as unusable:
+            raise BackendError(
+                f"{self.name}: likelihoods are not possible here, because the server does not give the "
+                "log-probabilities of a prompt (completions with echo and logprobs); test the model folder, or score "
+                "generated answers"
+            ) from unusable
         if not scored:
             raise BackendError(f"{self.name}: no token of {text[:40]!r} starts after its prompt")
         size = len((prompt + text)[scored[0][1] :].encode())
         return -sum(value for value, _ in scored), len(scored), size
-
-    def _no_likelihood(self) -> BackendError:
-        return BackendError(
-            f"{self.name}: likelihoods are not possible here, because the server does not give the log-probabilities "
-            "of a prompt (completions with echo and logprobs); test the model folder, or score generated answers"
-        )

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suites.check import CheckResult, check_limits
+from prunetune.evaluation.suites.http_client import public_url
 from prunetune.evaluation.suites.open_model import check_can_open, dense_model_of_run, open_backend
 from prunetune.evaluation.suites.options import CheckOptions, EvalOptions
 from prunetune.evaluation.suites.run import NO_PERMISSIONS, SuiteProgressCallback, evaluate_suite
@@ -60,4 +61,5 @@ def check(
 
 def evaluation_to_json(evaluation: Evaluation, model: str, suite: str) -> str:
     """The evaluation with the names of model and suite, as JSON that `Evaluation.from_json` reads."""
-    return json.dumps({**json.loads(evaluation.to_json()), "model": model, "suite": suite}, ensure_ascii=False) + "\n"
+    names = {"model": public_url(model), "suite": suite}
+    return json.dumps({**json.loads(evaluation.to_json()), **names}, ensure_ascii=False) + "\n"

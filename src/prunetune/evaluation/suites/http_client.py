@@ -1,45 +1,87 @@
-"""The client of an OpenAI-compatible endpoint: requests with a deadline, retries, and one-line errors."""
+"""The client of an OpenAI-compatible endpoint: bounded time and size, no redirects, one-line errors without secrets."""
 
 from __future__ import annotations
 
-import http.client
+import asyncio
 import json
+import logging
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import parse_qsl, urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 from prunetune.errors import ConfigError
 from prunetune.evaluation.suites.protocol import BackendError
+from prunetune.utils.untrusted import parse_json, printable
+
+if TYPE_CHECKING:
+    from ssl import SSLContext
+
+    from httpx2 import Response
 
 T = TypeVar("T")
 R = TypeVar("R")
 RETRY_STATUS_CODES = frozenset({408, 425, 429, 500, 502, 503, 504})
 MAX_REPLY_BYTES = 64 * 2**20
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs the whole URL of every request
+
+
+def public_url(text: str) -> str:
+    """A URL without user, password and query, where secrets may stand; any other text as it is."""
+    scheme, mark, _ = text.partition("://")
+    if not mark:
+        return text
+    try:
+        parts = urlsplit(text)
+        _ = parts.port  # raises where secrets may be in the wrong part
+    except ValueError:
+        return f"{scheme}://***"
+    return f"{scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{'?***' if parts.query else ''}"
 
 
 @dataclass(frozen=True)
 class EndpointClient:
-    """An address with its deadline and retries. A request takes `max_attempts` times `timeout` at most, and delays."""
+    """An address with its deadline and retries. A request takes `max_attempts` times `timeout` at most, and delays.
+
+    A user and a password in the address are sent as basic authentication. Only `address` is shown, without secrets.
+    Requests go through the proxy of the environment, those to this machine do not. Redirects are not followed.
+    """
 
     url: str  # http://127.0.0.1:8000/v1
     key_env: str = ""  # the environment variable with the key
-    timeout: float = 60.0  # seconds for one complete reply
+    timeout: float = 60.0  # seconds for one complete reply, from the connection to the last byte
     max_attempts: int = 3
     retry_delay: float = 0.5  # seconds before the second try; doubles
     concurrency: int = 4
 
     def __post_init__(self) -> None:
-        if urlsplit(self.url).scheme not in ("http", "https") or not urlsplit(self.url).hostname:
-            raise ConfigError(f"endpoint {self.url!r} is no URL; write it as http://host:port/v1")
+        from httpx2 import URL, InvalidURL
+
+        try:
+            url, port = URL(self.url), urlsplit(self.url).port
+        except (InvalidURL, ValueError):
+            url, port = URL(), None
+        if url.scheme not in ("http", "https") or not url.host or port == 0:
+            shown = self.address.rpartition("@")[2]
+            raise ConfigError(f"endpoint {shown!r} is no URL; write it as http://host:port/v1")
+        if url.userinfo and self.key_env:
+            raise ConfigError(
+                f"endpoint {self.address} names a user, and {self.key_env} a key; a request holds one: leave one out"
+            )
         if not self.timeout > 0:
             raise ConfigError(f"the timeout must be above 0 seconds, got {self.timeout:g}")
+
+    @property
+    def address(self) -> str:
+        """The URL without secrets."""
+        return public_url(self.url)
 
     def chat(self, model: str, messages: Sequence[Mapping[str, str]], *, max_tokens: int, **options: Any) -> str:
         """The greedy reply to a chat; raises `BackendError`."""
@@ -52,20 +94,15 @@ class EndpointClient:
         return self._read(self.post("/completions", body), lambda choice: choice["text"])
 
     def _read(self, reply: Any, text: Callable[[Any], Any]) -> str:
-        try:
+        with suppress(KeyError, IndexError, TypeError):
             answer = text(reply["choices"][0])
-        except (KeyError, IndexError, TypeError) as missing:
-            raise self._unexpected_reply(reply) from missing
-        if not isinstance(answer, str):
-            raise self._unexpected_reply(reply)
-        return answer
-
-    def _unexpected_reply(self, reply: Any) -> BackendError:
-        shown = " ".join(json.dumps(reply, default=str).split())[:120]
-        return BackendError(f"endpoint {self.url} did not reply with a completion: {shown}")
+            if isinstance(answer, str):
+                return answer
+        shown = self._shown(json.dumps(reply, default=str))
+        raise BackendError(f"endpoint {self.address} did not reply with a completion: {shown}")
 
     def map_concurrently(self, items: Sequence[T], call: Callable[[T], R]) -> list[R]:
-        """`call` every every item, `concurrency` at once; results are in order. The first failure stops the rest."""
+        """`call` on every item, `concurrency` at once; results are in order. The first failure stops the rest."""
         with ThreadPoolExecutor(self.concurrency) as pool:
             try:
                 return list(pool.map(call, items))
@@ -75,65 +112,92 @@ class EndpointClient:
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """The JSON of the reply; raises `BackendError` after the last attempt."""
-        failure = ""
+        from httpx2 import TimeoutException, TransportError
+
+        content, failure = json.dumps(body).encode(), ""
         for attempt in range(self.max_attempts):
             if attempt:
                 time.sleep(self.retry_delay * 2 ** (attempt - 1))
             try:
-                return self._decoded(self._send(path, body))
-            except urllib.error.HTTPError as refused:
-                failure = f"HTTP {refused.code}: {_error_body(refused)}"
-                if refused.code not in RETRY_STATUS_CODES:
-                    break
-            except TimeoutError:
+                with ThreadPoolExecutor(1) as thread:  # of its own, because a notebook's has an event loop already
+                    reply, data = thread.submit(asyncio.run, self._send(path, content)).result()
+            except (TimeoutError, TimeoutException):
                 failure = f"no complete reply within {self.timeout:g} s"
-            except (OSError, http.client.HTTPException) as broken:
-                reason = getattr(broken, "reason", broken)
-                failure = (
-                    f"no complete reply within {self.timeout:g} s"
-                    if isinstance(reason, TimeoutError)
-                    else f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
+                continue
+            except (TransportError, UnicodeError) as broken:  # UnicodeError: a host that no name can be
+                failure = f"{type(broken).__name__}: {self._shown(str(broken))}".removesuffix(": ")
+                continue
+            text = data.decode("utf-8", "replace")
+            if reply.is_success:
+                try:
+                    return parse_json(bytes(data))
+                except ValueError as garbage:
+                    shown = self._shown(text)[:80]
+                    raise BackendError(f"endpoint {self.address} did not reply with JSON: {shown!r}") from garbage
+            if 300 <= reply.status_code < 400:
+                target = self._shown(public_url(reply.headers.get("Location", "").partition("?")[0]) or "nowhere")
+                raise BackendError(
+                    f"endpoint {self.address}{path} redirects to {target} (HTTP {reply.status_code}); no redirect is "
+                    "followed, because keys and prompts would go along: name the address that answers"
                 )
-        raise BackendError(f"endpoint {self.url}{path} does not answer ({failure}); is it up, and the address right?")
+            failure = f"HTTP {reply.status_code}: {self._shown(text or reply.reason_phrase)}"
+            if reply.status_code not in RETRY_STATUS_CODES:
+                break
+        raise BackendError(
+            f"endpoint {self.address}{path} does not answer ({failure}); is it up, and the address right?"
+        )
 
-    def _send(self, path: str, body: Mapping[str, Any]) -> bytes:
-        headers = {"Content-Type": "application/json"}
-        if self.key_env:
-            headers["Authorization"] = f"Bearer {self._key()}"
-        data = json.dumps(body).encode()
-        request = urllib.request.Request(self.url.rstrip("/") + path, data, headers, method="POST")  # noqa: S310 - http(s), see above
-        deadline = time.monotonic() + self.timeout
-        chunks: list[bytes] = []
-        with self._opener().open(request, timeout=self.timeout) as reply:
-            # Each read has its own timeout, so a server that sends byte by byte needs the deadline.
-            while chunk := reply.read1(2**16):
-                chunks.append(chunk)
-                if time.monotonic() > deadline or sum(map(len, chunks)) > MAX_REPLY_BYTES:
-                    raise TimeoutError
-        return b"".join(chunks)
+    async def _send(self, path: str, content: bytes) -> tuple[Response, bytearray]:
+        """The reply and its body. Raises `TimeoutError`, httpx2's errors of transport, and `BackendError`."""
+        from httpx2 import AsyncClient, InvalidURL
 
-    def _opener(self) -> urllib.request.OpenerDirector:
-        # Requests to this machine do not go through a proxy of the environment.
-        proxies: dict[str, str] | None = {} if urlsplit(self.url).hostname in LOOPBACK else None
-        return urllib.request.build_opener(urllib.request.ProxyHandler(proxies))
-
-    def _key(self) -> str:
-        key = os.environ.get(self.key_env, "")
-        if not key:
-            raise BackendError(f"endpoint {self.url}: the environment variable {self.key_env} is not set")
-        return key
-
-    def _decoded(self, data: bytes) -> Any:
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity", **self._authorization()}
+        parts, data = urlsplit(self.url), bytearray()
+        url = parts._replace(path=parts.path.rstrip("/") + path, fragment="").geturl()
+        proxy = getproxies().get(parts.scheme)
+        if parts.hostname in LOOPBACK or proxy_bypass(parts.netloc.rpartition("@")[2]):
+            proxy = None
+        elif proxy and "://" not in proxy:
+            proxy = f"http://{proxy}"
         try:
-            return json.loads(data.decode("utf-8"))
-        except (ValueError, RecursionError) as garbage:
-            shown = " ".join(data[:80].decode("utf-8", "replace").split())
-            raise BackendError(f"endpoint {self.url} did not reply with JSON: {shown!r}") from garbage
+            client = AsyncClient(verify=self._tls, timeout=None, proxy=proxy, trust_env=False)
+        except (ImportError, ValueError, InvalidURL) as unusable:
+            raise BackendError(
+                f"endpoint {self.address}: {parts.scheme.upper()}_PROXY cannot be used ({type(unusable).__name__}): "
+                "name an http proxy there, or add the host to NO_PROXY"
+            ) from unusable
+        # The deadline holds for the whole, also for headers that come byte by byte; httpx2's are for each read.
+        async with (
+            asyncio.timeout(self.timeout),
+            client,
+            client.stream("POST", url, content=content, headers=headers) as reply,
+        ):
+            async for chunk in reply.aiter_raw():
+                data += chunk
+                if len(data) > MAX_REPLY_BYTES:
+                    raise BackendError(f"endpoint {self.address}{path}: a reply of more than 64 MiB is refused")
+        return reply, data
 
+    @cached_property
+    def _tls(self) -> SSLContext:
+        from httpx2 import create_ssl_context
 
-def _error_body(refused: urllib.error.HTTPError) -> str:
-    try:
-        with refused:
-            return " ".join(refused.read(2000).decode("utf-8", "replace").split())[:200]
-    except (OSError, http.client.HTTPException):
-        return str(refused.reason)
+        return create_ssl_context()
+
+    def _authorization(self) -> dict[str, str]:
+        if not self.key_env:
+            return {}
+        key = os.environ.get(self.key_env, "").strip()
+        if not key:
+            raise BackendError(f"endpoint {self.address}: the environment variable {self.key_env} is not set")
+        if not (key.isascii() and key.isprintable()):
+            raise BackendError(f"endpoint {self.address}: {self.key_env} holds characters that no key can have")
+        return {"Authorization": f"Bearer {key}"}
+
+    def _shown(self, text: str) -> str:
+        """A server's text for an error: short, in one line, and without the secrets that it may repeat."""
+        parts = urlsplit(self.url)
+        secrets = [os.environ.get(self.key_env), parts.password, *(value for _, value in parse_qsl(parts.query))]
+        for secret in (secret.strip() for secret in secrets if secret):
+            text = text.replace(secret, "***") if len(secret) > 3 else text
+        return printable(" ".join(text[:2000].split())[:200])

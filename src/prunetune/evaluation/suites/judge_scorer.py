@@ -34,15 +34,18 @@ OPTIONS: dict[str, Any] = {
     "key_env": "",  # the environment variable that holds the key
     "timeout": 60.0,
 }
-NUMBER_PATTERN = r"(?:(?<!\w)-)?\d+(?:\.\d+)?"
+# Every number begins where no digit stands before it, and no repeat gives back what it took (++, *+): so the time is
+# linear in the length of a reply, whatever a server sends.
+NUMBER_PATTERN = r"(?:(?<!\w)-)?(?<!\d)\d++(?:\.\d++)?"
 NUMBER_RE = re.compile(NUMBER_PATTERN)
 FRACTION_RE = re.compile(
-    rf"({NUMBER_PATTERN})\W*?(/|\bout\s+of\b|\bof\b)\W*?({NUMBER_PATTERN})", re.IGNORECASE
+    rf"({NUMBER_PATTERN})[^\w/]*+(/++|\bout\s++of\b|\bof\b)[^\w/]*+({NUMBER_PATTERN})", re.IGNORECASE
 )  # 4/5, 3 out of 5, **4** / 5
-_SPAN = rf"{NUMBER_PATTERN}\s*(?:-|–|—|\bto\b|\band\b)\s*{NUMBER_PATTERN}"
+_SPAN = rf"{NUMBER_PATTERN}\s*+(?:-|–|—|\bto\b|\band\b)\s*+{NUMBER_PATTERN}"
 SCALE = re.compile(
-    rf"\b(?:from|between)\s+{_SPAN}|{_SPAN}[\s-]+(?:point\s+)?(?:scale|range)\b|{NUMBER_PATTERN}[\s-]*point\s+scale\b"
-    rf"|\b(?:scale|range)\s*(?:of|from|is|:)?\s*\(?(?:{_SPAN}|{NUMBER_PATTERN})",
+    rf"\b(?:from|between)\s++{_SPAN}|{_SPAN}[\s-]++(?:point\s++)?(?:scale|range)\b"
+    rf"|{NUMBER_PATTERN}[\s-]*+point\s++scale\b"
+    rf"|\b(?:scale|range)\s*+(?:of|from|is|:)?\s*+\(?(?:{_SPAN}|{NUMBER_PATTERN})",
     re.IGNORECASE,
 )  # from 1 to 5, a 1-5 scale, a 5-point scale, on a scale of 1 to 5
 

@@ -6,9 +6,9 @@ import re
 from xml.etree import ElementTree
 
 from prunetune.evaluation.suites.check import CheckResult, Failure, Verdict
+from prunetune.utils.untrusted import printable
 
-# Characters that XML 1.0 cannot write, and a model can generate.
-UNWRITABLE = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+UNWRITABLE = re.compile("[\ufffe\uffff]")  # characters that print, and that XML 1.0 cannot write
 LISTED = 50  # most new failures of a task in the file
 
 
@@ -18,7 +18,7 @@ def render_junit(check: CheckResult, name: str = "prunetune check") -> str:
     total = len(check.verdicts) + len(check.errors)
     root = ElementTree.Element(
         "testsuites",
-        name=_xml_safe(name),
+        name=name,
         tests=str(total),
         failures=str(len(check.broken)),
         errors=str(len(check.errors)),
@@ -26,7 +26,8 @@ def render_junit(check: CheckResult, name: str = "prunetune check") -> str:
     for task in tasks:
         _suite(root, task, check)
     ElementTree.indent(root)
-    return '<?xml version="1.0" encoding="utf-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+    document = UNWRITABLE.sub("\ufffd", printable(ElementTree.tostring(root, encoding="unicode")))
+    return f'<?xml version="1.0" encoding="utf-8"?>\n{document}\n'
 
 
 def _suite(root: ElementTree.Element, task: str, check: CheckResult) -> None:
@@ -36,7 +37,7 @@ def _suite(root: ElementTree.Element, task: str, check: CheckResult) -> None:
     element = ElementTree.SubElement(
         root,
         "testsuite",
-        name=_xml_safe(task),
+        name=task,
         tests=str(len(verdicts) + bool(error)),
         failures=str(sum(verdict.broken for verdict in verdicts)),
         errors=str(int(bool(error))),
@@ -44,8 +45,8 @@ def _suite(root: ElementTree.Element, task: str, check: CheckResult) -> None:
     for verdict in verdicts:
         _case(element, verdict, failures)
     if error:
-        case = ElementTree.SubElement(element, "testcase", classname=_xml_safe(task), name="scored")
-        ElementTree.SubElement(case, "error", message=_xml_safe(error))
+        case = ElementTree.SubElement(element, "testcase", classname=task, name="scored")
+        ElementTree.SubElement(case, "error", message=error)
     if failures:
         ElementTree.SubElement(element, "system-out").text = _listing(failures)
 
@@ -55,11 +56,11 @@ def _case(element: ElementTree.Element, verdict: Verdict, failures: list[Failure
     case = ElementTree.SubElement(
         element,
         "testcase",
-        classname=_xml_safe(limit.task),
-        name=_xml_safe(f"{limit.metric} {limit.kind} {limit.bound:g}"),
+        classname=limit.task,
+        name=f"{limit.metric} {limit.kind} {limit.bound:g}",
     )
     if verdict.broken:
-        failure = ElementTree.SubElement(case, "failure", message=_xml_safe(verdict.says), type=limit.kind)
+        failure = ElementTree.SubElement(case, "failure", message=verdict.says, type=limit.kind)
         failure.text = _listing(failures)
 
 
@@ -70,8 +71,4 @@ def _listing(failures: list[Failure]) -> str:
         for failure in failures[:LISTED]
     ]
     more = len(failures) - LISTED
-    return _xml_safe("\n".join([f"{len(failures)} new failures", *lines, *([f"and {more} more"] if more > 0 else [])]))
-
-
-def _xml_safe(text: str) -> str:
-    return UNWRITABLE.sub("\ufffd", text)
+    return "\n".join([f"{len(failures)} new failures", *lines, *([f"and {more} more"] if more > 0 else [])])

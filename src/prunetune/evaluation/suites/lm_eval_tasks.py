@@ -12,6 +12,7 @@ from prunetune.evaluation.results import Item, Score, TaskResult
 from prunetune.evaluation.scoring_mode import evaluation_mode
 from prunetune.evaluation.suites.protocol import Backend
 from prunetune.evaluation.suites.suite import Task
+from prunetune.utils.files import expand_path
 from prunetune.utils.optional import import_optional
 from prunetune.utils.suggest import validate_name
 
@@ -34,7 +35,7 @@ def evaluate_lm_eval_task(backend: Backend, task: Task) -> dict[str, TaskResult]
 def _manager(task: Task) -> Any:
     """lm-eval's index of tasks; the thousands that come with it are read only if `include` does not have the task."""
     tasks = import_optional("lm_eval.tasks", extra="lm-eval", use=f"task {task.name}")
-    include = str(Path(task.root) / task.options.include) if task.options.include else None
+    include = str(Path(task.root) / expand_path(task.options.include)) if task.options.include else None
     if include:
         manager = tasks.TaskManager(include_path=include, include_defaults=False)
         if task.options.lm_eval in manager.all_tasks:

@@ -13,7 +13,7 @@ from prunetune.errors import DataError, ModelError
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suites.cache import AnswerStore, CachedBackend, files_hash, folder_hash
 from prunetune.evaluation.suites.endpoint import Endpoint
-from prunetune.evaluation.suites.http_client import EndpointClient
+from prunetune.evaluation.suites.http_client import EndpointClient, public_url
 from prunetune.evaluation.suites.llamacpp import LlamaCpp
 from prunetune.evaluation.suites.local import LocalModel
 from prunetune.evaluation.suites.options import EvalOptions
@@ -26,13 +26,15 @@ from prunetune.model.loading import (
     pick_dtype,
     resolve_model_path,
 )
+from prunetune.utils.files import expand_path
+from prunetune.utils.untrusted import read_text
 
 
 def open_backend(name: str, options: EvalOptions, store: AnswerStore | None = None) -> Backend | Evaluation:
     """Whatever the name stands for; weights are read when a question needs them. Raises a `PrunetuneError`."""
-    if name.startswith(("http://", "https://")):
+    if "://" in name:
         return Endpoint(EndpointClient(name, key_env=options.key_env, timeout=options.timeout), options.model_name)
-    path = Path(name).expanduser()
+    path = expand_path(name)
     if path.suffix == ".json":
         return _read_results(path)
     store = store or AnswerStore()
@@ -53,7 +55,7 @@ def check_can_open(name: str, options: EvalOptions) -> None:
 
 def resolve_checkpoint(name: str) -> str:
     """The folder or hub name that a run or a name means; raises `ModelError`."""
-    path = Path(name).expanduser()
+    path = expand_path(name)
     if read_run_config(path) is None:
         resolve_model_path(name)  # raises before anything is read
         return name
@@ -74,10 +76,10 @@ def check_gguf_file(path: Path) -> Path:
 
 def dense_model_of_run(name: str) -> str:
     """The dense model of a run, as the run opened it (a .gguf file is dequantised); raises `ModelError`."""
-    run = read_run_config(Path(name).expanduser())
+    run = read_run_config(expand_path(name))
     if run is None:
         raise ModelError(
-            f"{name} is no run folder, which would know its dense model; name the reference with --against"
+            f"{public_url(name)} is no run folder, which would know its dense model; name the reference with --against"
         )
     return resolve_model_path(run.model)
 
@@ -98,8 +100,8 @@ def list_run_sizes(run: Path) -> list[Path]:
 
 def _read_results(path: Path) -> Evaluation:
     try:
-        return Evaluation.from_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as missing:
+        return Evaluation.from_json(read_text(path))
+    except (OSError, ValueError) as missing:
         raise DataError(f"{path}: cannot be read ({missing}); name a file that prunetune eval --out wrote") from missing
     except DataError as error:
         raise DataError(f"{path}: {error}") from error

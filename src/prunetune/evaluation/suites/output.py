@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from prunetune.evaluation.results import Evaluation
 from prunetune.evaluation.suites.check import CheckResult, Failure
@@ -21,7 +22,7 @@ def render_evaluation(evaluation: Evaluation) -> str:
     ]
     lines = table_lines(("task", "metric", ">score", ">± SE", ">items"), rows)
     unscored = [f"{name}: not scored: {result.error}" for name, result in evaluation.tasks.items() if result.error]
-    return "\n".join([*lines, *unscored])
+    return _joined([*lines, *unscored])
 
 
 def _format_error(value: float) -> str:
@@ -40,19 +41,24 @@ def render_check(check: CheckResult) -> str:
     lines += [f"ERROR   {task}: {error}" for task, error in check.errors.items()]
     if check.failures:
         lines += ["", f"new failures: {len(check.failures)}"]
-        lines += [_failure(failure) for failure in check.failures[:LISTED]]
+        lines += [line for failure in check.failures[:LISTED] for line in _failure_lines(failure)]
         if len(check.failures) > LISTED:
             lines.append(f"and {len(check.failures) - LISTED} more: --json or --junit lists all")
-    return "\n".join(lines)
+    return _joined(lines)
 
 
-def _failure(failure: Failure) -> str:
+def _joined(lines: Sequence[str]) -> str:
+    """The lines as text; a name with a line feed does not pass for a line of its own."""
+    return "\n".join(line.replace("\n", " ") for line in lines)
+
+
+def _failure_lines(failure: Failure) -> list[str]:
     texts = {
         "asked": failure.prompt, "expected": failure.expected, "before": failure.before, "after": failure.after,
         "scored": failure.score_change,
     }  # fmt: skip
     shown = [f"    {name:<9} {_short(text, last=name == 'asked')}" for name, text in texts.items() if text]
-    return "\n".join([f"  {failure.task} / {failure.id}", *shown])
+    return [f"  {failure.task} / {failure.id}", *shown]
 
 
 def _short(text: str, *, last: bool) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 from prunetune.errors import ConfigError, DataError
 from prunetune.evaluation.suites.protocol import Response
 from prunetune.evaluation.suites.text_scorers import MetricValues, ScorerOptions
+from prunetune.utils.untrusted import short_repr
 
 
 def python_function_scores(answers: Sequence[Response], options: ScorerOptions) -> MetricValues:
@@ -53,5 +54,7 @@ def _value(function: Callable[..., Any], name: str, answer: Response) -> float:
         reason = f"{type(broken).__name__}: {' '.join(str(broken).split())[:200]}"
         raise DataError(f"python: {name} failed on item {answer.prompt.record.id}: {reason}") from broken
     if not isinstance(value, bool | int | float) or math.isinf(value):
-        raise DataError(f"python: {name} gave {value!r} for item {answer.prompt.record.id}; it has to give a number")
+        raise DataError(
+            f"python: {name} gave {short_repr(value)} for item {answer.prompt.record.id}; it has to give a number"
+        )
     return float(value)

@@ -12,6 +12,7 @@ from prunetune.evaluation.suites import judge_scorer, python_scorer, text_scorer
 from prunetune.evaluation.suites.protocol import RequestKind, Response
 from prunetune.evaluation.suites.text_scorers import MetricValues, ScorerOptions
 from prunetune.utils.suggest import validate_name
+from prunetune.utils.untrusted import short_repr
 
 Permission = Literal["code", "judge"]
 
@@ -111,7 +112,7 @@ def parse_scorers(value: Any, where: str) -> tuple[TaskScorer, ...]:
         elif isinstance(entry, Mapping) and entry:
             named += [(str(name), options or {}) for name, options in entry.items()]
         else:
-            raise ConfigError(f"{where}: scorer is a name, name: options, or a list of these, got {entry!r}")
+            raise ConfigError(f"{where}: scorer is a name, name: options, or a list of these, got {short_repr(entry)}")
     if not named:
         raise ConfigError(f"{where}: scorer names nothing; known are {', '.join(SCORERS)}")
     uses = tuple(
@@ -127,7 +128,7 @@ def parse_scorers(value: Any, where: str) -> tuple[TaskScorer, ...]:
 def _parse_scorer(name: str, options: Any, where: str) -> TaskScorer:
     scorer, where = SCORERS[name], f"{where}: scorer {name}"
     if not isinstance(options, Mapping):
-        raise ConfigError(f"{where}: options map names to values, got {options!r}")
+        raise ConfigError(f"{where}: options map names to values, got {short_repr(options)}")
     if options and not scorer.options:
         raise ConfigError(f"{where} has no options, got {', '.join(map(str, options))}")
     given = {validate_name(str(key), scorer.options, f"{where}: option"): value for key, value in options.items()}
@@ -146,7 +147,7 @@ def _typed(value: Any, default: Any, where: str) -> Any:
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):
-        raise ConfigError(f"{where} must be {KINDS[type(default)]}, got {value!r}")
+        raise ConfigError(f"{where} must be {KINDS[type(default)]}, got {short_repr(value)}")
     return value
 
 

@@ -24,7 +24,9 @@ from prunetune.errors import ConfigError, PrunetuneError
 from prunetune.evaluation.suites.protocol import GenerationSettings
 from prunetune.evaluation.suites.scorers import Permission, TaskScorer, is_reference_free, parse_scorers
 from prunetune.evaluation.suites.suite_limits import DEFAULT_SIGNIFICANCE, SuiteLimit, parse_limits
+from prunetune.utils.files import expand_path
 from prunetune.utils.suggest import validate_name
+from prunetune.utils.untrusted import short_repr
 
 SUITE_KEYS = ("tasks", "defaults", "root", "level", "correction")
 NON_OPTION_KEYS = ("name", "scorer", "limits")  # keys of a task that are no plain options
@@ -113,10 +115,10 @@ def load_suite(path: Path | str, *, strict: bool = True, root: Path | str | None
 
     Without `strict`, a task that cannot be run keeps its `error`, and the others can still be run.
     """
-    path = Path(path)
+    path = expand_path(path)
     values = read_yaml(path, "the suite", "name a YAML file, see suites/")
     if root is not None and isinstance(values, Mapping):
-        values = {**values, "root": str(Path(root).absolute())}
+        values = {**values, "root": str(expand_path(root).absolute())}
     suite = parse_suite(values, where=str(path), folder=path.parent)
     faulty = next((task for task in suite.tasks if task.error), None)
     if strict and faulty is not None:
@@ -131,11 +133,11 @@ def parse_suite(values: Any, *, where: str = "suite", folder: Path = Path()) -> 
     for key in values:
         validate_name(str(key), SUITE_KEYS, f"{where}: key")
     level = _level(values.get("level", DEFAULT_SIGNIFICANCE), where)
-    root = str(folder / str(values.get("root") or "").strip())
+    root = str(folder / expand_path(str(values.get("root") or "").strip()))
     correction: Any = validate_name(str(values.get("correction", "holm")), ("holm", "none"), f"{where}: correction")
     defaults = values.get("defaults") or {}
     if not isinstance(defaults, Mapping):
-        raise ConfigError(f"{where}: defaults map options of every task to values, got {defaults!r}")
+        raise ConfigError(f"{where}: defaults map options of every task to values, got {short_repr(defaults)}")
     tasks = tuple(_task(name, task, defaults, root, level, where) for name, task in _entries(values["tasks"], where))
     names = [task.name for task in tasks]
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -149,7 +151,7 @@ def _entries(tasks: Any, where: str) -> list[tuple[str, Any]]:
     if isinstance(tasks, Mapping):
         return [(str(name), task) for name, task in tasks.items()]
     if not isinstance(tasks, Sequence) or isinstance(tasks, str):
-        raise ConfigError(f"{where}: tasks is a list or a mapping of tasks, got {tasks!r}")
+        raise ConfigError(f"{where}: tasks is a list or a mapping of tasks, got {short_repr(tasks)}")
     names = [(task.get("name") or task.get("lm_eval")) if isinstance(task, Mapping) else None for task in tasks]
     return [
         (str(name or f"task-{number}"), task) for number, (name, task) in enumerate(zip(names, tasks, strict=True), 1)
@@ -158,7 +160,7 @@ def _entries(tasks: Any, where: str) -> list[tuple[str, Any]]:
 
 def _level(value: Any, where: str) -> float:
     if not isinstance(value, float) or not 0 < value <= 0.5:
-        raise ConfigError(f"{where}: level must lie in (0, 0.5], got {value!r}")
+        raise ConfigError(f"{where}: level must lie in (0, 0.5], got {short_repr(value)}")
     return value
 
 
@@ -166,7 +168,7 @@ def _task(name: str, value: Any, defaults: Any, root: str, level: float, where: 
     where = f"{where}: task {name}"
     try:
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: a task maps options to values, got {value!r}")
+            raise ConfigError(f"{where}: a task maps options to values, got {short_repr(value)}")
         keys = merge_mappings(defaults, value)
         plain = {key: item for key, item in keys.items() if key not in NON_OPTION_KEYS}
         options = read_options(TaskOptions, plain, where=where)

@@ -9,6 +9,7 @@ from typing import Any
 from prunetune.config.fields import option, read_options
 from prunetune.errors import ConfigError
 from prunetune.utils.suggest import validate_name
+from prunetune.utils.untrusted import short_repr
 
 UNSET = float("-inf")  # no bound; YAML cannot express it, so no user can have asked for it
 DEFAULT_SIGNIFICANCE = 0.05
@@ -47,7 +48,9 @@ def parse_limits(value: Any, task: str, metrics: Sequence[str], level: float, wh
     if value is None:
         return ()
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where}: limits maps min, max, relative, drop or statistical to a bound, got {value!r}")
+        raise ConfigError(
+            f"{where}: limits maps min, max, relative, drop or statistical to a bound, got {short_repr(value)}"
+        )
     if any(isinstance(bounds, Mapping) for bounds in value.values()):
         by_metric = dict(value)
     elif metrics:
@@ -67,7 +70,7 @@ def _metric(name: Any, metrics: Sequence[str], where: str) -> str:
 
 def _bounds(value: Any, task: str, metric: str, level: float, where: str) -> list[SuiteLimit]:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"{where} maps min, max, relative, drop or statistical to a bound, got {value!r}")
+        raise ConfigError(f"{where} maps min, max, relative, drop or statistical to a bound, got {short_repr(value)}")
     given = dict(value)
     if given.get("statistical") is True:
         given["statistical"] = level

@@ -1,4 +1,4 @@
-"""Jinja2 templates and expressions over the fields of a row, sandboxed: a suite file must not run code."""
+"""Jinja2 templates and expressions over the fields of a row, sandboxed and bounded: a suite must not run code."""
 
 from __future__ import annotations
 
@@ -7,16 +7,32 @@ from functools import cache
 from typing import Any
 
 from prunetune.errors import ConfigError, DataError
+from prunetune.utils.deadline import RENDER_SECONDS, call_within
 
+MAX_SIZE = 1_000_000  # of a product of texts, in characters, and of a power, in bits
 RowRenderer = Callable[[Mapping[str, Any], str], Any]  # fields of a row, "file:line" -> the rendered value
 
 
 @cache
 def _environment() -> Any:
     from jinja2 import StrictUndefined
+    from jinja2.exceptions import SecurityError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-    return ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    class BoundedEnvironment(ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"*", "**"})  # which are then not computed while a template is compiled
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "**":
+                size = left.bit_length() * abs(right) if isinstance(left, int) and isinstance(right, int) else 1
+            else:  # a text or list, and how often it is repeated
+                length, count = (len(value) if hasattr(value, "__len__") else value for value in (left, right))
+                size = length * count if hasattr(left, "__len__") or hasattr(right, "__len__") else 1
+            if size > MAX_SIZE:
+                raise SecurityError(f"{operator} gives more than {MAX_SIZE:,} bits or characters")
+            return super().call_binop(context, operator, left, right)
+
+    return BoundedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
 
 
 def compile_template(text: str, where: str) -> RowRenderer:
@@ -25,7 +41,7 @@ def compile_template(text: str, where: str) -> RowRenderer:
 
     try:
         compiled = _environment().from_string(text)
-    except TemplateError as broken:
+    except (TemplateError, RecursionError, ValueError) as broken:  # too deep, a number of too many digits
         raise ConfigError(f"{where} is not a Jinja2 template ({_line(broken)})") from broken
     return _with_row_errors(lambda fields: compiled.render(fields), where)
 
@@ -36,7 +52,7 @@ def compile_expression(text: str, where: str) -> RowRenderer:
 
     try:
         compiled = _environment().compile_expression(text, undefined_to_none=False)
-    except TemplateError as broken:
+    except (TemplateError, RecursionError, ValueError) as broken:
         raise ConfigError(f"{where} is not a Jinja2 expression ({_line(broken)})") from broken
     return _with_row_errors(lambda fields: _defined(compiled(**fields)), where)
 
@@ -44,7 +60,7 @@ def compile_expression(text: str, where: str) -> RowRenderer:
 def _with_row_errors(call: Callable[[Mapping[str, Any]], Any], where: str) -> RowRenderer:
     def render(fields: Mapping[str, Any], source: str) -> Any:
         try:
-            return call(fields)
+            return call_within(RENDER_SECONDS, lambda: call(fields))
         # An expression can fail in any way on a row of the wrong shape: the error names the row.
         except Exception as broken:
             known = ", ".join(sorted(map(str, fields)))

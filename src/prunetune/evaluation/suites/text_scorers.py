@@ -5,7 +5,6 @@ A new one is a function here and a line in `SCORERS` (scorers.py); see docs/exte
 
 from __future__ import annotations
 
-import json
 import re
 import string
 from collections import Counter
@@ -18,6 +17,7 @@ from prunetune.evaluation.suites.protocol import Response
 from prunetune.evaluation.text_metrics import RougeTokenizer, normalise_text
 from prunetune.evaluation.text_metrics import exact_match as is_same_text
 from prunetune.utils.optional import import_optional
+from prunetune.utils.untrusted import parse_json, short_repr
 
 ScorerOptions = Mapping[str, Any]
 MetricValues = dict[str, list[float]]  # metric -> one value an item
@@ -68,8 +68,10 @@ def compile_pattern(options: ScorerOptions) -> re.Pattern[str]:
     """The compiled pattern; raises `ConfigError`."""
     try:
         return re.compile(options["pattern"], re.IGNORECASE if options["ignore_case"] else 0)
-    except re.error as broken:
-        raise ConfigError(f"regex: pattern {options['pattern']!r} is not a regular expression ({broken})") from broken
+    except (re.error, OverflowError, RecursionError) as broken:
+        raise ConfigError(
+            f"regex: pattern {short_repr(options['pattern'])} is not a regular expression ({broken})"
+        ) from broken
 
 
 def json_schema(answers: Sequence[Response], options: ScorerOptions) -> MetricValues:
@@ -84,7 +86,7 @@ def json_schema(answers: Sequence[Response], options: ScorerOptions) -> MetricVa
 
     def is_valid(text: str) -> float:
         try:
-            return float(validator.is_valid(json.loads(text)))
+            return float(validator.is_valid(parse_json(text, nan=True)))
         except (ValueError, RecursionError):
             return 0.0
 

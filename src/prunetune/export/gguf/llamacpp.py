@@ -55,10 +55,11 @@ params = xllamacpp.CommonParams()
 params.model.path, params.n_ctx, params.n_gpu_layers, params.warmup = file, request["context"], 0, False
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = request["threads"]
 server = xllamacpp.Server(params)
+opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a request to this machine needs no proxy
 def post(path, **body):
     headers = {"Content-Type": "application/json"}
     http_request = urllib.request.Request(server.listening_address + path, json.dumps(body).encode(), headers)
-    return json.load(urllib.request.urlopen(http_request))["tokens"]
+    return json.load(opener.open(http_request))["tokens"]
 options = {"n_predict": 1, "temperature": 0, "return_tokens": True}
 answer = {
     "next": [post("/completion", prompt=ids, **options)[0] for ids in request["ids"]],

@@ -17,6 +17,7 @@ from prunetune.errors import ModelError
 from prunetune.export.source import ExportSource
 from prunetune.model.loading import gguf_file
 from prunetune.utils.failures import reading_model_files
+from prunetune.utils.untrusted import parse_json, read_text
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 DIGIT = r"\p{N}"
@@ -66,7 +67,7 @@ def _copy_base_keys(writer: gguf.GGUFWriter, source: ExportSource, base: Path) -
 def _write_from_tokenizer_json(writer: gguf.GGUFWriter, source: ExportSource) -> str:
     file = source.folder / "tokenizer.json"
     with reading_model_files(f"{file} cannot be read, and GGUF needs it", "save a fast tokenizer into the folder"):
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = parse_json(read_text(file))
         kind = values["model"]["type"]
     if kind != "BPE":
         raise ModelError(f"{file}: a {kind} tokenizer cannot be written as GGUF: export onnx")
