@@ -63,8 +63,12 @@ def config_of(workspace: Path, **changes: Any) -> RunConfig:
     return from_mapping(merge_mappings(recipe, changes))
 
 
+class Killed(Exception):
+    """In place of a signal, which would end the tests as well."""
+
+
 def interrupt(*_: Any, **__: Any) -> None:
-    raise KeyboardInterrupt
+    raise Killed
 
 
 @pytest.fixture
@@ -77,7 +81,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
     def begin(workspace: Path, command: str = "run", *, again: bool = False, **changes: Any) -> None:
         start, own = COMMANDS[command]
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             start(config_of(workspace, **merge_mappings(own, changes)), resume=again)
 
     return begin
@@ -294,7 +298,7 @@ def test_job_that_is_killed_at_any_write_can_be_resumed(
 
         def write(path: Path, text: str, written: list[Path] = written, allowed: int = allowed) -> None:
             if len(written) == allowed:
-                raise KeyboardInterrupt
+                raise Killed
             write_text(path, text)
             written.append(path)
 
